@@ -1,0 +1,2 @@
+//! FlashInfer's prebuilt GPU kernels for Rust.
+pub mod artifacts;
