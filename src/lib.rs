@@ -1,2 +1,22 @@
 //! FlashInfer's prebuilt GPU kernels for Rust.
+
 pub mod artifacts;
+mod cuda;
+#[cfg(feature = "cudarc")]
+pub mod cudarc;
+mod error;
+pub mod ffi;
+mod kv;
+mod module;
+mod ops;
+mod runtime;
+mod stream;
+mod tensor;
+
+pub use error::{FlashInferError, Result};
+pub use kv::{AppendIndices, AppendTable, IndexArrays, OnDevice, PageIndices, PageTable};
+pub use module::{Module, ModuleName};
+pub use ops::{attention, norm, page, signatures};
+pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
+pub use stream::Stream;
+pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};

@@ -1,0 +1,417 @@
+//! The few calls of the CUDA runtime that the crate makes itself, and the
+//! buffers it owns.
+//!
+//! The kernel modules link against `libcudart.so.13`, so that library is in
+//! the process anyway; its functions are looked up once, when the runtime
+//! starts. Device buffers are allocated and freed in the order of one stream,
+//! so that dropping one never waits for the device, and page-locked buffers
+//! are not reused before the copies out of them are done.
+
+use std::{
+    ffi::{CStr, c_char, c_int, c_uint, c_void},
+    ptr::{self, NonNull},
+    sync::OnceLock,
+};
+
+use libloading::os::unix::Library;
+
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+};
+
+type CudaError = c_int;
+type RawEvent = *mut c_void;
+
+/// `cudaErrorNotReady`.
+const NOT_READY: CudaError = 600;
+/// `cudaMemcpyHostToDevice`.
+const HOST_TO_DEVICE: c_int = 1;
+/// `cudaEventDisableTiming`.
+const EVENT_DISABLE_TIMING: c_uint = 2;
+/// `cudaStreamCaptureStatusNone`.
+const CAPTURE_NONE: c_int = 0;
+
+/// A property of a device, by its number in `cudaDeviceAttr`.
+#[derive(Clone, Copy, Debug)]
+#[repr(i32)]
+pub(crate) enum DeviceAttribute {
+    MultiprocessorCount = 16,
+    ComputeCapabilityMajor = 75,
+    ComputeCapabilityMinor = 76,
+    MaxSharedMemoryPerBlockOptin = 97,
+}
+
+macro_rules! cudart {
+    ($($field:ident = $symbol:literal: fn($($arg:ty),*);)*) => {
+        /// Function pointers of `libcudart`. Each returns a `cudaError_t`.
+        struct Symbols { $($field: unsafe extern "C" fn($($arg),*) -> CudaError,)* }
+
+        impl Symbols {
+            fn load(library: &Library, name: &str) -> Result<Self> {
+                Ok(Self { $(
+                    // SAFETY: the signature is that of the CUDA 13 runtime's
+                    // headers; the library is never unloaded.
+                    $field: unsafe { *library.get($symbol).map_err(|_| missing(name, $symbol))? },
+                )* })
+            }
+        }
+    };
+}
+
+cudart! {
+    runtime_get_version = b"cudaRuntimeGetVersion\0": fn(*mut c_int);
+    driver_get_version = b"cudaDriverGetVersion\0": fn(*mut c_int);
+    get_device_count = b"cudaGetDeviceCount\0": fn(*mut c_int);
+    get_device = b"cudaGetDevice\0": fn(*mut c_int);
+    set_device = b"cudaSetDevice\0": fn(c_int);
+    device_get_attribute = b"cudaDeviceGetAttribute\0": fn(*mut c_int, c_int, c_int);
+    malloc_async = b"cudaMallocAsync\0": fn(*mut *mut c_void, usize, *mut c_void);
+    free_async = b"cudaFreeAsync\0": fn(*mut c_void, *mut c_void);
+    host_alloc = b"cudaHostAlloc\0": fn(*mut *mut c_void, usize, c_uint);
+    free_host = b"cudaFreeHost\0": fn(*mut c_void);
+    memcpy_async = b"cudaMemcpyAsync\0": fn(*mut c_void, *const c_void, usize, c_int, *mut c_void);
+    stream_is_capturing = b"cudaStreamIsCapturing\0": fn(*mut c_void, *mut c_int);
+    device_synchronize = b"cudaDeviceSynchronize\0": fn();
+    event_create = b"cudaEventCreateWithFlags\0": fn(*mut RawEvent, c_uint);
+    event_record = b"cudaEventRecord\0": fn(RawEvent, *mut c_void);
+    event_query = b"cudaEventQuery\0": fn(RawEvent);
+    event_synchronize = b"cudaEventSynchronize\0": fn(RawEvent);
+    event_destroy = b"cudaEventDestroy\0": fn(RawEvent);
+}
+
+fn missing(library: &str, symbol: &[u8]) -> FlashInferError {
+    FlashInferError::MissingSymbol {
+        library: library.to_owned(),
+        symbol: String::from_utf8_lossy(symbol.strip_suffix(b"\0").unwrap_or(symbol)).into_owned(),
+    }
+}
+
+/// The process's CUDA runtime library.
+pub(crate) struct CudaRuntime {
+    symbols: Symbols,
+    error_string: unsafe extern "C" fn(CudaError) -> *const c_char,
+}
+
+static CUDA_RUNTIME: OnceLock<CudaRuntime> = OnceLock::new();
+
+impl CudaRuntime {
+    /// Looks up the functions in an open `libcudart` and makes them the
+    /// process's. The first library stays.
+    pub(crate) fn install(library: Library, name: &str) -> Result<&'static Self> {
+        let runtime = Self {
+            symbols: Symbols::load(&library, name)?,
+            // SAFETY: as in `Symbols::load`.
+            error_string: unsafe {
+                *library.get(b"cudaGetErrorString\0").map_err(|_| missing(name, b"cudaGetErrorString"))?
+            },
+        };
+        // Never unloaded: kernel modules and the pointers above depend on it.
+        std::mem::forget(library);
+        Ok(CUDA_RUNTIME.get_or_init(|| runtime))
+    }
+
+    /// The process's CUDA runtime, if [`install`](Self::install) has run.
+    pub(crate) fn get() -> Option<&'static Self> {
+        CUDA_RUNTIME.get()
+    }
+
+    fn check(&self, call: &'static str, code: CudaError) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        // SAFETY: the function takes any code and returns a static string.
+        let message = unsafe { CStr::from_ptr((self.error_string)(code)) };
+        Err(FlashInferError::Cuda { call, code, message: message.to_string_lossy().into_owned() })
+    }
+
+    fn integer(&self, call: &'static str, get: unsafe extern "C" fn(*mut c_int) -> CudaError) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: the function writes one int through the pointer.
+        self.check(call, unsafe { get(&mut value) })?;
+        Ok(value)
+    }
+
+    /// The version of `libcudart`, as 1000 × major + 10 × minor.
+    pub(crate) fn runtime_version(&self) -> Result<i32> {
+        self.integer("cudaRuntimeGetVersion", self.symbols.runtime_get_version)
+    }
+
+    /// The newest CUDA version that the driver serves; 0 without a driver.
+    pub(crate) fn driver_version(&self) -> Result<i32> {
+        self.integer("cudaDriverGetVersion", self.symbols.driver_get_version)
+    }
+
+    /// The number of visible CUDA devices.
+    pub(crate) fn device_count(&self) -> Result<i32> {
+        self.integer("cudaGetDeviceCount", self.symbols.get_device_count)
+    }
+
+    /// A property of a device. Cheap: the runtime answers from memory.
+    pub(crate) fn attribute(&self, ordinal: u32, attribute: DeviceAttribute) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: writes one int through the pointer.
+        let code =
+            unsafe { (self.symbols.device_get_attribute)(&mut value, attribute as c_int, ordinal as c_int) };
+        self.check("cudaDeviceGetAttribute", code)?;
+        Ok(value)
+    }
+
+    /// Major and minor compute capability of a device.
+    pub(crate) fn compute_capability(&self, ordinal: u32) -> Result<(i32, i32)> {
+        Ok((
+            self.attribute(ordinal, DeviceAttribute::ComputeCapabilityMajor)?,
+            self.attribute(ordinal, DeviceAttribute::ComputeCapabilityMinor)?,
+        ))
+    }
+
+    /// Whether work enqueued on the stream goes into a CUDA graph.
+    pub(crate) fn is_capturing(&self, stream: &Stream) -> Result<bool> {
+        let mut status = CAPTURE_NONE;
+        // SAFETY: the stream is alive (it is borrowed); one int is written.
+        let code = unsafe { (self.symbols.stream_is_capturing)(stream.as_raw(), &mut status) };
+        self.check("cudaStreamIsCapturing", code)?;
+        Ok(status != CAPTURE_NONE)
+    }
+
+    /// Makes the stream's device current until the guard is dropped.
+    fn on_device_of(&'static self, stream: &Stream) -> Result<DeviceGuard> {
+        let previous = self.integer("cudaGetDevice", self.symbols.get_device)?;
+        let wanted = stream.ordinal() as c_int;
+        if previous == wanted {
+            return Ok(DeviceGuard { runtime: self, restore: None });
+        }
+        // SAFETY: takes a number.
+        self.check("cudaSetDevice", unsafe { (self.symbols.set_device)(wanted) })?;
+        Ok(DeviceGuard { runtime: self, restore: Some(previous) })
+    }
+}
+
+struct DeviceGuard {
+    runtime: &'static CudaRuntime,
+    restore: Option<c_int>,
+}
+
+impl Drop for DeviceGuard {
+    fn drop(&mut self) {
+        if let Some(device) = self.restore {
+            // SAFETY: takes a number; it was current before.
+            unsafe { (self.runtime.symbols.set_device)(device) };
+        }
+    }
+}
+
+/// Device memory, allocated and freed in the order of one stream.
+pub(crate) struct DeviceBuffer {
+    runtime: &'static CudaRuntime,
+    data: NonNull<c_void>,
+    bytes: usize,
+    stream: Stream,
+}
+
+// SAFETY: the buffer is an address; work on it is ordered by its stream.
+unsafe impl Send for DeviceBuffer {}
+// SAFETY: as for `Send`; shared access only hands out the address.
+unsafe impl Sync for DeviceBuffer {}
+
+impl DeviceBuffer {
+    /// At least one byte, aligned to 256, usable by later work on `stream`.
+    pub(crate) fn new(runtime: &'static CudaRuntime, stream: &Stream, bytes: usize) -> Result<Self> {
+        let _device = runtime.on_device_of(stream)?;
+        let bytes = bytes.max(1);
+        let mut data = ptr::null_mut();
+        // SAFETY: the stream is alive; one pointer is written.
+        let code = unsafe { (runtime.symbols.malloc_async)(&mut data, bytes, stream.as_raw()) };
+        runtime.check("cudaMallocAsync", code)?;
+        let data = NonNull::new(data).ok_or(FlashInferError::Cuda {
+            call: "cudaMallocAsync",
+            code: 2,
+            message: "a null pointer came back".into(),
+        })?;
+        Ok(Self { runtime, data, bytes, stream: stream.clone() })
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut c_void {
+        self.data.as_ptr()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        // All work on the buffer was enqueued on its stream. Where that stream
+        // cannot be named from here (another thread's default stream), wait for
+        // the device. A failure, for example during graph capture, leaks the
+        // memory: drop has no way to report it, and leaking is safe.
+        let Ok(_device) = self.runtime.on_device_of(&self.stream) else { return };
+        let stream = if self.stream.is_usable_here() {
+            self.stream.as_raw()
+        } else {
+            // SAFETY: no arguments.
+            if unsafe { (self.runtime.symbols.device_synchronize)() } != 0 {
+                return;
+            }
+            ptr::null_mut()
+        };
+        // SAFETY: the pointer came from `cudaMallocAsync` and is freed once,
+        // after all work that uses it in stream order; the stream is alive,
+        // because `self.stream` is.
+        unsafe { (self.runtime.symbols.free_async)(self.data.as_ptr(), stream) };
+    }
+}
+
+/// A CUDA event without timing.
+struct Event {
+    runtime: &'static CudaRuntime,
+    raw: RawEvent,
+}
+
+impl Event {
+    fn new(runtime: &'static CudaRuntime) -> Result<Self> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: one handle is written.
+        let code = unsafe { (runtime.symbols.event_create)(&mut raw, EVENT_DISABLE_TIMING) };
+        runtime.check("cudaEventCreateWithFlags", code)?;
+        Ok(Self { runtime, raw })
+    }
+
+    fn record(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: event and stream are alive and of one device.
+        let code = unsafe { (self.runtime.symbols.event_record)(self.raw, stream.as_raw()) };
+        self.runtime.check("cudaEventRecord", code)
+    }
+
+    /// Returns when the work recorded last is done; at once if none was.
+    fn wait(&self) -> Result<()> {
+        // SAFETY: the event is alive.
+        let code = unsafe { (self.runtime.symbols.event_query)(self.raw) };
+        if code != NOT_READY {
+            return self.runtime.check("cudaEventQuery", code);
+        }
+        // SAFETY: the event is alive.
+        let code = unsafe { (self.runtime.symbols.event_synchronize)(self.raw) };
+        self.runtime.check("cudaEventSynchronize", code)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: the event is destroyed once.
+        unsafe { (self.runtime.symbols.event_destroy)(self.raw) };
+    }
+}
+
+/// A page-locked host buffer and the event of the last copy out of it.
+struct Slot {
+    data: NonNull<u8>,
+    copied: Event,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // Without knowing that the copy is done (during a graph capture, say)
+        // the memory is leaked: that is safe, and drop cannot report it.
+        if self.copied.wait().is_err() {
+            return;
+        }
+        // SAFETY: the pointer came from `cudaHostAlloc` and is freed once; no
+        // copy reads it any more.
+        unsafe { (self.copied.runtime.symbols.free_host)(self.data.as_ptr().cast()) };
+    }
+}
+
+/// Two page-locked host buffers used in turn, so that the host can prepare
+/// the next upload while the last one is still being copied.
+pub(crate) struct StagingBuffer {
+    slots: [Slot; 2],
+    next: usize,
+    bytes: usize,
+}
+
+// SAFETY: the buffers are plain host memory that only `&mut self` writes; CUDA
+// events may be used from any thread.
+unsafe impl Send for StagingBuffer {}
+// SAFETY: nothing can be done through a shared reference but reading `len`.
+unsafe impl Sync for StagingBuffer {}
+
+impl StagingBuffer {
+    pub(crate) fn new(runtime: &'static CudaRuntime, stream: &Stream, bytes: usize) -> Result<Self> {
+        let _device = runtime.on_device_of(stream)?;
+        let bytes = bytes.max(1);
+        let slot = || -> Result<Slot> {
+            let copied = Event::new(runtime)?;
+            let mut data = ptr::null_mut();
+            // SAFETY: one pointer is written; flags 0 is the default.
+            let code = unsafe { (runtime.symbols.host_alloc)(&mut data, bytes, 0) };
+            runtime.check("cudaHostAlloc", code)?;
+            let data = NonNull::new(data.cast::<u8>()).ok_or(FlashInferError::Cuda {
+                call: "cudaHostAlloc",
+                code: 2,
+                message: "a null pointer came back".into(),
+            })?;
+            // SAFETY: `bytes` bytes were just allocated; zeroing makes them
+            // initialized, so that they may be seen as a slice.
+            unsafe { data.write_bytes(0, bytes) };
+            Ok(Slot { data, copied })
+        };
+        Ok(Self { slots: [slot()?, slot()?], next: 0, bytes })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Lets `fill` write the buffer whose last copy is oldest, and enqueue
+    /// copies out of it on `stream`; then marks it busy until they are done.
+    ///
+    /// Waits for that oldest copy, which is two uses back.
+    pub(crate) fn stage<R>(
+        &mut self,
+        stream: &Stream,
+        fill: impl FnOnce(&mut [u8]) -> Result<R>,
+    ) -> Result<R> {
+        let slot = &self.slots[self.next];
+        slot.copied.wait()?;
+        self.next = 1 - self.next;
+        // SAFETY: the slot holds `bytes` initialized bytes; `&mut self` and the
+        // wait above make this the only access.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(slot.data.as_ptr(), self.bytes) };
+        let result = fill(bytes);
+        // Recorded also when `fill` failed: it may have enqueued a copy.
+        slot.copied.record(stream)?;
+        result
+    }
+}
+
+/// Enqueues a copy of `source` to the start of `target`, on the target's stream.
+///
+/// # Safety
+/// `source` must stay unchanged and page-locked until the copy is done.
+pub(crate) unsafe fn upload(source: &[u8], target: &DeviceBuffer) -> Result<()> {
+    if source.len() > target.bytes {
+        return Err(FlashInferError::invalid(
+            "upload",
+            "source",
+            format!("{} bytes for a buffer of {}", source.len(), target.bytes),
+        ));
+    }
+    // SAFETY: the target has room for the bytes; both pointers are alive until
+    // the copy is done (the caller's promise and the target's stream order).
+    let code = unsafe {
+        (target.runtime.symbols.memcpy_async)(
+            target.as_ptr(),
+            source.as_ptr().cast(),
+            source.len(),
+            HOST_TO_DEVICE,
+            target.stream.as_raw(),
+        )
+    };
+    target.runtime.check("cudaMemcpyAsync", code)
+}

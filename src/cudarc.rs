@@ -1,0 +1,166 @@
+//! Views of cudarc slices, and cudarc's streams.
+//!
+//! [`TensorExt`] gives a slice the methods [`tensor`](TensorExt::tensor) and
+//! [`tensor_mut`](TensorExtMut::tensor_mut). The element type of the view is
+//! the slice's. What they return holds the slice borrowed and cudarc's own
+//! bookkeeping: making it lets the stream wait for earlier work on the slice
+//! on other streams, and dropping it records the work enqueued meanwhile. So
+//! it must live until the operation has been called, which the lifetimes of
+//! [`SliceRef::view`] and [`SliceMut::view_mut`] see to, and it can be used on
+//! that one stream only.
+//!
+//! To capture a CUDA graph, make the views before the capture begins and drop
+//! them after it ends: waiting for events of uncaptured work is not allowed
+//! in between. A graph does not keep the slices alive that it works on;
+//! `cudarc::driver::CudaGraph::launch` is safe to call all the same, so keep
+//! them alive and their contents meaningful for as long as the graph is
+//! launched.
+
+use std::sync::Arc;
+
+use ::cudarc::driver::{
+    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUdeviceptr,
+};
+
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+    tensor::{Element, RawTensor, TensorMut, TensorRef},
+};
+
+impl From<&Arc<CudaStream>> for Stream {
+    /// The same stream, which it keeps alive.
+    fn from(stream: &Arc<CudaStream>) -> Self {
+        let ordinal = stream.context().ordinal() as u32;
+        Self::with_owner(stream.cu_stream().cast(), ordinal, Some(stream.clone()))
+    }
+}
+
+/// A shared view of a cudarc slice on one stream.
+#[must_use]
+pub struct SliceRef<'a> {
+    tensor: TensorRef<'a>,
+    _sync: SyncOnDrop<'a>,
+}
+
+impl SliceRef<'_> {
+    /// The view, to pass to operations.
+    pub fn view(&self) -> TensorRef<'_> {
+        self.tensor
+    }
+}
+
+/// An exclusive view of a cudarc slice on one stream.
+#[must_use]
+pub struct SliceMut<'a> {
+    tensor: TensorMut<'a>,
+    _sync: SyncOnDrop<'a>,
+}
+
+impl SliceMut<'_> {
+    /// The view, to read.
+    pub fn view(&self) -> TensorRef<'_> {
+        self.tensor.as_ref()
+    }
+
+    /// The view, to pass to operations that write.
+    pub fn view_mut(&mut self) -> TensorMut<'_> {
+        self.tensor.reborrow()
+    }
+}
+
+mod sealed {
+    /// cudarc's own storage types, whose pointer and length are trusted.
+    pub trait Storage {}
+}
+impl<T> sealed::Storage for CudaSlice<T> {}
+impl<T> sealed::Storage for CudaView<'_, T> {}
+impl<T> sealed::Storage for CudaViewMut<'_, T> {}
+
+/// Shared views of cudarc slices and views.
+pub trait TensorExt<T: Element>: DevicePtr<T> + sealed::Storage {
+    /// A contiguous view for work on `stream`.
+    ///
+    /// # Errors
+    /// The shape needs more elements than the slice has, or the stream is of
+    /// another device or not of the device's primary context.
+    fn tensor<'a>(&'a self, stream: &'a Arc<CudaStream>, shape: &[usize]) -> Result<SliceRef<'a>> {
+        self.tensor_strided(stream, shape, None)
+    }
+
+    /// A view with strides, in elements.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    fn tensor_strided<'a>(
+        &'a self,
+        stream: &'a Arc<CudaStream>,
+        shape: &[usize],
+        strides: Option<&[usize]>,
+    ) -> Result<SliceRef<'a>> {
+        check_context(self.stream(), stream)?;
+        let len = self.len();
+        let (pointer, sync) = self.device_ptr(stream);
+        let raw = raw::<T>(pointer, stream, shape, strides)?;
+        raw.check_fits(len)?;
+        Ok(SliceRef { tensor: TensorRef::new(raw), _sync: sync })
+    }
+}
+impl<T: Element, S: DevicePtr<T> + sealed::Storage> TensorExt<T> for S {}
+
+/// Exclusive views of cudarc slices and views.
+pub trait TensorExtMut<T: Element>: DevicePtrMut<T> + sealed::Storage {
+    /// A contiguous view for work on `stream`.
+    ///
+    /// # Errors
+    /// As [`TensorExt::tensor`].
+    fn tensor_mut<'a>(&'a mut self, stream: &'a Arc<CudaStream>, shape: &[usize]) -> Result<SliceMut<'a>> {
+        self.tensor_mut_strided(stream, shape, None)
+    }
+
+    /// A view with strides, in elements.
+    ///
+    /// # Errors
+    /// As [`TensorExt::tensor`]; also when two indices would name one element.
+    fn tensor_mut_strided<'a>(
+        &'a mut self,
+        stream: &'a Arc<CudaStream>,
+        shape: &[usize],
+        strides: Option<&[usize]>,
+    ) -> Result<SliceMut<'a>> {
+        check_context(self.stream(), stream)?;
+        let len = self.len();
+        let (pointer, sync) = self.device_ptr_mut(stream);
+        let raw = raw::<T>(pointer, stream, shape, strides)?;
+        Ok(SliceMut { tensor: TensorMut::checked(raw, len)?, _sync: sync })
+    }
+}
+impl<T: Element, S: DevicePtrMut<T> + sealed::Storage> TensorExtMut<T> for S {}
+
+fn raw<T: Element>(
+    pointer: CUdeviceptr,
+    stream: &Arc<CudaStream>,
+    shape: &[usize],
+    strides: Option<&[usize]>,
+) -> Result<RawTensor> {
+    let stream = Stream::with_owner(stream.cu_stream().cast(), stream.context().ordinal() as u32, None);
+    let mut raw = RawTensor::new(pointer as *mut _, stream.device(), T::DTYPE, shape, strides)?;
+    raw.stream = Some(stream.id());
+    Ok(raw)
+}
+
+/// Kernel modules work in primary contexts, and views on one device.
+fn check_context(storage: &Arc<CudaStream>, stream: &Arc<CudaStream>) -> Result<()> {
+    let invalid = |problem: String| Err(FlashInferError::invalid("tensor view", "stream", problem));
+    if storage.context().ordinal() != stream.context().ordinal() {
+        return invalid(format!(
+            "the slice is on cuda:{}, the stream on cuda:{}",
+            storage.context().ordinal(),
+            stream.context().ordinal()
+        ));
+    }
+    if !storage.context().is_primary() || !stream.context().is_primary() {
+        return invalid("kernels run in the device's primary context; make it with CudaContext::new".into());
+    }
+    Ok(())
+}

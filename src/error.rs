@@ -1,0 +1,135 @@
+//! The crate's one error type: a variant for each cause that a caller can act on.
+
+use std::path::PathBuf;
+
+use crate::artifacts::ArtifactError;
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = FlashInferError> = std::result::Result<T, E>;
+
+/// Everything that can go wrong in this crate.
+///
+/// Errors are raised before anything is launched or written, except where a
+/// variant says otherwise.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FlashInferError {
+    /// A wheel, a member of it, or the cache could not be had.
+    #[error(transparent)]
+    Artifact(#[from] Box<ArtifactError>),
+
+    /// A shared library is there but cannot be opened.
+    #[error("cannot open {}: {reason}{}", path.display(), remedy_suffix(remedy))]
+    Library {
+        /// The library's file, or its name where the dynamic loader searches.
+        path: PathBuf,
+        /// What the dynamic loader said.
+        reason: String,
+        /// What to do about it; empty where nothing is known.
+        remedy: &'static str,
+    },
+
+    /// A library lacks a function that this crate needs.
+    #[error("{library} exports no `{symbol}`; it is another version than this crate was made for")]
+    MissingSymbol {
+        /// The library that was searched.
+        library: String,
+        /// The missing symbol.
+        symbol: String,
+    },
+
+    /// `libtvm_ffi` has an ABI that this crate does not speak.
+    #[error(
+        "libtvm_ffi {found} is loaded in this process, but this crate needs {expected}; \
+         let this crate load its own copy first, or load a version that fits"
+    )]
+    AbiVersion {
+        /// The version of the library.
+        found: String,
+        /// The versions that fit.
+        expected: &'static str,
+    },
+
+    /// The process's runtime was already started with another configuration.
+    #[error(
+        "the FlashInfer runtime is already running with another configuration; \
+         initialize it once, with the same RuntimeConfig everywhere ({difference})"
+    )]
+    ConfigurationMismatch {
+        /// Which field differs.
+        difference: String,
+    },
+
+    /// A call into a kernel module failed. Checks inside the module come before
+    /// its launches, so as a rule nothing ran; a CUDA error reported here may
+    /// stem from earlier work on the device.
+    #[error("{function} failed: {kind}: {message}")]
+    TvmFfiCall {
+        /// The export that was called.
+        function: String,
+        /// The error's kind, such as `TypeError` or `InternalError`.
+        kind: String,
+        /// What the module said.
+        message: String,
+        /// The module's own backtrace, most recent call first.
+        traceback: String,
+    },
+
+    /// A call of the CUDA runtime failed.
+    #[error("{call} failed: {message} (cudaError {code}){}", remedy_suffix(cuda_remedy(*code)))]
+    Cuda {
+        /// The function that failed.
+        call: &'static str,
+        /// The `cudaError_t` it returned.
+        code: i32,
+        /// The runtime's text for that code.
+        message: String,
+    },
+
+    /// An argument of an operation is not acceptable. Nothing was launched.
+    #[error("{op}: {argument}: {problem}")]
+    InvalidArgument {
+        /// The operation.
+        op: &'static str,
+        /// The argument at fault.
+        argument: &'static str,
+        /// What was found, what was expected, and what to do.
+        problem: String,
+    },
+
+    /// No kernel exists for what was asked.
+    #[error("{what}; {available}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// What there is instead.
+        available: String,
+    },
+}
+
+impl FlashInferError {
+    pub(crate) fn invalid(op: &'static str, argument: &'static str, problem: impl Into<String>) -> Self {
+        Self::InvalidArgument { op, argument, problem: problem.into() }
+    }
+}
+
+impl From<ArtifactError> for FlashInferError {
+    fn from(error: ArtifactError) -> Self {
+        Self::Artifact(Box::new(error))
+    }
+}
+
+fn remedy_suffix(remedy: &str) -> String {
+    if remedy.is_empty() { String::new() } else { format!("; {remedy}") }
+}
+
+/// What to do about a CUDA error, where a general answer exists.
+fn cuda_remedy(code: i32) -> &'static str {
+    match code {
+        2 => "free device memory or use smaller workspaces",
+        35 => "the NVIDIA driver is missing or older than CUDA 13 needs (580 or newer); install or update it",
+        100 => "no NVIDIA GPU is visible; check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+        209 => "the module holds no code for this GPU; use a wheel built for its architecture",
+        _ => "",
+    }
+}

@@ -1,0 +1,174 @@
+//! A call: its function, its stream, its error.
+
+use std::{cell::Cell, ffi::c_void, marker::PhantomData, ptr, ptr::NonNull};
+
+use super::{
+    abi::{Any, ObjectHeader, SafeCall, device_type},
+    args::Arg,
+    library::TvmFfi,
+    object::{Object, Value},
+};
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+};
+
+/// An exported function, resolved once. Libraries are never unloaded, so the
+/// pointer stays valid for the life of the process.
+#[derive(Clone, Copy, Debug)]
+pub struct Function {
+    library: &'static TvmFfi,
+    target: Target,
+    name: &'static str,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    /// A C symbol of a module.
+    Symbol(SafeCall),
+    /// A function object of the global table, never released.
+    Global(NonNull<ObjectHeader>),
+}
+
+// SAFETY: both kinds of target may be called from any thread, says the ABI.
+unsafe impl Send for Function {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Function {}
+
+impl std::fmt::Debug for TvmFfi {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TvmFfi({:?})", self.version())
+    }
+}
+
+impl Function {
+    /// A function by its exported C symbol.
+    pub(crate) fn from_symbol(library: &'static TvmFfi, symbol: SafeCall, name: &'static str) -> Self {
+        Self { library, target: Target::Symbol(symbol), name }
+    }
+
+    /// A function of libtvm_ffi's global table, such as one that another
+    /// library registered on load. `None` if there is none of that name.
+    pub(crate) fn global(library: &'static TvmFfi, name: &'static str) -> Option<Self> {
+        let bytes = super::abi::ByteArray { data: name.as_ptr().cast(), size: name.len() };
+        let mut object = ptr::null_mut();
+        // SAFETY: the name is alive; one owned reference or null is written.
+        let code = unsafe { (library.function_get_global)(&bytes, &mut object) };
+        let object = NonNull::new(object)?;
+        (code == 0).then_some(Self { library, target: Target::Global(object), name })
+    }
+
+    /// The function's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Calls the function. Kernels go to the stream that is set for the
+    /// calling thread, so see [`call_on`](Self::call_on) for those.
+    ///
+    /// # Errors
+    /// [`FlashInferError::TvmFfiCall`] with what the function raised.
+    ///
+    /// # Safety
+    /// The function does with its arguments what its author wrote: tensors
+    /// must be of the devices, types and sizes it assumes, and index tensors
+    /// must hold what it expects.
+    pub unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Value> {
+        let mut result = Any::NONE;
+        let (args, count) = (args.as_ptr().cast::<Any>(), args.len() as i32);
+        // SAFETY: `Arg` is transparent over `Any`; `count` of them are alive
+        // for the call; the result starts as None.
+        let code = unsafe {
+            match self.target {
+                Target::Symbol(function) => function(ptr::null_mut(), args, count, &mut result),
+                Target::Global(function) => {
+                    (self.library.function_call)(function.as_ptr(), args, count, &mut result)
+                }
+            }
+        };
+        if code != 0 {
+            return Err(self.raised());
+        }
+        // SAFETY: on success the result is ours.
+        Ok(unsafe { Value::from_owned(result) })
+    }
+
+    /// Calls the function with `stream` as the stream of its kernels.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    ///
+    /// # Safety
+    /// As [`call`](Self::call).
+    pub unsafe fn call_on(&self, stream: &Stream, args: &[Arg<'_>]) -> Result<Value> {
+        let _context = StreamContext::enter(self.library, stream)?;
+        // SAFETY: promised by the caller.
+        unsafe { self.call(args) }
+    }
+
+    /// The error that the last call left behind in this thread.
+    #[cold]
+    fn raised(&self) -> FlashInferError {
+        let mut error = ptr::null_mut();
+        // SAFETY: moves one owned reference, or null, out of the slot.
+        unsafe { (self.library.error_move_from_raised)(&mut error) };
+        // SAFETY: the reference is ours.
+        let error = NonNull::new(error).map(|error| unsafe { Object::from_owned(error) });
+        let (kind, message, traceback) = error.and_then(|error| error.to_error()).unwrap_or_else(|| {
+            ("UnknownError".into(), "the function failed without saying why".into(), String::new())
+        });
+        FlashInferError::TvmFfiCall { function: self.name.into(), kind, message, traceback }
+    }
+}
+
+thread_local! {
+    /// The stream of the innermost [`StreamContext`] of this thread.
+    static CURRENT: Cell<*const Stream> = const { Cell::new(ptr::null()) };
+}
+
+/// Makes a stream the one of this thread's calls, until dropped: then the
+/// stream that was set before is set again, whatever happened in between.
+pub(crate) struct StreamContext<'s> {
+    library: &'static TvmFfi,
+    ordinal: i32,
+    previous: *mut c_void,
+    previous_owner: *const Stream,
+    stream: PhantomData<&'s Stream>,
+}
+
+impl<'s> StreamContext<'s> {
+    pub(crate) fn enter(library: &'static TvmFfi, stream: &'s Stream) -> Result<Self> {
+        let ordinal = stream.ordinal() as i32;
+        let mut previous = ptr::null_mut();
+        // SAFETY: only stores the handle, and writes the old one.
+        let code =
+            unsafe { (library.env_set_stream)(device_type::CUDA, ordinal, stream.as_raw(), &mut previous) };
+        if code != 0 {
+            return Err(FlashInferError::invalid(
+                "TVMFFIEnvSetStream",
+                "stream",
+                format!("libtvm_ffi refused {stream:?}"),
+            ));
+        }
+        let previous_owner = CURRENT.replace(stream);
+        Ok(Self { library, ordinal, previous, previous_owner, stream: PhantomData })
+    }
+
+    /// Gives `f` the stream of the innermost context, if there is one.
+    pub(crate) fn with_current<R>(f: impl FnOnce(Option<&Stream>) -> R) -> R {
+        let current = CURRENT.get();
+        // SAFETY: the pointer is set only while a context borrows the stream,
+        // and contexts of a thread nest.
+        f(unsafe { current.as_ref() })
+    }
+}
+
+impl Drop for StreamContext<'_> {
+    fn drop(&mut self) {
+        CURRENT.set(self.previous_owner);
+        // SAFETY: stores a handle that was set before.
+        unsafe {
+            (self.library.env_set_stream)(device_type::CUDA, self.ordinal, self.previous, ptr::null_mut())
+        };
+    }
+}

@@ -1,0 +1,162 @@
+//! `libtvm_ffi` itself: one per process, with its symbols looked up once.
+
+use std::{
+    ffi::{c_int, c_void},
+    path::Path,
+    sync::OnceLock,
+};
+
+use libloading::os::unix::Library;
+
+use super::abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version};
+use crate::error::{FlashInferError, Result};
+
+macro_rules! tvm_ffi {
+    ($($(#[$doc:meta])* $field:ident = $symbol:literal: fn($($arg:ty),*) $(-> $ret:ty)?;)*) => {
+        /// Function pointers of `libtvm_ffi`, with the signatures of
+        /// `c_api.h` and `c_env_api.h`.
+        pub(crate) struct TvmFfi {
+            version: Version,
+            $($(#[$doc])* pub(crate) $field: unsafe extern "C" fn($($arg),*) $(-> $ret)?,)*
+        }
+
+        impl TvmFfi {
+            fn load(library: &Library) -> Result<Self> {
+                $(
+                    // SAFETY: the signature is that of the C headers of 0.1;
+                    // the library is never unloaded.
+                    let $field: unsafe extern "C" fn($($arg),*) $(-> $ret)? = unsafe {
+                        *library.get($symbol).map_err(|_| FlashInferError::MissingSymbol {
+                            library: "libtvm_ffi".into(),
+                            symbol: String::from_utf8_lossy(&$symbol[..$symbol.len() - 1]).into_owned(),
+                        })?
+                    };
+                )*
+                let mut library = Self { version: Version::default(), $($field),* };
+                // SAFETY: fills in the struct; stable across all versions.
+                unsafe { (library.get_version)(&mut library.version) };
+                Ok(library)
+            }
+        }
+    };
+}
+
+tvm_ffi! {
+    get_version = b"TVMFFIGetVersion\0": fn(*mut Version);
+    object_inc_ref = b"TVMFFIObjectIncRef\0": fn(*mut ObjectHeader) -> c_int;
+    object_dec_ref = b"TVMFFIObjectDecRef\0": fn(*mut ObjectHeader) -> c_int;
+    error_move_from_raised = b"TVMFFIErrorMoveFromRaised\0": fn(*mut *mut ObjectHeader);
+    function_get_global = b"TVMFFIFunctionGetGlobal\0": fn(*const ByteArray, *mut *mut ObjectHeader) -> c_int;
+    function_call = b"TVMFFIFunctionCall\0": fn(*mut ObjectHeader, *const Any, i32, *mut Any) -> c_int;
+    env_set_stream = b"TVMFFIEnvSetStream\0": fn(i32, i32, *mut c_void, *mut *mut c_void) -> c_int;
+    env_set_allocator = b"TVMFFIEnvSetDLPackManagedTensorAllocator\0":
+        fn(Option<TensorAllocator>, c_int, *mut Option<TensorAllocator>) -> c_int;
+    env_get_allocator = b"TVMFFIEnvGetDLPackManagedTensorAllocator\0": fn() -> Option<TensorAllocator>;
+}
+
+/// The versions that this crate speaks, for messages.
+pub(crate) const FITTING_VERSIONS: &str = "0.1.x with x of at least 8";
+
+static LIBRARY: OnceLock<TvmFfi> = OnceLock::new();
+
+impl TvmFfi {
+    /// The process's library, once [`install`](Self::install) has run.
+    pub(crate) fn get() -> Option<&'static Self> {
+        LIBRARY.get()
+    }
+
+    /// The library's version.
+    pub(crate) fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Whether the 0.1 ABI that this crate was written for is the library's.
+    /// Within 0.1, the calls used here have been stable since 0.1.8.
+    fn fits(version: Version) -> bool {
+        version.major == 0 && version.minor == 1 && version.patch >= 8
+    }
+
+    /// Uses a library that is already in the process, under its usual name.
+    /// `Ok(None)` when there is none.
+    ///
+    /// # Errors
+    /// One is there, but its version does not fit: a second copy cannot be
+    /// loaded beside it, because modules find its symbols by name.
+    pub(crate) fn adopt() -> Result<Option<&'static Self>> {
+        // With RTLD_GLOBAL this also promotes a copy that was opened locally,
+        // so that modules can find its symbols.
+        // SAFETY: RTLD_NOLOAD runs no initializer.
+        let found = unsafe {
+            Library::open(Some("libtvm_ffi.so"), libc::RTLD_NOW | libc::RTLD_GLOBAL | libc::RTLD_NOLOAD)
+        };
+        let library = match found {
+            Ok(library) => library,
+            Err(_) => {
+                let this = Library::this();
+                // SAFETY: only asks whether the symbol exists (the library may
+                // be linked into the program).
+                if unsafe { this.get::<unsafe extern "C" fn()>(b"TVMFFIGetVersion\0") }.is_err() {
+                    return Ok(None);
+                }
+                this
+            }
+        };
+        Self::install(library).map(Some)
+    }
+
+    /// Opens a library file globally and makes it the process's.
+    pub(crate) fn open(path: &Path) -> Result<&'static Self> {
+        let handler = SignalHandler::save(libc::SIGSEGV);
+        // SAFETY: the file is a verified or user-chosen libtvm_ffi; its
+        // initializers register types and replace the SIGSEGV handler, which
+        // is put back below.
+        let library = unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+        drop(handler);
+        let library = library.map_err(|error| FlashInferError::Library {
+            path: path.to_owned(),
+            reason: error.to_string(),
+            remedy: "",
+        })?;
+        Self::install(library)
+    }
+
+    fn install(library: Library) -> Result<&'static Self> {
+        let loaded = Self::load(&library)?;
+        if !Self::fits(loaded.version) {
+            let Version { major, minor, patch } = loaded.version;
+            return Err(FlashInferError::AbiVersion {
+                found: format!("{major}.{minor}.{patch}"),
+                expected: FITTING_VERSIONS,
+            });
+        }
+        // Never unloaded: modules and objects refer to its code.
+        std::mem::forget(library);
+        Ok(LIBRARY.get_or_init(|| loaded))
+    }
+}
+
+/// Puts a signal's handler back when dropped. Loading `libtvm_ffi` replaces
+/// the SIGSEGV handler, which would lose Rust's message for stack overflows.
+struct SignalHandler {
+    signal: c_int,
+    action: Option<libc::sigaction>,
+}
+
+impl SignalHandler {
+    fn save(signal: c_int) -> Self {
+        let mut action = std::mem::MaybeUninit::uninit();
+        // SAFETY: a null new action only reads the current one into `action`.
+        let read = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } == 0;
+        // SAFETY: initialized by the successful call.
+        Self { signal, action: read.then(|| unsafe { action.assume_init() }) }
+    }
+}
+
+impl Drop for SignalHandler {
+    fn drop(&mut self) {
+        if let Some(action) = &self.action {
+            // SAFETY: the action was in force when it was saved.
+            unsafe { libc::sigaction(self.signal, action, std::ptr::null_mut()) };
+        }
+    }
+}

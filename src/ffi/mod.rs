@@ -1,0 +1,29 @@
+//! The TVM-FFI C ABI, and nothing of FlashInfer.
+//!
+//! A TVM-FFI library exports each function as a C symbol `__tvm_ffi_<name>`
+//! that takes an array of 16-byte tagged values ([`abi::Any`]) and stores its
+//! result in another. Here are those types ([`abi`]), the functions of
+//! `libtvm_ffi` itself ([`library`]), arguments packed on the stack
+//! ([`Arg`], [`DlTensor`]), owned references to its objects ([`Object`]), and
+//! the call with its stream and its errors ([`Function`]). A function's
+//! argument list is declared once, by the [`kernels!`](crate::kernels) macro,
+//! which both packs the arguments and can be compared with what a library
+//! says of itself ([`Signature`]).
+//!
+//! Source of the contract: `tvm/ffi/c_api.h`, `tvm/ffi/extra/c_env_api.h` and
+//! `dlpack/dlpack.h` of apache-tvm-ffi 0.1.12.
+
+pub mod abi;
+mod allocator;
+mod args;
+mod call;
+pub mod library;
+mod object;
+mod signature;
+
+pub(crate) use allocator::register as register_allocator;
+pub use args::{Arg, DlTensor};
+pub use call::Function;
+pub use object::{Object, Value};
+pub use signature::{ArgKind, Kernel, Signature};
+pub(crate) use signature::{kernels, kind};

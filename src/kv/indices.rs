@@ -1,0 +1,398 @@
+//! Index arrays on the host, checked once.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{FlashInferError, Result};
+
+/// Tells page tables apart, so that what was checked against one is not used
+/// with another. Copies of a table, which never changes, share its stamp.
+fn next_stamp() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The page table of a batch: which pages of the cache hold each request's
+/// tokens, in order.
+///
+/// The arrays are FlashInfer's: `indptr` (`batch + 1` entries) delimits each
+/// request's part of `indices` (page numbers), and `last_page_len` (`batch`
+/// entries) is the number of tokens in a request's last page. A request
+/// without pages has equal `indptr` entries and a `last_page_len` of 0.
+///
+/// Two requests may name one page (a shared prefix).
+#[derive(Clone, Debug)]
+pub struct PageIndices {
+    pub(crate) stamp: u64,
+    num_pages: usize,
+    page_size: usize,
+    pub(super) indptr: Vec<i32>,
+    pub(super) indices: Vec<i32>,
+    pub(super) last_page_len: Vec<i32>,
+}
+
+impl PageIndices {
+    /// Checks a page table against a cache of `num_pages` pages of
+    /// `page_size` tokens.
+    ///
+    /// # Errors
+    /// An array has the wrong length, `indptr` does not start at 0 or
+    /// decreases, a page lies outside the cache, a `last_page_len` is not in
+    /// `1..=page_size` (or not 0 for a request without pages), or the batch
+    /// holds 2³¹ token slots or more.
+    ///
+    /// ```
+    /// # use flashinfer_rs::PageIndices;
+    /// // Two requests in a cache of 8 pages of 16 tokens: 20 and 16 tokens.
+    /// let table = PageIndices::new(8, 16, vec![0, 2, 3], vec![5, 0, 7], vec![4, 16])?;
+    /// assert_eq!(table.seq_len(0), 20);
+    /// assert!(PageIndices::new(8, 16, vec![0, 1], vec![8], vec![1]).is_err());
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn new(
+        num_pages: usize,
+        page_size: usize,
+        indptr: Vec<i32>,
+        indices: Vec<i32>,
+        last_page_len: Vec<i32>,
+    ) -> Result<Self> {
+        let invalid =
+            |argument, problem: String| Err(FlashInferError::invalid("PageIndices", argument, problem));
+        if num_pages > i32::MAX as usize {
+            return invalid(
+                "num_pages",
+                format!("{num_pages}; page numbers are 32-bit, so at most {}", i32::MAX),
+            );
+        }
+        if page_size == 0 {
+            return invalid("page_size", "0; a page holds at least one token".into());
+        }
+        if indices.len().checked_mul(page_size).is_none_or(|slots| slots > i32::MAX as usize) {
+            return invalid(
+                "indices",
+                format!(
+                    "{} pages of {page_size} tokens; the kernels count at most {} token slots",
+                    indices.len(),
+                    i32::MAX
+                ),
+            );
+        }
+        check_indptr("PageIndices", "indptr", &indptr, indices.len())?;
+        if last_page_len.len() + 1 != indptr.len() {
+            return invalid(
+                "last_page_len",
+                format!("{} entries; indptr is for {} requests", last_page_len.len(), indptr.len() - 1),
+            );
+        }
+        if let Some(at) =
+            indices.iter().position(|&page| usize::try_from(page).map_or(true, |page| page >= num_pages))
+        {
+            return invalid("indices", format!("entry {at} is page {}, outside 0..{num_pages}", indices[at]));
+        }
+        for (request, (pages, &len)) in indptr.windows(2).zip(&last_page_len).enumerate() {
+            let allowed = if pages[0] == pages[1] { 0..=0 } else { 1..=page_size as i64 };
+            if !allowed.contains(&i64::from(len)) {
+                return invalid(
+                    "last_page_len",
+                    format!(
+                        "request {request} has {} pages and {len} tokens in the last one; allowed are {allowed:?}",
+                        pages[1] - pages[0]
+                    ),
+                );
+            }
+        }
+        Ok(Self { stamp: next_stamp(), num_pages, page_size, indptr, indices, last_page_len })
+    }
+
+    /// A table from each request's pages and number of tokens.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when a request's pages are not exactly
+    /// those that its tokens need.
+    pub fn from_requests<'r>(
+        num_pages: usize,
+        page_size: usize,
+        requests: impl IntoIterator<Item = (&'r [i32], usize)>,
+    ) -> Result<Self> {
+        let (mut indptr, mut indices, mut last_page_len) = (vec![0i32], Vec::new(), Vec::new());
+        for (request, (pages, tokens)) in requests.into_iter().enumerate() {
+            let needed = tokens.div_ceil(page_size.max(1));
+            if needed != pages.len() {
+                return Err(FlashInferError::invalid(
+                    "PageIndices",
+                    "requests",
+                    format!(
+                        "request {request}: {tokens} tokens need {needed} pages of {page_size}, {} given",
+                        pages.len()
+                    ),
+                ));
+            }
+            indices.extend_from_slice(pages);
+            // A count beyond i32 is refused by `new`, which sees a broken indptr.
+            indptr.push(i32::try_from(indices.len()).unwrap_or(-1));
+            last_page_len.push((tokens - needed.saturating_sub(1) * page_size) as i32);
+        }
+        Self::new(num_pages, page_size, indptr, indices, last_page_len)
+    }
+
+    /// Adds requests without pages until there are `batch` of them, as a
+    /// decode step captured for that batch size needs.
+    ///
+    /// # Errors
+    /// There are more requests already.
+    pub fn pad_to(mut self, batch: usize) -> Result<Self> {
+        if batch < self.batch_size() {
+            return Err(FlashInferError::invalid(
+                "PageIndices",
+                "batch",
+                format!("{} requests cannot be padded to {batch}", self.batch_size()),
+            ));
+        }
+        let end = self.indices.len() as i32;
+        self.stamp = next_stamp();
+        self.indptr.resize(batch + 1, end);
+        self.last_page_len.resize(batch, 0);
+        Ok(self)
+    }
+
+    /// The number of requests.
+    pub fn batch_size(&self) -> usize {
+        self.last_page_len.len()
+    }
+
+    /// Pages of the cache that the table was checked against.
+    pub fn num_pages(&self) -> usize {
+        self.num_pages
+    }
+
+    /// Tokens in a page.
+    pub fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// Where each request's pages start and end in [`indices`](Self::indices).
+    pub fn indptr(&self) -> &[i32] {
+        &self.indptr
+    }
+
+    /// Page numbers of all requests.
+    pub fn indices(&self) -> &[i32] {
+        &self.indices
+    }
+
+    /// Tokens in each request's last page.
+    pub fn last_page_len(&self) -> &[i32] {
+        &self.last_page_len
+    }
+
+    /// The pages of one request.
+    ///
+    /// # Panics
+    /// If there is no such request.
+    pub fn pages(&self, request: usize) -> &[i32] {
+        &self.indices[self.indptr[request] as usize..self.indptr[request + 1] as usize]
+    }
+
+    /// The number of tokens of one request.
+    ///
+    /// # Panics
+    /// If there is no such request.
+    pub fn seq_len(&self, request: usize) -> usize {
+        let full = self.pages(request).len().saturating_sub(1);
+        full * self.page_size + self.last_page_len[request] as usize
+    }
+}
+
+/// Where appended tokens go: for each, its request and its position there.
+#[derive(Clone, Debug)]
+pub struct AppendIndices {
+    pub(super) batch_indices: Vec<i32>,
+    pub(super) positions: Vec<i32>,
+    /// The page table that the entries were checked against.
+    pub(crate) table_stamp: u64,
+}
+
+impl AppendIndices {
+    /// Checks explicit requests and positions against a page table, which
+    /// must already count the new tokens.
+    ///
+    /// # Errors
+    /// The arrays differ in length, or an entry names a request that is not
+    /// in the table or a position at or beyond its length.
+    pub fn new(table: &PageIndices, batch_indices: Vec<i32>, positions: Vec<i32>) -> Result<Self> {
+        const OP: &str = "AppendIndices";
+        if batch_indices.len() != positions.len() {
+            return Err(FlashInferError::invalid(
+                OP,
+                "positions",
+                format!("{} entries for {} tokens", positions.len(), batch_indices.len()),
+            ));
+        }
+        for (token, (&request, &position)) in batch_indices.iter().zip(&positions).enumerate() {
+            let request_len = usize::try_from(request)
+                .ok()
+                .filter(|&request| request < table.batch_size())
+                .map(|request| table.seq_len(request));
+            let Some(len) = request_len else {
+                return Err(FlashInferError::invalid(
+                    OP,
+                    "batch_indices",
+                    format!(
+                        "token {token} belongs to request {request}, but there are {}",
+                        table.batch_size()
+                    ),
+                ));
+            };
+            if usize::try_from(position).map_or(true, |position| position >= len) {
+                return Err(FlashInferError::invalid(
+                    OP,
+                    "positions",
+                    format!(
+                        "token {token} goes to position {position} of request {request}, which has {len} tokens; \
+                         the page table must already count the tokens that are appended"
+                    ),
+                ));
+            }
+        }
+        Ok(Self { batch_indices, positions, table_stamp: table.stamp })
+    }
+
+    /// The last tokens of each request: request `i` gets
+    /// `append_indptr[i + 1] - append_indptr[i]` of them. This is upstream's
+    /// `get_batch_indices_positions`.
+    ///
+    /// # Errors
+    /// `append_indptr` is not for the table's batch, does not start at 0,
+    /// decreases, or gives a request more tokens than it has.
+    pub fn last_tokens(table: &PageIndices, append_indptr: &[i32]) -> Result<Self> {
+        const OP: &str = "AppendIndices";
+        let nnz = append_indptr.last().copied().unwrap_or_default();
+        check_indptr(OP, "append_indptr", append_indptr, usize::try_from(nnz).unwrap_or_default())?;
+        if append_indptr.len() != table.batch_size() + 1 {
+            return Err(FlashInferError::invalid(
+                OP,
+                "append_indptr",
+                format!("{} entries for a table of {} requests", append_indptr.len(), table.batch_size()),
+            ));
+        }
+        let mut batch_indices = Vec::with_capacity(nnz as usize);
+        let mut positions = Vec::with_capacity(nnz as usize);
+        for (request, tokens) in append_indptr.windows(2).enumerate() {
+            let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
+            let Some(first) = len.checked_sub(new) else {
+                return Err(FlashInferError::invalid(
+                    OP,
+                    "append_indptr",
+                    format!(
+                        "request {request} gets {new} new tokens but has {len} in the page table, \
+                         which must already count them"
+                    ),
+                ));
+            };
+            batch_indices.extend(std::iter::repeat_n(request as i32, new));
+            positions.extend((first..len).map(|position| position as i32));
+        }
+        Self::new(table, batch_indices, positions)
+    }
+
+    /// The number of tokens.
+    pub fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Whether there are no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.positions.is_empty()
+    }
+
+    /// Each token's request.
+    pub fn batch_indices(&self) -> &[i32] {
+        &self.batch_indices
+    }
+
+    /// Each token's position in its request.
+    pub fn positions(&self) -> &[i32] {
+        &self.positions
+    }
+}
+
+/// `indptr` starts at 0, does not decrease and ends at `end`.
+fn check_indptr(op: &'static str, argument: &'static str, indptr: &[i32], end: usize) -> Result<()> {
+    let invalid = |problem: String| Err(FlashInferError::invalid(op, argument, problem));
+    let (Some(&first), Some(&last)) = (indptr.first(), indptr.last()) else {
+        return invalid("empty; it has one entry more than there are requests".into());
+    };
+    if first != 0 {
+        return invalid(format!("starts at {first}; it must start at 0"));
+    }
+    if let Some(at) = indptr.windows(2).position(|pair| pair[0] > pair[1]) {
+        return invalid(format!("decreases from {} to {} at entry {}", indptr[at], indptr[at + 1], at + 1));
+    }
+    if usize::try_from(last) != Ok(end) {
+        return invalid(format!("ends at {last}, but there are {end} entries to delimit"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem<T: std::fmt::Debug>(result: Result<T>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn page_tables_are_checked() {
+        let new = |indptr: &[i32], indices: &[i32], last: &[i32]| {
+            PageIndices::new(4, 16, indptr.to_vec(), indices.to_vec(), last.to_vec())
+        };
+        let table = new(&[0, 2, 2, 3], &[3, 0, 1], &[1, 0, 16]).unwrap();
+        assert_eq!([table.seq_len(0), table.seq_len(1), table.seq_len(2)], [17, 0, 16]);
+        assert_eq!(table.pages(0), [3, 0]);
+        assert!(problem(new(&[], &[], &[])).contains("empty"));
+        assert!(problem(new(&[1, 2], &[0, 1], &[1])).contains("must start at 0"));
+        assert!(problem(new(&[0, 2, 1], &[0], &[1, 1])).contains("decreases"));
+        assert!(problem(new(&[0, 1], &[0, 1], &[1])).contains("ends at 1"));
+        assert!(problem(new(&[0, 1], &[0], &[1, 1])).contains("last_page_len"));
+        assert!(problem(new(&[0, 1], &[4], &[1])).contains("page 4, outside 0..4"));
+        assert!(problem(new(&[0, 1], &[-1], &[1])).contains("page -1"));
+        for bad in [0, 17, -1] {
+            assert!(problem(new(&[0, 1], &[0], &[bad])).contains("1..=16"));
+        }
+        assert!(problem(new(&[0, 0], &[], &[1])).contains("0..=0"));
+        assert!(problem(PageIndices::new(4, 0, vec![0], vec![], vec![])).contains("page_size"));
+        let many = PageIndices::new(4, usize::MAX, vec![0, 2], vec![0, 0], vec![1]);
+        assert!(problem(many).contains("token slots"));
+    }
+
+    #[test]
+    fn requests_and_padding() {
+        let table =
+            PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[][..], 0), (&[2][..], 4)]).unwrap();
+        assert_eq!(table.indptr(), [0, 2, 2, 3]);
+        assert_eq!(table.last_page_len(), [1, 0, 4]);
+        assert!(problem(PageIndices::from_requests(9, 4, [(&[8][..], 5)])).contains("need 2 pages"));
+        let padded = table.pad_to(5).unwrap();
+        assert_eq!(
+            (padded.indptr(), padded.last_page_len()),
+            (&[0, 2, 2, 3, 3, 3][..], &[1, 0, 4, 0, 0][..])
+        );
+        assert!(problem(padded.pad_to(4)).contains("cannot be padded"));
+    }
+
+    #[test]
+    fn appended_tokens_are_checked() {
+        let table =
+            PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[][..], 0), (&[2][..], 4)]).unwrap();
+        let last = AppendIndices::last_tokens(&table, &[0, 2, 2, 3]).unwrap();
+        assert_eq!((last.batch_indices(), last.positions()), (&[0, 0, 2][..], &[3, 4, 3][..]));
+        assert!(problem(AppendIndices::last_tokens(&table, &[0, 6, 6, 6])).contains("must already count"));
+        assert!(problem(AppendIndices::last_tokens(&table, &[0, 1])).contains("table of 3 requests"));
+        assert!(problem(AppendIndices::last_tokens(&table, &[0, 1, 0, 0])).contains("decreases"));
+        assert!(problem(AppendIndices::new(&table, vec![3], vec![0])).contains("there are 3"));
+        assert!(problem(AppendIndices::new(&table, vec![-1], vec![0])).contains("request -1"));
+        assert!(problem(AppendIndices::new(&table, vec![0], vec![5])).contains("has 5 tokens"));
+        assert!(problem(AppendIndices::new(&table, vec![1], vec![0])).contains("has 0 tokens"));
+        assert!(problem(AppendIndices::new(&table, vec![0], vec![])).contains("0 entries for 1"));
+    }
+}

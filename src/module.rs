@@ -1,0 +1,159 @@
+//! Kernel modules: their names, and the loaded libraries.
+//!
+//! FlashInfer compiles one shared library for each combination of element
+//! types, head dimensions and options, and puts the combination into its name.
+//! Modules share their exported names (`run`, `plan`), so each is opened
+//! `RTLD_LOCAL` and asked for its symbols by its own handle; none is ever
+//! unloaded, because plans and errors carry pointers into them.
+
+use std::{borrow::Cow, ffi::CString, fmt, path::Path};
+
+use libloading::os::unix::Library;
+
+use crate::{
+    artifacts::{Located, Source},
+    error::{FlashInferError, Result},
+    ffi::{Arg, Function, Kernel, Value, abi::SafeCall, library::TvmFfi},
+};
+
+/// The name of a kernel module, which is also its file's name.
+///
+/// Modules of a fixed name are constants here; others follow from what selects
+/// them, such as [`AttentionSpec`](crate::attention::AttentionSpec).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ModuleName(Cow<'static, str>);
+
+impl ModuleName {
+    /// RMS and layer norms.
+    pub const NORM: Self = Self::fixed("norm");
+    /// Appending to a paged KV cache.
+    pub const PAGE: Self = Self::fixed("page");
+
+    const fn fixed(name: &'static str) -> Self {
+        Self(Cow::Borrowed(name))
+    }
+
+    /// A module by name, such as one that this crate does not wrap.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self(Cow::Owned(name.into()))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ModuleName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A loaded module.
+#[derive(Debug)]
+pub struct Module {
+    name: ModuleName,
+    located: Located,
+    library: Library,
+    tvm_ffi: &'static TvmFfi,
+}
+
+impl Module {
+    /// Opens a module's file. It stays open for the life of the process.
+    pub(crate) fn open(
+        name: ModuleName,
+        located: Located,
+        tvm_ffi: &'static TvmFfi,
+    ) -> Result<&'static Self> {
+        let library = open_library(&located.path, libc::RTLD_NOW | libc::RTLD_LOCAL)?;
+        Ok(Box::leak(Box::new(Self { name, located, library, tvm_ffi })))
+    }
+
+    /// The module's name.
+    pub fn name(&self) -> &ModuleName {
+        &self.name
+    }
+
+    /// The file that is open.
+    pub fn path(&self) -> &Path {
+        &self.located.path
+    }
+
+    /// Where the module came from.
+    pub fn source(&self) -> &Source {
+        &self.located.source
+    }
+
+    /// An exported function, by its name without the prefix `__tvm_ffi_`.
+    ///
+    /// # Errors
+    /// [`FlashInferError::MissingSymbol`].
+    pub fn function(&'static self, name: &'static str) -> Result<Function> {
+        let missing = || FlashInferError::MissingSymbol {
+            library: format!("module {}", self.name),
+            symbol: format!("__tvm_ffi_{name}"),
+        };
+        let symbol = CString::new(format!("__tvm_ffi_{name}")).map_err(|_| missing())?;
+        // SAFETY: every symbol of this prefix has the one type that the ABI
+        // gives to exported functions; the library stays open.
+        let function =
+            unsafe { self.library.get::<SafeCall>(symbol.as_bytes_with_nul()) }.map_err(|_| missing())?;
+        Ok(Function::from_symbol(self.tvm_ffi, *function, name))
+    }
+
+    /// The signature that an exported function gives of itself, as in
+    /// `rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void`.
+    ///
+    /// The function is called with no arguments, which it refuses with that
+    /// text. A function that takes none runs; then this is `Ok(None)`.
+    ///
+    /// # Errors
+    /// There is no such function.
+    pub fn printed_signature(&'static self, name: &'static str) -> Result<Option<String>> {
+        let function = self.function(name)?;
+        // SAFETY: with no arguments there is nothing the function could misuse.
+        match unsafe { function.call(&[] as &[Arg<'_>]) } {
+            Ok(Value::None | Value::Int(_) | Value::Bool(_) | Value::Float(_)) => Ok(None),
+            Ok(_) => Ok(None),
+            Err(FlashInferError::TvmFfiCall { message, .. }) => {
+                Ok(message.split('`').nth(1).map(str::to_owned))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The function that `K` declares, after comparing the declaration with
+    /// the module's own signature.
+    pub(crate) fn kernel<K: Kernel>(&'static self) -> Result<Function> {
+        let signature = K::SIGNATURE;
+        let printed = self.printed_signature(signature.function)?.unwrap_or_default();
+        signature.compare(&printed).map_err(|difference| FlashInferError::Unsupported {
+            what: format!(
+                "module {} ({}) has another signature: {difference}",
+                self.name, self.located.source
+            ),
+            available: "use a wheel of the FlashInfer version that this crate pins".into(),
+        })?;
+        self.function(signature.function)
+    }
+}
+
+/// Opens a library, with the remedy for what commonly goes wrong.
+pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
+    // SAFETY: the file is a kernel module or NVIDIA's runtime, verified by the
+    // store or named by the user; its initializers register GPU code.
+    unsafe { Library::open(Some(path), flags) }.map_err(|error| {
+        let reason = error.to_string();
+        let remedy = if reason.contains("GLIBC_") {
+            "this build needs a newer C library than the machine has; use a newer system or a wheel built for an older one"
+        } else if reason.contains("libcublas") {
+            "install NVIDIA's cuBLAS for CUDA 13, or put its folder on LD_LIBRARY_PATH"
+        } else if reason.contains("cannot open shared object file") {
+            "put the folder of the missing library on LD_LIBRARY_PATH"
+        } else {
+            ""
+        };
+        FlashInferError::Library { path: path.to_owned(), reason, remedy }
+    })
+}

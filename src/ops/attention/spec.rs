@@ -1,0 +1,174 @@
+//! What selects an attention module.
+
+use crate::{
+    error::{FlashInferError, Result},
+    module::ModuleName,
+    tensor::DType,
+};
+
+/// The properties of an attention that its kernels are compiled for.
+///
+/// ```
+/// # use flashinfer_rs::{DType, attention::AttentionSpec};
+/// let spec = AttentionSpec::new(DType::BF16, 128).with_window_left(1023);
+/// assert!(spec.decode_module()?.as_str().contains("use_swa_True"));
+/// # Ok::<(), flashinfer_rs::FlashInferError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct AttentionSpec {
+    /// Element type of queries.
+    pub dtype_q: DType,
+    /// Element type of keys and values.
+    pub dtype_kv: DType,
+    /// Element type of the output.
+    pub dtype_o: DType,
+    /// Width of a query and key head.
+    pub head_dim_qk: usize,
+    /// Width of a value head.
+    pub head_dim_vo: usize,
+    /// Keys left of a query's own position that it sees, as in FlashInfer:
+    /// with `Some(w)`, the last `w + 1` keys. `None` sees all.
+    pub window_left: Option<u32>,
+    /// `Some(cap)` turns logits into `cap · tanh(logits / cap)`.
+    pub logits_soft_cap: Option<f32>,
+}
+
+impl AttentionSpec {
+    /// One element type and one head dimension for everything; no window, no cap.
+    pub const fn new(dtype: DType, head_dim: usize) -> Self {
+        Self {
+            dtype_q: dtype,
+            dtype_kv: dtype,
+            dtype_o: dtype,
+            head_dim_qk: head_dim,
+            head_dim_vo: head_dim,
+            window_left: None,
+            logits_soft_cap: None,
+        }
+    }
+
+    /// Keys and values of another element type.
+    #[must_use]
+    pub const fn with_kv_dtype(mut self, dtype: DType) -> Self {
+        self.dtype_kv = dtype;
+        self
+    }
+
+    /// A sliding window; see [`window_left`](Self::window_left).
+    #[must_use]
+    pub const fn with_window_left(mut self, window_left: u32) -> Self {
+        self.window_left = Some(window_left);
+        self
+    }
+
+    /// A soft cap; see [`logits_soft_cap`](Self::logits_soft_cap).
+    #[must_use]
+    pub const fn with_logits_soft_cap(mut self, cap: f32) -> Self {
+        self.logits_soft_cap = Some(cap);
+        self
+    }
+
+    /// The factor on query-key products unless a run names another: `1/√head_dim_qk`.
+    pub fn default_sm_scale(&self) -> f64 {
+        1.0 / (self.head_dim_qk as f64).sqrt()
+    }
+
+    /// The module of paged batch decode on CUDA cores.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist, because its
+    /// head dimensions differ, or a dtype or option is out of range.
+    pub fn decode_module(&self) -> Result<ModuleName> {
+        self.check()?;
+        if self.head_dim_qk != self.head_dim_vo {
+            return Err(FlashInferError::Unsupported {
+                what: format!(
+                    "batch decode with head dimensions {} and {}",
+                    self.head_dim_qk, self.head_dim_vo
+                ),
+                available: "decode on CUDA cores needs head_dim_qk == head_dim_vo".into(),
+            });
+        }
+        Ok(ModuleName::new(format!(
+            "batch_decode_with_kv_cache_dtype_q_{}_dtype_kv_{}_dtype_o_{}_dtype_idx_i32_head_dim_qk_{}_head_dim_vo_{}_\
+             posenc_0_use_swa_{}_use_logits_cap_{}",
+            self.dtype_q,
+            self.dtype_kv,
+            self.dtype_o,
+            self.head_dim_qk,
+            self.head_dim_vo,
+            python_bool(self.window_left.is_some()),
+            python_bool(self.logits_soft_cap.is_some()),
+        )))
+    }
+
+    fn check(&self) -> Result<()> {
+        let unsupported = |what: String, available: &str| {
+            Err(FlashInferError::Unsupported { what, available: available.into() })
+        };
+        for (name, dtype) in [("queries", self.dtype_q), ("outputs", self.dtype_o)] {
+            if !matches!(dtype, DType::F16 | DType::BF16) {
+                return unsupported(format!("{name} of dtype {dtype}"), "there are f16 and bf16");
+            }
+        }
+        if !matches!(self.dtype_kv, DType::F16 | DType::BF16 | DType::E4M3 | DType::E5M2) {
+            return unsupported(
+                format!("keys and values of dtype {}", self.dtype_kv),
+                "there are f16, bf16, e4m3 and e5m2",
+            );
+        }
+        if self.window_left.is_some_and(|window| i32::try_from(window).is_err()) {
+            return unsupported(format!("window_left of {:?}", self.window_left), "it must be below 2^31");
+        }
+        // Also refuses NaN.
+        if self.logits_soft_cap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+            return unsupported(
+                format!("logits_soft_cap of {:?}", self.logits_soft_cap),
+                "it must be positive and finite",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Module names are made by Python.
+const fn python_bool(value: bool) -> &'static str {
+    if value { "True" } else { "False" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_upstreams() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        assert_eq!(
+            spec.decode_module().unwrap().as_str(),
+            "batch_decode_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_qk_128_\
+             head_dim_vo_128_posenc_0_use_swa_False_use_logits_cap_False"
+        );
+        let spec = AttentionSpec::new(DType::BF16, 256)
+            .with_kv_dtype(DType::E4M3)
+            .with_window_left(7)
+            .with_logits_soft_cap(30.0);
+        assert_eq!(
+            spec.decode_module().unwrap().as_str(),
+            "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_e4m3_dtype_o_bf16_dtype_idx_i32_head_dim_qk_256_\
+             head_dim_vo_256_posenc_0_use_swa_True_use_logits_cap_True"
+        );
+    }
+
+    #[test]
+    fn impossible_specs_are_refused() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        assert!(AttentionSpec::new(DType::F32, 128).decode_module().is_err());
+        assert!(spec.with_kv_dtype(DType::I8).decode_module().is_err());
+        assert!(AttentionSpec { head_dim_vo: 64, ..spec }.decode_module().is_err());
+        for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            assert!(spec.with_logits_soft_cap(cap).decode_module().is_err());
+        }
+        assert!(spec.with_window_left(u32::MAX).decode_module().is_err());
+    }
+}

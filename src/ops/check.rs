@@ -1,0 +1,136 @@
+//! The checks that stand before every launch.
+
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+    tensor::{DType, RawTensor},
+};
+
+/// Checks the arguments of one operation on one stream.
+pub(crate) struct Check<'s> {
+    op: &'static str,
+    stream: &'s Stream,
+}
+
+impl<'s> Check<'s> {
+    /// Also refuses a stream that does not exist in this thread.
+    pub(crate) fn new(op: &'static str, stream: &'s Stream) -> Result<Self> {
+        stream.check_usable_here(op)?;
+        Ok(Self { op, stream })
+    }
+
+    pub(crate) fn fail<T>(&self, argument: &'static str, problem: String) -> Result<T> {
+        Err(FlashInferError::invalid(self.op, argument, problem))
+    }
+
+    /// The stream that a value of ours is tied to is this operation's.
+    pub(crate) fn on_stream(&self, argument: &'static str, stream: &Stream) -> Result<()> {
+        if stream == self.stream {
+            return Ok(());
+        }
+        self.fail(argument, format!("it belongs to {stream:?}, but the operation runs on {:?}", self.stream))
+    }
+
+    /// Device, stream, element type and number of dimensions.
+    pub(crate) fn tensor(
+        &self,
+        argument: &'static str,
+        tensor: &RawTensor,
+        dtypes: &[DType],
+        ranks: &[usize],
+    ) -> Result<()> {
+        if tensor.device != self.stream.device() {
+            return self.fail(
+                argument,
+                format!("it is on {}, but the stream is on {}", tensor.device, self.stream.device()),
+            );
+        }
+        if tensor.stream.is_some_and(|stream| stream != self.stream.id()) {
+            return self.fail(
+                argument,
+                "the view was made for another stream; make it with the stream that the operation runs on"
+                    .into(),
+            );
+        }
+        if !dtypes.contains(&tensor.dtype) {
+            let names: Vec<_> = dtypes.iter().map(|dtype| dtype.name()).collect();
+            return self
+                .fail(argument, format!("its dtype is {}; expected {}", tensor.dtype, names.join(" or ")));
+        }
+        if !ranks.contains(&tensor.shape().len()) {
+            return self
+                .fail(argument, format!("its shape is {:?}; expected {ranks:?} dimensions", tensor.shape()));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn shape(&self, argument: &'static str, tensor: &RawTensor, expected: &[i64]) -> Result<()> {
+        if tensor.shape() == expected {
+            return Ok(());
+        }
+        self.fail(argument, format!("its shape is {:?}; expected {expected:?}", tensor.shape()))
+    }
+
+    /// The last dimension has stride 1, also where its size is 1.
+    pub(crate) fn last_dim_contiguous(&self, argument: &'static str, tensor: &RawTensor) -> Result<()> {
+        if tensor.strides().last() == Some(&1) {
+            return Ok(());
+        }
+        self.fail(argument, format!("its strides are {:?}; the last must be 1", tensor.strides()))
+    }
+
+    pub(crate) fn contiguous(&self, argument: &'static str, tensor: &RawTensor) -> Result<()> {
+        if tensor.is_contiguous() {
+            return Ok(());
+        }
+        self.fail(
+            argument,
+            format!("shape {:?} with strides {:?}; it must be contiguous", tensor.shape(), tensor.strides()),
+        )
+    }
+
+    /// The address, and every stride but the last, are multiples of `bytes`.
+    pub(crate) fn aligned(&self, argument: &'static str, tensor: &RawTensor, bytes: usize) -> Result<()> {
+        let size = tensor.dtype.size() as i64;
+        let outer = tensor.shape().iter().zip(tensor.strides()).take(tensor.shape().len().saturating_sub(1));
+        let misaligned = |stride: i64| (stride * size) % bytes as i64 != 0;
+        if !(tensor.data as usize).is_multiple_of(bytes) {
+            return self.fail(
+                argument,
+                format!("it starts at {:p}; the address must be a multiple of {bytes}", tensor.data),
+            );
+        }
+        if outer.into_iter().any(|(&dim, &stride)| dim > 1 && misaligned(stride)) {
+            return self.fail(
+                argument,
+                format!(
+                    "its strides are {:?} elements of {size} bytes; all but the last must be multiples of {bytes} bytes",
+                    tensor.strides()
+                ),
+            );
+        }
+        Ok(())
+    }
+
+    /// Element offsets stay below 2³², where the kernel computes them in 32 bits.
+    pub(crate) fn offsets_in_32_bits(&self, argument: &'static str, tensor: &RawTensor) -> Result<()> {
+        let last: i128 = tensor
+            .shape()
+            .iter()
+            .zip(tensor.strides())
+            .map(|(&size, &stride)| i128::from(size - 1).max(0) * i128::from(stride))
+            .sum();
+        let strides_fit = tensor.strides().iter().all(|&stride| stride <= i64::from(u32::MAX));
+        if last <= i128::from(u32::MAX) && strides_fit {
+            return Ok(());
+        }
+        self.fail(
+            argument,
+            format!(
+                "shape {:?} with strides {:?} spans 2^32 elements or more, which the kernel cannot address; split it",
+                tensor.shape(),
+                tensor.strides()
+            ),
+        )
+    }
+}

@@ -1,0 +1,54 @@
+//! FlashInfer's operations, one file per module family.
+
+pub mod attention;
+mod check;
+pub mod norm;
+pub mod page;
+
+use std::sync::OnceLock;
+
+use crate::{
+    error::Result,
+    ffi::{Function, Kernel, Signature},
+    module::ModuleName,
+    runtime::FlashInferRuntime,
+};
+
+/// A function of a module with a fixed name, resolved at its first call.
+pub(crate) struct FixedFunction<K> {
+    module: ModuleName,
+    resolved: OnceLock<Function>,
+    kernel: std::marker::PhantomData<fn() -> K>,
+}
+
+impl<K: Kernel> FixedFunction<K> {
+    pub(crate) const fn of(module: ModuleName) -> Self {
+        Self { module, resolved: OnceLock::new(), kernel: std::marker::PhantomData }
+    }
+
+    pub(crate) fn get(&self, runtime: &FlashInferRuntime) -> Result<&Function> {
+        if let Some(function) = self.resolved.get() {
+            return Ok(function);
+        }
+        let function = runtime.module(&self.module)?.kernel::<K>()?;
+        Ok(self.resolved.get_or_init(|| function))
+    }
+}
+
+/// Whether a launch uses programmatic dependent launch: what the caller asked
+/// for, else on compute capability 9.0 and newer, as upstream does.
+pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordinal: u32) -> Result<bool> {
+    match asked {
+        Some(asked) => Ok(asked),
+        None => Ok(runtime.compute_capability(ordinal)?.0 >= 9),
+    }
+}
+
+/// The argument list of every function that this crate calls, with the family
+/// of modules that export it: a module's name, or the start of it.
+///
+/// [`Signature::compare`] holds a declaration against what a module prints of
+/// itself.
+pub fn signatures() -> Vec<(&'static str, Signature)> {
+    [norm::SIGNATURES, page::SIGNATURES, attention::SIGNATURES].concat()
+}

@@ -1,0 +1,371 @@
+//! Appending to a paged KV cache, in FlashInfer's module `page`.
+//!
+//! Source of the contract: `csrc/page.cu`, `include/flashinfer/page.cuh` of
+//! FlashInfer 0.6.13.
+
+use super::{FixedFunction, check::Check};
+use crate::{
+    error::{FlashInferError, Result},
+    ffi::{DlTensor, Kernel, Signature, kernels},
+    kv::{AppendTable, PageTable},
+    module::ModuleName,
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{DType, RawTensor, TensorMut, TensorRef},
+};
+
+kernels! {
+    struct AppendPagedKvCache = "append_paged_kv_cache"(
+        append_key: Tensor, append_value: Tensor, batch_indices: Tensor, positions: Tensor,
+        paged_k_cache: Tensor, paged_v_cache: Tensor,
+        kv_indices: Tensor, kv_indptr: Tensor, kv_last_page_len: Tensor, layout: Int,
+    ) -> "void";
+    struct AppendPagedMlaKvCache = "append_paged_mla_kv_cache"(
+        append_ckv: Tensor, append_kpe: Tensor, batch_indices: Tensor, positions: Tensor,
+        ckv_cache: Tensor, kpe_cache: Tensor,
+        kv_indices: Tensor, kv_indptr: Tensor, kv_last_page_len: Tensor,
+    ) -> "void";
+}
+
+pub(super) const SIGNATURES: &[(&str, Signature)] =
+    &[("page", AppendPagedKvCache::SIGNATURE), ("page", AppendPagedMlaKvCache::SIGNATURE)];
+
+static APPEND: FixedFunction<AppendPagedKvCache> = FixedFunction::of(ModuleName::PAGE);
+static APPEND_MLA: FixedFunction<AppendPagedMlaKvCache> = FixedFunction::of(ModuleName::PAGE);
+
+/// Element types of a cache.
+const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::E4M3, DType::E5M2];
+/// Head dimensions that the kernel is compiled for.
+const HEAD_DIMS: [i64; 4] = [64, 128, 256, 512];
+/// Width of the compressed and of the position part of an MLA cache.
+const MLA_DIMS: [i64; 2] = [512, 64];
+
+/// The order of dimensions in a paged cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KvLayout {
+    /// `[pages, page_size, heads, head_dim]`.
+    #[default]
+    Nhd,
+    /// `[pages, heads, page_size, head_dim]`.
+    Hnd,
+}
+
+impl KvLayout {
+    /// The code that kernels take.
+    pub(crate) const fn code(self) -> i64 {
+        match self {
+            Self::Nhd => 0,
+            Self::Hnd => 1,
+        }
+    }
+
+    /// Page size and heads of a 4-dimensional cache shape.
+    pub(crate) fn page_size_and_heads(self, shape: &[i64]) -> (i64, i64) {
+        match self {
+            Self::Nhd => (shape[1], shape[2]),
+            Self::Hnd => (shape[2], shape[1]),
+        }
+    }
+}
+
+/// A paged KV cache to read: two tensors of one shape and the same strides.
+#[derive(Clone, Copy, Debug)]
+pub struct PagedKv<'a> {
+    /// Keys, 4-dimensional in the order of `layout`.
+    pub k: TensorRef<'a>,
+    /// Values, of the shape and strides of `k`.
+    pub v: TensorRef<'a>,
+    /// The order of dimensions.
+    pub layout: KvLayout,
+}
+
+impl<'a> PagedKv<'a> {
+    /// A cache of two tensors. They are checked where they are used.
+    pub fn new(k: TensorRef<'a>, v: TensorRef<'a>, layout: KvLayout) -> Self {
+        Self { k, v, layout }
+    }
+
+    /// A cache that holds keys and values in one tensor `[pages, 2, …]`.
+    ///
+    /// # Errors
+    /// The tensor's second dimension is not 2.
+    pub fn joined(kv: TensorRef<'a>, layout: KvLayout) -> Result<Self> {
+        if kv.rank() != 5 || kv.shape()[1] != 2 {
+            return Err(joined_shape(kv.shape()));
+        }
+        Ok(Self { k: kv.select(1, 0)?, v: kv.select(1, 1)?, layout })
+    }
+}
+
+/// A paged KV cache to write. See [`PagedKv`].
+#[derive(Debug)]
+pub struct PagedKvMut<'a> {
+    /// Keys, 4-dimensional in the order of `layout`.
+    pub k: TensorMut<'a>,
+    /// Values, of the shape and strides of `k`.
+    pub v: TensorMut<'a>,
+    /// The order of dimensions.
+    pub layout: KvLayout,
+}
+
+impl<'a> PagedKvMut<'a> {
+    /// A cache of two tensors. They are checked where they are used.
+    pub fn new(k: TensorMut<'a>, v: TensorMut<'a>, layout: KvLayout) -> Self {
+        Self { k, v, layout }
+    }
+
+    /// A cache that holds keys and values in one tensor `[pages, 2, …]`.
+    ///
+    /// # Errors
+    /// The tensor's second dimension is not 2.
+    pub fn joined(kv: TensorMut<'a>, layout: KvLayout) -> Result<Self> {
+        if kv.rank() != 5 || kv.shape()[1] != 2 {
+            return Err(joined_shape(kv.shape()));
+        }
+        let (k, v) = kv.unbind_pair(1)?;
+        Ok(Self { k, v, layout })
+    }
+
+    /// The cache, to read.
+    pub fn as_ref(&self) -> PagedKv<'_> {
+        PagedKv { k: self.k.as_ref(), v: self.v.as_ref(), layout: self.layout }
+    }
+}
+
+fn joined_shape(shape: &[i64]) -> FlashInferError {
+    FlashInferError::invalid(
+        "PagedKv",
+        "kv",
+        format!("its shape is {shape:?}; expected five dimensions [pages, 2, …]"),
+    )
+}
+
+/// The sizes of a checked cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CacheShape {
+    pub(crate) heads: i64,
+    pub(crate) head_dim: i64,
+}
+
+/// Checks a cache against a page table: the pages that the table names exist,
+/// with the page size it was made for.
+pub(crate) fn check_cache(
+    check: &Check<'_>,
+    [k, v]: [&RawTensor; 2],
+    layout: KvLayout,
+    table: &PageTable,
+    dtypes: &[DType],
+) -> Result<CacheShape> {
+    check.tensor("kv.k", k, dtypes, &[4])?;
+    check.tensor("kv.v", v, &[k.dtype], &[4])?;
+    check.shape("kv.v", v, k.shape())?;
+    if k.strides() != v.strides() {
+        return check.fail(
+            "kv.v",
+            format!(
+                "its strides are {:?}, those of kv.k are {:?}; they must be equal",
+                v.strides(),
+                k.strides()
+            ),
+        );
+    }
+    let (page_size, heads) = layout.page_size_and_heads(k.shape());
+    check_pages(check, "kv.k", k.shape()[0], page_size, table)?;
+    check_cache_strides(check, "kv.k", k)?;
+    check_cache_strides(check, "kv.v", v)?;
+    Ok(CacheShape { heads, head_dim: k.shape()[3] })
+}
+
+fn check_pages(
+    check: &Check<'_>,
+    argument: &'static str,
+    pages: i64,
+    page_size: i64,
+    table: &PageTable,
+) -> Result<()> {
+    let host = table.host();
+    if page_size != host.page_size() as i64 {
+        return check.fail(
+            argument,
+            format!("its pages hold {page_size} tokens, those of the page table {}", host.page_size()),
+        );
+    }
+    if pages < host.num_pages() as i64 {
+        return check.fail(
+            argument,
+            format!("it has {pages} pages, but the page table was checked for {}", host.num_pages()),
+        );
+    }
+    Ok(())
+}
+
+/// Rows are adjacent elements, vectors of 16 bytes are aligned, and each
+/// stride fits the 32 bits in which kernels keep it.
+fn check_cache_strides(check: &Check<'_>, argument: &'static str, cache: &RawTensor) -> Result<()> {
+    check.last_dim_contiguous(argument, cache)?;
+    check.aligned(argument, cache, 16)?;
+    if let Some(stride) = cache.strides().iter().find(|&&stride| stride > i64::from(u32::MAX)) {
+        return check
+            .fail(argument, format!("a stride of {stride} elements; kernels keep strides in 32 bits"));
+    }
+    Ok(())
+}
+
+/// Writes new keys and values to their places in a paged cache.
+///
+/// `key` and `value` are `[tokens, heads, head_dim]`, of the cache's dtype
+/// (`f16`, `bf16`, `e4m3`, `e5m2`; nothing is converted); `table` already
+/// counts the new tokens, and `append` says where each goes. Head dimensions
+/// are 64, 128, 256 and 512. No tokens are nothing to do.
+///
+/// # Errors
+/// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
+/// launched: a device, stream, dtype, shape, stride or alignment does not fit;
+/// `append` was made for another state of the page table; a block would need
+/// more than 1024 threads. Else what the module or CUDA said.
+pub fn append_paged_kv_cache(
+    stream: &Stream,
+    key: &TensorRef<'_>,
+    value: &TensorRef<'_>,
+    append: &AppendTable,
+    cache: &mut PagedKvMut<'_>,
+    table: &PageTable,
+) -> Result<()> {
+    let check = Check::new("append_paged_kv_cache", stream)?;
+    check_tables(&check, append, table)?;
+    let (k, v) = (&cache.k.raw, &cache.v.raw);
+    let shape = check_cache(&check, [k, v], cache.layout, table, &DTYPES)?;
+    if !HEAD_DIMS.contains(&shape.head_dim) {
+        return check.fail("kv.k", format!("head_dim {}; the kernel has {HEAD_DIMS:?}", shape.head_dim));
+    }
+    for (name, tensor) in [("key", &key.raw), ("value", &value.raw)] {
+        check.tensor(name, tensor, &[k.dtype], &[3])?;
+        check.shape(name, tensor, &[append.host().len() as i64, shape.heads, shape.head_dim])?;
+        check.last_dim_contiguous(name, tensor)?;
+        check.aligned(name, tensor, 16)?;
+    }
+    let vector = (16 / k.dtype.size() as i64).max(shape.head_dim / 32);
+    let threads = shape.head_dim / vector * shape.heads;
+    if threads > 1024 {
+        return check.fail(
+            "kv.k",
+            format!(
+                "{} heads of {} elements need {threads} threads in a block; the GPU has 1024, enough for {} heads",
+                shape.heads,
+                shape.head_dim,
+                1024 / (shape.head_dim / vector)
+            ),
+        );
+    }
+    if append.host().is_empty() || shape.heads == 0 {
+        return Ok(());
+    }
+    let arrays = DeviceArrays::of(append, table)?;
+    let kernel = AppendPagedKvCache {
+        append_key: key.into(),
+        append_value: value.into(),
+        batch_indices: DlTensor::new(&arrays.batch_indices),
+        positions: DlTensor::new(&arrays.positions),
+        paged_k_cache: DlTensor::new(k),
+        paged_v_cache: DlTensor::new(v),
+        kv_indices: DlTensor::new(&arrays.indices),
+        kv_indptr: DlTensor::new(&arrays.indptr),
+        kv_last_page_len: DlTensor::new(&arrays.last_page_len),
+        layout: cache.layout.code(),
+    };
+    // SAFETY: tensors were checked for all that the kernel assumes; the index
+    // arrays are the device copies of values that were checked against each
+    // other and against a cache of at most this many pages.
+    unsafe { kernel.call(APPEND.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+}
+
+/// Writes new tokens to their places in the paged cache of multi-head latent
+/// attention.
+///
+/// `ckv` is `[tokens, 512]`, `kpe` `[tokens, 64]`; the caches are
+/// `[pages, page_size, 512]` and `[pages, page_size, 64]`, all of one dtype
+/// (`f16`, `bf16`, `e4m3`, `e5m2`). The caches may be parts of one tensor
+/// `[pages, page_size, 576]`.
+///
+/// # Errors
+/// As [`append_paged_kv_cache`].
+pub fn append_paged_mla_kv_cache(
+    stream: &Stream,
+    ckv: &TensorRef<'_>,
+    kpe: &TensorRef<'_>,
+    append: &AppendTable,
+    caches: [&mut TensorMut<'_>; 2],
+    table: &PageTable,
+) -> Result<()> {
+    let check = Check::new("append_paged_mla_kv_cache", stream)?;
+    check_tables(&check, append, table)?;
+    let [ckv_cache, kpe_cache] = caches.map(|cache| cache.raw);
+    let tokens = append.host().len() as i64;
+    check.tensor("ckv_cache", &ckv_cache, &DTYPES, &[3])?;
+    let (dtype, pages, page_size) = (ckv_cache.dtype, ckv_cache.shape()[0], ckv_cache.shape()[1]);
+    check_pages(&check, "ckv_cache", pages, page_size, table)?;
+    let parts = [
+        ("ckv_cache", "ckv", &ckv_cache, &ckv.raw, MLA_DIMS[0]),
+        ("kpe_cache", "kpe", &kpe_cache, &kpe.raw, MLA_DIMS[1]),
+    ];
+    for (cache_name, name, cache, rows, dim) in parts {
+        check.tensor(cache_name, cache, &[dtype], &[3])?;
+        check.shape(cache_name, cache, &[pages, page_size, dim])?;
+        check_cache_strides(&check, cache_name, cache)?;
+        check.tensor(name, rows, &[dtype], &[2])?;
+        check.shape(name, rows, &[tokens, dim])?;
+        check.last_dim_contiguous(name, rows)?;
+        check.aligned(name, rows, 16)?;
+    }
+    if tokens == 0 {
+        return Ok(());
+    }
+    let arrays = DeviceArrays::of(append, table)?;
+    let kernel = AppendPagedMlaKvCache {
+        append_ckv: ckv.into(),
+        append_kpe: kpe.into(),
+        batch_indices: DlTensor::new(&arrays.batch_indices),
+        positions: DlTensor::new(&arrays.positions),
+        ckv_cache: DlTensor::new(&ckv_cache),
+        kpe_cache: DlTensor::new(&kpe_cache),
+        kv_indices: DlTensor::new(&arrays.indices),
+        kv_indptr: DlTensor::new(&arrays.indptr),
+        kv_last_page_len: DlTensor::new(&arrays.last_page_len),
+    };
+    // SAFETY: as in `append_paged_kv_cache`; both caches have the pages and
+    // page size that the table was checked for.
+    unsafe { kernel.call(APPEND_MLA.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+}
+
+fn check_tables(check: &Check<'_>, append: &AppendTable, table: &PageTable) -> Result<()> {
+    check.on_stream("append", append.stream())?;
+    check.on_stream("table", table.stream())?;
+    if append.host().table_stamp != table.host().stamp {
+        return check.fail(
+            "append",
+            "it was checked against another page table; make AppendIndices from the table's current PageIndices".into(),
+        );
+    }
+    Ok(())
+}
+
+/// The index arrays of an append on the device.
+struct DeviceArrays {
+    batch_indices: RawTensor,
+    positions: RawTensor,
+    indptr: RawTensor,
+    indices: RawTensor,
+    last_page_len: RawTensor,
+}
+
+impl DeviceArrays {
+    fn of(append: &AppendTable, table: &PageTable) -> Result<Self> {
+        Ok(Self {
+            batch_indices: append.batch_indices()?,
+            positions: append.positions()?,
+            indptr: table.indptr()?,
+            indices: table.indices()?,
+            last_page_len: table.last_page_len()?,
+        })
+    }
+}

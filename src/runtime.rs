@@ -1,0 +1,372 @@
+//! The process's runtime: `libcudart`, `libtvm_ffi` and the loaded modules.
+//!
+//! There is one per process, because the libraries it loads are. It is started
+//! once by [`FlashInferRuntime::initialize`]; starting it touches the network
+//! only to get `libtvm_ffi` and `libcudart` where no local source has them.
+//! Modules are loaded when they are first needed, each once. An operation in
+//! the middle of a decode step never downloads anything:
+//! [`preload`](FlashInferRuntime::preload) does.
+
+use std::{
+    collections::HashMap,
+    ffi::OsStr,
+    fmt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+use libloading::os::unix::Library;
+
+use crate::{
+    artifacts::{Fetch, Member, ProgressFn, Source, Store, StoreConfig},
+    cuda::CudaRuntime,
+    error::{FlashInferError, Result},
+    ffi::{self, library::TvmFfi},
+    module::{Module, ModuleName, open_library},
+};
+
+/// The CUDA runtime that FlashInfer's CUDA 13 modules link against.
+const LIBCUDART: &str = "libcudart.so.13";
+
+/// How to start the runtime. The default takes everything from the
+/// environment; see the README's table of variables.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub struct RuntimeConfig {
+    /// Wheels, or folders of wheels, that are looked into before any other
+    /// source, in this order.
+    pub wheels: Vec<PathBuf>,
+    /// The cache folder; `None` means `FLASHINFER_RS_CACHE_DIR`, else the
+    /// platform's cache folder.
+    pub cache_dir: Option<PathBuf>,
+    /// `true` forbids the network, as `FLASHINFER_RS_OFFLINE=1` does.
+    pub offline: bool,
+    /// Called as downloads progress.
+    pub progress: Option<ProgressFn>,
+}
+
+impl RuntimeConfig {
+    /// The first field in which two configurations differ. Callbacks do not count.
+    fn difference(&self, other: &Self) -> Option<String> {
+        if self.wheels != other.wheels {
+            return Some(format!("wheels: {:?} and {:?}", self.wheels, other.wheels));
+        }
+        if self.cache_dir != other.cache_dir {
+            return Some(format!("cache_dir: {:?} and {:?}", self.cache_dir, other.cache_dir));
+        }
+        (self.offline != other.offline).then(|| format!("offline: {} and {}", self.offline, other.offline))
+    }
+}
+
+impl fmt::Debug for RuntimeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RuntimeConfig")
+            .field("wheels", &self.wheels)
+            .field("cache_dir", &self.cache_dir)
+            .field("offline", &self.offline)
+            .field("progress", &self.progress.is_some())
+            .finish()
+    }
+}
+
+/// How a library of the runtime came into the process.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum LibrarySource {
+    /// It was there already.
+    Process,
+    /// The dynamic loader found it by name.
+    Loader,
+    /// A file of a CUDA installation.
+    File(PathBuf),
+    /// A source of the store.
+    Store(Source),
+}
+
+impl fmt::Display for LibrarySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process => f.write_str("already in the process"),
+            Self::Loader => f.write_str("the dynamic loader's path"),
+            Self::File(path) => path.display().fmt(f),
+            Self::Store(source) => source.fmt(f),
+        }
+    }
+}
+
+/// A module's place: locked while it is being loaded, so that it is loaded once.
+type ModuleSlot = Arc<Mutex<Option<&'static Module>>>;
+
+/// The process's runtime. See the [module docs](self).
+pub struct FlashInferRuntime {
+    config: RuntimeConfig,
+    store: Store,
+    cuda: &'static CudaRuntime,
+    cuda_source: LibrarySource,
+    tvm_ffi: &'static TvmFfi,
+    tvm_ffi_source: LibrarySource,
+    modules: Mutex<HashMap<ModuleName, ModuleSlot>>,
+    capabilities: [OnceLock<(i32, i32)>; 32],
+}
+
+static RUNTIME: OnceLock<FlashInferRuntime> = OnceLock::new();
+/// Held while the runtime starts, so that it starts once.
+static STARTING: Mutex<()> = Mutex::new(());
+
+impl FlashInferRuntime {
+    /// Starts the process's runtime, or returns the running one if it was
+    /// started with an equal configuration. A failed start can be repeated.
+    ///
+    /// # Errors
+    /// - [`FlashInferError::ConfigurationMismatch`]: it runs with another
+    ///   configuration.
+    /// - [`FlashInferError::Artifact`], [`FlashInferError::Library`]:
+    ///   `libcudart` or `libtvm_ffi` cannot be had or opened. No GPU and no
+    ///   driver are needed to start.
+    /// - [`FlashInferError::AbiVersion`]: another `libtvm_ffi` is in the process.
+    ///
+    /// ```no_run
+    /// use flashinfer_rs::{FlashInferRuntime, RuntimeConfig};
+    /// let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
+    /// println!("libtvm_ffi {}", runtime.tvm_ffi_version());
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn initialize(config: RuntimeConfig) -> Result<&'static Self> {
+        let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(running) = RUNTIME.get() {
+            return match running.config.difference(&config) {
+                None => Ok(running),
+                Some(difference) => Err(FlashInferError::ConfigurationMismatch { difference }),
+            };
+        }
+        let runtime = Self::start(config)?;
+        Ok(RUNTIME.get_or_init(|| runtime))
+    }
+
+    /// The running runtime; started with the default configuration if none is.
+    ///
+    /// # Errors
+    /// As [`initialize`](Self::initialize).
+    pub fn get() -> Result<&'static Self> {
+        match RUNTIME.get() {
+            Some(running) => Ok(running),
+            None => match Self::initialize(RuntimeConfig::default()) {
+                // Another thread was faster, with a configuration of its own.
+                Err(FlashInferError::ConfigurationMismatch { .. }) if RUNTIME.get().is_some() => Self::get(),
+                other => other,
+            },
+        }
+    }
+
+    fn start(config: RuntimeConfig) -> Result<Self> {
+        let mut store_config = StoreConfig::from_env()?;
+        store_config.wheels = config.wheels.clone();
+        if config.cache_dir.is_some() {
+            store_config.cache_dir = config.cache_dir.clone();
+        }
+        store_config.offline |= config.offline;
+        store_config.progress = config.progress.clone();
+        let store = Store::open(store_config)?;
+        let (cuda, cuda_source) = load_cudart(&store)?;
+        let (tvm_ffi, tvm_ffi_source) = match TvmFfi::adopt()? {
+            Some(library) => (library, LibrarySource::Process),
+            None => {
+                let located = store.locate(&Member::TvmFfi, Fetch::Allowed)?;
+                (TvmFfi::open(&located.path)?, LibrarySource::Store(located.source))
+            }
+        };
+        ffi::register_allocator(tvm_ffi)?;
+        Ok(Self {
+            config,
+            store,
+            cuda,
+            cuda_source,
+            tvm_ffi,
+            tvm_ffi_source,
+            modules: Mutex::default(),
+            capabilities: [const { OnceLock::new() }; 32],
+        })
+    }
+
+    /// The configuration that the runtime was started with.
+    pub fn config(&self) -> &RuntimeConfig {
+        &self.config
+    }
+
+    /// Where modules come from.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The version of `libtvm_ffi`.
+    pub fn tvm_ffi_version(&self) -> String {
+        let ffi::abi::Version { major, minor, patch } = self.tvm_ffi.version();
+        format!("{major}.{minor}.{patch}")
+    }
+
+    /// Where `libtvm_ffi` came from.
+    pub fn tvm_ffi_source(&self) -> &LibrarySource {
+        &self.tvm_ffi_source
+    }
+
+    /// Where `libcudart` came from.
+    pub fn cuda_runtime_source(&self) -> &LibrarySource {
+        &self.cuda_source
+    }
+
+    /// The version of `libcudart`, as (major, minor).
+    ///
+    /// # Errors
+    /// [`FlashInferError::Cuda`].
+    pub fn cuda_runtime_version(&self) -> Result<(i32, i32)> {
+        self.cuda.runtime_version().map(split_version)
+    }
+
+    /// The newest CUDA version that the NVIDIA driver serves, as (major,
+    /// minor); `None` without a driver.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Cuda`].
+    pub fn driver_version(&self) -> Result<Option<(i32, i32)>> {
+        let version = self.cuda.driver_version()?;
+        Ok((version > 0).then(|| split_version(version)))
+    }
+
+    /// The number of visible CUDA devices.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Cuda`]: among others, there is no driver or no device.
+    pub fn device_count(&self) -> Result<u32> {
+        Ok(self.cuda.device_count()?.unsigned_abs())
+    }
+
+    /// Major and minor compute capability of a device.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Cuda`]: there is no such device.
+    pub fn compute_capability(&self, ordinal: u32) -> Result<(i32, i32)> {
+        let Some(cell) = self.capabilities.get(ordinal as usize) else {
+            return self.cuda.compute_capability(ordinal);
+        };
+        if let Some(&capability) = cell.get() {
+            return Ok(capability);
+        }
+        let capability = self.cuda.compute_capability(ordinal)?;
+        Ok(*cell.get_or_init(|| capability))
+    }
+
+    pub(crate) fn cuda(&self) -> &'static CudaRuntime {
+        self.cuda
+    }
+
+    /// A function of libtvm_ffi's global table, by name; `None` if nobody
+    /// registered it.
+    pub fn global_function(&self, name: &'static str) -> Option<ffi::Function> {
+        ffi::Function::global(self.tvm_ffi, name)
+    }
+
+    /// Opens a library that registers its functions in libtvm_ffi's global
+    /// table when it is loaded. It stays open.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Library`].
+    ///
+    /// # Safety
+    /// The library's initializers run.
+    pub unsafe fn load_registering_library(&self, path: &Path) -> Result<()> {
+        std::mem::forget(open_library(path, libc::RTLD_NOW | libc::RTLD_LOCAL)?);
+        Ok(())
+    }
+
+    /// A module, loaded at the first request. Local sources only: nothing is
+    /// downloaded.
+    ///
+    /// # Errors
+    /// No local source holds the module, or it cannot be opened.
+    pub fn module(&self, name: &ModuleName) -> Result<&'static Module> {
+        self.load(name, Fetch::Forbidden)
+    }
+
+    /// Loads modules ahead of their use, and downloads the pinned wheel if no
+    /// local source holds one of them.
+    ///
+    /// # Errors
+    /// A module cannot be had or opened; the ones before it stay loaded.
+    pub fn preload<'n>(&self, names: impl IntoIterator<Item = &'n ModuleName>) -> Result<()> {
+        names.into_iter().try_for_each(|name| self.load(name, Fetch::Allowed).map(drop))
+    }
+
+    fn load(&self, name: &ModuleName, fetch: Fetch) -> Result<&'static Module> {
+        let slot = {
+            let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+            match modules.get(name) {
+                Some(slot) => Arc::clone(slot),
+                None => Arc::clone(modules.entry(name.clone()).or_default()),
+            }
+        };
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = *slot {
+            return Ok(module);
+        }
+        let located = self.store.locate(&Member::module(name.as_str()), fetch)?;
+        let module = Module::open(name.clone(), located, self.tvm_ffi)?;
+        *slot = Some(module);
+        Ok(module)
+    }
+}
+
+impl fmt::Debug for FlashInferRuntime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FlashInferRuntime")
+            .field("config", &self.config)
+            .field("tvm_ffi", &self.tvm_ffi_version())
+            .field("cuda_runtime", &self.cuda_source)
+            .finish_non_exhaustive()
+    }
+}
+
+/// CUDA packs a version as 1000 × major + 10 × minor.
+fn split_version(version: i32) -> (i32, i32) {
+    (version / 1000, version % 1000 / 10)
+}
+
+/// Finds the CUDA runtime: in the process, on the loader's path, in a CUDA
+/// installation, in a Python environment, else in the pinned wheel.
+fn load_cudart(store: &Store) -> Result<(&'static CudaRuntime, LibrarySource)> {
+    let open = |path: &OsStr, extra: i32| {
+        // SAFETY: NVIDIA's runtime library; its initializers only set up its state.
+        unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL | extra) }
+    };
+    let name = OsStr::new(LIBCUDART);
+    let (library, source) = if let Ok(library) = open(name, libc::RTLD_NOLOAD) {
+        (library, LibrarySource::Process)
+    } else if let Ok(library) = open(name, 0) {
+        (library, LibrarySource::Loader)
+    } else if let Some((library, path)) =
+        cudart_candidates().find_map(|path| Some((open(path.as_os_str(), 0).ok()?, path)))
+    {
+        (library, LibrarySource::File(path))
+    } else {
+        let located = store.locate(&Member::CudaRuntime, Fetch::Allowed)?;
+        let library = open_library(&located.path, libc::RTLD_NOW | libc::RTLD_GLOBAL)?;
+        (library, LibrarySource::Store(located.source))
+    };
+    Ok((CudaRuntime::install(library, LIBCUDART)?, source))
+}
+
+/// Files that may be the CUDA runtime, in order of preference.
+fn cudart_candidates() -> impl Iterator<Item = PathBuf> {
+    let toolkits = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"]
+        .into_iter()
+        .filter_map(std::env::var_os)
+        .map(PathBuf::from)
+        .chain([PathBuf::from("/usr/local/cuda")])
+        .flat_map(|root| [root.join("lib64"), root.join("lib"), root.join("targets/x86_64-linux/lib")]);
+    // pip's layout: <environment>/lib/python3.*/site-packages/nvidia/cu13/lib.
+    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"]
+        .into_iter()
+        .filter_map(std::env::var_os)
+        .flat_map(|root| std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten().flatten())
+        .map(|python| python.path().join("site-packages/nvidia/cu13/lib"));
+    toolkits.chain(environments).map(|folder| folder.join(LIBCUDART)).filter(|path| path.is_file())
+}

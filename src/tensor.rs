@@ -1,0 +1,666 @@
+//! One tensor type for everything the crate is given.
+//!
+//! [`TensorRef`] and [`TensorMut`] are views: a pointer, a device, an element
+//! type, a shape and strides (in elements), held inline for up to
+//! [`MAX_RANK`] dimensions, so that making one allocates nothing. The lifetime
+//! is that of the storage they look into. Safe constructors exist for host
+//! slices (here) and for cudarc slices (`flashinfer_rs::cudarc`); a raw pointer
+//! takes `unsafe`.
+
+use std::{ffi::c_void, fmt, marker::PhantomData};
+
+use half::{bf16, f16};
+
+use crate::{
+    error::{FlashInferError, Result},
+    stream::StreamId,
+};
+
+/// The most dimensions a view can have.
+pub const MAX_RANK: usize = 5;
+
+/// Element types, with the names that FlashInfer's module names use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// IEEE single precision.
+    F32,
+    /// IEEE double precision.
+    F64,
+    /// 8-bit float, 4 exponent and 3 mantissa bits, no infinities (`e4m3fn`).
+    E4M3,
+    /// 8-bit float, 5 exponent and 2 mantissa bits.
+    E5M2,
+    /// Signed 8-bit integer.
+    I8,
+    /// Signed 16-bit integer.
+    I16,
+    /// Signed 32-bit integer.
+    I32,
+    /// Signed 64-bit integer.
+    I64,
+    /// Unsigned 8-bit integer.
+    U8,
+    /// Unsigned 16-bit integer.
+    U16,
+    /// Unsigned 32-bit integer.
+    U32,
+    /// Unsigned 64-bit integer.
+    U64,
+    /// Boolean, one byte.
+    Bool,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::E4M3 | Self::E5M2 | Self::I8 | Self::U8 | Self::Bool => 1,
+            Self::F16 | Self::BF16 | Self::I16 | Self::U16 => 2,
+            Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::F64 | Self::I64 | Self::U64 => 8,
+        }
+    }
+
+    /// The spelling in FlashInfer's module names, such as `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+            Self::E4M3 => "e4m3",
+            Self::E5M2 => "e5m2",
+            Self::I8 => "i8",
+            Self::I16 => "i16",
+            Self::I32 => "i32",
+            Self::I64 => "i64",
+            Self::U8 => "u8",
+            Self::U16 => "u16",
+            Self::U32 => "u32",
+            Self::U64 => "u64",
+            Self::Bool => "bool",
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A type that can be an element of a tensor.
+///
+/// # Safety
+/// `DTYPE` must describe the type's size and bit layout, and every bit pattern
+/// that a kernel may write must be a value of the type. (`bool` is therefore
+/// not an element of writable views: see [`DType::Bool`].)
+pub unsafe trait Element: Copy + Send + Sync + 'static {
+    /// The element type's tag.
+    const DTYPE: DType;
+}
+
+macro_rules! elements {
+    ($($ty:ty => $dtype:ident),* $(,)?) => {$(
+        // SAFETY: the size and layout of the type are those of the tag, and all
+        // bit patterns are values of it.
+        unsafe impl Element for $ty { const DTYPE: DType = DType::$dtype; }
+    )*};
+}
+elements! {
+    f16 => F16, bf16 => BF16, f32 => F32, f64 => F64,
+    float8::F8E4M3 => E4M3, float8::F8E5M2 => E5M2,
+    i8 => I8, i16 => I16, i32 => I32, i64 => I64,
+    u8 => U8, u16 => U16, u32 => U32, u64 => U64,
+}
+
+/// Where a tensor lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// Host memory.
+    Cpu,
+    /// Memory of the CUDA device with this ordinal.
+    Cuda(u32),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// The untyped, lifetime-free content of a view.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawTensor {
+    pub(crate) data: *mut c_void,
+    pub(crate) device: Device,
+    pub(crate) dtype: DType,
+    /// The stream that the constructor ordered the storage for, if it did.
+    pub(crate) stream: Option<StreamId>,
+    rank: u8,
+    shape: [i64; MAX_RANK],
+    strides: [i64; MAX_RANK],
+}
+
+impl RawTensor {
+    /// Checks shape and strides and builds the view. The pointer is not looked at.
+    pub(crate) fn new(
+        data: *mut c_void,
+        device: Device,
+        dtype: DType,
+        shape: &[usize],
+        strides: Option<&[usize]>,
+    ) -> Result<Self> {
+        const OP: &str = "tensor view";
+        let invalid = |problem: String| FlashInferError::invalid(OP, "shape", problem);
+        if shape.len() > MAX_RANK {
+            return Err(invalid(format!("{} dimensions; at most {MAX_RANK} are supported", shape.len())));
+        }
+        if strides.is_some_and(|strides| strides.len() != shape.len()) {
+            return Err(invalid("shape and strides differ in their number of dimensions".into()));
+        }
+        let mut raw = Self {
+            data,
+            device,
+            dtype,
+            stream: None,
+            rank: shape.len() as u8,
+            shape: [1; MAX_RANK],
+            strides: [1; MAX_RANK],
+        };
+        let mut packed: i64 = 1;
+        for axis in (0..shape.len()).rev() {
+            let too_large = || invalid(format!("{shape:?} does not fit the address space"));
+            raw.shape[axis] = i64::try_from(shape[axis]).map_err(|_| too_large())?;
+            raw.strides[axis] = match strides {
+                Some(strides) => i64::try_from(strides[axis]).map_err(|_| too_large())?,
+                None => packed,
+            };
+            packed = packed.checked_mul(raw.shape[axis].max(1)).ok_or_else(too_large)?;
+        }
+        let bytes = raw.extent().and_then(|extent| extent.checked_mul(dtype.size() as i64));
+        if packed.checked_mul(dtype.size() as i64).is_none() || bytes.is_none() {
+            return Err(invalid(format!("{shape:?} with these strides does not fit the address space")));
+        }
+        Ok(raw)
+    }
+
+    pub(crate) fn shape(&self) -> &[i64] {
+        &self.shape[..self.rank as usize]
+    }
+
+    pub(crate) fn strides(&self) -> &[i64] {
+        &self.strides[..self.rank as usize]
+    }
+
+    pub(crate) fn numel(&self) -> i64 {
+        self.shape().iter().product()
+    }
+
+    /// Elements from the first to one past the last that the view can reach.
+    fn extent(&self) -> Option<i64> {
+        if self.shape().contains(&0) {
+            return Some(0);
+        }
+        let mut last: i64 = 0;
+        for (&size, &stride) in self.shape().iter().zip(self.strides()) {
+            last = last.checked_add((size - 1).checked_mul(stride)?)?;
+        }
+        last.checked_add(1)
+    }
+
+    pub(crate) fn is_contiguous(&self) -> bool {
+        let mut packed = 1;
+        self.shape().iter().zip(self.strides()).rev().all(|(&size, &stride)| {
+            let fits = size == 1 || stride == packed;
+            packed *= size;
+            fits
+        })
+    }
+
+    /// Whether two different indices can name the same element. Conservative:
+    /// `true` for some exotic but disjoint stride patterns.
+    fn may_overlap(&self) -> bool {
+        let mut axes: [(i64, i64); MAX_RANK] = [(0, 1); MAX_RANK];
+        for (axis, (&size, &stride)) in axes.iter_mut().zip(self.shape().iter().zip(self.strides())) {
+            *axis = (stride, size);
+        }
+        axes.sort_unstable();
+        let mut reach = 0;
+        axes.iter().filter(|(_, size)| *size > 1).any(|&(stride, size)| {
+            let overlaps = stride <= reach;
+            reach += stride * (size - 1);
+            overlaps
+        })
+    }
+
+    pub(crate) fn check_fits(&self, len: usize) -> Result<()> {
+        match self.extent() {
+            Some(extent) if extent as u64 <= len as u64 => Ok(()),
+            extent => Err(FlashInferError::invalid(
+                "tensor view",
+                "shape",
+                format!(
+                    "shape {:?} with strides {:?} reaches {} elements, but the slice holds {len}",
+                    self.shape(),
+                    self.strides(),
+                    extent.unwrap_or(i64::MAX),
+                ),
+            )),
+        }
+    }
+
+    fn check_axis(&self, axis: usize) -> Result<()> {
+        if axis < self.rank as usize {
+            return Ok(());
+        }
+        Err(FlashInferError::invalid(
+            "tensor view",
+            "axis",
+            format!("axis {axis} of a tensor with {} dimensions", self.rank),
+        ))
+    }
+
+    fn offset(&self, elements: i64) -> *mut c_void {
+        self.data.cast::<u8>().wrapping_add(elements as usize * self.dtype.size()).cast()
+    }
+
+    fn permute(&self, axes: &[usize]) -> Result<Self> {
+        let mut out = *self;
+        let mut seen = [false; MAX_RANK];
+        if axes.len() != self.rank as usize {
+            return Err(FlashInferError::invalid(
+                "tensor view",
+                "axes",
+                format!("{axes:?} for a tensor with {} dimensions", self.rank),
+            ));
+        }
+        for (to, &from) in axes.iter().enumerate() {
+            self.check_axis(from)?;
+            if std::mem::replace(&mut seen[from], true) {
+                return Err(FlashInferError::invalid(
+                    "tensor view",
+                    "axes",
+                    format!("{axes:?} names an axis twice"),
+                ));
+            }
+            (out.shape[to], out.strides[to]) = (self.shape[from], self.strides[from]);
+        }
+        Ok(out)
+    }
+
+    fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Self> {
+        self.check_axis(axis)?;
+        if start.checked_add(len).is_none_or(|end| end as u64 > self.shape[axis] as u64) {
+            return Err(FlashInferError::invalid(
+                "tensor view",
+                "range",
+                format!("{start}..{start}+{len} of axis {axis}, which has {} entries", self.shape[axis]),
+            ));
+        }
+        let mut out = *self;
+        // An empty range may start one past the end: keep the pointer inside.
+        let start = if len == 0 { 0 } else { start as i64 };
+        out.data = self.offset(start * self.strides[axis]);
+        out.shape[axis] = len as i64;
+        Ok(out)
+    }
+
+    fn select(&self, axis: usize, index: usize) -> Result<Self> {
+        let narrowed = self.narrow(axis, index, 1)?;
+        let mut out = narrowed;
+        let rank = self.rank as usize;
+        out.shape.copy_within(axis + 1..rank, axis);
+        out.strides.copy_within(axis + 1..rank, axis);
+        (out.shape[rank - 1], out.strides[rank - 1]) = (1, 1);
+        out.rank -= 1;
+        Ok(out)
+    }
+}
+
+macro_rules! view_methods {
+    () => {
+        /// Sizes of the dimensions.
+        pub fn shape(&self) -> &[i64] {
+            self.raw.shape()
+        }
+
+        /// Strides in elements, one for each dimension; never negative.
+        pub fn strides(&self) -> &[i64] {
+            self.raw.strides()
+        }
+
+        /// The element type.
+        pub fn dtype(&self) -> DType {
+            self.raw.dtype
+        }
+
+        /// Where the storage lives.
+        pub fn device(&self) -> Device {
+            self.raw.device
+        }
+
+        /// The number of dimensions.
+        pub fn rank(&self) -> usize {
+            self.raw.shape().len()
+        }
+
+        /// The number of elements.
+        pub fn numel(&self) -> usize {
+            self.raw.numel() as usize
+        }
+
+        /// Whether the elements lie in row-major order without gaps.
+        /// Dimensions of size 1 do not matter.
+        pub fn is_contiguous(&self) -> bool {
+            self.raw.is_contiguous()
+        }
+
+        /// The address of the first element, on the view's device.
+        pub fn data_ptr(&self) -> *mut c_void {
+            self.raw.data
+        }
+    };
+}
+
+/// A shared view of a tensor whose storage lives for `'a`.
+#[derive(Clone, Copy)]
+pub struct TensorRef<'a> {
+    pub(crate) raw: RawTensor,
+    storage: PhantomData<&'a [u8]>,
+}
+
+/// An exclusive view of a tensor whose storage lives for `'a`.
+pub struct TensorMut<'a> {
+    pub(crate) raw: RawTensor,
+    storage: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: a view is an address plus numbers, bound by its lifetime to storage
+// whose elements are plain data (`Element: Send + Sync`); on a device, access
+// is ordered by streams, not by threads.
+unsafe impl Send for TensorRef<'_> {}
+// SAFETY: as for `Send`; no method of a shared view writes.
+unsafe impl Sync for TensorRef<'_> {}
+// SAFETY: as for `TensorRef`; the view is exclusive.
+unsafe impl Send for TensorMut<'_> {}
+// SAFETY: as for `TensorRef`; writing needs `&mut`.
+unsafe impl Sync for TensorMut<'_> {}
+
+impl<'a> TensorRef<'a> {
+    /// A contiguous view of a host slice.
+    ///
+    /// # Errors
+    /// The shape needs more elements than the slice has.
+    ///
+    /// ```
+    /// # use flashinfer_rs::TensorRef;
+    /// let x = [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+    /// let view = TensorRef::from_slice(&x, &[2, 3])?;
+    /// assert_eq!(view.strides(), [3, 1]);
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn from_slice<T: Element>(slice: &'a [T], shape: &[usize]) -> Result<Self> {
+        Self::from_slice_strided(slice, shape, None)
+    }
+
+    /// A view of a host slice with explicit strides, in elements.
+    ///
+    /// # Errors
+    /// Shape and strides reach beyond the slice.
+    pub fn from_slice_strided<T: Element>(
+        slice: &'a [T],
+        shape: &[usize],
+        strides: Option<&[usize]>,
+    ) -> Result<Self> {
+        let raw = RawTensor::new(slice.as_ptr().cast_mut().cast(), Device::Cpu, T::DTYPE, shape, strides)?;
+        raw.check_fits(slice.len())?;
+        Ok(Self::new(raw))
+    }
+
+    pub(crate) fn new(raw: RawTensor) -> Self {
+        Self { raw, storage: PhantomData }
+    }
+
+    /// A view of memory that the caller answers for. `strides` are in
+    /// elements; `None` means row-major.
+    ///
+    /// # Errors
+    /// More than [`MAX_RANK`] dimensions, or sizes beyond the address space.
+    ///
+    /// # Safety
+    /// For all of `'a`, `data` must point to memory on `device` that holds
+    /// elements of `dtype` at every place that shape and strides reach, that
+    /// nobody writes, and that may be read by work on any stream the view is
+    /// used with (the caller orders it after the work that wrote it). The
+    /// memory must stay allocated until that work has finished, which may be
+    /// after `'a`.
+    pub unsafe fn from_raw_parts(
+        data: *const c_void,
+        device: Device,
+        dtype: DType,
+        shape: &[usize],
+        strides: Option<&[usize]>,
+    ) -> Result<Self> {
+        Ok(Self::new(RawTensor::new(data.cast_mut(), device, dtype, shape, strides)?))
+    }
+
+    view_methods!();
+
+    /// The view with its axes in another order.
+    ///
+    /// # Errors
+    /// `axes` is not a permutation of the view's axes.
+    pub fn permute(self, axes: &[usize]) -> Result<Self> {
+        self.raw.permute(axes).map(Self::new)
+    }
+
+    /// Entries `start..start + len` of `axis`.
+    ///
+    /// # Errors
+    /// The range lies outside the axis.
+    pub fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
+        self.raw.narrow(axis, start, len).map(Self::new)
+    }
+
+    /// Entry `index` of `axis`, which disappears.
+    ///
+    /// # Errors
+    /// There is no such axis or entry.
+    pub fn select(self, axis: usize, index: usize) -> Result<Self> {
+        self.raw.select(axis, index).map(Self::new)
+    }
+}
+
+impl<'a> TensorMut<'a> {
+    /// A contiguous view of a host slice.
+    ///
+    /// # Errors
+    /// The shape needs more elements than the slice has.
+    pub fn from_slice<T: Element>(slice: &'a mut [T], shape: &[usize]) -> Result<Self> {
+        Self::from_slice_strided(slice, shape, None)
+    }
+
+    /// A view of a host slice with explicit strides, in elements.
+    ///
+    /// # Errors
+    /// Shape and strides reach beyond the slice, or let two indices name one
+    /// element.
+    pub fn from_slice_strided<T: Element>(
+        slice: &'a mut [T],
+        shape: &[usize],
+        strides: Option<&[usize]>,
+    ) -> Result<Self> {
+        let raw = RawTensor::new(slice.as_mut_ptr().cast(), Device::Cpu, T::DTYPE, shape, strides)?;
+        Self::checked(raw, slice.len())
+    }
+
+    pub(crate) fn checked(raw: RawTensor, len: usize) -> Result<Self> {
+        raw.check_fits(len)?;
+        if raw.may_overlap() {
+            return Err(FlashInferError::invalid(
+                "tensor view",
+                "strides",
+                format!(
+                    "shape {:?} with strides {:?} may name one element twice, which a writable view must not",
+                    raw.shape(),
+                    raw.strides()
+                ),
+            ));
+        }
+        Ok(Self::new(raw))
+    }
+
+    pub(crate) fn new(raw: RawTensor) -> Self {
+        Self { raw, storage: PhantomData }
+    }
+
+    /// A writable view of memory that the caller answers for. `strides` are in
+    /// elements; `None` means row-major.
+    ///
+    /// # Errors
+    /// More than [`MAX_RANK`] dimensions, or sizes beyond the address space.
+    ///
+    /// # Safety
+    /// As [`TensorRef::from_raw_parts`], and for all of `'a` nobody else reads
+    /// or writes the memory, and no two indices name the same element.
+    pub unsafe fn from_raw_parts(
+        data: *mut c_void,
+        device: Device,
+        dtype: DType,
+        shape: &[usize],
+        strides: Option<&[usize]>,
+    ) -> Result<Self> {
+        Ok(Self::new(RawTensor::new(data, device, dtype, shape, strides)?))
+    }
+
+    view_methods!();
+
+    /// A shared view of the same tensor.
+    pub fn as_ref(&self) -> TensorRef<'_> {
+        TensorRef::new(self.raw)
+    }
+
+    /// The same exclusive view for a shorter time.
+    pub fn reborrow(&mut self) -> TensorMut<'_> {
+        TensorMut::new(self.raw)
+    }
+
+    /// The view with its axes in another order.
+    ///
+    /// # Errors
+    /// `axes` is not a permutation of the view's axes.
+    pub fn permute(self, axes: &[usize]) -> Result<Self> {
+        self.raw.permute(axes).map(Self::new)
+    }
+
+    /// Entries `start..start + len` of `axis`.
+    ///
+    /// # Errors
+    /// The range lies outside the axis.
+    pub fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
+        self.raw.narrow(axis, start, len).map(Self::new)
+    }
+
+    /// Entry `index` of `axis`, which disappears.
+    ///
+    /// # Errors
+    /// There is no such axis or entry.
+    pub fn select(self, axis: usize, index: usize) -> Result<Self> {
+        self.raw.select(axis, index).map(Self::new)
+    }
+
+    /// The two entries of an axis of size 2, as for K and V that are stored
+    /// together in `[pages, 2, …]`.
+    ///
+    /// # Errors
+    /// The axis does not exist or has another size.
+    pub fn unbind_pair(self, axis: usize) -> Result<(Self, Self)> {
+        self.raw.check_axis(axis)?;
+        if self.raw.shape[axis] != 2 {
+            return Err(FlashInferError::invalid(
+                "tensor view",
+                "axis",
+                format!("axis {axis} has {} entries; a pair needs 2", self.raw.shape[axis]),
+            ));
+        }
+        Ok((Self::new(self.raw.select(axis, 0)?), Self::new(self.raw.select(axis, 1)?)))
+    }
+}
+
+macro_rules! view_debug {
+    ($name:ident) => {
+        impl fmt::Debug for $name<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(
+                    f,
+                    concat!(stringify!($name), "({} {:?}, strides {:?}, {})"),
+                    self.dtype(),
+                    self.shape(),
+                    self.strides(),
+                    self.device()
+                )
+            }
+        }
+    };
+}
+view_debug!(TensorRef);
+view_debug!(TensorMut);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_stay_inside_their_slice() {
+        let x = [0f32; 12];
+        assert!(TensorRef::from_slice(&x, &[3, 4]).is_ok());
+        assert!(TensorRef::from_slice(&x, &[3, 5]).is_err());
+        assert!(TensorRef::from_slice_strided(&x, &[3, 2], Some(&[5, 1])).is_ok());
+        assert!(TensorRef::from_slice_strided(&x, &[3, 3], Some(&[5, 1])).is_err());
+        assert!(TensorRef::from_slice(&x, &[usize::MAX, usize::MAX]).is_err());
+        assert!(TensorRef::from_slice(&x, &[1, 1, 1, 1, 1, 1]).is_err());
+        assert!(TensorRef::from_slice_strided(&x, &[2, 2], Some(&[usize::MAX / 2, 1])).is_err());
+        let empty = TensorRef::from_slice(&x, &[0, 4]).unwrap();
+        assert_eq!(empty.numel(), 0);
+    }
+
+    #[test]
+    fn writable_views_name_each_element_once() {
+        let mut x = [0f32; 12];
+        assert!(TensorMut::from_slice_strided(&mut x, &[3, 4], Some(&[0, 1])).is_err());
+        assert!(TensorMut::from_slice_strided(&mut x, &[3, 4], Some(&[2, 1])).is_err());
+        assert!(TensorMut::from_slice_strided(&mut x, &[3, 4], Some(&[1, 3])).is_ok());
+        assert!(TensorRef::from_slice_strided(&x, &[3, 4], Some(&[0, 1])).is_ok());
+    }
+
+    #[test]
+    fn permute_narrow_select_and_unbind() {
+        let mut x: Vec<i32> = (0..24).collect();
+        let base = x.as_ptr();
+        let view = TensorRef::from_slice(&x, &[2, 3, 4]).unwrap();
+        let moved = view.permute(&[1, 0, 2]).unwrap();
+        assert_eq!((moved.shape(), moved.strides()), (&[3, 2, 4][..], &[4, 12, 1][..]));
+        assert!(!moved.is_contiguous() && view.is_contiguous());
+        assert!(view.permute(&[0, 0, 1]).is_err() && view.permute(&[0, 1]).is_err());
+        let part = view.narrow(1, 1, 2).unwrap();
+        assert_eq!(part.data_ptr().cast_const().cast(), base.wrapping_add(4));
+        assert!(view.narrow(1, 2, 2).is_err() && view.narrow(3, 0, 1).is_err());
+        assert!(view.narrow(1, usize::MAX, 2).is_err());
+        let row = view.select(0, 1).unwrap();
+        assert_eq!((row.shape(), row.strides()), (&[3, 4][..], &[4, 1][..]));
+        assert_eq!(row.data_ptr().cast_const().cast(), base.wrapping_add(12));
+        assert!(view.select(0, 2).is_err());
+        let (a, b) = TensorMut::from_slice(&mut x, &[2, 3, 4]).unwrap().unbind_pair(0).unwrap();
+        assert_eq!((a.shape(), b.shape()), (&[3, 4][..], &[3, 4][..]));
+        assert!(a.unbind_pair(0).is_err());
+    }
+}
