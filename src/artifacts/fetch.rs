@@ -1,0 +1,499 @@
+//! Downloads: streamed to disk, hashed while they flow, resumed after a break.
+//!
+//! A download lives in `<wheel>.partial`, under a lock, until it is complete and has the pin's
+//! digest. Whatever broke it (a connection, a stall, a killed process), the next attempt hashes
+//! what is there and asks the server for the rest. Attempts that bring something new are not
+//! counted; the others are, with a growing pause between them. A host that cannot be reached at
+//! all is given up at once, because waiting seldom cures it and a build should not hang.
+
+use super::cache::{Cache, Tell};
+use super::digest::Hasher;
+use super::index;
+use super::pins::{Origin, Pin};
+use super::{ArtifactError, Digest, FetchOptions, Progress};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use ureq::config::RedirectAuthHeaders;
+use ureq::http::{Response, StatusCode, header};
+use ureq::tls::{RootCerts, TlsConfig};
+use ureq::{Agent, Body};
+
+/// No wheel is larger; a server that sends more is broken.
+const MAX_SIZE: u64 = 16 << 30;
+
+/// Puts the pinned wheel into the cache, by the first way that works.
+pub(crate) fn pinned(
+    cache: &Cache,
+    pin: &Pin,
+    arch: &str,
+    index_url: Option<&str>,
+    options: &FetchOptions,
+    tell: Tell<'_>,
+) -> Result<PathBuf, ArtifactError> {
+    let _lock = cache.lock_wheel(pin, tell)?;
+    match cache.wheel(pin, tell) {
+        Ok(Some(path)) => return Ok(path),
+        Ok(None) => {}
+        Err(ArtifactError::DigestMismatch { .. }) => {
+            let path = cache.wheels().join(&pin.file);
+            let removed = fs::remove_file(&path);
+            removed.map_err(|e| ArtifactError::cache(&path, "remove the damaged", e))?;
+        }
+        Err(e) => return Err(e),
+    }
+    let path = match &pin.origin {
+        Origin::Url(url) => download(cache, pin, &Address::new(url), options, tell)?,
+        Origin::Registry { package, version } => {
+            let request = index::Request {
+                package,
+                version,
+                arch,
+                index_url,
+            };
+            index::obtain(cache, pin, &request, options, tell)?
+        }
+    };
+    tell(&Progress::Done {
+        file: &pin.file,
+        path: &path,
+    });
+    Ok(path)
+}
+
+/// An address, with its credentials kept apart so that they are never printed.
+#[derive(Clone)]
+pub(crate) struct Address {
+    pub(crate) url: String,
+    pub(crate) authorization: Option<String>,
+}
+
+impl Address {
+    /// Splits `https://user:password@host/path`.
+    pub(crate) fn new(url: &str) -> Address {
+        let plain = Address {
+            url: url.into(),
+            authorization: None,
+        };
+        let Some((scheme, rest)) = url.split_once("://") else {
+            return plain;
+        };
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let Some((user, host)) = rest[..end].rsplit_once('@') else {
+            return plain;
+        };
+        let (name, password) = user.split_once(':').unwrap_or((user, ""));
+        let pair = [percent_decode(name), percent_decode(password)].join(&b':');
+        Address {
+            url: format!("{scheme}://{host}{}", &rest[end..]),
+            authorization: Some(format!("Basic {}", base64(&pair))),
+        }
+    }
+
+    /// The address without its query, which may hold a token.
+    pub(crate) fn shown(&self) -> &str {
+        let end = self.url.find(['?', '#']).unwrap_or(self.url.len());
+        &self.url[..end]
+    }
+}
+
+pub(crate) fn percent_decode(text: &str) -> Vec<u8> {
+    let (mut decoded, mut rest) = (Vec::new(), text.as_bytes());
+    while let [first, tail @ ..] = rest {
+        let hex = tail.get(..2).and_then(|hex| std::str::from_utf8(hex).ok());
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) if *first == b'%' => {
+                decoded.push(byte);
+                rest = &tail[2..];
+            }
+            _ => {
+                decoded.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    decoded
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let bits = chunk.iter().enumerate().fold(0u32, |bits, (at, byte)| {
+            bits | u32::from(*byte) << (16 - 8 * at)
+        });
+        for at in 0..4 {
+            let digit = DIGITS[(bits >> (18 - 6 * at)) as usize & 63] as char;
+            text.push(if at <= chunk.len() { digit } else { '=' });
+        }
+    }
+    text
+}
+
+/// The HTTP client: the machine's proxies and certificates, and a limit on every wait.
+pub(crate) fn agent(options: &FetchOptions) -> Agent {
+    Agent::config_builder()
+        .http_status_as_error(false)
+        .user_agent(concat!("flashinfer-rs/", env!("CARGO_PKG_VERSION")))
+        .proxy(ureq::Proxy::try_from_env())
+        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+        .timeout_resolve(Some(options.connect_timeout))
+        .timeout_connect(Some(options.connect_timeout))
+        .timeout_recv_response(Some(options.stall_timeout))
+        .timeout_per_read(Some(options.stall_timeout))
+        .timeout_per_write(Some(options.stall_timeout))
+        .tls_config(
+            TlsConfig::builder()
+                .root_certs(RootCerts::PlatformVerifier)
+                .build(),
+        )
+        .build()
+        .new_agent()
+}
+
+/// Why an attempt ended.
+enum Broken {
+    /// Trying again may help.
+    Passing(String),
+    /// It will not.
+    Lasting(String),
+    /// The disk, not the network.
+    Disk(ArtifactError),
+}
+
+/// A request's error, by whether the host was reached at all.
+fn classify(error: ureq::Error) -> Broken {
+    use ureq::{Error, Timeout};
+    let text = error.to_string();
+    match error {
+        Error::HostNotFound
+        | Error::ConnectionFailed
+        | Error::ConnectProxyFailed(_)
+        | Error::Timeout(Timeout::Resolve | Timeout::Connect)
+        | Error::BadUri(_)
+        | Error::InvalidProxyUrl
+        | Error::TooManyRedirects
+        | Error::Tls(_)
+        | Error::Pem(_)
+        | Error::Rustls(_)
+        | Error::TlsRequired => Broken::Lasting(text),
+        Error::Io(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::HostUnreachable
+                    | io::ErrorKind::NetworkUnreachable
+                    | io::ErrorKind::InvalidData
+            ) =>
+        {
+            Broken::Lasting(text)
+        }
+        _ => Broken::Passing(text),
+    }
+}
+
+/// Downloads one file and publishes it once it has the pin's digest.
+pub(crate) fn download(
+    cache: &Cache,
+    pin: &Pin,
+    address: &Address,
+    options: &FetchOptions,
+    tell: Tell<'_>,
+) -> Result<PathBuf, ArtifactError> {
+    let failed = |reason: String| ArtifactError::Download {
+        what: format!("{} from {}", pin.file, address.shown()),
+        reason,
+    };
+    let agent = agent(options);
+    let mut partial = Partial::open(cache, pin, tell)?;
+    let mut fresh = partial.hasher.len() == 0;
+    let (mut best, mut vain, mut reached) = (partial.hasher.len(), 0, false);
+    loop {
+        if partial.hasher.len() > 0 && partial.hasher.digest() == pin.sha256 {
+            return partial.publish(cache, pin);
+        }
+        let broken = match attempt(&agent, &mut partial, pin, address, tell) {
+            Ok(Complete::Yes) => {
+                let found = partial.hasher.digest();
+                if found == pin.sha256 {
+                    return partial.publish(cache, pin);
+                }
+                partial.discard();
+                if fresh {
+                    return Err(ArtifactError::DigestMismatch {
+                        file: format!("{} from {}", pin.file, address.shown()),
+                        expected: pin.sha256,
+                        found,
+                    });
+                }
+                // What an earlier process left was damaged: once more, from the first byte.
+                partial = Partial::open(cache, pin, tell)?;
+                (fresh, best) = (true, 0);
+                continue;
+            }
+            Ok(Complete::Restarted) => {
+                fresh = true;
+                "the server cannot resume there".into()
+            }
+            Err(Broken::Passing(reason)) => reason,
+            Err(Broken::Lasting(reason)) if !reached => {
+                partial.discard_if_empty();
+                return Err(failed(reason));
+            }
+            Err(Broken::Lasting(reason)) => reason,
+            Err(Broken::Disk(e)) => return Err(e),
+        };
+        reached |= partial.answered;
+        fresh |= partial.restarted;
+        if partial.hasher.len() > best {
+            best = partial.hasher.len();
+            vain = 0;
+            continue;
+        }
+        vain += 1;
+        if vain >= options.attempts {
+            partial.discard_if_empty();
+            return Err(failed(format!(
+                "{vain} attempts in a row brought nothing new, the last one: {broken}"
+            )));
+        }
+        let pause = options.retry_delay.saturating_mul(1 << (vain - 1).min(10));
+        std::thread::sleep(pause.min(Duration::from_secs(60)));
+    }
+}
+
+enum Complete {
+    Yes,
+    Restarted,
+}
+
+/// One request, appended to what is there.
+fn attempt(
+    agent: &Agent,
+    partial: &mut Partial,
+    pin: &Pin,
+    address: &Address,
+    tell: Tell<'_>,
+) -> Result<Complete, Broken> {
+    let mut request = agent
+        .get(&address.url)
+        .header(header::ACCEPT_ENCODING, "identity");
+    if let Some(authorization) = &address.authorization {
+        request = request.header(header::AUTHORIZATION, authorization);
+    }
+    let from = partial.hasher.len();
+    if from > 0 {
+        request = request.header(header::RANGE, format!("bytes={from}-"));
+    }
+    let response = request.call().map_err(classify)?;
+    partial.answered = true;
+    let status = response.status();
+    let total = match status {
+        StatusCode::PARTIAL_CONTENT => match content_range(&response) {
+            Some((start, total)) if start == from => total,
+            _ => {
+                partial.restart().map_err(Broken::Disk)?;
+                return Ok(Complete::Restarted);
+            }
+        },
+        StatusCode::OK => {
+            partial.restart().map_err(Broken::Disk)?;
+            response.body().content_length()
+        }
+        StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => {
+            partial.restart().map_err(Broken::Disk)?;
+            return Ok(Complete::Restarted);
+        }
+        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => {
+            return Err(Broken::Passing(format!("HTTP status {status}")));
+        }
+        status if status.is_server_error() => {
+            return Err(Broken::Passing(format!("HTTP status {status}")));
+        }
+        status => {
+            partial.answered = false;
+            return Err(Broken::Lasting(format!("HTTP status {status}")));
+        }
+    };
+    if let Some(total) = total.filter(|total| *total > MAX_SIZE) {
+        return Err(Broken::Lasting(format!(
+            "the server announces {total} bytes"
+        )));
+    }
+    let file = pin.file.as_str();
+    let done = partial.hasher.len();
+    tell(&Progress::Started { file, done, total });
+    let mut body = response.into_body().into_reader();
+    let mut buffer = vec![0; 1 << 17];
+    loop {
+        let n = match body.read(&mut buffer) {
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(Broken::Passing(e.to_string())),
+        };
+        if n == 0 {
+            break;
+        }
+        partial.write(&buffer[..n]).map_err(Broken::Disk)?;
+        let done = partial.hasher.len();
+        if done > total.unwrap_or(MAX_SIZE) {
+            partial.restart().map_err(Broken::Disk)?;
+            return Err(Broken::Passing(format!("more than {total:?} bytes came")));
+        }
+        tell(&Progress::Bytes { file, done, total });
+    }
+    let done = partial.hasher.len();
+    match total {
+        Some(total) if done < total => Err(Broken::Passing(format!(
+            "the connection ended after {done} of {total} bytes"
+        ))),
+        _ => Ok(Complete::Yes),
+    }
+}
+
+/// `Content-Range: bytes 5-9/10` as the first byte and the total.
+fn content_range(response: &Response<Body>) -> Option<(u64, Option<u64>)> {
+    let value = response.headers().get(header::CONTENT_RANGE)?;
+    let (range, total) = value
+        .to_str()
+        .ok()?
+        .strip_prefix("bytes ")?
+        .split_once('/')?;
+    let (start, _) = range.split_once('-')?;
+    Some((start.trim().parse().ok()?, total.trim().parse().ok()))
+}
+
+/// A download on disk that is not complete, and the hash of what is there.
+struct Partial {
+    path: PathBuf,
+    file: File,
+    hasher: Hasher,
+    answered: bool,
+    restarted: bool,
+}
+
+impl Partial {
+    fn open(cache: &Cache, pin: &Pin, tell: Tell<'_>) -> Result<Partial, ArtifactError> {
+        let path = cache.wheels().join(format!("{}.partial", pin.file));
+        if fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+            let removed = fs::remove_file(&path);
+            removed.map_err(|e| ArtifactError::cache(&path, "remove", e))?;
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let mut file = options
+            .open(&path)
+            .map_err(|e| ArtifactError::cache(&path, "open", e))?;
+        let hasher = hash_existing(&mut file, pin, tell)
+            .map_err(|e| ArtifactError::cache(&path, "read", e))?;
+        Ok(Partial {
+            path,
+            file,
+            hasher,
+            answered: false,
+            restarted: false,
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), ArtifactError> {
+        let written = self.file.write_all(bytes);
+        written.map_err(|e| ArtifactError::cache(&self.path, "write", e))?;
+        self.hasher.update(bytes);
+        Ok(())
+    }
+
+    /// Forgets what is there.
+    fn restart(&mut self) -> Result<(), ArtifactError> {
+        let cut = self.file.set_len(0);
+        let cut = cut.and_then(|()| self.file.seek(SeekFrom::Start(0)));
+        cut.map_err(|e| ArtifactError::cache(&self.path, "truncate", e))?;
+        self.hasher = Hasher::default();
+        self.restarted = true;
+        Ok(())
+    }
+
+    fn publish(self, cache: &Cache, pin: &Pin) -> Result<PathBuf, ArtifactError> {
+        cache.adopt_wheel(pin, &self.file, &self.path)
+    }
+
+    fn discard(&self) {
+        let _ = fs::remove_file(&self.path);
+    }
+
+    fn discard_if_empty(&self) {
+        if self.hasher.len() == 0 {
+            self.discard();
+        }
+    }
+}
+
+fn hash_existing(file: &mut File, pin: &Pin, tell: Tell<'_>) -> io::Result<Hasher> {
+    let total = file.metadata()?.len();
+    let mut hasher = Hasher::default();
+    let mut buffer = vec![0; 1 << 17];
+    loop {
+        let n = file.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(hasher);
+        }
+        hasher.update(&buffer[..n]);
+        tell(&Progress::Verifying {
+            file: &pin.file,
+            done: hasher.len(),
+            total,
+        });
+    }
+}
+
+/// Publishes a file that something else downloaded, if it has the pin's digest.
+pub(crate) fn adopt(cache: &Cache, pin: &Pin, from: &Path) -> Result<PathBuf, ArtifactError> {
+    let file = File::open(from).map_err(|e| ArtifactError::cache(from, "open", e))?;
+    let hashed = Digest::of_file(&file);
+    let (found, _) = hashed.map_err(|e| ArtifactError::cache(from, "read", e))?;
+    if found != pin.sha256 {
+        let _ = fs::remove_file(from);
+        return Err(ArtifactError::DigestMismatch {
+            file: from.display().to_string(),
+            expected: pin.sha256,
+            found,
+        });
+    }
+    cache.adopt_wheel(pin, &file, from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_are_kept_apart() {
+        let address = Address::new("https://me:p%40ss@host.example:8080/simple/?token=1");
+        assert_eq!(address.url, "https://host.example:8080/simple/?token=1");
+        assert_eq!(address.shown(), "https://host.example:8080/simple/");
+        let want = format!("Basic {}", base64(b"me:p@ss"));
+        assert_eq!(address.authorization.as_deref(), Some(want.as_str()));
+        let plain = Address::new("https://host.example/a@b");
+        assert_eq!(plain.url, "https://host.example/a@b");
+        assert_eq!(plain.authorization, None);
+    }
+
+    #[test]
+    fn base64_pads() {
+        for (bytes, want) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+        ] {
+            assert_eq!(base64(bytes.as_bytes()), want);
+        }
+    }
+
+    #[test]
+    fn percent_signs_are_decoded() {
+        assert_eq!(percent_decode("a%2Bb%2"), b"a+b%2");
+        assert_eq!(percent_decode("%zz%41"), b"%zzA");
+    }
+}

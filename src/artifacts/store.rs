@@ -1,0 +1,677 @@
+//! The sources of a member, in order, and the first that holds it.
+
+use super::bundle::{self, BundledMember};
+use super::cache::Cache;
+use super::error::Tried;
+use super::pins::Pins;
+use super::wheel::Wheel;
+use super::{ArtifactError, Fetch, FetchOptions, Member, Package, Progress, ProgressFn};
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where a store looks, and what it may do.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct StoreConfig {
+    /// Wheels, or folders of them, that are asked first.
+    pub wheels: Vec<PathBuf>,
+    /// Wheels, or folders of them, that are asked second: those of `FLASHINFER_RS_WHEELS`.
+    pub env_wheels: Vec<PathBuf>,
+    /// The cache folder; `None` stands for `flashinfer-rs` in the platform's cache folder.
+    pub cache_dir: Option<PathBuf>,
+    /// The embedded members.
+    pub bundle: &'static [BundledMember],
+    /// Whether downloads are forbidden.
+    pub offline: bool,
+    /// The pinned wheels.
+    pub pins: Pins,
+    /// The simple index that is asked for registry packages; `None` stands for the machine's own
+    /// settings.
+    pub index_url: Option<String>,
+    /// Told of long operations.
+    pub progress: Option<ProgressFn>,
+    /// Limits of downloads.
+    pub fetch_options: FetchOptions,
+}
+
+impl StoreConfig {
+    /// A configuration that reads nothing from the environment: no wheels, no bundle, offline.
+    pub fn new(pins: Pins) -> StoreConfig {
+        StoreConfig {
+            wheels: Vec::new(),
+            env_wheels: Vec::new(),
+            cache_dir: None,
+            bundle: &[],
+            offline: true,
+            pins,
+            index_url: None,
+            progress: None,
+            fetch_options: FetchOptions::default(),
+        }
+    }
+
+    /// The configuration of the environment: `FLASHINFER_RS_WHEELS` (a list of paths, written
+    /// like `PATH`), `FLASHINFER_RS_CACHE_DIR`, `FLASHINFER_RS_OFFLINE` (`1` or `0`),
+    /// `FLASHINFER_RS_INDEX_URL`, this crate's pins and its embedded bundle.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Setting`] when a variable has a value that means nothing, and
+    /// [`ArtifactError::Pins`] when the pin table cannot be read.
+    pub fn from_env() -> Result<StoreConfig, ArtifactError> {
+        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        let mut config = StoreConfig::new(Pins::built_in()?);
+        if let Some(list) = set("FLASHINFER_RS_WHEELS") {
+            let paths = std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty());
+            config.env_wheels = paths.collect();
+        }
+        config.cache_dir = set("FLASHINFER_RS_CACHE_DIR").map(PathBuf::from);
+        let offline = set("FLASHINFER_RS_OFFLINE").map(|v| v.to_string_lossy().into_owned());
+        config.offline = flag("FLASHINFER_RS_OFFLINE", offline.as_deref())?;
+        config.index_url = set("FLASHINFER_RS_INDEX_URL").map(|v| v.to_string_lossy().into_owned());
+        config.bundle = bundle::embedded();
+        Ok(config)
+    }
+}
+
+impl fmt::Debug for StoreConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The index address may hold a password.
+        f.debug_struct("StoreConfig")
+            .field("wheels", &self.wheels)
+            .field("env_wheels", &self.env_wheels)
+            .field("cache_dir", &self.cache_dir)
+            .field("bundle", &self.bundle.len())
+            .field("offline", &self.offline)
+            .field("pins", &self.pins)
+            .field("index_url", &self.index_url.is_some())
+            .field("fetch_options", &self.fetch_options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads a variable that is on or off.
+pub(crate) fn flag(variable: &'static str, value: Option<&str>) -> Result<bool, ArtifactError> {
+    match value.unwrap_or_default().to_ascii_lowercase().as_str() {
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        "1" | "true" | "yes" | "on" => Ok(true),
+        other => Err(ArtifactError::Setting {
+            variable,
+            value: other.into(),
+            expected: "`1` or `0`".into(),
+        }),
+    }
+}
+
+/// Where a member came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A wheel named in the configuration.
+    Config(PathBuf),
+    /// A wheel named by `FLASHINFER_RS_WHEELS`.
+    Env(PathBuf),
+    /// The bundle in this program.
+    Embedded,
+    /// The pinned wheel, which was in the cache.
+    CachedWheel(PathBuf),
+    /// The pinned wheel, which was downloaded for this.
+    Fetched(PathBuf),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Config(path) => write!(f, "configured wheel {}", path.display()),
+            Source::Env(path) => {
+                write!(f, "wheel {} of FLASHINFER_RS_WHEELS", path.display())
+            }
+            Source::Embedded => f.write_str("embedded bundle"),
+            Source::CachedWheel(path) => write!(f, "pinned wheel {}", path.display()),
+            Source::Fetched(path) => write!(f, "downloaded wheel {}", path.display()),
+        }
+    }
+}
+
+/// A verified file on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// The file.
+    pub path: PathBuf,
+    /// The source that it came from.
+    pub source: Source,
+}
+
+/// One source, as a person wants to see it.
+#[derive(Clone, Debug, serde::Serialize)]
+#[non_exhaustive]
+pub struct SourceReport {
+    /// What the source is, in human words.
+    pub source: String,
+    /// Its wheel or folder, if it has one.
+    pub path: Option<PathBuf>,
+    /// Whether it can serve at least one member now.
+    pub usable: bool,
+    /// The names of the modules it holds.
+    pub modules: Vec<String>,
+    /// The file names of the libraries it holds.
+    pub libraries: Vec<String>,
+    /// What is wrong, or why it serves nothing.
+    pub problem: Option<String>,
+    /// What to do about it.
+    pub remedy: Option<String>,
+}
+
+/// Finds members in their sources and keeps verified copies in the cache. Share it by reference
+/// or in an `Arc`; every method may run in many threads and processes at once.
+#[derive(Debug)]
+pub struct Store {
+    config: StoreConfig,
+    cache: Cache,
+    opened: Mutex<HashMap<PathBuf, Arc<Wheel>>>,
+}
+
+impl Store {
+    /// A store. This touches neither network nor disk; a cache that cannot be written and wheels
+    /// that cannot be read are told by the first look-up that needs them.
+    ///
+    /// # Errors
+    /// [`ArtifactError::NoCacheDir`] when no cache folder is given and the platform names none.
+    pub fn open(config: StoreConfig) -> Result<Store, ArtifactError> {
+        let root = match &config.cache_dir {
+            Some(root) => root.clone(),
+            None => dirs::cache_dir()
+                .ok_or(ArtifactError::NoCacheDir)?
+                .join("flashinfer-rs"),
+        };
+        let root = std::path::absolute(&root)
+            .map_err(|e| ArtifactError::cache(&root, "make an absolute path of", e))?;
+        Ok(Store {
+            cache: Cache::new(root, config.fetch_options.lock_timeout),
+            config,
+            opened: Mutex::default(),
+        })
+    }
+
+    /// A verified copy of a member in the cache, ready to be opened.
+    ///
+    /// Every wheel that the user named must be readable, also one whose turn does not come: a
+    /// mistyped path is never passed over.
+    ///
+    /// # Errors
+    /// [`ArtifactError::NotFound`] when no source holds it; otherwise what is wrong with the
+    /// source that should serve it, or with the cache.
+    pub fn locate(&self, member: &Member, fetch: Fetch) -> Result<Located, ArtifactError> {
+        member.check()?;
+        let mut tried = Vec::new();
+
+        let user = self.user_wheels()?;
+        for (source, wheel) in &user.wheels {
+            match self.from_wheel(wheel, member)? {
+                Some(path) => {
+                    let source = source.clone();
+                    return Ok(Located { path, source });
+                }
+                None => tried.push(Tried {
+                    source: source.to_string(),
+                    outcome: lacks(member),
+                    remedy: String::new(),
+                }),
+            }
+        }
+        tried.extend(user.empty);
+
+        match self.config.bundle.iter().find(|entry| entry.is(member)) {
+            Some(entry) => {
+                let path = self.from_bundle(entry, member)?;
+                let source = Source::Embedded;
+                return Ok(Located { path, source });
+            }
+            None => tried.push(self.bundle_lacks(member)),
+        }
+
+        let pin = match self.config.pins.get(member.package()) {
+            Ok(pin) => pin,
+            Err(e) => {
+                tried.push(Tried {
+                    source: "pinned wheel".into(),
+                    outcome: e.to_string(),
+                    remedy: String::new(),
+                });
+                let member = member.clone();
+                return Err(ArtifactError::NotFound { member, tried });
+            }
+        };
+        let at = self.cache.wheels().join(&pin.file);
+        let cached = self.cache.wheel(pin, &|progress| self.tell(progress));
+        let damaged = match cached {
+            Ok(Some(path)) => {
+                if let Some(found) = self.from_wheel(&*self.wheel(&path)?, member)? {
+                    let source = Source::CachedWheel(path);
+                    return Ok(Located {
+                        path: found,
+                        source,
+                    });
+                }
+                tried.push(pin_lacks(Source::CachedWheel(path), member));
+                let member = member.clone();
+                return Err(ArtifactError::NotFound { member, tried });
+            }
+            Ok(None) => {
+                tried.push(Tried {
+                    source: "pinned wheel in the cache".into(),
+                    outcome: format!("{} does not exist", at.display()),
+                    remedy: String::new(),
+                });
+                None
+            }
+            Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
+            Err(e) => return Err(e),
+        };
+
+        let download = format!("download of {}", pin.file);
+        let failed = if fetch == Fetch::Forbidden {
+            Tried {
+                source: download,
+                outcome: "not allowed by this call".into(),
+                remedy: "run `flashinfer-doctor fetch` before, or preload the module".into(),
+            }
+        } else {
+            match self.fetch(member.package()) {
+                Ok(path) => {
+                    if let Some(found) = self.from_wheel(&*self.wheel(&path)?, member)? {
+                        let source = Source::Fetched(path);
+                        return Ok(Located {
+                            path: found,
+                            source,
+                        });
+                    }
+                    pin_lacks(Source::Fetched(path), member)
+                }
+                Err(e @ ArtifactError::DigestMismatch { .. }) => return Err(e),
+                Err(e @ ArtifactError::Cache { .. }) => return Err(e),
+                Err(e) => Tried {
+                    source: download,
+                    outcome: e.to_string(),
+                    remedy: format!(
+                        "or put the wheel at {}, or name it in FLASHINFER_RS_WHEELS",
+                        at.display()
+                    ),
+                },
+            }
+        };
+        if let Some(mismatch) = damaged {
+            return Err(mismatch);
+        }
+        tried.push(failed);
+        let member = member.clone();
+        Err(ArtifactError::NotFound { member, tried })
+    }
+
+    /// Downloads a package's pinned wheel into the cache, unless it is there, and returns its
+    /// path. A wheel there with the wrong digest is replaced.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Offline`] when downloads are forbidden or not built in,
+    /// [`ArtifactError::Download`], [`ArtifactError::DigestMismatch`],
+    /// [`ArtifactError::Locked`], [`ArtifactError::Cache`], [`ArtifactError::Pins`].
+    pub fn fetch(&self, package: Package) -> Result<PathBuf, ArtifactError> {
+        let pin = self.config.pins.get(package)?;
+        let tell = |progress: &Progress<'_>| self.tell(progress);
+        let cached = self.cache.wheel(pin, &tell);
+        if let Ok(Some(path)) = cached {
+            return Ok(path);
+        }
+        let refused = |reason: &str| {
+            Err(ArtifactError::Offline {
+                what: pin.file.clone(),
+                reason: reason.into(),
+            })
+        };
+        if self.config.offline {
+            return refused("the configuration or FLASHINFER_RS_OFFLINE forbids downloads");
+        }
+        #[cfg(not(feature = "fetch"))]
+        return refused("this program was built without the feature `fetch`");
+        #[cfg(feature = "fetch")]
+        {
+            let options = &self.config.fetch_options;
+            let index_url = self.config.index_url.as_deref();
+            let arch = self.config.pins.arch();
+            super::fetch::pinned(&self.cache, pin, arch, index_url, options, &tell)
+        }
+    }
+
+    /// Each source in order: what it is, whether it is usable, what it holds.
+    pub fn inventory(&self) -> Vec<SourceReport> {
+        let mut reports = Vec::new();
+        for (from_env, path) in self.user_paths() {
+            let source = if from_env {
+                Source::Env
+            } else {
+                Source::Config
+            };
+            match expand(path) {
+                Ok(wheels) if wheels.is_empty() => {
+                    let empty = empty_folder(path, source(path.clone()));
+                    reports.push(SourceReport::absent(
+                        empty.source,
+                        Some(path.clone()),
+                        empty.outcome,
+                        empty.remedy,
+                    ));
+                }
+                Ok(wheels) => reports.extend(wheels.into_iter().map(|wheel| {
+                    let opened = self.wheel(&wheel);
+                    SourceReport::wheel(source(wheel), opened)
+                })),
+                Err(e) => {
+                    let wheel = source(path.clone());
+                    reports.push(SourceReport::wheel(wheel, Err(e)));
+                }
+            }
+        }
+        reports.push(self.bundle_report());
+        let tell = |progress: &Progress<'_>| self.tell(progress);
+        for package in Package::ALL {
+            let name = format!("pinned wheel of {package}");
+            let pin = match self.config.pins.get(package) {
+                Ok(pin) => pin,
+                Err(e) => {
+                    let remedy = "name wheels in FLASHINFER_RS_WHEELS".into();
+                    reports.push(SourceReport::absent(name, None, e.to_string(), remedy));
+                    continue;
+                }
+            };
+            let at = self.cache.wheels().join(&pin.file);
+            let report = match self.cache.wheel(pin, &tell) {
+                Ok(Some(path)) => {
+                    let opened = self.wheel(&path);
+                    SourceReport::wheel(Source::CachedWheel(path), opened)
+                }
+                Ok(None) => SourceReport::absent(
+                    name,
+                    Some(at),
+                    "it is not in the cache".into(),
+                    "run `flashinfer-doctor fetch`; with downloads allowed it is also fetched at \
+                     first use"
+                        .into(),
+                ),
+                Err(e) => SourceReport::wheel(Source::CachedWheel(at), Err(e)),
+            };
+            reports.push(report);
+        }
+        reports.push(self.download_report());
+        reports
+    }
+
+    /// The names of every module that a local source holds, sorted, each once. Sources that
+    /// cannot be read are left out; [`Store::inventory`] tells of them.
+    pub fn modules(&self) -> Vec<String> {
+        let reports = self.inventory().into_iter();
+        let names: BTreeSet<_> = reports.flat_map(|report| report.modules).collect();
+        names.into_iter().collect()
+    }
+
+    /// The cache folder.
+    pub fn cache_dir(&self) -> &Path {
+        self.cache.root()
+    }
+
+    /// The bytes of all files in the cache.
+    ///
+    /// # Errors
+    /// Those of reading folders.
+    pub fn cache_size(&self) -> std::io::Result<u64> {
+        self.cache.size()
+    }
+
+    /// Empties the cache, except for what another process is writing, and returns the bytes
+    /// freed. Libraries that a process has opened stay usable for it.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Cache`] when something cannot be removed.
+    pub fn clean(&self) -> Result<u64, ArtifactError> {
+        self.cache.clean()
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &StoreConfig {
+        &self.config
+    }
+
+    fn tell(&self, progress: &Progress<'_>) {
+        if let Some(tell) = &self.config.progress {
+            tell(progress);
+        }
+    }
+
+    fn user_paths(&self) -> impl Iterator<Item = (bool, &PathBuf)> {
+        let config = self.config.wheels.iter().map(|path| (false, path));
+        config.chain(self.config.env_wheels.iter().map(|path| (true, path)))
+    }
+
+    fn user_wheels(&self) -> Result<UserWheels, ArtifactError> {
+        let mut user = UserWheels::default();
+        for (from_env, path) in self.user_paths() {
+            let source = if from_env {
+                Source::Env
+            } else {
+                Source::Config
+            };
+            let wheels = expand(path)?;
+            if wheels.is_empty() {
+                user.empty.push(empty_folder(path, source(path.clone())));
+            }
+            for wheel in wheels {
+                let opened = self.wheel(&wheel)?;
+                user.wheels.push((source(wheel), opened));
+            }
+        }
+        Ok(user)
+    }
+
+    fn wheel(&self, path: &Path) -> Result<Arc<Wheel>, ArtifactError> {
+        let lock = || self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(wheel) = lock().get(path) {
+            return Ok(Arc::clone(wheel));
+        }
+        let wheel = Arc::new(Wheel::open(path)?);
+        lock().insert(path.into(), Arc::clone(&wheel));
+        Ok(wheel)
+    }
+
+    fn from_wheel(&self, wheel: &Wheel, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
+        let Some(recorded) = wheel.find(member)? else {
+            return Ok(None);
+        };
+        let file = member.file_name();
+        let path = self.cache.publish(
+            (wheel.artifact_hash(), member.folder(), &file),
+            (recorded.sha256, recorded.size),
+            &|| format!("{member} in {}", wheel.path().display()),
+            &|sink| wheel.copy(recorded, sink),
+        )?;
+        Ok(Some(path))
+    }
+
+    fn from_bundle(
+        &self,
+        entry: &BundledMember,
+        member: &Member,
+    ) -> Result<PathBuf, ArtifactError> {
+        self.cache.publish(
+            (entry.artifact_hash, member.folder(), &member.file_name()),
+            (entry.sha256, entry.size),
+            &|| format!("{member} in the embedded bundle"),
+            &|sink| entry.copy(sink),
+        )
+    }
+
+    fn bundle_lacks(&self, member: &Member) -> Tried {
+        let (outcome, remedy) = if self.config.bundle.is_empty() {
+            (
+                "nothing was embedded at build time".to_owned(),
+                "build with FLASHINFER_RS_EMBED=require to see why",
+            )
+        } else {
+            (
+                lacks(member),
+                "build with a pattern for it in FLASHINFER_RS_EMBED_MODULES",
+            )
+        };
+        Tried {
+            source: Source::Embedded.to_string(),
+            outcome,
+            remedy: remedy.into(),
+        }
+    }
+
+    fn bundle_report(&self) -> SourceReport {
+        let source = Source::Embedded.to_string();
+        if self.config.bundle.is_empty() {
+            let problem = "nothing was embedded at build time".into();
+            let remedy = "build with FLASHINFER_RS_EMBED=require to see why".into();
+            return SourceReport::absent(source, None, problem, remedy);
+        }
+        let (modules, libraries) = self
+            .config
+            .bundle
+            .iter()
+            .filter_map(|entry| entry.suffix.rsplit('/').next().map(|file| (entry, file)))
+            .partition::<Vec<_>, _>(|(entry, _)| entry.suffix.contains("/jit_cache/"));
+        let name = |file: &str| file.trim_end_matches(".so").to_owned();
+        SourceReport {
+            source,
+            path: None,
+            usable: true,
+            modules: modules.iter().map(|(_, file)| name(file)).collect(),
+            libraries: libraries.iter().map(|(_, file)| (*file).into()).collect(),
+            problem: None,
+            remedy: None,
+        }
+    }
+
+    fn download_report(&self) -> SourceReport {
+        let (problem, remedy) = if cfg!(not(feature = "fetch")) {
+            (
+                "this program was built without it",
+                "build with the feature `fetch`",
+            )
+        } else if self.config.offline {
+            ("downloads are forbidden", "unset FLASHINFER_RS_OFFLINE")
+        } else {
+            ("", "")
+        };
+        let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        SourceReport {
+            source: "download of pinned wheels".into(),
+            path: None,
+            usable: problem.is_empty(),
+            modules: Vec::new(),
+            libraries: Vec::new(),
+            problem: some(problem),
+            remedy: some(remedy),
+        }
+    }
+}
+
+#[derive(Default)]
+struct UserWheels {
+    wheels: Vec<(Source, Arc<Wheel>)>,
+    empty: Vec<Tried>,
+}
+
+impl SourceReport {
+    fn absent(
+        source: String,
+        path: Option<PathBuf>,
+        problem: String,
+        remedy: String,
+    ) -> SourceReport {
+        SourceReport {
+            source,
+            path,
+            usable: false,
+            modules: Vec::new(),
+            libraries: Vec::new(),
+            problem: Some(problem),
+            remedy: Some(remedy),
+        }
+    }
+
+    fn wheel(source: Source, wheel: Result<Arc<Wheel>, ArtifactError>) -> SourceReport {
+        let path = match &source {
+            Source::Config(path)
+            | Source::Env(path)
+            | Source::CachedWheel(path)
+            | Source::Fetched(path) => Some(path.clone()),
+            Source::Embedded => None,
+        };
+        let wheel = match wheel {
+            Ok(wheel) => wheel,
+            Err(e) => {
+                let remedy = match e {
+                    ArtifactError::DigestMismatch { .. } => "run `flashinfer-doctor fetch`",
+                    _ => "correct the path, or obtain the wheel again",
+                };
+                let problem = e.to_string();
+                return SourceReport::absent(source.to_string(), path, problem, remedy.into());
+            }
+        };
+        let modules = wheel.modules();
+        let libraries = [Member::TvmFfi, Member::TvmFfiTesting, Member::CudaRuntime]
+            .into_iter()
+            .filter(|member| matches!(wheel.find(member), Ok(Some(_))))
+            .map(|member| member.file_name())
+            .collect::<Vec<_>>();
+        let usable = !modules.is_empty() || !libraries.is_empty();
+        SourceReport {
+            source: source.to_string(),
+            path,
+            usable,
+            modules,
+            libraries,
+            problem: (!usable).then(|| "it holds nothing that the crate uses".into()),
+            remedy: (!usable).then(|| "leave it out of the list".into()),
+        }
+    }
+}
+
+fn lacks(member: &Member) -> String {
+    format!("holds no {}", member.suffix())
+}
+
+fn pin_lacks(source: Source, member: &Member) -> Tried {
+    Tried {
+        source: source.to_string(),
+        outcome: lacks(member),
+        remedy: "this release does not ship it: name a wheel that does in FLASHINFER_RS_WHEELS"
+            .into(),
+    }
+}
+
+fn empty_folder(path: &Path, source: Source) -> Tried {
+    Tried {
+        source: source.to_string(),
+        outcome: format!("the folder {} holds no .whl file", path.display()),
+        remedy: "put wheels there, or leave the folder out of the list".into(),
+    }
+}
+
+/// The wheels that a path names: itself, or those in the folder that it is, sorted.
+pub(crate) fn expand(path: &Path) -> Result<Vec<PathBuf>, ArtifactError> {
+    let bad = |e: std::io::Error| ArtifactError::wheel(path, e.to_string());
+    if !std::fs::metadata(path).map_err(bad)?.is_dir() {
+        return Ok(vec![path.into()]);
+    }
+    let mut wheels = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(bad)? {
+        let file = entry.map_err(bad)?.path();
+        if file.extension().is_some_and(|end| end == "whl") {
+            wheels.push(file);
+        }
+    }
+    wheels.sort();
+    Ok(wheels)
+}

@@ -1,0 +1,384 @@
+//! Members of a wheel, each with the digest that the wheel's `RECORD` promises.
+//!
+//! Opening a wheel reads its central directory and its `RECORD`, nothing else, so a wheel of
+//! gigabytes costs what its list of names costs. A member's bytes are streamed and never exceed
+//! the size that both lists state.
+
+use super::cache::Sink;
+use super::digest::Digest;
+use super::{ArtifactError, Member};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+/// Length of the short hexadecimal digest that names a wheel's folder in the cache.
+pub(crate) const ARTIFACT_HASH_LEN: usize = 24;
+
+const MAX_RECORD: u64 = 64 << 20;
+const MODULES: &str = "flashinfer_jit_cache/jit_cache/";
+
+/// An open wheel: its members and their digests.
+#[derive(Debug)]
+pub struct Wheel {
+    path: PathBuf,
+    artifact_hash: String,
+    members: Vec<WheelMember>,
+}
+
+/// A member of a wheel.
+#[derive(Clone, Debug)]
+pub struct WheelMember {
+    index: usize,
+    name: String,
+    size: u64,
+    record: Option<(Digest, Option<u64>)>,
+}
+
+/// A member whose digest and size are known.
+#[derive(Clone, Copy, Debug)]
+pub struct Recorded<'a> {
+    member: &'a WheelMember,
+    /// The digest in `RECORD`.
+    pub sha256: Digest,
+    /// The size on which the central directory and `RECORD` agree.
+    pub size: u64,
+}
+
+type Archive = zip::ZipArchive<BufReader<File>>;
+
+impl Wheel {
+    /// Opens a wheel and validates its list of members.
+    ///
+    /// # Errors
+    /// [`ArtifactError::BadWheel`] when the file is missing, no zip archive, holds a name twice
+    /// or has no `RECORD`; [`ArtifactError::UnsafeMember`] when a name could leave its folder.
+    pub fn open(path: &Path) -> Result<Wheel, ArtifactError> {
+        let bad = |reason: String| ArtifactError::wheel(path, reason);
+        let mut archive = archive(path)?;
+        if archive.has_duplicate_names() {
+            return Err(bad("it holds the same member name twice".into()));
+        }
+        let mut members = Vec::with_capacity(archive.len());
+        for index in 0..archive.len() {
+            let entry = archive
+                .by_index_data(index)
+                .map_err(|e| bad(e.to_string()))?;
+            let name = std::str::from_utf8(entry.name_raw())
+                .map_err(|_| bad("a member's name is not UTF-8".into()))?;
+            check_name(path, name)?;
+            if entry.is_file() {
+                members.push(WheelMember {
+                    index,
+                    name: name.into(),
+                    size: entry.size(),
+                    record: None,
+                });
+            }
+        }
+        let record = read_record(path, &mut archive, &members)?;
+        let mut artifact_hash = Digest::of(&record).to_string();
+        artifact_hash.truncate(ARTIFACT_HASH_LEN);
+        let by_name: HashMap<_, _> = members
+            .iter()
+            .enumerate()
+            .map(|(at, member)| (member.name.clone(), at))
+            .collect();
+        let record = std::str::from_utf8(&record).map_err(|_| bad("RECORD is not UTF-8".into()))?;
+        for line in record.lines().filter(|line| !line.trim().is_empty()) {
+            let (name, digest, size) =
+                record_line(line).ok_or_else(|| bad(format!("RECORD has the line {line:?}")))?;
+            let Some(member) = by_name.get(&name).map(|at| &mut members[*at]) else {
+                continue;
+            };
+            let Some(digest) = digest else { continue };
+            if member.record.replace((digest, size)).is_some() {
+                return Err(bad(format!("RECORD lists {name} twice")));
+            }
+        }
+        Ok(Wheel {
+            path: path.into(),
+            artifact_hash,
+            members,
+        })
+    }
+
+    /// Where the wheel is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A short digest of `RECORD`: the name of this wheel's folder in the cache.
+    pub fn artifact_hash(&self) -> &str {
+        &self.artifact_hash
+    }
+
+    /// The member, if the wheel holds it.
+    ///
+    /// # Errors
+    /// [`ArtifactError::BadWheel`] when two members fit, when `RECORD` has no digest for it, or
+    /// when its two sizes disagree.
+    pub fn find(&self, member: &Member) -> Result<Option<Recorded<'_>>, ArtifactError> {
+        let bad = |reason: String| ArtifactError::wheel(&self.path, reason);
+        let suffix = member.suffix();
+        let mut fitting = self.members.iter().filter(|m| has_suffix(&m.name, &suffix));
+        let Some(found) = fitting.next() else {
+            return Ok(None);
+        };
+        if let Some(second) = fitting.next() {
+            return Err(bad(format!(
+                "both {} and {} are {member}",
+                found.name, second.name
+            )));
+        }
+        let (sha256, size) = found
+            .record
+            .ok_or_else(|| bad(format!("RECORD has no SHA-256 of {}", found.name)))?;
+        if let Some(size) = size.filter(|size| *size != found.size) {
+            return Err(bad(format!(
+                "{} has {} bytes by the central directory and {size} by RECORD",
+                found.name, found.size
+            )));
+        }
+        Ok(Some(Recorded {
+            member: found,
+            sha256,
+            size: found.size,
+        }))
+    }
+
+    /// The names of the modules in the wheel, sorted.
+    pub fn modules(&self) -> Vec<String> {
+        let mut names: Vec<_> = self
+            .members
+            .iter()
+            .filter_map(|member| module_name(&member.name))
+            .map(str::to_owned)
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Streams a member into `sink`.
+    pub(crate) fn copy(
+        &self,
+        recorded: Recorded<'_>,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), ArtifactError> {
+        let name = &recorded.member.name;
+        let bad = |e: &dyn std::fmt::Display| {
+            ArtifactError::wheel(&self.path, format!("member {name}: {e}"))
+        };
+        let mut archive = archive(&self.path)?;
+        let mut entry = archive
+            .by_index(recorded.member.index)
+            .map_err(|e| bad(&e))?;
+        if entry.name_raw() != name.as_bytes() {
+            return Err(bad(&"the file has changed since it was opened"));
+        }
+        let mut buffer = vec![0; 1 << 17];
+        loop {
+            match entry.read(&mut buffer).map_err(|e| bad(&e))? {
+                0 => return Ok(()),
+                n => sink.write(&buffer[..n])?,
+            }
+        }
+    }
+}
+
+/// The module that a member path holds, if it is one.
+fn module_name(path: &str) -> Option<&str> {
+    let at = path.rfind(MODULES)?;
+    if at > 0 && !path[..at].ends_with('/') {
+        return None;
+    }
+    let (folder, file) = path[at + MODULES.len()..].split_once('/')?;
+    (file.strip_suffix(".so")? == folder).then_some(folder)
+}
+
+fn has_suffix(path: &str, suffix: &str) -> bool {
+    match path.strip_suffix(suffix) {
+        Some(rest) => rest.is_empty() || rest.ends_with('/'),
+        None => false,
+    }
+}
+
+fn archive(path: &Path) -> Result<Archive, ArtifactError> {
+    let file = File::open(path).map_err(|e| ArtifactError::wheel(path, e.to_string()))?;
+    zip::ZipArchive::new(BufReader::new(file))
+        .map_err(|e| ArtifactError::wheel(path, format!("it cannot be read as a zip: {e}")))
+}
+
+fn check_name(wheel: &Path, name: &str) -> Result<(), ArtifactError> {
+    let reason = if name.is_empty() {
+        "it is empty"
+    } else if name.starts_with('/') || name.as_bytes().get(1) == Some(&b':') {
+        "it is absolute"
+    } else if name.contains('\\') {
+        "it holds a backslash"
+    } else if name.chars().any(char::is_control) {
+        "it holds a control character"
+    } else if name
+        .trim_end_matches('/')
+        .split('/')
+        .any(|c| matches!(c, ".." | "." | ""))
+    {
+        "a component of it is empty, `.` or `..`"
+    } else {
+        return Ok(());
+    };
+    Err(ArtifactError::UnsafeMember {
+        wheel: wheel.into(),
+        name: name.into(),
+        reason,
+    })
+}
+
+fn read_record(
+    path: &Path,
+    archive: &mut Archive,
+    members: &[WheelMember],
+) -> Result<Vec<u8>, ArtifactError> {
+    let bad = |reason: String| ArtifactError::wheel(path, reason);
+    let is_record = |m: &&WheelMember| {
+        m.name
+            .strip_suffix(".dist-info/RECORD")
+            .is_some_and(|folder| !folder.contains('/'))
+    };
+    let mut records = members.iter().filter(is_record);
+    let record = match (records.next(), records.next()) {
+        (Some(record), None) => record,
+        (None, _) => return Err(bad("it has no .dist-info/RECORD".into())),
+        (Some(_), Some(_)) => return Err(bad("it has more than one .dist-info/RECORD".into())),
+    };
+    if record.size > MAX_RECORD {
+        return Err(bad(format!("its RECORD has {} bytes", record.size)));
+    }
+    let mut bytes = Vec::new();
+    let entry = archive
+        .by_index(record.index)
+        .map_err(|e| bad(e.to_string()))?;
+    entry
+        .take(record.size + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| bad(format!("RECORD: {e}")))?;
+    if bytes.len() as u64 != record.size {
+        return Err(bad("its RECORD does not have the stated size".into()));
+    }
+    Ok(bytes)
+}
+
+/// One line of `RECORD`: path, SHA-256 if there is one, size if there is one.
+fn record_line(line: &str) -> Option<(String, Option<Digest>, Option<u64>)> {
+    let (name, rest) = match line.strip_prefix('"') {
+        None => {
+            let (name, rest) = line.split_once(',')?;
+            (name.to_owned(), rest)
+        }
+        Some(quoted) => {
+            let (mut name, mut rest) = (String::new(), quoted);
+            loop {
+                let (part, after) = rest.split_once('"')?;
+                name.push_str(part);
+                match after.strip_prefix('"') {
+                    Some(more) => {
+                        name.push('"');
+                        rest = more;
+                    }
+                    None => break (name, after.strip_prefix(',')?),
+                }
+            }
+        }
+    };
+    let (digest, size) = rest.split_once(',')?;
+    let digest = match digest.split_once('=') {
+        Some(("sha256", digest)) => Some(Digest::from_base64(digest)?),
+        Some(_) => None,
+        None if digest.is_empty() => None,
+        None => return None,
+    };
+    let size = match size.trim() {
+        "" => None,
+        size => Some(size.parse().ok()?),
+    };
+    Some((name, digest, size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suffixes_match_whole_components() {
+        let suffix = Member::TvmFfi.suffix();
+        assert!(has_suffix("tvm_ffi/lib/libtvm_ffi.so", &suffix));
+        assert!(has_suffix(
+            "x.data/purelib/tvm_ffi/lib/libtvm_ffi.so",
+            &suffix
+        ));
+        assert!(!has_suffix("not_tvm_ffi/lib/libtvm_ffi.so", &suffix));
+        assert!(!has_suffix("tvm_ffi/lib/libtvm_ffi.so.bak", &suffix));
+    }
+
+    #[test]
+    fn module_names_come_from_paths() {
+        let path = "w.data/purelib/flashinfer_jit_cache/jit_cache/norm/norm.so";
+        assert_eq!(module_name(path), Some("norm"));
+        for path in [
+            "flashinfer_jit_cache/jit_cache/norm/other.so",
+            "xflashinfer_jit_cache/jit_cache/norm/norm.so",
+            "flashinfer_jit_cache/jit_cache/norm.so",
+            "norm/norm.so",
+        ] {
+            assert_eq!(module_name(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn record_lines_are_read_with_csv_quoting() {
+        let digest = Digest::of(b"");
+        let hash = "sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU";
+        for (line, name, want, size) in [
+            (format!("a/b.so,{hash},0"), "a/b.so", Some(digest), Some(0)),
+            (
+                format!("\"a,\"\"b\"\".so\",{hash},7"),
+                "a,\"b\".so",
+                Some(digest),
+                Some(7),
+            ),
+            ("x/RECORD,,".into(), "x/RECORD", None, None),
+            ("a,md5=00,3".into(), "a", None, Some(3)),
+        ] {
+            assert_eq!(
+                record_line(&line),
+                Some((name.into(), want, size)),
+                "{line}"
+            );
+        }
+        for line in ["a", "a,sha256=xx,1", "\"a,,", "a,nonsense,1", "a,,many"] {
+            assert_eq!(record_line(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn names_that_leave_their_folder_are_refused() {
+        let wheel = Path::new("w.whl");
+        for name in [
+            "",
+            "/etc/passwd",
+            "../a",
+            "a/../../b",
+            "a//b",
+            "a\\b",
+            "C:/a",
+            "a\0b",
+            "./a",
+            "a\nb",
+        ] {
+            assert!(check_name(wheel, name).is_err(), "{name:?}");
+        }
+        for name in ["a", "a/b.so", "a/", "..a/b..", "a.data/purelib/x"] {
+            assert!(check_name(wheel, name).is_ok(), "{name:?}");
+        }
+    }
+}

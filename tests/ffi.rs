@@ -1,0 +1,260 @@
+//! The TVM-FFI layer against the real `libtvm_ffi.so` and its own testing
+//! library, both out of the pinned wheel. No GPU is needed.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    ffi::CString,
+};
+
+use flashinfer_rs::{
+    DType, Device, FlashInferError, FlashInferRuntime, TensorRef,
+    artifacts::{Fetch, Member},
+    ffi::{Arg, DlTensor, Function, Value, abi::type_index},
+};
+
+/// Counts this thread's heap allocations.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: forwards to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: promised by the caller.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: promised by the caller.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The runtime with the testing library loaded. `None`, with the reason
+/// printed, where the registry cannot be reached and nothing is cached.
+fn runtime() -> Option<&'static FlashInferRuntime> {
+    static LOADED: std::sync::Once = std::sync::Once::new();
+    let load = || -> flashinfer_rs::Result<_> {
+        let runtime = FlashInferRuntime::get()?;
+        let located = runtime.store().locate(&Member::TvmFfiTesting, Fetch::Allowed)?;
+        LOADED.call_once(|| {
+            // SAFETY: the testing library only registers functions and types.
+            unsafe { runtime.load_registering_library(&located.path) }.unwrap();
+        });
+        Ok(runtime)
+    };
+    match load() {
+        Ok(runtime) => Some(runtime),
+        Err(error) => {
+            eprintln!("skipped: the pinned apache-tvm-ffi wheel cannot be had here: {error}");
+            assert!(
+                std::env::var_os("FLASHINFER_RS_REQUIRE_TVM_FFI").is_none(),
+                "FLASHINFER_RS_REQUIRE_TVM_FFI is set"
+            );
+            None
+        }
+    }
+}
+
+fn function(runtime: &FlashInferRuntime, name: &'static str) -> Function {
+    runtime.global_function(name).unwrap_or_else(|| panic!("the testing library registers {name}"))
+}
+
+/// Calls one of the testing library's functions.
+fn call(function: &Function, args: &[Arg<'_>]) -> flashinfer_rs::Result<Value> {
+    // SAFETY: these functions accept any arguments and check their types.
+    unsafe { function.call(args) }
+}
+
+#[test]
+fn every_kind_of_argument_comes_back() {
+    let Some(runtime) = runtime() else { return };
+    let echo = function(runtime, "testing.echo");
+    assert!(matches!(call(&echo, &[Arg::NONE]).unwrap(), Value::None));
+    for int in [0, 1, -1, i64::MIN, i64::MAX] {
+        assert!(matches!(call(&echo, &[int.into()]).unwrap(), Value::Int(back) if back == int));
+    }
+    for float in [0.0, -1.5, f64::MAX, f64::MIN_POSITIVE, f64::INFINITY] {
+        assert!(matches!(call(&echo, &[float.into()]).unwrap(), Value::Float(back) if back == float));
+    }
+    for flag in [false, true] {
+        assert!(matches!(call(&echo, &[flag.into()]).unwrap(), Value::Bool(back) if back == flag));
+    }
+    for dtype in [DType::F16, DType::BF16, DType::F32, DType::E4M3, DType::I64, DType::U8, DType::Bool] {
+        assert!(matches!(call(&echo, &[dtype.into()]).unwrap(), Value::DType(back) if back == dtype.to_dlpack()));
+    }
+    let device = Device::Cuda(7);
+    assert!(matches!(call(&echo, &[device.into()]).unwrap(), Value::Device(back) if back == device.to_dlpack()));
+    for text in ["", "a", "1234567"] {
+        let small = Arg::small_str(text).unwrap();
+        assert!(matches!(call(&echo, &[small]).unwrap(), Value::Text(back) if back == text));
+    }
+    assert!(Arg::small_str("12345678").is_none());
+    for len in [0usize, 3, 7, 8, 100, 5000] {
+        let text = CString::new("x".repeat(len)).unwrap();
+        match call(&echo, &[Arg::from(text.as_c_str())]).unwrap() {
+            Value::Text(back) => assert_eq!((back.as_bytes(), len <= 7), (text.as_bytes(), true)),
+            Value::Object(object) => {
+                assert_eq!(object.type_index(), type_index::STR);
+                assert_eq!(object.to_text().unwrap().as_bytes(), text.as_bytes());
+                // An object goes in and comes out as the same object.
+                let Value::Object(same) = call(&echo, &[Arg::from(&object)]).unwrap() else {
+                    panic!("an object comes back as an object")
+                };
+                assert_eq!(same.as_ptr(), object.as_ptr());
+                assert_eq!(object.strong_count(), 2);
+            }
+            other => panic!("a string came back as {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn tensors_arrive_as_tensors() {
+    let Some(runtime) = runtime() else { return };
+    let has_value = function(runtime, "testing.optional_tensor_view_has_value");
+    let data = [1.0f32; 6];
+    let view = TensorRef::from_slice(&data, &[2, 3]).unwrap();
+    let tensor = DlTensor::from(&view);
+    assert!(matches!(call(&has_value, &[Arg::from(&tensor)]).unwrap(), Value::Bool(true)));
+    assert!(matches!(call(&has_value, &[Arg::NONE]).unwrap(), Value::Bool(false)));
+    let error = call(&has_value, &[Arg::from(3i64)]).unwrap_err();
+    assert!(matches!(error, FlashInferError::TvmFfiCall { kind, .. } if kind == "TypeError"));
+}
+
+#[test]
+fn errors_keep_kind_message_and_traceback() {
+    let Some(runtime) = runtime() else { return };
+    let raise = function(runtime, "testing.test_raise_error");
+    let long = "a message that does not fit inline, ".repeat(20);
+    for (kind, message) in [("ValueError", "short"), ("InternalError", long.as_str()), ("MyOwnError", "")] {
+        let (kind_arg, message_arg) = (CString::new(kind).unwrap(), CString::new(message).unwrap());
+        let error = call(&raise, &[kind_arg.as_c_str().into(), message_arg.as_c_str().into()]).unwrap_err();
+        let FlashInferError::TvmFfiCall { function, kind: found_kind, message: found, traceback } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!((function.as_str(), found_kind.as_str(), found.as_str()), ("testing.test_raise_error", kind, message));
+        assert!(!traceback.is_empty(), "the library records where it raised");
+        assert!(error.to_string().contains(kind));
+    }
+    // The wrong number of arguments is the library's own error, with its signature.
+    let error = call(&raise, &[]).unwrap_err().to_string();
+    assert!(error.contains("Expected 2 but got 0 arguments"), "{error}");
+    // The slot is empty afterwards: the next call succeeds.
+    assert!(matches!(call(&function(runtime, "testing.echo"), &[1i64.into()]).unwrap(), Value::Int(1)));
+}
+
+#[test]
+fn references_are_counted() {
+    let Some(runtime) = runtime() else { return };
+    let (echo, count) = (function(runtime, "testing.echo"), function(runtime, "testing.object_use_count"));
+    let text = CString::new("a string that is long enough to be an object").unwrap();
+    let Value::Object(object) = call(&echo, &[text.as_c_str().into()]).unwrap() else { panic!("an object") };
+    let use_count = || match call(&count, &[Arg::from(&object)]).unwrap() {
+        Value::Int(count) => count,
+        other => panic!("a count, not {other:?}"),
+    };
+    assert_eq!((use_count(), object.strong_count()), (1, 1));
+    let clones: Vec<_> = (0..10).map(|_| object.clone()).collect();
+    assert_eq!((use_count(), object.strong_count()), (11, 11));
+    drop(clones);
+    assert_eq!(use_count(), 1);
+    // A call keeps nothing of its arguments, whether it succeeds or fails.
+    for _ in 0..100 {
+        call(&function(runtime, "testing.nop"), &[Arg::from(&object)]).unwrap();
+        call(&function(runtime, "testing.test_raise_error"), &[Arg::from(&object)]).unwrap_err();
+    }
+    assert_eq!(use_count(), 1);
+}
+
+#[test]
+fn arrays_of_integers_are_read() {
+    let Some(runtime) = runtime() else { return };
+    // An array argument that is not one is refused by the library.
+    let identity = function(runtime, "testing.schema_id_arr_int");
+    let error = call(&identity, &[Arg::from(1i64)]).unwrap_err();
+    assert!(matches!(error, FlashInferError::TvmFfiCall { kind, .. } if kind == "TypeError"));
+    let make = function(runtime, "ffi.Array");
+    let values: Vec<Arg<'_>> = (0..10i64).map(|value| (value * value - 5).into()).collect();
+    let Value::Object(array) = call(&make, &values).unwrap() else { panic!("an array") };
+    let expected: Vec<i64> = (0..10).map(|value| value * value - 5).collect();
+    assert_eq!(array.to_ints().unwrap(), expected);
+    let Value::Object(same) = call(&identity, &[Arg::from(&array)]).unwrap() else { panic!("an array") };
+    assert_eq!(same.to_ints().unwrap(), expected);
+    let Value::Object(mixed) = call(&make, &[Arg::from(1i64), Arg::from(2.5f64)]).unwrap() else { panic!("an array") };
+    assert_eq!(mixed.to_ints(), None);
+    let Value::Object(empty) = call(&make, &[]).unwrap() else { panic!("an array") };
+    assert_eq!(empty.to_ints().unwrap(), Vec::<i64>::new());
+}
+
+#[test]
+fn a_successful_call_allocates_nothing() {
+    let Some(runtime) = runtime() else { return };
+    let echo = function(runtime, "testing.echo");
+    let data = [0u8; 64];
+    let view = TensorRef::from_slice(&data, &[4, 16]).unwrap();
+    call(&echo, &[1i64.into()]).unwrap();
+    let before = ALLOCATIONS.get();
+    for round in 0..1000i64 {
+        let tensor = DlTensor::from(&view);
+        let args = [round.into(), Arg::from(&tensor), 2.5f64.into(), true.into(), Arg::small_str("little").unwrap()];
+        assert!(matches!(call(&echo, &args).unwrap(), Value::Int(back) if back == round));
+    }
+    assert_eq!(ALLOCATIONS.get() - before, 0);
+}
+
+/// Resident memory of the process, in bytes.
+fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[test]
+fn a_million_calls_leak_nothing() {
+    let Some(runtime) = runtime() else { return };
+    let (echo, make) = (function(runtime, "testing.echo"), function(runtime, "ffi.Array"));
+    let text = CString::new("y".repeat(200)).unwrap();
+    let run = |calls: i64| {
+        for round in 0..calls {
+            assert!(matches!(call(&echo, &[text.as_c_str().into()]).unwrap(), Value::Object(_)));
+            if let Value::Object(array) = call(&make, &[round.into(), 2i64.into()]).unwrap() {
+                call(&echo, &[Arg::from(&array)]).unwrap();
+            }
+        }
+    };
+    run(10_000);
+    let before = resident();
+    run(330_000); // three calls each
+    let raise = function(runtime, "testing.test_raise_error");
+    for _ in 0..10_000 {
+        call(&raise, &[c"ValueError".into(), text.as_c_str().into()]).unwrap_err();
+    }
+    // A leak of one 200-byte string a round would be 66 MB.
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 8 << 20, "the process grew by {grown} bytes");
+}
+
+#[test]
+fn stack_overflows_are_still_rusts_to_report() {
+    let Some(_) = runtime() else { return };
+    // SAFETY: a null action only reads the current one.
+    let handler = unsafe {
+        let mut action = std::mem::zeroed::<libc::sigaction>();
+        assert_eq!(libc::sigaction(libc::SIGSEGV, std::ptr::null(), &mut action), 0);
+        action.sa_sigaction
+    };
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let owner = maps.lines().find(|line| {
+        let (start, rest) = line.split_once('-').unwrap();
+        let end = rest.split(' ').next().unwrap();
+        (usize::from_str_radix(start, 16).unwrap()..usize::from_str_radix(end, 16).unwrap()).contains(&handler)
+    });
+    let owner = owner.expect("Rust's handler is installed");
+    assert!(!owner.contains("libtvm_ffi"), "libtvm_ffi took the SIGSEGV handler: {owner}");
+}
