@@ -7,6 +7,7 @@ pub mod cudarc;
 mod error;
 pub mod ffi;
 mod kv;
+mod library_file;
 mod module;
 mod ops;
 mod runtime;

@@ -14,6 +14,7 @@ use crate::{
     artifacts::{Located, Source},
     error::{FlashInferError, Result},
     ffi::{Arg, Function, Kernel, Value, abi::SafeCall, library::TvmFfi},
+    library_file::open_library,
 };
 
 /// The name of a kernel module, which is also its file's name.
@@ -137,23 +138,4 @@ impl Module {
         })?;
         self.function(signature.function)
     }
-}
-
-/// Opens a library, with the remedy for what commonly goes wrong.
-pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
-    // SAFETY: the file is a kernel module or NVIDIA's runtime, verified by the
-    // store or named by the user; its initializers register GPU code.
-    unsafe { Library::open(Some(path), flags) }.map_err(|error| {
-        let reason = error.to_string();
-        let remedy = if reason.contains("GLIBC_") {
-            "this build needs a newer C library than the machine has; use a newer system or a wheel built for an older one"
-        } else if reason.contains("libcublas") {
-            "install NVIDIA's cuBLAS for CUDA 13, or put its folder on LD_LIBRARY_PATH"
-        } else if reason.contains("cannot open shared object file") {
-            "put the folder of the missing library on LD_LIBRARY_PATH"
-        } else {
-            ""
-        };
-        FlashInferError::Library { path: path.to_owned(), reason, remedy }
-    })
 }

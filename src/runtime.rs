@@ -22,7 +22,8 @@ use crate::{
     cuda::CudaRuntime,
     error::{FlashInferError, Result},
     ffi::{self, library::TvmFfi},
-    module::{Module, ModuleName, open_library},
+    library_file::open_library,
+    module::{Module, ModuleName},
 };
 
 /// The CUDA runtime that FlashInfer's CUDA 13 modules link against.

@@ -53,11 +53,7 @@ impl Seen {
     fn new(sha256: Digest, metadata: &Metadata) -> Seen {
         let modified = metadata.modified().ok();
         let modified = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Seen {
-            sha256,
-            size: metadata.len(),
-            modified: modified.map_or(0, |time| time.as_nanos()),
-        }
+        Seen { sha256, size: metadata.len(), modified: modified.map_or(0, |time| time.as_nanos()) }
     }
 
     fn stamp(&self) -> String {
@@ -97,11 +93,7 @@ pub struct Lock {
 impl Cache {
     /// The cache in the folder `root`, which need not exist yet.
     pub fn new(root: PathBuf, lock_timeout: Duration) -> Cache {
-        Cache {
-            root,
-            lock_timeout,
-            verified: Mutex::default(),
-        }
+        Cache { root, lock_timeout, verified: Mutex::default() }
     }
 
     /// The folder.
@@ -141,20 +133,11 @@ impl Cache {
         }
         remove_temporaries(&folder);
         let temporary = Temporary::new(&folder)?;
-        let mut sink = Sink {
-            file: temporary.file()?,
-            path: &path,
-            hasher: Hasher::default(),
-            size,
-        };
+        let mut sink = Sink { file: temporary.file()?, path: &path, hasher: Hasher::default(), size };
         fill(&mut sink)?;
         let found = sink.hasher.digest();
         if found != sha256 {
-            return Err(ArtifactError::DigestMismatch {
-                file: what(),
-                expected: sha256,
-                found,
-            });
+            return Err(ArtifactError::DigestMismatch { file: what(), expected: sha256, found });
         }
         temporary.publish(&sink.file, &path)?;
         self.remember(&path, sha256);
@@ -184,8 +167,7 @@ impl Cache {
 
     fn remember(&self, path: &Path, sha256: Digest) {
         if let Ok(metadata) = fs::symlink_metadata(path) {
-            self.seen()
-                .insert(path.into(), Seen::new(sha256, &metadata));
+            self.seen().insert(path.into(), Seen::new(sha256, &metadata));
         }
     }
 
@@ -208,11 +190,7 @@ impl Cache {
     /// # Errors
     /// [`ArtifactError::DigestMismatch`] when something else has its name, and
     /// [`ArtifactError::Cache`] when it cannot be read.
-    pub(crate) fn wheel(
-        &self,
-        pin: &Pin,
-        tell: Tell<'_>,
-    ) -> Result<Option<PathBuf>, ArtifactError> {
+    pub(crate) fn wheel(&self, pin: &Pin, tell: Tell<'_>) -> Result<Option<PathBuf>, ArtifactError> {
         let path = self.wheels().join(&pin.file);
         let failed = |e| ArtifactError::cache(&path, "read", e);
         let metadata = match fs::symlink_metadata(&path) {
@@ -231,11 +209,7 @@ impl Cache {
         let total = metadata.len();
         let mut file = File::open(&path).map_err(failed)?;
         let step = |done| {
-            tell(&Progress::Verifying {
-                file: &pin.file,
-                done,
-                total,
-            });
+            tell(&Progress::Verifying { file: &pin.file, done, total });
         };
         let (found, _) = Digest::of_reader(&mut file, step).map_err(failed)?;
         if found != pin.sha256 {
@@ -262,25 +236,16 @@ impl Cache {
         make()?;
         let path = folder.join(format!("{}{LOCK}", pin.file));
         Lock::take(&path, self.lock_timeout, &make, &|waited| {
-            tell(&Progress::Waiting {
-                file: &pin.file,
-                waited,
-            });
+            tell(&Progress::Waiting { file: &pin.file, waited });
         })
     }
 
     /// Publishes a complete download that was found to have the pin's digest.
     #[cfg(feature = "fetch")]
-    pub(crate) fn adopt_wheel(
-        &self,
-        pin: &Pin,
-        file: &File,
-        from: &Path,
-    ) -> Result<PathBuf, ArtifactError> {
+    pub(crate) fn adopt_wheel(&self, pin: &Pin, file: &File, from: &Path) -> Result<PathBuf, ArtifactError> {
         let path = self.wheels().join(&pin.file);
         rename_synced(file, from, &path).map_err(|e| ArtifactError::cache(&path, "publish", e))?;
-        let metadata =
-            fs::symlink_metadata(&path).map_err(|e| ArtifactError::cache(&path, "read", e))?;
+        let metadata = fs::symlink_metadata(&path).map_err(|e| ArtifactError::cache(&path, "read", e))?;
         let seen = Seen::new(pin.sha256, &metadata);
         self.seen().insert(path.clone(), seen);
         let _ = write_stamp(&path, &seen);
@@ -364,10 +329,7 @@ impl Lock {
             }
             let waited = start.elapsed();
             if waited >= timeout {
-                return Err(ArtifactError::Locked {
-                    path: path.into(),
-                    waited,
-                });
+                return Err(ArtifactError::Locked { path: path.into(), waited });
             }
             if waited >= told {
                 waiting(waited);
@@ -398,10 +360,7 @@ impl Lock {
             Ok(metadata) => same_file(&metadata, &file.metadata().map_err(failed)?),
             Err(_) => false,
         };
-        Ok(same.then(|| Lock {
-            _file: file,
-            path: path.into(),
-        }))
+        Ok(same.then(|| Lock { _file: file, path: path.into() }))
     }
 
     /// Removes the lock's file while it is held.

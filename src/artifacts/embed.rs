@@ -118,16 +118,11 @@ pub fn no_network(env: Env<'_>, command: &[String]) -> Result<Option<NoNetwork>,
         }
     }
     let cargo = command.first().is_some_and(|program| {
-        Path::new(program)
-            .file_stem()
-            .is_some_and(|stem| stem.to_string_lossy().starts_with("cargo"))
+        Path::new(program).file_stem().is_some_and(|stem| stem.to_string_lossy().starts_with("cargo"))
     });
     if cargo {
         let own = command.iter().take_while(|arg| *arg != "--");
-        if own
-            .clone()
-            .any(|arg| arg == "--offline" || arg == "--frozen")
-        {
+        if own.clone().any(|arg| arg == "--offline" || arg == "--frozen") {
             let why = "cargo was run with --offline or --frozen";
             return Ok(Some(NoNetwork::Offline(why)));
         }
@@ -169,12 +164,8 @@ pub fn parent_command() -> Vec<String> {
     {
         let parent = std::os::unix::process::parent_id();
         let bytes = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
-        let words = bytes
-            .split(|byte| *byte == 0)
-            .filter(|word| !word.is_empty());
-        words
-            .map(|word| String::from_utf8_lossy(word).into_owned())
-            .collect()
+        let words = bytes.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+        words.map(|word| String::from_utf8_lossy(word).into_owned()).collect()
     }
     #[cfg(not(target_os = "linux"))]
     Vec::new()
@@ -240,13 +231,7 @@ pub struct Outcome {
 /// [`ArtifactError::Cache`] when the output folder cannot be written.
 pub fn build(build: &Build<'_>) -> Result<Outcome, ArtifactError> {
     let cuda = CudaKey::select(build.env)?;
-    let mut outcome = Outcome {
-        cuda,
-        warnings: Vec::new(),
-        inputs: Vec::new(),
-        pending: false,
-        embedded: 0,
-    };
+    let mut outcome = Outcome { cuda, warnings: Vec::new(), inputs: Vec::new(), pending: false, embedded: 0 };
     let bundle = Bundle::start(build.out_dir)?;
     let mode = Mode::from_env(build.env)?;
     let (os, arch) = build.target;
@@ -277,12 +262,7 @@ struct Chosen {
 }
 
 impl Chosen {
-    fn new(
-        build: &Build<'_>,
-        mode: Mode,
-        pins: Pins,
-        mut outcome: Outcome,
-    ) -> Result<Chosen, ArtifactError> {
+    fn new(build: &Build<'_>, mode: Mode, pins: Pins, mut outcome: Outcome) -> Result<Chosen, ArtifactError> {
         let env = |name: &str| (build.env)(name).filter(|value| !value.is_empty());
         let mut config = StoreConfig::new(pins);
         if let Some(list) = env("FLASHINFER_RS_WHEELS") {
@@ -312,9 +292,7 @@ impl Chosen {
         let pins = &store.config().pins;
         let pinned = Package::ALL.into_iter().filter_map(|p| pins.get(p).ok());
         let pinned = pinned.map(|pin| store.cache_dir().join("wheels").join(&pin.file));
-        outcome
-            .inputs
-            .extend(pinned.filter(|wheel| wheel.is_file()));
+        outcome.inputs.extend(pinned.filter(|wheel| wheel.is_file()));
         Ok(Chosen {
             mode: match no_network {
                 // docs.rs must build whatever the settings.
@@ -357,12 +335,8 @@ impl Chosen {
             // A damaged wheel must fail the build even where it cannot be fetched anew.
             let probe = Member::module("__none");
             let fetched = match self.store.locate(&probe, Fetch::Forbidden) {
-                Err(e @ ArtifactError::DigestMismatch { .. }) if self.fetch == Fetch::Forbidden => {
-                    Err(e)
-                }
-                Err(e @ (ArtifactError::BadWheel { .. } | ArtifactError::UnsafeMember { .. })) => {
-                    Err(e)
-                }
+                Err(e @ ArtifactError::DigestMismatch { .. }) if self.fetch == Fetch::Forbidden => Err(e),
+                Err(e @ (ArtifactError::BadWheel { .. } | ArtifactError::UnsafeMember { .. })) => Err(e),
                 _ => self.store.fetch(Package::JitCache),
             };
             match fetched {
@@ -429,11 +403,7 @@ impl Bundle {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
             _ => fs::create_dir_all(&folder).map_err(failed)?,
         }
-        Ok(Bundle {
-            out_dir: out_dir.into(),
-            code: String::new(),
-            count: 0,
-        })
+        Ok(Bundle { out_dir: out_dir.into(), code: String::new(), count: 0 })
     }
 
     fn add(&mut self, member: &Member, path: &Path) -> Result<(), ArtifactError> {
@@ -458,10 +428,7 @@ impl Bundle {
 
     fn finish(self) -> Result<(), ArtifactError> {
         let path = self.out_dir.join("bundle.rs");
-        let code = format!(
-            "pub(super) static BUNDLE: &[BundledMember] = &[\n{}];\n",
-            self.code
-        );
+        let code = format!("pub(super) static BUNDLE: &[BundledMember] = &[\n{}];\n", self.code);
         fs::write(&path, code).map_err(|e| ArtifactError::cache(&path, "write", e))
     }
 }
@@ -511,10 +478,7 @@ pub fn main() -> Result<(), String> {
         embed: cfg!(feature = "embed"),
     });
     let outcome = outcome.map_err(|e| e.to_string())?;
-    println!(
-        "cargo::rustc-env=FLASHINFER_RS_SELECTED_CUDA={}",
-        outcome.cuda
-    );
+    println!("cargo::rustc-env=FLASHINFER_RS_SELECTED_CUDA={}", outcome.cuda);
     for warning in &outcome.warnings {
         println!("cargo::warning={warning}");
     }
@@ -523,10 +487,7 @@ pub fn main() -> Result<(), String> {
     }
     if outcome.pending {
         // Cargo runs the script again for a file that is not there.
-        println!(
-            "cargo::rerun-if-changed={}",
-            out_dir.join("pending").display()
-        );
+        println!("cargo::rerun-if-changed={}", out_dir.join("pending").display());
     }
     Ok(())
 }
@@ -568,12 +529,7 @@ mod tests {
             let found = no_network(&env, &words(line)).unwrap();
             assert!(matches!(found, Some(NoNetwork::OnlyChecks(_))), "{line}");
         }
-        for line in [
-            "cargo build",
-            "cargo test check",
-            "make check",
-            "cargo run -- --offline",
-        ] {
+        for line in ["cargo build", "cargo test check", "make check", "cargo run -- --offline"] {
             assert_eq!(no_network(&env, &words(line)).unwrap(), None, "{line}");
         }
         for line in ["cargo build --offline", "cargo check --frozen"] {

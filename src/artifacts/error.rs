@@ -76,9 +76,7 @@ pub enum ArtifactError {
         reason: &'static str,
     },
     /// Something that is no module name was asked for.
-    #[error(
-        "{name:?} is no module name: expected ASCII letters, digits, `_`, `-`, `.` or `+`, at most 250"
-    )]
+    #[error("{name:?} is no module name: expected ASCII letters, digits, `_`, `-`, `.` or `+`, at most 250")]
     BadName {
         /// What was asked for.
         name: String,
@@ -168,18 +166,10 @@ impl ArtifactError {
             }
             _ => "check the path, or set FLASHINFER_RS_CACHE_DIR to another folder",
         };
-        ArtifactError::Cache {
-            path: path.into(),
-            action,
-            source,
-            remedy: remedy.into(),
-        }
+        ArtifactError::Cache { path: path.into(), action, source, remedy: remedy.into() }
     }
 
     pub(crate) fn wheel(path: &Path, reason: impl Into<String>) -> ArtifactError {
-        ArtifactError::BadWheel {
-            path: path.into(),
-            reason: reason.into(),
-        }
+        ArtifactError::BadWheel { path: path.into(), reason: reason.into() }
     }
 }

@@ -46,19 +46,11 @@ pub(crate) fn pinned(
     let path = match &pin.origin {
         Origin::Url(url) => download(cache, pin, &Address::new(url), options, tell)?,
         Origin::Registry { package, version } => {
-            let request = index::Request {
-                package,
-                version,
-                arch,
-                index_url,
-            };
+            let request = index::Request { package, version, arch, index_url };
             index::obtain(cache, pin, &request, options, tell)?
         }
     };
-    tell(&Progress::Done {
-        file: &pin.file,
-        path: &path,
-    });
+    tell(&Progress::Done { file: &pin.file, path: &path });
     Ok(path)
 }
 
@@ -72,10 +64,7 @@ pub(crate) struct Address {
 impl Address {
     /// Splits `https://user:password@host/path`.
     pub(crate) fn new(url: &str) -> Address {
-        let plain = Address {
-            url: url.into(),
-            authorization: None,
-        };
+        let plain = Address { url: url.into(), authorization: None };
         let Some((scheme, rest)) = url.split_once("://") else {
             return plain;
         };
@@ -120,9 +109,8 @@ fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for chunk in bytes.chunks(3) {
-        let bits = chunk.iter().enumerate().fold(0u32, |bits, (at, byte)| {
-            bits | u32::from(*byte) << (16 - 8 * at)
-        });
+        let bits =
+            chunk.iter().enumerate().fold(0u32, |bits, (at, byte)| bits | u32::from(*byte) << (16 - 8 * at));
         for at in 0..4 {
             let digit = DIGITS[(bits >> (18 - 6 * at)) as usize & 63] as char;
             text.push(if at <= chunk.len() { digit } else { '=' });
@@ -143,11 +131,7 @@ pub(crate) fn agent(options: &FetchOptions) -> Agent {
         .timeout_recv_response(Some(options.stall_timeout))
         .timeout_per_read(Some(options.stall_timeout))
         .timeout_per_write(Some(options.stall_timeout))
-        .tls_config(
-            TlsConfig::builder()
-                .root_certs(RootCerts::PlatformVerifier)
-                .build(),
-        )
+        .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
         .build()
         .new_agent()
 }
@@ -276,9 +260,7 @@ fn attempt(
     address: &Address,
     tell: Tell<'_>,
 ) -> Result<Complete, Broken> {
-    let mut request = agent
-        .get(&address.url)
-        .header(header::ACCEPT_ENCODING, "identity");
+    let mut request = agent.get(&address.url).header(header::ACCEPT_ENCODING, "identity");
     if let Some(authorization) = &address.authorization {
         request = request.header(header::AUTHORIZATION, authorization);
     }
@@ -317,9 +299,7 @@ fn attempt(
         }
     };
     if let Some(total) = total.filter(|total| *total > MAX_SIZE) {
-        return Err(Broken::Lasting(format!(
-            "the server announces {total} bytes"
-        )));
+        return Err(Broken::Lasting(format!("the server announces {total} bytes")));
     }
     let file = pin.file.as_str();
     let done = partial.hasher.len();
@@ -345,9 +325,9 @@ fn attempt(
     }
     let done = partial.hasher.len();
     match total {
-        Some(total) if done < total => Err(Broken::Passing(format!(
-            "the connection ended after {done} of {total} bytes"
-        ))),
+        Some(total) if done < total => {
+            Err(Broken::Passing(format!("the connection ended after {done} of {total} bytes")))
+        }
         _ => Ok(Complete::Yes),
     }
 }
@@ -355,11 +335,7 @@ fn attempt(
 /// `Content-Range: bytes 5-9/10` as the first byte and the total.
 fn content_range(response: &Response<Body>) -> Option<(u64, Option<u64>)> {
     let value = response.headers().get(header::CONTENT_RANGE)?;
-    let (range, total) = value
-        .to_str()
-        .ok()?
-        .strip_prefix("bytes ")?
-        .split_once('/')?;
+    let (range, total) = value.to_str().ok()?.strip_prefix("bytes ")?.split_once('/')?;
     let (start, _) = range.split_once('-')?;
     Some((start.trim().parse().ok()?, total.trim().parse().ok()))
 }
@@ -382,18 +358,10 @@ impl Partial {
         }
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        let mut file = options
-            .open(&path)
-            .map_err(|e| ArtifactError::cache(&path, "open", e))?;
-        let hasher = hash_existing(&mut file, pin, tell)
-            .map_err(|e| ArtifactError::cache(&path, "read", e))?;
-        Ok(Partial {
-            path,
-            file,
-            hasher,
-            answered: false,
-            restarted: false,
-        })
+        let mut file = options.open(&path).map_err(|e| ArtifactError::cache(&path, "open", e))?;
+        let hasher =
+            hash_existing(&mut file, pin, tell).map_err(|e| ArtifactError::cache(&path, "read", e))?;
+        Ok(Partial { path, file, hasher, answered: false, restarted: false })
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), ArtifactError> {
@@ -438,11 +406,7 @@ fn hash_existing(file: &mut File, pin: &Pin, tell: Tell<'_>) -> io::Result<Hashe
             return Ok(hasher);
         }
         hasher.update(&buffer[..n]);
-        tell(&Progress::Verifying {
-            file: &pin.file,
-            done: hasher.len(),
-            total,
-        });
+        tell(&Progress::Verifying { file: &pin.file, done: hasher.len(), total });
     }
 }
 
@@ -480,13 +444,8 @@ mod tests {
 
     #[test]
     fn base64_pads() {
-        for (bytes, want) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-        ] {
+        for (bytes, want) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg==")]
+        {
             assert_eq!(base64(bytes.as_bytes()), want);
         }
     }

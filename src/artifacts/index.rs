@@ -59,10 +59,7 @@ pub(crate) fn obtain(
         Err(Pip::Failed(reason)) => reasons.push(format!("by pip: {reason}")),
     }
     Err(ArtifactError::Download {
-        what: format!(
-            "{} (package {} {})",
-            pin.file, request.package, request.version
-        ),
+        what: format!("{} (package {} {})", pin.file, request.package, request.version),
         reason: reasons.join("; "),
     })
 }
@@ -73,12 +70,7 @@ fn configured_index(
     read: &dyn Fn(&Path) -> Option<String>,
 ) -> Option<(String, String)> {
     let set = |name: &str| env(name).filter(|value| !value.trim().is_empty());
-    for name in [
-        "FLASHINFER_RS_INDEX_URL",
-        "UV_DEFAULT_INDEX",
-        "UV_INDEX_URL",
-        "PIP_INDEX_URL",
-    ] {
+    for name in ["FLASHINFER_RS_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"] {
         if let Some(value) = set(name) {
             return Some((unnamed(value.trim()).into(), name.into()));
         }
@@ -146,9 +138,7 @@ fn ini_index_url(text: &str) -> Option<String> {
 
 /// A package's name as it stands in an index's addresses.
 fn normalized(package: &str) -> String {
-    let parts = package
-        .split(['-', '_', '.'])
-        .filter(|part| !part.is_empty());
+    let parts = package.split(['-', '_', '.']).filter(|part| !part.is_empty());
     parts.collect::<Vec<_>>().join("-").to_ascii_lowercase()
 }
 
@@ -161,29 +151,12 @@ struct Link {
 }
 
 /// Asks an index where the pinned file is.
-fn find(
-    index_url: &str,
-    package: &str,
-    pin: &Pin,
-    options: &FetchOptions,
-) -> Result<Address, ArtifactError> {
+fn find(index_url: &str, package: &str, pin: &Pin, options: &FetchOptions) -> Result<Address, ArtifactError> {
     let index = Address::new(index_url);
-    let url = format!(
-        "{}/{}/",
-        index.url.trim_end_matches('/'),
-        normalized(package)
-    );
-    let page = Address {
-        url,
-        authorization: index.authorization.clone(),
-    };
-    let failed = |reason: String| ArtifactError::Download {
-        what: page.shown().into(),
-        reason,
-    };
-    let mut request = fetch::agent(options)
-        .get(&page.url)
-        .header(header::ACCEPT, ACCEPT);
+    let url = format!("{}/{}/", index.url.trim_end_matches('/'), normalized(package));
+    let page = Address { url, authorization: index.authorization.clone() };
+    let failed = |reason: String| ArtifactError::Download { what: page.shown().into(), reason };
+    let mut request = fetch::agent(options).get(&page.url).header(header::ACCEPT, ACCEPT);
     if let Some(authorization) = &page.authorization {
         request = request.header(header::AUTHORIZATION, authorization);
     }
@@ -194,16 +167,12 @@ fn find(
     let base = response.get_uri().to_string();
     let mut text = String::new();
     let mut body = response.into_body().into_reader().take(MAX_PAGE);
-    body.read_to_string(&mut text)
-        .map_err(|e| failed(e.to_string()))?;
+    body.read_to_string(&mut text).map_err(|e| failed(e.to_string()))?;
     let links = read_page(&text, &base).map_err(failed)?;
     let count = links.len();
     let link = links.into_iter().find(|link| link.file == pin.file);
     let Some(link) = link else {
-        return Err(failed(format!(
-            "the index lists {count} files of it, none of them {}",
-            pin.file
-        )));
+        return Err(failed(format!("the index lists {count} files of it, none of them {}", pin.file)));
     };
     if let Some(listed) = link.sha256.as_deref().and_then(Digest::from_hex)
         && listed != pin.sha256
@@ -222,11 +191,7 @@ fn find(
 
 /// The links of an index page, whichever form it has.
 fn read_page(text: &str, base: &str) -> Result<Vec<Link>, String> {
-    if text.trim_start().starts_with('{') {
-        json_links(text, base)
-    } else {
-        Ok(html_links(text, base))
-    }
+    if text.trim_start().starts_with('{') { json_links(text, base) } else { Ok(html_links(text, base)) }
 }
 
 fn json_links(text: &str, base: &str) -> Result<Vec<Link>, String> {
@@ -276,21 +241,13 @@ fn html_link(base: &str, href: &str) -> Option<Link> {
     let url = resolve(base, path);
     let end = url.find('?').unwrap_or(url.len());
     let file = percent_decode(url[..end].rsplit('/').next()?);
-    let sha256 = fragment
-        .split('&')
-        .find_map(|part| part.strip_prefix("sha256="));
-    Some(Link {
-        file: String::from_utf8(file).ok()?,
-        sha256: sha256.map(str::to_owned),
-        url,
-    })
+    let sha256 = fragment.split('&').find_map(|part| part.strip_prefix("sha256="));
+    Some(Link { file: String::from_utf8(file).ok()?, sha256: sha256.map(str::to_owned), url })
 }
 
 /// Reads a tag after its `<`: its name, its `href`, and the text after it.
 fn tag(text: &str) -> (String, Option<String>, &str) {
-    let end = text
-        .find(|c: char| c.is_whitespace() || c == '>' || c == '/')
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| c.is_whitespace() || c == '>' || c == '/').unwrap_or(text.len());
     let name = text[..end].to_ascii_lowercase();
     let (mut rest, mut href) = (&text[end..], None);
     loop {
@@ -301,9 +258,8 @@ fn tag(text: &str) -> (String, Option<String>, &str) {
         if let Some(tail) = rest.strip_prefix('>') {
             return (name, href, tail);
         }
-        let end = rest[1..]
-            .find(|c: char| c.is_whitespace() || "=>/".contains(c))
-            .map_or(rest.len(), |at| at + 1);
+        let end =
+            rest[1..].find(|c: char| c.is_whitespace() || "=>/".contains(c)).map_or(rest.len(), |at| at + 1);
         if !rest.is_char_boundary(end) {
             return (name, href, "");
         }
@@ -378,9 +334,7 @@ fn resolve(base: &str, reference: &str) -> String {
     let scheme = base.split_once("://").map_or("https", |(scheme, _)| scheme);
     if let Some((start, _)) = reference.split_once(':')
         && !start.is_empty()
-        && start
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+        && start.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
     {
         return reference.into();
     }
@@ -432,16 +386,8 @@ fn pip(
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, Pip> {
-    tell(&Progress::Started {
-        file: &pin.file,
-        done: 0,
-        total: None,
-    });
-    let folder = Scratch(
-        cache
-            .wheels()
-            .join(format!(".tmp-pip-{}", std::process::id())),
-    );
+    tell(&Progress::Started { file: &pin.file, done: 0, total: None });
+    let folder = Scratch(cache.wheels().join(format!(".tmp-pip-{}", std::process::id())));
     let made = fs::create_dir_all(&folder.0);
     made.map_err(|e| Pip::Final(ArtifactError::cache(&folder.0, "create the folder", e)))?;
     let mut reasons = Vec::new();
@@ -490,10 +436,7 @@ impl Drop for Scratch {
 /// Runs a program to its end, or to the limit.
 fn run(command: &mut Command, limit: Duration) -> Result<(), String> {
     command.stdin(Stdio::null()).stdout(Stdio::null());
-    let mut child = command
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|e| e.to_string())?;
+    let mut child = command.stderr(Stdio::piped()).spawn().map_err(|e| e.to_string())?;
     let mut stderr = child.stderr.take();
     let reader = std::thread::spawn(move || {
         let mut text = Vec::new();
@@ -519,19 +462,12 @@ fn run(command: &mut Command, limit: Duration) -> Result<(), String> {
         return Ok(());
     }
     let text = reader.join().unwrap_or_default();
-    Err(format!(
-        "{status}: {}",
-        tail(&String::from_utf8_lossy(&text))
-    ))
+    Err(format!("{status}: {}", tail(&String::from_utf8_lossy(&text))))
 }
 
 /// The last lines of a program's complaint, without credentials.
 fn tail(text: &str) -> String {
-    let lines: Vec<_> = text
-        .lines()
-        .map(str::trim)
-        .filter(|l| !l.is_empty())
-        .collect();
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
     let last = &lines[lines.len().saturating_sub(4)..];
     let words = last.iter().flat_map(|line| line.split(' '));
     let clean = words.map(|word| match word.find("://") {
@@ -575,18 +511,12 @@ mod tests {
             <a class="x" href=two.whl>two</a> <a>none</a>
             <a href="https&#58;//o.example/three.whl?a=1&amp;b=2">three</a>"#;
         let links = html_links(page, PAGE);
-        let got: Vec<_> = links
-            .iter()
-            .map(|l| (l.file.as_str(), l.url.as_str(), l.sha256.as_deref()))
-            .collect();
+        let got: Vec<_> =
+            links.iter().map(|l| (l.file.as_str(), l.url.as_str(), l.sha256.as_deref())).collect();
         assert_eq!(
             got,
             [
-                (
-                    "pkg-1+cu.whl",
-                    "https://host.example/files/pkg-1%2Bcu.whl",
-                    Some("ab")
-                ),
+                ("pkg-1+cu.whl", "https://host.example/files/pkg-1%2Bcu.whl", Some("ab")),
                 ("two.whl", "https://host.example/files/two.whl", None),
                 ("three.whl", "https://o.example/three.whl?a=1&b=2", None),
             ]
@@ -595,16 +525,7 @@ mod tests {
 
     #[test]
     fn broken_html_ends() {
-        for page in [
-            "<",
-            "<a",
-            "<a href",
-            "<a href=",
-            "<a href='x",
-            "<a é='x' ü>",
-            "<a =>",
-            "&#;",
-        ] {
+        for page in ["<", "<a", "<a href", "<a href=", "<a href='x", "<a é='x' ü>", "<a =>", "&#;"] {
             let links = html_links(page, PAGE);
             assert!(links.len() <= 1, "{page}: {links:?}");
         }
@@ -632,25 +553,16 @@ mod tests {
         };
         let none = |_: &Path| None;
         let url = |found: Option<(String, String)>| found.map(|(url, _)| url);
-        let all = env(&[
-            ("PIP_INDEX_URL", "https://p/"),
-            ("UV_INDEX_URL", "u=https://u/"),
-        ]);
-        assert_eq!(
-            url(configured_index(&all, &none)).as_deref(),
-            Some("https://u/")
-        );
+        let all = env(&[("PIP_INDEX_URL", "https://p/"), ("UV_INDEX_URL", "u=https://u/")]);
+        assert_eq!(url(configured_index(&all, &none)).as_deref(), Some("https://u/"));
         let files = env(&[("HOME", "/h"), ("VIRTUAL_ENV", "/v")]);
         let read = |path: &Path| match path.to_str() {
-            Some("/h/.config/pip/pip.conf") => Some(
-                "[install]\nindex-url=https://i/\n[global]\n# x\nindex_url = https://g/?a=b".into(),
-            ),
+            Some("/h/.config/pip/pip.conf") => {
+                Some("[install]\nindex-url=https://i/\n[global]\n# x\nindex_url = https://g/?a=b".into())
+            }
             _ => None,
         };
-        assert_eq!(
-            url(configured_index(&files, &read)).as_deref(),
-            Some("https://g/?a=b")
-        );
+        assert_eq!(url(configured_index(&files, &read)).as_deref(), Some("https://g/?a=b"));
         let off = env(&[("HOME", "/h"), ("PIP_CONFIG_FILE", "/dev/null")]);
         assert_eq!(configured_index(&off, &read), None);
     }
@@ -664,9 +576,6 @@ mod tests {
     fn complaints_lose_credentials() {
         let text = "x\nERROR: cannot reach (https://me:secret@host.example/a)\n";
         let shown = tail(text);
-        assert!(
-            !shown.contains("secret") && shown.contains("host.example"),
-            "{shown}"
-        );
+        assert!(!shown.contains("secret") && shown.contains("host.example"), "{shown}");
     }
 }

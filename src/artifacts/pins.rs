@@ -15,10 +15,7 @@ use std::sync::OnceLock;
 const MANIFEST: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
 
 /// The key that is used when nothing tells the CUDA version.
-pub const DEFAULT_CUDA: CudaKey = CudaKey {
-    major: 13,
-    minor: 0,
-};
+pub const DEFAULT_CUDA: CudaKey = CudaKey { major: 13, minor: 0 };
 
 /// A CUDA version as the pin table writes it, for example `cu130`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -56,13 +53,13 @@ impl CudaKey {
     pub fn select(env: &dyn Fn(&str) -> Option<String>) -> Result<CudaKey, ArtifactError> {
         let known = known_cuda()?;
         if let Some(value) = env("FLASHINFER_RS_CUDA").filter(|v| !v.is_empty()) {
-            return CudaKey::parse(&value)
-                .filter(|key| known.contains(key))
-                .ok_or_else(|| ArtifactError::Setting {
+            return CudaKey::parse(&value).filter(|key| known.contains(key)).ok_or_else(|| {
+                ArtifactError::Setting {
                     variable: "FLASHINFER_RS_CUDA",
                     value,
                     expected: format!("one of {}", join(&known)),
-                });
+                }
+            });
         }
         Ok(toolkit(env).map_or(DEFAULT_CUDA, |key| key.nearest(&known)))
     }
@@ -101,10 +98,7 @@ fn version_json(text: &str) -> Option<CudaKey> {
 
 fn nvcc() -> Option<CudaKey> {
     let mut command = Command::new("nvcc");
-    command
-        .arg("--version")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null());
+    command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null());
     let output = command.output().ok()?;
     nvcc_release(&String::from_utf8_lossy(&output.stdout))
 }
@@ -165,11 +159,7 @@ impl Pins {
     /// [`ArtifactError::Pins`] when the table cannot be read.
     pub fn built_in() -> Result<Pins, ArtifactError> {
         let cuda = option_env!("FLASHINFER_RS_SELECTED_CUDA").and_then(CudaKey::parse);
-        let arch = if cfg!(target_os = "linux") {
-            std::env::consts::ARCH
-        } else {
-            "none"
-        };
+        let arch = if cfg!(target_os = "linux") { std::env::consts::ARCH } else { "none" };
         Pins::select(cuda.unwrap_or(DEFAULT_CUDA), arch)
     }
 
@@ -187,11 +177,7 @@ impl Pins {
             Some((package.key(), row.clone()))
         };
         let pins = Package::ALL.into_iter().filter_map(row).collect();
-        Ok(Pins {
-            cuda,
-            arch: arch.into(),
-            pins,
-        })
+        Ok(Pins { cuda, arch: arch.into(), pins })
     }
 
     /// The pin of a package.
@@ -199,15 +185,13 @@ impl Pins {
     /// # Errors
     /// [`ArtifactError::Pins`] when the package has none for this CUDA key and architecture.
     pub fn get(&self, package: Package) -> Result<&Pin, ArtifactError> {
-        self.pins
-            .get(package.key())
-            .ok_or_else(|| ArtifactError::Pins {
-                reason: format!(
-                    "{package} has no pin for {} on {}; pins exist for linux on x86_64 and aarch64, \
+        self.pins.get(package.key()).ok_or_else(|| ArtifactError::Pins {
+            reason: format!(
+                "{package} has no pin for {} on {}; pins exist for linux on x86_64 and aarch64, \
                      and any other machine needs wheels of its own in FLASHINFER_RS_WHEELS",
-                    self.cuda, self.arch
-                ),
-            })
+                self.cuda, self.arch
+            ),
+        })
     }
 
     /// The CUDA key of these pins.
@@ -226,9 +210,7 @@ type Table = BTreeMap<(String, CudaKey, String), Pin>;
 fn table() -> Result<&'static Table, ArtifactError> {
     static TABLE: OnceLock<Result<Table, String>> = OnceLock::new();
     let table = TABLE.get_or_init(|| read_table(MANIFEST).map_err(|e| e.to_string()));
-    table.as_ref().map_err(|reason| ArtifactError::Pins {
-        reason: reason.clone(),
-    })
+    table.as_ref().map_err(|reason| ArtifactError::Pins { reason: reason.clone() })
 }
 
 fn known_cuda() -> Result<Vec<CudaKey>, ArtifactError> {
@@ -246,9 +228,8 @@ fn join(keys: &[CudaKey]) -> String {
 
 fn read_table(manifest: &str) -> Result<Table, ArtifactError> {
     let bad = |reason: String| ArtifactError::Pins { reason };
-    let root: toml::Table = manifest
-        .parse()
-        .map_err(|e| bad(format!("the manifest cannot be parsed: {e}")))?;
+    let root: toml::Table =
+        manifest.parse().map_err(|e| bad(format!("the manifest cannot be parsed: {e}")))?;
     let mut at = &root;
     for key in ["package", "metadata", "flashinfer_rs", "pinned_wheels"] {
         at = at
@@ -261,8 +242,8 @@ fn read_table(manifest: &str) -> Result<Table, ArtifactError> {
         for (cuda, by_arch) in by_cuda.as_table().into_iter().flatten() {
             for (arch, row) in by_arch.as_table().into_iter().flatten() {
                 let name = format!("{package}.{cuda}.{arch}");
-                let cuda = CudaKey::parse(cuda)
-                    .ok_or_else(|| bad(format!("`{name}`: {cuda} is no CUDA key")))?;
+                let cuda =
+                    CudaKey::parse(cuda).ok_or_else(|| bad(format!("`{name}`: {cuda} is no CUDA key")))?;
                 let pin = read_pin(row).map_err(|reason| bad(format!("`{name}`: {reason}")))?;
                 rows.insert((package.clone(), cuda, arch.clone()), pin);
             }
@@ -278,20 +259,12 @@ fn read_pin(row: &toml::Value) -> Result<Pin, String> {
     if file.contains(['/', '\\', '\0']) || file.starts_with('.') {
         return Err(format!("`file` is no plain file name: {file:?}"));
     }
-    let sha256 =
-        Digest::from_hex(need("sha256")?).ok_or("`sha256` is not 64 hexadecimal digits")?;
+    let sha256 = Digest::from_hex(need("sha256")?).ok_or("`sha256` is not 64 hexadecimal digits")?;
     let origin = match text("url") {
         Some(url) => Origin::Url(url.into()),
-        None => Origin::Registry {
-            package: need("package")?.into(),
-            version: need("version")?.into(),
-        },
+        None => Origin::Registry { package: need("package")?.into(), version: need("version")?.into() },
     };
-    Ok(Pin {
-        file: file.into(),
-        sha256,
-        origin,
-    })
+    Ok(Pin { file: file.into(), sha256, origin })
 }
 
 #[cfg(test)]
@@ -305,10 +278,7 @@ mod tests {
                 let pins = Pins::select(cuda, arch).unwrap();
                 for package in Package::ALL {
                     let pin = pins.get(package).unwrap();
-                    assert!(
-                        pin.file.ends_with(&format!("{arch}.whl")),
-                        "{cuda} {arch} {pin:?}"
-                    );
+                    assert!(pin.file.ends_with(&format!("{arch}.whl")), "{cuda} {arch} {pin:?}");
                     let by_url = matches!(pin.origin, Origin::Url(_));
                     assert_eq!(by_url, package == Package::JitCache);
                 }
@@ -358,30 +328,21 @@ mod tests {
     fn an_unknown_override_lists_the_known_keys() {
         let env = |name: &str| (name == "FLASHINFER_RS_CUDA").then(|| "cu999".to_owned());
         let text = CudaKey::select(&env).unwrap_err().to_string();
-        assert!(
-            text.contains("cu999") && text.contains("cu130, cu131"),
-            "{text}"
-        );
+        assert!(text.contains("cu999") && text.contains("cu130, cu131"), "{text}");
         let env = |name: &str| (name == "FLASHINFER_RS_CUDA").then(|| "13.1".to_owned());
         assert_eq!(CudaKey::select(&env).unwrap(), CudaKey::new(13, 1));
     }
 
     #[test]
     fn malformed_tables_name_the_row() {
-        let row =
-            "[package.metadata.flashinfer_rs.pinned_wheels.apache_tvm_ffi.cu130.x86_64]\nfile='";
+        let row = "[package.metadata.flashinfer_rs.pinned_wheels.apache_tvm_ffi.cu130.x86_64]\nfile='";
         for (rest, want) in [
             ("a.whl'", "sha256"),
             ("a.whl'\nsha256='12'", "64 hexadecimal"),
             ("../a.whl'\nsha256='12'", "plain file name"),
         ] {
-            let text = Pins::parse(&format!("{row}{rest}"), DEFAULT_CUDA, "x86_64")
-                .unwrap_err()
-                .to_string();
-            assert!(
-                text.contains("apache_tvm_ffi.cu130.x86_64") && text.contains(want),
-                "{text}"
-            );
+            let text = Pins::parse(&format!("{row}{rest}"), DEFAULT_CUDA, "x86_64").unwrap_err().to_string();
+            assert!(text.contains("apache_tvm_ffi.cu130.x86_64") && text.contains(want), "{text}");
         }
     }
 
@@ -389,9 +350,6 @@ mod tests {
     fn an_architecture_without_pins_is_told() {
         let pins = Pins::select(DEFAULT_CUDA, "riscv64").unwrap();
         let text = pins.get(Package::JitCache).unwrap_err().to_string();
-        assert!(
-            text.contains("riscv64") && text.contains("FLASHINFER_RS_WHEELS"),
-            "{text}"
-        );
+        assert!(text.contains("riscv64") && text.contains("FLASHINFER_RS_WHEELS"), "{text}");
     }
 }

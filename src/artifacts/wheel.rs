@@ -61,29 +61,19 @@ impl Wheel {
         }
         let mut members = Vec::with_capacity(archive.len());
         for index in 0..archive.len() {
-            let entry = archive
-                .by_index_data(index)
-                .map_err(|e| bad(e.to_string()))?;
+            let entry = archive.by_index_data(index).map_err(|e| bad(e.to_string()))?;
             let name = std::str::from_utf8(entry.name_raw())
                 .map_err(|_| bad("a member's name is not UTF-8".into()))?;
             check_name(path, name)?;
             if entry.is_file() {
-                members.push(WheelMember {
-                    index,
-                    name: name.into(),
-                    size: entry.size(),
-                    record: None,
-                });
+                members.push(WheelMember { index, name: name.into(), size: entry.size(), record: None });
             }
         }
         let record = read_record(path, &mut archive, &members)?;
         let mut artifact_hash = Digest::of(&record).to_string();
         artifact_hash.truncate(ARTIFACT_HASH_LEN);
-        let by_name: HashMap<_, _> = members
-            .iter()
-            .enumerate()
-            .map(|(at, member)| (member.name.clone(), at))
-            .collect();
+        let by_name: HashMap<_, _> =
+            members.iter().enumerate().map(|(at, member)| (member.name.clone(), at)).collect();
         let record = std::str::from_utf8(&record).map_err(|_| bad("RECORD is not UTF-8".into()))?;
         for line in record.lines().filter(|line| !line.trim().is_empty()) {
             let (name, digest, size) =
@@ -96,11 +86,7 @@ impl Wheel {
                 return Err(bad(format!("RECORD lists {name} twice")));
             }
         }
-        Ok(Wheel {
-            path: path.into(),
-            artifact_hash,
-            members,
-        })
+        Ok(Wheel { path: path.into(), artifact_hash, members })
     }
 
     /// Where the wheel is.
@@ -126,53 +112,33 @@ impl Wheel {
             return Ok(None);
         };
         if let Some(second) = fitting.next() {
-            return Err(bad(format!(
-                "both {} and {} are {member}",
-                found.name, second.name
-            )));
+            return Err(bad(format!("both {} and {} are {member}", found.name, second.name)));
         }
-        let (sha256, size) = found
-            .record
-            .ok_or_else(|| bad(format!("RECORD has no SHA-256 of {}", found.name)))?;
+        let (sha256, size) =
+            found.record.ok_or_else(|| bad(format!("RECORD has no SHA-256 of {}", found.name)))?;
         if let Some(size) = size.filter(|size| *size != found.size) {
             return Err(bad(format!(
                 "{} has {} bytes by the central directory and {size} by RECORD",
                 found.name, found.size
             )));
         }
-        Ok(Some(Recorded {
-            member: found,
-            sha256,
-            size: found.size,
-        }))
+        Ok(Some(Recorded { member: found, sha256, size: found.size }))
     }
 
     /// The names of the modules in the wheel, sorted.
     pub fn modules(&self) -> Vec<String> {
-        let mut names: Vec<_> = self
-            .members
-            .iter()
-            .filter_map(|member| module_name(&member.name))
-            .map(str::to_owned)
-            .collect();
+        let mut names: Vec<_> =
+            self.members.iter().filter_map(|member| module_name(&member.name)).map(str::to_owned).collect();
         names.sort();
         names
     }
 
     /// Streams a member into `sink`.
-    pub(crate) fn copy(
-        &self,
-        recorded: Recorded<'_>,
-        sink: &mut Sink<'_>,
-    ) -> Result<(), ArtifactError> {
+    pub(crate) fn copy(&self, recorded: Recorded<'_>, sink: &mut Sink<'_>) -> Result<(), ArtifactError> {
         let name = &recorded.member.name;
-        let bad = |e: &dyn std::fmt::Display| {
-            ArtifactError::wheel(&self.path, format!("member {name}: {e}"))
-        };
+        let bad = |e: &dyn std::fmt::Display| ArtifactError::wheel(&self.path, format!("member {name}: {e}"));
         let mut archive = archive(&self.path)?;
-        let mut entry = archive
-            .by_index(recorded.member.index)
-            .map_err(|e| bad(&e))?;
+        let mut entry = archive.by_index(recorded.member.index).map_err(|e| bad(&e))?;
         if entry.name_raw() != name.as_bytes() {
             return Err(bad(&"the file has changed since it was opened"));
         }
@@ -218,20 +184,12 @@ fn check_name(wheel: &Path, name: &str) -> Result<(), ArtifactError> {
         "it holds a backslash"
     } else if name.chars().any(char::is_control) {
         "it holds a control character"
-    } else if name
-        .trim_end_matches('/')
-        .split('/')
-        .any(|c| matches!(c, ".." | "." | ""))
-    {
+    } else if name.trim_end_matches('/').split('/').any(|c| matches!(c, ".." | "." | "")) {
         "a component of it is empty, `.` or `..`"
     } else {
         return Ok(());
     };
-    Err(ArtifactError::UnsafeMember {
-        wheel: wheel.into(),
-        name: name.into(),
-        reason,
-    })
+    Err(ArtifactError::UnsafeMember { wheel: wheel.into(), name: name.into(), reason })
 }
 
 fn read_record(
@@ -241,9 +199,7 @@ fn read_record(
 ) -> Result<Vec<u8>, ArtifactError> {
     let bad = |reason: String| ArtifactError::wheel(path, reason);
     let is_record = |m: &&WheelMember| {
-        m.name
-            .strip_suffix(".dist-info/RECORD")
-            .is_some_and(|folder| !folder.contains('/'))
+        m.name.strip_suffix(".dist-info/RECORD").is_some_and(|folder| !folder.contains('/'))
     };
     let mut records = members.iter().filter(is_record);
     let record = match (records.next(), records.next()) {
@@ -255,13 +211,8 @@ fn read_record(
         return Err(bad(format!("its RECORD has {} bytes", record.size)));
     }
     let mut bytes = Vec::new();
-    let entry = archive
-        .by_index(record.index)
-        .map_err(|e| bad(e.to_string()))?;
-    entry
-        .take(record.size + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|e| bad(format!("RECORD: {e}")))?;
+    let entry = archive.by_index(record.index).map_err(|e| bad(e.to_string()))?;
+    entry.take(record.size + 1).read_to_end(&mut bytes).map_err(|e| bad(format!("RECORD: {e}")))?;
     if bytes.len() as u64 != record.size {
         return Err(bad("its RECORD does not have the stated size".into()));
     }
@@ -312,10 +263,7 @@ mod tests {
     fn suffixes_match_whole_components() {
         let suffix = Member::TvmFfi.suffix();
         assert!(has_suffix("tvm_ffi/lib/libtvm_ffi.so", &suffix));
-        assert!(has_suffix(
-            "x.data/purelib/tvm_ffi/lib/libtvm_ffi.so",
-            &suffix
-        ));
+        assert!(has_suffix("x.data/purelib/tvm_ffi/lib/libtvm_ffi.so", &suffix));
         assert!(!has_suffix("not_tvm_ffi/lib/libtvm_ffi.so", &suffix));
         assert!(!has_suffix("tvm_ffi/lib/libtvm_ffi.so.bak", &suffix));
     }
@@ -340,20 +288,11 @@ mod tests {
         let hash = "sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU";
         for (line, name, want, size) in [
             (format!("a/b.so,{hash},0"), "a/b.so", Some(digest), Some(0)),
-            (
-                format!("\"a,\"\"b\"\".so\",{hash},7"),
-                "a,\"b\".so",
-                Some(digest),
-                Some(7),
-            ),
+            (format!("\"a,\"\"b\"\".so\",{hash},7"), "a,\"b\".so", Some(digest), Some(7)),
             ("x/RECORD,,".into(), "x/RECORD", None, None),
             ("a,md5=00,3".into(), "a", None, Some(3)),
         ] {
-            assert_eq!(
-                record_line(&line),
-                Some((name.into(), want, size)),
-                "{line}"
-            );
+            assert_eq!(record_line(&line), Some((name.into(), want, size)), "{line}");
         }
         for line in ["a", "a,sha256=xx,1", "\"a,,", "a,nonsense,1", "a,,many"] {
             assert_eq!(record_line(line), None, "{line}");
@@ -363,18 +302,7 @@ mod tests {
     #[test]
     fn names_that_leave_their_folder_are_refused() {
         let wheel = Path::new("w.whl");
-        for name in [
-            "",
-            "/etc/passwd",
-            "../a",
-            "a/../../b",
-            "a//b",
-            "a\\b",
-            "C:/a",
-            "a\0b",
-            "./a",
-            "a\nb",
-        ] {
+        for name in ["", "/etc/passwd", "../a", "a/../../b", "a//b", "a\\b", "C:/a", "a\0b", "./a", "a\nb"] {
             assert!(check_name(wheel, name).is_err(), "{name:?}");
         }
         for name in ["a", "a/b.so", "a/", "..a/b..", "a.data/purelib/x"] {

@@ -172,3 +172,109 @@ impl Drop for StreamContext<'_> {
         };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        ffi::c_int,
+        panic::{AssertUnwindSafe, catch_unwind},
+        sync::atomic::{AtomicI64, Ordering},
+    };
+
+    use libloading::os::unix::Library;
+
+    use super::*;
+    use crate::{ffi::abi::type_index, runtime::FlashInferRuntime};
+
+    /// The library, or the reason why this machine has none, printed.
+    fn library() -> Option<&'static TvmFfi> {
+        match FlashInferRuntime::get() {
+            Ok(_) => TvmFfi::get(),
+            Err(error) => {
+                eprintln!("skipped: libtvm_ffi cannot be had here: {error}");
+                None
+            }
+        }
+    }
+
+    /// The stream that is set in this thread, asked of the library itself.
+    fn current_stream(ordinal: i32) -> usize {
+        type GetStream = unsafe extern "C" fn(i32, i32) -> *mut c_void;
+        // SAFETY: the symbol has this type; the library is loaded globally.
+        unsafe {
+            let get = Library::this().get::<GetStream>(b"TVMFFIEnvGetStream\0").unwrap();
+            get(device_type::CUDA, ordinal) as usize
+        }
+    }
+
+    fn stream(handle: usize, ordinal: u32) -> Stream {
+        Stream::with_owner(handle as *mut c_void, ordinal, None)
+    }
+
+    /// What the last call of `probe` saw.
+    static SEEN: AtomicI64 = AtomicI64::new(0);
+
+    /// An exported function as a module would have it: notes the stream of
+    /// device 1 and returns its first argument, or fails without one.
+    unsafe extern "C" fn probe(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
+        SEEN.store(current_stream(1) as i64, Ordering::SeqCst);
+        if count == 0 {
+            return -1;
+        }
+        // SAFETY: the caller passes `count` arguments and a result.
+        unsafe { *result = *args };
+        0
+    }
+
+    #[test]
+    fn streams_are_set_for_a_call_and_put_back() {
+        let Some(library) = library() else { return };
+        let function = Function::from_symbol(library, probe, "probe");
+        assert_eq!(current_stream(1), 0);
+        let outer = stream(0x5000, 1);
+        let context = StreamContext::enter(library, &outer).unwrap();
+        assert_eq!(current_stream(1), 0x5000);
+
+        // SAFETY: the function takes any arguments.
+        let value = unsafe { function.call_on(&stream(0x6000, 1), &[7i64.into()]) }.unwrap();
+        assert!(matches!(value, Value::Int(7)));
+        assert_eq!((SEEN.load(Ordering::SeqCst), current_stream(1)), (0x6000, 0x5000));
+
+        // SAFETY: as above.
+        let error = unsafe { function.call_on(&stream(0x7000, 1), &[]) }.unwrap_err();
+        assert!(matches!(error, FlashInferError::TvmFfiCall { kind, .. } if kind == "UnknownError"));
+        assert_eq!((SEEN.load(Ordering::SeqCst), current_stream(1)), (0x7000, 0x5000));
+
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let inner = stream(0x8000, 1);
+            let _context = StreamContext::enter(library, &inner).unwrap();
+            assert_eq!(current_stream(1), 0x8000);
+            StreamContext::with_current(|stream| assert_eq!(stream.unwrap().as_raw() as usize, 0x8000));
+            panic!("in the middle of a call");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(current_stream(1), 0x5000);
+        StreamContext::with_current(|stream| assert_eq!(stream.unwrap().as_raw() as usize, 0x5000));
+        // Other threads and devices are not concerned.
+        assert_eq!(std::thread::spawn(|| current_stream(1)).join().unwrap(), 0);
+        assert_eq!(current_stream(0), 0);
+        drop(context);
+        assert_eq!(current_stream(1), 0);
+        StreamContext::with_current(|stream| assert!(stream.is_none()));
+    }
+
+    #[test]
+    fn results_are_tagged() {
+        let Some(library) = library() else { return };
+        let function = Function::from_symbol(library, probe, "probe");
+        let back = |arg: Arg<'_>| {
+            // SAFETY: the function takes any arguments.
+            unsafe { function.call(&[arg]) }.unwrap()
+        };
+        assert!(matches!(back(true.into()), Value::Bool(true)));
+        assert!(matches!(back(Arg::NONE), Value::None));
+        let pointer = Any { type_index: type_index::OPAQUE_PTR, ..Any::NONE };
+        // SAFETY: a plain value needs no release.
+        assert!(matches!(unsafe { Value::from_owned(pointer) }, Value::Other(type_index::OPAQUE_PTR)));
+    }
+}

@@ -9,7 +9,10 @@ use std::{
 use libloading::os::unix::Library;
 
 use super::abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version};
-use crate::error::{FlashInferError, Result};
+use crate::{
+    error::{FlashInferError, Result},
+    library_file::open_library,
+};
 
 macro_rules! tvm_ffi {
     ($($(#[$doc:meta])* $field:ident = $symbol:literal: fn($($arg:ty),*) $(-> $ret:ty)?;)*) => {
@@ -55,7 +58,7 @@ tvm_ffi! {
 }
 
 /// The versions that this crate speaks, for messages.
-pub(crate) const FITTING_VERSIONS: &str = "0.1.x with x of at least 8";
+pub(crate) const FITTING_VERSIONS: &str = "0.1.x, x at least 6 and not 8";
 
 static LIBRARY: OnceLock<TvmFfi> = OnceLock::new();
 
@@ -70,10 +73,9 @@ impl TvmFfi {
         self.version
     }
 
-    /// Whether the 0.1 ABI that this crate was written for is the library's.
-    /// Within 0.1, the calls used here have been stable since 0.1.8.
+    /// Whether the version is one that FlashInfer 0.6.13 works with.
     fn fits(version: Version) -> bool {
-        version.major == 0 && version.minor == 1 && version.patch >= 8
+        version.major == 0 && version.minor == 1 && version.patch >= 6 && version.patch != 8
     }
 
     /// Uses a library that is already in the process, under its usual name.
@@ -107,16 +109,10 @@ impl TvmFfi {
     /// Opens a library file globally and makes it the process's.
     pub(crate) fn open(path: &Path) -> Result<&'static Self> {
         let handler = SignalHandler::save(libc::SIGSEGV);
-        // SAFETY: the file is a verified or user-chosen libtvm_ffi; its
-        // initializers register types and replace the SIGSEGV handler, which
-        // is put back below.
-        let library = unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+        // Its initializers replace the SIGSEGV handler, which is put back.
+        let library = open_library(path, libc::RTLD_NOW | libc::RTLD_GLOBAL);
         drop(handler);
-        let library = library.map_err(|error| FlashInferError::Library {
-            path: path.to_owned(),
-            reason: error.to_string(),
-            remedy: "",
-        })?;
+        let library = library?;
         Self::install(library)
     }
 

@@ -82,7 +82,8 @@ impl Signature {
         let list = |text: &str| -> Option<(String, Vec<String>, String)> {
             let (name, rest) = text.split_once('(')?;
             let (args, result) = rest.rsplit_once(") -> ")?;
-            let args = args.split(", ").filter(|arg| !arg.is_empty()).map(str::to_owned).collect();
+            let kind = |arg: &str| arg.split_once(": ").map_or(arg, |(_, kind)| kind).to_owned();
+            let args = args.split(", ").filter(|arg| !arg.is_empty()).map(kind).collect();
             Some((name.to_owned(), args, result.to_owned()))
         };
         let (Some(theirs), Some(ours)) = (list(text), list(&expected)) else {
