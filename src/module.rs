@@ -13,7 +13,7 @@ use libloading::os::unix::Library;
 use crate::{
     artifacts::{Located, Source},
     error::{FlashInferError, Result},
-    ffi::{Arg, Function, Kernel, Value, abi::SafeCall, library::TvmFfi},
+    ffi::{Function, abi::SafeCall, library::TvmFfi},
     library_file::open_library,
 };
 
@@ -114,28 +114,12 @@ impl Module {
     pub fn printed_signature(&'static self, name: &'static str) -> Result<Option<String>> {
         let function = self.function(name)?;
         // SAFETY: with no arguments there is nothing the function could misuse.
-        match unsafe { function.call(&[] as &[Arg<'_>]) } {
-            Ok(Value::None | Value::Int(_) | Value::Bool(_) | Value::Float(_)) => Ok(None),
+        match unsafe { function.call(&[]) } {
             Ok(_) => Ok(None),
             Err(FlashInferError::TvmFfiCall { message, .. }) => {
                 Ok(message.split('`').nth(1).map(str::to_owned))
             }
             Err(error) => Err(error),
         }
-    }
-
-    /// The function that `K` declares, after comparing the declaration with
-    /// the module's own signature.
-    pub(crate) fn kernel<K: Kernel>(&'static self) -> Result<Function> {
-        let signature = K::SIGNATURE;
-        let printed = self.printed_signature(signature.function)?.unwrap_or_default();
-        signature.compare(&printed).map_err(|difference| FlashInferError::Unsupported {
-            what: format!(
-                "module {} ({}) has another signature: {difference}",
-                self.name, self.located.source
-            ),
-            available: "use a wheel of the FlashInfer version that this crate pins".into(),
-        })?;
-        self.function(signature.function)
     }
 }

@@ -149,3 +149,106 @@ unsafe extern "C" fn delete(tensor: *mut DlManagedTensorVersioned) {
     let allocation = unsafe { Box::from_raw((*tensor).manager_ctx.cast::<Allocation>()) };
     mem::drop(allocation);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ptr::NonNull;
+
+    use libloading::os::unix::Library;
+
+    use super::*;
+    use crate::{
+        ffi::{
+            Function, Object,
+            abi::{Any, DlDataType, DlDevice, ObjectHeader, SafeCall, type_index},
+        },
+        runtime::FlashInferRuntime,
+        stream::Stream,
+    };
+
+    const SHAPE: [i64; 3] = [2, 3, 5];
+
+    /// An exported function that creates a tensor, as a user's module might:
+    /// `(device_type, device_id) -> Tensor`.
+    unsafe extern "C" fn create(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
+        type TensorAlloc = unsafe extern "C" fn(*mut RawDlTensor, *mut *mut ObjectHeader) -> c_int;
+        assert_eq!(count, 2);
+        // SAFETY: two integer arguments; the symbol has this type.
+        unsafe {
+            let device = DlDevice {
+                device_type: (*args).payload.int64 as i32,
+                device_id: (*args.add(1)).payload.int64 as i32,
+            };
+            let mut prototype = RawDlTensor {
+                data: ptr::null_mut(),
+                device,
+                ndim: 3,
+                dtype: DlDataType { code: 2, bits: 16, lanes: 1 },
+                shape: SHAPE.as_ptr(),
+                strides: ptr::null(),
+                byte_offset: 0,
+            };
+            let alloc = *Library::this().get::<TensorAlloc>(b"TVMFFIEnvTensorAlloc\0").unwrap();
+            let mut object = ptr::null_mut();
+            let code = alloc(&mut prototype, &mut object);
+            if code == 0 {
+                (*result).type_index = type_index::TENSOR;
+                (*result).payload.object = object;
+            }
+            code
+        }
+    }
+
+    fn message(error: FlashInferError) -> String {
+        match error {
+            FlashInferError::TvmFfiCall { message, .. } => message,
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn modules_that_ask_get_memory_of_their_stream() {
+        let runtime = match FlashInferRuntime::get() {
+            Ok(runtime) => runtime,
+            Err(error) => return eprintln!("skipped: libtvm_ffi cannot be had here: {error}"),
+        };
+        let library = TvmFfi::get().unwrap();
+        let function = Function::from_symbol(library, create as SafeCall, "create");
+        // SAFETY: the function takes two integers.
+        let create =
+            |device_type: i32| unsafe { function.call(&[i64::from(device_type).into(), 0i64.into()]) };
+        assert!(message(create(device_type::CPU).unwrap_err()).contains("on CUDA devices only"));
+        assert!(message(create(device_type::CUDA).unwrap_err()).contains("no call is running on a stream"));
+
+        // SAFETY: no arguments.
+        let ours = unsafe { (library.env_get_allocator)() };
+        assert!(ours.is_some());
+        register(library).unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { (library.env_get_allocator)() }.map(|f| f as usize), ours.map(|f| f as usize));
+
+        if std::env::var("FLASHINFER_RS_RUN_GPU_TESTS").as_deref() != Ok("1") {
+            return eprintln!(
+                "skipped the rest: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU"
+            );
+        }
+        assert!(runtime.device_count().unwrap() > 0);
+        let stream = Stream::with_owner(ptr::null_mut(), 0, None);
+        for _ in 0..1000 {
+            let args = [i64::from(device_type::CUDA).into(), 0i64.into()];
+            // SAFETY: the function takes two integers.
+            let value = unsafe { function.call_on(&stream, &args) }.unwrap();
+            let crate::ffi::Value::Object(object) = value else { panic!("a tensor, not {value:?}") };
+            assert_eq!((object.type_index(), object.strong_count()), (type_index::TENSOR, 1));
+            // SAFETY: a Tensor object's header is followed by its DLTensor.
+            let tensor = unsafe { &*object.as_ptr().add(1).cast::<RawDlTensor>() };
+            assert!(NonNull::new(tensor.data).is_some());
+            // SAFETY: shape and strides hold three numbers.
+            let (shape, strides) = unsafe {
+                (std::slice::from_raw_parts(tensor.shape, 3), std::slice::from_raw_parts(tensor.strides, 3))
+            };
+            assert_eq!((shape, strides), (&SHAPE[..], &[15, 5, 1][..]));
+            drop::<Object>(object);
+        }
+    }
+}

@@ -30,7 +30,7 @@ impl<K: Kernel> FixedFunction<K> {
         if let Some(function) = self.resolved.get() {
             return Ok(function);
         }
-        let function = runtime.module(&self.module)?.kernel::<K>()?;
+        let function = runtime.module(&self.module)?.function(K::SIGNATURE.function)?;
         Ok(self.resolved.get_or_init(|| function))
     }
 }

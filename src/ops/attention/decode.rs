@@ -144,12 +144,14 @@ impl BatchDecode {
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: no such module can exist. Else the
-    /// module cannot be had, opened, or has another signature.
+    /// module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec) -> Result<Self> {
         let name = spec.decode_module()?;
         runtime.preload([&name])?;
         let module = runtime.module(&name)?;
-        Ok(Self { spec: *spec, module, plan: module.kernel::<Plan>()?, run: module.kernel::<Run>()? })
+        let plan = module.function(Plan::SIGNATURE.function)?;
+        let run = module.function(Run::SIGNATURE.function)?;
+        Ok(Self { spec: *spec, module, plan, run })
     }
 
     /// The module that serves the spec.
