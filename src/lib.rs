@@ -9,6 +9,7 @@ pub mod ffi;
 mod kv;
 mod module;
 mod ops;
+pub mod reference;
 mod runtime;
 mod stream;
 mod tensor;
