@@ -10,6 +10,7 @@ mod kv;
 mod library_file;
 mod module;
 mod ops;
+pub mod reference;
 mod runtime;
 mod stream;
 mod tensor;

@@ -1,0 +1,35 @@
+//! The same operations on the CPU, for host tensors.
+//!
+//! Each function here is the counterpart of one that launches a kernel: the
+//! same tensors (on [`Device::Cpu`](crate::Device::Cpu)), the same options and
+//! the same index values in the same order, without a stream. They compute in
+//! `f64`, so that they serve as the oracle of tests; they are also the CPU path
+//! of backends that have both.
+//!
+//! They are less strict where a kernel's demands come from how it is written:
+//! any strides are fine, nothing needs to be aligned, head dimensions and
+//! group sizes are free, and each tensor may also be `f32` or `f64`. Rows are
+//! read when they are needed; no tensor is converted as a whole.
+//!
+//! ```
+//! use flashinfer_rs::{TensorMut, TensorRef, norm::NormOptions, reference};
+//! let (input, weight, mut out) = ([3.0f32, 4.0], [1.0f32, 2.0], [0.0f32; 2]);
+//! reference::rmsnorm(
+//!     &mut TensorMut::from_slice(&mut out, &[1, 2])?,
+//!     &TensorRef::from_slice(&input, &[1, 2])?,
+//!     &TensorRef::from_slice(&weight, &[2])?,
+//!     &NormOptions::with_eps(0.0),
+//! )?;
+//! let rms = 12.5f32.sqrt();
+//! assert!((out[0] - 3.0 / rms).abs() < 1e-6 && (out[1] - 8.0 / rms).abs() < 1e-6);
+//! # Ok::<(), flashinfer_rs::FlashInferError>(())
+//! ```
+
+mod attention;
+mod host;
+mod norm;
+mod page;
+
+pub use attention::batch_decode;
+pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
+pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
