@@ -162,5 +162,19 @@ fn check_context(storage: &Arc<CudaStream>, stream: &Arc<CudaStream>) -> Result<
     if !storage.context().is_primary() || !stream.context().is_primary() {
         return invalid("kernels run in the device's primary context; make it with CudaContext::new".into());
     }
+    // cudarc orders streams among each other once `new_stream` has made one.
+    // Before, two different ones are the legacy and a per-thread default
+    // stream, which nothing orders.
+    let context = stream.context();
+    if storage.cu_stream() != stream.cu_stream()
+        && context.is_event_tracking()
+        && !context.is_in_multi_stream_mode()
+    {
+        return invalid(
+            "the slice belongs to another default stream, and cudarc does not order the two; \
+             use one stream for both, or streams from CudaContext::new_stream"
+                .into(),
+        );
+    }
     Ok(())
 }

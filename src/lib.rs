@@ -22,3 +22,8 @@ pub use ops::{attention, norm, page, signatures};
 pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};
+
+/// The compile-fail examples of `docs/soundness.md`.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/soundness.md")]
+struct SoundnessExamples;
