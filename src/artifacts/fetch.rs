@@ -178,13 +178,17 @@ fn classify(error: ureq::Error) -> Broken {
         | Error::Pem(_)
         | Error::Rustls(_)
         | Error::TlsRequired => Broken::Lasting(text),
+        // Name resolution fails with a kind that has no name, so the passing ones are listed.
         Error::Io(e)
-            if matches!(
+            if !matches!(
                 e.kind(),
-                io::ErrorKind::ConnectionRefused
-                    | io::ErrorKind::HostUnreachable
-                    | io::ErrorKind::NetworkUnreachable
-                    | io::ErrorKind::InvalidData
+                io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::ConnectionAborted
+                    | io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::TimedOut
+                    | io::ErrorKind::WouldBlock
+                    | io::ErrorKind::Interrupted
             ) =>
         {
             Broken::Lasting(text)
