@@ -109,6 +109,25 @@ pub fn no_network(env: Env<'_>, command: &[String]) -> Result<Option<NoNetwork>,
     if env("DOCS_RS").is_some() {
         return Ok(Some(NoNetwork::Offline("docs.rs has no network (DOCS_RS)")));
     }
+    let cargo = command.first().is_some_and(|program| {
+        Path::new(program)
+            .file_stem()
+            .is_some_and(|stem| stem.to_string_lossy().starts_with("cargo"))
+    });
+    if cargo
+        && let Some("check" | "c" | "clippy" | "doc" | "d" | "rustdoc" | "fix" | "metadata") =
+            subcommand(command)
+    {
+        let why = "this cargo command links no program";
+        return Ok(Some(NoNetwork::OnlyChecks(why)));
+    }
+    for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"] {
+        let set = env(variable).unwrap_or_default();
+        if set.contains("rust-analyzer") || set.contains("clippy") {
+            let why = "an editor or clippy runs this build";
+            return Ok(Some(NoNetwork::OnlyChecks(why)));
+        }
+    }
     for (variable, why) in [
         ("FLASHINFER_RS_OFFLINE", "FLASHINFER_RS_OFFLINE forbids it"),
         ("CARGO_NET_OFFLINE", "CARGO_NET_OFFLINE forbids it"),
@@ -117,33 +136,10 @@ pub fn no_network(env: Env<'_>, command: &[String]) -> Result<Option<NoNetwork>,
             return Ok(Some(NoNetwork::Offline(why)));
         }
     }
-    let cargo = command.first().is_some_and(|program| {
-        Path::new(program)
-            .file_stem()
-            .is_some_and(|stem| stem.to_string_lossy().starts_with("cargo"))
-    });
-    if cargo {
-        let own = command.iter().take_while(|arg| *arg != "--");
-        if own
-            .clone()
-            .any(|arg| arg == "--offline" || arg == "--frozen")
-        {
-            let why = "cargo was run with --offline or --frozen";
-            return Ok(Some(NoNetwork::Offline(why)));
-        }
-        if let Some("check" | "c" | "clippy" | "doc" | "d" | "rustdoc" | "fix" | "metadata") =
-            subcommand(command)
-        {
-            let why = "this cargo command links no program";
-            return Ok(Some(NoNetwork::OnlyChecks(why)));
-        }
-    }
-    for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"] {
-        let set = env(variable).unwrap_or_default();
-        if set.contains("rust-analyzer") || set.contains("clippy") {
-            let why = "an editor or clippy runs this build";
-            return Ok(Some(NoNetwork::OnlyChecks(why)));
-        }
+    let mut own = command.iter().take_while(|arg| *arg != "--");
+    if cargo && own.any(|arg| arg == "--offline" || arg == "--frozen") {
+        let why = "cargo was run with --offline or --frozen";
+        return Ok(Some(NoNetwork::Offline(why)));
     }
     Ok(None)
 }
@@ -365,17 +361,28 @@ impl Chosen {
                 }
                 _ => self.store.fetch(Package::JitCache),
             };
-            match fetched {
+            let why = match fetched {
                 Ok(_) => {
                     known = self.store.modules();
                     missing = unserved(&known, &self.patterns);
-                    for pattern in missing {
-                        let known = known.len();
-                        let e = ArtifactError::NoSuchModule { pattern, known };
-                        self.missing("a chosen module", e)?;
-                    }
+                    None
                 }
-                Err(e) => self.missing("kernel modules", e)?,
+                Err(ArtifactError::Offline { what, reason }) => match self.no_network {
+                    Some(NoNetwork::Offline(why) | NoNetwork::OnlyChecks(why)) => {
+                        Some(format!("{what} is not downloaded: {why}"))
+                    }
+                    None => Some(format!("{what} is not downloaded: {reason}")),
+                },
+                Err(e @ ArtifactError::Download { .. }) => Some(e.to_string()),
+                Err(e) => return self.missing("kernel modules", e).map(|()| Vec::new()),
+            };
+            if !missing.is_empty() {
+                let e = ArtifactError::NoSuchModule {
+                    patterns: missing.join(", "),
+                    known: known.len(),
+                    why,
+                };
+                self.missing("kernel modules", e)?;
             }
         }
         let chosen = |name: &String| self.patterns.iter().any(|p| matches(p, name));
@@ -576,7 +583,7 @@ mod tests {
         ] {
             assert_eq!(no_network(&env, &words(line)).unwrap(), None, "{line}");
         }
-        for line in ["cargo build --offline", "cargo check --frozen"] {
+        for line in ["cargo build --offline", "cargo run --frozen"] {
             let found = no_network(&env, &words(line)).unwrap();
             assert!(matches!(found, Some(NoNetwork::Offline(_))), "{line}");
         }

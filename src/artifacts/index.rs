@@ -301,12 +301,12 @@ fn tag(text: &str) -> (String, Option<String>, &str) {
         if let Some(tail) = rest.strip_prefix('>') {
             return (name, href, tail);
         }
-        let end = rest[1..]
-            .find(|c: char| c.is_whitespace() || "=>/".contains(c))
-            .map_or(rest.len(), |at| at + 1);
-        if !rest.is_char_boundary(end) {
-            return (name, href, "");
-        }
+        // The first character belongs to the name, whatever it is.
+        let end = rest
+            .char_indices()
+            .skip(1)
+            .find(|(_, c)| c.is_whitespace() || "=>/".contains(*c))
+            .map_or(rest.len(), |(at, _)| at);
         let key = rest[..end].to_ascii_lowercase();
         rest = rest[end..].trim_start();
         let Some(value) = rest.strip_prefix('=') else {
