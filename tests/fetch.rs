@@ -249,6 +249,23 @@ fn a_damaged_wheel_in_the_cache_is_fetched_anew() {
 }
 
 #[test]
+fn a_damaged_wheel_that_cannot_be_replaced_is_the_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(|_, stream| reply(stream, "404 Not Found", "", b""));
+    let mut config = configured(dir.path(), &server.url, Digest::of(b"good"));
+    let folder = dir.path().join("cache/wheels");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join(WHEEL), b"damaged").unwrap();
+    for requests in [1, 1] {
+        let store = Store::open(config.clone()).unwrap();
+        let e = store.fetch(Package::JitCache).unwrap_err();
+        assert!(matches!(e, ArtifactError::DigestMismatch { .. }), "{e}");
+        assert_eq!(server.count(), requests);
+        config.offline = true;
+    }
+}
+
+#[test]
 fn refusals_are_told_with_their_status() {
     for (status, requests) in [("404 Not Found", 1), ("403 Forbidden", 1), ("503 Busy", 4)] {
         let dir = tempfile::tempdir().unwrap();

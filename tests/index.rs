@@ -291,3 +291,30 @@ fn pip_that_brings_other_bytes_is_refused() {
     );
     assert!(!dir.path().join("cache/wheels").join(TVM_FFI_WHEEL).exists());
 }
+
+#[test]
+fn the_pinned_registry_packages_are_what_their_pins_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(
+        dir.path(),
+        flashinfer_rs::artifacts::Pins::built_in().unwrap(),
+    );
+    config.offline = false;
+    config.fetch_options = Default::default();
+    let store = Store::open(config).unwrap();
+    for member in [Member::TvmFfi, Member::TvmFfiTesting, Member::CudaRuntime] {
+        match store.locate(&member, Fetch::Allowed) {
+            Ok(located) => {
+                println!("{member}: {}", located.source);
+                assert!(fs::read(&located.path).unwrap().starts_with(b"\x7fELF"));
+                assert!(located.path.ends_with(member.file_name()));
+            }
+            Err(ArtifactError::NotFound { tried, .. }) => {
+                let last = tried.last().unwrap();
+                assert!(last.source.contains("download"), "{last}");
+                println!("skipped: no registry can be reached from here: {last}");
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+}

@@ -188,6 +188,14 @@ pub fn matches(pattern: &str, name: &str) -> bool {
     ends.into_iter().any(|at| matches(rest, &name[at..]))
 }
 
+/// The first patterns of a list, and how many more there are.
+fn shown(patterns: &[String]) -> String {
+    match patterns {
+        [a, b, rest @ ..] if rest.len() > 1 => format!("{a}, {b} or {} more patterns", rest.len()),
+        all => all.join(", "),
+    }
+}
+
 fn patterns(env: Env<'_>) -> Vec<String> {
     let set = env("FLASHINFER_RS_EMBED_MODULES").unwrap_or_default();
     let split = set.split(|c: char| c == ',' || c.is_whitespace());
@@ -294,7 +302,7 @@ impl Chosen {
         config.cache_dir = env("FLASHINFER_RS_CACHE_DIR").map(PathBuf::from);
         let usual = config.cache_dir.clone();
         let usual = usual.or_else(|| Some(dirs::cache_dir()?.join("flashinfer-rs")));
-        if !usual.is_some_and(|folder| fs::create_dir_all(folder).is_ok()) {
+        if usual.is_none_or(|folder| fs::create_dir_all(folder).is_err()) {
             // A sandbox: work beside the output, where no whole wheel belongs.
             config.cache_dir = Some(build.out_dir.join("cache"));
             config.offline = true;
@@ -350,17 +358,7 @@ impl Chosen {
         };
         let mut missing = unserved(&known, &self.patterns);
         if !missing.is_empty() {
-            // A damaged wheel must fail the build even where it cannot be fetched anew.
-            let probe = Member::module("__none");
-            let fetched = match self.store.locate(&probe, Fetch::Forbidden) {
-                Err(e @ ArtifactError::DigestMismatch { .. }) if self.fetch == Fetch::Forbidden => {
-                    Err(e)
-                }
-                Err(e @ (ArtifactError::BadWheel { .. } | ArtifactError::UnsafeMember { .. })) => {
-                    Err(e)
-                }
-                _ => self.store.fetch(Package::JitCache),
-            };
+            let fetched = self.store.fetch(Package::JitCache);
             let why = match fetched {
                 Ok(_) => {
                     known = self.store.modules();
@@ -378,7 +376,7 @@ impl Chosen {
             };
             if !missing.is_empty() {
                 let e = ArtifactError::NoSuchModule {
-                    patterns: missing.join(", "),
+                    patterns: shown(&missing),
                     known: known.len(),
                     why,
                 };

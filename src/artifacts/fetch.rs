@@ -33,18 +33,14 @@ pub(crate) fn pinned(
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
     let _lock = cache.lock_wheel(pin, tell)?;
-    match cache.wheel(pin, tell) {
+    let damaged = match cache.wheel(pin, tell) {
         Ok(Some(path)) => return Ok(path),
-        Ok(None) => {}
-        Err(ArtifactError::DigestMismatch { .. }) => {
-            let path = cache.wheels().join(&pin.file);
-            let removed = fs::remove_file(&path);
-            removed.map_err(|e| ArtifactError::cache(&path, "remove the damaged", e))?;
-        }
+        Ok(None) => None,
+        Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
         Err(e) => return Err(e),
-    }
-    let path = match &pin.origin {
-        Origin::Url(url) => download(cache, pin, &Address::new(url), options, tell)?,
+    };
+    let fetched = match &pin.origin {
+        Origin::Url(url) => download(cache, pin, &Address::new(url), options, tell),
         Origin::Registry { package, version } => {
             let request = index::Request {
                 package,
@@ -52,8 +48,13 @@ pub(crate) fn pinned(
                 arch,
                 index_url,
             };
-            index::obtain(cache, pin, &request, options, tell)?
+            index::obtain(cache, pin, &request, options, tell)
         }
+    };
+    // A damaged wheel stays until a good one replaces it, and is what to tell when none does.
+    let path = match (fetched, damaged) {
+        (Err(ArtifactError::Download { .. }), Some(mismatch)) => return Err(mismatch),
+        (fetched, _) => fetched?,
     };
     tell(&Progress::Done {
         file: &pin.file,

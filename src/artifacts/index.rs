@@ -437,11 +437,9 @@ fn pip(
         done: 0,
         total: None,
     });
-    let folder = Scratch(
-        cache
-            .wheels()
-            .join(format!(".tmp-pip-{}", std::process::id())),
-    );
+    // The wheel's lock is held, so what is there was left by a process that died.
+    let folder = Scratch(cache.wheels().join(format!("{}.pip", pin.file)));
+    let _ = fs::remove_dir_all(&folder.0);
     let made = fs::create_dir_all(&folder.0);
     made.map_err(|e| Pip::Final(ArtifactError::cache(&folder.0, "create the folder", e)))?;
     let mut reasons = Vec::new();
