@@ -146,6 +146,11 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     ];
     project.cargo("build", &bad).expect(false, &wants);
 
+    // A check is silent and leaves the question to the build that follows.
+    let check = project.cargo("check", &[]);
+    check.expect(true, &[]);
+    assert!(!check.text.contains("not embedded"), "{}", check.text);
+
     // Auto, nothing at hand, no network: a warning, and nothing written into the cache.
     let auto = project.cargo("build", &[]);
     auto.expect(
@@ -159,6 +164,12 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     );
     assert_eq!(project.program(), "embedded 0\n");
     assert!(!project.cargo("build", &[]).compiled());
+    assert!(
+        !project
+            .cargo("check", &[])
+            .text
+            .contains("Dirty flashinfer-rs")
+    );
 
     // Require: a check passes and is not held up, the build that follows tells what is missing.
     let require = [("FLASHINFER_RS_EMBED", "require")];

@@ -9,8 +9,9 @@
 //!
 //! A bundle holds the chosen modules, `libtvm_ffi.so` and `libcudart.so.13`, so that a program
 //! needs nothing beside NVIDIA's driver. Nothing is downloaded for `cargo check` and its kin, on
-//! docs.rs, or offline. Whatever is missing then is found at run time instead. A file with a
-//! wrong digest always fails the build.
+//! docs.rs, or offline. Whatever is missing then is found at run time instead. After a check that
+//! left something out, the script runs again with the next command, so that a build which follows
+//! embeds it. A file with a wrong digest always fails the build.
 
 use super::digest::Digest;
 use super::pins::{self, CudaKey, Pins};
@@ -229,8 +230,8 @@ pub struct Outcome {
     pub warnings: Vec<String>,
     /// Local files that decided the result.
     pub inputs: Vec<PathBuf>,
-    /// Whether the next command should look again, because this one was not allowed to download
-    /// what the build requires.
+    /// Whether the next command should look again, because this one only checks and so did not
+    /// download what a build would embed.
     pub pending: bool,
     /// How many members were embedded.
     pub embedded: usize,
@@ -393,7 +394,7 @@ impl Chosen {
         match error {
             E::DigestMismatch { .. } | E::BadWheel { .. } | E::UnsafeMember { .. } => Err(error),
             _ if matches!(self.no_network, Some(NoNetwork::OnlyChecks(_))) => {
-                self.outcome.pending |= self.mode == Mode::Require;
+                self.outcome.pending = true;
                 Ok(())
             }
             error if self.mode == Mode::Require => Err(error),
@@ -527,7 +528,8 @@ pub fn main() -> Result<(), String> {
         println!("cargo::rerun-if-changed={}", input.display());
     }
     if outcome.pending {
-        // Cargo runs the script again for a file that is not there.
+        // Cargo shares this run between `check` and `build`. A file that is not there makes it run
+        // the script again, until a build has had its turn.
         println!(
             "cargo::rerun-if-changed={}",
             out_dir.join("pending").display()
