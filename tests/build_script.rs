@@ -164,11 +164,13 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     );
     assert_eq!(project.program(), "embedded 0\n");
     assert!(!project.cargo("build", &[]).compiled());
+    project.cargo("check", &[]).expect(true, &[]);
+    let check = project.cargo("check", &[]);
+    check.expect(true, &["Fresh flashinfer-rs"]);
     assert!(
-        !project
-            .cargo("check", &[])
-            .text
-            .contains("Dirty flashinfer-rs")
+        !check.text.contains("Dirty flashinfer-rs"),
+        "{}",
+        check.text
     );
 
     // Require: a check passes and is not held up, the build that follows tells what is missing.
