@@ -6,6 +6,7 @@
 //! <cache>/wheels/<file>.whl                   a pinned wheel, published by rename
 //! <cache>/wheels/<file>.whl.verified          its stamp: digest, size and time of change
 //! <cache>/wheels/<file>.whl.partial           a download that is not complete
+//! <cache>/wheels/<file>.whl.pip/               where pip puts it
 //! <cache>/wheels/<file>.whl.lock              held by whoever downloads it
 //! ```
 //!
@@ -482,6 +483,7 @@ fn clean_wheels(folder: &Path) -> Result<u64, ArtifactError> {
         };
         let ours = ["", ".verified", ".partial"].map(|end| format!("{wheel}{end}"));
         freed += remove_files(folder, |name| ours.iter().any(|own| own == name))?;
+        let _ = fs::remove_dir_all(folder.join(format!("{wheel}.pip")));
         lock.remove();
     }
     remove_temporaries(folder);

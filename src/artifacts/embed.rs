@@ -9,8 +9,9 @@
 //!
 //! A bundle holds the chosen modules, `libtvm_ffi.so` and `libcudart.so.13`, so that a program
 //! needs nothing beside NVIDIA's driver. Nothing is downloaded for `cargo check` and its kin, on
-//! docs.rs, or offline. Whatever is missing then is found at run time instead. A file with a
-//! wrong digest always fails the build.
+//! docs.rs, or offline. Whatever is missing then is found at run time instead. After a check that
+//! left something out, the script runs again with the next command, so that a build which follows
+//! embeds it. A file with a wrong digest always fails the build.
 
 use super::digest::Digest;
 use super::pins::{self, CudaKey, Pins};
@@ -109,6 +110,23 @@ pub fn no_network(env: Env<'_>, command: &[String]) -> Result<Option<NoNetwork>,
     if env("DOCS_RS").is_some() {
         return Ok(Some(NoNetwork::Offline("docs.rs has no network (DOCS_RS)")));
     }
+    let cargo = command.first().is_some_and(|program| {
+        Path::new(program).file_stem().is_some_and(|stem| stem.to_string_lossy().starts_with("cargo"))
+    });
+    if cargo
+        && let Some("check" | "c" | "clippy" | "doc" | "d" | "rustdoc" | "fix" | "metadata") =
+            subcommand(command)
+    {
+        let why = "this cargo command links no program";
+        return Ok(Some(NoNetwork::OnlyChecks(why)));
+    }
+    for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"] {
+        let set = env(variable).unwrap_or_default();
+        if set.contains("rust-analyzer") || set.contains("clippy") {
+            let why = "an editor or clippy runs this build";
+            return Ok(Some(NoNetwork::OnlyChecks(why)));
+        }
+    }
     for (variable, why) in [
         ("FLASHINFER_RS_OFFLINE", "FLASHINFER_RS_OFFLINE forbids it"),
         ("CARGO_NET_OFFLINE", "CARGO_NET_OFFLINE forbids it"),
@@ -117,28 +135,10 @@ pub fn no_network(env: Env<'_>, command: &[String]) -> Result<Option<NoNetwork>,
             return Ok(Some(NoNetwork::Offline(why)));
         }
     }
-    let cargo = command.first().is_some_and(|program| {
-        Path::new(program).file_stem().is_some_and(|stem| stem.to_string_lossy().starts_with("cargo"))
-    });
-    if cargo {
-        let own = command.iter().take_while(|arg| *arg != "--");
-        if own.clone().any(|arg| arg == "--offline" || arg == "--frozen") {
-            let why = "cargo was run with --offline or --frozen";
-            return Ok(Some(NoNetwork::Offline(why)));
-        }
-        if let Some("check" | "c" | "clippy" | "doc" | "d" | "rustdoc" | "fix" | "metadata") =
-            subcommand(command)
-        {
-            let why = "this cargo command links no program";
-            return Ok(Some(NoNetwork::OnlyChecks(why)));
-        }
-    }
-    for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"] {
-        let set = env(variable).unwrap_or_default();
-        if set.contains("rust-analyzer") || set.contains("clippy") {
-            let why = "an editor or clippy runs this build";
-            return Ok(Some(NoNetwork::OnlyChecks(why)));
-        }
+    let mut own = command.iter().take_while(|arg| *arg != "--");
+    if cargo && own.any(|arg| arg == "--offline" || arg == "--frozen") {
+        let why = "cargo was run with --offline or --frozen";
+        return Ok(Some(NoNetwork::Offline(why)));
     }
     Ok(None)
 }
@@ -183,6 +183,14 @@ pub fn matches(pattern: &str, name: &str) -> bool {
     ends.into_iter().any(|at| matches(rest, &name[at..]))
 }
 
+/// The first patterns of a list, and how many more there are.
+fn shown(patterns: &[String]) -> String {
+    match patterns {
+        [a, b, rest @ ..] if rest.len() > 1 => format!("{a}, {b} or {} more patterns", rest.len()),
+        all => all.join(", "),
+    }
+}
+
 fn patterns(env: Env<'_>) -> Vec<String> {
     let set = env("FLASHINFER_RS_EMBED_MODULES").unwrap_or_default();
     let split = set.split(|c: char| c == ',' || c.is_whitespace());
@@ -216,8 +224,8 @@ pub struct Outcome {
     pub warnings: Vec<String>,
     /// Local files that decided the result.
     pub inputs: Vec<PathBuf>,
-    /// Whether the next command should look again, because this one was not allowed to download
-    /// what the build requires.
+    /// Whether the next command should look again, because this one only checks and so did not
+    /// download what a build would embed.
     pub pending: bool,
     /// How many members were embedded.
     pub embedded: usize,
@@ -278,7 +286,7 @@ impl Chosen {
         config.cache_dir = env("FLASHINFER_RS_CACHE_DIR").map(PathBuf::from);
         let usual = config.cache_dir.clone();
         let usual = usual.or_else(|| Some(dirs::cache_dir()?.join("flashinfer-rs")));
-        if !usual.is_some_and(|folder| fs::create_dir_all(folder).is_ok()) {
+        if usual.is_none_or(|folder| fs::create_dir_all(folder).is_err()) {
             // A sandbox: work beside the output, where no whole wheel belongs.
             config.cache_dir = Some(build.out_dir.join("cache"));
             config.offline = true;
@@ -332,24 +340,25 @@ impl Chosen {
         };
         let mut missing = unserved(&known, &self.patterns);
         if !missing.is_empty() {
-            // A damaged wheel must fail the build even where it cannot be fetched anew.
-            let probe = Member::module("__none");
-            let fetched = match self.store.locate(&probe, Fetch::Forbidden) {
-                Err(e @ ArtifactError::DigestMismatch { .. }) if self.fetch == Fetch::Forbidden => Err(e),
-                Err(e @ (ArtifactError::BadWheel { .. } | ArtifactError::UnsafeMember { .. })) => Err(e),
-                _ => self.store.fetch(Package::JitCache),
-            };
-            match fetched {
+            let fetched = self.store.fetch(Package::JitCache);
+            let why = match fetched {
                 Ok(_) => {
                     known = self.store.modules();
                     missing = unserved(&known, &self.patterns);
-                    for pattern in missing {
-                        let known = known.len();
-                        let e = ArtifactError::NoSuchModule { pattern, known };
-                        self.missing("a chosen module", e)?;
-                    }
+                    None
                 }
-                Err(e) => self.missing("kernel modules", e)?,
+                Err(ArtifactError::Offline { what, reason }) => match self.no_network {
+                    Some(NoNetwork::Offline(why) | NoNetwork::OnlyChecks(why)) => {
+                        Some(format!("{what} is not downloaded: {why}"))
+                    }
+                    None => Some(format!("{what} is not downloaded: {reason}")),
+                },
+                Err(e @ ArtifactError::Download { .. }) => Some(e.to_string()),
+                Err(e) => return self.missing("kernel modules", e).map(|()| Vec::new()),
+            };
+            if !missing.is_empty() {
+                let e = ArtifactError::NoSuchModule { patterns: shown(&missing), known: known.len(), why };
+                self.missing("kernel modules", e)?;
             }
         }
         let chosen = |name: &String| self.patterns.iter().any(|p| matches(p, name));
@@ -362,7 +371,7 @@ impl Chosen {
         match error {
             E::DigestMismatch { .. } | E::BadWheel { .. } | E::UnsafeMember { .. } => Err(error),
             _ if matches!(self.no_network, Some(NoNetwork::OnlyChecks(_))) => {
-                self.outcome.pending |= self.mode == Mode::Require;
+                self.outcome.pending = true;
                 Ok(())
             }
             error if self.mode == Mode::Require => Err(error),
@@ -486,7 +495,8 @@ pub fn main() -> Result<(), String> {
         println!("cargo::rerun-if-changed={}", input.display());
     }
     if outcome.pending {
-        // Cargo runs the script again for a file that is not there.
+        // Cargo shares this run between `check` and `build`. A file that is not there makes it run
+        // the script again, until a build has had its turn.
         println!("cargo::rerun-if-changed={}", out_dir.join("pending").display());
     }
     Ok(())
@@ -532,7 +542,7 @@ mod tests {
         for line in ["cargo build", "cargo test check", "make check", "cargo run -- --offline"] {
             assert_eq!(no_network(&env, &words(line)).unwrap(), None, "{line}");
         }
-        for line in ["cargo build --offline", "cargo check --frozen"] {
+        for line in ["cargo build --offline", "cargo run --frozen"] {
             let found = no_network(&env, &words(line)).unwrap();
             assert!(matches!(found, Some(NoNetwork::Offline(_))), "{line}");
         }

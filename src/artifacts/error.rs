@@ -138,15 +138,17 @@ pub enum ArtifactError {
         /// What it may be.
         expected: String,
     },
-    /// A pattern of modules to embed fits no module of any source.
+    /// Patterns of modules to embed fit no module of any source.
     #[error(
-        "no module matches {pattern:?} of FLASHINFER_RS_EMBED_MODULES; `*` stands for any run of characters, and the sources hold {known} modules"
+        "no module matches {patterns} of FLASHINFER_RS_EMBED_MODULES (`*` stands for any run of characters); {known} modules are at hand{}", .why.as_ref().map(|why| format!(", and {why}")).unwrap_or_default()
     )]
     NoSuchModule {
-        /// The pattern.
-        pattern: String,
-        /// How many modules the sources hold.
+        /// The patterns.
+        patterns: String,
+        /// How many modules the sources at hand hold.
         known: usize,
+        /// Why the pinned wheel, which might hold more, is not at hand.
+        why: Option<String>,
     },
 }
 

@@ -33,22 +33,23 @@ pub(crate) fn pinned(
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
     let _lock = cache.lock_wheel(pin, tell)?;
-    match cache.wheel(pin, tell) {
+    let damaged = match cache.wheel(pin, tell) {
         Ok(Some(path)) => return Ok(path),
-        Ok(None) => {}
-        Err(ArtifactError::DigestMismatch { .. }) => {
-            let path = cache.wheels().join(&pin.file);
-            let removed = fs::remove_file(&path);
-            removed.map_err(|e| ArtifactError::cache(&path, "remove the damaged", e))?;
-        }
+        Ok(None) => None,
+        Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
         Err(e) => return Err(e),
-    }
-    let path = match &pin.origin {
-        Origin::Url(url) => download(cache, pin, &Address::new(url), options, tell)?,
+    };
+    let fetched = match &pin.origin {
+        Origin::Url(url) => download(cache, pin, &Address::new(url), options, tell),
         Origin::Registry { package, version } => {
             let request = index::Request { package, version, arch, index_url };
-            index::obtain(cache, pin, &request, options, tell)?
+            index::obtain(cache, pin, &request, options, tell)
         }
+    };
+    // A damaged wheel stays until a good one replaces it, and is what to tell when none does.
+    let path = match (fetched, damaged) {
+        (Err(ArtifactError::Download { .. }), Some(mismatch)) => return Err(mismatch),
+        (fetched, _) => fetched?,
     };
     tell(&Progress::Done { file: &pin.file, path: &path });
     Ok(path)
@@ -162,13 +163,17 @@ fn classify(error: ureq::Error) -> Broken {
         | Error::Pem(_)
         | Error::Rustls(_)
         | Error::TlsRequired => Broken::Lasting(text),
+        // Name resolution fails with a kind that has no name, so the passing ones are listed.
         Error::Io(e)
-            if matches!(
+            if !matches!(
                 e.kind(),
-                io::ErrorKind::ConnectionRefused
-                    | io::ErrorKind::HostUnreachable
-                    | io::ErrorKind::NetworkUnreachable
-                    | io::ErrorKind::InvalidData
+                io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::ConnectionAborted
+                    | io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::TimedOut
+                    | io::ErrorKind::WouldBlock
+                    | io::ErrorKind::Interrupted
             ) =>
         {
             Broken::Lasting(text)

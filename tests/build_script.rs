@@ -1,0 +1,209 @@
+//! The build script as cargo runs it, for a small program that depends on this crate.
+//!
+//! Everything is in one test, because all cases share one target folder: what is told apart is
+//! when the script runs again, and what it embeds then.
+#![cfg(all(feature = "embed", target_os = "linux"))]
+
+mod artifact_support;
+
+use artifact_support::*;
+use flashinfer_rs::artifacts::{CudaKey, Package, Pins};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PROGRAM: &str = r#"
+use flashinfer_rs::artifacts::{Fetch, Member, Store, StoreConfig};
+fn main() {
+    let mut config = StoreConfig::from_env().unwrap();
+    config.offline = true;
+    println!("embedded {}", config.bundle.len());
+    let store = Store::open(config).unwrap();
+    for member in [Member::module("norm"), Member::TvmFfi, Member::CudaRuntime] {
+        if let Ok(located) = store.locate(&member, Fetch::Forbidden) {
+            let text = std::fs::read_to_string(located.path).unwrap();
+            println!("{member} from {}: {text}", located.source);
+        }
+    }
+}
+"#;
+
+struct Project {
+    folder: tempfile::TempDir,
+}
+
+struct Ran {
+    good: bool,
+    text: String,
+}
+
+impl Ran {
+    /// Whether the crate was compiled again.
+    fn compiled(&self) -> bool {
+        self.text.contains("Compiling flashinfer-rs") || self.text.contains("Dirty flashinfer-rs")
+    }
+
+    fn expect(&self, good: bool, wants: &[&str]) {
+        assert_eq!(self.good, good, "{}", self.text);
+        for want in wants {
+            assert!(self.text.contains(want), "{want} is not in: {}", self.text);
+        }
+    }
+}
+
+impl Project {
+    fn new() -> Project {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let manifest = format!(
+            "[package]\nname = 'embeds'\nversion = '0.0.0'\nedition = '2024'\n\n[workspace]\n\n\
+             [dependencies.flashinfer-rs]\npath = {root:?}\ndefault-features = false\n\
+             features = ['embed']\n\n[profile.dev]\ndebug = false\n"
+        );
+        fs::create_dir(folder.path().join("src")).unwrap();
+        fs::write(folder.path().join("Cargo.toml"), manifest).unwrap();
+        fs::write(folder.path().join("src/main.rs"), PROGRAM).unwrap();
+        fs::copy(root.join("Cargo.lock"), folder.path().join("Cargo.lock")).unwrap();
+        Project { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn target(&self) -> PathBuf {
+        // Kept between runs of this test, so that dependencies are compiled once.
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join("build_script")
+    }
+
+    fn cargo(&self, command: &str, variables: &[(&str, &str)]) -> Ran {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args([command, "--offline", "-v"]);
+        cargo.current_dir(self.folder.path());
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            let ours = name.starts_with("FLASHINFER_RS_") || name.starts_with("CARGO_PKG_");
+            if ours || name.starts_with("CARGO_BIN_") || name == "DOCS_RS" {
+                cargo.env_remove(name);
+            }
+        }
+        cargo.env("CARGO_TARGET_DIR", self.target());
+        cargo.env("FLASHINFER_RS_CACHE_DIR", self.path("cache"));
+        cargo.envs(variables.iter().copied());
+        let output = cargo.output().unwrap();
+        Ran { good: output.status.success(), text: String::from_utf8_lossy(&output.stderr).into_owned() }
+    }
+
+    /// Runs the built program with every source but the bundle switched off.
+    fn program(&self) -> String {
+        let mut program = Command::new(self.target().join("debug/embeds"));
+        program.env("FLASHINFER_RS_CACHE_DIR", self.path("cache-of-the-program"));
+        program.env_remove("FLASHINFER_RS_WHEELS");
+        let output = program.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+#[test]
+fn the_build_script_embeds_warns_and_fails_as_told() {
+    let project = Project::new();
+    let wheels = project.path("wheels");
+    fs::create_dir(&wheels).unwrap();
+    let norm = wheels.join("norm.whl");
+    fs::write(&norm, module_wheel(&[("norm", b"first norm"), ("page", b"page")])).unwrap();
+    let tvm_ffi: (&str, &[u8]) = ("tvm_ffi/lib/libtvm_ffi.so", b"a tvm_ffi");
+    let cudart: (&str, &[u8]) = ("nvidia/cu13/lib/libcudart.so.13", b"a cudart");
+    fs::write(wheels.join("libraries.whl"), good_wheel(&[tvm_ffi, cudart])).unwrap();
+    let wheels = wheels.to_str().unwrap();
+
+    // Off: nothing is looked at, not even a wheel path that is wrong.
+    let off = [("FLASHINFER_RS_EMBED", "off"), ("FLASHINFER_RS_WHEELS", "/no/such.whl")];
+    project.cargo("build", &off).expect(true, &[]);
+    assert_eq!(project.program(), "embedded 0\n");
+    let again = project.cargo("build", &off);
+    again.expect(true, &["Fresh flashinfer-rs"]);
+    assert!(!again.compiled(), "{}", again.text);
+
+    // A mode that does not exist.
+    let bad = [("FLASHINFER_RS_EMBED", "sometimes")];
+    let wants = ["FLASHINFER_RS_EMBED", "sometimes", "`auto`", "`require`", "`off`"];
+    project.cargo("build", &bad).expect(false, &wants);
+
+    // A check is silent and leaves the question to the build that follows.
+    let check = project.cargo("check", &[]);
+    check.expect(true, &[]);
+    assert!(!check.text.contains("not embedded"), "{}", check.text);
+
+    // Auto, nothing at hand, no network: a warning, and nothing written into the cache.
+    let auto = project.cargo("build", &[]);
+    auto.expect(true, &["warning: ", "not embedded: kernel modules", "At run time", "--offline"]);
+    assert_eq!(project.program(), "embedded 0\n");
+    assert!(!project.cargo("build", &[]).compiled());
+    project.cargo("check", &[]).expect(true, &[]);
+    let check = project.cargo("check", &[]);
+    check.expect(true, &["Fresh flashinfer-rs"]);
+    assert!(!check.text.contains("Dirty flashinfer-rs"), "{}", check.text);
+
+    // Require: a check passes and is not held up, the build that follows tells what is missing.
+    let require = [("FLASHINFER_RS_EMBED", "require")];
+    project.cargo("check", &require).expect(true, &[]);
+    project.cargo("build", &require).expect(false, &["no module matches", "norm", "--offline"]);
+
+    // A bundle made of local wheels.
+    let local = [
+        ("FLASHINFER_RS_EMBED", "require"),
+        ("FLASHINFER_RS_EMBED_MODULES", "nor*"),
+        ("FLASHINFER_RS_WHEELS", wheels),
+    ];
+    project.cargo("build", &local).expect(true, &[]);
+    let program = project.program();
+    for want in [
+        "embedded 3",
+        "`norm` from embedded bundle: first norm",
+        "libtvm_ffi.so from embedded bundle: a tvm_ffi",
+        "libcudart.so.13 from embedded bundle: a cudart",
+    ] {
+        assert!(program.contains(want), "{want} is not in: {program}");
+    }
+    assert!(!project.cargo("build", &local).compiled());
+    let whole = files(&project.target(), &|name| name.ends_with(".whl"));
+    assert!(whole.is_empty(), "whole wheels in target: {whole:?}");
+
+    // Another content of the same wheel.
+    fs::write(&norm, module_wheel(&[("norm", b"second norm"), ("page", b"page")])).unwrap();
+    assert!(project.cargo("build", &local).compiled());
+    assert!(project.program().contains("second norm"));
+
+    // A pattern that fits nothing: a warning in auto, an error in require.
+    let mut odd = local;
+    odd[1].1 = "norm, nothing_like_*";
+    project.cargo("build", &odd).expect(false, &["nothing_like_*"]);
+    odd[0].1 = "auto";
+    project.cargo("build", &odd).expect(true, &["warning: ", "nothing_like_*"]);
+    assert!(project.program().starts_with("embedded 3\n"));
+
+    // docs.rs builds whatever is missing.
+    let docs = [("FLASHINFER_RS_EMBED", "require"), ("DOCS_RS", "1")];
+    project.cargo("build", &docs).expect(true, &["docs.rs"]);
+
+    // A wheel path that is wrong.
+    let missing = [("FLASHINFER_RS_WHEELS", "/no/such.whl")];
+    project.cargo("build", &missing).expect(false, &["/no/such.whl"]);
+
+    // A pinned wheel with a wrong digest fails every mode but off.
+    let pins = Pins::select(CudaKey::new(13, 0), std::env::consts::ARCH).unwrap();
+    let pin = pins.get(Package::JitCache).unwrap();
+    let cached = project.path("cache/wheels").join(&pin.file);
+    fs::create_dir_all(cached.parent().unwrap()).unwrap();
+    fs::write(&cached, b"damaged").unwrap();
+    let found = flashinfer_rs::artifacts::Digest::of(b"damaged").to_string();
+    let expected = pin.sha256.to_string();
+    let wants = [pin.file.as_str(), &expected, &found];
+    for mode in ["auto", "require"] {
+        let key = [("FLASHINFER_RS_EMBED", mode), ("FLASHINFER_RS_CUDA", "cu130")];
+        project.cargo("build", &key).expect(false, &wants);
+    }
+    let key = [("FLASHINFER_RS_CUDA", "cu999")];
+    project.cargo("build", &key).expect(false, &["cu999", "cu130, cu131"]);
+}

@@ -1,0 +1,509 @@
+//! The store on disk: order of sources, damage of every kind, many processes, real kills.
+
+mod artifact_support;
+
+use artifact_support::*;
+use flashinfer_rs::artifacts::{ArtifactError, BundledMember, Digest, Fetch, Member, Source, Store, Wheel};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+fn locate(store: &Store, name: &str) -> Result<PathBuf, ArtifactError> {
+    let located = store.locate(&Member::module(name), Fetch::Forbidden)?;
+    Ok(located.path)
+}
+
+fn error(store: &Store, name: &str) -> String {
+    locate(store, name).unwrap_err().to_string()
+}
+
+fn nothing() -> flashinfer_rs::artifacts::Pins {
+    url_pins("http://127.0.0.1:9/none", Digest::of(b"none"))
+}
+
+#[test]
+fn a_member_is_extracted_and_verified_on_reuse() {
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(1, 300_000);
+    let store = store_of(dir.path(), &module_wheel(&[("norm", &content)]));
+    let path = locate(&store, "norm").unwrap();
+    assert!(path.starts_with(store.cache_dir()) && path.ends_with("norm/norm.so"));
+    assert_eq!(fs::read(&path).unwrap(), content);
+    assert_eq!(store.modules(), ["norm"]);
+
+    // Same size, other bytes: a new process notices and rewrites.
+    let mut damaged = content.clone();
+    damaged[7] ^= 1;
+    for wrong in [damaged, content[..100].to_vec(), Vec::new()] {
+        fs::write(&path, &wrong).unwrap();
+        let again = store_of(dir.path(), &module_wheel(&[("norm", &content)]));
+        assert_eq!(locate(&again, "norm").unwrap(), path);
+        assert_eq!(fs::read(&path).unwrap(), content);
+        assert!(files(store.cache_dir(), &|name| name.starts_with(".tmp")).is_empty());
+    }
+    // The same store notices too, once size or time differ.
+    fs::write(&path, b"short").unwrap();
+    locate(&store, "norm").unwrap();
+    assert_eq!(fs::read(&path).unwrap(), content);
+    fs::remove_file(&path).unwrap();
+    locate(&store, "norm").unwrap();
+    assert_eq!(fs::read(&path).unwrap(), content);
+}
+
+#[test]
+fn bad_wheels_are_refused_by_name() {
+    let norm = module_path("norm");
+    let content = noise(2, 5000);
+    let line = record_line(&norm, &content);
+    let mut member_lies = wheel_bytes(&[(&norm, &content)], Some(&line.replace(",5000", ",4000")));
+    lie_about_size(&mut member_lies, &norm, 4000);
+    let mut directory_lies = good_wheel(&[(&norm, &content)]);
+    lie_about_size(&mut directory_lies, &norm, 9);
+    let other = module_path("nprm");
+    let mut twice = good_wheel(&[(&norm, &content), (&other, &content)]);
+    replace(&mut twice, "nprm", "norm");
+    let platlib = norm.replace("purelib", "platlib");
+    let ambiguous = good_wheel(&[(&norm, &content), (&platlib, &content)]);
+    let mut truncated = good_wheel(&[(&norm, &content)]);
+    truncated.truncate(truncated.len() / 2);
+    let mut flipped = good_wheel(&[(&norm, &content)]);
+    flipped[2000] ^= 0xff;
+    let wrong_digest = wheel_bytes(&[(&norm, &content)], Some(&record_line(&norm, &noise(3, 5000))));
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        ("no zip", b"hello".to_vec(), "cannot be read as a zip"),
+        ("empty file", Vec::new(), "cannot be read as a zip"),
+        ("truncated", truncated, "cannot be read as a zip"),
+        ("no RECORD", wheel_bytes(&[(&norm, &content)], None), "RECORD"),
+        ("no line", wheel_bytes(&[(&norm, &content)], Some("a,,\n")), "no SHA-256"),
+        ("no digest", wheel_bytes(&[(&norm, &content)], Some(&format!("{norm},,\n"))), "no SHA-256"),
+        ("bad line", wheel_bytes(&[(&norm, &content)], Some("nonsense\n")), "nonsense"),
+        ("listed twice", wheel_bytes(&[(&norm, &content)], Some(&format!("{line}{line}"))), "twice"),
+        ("name twice", twice, "twice"),
+        ("ambiguous", ambiguous, "platlib"),
+        ("directory lies", directory_lies, "9 bytes by the central directory"),
+        ("member lies", member_lies, "w.whl"),
+        ("flipped bit", flipped, "w.whl"),
+        ("wrong digest", wrong_digest, "expected"),
+    ];
+    for (case, wheel, want) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store_of(dir.path(), &wheel);
+        let text = error(&store, "norm");
+        assert!(text.contains(want) && text.contains("w.whl"), "{case}: {text}");
+        let left = files(store.cache_dir(), &|name| name != ".lock");
+        assert!(left.is_empty(), "{case} left {left:?}");
+    }
+}
+
+#[test]
+fn a_wrong_digest_names_file_expected_and_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (content, promised) = (noise(4, 999), noise(5, 999));
+    let norm = module_path("norm");
+    let record = record_line(&norm, &promised);
+    let store = store_of(dir.path(), &wheel_bytes(&[(&norm, &content)], Some(&record)));
+    match locate(&store, "norm").unwrap_err() {
+        ArtifactError::DigestMismatch { file, expected, found } => {
+            assert!(file.contains("norm") && file.contains("w.whl"), "{file}");
+            assert_eq!((expected, found), (Digest::of(&promised), Digest::of(&content)));
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn unsafe_names_are_refused() {
+    for name in ["../evil.so", "a/../../evil.so", "/tmp/evil.so", "a\\evil.so", "a//evil.so"] {
+        let dir = tempfile::tempdir().unwrap();
+        let placeholder = "x".repeat(name.len());
+        let norm = module_path("norm");
+        let mut wheel = good_wheel(&[(&norm, b"so"), (&placeholder, b"evil")]);
+        replace(&mut wheel, &placeholder, name);
+        let store = store_of(dir.path(), &wheel);
+        let e = locate(&store, "norm").unwrap_err();
+        assert!(matches!(e, ArtifactError::UnsafeMember { .. }), "{name}: {e}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_of(dir.path(), &module_wheel(&[("norm", b"so")]));
+    for name in ["", "..", ".", "a/b", "../norm", "a\\b", "a\0b", ".lock", "-a"] {
+        let e = locate(&store, name).unwrap_err();
+        assert!(matches!(e, ArtifactError::BadName { .. }), "{name}: {e}");
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn symbolic_links_are_neither_trusted_nor_written_through() {
+    use std::os::unix::fs::symlink;
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(6, 4000);
+    let store = store_of(dir.path(), &module_wheel(&[("norm", &content)]));
+    let path = locate(&store, "norm").unwrap();
+
+    let outside = dir.path().join("outside");
+    for there in [&b"precious"[..], &content] {
+        fs::remove_file(&path).unwrap();
+        fs::write(&outside, there).unwrap();
+        symlink(&outside, &path).unwrap();
+        locate(&store, "norm").unwrap();
+        assert!(fs::symlink_metadata(&path).unwrap().is_file());
+        assert_eq!(fs::read(&path).unwrap(), content);
+        assert_eq!(fs::read(&outside).unwrap(), there);
+    }
+
+    let folder = path.parent().unwrap();
+    fs::remove_dir_all(folder).unwrap();
+    let elsewhere = dir.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    symlink(&elsewhere, folder).unwrap();
+    let text = error(&store, "norm");
+    assert!(text.contains("not a real folder") && text.contains("FLASHINFER_RS_CACHE_DIR"), "{text}");
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+}
+
+#[test]
+fn sources_are_asked_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, wheel: &[u8]| {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, wheel).unwrap();
+        path
+    };
+    let a = write("a.whl", &module_wheel(&[("one", b"config one")]));
+    let b = write("env/b.whl", &module_wheel(&[("one", b"env one"), ("two", b"env two")]));
+    let c = write("env/c.whl", &module_wheel(&[("three", b"env three")]));
+    write("env/not-a-wheel.txt", b"ignored");
+    let embed = |name: &str, content: &'static [u8]| BundledMember {
+        suffix: Member::module(name).suffix().leak(),
+        artifact_hash: "0123456789abcdef01234567",
+        sha256: Digest::of(content),
+        size: content.len() as u64,
+        zstd: zstd::encode_all(content, 3).unwrap().leak(),
+    };
+    let pinned = module_wheel(&[("two", b"pin two"), ("four", b"pin four"), ("five", b"pin five")]);
+    let cached = write(&format!("cache/wheels/{WHEEL}"), &pinned);
+    let pins = url_pins("http://127.0.0.1:9/none", Digest::of(&pinned));
+    let mut config = config(dir.path(), pins);
+    config.wheels = vec![a.clone()];
+    config.env_wheels = vec![dir.path().join("env")];
+    config.bundle = vec![embed("two", b"bundle two"), embed("four", b"bundle four")].leak();
+    let store = Store::open(config.clone()).unwrap();
+    for (name, content, source) in [
+        ("one", "config one", Source::Config(a)),
+        ("two", "env two", Source::Env(b.clone())),
+        ("three", "env three", Source::Env(c)),
+        ("four", "bundle four", Source::Embedded),
+        ("five", "pin five", Source::CachedWheel(cached)),
+    ] {
+        let located = store.locate(&Member::module(name), Fetch::Allowed).unwrap();
+        assert_eq!(located.source, source, "{name}");
+        assert_eq!(fs::read_to_string(&located.path).unwrap(), content);
+    }
+    assert_eq!(store.modules(), ["five", "four", "one", "three", "two"]);
+
+    let text = store.locate(&Member::module("six"), Fetch::Allowed).unwrap_err().to_string();
+    for want in ["a.whl", "b.whl", "c.whl", "embedded bundle", WHEEL, "jit_cache/six/six.so"] {
+        assert!(text.contains(want), "{want} is not in: {text}");
+    }
+
+    // A path that is wrong is told even where its turn does not come.
+    config.env_wheels.push(dir.path().join("missing.whl"));
+    let store = Store::open(config).unwrap();
+    assert!(error(&store, "one").contains("missing.whl"));
+    let reports = store.inventory();
+    let broken: Vec<_> = reports.iter().filter(|r| r.problem.is_some()).collect();
+    assert!(broken.iter().any(|r| r.source.contains("missing.whl") && r.remedy.is_some()));
+    assert!(reports.iter().any(|r| r.usable && r.path.as_ref() == Some(&b)));
+}
+
+#[test]
+fn a_lying_bundle_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let content: &[u8] = b"what is embedded";
+    let entry = |sha256, size, zstd: &[u8]| BundledMember {
+        suffix: Member::module("norm").suffix().leak(),
+        artifact_hash: "0123456789abcdef01234567",
+        sha256,
+        size,
+        zstd: zstd.to_vec().leak(),
+    };
+    let packed = zstd::encode_all(content, 3).unwrap();
+    let size = content.len() as u64;
+    for (case, bad) in [
+        ("digest", entry(Digest::of(b"other"), size, &packed)),
+        ("size", entry(Digest::of(content), 3, &packed)),
+        ("frame", entry(Digest::of(content), size, b"no zstd frame")),
+        ("cut", entry(Digest::of(content), size, &packed[..packed.len() - 3])),
+    ] {
+        let mut config = config(dir.path(), nothing());
+        config.bundle = vec![bad].leak();
+        let store = Store::open(config).unwrap();
+        assert!(locate(&store, "norm").is_err(), "{case}");
+    }
+}
+
+#[test]
+fn without_any_source_the_error_tells_each_and_its_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let empty = dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let mut config = config(dir.path(), nothing());
+    config.env_wheels = vec![empty];
+    let store = Store::open(config).unwrap();
+    let allowed = store.locate(&Member::module("norm"), Fetch::Allowed).unwrap_err().to_string();
+    for want in ["empty", "holds no .whl", "embedded", WHEEL, "forbid", "FLASHINFER_RS_WHEELS"] {
+        assert!(allowed.contains(want), "{want} is not in: {allowed}");
+    }
+    assert!(error(&store, "norm").contains("flashinfer-doctor fetch"));
+    assert!(!store.cache_dir().exists(), "a look-up in vain wrote something");
+}
+
+#[test]
+fn a_stamp_saves_hashing_and_never_lies() {
+    let dir = tempfile::tempdir().unwrap();
+    let pinned = module_wheel(&[("norm", &noise(7, 9000))]);
+    let path = dir.path().join("cache/wheels").join(WHEEL);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(&path, &pinned).unwrap();
+    let pins = url_pins("http://127.0.0.1:9/none", Digest::of(&pinned));
+    let hashed = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let open = || {
+        let mut config = config(dir.path(), pins.clone());
+        let hashed = std::sync::Arc::clone(&hashed);
+        config.progress = Some(std::sync::Arc::new(move |_| {
+            hashed.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }));
+        Store::open(config).unwrap()
+    };
+    let count = || hashed.swap(0, std::sync::atomic::Ordering::SeqCst);
+    locate(&open(), "norm").unwrap();
+    assert!(count() > 0, "a wheel without a stamp is hashed");
+    locate(&open(), "norm").unwrap();
+    assert_eq!(count(), 0, "a wheel with a stamp is not");
+
+    // Touched: hashed again, and found good.
+    let later = std::time::SystemTime::now() + Duration::from_secs(60);
+    fs::File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
+    locate(&open(), "norm").unwrap();
+    assert!(count() > 0);
+
+    // Damaged: the stamp no longer fits.
+    let mut damaged = pinned.clone();
+    damaged[100] ^= 1;
+    fs::write(&path, &damaged).unwrap();
+    let e = locate(&open(), "norm").unwrap_err();
+    let text = e.to_string();
+    assert!(matches!(e, ArtifactError::DigestMismatch { .. }), "{text}");
+    for want in [WHEEL.into(), Digest::of(&pinned).to_string(), Digest::of(&damaged).to_string()] {
+        assert!(text.contains(&want), "{want} is not in: {text}");
+    }
+}
+
+#[test]
+fn clean_frees_what_is_ours_and_respects_locks() {
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(8, 10_000);
+    let store = store_of(dir.path(), &module_wheel(&[("norm", &content), ("page", &content)]));
+    let norm = locate(&store, "norm").unwrap();
+    let page = locate(&store, "page").unwrap();
+    let foreign = store.cache_dir().join("notes.txt");
+    fs::write(&foreign, b"mine").unwrap();
+    assert_eq!(store.cache_size().unwrap(), 20_004);
+
+    let lock = fs::File::open(page.with_file_name(".lock")).unwrap();
+    lock.lock().unwrap();
+    assert_eq!(store.clean().unwrap(), 10_000);
+    assert!(!norm.exists() && page.exists() && foreign.exists());
+    lock.unlock().unwrap();
+    assert_eq!(store.clean().unwrap(), 10_000);
+    assert!(!page.exists() && foreign.exists());
+    assert_eq!(fs::read(locate(&store, "norm").unwrap()).unwrap(), content);
+}
+
+#[test]
+fn many_threads_extract_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(9, 400_000);
+    let names = ["a", "b", "c"];
+    let members: Vec<_> = names.iter().map(|name| (*name, &content[..])).collect();
+    let store = store_of(dir.path(), &module_wheel(&members));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for name in names {
+                    assert_eq!(fs::read(locate(&store, name).unwrap()).unwrap(), content);
+                }
+            });
+        }
+    });
+    let left = files(store.cache_dir(), &|name| name != ".lock");
+    assert_eq!(left.len(), 3, "{left:?}");
+}
+
+const NAMES: [&str; 4] = ["m0", "m1", "m2", "m3"];
+
+fn big_wheel() -> Vec<u8> {
+    let content: Vec<_> = (0..4).map(|seed| noise(20 + seed, 2_000_000)).collect();
+    let members: Vec<_> = NAMES.iter().zip(&content).map(|(n, c)| (*n, &c[..])).collect();
+    module_wheel(&members)
+}
+
+#[test]
+#[ignore = "a process that another test starts"]
+fn child_extracts() {
+    let root = variable("STORE_TEST_ROOT");
+    let mut config = config(&root, nothing());
+    config.wheels = vec![root.join("w.whl")];
+    let store = Store::open(config).unwrap();
+    for (seed, name) in NAMES.iter().enumerate() {
+        let path = locate(&store, name).unwrap();
+        assert_eq!(fs::read(path).unwrap(), noise(20 + seed as u64, 2_000_000));
+    }
+}
+
+#[test]
+fn many_processes_extract_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_of(dir.path(), &big_wheel());
+    let children: Vec<_> =
+        (0..6).map(|_| child("child_extracts", &[("STORE_TEST_ROOT", dir.path())])).collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
+    }
+    let left = files(store.cache_dir(), &|name| name != ".lock");
+    assert_eq!(left.len(), NAMES.len(), "{left:?}");
+}
+
+#[test]
+fn killed_processes_leave_nothing_that_is_trusted() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_of(dir.path(), &big_wheel());
+    let (mut unfinished, mut temporaries) = (0, 0);
+    for round in 0..40u64 {
+        let mut child = child("child_extracts", &[("STORE_TEST_ROOT", dir.path())]);
+        // Wait until it writes, then kill it somewhere in the midst.
+        for _ in 0..400 {
+            if !files(store.cache_dir(), &|name| name.starts_with(".tmp")).is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        std::thread::sleep(Duration::from_micros(round * 977 % 9000));
+        child.kill().unwrap();
+        unfinished += usize::from(!child.wait().unwrap().success());
+        temporaries += files(store.cache_dir(), &|name| name.starts_with(".tmp")).len();
+        for (seed, name) in NAMES.iter().enumerate() {
+            for file in files(store.cache_dir(), &|f| f == format!("{name}.so")) {
+                let expected = noise(20 + seed as u64, 2_000_000);
+                assert!(fs::read(&file).unwrap() == expected, "half a file was published");
+            }
+        }
+        if round % 4 == 3 {
+            for (seed, name) in NAMES.iter().enumerate() {
+                let path = locate(&store, name).unwrap();
+                assert!(fs::read(path).unwrap() == noise(20 + seed as u64, 2_000_000));
+            }
+            let left = files(store.cache_dir(), &|name| name.starts_with(".tmp"));
+            assert!(left.is_empty(), "{left:?}");
+            store.clean().unwrap();
+        }
+    }
+    println!("{unfinished} of 40 processes were killed before their end, {temporaries} in a write");
+    assert!(temporaries > 0, "no kill came in the midst of a write");
+}
+
+/// A file system of its own, or nothing where mounting is not allowed.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn tmpfs(at: &Path, options: &str) -> Option<Mount> {
+        fs::create_dir_all(at).unwrap();
+        let mut command = std::process::Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(at);
+        let done = command.stderr(std::process::Stdio::null()).status();
+        if done.is_ok_and(|status| status.success()) {
+            return Some(Mount(at.into()));
+        }
+        println!("skipped: this machine does not allow mounting a tmpfs");
+        None
+    }
+
+    fn read_only(&self) {
+        let mut command = std::process::Command::new("mount");
+        command.args(["-o", "remount,ro"]).arg(&self.0);
+        assert!(command.status().unwrap().success());
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(10, 400_000);
+    let store = store_of(dir.path(), &module_wheel(&[("big", &content), ("small", b"small")]));
+    let Some(_mount) = Mount::tmpfs(store.cache_dir(), "size=64k") else {
+        return;
+    };
+    let text = error(&store, "big");
+    assert!(text.contains("big.so") && text.contains("free space"), "{text}");
+    assert!(files(store.cache_dir(), &|name| name != ".lock").is_empty());
+    assert_eq!(fs::read(locate(&store, "small").unwrap()).unwrap(), b"small");
+}
+
+#[test]
+fn a_read_only_cache_serves_what_it_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let wheel = module_wheel(&[("norm", b"norm"), ("page", b"page")]);
+    let store = store_of(dir.path(), &wheel);
+    let Some(mount) = Mount::tmpfs(store.cache_dir(), "size=4m") else {
+        return;
+    };
+    locate(&store, "norm").unwrap();
+    mount.read_only();
+    let store = store_of(dir.path(), &wheel);
+    assert_eq!(fs::read(locate(&store, "norm").unwrap()).unwrap(), b"norm");
+    let text = error(&store, "page");
+    assert!(text.contains("FLASHINFER_RS_CACHE_DIR") && text.contains("page"), "{text}");
+}
+
+#[test]
+fn a_file_in_the_way_of_the_cache_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_of(dir.path(), &module_wheel(&[("norm", b"norm")]));
+    fs::write(store.cache_dir(), b"a file").unwrap();
+    let text = error(&store, "norm");
+    assert!(text.contains("cache") && text.contains("FLASHINFER_RS_CACHE_DIR"), "{text}");
+}
+
+#[test]
+fn the_development_wheels_serve_their_modules() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
+    if !folder.is_dir() {
+        println!("skipped: {} is not there", folder.display());
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), nothing());
+    config.wheels = vec![folder];
+    let store = Store::open(config).unwrap();
+    let modules = store.modules();
+    assert!(modules.len() > 40, "{modules:?}");
+    for (name, wheel) in [("norm", "core"), ("topk", "hopper"), ("gemm_sm90", "variants")] {
+        let located = store.locate(&Member::module(name), Fetch::Forbidden).unwrap();
+        assert!(located.source.to_string().contains(wheel), "{}", located.source);
+        let opened = match &located.source {
+            Source::Config(path) => Wheel::open(path).unwrap(),
+            other => panic!("{other}"),
+        };
+        let recorded = opened.find(&Member::module(name)).unwrap().unwrap();
+        let bytes = fs::read(&located.path).unwrap();
+        assert_eq!(Digest::of(&bytes), recorded.sha256);
+        assert!(bytes.starts_with(b"\x7fELF"));
+    }
+}
