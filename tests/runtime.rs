@@ -115,7 +115,7 @@ fn many_threads_load_a_module_once() {
     files.iter_mut().for_each(|line| *line = line.rsplit(' ').next().unwrap());
     files.dedup();
     assert_eq!(files.len(), 1, "{files:?}");
-    assert!(Path::new(files[0]).starts_with(&runtime.store().cache_dir()));
+    assert!(Path::new(files[0]).starts_with(runtime.store().cache_dir()));
 }
 
 #[test]
