@@ -16,7 +16,9 @@ mod stream;
 mod tensor;
 
 pub use error::{FlashInferError, Result};
-pub use kv::{AppendIndices, AppendTable, IndexArrays, OnDevice, PageIndices, PageTable};
+pub use kv::{
+    AppendIndices, AppendTable, IndexArrays, OnDevice, PageIndices, PageTable, RaggedIndices, RaggedTable,
+};
 pub use module::{Module, ModuleName};
 pub use ops::{attention, norm, page, signatures};
 pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};

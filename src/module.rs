@@ -39,6 +39,11 @@ impl ModuleName {
         Self(Cow::Owned(name.into()))
     }
 
+    /// Whether the name fits a pattern, in which `*` stands for any text.
+    pub fn matches(&self, pattern: &str) -> bool {
+        crate::artifacts::embed::matches(pattern, &self.0)
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -1,12 +1,13 @@
 //! Arguments, packed on the stack.
 
 use std::{
+    cell::UnsafeCell,
     ffi::{CStr, c_void},
     marker::PhantomData,
 };
 
 use super::{
-    abi::{self, Any, DlDataType, DlDevice, Payload, RawDlTensor, type_index},
+    abi::{self, Any, DlDataType, DlDevice, ObjectHeader, Payload, RawDlTensor, type_index},
     object::Object,
 };
 use crate::tensor::{DType, Device, RawTensor, TensorMut, TensorRef};
@@ -71,6 +72,35 @@ impl<'a> From<&'a TensorRef<'_>> for DlTensor<'a> {
 
 impl<'a> From<&'a TensorMut<'_>> for DlTensor<'a> {
     fn from(tensor: &'a TensorMut<'_>) -> Self {
+        Self::new(&tensor.raw)
+    }
+}
+
+/// A tensor object made on the stack, for functions that take no `DLTensor`.
+///
+/// It starts with one reference, which is this value's and is never given
+/// back, so the object's absent deleter is never called: a callee takes and
+/// returns its own references within the call.
+#[repr(C)]
+pub struct TensorObject<'a> {
+    header: UnsafeCell<ObjectHeader>,
+    tensor: DlTensor<'a>,
+}
+
+impl<'a> TensorObject<'a> {
+    pub(crate) fn new(tensor: &'a RawTensor) -> Self {
+        let header = ObjectHeader {
+            combined_ref_count: 1 << 32 | 1,
+            type_index: type_index::TENSOR,
+            padding: 0,
+            deleter: None,
+        };
+        Self { header: UnsafeCell::new(header), tensor: DlTensor::new(tensor) }
+    }
+}
+
+impl<'a> From<&'a TensorRef<'_>> for TensorObject<'a> {
+    fn from(tensor: &'a TensorRef<'_>) -> Self {
         Self::new(&tensor.raw)
     }
 }
@@ -163,6 +193,12 @@ impl<'a> From<&'a DlTensor<'_>> for Arg<'a> {
 impl<'a> From<&'a Object> for Arg<'a> {
     fn from(value: &'a Object) -> Self {
         Self::pointer(value.type_index(), value.as_ptr().cast())
+    }
+}
+
+impl<'a> From<&'a TensorObject<'_>> for Arg<'a> {
+    fn from(value: &'a TensorObject<'_>) -> Self {
+        Self::pointer(type_index::TENSOR, (&raw const *value).cast())
     }
 }
 

@@ -22,7 +22,7 @@ mod object;
 mod signature;
 
 pub(crate) use allocator::register as register_allocator;
-pub use args::{Arg, DlTensor};
+pub use args::{Arg, DlTensor, TensorObject};
 pub use call::Function;
 pub use object::{Object, Value};
 pub use signature::{ArgKind, Kernel, Signature};

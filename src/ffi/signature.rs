@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-use super::{Arg, DlTensor, Function, Object, Value};
+use super::{Arg, DlTensor, Function, Object, TensorObject, Value};
 use crate::{error::Result, stream::Stream};
 
 /// The kind of one argument.
@@ -148,7 +148,7 @@ pub(crate) mod kind {
     kinds! {
         Tensor: DlTensor<'a>, |value| value.into();
         OptTensor: Option<DlTensor<'a>>, |value| value.as_ref().into();
-        OptTensorObject: Option<&'a Object>, |value| value.map_or(Arg::NONE, Into::into);
+        OptTensorObject: Option<TensorObject<'a>>, |value| value.as_ref().into();
         Int: i64, |value| (*value).into();
         Bool: bool, |value| (*value).into();
         Float: f64, |value| (*value).into();

@@ -44,8 +44,8 @@ pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordin
     }
 }
 
-/// The argument list of every function that this crate calls, with the family
-/// of modules that export it: a module's name, or the start of it.
+/// The argument list of every function that this crate calls, with a pattern
+/// of the modules that export it; see [`ModuleName::matches`].
 ///
 /// [`Signature::compare`] holds a declaration against what a module prints of
 /// itself.

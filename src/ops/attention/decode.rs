@@ -43,7 +43,7 @@ kernels! {
 }
 
 pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
-    &[("batch_decode_with_kv_cache_", Plan::SIGNATURE), ("batch_decode_with_kv_cache_", Run::SIGNATURE)];
+    &[("batch_decode_with_kv_cache_*", Plan::SIGNATURE), ("batch_decode_with_kv_cache_*", Run::SIGNATURE)];
 
 const PLAN_OP: &str = "BatchDecode::plan";
 const RUN_OP: &str = "DecodePlan::run";
@@ -213,8 +213,8 @@ impl BatchDecode {
                 num_kv_heads: heads.num_kv_heads as i64,
                 page_size: indices.page_size() as i64,
                 enable_cuda_graph: mode == PlanMode::CudaGraph,
-                window_left: self.window_left(),
-                logits_soft_cap: self.logits_soft_cap(),
+                window_left: self.spec.window_left_code(),
+                logits_soft_cap: self.spec.soft_cap_code(),
                 head_dim_qk: self.spec.head_dim_qk as i64,
                 head_dim_vo: self.spec.head_dim_vo as i64,
                 empty_q_data: DlTensor::new(&empty_q),
@@ -226,14 +226,6 @@ impl BatchDecode {
             // copy out of it is done; head dimensions are the module's.
             unsafe { kernel.call(&self.plan, stream) }
         })
-    }
-
-    fn window_left(&self) -> i64 {
-        self.spec.window_left.map_or(-1, i64::from)
-    }
-
-    fn logits_soft_cap(&self) -> f64 {
-        self.spec.logits_soft_cap.map_or(0.0, f64::from)
     }
 }
 
@@ -373,10 +365,10 @@ impl DecodePlan<'_> {
             o: DlTensor::new(&out.raw),
             maybe_lse: lse.as_ref().map(|lse| DlTensor::new(&lse.raw)),
             kv_layout: kv.layout.code(),
-            window_left: self.decode.window_left(),
+            window_left: spec.window_left_code(),
             enable_pdl: enable_pdl(runtime, options.enable_pdl, stream.ordinal())?,
             maybe_alibi_slopes: None,
-            logits_soft_cap: self.decode.logits_soft_cap(),
+            logits_soft_cap: spec.soft_cap_code(),
             sm_scale: options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()),
             rope_rcp_scale: 1.0,
             rope_rcp_theta: 1e-4,

@@ -1,7 +1,7 @@
 //! What every attention plan shares: scratch memory, the call of the planner,
 //! and the numbers that come back.
 
-use super::workspace::Workspace;
+use super::{decode::Heads, spec::AttentionSpec, workspace::Workspace};
 use crate::{
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
@@ -78,6 +78,35 @@ pub(super) fn check_workspace(check: &Check<'_>, workspace: &Workspace) -> Resul
         );
     }
     Ok(())
+}
+
+/// Checks queries, outputs and sums of a plan for `rows` queries. What the
+/// kernels assume of them is the same in decode and prefill.
+pub(super) fn check_output(
+    check: &Check<'_>,
+    spec: &AttentionSpec,
+    heads: Heads,
+    rows: usize,
+    q: &RawTensor,
+    out: &RawTensor,
+    lse: Option<&RawTensor>,
+) -> Result<()> {
+    let (rows, heads) = (rows as i64, heads.num_qo_heads as i64);
+    check.tensor("q", q, &[spec.dtype_q], &[3])?;
+    check.shape("q", q, &[rows, heads, spec.head_dim_qk as i64])?;
+    check.last_dim_contiguous("q", q)?;
+    check.aligned("q", q, 16)?;
+    check.offsets_in_32_bits("q", q)?;
+    check.tensor("out", out, &[spec.dtype_o], &[3])?;
+    check.shape("out", out, &[rows, heads, spec.head_dim_vo as i64])?;
+    check.contiguous("out", out)?;
+    check.aligned("out", out, 16)?;
+    check.offsets_in_32_bits("out", out)?;
+    let Some(lse) = lse else { return Ok(()) };
+    check.tensor("lse", lse, &[DType::F32], &[2])?;
+    check.shape("lse", lse, &[rows, heads])?;
+    check.contiguous("lse", lse)?;
+    check.aligned("lse", lse, size_of::<f32>())
 }
 
 /// Lets `call` run a planner, which writes up to `needed` bytes of index

@@ -6,6 +6,22 @@ use crate::{
     tensor::DType,
 };
 
+/// Which kernels serve an attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Backend {
+    /// The fastest that the GPU and the spec allow; see each operation for
+    /// what it picks. What was picked can be asked for.
+    #[default]
+    Auto,
+    /// Dot products on CUDA cores: decode with few query heads per KV head.
+    CudaCores,
+    /// FlashAttention 2 on tensor cores, on compute capability 8.0 and newer.
+    Fa2,
+    /// FlashAttention 3, on compute capability 9.0 exactly (`_sm90` modules).
+    Fa3,
+}
+
 /// The properties of an attention that its kernels are compiled for.
 ///
 /// ```
@@ -32,6 +48,8 @@ pub struct AttentionSpec {
     pub window_left: Option<u32>,
     /// `Some(cap)` turns logits into `cap · tanh(logits / cap)`.
     pub logits_soft_cap: Option<f32>,
+    /// Which kernels serve it.
+    pub backend: Backend,
 }
 
 impl AttentionSpec {
@@ -45,7 +63,22 @@ impl AttentionSpec {
             head_dim_vo: head_dim,
             window_left: None,
             logits_soft_cap: None,
+            backend: Backend::Auto,
         }
+    }
+
+    /// Other kernels than [`Backend::Auto`] picks.
+    #[must_use]
+    pub const fn with_backend(mut self, backend: Backend) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// Values of another width than queries and keys.
+    #[must_use]
+    pub const fn with_head_dim_vo(mut self, head_dim: usize) -> Self {
+        self.head_dim_vo = head_dim;
+        self
     }
 
     /// Keys and values of another element type.
@@ -90,9 +123,29 @@ impl AttentionSpec {
                 available: "decode on CUDA cores needs head_dim_qk == head_dim_vo".into(),
             });
         }
-        Ok(ModuleName::new(format!(
-            "batch_decode_with_kv_cache_dtype_q_{}_dtype_kv_{}_dtype_o_{}_dtype_idx_i32_head_dim_qk_{}_head_dim_vo_{}_\
-             posenc_0_use_swa_{}_use_logits_cap_{}",
+        Ok(ModuleName::new(format!("batch_decode_with_kv_cache_{}", self.combination())))
+    }
+
+    /// The module of batch prefill with FlashAttention 2, or 3 (`fa3`).
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist.
+    pub fn prefill_module(&self, fa3: bool) -> Result<ModuleName> {
+        self.check()?;
+        if fa3 && self.dtype_kv.size() != self.dtype_q.size() {
+            return Err(FlashInferError::Unsupported {
+                what: format!("FlashAttention 3 with {} queries over {} keys", self.dtype_q, self.dtype_kv),
+                available: "it needs keys and values of the queries' width; Backend::Fa2 converts them".into(),
+            });
+        }
+        let suffix = if fa3 { "_sm90" } else { "" };
+        Ok(ModuleName::new(format!("batch_prefill_with_kv_cache_{}_f16qk_False{suffix}", self.combination())))
+    }
+
+    /// The part of a module's name that the batch kernels share.
+    fn combination(&self) -> String {
+        format!(
+            "dtype_q_{}_dtype_kv_{}_dtype_o_{}_dtype_idx_i32_head_dim_qk_{}_head_dim_vo_{}_posenc_0_use_swa_{}_use_logits_cap_{}",
             self.dtype_q,
             self.dtype_kv,
             self.dtype_o,
@@ -100,7 +153,17 @@ impl AttentionSpec {
             self.head_dim_vo,
             python_bool(self.window_left.is_some()),
             python_bool(self.logits_soft_cap.is_some()),
-        )))
+        )
+    }
+
+    /// The window as kernels take it: −1 for none.
+    pub(super) fn window_left_code(&self) -> i64 {
+        self.window_left.map_or(-1, i64::from)
+    }
+
+    /// The soft cap as kernels take it: 0 for none.
+    pub(super) fn soft_cap_code(&self) -> f64 {
+        self.logits_soft_cap.map_or(0.0, f64::from)
     }
 
     fn check(&self) -> Result<()> {

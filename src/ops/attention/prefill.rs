@@ -1,0 +1,678 @@
+//! Batch prefill: any number of queries per request, over paged or ragged
+//! keys and values.
+//!
+//! Two sets of kernels do this, FlashAttention 2 and 3. They take different
+//! argument lists, which stand here side by side; everything above them is the
+//! same. Decode on tensor cores is prefill with one query per request and uses
+//! the same functions.
+//!
+//! Source of the contract: `csrc/batch_prefill.cu`, `csrc/batch_prefill_sm90.cu`,
+//! `include/flashinfer/attention/{prefill,scheduler}.cuh` of FlashInfer 0.6.13.
+
+use std::{cell::Cell, marker::PhantomData};
+
+use super::{
+    decode::{DecodeOptions, Heads},
+    plan::{PlanInfo, Scratch, check_output, check_workspace, make_plan},
+    spec::{AttentionSpec, Backend},
+    workspace::Workspace,
+};
+use crate::{
+    artifacts::ArtifactError,
+    cuda::DeviceAttribute,
+    error::{FlashInferError, Result},
+    ffi::{DlTensor, Function, Kernel, Signature, kernels},
+    kv::{PageTable, RaggedTable},
+    module::Module,
+    ops::{
+        check::Check,
+        enable_pdl,
+        page::{PagedKv, check_cache},
+    },
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+};
+
+kernels! {
+    struct Fa2Plan = "plan"(
+        float_workspace: Tensor, int_workspace: Tensor, pinned_int_workspace: Tensor,
+        qo_indptr: Tensor, kv_indptr: Tensor, kv_len_arr: Tensor,
+        total_num_rows: Int, batch_size: Int, num_qo_heads: Int, num_kv_heads: Int, page_size: Int,
+        enable_cuda_graph: Bool, head_dim_qk: Int, head_dim_vo: Int, causal: Bool, window_left: Int,
+        fixed_split_size: Int, disable_split_kv: Bool, num_colocated_ctas: Int,
+    ) -> "Array<int>";
+    struct Fa3Plan = "plan"(
+        float_workspace: Tensor, int_workspace: Tensor, pinned_int_workspace: Tensor,
+        qo_indptr: Tensor, kv_indptr: Tensor, kv_len_arr: Tensor,
+        total_num_rows: Int, batch_size: Int, num_qo_heads: Int, num_kv_heads: Int, page_size: Int,
+        enable_cuda_graph: Bool, head_dim_qk: Int, head_dim_vo: Int, causal: Bool, window_left: Int,
+    ) -> "Array<int>";
+    struct Fa2PagedRun = "paged_run"(
+        float_workspace: Tensor, int_workspace: Tensor, plan_info: IntArray, q: Tensor,
+        paged_k_cache: Tensor, paged_v_cache: Tensor, qo_indptr: Tensor, paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor, paged_kv_last_page_len: Tensor, o: Tensor, maybe_lse: OptTensor,
+        mask_mode: Int, layout: Int, window_left: Int, enable_pdl: Bool,
+        maybe_custom_mask: OptTensorObject, maybe_mask_indptr: OptTensorObject,
+        maybe_alibi_slopes: OptTensorObject, maybe_prefix_len_ptr: OptTensorObject,
+        maybe_token_pos_in_items_ptr: OptTensorObject, maybe_max_item_len_ptr: OptTensorObject,
+        maybe_k_cache_sf: OptTensorObject, maybe_v_cache_sf: OptTensorObject,
+        logits_soft_cap: Float, sm_scale: Float, rope_rcp_scale: Float, rope_rcp_theta: Float,
+        token_pos_in_items_len: Int,
+    ) -> "void";
+    struct Fa2RaggedRun = "ragged_run"(
+        float_workspace: Tensor, int_workspace: Tensor, plan_info: IntArray, q: Tensor, k: Tensor, v: Tensor,
+        qo_indptr: Tensor, kv_indptr: Tensor, o: Tensor, maybe_lse: OptTensor,
+        mask_mode: Int, layout: Int, window_left: Int, enable_pdl: Bool,
+        maybe_custom_mask: OptTensorObject, maybe_mask_indptr: OptTensorObject,
+        maybe_alibi_slopes: OptTensorObject, maybe_prefix_len_ptr: OptTensorObject,
+        maybe_token_pos_in_items_ptr: OptTensorObject, maybe_max_item_len_ptr: OptTensorObject,
+        maybe_k_cache_sf: OptTensorObject, maybe_v_cache_sf: OptTensorObject,
+        logits_soft_cap: Float, sm_scale: Float, rope_rcp_scale: Float, rope_rcp_theta: Float,
+        token_pos_in_items_len: Int,
+    ) -> "void";
+    struct Fa3PagedRun = "paged_run"(
+        float_workspace: Tensor, int_workspace: Tensor, plan_info: IntArray, q: Tensor,
+        paged_k_cache: Tensor, paged_v_cache: Tensor, qo_indptr: Tensor, paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor, paged_kv_last_page_len: Tensor, o: Tensor, maybe_lse: OptTensor,
+        mask_mode: Int, layout: Int, window_left: Int, enable_pdl: Bool,
+        maybe_prefix_len_ptr: OptTensorObject, maybe_token_pos_in_items_ptr: OptTensorObject,
+        maybe_max_item_len_ptr: OptTensorObject, maybe_scale_v: OptTensorObject,
+        logits_soft_cap: Float, sm_scale: Float, scale_v_scalar: Float, token_pos_in_items_len: Int,
+    ) -> "void";
+    struct Fa3RaggedRun = "ragged_run"(
+        float_workspace: Tensor, int_workspace: Tensor, plan_info: IntArray, q: Tensor, k: Tensor, v: Tensor,
+        qo_indptr: Tensor, kv_indptr: Tensor, o: Tensor, maybe_lse: OptTensor,
+        mask_mode: Int, layout: Int, window_left: Int, enable_pdl: Bool,
+        maybe_prefix_len_ptr: OptTensorObject, maybe_token_pos_in_items_ptr: OptTensorObject,
+        maybe_max_item_len_ptr: OptTensorObject, maybe_scale_v: OptTensorObject,
+        logits_soft_cap: Float, sm_scale: Float, scale_v_scalar: Float, token_pos_in_items_len: Int,
+    ) -> "void";
+}
+
+/// Modules with 16-bit queries; those with 8-bit ones take other arguments.
+const FA2_MODULES: &str = "batch_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False";
+const FA3_MODULES: &str = "batch_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False_sm90";
+
+pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
+    (FA2_MODULES, Fa2Plan::SIGNATURE),
+    (FA2_MODULES, Fa2PagedRun::SIGNATURE),
+    (FA2_MODULES, Fa2RaggedRun::SIGNATURE),
+    (FA3_MODULES, Fa3Plan::SIGNATURE),
+    (FA3_MODULES, Fa3PagedRun::SIGNATURE),
+    (FA3_MODULES, Fa3RaggedRun::SIGNATURE),
+];
+
+const PLAN_OP: &str = "BatchPrefill::plan";
+const RUN_OP: &str = "PrefillPlan::run";
+/// Numbers in a plan.
+const FA2_PLAN_LEN: usize = 15;
+const FA3_PLAN_LEN: usize = 9;
+/// The smallest tile of queries (times heads of a group) of FlashAttention 2,
+/// and of queries of FlashAttention 3.
+const FA2_MIN_TILE: usize = 16;
+const FA3_MIN_TILE: usize = 128;
+/// Blocks per multiprocessor that FlashAttention 2 plans for.
+const FA2_BLOCKS_PER_SM: usize = 2;
+
+/// The functions of a prefill module.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PrefillKernels {
+    spec: AttentionSpec,
+    fa3: bool,
+    module: &'static Module,
+    plan: Function,
+    paged_run: Function,
+    ragged_run: Function,
+}
+
+/// What a plan is made from.
+pub(super) struct Batch<'a> {
+    /// Query offsets of `batch + 1` entries.
+    pub(super) qo_indptr: &'a [i32],
+    /// Offsets of pages, or of tokens with a page size of 1.
+    pub(super) kv_indptr: &'a [i32],
+    /// Tokens of each request.
+    pub(super) kv_lens: &'a [i32],
+    pub(super) page_size: usize,
+    pub(super) heads: Heads,
+    pub(super) causal: bool,
+    /// Rows of the tensors: those of the batch, or the fixed maximum of a graph.
+    pub(super) rows: usize,
+    pub(super) cuda_graph: bool,
+}
+
+/// What a run works on, besides keys and values.
+pub(super) struct RunTensors<'a> {
+    pub(super) scratch: &'a Scratch,
+    pub(super) info: &'a PlanInfo,
+    pub(super) q: &'a RawTensor,
+    pub(super) qo_indptr: &'a RawTensor,
+    pub(super) out: &'a RawTensor,
+    pub(super) lse: Option<&'a RawTensor>,
+    pub(super) causal: bool,
+    pub(super) options: &'a DecodeOptions,
+}
+
+impl PrefillKernels {
+    /// Resolves the module of a spec. [`Backend::Auto`] takes FlashAttention 3
+    /// where the GPU has it and a module exists, else 2.
+    pub(super) fn new(runtime: &FlashInferRuntime, ordinal: u32, spec: &AttentionSpec) -> Result<Self> {
+        match spec.backend {
+            Backend::Fa2 => Self::load(runtime, spec, false),
+            Backend::Fa3 => {
+                let (major, minor) = runtime.compute_capability(ordinal)?;
+                if major != 9 {
+                    return Err(FlashInferError::Unsupported {
+                        what: format!("FlashAttention 3 on compute capability {major}.{minor}"),
+                        available: "it needs 9.0; use Backend::Fa2 or Backend::Auto".into(),
+                    });
+                }
+                Self::load(runtime, spec, true)
+            }
+            Backend::CudaCores => Err(FlashInferError::Unsupported {
+                what: "prefill on CUDA cores".into(),
+                available: "there are Backend::Fa2 and Backend::Fa3".into(),
+            }),
+            Backend::Auto => {
+                let fits = spec.dtype_kv.size() == spec.dtype_q.size();
+                if fits && runtime.compute_capability(ordinal)?.0 == 9 {
+                    match Self::load(runtime, spec, true) {
+                        Err(FlashInferError::Artifact(error))
+                            if matches!(*error, ArtifactError::NotFound { .. }) => {}
+                        other => return other,
+                    }
+                }
+                Self::load(runtime, spec, false)
+            }
+        }
+    }
+
+    fn load(runtime: &FlashInferRuntime, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
+        let name = spec.prefill_module(fa3)?;
+        runtime.preload([&name])?;
+        let module = runtime.module(&name)?;
+        Ok(Self {
+            spec: *spec,
+            fa3,
+            module,
+            plan: module.function("plan")?,
+            paged_run: module.function("paged_run")?,
+            ragged_run: module.function("ragged_run")?,
+        })
+    }
+
+    pub(super) fn module(&self) -> &'static Module {
+        self.module
+    }
+
+    pub(super) fn backend(&self) -> Backend {
+        if self.fa3 { Backend::Fa3 } else { Backend::Fa2 }
+    }
+
+    /// Checks heads and sizes, and plans.
+    pub(super) fn make_plan(
+        &self,
+        check: &Check<'_>,
+        workspace: &mut Workspace,
+        scratch: &Scratch,
+        batch: &Batch<'_>,
+    ) -> Result<PlanInfo> {
+        let stream = workspace.stream().clone();
+        let cuda = FlashInferRuntime::get()?.cuda();
+        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
+        let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
+        let host = |array: &[i32]| {
+            RawTensor::new(array.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[array.len()], None)
+        };
+        let (qo_indptr, kv_indptr) = (host(batch.qo_indptr)?, host(batch.kv_indptr)?);
+        let kv_lens = host(batch.kv_lens)?;
+        let len = if self.fa3 { FA3_PLAN_LEN } else { FA2_PLAN_LEN };
+        make_plan(check, workspace, needed, len, |pinned| {
+            // The two planners share their first sixteen arguments.
+            macro_rules! plan {
+                ($kernel:ident { $($more:ident: $value:expr),* }) => {
+                    $kernel {
+                        float_workspace: DlTensor::new(&scratch.float),
+                        int_workspace: DlTensor::new(&scratch.int),
+                        pinned_int_workspace: DlTensor::new(pinned),
+                        qo_indptr: DlTensor::new(&qo_indptr),
+                        kv_indptr: DlTensor::new(&kv_indptr),
+                        kv_len_arr: DlTensor::new(&kv_lens),
+                        total_num_rows: batch.rows as i64,
+                        batch_size: batch.kv_lens.len() as i64,
+                        num_qo_heads: batch.heads.num_qo_heads as i64,
+                        num_kv_heads: batch.heads.num_kv_heads as i64,
+                        page_size: batch.page_size as i64,
+                        enable_cuda_graph: batch.cuda_graph,
+                        head_dim_qk: self.spec.head_dim_qk as i64,
+                        head_dim_vo: self.spec.head_dim_vo as i64,
+                        causal: batch.causal,
+                        window_left: self.spec.window_left_code(),
+                        $($more: $value,)*
+                    }
+                };
+            }
+            // SAFETY: the arrays are checked host arrays of the batch's size;
+            // the page-locked buffer is as large as the device one and as what
+            // the planner can write, and not written again before the copy out
+            // of it is done; head dimensions are the module's.
+            unsafe {
+                if self.fa3 {
+                    plan!(Fa3Plan {}).call(&self.plan, &stream)
+                } else {
+                    plan!(Fa2Plan { fixed_split_size: -1, disable_split_kv: false, num_colocated_ctas: 0 })
+                        .call(&self.plan, &stream)
+                }
+            }
+        })
+    }
+
+    /// The most bytes of index arrays that the planner writes for a batch.
+    fn int_bytes(&self, batch: &Batch<'_>, multiprocessors: usize) -> usize {
+        let Heads { num_qo_heads, num_kv_heads } = batch.heads;
+        let requests = batch.kv_lens.len();
+        let tiles = |rows_of_one: usize, tile: usize| (batch.rows * rows_of_one).div_ceil(tile) + requests;
+        let aligned = 16 * 16;
+        if self.fa3 {
+            // Seven numbers for each tile of each head, and an offset for each
+            // multiprocessor.
+            28 * tiles(1, FA3_MIN_TILE) * num_qo_heads + 4 * (multiprocessors + 1) + aligned
+        } else {
+            // Three indices and a flag for each tile and chunk, of which there
+            // are no more than tiles or blocks; offsets for requests and rows.
+            let chunks = tiles(num_qo_heads / num_kv_heads, FA2_MIN_TILE) + FA2_BLOCKS_PER_SM * multiprocessors;
+            13 * chunks + 4 * (requests + 1) + 4 * (batch.rows + 1) + aligned
+        }
+    }
+
+    /// Runs over a paged cache that was checked against `table`.
+    ///
+    /// # Safety
+    /// All tensors must have been checked for this spec and plan.
+    pub(super) unsafe fn run_paged(&self, run: &RunTensors<'_>, kv: &PagedKv<'_>, table: &PageTable) -> Result<()> {
+        let stream = table.stream();
+        let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
+        let enable_pdl = enable_pdl(FlashInferRuntime::get()?, run.options.enable_pdl, stream.ordinal())?;
+        macro_rules! run {
+            ($kernel:ident { $($more:ident: $value:expr),* $(,)? }) => {
+                $kernel {
+                    float_workspace: DlTensor::new(&run.scratch.float),
+                    int_workspace: DlTensor::new(&run.scratch.int),
+                    plan_info: &run.info.object,
+                    q: DlTensor::new(run.q),
+                    paged_k_cache: DlTensor::new(&kv.k.raw),
+                    paged_v_cache: DlTensor::new(&kv.v.raw),
+                    qo_indptr: DlTensor::new(run.qo_indptr),
+                    paged_kv_indptr: DlTensor::new(&indptr),
+                    paged_kv_indices: DlTensor::new(&indices),
+                    paged_kv_last_page_len: DlTensor::new(&last_page_len),
+                    o: DlTensor::new(run.out),
+                    maybe_lse: run.lse.map(DlTensor::new),
+                    mask_mode: run.causal.into(),
+                    layout: kv.layout.code(),
+                    window_left: self.spec.window_left_code(),
+                    enable_pdl,
+                    maybe_prefix_len_ptr: None,
+                    maybe_token_pos_in_items_ptr: None,
+                    maybe_max_item_len_ptr: None,
+                    logits_soft_cap: self.spec.soft_cap_code(),
+                    sm_scale: run.options.sm_scale.unwrap_or_else(|| self.spec.default_sm_scale()),
+                    token_pos_in_items_len: 0,
+                    $($more: $value,)*
+                }
+            };
+        }
+        // SAFETY: promised by the caller.
+        unsafe {
+            if self.fa3 {
+                run!(Fa3PagedRun { maybe_scale_v: None, scale_v_scalar: 1.0 }).call(&self.paged_run, stream)
+            } else {
+                run!(Fa2PagedRun {
+                    maybe_custom_mask: None,
+                    maybe_mask_indptr: None,
+                    maybe_alibi_slopes: None,
+                    maybe_k_cache_sf: None,
+                    maybe_v_cache_sf: None,
+                    rope_rcp_scale: 1.0,
+                    rope_rcp_theta: 1e-4,
+                })
+                .call(&self.paged_run, stream)
+            }
+        }
+        .map(drop)
+    }
+
+    /// Runs over ragged keys and values.
+    ///
+    /// # Safety
+    /// All tensors must have been checked for this spec and plan.
+    unsafe fn run_ragged(&self, run: &RunTensors<'_>, kv: [&RawTensor; 2], table: &RaggedTable) -> Result<()> {
+        let stream = table.stream();
+        let kv_indptr = table.indptr()?;
+        let enable_pdl = enable_pdl(FlashInferRuntime::get()?, run.options.enable_pdl, stream.ordinal())?;
+        macro_rules! run {
+            ($kernel:ident { $($more:ident: $value:expr),* $(,)? }) => {
+                $kernel {
+                    float_workspace: DlTensor::new(&run.scratch.float),
+                    int_workspace: DlTensor::new(&run.scratch.int),
+                    plan_info: &run.info.object,
+                    q: DlTensor::new(run.q),
+                    k: DlTensor::new(kv[0]),
+                    v: DlTensor::new(kv[1]),
+                    qo_indptr: DlTensor::new(run.qo_indptr),
+                    kv_indptr: DlTensor::new(&kv_indptr),
+                    o: DlTensor::new(run.out),
+                    maybe_lse: run.lse.map(DlTensor::new),
+                    mask_mode: run.causal.into(),
+                    layout: 0,
+                    window_left: self.spec.window_left_code(),
+                    enable_pdl,
+                    maybe_prefix_len_ptr: None,
+                    maybe_token_pos_in_items_ptr: None,
+                    maybe_max_item_len_ptr: None,
+                    logits_soft_cap: self.spec.soft_cap_code(),
+                    sm_scale: run.options.sm_scale.unwrap_or_else(|| self.spec.default_sm_scale()),
+                    token_pos_in_items_len: 0,
+                    $($more: $value,)*
+                }
+            };
+        }
+        // SAFETY: promised by the caller.
+        unsafe {
+            if self.fa3 {
+                run!(Fa3RaggedRun { maybe_scale_v: None, scale_v_scalar: 1.0 }).call(&self.ragged_run, stream)
+            } else {
+                run!(Fa2RaggedRun {
+                    maybe_custom_mask: None,
+                    maybe_mask_indptr: None,
+                    maybe_alibi_slopes: None,
+                    maybe_k_cache_sf: None,
+                    maybe_v_cache_sf: None,
+                    rope_rcp_scale: 1.0,
+                    rope_rcp_theta: 1e-4,
+                })
+                .call(&self.ragged_run, stream)
+            }
+        }
+        .map(drop)
+    }
+}
+
+/// How a prefill is planned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PrefillOptions {
+    /// Query `r` of a request with `q` queries and `k` keys sees the first
+    /// `k − q + r + 1` keys: masks are aligned at the end.
+    pub causal: bool,
+    /// `Some(rows)` plans for a CUDA graph: tensors have this many rows, of
+    /// which each plan uses as many as its batch has; batch size and heads
+    /// must stay. See [`PlanMode::CudaGraph`](super::PlanMode::CudaGraph).
+    pub graph_rows: Option<usize>,
+}
+
+impl PrefillOptions {
+    /// Causal, not for a graph.
+    pub fn causal() -> Self {
+        Self { causal: true, ..Self::default() }
+    }
+}
+
+/// Batch prefill over paged or ragged keys and values.
+///
+/// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
+/// queries and keys have one width and a module exists (head dimensions 64 and
+/// 128, and 192/128), else FlashAttention 2, as upstream does.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchPrefill {
+    kernels: PrefillKernels,
+}
+
+impl BatchPrefill {
+    /// Resolves the module of a spec for the stream's device; downloads the
+    /// pinned wheel if no local source holds it and that is allowed.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
+    /// this GPU. Else the module cannot be had or opened.
+    pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
+        Ok(Self { kernels: PrefillKernels::new(runtime, stream.ordinal(), spec)? })
+    }
+
+    /// The module that serves the spec.
+    pub fn module(&self) -> &'static Module {
+        self.kernels.module
+    }
+
+    /// The kernels that were picked: FlashAttention 2 or 3.
+    pub fn backend(&self) -> Backend {
+        self.kernels.backend()
+    }
+
+    /// Plans attention of `queries` to the pages of `table`.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes,
+    /// streams or heads do not fit, the workspace is too small, or the stream
+    /// is being captured. Else what the module or CUDA said.
+    pub fn plan_paged<'p>(
+        &self,
+        workspace: &'p mut Workspace,
+        queries: &'p RaggedTable,
+        table: &'p PageTable,
+        heads: Heads,
+        options: &PrefillOptions,
+    ) -> Result<PrefillPlan<'p, PageTable>> {
+        let indices = table.host();
+        let lens: Vec<i32> = (0..indices.batch_size()).map(|request| indices.seq_len(request) as i32).collect();
+        let kv = KvBatch { indptr: indices.indptr(), lens: &lens, page_size: indices.page_size() };
+        self.plan(workspace, queries, (table, table.stream()), &kv, heads, options)
+    }
+
+    /// Plans attention of `queries` to keys and values that lie one after the
+    /// other, divided by `keys`.
+    ///
+    /// # Errors
+    /// As [`plan_paged`](Self::plan_paged).
+    pub fn plan_ragged<'p>(
+        &self,
+        workspace: &'p mut Workspace,
+        queries: &'p RaggedTable,
+        keys: &'p RaggedTable,
+        heads: Heads,
+        options: &PrefillOptions,
+    ) -> Result<PrefillPlan<'p, RaggedTable>> {
+        let indptr = keys.host().indptr();
+        let lens: Vec<i32> = indptr.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        let kv = KvBatch { indptr, lens: &lens, page_size: 1 };
+        self.plan(workspace, queries, (keys, keys.stream()), &kv, heads, options)
+    }
+
+    fn plan<'p, K>(
+        &self,
+        workspace: &'p mut Workspace,
+        queries: &'p RaggedTable,
+        (keys, stream): (&'p K, &Stream),
+        kv: &KvBatch<'_>,
+        heads: Heads,
+        options: &PrefillOptions,
+    ) -> Result<PrefillPlan<'p, K>> {
+        let check = Check::new(PLAN_OP, stream)?;
+        check.on_stream("queries", queries.stream())?;
+        heads.check(&check)?;
+        let (requests, total) = (queries.host().batch_size(), queries.host().total());
+        if requests != kv.lens.len() {
+            return check.fail(
+                "queries",
+                format!("they are of {requests} requests, keys and values of {}", kv.lens.len()),
+            );
+        }
+        let rows = options.graph_rows.unwrap_or(total);
+        if rows < total || (options.graph_rows.is_some() && rows < requests) || rows > i32::MAX as usize {
+            return check.fail(
+                "graph_rows",
+                format!("{rows}; the batch has {total} queries of {requests} requests, and there can be no more than 2^31"),
+            );
+        }
+        check_workspace(&check, workspace)?;
+        let scratch = Scratch::of(workspace)?;
+        let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
+            None
+        } else {
+            let batch = Batch {
+                qo_indptr: queries.host().indptr(),
+                kv_indptr: kv.indptr,
+                kv_lens: kv.lens,
+                page_size: kv.page_size,
+                heads,
+                causal: options.causal,
+                rows,
+                cuda_graph: options.graph_rows.is_some(),
+            };
+            Some(self.kernels.make_plan(&check, workspace, &scratch, &batch)?)
+        };
+        let (kernels, causal) = (self.kernels, options.causal);
+        Ok(PrefillPlan { kernels, queries, keys, heads, rows, causal, scratch, info, one_thread: PhantomData })
+    }
+}
+
+/// Keys and values of a batch, as planners see them.
+struct KvBatch<'a> {
+    indptr: &'a [i32],
+    lens: &'a [i32],
+    page_size: usize,
+}
+
+/// One step's prefill plan, ready to run for each layer. `K` is the kind of
+/// keys and values: [`PageTable`] or [`RaggedTable`].
+///
+/// It borrows its workspace and tables, as
+/// [`DecodePlan`](super::DecodePlan) does.
+#[derive(Debug)]
+pub struct PrefillPlan<'p, K> {
+    kernels: PrefillKernels,
+    queries: &'p RaggedTable,
+    keys: &'p K,
+    heads: Heads,
+    rows: usize,
+    causal: bool,
+    scratch: Scratch,
+    /// `None` when there is nothing to do.
+    info: Option<PlanInfo>,
+    one_thread: PhantomData<Cell<&'p mut Workspace>>,
+}
+
+// SAFETY: as for `DecodePlan`: addresses of borrowed device memory; not `Sync`.
+unsafe impl<K: Sync> Send for PrefillPlan<'_, K> {}
+
+impl<K> PrefillPlan<'_, K> {
+    /// The plan's numbers, as the module gave them; see
+    /// [`DecodePlan::numbers`](super::DecodePlan::numbers).
+    pub fn numbers(&self) -> &[i64] {
+        self.info.as_ref().map_or(&[], |info| &info.numbers)
+    }
+
+    fn check_queries(
+        &self,
+        check: &Check<'_>,
+        q: &TensorRef<'_>,
+        out: &TensorMut<'_>,
+        lse: Option<&TensorMut<'_>>,
+    ) -> Result<()> {
+        check_output(check, &self.kernels.spec, self.heads, self.rows, &q.raw, &out.raw, lse.map(|lse| &lse.raw))
+    }
+
+    fn tensors<'a>(
+        &'a self,
+        info: &'a PlanInfo,
+        qo_indptr: &'a RawTensor,
+        q: &'a TensorRef<'_>,
+        out: &'a TensorMut<'_>,
+        lse: Option<&'a TensorMut<'_>>,
+        options: &'a DecodeOptions,
+    ) -> RunTensors<'a> {
+        RunTensors {
+            scratch: &self.scratch,
+            info,
+            q: &q.raw,
+            qo_indptr,
+            out: &out.raw,
+            lse: lse.map(|lse| &lse.raw),
+            causal: self.causal,
+            options,
+        }
+    }
+}
+
+impl PrefillPlan<'_, PageTable> {
+    /// Attention of each query to its request's pages.
+    ///
+    /// `q` is `[queries, num_qo_heads, head_dim_qk]`, `out`
+    /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
+    /// a contiguous `f32` `[queries, num_qo_heads]` of base-2 logarithms. A
+    /// query that sees no key gets zeros, and −∞.
+    ///
+    /// # Errors
+    /// As [`DecodePlan::run`](super::DecodePlan::run).
+    pub fn run(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        options: &DecodeOptions,
+    ) -> Result<()> {
+        let (spec, stream) = (&self.kernels.spec, self.keys.stream());
+        let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
+        self.check_queries(&check, q, out, lse)?;
+        let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, self.keys, &[spec.dtype_kv])?;
+        self.heads.check_cache(&check, cache, spec.head_dim_qk)?;
+        let Some(info) = &self.info else { return Ok(()) };
+        let qo_indptr = self.queries.indptr()?;
+        // SAFETY: all tensors have the dtypes, shapes, strides and alignment
+        // of this module and plan; the index arrays are the device copies of
+        // those that the plan was made from, checked against a cache of at
+        // most this many pages; the workspace is the plan's, on its stream.
+        unsafe { self.kernels.run_paged(&self.tensors(info, &qo_indptr, q, out, lse, options), kv, self.keys) }
+    }
+}
+
+impl PrefillPlan<'_, RaggedTable> {
+    /// Attention of each query to its request's keys.
+    ///
+    /// `k` is `[keys, num_kv_heads, head_dim_qk]`, `v`
+    /// `[keys, num_kv_heads, head_dim_vo]`; the rest is as in
+    /// [`run`](PrefillPlan::<PageTable>::run) over pages.
+    ///
+    /// # Errors
+    /// As [`DecodePlan::run`](super::DecodePlan::run).
+    pub fn run(
+        &self,
+        q: &TensorRef<'_>,
+        [k, v]: [&TensorRef<'_>; 2],
+        out: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        options: &DecodeOptions,
+    ) -> Result<()> {
+        let (spec, stream) = (&self.kernels.spec, self.keys.stream());
+        let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
+        self.check_queries(&check, q, out, lse)?;
+        for (name, tensor, width) in [("k", &k.raw, spec.head_dim_qk), ("v", &v.raw, spec.head_dim_vo)] {
+            check.tensor(name, tensor, &[spec.dtype_kv], &[3])?;
+            let shape = [self.keys.host().total() as i64, self.heads.num_kv_heads as i64, width as i64];
+            check.shape(name, tensor, &shape)?;
+            check.last_dim_contiguous(name, tensor)?;
+            check.aligned(name, tensor, 16)?;
+            check.offsets_in_32_bits(name, tensor)?;
+        }
+        let Some(info) = &self.info else { return Ok(()) };
+        let qo_indptr = self.queries.indptr()?;
+        // SAFETY: as for pages; the offsets of keys and values are the device
+        // copies of those that the plan was made from, and end at their rows.
+        unsafe {
+            let run = self.tensors(info, &qo_indptr, q, out, lse, options);
+            self.kernels.run_ragged(&run, [&k.raw, &v.raw], self.keys)
+        }
+    }
+}
