@@ -72,8 +72,9 @@ impl<T: Number> Cache<T> {
                 let page = table.pages(request)[position / shape.page_size] as usize;
                 for (head, value) in (0..shape.heads).flat_map(|head| [(head, false), (head, true)]) {
                     let (tensor, start) = shape.place(page, position % shape.page_size, head, value);
-                    for number in &mut hosts[tensor][start..start + shape.head_dim] {
-                        *number = T::from_f64(rng.unit());
+                    let row = &mut hosts[tensor][start..start + shape.head_dim];
+                    if row[0].bits() == T::POISON.bits() {
+                        row.fill_with(|| T::from_f64(rng.unit()));
                     }
                 }
             }
@@ -171,5 +172,16 @@ pub fn table_among(rng: &mut Rng, num_pages: usize, page_size: usize, lens: &[us
         rest = others;
         (own, len)
     });
+    PageIndices::from_requests(num_pages, page_size, requests).unwrap()
+}
+
+/// A table of requests of these lengths that name the pages of a small cache
+/// again and again, so that long requests need little memory.
+pub fn repeating_table(rng: &mut Rng, num_pages: usize, page_size: usize, lens: &[usize]) -> PageIndices {
+    let pages: Vec<Vec<i32>> = lens
+        .iter()
+        .map(|len| (0..len.div_ceil(page_size)).map(|_| rng.below(num_pages) as i32).collect())
+        .collect();
+    let requests = pages.iter().map(Vec::as_slice).zip(lens.iter().copied());
     PageIndices::from_requests(num_pages, page_size, requests).unwrap()
 }

@@ -141,8 +141,8 @@ numbers! {
     f16, 1e-3, f16::NAN, f16::from_f64, f16::to_f64;
     bf16, 8e-3, bf16::NAN, bf16::from_f64, bf16::to_f64;
     f32, 1e-5, f32::NAN, |number| number as f32, f64::from;
-    F8E4M3, 5e-2, F8E4M3::from_bits(0x7f), F8E4M3::from_f64, |number: F8E4M3| number.to_f64();
-    F8E5M2, 5e-2, F8E5M2::from_bits(0x7f), F8E5M2::from_f64, |number: F8E5M2| number.to_f64();
+    F8E4M3, 7e-2, F8E4M3::from_bits(0x7f), F8E4M3::from_f64, |number: F8E4M3| number.to_f64();
+    F8E5M2, 1.4e-1, F8E5M2::from_bits(0x7f), F8E5M2::from_f64, |number: F8E5M2| number.to_f64();
 }
 
 /// What of a contiguous tensor a view shows: ranges of axes, then another
@@ -256,9 +256,9 @@ impl<T: Number> Tensor<T> {
         content
     }
 
-    /// Uploads the host copy again.
-    pub fn reset(&mut self, gpu: &Gpu) {
-        gpu.cuda.memcpy_htod(&self.host, &mut self.device).expect("a copy to the device");
+    /// Writes to the device, at the same address.
+    pub fn upload(&mut self, gpu: &Gpu, content: &[T]) {
+        gpu.cuda.memcpy_htod(content, &mut self.device).expect("a copy to the device");
         gpu.synchronize();
     }
 
