@@ -5,7 +5,10 @@
 #![allow(dead_code)]
 
 pub mod cache;
+mod compare;
 pub mod norm;
+
+pub use compare::assert_same_bits;
 
 use std::{
     fmt::Debug,
@@ -111,7 +114,8 @@ impl Rng {
 
 /// An element type of the tests.
 pub trait Number: Element + DeviceRepr + Debug {
-    /// The largest error of a row of results, relative to the row's norm.
+    /// The largest error of a row of results that were rounded to this type,
+    /// relative to the row's norm.
     const BOUND: f64;
     /// What outputs are filled with beforehand: NaN.
     const POISON: Self;
@@ -269,48 +273,11 @@ impl<T: Number> Tensor<T> {
     }
 
     /// The device's content is the reference's result, `want`, row by row
-    /// within `bound`, and bit by bit what was uploaded outside the shown part.
+    /// within `bound`, and what was uploaded outside the shown part.
     #[track_caller]
     pub fn assert_close(&self, gpu: &Gpu, what: &str, want: &[f64], bound: f64) {
-        let got = self.download(gpu);
-        let view = self.view();
-        let start = (view.data_ptr() as usize - self.host.as_ptr() as usize) / size_of::<T>();
-        let (sizes, strides) = (view.shape(), view.strides());
-        let mut shown = vec![false; got.len()];
-        let mut worst: f64 = 0.0;
-        let outer: i64 = sizes[..sizes.len() - 1].iter().product();
-        let (width, step) = (sizes[sizes.len() - 1], strides[sizes.len() - 1]);
-        for row in 0..outer {
-            let (mut rest, mut first) = (row, start as i64);
-            for (size, stride) in sizes[..sizes.len() - 1].iter().zip(strides).rev() {
-                first += rest % size * stride;
-                rest /= size;
-            }
-            let (mut error, mut norm): (f64, f64) = (0.0, 0.0);
-            for at in (0..width).map(|at| (first + at * step) as usize) {
-                shown[at] = true;
-                error += (got[at].to_f64() - want[at]).powi(2);
-                norm += want[at].powi(2);
-            }
-            // Half the distance of the smallest numbers of f16, for rows near zero.
-            let tiny = 3e-8 * (width as f64).sqrt();
-            let error = error.sqrt();
-            // NaN is neither tiny nor below a bound.
-            let relative = if error <= tiny { 0.0 } else { error / norm.sqrt() };
-            assert!(
-                relative <= bound,
-                "{what}: row {row} of {sizes:?} is off by {relative:e}, allowed {bound:e}"
-            );
-            worst = worst.max(relative);
-        }
-        for (at, _) in shown.iter().enumerate().filter(|(_, shown)| !**shown) {
-            assert_eq!(
-                got[at].bits(),
-                self.host[at].bits(),
-                "{what}: element {at} beside the view was written"
-            );
-        }
-        eprintln!("{what}: {} {sizes:?}: worst row off by {worst:.1e}", T::DTYPE);
+        let worst = compare::rows(what, &self.view(), &self.host, &self.download(gpu), want, bound);
+        eprintln!("{what}: {} {:?}: worst row off by {worst:.1e}", T::DTYPE, self.shape());
     }
 }
 
@@ -339,15 +306,6 @@ impl ShownMut<'_> {
 
     pub fn view_mut(&mut self) -> TensorMut<'_> {
         self.part.of_mut(self.guard.view_mut())
-    }
-}
-
-#[track_caller]
-pub fn assert_same_bits<T: Number>(what: &str, got: &[T], want: &[T]) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let differs = got.iter().zip(want).position(|(got, want)| got.bits() != want.bits());
-    if let Some(at) = differs {
-        panic!("{what}: element {at} of {} is {:?}, not {:?}", got.len(), got[at], want[at]);
     }
 }
 
