@@ -60,31 +60,28 @@ macro_rules! cudart {
 }
 
 cudart! {
-    runtime_get_version = b"cudaRuntimeGetVersion\0": fn(*mut c_int);
-    driver_get_version = b"cudaDriverGetVersion\0": fn(*mut c_int);
-    get_device_count = b"cudaGetDeviceCount\0": fn(*mut c_int);
-    get_device = b"cudaGetDevice\0": fn(*mut c_int);
-    set_device = b"cudaSetDevice\0": fn(c_int);
-    device_get_attribute = b"cudaDeviceGetAttribute\0": fn(*mut c_int, c_int, c_int);
-    malloc_async = b"cudaMallocAsync\0": fn(*mut *mut c_void, usize, *mut c_void);
-    free_async = b"cudaFreeAsync\0": fn(*mut c_void, *mut c_void);
-    host_alloc = b"cudaHostAlloc\0": fn(*mut *mut c_void, usize, c_uint);
-    free_host = b"cudaFreeHost\0": fn(*mut c_void);
-    memcpy_async = b"cudaMemcpyAsync\0": fn(*mut c_void, *const c_void, usize, c_int, *mut c_void);
-    stream_is_capturing = b"cudaStreamIsCapturing\0": fn(*mut c_void, *mut c_int);
-    device_synchronize = b"cudaDeviceSynchronize\0": fn();
-    event_create = b"cudaEventCreateWithFlags\0": fn(*mut RawEvent, c_uint);
-    event_record = b"cudaEventRecord\0": fn(RawEvent, *mut c_void);
-    event_query = b"cudaEventQuery\0": fn(RawEvent);
-    event_synchronize = b"cudaEventSynchronize\0": fn(RawEvent);
-    event_destroy = b"cudaEventDestroy\0": fn(RawEvent);
+    runtime_get_version = "cudaRuntimeGetVersion": fn(*mut c_int);
+    driver_get_version = "cudaDriverGetVersion": fn(*mut c_int);
+    get_device_count = "cudaGetDeviceCount": fn(*mut c_int);
+    get_device = "cudaGetDevice": fn(*mut c_int);
+    set_device = "cudaSetDevice": fn(c_int);
+    device_get_attribute = "cudaDeviceGetAttribute": fn(*mut c_int, c_int, c_int);
+    malloc_async = "cudaMallocAsync": fn(*mut *mut c_void, usize, *mut c_void);
+    free_async = "cudaFreeAsync": fn(*mut c_void, *mut c_void);
+    host_alloc = "cudaHostAlloc": fn(*mut *mut c_void, usize, c_uint);
+    free_host = "cudaFreeHost": fn(*mut c_void);
+    memcpy_async = "cudaMemcpyAsync": fn(*mut c_void, *const c_void, usize, c_int, *mut c_void);
+    stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
+    device_synchronize = "cudaDeviceSynchronize": fn();
+    event_create = "cudaEventCreateWithFlags": fn(*mut RawEvent, c_uint);
+    event_record = "cudaEventRecord": fn(RawEvent, *mut c_void);
+    event_query = "cudaEventQuery": fn(RawEvent);
+    event_synchronize = "cudaEventSynchronize": fn(RawEvent);
+    event_destroy = "cudaEventDestroy": fn(RawEvent);
 }
 
-fn missing(library: &str, symbol: &[u8]) -> FlashInferError {
-    FlashInferError::MissingSymbol {
-        library: library.to_owned(),
-        symbol: String::from_utf8_lossy(symbol.strip_suffix(b"\0").unwrap_or(symbol)).into_owned(),
-    }
+fn missing(library: &str, symbol: &str) -> FlashInferError {
+    FlashInferError::MissingSymbol { library: library.into(), symbol: symbol.into() }
 }
 
 /// The process's CUDA runtime library.
@@ -103,7 +100,7 @@ impl CudaRuntime {
             symbols: Symbols::load(&library, name)?,
             // SAFETY: as in `Symbols::load`.
             error_string: unsafe {
-                *library.get(b"cudaGetErrorString\0").map_err(|_| missing(name, b"cudaGetErrorString"))?
+                *library.get("cudaGetErrorString").map_err(|_| missing(name, "cudaGetErrorString"))?
             },
         };
         // Never unloaded: kernel modules and the pointers above depend on it.

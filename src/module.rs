@@ -6,7 +6,7 @@
 //! `RTLD_LOCAL` and asked for its symbols by its own handle; none is ever
 //! unloaded, because plans and errors carry pointers into them.
 
-use std::{borrow::Cow, ffi::CString, fmt, path::Path};
+use std::{borrow::Cow, fmt, path::Path};
 
 use libloading::os::unix::Library;
 
@@ -91,15 +91,14 @@ impl Module {
     /// # Errors
     /// [`FlashInferError::MissingSymbol`].
     pub fn function(&'static self, name: &'static str) -> Result<Function> {
-        let missing = || FlashInferError::MissingSymbol {
-            library: format!("module {}", self.name),
-            symbol: format!("__tvm_ffi_{name}"),
-        };
-        let symbol = CString::new(format!("__tvm_ffi_{name}")).map_err(|_| missing())?;
+        let symbol = format!("__tvm_ffi_{name}");
         // SAFETY: every symbol of this prefix has the one type that the ABI
         // gives to exported functions; the library stays open.
         let function =
-            unsafe { self.library.get::<SafeCall>(symbol.as_bytes_with_nul()) }.map_err(|_| missing())?;
+            unsafe { self.library.get::<SafeCall>(&symbol) }.map_err(|_| FlashInferError::MissingSymbol {
+                library: format!("module {}", self.name),
+                symbol: symbol.clone(),
+            })?;
         Ok(Function::from_symbol(self.tvm_ffi, *function, name))
     }
 

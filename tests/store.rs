@@ -112,6 +112,21 @@ fn a_wrong_digest_names_file_expected_and_found() {
 }
 
 #[test]
+fn modules_of_another_flashinfer_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (name, content) = (module_path("norm"), noise(9, 4000));
+    let of_version = |version: &str| {
+        let record = record_line(&name, &content);
+        let place = format!("flashinfer_jit_cache-{version}.dist-info/RECORD");
+        wheel_bytes(&[(&name, &content), (&place, record.as_bytes())], None)
+    };
+    let message = error(&store_of(dir.path(), &of_version("0.6.99+cu130")), "norm");
+    assert!(message.contains("FlashInfer 0.6.99; expected 0.6.13,"), "{message}");
+    // The local label may differ: the pin of these tests is of version 0.6.13+test.
+    locate(&store_of(dir.path(), &of_version("0.6.13+own")), "norm").unwrap();
+}
+
+#[test]
 fn unsafe_names_are_refused() {
     for name in ["../evil.so", "a/../../evil.so", "/tmp/evil.so", "a\\evil.so", "a//evil.so"] {
         let dir = tempfile::tempdir().unwrap();

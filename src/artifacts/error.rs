@@ -75,6 +75,16 @@ pub enum ArtifactError {
         /// What is unsafe about it.
         reason: &'static str,
     },
+    /// A wheel holds modules of another FlashInfer version than this crate calls.
+    #[error("{} is of FlashInfer {found}; expected {expected}, whose functions this crate calls; use a wheel of that version", .wheel.display())]
+    OtherVersion {
+        /// The wheel.
+        wheel: PathBuf,
+        /// The wheel's version.
+        found: String,
+        /// The pinned version.
+        expected: String,
+    },
     /// Something that is no module name was asked for.
     #[error("{name:?} is no module name: expected ASCII letters, digits, `_`, `-`, `.` or `+`, at most 250")]
     BadName {

@@ -4,7 +4,7 @@ use super::bundle::{self, BundledMember};
 use super::cache::Cache;
 use super::error::Tried;
 use super::pins::Pins;
-use super::wheel::Wheel;
+use super::wheel::{Wheel, public_version};
 use super::{ArtifactError, Fetch, FetchOptions, Member, Package, Progress, ProgressFn};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -461,10 +461,30 @@ impl Store {
         Ok(wheel)
     }
 
+    /// Refuses modules of another FlashInfer: their functions may have the same names and kinds
+    /// of arguments, and mean something else by them.
+    fn check_version(&self, wheel: &Wheel, member: &Member) -> Result<(), ArtifactError> {
+        let ours = |distribution: &str| distribution.starts_with(Package::JitCache.key());
+        if !matches!(member, Member::Module(_)) || !ours(wheel.distribution()) {
+            return Ok(());
+        }
+        let Ok(pin) = self.config.pins.get(Package::JitCache) else { return Ok(()) };
+        let (found, expected) = (public_version(wheel.distribution()), public_version(&pin.file));
+        if found == expected || expected.is_none() {
+            return Ok(());
+        }
+        Err(ArtifactError::OtherVersion {
+            wheel: wheel.path().into(),
+            found: found.unwrap_or("unknown").into(),
+            expected: expected.unwrap_or_default().into(),
+        })
+    }
+
     fn extract(&self, wheel: &Wheel, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
         let Some(recorded) = wheel.find(member)? else {
             return Ok(None);
         };
+        self.check_version(wheel, member)?;
         let file = member.file_name();
         let path = self.cache.publish(
             (wheel.artifact_hash(), member.folder(), &file),

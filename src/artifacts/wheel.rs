@@ -23,6 +23,8 @@ const MODULES: &str = "flashinfer_jit_cache/jit_cache/";
 pub struct Wheel {
     path: PathBuf,
     artifact_hash: String,
+    /// Name and version of the package, joined by `-`.
+    distribution: String,
     members: Vec<WheelMember>,
 }
 
@@ -69,7 +71,7 @@ impl Wheel {
                 members.push(WheelMember { index, name: name.into(), size: entry.size(), record: None });
             }
         }
-        let record = read_record(path, &mut archive, &members)?;
+        let (distribution, record) = read_record(path, &mut archive, &members)?;
         let mut artifact_hash = Digest::of(&record).to_string();
         artifact_hash.truncate(ARTIFACT_HASH_LEN);
         let by_name: HashMap<_, _> =
@@ -86,7 +88,7 @@ impl Wheel {
                 return Err(bad(format!("RECORD lists {name} twice")));
             }
         }
-        Ok(Wheel { path: path.into(), artifact_hash, members })
+        Ok(Wheel { path: path.into(), artifact_hash, distribution, members })
     }
 
     /// Where the wheel is.
@@ -97,6 +99,11 @@ impl Wheel {
     /// A short digest of `RECORD`: the name of this wheel's folder in the cache.
     pub fn artifact_hash(&self) -> &str {
         &self.artifact_hash
+    }
+
+    /// Name and version of the wheel's package, as in `flashinfer_jit_cache-0.6.13+cu130`.
+    pub fn distribution(&self) -> &str {
+        &self.distribution
     }
 
     /// The member, if the wheel holds it.
@@ -196,13 +203,13 @@ fn read_record(
     path: &Path,
     archive: &mut Archive,
     members: &[WheelMember],
-) -> Result<Vec<u8>, ArtifactError> {
+) -> Result<(String, Vec<u8>), ArtifactError> {
     let bad = |reason: String| ArtifactError::wheel(path, reason);
-    let is_record = |m: &&WheelMember| {
-        m.name.strip_suffix(".dist-info/RECORD").is_some_and(|folder| !folder.contains('/'))
-    };
-    let mut records = members.iter().filter(is_record);
-    let record = match (records.next(), records.next()) {
+    let mut records = members.iter().filter_map(|member| {
+        let distribution = member.name.strip_suffix(".dist-info/RECORD")?;
+        (!distribution.contains('/')).then_some((distribution, member))
+    });
+    let (distribution, record) = match (records.next(), records.next()) {
         (Some(record), None) => record,
         (None, _) => return Err(bad("it has no .dist-info/RECORD".into())),
         (Some(_), Some(_)) => return Err(bad("it has more than one .dist-info/RECORD".into())),
@@ -216,7 +223,12 @@ fn read_record(
     if bytes.len() as u64 != record.size {
         return Err(bad("its RECORD does not have the stated size".into()));
     }
-    Ok(bytes)
+    Ok((distribution.to_owned(), bytes))
+}
+
+/// The version in `name-version[-…]`, without its local label (`+…`).
+pub(crate) fn public_version(distribution: &str) -> Option<&str> {
+    distribution.split('-').nth(1)?.split('+').next()
 }
 
 /// One line of `RECORD`: path, SHA-256 if there is one, size if there is one.

@@ -29,32 +29,29 @@ macro_rules! tvm_ffi {
                     // SAFETY: the signature is that of the C headers of 0.1;
                     // the library is never unloaded.
                     let $field: unsafe extern "C" fn($($arg),*) $(-> $ret)? = unsafe {
-                        *library.get($symbol).map_err(|_| FlashInferError::MissingSymbol {
-                            library: "libtvm_ffi".into(),
-                            symbol: String::from_utf8_lossy(&$symbol[..$symbol.len() - 1]).into_owned(),
-                        })?
+                        *library.get($symbol).map_err(|_| missing($symbol))?
                     };
                 )*
-                let mut library = Self { version: Version::default(), $($field),* };
-                // SAFETY: fills in the struct; stable across all versions.
-                unsafe { (library.get_version)(&mut library.version) };
-                Ok(library)
+                Ok(Self { version: Self::version_of(library)?, $($field),* })
             }
         }
     };
 }
 
 tvm_ffi! {
-    get_version = b"TVMFFIGetVersion\0": fn(*mut Version);
-    object_inc_ref = b"TVMFFIObjectIncRef\0": fn(*mut ObjectHeader) -> c_int;
-    object_dec_ref = b"TVMFFIObjectDecRef\0": fn(*mut ObjectHeader) -> c_int;
-    error_move_from_raised = b"TVMFFIErrorMoveFromRaised\0": fn(*mut *mut ObjectHeader);
-    function_get_global = b"TVMFFIFunctionGetGlobal\0": fn(*const ByteArray, *mut *mut ObjectHeader) -> c_int;
-    function_call = b"TVMFFIFunctionCall\0": fn(*mut ObjectHeader, *const Any, i32, *mut Any) -> c_int;
-    env_set_stream = b"TVMFFIEnvSetStream\0": fn(i32, i32, *mut c_void, *mut *mut c_void) -> c_int;
-    env_set_allocator = b"TVMFFIEnvSetDLPackManagedTensorAllocator\0":
+    object_inc_ref = "TVMFFIObjectIncRef": fn(*mut ObjectHeader) -> c_int;
+    object_dec_ref = "TVMFFIObjectDecRef": fn(*mut ObjectHeader) -> c_int;
+    error_move_from_raised = "TVMFFIErrorMoveFromRaised": fn(*mut *mut ObjectHeader);
+    function_get_global = "TVMFFIFunctionGetGlobal": fn(*const ByteArray, *mut *mut ObjectHeader) -> c_int;
+    function_call = "TVMFFIFunctionCall": fn(*mut ObjectHeader, *const Any, i32, *mut Any) -> c_int;
+    env_set_stream = "TVMFFIEnvSetStream": fn(i32, i32, *mut c_void, *mut *mut c_void) -> c_int;
+    env_set_allocator = "TVMFFIEnvSetDLPackManagedTensorAllocator":
         fn(Option<TensorAllocator>, c_int, *mut Option<TensorAllocator>) -> c_int;
-    env_get_allocator = b"TVMFFIEnvGetDLPackManagedTensorAllocator\0": fn() -> Option<TensorAllocator>;
+    env_get_allocator = "TVMFFIEnvGetDLPackManagedTensorAllocator": fn() -> Option<TensorAllocator>;
+}
+
+fn missing(symbol: &str) -> FlashInferError {
+    FlashInferError::MissingSymbol { library: "libtvm_ffi".into(), symbol: symbol.into() }
 }
 
 /// The versions that this crate speaks, for messages.
@@ -78,6 +75,20 @@ impl TvmFfi {
         version.major == 0 && version.minor == 1 && version.patch >= 6 && version.patch != 8
     }
 
+    /// The library's version; the function that tells it is the same in all.
+    fn version_of(library: &Library) -> Result<Version> {
+        let symbol = "TVMFFIGetVersion";
+        // SAFETY: the signature is stable across all versions; it fills in the
+        // struct that it is given.
+        unsafe {
+            let get =
+                library.get::<unsafe extern "C" fn(*mut Version)>(symbol).map_err(|_| missing(symbol))?;
+            let mut version = Version::default();
+            get(&mut version);
+            Ok(version)
+        }
+    }
+
     /// Uses a library that is already in the process, under its usual name.
     /// `Ok(None)` when there is none.
     ///
@@ -97,7 +108,7 @@ impl TvmFfi {
                 let this = Library::this();
                 // SAFETY: only asks whether the symbol exists (the library may
                 // be linked into the program).
-                if unsafe { this.get::<unsafe extern "C" fn()>(b"TVMFFIGetVersion\0") }.is_err() {
+                if unsafe { this.get::<unsafe extern "C" fn()>("TVMFFIGetVersion") }.is_err() {
                     return Ok(None);
                 }
                 this
@@ -117,14 +128,15 @@ impl TvmFfi {
     }
 
     fn install(library: Library) -> Result<&'static Self> {
-        let loaded = Self::load(&library)?;
-        if !Self::fits(loaded.version) {
-            let Version { major, minor, patch } = loaded.version;
+        let version = Self::version_of(&library)?;
+        if !Self::fits(version) {
+            let Version { major, minor, patch } = version;
             return Err(FlashInferError::AbiVersion {
                 found: format!("{major}.{minor}.{patch}"),
                 expected: FITTING_VERSIONS,
             });
         }
+        let loaded = Self::load(&library)?;
         // Never unloaded: modules and objects refer to its code.
         std::mem::forget(library);
         Ok(LIBRARY.get_or_init(|| loaded))

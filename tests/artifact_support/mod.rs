@@ -100,7 +100,7 @@ pub fn replace(bytes: &mut [u8], from: &str, to: &str) {
 
 const TABLE: &str = "package.metadata.flashinfer_rs.pinned_wheels";
 
-pub const WHEEL: &str = "flashinfer_jit_cache-0+test-cp39-abi3-linux_x86_64.whl";
+pub const WHEEL: &str = "flashinfer_jit_cache-0.6.13+test-cp39-abi3-linux_x86_64.whl";
 pub const TVM_FFI_WHEEL: &str = "fake_tvm_ffi-1-py3-none-any.whl";
 
 fn parse(manifest: &str) -> Pins {

@@ -3,16 +3,17 @@
 //! Source of the contract: `csrc/batch_decode.cu`,
 //! `include/flashinfer/attention/{decode,scheduler}.cuh` of FlashInfer 0.6.13.
 
-use std::{cell::Cell, marker::PhantomData};
+use std::{borrow::Cow, cell::Cell, marker::PhantomData};
 
 use super::{
+    plan::{PlanInfo, PlanMode, Scratch, check_workspace, make_plan},
     spec::AttentionSpec,
-    workspace::{Workspace, bytes},
+    workspace::Workspace,
 };
 use crate::{
     cuda::DeviceAttribute,
-    error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Object, Signature, Value, kernels},
+    error::Result,
+    ffi::{DlTensor, Function, Kernel, Signature, kernels},
     kv::PageTable,
     module::Module,
     ops::{
@@ -60,19 +61,6 @@ pub struct DecodeHeads {
     pub num_qo_heads: usize,
     /// Key and value heads; `num_qo_heads / num_kv_heads` is 1, 2, 3, 4 or 8.
     pub num_kv_heads: usize,
-}
-
-/// How a plan will be run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PlanMode {
-    /// Each plan is launched anew.
-    #[default]
-    Eager,
-    /// Runs are captured into a CUDA graph, which is replayed while later
-    /// plans on the same workspace and page table change what it works on.
-    /// Their batch size and heads must stay; pad the batch with
-    /// [`PageIndices::pad_to`](crate::PageIndices::pad_to).
-    CudaGraph,
 }
 
 /// Options of a run.
@@ -185,77 +173,59 @@ impl BatchDecode {
     ) -> Result<DecodePlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
-        check.on_stream("workspace", workspace.stream())?;
         check_heads(&check, heads)?;
-        let cuda = FlashInferRuntime::get()?.cuda();
-        if cuda.is_capturing(stream)? {
-            return check.fail(
-                "workspace",
-                "its stream is being captured into a CUDA graph; plan before the capture and capture only runs".into(),
-            );
-        }
-        let indices = table.host();
-        let batch = indices.batch_size();
-        let (float, int) = (bytes(&workspace.float)?, bytes(&workspace.int)?);
-        let info = if batch == 0 {
-            None
-        } else {
-            let multiprocessors = cuda
-                .attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?
-                .unsigned_abs() as usize;
-            // The planner writes its arrays before it checks what they need,
-            // so the most they can need must fit beforehand.
-            let needed = int_bytes(batch, multiprocessors);
-            let available = workspace.staging.len().min(workspace.int.len());
-            if needed > available {
-                return check.fail(
-                    "workspace",
-                    format!("a batch of {batch} needs up to {needed} bytes for index arrays, the workspace has {available}; make it with_sizes of at least that"),
-                );
-            }
-            let indptr = planned_indptr(indices.indptr(), &mut workspace.indptr);
-            let indptr = RawTensor::new(
-                indptr.as_ptr().cast_mut().cast(),
-                Device::Cpu,
-                DType::I32,
-                &[batch + 1],
-                None,
-            )?;
-            let empty = |dtype| RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, &[0], None);
-            let (empty_q, empty_kv) = (empty(self.spec.dtype_q)?, empty(self.spec.dtype_kv)?);
-            Some(workspace.staging.stage(stream, |staging| {
-                let pinned = RawTensor::new(
-                    staging.as_mut_ptr().cast(),
-                    Device::Cpu,
-                    DType::U8,
-                    &[staging.len()],
-                    None,
-                )?;
-                let kernel = Plan {
-                    float_workspace: DlTensor::new(&float),
-                    int_workspace: DlTensor::new(&int),
-                    pinned_int_workspace: DlTensor::new(&pinned),
-                    indptr: DlTensor::new(&indptr),
-                    batch_size: batch as i64,
-                    num_qo_heads: heads.num_qo_heads as i64,
-                    num_kv_heads: heads.num_kv_heads as i64,
-                    page_size: indices.page_size() as i64,
-                    enable_cuda_graph: mode == PlanMode::CudaGraph,
-                    window_left: self.window_left(),
-                    logits_soft_cap: self.logits_soft_cap(),
-                    head_dim_qk: self.spec.head_dim_qk as i64,
-                    head_dim_vo: self.spec.head_dim_vo as i64,
-                    empty_q_data: DlTensor::new(&empty_q),
-                    empty_kv_data: DlTensor::new(&empty_kv),
-                };
-                // SAFETY: indptr is a checked host array of batch + 1 entries;
-                // the host buffer is page-locked, as large as the device one
-                // and as what the planner can write, and not written again
-                // before the copy out of it is done; head dims are the module's.
-                unsafe { kernel.call(&self.plan, stream) }.and_then(PlanInfo::new)
-            })?)
+        check_workspace(&check, workspace)?;
+        let scratch = Scratch::of(workspace)?;
+        let info = match table.host().batch_size() {
+            0 => None,
+            _ => Some(self.plan_batch(&check, workspace, &scratch, table, heads, mode)?),
         };
-        Ok(DecodePlan { decode: *self, table, heads, float, int, info, one_thread: PhantomData })
+        Ok(DecodePlan { decode: *self, table, heads, scratch, info, one_thread: PhantomData })
+    }
+
+    fn plan_batch(
+        &self,
+        check: &Check<'_>,
+        workspace: &mut Workspace,
+        scratch: &Scratch,
+        table: &PageTable,
+        heads: DecodeHeads,
+        mode: PlanMode,
+    ) -> Result<PlanInfo> {
+        let (stream, indices) = (table.stream(), table.host());
+        let batch = indices.batch_size();
+        let cuda = FlashInferRuntime::get()?.cuda();
+        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
+        let needed = int_bytes(batch, multiprocessors.unsigned_abs() as usize);
+        let indptr = planned_indptr(indices.indptr());
+        let indptr =
+            RawTensor::new(indptr.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[batch + 1], None)?;
+        let empty = |dtype| RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, &[0], None);
+        let (empty_q, empty_kv) = (empty(self.spec.dtype_q)?, empty(self.spec.dtype_kv)?);
+        make_plan(check, workspace, needed, PLAN_LEN, |pinned| {
+            let kernel = Plan {
+                float_workspace: DlTensor::new(&scratch.float),
+                int_workspace: DlTensor::new(&scratch.int),
+                pinned_int_workspace: DlTensor::new(pinned),
+                indptr: DlTensor::new(&indptr),
+                batch_size: batch as i64,
+                num_qo_heads: heads.num_qo_heads as i64,
+                num_kv_heads: heads.num_kv_heads as i64,
+                page_size: indices.page_size() as i64,
+                enable_cuda_graph: mode == PlanMode::CudaGraph,
+                window_left: self.window_left(),
+                logits_soft_cap: self.logits_soft_cap(),
+                head_dim_qk: self.spec.head_dim_qk as i64,
+                head_dim_vo: self.spec.head_dim_vo as i64,
+                empty_q_data: DlTensor::new(&empty_q),
+                empty_kv_data: DlTensor::new(&empty_kv),
+            };
+            // SAFETY: indptr is a checked host array of batch + 1 entries; the
+            // host buffer is page-locked, as large as the device one and as
+            // what the planner can write, and not written again before the
+            // copy out of it is done; head dimensions are the module's.
+            unsafe { kernel.call(&self.plan, stream) }
+        })
     }
 
     fn window_left(&self) -> i64 {
@@ -300,47 +270,16 @@ fn int_bytes(batch: usize, multiprocessors: usize) -> usize {
 /// the batch it could then plan more chunks than the buffers and the captured
 /// grid hold. Counting one page for an empty request makes both agree, and
 /// changes nothing else: the kernel takes lengths from the device arrays.
-fn planned_indptr<'i>(indptr: &'i [i32], scratch: &'i mut Vec<i32>) -> &'i [i32] {
+fn planned_indptr(indptr: &[i32]) -> Cow<'_, [i32]> {
     if indptr.windows(2).all(|pair| pair[0] < pair[1]) {
-        return indptr;
+        return indptr.into();
     }
-    scratch.clear();
     let mut end = 0;
-    scratch.push(end);
-    scratch.extend(indptr.windows(2).map(|pair| {
+    let ends = indptr.windows(2).map(|pair| {
         end += (pair[1] - pair[0]).max(1);
         end
-    }));
-    scratch
-}
-
-/// A plan's numbers, as the module gave them and as it takes them back.
-#[derive(Debug)]
-struct PlanInfo {
-    object: Object,
-    numbers: [i64; PLAN_LEN],
-}
-
-impl PlanInfo {
-    fn new(value: Value) -> Result<Self> {
-        let Value::Object(object) = value else {
-            return Err(unexpected_plan(&value));
-        };
-        match object.to_ints().as_deref().map(TryInto::try_into) {
-            Some(Ok(numbers)) => Ok(Self { object, numbers }),
-            _ => Err(unexpected_plan(&Value::Object(object))),
-        }
-    }
-}
-
-#[cold]
-fn unexpected_plan(value: &Value) -> FlashInferError {
-    FlashInferError::TvmFfiCall {
-        function: "plan".into(),
-        kind: "TypeError".into(),
-        message: format!("expected {PLAN_LEN} integers, the module returned {value:?}"),
-        traceback: String::new(),
-    }
+    });
+    std::iter::once(0).chain(ends).collect()
 }
 
 /// One step's plan, ready to run for each layer.
@@ -354,8 +293,7 @@ pub struct DecodePlan<'p> {
     decode: BatchDecode,
     table: &'p PageTable,
     heads: DecodeHeads,
-    float: RawTensor,
-    int: RawTensor,
+    scratch: Scratch,
     /// `None` for a batch without requests.
     info: Option<PlanInfo>,
     one_thread: PhantomData<Cell<&'p mut Workspace>>,
@@ -423,8 +361,8 @@ impl DecodePlan<'_> {
         let runtime = FlashInferRuntime::get()?;
         let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
         let kernel = Run {
-            float_workspace: DlTensor::new(&self.float),
-            int_workspace: DlTensor::new(&self.int),
+            float_workspace: DlTensor::new(&self.scratch.float),
+            int_workspace: DlTensor::new(&self.scratch.int),
             plan_info: &info.object,
             q: q.into(),
             paged_k_cache: DlTensor::new(&kv.k.raw),
@@ -482,10 +420,8 @@ mod tests {
 
     #[test]
     fn empty_requests_are_planned_as_one_page() {
-        let mut scratch = Vec::new();
-        assert_eq!(planned_indptr(&[0, 2, 3], &mut scratch), [0, 2, 3]);
-        assert!(scratch.is_empty());
-        assert_eq!(planned_indptr(&[0, 0, 5, 5, 5], &mut scratch), [0, 1, 6, 7, 8]);
-        assert_eq!(planned_indptr(&[0, 0], &mut scratch), [0, 1]);
+        assert!(matches!(planned_indptr(&[0, 2, 3]), Cow::Borrowed([0, 2, 3])));
+        assert_eq!(*planned_indptr(&[0, 0, 5, 5, 5]), [0, 1, 6, 7, 8]);
+        assert_eq!(*planned_indptr(&[0, 0]), [0, 1]);
     }
 }

@@ -7,10 +7,12 @@
 //! or go away under it.
 
 mod decode;
+mod plan;
 mod spec;
 mod workspace;
 
-pub use decode::{BatchDecode, DecodeHeads, DecodeOptions, DecodePlan, PlanMode};
+pub use decode::{BatchDecode, DecodeHeads, DecodeOptions, DecodePlan};
+pub use plan::PlanMode;
 pub use spec::AttentionSpec;
 pub use workspace::Workspace;
 

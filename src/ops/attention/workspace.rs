@@ -5,7 +5,6 @@ use crate::{
     error::Result,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor},
 };
 
 /// The buffers that a plan fills and its runs use: device memory for partial
@@ -22,8 +21,6 @@ pub struct Workspace {
     pub(super) float: DeviceBuffer,
     pub(super) int: DeviceBuffer,
     pub(super) staging: StagingBuffer,
-    /// Reused by plans, so that they do not allocate.
-    pub(super) indptr: Vec<i32>,
 }
 
 impl Workspace {
@@ -52,7 +49,6 @@ impl Workspace {
             float: DeviceBuffer::new(cuda, stream, float_bytes)?,
             int: DeviceBuffer::new(cuda, stream, int_bytes)?,
             staging: StagingBuffer::new(cuda, stream, int_bytes)?,
-            indptr: Vec::new(),
         })
     }
 
@@ -66,9 +62,4 @@ impl std::fmt::Debug for Workspace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Workspace({} + {} bytes, {:?})", self.float.len(), self.int.len(), self.stream())
     }
-}
-
-/// A buffer as the byte tensor that plans and runs take.
-pub(super) fn bytes(buffer: &DeviceBuffer) -> Result<RawTensor> {
-    RawTensor::new(buffer.as_ptr(), buffer.stream().device(), DType::U8, &[buffer.len()], None)
 }

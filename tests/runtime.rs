@@ -1,0 +1,184 @@
+//! Starting the process's runtime. There is one per process, so each test
+//! runs a part of this binary in a process of its own.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use flashinfer_rs::{
+    FlashInferError, FlashInferRuntime, LibrarySource, ModuleName, RuntimeConfig,
+    artifacts::{Fetch, Member, Store, StoreConfig},
+};
+
+/// Names the part that a child process is to run.
+const PART: &str = "FLASHINFER_RS_TEST_PART";
+
+/// Runs `test` in a process of its own with these variables. There, this
+/// returns `None` and the test goes on.
+fn in_child(test: &str, variables: &[(&str, &Path)]) -> Option<Output> {
+    if std::env::var(PART).is_ok_and(|part| part == test) {
+        return None;
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([test, "--exact", "--nocapture"]).env(PART, test);
+    for (name, value) in variables {
+        command.env(name, value);
+    }
+    Some(command.output().unwrap())
+}
+
+#[track_caller]
+fn assert_passed(output: &Output) {
+    let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+    assert!(output.status.success(), "{text}");
+    for line in text.lines().filter(|line| line.contains("skipped")) {
+        eprintln!("{line}");
+    }
+}
+
+/// The file of `libtvm_ffi.so`, or the reason why there is none, printed.
+fn tvm_ffi() -> Option<PathBuf> {
+    let located = StoreConfig::from_env()
+        .and_then(Store::open)
+        .and_then(|store| store.locate(&Member::TvmFfi, Fetch::Allowed));
+    match located {
+        Ok(located) => Some(located.path),
+        Err(error) => {
+            eprintln!("skipped: libtvm_ffi cannot be had here: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_runtime_starts_once_with_one_configuration() {
+    let test = "the_runtime_starts_once_with_one_configuration";
+    if let Some(output) = in_child(test, &[]) {
+        return assert_passed(&output);
+    }
+    if tvm_ffi().is_none() {
+        return;
+    }
+    // A start that fails leaves nothing behind.
+    let mut broken = RuntimeConfig::default();
+    broken.wheels = vec!["/no/such/wheel.whl".into()];
+    let error = FlashInferRuntime::initialize(broken.clone()).unwrap_err().to_string();
+    assert!(error.contains("/no/such/wheel.whl"), "{error}");
+
+    let runtime = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+    let addresses: Vec<usize> = std::thread::scope(|scope| {
+        let start =
+            || std::ptr::from_ref(FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap()) as usize;
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(start)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(addresses.iter().all(|&address| address == std::ptr::from_ref(runtime) as usize));
+    assert!(std::ptr::eq(FlashInferRuntime::get().unwrap(), runtime));
+    assert!(runtime.tvm_ffi_version().starts_with("0.1."));
+    assert!(runtime.cuda_runtime_version().unwrap() >= (13, 0));
+
+    let error = FlashInferRuntime::initialize(broken).unwrap_err();
+    let FlashInferError::ConfigurationMismatch { difference } = &error else { panic!("{error}") };
+    assert!(difference.contains("wheels") && difference.contains("/no/such/wheel.whl"), "{difference}");
+    let mut offline = RuntimeConfig::default();
+    offline.offline = true;
+    assert!(FlashInferRuntime::initialize(offline).unwrap_err().to_string().contains("offline"));
+}
+
+#[test]
+fn many_threads_load_a_module_once() {
+    let test = "many_threads_load_a_module_once";
+    let cache = tempfile::tempdir().unwrap();
+    if let Some(output) = in_child(test, &[("FLASHINFER_RS_CACHE_DIR", cache.path())]) {
+        return assert_passed(&output);
+    }
+    let Ok(runtime) = FlashInferRuntime::get() else {
+        return eprintln!("skipped: the runtime does not start here");
+    };
+    if let Err(error) = runtime.module(&ModuleName::PAGE) {
+        assert!(matches!(error, FlashInferError::Artifact(_)), "{error}");
+        return eprintln!("skipped: no local source holds the module page");
+    }
+    let barrier = std::sync::Barrier::new(16);
+    let addresses: Vec<usize> = std::thread::scope(|scope| {
+        let load = || {
+            barrier.wait();
+            std::ptr::from_ref(runtime.module(&ModuleName::NORM).unwrap()) as usize
+        };
+        let threads: Vec<_> = (0..16).map(|_| scope.spawn(load)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(addresses.iter().all(|&address| address == addresses[0]));
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let mut files: Vec<&str> = maps.lines().filter(|line| line.ends_with("/norm.so")).collect();
+    files.iter_mut().for_each(|line| *line = line.rsplit(' ').next().unwrap());
+    files.dedup();
+    assert_eq!(files.len(), 1, "{files:?}");
+    assert!(Path::new(files[0]).starts_with(runtime.store().cache_dir()));
+}
+
+#[test]
+fn a_missing_module_names_each_source_and_its_remedy() {
+    let test = "a_missing_module_names_each_source_and_its_remedy";
+    if let Some(output) = in_child(test, &[]) {
+        return assert_passed(&output);
+    }
+    let Ok(runtime) = FlashInferRuntime::get() else {
+        return eprintln!("skipped: the runtime does not start here");
+    };
+    let error = runtime.module(&ModuleName::new("no_such_module")).unwrap_err().to_string();
+    for words in
+        ["no_such_module", "FLASHINFER_RS_WHEELS", "pinned wheel", "download", "flashinfer-doctor fetch"]
+    {
+        assert!(error.contains(words), "no word of {words} in: {error}");
+    }
+}
+
+#[test]
+fn a_library_that_is_there_already_is_used() {
+    let test = "a_library_that_is_there_already_is_used";
+    if let Some(output) = in_child(test, &[]) {
+        return assert_passed(&output);
+    }
+    let Some(path) = tvm_ffi() else { return };
+    // As another framework would: with local visibility.
+    // SAFETY: the verified library of the pinned wheel.
+    let library =
+        unsafe { libloading::os::unix::Library::open(Some(&path), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    let _library = library.unwrap();
+    let runtime = FlashInferRuntime::get().unwrap();
+    assert!(matches!(runtime.tvm_ffi_source(), LibrarySource::Process), "{}", runtime.tvm_ffi_source());
+    // Modules find its symbols all the same.
+    match runtime.module(&ModuleName::NORM) {
+        Ok(norm) => assert!(norm.printed_signature("rmsnorm").unwrap().unwrap().starts_with("rmsnorm(")),
+        Err(error) => eprintln!("skipped the module: {error}"),
+    }
+}
+
+#[test]
+fn a_library_of_another_version_is_refused() {
+    let test = "a_library_of_another_version_is_refused";
+    if let Some(output) = in_child(test, &[]) {
+        return assert_passed(&output);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (source, library) = (folder.path().join("stub.c"), folder.path().join("libtvm_ffi.so"));
+    let code = "void TVMFFIGetVersion(unsigned *v) { v[0] = 0; v[1] = 2; v[2] = 5; }";
+    std::fs::write(&source, code).unwrap();
+    let compiled = Command::new("cc")
+        .args(["-shared", "-fPIC", "-Wl,-soname,libtvm_ffi.so", "-o"])
+        .args([&library, &source])
+        .status();
+    if !compiled.is_ok_and(|status| status.success()) {
+        return eprintln!("skipped: no C compiler to make a library of another version with");
+    }
+    // SAFETY: the library above has no initializer.
+    let library = unsafe { libloading::os::unix::Library::open(Some(&library), libc::RTLD_NOW) };
+    let _library = library.unwrap();
+    let error = match FlashInferRuntime::get() {
+        Err(FlashInferError::Artifact(error)) => return eprintln!("skipped: {error}"),
+        other => other.unwrap_err(),
+    };
+    assert!(matches!(&error, FlashInferError::AbiVersion { found, .. } if found == "0.2.5"), "{error}");
+}
