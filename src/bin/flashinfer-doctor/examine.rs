@@ -59,6 +59,11 @@ pub fn examine(sources: &Sources, options: ReportOptions) -> Report {
         }
         Err(error) => {
             report.add("NVIDIA driver", vec![driver_without_runtime()]);
+            let remedy = "mend what keeps the runtime from starting";
+            report.add(
+                "GPUs",
+                vec![Finding::warning("they can be asked only once the runtime starts", remedy)],
+            );
             report.add("CUDA runtime and libtvm_ffi", no_libraries(error, &inventory));
         }
     }
@@ -202,20 +207,22 @@ fn held(store: &Store, inventory: &[SourceReport]) -> Vec<Finding> {
             return Finding::ok(format!("{name}: {what}")).with_details(source.modules.clone());
         }
         let problem = source.problem.as_deref().unwrap_or("it holds nothing");
-        let remedy = source.remedy.as_deref().unwrap_or("leave it out");
+        let remedy = source.remedy.as_deref().unwrap_or("leave it out of the list");
         match &source.path {
-            Some(path) if !path.starts_with(store.cache_dir()) && path.is_dir() => {
-                Finding::warning(format!("{name}: {problem}"), remedy)
-            }
-            Some(path) if !path.starts_with(store.cache_dir()) || path.exists() => match Wheel::open(path) {
-                Ok(_) if !is_pinned(store, source) => Finding::warning(format!("{name}: {problem}"), remedy),
-                _ => Finding::problem(format!("{name}: {problem}"), remedy),
-            },
-            Some(path) => {
+            None => Finding::ok(format!("{name}: {problem} ({remedy})")),
+            Some(path) if is_pinned(store, source) && !path.exists() => {
                 let file = path.file_name().unwrap_or_default().to_string_lossy();
                 Finding::ok(format!("{name}: not in the cache; `flashinfer-doctor fetch` downloads {file}"))
             }
-            None => Finding::ok(format!("{name}: {problem} ({remedy})")),
+            // An empty folder, or a wheel of something else.
+            Some(path) if !is_pinned(store, source) && (path.is_dir() || Wheel::open(path).is_ok()) => {
+                Finding::warning(format!("{name}: {problem}"), remedy)
+            }
+            Some(_) => {
+                // The problem is an error's text, which ends in a remedy of its own.
+                let problem = problem.rsplit_once("; ").map_or(problem, |(problem, _)| problem);
+                Finding::problem(format!("{name}: {problem}"), remedy)
+            }
         }
     };
     inventory.iter().map(finding).collect()

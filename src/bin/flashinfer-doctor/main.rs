@@ -28,7 +28,7 @@ use indicatif::HumanBytes;
 /// libtvm_ffi, where kernel modules come from and which of them open, each with
 /// a remedy for what is wrong. It downloads nothing; `fetch` does.
 #[derive(Parser)]
-#[command(version, after_help = EXIT_CODES)]
+#[command(name = "flashinfer-doctor", version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -118,8 +118,6 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
-        // Who closed our output has read enough.
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(failure) => {
             let _ = writeln!(io::stderr(), "error: {failure}");
@@ -137,14 +135,22 @@ enum Failure {
     Output(#[from] io::Error),
 }
 
+/// Whoever closes our output has read enough, which is no failure.
+fn printed(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
 /// Whether kernels could run.
 fn report(sources: &Sources, options: ReportOptions) -> Result<bool, Failure> {
     let report = examine::examine(sources, options);
     let mut out = io::stdout().lock();
-    match options.json {
-        true => report.write_json(&mut out)?,
-        false => report.write_text(&mut out, options.verbose)?,
-    }
+    printed(match options.json {
+        true => report.write_json(&mut out),
+        false => report.write_text(&mut out, options.verbose),
+    })?;
     Ok(report.kernels_can_run())
 }
 
@@ -156,11 +162,11 @@ fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
     let mut complete = true;
     for &package in if packages.is_empty() { &Package::ALL[..] } else { packages } {
         match store.fetch(package) {
-            Ok(path) => writeln!(io::stdout(), "{package}: {}", path.display())?,
+            Ok(path) => printed(writeln!(io::stdout(), "{package}: {}", path.display()))?,
             Err(error) => {
                 complete = false;
                 let remedy = fetch_remedy(&store, package, &error);
-                writeln!(io::stderr(), "error: {package}: {error}{remedy}")?;
+                printed(writeln!(io::stderr(), "error: {package}: {error}{remedy}"))?;
             }
         }
     }
@@ -186,6 +192,7 @@ fn fetch_remedy(store: &Store, package: Package, error: &ArtifactError) -> Strin
 fn clean(sources: &Sources) -> Result<bool, Failure> {
     let store = Store::open(sources.store_config()?)?;
     let freed = store.clean()?;
-    writeln!(io::stdout(), "{freed} bytes ({}) freed in {}", HumanBytes(freed), store.cache_dir().display())?;
+    let folder = store.cache_dir().display();
+    printed(writeln!(io::stdout(), "{freed} bytes ({}) freed in {folder}", HumanBytes(freed)))?;
     Ok(true)
 }
