@@ -98,7 +98,11 @@ impl fmt::Display for LibrarySource {
 /// A module's place: locked while it is being loaded, so that it is loaded once.
 type ModuleSlot = Arc<Mutex<Option<&'static Module>>>;
 
-/// The process's runtime. See the [module docs](self).
+/// The process's runtime: `libcudart`, `libtvm_ffi` and the loaded modules.
+///
+/// There is one per process, started by [`initialize`](Self::initialize).
+/// Modules are loaded when they are first needed, each once. Operations never
+/// download anything; `initialize` and [`preload`](Self::preload) may.
 pub struct FlashInferRuntime {
     config: RuntimeConfig,
     store: Store,
