@@ -100,9 +100,10 @@ type ModuleSlot = Arc<Mutex<Option<&'static Module>>>;
 
 /// The process's runtime: `libcudart`, `libtvm_ffi` and the loaded modules.
 ///
-/// There is one per process, started by [`initialize`](Self::initialize).
-/// Modules are loaded when they are first needed, each once. Operations never
-/// download anything; `initialize` and [`preload`](Self::preload) may.
+/// There is one per process. Starting it downloads `libtvm_ffi` and
+/// `libcudart` where no local source has them and that is allowed; modules are
+/// loaded when they are first needed, from local sources only, or by
+/// [`preload`](Self::preload).
 pub struct FlashInferRuntime {
     config: RuntimeConfig,
     store: Store,
