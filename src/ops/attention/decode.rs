@@ -131,7 +131,7 @@ impl BatchDecode {
     /// source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist. Else the
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): no such module can exist. Else the
     /// module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec) -> Result<Self> {
         let name = spec.decode_module()?;
@@ -160,7 +160,7 @@ impl BatchDecode {
     /// a plan whose runs do nothing.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument): the group size
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): the group size
     /// has no kernel; workspace and page table belong to different streams;
     /// the integer workspace is too small; the stream is being captured. Else what
     /// the module or CUDA said, among others that the float workspace is too
@@ -316,7 +316,7 @@ impl DecodePlan<'_> {
     /// stand-in for −∞, which is about −50000.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before anything
     /// is launched: a device, stream, dtype, shape, stride or alignment does
     /// not fit the plan. Else what the module or CUDA said.
     pub fn run(
