@@ -29,7 +29,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
-//!     attention::{AttentionSpec, BatchDecode, DecodeHeads, DecodeOptions, PlanMode, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, DecodeOptions, PlanMode, Workspace},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     page::{KvLayout, PagedKv},
 //! };
@@ -53,7 +53,7 @@
 //! let requests = [(&[3, 0, 5, 1][..], 50), (&[7, 2][..], 17)];
 //! let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
 //! let mut workspace = Workspace::new(&stream)?;
-//! let heads = DecodeHeads { num_qo_heads: 32, num_kv_heads: 8 };
+//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
 //! let plan = decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
 //!
 //! // For each layer:
