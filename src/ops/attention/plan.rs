@@ -50,6 +50,33 @@ impl PlanInfo {
     }
 }
 
+/// What a captured run has baked into its graph. Two plans with equal keys can
+/// take turns in one graph: they launch the same kernels on the same
+/// addresses, with the same sizes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReplayKey {
+    numbers: Box<[i64]>,
+    spec: AttentionSpec,
+    heads: Heads,
+    batch: usize,
+    addresses: [usize; 3],
+}
+
+impl ReplayKey {
+    /// The key of a plan in graph mode; `None` when nothing would be launched.
+    pub(super) fn new(
+        info: Option<&PlanInfo>,
+        spec: &AttentionSpec,
+        heads: Heads,
+        batch: usize,
+        scratch: &Scratch,
+        table: &RawTensor,
+    ) -> Option<Self> {
+        let addresses = [scratch.float.data, scratch.int.data, table.data].map(|data| data as usize);
+        Some(Self { numbers: info?.numbers.clone(), spec: *spec, heads, batch, addresses })
+    }
+}
+
 /// The workspace's device buffers, as the byte tensors that kernels take.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Scratch {
