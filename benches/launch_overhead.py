@@ -64,16 +64,19 @@ def main():
                 ),
             )
 
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD")
-
-        def plan():
-            wrapper.plan(
-                indptr, indices, last_page_len, QO_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE,
-                q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+        for use_tensor_cores, cores in [(False, "CUDA"), (True, "tensor")]:
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                scratch, "NHD", use_tensor_cores=use_tensor_cores
             )
 
-        host_time(f"decode.plan {name}", plan)
-        host_time(f"decode.run {name}", lambda: wrapper.run(q, (k, v), out=out))
+            def plan():
+                wrapper.plan(
+                    indptr, indices, last_page_len, QO_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE,
+                    q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+                )
+
+            host_time(f"decode.plan {name}, {cores} cores", plan)
+            host_time(f"decode.run {name}, {cores} cores", lambda: wrapper.run(q, (k, v), out=out))
 
 
 main()

@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, ffi::CString, path::Path, process::Command, syn
 use cudarc::driver::{CudaContext, CudaStream, result};
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferRuntime, ModuleName, PageIndices, PageTable, Stream,
-    attention::{AttentionSpec, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
+    attention::{AttentionSpec, Backend, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     norm,
     page::{self, KvLayout, PagedKv, PagedKvMut},
@@ -99,7 +99,6 @@ fn measure(cuda: &Arc<CudaStream>) -> Result<Vec<Row>> {
         row("rmsnorm 1x4096".into(), time, Some(1));
     }
 
-    let decode = BatchDecode::new(runtime, &AttentionSpec::new(DType::BF16, HEAD_DIM))?;
     let heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
     let mut workspace = Workspace::new(&stream)?;
     for (batch, tokens) in DECODE_CASES {
@@ -129,21 +128,24 @@ fn measure(cuda: &Arc<CudaStream>) -> Result<Vec<Row>> {
             row("append 64 tokens".into(), time, Some(1));
         }
 
-        let time = host_time(cuda, || {
-            decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
-            Ok(())
-        })?;
-        row(format!("decode.plan {name}"), time, None);
-
-        let plan = decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
-        let launches = if plan.splits_kv() { 2 } else { 1 };
         let q = q.tensor(cuda, &[batch, QO_HEADS, HEAD_DIM])?;
         let mut out = out.tensor_mut(cuda, &[batch, QO_HEADS, HEAD_DIM])?;
         let (k, v) = (k.tensor(cuda, &shape)?, v.tensor(cuda, &shape)?);
         let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
         let options = DecodeOptions::default();
-        let time = host_time(cuda, || Ok(plan.run(&q, &kv, &mut out.view_mut(), None, &options)?))?;
-        row(format!("decode.run {name}"), time, Some(launches));
+        for (backend, cores) in [(Backend::CudaCores, "CUDA"), (Backend::Fa2, "tensor")] {
+            let spec = AttentionSpec::new(DType::BF16, HEAD_DIM).with_backend(backend);
+            let decode = BatchDecode::new(runtime, &spec, heads)?;
+            let time = host_time(cuda, || {
+                decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+                Ok(())
+            })?;
+            row(format!("decode.plan {name}, {cores} cores"), time, None);
+            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+            let launches = if plan.splits_kv() { 2 } else { 1 };
+            let time = host_time(cuda, || Ok(plan.run(&q, &kv, &mut out.view_mut(), None, &options)?))?;
+            row(format!("decode.run {name}, {cores} cores"), time, Some(launches));
+        }
     }
     Ok(rows)
 }

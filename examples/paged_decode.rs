@@ -26,6 +26,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const QO_HEADS: usize = 32;
 const KV_HEADS: usize = 8;
+const HEADS: Heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
 const HEAD_DIM: usize = 128;
 const PAGE_SIZE: usize = 16;
 
@@ -199,7 +200,7 @@ where
     );
 
     let Some(runtime) = runtime else { return Ok(agrees) };
-    let decode = match BatchDecode::new(runtime, &spec::<T>()) {
+    let decode = match BatchDecode::new(runtime, &spec::<T>(), HEADS) {
         Ok(decode) => decode,
         Err(error) if !gpu => {
             println!("  the module does not open here: {error}");
@@ -208,7 +209,7 @@ where
         Err(error) => return Err(error.into()),
     };
     println!("  module {}", decode.module().name());
-    println!("  from {}", decode.module().source());
+    println!("  from {}, on {:?}", decode.module().source(), decode.backend());
     if gpu {
         agrees &= on_gpu(&case, &decode)?;
     }
@@ -227,7 +228,6 @@ where
     let mut out = cuda.clone_htod(&vec![T::from_f32(f32::NAN); case.q.len()])?;
     let table = PageTable::new(&stream, case.indices.clone())?;
     let mut workspace = Workspace::new(&stream)?;
-    let heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
     {
         let q = q.tensor(&cuda, &case.q_shape())?;
         let (k, v) = (k.tensor(&cuda, &case.cache_shape())?, v.tensor(&cuda, &case.cache_shape())?);
@@ -236,7 +236,7 @@ where
         let options = DecodeOptions::default();
 
         // The first calls load the kernels; they are not timed.
-        decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?.run(
+        decode.plan(&mut workspace, &table, PlanMode::Eager)?.run(
             &q,
             &kv,
             &mut out.view_mut(),
@@ -246,10 +246,10 @@ where
         cuda.synchronize()?;
         let start = Instant::now();
         for _ in 0..CALLS {
-            decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
+            decode.plan(&mut workspace, &table, PlanMode::Eager)?;
         }
         let plan_time = start.elapsed() / CALLS as u32;
-        let plan = decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
+        let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
         cuda.synchronize()?;
         let start = Instant::now();
         for _ in 0..CALLS {

@@ -35,11 +35,11 @@
 //! };
 //! use half::f16;
 //!
-//! // Once per process. Only `initialize` and `preload` may download.
+//! // Once per process. Only `initialize`, `preload` and `new` may download.
 //! let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
 //! let spec = AttentionSpec::new(DType::F16, 128);
-//! runtime.preload(&[spec.decode_module()?])?;
-//! let decode = BatchDecode::new(runtime, &spec)?;
+//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+//! let decode = BatchDecode::new(runtime, &spec, heads)?;
 //!
 //! // A KV cache of 8 pages of 16 tokens, and 32 query heads on 8 KV heads.
 //! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
@@ -53,8 +53,7 @@
 //! let requests = [(&[3, 0, 5, 1][..], 50), (&[7, 2][..], 17)];
 //! let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
 //! let mut workspace = Workspace::new(&stream)?;
-//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-//! let plan = decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
+//! let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
 //!
 //! // For each layer:
 //! let (k, v) = (k.tensor(&cuda, &[8, 16, 8, 128])?, v.tensor(&cuda, &[8, 16, 8, 128])?);

@@ -18,7 +18,7 @@ use std::{
 use libloading::os::unix::Library;
 
 use crate::{
-    artifacts::{Fetch, Member, ProgressFn, Source, Store, StoreConfig},
+    artifacts::{ArtifactError, Fetch, Member, ProgressFn, Source, Store, StoreConfig},
     cuda::CudaRuntime,
     error::{FlashInferError, Result},
     ffi::{self, library::TvmFfi},
@@ -300,6 +300,34 @@ impl FlashInferRuntime {
     /// A module cannot be had or opened; the ones before it stay loaded.
     pub fn preload<'n>(&self, names: impl IntoIterator<Item = &'n ModuleName>) -> Result<()> {
         names.into_iter().try_for_each(|name| self.load(name, Fetch::Allowed).map(drop))
+    }
+
+    /// The first of these modules, in order of preference, that a local source
+    /// holds; if none does, the first that can be downloaded. Returns its
+    /// place in the list, too.
+    pub(crate) fn first_of(&self, names: &[ModuleName]) -> Result<(usize, &'static Module)> {
+        let missing = |error: &FlashInferError| match error {
+            FlashInferError::Artifact(error) => matches!(**error, ArtifactError::NotFound { .. }),
+            _ => false,
+        };
+        let mut first_error = None;
+        for fetch in [Fetch::Forbidden, Fetch::Allowed] {
+            for (place, name) in names.iter().enumerate() {
+                match self.load(name, fetch) {
+                    Ok(module) => return Ok((place, module)),
+                    Err(error) if missing(&error) => {
+                        if fetch == Fetch::Allowed {
+                            first_error.get_or_insert(error);
+                        }
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Err(first_error.unwrap_or_else(|| FlashInferError::Unsupported {
+            what: "a choice among no modules".into(),
+            available: "name at least one".into(),
+        }))
     }
 
     fn load(&self, name: &ModuleName, fetch: Fetch) -> Result<&'static Module> {

@@ -18,7 +18,7 @@ use cudarc::driver::{
 use flashinfer_rs::{
     FlashInferError, PageIndices, PageTable, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, BatchDecode, DecodeOptions, DecodePlan, Heads, PlanMode, ReplayKey, Workspace,
+        AttentionSpec, Backend, BatchDecode, DecodeOptions, DecodePlan, Heads, PlanMode, ReplayKey, Workspace,
     },
     cudarc::{TensorExt, TensorExtMut},
     page::{KvLayout, PagedKv},
@@ -47,6 +47,7 @@ struct Case {
     window_left: Option<u32>,
     soft_cap: Option<f32>,
     sm_scale: Option<f64>,
+    backend: Backend,
 }
 
 impl Default for Case {
@@ -62,6 +63,7 @@ impl Default for Case {
             window_left: None,
             soft_cap: None,
             sm_scale: None,
+            backend: Backend::CudaCores,
         }
     }
 }
@@ -71,7 +73,7 @@ impl Case {
         let mut spec = AttentionSpec::new(T::DTYPE, self.head_dim).with_kv_dtype(K::DTYPE);
         spec.window_left = self.window_left;
         spec.logits_soft_cap = self.soft_cap;
-        spec
+        spec.with_backend(self.backend)
     }
 
     fn heads(&self) -> Heads {
@@ -150,7 +152,7 @@ impl<T: Number, K: Number> Problem<T, K> {
     #[track_caller]
     fn check(&self, gpu: &Gpu, decode: &BatchDecode, workspace: &mut Workspace) -> bool {
         let table = PageTable::new(&gpu.stream, self.table.clone()).unwrap();
-        let plan = decode.plan(workspace, &table, self.case.heads(), PlanMode::Eager).unwrap();
+        let plan = decode.plan(workspace, &table, PlanMode::Eager).unwrap();
         self.check_run(gpu, &plan);
         plan.splits_kv()
     }
@@ -202,13 +204,13 @@ impl<T: Number, K: Number> Problem<T, K> {
 
 /// The decode of a case, whose module must be there.
 fn decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> BatchDecode {
-    BatchDecode::new(gpu.runtime, &case.spec::<T, K>()).expect("the module")
+    BatchDecode::new(gpu.runtime, &case.spec::<T, K>(), case.heads()).expect("the module")
 }
 
 /// The decode of a case; `None`, said on stderr, if no source holds its module.
 fn optional_decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchDecode> {
     let spec = case.spec::<T, K>();
-    match BatchDecode::new(gpu.runtime, &spec) {
+    match BatchDecode::new(gpu.runtime, &spec, case.heads()) {
         Ok(decode) => Some(decode),
         Err(FlashInferError::Artifact(reason)) => {
             say(&format!("skipped: no source holds {}: {reason}", spec.decode_module().unwrap()));
@@ -224,10 +226,14 @@ fn ragged(page_size: usize) -> Vec<usize> {
 }
 
 fn shapes<T: Number>(head_dim: usize) {
+    shapes_on::<T>(Backend::CudaCores, &[1, 2, 3, 4, 8], head_dim);
+}
+
+fn shapes_on<T: Number>(backend: Backend, groups: &[usize], head_dim: usize) {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    for group in [1, 2, 3, 4, 8] {
+    for &group in groups {
         for page_size in [1, 16, 64] {
             for (layout, joined) in LAYOUTS.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
                 let case = Case {
@@ -237,6 +243,7 @@ fn shapes<T: Number>(head_dim: usize) {
                     head_dim,
                     layout,
                     joined,
+                    backend,
                     ..Case::default()
                 };
                 let Some(decode) = (match head_dim {
@@ -249,6 +256,37 @@ fn shapes<T: Number>(head_dim: usize) {
             }
         }
     }
+}
+
+/// Decode through prefill, with group sizes that the kernel on CUDA cores has
+/// not, too.
+#[test]
+fn f16_on_tensor_cores() {
+    for head_dim in [64, 128, 256] {
+        shapes_on::<f16>(Backend::Fa2, &[1, 4, 5, 7, 8, 16], head_dim);
+    }
+}
+
+#[test]
+fn bf16_on_tensor_cores() {
+    for head_dim in [64, 128, 256] {
+        shapes_on::<bf16>(Backend::Fa2, &[1, 6, 8, 12], head_dim);
+    }
+}
+
+/// What is picked, and that it can be asked for.
+#[test]
+fn backends() {
+    let Some(gpu) = Gpu::start() else { return };
+    let picked =
+        |backend, group| decode_of::<f16, f16>(&gpu, &Case { backend, group, ..Case::default() }).backend();
+    for group in [1, 2, 3] {
+        assert_eq!(picked(Backend::Auto, group), Backend::CudaCores);
+    }
+    for group in [4, 5, 8, 16] {
+        assert_eq!(picked(Backend::Auto, group), Backend::Fa2);
+    }
+    assert_eq!([picked(Backend::Fa2, 1), picked(Backend::CudaCores, 8)], [Backend::Fa2, Backend::CudaCores]);
 }
 
 #[test]
@@ -310,7 +348,7 @@ fn large_batch() {
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
-        let plan = decode.plan(&mut workspace, &table, problem.case.heads(), mode).unwrap();
+        let plan = decode.plan(&mut workspace, &table, mode).unwrap();
         assert!(!plan.splits_kv(), "{mode:?}: {:?}", plan.numbers());
         problem.check_run(&gpu, &plan);
     }
@@ -328,7 +366,7 @@ fn lse_and_pdl_change_nothing() {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case);
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+        let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
         let (want, _) = problem.check_run(&gpu, &plan);
         let dependent = gpu.runtime.compute_capability(0).unwrap().0 >= 9;
         for enable_pdl in [Some(false), dependent.then_some(true)] {
@@ -476,7 +514,7 @@ fn cache_beyond_32_bits() {
     let table = PageIndices::from_requests(pages, 16, [(&[pages as i32 - 1, 0][..], 32)]).unwrap();
     let table = PageTable::new(&gpu.stream, table).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     plan.run(
         &problem.q.on(&gpu).view(),
@@ -501,7 +539,7 @@ fn empty_batches() {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case);
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
-            let plan = decode.plan(&mut workspace, &table, problem.case.heads(), mode).unwrap();
+            let plan = decode.plan(&mut workspace, &table, mode).unwrap();
             problem.check_run(&gpu, &plan);
         }
     }
@@ -510,7 +548,7 @@ fn empty_batches() {
     let decode = decode_of::<f16, f16>(&gpu, &case);
     let problem = Problem::<f16, f16>::new(&gpu, rng, case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
     assert!(plan.numbers().is_empty() && !plan.splits_kv());
     problem.check_run(&gpu, &plan);
     let one = Tensor::<f16>::random(&gpu, rng, &[1, 8, 128]);
@@ -539,7 +577,7 @@ fn layers_share_a_plan() {
             .collect();
         let table = PageTable::new(&gpu.stream, indices).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::Eager).unwrap();
+        let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
         let mut outputs: Vec<_> = layers.iter().map(|layer| layer.outputs(&gpu)).collect();
         // All are enqueued before the first is looked at.
         for (layer, (out, lse)) in layers.iter().zip(&mut outputs) {
@@ -569,7 +607,7 @@ fn steps_share_a_workspace() {
         let mut outputs: Vec<_> = steps.iter().map(|step| step.outputs(&gpu)).collect();
         for (step, (out, lse)) in steps.iter().zip(&mut outputs) {
             table.update(step.table.clone()).unwrap();
-            let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::Eager).unwrap();
+            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
             step.run(&gpu, &plan, out, Some(lse), &case.options());
         }
         for (step, (out, lse)) in steps.iter().zip(&outputs) {
@@ -604,7 +642,7 @@ fn capture<T: Number>(
     let cache = Cache::poisoned(gpu, case.cache_shape(pages));
     let mut out = Tensor::poisoned(gpu, &case.q_shape());
     let mut lse = Tensor::poisoned(gpu, &[batch, heads]);
-    let plan = decode.plan(workspace, table, case.heads(), PlanMode::CudaGraph).unwrap();
+    let plan = decode.plan(workspace, table, PlanMode::CudaGraph).unwrap();
     let key = plan.replay_key();
     let graph = {
         let (q, cache) = (q.on(gpu), cache.on(gpu));
@@ -640,7 +678,7 @@ impl<T: Number> Captured<T> {
         }
         self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
         self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
-        let plan = decode.plan(workspace, table, problem.case.heads(), PlanMode::CudaGraph).unwrap();
+        let plan = decode.plan(workspace, table, PlanMode::CudaGraph).unwrap();
         assert_eq!(plan.replay_key(), self.key);
         self.graph.launch().unwrap();
         problem.verify(gpu, &self.out, Some(&self.lse));
@@ -723,21 +761,23 @@ fn can_replay() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let first = table_among(rng, 50, case.page_size, &case.lens);
     let mut table = PageTable::with_capacity(&gpu.stream, first, 4, 50).unwrap();
-    let mut plan_of = |table: &PageTable, heads, mode| {
-        let plan = decode.plan(&mut workspace, table, heads, mode).unwrap();
+    let mut plan_of = |decode: &BatchDecode, table: &PageTable, mode| {
+        let plan = decode.plan(&mut workspace, table, mode).unwrap();
         plan.replay_key()
     };
-    let captured = plan_of(&table, case.heads(), PlanMode::CudaGraph);
+    let captured = plan_of(&decode, &table, PlanMode::CudaGraph);
     assert!(captured.is_some());
-    assert_eq!(plan_of(&table, case.heads(), PlanMode::CudaGraph), captured);
-    assert_eq!(plan_of(&table, case.heads(), PlanMode::Eager), None);
-    let other_heads = Heads { num_qo_heads: 8, num_kv_heads: 8 };
-    assert_ne!(plan_of(&table, other_heads, PlanMode::CudaGraph), captured);
+    assert_eq!(plan_of(&decode, &table, PlanMode::CudaGraph), captured);
+    assert_eq!(plan_of(&decode, &table, PlanMode::Eager), None);
+    for other in [Case { group: 1, ..case.clone() }, Case { backend: Backend::Fa2, ..case.clone() }] {
+        let other = decode_of::<f16, f16>(&gpu, &other);
+        assert_ne!(plan_of(&other, &table, PlanMode::CudaGraph), captured);
+    }
 
     // Launches have the batch size baked in.
     for lens in [&[10, 20][..], &[10, 20, 30, 40]] {
         table.update(table_among(rng, 50, case.page_size, lens)).unwrap();
-        let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::CudaGraph).unwrap();
+        let plan = decode.plan(&mut workspace, &table, PlanMode::CudaGraph).unwrap();
         assert_ne!(plan.replay_key(), captured, "captured for 3 requests, planned for {}", lens.len());
     }
 }
@@ -757,7 +797,7 @@ fn two_streams_at_once() {
             let at = iteration % problems.len();
             let problem = &problems[at];
             table.update(problem.table.clone()).unwrap();
-            let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::Eager).unwrap();
+            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
             if iteration < problems.len() {
                 first.push(problem.check_run(gpu, &plan));
                 continue;
@@ -810,7 +850,7 @@ fn wrong_queries_and_outputs() {
     let decode = decode_of::<f16, f16>(&gpu, &problem.case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
     let options = DecodeOptions::default();
     let cache = problem.cache.on(&gpu);
     let (mut out, mut lse) = problem.outputs(&gpu);
@@ -898,7 +938,7 @@ fn wrong_caches() {
     let decode = decode_of::<f16, f16>(&gpu, &problem.case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     {
         let q = problem.q.on(&gpu);
@@ -954,17 +994,26 @@ fn wrong_plans() {
     let decode = decode_of::<f16, f16>(&gpu, &problem.case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    for (num_qo_heads, num_kv_heads) in [(10, 2), (12, 2), (16, 1), (7, 2), (0, 2), (8, 0), (65536, 65536)] {
-        let heads = Heads { num_qo_heads, num_kv_heads };
-        refused(decode.plan(&mut workspace, &table, heads, PlanMode::Eager), "heads");
+    let new = |backend, num_qo_heads, num_kv_heads| {
+        let spec = problem.case.spec::<f16, f16>().with_backend(backend);
+        BatchDecode::new(gpu.runtime, &spec, Heads { num_qo_heads, num_kv_heads })
+    };
+    for (num_qo_heads, num_kv_heads) in [(7, 2), (0, 2), (8, 0), (65536, 65536)] {
+        for backend in [Backend::CudaCores, Backend::Fa2, Backend::Auto] {
+            refused(new(backend, num_qo_heads, num_kv_heads), "heads");
+        }
     }
-    let heads = problem.case.heads();
+    for (num_qo_heads, num_kv_heads) in [(10, 2), (12, 2), (16, 1)] {
+        let error = new(Backend::CudaCores, num_qo_heads, num_kv_heads).unwrap_err();
+        assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
+        assert_eq!(new(Backend::Auto, num_qo_heads, num_kv_heads).unwrap().backend(), Backend::Fa2);
+    }
     let mut elsewhere = Workspace::new(&other.stream).unwrap();
-    refused(decode.plan(&mut elsewhere, &table, heads, PlanMode::Eager), "workspace");
+    refused(decode.plan(&mut elsewhere, &table, PlanMode::Eager), "workspace");
     for bytes in [0, 1, 64, 4096] {
         let mut tiny = Workspace::with_sizes(&gpu.stream, 1 << 20, bytes).unwrap();
         for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
-            refused(decode.plan(&mut tiny, &table, heads, mode), "workspace");
+            refused(decode.plan(&mut tiny, &table, mode), "workspace");
         }
     }
     // Partial results that do not fit are refused here or by the planner; the
@@ -973,7 +1022,7 @@ fn wrong_plans() {
     let long = random_table(&mut rng, 16, &[20_000]);
     let long = PageTable::new(&gpu.stream, long).unwrap();
     for (table, mode) in [(&long, PlanMode::Eager), (&table, PlanMode::CudaGraph)] {
-        match decode.plan(&mut small, table, heads, mode) {
+        match decode.plan(&mut small, table, mode) {
             Err(FlashInferError::InvalidArgument { argument: "workspace", .. }) => {}
             Err(FlashInferError::TvmFfiCall { message, .. }) if message.contains("Buffer overflow") => {}
             other => panic!("16 bytes for partial results were accepted: {other:?}"),
@@ -991,9 +1040,7 @@ fn nothing_but_runs_is_captured() {
     let mut table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
-    let plan = decode
-        .plan(&mut workspace, &table, problem.case.heads(), PlanMode::CudaGraph)
-        .map(|plan| plan.numbers().to_vec());
+    let plan = decode.plan(&mut workspace, &table, PlanMode::CudaGraph).map(|plan| plan.numbers().to_vec());
     let update = table.update(problem.table.clone());
     let new_table = PageTable::new(&gpu.stream, problem.table.clone()).map(drop);
     let new_workspace = Workspace::new(&gpu.stream).map(drop);

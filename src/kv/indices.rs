@@ -192,6 +192,11 @@ impl PageIndices {
         &self.indices[self.indptr[request] as usize..self.indptr[request + 1] as usize]
     }
 
+    /// The number of tokens of each request.
+    pub fn seq_lens(&self) -> Vec<i32> {
+        (0..self.batch_size()).map(|request| self.seq_len(request) as i32).collect()
+    }
+
     /// The number of tokens of one request.
     ///
     /// # Panics
@@ -376,7 +381,6 @@ impl RaggedIndices {
     ///
     /// # Panics
     /// If there is no such request.
-    #[expect(clippy::len_without_is_empty, reason = "the length of a request, not of the batch")]
     pub fn len(&self, request: usize) -> usize {
         (self.indptr[request + 1] - self.indptr[request]) as usize
     }

@@ -326,6 +326,14 @@ impl RaggedTable {
         Self::allocate(stream, host, [max_batch.saturating_add(1), 0, 0])
     }
 
+    /// The offsets of the first `batch` requests, of which there are as many.
+    pub(crate) fn first(&self, batch: usize) -> Result<RawTensor> {
+        let mut raw =
+            RawTensor::new(self.indptr()?.data, self.stream.device(), DType::I32, &[batch + 1], None)?;
+        raw.stream = Some(self.stream.id());
+        Ok(raw)
+    }
+
     pub(crate) fn indptr(&self) -> Result<RawTensor> {
         self.array(0)
     }

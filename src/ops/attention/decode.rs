@@ -1,4 +1,7 @@
-//! Paged batch decode on CUDA cores: one query per request.
+//! Paged batch decode: one query per request.
+//!
+//! There are two kernels for it: one of its own, on CUDA cores, and prefill
+//! with one query per request, on tensor cores.
 //!
 //! Source of the contract: `csrc/batch_decode.cu`,
 //! `include/flashinfer/attention/{decode,scheduler}.cuh` of FlashInfer 0.6.13.
@@ -6,13 +9,14 @@
 use std::{borrow::Cow, cell::Cell, marker::PhantomData};
 
 use super::{
-    plan::{PlanInfo, PlanMode, ReplayKey, Scratch, check_workspace, make_plan},
-    spec::AttentionSpec,
+    plan::{Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_workspace, make_plan},
+    prefill::{Batch, PrefillKernels, RunTensors},
+    spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
 use crate::{
     cuda::DeviceAttribute,
-    error::Result,
+    error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
     kv::PageTable,
     module::Module,
@@ -47,21 +51,15 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
 
 const PLAN_OP: &str = "BatchDecode::plan";
 const RUN_OP: &str = "DecodePlan::run";
+const NEW_OP: &str = "BatchDecode::new";
+/// From this group size on, [`Backend::Auto`] decodes on tensor cores.
+const TENSOR_CORES_FROM_GROUP: usize = 4;
 /// Query heads per KV head that the kernel is compiled for.
 const GROUP_SIZES: [usize; 5] = [1, 2, 3, 4, 8];
 /// The most blocks that a multiprocessor of any GPU runs at once.
 const MAX_BLOCKS_PER_SM: usize = 32;
 /// Numbers in a plan.
 const PLAN_LEN: usize = 10;
-
-/// Heads of an attention layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query (and output) heads.
-    pub num_qo_heads: usize,
-    /// Key and value heads; `num_qo_heads / num_kv_heads` is 1, 2, 3, 4 or 8.
-    pub num_kv_heads: usize,
-}
 
 /// Options of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -97,13 +95,13 @@ impl DecodeOptions {
 /// use half::f16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
 /// let stream = Stream::from(&cuda);
-/// let decode = BatchDecode::new(FlashInferRuntime::get()?, &AttentionSpec::new(DType::F16, 128))?;
+/// let (spec, heads) = (AttentionSpec::new(DType::F16, 128), Heads { num_qo_heads: 32, num_kv_heads: 8 });
+/// let decode = BatchDecode::new(FlashInferRuntime::get()?, &spec, heads)?;
 ///
 /// // One request of 50 tokens in 4 pages of 16.
 /// let table = PageTable::new(&stream, PageIndices::from_requests(4, 16, [(&[0, 1, 2, 3][..], 50)])?)?;
 /// let mut workspace = Workspace::new(&stream)?;
-/// let (heads, mode) = (Heads { num_qo_heads: 32, num_kv_heads: 8 }, PlanMode::Eager);
-/// let plan = decode.plan(&mut workspace, &table, heads, mode)?;
+/// let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
 ///
 /// let (q, k, v) = (cuda.alloc_zeros::<f16>(32 * 128)?, cuda.alloc_zeros::<f16>(65536)?, cuda.alloc_zeros::<f16>(65536)?);
 /// let mut out = cuda.alloc_zeros::<f16>(32 * 128)?;
@@ -121,35 +119,99 @@ impl DecodeOptions {
 #[derive(Clone, Copy, Debug)]
 pub struct BatchDecode {
     spec: AttentionSpec,
+    heads: Heads,
+    kernels: Kernels,
+}
+
+/// The kernels of a decode.
+#[derive(Clone, Copy, Debug)]
+enum Kernels {
+    CudaCores(DecodeKernels),
+    TensorCores(PrefillKernels),
+}
+
+/// The functions of a decode module.
+#[derive(Clone, Copy, Debug)]
+struct DecodeKernels {
     module: &'static Module,
     plan: Function,
     run: Function,
 }
 
+impl DecodeKernels {
+    fn load(module: &'static Module) -> Result<Self> {
+        Ok(Self { module, plan: module.function("plan")?, run: module.function("run")? })
+    }
+}
+
 impl BatchDecode {
-    /// Resolves the module of a spec; downloads the pinned wheel if no local
-    /// source holds it and that is allowed.
+    /// Resolves the module of a spec for these heads; downloads the pinned
+    /// wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`Unsupported`](crate::FlashInferError::Unsupported): no such module can exist. Else the
-    /// module cannot be had or opened.
-    pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec) -> Result<Self> {
-        let name = spec.decode_module()?;
-        runtime.preload([&name])?;
-        let module = runtime.module(&name)?;
-        let plan = module.function(Plan::SIGNATURE.function)?;
-        let run = module.function(Run::SIGNATURE.function)?;
-        Ok(Self { spec: *spec, module, plan, run })
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or it has no
+    /// kernel for the group size. Else the module cannot be had or opened.
+    pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        let group = heads.check(NEW_OP)?;
+        let cuda_cores = GROUP_SIZES.contains(&group) && spec.head_dim_qk == spec.head_dim_vo;
+        if spec.backend == Backend::CudaCores && !cuda_cores {
+            return Err(FlashInferError::Unsupported {
+                what: format!(
+                    "decode on CUDA cores with {group} query heads per KV head and head dimensions {} and {}",
+                    spec.head_dim_qk, spec.head_dim_vo
+                ),
+                available: format!(
+                    "it has {GROUP_SIZES:?} and equal dimensions; use Backend::Fa2 or Backend::Auto"
+                ),
+            });
+        }
+        // Decode through prefill is FlashAttention 2 unless asked otherwise, as
+        // upstream has it.
+        let backends: &[Backend] = match spec.backend {
+            Backend::Auto if cuda_cores && group < TENSOR_CORES_FROM_GROUP => {
+                &[Backend::CudaCores, Backend::Fa2]
+            }
+            Backend::Auto if cuda_cores => &[Backend::Fa2, Backend::CudaCores],
+            Backend::Auto => &[Backend::Fa2],
+            ref asked => std::slice::from_ref(asked),
+        };
+        let name = |backend: &Backend| match backend {
+            Backend::CudaCores => spec.decode_module(),
+            backend => spec.prefill_module(*backend == Backend::Fa3),
+        };
+        let names: Vec<_> = backends.iter().map(name).collect::<Result<_>>()?;
+        let (place, module) = runtime.first_of(&names)?;
+        let kernels = match backends[place] {
+            Backend::CudaCores => Kernels::CudaCores(DecodeKernels::load(module)?),
+            backend => Kernels::TensorCores(PrefillKernels::load(module, spec, backend == Backend::Fa3)?),
+        };
+        Ok(Self { spec: *spec, heads, kernels })
     }
 
     /// The module that serves the spec.
     pub fn module(&self) -> &'static Module {
-        self.module
+        match &self.kernels {
+            Kernels::CudaCores(kernels) => kernels.module,
+            Kernels::TensorCores(kernels) => kernels.module(),
+        }
+    }
+
+    /// The kernels that were picked.
+    pub fn backend(&self) -> Backend {
+        match &self.kernels {
+            Kernels::CudaCores(_) => Backend::CudaCores,
+            Kernels::TensorCores(kernels) => kernels.backend(),
+        }
     }
 
     /// The spec.
     pub fn spec(&self) -> &AttentionSpec {
         &self.spec
+    }
+
+    /// The heads.
+    pub fn heads(&self) -> Heads {
+        self.heads
     }
 
     /// Divides the work of one decode step among the GPU's multiprocessors,
@@ -160,37 +222,55 @@ impl BatchDecode {
     /// a plan whose runs do nothing.
     ///
     /// # Errors
-    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): the group size
-    /// has no kernel; workspace and page table belong to different streams;
-    /// the integer workspace is too small; the stream is being captured. Else what
-    /// the module or CUDA said, among others that the float workspace is too
-    /// small. The workspace can be used again.
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument): workspace and
+    /// page table belong to different streams; the integer workspace is too
+    /// small; the stream is being captured. Else what the module or CUDA said,
+    /// among others that the float workspace is too small. The workspace can
+    /// be used again.
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
         table: &'p PageTable,
-        heads: Heads,
         mode: PlanMode,
     ) -> Result<DecodePlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
-        check_heads(&check, heads)?;
         check_workspace(&check, workspace)?;
         let scratch = Scratch::of(workspace)?;
-        let info = match table.host().batch_size() {
-            0 => None,
-            _ => Some(self.plan_batch(&check, workspace, &scratch, table, heads, mode)?),
+        let batch = table.host().batch_size();
+        let mut queries = None;
+        let info = match &self.kernels {
+            _ if batch == 0 => None,
+            Kernels::CudaCores(kernels) => {
+                Some(self.plan_on_cuda_cores(kernels, &check, workspace, &scratch, table, mode)?)
+            }
+            Kernels::TensorCores(kernels) => {
+                let (indptr, device_indptr) = workspace.one_query_each(batch)?;
+                queries = Some(device_indptr);
+                let (indices, lens) = (table.host(), table.host().seq_lens());
+                let batch = Batch {
+                    qo_indptr: &indptr,
+                    kv_indptr: indices.indptr(),
+                    kv_lens: &lens,
+                    page_size: indices.page_size(),
+                    heads: self.heads,
+                    causal: false,
+                    rows: batch,
+                    cuda_graph: mode == PlanMode::CudaGraph,
+                };
+                Some(kernels.make_plan(&check, workspace, &scratch, &batch)?)
+            }
         };
-        Ok(DecodePlan { decode: *self, table, heads, scratch, info, one_thread: PhantomData })
+        Ok(DecodePlan { decode: *self, table, mode, scratch, queries, info, one_thread: PhantomData })
     }
 
-    fn plan_batch(
+    fn plan_on_cuda_cores(
         &self,
+        kernels: &DecodeKernels,
         check: &Check<'_>,
         workspace: &mut Workspace,
         scratch: &Scratch,
         table: &PageTable,
-        heads: Heads,
         mode: PlanMode,
     ) -> Result<PlanInfo> {
         let (stream, indices) = (table.stream(), table.host());
@@ -210,8 +290,8 @@ impl BatchDecode {
                 pinned_int_workspace: DlTensor::new(pinned),
                 indptr: DlTensor::new(&indptr),
                 batch_size: batch as i64,
-                num_qo_heads: heads.num_qo_heads as i64,
-                num_kv_heads: heads.num_kv_heads as i64,
+                num_qo_heads: self.heads.num_qo_heads as i64,
+                num_kv_heads: self.heads.num_kv_heads as i64,
                 page_size: indices.page_size() as i64,
                 enable_cuda_graph: mode == PlanMode::CudaGraph,
                 window_left: self.spec.window_left_code(),
@@ -225,25 +305,9 @@ impl BatchDecode {
             // host buffer is page-locked, as large as the device one and as
             // what the planner can write, and not written again before the
             // copy out of it is done; head dimensions are the module's.
-            unsafe { kernel.call(&self.plan, stream) }
+            unsafe { kernel.call(&kernels.plan, stream) }
         })
     }
-}
-
-fn check_heads(check: &Check<'_>, heads: Heads) -> Result<()> {
-    let Heads { num_qo_heads, num_kv_heads } = heads;
-    // KV heads are a dimension of the launch grid, which has 65535 places.
-    if num_kv_heads == 0 || num_kv_heads > 65535 {
-        return check.fail("heads", format!("{num_kv_heads} KV heads; there must be 1 to 65535"));
-    }
-    let groups = num_qo_heads.checked_div(num_kv_heads).filter(|group| group * num_kv_heads == num_qo_heads);
-    if groups.is_none_or(|group| !GROUP_SIZES.contains(&group)) {
-        return check.fail(
-            "heads",
-            format!("{num_qo_heads} query heads over {num_kv_heads} KV heads; the kernel has {GROUP_SIZES:?} query heads per KV head"),
-        );
-    }
-    Ok(())
 }
 
 /// The most bytes of index arrays that the planner writes for a batch: for
@@ -285,8 +349,10 @@ fn planned_indptr(indptr: &[i32]) -> Cow<'_, [i32]> {
 pub struct DecodePlan<'p> {
     decode: BatchDecode,
     table: &'p PageTable,
-    heads: Heads,
+    mode: PlanMode,
     scratch: Scratch,
+    /// Query offsets on the device, for kernels that take them.
+    queries: Option<RawTensor>,
     /// `None` for a batch without requests.
     info: Option<PlanInfo>,
     one_thread: PhantomData<Cell<&'p mut Workspace>>,
@@ -304,13 +370,13 @@ impl DecodePlan<'_> {
     /// dtypes, `out` contiguous; `kv` is the paged cache that the page table
     /// was checked for; `lse`, if given, is a contiguous `f32`
     /// `[batch, num_qo_heads]` and takes the base-2 logarithm of each sum of
-    /// exponentials. A request without tokens gets zeros, and FlashInfer's
-    /// stand-in for −∞, which is about −50000.
+    /// exponentials. A request without tokens gets zeros, and −∞ or, on CUDA
+    /// cores, FlashInfer's stand-in for it, which is about −50000.
     ///
     /// # Errors
-    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before anything
-    /// is launched: a device, stream, dtype, shape, stride or alignment does
-    /// not fit the plan. Else what the module or CUDA said.
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
+    /// anything is launched: a device, stream, dtype, shape, stride or
+    /// alignment does not fit the plan. Else what the module or CUDA said.
     pub fn run(
         &self,
         q: &TensorRef<'_>,
@@ -319,67 +385,71 @@ impl DecodePlan<'_> {
         lse: Option<&mut TensorMut<'_>>,
         options: &DecodeOptions,
     ) -> Result<()> {
-        let (spec, table, stream) = (&self.decode.spec, self.table, self.stream());
-        let check = Check::new(RUN_OP, stream)?;
-        let batch = table.host().batch_size() as i64;
-        let (qo_heads, head_dim) = (self.heads.num_qo_heads as i64, spec.head_dim_qk as i64);
-
-        check.tensor("q", &q.raw, &[spec.dtype_q], &[3])?;
-        check.shape("q", &q.raw, &[batch, qo_heads, head_dim])?;
-        check.last_dim_contiguous("q", &q.raw)?;
-        check.aligned("q", &q.raw, 16)?;
-        check.offsets_in_32_bits("q", &q.raw)?;
-        check.tensor("out", &out.raw, &[spec.dtype_o], &[3])?;
-        check.shape("out", &out.raw, &[batch, qo_heads, head_dim])?;
-        check.contiguous("out", &out.raw)?;
-        check.aligned("out", &out.raw, 16)?;
-        check.offsets_in_32_bits("out", &out.raw)?;
+        let (spec, heads, table) = (&self.decode.spec, self.decode.heads, self.table);
+        let check = Check::new(RUN_OP, self.stream())?;
+        let lse = lse.map(|lse| &lse.raw);
+        check_output(&check, spec, heads, table.host().batch_size(), &q.raw, &out.raw, lse)?;
         let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, table, &[spec.dtype_kv])?;
-        if (cache.heads, cache.head_dim) != (self.heads.num_kv_heads as i64, head_dim) {
-            return check.fail(
-                "kv.k",
-                format!(
-                    "it has {} heads of {} elements; the plan is for {} of {head_dim}",
-                    cache.heads, cache.head_dim, self.heads.num_kv_heads
-                ),
-            );
-        }
-        if let Some(lse) = &lse {
-            check.tensor("lse", &lse.raw, &[DType::F32], &[2])?;
-            check.shape("lse", &lse.raw, &[batch, qo_heads])?;
-            check.contiguous("lse", &lse.raw)?;
-            check.aligned("lse", &lse.raw, size_of::<f32>())?;
-        }
+        heads.check_cache(&check, cache, spec.head_dim_qk)?;
         let Some(info) = &self.info else { return Ok(()) };
+        match (&self.decode.kernels, &self.queries) {
+            (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
+                let (q, out, scratch) = (&q.raw, &out.raw, &self.scratch);
+                let run = RunTensors { scratch, info, q, qo_indptr, out, lse, causal: false, options };
+                // SAFETY: all tensors have the dtypes, shapes, strides and
+                // alignment of this module and plan; the index arrays are the
+                // device copies of those that the plan was made from, checked
+                // against a cache of at most this many pages; the workspace is
+                // the plan's, on its stream.
+                unsafe { kernels.run_paged(&run, kv, table) }
+            }
+            (Kernels::CudaCores(kernels), _) => {
+                // SAFETY: as above.
+                unsafe { self.run_on_cuda_cores(kernels, info, &q.raw, kv, &out.raw, lse, options) }
+            }
+            // A plan on tensor cores has query offsets.
+            (Kernels::TensorCores(_), None) => Ok(()),
+        }
+    }
 
-        let runtime = FlashInferRuntime::get()?;
+    /// # Safety
+    /// All tensors must have been checked for this spec and plan.
+    #[expect(clippy::too_many_arguments, reason = "the checked arguments of `run`")]
+    unsafe fn run_on_cuda_cores(
+        &self,
+        kernels: &DecodeKernels,
+        info: &PlanInfo,
+        q: &RawTensor,
+        kv: &PagedKv<'_>,
+        out: &RawTensor,
+        lse: Option<&RawTensor>,
+        options: &DecodeOptions,
+    ) -> Result<()> {
+        let (spec, table, stream) = (&self.decode.spec, self.table, self.stream());
         let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
         let kernel = Run {
             float_workspace: DlTensor::new(&self.scratch.float),
             int_workspace: DlTensor::new(&self.scratch.int),
             plan_info: &info.object,
-            q: q.into(),
+            q: DlTensor::new(q),
             paged_k_cache: DlTensor::new(&kv.k.raw),
             paged_v_cache: DlTensor::new(&kv.v.raw),
             paged_kv_indptr: DlTensor::new(&indptr),
             paged_kv_indices: DlTensor::new(&indices),
             paged_kv_last_page_len: DlTensor::new(&last_page_len),
-            o: DlTensor::new(&out.raw),
-            maybe_lse: lse.as_ref().map(|lse| DlTensor::new(&lse.raw)),
+            o: DlTensor::new(out),
+            maybe_lse: lse.map(DlTensor::new),
             kv_layout: kv.layout.code(),
             window_left: spec.window_left_code(),
-            enable_pdl: enable_pdl(runtime, options.enable_pdl, stream.ordinal())?,
+            enable_pdl: enable_pdl(FlashInferRuntime::get()?, options.enable_pdl, stream.ordinal())?,
             maybe_alibi_slopes: None,
             logits_soft_cap: spec.soft_cap_code(),
             sm_scale: options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()),
             rope_rcp_scale: 1.0,
             rope_rcp_theta: 1e-4,
         };
-        // SAFETY: all tensors have the dtypes, shapes, strides and alignment
-        // of this module and plan; the index arrays are the device copies of
-        // those that the plan was made from, checked against a cache of at
-        // most this many pages; the workspace is the plan's, on its stream.
-        unsafe { kernel.call(&self.decode.run, stream) }.map(drop)
+        // SAFETY: promised by the caller.
+        unsafe { kernel.call(&kernels.run, stream) }.map(drop)
     }
 
     /// The stream that runs go to.
@@ -390,16 +460,18 @@ impl DecodePlan<'_> {
     /// Whether long requests are divided among several blocks, whose partial
     /// results a second kernel merges.
     pub fn splits_kv(&self) -> bool {
-        self.info.as_ref().is_some_and(|info| info.numbers[9] != 0)
+        // The last of the planner's numbers, in decode and prefill alike.
+        self.info.as_ref().and_then(|info| info.numbers.last()).is_some_and(|&split| split != 0)
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
     /// after a plan with an equal key. `None` for plans in
     /// [`PlanMode::Eager`], and for a batch without requests.
     pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.info.as_ref().filter(|info| info.numbers[8] != 0);
-        let (spec, batch) = (&self.decode.spec, self.table.host().batch_size());
-        ReplayKey::new(info, spec, self.heads, batch, &self.scratch, &self.table.indptr().ok()?)
+        let info = self.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
+        let (decode, batch) = (&self.decode, self.table.host().batch_size());
+        let indices = [Some(&self.table.indptr().ok()?), self.queries.as_ref()];
+        Some(ReplayKey::new(info, &decode.spec, (decode.heads, batch, false), &self.scratch, indices))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

@@ -8,12 +8,20 @@
 
 mod decode;
 mod plan;
+mod prefill;
 mod spec;
 mod workspace;
 
-pub use decode::{BatchDecode, DecodeOptions, DecodePlan, Heads};
-pub use plan::{PlanMode, ReplayKey};
-pub use spec::AttentionSpec;
+pub use decode::{BatchDecode, DecodeOptions, DecodePlan};
+pub use plan::{Heads, PlanMode, ReplayKey};
+pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
+pub use spec::{AttentionSpec, Backend};
 pub use workspace::Workspace;
 
-pub(super) use decode::SIGNATURES;
+use crate::ffi::Signature;
+
+/// The functions of all attention modules, each with a pattern of the modules
+/// that export it.
+pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
+    [decode::SIGNATURES, prefill::SIGNATURES].concat()
+}

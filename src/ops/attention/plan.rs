@@ -1,15 +1,63 @@
 //! What every attention plan shares: scratch memory, the call of the planner,
 //! and the numbers that come back.
 
-use super::{decode::Heads, spec::AttentionSpec, workspace::Workspace};
+use super::{spec::AttentionSpec, workspace::Workspace};
 use crate::{
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
     ffi::{Object, Value},
-    ops::check::Check,
+    ops::{check::Check, page::CacheShape},
     runtime::FlashInferRuntime,
     tensor::{DType, Device, RawTensor},
 };
+
+/// Heads of an attention layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query (and output) heads, a multiple of `num_kv_heads`.
+    pub num_qo_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+}
+
+impl Heads {
+    /// Query heads per KV head; `None` unless that is a whole number.
+    pub fn group_size(&self) -> Option<usize> {
+        let group = self.num_qo_heads.checked_div(self.num_kv_heads)?;
+        (group > 0 && group * self.num_kv_heads == self.num_qo_heads).then_some(group)
+    }
+
+    /// Refuses what no kernel can launch; returns the group size.
+    pub(super) fn check(&self, op: &'static str) -> Result<usize> {
+        let Self { num_qo_heads, num_kv_heads } = *self;
+        // Heads are dimensions of launch grids, which have 65535 places.
+        match self.group_size() {
+            Some(group) if num_qo_heads <= 65535 => Ok(group),
+            _ => Err(FlashInferError::invalid(
+                op,
+                "heads",
+                format!(
+                    "{num_qo_heads} query heads over {num_kv_heads} KV heads; \
+                     expected a multiple, and at most 65535 of them"
+                ),
+            )),
+        }
+    }
+
+    /// The cache has the plan's KV heads, of the spec's width.
+    pub(super) fn check_cache(&self, check: &Check<'_>, cache: CacheShape, head_dim: usize) -> Result<()> {
+        if (cache.heads, cache.head_dim) == (self.num_kv_heads as i64, head_dim as i64) {
+            return Ok(());
+        }
+        check.fail(
+            "kv.k",
+            format!(
+                "it has {} heads of {} elements; the plan is for {} of {head_dim}",
+                cache.heads, cache.head_dim, self.num_kv_heads
+            ),
+        )
+    }
+}
 
 /// How a plan will be run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,21 +107,22 @@ pub struct ReplayKey {
     spec: AttentionSpec,
     heads: Heads,
     batch: usize,
-    addresses: [usize; 3],
+    causal: bool,
+    addresses: [usize; 4],
 }
 
 impl ReplayKey {
-    /// The key of a plan in graph mode; `None` when nothing would be launched.
+    /// The key of a plan whose runs read these index arrays.
     pub(super) fn new(
-        info: Option<&PlanInfo>,
+        info: &PlanInfo,
         spec: &AttentionSpec,
-        heads: Heads,
-        batch: usize,
+        (heads, batch, causal): (Heads, usize, bool),
         scratch: &Scratch,
-        table: &RawTensor,
-    ) -> Option<Self> {
-        let addresses = [scratch.float.data, scratch.int.data, table.data].map(|data| data as usize);
-        Some(Self { numbers: info?.numbers.clone(), spec: *spec, heads, batch, addresses })
+        indices: [Option<&RawTensor>; 2],
+    ) -> Self {
+        let [a, b] = indices.map(|array| array.map_or(0, |array| array.data as usize));
+        let addresses = [scratch.float.data as usize, scratch.int.data as usize, a, b];
+        Self { numbers: info.numbers.clone(), spec: *spec, heads, batch, causal, addresses }
     }
 }
 

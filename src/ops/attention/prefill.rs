@@ -12,13 +12,12 @@
 use std::{cell::Cell, marker::PhantomData};
 
 use super::{
-    decode::{DecodeOptions, Heads},
-    plan::{PlanInfo, Scratch, check_output, check_workspace, make_plan},
+    decode::DecodeOptions,
+    plan::{Heads, PlanInfo, ReplayKey, Scratch, check_output, check_workspace, make_plan},
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
 use crate::{
-    artifacts::ArtifactError,
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
@@ -157,41 +156,33 @@ pub(super) struct RunTensors<'a> {
 impl PrefillKernels {
     /// Resolves the module of a spec. [`Backend::Auto`] takes FlashAttention 3
     /// where the GPU has it and a module exists, else 2.
-    pub(super) fn new(runtime: &FlashInferRuntime, ordinal: u32, spec: &AttentionSpec) -> Result<Self> {
-        match spec.backend {
-            Backend::Fa2 => Self::load(runtime, spec, false),
+    fn new(runtime: &FlashInferRuntime, ordinal: u32, spec: &AttentionSpec) -> Result<Self> {
+        let (major, minor) = runtime.compute_capability(ordinal)?;
+        let fa3: &[bool] = match spec.backend {
+            Backend::Fa2 => &[false],
+            Backend::Fa3 if major == 9 => &[true],
             Backend::Fa3 => {
-                let (major, minor) = runtime.compute_capability(ordinal)?;
-                if major != 9 {
-                    return Err(FlashInferError::Unsupported {
-                        what: format!("FlashAttention 3 on compute capability {major}.{minor}"),
-                        available: "it needs 9.0; use Backend::Fa2 or Backend::Auto".into(),
-                    });
-                }
-                Self::load(runtime, spec, true)
+                return Err(FlashInferError::Unsupported {
+                    what: format!("FlashAttention 3 on compute capability {major}.{minor}"),
+                    available: "it needs 9.0; use Backend::Fa2 or Backend::Auto".into(),
+                });
             }
-            Backend::CudaCores => Err(FlashInferError::Unsupported {
-                what: "prefill on CUDA cores".into(),
-                available: "there are Backend::Fa2 and Backend::Fa3".into(),
-            }),
-            Backend::Auto => {
-                let fits = spec.dtype_kv.size() == spec.dtype_q.size();
-                if fits && runtime.compute_capability(ordinal)?.0 == 9 {
-                    match Self::load(runtime, spec, true) {
-                        Err(FlashInferError::Artifact(error))
-                            if matches!(*error, ArtifactError::NotFound { .. }) => {}
-                        other => return other,
-                    }
-                }
-                Self::load(runtime, spec, false)
+            Backend::CudaCores => {
+                return Err(FlashInferError::Unsupported {
+                    what: "prefill on CUDA cores".into(),
+                    available: "there are Backend::Fa2 and Backend::Fa3".into(),
+                });
             }
-        }
+            Backend::Auto if major == 9 && spec.dtype_kv.size() == spec.dtype_q.size() => &[true, false],
+            Backend::Auto => &[false],
+        };
+        let names: Vec<_> = fa3.iter().map(|&fa3| spec.prefill_module(fa3)).collect::<Result<_>>()?;
+        let (place, module) = runtime.first_of(&names)?;
+        Self::load(module, spec, fa3[place])
     }
 
-    fn load(runtime: &FlashInferRuntime, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
-        let name = spec.prefill_module(fa3)?;
-        runtime.preload([&name])?;
-        let module = runtime.module(&name)?;
+    /// The functions of a module that serves the spec.
+    pub(super) fn load(module: &'static Module, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
         Ok(Self {
             spec: *spec,
             fa3,
@@ -281,7 +272,8 @@ impl PrefillKernels {
         } else {
             // Three indices and a flag for each tile and chunk, of which there
             // are no more than tiles or blocks; offsets for requests and rows.
-            let chunks = tiles(num_qo_heads / num_kv_heads, FA2_MIN_TILE) + FA2_BLOCKS_PER_SM * multiprocessors;
+            let chunks =
+                tiles(num_qo_heads / num_kv_heads, FA2_MIN_TILE) + FA2_BLOCKS_PER_SM * multiprocessors;
             13 * chunks + 4 * (requests + 1) + 4 * (batch.rows + 1) + aligned
         }
     }
@@ -290,7 +282,12 @@ impl PrefillKernels {
     ///
     /// # Safety
     /// All tensors must have been checked for this spec and plan.
-    pub(super) unsafe fn run_paged(&self, run: &RunTensors<'_>, kv: &PagedKv<'_>, table: &PageTable) -> Result<()> {
+    pub(super) unsafe fn run_paged(
+        &self,
+        run: &RunTensors<'_>,
+        kv: &PagedKv<'_>,
+        table: &PageTable,
+    ) -> Result<()> {
         let stream = table.stream();
         let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
         let enable_pdl = enable_pdl(FlashInferRuntime::get()?, run.options.enable_pdl, stream.ordinal())?;
@@ -347,7 +344,12 @@ impl PrefillKernels {
     ///
     /// # Safety
     /// All tensors must have been checked for this spec and plan.
-    unsafe fn run_ragged(&self, run: &RunTensors<'_>, kv: [&RawTensor; 2], table: &RaggedTable) -> Result<()> {
+    unsafe fn run_ragged(
+        &self,
+        run: &RunTensors<'_>,
+        kv: [&RawTensor; 2],
+        table: &RaggedTable,
+    ) -> Result<()> {
         let stream = table.stream();
         let kv_indptr = table.indptr()?;
         let enable_pdl = enable_pdl(FlashInferRuntime::get()?, run.options.enable_pdl, stream.ordinal())?;
@@ -465,9 +467,9 @@ impl BatchPrefill {
         options: &PrefillOptions,
     ) -> Result<PrefillPlan<'p, PageTable>> {
         let indices = table.host();
-        let lens: Vec<i32> = (0..indices.batch_size()).map(|request| indices.seq_len(request) as i32).collect();
+        let lens = indices.seq_lens();
         let kv = KvBatch { indptr: indices.indptr(), lens: &lens, page_size: indices.page_size() };
-        self.plan(workspace, queries, (table, table.stream()), &kv, heads, options)
+        self.plan(workspace, queries, (table, table.indptr()?), &kv, heads, options)
     }
 
     /// Plans attention of `queries` to keys and values that lie one after the
@@ -486,21 +488,21 @@ impl BatchPrefill {
         let indptr = keys.host().indptr();
         let lens: Vec<i32> = indptr.windows(2).map(|pair| pair[1] - pair[0]).collect();
         let kv = KvBatch { indptr, lens: &lens, page_size: 1 };
-        self.plan(workspace, queries, (keys, keys.stream()), &kv, heads, options)
+        self.plan(workspace, queries, (keys, keys.indptr()?), &kv, heads, options)
     }
 
     fn plan<'p, K>(
         &self,
         workspace: &'p mut Workspace,
         queries: &'p RaggedTable,
-        (keys, stream): (&'p K, &Stream),
+        (keys, keys_indptr): (&'p K, RawTensor),
         kv: &KvBatch<'_>,
         heads: Heads,
         options: &PrefillOptions,
     ) -> Result<PrefillPlan<'p, K>> {
-        let check = Check::new(PLAN_OP, stream)?;
-        check.on_stream("queries", queries.stream())?;
-        heads.check(&check)?;
+        let check = Check::new(PLAN_OP, queries.stream())?;
+        check.tensor("keys", &keys_indptr, &[DType::I32], &[1])?;
+        heads.check(PLAN_OP)?;
         let (requests, total) = (queries.host().batch_size(), queries.host().total());
         if requests != kv.lens.len() {
             return check.fail(
@@ -532,8 +534,19 @@ impl BatchPrefill {
             };
             Some(self.kernels.make_plan(&check, workspace, &scratch, &batch)?)
         };
-        let (kernels, causal) = (self.kernels, options.causal);
-        Ok(PrefillPlan { kernels, queries, keys, heads, rows, causal, scratch, info, one_thread: PhantomData })
+        let (kernels, options, one_thread) = (self.kernels, *options, PhantomData);
+        Ok(PrefillPlan {
+            kernels,
+            queries,
+            keys,
+            keys_indptr,
+            heads,
+            rows,
+            options,
+            scratch,
+            info,
+            one_thread,
+        })
     }
 }
 
@@ -554,9 +567,10 @@ pub struct PrefillPlan<'p, K> {
     kernels: PrefillKernels,
     queries: &'p RaggedTable,
     keys: &'p K,
+    keys_indptr: RawTensor,
     heads: Heads,
     rows: usize,
-    causal: bool,
+    options: PrefillOptions,
     scratch: Scratch,
     /// `None` when there is nothing to do.
     info: Option<PlanInfo>,
@@ -567,6 +581,16 @@ pub struct PrefillPlan<'p, K> {
 unsafe impl<K: Sync> Send for PrefillPlan<'_, K> {}
 
 impl<K> PrefillPlan<'_, K> {
+    /// What a graph that captures runs of this plan bakes in: replay it only
+    /// after a plan with an equal key. `None` unless planned for a graph.
+    pub fn replay_key(&self) -> Option<ReplayKey> {
+        let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
+        let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
+        let indices = [Some(&self.keys_indptr), Some(&self.queries.indptr().ok()?)];
+        let shape = (self.heads, batch, self.options.causal);
+        Some(ReplayKey::new(info, &kernels.spec, shape, &self.scratch, indices))
+    }
+
     /// The plan's numbers, as the module gave them; see
     /// [`DecodePlan::numbers`](super::DecodePlan::numbers).
     pub fn numbers(&self) -> &[i64] {
@@ -580,7 +604,15 @@ impl<K> PrefillPlan<'_, K> {
         out: &TensorMut<'_>,
         lse: Option<&TensorMut<'_>>,
     ) -> Result<()> {
-        check_output(check, &self.kernels.spec, self.heads, self.rows, &q.raw, &out.raw, lse.map(|lse| &lse.raw))
+        check_output(
+            check,
+            &self.kernels.spec,
+            self.heads,
+            self.rows,
+            &q.raw,
+            &out.raw,
+            lse.map(|lse| &lse.raw),
+        )
     }
 
     fn tensors<'a>(
@@ -599,7 +631,7 @@ impl<K> PrefillPlan<'_, K> {
             qo_indptr,
             out: &out.raw,
             lse: lse.map(|lse| &lse.raw),
-            causal: self.causal,
+            causal: self.options.causal,
             options,
         }
     }
@@ -634,7 +666,9 @@ impl PrefillPlan<'_, PageTable> {
         // of this module and plan; the index arrays are the device copies of
         // those that the plan was made from, checked against a cache of at
         // most this many pages; the workspace is the plan's, on its stream.
-        unsafe { self.kernels.run_paged(&self.tensors(info, &qo_indptr, q, out, lse, options), kv, self.keys) }
+        unsafe {
+            self.kernels.run_paged(&self.tensors(info, &qo_indptr, q, out, lse, options), kv, self.keys)
+        }
     }
 }
 

@@ -135,7 +135,8 @@ impl AttentionSpec {
         if fa3 && self.dtype_kv.size() != self.dtype_q.size() {
             return Err(FlashInferError::Unsupported {
                 what: format!("FlashAttention 3 with {} queries over {} keys", self.dtype_q, self.dtype_kv),
-                available: "it needs keys and values of the queries' width; Backend::Fa2 converts them".into(),
+                available: "it needs keys and values of the queries' width; Backend::Fa2 converts them"
+                    .into(),
             });
         }
         let suffix = if fa3 { "_sm90" } else { "" };

@@ -3,8 +3,10 @@
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer},
     error::Result,
+    kv::{RaggedIndices, RaggedTable},
     runtime::FlashInferRuntime,
     stream::Stream,
+    tensor::RawTensor,
 };
 
 /// The buffers that a plan fills and its runs use: device memory for partial
@@ -21,6 +23,8 @@ pub struct Workspace {
     pub(super) float: DeviceBuffer,
     pub(super) int: DeviceBuffer,
     pub(super) staging: StagingBuffer,
+    /// Offsets of batches with one query per request, made when first needed.
+    one_query_each: Option<RaggedTable>,
 }
 
 impl Workspace {
@@ -49,7 +53,23 @@ impl Workspace {
             float: DeviceBuffer::new(cuda, stream, float_bytes)?,
             int: DeviceBuffer::new(cuda, stream, int_bytes)?,
             staging: StagingBuffer::new(cuda, stream, int_bytes)?,
+            one_query_each: None,
         })
+    }
+
+    /// Offsets `0..=batch`, on the host and on the device. They stay where
+    /// they are until a larger batch comes.
+    pub(super) fn one_query_each(&mut self, batch: usize) -> Result<(Vec<i32>, RawTensor)> {
+        const FIRST: usize = 1024;
+        let table = match self.one_query_each.take() {
+            Some(table) if table.host().batch_size() >= batch => table,
+            _ => {
+                let requests = batch.max(FIRST).next_power_of_two();
+                RaggedTable::new(self.stream(), RaggedIndices::from_lens(std::iter::repeat_n(1, requests))?)?
+            }
+        };
+        let table = self.one_query_each.insert(table);
+        Ok((table.host().indptr()[..=batch].to_vec(), table.first(batch)?))
     }
 
     /// The stream that the workspace belongs to.
