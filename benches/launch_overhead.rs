@@ -6,9 +6,11 @@
 //! synchronize. Absolute times do not carry over to another machine; the
 //! ratios, measured in one run, are what to quote.
 
+mod gpu;
+
 use std::{collections::BTreeMap, ffi::CString, path::Path, process::Command, sync::Arc, time::Instant};
 
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaStream, result};
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferRuntime, ModuleName, PageIndices, PageTable, Stream,
     attention::{AttentionSpec, Backend, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
@@ -172,26 +174,7 @@ fn python() -> std::result::Result<BTreeMap<String, f64>, String> {
 }
 
 fn main() -> Result<()> {
-    // `cargo test` runs benches with this argument, to see that they work.
-    let listing = std::env::args().any(|argument| argument == "--test" || argument == "--list");
-    let devices = FlashInferRuntime::get().and_then(|runtime| runtime.device_count());
-    match devices {
-        Ok(1..) if !listing => {}
-        Ok(1..) => {
-            println!("not measuring: asked only to test");
-            return Ok(());
-        }
-        Ok(_) => {
-            println!("not measuring: no GPU");
-            return Ok(());
-        }
-        Err(error) => {
-            println!("not measuring: {error}");
-            return Ok(());
-        }
-    }
-    let cuda = CudaContext::new(0)?.new_stream()?;
-    println!("GPU: {}", cuda.context().name()?);
+    let Some(cuda) = gpu::start()? else { return Ok(()) };
     let floor = [bare_launches(&cuda, 1)?, bare_launches(&cuda, 2)?];
     let rows = measure(&cuda)?;
     let python = python();

@@ -416,7 +416,12 @@ impl Explained {
             }
             FlashInferError::Artifact(artifact) => match &**artifact {
                 ArtifactError::NotFound { member, tried } => Self {
-                    details: tried.iter().map(ToString::to_string).collect(),
+                    // The report itself forbids downloads; the remedy names the one that helps.
+                    details: tried
+                        .iter()
+                        .filter(|tried| !tried.source.starts_with("download of"))
+                        .map(ToString::to_string)
+                        .collect(),
                     ..explained(
                         format!("{member} is in none of its sources"),
                         &fetch_remedy(member.package()),
