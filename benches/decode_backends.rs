@@ -7,10 +7,12 @@
 //! cache where the case allows it. Both kernels are measured in turn, and the
 //! ratio is what to quote.
 
+mod gpu;
+
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaContext, CudaStream,
+    CudaStream,
     sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode},
 };
 use flashinfer_rs::{
@@ -72,22 +74,9 @@ fn gpu_time(
 }
 
 fn main() -> Result<()> {
-    if std::env::args().any(|argument| argument == "--test" || argument == "--list") {
-        println!("not measuring: asked only to test");
-        return Ok(());
-    }
-    match FlashInferRuntime::get().and_then(|runtime| runtime.device_count()) {
-        Ok(1..) => {}
-        Ok(_) => return Ok(println!("not measuring: no GPU")),
-        Err(error) => return Ok(println!("not measuring: {error}")),
-    }
-    let runtime = FlashInferRuntime::get()?;
-    let cuda = CudaContext::new(0)?.new_stream()?;
-    let stream = Stream::from(&cuda);
-    println!(
-        "GPU: {}; bf16, {KV_HEADS} KV heads, head_dim {HEAD_DIM}, page {PAGE_SIZE}",
-        cuda.context().name()?
-    );
+    let Some(cuda) = gpu::start()? else { return Ok(()) };
+    let (runtime, stream) = (FlashInferRuntime::get()?, Stream::from(&cuda));
+    println!("bf16, {KV_HEADS} KV heads, head_dim {HEAD_DIM}, page {PAGE_SIZE}");
     println!(
         "| query heads per KV head | batch | tokens | CUDA cores µs | tensor cores µs | tensor / CUDA |"
     );
