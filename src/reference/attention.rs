@@ -9,7 +9,7 @@ use crate::{
     error::Result,
     kv::PageIndices,
     page::PagedKv,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// [`DecodePlan::run`](crate::attention::DecodePlan::run) on the CPU:
@@ -173,7 +173,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Device, Element, FlashInferError, page::KvLayout};
+    use crate::{DType, Device, Element, FlashInferError, page::KvLayout};
 
     fn view<'a, T: Element>(slice: &'a [T], shape: &[usize]) -> TensorRef<'a> {
         TensorRef::from_slice(slice, shape).unwrap()

@@ -1,0 +1,341 @@
+//! What the GPU tests share: the gate, random tensors that exist on the host
+//! and on the device, and comparison with the CPU reference.
+
+// Each test file uses its own part of this.
+#![allow(dead_code)]
+
+pub mod cache;
+mod compare;
+pub mod norm;
+
+pub use compare::assert_same_bits;
+
+use std::{
+    fmt::Debug,
+    io::Write,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
+use flashinfer_rs::{
+    Element, FlashInferError, FlashInferRuntime, ModuleName, Result, Stream, TensorMut, TensorRef,
+    cudarc::{SliceMut, SliceRef, TensorExt, TensorExtMut},
+};
+use float8::{F8E4M3, F8E5M2};
+use half::{bf16, f16};
+
+/// Prints to stderr past the test runner's capture, so that a skipped test
+/// says so.
+pub fn say(message: &str) {
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "{message} ({name})");
+}
+
+/// Tests that capture a graph run alone: while one is captured, nobody may
+/// wait for the whole device, as making a first stream does.
+static TURN: RwLock<()> = RwLock::new(());
+
+/// The right to use the GPU, until it is dropped.
+enum Turn {
+    Shared { _guard: RwLockReadGuard<'static, ()> },
+    Alone { _guard: RwLockWriteGuard<'static, ()> },
+}
+
+/// A stream of its own on the first GPU, and the runtime.
+pub struct Gpu {
+    pub cuda: Arc<CudaStream>,
+    pub stream: Stream,
+    pub runtime: &'static FlashInferRuntime,
+    _turn: Option<Turn>,
+}
+
+impl Gpu {
+    /// `None`, said on stderr, unless `FLASHINFER_RS_RUN_GPU_TESTS=1`. With it,
+    /// whatever is missing fails the test.
+    pub fn start() -> Option<Self> {
+        Self::start_with(|| Turn::Shared { _guard: TURN.read().unwrap_or_else(PoisonError::into_inner) })
+    }
+
+    /// As [`start`](Self::start), with no other test on the GPU meanwhile, for
+    /// tests that capture graphs.
+    pub fn start_alone() -> Option<Self> {
+        Self::start_with(|| Turn::Alone { _guard: TURN.write().unwrap_or_else(PoisonError::into_inner) })
+    }
+
+    fn start_with(turn: impl FnOnce() -> Turn) -> Option<Self> {
+        if std::env::var_os("FLASHINFER_RS_RUN_GPU_TESTS").is_none_or(|value| value != "1") {
+            say("skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU to run it");
+            return None;
+        }
+        let turn = turn();
+        let context = CudaContext::new(0).expect("an NVIDIA GPU");
+        let runtime = FlashInferRuntime::get().expect("libcudart and libtvm_ffi");
+        runtime.preload([&ModuleName::NORM, &ModuleName::PAGE]).expect("the modules norm and page");
+        Some(Self::on(context.new_stream().expect("a stream"), runtime, Some(turn)))
+    }
+
+    fn on(cuda: Arc<CudaStream>, runtime: &'static FlashInferRuntime, turn: Option<Turn>) -> Self {
+        Self { stream: Stream::from(&cuda), cuda, runtime, _turn: turn }
+    }
+
+    /// Another stream of the same GPU.
+    pub fn fork(&self) -> Self {
+        Self::on(self.cuda.context().new_stream().expect("a stream"), self.runtime, None)
+    }
+
+    /// Waits until the stream is idle, and reports what failed on the device.
+    #[track_caller]
+    pub fn synchronize(&self) {
+        self.cuda.synchronize().expect("work on the device");
+    }
+}
+
+/// Random numbers (splitmix64) from a seed that is printed.
+pub struct Rng(u64);
+
+impl Rng {
+    /// Seeded from `FLASHINFER_RS_TEST_SEED`, else from the clock.
+    pub fn new() -> Self {
+        let seed = match std::env::var("FLASHINFER_RS_TEST_SEED") {
+            Ok(seed) => seed.parse().expect("FLASHINFER_RS_TEST_SEED is a number"),
+            Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos() as u64,
+        };
+        say(&format!("FLASHINFER_RS_TEST_SEED={seed}"));
+        Self(seed)
+    }
+
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut bits = self.0;
+        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^ (bits >> 31)
+    }
+
+    /// A number in `0..bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.bits() % bound as u64) as usize
+    }
+
+    /// Uniform in ±√3, so that mean and variance are 0 and 1.
+    pub fn unit(&mut self) -> f64 {
+        let fraction = (self.bits() >> 11) as f64 / (1u64 << 53) as f64;
+        (fraction - 0.5) * 12f64.sqrt()
+    }
+
+    /// `0..len` in random order.
+    pub fn permutation(&mut self, len: usize) -> Vec<i32> {
+        let mut order: Vec<i32> = (0..len as i32).collect();
+        for at in (1..len).rev() {
+            order.swap(at, self.below(at + 1));
+        }
+        order
+    }
+}
+
+/// An element type of the tests.
+pub trait Number: Element + DeviceRepr + Debug {
+    /// The largest error of a row of results that were rounded to this type,
+    /// relative to the row's norm.
+    const BOUND: f64;
+    /// What outputs are filled with beforehand: NaN.
+    const POISON: Self;
+    fn from_f64(number: f64) -> Self;
+    fn to_f64(self) -> f64;
+    fn bits(self) -> u32;
+}
+
+macro_rules! numbers {
+    ($($ty:ty, $bound:expr, $poison:expr, $from:expr, $to:expr;)*) => {$(
+        impl Number for $ty {
+            const BOUND: f64 = $bound;
+            const POISON: Self = $poison;
+            fn from_f64(number: f64) -> Self {
+                $from(number)
+            }
+            fn to_f64(self) -> f64 {
+                $to(self)
+            }
+            fn bits(self) -> u32 {
+                self.to_bits().into()
+            }
+        }
+    )*};
+}
+numbers! {
+    f16, 1e-3, f16::NAN, f16::from_f64, f16::to_f64;
+    bf16, 8e-3, bf16::NAN, bf16::from_f64, bf16::to_f64;
+    f32, 1e-5, f32::NAN, |number| number as f32, f64::from;
+    F8E4M3, 7e-2, F8E4M3::from_bits(0x7f), F8E4M3::from_f64, |number: F8E4M3| number.to_f64();
+    F8E5M2, 1.4e-1, F8E5M2::from_bits(0x7f), F8E5M2::from_f64, |number: F8E5M2| number.to_f64();
+}
+
+/// What of a contiguous tensor a view shows: ranges of axes, then another
+/// order of axes.
+#[derive(Clone, Debug, Default)]
+struct Part {
+    ranges: Vec<(usize, usize, usize)>,
+    order: Option<Vec<usize>>,
+}
+
+impl Part {
+    fn of<'a>(&self, mut view: TensorRef<'a>) -> TensorRef<'a> {
+        for &(axis, start, len) in &self.ranges {
+            view = view.narrow(axis, start, len).unwrap();
+        }
+        self.order.as_deref().map_or(view, |order| view.permute(order).unwrap())
+    }
+
+    fn of_mut<'a>(&self, mut view: TensorMut<'a>) -> TensorMut<'a> {
+        for &(axis, start, len) in &self.ranges {
+            view = view.narrow(axis, start, len).unwrap();
+        }
+        match &self.order {
+            Some(order) => view.permute(order).unwrap(),
+            None => view,
+        }
+    }
+}
+
+/// Contiguous storage on the host and on the device, and the part of it that
+/// operations are shown.
+pub struct Tensor<T> {
+    /// What was uploaded. The device's content changes, this does not.
+    pub host: Vec<T>,
+    pub device: CudaSlice<T>,
+    shape: Vec<usize>,
+    part: Part,
+}
+
+impl<T: Number> Tensor<T> {
+    pub fn new(gpu: &Gpu, shape: &[usize], mut host: Vec<T>) -> Self {
+        if host.is_empty() {
+            host.push(T::POISON); // there is no empty allocation on a device
+        }
+        let device = gpu.cuda.clone_htod(&host).expect("device memory");
+        Self { host, device, shape: shape.to_vec(), part: Part::default() }
+    }
+
+    /// Numbers of mean 0 and variance `scale²`.
+    pub fn random_scaled(gpu: &Gpu, rng: &mut Rng, shape: &[usize], scale: f64) -> Self {
+        let numbers = (0..shape.iter().product()).map(|_| T::from_f64(rng.unit() * scale)).collect();
+        Self::new(gpu, shape, numbers)
+    }
+
+    /// Numbers of mean 0 and variance 1.
+    pub fn random(gpu: &Gpu, rng: &mut Rng, shape: &[usize]) -> Self {
+        Self::random_scaled(gpu, rng, shape, 1.0)
+    }
+
+    /// Nothing but NaN.
+    pub fn poisoned(gpu: &Gpu, shape: &[usize]) -> Self {
+        Self::new(gpu, shape, vec![T::POISON; shape.iter().product()])
+    }
+
+    /// Shows `start..start + len` of an axis.
+    pub fn narrowed(mut self, axis: usize, start: usize, len: usize) -> Self {
+        self.part.ranges.push((axis, start, len));
+        self
+    }
+
+    /// Shows the axes in another order.
+    pub fn permuted(mut self, order: &[usize]) -> Self {
+        self.part.order = Some(order.to_vec());
+        self
+    }
+
+    /// The shape that operations are shown.
+    pub fn shape(&self) -> Vec<usize> {
+        self.view().shape().iter().map(|&size| size as usize).collect()
+    }
+
+    /// The host copy, for the reference.
+    pub fn view(&self) -> TensorRef<'_> {
+        self.part.of(TensorRef::from_slice(&self.host, &self.shape).unwrap())
+    }
+
+    /// Storage of the same size, seen in the same way.
+    pub fn view_of<'a, U: Element>(&self, storage: &'a mut [U]) -> TensorMut<'a> {
+        self.part.of_mut(TensorMut::from_slice(storage, &self.shape).unwrap())
+    }
+
+    /// The host copy as `f64`: where the reference's results go.
+    pub fn wide(&self) -> Vec<f64> {
+        self.host.iter().map(|number| number.to_f64()).collect()
+    }
+
+    /// Borrows the device copy for work on the stream.
+    pub fn on<'a>(&'a self, gpu: &'a Gpu) -> Shown<'a> {
+        Shown { guard: self.device.tensor(&gpu.cuda, &self.shape).unwrap(), part: &self.part }
+    }
+
+    /// Borrows the device copy for work on the stream that writes.
+    pub fn on_mut<'a>(&'a mut self, gpu: &'a Gpu) -> ShownMut<'a> {
+        ShownMut { guard: self.device.tensor_mut(&gpu.cuda, &self.shape).unwrap(), part: &self.part }
+    }
+
+    /// The device's content, when the stream's work is done.
+    pub fn download(&self, gpu: &Gpu) -> Vec<T> {
+        let content = gpu.cuda.clone_dtoh(&self.device).expect("a copy to the host");
+        gpu.synchronize();
+        content
+    }
+
+    /// Writes to the device, at the same address.
+    pub fn upload(&mut self, gpu: &Gpu, content: &[T]) {
+        gpu.cuda.memcpy_htod(content, &mut self.device).expect("a copy to the device");
+        gpu.synchronize();
+    }
+
+    /// The device's content is what was uploaded.
+    #[track_caller]
+    pub fn assert_untouched(&self, gpu: &Gpu) {
+        assert_same_bits("untouched", &self.download(gpu), &self.host);
+    }
+
+    /// The device's content is the reference's result, `want`, row by row
+    /// within `bound`, and what was uploaded outside the shown part.
+    #[track_caller]
+    pub fn assert_close(&self, gpu: &Gpu, what: &str, want: &[f64], bound: f64) {
+        let worst = compare::rows(what, &self.view(), &self.host, &self.download(gpu), want, bound);
+        eprintln!("{what}: {} {:?}: worst row off by {worst:.1e}", T::DTYPE, self.shape());
+    }
+}
+
+/// A device tensor, borrowed for one stream.
+pub struct Shown<'a> {
+    guard: SliceRef<'a>,
+    part: &'a Part,
+}
+
+impl Shown<'_> {
+    pub fn view(&self) -> TensorRef<'_> {
+        self.part.of(self.guard.view())
+    }
+}
+
+/// A device tensor, borrowed for one stream to write.
+pub struct ShownMut<'a> {
+    guard: SliceMut<'a>,
+    part: &'a Part,
+}
+
+impl ShownMut<'_> {
+    pub fn view(&self) -> TensorRef<'_> {
+        self.part.of(self.guard.view())
+    }
+
+    pub fn view_mut(&mut self) -> TensorMut<'_> {
+        self.part.of_mut(self.guard.view_mut())
+    }
+}
+
+/// The call was refused because of this argument.
+#[track_caller]
+pub fn refused<R: Debug>(result: Result<R>, expected: &str) {
+    match result {
+        Err(FlashInferError::InvalidArgument { argument, .. }) if argument == expected => {}
+        other => panic!("expected `{expected}` to be refused, got {other:?}"),
+    }
+}

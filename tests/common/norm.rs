@@ -1,0 +1,355 @@
+//! The cases that all norms have in common.
+
+use flashinfer_rs::{Result, Stream, TensorMut, TensorRef, norm::NormOptions};
+use half::{bf16, f16};
+
+use super::{Gpu, Number, Rng, Tensor, assert_same_bits, refused};
+
+/// An operation with an output of its own, and its reference.
+#[derive(Clone, Copy)]
+pub struct Norm {
+    pub op: fn(&Stream, &mut TensorMut<'_>, &TensorRef<'_>, &TensorRef<'_>, &NormOptions) -> Result<()>,
+    pub reference: fn(&mut TensorMut<'_>, &TensorRef<'_>, &TensorRef<'_>, &NormOptions) -> Result<()>,
+}
+
+/// An operation on input and residual in place, and its reference.
+#[derive(Clone, Copy)]
+pub struct FusedAdd {
+    pub op: fn(&Stream, &mut TensorMut<'_>, &mut TensorMut<'_>, &TensorRef<'_>, &NormOptions) -> Result<()>,
+    pub reference: fn(&mut TensorMut<'_>, &mut TensorMut<'_>, &TensorRef<'_>, &NormOptions) -> Result<()>,
+}
+
+/// Row lengths: every vector width of the kernels (8, 4, 2, 1), lengths that
+/// are no multiple of a warp's reach, and those of real models.
+pub const HIDDEN: [usize; 12] = [1, 64, 65, 66, 72, 100, 128, 576, 4096, 5120, 8192, 16384];
+
+/// Runs one case and compares it with the reference.
+#[track_caller]
+pub fn check<T: Number>(
+    gpu: &Gpu,
+    norm: Norm,
+    input: &Tensor<T>,
+    out: &mut Tensor<T>,
+    weight: &Tensor<T>,
+    options: &NormOptions,
+) {
+    let mut want = out.wide();
+    (norm.reference)(&mut out.view_of(&mut want), &input.view(), &weight.view(), options).unwrap();
+    let call = (norm.op)(
+        &gpu.stream,
+        &mut out.on_mut(gpu).view_mut(),
+        &input.on(gpu).view(),
+        &weight.on(gpu).view(),
+        options,
+    );
+    call.unwrap();
+    out.assert_close(gpu, "norm", &want, T::BOUND);
+    input.assert_untouched(gpu);
+}
+
+/// Runs one case in place and compares input and residual with the reference.
+#[track_caller]
+pub fn check_fused<T: Number>(
+    gpu: &Gpu,
+    norm: FusedAdd,
+    input: &mut Tensor<T>,
+    residual: &mut Tensor<T>,
+    weight: &Tensor<T>,
+    options: &NormOptions,
+) {
+    // The residual is rounded as the kernel rounds it, the norm stays exact.
+    let (mut want, mut want_residual) = (input.wide(), residual.host.clone());
+    (norm.reference)(
+        &mut input.view_of(&mut want),
+        &mut residual.view_of(&mut want_residual),
+        &weight.view(),
+        options,
+    )
+    .unwrap();
+    let call = (norm.op)(
+        &gpu.stream,
+        &mut input.on_mut(gpu).view_mut(),
+        &mut residual.on_mut(gpu).view_mut(),
+        &weight.on(gpu).view(),
+        options,
+    );
+    call.unwrap();
+    input.assert_close(gpu, "fused norm", &want, T::BOUND);
+    assert_same_bits("residual", &residual.download(gpu), &want_residual);
+}
+
+/// Numbers of rows and row lengths, for `f16` and `bf16`.
+pub fn sizes(norm: Norm) {
+    fn run<T: Number>(gpu: &Gpu, rng: &mut Rng, norm: Norm) {
+        let cases = HIDDEN.iter().flat_map(|&d| [1, 7, 64].map(|rows| (rows, d)));
+        for (rows, d) in cases.chain([(4096, 128), (4096, 576)]) {
+            let input = Tensor::<T>::random(gpu, rng, &[rows, d]);
+            let weight = Tensor::random(gpu, rng, &[d]);
+            let mut out = Tensor::poisoned(gpu, &[rows, d]);
+            check(gpu, norm, &input, &mut out, &weight, &NormOptions::default());
+        }
+    }
+    let Some(gpu) = Gpu::start() else { return };
+    let mut rng = Rng::new();
+    run::<f16>(&gpu, &mut rng, norm);
+    run::<bf16>(&gpu, &mut rng, norm);
+}
+
+/// Rows with gaps, which stay as they were.
+pub fn strided_rows(norm: Norm) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for (rows, d, gap_in, gap_out) in [(7, 128, 8, 0), (7, 576, 0, 64), (33, 4096, 4096, 8), (5, 100, 4, 12)]
+    {
+        let input = Tensor::<bf16>::random(&gpu, rng, &[rows, d + gap_in]).narrowed(1, gap_in, d);
+        let mut out = Tensor::poisoned(&gpu, &[rows, d + gap_out]).narrowed(1, 0, d);
+        let weight = Tensor::random(&gpu, rng, &[d]);
+        check(&gpu, norm, &input, &mut out, &weight, &NormOptions::default());
+    }
+}
+
+/// `eps` counts where the input is small.
+pub fn eps(norm: Norm) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for eps in [1e-6, 1e-5, 1e-3, 1.0] {
+        for scale in [1e-3, 1.0, 100.0] {
+            let input = Tensor::<f16>::random_scaled(&gpu, rng, &[9, 256], scale);
+            let weight = Tensor::random(&gpu, rng, &[256]);
+            let mut out = Tensor::poisoned(&gpu, &[9, 256]);
+            check(&gpu, norm, &input, &mut out, &weight, &NormOptions::with_eps(eps));
+        }
+    }
+}
+
+/// A batch without rows writes nothing.
+pub fn no_rows(norm: Norm) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let input = Tensor::<f16>::random(&gpu, rng, &[4, 64]).narrowed(0, 0, 0);
+    let weight = Tensor::random(&gpu, rng, &[64]);
+    let mut out = Tensor::poisoned(&gpu, &[4, 64]).narrowed(0, 0, 0);
+    check(&gpu, norm, &input, &mut out, &weight, &NormOptions::default());
+    out.assert_untouched(&gpu);
+}
+
+/// With and without programmatic dependent launch the bits are the same, also
+/// in a chain where each launch reads what the one before wrote.
+pub fn pdl(norm: Norm) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let input = Tensor::<f16>::random(&gpu, rng, &[64, 4096]);
+    let weight = Tensor::random(&gpu, rng, &[4096]);
+    let chain = |enable_pdl| {
+        let mut options = NormOptions::default();
+        options.enable_pdl = enable_pdl;
+        let mut buffers = [0, 1].map(|_| Tensor::<f16>::poisoned(&gpu, &[64, 4096]));
+        check(&gpu, norm, &input, &mut buffers[0], &weight, &options);
+        let [first, second] = &mut buffers;
+        {
+            let (mut first, mut second) = (first.on_mut(&gpu), second.on_mut(&gpu));
+            let weight = weight.on(&gpu);
+            for _ in 0..4 {
+                (norm.op)(&gpu.stream, &mut second.view_mut(), &first.view(), &weight.view(), &options)
+                    .unwrap();
+                (norm.op)(&gpu.stream, &mut first.view_mut(), &second.view(), &weight.view(), &options)
+                    .unwrap();
+            }
+        }
+        buffers[0].download(&gpu)
+    };
+    let default = chain(None);
+    assert_same_bits("PDL off", &chain(Some(false)), &default);
+    if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
+        assert_same_bits("PDL on", &chain(Some(true)), &default);
+    }
+}
+
+/// Everything that a norm with an output must refuse.
+pub fn wrong_input(norm: Norm) {
+    let Some(gpu) = Gpu::start() else { return };
+    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let options = NormOptions::default();
+    let input = Tensor::<f16>::random(&gpu, rng, &[8, 64]);
+    let weight = Tensor::<f16>::random(&gpu, rng, &[64]);
+    let mut out = Tensor::<f16>::poisoned(&gpu, &[8, 64]);
+    {
+        let (input, weight) = (input.on(&gpu), weight.on(&gpu));
+        let mut out = out.on_mut(&gpu);
+        let mut run = |input: TensorRef<'_>, weight: TensorRef<'_>| {
+            (norm.op)(&gpu.stream, &mut out.view_mut(), &input, &weight, &options)
+        };
+        let (good, good_weight) = (input.view(), weight.view());
+
+        let brains = Tensor::<bf16>::random(&gpu, rng, &[8, 64]);
+        let brains = brains.on(&gpu);
+        let singles = Tensor::<f32>::random(&gpu, rng, &[8, 64]);
+        let singles = singles.on(&gpu);
+        refused(run(singles.view(), good_weight), "input");
+        refused(run(brains.view(), good_weight), "out");
+        refused(run(good, brains.view().select(0, 0).unwrap()), "weight");
+
+        refused(run(good.select(0, 0).unwrap(), good_weight), "input");
+        refused(run(good, good), "weight");
+        refused(run(good.narrow(0, 0, 7).unwrap(), good_weight), "out");
+        refused(run(good.narrow(1, 0, 56).unwrap(), good_weight), "out");
+        refused(run(good, good_weight.narrow(0, 0, 56).unwrap()), "weight");
+        refused(run(good.narrow(1, 0, 0).unwrap(), good_weight.narrow(0, 0, 0).unwrap()), "input");
+
+        let wide = Tensor::<f16>::random(&gpu, rng, &[64, 66]);
+        let wide = wide.on(&gpu);
+        let column = wide.view().select(1, 3).unwrap();
+        let columns = wide.view().narrow(1, 0, 8).unwrap().permute(&[1, 0]).unwrap();
+        refused(run(columns, good_weight), "input"); // last stride
+        refused(run(good, column), "weight");
+        let uneven_rows = wide.view().narrow(0, 0, 8).unwrap().narrow(1, 0, 64).unwrap();
+        refused(run(uneven_rows, good_weight), "input"); // row stride of 132 bytes
+        let row = wide.view().select(0, 0).unwrap();
+        refused(run(good, row.narrow(0, 1, 64).unwrap()), "weight"); // address
+
+        let host = vec![f16::ONE; 8 * 64];
+        refused(run(TensorRef::from_slice(&host, &[8, 64]).unwrap(), good_weight), "input");
+        refused(run(good, TensorRef::from_slice(&host, &[64]).unwrap()), "weight");
+    }
+    {
+        // Views of another stream than the call's.
+        let (elsewhere, weight) = (input.on(&other), weight.on(&gpu));
+        let mut out = out.on_mut(&gpu);
+        let call = (norm.op)(&gpu.stream, &mut out.view_mut(), &elsewhere.view(), &weight.view(), &options);
+        refused(call, "input");
+        let here = input.on(&gpu);
+        drop(out);
+        refused(misaligned_out(&gpu, norm, &here.view(), &weight.view()), "out");
+    }
+    {
+        let (input, weight) = (input.on(&gpu), weight.on(&gpu));
+        let mut elsewhere = out.on_mut(&other);
+        let call = (norm.op)(&gpu.stream, &mut elsewhere.view_mut(), &input.view(), &weight.view(), &options);
+        refused(call, "out");
+    }
+    other.synchronize();
+    out.assert_untouched(&gpu);
+    // The refused calls left everything usable.
+    check(&gpu, norm, &input, &mut out, &weight, &options);
+}
+
+/// An output that starts at an odd element, which must stay as it is.
+fn misaligned_out(gpu: &Gpu, norm: Norm, input: &TensorRef<'_>, weight: &TensorRef<'_>) -> Result<()> {
+    use flashinfer_rs::cudarc::TensorExtMut;
+    let mut storage = Tensor::<f16>::poisoned(gpu, &[8 * 64 + 1]);
+    let result = {
+        let mut odd = storage.device.slice_mut(1..);
+        let mut out = odd.tensor_mut(&gpu.cuda, &[8, 64]).unwrap();
+        (norm.op)(&gpu.stream, &mut out.view_mut(), input, weight, &NormOptions::default())
+    };
+    storage.assert_untouched(gpu);
+    result
+}
+
+/// Numbers of rows and row lengths of a fused addition.
+pub fn fused_sizes(norm: FusedAdd) {
+    fn run<T: Number>(gpu: &Gpu, rng: &mut Rng, norm: FusedAdd) {
+        let cases = HIDDEN.iter().flat_map(|&d| [1, 7, 64].map(|rows| (rows, d)));
+        for (rows, d) in cases.chain([(4096, 128)]) {
+            let mut input = Tensor::<T>::random(gpu, rng, &[rows, d]);
+            let mut residual = Tensor::random_scaled(gpu, rng, &[rows, d], 4.0);
+            let weight = Tensor::random(gpu, rng, &[d]);
+            check_fused(gpu, norm, &mut input, &mut residual, &weight, &NormOptions::default());
+        }
+    }
+    let Some(gpu) = Gpu::start() else { return };
+    let mut rng = Rng::new();
+    run::<f16>(&gpu, &mut rng, norm);
+    run::<bf16>(&gpu, &mut rng, norm);
+}
+
+/// Rows with gaps of different widths in input and residual; other options.
+pub fn fused_strided_rows(norm: FusedAdd) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for (rows, d, gap_in, gap_residual) in [(7, 128, 8, 0), (33, 4096, 0, 64), (5, 100, 4, 12)] {
+        for enable_pdl in [None, Some(false)] {
+            let mut options = NormOptions::with_eps(1e-5);
+            options.enable_pdl = enable_pdl;
+            let mut input = Tensor::<f16>::random(&gpu, rng, &[rows, d + gap_in]).narrowed(1, gap_in, d);
+            let mut residual = Tensor::random(&gpu, rng, &[rows, d + gap_residual]).narrowed(1, 0, d);
+            let weight = Tensor::random(&gpu, rng, &[d]);
+            check_fused(&gpu, norm, &mut input, &mut residual, &weight, &options);
+        }
+    }
+    let mut input = Tensor::<f16>::random(&gpu, rng, &[4, 64]).narrowed(0, 0, 0);
+    let mut residual = Tensor::random(&gpu, rng, &[4, 64]).narrowed(0, 0, 0);
+    let weight = Tensor::random(&gpu, rng, &[64]);
+    check_fused(&gpu, norm, &mut input, &mut residual, &weight, &NormOptions::default());
+    input.assert_untouched(&gpu);
+    residual.assert_untouched(&gpu);
+}
+
+/// Everything that a fused addition must refuse.
+pub fn fused_wrong_input(norm: FusedAdd) {
+    let Some(gpu) = Gpu::start() else { return };
+    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let weight = Tensor::<f16>::random(&gpu, rng, &[64]);
+
+    #[track_caller]
+    fn refuse<T: Number, U: Number, W: Number>(
+        gpus: [&Gpu; 3],
+        norm: FusedAdd,
+        mut input: Tensor<T>,
+        mut residual: Tensor<U>,
+        weight: &Tensor<W>,
+        expected: &str,
+    ) {
+        let gpu = gpus[0];
+        let call = (norm.op)(
+            &gpu.stream,
+            &mut input.on_mut(gpus[1]).view_mut(),
+            &mut residual.on_mut(gpus[2]).view_mut(),
+            &weight.on(gpu).view(),
+            &NormOptions::default(),
+        );
+        refused(call, expected);
+        gpus[1].synchronize();
+        gpus[2].synchronize();
+        input.assert_untouched(gpu);
+        residual.assert_untouched(gpu);
+    }
+
+    let here = [&gpu; 3];
+    macro_rules! half {
+        ($($shape:expr),*) => {
+            Tensor::<f16>::random(&gpu, rng, &[$($shape),*])
+        };
+    }
+    refuse(here, norm, Tensor::<f32>::random(&gpu, rng, &[8, 64]), half!(8, 64), &weight, "input");
+    refuse(here, norm, half!(8, 64), Tensor::<bf16>::random(&gpu, rng, &[8, 64]), &weight, "residual");
+    let brain_weight = Tensor::<bf16>::random(&gpu, rng, &[64]);
+    refuse(here, norm, half!(8, 64), half!(8, 64), &brain_weight, "weight");
+    refuse(here, norm, half!(8, 1, 64), half!(8, 1, 64), &weight, "input");
+    refuse(here, norm, half!(8, 64), half!(7, 64), &weight, "residual");
+    refuse(here, norm, half!(8, 72), half!(8, 72), &weight, "weight");
+    let columns = half!(64, 8).permuted(&[1, 0]);
+    refuse(here, norm, columns, half!(8, 64), &weight, "input");
+    let uneven = half!(8, 66).narrowed(1, 0, 64);
+    refuse(here, norm, half!(8, 64), uneven, &weight, "residual");
+    let misaligned = half!(8, 72).narrowed(1, 1, 64);
+    refuse(here, norm, misaligned, half!(8, 64), &weight, "input");
+    refuse([&gpu, &other, &gpu], norm, half!(8, 64), half!(8, 64), &weight, "input");
+    refuse([&gpu, &gpu, &other], norm, half!(8, 64), half!(8, 64), &weight, "residual");
+    // A row of 1 MiB in f32 is more shared memory than any GPU has.
+    let (wide, wide_weight) = (half!(1, 1 << 18), half!(1 << 18));
+    refuse(here, norm, wide, half!(1, 1 << 18), &wide_weight, "input");
+
+    let mut host = vec![f16::ONE; 8 * 64];
+    let mut residual = half!(8, 64);
+    let call = (norm.op)(
+        &gpu.stream,
+        &mut TensorMut::from_slice(&mut host, &[8, 64]).unwrap(),
+        &mut residual.on_mut(&gpu).view_mut(),
+        &weight.on(&gpu).view(),
+        &NormOptions::default(),
+    );
+    refused(call, "input");
+    residual.assert_untouched(&gpu);
+    assert_eq!(host, vec![f16::ONE; 8 * 64]);
+}

@@ -1,0 +1,76 @@
+//! Gemma's norms, which multiply by `weight + 1`, on the GPU against the CPU
+//! reference.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use common::{Gpu, Rng, Tensor, norm as cases, refused};
+use flashinfer_rs::{norm, norm::NormOptions, reference};
+use half::f16;
+
+const GEMMA: cases::Norm = cases::Norm { op: norm::gemma_rmsnorm, reference: reference::gemma_rmsnorm };
+const FUSED: cases::FusedAdd =
+    cases::FusedAdd { op: norm::gemma_fused_add_rmsnorm, reference: reference::gemma_fused_add_rmsnorm };
+
+#[test]
+fn sizes() {
+    cases::sizes(GEMMA);
+}
+
+#[test]
+fn strided_rows() {
+    cases::strided_rows(GEMMA);
+}
+
+#[test]
+fn eps() {
+    cases::eps(GEMMA);
+}
+
+#[test]
+fn no_rows() {
+    cases::no_rows(GEMMA);
+}
+
+#[test]
+fn pdl() {
+    cases::pdl(GEMMA);
+}
+
+#[test]
+fn wrong_input() {
+    cases::wrong_input(GEMMA);
+}
+
+#[test]
+fn heads_have_no_kernel() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let input = Tensor::<f16>::random(&gpu, rng, &[4, 2, 64]);
+    let weight = Tensor::<f16>::random(&gpu, rng, &[64]);
+    let mut out = Tensor::<f16>::poisoned(&gpu, &[4, 2, 64]);
+    let call = norm::gemma_rmsnorm(
+        &gpu.stream,
+        &mut out.on_mut(&gpu).view_mut(),
+        &input.on(&gpu).view(),
+        &weight.on(&gpu).view(),
+        &NormOptions::default(),
+    );
+    refused(call, "input");
+    out.assert_untouched(&gpu);
+}
+
+#[test]
+fn fused_add_sizes() {
+    cases::fused_sizes(FUSED);
+}
+
+#[test]
+fn fused_add_strided_rows() {
+    cases::fused_strided_rows(FUSED);
+}
+
+#[test]
+fn fused_add_wrong_input() {
+    cases::fused_wrong_input(FUSED);
+}

@@ -1,0 +1,1005 @@
+//! Paged batch decode on the GPU against the CPU reference.
+//!
+//! Cache slots that hold no token are NaN, and so are outputs beforehand, so
+//! that whatever is read or left out by mistake shows.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use common::{
+    Gpu, Number, Rng, Tensor, assert_same_bits,
+    cache::{Cache, CacheShape, LAYOUTS, random_table, repeating_table, table_among},
+    refused, say,
+};
+use cudarc::driver::{
+    CudaGraph,
+    sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
+};
+use flashinfer_rs::{
+    FlashInferError, PageIndices, PageTable, TensorMut, TensorRef,
+    attention::{AttentionSpec, BatchDecode, DecodeHeads, DecodeOptions, DecodePlan, PlanMode, Workspace},
+    cudarc::{TensorExt, TensorExtMut},
+    page::{KvLayout, PagedKv},
+    reference,
+};
+use float8::F8E4M3;
+use half::{bf16, f16};
+
+/// The largest absolute error of a base-2 LSE. Products are summed in f32 for
+/// every dtype, so it does not depend on it.
+const LSE_BOUND: f64 = 1e-2;
+/// What the kernel gives as the LSE of a request without tokens is a number
+/// around −50000, which weighs nothing where results are merged.
+const LSE_OF_NOTHING: f64 = -4e4;
+
+/// One decode step.
+#[derive(Clone, Debug)]
+struct Case {
+    lens: Vec<usize>,
+    page_size: usize,
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    layout: KvLayout,
+    joined: bool,
+    window_left: Option<u32>,
+    soft_cap: Option<f32>,
+    sm_scale: Option<f64>,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            lens: vec![1, 15, 16, 17, 0, 77],
+            page_size: 16,
+            kv_heads: 2,
+            group: 4,
+            head_dim: 128,
+            layout: KvLayout::Nhd,
+            joined: false,
+            window_left: None,
+            soft_cap: None,
+            sm_scale: None,
+        }
+    }
+}
+
+impl Case {
+    fn spec<T: Number, K: Number>(&self) -> AttentionSpec {
+        let mut spec = AttentionSpec::new(T::DTYPE, self.head_dim).with_kv_dtype(K::DTYPE);
+        spec.window_left = self.window_left;
+        spec.logits_soft_cap = self.soft_cap;
+        spec
+    }
+
+    fn heads(&self) -> DecodeHeads {
+        DecodeHeads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
+    }
+
+    fn options(&self) -> DecodeOptions {
+        let mut options = DecodeOptions::default();
+        options.sm_scale = self.sm_scale;
+        options
+    }
+
+    fn cache_shape(&self, pages: usize) -> CacheShape {
+        CacheShape {
+            pages,
+            page_size: self.page_size,
+            heads: self.kv_heads,
+            head_dim: self.head_dim,
+            layout: self.layout,
+            joined: self.joined,
+        }
+    }
+
+    fn q_shape(&self) -> [usize; 3] {
+        [self.lens.len(), self.kv_heads * self.group, self.head_dim]
+    }
+}
+
+/// A case with its tensors, and what the reference makes of them.
+struct Problem<T, K> {
+    case: Case,
+    table: PageIndices,
+    q: Tensor<T>,
+    cache: Cache<K>,
+    want: Vec<f64>,
+    want_lse: Vec<f64>,
+}
+
+impl<T: Number, K: Number> Problem<T, K> {
+    fn new(gpu: &Gpu, rng: &mut Rng, case: Case) -> Self {
+        let table = random_table(rng, case.page_size, &case.lens);
+        Self::with_table(gpu, rng, case, table)
+    }
+
+    fn with_table(gpu: &Gpu, rng: &mut Rng, case: Case, table: PageIndices) -> Self {
+        let q = Tensor::random(gpu, rng, &case.q_shape());
+        let cache = Cache::random(gpu, rng, case.cache_shape(table.num_pages()), &table);
+        Self::solve(case, table, q, cache)
+    }
+
+    /// Fills in what the reference says.
+    fn solve(case: Case, table: PageIndices, q: Tensor<T>, cache: Cache<K>) -> Self {
+        let [batch, heads, head_dim] = case.q_shape();
+        let mut want = vec![f64::NAN; batch * heads * head_dim];
+        let mut want_lse = vec![f64::NAN; batch * heads];
+        reference::batch_decode(
+            &case.spec::<T, K>(),
+            &q.view(),
+            &cache.view(),
+            &table,
+            &mut TensorMut::from_slice(&mut want, &[batch, heads, head_dim]).unwrap(),
+            Some(&mut TensorMut::from_slice(&mut want_lse, &[batch, heads]).unwrap()),
+            &case.options(),
+        )
+        .unwrap();
+        Self { case, table, q, cache, want, want_lse }
+    }
+
+    fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
+        let [batch, heads, head_dim] = self.case.q_shape();
+        (Tensor::poisoned(gpu, &[batch, heads, head_dim]), Tensor::poisoned(gpu, &[batch, heads]))
+    }
+
+    /// Plans and runs eagerly, compares with the reference, and says whether
+    /// the plan split requests.
+    #[track_caller]
+    fn check(&self, gpu: &Gpu, decode: &BatchDecode, workspace: &mut Workspace) -> bool {
+        let table = PageTable::new(&gpu.stream, self.table.clone()).unwrap();
+        let plan = decode.plan(workspace, &table, self.case.heads(), PlanMode::Eager).unwrap();
+        self.check_run(gpu, &plan);
+        plan.splits_kv()
+    }
+
+    /// Runs a plan and compares with the reference.
+    #[track_caller]
+    fn check_run(&self, gpu: &Gpu, plan: &DecodePlan<'_>) -> (Vec<T>, Vec<f32>) {
+        let (mut out, mut lse) = self.outputs(gpu);
+        self.run(gpu, plan, &mut out, Some(&mut lse), &self.case.options());
+        self.verify(gpu, &out, Some(&lse));
+        (out.download(gpu), lse.download(gpu))
+    }
+
+    #[track_caller]
+    fn run(
+        &self,
+        gpu: &Gpu,
+        plan: &DecodePlan<'_>,
+        out: &mut Tensor<T>,
+        lse: Option<&mut Tensor<f32>>,
+        options: &DecodeOptions,
+    ) {
+        let mut lse = lse.map(|lse| lse.on_mut(gpu));
+        plan.run(
+            &self.q.on(gpu).view(),
+            &self.cache.on(gpu).kv(),
+            &mut out.on_mut(gpu).view_mut(),
+            lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+            options,
+        )
+        .unwrap();
+    }
+
+    #[track_caller]
+    fn verify(&self, gpu: &Gpu, out: &Tensor<T>, lse: Option<&Tensor<f32>>) {
+        let what = format!("decode {:?}", self.case);
+        // The reference reads the same keys and values, so their dtype does not
+        // widen the bound.
+        out.assert_close(gpu, &what, &self.want, T::BOUND);
+        let Some(lse) = lse else { return };
+        for (at, (got, want)) in lse.download(gpu).into_iter().zip(&self.want_lse).enumerate() {
+            let got = f64::from(got);
+            let agrees =
+                if want.is_finite() { (got - want).abs() <= LSE_BOUND } else { got <= LSE_OF_NOTHING };
+            assert!(agrees, "{what}: LSE {at} is {got}, not {want}");
+        }
+    }
+}
+
+/// The decode of a case, whose module must be there.
+fn decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> BatchDecode {
+    BatchDecode::new(gpu.runtime, &case.spec::<T, K>()).expect("the module")
+}
+
+/// The decode of a case; `None`, said on stderr, if no source holds its module.
+fn optional_decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchDecode> {
+    let spec = case.spec::<T, K>();
+    match BatchDecode::new(gpu.runtime, &spec) {
+        Ok(decode) => Some(decode),
+        Err(FlashInferError::Artifact(reason)) => {
+            say(&format!("skipped: no source holds {}: {reason}", spec.decode_module().unwrap()));
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Lengths around the ends of pages, length 1, and a request without tokens.
+fn ragged(page_size: usize) -> Vec<usize> {
+    vec![1, page_size, page_size + 1, 0, (page_size - 1).max(1), 3 * page_size + 5, 131]
+}
+
+fn shapes<T: Number>(head_dim: usize) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for group in [1, 2, 3, 4, 8] {
+        for page_size in [1, 16, 64] {
+            for (layout, joined) in LAYOUTS.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+                let case = Case {
+                    lens: ragged(page_size),
+                    page_size,
+                    group,
+                    head_dim,
+                    layout,
+                    joined,
+                    ..Case::default()
+                };
+                let Some(decode) = (match head_dim {
+                    64 | 128 => Some(decode_of::<T, T>(&gpu, &case)),
+                    _ => optional_decode_of::<T, T>(&gpu, &case),
+                }) else {
+                    return;
+                };
+                Problem::<T, T>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+            }
+        }
+    }
+}
+
+#[test]
+fn f16_64() {
+    shapes::<f16>(64);
+}
+
+#[test]
+fn f16_128() {
+    shapes::<f16>(128);
+}
+
+#[test]
+fn f16_256() {
+    shapes::<f16>(256);
+}
+
+#[test]
+fn bf16_64() {
+    shapes::<bf16>(64);
+}
+
+#[test]
+fn bf16_128() {
+    shapes::<bf16>(128);
+}
+
+#[test]
+fn bf16_256() {
+    shapes::<bf16>(256);
+}
+
+/// One long request is divided among blocks, also beside short and empty ones.
+#[test]
+fn split_kv() {
+    fn run<T: Number>(gpu: &Gpu, rng: &mut Rng, lens: &[usize], page_size: usize) {
+        let case = Case { lens: lens.to_vec(), page_size, kv_heads: 8, ..Case::default() };
+        let decode = decode_of::<T, T>(gpu, &case);
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let splits = Problem::<T, T>::new(gpu, rng, case).check(gpu, &decode, &mut workspace);
+        assert!(splits, "{lens:?} in pages of {page_size} was not split");
+    }
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    run::<f16>(&gpu, rng, &[20_000], 16);
+    run::<bf16>(&gpu, rng, &[20_000], 64);
+    run::<f16>(&gpu, rng, &[3, 5_001, 0, 4_096, 1], 1);
+}
+
+/// A batch that fills the GPU is not split, in either mode.
+#[test]
+fn large_batch() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let lens: Vec<usize> = (0..600).map(|_| rng.below(40)).collect();
+    let case = Case { lens, kv_heads: 8, group: 1, head_dim: 64, ..Case::default() };
+    let decode = decode_of::<f16, f16>(&gpu, &case);
+    let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
+        let plan = decode.plan(&mut workspace, &table, problem.case.heads(), mode).unwrap();
+        assert!(!plan.splits_kv(), "{mode:?}: {:?}", plan.numbers());
+        problem.check_run(&gpu, &plan);
+    }
+}
+
+/// The output has the same bits with and without LSE, and with and without
+/// programmatic dependent launch.
+#[test]
+fn lse_and_pdl_change_nothing() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for lens in [vec![1, 16, 33, 0], vec![6000, 2]] {
+        let case = Case { lens, ..Case::default() };
+        let decode = decode_of::<f16, f16>(&gpu, &case);
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+        let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+        let (want, _) = problem.check_run(&gpu, &plan);
+        let dependent = gpu.runtime.compute_capability(0).unwrap().0 >= 9;
+        for enable_pdl in [Some(false), dependent.then_some(true)] {
+            let (mut out, _) = problem.outputs(&gpu);
+            let mut options = problem.case.options();
+            options.enable_pdl = enable_pdl;
+            problem.run(&gpu, &plan, &mut out, None, &options);
+            assert_same_bits("without LSE", &out.download(&gpu), &want);
+        }
+    }
+}
+
+#[test]
+fn sm_scale() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for sm_scale in [0.0, 0.01, 0.5, -0.1] {
+        let case = Case { sm_scale: Some(sm_scale), ..Case::default() };
+        let decode = decode_of::<bf16, bf16>(&gpu, &case);
+        Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+    }
+}
+
+/// Queries as the first heads of a joined query-key-value projection.
+#[test]
+fn strided_queries() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let case = Case::default();
+    let decode = decode_of::<f16, f16>(&gpu, &case);
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let [batch, heads, head_dim] = case.q_shape();
+    let table = random_table(rng, case.page_size, &case.lens);
+    let cache = Cache::random(&gpu, rng, case.cache_shape(table.num_pages()), &table);
+    let q = Tensor::<f16>::random(&gpu, rng, &[batch, heads + 4, head_dim]).narrowed(1, 0, heads);
+    Problem::<f16, f16>::solve(case, table, q, cache).check(&gpu, &decode, &mut workspace);
+}
+
+/// Requests that begin with the same pages.
+#[test]
+fn shared_pages() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let case = Case { lens: vec![40, 50, 32], ..Case::default() };
+    let decode = decode_of::<f16, f16>(&gpu, &case);
+    let requests = [(&[5, 2, 0][..], 40), (&[5, 2, 7, 1][..], 50), (&[5, 2][..], 32)];
+    let table = PageIndices::from_requests(9, 16, requests).unwrap();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    Problem::<f16, f16>::with_table(&gpu, rng, case, table).check(&gpu, &decode, &mut workspace);
+}
+
+/// Sliding windows: shorter and longer than requests, at and beside page ends,
+/// and in a request that is split.
+#[test]
+fn sliding_window() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for window_left in [0, 1, 15, 16, 17, 76, 1000] {
+        for lens in [Case::default().lens, vec![5000, 3]] {
+            let case = Case { lens, window_left: Some(window_left), ..Case::default() };
+            let Some(decode) = optional_decode_of::<bf16, bf16>(&gpu, &case) else { return };
+            Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+        }
+    }
+}
+
+/// Soft caps that bend the logits much and little.
+#[test]
+fn logits_soft_cap() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for soft_cap in [1.0, 5.0, 50.0] {
+        for lens in [Case::default().lens, vec![5000, 3]] {
+            let case = Case { lens, soft_cap: Some(soft_cap), sm_scale: Some(0.15), ..Case::default() };
+            let Some(decode) = optional_decode_of::<bf16, bf16>(&gpu, &case) else { return };
+            Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+        }
+    }
+}
+
+/// Both, as Gemma has them.
+#[test]
+fn sliding_window_and_soft_cap() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (window_left, soft_cap, lens) in [(15, 50.0, vec![1, 16, 17, 100, 0]), (1023, 30.0, vec![3000])] {
+        let case = Case {
+            lens,
+            head_dim: 256,
+            group: 2,
+            window_left: Some(window_left),
+            soft_cap: Some(soft_cap),
+            ..Case::default()
+        };
+        let Some(decode) = optional_decode_of::<bf16, bf16>(&gpu, &case) else { return };
+        Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+    }
+}
+
+fn e4m3_cache<T: Number>() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (page_size, group, layout) in [(1, 1, KvLayout::Nhd), (16, 4, KvLayout::Hnd), (64, 8, KvLayout::Nhd)]
+    {
+        for lens in [ragged(page_size), vec![5000, 3]] {
+            let case = Case { lens, page_size, group, layout, joined: group == 4, ..Case::default() };
+            let Some(decode) = optional_decode_of::<T, F8E4M3>(&gpu, &case) else { return };
+            Problem::<T, F8E4M3>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+        }
+    }
+}
+
+#[test]
+fn f16_over_e4m3_cache() {
+    e4m3_cache::<f16>();
+}
+
+#[test]
+fn bf16_over_e4m3_cache() {
+    e4m3_cache::<bf16>();
+}
+
+/// Offsets in a cache of more than 2³² elements are 64-bit.
+#[test]
+fn cache_beyond_32_bits() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    // The same two pages, once as a small cache and once as the first and the
+    // last page of 8 GiB.
+    let case = Case { lens: vec![32], kv_heads: 8, joined: true, ..Case::default() };
+    let decode = decode_of::<f16, f16>(&gpu, &case);
+    let small_table = PageIndices::from_requests(2, 16, [(&[1, 0][..], 32)]).unwrap();
+    let problem = Problem::<f16, f16>::with_table(&gpu, rng, case, small_table);
+    let page = 2 * 16 * 8 * 128;
+    let pages = (1usize << 32) / page + 2;
+    let mut storage = gpu.cuda.alloc_zeros::<f16>(pages * page).unwrap();
+    let (first, last) = problem.cache.tensors[0].host.split_at(page);
+    gpu.cuda.memcpy_htod(first, &mut storage.slice_mut(..page)).unwrap();
+    gpu.cuda.memcpy_htod(last, &mut storage.slice_mut((pages - 1) * page..)).unwrap();
+    let table = PageIndices::from_requests(pages, 16, [(&[pages as i32 - 1, 0][..], 32)]).unwrap();
+    let table = PageTable::new(&gpu.stream, table).unwrap();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    let (mut out, mut lse) = problem.outputs(&gpu);
+    plan.run(
+        &problem.q.on(&gpu).view(),
+        &PagedKv::joined(storage.tensor(&gpu.cuda, &[pages, 2, 16, 8, 128]).unwrap().view(), KvLayout::Nhd)
+            .unwrap(),
+        &mut out.on_mut(&gpu).view_mut(),
+        Some(&mut lse.on_mut(&gpu).view_mut()),
+        &problem.case.options(),
+    )
+    .unwrap();
+    problem.verify(&gpu, &out, Some(&lse));
+}
+
+#[test]
+fn empty_batches() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for lens in [vec![0; 3], vec![0]] {
+        let case = Case { lens, ..Case::default() };
+        let decode = decode_of::<f16, f16>(&gpu, &case);
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+        let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+        for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
+            let plan = decode.plan(&mut workspace, &table, problem.case.heads(), mode).unwrap();
+            problem.check_run(&gpu, &plan);
+        }
+    }
+    // Without requests a run does nothing, but still looks at its arguments.
+    let case = Case { lens: vec![], ..Case::default() };
+    let decode = decode_of::<f16, f16>(&gpu, &case);
+    let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    assert!(plan.numbers().is_empty() && !plan.splits_kv());
+    problem.check_run(&gpu, &plan);
+    let one = Tensor::<f16>::random(&gpu, rng, &[1, 8, 128]);
+    let (mut out, _) = problem.outputs(&gpu);
+    let call = plan.run(
+        &one.on(&gpu).view(),
+        &problem.cache.on(&gpu).kv(),
+        &mut out.on_mut(&gpu).view_mut(),
+        None,
+        &DecodeOptions::default(),
+    );
+    refused(call, "q");
+}
+
+/// One plan serves all layers of a step, each with its own queries and cache.
+#[test]
+fn layers_share_a_plan() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for lens in [Case::default().lens, vec![3000, 1, 0]] {
+        let case = Case { lens, kv_heads: 8, ..Case::default() };
+        let decode = decode_of::<bf16, bf16>(&gpu, &case);
+        let indices = random_table(rng, case.page_size, &case.lens);
+        let layers: Vec<_> = (0..4)
+            .map(|_| Problem::<bf16, bf16>::with_table(&gpu, rng, case.clone(), indices.clone()))
+            .collect();
+        let table = PageTable::new(&gpu.stream, indices).unwrap();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::Eager).unwrap();
+        let mut outputs: Vec<_> = layers.iter().map(|layer| layer.outputs(&gpu)).collect();
+        // All are enqueued before the first is looked at.
+        for (layer, (out, lse)) in layers.iter().zip(&mut outputs) {
+            layer.run(&gpu, &plan, out, Some(lse), &case.options());
+        }
+        for (layer, (out, lse)) in layers.iter().zip(&outputs) {
+            layer.verify(&gpu, out, Some(lse));
+        }
+    }
+}
+
+/// Steps of different lengths that follow each other without waiting, each
+/// planned on the workspace of the one before.
+#[test]
+fn steps_share_a_workspace() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let case = Case { kv_heads: 8, ..Case::default() };
+    let decode = decode_of::<f16, f16>(&gpu, &case);
+    let steps: Vec<_> = [vec![900, 3, 0], vec![1, 1, 1], vec![17, 2500, 64], vec![0, 0, 5]]
+        .map(|lens| Problem::<f16, f16>::new(&gpu, rng, Case { lens, ..case.clone() }))
+        .into_iter()
+        .collect();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let mut table = PageTable::with_capacity(&gpu.stream, steps[0].table.clone(), 3, 200).unwrap();
+    for _ in 0..5 {
+        let mut outputs: Vec<_> = steps.iter().map(|step| step.outputs(&gpu)).collect();
+        for (step, (out, lse)) in steps.iter().zip(&mut outputs) {
+            table.update(step.table.clone()).unwrap();
+            let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::Eager).unwrap();
+            step.run(&gpu, &plan, out, Some(lse), &case.options());
+        }
+        for (step, (out, lse)) in steps.iter().zip(&outputs) {
+            step.verify(&gpu, out, Some(lse));
+        }
+    }
+}
+
+/// A captured step: the graph, the plan's numbers, and the tensors that the
+/// graph works on.
+struct Captured<T> {
+    graph: CudaGraph,
+    numbers: Vec<i64>,
+    q: Tensor<T>,
+    cache: Cache<T>,
+    out: Tensor<T>,
+    lse: Tensor<f32>,
+}
+
+/// Captures one run for batches of the case's size in a cache of this many
+/// pages.
+fn capture<T: Number>(
+    gpu: &Gpu,
+    decode: &BatchDecode,
+    case: &Case,
+    pages: usize,
+    workspace: &mut Workspace,
+    table: &PageTable,
+) -> Captured<T> {
+    let [batch, heads, _] = case.q_shape();
+    let q = Tensor::poisoned(gpu, &case.q_shape());
+    let cache = Cache::poisoned(gpu, case.cache_shape(pages));
+    let mut out = Tensor::poisoned(gpu, &case.q_shape());
+    let mut lse = Tensor::poisoned(gpu, &[batch, heads]);
+    let plan = decode.plan(workspace, table, case.heads(), PlanMode::CudaGraph).unwrap();
+    let numbers = plan.numbers().to_vec();
+    let graph = {
+        let (q, cache) = (q.on(gpu), cache.on(gpu));
+        let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
+        gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+        let run =
+            plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options());
+        let graph = gpu.cuda.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("a graph");
+        run.unwrap();
+        graph
+    };
+    out.assert_untouched(gpu); // captured is not run
+    Captured { graph, numbers, q, cache, out, lse }
+}
+
+impl<T: Number> Captured<T> {
+    /// Replays for a problem: updates the table, plans, uploads, launches,
+    /// compares with the reference, with the same plan run directly, and with
+    /// an eager plan.
+    #[track_caller]
+    fn replay(
+        &mut self,
+        gpu: &Gpu,
+        decode: &BatchDecode,
+        problem: &Problem<T, T>,
+        workspace: &mut Workspace,
+        table: &mut PageTable,
+    ) {
+        table.update(problem.table.clone()).unwrap();
+        self.q.upload(gpu, &problem.q.host);
+        for (tensor, source) in self.cache.tensors.iter_mut().zip(&problem.cache.tensors) {
+            tensor.upload(gpu, &source.host);
+        }
+        self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
+        self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
+        let plan = decode.plan(workspace, table, problem.case.heads(), PlanMode::CudaGraph).unwrap();
+        assert!(plan.can_replay(&self.numbers), "{:?} is not {:?}", plan.numbers(), self.numbers);
+        self.graph.launch().unwrap();
+        problem.verify(gpu, &self.out, Some(&self.lse));
+        let (direct, direct_lse) = problem.check_run(gpu, &plan);
+        assert_same_bits("replay and run", &self.out.download(gpu), &direct);
+        assert_same_bits("replay and run: LSE", &self.lse.download(gpu), &direct_lse);
+        problem.check(gpu, decode, &mut Workspace::new(&gpu.stream).unwrap());
+    }
+}
+
+/// Replays with other lengths, and with fewer requests than were captured.
+#[test]
+fn graph_replay() {
+    fn run<T: Number>(gpu: &Gpu, rng: &mut Rng, layout: KvLayout, joined: bool) {
+        const PAGES: usize = 400;
+        let case = Case { kv_heads: 8, layout, joined, ..Case::default() };
+        let batch = case.lens.len();
+        let decode = decode_of::<T, T>(gpu, &case);
+        let first = table_among(rng, PAGES, case.page_size, &case.lens);
+        let mut table = PageTable::with_capacity(&gpu.stream, first, batch, PAGES).unwrap();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let mut captured = capture::<T>(gpu, &decode, &case, PAGES, &mut workspace, &table);
+        for lens in [
+            vec![1, 15, 16, 17, 0, 77],
+            vec![2, 16, 17, 18, 1, 78],
+            vec![3000, 1, 1, 1, 1, 1],
+            vec![700, 0, 31],
+            vec![5],
+            vec![],
+            vec![64; 6],
+        ] {
+            let table_of_step = table_among(rng, PAGES, case.page_size, &lens).pad_to(batch).unwrap();
+            let mut padded = lens;
+            padded.resize(batch, 0);
+            let step = Case { lens: padded, ..case.clone() };
+            let problem = Problem::<T, T>::with_table(gpu, rng, step, table_of_step);
+            captured.replay(gpu, &decode, &problem, &mut workspace, &mut table);
+        }
+    }
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    run::<f16>(&gpu, rng, KvLayout::Nhd, false);
+    run::<bf16>(&gpu, rng, KvLayout::Hnd, true);
+}
+
+/// One request that takes every block of the captured launch, beside 31 that
+/// are padding: each of those needs a block too.
+#[test]
+fn graph_with_padding_and_one_long_request() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    const PAGES: usize = 64;
+    for group in [1, 4] {
+        let case = Case { lens: vec![20; 32], kv_heads: 8, group, ..Case::default() };
+        let decode = decode_of::<f16, f16>(&gpu, &case);
+        let first = repeating_table(rng, PAGES, case.page_size, &case.lens);
+        let mut table = PageTable::with_capacity(&gpu.stream, first, 32, 4000).unwrap();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let mut captured = capture::<f16>(&gpu, &decode, &case, PAGES, &mut workspace, &table);
+        for long_at in [0, 31] {
+            let mut lens = vec![0; 32];
+            lens[long_at] = 40_000;
+            let table_of_step = repeating_table(rng, PAGES, case.page_size, &lens);
+            let problem = Problem::with_table(&gpu, rng, Case { lens, ..case.clone() }, table_of_step);
+            captured.replay(&gpu, &decode, &problem, &mut workspace, &mut table);
+        }
+        let table_of_step = repeating_table(rng, PAGES, case.page_size, &case.lens);
+        let problem = Problem::with_table(&gpu, rng, case.clone(), table_of_step);
+        captured.replay(&gpu, &decode, &problem, &mut workspace, &mut table);
+    }
+}
+
+/// Which plans a captured graph may be replayed after.
+#[test]
+fn can_replay() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let case = Case { lens: vec![10, 20, 30], kv_heads: 8, ..Case::default() };
+    let decode = decode_of::<f16, f16>(&gpu, &case);
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let first = table_among(rng, 50, case.page_size, &case.lens);
+    let mut table = PageTable::with_capacity(&gpu.stream, first, 4, 50).unwrap();
+    let mut plan_of = |table: &PageTable, heads, mode| {
+        let plan = decode.plan(&mut workspace, table, heads, mode).unwrap();
+        let numbers = plan.numbers().to_vec();
+        (plan.can_replay(&numbers), numbers)
+    };
+    let (replayable, captured) = plan_of(&table, case.heads(), PlanMode::CudaGraph);
+    assert!(replayable);
+    let (replayable, eager) = plan_of(&table, case.heads(), PlanMode::Eager);
+    assert!(!replayable && eager != captured);
+    let other_heads = DecodeHeads { num_qo_heads: 8, num_kv_heads: 8 };
+    assert_ne!(plan_of(&table, other_heads, PlanMode::CudaGraph).1, captured);
+
+    // Launches have the batch size baked in.
+    for lens in [&[10, 20][..], &[10, 20, 30, 40]] {
+        table.update(table_among(rng, 50, case.page_size, lens)).unwrap();
+        let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::CudaGraph).unwrap();
+        assert!(!plan.can_replay(&captured), "captured for 3 requests, planned for {}", lens.len());
+    }
+}
+
+/// Two threads, each with a stream, a workspace and tables of its own.
+#[test]
+fn two_streams_at_once() {
+    fn work(gpu: &Gpu, mut rng: Rng, group: usize) {
+        let case = Case { kv_heads: 8, group, ..Case::default() };
+        let decode = decode_of::<f16, f16>(gpu, &case);
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let problems = [vec![1, 40, 0, 300], vec![4000, 7, 7, 7], vec![17, 16, 15, 64]]
+            .map(|lens| Problem::<f16, f16>::new(gpu, &mut rng, Case { lens, ..case.clone() }));
+        let mut table = PageTable::with_capacity(&gpu.stream, problems[0].table.clone(), 4, 300).unwrap();
+        let mut first: Vec<(Vec<f16>, Vec<f32>)> = Vec::new();
+        for iteration in 0..150 {
+            let at = iteration % problems.len();
+            let problem = &problems[at];
+            table.update(problem.table.clone()).unwrap();
+            let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::Eager).unwrap();
+            if iteration < problems.len() {
+                first.push(problem.check_run(gpu, &plan));
+                continue;
+            }
+            let (mut out, mut lse) = problem.outputs(gpu);
+            for _ in 0..4 {
+                problem.run(gpu, &plan, &mut out, Some(&mut lse), &case.options());
+            }
+            assert_same_bits("output", &out.download(gpu), &first[at].0);
+            assert_same_bits("LSE", &lse.download(gpu), &first[at].1);
+        }
+    }
+    let Some(gpu) = Gpu::start() else { return };
+    let other = gpu.fork();
+    let (rng, other_rng) = (Rng::new(), Rng::new());
+    std::thread::scope(|scope| {
+        let threads = [scope.spawn(|| work(&gpu, rng, 4)), scope.spawn(|| work(&other, other_rng, 1))];
+        for thread in threads {
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+    });
+}
+
+/// What tests of wrong input start from.
+struct Bench {
+    gpu: Gpu,
+    other: Gpu,
+    rng: Rng,
+    problem: Problem<f16, f16>,
+}
+
+impl Bench {
+    fn start() -> Option<Self> {
+        Gpu::start().map(Self::on)
+    }
+
+    fn on(gpu: Gpu) -> Self {
+        let (mut rng, other) = (Rng::new(), gpu.fork());
+        let problem = Problem::new(&gpu, &mut rng, Case { lens: vec![5, 20, 0], ..Case::default() });
+        Self { gpu, other, rng, problem }
+    }
+}
+
+#[test]
+fn wrong_queries_and_outputs() {
+    let Some(Bench { gpu, other, mut rng, problem }) = Bench::start() else { return };
+    let rng = &mut rng;
+    let decode = decode_of::<f16, f16>(&gpu, &problem.case);
+    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    let options = DecodeOptions::default();
+    let cache = problem.cache.on(&gpu);
+    let (mut out, mut lse) = problem.outputs(&gpu);
+    {
+        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+        let mut run = |q: TensorRef<'_>| {
+            plan.run(&q, &cache.kv(), &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+        };
+        let q = problem.q.on(&gpu);
+        let good = q.view();
+        refused(run(Tensor::<bf16>::random(&gpu, rng, &[3, 8, 128]).on(&gpu).view()), "q");
+        refused(run(Tensor::<f32>::random(&gpu, rng, &[3, 8, 128]).on(&gpu).view()), "q");
+        refused(run(good.select(1, 0).unwrap()), "q");
+        refused(run(good.narrow(0, 0, 2).unwrap()), "q");
+        refused(run(good.narrow(1, 0, 4).unwrap()), "q");
+        refused(run(good.narrow(2, 0, 64).unwrap()), "q");
+        let columns = Tensor::<f16>::random(&gpu, rng, &[3, 128, 8]).permuted(&[0, 2, 1]);
+        refused(run(columns.on(&gpu).view()), "q");
+        let odd = Tensor::<f16>::random(&gpu, rng, &[3, 8, 136]).narrowed(2, 1, 128);
+        refused(run(odd.on(&gpu).view()), "q");
+        let uneven = Tensor::<f16>::random(&gpu, rng, &[3, 8, 130]).narrowed(2, 0, 128);
+        refused(run(uneven.on(&gpu).view()), "q");
+        refused(run(problem.q.view()), "q"); // on the host
+        refused(run(problem.q.on(&other).view()), "q");
+    }
+    other.synchronize();
+    out.assert_untouched(&gpu);
+    lse.assert_untouched(&gpu);
+
+    let q = problem.q.on(&gpu);
+    macro_rules! refuse {
+        ($out:expr, $lse:expr, $on:expr, $expected:expr) => {{
+            let (mut out, mut lse) = ($out, $lse);
+            let (out_gpu, lse_gpu): (&Gpu, &Gpu) = $on;
+            {
+                let (mut out, mut lse) = (out.on_mut(out_gpu), lse.on_mut(lse_gpu));
+                let call = plan.run(
+                    &q.view(),
+                    &cache.kv(),
+                    &mut out.view_mut(),
+                    Some(&mut lse.view_mut()),
+                    &options,
+                );
+                refused(call, $expected);
+            }
+            other.synchronize();
+            out.assert_untouched(&gpu);
+            lse.assert_untouched(&gpu);
+        }};
+    }
+    let half = |shape: &[usize]| Tensor::<f16>::poisoned(&gpu, shape);
+    let single = |shape: &[usize]| Tensor::<f32>::poisoned(&gpu, shape);
+    let here = (&gpu, &gpu);
+    refuse!(Tensor::<bf16>::poisoned(&gpu, &[3, 8, 128]), single(&[3, 8]), here, "out");
+    refuse!(single(&[3, 8, 128]), single(&[3, 8]), here, "out");
+    refuse!(half(&[3, 8 * 128]), single(&[3, 8]), here, "out");
+    refuse!(half(&[3, 4, 128]), single(&[3, 8]), here, "out");
+    refuse!(half(&[3, 9, 128]).narrowed(1, 0, 8), single(&[3, 8]), here, "out");
+    refuse!(half(&[8, 3, 128]).permuted(&[1, 0, 2]), single(&[3, 8]), here, "out");
+    refuse!(half(&[3, 8, 128]), single(&[3, 8]), (&other, &gpu), "out");
+    refuse!(half(&[3, 8, 128]), half(&[3, 8]), here, "lse");
+    refuse!(half(&[3, 8, 128]), single(&[24]), here, "lse");
+    refuse!(half(&[3, 8, 128]), single(&[3, 4]), here, "lse");
+    refuse!(half(&[3, 8, 128]), single(&[3, 9]).narrowed(1, 0, 8), here, "lse");
+    refuse!(half(&[3, 8, 128]), single(&[3, 8]), (&gpu, &other), "lse");
+    // An output at an odd element, and on the host.
+    let mut odd = half(&[3 * 8 * 128 + 1]);
+    {
+        let mut part = odd.device.slice_mut(1..);
+        let mut out = part.tensor_mut(&gpu.cuda, &[3, 8, 128]).unwrap();
+        refused(plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), None, &options), "out");
+    }
+    odd.assert_untouched(&gpu);
+    let mut host = vec![f16::NAN; 3 * 8 * 128];
+    let mut view = TensorMut::from_slice(&mut host, &[3, 8, 128]).unwrap();
+    refused(plan.run(&q.view(), &cache.kv(), &mut view, None, &options), "out");
+    // The refused calls left everything usable.
+    problem.check_run(&gpu, &plan);
+}
+
+#[test]
+fn wrong_caches() {
+    let Some(Bench { gpu, other, mut rng, problem }) = Bench::start() else { return };
+    let rng = &mut rng;
+    let decode = decode_of::<f16, f16>(&gpu, &problem.case);
+    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let plan = decode.plan(&mut workspace, &table, problem.case.heads(), PlanMode::Eager).unwrap();
+    let (mut out, mut lse) = problem.outputs(&gpu);
+    {
+        let q = problem.q.on(&gpu);
+        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+        let nhd = KvLayout::Nhd;
+        let mut run = |k: TensorRef<'_>, v: TensorRef<'_>, layout| {
+            let kv = PagedKv::new(k, v, layout);
+            let options = DecodeOptions::default();
+            plan.run(&q.view(), &kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+        };
+        let pages = problem.table.num_pages();
+        let good = Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 128]);
+        let good_guard = good.on(&gpu);
+        let good_view = good_guard.view();
+        macro_rules! both {
+            ($tensor:expr, $layout:expr, $expected:expr) => {{
+                let tensor = $tensor;
+                let guard = tensor.on(&gpu);
+                refused(run(guard.view(), guard.view(), $layout), $expected);
+            }};
+        }
+        both!(Tensor::<bf16>::random(&gpu, rng, &[pages, 16, 2, 128]), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 32, 128]), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages - 1, 16, 2, 128]), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 15, 2, 128]), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 3, 128]), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 64]), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 128]), KvLayout::Hnd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 136]).narrowed(3, 1, 128), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 130]).narrowed(3, 0, 128), nhd, "kv.k");
+        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 128, 2]).permuted(&[0, 1, 3, 2]), nhd, "kv.k");
+        let brains = Tensor::<bf16>::random(&gpu, rng, &[pages, 16, 2, 128]);
+        refused(run(good_view, brains.on(&gpu).view(), nhd), "kv.v");
+        let more = Tensor::<f16>::random(&gpu, rng, &[pages + 1, 16, 2, 128]);
+        refused(run(good_view, more.on(&gpu).view(), nhd), "kv.v");
+        let spread = Tensor::<f16>::random(&gpu, rng, &[pages, 16, 3, 128]).narrowed(2, 0, 2);
+        refused(run(good_view, spread.on(&gpu).view(), nhd), "kv.v");
+        refused(run(good.view(), good_view, nhd), "kv.k"); // on the host
+        refused(run(good_view, good.view(), nhd), "kv.v");
+        refused(run(good.on(&other).view(), good_view, nhd), "kv.k");
+        refused(run(good_view, good.on(&other).view(), nhd), "kv.v");
+    }
+    other.synchronize();
+    out.assert_untouched(&gpu);
+    lse.assert_untouched(&gpu);
+    // The refused calls left everything usable.
+    problem.check_run(&gpu, &plan);
+}
+
+#[test]
+fn wrong_plans() {
+    let Some(Bench { gpu, other, problem, mut rng }) = Bench::start() else { return };
+    let decode = decode_of::<f16, f16>(&gpu, &problem.case);
+    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (num_qo_heads, num_kv_heads) in [(10, 2), (12, 2), (16, 1), (7, 2), (0, 2), (8, 0), (65536, 65536)] {
+        let heads = DecodeHeads { num_qo_heads, num_kv_heads };
+        refused(decode.plan(&mut workspace, &table, heads, PlanMode::Eager), "heads");
+    }
+    let heads = problem.case.heads();
+    let mut elsewhere = Workspace::new(&other.stream).unwrap();
+    refused(decode.plan(&mut elsewhere, &table, heads, PlanMode::Eager), "workspace");
+    for bytes in [0, 1, 64, 4096] {
+        let mut tiny = Workspace::with_sizes(&gpu.stream, 1 << 20, bytes).unwrap();
+        for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
+            refused(decode.plan(&mut tiny, &table, heads, mode), "workspace");
+        }
+    }
+    // Partial results that do not fit are refused here or by the planner; the
+    // workspace still serves what needs none.
+    let mut small = Workspace::with_sizes(&gpu.stream, 16, Workspace::DEFAULT_INT_BYTES).unwrap();
+    let long = random_table(&mut rng, 16, &[20_000]);
+    let long = PageTable::new(&gpu.stream, long).unwrap();
+    for (table, mode) in [(&long, PlanMode::Eager), (&table, PlanMode::CudaGraph)] {
+        match decode.plan(&mut small, table, heads, mode) {
+            Err(FlashInferError::InvalidArgument { argument: "workspace", .. }) => {}
+            Err(FlashInferError::TvmFfiCall { message, .. }) if message.contains("Buffer overflow") => {}
+            other => panic!("16 bytes for partial results were accepted: {other:?}"),
+        }
+    }
+    assert!(!problem.check(&gpu, &decode, &mut small));
+    problem.check(&gpu, &decode, &mut workspace);
+}
+
+/// What allocates, uploads or plans is refused during a capture, which goes on.
+#[test]
+fn nothing_but_runs_is_captured() {
+    let Some(Bench { gpu, problem, .. }) = Gpu::start_alone().map(Bench::on) else { return };
+    let decode = decode_of::<f16, f16>(&gpu, &problem.case);
+    let mut table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+    let plan = decode
+        .plan(&mut workspace, &table, problem.case.heads(), PlanMode::CudaGraph)
+        .map(|plan| plan.numbers().to_vec());
+    let update = table.update(problem.table.clone());
+    let new_table = PageTable::new(&gpu.stream, problem.table.clone()).map(drop);
+    let new_workspace = Workspace::new(&gpu.stream).map(drop);
+    gpu.cuda.end_capture(CUgraphInstantiate_flags(0)).unwrap();
+    refused(plan, "workspace");
+    refused(update, "stream");
+    refused(new_table, "stream");
+    refused(new_workspace, "stream");
+    problem.check(&gpu, &decode, &mut workspace);
+}

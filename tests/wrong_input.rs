@@ -1,0 +1,161 @@
+//! Wrong input is refused before anything is loaded or launched, so these
+//! checks need no GPU: the tensors here are addresses that nobody looks at.
+
+use std::ffi::c_void;
+
+use flashinfer_rs::{
+    DType, Device, FlashInferError, Result, Stream, TensorMut, TensorRef,
+    norm::{self, NormOptions},
+    page::{KvLayout, PagedKv, PagedKvMut},
+};
+
+const GPU: Device = Device::Cuda(0);
+/// An address that is a multiple of 16 bytes.
+const ALIGNED: usize = 1 << 20;
+
+fn stream() -> Stream {
+    // SAFETY: the legacy default stream of device 0; nothing is enqueued on it,
+    // because every call here is refused or has nothing to do.
+    unsafe { Stream::from_raw(std::ptr::null_mut(), 0) }
+}
+
+/// A tensor on a device that is never touched.
+fn tensor(
+    address: usize,
+    device: Device,
+    dtype: DType,
+    shape: &[usize],
+    strides: Option<&[usize]>,
+) -> TensorRef<'static> {
+    // SAFETY: the address is only compared, never followed: see `stream`.
+    unsafe { TensorRef::from_raw_parts(address as *const c_void, device, dtype, shape, strides) }.unwrap()
+}
+
+/// The same to write, far from all others.
+fn tensor_mut(device: Device, dtype: DType, shape: &[usize]) -> TensorMut<'static> {
+    // SAFETY: as in `tensor`.
+    unsafe { TensorMut::from_raw_parts((1usize << 40) as *mut c_void, device, dtype, shape, None) }.unwrap()
+}
+
+fn half(shape: &[usize]) -> TensorRef<'static> {
+    tensor(ALIGNED, GPU, DType::F16, shape, None)
+}
+
+#[track_caller]
+fn refused(result: Result<()>, op: &str, expected: &str) {
+    match result {
+        Err(FlashInferError::InvalidArgument { op: found, argument, problem }) => {
+            assert_eq!((found, argument), (op, expected), "{problem}");
+        }
+        other => panic!("expected `{expected}` to be refused, got {other:?}"),
+    }
+}
+
+type Norm = fn(&Stream, &mut TensorMut<'_>, &TensorRef<'_>, &TensorRef<'_>, &NormOptions) -> Result<()>;
+const NORMS: [(&str, Norm); 2] = [("rmsnorm", norm::rmsnorm), ("gemma_rmsnorm", norm::gemma_rmsnorm)];
+
+#[test]
+fn norms() {
+    let (stream, options) = (stream(), NormOptions::default());
+    for (name, op) in NORMS {
+        let run = |input: TensorRef<'_>, weight: TensorRef<'_>| {
+            op(&stream, &mut tensor_mut(GPU, DType::F16, &[8, 64]), &input, &weight, &options)
+        };
+        let (good, weight) = (half(&[8, 64]), half(&[64]));
+        for dtype in [DType::F32, DType::F64, DType::E4M3, DType::I32, DType::U8] {
+            refused(run(tensor(ALIGNED, GPU, dtype, &[8, 64], None), weight), name, "input");
+        }
+        refused(run(tensor(ALIGNED, GPU, DType::BF16, &[8, 64], None), weight), name, "out");
+        refused(run(good, tensor(ALIGNED, GPU, DType::BF16, &[64], None)), name, "weight");
+        refused(run(tensor(ALIGNED, Device::Cpu, DType::F16, &[8, 64], None), weight), name, "input");
+        refused(run(tensor(ALIGNED, Device::Cuda(1), DType::F16, &[8, 64], None), weight), name, "input");
+        refused(run(good, tensor(ALIGNED, Device::Cuda(1), DType::F16, &[64], None)), name, "weight");
+        refused(run(half(&[64]), weight), name, "input");
+        refused(run(half(&[2, 2, 2, 64]), weight), name, "input");
+        refused(run(half(&[8, 0]), half(&[0])), name, "input");
+        refused(run(half(&[9, 64]), weight), name, "out");
+        refused(run(half(&[8, 128]), weight), name, "out");
+        refused(run(good, half(&[65])), name, "weight");
+        refused(run(good, half(&[1, 64])), name, "weight");
+        let strided = |strides: &[usize]| tensor(ALIGNED, GPU, DType::F16, &[8, 64], Some(strides));
+        refused(run(strided(&[128, 2]), weight), name, "input");
+        refused(run(strided(&[1, 8]), weight), name, "input");
+        refused(run(strided(&[65, 1]), weight), name, "input");
+        refused(run(strided(&[1 << 33, 1]), weight), name, "input");
+        refused(run(good, tensor(ALIGNED, GPU, DType::F16, &[64], Some(&[2]))), name, "weight");
+        for odd in [2, 4, 8] {
+            refused(run(tensor(ALIGNED + odd, GPU, DType::F16, &[8, 64], None), weight), name, "input");
+            refused(run(good, tensor(ALIGNED + odd, GPU, DType::F16, &[64], None)), name, "weight");
+        }
+        // The kernels count rows in 32 bits.
+        refused(run(half(&[1 << 33, 64]), weight), name, "input");
+    }
+    let mut heads = tensor_mut(GPU, DType::F16, &[4, 2, 64]);
+    let call = norm::gemma_rmsnorm(&stream, &mut heads, &half(&[4, 2, 64]), &half(&[64]), &options);
+    refused(call, "gemma_rmsnorm", "input");
+}
+
+#[test]
+fn fused_norms() {
+    type FusedAdd =
+        fn(&Stream, &mut TensorMut<'_>, &mut TensorMut<'_>, &TensorRef<'_>, &NormOptions) -> Result<()>;
+    let ops: [(&str, FusedAdd); 2] = [
+        ("fused_add_rmsnorm", norm::fused_add_rmsnorm),
+        ("gemma_fused_add_rmsnorm", norm::gemma_fused_add_rmsnorm),
+    ];
+    let (stream, options) = (stream(), NormOptions::default());
+    for (name, op) in ops {
+        let run = |mut input: TensorMut<'_>, mut residual: TensorMut<'_>, weight: TensorRef<'_>| {
+            op(&stream, &mut input, &mut residual, &weight, &options)
+        };
+        let make = |dtype, shape: &[usize]| tensor_mut(GPU, dtype, shape);
+        let good = || make(DType::F16, &[8, 64]);
+        let weight = half(&[64]);
+        refused(run(make(DType::F32, &[8, 64]), good(), weight), name, "input");
+        refused(run(good(), make(DType::BF16, &[8, 64]), weight), name, "residual");
+        refused(run(make(DType::F16, &[8, 1, 64]), good(), weight), name, "input");
+        refused(run(good(), make(DType::F16, &[4, 64]), weight), name, "residual");
+        refused(run(good(), tensor_mut(Device::Cpu, DType::F16, &[8, 64]), weight), name, "residual");
+        refused(run(good(), good().permute(&[1, 0]).unwrap(), weight), name, "residual");
+        refused(run(good(), good(), half(&[32])), name, "weight");
+    }
+}
+
+/// Without rows there is nothing to do, not even a runtime to start.
+#[test]
+fn no_rows_need_nothing() {
+    let options = NormOptions::default();
+    for (name, op) in NORMS {
+        let mut out = tensor_mut(GPU, DType::F16, &[0, 64]);
+        let call = op(&stream(), &mut out, &half(&[0, 64]), &half(&[64]), &options);
+        assert!(call.is_ok(), "{name}: {call:?}");
+    }
+}
+
+#[test]
+fn another_threads_default_stream() {
+    // SAFETY: the per-thread default stream; nothing is enqueued on it.
+    let stream = unsafe { Stream::from_raw(2 as *mut c_void, 0) };
+    let run = || {
+        let mut out = tensor_mut(GPU, DType::F16, &[0, 64]);
+        norm::rmsnorm(&stream, &mut out, &half(&[0, 64]), &half(&[64]), &NormOptions::default())
+    };
+    run().unwrap();
+    let elsewhere = std::thread::scope(|scope| scope.spawn(run).join().unwrap());
+    refused(elsewhere, "rmsnorm", "stream");
+    run().unwrap();
+}
+
+#[test]
+fn joined_caches() {
+    let shape_of =
+        |kv: PagedKv<'_>| (kv.k.shape().to_vec(), kv.v.data_ptr() as usize - kv.k.data_ptr() as usize);
+    let kv = PagedKv::joined(half(&[3, 2, 16, 8, 64]), KvLayout::Nhd).unwrap();
+    assert_eq!(shape_of(kv), (vec![3, 16, 8, 64], 16 * 8 * 64 * 2));
+    for shape in [&[3, 16, 8, 64][..], &[3, 16, 2, 8, 64], &[3, 1, 16, 8, 64], &[2]] {
+        let call = PagedKv::joined(half(shape), KvLayout::Hnd).map(drop);
+        refused(call, "PagedKv", "kv");
+        let call = PagedKvMut::joined(tensor_mut(GPU, DType::F16, shape), KvLayout::Nhd).map(drop);
+        refused(call, "PagedKv", "kv");
+    }
+}
