@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, ffi::CString, path::Path, process::Command, syn
 use cudarc::driver::{CudaContext, CudaStream, result};
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferRuntime, ModuleName, PageIndices, PageTable, Stream,
-    attention::{AttentionSpec, BatchDecode, DecodeHeads, DecodeOptions, PlanMode, Workspace},
+    attention::{AttentionSpec, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     norm,
     page::{self, KvLayout, PagedKv, PagedKvMut},
@@ -100,7 +100,7 @@ fn measure(cuda: &Arc<CudaStream>) -> Result<Vec<Row>> {
     }
 
     let decode = BatchDecode::new(runtime, &AttentionSpec::new(DType::BF16, HEAD_DIM))?;
-    let heads = DecodeHeads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
+    let heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
     let mut workspace = Workspace::new(&stream)?;
     for (batch, tokens) in DECODE_CASES {
         let pages = tokens / PAGE_SIZE;

@@ -14,7 +14,7 @@ use std::{process::ExitCode, time::Instant};
 use cudarc::driver::{CudaContext, DeviceRepr, ValidAsZeroBits};
 use flashinfer_rs::{
     DType, Element, FlashInferRuntime, PageIndices, PageTable, Stream, TensorMut, TensorRef,
-    attention::{AttentionSpec, BatchDecode, DecodeHeads, DecodeOptions, PlanMode, Workspace},
+    attention::{AttentionSpec, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     page::{KvLayout, PagedKv},
     reference,
@@ -227,7 +227,7 @@ where
     let mut out = cuda.clone_htod(&vec![T::from_f32(f32::NAN); case.q.len()])?;
     let table = PageTable::new(&stream, case.indices.clone())?;
     let mut workspace = Workspace::new(&stream)?;
-    let heads = DecodeHeads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
+    let heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
     {
         let q = q.tensor(&cuda, &case.q_shape())?;
         let (k, v) = (k.tensor(&cuda, &case.cache_shape())?, v.tensor(&cuda, &case.cache_shape())?);

@@ -214,7 +214,18 @@ unsafe impl Sync for DeviceBuffer {}
 
 impl DeviceBuffer {
     /// At least one byte, aligned to 256, usable by later work on `stream`.
+    ///
+    /// # Errors
+    /// Also while the stream is being captured: the memory would be the
+    /// graph's, and there only while the graph runs.
     pub(crate) fn new(runtime: &'static CudaRuntime, stream: &Stream, bytes: usize) -> Result<Self> {
+        if runtime.is_capturing(stream)? {
+            return Err(FlashInferError::invalid(
+                "device memory",
+                "stream",
+                "it is being captured into a CUDA graph; allocate before the capture",
+            ));
+        }
         let _device = runtime.on_device_of(stream)?;
         let bytes = bytes.max(1);
         let mut data = ptr::null_mut();
@@ -383,7 +394,12 @@ impl StagingBuffer {
         let bytes = unsafe { std::slice::from_raw_parts_mut(slot.data.as_ptr(), self.bytes) };
         let result = fill(bytes);
         // Recorded also when `fill` failed: it may have enqueued a copy.
-        slot.copied.record(stream)?;
+        if let Err(error) = slot.copied.record(stream) {
+            // Without the event, only waiting tells that the copy is done.
+            // SAFETY: no arguments.
+            unsafe { (slot.copied.runtime.symbols.device_synchronize)() };
+            return Err(error);
+        }
         result
     }
 }

@@ -1,4 +1,91 @@
-//! FlashInfer's prebuilt GPU kernels for Rust.
+//! FlashInfer's prebuilt GPU kernels for Rust: no Python, no C++ shim, no nvcc.
+//!
+//! FlashInfer publishes its kernels compiled, as shared libraries in a wheel,
+//! one library (a *module*) for each combination of element types, head
+//! dimensions and options. This crate calls them directly, in four steps, each
+//! of which knows only the ones before it:
+//!
+//! 1. **Wheels.** `Cargo.toml` pins the wheels by SHA-256. They come from your
+//!    disk, from the program itself (embedded at build time), from the cache,
+//!    or from the network.
+//! 2. **Store.** A module is taken out of its wheel once, verified, and kept in
+//!    the cache; see [`artifacts`].
+//! 3. **Runtime.** `libcudart`, `libtvm_ffi` and the modules are opened with
+//!    `dlopen`, each once per process; see [`FlashInferRuntime`]. [`ffi`] speaks
+//!    the TVM-FFI ABI of their functions.
+//! 4. **Operations.** [`norm`], [`page`] and [`attention`] take borrowed views
+//!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
+//!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
+//!    the CPU.
+//!
+//! # Paged batch decode
+//!
+//! Planning and running are separate: a plan is made once for a batch, on the
+//! host, and run once for each layer. A run allocates nothing and waits for
+//! nothing.
+//!
+//! ```no_run
+//! # #[cfg(feature = "cudarc")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use flashinfer_rs::{
+//!     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
+//!     attention::{AttentionSpec, BatchDecode, Heads, DecodeOptions, PlanMode, Workspace},
+//!     cudarc::{TensorExt, TensorExtMut},
+//!     page::{KvLayout, PagedKv},
+//! };
+//! use half::f16;
+//!
+//! // Once per process. Only `initialize` and `preload` may download.
+//! let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
+//! let spec = AttentionSpec::new(DType::F16, 128);
+//! runtime.preload(&[spec.decode_module()?])?;
+//! let decode = BatchDecode::new(runtime, &spec)?;
+//!
+//! // A KV cache of 8 pages of 16 tokens, and 32 query heads on 8 KV heads.
+//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+//! let stream = Stream::from(&cuda);
+//! let k = cuda.alloc_zeros::<f16>(8 * 16 * 8 * 128)?;
+//! let v = cuda.alloc_zeros::<f16>(8 * 16 * 8 * 128)?;
+//! let q = cuda.alloc_zeros::<f16>(2 * 32 * 128)?;
+//! let mut out = cuda.alloc_zeros::<f16>(2 * 32 * 128)?;
+//!
+//! // Two requests, of 50 and of 17 tokens, and the pages they lie in.
+//! let requests = [(&[3, 0, 5, 1][..], 50), (&[7, 2][..], 17)];
+//! let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
+//! let mut workspace = Workspace::new(&stream)?;
+//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+//! let plan = decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
+//!
+//! // For each layer:
+//! let (k, v) = (k.tensor(&cuda, &[8, 16, 8, 128])?, v.tensor(&cuda, &[8, 16, 8, 128])?);
+//! plan.run(
+//!     &q.tensor(&cuda, &[2, 32, 128])?.view(),
+//!     &PagedKv::new(k.view(), v.view(), KvLayout::Nhd),
+//!     &mut out.tensor_mut(&cuda, &[2, 32, 128])?.view_mut(),
+//!     None,
+//!     &DecodeOptions::default(),
+//! )?;
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "cudarc"))]
+//! # fn main() {}
+//! ```
+//!
+//! # Features
+//!
+//! | feature | default | what it adds |
+//! |---|---|---|
+//! | `embed` | yes | modules embedded at build time; implies `fetch` |
+//! | `fetch` | yes | downloads of the pinned wheels |
+//! | `cudarc` | yes | [views of cudarc slices](cudarc) and its streams |
+//! | `doctor` | no | the program `flashinfer-doctor`, which tells what a machine lacks |
+//!
+//! # Safety
+//!
+//! The kernels check little, so a safe function here checks whatever it must,
+//! or its types rule the mistake out. `docs/soundness.md` in the repository
+//! goes through what each kernel takes on trust. The README has the order of
+//! sources, every environment variable and the requirements.
 
 pub mod artifacts;
 mod cuda;

@@ -98,7 +98,12 @@ impl fmt::Display for LibrarySource {
 /// A module's place: locked while it is being loaded, so that it is loaded once.
 type ModuleSlot = Arc<Mutex<Option<&'static Module>>>;
 
-/// The process's runtime. See the [module docs](self).
+/// The process's runtime: `libcudart`, `libtvm_ffi` and the loaded modules.
+///
+/// There is one per process. Starting it downloads `libtvm_ffi` and
+/// `libcudart` where no local source has them and that is allowed; modules are
+/// loaded when they are first needed, from local sources only, or by
+/// [`preload`](Self::preload).
 pub struct FlashInferRuntime {
     config: RuntimeConfig,
     store: Store,

@@ -578,6 +578,17 @@ impl<'a> TensorMut<'a> {
         self.raw.select(axis, index).map(Self::new)
     }
 
+    /// Entries before `middle` of an axis, and the others, as for the two
+    /// caches of latent attention that are parts of one `[pages, page_size, 576]`.
+    ///
+    /// # Errors
+    /// The axis does not exist or has fewer entries.
+    pub fn split_at(self, axis: usize, middle: usize) -> Result<(Self, Self)> {
+        let head = self.raw.narrow(axis, 0, middle)?;
+        let rest = self.raw.shape[axis] as usize - middle;
+        Ok((Self::new(head), Self::new(self.raw.narrow(axis, middle, rest)?)))
+    }
+
     /// The two entries of an axis of size 2, as for K and V that are stored
     /// together in `[pages, 2, …]`.
     ///
@@ -662,5 +673,11 @@ mod tests {
         let (a, b) = TensorMut::from_slice(&mut x, &[2, 3, 4]).unwrap().unbind_pair(0).unwrap();
         assert_eq!((a.shape(), b.shape()), (&[3, 4][..], &[3, 4][..]));
         assert!(a.unbind_pair(0).is_err());
+        let (a, b) = TensorMut::from_slice(&mut x, &[2, 3, 4]).unwrap().split_at(2, 3).unwrap();
+        assert_eq!((a.shape(), a.strides()), (&[2, 3, 3][..], &[12, 4, 1][..]));
+        assert_eq!((b.shape(), b.data_ptr().cast_const().cast()), (&[2, 3, 1][..], base.wrapping_add(3)));
+        let all = a.split_at(2, 3).unwrap();
+        assert_eq!((all.0.numel(), all.1.numel()), (18, 0));
+        assert!(all.0.split_at(2, 4).is_err());
     }
 }

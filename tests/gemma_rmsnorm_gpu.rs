@@ -74,3 +74,8 @@ fn fused_add_strided_rows() {
 fn fused_add_wrong_input() {
     cases::fused_wrong_input(FUSED);
 }
+
+#[test]
+fn threads_with_different_sizes() {
+    cases::threads_with_different_sizes(GEMMA);
+}

@@ -17,7 +17,9 @@ use cudarc::driver::{
 };
 use flashinfer_rs::{
     FlashInferError, PageIndices, PageTable, TensorMut, TensorRef,
-    attention::{AttentionSpec, BatchDecode, DecodeHeads, DecodeOptions, DecodePlan, PlanMode, Workspace},
+    attention::{
+        AttentionSpec, BatchDecode, DecodeOptions, DecodePlan, Heads, PlanMode, ReplayKey, Workspace,
+    },
     cudarc::{TensorExt, TensorExtMut},
     page::{KvLayout, PagedKv},
     reference,
@@ -72,8 +74,8 @@ impl Case {
         spec
     }
 
-    fn heads(&self) -> DecodeHeads {
-        DecodeHeads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
+    fn heads(&self) -> Heads {
+        Heads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
     }
 
     fn options(&self) -> DecodeOptions {
@@ -580,7 +582,7 @@ fn steps_share_a_workspace() {
 /// graph works on.
 struct Captured<T> {
     graph: CudaGraph,
-    numbers: Vec<i64>,
+    key: Option<ReplayKey>,
     q: Tensor<T>,
     cache: Cache<T>,
     out: Tensor<T>,
@@ -603,7 +605,7 @@ fn capture<T: Number>(
     let mut out = Tensor::poisoned(gpu, &case.q_shape());
     let mut lse = Tensor::poisoned(gpu, &[batch, heads]);
     let plan = decode.plan(workspace, table, case.heads(), PlanMode::CudaGraph).unwrap();
-    let numbers = plan.numbers().to_vec();
+    let key = plan.replay_key();
     let graph = {
         let (q, cache) = (q.on(gpu), cache.on(gpu));
         let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
@@ -615,7 +617,7 @@ fn capture<T: Number>(
         graph
     };
     out.assert_untouched(gpu); // captured is not run
-    Captured { graph, numbers, q, cache, out, lse }
+    Captured { graph, key, q, cache, out, lse }
 }
 
 impl<T: Number> Captured<T> {
@@ -639,7 +641,7 @@ impl<T: Number> Captured<T> {
         self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
         self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
         let plan = decode.plan(workspace, table, problem.case.heads(), PlanMode::CudaGraph).unwrap();
-        assert!(plan.can_replay(&self.numbers), "{:?} is not {:?}", plan.numbers(), self.numbers);
+        assert_eq!(plan.replay_key(), self.key);
         self.graph.launch().unwrap();
         problem.verify(gpu, &self.out, Some(&self.lse));
         let (direct, direct_lse) = problem.check_run(gpu, &plan);
@@ -723,21 +725,20 @@ fn can_replay() {
     let mut table = PageTable::with_capacity(&gpu.stream, first, 4, 50).unwrap();
     let mut plan_of = |table: &PageTable, heads, mode| {
         let plan = decode.plan(&mut workspace, table, heads, mode).unwrap();
-        let numbers = plan.numbers().to_vec();
-        (plan.can_replay(&numbers), numbers)
+        plan.replay_key()
     };
-    let (replayable, captured) = plan_of(&table, case.heads(), PlanMode::CudaGraph);
-    assert!(replayable);
-    let (replayable, eager) = plan_of(&table, case.heads(), PlanMode::Eager);
-    assert!(!replayable && eager != captured);
-    let other_heads = DecodeHeads { num_qo_heads: 8, num_kv_heads: 8 };
-    assert_ne!(plan_of(&table, other_heads, PlanMode::CudaGraph).1, captured);
+    let captured = plan_of(&table, case.heads(), PlanMode::CudaGraph);
+    assert!(captured.is_some());
+    assert_eq!(plan_of(&table, case.heads(), PlanMode::CudaGraph), captured);
+    assert_eq!(plan_of(&table, case.heads(), PlanMode::Eager), None);
+    let other_heads = Heads { num_qo_heads: 8, num_kv_heads: 8 };
+    assert_ne!(plan_of(&table, other_heads, PlanMode::CudaGraph), captured);
 
     // Launches have the batch size baked in.
     for lens in [&[10, 20][..], &[10, 20, 30, 40]] {
         table.update(table_among(rng, 50, case.page_size, lens)).unwrap();
         let plan = decode.plan(&mut workspace, &table, case.heads(), PlanMode::CudaGraph).unwrap();
-        assert!(!plan.can_replay(&captured), "captured for 3 requests, planned for {}", lens.len());
+        assert_ne!(plan.replay_key(), captured, "captured for 3 requests, planned for {}", lens.len());
     }
 }
 
@@ -954,7 +955,7 @@ fn wrong_plans() {
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     for (num_qo_heads, num_kv_heads) in [(10, 2), (12, 2), (16, 1), (7, 2), (0, 2), (8, 0), (65536, 65536)] {
-        let heads = DecodeHeads { num_qo_heads, num_kv_heads };
+        let heads = Heads { num_qo_heads, num_kv_heads };
         refused(decode.plan(&mut workspace, &table, heads, PlanMode::Eager), "heads");
     }
     let heads = problem.case.heads();

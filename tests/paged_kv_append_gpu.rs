@@ -307,13 +307,7 @@ fn cache_beyond_32_bits() {
 /// The two caches of multi-head latent attention as parts of one tensor
 /// `[pages, page_size, 576]`.
 fn latent_parts(whole: TensorMut<'_>) -> [TensorMut<'_>; 2] {
-    let shape: Vec<usize> = whole.shape().iter().map(|&size| size as usize).collect();
-    // SAFETY: the exclusive view is consumed, and the two parts that replace
-    // it have no element in common.
-    let again = unsafe {
-        TensorMut::from_raw_parts(whole.data_ptr(), whole.device(), whole.dtype(), &shape, None).unwrap()
-    };
-    [whole.narrow(2, 0, 512).unwrap(), again.narrow(2, 512, 64).unwrap()]
+    whole.split_at(2, 512).unwrap().into()
 }
 
 #[test]

@@ -214,6 +214,15 @@ impl Store {
             }
         }
         tried.extend(user.empty);
+        if self.config.wheels.is_empty() && self.config.env_wheels.is_empty() {
+            tried.push(Tried {
+                source: "your own wheels".into(),
+                outcome: "none are named".into(),
+                remedy:
+                    "set FLASHINFER_RS_WHEELS, or RuntimeConfig::wheels, to a wheel or a folder of wheels"
+                        .into(),
+            });
+        }
 
         match self.config.bundle.iter().find(|entry| entry.is(member)) {
             Some(entry) => {

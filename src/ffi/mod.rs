@@ -6,7 +6,7 @@
 //! `libtvm_ffi` itself ([`library`]), arguments packed on the stack
 //! ([`Arg`], [`DlTensor`]), owned references to its objects ([`Object`]), and
 //! the call with its stream and its errors ([`Function`]). A function's
-//! argument list is declared once, by the [`kernels!`](crate::kernels) macro,
+//! argument list is declared once, by the `kernels!` macro,
 //! which both packs the arguments and can be compared with what a library
 //! says of itself ([`Signature`]).
 //!

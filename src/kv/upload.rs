@@ -144,7 +144,7 @@ impl<T: IndexArrays> OnDevice<T> {
             staging: StagingBuffer::new(cuda, stream, bytes)?,
         };
         let mut table = Self { host, stream: stream.clone(), capacity, storage };
-        table.upload()?;
+        table.upload(&mut false)?;
         Ok(table)
     }
 
@@ -170,10 +170,17 @@ impl<T: IndexArrays> OnDevice<T> {
             }
         }
         let old = std::mem::replace(&mut self.host, host);
-        self.upload().inspect_err(|_| self.host = old)
+        let mut enqueued = false;
+        self.upload(&mut enqueued).inspect_err(|_| {
+            // Once the copy is on its way, the device has the new arrays.
+            if !enqueued {
+                self.host = old;
+            }
+        })
     }
 
-    fn upload(&mut self) -> Result<()> {
+    /// Enqueues the copy of the host arrays, and says so as soon as it is.
+    fn upload(&mut self, enqueued: &mut bool) -> Result<()> {
         let Storage::Owned { buffer, staging } = &mut self.storage else {
             return Err(FlashInferError::invalid(
                 T::OP,
@@ -202,7 +209,9 @@ impl<T: IndexArrays> OnDevice<T> {
             }
             // SAFETY: the staging buffer is page-locked and is not written
             // again before the event that `stage` records has passed.
-            unsafe { upload(&bytes[..used], buffer) }
+            unsafe { upload(&bytes[..used], buffer)? };
+            *enqueued = true;
+            Ok(())
         })
     }
 

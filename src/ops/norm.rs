@@ -4,6 +4,8 @@
 //! `f32`. Rows may be strided; elements of a row are adjacent. Source of the
 //! contract: `csrc/norm.cu`, `include/flashinfer/norm.cuh` of FlashInfer 0.6.13.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::{FixedFunction, check::Check, enable_pdl};
 use crate::{
     cuda::DeviceAttribute,
@@ -245,6 +247,11 @@ fn check_fused(
     Ok(())
 }
 
+/// Held during each launch. The module sets a kernel's limit of shared memory,
+/// which is the process's, to what this launch needs, and then launches: two
+/// threads with rows of different lengths would fail each other's launches.
+static LAUNCH: Mutex<()> = Mutex::new(());
+
 /// Launches a checked norm; nothing for zero rows.
 fn launch<K: Kernel>(
     stream: &Stream,
@@ -259,6 +266,7 @@ fn launch<K: Kernel>(
     let runtime = FlashInferRuntime::get()?;
     let function = function.get(runtime)?;
     let kernel = kernel(enable_pdl(runtime, options.enable_pdl, stream.ordinal())?);
+    let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the function has this signature, and the tensors were checked
     // for all that the kernel assumes: device, dtype, shape, last stride,
     // vector alignment and 32-bit offsets.

@@ -284,8 +284,8 @@ pub fn append_paged_kv_cache(
 ///
 /// `ckv` is `[tokens, 512]`, `kpe` `[tokens, 64]`; the caches are
 /// `[pages, page_size, 512]` and `[pages, page_size, 64]`, all of one dtype
-/// (`f16`, `bf16`, `e4m3`, `e5m2`). The caches may be parts of one tensor
-/// `[pages, page_size, 576]`.
+/// (`f16`, `bf16`, `e4m3`, `e5m2`). The caches may be the parts of one tensor
+/// `[pages, page_size, 576]`; see [`TensorMut::split_at`].
 ///
 /// # Errors
 /// As [`append_paged_kv_cache`].

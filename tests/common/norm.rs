@@ -353,3 +353,31 @@ pub fn fused_wrong_input(norm: FusedAdd) {
     residual.assert_untouched(&gpu);
     assert_eq!(host, vec![f16::ONE; 8 * 64]);
 }
+
+/// Threads that norm rows of different lengths at once do not disturb each
+/// other: a kernel's limit of shared memory is the process's.
+pub fn threads_with_different_sizes(norm: Norm) {
+    let Some(gpu) = Gpu::start() else { return };
+    std::thread::scope(|scope| {
+        for d in [64, 1024, 4096, 16384] {
+            let gpu = &gpu;
+            scope.spawn(move || {
+                let (gpu, rng) = (gpu.fork(), &mut Rng::new());
+                let input = Tensor::<f16>::random(&gpu, rng, &[2, d]);
+                let weight = Tensor::random(&gpu, rng, &[d]);
+                let mut out = Tensor::poisoned(&gpu, &[2, d]);
+                for _ in 0..2000 {
+                    let call = (norm.op)(
+                        &gpu.stream,
+                        &mut out.on_mut(&gpu).view_mut(),
+                        &input.on(&gpu).view(),
+                        &weight.on(&gpu).view(),
+                        &NormOptions::default(),
+                    );
+                    call.unwrap();
+                }
+                check(&gpu, norm, &input, &mut out, &weight, &NormOptions::default());
+            });
+        }
+    });
+}

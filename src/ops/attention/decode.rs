@@ -6,7 +6,7 @@
 use std::{borrow::Cow, cell::Cell, marker::PhantomData};
 
 use super::{
-    plan::{PlanInfo, PlanMode, Scratch, check_workspace, make_plan},
+    plan::{PlanInfo, PlanMode, ReplayKey, Scratch, check_workspace, make_plan},
     spec::AttentionSpec,
     workspace::Workspace,
 };
@@ -56,7 +56,7 @@ const PLAN_LEN: usize = 10;
 
 /// Heads of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DecodeHeads {
+pub struct Heads {
     /// Query (and output) heads.
     pub num_qo_heads: usize,
     /// Key and value heads; `num_qo_heads / num_kv_heads` is 1, 2, 3, 4 or 8.
@@ -90,7 +90,7 @@ impl DecodeOptions {
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-///     attention::{AttentionSpec, BatchDecode, DecodeHeads, DecodeOptions, PlanMode, Workspace},
+///     attention::{AttentionSpec, BatchDecode, Heads, DecodeOptions, PlanMode, Workspace},
 ///     cudarc::{TensorExt, TensorExtMut},
 ///     page::{KvLayout, PagedKv},
 /// };
@@ -102,7 +102,7 @@ impl DecodeOptions {
 /// // One request of 50 tokens in 4 pages of 16.
 /// let table = PageTable::new(&stream, PageIndices::from_requests(4, 16, [(&[0, 1, 2, 3][..], 50)])?)?;
 /// let mut workspace = Workspace::new(&stream)?;
-/// let (heads, mode) = (DecodeHeads { num_qo_heads: 32, num_kv_heads: 8 }, PlanMode::Eager);
+/// let (heads, mode) = (Heads { num_qo_heads: 32, num_kv_heads: 8 }, PlanMode::Eager);
 /// let plan = decode.plan(&mut workspace, &table, heads, mode)?;
 ///
 /// let (q, k, v) = (cuda.alloc_zeros::<f16>(32 * 128)?, cuda.alloc_zeros::<f16>(65536)?, cuda.alloc_zeros::<f16>(65536)?);
@@ -131,7 +131,7 @@ impl BatchDecode {
     /// source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist. Else the
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): no such module can exist. Else the
     /// module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec) -> Result<Self> {
         let name = spec.decode_module()?;
@@ -160,15 +160,16 @@ impl BatchDecode {
     /// a plan whose runs do nothing.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument): the group size
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): the group size
     /// has no kernel; workspace and page table belong to different streams;
-    /// the workspace is too small; the stream is being captured. Else what
-    /// the module or CUDA said. The workspace can be used again.
+    /// the integer workspace is too small; the stream is being captured. Else what
+    /// the module or CUDA said, among others that the float workspace is too
+    /// small. The workspace can be used again.
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
         table: &'p PageTable,
-        heads: DecodeHeads,
+        heads: Heads,
         mode: PlanMode,
     ) -> Result<DecodePlan<'p>> {
         let stream = table.stream();
@@ -189,7 +190,7 @@ impl BatchDecode {
         workspace: &mut Workspace,
         scratch: &Scratch,
         table: &PageTable,
-        heads: DecodeHeads,
+        heads: Heads,
         mode: PlanMode,
     ) -> Result<PlanInfo> {
         let (stream, indices) = (table.stream(), table.host());
@@ -237,8 +238,8 @@ impl BatchDecode {
     }
 }
 
-fn check_heads(check: &Check<'_>, heads: DecodeHeads) -> Result<()> {
-    let DecodeHeads { num_qo_heads, num_kv_heads } = heads;
+fn check_heads(check: &Check<'_>, heads: Heads) -> Result<()> {
+    let Heads { num_qo_heads, num_kv_heads } = heads;
     // KV heads are a dimension of the launch grid, which has 65535 places.
     if num_kv_heads == 0 || num_kv_heads > 65535 {
         return check.fail("heads", format!("{num_kv_heads} KV heads; there must be 1 to 65535"));
@@ -292,7 +293,7 @@ fn planned_indptr(indptr: &[i32]) -> Cow<'_, [i32]> {
 pub struct DecodePlan<'p> {
     decode: BatchDecode,
     table: &'p PageTable,
-    heads: DecodeHeads,
+    heads: Heads,
     scratch: Scratch,
     /// `None` for a batch without requests.
     info: Option<PlanInfo>,
@@ -311,10 +312,11 @@ impl DecodePlan<'_> {
     /// dtypes, `out` contiguous; `kv` is the paged cache that the page table
     /// was checked for; `lse`, if given, is a contiguous `f32`
     /// `[batch, num_qo_heads]` and takes the base-2 logarithm of each sum of
-    /// exponentials. A request without tokens gets zeros, and −∞.
+    /// exponentials. A request without tokens gets zeros, and FlashInfer's
+    /// stand-in for −∞, which is about −50000.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before anything
     /// is launched: a device, stream, dtype, shape, stride or alignment does
     /// not fit the plan. Else what the module or CUDA said.
     pub fn run(
@@ -399,12 +401,13 @@ impl DecodePlan<'_> {
         self.info.as_ref().is_some_and(|info| info.numbers[9] != 0)
     }
 
-    /// Whether a CUDA graph that captured runs of `captured` may be replayed
-    /// after this plan: both were made in [`PlanMode::CudaGraph`] and divide
-    /// the work in the same way. `captured` are the [`numbers`](Self::numbers)
-    /// of the plan that was captured.
-    pub fn can_replay(&self, captured: &[i64]) -> bool {
-        self.numbers() == captured && self.info.as_ref().is_none_or(|info| info.numbers[8] != 0)
+    /// What a graph that captures runs of this plan bakes in: replay it only
+    /// after a plan with an equal key. `None` for plans in
+    /// [`PlanMode::Eager`], and for a batch without requests.
+    pub fn replay_key(&self) -> Option<ReplayKey> {
+        let info = self.info.as_ref().filter(|info| info.numbers[8] != 0);
+        let (spec, batch) = (&self.decode.spec, self.table.host().batch_size());
+        ReplayKey::new(info, spec, self.heads, batch, &self.scratch, &self.table.indptr().ok()?)
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

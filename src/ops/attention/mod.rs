@@ -11,8 +11,8 @@ mod plan;
 mod spec;
 mod workspace;
 
-pub use decode::{BatchDecode, DecodeHeads, DecodeOptions, DecodePlan};
-pub use plan::PlanMode;
+pub use decode::{BatchDecode, DecodeOptions, DecodePlan, Heads};
+pub use plan::{PlanMode, ReplayKey};
 pub use spec::AttentionSpec;
 pub use workspace::Workspace;
 

@@ -1,7 +1,7 @@
 //! What every attention plan shares: scratch memory, the call of the planner,
 //! and the numbers that come back.
 
-use super::workspace::Workspace;
+use super::{decode::Heads, spec::AttentionSpec, workspace::Workspace};
 use crate::{
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
@@ -47,6 +47,33 @@ impl PlanInfo {
                 traceback: String::new(),
             }),
         }
+    }
+}
+
+/// What a captured run has baked into its graph. Two plans with equal keys can
+/// take turns in one graph: they launch the same kernels on the same
+/// addresses, with the same sizes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReplayKey {
+    numbers: Box<[i64]>,
+    spec: AttentionSpec,
+    heads: Heads,
+    batch: usize,
+    addresses: [usize; 3],
+}
+
+impl ReplayKey {
+    /// The key of a plan in graph mode; `None` when nothing would be launched.
+    pub(super) fn new(
+        info: Option<&PlanInfo>,
+        spec: &AttentionSpec,
+        heads: Heads,
+        batch: usize,
+        scratch: &Scratch,
+        table: &RawTensor,
+    ) -> Option<Self> {
+        let addresses = [scratch.float.data, scratch.int.data, table.data].map(|data| data as usize);
+        Some(Self { numbers: info?.numbers.clone(), spec: *spec, heads, batch, addresses })
     }
 }
 

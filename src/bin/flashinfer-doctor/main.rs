@@ -1,0 +1,198 @@
+//! Tells whether kernels can run on this machine, and what to do where they
+//! cannot.
+//!
+//! | file | its job |
+//! |---|---|
+//! | `main` | the command line |
+//! | `report` | findings, printed as text or JSON |
+//! | `examine` | looks at the machine and reports |
+//! | `download` | the progress of downloads |
+
+mod download;
+mod examine;
+mod report;
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
+use flashinfer_rs::artifacts::{ArtifactError, Package, Store, StoreConfig};
+use indicatif::HumanBytes;
+
+/// Tells whether FlashInfer's kernels can run on this machine.
+///
+/// Without a command it reports the driver, the CUDA runtime, the GPUs,
+/// libtvm_ffi, where kernel modules come from and which of them open, each with
+/// a remedy for what is wrong. It downloads nothing; `fetch` does.
+#[derive(Parser)]
+#[command(name = "flashinfer-doctor", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    sources: Sources,
+    #[command(flatten)]
+    options: ReportOptions,
+}
+
+const EXIT_CODES: &str = "Exit codes:
+  0  kernels could run here, or the command did its work
+  1  something that is needed is missing, or the command failed
+  2  the command line is wrong";
+
+/// Where to look.
+#[derive(Args)]
+struct Sources {
+    /// A wheel, or a folder of wheels, to look into first; may be repeated
+    #[arg(long, value_name = "PATH", global = true)]
+    wheels: Vec<PathBuf>,
+    /// The cache folder, instead of FLASHINFER_RS_CACHE_DIR or the platform's
+    #[arg(long, value_name = "PATH", global = true)]
+    cache_dir: Option<PathBuf>,
+}
+
+/// How to report.
+#[derive(Args, Clone, Copy, Default, PartialEq)]
+struct ReportOptions {
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+    /// Print long lists in full
+    #[arg(long, short)]
+    verbose: bool,
+    /// Compare what this crate passes to each function with what the modules say they take
+    #[arg(long)]
+    check: bool,
+    /// Open every module of the pinned wheel too, not only those that this crate calls; this
+    /// unpacks gigabytes into the cache
+    #[arg(long)]
+    all_modules: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Download the pinned wheels into the cache (flashinfer_jit_cache has about 1.7 GB)
+    Fetch {
+        /// The packages to download; all if none is named
+        #[arg(value_name = "PACKAGE", value_parser = package)]
+        packages: Vec<Package>,
+    },
+    /// Empty the cache and tell how much that freed
+    Clean,
+}
+
+/// Reads a package's name, written with `_` or `-`.
+fn package(name: &str) -> Result<Package, String> {
+    let key = name.replace('-', "_");
+    Package::ALL
+        .into_iter()
+        .find(|package| package.key() == key)
+        .ok_or_else(|| format!("expected one of {}", Package::ALL.map(Package::key).join(", ")))
+}
+
+impl Sources {
+    /// The environment's settings, changed by the options.
+    fn store_config(&self) -> Result<StoreConfig, ArtifactError> {
+        let mut config = StoreConfig::from_env()?;
+        config.wheels = self.wheels.clone();
+        if self.cache_dir.is_some() {
+            config.cache_dir = self.cache_dir.clone();
+        }
+        Ok(config)
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if cli.command.is_some() && cli.options != ReportOptions::default() {
+        let what = "--json, --verbose, --check and --all-modules belong to the report, not to a command";
+        Cli::command().error(ErrorKind::ArgumentConflict, what).exit();
+    }
+    let done = match &cli.command {
+        None => report(&cli.sources, cli.options),
+        Some(Command::Fetch { packages }) => fetch(&cli.sources, packages),
+        Some(Command::Clean) => clean(&cli.sources),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(failure) => {
+            let _ = writeln!(io::stderr(), "error: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why a command could not do its work.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    #[error("cannot write the output: {0}")]
+    Output(#[from] io::Error),
+}
+
+/// Whoever closes our output has read enough, which is no failure.
+fn printed(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// Whether kernels could run.
+fn report(sources: &Sources, options: ReportOptions) -> Result<bool, Failure> {
+    let report = examine::examine(sources, options);
+    let mut out = io::stdout().lock();
+    printed(match options.json {
+        true => report.write_json(&mut out),
+        false => report.write_text(&mut out, options.verbose),
+    })?;
+    Ok(report.kernels_can_run())
+}
+
+/// Whether every package is in the cache now.
+fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
+    let mut config = sources.store_config()?;
+    config.progress = Some(download::progress());
+    let store = Store::open(config)?;
+    let mut complete = true;
+    for &package in if packages.is_empty() { &Package::ALL[..] } else { packages } {
+        match store.fetch(package) {
+            Ok(path) => printed(writeln!(io::stdout(), "{package}: {}", path.display()))?,
+            Err(error) => {
+                complete = false;
+                let remedy = fetch_remedy(&store, package, &error);
+                printed(writeln!(io::stderr(), "error: {package}: {error}{remedy}"))?;
+            }
+        }
+    }
+    Ok(complete)
+}
+
+/// What else to do about a wheel that cannot be downloaded.
+fn fetch_remedy(store: &Store, package: Package, error: &ArtifactError) -> String {
+    let first = match error {
+        ArtifactError::Offline { .. } => "unset FLASHINFER_RS_OFFLINE",
+        ArtifactError::Download { .. } => "check the network and its proxy settings",
+        _ => return String::new(),
+    };
+    match store.config().pins.get(package) {
+        Ok(pin) => {
+            let at = store.cache_dir().join("wheels").join(&pin.file);
+            format!("\n  -> {first}, or put the file at {}", at.display())
+        }
+        Err(_) => String::new(),
+    }
+}
+
+fn clean(sources: &Sources) -> Result<bool, Failure> {
+    let store = Store::open(sources.store_config()?)?;
+    let freed = store.clean()?;
+    let folder = store.cache_dir().display();
+    printed(writeln!(io::stdout(), "{freed} bytes ({}) freed in {folder}", HumanBytes(freed)))?;
+    Ok(true)
+}

@@ -1,0 +1,287 @@
+//! `flashinfer-doctor` as a process of its own, always with a cache of its own.
+#![cfg(feature = "doctor")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use flashinfer_rs::{
+    ModuleName,
+    artifacts::{Package, Pins, bundle::embedded},
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A machine with nothing on it but what the program embeds.
+struct Doctor {
+    cache: TempDir,
+    offline: bool,
+}
+
+impl Doctor {
+    fn new() -> Self {
+        Self { cache: tempfile::tempdir().unwrap(), offline: true }
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flashinfer-doctor"));
+        command.args(args).stdin(Stdio::null());
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("FLASHINFER_RS_") {
+                command.env_remove(name);
+            }
+        }
+        command.env("FLASHINFER_RS_CACHE_DIR", self.cache.path());
+        command.env("FLASHINFER_RS_OFFLINE", if self.offline { "1" } else { "0" });
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// The report, after its exit code was compared with its verdict.
+    fn report(&self, args: &[&str]) -> Report {
+        let output = self.run(&[&["--json"], args].concat());
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let verdict = json["kernels_can_run"].as_bool().unwrap();
+        assert_eq!(output.status.code(), Some(i32::from(!verdict)));
+        let report = Report(json);
+        assert_eq!(verdict, report.with_status("problem").is_empty());
+        for finding in report.findings() {
+            assert_eq!(finding["status"] == "ok", finding["remedy"].is_null(), "{finding}");
+        }
+        report
+    }
+
+    /// The cache's copy of a pinned wheel.
+    fn pinned(&self, package: Package) -> PathBuf {
+        let pins = Pins::built_in().unwrap();
+        self.cache.path().join("wheels").join(&pins.get(package).unwrap().file)
+    }
+}
+
+struct Report(Value);
+
+impl Report {
+    fn findings(&self) -> Vec<&Value> {
+        let sections = self.0["sections"].as_array().unwrap().iter();
+        sections.flat_map(|section| section["findings"].as_array().unwrap()).collect()
+    }
+
+    fn section(&self, title: &str) -> &[Value] {
+        let mut sections = self.0["sections"].as_array().unwrap().iter();
+        let section = sections.find(|section| section["title"].as_str().unwrap().starts_with(title));
+        section.unwrap_or_else(|| panic!("no section {title}"))["findings"].as_array().unwrap()
+    }
+
+    fn with_status(&self, status: &str) -> Vec<String> {
+        let findings = self.findings().into_iter();
+        findings.filter(|finding| finding["status"] == status).map(told).collect()
+    }
+}
+
+/// A finding's text and remedy.
+fn told(finding: &Value) -> String {
+    format!("{} -> {}", text(&finding["text"]), text(&finding["remedy"]))
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+fn embeds(what: &str) -> bool {
+    embedded().iter().any(|member| member.suffix.contains(what))
+}
+
+fn output_text(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_bare_machine_is_told_what_it_lacks() {
+    let doctor = Doctor::new();
+    let report = doctor.report(&[]);
+    let problems = report.with_status("problem").join("\n");
+    if !embeds("jit_cache") {
+        assert!(problems.contains("no module is at hand"), "{problems}");
+        assert!(problems.contains("flashinfer-doctor fetch flashinfer_jit_cache"), "{problems}");
+        assert!(problems.contains("FLASHINFER_RS_WHEELS"), "{problems}");
+    }
+    if !embeds("libtvm_ffi") {
+        assert!(problems.contains("libtvm_ffi.so"), "{problems}");
+        assert!(problems.contains("flashinfer-doctor fetch apache_tvm_ffi"), "{problems}");
+    }
+    if !Path::new("/proc/driver/nvidia/version").exists() {
+        assert!(problems.contains("no NVIDIA driver") && problems.contains("580"), "{problems}");
+    }
+    let sources: Vec<_> = report.section("Sources").iter().map(told).collect();
+    for package in Package::ALL {
+        assert!(sources.iter().any(|source| source.contains(package.key())), "{sources:?}");
+    }
+    assert!(sources.last().unwrap().contains("forbidden"), "{sources:?}");
+    assert!(!doctor.cache.path().join("wheels").exists(), "nothing is downloaded");
+}
+
+#[test]
+fn the_text_ends_in_the_verdict() {
+    let doctor = Doctor::new();
+    let output = doctor.run(&[]);
+    let (out, err) = output_text(&output);
+    let verdict = if output.status.success() { "Kernels can run here" } else { "Kernels cannot run here" };
+    assert!(out.lines().last().unwrap().starts_with(verdict), "{out}");
+    assert!(err.is_empty(), "{err}");
+    assert!(embeds("jit_cache") || out.contains("PROBLEM"), "{out}");
+}
+
+#[test]
+fn what_is_wrong_with_a_source_is_told() {
+    let doctor = Doctor::new();
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("missing.whl");
+    let report = doctor.report(&["--wheels", missing.to_str().unwrap()]);
+    let problems = report.with_status("problem").join("\n");
+    assert!(problems.contains("missing.whl is not a usable wheel"), "{problems}");
+    assert!(problems.contains("correct the path"), "{problems}");
+
+    let report = doctor.report(&["--wheels", folder.path().to_str().unwrap()]);
+    let warnings = report.with_status("warning").join("\n");
+    assert!(warnings.contains("holds no .whl file"), "{warnings}");
+
+    let wheel = doctor.pinned(Package::JitCache);
+    fs::create_dir_all(wheel.parent().unwrap()).unwrap();
+    fs::write(&wheel, "half a wheel").unwrap();
+    let problems = doctor.report(&[]).with_status("problem").join("\n");
+    assert!(problems.contains("wrong SHA-256"), "{problems}");
+    assert!(problems.contains("run `flashinfer-doctor fetch`"), "{problems}");
+}
+
+#[test]
+fn settings_that_mean_nothing_are_reported() {
+    let doctor = Doctor::new();
+    let output = doctor.command(&["--json"]).env("FLASHINFER_RS_OFFLINE", "perhaps").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let report = Report(serde_json::from_slice(&output.stdout).unwrap());
+    let finding = &report.section("Settings")[0];
+    assert!(text(&finding["text"]).contains("FLASHINFER_RS_OFFLINE=\"perhaps\""), "{finding}");
+    assert_eq!(finding["remedy"], "correct or unset FLASHINFER_RS_OFFLINE");
+}
+
+#[test]
+fn wheels_at_hand_are_listed_opened_and_compared() {
+    let wheels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
+    if !wheels.is_dir() {
+        eprintln!("skipped: {} does not exist", wheels.display());
+        return;
+    }
+    let mut doctor = Doctor::new();
+    let mut libraries = true;
+    for (what, package) in [("libtvm_ffi", "apache_tvm_ffi"), ("libcudart", "nvidia_cuda_runtime")] {
+        if !embeds(what) {
+            doctor.offline = false;
+            let output = doctor.run(&["fetch", package]);
+            if !output.status.success() {
+                eprintln!("no module is opened: {}", output_text(&output).1);
+                libraries = false;
+            }
+        }
+    }
+    doctor.offline = true;
+    let report = doctor.report(&["--check", "--wheels", wheels.to_str().unwrap()]);
+    let listed = report.section("Sources").iter().flat_map(|source| source["details"].as_array().unwrap());
+    assert!(listed.clone().any(|name| name == ModuleName::NORM.as_str()));
+    assert!(listed.count() >= 20);
+    if !libraries {
+        return;
+    }
+    let modules: Vec<_> = report.section("Modules").iter().map(told).collect();
+    for family in ["norm: 1 of 1 open", "page: 1 of 1 open", "batch_decode_with_kv_cache: "] {
+        assert!(modules.iter().any(|module| module.starts_with(family)), "{modules:?}");
+    }
+    let signatures = report.section("Signatures");
+    assert!(text(&signatures[0]["text"]).ends_with("compared, all as declared"), "{signatures:?}");
+    // Long lists are cut in the text, and not with --verbose.
+    let plain = output_text(&doctor.run(&["--wheels", wheels.to_str().unwrap()])).0;
+    let verbose = output_text(&doctor.run(&["--verbose", "--wheels", wheels.to_str().unwrap()])).0;
+    assert!(verbose.lines().count() > plain.lines().count() + 20);
+}
+
+#[test]
+fn the_cache_is_emptied() {
+    let doctor = Doctor::new();
+    let wheel = doctor.pinned(Package::TvmFfi);
+    fs::create_dir_all(wheel.parent().unwrap()).unwrap();
+    fs::write(&wheel, [0; 1000]).unwrap();
+    let other = doctor.cache.path().join("somebody-else's");
+    fs::write(&other, "kept").unwrap();
+    let output = doctor.run(&["clean"]);
+    let (out, err) = output_text(&output);
+    assert!(output.status.success(), "{err}");
+    assert!(out.starts_with("1000 bytes") && out.contains(doctor.cache.path().to_str().unwrap()), "{out}");
+    assert!(!wheel.exists() && other.exists());
+    let again = doctor.run(&["clean"]);
+    assert!(output_text(&again).0.starts_with("0 bytes"));
+}
+
+#[test]
+fn a_download_that_is_not_allowed_says_so() {
+    let doctor = Doctor::new();
+    for args in [&["fetch"][..], &["fetch", "apache-tvm-ffi", "nvidia_cuda_runtime"]] {
+        let output = doctor.run(args);
+        let (out, err) = output_text(&output);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(out.is_empty(), "{out}");
+        assert!(err.contains("error: apache_tvm_ffi: ") && err.contains("is not downloaded"), "{err}");
+        assert!(err.contains("unset FLASHINFER_RS_OFFLINE, or put the file at "), "{err}");
+        assert_eq!(err.contains("flashinfer_jit_cache"), args.len() == 1, "{err}");
+    }
+}
+
+#[test]
+fn a_host_that_does_not_answer_is_an_error() {
+    let mut doctor = Doctor::new();
+    doctor.offline = false;
+    // Nobody listens there, and no pip is found to ask instead.
+    let output = doctor
+        .command(&["fetch", "apache_tvm_ffi"])
+        .env("FLASHINFER_RS_INDEX_URL", "http://127.0.0.1:9/simple")
+        .env("PATH", "")
+        .output()
+        .unwrap();
+    let (_, err) = output_text(&output);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(err.contains("cannot download") && err.contains("127.0.0.1:9"), "{err}");
+    assert!(err.contains("check the network"), "{err}");
+}
+
+#[test]
+fn a_wrong_command_line_is_refused() {
+    let doctor = Doctor::new();
+    for args in [
+        &["--no-such-option"][..],
+        &["fetch", "no_such_package"],
+        &["clean", "--json"],
+        &["--json", "clean"],
+        &["--wheels"],
+        &["no-such-command"],
+    ] {
+        let output = doctor.run(args);
+        let (out, err) = output_text(&output);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {err}");
+        assert!(out.is_empty() && err.starts_with("error: "), "{args:?}: {err}");
+    }
+    let help = doctor.run(&["--help"]);
+    assert!(help.status.success() && output_text(&help).0.contains("Exit codes"));
+}
+
+#[test]
+fn closed_output_does_not_change_the_verdict() {
+    let doctor = Doctor::new();
+    let expected = doctor.run(&[]).status;
+    let mut child = doctor.command(&[]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap(), expected);
+}
