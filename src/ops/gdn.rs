@@ -29,6 +29,8 @@
 //! Source of the contract: `csrc/gdn_prefill_launcher.cu`,
 //! `include/flashinfer/flat/` of FlashInfer 0.6.13.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::{FixedFunction, check::Check};
 use crate::{
     cuda::{DeviceAttribute, DeviceBuffer},
@@ -63,6 +65,10 @@ const TENSOR_MAP_BYTES: usize = 128;
 /// The kernel numbers tensor maps by `%smid`, which may exceed the number of
 /// multiprocessors that are enabled: a GH100 has 144.
 const MIN_TENSOR_MAPS: usize = 144;
+
+/// Held during each launch: the launcher notes in a plain variable whether a
+/// kernel was prepared, which two threads must not touch at once.
+static LAUNCH: Mutex<()> = Mutex::new(());
 
 /// What [`gdn_prefill`] reads.
 #[derive(Clone, Copy, Debug)]
@@ -278,6 +284,7 @@ pub fn gdn_prefill(
     let function = GDN_PREFILL.get(runtime)?;
     // The launcher asks the current device for its properties and launches there.
     let _device = runtime.cuda().on_device_of(stream)?;
+    let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: tensors were checked for all that the kernel assumes: device,
     // dtype, shape, contiguity, alignment, 32-bit state offsets. `cu_seqlens`
     // is the device copy of checked values: no sequence is empty, and they end
