@@ -79,7 +79,8 @@ pub struct GdnInput<'a> {
     pub k: TensorRef<'a>,
     /// Values, `[tokens, v_heads, 128]`, of the same dtype.
     pub v: TensorRef<'a>,
-    /// Forget gates, `[tokens, state_heads]`, `f32` in `(0, 1]`; `None` is 1.
+    /// Forget gates, `[tokens, state_heads]`, `f32` in `[0, 1]`, to which the
+    /// kernel adds 1e-10; `None` is 1.
     pub alpha: Option<TensorRef<'a>>,
     /// Update gates, `[tokens, state_heads]`, `f32` in `[0, 1]`; `None` is 1.
     pub beta: Option<TensorRef<'a>>,

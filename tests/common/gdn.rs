@@ -273,18 +273,19 @@ impl<T: Number> Problem<T> {
     }
 }
 
-/// The largest error that is accepted. The kernel rounds the state, the new
-/// values and the products of a tile to the 16-bit type before it multiplies
-/// them again, some five roundings one after the other, so that is what an
-/// error is counted in: 2⁻¹¹ (f16) or 2⁻⁸ (bf16) each at most, in random
-/// directions. The inverse is in f16 for both.
+/// The largest error that is accepted, for [`compare`]. The kernel rounds the
+/// state, the new values and the products of a tile to the 16-bit type before
+/// it multiplies them again (the inverse to f16 for both types). Those roundings
+/// carried out on the CPU put the worst rows of such batches at 7e-4 (f16) and
+/// 7e-3 (bf16); allowed is some three times that.
 fn bound<T: Number>() -> f64 {
-    if T::DTYPE == DType::F16 { 1e-2 } else { 2e-2 }
+    if T::DTYPE == DType::F16 { 2.5e-3 } else { 2e-2 }
 }
 
 /// Compares rows of `D` numbers. The norm of a row's error is at most `bound`
 /// times the norm of the row, or of a typical row of its group (one sequence
-/// and head), whose terms may cancel in this one. Returns the largest quotient.
+/// and head), whose terms may cancel in this one; errors below what f16 can
+/// hold are none. Returns the largest quotient.
 #[track_caller]
 fn compare<T: Number>(what: &str, got: &[T], want: &[f64], groups: Vec<Vec<usize>>, bound: f64) -> f64 {
     assert_eq!(got.len(), want.len().max(1), "{what}");
@@ -295,7 +296,8 @@ fn compare<T: Number>(what: &str, got: &[T], want: &[f64], groups: Vec<Vec<usize
         for row in rows {
             let pairs = got[row * D..][..D].iter().zip(&want[row * D..][..D]);
             let error: f64 = pairs.map(|(got, want)| (got.to_f64() - want).powi(2)).sum();
-            let off = (error / squares(row).max(typical)).sqrt();
+            let tiny = error <= D as f64 * 3e-8f64.powi(2);
+            let off = if tiny { 0.0 } else { (error / squares(row).max(typical)).sqrt() };
             // NaN is not below a bound.
             assert!(
                 off <= bound,
