@@ -172,7 +172,7 @@ impl CudaRuntime {
     }
 
     /// Makes the stream's device current until the guard is dropped.
-    fn on_device_of(&'static self, stream: &Stream) -> Result<DeviceGuard> {
+    pub(crate) fn on_device_of(&'static self, stream: &Stream) -> Result<DeviceGuard> {
         let previous = self.integer("cudaGetDevice", self.symbols.get_device)?;
         let wanted = stream.ordinal() as c_int;
         if previous == wanted {
@@ -184,7 +184,8 @@ impl CudaRuntime {
     }
 }
 
-struct DeviceGuard {
+/// Puts the device back that was current before.
+pub(crate) struct DeviceGuard {
     runtime: &'static CudaRuntime,
     restore: Option<c_int>,
 }

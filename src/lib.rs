@@ -13,7 +13,7 @@
 //! 3. **Runtime.** `libcudart`, `libtvm_ffi` and the modules are opened with
 //!    `dlopen`, each once per process; see [`FlashInferRuntime`]. [`ffi`] speaks
 //!    the TVM-FFI ABI of their functions.
-//! 4. **Operations.** [`norm`], [`page`] and [`attention`] take borrowed views
+//! 4. **Operations.** [`norm`], [`page`], [`attention`] and [`gdn`] take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
 //!    the CPU.
@@ -104,9 +104,10 @@ mod tensor;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, IndexArrays, OnDevice, PageIndices, PageTable, RaggedIndices, RaggedTable,
+    SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
-pub use ops::{attention, norm, page, signatures};
+pub use ops::{attention, gdn, norm, page, signatures};
 pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};

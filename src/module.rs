@@ -30,6 +30,9 @@ impl ModuleName {
     /// Appending to a paged KV cache.
     pub const PAGE: Self = Self::fixed("page");
 
+    /// Prefill of gated delta networks, for compute capability 9.0.
+    pub const GDN_PREFILL_SM90: Self = Self::fixed("gdn_prefill_sm90");
+
     const fn fixed(name: &'static str) -> Self {
         Self(Cow::Borrowed(name))
     }

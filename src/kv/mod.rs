@@ -1,14 +1,18 @@
-//! The paged KV cache: who owns which page.
+//! Index arrays: who owns which page of the KV cache, and where the sequences
+//! of a packed batch lie.
 //!
 //! Index arrays decide which memory a kernel touches, and the host cannot look
 //! at them again once they are on the device. So they are values of this
-//! crate: checked on the host against the cache's size ([`PageIndices`],
-//! [`RaggedIndices`], [`AppendIndices`]), then uploaded ([`OnDevice`]) together with the host copy,
+//! crate: checked on the host ([`PageIndices`] and [`AppendIndices`] against the
+//! cache's size, [`RaggedIndices`] and [`SequenceIndices`] against the number of
+//! rows), then uploaded ([`OnDevice`]) together with the host copy,
 //! so that what `plan` reads on the host and what `run` reads on the device
 //! cannot disagree.
 
 mod indices;
+mod sequences;
 mod upload;
 
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
-pub use upload::{AppendTable, IndexArrays, OnDevice, PageTable, RaggedTable};
+pub use sequences::SequenceIndices;
+pub use upload::{AppendTable, IndexArrays, OnDevice, PageTable, RaggedTable, SequenceTable};

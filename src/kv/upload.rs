@@ -2,13 +2,13 @@
 
 use std::ffi::c_void;
 
-use super::{AppendIndices, PageIndices, RaggedIndices};
+use super::{AppendIndices, PageIndices, RaggedIndices, SequenceIndices};
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
     error::{FlashInferError, Result},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor},
+    tensor::{Element, RawTensor},
 };
 
 /// The most arrays that one value has.
@@ -22,15 +22,39 @@ pub trait IndexArrays: sealed::Arrays {}
 impl<T: sealed::Arrays> IndexArrays for T {}
 
 mod sealed {
+    use crate::tensor::Element;
+
+    /// An integer type of index arrays.
+    pub trait Index: Element {
+        /// Writes the number to bytes of its size.
+        fn put(self, to: &mut [u8]);
+    }
+
+    impl Index for i32 {
+        fn put(self, to: &mut [u8]) {
+            to.copy_from_slice(&self.to_ne_bytes());
+        }
+    }
+
+    impl Index for i64 {
+        fn put(self, to: &mut [u8]) {
+            to.copy_from_slice(&self.to_ne_bytes());
+        }
+    }
+
     pub trait Arrays {
         const OP: &'static str;
+        /// The integer type that the kernels read.
+        type Index: Index;
         /// The arrays, small ones first; unused places are empty.
-        fn arrays(&self) -> [&[i32]; super::MAX_ARRAYS];
+        fn arrays(&self) -> [&[Self::Index]; super::MAX_ARRAYS];
     }
 }
+use sealed::Index;
 
 impl sealed::Arrays for PageIndices {
     const OP: &'static str = "PageTable";
+    type Index = i32;
     fn arrays(&self) -> [&[i32]; MAX_ARRAYS] {
         [&self.indptr, &self.last_page_len, &self.indices]
     }
@@ -38,6 +62,7 @@ impl sealed::Arrays for PageIndices {
 
 impl sealed::Arrays for AppendIndices {
     const OP: &'static str = "AppendTable";
+    type Index = i32;
     fn arrays(&self) -> [&[i32]; MAX_ARRAYS] {
         [&self.batch_indices, &self.positions, &[]]
     }
@@ -45,8 +70,17 @@ impl sealed::Arrays for AppendIndices {
 
 impl sealed::Arrays for RaggedIndices {
     const OP: &'static str = "RaggedTable";
+    type Index = i32;
     fn arrays(&self) -> [&[i32]; MAX_ARRAYS] {
         [&self.indptr, &[], &[]]
+    }
+}
+
+impl sealed::Arrays for SequenceIndices {
+    const OP: &'static str = "SequenceTable";
+    type Index = i64;
+    fn arrays(&self) -> [&[i64]; MAX_ARRAYS] {
+        [self.cu_seqlens(), &[], &[]]
     }
 }
 
@@ -58,6 +92,9 @@ pub type AppendTable = OnDevice<AppendIndices>;
 
 /// Offsets of ragged rows on a device. See [`RaggedIndices`].
 pub type RaggedTable = OnDevice<RaggedIndices>;
+
+/// The sequences of a packed batch on a device. See [`SequenceIndices`].
+pub type SequenceTable = OnDevice<SequenceIndices>;
 
 /// Index arrays together with their copy on a device.
 ///
@@ -82,11 +119,11 @@ unsafe impl<T: Send> Send for OnDevice<T> {}
 // SAFETY: as for `Send`; shared access does not write.
 unsafe impl<T: Sync> Sync for OnDevice<T> {}
 
-/// Where each array of these capacities starts, and where the last one ends.
-fn offsets(capacity: [usize; MAX_ARRAYS]) -> [usize; MAX_ARRAYS + 1] {
+/// Where each array of `I` of these capacities starts, and where the last one ends.
+fn offsets<I: Index>(capacity: [usize; MAX_ARRAYS]) -> [usize; MAX_ARRAYS + 1] {
     let mut offsets = [0; MAX_ARRAYS + 1];
     for (index, len) in capacity.into_iter().enumerate() {
-        offsets[index + 1] = (offsets[index] + len * size_of::<i32>()).next_multiple_of(ALIGNMENT);
+        offsets[index + 1] = (offsets[index] + len * size_of::<I>()).next_multiple_of(ALIGNMENT);
     }
     offsets
 }
@@ -98,7 +135,7 @@ impl<T: IndexArrays> OnDevice<T> {
     /// [`FlashInferError::Cuda`]; the runtime cannot be started; the stream is
     /// being captured into a graph.
     pub fn new(stream: &Stream, host: T) -> Result<Self> {
-        let capacity = host.arrays().map(<[i32]>::len);
+        let capacity = host.arrays().map(<[T::Index]>::len);
         Self::allocate(stream, host, capacity)
     }
 
@@ -108,11 +145,11 @@ impl<T: IndexArrays> OnDevice<T> {
             return Err(FlashInferError::invalid(
                 T::OP,
                 "capacity",
-                format!("{too_large} entries; indices are 32-bit, so at most {} fit", i32::MAX),
+                format!("{too_large} entries; at most {} fit", i32::MAX),
             ));
         }
         let cuda = FlashInferRuntime::get()?.cuda();
-        let bytes = offsets(capacity)[MAX_ARRAYS];
+        let bytes = offsets::<T::Index>(capacity)[MAX_ARRAYS];
         let storage = Storage::Owned {
             buffer: DeviceBuffer::new(cuda, stream, bytes)?,
             staging: StagingBuffer::new(cuda, stream, bytes)?,
@@ -170,12 +207,12 @@ impl<T: IndexArrays> OnDevice<T> {
                 "it is being captured into a CUDA graph; update index arrays before the capture, or before a replay",
             ));
         }
-        let (arrays, starts) = (self.host.arrays(), offsets(self.capacity));
+        let (arrays, starts) = (self.host.arrays(), offsets::<T::Index>(self.capacity));
         staging.stage(&self.stream, |bytes| {
             let mut used = 0;
             for (array, start) in arrays.iter().zip(starts) {
-                for (chunk, value) in bytes[start..].chunks_exact_mut(size_of::<i32>()).zip(*array) {
-                    chunk.copy_from_slice(&value.to_ne_bytes());
+                for (chunk, value) in bytes[start..].chunks_exact_mut(size_of::<T::Index>()).zip(*array) {
+                    value.put(chunk);
                 }
                 if !array.is_empty() {
                     used = start + size_of_val(*array);
@@ -203,18 +240,18 @@ impl<T: IndexArrays> OnDevice<T> {
     fn array(&self, index: usize) -> Result<RawTensor> {
         let data = match &self.storage {
             Storage::Owned { buffer, .. } => {
-                buffer.as_ptr().cast::<u8>().wrapping_add(offsets(self.capacity)[index]).cast()
+                buffer.as_ptr().cast::<u8>().wrapping_add(offsets::<T::Index>(self.capacity)[index]).cast()
             }
             Storage::Borrowed(pointers) => pointers[index],
         };
         let len = self.host.arrays()[index].len();
-        let mut raw = RawTensor::new(data, self.stream.device(), DType::I32, &[len], None)?;
+        let mut raw = RawTensor::new(data, self.stream.device(), T::Index::DTYPE, &[len], None)?;
         raw.stream = Some(self.stream.id());
         Ok(raw)
     }
 
-    fn borrowed(stream: &Stream, host: T, pointers: [*const i32; MAX_ARRAYS]) -> Self {
-        let capacity = host.arrays().map(<[i32]>::len);
+    fn borrowed(stream: &Stream, host: T, pointers: [*const T::Index; MAX_ARRAYS]) -> Self {
+        let capacity = host.arrays().map(<[T::Index]>::len);
         let storage = Storage::Borrowed(pointers.map(|pointer| pointer.cast_mut().cast()));
         Self { host, stream: stream.clone(), capacity, storage }
     }
@@ -328,13 +365,48 @@ impl RaggedTable {
 
     /// The offsets of the first `batch` requests, of which there are as many.
     pub(crate) fn first(&self, batch: usize) -> Result<RawTensor> {
-        let mut raw =
-            RawTensor::new(self.indptr()?.data, self.stream.device(), DType::I32, &[batch + 1], None)?;
-        raw.stream = Some(self.stream.id());
-        Ok(raw)
+        let indptr = self.indptr()?;
+        let mut first = RawTensor::new(indptr.data, indptr.device, indptr.dtype, &[batch + 1], None)?;
+        first.stream = indptr.stream;
+        Ok(first)
     }
 
     pub(crate) fn indptr(&self) -> Result<RawTensor> {
+        self.array(0)
+    }
+}
+
+impl SequenceTable {
+    /// Uploads sequences, with room for up to `max_batch` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more sequences than that.
+    pub fn with_capacity(stream: &Stream, host: SequenceIndices, max_batch: usize) -> Result<Self> {
+        if host.batch_size() > max_batch {
+            return Err(FlashInferError::invalid(
+                "SequenceTable",
+                "capacity",
+                format!("{} sequences for a capacity of {max_batch}", host.batch_size()),
+            ));
+        }
+        Self::allocate(stream, host, [max_batch.saturating_add(1), 0, 0])
+    }
+
+    /// Sequences whose device array, `cu_seqlens`, exists already.
+    ///
+    /// # Safety
+    /// Whenever work that uses the table runs on `stream`, the device array
+    /// must hold exactly the values of `host`. It must stay allocated for as
+    /// long as the table and that work live.
+    pub unsafe fn from_device_unchecked(
+        stream: &Stream,
+        host: SequenceIndices,
+        cu_seqlens: *const i64,
+    ) -> Self {
+        Self::borrowed(stream, host, [cu_seqlens, std::ptr::null(), std::ptr::null()])
+    }
+
+    pub(crate) fn cu_seqlens(&self) -> Result<RawTensor> {
         self.array(0)
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod attention;
 mod check;
+pub mod gdn;
 pub mod norm;
 pub mod page;
 
@@ -50,5 +51,5 @@ pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordin
 /// [`Signature::compare`] holds a declaration against what a module prints of
 /// itself.
 pub fn signatures() -> Vec<(&'static str, Signature)> {
-    [norm::SIGNATURES, page::SIGNATURES, &attention::signatures()].concat()
+    [norm::SIGNATURES, page::SIGNATURES, gdn::SIGNATURES, &attention::signatures()].concat()
 }

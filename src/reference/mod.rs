@@ -26,10 +26,12 @@
 //! ```
 
 mod attention;
+mod gdn;
 mod host;
 mod norm;
 mod page;
 
 pub use attention::batch_decode;
+pub use gdn::gdn_prefill;
 pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};

@@ -6,6 +6,7 @@
 
 pub mod cache;
 mod compare;
+pub mod gdn;
 pub mod norm;
 
 pub use compare::assert_same_bits;
@@ -82,6 +83,12 @@ impl Gpu {
     /// Another stream of the same GPU.
     pub fn fork(&self) -> Self {
         Self::on(self.cuda.context().new_stream().expect("a stream"), self.runtime, None)
+    }
+
+    /// A stream of another GPU.
+    pub fn on_device(&self, ordinal: usize) -> Self {
+        let context = CudaContext::new(ordinal).expect("another NVIDIA GPU");
+        Self::on(context.new_stream().expect("a stream"), self.runtime, None)
     }
 
     /// Waits until the stream is idle, and reports what failed on the device.
