@@ -678,7 +678,7 @@ fn graph_replay() {
             captured.replay(gpu, &decode, &problem, &mut workspace, &mut table);
         }
     }
-    let Some(gpu) = Gpu::start() else { return };
+    let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
     run::<f16>(&gpu, rng, KvLayout::Nhd, false);
     run::<bf16>(&gpu, rng, KvLayout::Hnd, true);
@@ -688,7 +688,7 @@ fn graph_replay() {
 /// are padding: each of those needs a block too.
 #[test]
 fn graph_with_padding_and_one_long_request() {
-    let Some(gpu) = Gpu::start() else { return };
+    let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
     const PAGES: usize = 64;
     for group in [1, 4] {
@@ -782,7 +782,7 @@ fn two_streams_at_once() {
     });
 }
 
-/// A plan for one problem, and tensors that fit it.
+/// What tests of wrong input start from.
 struct Bench {
     gpu: Gpu,
     other: Gpu,
@@ -792,10 +792,13 @@ struct Bench {
 
 impl Bench {
     fn start() -> Option<Self> {
-        let gpu = Gpu::start()?;
+        Gpu::start().map(Self::on)
+    }
+
+    fn on(gpu: Gpu) -> Self {
         let (mut rng, other) = (Rng::new(), gpu.fork());
         let problem = Problem::new(&gpu, &mut rng, Case { lens: vec![5, 20, 0], ..Case::default() });
-        Some(Self { gpu, other, rng, problem })
+        Self { gpu, other, rng, problem }
     }
 }
 
@@ -982,7 +985,7 @@ fn wrong_plans() {
 /// What allocates, uploads or plans is refused during a capture, which goes on.
 #[test]
 fn nothing_but_runs_is_captured() {
-    let Some(Bench { gpu, problem, .. }) = Bench::start() else { return };
+    let Some(Bench { gpu, problem, .. }) = Gpu::start_alone().map(Bench::on) else { return };
     let decode = decode_of::<f16, f16>(&gpu, &problem.case);
     let mut table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();

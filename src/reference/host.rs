@@ -188,8 +188,8 @@ impl RowsMut<'_> {
             };
         }
         match self.rows.raw.dtype {
-            DType::F16 => write!(f16, f16::from_f64),
-            DType::BF16 => write!(bf16, bf16::from_f64),
+            DType::F16 => write!(f16, |number| f16::from_f32(to_odd(number))),
+            DType::BF16 => write!(bf16, |number| bf16::from_f32(to_odd(number))),
             DType::F32 => write!(f32, |number| number as f32),
             DType::F64 => write!(f64, |number| number),
             DType::E4M3 => write!(F8E4M3, F8E4M3::from_f64),
@@ -211,6 +211,19 @@ impl RowsMut<'_> {
             unsafe { from.add(at * from_step).copy_to_nonoverlapping(to.add(at * to_step), size) };
         }
     }
+}
+
+/// Rounds to `f32` so that rounding once more, to 16 bits, gives the nearest
+/// number: a result that is not exact gets an odd last bit, and so is never
+/// taken for a tie. (`half`'s own conversion from `f64` ignores the lower half
+/// of the number.)
+fn to_odd(number: f64) -> f32 {
+    let nearest = number as f32;
+    if f64::from(nearest) == number || number.is_nan() {
+        return nearest;
+    }
+    let beyond = f64::from(nearest).abs() > number.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(beyond)) | 1)
 }
 
 #[cfg(test)]
@@ -249,6 +262,34 @@ mod tests {
         assert_eq!(through::<F8E5M2>(1.2), 1.25);
         assert_eq!(through::<F8E4M3>(-9.0), -9.0);
         assert_eq!(through::<F8E5M2>(-9.0), -8.0);
+    }
+
+    #[test]
+    fn rounding_to_16_bits_sees_every_bit() {
+        let little = 2f64.powi(-40);
+        // Ties between neighbours, and what lies just beside them.
+        let (step, half) = (2f64.powi(-10), 2f64.powi(-11));
+        for (number, nearest) in [
+            (1.0 + half, 1.0),
+            (1.0 + half + little, 1.0 + step),
+            (1.0 + half - little, 1.0),
+            (1.0 + 3.0 * half, 1.0 + 2.0 * step),
+            (1.0 + 3.0 * half - little, 1.0 + step),
+            (65519.9, 65504.0),
+            (65520.0, f64::INFINITY),
+            (1e300, f64::INFINITY),
+            (2f64.powi(-25), 0.0),
+            (2f64.powi(-25) + 2f64.powi(-70), 2f64.powi(-24)),
+            (1e-300, 0.0),
+        ] {
+            assert_eq!(f16::from_f32(to_odd(number)).to_f64(), nearest, "{number:e}");
+            assert_eq!(f16::from_f32(to_odd(-number)).to_f64(), -nearest, "-{number:e}");
+        }
+        let (step, half) = (2f64.powi(-7), 2f64.powi(-8));
+        assert_eq!(bf16::from_f32(to_odd(1.0 + half)).to_f64(), 1.0);
+        assert_eq!(bf16::from_f32(to_odd(1.0 + half + little)).to_f64(), 1.0 + step);
+        assert_eq!(bf16::from_f32(to_odd(1.0 + 3.0 * half - little)).to_f64(), 1.0 + step);
+        assert!(f16::from_f32(to_odd(f64::NAN)).is_nan());
     }
 
     #[test]

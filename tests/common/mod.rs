@@ -13,7 +13,7 @@ pub use compare::assert_same_bits;
 use std::{
     fmt::Debug,
     io::Write,
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -32,34 +32,56 @@ pub fn say(message: &str) {
     let _ = writeln!(std::io::stderr(), "{message} ({name})");
 }
 
+/// Tests that capture a graph run alone: while one is captured, nobody may
+/// wait for the whole device, as making a first stream does.
+static TURN: RwLock<()> = RwLock::new(());
+
+/// The right to use the GPU, until it is dropped.
+enum Turn {
+    Shared { _guard: RwLockReadGuard<'static, ()> },
+    Alone { _guard: RwLockWriteGuard<'static, ()> },
+}
+
 /// A stream of its own on the first GPU, and the runtime.
 pub struct Gpu {
     pub cuda: Arc<CudaStream>,
     pub stream: Stream,
     pub runtime: &'static FlashInferRuntime,
+    _turn: Option<Turn>,
 }
 
 impl Gpu {
     /// `None`, said on stderr, unless `FLASHINFER_RS_RUN_GPU_TESTS=1`. With it,
     /// whatever is missing fails the test.
     pub fn start() -> Option<Self> {
+        Self::start_with(|| Turn::Shared { _guard: TURN.read().unwrap_or_else(PoisonError::into_inner) })
+    }
+
+    /// As [`start`](Self::start), with no other test on the GPU meanwhile, for
+    /// tests that capture graphs.
+    pub fn start_alone() -> Option<Self> {
+        Self::start_with(|| Turn::Alone { _guard: TURN.write().unwrap_or_else(PoisonError::into_inner) })
+    }
+
+    fn start_with(turn: impl FnOnce() -> Turn) -> Option<Self> {
         if std::env::var_os("FLASHINFER_RS_RUN_GPU_TESTS").is_none_or(|value| value != "1") {
             say("skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU to run it");
             return None;
         }
+        let turn = turn();
         let context = CudaContext::new(0).expect("an NVIDIA GPU");
         let runtime = FlashInferRuntime::get().expect("libcudart and libtvm_ffi");
         runtime.preload([&ModuleName::NORM, &ModuleName::PAGE]).expect("the modules norm and page");
-        Some(Self::on(context.new_stream().expect("a stream"), runtime))
+        Some(Self::on(context.new_stream().expect("a stream"), runtime, Some(turn)))
     }
 
-    fn on(cuda: Arc<CudaStream>, runtime: &'static FlashInferRuntime) -> Self {
-        Self { stream: Stream::from(&cuda), cuda, runtime }
+    fn on(cuda: Arc<CudaStream>, runtime: &'static FlashInferRuntime, turn: Option<Turn>) -> Self {
+        Self { stream: Stream::from(&cuda), cuda, runtime, _turn: turn }
     }
 
     /// Another stream of the same GPU.
     pub fn fork(&self) -> Self {
-        Self::on(self.cuda.context().new_stream().expect("a stream"), self.runtime)
+        Self::on(self.cuda.context().new_stream().expect("a stream"), self.runtime, None)
     }
 
     /// Waits until the stream is idle, and reports what failed on the device.
@@ -243,12 +265,12 @@ impl<T: Number> Tensor<T> {
         self.host.iter().map(|number| number.to_f64()).collect()
     }
 
-    /// Borrows the device copy for work on `stream`.
+    /// Borrows the device copy for work on the stream.
     pub fn on<'a>(&'a self, gpu: &'a Gpu) -> Shown<'a> {
         Shown { guard: self.device.tensor(&gpu.cuda, &self.shape).unwrap(), part: &self.part }
     }
 
-    /// Borrows the device copy for work on `stream` that writes.
+    /// Borrows the device copy for work on the stream that writes.
     pub fn on_mut<'a>(&'a mut self, gpu: &'a Gpu) -> ShownMut<'a> {
         ShownMut { guard: self.device.tensor_mut(&gpu.cuda, &self.shape).unwrap(), part: &self.part }
     }
