@@ -16,9 +16,11 @@ mod stream;
 mod tensor;
 
 pub use error::{FlashInferError, Result};
-pub use kv::{AppendIndices, AppendTable, IndexArrays, OnDevice, PageIndices, PageTable};
+pub use kv::{
+    AppendIndices, AppendTable, IndexArrays, OnDevice, PageIndices, PageTable, RaggedIndices, RaggedTable,
+};
 pub use module::{Module, ModuleName};
-pub use ops::{attention, norm, page, signatures};
+pub use ops::{attention, cascade, norm, page, signatures};
 pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};

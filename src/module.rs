@@ -29,6 +29,8 @@ impl ModuleName {
     pub const NORM: Self = Self::fixed("norm");
     /// Appending to a paged KV cache.
     pub const PAGE: Self = Self::fixed("page");
+    /// Merging partial attention results.
+    pub const CASCADE: Self = Self::fixed("cascade");
 
     const fn fixed(name: &'static str) -> Self {
         Self(Cow::Borrowed(name))

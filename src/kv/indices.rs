@@ -315,6 +315,78 @@ impl AppendIndices {
     }
 }
 
+/// Offsets that divide the rows of a ragged tensor among the requests of a
+/// batch: request `i` has rows `indptr[i]..indptr[i + 1]`.
+#[derive(Clone, Debug)]
+pub struct RaggedIndices {
+    pub(super) indptr: Vec<i32>,
+}
+
+impl RaggedIndices {
+    /// Checks offsets.
+    ///
+    /// # Errors
+    /// `indptr` is empty, does not start at 0, or decreases.
+    ///
+    /// ```
+    /// # use flashinfer_rs::RaggedIndices;
+    /// let queries = RaggedIndices::new(vec![0, 5, 5, 6])?;
+    /// assert_eq!([queries.len(0), queries.len(1), queries.len(2)], [5, 0, 1]);
+    /// assert!(RaggedIndices::new(vec![0, 3, 2]).is_err());
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn new(indptr: Vec<i32>) -> Result<Self> {
+        let end = indptr.last().and_then(|&last| usize::try_from(last).ok()).unwrap_or_default();
+        check_indptr("RaggedIndices", "indptr", &indptr, end)?;
+        Ok(Self { indptr })
+    }
+
+    /// Offsets from each request's number of rows.
+    ///
+    /// # Errors
+    /// There are 2³¹ rows or more.
+    pub fn from_lens(lens: impl IntoIterator<Item = usize>) -> Result<Self> {
+        let mut indptr = vec![0i32];
+        let mut end = 0usize;
+        for len in lens {
+            end = end.saturating_add(len);
+            let Ok(end) = i32::try_from(end) else {
+                return Err(FlashInferError::invalid(
+                    "RaggedIndices",
+                    "lens",
+                    format!("{end} rows; offsets are 32-bit, so at most {}", i32::MAX),
+                ));
+            };
+            indptr.push(end);
+        }
+        Ok(Self { indptr })
+    }
+
+    /// The number of requests.
+    pub fn batch_size(&self) -> usize {
+        self.indptr.len() - 1
+    }
+
+    /// The offsets.
+    pub fn indptr(&self) -> &[i32] {
+        &self.indptr
+    }
+
+    /// The number of rows of one request.
+    ///
+    /// # Panics
+    /// If there is no such request.
+    #[expect(clippy::len_without_is_empty, reason = "the length of a request, not of the batch")]
+    pub fn len(&self, request: usize) -> usize {
+        (self.indptr[request + 1] - self.indptr[request]) as usize
+    }
+
+    /// The number of rows of all requests.
+    pub fn total(&self) -> usize {
+        self.indptr[self.indptr.len() - 1] as usize
+    }
+}
+
 /// `indptr` starts at 0, does not decrease and ends at `end`.
 fn check_indptr(op: &'static str, argument: &'static str, indptr: &[i32], end: usize) -> Result<()> {
     let invalid = |problem: String| Err(FlashInferError::invalid(op, argument, problem));
@@ -378,6 +450,24 @@ mod tests {
             (&[0, 2, 2, 3, 3, 3][..], &[1, 0, 4, 0, 0][..])
         );
         assert!(problem(padded.pad_to(4)).contains("cannot be padded"));
+    }
+
+    #[test]
+    fn ragged_offsets_are_checked() {
+        let ragged = RaggedIndices::new(vec![0, 3, 3, 4]).unwrap();
+        assert_eq!((ragged.batch_size(), ragged.total()), (3, 4));
+        assert_eq!([ragged.len(0), ragged.len(1), ragged.len(2)], [3, 0, 1]);
+        let from_lens = RaggedIndices::from_lens([3, 0, 1]).unwrap();
+        assert_eq!(from_lens.indptr(), ragged.indptr());
+        assert_eq!(RaggedIndices::new(vec![0]).unwrap().total(), 0);
+        assert_eq!(RaggedIndices::from_lens([]).unwrap().batch_size(), 0);
+        assert!(problem(RaggedIndices::new(vec![])).contains("empty"));
+        assert!(problem(RaggedIndices::new(vec![1, 2])).contains("must start at 0"));
+        assert!(problem(RaggedIndices::new(vec![-1, 2])).contains("must start at 0"));
+        assert!(problem(RaggedIndices::new(vec![0, 2, 1])).contains("decreases"));
+        assert!(problem(RaggedIndices::new(vec![0, -1])).contains("decreases"));
+        assert!(problem(RaggedIndices::from_lens([1 << 30, 1 << 30])).contains("32-bit"));
+        assert!(problem(RaggedIndices::from_lens([usize::MAX, 1])).contains("32-bit"));
     }
 
     #[test]

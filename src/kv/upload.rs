@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::{AppendIndices, PageIndices};
+use super::{AppendIndices, PageIndices, RaggedIndices};
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
     error::{FlashInferError, Result},
@@ -43,11 +43,21 @@ impl sealed::Arrays for AppendIndices {
     }
 }
 
+impl sealed::Arrays for RaggedIndices {
+    const OP: &'static str = "RaggedTable";
+    fn arrays(&self) -> [&[i32]; MAX_ARRAYS] {
+        [&self.indptr, &[], &[]]
+    }
+}
+
 /// A page table on a device. See [`PageIndices`].
 pub type PageTable = OnDevice<PageIndices>;
 
 /// Destinations of appended tokens on a device. See [`AppendIndices`].
 pub type AppendTable = OnDevice<AppendIndices>;
+
+/// Offsets of ragged rows on a device. See [`RaggedIndices`].
+pub type RaggedTable = OnDevice<RaggedIndices>;
 
 /// Index arrays together with their copy on a device.
 ///
@@ -287,5 +297,23 @@ impl AppendTable {
 
     pub(crate) fn positions(&self) -> Result<RawTensor> {
         self.array(1)
+    }
+}
+
+impl RaggedTable {
+    /// Uploads offsets, with room for up to `max_batch` requests in later
+    /// updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more requests than that.
+    pub fn with_capacity(stream: &Stream, host: RaggedIndices, max_batch: usize) -> Result<Self> {
+        if host.batch_size() > max_batch {
+            return Err(FlashInferError::invalid(
+                "RaggedTable",
+                "capacity",
+                format!("{} requests for a capacity of {max_batch}", host.batch_size()),
+            ));
+        }
+        Self::allocate(stream, host, [max_batch.saturating_add(1), 0, 0])
     }
 }

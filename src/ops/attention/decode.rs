@@ -6,7 +6,7 @@
 use std::{borrow::Cow, cell::Cell, marker::PhantomData};
 
 use super::{
-    plan::{PlanInfo, PlanMode, Scratch, check_workspace, make_plan},
+    plan::{PlanInfo, PlanMode, Scratch, check_lse, check_workspace, host_indices, make_plan},
     spec::AttentionSpec,
     workspace::Workspace,
 };
@@ -23,7 +23,7 @@ use crate::{
     },
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+    tensor::{Device, RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -42,7 +42,7 @@ kernels! {
     ) -> "void";
 }
 
-pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
+pub(super) const SIGNATURES: &[(&str, Signature)] =
     &[("batch_decode_with_kv_cache_", Plan::SIGNATURE), ("batch_decode_with_kv_cache_", Run::SIGNATURE)];
 
 const PLAN_OP: &str = "BatchDecode::plan";
@@ -197,9 +197,8 @@ impl BatchDecode {
         let cuda = FlashInferRuntime::get()?.cuda();
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let needed = int_bytes(batch, multiprocessors.unsigned_abs() as usize);
-        let indptr = planned_indptr(indices.indptr());
-        let indptr =
-            RawTensor::new(indptr.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[batch + 1], None)?;
+        let planned = planned_indptr(indices.indptr());
+        let indptr = host_indices(&planned)?;
         let empty = |dtype| RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, &[0], None);
         let (empty_q, empty_kv) = (empty(self.spec.dtype_q)?, empty(self.spec.dtype_kv)?);
         make_plan(check, workspace, needed, PLAN_LEN, |pinned| {
@@ -350,12 +349,7 @@ impl DecodePlan<'_> {
                 ),
             );
         }
-        if let Some(lse) = &lse {
-            check.tensor("lse", &lse.raw, &[DType::F32], &[2])?;
-            check.shape("lse", &lse.raw, &[batch, qo_heads])?;
-            check.contiguous("lse", &lse.raw)?;
-            check.aligned("lse", &lse.raw, size_of::<f32>())?;
-        }
+        check_lse(&check, lse.as_ref().map(|lse| &lse.raw), batch, qo_heads)?;
         let Some(info) = &self.info else { return Ok(()) };
 
         let runtime = FlashInferRuntime::get()?;

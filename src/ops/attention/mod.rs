@@ -5,15 +5,20 @@
 //! the [`Workspace`]; [`DecodePlan::run`] is then called for each layer. A
 //! plan borrows its workspace and its page table, so that neither can change
 //! or go away under it.
+//!
+//! [`BatchMla`] does the same for multi-head latent attention, selected by
+//! [`MlaSpec`].
 
 mod decode;
+mod mla;
 mod plan;
 mod spec;
 mod workspace;
 
 pub use decode::{BatchDecode, DecodeHeads, DecodeOptions, DecodePlan};
+pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
 pub use plan::PlanMode;
-pub use spec::AttentionSpec;
+pub use spec::{AttentionSpec, Backend};
 pub use workspace::Workspace;
 
-pub(super) use decode::SIGNATURES;
+pub(super) const SIGNATURES: &[&[(&str, crate::ffi::Signature)]] = &[decode::SIGNATURES, mla::SIGNATURES];

@@ -80,6 +80,20 @@ pub(super) fn check_workspace(check: &Check<'_>, workspace: &Workspace) -> Resul
     Ok(())
 }
 
+/// Checks the sums of exponentials that a run may write.
+pub(super) fn check_lse(check: &Check<'_>, lse: Option<&RawTensor>, rows: i64, heads: i64) -> Result<()> {
+    let Some(lse) = lse else { return Ok(()) };
+    check.tensor("lse", lse, &[DType::F32], &[2])?;
+    check.shape("lse", lse, &[rows, heads])?;
+    check.contiguous("lse", lse)?;
+    check.aligned("lse", lse, size_of::<f32>())
+}
+
+/// An index array on the host, as planners take it.
+pub(super) fn host_indices(array: &[i32]) -> Result<RawTensor> {
+    RawTensor::new(array.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[array.len()], None)
+}
+
 /// Lets `call` run a planner, which writes up to `needed` bytes of index
 /// arrays to the page-locked buffer it is given and enqueues their copy to the
 /// workspace. The planner returns `len` numbers.

@@ -6,6 +6,20 @@ use crate::{
     tensor::DType,
 };
 
+/// Which kernels serve an attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Backend {
+    /// The fastest that the GPU and the spec allow; see each operation for
+    /// what it picks. What was picked can be asked for.
+    #[default]
+    Auto,
+    /// FlashAttention 2 on tensor cores, on compute capability 8.0 and newer.
+    Fa2,
+    /// FlashAttention 3, on compute capability 9.0 exactly (`_sm90` modules).
+    Fa3,
+}
+
 /// The properties of an attention that its kernels are compiled for.
 ///
 /// ```
