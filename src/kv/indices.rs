@@ -376,7 +376,6 @@ impl RaggedIndices {
     ///
     /// # Panics
     /// If there is no such request.
-    #[expect(clippy::len_without_is_empty, reason = "the length of a request, not of the batch")]
     pub fn len(&self, request: usize) -> usize {
         (self.indptr[request + 1] - self.indptr[request]) as usize
     }

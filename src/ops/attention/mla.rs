@@ -539,7 +539,7 @@ impl Work {
         // The kernels round down where a tile ends inside a query, and then
         // may leave out the last key that this query sees. The last tile of a
         // request ends after all of its queries.
-        if self.causal && tile % self.num_heads != 0 && self.rows().any(|rows| rows > tile) {
+        if self.causal && !tile.is_multiple_of(self.num_heads) && self.rows().any(|rows| rows > tile) {
             return check.fail(
                 "num_heads",
                 format!(
