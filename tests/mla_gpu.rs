@@ -553,7 +553,8 @@ fn sweep() {
         let num_heads = [1usize, 8, 16, 64, 128][rng.below(5)];
         let requests = (0..1 + rng.below(6)).map(|_| {
             let queries = rng.below(2 + 128 / num_heads.max(16));
-            let len = rng.below([20, 70, 300][rng.below(3)]);
+            let longest = [20, 70, 300][rng.below(3)];
+            let len = rng.below(longest);
             (queries, if causal { len.max(queries) } else { len })
         });
         let case = Case {
