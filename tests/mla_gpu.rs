@@ -332,8 +332,8 @@ fn split_kv() {
     for (num_heads, page_size, causal, requests) in [
         (16, 16, false, vec![(1, 9000)]),
         (16, 1, true, vec![(2, 3001), (1, 5), (1, 700)]),
-        (128, 64, true, vec![(2, 1500)]),
-        (8, 64, true, vec![(20, 2500), (0, 0), (3, 3)]),
+        (128, 64, true, vec![(2, 1100)]),
+        (8, 64, true, vec![(10, 1500), (0, 0), (3, 3)]),
     ] {
         let case = Case { requests, num_heads, page_size, causal, ..Case::default() };
         check::<bf16>(&gpu, rng, &mut workspace, case);
