@@ -29,6 +29,8 @@ impl ModuleName {
     pub const NORM: Self = Self::fixed("norm");
     /// Appending to a paged KV cache.
     pub const PAGE: Self = Self::fixed("page");
+    /// Merging partial attention results.
+    pub const CASCADE: Self = Self::fixed("cascade");
 
     /// Prefill of gated delta networks, for compute capability 9.0.
     pub const GDN_PREFILL_SM90: Self = Self::fixed("gdn_prefill_sm90");

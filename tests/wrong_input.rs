@@ -5,6 +5,7 @@ use std::ffi::c_void;
 
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, Stream, TensorMut, TensorRef,
+    cascade::{self, State, StateMut},
     norm::{self, NormOptions},
     page::{KvLayout, PagedKv, PagedKvMut},
 };
@@ -158,4 +159,83 @@ fn joined_caches() {
         let call = PagedKvMut::joined(tensor_mut(GPU, DType::F16, shape), KvLayout::Nhd).map(drop);
         refused(call, "PagedKv", "kv");
     }
+}
+
+#[test]
+fn cascades() {
+    let stream = stream();
+    let f32s = |shape: &[usize]| tensor(ALIGNED, GPU, DType::F32, shape, None);
+    let state = |v: &[usize], s: &[usize]| State::new(half(v), f32s(s));
+    let target = |v: &[usize], s: &[usize]| {
+        StateMut::new(tensor_mut(GPU, DType::F16, v), tensor_mut(GPU, DType::F32, s))
+    };
+    let good = state(&[3, 8, 128], &[3, 8]);
+    let good_target = || target(&[3, 8, 128], &[3, 8]);
+
+    let merge = |mut merged: StateMut<'_>, a: State<'_>, b: State<'_>, argument: &str| {
+        refused(cascade::merge_state(&stream, &mut merged, &a, &b), "merge_state", argument);
+    };
+    let on = |device, dtype, shape: &[usize]| tensor(ALIGNED, device, dtype, shape, None);
+    for dtype in [DType::F32, DType::E4M3, DType::U8] {
+        merge(good_target(), State::new(on(GPU, dtype, &[3, 8, 128]), good.s), good, "a.v");
+    }
+    merge(good_target(), State::new(on(Device::Cuda(1), DType::F16, &[3, 8, 128]), good.s), good, "a.v");
+    merge(good_target(), State::new(half(&[24, 128]), good.s), good, "a.v");
+    for head_dim in [0, 32, 96, 192, 1024] {
+        merge(good_target(), state(&[3, 8, head_dim], &[3, 8]), good, "a.v");
+    }
+    merge(good_target(), State::new(good.v, half(&[3, 8])), good, "a.s");
+    merge(good_target(), state(&[3, 8, 128], &[8, 3]), good, "a.s");
+    merge(good_target(), good, State::new(on(GPU, DType::BF16, &[3, 8, 128]), good.s), "b.v");
+    merge(good_target(), good, state(&[3, 4, 128], &[3, 4]), "b.v");
+    merge(good_target(), good, state(&[3, 8, 128], &[2, 8]), "b.s");
+    merge(good_target(), good, State::new(good.v, on(Device::Cpu, DType::F32, &[3, 8])), "b.s");
+    merge(target(&[4, 8, 128], &[4, 8]), good, good, "merged.v");
+    merge(target(&[3, 8, 128], &[3, 9]), good, good, "merged.s");
+    let strided = |strides: &[usize]| tensor(ALIGNED, GPU, DType::F16, &[3, 8, 128], Some(strides));
+    merge(good_target(), State::new(strided(&[2048, 128, 1]), good.s), good, "a.v");
+    merge(good_target(), State::new(strided(&[128, 384, 1]), good.s), good, "a.v");
+    let sums = tensor(ALIGNED, GPU, DType::F32, &[3, 8], Some(&[16, 1]));
+    merge(good_target(), good, State::new(good.v, sums), "b.s");
+    for odd in [2, 4, 8] {
+        let v = tensor(ALIGNED + odd, GPU, DType::F16, &[3, 8, 128], None);
+        merge(good_target(), good, State::new(v, good.s), "b.v");
+    }
+    let s = tensor(ALIGNED + 2, GPU, DType::F32, &[3, 8], None);
+    merge(good_target(), good, State::new(good.v, s), "b.s");
+    // The kernels count elements in 32 bits.
+    let large = state(&[1 << 25, 8, 128], &[1 << 25, 8]);
+    merge(good_target(), large, good, "a.v");
+
+    let in_place =
+        |mut state: StateMut<'_>, other: State<'_>, mask: Option<TensorRef<'_>>, argument: &str| {
+            let call = cascade::merge_state_in_place(&stream, &mut state, &other, mask.as_ref());
+            refused(call, "merge_state_in_place", argument);
+        };
+    in_place(good_target(), state(&[4, 8, 128], &[4, 8]), None, "other.v");
+    in_place(target(&[3, 8, 128], &[3, 4]), good, None, "state.s");
+    let mask = |dtype, shape: &[usize]| Some(on(GPU, dtype, shape));
+    in_place(good_target(), good, mask(DType::U8, &[4]), "mask");
+    in_place(good_target(), good, mask(DType::U8, &[3, 1]), "mask");
+    in_place(good_target(), good, mask(DType::I32, &[3]), "mask");
+    in_place(good_target(), good, Some(on(Device::Cpu, DType::U8, &[3])), "mask");
+    in_place(good_target(), good, Some(tensor(ALIGNED, GPU, DType::U8, &[3], Some(&[2]))), "mask");
+    // With a mask, heads cannot be divided among blocks.
+    for (heads, head_dim) in [(129, 64), (65, 128), (33, 256), (33, 512)] {
+        let (v, s) = ([3, heads, head_dim], [3, heads]);
+        in_place(target(&v, &s), state(&v, &s), mask(DType::U8, &[3]), "state.v");
+    }
+
+    let several = |mut merged: StateMut<'_>, states: State<'_>, argument: &str| {
+        refused(cascade::merge_states(&stream, &mut merged, &states), "merge_states", argument);
+    };
+    several(good_target(), good, "states.v");
+    several(good_target(), state(&[3, 0, 8, 128], &[3, 0, 8]), "states.v");
+    several(good_target(), state(&[4, 2, 8, 128], &[4, 2, 8]), "states.v");
+    several(good_target(), state(&[3, 2, 8, 64], &[3, 2, 8]), "states.v");
+    several(good_target(), state(&[3, 2, 8, 128], &[3, 1, 8]), "states.s");
+    several(good_target(), State::new(half(&[3, 2, 8, 128]), half(&[3, 2, 8])), "states.s");
+    several(target(&[3, 8, 128], &[3]), state(&[3, 2, 8, 128], &[3, 2, 8]), "merged.s");
+    several(target(&[3, 33, 512], &[3, 33]), state(&[3, 2, 33, 512], &[3, 2, 33]), "states.v");
+    several(target(&[1, 65536, 64], &[1, 65536]), state(&[1, 2, 65536, 64], &[1, 2, 65536]), "states.v");
 }

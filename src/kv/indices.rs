@@ -457,6 +457,24 @@ mod tests {
     }
 
     #[test]
+    fn ragged_offsets_are_checked() {
+        let ragged = RaggedIndices::new(vec![0, 3, 3, 4]).unwrap();
+        assert_eq!((ragged.batch_size(), ragged.total()), (3, 4));
+        assert_eq!([ragged.len(0), ragged.len(1), ragged.len(2)], [3, 0, 1]);
+        let from_lens = RaggedIndices::from_lens([3, 0, 1]).unwrap();
+        assert_eq!(from_lens.indptr(), ragged.indptr());
+        assert_eq!(RaggedIndices::new(vec![0]).unwrap().total(), 0);
+        assert_eq!(RaggedIndices::from_lens([]).unwrap().batch_size(), 0);
+        assert!(problem(RaggedIndices::new(vec![])).contains("empty"));
+        assert!(problem(RaggedIndices::new(vec![1, 2])).contains("must start at 0"));
+        assert!(problem(RaggedIndices::new(vec![-1, 2])).contains("must start at 0"));
+        assert!(problem(RaggedIndices::new(vec![0, 2, 1])).contains("decreases"));
+        assert!(problem(RaggedIndices::new(vec![0, -1])).contains("decreases"));
+        assert!(problem(RaggedIndices::from_lens([1 << 30, 1 << 30])).contains("32-bit"));
+        assert!(problem(RaggedIndices::from_lens([usize::MAX, 1])).contains("32-bit"));
+    }
+
+    #[test]
     fn appended_tokens_are_checked() {
         let table =
             PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[][..], 0), (&[2][..], 4)]).unwrap();

@@ -1,6 +1,7 @@
 //! FlashInfer's operations, one file per module family.
 
 pub mod attention;
+pub mod cascade;
 mod check;
 pub mod gdn;
 pub mod norm;
@@ -51,5 +52,6 @@ pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordin
 /// [`Signature::compare`] holds a declaration against what a module prints of
 /// itself.
 pub fn signatures() -> Vec<(&'static str, Signature)> {
-    [norm::SIGNATURES, page::SIGNATURES, gdn::SIGNATURES, &attention::signatures()].concat()
+    [norm::SIGNATURES, page::SIGNATURES, cascade::SIGNATURES, gdn::SIGNATURES, &attention::signatures()]
+        .concat()
 }

@@ -38,7 +38,7 @@ const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::E4M3, DType::E5M2];
 /// Head dimensions that the kernel is compiled for.
 const HEAD_DIMS: [i64; 4] = [64, 128, 256, 512];
 /// Width of the compressed and of the position part of an MLA cache.
-const MLA_DIMS: [i64; 2] = [512, 64];
+pub(crate) const MLA_DIMS: [i64; 2] = [512, 64];
 
 /// The order of dimensions in a paged cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -199,6 +199,26 @@ fn check_pages(
     Ok(())
 }
 
+/// Checks the compressed and the position part of an MLA cache against a page
+/// table, as [`check_cache`] does.
+pub(crate) fn check_mla_cache(
+    check: &Check<'_>,
+    names: [&'static str; 2],
+    parts: [&RawTensor; 2],
+    table: &PageTable,
+    dtypes: &[DType],
+) -> Result<()> {
+    check.tensor(names[0], parts[0], dtypes, &[3])?;
+    let (dtype, pages, page_size) = (parts[0].dtype, parts[0].shape()[0], parts[0].shape()[1]);
+    check_pages(check, names[0], pages, page_size, table)?;
+    for ((name, part), dim) in names.into_iter().zip(parts).zip(MLA_DIMS) {
+        check.tensor(name, part, &[dtype], &[3])?;
+        check.shape(name, part, &[pages, page_size, dim])?;
+        check_cache_strides(check, name, part)?;
+    }
+    Ok(())
+}
+
 /// Rows are adjacent elements, vectors of 16 bytes are aligned, and each
 /// stride fits the 32 bits in which kernels keep it.
 fn check_cache_strides(check: &Check<'_>, argument: &'static str, cache: &RawTensor) -> Result<()> {
@@ -301,17 +321,9 @@ pub fn append_paged_mla_kv_cache(
     check_tables(&check, append, table)?;
     let [ckv_cache, kpe_cache] = caches.map(|cache| cache.raw);
     let tokens = append.host().len() as i64;
-    check.tensor("ckv_cache", &ckv_cache, &DTYPES, &[3])?;
-    let (dtype, pages, page_size) = (ckv_cache.dtype, ckv_cache.shape()[0], ckv_cache.shape()[1]);
-    check_pages(&check, "ckv_cache", pages, page_size, table)?;
-    let parts = [
-        ("ckv_cache", "ckv", &ckv_cache, &ckv.raw, MLA_DIMS[0]),
-        ("kpe_cache", "kpe", &kpe_cache, &kpe.raw, MLA_DIMS[1]),
-    ];
-    for (cache_name, name, cache, rows, dim) in parts {
-        check.tensor(cache_name, cache, &[dtype], &[3])?;
-        check.shape(cache_name, cache, &[pages, page_size, dim])?;
-        check_cache_strides(&check, cache_name, cache)?;
+    check_mla_cache(&check, ["ckv_cache", "kpe_cache"], [&ckv_cache, &kpe_cache], table, &DTYPES)?;
+    let dtype = ckv_cache.dtype;
+    for (name, rows, dim) in [("ckv", &ckv.raw, MLA_DIMS[0]), ("kpe", &kpe.raw, MLA_DIMS[1])] {
         check.tensor(name, rows, &[dtype], &[2])?;
         check.shape(name, rows, &[tokens, dim])?;
         check.last_dim_contiguous(name, rows)?;

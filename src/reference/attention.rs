@@ -156,7 +156,7 @@ fn attend(
 
 /// Turns logits into weights; returns the base-2 logarithm of the sum of their
 /// exponentials, −∞ for none.
-fn softmax(logits: &mut [f64]) -> f64 {
+pub(super) fn softmax(logits: &mut [f64]) -> f64 {
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if logits.is_empty() {
         return max;

@@ -80,6 +80,24 @@ impl Check {
         Ok(Rows { raw, count, width, storage: PhantomData })
     }
 
+    /// The bytes of a one-dimensional host tensor of `u8` or bool that are not 0.
+    pub(super) fn flags(self, argument: &'static str, tensor: &TensorRef<'_>) -> Result<Vec<bool>> {
+        let raw = tensor.raw;
+        if raw.device != Device::Cpu {
+            return self.fail(argument, format!("it is on {}; expected cpu", raw.device));
+        }
+        if !matches!(raw.dtype, DType::U8 | DType::Bool) {
+            return self.fail(argument, format!("its dtype is {}; expected u8 or bool", raw.dtype));
+        }
+        let (&[len], &[stride]) = (raw.shape(), raw.strides()) else {
+            return self.fail(argument, format!("its shape is {:?}; expected one dimension", raw.shape()));
+        };
+        let start = raw.data.cast::<u8>();
+        // SAFETY: the view is of host memory that holds a byte wherever its
+        // shape and stride reach, and the place is inside the shape.
+        Ok((0..len).map(|at| unsafe { start.add((at * stride) as usize).read() } != 0).collect())
+    }
+
     pub(super) fn shape(self, argument: &'static str, rows: &Rows<'_>, expected: &[i64]) -> Result<()> {
         if rows.shape() == expected {
             return Ok(());

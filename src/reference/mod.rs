@@ -26,12 +26,16 @@
 //! ```
 
 mod attention;
+mod cascade;
 mod gdn;
 mod host;
+mod mla;
 mod norm;
 mod page;
 
 pub use attention::batch_decode;
+pub use cascade::{merge_state, merge_state_in_place, merge_states};
 pub use gdn::gdn_prefill;
+pub use mla::batch_mla;
 pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};

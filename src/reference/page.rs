@@ -35,7 +35,7 @@ impl CacheShape {
 
 /// The cache has the page size and at least the pages that the table was
 /// checked for.
-fn check_pages(
+pub(super) fn check_pages(
     check: Check,
     argument: &'static str,
     pages: i64,

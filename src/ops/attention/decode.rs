@@ -9,7 +9,9 @@
 use std::{borrow::Cow, cell::Cell, marker::PhantomData};
 
 use super::{
-    plan::{Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_workspace, make_plan},
+    plan::{
+        Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan,
+    },
     prefill::{Batch, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
@@ -27,7 +29,7 @@ use crate::{
     },
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+    tensor::{Device, RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -278,9 +280,8 @@ impl BatchDecode {
         let cuda = FlashInferRuntime::get()?.cuda();
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let needed = int_bytes(batch, multiprocessors.unsigned_abs() as usize);
-        let indptr = planned_indptr(indices.indptr());
-        let indptr =
-            RawTensor::new(indptr.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[batch + 1], None)?;
+        let planned = planned_indptr(indices.indptr());
+        let indptr = host_indices(&planned)?;
         let empty = |dtype| RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, &[0], None);
         let (empty_q, empty_kv) = (empty(self.spec.dtype_q)?, empty(self.spec.dtype_kv)?);
         make_plan(check, workspace, needed, PLAN_LEN, |pinned| {

@@ -5,14 +5,19 @@
 //! the [`Workspace`]; [`DecodePlan::run`] is then called for each layer. A
 //! plan borrows its workspace and its page table, so that neither can change
 //! or go away under it.
+//!
+//! [`BatchMla`] does the same for multi-head latent attention, selected by
+//! [`MlaSpec`].
 
 mod decode;
+mod mla;
 mod plan;
 mod prefill;
 mod spec;
 mod workspace;
 
 pub use decode::{BatchDecode, DecodeOptions, DecodePlan};
+pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
 pub use plan::{Heads, PlanMode, ReplayKey};
 pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
 pub use spec::{AttentionSpec, Backend};
@@ -23,5 +28,5 @@ use crate::ffi::Signature;
 /// The functions of all attention modules, each with a pattern of the modules
 /// that export it.
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
-    [decode::SIGNATURES, prefill::SIGNATURES].concat()
+    [decode::SIGNATURES, prefill::SIGNATURES, mla::SIGNATURES].concat()
 }

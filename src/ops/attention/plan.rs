@@ -178,11 +178,21 @@ pub(super) fn check_output(
     check.contiguous("out", out)?;
     check.aligned("out", out, 16)?;
     check.offsets_in_32_bits("out", out)?;
+    check_lse(check, lse, rows, heads)
+}
+
+/// Checks the sums of exponentials that a run may write.
+pub(super) fn check_lse(check: &Check<'_>, lse: Option<&RawTensor>, rows: i64, heads: i64) -> Result<()> {
     let Some(lse) = lse else { return Ok(()) };
     check.tensor("lse", lse, &[DType::F32], &[2])?;
     check.shape("lse", lse, &[rows, heads])?;
     check.contiguous("lse", lse)?;
     check.aligned("lse", lse, size_of::<f32>())
+}
+
+/// An index array on the host, as planners take it.
+pub(super) fn host_indices(array: &[i32]) -> Result<RawTensor> {
+    RawTensor::new(array.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[array.len()], None)
 }
 
 /// Lets `call` run a planner, which writes up to `needed` bytes of index

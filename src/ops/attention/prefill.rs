@@ -13,7 +13,7 @@ use std::{cell::Cell, marker::PhantomData};
 
 use super::{
     decode::DecodeOptions,
-    plan::{Heads, PlanInfo, ReplayKey, Scratch, check_output, check_workspace, make_plan},
+    plan::{Heads, PlanInfo, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan},
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
@@ -30,7 +30,7 @@ use crate::{
     },
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+    tensor::{DType, RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -213,11 +213,8 @@ impl PrefillKernels {
         let cuda = FlashInferRuntime::get()?.cuda();
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
-        let host = |array: &[i32]| {
-            RawTensor::new(array.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[array.len()], None)
-        };
-        let (qo_indptr, kv_indptr) = (host(batch.qo_indptr)?, host(batch.kv_indptr)?);
-        let kv_lens = host(batch.kv_lens)?;
+        let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
+        let kv_lens = host_indices(batch.kv_lens)?;
         let len = if self.fa3 { FA3_PLAN_LEN } else { FA2_PLAN_LEN };
         make_plan(check, workspace, needed, len, |pinned| {
             // The two planners share their first sixteen arguments.

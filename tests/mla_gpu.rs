@@ -1,0 +1,755 @@
+//! Latent attention on the GPU against the CPU reference.
+//!
+//! Cache slots that hold no token are NaN, and so are outputs beforehand, so
+//! that whatever is read or left out by mistake shows. Each case runs on
+//! FlashAttention 2, and on 3 where the GPU has it.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use common::{Gpu, Number, Rng, Shown, Tensor, assert_same_bits, cache::random_table, refused, say};
+use flashinfer_rs::{
+    AppendIndices, AppendTable, DType, FlashInferError, ModuleName, PageIndices, PageTable, RaggedIndices,
+    TensorMut,
+    attention::{Backend, BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec, Workspace},
+    cudarc::{TensorExt, TensorExtMut},
+    page, reference,
+};
+use half::{bf16, f16};
+
+/// The largest absolute error of a base-2 LSE.
+const LSE_BOUND: f64 = 1e-2;
+/// DeepSeek's, with 128 and 64 dimensions before absorption.
+const SM_SCALE: f64 = 0.07216878364870322;
+
+/// One step.
+#[derive(Clone, Debug)]
+struct Case {
+    /// Queries and tokens of each request.
+    requests: Vec<(usize, usize)>,
+    num_heads: usize,
+    page_size: usize,
+    causal: bool,
+    /// Queries and cache each in one tensor of 576.
+    joined: bool,
+    sm_scale: f64,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            requests: vec![(1, 1), (1, 15), (1, 16), (1, 17), (1, 131)],
+            num_heads: 16,
+            page_size: 16,
+            causal: false,
+            joined: false,
+            sm_scale: SM_SCALE,
+        }
+    }
+}
+
+impl Case {
+    fn queries(&self) -> RaggedIndices {
+        RaggedIndices::from_lens(self.requests.iter().map(|request| request.0)).unwrap()
+    }
+
+    fn lens(&self) -> Vec<usize> {
+        self.requests.iter().map(|request| request.1).collect()
+    }
+
+    fn options(&self) -> MlaOptions {
+        MlaOptions::new(self.sm_scale)
+    }
+}
+
+/// The widths of a tensor's parts: one tensor, or two.
+fn widths(joined: bool) -> &'static [usize] {
+    if joined { &[576] } else { &[512, 64] }
+}
+
+/// A case with its tensors, and what the reference makes of them.
+struct Problem<T> {
+    case: Case,
+    table: PageIndices,
+    queries: RaggedIndices,
+    q: Vec<Tensor<T>>,
+    cache: Vec<Tensor<T>>,
+    want: Vec<f64>,
+    want_lse: Vec<f64>,
+}
+
+fn query_of<'a>(views: &[flashinfer_rs::TensorRef<'a>]) -> MlaQuery<'a> {
+    match views {
+        [q] => MlaQuery::joined(*q).unwrap(),
+        [nope, pe] => MlaQuery::new(*nope, *pe),
+        _ => unreachable!("one tensor or two"),
+    }
+}
+
+fn cache_of<'a>(views: &[flashinfer_rs::TensorRef<'a>]) -> MlaCache<'a> {
+    match views {
+        [cache] => MlaCache::joined(*cache).unwrap(),
+        [ckv, kpe] => MlaCache::new(*ckv, *kpe),
+        _ => unreachable!("one tensor or two"),
+    }
+}
+
+impl<T: Number> Problem<T> {
+    fn new(gpu: &Gpu, rng: &mut Rng, case: Case) -> Self {
+        let table = random_table(rng, case.page_size, &case.lens());
+        Self::with_table(gpu, rng, case, table)
+    }
+
+    fn with_table(gpu: &Gpu, rng: &mut Rng, case: Case, table: PageIndices) -> Self {
+        let n = case.queries().total();
+        let q = widths(case.joined)
+            .iter()
+            .map(|&width| Tensor::random(gpu, rng, &[n, case.num_heads, width]))
+            .collect();
+        let cache = widths(case.joined)
+            .iter()
+            .map(|&width| {
+                let mut host = vec![T::POISON; table.num_pages() * case.page_size * width];
+                for request in 0..table.batch_size() {
+                    for position in 0..table.seq_len(request) {
+                        let page = table.pages(request)[position / case.page_size] as usize;
+                        let start = (page * case.page_size + position % case.page_size) * width;
+                        let row = &mut host[start..start + width];
+                        if row[0].bits() == T::POISON.bits() {
+                            row.fill_with(|| T::from_f64(rng.unit()));
+                        }
+                    }
+                }
+                Tensor::new(gpu, &[table.num_pages(), case.page_size, width], host)
+            })
+            .collect();
+        Self::solve(case, table, q, cache)
+    }
+
+    /// Fills in what the reference says.
+    fn solve(case: Case, table: PageIndices, q: Vec<Tensor<T>>, cache: Vec<Tensor<T>>) -> Self {
+        let queries = case.queries();
+        let (n, heads) = (queries.total(), case.num_heads);
+        let mut want = vec![f64::NAN; n * heads * 512];
+        let mut want_lse = vec![f64::NAN; n * heads];
+        reference::batch_mla(
+            &query_of(&q.iter().map(Tensor::view).collect::<Vec<_>>()),
+            &cache_of(&cache.iter().map(Tensor::view).collect::<Vec<_>>()),
+            &MlaBatch { queries: &queries, num_heads: heads, causal: case.causal },
+            &table,
+            &mut TensorMut::from_slice(&mut want, &[n, heads, 512]).unwrap(),
+            Some(&mut TensorMut::from_slice(&mut want_lse, &[n, heads]).unwrap()),
+            &case.options(),
+        )
+        .unwrap();
+        Self { case, table, queries, q, cache, want, want_lse }
+    }
+
+    fn batch(&self) -> MlaBatch<'_> {
+        MlaBatch { queries: &self.queries, num_heads: self.case.num_heads, causal: self.case.causal }
+    }
+
+    fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
+        let (n, heads) = (self.queries.total(), self.case.num_heads);
+        (Tensor::poisoned(gpu, &[n, heads, 512]), Tensor::poisoned(gpu, &[n, heads]))
+    }
+
+    /// Plans and runs on each backend, and compares with the reference.
+    #[track_caller]
+    fn check(&self, gpu: &Gpu, workspace: &mut Workspace) {
+        for mla in backends::<T>(gpu) {
+            let table = PageTable::new(&gpu.stream, self.table.clone()).unwrap();
+            let plan = mla.plan(workspace, &table, &self.batch()).unwrap();
+            self.check_run(gpu, &plan);
+        }
+    }
+
+    /// Runs a plan and compares with the reference.
+    #[track_caller]
+    fn check_run(&self, gpu: &Gpu, plan: &MlaPlan<'_>) -> (Vec<T>, Vec<f32>) {
+        let (mut out, mut lse) = self.outputs(gpu);
+        self.run(gpu, plan, &mut out, Some(&mut lse)).unwrap();
+        self.verify(gpu, plan, &out, &lse);
+        (out.download(gpu), lse.download(gpu))
+    }
+
+    fn run(
+        &self,
+        gpu: &Gpu,
+        plan: &MlaPlan<'_>,
+        out: &mut Tensor<T>,
+        lse: Option<&mut Tensor<f32>>,
+    ) -> flashinfer_rs::Result<()> {
+        let guards = |tensors| -> Vec<Shown<'_>> { show(gpu, tensors) };
+        let (q, cache) = (guards(&self.q), guards(&self.cache));
+        let mut lse = lse.map(|lse| lse.on_mut(gpu));
+        plan.run(
+            &query_of(&q.iter().map(Shown::view).collect::<Vec<_>>()),
+            &cache_of(&cache.iter().map(Shown::view).collect::<Vec<_>>()),
+            &mut out.on_mut(gpu).view_mut(),
+            lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+            &self.case.options(),
+        )
+    }
+
+    #[track_caller]
+    fn verify(&self, gpu: &Gpu, plan: &MlaPlan<'_>, out: &Tensor<T>, lse: &Tensor<f32>) {
+        let what = format!("{:?} {:?}", plan.backend(), self.case);
+        out.assert_close(gpu, &what, &self.want, T::BOUND);
+        for (at, (&got, &want)) in lse.download(gpu).iter().zip(&self.want_lse).enumerate() {
+            let got = f64::from(got);
+            let agrees = if want.is_finite() { (got - want).abs() <= LSE_BOUND } else { got == want };
+            assert!(agrees, "{what}: LSE {at} is {got}, not {want}");
+        }
+    }
+}
+
+fn show<'a, T: Number>(gpu: &'a Gpu, tensors: &'a [Tensor<T>]) -> Vec<Shown<'a>> {
+    tensors.iter().map(|tensor| tensor.on(gpu)).collect()
+}
+
+/// Latent attention on FlashAttention 2, and on 3 where the GPU has it.
+fn backends<T: Number>(gpu: &Gpu) -> Vec<BatchMla> {
+    let mut backends = vec![Backend::Fa2];
+    match gpu.runtime.compute_capability(0).unwrap() {
+        (9, 0) => backends.push(Backend::Fa3),
+        (major, minor) => say(&format!("FlashAttention 3 skipped: it has no code for {major}.{minor}")),
+    }
+    let spec = MlaSpec::new(T::DTYPE);
+    let mla =
+        |backend| BatchMla::new(gpu.runtime, &gpu.stream, &spec.with_backend(backend)).expect("the module");
+    backends.into_iter().map(mla).collect()
+}
+
+fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace, case: Case) {
+    Problem::<T>::new(gpu, rng, case).check(gpu, workspace);
+}
+
+/// One query for each request: lengths around the ends of pages and of the
+/// kernels' tiles, and a request without tokens.
+fn decode<T: Number>() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for num_heads in [16, 64, 128] {
+        for page_size in [1, 16, 64] {
+            let lens = [1, page_size + 1, 0, 63, 64, 65, 131];
+            let requests = lens.map(|len| (1, len)).to_vec();
+            check::<T>(&gpu, rng, &mut workspace, Case { requests, num_heads, page_size, ..Case::default() });
+        }
+    }
+}
+
+#[test]
+fn decode_f16() {
+    decode::<f16>();
+}
+
+#[test]
+fn decode_bf16() {
+    decode::<bf16>();
+}
+
+/// Several queries at the end of each request, masked: with tiles of one block
+/// and of two, whole prompts, and chunks after a prefix.
+fn chunked_prefill<T: Number>() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for page_size in [1, 16, 64] {
+        for (num_heads, requests) in [
+            (16, vec![(5, 5), (3, 70), (1, 64), (37, 140)]),
+            (16, vec![(2, 66), (1, 3), (6, 6)]),
+            (64, vec![(9, 9), (3, 129), (1, 1)]),
+            (128, vec![(3, 65), (2, 2), (1, 64)]),
+        ] {
+            let case = Case { requests, num_heads, page_size, causal: true, ..Case::default() };
+            check::<T>(&gpu, rng, &mut workspace, case);
+        }
+    }
+}
+
+#[test]
+fn chunked_prefill_f16() {
+    chunked_prefill::<f16>();
+}
+
+#[test]
+fn chunked_prefill_bf16() {
+    chunked_prefill::<bf16>();
+}
+
+/// Several queries that all see all tokens, also more queries than tokens.
+#[test]
+fn without_mask() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for num_heads in [16, 64] {
+        let requests = vec![(5, 3), (3, 70), (12, 64)];
+        check::<f16>(&gpu, rng, &mut workspace, Case { requests, num_heads, ..Case::default() });
+    }
+}
+
+/// Requests without queries, and without tokens.
+#[test]
+fn empty_requests() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (causal, requests) in [
+        (true, vec![(0, 0), (3, 20), (0, 33), (1, 5), (0, 0)]),
+        (false, vec![(0, 0), (3, 20), (2, 0), (0, 33), (1, 0), (1, 64)]),
+        (false, vec![(1, 0), (6, 0)]),
+    ] {
+        for num_heads in [16, 128] {
+            let case = Case { requests: requests.clone(), num_heads, causal, ..Case::default() };
+            check::<bf16>(&gpu, rng, &mut workspace, case);
+        }
+    }
+}
+
+/// With 128 heads and few queries on average the planner would take tiles that
+/// end inside a query, if requests without queries counted.
+#[test]
+fn causal_tiles_beside_empty_requests() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for kv_len in [1, 64, 65, 66] {
+        let requests = vec![(kv_len.min(2), kv_len), (0, 9), (0, 9), (0, 9), (0, 9), (0, 9)];
+        let case = Case { requests, num_heads: 128, page_size: 1, causal: true, ..Case::default() };
+        check::<f16>(&gpu, rng, &mut workspace, case);
+    }
+}
+
+/// Long requests are divided among blocks, whose results are merged.
+#[test]
+fn split_kv() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (num_heads, page_size, causal, requests) in [
+        (16, 16, false, vec![(1, 9000)]),
+        (16, 1, true, vec![(2, 3001), (1, 5), (1, 700)]),
+        (128, 64, true, vec![(2, 1100)]),
+        (8, 64, true, vec![(10, 1500), (0, 0), (3, 3)]),
+    ] {
+        let case = Case { requests, num_heads, page_size, causal, ..Case::default() };
+        check::<bf16>(&gpu, rng, &mut workspace, case);
+    }
+}
+
+/// Any number of heads without a mask; with one, any that divides the tile,
+/// and any whose queries fit one tile.
+#[test]
+fn other_head_counts() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for num_heads in [1, 3, 5, 20, 40, 96, 130] {
+        let requests = vec![(1, 65), (2, 33), (4, 64)];
+        check::<f16>(&gpu, rng, &mut workspace, Case { requests, num_heads, ..Case::default() });
+    }
+    for num_heads in [1, 2, 4, 8, 32] {
+        let requests = vec![(1, 65), (40, 100), (4, 64)];
+        let case = Case { requests, num_heads, causal: true, ..Case::default() };
+        check::<f16>(&gpu, rng, &mut workspace, case);
+    }
+    let case = Case { requests: vec![(3, 65), (1, 64)], num_heads: 20, causal: true, ..Case::default() };
+    check::<f16>(&gpu, rng, &mut workspace, case);
+    // A single query needs no mask, whatever the number of heads.
+    for num_heads in [20, 96, 200] {
+        let case = Case { requests: vec![(1, 65), (1, 1)], num_heads, causal: true, ..Case::default() };
+        check::<f16>(&gpu, rng, &mut workspace, case);
+    }
+}
+
+/// Both parts in one tensor of 576, for queries and cache.
+#[test]
+fn joined_tensors() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for page_size in [1, 16, 64] {
+        let case = Case { page_size, joined: true, ..Case::default() };
+        check::<bf16>(&gpu, rng, &mut workspace, case.clone());
+        let requests = vec![(5, 5), (3, 70), (8, 131)];
+        check::<f16>(&gpu, rng, &mut workspace, Case { requests, causal: true, num_heads: 64, ..case });
+    }
+}
+
+/// Queries and outputs as some of a tensor's heads.
+#[test]
+fn strided_rows() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let case = Case { requests: vec![(2, 40), (1, 900)], causal: true, ..Case::default() };
+    let Problem { table, cache, .. } = Problem::<f16>::new(&gpu, rng, case.clone());
+    let (n, heads) = (3, case.num_heads);
+    let q = widths(false)
+        .iter()
+        .map(|&width| Tensor::random(&gpu, rng, &[n, heads + 5, width]).narrowed(1, 2, heads))
+        .collect();
+    let problem = Problem::solve(case, table, q, cache);
+    for mla in backends::<f16>(&gpu) {
+        let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+        // Heads outermost, with a gap behind each row.
+        let storage = [heads, n, 576];
+        let mut out = Tensor::<f16>::poisoned(&gpu, &storage).narrowed(2, 64, 512).permuted(&[1, 0, 2]);
+        let (_, mut lse) = problem.outputs(&gpu);
+        problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
+        let mut want = vec![f64::NAN; storage.iter().product()];
+        for (at, row) in problem.want.chunks(512).enumerate() {
+            let (query, head) = (at / heads, at % heads);
+            let start = (head * n + query) * 576 + 64;
+            want[start..start + 512].copy_from_slice(row);
+        }
+        out.assert_close(&gpu, &format!("{:?} strided", plan.backend()), &want, f16::BOUND);
+    }
+}
+
+/// The output has the same bits with and without LSE, and in each of several
+/// runs of one plan.
+#[test]
+fn runs_of_one_plan_agree() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let case = Case { requests: vec![(1, 3000), (1, 16), (1, 0)], ..Case::default() };
+    let problem = Problem::<bf16>::new(&gpu, rng, case);
+    for mla in backends::<bf16>(&gpu) {
+        let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+        let (want, _) = problem.check_run(&gpu, &plan);
+        for with_lse in [false, true, false] {
+            let (mut out, mut lse) = problem.outputs(&gpu);
+            problem.run(&gpu, &plan, &mut out, with_lse.then_some(&mut lse)).unwrap();
+            assert_same_bits("another run", &out.download(&gpu), &want);
+        }
+    }
+}
+
+/// Plans made one after the other on one workspace, without waiting.
+#[test]
+fn back_to_back_plans() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let problems: Vec<_> = [(1, 700), (3, 9), (1, 64), (2, 1300), (1, 1)]
+        .into_iter()
+        .map(|request| {
+            let requests = vec![request, (1, 33)];
+            Problem::<f16>::new(&gpu, rng, Case { requests, causal: true, ..Case::default() })
+        })
+        .collect();
+    for mla in backends::<f16>(&gpu) {
+        let mut done = Vec::new();
+        for problem in problems.iter().cycle().take(15) {
+            let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+            let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+            let (mut out, mut lse) = problem.outputs(&gpu);
+            problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
+            done.push((problem, out));
+        }
+        for (problem, out) in done {
+            out.assert_close(&gpu, "back to back", &problem.want, f16::BOUND);
+        }
+    }
+}
+
+#[test]
+fn sm_scale() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for sm_scale in [0.001, 0.01, 0.3] {
+        check::<bf16>(&gpu, rng, &mut workspace, Case { sm_scale, ..Case::default() });
+        let requests = vec![(5, 5), (3, 70), (2, 1200)];
+        let case = Case { sm_scale, requests, causal: true, ..Case::default() };
+        check::<f16>(&gpu, rng, &mut workspace, case);
+    }
+}
+
+#[test]
+fn large_batch() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let requests = (0..1024).map(|_| (1, rng.below(9))).collect();
+    check::<bf16>(&gpu, rng, &mut workspace, Case { requests, page_size: 4, ..Case::default() });
+}
+
+/// Requests that begin with the same pages.
+#[test]
+fn shared_pages() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let case = Case { requests: vec![(2, 40), (1, 50), (3, 32)], causal: true, ..Case::default() };
+    let requests = [(&[5, 2, 0][..], 40), (&[5, 2, 7, 1][..], 50), (&[5, 2][..], 32)];
+    let table = PageIndices::from_requests(9, 16, requests).unwrap();
+    Problem::<bf16>::with_table(&gpu, rng, case, table).check(&gpu, &mut workspace);
+}
+
+/// What `append_paged_mla_kv_cache` wrote is what queries see.
+#[test]
+fn appended_tokens() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let case =
+        Case { requests: vec![(4, 40), (1, 17), (2, 2)], joined: true, causal: true, ..Case::default() };
+    let problem = Problem::<bf16>::new(&gpu, rng, case);
+    let (table, host) = (&problem.table, &problem.cache[0].host);
+    // Every token of every request, in order.
+    let mut rows = Vec::new();
+    for request in 0..table.batch_size() {
+        for position in 0..table.seq_len(request) {
+            let page = table.pages(request)[position / 16] as usize;
+            let start = (page * 16 + position % 16) * 576;
+            rows.extend_from_slice(&host[start..start + 576]);
+        }
+    }
+    let tokens = rows.len() / 576;
+    let tokens_of = RaggedIndices::from_lens(problem.case.lens()).unwrap();
+    let append = AppendIndices::last_tokens(table, tokens_of.indptr()).unwrap();
+    let append = AppendTable::new(&gpu.stream, append).unwrap();
+    let table = PageTable::new(&gpu.stream, table.clone()).unwrap();
+    let rows = Tensor::new(&gpu, &[tokens, 576], rows);
+    let shape = problem.cache[0].shape();
+    let mut parts = [512, 64].map(|width| Tensor::<bf16>::poisoned(&gpu, &[shape[0], shape[1], width]));
+    {
+        let new = rows.on(&gpu);
+        let [ckv, kpe] = &mut parts;
+        let (mut ckv, mut kpe) = (ckv.on_mut(&gpu), kpe.on_mut(&gpu));
+        page::append_paged_mla_kv_cache(
+            &gpu.stream,
+            &new.view().narrow(1, 0, 512).unwrap(),
+            &new.view().narrow(1, 512, 64).unwrap(),
+            &append,
+            [&mut ckv.view_mut(), &mut kpe.view_mut()],
+            &table,
+        )
+        .unwrap();
+    }
+    let problem = Problem { cache: parts.into(), ..problem };
+    for mla in backends::<bf16>(&gpu) {
+        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+        problem.check_run(&gpu, &plan);
+    }
+}
+
+/// Random steps.
+#[test]
+fn sweep() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for _ in 0..40 {
+        let causal = rng.below(2) == 0;
+        let num_heads = [1usize, 8, 16, 64, 128][rng.below(5)];
+        let requests = (0..1 + rng.below(6)).map(|_| {
+            let queries = rng.below(2 + 128 / num_heads.max(16));
+            let longest = [20, 70, 300][rng.below(3)];
+            let len = rng.below(longest);
+            (queries, if causal { len.max(queries) } else { len })
+        });
+        let case = Case {
+            requests: requests.collect(),
+            num_heads,
+            page_size: [1, 3, 16, 64][rng.below(4)],
+            causal,
+            joined: rng.below(2) == 0,
+            ..Case::default()
+        };
+        if rng.below(2) == 0 {
+            check::<f16>(&gpu, rng, &mut workspace, case);
+        } else {
+            check::<bf16>(&gpu, rng, &mut workspace, case);
+        }
+    }
+}
+
+#[test]
+fn nothing_to_do() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for requests in [vec![], vec![(0, 0)], vec![(0, 40), (0, 3)]] {
+        let problem = Problem::<f16>::new(&gpu, rng, Case { requests, ..Case::default() });
+        for mla in backends::<f16>(&gpu) {
+            let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+            let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+            assert!(plan.numbers().is_empty());
+            let (mut out, mut lse) = problem.outputs(&gpu);
+            problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
+            gpu.synchronize();
+        }
+    }
+}
+
+#[test]
+fn backends_are_chosen_and_named() {
+    let Some(gpu) = Gpu::start() else { return };
+    let spec = MlaSpec::new(DType::BF16);
+    let auto = BatchMla::new(gpu.runtime, &gpu.stream, &spec).unwrap();
+    let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
+    let expected = if hopper { Backend::Fa3 } else { Backend::Fa2 };
+    assert_eq!(auto.backend(), expected);
+    assert_eq!(auto.module().name(), &spec.module(expected).unwrap());
+    if !hopper {
+        let named = BatchMla::new(gpu.runtime, &gpu.stream, &spec.with_backend(Backend::Fa3));
+        assert!(matches!(named, Err(FlashInferError::Unsupported { .. })));
+    }
+    let wide = BatchMla::new(gpu.runtime, &gpu.stream, &MlaSpec::new(DType::F32));
+    assert!(matches!(wide, Err(FlashInferError::Unsupported { .. })));
+    // Modules that are not there are not a panic.
+    assert!(gpu.runtime.module(&ModuleName::new("batch_mla_attention_of_nobody")).is_err());
+}
+
+#[test]
+fn wrong_input_to_plan() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let other = gpu.fork();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let table = PageTable::new(&gpu.stream, random_table(rng, 16, &[3, 40])).unwrap();
+    for mla in backends::<f16>(&gpu) {
+        let mut plan = |lens: &[usize], num_heads, causal| {
+            let queries = RaggedIndices::from_lens(lens.iter().copied()).unwrap();
+            mla.plan(&mut workspace, &table, &MlaBatch { queries: &queries, num_heads, causal }).map(drop)
+        };
+        plan(&[3, 1], 16, true).unwrap();
+        refused(plan(&[1], 16, false), "queries");
+        refused(plan(&[1, 1, 1], 16, false), "queries");
+        refused(plan(&[4, 1], 16, true), "queries");
+        refused(plan(&[1, 1], 0, false), "num_heads");
+        refused(plan(&[1 << 20, 1], 1 << 12, false), "num_heads");
+        refused(plan(&[3, 40], 20, true), "num_heads");
+        // Too much for one plan, by far and by a little.
+        refused(plan(&[1 << 24, 1], 16, false), "queries");
+        refused(plan(&[1 << 14, 1], 128, false), "queries");
+
+        let queries = RaggedIndices::from_lens([1, 1]).unwrap();
+        let batch = MlaBatch { queries: &queries, num_heads: 16, causal: false };
+        let mut foreign = Workspace::new(&other.stream).unwrap();
+        refused(mla.plan(&mut foreign, &table, &batch), "workspace");
+        for (float_bytes, int_bytes) in [(1 << 20, 8 << 20), (128 << 20, 500_000)] {
+            let mut small = Workspace::with_sizes(&gpu.stream, float_bytes, int_bytes).unwrap();
+            refused(mla.plan(&mut small, &table, &batch), "workspace");
+        }
+        // About what is needed is enough.
+        let mut exact = Workspace::with_sizes(&gpu.stream, 20 << 20, 600_000).unwrap();
+        mla.plan(&mut exact, &table, &batch).unwrap();
+    }
+}
+
+/// The largest step that is let through.
+#[test]
+fn as_much_work_as_a_plan_holds() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    // Each request is a work item; a plan has room for 16384, less one for
+    // each multiprocessor.
+    let requests = vec![(1, 1); 16_100];
+    check::<f16>(&gpu, rng, &mut workspace, Case { requests, num_heads: 1, page_size: 1, ..Case::default() });
+    let table = PageTable::new(&gpu.stream, random_table(rng, 1, &vec![1; 16_500])).unwrap();
+    let queries = RaggedIndices::from_lens(vec![1; 16_500]).unwrap();
+    for mla in backends::<f16>(&gpu) {
+        let batch = MlaBatch { queries: &queries, num_heads: 1, causal: false };
+        refused(mla.plan(&mut workspace, &table, &batch), "queries");
+    }
+}
+
+#[test]
+fn wrong_input_to_run() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let other = gpu.fork();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let case = Case { requests: vec![(2, 40), (1, 3)], ..Case::default() };
+    let problem = Problem::<f16>::new(&gpu, rng, case);
+    let pages = problem.table.num_pages();
+    let mut half = |shape: &[usize]| Tensor::<f16>::random(&gpu, rng, shape);
+    let good = [half(&[3, 16, 512]), half(&[3, 16, 64]), half(&[pages, 16, 512]), half(&[pages, 16, 64])];
+    // What to put in place of one of these, and what is then refused.
+    let names = ["q.nope", "q.pe", "cache.ckv", "cache.kpe"];
+    let mut wrong = vec![
+        (0, half(&[2, 16, 512]), "q.nope"),
+        (0, half(&[3, 8, 512]), "q.nope"),
+        (0, half(&[3, 16, 64]), "q.nope"),
+        (0, half(&[48, 512]), "q.nope"),
+        (1, half(&[3, 16, 512]), "q.pe"),
+        (1, half(&[3, 8, 64]), "q.pe"),
+        (2, half(&[pages - 1, 16, 512]), "cache.ckv"),
+        (2, half(&[pages, 8, 512]), "cache.ckv"),
+        (2, half(&[pages, 16, 256]), "cache.ckv"),
+        (2, half(&[pages * 16, 512]), "cache.ckv"),
+        (3, half(&[pages - 1, 16, 64]), "cache.kpe"),
+        (3, half(&[pages, 16, 128]), "cache.kpe"),
+    ];
+    for (at, name) in names.into_iter().enumerate() {
+        let shape = good[at].shape();
+        let [a, b, width] = [shape[0], shape[1], shape[2]];
+        // Elements of a row apart; rows at odd addresses.
+        wrong.push((at, half(&[a, width, b]).permuted(&[0, 2, 1]), name));
+        wrong.push((at, half(&[a, b, width + 1]).narrowed(2, 0, width), name));
+        wrong.push((at, half(&[a, b, width + 8]).narrowed(2, 4, width), name));
+    }
+    for mla in backends::<f16>(&gpu) {
+        let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+        let (mut out, mut lse) = problem.outputs(&gpu);
+        let run = |tensors: [&Tensor<f16>; 4], out: &mut Tensor<f16>, lse: &mut Tensor<f32>, sm_scale| {
+            let shown = tensors.map(|tensor| tensor.on(&gpu));
+            plan.run(
+                &MlaQuery::new(shown[0].view(), shown[1].view()),
+                &MlaCache::new(shown[2].view(), shown[3].view()),
+                &mut out.on_mut(&gpu).view_mut(),
+                Some(&mut lse.on_mut(&gpu).view_mut()),
+                &MlaOptions::new(sm_scale),
+            )
+        };
+        for (at, tensor, argument) in &wrong {
+            let mut tensors = good.each_ref();
+            tensors[*at] = tensor;
+            refused(run(tensors, &mut out, &mut lse, SM_SCALE), argument);
+        }
+        for sm_scale in [0.0, -0.1, 1e-4, f64::NAN, f64::INFINITY] {
+            refused(run(good.each_ref(), &mut out, &mut lse, sm_scale), "sm_scale");
+        }
+        for shape in [[2, 16, 512], [3, 16, 64], [3, 8, 512]] {
+            let mut out = Tensor::poisoned(&gpu, &shape);
+            refused(run(good.each_ref(), &mut out, &mut lse, SM_SCALE), "out");
+        }
+        for shape in [[2, 16], [16, 3]] {
+            let mut lse = Tensor::poisoned(&gpu, &shape);
+            refused(run(good.each_ref(), &mut out, &mut lse, SM_SCALE), "lse");
+        }
+        let mut strided = Tensor::poisoned(&gpu, &[3, 17]).narrowed(1, 0, 16);
+        refused(run(good.each_ref(), &mut out, &mut strided, SM_SCALE), "lse");
+
+        // Another dtype, another stream.
+        let brain = Tensor::<bf16>::poisoned(&gpu, &[3, 16, 512]);
+        let shown = good.each_ref().map(|tensor| tensor.on(&gpu));
+        let cache = MlaCache::new(shown[2].view(), shown[3].view());
+        let options = MlaOptions::new(SM_SCALE);
+        let guard = brain.on(&gpu);
+        let q = MlaQuery::new(guard.view(), shown[1].view());
+        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut(), None, &options), "q.nope");
+        let elsewhere = good[1].device.tensor(&other.cuda, &[3, 16, 64]).unwrap();
+        let q = MlaQuery::new(shown[0].view(), elsewhere.view());
+        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut(), None, &options), "q.pe");
+        let q = MlaQuery::new(shown[0].view(), shown[1].view());
+        let mut foreign = other.cuda.alloc_zeros::<f16>(3 * 16 * 512).unwrap();
+        let mut foreign = foreign.tensor_mut(&other.cuda, &[3, 16, 512]).unwrap();
+        refused(plan.run(&q, &cache, &mut foreign.view_mut(), None, &options), "out");
+
+        out.assert_untouched(&gpu);
+        lse.assert_untouched(&gpu);
+    }
+}
