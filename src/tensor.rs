@@ -219,11 +219,12 @@ impl RawTensor {
 
     pub(crate) fn is_contiguous(&self) -> bool {
         let mut packed = 1;
-        self.shape().iter().zip(self.strides()).rev().all(|(&size, &stride)| {
-            let fits = size == 1 || stride == packed;
-            packed *= size;
-            fits
-        })
+        self.shape().contains(&0)
+            || self.shape().iter().zip(self.strides()).rev().all(|(&size, &stride)| {
+                let fits = size == 1 || stride == packed;
+                packed *= size;
+                fits
+            })
     }
 
     /// Whether two different indices can name the same element. Conservative:
@@ -359,7 +360,7 @@ macro_rules! view_methods {
         }
 
         /// Whether the elements lie in row-major order without gaps.
-        /// Dimensions of size 1 do not matter.
+        /// Dimensions of size 1 do not matter, and a tensor without elements is.
         pub fn is_contiguous(&self) -> bool {
             self.raw.is_contiguous()
         }

@@ -136,14 +136,18 @@ fn graph_replay() {
     let mut table = case.table(&gpu);
     let mut results = Results::poisoned(&gpu, &case);
     gpu.synchronize();
-    gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
-    let run = problem.run(&gpu, &workspace, &table, problem.start(), &mut results);
-    let new_workspace = GdnWorkspace::new(&gpu.stream).map(drop);
-    let new_table = SequenceTable::new(&gpu.stream, case.indices()).map(drop);
-    let graph = gpu.cuda.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("a graph");
-    run.unwrap();
-    refused(new_workspace, "stream");
-    refused(new_table, "stream");
+    let start = problem.start();
+    let graph = problem.run_within(&gpu, &workspace, &table, start, &mut results, |run| {
+        gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+        let run = run();
+        let new_workspace = GdnWorkspace::new(&gpu.stream).map(drop);
+        let new_table = SequenceTable::new(&gpu.stream, case.indices()).map(drop);
+        let graph = gpu.cuda.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("a graph");
+        run.unwrap();
+        refused(new_workspace, "stream");
+        refused(new_table, "stream");
+        graph
+    });
     results.output.assert_untouched(&gpu); // captured is not run
     for lens in [&[70, 20, 10], &[1, 98, 1], &[33, 33, 34]] {
         let other = Problem::<bf16>::random(&gpu, rng, &Case { lens: lens.to_vec(), ..case.clone() });

@@ -23,7 +23,7 @@
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-//!     attention::{AttentionSpec, BatchDecode, DecodeHeads, DecodeOptions, PlanMode, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, DecodeOptions, PlanMode, Workspace},
 //!     cascade::{self, State, StateMut},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     page::{KvLayout, PagedKv},
@@ -31,7 +31,8 @@
 //! use half::f16;
 //! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
 //! let stream = Stream::from(&cuda);
-//! let decode = BatchDecode::new(FlashInferRuntime::get()?, &AttentionSpec::new(DType::F16, 128))?;
+//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+//! let decode = BatchDecode::new(FlashInferRuntime::get()?, &AttentionSpec::new(DType::F16, 128), heads)?;
 //! let mut workspace = Workspace::new(&stream)?;
 //!
 //! let prefix = PageIndices::from_requests(9, 16, [(&[0, 1, 2, 3][..], 64); 3])?;
@@ -45,8 +46,7 @@
 //! let mut s = [cuda.alloc_zeros::<f32>(3 * 32)?, cuda.alloc_zeros::<f32>(3 * 32)?];
 //! for (indices, (v, s)) in [prefix, own].into_iter().zip(v.iter_mut().zip(&mut s)) {
 //!     let table = PageTable::new(&stream, indices)?;
-//!     let heads = DecodeHeads { num_qo_heads: 32, num_kv_heads: 8 };
-//!     let plan = decode.plan(&mut workspace, &table, heads, PlanMode::Eager)?;
+//!     let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
 //!     let (mut v, mut s) = (v.tensor_mut(&cuda, &[3, 32, 128])?, s.tensor_mut(&cuda, &[3, 32])?);
 //!     plan.run(&q.view(), &kv, &mut v.view_mut(), Some(&mut s.view_mut()), &DecodeOptions::default())?;
 //! }

@@ -180,6 +180,20 @@ impl<T: Number> Problem<T> {
         start: Start<'_>,
         results: &mut Results<T>,
     ) -> Result<()> {
+        self.run_within(gpu, workspace, table, start, results, |run| run())
+    }
+
+    /// Gives `around` the call that enqueues the run, while all views exist:
+    /// they are made before it and dropped after it.
+    pub fn run_within<R>(
+        &self,
+        gpu: &Gpu,
+        workspace: &GdnWorkspace,
+        table: &SequenceTable,
+        start: Start<'_>,
+        results: &mut Results<T>,
+        around: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> R,
+    ) -> R {
         let (q, k, v) = (self.q.on(gpu), self.k.on(gpu), self.v.on(gpu));
         let alpha = self.alpha.as_ref().map(|gate| gate.on(gpu));
         let beta = self.beta.as_ref().map(|gate| gate.on(gpu));
@@ -196,7 +210,7 @@ impl<T: Number> Problem<T> {
             ..GdnInput::new(q.view(), k.view(), v.view())
         };
         let mut out = GdnOutput { output: output.view_mut(), state: state.view_mut() };
-        gdn_prefill(workspace, &mut out, &input, table, &self.case.options())
+        around(&mut || gdn_prefill(workspace, &mut out, &input, table, &self.case.options()))
     }
 
     /// The reference's results, from where the case says.
@@ -239,7 +253,7 @@ impl<T: Number> Problem<T> {
             (ends[0] as usize..ends[1] as usize).map(|token| token * heads + head).collect()
         };
         let off =
-            compare(what, &results.output.download(gpu), &expected.output, self.groups(rows), bound::<T>());
+            compare(what, &results.output.download(gpu), &expected.output, self.groups(rows), bounds::<T>());
         eprintln!("{what}: {} {:?}: output off by {off:.1e}", T::DTYPE, self.case.heads);
     }
 
@@ -251,7 +265,7 @@ impl<T: Number> Problem<T> {
             (first..first + D).collect()
         };
         let off =
-            compare(what, &results.state.download(gpu), &expected.state, self.groups(rows), bound::<T>());
+            compare(what, &results.state.download(gpu), &expected.state, self.groups(rows), bounds::<T>());
         eprintln!("{what}: {} {:?}: states off by {off:.1e}", T::DTYPE, self.case.heads);
     }
 
@@ -273,23 +287,26 @@ impl<T: Number> Problem<T> {
     }
 }
 
-/// The largest error that is accepted, for [`compare`]. The kernel rounds the
-/// state, the new values and the products of a tile to the 16-bit type before
-/// it multiplies them again (the inverse to f16 for both types). Those roundings
-/// carried out on the CPU put the worst rows of such batches at 7e-4 (f16) and
-/// 7e-3 (bf16); allowed is some three times that.
-fn bound<T: Number>() -> f64 {
-    if T::DTYPE == DType::F16 { 2.5e-3 } else { 2e-2 }
+/// The largest errors that are accepted, for [`compare`]: of a whole tensor,
+/// and of one row. The kernel rounds the state, the new values and the products
+/// of a tile to the 16-bit type before it multiplies them again (the inverse to
+/// f16 for both types). Those roundings carried out on the CPU put the worst
+/// rows of single calls at 7e-4 (f16) and 7e-3 (bf16); where states are chained
+/// over calls, the worst of a hundred thousand rows is some four times as far
+/// off, while a row that is wrong is off by about 1.
+fn bounds<T: Number>() -> [f64; 2] {
+    if T::DTYPE == DType::F16 { [1e-3, 5e-3] } else { [8e-3, 5e-2] }
 }
 
-/// Compares rows of `D` numbers. The norm of a row's error is at most `bound`
-/// times the norm of the row, or of a typical row of its group (one sequence
-/// and head), whose terms may cancel in this one; errors below what f16 can
-/// hold are none. Returns the largest quotient.
+/// Compares rows of `D` numbers. The norm of all errors is at most the first
+/// bound times the norm of all numbers. That of a row's error is at most the
+/// second times the norm of the row, or of a typical row of its group (one
+/// sequence and head), whose terms may cancel in this one; errors below what
+/// f16 can hold are none. Returns the error of the whole.
 #[track_caller]
-fn compare<T: Number>(what: &str, got: &[T], want: &[f64], groups: Vec<Vec<usize>>, bound: f64) -> f64 {
+fn compare<T: Number>(what: &str, got: &[T], want: &[f64], groups: Vec<Vec<usize>>, bounds: [f64; 2]) -> f64 {
     assert_eq!(got.len(), want.len().max(1), "{what}");
-    let mut worst: f64 = 0.0;
+    let (mut errors, mut norm): (f64, f64) = (0.0, 0.0);
     for (group, rows) in groups.iter().enumerate() {
         let squares = |row: &usize| want[row * D..][..D].iter().map(|number| number * number).sum::<f64>();
         let typical = rows.iter().map(squares).sum::<f64>() / rows.len() as f64;
@@ -300,11 +317,15 @@ fn compare<T: Number>(what: &str, got: &[T], want: &[f64], groups: Vec<Vec<usize
             let off = if tiny { 0.0 } else { (error / squares(row).max(typical)).sqrt() };
             // NaN is not below a bound.
             assert!(
-                off <= bound,
-                "{what}: row {row} (group {group}) is off by {off:e}, allowed are {bound:e}"
+                off <= bounds[1],
+                "{what}: row {row} (group {group}) is off by {off:e}, allowed are {:e}",
+                bounds[1]
             );
-            worst = worst.max(off);
+            errors += error;
+            norm += squares(row);
         }
     }
-    worst
+    let off = if errors == 0.0 { 0.0 } else { (errors / norm).sqrt() };
+    assert!(off <= bounds[0], "{what}: off by {off:e} in all, allowed are {:e}", bounds[0]);
+    off
 }

@@ -65,7 +65,7 @@ const MIN_SM_SCALE: f64 = 1e-3;
 /// ```
 /// # use flashinfer_rs::{DType, attention::{Backend, MlaSpec}};
 /// let module = MlaSpec::new(DType::BF16).module(Backend::Fa3)?;
-/// assert!(module.as_str().starts_with("batch_mla_attention_*") && module.as_str().ends_with("_sm90"));
+/// assert!(module.as_str().starts_with("batch_mla_attention_") && module.as_str().ends_with("_sm90"));
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
