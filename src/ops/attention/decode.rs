@@ -54,8 +54,9 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
 const PLAN_OP: &str = "BatchDecode::plan";
 const RUN_OP: &str = "DecodePlan::run";
 const NEW_OP: &str = "BatchDecode::new";
-/// From this group size on, [`Backend::Auto`] decodes on tensor cores.
-const TENSOR_CORES_FROM_GROUP: usize = 4;
+/// From this group size on, [`Backend::Auto`] decodes on tensor cores: there they
+/// were faster in all cases measured. docs/attention.md has the numbers.
+const TENSOR_CORES_FROM_GROUP: usize = 3;
 /// Query heads per KV head that the kernel is compiled for.
 const GROUP_SIZES: [usize; 5] = [1, 2, 3, 4, 8];
 /// The most blocks that a multiprocessor of any GPU runs at once.
@@ -85,6 +86,10 @@ impl DecodeOptions {
 
 /// Paged batch decode: attention of one query per request to the request's
 /// pages.
+///
+/// [`Backend::Auto`] decodes on CUDA cores with one or two query heads per KV
+/// head, and on tensor cores (FlashAttention 2) with more, where the module is
+/// at hand; [`backend`](Self::backend) says what was picked.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
