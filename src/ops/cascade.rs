@@ -90,9 +90,10 @@ pub(super) const SIGNATURES: &[(&str, Signature)] = &[
     ("cascade", MergeStates::SIGNATURE),
 ];
 
-static MERGE_STATE: FixedFunction<MergeState> = FixedFunction::of(ModuleName::CASCADE);
-static MERGE_STATE_IN_PLACE: FixedFunction<MergeStateInPlace> = FixedFunction::of(ModuleName::CASCADE);
-static MERGE_STATES: FixedFunction<MergeStates> = FixedFunction::of(ModuleName::CASCADE);
+static MERGE_STATE: FixedFunction = FixedFunction::of(ModuleName::CASCADE, &MergeState::SIGNATURE);
+static MERGE_STATE_IN_PLACE: FixedFunction =
+    FixedFunction::of(ModuleName::CASCADE, &MergeStateInPlace::SIGNATURE);
+static MERGE_STATES: FixedFunction = FixedFunction::of(ModuleName::CASCADE, &MergeStates::SIGNATURE);
 
 /// Element types of outputs.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];

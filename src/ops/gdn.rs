@@ -53,7 +53,7 @@ kernels! {
 
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[("gdn_prefill_sm90", GdnPrefill::SIGNATURE)];
 
-static GDN_PREFILL: FixedFunction<GdnPrefill> = FixedFunction::of(ModuleName::GDN_PREFILL_SM90);
+static GDN_PREFILL: FixedFunction = FixedFunction::of(ModuleName::GDN_PREFILL_SM90, &GdnPrefill::SIGNATURE);
 
 const OP: &str = "gdn_prefill";
 /// Element types of queries, keys, values and output.

@@ -11,28 +11,33 @@ use std::sync::OnceLock;
 
 use crate::{
     error::Result,
-    ffi::{Function, Kernel, Signature},
+    ffi::{Function, Signature},
     module::ModuleName,
     runtime::FlashInferRuntime,
 };
 
 /// A function of a module with a fixed name, resolved at its first call.
-pub(crate) struct FixedFunction<K> {
+pub(crate) struct FixedFunction {
     module: ModuleName,
+    name: &'static str,
     resolved: OnceLock<Function>,
-    kernel: std::marker::PhantomData<fn() -> K>,
 }
 
-impl<K: Kernel> FixedFunction<K> {
-    pub(crate) const fn of(module: ModuleName) -> Self {
-        Self { module, resolved: OnceLock::new(), kernel: std::marker::PhantomData }
+impl FixedFunction {
+    pub(crate) const fn of(module: ModuleName, signature: &Signature) -> Self {
+        Self { module, name: signature.function, resolved: OnceLock::new() }
+    }
+
+    /// The function's name, which is also that of the operation.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
     }
 
     pub(crate) fn get(&self, runtime: &FlashInferRuntime) -> Result<&Function> {
         if let Some(function) = self.resolved.get() {
             return Ok(function);
         }
-        let function = runtime.module(&self.module)?.function(K::SIGNATURE.function)?;
+        let function = runtime.module(&self.module)?.function(self.name)?;
         Ok(self.resolved.get_or_init(|| function))
     }
 }

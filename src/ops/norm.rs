@@ -18,29 +18,28 @@ use crate::{
 };
 
 kernels! {
-    struct Rmsnorm = "rmsnorm"(out: Tensor, input: Tensor, weight: Tensor, eps: Float, enable_pdl: Bool) -> "void";
-    struct GemmaRmsnorm = "gemma_rmsnorm"(
-        out: Tensor, input: Tensor, weight: Tensor, eps: Float, enable_pdl: Bool,
-    ) -> "void";
-    struct FusedAddRmsnorm = "fused_add_rmsnorm"(
-        input: Tensor, residual: Tensor, weight: Tensor, eps: Float, enable_pdl: Bool,
-    ) -> "void";
-    struct GemmaFusedAddRmsnorm = "gemma_fused_add_rmsnorm"(
+    struct Norm = "rmsnorm"(out: Tensor, input: Tensor, weight: Tensor, eps: Float, enable_pdl: Bool) -> "void";
+    struct FusedAddNorm = "fused_add_rmsnorm"(
         input: Tensor, residual: Tensor, weight: Tensor, eps: Float, enable_pdl: Bool,
     ) -> "void";
 }
 
+/// Gemma's norms take what the plain ones take.
+const GEMMA_NORM: Signature = Signature { function: "gemma_rmsnorm", ..Norm::SIGNATURE };
+const GEMMA_FUSED_ADD_NORM: Signature =
+    Signature { function: "gemma_fused_add_rmsnorm", ..FusedAddNorm::SIGNATURE };
+
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
-    ("norm", Rmsnorm::SIGNATURE),
-    ("norm", GemmaRmsnorm::SIGNATURE),
-    ("norm", FusedAddRmsnorm::SIGNATURE),
-    ("norm", GemmaFusedAddRmsnorm::SIGNATURE),
+    ("norm", Norm::SIGNATURE),
+    ("norm", GEMMA_NORM),
+    ("norm", FusedAddNorm::SIGNATURE),
+    ("norm", GEMMA_FUSED_ADD_NORM),
 ];
 
-static RMSNORM: FixedFunction<Rmsnorm> = FixedFunction::of(ModuleName::NORM);
-static GEMMA_RMSNORM: FixedFunction<GemmaRmsnorm> = FixedFunction::of(ModuleName::NORM);
-static FUSED_ADD_RMSNORM: FixedFunction<FusedAddRmsnorm> = FixedFunction::of(ModuleName::NORM);
-static GEMMA_FUSED_ADD_RMSNORM: FixedFunction<GemmaFusedAddRmsnorm> = FixedFunction::of(ModuleName::NORM);
+static RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &Norm::SIGNATURE);
+static GEMMA_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &GEMMA_NORM);
+static FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &FusedAddNorm::SIGNATURE);
+static GEMMA_FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &GEMMA_FUSED_ADD_NORM);
 
 /// Element types of the norms.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
@@ -104,15 +103,7 @@ pub fn rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check::new("rmsnorm", stream)?;
-    check_pair(&check, [("input", &input.raw), ("out", &out.raw)], &weight.raw, &[2, 3])?;
-    launch(stream, &out.raw, &RMSNORM, options, |enable_pdl| Rmsnorm {
-        out: DlTensor::new(&out.raw),
-        input: input.into(),
-        weight: weight.into(),
-        eps: options.eps,
-        enable_pdl,
-    })
+    norm(&RMSNORM, &[2, 3], stream, out, input, weight, options)
 }
 
 /// [`rmsnorm`] with `weight + 1` in place of `weight`, as Gemma has it.
@@ -127,15 +118,7 @@ pub fn gemma_rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check::new("gemma_rmsnorm", stream)?;
-    check_pair(&check, [("input", &input.raw), ("out", &out.raw)], &weight.raw, &[2])?;
-    launch(stream, &out.raw, &GEMMA_RMSNORM, options, |enable_pdl| GemmaRmsnorm {
-        out: DlTensor::new(&out.raw),
-        input: input.into(),
-        weight: weight.into(),
-        eps: options.eps,
-        enable_pdl,
-    })
+    norm(&GEMMA_RMSNORM, &[2], stream, out, input, weight, options)
 }
 
 /// `residual += input`, then `input = rmsnorm(residual) · weight`, in one
@@ -151,15 +134,7 @@ pub fn fused_add_rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check::new("fused_add_rmsnorm", stream)?;
-    check_fused(&check, stream, &input.raw, &residual.raw, &weight.raw)?;
-    launch(stream, &input.raw, &FUSED_ADD_RMSNORM, options, |enable_pdl| FusedAddRmsnorm {
-        input: DlTensor::new(&input.raw),
-        residual: DlTensor::new(&residual.raw),
-        weight: weight.into(),
-        eps: options.eps,
-        enable_pdl,
-    })
+    fused_add_norm(&FUSED_ADD_RMSNORM, stream, input, residual, weight, options)
 }
 
 /// [`fused_add_rmsnorm`] with `weight + 1` in place of `weight`.
@@ -173,9 +148,41 @@ pub fn gemma_fused_add_rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check::new("gemma_fused_add_rmsnorm", stream)?;
-    check_fused(&check, stream, &input.raw, &residual.raw, &weight.raw)?;
-    launch(stream, &input.raw, &GEMMA_FUSED_ADD_RMSNORM, options, |enable_pdl| GemmaFusedAddRmsnorm {
+    fused_add_norm(&GEMMA_FUSED_ADD_RMSNORM, stream, input, residual, weight, options)
+}
+
+fn norm(
+    function: &FixedFunction,
+    ranks: &[usize],
+    stream: &Stream,
+    out: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    weight: &TensorRef<'_>,
+    options: &NormOptions,
+) -> Result<()> {
+    let check = Check::new(function.name(), stream)?;
+    check_pair(&check, [("input", &input.raw), ("out", &out.raw)], &weight.raw, ranks)?;
+    launch(stream, &out.raw, function, options, |enable_pdl| Norm {
+        out: DlTensor::new(&out.raw),
+        input: input.into(),
+        weight: weight.into(),
+        eps: options.eps,
+        enable_pdl,
+    })
+}
+
+fn fused_add_norm(
+    function: &FixedFunction,
+    stream: &Stream,
+    input: &mut TensorMut<'_>,
+    residual: &mut TensorMut<'_>,
+    weight: &TensorRef<'_>,
+    options: &NormOptions,
+) -> Result<()> {
+    let check = Check::new(function.name(), stream)?;
+    check_pair(&check, [("input", &input.raw), ("residual", &residual.raw)], &weight.raw, &[2])?;
+    check_shared_memory(&check, stream, &input.raw)?;
+    launch(stream, &input.raw, function, options, |enable_pdl| FusedAddNorm {
         input: DlTensor::new(&input.raw),
         residual: DlTensor::new(&residual.raw),
         weight: weight.into(),
@@ -220,14 +227,8 @@ fn check_pair(
     check.aligned("weight", weight, vector)
 }
 
-fn check_fused(
-    check: &Check<'_>,
-    stream: &Stream,
-    input: &RawTensor,
-    residual: &RawTensor,
-    weight: &RawTensor,
-) -> Result<()> {
-    check_pair(check, [("input", input), ("residual", residual)], weight, &[2])?;
+/// A row of the fused norms fits the GPU's shared memory.
+fn check_shared_memory(check: &Check<'_>, stream: &Stream, input: &RawTensor) -> Result<()> {
     // One row in f32, and a partial sum for each of up to 32 warps.
     let needed = 4 * (input.shape()[1] + 32);
     if needed <= 48 * 1024 {
@@ -256,7 +257,7 @@ static LAUNCH: Mutex<()> = Mutex::new(());
 fn launch<K: Kernel>(
     stream: &Stream,
     tensor: &RawTensor,
-    function: &FixedFunction<impl Kernel>,
+    function: &FixedFunction,
     options: &NormOptions,
     kernel: impl FnOnce(bool) -> K,
 ) -> Result<()> {

@@ -30,8 +30,8 @@ kernels! {
 pub(super) const SIGNATURES: &[(&str, Signature)] =
     &[("page", AppendPagedKvCache::SIGNATURE), ("page", AppendPagedMlaKvCache::SIGNATURE)];
 
-static APPEND: FixedFunction<AppendPagedKvCache> = FixedFunction::of(ModuleName::PAGE);
-static APPEND_MLA: FixedFunction<AppendPagedMlaKvCache> = FixedFunction::of(ModuleName::PAGE);
+static APPEND: FixedFunction = FixedFunction::of(ModuleName::PAGE, &AppendPagedKvCache::SIGNATURE);
+static APPEND_MLA: FixedFunction = FixedFunction::of(ModuleName::PAGE, &AppendPagedMlaKvCache::SIGNATURE);
 
 /// Element types of a cache.
 const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::E4M3, DType::E5M2];

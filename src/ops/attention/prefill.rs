@@ -26,7 +26,7 @@ use crate::{
     ops::{
         check::Check,
         enable_pdl,
-        page::{PagedKv, check_cache},
+        page::{KvLayout, PagedKv, check_cache},
     },
     runtime::FlashInferRuntime,
     stream::Stream,
@@ -287,54 +287,31 @@ impl PrefillKernels {
     ) -> Result<()> {
         let stream = table.stream();
         let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
-        let enable_pdl = enable_pdl(FlashInferRuntime::get()?, run.options.enable_pdl, stream.ordinal())?;
-        macro_rules! run {
-            ($kernel:ident { $($more:ident: $value:expr),* $(,)? }) => {
-                $kernel {
-                    float_workspace: DlTensor::new(&run.scratch.float),
-                    int_workspace: DlTensor::new(&run.scratch.int),
-                    plan_info: &run.info.object,
-                    q: DlTensor::new(run.q),
-                    paged_k_cache: DlTensor::new(&kv.k.raw),
-                    paged_v_cache: DlTensor::new(&kv.v.raw),
-                    qo_indptr: DlTensor::new(run.qo_indptr),
-                    paged_kv_indptr: DlTensor::new(&indptr),
-                    paged_kv_indices: DlTensor::new(&indices),
-                    paged_kv_last_page_len: DlTensor::new(&last_page_len),
-                    o: DlTensor::new(run.out),
-                    maybe_lse: run.lse.map(DlTensor::new),
-                    mask_mode: run.causal.into(),
-                    layout: kv.layout.code(),
-                    window_left: self.spec.window_left_code(),
-                    enable_pdl,
-                    maybe_prefix_len_ptr: None,
-                    maybe_token_pos_in_items_ptr: None,
-                    maybe_max_item_len_ptr: None,
-                    logits_soft_cap: self.spec.soft_cap_code(),
-                    sm_scale: run.options.sm_scale.unwrap_or_else(|| self.spec.default_sm_scale()),
-                    token_pos_in_items_len: 0,
-                    $($more: $value,)*
-                }
+        let (paged_k_cache, paged_v_cache) = (DlTensor::new(&kv.k.raw), DlTensor::new(&kv.v.raw));
+        let paged_kv_indptr = DlTensor::new(&indptr);
+        let paged_kv_indices = DlTensor::new(&indices);
+        let paged_kv_last_page_len = DlTensor::new(&last_page_len);
+        let layout = kv.layout.code();
+        macro_rules! call {
+            ($fa:ident, $kernel:ident) => {
+                $fa!(
+                    self,
+                    run,
+                    stream,
+                    $kernel {
+                        paged_k_cache,
+                        paged_v_cache,
+                        paged_kv_indptr,
+                        paged_kv_indices,
+                        paged_kv_last_page_len,
+                        layout,
+                    }
+                )
+                .call(&self.paged_run, stream)
             };
         }
         // SAFETY: promised by the caller.
-        unsafe {
-            if self.fa3 {
-                run!(Fa3PagedRun { maybe_scale_v: None, scale_v_scalar: 1.0 }).call(&self.paged_run, stream)
-            } else {
-                run!(Fa2PagedRun {
-                    maybe_custom_mask: None,
-                    maybe_mask_indptr: None,
-                    maybe_alibi_slopes: None,
-                    maybe_k_cache_sf: None,
-                    maybe_v_cache_sf: None,
-                    rope_rcp_scale: 1.0,
-                    rope_rcp_theta: 1e-4,
-                })
-                .call(&self.paged_run, stream)
-            }
-        }
-        .map(drop)
+        unsafe { if self.fa3 { call!(fa3_run, Fa3PagedRun) } else { call!(fa2_run, Fa2PagedRun) } }.map(drop)
     }
 
     /// Runs over ragged keys and values.
@@ -347,56 +324,68 @@ impl PrefillKernels {
         kv: [&RawTensor; 2],
         table: &RaggedTable,
     ) -> Result<()> {
-        let stream = table.stream();
-        let kv_indptr = table.indptr()?;
-        let enable_pdl = enable_pdl(FlashInferRuntime::get()?, run.options.enable_pdl, stream.ordinal())?;
-        macro_rules! run {
-            ($kernel:ident { $($more:ident: $value:expr),* $(,)? }) => {
-                $kernel {
-                    float_workspace: DlTensor::new(&run.scratch.float),
-                    int_workspace: DlTensor::new(&run.scratch.int),
-                    plan_info: &run.info.object,
-                    q: DlTensor::new(run.q),
-                    k: DlTensor::new(kv[0]),
-                    v: DlTensor::new(kv[1]),
-                    qo_indptr: DlTensor::new(run.qo_indptr),
-                    kv_indptr: DlTensor::new(&kv_indptr),
-                    o: DlTensor::new(run.out),
-                    maybe_lse: run.lse.map(DlTensor::new),
-                    mask_mode: run.causal.into(),
-                    layout: 0,
-                    window_left: self.spec.window_left_code(),
-                    enable_pdl,
-                    maybe_prefix_len_ptr: None,
-                    maybe_token_pos_in_items_ptr: None,
-                    maybe_max_item_len_ptr: None,
-                    logits_soft_cap: self.spec.soft_cap_code(),
-                    sm_scale: run.options.sm_scale.unwrap_or_else(|| self.spec.default_sm_scale()),
-                    token_pos_in_items_len: 0,
-                    $($more: $value,)*
-                }
+        let (stream, indptr) = (table.stream(), table.indptr()?);
+        let [k, v] = kv.map(DlTensor::new);
+        let (kv_indptr, layout) = (DlTensor::new(&indptr), KvLayout::Nhd.code());
+        macro_rules! call {
+            ($fa:ident, $kernel:ident) => {
+                $fa!(self, run, stream, $kernel { k, v, kv_indptr, layout }).call(&self.ragged_run, stream)
             };
         }
         // SAFETY: promised by the caller.
-        unsafe {
-            if self.fa3 {
-                run!(Fa3RaggedRun { maybe_scale_v: None, scale_v_scalar: 1.0 }).call(&self.ragged_run, stream)
-            } else {
-                run!(Fa2RaggedRun {
-                    maybe_custom_mask: None,
-                    maybe_mask_indptr: None,
-                    maybe_alibi_slopes: None,
-                    maybe_k_cache_sf: None,
-                    maybe_v_cache_sf: None,
-                    rope_rcp_scale: 1.0,
-                    rope_rcp_theta: 1e-4,
-                })
-                .call(&self.ragged_run, stream)
-            }
-        }
-        .map(drop)
+        unsafe { if self.fa3 { call!(fa3_run, Fa3RaggedRun) } else { call!(fa2_run, Fa2RaggedRun) } }
+            .map(drop)
     }
 }
+
+/// The arguments of a run that all four functions share, and those given.
+macro_rules! shared_run {
+    ($kernels:expr, $run:expr, $stream:expr, $kernel:ident { $($field:ident $(: $value:expr)?),* $(,)? }) => {
+        $kernel {
+            float_workspace: DlTensor::new(&$run.scratch.float),
+            int_workspace: DlTensor::new(&$run.scratch.int),
+            plan_info: &$run.info.object,
+            q: DlTensor::new($run.q),
+            qo_indptr: DlTensor::new($run.qo_indptr),
+            o: DlTensor::new($run.out),
+            maybe_lse: $run.lse.map(DlTensor::new),
+            mask_mode: $run.causal.into(),
+            window_left: $kernels.spec.window_left_code(),
+            enable_pdl: enable_pdl(FlashInferRuntime::get()?, $run.options.enable_pdl, $stream.ordinal())?,
+            maybe_prefix_len_ptr: None,
+            maybe_token_pos_in_items_ptr: None,
+            maybe_max_item_len_ptr: None,
+            logits_soft_cap: $kernels.spec.soft_cap_code(),
+            sm_scale: $run.options.sm_scale.unwrap_or_else(|| $kernels.spec.default_sm_scale()),
+            token_pos_in_items_len: 0,
+            $($field $(: $value)?,)*
+        }
+    };
+}
+
+/// A run of FlashAttention 2, with what only it takes.
+macro_rules! fa2_run {
+    ($kernels:expr, $run:expr, $stream:expr, $kernel:ident { $($field:ident),* $(,)? }) => {
+        shared_run!($kernels, $run, $stream, $kernel {
+            $($field,)*
+            maybe_custom_mask: None,
+            maybe_mask_indptr: None,
+            maybe_alibi_slopes: None,
+            maybe_k_cache_sf: None,
+            maybe_v_cache_sf: None,
+            rope_rcp_scale: 1.0,
+            rope_rcp_theta: 1e-4,
+        })
+    };
+}
+
+/// A run of FlashAttention 3, with what only it takes.
+macro_rules! fa3_run {
+    ($kernels:expr, $run:expr, $stream:expr, $kernel:ident { $($field:ident),* $(,)? }) => {
+        shared_run!($kernels, $run, $stream, $kernel { $($field,)* maybe_scale_v: None, scale_v_scalar: 1.0 })
+    };
+}
+use {fa2_run, fa3_run, shared_run};
 
 /// How a prefill is planned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
