@@ -3,6 +3,8 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Write},
+    net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -284,4 +286,29 @@ fn closed_output_does_not_change_the_verdict() {
     let mut child = doctor.command(&[]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap(), expected);
+}
+
+#[test]
+fn downloads_go_through_the_machines_proxy() {
+    let proxy = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", proxy.local_addr().unwrap());
+    let asked = std::thread::spawn(move || {
+        let (stream, _) = proxy.accept().unwrap();
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line).unwrap();
+        // Refused, so that nothing more is asked.
+        (&stream).write_all(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n").unwrap();
+        line
+    });
+    let doctor = Doctor { offline: false, ..Doctor::new() };
+    let mut command = doctor.command(&["fetch", "apache_tvm_ffi"]);
+    for name in ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"] {
+        command.env(name, &address);
+    }
+    command.env_remove("NO_PROXY").env_remove("no_proxy");
+    // No pip on the path: only the index is left.
+    command.env("PATH", "").env("FLASHINFER_RS_INDEX_URL", "http://index.invalid/simple");
+    let output = command.output().unwrap();
+    assert!(!output.status.success());
+    assert_eq!(asked.join().unwrap().trim_end(), "CONNECT index.invalid:80 HTTP/1.1");
 }
