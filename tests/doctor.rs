@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -291,7 +291,8 @@ fn closed_output_does_not_change_the_verdict() {
 #[test]
 fn downloads_go_through_the_machines_proxy() {
     let proxy = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = format!("http://{}", proxy.local_addr().unwrap());
+    let place = proxy.local_addr().unwrap();
+    let address = format!("http://{place}");
     let asked = std::thread::spawn(move || {
         let (stream, _) = proxy.accept().unwrap();
         let mut line = String::new();
@@ -310,5 +311,7 @@ fn downloads_go_through_the_machines_proxy() {
     command.env("PATH", "").env("FLASHINFER_RS_INDEX_URL", "http://index.invalid/simple");
     let output = command.output().unwrap();
     assert!(!output.status.success());
+    // Ends the wait if nobody came.
+    let _ = TcpStream::connect(place);
     assert_eq!(asked.join().unwrap().trim_end(), "CONNECT index.invalid:80 HTTP/1.1");
 }
