@@ -30,6 +30,6 @@ mod host;
 mod norm;
 mod page;
 
-pub use attention::batch_decode;
+pub use attention::{batch_decode, batch_prefill_paged, batch_prefill_ragged};
 pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
