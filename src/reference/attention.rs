@@ -467,8 +467,7 @@ mod tests {
         let run = |spec: &AttentionSpec, causal| {
             let spec = spec.with_head_dim_vo(1);
             let (q, mut out, mut lse) = ([1.0f64; 12], [f64::NAN; 6], [f64::NAN; 6]);
-            let mut plan = PrefillOptions::default();
-            (plan.causal, plan.graph_rows) = (causal, Some(6));
+            let plan = PrefillOptions { causal, graph_rows: Some(6) };
             batch_prefill_ragged(
                 &spec,
                 &view(&q, &[6, 1, 2]),
@@ -508,8 +507,7 @@ mod tests {
         let (mut out, mut lse) = ([7.0f64; 12], [7.0f64; 6]);
         let lens = |lens: &[usize]| RaggedIndices::from_lens(lens.iter().copied()).unwrap();
         let mut refused = |queries: &[usize], keys: &[usize], shapes: [&[usize]; 5], rows, expected: &str| {
-            let mut plan = PrefillOptions::causal();
-            plan.graph_rows = rows;
+            let plan = PrefillOptions { causal: true, graph_rows: rows };
             let result = batch_prefill_ragged(
                 &spec(2),
                 &view(&q, shapes[0]),
@@ -715,9 +713,7 @@ mod tests {
         }
 
         fn plan(&self) -> PrefillOptions {
-            let mut plan = PrefillOptions::default();
-            plan.causal = self.causal;
-            plan
+            PrefillOptions { causal: self.causal, graph_rows: None }
         }
 
         fn paged(&self, spec: &AttentionSpec) -> (Vec<f64>, Vec<f64>) {
