@@ -227,6 +227,19 @@ impl RawTensor {
             })
     }
 
+    /// The same tensor with row-major strides for dimensions of size 1, whose
+    /// strides mean nothing but may be looked at.
+    pub(crate) fn with_plain_unit_strides(mut self) -> Self {
+        let mut packed = 1;
+        for axis in (0..self.rank as usize).rev() {
+            if self.shape[axis] == 1 {
+                self.strides[axis] = packed;
+            }
+            packed = packed.max(self.shape[axis].saturating_mul(self.strides[axis]));
+        }
+        self
+    }
+
     /// Whether two different indices can name the same element. Conservative:
     /// `true` for some exotic but disjoint stride patterns.
     fn may_overlap(&self) -> bool {
@@ -643,6 +656,17 @@ mod tests {
         assert!(TensorRef::from_slice_strided(&x, &[2, 2], Some(&[usize::MAX / 2, 1])).is_err());
         let empty = TensorRef::from_slice(&x, &[0, 4]).unwrap();
         assert_eq!(empty.numel(), 0);
+    }
+
+    #[test]
+    fn strides_of_single_entries_become_plain() {
+        let x = [0f32; 64];
+        let odd = TensorRef::from_slice_strided(&x, &[1, 1, 4], Some(&[3, 7, 1])).unwrap();
+        assert_eq!(odd.raw.with_plain_unit_strides().strides(), [4, 4, 1]);
+        let odd = TensorRef::from_slice_strided(&x, &[2, 1, 4], Some(&[20, 7, 1])).unwrap();
+        assert_eq!(odd.raw.with_plain_unit_strides().strides(), [20, 4, 1]);
+        let odd = TensorRef::from_slice_strided(&x, &[1, 2, 4], Some(&[1, 20, 1])).unwrap();
+        assert_eq!(odd.raw.with_plain_unit_strides().strides(), [40, 20, 1]);
     }
 
     #[test]

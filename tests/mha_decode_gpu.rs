@@ -8,31 +8,22 @@ mod common;
 
 use common::{
     Gpu, Number, Rng, Tensor, assert_same_bits,
+    attention::{assert_lse, capture as capture_graph, refuse_caches, refuse_queries_and_outputs},
     cache::{Cache, CacheShape, LAYOUTS, random_table, repeating_table, table_among},
     refused, say,
 };
-use cudarc::driver::{
-    CudaGraph,
-    sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
-};
+use cudarc::driver::CudaGraph;
 use flashinfer_rs::{
-    FlashInferError, PageIndices, PageTable, TensorMut, TensorRef,
+    FlashInferError, PageIndices, PageTable, TensorMut,
     attention::{
         AttentionSpec, Backend, BatchDecode, DecodeOptions, DecodePlan, Heads, PlanMode, ReplayKey, Workspace,
     },
-    cudarc::{TensorExt, TensorExtMut},
+    cudarc::TensorExt,
     page::{KvLayout, PagedKv},
     reference,
 };
 use float8::F8E4M3;
 use half::{bf16, f16};
-
-/// The largest absolute error of a base-2 LSE. Products are summed in f32 for
-/// every dtype, so it does not depend on it.
-const LSE_BOUND: f64 = 1e-2;
-/// What the kernel gives as the LSE of a request without tokens is a number
-/// around −50000, which weighs nothing where results are merged.
-const LSE_OF_NOTHING: f64 = -4e4;
 
 /// One decode step.
 #[derive(Clone, Debug)]
@@ -192,12 +183,8 @@ impl<T: Number, K: Number> Problem<T, K> {
         // The reference reads the same keys and values, so their dtype does not
         // widen the bound.
         out.assert_close(gpu, &what, &self.want, T::BOUND);
-        let Some(lse) = lse else { return };
-        for (at, (got, want)) in lse.download(gpu).into_iter().zip(&self.want_lse).enumerate() {
-            let got = f64::from(got);
-            let agrees =
-                if want.is_finite() { (got - want).abs() <= LSE_BOUND } else { got <= LSE_OF_NOTHING };
-            assert!(agrees, "{what}: LSE {at} is {got}, not {want}");
+        if let Some(lse) = lse {
+            assert_lse(gpu, &what, lse, &self.want_lse);
         }
     }
 }
@@ -647,12 +634,11 @@ fn capture<T: Number>(
     let graph = {
         let (q, cache) = (q.on(gpu), cache.on(gpu));
         let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
-        gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
-        let run =
-            plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options());
-        let graph = gpu.cuda.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("a graph");
+        let (graph, run) = capture_graph(gpu, || {
+            plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
+        });
         run.unwrap();
-        graph
+        graph.expect("a graph")
     };
     out.assert_untouched(gpu); // captured is not run
     Captured { graph, key, q, cache, out, lse }
@@ -851,82 +837,10 @@ fn wrong_queries_and_outputs() {
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
-    let options = DecodeOptions::default();
     let cache = problem.cache.on(&gpu);
-    let (mut out, mut lse) = problem.outputs(&gpu);
-    {
-        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
-        let mut run = |q: TensorRef<'_>| {
-            plan.run(&q, &cache.kv(), &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
-        };
-        let q = problem.q.on(&gpu);
-        let good = q.view();
-        refused(run(Tensor::<bf16>::random(&gpu, rng, &[3, 8, 128]).on(&gpu).view()), "q");
-        refused(run(Tensor::<f32>::random(&gpu, rng, &[3, 8, 128]).on(&gpu).view()), "q");
-        refused(run(good.select(1, 0).unwrap()), "q");
-        refused(run(good.narrow(0, 0, 2).unwrap()), "q");
-        refused(run(good.narrow(1, 0, 4).unwrap()), "q");
-        refused(run(good.narrow(2, 0, 64).unwrap()), "q");
-        let columns = Tensor::<f16>::random(&gpu, rng, &[3, 128, 8]).permuted(&[0, 2, 1]);
-        refused(run(columns.on(&gpu).view()), "q");
-        let odd = Tensor::<f16>::random(&gpu, rng, &[3, 8, 136]).narrowed(2, 1, 128);
-        refused(run(odd.on(&gpu).view()), "q");
-        let uneven = Tensor::<f16>::random(&gpu, rng, &[3, 8, 130]).narrowed(2, 0, 128);
-        refused(run(uneven.on(&gpu).view()), "q");
-        refused(run(problem.q.view()), "q"); // on the host
-        refused(run(problem.q.on(&other).view()), "q");
-    }
-    other.synchronize();
-    out.assert_untouched(&gpu);
-    lse.assert_untouched(&gpu);
-
-    let q = problem.q.on(&gpu);
-    macro_rules! refuse {
-        ($out:expr, $lse:expr, $on:expr, $expected:expr) => {{
-            let (mut out, mut lse) = ($out, $lse);
-            let (out_gpu, lse_gpu): (&Gpu, &Gpu) = $on;
-            {
-                let (mut out, mut lse) = (out.on_mut(out_gpu), lse.on_mut(lse_gpu));
-                let call = plan.run(
-                    &q.view(),
-                    &cache.kv(),
-                    &mut out.view_mut(),
-                    Some(&mut lse.view_mut()),
-                    &options,
-                );
-                refused(call, $expected);
-            }
-            other.synchronize();
-            out.assert_untouched(&gpu);
-            lse.assert_untouched(&gpu);
-        }};
-    }
-    let half = |shape: &[usize]| Tensor::<f16>::poisoned(&gpu, shape);
-    let single = |shape: &[usize]| Tensor::<f32>::poisoned(&gpu, shape);
-    let here = (&gpu, &gpu);
-    refuse!(Tensor::<bf16>::poisoned(&gpu, &[3, 8, 128]), single(&[3, 8]), here, "out");
-    refuse!(single(&[3, 8, 128]), single(&[3, 8]), here, "out");
-    refuse!(half(&[3, 8 * 128]), single(&[3, 8]), here, "out");
-    refuse!(half(&[3, 4, 128]), single(&[3, 8]), here, "out");
-    refuse!(half(&[3, 9, 128]).narrowed(1, 0, 8), single(&[3, 8]), here, "out");
-    refuse!(half(&[8, 3, 128]).permuted(&[1, 0, 2]), single(&[3, 8]), here, "out");
-    refuse!(half(&[3, 8, 128]), single(&[3, 8]), (&other, &gpu), "out");
-    refuse!(half(&[3, 8, 128]), half(&[3, 8]), here, "lse");
-    refuse!(half(&[3, 8, 128]), single(&[24]), here, "lse");
-    refuse!(half(&[3, 8, 128]), single(&[3, 4]), here, "lse");
-    refuse!(half(&[3, 8, 128]), single(&[3, 9]).narrowed(1, 0, 8), here, "lse");
-    refuse!(half(&[3, 8, 128]), single(&[3, 8]), (&gpu, &other), "lse");
-    // An output at an odd element, and on the host.
-    let mut odd = half(&[3 * 8 * 128 + 1]);
-    {
-        let mut part = odd.device.slice_mut(1..);
-        let mut out = part.tensor_mut(&gpu.cuda, &[3, 8, 128]).unwrap();
-        refused(plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), None, &options), "out");
-    }
-    odd.assert_untouched(&gpu);
-    let mut host = vec![f16::NAN; 3 * 8 * 128];
-    let mut view = TensorMut::from_slice(&mut host, &[3, 8, 128]).unwrap();
-    refused(plan.run(&q.view(), &cache.kv(), &mut view, None, &options), "out");
+    refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
+        plan.run(q, &cache.kv(), out, lse, &DecodeOptions::default())
+    });
     // The refused calls left everything usable.
     problem.check_run(&gpu, &plan);
 }
@@ -943,45 +857,11 @@ fn wrong_caches() {
     {
         let q = problem.q.on(&gpu);
         let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
-        let nhd = KvLayout::Nhd;
-        let mut run = |k: TensorRef<'_>, v: TensorRef<'_>, layout| {
-            let kv = PagedKv::new(k, v, layout);
+        refuse_caches(&gpu, &other, rng, problem.table.num_pages(), &mut |kv| {
             let options = DecodeOptions::default();
-            plan.run(&q.view(), &kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
-        };
-        let pages = problem.table.num_pages();
-        let good = Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 128]);
-        let good_guard = good.on(&gpu);
-        let good_view = good_guard.view();
-        macro_rules! both {
-            ($tensor:expr, $layout:expr, $expected:expr) => {{
-                let tensor = $tensor;
-                let guard = tensor.on(&gpu);
-                refused(run(guard.view(), guard.view(), $layout), $expected);
-            }};
-        }
-        both!(Tensor::<bf16>::random(&gpu, rng, &[pages, 16, 2, 128]), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 32, 128]), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages - 1, 16, 2, 128]), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 15, 2, 128]), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 3, 128]), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 64]), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 128]), KvLayout::Hnd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 136]).narrowed(3, 1, 128), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 2, 130]).narrowed(3, 0, 128), nhd, "kv.k");
-        both!(Tensor::<f16>::random(&gpu, rng, &[pages, 16, 128, 2]).permuted(&[0, 1, 3, 2]), nhd, "kv.k");
-        let brains = Tensor::<bf16>::random(&gpu, rng, &[pages, 16, 2, 128]);
-        refused(run(good_view, brains.on(&gpu).view(), nhd), "kv.v");
-        let more = Tensor::<f16>::random(&gpu, rng, &[pages + 1, 16, 2, 128]);
-        refused(run(good_view, more.on(&gpu).view(), nhd), "kv.v");
-        let spread = Tensor::<f16>::random(&gpu, rng, &[pages, 16, 3, 128]).narrowed(2, 0, 2);
-        refused(run(good_view, spread.on(&gpu).view(), nhd), "kv.v");
-        refused(run(good.view(), good_view, nhd), "kv.k"); // on the host
-        refused(run(good_view, good.view(), nhd), "kv.v");
-        refused(run(good.on(&other).view(), good_view, nhd), "kv.k");
-        refused(run(good_view, good.on(&other).view(), nhd), "kv.v");
+            plan.run(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+        });
     }
-    other.synchronize();
     out.assert_untouched(&gpu);
     lse.assert_untouched(&gpu);
     // The refused calls left everything usable.
@@ -1039,12 +919,14 @@ fn nothing_but_runs_is_captured() {
     let decode = decode_of::<f16, f16>(&gpu, &problem.case);
     let mut table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
-    let plan = decode.plan(&mut workspace, &table, PlanMode::CudaGraph).map(|plan| plan.numbers().to_vec());
-    let update = table.update(problem.table.clone());
-    let new_table = PageTable::new(&gpu.stream, problem.table.clone()).map(drop);
-    let new_workspace = Workspace::new(&gpu.stream).map(drop);
-    gpu.cuda.end_capture(CUgraphInstantiate_flags(0)).unwrap();
+    let (_, (plan, update, new_table, new_workspace)) = capture_graph(&gpu, || {
+        (
+            decode.plan(&mut workspace, &table, PlanMode::CudaGraph).map(|plan| plan.numbers().to_vec()),
+            table.update(problem.table.clone()),
+            PageTable::new(&gpu.stream, problem.table.clone()).map(drop),
+            Workspace::new(&gpu.stream).map(drop),
+        )
+    });
     refused(plan, "workspace");
     refused(update, "stream");
     refused(new_table, "stream");

@@ -1,13 +1,17 @@
-//! Paged batch decode on the CPU.
+//! Batch decode and batch prefill on the CPU.
+//!
+//! Decode is prefill with one query per request, so both are one function.
+
+use std::ops::Range;
 
 use super::{
-    host::{Check, Rows},
+    host::{Check, Rows, RowsMut},
     page::{CacheShape, place},
 };
 use crate::{
-    attention::{AttentionSpec, DecodeOptions},
+    attention::{AttentionSpec, DecodeOptions, PrefillOptions},
     error::Result,
-    kv::PageIndices,
+    kv::{PageIndices, RaggedIndices},
     page::PagedKv,
     tensor::{TensorMut, TensorRef},
 };
@@ -15,11 +19,12 @@ use crate::{
 /// [`DecodePlan::run`](crate::attention::DecodePlan::run) on the CPU:
 /// attention of one query per request to the request's pages.
 ///
-/// `q` and `out` are `[batch, num_qo_heads, head_dim]`, `kv` is the paged cache
-/// that `table` was checked for, `lse`, if given, is `[batch, num_qo_heads]`
-/// and takes base-2 logarithms. Tensors have the spec's dtypes, or are `f32`
-/// or `f64`; `lse` is `f32` or `f64`. Any number of query heads per KV head is
-/// fine. A request without tokens gets zeros, and −∞.
+/// `q` is `[batch, num_qo_heads, head_dim_qk]`, `out`
+/// `[batch, num_qo_heads, head_dim_vo]`, `kv` is the paged cache that `table`
+/// was checked for, `lse`, if given, is `[batch, num_qo_heads]` and takes
+/// base-2 logarithms. Tensors have the spec's dtypes, or are `f32` or `f64`;
+/// `lse` is `f32` or `f64`. Any number of query heads per KV head is fine. A
+/// request without tokens gets zeros, and −∞.
 ///
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): a device,
@@ -34,69 +39,78 @@ pub fn batch_decode(
     options: &DecodeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_decode" };
-    let logits = Logits::new(check, spec, options)?;
-    let q = check.rows("q", q, &[spec.dtype_q], &[3])?;
-    let mut out = check.rows_mut("out", out, &[spec.dtype_o], &[3])?;
-    let k = check.rows("kv.k", &kv.k, &[spec.dtype_kv], &[4])?;
-    let v = check.rows("kv.v", &kv.v, &[spec.dtype_kv], &[4])?;
-    let mut lse = lse.map(|lse| check.rows_mut("lse", lse, &[], &[2])).transpose()?;
-
-    let (batch, qo_heads, width) = (table.batch_size(), q.shape()[1] as usize, spec.head_dim_qk);
-    check.shape("q", &q, &[batch as i64, qo_heads as i64, width as i64])?;
-    check.shape("out", &out.rows, q.shape())?;
-    check.shape("kv.v", &v, k.shape())?;
-    let shape = CacheShape::new(check, &k, kv.layout, table)?;
-    if k.width() != width {
-        return check.fail("kv.k", format!("its head_dim is {}; the spec's is {width}", k.width()));
-    }
-    if qo_heads == 0 || !qo_heads.is_multiple_of(shape.heads) {
-        return check.fail("q", format!("{qo_heads} query heads over {} KV heads", shape.heads));
-    }
-    if let Some(lse) = &lse {
-        check.shape("lse", &lse.rows, &[batch as i64, qo_heads as i64])?;
-    }
-
-    let cache = Cache { k, v, shape };
-    let mut sums = vec![0.0; qo_heads];
-    for request in 0..batch {
-        for kv_head in 0..shape.heads {
-            let group = qo_heads / shape.heads;
-            let heads = kv_head * group..(kv_head + 1) * group;
-            let rows = heads.clone().map(|head| request * qo_heads + head);
-            let queries: Vec<_> = rows.clone().map(|row| q.numbers(row)).collect();
-            let (outputs, group_sums) = attend(&queries, &cache, kv_head, table, request, &logits);
-            rows.zip(&outputs).for_each(|(row, output)| out.write(row, output));
-            sums[heads].copy_from_slice(&group_sums);
-        }
-        if let Some(lse) = &mut lse {
-            lse.write(request, &sums);
-        }
-    }
-    Ok(())
+    let queries = RaggedIndices::from_lens(std::iter::repeat_n(1, table.batch_size()))?;
+    // The only query of a request is its last token, so it sees all keys.
+    let logits = Logits::new(check, spec, true, options)?;
+    let mut attention = Attention::new(check, spec, q, &queries, None, out, lse)?;
+    attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
 }
 
-struct Cache<'a> {
-    k: Rows<'a>,
-    v: Rows<'a>,
-    shape: CacheShape,
+/// [`PrefillPlan::run`](crate::attention::PrefillPlan) over pages on the CPU:
+/// attention of each query to its request's pages.
+///
+/// Query `r` of a request with `q` queries and `k` keys is at position
+/// `k − q + r`. It sees all keys, with `causal` only those up to its position,
+/// and with a window only those from `window_left` before its position on. A
+/// query that sees no key gets zeros, and −∞.
+///
+/// `q` and `out` are `[queries, num_qo_heads, …]`, or have
+/// [`graph_rows`](PrefillOptions::graph_rows) rows, of which the rest is left
+/// alone. Everything else is as in [`batch_decode`].
+///
+/// # Errors
+/// As [`batch_decode`]; also when the batch sizes of the two index values
+/// differ.
+pub fn batch_prefill_paged(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: &PagedKv<'_>,
+    (queries, table): (&RaggedIndices, &PageIndices),
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    (plan, options): (&PrefillOptions, &DecodeOptions),
+) -> Result<()> {
+    let check = Check { op: "reference::batch_prefill_paged" };
+    let logits = Logits::new(check, spec, plan.causal, options)?;
+    let mut attention = Attention::new(check, spec, q, queries, plan.graph_rows, out, lse)?;
+    attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
+}
+
+/// [`batch_prefill_paged`] over keys and values that lie one after the other:
+/// `[keys, num_kv_heads, head_dim_qk]` and `[keys, num_kv_heads, head_dim_vo]`,
+/// divided among the requests by the second index value.
+///
+/// # Errors
+/// As [`batch_prefill_paged`].
+pub fn batch_prefill_ragged(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: [&TensorRef<'_>; 2],
+    (queries, keys): (&RaggedIndices, &RaggedIndices),
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    (plan, options): (&PrefillOptions, &DecodeOptions),
+) -> Result<()> {
+    let check = Check { op: "reference::batch_prefill_ragged" };
+    let logits = Logits::new(check, spec, plan.causal, options)?;
+    let mut attention = Attention::new(check, spec, q, queries, plan.graph_rows, out, lse)?;
+    attention.over(&Keys::ragged(check, spec, kv, keys)?, &logits)
 }
 
 /// How products of queries and keys become logits, and which keys are seen.
 struct Logits {
     sm_scale: f64,
     soft_cap: Option<f64>,
-    window: usize,
+    window_left: Option<usize>,
+    causal: bool,
 }
 
 impl Logits {
-    fn new(check: Check, spec: &AttentionSpec, options: &DecodeOptions) -> Result<Self> {
-        if spec.head_dim_qk == 0 || spec.head_dim_qk != spec.head_dim_vo {
+    fn new(check: Check, spec: &AttentionSpec, causal: bool, options: &DecodeOptions) -> Result<Self> {
+        if spec.head_dim_qk == 0 || spec.head_dim_vo == 0 {
             return check.fail(
                 "spec",
-                format!(
-                    "head dimensions {} and {}; they must be equal and not 0",
-                    spec.head_dim_qk, spec.head_dim_vo
-                ),
+                format!("head dimensions {} and {}; neither may be 0", spec.head_dim_qk, spec.head_dim_vo),
             );
         }
         let soft_cap = spec.logits_soft_cap.map(f64::from);
@@ -104,54 +118,213 @@ impl Logits {
             return check
                 .fail("spec", format!("logits_soft_cap {soft_cap:?}; it must be positive and finite"));
         }
-        let window = spec.window_left.map_or(usize::MAX, |left| (left as usize).saturating_add(1));
-        Ok(Self { sm_scale: options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()), soft_cap, window })
+        Ok(Self {
+            sm_scale: options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()),
+            soft_cap,
+            window_left: spec.window_left.map(|left| left as usize),
+            causal,
+        })
     }
 
     fn of(&self, product: f64) -> f64 {
         let logit = product * self.sm_scale;
         self.soft_cap.map_or(logit, |cap| cap * (logit / cap).tanh())
     }
+
+    /// The keys that a query sees: the one with `after` queries after it in a
+    /// request of `len` keys.
+    fn seen(&self, len: usize, after: usize) -> Range<usize> {
+        // One more than the query's position, which may lie before all keys.
+        let end = len as i64 - after as i64;
+        let start = self.window_left.map_or(0, |left| end - 1 - left as i64);
+        let place = |position: i64| position.clamp(0, len as i64) as usize;
+        place(start)..if self.causal { place(end) } else { len }
+    }
 }
 
-/// Attention of the queries that share one KV head: their outputs, and the
-/// base-2 logarithms of their sums of exponentials.
+/// Keys and values of a batch.
+struct Keys<'a> {
+    k: Rows<'a>,
+    v: Rows<'a>,
+    heads: usize,
+    places: Places<'a>,
+}
+
+/// Where the keys of each request lie.
+enum Places<'a> {
+    Paged(CacheShape, &'a PageIndices),
+    Ragged(&'a RaggedIndices),
+}
+
+impl<'a> Keys<'a> {
+    fn paged(
+        check: Check,
+        spec: &AttentionSpec,
+        kv: &'a PagedKv<'_>,
+        table: &'a PageIndices,
+    ) -> Result<Self> {
+        let k = check.rows("kv.k", &kv.k, &[spec.dtype_kv], &[4])?;
+        let v = check.rows("kv.v", &kv.v, &[spec.dtype_kv], &[4])?;
+        let mut v_shape = k.shape().to_vec();
+        v_shape[3] += spec.head_dim_vo as i64 - spec.head_dim_qk as i64;
+        check.shape("kv.v", &v, &v_shape)?;
+        let shape = CacheShape::new(check, &k, kv.layout, table)?;
+        if k.width() != spec.head_dim_qk {
+            return check
+                .fail("kv.k", format!("its head_dim is {}; the spec's is {}", k.width(), spec.head_dim_qk));
+        }
+        Ok(Self { k, v, heads: shape.heads, places: Places::Paged(shape, table) })
+    }
+
+    fn ragged(
+        check: Check,
+        spec: &AttentionSpec,
+        [k, v]: [&'a TensorRef<'_>; 2],
+        keys: &'a RaggedIndices,
+    ) -> Result<Self> {
+        let k = check.rows("k", k, &[spec.dtype_kv], &[3])?;
+        let v = check.rows("v", v, &[spec.dtype_kv], &[3])?;
+        let (total, heads) = (keys.total() as i64, k.shape()[1]);
+        check.shape("k", &k, &[total, heads, spec.head_dim_qk as i64])?;
+        check.shape("v", &v, &[total, heads, spec.head_dim_vo as i64])?;
+        Ok(Self { k, v, heads: heads as usize, places: Places::Ragged(keys) })
+    }
+
+    fn batch_size(&self) -> usize {
+        match self.places {
+            Places::Paged(_, table) => table.batch_size(),
+            Places::Ragged(keys) => keys.batch_size(),
+        }
+    }
+
+    /// Keys of a request.
+    fn len(&self, request: usize) -> usize {
+        match self.places {
+            Places::Paged(_, table) => table.seq_len(request),
+            Places::Ragged(keys) => keys.len(request),
+        }
+    }
+
+    /// The row of one head of one key.
+    fn row(&self, request: usize, position: usize, head: usize) -> usize {
+        match self.places {
+            Places::Paged(shape, table) => {
+                let (page, slot) = place(table, request, position);
+                shape.row(page, slot, head)
+            }
+            Places::Ragged(keys) => (keys.indptr()[request] as usize + position) * self.heads + head,
+        }
+    }
+
+    /// One head of a request's keys or values, one after the other.
+    fn head(&self, rows: &Rows<'_>, request: usize, head: usize) -> Vec<f64> {
+        let mut numbers = vec![0.0; self.len(request) * rows.width()];
+        for (position, numbers) in numbers.chunks_exact_mut(rows.width()).enumerate() {
+            rows.read(self.row(request, position, head), numbers);
+        }
+        numbers
+    }
+}
+
+/// The queries of a batch, and where results go.
+struct Attention<'a> {
+    check: Check,
+    queries: &'a RaggedIndices,
+    heads: usize,
+    q: Rows<'a>,
+    out: RowsMut<'a>,
+    lse: Option<RowsMut<'a>>,
+}
+
+impl<'a> Attention<'a> {
+    fn new(
+        check: Check,
+        spec: &AttentionSpec,
+        q: &'a TensorRef<'_>,
+        queries: &'a RaggedIndices,
+        graph_rows: Option<usize>,
+        out: &'a mut TensorMut<'_>,
+        lse: Option<&'a mut TensorMut<'_>>,
+    ) -> Result<Self> {
+        let rows = graph_rows.unwrap_or_else(|| queries.total());
+        if rows < queries.total() {
+            return check.fail("graph_rows", format!("{rows}; the batch has {} queries", queries.total()));
+        }
+        let q = check.rows("q", q, &[spec.dtype_q], &[3])?;
+        let out = check.rows_mut("out", out, &[spec.dtype_o], &[3])?;
+        let lse = lse.map(|lse| check.rows_mut("lse", lse, &[], &[2])).transpose()?;
+        let (rows, heads) = (rows as i64, q.shape()[1]);
+        check.shape("q", &q, &[rows, heads, spec.head_dim_qk as i64])?;
+        check.shape("out", &out.rows, &[rows, heads, spec.head_dim_vo as i64])?;
+        if let Some(lse) = &lse {
+            check.shape("lse", &lse.rows, &[rows, heads])?;
+        }
+        Ok(Self { check, queries, heads: heads as usize, q, out, lse })
+    }
+
+    fn over(&mut self, keys: &Keys<'_>, logits: &Logits) -> Result<()> {
+        let (queries, heads) = (self.queries, self.heads);
+        if keys.batch_size() != queries.batch_size() {
+            return self.check.fail(
+                "queries",
+                format!(
+                    "they are of {} requests, keys and values of {}",
+                    queries.batch_size(),
+                    keys.batch_size()
+                ),
+            );
+        }
+        if heads == 0 || !heads.is_multiple_of(keys.heads) {
+            return self.check.fail("q", format!("{heads} query heads over {} KV heads", keys.heads));
+        }
+        let group = heads / keys.heads;
+        let mut output = vec![0.0; keys.v.width()];
+        for request in 0..queries.batch_size() {
+            let (first, count) = (queries.indptr()[request] as usize, queries.len(request));
+            let mut sums = vec![0.0; count * heads];
+            for kv_head in (0..keys.heads).filter(|_| count > 0) {
+                let (k, v) = (keys.head(&keys.k, request, kv_head), keys.head(&keys.v, request, kv_head));
+                for query in 0..count {
+                    let seen = logits.seen(keys.len(request), count - 1 - query);
+                    for head in kv_head * group..(kv_head + 1) * group {
+                        let row = (first + query) * heads + head;
+                        sums[query * heads + head] =
+                            attend(&self.q.numbers(row), &k, &v, seen.clone(), logits, &mut output);
+                        self.out.write(row, &output);
+                    }
+                }
+            }
+            if let Some(lse) = &mut self.lse {
+                let rows = sums.chunks_exact(heads).enumerate();
+                rows.for_each(|(query, sums)| lse.write(first + query, sums));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Attention of one query to the keys that it sees; returns the base-2
+/// logarithm of the sum of exponentials.
 fn attend(
-    queries: &[Vec<f64>],
-    cache: &Cache<'_>,
-    kv_head: usize,
-    table: &PageIndices,
-    request: usize,
+    query: &[f64],
+    k: &[f64],
+    v: &[f64],
+    seen: Range<usize>,
     logits: &Logits,
-) -> (Vec<Vec<f64>>, Vec<f64>) {
-    let width = cache.k.width();
-    let len = table.seq_len(request);
-    let seen = len.saturating_sub(logits.window)..len;
-    let row = |position| {
-        let (page, slot) = place(table, request, position);
-        cache.shape.row(page, slot, kv_head)
+    output: &mut [f64],
+) -> f64 {
+    let part = |numbers, width| {
+        let numbers: &[f64] = numbers;
+        numbers[seen.start * width..seen.end * width].chunks_exact(width)
     };
-    let mut numbers = vec![0.0; width];
-
-    let mut weights = vec![Vec::with_capacity(seen.len()); queries.len()];
-    for position in seen.clone() {
-        cache.k.read(row(position), &mut numbers);
-        for (query, weights) in queries.iter().zip(&mut weights) {
-            let product: f64 = query.iter().zip(&numbers).map(|(q, k)| q * k).sum();
-            weights.push(logits.of(product));
-        }
+    let product = |key: &[f64]| -> f64 { query.iter().zip(key).map(|(q, k)| q * k).sum() };
+    let mut weights: Vec<f64> = part(k, query.len()).map(|key| logits.of(product(key))).collect();
+    let sum = softmax(&mut weights);
+    output.fill(0.0);
+    for (weight, value) in weights.iter().zip(part(v, output.len())) {
+        output.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
     }
-    let sums = weights.iter_mut().map(|weights| softmax(weights)).collect();
-
-    let mut outputs = vec![vec![0.0; width]; queries.len()];
-    for (at, position) in seen.enumerate() {
-        cache.v.read(row(position), &mut numbers);
-        for (weights, output) in weights.iter().zip(&mut outputs) {
-            let weight = weights[at];
-            output.iter_mut().zip(&numbers).for_each(|(o, v)| *o += weight * v);
-        }
-    }
-    (outputs, sums)
+    sum
 }
 
 /// Turns logits into weights; returns the base-2 logarithm of the sum of their
@@ -283,6 +456,87 @@ mod tests {
         close(&lse[12..], &[1.0; 6]);
     }
 
+    /// Five queries of two requests, and a row beyond them.
+    #[test]
+    fn prefill_by_hand() {
+        // All keys are zero, so each output is the mean of the values seen.
+        let keys = RaggedIndices::from_lens([4, 2]).unwrap();
+        let queries = RaggedIndices::from_lens([2, 3]).unwrap();
+        let k = [0.0f64; 6 * 2];
+        let v = [1.0f64, 3.0, 5.0, 11.0, 20.0, 40.0];
+        let run = |spec: &AttentionSpec, causal| {
+            let spec = spec.with_head_dim_vo(1);
+            let (q, mut out, mut lse) = ([1.0f64; 12], [f64::NAN; 6], [f64::NAN; 6]);
+            let plan = PrefillOptions { causal, graph_rows: Some(6) };
+            batch_prefill_ragged(
+                &spec,
+                &view(&q, &[6, 1, 2]),
+                [&view(&k, &[6, 1, 2]), &view(&v, &[6, 1, 1])],
+                (&queries, &keys),
+                &mut view_mut(&mut out, &[6, 1, 1]),
+                Some(&mut view_mut(&mut lse, &[6, 1])),
+                (&plan, &DecodeOptions::default()),
+            )
+            .unwrap();
+            // The sixth row is of no request.
+            assert!(out[5].is_nan() && lse[5].is_nan());
+            ([out[0], out[1], out[2], out[3], out[4]], [lse[0], lse[1], lse[2], lse[3], lse[4]])
+        };
+        let spec = spec(2);
+        let nothing = f64::NEG_INFINITY;
+        let (out, lse) = run(&spec, false);
+        close(&out, &[5.0, 5.0, 30.0, 30.0, 30.0]);
+        close(&lse, &[2.0, 2.0, 1.0, 1.0, 1.0]);
+        // Positions are 2 and 3 of four, and −1, 0 and 1 of two.
+        let (out, lse) = run(&spec, true);
+        close(&out, &[3.0, 5.0, 0.0, 20.0, 30.0]);
+        close(&lse, &[3f64.log2(), 2.0, nothing, 0.0, 1.0]);
+        // One key before the position.
+        let (out, lse) = run(&spec.with_window_left(1), true);
+        close(&out, &[4.0, 8.0, 0.0, 20.0, 30.0]);
+        close(&lse, &[1.0, 1.0, nothing, 0.0, 1.0]);
+        // Without a mask also all keys after it.
+        let (out, lse) = run(&spec.with_window_left(0), false);
+        close(&out, &[8.0, 11.0, 30.0, 30.0, 40.0]);
+        close(&lse, &[1.0, 0.0, 1.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn wrong_prefills_are_refused_and_nothing_written() {
+        let (q, k) = ([1.0f64; 12], [1.0f64; 12]);
+        let (mut out, mut lse) = ([7.0f64; 12], [7.0f64; 6]);
+        let lens = |lens: &[usize]| RaggedIndices::from_lens(lens.iter().copied()).unwrap();
+        let mut refused = |queries: &[usize], keys: &[usize], shapes: [&[usize]; 5], rows, expected: &str| {
+            let plan = PrefillOptions { causal: true, graph_rows: rows };
+            let result = batch_prefill_ragged(
+                &spec(2),
+                &view(&q, shapes[0]),
+                [&view(&k, shapes[1]), &view(&k, shapes[2])],
+                (&lens(queries), &lens(keys)),
+                &mut view_mut(&mut out, shapes[3]),
+                Some(&mut view_mut(&mut lse, shapes[4])),
+                (&plan, &DecodeOptions::default()),
+            );
+            match result {
+                Err(FlashInferError::InvalidArgument { argument, .. }) => assert_eq!(argument, expected),
+                other => panic!("expected {expected} to be refused, got {other:?}"),
+            }
+        };
+        let (x, y): (&[usize], &[usize]) = (&[3, 2, 2], &[3, 2]);
+        refused(&[1, 2], &[1, 1, 1], [x, x, x, x, y], None, "queries");
+        refused(&[1, 2], &[1, 2], [x, x, x, x, y], Some(2), "graph_rows");
+        refused(&[1, 2], &[1, 2], [x, x, x, x, y], Some(4), "q");
+        refused(&[1, 1], &[1, 2], [x, x, x, x, y], None, "q");
+        refused(&[1, 2], &[1, 2], [&[3, 4], x, x, x, y], None, "q");
+        refused(&[1, 2], &[1, 2], [&[3, 1, 2], &[3, 2, 2], x, &[3, 1, 2], &[3, 1]], None, "q");
+        refused(&[1, 2], &[1, 1], [x, x, x, x, y], None, "k");
+        refused(&[1, 2], &[1, 2], [x, &[3, 1, 4], x, x, y], None, "k");
+        refused(&[1, 2], &[1, 2], [x, x, &[3, 1, 2], x, y], None, "v");
+        refused(&[1, 2], &[1, 2], [x, x, x, &[3, 1, 2], y], None, "out");
+        refused(&[1, 2], &[1, 2], [x, x, x, x, &[2, 3]], None, "lse");
+        assert_eq!((out, lse), ([7.0; 12], [7.0; 6]));
+    }
+
     #[test]
     fn wrong_input_is_refused_and_nothing_written() {
         #[track_caller]
@@ -326,7 +580,8 @@ mod tests {
         refused(run(&spec, &good_q, [&[2, 2, 0, 2]; 2], &[1, 4]), "q");
         refused(run(&spec, &good_q, [&[2, 2, 3, 2]; 2], &[1, 4]), "q");
         refused(run(&spec, &good_q, shape, &[4, 1]), "lse");
-        refused(run(&AttentionSpec { head_dim_vo: 1, ..spec }, &good_q, shape, &[1, 4]), "spec");
+        refused(run(&AttentionSpec { head_dim_vo: 1, ..spec }, &good_q, shape, &[1, 4]), "out");
+        refused(run(&AttentionSpec { head_dim_vo: 0, ..spec }, &good_q, shape, &[1, 4]), "spec");
         for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
             refused(run(&spec.with_logits_soft_cap(cap), &good_q, shape, &[1, 4]), "spec");
         }
@@ -394,6 +649,19 @@ mod tests {
         fn spec(&self) -> AttentionSpec {
             spec(self.width)
         }
+
+        /// The tokens of a cache, request by request.
+        fn gather(&self, cache: &[f64]) -> Vec<f64> {
+            let (table, row) = (self.table(), self.kv_heads * self.width);
+            (0..self.lens.len())
+                .flat_map(|request| (0..self.lens[request]).map(move |at| (request, at)))
+                .flat_map(|(request, at)| {
+                    let (page, slot) = place(&table, request, at);
+                    let start = (page * self.page_size + slot) * row;
+                    cache[start..start + row].to_vec()
+                })
+                .collect()
+        }
     }
 
     fn batches() -> impl Strategy<Value = Batch> {
@@ -424,6 +692,82 @@ mod tests {
     fn same(got: &(Vec<f64>, Vec<f64>), expected: &(Vec<f64>, Vec<f64>)) {
         close(&got.0, &expected.0);
         close(&got.1, &expected.1);
+    }
+
+    /// A batch with several queries per request, over the pages of a [`Batch`].
+    #[derive(Clone, Debug)]
+    struct Prefill {
+        batch: Batch,
+        queries: Vec<usize>,
+        q: Vec<f64>,
+        causal: bool,
+    }
+
+    impl Prefill {
+        fn indices(&self) -> RaggedIndices {
+            RaggedIndices::from_lens(self.queries.iter().copied()).unwrap()
+        }
+
+        fn heads(&self) -> usize {
+            self.batch.kv_heads * self.batch.group
+        }
+
+        fn plan(&self) -> PrefillOptions {
+            PrefillOptions { causal: self.causal, graph_rows: None }
+        }
+
+        fn paged(&self, spec: &AttentionSpec) -> (Vec<f64>, Vec<f64>) {
+            let (batch, rows, heads) = (&self.batch, self.indices().total(), self.heads());
+            let (k, v) = (view(&batch.k, &batch.shape()), view(&batch.v, &batch.shape()));
+            let shape = [rows, heads, batch.width];
+            let (mut out, mut lse) = (vec![f64::NAN; self.q.len()], vec![f64::NAN; rows * heads]);
+            batch_prefill_paged(
+                spec,
+                &view(&self.q, &shape),
+                &PagedKv::new(k, v, KvLayout::Nhd),
+                (&self.indices(), &batch.table()),
+                &mut view_mut(&mut out, &shape),
+                Some(&mut view_mut(&mut lse, &[rows, heads])),
+                (&self.plan(), &DecodeOptions::default()),
+            )
+            .unwrap();
+            (out, lse)
+        }
+
+        /// The same keys and values, one after the other.
+        fn ragged(&self, spec: &AttentionSpec) -> (Vec<f64>, Vec<f64>) {
+            let (batch, rows, heads) = (&self.batch, self.indices().total(), self.heads());
+            let keys = RaggedIndices::from_lens(batch.lens.iter().copied()).unwrap();
+            let (k, v) = (batch.gather(&batch.k), batch.gather(&batch.v));
+            let (shape, kv_shape) = ([rows, heads, batch.width], [keys.total(), batch.kv_heads, batch.width]);
+            let (mut out, mut lse) = (vec![f64::NAN; self.q.len()], vec![f64::NAN; rows * heads]);
+            batch_prefill_ragged(
+                spec,
+                &view(&self.q, &shape),
+                [&view(&k, &kv_shape), &view(&v, &kv_shape)],
+                (&self.indices(), &keys),
+                &mut view_mut(&mut out, &shape),
+                Some(&mut view_mut(&mut lse, &[rows, heads])),
+                (&self.plan(), &DecodeOptions::default()),
+            )
+            .unwrap();
+            (out, lse)
+        }
+    }
+
+    fn prefills() -> impl Strategy<Value = Prefill> {
+        batches().prop_flat_map(|batch| {
+            let requests = batch.lens.len();
+            (Just(batch), prop::collection::vec(0usize..6, requests), any::<bool>()).prop_flat_map(
+                |(batch, queries, causal)| {
+                    let rows: usize = queries.iter().sum();
+                    let row = batch.kv_heads * batch.group * batch.width;
+                    let q = prop::collection::vec(-3.0f64..3.0, rows * row);
+                    (Just(batch), Just(queries), q, Just(causal))
+                        .prop_map(|(batch, queries, q, causal)| Prefill { batch, queries, q, causal })
+                },
+            )
+        })
     }
 
     proptest! {
@@ -530,18 +874,7 @@ mod tests {
                 .chain(batch.lens.iter().scan(0, |end, &len| { *end += len as i32; Some(*end) }))
                 .collect();
             let append = crate::AppendIndices::last_tokens(&table, &append_indptr).unwrap();
-            let row = batch.kv_heads * batch.width;
-            let gather = |cache: &[f64]| -> Vec<f64> {
-                (0..batch.lens.len())
-                    .flat_map(|request| (0..table.seq_len(request)).map(move |at| (request, at)))
-                    .flat_map(|(request, at)| {
-                        let (page, slot) = place(&table, request, at);
-                        let start = (page * batch.page_size + slot) * row;
-                        cache[start..start + row].to_vec()
-                    })
-                    .collect()
-            };
-            let (key, value) = (gather(&batch.k), gather(&batch.v));
+            let (key, value) = (batch.gather(&batch.k), batch.gather(&batch.v));
             let shape = [append.len(), batch.kv_heads, batch.width];
             let (mut k, mut v) = (vec![f64::NAN; batch.k.len()], vec![f64::NAN; batch.v.len()]);
             let mut cache = crate::page::PagedKvMut::new(
@@ -558,6 +891,58 @@ mod tests {
             )
             .unwrap();
             same(&batch.decode_from(&batch.spec(), &cache.as_ref()), &batch.decode(&batch.spec()));
+        }
+
+        /// With one query per request, prefill is decode, causal or not.
+        #[test]
+        fn prefill_of_one_query_is_decode(batch in batches(), causal: bool, window in 0u32..9) {
+            let queries = vec![1; batch.lens.len()];
+            let prefill = Prefill { q: batch.q.clone(), queries, causal, batch: batch.clone() };
+            for spec in [batch.spec(), batch.spec().with_window_left(window)] {
+                let expected = batch.decode(&spec);
+                same(&prefill.paged(&spec), &expected);
+                same(&prefill.ragged(&spec), &expected);
+            }
+        }
+
+        /// Where keys and values lie does not matter.
+        #[test]
+        fn ragged_prefill_is_paged_prefill(prefill in prefills(), window in 0u32..9) {
+            for spec in [prefill.batch.spec(), prefill.batch.spec().with_window_left(window)] {
+                same(&prefill.ragged(&spec), &prefill.paged(&spec));
+            }
+        }
+
+        /// Row by row, causal prefill is decode of a growing request.
+        #[test]
+        fn causal_prefill_is_decode_step_by_step(mut prefill in prefills(), window in 0u32..9) {
+            prefill.causal = true;
+            let heads = prefill.heads();
+            let (row, first) = (heads * prefill.batch.width, prefill.indices());
+            for spec in [prefill.batch.spec(), prefill.batch.spec().with_window_left(window)] {
+                let (out, lse) = prefill.paged(&spec);
+                for request in 0..prefill.queries.len() {
+                    for query in 0..prefill.queries[request] {
+                        let after = prefill.queries[request] - 1 - query;
+                        let mut step = prefill.batch.clone();
+                        let used = step.lens[..request].iter().map(|len| len.div_ceil(step.page_size)).sum();
+                        step.pages.rotate_left(used);
+                        step.lens = vec![step.lens[request].saturating_sub(after)];
+                        let at = first.indptr()[request] as usize + query;
+                        step.q = prefill.q[at * row..(at + 1) * row].to_vec();
+                        let (want, want_lse) = step.decode(&spec);
+                        close(&out[at * row..(at + 1) * row], &want);
+                        close(&lse[at * heads..(at + 1) * heads], &want_lse);
+                    }
+                }
+            }
+        }
+
+        /// A window that reaches before the first key changes nothing.
+        #[test]
+        fn wide_windows_of_prefill_are_none(prefill in prefills()) {
+            let spec = prefill.batch.spec();
+            same(&prefill.paged(&spec.with_window_left(20)), &prefill.paged(&spec));
         }
     }
 }

@@ -33,7 +33,7 @@ mod mla;
 mod norm;
 mod page;
 
-pub use attention::batch_decode;
+pub use attention::{batch_decode, batch_prefill_paged, batch_prefill_ragged};
 pub use cascade::{merge_state, merge_state_in_place, merge_states};
 pub use gdn::gdn_prefill;
 pub use mla::batch_mla;

@@ -4,10 +4,13 @@
 // Each test file uses its own part of this.
 #![allow(dead_code)]
 
+pub mod attention;
 pub mod cache;
 mod compare;
 pub mod gdn;
 pub mod norm;
+pub mod prefill;
+pub mod prefill_tests;
 
 pub use compare::assert_same_bits;
 
@@ -305,8 +308,14 @@ impl<T: Number> Tensor<T> {
     /// within `bound`, and what was uploaded outside the shown part.
     #[track_caller]
     pub fn assert_close(&self, gpu: &Gpu, what: &str, want: &[f64], bound: f64) {
-        let worst = compare::rows(what, &self.view(), &self.host, &self.download(gpu), want, bound);
-        eprintln!("{what}: {} {:?}: worst row off by {worst:.1e}", T::DTYPE, self.shape());
+        self.assert_part_close(gpu, what, &self.view(), want, bound);
+    }
+
+    /// As [`assert_close`](Self::assert_close), for a part of what is shown.
+    #[track_caller]
+    pub fn assert_part_close(&self, gpu: &Gpu, what: &str, part: &TensorRef<'_>, want: &[f64], bound: f64) {
+        let worst = compare::rows(what, part, &self.host, &self.download(gpu), want, bound);
+        eprintln!("{what}: {} {:?}: worst row off by {worst:.1e}", T::DTYPE, part.shape());
     }
 }
 

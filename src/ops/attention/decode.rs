@@ -10,7 +10,8 @@ use std::{borrow::Cow, cell::Cell, marker::PhantomData};
 
 use super::{
     plan::{
-        Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan,
+        Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_sm_scale, check_workspace,
+        host_indices, make_plan,
     },
     prefill::{Batch, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend},
@@ -69,7 +70,8 @@ const PLAN_LEN: usize = 10;
 #[non_exhaustive]
 pub struct DecodeOptions {
     /// The factor on query-key products, `1/√head_dim` if `None`. Scales of
-    /// quantized queries and keys are multiplied into it.
+    /// quantized queries and keys are multiplied into it. On tensor cores it
+    /// must be at least 1e-3.
     pub sm_scale: Option<f64>,
     /// Programmatic dependent launch; `None` uses it where the GPU has it
     /// (compute capability 9.0 and newer). Pass `Some(false)` when the kernel
@@ -376,8 +378,8 @@ impl DecodePlan<'_> {
     /// dtypes, `out` contiguous; `kv` is the paged cache that the page table
     /// was checked for; `lse`, if given, is a contiguous `f32`
     /// `[batch, num_qo_heads]` and takes the base-2 logarithm of each sum of
-    /// exponentials. A request without tokens gets zeros, and −∞ or, on CUDA
-    /// cores, FlashInfer's stand-in for it, which is about −50000.
+    /// exponentials. A request without tokens gets zeros, and FlashInfer's
+    /// stand-in for −∞, which is about −50000.
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
@@ -400,7 +402,9 @@ impl DecodePlan<'_> {
         let Some(info) = &self.info else { return Ok(()) };
         match (&self.decode.kernels, &self.queries) {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
-                let (q, out, scratch) = (&q.raw, &out.raw, &self.scratch);
+                check_sm_scale(&check, options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()))?;
+                let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
+                let scratch = &self.scratch;
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, causal: false, options };
                 // SAFETY: all tensors have the dtypes, shapes, strides and
                 // alignment of this module and plan; the index arrays are the
@@ -477,7 +481,13 @@ impl DecodePlan<'_> {
         let info = self.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let indices = [Some(&self.table.indptr().ok()?), self.queries.as_ref()];
-        Some(ReplayKey::new(info, &decode.spec, (decode.heads, batch, false), &self.scratch, indices))
+        Some(ReplayKey::new(
+            info,
+            &decode.spec,
+            (decode.heads, batch, false, self.table.host().num_pages()),
+            &self.scratch,
+            indices,
+        ))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

@@ -11,7 +11,7 @@
 use std::{cell::Cell, marker::PhantomData};
 
 use super::{
-    plan::{PlanInfo, Scratch, check_lse, check_workspace, host_indices, make_plan},
+    plan::{PlanInfo, Scratch, check_lse, check_sm_scale, check_workspace, host_indices, make_plan},
     spec::Backend,
     workspace::Workspace,
 };
@@ -54,11 +54,6 @@ const MAX_WORKS: usize = 16384;
 /// Rows of queries (a row is a query's head) that one block works on. With
 /// many rows, two blocks work together on twice as many.
 const BLOCK_TILE: usize = 64;
-/// The smallest factor on query-key products.
-///
-/// The kernels hide a key by making its product −50000 before they apply the
-/// factor. With a smaller factor, or a negative one, hidden keys would count.
-const MIN_SM_SCALE: f64 = 1e-3;
 
 /// The properties of a latent attention that its kernels are compiled for.
 ///
@@ -644,13 +639,7 @@ impl MlaPlan<'_> {
             check_page_span(&check, name, part)?;
         }
         check_lse(&check, lse.as_ref().map(|lse| &lse.raw), rows, heads)?;
-        // Also refuses NaN.
-        if !(options.sm_scale >= MIN_SM_SCALE && options.sm_scale.is_finite()) {
-            return check.fail(
-                "sm_scale",
-                format!("{}; it must be finite and at least {MIN_SM_SCALE}", options.sm_scale),
-            );
-        }
+        check_sm_scale(&check, options.sm_scale)?;
         let Some(info) = &self.info else { return Ok(()) };
 
         let indices = table.indices()?;

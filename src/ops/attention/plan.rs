@@ -108,6 +108,8 @@ pub struct ReplayKey {
     heads: Heads,
     batch: usize,
     causal: bool,
+    /// Rows or pages of keys, as the tables have them.
+    keys: usize,
     addresses: [usize; 4],
 }
 
@@ -116,13 +118,13 @@ impl ReplayKey {
     pub(super) fn new(
         info: &PlanInfo,
         spec: &AttentionSpec,
-        (heads, batch, causal): (Heads, usize, bool),
+        (heads, batch, causal, keys): (Heads, usize, bool, usize),
         scratch: &Scratch,
         indices: [Option<&RawTensor>; 2],
     ) -> Self {
         let [a, b] = indices.map(|array| array.map_or(0, |array| array.data as usize));
         let addresses = [scratch.float.data as usize, scratch.int.data as usize, a, b];
-        Self { numbers: info.numbers.clone(), spec: *spec, heads, batch, causal, addresses }
+        Self { numbers: info.numbers.clone(), spec: *spec, heads, batch, causal, keys, addresses }
     }
 }
 
@@ -179,6 +181,21 @@ pub(super) fn check_output(
     check.aligned("out", out, 16)?;
     check.offsets_in_32_bits("out", out)?;
     check_lse(check, lse, rows, heads)
+}
+
+/// The smallest factor on query-key products.
+///
+/// Kernels on tensor cores hide a key by making its product −50000 before they
+/// apply the factor. With a smaller factor, or a negative one, hidden keys
+/// would count.
+const MIN_SM_SCALE: f64 = 1e-3;
+
+/// Refuses a factor with which hidden keys would count.
+pub(super) fn check_sm_scale(check: &Check<'_>, sm_scale: f64) -> Result<()> {
+    if sm_scale >= MIN_SM_SCALE && sm_scale.is_finite() {
+        return Ok(());
+    }
+    check.fail("sm_scale", format!("{sm_scale}; it must be finite and at least {MIN_SM_SCALE}"))
 }
 
 /// Checks the sums of exponentials that a run may write.

@@ -13,7 +13,10 @@ use std::{cell::Cell, marker::PhantomData};
 
 use super::{
     decode::DecodeOptions,
-    plan::{Heads, PlanInfo, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan},
+    plan::{
+        Heads, PlanInfo, ReplayKey, Scratch, check_output, check_sm_scale, check_workspace, host_indices,
+        make_plan,
+    },
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
@@ -145,9 +148,9 @@ pub(super) struct Batch<'a> {
 pub(super) struct RunTensors<'a> {
     pub(super) scratch: &'a Scratch,
     pub(super) info: &'a PlanInfo,
-    pub(super) q: &'a RawTensor,
+    pub(super) q: RawTensor,
     pub(super) qo_indptr: &'a RawTensor,
-    pub(super) out: &'a RawTensor,
+    pub(super) out: RawTensor,
     pub(super) lse: Option<&'a RawTensor>,
     pub(super) causal: bool,
     pub(super) options: &'a DecodeOptions,
@@ -215,6 +218,11 @@ impl PrefillKernels {
         let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
         let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
         let kv_lens = host_indices(batch.kv_lens)?;
+        // For a window without a causal mask, the planner takes the keys of the
+        // last query for those of all, and would leave out keys of the others.
+        let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
+        let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
+        let no_split = self.spec.window_left.is_some() && !batch.causal && several;
         let len = if self.fa3 { FA3_PLAN_LEN } else { FA2_PLAN_LEN };
         make_plan(check, workspace, needed, len, |pinned| {
             // The two planners share their first sixteen arguments.
@@ -249,7 +257,7 @@ impl PrefillKernels {
                 if self.fa3 {
                     plan!(Fa3Plan {}).call(&self.plan, &stream)
                 } else {
-                    plan!(Fa2Plan { fixed_split_size: -1, disable_split_kv: false, num_colocated_ctas: 0 })
+                    plan!(Fa2Plan { fixed_split_size: -1, disable_split_kv: no_split, num_colocated_ctas: 0 })
                         .call(&self.plan, &stream)
                 }
             }
@@ -345,9 +353,9 @@ macro_rules! shared_run {
             float_workspace: DlTensor::new(&$run.scratch.float),
             int_workspace: DlTensor::new(&$run.scratch.int),
             plan_info: &$run.info.object,
-            q: DlTensor::new($run.q),
+            q: DlTensor::new(&$run.q),
             qo_indptr: DlTensor::new($run.qo_indptr),
-            o: DlTensor::new($run.out),
+            o: DlTensor::new(&$run.out),
             maybe_lse: $run.lse.map(DlTensor::new),
             mask_mode: $run.causal.into(),
             window_left: $kernels.spec.window_left_code(),
@@ -442,8 +450,9 @@ impl BatchPrefill {
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes,
-    /// streams or heads do not fit, the workspace is too small, or the stream
-    /// is being captured. Else what the module or CUDA said.
+    /// streams or heads do not fit; with a causal mask, a request has more
+    /// queries than keys, and keys; the workspace is too small; the stream is
+    /// being captured. Else what the module or CUDA said.
     pub fn plan_paged<'p>(
         &self,
         workspace: &'p mut Workspace,
@@ -454,7 +463,8 @@ impl BatchPrefill {
     ) -> Result<PrefillPlan<'p, PageTable>> {
         let indices = table.host();
         let lens = indices.seq_lens();
-        let kv = KvBatch { indptr: indices.indptr(), lens: &lens, page_size: indices.page_size() };
+        let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
+        let kv = KvBatch { indptr, lens: &lens, page_size, extent };
         self.plan(workspace, queries, (table, table.indptr()?), &kv, heads, options)
     }
 
@@ -473,7 +483,7 @@ impl BatchPrefill {
     ) -> Result<PrefillPlan<'p, RaggedTable>> {
         let indptr = keys.host().indptr();
         let lens: Vec<i32> = indptr.windows(2).map(|pair| pair[1] - pair[0]).collect();
-        let kv = KvBatch { indptr, lens: &lens, page_size: 1 };
+        let kv = KvBatch { indptr, lens: &lens, page_size: 1, extent: keys.host().total() };
         self.plan(workspace, queries, (keys, keys.indptr()?), &kv, heads, options)
     }
 
@@ -503,6 +513,20 @@ impl BatchPrefill {
                 format!("{rows}; the batch has {total} queries of {requests} requests, and there can be no more than 2^31"),
             );
         }
+        if options.causal {
+            for (request, &keys) in kv.lens.iter().enumerate() {
+                let queries = queries.host().len(request);
+                if keys > 0 && queries > keys as usize {
+                    return check.fail(
+                        "queries",
+                        format!(
+                            "request {request} has {queries} queries over {keys} keys; with a causal mask \
+                             the keys of the queries must already be there"
+                        ),
+                    );
+                }
+            }
+        }
         check_workspace(&check, workspace)?;
         let scratch = Scratch::of(workspace)?;
         let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
@@ -521,11 +545,13 @@ impl BatchPrefill {
             Some(self.kernels.make_plan(&check, workspace, &scratch, &batch)?)
         };
         let (kernels, options, one_thread) = (self.kernels, *options, PhantomData);
+        let keys_extent = kv.extent;
         Ok(PrefillPlan {
             kernels,
             queries,
             keys,
             keys_indptr,
+            keys_extent,
             heads,
             rows,
             options,
@@ -541,6 +567,7 @@ struct KvBatch<'a> {
     indptr: &'a [i32],
     lens: &'a [i32],
     page_size: usize,
+    extent: usize,
 }
 
 /// One step's prefill plan, ready to run for each layer. `K` is the kind of
@@ -554,6 +581,8 @@ pub struct PrefillPlan<'p, K> {
     queries: &'p RaggedTable,
     keys: &'p K,
     keys_indptr: RawTensor,
+    /// Pages of the cache, or rows of keys.
+    keys_extent: usize,
     heads: Heads,
     rows: usize,
     options: PrefillOptions,
@@ -573,7 +602,7 @@ impl<K> PrefillPlan<'_, K> {
         let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
         let indices = [Some(&self.keys_indptr), Some(&self.queries.indptr().ok()?)];
-        let shape = (self.heads, batch, self.options.causal);
+        let shape = (self.heads, batch, self.options.causal, self.keys_extent);
         Some(ReplayKey::new(info, &kernels.spec, shape, &self.scratch, indices))
     }
 
@@ -589,16 +618,11 @@ impl<K> PrefillPlan<'_, K> {
         q: &TensorRef<'_>,
         out: &TensorMut<'_>,
         lse: Option<&TensorMut<'_>>,
+        options: &DecodeOptions,
     ) -> Result<()> {
-        check_output(
-            check,
-            &self.kernels.spec,
-            self.heads,
-            self.rows,
-            &q.raw,
-            &out.raw,
-            lse.map(|lse| &lse.raw),
-        )
+        let (spec, lse) = (&self.kernels.spec, lse.map(|lse| &lse.raw));
+        check_output(check, spec, self.heads, self.rows, &q.raw, &out.raw, lse)?;
+        check_sm_scale(check, options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()))
     }
 
     fn tensors<'a>(
@@ -613,9 +637,9 @@ impl<K> PrefillPlan<'_, K> {
         RunTensors {
             scratch: &self.scratch,
             info,
-            q: &q.raw,
+            q: q.raw.with_plain_unit_strides(),
             qo_indptr,
-            out: &out.raw,
+            out: out.raw.with_plain_unit_strides(),
             lse: lse.map(|lse| &lse.raw),
             causal: self.options.causal,
             options,
@@ -629,7 +653,8 @@ impl PrefillPlan<'_, PageTable> {
     /// `q` is `[queries, num_qo_heads, head_dim_qk]`, `out`
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
     /// a contiguous `f32` `[queries, num_qo_heads]` of base-2 logarithms. A
-    /// query that sees no key gets zeros, and −∞.
+    /// query of a request without keys gets zeros, and FlashInfer's stand-in
+    /// for −∞, which is about −50000.
     ///
     /// # Errors
     /// As [`DecodePlan::run`](super::DecodePlan::run).
@@ -643,7 +668,7 @@ impl PrefillPlan<'_, PageTable> {
     ) -> Result<()> {
         let (spec, stream) = (&self.kernels.spec, self.keys.stream());
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
-        self.check_queries(&check, q, out, lse)?;
+        self.check_queries(&check, q, out, lse, options)?;
         let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, self.keys, &[spec.dtype_kv])?;
         self.heads.check_cache(&check, cache, spec.head_dim_qk)?;
         let Some(info) = &self.info else { return Ok(()) };
@@ -677,7 +702,7 @@ impl PrefillPlan<'_, RaggedTable> {
     ) -> Result<()> {
         let (spec, stream) = (&self.kernels.spec, self.keys.stream());
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
-        self.check_queries(&check, q, out, lse)?;
+        self.check_queries(&check, q, out, lse, options)?;
         for (name, tensor, width) in [("k", &k.raw, spec.head_dim_qk), ("v", &v.raw, spec.head_dim_vo)] {
             check.tensor(name, tensor, &[spec.dtype_kv], &[3])?;
             let shape = [self.keys.host().total() as i64, self.heads.num_kv_heads as i64, width as i64];
@@ -688,11 +713,27 @@ impl PrefillPlan<'_, RaggedTable> {
         }
         let Some(info) = &self.info else { return Ok(()) };
         let qo_indptr = self.queries.indptr()?;
+        let run = self.tensors(info, &qo_indptr, q, out, lse, options);
+        let [k, v] = if self.keys_extent == 0 {
+            // An empty tensor cannot be described to the hardware that copies
+            // tiles. No request has a key, so nothing of what stands in counts.
+            let widest = spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8);
+            let needed = (self.heads.num_kv_heads * widest * spec.dtype_kv.size()) as i64;
+            if self.scratch.float.numel() < needed {
+                return check.fail("workspace", format!("its float part must have at least {needed} bytes"));
+            }
+            [spec.head_dim_qk, spec.head_dim_vo].map(|width| {
+                let (heads, row) = (self.heads.num_kv_heads, width.next_multiple_of(8));
+                let shape = [1, heads, width];
+                let strides = [heads * row, row, 1];
+                RawTensor::new(self.scratch.float.data, k.raw.device, spec.dtype_kv, &shape, Some(&strides))
+            })
+        } else {
+            [k, v].map(|tensor| Ok(tensor.raw.with_plain_unit_strides()))
+        };
+        let (k, v) = (k?, v?);
         // SAFETY: as for pages; the offsets of keys and values are the device
         // copies of those that the plan was made from, and end at their rows.
-        unsafe {
-            let run = self.tensors(info, &qo_indptr, q, out, lse, options);
-            self.kernels.run_ragged(&run, [&k.raw, &v.raw], self.keys)
-        }
+        unsafe { self.kernels.run_ragged(&run, [&k, &v], self.keys) }
     }
 }

@@ -1,0 +1,510 @@
+//! Batch prefill over pages and over ragged keys: cases, plans, comparison.
+
+use cudarc::driver::CudaGraph;
+use flashinfer_rs::{
+    FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result, TensorMut, TensorRef,
+    attention::{
+        AttentionSpec, Backend, BatchPrefill, DecodeOptions, Heads, PrefillOptions, PrefillPlan, ReplayKey,
+        Workspace,
+    },
+    page::KvLayout,
+    reference,
+};
+
+use super::{
+    Gpu, Number, Rng, Tensor, assert_same_bits,
+    attention::{assert_lse, capture},
+    cache::{Cache, CacheShape, random_table},
+    say,
+};
+
+/// Where keys and values lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Paged,
+    Ragged,
+}
+
+/// What a test is about.
+#[derive(Clone, Copy, Debug)]
+pub struct On {
+    pub kind: Kind,
+    pub backend: Backend,
+}
+
+/// One prefill.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub on: On,
+    /// Queries and keys of each request.
+    pub requests: Vec<(usize, usize)>,
+    pub causal: bool,
+    pub page_size: usize,
+    pub kv_heads: usize,
+    pub group: usize,
+    pub head_dim_qk: usize,
+    pub head_dim_vo: usize,
+    pub layout: KvLayout,
+    pub joined: bool,
+    pub window_left: Option<u32>,
+    pub soft_cap: Option<f32>,
+    pub sm_scale: Option<f64>,
+}
+
+impl Case {
+    pub fn spec<T: Number, K: Number>(&self) -> AttentionSpec {
+        let mut spec = AttentionSpec::new(T::DTYPE, self.head_dim_qk)
+            .with_head_dim_vo(self.head_dim_vo)
+            .with_kv_dtype(K::DTYPE)
+            .with_backend(self.on.backend);
+        (spec.window_left, spec.logits_soft_cap) = (self.window_left, self.soft_cap);
+        spec
+    }
+
+    #[must_use]
+    pub fn head_dim(mut self, head_dim: usize) -> Self {
+        (self.head_dim_qk, self.head_dim_vo) = (head_dim, head_dim);
+        self
+    }
+
+    pub fn heads(&self) -> Heads {
+        Heads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
+    }
+
+    pub fn plan_options(&self) -> PrefillOptions {
+        if self.causal { PrefillOptions::causal() } else { PrefillOptions::default() }
+    }
+
+    pub fn graph_options(&self, rows: usize) -> PrefillOptions {
+        let mut options = self.plan_options();
+        options.graph_rows = Some(rows);
+        options
+    }
+
+    pub fn options(&self) -> DecodeOptions {
+        let mut options = DecodeOptions::default();
+        options.sm_scale = self.sm_scale;
+        options
+    }
+
+    fn cache_shape(&self, pages: usize) -> CacheShape {
+        CacheShape {
+            pages,
+            page_size: self.page_size,
+            heads: self.kv_heads,
+            head_dim: self.head_dim_qk,
+            layout: self.layout,
+            joined: self.joined,
+        }
+    }
+
+    pub fn q_shape(&self, rows: usize) -> [usize; 3] {
+        [rows, self.kv_heads * self.group, self.head_dim_qk]
+    }
+
+    pub fn queries(&self) -> RaggedIndices {
+        RaggedIndices::from_lens(self.requests.iter().map(|&(queries, _)| queries)).unwrap()
+    }
+
+    pub fn key_lens(&self) -> Vec<usize> {
+        self.requests.iter().map(|&(_, keys)| keys).collect()
+    }
+}
+
+/// Keys and values, and which of them are each request's.
+pub enum Kv<K> {
+    Paged { table: PageIndices, cache: Cache<K> },
+    Ragged { keys: RaggedIndices, k: Tensor<K>, v: Tensor<K> },
+}
+
+impl<K: Number> Kv<K> {
+    pub fn paged(gpu: &Gpu, rng: &mut Rng, case: &Case, table: PageIndices) -> Self {
+        let cache = Cache::random(gpu, rng, case.cache_shape(table.num_pages()), &table);
+        Self::Paged { table, cache }
+    }
+
+    fn random(gpu: &Gpu, rng: &mut Rng, case: &Case) -> Self {
+        match case.on.kind {
+            Kind::Paged => {
+                let table = random_table(rng, case.page_size, &case.key_lens());
+                Self::paged(gpu, rng, case, table)
+            }
+            Kind::Ragged => {
+                let keys = RaggedIndices::from_lens(case.key_lens()).unwrap();
+                let mut part = |width| Tensor::random(gpu, rng, &[keys.total(), case.kv_heads, width]);
+                let (k, v) = (part(case.head_dim_qk), part(case.head_dim_vo));
+                Self::Ragged { keys, k, v }
+            }
+        }
+    }
+
+    /// The tensors on the device, and the copies on the host.
+    fn tensors_mut(&mut self) -> Vec<&mut Tensor<K>> {
+        match self {
+            Self::Paged { cache, .. } => cache.tensors.iter_mut().collect(),
+            Self::Ragged { k, v, .. } => vec![k, v],
+        }
+    }
+
+    fn hosts(&self) -> Vec<&[K]> {
+        match self {
+            Self::Paged { cache, .. } => cache.tensors.iter().map(|tensor| &tensor.host[..]).collect(),
+            Self::Ragged { k, v, .. } => vec![&k.host, &v.host],
+        }
+    }
+}
+
+/// Index values on the device.
+pub struct Tables {
+    pub queries: RaggedTable,
+    pub keys: KeyTable,
+}
+
+pub enum KeyTable {
+    Paged(PageTable),
+    Ragged(RaggedTable),
+}
+
+impl Tables {
+    pub fn new<T, K>(gpu: &Gpu, problem: &Problem<T, K>) -> Self {
+        Self {
+            queries: RaggedTable::new(&gpu.stream, problem.queries.clone()).unwrap(),
+            keys: match &problem.kv {
+                Kv::Paged { table, .. } => {
+                    KeyTable::Paged(PageTable::new(&gpu.stream, table.clone()).unwrap())
+                }
+                Kv::Ragged { keys, .. } => {
+                    KeyTable::Ragged(RaggedTable::new(&gpu.stream, keys.clone()).unwrap())
+                }
+            },
+        }
+    }
+
+    /// With room for other problems.
+    pub fn with_capacity<T, K>(gpu: &Gpu, problem: &Problem<T, K>, batch: usize, pages: usize) -> Self {
+        let ragged =
+            |host: &RaggedIndices| RaggedTable::with_capacity(&gpu.stream, host.clone(), batch).unwrap();
+        Self {
+            queries: ragged(&problem.queries),
+            keys: match &problem.kv {
+                Kv::Paged { table, .. } => KeyTable::Paged(
+                    PageTable::with_capacity(&gpu.stream, table.clone(), batch, pages).unwrap(),
+                ),
+                Kv::Ragged { keys, .. } => KeyTable::Ragged(ragged(keys)),
+            },
+        }
+    }
+
+    pub fn update<T, K>(&mut self, problem: &Problem<T, K>) {
+        self.queries.update(problem.queries.clone()).unwrap();
+        match (&mut self.keys, &problem.kv) {
+            (KeyTable::Paged(on_device), Kv::Paged { table, .. }) => on_device.update(table.clone()),
+            (KeyTable::Ragged(on_device), Kv::Ragged { keys, .. }) => on_device.update(keys.clone()),
+            _ => unreachable!("tables of one kind"),
+        }
+        .unwrap();
+    }
+
+    pub fn plan<'p>(
+        &'p self,
+        prefill: &BatchPrefill,
+        workspace: &'p mut Workspace,
+        heads: Heads,
+        options: &PrefillOptions,
+    ) -> Result<Plan<'p>> {
+        match &self.keys {
+            KeyTable::Paged(table) => {
+                prefill.plan_paged(workspace, &self.queries, table, heads, options).map(Plan::Paged)
+            }
+            KeyTable::Ragged(keys) => {
+                prefill.plan_ragged(workspace, &self.queries, keys, heads, options).map(Plan::Ragged)
+            }
+        }
+    }
+}
+
+/// A plan of either kind.
+#[derive(Debug)]
+pub enum Plan<'p> {
+    Paged(PrefillPlan<'p, PageTable>),
+    Ragged(PrefillPlan<'p, RaggedTable>),
+}
+
+impl Plan<'_> {
+    pub fn replay_key(&self) -> Option<ReplayKey> {
+        match self {
+            Self::Paged(plan) => plan.replay_key(),
+            Self::Ragged(plan) => plan.replay_key(),
+        }
+    }
+
+    pub fn numbers(&self) -> &[i64] {
+        match self {
+            Self::Paged(plan) => plan.numbers(),
+            Self::Ragged(plan) => plan.numbers(),
+        }
+    }
+
+    /// Whether FlashAttention 2 divides the keys of a request among blocks,
+    /// which the last of its 15 numbers says; 3 never does.
+    pub fn splits_kv(&self) -> bool {
+        self.numbers().get(14).is_some_and(|&split| split != 0)
+    }
+
+    pub fn run<K: Number>(
+        &self,
+        gpu: &Gpu,
+        q: &TensorRef<'_>,
+        kv: &Kv<K>,
+        out: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        options: &DecodeOptions,
+    ) -> Result<()> {
+        match (self, kv) {
+            (Self::Paged(plan), Kv::Paged { cache, .. }) => {
+                plan.run(q, &cache.on(gpu).kv(), out, lse, options)
+            }
+            (Self::Ragged(plan), Kv::Ragged { k, v, .. }) => {
+                plan.run(q, [&k.on(gpu).view(), &v.on(gpu).view()], out, lse, options)
+            }
+            _ => unreachable!("a plan of the keys' kind"),
+        }
+    }
+}
+
+/// A case with its tensors, and what the reference makes of them.
+pub struct Problem<T, K> {
+    pub case: Case,
+    pub queries: RaggedIndices,
+    pub q: Tensor<T>,
+    pub kv: Kv<K>,
+    want: Vec<f64>,
+    want_lse: Vec<f64>,
+}
+
+impl<T: Number, K: Number> Problem<T, K> {
+    pub fn new(gpu: &Gpu, rng: &mut Rng, case: Case) -> Self {
+        let kv = Kv::random(gpu, rng, &case);
+        Self::with_kv(gpu, rng, case, kv)
+    }
+
+    pub fn with_kv(gpu: &Gpu, rng: &mut Rng, case: Case, kv: Kv<K>) -> Self {
+        let q = Tensor::random(gpu, rng, &case.q_shape(case.queries().total()));
+        Self::solve(case, q, kv)
+    }
+
+    /// Fills in what the reference says.
+    pub fn solve(case: Case, q: Tensor<T>, kv: Kv<K>) -> Self {
+        let (queries, heads) = (case.queries(), case.heads().num_qo_heads);
+        let (rows, width) = (queries.total(), case.head_dim_vo);
+        let (mut want, mut want_lse) = (vec![f64::NAN; rows * heads * width], vec![f64::NAN; rows * heads]);
+        let mut out = TensorMut::from_slice(&mut want, &[rows, heads, width]).unwrap();
+        let mut lse = TensorMut::from_slice(&mut want_lse, &[rows, heads]).unwrap();
+        let (spec, options) = (case.spec::<T, K>(), (&case.plan_options(), &case.options()));
+        match &kv {
+            Kv::Paged { table, cache } => reference::batch_prefill_paged(
+                &spec,
+                &q.view(),
+                &cache.view(),
+                (&queries, table),
+                &mut out,
+                Some(&mut lse),
+                options,
+            ),
+            Kv::Ragged { keys, k, v } => reference::batch_prefill_ragged(
+                &spec,
+                &q.view(),
+                [&k.view(), &v.view()],
+                (&queries, keys),
+                &mut out,
+                Some(&mut lse),
+                options,
+            ),
+        }
+        .unwrap();
+        Self { case, queries, q, kv, want, want_lse }
+    }
+
+    /// Outputs of so many rows.
+    pub fn outputs_of(&self, gpu: &Gpu, rows: usize) -> (Tensor<T>, Tensor<f32>) {
+        let heads = self.case.heads().num_qo_heads;
+        let out = Tensor::poisoned(gpu, &[rows, heads, self.case.head_dim_vo]);
+        (out, Tensor::poisoned(gpu, &[rows, heads]))
+    }
+
+    pub fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
+        self.outputs_of(gpu, self.queries.total())
+    }
+
+    /// Plans and runs eagerly, compares with the reference, and says whether
+    /// the plan split requests.
+    #[track_caller]
+    pub fn check(&self, gpu: &Gpu, prefill: &BatchPrefill, workspace: &mut Workspace) -> bool {
+        let tables = Tables::new(gpu, self);
+        let plan = tables.plan(prefill, workspace, self.case.heads(), &self.case.plan_options()).unwrap();
+        self.check_run(gpu, &plan);
+        plan.splits_kv()
+    }
+
+    /// Runs a plan and compares with the reference.
+    #[track_caller]
+    pub fn check_run(&self, gpu: &Gpu, plan: &Plan<'_>) -> (Vec<T>, Vec<f32>) {
+        let (mut out, mut lse) = self.outputs(gpu);
+        self.run(gpu, plan, &mut out, Some(&mut lse), &self.case.options()).unwrap();
+        self.verify(gpu, &out, Some(&lse));
+        (out.download(gpu), lse.download(gpu))
+    }
+
+    pub fn run(
+        &self,
+        gpu: &Gpu,
+        plan: &Plan<'_>,
+        out: &mut Tensor<T>,
+        lse: Option<&mut Tensor<f32>>,
+        options: &DecodeOptions,
+    ) -> Result<()> {
+        let mut lse = lse.map(|lse| lse.on_mut(gpu));
+        plan.run(
+            gpu,
+            &self.q.on(gpu).view(),
+            &self.kv,
+            &mut out.on_mut(gpu).view_mut(),
+            lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+            options,
+        )
+    }
+
+    /// Compares the batch's rows with the reference; those beyond are poison.
+    #[track_caller]
+    pub fn verify(&self, gpu: &Gpu, out: &Tensor<T>, lse: Option<&Tensor<f32>>) {
+        let what = format!("prefill {:?}", self.case);
+        // The reference reads the same keys and values, so their dtype does not
+        // widen the bound.
+        let part = out.view().narrow(0, 0, self.queries.total()).unwrap();
+        out.assert_part_close(gpu, &what, &part, &self.want, T::BOUND);
+        if let Some(lse) = lse {
+            assert_lse(gpu, &what, lse, &self.want_lse);
+        }
+    }
+}
+
+/// The prefill of a case; `None`, said on stderr, if no source holds its
+/// module, or if the GPU has no FlashAttention 3. The modules of the core
+/// bundle must be there.
+pub fn prefill_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchPrefill> {
+    let (spec, fa3) = (case.spec::<T, K>(), case.on.backend == Backend::Fa3);
+    let core = !fa3
+        && T::DTYPE == K::DTYPE
+        && matches!((case.head_dim_qk, case.head_dim_vo), (64, 64) | (128, 128))
+        && (case.window_left, case.soft_cap) == (None, None);
+    match BatchPrefill::new(gpu.runtime, &gpu.stream, &spec) {
+        Ok(prefill) => {
+            if case.on.backend != Backend::Auto {
+                assert_eq!(prefill.backend(), case.on.backend);
+            }
+            Some(prefill)
+        }
+        Err(FlashInferError::Artifact(reason)) if !core => {
+            say(&format!("skipped: no source holds {}: {reason}", spec.prefill_module(fa3).unwrap()));
+            None
+        }
+        Err(error @ FlashInferError::Unsupported { .. })
+            if fa3 && gpu.runtime.compute_capability(0).unwrap().0 != 9 =>
+        {
+            say(&format!("skipped: {error}"));
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Checks each of the cases; stops at the first whose module is missing.
+pub fn check_all<T: Number, K: Number>(cases: impl IntoIterator<Item = Case>) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for case in cases {
+        let Some(prefill) = prefill_of::<T, K>(&gpu, &case) else { return };
+        Problem::<T, K>::new(&gpu, rng, case).check(&gpu, &prefill, &mut workspace);
+    }
+}
+
+/// A captured run: the graph, its plan's key, and the tensors it works on.
+pub struct Captured<T> {
+    graph: CudaGraph,
+    key: Option<ReplayKey>,
+    rows: usize,
+    q: Tensor<T>,
+    kv: Kv<T>,
+    out: Tensor<T>,
+    lse: Tensor<f32>,
+}
+
+impl<T: Number> Captured<T> {
+    /// Captures one run for batches like the problem's, which is not looked
+    /// at otherwise, of up to `rows` queries.
+    pub fn new(
+        gpu: &Gpu,
+        prefill: &BatchPrefill,
+        problem: Problem<T, T>,
+        rows: usize,
+        workspace: &mut Workspace,
+        tables: &Tables,
+    ) -> Self {
+        let (mut out, mut lse) = problem.outputs_of(gpu, rows);
+        let case = &problem.case;
+        let q = Tensor::poisoned(gpu, &case.q_shape(rows));
+        let plan = tables.plan(prefill, workspace, case.heads(), &case.graph_options(rows)).unwrap();
+        let (graph, run) = {
+            let q = q.on(gpu);
+            let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
+            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+            capture(gpu, || plan.run(gpu, &q.view(), &problem.kv, &mut out, Some(&mut lse), &case.options()))
+        };
+        run.unwrap();
+        out.assert_untouched(gpu); // captured is not run
+        let (graph, key) = (graph.expect("a graph"), plan.replay_key());
+        assert!(key.is_some());
+        Self { graph, key, rows, q, kv: problem.kv, out, lse }
+    }
+
+    /// Replays for a problem: updates the tables, plans, uploads, launches,
+    /// compares with the reference, with the same plan run directly, and with
+    /// an eager plan.
+    #[track_caller]
+    pub fn replay(
+        &mut self,
+        gpu: &Gpu,
+        prefill: &BatchPrefill,
+        problem: &Problem<T, T>,
+        workspace: &mut Workspace,
+        tables: &mut Tables,
+    ) {
+        tables.update(problem);
+        let used = problem.queries.total() * problem.case.heads().num_qo_heads * problem.case.head_dim_qk;
+        let mut q = vec![T::POISON; self.q.host.len()];
+        q[..used].copy_from_slice(&problem.q.host[..used]);
+        self.q.upload(gpu, &q);
+        for (tensor, source) in self.kv.tensors_mut().into_iter().zip(problem.kv.hosts()) {
+            tensor.upload(gpu, source);
+        }
+        self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
+        self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
+        let (case, options) = (&problem.case, problem.case.graph_options(self.rows));
+        let plan = tables.plan(prefill, workspace, case.heads(), &options).unwrap();
+        assert_eq!(plan.replay_key(), self.key);
+        self.graph.launch().unwrap();
+        problem.verify(gpu, &self.out, Some(&self.lse));
+        let (mut out, mut lse) = problem.outputs_of(gpu, self.rows);
+        {
+            let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
+            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+            plan.run(gpu, &self.q.on(gpu).view(), &self.kv, &mut out, Some(&mut lse), &case.options())
+                .unwrap();
+        }
+        problem.verify(gpu, &out, Some(&lse));
+        assert_same_bits("replay and run", &self.out.download(gpu), &out.download(gpu));
+        assert_same_bits("replay and run: LSE", &self.lse.download(gpu), &lse.download(gpu));
+        problem.check(gpu, prefill, &mut Workspace::new(&gpu.stream).unwrap());
+    }
+}

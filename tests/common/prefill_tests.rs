@@ -1,0 +1,623 @@
+//! The tests that prefill over pages and over ragged keys have in common.
+
+use flashinfer_rs::{
+    FlashInferError, PageTable, RaggedIndices, RaggedTable,
+    attention::{Backend, BatchPrefill, DecodeOptions, Heads, PrefillOptions, Workspace},
+    page::KvLayout,
+};
+use float8::F8E4M3;
+use half::{bf16, f16};
+
+use super::{
+    Gpu, Number, Rng, Tensor, assert_same_bits,
+    attention::{capture, refuse_queries_and_outputs},
+    cache::{LAYOUTS, table_among},
+    prefill::{Captured, Case, KeyTable, Kind, Kv, On, Problem, Tables, check_all, prefill_of},
+    refused,
+};
+
+/// The tests of a kind for both backends, each a method of [`On`]: those that
+/// the kinds share, and those that are named.
+#[macro_export]
+macro_rules! prefill_tests {
+    (@call $method:ident [$($ty:ty)?] [$($argument:expr),*]) => {
+        ON.$method$(::<$ty>)?($($argument),*)
+    };
+    (@on $module:ident $backend:ident $kind:ident $($name:ident $method:ident $ty:tt $arguments:tt)*) => {
+        mod $module {
+            use super::*;
+            const ON: On = On { kind: Kind::$kind, backend: Backend::$backend };
+            $(#[test]
+            fn $name() {
+                $crate::prefill_tests!(@call $method $ty $arguments);
+            })*
+        }
+    };
+    (@all $kind:ident: $($name:ident: $method:ident $(::<$ty:ty>)? ($($argument:expr),*);)*) => {
+        $crate::prefill_tests!(@on fa2 Fa2 $kind $($name $method [$($ty)?] [$($argument),*])*);
+        $crate::prefill_tests!(@on fa3 Fa3 $kind $($name $method [$($ty)?] [$($argument),*])*);
+    };
+    ($kind:ident: $($own:ident),*) => {
+        $crate::prefill_tests! { @all $kind:
+            f16_64: shapes::<f16>(64);
+            f16_128: shapes::<f16>(128);
+            bf16_64: shapes::<bf16>(64);
+            bf16_128: shapes::<bf16>(128);
+            f16_tiles: tiles::<f16>();
+            bf16_tiles: tiles::<bf16>();
+            chunked_prefill: chunked_prefill();
+            long_keys: long_keys();
+            many_requests: many_requests();
+            no_keys_for_some: no_keys_for_some();
+            no_keys_at_all: no_keys_at_all();
+            more_queries_than_keys: more_queries_than_keys();
+            lse_and_pdl_change_nothing: lse_and_pdl_change_nothing();
+            sm_scale: sm_scale();
+            sm_scale_that_unmasks: sm_scale_that_unmasks();
+            sliding_window: sliding_window();
+            sliding_window_without_causal: sliding_window_without_causal();
+            strided: strided();
+            one_head_with_an_uneven_stride: one_head_with_an_uneven_stride();
+            nothing_to_do: nothing_to_do();
+            steps_share_a_workspace: steps_share_a_workspace();
+            f16_graph_replay: graph_replay::<f16>();
+            bf16_graph_replay: graph_replay::<bf16>();
+            can_replay: can_replay();
+            two_streams_at_once: two_streams_at_once();
+            wrong_queries_and_outputs: wrong_queries_and_outputs();
+            wrong_plans: wrong_plans();
+            $($own: $own();)*
+        }
+    };
+}
+
+impl On {
+    pub fn case(self) -> Case {
+        Case {
+            on: self,
+            requests: vec![(1, 1), (5, 20), (0, 7), (33, 33), (16, 64), (0, 0), (2, 131)],
+            causal: true,
+            page_size: 16,
+            kv_heads: 2,
+            group: 4,
+            head_dim_qk: 128,
+            head_dim_vo: 128,
+            layout: KvLayout::Nhd,
+            joined: false,
+            window_left: None,
+            soft_cap: None,
+            sm_scale: None,
+        }
+    }
+
+    /// A case with and without causal masking.
+    fn both(case: Case) -> [Case; 2] {
+        [true, false].map(|causal| Case { causal, ..case.clone() })
+    }
+
+    /// A case in every layout, storage and page size; ragged keys have one.
+    fn stored(self, case: Case) -> Vec<Case> {
+        if self.kind == Kind::Ragged {
+            return vec![case];
+        }
+        let mut cases = Vec::new();
+        for page_size in [1, 16, 64] {
+            for (layout, joined) in LAYOUTS.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+                cases.push(Case { page_size, layout, joined, ..case.clone() });
+            }
+        }
+        cases
+    }
+
+    /// Group sizes, layouts, page sizes, causal and not.
+    pub fn shapes<T: Number>(self, head_dim: usize) {
+        let groups = [1, 4, 5, 8].map(|group| Case { group, ..self.case().head_dim(head_dim) });
+        let stored = groups.into_iter().flat_map(|case| self.stored(case));
+        check_all::<T, T>(stored.flat_map(Self::both));
+    }
+
+    /// Queries and keys at and beside the edges of tiles (16, 64, 128 and 192
+    /// queries; 96, 128 and 192 keys).
+    pub fn tiles<T: Number>(self) {
+        let equal = [1, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 200].map(|len| (len, len));
+        let more_keys = vec![(128, 129), (127, 256), (193, 300), (0, 96), (200, 201), (1, 193), (129, 384)];
+        for requests in [equal.to_vec(), more_keys] {
+            for (head_dim, group) in [(64, 1), (128, 2)] {
+                let case = Case { requests: requests.clone(), kv_heads: 1, group, ..self.case() };
+                check_all::<T, T>(Self::both(case.head_dim(head_dim)));
+            }
+        }
+    }
+
+    /// Prompts that are continued: fewer queries than keys.
+    pub fn chunked_prefill(self) {
+        let requests = vec![(64, 300), (1, 500), (100, 1000), (17, 18), (128, 640)];
+        let cases = [1, 4].map(|group| Case { requests: requests.clone(), group, ..self.case() });
+        check_all::<bf16, bf16>(cases.into_iter().flat_map(Self::both));
+    }
+
+    /// Few queries and many keys, which FlashAttention 2 divides among blocks.
+    pub fn long_keys(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for requests in [vec![(3, 20_000)], vec![(1, 5_001), (20, 4_096), (0, 9), (2, 2)]] {
+            for case in Self::both(Case { requests, ..self.case() }) {
+                let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+                let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+                let splits = problem.check(&gpu, &prefill, &mut workspace);
+                assert_eq!(splits, self.backend == Backend::Fa2, "{:?}", problem.case);
+            }
+        }
+    }
+
+    /// So many requests that each head of FlashAttention 3 has the same schedule.
+    pub fn many_requests(self) {
+        let requests = (0..4200).map(|at| (at % 3, at % 3 + at % 5)).collect();
+        let case = Case { requests, kv_heads: 1, group: 2, ..self.case() };
+        check_all::<f16, f16>(Self::both(case.head_dim(64)));
+    }
+
+    /// Requests with queries but no keys, beside others.
+    pub fn no_keys_for_some(self) {
+        let requests = vec![(3, 0), (5, 20), (130, 0), (1, 1), (200, 0)];
+        check_all::<f16, f16>(Self::both(Case { requests, ..self.case() }));
+    }
+
+    /// No request has keys.
+    pub fn no_keys_at_all(self) {
+        check_all::<f16, f16>(Self::both(Case { requests: vec![(3, 0), (130, 0)], ..self.case() }));
+    }
+
+    /// More queries than keys with a causal mask: the first see nothing. It
+    /// may be refused, but not answered wrongly.
+    pub fn more_queries_than_keys(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for requests in [vec![(20, 5)], vec![(300, 100)], vec![(5, 9), (130, 129), (7, 7)]] {
+            let case = Case { requests, group: 1, ..self.case() };
+            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+            let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+            let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options());
+            match plan {
+                Ok(plan) => drop(problem.check_run(&gpu, &plan)),
+                refusal => refused(refusal, "queries"),
+            }
+        }
+    }
+
+    /// The output has the same bits with and without LSE, and with and without
+    /// programmatic dependent launch.
+    pub fn lse_and_pdl_change_nothing(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        for requests in [self.case().requests, vec![(3, 6000), (40, 40)]] {
+            let case = Case { requests, ..self.case() };
+            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+            let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+            let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+            let mut workspace = Workspace::new(&gpu.stream).unwrap();
+            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let (want, _) = problem.check_run(&gpu, &plan);
+            let dependent = gpu.runtime.compute_capability(0).unwrap().0 >= 9;
+            for enable_pdl in [Some(false), dependent.then_some(true)] {
+                let (mut out, _) = problem.outputs(&gpu);
+                let mut options = case.options();
+                options.enable_pdl = enable_pdl;
+                problem.run(&gpu, &plan, &mut out, None, &options).unwrap();
+                assert_same_bits("without LSE", &out.download(&gpu), &want);
+            }
+        }
+    }
+
+    pub fn sm_scale(self) {
+        let cases = [0.01, 0.05, 0.5].map(|scale| Case { sm_scale: Some(scale), ..self.case() });
+        check_all::<bf16, bf16>(cases.into_iter().flat_map(Self::both));
+    }
+
+    /// Masked products are −50000 before they are scaled, so a factor of 0, one
+    /// below 0 or a tiny one unmasks them. It may be refused, but not answered
+    /// wrongly.
+    pub fn sm_scale_that_unmasks(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for sm_scale in [0.0, -0.1, 1e-6] {
+            let case = Case { sm_scale: Some(sm_scale), ..self.case() };
+            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+            let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+            let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let (mut out, mut lse) = problem.outputs(&gpu);
+            match problem.run(&gpu, &plan, &mut out, Some(&mut lse), &case.options()) {
+                Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
+                Err(FlashInferError::InvalidArgument { .. }) => {
+                    out.assert_untouched(&gpu);
+                    lse.assert_untouched(&gpu);
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// Windows shorter and longer than requests, at and beside page ends.
+    pub fn sliding_window(self) {
+        for requests in [self.case().requests, vec![(64, 300), (200, 200), (1, 5000)]] {
+            let windows = [0, 1, 15, 16, 127, 1000];
+            check_all::<bf16, bf16>(windows.map(|window| Case {
+                requests: requests.clone(),
+                window_left: Some(window),
+                ..self.case()
+            }));
+        }
+    }
+
+    /// Without a causal mask a window has no end: each query also sees all keys
+    /// after its position, in a request that is split, too.
+    pub fn sliding_window_without_causal(self) {
+        for requests in [self.case().requests, vec![(1, 77), (300, 5000)]] {
+            check_all::<bf16, bf16>([0, 16, 1000].map(|window| Case {
+                requests: requests.clone(),
+                window_left: Some(window),
+                causal: false,
+                ..self.case()
+            }));
+        }
+    }
+
+    /// Soft caps that bend the logits much and little.
+    pub fn logits_soft_cap(self) {
+        for requests in [self.case().requests, vec![(3, 5000), (64, 64)]] {
+            let cases = [1.0, 5.0, 50.0].map(|soft_cap| Case {
+                requests: requests.clone(),
+                soft_cap: Some(soft_cap),
+                sm_scale: Some(0.15),
+                ..self.case()
+            });
+            check_all::<bf16, bf16>(cases.into_iter().flat_map(Self::both));
+        }
+    }
+
+    /// Both, as Gemma has them.
+    pub fn sliding_window_and_soft_cap(self) {
+        check_all::<bf16, bf16>([(15, 50.0), (63, 30.0)].map(|(window_left, soft_cap)| Case {
+            group: 2,
+            window_left: Some(window_left),
+            soft_cap: Some(soft_cap),
+            ..self.case().head_dim(256)
+        }));
+    }
+
+    /// 16-bit queries over 8-bit keys and values.
+    pub fn e4m3<T: Number>(self) {
+        for requests in [self.case().requests, vec![(3, 5000), (64, 300)]] {
+            let groups = [1, 4].map(|group| Case { requests: requests.clone(), group, ..self.case() });
+            let stored = groups.into_iter().flat_map(|case| self.stored(case));
+            check_all::<T, F8E4M3>(stored.flat_map(Self::both));
+        }
+    }
+
+    /// Queries as the first heads of a joined query-key-value projection, and
+    /// ragged keys and values as the others.
+    pub fn strided(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for case in Self::both(self.case()) {
+            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+            let (heads, all_heads) = (case.heads(), case.kv_heads * (case.group + 2));
+            let part = |rng: &mut Rng, rows, first, count| {
+                Tensor::<f16>::random(&gpu, rng, &[rows, all_heads, 128]).narrowed(1, first, count)
+            };
+            let q = part(rng, case.queries().total(), 0, heads.num_qo_heads);
+            let kv = match self.kind {
+                Kind::Paged => {
+                    let table = table_among(rng, 100, case.page_size, &case.key_lens());
+                    Kv::paged(&gpu, rng, &case, table)
+                }
+                Kind::Ragged => {
+                    let keys = RaggedIndices::from_lens(case.key_lens()).unwrap();
+                    let k = part(rng, keys.total(), heads.num_qo_heads, case.kv_heads);
+                    let v = part(rng, keys.total(), heads.num_qo_heads + case.kv_heads, case.kv_heads);
+                    Kv::Ragged { keys, k, v }
+                }
+            };
+            Problem::<f16, f16>::solve(case, q, kv).check(&gpu, &prefill, &mut workspace);
+        }
+    }
+
+    /// The only head of a wider tensor. Nobody steps over it, so its stride,
+    /// which is no multiple of 16 bytes, should not matter.
+    pub fn one_head_with_an_uneven_stride(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let case = Case { kv_heads: 1, group: 1, ..self.case() };
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let rows = case.queries().total();
+        let q = Tensor::<f16>::random(&gpu, rng, &[rows, 8, 130]).narrowed(1, 0, 1).narrowed(2, 0, 128);
+        let even = Problem::<f16, f16>::new(&gpu, rng, case.clone());
+        let problem = Problem::solve(case, q, even.kv);
+        let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let (mut out, mut lse) = problem.outputs(&gpu);
+        match problem.run(&gpu, &plan, &mut out, Some(&mut lse), &case.options()) {
+            Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
+            refusal => refused(refusal, "q"),
+        }
+    }
+
+    /// Batches without queries, and without requests.
+    pub fn nothing_to_do(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for requests in [vec![(0, 5), (0, 0)], vec![(0, 0)], vec![]] {
+            let case = Case { requests, ..self.case() };
+            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+            let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+            let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            assert!(plan.numbers().is_empty() && plan.replay_key().is_none());
+            problem.check_run(&gpu, &plan);
+            // A run still looks at its arguments.
+            let one = Tensor::<f16>::random(&gpu, rng, &[1, 8, 128]);
+            let (mut out, _) = problem.outputs_of(&gpu, 1);
+            {
+                let (one, mut out) = (one.on(&gpu), out.on_mut(&gpu));
+                let call =
+                    plan.run(&gpu, &one.view(), &problem.kv, &mut out.view_mut(), None, &case.options());
+                refused(call, "q");
+            }
+            // In a graph there may be rows for queries that are not there.
+            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.graph_options(4)).unwrap();
+            let (mut out, mut lse) = problem.outputs_of(&gpu, 4);
+            {
+                let q = Tensor::<f16>::random(&gpu, rng, &[4, 8, 128]);
+                let (q, mut out, mut lse) = (q.on(&gpu), out.on_mut(&gpu), lse.on_mut(&gpu));
+                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+                plan.run(&gpu, &q.view(), &problem.kv, &mut out, Some(&mut lse), &case.options()).unwrap();
+            }
+            out.assert_untouched(&gpu);
+            lse.assert_untouched(&gpu);
+        }
+    }
+
+    /// Steps that follow each other without waiting, each planned on the
+    /// workspace of the one before and run for two layers.
+    pub fn steps_share_a_workspace(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let case = self.case();
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let steps = [vec![(9, 900), (3, 3), (0, 0)], vec![(129, 129)], vec![(17, 17), (5, 2500), (64, 64)]]
+            .map(|requests| Problem::<f16, f16>::new(&gpu, rng, Case { requests, ..case.clone() }));
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let mut tables = Tables::with_capacity(&gpu, &steps[0], 3, 200);
+        for _ in 0..5 {
+            let mut outputs: Vec<_> =
+                steps.iter().map(|step| [step.outputs(&gpu), step.outputs(&gpu)]).collect();
+            for (step, layers) in steps.iter().zip(&mut outputs) {
+                tables.update(step);
+                let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+                for (out, lse) in layers {
+                    step.run(&gpu, &plan, out, Some(lse), &case.options()).unwrap();
+                }
+            }
+            for (step, layers) in steps.iter().zip(&outputs) {
+                layers.iter().for_each(|(out, lse)| step.verify(&gpu, out, Some(lse)));
+            }
+        }
+    }
+
+    /// A batch padded to `batch` requests. Ragged tensors in a graph keep their
+    /// size, so there one without queries has the keys that are left of 3100.
+    fn padded(self, case: &Case, mut requests: Vec<(usize, usize)>, batch: usize) -> Case {
+        requests.resize(batch - 1, (0, 0));
+        let keys: usize = requests.iter().map(|&(_, keys)| keys).sum();
+        requests.push((0, if self.kind == Kind::Ragged { 3100 - keys } else { 0 }));
+        Case { requests, ..case.clone() }
+    }
+
+    /// Replays with other lengths, with more and fewer queries, and with fewer
+    /// requests than were captured.
+    pub fn graph_replay<T: Number>(self) {
+        const PAGES: usize = 400;
+        const ROWS: usize = 160;
+        const BATCH: usize = 7;
+        let Some(gpu) = Gpu::start_alone() else { return };
+        let rng = &mut Rng::new();
+        for case in Self::both(self.case()) {
+            let Some(prefill) = prefill_of::<T, T>(&gpu, &case) else { return };
+            let mut workspace = Workspace::new(&gpu.stream).unwrap();
+            let problem = |rng: &mut Rng, requests| {
+                let case = self.padded(&case, requests, BATCH);
+                match self.kind {
+                    Kind::Ragged => Problem::<T, T>::new(&gpu, rng, case),
+                    Kind::Paged => {
+                        let table = table_among(rng, PAGES, case.page_size, &case.key_lens());
+                        let kv = Kv::paged(&gpu, rng, &case, table);
+                        Problem::with_kv(&gpu, rng, case, kv)
+                    }
+                }
+            };
+            let first = problem(rng, vec![(1, 1), (5, 20), (0, 0), (33, 33), (16, 64)]);
+            let mut tables = Tables::with_capacity(&gpu, &first, BATCH, PAGES);
+            let mut captured = Captured::new(&gpu, &prefill, first, ROWS, &mut workspace, &tables);
+            for requests in [
+                vec![(1, 1), (5, 20), (0, 0), (33, 33), (16, 64)],
+                vec![(2, 2), (6, 21), (1, 1), (34, 34), (17, 65), (8, 8)],
+                vec![(1, 3000), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5)],
+                vec![(100, 700)],
+                vec![(160, 160)],
+                vec![(3, 50), (0, 31), (4, 5)],
+                vec![],
+                vec![(20, 64); 6],
+            ] {
+                let step = problem(rng, requests);
+                captured.replay(&gpu, &prefill, &step, &mut workspace, &mut tables);
+            }
+        }
+    }
+
+    /// Which plans a captured graph may be replayed after.
+    pub fn can_replay(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let case = Case { requests: vec![(3, 10), (20, 20), (1, 30)], ..self.case() };
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
+        let mut tables = Tables::with_capacity(&gpu, &problem, 4, 50);
+        let mut key = |tables: &Tables, case: &Case, options: &PrefillOptions| {
+            tables.plan(&prefill, &mut workspace, case.heads(), options).unwrap().replay_key()
+        };
+        let captured = key(&tables, &case, &case.graph_options(40));
+        assert!(captured.is_some());
+        assert_eq!(key(&tables, &case, &case.graph_options(40)), captured);
+        assert_eq!(key(&tables, &case, &case.plan_options()), None);
+        let others =
+            [Case { causal: false, ..case.clone() }, Case { group: 1, ..case.clone() }].map(|other| {
+                let options = other.graph_options(40);
+                (other, options)
+            });
+        for (other, options) in others {
+            assert_ne!(key(&tables, &other, &options), captured, "{other:?}");
+        }
+        // Launches have the batch size baked in.
+        for requests in [vec![(3, 10), (20, 50)], vec![(3, 10), (20, 20), (1, 30), (0, 0)]] {
+            let case = Case { requests, ..case.clone() };
+            tables.update(&Problem::<f16, f16>::new(&gpu, rng, case.clone()));
+            assert_ne!(key(&tables, &case, &case.graph_options(40)), captured, "{case:?}");
+        }
+    }
+
+    /// Two threads, each with a stream, a workspace and tables of its own.
+    pub fn two_streams_at_once(self) {
+        fn work(gpu: &Gpu, mut rng: Rng, case: &Case, prefill: &BatchPrefill) {
+            let mut workspace = Workspace::new(&gpu.stream).unwrap();
+            let problems = [vec![(1, 1), (40, 300)], vec![(3, 4000), (7, 7)], vec![(130, 130)]]
+                .map(|requests| Problem::<f16, f16>::new(gpu, &mut rng, Case { requests, ..case.clone() }));
+            let mut tables = Tables::with_capacity(gpu, &problems[0], 2, 300);
+            let mut first: Vec<(Vec<f16>, Vec<f32>)> = Vec::new();
+            for iteration in 0..150 {
+                let problem = &problems[iteration % problems.len()];
+                tables.update(problem);
+                let plan = tables.plan(prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+                if iteration < problems.len() {
+                    first.push(problem.check_run(gpu, &plan));
+                    continue;
+                }
+                let (mut out, mut lse) = problem.outputs(gpu);
+                for _ in 0..4 {
+                    problem.run(gpu, &plan, &mut out, Some(&mut lse), &case.options()).unwrap();
+                }
+                let (want, want_lse) = &first[iteration % problems.len()];
+                assert_same_bits("output", &out.download(gpu), want);
+                assert_same_bits("LSE", &lse.download(gpu), want_lse);
+            }
+        }
+        let Some(gpu) = Gpu::start() else { return };
+        let cases = [self.case(), Case { group: 1, causal: false, ..self.case() }];
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &cases[0]) else { return };
+        let other = gpu.fork();
+        std::thread::scope(|scope| {
+            let threads = [&gpu, &other].into_iter().zip(&cases).map(|(gpu, case)| {
+                let (rng, prefill) = (Rng::new(), &prefill);
+                scope.spawn(move || work(gpu, rng, case, prefill))
+            });
+            for thread in threads.collect::<Vec<_>>() {
+                if let Err(panic) = thread.join() {
+                    std::panic::resume_unwind(panic);
+                }
+            }
+        });
+    }
+
+    pub fn wrong_queries_and_outputs(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let case = self.case();
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
+        let tables = Tables::new(&gpu, &problem);
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
+            plan.run(&gpu, q, &problem.kv, out, lse, &DecodeOptions::default())
+        });
+        // The refused calls left everything usable.
+        problem.check_run(&gpu, &plan);
+        // Planned for a graph, tensors have the graph's rows.
+        let rows = problem.queries.total() + 1;
+        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.graph_options(rows)).unwrap();
+        let (mut out, _) = problem.outputs(&gpu);
+        refused(problem.run(&gpu, &plan, &mut out, None, &case.options()), "q");
+        out.assert_untouched(&gpu);
+    }
+
+    pub fn wrong_plans(self) {
+        let Some(gpu) = Gpu::start_alone() else { return };
+        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let case = self.case();
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
+        let tables = Tables::new(&gpu, &problem);
+        let (heads, eager) = (case.heads(), case.plan_options());
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for (num_qo_heads, num_kv_heads) in [(7, 2), (0, 2), (8, 0), (65536, 65536)] {
+            let heads = Heads { num_qo_heads, num_kv_heads };
+            refused(tables.plan(&prefill, &mut workspace, heads, &eager), "heads");
+        }
+        let (requests, total) = (problem.queries.batch_size(), problem.queries.total());
+        for rows in [0, requests, total - 1, usize::MAX] {
+            let plan = tables.plan(&prefill, &mut workspace, heads, &case.graph_options(rows));
+            refused(plan, "graph_rows");
+        }
+        // One request less, and no queries for more requests than rows.
+        let fewer = RaggedIndices::from_lens([total]).unwrap();
+        let mut wrong = Tables::new(&gpu, &problem);
+        wrong.queries = RaggedTable::new(&gpu.stream, fewer).unwrap();
+        refused(wrong.plan(&prefill, &mut workspace, heads, &eager), "queries");
+        wrong.queries =
+            RaggedTable::new(&gpu.stream, RaggedIndices::from_lens(vec![0; requests]).unwrap()).unwrap();
+        let plan = wrong.plan(&prefill, &mut workspace, heads, &case.graph_options(requests - 1));
+        refused(plan, "graph_rows");
+        // Of another stream.
+        let mut elsewhere = Workspace::new(&other.stream).unwrap();
+        refused(tables.plan(&prefill, &mut elsewhere, heads, &eager), "workspace");
+        let mut wrong = Tables::new(&gpu, &problem);
+        wrong.keys = match &problem.kv {
+            Kv::Paged { table, .. } => KeyTable::Paged(PageTable::new(&other.stream, table.clone()).unwrap()),
+            Kv::Ragged { keys, .. } => {
+                KeyTable::Ragged(RaggedTable::new(&other.stream, keys.clone()).unwrap())
+            }
+        };
+        refused(wrong.plan(&prefill, &mut workspace, heads, &eager), "keys");
+        // Too small.
+        for bytes in [0, 1, 64] {
+            let mut tiny = Workspace::with_sizes(&gpu.stream, 1 << 20, bytes).unwrap();
+            for options in [eager, case.graph_options(total)] {
+                refused(tables.plan(&prefill, &mut tiny, heads, &options), "workspace");
+            }
+        }
+        let mut small = Workspace::with_sizes(&gpu.stream, 16, Workspace::DEFAULT_INT_BYTES).unwrap();
+        if self.backend == Backend::Fa2 {
+            // Partial results do not fit; the planner says so.
+            match tables.plan(&prefill, &mut small, heads, &case.graph_options(total)) {
+                Err(FlashInferError::InvalidArgument { argument: "workspace", .. }) => {}
+                Err(FlashInferError::TvmFfiCall { message, .. }) if message.contains("Buffer overflow") => {}
+                other => panic!("16 bytes for partial results were accepted: {other:?}"),
+            }
+        }
+        // During a capture, which goes on.
+        let (_, plan) = capture(&gpu, || {
+            tables.plan(&prefill, &mut workspace, heads, &eager).map(|plan| plan.numbers().to_vec())
+        });
+        refused(plan, "workspace");
+        // The refused calls left everything usable.
+        problem.check(&gpu, &prefill, &mut workspace);
+    }
+}

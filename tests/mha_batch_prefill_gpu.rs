@@ -1,0 +1,168 @@
+//! Batch prefill over ragged keys and values on the GPU against the CPU
+//! reference. Outputs are NaN beforehand.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use common::{
+    Gpu, Number, Rng, Tensor,
+    prefill::{Case, Kind, Kv, On, Problem, Tables, check_all, prefill_of},
+    refused, say,
+};
+use flashinfer_rs::{
+    RaggedIndices, TensorRef,
+    attention::{Backend, Workspace},
+};
+use half::{bf16, f16};
+
+prefill_tests!(Ragged: values_of_another_width, neighbours_of_nan, wrong_keys_and_values);
+
+const FA2: On = On { kind: Kind::Ragged, backend: Backend::Fa2 };
+
+#[test]
+fn f16_256() {
+    FA2.shapes::<f16>(256);
+}
+
+#[test]
+fn bf16_256() {
+    FA2.shapes::<bf16>(256);
+}
+
+#[test]
+fn logits_soft_cap() {
+    FA2.logits_soft_cap();
+}
+
+#[test]
+fn sliding_window_and_soft_cap() {
+    FA2.sliding_window_and_soft_cap();
+}
+
+#[test]
+fn f16_over_e4m3() {
+    FA2.e4m3::<f16>();
+}
+
+#[test]
+fn bf16_over_e4m3() {
+    FA2.e4m3::<bf16>();
+}
+
+/// What is picked without being asked for.
+#[test]
+fn backends() {
+    let Some(gpu) = Gpu::start() else { return };
+    let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
+    for (qk, vo) in [(64, 64), (128, 128), (192, 128)] {
+        let case = |backend| {
+            let case = On { backend, ..FA2 }.case();
+            Case { head_dim_qk: qk, head_dim_vo: vo, ..case }
+        };
+        let available = hopper && prefill_of::<bf16, bf16>(&gpu, &case(Backend::Fa3)).is_some();
+        let want = if available { Backend::Fa3 } else { Backend::Fa2 };
+        if let Some(prefill) = prefill_of::<bf16, bf16>(&gpu, &case(Backend::Auto)) {
+            assert_eq!(prefill.backend(), want);
+        }
+    }
+}
+
+impl On {
+    /// DeepSeek's prefill: queries and keys of 192, values of 128.
+    fn values_of_another_width(self) {
+        let requests = [self.case().requests, vec![(129, 129), (64, 300), (200, 256)]];
+        let cases = requests.into_iter().flat_map(|requests| {
+            [true, false].map(|causal| Case {
+                requests: requests.clone(),
+                causal,
+                group: 1,
+                head_dim_qk: 192,
+                ..self.case()
+            })
+        });
+        check_all::<bf16, bf16>(cases);
+    }
+
+    /// A request whose keys and values are NaN spoils its own outputs only. A
+    /// tile of FlashAttention 3 also loads the rows after a request's last key
+    /// and multiplies them by zero, so there it is said what comes of it.
+    fn neighbours_of_nan(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let case = Case { requests: vec![(5, 20), (7, 30), (9, 40)], ..self.case() };
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+        let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+        let Kv::Ragged { keys, k, v } = &problem.kv else { unreachable!("ragged keys") };
+        let spoiled = |tensor: &Tensor<f16>| {
+            let (mut host, row) = (tensor.host.clone(), case.kv_heads * 128);
+            host[20 * row..50 * row].fill(f16::NAN);
+            Tensor::new(&gpu, &tensor.shape(), host)
+        };
+        let spoiled = Kv::Ragged { keys: keys.clone(), k: spoiled(k), v: spoiled(v) };
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let (mut out, _) = problem.outputs(&gpu);
+        let (want, _) = problem.check_run(&gpu, &plan);
+        {
+            let (q, mut out) = (problem.q.on(&gpu), out.on_mut(&gpu));
+            plan.run(&gpu, &q.view(), &spoiled, &mut out.view_mut(), None, &case.options()).unwrap();
+        }
+        let (got, row) = (out.download(&gpu), case.heads().num_qo_heads * 128);
+        let same = |rows: std::ops::Range<usize>| {
+            let part = rows.start * row..rows.end * row;
+            got[part.clone()].iter().zip(&want[part]).all(|(got, want)| got.bits() == want.bits())
+        };
+        let isolated = same(0..5) && same(12..21);
+        assert!(got[5 * row..12 * row].iter().all(|number| number.is_nan()));
+        match self.backend {
+            Backend::Fa3 => say(&format!("NaN stays in its request: {isolated}")),
+            _ => assert!(isolated, "NaN of one request came to another"),
+        }
+    }
+
+    fn wrong_keys_and_values(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let case = self.case();
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
+        let tables = Tables::new(&gpu, &problem);
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let common::prefill::Plan::Ragged(ragged) = &plan else { unreachable!("ragged keys") };
+        let rows = RaggedIndices::from_lens(case.key_lens()).unwrap().total();
+        let (mut out, mut lse) = problem.outputs(&gpu);
+        {
+            let q = problem.q.on(&gpu);
+            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+            let good = Tensor::<f16>::random(&gpu, rng, &[rows, 2, 128]);
+            let good_guard = good.on(&gpu);
+            let good_view = good_guard.view();
+            let mut refuse = |bad: TensorRef<'_>| {
+                for (k, v, expected) in [(&bad, &good_view, "k"), (&good_view, &bad, "v")] {
+                    let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+                    let call = ragged.run(&q.view(), [k, v], &mut out, Some(&mut lse), &case.options());
+                    refused(call, expected);
+                }
+            };
+            refuse(Tensor::<bf16>::random(&gpu, rng, &[rows, 2, 128]).on(&gpu).view());
+            refuse(Tensor::<f32>::random(&gpu, rng, &[rows, 2, 128]).on(&gpu).view());
+            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 256]).on(&gpu).view());
+            refuse(Tensor::<f16>::random(&gpu, rng, &[rows + 1, 2, 128]).on(&gpu).view());
+            refuse(good_view.narrow(0, 0, rows - 1).unwrap());
+            refuse(good_view.narrow(1, 0, 1).unwrap());
+            refuse(good_view.narrow(2, 0, 64).unwrap());
+            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 128, 2]).permuted(&[0, 2, 1]).on(&gpu).view());
+            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 2, 136]).narrowed(2, 1, 128).on(&gpu).view());
+            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 2, 130]).narrowed(2, 0, 128).on(&gpu).view());
+            refuse(good.view()); // on the host
+            refuse(good.on(&other).view());
+        }
+        other.synchronize();
+        out.assert_untouched(&gpu);
+        lse.assert_untouched(&gpu);
+        // The refused calls left everything usable.
+        problem.check_run(&gpu, &plan);
+    }
+}
