@@ -163,7 +163,8 @@ impl CudaRuntime {
     }
 
     /// Whether work enqueued on the stream goes into a CUDA graph.
-    pub(crate) fn is_capturing(&self, stream: &Stream) -> Result<bool> {
+    pub(crate) fn is_capturing(&'static self, stream: &Stream) -> Result<bool> {
+        let _device = self.on_device_of(stream)?;
         let mut status = CAPTURE_NONE;
         // SAFETY: the stream is alive (it is borrowed); one int is written.
         let code = unsafe { (self.symbols.stream_is_capturing)(stream.as_raw(), &mut status) };
@@ -387,6 +388,8 @@ impl StagingBuffer {
         fill: impl FnOnce(&mut [u8]) -> Result<R>,
     ) -> Result<R> {
         let slot = &self.slots[self.next];
+        // The handles of default streams mean those of the current device.
+        let _device = slot.copied.runtime.on_device_of(stream)?;
         slot.copied.wait()?;
         self.next = 1 - self.next;
         // SAFETY: the slot holds `bytes` initialized bytes; `&mut self` and the
@@ -405,6 +408,8 @@ impl StagingBuffer {
 }
 
 /// Enqueues a copy of `source` to the start of `target`, on the target's stream.
+///
+/// To be called within [`StagingBuffer::stage`], which sets the device.
 ///
 /// # Safety
 /// `source` must stay unchanged and page-locked until the copy is done.

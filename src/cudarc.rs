@@ -31,8 +31,10 @@ use crate::{
 impl From<&Arc<CudaStream>> for Stream {
     /// The same stream, which it keeps alive.
     fn from(stream: &Arc<CudaStream>) -> Self {
-        let ordinal = stream.context().ordinal() as u32;
-        Self::with_owner(stream.cu_stream().cast(), ordinal, Some(stream.clone()))
+        let context = stream.context();
+        let same =
+            Self::with_owner(stream.cu_stream().cast(), context.ordinal() as u32, Some(stream.clone()));
+        if context.is_primary() { same } else { same.of_another_context() }
     }
 }
 
@@ -41,6 +43,7 @@ impl From<&Arc<CudaStream>> for Stream {
 pub struct SliceRef<'a> {
     tensor: TensorRef<'a>,
     _sync: SyncOnDrop<'a>,
+    _order: Option<Order>,
 }
 
 impl SliceRef<'_> {
@@ -55,6 +58,7 @@ impl SliceRef<'_> {
 pub struct SliceMut<'a> {
     tensor: TensorMut<'a>,
     _sync: SyncOnDrop<'a>,
+    _order: Option<Order>,
 }
 
 impl SliceMut<'_> {
@@ -66,6 +70,37 @@ impl SliceMut<'_> {
     /// The view, to pass to operations that write.
     pub fn view_mut(&mut self) -> TensorMut<'_> {
         self.tensor.reborrow()
+    }
+}
+
+/// Orders work on another stream than the slice's own: after what was enqueued
+/// on the slice's stream before, and, when dropped, before what comes there
+/// later, its freeing included. cudarc's events alone remember one use only.
+struct Order {
+    storage: Arc<CudaStream>,
+    stream: Arc<CudaStream>,
+}
+
+impl Order {
+    /// `None` where one stream is both.
+    fn begin(storage: &Arc<CudaStream>, stream: &Arc<CudaStream>) -> Result<Option<Self>> {
+        if storage.cu_stream() == stream.cu_stream() {
+            return Ok(None);
+        }
+        stream.join(storage).map_err(|error| {
+            FlashInferError::invalid(
+                "tensor view",
+                "stream",
+                format!("it cannot wait for the slice's own stream (during a capture, none can): {error}"),
+            )
+        })?;
+        Ok(Some(Self { storage: storage.clone(), stream: stream.clone() }))
+    }
+}
+
+impl Drop for Order {
+    fn drop(&mut self) {
+        self.storage.context().record_err(self.storage.join(&self.stream));
     }
 }
 
@@ -99,11 +134,11 @@ pub trait TensorExt<T: Element>: DevicePtr<T> + sealed::Storage {
         strides: Option<&[usize]>,
     ) -> Result<SliceRef<'a>> {
         check_context(self.stream(), stream)?;
-        let len = self.len();
+        let (len, order) = (self.len(), Order::begin(self.stream(), stream)?);
         let (pointer, sync) = self.device_ptr(stream);
         let raw = raw::<T>(pointer, stream, shape, strides)?;
         raw.check_fits(len)?;
-        Ok(SliceRef { tensor: TensorRef::new(raw), _sync: sync })
+        Ok(SliceRef { tensor: TensorRef::new(raw), _sync: sync, _order: order })
     }
 }
 impl<T: Element, S: DevicePtr<T> + sealed::Storage> TensorExt<T> for S {}
@@ -129,10 +164,10 @@ pub trait TensorExtMut<T: Element>: DevicePtrMut<T> + sealed::Storage {
         strides: Option<&[usize]>,
     ) -> Result<SliceMut<'a>> {
         check_context(self.stream(), stream)?;
-        let len = self.len();
+        let (len, order) = (self.len(), Order::begin(self.stream(), stream)?);
         let (pointer, sync) = self.device_ptr_mut(stream);
         let raw = raw::<T>(pointer, stream, shape, strides)?;
-        Ok(SliceMut { tensor: TensorMut::checked(raw, len)?, _sync: sync })
+        Ok(SliceMut { tensor: TensorMut::checked(raw, len)?, _sync: sync, _order: order })
     }
 }
 impl<T: Element, S: DevicePtrMut<T> + sealed::Storage> TensorExtMut<T> for S {}

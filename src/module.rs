@@ -13,7 +13,7 @@ use libloading::os::unix::Library;
 use crate::{
     artifacts::{Located, Source},
     error::{FlashInferError, Result},
-    ffi::{Function, abi::SafeCall, library::TvmFfi},
+    ffi::{Function, Signature, abi::SafeCall, library::TvmFfi},
     library_file::open_library,
 };
 
@@ -101,14 +101,19 @@ impl Module {
     /// # Errors
     /// [`FlashInferError::MissingSymbol`].
     pub fn function(&'static self, name: &'static str) -> Result<Function> {
+        let missing = || FlashInferError::MissingSymbol {
+            library: format!("module {}", self.name),
+            symbol: format!("__tvm_ffi_{name}"),
+        };
+        // With a further underscore, such symbols may be data.
+        if name.starts_with('_') {
+            return Err(missing());
+        }
         let symbol = format!("__tvm_ffi_{name}");
-        // SAFETY: every symbol of this prefix has the one type that the ABI
-        // gives to exported functions; the library stays open.
-        let function =
-            unsafe { self.library.get::<SafeCall>(&symbol) }.map_err(|_| FlashInferError::MissingSymbol {
-                library: format!("module {}", self.name),
-                symbol: symbol.clone(),
-            })?;
+        // SAFETY: a symbol of this prefix, and no further underscore, has the
+        // one type that the ABI gives to exported functions; the library stays
+        // open.
+        let function = unsafe { self.library.get::<SafeCall>(&symbol) }.map_err(|_| missing())?;
         Ok(Function::from_symbol(self.tvm_ffi, *function, name))
     }
 
@@ -116,11 +121,23 @@ impl Module {
     /// `rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void`.
     ///
     /// The function is called with no arguments, which it refuses with that
-    /// text. A function that takes none runs; then this is `Ok(None)`.
+    /// text. So it must be one that this crate declares for the module, and
+    /// thus takes some; see [`signatures`](crate::signatures). `Ok(None)` if
+    /// it accepted the call all the same.
     ///
     /// # Errors
-    /// There is no such function.
+    /// [`FlashInferError::Unsupported`]: the crate declares no such function.
+    /// [`FlashInferError::MissingSymbol`]: the module has none.
     pub fn printed_signature(&'static self, name: &'static str) -> Result<Option<String>> {
+        let declared = |(pattern, signature): &(&str, Signature)| {
+            signature.function == name && self.name.matches(pattern)
+        };
+        if !crate::ops::signatures().iter().any(declared) {
+            return Err(FlashInferError::Unsupported {
+                what: format!("the signature of `{name}` of module {}", self.name),
+                available: "only functions that this crate declares are asked for theirs".into(),
+            });
+        }
         let function = self.function(name)?;
         // SAFETY: with no arguments there is nothing the function could misuse.
         match unsafe { function.call(&[]) } {

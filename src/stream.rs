@@ -38,6 +38,8 @@ pub(crate) struct StreamId {
 #[derive(Clone)]
 pub struct Stream {
     id: StreamId,
+    /// Whether it is of its device's primary context, as kernels need.
+    primary: bool,
     _owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -54,6 +56,13 @@ impl Stream {
         Self::with_owner(handle, ordinal, None)
     }
 
+    /// The stream, known not to be of its device's primary context.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn of_another_context(mut self) -> Self {
+        self.primary = false;
+        self
+    }
+
     pub(crate) fn with_owner(
         handle: *mut c_void,
         ordinal: u32,
@@ -61,7 +70,7 @@ impl Stream {
     ) -> Self {
         let handle = handle as usize;
         let thread = (handle == PER_THREAD_DEFAULT).then(|| thread::current().id());
-        Self { id: StreamId { handle, ordinal, thread }, _owner: owner }
+        Self { id: StreamId { handle, ordinal, thread }, primary: true, _owner: owner }
     }
 
     /// The `cudaStream_t`.
@@ -88,8 +97,16 @@ impl Stream {
         self.id.thread.is_none_or(|thread| thread == thread::current().id())
     }
 
-    /// Refuses the per-thread default stream of another thread.
+    /// Refuses the per-thread default stream of another thread, and streams of
+    /// contexts that kernels do not run in.
     pub(crate) fn check_usable_here(&self, op: &'static str) -> Result<()> {
+        if !self.primary {
+            return Err(FlashInferError::invalid(
+                op,
+                "stream",
+                "it is not of its device's primary context, in which kernels run; make it from CudaContext::new",
+            ));
+        }
         if self.is_usable_here() {
             return Ok(());
         }

@@ -181,8 +181,11 @@ impl RawTensor {
             let too_large = || invalid(format!("{shape:?} does not fit the address space"));
             raw.shape[axis] = i64::try_from(shape[axis]).map_err(|_| too_large())?;
             raw.strides[axis] = match strides {
-                Some(strides) => i64::try_from(strides[axis]).map_err(|_| too_large())?,
-                None => packed,
+                // Without elements, strides mean nothing, and are kept small.
+                Some(strides) if !shape.contains(&0) => {
+                    i64::try_from(strides[axis]).map_err(|_| too_large())?
+                }
+                _ => packed,
             };
             packed = packed.checked_mul(raw.shape[axis].max(1)).ok_or_else(too_large)?;
         }
@@ -656,6 +659,14 @@ mod tests {
         assert!(TensorRef::from_slice_strided(&x, &[2, 2], Some(&[usize::MAX / 2, 1])).is_err());
         let empty = TensorRef::from_slice(&x, &[0, 4]).unwrap();
         assert_eq!(empty.numel(), 0);
+        // Strides that nothing reaches overflow nowhere.
+        let far =
+            TensorRef::from_slice_strided(&x, &[0, 5, 5], Some(&[1, i64::MAX as usize, i64::MAX as usize]));
+        assert_eq!(far.unwrap().narrow(1, 3, 1).unwrap().numel(), 0);
+        let mut y = [0f32; 1];
+        let far =
+            TensorMut::from_slice_strided(&mut y, &[5, 0], Some(&[i64::MAX as usize, i64::MAX as usize]));
+        assert_eq!(far.unwrap().numel(), 0);
     }
 
     #[test]

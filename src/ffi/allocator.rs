@@ -119,7 +119,8 @@ unsafe fn try_allocate(prototype: &RawDlTensor) -> Result<Box<Allocation>, Strin
     let mut dims = vec![1i64; 2 * rank].into_boxed_slice();
     dims[..rank].copy_from_slice(shape);
     for axis in (1..rank).rev() {
-        dims[rank + axis - 1] = dims[rank + axis] * shape[axis].max(1);
+        // Saturates only where another dimension is 0.
+        dims[rank + axis - 1] = dims[rank + axis].saturating_mul(shape[axis].max(1));
     }
     let tensor = RawDlTensor {
         data: buffer.as_ptr(),

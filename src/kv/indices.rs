@@ -63,8 +63,14 @@ impl PageIndices {
                 format!("{num_pages}; page numbers are 32-bit, so at most {}", i32::MAX),
             );
         }
-        if page_size == 0 {
-            return invalid("page_size", "0; a page holds at least one token".into());
+        if page_size == 0 || page_size > i32::MAX as usize {
+            return invalid(
+                "page_size",
+                format!("{page_size}; a page holds at least one token, and at most {}", i32::MAX),
+            );
+        }
+        if indices.len().saturating_add(indptr.len()) > i32::MAX as usize {
+            return invalid("indptr", "pages and requests together must be fewer than 2^31".into());
         }
         if indices.len().checked_mul(page_size).is_none_or(|slots| slots > i32::MAX as usize) {
             return invalid(
@@ -145,6 +151,13 @@ impl PageIndices {
                 "PageIndices",
                 "batch",
                 format!("{} requests cannot be padded to {batch}", self.batch_size()),
+            ));
+        }
+        if batch >= i32::MAX as usize - self.indices.len() {
+            return Err(FlashInferError::invalid(
+                "PageIndices",
+                "batch",
+                format!("{batch}; pages and requests together must be fewer than 2^31"),
             ));
         }
         let end = self.indices.len() as i32;
@@ -279,11 +292,9 @@ impl AppendIndices {
                 format!("{} entries for a table of {} requests", append_indptr.len(), table.batch_size()),
             ));
         }
-        let mut batch_indices = Vec::with_capacity(nnz as usize);
-        let mut positions = Vec::with_capacity(nnz as usize);
         for (request, tokens) in append_indptr.windows(2).enumerate() {
             let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
-            let Some(first) = len.checked_sub(new) else {
+            if new > len {
                 return Err(FlashInferError::invalid(
                     OP,
                     "append_indptr",
@@ -292,9 +303,14 @@ impl AppendIndices {
                          which must already count them"
                     ),
                 ));
-            };
+            }
+        }
+        let mut batch_indices = Vec::with_capacity(nnz as usize);
+        let mut positions = Vec::with_capacity(nnz as usize);
+        for (request, tokens) in append_indptr.windows(2).enumerate() {
+            let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
             batch_indices.extend(std::iter::repeat_n(request as i32, new));
-            positions.extend((first..len).map(|position| position as i32));
+            positions.extend((len - new..len).map(|position| position as i32));
         }
         Self::new(table, batch_indices, positions)
     }
@@ -437,8 +453,14 @@ mod tests {
         }
         assert!(problem(new(&[0, 0], &[], &[1])).contains("0..=0"));
         assert!(problem(PageIndices::new(4, 0, vec![0], vec![], vec![])).contains("page_size"));
-        let many = PageIndices::new(4, usize::MAX, vec![0, 2], vec![0, 0], vec![1]);
+        let many = PageIndices::new(4, i32::MAX as usize, vec![0, 2], vec![0, 0], vec![1]);
         assert!(problem(many).contains("token slots"));
+        // Also where no request has a page.
+        for page_size in [0, 1 << 31, 1 << 32, usize::MAX] {
+            assert!(
+                problem(PageIndices::new(4, page_size, vec![0, 0], vec![], vec![0])).contains("page_size")
+            );
+        }
     }
 
     #[test]
@@ -453,7 +475,8 @@ mod tests {
             (padded.indptr(), padded.last_page_len()),
             (&[0, 2, 2, 3, 3, 3][..], &[1, 0, 4, 0, 0][..])
         );
-        assert!(problem(padded.pad_to(4)).contains("cannot be padded"));
+        assert!(problem(padded.clone().pad_to(4)).contains("cannot be padded"));
+        assert!(problem(padded.pad_to(usize::MAX)).contains("fewer than 2^31"));
     }
 
     #[test]
@@ -481,6 +504,10 @@ mod tests {
         let last = AppendIndices::last_tokens(&table, &[0, 2, 2, 3]).unwrap();
         assert_eq!((last.batch_indices(), last.positions()), (&[0, 0, 2][..], &[3, 4, 3][..]));
         assert!(problem(AppendIndices::last_tokens(&table, &[0, 6, 6, 6])).contains("must already count"));
+        assert!(
+            problem(AppendIndices::last_tokens(&table, &[0, i32::MAX, i32::MAX, i32::MAX]))
+                .contains("already")
+        );
         assert!(problem(AppendIndices::last_tokens(&table, &[0, 1])).contains("table of 3 requests"));
         assert!(problem(AppendIndices::last_tokens(&table, &[0, 1, 0, 0])).contains("decreases"));
         assert!(problem(AppendIndices::new(&table, vec![3], vec![0])).contains("there are 3"));

@@ -12,9 +12,9 @@ use flashinfer_rs::{
 };
 
 use super::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Shown, Tensor, assert_same_bits,
     attention::{assert_lse, capture},
-    cache::{Cache, CacheShape, random_table},
+    cache::{Cache, CacheShape, ShownCache, random_table},
     say,
 };
 
@@ -260,14 +260,40 @@ impl Plan<'_> {
         lse: Option<&mut TensorMut<'_>>,
         options: &DecodeOptions,
     ) -> Result<()> {
+        self.run_shown(q, &kv.on(gpu), out, lse, options)
+    }
+
+    /// As [`run`](Self::run), with views that exist already.
+    pub fn run_shown(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &ShownKv<'_>,
+        out: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        options: &DecodeOptions,
+    ) -> Result<()> {
         match (self, kv) {
-            (Self::Paged(plan), Kv::Paged { cache, .. }) => {
-                plan.run(q, &cache.on(gpu).kv(), out, lse, options)
-            }
-            (Self::Ragged(plan), Kv::Ragged { k, v, .. }) => {
-                plan.run(q, [&k.on(gpu).view(), &v.on(gpu).view()], out, lse, options)
+            (Self::Paged(plan), ShownKv::Paged(cache)) => plan.run(q, &cache.kv(), out, lse, options),
+            (Self::Ragged(plan), ShownKv::Ragged(kv)) => {
+                plan.run(q, [&kv[0].view(), &kv[1].view()], out, lse, options)
             }
             _ => unreachable!("a plan of the keys' kind"),
+        }
+    }
+}
+
+/// Keys and values with their views on the device.
+pub enum ShownKv<'a> {
+    Paged(ShownCache<'a>),
+    Ragged(Box<[Shown<'a>; 2]>),
+}
+
+impl<K: Number> Kv<K> {
+    /// Their views on the GPU's stream.
+    pub fn on<'a>(&'a self, gpu: &'a Gpu) -> ShownKv<'a> {
+        match self {
+            Self::Paged { cache, .. } => ShownKv::Paged(cache.on(gpu)),
+            Self::Ragged { k, v, .. } => ShownKv::Ragged(Box::new([k.on(gpu), v.on(gpu)])),
         }
     }
 }
@@ -456,10 +482,10 @@ impl<T: Number> Captured<T> {
         let q = Tensor::poisoned(gpu, &case.q_shape(rows));
         let plan = tables.plan(prefill, workspace, case.heads(), &case.graph_options(rows)).unwrap();
         let (graph, run) = {
-            let q = q.on(gpu);
+            let (q, kv) = (q.on(gpu), problem.kv.on(gpu));
             let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
             let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            capture(gpu, || plan.run(gpu, &q.view(), &problem.kv, &mut out, Some(&mut lse), &case.options()))
+            capture(gpu, || plan.run_shown(&q.view(), &kv, &mut out, Some(&mut lse), &case.options()))
         };
         run.unwrap();
         out.assert_untouched(gpu); // captured is not run

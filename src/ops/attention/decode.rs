@@ -247,6 +247,7 @@ impl BatchDecode {
         check_workspace(&check, workspace)?;
         let scratch = Scratch::of(workspace)?;
         let batch = table.host().batch_size();
+        self.spec.check_output_size(&check, batch, self.heads)?;
         let mut queries = None;
         let info = match &self.kernels {
             _ if batch == 0 => None,

@@ -643,16 +643,18 @@ impl MlaPlan<'_> {
         let Some(info) = &self.info else { return Ok(()) };
 
         let indices = table.indices()?;
+        let plain = [&q.nope.raw, &q.pe.raw, &cache.ckv.raw, &cache.kpe.raw, &out.raw];
+        let [q_nope, q_pe, ckv_cache, kpe_cache, o] = plain.map(|tensor| tensor.with_plain_unit_strides());
         let kernel = Run {
             float_workspace: DlTensor::new(&self.scratch.float),
             int_workspace: DlTensor::new(&self.scratch.int),
             plan_info: &info.object,
-            q_nope: (&q.nope).into(),
-            q_pe: (&q.pe).into(),
-            ckv_cache: (&cache.ckv).into(),
-            kpe_cache: (&cache.kpe).into(),
+            q_nope: DlTensor::new(&q_nope),
+            q_pe: DlTensor::new(&q_pe),
+            ckv_cache: DlTensor::new(&ckv_cache),
+            kpe_cache: DlTensor::new(&kpe_cache),
             kv_indices: DlTensor::new(&indices),
-            o: DlTensor::new(&out.raw),
+            o: DlTensor::new(&o),
             maybe_lse: lse.as_ref().map(|lse| DlTensor::new(&lse.raw)),
             mask_mode: self.causal.into(),
             num_heads: heads,

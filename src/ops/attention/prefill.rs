@@ -461,6 +461,16 @@ impl BatchPrefill {
         heads: Heads,
         options: &PrefillOptions,
     ) -> Result<PrefillPlan<'p, PageTable>> {
+        let spec = &self.kernels.spec;
+        if spec.head_dim_qk != spec.head_dim_vo {
+            return Err(FlashInferError::Unsupported {
+                what: format!(
+                    "a paged cache with head dimensions {} and {}",
+                    spec.head_dim_qk, spec.head_dim_vo
+                ),
+                available: "keys and values of different widths can be ragged; see plan_ragged".into(),
+            });
+        }
         let indices = table.host();
         let lens = indices.seq_lens();
         let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
@@ -507,6 +517,7 @@ impl BatchPrefill {
             );
         }
         let rows = options.graph_rows.unwrap_or(total);
+        self.kernels.spec.check_output_size(&check, rows, heads)?;
         if rows < total || (options.graph_rows.is_some() && rows < requests) || rows > i32::MAX as usize {
             return check.fail(
                 "graph_rows",

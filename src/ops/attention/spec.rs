@@ -1,8 +1,10 @@
 //! What selects an attention module.
 
+use super::plan::Heads;
 use crate::{
     error::{FlashInferError, Result},
     module::ModuleName,
+    ops::check::Check,
     tensor::DType,
 };
 
@@ -157,6 +159,22 @@ impl AttentionSpec {
         )
     }
 
+    /// The output's offsets fit 32 bits. Planners count blocks in as many, so
+    /// it has to be known before they run.
+    pub(super) fn check_output_size(&self, check: &Check<'_>, rows: usize, heads: Heads) -> Result<()> {
+        let elements = rows.checked_mul(heads.num_qo_heads).and_then(|all| all.checked_mul(self.head_dim_vo));
+        if elements.is_some_and(|all| all <= u32::MAX as usize) {
+            return Ok(());
+        }
+        check.fail(
+            "heads",
+            format!(
+                "{rows} queries with {} heads of {} elements are 2^32 elements or more; split the batch",
+                heads.num_qo_heads, self.head_dim_vo
+            ),
+        )
+    }
+
     /// The window as kernels take it: −1 for none.
     pub(super) fn window_left_code(&self) -> i64 {
         self.window_left.map_or(-1, i64::from)
@@ -182,8 +200,9 @@ impl AttentionSpec {
                 "there are f16, bf16, e4m3 and e5m2",
             );
         }
-        if self.window_left.is_some_and(|window| i32::try_from(window).is_err()) {
-            return unsupported(format!("window_left of {:?}", self.window_left), "it must be below 2^31");
+        // Kernels subtract it from positions in 32 bits.
+        if self.window_left.is_some_and(|window| window >= 1 << 30) {
+            return unsupported(format!("window_left of {:?}", self.window_left), "it must be below 2^30");
         }
         // Also refuses NaN.
         if self.logits_soft_cap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
