@@ -517,13 +517,13 @@ impl BatchPrefill {
             );
         }
         let rows = options.graph_rows.unwrap_or(total);
-        self.kernels.spec.check_output_size(&check, rows, heads)?;
         if rows < total || (options.graph_rows.is_some() && rows < requests) || rows > i32::MAX as usize {
             return check.fail(
                 "graph_rows",
                 format!("{rows}; the batch has {total} queries of {requests} requests, and there can be no more than 2^31"),
             );
         }
+        self.kernels.spec.check_output_size(&check, rows, heads)?;
         if options.causal {
             for (request, &keys) in kv.lens.iter().enumerate() {
                 let queries = queries.host().len(request);
