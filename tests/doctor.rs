@@ -12,6 +12,7 @@ use std::{
 use flashinfer_rs::{
     ModuleName,
     artifacts::{Package, Pins, bundle::embedded},
+    signatures,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -203,8 +204,27 @@ fn wheels_at_hand_are_listed_opened_and_compared() {
     for family in ["norm: 1 of 1 open", "page: 1 of 1 open", "batch_decode_with_kv_cache: "] {
         assert!(modules.iter().any(|module| module.starts_with(family)), "{modules:?}");
     }
-    let signatures = report.section("Signatures");
-    assert!(text(&signatures[0]["text"]).ends_with("compared, all as declared"), "{signatures:?}");
+    let open = report.section("Modules").iter().filter(|finding| finding["status"] == "ok");
+    let open: Vec<_> = open
+        .flat_map(|finding| finding["details"].as_array().unwrap())
+        .map(|name| ModuleName::new(text(name)))
+        .collect();
+    let declared = signatures();
+    let expected = declared
+        .iter()
+        .map(|(pattern, _)| open.iter().filter(|module| module.matches(pattern)).count())
+        .sum::<usize>();
+    assert!(expected >= 10, "{open:?}");
+    let compared = report.section("Signatures");
+    assert_eq!(text(&compared[0]["text"]), format!("{expected} functions compared, all as declared"));
+    let lacking = modules.iter().find(|finding| finding.starts_with("no module opens of"));
+    for (pattern, _) in declared {
+        assert_eq!(
+            lacking.is_some_and(|lacking| lacking.split([' ', ',', '\n']).any(|word| word == pattern)),
+            !open.iter().any(|module| module.matches(pattern)),
+            "{pattern}: {lacking:?}"
+        );
+    }
     // Long lists are cut in the text, and not with --verbose.
     let plain = output_text(&doctor.run(&["--wheels", wheels.to_str().unwrap()])).0;
     let verbose = output_text(&doctor.run(&["--verbose", "--wheels", wheels.to_str().unwrap()])).0;

@@ -268,11 +268,12 @@ impl Modules {
         let (pinned, own) = (names(&pinned), names(&own));
         let mut modules = Self::default();
         for name in own.union(&pinned) {
-            if !all && !own.contains(name) && called_families().all(|family| !is_of(name, family)) {
+            let module = ModuleName::new(name.as_str());
+            if !all && !own.contains(name) && called_modules().all(|pattern| !module.matches(pattern)) {
                 modules.left_out.push(name.clone());
                 continue;
             }
-            match runtime.module(&ModuleName::new(name.as_str())) {
+            match runtime.module(&module) {
                 Ok(module) => modules.open.push(module),
                 Err(error) => modules.failed.push((name.clone(), Explained::new(&error))),
             }
@@ -334,16 +335,15 @@ impl Modules {
         })
     }
 
-    /// The families that this crate calls and of which no module opens.
+    /// The modules that this crate calls and of which none opens.
     fn lacking(&self) -> Option<Finding> {
-        let opens = |family: &str| self.open.iter().any(|module| is_of(module.name().as_str(), family));
-        let lacking: Vec<_> = called_families().filter(|family| !opens(family)).collect();
-        let names = lacking.iter().map(|family| family.trim_end_matches('_')).collect::<Vec<_>>().join(", ");
-        let text = format!("no module opens of: {names}");
+        let opens = |pattern: &str| self.open.iter().any(|module| module.name().matches(pattern));
+        let lacking: Vec<_> = called_modules().filter(|pattern| !opens(pattern)).collect();
+        let text = format!("no module opens of: {}", lacking.join(", "));
         let remedy = "mend the reasons above, or name a wheel that holds it in FLASHINFER_RS_WHEELS";
         if lacking.is_empty() {
             None
-        } else if lacking.len() == called_families().count() {
+        } else if lacking.len() == called_modules().count() {
             Some(Finding::problem(text, remedy))
         } else {
             Some(Finding::warning(text, remedy))
@@ -351,15 +351,10 @@ impl Modules {
     }
 }
 
-/// The families of modules that this crate calls, each once.
-fn called_families() -> impl Iterator<Item = &'static str> {
-    let families: BTreeSet<_> = signatures().into_iter().map(|(family, _)| family).collect();
-    families.into_iter()
-}
-
-/// Whether a module is of a family: its name, or a start of it that ends in `_`.
-fn is_of(name: &str, family: &str) -> bool {
-    name == family || (family.ends_with('_') && name.starts_with(family))
+/// Patterns of the modules that this crate calls, each once.
+fn called_modules() -> impl Iterator<Item = &'static str> {
+    let patterns: BTreeSet<_> = signatures().into_iter().map(|(pattern, _)| pattern).collect();
+    patterns.into_iter()
 }
 
 /// What a module does, without what it was compiled for.
@@ -371,8 +366,7 @@ fn check_signatures(modules: &[&'static Module]) -> Vec<Finding> {
     let remedy = "use a wheel of the FlashInfer version that this crate pins";
     let (mut compared, mut differences) = (0, Vec::new());
     for module in modules {
-        for (_, signature) in signatures().iter().filter(|(family, _)| is_of(module.name().as_str(), family))
-        {
+        for (_, signature) in signatures().iter().filter(|(pattern, _)| module.name().matches(pattern)) {
             compared += 1;
             let difference = match module.printed_signature(signature.function) {
                 Ok(printed) => signature.compare(&printed.unwrap_or_default()).err(),
