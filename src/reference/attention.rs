@@ -346,15 +346,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{DType, Device, Element, FlashInferError, page::KvLayout};
-
-    fn view<'a, T: Element>(slice: &'a [T], shape: &[usize]) -> TensorRef<'a> {
-        TensorRef::from_slice(slice, shape).unwrap()
-    }
-
-    fn view_mut<'a, T: Element>(slice: &'a mut [T], shape: &[usize]) -> TensorMut<'a> {
-        TensorMut::from_slice(slice, shape).unwrap()
-    }
+    use crate::{
+        DType, Device, FlashInferError,
+        page::KvLayout,
+        reference::testing::{refused, view, view_mut},
+    };
 
     #[track_caller]
     fn close(got: &[f64], expected: &[f64]) {
@@ -539,13 +535,6 @@ mod tests {
 
     #[test]
     fn wrong_input_is_refused_and_nothing_written() {
-        #[track_caller]
-        fn refused(result: Result<()>, expected: &str) {
-            match result {
-                Err(FlashInferError::InvalidArgument { argument, .. }) => assert_eq!(argument, expected),
-                other => panic!("expected {expected} to be refused, got {other:?}"),
-            }
-        }
         let table = PageIndices::from_requests(2, 2, [(&[1][..], 2)]).unwrap();
         let (q, cache, halves) = ([1.0f64; 8], [1.0f64; 24], [f16::ONE; 8]);
         let (mut out, mut lse) = ([7.0f64; 8], [7.0f64; 4]);

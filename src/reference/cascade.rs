@@ -149,19 +149,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        Element, FlashInferError, PageIndices, TensorMut,
+        PageIndices,
         attention::{AttentionSpec, DecodeOptions},
         page::{KvLayout, PagedKv},
         reference::batch_decode,
+        reference::testing::{refused, view, view_mut},
     };
-
-    fn view<'a, T: Element>(slice: &'a [T], shape: &[usize]) -> TensorRef<'a> {
-        TensorRef::from_slice(slice, shape).unwrap()
-    }
-
-    fn view_mut<'a, T: Element>(slice: &'a mut [T], shape: &[usize]) -> TensorMut<'a> {
-        TensorMut::from_slice(slice, shape).unwrap()
-    }
 
     /// One row of some heads of width 2, with logarithms.
     #[derive(Clone, Debug, PartialEq)]
@@ -237,13 +230,6 @@ mod tests {
 
     #[test]
     fn wrong_input_is_refused_and_nothing_written() {
-        #[track_caller]
-        fn refused(result: Result<()>, expected: &str) {
-            match result {
-                Err(FlashInferError::InvalidArgument { argument, .. }) => assert_eq!(argument, expected),
-                other => panic!("expected {expected} to be refused, got {other:?}"),
-            }
-        }
         let (numbers, halves, bytes) = ([1.0f32; 24], [f16::ONE; 24], [1u8; 4]);
         let (mut v, mut s) = ([7.0f32; 12], [7.0f32; 6]);
         let n = |shape: &[usize]| view(&numbers, shape);

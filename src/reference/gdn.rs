@@ -128,11 +128,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Element, FlashInferError, TensorMut, TensorRef};
-
-    fn view<'a, T: Element>(data: &'a [T], shape: &[usize]) -> TensorRef<'a> {
-        TensorRef::from_slice(data, shape).unwrap()
-    }
+    use crate::{FlashInferError, TensorMut, reference::testing::view};
 
     fn lens(lens: &[usize]) -> SequenceIndices {
         SequenceIndices::from_lens(lens.iter().copied()).unwrap()

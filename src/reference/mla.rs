@@ -139,19 +139,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        Element, FlashInferError, RaggedIndices,
+        RaggedIndices,
         attention::{AttentionSpec, DecodeOptions},
         page::{KvLayout, PagedKv},
         reference,
+        reference::testing::{refused, view, view_mut},
     };
-
-    fn view<'a, T: Element>(slice: &'a [T], shape: &[usize]) -> TensorRef<'a> {
-        TensorRef::from_slice(slice, shape).unwrap()
-    }
-
-    fn view_mut<'a, T: Element>(slice: &'a mut [T], shape: &[usize]) -> TensorMut<'a> {
-        TensorMut::from_slice(slice, shape).unwrap()
-    }
 
     fn close(got: &[f64], expected: &[f64]) {
         assert_eq!(got.len(), expected.len());
@@ -197,13 +190,6 @@ mod tests {
 
     #[test]
     fn wrong_input_is_refused_and_nothing_written() {
-        #[track_caller]
-        fn refused(result: Result<()>, expected: &str) {
-            match result {
-                Err(FlashInferError::InvalidArgument { argument, .. }) => assert_eq!(argument, expected),
-                other => panic!("expected {expected} to be refused, got {other:?}"),
-            }
-        }
         let table = PageIndices::from_requests(2, 2, [(&[1][..], 2)]).unwrap();
         let [one, two, three, pair] = [&[1][..], &[2], &[3], &[1, 1]]
             .map(|lens| RaggedIndices::from_lens(lens.iter().copied()).unwrap());

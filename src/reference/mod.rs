@@ -32,6 +32,8 @@ mod host;
 mod mla;
 mod norm;
 mod page;
+#[cfg(test)]
+mod testing;
 
 pub use attention::{batch_decode, batch_prefill_paged, batch_prefill_ragged};
 pub use cascade::{merge_state, merge_state_in_place, merge_states};

@@ -167,23 +167,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Device, FlashInferError};
-
-    fn view<'a, T: crate::Element>(slice: &'a [T], shape: &[usize]) -> TensorRef<'a> {
-        TensorRef::from_slice(slice, shape).unwrap()
-    }
-
-    fn view_mut<'a, T: crate::Element>(slice: &'a mut [T], shape: &[usize]) -> TensorMut<'a> {
-        TensorMut::from_slice(slice, shape).unwrap()
-    }
-
-    #[track_caller]
-    fn refused(result: Result<()>, expected: &str) {
-        match result {
-            Err(FlashInferError::InvalidArgument { argument, .. }) => assert_eq!(argument, expected),
-            other => panic!("expected {expected} to be refused, got {other:?}"),
-        }
-    }
+    use crate::{
+        Device,
+        reference::testing::{refused, view, view_mut},
+    };
 
     // The root mean square of (1, 7) is 5, that of (1, -1) is 1.
     const INPUT: [f64; 4] = [1.0, 7.0, 1.0, -1.0];

@@ -174,23 +174,10 @@ mod tests {
     use half::f16;
 
     use super::*;
-    use crate::{FlashInferError, page::PagedKv};
-
-    fn view<'a, T: crate::Element>(slice: &'a [T], shape: &[usize]) -> TensorRef<'a> {
-        TensorRef::from_slice(slice, shape).unwrap()
-    }
-
-    fn view_mut<'a, T: crate::Element>(slice: &'a mut [T], shape: &[usize]) -> TensorMut<'a> {
-        TensorMut::from_slice(slice, shape).unwrap()
-    }
-
-    #[track_caller]
-    fn refused(result: Result<()>, expected: &str) {
-        match result {
-            Err(FlashInferError::InvalidArgument { argument, .. }) => assert_eq!(argument, expected),
-            other => panic!("expected {expected} to be refused, got {other:?}"),
-        }
-    }
+    use crate::{
+        page::PagedKv,
+        reference::testing::{refused, view, view_mut},
+    };
 
     /// Two requests in three pages of two tokens: pages 2, 0 with 3 tokens,
     /// page 1 with 1 token.
