@@ -17,7 +17,7 @@ use cudarc::driver::{
 };
 use flashinfer_rs::{
     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-    attention::{AttentionSpec, Backend, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
+    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     page::{KvLayout, PagedKv},
 };
@@ -51,7 +51,7 @@ fn gpu_time(
         let q = q.tensor(cuda, &[batch, heads, HEAD_DIM])?;
         let mut out = out.tensor_mut(cuda, &[batch, heads, HEAD_DIM])?;
         let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
-        let options = DecodeOptions::default();
+        let options = RunOptions::default();
         let plan = decode.plan(workspace, table, PlanMode::CudaGraph)?;
         plan.run(&q, &kv, &mut out.view_mut(), None, &options)?;
         cuda.synchronize()?;

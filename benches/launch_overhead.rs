@@ -13,7 +13,7 @@ use std::{collections::BTreeMap, ffi::CString, path::Path, process::Command, syn
 use cudarc::driver::{CudaStream, result};
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferRuntime, ModuleName, PageIndices, PageTable, Stream,
-    attention::{AttentionSpec, Backend, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
+    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     norm,
     page::{self, KvLayout, PagedKv, PagedKvMut},
@@ -134,7 +134,7 @@ fn measure(cuda: &Arc<CudaStream>) -> Result<Vec<Row>> {
         let mut out = out.tensor_mut(cuda, &[batch, QO_HEADS, HEAD_DIM])?;
         let (k, v) = (k.tensor(cuda, &shape)?, v.tensor(cuda, &shape)?);
         let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
-        let options = DecodeOptions::default();
+        let options = RunOptions::default();
         for (backend, cores) in [(Backend::CudaCores, "CUDA"), (Backend::Fa2, "tensor")] {
             let spec = AttentionSpec::new(DType::BF16, HEAD_DIM).with_backend(backend);
             let decode = BatchDecode::new(runtime, &spec, heads)?;

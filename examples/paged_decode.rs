@@ -14,7 +14,7 @@ use std::{process::ExitCode, time::Instant};
 use cudarc::driver::{CudaContext, DeviceRepr, ValidAsZeroBits};
 use flashinfer_rs::{
     DType, Element, FlashInferRuntime, PageIndices, PageTable, Stream, TensorMut, TensorRef,
-    attention::{AttentionSpec, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
+    attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     page::{KvLayout, PagedKv},
     reference,
@@ -77,7 +77,7 @@ impl<T: Element + From32> Case<T> {
             &case.indices,
             &mut out,
             None,
-            &DecodeOptions::default(),
+            &RunOptions::default(),
         )?;
         case.expected = expected;
         Ok(case)
@@ -233,7 +233,7 @@ where
         let (k, v) = (k.tensor(&cuda, &case.cache_shape())?, v.tensor(&cuda, &case.cache_shape())?);
         let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
         let mut out = out.tensor_mut(&cuda, &case.q_shape())?;
-        let options = DecodeOptions::default();
+        let options = RunOptions::default();
 
         // The first calls load the kernels; they are not timed.
         decode.plan(&mut workspace, &table, PlanMode::Eager)?.run(

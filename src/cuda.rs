@@ -10,7 +10,7 @@
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     ptr::{self, NonNull},
-    sync::OnceLock,
+    sync::{Mutex, OnceLock},
 };
 
 use libloading::os::unix::Library;
@@ -78,6 +78,20 @@ cudart! {
     event_query = "cudaEventQuery": fn(RawEvent);
     event_synchronize = "cudaEventSynchronize": fn(RawEvent);
     event_destroy = "cudaEventDestroy": fn(RawEvent);
+    library_load_data = "cudaLibraryLoadData": fn(
+        *mut *mut c_void, *const c_void, *mut c_int, *mut *mut c_void, c_uint, *mut c_int, *mut *mut c_void, c_uint
+    );
+    library_get_kernel = "cudaLibraryGetKernel": fn(*mut *const c_void, *mut c_void, *const c_char);
+    launch_kernel = "cudaLaunchKernel": fn(*const c_void, Dim3, Dim3, *mut *mut c_void, usize, *mut c_void);
+}
+
+/// `dim3`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Dim3 {
+    x: c_uint,
+    y: c_uint,
+    z: c_uint,
 }
 
 fn missing(library: &str, symbol: &str) -> FlashInferError {
@@ -197,6 +211,82 @@ impl Drop for DeviceGuard {
             // SAFETY: takes a number; it was current before.
             unsafe { (self.runtime.symbols.set_device)(device) };
         }
+    }
+}
+
+/// A kernel of this crate: a function of a PTX module, which the driver
+/// compiles for whatever device it is launched on.
+pub(crate) struct PtxKernel {
+    /// Ends in a NUL.
+    ptx: &'static str,
+    name: &'static CStr,
+    /// The `cudaKernel_t`, of the whole process; 0 until it is loaded.
+    handle: Mutex<usize>,
+}
+
+impl PtxKernel {
+    pub(crate) const fn new(ptx: &'static str, name: &'static CStr) -> Self {
+        Self { ptx, name, handle: Mutex::new(0) }
+    }
+
+    /// The kernel's handle, which stays valid for the life of the process.
+    pub(crate) fn load(&self, cuda: &CudaRuntime) -> Result<*const c_void> {
+        let mut handle = self.handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if *handle == 0 {
+            let (mut library, mut kernel) = (ptr::null_mut(), ptr::null());
+            let none = ptr::null_mut::<c_int>;
+            let nothing = ptr::null_mut::<*mut c_void>;
+            // SAFETY: the text ends in a NUL and is never freed; there are no
+            // options; one pointer is written.
+            let code = unsafe {
+                (cuda.symbols.library_load_data)(
+                    &mut library,
+                    self.ptx.as_ptr().cast(),
+                    none(),
+                    nothing(),
+                    0,
+                    none(),
+                    nothing(),
+                    0,
+                )
+            };
+            cuda.check("cudaLibraryLoadData", code)?;
+            // SAFETY: the library was just loaded, and is never unloaded.
+            let code = unsafe { (cuda.symbols.library_get_kernel)(&mut kernel, library, self.name.as_ptr()) };
+            cuda.check("cudaLibraryGetKernel", code)?;
+            *handle = kernel as usize;
+        }
+        Ok(*handle as *const c_void)
+    }
+
+    /// Enqueues the kernel with `[blocks, threads]` in one dimension.
+    ///
+    /// # Safety
+    /// `args` must point to values of the kernel's parameters, which must be
+    /// what it assumes.
+    pub(crate) unsafe fn launch(
+        &self,
+        cuda: &'static CudaRuntime,
+        stream: &Stream,
+        [blocks, threads]: [u32; 2],
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        let kernel = self.load(cuda)?;
+        let _device = cuda.on_device_of(stream)?;
+        let line = |x| Dim3 { x, y: 1, z: 1 };
+        // SAFETY: the runtime takes a `cudaKernel_t` in place of a function;
+        // the rest is promised by the caller.
+        let code = unsafe {
+            (cuda.symbols.launch_kernel)(
+                kernel,
+                line(blocks),
+                line(threads),
+                args.as_mut_ptr(),
+                0,
+                stream.as_raw(),
+            )
+        };
+        cuda.check("cudaLaunchKernel", code)
     }
 }
 

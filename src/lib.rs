@@ -29,7 +29,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, DecodeOptions, PlanMode, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, RunOptions, PlanMode, Workspace},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     page::{KvLayout, PagedKv},
 //! };
@@ -62,7 +62,7 @@
 //!     &PagedKv::new(k.view(), v.view(), KvLayout::Nhd),
 //!     &mut out.tensor_mut(&cuda, &[2, 32, 128])?.view_mut(),
 //!     None,
-//!     &DecodeOptions::default(),
+//!     &RunOptions::default(),
 //! )?;
 //! # Ok(())
 //! # }
@@ -103,8 +103,8 @@ mod tensor;
 
 pub use error::{FlashInferError, Result};
 pub use kv::{
-    AppendIndices, AppendTable, IndexArrays, OnDevice, PageIndices, PageTable, RaggedIndices, RaggedTable,
-    SequenceIndices, SequenceTable,
+    AppendIndices, AppendTable, IndexArrays, ItemIndices, ItemTable, MaskIndices, MaskTable, OnDevice,
+    PageIndices, PageTable, RaggedIndices, RaggedTable, SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
 pub use ops::{attention, cascade, gdn, norm, page, signatures};

@@ -10,7 +10,7 @@ use common::{
 };
 use flashinfer_rs::{
     ModuleName, PageIndices, PageTable, TensorMut,
-    attention::{AttentionSpec, BatchDecode, DecodeOptions, Heads, PlanMode, Workspace},
+    attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cascade::{self, State, StateMut},
     cudarc::TensorExt,
     page::KvLayout,
@@ -344,7 +344,7 @@ fn shared_prefix<T: Number>() {
                 &cache.on(&gpu).kv(),
                 &mut state.v.on_mut(&gpu).view_mut(),
                 Some(&mut state.s.on_mut(&gpu).view_mut()),
-                &DecodeOptions::default(),
+                &RunOptions::default(),
             )
             .unwrap();
             state
@@ -361,7 +361,7 @@ fn shared_prefix<T: Number>() {
                 &flat,
                 &mut state.v,
                 Some(&mut state.s),
-                &DecodeOptions::default(),
+                &RunOptions::default(),
             )
             .unwrap();
         });

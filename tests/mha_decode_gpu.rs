@@ -16,7 +16,7 @@ use cudarc::driver::CudaGraph;
 use flashinfer_rs::{
     FlashInferError, PageIndices, PageTable, TensorMut,
     attention::{
-        AttentionSpec, Backend, BatchDecode, DecodeOptions, DecodePlan, Heads, PlanMode, ReplayKey, Workspace,
+        AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, PlanMode, ReplayKey, RunOptions, Workspace,
     },
     cudarc::TensorExt,
     page::{KvLayout, PagedKv},
@@ -38,6 +38,9 @@ struct Case {
     window_left: Option<u32>,
     soft_cap: Option<f32>,
     sm_scale: Option<f64>,
+    /// Scales of quantized keys and values.
+    kv_scales: Option<(f64, f32)>,
+    sinks: bool,
     backend: Backend,
 }
 
@@ -54,6 +57,8 @@ impl Default for Case {
             window_left: None,
             soft_cap: None,
             sm_scale: None,
+            kv_scales: None,
+            sinks: false,
             backend: Backend::CudaCores,
         }
     }
@@ -64,6 +69,7 @@ impl Case {
         let mut spec = AttentionSpec::new(T::DTYPE, self.head_dim).with_kv_dtype(K::DTYPE);
         spec.window_left = self.window_left;
         spec.logits_soft_cap = self.soft_cap;
+        spec.attention_sink = self.sinks;
         spec.with_backend(self.backend)
     }
 
@@ -71,9 +77,10 @@ impl Case {
         Heads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
     }
 
-    fn options(&self) -> DecodeOptions {
-        let mut options = DecodeOptions::default();
+    fn options(&self) -> RunOptions<'static> {
+        let mut options = RunOptions::default();
         options.sm_scale = self.sm_scale;
+        (options.k_scale, options.v_scale) = self.kv_scales.unzip();
         options
     }
 
@@ -99,6 +106,8 @@ struct Problem<T, K> {
     table: PageIndices,
     q: Tensor<T>,
     cache: Cache<K>,
+    /// Sinks of the heads, if the case has them.
+    sinks: Option<Tensor<f32>>,
     want: Vec<f64>,
     want_lse: Vec<f64>,
 }
@@ -112,11 +121,20 @@ impl<T: Number, K: Number> Problem<T, K> {
     fn with_table(gpu: &Gpu, rng: &mut Rng, case: Case, table: PageIndices) -> Self {
         let q = Tensor::random(gpu, rng, &case.q_shape());
         let cache = Cache::random(gpu, rng, case.cache_shape(table.num_pages()), &table);
-        Self::solve(case, table, q, cache)
+        let sinks = case.sinks.then(|| Tensor::random(gpu, rng, &[case.heads().num_qo_heads]));
+        Self::solve(case, table, q, cache, sinks)
     }
 
     /// Fills in what the reference says.
-    fn solve(case: Case, table: PageIndices, q: Tensor<T>, cache: Cache<K>) -> Self {
+    fn solve(
+        case: Case,
+        table: PageIndices,
+        q: Tensor<T>,
+        cache: Cache<K>,
+        sinks: Option<Tensor<f32>>,
+    ) -> Self {
+        let mut options = case.options();
+        options.sinks = sinks.as_ref().map(Tensor::view);
         let [batch, heads, head_dim] = case.q_shape();
         let mut want = vec![f64::NAN; batch * heads * head_dim];
         let mut want_lse = vec![f64::NAN; batch * heads];
@@ -127,10 +145,10 @@ impl<T: Number, K: Number> Problem<T, K> {
             &table,
             &mut TensorMut::from_slice(&mut want, &[batch, heads, head_dim]).unwrap(),
             Some(&mut TensorMut::from_slice(&mut want_lse, &[batch, heads]).unwrap()),
-            &case.options(),
+            &options,
         )
         .unwrap();
-        Self { case, table, q, cache, want, want_lse }
+        Self { case, table, q, cache, sinks, want, want_lse }
     }
 
     fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
@@ -164,15 +182,18 @@ impl<T: Number, K: Number> Problem<T, K> {
         plan: &DecodePlan<'_>,
         out: &mut Tensor<T>,
         lse: Option<&mut Tensor<f32>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) {
         let mut lse = lse.map(|lse| lse.on_mut(gpu));
+        let sinks = self.sinks.as_ref().map(|sinks| sinks.on(gpu));
+        let mut options = *options;
+        options.sinks = sinks.as_ref().map(|sinks| sinks.view());
         plan.run(
             &self.q.on(gpu).view(),
             &self.cache.on(gpu).kv(),
             &mut out.on_mut(gpu).view_mut(),
             lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
-            options,
+            &options,
         )
         .unwrap();
     }
@@ -200,7 +221,7 @@ fn optional_decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<Ba
     match BatchDecode::new(gpu.runtime, &spec, case.heads()) {
         Ok(decode) => Some(decode),
         Err(FlashInferError::Artifact(reason)) => {
-            say(&format!("skipped: no source holds {}: {reason}", spec.decode_module().unwrap()));
+            say(&format!("skipped: no source holds the module of {spec:?}: {reason}"));
             None
         }
         Err(error) => panic!("{error}"),
@@ -390,7 +411,7 @@ fn strided_queries() {
     let table = random_table(rng, case.page_size, &case.lens);
     let cache = Cache::random(&gpu, rng, case.cache_shape(table.num_pages()), &table);
     let q = Tensor::<f16>::random(&gpu, rng, &[batch, heads + 4, head_dim]).narrowed(1, 0, heads);
-    Problem::<f16, f16>::solve(case, table, q, cache).check(&gpu, &decode, &mut workspace);
+    Problem::<f16, f16>::solve(case, table, q, cache, None).check(&gpu, &decode, &mut workspace);
 }
 
 /// Requests that begin with the same pages.
@@ -457,6 +478,37 @@ fn sliding_window_and_soft_cap() {
     }
 }
 
+/// Sinks, on the kernels that have them.
+#[test]
+fn attention_sinks() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (lens, window_left) in [(ragged(16), None), (vec![6000, 1, 0, 300], Some(127)), (vec![9000], None)] {
+        for backend in [Backend::Auto, Backend::Fa2, Backend::Fa3] {
+            let case = Case {
+                lens: lens.clone(),
+                head_dim: 64,
+                group: 8,
+                sinks: true,
+                window_left,
+                backend,
+                ..Case::default()
+            };
+            if backend == Backend::Fa3 && gpu.runtime.compute_capability(0).unwrap().0 != 9 {
+                say("skipped: FlashAttention 3 needs compute capability 9.0");
+                continue;
+            }
+            let Some(decode) = optional_decode_of::<bf16, bf16>(&gpu, &case) else { return };
+            assert_ne!(decode.backend(), Backend::CudaCores);
+            Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+        }
+    }
+    let spec = AttentionSpec::new(bf16::DTYPE, 64).with_attention_sink().with_backend(Backend::CudaCores);
+    let error = BatchDecode::new(gpu.runtime, &spec, Heads { num_qo_heads: 8, num_kv_heads: 8 }).unwrap_err();
+    assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
+}
+
 fn e4m3_cache<T: Number>() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
@@ -464,9 +516,14 @@ fn e4m3_cache<T: Number>() {
     for (page_size, group, layout) in [(1, 1, KvLayout::Nhd), (16, 4, KvLayout::Hnd), (64, 8, KvLayout::Nhd)]
     {
         for lens in [ragged(page_size), vec![5000, 3]] {
-            let case = Case { lens, page_size, group, layout, joined: group == 4, ..Case::default() };
-            let Some(decode) = optional_decode_of::<T, F8E4M3>(&gpu, &case) else { return };
-            Problem::<T, F8E4M3>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+            let plain = Case { lens, page_size, group, layout, joined: group == 4, ..Case::default() };
+            for backend in [Backend::CudaCores, Backend::Fa2] {
+                for kv_scales in [None, Some((0.6, 2.7))] {
+                    let case = Case { backend, kv_scales, ..plain.clone() };
+                    let Some(decode) = optional_decode_of::<T, F8E4M3>(&gpu, &case) else { return };
+                    Problem::<T, F8E4M3>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+                }
+            }
         }
     }
 }
@@ -545,7 +602,7 @@ fn empty_batches() {
         &problem.cache.on(&gpu).kv(),
         &mut out.on_mut(&gpu).view_mut(),
         None,
-        &DecodeOptions::default(),
+        &RunOptions::default(),
     );
     refused(call, "q");
 }
@@ -839,7 +896,7 @@ fn wrong_queries_and_outputs() {
     let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
     let cache = problem.cache.on(&gpu);
     refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-        plan.run(q, &cache.kv(), out, lse, &DecodeOptions::default())
+        plan.run(q, &cache.kv(), out, lse, &RunOptions::default())
     });
     // The refused calls left everything usable.
     problem.check_run(&gpu, &plan);
@@ -858,7 +915,7 @@ fn wrong_caches() {
         let q = problem.q.on(&gpu);
         let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
         refuse_caches(&gpu, &other, rng, problem.table.num_pages(), &mut |kv| {
-            let options = DecodeOptions::default();
+            let options = RunOptions::default();
             plan.run(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
         });
     }

@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-use super::{Arg, DlTensor, Function, Object, TensorObject, Value};
+use super::{Arg, DlTensor, Function, Object, Value};
 use crate::{error::Result, stream::Stream};
 
 /// The kind of one argument.
@@ -148,7 +148,8 @@ pub(crate) mod kind {
     kinds! {
         Tensor: DlTensor<'a>, |value| value.into();
         OptTensor: Option<DlTensor<'a>>, |value| value.as_ref().into();
-        OptTensorObject: Option<TensorObject<'a>>, |value| value.as_ref().into();
+        TensorObject: crate::ffi::TensorObject<'a>, |value| value.into();
+        OptTensorObject: Option<crate::ffi::TensorObject<'a>>, |value| value.as_ref().into();
         Int: i64, |value| (*value).into();
         Bool: bool, |value| (*value).into();
         Float: f64, |value| (*value).into();

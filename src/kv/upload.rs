@@ -2,13 +2,13 @@
 
 use std::ffi::c_void;
 
-use super::{AppendIndices, PageIndices, RaggedIndices, SequenceIndices};
+use super::{AppendIndices, ItemIndices, MaskIndices, PageIndices, RaggedIndices, SequenceIndices};
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
     error::{FlashInferError, Result},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{Element, RawTensor},
+    tensor::RawTensor,
 };
 
 /// The most arrays that one value has.
@@ -22,65 +22,105 @@ pub trait IndexArrays: sealed::Arrays {}
 impl<T: sealed::Arrays> IndexArrays for T {}
 
 mod sealed {
-    use crate::tensor::Element;
+    use crate::tensor::DType;
 
-    /// An integer type of index arrays.
-    pub trait Index: Element {
-        /// Writes the number to bytes of its size.
-        fn put(self, to: &mut [u8]);
+    /// One array on the host, of an integer type that kernels read.
+    #[derive(Clone, Copy)]
+    pub enum Array<'a> {
+        I32(&'a [i32]),
+        I64(&'a [i64]),
+        U32(&'a [u32]),
+        U16(&'a [u16]),
     }
 
-    impl Index for i32 {
-        fn put(self, to: &mut [u8]) {
-            to.copy_from_slice(&self.to_ne_bytes());
+    impl Array<'_> {
+        pub const EMPTY: Self = Self::I32(&[]);
+
+        pub fn len(&self) -> usize {
+            match self {
+                Self::I32(array) => array.len(),
+                Self::I64(array) => array.len(),
+                Self::U32(array) => array.len(),
+                Self::U16(array) => array.len(),
+            }
         }
-    }
 
-    impl Index for i64 {
-        fn put(self, to: &mut [u8]) {
-            to.copy_from_slice(&self.to_ne_bytes());
+        pub fn dtype(&self) -> DType {
+            match self {
+                Self::I32(_) => DType::I32,
+                Self::I64(_) => DType::I64,
+                Self::U32(_) => DType::U32,
+                Self::U16(_) => DType::U16,
+            }
+        }
+
+        /// Writes the numbers one after the other; `to` has room for them.
+        pub fn put(&self, to: &mut [u8]) {
+            macro_rules! put {
+                ($array:expr) => {
+                    for (chunk, value) in to.chunks_exact_mut(size_of_val(&$array[..1])).zip($array) {
+                        chunk.copy_from_slice(&value.to_ne_bytes());
+                    }
+                };
+            }
+            match self {
+                _ if self.len() == 0 => {}
+                Self::I32(array) => put!(*array),
+                Self::I64(array) => put!(*array),
+                Self::U32(array) => put!(*array),
+                Self::U16(array) => put!(*array),
+            }
         }
     }
 
     pub trait Arrays {
         const OP: &'static str;
-        /// The integer type that the kernels read.
-        type Index: Index;
-        /// The arrays, small ones first; unused places are empty.
-        fn arrays(&self) -> [&[Self::Index]; super::MAX_ARRAYS];
+        /// The arrays, small ones first; unused places are empty. Each place
+        /// has one type.
+        fn arrays(&self) -> [Array<'_>; super::MAX_ARRAYS];
     }
 }
-use sealed::Index;
+use sealed::Array;
 
 impl sealed::Arrays for PageIndices {
     const OP: &'static str = "PageTable";
-    type Index = i32;
-    fn arrays(&self) -> [&[i32]; MAX_ARRAYS] {
-        [&self.indptr, &self.last_page_len, &self.indices]
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.indptr), Array::I32(&self.last_page_len), Array::I32(&self.indices)]
     }
 }
 
 impl sealed::Arrays for AppendIndices {
     const OP: &'static str = "AppendTable";
-    type Index = i32;
-    fn arrays(&self) -> [&[i32]; MAX_ARRAYS] {
-        [&self.batch_indices, &self.positions, &[]]
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.batch_indices), Array::I32(&self.positions), Array::EMPTY]
     }
 }
 
 impl sealed::Arrays for RaggedIndices {
     const OP: &'static str = "RaggedTable";
-    type Index = i32;
-    fn arrays(&self) -> [&[i32]; MAX_ARRAYS] {
-        [&self.indptr, &[], &[]]
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.indptr), Array::EMPTY, Array::EMPTY]
     }
 }
 
 impl sealed::Arrays for SequenceIndices {
     const OP: &'static str = "SequenceTable";
-    type Index = i64;
-    fn arrays(&self) -> [&[i64]; MAX_ARRAYS] {
-        [self.cu_seqlens(), &[], &[]]
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I64(self.cu_seqlens()), Array::EMPTY, Array::EMPTY]
+    }
+}
+
+impl sealed::Arrays for MaskIndices {
+    const OP: &'static str = "MaskTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.mask_indptr), Array::EMPTY, Array::EMPTY]
+    }
+}
+
+impl sealed::Arrays for ItemIndices {
+    const OP: &'static str = "ItemTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::U32(&self.prefix_len), Array::U16(&self.max_item_len), Array::U16(&self.token_pos_in_items)]
     }
 }
 
@@ -95,6 +135,12 @@ pub type RaggedTable = OnDevice<RaggedIndices>;
 
 /// The sequences of a packed batch on a device. See [`SequenceIndices`].
 pub type SequenceTable = OnDevice<SequenceIndices>;
+
+/// The parts of a packed custom mask on a device. See [`MaskIndices`].
+pub type MaskTable = OnDevice<MaskIndices>;
+
+/// The items of multi-item prompts on a device. See [`ItemIndices`].
+pub type ItemTable = OnDevice<ItemIndices>;
 
 /// Index arrays together with their copy on a device.
 ///
@@ -119,11 +165,12 @@ unsafe impl<T: Send> Send for OnDevice<T> {}
 // SAFETY: as for `Send`; shared access does not write.
 unsafe impl<T: Sync> Sync for OnDevice<T> {}
 
-/// Where each array of `I` of these capacities starts, and where the last one ends.
-fn offsets<I: Index>(capacity: [usize; MAX_ARRAYS]) -> [usize; MAX_ARRAYS + 1] {
+/// Where each array starts, if they have these capacities, and where the last
+/// one ends.
+fn offsets(arrays: &[Array<'_>; MAX_ARRAYS], capacity: [usize; MAX_ARRAYS]) -> [usize; MAX_ARRAYS + 1] {
     let mut offsets = [0; MAX_ARRAYS + 1];
-    for (index, len) in capacity.into_iter().enumerate() {
-        offsets[index + 1] = (offsets[index] + len * size_of::<I>()).next_multiple_of(ALIGNMENT);
+    for (index, (array, len)) in arrays.iter().zip(capacity).enumerate() {
+        offsets[index + 1] = (offsets[index] + len * array.dtype().size()).next_multiple_of(ALIGNMENT);
     }
     offsets
 }
@@ -135,7 +182,7 @@ impl<T: IndexArrays> OnDevice<T> {
     /// [`FlashInferError::Cuda`]; the runtime cannot be started; the stream is
     /// being captured into a graph.
     pub fn new(stream: &Stream, host: T) -> Result<Self> {
-        let capacity = host.arrays().map(<[T::Index]>::len);
+        let capacity = host.arrays().map(|array| array.len());
         Self::allocate(stream, host, capacity)
     }
 
@@ -149,7 +196,7 @@ impl<T: IndexArrays> OnDevice<T> {
             ));
         }
         let cuda = FlashInferRuntime::get()?.cuda();
-        let bytes = offsets::<T::Index>(capacity)[MAX_ARRAYS];
+        let bytes = offsets(&host.arrays(), capacity)[MAX_ARRAYS];
         let storage = Storage::Owned {
             buffer: DeviceBuffer::new(cuda, stream, bytes)?,
             staging: StagingBuffer::new(cuda, stream, bytes)?,
@@ -207,15 +254,14 @@ impl<T: IndexArrays> OnDevice<T> {
                 "it is being captured into a CUDA graph; update index arrays before the capture, or before a replay",
             ));
         }
-        let (arrays, starts) = (self.host.arrays(), offsets::<T::Index>(self.capacity));
+        let arrays = self.host.arrays();
+        let starts = offsets(&arrays, self.capacity);
         staging.stage(&self.stream, |bytes| {
             let mut used = 0;
             for (array, start) in arrays.iter().zip(starts) {
-                for (chunk, value) in bytes[start..].chunks_exact_mut(size_of::<T::Index>()).zip(*array) {
-                    value.put(chunk);
-                }
-                if !array.is_empty() {
-                    used = start + size_of_val(*array);
+                array.put(&mut bytes[start..]);
+                if array.len() > 0 {
+                    used = start + array.len() * array.dtype().size();
                 }
             }
             // SAFETY: the staging buffer is page-locked and is not written
@@ -238,21 +284,23 @@ impl<T: IndexArrays> OnDevice<T> {
 
     /// Array `index` on the device.
     fn array(&self, index: usize) -> Result<RawTensor> {
+        let arrays = self.host.arrays();
         let data = match &self.storage {
             Storage::Owned { buffer, .. } => {
-                buffer.as_ptr().cast::<u8>().wrapping_add(offsets::<T::Index>(self.capacity)[index]).cast()
+                buffer.as_ptr().cast::<u8>().wrapping_add(offsets(&arrays, self.capacity)[index]).cast()
             }
             Storage::Borrowed(pointers) => pointers[index],
         };
-        let len = self.host.arrays()[index].len();
-        let mut raw = RawTensor::new(data, self.stream.device(), T::Index::DTYPE, &[len], None)?;
+        let array = arrays[index];
+        let mut raw = RawTensor::new(data, self.stream.device(), array.dtype(), &[array.len()], None)?;
         raw.stream = Some(self.stream.id());
         Ok(raw)
     }
 
-    fn borrowed(stream: &Stream, host: T, pointers: [*const T::Index; MAX_ARRAYS]) -> Self {
-        let capacity = host.arrays().map(<[T::Index]>::len);
-        let storage = Storage::Borrowed(pointers.map(|pointer| pointer.cast_mut().cast()));
+    /// Arrays that are on the device already, for places that are not empty.
+    fn borrowed(stream: &Stream, host: T, pointers: [*const c_void; MAX_ARRAYS]) -> Self {
+        let capacity = host.arrays().map(|array| array.len());
+        let storage = Storage::Borrowed(pointers.map(<*const c_void>::cast_mut));
         Self { host, stream: stream.clone(), capacity, storage }
     }
 }
@@ -305,7 +353,7 @@ impl PageTable {
         indices: *const i32,
         last_page_len: *const i32,
     ) -> Self {
-        Self::borrowed(stream, host, [indptr, last_page_len, indices])
+        Self::borrowed(stream, host, [indptr.cast(), last_page_len.cast(), indices.cast()])
     }
 
     pub(crate) fn indptr(&self) -> Result<RawTensor> {
@@ -403,10 +451,46 @@ impl SequenceTable {
         host: SequenceIndices,
         cu_seqlens: *const i64,
     ) -> Self {
-        Self::borrowed(stream, host, [cu_seqlens, std::ptr::null(), std::ptr::null()])
+        Self::borrowed(stream, host, [cu_seqlens.cast(), std::ptr::null(), std::ptr::null()])
     }
 
     pub(crate) fn cu_seqlens(&self) -> Result<RawTensor> {
         self.array(0)
+    }
+}
+
+impl MaskTable {
+    /// Uploads the parts of a mask, with room for up to `max_batch` requests in
+    /// later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more requests than that.
+    pub fn with_capacity(stream: &Stream, host: MaskIndices, max_batch: usize) -> Result<Self> {
+        if host.batch_size() > max_batch {
+            return Err(FlashInferError::invalid(
+                "MaskTable",
+                "capacity",
+                format!("{} requests for a capacity of {max_batch}", host.batch_size()),
+            ));
+        }
+        Self::allocate(stream, host, [max_batch.saturating_add(1), 0, 0])
+    }
+
+    pub(crate) fn mask_indptr(&self) -> Result<RawTensor> {
+        self.array(0)
+    }
+}
+
+impl ItemTable {
+    pub(crate) fn prefix_len(&self) -> Result<RawTensor> {
+        self.array(0)
+    }
+
+    pub(crate) fn max_item_len(&self) -> Result<RawTensor> {
+        self.array(1)
+    }
+
+    pub(crate) fn token_pos_in_items(&self) -> Result<RawTensor> {
+        self.array(2)
     }
 }

@@ -23,7 +23,7 @@
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, DecodeOptions, PlanMode, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, RunOptions, PlanMode, Workspace},
 //!     cascade::{self, State, StateMut},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     page::{KvLayout, PagedKv},
@@ -48,7 +48,7 @@
 //!     let table = PageTable::new(&stream, indices)?;
 //!     let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
 //!     let (mut v, mut s) = (v.tensor_mut(&cuda, &[3, 32, 128])?, s.tensor_mut(&cuda, &[3, 32])?);
-//!     plan.run(&q.view(), &kv, &mut v.view_mut(), Some(&mut s.view_mut()), &DecodeOptions::default())?;
+//!     plan.run(&q.view(), &kv, &mut v.view_mut(), Some(&mut s.view_mut()), &RunOptions::default())?;
 //! }
 //! // The first state becomes that of all tokens.
 //! let ([v, v_own], [s, s_own]) = (&mut v, &mut s);

@@ -2,19 +2,32 @@
 //!
 //! Decode is prefill with one query per request, so both are one function.
 
-use std::ops::Range;
-
 use super::{
     host::{Check, Rows, RowsMut},
     page::{CacheShape, place},
 };
 use crate::{
-    attention::{AttentionSpec, DecodeOptions, PrefillOptions},
+    attention::{AttentionSpec, PosEncodingMode, RunOptions},
     error::Result,
-    kv::{PageIndices, RaggedIndices},
+    kv::{ItemIndices, MaskIndices, PageIndices, RaggedIndices, masks::check_shapes},
     page::PagedKv,
     tensor::{TensorMut, TensorRef},
 };
+
+/// [`attention::Mask`](crate::attention::Mask) on the CPU: which keys each
+/// query sees, besides what a sliding window hides.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Mask<'a> {
+    /// All keys.
+    #[default]
+    None,
+    /// Those up to its position.
+    Causal,
+    /// Those whose bit is set.
+    Custom(&'a MaskIndices, &'a [u8]),
+    /// The prefix, and its own item up to its position.
+    MultiItem(&'a ItemIndices),
+}
 
 /// [`DecodePlan::run`](crate::attention::DecodePlan::run) on the CPU:
 /// attention of one query per request to the request's pages.
@@ -36,13 +49,13 @@ pub fn batch_decode(
     table: &PageIndices,
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    options: &DecodeOptions,
+    options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_decode" };
     let queries = RaggedIndices::from_lens(std::iter::repeat_n(1, table.batch_size()))?;
     // The only query of a request is its last token, so it sees all keys.
-    let logits = Logits::new(check, spec, true, options)?;
-    let mut attention = Attention::new(check, spec, q, &queries, None, out, lse)?;
+    let logits = Logits::new(check, spec, Mask::Causal, options)?;
+    let mut attention = Attention::new(check, spec, q, (&queries, false), out, lse)?;
     attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
 }
 
@@ -50,17 +63,16 @@ pub fn batch_decode(
 /// attention of each query to its request's pages.
 ///
 /// Query `r` of a request with `q` queries and `k` keys is at position
-/// `k − q + r`. It sees all keys, with `causal` only those up to its position,
-/// and with a window only those from `window_left` before its position on. A
-/// query that sees no key gets zeros, and −∞.
+/// `k − q + r`. It sees the keys that the mask shows, and with a window only
+/// those from `window_left` before its position on. A query that sees no key
+/// gets zeros, and −∞.
 ///
-/// `q` and `out` are `[queries, num_qo_heads, …]`, or have
-/// [`graph_rows`](PrefillOptions::graph_rows) rows, of which the rest is left
-/// alone. Everything else is as in [`batch_decode`].
+/// `q` and `out` are `[queries, num_qo_heads, …]`, or have more rows, which are
+/// left alone. Everything else is as in [`batch_decode`].
 ///
 /// # Errors
-/// As [`batch_decode`]; also when the batch sizes of the two index values
-/// differ.
+/// As [`batch_decode`]; also when the batch sizes of the two index values and
+/// of the mask differ.
 pub fn batch_prefill_paged(
     spec: &AttentionSpec,
     q: &TensorRef<'_>,
@@ -68,11 +80,11 @@ pub fn batch_prefill_paged(
     (queries, table): (&RaggedIndices, &PageIndices),
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    (plan, options): (&PrefillOptions, &DecodeOptions),
+    (mask, options): (Mask<'_>, &RunOptions<'_>),
 ) -> Result<()> {
     let check = Check { op: "reference::batch_prefill_paged" };
-    let logits = Logits::new(check, spec, plan.causal, options)?;
-    let mut attention = Attention::new(check, spec, q, queries, plan.graph_rows, out, lse)?;
+    let logits = Logits::new(check, spec, mask, options)?;
+    let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
     attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
 }
 
@@ -89,24 +101,28 @@ pub fn batch_prefill_ragged(
     (queries, keys): (&RaggedIndices, &RaggedIndices),
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    (plan, options): (&PrefillOptions, &DecodeOptions),
+    (mask, options): (Mask<'_>, &RunOptions<'_>),
 ) -> Result<()> {
     let check = Check { op: "reference::batch_prefill_ragged" };
-    let logits = Logits::new(check, spec, plan.causal, options)?;
-    let mut attention = Attention::new(check, spec, q, queries, plan.graph_rows, out, lse)?;
+    let logits = Logits::new(check, spec, mask, options)?;
+    let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
     attention.over(&Keys::ragged(check, spec, kv, keys)?, &logits)
 }
 
 /// How products of queries and keys become logits, and which keys are seen.
-struct Logits {
+struct Logits<'a> {
     sm_scale: f64,
     soft_cap: Option<f64>,
     window_left: Option<usize>,
-    causal: bool,
+    mask: Mask<'a>,
+    /// For each head, or empty.
+    slopes: Vec<f64>,
+    sinks: Vec<f64>,
+    v_scale: f64,
 }
 
-impl Logits {
-    fn new(check: Check, spec: &AttentionSpec, causal: bool, options: &DecodeOptions) -> Result<Self> {
+impl<'a> Logits<'a> {
+    fn new(check: Check, spec: &AttentionSpec, mask: Mask<'a>, options: &RunOptions<'_>) -> Result<Self> {
         if spec.head_dim_qk == 0 || spec.head_dim_vo == 0 {
             return check.fail(
                 "spec",
@@ -118,27 +134,79 @@ impl Logits {
             return check
                 .fail("spec", format!("logits_soft_cap {soft_cap:?}; it must be positive and finite"));
         }
+        let per_head = |name, given: &Option<TensorRef<'_>>, read: bool| match given {
+            Some(tensor) if read => Ok(check.rows(name, tensor, &[], &[1])?.numbers(0)),
+            None if !read => Ok(Vec::new()),
+            Some(_) => check.fail(name, "given, but the spec does not read it".into()),
+            None => check.fail(name, "missing; the spec reads one number for each head".into()),
+        };
+        let alibi = spec.pos_encoding_mode == PosEncodingMode::Alibi;
         Ok(Self {
-            sm_scale: options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()),
+            sm_scale: options.logit_scale(spec),
             soft_cap,
             window_left: spec.window_left.map(|left| left as usize),
-            causal,
+            mask,
+            slopes: per_head("alibi_slopes", &options.alibi_slopes, alibi)?,
+            sinks: per_head("sinks", &options.sinks, spec.attention_sink)?,
+            v_scale: options.v_scale.unwrap_or(1.0).into(),
         })
     }
 
-    fn of(&self, product: f64) -> f64 {
-        let logit = product * self.sm_scale;
+    /// Mask, slopes and sinks are those of a batch.
+    fn check(
+        &self,
+        check: Check,
+        queries: &RaggedIndices,
+        kv_len: impl Fn(usize) -> usize,
+        heads: usize,
+    ) -> Result<()> {
+        for (name, numbers) in [("alibi_slopes", &self.slopes), ("sinks", &self.sinks)] {
+            if !numbers.is_empty() && numbers.len() != heads {
+                return check.fail(name, format!("{} numbers for {heads} heads", numbers.len()));
+            }
+        }
+        match self.mask {
+            Mask::None | Mask::Causal => Ok(()),
+            Mask::Custom(indices, bits) => match check_shapes(indices.shapes(), queries, kv_len) {
+                Err(problem) => check.fail("mask", problem),
+                Ok(()) if bits.len() < indices.num_bytes() => check
+                    .fail("mask", format!("{} bytes; the batch needs {}", bits.len(), indices.num_bytes())),
+                Ok(()) => Ok(()),
+            },
+            Mask::MultiItem(items) => {
+                let batch = queries.batch_size();
+                if items.batch_size() != batch || (0..batch).any(|at| kv_len(at) > items.seq_len(at)) {
+                    return check.fail("items", "they are of other requests than the batch".into());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The logit of a key that lies so many positions after the query's index.
+    fn of(&self, product: f64, head: usize, distance: f64) -> f64 {
+        let bias = self.slopes.get(head).map_or(0.0, |slope| slope * distance);
+        let logit = product * self.sm_scale + bias;
         self.soft_cap.map_or(logit, |cap| cap * (logit / cap).tanh())
     }
 
-    /// The keys that a query sees: the one with `after` queries after it in a
-    /// request of `len` keys.
-    fn seen(&self, len: usize, after: usize) -> Range<usize> {
-        // One more than the query's position, which may lie before all keys.
-        let end = len as i64 - after as i64;
-        let start = self.window_left.map_or(0, |left| end - 1 - left as i64);
+    /// The keys that a query sees: one of `count` in a request of `len` keys.
+    fn seen(&self, request: usize, query: usize, count: usize, len: usize) -> Vec<usize> {
+        // Which may lie before all keys.
+        let position = len as i64 - count as i64 + query as i64;
+        let start = self.window_left.map_or(0, |left| position - left as i64);
+        let end = if let Mask::Causal | Mask::MultiItem(_) = self.mask { position + 1 } else { len as i64 };
         let place = |position: i64| position.clamp(0, len as i64) as usize;
-        place(start)..if self.causal { place(end) } else { len }
+        let keys = place(start)..place(end);
+        match self.mask {
+            Mask::None | Mask::Causal => keys.collect(),
+            Mask::Custom(indices, bits) => {
+                keys.filter(|&key| indices.sees(bits, request, query, key)).collect()
+            }
+            Mask::MultiItem(items) => {
+                keys.filter(|&key| items.sees(request, position as usize, key)).collect()
+            }
+        }
     }
 }
 
@@ -237,23 +305,20 @@ struct Attention<'a> {
 }
 
 impl<'a> Attention<'a> {
+    /// `padded` tensors may have more rows than there are queries.
     fn new(
         check: Check,
         spec: &AttentionSpec,
         q: &'a TensorRef<'_>,
-        queries: &'a RaggedIndices,
-        graph_rows: Option<usize>,
+        (queries, padded): (&'a RaggedIndices, bool),
         out: &'a mut TensorMut<'_>,
         lse: Option<&'a mut TensorMut<'_>>,
     ) -> Result<Self> {
-        let rows = graph_rows.unwrap_or_else(|| queries.total());
-        if rows < queries.total() {
-            return check.fail("graph_rows", format!("{rows}; the batch has {} queries", queries.total()));
-        }
         let q = check.rows("q", q, &[spec.dtype_q], &[3])?;
         let out = check.rows_mut("out", out, &[spec.dtype_o], &[3])?;
         let lse = lse.map(|lse| check.rows_mut("lse", lse, &[], &[2])).transpose()?;
-        let (rows, heads) = (rows as i64, q.shape()[1]);
+        let more = if padded { q.shape()[0] } else { 0 };
+        let (rows, heads) = (more.max(queries.total() as i64), q.shape()[1]);
         check.shape("q", &q, &[rows, heads, spec.head_dim_qk as i64])?;
         check.shape("out", &out.rows, &[rows, heads, spec.head_dim_vo as i64])?;
         if let Some(lse) = &lse {
@@ -277,6 +342,7 @@ impl<'a> Attention<'a> {
         if heads == 0 || !heads.is_multiple_of(keys.heads) {
             return self.check.fail("q", format!("{heads} query heads over {} KV heads", keys.heads));
         }
+        logits.check(self.check, queries, |request| keys.len(request), heads)?;
         let group = heads / keys.heads;
         let mut output = vec![0.0; keys.v.width()];
         for request in 0..queries.batch_size() {
@@ -285,11 +351,11 @@ impl<'a> Attention<'a> {
             for kv_head in (0..keys.heads).filter(|_| count > 0) {
                 let (k, v) = (keys.head(&keys.k, request, kv_head), keys.head(&keys.v, request, kv_head));
                 for query in 0..count {
-                    let seen = logits.seen(keys.len(request), count - 1 - query);
+                    let seen = logits.seen(request, query, count, keys.len(request));
                     for head in kv_head * group..(kv_head + 1) * group {
                         let row = (first + query) * heads + head;
                         sums[query * heads + head] =
-                            attend(&self.q.numbers(row), &k, &v, seen.clone(), logits, &mut output);
+                            attend(&self.q.numbers(row), (query, head), [&k, &v], &seen, logits, &mut output);
                         self.out.write(row, &output);
                     }
                 }
@@ -303,26 +369,28 @@ impl<'a> Attention<'a> {
     }
 }
 
-/// Attention of one query to the keys that it sees; returns the base-2
-/// logarithm of the sum of exponentials.
+/// Attention of one query and head to the keys that it sees; returns the
+/// base-2 logarithm of the sum of exponentials.
 fn attend(
-    query: &[f64],
-    k: &[f64],
-    v: &[f64],
-    seen: Range<usize>,
-    logits: &Logits,
+    numbers: &[f64],
+    (query, head): (usize, usize),
+    [k, v]: [&[f64]; 2],
+    seen: &[usize],
+    logits: &Logits<'_>,
     output: &mut [f64],
 ) -> f64 {
-    let part = |numbers, width| {
-        let numbers: &[f64] = numbers;
-        numbers[seen.start * width..seen.end * width].chunks_exact(width)
+    let (width, value_width) = (numbers.len(), output.len());
+    let logit = |&key: &usize| {
+        let product: f64 = numbers.iter().zip(&k[key * width..]).map(|(q, k)| q * k).sum();
+        logits.of(product, head, key as f64 - query as f64)
     };
-    let product = |key: &[f64]| -> f64 { query.iter().zip(key).map(|(q, k)| q * k).sum() };
-    let mut weights: Vec<f64> = part(k, query.len()).map(|key| logits.of(product(key))).collect();
+    let sink = logits.sinks.get(head);
+    let mut weights: Vec<f64> = seen.iter().map(logit).chain(sink.copied()).collect();
     let sum = softmax(&mut weights);
     output.fill(0.0);
-    for (weight, value) in weights.iter().zip(part(v, output.len())) {
-        output.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
+    for (weight, key) in weights.iter().zip(seen) {
+        let value = &v[key * value_width..];
+        output.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v * logits.v_scale);
     }
     sum
 }
@@ -364,7 +432,7 @@ mod tests {
     }
 
     /// One request, one head, head_dim 1, keys in one page.
-    fn one_head(spec: &AttentionSpec, q: f64, k: &[f64], v: &[f64], options: &DecodeOptions) -> (f64, f64) {
+    fn one_head(spec: &AttentionSpec, q: f64, k: &[f64], v: &[f64], options: &RunOptions) -> (f64, f64) {
         let n = k.len();
         let table = PageIndices::from_requests(1, n, [(&[0][..], n)]).unwrap();
         let shape = [1, n, 1, 1];
@@ -388,11 +456,11 @@ mod tests {
         let (ln2, ln3) = (2f64.ln(), 3f64.ln());
         // Exponentials 1, 2 and 3 of a sum of 6, over values 6, 12 and 18.
         let (k, v) = ([0.0, ln2, ln3], [6.0, 12.0, 18.0]);
-        let options = DecodeOptions::default();
+        let options = RunOptions::default();
         let (out, lse) = one_head(&spec(1), 1.0, &k, &v, &options);
         close(&[out, lse], &[(6.0 + 24.0 + 54.0) / 6.0, 6f64.log2()]);
         // Twice the scale squares the exponentials: 1, 4 and 9 of 14.
-        let (out, lse) = one_head(&spec(1), 1.0, &k, &v, &DecodeOptions::with_sm_scale(2.0));
+        let (out, lse) = one_head(&spec(1), 1.0, &k, &v, &RunOptions::with_sm_scale(2.0));
         close(&[out, lse], &[(6.0 + 48.0 + 162.0) / 14.0, 14f64.log2()]);
         // A window of one key to the left: 2 and 3 of 5; of none: the last key.
         let (out, lse) = one_head(&spec(1).with_window_left(1), 1.0, &k, &v, &options);
@@ -416,7 +484,7 @@ mod tests {
         let kv = PagedKv::new(view(&k, &shape), view(&v, &shape), KvLayout::Nhd);
         let q = [1.0f64, 0.0, 0.0, 0.0];
         let mut out = [f64::NAN; 4];
-        let options = DecodeOptions::default();
+        let options = RunOptions::default();
         let (q, mut o) = (view(&q, &[1, 1, 4]), view_mut(&mut out, &[1, 1, 4]));
         batch_decode(&spec(4), &q, &kv, &table, &mut o, None, &options).unwrap();
         close(&out, &[1.0, 2.0, 0.0, 0.0]);
@@ -441,7 +509,7 @@ mod tests {
             &table,
             &mut view_mut(&mut out, &[3, 6, 1]),
             Some(&mut view_mut(&mut lse, &[3, 6])),
-            &DecodeOptions::default(),
+            &RunOptions::default(),
         )
         .unwrap();
         close(&out[..6], &[5.0, 5.0, 5.0, 50.0, 50.0, 50.0]);
@@ -460,10 +528,9 @@ mod tests {
         let queries = RaggedIndices::from_lens([2, 3]).unwrap();
         let k = [0.0f64; 6 * 2];
         let v = [1.0f64, 3.0, 5.0, 11.0, 20.0, 40.0];
-        let run = |spec: &AttentionSpec, causal| {
+        let run = |spec: &AttentionSpec, mask| {
             let spec = spec.with_head_dim_vo(1);
             let (q, mut out, mut lse) = ([1.0f64; 12], [f64::NAN; 6], [f64::NAN; 6]);
-            let plan = PrefillOptions { causal, graph_rows: Some(6) };
             batch_prefill_ragged(
                 &spec,
                 &view(&q, &[6, 1, 2]),
@@ -471,7 +538,7 @@ mod tests {
                 (&queries, &keys),
                 &mut view_mut(&mut out, &[6, 1, 1]),
                 Some(&mut view_mut(&mut lse, &[6, 1])),
-                (&plan, &DecodeOptions::default()),
+                (mask, &RunOptions::default()),
             )
             .unwrap();
             // The sixth row is of no request.
@@ -480,21 +547,123 @@ mod tests {
         };
         let spec = spec(2);
         let nothing = f64::NEG_INFINITY;
-        let (out, lse) = run(&spec, false);
+        let (out, lse) = run(&spec, Mask::None);
         close(&out, &[5.0, 5.0, 30.0, 30.0, 30.0]);
         close(&lse, &[2.0, 2.0, 1.0, 1.0, 1.0]);
         // Positions are 2 and 3 of four, and −1, 0 and 1 of two.
-        let (out, lse) = run(&spec, true);
+        let (out, lse) = run(&spec, Mask::Causal);
         close(&out, &[3.0, 5.0, 0.0, 20.0, 30.0]);
         close(&lse, &[3f64.log2(), 2.0, nothing, 0.0, 1.0]);
         // One key before the position.
-        let (out, lse) = run(&spec.with_window_left(1), true);
+        let (out, lse) = run(&spec.with_window_left(1), Mask::Causal);
         close(&out, &[4.0, 8.0, 0.0, 20.0, 30.0]);
         close(&lse, &[1.0, 1.0, nothing, 0.0, 1.0]);
         // Without a mask also all keys after it.
-        let (out, lse) = run(&spec.with_window_left(0), false);
+        let (out, lse) = run(&spec.with_window_left(0), Mask::None);
         close(&out, &[8.0, 11.0, 30.0, 30.0, 40.0]);
         close(&lse, &[1.0, 0.0, 1.0, 1.0, 0.0]);
+    }
+
+    /// One head of two requests: two queries over four keys, one over two. All
+    /// products are zero.
+    fn masked(spec: &AttentionSpec, mask: Mask<'_>, options: &RunOptions<'_>) -> ([f64; 3], [f64; 3]) {
+        let queries = RaggedIndices::from_lens([2, 1]).unwrap();
+        let keys = RaggedIndices::from_lens([4, 2]).unwrap();
+        let (q, k, v) = ([0.0f64; 3], [1.0f64; 6], [1.0f64, 3.0, 5.0, 11.0, 20.0, 40.0]);
+        let (mut out, mut lse) = ([f64::NAN; 3], [f64::NAN; 3]);
+        batch_prefill_ragged(
+            spec,
+            &view(&q, &[3, 1, 1]),
+            [&view(&k, &[6, 1, 1]), &view(&v, &[6, 1, 1])],
+            (&queries, &keys),
+            &mut view_mut(&mut out, &[3, 1, 1]),
+            Some(&mut view_mut(&mut lse, &[3, 1])),
+            (mask, options),
+        )
+        .unwrap();
+        (out, lse)
+    }
+
+    #[test]
+    fn masks_by_hand() {
+        let (spec, options) = (spec(1), RunOptions::default());
+        let indices = MaskIndices::new([(2, 4), (1, 2)]).unwrap();
+        let bits =
+            indices.pack(&[true, false, false, true, false, false, false, false, false, true]).unwrap();
+        let custom = Mask::Custom(&indices, &bits);
+        let nothing = f64::NEG_INFINITY;
+        let (out, lse) = masked(&spec, custom, &options);
+        close(&out, &[6.0, 0.0, 40.0]);
+        close(&lse, &[1.0, nothing, 0.0]);
+        // A window of one key before the position hides the first key.
+        let (out, _) = masked(&spec.with_window_left(1), custom, &options);
+        close(&out, &[11.0, 0.0, 40.0]);
+        // A prefix of one token, a delimiter, an item of one token, a delimiter;
+        // queries are the item and the last delimiter, and the delimiter of the
+        // other request.
+        let items = ItemIndices::new([(1, &[1][..]), (1, &[][..])]).unwrap();
+        let (out, lse) = masked(&spec, Mask::MultiItem(&items), &options);
+        close(&out, &[3.0, 1.0, 20.0]);
+        close(&lse, &[1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn slopes_sinks_and_scales_by_hand() {
+        let (slopes, sinks) = ([2f32.ln()], [4f32.ln()]);
+        let near = |got: ([f64; 3], [f64; 3]), want: ([f64; 3], [f64; 3])| {
+            let pairs = got.0.iter().zip(&want.0).chain(got.1.iter().zip(&want.1));
+            assert!(pairs.clone().all(|(a, b)| (a - b).abs() < 1e-6), "{got:?} is not {want:?}");
+        };
+        // Exponentials 1, 2, 4 and 8 for query 0, half of them for query 1.
+        let options = RunOptions { alibi_slopes: Some(view(&slopes, &[1])), ..RunOptions::default() };
+        let mean = (1.0 + 6.0 + 20.0 + 88.0) / 15.0;
+        let got = masked(&spec(1).with_pos_encoding_mode(PosEncodingMode::Alibi), Mask::None, &options);
+        near(got, ([mean, mean, 100.0 / 3.0], [15f64.log2(), 7.5f64.log2(), 3f64.log2()]));
+        // A sink of exponential 4 beside four and two keys of exponential 1.
+        let sinks = Some(view(&sinks, &[1]));
+        let options = RunOptions { sinks, v_scale: Some(0.5), ..RunOptions::default() };
+        let got = masked(&spec(1).with_attention_sink(), Mask::None, &options);
+        near(got, ([20.0 / 8.0 / 2.0, 20.0 / 8.0 / 2.0, 60.0 / 6.0 / 2.0], [3.0, 3.0, 6f64.log2()]));
+        // The scale of keys multiplies the scale of products.
+        let options = RunOptions { k_scale: Some(3.0), sm_scale: Some(0.5), ..RunOptions::default() };
+        assert_eq!(options.logit_scale(&spec(1)), 1.5);
+    }
+
+    #[test]
+    fn wrong_masks_slopes_and_sinks_are_refused() {
+        let q = [0.0f64; 3];
+        let run = |spec: &AttentionSpec, mask: Mask<'_>, options: &RunOptions<'_>| {
+            let queries = RaggedIndices::from_lens([2, 1]).unwrap();
+            let (k, mut out) = (view(&q, &[3, 1, 1]), [7.0f64; 3]);
+            let result = batch_prefill_ragged(
+                spec,
+                &view(&q, &[3, 1, 1]),
+                [&k, &k],
+                (&queries, &queries),
+                &mut view_mut(&mut out, &[3, 1, 1]),
+                None,
+                (mask, options),
+            );
+            assert_eq!(out, [7.0; 3]);
+            result
+        };
+        let (spec, plain) = (spec(1), RunOptions::default());
+        let indices = MaskIndices::new([(2, 2), (1, 1)]).unwrap();
+        refused(run(&spec, Mask::Custom(&indices, &[0]), &plain), "mask");
+        let other = MaskIndices::new([(2, 2), (1, 2)]).unwrap();
+        refused(run(&spec, Mask::Custom(&other, &[0; 9]), &plain), "mask");
+        let items = ItemIndices::new([(1, &[][..]), (1, &[][..]), (1, &[][..])]).unwrap();
+        refused(run(&spec, Mask::MultiItem(&items), &plain), "items");
+        let two = [1f32; 2];
+        let mut options = plain;
+        options.sinks = Some(view(&two, &[2]));
+        refused(run(&spec, Mask::None, &options), "sinks");
+        refused(run(&spec.with_attention_sink(), Mask::None, &options), "sinks");
+        refused(run(&spec.with_attention_sink(), Mask::None, &plain), "sinks");
+        refused(
+            run(&spec.with_pos_encoding_mode(PosEncodingMode::Alibi), Mask::None, &plain),
+            "alibi_slopes",
+        );
     }
 
     #[test]
@@ -502,8 +671,7 @@ mod tests {
         let (q, k) = ([1.0f64; 12], [1.0f64; 12]);
         let (mut out, mut lse) = ([7.0f64; 12], [7.0f64; 6]);
         let lens = |lens: &[usize]| RaggedIndices::from_lens(lens.iter().copied()).unwrap();
-        let mut refused = |queries: &[usize], keys: &[usize], shapes: [&[usize]; 5], rows, expected: &str| {
-            let plan = PrefillOptions { causal: true, graph_rows: rows };
+        let mut refused = |queries: &[usize], keys: &[usize], shapes: [&[usize]; 5], expected: &str| {
             let result = batch_prefill_ragged(
                 &spec(2),
                 &view(&q, shapes[0]),
@@ -511,7 +679,7 @@ mod tests {
                 (&lens(queries), &lens(keys)),
                 &mut view_mut(&mut out, shapes[3]),
                 Some(&mut view_mut(&mut lse, shapes[4])),
-                (&plan, &DecodeOptions::default()),
+                (Mask::Causal, &RunOptions::default()),
             );
             match result {
                 Err(FlashInferError::InvalidArgument { argument, .. }) => assert_eq!(argument, expected),
@@ -519,17 +687,15 @@ mod tests {
             }
         };
         let (x, y): (&[usize], &[usize]) = (&[3, 2, 2], &[3, 2]);
-        refused(&[1, 2], &[1, 1, 1], [x, x, x, x, y], None, "queries");
-        refused(&[1, 2], &[1, 2], [x, x, x, x, y], Some(2), "graph_rows");
-        refused(&[1, 2], &[1, 2], [x, x, x, x, y], Some(4), "q");
-        refused(&[1, 1], &[1, 2], [x, x, x, x, y], None, "q");
-        refused(&[1, 2], &[1, 2], [&[3, 4], x, x, x, y], None, "q");
-        refused(&[1, 2], &[1, 2], [&[3, 1, 2], &[3, 2, 2], x, &[3, 1, 2], &[3, 1]], None, "q");
-        refused(&[1, 2], &[1, 1], [x, x, x, x, y], None, "k");
-        refused(&[1, 2], &[1, 2], [x, &[3, 1, 4], x, x, y], None, "k");
-        refused(&[1, 2], &[1, 2], [x, x, &[3, 1, 2], x, y], None, "v");
-        refused(&[1, 2], &[1, 2], [x, x, x, &[3, 1, 2], y], None, "out");
-        refused(&[1, 2], &[1, 2], [x, x, x, x, &[2, 3]], None, "lse");
+        refused(&[1, 2], &[1, 1, 1], [x, x, x, x, y], "queries");
+        refused(&[2, 2], &[1, 2], [x, x, x, x, y], "q");
+        refused(&[1, 2], &[1, 2], [&[3, 4], x, x, x, y], "q");
+        refused(&[1, 2], &[1, 2], [&[3, 1, 2], &[3, 2, 2], x, &[3, 1, 2], &[3, 1]], "q");
+        refused(&[1, 2], &[1, 1], [x, x, x, x, y], "k");
+        refused(&[1, 2], &[1, 2], [x, &[3, 1, 4], x, x, y], "k");
+        refused(&[1, 2], &[1, 2], [x, x, &[3, 1, 2], x, y], "v");
+        refused(&[1, 2], &[1, 2], [x, x, x, &[3, 1, 2], y], "out");
+        refused(&[1, 2], &[1, 2], [x, x, x, x, &[2, 3]], "lse");
         assert_eq!((out, lse), ([7.0; 12], [7.0; 6]));
     }
 
@@ -538,7 +704,7 @@ mod tests {
         let table = PageIndices::from_requests(2, 2, [(&[1][..], 2)]).unwrap();
         let (q, cache, halves) = ([1.0f64; 8], [1.0f64; 24], [f16::ONE; 8]);
         let (mut out, mut lse) = ([7.0f64; 8], [7.0f64; 4]);
-        let options = DecodeOptions::default();
+        let options = RunOptions::default();
         let spec = spec(2);
         let mut run =
             |spec: &AttentionSpec, q: &TensorRef<'_>, cache_shape: [&[usize]; 2], lse_shape: &[usize]| {
@@ -629,7 +795,7 @@ mod tests {
                 &self.table(),
                 &mut view_mut(&mut out, &shape),
                 Some(&mut view_mut(&mut lse, &[batch, heads])),
-                &DecodeOptions::default(),
+                &RunOptions::default(),
             )
             .unwrap();
             (out, lse)
@@ -701,8 +867,8 @@ mod tests {
             self.batch.kv_heads * self.batch.group
         }
 
-        fn plan(&self) -> PrefillOptions {
-            PrefillOptions { causal: self.causal, graph_rows: None }
+        fn mask(&self) -> Mask<'static> {
+            if self.causal { Mask::Causal } else { Mask::None }
         }
 
         fn paged(&self, spec: &AttentionSpec) -> (Vec<f64>, Vec<f64>) {
@@ -717,7 +883,7 @@ mod tests {
                 (&self.indices(), &batch.table()),
                 &mut view_mut(&mut out, &shape),
                 Some(&mut view_mut(&mut lse, &[rows, heads])),
-                (&self.plan(), &DecodeOptions::default()),
+                (self.mask(), &RunOptions::default()),
             )
             .unwrap();
             (out, lse)
@@ -737,7 +903,7 @@ mod tests {
                 (&self.indices(), &keys),
                 &mut view_mut(&mut out, &shape),
                 Some(&mut view_mut(&mut lse, &[rows, heads])),
-                (&self.plan(), &DecodeOptions::default()),
+                (self.mask(), &RunOptions::default()),
             )
             .unwrap();
             (out, lse)

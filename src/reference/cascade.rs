@@ -150,7 +150,7 @@ mod tests {
     use super::*;
     use crate::{
         PageIndices,
-        attention::{AttentionSpec, DecodeOptions},
+        attention::{AttentionSpec, RunOptions},
         page::{KvLayout, PagedKv},
         reference::batch_decode,
         reference::testing::{refused, view, view_mut},
@@ -333,7 +333,7 @@ mod tests {
                     &table,
                     &mut out.v,
                     Some(&mut out.s),
-                    &DecodeOptions::default(),
+                    &RunOptions::default(),
                 ).unwrap();
                 row
             };

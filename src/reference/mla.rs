@@ -140,7 +140,7 @@ mod tests {
     use super::*;
     use crate::{
         RaggedIndices,
-        attention::{AttentionSpec, DecodeOptions},
+        attention::{AttentionSpec, RunOptions},
         page::{KvLayout, PagedKv},
         reference,
         reference::testing::{refused, view, view_mut},
@@ -306,7 +306,7 @@ mod tests {
                 &table,
                 &mut view_mut(&mut wide, &[n, num_heads, width]),
                 Some(&mut view_mut(&mut want_lse, &[n, num_heads])),
-                &DecodeOptions::with_sm_scale(0.7),
+                &RunOptions::with_sm_scale(0.7),
             ).unwrap();
             let want: Vec<f64> = wide.chunks(width).flat_map(|row| row[..ckv_width].to_vec()).collect();
             close(&out, &want);

@@ -1,11 +1,12 @@
 //! Batch prefill over pages and over ragged keys: cases, plans, comparison.
 
-use cudarc::driver::CudaGraph;
+use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use flashinfer_rs::{
-    FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result, TensorMut, TensorRef,
+    DType, Device, FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageIndices, PageTable,
+    RaggedIndices, RaggedTable, Result, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchPrefill, DecodeOptions, Heads, PrefillOptions, PrefillPlan, ReplayKey,
-        Workspace,
+        AttentionSpec, Backend, BatchPrefill, Heads, Mask, PosEncodingMode, PrefillOptions, PrefillPlan,
+        ReplayKey, RunOptions, Workspace,
     },
     page::KvLayout,
     reference,
@@ -49,6 +50,97 @@ pub struct Case {
     pub window_left: Option<u32>,
     pub soft_cap: Option<f32>,
     pub sm_scale: Option<f64>,
+    pub masked: Masked,
+    pub sinks: bool,
+    pub alibi: bool,
+    /// Scales of quantized keys and values.
+    pub kv_scales: Option<(f64, f32)>,
+}
+
+/// A mask that is more than causal or not.
+#[derive(Clone, Debug, Default)]
+pub enum Masked {
+    #[default]
+    No,
+    /// Each key is seen with this probability.
+    Custom(f64),
+    /// Prefixes, and items without their delimiters.
+    Items(Vec<(usize, Vec<usize>)>),
+}
+
+/// A mask on the host.
+pub enum HostMask {
+    Plain { causal: bool },
+    Custom(MaskIndices, Vec<u8>),
+    Items(ItemIndices),
+}
+
+impl HostMask {
+    fn random(rng: &mut Rng, case: &Case) -> Self {
+        match &case.masked {
+            Masked::No => Self::Plain { causal: case.causal },
+            Masked::Custom(density) => {
+                let indices = MaskIndices::new(case.requests.iter().copied()).unwrap();
+                let pairs = case.requests.iter().map(|(queries, keys)| queries * keys).sum();
+                let mask: Vec<bool> =
+                    (0..pairs).map(|_| rng.below(1000) < (density * 1000.0) as usize).collect();
+                let bits = indices.pack(&mask).unwrap();
+                Self::Custom(indices, bits)
+            }
+            Masked::Items(requests) => Self::Items(
+                ItemIndices::new(requests.iter().map(|(prefix, items)| (*prefix, &items[..]))).unwrap(),
+            ),
+        }
+    }
+
+    fn reference(&self) -> reference::Mask<'_> {
+        match self {
+            Self::Plain { causal: true } => reference::Mask::Causal,
+            Self::Plain { causal: false } => reference::Mask::None,
+            Self::Custom(indices, bits) => reference::Mask::Custom(indices, bits),
+            Self::Items(items) => reference::Mask::MultiItem(items),
+        }
+    }
+}
+
+/// A mask on the device.
+pub enum DeviceMask {
+    Plain,
+    Custom { indices: MaskTable, bits: CudaSlice<u8> },
+    Items(ItemTable),
+}
+
+impl DeviceMask {
+    fn new(gpu: &Gpu, host: &HostMask) -> Self {
+        match host {
+            HostMask::Plain { .. } => Self::Plain,
+            HostMask::Custom(indices, bits) => {
+                // The bytes after the last are not read.
+                let bits: Vec<u8> = bits.iter().copied().chain([0; 3]).collect();
+                Self::Custom {
+                    indices: MaskTable::new(&gpu.stream, indices.clone()).unwrap(),
+                    bits: gpu.cuda.clone_htod(&bits).unwrap(),
+                }
+            }
+            HostMask::Items(items) => Self::Items(ItemTable::new(&gpu.stream, items.clone()).unwrap()),
+        }
+    }
+
+    /// The mask; that of the case if it is a plain one.
+    pub fn or<'p>(&'p self, gpu: &Gpu, plain: Mask<'p>) -> Mask<'p> {
+        match self {
+            Self::Plain => plain,
+            Self::Custom { indices, bits } => {
+                let (address, len) = (bits.device_ptr(&gpu.cuda).0, bits.len());
+                // SAFETY: the slice lives as long as the view.
+                let bits = unsafe {
+                    TensorRef::from_raw_parts(address as *const _, Device::Cuda(0), DType::U8, &[len], None)
+                };
+                Mask::Custom { indices, bits: bits.unwrap() }
+            }
+            Self::Items(items) => Mask::MultiItem(items),
+        }
+    }
 }
 
 impl Case {
@@ -58,6 +150,10 @@ impl Case {
             .with_kv_dtype(K::DTYPE)
             .with_backend(self.on.backend);
         (spec.window_left, spec.logits_soft_cap) = (self.window_left, self.soft_cap);
+        spec.attention_sink = self.sinks;
+        if self.alibi {
+            spec = spec.with_pos_encoding_mode(PosEncodingMode::Alibi);
+        }
         spec
     }
 
@@ -71,19 +167,21 @@ impl Case {
         Heads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
     }
 
-    pub fn plan_options(&self) -> PrefillOptions {
+    pub fn plan_options(&self) -> PrefillOptions<'static> {
         if self.causal { PrefillOptions::causal() } else { PrefillOptions::default() }
     }
 
-    pub fn graph_options(&self, rows: usize) -> PrefillOptions {
+    pub fn graph_options(&self, rows: usize) -> PrefillOptions<'static> {
         let mut options = self.plan_options();
         options.graph_rows = Some(rows);
         options
     }
 
-    pub fn options(&self) -> DecodeOptions {
-        let mut options = DecodeOptions::default();
+    /// Without slopes and sinks, which a problem has.
+    pub fn options(&self) -> RunOptions<'static> {
+        let mut options = RunOptions::default();
         options.sm_scale = self.sm_scale;
+        (options.k_scale, options.v_scale) = self.kv_scales.unzip();
         options
     }
 
@@ -158,6 +256,7 @@ impl<K: Number> Kv<K> {
 pub struct Tables {
     pub queries: RaggedTable,
     pub keys: KeyTable,
+    pub mask: DeviceMask,
 }
 
 pub enum KeyTable {
@@ -177,6 +276,7 @@ impl Tables {
                     KeyTable::Ragged(RaggedTable::new(&gpu.stream, keys.clone()).unwrap())
                 }
             },
+            mask: DeviceMask::new(gpu, &problem.mask),
         }
     }
 
@@ -192,6 +292,7 @@ impl Tables {
                 ),
                 Kv::Ragged { keys, .. } => KeyTable::Ragged(ragged(keys)),
             },
+            mask: DeviceMask::new(gpu, &problem.mask),
         }
     }
 
@@ -205,12 +306,19 @@ impl Tables {
         .unwrap();
     }
 
+    /// The options with the mask that is on the device, if there is one.
+    pub fn masked<'p>(&'p self, gpu: &Gpu, options: PrefillOptions<'p>) -> PrefillOptions<'p> {
+        let mut masked = options;
+        masked.mask = self.mask.or(gpu, options.mask);
+        masked
+    }
+
     pub fn plan<'p>(
         &'p self,
         prefill: &BatchPrefill,
         workspace: &'p mut Workspace,
         heads: Heads,
-        options: &PrefillOptions,
+        options: &PrefillOptions<'p>,
     ) -> Result<Plan<'p>> {
         match &self.keys {
             KeyTable::Paged(table) => {
@@ -258,7 +366,7 @@ impl Plan<'_> {
         kv: &Kv<K>,
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         self.run_shown(q, &kv.on(gpu), out, lse, options)
     }
@@ -270,7 +378,7 @@ impl Plan<'_> {
         kv: &ShownKv<'_>,
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         match (self, kv) {
             (Self::Paged(plan), ShownKv::Paged(cache)) => plan.run(q, &cache.kv(), out, lse, options),
@@ -304,6 +412,9 @@ pub struct Problem<T, K> {
     pub queries: RaggedIndices,
     pub q: Tensor<T>,
     pub kv: Kv<K>,
+    pub mask: HostMask,
+    /// Slopes and sinks of the heads, if the case has them.
+    per_head: [Option<Tensor<f32>>; 2],
     want: Vec<f64>,
     want_lse: Vec<f64>,
 }
@@ -316,17 +427,36 @@ impl<T: Number, K: Number> Problem<T, K> {
 
     pub fn with_kv(gpu: &Gpu, rng: &mut Rng, case: Case, kv: Kv<K>) -> Self {
         let q = Tensor::random(gpu, rng, &case.q_shape(case.queries().total()));
-        Self::solve(case, q, kv)
+        let mask = HostMask::random(rng, &case);
+        let per_head = [(case.alibi, 0.1), (case.sinks, 2.0)].map(|(there, scale)| {
+            there.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
+        });
+        Self::solve_with(case, q, kv, mask, per_head)
     }
 
     /// Fills in what the reference says.
     pub fn solve(case: Case, q: Tensor<T>, kv: Kv<K>) -> Self {
+        assert!(matches!(case.masked, Masked::No) && !case.sinks && !case.alibi);
+        let mask = HostMask::Plain { causal: case.causal };
+        Self::solve_with(case, q, kv, mask, [None, None])
+    }
+
+    fn solve_with(
+        case: Case,
+        q: Tensor<T>,
+        kv: Kv<K>,
+        mask: HostMask,
+        per_head: [Option<Tensor<f32>>; 2],
+    ) -> Self {
         let (queries, heads) = (case.queries(), case.heads().num_qo_heads);
         let (rows, width) = (queries.total(), case.head_dim_vo);
         let (mut want, mut want_lse) = (vec![f64::NAN; rows * heads * width], vec![f64::NAN; rows * heads]);
         let mut out = TensorMut::from_slice(&mut want, &[rows, heads, width]).unwrap();
         let mut lse = TensorMut::from_slice(&mut want_lse, &[rows, heads]).unwrap();
-        let (spec, options) = (case.spec::<T, K>(), (&case.plan_options(), &case.options()));
+        let (spec, mut options) = (case.spec::<T, K>(), case.options());
+        [options.alibi_slopes, options.sinks] =
+            per_head.each_ref().map(|tensor| tensor.as_ref().map(Tensor::view));
+        let options = (mask.reference(), &options);
         match &kv {
             Kv::Paged { table, cache } => reference::batch_prefill_paged(
                 &spec,
@@ -348,7 +478,7 @@ impl<T: Number, K: Number> Problem<T, K> {
             ),
         }
         .unwrap();
-        Self { case, queries, q, kv, want, want_lse }
+        Self { case, queries, q, kv, mask, per_head, want, want_lse }
     }
 
     /// Outputs of so many rows.
@@ -367,7 +497,8 @@ impl<T: Number, K: Number> Problem<T, K> {
     #[track_caller]
     pub fn check(&self, gpu: &Gpu, prefill: &BatchPrefill, workspace: &mut Workspace) -> bool {
         let tables = Tables::new(gpu, self);
-        let plan = tables.plan(prefill, workspace, self.case.heads(), &self.case.plan_options()).unwrap();
+        let options = tables.masked(gpu, self.case.plan_options());
+        let plan = tables.plan(prefill, workspace, self.case.heads(), &options).unwrap();
         self.check_run(gpu, &plan);
         plan.splits_kv()
     }
@@ -387,9 +518,14 @@ impl<T: Number, K: Number> Problem<T, K> {
         plan: &Plan<'_>,
         out: &mut Tensor<T>,
         lse: Option<&mut Tensor<f32>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         let mut lse = lse.map(|lse| lse.on_mut(gpu));
+        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.on(gpu)));
+        let mut options = *options;
+        [options.alibi_slopes, options.sinks] =
+            per_head.each_ref().map(|shown| shown.as_ref().map(Shown::view));
+        let options = &options;
         plan.run(
             gpu,
             &self.q.on(gpu).view(),
@@ -422,7 +558,9 @@ pub fn prefill_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchP
     let core = !fa3
         && T::DTYPE == K::DTYPE
         && matches!((case.head_dim_qk, case.head_dim_vo), (64, 64) | (128, 128))
-        && (case.window_left, case.soft_cap) == (None, None);
+        && (case.window_left, case.soft_cap) == (None, None)
+        && !case.sinks
+        && !case.alibi;
     match BatchPrefill::new(gpu.runtime, &gpu.stream, &spec) {
         Ok(prefill) => {
             if case.on.backend != Backend::Auto {

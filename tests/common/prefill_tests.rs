@@ -1,8 +1,9 @@
 //! The tests that prefill over pages and over ragged keys have in common.
 
 use flashinfer_rs::{
-    FlashInferError, PageTable, RaggedIndices, RaggedTable,
-    attention::{Backend, BatchPrefill, DecodeOptions, Heads, PrefillOptions, Workspace},
+    FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageTable, RaggedIndices, RaggedTable,
+    attention::{Backend, BatchPrefill, Heads, Mask, PrefillOptions, RunOptions, Workspace},
+    cudarc::TensorExt,
     page::KvLayout,
 };
 use float8::F8E4M3;
@@ -12,7 +13,7 @@ use super::{
     Gpu, Number, Rng, Tensor, assert_same_bits,
     attention::{capture, refuse_queries_and_outputs},
     cache::{LAYOUTS, table_among},
-    prefill::{Captured, Case, KeyTable, Kind, Kv, On, Problem, Tables, check_all, prefill_of},
+    prefill::{Captured, Case, KeyTable, Kind, Kv, Masked, On, Problem, Tables, check_all, prefill_of},
     refused,
 };
 
@@ -64,6 +65,11 @@ macro_rules! prefill_tests {
             bf16_graph_replay: graph_replay::<bf16>();
             can_replay: can_replay();
             two_streams_at_once: two_streams_at_once();
+            attention_sinks: attention_sinks();
+            attention_sinks_and_window: attention_sinks_and_window();
+            v_scale_without_quantization: v_scale_without_quantization();
+            wrong_masks: wrong_masks();
+            wrong_slopes_and_sinks: wrong_slopes_and_sinks();
             wrong_queries_and_outputs: wrong_queries_and_outputs();
             wrong_plans: wrong_plans();
             $($own: $own();)*
@@ -87,6 +93,10 @@ impl On {
             window_left: None,
             soft_cap: None,
             sm_scale: None,
+            masked: Masked::No,
+            sinks: false,
+            alibi: false,
+            kv_scales: None,
         }
     }
 
@@ -126,6 +136,203 @@ impl On {
                 let case = Case { requests: requests.clone(), kv_heads: 1, group, ..self.case() };
                 check_all::<T, T>(Self::both(case.head_dim(head_dim)));
             }
+        }
+    }
+
+    /// Each key hidden at random: some queries see nothing, some everything.
+    pub fn custom_masks<T: Number>(self) {
+        let requests = vec![(1, 1), (5, 20), (0, 7), (33, 33), (16, 64), (0, 0), (7, 3), (130, 131)];
+        for density in [0.5, 0.03, 0.0, 1.0] {
+            let plain = Case { masked: Masked::Custom(density), requests: requests.clone(), ..self.case() };
+            let groups = [(64, 1), (128, 4), (128, 5)];
+            let cases = groups.map(|(head_dim, group)| Case { group, ..plain.clone() }.head_dim(head_dim));
+            check_all::<T, T>(cases.into_iter().flat_map(|case| self.stored(case)));
+        }
+    }
+
+    /// Keys of a request divided among blocks, each of which reads its part of
+    /// the mask.
+    pub fn long_custom_mask(self) {
+        let masked = Masked::Custom(0.3);
+        check_all::<f16, f16>([Case { requests: vec![(3, 20_000), (17, 4_097)], masked, ..self.case() }]);
+    }
+
+    pub fn custom_mask_and_window(self) {
+        let case = Case { masked: Masked::Custom(0.7), ..self.case() };
+        check_all::<bf16, bf16>([0, 5, 40].map(|left| Case { window_left: Some(left), ..case.clone() }));
+    }
+
+    /// Prompts whose items are scored at once, computed from the first token
+    /// on, or from within the prefix, an item, or the last token.
+    pub fn multi_item_scoring<T: Number>(self) {
+        let prompts = [
+            (5, vec![3, 2, 4]),
+            (1, vec![]),
+            (100, vec![1; 40]),
+            (64, vec![63, 64, 65, 0, 7]),
+            (300, vec![200, 5, 90, 130]),
+            (95, vec![500]),
+            (700, vec![20; 30]),
+        ];
+        let len = |(prefix, items): &(usize, Vec<usize>)| {
+            prefix + items.iter().map(|len| len + 1).sum::<usize>() + 1
+        };
+        for (group, page_size, head_dim) in [(1, 1, 64), (4, 16, 128), (5, 64, 128)] {
+            for cut in 0..4 {
+                let requests = prompts.iter().enumerate().map(|(at, prompt)| {
+                    let (all, prefix) = (len(prompt), prompt.0);
+                    // Everything, all but part of the prefix, the items, or the end.
+                    let queries = [all, all - prefix / 2, all - prefix, 1 + at % 2][cut];
+                    (queries.min(all), all)
+                });
+                let case = Case {
+                    requests: requests.collect(),
+                    group,
+                    page_size,
+                    masked: Masked::Items(prompts.to_vec()),
+                    ..self.case()
+                };
+                check_all::<T, T>([case.head_dim(head_dim)]);
+            }
+        }
+    }
+
+    /// Prompts of which the first tokens are there, and a request that is
+    /// padding; keys are divided among blocks by FlashAttention 2.
+    pub fn multi_item_scoring_of_parts(self) {
+        let prompts = vec![(4_000, vec![300; 9]), (5, vec![9; 3]), (1, vec![]), (2_000, vec![1; 1_500])];
+        let masked = Masked::Items(prompts);
+        for requests in [
+            vec![(2, 6_000), (7, 20), (0, 0), (9, 5_001)],
+            vec![(200, 6_710), (0, 0), (0, 0), (64, 5_001)],
+            vec![(5, 3_000), (20, 20), (2, 2), (10, 1_000)],
+        ] {
+            check_all::<f16, f16>([Case { requests, masked: masked.clone(), ..self.case() }]);
+        }
+    }
+
+    fn sinks(self, window_left: Option<u32>) {
+        let requests =
+            vec![(1, 1), (5, 20), (0, 7), (33, 33), (16, 64), (0, 0), (2, 131), (130, 400), (3, 6_000)];
+        for group in [1, 8] {
+            let case = Case { requests: requests.clone(), group, sinks: true, window_left, ..self.case() };
+            // Without a causal mask, a window hides no later keys.
+            let cases = Self::both(case.head_dim(64));
+            check_all::<bf16, bf16>(cases.into_iter().flat_map(|case| self.stored(case)));
+        }
+    }
+
+    pub fn attention_sinks(self) {
+        self.sinks(None);
+    }
+
+    pub fn attention_sinks_and_window(self) {
+        for left in [0, 7, 127, 500] {
+            self.sinks(Some(left));
+        }
+    }
+
+    /// No module of FlashInfer's wheels has ALiBi; one that is at hand is tested.
+    pub fn alibi(self) {
+        for (group, requests) in [(1, self.case().requests), (4, vec![(3, 6_000), (130, 200)])] {
+            check_all::<f16, f16>(Self::both(Case { requests, group, alibi: true, ..self.case() }));
+        }
+    }
+
+    /// Scales of quantized values, which are large and small here.
+    pub fn v_scale_without_quantization(self) {
+        for kv_scales in [(0.5, 0.125), (2.0, 3.5), (1.0, -1.0)] {
+            let case = Case { kv_scales: Some(kv_scales), ..self.case() };
+            check_all::<bf16, bf16>([case.clone()]);
+            check_all::<f16, f16>([case]);
+        }
+    }
+
+    pub fn wrong_masks(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let case = Case { requests: vec![(2, 9), (3, 5)], ..self.case() };
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let (tables, heads, other) = (Tables::new(&gpu, &problem), case.heads(), gpu.fork());
+        let shapes: [&[(usize, usize)]; 4] =
+            [&[(2, 9)], &[(2, 9), (3, 4)], &[(2, 9), (2, 5)], &[(2, 9), (3, 5)]];
+        let bits = gpu.cuda.alloc_zeros::<u8>(5).unwrap();
+        for shapes in shapes {
+            let right = shapes == case.requests;
+            let indices =
+                MaskTable::new(&gpu.stream, MaskIndices::new(shapes.iter().copied()).unwrap()).unwrap();
+            for len in [4, 5] {
+                let bits = bits.tensor(&gpu.cuda, &[len]).unwrap();
+                let mask = Mask::Custom { indices: &indices, bits: bits.view() };
+                let plan = tables.plan(&prefill, &mut workspace, heads, &PrefillOptions::masked(mask));
+                match plan {
+                    Err(FlashInferError::Unsupported { .. }) => assert_eq!(self.backend, Backend::Fa3),
+                    // Three bytes and two.
+                    Ok(_) => assert!(right && len == 5 && self.backend == Backend::Fa2),
+                    refusal => refused(refusal, "mask"),
+                }
+            }
+        }
+        // A prompt that is too short, another batch, another stream.
+        let prompts: [&[(usize, &[usize])]; 3] = [&[(5, &[]), (5, &[])], &[(9, &[])], &[(9, &[]), (5, &[])]];
+        for (prompts, gpu) in prompts.into_iter().flat_map(|prompts| [(prompts, &gpu), (prompts, &other)]) {
+            let items = ItemIndices::new(prompts.iter().copied()).unwrap();
+            let items = ItemTable::new(&gpu.stream, items).unwrap();
+            let options = PrefillOptions::masked(Mask::MultiItem(&items));
+            match tables.plan(&prefill, &mut workspace, heads, &options) {
+                Err(FlashInferError::Unsupported { .. }) => assert_eq!(self.kind, Kind::Ragged),
+                Ok(_) => {
+                    assert!(prompts.len() == 2 && prompts[0].0 == 9 && gpu.stream == *workspace.stream())
+                }
+                refusal => refused(refusal, "items"),
+            }
+        }
+        problem.check(&gpu, &prefill, &mut workspace);
+    }
+
+    pub fn wrong_slopes_and_sinks(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let numbers = Tensor::<f32>::random(&gpu, rng, &[2, 16]);
+        let halves = Tensor::<f16>::random(&gpu, rng, &[8]);
+        for sinks in [false, true] {
+            let case = Case { sinks, ..self.case().head_dim(64) };
+            let Some(prefill) = prefill_of::<bf16, bf16>(&gpu, &case) else { continue };
+            let problem = Problem::<bf16, bf16>::new(&gpu, rng, case.clone());
+            let mut workspace = Workspace::new(&gpu.stream).unwrap();
+            let tables = Tables::new(&gpu, &problem);
+            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let (mut out, _) = problem.outputs(&gpu);
+            let (numbers, halves) = (numbers.on(&gpu), halves.on(&gpu));
+            let row = numbers.view().select(0, 0).unwrap();
+            let right = row.narrow(0, 0, 8).unwrap();
+            let spread = numbers.view().permute(&[1, 0]).unwrap();
+            let mut call = |slopes, sinks, v_scale, k_scale| {
+                let mut options = RunOptions::default();
+                (options.alibi_slopes, options.sinks) = (slopes, sinks);
+                (options.v_scale, options.k_scale) = (v_scale, k_scale);
+                plan.run(
+                    &gpu,
+                    &problem.q.on(&gpu).view(),
+                    &problem.kv,
+                    &mut out.on_mut(&gpu).view_mut(),
+                    None,
+                    &options,
+                )
+            };
+            let wrong = [None, Some(row), Some(halves.view()), Some(spread.narrow(0, 0, 8).unwrap())];
+            for wrong in wrong.into_iter().filter(|wrong| sinks || wrong.is_some()) {
+                refused(call(None, wrong, None, None), "sinks");
+            }
+            let needed = sinks.then_some(right);
+            refused(call(Some(right), needed, None, None), "alibi_slopes");
+            refused(call(None, needed, Some(f32::NAN), None), "v_scale");
+            refused(call(None, needed, None, Some(f64::INFINITY)), "k_scale");
+            refused(call(None, needed, None, Some(1e-4)), "sm_scale");
+            out.assert_untouched(&gpu);
+            problem.check(&gpu, &prefill, &mut Workspace::new(&gpu.stream).unwrap());
         }
     }
 
@@ -295,7 +502,8 @@ impl On {
         for requests in [self.case().requests, vec![(3, 5000), (64, 300)]] {
             let groups = [1, 4].map(|group| Case { requests: requests.clone(), group, ..self.case() });
             let stored = groups.into_iter().flat_map(|case| self.stored(case));
-            check_all::<T, F8E4M3>(stored.flat_map(Self::both));
+            let scaled = Case { requests, kv_scales: Some((0.6, 2.7)), ..self.case() };
+            check_all::<T, F8E4M3>(stored.chain([scaled]).flat_map(Self::both));
         }
     }
 
@@ -471,7 +679,7 @@ impl On {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let mut tables = Tables::with_capacity(&gpu, &problem, 4, 50);
-        let mut key = |tables: &Tables, case: &Case, options: &PrefillOptions| {
+        let mut key = |tables: &Tables, case: &Case, options: &PrefillOptions<'static>| {
             tables.plan(&prefill, &mut workspace, case.heads(), options).unwrap().replay_key()
         };
         let captured = key(&tables, &case, &case.graph_options(40));
@@ -546,7 +754,7 @@ impl On {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-            plan.run(&gpu, q, &problem.kv, out, lse, &DecodeOptions::default())
+            plan.run(&gpu, q, &problem.kv, out, lse, &RunOptions::default())
         });
         // The refused calls left everything usable.
         problem.check_run(&gpu, &plan);

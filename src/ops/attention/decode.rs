@@ -9,9 +9,11 @@
 use std::{borrow::Cow, cell::Cell, marker::PhantomData};
 
 use super::{
+    mask::Mask,
+    options::{RunOptions, check_sm_scale},
+    output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_sm_scale, check_workspace,
-        host_indices, make_plan,
+        Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan,
     },
     prefill::{Batch, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend},
@@ -20,7 +22,7 @@ use super::{
 use crate::{
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, kernels},
+    ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     kv::PageTable,
     module::Module,
     ops::{
@@ -65,27 +67,6 @@ const MAX_BLOCKS_PER_SM: usize = 32;
 /// Numbers in a plan.
 const PLAN_LEN: usize = 10;
 
-/// Options of a run.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-#[non_exhaustive]
-pub struct DecodeOptions {
-    /// The factor on query-key products, `1/√head_dim` if `None`. Scales of
-    /// quantized queries and keys are multiplied into it. On tensor cores it
-    /// must be at least 1e-3.
-    pub sm_scale: Option<f64>,
-    /// Programmatic dependent launch; `None` uses it where the GPU has it
-    /// (compute capability 9.0 and newer). Pass `Some(false)` when the kernel
-    /// just before writes the page table's device arrays.
-    pub enable_pdl: Option<bool>,
-}
-
-impl DecodeOptions {
-    /// The default options with another `sm_scale`.
-    pub fn with_sm_scale(sm_scale: f64) -> Self {
-        Self { sm_scale: Some(sm_scale), ..Self::default() }
-    }
-}
-
 /// Paged batch decode: attention of one query per request to the request's
 /// pages.
 ///
@@ -97,7 +78,7 @@ impl DecodeOptions {
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-///     attention::{AttentionSpec, BatchDecode, Heads, DecodeOptions, PlanMode, Workspace},
+///     attention::{AttentionSpec, BatchDecode, Heads, RunOptions, PlanMode, Workspace},
 ///     cudarc::{TensorExt, TensorExtMut},
 ///     page::{KvLayout, PagedKv},
 /// };
@@ -120,7 +101,7 @@ impl DecodeOptions {
 ///     &PagedKv::new(k.view(), v.view(), KvLayout::Nhd),
 ///     &mut out.tensor_mut(&cuda, &[1, 32, 128])?.view_mut(),
 ///     None,
-///     &DecodeOptions::default(),
+///     &RunOptions::default(),
 /// )?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
@@ -162,7 +143,8 @@ impl BatchDecode {
     /// kernel for the group size. Else the module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let group = heads.check(NEW_OP)?;
-        let cuda_cores = GROUP_SIZES.contains(&group) && spec.head_dim_qk == spec.head_dim_vo;
+        let cuda_cores =
+            GROUP_SIZES.contains(&group) && spec.head_dim_qk == spec.head_dim_vo && !spec.attention_sink;
         if spec.backend == Backend::CudaCores && !cuda_cores {
             return Err(FlashInferError::Unsupported {
                 what: format!(
@@ -286,6 +268,9 @@ impl BatchDecode {
         let (stream, indices) = (table.stream(), table.host());
         let batch = indices.batch_size();
         let cuda = FlashInferRuntime::get()?.cuda();
+        if self.spec.dtype_kv.size() == 1 {
+            OutputScale::prepare(self.spec.dtype_o)?;
+        }
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let needed = int_bytes(batch, multiprocessors.unsigned_abs() as usize);
         let planned = planned_indptr(indices.indptr());
@@ -392,7 +377,7 @@ impl DecodePlan<'_> {
         kv: &PagedKv<'_>,
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         let (spec, heads, table) = (&self.decode.spec, self.decode.heads, self.table);
         let check = Check::new(RUN_OP, self.stream())?;
@@ -400,13 +385,14 @@ impl DecodePlan<'_> {
         check_output(&check, spec, heads, table.host().batch_size(), &q.raw, &out.raw, lse)?;
         let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, table, &[spec.dtype_kv])?;
         heads.check_cache(&check, cache, spec.head_dim_qk)?;
+        options.check(&check, spec, heads)?;
         let Some(info) = &self.info else { return Ok(()) };
         match (&self.decode.kernels, &self.queries) {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
-                check_sm_scale(&check, options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()))?;
+                check_sm_scale(&check, options.logit_scale(spec))?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
-                let scratch = &self.scratch;
-                let run = RunTensors { scratch, info, q, qo_indptr, out, lse, causal: false, options };
+                let (scratch, mask) = (&self.scratch, &Mask::None.tensors()?);
+                let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
                 // SAFETY: all tensors have the dtypes, shapes, strides and
                 // alignment of this module and plan; the index arrays are the
                 // device copies of those that the plan was made from, checked
@@ -434,7 +420,7 @@ impl DecodePlan<'_> {
         kv: &PagedKv<'_>,
         out: &RawTensor,
         lse: Option<&RawTensor>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         let (spec, table, stream) = (&self.decode.spec, self.table, self.stream());
         let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
@@ -453,14 +439,17 @@ impl DecodePlan<'_> {
             kv_layout: kv.layout.code(),
             window_left: spec.window_left_code(),
             enable_pdl: enable_pdl(FlashInferRuntime::get()?, options.enable_pdl, stream.ordinal())?,
-            maybe_alibi_slopes: None,
+            maybe_alibi_slopes: options.alibi_slopes.as_ref().map(TensorObject::from),
             logits_soft_cap: spec.soft_cap_code(),
-            sm_scale: options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()),
+            sm_scale: options.logit_scale(spec),
             rope_rcp_scale: 1.0,
             rope_rcp_theta: 1e-4,
         };
         // SAFETY: promised by the caller.
-        unsafe { kernel.call(&kernels.run, stream) }.map(drop)
+        unsafe {
+            kernel.call(&kernels.run, stream)?;
+            OutputScale::apply(stream, out, options.v_scale)
+        }
     }
 
     /// The stream that runs go to.
@@ -482,13 +471,8 @@ impl DecodePlan<'_> {
         let info = self.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let indices = [Some(&self.table.indptr().ok()?), self.queries.as_ref()];
-        Some(ReplayKey::new(
-            info,
-            &decode.spec,
-            (decode.heads, batch, false, self.table.host().num_pages()),
-            &self.scratch,
-            indices,
-        ))
+        let shape = (decode.heads, batch, self.table.host().num_pages());
+        Some(ReplayKey::new(info, &decode.spec, shape, &self.scratch, indices, &Mask::None.tensors().ok()?))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

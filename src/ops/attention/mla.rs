@@ -11,7 +11,8 @@
 use std::{cell::Cell, marker::PhantomData};
 
 use super::{
-    plan::{PlanInfo, Scratch, check_lse, check_sm_scale, check_workspace, host_indices, make_plan},
+    options::check_sm_scale,
+    plan::{PlanInfo, Scratch, check_lse, check_workspace, host_indices, make_plan},
     spec::Backend,
     workspace::Workspace,
 };

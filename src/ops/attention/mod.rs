@@ -10,17 +10,22 @@
 //! [`MlaSpec`].
 
 mod decode;
+mod mask;
 mod mla;
+mod options;
+mod output_scale;
 mod plan;
 mod prefill;
 mod spec;
 mod workspace;
 
-pub use decode::{BatchDecode, DecodeOptions, DecodePlan};
+pub use decode::{BatchDecode, DecodePlan};
+pub use mask::Mask;
 pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
+pub use options::RunOptions;
 pub use plan::{Heads, PlanMode, ReplayKey};
 pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
-pub use spec::{AttentionSpec, Backend};
+pub use spec::{AttentionSpec, Backend, PosEncodingMode};
 pub use workspace::Workspace;
 
 use crate::ffi::Signature;

@@ -1,7 +1,7 @@
 //! What every attention plan shares: scratch memory, the call of the planner,
 //! and the numbers that come back.
 
-use super::{spec::AttentionSpec, workspace::Workspace};
+use super::{mask::MaskTensors, spec::AttentionSpec, workspace::Workspace};
 use crate::{
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
@@ -107,10 +107,11 @@ pub struct ReplayKey {
     spec: AttentionSpec,
     heads: Heads,
     batch: usize,
-    causal: bool,
+    /// The mode of the mask, and the length of its rows of items.
+    mask: [i64; 2],
     /// Rows or pages of keys, as the tables have them.
     keys: usize,
-    addresses: [usize; 4],
+    addresses: Box<[usize]>,
 }
 
 impl ReplayKey {
@@ -118,13 +119,16 @@ impl ReplayKey {
     pub(super) fn new(
         info: &PlanInfo,
         spec: &AttentionSpec,
-        (heads, batch, causal, keys): (Heads, usize, bool, usize),
+        (heads, batch, keys): (Heads, usize, usize),
         scratch: &Scratch,
         indices: [Option<&RawTensor>; 2],
+        mask: &MaskTensors,
     ) -> Self {
-        let [a, b] = indices.map(|array| array.map_or(0, |array| array.data as usize));
-        let addresses = [scratch.float.data as usize, scratch.int.data as usize, a, b];
-        Self { numbers: info.numbers.clone(), spec: *spec, heads, batch, causal, keys, addresses }
+        let own = [Some(&scratch.float), Some(&scratch.int)].into_iter().chain(indices);
+        let own = own.map(|array| array.map_or(0, |array| array.data as usize));
+        let addresses = own.chain(mask.addresses()).collect();
+        let (numbers, mask) = (info.numbers.clone(), [mask.mode, mask.token_pos_in_items_len]);
+        Self { numbers, spec: *spec, heads, batch, mask, keys, addresses }
     }
 }
 
@@ -181,21 +185,6 @@ pub(super) fn check_output(
     check.aligned("out", out, 16)?;
     check.offsets_in_32_bits("out", out)?;
     check_lse(check, lse, rows, heads)
-}
-
-/// The smallest factor on query-key products.
-///
-/// Kernels on tensor cores hide a key by making its product −50000 before they
-/// apply the factor. With a smaller factor, or a negative one, hidden keys
-/// would count.
-const MIN_SM_SCALE: f64 = 1e-3;
-
-/// Refuses a factor with which hidden keys would count.
-pub(super) fn check_sm_scale(check: &Check<'_>, sm_scale: f64) -> Result<()> {
-    if sm_scale >= MIN_SM_SCALE && sm_scale.is_finite() {
-        return Ok(());
-    }
-    check.fail("sm_scale", format!("{sm_scale}; it must be finite and at least {MIN_SM_SCALE}"))
 }
 
 /// Checks the sums of exponentials that a run may write.

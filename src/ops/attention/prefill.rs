@@ -12,18 +12,17 @@
 use std::{cell::Cell, marker::PhantomData};
 
 use super::{
-    decode::DecodeOptions,
-    plan::{
-        Heads, PlanInfo, ReplayKey, Scratch, check_output, check_sm_scale, check_workspace, host_indices,
-        make_plan,
-    },
-    spec::{AttentionSpec, Backend},
+    mask::{Mask, MaskTensors},
+    options::{RunOptions, check_sm_scale},
+    output_scale::OutputScale,
+    plan::{Heads, PlanInfo, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan},
+    spec::{AttentionSpec, Backend, PosEncodingMode},
     workspace::Workspace,
 };
 use crate::{
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, kernels},
+    ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     kv::{PageTable, RaggedTable},
     module::Module,
     ops::{
@@ -90,11 +89,26 @@ kernels! {
         maybe_max_item_len_ptr: OptTensorObject, maybe_scale_v: OptTensorObject,
         logits_soft_cap: Float, sm_scale: Float, scale_v_scalar: Float, token_pos_in_items_len: Int,
     ) -> "void";
+    struct SinkPagedRun = "paged_run"(
+        float_workspace: Tensor, int_workspace: Tensor, plan_info: IntArray, q: Tensor,
+        paged_k_cache: Tensor, paged_v_cache: Tensor, qo_indptr: Tensor, paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor, paged_kv_last_page_len: Tensor, o: Tensor, maybe_lse: OptTensor,
+        mask_mode: Int, layout: Int, window_left: Int, enable_pdl: Bool,
+        sink: TensorObject, sm_scale: Float,
+    ) -> "void";
+    struct SinkRaggedRun = "ragged_run"(
+        float_workspace: Tensor, int_workspace: Tensor, plan_info: IntArray, q: Tensor, k: Tensor, v: Tensor,
+        qo_indptr: Tensor, kv_indptr: Tensor, o: Tensor, maybe_lse: OptTensor,
+        mask_mode: Int, layout: Int, window_left: Int, enable_pdl: Bool,
+        sink: TensorObject, sm_scale: Float,
+    ) -> "void";
 }
 
 /// Modules with 16-bit queries; those with 8-bit ones take other arguments.
 const FA2_MODULES: &str = "batch_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False";
 const FA3_MODULES: &str = "batch_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False_sm90";
+const FA2_SINK_MODULES: &str = "batch_prefill_with_attention_sink_kv_cache_*_";
+const FA3_SINK_MODULES: &str = "batch_prefill_with_attention_sink_kv_cache_*_sm90";
 
 pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
     (FA2_MODULES, Fa2Plan::SIGNATURE),
@@ -103,6 +117,12 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
     (FA3_MODULES, Fa3Plan::SIGNATURE),
     (FA3_MODULES, Fa3PagedRun::SIGNATURE),
     (FA3_MODULES, Fa3RaggedRun::SIGNATURE),
+    (FA2_SINK_MODULES, Fa2Plan::SIGNATURE),
+    (FA2_SINK_MODULES, SinkPagedRun::SIGNATURE),
+    (FA2_SINK_MODULES, SinkRaggedRun::SIGNATURE),
+    (FA3_SINK_MODULES, Fa3Plan::SIGNATURE),
+    (FA3_SINK_MODULES, SinkPagedRun::SIGNATURE),
+    (FA3_SINK_MODULES, SinkRaggedRun::SIGNATURE),
 ];
 
 const PLAN_OP: &str = "BatchPrefill::plan";
@@ -152,8 +172,8 @@ pub(super) struct RunTensors<'a> {
     pub(super) qo_indptr: &'a RawTensor,
     pub(super) out: RawTensor,
     pub(super) lse: Option<&'a RawTensor>,
-    pub(super) causal: bool,
-    pub(super) options: &'a DecodeOptions,
+    pub(super) mask: &'a MaskTensors,
+    pub(super) options: &'a RunOptions<'a>,
 }
 
 impl PrefillKernels {
@@ -176,7 +196,13 @@ impl PrefillKernels {
                     available: "there are Backend::Fa2 and Backend::Fa3".into(),
                 });
             }
-            Backend::Auto if major == 9 && spec.dtype_kv.size() == spec.dtype_q.size() => &[true, false],
+            Backend::Auto
+                if major == 9
+                    && spec.dtype_kv == spec.dtype_q
+                    && spec.pos_encoding_mode == PosEncodingMode::None =>
+            {
+                &[true, false]
+            }
             Backend::Auto => &[false],
         };
         let names: Vec<_> = fa3.iter().map(|&fa3| spec.prefill_module(fa3)).collect::<Result<_>>()?;
@@ -186,6 +212,12 @@ impl PrefillKernels {
 
     /// The functions of a module that serves the spec.
     pub(super) fn load(module: &'static Module, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
+        if spec.dtype_q.size() == 1 {
+            return Err(FlashInferError::Unsupported {
+                what: format!("queries of dtype {}", spec.dtype_q),
+                available: "this crate calls modules with f16 and bf16 queries only".into(),
+            });
+        }
         Ok(Self {
             spec: *spec,
             fa3,
@@ -214,6 +246,9 @@ impl PrefillKernels {
     ) -> Result<PlanInfo> {
         let stream = workspace.stream().clone();
         let cuda = FlashInferRuntime::get()?.cuda();
+        if self.spec.dtype_kv.size() == 1 {
+            OutputScale::prepare(self.spec.dtype_o)?;
+        }
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
         let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
@@ -301,12 +336,13 @@ impl PrefillKernels {
         let paged_kv_last_page_len = DlTensor::new(&last_page_len);
         let layout = kv.layout.code();
         macro_rules! call {
-            ($fa:ident, $kernel:ident) => {
+            ($fa:ident, $kernel:ident $(, $sink:ident)?) => {
                 $fa!(
                     self,
                     run,
                     stream,
                     $kernel {
+                        $(sink: TensorObject::from($sink),)?
                         paged_k_cache,
                         paged_v_cache,
                         paged_kv_indptr,
@@ -319,7 +355,14 @@ impl PrefillKernels {
             };
         }
         // SAFETY: promised by the caller.
-        unsafe { if self.fa3 { call!(fa3_run, Fa3PagedRun) } else { call!(fa2_run, Fa2PagedRun) } }.map(drop)
+        unsafe {
+            match self.sink(run)? {
+                Some(sink) => call!(sink_run, SinkPagedRun, sink),
+                None if self.fa3 => call!(fa3_run, Fa3PagedRun),
+                None => call!(fa2_run, Fa2PagedRun),
+            }?;
+            self.scale_output(stream, run)
+        }
     }
 
     /// Runs over ragged keys and values.
@@ -336,17 +379,47 @@ impl PrefillKernels {
         let [k, v] = kv.map(DlTensor::new);
         let (kv_indptr, layout) = (DlTensor::new(&indptr), KvLayout::Nhd.code());
         macro_rules! call {
-            ($fa:ident, $kernel:ident) => {
-                $fa!(self, run, stream, $kernel { k, v, kv_indptr, layout }).call(&self.ragged_run, stream)
+            ($fa:ident, $kernel:ident $(, $sink:ident)?) => {
+                $fa!(self, run, stream, $kernel { $(sink: TensorObject::from($sink),)? k, v, kv_indptr, layout })
+                    .call(&self.ragged_run, stream)
             };
         }
         // SAFETY: promised by the caller.
-        unsafe { if self.fa3 { call!(fa3_run, Fa3RaggedRun) } else { call!(fa2_run, Fa2RaggedRun) } }
-            .map(drop)
+        unsafe {
+            match self.sink(run)? {
+                Some(sink) => call!(sink_run, SinkRaggedRun, sink),
+                None if self.fa3 => call!(fa3_run, Fa3RaggedRun),
+                None => call!(fa2_run, Fa2RaggedRun),
+            }?;
+            self.scale_output(stream, run)
+        }
+    }
+
+    /// The sinks that modules for them take. Which kernel is called depends on
+    /// the module alone.
+    fn sink<'a>(&self, run: &'a RunTensors<'_>) -> Result<Option<&'a TensorRef<'a>>> {
+        match (&run.options.sinks, self.spec.attention_sink) {
+            (Some(sinks), true) => Ok(Some(sinks)),
+            (None, false) => Ok(None),
+            _ => Err(FlashInferError::invalid(RUN_OP, "sinks", "they do not fit the spec")),
+        }
+    }
+
+    /// Multiplies the output by the scale of the values, where the kernel has
+    /// not done it.
+    ///
+    /// # Safety
+    /// The output must have been checked for this spec.
+    unsafe fn scale_output(&self, stream: &Stream, run: &RunTensors<'_>) -> Result<()> {
+        if self.fa3 && !self.spec.attention_sink {
+            return Ok(());
+        }
+        // SAFETY: promised by the caller.
+        unsafe { OutputScale::apply(stream, &run.out, run.options.v_scale) }
     }
 }
 
-/// The arguments of a run that all four functions share, and those given.
+/// The arguments of a run that all functions share, and those given.
 macro_rules! shared_run {
     ($kernels:expr, $run:expr, $stream:expr, $kernel:ident { $($field:ident $(: $value:expr)?),* $(,)? }) => {
         $kernel {
@@ -357,28 +430,42 @@ macro_rules! shared_run {
             qo_indptr: DlTensor::new($run.qo_indptr),
             o: DlTensor::new(&$run.out),
             maybe_lse: $run.lse.map(DlTensor::new),
-            mask_mode: $run.causal.into(),
+            mask_mode: $run.mask.mode,
             window_left: $kernels.spec.window_left_code(),
             enable_pdl: enable_pdl(FlashInferRuntime::get()?, $run.options.enable_pdl, $stream.ordinal())?,
-            maybe_prefix_len_ptr: None,
-            maybe_token_pos_in_items_ptr: None,
-            maybe_max_item_len_ptr: None,
-            logits_soft_cap: $kernels.spec.soft_cap_code(),
-            sm_scale: $run.options.sm_scale.unwrap_or_else(|| $kernels.spec.default_sm_scale()),
-            token_pos_in_items_len: 0,
+            sm_scale: $run.options.logit_scale(&$kernels.spec),
             $($field $(: $value)?,)*
         }
+    };
+}
+
+/// A run with sinks; its field `sink` is among those given.
+macro_rules! sink_run {
+    ($($args:tt)*) => { shared_run!($($args)*) };
+}
+
+/// What runs without sinks share besides.
+macro_rules! masked_run {
+    ($kernels:expr, $run:expr, $stream:expr, $kernel:ident { $($field:ident $(: $value:expr)?),* $(,)? }) => {
+        shared_run!($kernels, $run, $stream, $kernel {
+            $($field $(: $value)?,)*
+            maybe_prefix_len_ptr: $run.mask.item_array(0).map(TensorObject::new),
+            maybe_token_pos_in_items_ptr: $run.mask.item_array(1).map(TensorObject::new),
+            maybe_max_item_len_ptr: $run.mask.item_array(2).map(TensorObject::new),
+            token_pos_in_items_len: $run.mask.token_pos_in_items_len,
+            logits_soft_cap: $kernels.spec.soft_cap_code(),
+        })
     };
 }
 
 /// A run of FlashAttention 2, with what only it takes.
 macro_rules! fa2_run {
     ($kernels:expr, $run:expr, $stream:expr, $kernel:ident { $($field:ident),* $(,)? }) => {
-        shared_run!($kernels, $run, $stream, $kernel {
+        masked_run!($kernels, $run, $stream, $kernel {
             $($field,)*
-            maybe_custom_mask: None,
-            maybe_mask_indptr: None,
-            maybe_alibi_slopes: None,
+            maybe_custom_mask: $run.mask.custom.as_ref().map(|[bits, _]| TensorObject::new(bits)),
+            maybe_mask_indptr: $run.mask.custom.as_ref().map(|[_, indptr]| TensorObject::new(indptr)),
+            maybe_alibi_slopes: $run.options.alibi_slopes.as_ref().map(TensorObject::from),
             maybe_k_cache_sf: None,
             maybe_v_cache_sf: None,
             rope_rcp_scale: 1.0,
@@ -390,28 +477,36 @@ macro_rules! fa2_run {
 /// A run of FlashAttention 3, with what only it takes.
 macro_rules! fa3_run {
     ($kernels:expr, $run:expr, $stream:expr, $kernel:ident { $($field:ident),* $(,)? }) => {
-        shared_run!($kernels, $run, $stream, $kernel { $($field,)* maybe_scale_v: None, scale_v_scalar: 1.0 })
+        masked_run!($kernels, $run, $stream, $kernel {
+            $($field,)*
+            maybe_scale_v: None,
+            scale_v_scalar: $run.options.v_scale.unwrap_or(1.0).into(),
+        })
     };
 }
-use {fa2_run, fa3_run, shared_run};
+use {fa2_run, fa3_run, masked_run, shared_run, sink_run};
 
 /// How a prefill is planned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
-pub struct PrefillOptions {
-    /// Query `r` of a request with `q` queries and `k` keys sees the first
-    /// `k − q + r + 1` keys: masks are aligned at the end.
-    pub causal: bool,
+pub struct PrefillOptions<'p> {
+    /// Which keys each query sees.
+    pub mask: Mask<'p>,
     /// `Some(rows)` plans for a CUDA graph: tensors have this many rows, of
     /// which each plan uses as many as its batch has; batch size and heads
     /// must stay. See [`PlanMode::CudaGraph`](super::PlanMode::CudaGraph).
     pub graph_rows: Option<usize>,
 }
 
-impl PrefillOptions {
+impl<'p> PrefillOptions<'p> {
+    /// With a mask, not for a graph.
+    pub fn masked(mask: Mask<'p>) -> Self {
+        Self { mask, ..Self::default() }
+    }
+
     /// Causal, not for a graph.
     pub fn causal() -> Self {
-        Self { causal: true, ..Self::default() }
+        Self::masked(Mask::Causal)
     }
 }
 
@@ -459,7 +554,7 @@ impl BatchPrefill {
         queries: &'p RaggedTable,
         table: &'p PageTable,
         heads: Heads,
-        options: &PrefillOptions,
+        options: &PrefillOptions<'p>,
     ) -> Result<PrefillPlan<'p, PageTable>> {
         let spec = &self.kernels.spec;
         if spec.head_dim_qk != spec.head_dim_vo {
@@ -474,7 +569,7 @@ impl BatchPrefill {
         let indices = table.host();
         let lens = indices.seq_lens();
         let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
-        let kv = KvBatch { indptr, lens: &lens, page_size, extent };
+        let kv = KvBatch { indptr, lens: &lens, page_size, extent, paged: true };
         self.plan(workspace, queries, (table, table.indptr()?), &kv, heads, options)
     }
 
@@ -489,11 +584,11 @@ impl BatchPrefill {
         queries: &'p RaggedTable,
         keys: &'p RaggedTable,
         heads: Heads,
-        options: &PrefillOptions,
+        options: &PrefillOptions<'p>,
     ) -> Result<PrefillPlan<'p, RaggedTable>> {
         let indptr = keys.host().indptr();
         let lens: Vec<i32> = indptr.windows(2).map(|pair| pair[1] - pair[0]).collect();
-        let kv = KvBatch { indptr, lens: &lens, page_size: 1, extent: keys.host().total() };
+        let kv = KvBatch { indptr, lens: &lens, page_size: 1, extent: keys.host().total(), paged: false };
         self.plan(workspace, queries, (keys, keys.indptr()?), &kv, heads, options)
     }
 
@@ -504,7 +599,7 @@ impl BatchPrefill {
         (keys, keys_indptr): (&'p K, RawTensor),
         kv: &KvBatch<'_>,
         heads: Heads,
-        options: &PrefillOptions,
+        options: &PrefillOptions<'p>,
     ) -> Result<PrefillPlan<'p, K>> {
         let check = Check::new(PLAN_OP, queries.stream())?;
         check.tensor("keys", &keys_indptr, &[DType::I32], &[1])?;
@@ -524,20 +619,14 @@ impl BatchPrefill {
             );
         }
         self.kernels.spec.check_output_size(&check, rows, heads)?;
-        if options.causal {
-            for (request, &keys) in kv.lens.iter().enumerate() {
-                let queries = queries.host().len(request);
-                if keys > 0 && queries > keys as usize {
-                    return check.fail(
-                        "queries",
-                        format!(
-                            "request {request} has {queries} queries over {keys} keys; with a causal mask \
-                             the keys of the queries must already be there"
-                        ),
-                    );
-                }
-            }
-        }
+        options.mask.check(
+            &check,
+            (&self.kernels.spec, self.kernels.fa3),
+            queries.host(),
+            kv.lens,
+            kv.paged,
+        )?;
+        let mask = options.mask.tensors()?;
         check_workspace(&check, workspace)?;
         let scratch = Scratch::of(workspace)?;
         let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
@@ -549,7 +638,7 @@ impl BatchPrefill {
                 kv_lens: kv.lens,
                 page_size: kv.page_size,
                 heads,
-                causal: options.causal,
+                causal: options.mask.is_causal(),
                 rows,
                 cuda_graph: options.graph_rows.is_some(),
             };
@@ -566,6 +655,7 @@ impl BatchPrefill {
             heads,
             rows,
             options,
+            mask,
             scratch,
             info,
             one_thread,
@@ -579,6 +669,7 @@ struct KvBatch<'a> {
     lens: &'a [i32],
     page_size: usize,
     extent: usize,
+    paged: bool,
 }
 
 /// One step's prefill plan, ready to run for each layer. `K` is the kind of
@@ -596,7 +687,8 @@ pub struct PrefillPlan<'p, K> {
     keys_extent: usize,
     heads: Heads,
     rows: usize,
-    options: PrefillOptions,
+    options: PrefillOptions<'p>,
+    mask: MaskTensors,
     scratch: Scratch,
     /// `None` when there is nothing to do.
     info: Option<PlanInfo>,
@@ -613,8 +705,8 @@ impl<K> PrefillPlan<'_, K> {
         let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
         let indices = [Some(&self.keys_indptr), Some(&self.queries.indptr().ok()?)];
-        let shape = (self.heads, batch, self.options.causal, self.keys_extent);
-        Some(ReplayKey::new(info, &kernels.spec, shape, &self.scratch, indices))
+        let shape = (self.heads, batch, self.keys_extent);
+        Some(ReplayKey::new(info, &kernels.spec, shape, &self.scratch, indices, &self.mask))
     }
 
     /// The plan's numbers, as the module gave them; see
@@ -629,11 +721,12 @@ impl<K> PrefillPlan<'_, K> {
         q: &TensorRef<'_>,
         out: &TensorMut<'_>,
         lse: Option<&TensorMut<'_>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         let (spec, lse) = (&self.kernels.spec, lse.map(|lse| &lse.raw));
         check_output(check, spec, self.heads, self.rows, &q.raw, &out.raw, lse)?;
-        check_sm_scale(check, options.sm_scale.unwrap_or_else(|| spec.default_sm_scale()))
+        options.check(check, spec, self.heads)?;
+        check_sm_scale(check, options.logit_scale(spec))
     }
 
     fn tensors<'a>(
@@ -643,7 +736,7 @@ impl<K> PrefillPlan<'_, K> {
         q: &'a TensorRef<'_>,
         out: &'a TensorMut<'_>,
         lse: Option<&'a TensorMut<'_>>,
-        options: &'a DecodeOptions,
+        options: &'a RunOptions<'a>,
     ) -> RunTensors<'a> {
         RunTensors {
             scratch: &self.scratch,
@@ -652,7 +745,7 @@ impl<K> PrefillPlan<'_, K> {
             qo_indptr,
             out: out.raw.with_plain_unit_strides(),
             lse: lse.map(|lse| &lse.raw),
-            causal: self.options.causal,
+            mask: &self.mask,
             options,
         }
     }
@@ -675,7 +768,7 @@ impl PrefillPlan<'_, PageTable> {
         kv: &PagedKv<'_>,
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         let (spec, stream) = (&self.kernels.spec, self.keys.stream());
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
@@ -709,7 +802,7 @@ impl PrefillPlan<'_, RaggedTable> {
         [k, v]: [&TensorRef<'_>; 2],
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
-        options: &DecodeOptions,
+        options: &RunOptions<'_>,
     ) -> Result<()> {
         let (spec, stream) = (&self.kernels.spec, self.keys.stream());
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());

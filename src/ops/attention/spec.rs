@@ -24,6 +24,32 @@ pub enum Backend {
     Fa3,
 }
 
+/// How kernels encode positions, by FlashInfer's name. Models that rotate
+/// queries and keys beforehand need none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PosEncodingMode {
+    /// Not at all.
+    #[default]
+    None,
+    /// ALiBi: a logit gets a head's slope times the key's position less the
+    /// query's index among its request's queries. (Counting from the query's
+    /// own position would add the same to all logits of a query. So it does
+    /// not change the output, but the LSE.) No wheel that FlashInfer publishes
+    /// has such modules; one that you build may.
+    Alibi,
+}
+
+impl PosEncodingMode {
+    /// The number in module names.
+    const fn code(self) -> u8 {
+        match self {
+            Self::None => 0,
+            Self::Alibi => 2,
+        }
+    }
+}
+
 /// The properties of an attention that its kernels are compiled for.
 ///
 /// ```
@@ -50,6 +76,12 @@ pub struct AttentionSpec {
     pub window_left: Option<u32>,
     /// `Some(cap)` turns logits into `cap · tanh(logits / cap)`.
     pub logits_soft_cap: Option<f32>,
+    /// How kernels encode positions.
+    pub pos_encoding_mode: PosEncodingMode,
+    /// Each head has a sink: a key without a value, whose logit takes part in
+    /// the softmax; see [`RunOptions::sinks`](super::RunOptions::sinks). Its
+    /// modules are for prefill, and for decode through it.
+    pub attention_sink: bool,
     /// Which kernels serve it.
     pub backend: Backend,
 }
@@ -65,6 +97,8 @@ impl AttentionSpec {
             head_dim_vo: head_dim,
             window_left: None,
             logits_soft_cap: None,
+            pos_encoding_mode: PosEncodingMode::None,
+            attention_sink: false,
             backend: Backend::Auto,
         }
     }
@@ -104,6 +138,20 @@ impl AttentionSpec {
         self
     }
 
+    /// Positions encoded by the kernels; see [`PosEncodingMode`].
+    #[must_use]
+    pub const fn with_pos_encoding_mode(mut self, mode: PosEncodingMode) -> Self {
+        self.pos_encoding_mode = mode;
+        self
+    }
+
+    /// A sink for each head; see [`attention_sink`](Self::attention_sink).
+    #[must_use]
+    pub const fn with_attention_sink(mut self) -> Self {
+        self.attention_sink = true;
+        self
+    }
+
     /// The factor on query-key products unless a run names another: `1/√head_dim_qk`.
     pub fn default_sm_scale(&self) -> f64 {
         1.0 / (self.head_dim_qk as f64).sqrt()
@@ -115,17 +163,17 @@ impl AttentionSpec {
     /// [`FlashInferError::Unsupported`]: no such module can exist, because its
     /// head dimensions differ, or a dtype or option is out of range.
     pub fn decode_module(&self) -> Result<ModuleName> {
-        self.check()?;
-        if self.head_dim_qk != self.head_dim_vo {
-            return Err(FlashInferError::Unsupported {
-                what: format!(
-                    "batch decode with head dimensions {} and {}",
-                    self.head_dim_qk, self.head_dim_vo
-                ),
-                available: "decode on CUDA cores needs head_dim_qk == head_dim_vo".into(),
-            });
-        }
-        Ok(ModuleName::new(format!("batch_decode_with_kv_cache_{}", self.combination())))
+        self.check_on_cuda_cores()?;
+        Ok(ModuleName::new(format!("batch_decode_with_kv_cache_{}", self.combination(INDEXED))))
+    }
+
+    /// The module of decode of one request on CUDA cores.
+    ///
+    /// # Errors
+    /// As [`decode_module`](Self::decode_module).
+    pub fn single_decode_module(&self) -> Result<ModuleName> {
+        self.check_on_cuda_cores()?;
+        Ok(ModuleName::new(format!("single_decode_with_kv_cache_{}", self.combination(""))))
     }
 
     /// The module of batch prefill with FlashAttention 2, or 3 (`fa3`).
@@ -133,27 +181,50 @@ impl AttentionSpec {
     /// # Errors
     /// [`FlashInferError::Unsupported`]: no such module can exist.
     pub fn prefill_module(&self, fa3: bool) -> Result<ModuleName> {
-        self.check()?;
-        if fa3 && self.dtype_kv.size() != self.dtype_q.size() {
-            return Err(FlashInferError::Unsupported {
-                what: format!("FlashAttention 3 with {} queries over {} keys", self.dtype_q, self.dtype_kv),
-                available: "it needs keys and values of the queries' width; Backend::Fa2 converts them"
-                    .into(),
-            });
-        }
+        self.check_on_tensor_cores(fa3)?;
         let suffix = if fa3 { "_sm90" } else { "" };
-        Ok(ModuleName::new(format!("batch_prefill_with_kv_cache_{}_f16qk_False{suffix}", self.combination())))
+        if self.attention_sink {
+            return Ok(ModuleName::new(format!(
+                "batch_prefill_with_attention_sink_kv_cache_{}_use_swa_{}_{suffix}",
+                self.types(INDEXED),
+                python_bool(self.window_left.is_some()),
+            )));
+        }
+        let combination = self.combination(INDEXED);
+        Ok(ModuleName::new(format!("batch_prefill_with_kv_cache_{combination}_f16qk_False{suffix}")))
     }
 
-    /// The part of a module's name that the batch kernels share.
-    fn combination(&self) -> String {
+    /// The module of prefill of one request with FlashAttention 2, or 3 (`fa3`).
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist.
+    pub fn single_prefill_module(&self, fa3: bool) -> Result<ModuleName> {
+        self.check_on_tensor_cores(fa3)?;
+        if self.attention_sink {
+            return unsupported(
+                "prefill of one request with attention sinks",
+                "use BatchPrefill with a batch of one",
+            );
+        }
+        let suffix = if fa3 { "_sm90" } else { "" };
+        let combination = self.combination("");
+        Ok(ModuleName::new(format!("single_prefill_with_kv_cache_{combination}_f16qk_False{suffix}")))
+    }
+
+    /// Element types and head dimensions, as all names have them.
+    fn types(&self, indexed: &str) -> String {
         format!(
-            "dtype_q_{}_dtype_kv_{}_dtype_o_{}_dtype_idx_i32_head_dim_qk_{}_head_dim_vo_{}_posenc_0_use_swa_{}_use_logits_cap_{}",
-            self.dtype_q,
-            self.dtype_kv,
-            self.dtype_o,
-            self.head_dim_qk,
-            self.head_dim_vo,
+            "dtype_q_{}_dtype_kv_{}_dtype_o_{}{indexed}_head_dim_qk_{}_head_dim_vo_{}",
+            self.dtype_q, self.dtype_kv, self.dtype_o, self.head_dim_qk, self.head_dim_vo,
+        )
+    }
+
+    /// The part of a name that most kernels share.
+    fn combination(&self, indexed: &str) -> String {
+        format!(
+            "{}_posenc_{}_use_swa_{}_use_logits_cap_{}",
+            self.types(indexed),
+            self.pos_encoding_mode.code(),
             python_bool(self.window_left.is_some()),
             python_bool(self.logits_soft_cap.is_some()),
         )
@@ -185,34 +256,116 @@ impl AttentionSpec {
         self.logits_soft_cap.map_or(0.0, f64::from)
     }
 
+    fn check_on_cuda_cores(&self) -> Result<()> {
+        self.check()?;
+        if self.head_dim_qk != self.head_dim_vo {
+            return unsupported(
+                format!(
+                    "decode on CUDA cores with head dimensions {} and {}",
+                    self.head_dim_qk, self.head_dim_vo
+                ),
+                "it needs head_dim_qk == head_dim_vo; use Backend::Fa2 or Backend::Auto",
+            );
+        }
+        if self.attention_sink {
+            return unsupported("attention sinks on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
+        }
+        self.check_16_bit_queries()
+    }
+
+    fn check_on_tensor_cores(&self, fa3: bool) -> Result<()> {
+        self.check()?;
+        if self.attention_sink
+            && (self.logits_soft_cap, self.pos_encoding_mode) != (None, PosEncodingMode::None)
+        {
+            return unsupported(
+                "attention sinks with a soft cap or encoded positions",
+                "attention sinks can have a sliding window only",
+            );
+        }
+        if !fa3 {
+            return self.check_16_bit_queries();
+        }
+        if self.dtype_q != self.dtype_kv {
+            return unsupported(
+                format!("FlashAttention 3 with {} queries over {} keys", self.dtype_q, self.dtype_kv),
+                "it needs keys and values of the queries' dtype; Backend::Fa2 converts 8-bit ones",
+            );
+        }
+        if self.dtype_q.size() == 2 && self.dtype_q != self.dtype_o {
+            return unsupported(
+                format!("FlashAttention 3 with {} queries and {} outputs", self.dtype_q, self.dtype_o),
+                "outputs of 16-bit queries have their dtype",
+            );
+        }
+        if self.dtype_q.size() == 1 && matches!(self.head_dim_qk, 64 | 192) {
+            return unsupported(
+                format!(
+                    "FlashAttention 3 with {} queries and head_dim_qk {}",
+                    self.dtype_q, self.head_dim_qk
+                ),
+                "8-bit queries have head dimensions 128 and 256",
+            );
+        }
+        if self.pos_encoding_mode != PosEncodingMode::None {
+            return unsupported("FlashAttention 3 with encoded positions", "use Backend::Fa2");
+        }
+        Ok(())
+    }
+
+    fn check_16_bit_queries(&self) -> Result<()> {
+        if self.dtype_q.size() != 2 {
+            return unsupported(
+                format!("queries of dtype {}", self.dtype_q),
+                "there are f16 and bf16; FlashAttention 3 has 8-bit ones",
+            );
+        }
+        if self.dtype_kv.size() == 2 && self.dtype_kv != self.dtype_q {
+            return unsupported(
+                format!("{} queries over {} keys", self.dtype_q, self.dtype_kv),
+                "16-bit keys and values have the queries' dtype",
+            );
+        }
+        Ok(())
+    }
+
+    /// What no kernel can do.
     fn check(&self) -> Result<()> {
-        let unsupported = |what: String, available: &str| {
-            Err(FlashInferError::Unsupported { what, available: available.into() })
-        };
-        for (name, dtype) in [("queries", self.dtype_q), ("outputs", self.dtype_o)] {
-            if !matches!(dtype, DType::F16 | DType::BF16) {
-                return unsupported(format!("{name} of dtype {dtype}"), "there are f16 and bf16");
+        for (name, dtype) in [("queries", self.dtype_q), ("keys and values", self.dtype_kv)] {
+            if !matches!(dtype, DType::F16 | DType::BF16 | DType::E4M3 | DType::E5M2) {
+                return unsupported(format!("{name} of dtype {dtype}"), "there are f16, bf16, e4m3 and e5m2");
             }
         }
-        if !matches!(self.dtype_kv, DType::F16 | DType::BF16 | DType::E4M3 | DType::E5M2) {
-            return unsupported(
-                format!("keys and values of dtype {}", self.dtype_kv),
-                "there are f16, bf16, e4m3 and e5m2",
-            );
+        if !matches!(self.dtype_o, DType::F16 | DType::BF16) {
+            return unsupported(format!("outputs of dtype {}", self.dtype_o), "there are f16 and bf16");
         }
         // Kernels subtract it from positions in 32 bits.
         if self.window_left.is_some_and(|window| window >= 1 << 30) {
             return unsupported(format!("window_left of {:?}", self.window_left), "it must be below 2^30");
         }
-        // Also refuses NaN.
-        if self.logits_soft_cap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+        // The kernels would apply sm_scale twice.
+        if self.pos_encoding_mode == PosEncodingMode::Alibi && self.logits_soft_cap.is_some() {
+            return unsupported("ALiBi with a soft cap", "there is either");
+        }
+        // Kernels on tensor cores hide a key by making its capped logit −50000,
+        // before they multiply by the cap. Also refuses NaN.
+        if self.logits_soft_cap.is_some_and(|cap| !(cap >= MIN_SOFT_CAP && cap.is_finite())) {
             return unsupported(
                 format!("logits_soft_cap of {:?}", self.logits_soft_cap),
-                "it must be positive and finite",
+                "it must be finite and at least 0.001",
             );
         }
         Ok(())
     }
+}
+
+/// With a smaller cap, hidden keys would count.
+const MIN_SOFT_CAP: f32 = 1e-3;
+/// What names of batch kernels have after the element types.
+const INDEXED: &str = "_dtype_idx_i32";
+
+fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {
+    Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
 }
 
 /// Module names are made by Python.
@@ -248,8 +401,18 @@ mod tests {
         let spec = AttentionSpec::new(DType::F16, 128);
         assert!(AttentionSpec::new(DType::F32, 128).decode_module().is_err());
         assert!(spec.with_kv_dtype(DType::I8).decode_module().is_err());
+        assert!(spec.with_kv_dtype(DType::BF16).decode_module().is_err());
+        assert!(spec.with_attention_sink().decode_module().is_err());
+        assert!(spec.with_attention_sink().with_logits_soft_cap(30.0).prefill_module(false).is_err());
+        assert!(spec.with_attention_sink().single_prefill_module(true).is_err());
+        assert!(spec.with_pos_encoding_mode(PosEncodingMode::Alibi).prefill_module(true).is_err());
+        assert!(AttentionSpec::new(DType::E4M3, 128).prefill_module(false).is_err());
+        let eight_bits =
+            |head_dim| AttentionSpec { dtype_o: DType::F16, ..AttentionSpec::new(DType::E4M3, head_dim) };
+        assert!(eight_bits(128).prefill_module(true).is_ok());
+        assert!(eight_bits(64).prefill_module(true).is_err());
         assert!(AttentionSpec { head_dim_vo: 64, ..spec }.decode_module().is_err());
-        for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        for cap in [0.0, 1e-4, -1.0, f32::NAN, f32::INFINITY] {
             assert!(spec.with_logits_soft_cap(cap).decode_module().is_err());
         }
         assert!(spec.with_window_left(u32::MAX).decode_module().is_err());

@@ -1,0 +1,170 @@
+//! Which keys each query sees.
+
+use super::spec::AttentionSpec;
+use crate::{
+    error::{FlashInferError, Result},
+    kv::{ItemTable, MaskTable, RaggedIndices, masks::check_shapes},
+    ops::check::Check,
+    tensor::{DType, RawTensor, TensorRef},
+};
+
+/// Which keys of its request a query sees, besides what a sliding window hides.
+///
+/// The last query of a request is at the position of its last key.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Mask<'p> {
+    /// All keys.
+    #[default]
+    None,
+    /// Those up to its position: query `r` of a request with `q` queries and
+    /// `k` keys sees the first `k − q + r + 1` keys.
+    Causal,
+    /// Those whose bit is set in a packed mask; see
+    /// [`MaskIndices`](crate::MaskIndices). A query that sees no key gets
+    /// zeros. FlashAttention 2 only.
+    Custom {
+        /// Where each request's part lies.
+        indices: &'p MaskTable,
+        /// The bits: a contiguous `u8` tensor of one dimension, with at least
+        /// [`num_bytes`](crate::MaskIndices::num_bytes) elements.
+        bits: TensorRef<'p>,
+    },
+    /// The prefix, and the tokens of its own item up to its position, for
+    /// multi-item scoring; see [`ItemIndices`](crate::ItemIndices). Over paged
+    /// keys, without a sliding window.
+    MultiItem(&'p ItemTable),
+}
+
+/// What a run passes of a mask.
+#[derive(Debug)]
+pub(super) struct MaskTensors {
+    pub(super) mode: i64,
+    /// Bits, and where each request's begin.
+    pub(super) custom: Option<[RawTensor; 2]>,
+    /// Lengths of prefixes, places in items, and the longest items.
+    pub(super) items: Option<[RawTensor; 3]>,
+    pub(super) token_pos_in_items_len: i64,
+}
+
+impl MaskTensors {
+    /// The array of items at a place, as the kernels take it.
+    pub(super) fn item_array(&self, index: usize) -> Option<&RawTensor> {
+        self.items.as_ref().map(|arrays| &arrays[index])
+    }
+
+    /// The addresses that a run passes.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = usize> {
+        let arrays = self.custom.iter().flatten().chain(self.items.iter().flatten());
+        arrays.map(|array| array.data as usize)
+    }
+}
+
+impl Mask<'_> {
+    /// Whether no query sees a key after its position.
+    pub(super) fn is_causal(&self) -> bool {
+        matches!(self, Self::Causal | Self::MultiItem(_))
+    }
+
+    /// Checks the mask against the batch that it is planned for.
+    pub(super) fn check(
+        &self,
+        check: &Check<'_>,
+        (spec, fa3): (&AttentionSpec, bool),
+        queries: &RaggedIndices,
+        kv_lens: &[i32],
+        paged: bool,
+    ) -> Result<()> {
+        let unsupported = |what: &str, available: &str| {
+            Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
+        };
+        if self.is_causal() {
+            for (request, &keys) in kv_lens.iter().enumerate() {
+                let queries = queries.len(request);
+                if keys > 0 && queries > keys as usize {
+                    return check.fail(
+                        "queries",
+                        format!(
+                            "request {request} has {queries} queries over {keys} keys; with a causal mask \
+                             the keys of the queries must already be there"
+                        ),
+                    );
+                }
+            }
+        }
+        match self {
+            Self::None | Self::Causal => Ok(()),
+            _ if spec.attention_sink => unsupported(
+                "custom and multi-item masks with attention sinks",
+                "there are Mask::None and Mask::Causal",
+            ),
+            Self::Custom { .. } if fa3 => unsupported(
+                "custom masks with FlashAttention 3",
+                "make the BatchPrefill from a spec with Backend::Fa2",
+            ),
+            Self::Custom { indices, bits } => {
+                check.on_stream("mask", indices.stream())?;
+                let kv_len = |request: usize| kv_lens[request] as usize;
+                if let Err(problem) = check_shapes(indices.host().shapes(), queries, kv_len) {
+                    return check.fail("mask", problem);
+                }
+                check.tensor("mask", &bits.raw, &[DType::U8], &[1])?;
+                check.contiguous("mask", &bits.raw)?;
+                let (has, needed) = (bits.raw.numel(), indices.host().num_bytes());
+                if has < needed as i64 {
+                    return check.fail("mask", format!("it has {has} bytes; the batch needs {needed}"));
+                }
+                Ok(())
+            }
+            Self::MultiItem(_) if !paged => {
+                unsupported("multi-item scoring over ragged keys", "it reads paged keys; see plan_paged")
+            }
+            Self::MultiItem(_) if spec.window_left.is_some() => {
+                unsupported("multi-item scoring with a sliding window", "use a spec without a window")
+            }
+            Self::MultiItem(items) => {
+                check.on_stream("items", items.stream())?;
+                let host = items.host();
+                if host.batch_size() != kv_lens.len() {
+                    return check.fail(
+                        "items",
+                        format!(
+                            "they are of {} requests, the batch has {}",
+                            host.batch_size(),
+                            kv_lens.len()
+                        ),
+                    );
+                }
+                let beyond =
+                    (0..kv_lens.len()).find(|&request| kv_lens[request] as usize > host.seq_len(request));
+                match beyond {
+                    None => Ok(()),
+                    Some(request) => check.fail(
+                        "items",
+                        format!(
+                            "request {request} has {} keys, but its prefix and items are {} tokens",
+                            kv_lens[request],
+                            host.seq_len(request)
+                        ),
+                    ),
+                }
+            }
+        }
+    }
+
+    /// What a run passes. The mask was checked.
+    pub(super) fn tensors(&self) -> Result<MaskTensors> {
+        let plain = |mode| MaskTensors { mode, custom: None, items: None, token_pos_in_items_len: 0 };
+        Ok(match self {
+            Self::None => plain(0),
+            Self::Causal => plain(1),
+            Self::Custom { indices, bits } => {
+                MaskTensors { custom: Some([bits.raw, indices.mask_indptr()?]), ..plain(2) }
+            }
+            Self::MultiItem(items) => MaskTensors {
+                items: Some([items.prefix_len()?, items.token_pos_in_items()?, items.max_item_len()?]),
+                token_pos_in_items_len: items.host().token_pos_in_items_len() as i64,
+                ..plain(3)
+            },
+        })
+    }
+}

@@ -1,0 +1,58 @@
+//! Multiplying an output by the scale of its values.
+//!
+//! Values that were quantized are too small or too large by one factor, and so
+//! is the output. FlashAttention 3 takes the factor; after the other kernels,
+//! upstream's Python multiplies with another library. This crate does it with
+//! a kernel of its own, as PTX, which the driver compiles when it is first used.
+
+use std::ffi::c_void;
+
+use crate::{
+    cuda::PtxKernel,
+    error::Result,
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{DType, RawTensor},
+};
+
+const PTX: &str = concat!(include_str!("output_scale.ptx"), "\0");
+static F16: PtxKernel = PtxKernel::new(PTX, c"scale_f16");
+static BF16: PtxKernel = PtxKernel::new(PTX, c"scale_bf16");
+
+const THREADS: u32 = 256;
+/// Blocks that keep any GPU busy; each thread takes several pairs.
+const MAX_BLOCKS: u64 = 2048;
+
+/// The kernels that scale outputs.
+pub(super) struct OutputScale;
+
+impl OutputScale {
+    /// Has the kernel for a dtype compiled, which a capture does not allow.
+    pub(super) fn prepare(dtype: DType) -> Result<()> {
+        Self::kernel(dtype).load(FlashInferRuntime::get()?.cuda()).map(drop)
+    }
+
+    fn kernel(dtype: DType) -> &'static PtxKernel {
+        if dtype == DType::BF16 { &BF16 } else { &F16 }
+    }
+
+    /// Enqueues `out *= scale`; nothing if there is none, or it is 1.
+    ///
+    /// # Safety
+    /// `out` must be a contiguous `f16` or `bf16` tensor on the stream's
+    /// device, aligned to 4 bytes, of an even number of elements.
+    pub(super) unsafe fn apply(stream: &Stream, out: &RawTensor, scale: Option<f32>) -> Result<()> {
+        let mut scale = match scale {
+            Some(scale) if scale != 1.0 && out.numel() > 0 => scale,
+            _ => return Ok(()),
+        };
+        let (mut data, mut pairs) = (out.data, out.numel() as u64 / 2);
+        let blocks = pairs.div_ceil(THREADS.into()).min(MAX_BLOCKS) as u32;
+        let mut args: [*mut c_void; 3] =
+            [(&raw mut data).cast(), (&raw mut pairs).cast(), (&raw mut scale).cast()];
+        let cuda = FlashInferRuntime::get()?.cuda();
+        // SAFETY: the kernel takes an address, a 64-bit number and a 32-bit
+        // float, and writes that many pairs of elements.
+        unsafe { Self::kernel(out.dtype).launch(cuda, stream, [blocks, THREADS], &mut args) }
+    }
+}
