@@ -14,7 +14,7 @@ use common::{
 };
 use cudarc::driver::CudaGraph;
 use flashinfer_rs::{
-    FlashInferError, PageIndices, PageTable, TensorMut,
+    DType, FlashInferError, PageIndices, PageTable, TensorMut,
     attention::{
         AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, PlanMode, ReplayKey, RunOptions, Workspace,
     },
@@ -504,7 +504,7 @@ fn attention_sinks() {
             Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
         }
     }
-    let spec = AttentionSpec::new(bf16::DTYPE, 64).with_attention_sink().with_backend(Backend::CudaCores);
+    let spec = AttentionSpec::new(DType::BF16, 64).with_attention_sink().with_backend(Backend::CudaCores);
     let error = BatchDecode::new(gpu.runtime, &spec, Heads { num_qo_heads: 8, num_kv_heads: 8 }).unwrap_err();
     assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
 }
