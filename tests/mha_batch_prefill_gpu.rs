@@ -40,6 +40,11 @@ fn custom_mask_and_window() {
 }
 
 #[test]
+fn graph_replay_of_custom_masks() {
+    FA2.graph_replay_of_custom_masks();
+}
+
+#[test]
 fn alibi() {
     FA2.alibi();
 }

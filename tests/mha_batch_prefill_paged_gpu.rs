@@ -47,6 +47,11 @@ fn custom_mask_and_window() {
 }
 
 #[test]
+fn graph_replay_of_custom_masks() {
+    FA2.graph_replay_of_custom_masks();
+}
+
+#[test]
 fn alibi() {
     FA2.alibi();
 }
@@ -63,6 +68,12 @@ fn multi_item_scoring_fa2() {
 fn multi_item_scoring_fa3() {
     FA3.multi_item_scoring::<f16>();
     FA3.multi_item_scoring::<bf16>();
+}
+
+#[test]
+fn multi_item_scoring_of_many_keys() {
+    FA2.multi_item_scoring_of_many_keys();
+    FA3.multi_item_scoring_of_many_keys();
 }
 
 #[test]

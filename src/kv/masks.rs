@@ -122,6 +122,8 @@ pub struct ItemIndices {
     /// For each token after the prefix its place in its item, in rows of
     /// `row_len`, padded with zeros.
     pub(super) token_pos_in_items: Vec<u16>,
+    /// The longest item of each request, and then as often the largest number,
+    /// for kernels that must not skip keys.
     pub(super) max_item_len: Vec<u16>,
     row_len: usize,
     lens: Vec<usize>,
@@ -173,6 +175,7 @@ impl ItemIndices {
             prefix_len.push(prefix);
             rows.push(row);
         }
+        max_item_len.extend(std::iter::repeat_n(u16::MAX, rows.len()));
         let row_len = rows.iter().map(Vec::len).max().unwrap_or_default();
         let widest = prefix_len.iter().map(|&prefix| prefix as usize).max().unwrap_or_default();
         if row_len.saturating_add(widest).checked_mul(rows.len()).is_none_or(|all| all > i32::MAX as usize) {
@@ -216,7 +219,7 @@ impl ItemIndices {
 
     /// The longest item of each request.
     pub fn max_item_len(&self) -> &[u16] {
-        &self.max_item_len
+        &self.max_item_len[..self.batch_size()]
     }
 
     /// Tokens of a request.

@@ -486,8 +486,15 @@ impl ItemTable {
         self.array(0)
     }
 
-    pub(crate) fn max_item_len(&self) -> Result<RawTensor> {
-        self.array(1)
+    /// The longest item of each request; or, for kernels that must not skip
+    /// the keys that this makes invisible, the largest number.
+    pub(crate) fn max_item_len(&self, skips: bool) -> Result<RawTensor> {
+        let (both, batch) = (self.array(1)?, self.host.batch_size());
+        let start = if skips { 0 } else { batch };
+        let data = both.data.cast::<u16>().wrapping_add(start).cast();
+        let mut one = RawTensor::new(data, both.device, both.dtype, &[batch], None)?;
+        one.stream = both.stream;
+        Ok(one)
     }
 
     pub(crate) fn token_pos_in_items(&self) -> Result<RawTensor> {

@@ -111,18 +111,31 @@ pub enum DeviceMask {
 }
 
 impl DeviceMask {
-    fn new(gpu: &Gpu, host: &HostMask) -> Self {
+    /// With room for this many more requests and bytes.
+    fn new(gpu: &Gpu, host: &HostMask, requests: usize, bytes: usize) -> Self {
         match host {
             HostMask::Plain { .. } => Self::Plain,
             HostMask::Custom(indices, bits) => {
+                let batch = indices.batch_size() + requests;
                 // The bytes after the last are not read.
-                let bits: Vec<u8> = bits.iter().copied().chain([0; 3]).collect();
+                let bits: Vec<u8> = bits.iter().copied().chain(vec![0; 3 + bytes]).collect();
                 Self::Custom {
-                    indices: MaskTable::new(&gpu.stream, indices.clone()).unwrap(),
+                    indices: MaskTable::with_capacity(&gpu.stream, indices.clone(), batch).unwrap(),
                     bits: gpu.cuda.clone_htod(&bits).unwrap(),
                 }
             }
             HostMask::Items(items) => Self::Items(ItemTable::new(&gpu.stream, items.clone()).unwrap()),
+        }
+    }
+
+    fn update(&mut self, gpu: &Gpu, host: &HostMask) {
+        match (self, host) {
+            (Self::Plain, HostMask::Plain { .. }) => {}
+            (Self::Custom { indices, bits }, HostMask::Custom(new, new_bits)) => {
+                indices.update(new.clone()).unwrap();
+                gpu.cuda.memcpy_htod(&[&new_bits[..], &[0]].concat(), bits).unwrap();
+            }
+            _ => unreachable!("masks of a kind that can be updated"),
         }
     }
 
@@ -276,7 +289,7 @@ impl Tables {
                     KeyTable::Ragged(RaggedTable::new(&gpu.stream, keys.clone()).unwrap())
                 }
             },
-            mask: DeviceMask::new(gpu, &problem.mask),
+            mask: DeviceMask::new(gpu, &problem.mask, 0, 0),
         }
     }
 
@@ -292,11 +305,12 @@ impl Tables {
                 ),
                 Kv::Ragged { keys, .. } => KeyTable::Ragged(ragged(keys)),
             },
-            mask: DeviceMask::new(gpu, &problem.mask),
+            mask: DeviceMask::new(gpu, &problem.mask, batch, 1 << 17),
         }
     }
 
-    pub fn update<T, K>(&mut self, problem: &Problem<T, K>) {
+    pub fn update<T, K>(&mut self, gpu: &Gpu, problem: &Problem<T, K>) {
+        self.mask.update(gpu, &problem.mask);
         self.queries.update(problem.queries.clone()).unwrap();
         match (&mut self.keys, &problem.kv) {
             (KeyTable::Paged(on_device), Kv::Paged { table, .. }) => on_device.update(table.clone()),
@@ -618,7 +632,8 @@ impl<T: Number> Captured<T> {
         let (mut out, mut lse) = problem.outputs_of(gpu, rows);
         let case = &problem.case;
         let q = Tensor::poisoned(gpu, &case.q_shape(rows));
-        let plan = tables.plan(prefill, workspace, case.heads(), &case.graph_options(rows)).unwrap();
+        let options = tables.masked(gpu, case.graph_options(rows));
+        let plan = tables.plan(prefill, workspace, case.heads(), &options).unwrap();
         let (graph, run) = {
             let (q, kv) = (q.on(gpu), problem.kv.on(gpu));
             let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
@@ -644,7 +659,7 @@ impl<T: Number> Captured<T> {
         workspace: &mut Workspace,
         tables: &mut Tables,
     ) {
-        tables.update(problem);
+        tables.update(gpu, problem);
         let used = problem.queries.total() * problem.case.heads().num_qo_heads * problem.case.head_dim_qk;
         let mut q = vec![T::POISON; self.q.host.len()];
         q[..used].copy_from_slice(&problem.q.host[..used]);
@@ -654,7 +669,7 @@ impl<T: Number> Captured<T> {
         }
         self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
         self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
-        let (case, options) = (&problem.case, problem.case.graph_options(self.rows));
+        let (case, options) = (&problem.case, tables.masked(gpu, problem.case.graph_options(self.rows)));
         let plan = tables.plan(prefill, workspace, case.heads(), &options).unwrap();
         assert_eq!(plan.replay_key(), self.key);
         self.graph.launch().unwrap();

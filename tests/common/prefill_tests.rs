@@ -211,6 +211,33 @@ impl On {
         }
     }
 
+    /// As many keys as FlashAttention 2 may have, and one more.
+    pub fn multi_item_scoring_of_many_keys(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for keys in [65_535, 65_536] {
+            let prompt = (500, vec![9; 6_600]);
+            let case = Case {
+                requests: vec![(3, keys)],
+                kv_heads: 1,
+                masked: Masked::Items(vec![prompt]),
+                ..self.case()
+            };
+            let Some(prefill) = prefill_of::<bf16, bf16>(&gpu, &case) else { return };
+            let problem = Problem::<bf16, bf16>::new(&gpu, rng, case);
+            let tables = Tables::new(&gpu, &problem);
+            let options = tables.masked(&gpu, problem.case.plan_options());
+            match tables.plan(&prefill, &mut workspace, problem.case.heads(), &options) {
+                Ok(plan) => drop(problem.check_run(&gpu, &plan)),
+                Err(FlashInferError::Unsupported { .. }) => {
+                    assert_eq!((self.backend, keys), (Backend::Fa2, 65_536));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
     fn sinks(self, window_left: Option<u32>) {
         let requests =
             vec![(1, 1), (5, 20), (0, 7), (33, 33), (16, 64), (0, 0), (2, 131), (130, 400), (3, 6_000)];
@@ -608,7 +635,7 @@ impl On {
             let mut outputs: Vec<_> =
                 steps.iter().map(|step| [step.outputs(&gpu), step.outputs(&gpu)]).collect();
             for (step, layers) in steps.iter().zip(&mut outputs) {
-                tables.update(step);
+                tables.update(&gpu, step);
                 let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
                 for (out, lse) in layers {
                     step.run(&gpu, &plan, out, Some(lse), &case.options()).unwrap();
@@ -632,41 +659,47 @@ impl On {
     /// Replays with other lengths, with more and fewer queries, and with fewer
     /// requests than were captured.
     pub fn graph_replay<T: Number>(self) {
+        Self::both(self.case()).into_iter().for_each(|case| self.replayed::<T>(case));
+    }
+
+    pub fn graph_replay_of_custom_masks(self) {
+        self.replayed::<f16>(Case { masked: Masked::Custom(0.4), ..self.case() });
+    }
+
+    fn replayed<T: Number>(self, case: Case) {
         const PAGES: usize = 400;
         const ROWS: usize = 160;
         const BATCH: usize = 7;
         let Some(gpu) = Gpu::start_alone() else { return };
         let rng = &mut Rng::new();
-        for case in Self::both(self.case()) {
-            let Some(prefill) = prefill_of::<T, T>(&gpu, &case) else { return };
-            let mut workspace = Workspace::new(&gpu.stream).unwrap();
-            let problem = |rng: &mut Rng, requests| {
-                let case = self.padded(&case, requests, BATCH);
-                match self.kind {
-                    Kind::Ragged => Problem::<T, T>::new(&gpu, rng, case),
-                    Kind::Paged => {
-                        let table = table_among(rng, PAGES, case.page_size, &case.key_lens());
-                        let kv = Kv::paged(&gpu, rng, &case, table);
-                        Problem::with_kv(&gpu, rng, case, kv)
-                    }
+        let Some(prefill) = prefill_of::<T, T>(&gpu, &case) else { return };
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let problem = |rng: &mut Rng, requests| {
+            let case = self.padded(&case, requests, BATCH);
+            match self.kind {
+                Kind::Ragged => Problem::<T, T>::new(&gpu, rng, case),
+                Kind::Paged => {
+                    let table = table_among(rng, PAGES, case.page_size, &case.key_lens());
+                    let kv = Kv::paged(&gpu, rng, &case, table);
+                    Problem::with_kv(&gpu, rng, case, kv)
                 }
-            };
-            let first = problem(rng, vec![(1, 1), (5, 20), (0, 0), (33, 33), (16, 64)]);
-            let mut tables = Tables::with_capacity(&gpu, &first, BATCH, PAGES);
-            let mut captured = Captured::new(&gpu, &prefill, first, ROWS, &mut workspace, &tables);
-            for requests in [
-                vec![(1, 1), (5, 20), (0, 0), (33, 33), (16, 64)],
-                vec![(2, 2), (6, 21), (1, 1), (34, 34), (17, 65), (8, 8)],
-                vec![(1, 3000), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5)],
-                vec![(100, 700)],
-                vec![(160, 160)],
-                vec![(3, 50), (0, 31), (4, 5)],
-                vec![],
-                vec![(20, 64); 6],
-            ] {
-                let step = problem(rng, requests);
-                captured.replay(&gpu, &prefill, &step, &mut workspace, &mut tables);
             }
+        };
+        let first = problem(rng, vec![(1, 1), (5, 20), (0, 0), (33, 33), (16, 64)]);
+        let mut tables = Tables::with_capacity(&gpu, &first, BATCH, PAGES);
+        let mut captured = Captured::new(&gpu, &prefill, first, ROWS, &mut workspace, &tables);
+        for requests in [
+            vec![(1, 1), (5, 20), (0, 0), (33, 33), (16, 64)],
+            vec![(2, 2), (6, 21), (1, 1), (34, 34), (17, 65), (8, 8)],
+            vec![(1, 3000), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5)],
+            vec![(100, 700)],
+            vec![(160, 160)],
+            vec![(3, 50), (0, 31), (4, 5)],
+            vec![],
+            vec![(20, 64); 6],
+        ] {
+            let step = problem(rng, requests);
+            captured.replay(&gpu, &prefill, &step, &mut workspace, &mut tables);
         }
     }
 
@@ -697,7 +730,7 @@ impl On {
         // Launches have the batch size baked in.
         for requests in [vec![(3, 10), (20, 50)], vec![(3, 10), (20, 20), (1, 30), (0, 0)]] {
             let case = Case { requests, ..case.clone() };
-            tables.update(&Problem::<f16, f16>::new(&gpu, rng, case.clone()));
+            tables.update(&gpu, &Problem::<f16, f16>::new(&gpu, rng, case.clone()));
             assert_ne!(key(&tables, &case, &case.graph_options(40)), captured, "{case:?}");
         }
     }
@@ -712,7 +745,7 @@ impl On {
             let mut first: Vec<(Vec<f16>, Vec<f32>)> = Vec::new();
             for iteration in 0..150 {
                 let problem = &problems[iteration % problems.len()];
-                tables.update(problem);
+                tables.update(gpu, problem);
                 let plan = tables.plan(prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
                 if iteration < problems.len() {
                     first.push(problem.check_run(gpu, &plan));

@@ -391,7 +391,7 @@ impl DecodePlan<'_> {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
                 check_sm_scale(&check, options.logit_scale(spec))?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
-                let (scratch, mask) = (&self.scratch, &Mask::None.tensors()?);
+                let (scratch, mask) = (&self.scratch, &Mask::None.tensors(false)?);
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
                 // SAFETY: all tensors have the dtypes, shapes, strides and
                 // alignment of this module and plan; the index arrays are the
@@ -472,7 +472,14 @@ impl DecodePlan<'_> {
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let indices = [Some(&self.table.indptr().ok()?), self.queries.as_ref()];
         let shape = (decode.heads, batch, self.table.host().num_pages());
-        Some(ReplayKey::new(info, &decode.spec, shape, &self.scratch, indices, &Mask::None.tensors().ok()?))
+        Some(ReplayKey::new(
+            info,
+            &decode.spec,
+            shape,
+            &self.scratch,
+            indices,
+            &Mask::None.tensors(false).ok()?,
+        ))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

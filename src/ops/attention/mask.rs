@@ -31,9 +31,13 @@ pub enum Mask<'p> {
     },
     /// The prefix, and the tokens of its own item up to its position, for
     /// multi-item scoring; see [`ItemIndices`](crate::ItemIndices). Over paged
-    /// keys, without a sliding window.
+    /// keys, without a sliding window; with FlashAttention 2 over at most 65535
+    /// keys of a request.
     MultiItem(&'p ItemTable),
 }
+
+/// The largest number of a `u16`, which stands for "skip nothing".
+const FA2_MAX_ITEM_KEYS: i32 = u16::MAX as i32;
 
 /// What a run passes of a mask.
 #[derive(Debug)]
@@ -121,6 +125,12 @@ impl Mask<'_> {
             Self::MultiItem(_) if spec.window_left.is_some() => {
                 unsupported("multi-item scoring with a sliding window", "use a spec without a window")
             }
+            Self::MultiItem(_) if !fa3 && kv_lens.iter().any(|&keys| keys > FA2_MAX_ITEM_KEYS) => {
+                unsupported(
+                    "multi-item scoring over more than 65535 keys with FlashAttention 2",
+                    "use Backend::Fa3 on compute capability 9.0, or split the items among requests",
+                )
+            }
             Self::MultiItem(items) => {
                 check.on_stream("items", items.stream())?;
                 let host = items.host();
@@ -152,7 +162,12 @@ impl Mask<'_> {
     }
 
     /// What a run passes. The mask was checked.
-    pub(super) fn tensors(&self) -> Result<MaskTensors> {
+    ///
+    /// Where FlashAttention 2 skips keys that lie before all items it works on,
+    /// it then also loads the unused slots behind the last key. Their weight is
+    /// zero, but if they hold NaN, so does the output. It skips nothing when
+    /// items may be as long as the request.
+    pub(super) fn tensors(&self, fa3: bool) -> Result<MaskTensors> {
         let plain = |mode| MaskTensors { mode, custom: None, items: None, token_pos_in_items_len: 0 };
         Ok(match self {
             Self::None => plain(0),
@@ -161,7 +176,7 @@ impl Mask<'_> {
                 MaskTensors { custom: Some([bits.raw, indices.mask_indptr()?]), ..plain(2) }
             }
             Self::MultiItem(items) => MaskTensors {
-                items: Some([items.prefix_len()?, items.token_pos_in_items()?, items.max_item_len()?]),
+                items: Some([items.prefix_len()?, items.token_pos_in_items()?, items.max_item_len(fa3)?]),
                 token_pos_in_items_len: items.host().token_pos_in_items_len() as i64,
                 ..plain(3)
             },

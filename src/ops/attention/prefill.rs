@@ -626,7 +626,7 @@ impl BatchPrefill {
             kv.lens,
             kv.paged,
         )?;
-        let mask = options.mask.tensors()?;
+        let mask = options.mask.tensors(self.kernels.fa3)?;
         check_workspace(&check, workspace)?;
         let scratch = Scratch::of(workspace)?;
         let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
