@@ -7,7 +7,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Shown, Tensor, assert_same_bits,
     attention::{assert_lse, capture as capture_graph, refuse_caches, refuse_queries_and_outputs},
     cache::{Cache, CacheShape, LAYOUTS, random_table, repeating_table, table_among},
     refused, say,
@@ -16,7 +16,8 @@ use cudarc::driver::CudaGraph;
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, TensorMut,
     attention::{
-        AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, PlanMode, ReplayKey, RunOptions, Workspace,
+        AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, PlanMode, PosEncodingMode, ReplayKey,
+        RunOptions, Workspace,
     },
     cudarc::TensorExt,
     page::{KvLayout, PagedKv},
@@ -41,6 +42,7 @@ struct Case {
     /// Scales of quantized keys and values.
     kv_scales: Option<(f64, f32)>,
     sinks: bool,
+    alibi: bool,
     backend: Backend,
 }
 
@@ -59,6 +61,7 @@ impl Default for Case {
             sm_scale: None,
             kv_scales: None,
             sinks: false,
+            alibi: false,
             backend: Backend::CudaCores,
         }
     }
@@ -70,6 +73,9 @@ impl Case {
         spec.window_left = self.window_left;
         spec.logits_soft_cap = self.soft_cap;
         spec.attention_sink = self.sinks;
+        if self.alibi {
+            spec = spec.with_pos_encoding_mode(PosEncodingMode::Alibi);
+        }
         spec.with_backend(self.backend)
     }
 
@@ -106,8 +112,8 @@ struct Problem<T, K> {
     table: PageIndices,
     q: Tensor<T>,
     cache: Cache<K>,
-    /// Sinks of the heads, if the case has them.
-    sinks: Option<Tensor<f32>>,
+    /// Slopes and sinks of the heads, if the case has them.
+    per_head: [Option<Tensor<f32>>; 2],
     want: Vec<f64>,
     want_lse: Vec<f64>,
 }
@@ -121,8 +127,10 @@ impl<T: Number, K: Number> Problem<T, K> {
     fn with_table(gpu: &Gpu, rng: &mut Rng, case: Case, table: PageIndices) -> Self {
         let q = Tensor::random(gpu, rng, &case.q_shape());
         let cache = Cache::random(gpu, rng, case.cache_shape(table.num_pages()), &table);
-        let sinks = case.sinks.then(|| Tensor::random(gpu, rng, &[case.heads().num_qo_heads]));
-        Self::solve(case, table, q, cache, sinks)
+        let per_head = [(case.alibi, 0.1), (case.sinks, 1.0)].map(|(there, scale)| {
+            there.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
+        });
+        Self::solve(case, table, q, cache, per_head)
     }
 
     /// Fills in what the reference says.
@@ -131,10 +139,11 @@ impl<T: Number, K: Number> Problem<T, K> {
         table: PageIndices,
         q: Tensor<T>,
         cache: Cache<K>,
-        sinks: Option<Tensor<f32>>,
+        per_head: [Option<Tensor<f32>>; 2],
     ) -> Self {
         let mut options = case.options();
-        options.sinks = sinks.as_ref().map(Tensor::view);
+        [options.alibi_slopes, options.sinks] =
+            per_head.each_ref().map(|tensor| tensor.as_ref().map(Tensor::view));
         let [batch, heads, head_dim] = case.q_shape();
         let mut want = vec![f64::NAN; batch * heads * head_dim];
         let mut want_lse = vec![f64::NAN; batch * heads];
@@ -148,7 +157,7 @@ impl<T: Number, K: Number> Problem<T, K> {
             &options,
         )
         .unwrap();
-        Self { case, table, q, cache, sinks, want, want_lse }
+        Self { case, table, q, cache, per_head, want, want_lse }
     }
 
     fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
@@ -185,9 +194,10 @@ impl<T: Number, K: Number> Problem<T, K> {
         options: &RunOptions<'_>,
     ) {
         let mut lse = lse.map(|lse| lse.on_mut(gpu));
-        let sinks = self.sinks.as_ref().map(|sinks| sinks.on(gpu));
+        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.on(gpu)));
         let mut options = *options;
-        options.sinks = sinks.as_ref().map(|sinks| sinks.view());
+        [options.alibi_slopes, options.sinks] =
+            per_head.each_ref().map(|shown| shown.as_ref().map(Shown::view));
         plan.run(
             &self.q.on(gpu).view(),
             &self.cache.on(gpu).kv(),
@@ -411,7 +421,7 @@ fn strided_queries() {
     let table = random_table(rng, case.page_size, &case.lens);
     let cache = Cache::random(&gpu, rng, case.cache_shape(table.num_pages()), &table);
     let q = Tensor::<f16>::random(&gpu, rng, &[batch, heads + 4, head_dim]).narrowed(1, 0, heads);
-    Problem::<f16, f16>::solve(case, table, q, cache, None).check(&gpu, &decode, &mut workspace);
+    Problem::<f16, f16>::solve(case, table, q, cache, [None, None]).check(&gpu, &decode, &mut workspace);
 }
 
 /// Requests that begin with the same pages.
@@ -475,6 +485,21 @@ fn sliding_window_and_soft_cap() {
         };
         let Some(decode) = optional_decode_of::<bf16, bf16>(&gpu, &case) else { return };
         Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+    }
+}
+
+/// No module of FlashInfer's wheels has ALiBi; one that is at hand is tested.
+#[test]
+fn alibi() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for backend in [Backend::CudaCores, Backend::Fa2] {
+        for lens in [ragged(16), vec![5_000, 3]] {
+            let case = Case { lens, alibi: true, backend, ..Case::default() };
+            let Some(decode) = optional_decode_of::<f16, f16>(&gpu, &case) else { return };
+            Problem::<f16, f16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
+        }
     }
 }
 
