@@ -3,25 +3,26 @@
 //!
 //! `cargo bench --bench decode_backends` needs an NVIDIA GPU. Each figure is
 //! the median over replays of a CUDA graph that holds the same run several
-//! times, divided by their number; keys and values are larger than the L2
-//! cache where the case allows it. Both kernels are measured in turn, and the
-//! ratio is what to quote.
+//! times, divided by their number; keys and values are random, and larger than
+//! the L2 cache where the case allows it. The kernels are measured in turn, and
+//! the ratios are what to quote.
 
 mod gpu;
 
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaStream,
+    CudaSlice, CudaStream, DeviceRepr,
     sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode},
 };
 use flashinfer_rs::{
-    DType, FlashInferRuntime, PageIndices, PageTable, Stream,
+    Element, FlashInferError, FlashInferRuntime, PageIndices, PageTable, Stream,
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     page::{KvLayout, PagedKv},
 };
-use half::bf16;
+use float8::F8E4M3;
+use half::{bf16, f16};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -31,8 +32,41 @@ const PAGE_SIZE: usize = 16;
 const RUNS: usize = 10;
 const REPLAYS: usize = 20;
 
+/// An element type of queries, keys or values.
+trait Number: Element + DeviceRepr + cudarc::driver::ValidAsZeroBits {
+    fn from_f32(value: f32) -> Self;
+}
+
+macro_rules! numbers {
+    ($($ty:ty),*) => {$(
+        impl Number for $ty {
+            fn from_f32(value: f32) -> Self { <$ty>::from_f32(value) }
+        }
+    )*};
+}
+numbers!(f16, bf16, F8E4M3);
+
+/// Numbers between −2 and 2, which repeat after a while.
+fn random<T: Number>(cuda: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>> {
+    const PERIOD: usize = 1 << 20;
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        T::from_f32((state >> 40) as f32 / (1 << 22) as f32 - 2.0)
+    };
+    let numbers = cuda.clone_htod(&(0..PERIOD).map(|_| next()).collect::<Vec<_>>())?;
+    let mut slice = cuda.alloc_zeros::<T>(len)?;
+    for start in (0..len).step_by(PERIOD) {
+        let end = len.min(start + PERIOD);
+        cuda.memcpy_dtod(&numbers.slice(..end - start), &mut slice.slice_mut(start..end))?;
+    }
+    Ok(slice)
+}
+
 /// Median microseconds of one run.
-fn gpu_time(
+fn gpu_time<T: Number, K: Number>(
     cuda: &Arc<CudaStream>,
     decode: &BatchDecode,
     workspace: &mut Workspace,
@@ -42,9 +76,9 @@ fn gpu_time(
     let heads = decode.heads().num_qo_heads;
     let pages = batch * tokens / PAGE_SIZE;
     let (shape, len) = ([pages, PAGE_SIZE, KV_HEADS, HEAD_DIM], batch * tokens * KV_HEADS * HEAD_DIM);
-    let (k, v) = (cuda.alloc_zeros::<bf16>(len)?, cuda.alloc_zeros::<bf16>(len)?);
-    let q = cuda.alloc_zeros::<bf16>(batch * heads * HEAD_DIM)?;
-    let mut out = cuda.alloc_zeros::<bf16>(batch * heads * HEAD_DIM)?;
+    let (k, v) = (random::<K>(cuda, len)?, random::<K>(cuda, len)?);
+    let q = random::<T>(cuda, batch * heads * HEAD_DIM)?;
+    let mut out = cuda.alloc_zeros::<T>(batch * heads * HEAD_DIM)?;
     let mut times = Vec::new();
     {
         let (k, v) = (k.tensor(cuda, &shape)?, v.tensor(cuda, &shape)?);
@@ -73,14 +107,13 @@ fn gpu_time(
     Ok(times[times.len() / 2])
 }
 
-fn main() -> Result<()> {
-    let Some(cuda) = gpu::start()? else { return Ok(()) };
-    let (runtime, stream) = (FlashInferRuntime::get()?, Stream::from(&cuda));
-    println!("bf16, {KV_HEADS} KV heads, head_dim {HEAD_DIM}, page {PAGE_SIZE}");
+fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {
+    let (runtime, stream) = (FlashInferRuntime::get()?, Stream::from(cuda));
+    println!("\nqueries {}, keys and values {}", T::DTYPE, K::DTYPE);
     println!(
-        "| query heads per KV head | batch | tokens | CUDA cores µs | tensor cores µs | tensor / CUDA |"
+        "| query heads per KV head | batch | tokens | CUDA cores µs | Fa2 µs | Fa3 µs | Fa2 / CUDA cores | Fa3 / CUDA cores |"
     );
-    println!("|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|");
     for group in [1, 2, 3, 4, 8] {
         let heads = Heads { num_qo_heads: KV_HEADS * group, num_kv_heads: KV_HEADS };
         for (batch, tokens) in [(1, 1024), (1, 32768), (16, 1024), (64, 1024), (64, 8192), (256, 2048)] {
@@ -90,17 +123,43 @@ fn main() -> Result<()> {
             let indices = PageIndices::from_requests(batch * pages, PAGE_SIZE, requests)?;
             let table = PageTable::new(&stream, indices)?;
             let mut workspace = Workspace::with_sizes(&stream, 512 << 20, Workspace::DEFAULT_INT_BYTES)?;
-            let mut time = |backend| -> Result<f64> {
-                let spec = AttentionSpec::new(DType::BF16, HEAD_DIM).with_backend(backend);
-                let decode = BatchDecode::new(runtime, &spec, heads)?;
-                gpu_time(&cuda, &decode, &mut workspace, &table, (batch, tokens))
+            let mut time = |backend| -> Result<Option<f64>> {
+                let spec =
+                    AttentionSpec::new(T::DTYPE, HEAD_DIM).with_kv_dtype(K::DTYPE).with_backend(backend);
+                let decode = match BatchDecode::new(runtime, &spec, heads) {
+                    Ok(decode) => decode,
+                    // Its module is not at hand, or cannot be.
+                    Err(FlashInferError::Artifact(_) | FlashInferError::Unsupported { .. }) => {
+                        return Ok(None);
+                    }
+                    Err(error) => return Err(error.into()),
+                };
+                gpu_time::<T, K>(cuda, &decode, &mut workspace, &table, (batch, tokens)).map(Some)
             };
-            let (on_cuda, on_tensor) = (time(Backend::CudaCores)?, time(Backend::Fa2)?);
+            let [cuda_cores, fa2, fa3] =
+                [time(Backend::CudaCores)?, time(Backend::Fa2)?, time(Backend::Fa3)?];
+            let show = |time: Option<f64>| time.map_or("–".into(), |time| format!("{time:.1}"));
+            let ratio = |time: Option<f64>| {
+                let ratio = time.zip(cuda_cores).map(|(time, cuda_cores)| time / cuda_cores);
+                ratio.map_or("–".into(), |ratio| format!("{ratio:.2}"))
+            };
             println!(
-                "| {group} | {batch} | {tokens} | {on_cuda:.1} | {on_tensor:.1} | {:.2} |",
-                on_tensor / on_cuda
+                "| {group} | {batch} | {tokens} | {} | {} | {} | {} | {} |",
+                show(cuda_cores),
+                show(fa2),
+                show(fa3),
+                ratio(fa2),
+                ratio(fa3)
             );
         }
     }
     Ok(())
+}
+
+fn main() -> Result<()> {
+    let Some(cuda) = gpu::start()? else { return Ok(()) };
+    println!("{KV_HEADS} KV heads, head_dim {HEAD_DIM}, page {PAGE_SIZE}");
+    table::<bf16, bf16>(&cuda)?;
+    table::<f16, f16>(&cuda)?;
+    table::<bf16, F8E4M3>(&cuda)
 }
