@@ -20,36 +20,6 @@ prefill_tests!(Ragged: values_of_another_width, neighbours_of_nan, wrong_keys_an
 const FA2: On = On { kind: Kind::Ragged, backend: Backend::Fa2 };
 
 #[test]
-fn f16_custom_masks() {
-    FA2.custom_masks::<f16>();
-}
-
-#[test]
-fn bf16_custom_masks() {
-    FA2.custom_masks::<bf16>();
-}
-
-#[test]
-fn long_custom_mask() {
-    FA2.long_custom_mask();
-}
-
-#[test]
-fn custom_mask_and_window() {
-    FA2.custom_mask_and_window();
-}
-
-#[test]
-fn graph_replay_of_custom_masks() {
-    FA2.graph_replay_of_custom_masks();
-}
-
-#[test]
-fn alibi() {
-    FA2.alibi();
-}
-
-#[test]
 fn f16_256() {
     FA2.shapes::<f16>(256);
 }

@@ -26,36 +26,6 @@ prefill_tests!(Paged: shared_pages, cache_beyond_32_bits, wrong_caches);
 
 const FA2: On = On { kind: Kind::Paged, backend: Backend::Fa2 };
 
-#[test]
-fn f16_custom_masks() {
-    FA2.custom_masks::<f16>();
-}
-
-#[test]
-fn bf16_custom_masks() {
-    FA2.custom_masks::<bf16>();
-}
-
-#[test]
-fn long_custom_mask() {
-    FA2.long_custom_mask();
-}
-
-#[test]
-fn custom_mask_and_window() {
-    FA2.custom_mask_and_window();
-}
-
-#[test]
-fn graph_replay_of_custom_masks() {
-    FA2.graph_replay_of_custom_masks();
-}
-
-#[test]
-fn alibi() {
-    FA2.alibi();
-}
-
 const FA3: On = On { backend: Backend::Fa3, ..FA2 };
 
 #[test]

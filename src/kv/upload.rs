@@ -186,6 +186,20 @@ impl<T: IndexArrays> OnDevice<T> {
         Self::allocate(stream, host, capacity)
     }
 
+    /// With room for as many of something as there may be.
+    fn allocate_for(
+        stream: &Stream,
+        host: T,
+        (have, room, what): (usize, usize, &str),
+        capacity: [usize; MAX_ARRAYS],
+    ) -> Result<Self> {
+        if have > room {
+            let problem = format!("{have} {what} for a capacity of {room}");
+            return Err(FlashInferError::invalid(T::OP, "capacity", problem));
+        }
+        Self::allocate(stream, host, capacity)
+    }
+
     fn allocate(stream: &Stream, host: T, capacity: [usize; MAX_ARRAYS]) -> Result<Self> {
         stream.check_usable_here(T::OP)?;
         if let Some(too_large) = capacity.iter().find(|&&len| len > i32::MAX as usize) {
@@ -375,14 +389,8 @@ impl AppendTable {
     /// # Errors
     /// As [`new`](Self::new); also when there are more tokens than that.
     pub fn with_capacity(stream: &Stream, host: AppendIndices, max_tokens: usize) -> Result<Self> {
-        if host.len() > max_tokens {
-            return Err(FlashInferError::invalid(
-                "AppendTable",
-                "capacity",
-                format!("{} tokens for a capacity of {max_tokens}", host.len()),
-            ));
-        }
-        Self::allocate(stream, host, [max_tokens, max_tokens, 0])
+        let room = (host.len(), max_tokens, "tokens");
+        Self::allocate_for(stream, host, room, [max_tokens, max_tokens, 0])
     }
 
     pub(crate) fn batch_indices(&self) -> Result<RawTensor> {
@@ -401,14 +409,8 @@ impl RaggedTable {
     /// # Errors
     /// As [`new`](Self::new); also when there are more requests than that.
     pub fn with_capacity(stream: &Stream, host: RaggedIndices, max_batch: usize) -> Result<Self> {
-        if host.batch_size() > max_batch {
-            return Err(FlashInferError::invalid(
-                "RaggedTable",
-                "capacity",
-                format!("{} requests for a capacity of {max_batch}", host.batch_size()),
-            ));
-        }
-        Self::allocate(stream, host, [max_batch.saturating_add(1), 0, 0])
+        let room = (host.batch_size(), max_batch, "requests");
+        Self::allocate_for(stream, host, room, [max_batch.saturating_add(1), 0, 0])
     }
 
     /// The offsets of the first `batch` requests, of which there are as many.
@@ -430,14 +432,8 @@ impl SequenceTable {
     /// # Errors
     /// As [`new`](Self::new); also when there are more sequences than that.
     pub fn with_capacity(stream: &Stream, host: SequenceIndices, max_batch: usize) -> Result<Self> {
-        if host.batch_size() > max_batch {
-            return Err(FlashInferError::invalid(
-                "SequenceTable",
-                "capacity",
-                format!("{} sequences for a capacity of {max_batch}", host.batch_size()),
-            ));
-        }
-        Self::allocate(stream, host, [max_batch.saturating_add(1), 0, 0])
+        let room = (host.batch_size(), max_batch, "sequences");
+        Self::allocate_for(stream, host, room, [max_batch.saturating_add(1), 0, 0])
     }
 
     /// Sequences whose device array, `cu_seqlens`, exists already.
@@ -466,14 +462,8 @@ impl MaskTable {
     /// # Errors
     /// As [`new`](Self::new); also when there are more requests than that.
     pub fn with_capacity(stream: &Stream, host: MaskIndices, max_batch: usize) -> Result<Self> {
-        if host.batch_size() > max_batch {
-            return Err(FlashInferError::invalid(
-                "MaskTable",
-                "capacity",
-                format!("{} requests for a capacity of {max_batch}", host.batch_size()),
-            ));
-        }
-        Self::allocate(stream, host, [max_batch.saturating_add(1), 0, 0])
+        let room = (host.batch_size(), max_batch, "requests");
+        Self::allocate_for(stream, host, room, [max_batch.saturating_add(1), 0, 0])
     }
 
     pub(crate) fn mask_indptr(&self) -> Result<RawTensor> {

@@ -38,7 +38,18 @@ macro_rules! prefill_tests {
         $crate::prefill_tests!(@on fa2 Fa2 $kind $($name $method [$($ty)?] [$($argument),*])*);
         $crate::prefill_tests!(@on fa3 Fa3 $kind $($name $method [$($ty)?] [$($argument),*])*);
     };
+    (@fa2 $kind:ident: $($name:ident: $method:ident $(::<$ty:ty>)? ($($argument:expr),*);)*) => {
+        $crate::prefill_tests!(@on fa2_only Fa2 $kind $($name $method [$($ty)?] [$($argument),*])*);
+    };
     ($kind:ident: $($own:ident),*) => {
+        $crate::prefill_tests! { @fa2 $kind:
+            f16_custom_masks: custom_masks::<f16>();
+            bf16_custom_masks: custom_masks::<bf16>();
+            long_custom_mask: long_custom_mask();
+            custom_mask_and_window: custom_mask_and_window();
+            graph_replay_of_custom_masks: graph_replay_of_custom_masks();
+            alibi: alibi();
+        }
         $crate::prefill_tests! { @all $kind:
             f16_64: shapes::<f16>(64);
             f16_128: shapes::<f16>(128);
