@@ -515,6 +515,47 @@ impl<'p> PrefillOptions<'p> {
 /// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
 /// queries and keys have one width and a module exists (head dimensions 64 and
 /// 128, and 192/128), else FlashAttention 2, as upstream does.
+///
+/// ```no_run
+/// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use flashinfer_rs::{
+///     DType, FlashInferRuntime, MaskIndices, MaskTable, RaggedIndices, RaggedTable, Stream,
+///     attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PrefillOptions, RunOptions, Workspace},
+///     cudarc::{TensorExt, TensorExtMut},
+/// };
+/// use half::bf16;
+/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+/// let (stream, runtime) = (Stream::from(&cuda), FlashInferRuntime::get()?);
+/// let spec = AttentionSpec::new(DType::BF16, 128);
+/// let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+/// let prefill = BatchPrefill::new(runtime, &stream, &spec)?;
+///
+/// // Two requests: a prompt of 5 tokens, and 3 more tokens of one that has 20.
+/// let queries = RaggedTable::new(&stream, RaggedIndices::from_lens([5, 3])?)?;
+/// let keys = RaggedTable::new(&stream, RaggedIndices::from_lens([5, 20])?)?;
+/// let (q, k) = (cuda.alloc_zeros::<bf16>(8 * 32 * 128)?, cuda.alloc_zeros::<bf16>(25 * 8 * 128)?);
+/// let (v, mut out) = (cuda.alloc_zeros::<bf16>(25 * 8 * 128)?, cuda.alloc_zeros::<bf16>(8 * 32 * 128)?);
+/// let (q, kv_shape) = (q.tensor(&cuda, &[8, 32, 128])?, [25, 8, 128]);
+/// let (k, v) = (k.tensor(&cuda, &kv_shape)?, v.tensor(&cuda, &kv_shape)?);
+/// let mut out = out.tensor_mut(&cuda, &[8, 32, 128])?;
+///
+/// let mut workspace = Workspace::new(&stream)?;
+/// let plan = prefill.plan_ragged(&mut workspace, &queries, &keys, heads, &PrefillOptions::causal())?;
+/// let (kv, options) = ([&k.view(), &v.view()], RunOptions::default());
+/// plan.run(&q.view(), kv, &mut out.view_mut(), None, &options)?;
+///
+/// // With a mask that says for each query and key whether it is seen, as
+/// // drafts that form a tree need it.
+/// let masked = BatchPrefill::new(runtime, &stream, &spec.with_backend(Backend::Fa2))?;
+/// let indices = MaskIndices::new([(5, 5), (3, 20)])?;
+/// let bits = cuda.clone_htod(&indices.pack(&[true; 5 * 5 + 3 * 20])?)?;
+/// let (indices, bits) = (MaskTable::new(&stream, indices)?, bits.tensor(&cuda, &[bits.len()])?);
+/// let options = PrefillOptions::masked(Mask::Custom { indices: &indices, bits: bits.view() });
+/// let plan = masked.plan_ragged(&mut workspace, &queries, &keys, heads, &options)?;
+/// plan.run(&q.view(), kv, &mut out.view_mut(), None, &RunOptions::default())?;
+/// # Ok(()) }
+/// # #[cfg(not(feature = "cudarc"))] fn main() {}
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct BatchPrefill {
     kernels: PrefillKernels,
