@@ -6,11 +6,12 @@
 //! plan borrows its workspace and its page table, so that neither can change
 //! or go away under it.
 //!
-//! [`BatchMla`] does the same for multi-head latent attention, selected by
-//! [`MlaSpec`].
+//! [`BatchAttention`] does the same for batches of prefill and decode together,
+//! [`BatchMla`] for multi-head latent attention, selected by [`MlaSpec`].
 
 mod decode;
 mod mla;
+mod persistent;
 mod plan;
 mod prefill;
 mod spec;
@@ -18,6 +19,7 @@ mod workspace;
 
 pub use decode::{BatchDecode, DecodeOptions, DecodePlan};
 pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
+pub use persistent::{BatchAttention, BatchAttentionOptions, BatchAttentionPlan};
 pub use plan::{Heads, PlanMode, ReplayKey};
 pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
 pub use spec::{AttentionSpec, Backend};
@@ -28,5 +30,5 @@ use crate::ffi::Signature;
 /// The functions of all attention modules, each with a pattern of the modules
 /// that export it.
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
-    [decode::SIGNATURES, prefill::SIGNATURES, mla::SIGNATURES].concat()
+    [decode::SIGNATURES, prefill::SIGNATURES, persistent::SIGNATURES, mla::SIGNATURES].concat()
 }

@@ -145,6 +145,41 @@ impl AttentionSpec {
         Ok(ModuleName::new(format!("batch_prefill_with_kv_cache_{}_f16qk_False{suffix}", self.combination())))
     }
 
+    /// The module of attention of mixed batches.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist. There is
+    /// none with a sliding window, and its kernels read keys and values with
+    /// the same strides, so their head dimensions must be equal.
+    pub fn batch_attention_module(&self) -> Result<ModuleName> {
+        self.check()?;
+        if let Some(window) = self.window_left {
+            return Err(FlashInferError::Unsupported {
+                what: format!("attention of mixed batches with window_left {window}"),
+                available: "BatchPrefill and BatchDecode have sliding windows".into(),
+            });
+        }
+        if self.head_dim_qk != self.head_dim_vo {
+            return Err(FlashInferError::Unsupported {
+                what: format!(
+                    "attention of mixed batches with head dimensions {} and {}",
+                    self.head_dim_qk, self.head_dim_vo
+                ),
+                available: "it needs head_dim_qk == head_dim_vo".into(),
+            });
+        }
+        Ok(ModuleName::new(format!(
+            "batch_attention_with_kv_cache_dtype_q_{}_dtype_kv_{}_dtype_o_{}_dtype_idx_i32_head_dim_qk_{}_\
+             head_dim_vo_{}_posenc_0_use_logits_soft_cap_{}_use_profiler_false",
+            self.dtype_q,
+            self.dtype_kv,
+            self.dtype_o,
+            self.head_dim_qk,
+            self.head_dim_vo,
+            self.logits_soft_cap.is_some(),
+        )))
+    }
+
     /// The part of a module's name that the batch kernels share.
     fn combination(&self) -> String {
         format!(
@@ -241,6 +276,30 @@ mod tests {
             "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_e4m3_dtype_o_bf16_dtype_idx_i32_head_dim_qk_256_\
              head_dim_vo_256_posenc_0_use_swa_True_use_logits_cap_True"
         );
+    }
+
+    #[test]
+    fn names_of_mixed_batches_are_upstreams() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        assert_eq!(
+            spec.batch_attention_module().unwrap().as_str(),
+            "batch_attention_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_128_\
+             head_dim_vo_128_posenc_0_use_logits_soft_cap_false_use_profiler_false"
+        );
+        assert_eq!(
+            AttentionSpec::new(DType::F16, 64)
+                .with_kv_dtype(DType::E4M3)
+                .with_logits_soft_cap(30.0)
+                .batch_attention_module()
+                .unwrap()
+                .as_str(),
+            "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_e4m3_dtype_o_f16_dtype_idx_i32_head_dim_qk_64_\
+             head_dim_vo_64_posenc_0_use_logits_soft_cap_true_use_profiler_false"
+        );
+        assert!(spec.with_window_left(7).batch_attention_module().is_err());
+        assert!(spec.with_head_dim_vo(64).batch_attention_module().is_err());
+        assert!(spec.with_logits_soft_cap(0.0).batch_attention_module().is_err());
+        assert!(AttentionSpec::new(DType::F32, 128).batch_attention_module().is_err());
     }
 
     #[test]
