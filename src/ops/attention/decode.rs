@@ -13,7 +13,8 @@ use super::{
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, PlanMode, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan,
+        Heads, PlanInfo, PlanMode, ReplayKey, ReplayShape, Scratch, check_output, check_workspace,
+        host_indices, make_plan,
     },
     prefill::{Batch, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend},
@@ -471,7 +472,8 @@ impl DecodePlan<'_> {
         let info = self.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let indices = [Some(&self.table.indptr().ok()?), self.queries.as_ref()];
-        let shape = (decode.heads, batch, self.table.host().num_pages());
+        let shape =
+            ReplayShape { heads: decode.heads, batch, rows: batch, keys: self.table.host().num_pages() };
         Some(ReplayKey::new(
             info,
             &decode.spec,

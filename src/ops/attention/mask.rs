@@ -63,6 +63,24 @@ impl MaskTensors {
     }
 }
 
+/// With a causal mask, no request with keys has more queries than keys: the
+/// kernels subtract one from the other without a sign, or count wrongly.
+pub(super) fn check_causal(check: &Check<'_>, queries: &RaggedIndices, kv_lens: &[i32]) -> Result<()> {
+    for (request, &keys) in kv_lens.iter().enumerate() {
+        let queries = queries.len(request);
+        if keys > 0 && queries > keys as usize {
+            return check.fail(
+                "queries",
+                format!(
+                    "request {request} has {queries} queries over {keys} keys; with a causal mask \
+                     the keys of the queries must already be there"
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
 impl Mask<'_> {
     /// Whether no query sees a key after its position.
     pub(super) fn is_causal(&self) -> bool {
@@ -82,18 +100,7 @@ impl Mask<'_> {
             Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
         };
         if self.is_causal() {
-            for (request, &keys) in kv_lens.iter().enumerate() {
-                let queries = queries.len(request);
-                if keys > 0 && queries > keys as usize {
-                    return check.fail(
-                        "queries",
-                        format!(
-                            "request {request} has {queries} queries over {keys} keys; with a causal mask \
-                             the keys of the queries must already be there"
-                        ),
-                    );
-                }
-            }
+            check_causal(check, queries, kv_lens)?;
         }
         match self {
             Self::None | Self::Causal => Ok(()),

@@ -6,14 +6,15 @@
 //! plan borrows its workspace and its page table, so that neither can change
 //! or go away under it.
 //!
-//! [`BatchMla`] does the same for multi-head latent attention, selected by
-//! [`MlaSpec`].
+//! [`BatchAttention`] does the same for batches of prefill and decode together,
+//! [`BatchMla`] for multi-head latent attention, selected by [`MlaSpec`].
 
 mod decode;
 mod mask;
 mod mla;
 mod options;
 mod output_scale;
+mod persistent;
 mod plan;
 mod prefill;
 mod spec;
@@ -23,6 +24,7 @@ pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
 pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
 pub use options::RunOptions;
+pub use persistent::{BatchAttention, BatchAttentionOptions, BatchAttentionPlan};
 pub use plan::{Heads, PlanMode, ReplayKey};
 pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
 pub use spec::{AttentionSpec, Backend, PosEncodingMode};
@@ -33,5 +35,5 @@ use crate::ffi::Signature;
 /// The functions of all attention modules, each with a pattern of the modules
 /// that export it.
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
-    [decode::SIGNATURES, prefill::SIGNATURES, mla::SIGNATURES].concat()
+    [decode::SIGNATURES, prefill::SIGNATURES, persistent::SIGNATURES, mla::SIGNATURES].concat()
 }

@@ -18,8 +18,9 @@ pub struct RunOptions<'a> {
     /// multiplied into `sm_scale`.
     pub k_scale: Option<f64>,
     /// What values were divided by when they were quantized; 1 if `None`. The
-    /// output is multiplied by it: by FlashAttention 3 itself, after the other
-    /// kernels by a small one of this crate.
+    /// output is multiplied by it: by FlashAttention 3 and the kernels of
+    /// [`BatchAttention`](super::BatchAttention) themselves, after the others
+    /// by a small kernel of this crate.
     pub v_scale: Option<f32>,
     /// Programmatic dependent launch; `None` uses it where the GPU has it
     /// (compute capability 9.0 and newer). Pass `Some(false)` when the kernel

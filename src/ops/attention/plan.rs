@@ -105,13 +105,21 @@ impl PlanInfo {
 pub struct ReplayKey {
     numbers: Box<[i64]>,
     spec: AttentionSpec,
-    heads: Heads,
-    batch: usize,
+    shape: ReplayShape,
     /// The mode of the mask, and the length of its rows of items.
     mask: [i64; 2],
-    /// Rows or pages of keys, as the tables have them.
-    keys: usize,
     addresses: Box<[usize]>,
+}
+
+/// The sizes that a captured run has baked in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct ReplayShape {
+    pub(super) heads: Heads,
+    pub(super) batch: usize,
+    /// Rows of queries and outputs.
+    pub(super) rows: usize,
+    /// Rows or pages of keys, as the tables have them.
+    pub(super) keys: usize,
 }
 
 impl ReplayKey {
@@ -119,7 +127,7 @@ impl ReplayKey {
     pub(super) fn new(
         info: &PlanInfo,
         spec: &AttentionSpec,
-        (heads, batch, keys): (Heads, usize, usize),
+        shape: ReplayShape,
         scratch: &Scratch,
         indices: [Option<&RawTensor>; 2],
         mask: &MaskTensors,
@@ -128,7 +136,7 @@ impl ReplayKey {
         let own = own.map(|array| array.map_or(0, |array| array.data as usize));
         let addresses = own.chain(mask.addresses()).collect();
         let (numbers, mask) = (info.numbers.clone(), [mask.mode, mask.token_pos_in_items_len]);
-        Self { numbers, spec: *spec, heads, batch, mask, keys, addresses }
+        Self { numbers, spec: *spec, shape, mask, addresses }
     }
 }
 

@@ -15,7 +15,10 @@ use super::{
     mask::{Mask, MaskTensors},
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{Heads, PlanInfo, ReplayKey, Scratch, check_output, check_workspace, host_indices, make_plan},
+    plan::{
+        Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_output, check_workspace, host_indices,
+        make_plan,
+    },
     spec::{AttentionSpec, Backend, PosEncodingMode},
     workspace::Workspace,
 };
@@ -746,7 +749,7 @@ impl<K> PrefillPlan<'_, K> {
         let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
         let indices = [Some(&self.keys_indptr), Some(&self.queries.indptr().ok()?)];
-        let shape = (self.heads, batch, self.keys_extent);
+        let shape = ReplayShape { heads: self.heads, batch, rows: self.rows, keys: self.keys_extent };
         Some(ReplayKey::new(info, &kernels.spec, shape, &self.scratch, indices, &self.mask))
     }
 

@@ -211,6 +211,42 @@ impl AttentionSpec {
         Ok(ModuleName::new(format!("single_prefill_with_kv_cache_{combination}_f16qk_False{suffix}")))
     }
 
+    /// The module of attention of mixed batches.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist. There is
+    /// none with a sliding window, and its kernels read keys and values with
+    /// the same strides, so their head dimensions must be equal.
+    pub fn batch_attention_module(&self) -> Result<ModuleName> {
+        self.check_on_tensor_cores(false)?;
+        if let Some(window) = self.window_left {
+            return unsupported(
+                format!("attention of mixed batches with window_left {window}"),
+                "BatchPrefill and BatchDecode have sliding windows",
+            );
+        }
+        if self.head_dim_qk != self.head_dim_vo {
+            return unsupported(
+                format!(
+                    "attention of mixed batches with head dimensions {} and {}",
+                    self.head_dim_qk, self.head_dim_vo
+                ),
+                "it needs head_dim_qk == head_dim_vo",
+            );
+        }
+        if self.attention_sink || self.pos_encoding_mode != PosEncodingMode::None {
+            return unsupported(
+                "attention of mixed batches with sinks or encoded positions",
+                "BatchPrefill and BatchDecode have them",
+            );
+        }
+        Ok(ModuleName::new(format!(
+            "batch_attention_with_kv_cache_{}_posenc_0_use_logits_soft_cap_{}_use_profiler_false",
+            self.types(INDEXED),
+            self.logits_soft_cap.is_some(),
+        )))
+    }
+
     /// Element types and head dimensions, as all names have them.
     fn types(&self, indexed: &str) -> String {
         format!(
@@ -394,6 +430,30 @@ mod tests {
             "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_e4m3_dtype_o_bf16_dtype_idx_i32_head_dim_qk_256_\
              head_dim_vo_256_posenc_0_use_swa_True_use_logits_cap_True"
         );
+    }
+
+    #[test]
+    fn names_of_mixed_batches_are_upstreams() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        assert_eq!(
+            spec.batch_attention_module().unwrap().as_str(),
+            "batch_attention_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_128_\
+             head_dim_vo_128_posenc_0_use_logits_soft_cap_false_use_profiler_false"
+        );
+        assert_eq!(
+            AttentionSpec::new(DType::F16, 64)
+                .with_kv_dtype(DType::E4M3)
+                .with_logits_soft_cap(30.0)
+                .batch_attention_module()
+                .unwrap()
+                .as_str(),
+            "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_e4m3_dtype_o_f16_dtype_idx_i32_head_dim_qk_64_\
+             head_dim_vo_64_posenc_0_use_logits_soft_cap_true_use_profiler_false"
+        );
+        assert!(spec.with_window_left(7).batch_attention_module().is_err());
+        assert!(spec.with_head_dim_vo(64).batch_attention_module().is_err());
+        assert!(spec.with_logits_soft_cap(0.0).batch_attention_module().is_err());
+        assert!(AttentionSpec::new(DType::F32, 128).batch_attention_module().is_err());
     }
 
     #[test]
