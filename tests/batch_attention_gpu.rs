@@ -762,7 +762,7 @@ fn two_streams_at_once() {
         let mut first: Vec<(Vec<f16>, Vec<f32>)> = Vec::new();
         for iteration in 0..150 {
             let problem = &problems[iteration % problems.len()];
-            tables.update(&gpu, problem);
+            tables.update(gpu, problem);
             let plan = plan(attention, &mut workspace, &tables, case).unwrap();
             if iteration < problems.len() {
                 first.push(check_run(gpu, &plan, problem));
