@@ -305,6 +305,11 @@ fn backends() {
         assert_eq!(picked(Backend::Auto, group), Backend::Fa2);
     }
     assert_eq!([picked(Backend::Fa2, 1), picked(Backend::CudaCores, 8)], [Backend::Fa2, Backend::CudaCores]);
+    for (group, expected) in [(1, Backend::CudaCores), (2, Backend::Fa2)] {
+        let case = Case { backend: Backend::Auto, group, ..Case::default() };
+        let Some(decode) = optional_decode_of::<bf16, F8E4M3>(&gpu, &case) else { return };
+        assert_eq!(decode.backend(), expected);
+    }
 }
 
 #[test]

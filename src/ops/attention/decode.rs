@@ -58,9 +58,11 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
 const PLAN_OP: &str = "BatchDecode::plan";
 const RUN_OP: &str = "DecodePlan::run";
 const NEW_OP: &str = "BatchDecode::new";
-/// From this group size on, [`Backend::Auto`] decodes on tensor cores: there they
-/// were faster in all cases measured. docs/attention.md has the numbers.
+/// From this group size on, [`Backend::Auto`] decodes on tensor cores, which
+/// are faster there; of 8-bit keys, which CUDA cores convert for each query
+/// head, from the other. docs/attention.md has the numbers.
 const TENSOR_CORES_FROM_GROUP: usize = 3;
+const TENSOR_CORES_FROM_GROUP_8_BIT: usize = 2;
 /// Query heads per KV head that the kernel is compiled for.
 const GROUP_SIZES: [usize; 5] = [1, 2, 3, 4, 8];
 /// The most blocks that a multiprocessor of any GPU runs at once.
@@ -72,8 +74,8 @@ const PLAN_LEN: usize = 10;
 /// pages.
 ///
 /// [`Backend::Auto`] decodes on CUDA cores with one or two query heads per KV
-/// head, and on tensor cores (FlashAttention 2) with more, where the module is
-/// at hand; [`backend`](Self::backend) says what was picked.
+/// head (of 8-bit keys, with one), and on tensor cores (FlashAttention 2) with
+/// more, where the module is at hand; [`backend`](Self::backend) says what was picked.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -157,10 +159,12 @@ impl BatchDecode {
                 ),
             });
         }
+        let from_group =
+            if spec.dtype_kv.size() == 1 { TENSOR_CORES_FROM_GROUP_8_BIT } else { TENSOR_CORES_FROM_GROUP };
         // Decode through prefill is FlashAttention 2 unless asked otherwise, as
         // upstream has it.
         let backends: &[Backend] = match spec.backend {
-            Backend::Auto if cuda_cores && group < TENSOR_CORES_FROM_GROUP => {
+            Backend::Auto if cuda_cores && group < from_group => {
                 &[Backend::CudaCores, Backend::Fa2]
             }
             Backend::Auto if cuda_cores => &[Backend::Fa2, Backend::CudaCores],
