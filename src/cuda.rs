@@ -39,6 +39,7 @@ pub(crate) enum DeviceAttribute {
     MultiprocessorCount = 16,
     ComputeCapabilityMajor = 75,
     ComputeCapabilityMinor = 76,
+    MaxSharedMemoryPerMultiprocessor = 81,
     MaxSharedMemoryPerBlockOptin = 97,
 }
 
@@ -71,6 +72,8 @@ cudart! {
     host_alloc = "cudaHostAlloc": fn(*mut *mut c_void, usize, c_uint);
     free_host = "cudaFreeHost": fn(*mut c_void);
     memcpy_async = "cudaMemcpyAsync": fn(*mut c_void, *const c_void, usize, c_int, *mut c_void);
+    memset_async = "cudaMemsetAsync": fn(*mut c_void, c_int, usize, *mut c_void);
+    memset_2d_async = "cudaMemset2DAsync": fn(*mut c_void, usize, c_int, usize, usize, *mut c_void);
     stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
     device_synchronize = "cudaDeviceSynchronize": fn();
     event_create = "cudaEventCreateWithFlags": fn(*mut RawEvent, c_uint);
@@ -184,6 +187,49 @@ impl CudaRuntime {
         let code = unsafe { (self.symbols.stream_is_capturing)(stream.as_raw(), &mut status) };
         self.check("cudaStreamIsCapturing", code)?;
         Ok(status != CAPTURE_NONE)
+    }
+
+    /// Enqueues the writing of zeros.
+    ///
+    /// # Safety
+    /// `data` must point to that many bytes of the stream's device.
+    pub(crate) unsafe fn zero(&'static self, stream: &Stream, data: *mut c_void, bytes: usize) -> Result<()> {
+        let _device = self.on_device_of(stream)?;
+        // SAFETY: promised by the caller; the stream is alive.
+        let code = unsafe { (self.symbols.memset_async)(data, 0, bytes, stream.as_raw()) };
+        self.check("cudaMemsetAsync", code)
+    }
+
+    /// Enqueues the writing of `count` times the same number. The runtime sets
+    /// bytes only, so this sets the first byte of each number, then the second,
+    /// and so on.
+    ///
+    /// # Safety
+    /// `data` must point to that many numbers of the stream's device.
+    pub(crate) unsafe fn fill(
+        &'static self,
+        stream: &Stream,
+        data: *mut c_void,
+        number: f32,
+        count: usize,
+    ) -> Result<()> {
+        let _device = self.on_device_of(stream)?;
+        for (at, byte) in number.to_le_bytes().into_iter().enumerate() {
+            let first = data.cast::<u8>().wrapping_add(at).cast();
+            // SAFETY: promised by the caller; the stream is alive.
+            let code = unsafe {
+                (self.symbols.memset_2d_async)(
+                    first,
+                    size_of::<f32>(),
+                    byte.into(),
+                    1,
+                    count,
+                    stream.as_raw(),
+                )
+            };
+            self.check("cudaMemset2DAsync", code)?;
+        }
+        Ok(())
     }
 
     /// Makes the stream's device current until the guard is dropped.

@@ -243,9 +243,28 @@ impl RawTensor {
         self
     }
 
+    /// The same tensor as the only entry of a further, first dimension.
+    pub(crate) fn as_one_row(mut self) -> Result<Self> {
+        let rank = self.rank as usize;
+        if rank == MAX_RANK {
+            return Err(FlashInferError::invalid(
+                "tensor view",
+                "shape",
+                format!("{rank} dimensions; at most {} can be the row of another view", MAX_RANK - 1),
+            ));
+        }
+        let stride = if rank == 0 { 1 } else { self.shape[0].saturating_mul(self.strides[0]) };
+        for (array, first) in [(&mut self.shape, 1), (&mut self.strides, stride)] {
+            array.copy_within(..rank, 1);
+            array[0] = first;
+        }
+        self.rank += 1;
+        Ok(self)
+    }
+
     /// Whether two different indices can name the same element. Conservative:
     /// `true` for some exotic but disjoint stride patterns.
-    fn may_overlap(&self) -> bool {
+    pub(crate) fn may_overlap(&self) -> bool {
         let mut axes: [(i64, i64); MAX_RANK] = [(0, 1); MAX_RANK];
         for (axis, (&size, &stride)) in axes.iter_mut().zip(self.shape().iter().zip(self.strides())) {
             *axis = (stride, size);
@@ -678,6 +697,19 @@ mod tests {
         assert_eq!(odd.raw.with_plain_unit_strides().strides(), [20, 4, 1]);
         let odd = TensorRef::from_slice_strided(&x, &[1, 2, 4], Some(&[1, 20, 1])).unwrap();
         assert_eq!(odd.raw.with_plain_unit_strides().strides(), [40, 20, 1]);
+    }
+
+    #[test]
+    fn a_tensor_is_one_row() {
+        let x = [0f32; 64];
+        let view = TensorRef::from_slice_strided(&x, &[2, 4], Some(&[20, 1])).unwrap();
+        let row = view.raw.as_one_row().unwrap();
+        assert_eq!((row.shape(), row.strides()), (&[1, 2, 4][..], &[40, 20, 1][..]));
+        assert_eq!(row.as_one_row().unwrap().shape(), [1, 1, 2, 4]);
+        let full = TensorRef::from_slice(&x, &[1, 1, 1, 1, 64]).unwrap();
+        assert!(full.raw.as_one_row().unwrap_err().to_string().contains("at most 4"));
+        let number = TensorRef::from_slice(&x, &[]).unwrap();
+        assert_eq!(number.raw.as_one_row().unwrap().shape(), [1]);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Which keys each query of a batch sees, where neither "all" nor "those up to
 //! its position" says it.
 
-use super::RaggedIndices;
 use crate::error::{FlashInferError, Result};
 
 /// Where each request's part of a packed custom mask lies.
@@ -240,17 +239,15 @@ impl ItemIndices {
     }
 }
 
-/// Checks a mask's requests against those of queries and keys.
+/// Checks a mask's requests against the queries and keys of a batch.
 pub(crate) fn check_shapes(
     masked: &[(usize, usize)],
-    queries: &RaggedIndices,
-    kv_len: impl Fn(usize) -> usize,
+    batch: impl ExactSizeIterator<Item = (usize, usize)>,
 ) -> std::result::Result<(), String> {
-    if masked.len() != queries.batch_size() {
-        return Err(format!("it is for {} requests, the batch has {}", masked.len(), queries.batch_size()));
+    if masked.len() != batch.len() {
+        return Err(format!("it is for {} requests, the batch has {}", masked.len(), batch.len()));
     }
-    for (request, &masked) in masked.iter().enumerate() {
-        let batch = (queries.len(request), kv_len(request));
+    for (request, (&masked, batch)) in masked.iter().zip(batch).enumerate() {
         if masked != batch {
             return Err(format!(
                 "request {request}: it is for {} queries over {} keys, the batch has {} over {}",
@@ -298,11 +295,10 @@ mod tests {
         assert!(MaskIndices::new([(1 << 20, 1 << 14)]).is_err());
         assert!(MaskIndices::new([(usize::MAX, 2)]).is_err());
         assert!(MaskIndices::new([(1 << 20, (1 << 14) - 8); 1]).is_ok());
-        let queries = RaggedIndices::from_lens([2, 1]).unwrap();
-        let check = |lens: [usize; 2]| check_shapes(indices.shapes(), &queries, |request| lens[request]);
-        assert!(check([5, 3]).is_ok());
-        assert!(check([5, 4]).unwrap_err().contains("request 1: it is for 1 queries over 3 keys"));
-        assert!(check_shapes(&[(2, 5)], &queries, |_| 5).unwrap_err().contains("for 1 requests"));
+        let check = |batch: &[(usize, usize)]| check_shapes(indices.shapes(), batch.iter().copied());
+        assert!(check(&[(2, 5), (1, 3)]).is_ok());
+        assert!(check(&[(2, 5), (1, 4)]).unwrap_err().contains("request 1: it is for 1 queries over 3 keys"));
+        assert!(check(&[(2, 5)]).unwrap_err().contains("for 2 requests, the batch has 1"));
     }
 
     #[test]

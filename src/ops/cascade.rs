@@ -280,7 +280,7 @@ impl Shape {
             return check.fail(argument, format!("head_dim {head_dim}; the kernel has {HEAD_DIMS:?}"));
         }
         let mut shape = Self { dtype: v.dtype, rows, heads, head_dim, heads_per_block: heads };
-        let most = shape.max_heads();
+        let most = max_heads(v.dtype, head_dim);
         if heads > most {
             shape.heads_per_block = (1..=most).rev().find(|group| heads % group == 0).unwrap_or(1);
         }
@@ -291,23 +291,16 @@ impl Shape {
         self.rows == 0 || self.heads == 0
     }
 
-    /// Heads for which a block has threads.
-    fn max_heads(&self) -> i64 {
-        let vector = (16 / self.dtype.size() as i64).max(self.head_dim / 32);
-        MAX_THREADS / (self.head_dim / vector)
-    }
-
     fn check_threads(&self, check: &Check<'_>, argument: &'static str) -> Result<()> {
-        if self.heads <= self.max_heads() {
+        let most = max_heads(self.dtype, self.head_dim);
+        if self.heads <= most {
             return Ok(());
         }
         check.fail(
             argument,
             format!(
-                "{} heads of {} elements; a block of {MAX_THREADS} threads serves {}",
-                self.heads,
-                self.head_dim,
-                self.max_heads()
+                "{} heads of {} elements; a block of {MAX_THREADS} threads serves {most}",
+                self.heads, self.head_dim
             ),
         )
     }
@@ -332,6 +325,19 @@ impl Shape {
             RawTensor::new(s.data, s.device, s.dtype, &shape[..2], None)?,
         ])
     }
+}
+
+/// Heads for which a block has threads.
+fn max_heads(dtype: DType, head_dim: i64) -> i64 {
+    let vector = (16 / dtype.size() as i64).max(head_dim / 32);
+    MAX_THREADS / (head_dim / vector)
+}
+
+/// Whether the merge of any number of states can be launched, as other
+/// launchers do it on their own. One row always has a block for each head.
+pub(super) fn can_merge(dtype: DType, rows: usize, heads: usize, head_dim: usize) -> bool {
+    let (heads, head_dim) = (heads as i64, head_dim as i64);
+    HEAD_DIMS.contains(&head_dim) && heads <= MAX_GRID_Y && (rows == 1 || heads <= max_heads(dtype, head_dim))
 }
 
 /// The kernels compute offsets from shapes, in 32 bits, and move 16 bytes of

@@ -112,6 +112,23 @@ impl<'s> Check<'s> {
         Ok(())
     }
 
+    /// No two indices name one element, where hardware that copies tiles is told
+    /// the strides.
+    pub(crate) fn distinct(&self, argument: &'static str, tensor: &RawTensor) -> Result<()> {
+        if !tensor.may_overlap() {
+            return Ok(());
+        }
+        self.fail(
+            argument,
+            format!(
+                "shape {:?} with strides {:?} names elements more than once, which FlashAttention 3 does not \
+                 take; use Backend::Fa2, or copy it",
+                tensor.shape(),
+                tensor.strides()
+            ),
+        )
+    }
+
     /// Element offsets stay below 2³², where the kernel computes them in 32 bits.
     pub(crate) fn offsets_in_32_bits(&self, argument: &'static str, tensor: &RawTensor) -> Result<()> {
         let last: i128 = tensor

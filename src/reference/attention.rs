@@ -1,6 +1,7 @@
-//! Batch decode and batch prefill on the CPU.
+//! Decode and prefill of batches and of one request on the CPU.
 //!
-//! Decode is prefill with one query per request, so both are one function.
+//! Decode is prefill with one query per request, and one request is a batch of
+//! one, so all are one function.
 
 use super::{
     host::{Check, Rows, RowsMut},
@@ -11,7 +12,7 @@ use crate::{
     error::Result,
     kv::{ItemIndices, MaskIndices, PageIndices, RaggedIndices, masks::check_shapes},
     page::PagedKv,
-    tensor::{TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 /// [`attention::Mask`](crate::attention::Mask) on the CPU: which keys each
@@ -109,6 +110,68 @@ pub fn batch_prefill_ragged(
     attention.over(&Keys::ragged(check, spec, kv, keys)?, &logits)
 }
 
+/// [`SinglePrefill::run`](crate::attention::SinglePrefill::run) on the CPU:
+/// [`batch_prefill_ragged`] of a batch of one request.
+///
+/// `q` is `[queries, num_qo_heads, head_dim_qk]`, `k` and `v` are
+/// `[keys, num_kv_heads, …]`, `out` is `[queries, num_qo_heads, head_dim_vo]`,
+/// `lse`, if given, `[queries, num_qo_heads]`. A custom mask has one request.
+///
+/// # Errors
+/// As [`batch_decode`]; also when the mask is of another request.
+pub fn single_prefill(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: [&TensorRef<'_>; 2],
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    (mask, options): (Mask<'_>, &RunOptions<'_>),
+) -> Result<()> {
+    let check = Check { op: "reference::single_prefill" };
+    let [queries, keys] = [rows_of(q)?, rows_of(kv[0])?];
+    let logits = Logits::new(check, spec, mask, options)?;
+    let mut attention = Attention::new(check, spec, q, (&queries, false), out, lse)?;
+    attention.over(&Keys::ragged(check, spec, kv, &keys)?, &logits)
+}
+
+/// [`SingleDecode::run`](crate::attention::SingleDecode::run) on the CPU:
+/// attention of one query to all keys.
+///
+/// `q` is `[num_qo_heads, head_dim_qk]`, `k` and `v` are
+/// `[keys, num_kv_heads, …]`, `out` is `[num_qo_heads, head_dim_vo]`, `lse`, if
+/// given, `[num_qo_heads]`. Everything else is as in [`batch_decode`].
+///
+/// # Errors
+/// As [`batch_decode`].
+pub fn single_decode(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: [&TensorRef<'_>; 2],
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    options: &RunOptions<'_>,
+) -> Result<()> {
+    let check = Check { op: "reference::single_decode" };
+    let row = |name, tensor: &RawTensor, rank| {
+        if tensor.shape().len() == rank {
+            return tensor.as_one_row();
+        }
+        check.fail(name, format!("its shape is {:?}; expected {rank} dimensions", tensor.shape()))
+    };
+    let (q, mut out) = (TensorRef::new(row("q", &q.raw, 2)?), TensorMut::new(row("out", &out.raw, 2)?));
+    let mut lse = lse.map(|lse| row("lse", &lse.raw, 1).map(TensorMut::new)).transpose()?;
+    let (query, keys) = (RaggedIndices::from_lens([1])?, rows_of(kv[0])?);
+    // The query is the last token, so it sees all keys.
+    let logits = Logits::new(check, spec, Mask::Causal, options)?;
+    let mut attention = Attention::new(check, spec, &q, (&query, false), &mut out, lse.as_mut())?;
+    attention.over(&Keys::ragged(check, spec, kv, &keys)?, &logits)
+}
+
+/// All rows of a tensor, as those of one request.
+fn rows_of(tensor: &TensorRef<'_>) -> Result<RaggedIndices> {
+    RaggedIndices::from_lens(tensor.shape().first().map(|&rows| rows as usize))
+}
+
 /// How products of queries and keys become logits, and which keys are seen.
 struct Logits<'a> {
     sm_scale: f64,
@@ -167,12 +230,17 @@ impl<'a> Logits<'a> {
         }
         match self.mask {
             Mask::None | Mask::Causal => Ok(()),
-            Mask::Custom(indices, bits) => match check_shapes(indices.shapes(), queries, kv_len) {
-                Err(problem) => check.fail("mask", problem),
-                Ok(()) if bits.len() < indices.num_bytes() => check
-                    .fail("mask", format!("{} bytes; the batch needs {}", bits.len(), indices.num_bytes())),
-                Ok(()) => Ok(()),
-            },
+            Mask::Custom(indices, bits) => {
+                let batch = (0..queries.batch_size()).map(|request| (queries.len(request), kv_len(request)));
+                match check_shapes(indices.shapes(), batch) {
+                    Err(problem) => check.fail("mask", problem),
+                    Ok(()) if bits.len() < indices.num_bytes() => check.fail(
+                        "mask",
+                        format!("{} bytes; the batch needs {}", bits.len(), indices.num_bytes()),
+                    ),
+                    Ok(()) => Ok(()),
+                }
+            }
             Mask::MultiItem(items) => {
                 let batch = queries.batch_size();
                 if items.batch_size() != batch || (0..batch).any(|at| kv_len(at) > items.seq_len(at)) {
@@ -667,6 +735,58 @@ mod tests {
     }
 
     #[test]
+    fn wrong_input_of_one_request_is_refused_and_nothing_written() {
+        let (q, k, bits) = ([1.0f64; 16], [1.0f64; 16], [0xff; 2]);
+        let (mut out, mut lse) = ([7.0f64; 16], [7.0f64; 8]);
+        let (spec, plain) = (spec(2), RunOptions::default());
+        let mut prefill = |shapes: [&[usize]; 5], mask, expected: &str| {
+            let result = single_prefill(
+                &spec,
+                &view(&q, shapes[0]),
+                [&view(&k, shapes[1]), &view(&k, shapes[2])],
+                &mut view_mut(&mut out, shapes[3]),
+                Some(&mut view_mut(&mut lse, shapes[4])),
+                (mask, &plain),
+            );
+            refused(result, expected);
+        };
+        let (x, y, z): (&[usize], &[usize], &[usize]) = (&[2, 4, 2], &[3, 2, 2], &[2, 4]);
+        let masks: [&[(usize, usize)]; 3] = [&[(2, 2)], &[(2, 3), (0, 0)], &[(2, 3)]];
+        let [other, two, right] = masks.map(|shapes| MaskIndices::new(shapes.iter().copied()).unwrap());
+        prefill([&[16], y, y, x, z], Mask::None, "q");
+        prefill([&[2, 4, 1], y, y, x, z], Mask::None, "q");
+        prefill([&[1, 4, 2], y, y, x, z], Mask::None, "out");
+        prefill([&[2, 3, 2], y, y, &[2, 3, 2], &[2, 3]], Mask::None, "q");
+        prefill([x, &[6, 2], y, x, z], Mask::None, "k");
+        prefill([x, y, &[2, 2, 2], x, z], Mask::None, "v");
+        prefill([x, y, y, x, &[8]], Mask::None, "lse");
+        prefill([x, y, y, x, z], Mask::Custom(&other, &bits), "mask");
+        prefill([x, y, y, x, z], Mask::Custom(&two, &bits), "mask");
+        prefill([x, y, y, x, z], Mask::Custom(&right, &[]), "mask");
+        let mut decode = |shapes: [&[usize]; 5], expected: &str| {
+            let result = single_decode(
+                &spec,
+                &view(&q, shapes[0]),
+                [&view(&k, shapes[1]), &view(&k, shapes[2])],
+                &mut view_mut(&mut out, shapes[3]),
+                Some(&mut view_mut(&mut lse, shapes[4])),
+                &plain,
+            );
+            refused(result, expected);
+        };
+        let (x, z): (&[usize], &[usize]) = (&[4, 2], &[4]);
+        decode([&[1, 4, 2], y, y, x, z], "q");
+        decode([&[4, 1], y, y, x, z], "q");
+        decode([x, y, y, &[8], z], "out");
+        decode([x, y, y, &[4, 1], z], "out");
+        decode([x, y, y, x, &[1, 4]], "lse");
+        decode([x, y, y, x, &[3]], "lse");
+        decode([x, &[6, 2], y, x, z], "k");
+        decode([x, y, &[3, 1, 2], x, z], "v");
+        assert_eq!((out, lse), ([7.0; 16], [7.0; 8]));
+    }
+
+    #[test]
     fn wrong_prefills_are_refused_and_nothing_written() {
         let (q, k) = ([1.0f64; 12], [1.0f64; 12]);
         let (mut out, mut lse) = ([7.0f64; 12], [7.0f64; 6]);
@@ -1065,6 +1185,55 @@ mod tests {
         fn ragged_prefill_is_paged_prefill(prefill in prefills(), window in 0u32..9) {
             for spec in [prefill.batch.spec(), prefill.batch.spec().with_window_left(window)] {
                 same(&prefill.ragged(&spec), &prefill.paged(&spec));
+            }
+        }
+
+        /// One request is a batch of one, and one query its last token, also
+        /// where keys are stored head by head.
+        #[test]
+        fn one_request_is_a_batch_of_one(mut prefill in prefills(), window in 0u32..9) {
+            prefill.batch.lens.truncate(1);
+            prefill.queries.truncate(1);
+            let (batch, heads, width) = (&prefill.batch, prefill.heads(), prefill.batch.width);
+            let (rows, keys) = (prefill.queries[0], batch.lens[0]);
+            let row = heads * width;
+            prefill.q.truncate(rows * row);
+            let (k, v) = (batch.gather(&batch.k), batch.gather(&batch.v));
+            let shape = [keys, batch.kv_heads, width];
+            let by_head = |nhd: &[f64]| -> Vec<f64> {
+                let of_head = |head: usize| nhd.chunks(width).skip(head).step_by(batch.kv_heads).flatten();
+                (0..batch.kv_heads).flat_map(of_head).copied().collect()
+            };
+            let (k_hnd, v_hnd) = (by_head(&k), by_head(&v));
+            let hnd = |x| view(x, &[batch.kv_heads, keys, width]).permute(&[1, 0, 2]).unwrap();
+            for spec in [batch.spec(), batch.spec().with_window_left(window)] {
+                let expected = prefill.ragged(&spec);
+                for (k, v) in [(view(&k, &shape), view(&v, &shape)), (hnd(&k_hnd), hnd(&v_hnd))] {
+                    let (mut out, mut lse) = (vec![f64::NAN; rows * row], vec![f64::NAN; rows * heads]);
+                    single_prefill(
+                        &spec,
+                        &view(&prefill.q, &[rows, heads, width]),
+                        [&k, &v],
+                        &mut view_mut(&mut out, &[rows, heads, width]),
+                        Some(&mut view_mut(&mut lse, &[rows, heads])),
+                        (prefill.mask(), &RunOptions::default()),
+                    )
+                    .unwrap();
+                    same(&(out, lse), &expected);
+                    let Some(last) = rows.checked_sub(1) else { continue };
+                    let (mut out, mut lse) = (vec![f64::NAN; row], vec![f64::NAN; heads]);
+                    single_decode(
+                        &spec,
+                        &view(&prefill.q[last * row..], &[heads, width]),
+                        [&k, &v],
+                        &mut view_mut(&mut out, &[heads, width]),
+                        Some(&mut view_mut(&mut lse, &[heads])),
+                        &RunOptions::default(),
+                    )
+                    .unwrap();
+                    close(&out, &expected.0[last * row..]);
+                    close(&lse, &expected.1[last * heads..]);
+                }
             }
         }
 

@@ -35,7 +35,9 @@ mod page;
 #[cfg(test)]
 mod testing;
 
-pub use attention::{Mask, batch_decode, batch_prefill_paged, batch_prefill_ragged};
+pub use attention::{
+    Mask, batch_decode, batch_prefill_paged, batch_prefill_ragged, single_decode, single_prefill,
+};
 pub use cascade::{merge_state, merge_state_in_place, merge_states};
 pub use gdn::gdn_prefill;
 pub use mla::batch_mla;

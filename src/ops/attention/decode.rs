@@ -66,7 +66,7 @@ const TENSOR_CORES_FROM_GROUP_8_BIT: usize = 2;
 /// Query heads per KV head that the kernel is compiled for.
 const GROUP_SIZES: [usize; 5] = [1, 2, 3, 4, 8];
 /// The most blocks that a multiprocessor of any GPU runs at once.
-const MAX_BLOCKS_PER_SM: usize = 32;
+pub(super) const MAX_BLOCKS_PER_SM: usize = 32;
 /// Numbers in a plan.
 const PLAN_LEN: usize = 10;
 
@@ -146,27 +146,17 @@ impl BatchDecode {
     /// kernel for the group size. Else the module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let group = heads.check(NEW_OP)?;
-        let cuda_cores =
-            GROUP_SIZES.contains(&group) && spec.head_dim_qk == spec.head_dim_vo && !spec.attention_sink;
-        if spec.backend == Backend::CudaCores && !cuda_cores {
-            return Err(FlashInferError::Unsupported {
-                what: format!(
-                    "decode on CUDA cores with {group} query heads per KV head and head dimensions {} and {}",
-                    spec.head_dim_qk, spec.head_dim_vo
-                ),
-                available: format!(
-                    "it has {GROUP_SIZES:?} and equal dimensions; use Backend::Fa2 or Backend::Auto"
-                ),
-            });
+        let served = check_cuda_cores(spec, group, "use Backend::Fa2 or Backend::Auto");
+        let cuda_cores = served.is_ok() && !spec.attention_sink;
+        if spec.backend == Backend::CudaCores {
+            served?;
         }
         let from_group =
             if spec.dtype_kv.size() == 1 { TENSOR_CORES_FROM_GROUP_8_BIT } else { TENSOR_CORES_FROM_GROUP };
         // Decode through prefill is FlashAttention 2 unless asked otherwise, as
         // upstream has it.
         let backends: &[Backend] = match spec.backend {
-            Backend::Auto if cuda_cores && group < from_group => {
-                &[Backend::CudaCores, Backend::Fa2]
-            }
+            Backend::Auto if cuda_cores && group < from_group => &[Backend::CudaCores, Backend::Fa2],
             Backend::Auto if cuda_cores => &[Backend::Fa2, Backend::CudaCores],
             Backend::Auto => &[Backend::Fa2],
             ref asked => std::slice::from_ref(asked),
@@ -307,6 +297,21 @@ impl BatchDecode {
             unsafe { kernel.call(&kernels.plan, stream) }
         })
     }
+}
+
+/// Refuses heads that decode on CUDA cores is not compiled for, and says what
+/// to do instead.
+pub(super) fn check_cuda_cores(spec: &AttentionSpec, group: usize, instead: &str) -> Result<()> {
+    if GROUP_SIZES.contains(&group) && spec.head_dim_qk == spec.head_dim_vo {
+        return Ok(());
+    }
+    Err(FlashInferError::Unsupported {
+        what: format!(
+            "decode on CUDA cores with {group} query heads per KV head and head dimensions {} and {}",
+            spec.head_dim_qk, spec.head_dim_vo
+        ),
+        available: format!("it has {GROUP_SIZES:?} and equal dimensions; {instead}"),
+    })
 }
 
 /// The most bytes of index arrays that the planner writes for a batch: for

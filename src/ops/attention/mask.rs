@@ -37,7 +37,7 @@ pub enum Mask<'p> {
 }
 
 /// The largest number of a `u16`, which stands for "skip nothing".
-const FA2_MAX_ITEM_KEYS: i32 = u16::MAX as i32;
+const FA2_MAX_ITEM_KEYS: usize = u16::MAX as usize;
 
 /// What a run passes of a mask.
 #[derive(Debug)]
@@ -63,12 +63,22 @@ impl MaskTensors {
     }
 }
 
+/// Queries and keys of each request of a batch.
+pub(super) fn requests_of(
+    queries: &RaggedIndices,
+    kv_lens: &[i32],
+) -> impl ExactSizeIterator<Item = (usize, usize)> + Clone {
+    kv_lens.iter().enumerate().map(|(request, &keys)| (queries.len(request), keys as usize))
+}
+
 /// With a causal mask, no request with keys has more queries than keys: the
 /// kernels subtract one from the other without a sign, or count wrongly.
-pub(super) fn check_causal(check: &Check<'_>, queries: &RaggedIndices, kv_lens: &[i32]) -> Result<()> {
-    for (request, &keys) in kv_lens.iter().enumerate() {
-        let queries = queries.len(request);
-        if keys > 0 && queries > keys as usize {
+pub(super) fn check_causal(
+    check: &Check<'_>,
+    requests: impl IntoIterator<Item = (usize, usize)>,
+) -> Result<()> {
+    for (request, (queries, keys)) in requests.into_iter().enumerate() {
+        if keys > 0 && queries > keys {
             return check.fail(
                 "queries",
                 format!(
@@ -87,20 +97,20 @@ impl Mask<'_> {
         matches!(self, Self::Causal | Self::MultiItem(_))
     }
 
-    /// Checks the mask against the batch that it is planned for.
+    /// Checks the mask against the queries and keys of the requests that it is
+    /// for.
     pub(super) fn check(
         &self,
         check: &Check<'_>,
         (spec, fa3): (&AttentionSpec, bool),
-        queries: &RaggedIndices,
-        kv_lens: &[i32],
+        requests: impl ExactSizeIterator<Item = (usize, usize)> + Clone,
         paged: bool,
     ) -> Result<()> {
         let unsupported = |what: &str, available: &str| {
             Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
         };
         if self.is_causal() {
-            check_causal(check, queries, kv_lens)?;
+            check_causal(check, requests.clone())?;
         }
         match self {
             Self::None | Self::Causal => Ok(()),
@@ -108,14 +118,12 @@ impl Mask<'_> {
                 "custom and multi-item masks with attention sinks",
                 "there are Mask::None and Mask::Causal",
             ),
-            Self::Custom { .. } if fa3 => unsupported(
-                "custom masks with FlashAttention 3",
-                "make the BatchPrefill from a spec with Backend::Fa2",
-            ),
+            Self::Custom { .. } if fa3 => {
+                unsupported("custom masks with FlashAttention 3", "use a spec with Backend::Fa2")
+            }
             Self::Custom { indices, bits } => {
                 check.on_stream("mask", indices.stream())?;
-                let kv_len = |request: usize| kv_lens[request] as usize;
-                if let Err(problem) = check_shapes(indices.host().shapes(), queries, kv_len) {
+                if let Err(problem) = check_shapes(indices.host().shapes(), requests) {
                     return check.fail("mask", problem);
                 }
                 check.tensor("mask", &bits.raw, &[DType::U8], &[1])?;
@@ -126,13 +134,14 @@ impl Mask<'_> {
                 }
                 Ok(())
             }
-            Self::MultiItem(_) if !paged => {
-                unsupported("multi-item scoring over ragged keys", "it reads paged keys; see plan_paged")
-            }
+            Self::MultiItem(_) if !paged => unsupported(
+                "multi-item scoring over keys that are not paged",
+                "it reads paged keys; see BatchPrefill::plan_paged",
+            ),
             Self::MultiItem(_) if spec.window_left.is_some() => {
                 unsupported("multi-item scoring with a sliding window", "use a spec without a window")
             }
-            Self::MultiItem(_) if !fa3 && kv_lens.iter().any(|&keys| keys > FA2_MAX_ITEM_KEYS) => {
+            Self::MultiItem(_) if !fa3 && requests.clone().any(|(_, keys)| keys > FA2_MAX_ITEM_KEYS) => {
                 unsupported(
                     "multi-item scoring over more than 65535 keys with FlashAttention 2",
                     "use Backend::Fa3 on compute capability 9.0, or split the items among requests",
@@ -141,25 +150,18 @@ impl Mask<'_> {
             Self::MultiItem(items) => {
                 check.on_stream("items", items.stream())?;
                 let host = items.host();
-                if host.batch_size() != kv_lens.len() {
-                    return check.fail(
-                        "items",
-                        format!(
-                            "they are of {} requests, the batch has {}",
-                            host.batch_size(),
-                            kv_lens.len()
-                        ),
-                    );
+                let (items, batch) = (host.batch_size(), requests.len());
+                if items != batch {
+                    return check
+                        .fail("items", format!("they are of {items} requests, the batch has {batch}"));
                 }
-                let beyond =
-                    (0..kv_lens.len()).find(|&request| kv_lens[request] as usize > host.seq_len(request));
+                let beyond = requests.enumerate().find(|&(request, (_, keys))| keys > host.seq_len(request));
                 match beyond {
                     None => Ok(()),
-                    Some(request) => check.fail(
+                    Some((request, (_, keys))) => check.fail(
                         "items",
                         format!(
-                            "request {request} has {} keys, but its prefix and items are {} tokens",
-                            kv_lens[request],
+                            "request {request} has {keys} keys, but its prefix and items are {} tokens",
                             host.seq_len(request)
                         ),
                     ),

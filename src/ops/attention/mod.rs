@@ -8,6 +8,9 @@
 //!
 //! [`BatchAttention`] does the same for batches of prefill and decode together,
 //! [`BatchMla`] for multi-head latent attention, selected by [`MlaSpec`].
+//!
+//! [`SinglePrefill`] and [`SingleDecode`] attend to the keys of one request,
+//! which are plain tensors. They need no plan.
 
 mod decode;
 mod mask;
@@ -17,6 +20,7 @@ mod output_scale;
 mod persistent;
 mod plan;
 mod prefill;
+mod single;
 mod spec;
 mod workspace;
 
@@ -27,6 +31,7 @@ pub use options::RunOptions;
 pub use persistent::{BatchAttention, BatchAttentionOptions, BatchAttentionPlan};
 pub use plan::{Heads, PlanMode, ReplayKey};
 pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
+pub use single::{SingleDecode, SinglePrefill};
 pub use spec::{AttentionSpec, Backend, PosEncodingMode};
 pub use workspace::Workspace;
 
@@ -35,5 +40,6 @@ use crate::ffi::Signature;
 /// The functions of all attention modules, each with a pattern of the modules
 /// that export it.
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
-    [decode::SIGNATURES, prefill::SIGNATURES, persistent::SIGNATURES, mla::SIGNATURES].concat()
+    [decode::SIGNATURES, prefill::SIGNATURES, persistent::SIGNATURES, mla::SIGNATURES, single::SIGNATURES]
+        .concat()
 }

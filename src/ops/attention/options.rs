@@ -7,7 +7,7 @@ use crate::{
     tensor::{DType, TensorRef},
 };
 
-/// Options of a run of decode, prefill or batch attention.
+/// Options of a run of decode, prefill or attention of one request.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct RunOptions<'a> {
@@ -24,7 +24,8 @@ pub struct RunOptions<'a> {
     pub v_scale: Option<f32>,
     /// Programmatic dependent launch; `None` uses it where the GPU has it
     /// (compute capability 9.0 and newer). Pass `Some(false)` when the kernel
-    /// just before writes index arrays, masks, slopes or sinks.
+    /// just before writes index arrays, masks, slopes or sinks. The kernels for
+    /// one request do not have it.
     pub enable_pdl: Option<bool>,
     /// Contiguous `f32` `[num_qo_heads]`: with
     /// [`PosEncodingMode::Alibi`](super::PosEncodingMode::Alibi), what is

@@ -12,7 +12,7 @@
 use std::{cell::Cell, marker::PhantomData};
 
 use super::{
-    mask::{Mask, check_causal},
+    mask::{Mask, check_causal, requests_of},
     options::{RunOptions, check_sm_scale},
     plan::{
         Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_output, check_workspace, host_indices,
@@ -372,7 +372,7 @@ impl<'a> Work<'a> {
         spec.check_output_size(check, rows, heads)?;
         let kv_lens = table.seq_lens();
         if causal {
-            check_causal(check, queries, &kv_lens)?;
+            check_causal(check, requests_of(queries, &kv_lens))?;
         }
         Ok(Self { queries, table, kv_lens, heads, group, causal, rows, graph: graph_rows.is_some() })
     }

@@ -1,5 +1,5 @@
-//! What every attention plan shares: scratch memory, the call of the planner,
-//! and the numbers that come back.
+//! What attention operations share: the checks of their tensors, scratch
+//! memory, the call of the planner, and the numbers that come back.
 
 use super::{mask::MaskTensors, spec::AttentionSpec, workspace::Workspace};
 use crate::{
@@ -193,6 +193,24 @@ pub(super) fn check_output(
     check.aligned("out", out, 16)?;
     check.offsets_in_32_bits("out", out)?;
     check_lse(check, lse, rows, heads)
+}
+
+/// Checks keys and values that lie one after the other.
+pub(super) fn check_keys(
+    check: &Check<'_>,
+    spec: &AttentionSpec,
+    heads: Heads,
+    keys: usize,
+    [k, v]: [&RawTensor; 2],
+) -> Result<()> {
+    for (name, tensor, width) in [("k", k, spec.head_dim_qk), ("v", v, spec.head_dim_vo)] {
+        check.tensor(name, tensor, &[spec.dtype_kv], &[3])?;
+        check.shape(name, tensor, &[keys as i64, heads.num_kv_heads as i64, width as i64])?;
+        check.last_dim_contiguous(name, tensor)?;
+        check.aligned(name, tensor, 16)?;
+        check.offsets_in_32_bits(name, tensor)?;
+    }
+    Ok(())
 }
 
 /// Checks the sums of exponentials that a run may write.

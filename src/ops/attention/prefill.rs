@@ -12,14 +12,14 @@
 use std::{cell::Cell, marker::PhantomData};
 
 use super::{
-    mask::{Mask, MaskTensors},
+    mask::{Mask, MaskTensors, requests_of},
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_output, check_workspace, host_indices,
-        make_plan,
+        Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_keys, check_output, check_workspace,
+        host_indices, make_plan,
     },
-    spec::{AttentionSpec, Backend, PosEncodingMode},
+    spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
 use crate::{
@@ -180,47 +180,9 @@ pub(super) struct RunTensors<'a> {
 }
 
 impl PrefillKernels {
-    /// Resolves the module of a spec. [`Backend::Auto`] takes FlashAttention 3
-    /// where the GPU has it and a module exists, else 2.
-    fn new(runtime: &FlashInferRuntime, ordinal: u32, spec: &AttentionSpec) -> Result<Self> {
-        let (major, minor) = runtime.compute_capability(ordinal)?;
-        let fa3: &[bool] = match spec.backend {
-            Backend::Fa2 => &[false],
-            Backend::Fa3 if major == 9 => &[true],
-            Backend::Fa3 => {
-                return Err(FlashInferError::Unsupported {
-                    what: format!("FlashAttention 3 on compute capability {major}.{minor}"),
-                    available: "it needs 9.0; use Backend::Fa2 or Backend::Auto".into(),
-                });
-            }
-            Backend::CudaCores => {
-                return Err(FlashInferError::Unsupported {
-                    what: "prefill on CUDA cores".into(),
-                    available: "there are Backend::Fa2 and Backend::Fa3".into(),
-                });
-            }
-            Backend::Auto
-                if major == 9
-                    && spec.dtype_kv == spec.dtype_q
-                    && spec.pos_encoding_mode == PosEncodingMode::None =>
-            {
-                &[true, false]
-            }
-            Backend::Auto => &[false],
-        };
-        let names: Vec<_> = fa3.iter().map(|&fa3| spec.prefill_module(fa3)).collect::<Result<_>>()?;
-        let (place, module) = runtime.first_of(&names)?;
-        Self::load(module, spec, fa3[place])
-    }
-
     /// The functions of a module that serves the spec.
     pub(super) fn load(module: &'static Module, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
-        if spec.dtype_q.size() == 1 {
-            return Err(FlashInferError::Unsupported {
-                what: format!("queries of dtype {}", spec.dtype_q),
-                available: "this crate calls modules with f16 and bf16 queries only".into(),
-            });
-        }
+        spec.check_called()?;
         Ok(Self {
             spec: *spec,
             fa3,
@@ -572,7 +534,8 @@ impl BatchPrefill {
     /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
     /// this GPU. Else the module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
-        Ok(Self { kernels: PrefillKernels::new(runtime, stream.ordinal(), spec)? })
+        let (module, fa3) = spec.first_prefill(runtime, stream.ordinal(), AttentionSpec::prefill_module)?;
+        Ok(Self { kernels: PrefillKernels::load(module, spec, fa3)? })
     }
 
     /// The module that serves the spec.
@@ -663,13 +626,8 @@ impl BatchPrefill {
             );
         }
         self.kernels.spec.check_output_size(&check, rows, heads)?;
-        options.mask.check(
-            &check,
-            (&self.kernels.spec, self.kernels.fa3),
-            queries.host(),
-            kv.lens,
-            kv.paged,
-        )?;
+        let batch = requests_of(queries.host(), kv.lens);
+        options.mask.check(&check, (&self.kernels.spec, self.kernels.fa3), batch, kv.paged)?;
         let mask = options.mask.tensors(self.kernels.fa3)?;
         check_workspace(&check, workspace)?;
         let scratch = Scratch::of(workspace)?;
@@ -851,14 +809,7 @@ impl PrefillPlan<'_, RaggedTable> {
         let (spec, stream) = (&self.kernels.spec, self.keys.stream());
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
         self.check_queries(&check, q, out, lse, options)?;
-        for (name, tensor, width) in [("k", &k.raw, spec.head_dim_qk), ("v", &v.raw, spec.head_dim_vo)] {
-            check.tensor(name, tensor, &[spec.dtype_kv], &[3])?;
-            let shape = [self.keys.host().total() as i64, self.heads.num_kv_heads as i64, width as i64];
-            check.shape(name, tensor, &shape)?;
-            check.last_dim_contiguous(name, tensor)?;
-            check.aligned(name, tensor, 16)?;
-            check.offsets_in_32_bits(name, tensor)?;
-        }
+        check_keys(&check, spec, self.heads, self.keys.host().total(), [&k.raw, &v.raw])?;
         let Some(info) = &self.info else { return Ok(()) };
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);

@@ -3,8 +3,9 @@
 use super::plan::Heads;
 use crate::{
     error::{FlashInferError, Result},
-    module::ModuleName,
+    module::{Module, ModuleName},
     ops::check::Check,
+    runtime::FlashInferRuntime,
     tensor::DType,
 };
 
@@ -245,6 +246,54 @@ impl AttentionSpec {
             self.types(INDEXED),
             self.logits_soft_cap.is_some(),
         )))
+    }
+
+    /// The first module at hand that serves prefill on a device, and whether it
+    /// is FlashAttention 3; `name` makes its name. [`Backend::Auto`] takes
+    /// FlashAttention 3 where the GPU has it and a module exists, else 2.
+    pub(super) fn first_prefill(
+        &self,
+        runtime: &FlashInferRuntime,
+        ordinal: u32,
+        name: fn(&Self, bool) -> Result<ModuleName>,
+    ) -> Result<(&'static Module, bool)> {
+        let (major, minor) = runtime.compute_capability(ordinal)?;
+        let fa3: &[bool] = match self.backend {
+            Backend::Fa2 => &[false],
+            Backend::Fa3 if major == 9 => &[true],
+            Backend::Fa3 => {
+                return unsupported(
+                    format!("FlashAttention 3 on compute capability {major}.{minor}"),
+                    "it needs 9.0; use Backend::Fa2 or Backend::Auto",
+                );
+            }
+            Backend::CudaCores => {
+                return unsupported("prefill on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
+            }
+            Backend::Auto
+                if major == 9
+                    && self.dtype_kv == self.dtype_q
+                    && self.pos_encoding_mode == PosEncodingMode::None =>
+            {
+                &[true, false]
+            }
+            Backend::Auto => &[false],
+        };
+        let names: Vec<_> = fa3.iter().map(|&fa3| name(self, fa3)).collect::<Result<_>>()?;
+        let (place, module) = runtime.first_of(&names)?;
+        Ok((module, fa3[place]))
+    }
+
+    /// Refuses modules that exist, but take other arguments than this crate
+    /// passes.
+    pub(super) fn check_called(&self) -> Result<()> {
+        if self.dtype_q.size() == 1 {
+            return unsupported(
+                format!("queries of dtype {}", self.dtype_q),
+                "this crate calls modules with f16 and bf16 queries only",
+            );
+        }
+        Ok(())
     }
 
     /// Element types and head dimensions, as all names have them.
