@@ -8,7 +8,10 @@
 //!
 //! [`BatchAttention`] does the same for batches of prefill and decode together,
 //! [`BatchMla`] for multi-head latent attention, selected by [`MlaSpec`].
+//!
+//! [`MultiLevelCascade`] attends once to pages that requests share.
 
+mod cascade;
 mod decode;
 mod mask;
 mod mla;
@@ -20,6 +23,9 @@ mod prefill;
 mod spec;
 mod workspace;
 
+pub use cascade::{
+    CascadeLevel, CascadeOptions, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade,
+};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
 pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
