@@ -1,4 +1,5 @@
-//! Merging attention states on the GPU against the CPU reference.
+//! Merging attention states, and attention of several levels, on the GPU
+//! against the CPU reference.
 #![cfg(feature = "cudarc")]
 
 mod common;
@@ -396,4 +397,420 @@ fn wrong_stream() {
     refused(call, "state.v");
     state.v.assert_untouched(&gpu);
     state.s.assert_untouched(&gpu);
+}
+
+/// Attention of several levels against attention over complete page tables.
+mod levels {
+    use flashinfer_rs::{
+        FlashInferError, RaggedIndices, RaggedTable,
+        attention::{Backend, CascadeLevel, CascadeOptions, CascadeWorkspace, MultiLevelCascade},
+    };
+
+    use super::*;
+    use crate::common::{
+        attention::{capture, refuse_caches, refuse_queries_and_outputs},
+        cache::LAYOUTS,
+        prefill::{Case, Kind, Kv, On, Problem, prefill_of},
+    };
+
+    const FA2: On = On { kind: Kind::Paged, backend: Backend::Fa2 };
+    const FA3: On = On { backend: Backend::Fa3, ..FA2 };
+
+    /// Sequences that share what they begin with.
+    #[derive(Clone, Debug)]
+    struct Tree {
+        /// Queries of each sequence.
+        queries: Vec<usize>,
+        /// For each request of each level, how many sequences it covers and
+        /// its tokens. But for a sequence's last, they fill whole pages.
+        levels: Vec<Vec<(usize, usize)>>,
+    }
+
+    impl Tree {
+        /// One prefix of all, and what each sequence has after it: queries and
+        /// tokens.
+        fn shared(prefix: usize, own: &[(usize, usize)]) -> Self {
+            let own_tokens = own.iter().map(|&(_, tokens)| (1, tokens)).collect();
+            let queries = own.iter().map(|&(queries, _)| queries).collect();
+            Self { queries, levels: vec![vec![(own.len(), prefix)], own_tokens] }
+        }
+
+        fn pages(&self, page_size: usize) -> usize {
+            self.levels.iter().flatten().map(|(_, tokens)| tokens.div_ceil(page_size)).sum()
+        }
+
+        /// Queries and pages of each level, and the pages of each sequence.
+        fn tables(
+            &self,
+            rng: &mut Rng,
+            num_pages: usize,
+            page_size: usize,
+        ) -> (Vec<(RaggedIndices, PageIndices)>, PageIndices) {
+            let lens: Vec<usize> = self.levels.iter().flatten().map(|&(_, tokens)| tokens).collect();
+            let parts = table_among(rng, num_pages, page_size, &lens);
+            let table = |requests: &[(Vec<i32>, usize)]| {
+                let requests = requests.iter().map(|(pages, len)| (&pages[..], *len));
+                PageIndices::from_requests(num_pages, page_size, requests).unwrap()
+            };
+            let mut sequences = vec![(Vec::new(), 0); self.queries.len()];
+            let mut part = 0;
+            let mut levels = Vec::new();
+            for level in &self.levels {
+                let (mut first, mut rows, mut requests) = (0, Vec::new(), Vec::new());
+                for &(covers, tokens) in level {
+                    let covered = first..first + covers;
+                    rows.push(self.queries[covered.clone()].iter().sum());
+                    for (pages, len) in &mut sequences[covered] {
+                        pages.extend_from_slice(parts.pages(part));
+                        *len += tokens;
+                    }
+                    requests.push((parts.pages(part).to_vec(), tokens));
+                    (first, part) = (first + covers, part + 1);
+                }
+                assert_eq!(first, self.queries.len(), "a level covers all sequences");
+                levels.push((RaggedIndices::from_lens(rows).unwrap(), table(&requests)));
+            }
+            (levels, table(&sequences))
+        }
+    }
+
+    /// The tables of each level on the device.
+    struct Tables(Vec<(RaggedTable, PageTable)>);
+
+    impl Tables {
+        fn new(gpu: &Gpu, levels: &[(RaggedIndices, PageIndices)]) -> Self {
+            Self::with_capacity(gpu, levels, 0)
+        }
+
+        /// With room for more pages.
+        fn with_capacity(gpu: &Gpu, levels: &[(RaggedIndices, PageIndices)], pages: usize) -> Self {
+            let tables = levels.iter().map(|(queries, table)| {
+                let (batch, pages) = (table.batch_size(), pages.max(table.indices().len()));
+                (
+                    RaggedTable::new(&gpu.stream, queries.clone()).unwrap(),
+                    PageTable::with_capacity(&gpu.stream, table.clone(), batch, pages).unwrap(),
+                )
+            });
+            Self(tables.collect())
+        }
+
+        fn update(&mut self, levels: &[(RaggedIndices, PageIndices)]) {
+            for ((queries, table), (new_queries, new_table)) in self.0.iter_mut().zip(levels) {
+                queries.update(new_queries.clone()).unwrap();
+                table.update(new_table.clone()).unwrap();
+            }
+        }
+
+        fn levels(&self) -> Vec<CascadeLevel<'_>> {
+            self.0.iter().map(|(queries, table)| CascadeLevel { queries, table }).collect()
+        }
+    }
+
+    type Levels = Vec<(RaggedIndices, PageIndices)>;
+
+    /// A tree with the numbers of a case whose requests are its sequences.
+    fn problem<T: Number>(
+        gpu: &Gpu,
+        rng: &mut Rng,
+        case: &Case,
+        tree: &Tree,
+        num_pages: usize,
+    ) -> (Problem<T, T>, Levels) {
+        let (levels, flat) = tree.tables(rng, num_pages, case.page_size);
+        let lens = flat.seq_lens().into_iter().map(|len| len as usize);
+        let case = Case { requests: tree.queries.iter().copied().zip(lens).collect(), ..case.clone() };
+        let kv = Kv::paged(gpu, rng, &case, flat);
+        (Problem::with_kv(gpu, rng, case, kv), levels)
+    }
+
+    fn options(case: &Case) -> CascadeOptions {
+        if case.causal { CascadeOptions::causal() } else { CascadeOptions::default() }
+    }
+
+    fn cascade_of<T: Number>(gpu: &Gpu, case: &Case) -> Option<MultiLevelCascade> {
+        prefill_of::<T, T>(gpu, case)?;
+        let cascade = MultiLevelCascade::new(gpu.runtime, &gpu.stream, &case.spec::<T, T>()).unwrap();
+        assert_eq!(cascade.backend(), case.on.backend);
+        Some(cascade)
+    }
+
+    /// Compares a cascade with the reference over complete page tables, as the
+    /// flat kernels are.
+    fn check<T: Number>(cases: impl IntoIterator<Item = (Case, Tree)>) {
+        let Some(gpu) = start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = CascadeWorkspace::new(&gpu.stream, 3).unwrap();
+        let mut flat_workspace = Workspace::new(&gpu.stream).unwrap();
+        for (case, tree) in cases {
+            let Some(prefill) = prefill_of::<T, T>(&gpu, &case) else { return };
+            let Some(cascade) = cascade_of::<T>(&gpu, &case) else { return };
+            let num_pages = tree.pages(case.page_size) + 3;
+            let (problem, levels) = problem::<T>(&gpu, rng, &case, &tree, num_pages);
+            problem.check(&gpu, &prefill, &mut flat_workspace);
+            let (tables, case) = (Tables::new(&gpu, &levels), &problem.case);
+            let plan = cascade.plan(&mut workspace, &tables.levels(), case.heads(), &options(case)).unwrap();
+            assert!(plan.replay_key().is_none());
+            let Kv::Paged { cache, .. } = &problem.kv else { unreachable!("pages") };
+            let (mut out, mut lse) = problem.outputs(&gpu);
+            let (mut out_alone, _) = problem.outputs(&gpu);
+            {
+                let (q, cache) = (problem.q.on(&gpu), cache.on(&gpu));
+                let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+                plan.run(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
+                let mut out = out_alone.on_mut(&gpu);
+                plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), None, &case.options()).unwrap();
+            }
+            problem.verify(&gpu, &out, Some(&lse));
+            assert_same_bits("without LSE", &out_alone.download(&gpu), &out.download(&gpu));
+        }
+    }
+
+    /// A decode step: one query each, also where nothing comes after the prefix.
+    fn decode(page_size: usize) -> Vec<Tree> {
+        let prefix = 304 / page_size * page_size;
+        vec![
+            Tree::shared(prefix, &[1, 16, 17, 0, 77].map(|own| (1, own))),
+            Tree::shared(4096, &[(1, 5)]),
+            Tree::shared(page_size, &[(1, 0), (1, 200)]),
+            Tree::shared(0, &[(1, 3), (1, 0)]),
+        ]
+    }
+
+    /// Chunks of prompts: several queries each, and a sequence without any.
+    fn chunks(page_size: usize) -> Vec<Tree> {
+        let prefix = 304 / page_size * page_size;
+        vec![
+            Tree::shared(prefix, &[(5, 20), (33, 33), (1, 1), (0, 7), (130, 200), (1, 0)]),
+            Tree::shared(5120, &[(3, 3), (2, 64)]),
+        ]
+    }
+
+    /// Three levels: two prompts, each continued in two ways or not, and what
+    /// sequences have of their own. And one level, which is plain prefill.
+    fn other_levels() -> Vec<Tree> {
+        let own = [(1, 5), (1, 64), (1, 1), (1, 0), (1, 33)].to_vec();
+        let three = vec![vec![(2, 256), (3, 128)], vec![(1, 64), (1, 0), (2, 192), (1, 64)], own.clone()];
+        let all = vec![vec![(5, 640)], vec![(4, 64), (1, 3200)], own.clone()];
+        vec![
+            Tree { queries: vec![1; 5], levels: three.clone() },
+            Tree { queries: vec![5, 64, 1, 1, 20], levels: three },
+            Tree { queries: vec![3, 60, 1, 0, 33], levels: all },
+            Tree { queries: vec![3, 60, 1, 0, 33], levels: vec![own] },
+            Tree { queries: vec![0; 2], levels: vec![vec![(2, 64)], vec![(1, 3), (1, 0)]] },
+        ]
+    }
+
+    fn shapes<T: Number>(on: On, head_dim: usize) {
+        let mut cases = Vec::new();
+        for (at, (page_size, group)) in [(1, 1), (16, 4), (64, 8), (16, 5)].into_iter().enumerate() {
+            let (layout, joined) = (LAYOUTS[at % 2], at >= 2);
+            let case = Case { page_size, group, layout, joined, ..on.case().head_dim(head_dim) };
+            let mut trees = [decode(page_size), chunks(page_size)].concat();
+            if page_size == 64 {
+                trees.extend(other_levels());
+            }
+            for (tree, causal) in trees.iter().flat_map(|tree| [(tree, true), (tree, false)]) {
+                cases.push((Case { causal, ..case.clone() }, tree.clone()));
+            }
+        }
+        check::<T>(cases);
+    }
+
+    macro_rules! shapes {
+        ($($name:ident: $on:ident $ty:ty, $head_dim:literal;)*) => {
+            $(#[test]
+            fn $name() {
+                shapes::<$ty>($on, $head_dim);
+            })*
+        };
+    }
+    shapes! {
+        fa2_f16_64: FA2 f16, 64;
+        fa2_f16_128: FA2 f16, 128;
+        fa2_f16_256: FA2 f16, 256;
+        fa2_bf16_64: FA2 bf16, 64;
+        fa2_bf16_128: FA2 bf16, 128;
+        fa2_bf16_256: FA2 bf16, 256;
+        fa3_f16_64: FA3 f16, 64;
+        fa3_f16_128: FA3 f16, 128;
+        fa3_bf16_64: FA3 bf16, 64;
+        fa3_bf16_128: FA3 bf16, 128;
+    }
+
+    /// One graph, replayed while the lengths of all levels and the number of
+    /// queries change.
+    fn graph_replay(on: On) {
+        const PAGES: usize = 300;
+        const ROWS: usize = 90;
+        let Some(gpu) = Gpu::start_alone() else { return };
+        let rng = &mut Rng::new();
+        let case = on.case();
+        let Some(cascade) = cascade_of::<bf16>(&gpu, &case) else { return };
+        let heads = case.heads();
+        let mut graph_options = CascadeOptions::causal();
+        graph_options.graph_rows = Some(ROWS);
+        let mut workspace = CascadeWorkspace::new(&gpu.stream, 2).unwrap();
+        let first = Tree::shared(64, &[(1, 5), (1, 1), (3, 20)]);
+        let (first, levels) = problem::<bf16>(&gpu, rng, &case, &first, PAGES);
+        let mut tables = Tables::with_capacity(&gpu, &levels, PAGES);
+        let mut q = Tensor::<bf16>::poisoned(&gpu, &case.q_shape(ROWS));
+        let (mut out, mut lse) = first.outputs_of(&gpu, ROWS);
+        let Kv::Paged { mut cache, .. } = first.kv else { unreachable!("pages") };
+        let (graph, key) = {
+            let plan = cascade.plan(&mut workspace, &tables.levels(), heads, &graph_options).unwrap();
+            let (q, cache) = (q.on(&gpu), cache.on(&gpu));
+            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+            let (graph, run) =
+                capture(&gpu, || plan.run(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()));
+            run.unwrap();
+            (graph.expect("a graph"), plan.replay_key())
+        };
+        assert!(key.is_some());
+        out.assert_untouched(&gpu); // captured is not run
+        for tree in [
+            Tree::shared(64, &[(1, 5), (1, 1), (3, 20)]),
+            Tree::shared(3200, &[(1, 5), (1, 0), (1, 9)]),
+            Tree::shared(16, &[(60, 60), (20, 700), (10, 10)]),
+            Tree::shared(0, &[(1, 1), (0, 0), (0, 40)]),
+            Tree::shared(320, &[(30, 31); 3]),
+        ] {
+            let (problem, levels) = problem::<bf16>(&gpu, rng, &case, &tree, PAGES);
+            tables.update(&levels);
+            let used = problem.queries.total();
+            let per_row = heads.num_qo_heads * case.head_dim_qk;
+            let mut content = vec![bf16::NAN; ROWS * per_row];
+            content[..used * per_row].copy_from_slice(&problem.q.host[..used * per_row]);
+            q.upload(&gpu, &content);
+            let Kv::Paged { cache: new, .. } = &problem.kv else { unreachable!("pages") };
+            for (tensor, source) in cache.tensors.iter_mut().zip(&new.tensors) {
+                tensor.upload(&gpu, &source.host);
+            }
+            out.upload(&gpu, &vec![bf16::NAN; ROWS * per_row]);
+            lse.upload(&gpu, &vec![f32::NAN; ROWS * heads.num_qo_heads]);
+            let plan = cascade.plan(&mut workspace, &tables.levels(), heads, &graph_options).unwrap();
+            assert_eq!(plan.replay_key(), key);
+            graph.launch().unwrap();
+            // Rows beyond the batch's mean nothing.
+            let of_batch = |out: &Tensor<bf16>, lse: &Tensor<f32>| {
+                let (mut v, mut s) = (out.download(&gpu), lse.download(&gpu));
+                v.truncate(used * per_row);
+                s.truncate(used * heads.num_qo_heads);
+                let v = Tensor::new(&gpu, &[used, heads.num_qo_heads, case.head_dim_vo], v);
+                (v, Tensor::new(&gpu, &[used, heads.num_qo_heads], s))
+            };
+            let (replayed, replayed_lse) = of_batch(&out, &lse);
+            problem.verify(&gpu, &replayed, Some(&replayed_lse));
+            let (mut out, mut lse) = problem.outputs_of(&gpu, ROWS);
+            {
+                let (q, cache) = (q.on(&gpu), cache.on(&gpu));
+                let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+                plan.run(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
+            }
+            let (direct, direct_lse) = of_batch(&out, &lse);
+            assert_same_bits("replay and run", &replayed.host, &direct.host);
+            assert_same_bits("replay and run: LSE", &replayed_lse.host, &direct_lse.host);
+        }
+        // Another number of requests on a level makes another graph.
+        let (_, levels) = problem::<bf16>(&gpu, rng, &case, &Tree::shared(64, &[(1, 5), (1, 1)]), PAGES);
+        let fewer = Tables::new(&gpu, &levels);
+        let plan = cascade.plan(&mut workspace, &fewer.levels(), heads, &graph_options).unwrap();
+        assert_ne!(plan.replay_key(), key);
+    }
+
+    #[test]
+    fn fa2_graph_replay() {
+        graph_replay(FA2);
+    }
+
+    #[test]
+    fn fa3_graph_replay() {
+        graph_replay(FA3);
+    }
+
+    #[test]
+    fn wrong_plans() {
+        let Some(gpu) = Gpu::start_alone() else { return };
+        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let case = FA2.case();
+        let Some(cascade) = cascade_of::<f16>(&gpu, &case) else { return };
+        let (heads, eager) = (case.heads(), CascadeOptions::causal());
+        let mut workspace = CascadeWorkspace::with_sizes(&gpu.stream, 2, 16 << 20, 4 << 20).unwrap();
+        let mut tables =
+            |tree: Tree, num_pages, page_size| Tables::new(&gpu, &tree.tables(rng, num_pages, page_size).0);
+        let right = tables(Tree::shared(64, &[(1, 5), (3, 20)]), 20, 16);
+        let fewer_rows = tables(Tree::shared(64, &[(1, 5), (2, 20)]), 20, 16);
+        let more_pages = tables(Tree::shared(64, &[(1, 5), (3, 20)]), 21, 16);
+        let larger_pages = tables(Tree::shared(64, &[(1, 5), (3, 20)]), 20, 32);
+        let short = tables(Tree::shared(64, &[(1, 5), (3, 2)]), 20, 16);
+        let (good, own) = (right.levels(), right.levels()[1]);
+        let mut plan = |levels: &[CascadeLevel<'_>], heads, options: &CascadeOptions| {
+            cascade.plan(&mut workspace, levels, heads, options).map(drop)
+        };
+        plan(&good, heads, &eager).unwrap();
+        refused(plan(&[], heads, &eager), "levels");
+        for wrong in [&fewer_rows, &more_pages, &larger_pages] {
+            refused(plan(&[wrong.levels()[0], own], heads, &eager), "levels");
+        }
+        refused(plan(&[good[0], good[0], own], heads, &eager), "workspace");
+        // Only the last level can have too few keys for a causal mask.
+        refused(plan(&short.levels(), heads, &eager), "queries");
+        plan(&short.levels(), heads, &CascadeOptions::default()).unwrap();
+        refused(plan(&good, Heads { num_qo_heads: 7, num_kv_heads: 2 }, &eager), "heads");
+        let mut graph = eager;
+        graph.graph_rows = Some(3);
+        refused(plan(&good, heads, &graph), "graph_rows");
+        let mut elsewhere = CascadeWorkspace::new(&other.stream, 2).unwrap();
+        refused(cascade.plan(&mut elsewhere, &good, heads, &eager), "workspace");
+        let mut tiny = CascadeWorkspace::with_sizes(&gpu.stream, 2, 16 << 20, 64).unwrap();
+        refused(cascade.plan(&mut tiny, &good, heads, &eager), "workspace");
+        let (_, (plan, new)) = capture(&gpu, || {
+            (
+                cascade.plan(&mut workspace, &good, heads, &eager).map(drop),
+                CascadeWorkspace::new(&gpu.stream, 1).map(drop),
+            )
+        });
+        refused(plan, "workspace");
+        refused(new, "stream");
+        cascade.plan(&mut workspace, &good, heads, &eager).unwrap();
+        for spec in [
+            case.spec::<f16, f16>().with_window_left(7),
+            AttentionSpec::new(case.spec::<f16, f16>().dtype_q, 192),
+        ] {
+            let error = MultiLevelCascade::new(gpu.runtime, &gpu.stream, &spec).unwrap_err();
+            assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn wrong_input_to_run() {
+        let Some(gpu) = start() else { return };
+        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let case = FA2.case();
+        let Some(cascade) = cascade_of::<f16>(&gpu, &case) else { return };
+        let tree = Tree::shared(64, &[(1, 5), (3, 20), (1, 0)]);
+        let (problem, levels) = problem::<f16>(&gpu, rng, &case, &tree, 12);
+        let tables = Tables::new(&gpu, &levels);
+        let mut workspace = CascadeWorkspace::new(&gpu.stream, 2).unwrap();
+        let plan =
+            cascade.plan(&mut workspace, &tables.levels(), case.heads(), &CascadeOptions::default()).unwrap();
+        let Kv::Paged { cache, .. } = &problem.kv else { unreachable!("pages") };
+        let cache = cache.on(&gpu);
+        let options = RunOptions::default();
+        refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
+            plan.run(q, &cache.kv(), out, lse, &options)
+        });
+        let (mut out, mut lse) = problem.outputs(&gpu);
+        {
+            let q = problem.q.on(&gpu);
+            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+            refuse_caches(&gpu, &other, rng, 12, &mut |kv| {
+                plan.run(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+            });
+        }
+        out.assert_untouched(&gpu);
+        lse.assert_untouched(&gpu);
+    }
 }

@@ -5,7 +5,8 @@
 //! sets of keys merge into that of their union, whatever computed them. So a
 //! prefix that many requests share can be attended to once, and merged with
 //! what each request sees of its own. Merging is associative and commutative
-//! but for rounding.
+//! but for rounding. [`MultiLevelCascade`](crate::attention::MultiLevelCascade)
+//! does that with batch prefill.
 //!
 //! `v` is `f16` or `bf16`, `s` is `f32` in base 2, as every attention of this
 //! crate gives it; both are contiguous. The head dimension is 64, 128, 256 or
@@ -98,7 +99,7 @@ static MERGE_STATES: FixedFunction = FixedFunction::of(ModuleName::CASCADE, &Mer
 /// Element types of outputs.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 /// Head dimensions that the kernels are compiled for.
-const HEAD_DIMS: [i64; 4] = [64, 128, 256, 512];
+pub(super) const HEAD_DIMS: [i64; 4] = [64, 128, 256, 512];
 /// The most threads of a block.
 const MAX_THREADS: i64 = 1024;
 /// The most blocks in the second dimension of a launch.

@@ -9,9 +9,11 @@
 //! [`BatchAttention`] does the same for batches of prefill and decode together,
 //! [`BatchMla`] for multi-head latent attention, selected by [`MlaSpec`].
 //!
+//! [`MultiLevelCascade`] attends once to pages that requests share.
 //! [`SinglePrefill`] and [`SingleDecode`] attend to the keys of one request,
 //! which are plain tensors. They need no plan.
 
+mod cascade;
 mod decode;
 mod mask;
 mod mla;
@@ -24,6 +26,9 @@ mod single;
 mod spec;
 mod workspace;
 
+pub use cascade::{
+    CascadeLevel, CascadeOptions, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade,
+};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
 pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};

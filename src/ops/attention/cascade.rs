@@ -1,0 +1,450 @@
+//! Cascade attention: queries that share pages attend to them once.
+//!
+//! A batch whose requests begin with the same tokens is divided into *levels*,
+//! from pages that many requests share to those that are one request's own. A
+//! level is a batch of its own over the same queries: on the first, all
+//! queries may be one request, so that its keys are read once for all of them;
+//! on the last, each request stands for itself. Each level gives a state,
+//! outputs and LSE, and the states merge into that of all keys; see
+//! [`cascade`](mod@crate::cascade). Which rows are together on a level, and
+//! over which pages, is up to the caller. No page may be a query's on two
+//! levels, or its keys count twice.
+
+use super::{
+    options::RunOptions,
+    plan::{Heads, ReplayKey},
+    prefill::{BatchPrefill, PrefillOptions, PrefillPlan},
+    spec::{AttentionSpec, Backend, PosEncodingMode},
+    workspace::Workspace,
+};
+use crate::{
+    cascade::{self, State, StateMut},
+    cuda::DeviceBuffer,
+    error::{FlashInferError, Result},
+    kv::{PageTable, RaggedTable},
+    module::{Module, ModuleName},
+    ops::check::Check,
+    page::PagedKv,
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{DType, RawTensor, TensorMut, TensorRef},
+};
+
+const PLAN_OP: &str = "MultiLevelCascade::plan";
+/// Each part of the memory for states starts at a multiple of this many bytes.
+const ALIGNMENT: usize = 256;
+
+/// Attention of several levels over one paged cache.
+///
+/// ```no_run
+/// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use flashinfer_rs::{
+///     DType, FlashInferRuntime, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
+///     attention::{
+///         AttentionSpec, CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, MultiLevelCascade, RunOptions,
+///     },
+///     cudarc::{TensorExt, TensorExtMut},
+///     page::{KvLayout, PagedKv},
+/// };
+/// use half::f16;
+/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+/// let stream = Stream::from(&cuda);
+/// let spec = AttentionSpec::new(DType::F16, 128);
+/// let attention = MultiLevelCascade::new(FlashInferRuntime::get()?, &stream, &spec)?;
+/// let mut workspace = CascadeWorkspace::new(&stream, 2)?;
+///
+/// // A decode step of three requests that begin with the same 64 tokens.
+/// let all = RaggedTable::new(&stream, RaggedIndices::from_lens([3])?)?;
+/// let each = RaggedTable::new(&stream, RaggedIndices::from_lens([1, 1, 1])?)?;
+/// let shared = PageIndices::from_requests(9, 16, [(&[0, 1, 2, 3][..], 64)])?;
+/// let own = PageIndices::from_requests(9, 16, [(&[4][..], 5), (&[5, 6][..], 20), (&[7][..], 1)])?;
+/// let (shared, own) = (PageTable::new(&stream, shared)?, PageTable::new(&stream, own)?);
+/// let levels =
+///     [CascadeLevel { queries: &all, table: &shared }, CascadeLevel { queries: &each, table: &own }];
+/// let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+/// let plan = attention.plan(&mut workspace, &levels, heads, &CascadeOptions::default())?;
+///
+/// // For each layer:
+/// let (q, kv) = (cuda.alloc_zeros::<f16>(3 * 32 * 128)?, cuda.alloc_zeros::<f16>(9 * 16 * 8 * 128)?);
+/// let mut out = cuda.alloc_zeros::<f16>(3 * 32 * 128)?;
+/// let kv = kv.tensor(&cuda, &[9, 16, 8, 128])?;
+/// plan.run(
+///     &q.tensor(&cuda, &[3, 32, 128])?.view(),
+///     &PagedKv::new(kv.view(), kv.view(), KvLayout::Nhd),
+///     &mut out.tensor_mut(&cuda, &[3, 32, 128])?.view_mut(),
+///     None,
+///     &RunOptions::default(),
+/// )?;
+/// # Ok(()) }
+/// # #[cfg(not(feature = "cudarc"))] fn main() {}
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct MultiLevelCascade {
+    prefill: BatchPrefill,
+    dtype_o: DType,
+    head_dim: usize,
+}
+
+/// One level: which queries are together, and over which pages.
+#[derive(Clone, Copy, Debug)]
+pub struct CascadeLevel<'p> {
+    /// The queries of each request of the level. All levels have the same
+    /// queries in the same order.
+    pub queries: &'p RaggedTable,
+    /// The pages of each request of the level.
+    pub table: &'p PageTable,
+}
+
+/// How a cascade is planned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CascadeOptions {
+    /// Queries of the last level see keys up to their position in it. All
+    /// keys of the other levels are seen in any case.
+    pub causal: bool,
+    /// As [`PrefillOptions::graph_rows`]; the number of requests of each level
+    /// must stay, too.
+    pub graph_rows: Option<usize>,
+}
+
+impl CascadeOptions {
+    /// Causal, not for a graph.
+    pub fn causal() -> Self {
+        Self { causal: true, ..Self::default() }
+    }
+}
+
+/// The workspaces of a cascade, one for each level, and memory for the state
+/// of a level while it waits to be merged.
+///
+/// As a [`Workspace`], it belongs to one stream, and one plan at a time
+/// borrows it.
+pub struct CascadeWorkspace {
+    levels: Vec<Workspace>,
+    /// Grows to what the largest plan needs.
+    states: DeviceBuffer,
+}
+
+impl CascadeWorkspace {
+    /// A workspace for up to so many levels, each of the default sizes.
+    ///
+    /// # Errors
+    /// As [`Workspace::new`].
+    pub fn new(stream: &Stream, levels: usize) -> Result<Self> {
+        Self::with_sizes(stream, levels, Workspace::DEFAULT_FLOAT_BYTES, Workspace::DEFAULT_INT_BYTES)
+    }
+
+    /// A workspace with other sizes of each level, in bytes.
+    ///
+    /// # Errors
+    /// As [`Workspace::new`].
+    pub fn with_sizes(stream: &Stream, levels: usize, float_bytes: usize, int_bytes: usize) -> Result<Self> {
+        stream.check_usable_here("CascadeWorkspace")?;
+        let cuda = FlashInferRuntime::get()?.cuda();
+        Ok(Self {
+            states: DeviceBuffer::new(cuda, stream, 0)?,
+            levels: (0..levels)
+                .map(|_| Workspace::with_sizes(stream, float_bytes, int_bytes))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    /// The stream that the workspace belongs to.
+    pub fn stream(&self) -> &Stream {
+        self.states.stream()
+    }
+}
+
+impl std::fmt::Debug for CascadeWorkspace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CascadeWorkspace({:?}, {} bytes for states)", self.levels, self.states.len())
+    }
+}
+
+impl MultiLevelCascade {
+    /// Resolves the modules of batch prefill and of merging for the stream's
+    /// device; downloads the pinned wheel if no local source holds one of them
+    /// and that is allowed.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: as [`BatchPrefill::new`]; the spec
+    /// has a sliding window or ALiBi, which count positions across levels, or
+    /// attention sinks, which would count once for each level; the head
+    /// dimension is not 64, 128, 256 or 512. Else a module cannot be had or
+    /// opened.
+    pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
+        check_spec(spec)?;
+        let prefill = BatchPrefill::new(runtime, stream, spec)?;
+        runtime.preload([&ModuleName::CASCADE])?;
+        Ok(Self { prefill, dtype_o: spec.dtype_o, head_dim: spec.head_dim_vo })
+    }
+
+    /// The module of batch prefill.
+    pub fn module(&self) -> &'static Module {
+        self.prefill.module()
+    }
+
+    /// The kernels that were picked: FlashAttention 2 or 3.
+    pub fn backend(&self) -> Backend {
+        self.prefill.backend()
+    }
+
+    /// Plans each level. Levels come in any order but for the last, which
+    /// alone can be causal.
+    ///
+    /// # Errors
+    /// As [`BatchPrefill::plan_paged`] for each level; also when there are no
+    /// levels or more than the workspace is for, and when levels differ in
+    /// their number of queries or in the cache that their tables are for.
+    pub fn plan<'p>(
+        &self,
+        workspace: &'p mut CascadeWorkspace,
+        levels: &[CascadeLevel<'p>],
+        heads: Heads,
+        options: &CascadeOptions,
+    ) -> Result<CascadePlan<'p>> {
+        let Some(last) = levels.last() else {
+            return Err(FlashInferError::invalid(
+                PLAN_OP,
+                "levels",
+                "there are none; a cascade has one or more",
+            ));
+        };
+        let check = Check::new(PLAN_OP, last.queries.stream())?;
+        if levels.len() > workspace.levels.len() {
+            let available = workspace.levels.len();
+            return check.fail(
+                "workspace",
+                format!("it is for {available} levels; the cascade has {}", levels.len()),
+            );
+        }
+        let cache =
+            |level: &CascadeLevel<'_>| (level.table.host().num_pages(), level.table.host().page_size());
+        let total = last.queries.host().total();
+        for (at, level) in levels.iter().enumerate() {
+            let rows = level.queries.host().total();
+            if rows != total {
+                return check.fail("levels", format!("level {at} has {rows} queries, the last has {total}"));
+            }
+            if cache(level) != cache(last) {
+                return check.fail(
+                    "levels",
+                    format!(
+                        "the tables of level {at} and of the last are for other caches: {:?} and {:?} \
+                         (pages, tokens in a page)",
+                        cache(level),
+                        cache(last)
+                    ),
+                );
+            }
+        }
+        let CascadeWorkspace { levels: workspaces, states } = workspace;
+        let plan = |((at, level), workspace): ((usize, &CascadeLevel<'p>), &'p mut Workspace)| {
+            let mut prefill = if options.causal && at + 1 == levels.len() {
+                PrefillOptions::causal()
+            } else {
+                PrefillOptions::default()
+            };
+            prefill.graph_rows = options.graph_rows;
+            self.prefill.plan_paged(workspace, level.queries, level.table, heads, &prefill)
+        };
+        let plans: Vec<_> =
+            levels.iter().enumerate().zip(workspaces.iter_mut()).map(plan).collect::<Result<_>>()?;
+        let rows = options.graph_rows.unwrap_or(total);
+        let shape =
+            StateShape { dtype: self.dtype_o, rows, heads: heads.num_qo_heads, head_dim: self.head_dim };
+        let needed = if plans.len() > 1 { shape.bytes() } else { 0 };
+        if states.len() < needed {
+            let stream = states.stream().clone();
+            *states = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), &stream, needed)?;
+        }
+        Ok(CascadePlan { levels: plans, states, shape })
+    }
+}
+
+/// Refuses what levels cannot compute apart from each other.
+fn check_spec(spec: &AttentionSpec) -> Result<()> {
+    let unsupported = |what: String, available: &str| {
+        Err(FlashInferError::Unsupported { what, available: available.into() })
+    };
+    if spec.window_left.is_some() {
+        return unsupported(
+            "a cascade with a sliding window".into(),
+            "windows reach across levels; use BatchPrefill over complete page tables",
+        );
+    }
+    if spec.attention_sink {
+        return unsupported(
+            "a cascade with attention sinks".into(),
+            "each level would count them; use BatchPrefill over complete page tables",
+        );
+    }
+    if spec.pos_encoding_mode != PosEncodingMode::None {
+        return unsupported(
+            "a cascade with encoded positions".into(),
+            "levels count positions from their own first key; use BatchPrefill over complete page tables",
+        );
+    }
+    if !cascade::HEAD_DIMS.contains(&(spec.head_dim_vo as i64)) {
+        return unsupported(
+            format!("a cascade with head dimension {}", spec.head_dim_vo),
+            "states of head dimension 64, 128, 256 and 512 can be merged",
+        );
+    }
+    Ok(())
+}
+
+/// The sizes of a state.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct StateShape {
+    dtype: DType,
+    rows: usize,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl StateShape {
+    /// Where the LSE of a state, and that of another one, start, and where
+    /// they end. Plans bound the elements of an output, so nothing overflows.
+    fn offsets(&self) -> [usize; 3] {
+        let sums = self.rows * self.heads;
+        let s = (sums * self.head_dim * self.dtype.size()).next_multiple_of(ALIGNMENT);
+        let other = s + (sums * size_of::<f32>()).next_multiple_of(ALIGNMENT);
+        [s, other, other + sums * size_of::<f32>()]
+    }
+
+    fn bytes(&self) -> usize {
+        self.offsets()[2]
+    }
+}
+
+/// One step's plan of a cascade, ready to run for each layer.
+///
+/// It borrows its workspace and tables, as [`DecodePlan`](super::DecodePlan)
+/// does.
+pub struct CascadePlan<'p> {
+    levels: Vec<PrefillPlan<'p, PageTable>>,
+    states: &'p DeviceBuffer,
+    shape: StateShape,
+}
+
+impl<'p> CascadePlan<'p> {
+    /// Attention of each query to the pages of its requests on all levels.
+    ///
+    /// Arguments are those of prefill over pages
+    /// ([`PrefillPlan::run`](super::PrefillPlan)). Outputs of levels are
+    /// rounded to their dtype before they are merged. Planned for a graph,
+    /// rows of `out` and `lse` beyond the batch's are overwritten with numbers
+    /// that mean nothing.
+    ///
+    /// # Errors
+    /// As [`DecodePlan::run`](super::DecodePlan::run).
+    pub fn run(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        options: &RunOptions<'_>,
+    ) -> Result<()> {
+        let Some((last, others)) = self.levels.split_last() else { return Ok(()) };
+        if others.is_empty() {
+            return last.run(q, kv, out, lse, options);
+        }
+        let [mut v, mut s, sums] = self.states()?;
+        let mut lse = lse.map_or(sums, TensorMut::reborrow);
+        last.run(q, kv, out, Some(&mut lse), options)?;
+        for level in others {
+            level.run(q, kv, &mut v, Some(&mut s), options)?;
+            let mut state = StateMut::new(out.reborrow(), lse.reborrow());
+            cascade::merge_state_in_place(
+                self.stream(),
+                &mut state,
+                &State::new(v.as_ref(), s.as_ref()),
+                None,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Memory for the outputs and the LSE of a level, and for the LSE of all.
+    fn states(&self) -> Result<[TensorMut<'_>; 3]> {
+        let StateShape { dtype, rows, heads, head_dim } = self.shape;
+        let [s, sums, _] = self.shape.offsets();
+        let part = |offset: usize, dtype, shape: &[usize]| {
+            let start = self.states.as_ptr().cast::<u8>().wrapping_add(offset).cast();
+            RawTensor::new(start, self.stream().device(), dtype, shape, None).map(TensorMut::new)
+        };
+        Ok([
+            part(0, dtype, &[rows, heads, head_dim])?,
+            part(s, DType::F32, &[rows, heads])?,
+            part(sums, DType::F32, &[rows, heads])?,
+        ])
+    }
+
+    /// The stream that runs go to.
+    pub fn stream(&self) -> &Stream {
+        self.states.stream()
+    }
+
+    /// The plans of the levels, in their order.
+    pub fn levels(&self) -> &[PrefillPlan<'p, PageTable>] {
+        &self.levels
+    }
+
+    /// What a graph that captures runs of this plan bakes in: replay it only
+    /// after a plan with an equal key. `None` unless planned for a graph.
+    pub fn replay_key(&self) -> Option<CascadeReplayKey> {
+        let levels = self.levels.iter().map(PrefillPlan::replay_key).collect::<Option<_>>()?;
+        Some(CascadeReplayKey { levels, states: self.states.as_ptr() as usize, shape: self.shape })
+    }
+}
+
+impl std::fmt::Debug for CascadePlan<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CascadePlan")
+            .field("levels", &self.levels)
+            .field("shape", &self.shape)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The [`ReplayKey`] of a cascade.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CascadeReplayKey {
+    levels: Box<[ReplayKey]>,
+    states: usize,
+    shape: StateShape,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_apart_from_each_other_only() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        check_spec(&spec).unwrap();
+        check_spec(&spec.with_logits_soft_cap(30.0)).unwrap();
+        for spec in [
+            spec.with_window_left(7),
+            spec.with_attention_sink(),
+            spec.with_pos_encoding_mode(PosEncodingMode::Alibi),
+            AttentionSpec::new(DType::F16, 192),
+            spec.with_head_dim_vo(96),
+        ] {
+            assert!(matches!(check_spec(&spec), Err(FlashInferError::Unsupported { .. })), "{spec:?}");
+        }
+    }
+
+    #[test]
+    fn parts_of_states_do_not_overlap() {
+        for (rows, heads, head_dim) in [(0, 8, 128), (1, 1, 64), (3, 5, 64), (1000, 32, 512)] {
+            let shape = StateShape { dtype: DType::BF16, rows, heads, head_dim };
+            let [s, sums, end] = shape.offsets();
+            assert!(s >= rows * heads * head_dim * 2 && s.is_multiple_of(ALIGNMENT));
+            assert!(sums >= s + rows * heads * 4 && sums.is_multiple_of(ALIGNMENT));
+            assert_eq!(end, sums + rows * heads * 4);
+        }
+    }
+}
