@@ -9,7 +9,8 @@ mod common;
 use common::{
     Gpu, Rng,
     attention::refuse_caches,
-    prefill::{Case, Kind, Kv, On, Problem, Tables, prefill_of},
+    cache::table_among,
+    prefill::{Captured, Case, Kind, Kv, On, Problem, Tables, prefill_of},
     refused,
 };
 use cudarc::driver::CudaSlice;
@@ -22,7 +23,7 @@ use flashinfer_rs::{
 use float8::F8E4M3;
 use half::{bf16, f16};
 
-prefill_tests!(Paged: shared_pages, cache_beyond_32_bits, wrong_caches);
+prefill_tests!(Paged: shared_pages, graph_of_long_keys, cache_beyond_32_bits, wrong_caches);
 
 const FA2: On = On { kind: Kind::Paged, backend: Backend::Fa2 };
 
@@ -135,6 +136,37 @@ impl On {
             let table = PageIndices::from_requests(9, 16, requests).unwrap();
             let kv = Kv::paged(&gpu, rng, &case, table);
             Problem::<f16, f16>::with_kv(&gpu, rng, case, kv).check(&gpu, &prefill, &mut workspace);
+        }
+    }
+
+    /// One graph for few queries and heads over short and very long requests,
+    /// whose keys are divided among the blocks of the captured launch.
+    fn graph_of_long_keys(self) {
+        const PAGES: usize = 2600;
+        const ROWS: usize = 8;
+        let Some(gpu) = Gpu::start_alone() else { return };
+        let rng = &mut Rng::new();
+        let case = Case { kv_heads: 1, group: 2, ..self.case() };
+        let Some(prefill) = prefill_of::<bf16, bf16>(&gpu, &case) else { return };
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let problem = |rng: &mut Rng, requests: [(usize, usize); 2]| {
+            let case = Case { requests: requests.to_vec(), ..case.clone() };
+            let table = table_among(rng, PAGES, case.page_size, &case.key_lens());
+            let kv = Kv::paged(&gpu, rng, &case, table);
+            Problem::<bf16, bf16>::with_kv(&gpu, rng, case, kv)
+        };
+        let first = problem(rng, [(1, 5), (2, 9)]);
+        let mut tables = Tables::with_capacity(&gpu, &first, 2, PAGES);
+        let mut captured = Captured::new(&gpu, &prefill, first, ROWS, &mut workspace, &tables);
+        for requests in [
+            [(1, 40_000), (1, 3)],
+            [(1, 5), (2, 9)],
+            [(3, 17_000), (5, 24_001)],
+            [(0, 0), (8, 41_000)],
+            [(4, 4), (0, 33_333)],
+        ] {
+            let step = problem(rng, requests);
+            captured.replay(&gpu, &prefill, &step, &mut workspace, &mut tables);
         }
     }
 

@@ -359,21 +359,52 @@ fn split_kv() {
     run::<f16>(&gpu, rng, &[3, 5_001, 0, 4_096, 1], 1);
 }
 
-/// A batch that fills the GPU is not split, in either mode.
+/// Contexts of 131072 tokens with few heads, which all blocks share.
+fn long_context<T: Number>(backend: Backend) {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (page_size, group, lens) in
+        [(16, 1, vec![131_072]), (64, 8, vec![131_071, 3, 0, 65]), (1, 4, vec![1, 131_072])]
+    {
+        let case = Case { lens, page_size, kv_heads: 1, group, backend, ..Case::default() };
+        let decode = decode_of::<T, T>(&gpu, &case);
+        let problem = Problem::<T, T>::new(&gpu, rng, case);
+        assert!(problem.check(&gpu, &decode, &mut workspace), "{:?} was not split", problem.case);
+    }
+}
+
+#[test]
+fn long_context_on_cuda_cores() {
+    long_context::<f16>(Backend::CudaCores);
+    long_context::<bf16>(Backend::CudaCores);
+}
+
+#[test]
+fn long_context_on_tensor_cores() {
+    long_context::<f16>(Backend::Fa2);
+    long_context::<bf16>(Backend::Fa2);
+}
+
+/// A batch that fills the GPU is not split, but for captured launches on
+/// tensor cores, which always are.
 #[test]
 fn large_batch() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let lens: Vec<usize> = (0..600).map(|_| rng.below(40)).collect();
-    let case = Case { lens, kv_heads: 8, group: 1, head_dim: 64, ..Case::default() };
-    let decode = decode_of::<f16, f16>(&gpu, &case);
-    let problem = Problem::<f16, f16>::new(&gpu, rng, case);
-    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-    let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
-        let plan = decode.plan(&mut workspace, &table, mode).unwrap();
-        assert!(!plan.splits_kv(), "{mode:?}: {:?}", plan.numbers());
-        problem.check_run(&gpu, &plan);
+    let lens: Vec<usize> = (0..1024).map(|_| rng.below(40)).collect();
+    for (backend, group) in [(Backend::CudaCores, 1), (Backend::Fa2, 1), (Backend::Fa2, 4)] {
+        let case = Case { lens: lens.clone(), kv_heads: 8, group, head_dim: 64, backend, ..Case::default() };
+        let decode = decode_of::<f16, f16>(&gpu, &case);
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+        let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+        let mut workspace = Workspace::with_sizes(&gpu.stream, 256 << 20, 8 << 20).unwrap();
+        for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
+            let plan = decode.plan(&mut workspace, &table, mode).unwrap();
+            let splits = backend == Backend::Fa2 && mode == PlanMode::CudaGraph;
+            assert_eq!(plan.splits_kv(), splits, "{backend:?}, {mode:?}: {:?}", plan.numbers());
+            problem.check_run(&gpu, &plan);
+        }
     }
 }
 
@@ -768,11 +799,10 @@ impl<T: Number> Captured<T> {
 }
 
 /// Replays with other lengths, and with fewer requests than were captured.
-#[test]
-fn graph_replay() {
-    fn run<T: Number>(gpu: &Gpu, rng: &mut Rng, layout: KvLayout, joined: bool) {
+fn graph_replay(backend: Backend) {
+    fn run<T: Number>(gpu: &Gpu, rng: &mut Rng, backend: Backend, layout: KvLayout, joined: bool) {
         const PAGES: usize = 400;
-        let case = Case { kv_heads: 8, layout, joined, ..Case::default() };
+        let case = Case { kv_heads: 8, layout, joined, backend, ..Case::default() };
         let batch = case.lens.len();
         let decode = decode_of::<T, T>(gpu, &case);
         let first = table_among(rng, PAGES, case.page_size, &case.lens);
@@ -798,8 +828,50 @@ fn graph_replay() {
     }
     let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
-    run::<f16>(&gpu, rng, KvLayout::Nhd, false);
-    run::<bf16>(&gpu, rng, KvLayout::Hnd, true);
+    run::<f16>(&gpu, rng, backend, KvLayout::Nhd, false);
+    run::<bf16>(&gpu, rng, backend, KvLayout::Hnd, true);
+}
+
+#[test]
+fn graph_replay_on_cuda_cores() {
+    graph_replay(Backend::CudaCores);
+}
+
+#[test]
+fn graph_replay_on_tensor_cores() {
+    graph_replay(Backend::Fa2);
+}
+
+/// One graph for few heads over short and very long contexts, whose tokens are
+/// divided among the blocks of the captured launch.
+fn graph_of_long_contexts(backend: Backend) {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    const PAGES: usize = 8300;
+    for group in [1, 8] {
+        let case = Case { lens: vec![20; 2], kv_heads: 1, group, backend, ..Case::default() };
+        let decode = decode_of::<bf16, bf16>(&gpu, &case);
+        let first = table_among(rng, PAGES, case.page_size, &case.lens);
+        let mut table = PageTable::with_capacity(&gpu.stream, first, 2, PAGES).unwrap();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let mut captured = capture::<bf16>(&gpu, &decode, &case, PAGES, &mut workspace, &table);
+        for lens in [[131_072, 1], [5, 0], [70_000, 61_001], [0, 131_072], [20, 20]] {
+            let table_of_step = table_among(rng, PAGES, case.page_size, &lens);
+            let step = Case { lens: lens.to_vec(), ..case.clone() };
+            let problem = Problem::<bf16, bf16>::with_table(&gpu, rng, step, table_of_step);
+            captured.replay(&gpu, &decode, &problem, &mut workspace, &mut table);
+        }
+    }
+}
+
+#[test]
+fn graph_of_long_contexts_on_cuda_cores() {
+    graph_of_long_contexts(Backend::CudaCores);
+}
+
+#[test]
+fn graph_of_long_contexts_on_tensor_cores() {
+    graph_of_long_contexts(Backend::Fa2);
 }
 
 /// One request that takes every block of the captured launch, beside 31 that
@@ -809,8 +881,8 @@ fn graph_with_padding_and_one_long_request() {
     let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
     const PAGES: usize = 64;
-    for group in [1, 4] {
-        let case = Case { lens: vec![20; 32], kv_heads: 8, group, ..Case::default() };
+    for (backend, group) in [(Backend::CudaCores, 1), (Backend::CudaCores, 4), (Backend::Fa2, 4)] {
+        let case = Case { lens: vec![20; 32], kv_heads: 8, group, backend, ..Case::default() };
         let decode = decode_of::<f16, f16>(&gpu, &case);
         let first = repeating_table(rng, PAGES, case.page_size, &case.lens);
         let mut table = PageTable::with_capacity(&gpu.stream, first, 32, 4000).unwrap();

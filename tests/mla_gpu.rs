@@ -473,6 +473,20 @@ fn sm_scale() {
     }
 }
 
+/// Contexts of 131072 tokens, for one query and for a masked chunk of several.
+#[test]
+fn long_context() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for (num_heads, page_size, causal, requests) in
+        [(16, 64, false, vec![(1, 131_072)]), (4, 16, true, vec![(3, 131_071), (0, 0), (2, 9), (1, 65)])]
+    {
+        let case = Case { requests, num_heads, page_size, causal, ..Case::default() };
+        check::<bf16>(&gpu, rng, &mut workspace, case);
+    }
+}
+
 #[test]
 fn large_batch() {
     let Some(gpu) = Gpu::start() else { return };

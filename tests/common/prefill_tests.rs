@@ -59,7 +59,9 @@ macro_rules! prefill_tests {
             bf16_tiles: tiles::<bf16>();
             chunked_prefill: chunked_prefill();
             long_keys: long_keys();
+            keys_of_128k: keys_of_128k();
             many_requests: many_requests();
+            batch_of_1024: batch_of_1024();
             no_keys_for_some: no_keys_for_some();
             no_keys_at_all: no_keys_at_all();
             more_queries_than_keys: more_queries_than_keys();
@@ -396,11 +398,46 @@ impl On {
         }
     }
 
+    /// Chunks at the end of 131072 keys: in two tiles, with many heads, and
+    /// beside short requests.
+    pub fn keys_of_128k(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for (group, causal, requests) in [
+            (1, true, vec![(130, 131_072)]),
+            (8, true, vec![(3, 131_071), (0, 0), (17, 40), (1, 1)]),
+            (2, false, vec![(9, 131_072)]),
+        ] {
+            let case = Case { requests, causal, kv_heads: 1, group, ..self.case() };
+            let Some(prefill) = prefill_of::<bf16, bf16>(&gpu, &case) else { return };
+            let problem = Problem::<bf16, bf16>::new(&gpu, rng, case);
+            let splits = problem.check(&gpu, &prefill, &mut workspace);
+            assert_eq!(splits, self.backend == Backend::Fa2, "{:?}", problem.case);
+        }
+    }
+
     /// So many requests that each head of FlashAttention 3 has the same schedule.
     pub fn many_requests(self) {
         let requests = (0..4200).map(|at| (at % 3, at % 3 + at % 5)).collect();
         let case = Case { requests, kv_heads: 1, group: 2, ..self.case() };
         check_all::<f16, f16>(Self::both(case.head_dim(64)));
+    }
+
+    /// 1024 requests of random lengths, some without queries or keys.
+    pub fn batch_of_1024(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for case in Self::both(self.case()) {
+            let requests = (0..1024).map(|_| {
+                let queries = rng.below(6);
+                (queries, if rng.below(20) == 0 { 0 } else { queries + rng.below(70) })
+            });
+            let case = Case { requests: requests.collect(), ..case };
+            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+            Problem::<f16, f16>::new(&gpu, rng, case).check(&gpu, &prefill, &mut workspace);
+        }
     }
 
     /// Requests with queries but no keys, beside others.
