@@ -402,8 +402,9 @@ fn wrong_stream() {
 /// Attention of several levels against attention over complete page tables.
 mod levels {
     use flashinfer_rs::{
-        FlashInferError, RaggedIndices, RaggedTable,
+        DType, FlashInferError, RaggedIndices, RaggedTable, TensorRef,
         attention::{Backend, CascadeLevel, CascadeOptions, CascadeWorkspace, MultiLevelCascade},
+        page::PagedKv,
     };
 
     use super::*;
@@ -599,6 +600,68 @@ mod levels {
             Tree { queries: vec![3, 60, 1, 0, 33], levels: vec![own] },
             Tree { queries: vec![0; 2], levels: vec![vec![(2, 64)], vec![(1, 3), (1, 0)]] },
         ]
+    }
+
+    /// The trees and how their levels are masked, by the reference alone: the
+    /// states of all levels merge into those over complete page tables.
+    #[test]
+    fn levels_merge_into_the_whole() {
+        let rng = &mut Rng::new();
+        let spec = AttentionSpec::new(DType::F64, 8);
+        for page_size in [1, 16, 64] {
+            let mut trees = [decode(page_size), chunks(page_size)].concat();
+            if page_size == 64 {
+                trees.extend(other_levels());
+            }
+            for (tree, causal) in trees.iter().flat_map(|tree| [(tree, true), (tree, false)]) {
+                let num_pages = tree.pages(page_size) + 1;
+                let (levels, flat) = tree.tables(rng, num_pages, page_size);
+                let rows = tree.queries.iter().sum();
+                let mut numbers = |len: usize| -> Vec<f64> { (0..len).map(|_| rng.unit()).collect() };
+                let cache_len = num_pages * page_size * 8;
+                let (q, k, v) = (numbers(rows * 2 * 8), numbers(cache_len), numbers(cache_len));
+                let cache = |of| TensorRef::from_slice(of, &[num_pages, page_size, 1, 8]).unwrap();
+                let run = |queries: &RaggedIndices, table: &PageIndices, mask| {
+                    let (mut out, mut lse) = (vec![f64::NAN; rows * 2 * 8], vec![f64::NAN; rows * 2]);
+                    reference::batch_prefill_paged(
+                        &spec,
+                        &TensorRef::from_slice(&q, &[rows, 2, 8]).unwrap(),
+                        &PagedKv::new(cache(&k), cache(&v), KvLayout::Nhd),
+                        (queries, table),
+                        &mut TensorMut::from_slice(&mut out, &[rows, 2, 8]).unwrap(),
+                        Some(&mut TensorMut::from_slice(&mut lse, &[rows, 2]).unwrap()),
+                        (mask, &RunOptions::default()),
+                    )
+                    .unwrap();
+                    // What kernels have for −∞.
+                    lse.iter_mut().for_each(|lse| *lse = lse.max(-5e4));
+                    (out, lse)
+                };
+                let last_mask = if causal { reference::Mask::Causal } else { reference::Mask::None };
+                let queries = RaggedIndices::from_lens(tree.queries.iter().copied()).unwrap();
+                let (want, want_lse) = run(&queries, &flat, last_mask);
+                let ((queries, table), others) = levels.split_last().unwrap();
+                let (mut out, mut lse) = run(queries, table, last_mask);
+                for (queries, table) in others {
+                    let (other, other_lse) = run(queries, table, reference::Mask::None);
+                    let mut state = StateMut::new(
+                        TensorMut::from_slice(&mut out, &[rows, 2, 8]).unwrap(),
+                        TensorMut::from_slice(&mut lse, &[rows, 2]).unwrap(),
+                    );
+                    let other = State::new(
+                        TensorRef::from_slice(&other, &[rows, 2, 8]).unwrap(),
+                        TensorRef::from_slice(&other_lse, &[rows, 2]).unwrap(),
+                    );
+                    reference::merge_state_in_place(&mut state, &other, None).unwrap();
+                }
+                let close = |got: &[f64], want: &[f64], bound: f64| {
+                    got.iter().zip(want).all(|(got, want)| (got - want).abs() <= bound)
+                };
+                assert!(close(&out, &want, 1e-9), "{tree:?}, causal: {causal}");
+                let nothing = |lse: &[f64]| lse.iter().map(|lse| lse.max(S_OF_NOTHING)).collect::<Vec<_>>();
+                assert!(close(&nothing(&lse), &nothing(&want_lse), 1e-9), "{tree:?}, causal: {causal}");
+            }
+        }
     }
 
     fn shapes<T: Number>(on: On, head_dim: usize) {
