@@ -29,7 +29,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, RunOptions, PlanMode, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     page::{KvLayout, PagedKv},
 //! };

@@ -540,7 +540,9 @@ mod levels {
     fn check<T: Number>(cases: impl IntoIterator<Item = (Case, Tree)>) {
         let Some(gpu) = start() else { return };
         let rng = &mut Rng::new();
-        let mut workspace = CascadeWorkspace::new(&gpu.stream, 3).unwrap();
+        // Partial results of many blocks with wide tiles pass the default size.
+        let mut workspace =
+            CascadeWorkspace::with_sizes(&gpu.stream, 3, 256 << 20, Workspace::DEFAULT_INT_BYTES).unwrap();
         let mut flat_workspace = Workspace::new(&gpu.stream).unwrap();
         for (case, tree) in cases {
             let Some(prefill) = prefill_of::<T, T>(&gpu, &case) else { return };

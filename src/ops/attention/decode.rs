@@ -470,8 +470,10 @@ impl DecodePlan<'_> {
     /// Whether long requests are divided among several blocks, whose partial
     /// results a second kernel merges.
     pub fn splits_kv(&self) -> bool {
-        // The last of the planner's numbers, in decode and prefill alike.
-        self.info.as_ref().and_then(|info| info.numbers.last()).is_some_and(|&split| split != 0)
+        // The last of the planner's numbers, on CUDA cores and of FlashAttention
+        // 2 alike; 3 never divides a request.
+        let last = self.info.as_ref().and_then(|info| info.numbers.last());
+        self.decode.backend() != Backend::Fa3 && last.is_some_and(|&split| split != 0)
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
