@@ -570,6 +570,7 @@ fn alibi() {
 /// Sinks, on the kernels that have them.
 #[test]
 fn attention_sinks() {
+    let has_fa3 = has_fa3();
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
@@ -584,7 +585,7 @@ fn attention_sinks() {
                 backend,
                 ..Case::default()
             };
-            if backend == Backend::Fa3 && !has_fa3() {
+            if backend == Backend::Fa3 && !has_fa3 {
                 continue;
             }
             // Of a request without keys, FlashAttention 3 does not count the sink.

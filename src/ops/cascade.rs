@@ -24,7 +24,7 @@
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, RunOptions, PlanMode, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
 //!     cascade::{self, State, StateMut},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     page::{KvLayout, PagedKv},

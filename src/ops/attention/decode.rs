@@ -81,7 +81,7 @@ const PLAN_LEN: usize = 10;
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-///     attention::{AttentionSpec, BatchDecode, Heads, RunOptions, PlanMode, Workspace},
+///     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
 ///     cudarc::{TensorExt, TensorExtMut},
 ///     page::{KvLayout, PagedKv},
 /// };
