@@ -47,21 +47,29 @@ pub type Run<'r> =
 /// Everything about queries, outputs and sums that a plan for `q`, whose heads
 /// are 128 wide and at least 8, must refuse.
 pub fn refuse_queries_and_outputs(gpu: &Gpu, other: &Gpu, rng: &mut Rng, q: &Tensor<f16>, run: Run<'_>) {
+    refuse_unlike(gpu, other, rng, q, "q", run);
+}
+
+/// As [`refuse_queries_and_outputs`], for what is planned or not: queries of
+/// another number or of other heads than the output's are refused as `unlike`.
+pub fn refuse_unlike(gpu: &Gpu, other: &Gpu, rng: &mut Rng, q: &Tensor<f16>, unlike: &str, run: Run<'_>) {
     let [rows, heads, 128] = q.shape()[..] else { panic!("queries of shape {:?}", q.shape()) };
     let shape = [rows, heads, 128];
     let mut out = Tensor::<f16>::poisoned(gpu, &shape);
     let mut lse = Tensor::<f32>::poisoned(gpu, &[rows, heads]);
     {
         let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
-        let mut refuse =
-            |q: TensorRef<'_>| refused(run(&q, &mut out.view_mut(), Some(&mut lse.view_mut())), "q");
+        let mut refuse_as = |q: TensorRef<'_>, argument: &str| {
+            refused(run(&q, &mut out.view_mut(), Some(&mut lse.view_mut())), argument);
+        };
         let on_device = q.on(gpu);
         let good = on_device.view();
+        refuse_as(good.narrow(0, 0, rows - 1).unwrap(), unlike);
+        refuse_as(good.narrow(1, 0, heads / 2).unwrap(), unlike);
+        let mut refuse = |q: TensorRef<'_>| refuse_as(q, "q");
         refuse(Tensor::<bf16>::random(gpu, rng, &shape).on(gpu).view());
         refuse(Tensor::<f32>::random(gpu, rng, &shape).on(gpu).view());
         refuse(good.select(1, 0).unwrap());
-        refuse(good.narrow(0, 0, rows - 1).unwrap());
-        refuse(good.narrow(1, 0, heads / 2).unwrap());
         refuse(good.narrow(2, 0, 64).unwrap());
         let columns = Tensor::<f16>::random(gpu, rng, &[rows, 128, heads]).permuted(&[0, 2, 1]);
         refuse(columns.on(gpu).view());

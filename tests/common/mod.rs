@@ -11,6 +11,7 @@ pub mod gdn;
 pub mod norm;
 pub mod prefill;
 pub mod prefill_tests;
+pub mod single;
 
 pub use compare::assert_same_bits;
 

@@ -1,4 +1,5 @@
-//! Batch prefill over pages and over ragged keys: cases, plans, comparison.
+//! Prefill over pages, over ragged keys and of one request: cases, plans,
+//! comparison.
 
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use flashinfer_rs::{
@@ -17,6 +18,7 @@ use super::{
     attention::{assert_lse, capture},
     cache::{Cache, CacheShape, ShownCache, random_table},
     say,
+    single::{self, Single},
 };
 
 /// Where keys and values lie.
@@ -24,6 +26,9 @@ use super::{
 pub enum Kind {
     Paged,
     Ragged,
+    /// Of one request, without a plan; decode on [`Backend::CudaCores`]. See
+    /// [`single`](super::single).
+    Single,
 }
 
 /// What a test is about.
@@ -112,7 +117,7 @@ pub enum DeviceMask {
 
 impl DeviceMask {
     /// With room for this many more requests and bytes.
-    fn new(gpu: &Gpu, host: &HostMask, requests: usize, bytes: usize) -> Self {
+    pub fn new(gpu: &Gpu, host: &HostMask, requests: usize, bytes: usize) -> Self {
         match host {
             HostMask::Plain { .. } => Self::Plain,
             HostMask::Custom(indices, bits) => {
@@ -128,7 +133,7 @@ impl DeviceMask {
         }
     }
 
-    fn update(&mut self, gpu: &Gpu, host: &HostMask) {
+    pub fn update(&mut self, gpu: &Gpu, host: &HostMask) {
         match (self, host) {
             (Self::Plain, HostMask::Plain { .. }) => {}
             (Self::Custom { indices, bits }, HostMask::Custom(new, new_bits)) => {
@@ -213,6 +218,15 @@ impl Case {
         [rows, self.kv_heads * self.group, self.head_dim_qk]
     }
 
+    /// The case of each request, where each is run alone.
+    pub fn parts(self) -> Vec<Self> {
+        if self.on.kind != Kind::Single {
+            return vec![self];
+        }
+        let alone = |&request| Self { requests: vec![request], ..self.clone() };
+        self.requests.iter().map(alone).collect()
+    }
+
     pub fn queries(&self) -> RaggedIndices {
         RaggedIndices::from_lens(self.requests.iter().map(|&(queries, _)| queries)).unwrap()
     }
@@ -240,9 +254,14 @@ impl<K: Number> Kv<K> {
                 let table = random_table(rng, case.page_size, &case.key_lens());
                 Self::paged(gpu, rng, case, table)
             }
-            Kind::Ragged => {
-                let keys = RaggedIndices::from_lens(case.key_lens()).unwrap();
-                let mut part = |width| Tensor::random(gpu, rng, &[keys.total(), case.kv_heads, width]);
+            Kind::Ragged | Kind::Single => {
+                let (keys, heads) = (RaggedIndices::from_lens(case.key_lens()).unwrap(), case.kv_heads);
+                let mut part = |width| match case.layout {
+                    KvLayout::Nhd => Tensor::random(gpu, rng, &[keys.total(), heads, width]),
+                    KvLayout::Hnd => {
+                        Tensor::random(gpu, rng, &[heads, keys.total(), width]).permuted(&[1, 0, 2])
+                    }
+                };
                 let (k, v) = (part(case.head_dim_qk), part(case.head_dim_vo));
                 Self::Ragged { keys, k, v }
             }
@@ -250,14 +269,14 @@ impl<K: Number> Kv<K> {
     }
 
     /// The tensors on the device, and the copies on the host.
-    fn tensors_mut(&mut self) -> Vec<&mut Tensor<K>> {
+    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor<K>> {
         match self {
             Self::Paged { cache, .. } => cache.tensors.iter_mut().collect(),
             Self::Ragged { k, v, .. } => vec![k, v],
         }
     }
 
-    fn hosts(&self) -> Vec<&[K]> {
+    pub fn hosts(&self) -> Vec<&[K]> {
         match self {
             Self::Paged { cache, .. } => cache.tensors.iter().map(|tensor| &tensor.host[..]).collect(),
             Self::Ragged { k, v, .. } => vec![&k.host, &v.host],
@@ -428,7 +447,7 @@ pub struct Problem<T, K> {
     pub kv: Kv<K>,
     pub mask: HostMask,
     /// Slopes and sinks of the heads, if the case has them.
-    per_head: [Option<Tensor<f32>>; 2],
+    pub(super) per_head: [Option<Tensor<f32>>; 2],
     want: Vec<f64>,
     want_lse: Vec<f64>,
 }
@@ -479,6 +498,15 @@ impl<T: Number, K: Number> Problem<T, K> {
                 (&queries, table),
                 &mut out,
                 Some(&mut lse),
+                options,
+            ),
+            Kv::Ragged { k, v, .. } if case.on.kind == Kind::Single => single::reference(
+                case.on.backend,
+                &spec,
+                &q.view(),
+                [&k.view(), &v.view()],
+                &mut out,
+                &mut lse,
                 options,
             ),
             Kv::Ragged { keys, k, v } => reference::batch_prefill_ragged(
@@ -564,26 +592,31 @@ impl<T: Number, K: Number> Problem<T, K> {
     }
 }
 
-/// The prefill of a case; `None`, said on stderr, if no source holds its
-/// module, or if the GPU has no FlashAttention 3. The modules of the core
-/// bundle must be there.
+/// The prefill of a case, if it is [`available`].
 pub fn prefill_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchPrefill> {
-    let (spec, fa3) = (case.spec::<T, K>(), case.on.backend == Backend::Fa3);
+    let spec = case.spec::<T, K>();
+    let prefill = available::<T, K, _>(gpu, case, BatchPrefill::new(gpu.runtime, &gpu.stream, &spec))?;
+    if case.on.backend != Backend::Auto {
+        assert_eq!(prefill.backend(), case.on.backend);
+    }
+    Some(prefill)
+}
+
+/// What serves a case; `None`, said on stderr, if no source holds its module,
+/// or if the GPU has no FlashAttention 3. The modules of the core bundle must
+/// be there.
+pub fn available<T: Number, K: Number, P>(gpu: &Gpu, case: &Case, made: Result<P>) -> Option<P> {
+    let fa3 = case.on.backend == Backend::Fa3;
     let core = !fa3
         && T::DTYPE == K::DTYPE
         && matches!((case.head_dim_qk, case.head_dim_vo), (64, 64) | (128, 128))
         && (case.window_left, case.soft_cap) == (None, None)
         && !case.sinks
         && !case.alibi;
-    match BatchPrefill::new(gpu.runtime, &gpu.stream, &spec) {
-        Ok(prefill) => {
-            if case.on.backend != Backend::Auto {
-                assert_eq!(prefill.backend(), case.on.backend);
-            }
-            Some(prefill)
-        }
+    match made {
+        Ok(made) => Some(made),
         Err(FlashInferError::Artifact(reason)) if !core => {
-            say(&format!("skipped: no source holds {}: {reason}", spec.prefill_module(fa3).unwrap()));
+            say(&format!("skipped: no source holds the module of {:?}: {reason}", case.spec::<T, K>()));
             None
         }
         Err(error @ FlashInferError::Unsupported { .. })
@@ -601,10 +634,26 @@ pub fn check_all<T: Number, K: Number>(cases: impl IntoIterator<Item = Case>) {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    for case in cases {
-        let Some(prefill) = prefill_of::<T, K>(&gpu, &case) else { return };
-        Problem::<T, K>::new(&gpu, rng, case).check(&gpu, &prefill, &mut workspace);
+    for case in cases.into_iter().flat_map(Case::parts) {
+        if !check_problem(&gpu, &Problem::<T, K>::new(&gpu, rng, case), &mut workspace) {
+            return;
+        }
     }
+}
+
+/// Checks a problem with what serves its case; `false` if the module is missing.
+#[track_caller]
+pub fn check_problem<T: Number, K: Number>(
+    gpu: &Gpu,
+    problem: &Problem<T, K>,
+    workspace: &mut Workspace,
+) -> bool {
+    if problem.case.on.kind == Kind::Single {
+        let single = Single::of::<T, K>(gpu, &problem.case);
+        return single.map(|single| single.check(gpu, problem, workspace)).is_some();
+    }
+    let prefill = prefill_of::<T, K>(gpu, &problem.case);
+    prefill.map(|prefill| problem.check(gpu, &prefill, workspace)).is_some()
 }
 
 /// A captured run: the graph, its plan's key, and the tensors it works on.

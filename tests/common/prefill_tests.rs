@@ -13,7 +13,9 @@ use super::{
     Gpu, Number, Rng, Tensor, assert_same_bits,
     attention::{capture, refuse_queries_and_outputs},
     cache::{LAYOUTS, table_among},
-    prefill::{Captured, Case, KeyTable, Kind, Kv, Masked, On, Problem, Tables, check_all, prefill_of},
+    prefill::{
+        Captured, Case, KeyTable, Kind, Kv, Masked, On, Problem, Tables, check_all, check_problem, prefill_of,
+    },
     refused,
 };
 
@@ -118,10 +120,13 @@ impl On {
         [true, false].map(|causal| Case { causal, ..case.clone() })
     }
 
-    /// A case in every layout, storage and page size; ragged keys have one.
+    /// A case in every layout, storage and page size; ragged keys have one, and
+    /// those of one request only layouts.
     fn stored(self, case: Case) -> Vec<Case> {
-        if self.kind == Kind::Ragged {
-            return vec![case];
+        match self.kind {
+            Kind::Ragged => return vec![case],
+            Kind::Single => return LAYOUTS.map(|layout| Case { layout, ..case.clone() }).into(),
+            Kind::Paged => {}
         }
         let mut cases = Vec::new();
         for page_size in [1, 16, 64] {
@@ -588,8 +593,7 @@ impl On {
         let Some(gpu) = Gpu::start() else { return };
         let rng = &mut Rng::new();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        for case in Self::both(self.case()) {
-            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        for case in Self::both(self.case()).into_iter().flat_map(Case::parts) {
             let (heads, all_heads) = (case.heads(), case.kv_heads * (case.group + 2));
             let part = |rng: &mut Rng, rows, first, count| {
                 Tensor::<f16>::random(&gpu, rng, &[rows, all_heads, 128]).narrowed(1, first, count)
@@ -600,14 +604,16 @@ impl On {
                     let table = table_among(rng, 100, case.page_size, &case.key_lens());
                     Kv::paged(&gpu, rng, &case, table)
                 }
-                Kind::Ragged => {
+                Kind::Ragged | Kind::Single => {
                     let keys = RaggedIndices::from_lens(case.key_lens()).unwrap();
                     let k = part(rng, keys.total(), heads.num_qo_heads, case.kv_heads);
                     let v = part(rng, keys.total(), heads.num_qo_heads + case.kv_heads, case.kv_heads);
                     Kv::Ragged { keys, k, v }
                 }
             };
-            Problem::<f16, f16>::solve(case, q, kv).check(&gpu, &prefill, &mut workspace);
+            if !check_problem(&gpu, &Problem::<f16, f16>::solve(case, q, kv), &mut workspace) {
+                return;
+            }
         }
     }
 
@@ -725,7 +731,7 @@ impl On {
         let problem = |rng: &mut Rng, requests| {
             let case = self.padded(&case, requests, BATCH);
             match self.kind {
-                Kind::Ragged => Problem::<T, T>::new(&gpu, rng, case),
+                Kind::Ragged | Kind::Single => Problem::<T, T>::new(&gpu, rng, case),
                 Kind::Paged => {
                     let table = table_among(rng, PAGES, case.page_size, &case.key_lens());
                     let kv = Kv::paged(&gpu, rng, &case, table);
