@@ -80,8 +80,9 @@ const LSE_OF_NOTHING: f32 = -50000.0;
 /// request's keys.
 ///
 /// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// queries and keys have one width and a module exists (head dimension 128),
-/// else FlashAttention 2, as [`BatchPrefill`](super::BatchPrefill) does.
+/// queries and keys have one width and a module exists, else FlashAttention 2,
+/// as [`BatchPrefill`](super::BatchPrefill) does. FlashInfer's wheel has modules
+/// of FlashAttention 2 only; one that you build may have others.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
