@@ -80,6 +80,7 @@ macro_rules! prefill_tests {
             bf16_graph_replay: graph_replay::<bf16>();
             can_replay: can_replay();
             two_streams_at_once: two_streams_at_once();
+            runs_agree: runs_agree();
             attention_sinks: attention_sinks();
             attention_sinks_and_window: attention_sinks_and_window();
             v_scale_without_quantization: v_scale_without_quantization();
@@ -281,6 +282,31 @@ impl On {
     pub fn alibi(self) {
         for (group, requests) in [(1, self.case().requests), (4, vec![(3, 6_000), (130, 200)])] {
             check_all::<f16, f16>(Self::both(Case { requests, group, alibi: true, ..self.case() }));
+        }
+    }
+
+    /// Many runs of one plan with thousands of tiles have the same bits.
+    pub fn runs_agree(self) {
+        const RUNS: usize = 100;
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for head_dim in [64, 128] {
+            let requests = (0..264).map(|at| (1 + at % 40, 1 + at % 40 + 3 * (at % 7))).collect();
+            let case = Case { requests, kv_heads: 4, ..self.case().head_dim(head_dim) };
+            let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { continue };
+            let problem = Problem::<f16, f16>::new(&gpu, rng, case);
+            let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let (want, _) = problem.check_run(&gpu, &plan);
+            let mut differing = 0;
+            for _ in 0..RUNS {
+                let (mut out, _) = problem.outputs(&gpu);
+                problem.run(&gpu, &plan, &mut out, None, &case.options()).unwrap();
+                let got = out.download(&gpu);
+                differing += usize::from(got.iter().zip(&want).any(|(a, b)| a.to_bits() != b.to_bits()));
+            }
+            assert_eq!(differing, 0, "of {RUNS} runs of {case:?}");
         }
     }
 
