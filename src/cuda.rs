@@ -275,6 +275,11 @@ impl PtxKernel {
         Self { ptx, name, handle: Mutex::new(0) }
     }
 
+    /// Whether it was loaded already.
+    pub(crate) fn is_loaded(&self) -> bool {
+        *self.handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner) != 0
+    }
+
     /// The kernel's handle, which stays valid for the life of the process.
     pub(crate) fn load(&self, cuda: &CudaRuntime) -> Result<*const c_void> {
         let mut handle = self.handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -471,6 +471,18 @@ fn sm_scale() {
         let decode = decode_of::<bf16, bf16>(&gpu, &case);
         Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &decode, &mut workspace);
     }
+    let problem = Problem::<bf16, bf16>::new(&gpu, rng, Case::default());
+    let decode = decode_of::<bf16, bf16>(&gpu, &problem.case);
+    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+    let (mut out, _) = problem.outputs(&gpu);
+    for sm_scale in [f64::NAN, f64::INFINITY] {
+        let (q, cache, options) =
+            (problem.q.on(&gpu), problem.cache.on(&gpu), RunOptions::with_sm_scale(sm_scale));
+        let call = plan.run(&q.view(), &cache.kv(), &mut out.on_mut(&gpu).view_mut(), None, &options);
+        refused(call, "sm_scale");
+    }
+    out.assert_untouched(&gpu);
 }
 
 /// Queries as the first heads of a joined query-key-value projection.

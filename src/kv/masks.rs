@@ -181,7 +181,7 @@ impl ItemIndices {
             return invalid(
                 "requests",
                 format!(
-                    "{} requests of up to {row_len} tokens after prefixes of up to {widest}; 2^31 tokens or more",
+                    "{} requests of up to {row_len} tokens after prefixes of up to {widest}; 2^31 tokens or more, so split the batch",
                     rows.len()
                 ),
             );

@@ -311,6 +311,17 @@ impl<T: IndexArrays> OnDevice<T> {
         Ok(raw)
     }
 
+    /// Where the arrays are on the device; they stay there.
+    pub(crate) fn addresses(&self) -> [usize; MAX_ARRAYS] {
+        match &self.storage {
+            Storage::Owned { buffer, .. } => {
+                let [a, b, c, _] = offsets(&self.host.arrays(), self.capacity);
+                [a, b, c].map(|offset| buffer.as_ptr() as usize + offset)
+            }
+            Storage::Borrowed(pointers) => pointers.map(|pointer| pointer as usize),
+        }
+    }
+
     /// Arrays that are on the device already, for places that are not empty.
     fn borrowed(stream: &Stream, host: T, pointers: [*const c_void; MAX_ARRAYS]) -> Self {
         let capacity = host.arrays().map(|array| array.len());

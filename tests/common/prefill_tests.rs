@@ -74,10 +74,12 @@ macro_rules! prefill_tests {
             sliding_window_without_causal: sliding_window_without_causal();
             strided: strided();
             one_head_with_an_uneven_stride: one_head_with_an_uneven_stride();
+            query_heads_that_repeat: query_heads_that_repeat();
             nothing_to_do: nothing_to_do();
             steps_share_a_workspace: steps_share_a_workspace();
             f16_graph_replay: graph_replay::<f16>();
             bf16_graph_replay: graph_replay::<bf16>();
+            graph_replay_of_windows: graph_replay_of_windows();
             can_replay: can_replay();
             two_streams_at_once: two_streams_at_once();
             runs_agree: runs_agree();
@@ -664,6 +666,42 @@ impl On {
         }
     }
 
+    /// Heads that are one head, told by a stride of 0: FlashAttention 3 may
+    /// refuse them, but not answer wrongly.
+    pub fn query_heads_that_repeat(self) {
+        let Some(gpu) = Gpu::start() else { return };
+        let rng = &mut Rng::new();
+        let case = self.case();
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        let shape = case.q_shape(case.queries().total());
+        let mut q = Tensor::<f16>::random(&gpu, rng, &shape);
+        let repeated: Vec<f16> =
+            q.host.chunks(shape[1] * shape[2]).flat_map(|row| row[..shape[2]].repeat(shape[1])).collect();
+        let even = Problem::<f16, f16>::new(&gpu, rng, case.clone());
+        q.upload(&gpu, &repeated);
+        q.host = repeated;
+        let problem = Problem::solve(case, q, even.kv);
+        let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let (mut out, mut lse) = problem.outputs(&gpu);
+        let strides = [shape[1] * shape[2], 0, 1];
+        let result = {
+            let q = problem.q.device.tensor_strided(&gpu.cuda, &shape, Some(&strides)).unwrap();
+            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+            plan.run(&gpu, &q.view(), &problem.kv, &mut out, Some(&mut lse), &case.options())
+        };
+        match result {
+            Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
+            refusal => {
+                assert_eq!(self.backend, Backend::Fa3);
+                refused(refusal, "q");
+                out.assert_untouched(&gpu);
+            }
+        }
+    }
+
     /// Batches without queries, and without requests.
     pub fn nothing_to_do(self) {
         let Some(gpu) = Gpu::start() else { return };
@@ -746,6 +784,13 @@ impl On {
         self.replayed::<f16>(Case { masked: Masked::Custom(0.4), ..self.case() });
     }
 
+    /// Windows without a causal mask, whose keys are not divided.
+    pub fn graph_replay_of_windows(self) {
+        for (window_left, causal) in [(100, false), (3, false), (100, true)] {
+            self.replayed::<bf16>(Case { window_left: Some(window_left), causal, ..self.case() });
+        }
+    }
+
     fn replayed<T: Number>(self, case: Case) {
         const PAGES: usize = 400;
         const ROWS: usize = 160;
@@ -765,6 +810,18 @@ impl On {
                 }
             }
         };
+        if self.kind != Kind::Single {
+            // What a larger batch leaves in the workspace must not matter.
+            let crowd = Case {
+                requests: (0..200).map(|at| (1, 1 + at % 30)).collect(),
+                masked: Masked::No,
+                ..case.clone()
+            };
+            let crowd = Problem::<T, T>::new(&gpu, rng, crowd);
+            for _ in 0..2 {
+                crowd.check(&gpu, &prefill, &mut workspace);
+            }
+        }
         let first = problem(rng, vec![(1, 1), (5, 20), (0, 0), (33, 33), (16, 64)]);
         let mut tables = Tables::with_capacity(&gpu, &first, BATCH, PAGES);
         let mut captured = Captured::new(&gpu, &prefill, first, ROWS, &mut workspace, &tables);

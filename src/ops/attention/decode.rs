@@ -13,8 +13,8 @@ use super::{
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, PlanMode, ReplayKey, ReplayShape, Scratch, check_output, check_workspace,
-        host_indices, make_plan,
+        Heads, PlanInfo, PlanMode, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
+        check_described, check_output, check_workspace, host_indices, make_plan,
     },
     prefill::{Batch, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend},
@@ -263,16 +263,14 @@ impl BatchDecode {
         let (stream, indices) = (table.stream(), table.host());
         let batch = indices.batch_size();
         let cuda = FlashInferRuntime::get()?.cuda();
-        if self.spec.dtype_kv.size() == 1 {
-            OutputScale::prepare(self.spec.dtype_o)?;
-        }
+        OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let needed = int_bytes(batch, multiprocessors.unsigned_abs() as usize);
         let planned = planned_indptr(indices.indptr());
         let indptr = host_indices(&planned)?;
         let empty = |dtype| RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, &[0], None);
         let (empty_q, empty_kv) = (empty(self.spec.dtype_q)?, empty(self.spec.dtype_kv)?);
-        make_plan(check, workspace, needed, PLAN_LEN, |pinned| {
+        make_plan(check, workspace, (needed, false), PLAN_LEN, |pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),
@@ -399,7 +397,9 @@ impl DecodePlan<'_> {
         let Some(info) = &self.info else { return Ok(()) };
         match (&self.decode.kernels, &self.queries) {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
+                check_described(&check, kernels.backend() == Backend::Fa3, &[("q", &q.raw)])?;
                 check_sm_scale(&check, options.logit_scale(spec))?;
+                kernels.check_scale(&check, self.stream(), options)?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
                 let (scratch, mask) = (&self.scratch, &Mask::None.tensors(false)?);
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
@@ -411,6 +411,7 @@ impl DecodePlan<'_> {
                 unsafe { kernels.run_paged(&run, kv, table) }
             }
             (Kernels::CudaCores(kernels), _) => {
+                OutputScale::check_ready(&check, self.stream(), spec.dtype_o, options.v_scale)?;
                 // SAFETY: as above.
                 unsafe { self.run_on_cuda_cores(kernels, info, &q.raw, kv, &out.raw, lse, options) }
             }
@@ -452,8 +453,8 @@ impl DecodePlan<'_> {
             maybe_alibi_slopes: options.alibi_slopes.as_ref().map(TensorObject::from),
             logits_soft_cap: spec.soft_cap_code(),
             sm_scale: options.logit_scale(spec),
-            rope_rcp_scale: 1.0,
-            rope_rcp_theta: 1e-4,
+            rope_rcp_scale: ROPE_RCP_SCALE,
+            rope_rcp_theta: ROPE_RCP_THETA,
         };
         // SAFETY: promised by the caller.
         unsafe {
@@ -482,7 +483,8 @@ impl DecodePlan<'_> {
     pub fn replay_key(&self) -> Option<ReplayKey> {
         let info = self.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
-        let indices = [Some(&self.table.indptr().ok()?), self.queries.as_ref()];
+        let queries = self.queries.as_ref().map(|indptr| indptr.data as usize);
+        let indices = self.table.addresses().into_iter().chain(queries);
         let shape =
             ReplayShape { heads: decode.heads, batch, rows: batch, keys: self.table.host().num_pages() };
         Some(ReplayKey::new(

@@ -21,7 +21,8 @@ pub enum Mask<'p> {
     Causal,
     /// Those whose bit is set in a packed mask; see
     /// [`MaskIndices`](crate::MaskIndices). A query that sees no key gets
-    /// zeros. FlashAttention 2 only.
+    /// zeros. FlashAttention 2 only. Values of hidden keys are multiplied by 0,
+    /// so they must be finite.
     Custom {
         /// Where each request's part lies.
         indices: &'p MaskTable,
@@ -83,7 +84,7 @@ pub(super) fn check_causal(
                 "queries",
                 format!(
                     "request {request} has {queries} queries over {keys} keys; with a causal mask \
-                     the keys of the queries must already be there"
+                     the keys of the queries must already be there (or use another mask)"
                 ),
             );
         }

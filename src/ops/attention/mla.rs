@@ -401,7 +401,7 @@ impl BatchMla {
         }
         let (qo_indptr, kv_indptr) = (host_indices(&work.qo_indptr)?, host_indices(&work.kv_indptr)?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, int_bytes(multiprocessors), PLAN_LEN, |pinned| {
+        make_plan(check, workspace, (int_bytes(multiprocessors), false), PLAN_LEN, |pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),

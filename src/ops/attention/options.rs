@@ -13,14 +13,17 @@ use crate::{
 pub struct RunOptions<'a> {
     /// The factor on query-key products, `1/√head_dim_qk` if `None`. On tensor
     /// cores it must be at least 1e-3, together with [`k_scale`](Self::k_scale).
+    ///
+    /// Before scaling, no product may be as low as −50000, which is what kernels
+    /// on tensor cores give to keys that a query does not see.
     pub sm_scale: Option<f64>,
     /// What keys were divided by when they were quantized; 1 if `None`. It is
-    /// multiplied into `sm_scale`.
+    /// multiplied into `sm_scale`; products grow as it gets smaller.
     pub k_scale: Option<f64>,
     /// What values were divided by when they were quantized; 1 if `None`. The
-    /// output is multiplied by it: by FlashAttention 3 and the kernels of
-    /// [`BatchAttention`](super::BatchAttention) themselves, after the others
-    /// by a small kernel of this crate.
+    /// output is multiplied by it: by FlashAttention 3 (without sinks) and the
+    /// kernels of [`BatchAttention`](super::BatchAttention) themselves, after
+    /// the others by a small kernel of this crate, on all rows that a graph has.
     pub v_scale: Option<f32>,
     /// Programmatic dependent launch; `None` uses it where the GPU has it
     /// (compute capability 9.0 and newer). Pass `Some(false)` when the kernel
@@ -58,6 +61,9 @@ impl RunOptions<'_> {
         if !k_scale.is_finite() {
             return check.fail("k_scale", format!("{k_scale}; it must be finite"));
         }
+        if !self.logit_scale(spec).is_finite() {
+            return check.fail("sm_scale", format!("{:?} times k_scale is not finite", self.sm_scale));
+        }
         let per_head =
             |name, given: &Option<TensorRef<'_>>, expected: bool, asks: &str| match (given, expected) {
                 (None, false) => Ok(()),
@@ -94,5 +100,8 @@ pub(super) fn check_sm_scale(check: &Check<'_>, sm_scale: f64) -> Result<()> {
     if sm_scale >= MIN_SM_SCALE && sm_scale.is_finite() {
         return Ok(());
     }
-    check.fail("sm_scale", format!("{sm_scale}; it must be finite and at least {MIN_SM_SCALE}"))
+    check.fail(
+        "sm_scale",
+        format!("{sm_scale}, times the scale of keys if there is one; it must be finite and at least {MIN_SM_SCALE}"),
+    )
 }

@@ -7,9 +7,11 @@
 
 use std::ffi::c_void;
 
+use super::spec::AttentionSpec;
 use crate::{
     cuda::PtxKernel,
     error::Result,
+    ops::check::Check,
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{DType, RawTensor},
@@ -27,9 +29,35 @@ const MAX_BLOCKS: u64 = 2048;
 pub(super) struct OutputScale;
 
 impl OutputScale {
-    /// Has the kernel for a dtype compiled, which a capture does not allow.
-    pub(super) fn prepare(dtype: DType) -> Result<()> {
-        Self::kernel(dtype).load(FlashInferRuntime::get()?.cuda()).map(drop)
+    /// Has the kernel compiled with which values are scaled back that the spec
+    /// says are quantized.
+    pub(super) fn prepare(spec: &AttentionSpec) -> Result<()> {
+        if spec.dtype_kv.size() > 1 {
+            return Ok(());
+        }
+        Self::kernel(spec.dtype_o).load(FlashInferRuntime::get()?.cuda()).map(drop)
+    }
+
+    /// Has the kernel compiled that a run needs, before anything is launched.
+    /// A capture does not allow it.
+    pub(super) fn check_ready(
+        check: &Check<'_>,
+        stream: &Stream,
+        dtype: DType,
+        scale: Option<f32>,
+    ) -> Result<()> {
+        let (kernel, cuda) = (Self::kernel(dtype), FlashInferRuntime::get()?.cuda());
+        if scale.is_none_or(|scale| scale == 1.0) || kernel.is_loaded() {
+            return Ok(());
+        }
+        if cuda.is_capturing(stream)? {
+            return check.fail(
+                "v_scale",
+                "the kernel that applies it has to be compiled first; run once with it before the capture"
+                    .into(),
+            );
+        }
+        kernel.load(cuda).map(drop)
     }
 
     fn kernel(dtype: DType) -> &'static PtxKernel {

@@ -15,8 +15,8 @@ use super::{
     mask::{Mask, check_causal, requests_of},
     options::{RunOptions, check_sm_scale},
     plan::{
-        Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_output, check_workspace, host_indices,
-        make_plan,
+        Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_output, check_rows, check_workspace,
+        host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
@@ -275,7 +275,7 @@ impl BatchAttention {
         let (qo_indptr, kv_indptr) =
             (host_indices(work.queries.indptr())?, host_indices(work.table.indptr())?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, int_bytes(self.blocks), PLAN_LEN, |pinned| {
+        make_plan(check, workspace, (int_bytes(self.blocks), false), PLAN_LEN, |pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),
@@ -365,10 +365,7 @@ impl<'a> Work<'a> {
                 ),
             );
         }
-        let rows = graph_rows.unwrap_or(queries.total());
-        if rows < queries.total() {
-            return check.fail("graph_rows", format!("{rows}; the batch has {} queries", queries.total()));
-        }
+        let rows = check_rows(check, graph_rows, queries.total(), 0)?;
         spec.check_output_size(check, rows, heads)?;
         let kv_lens = table.seq_lens();
         if causal {
@@ -547,7 +544,7 @@ impl BatchAttentionPlan<'_> {
     /// for a batch without requests.
     pub fn replay_key(&self) -> Option<ReplayKey> {
         let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
-        let indices = [Some(&self.table.indices().ok()?), None];
+        let indices = self.table.addresses();
         // A launch has the same size for any number of requests. What its
         // tensors hold are rows.
         let shape =
@@ -633,7 +630,8 @@ mod tests {
         assert_eq!(fits(&[(0, 3)], rows(5)).unwrap(), (5, false), "a graph is told to do nothing");
         assert_eq!(fits(&[], rows(5)).unwrap(), (5, true));
         refused(fits(&[(3, 3)], rows(2)), "graph_rows");
-        refused(fits(&[(3, 3)], rows(usize::MAX)), "heads");
+        refused(fits(&[(3, 3)], rows(usize::MAX)), "graph_rows");
+        refused(fits(&[(3, 3)], rows(1 << 30)), "heads");
         refused(fits(&[(1 << 20, 1 << 20)], CAUSAL), "heads");
         for (num_qo_heads, num_kv_heads) in [(7, 2), (0, 2), (8, 0), (65536, 65536)] {
             let heads = Heads { num_qo_heads, num_kv_heads };

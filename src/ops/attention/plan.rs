@@ -123,18 +123,17 @@ pub(super) struct ReplayShape {
 }
 
 impl ReplayKey {
-    /// The key of a plan whose runs read these index arrays.
+    /// The key of a plan whose runs read index arrays at these addresses.
     pub(super) fn new(
         info: &PlanInfo,
         spec: &AttentionSpec,
         shape: ReplayShape,
         scratch: &Scratch,
-        indices: [Option<&RawTensor>; 2],
+        indices: impl IntoIterator<Item = usize>,
         mask: &MaskTensors,
     ) -> Self {
-        let own = [Some(&scratch.float), Some(&scratch.int)].into_iter().chain(indices);
-        let own = own.map(|array| array.map_or(0, |array| array.data as usize));
-        let addresses = own.chain(mask.addresses()).collect();
+        let own = [&scratch.float, &scratch.int].map(|array| array.data as usize);
+        let addresses = own.into_iter().chain(indices).chain(mask.addresses()).collect();
         let (numbers, mask) = (info.numbers.clone(), [mask.mode, mask.token_pos_in_items_len]);
         Self { numbers, spec: *spec, shape, mask, addresses }
     }
@@ -195,6 +194,42 @@ pub(super) fn check_output(
     check_lse(check, lse, rows, heads)
 }
 
+/// Tensors that FlashAttention 3 describes to the hardware name each element
+/// once; other strides the driver may refuse, which its launchers ignore.
+pub(super) fn check_described(
+    check: &Check<'_>,
+    fa3: bool,
+    tensors: &[(&'static str, &RawTensor)],
+) -> Result<()> {
+    tensors.iter().filter(|_| fa3).try_for_each(|(name, tensor)| check.distinct(name, tensor))
+}
+
+/// Rows of the tensors of a plan: the queries of the batch, or the number that
+/// a graph has been given, which must be as large and no less than `least`.
+pub(super) fn check_rows(
+    check: &Check<'_>,
+    graph_rows: Option<usize>,
+    queries: usize,
+    least: usize,
+) -> Result<usize> {
+    match graph_rows {
+        None => Ok(queries),
+        Some(rows) if (queries.max(least)..=i32::MAX as usize).contains(&rows) => Ok(rows),
+        Some(rows) => check.fail(
+            "graph_rows",
+            format!(
+                "{rows}; the batch needs at least {}, and there can be no more than 2^31",
+                queries.max(least)
+            ),
+        ),
+    }
+}
+
+/// What upstream passes for the scale and the base of rotary embeddings, which
+/// modules without them do not read.
+pub(super) const ROPE_RCP_SCALE: f64 = 1.0;
+pub(super) const ROPE_RCP_THETA: f64 = 1e-4;
+
 /// Checks keys and values that lie one after the other.
 pub(super) fn check_keys(
     check: &Check<'_>,
@@ -232,11 +267,12 @@ pub(super) fn host_indices(array: &[i32]) -> Result<RawTensor> {
 /// workspace. The planner returns `len` numbers.
 ///
 /// Planners write their arrays before they count them, so what they can need
-/// at most must fit beforehand.
+/// at most must fit beforehand. With `clear`, what a planner leaves out is zero,
+/// and not a part of an earlier plan.
 pub(super) fn make_plan(
     check: &Check<'_>,
     workspace: &mut Workspace,
-    needed: usize,
+    (needed, clear): (usize, bool),
     len: usize,
     call: impl FnOnce(&RawTensor) -> Result<Value>,
 ) -> Result<PlanInfo> {
@@ -252,6 +288,9 @@ pub(super) fn make_plan(
     }
     let stream = workspace.float.stream().clone();
     workspace.staging.stage(&stream, |staging| {
+        if clear {
+            staging[..needed].fill(0);
+        }
         let pinned =
             RawTensor::new(staging.as_mut_ptr().cast(), Device::Cpu, DType::U8, &[staging.len()], None)?;
         call(&pinned).and_then(|value| PlanInfo::new(value, len))

@@ -16,8 +16,8 @@ use super::{
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_keys, check_output, check_workspace,
-        host_indices, make_plan,
+        Heads, PlanInfo, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch, check_described,
+        check_keys, check_output, check_rows, check_workspace, host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
@@ -128,7 +128,8 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
     (FA3_SINK_MODULES, SinkRaggedRun::SIGNATURE),
 ];
 
-const PLAN_OP: &str = "BatchPrefill::plan";
+const PAGED_OP: &str = "BatchPrefill::plan_paged";
+const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 const RUN_OP: &str = "PrefillPlan::run";
 /// Numbers in a plan.
 const FA2_PLAN_LEN: usize = 15;
@@ -211,9 +212,7 @@ impl PrefillKernels {
     ) -> Result<PlanInfo> {
         let stream = workspace.stream().clone();
         let cuda = FlashInferRuntime::get()?.cuda();
-        if self.spec.dtype_kv.size() == 1 {
-            OutputScale::prepare(self.spec.dtype_o)?;
-        }
+        OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
         let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
@@ -224,7 +223,12 @@ impl PrefillKernels {
         let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
         let no_split = self.spec.window_left.is_some() && !batch.causal && several;
         let len = if self.fa3 { FA3_PLAN_LEN } else { FA2_PLAN_LEN };
-        make_plan(check, workspace, needed, len, |pinned| {
+        // A captured launch has blocks for more work than there may be. With
+        // undivided keys nothing tells those beyond it to stop, so that they go
+        // by index arrays that the planner did not write: zeros make them
+        // repeat the first tile.
+        let clear = batch.cuda_graph && no_split;
+        make_plan(check, workspace, (needed, clear), len, |pinned| {
             // The two planners share their first sixteen arguments.
             macro_rules! plan {
                 ($kernel:ident { $($more:ident: $value:expr),* }) => {
@@ -370,13 +374,29 @@ impl PrefillKernels {
         }
     }
 
+    /// Whether the kernel multiplies its output by the scale of the values.
+    fn scales_values(&self) -> bool {
+        self.fa3 && !self.spec.attention_sink
+    }
+
+    /// The output can be scaled after a run.
+    pub(super) fn check_scale(
+        &self,
+        check: &Check<'_>,
+        stream: &Stream,
+        options: &RunOptions<'_>,
+    ) -> Result<()> {
+        let scale = options.v_scale.filter(|_| !self.scales_values());
+        OutputScale::check_ready(check, stream, self.spec.dtype_o, scale)
+    }
+
     /// Multiplies the output by the scale of the values, where the kernel has
     /// not done it.
     ///
     /// # Safety
     /// The output must have been checked for this spec.
     unsafe fn scale_output(&self, stream: &Stream, run: &RunTensors<'_>) -> Result<()> {
-        if self.fa3 && !self.spec.attention_sink {
+        if self.scales_values() {
             return Ok(());
         }
         // SAFETY: promised by the caller.
@@ -433,8 +453,8 @@ macro_rules! fa2_run {
             maybe_alibi_slopes: $run.options.alibi_slopes.as_ref().map(TensorObject::from),
             maybe_k_cache_sf: None,
             maybe_v_cache_sf: None,
-            rope_rcp_scale: 1.0,
-            rope_rcp_theta: 1e-4,
+            rope_rcp_scale: ROPE_RCP_SCALE,
+            rope_rcp_theta: ROPE_RCP_THETA,
         })
     };
 }
@@ -457,9 +477,9 @@ use {fa2_run, fa3_run, masked_run, shared_run, sink_run};
 pub struct PrefillOptions<'p> {
     /// Which keys each query sees.
     pub mask: Mask<'p>,
-    /// `Some(rows)` plans for a CUDA graph: tensors have this many rows, of
-    /// which each plan uses as many as its batch has; batch size and heads
-    /// must stay. See [`PlanMode::CudaGraph`](super::PlanMode::CudaGraph).
+    /// `Some(rows)` plans for a CUDA graph: tensors have this many rows, at
+    /// least one for each request, of which each plan uses as many as its batch
+    /// has queries; batch size and heads must stay. See [`PlanMode::CudaGraph`](super::PlanMode::CudaGraph).
     pub graph_rows: Option<usize>,
 }
 
@@ -576,8 +596,8 @@ impl BatchPrefill {
         let indices = table.host();
         let lens = indices.seq_lens();
         let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
-        let kv = KvBatch { indptr, lens: &lens, page_size, extent, paged: true };
-        self.plan(workspace, queries, (table, table.indptr()?), &kv, heads, options)
+        let kv = KvBatch { op: PAGED_OP, indptr, lens: &lens, page_size, extent, paged: true };
+        self.plan(workspace, queries, (table, table.indptr()?, table.addresses()), &kv, heads, options)
     }
 
     /// Plans attention of `queries` to keys and values that lie one after the
@@ -595,22 +615,29 @@ impl BatchPrefill {
     ) -> Result<PrefillPlan<'p, RaggedTable>> {
         let indptr = keys.host().indptr();
         let lens: Vec<i32> = indptr.windows(2).map(|pair| pair[1] - pair[0]).collect();
-        let kv = KvBatch { indptr, lens: &lens, page_size: 1, extent: keys.host().total(), paged: false };
-        self.plan(workspace, queries, (keys, keys.indptr()?), &kv, heads, options)
+        let kv = KvBatch {
+            op: RAGGED_OP,
+            indptr,
+            lens: &lens,
+            page_size: 1,
+            extent: keys.host().total(),
+            paged: false,
+        };
+        self.plan(workspace, queries, (keys, keys.indptr()?, keys.addresses()), &kv, heads, options)
     }
 
     fn plan<'p, K>(
         &self,
         workspace: &'p mut Workspace,
         queries: &'p RaggedTable,
-        (keys, keys_indptr): (&'p K, RawTensor),
+        (keys, keys_indptr, key_addresses): (&'p K, RawTensor, [usize; 3]),
         kv: &KvBatch<'_>,
         heads: Heads,
         options: &PrefillOptions<'p>,
     ) -> Result<PrefillPlan<'p, K>> {
-        let check = Check::new(PLAN_OP, queries.stream())?;
+        let check = Check::new(kv.op, queries.stream())?;
         check.tensor("keys", &keys_indptr, &[DType::I32], &[1])?;
-        heads.check(PLAN_OP)?;
+        heads.check(kv.op)?;
         let (requests, total) = (queries.host().batch_size(), queries.host().total());
         if requests != kv.lens.len() {
             return check.fail(
@@ -618,13 +645,7 @@ impl BatchPrefill {
                 format!("they are of {requests} requests, keys and values of {}", kv.lens.len()),
             );
         }
-        let rows = options.graph_rows.unwrap_or(total);
-        if rows < total || (options.graph_rows.is_some() && rows < requests) || rows > i32::MAX as usize {
-            return check.fail(
-                "graph_rows",
-                format!("{rows}; the batch has {total} queries of {requests} requests, and there can be no more than 2^31"),
-            );
-        }
+        let rows = check_rows(&check, options.graph_rows, total, requests)?;
         self.kernels.spec.check_output_size(&check, rows, heads)?;
         let batch = requests_of(queries.host(), kv.lens);
         options.mask.check(&check, (&self.kernels.spec, self.kernels.fa3), batch, kv.paged)?;
@@ -652,7 +673,7 @@ impl BatchPrefill {
             kernels,
             queries,
             keys,
-            keys_indptr,
+            key_addresses,
             keys_extent,
             heads,
             rows,
@@ -667,6 +688,7 @@ impl BatchPrefill {
 
 /// Keys and values of a batch, as planners see them.
 struct KvBatch<'a> {
+    op: &'static str,
     indptr: &'a [i32],
     lens: &'a [i32],
     page_size: usize,
@@ -684,7 +706,8 @@ pub struct PrefillPlan<'p, K> {
     kernels: PrefillKernels,
     queries: &'p RaggedTable,
     keys: &'p K,
-    keys_indptr: RawTensor,
+    /// Where the index arrays of the keys are.
+    key_addresses: [usize; 3],
     /// Pages of the cache, or rows of keys.
     keys_extent: usize,
     heads: Heads,
@@ -706,7 +729,7 @@ impl<K> PrefillPlan<'_, K> {
     pub fn replay_key(&self) -> Option<ReplayKey> {
         let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
-        let indices = [Some(&self.keys_indptr), Some(&self.queries.indptr().ok()?)];
+        let indices = self.key_addresses.into_iter().chain(self.queries.addresses());
         let shape = ReplayShape { heads: self.heads, batch, rows: self.rows, keys: self.keys_extent };
         Some(ReplayKey::new(info, &kernels.spec, shape, &self.scratch, indices, &self.mask))
     }
@@ -727,8 +750,10 @@ impl<K> PrefillPlan<'_, K> {
     ) -> Result<()> {
         let (spec, lse) = (&self.kernels.spec, lse.map(|lse| &lse.raw));
         check_output(check, spec, self.heads, self.rows, &q.raw, &out.raw, lse)?;
+        check_described(check, self.kernels.fa3, &[("q", &q.raw)])?;
         options.check(check, spec, self.heads)?;
-        check_sm_scale(check, options.logit_scale(spec))
+        check_sm_scale(check, options.logit_scale(spec))?;
+        self.kernels.check_scale(check, self.queries.stream(), options)
     }
 
     fn tensors<'a>(
@@ -760,7 +785,8 @@ impl PrefillPlan<'_, PageTable> {
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
     /// a contiguous `f32` `[queries, num_qo_heads]` of base-2 logarithms. A
     /// query of a request without keys gets zeros, and FlashInfer's stand-in
-    /// for −∞, which is about −50000.
+    /// for −∞, which is about −50000; with FlashAttention 2 and attention sinks,
+    /// the sink.
     ///
     /// # Errors
     /// As [`DecodePlan::run`](super::DecodePlan::run).
@@ -810,6 +836,7 @@ impl PrefillPlan<'_, RaggedTable> {
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
         self.check_queries(&check, q, out, lse, options)?;
         check_keys(&check, spec, self.heads, self.keys.host().total(), [&k.raw, &v.raw])?;
+        check_described(&check, self.kernels.fa3, &[("k", &k.raw), ("v", &v.raw)])?;
         let Some(info) = &self.info else { return Ok(()) };
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);

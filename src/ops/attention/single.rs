@@ -20,7 +20,7 @@ use super::{
     mask::Mask,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{Heads, Scratch, check_keys, check_output},
+    plan::{Heads, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, check_described, check_keys, check_output},
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
@@ -133,7 +133,7 @@ impl SinglePrefill {
         spec.check_called()?;
         let (module, fa3) =
             spec.first_prefill(runtime, stream.ordinal(), AttentionSpec::single_prefill_module)?;
-        prepare_scale(spec)?;
+        OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, fa3, module, run: module.function("run")? })
     }
 
@@ -199,13 +199,11 @@ impl SinglePrefill {
         if keys > MAX_KEYS {
             return check.fail("k", format!("{keys} keys; at most 2^30"));
         }
-        if self.fa3 {
-            for (name, tensor) in [("q", q), ("k", k), ("v", v)] {
-                check.distinct(name, tensor)?;
-            }
-        }
+        check_described(&check, self.fa3, &[("q", q), ("k", k), ("v", v)])?;
         options.check(&check, spec, work.heads)?;
         check_sm_scale(&check, options.logit_scale(spec))?;
+        let scale = options.v_scale.filter(|_| !self.fa3);
+        OutputScale::check_ready(&check, stream, spec.dtype_o, scale)?;
         mask.check(&check, (spec, self.fa3), std::iter::once((rows, keys)), false)?;
         if rows == 0 {
             return Ok(());
@@ -253,8 +251,8 @@ impl SinglePrefill {
                 maybe_alibi_slopes: options.alibi_slopes.as_ref().map(TensorObject::from),
                 maybe_k_cache_sf: None,
                 maybe_v_cache_sf: None,
-                rope_rcp_scale: 1.0,
-                rope_rcp_theta: 1e-4,
+                rope_rcp_scale: ROPE_RCP_SCALE,
+                rope_rcp_theta: ROPE_RCP_THETA,
             })?;
             OutputScale::apply(stream, &out, options.v_scale)
         }
@@ -322,7 +320,7 @@ impl SingleDecode {
         }
         check_cuda_cores(spec, group, INSTEAD)?;
         let module = runtime.module(&spec.single_decode_module()?)?;
-        prepare_scale(spec)?;
+        OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, heads, module, run: module.function("run")? })
     }
 
@@ -384,6 +382,7 @@ impl SingleDecode {
         check_keys(&check, spec, heads, keys, [&k.raw, &v.raw])?;
         let (layout, [k, v]) = stored(&check, [k, v])?;
         options.check(&check, spec, heads)?;
+        OutputScale::check_ready(&check, stream, spec.dtype_o, options.v_scale)?;
         if keys == 0 {
             // SAFETY: output and sums were checked.
             return unsafe { write_nothing(stream, out, lse) };
@@ -402,8 +401,8 @@ impl SingleDecode {
             maybe_alibi_slopes: options.alibi_slopes.as_ref().map(TensorObject::from),
             logits_soft_cap: spec.soft_cap_code(),
             sm_scale: options.logit_scale(spec),
-            rope_rcp_scale: 1.0,
-            rope_rcp_theta: 1e-4,
+            rope_rcp_scale: ROPE_RCP_SCALE,
+            rope_rcp_theta: ROPE_RCP_THETA,
         };
         // SAFETY: all tensors are contiguous, of the dtypes, shapes and
         // alignment of this module, with at least one key; there is a kernel
@@ -414,12 +413,6 @@ impl SingleDecode {
             OutputScale::apply(stream, out, options.v_scale)
         }
     }
-}
-
-/// Has the kernel compiled that multiplies outputs by the scale of quantized
-/// values.
-fn prepare_scale(spec: &AttentionSpec) -> Result<()> {
-    if spec.dtype_kv.size() == 1 { OutputScale::prepare(spec.dtype_o) } else { Ok(()) }
 }
 
 /// The layout in which keys and values are stored contiguously, and what they

@@ -73,7 +73,10 @@ pub struct AttentionSpec {
     /// Width of a value head.
     pub head_dim_vo: usize,
     /// Keys left of a query's own position that it sees, as in FlashInfer:
-    /// with `Some(w)`, the last `w + 1` keys. `None` sees all.
+    /// with `Some(w)`, the last `w + 1` keys. `None` sees all. Values of keys
+    /// that the window hides are still multiplied by 0, so they must be finite;
+    /// FlashAttention 3 does so with the first keys of a request, however far
+    /// they are from the window.
     pub window_left: Option<u32>,
     /// `Some(cap)` turns logits into `cap · tanh(logits / cap)`.
     pub logits_soft_cap: Option<f32>,
@@ -270,18 +273,26 @@ impl AttentionSpec {
             Backend::CudaCores => {
                 return unsupported("prefill on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
             }
-            Backend::Auto
-                if major == 9
-                    && self.dtype_kv == self.dtype_q
-                    && self.pos_encoding_mode == PosEncodingMode::None =>
-            {
-                &[true, false]
-            }
+            Backend::Auto if major == 9 => &[true, false],
             Backend::Auto => &[false],
         };
-        let names: Vec<_> = fa3.iter().map(|&fa3| name(self, fa3)).collect::<Result<_>>()?;
+        // Of several kernels, those count for which there can be a module.
+        let mut refusal = None;
+        let (mut possible, mut names) = (Vec::new(), Vec::new());
+        for &fa3 in fa3 {
+            match name(self, fa3) {
+                Ok(name) => {
+                    possible.push(fa3);
+                    names.push(name);
+                }
+                Err(error) => refusal = Some(error),
+            }
+        }
+        if let Some(error) = refusal.filter(|_| names.is_empty()) {
+            return Err(error);
+        }
         let (place, module) = runtime.first_of(&names)?;
-        Ok((module, fa3[place]))
+        Ok((module, possible[place]))
     }
 
     /// Refuses modules that exist, but take other arguments than this crate
