@@ -893,7 +893,7 @@ fn wrong_plans() {
         refused(attention.plan(&mut workspace, queries, keys, heads, &options), "graph_rows");
     }
     let options_of_a_huge_graph = graph_options(case, usize::MAX);
-    refused(attention.plan(&mut workspace, queries, keys, heads, &options_of_a_huge_graph), "heads");
+    refused(attention.plan(&mut workspace, queries, keys, heads, &options_of_a_huge_graph), "graph_rows");
     let fewer = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([total]).unwrap()).unwrap();
     refused(attention.plan(&mut workspace, &fewer, keys, heads, &options), "queries");
     // Of another stream.
