@@ -238,28 +238,7 @@ fn random_batches<T: Number>() {
     let rng = &mut Rng::new();
     let mut workspace = None;
     for _ in 0..32 {
-        let causal = rng.below(2) == 0;
-        let page_size = [1, 2, 5, 16, 64, 128][rng.below(6)];
-        let longest = [20, 300, 1200][rng.below(3)];
-        let requests = (0..1 + rng.below(10)).map(|_| {
-            let tokens = match rng.below(5) {
-                0 => 0,
-                1 => page_size * (1 + rng.below(3)),
-                _ => 1 + rng.below(longest),
-            };
-            let queries = [0, 1, 1, 1 + rng.below(40)][rng.below(4)];
-            (if causal && tokens > 0 { queries.min(tokens) } else { queries }, tokens)
-        });
-        let case = Case {
-            requests: requests.collect(),
-            causal,
-            page_size,
-            kv_heads: [1, 2, 3, 4, 8][rng.below(5)],
-            group: 1 + rng.below(8),
-            layout: LAYOUTS[rng.below(2)],
-            joined: rng.below(2) == 0,
-            ..case()
-        };
+        let case = case().randomized(rng);
         let Some(attention) = attention_of::<T, T>(&gpu, &case) else { return };
         let workspace = workspace.get_or_insert_with(|| workspace_of(&gpu, &attention));
         check(&gpu, &attention, workspace, &Problem::<T, T>::new(&gpu, rng, case));

@@ -370,6 +370,39 @@ fn bf16_256() {
     shapes::<bf16>(256);
 }
 
+/// Requests, heads and pages at random, on both kernels.
+#[test]
+fn random_batches() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    for _ in 0..24 {
+        let page_size = [1, 2, 5, 16, 64, 128][rng.below(6)];
+        let longest = [20, 300, 4000][rng.below(3)];
+        let lens = (0..1 + rng.below(12)).map(|_| match rng.below(5) {
+            0 => 0,
+            1 => page_size * (1 + rng.below(3)),
+            _ => 1 + rng.below(longest),
+        });
+        let case = Case {
+            lens: lens.collect(),
+            page_size,
+            kv_heads: [1, 2, 3, 4, 8][rng.below(5)],
+            group: [1, 2, 3, 4, 8][rng.below(5)],
+            head_dim: [64, 128][rng.below(2)],
+            layout: LAYOUTS[rng.below(2)],
+            joined: rng.below(2) == 0,
+            ..Case::default()
+        };
+        for backend in [Backend::CudaCores, Backend::Fa2] {
+            let case = Case { backend, ..case.clone() };
+            let (f16s, bf16s) = (decode_of::<f16, f16>(&gpu, &case), decode_of::<bf16, bf16>(&gpu, &case));
+            Problem::<f16, f16>::new(&gpu, rng, case.clone()).check(&gpu, &f16s, &mut workspace);
+            Problem::<bf16, bf16>::new(&gpu, rng, case).check(&gpu, &bf16s, &mut workspace);
+        }
+    }
+}
+
 /// One long request is divided among blocks, also beside short and empty ones.
 #[test]
 fn split_kv() {

@@ -26,6 +26,8 @@ prefill_tests! { @all Single:
     bf16_128: shapes::<bf16>(128);
     f16_tiles: tiles::<f16>();
     bf16_tiles: tiles::<bf16>();
+    random_batches_64: random_batches(64);
+    random_batches_128: random_batches(128);
     chunked_prefill: chunked_prefill();
     edges_of_chunks: edges_of_chunks();
     many_keys: many_keys();

@@ -16,7 +16,7 @@ use flashinfer_rs::{
 use super::{
     Gpu, Number, Rng, Shown, Tensor, assert_same_bits,
     attention::{assert_lse, capture},
-    cache::{Cache, CacheShape, ShownCache, random_table},
+    cache::{Cache, CacheShape, LAYOUTS, ShownCache, random_table},
     say,
     single::{self, Single},
 };
@@ -173,6 +173,33 @@ impl Case {
             spec = spec.with_pos_encoding_mode(PosEncodingMode::Alibi);
         }
         spec
+    }
+
+    /// This case with other requests, heads, pages and mask, at random.
+    #[must_use]
+    pub fn randomized(self, rng: &mut Rng) -> Self {
+        let causal = rng.below(2) == 0;
+        let page_size = [1, 2, 5, 16, 64, 128][rng.below(6)];
+        let longest = [20, 300, 1200][rng.below(3)];
+        let requests = (0..1 + rng.below(10)).map(|_| {
+            let tokens = match rng.below(5) {
+                0 => 0,
+                1 => page_size * (1 + rng.below(3)),
+                _ => 1 + rng.below(longest),
+            };
+            let queries = [0, 1, 1, 1 + rng.below(40)][rng.below(4)];
+            (if causal && tokens > 0 { queries.min(tokens) } else { queries }, tokens)
+        });
+        Self {
+            requests: requests.collect(),
+            causal,
+            page_size,
+            kv_heads: [1, 2, 3, 4, 8][rng.below(5)],
+            group: 1 + rng.below(8),
+            layout: LAYOUTS[rng.below(2)],
+            joined: rng.below(2) == 0,
+            ..self
+        }
     }
 
     #[must_use]

@@ -59,6 +59,8 @@ macro_rules! prefill_tests {
             bf16_128: shapes::<bf16>(128);
             f16_tiles: tiles::<f16>();
             bf16_tiles: tiles::<bf16>();
+            random_batches_64: random_batches(64);
+            random_batches_128: random_batches(128);
             chunked_prefill: chunked_prefill();
             long_keys: long_keys();
             keys_of_128k: keys_of_128k();
@@ -145,6 +147,16 @@ impl On {
         let groups = [1, 4, 5, 8].map(|group| Case { group, ..self.case().head_dim(head_dim) });
         let stored = groups.into_iter().flat_map(|case| self.stored(case));
         check_all::<T, T>(stored.flat_map(Self::both));
+    }
+
+    /// Requests, heads, pages and masks at random.
+    pub fn random_batches(self, head_dim: usize) {
+        let mut rng = Rng::new();
+        let mut cases =
+            || (0..16).map(|_| self.case().head_dim(head_dim).randomized(&mut rng)).collect::<Vec<_>>();
+        let (first, second) = (cases(), cases());
+        check_all::<f16, f16>(first);
+        check_all::<bf16, bf16>(second);
     }
 
     /// Queries and keys at and beside the edges of tiles (16, 64, 128 and 192
