@@ -150,6 +150,14 @@ pub(crate) struct RawTensor {
     strides: [i64; MAX_RANK],
 }
 
+// SAFETY: an address plus numbers. What reads or writes there is bound by the
+// lifetimes of views to storage whose elements are plain data (`Element: Send +
+// Sync`); on a device, access is ordered by streams, not by threads.
+unsafe impl Send for RawTensor {}
+// SAFETY: as for `Send`; nothing writes through a shared one but kernels that
+// were given exclusive views.
+unsafe impl Sync for RawTensor {}
+
 impl RawTensor {
     /// Checks shape and strides and builds the view. The pointer is not looked at.
     pub(crate) fn new(
@@ -419,17 +427,6 @@ pub struct TensorMut<'a> {
     pub(crate) raw: RawTensor,
     storage: PhantomData<&'a mut [u8]>,
 }
-
-// SAFETY: a view is an address plus numbers, bound by its lifetime to storage
-// whose elements are plain data (`Element: Send + Sync`); on a device, access
-// is ordered by streams, not by threads.
-unsafe impl Send for TensorRef<'_> {}
-// SAFETY: as for `Send`; no method of a shared view writes.
-unsafe impl Sync for TensorRef<'_> {}
-// SAFETY: as for `TensorRef`; the view is exclusive.
-unsafe impl Send for TensorMut<'_> {}
-// SAFETY: as for `TensorRef`; writing needs `&mut`.
-unsafe impl Sync for TensorMut<'_> {}
 
 impl<'a> TensorRef<'a> {
     /// A contiguous view of a host slice.

@@ -6,14 +6,14 @@
 //! Source of the contract: `csrc/batch_decode.cu`,
 //! `include/flashinfer/attention/{decode,scheduler}.cuh` of FlashInfer 0.6.13.
 
-use std::{borrow::Cow, cell::Cell, marker::PhantomData};
+use std::borrow::Cow;
 
 use super::{
     mask::Mask,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, PlanMode, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
+        Heads, PlanInfo, PlanMode, Planned, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
         check_described, check_output, check_workspace, host_indices, make_plan,
     },
     prefill::{Batch, PrefillKernels, RunTensors},
@@ -248,7 +248,7 @@ impl BatchDecode {
                 Some(kernels.make_plan(&check, workspace, &scratch, &batch)?)
             }
         };
-        Ok(DecodePlan { decode: *self, table, mode, scratch, queries, info, one_thread: PhantomData })
+        Ok(DecodePlan { decode: *self, table, mode, queries, planned: Planned::new(scratch, info) })
     }
 
     fn plan_on_cuda_cores(
@@ -352,17 +352,10 @@ pub struct DecodePlan<'p> {
     decode: BatchDecode,
     table: &'p PageTable,
     mode: PlanMode,
-    scratch: Scratch,
     /// Query offsets on the device, for kernels that take them.
     queries: Option<RawTensor>,
-    /// `None` for a batch without requests.
-    info: Option<PlanInfo>,
-    one_thread: PhantomData<Cell<&'p mut Workspace>>,
+    planned: Planned<'p>,
 }
-
-// SAFETY: everything in it may move between threads (the raw tensors are
-// addresses of the borrowed workspace's device memory); it is not `Sync`.
-unsafe impl Send for DecodePlan<'_> {}
 
 impl DecodePlan<'_> {
     /// `out = softmax(q · kᵀ · sm_scale) · v` for each request and head, over
@@ -394,14 +387,14 @@ impl DecodePlan<'_> {
         let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, table, &[spec.dtype_kv])?;
         heads.check_cache(&check, cache, spec.head_dim_qk)?;
         options.check(&check, spec, heads)?;
-        let Some(info) = &self.info else { return Ok(()) };
+        let Some(info) = &self.planned.info else { return Ok(()) };
         match (&self.decode.kernels, &self.queries) {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
                 check_described(&check, kernels.backend() == Backend::Fa3, &[("q", &q.raw)])?;
                 check_sm_scale(&check, options.logit_scale(spec))?;
                 kernels.check_scale(&check, self.stream(), options)?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
-                let (scratch, mask) = (&self.scratch, &Mask::None.tensors(false)?);
+                let (scratch, mask) = (&self.planned.scratch, &Mask::None.tensors(false)?);
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
                 // SAFETY: all tensors have the dtypes, shapes, strides and
                 // alignment of this module and plan; the index arrays are the
@@ -436,8 +429,8 @@ impl DecodePlan<'_> {
         let (spec, table, stream) = (&self.decode.spec, self.table, self.stream());
         let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
         let kernel = Run {
-            float_workspace: DlTensor::new(&self.scratch.float),
-            int_workspace: DlTensor::new(&self.scratch.int),
+            float_workspace: DlTensor::new(&self.planned.scratch.float),
+            int_workspace: DlTensor::new(&self.planned.scratch.int),
             plan_info: &info.object,
             q: DlTensor::new(q),
             paged_k_cache: DlTensor::new(&kv.k.raw),
@@ -473,7 +466,7 @@ impl DecodePlan<'_> {
     pub fn splits_kv(&self) -> bool {
         // The last of the planner's numbers, on CUDA cores and of FlashAttention
         // 2 alike; 3 never divides a request.
-        let last = self.info.as_ref().and_then(|info| info.numbers.last());
+        let last = self.planned.info.as_ref().and_then(|info| info.numbers.last());
         self.decode.backend() != Backend::Fa3 && last.is_some_and(|&split| split != 0)
     }
 
@@ -481,7 +474,7 @@ impl DecodePlan<'_> {
     /// after a plan with an equal key. `None` for plans in
     /// [`PlanMode::Eager`], and for a batch without requests.
     pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
+        let info = self.planned.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let queries = self.queries.as_ref().map(|indptr| indptr.data as usize);
         let indices = self.table.addresses().into_iter().chain(queries);
@@ -491,7 +484,7 @@ impl DecodePlan<'_> {
             info,
             &decode.spec,
             shape,
-            &self.scratch,
+            &self.planned.scratch,
             indices,
             &Mask::None.tensors(false).ok()?,
         ))
@@ -500,7 +493,7 @@ impl DecodePlan<'_> {
     /// The plan's numbers, as the module gave them: launch sizes and offsets
     /// into the workspace.
     pub fn numbers(&self) -> &[i64] {
-        self.info.as_ref().map_or(&[], |info| &info.numbers)
+        self.planned.numbers()
     }
 }
 

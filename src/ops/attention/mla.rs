@@ -8,11 +8,9 @@
 //! `include/flashinfer/attention/{mla,mla_hopper}.cuh` and `MLAPlan` of
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
-use std::{cell::Cell, marker::PhantomData};
-
 use super::{
     options::check_sm_scale,
-    plan::{PlanInfo, Scratch, check_lse, check_workspace, host_indices, make_plan},
+    plan::{PlanInfo, Planned, Scratch, check_lse, check_workspace, host_indices, make_plan},
     spec::Backend,
     workspace::Workspace,
 };
@@ -371,9 +369,7 @@ impl BatchMla {
             rows: batch.queries.total(),
             num_heads: batch.num_heads,
             causal: work.causal,
-            scratch,
-            info,
-            one_thread: PhantomData,
+            planned: Planned::new(scratch, info),
         })
     }
 
@@ -584,15 +580,8 @@ pub struct MlaPlan<'p> {
     rows: usize,
     num_heads: usize,
     causal: bool,
-    scratch: Scratch,
-    /// `None` for a step without queries.
-    info: Option<PlanInfo>,
-    one_thread: PhantomData<Cell<&'p mut Workspace>>,
+    planned: Planned<'p>,
 }
-
-// SAFETY: everything in it may move between threads (the raw tensors are
-// addresses of the borrowed workspace's device memory); it is not `Sync`.
-unsafe impl Send for MlaPlan<'_> {}
 
 impl MlaPlan<'_> {
     /// `out = softmax((q.nope · ckvᵀ + q.pe · kpeᵀ) · sm_scale) · ckv` for each
@@ -641,14 +630,14 @@ impl MlaPlan<'_> {
         }
         check_lse(&check, lse.as_ref().map(|lse| &lse.raw), rows, heads)?;
         check_sm_scale(&check, options.sm_scale)?;
-        let Some(info) = &self.info else { return Ok(()) };
+        let Some(info) = &self.planned.info else { return Ok(()) };
 
         let indices = table.indices()?;
         let plain = [&q.nope.raw, &q.pe.raw, &cache.ckv.raw, &cache.kpe.raw, &out.raw];
         let [q_nope, q_pe, ckv_cache, kpe_cache, o] = plain.map(|tensor| tensor.with_plain_unit_strides());
         let kernel = Run {
-            float_workspace: DlTensor::new(&self.scratch.float),
-            int_workspace: DlTensor::new(&self.scratch.int),
+            float_workspace: DlTensor::new(&self.planned.scratch.float),
+            int_workspace: DlTensor::new(&self.planned.scratch.int),
             plan_info: &info.object,
             q_nope: DlTensor::new(&q_nope),
             q_pe: DlTensor::new(&q_pe),
@@ -684,7 +673,7 @@ impl MlaPlan<'_> {
     /// The plan's numbers, as the module gave them: launch sizes and offsets
     /// into the workspace.
     pub fn numbers(&self) -> &[i64] {
-        self.info.as_ref().map_or(&[], |info| &info.numbers)
+        self.planned.numbers()
     }
 }
 

@@ -9,13 +9,11 @@
 //! `include/flashinfer/attention/persistent.cuh` and `TwoStageHolisticPlan` of
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
-use std::{cell::Cell, marker::PhantomData};
-
 use super::{
     mask::{Mask, check_causal, requests_of},
     options::{RunOptions, check_sm_scale},
     plan::{
-        Heads, PlanInfo, ReplayKey, ReplayShape, Scratch, check_output, check_rows, check_workspace,
+        Heads, PlanInfo, Planned, ReplayKey, ReplayShape, Scratch, check_output, check_rows, check_workspace,
         host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
@@ -246,9 +244,7 @@ impl BatchAttention {
             heads,
             rows,
             options,
-            scratch,
-            info,
-            one_thread: PhantomData,
+            planned: Planned::new(scratch, info),
         })
     }
 
@@ -449,15 +445,8 @@ pub struct BatchAttentionPlan<'p> {
     /// Rows of queries and outputs.
     rows: usize,
     options: BatchAttentionOptions,
-    scratch: Scratch,
-    /// `None` when there is nothing to do.
-    info: Option<PlanInfo>,
-    one_thread: PhantomData<Cell<&'p mut Workspace>>,
+    planned: Planned<'p>,
 }
-
-// SAFETY: everything in it may move between threads (the raw tensors are
-// addresses of the borrowed workspace's device memory); it is not `Sync`.
-unsafe impl Send for BatchAttentionPlan<'_> {}
 
 impl BatchAttentionPlan<'_> {
     /// `out = softmax(q · kᵀ · sm_scale) · v` for each query and head, over the
@@ -501,13 +490,13 @@ impl BatchAttentionPlan<'_> {
         // Unlike other kernels over pages, these multiply a page's number by
         // its stride in 32 bits. Values have the strides of keys.
         check.offsets_in_32_bits("kv.k", &kv.k.raw)?;
-        let Some(info) = &self.info else { return Ok(()) };
+        let Some(info) = &self.planned.info else { return Ok(()) };
 
         let indices = table.indices()?;
         let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
         let kernel = Run {
-            float_workspace: DlTensor::new(&self.scratch.float),
-            int_workspace: DlTensor::new(&self.scratch.int),
+            float_workspace: DlTensor::new(&self.planned.scratch.float),
+            int_workspace: DlTensor::new(&self.planned.scratch.int),
             plan_info: &info.object,
             q: DlTensor::new(&q),
             k_cache: DlTensor::new(&kv.k.raw),
@@ -543,20 +532,20 @@ impl BatchAttentionPlan<'_> {
     /// after a plan with an equal key. `None` unless planned for a graph, and
     /// for a batch without requests.
     pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
+        let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let indices = self.table.addresses();
         // A launch has the same size for any number of requests. What its
         // tensors hold are rows.
         let shape =
             ReplayShape { heads: self.heads, batch: 0, rows: self.rows, keys: self.table.host().num_pages() };
         let mask = if self.options.causal { Mask::Causal } else { Mask::None }.tensors(false).ok()?;
-        Some(ReplayKey::new(info, &self.attention.spec, shape, &self.scratch, indices, &mask))
+        Some(ReplayKey::new(info, &self.attention.spec, shape, &self.planned.scratch, indices, &mask))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets
     /// into the workspace. They are the same for any batch.
     pub fn numbers(&self) -> &[i64] {
-        self.info.as_ref().map_or(&[], |info| &info.numbers)
+        self.planned.numbers()
     }
 }
 

@@ -1,6 +1,8 @@
 //! What attention operations share: the checks of their tensors, scratch
 //! memory, the call of the planner, and the numbers that come back.
 
+use std::{cell::Cell, marker::PhantomData};
+
 use super::{mask::MaskTensors, spec::AttentionSpec, workspace::Workspace};
 use crate::{
     cuda::DeviceBuffer,
@@ -95,6 +97,28 @@ impl PlanInfo {
                 traceback: String::new(),
             }),
         }
+    }
+}
+
+/// What a planner has left in the workspace that a plan borrows. The plan's
+/// runs use the workspace one after the other, so it can move to another
+/// thread, but not be shared.
+#[derive(Debug)]
+pub(super) struct Planned<'p> {
+    pub(super) scratch: Scratch,
+    /// `None` when there is nothing to do.
+    pub(super) info: Option<PlanInfo>,
+    one_thread: PhantomData<Cell<&'p mut Workspace>>,
+}
+
+impl Planned<'_> {
+    pub(super) fn new(scratch: Scratch, info: Option<PlanInfo>) -> Self {
+        Self { scratch, info, one_thread: PhantomData }
+    }
+
+    /// The plan's numbers, as the module gave them.
+    pub(super) fn numbers(&self) -> &[i64] {
+        self.info.as_ref().map_or(&[], |info| &info.numbers)
     }
 }
 

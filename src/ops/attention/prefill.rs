@@ -9,15 +9,13 @@
 //! Source of the contract: `csrc/batch_prefill.cu`, `csrc/batch_prefill_sm90.cu`,
 //! `include/flashinfer/attention/{prefill,scheduler}.cuh` of FlashInfer 0.6.13.
 
-use std::{cell::Cell, marker::PhantomData};
-
 use super::{
     mask::{Mask, MaskTensors, requests_of},
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch, check_described,
-        check_keys, check_output, check_rows, check_workspace, host_indices, make_plan,
+        Heads, PlanInfo, Planned, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
+        check_described, check_keys, check_output, check_rows, check_workspace, host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
@@ -667,7 +665,7 @@ impl BatchPrefill {
             };
             Some(self.kernels.make_plan(&check, workspace, &scratch, &batch)?)
         };
-        let (kernels, options, one_thread) = (self.kernels, *options, PhantomData);
+        let (kernels, options) = (self.kernels, *options);
         let keys_extent = kv.extent;
         Ok(PrefillPlan {
             kernels,
@@ -679,9 +677,7 @@ impl BatchPrefill {
             rows,
             options,
             mask,
-            scratch,
-            info,
-            one_thread,
+            planned: Planned::new(scratch, info),
         })
     }
 }
@@ -714,30 +710,24 @@ pub struct PrefillPlan<'p, K> {
     rows: usize,
     options: PrefillOptions<'p>,
     mask: MaskTensors,
-    scratch: Scratch,
-    /// `None` when there is nothing to do.
-    info: Option<PlanInfo>,
-    one_thread: PhantomData<Cell<&'p mut Workspace>>,
+    planned: Planned<'p>,
 }
-
-// SAFETY: as for `DecodePlan`: addresses of borrowed device memory; not `Sync`.
-unsafe impl<K: Sync> Send for PrefillPlan<'_, K> {}
 
 impl<K> PrefillPlan<'_, K> {
     /// What a graph that captures runs of this plan bakes in: replay it only
     /// after a plan with an equal key. `None` unless planned for a graph.
     pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
+        let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
         let indices = self.key_addresses.into_iter().chain(self.queries.addresses());
         let shape = ReplayShape { heads: self.heads, batch, rows: self.rows, keys: self.keys_extent };
-        Some(ReplayKey::new(info, &kernels.spec, shape, &self.scratch, indices, &self.mask))
+        Some(ReplayKey::new(info, &kernels.spec, shape, &self.planned.scratch, indices, &self.mask))
     }
 
     /// The plan's numbers, as the module gave them; see
     /// [`DecodePlan::numbers`](super::DecodePlan::numbers).
     pub fn numbers(&self) -> &[i64] {
-        self.info.as_ref().map_or(&[], |info| &info.numbers)
+        self.planned.numbers()
     }
 
     fn check_queries(
@@ -766,7 +756,7 @@ impl<K> PrefillPlan<'_, K> {
         options: &'a RunOptions<'a>,
     ) -> RunTensors<'a> {
         RunTensors {
-            scratch: &self.scratch,
+            scratch: &self.planned.scratch,
             info,
             q: q.raw.with_plain_unit_strides(),
             qo_indptr,
@@ -803,7 +793,7 @@ impl PrefillPlan<'_, PageTable> {
         self.check_queries(&check, q, out, lse, options)?;
         let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, self.keys, &[spec.dtype_kv])?;
         self.heads.check_cache(&check, cache, spec.head_dim_qk)?;
-        let Some(info) = &self.info else { return Ok(()) };
+        let Some(info) = &self.planned.info else { return Ok(()) };
         let qo_indptr = self.queries.indptr()?;
         // SAFETY: all tensors have the dtypes, shapes, strides and alignment
         // of this module and plan; the index arrays are the device copies of
@@ -837,7 +827,7 @@ impl PrefillPlan<'_, RaggedTable> {
         self.check_queries(&check, q, out, lse, options)?;
         check_keys(&check, spec, self.heads, self.keys.host().total(), [&k.raw, &v.raw])?;
         check_described(&check, self.kernels.fa3, &[("k", &k.raw), ("v", &v.raw)])?;
-        let Some(info) = &self.info else { return Ok(()) };
+        let Some(info) = &self.planned.info else { return Ok(()) };
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);
         let [k, v] = if self.keys_extent == 0 {
@@ -845,14 +835,20 @@ impl PrefillPlan<'_, RaggedTable> {
             // tiles. No request has a key, so nothing of what stands in counts.
             let widest = spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8);
             let needed = (self.heads.num_kv_heads * widest * spec.dtype_kv.size()) as i64;
-            if self.scratch.float.numel() < needed {
+            if self.planned.scratch.float.numel() < needed {
                 return check.fail("workspace", format!("its float part must have at least {needed} bytes"));
             }
             [spec.head_dim_qk, spec.head_dim_vo].map(|width| {
                 let (heads, row) = (self.heads.num_kv_heads, width.next_multiple_of(8));
                 let shape = [1, heads, width];
                 let strides = [heads * row, row, 1];
-                RawTensor::new(self.scratch.float.data, k.raw.device, spec.dtype_kv, &shape, Some(&strides))
+                RawTensor::new(
+                    self.planned.scratch.float.data,
+                    k.raw.device,
+                    spec.dtype_kv,
+                    &shape,
+                    Some(&strides),
+                )
             })
         } else {
             [k, v].map(|tensor| Ok(tensor.raw.with_plain_unit_strides()))
