@@ -19,36 +19,6 @@ prefill_tests!(Ragged: values_of_another_width, neighbours_of_nan, wrong_keys_an
 
 const FA2: On = On { kind: Kind::Ragged, backend: Backend::Fa2 };
 
-#[test]
-fn f16_256() {
-    FA2.shapes::<f16>(256);
-}
-
-#[test]
-fn bf16_256() {
-    FA2.shapes::<bf16>(256);
-}
-
-#[test]
-fn logits_soft_cap() {
-    FA2.logits_soft_cap();
-}
-
-#[test]
-fn sliding_window_and_soft_cap() {
-    FA2.sliding_window_and_soft_cap();
-}
-
-#[test]
-fn f16_over_e4m3() {
-    FA2.e4m3::<f16>();
-}
-
-#[test]
-fn bf16_over_e4m3() {
-    FA2.e4m3::<bf16>();
-}
-
 /// What is picked without being asked for.
 #[test]
 fn backends() {

@@ -57,36 +57,6 @@ fn multi_item_scoring_of_parts_fa3() {
     FA3.multi_item_scoring_of_parts();
 }
 
-#[test]
-fn f16_256() {
-    FA2.shapes::<f16>(256);
-}
-
-#[test]
-fn bf16_256() {
-    FA2.shapes::<bf16>(256);
-}
-
-#[test]
-fn logits_soft_cap() {
-    FA2.logits_soft_cap();
-}
-
-#[test]
-fn sliding_window_and_soft_cap() {
-    FA2.sliding_window_and_soft_cap();
-}
-
-#[test]
-fn f16_over_e4m3_cache() {
-    FA2.e4m3::<f16>();
-}
-
-#[test]
-fn bf16_over_e4m3_cache() {
-    FA2.e4m3::<bf16>();
-}
-
 /// What is picked, and what cannot be asked for.
 #[test]
 fn backends() {

@@ -45,6 +45,12 @@ macro_rules! prefill_tests {
     };
     ($kind:ident: $($own:ident),*) => {
         $crate::prefill_tests! { @fa2 $kind:
+            f16_256: shapes::<f16>(256);
+            bf16_256: shapes::<bf16>(256);
+            logits_soft_cap: logits_soft_cap();
+            sliding_window_and_soft_cap: sliding_window_and_soft_cap();
+            f16_over_e4m3: e4m3::<f16>();
+            bf16_over_e4m3: e4m3::<bf16>();
             f16_custom_masks: custom_masks::<f16>();
             bf16_custom_masks: custom_masks::<bf16>();
             long_custom_mask: long_custom_mask();
