@@ -18,6 +18,7 @@ use libloading::os::unix::Library;
 use crate::{
     error::{FlashInferError, Result},
     stream::Stream,
+    tensor::{DType, RawTensor},
 };
 
 type CudaError = c_int;
@@ -382,8 +383,21 @@ impl DeviceBuffer {
         Ok(Self { runtime, data, bytes, stream: stream.clone() })
     }
 
+    /// As [`new`](Self::new), filled with zeros in the order of the stream.
+    pub(crate) fn zeroed(runtime: &'static CudaRuntime, stream: &Stream, bytes: usize) -> Result<Self> {
+        let buffer = Self::new(runtime, stream, bytes)?;
+        // SAFETY: the buffer has that many bytes, on the stream's device.
+        unsafe { runtime.zero(stream, buffer.as_ptr(), buffer.len()) }?;
+        Ok(buffer)
+    }
+
     pub(crate) fn as_ptr(&self) -> *mut c_void {
         self.data.as_ptr()
+    }
+
+    /// The buffer as a tensor of bytes.
+    pub(crate) fn as_bytes(&self) -> Result<RawTensor> {
+        RawTensor::new(self.as_ptr(), self.stream.device(), DType::U8, &[self.bytes], None)
     }
 
     pub(crate) fn len(&self) -> usize {

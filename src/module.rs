@@ -31,7 +31,24 @@ impl ModuleName {
     pub const PAGE: Self = Self::fixed("page");
     /// Merging partial attention results.
     pub const CASCADE: Self = Self::fixed("cascade");
-
+    /// Rotary position embeddings.
+    pub const ROPE: Self = Self::fixed("rope");
+    /// `silu(a) · b`.
+    pub const SILU_AND_MUL: Self = Self::fixed("silu_and_mul");
+    /// `gelu(a) · b`.
+    pub const GELU_AND_MUL: Self = Self::fixed("gelu_and_mul");
+    /// `gelu(a) · b`, by the approximation with `tanh`.
+    pub const GELU_TANH_AND_MUL: Self = Self::fixed("gelu_tanh_and_mul");
+    /// Softmax, sampling and renormalization.
+    pub const SAMPLING: Self = Self::fixed("sampling");
+    /// Selecting the largest.
+    pub const TOPK: Self = Self::fixed("topk");
+    /// Packing of bits.
+    pub const QUANTIZATION: Self = Self::fixed("quantization");
+    /// Segment GEMM for compute capability 8.0 and newer, and GEMM of 8-bit floats.
+    pub const GEMM: Self = Self::fixed("gemm");
+    /// Segment GEMM for compute capability 9.0.
+    pub const GEMM_SM90: Self = Self::fixed("gemm_sm90");
     /// Prefill of gated delta networks, for compute capability 9.0.
     pub const GDN_PREFILL_SM90: Self = Self::fixed("gdn_prefill_sm90");
 

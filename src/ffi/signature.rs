@@ -153,6 +153,7 @@ pub(crate) mod kind {
         Int: i64, |value| (*value).into();
         Bool: bool, |value| (*value).into();
         Float: f64, |value| (*value).into();
+        Str: &'static std::ffi::CStr, |value| (*value).into();
         IntArray: &'a Object, |value| (*value).into();
     }
 }

@@ -263,8 +263,7 @@ pub fn gdn_prefill(
         InitialState::InPlace => Some(output_state),
     };
     let cu_seqlens = sequences.cu_seqlens()?;
-    let maps = &workspace.tensor_maps;
-    let scratch = RawTensor::new(maps.as_ptr(), stream.device(), DType::U8, &[maps.len()], None)?;
+    let scratch = workspace.tensor_maps.as_bytes()?;
     let kernel = GdnPrefill {
         output: DlTensor::new(output),
         output_state: DlTensor::new(output_state),

@@ -6,6 +6,7 @@ mod check;
 pub mod gdn;
 pub mod norm;
 pub mod page;
+pub mod topk;
 
 use std::sync::OnceLock;
 

@@ -5,7 +5,6 @@ use std::{cell::Cell, marker::PhantomData};
 
 use super::{mask::MaskTensors, spec::AttentionSpec, workspace::Workspace};
 use crate::{
-    cuda::DeviceBuffer,
     error::{FlashInferError, Result},
     ffi::{Object, Value},
     ops::{check::Check, page::CacheShape},
@@ -172,10 +171,7 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn of(workspace: &Workspace) -> Result<Self> {
-        let bytes = |buffer: &DeviceBuffer| {
-            RawTensor::new(buffer.as_ptr(), buffer.stream().device(), DType::U8, &[buffer.len()], None)
-        };
-        Ok(Self { float: bytes(&workspace.float)?, int: bytes(&workspace.int)? })
+        Ok(Self { float: workspace.float.as_bytes()?, int: workspace.int.as_bytes()? })
     }
 }
 
