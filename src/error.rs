@@ -111,6 +111,17 @@ impl FlashInferError {
     pub(crate) fn invalid(op: &'static str, argument: &'static str, problem: impl Into<String>) -> Self {
         Self::InvalidArgument { op, argument, problem: problem.into() }
     }
+
+    /// The same error, where an operation works on several parts and this one
+    /// failed.
+    pub(crate) fn in_part(mut self, part: &str) -> Self {
+        if let Self::InvalidArgument { problem: text, .. } | Self::TvmFfiCall { message: text, .. } =
+            &mut self
+        {
+            *text = format!("{part}: {text}");
+        }
+        self
+    }
 }
 
 impl From<ArtifactError> for FlashInferError {

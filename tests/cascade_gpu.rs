@@ -821,7 +821,12 @@ mod levels {
         }
         refused(plan(&[good[0], good[0], own], heads, &eager), "workspace");
         // Only the last level can have too few keys for a causal mask.
-        refused(plan(&short.levels(), heads, &eager), "queries");
+        let too_short = plan(&short.levels(), heads, &eager);
+        assert!(
+            too_short.as_ref().is_err_and(|error| error.to_string().contains("level 1")),
+            "{too_short:?}"
+        );
+        refused(too_short, "queries");
         plan(&short.levels(), heads, &CascadeOptions::default()).unwrap();
         refused(plan(&good, Heads { num_qo_heads: 7, num_kv_heads: 2 }, &eager), "heads");
         let mut graph = eager;

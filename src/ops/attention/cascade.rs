@@ -246,7 +246,9 @@ impl MultiLevelCascade {
                 PrefillOptions::default()
             };
             prefill.graph_rows = options.graph_rows;
-            self.prefill.plan_paged(workspace, level.queries, level.table, heads, &prefill)
+            self.prefill
+                .plan_paged(workspace, level.queries, level.table, heads, &prefill)
+                .map_err(|error| error.in_part(&format!("level {at}")))
         };
         let plans: Vec<_> =
             levels.iter().enumerate().zip(workspaces.iter_mut()).map(plan).collect::<Result<_>>()?;

@@ -9,7 +9,7 @@
 use std::borrow::Cow;
 
 use super::{
-    mask::Mask,
+    mask::MaskTensors,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
@@ -17,7 +17,7 @@ use super::{
         check_described, check_output, check_workspace, host_indices, make_plan,
     },
     prefill::{Batch, PrefillKernels, RunTensors},
-    spec::{AttentionSpec, Backend},
+    spec::{AttentionSpec, Backend, first_module},
     workspace::Workspace,
 };
 use crate::{
@@ -161,13 +161,11 @@ impl BatchDecode {
             Backend::Auto => &[Backend::Fa2],
             ref asked => std::slice::from_ref(asked),
         };
-        let name = |backend: &Backend| match backend {
+        let (module, backend) = first_module(runtime, backends, |backend| match backend {
             Backend::CudaCores => spec.decode_module(),
-            backend => spec.prefill_module(*backend == Backend::Fa3),
-        };
-        let names: Vec<_> = backends.iter().map(name).collect::<Result<_>>()?;
-        let (place, module) = runtime.first_of(&names)?;
-        let kernels = match backends[place] {
+            backend => spec.prefill_module(backend == Backend::Fa3),
+        })?;
+        let kernels = match backend {
             Backend::CudaCores => Kernels::CudaCores(DecodeKernels::load(module)?),
             backend => Kernels::TensorCores(PrefillKernels::load(module, spec, backend == Backend::Fa3)?),
         };
@@ -394,7 +392,7 @@ impl DecodePlan<'_> {
                 check_sm_scale(&check, options.logit_scale(spec))?;
                 kernels.check_scale(&check, self.stream(), options)?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
-                let (scratch, mask) = (&self.planned.scratch, &Mask::None.tensors(false)?);
+                let (scratch, mask) = (&self.planned.scratch, &MaskTensors::NONE);
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
                 // SAFETY: all tensors have the dtypes, shapes, strides and
                 // alignment of this module and plan; the index arrays are the
@@ -480,14 +478,7 @@ impl DecodePlan<'_> {
         let indices = self.table.addresses().into_iter().chain(queries);
         let shape =
             ReplayShape { heads: decode.heads, batch, rows: batch, keys: self.table.host().num_pages() };
-        Some(ReplayKey::new(
-            info,
-            &decode.spec,
-            shape,
-            &self.planned.scratch,
-            indices,
-            &Mask::None.tensors(false).ok()?,
-        ))
+        Some(ReplayKey::new(info, &decode.spec, shape, &self.planned.scratch, indices, &MaskTensors::NONE))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

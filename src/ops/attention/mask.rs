@@ -52,6 +52,9 @@ pub(super) struct MaskTensors {
 }
 
 impl MaskTensors {
+    /// No mask.
+    pub(super) const NONE: Self = Self { mode: 0, custom: None, items: None, token_pos_in_items_len: 0 };
+
     /// The array of items at a place, as the kernels take it.
     pub(super) fn item_array(&self, index: usize) -> Option<&RawTensor> {
         self.items.as_ref().map(|arrays| &arrays[index])
@@ -178,17 +181,17 @@ impl Mask<'_> {
     /// zero, but if they hold NaN, so does the output. It skips nothing when
     /// items may be as long as the request.
     pub(super) fn tensors(&self, fa3: bool) -> Result<MaskTensors> {
-        let plain = |mode| MaskTensors { mode, custom: None, items: None, token_pos_in_items_len: 0 };
         Ok(match self {
-            Self::None => plain(0),
-            Self::Causal => plain(1),
+            Self::None => MaskTensors::NONE,
+            Self::Causal => MaskTensors { mode: 1, ..MaskTensors::NONE },
             Self::Custom { indices, bits } => {
-                MaskTensors { custom: Some([bits.raw, indices.mask_indptr()?]), ..plain(2) }
+                MaskTensors { mode: 2, custom: Some([bits.raw, indices.mask_indptr()?]), ..MaskTensors::NONE }
             }
             Self::MultiItem(items) => MaskTensors {
+                mode: 3,
                 items: Some([items.prefix_len()?, items.token_pos_in_items()?, items.max_item_len(fa3)?]),
                 token_pos_in_items_len: items.host().token_pos_in_items_len() as i64,
-                ..plain(3)
+                ..MaskTensors::NONE
             },
         })
     }

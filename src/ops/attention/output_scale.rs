@@ -46,10 +46,11 @@ impl OutputScale {
         dtype: DType,
         scale: Option<f32>,
     ) -> Result<()> {
-        let (kernel, cuda) = (Self::kernel(dtype), FlashInferRuntime::get()?.cuda());
-        if scale.is_none_or(|scale| scale == 1.0) || kernel.is_loaded() {
+        let kernel = Self::kernel(dtype);
+        if factor(scale).is_none() || kernel.is_loaded() {
             return Ok(());
         }
+        let cuda = FlashInferRuntime::get()?.cuda();
         if cuda.is_capturing(stream)? {
             return check.fail(
                 "v_scale",
@@ -70,10 +71,7 @@ impl OutputScale {
     /// `out` must be a contiguous `f16` or `bf16` tensor on the stream's
     /// device, aligned to 4 bytes, of an even number of elements.
     pub(super) unsafe fn apply(stream: &Stream, out: &RawTensor, scale: Option<f32>) -> Result<()> {
-        let mut scale = match scale {
-            Some(scale) if scale != 1.0 && out.numel() > 0 => scale,
-            _ => return Ok(()),
-        };
+        let Some(mut scale) = factor(scale).filter(|_| out.numel() > 0) else { return Ok(()) };
         let (mut data, mut pairs) = (out.data, out.numel() as u64 / 2);
         let blocks = pairs.div_ceil(THREADS.into()).min(MAX_BLOCKS) as u32;
         let mut args: [*mut c_void; 3] =
@@ -83,4 +81,9 @@ impl OutputScale {
         // float, and writes that many pairs of elements.
         unsafe { Self::kernel(out.dtype).launch(cuda, stream, [blocks, THREADS], &mut args) }
     }
+}
+
+/// What there is to multiply by.
+fn factor(scale: Option<f32>) -> Option<f32> {
+    scale.filter(|scale| *scale != 1.0)
 }

@@ -261,9 +261,9 @@ impl AttentionSpec {
         name: fn(&Self, bool) -> Result<ModuleName>,
     ) -> Result<(&'static Module, bool)> {
         let (major, minor) = runtime.compute_capability(ordinal)?;
-        let fa3: &[bool] = match self.backend {
-            Backend::Fa2 => &[false],
-            Backend::Fa3 if major == 9 => &[true],
+        let backends: &[Backend] = match self.backend {
+            Backend::Fa2 => &[Backend::Fa2],
+            Backend::Fa3 if major == 9 => &[Backend::Fa3],
             Backend::Fa3 => {
                 return unsupported(
                     format!("FlashAttention 3 on compute capability {major}.{minor}"),
@@ -273,26 +273,12 @@ impl AttentionSpec {
             Backend::CudaCores => {
                 return unsupported("prefill on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
             }
-            Backend::Auto if major == 9 => &[true, false],
-            Backend::Auto => &[false],
+            Backend::Auto if major == 9 => &[Backend::Fa3, Backend::Fa2],
+            Backend::Auto => &[Backend::Fa2],
         };
-        // Of several kernels, those count for which there can be a module.
-        let mut refusal = None;
-        let (mut possible, mut names) = (Vec::new(), Vec::new());
-        for &fa3 in fa3 {
-            match name(self, fa3) {
-                Ok(name) => {
-                    possible.push(fa3);
-                    names.push(name);
-                }
-                Err(error) => refusal = Some(error),
-            }
-        }
-        if let Some(error) = refusal.filter(|_| names.is_empty()) {
-            return Err(error);
-        }
-        let (place, module) = runtime.first_of(&names)?;
-        Ok((module, possible[place]))
+        let (module, backend) =
+            first_module(runtime, backends, |backend| name(self, backend == Backend::Fa3))?;
+        Ok((module, backend == Backend::Fa3))
     }
 
     /// Refuses modules that exist, but take other arguments than this crate
@@ -459,6 +445,32 @@ impl AttentionSpec {
 const MIN_SOFT_CAP: f32 = 1e-3;
 /// What names of batch kernels have after the element types.
 const INDEXED: &str = "_dtype_idx_i32";
+
+/// The first module at hand, in order of preference, and its backend; `name`
+/// makes its name. Of several backends, those count for which a module can
+/// exist.
+pub(super) fn first_module(
+    runtime: &FlashInferRuntime,
+    backends: &[Backend],
+    name: impl Fn(Backend) -> Result<ModuleName>,
+) -> Result<(&'static Module, Backend)> {
+    let mut refusal = None;
+    let (mut possible, mut names) = (Vec::new(), Vec::new());
+    for &backend in backends {
+        match name(backend) {
+            Ok(name) => {
+                possible.push(backend);
+                names.push(name);
+            }
+            Err(error) => refusal = Some(error),
+        }
+    }
+    if let Some(error) = refusal.filter(|_| names.is_empty()) {
+        return Err(error);
+    }
+    let (place, module) = runtime.first_of(&names)?;
+    Ok((module, possible[place]))
+}
 
 fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {
     Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
