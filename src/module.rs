@@ -202,8 +202,18 @@ impl Module {
     /// # Errors
     /// [`FlashInferError::Library`]: the file is gone, or no ELF file.
     pub fn exports(&self) -> Result<Vec<String>> {
+        Self::exports_of(&self.path)
+    }
+
+    /// What [`exports`](Self::exports) gives of a module's file, which is not
+    /// opened for it.
+    ///
+    /// # Errors
+    /// As [`exports`](Self::exports).
+    pub fn exports_of(path: impl AsRef<Path>) -> Result<Vec<String>> {
         let function = |symbol: String| Some(symbol.strip_prefix(PREFIX)?.to_owned());
-        let mut names: Vec<_> = exported_functions(&self.path)?.into_iter().filter_map(function).collect();
+        let symbols = exported_functions(path.as_ref())?;
+        let mut names: Vec<_> = symbols.into_iter().filter_map(function).collect();
         // With a further underscore, it is the ABI's own: descriptions, contexts.
         names.retain(|name| !name.starts_with('_'));
         names.sort();
