@@ -269,8 +269,8 @@ impl Module {
     }
 
     /// [`call`](Self::call), with the kernels that the function launches on
-    /// `stream`: it is the stream that TVM-FFI names for the stream's device
-    /// (`TVMFFIEnvGetStream`), and is set back when the call returns.
+    /// `stream`. For the call, it is the stream that TVM-FFI names for its
+    /// device (`TVMFFIEnvGetStream`), and that device is current.
     ///
     /// # Errors
     /// As [`call`](Self::call); [`FlashInferError::InvalidArgument`]: the
@@ -281,6 +281,7 @@ impl Module {
     pub unsafe fn call_on(&self, stream: &Stream, name: &str, args: &[Arg<'_>]) -> Result<Value> {
         stream.check_usable_here("Module::call_on")?;
         let function = self.function(name)?;
+        let _device = FlashInferRuntime::get()?.cuda().on_device_of(stream)?;
         // SAFETY: promised by the caller.
         unsafe { function.call_on(stream, args) }
     }

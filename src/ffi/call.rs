@@ -114,7 +114,9 @@ impl Function {
         Ok(unsafe { Value::from_owned(result) })
     }
 
-    /// Calls the function with `stream` as the stream of its kernels.
+    /// Calls the function with `stream` as the stream of its kernels. The
+    /// current device stays as it is, unlike in
+    /// [`Module::call_on`](crate::Module::call_on).
     ///
     /// # Errors
     /// As [`call`](Self::call).
