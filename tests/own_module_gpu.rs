@@ -6,7 +6,7 @@ mod common;
 
 use common::{Gpu, Number, Rng, Tensor, attention::capture, say};
 use flashinfer_rs::{
-    FlashInferError, Module, ModuleName, args,
+    FlashInferError, Module, ModuleName, Result, TensorMut, TensorRef, args,
     artifacts::{Fetch, Member},
     cudarc::{TensorExt, TensorExtMut},
 };
@@ -35,27 +35,30 @@ impl<T: Number> Rows<T> {
         Self { input, out: Tensor::poisoned(gpu, &[rows, dim]), expected }
     }
 
-    /// One launch.
-    fn call(&mut self, gpu: &Gpu, module: &Module, enable_pdl: bool) -> flashinfer_rs::Result<()> {
-        let (input, mut out) = (self.input.on(gpu), self.out.on_mut(gpu));
-        // SAFETY: contiguous tensors of one type on the stream's device, the
-        // second with rows twice as long, all of whole vectors.
-        let result = unsafe {
-            module.call_on(&gpu.stream, "silu_and_mul", args![&mut out.view_mut(), &input.view(), enable_pdl])
-        };
-        result?.try_into()
-    }
-
     fn check(&self, gpu: &Gpu) {
         self.out.assert_close(gpu, "silu_and_mul", &self.expected, T::BOUND);
     }
+}
+
+fn launch(
+    gpu: &Gpu,
+    module: &Module,
+    input: &TensorRef<'_>,
+    out: &mut TensorMut<'_>,
+    enable_pdl: bool,
+) -> Result<()> {
+    // SAFETY: contiguous tensors of one type on the stream's device, the
+    // second with rows twice as long, all of whole vectors.
+    unsafe { module.call_on(&gpu.stream, "silu_and_mul", args![out, input, enable_pdl])? }.try_into()
 }
 
 fn silu_and_mul<T: Number>(gpu: &Gpu, rng: &mut Rng) {
     let module = open(gpu, &ModuleName::SILU_AND_MUL);
     for (rows, dim, enable_pdl) in [(1, 64, false), (7, 128, true), (33, 4096, false), (3, 11008, true)] {
         let mut rows = Rows::<T>::new(gpu, rng, rows, dim);
-        rows.call(gpu, module, enable_pdl).unwrap();
+        let (input, mut out) = (rows.input.on(gpu), rows.out.on_mut(gpu));
+        launch(gpu, module, &input.view(), &mut out.view_mut(), enable_pdl).unwrap();
+        drop((input, out));
         rows.check(gpu);
     }
 }
@@ -75,15 +78,18 @@ fn a_kernel_by_name_is_captured() {
     let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
     let module = open(&gpu, &ModuleName::SILU_AND_MUL);
-    // The first call loads the kernel, which cannot be captured.
-    Rows::<f16>::new(&gpu, rng, 1, 64).call(&gpu, module, false).unwrap();
-    gpu.synchronize();
+    // A first call loads the kernel, which cannot be captured.
+    silu_and_mul::<f16>(&gpu, rng);
     let mut rows = Rows::<f16>::new(&gpu, rng, 9, 512);
-    gpu.synchronize();
-    let (graph, result) = capture(&gpu, || rows.call(&gpu, module, false));
-    result.unwrap();
+    let graph = {
+        let (input, mut out) = (rows.input.on(&gpu), rows.out.on_mut(&gpu));
+        let (graph, launched) =
+            capture(&gpu, || launch(&gpu, module, &input.view(), &mut out.view_mut(), false));
+        launched.unwrap();
+        graph.expect("a graph")
+    };
     rows.out.assert_untouched(&gpu); // captured is not run
-    graph.expect("a graph").launch().unwrap();
+    graph.launch().unwrap();
     gpu.synchronize();
     rows.check(&gpu);
 }

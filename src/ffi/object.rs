@@ -77,21 +77,21 @@ impl Object {
         let size = items.len() as i64;
         let data = Box::into_raw(items).cast();
         let cell = SeqCell { data, size, capacity: size, data_deleter: None };
-        Self::make(type_index::ARRAY, cell, (), delete_array)
+        Self::make(type_index::ARRAY, cell, delete_array)
     }
 
     /// A new string.
     pub(crate) fn text(text: &str) -> Self {
         // Readers in C expect a NUL behind the bytes.
         let bytes: Box<[u8]> = text.bytes().chain([0]).collect();
-        let cell = ByteArray { data: bytes.as_ptr().cast(), size: text.len() };
-        Self::make(type_index::STR, cell, bytes, delete_text)
+        let cell = ByteArray { data: Box::into_raw(bytes).cast_const().cast(), size: text.len() };
+        Self::make(type_index::STR, cell, delete_text)
     }
 
-    fn make<C, S>(type_index: i32, cell: C, storage: S, deleter: Deleter) -> Self {
+    fn make<C>(type_index: i32, cell: C, deleter: Deleter) -> Self {
         let header =
             ObjectHeader { combined_ref_count: BOTH_ONE, type_index, padding: 0, deleter: Some(deleter) };
-        Self(NonNull::from(Box::leak(Box::new(Made { header, cell, storage }))).cast())
+        Self(NonNull::from(Box::leak(Box::new(Made { header, cell }))).cast())
     }
 
     /// A view of the tensor, when this is one.
@@ -230,19 +230,17 @@ pub(super) const BOTH_ONE: u64 = 1 << 32 | 1;
 const STRONG: c_int = 1;
 const WEAK: c_int = 2;
 
-/// An object that this crate makes: header and cell as the ABI has them, and
-/// what the cell points to.
+/// An object that this crate makes. Its cell owns what it points to.
 #[repr(C)]
-struct Made<C, S> {
+struct Made<C> {
     header: ObjectHeader,
     cell: C,
-    storage: S,
 }
 
 /// # Safety
 /// The object is a `Made` array without references.
 unsafe extern "C" fn delete_array(object: *mut c_void, flags: c_int) {
-    let made = object.cast::<Made<SeqCell, ()>>();
+    let made = object.cast::<Made<SeqCell>>();
     // SAFETY: promised by the caller. The library may have changed items and
     // size meanwhile, but not address and capacity, and owns the items as an
     // array does. Each bit of the flags comes once.
@@ -265,8 +263,13 @@ unsafe extern "C" fn delete_array(object: *mut c_void, flags: c_int) {
 /// The object is a `Made` string without references.
 unsafe extern "C" fn delete_text(object: *mut c_void, flags: c_int) {
     if flags & WEAK != 0 {
-        // SAFETY: promised by the caller; the bit comes once.
-        drop(unsafe { Box::from_raw(object.cast::<Made<ByteArray, Box<[u8]>>>()) });
+        // SAFETY: promised by the caller; the bit comes once. The text is
+        // followed by a NUL.
+        unsafe {
+            let made = Box::from_raw(object.cast::<Made<ByteArray>>());
+            let text = made.cell.data.cast_mut().cast::<u8>();
+            drop(Box::from_raw(ptr::slice_from_raw_parts_mut(text, made.cell.size + 1)));
+        }
     }
 }
 
@@ -376,4 +379,34 @@ conversions! {
     String, "a string", Value::Text(text) => Some(text.clone()), Value::Object(object) => object.to_text();
     Vec<i64>, "an array of integers", Value::Object(object) => object.to_ints();
     Object, "an object", Value::Object(object) => Some(object.clone());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether or not libtvm_ffi is in the process.
+    #[test]
+    fn made_objects_own_what_they_hold() {
+        let text = Object::text("nothing\0hidden");
+        assert_eq!((text.type_index(), text.strong_count()), (type_index::STR, 1));
+        assert_eq!(text.to_text().unwrap(), "nothing\0hidden");
+        let items = [Arg::from(&text), 3i64.into(), Arg::from(&text), Arg::NONE];
+        // SAFETY: numbers and objects only.
+        let array = unsafe { Object::array(items) };
+        assert_eq!((array.to_ints(), text.strong_count()), (None, 3));
+        // SAFETY: as above.
+        let outer = unsafe { Object::array([Arg::from(&array)]) };
+        let again = outer.clone();
+        assert_eq!((outer.strong_count(), array.strong_count()), (2, 2));
+        drop((array, outer));
+        assert_eq!(text.strong_count(), 3);
+        drop(again);
+        assert_eq!(text.strong_count(), 1);
+        // SAFETY: numbers only.
+        let numbers = unsafe { Object::array([1i64, -2].map(Arg::from)) };
+        assert_eq!(numbers.to_ints().unwrap(), [1, -2]);
+        // SAFETY: as above.
+        assert_eq!(unsafe { Object::array([]) }.to_ints().unwrap(), Vec::<i64>::new());
+    }
 }
