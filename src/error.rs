@@ -38,6 +38,40 @@ pub enum FlashInferError {
         symbol: String,
     },
 
+    /// A module exports no function of that name.
+    #[error("{module} exports no function `{function}`; it exports: {}", listed(exports))]
+    MissingFunction {
+        /// The module, and its file.
+        module: String,
+        /// The name that was asked for, without the prefix `__tvm_ffi_`.
+        function: String,
+        /// What the module does export, by name; see
+        /// [`Module::exports`](crate::Module::exports).
+        exports: Vec<String>,
+    },
+
+    /// Functions of a module take or return something else than this crate
+    /// passes and expects. They were not run.
+    #[error(
+        "{module} is not what this crate declares; use a module of the FlashInfer version that this \
+         crate pins: {}", differences.join("; ")
+    )]
+    Signature {
+        /// The module, and its file.
+        module: String,
+        /// For each function that differs, its name and the first difference.
+        differences: Vec<String>,
+    },
+
+    /// A function returned another type than was asked for.
+    #[error("the function returned {found}, not {expected}")]
+    ResultType {
+        /// What was asked for.
+        expected: &'static str,
+        /// What was returned.
+        found: String,
+    },
+
     /// `libtvm_ffi` has an ABI that this crate does not speak.
     #[error(
         "libtvm_ffi {found} is loaded in this process, but this crate needs {expected}; \
@@ -128,6 +162,10 @@ impl From<ArtifactError> for FlashInferError {
     fn from(error: ArtifactError) -> Self {
         Self::Artifact(Box::new(error))
     }
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "nothing".into() } else { names.join(", ") }
 }
 
 fn remedy_suffix(remedy: &str) -> String {

@@ -16,7 +16,8 @@
 //! 4. **Operations.** [`norm`], [`page`], [`attention`] and [`gdn`] take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
-//!    the CPU.
+//!    the CPU. What has no operation here, in FlashInfer's modules or in a
+//!    library of your own, a [`Module`] calls by name.
 //!
 //! # Paged batch decode
 //!

@@ -1,8 +1,9 @@
-//! Opening a shared library's file.
+//! A shared library's file: opening it, and reading what it exports.
 
-use std::path::Path;
+use std::{fs::File, path::Path};
 
 use libloading::os::unix::Library;
+use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
 
 use crate::error::{FlashInferError, Result};
 
@@ -23,6 +24,20 @@ pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
         };
         FlashInferError::Library { path: path.to_owned(), reason, remedy }
     })
+}
+
+/// The names of the functions that a library exports.
+pub(crate) fn exported_functions(path: &Path) -> Result<Vec<String>> {
+    let unreadable = |reason: String| FlashInferError::Library {
+        path: path.to_owned(),
+        reason: format!("its symbols cannot be read: {reason}"),
+        remedy: "obtain the file again",
+    };
+    let file = ReadCache::new(File::open(path).map_err(|error| unreadable(error.to_string()))?);
+    let file = object::File::parse(&file).map_err(|error| unreadable(error.to_string()))?;
+    let functions =
+        file.dynamic_symbols().filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Text);
+    Ok(functions.filter_map(|symbol| symbol.name().ok().map(str::to_owned)).collect())
 }
 
 /// What the dynamic loader said, which is the error's source.

@@ -6,15 +6,22 @@
 //! `RTLD_LOCAL` and asked for its symbols by its own handle; none is ever
 //! unloaded, because plans and errors carry pointers into them.
 
-use std::{borrow::Cow, fmt, path::Path};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
 
 use libloading::os::unix::Library;
 
 use crate::{
-    artifacts::{Located, Source},
     error::{FlashInferError, Result},
-    ffi::{Function, Signature, abi::SafeCall, library::TvmFfi},
-    library_file::open_library,
+    ffi::{Arg, Function, Signature, Value, abi::SafeCall, library::TvmFfi},
+    library_file::{exported_functions, open_library},
+    runtime::{FlashInferRuntime, LibrarySource},
+    stream::Stream,
 };
 
 /// The name of a kernel module, which is also its file's name.
@@ -78,24 +85,100 @@ impl fmt::Display for ModuleName {
     }
 }
 
-/// A loaded module.
+/// What the C symbols of exported functions start with.
+const PREFIX: &str = "__tvm_ffi_";
+
+/// A loaded module: a shared library that exports functions by the TVM-FFI ABI.
+///
+/// The crate's operations open FlashInfer's modules themselves. A module that
+/// it has no operation for comes from [`FlashInferRuntime::module`] by its
+/// name, and any other TVM-FFI library, such as one of your own kernels, from
+/// [`Module::open`] by its file. Its functions are called by name, with
+/// arguments that [`args!`](crate::args) packs:
+///
+/// ```no_run
+/// # fn example(
+/// #     stream: &flashinfer_rs::Stream, x: flashinfer_rs::TensorRef<'_>, mut out: flashinfer_rs::TensorMut<'_>,
+/// # ) -> flashinfer_rs::Result<()> {
+/// use flashinfer_rs::{Module, args};
+///
+/// // SAFETY: we built this library, and it is a TVM-FFI library.
+/// let module = unsafe { Module::open("kernels/libmine.so")? };
+/// println!("{} exports {}", module.name(), module.exports()?.join(", "));
+///
+/// // SAFETY: `scale` takes a tensor to write, one of the same shape to read,
+/// // and a factor, and reads nothing else.
+/// unsafe { module.call_on(stream, "scale", args![&mut out, &x, 0.5])? };
+///
+/// // A result converts into the type that is expected.
+/// // SAFETY: `version` takes nothing.
+/// let version: i64 = unsafe { module.call("version", args![])? }.try_into()?;
+/// # Ok(()) }
+/// ```
+///
+/// What a function raises comes back as [`FlashInferError::TvmFfiCall`], with
+/// its kind (such as `TypeError`), message and backtrace.
 #[derive(Debug)]
 pub struct Module {
     name: ModuleName,
-    located: Located,
+    path: PathBuf,
+    source: LibrarySource,
     library: Library,
     tvm_ffi: &'static TvmFfi,
 }
 
 impl Module {
-    /// Opens a module's file. It stays open for the life of the process.
-    pub(crate) fn open(
+    /// Opens a TVM-FFI library's file; starts the runtime, if it is not
+    /// running. The module's name is the file's, without its ending.
+    ///
+    /// The library stays open for the life of the process. A file that is open
+    /// already is not opened again, even if its content has changed since: the
+    /// same module is returned. Its symbols are its own (`RTLD_LOCAL`), so any
+    /// number of libraries may export the same names.
+    ///
+    /// # Errors
+    /// - [`FlashInferError::Library`]: there is no such file, or the dynamic
+    ///   loader refuses it, for example because a library that it needs is
+    ///   missing.
+    /// - What [`FlashInferRuntime::get`] says, if the runtime cannot be started.
+    ///
+    /// # Safety
+    /// The library's initializers run, with all that they do. Each symbol
+    /// `__tvm_ffi_<name>` whose name does not start with an underscore must be
+    /// a function of TVM-FFI's one type. In a library that has the name of one
+    /// of FlashInfer's modules, those that FlashInfer's module exports, too,
+    /// must refuse a wrong number of arguments, as all do that are made with
+    /// TVM-FFI's headers: [`check`](Self::check) relies on it.
+    pub unsafe fn open(path: impl AsRef<Path>) -> Result<&'static Self> {
+        static OPEN: Mutex<Option<HashMap<PathBuf, &'static Module>>> = Mutex::new(None);
+        let open = || OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = path.as_ref();
+        // Also keeps the loader from searching its own path for a bare name.
+        let path = path.canonicalize().map_err(|error| FlashInferError::Library {
+            path: path.to_owned(),
+            reason: error.to_string(),
+            remedy: "correct the path",
+        })?;
+        if let Some(module) = open().as_ref().and_then(|modules| modules.get(&path)) {
+            return Ok(module);
+        }
+        let name = ModuleName::new(path.file_stem().unwrap_or_default().to_string_lossy());
+        let (source, tvm_ffi) = (LibrarySource::File(path.clone()), FlashInferRuntime::get()?.tvm_ffi());
+        // Not locked: initializers run, which may do anything. A thread that
+        // opened the file meanwhile has the same library.
+        let module = Self::load(name, path.clone(), source, tvm_ffi)?;
+        Ok(open().get_or_insert_default().entry(path).or_insert(module))
+    }
+
+    /// Opens a module's file.
+    pub(crate) fn load(
         name: ModuleName,
-        located: Located,
+        path: PathBuf,
+        source: LibrarySource,
         tvm_ffi: &'static TvmFfi,
     ) -> Result<&'static Self> {
-        let library = open_library(&located.path, libc::RTLD_NOW | libc::RTLD_LOCAL)?;
-        Ok(Box::leak(Box::new(Self { name, located, library, tvm_ffi })))
+        let library = open_library(&path, libc::RTLD_NOW | libc::RTLD_LOCAL)?;
+        Ok(Box::leak(Box::new(Self { name, path, source, library, tvm_ffi })))
     }
 
     /// The module's name.
@@ -105,64 +188,173 @@ impl Module {
 
     /// The file that is open.
     pub fn path(&self) -> &Path {
-        &self.located.path
+        &self.path
     }
 
     /// Where the module came from.
-    pub fn source(&self) -> &Source {
-        &self.located.source
+    pub fn source(&self) -> &LibrarySource {
+        &self.source
+    }
+
+    /// The names of the functions that the module exports, sorted, without the
+    /// prefix `__tvm_ffi_`. They are read from its file.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Library`]: the file is gone, or no ELF file.
+    pub fn exports(&self) -> Result<Vec<String>> {
+        Self::exports_of(&self.path)
+    }
+
+    /// What [`exports`](Self::exports) gives of a module's file, which is not
+    /// opened for it.
+    ///
+    /// # Errors
+    /// As [`exports`](Self::exports).
+    pub fn exports_of(path: impl AsRef<Path>) -> Result<Vec<String>> {
+        let function = |symbol: String| Some(symbol.strip_prefix(PREFIX)?.to_owned());
+        let symbols = exported_functions(path.as_ref())?;
+        let mut names: Vec<_> = symbols.into_iter().filter_map(function).collect();
+        // With a further underscore, it is the ABI's own: descriptions, contexts.
+        names.retain(|name| !name.starts_with('_'));
+        names.sort();
+        Ok(names)
     }
 
     /// An exported function, by its name without the prefix `__tvm_ffi_`.
     ///
     /// # Errors
-    /// [`FlashInferError::MissingSymbol`].
-    pub fn function(&'static self, name: &'static str) -> Result<Function> {
-        let missing = || FlashInferError::MissingSymbol {
-            library: format!("module {}", self.name),
-            symbol: format!("__tvm_ffi_{name}"),
-        };
-        // With a further underscore, such symbols may be data.
-        if name.starts_with('_') {
-            return Err(missing());
+    /// [`FlashInferError::MissingFunction`], which lists what there is.
+    pub fn function(&self, name: &str) -> Result<Function> {
+        // With a further underscore, such symbols may be data. The loader's
+        // names end at a NUL.
+        let symbol = (!name.starts_with('_') && !name.contains('\0')).then(|| {
+            // SAFETY: a symbol of this prefix, and no further underscore, has
+            // the one type that the ABI gives to exported functions; the
+            // library stays open.
+            unsafe { self.library.get::<SafeCall>(format!("{PREFIX}{name}")) }.ok()
+        });
+        match symbol.flatten() {
+            Some(symbol) => Ok(Function::from_symbol(self.tvm_ffi, *symbol, name)),
+            None => Err(FlashInferError::MissingFunction {
+                module: self.described(),
+                function: name.to_owned(),
+                exports: self.exports().unwrap_or_default(),
+            }),
         }
-        let symbol = format!("__tvm_ffi_{name}");
-        // SAFETY: a symbol of this prefix, and no further underscore, has the
-        // one type that the ABI gives to exported functions; the library stays
-        // open.
-        let function = unsafe { self.library.get::<SafeCall>(&symbol) }.map_err(|_| missing())?;
-        Ok(Function::from_symbol(self.tvm_ffi, *function, name))
+    }
+
+    /// Calls an exported function, by its name without the prefix
+    /// `__tvm_ffi_`. Its kernels, if it launches any, go to the default
+    /// stream; see [`call_on`](Self::call_on).
+    ///
+    /// The function is looked up each time. Where that matters, keep
+    /// [`function`](Self::function) and call it.
+    ///
+    /// # Errors
+    /// [`FlashInferError::MissingFunction`]; [`FlashInferError::TvmFfiCall`]
+    /// with what the function raised.
+    ///
+    /// # Safety
+    /// The function does with its arguments what its author wrote. It checks
+    /// how many there are and of what kinds, if it was made with TVM-FFI's
+    /// headers, and more only if its author saw to it. Tensors must be of the
+    /// devices, element types, shapes and strides that it assumes, and hold
+    /// what it expects, such as indices within bounds. What it writes must be
+    /// a [`TensorMut`](crate::TensorMut), or memory that nobody else looks at.
+    /// Memory that its kernels use must stay as it is until they are done.
+    pub unsafe fn call(&self, name: &str, args: &[Arg<'_>]) -> Result<Value> {
+        let function = self.function(name)?;
+        // SAFETY: promised by the caller.
+        unsafe { function.call(args) }
+    }
+
+    /// [`call`](Self::call), with the kernels that the function launches on
+    /// `stream`. For the call, it is the stream that TVM-FFI names for its
+    /// device (`TVMFFIEnvGetStream`), and that device is current.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call); [`FlashInferError::InvalidArgument`]: the
+    /// stream cannot be used here.
+    ///
+    /// # Safety
+    /// As [`call`](Self::call).
+    pub unsafe fn call_on(&self, stream: &Stream, name: &str, args: &[Arg<'_>]) -> Result<Value> {
+        stream.check_usable_here("Module::call_on")?;
+        let function = self.function(name)?;
+        let _device = FlashInferRuntime::get()?.cuda().on_device_of(stream)?;
+        // SAFETY: promised by the caller.
+        unsafe { function.call_on(stream, args) }
+    }
+
+    /// The functions that this crate declares for modules of this name; see
+    /// [`signatures`](crate::signatures).
+    pub fn declared(&self) -> impl Iterator<Item = Signature> {
+        let fits = |(pattern, signature): (&str, Signature)| self.name.matches(pattern).then_some(signature);
+        crate::ops::signatures().into_iter().filter_map(fits)
+    }
+
+    /// Compares what this crate passes to the module's functions, and expects
+    /// of them, with what they say of themselves: the number of arguments,
+    /// their kinds and order, and the result. No GPU is needed and nothing is
+    /// launched. Returns the number of functions compared: 0 for a module that
+    /// the crate does not call.
+    ///
+    /// Opening a module does not include it: each function is made to raise an
+    /// error, of which the process's first takes a fifth of a second. Check
+    /// wheels of your own once, here or with `flashinfer-doctor --check`.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Signature`] names each function that differs or is
+    /// missing.
+    pub fn check(&self) -> Result<usize> {
+        let mut compared = 0;
+        let mut differences = Vec::new();
+        for signature in self.declared() {
+            compared += 1;
+            // SAFETY: the module is FlashInfer's, or whoever opened it promised
+            // that its functions of such names refuse this.
+            let difference = match unsafe { self.printed_signature(signature.function) } {
+                Ok(Some(printed)) => signature.compare(&printed).err(),
+                Ok(None) => Some(format!("{}: it does not say what it takes", signature.function)),
+                Err(FlashInferError::MissingFunction { function, .. }) => {
+                    Some(format!("{function}: the module does not export it"))
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            differences.extend(difference);
+        }
+        if differences.is_empty() {
+            Ok(compared)
+        } else {
+            Err(FlashInferError::Signature { module: self.described(), differences })
+        }
     }
 
     /// The signature that an exported function gives of itself, as in
     /// `rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void`.
     ///
-    /// The function is called with no arguments, which it refuses with that
-    /// text. So it must be one that this crate declares for the module, and
-    /// thus takes some; see [`signatures`](crate::signatures). `Ok(None)` if
-    /// it accepted the call all the same.
+    /// The function is called with more arguments than any takes, all of them
+    /// None. A function made with TVM-FFI's headers compares their number
+    /// first, and refuses them with that text. `Ok(None)` if it did something
+    /// else.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: the crate declares no such function.
-    /// [`FlashInferError::MissingSymbol`]: the module has none.
-    pub fn printed_signature(&'static self, name: &'static str) -> Result<Option<String>> {
-        let declared = |(pattern, signature): &(&str, Signature)| {
-            signature.function == name && self.name.matches(pattern)
-        };
-        if !crate::ops::signatures().iter().any(declared) {
-            return Err(FlashInferError::Unsupported {
-                what: format!("the signature of `{name}` of module {}", self.name),
-                available: "only functions that this crate declares are asked for theirs".into(),
-            });
-        }
-        let function = self.function(name)?;
-        // SAFETY: with no arguments there is nothing the function could misuse.
-        match unsafe { function.call(&[]) } {
+    /// [`FlashInferError::MissingFunction`].
+    ///
+    /// # Safety
+    /// The function must refuse such a call, or be harmless.
+    pub unsafe fn printed_signature(&self, name: &str) -> Result<Option<String>> {
+        // SAFETY: promised by the caller; None points to nothing.
+        match unsafe { self.call(name, &[Arg::NONE; 128]) } {
             Ok(_) => Ok(None),
             Err(FlashInferError::TvmFfiCall { message, .. }) => {
                 Ok(message.split('`').nth(1).map(str::to_owned))
             }
             Err(error) => Err(error),
         }
+    }
+
+    fn described(&self) -> String {
+        format!("module {} ({})", self.name, self.path.display())
     }
 }

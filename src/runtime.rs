@@ -78,7 +78,8 @@ pub enum LibrarySource {
     Process,
     /// The dynamic loader found it by name.
     Loader,
-    /// A file of a CUDA installation.
+    /// A file of the machine: of a CUDA installation, or one that
+    /// [`Module::open`] was given.
     File(PathBuf),
     /// A source of the store.
     Store(Source),
@@ -266,22 +267,14 @@ impl FlashInferRuntime {
     }
 
     /// A function of libtvm_ffi's global table, by name; `None` if nobody
-    /// registered it.
-    pub fn global_function(&self, name: &'static str) -> Option<ffi::Function> {
+    /// registered it. Libraries may register functions there when
+    /// [`Module::open`] loads them.
+    pub fn global_function(&self, name: &str) -> Option<ffi::Function> {
         ffi::Function::global(self.tvm_ffi, name)
     }
 
-    /// Opens a library that registers its functions in libtvm_ffi's global
-    /// table when it is loaded. It stays open.
-    ///
-    /// # Errors
-    /// [`FlashInferError::Library`].
-    ///
-    /// # Safety
-    /// The library's initializers run.
-    pub unsafe fn load_registering_library(&self, path: &Path) -> Result<()> {
-        std::mem::forget(open_library(path, libc::RTLD_NOW | libc::RTLD_LOCAL)?);
-        Ok(())
+    pub(crate) fn tvm_ffi(&self) -> &'static TvmFfi {
+        self.tvm_ffi
     }
 
     /// A module, loaded at the first request. Local sources only: nothing is
@@ -343,7 +336,8 @@ impl FlashInferRuntime {
             return Ok(module);
         }
         let located = self.store.locate(&Member::module(name.as_str()), fetch)?;
-        let module = Module::open(name.clone(), located, self.tvm_ffi)?;
+        let source = LibrarySource::Store(located.source);
+        let module = Module::load(name.clone(), located.path, source, self.tvm_ffi)?;
         *slot = Some(module);
         Ok(module)
     }

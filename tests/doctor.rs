@@ -1,6 +1,9 @@
 //! `flashinfer-doctor` as a process of its own, always with a cache of its own.
 #![cfg(feature = "doctor")]
 
+mod artifact_support;
+mod c_library;
+
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
@@ -26,6 +29,25 @@ struct Doctor {
 impl Doctor {
     fn new() -> Self {
         Self { cache: tempfile::tempdir().unwrap(), offline: true }
+    }
+
+    /// A machine that also has what modules need to open. `false`, with the
+    /// reason printed, where it cannot be had.
+    fn with_libraries() -> (Self, bool) {
+        let mut doctor = Doctor::new();
+        let mut libraries = true;
+        for (what, package) in [("libtvm_ffi", "apache_tvm_ffi"), ("libcudart", "nvidia_cuda_runtime")] {
+            if !embeds(what) {
+                doctor.offline = false;
+                let output = doctor.run(&["fetch", package]);
+                if !output.status.success() {
+                    eprintln!("no module is opened: {}", output_text(&output).1);
+                    libraries = false;
+                }
+            }
+        }
+        doctor.offline = true;
+        (doctor, libraries)
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -180,19 +202,7 @@ fn wheels_at_hand_are_listed_opened_and_compared() {
         eprintln!("skipped: {} does not exist", wheels.display());
         return;
     }
-    let mut doctor = Doctor::new();
-    let mut libraries = true;
-    for (what, package) in [("libtvm_ffi", "apache_tvm_ffi"), ("libcudart", "nvidia_cuda_runtime")] {
-        if !embeds(what) {
-            doctor.offline = false;
-            let output = doctor.run(&["fetch", package]);
-            if !output.status.success() {
-                eprintln!("no module is opened: {}", output_text(&output).1);
-                libraries = false;
-            }
-        }
-    }
-    doctor.offline = true;
+    let (doctor, libraries) = Doctor::with_libraries();
     let report = doctor.report(&["--check", "--wheels", wheels.to_str().unwrap()]);
     let listed = report.section("Sources").iter().flat_map(|source| source["details"].as_array().unwrap());
     assert!(listed.clone().any(|name| name == ModuleName::NORM.as_str()));
@@ -229,6 +239,35 @@ fn wheels_at_hand_are_listed_opened_and_compared() {
     let plain = output_text(&doctor.run(&["--wheels", wheels.to_str().unwrap()])).0;
     let verbose = output_text(&doctor.run(&["--verbose", "--wheels", wheels.to_str().unwrap()])).0;
     assert!(verbose.lines().count() > plain.lines().count() + 20);
+}
+
+#[test]
+fn a_changed_module_is_reported() {
+    let (doctor, libraries) = Doctor::with_libraries();
+    let folder = tempfile::tempdir().unwrap();
+    let (library, wheel) = (folder.path().join("page.so"), folder.path().join("own.whl"));
+    let append = "append_paged_kv_cache(0: DLTensor*, 1: int) -> void";
+    if !libraries || !c_library::compile(&c_library::module_that_says(&[append]), &library, &[]) {
+        return;
+    }
+    let module = fs::read(&library).unwrap();
+    fs::write(&wheel, artifact_support::module_wheel(&[("page", &module)])).unwrap();
+    let report = doctor.report(&["--check", "--wheels", wheel.to_str().unwrap()]);
+    let finding = report
+        .section("Signatures")
+        .iter()
+        .find(|finding| finding["status"] == "problem")
+        .expect("a problem");
+    assert!(text(&finding["text"]).contains("2 of "), "{finding}");
+    assert!(text(&finding["remedy"]).contains("the FlashInfer version that this crate pins"), "{finding}");
+    let details: Vec<_> = finding["details"].as_array().unwrap().iter().map(text).collect();
+    let [changed, missing] = details.as_slice() else { panic!("{details:?}") };
+    assert!(changed.starts_with("module page ") && changed.contains("page.so"), "{changed}");
+    assert!(
+        changed.ends_with("append_paged_kv_cache: the module takes 2 arguments, declared are 10"),
+        "{changed}"
+    );
+    assert!(missing.ends_with("append_paged_mla_kv_cache: the module does not export it"), "{missing}");
 }
 
 #[test]

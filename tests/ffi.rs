@@ -8,9 +8,9 @@ use std::{
 };
 
 use flashinfer_rs::{
-    DType, Device, FlashInferError, FlashInferRuntime, TensorRef,
+    DType, Device, FlashInferError, FlashInferRuntime, Module, TensorRef, args,
     artifacts::{Fetch, Member},
-    ffi::{Arg, DlTensor, Function, Value, abi::type_index},
+    ffi::{Arg, DlTensor, Function, Object, TensorObject, Value, abi::type_index},
 };
 
 /// Counts this thread's heap allocations.
@@ -45,7 +45,7 @@ fn runtime() -> Option<&'static FlashInferRuntime> {
         let located = runtime.store().locate(&Member::TvmFfiTesting, Fetch::Allowed)?;
         LOADED.call_once(|| {
             // SAFETY: the testing library only registers functions and types.
-            unsafe { runtime.load_registering_library(&located.path) }.unwrap();
+            unsafe { Module::open(&located.path) }.unwrap();
         });
         Ok(runtime)
     };
@@ -62,7 +62,7 @@ fn runtime() -> Option<&'static FlashInferRuntime> {
     }
 }
 
-fn function(runtime: &FlashInferRuntime, name: &'static str) -> Function {
+fn function(runtime: &FlashInferRuntime, name: &str) -> Function {
     runtime.global_function(name).unwrap_or_else(|| panic!("the testing library registers {name}"))
 }
 
@@ -203,6 +203,115 @@ fn arrays_of_integers_are_read() {
     assert_eq!(empty.to_ints().unwrap(), Vec::<i64>::new());
 }
 
+/// What `testing.echo` makes of one argument.
+fn echoed<T: TryFrom<Value, Error = FlashInferError>>(
+    runtime: &FlashInferRuntime,
+    args: &[Arg<'_>],
+) -> flashinfer_rs::Result<T> {
+    call(&function(runtime, "testing.echo"), args)?.try_into()
+}
+
+#[test]
+fn rust_values_are_packed() {
+    let Some(runtime) = runtime() else { return };
+    let int = |args: &[Arg<'_>]| echoed::<i64>(runtime, args).unwrap();
+    assert_eq!(
+        [int(args![-1i8]), int(args![-2i16]), int(args![-3]), int(args![i64::MIN]), int(args![-5isize])],
+        [-1, -2, -3, i64::MIN, -5]
+    );
+    assert_eq!(
+        [int(args![1u8]), int(args![2u16]), int(args![u32::MAX]), int(args![u64::MAX]), int(args![5usize])],
+        [1, 2, u32::MAX.into(), -1, 5]
+    );
+    assert_eq!(echoed::<f64>(runtime, args![0.5f32]).unwrap(), 0.5);
+    assert_eq!(echoed::<f64>(runtime, args![1e300]).unwrap(), 1e300);
+    assert!(echoed::<bool>(runtime, args![true]).unwrap());
+    for args in [args![None], args![None::<i64>], args![None::<&str>,], args![&Value::None]] {
+        echoed::<()>(runtime, args).unwrap();
+    }
+    assert_eq!(int(args![Some(7u8)]), 7);
+    let dtype = call(&function(runtime, "testing.echo"), args![DType::E4M3]).unwrap();
+    assert!(matches!(dtype, Value::DType(dtype) if dtype == DType::E4M3.to_dlpack()));
+    let device = call(&function(runtime, "testing.echo"), args![&Value::Device(Device::Cuda(3).to_dlpack())]);
+    assert!(matches!(device, Ok(Value::Device(device)) if device == Device::Cuda(3).to_dlpack()));
+
+    // Strings of any length and content, also where nothing but a string is taken.
+    for text in
+        ["", "1234567", "12345678", "ein Wort mit Umlaut: größer", "a\0b", "twelve\0bytes", &"x".repeat(9999)]
+    {
+        assert_eq!(echoed::<String>(runtime, args![text]).unwrap(), text);
+        let string = function(runtime, "testing.schema_id_string");
+        assert_eq!(String::try_from(call(&string, args![&text.to_owned()]).unwrap()).unwrap(), text);
+    }
+
+    // Arrays, also where nothing but integers is taken.
+    let identity = function(runtime, "testing.schema_id_arr_int");
+    for numbers in [vec![], vec![7], (0..1000).collect()] {
+        let array = call(&identity, args![&numbers]).unwrap();
+        assert_eq!(Vec::<i64>::try_from(array.clone()).unwrap(), numbers);
+        // What a function returned goes into the next.
+        assert_eq!(echoed::<Vec<i64>>(runtime, args![&array]).unwrap(), numbers);
+    }
+    assert_eq!(echoed::<Vec<i64>>(runtime, args![&[3, 2, 1]]).unwrap(), [3, 2, 1]);
+    assert!(echoed::<Vec<i64>>(runtime, args![&[3, 2, 1], None]).is_ok());
+}
+
+#[test]
+fn arrays_of_objects_count_references() {
+    let Some(runtime) = runtime() else { return };
+    let object = |text: &str| echoed::<Object>(runtime, args![text]).unwrap();
+    let texts = [object("a string that is an object"), object("another such string")];
+    let array = echoed::<Object>(runtime, args![&texts[..]]).unwrap();
+    assert_eq!(array.type_index(), type_index::ARRAY);
+    assert_eq!((array.strong_count(), texts[0].strong_count(), texts[1].strong_count()), (1, 2, 2));
+    assert_eq!(array.to_ints(), None);
+    let item = function(runtime, "ffi.ArrayGetItem");
+    let second: String = call(&item, args![&array, 1]).unwrap().try_into().unwrap();
+    assert_eq!(second, "another such string");
+    drop(array);
+    assert_eq!((texts[0].strong_count(), texts[1].strong_count()), (1, 1));
+}
+
+#[test]
+fn tensors_come_back() {
+    let Some(runtime) = runtime() else { return };
+    let data: Vec<f32> = (0..24).map(|number| number as f32).collect();
+    let view = TensorRef::from_slice(&data, &[2, 3, 4]).unwrap().permute(&[1, 0, 2]).unwrap();
+    let tensor = TensorObject::from(&view);
+    let back = echoed::<Object>(runtime, args![&tensor]).unwrap();
+    // SAFETY: nobody writes to the data.
+    let back = unsafe { back.tensor() }.unwrap();
+    assert_eq!((back.shape(), back.strides(), back.dtype()), (&[3, 2, 4][..], &[4, 12, 1][..], DType::F32));
+    assert_eq!((back.device(), back.data_ptr().cast_const()), (Device::Cpu, data.as_ptr().cast()));
+    let text = echoed::<Object>(runtime, args!["a string, and no tensor"]).unwrap();
+    // SAFETY: as above.
+    let error = unsafe { text.tensor() }.unwrap_err();
+    assert!(error.to_string().contains("not a tensor"), "{error}");
+}
+
+#[test]
+fn libraries_register_functions_and_export_others() {
+    let Some(_) = runtime() else { return };
+    let located = FlashInferRuntime::get().unwrap().store().locate(&Member::TvmFfiTesting, Fetch::Forbidden);
+    // SAFETY: it is open already.
+    let module = unsafe { Module::open(located.unwrap().path) }.unwrap();
+    let exports = module.exports().unwrap();
+    assert_eq!(exports, ["testing_dll_schema_id_int", "testing_dll_test_add_with_docstring"]);
+    let signature = |name: &str| {
+        // SAFETY: the exports are made with TVM-FFI's headers.
+        unsafe { module.printed_signature(name) }.unwrap().unwrap()
+    };
+    assert_eq!(signature(&exports[0]), "testing_dll_schema_id_int(0: int) -> int");
+    assert_eq!(signature(&exports[1]), "testing_dll_test_add_with_docstring(0: int, 1: int) -> int");
+    // SAFETY: it takes two integers.
+    let sum: i64 = unsafe { module.call(&exports[1], args![40, 2u8]) }.unwrap().try_into().unwrap();
+    assert_eq!(sum, 42);
+    // Without arguments there is nothing to leave out, but something to add.
+    let nothing = function(FlashInferRuntime::get().unwrap(), "testing.schema_no_args_no_return");
+    let error = call(&nothing, &[Arg::NONE; 128]).unwrap_err();
+    assert!(error.to_string().contains("`testing.schema_no_args_no_return() -> void`"), "{error}");
+}
+
 #[test]
 fn a_successful_call_allocates_nothing() {
     let Some(runtime) = runtime() else { return };
@@ -239,7 +348,8 @@ fn a_million_calls_leak_nothing() {
             if let Value::Object(array) = call(&make, &[round.into(), 2i64.into()]).unwrap() {
                 call(&echo, &[Arg::from(&array)]).unwrap();
             }
-            call(&echo, &[1i64.into()]).unwrap();
+            let array = call(&echo, args![&[round, 2], "a string of its own, not a small one"]).unwrap();
+            assert!(matches!(array, Value::Object(_)));
         }
         // Errors are slower, because the library looks up where they came from.
         for _ in 0..rounds / 50 {

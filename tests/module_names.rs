@@ -4,16 +4,20 @@
 //! `module_names.txt` was written by upstream's generators; its first line
 //! says how.
 
+mod families;
+
 use std::collections::BTreeSet;
+
+use families::{Family, families};
 
 use flashinfer_rs::{
     DType, ModuleName,
     artifacts::{Store, StoreConfig},
     attention::{AttentionSpec, Backend, MlaSpec},
+    signatures,
 };
 
 const LIST: &str = include_str!("module_names.txt");
-const FAMILIES: &str = include_str!("../docs/modules.md");
 
 /// The names in the list.
 fn listed() -> impl Iterator<Item = &'static str> {
@@ -162,28 +166,16 @@ fn specs_name_the_attention_modules_at_hand() {
     eprintln!("{} attention modules are at hand", modules.len());
 }
 
-/// Each row of the table in `docs/modules.md`: patterns, and how many modules.
-fn families() -> Vec<(Vec<&'static str>, usize)> {
-    let rows = FAMILIES.lines().filter(|line| line.starts_with("| `"));
-    let families = rows.map(|row| {
-        let mut cells = row.split(" | ");
-        let patterns = cells.next().unwrap().split('`').skip(1).step_by(2).collect();
-        (patterns, cells.next().unwrap().parse().expect("a number of modules"))
-    });
-    families.collect()
-}
-
 #[test]
 fn the_table_of_families_covers_every_module_once() {
     let families = families();
     for name in listed().map(ModuleName::new) {
-        let fits: Vec<_> = families
-            .iter()
-            .filter(|(patterns, _)| patterns.iter().any(|pattern| name.matches(pattern)))
-            .collect();
+        let fits: Vec<_> = families.iter().filter(|family| family.holds(&name)).collect();
         assert_eq!(fits.len(), 1, "{name} is in {fits:?}");
+        let declared = signatures().iter().any(|(pattern, _)| name.matches(pattern));
+        assert_eq!(fits[0].is_declared(), declared, "{name} is in {fits:?}");
     }
-    for (patterns, count) in families {
+    for Family { patterns, count, .. } in families {
         let fits = |pattern: &str| listed().filter(|&name| ModuleName::new(name).matches(pattern)).count();
         let each: Vec<_> = patterns.iter().map(|pattern| fits(pattern)).collect();
         assert!(!each.contains(&0), "{patterns:?} fit {each:?} modules");

@@ -1,6 +1,8 @@
 //! Starting the process's runtime. There is one per process, so each test
 //! runs a part of this binary in a process of its own.
 
+mod c_library;
+
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -151,7 +153,7 @@ fn a_library_that_is_there_already_is_used() {
     assert!(matches!(runtime.tvm_ffi_source(), LibrarySource::Process), "{}", runtime.tvm_ffi_source());
     // Modules find its symbols all the same.
     match runtime.module(&ModuleName::NORM) {
-        Ok(norm) => assert!(norm.printed_signature("rmsnorm").unwrap().unwrap().starts_with("rmsnorm(")),
+        Ok(norm) => assert!(norm.check().unwrap() >= 4),
         Err(error) => eprintln!("skipped the module: {error}"),
     }
 }
@@ -163,15 +165,10 @@ fn a_library_of_another_version_is_refused() {
         return assert_passed(&output);
     }
     let folder = tempfile::tempdir().unwrap();
-    let (source, library) = (folder.path().join("stub.c"), folder.path().join("libtvm_ffi.so"));
+    let library = folder.path().join("libtvm_ffi.so");
     let code = "void TVMFFIGetVersion(unsigned *v) { v[0] = 0; v[1] = 2; v[2] = 5; }";
-    std::fs::write(&source, code).unwrap();
-    let compiled = Command::new("cc")
-        .args(["-shared", "-fPIC", "-Wl,-soname,libtvm_ffi.so", "-o"])
-        .args([&library, &source])
-        .status();
-    if !compiled.is_ok_and(|status| status.success()) {
-        return eprintln!("skipped: no C compiler to make a library of another version with");
+    if !c_library::compile(code, &library, &["-Wl,-soname,libtvm_ffi.so"]) {
+        return;
     }
     // SAFETY: the library above has no initializer.
     let library = unsafe { libloading::os::unix::Library::open(Some(&library), libc::RTLD_NOW) };

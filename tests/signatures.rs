@@ -1,101 +1,306 @@
 //! What Rust packs against what modules say of themselves, and the errors
 //! that real modules raise. No GPU is needed: a module called with wrong
 //! arguments refuses them before it touches one.
+//!
+//! Every wheel at hand is looked into: two that hold modules of one name are
+//! both compared. Every function that a module exports is accounted for, also
+//! of modules that do not open here.
 
+mod artifact_support;
+mod c_library;
+mod families;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use families::families;
 use flashinfer_rs::{
-    FlashInferError, FlashInferRuntime, Module, ModuleName, TensorRef,
-    ffi::{Arg, ArgKind, DlTensor, Signature},
+    FlashInferError, FlashInferRuntime, Module, ModuleName, TensorRef, args,
+    artifacts::{Fetch, Member, Store, StoreConfig, bundle::embedded},
+    ffi::{Arg, ArgKind, Signature},
     signatures,
 };
 
-/// The modules that the machine has and that open here. Prints the others.
-fn open_modules() -> Vec<&'static Module> {
-    let runtime = match FlashInferRuntime::get() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("skipped: the runtime does not start here: {error}");
-            return Vec::new();
-        }
+/// Functions that modules export and this crate does not declare: module,
+/// function, why. Whoever declares one deletes its line. Families of which
+/// the crate calls nothing are not here, but in `docs/modules.md`.
+const NOT_CALLED: &[(&str, &str, &str)] = &[
+    ("gelu_and_mul", "gelu_and_mul", "not yet"),
+    ("gelu_tanh_and_mul", "gelu_tanh_and_mul", "not yet"),
+    ("gemm", "bmm_fp8", "not yet"),
+    ("gemm", "bmm_fp8_get_algos", "not yet"),
+    ("gemm", "bmm_fp8_run_with_algo", "not yet"),
+    ("gemm", "cutlass_segment_gemm", "not yet"),
+    ("gemm_sm90", "cutlass_segment_gemm_sm90", "not yet"),
+    ("norm", "fused_add_rmsnorm_quant", "not yet"),
+    ("norm", "fused_dit_layernorm", "not yet"),
+    ("norm", "fused_qk_rmsnorm_rope", "not yet"),
+    ("norm", "layernorm", "not yet"),
+    ("norm", "rmsnorm_quant", "not yet"),
+    ("quantization", "packbits", "not yet"),
+    ("quantization", "segment_packbits", "not yet"),
+    ("rope", "apply_llama31_rope", "not yet"),
+    ("rope", "apply_llama31_rope_pos_ids", "not yet"),
+    ("rope", "apply_rope", "not yet"),
+    ("rope", "apply_rope_pos_ids", "not yet"),
+    ("rope", "apply_rope_pos_ids_cos_sin_cache", "not yet"),
+    ("rope", "rope_quantize", "not yet"),
+    ("rope", "rope_quantize_append_paged_kv_cache", "not yet"),
+    ("sampling", "chain_speculative_sampling", "not yet"),
+    ("sampling", "min_p_sampling_from_probs", "not yet"),
+    ("sampling", "sampling_from_logits", "not yet"),
+    ("sampling", "sampling_from_probs", "not yet"),
+    ("sampling", "softmax", "not yet"),
+    ("sampling", "top_k_mask_logits", "not yet"),
+    ("sampling", "top_k_renorm_probs", "not yet"),
+    ("sampling", "top_k_sampling_from_probs", "not yet"),
+    ("sampling", "top_k_top_p_sampling_from_probs", "not yet"),
+    ("sampling", "top_p_renorm_probs", "not yet"),
+    ("sampling", "top_p_sampling_from_probs", "not yet"),
+    ("silu_and_mul", "silu_and_mul", "not yet"),
+    ("topk", "can_implement_filtered_topk", "not yet"),
+    ("topk", "fast_topk_clusters_exact", "not yet"),
+    ("topk", "fast_topk_clusters_exact_page_table_transform", "not yet"),
+    ("topk", "fast_topk_clusters_exact_ragged_transform", "not yet"),
+    ("topk", "radix_topk", "not yet"),
+    ("topk", "radix_topk_page_table_transform", "not yet"),
+    ("topk", "radix_topk_ragged_transform", "not yet"),
+];
+
+/// A module of one source.
+struct Found {
+    source: String,
+    name: ModuleName,
+    path: PathBuf,
+}
+
+/// The modules of every local source of a store, not only those that it would
+/// choose.
+fn found(config: StoreConfig) -> Vec<Found> {
+    let sources = Store::open(config.clone()).unwrap().inventory().into_iter();
+    let modules_of = |source: flashinfer_rs::artifacts::SourceReport| {
+        // A store of nothing but this source.
+        let mut alone = config.clone();
+        alone.bundle = if source.path.is_none() { embedded() } else { &[] };
+        (alone.wheels, alone.env_wheels) = (source.path.into_iter().collect(), Vec::new());
+        let alone = Store::open(alone).unwrap();
+        let find = move |name: String| {
+            let located = alone.locate(&Member::module(name.as_str()), Fetch::Forbidden).unwrap();
+            Found { source: located.source.to_string(), name: ModuleName::new(name), path: located.path }
+        };
+        source.modules.into_iter().map(find).collect::<Vec<_>>()
     };
-    let names = runtime.store().modules();
-    if names.is_empty() {
+    sources.flat_map(modules_of).collect()
+}
+
+/// The modules of the machine's sources; none, with the reason printed, where
+/// there are none or the runtime does not start.
+fn at_hand() -> Vec<Found> {
+    if let Err(error) = FlashInferRuntime::get() {
+        eprintln!("skipped: the runtime does not start here: {error}");
+        return Vec::new();
+    }
+    let found = found(StoreConfig::from_env().unwrap());
+    if found.is_empty() {
         eprintln!(
             "skipped: no local source holds modules; set FLASHINFER_RS_WHEELS to a wheel or a folder of wheels"
         );
     }
-    let open = |name: &String| match runtime.module(&ModuleName::new(name.as_str())) {
-        Ok(module) => Some(module),
-        Err(FlashInferError::Library { reason, .. }) if reason.contains("GLIBC_") => {
-            eprintln!("skipped: {name} needs a newer C library than this machine's");
-            None
+    found
+}
+
+/// The module, or what the machine lacks for it.
+fn open(found: &Found) -> Result<&'static Module, &'static str> {
+    // SAFETY: the store's modules are FlashInfer's, or of this file's making.
+    match unsafe { Module::open(&found.path) } {
+        Ok(module) => Ok(module),
+        Err(FlashInferError::Library { reason, .. }) if reason.contains("GLIBC") => {
+            Err("a newer C or C++ library than this machine's")
         }
         Err(FlashInferError::Library { reason, .. }) if reason.contains("libcublas") => {
-            eprintln!("skipped: {name} needs cuBLAS, which this machine has not");
-            None
+            Err("cuBLAS, which this machine has not")
         }
-        Err(error) => panic!("{name}: {error}"),
-    };
-    names.iter().filter_map(open).collect()
+        Err(FlashInferError::Library { reason, .. }) if reason.contains("libnvrtc") => {
+            Err("NVRTC, which this machine has not")
+        }
+        Err(error) => panic!("{}: {error}", found.name),
+    }
+}
+
+fn norm() -> Option<&'static Module> {
+    let norm = at_hand().into_iter().find(|found| found.name == ModuleName::NORM)?;
+    Some(open(&norm).expect("norm needs nothing that is new"))
+}
+
+/// What a module's list of exports and the declarations do not agree in.
+fn unaccounted(module: &ModuleName, exports: &[String]) -> Vec<String> {
+    let signatures = signatures();
+    let declared: BTreeSet<_> = signatures
+        .iter()
+        .filter(|(pattern, _)| module.matches(pattern))
+        .map(|(_, signature)| signature.function)
+        .collect();
+    let listed: BTreeSet<_> =
+        NOT_CALLED.iter().filter(|(of, ..)| module.matches(of)).map(|(_, function, _)| *function).collect();
+    let exports: BTreeSet<_> = exports.iter().map(String::as_str).collect();
+    let mut wrong = Vec::new();
+    if declared.is_empty() && listed.is_empty() {
+        if !families().iter().any(|family| family.holds(module) && !family.is_declared()) {
+            wrong.push(format!("{module}: docs/modules.md does not say why it is not called"));
+        }
+        return wrong;
+    }
+    for function in &exports {
+        match (declared.contains(function), listed.contains(function)) {
+            (false, false) => wrong.push(format!(
+                "{module} exports {function}, which is neither declared nor listed in NOT_CALLED"
+            )),
+            (true, true) => {
+                wrong.push(format!("{module}: {function} is declared: delete it from NOT_CALLED"))
+            }
+            _ => {}
+        }
+    }
+    let missing = declared.union(&listed).filter(|function| !exports.contains(**function));
+    wrong.extend(missing.map(|function| format!("{module} does not export {function}")));
+    wrong
+}
+
+#[test]
+fn every_export_is_declared_or_listed() {
+    let mut wrong: Vec<String> = Vec::new();
+    let found = at_hand();
+    for found in &found {
+        let exports = Module::exports_of(&found.path).unwrap();
+        wrong.extend(
+            unaccounted(&found.name, &exports).into_iter().map(|what| format!("{}: {what}", found.source)),
+        );
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    eprintln!("{} modules looked into", found.len());
+}
+
+#[test]
+fn the_list_of_functions_that_are_not_called_is_current() {
+    let declared = signatures();
+    for (at, (module, function, reason)) in NOT_CALLED.iter().enumerate() {
+        let name = ModuleName::new(*module);
+        let is_declared = declared
+            .iter()
+            .any(|(pattern, signature)| name.matches(pattern) && signature.function == *function);
+        assert!(!is_declared, "{module}: {function} is declared: delete its line in NOT_CALLED");
+        assert!(!reason.is_empty(), "{module}: {function}: why?");
+        assert!(at == 0 || NOT_CALLED[at - 1] < NOT_CALLED[at], "{function} is not in order");
+    }
 }
 
 #[test]
 fn every_declaration_is_what_the_modules_say() {
-    let modules = open_modules();
-    let mut compared = 0;
-    for module in &modules {
-        for (pattern, signature) in signatures() {
-            if module.name().matches(pattern) {
-                let printed = module.printed_signature(signature.function).unwrap().unwrap();
-                signature
-                    .compare(&printed)
-                    .unwrap_or_else(|difference| panic!("{}: {difference}", module.name()));
-                compared += 1;
-            }
+    let found = at_hand();
+    let (mut modules, mut compared, mut wrong) = (0, 0, Vec::new());
+    let mut closed: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for found in &found {
+        match open(found).map(Module::check) {
+            Ok(Ok(functions)) => (modules, compared) = (modules + 1, compared + functions),
+            Ok(Err(error)) => wrong.push(format!("{}: {error}", found.source)),
+            Err(lacking) => closed.entry(lacking).or_default().push(found.name.as_str()),
         }
     }
-    eprintln!("compared {compared} functions of {} modules", modules.len());
-    if modules.iter().any(|module| module.name() == &ModuleName::NORM) {
-        assert!(compared >= 4, "norm alone has four functions that this crate calls");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    eprintln!("compared {compared} functions of {modules} modules");
+    for (lacking, names) in closed {
+        eprintln!("skipped: these need {lacking}:\n  {}", names.join("\n  "));
     }
+    assert!(found.iter().all(|found| found.name != ModuleName::NORM) || compared >= 4);
 }
 
 #[test]
-fn a_wrong_declaration_is_caught() {
-    let Some(norm) = open_modules().into_iter().find(|module| module.name() == &ModuleName::NORM) else {
-        return;
-    };
-    let printed = norm.printed_signature("rmsnorm").unwrap().unwrap();
-    let (_, right) = signatures().into_iter().find(|(_, signature)| signature.function == "rmsnorm").unwrap();
+fn wrong_declarations_are_caught() {
+    let Some(norm) = norm() else { return };
+    // SAFETY: FlashInfer's functions refuse a wrong number of arguments.
+    let printed = unsafe { norm.printed_signature("rmsnorm") }.unwrap().unwrap();
+    let right = norm.declared().find(|signature| signature.function == "rmsnorm").unwrap();
     assert_eq!(right.compare(&printed), Ok(()));
-    let swapped = Signature {
-        args: &[
-            ("out", ArgKind::Tensor),
-            ("input", ArgKind::Tensor),
-            ("weight", ArgKind::Tensor),
-            ("enable_pdl", ArgKind::Bool),
-            ("eps", ArgKind::Float),
-        ],
-        ..right
+    let [out, input, weight, eps, pdl] = *right.args else { panic!("{right}") };
+    let wrong = |args: &'static [(&'static str, ArgKind)], words: &str| {
+        let difference = Signature { args, ..right }.compare(&printed).unwrap_err();
+        assert!(difference.starts_with("rmsnorm: ") && difference.contains(words), "{difference}");
     };
-    let difference = swapped.compare(&printed).unwrap_err();
-    assert!(difference.contains("enable_pdl") && difference.contains("`float`"), "{difference}");
-    let short = Signature { args: &right.args[..4], ..right };
-    assert!(short.compare(&printed).unwrap_err().contains("takes 5 arguments, declared are 4"));
-    assert!(norm.printed_signature("no_such_function").is_err());
+    let args = |args: &[(&'static str, ArgKind)]| -> &'static [_] { args.to_vec().leak() };
+    wrong(
+        args(&[out, input, weight, pdl, eps]),
+        "argument enable_pdl: the module takes `float`, declared is `bool`",
+    );
+    wrong(args(&[eps, out, input, weight, pdl]), "argument eps: the module takes `DLTensor*`");
+    wrong(
+        args(&[out, input, ("weight", ArgKind::OptTensor), eps, pdl]),
+        "argument weight: the module takes `DLTensor*`, declared is `Optional<DLTensor*>`",
+    );
+    wrong(args(&[out, input, ("weight", ArgKind::TensorObject), eps, pdl]), "declared is `ffi.Tensor`");
+    wrong(args(&[out, input, weight, ("eps", ArgKind::Int), pdl]), "argument eps");
+    wrong(args(&[out, input, weight, eps]), "takes 5 arguments, declared are 4");
+    wrong(args(&[]), "takes 5 arguments, declared are 0");
+    wrong(args(&[out, input, weight, eps, pdl, pdl]), "takes 5 arguments, declared are 6");
+    let difference = Signature { result: "Array<int>", ..right }.compare(&printed).unwrap_err();
+    assert!(difference.contains("returns `void`, declared is `Array<int>`"), "{difference}");
+    let difference = Signature { function: "rmsnorn", ..right }.compare(&printed).unwrap_err();
+    assert!(difference.contains("its name is rmsnorm, declared is rmsnorn"), "{difference}");
+    // SAFETY: there is no such function.
+    let missing = unsafe { norm.printed_signature("no_such_function") }.unwrap_err();
+    assert!(missing.to_string().contains("it exports: fused_add_rmsnorm, "), "{missing}");
+}
+
+/// Of two wheels that hold `norm`, the first is right and the second is not.
+#[test]
+fn a_changed_module_is_caught_in_whichever_wheel_it_is() {
+    if let Err(error) = FlashInferRuntime::get() {
+        return eprintln!("skipped: the runtime does not start here: {error}");
+    }
+    let signatures: Vec<_> = signatures().into_iter().filter(|(module, _)| *module == "norm").collect();
+    let right: Vec<_> = signatures.iter().map(|(_, signature)| signature.to_string()).collect();
+    let mut changed = right.clone();
+    assert!(changed[0].starts_with("rmsnorm("), "{}", changed[0]);
+    changed[0] = changed[0].replace("3: float", "3: int");
+    changed.push("norm_of_tomorrow(0: DLTensor*) -> void".into());
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = StoreConfig::new(StoreConfig::from_env().unwrap().pins);
+    config.cache_dir = Some(folder.path().join("cache"));
+    for (wheel, says) in [("1.whl", &right), ("2.whl", &changed)] {
+        let library = folder.path().join("made.so");
+        let says: Vec<_> = says.iter().map(String::as_str).collect();
+        if !c_library::compile(&c_library::module_that_says(&says), &library, &[]) {
+            return;
+        }
+        let bytes = artifact_support::module_wheel(&[("norm", &std::fs::read(library).unwrap())]);
+        config.wheels.push(folder.path().join(wheel));
+        std::fs::write(&config.wheels[config.wheels.len() - 1], bytes).unwrap();
+    }
+    let found = found(config);
+    let [first, second] = found.as_slice() else { panic!("two modules, not {}", found.len()) };
+    assert_eq!((&first.name, &second.name), (&ModuleName::NORM, &ModuleName::NORM));
+    assert!(second.source.contains("2.whl"), "{}", second.source);
+    assert_eq!(open(first).unwrap().check().unwrap(), signatures.len());
+    let error = open(second).unwrap().check().unwrap_err();
+    assert!(
+        matches!(&error, FlashInferError::Signature { differences, .. }
+            if differences.as_slice() == ["rmsnorm: argument eps: the module takes `int`, declared is `float`"]),
+        "{error}"
+    );
+    let new = unaccounted(&second.name, &open(second).unwrap().exports().unwrap());
+    assert!(new.iter().any(|what| what.starts_with("norm exports norm_of_tomorrow, ")), "{new:?}");
 }
 
 #[test]
 fn refusals_of_real_modules_are_decoded() {
-    let modules = open_modules();
-    let Some(norm) = modules.iter().find(|module| module.name() == &ModuleName::NORM) else { return };
-    let rmsnorm = norm.function("rmsnorm").unwrap();
+    let Some(norm) = norm() else { return };
     let data = [0u16; 16];
-    let matrix = TensorRef::from_slice(&data, &[2, 8]).unwrap();
-    let (matrix, eps, pdl) = (DlTensor::from(&matrix), Arg::from(1e-6), Arg::from(false));
+    let matrix = &TensorRef::from_slice(&data, &[2, 8]).unwrap();
     let refusal = |args: &[Arg<'_>]| {
         // SAFETY: the module checks types and devices of all arguments first,
         // and refuses these.
-        match unsafe { rmsnorm.call(args) } {
+        match unsafe { norm.call("rmsnorm", args) } {
             Err(FlashInferError::TvmFfiCall { function, kind, message, traceback }) => {
                 assert_eq!(function, "rmsnorm");
                 assert!(!traceback.is_empty());
@@ -104,14 +309,13 @@ fn refusals_of_real_modules_are_decoded() {
             other => panic!("refused, not {other:?}"),
         }
     };
-    let tensor = Arg::from(&matrix);
-    let (kind, message) = refusal(&[tensor, tensor, tensor]);
+    let (kind, message) = refusal(args![matrix, matrix, matrix]);
     assert!(kind == "TypeError" && message.contains("Expected 5 but got 3"), "{kind}: {message}");
-    let (kind, message) = refusal(&[tensor, tensor, tensor, Arg::small_str("eps").unwrap(), pdl]);
+    let (kind, message) = refusal(args![matrix, matrix, matrix, "eps", false]);
     assert!(kind == "TypeError" && message.contains("float"), "{kind}: {message}");
-    let (kind, message) = refusal(&[tensor, Arg::NONE, tensor, eps, pdl]);
+    let (kind, message) = refusal(args![matrix, None, matrix, 1e-6, false]);
     assert!(kind == "TypeError" && message.contains("DLTensor"), "{kind}: {message}");
     // Tensors of the host where the device's are expected.
-    let (kind, message) = refusal(&[tensor, tensor, tensor, eps, pdl]);
+    let (kind, message) = refusal(args![matrix, matrix, matrix, 1e-6, false]);
     assert!(kind == "InternalError" && message.contains("must be a CUDA tensor"), "{kind}: {message}");
 }

@@ -1,4 +1,5 @@
-//! Arguments, packed on the stack.
+//! Arguments, packed on the stack: [`Arg`], which a function is given, and
+//! [`Packed`], which makes one of a Rust value.
 
 use std::{
     cell::UnsafeCell,
@@ -8,7 +9,7 @@ use std::{
 
 use super::{
     abi::{self, Any, DlDataType, DlDevice, ObjectHeader, Payload, RawDlTensor, type_index},
-    object::Object,
+    object::{BOTH_ONE, Object, Value},
 };
 use crate::tensor::{DType, Device, RawTensor, TensorMut, TensorRef};
 
@@ -26,6 +27,11 @@ impl DType {
         };
         DlDataType { code, bits: 8 * self.size() as u8, lanes: 1 }
     }
+
+    /// The element type of a DLPack type, if it has one here.
+    pub(super) fn from_dlpack(dtype: DlDataType) -> Option<Self> {
+        Self::ALL.into_iter().find(|own| own.to_dlpack() == dtype)
+    }
 }
 
 impl Device {
@@ -36,6 +42,15 @@ impl Device {
             Self::Cuda(ordinal) => {
                 DlDevice { device_type: abi::device_type::CUDA, device_id: ordinal as i32 }
             }
+        }
+    }
+
+    /// The device of a DLPack device, if it is one here.
+    pub(super) fn from_dlpack(device: DlDevice) -> Option<Self> {
+        match (device.device_type, u32::try_from(device.device_id)) {
+            (abi::device_type::CPU, _) => Some(Self::Cpu),
+            (abi::device_type::CUDA, Ok(ordinal)) => Some(Self::Cuda(ordinal)),
+            _ => None,
         }
     }
 }
@@ -90,7 +105,7 @@ pub struct TensorObject<'a> {
 impl<'a> TensorObject<'a> {
     pub(crate) fn new(tensor: &'a RawTensor) -> Self {
         let header = ObjectHeader {
-            combined_ref_count: 1 << 32 | 1,
+            combined_ref_count: BOTH_ONE,
             type_index: type_index::TENSOR,
             padding: 0,
             deleter: None,
@@ -164,16 +179,28 @@ impl From<f64> for Arg<'_> {
 
 impl From<DType> for Arg<'_> {
     fn from(value: DType) -> Self {
+        value.to_dlpack().into()
+    }
+}
+
+impl From<DlDataType> for Arg<'_> {
+    fn from(value: DlDataType) -> Self {
         // The union is written as an integer first, so that all 8 bytes are set.
         let mut any = Any::int_like(type_index::DATA_TYPE, 0);
-        any.payload.dtype = value.to_dlpack();
+        any.payload.dtype = value;
         Self::new(any)
     }
 }
 
 impl From<Device> for Arg<'_> {
     fn from(value: Device) -> Self {
-        let payload = Payload { device: value.to_dlpack() };
+        value.to_dlpack().into()
+    }
+}
+
+impl From<DlDevice> for Arg<'_> {
+    fn from(value: DlDevice) -> Self {
+        let payload = Payload { device: value };
         Self::new(Any { type_index: type_index::DEVICE, small_len: 0, payload })
     }
 }
@@ -209,6 +236,122 @@ where
     fn from(value: Option<T>) -> Self {
         value.map_or(Self::NONE, Into::into)
     }
+}
+
+/// A Rust value as an argument, with what the argument points to; see
+/// [`args!`](crate::args), which makes them.
+pub struct Packed<'a>(Holding<'a>);
+
+enum Holding<'a> {
+    Arg(Arg<'a>),
+    Tensor(DlTensor<'a>),
+    Object(Object),
+}
+
+impl Packed<'_> {
+    /// The argument, as long as this value is there.
+    pub fn as_arg(&self) -> Arg<'_> {
+        match &self.0 {
+            Holding::Arg(arg) => *arg,
+            Holding::Tensor(tensor) => tensor.into(),
+            Holding::Object(object) => object.into(),
+        }
+    }
+}
+
+macro_rules! packed {
+    ($($ty:ty, |$value:ident| $holding:expr;)*) => {$(
+        impl<'a> From<$ty> for Packed<'a> {
+            fn from($value: $ty) -> Self {
+                Self($holding)
+            }
+        }
+    )*};
+    // What is an argument by itself.
+    (plain $($ty:ty),*) => { packed! { $($ty, |value| Holding::Arg(value.into());)* } };
+    // Integers travel in 64 bits.
+    (int $($ty:ty),*) => { packed! { $($ty, |value| Holding::Arg((value as i64).into());)* } };
+}
+packed!(plain Arg<'a>, bool, f64, DType, Device, &'a CStr, &'a DlTensor<'_>, &'a TensorObject<'_>, &'a Object);
+packed!(int i8, i16, i32, i64, isize, u8, u16, u32, u64, usize);
+packed! {
+    f32, |value| Holding::Arg(f64::from(value).into());
+    &'a TensorRef<'_>, |value| Holding::Tensor(value.into());
+    &'a TensorMut<'_>, |value| Holding::Tensor(value.into());
+    &'a mut TensorMut<'_>, |value| Holding::Tensor(DlTensor::new(&value.raw));
+    &'a str, |value| Arg::small_str(value).map_or_else(|| Holding::Object(Object::text(value)), Holding::Arg);
+    &'a String, |value| Self::from(value.as_str()).0;
+    // SAFETY: integers point to nothing.
+    &'a [i64], |value| Holding::Object(unsafe { Object::array(value.iter().map(|&item| item.into())) });
+    &'a Vec<i64>, |value| Self::from(value.as_slice()).0;
+    // SAFETY: the array takes references to the objects.
+    &'a [Object], |value| Holding::Object(unsafe { Object::array(value.iter().map(Arg::from)) });
+    &'a Vec<Object>, |value| Self::from(value.as_slice()).0;
+    // Of a kind that this crate does not read, nothing can be passed on.
+    &'a Value, |value| match value {
+        Value::None | Value::Other(_) => Holding::Arg(Arg::NONE),
+        Value::Int(number) => Holding::Arg((*number).into()),
+        Value::Bool(flag) => Holding::Arg((*flag).into()),
+        Value::Float(number) => Holding::Arg((*number).into()),
+        Value::DType(dtype) => Holding::Arg((*dtype).into()),
+        Value::Device(device) => Holding::Arg((*device).into()),
+        Value::Text(text) => Self::from(text).0,
+        Value::Object(object) => Holding::Arg(object.into()),
+    };
+}
+
+impl<'a, const N: usize> From<&'a [i64; N]> for Packed<'a> {
+    fn from(value: &'a [i64; N]) -> Self {
+        Self::from(value.as_slice())
+    }
+}
+
+impl<'a, T> From<Option<T>> for Packed<'a>
+where
+    Packed<'a>: From<T>,
+{
+    fn from(value: Option<T>) -> Self {
+        value.map_or(Self(Holding::Arg(Arg::NONE)), Into::into)
+    }
+}
+
+/// Packs the arguments of a call, as in `module.call("f", args![&x, 3, None])`.
+///
+/// | what the function takes | what is given |
+/// |---|---|
+/// | an integer | any integer type; `u64` and `usize` keep their 64 bits |
+/// | a boolean, a float | `bool`; `f32`, `f64` |
+/// | a string | `&str` or `&String` of any length; `&CStr` |
+/// | a tensor (`DLTensor*`) | `&TensorRef`, `&TensorMut` or `&mut TensorMut` |
+/// | a tensor object (`ffi.Tensor`) | `&ffi::TensorObject` |
+/// | an element type, a device | [`DType`](crate::DType), [`Device`](crate::Device) |
+/// | an array | `&[i64]`, `&[Object]`, and vectors of them |
+/// | any object | [`&Object`](crate::ffi::Object) |
+/// | what another function returned | [`&Value`](crate::ffi::Value) |
+/// | an optional argument | `None`, or an `Option` of any of these |
+///
+/// It makes a `&[Arg]` that lives for the statement it stands in, so write it
+/// where the call is. Strings of more than 7 bytes and arrays are allocated,
+/// nothing else is.
+///
+/// ```
+/// use flashinfer_rs::{TensorRef, args};
+/// let data = [1.0f32, 2.0];
+/// let x = TensorRef::from_slice(&data, &[2])?;
+/// let scale: Option<f64> = None;
+/// assert_eq!(args![&x, 3, true, "a string of some length", &[1, 2, 3], None, scale].len(), 7);
+/// # Ok::<(), flashinfer_rs::FlashInferError>(())
+/// ```
+#[macro_export]
+macro_rules! args {
+    (@ [$($packed:expr),*]) => { &[$($packed),*] as &[$crate::ffi::Arg<'_>] };
+    (@ [$($packed:expr),*] None $(, $($rest:tt)*)?) => {
+        $crate::args!(@ [$($packed,)* $crate::ffi::Arg::NONE] $($($rest)*)?)
+    };
+    (@ [$($packed:expr),*] $value:expr $(, $($rest:tt)*)?) => {
+        $crate::args!(@ [$($packed,)* $crate::ffi::Packed::from($value).as_arg()] $($($rest)*)?)
+    };
+    ($($values:tt)*) => { $crate::args!(@ [] $($values)*) };
 }
 
 #[cfg(test)]

@@ -1,6 +1,14 @@
 //! A call: its function, its stream, its error.
 
-use std::{cell::Cell, ffi::c_void, marker::PhantomData, ptr, ptr::NonNull};
+use std::{
+    cell::Cell,
+    collections::BTreeSet,
+    ffi::c_void,
+    marker::PhantomData,
+    ptr,
+    ptr::NonNull,
+    sync::{Mutex, PoisonError},
+};
 
 use super::{
     abi::{Any, ObjectHeader, SafeCall, device_type},
@@ -41,21 +49,34 @@ impl std::fmt::Debug for TvmFfi {
     }
 }
 
+/// The name for the life of the process, kept once: a [`Function`] is copied
+/// freely. Only names of functions that exist come here.
+fn intern(name: &str) -> &'static str {
+    static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(name) = names.get(name) {
+        return name;
+    }
+    let name: &'static str = Box::leak(name.into());
+    names.insert(name);
+    name
+}
+
 impl Function {
     /// A function by its exported C symbol.
-    pub(crate) fn from_symbol(library: &'static TvmFfi, symbol: SafeCall, name: &'static str) -> Self {
-        Self { library, target: Target::Symbol(symbol), name }
+    pub(crate) fn from_symbol(library: &'static TvmFfi, symbol: SafeCall, name: &str) -> Self {
+        Self { library, target: Target::Symbol(symbol), name: intern(name) }
     }
 
     /// A function of libtvm_ffi's global table, such as one that another
     /// library registered on load. `None` if there is none of that name.
-    pub(crate) fn global(library: &'static TvmFfi, name: &'static str) -> Option<Self> {
+    pub(crate) fn global(library: &'static TvmFfi, name: &str) -> Option<Self> {
         let bytes = super::abi::ByteArray { data: name.as_ptr().cast(), size: name.len() };
         let mut object = ptr::null_mut();
         // SAFETY: the name is alive; one owned reference or null is written.
         let code = unsafe { (library.function_get_global)(&bytes, &mut object) };
         let object = NonNull::new(object)?;
-        (code == 0).then_some(Self { library, target: Target::Global(object), name })
+        (code == 0).then(|| Self { library, target: Target::Global(object), name: intern(name) })
     }
 
     /// The function's name.
@@ -93,7 +114,9 @@ impl Function {
         Ok(unsafe { Value::from_owned(result) })
     }
 
-    /// Calls the function with `stream` as the stream of its kernels.
+    /// Calls the function with `stream` as the stream of its kernels. The
+    /// current device stays as it is, unlike in
+    /// [`Module::call_on`](crate::Module::call_on).
     ///
     /// # Errors
     /// As [`call`](Self::call).

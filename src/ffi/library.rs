@@ -39,7 +39,6 @@ macro_rules! tvm_ffi {
 }
 
 tvm_ffi! {
-    object_inc_ref = "TVMFFIObjectIncRef": fn(*mut ObjectHeader) -> c_int;
     object_dec_ref = "TVMFFIObjectDecRef": fn(*mut ObjectHeader) -> c_int;
     error_move_from_raised = "TVMFFIErrorMoveFromRaised": fn(*mut *mut ObjectHeader);
     function_get_global = "TVMFFIFunctionGetGlobal": fn(*const ByteArray, *mut *mut ObjectHeader) -> c_int;

@@ -8,7 +8,9 @@
 //! the call with its stream and its errors ([`Function`]). A function's
 //! argument list is declared once, by the `kernels!` macro,
 //! which both packs the arguments and can be compared with what a library
-//! says of itself ([`Signature`]).
+//! says of itself ([`Signature`]). Functions that this crate does not declare are
+//! called by name, with arguments from [`args!`](crate::args), through
+//! [`Module`](crate::Module).
 //!
 //! Source of the contract: `tvm/ffi/c_api.h`, `tvm/ffi/extra/c_env_api.h` and
 //! `dlpack/dlpack.h` of apache-tvm-ffi 0.1.12.
@@ -22,7 +24,7 @@ mod object;
 mod signature;
 
 pub(crate) use allocator::register as register_allocator;
-pub use args::{Arg, DlTensor, TensorObject};
+pub use args::{Arg, DlTensor, Packed, TensorObject};
 pub use call::Function;
 pub use object::{Object, Value};
 pub use signature::{ArgKind, Kernel, Signature};

@@ -1,10 +1,21 @@
 //! Owned references to TVM-FFI objects, and owned results.
 
-use std::{fmt, ptr::NonNull};
+use std::{
+    ffi::{c_int, c_void},
+    fmt,
+    mem::ManuallyDrop,
+    ptr::{self, NonNull},
+    sync::atomic::{AtomicU64, Ordering, fence},
+};
 
 use super::{
-    abi::{Any, ByteArray, DlDataType, DlDevice, ErrorCell, ObjectHeader, SeqCell, type_index},
+    abi::{Any, ByteArray, DlDataType, DlDevice, ErrorCell, ObjectHeader, RawDlTensor, SeqCell, type_index},
+    args::Arg,
     library::TvmFfi,
+};
+use crate::{
+    error::{FlashInferError, Result},
+    tensor::{DType, Device, MAX_RANK, TensorRef},
 };
 
 /// One strong reference to an object of TVM-FFI. Cloning takes another
@@ -40,11 +51,88 @@ impl Object {
 
     /// How many strong references there are right now, this one included.
     pub fn strong_count(&self) -> u32 {
-        // SAFETY: the object is alive; the count is read as the atomic that the
-        // library uses.
-        let count =
-            unsafe { std::sync::atomic::AtomicU64::from_ptr(&raw mut (*self.0.as_ptr()).combined_ref_count) };
-        count.load(std::sync::atomic::Ordering::Relaxed) as u32
+        self.count().load(Ordering::Relaxed) as u32
+    }
+
+    /// Strong and weak count, as the atomic that the library uses.
+    fn count(&self) -> &AtomicU64 {
+        // SAFETY: the object is alive, and only ever counts atomically.
+        unsafe { AtomicU64::from_ptr(&raw mut (*self.0.as_ptr()).combined_ref_count) }
+    }
+
+    /// A new array. It takes its own references to objects among the items.
+    ///
+    /// # Safety
+    /// Of each item, what it points to must outlive the array and whoever
+    /// takes a reference to it; objects do.
+    pub(crate) unsafe fn array<'a>(items: impl IntoIterator<Item = Arg<'a>>) -> Self {
+        let items: Box<[Any]> = items.into_iter().map(|item| *item.as_any()).collect();
+        for item in items.iter().filter(|item| item.type_index >= type_index::OBJECT_BEGIN) {
+            // SAFETY: an argument of such an index borrows a live object.
+            if let Some(object) = NonNull::new(unsafe { item.payload.object }) {
+                // The array's reference, which `delete_array` gives back.
+                let _ = ManuallyDrop::new(Self(object)).clone();
+            }
+        }
+        let size = items.len() as i64;
+        let data = Box::into_raw(items).cast();
+        let cell = SeqCell { data, size, capacity: size, data_deleter: None };
+        Self::make(type_index::ARRAY, cell, delete_array)
+    }
+
+    /// A new string.
+    pub(crate) fn text(text: &str) -> Self {
+        // Readers in C expect a NUL behind the bytes.
+        let bytes: Box<[u8]> = text.bytes().chain([0]).collect();
+        let cell = ByteArray { data: Box::into_raw(bytes).cast_const().cast(), size: text.len() };
+        Self::make(type_index::STR, cell, delete_text)
+    }
+
+    fn make<C>(type_index: i32, cell: C, deleter: Deleter) -> Self {
+        let header =
+            ObjectHeader { combined_ref_count: BOTH_ONE, type_index, padding: 0, deleter: Some(deleter) };
+        Self(NonNull::from(Box::leak(Box::new(Made { header, cell }))).cast())
+    }
+
+    /// A view of the tensor, when this is one.
+    ///
+    /// # Errors
+    /// [`FlashInferError::ResultType`]: this is no tensor, or one that a view
+    /// cannot show: of more than 5 dimensions, of an element type that
+    /// [`DType`] does not have, with negative strides, or on a device that is
+    /// neither the host nor a CUDA device.
+    ///
+    /// # Safety
+    /// As for [`TensorRef::from_raw_parts`]: as long as the view lives, nobody
+    /// writes to the tensor, and work that uses the view comes after the work
+    /// that wrote it.
+    pub unsafe fn tensor(&self) -> Result<TensorRef<'_>> {
+        let differs = |found: String| FlashInferError::ResultType { expected: "a tensor", found };
+        if self.type_index() != type_index::TENSOR {
+            return Err(differs(format!("{self:?}")));
+        }
+        // SAFETY: a Tensor object's header is followed by its DLTensor.
+        let raw = unsafe { &*self.cell::<RawDlTensor>() };
+        let rank = raw.ndim.max(0) as usize;
+        let numbers = |numbers: *const i64| -> Option<Vec<usize>> {
+            // SAFETY: shape and strides hold `ndim` numbers.
+            let numbers = if rank == 0 { &[] } else { unsafe { std::slice::from_raw_parts(numbers, rank) } };
+            numbers.iter().map(|&number| usize::try_from(number).ok()).collect()
+        };
+        let strides = if raw.strides.is_null() { Some(None) } else { numbers(raw.strides).map(Some) };
+        let (dtype, device) = (DType::from_dlpack(raw.dtype), Device::from_dlpack(raw.device));
+        let (Some(dtype), Some(device), Some(shape), Some(strides)) =
+            (dtype, device, numbers(raw.shape), strides)
+        else {
+            return Err(differs(format!("a tensor of {:?} on {:?}", raw.dtype, raw.device)));
+        };
+        if rank > MAX_RANK {
+            return Err(differs(format!("a tensor of {rank} dimensions; a view has at most {MAX_RANK}")));
+        }
+        let data = raw.data.wrapping_byte_add(raw.byte_offset as usize);
+        // SAFETY: the object keeps its memory as long as it lives, and the
+        // caller promises the rest.
+        unsafe { TensorRef::from_raw_parts(data, device, dtype, &shape, strides.as_deref()) }
     }
 
     /// The payload that follows the header.
@@ -108,20 +196,79 @@ unsafe fn copy_text(bytes: &ByteArray) -> String {
 
 impl Clone for Object {
     fn clone(&self) -> Self {
-        if let Some(library) = TvmFfi::get() {
-            // SAFETY: the object is alive.
-            unsafe { (library.object_inc_ref)(self.0.as_ptr()) };
-        }
+        self.count().fetch_add(1, Ordering::Relaxed);
         Self(self.0)
     }
 }
 
 impl Drop for Object {
     fn drop(&mut self) {
-        // Objects only come from the library, so it is there.
-        if let Some(library) = TvmFfi::get() {
+        match TvmFfi::get() {
             // SAFETY: this value owns one reference and gives it back once.
-            unsafe { (library.object_dec_ref)(self.0.as_ptr()) };
+            Some(library) => drop(unsafe { (library.object_dec_ref)(self.0.as_ptr()) }),
+            // Without the library, objects are this crate's own, and nobody
+            // has weak references.
+            None if self.count().fetch_sub(1, Ordering::Release) == BOTH_ONE => {
+                fence(Ordering::Acquire);
+                // SAFETY: the last reference is gone; the flags say so.
+                unsafe {
+                    if let Some(delete) = (*self.0.as_ptr()).deleter {
+                        delete(self.0.as_ptr().cast(), STRONG | WEAK);
+                    }
+                }
+            }
+            None => {}
+        }
+    }
+}
+
+type Deleter = unsafe extern "C" fn(*mut c_void, c_int);
+
+/// One strong and one weak reference.
+pub(super) const BOTH_ONE: u64 = 1 << 32 | 1;
+/// What a deleter is asked to do: release what the object holds, and free it.
+const STRONG: c_int = 1;
+const WEAK: c_int = 2;
+
+/// An object that this crate makes. Its cell owns what it points to.
+#[repr(C)]
+struct Made<C> {
+    header: ObjectHeader,
+    cell: C,
+}
+
+/// # Safety
+/// The object is a `Made` array without references.
+unsafe extern "C" fn delete_array(object: *mut c_void, flags: c_int) {
+    let made = object.cast::<Made<SeqCell>>();
+    // SAFETY: promised by the caller. The library may have changed items and
+    // size meanwhile, but not address and capacity, and owns the items as an
+    // array does. Each bit of the flags comes once.
+    unsafe {
+        let cell = &mut (*made).cell;
+        if flags & STRONG != 0 {
+            for item in 0..cell.size.max(0) as usize {
+                drop(Value::from_owned(*cell.data.add(item)));
+            }
+            cell.size = 0;
+        }
+        if flags & WEAK != 0 {
+            drop(Box::from_raw(ptr::slice_from_raw_parts_mut(cell.data, cell.capacity as usize)));
+            drop(Box::from_raw(made));
+        }
+    }
+}
+
+/// # Safety
+/// The object is a `Made` string without references.
+unsafe extern "C" fn delete_text(object: *mut c_void, flags: c_int) {
+    if flags & WEAK != 0 {
+        // SAFETY: promised by the caller; the bit comes once. The text is
+        // followed by a NUL.
+        unsafe {
+            let made = Box::from_raw(object.cast::<Made<ByteArray>>());
+            let text = made.cell.data.cast_mut().cast::<u8>();
+            drop(Box::from_raw(ptr::slice_from_raw_parts_mut(text, made.cell.size + 1)));
         }
     }
 }
@@ -133,6 +280,26 @@ impl fmt::Debug for Object {
 }
 
 /// What a function returned.
+///
+/// It converts into the type that is expected, or into an error that names
+/// what came instead ([`FlashInferError::ResultType`]):
+///
+/// | into | from |
+/// |---|---|
+/// | `()` | None |
+/// | `i64`, `bool` | an integer, a boolean |
+/// | `f64` | a float or an integer |
+/// | `String` | a string, short or long |
+/// | `Vec<i64>` | an array of integers |
+/// | [`Object`] | any object; [`Object::tensor`] shows a tensor |
+///
+/// ```
+/// use flashinfer_rs::ffi::Value;
+/// assert_eq!(i64::try_from(Value::Int(3))?, 3);
+/// let error = bool::try_from(Value::Int(3)).unwrap_err();
+/// assert_eq!(error.to_string(), "the function returned Int(3), not a boolean");
+/// # Ok::<(), flashinfer_rs::FlashInferError>(())
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Value {
@@ -148,7 +315,8 @@ pub enum Value {
     DType(DlDataType),
     /// A device.
     Device(DlDevice),
-    /// A string of at most 7 bytes; longer ones come as objects.
+    /// A string of at most 7 bytes; longer ones come as objects. `String::try_from`
+    /// takes both.
     Text(String),
     /// An object: array, tensor, long string, function, …
     Object(Object),
@@ -182,5 +350,63 @@ impl Value {
                 other => Self::Other(other),
             }
         }
+    }
+}
+
+macro_rules! conversions {
+    ($($to:ty, $expected:literal, $($from:pat => $value:expr),+;)*) => {$(
+        impl TryFrom<Value> for $to {
+            type Error = FlashInferError;
+
+            fn try_from(value: Value) -> Result<Self> {
+                let converted = match &value {
+                    $($from => $value,)+
+                    _ => None,
+                };
+                converted.ok_or_else(|| FlashInferError::ResultType {
+                    expected: $expected,
+                    found: format!("{value:?}"),
+                })
+            }
+        }
+    )*};
+}
+conversions! {
+    (), "None", Value::None => Some(());
+    i64, "an integer", Value::Int(number) => Some(*number);
+    bool, "a boolean", Value::Bool(flag) => Some(*flag);
+    f64, "a float", Value::Float(number) => Some(*number), Value::Int(number) => Some(*number as f64);
+    String, "a string", Value::Text(text) => Some(text.clone()), Value::Object(object) => object.to_text();
+    Vec<i64>, "an array of integers", Value::Object(object) => object.to_ints();
+    Object, "an object", Value::Object(object) => Some(object.clone());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether or not libtvm_ffi is in the process.
+    #[test]
+    fn made_objects_own_what_they_hold() {
+        let text = Object::text("nothing\0hidden");
+        assert_eq!((text.type_index(), text.strong_count()), (type_index::STR, 1));
+        assert_eq!(text.to_text().unwrap(), "nothing\0hidden");
+        let items = [Arg::from(&text), 3i64.into(), Arg::from(&text), Arg::NONE];
+        // SAFETY: numbers and objects only.
+        let array = unsafe { Object::array(items) };
+        assert_eq!((array.to_ints(), text.strong_count()), (None, 3));
+        // SAFETY: as above.
+        let outer = unsafe { Object::array([Arg::from(&array)]) };
+        let again = outer.clone();
+        assert_eq!((outer.strong_count(), array.strong_count()), (2, 2));
+        drop((array, outer));
+        assert_eq!(text.strong_count(), 3);
+        drop(again);
+        assert_eq!(text.strong_count(), 1);
+        // SAFETY: numbers only.
+        let numbers = unsafe { Object::array([1i64, -2].map(Arg::from)) };
+        assert_eq!(numbers.to_ints().unwrap(), [1, -2]);
+        // SAFETY: as above.
+        assert_eq!(unsafe { Object::array([]) }.to_ints().unwrap(), Vec::<i64>::new());
     }
 }

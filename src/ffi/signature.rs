@@ -235,5 +235,8 @@ mod tests {
         differs("sub(0: DLTensor*, 1: float, 2: Array<int>) -> void", "name is sub");
         differs("add(0: DLTensor*, 1: float, 2: Array<int>) -> bool", "returns `bool`");
         differs("nonsense", "is not a signature");
+        let nothing = Signature { function: "ask", args: &[], result: "bool" };
+        assert_eq!(nothing.compare("ask() -> bool"), Ok(()));
+        assert!(nothing.compare("ask(0: int) -> bool").unwrap_err().contains("takes 1 arguments"));
     }
 }

@@ -366,13 +366,13 @@ fn check_signatures(modules: &[&'static Module]) -> Vec<Finding> {
     let remedy = "use a wheel of the FlashInfer version that this crate pins";
     let (mut compared, mut differences) = (0, Vec::new());
     for module in modules {
-        for (_, signature) in signatures().iter().filter(|(pattern, _)| module.name().matches(pattern)) {
-            compared += 1;
-            let difference = match module.printed_signature(signature.function) {
-                Ok(printed) => signature.compare(&printed.unwrap_or_default()).err(),
-                Err(error) => Some(error.to_string()),
-            };
-            differences.extend(difference.map(|difference| format!("{}: {difference}", module.name())));
+        compared += module.declared().count();
+        match module.check() {
+            Ok(_) => {}
+            Err(FlashInferError::Signature { module, differences: found }) => {
+                differences.extend(found.into_iter().map(|difference| format!("{module}: {difference}")));
+            }
+            Err(error) => differences.push(error.to_string()),
         }
     }
     if compared == 0 {

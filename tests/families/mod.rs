@@ -1,0 +1,36 @@
+//! The table of module families in `docs/modules.md`.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use flashinfer_rs::ModuleName;
+
+/// One row.
+#[derive(Debug)]
+pub struct Family {
+    pub patterns: Vec<&'static str>,
+    pub count: usize,
+    pub here: &'static str,
+}
+
+impl Family {
+    pub fn holds(&self, module: &ModuleName) -> bool {
+        self.patterns.iter().any(|pattern| module.matches(pattern))
+    }
+
+    /// Whether the crate declares functions of the family.
+    pub fn is_declared(&self) -> bool {
+        let not = ["not yet", "not here", "not called"];
+        !not.iter().any(|not| self.here.starts_with(not))
+    }
+}
+
+/// All rows.
+pub fn families() -> Vec<Family> {
+    let rows = include_str!("../../docs/modules.md").lines().filter(|line| line.starts_with("| `"));
+    let family = |row: &'static str| {
+        let mut cells = row.split(" | ");
+        let patterns = cells.next().unwrap().split('`').skip(1).step_by(2).collect();
+        let count = cells.next().unwrap().parse().expect("a number of modules");
+        Family { patterns, count, here: cells.next().unwrap() }
+    };
+    rows.map(family).collect()
+}

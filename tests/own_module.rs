@@ -1,0 +1,223 @@
+//! Libraries that the crate knows nothing of: opened by path, called by name.
+//! No GPU is needed.
+
+mod c_library;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use flashinfer_rs::{
+    FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, TensorMut, TensorRef, args,
+    ffi::{Arg, Object, Value},
+};
+use tempfile::TempDir;
+
+const ADD_ONE: &str = include_str!("../examples/add_one.c");
+
+/// A folder with a library in it, made of C. `None`, with the reason printed,
+/// where there is no C compiler or the runtime does not start.
+fn library(name: &str, code: &str) -> Option<(TempDir, PathBuf)> {
+    if let Err(error) = FlashInferRuntime::get() {
+        eprintln!("skipped: the runtime does not start here: {error}");
+        assert!(
+            std::env::var_os("FLASHINFER_RS_REQUIRE_TVM_FFI").is_none(),
+            "FLASHINFER_RS_REQUIRE_TVM_FFI is set"
+        );
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    c_library::compile(code, &path, &[]).then_some((folder, path))
+}
+
+fn open(path: &Path) -> flashinfer_rs::Result<&'static Module> {
+    // SAFETY: these libraries have no initializers, and their functions check
+    // what they are given.
+    unsafe { Module::open(path) }
+}
+
+fn call(module: &Module, name: &str, args: &[Arg<'_>]) -> flashinfer_rs::Result<Value> {
+    // SAFETY: as above.
+    unsafe { module.call(name, args) }
+}
+
+#[test]
+fn functions_are_called_by_name() {
+    let Some((_folder, path)) = library("libadd_one.so", ADD_ONE) else { return };
+    let module = open(&path).unwrap();
+    assert_eq!(module.name(), &ModuleName::new("libadd_one"));
+    assert_eq!(module.path(), path.canonicalize().unwrap());
+    assert!(matches!(module.source(), LibrarySource::File(file) if file == module.path()));
+    assert_eq!(module.exports().unwrap(), ["add_one", "answer"]);
+
+    let x = [1.0f32, -2.5, 3.25, 9.0];
+    let mut out = [f32::NAN; 4];
+    // Names come from anywhere, such as from the list of exports.
+    let name = module.exports().unwrap().remove(0);
+    let x = TensorRef::from_slice(&x, &[4]).unwrap();
+    let result = call(module, &name, args![&mut TensorMut::from_slice(&mut out, &[4]).unwrap(), &x]);
+    <()>::try_from(result.unwrap()).unwrap();
+    assert_eq!(out, [2.0, -1.5, 4.25, 10.0]);
+
+    // Strides arrive, too.
+    let mut wide = [0.0f32; 6];
+    let mut view = TensorMut::from_slice_strided(&mut wide, &[2], Some(&[3])).unwrap();
+    call(module, &name, args![&mut view, &x.narrow(0, 1, 2).unwrap()]).unwrap();
+    assert_eq!(wide, [-1.5, 0.0, 0.0, 4.25, 0.0, 0.0]);
+
+    assert_eq!(i64::try_from(call(module, "answer", args![]).unwrap()).unwrap(), 42);
+    let resolved = module.function(&name).unwrap();
+    assert_eq!(resolved.name(), "add_one");
+}
+
+#[test]
+fn what_a_library_raises_is_decoded() {
+    let Some((_folder, path)) = library("libraises.so", ADD_ONE) else { return };
+    let module = open(&path).unwrap();
+    let (halves, floats) = ([half::f16::ONE; 4], [1.0f32; 4]);
+    let halves = TensorRef::from_slice(&halves, &[4]).unwrap();
+    let floats = TensorRef::from_slice(&floats, &[4]).unwrap();
+    let refused = |args: &[Arg<'_>], kind: &str, words: &str| match call(module, "add_one", args) {
+        Err(FlashInferError::TvmFfiCall { function, kind: found, message, .. }) => {
+            assert_eq!((function.as_str(), found.as_str()), ("add_one", kind));
+            assert!(message.contains(words), "{message}");
+        }
+        other => panic!("refused, not {other:?}"),
+    };
+    refused(args![], "TypeError", "Expected 2");
+    refused(args![&floats, &floats, 1], "TypeError", "Expected 2");
+    refused(args![&floats, None], "TypeError", "two tensors");
+    refused(args![&halves, &floats], "ValueError", "32-bit floats");
+    refused(args![&floats, &floats.narrow(0, 0, 3).unwrap()], "ValueError", "one length");
+}
+
+#[test]
+fn a_missing_function_is_answered_with_what_there_is() {
+    let Some((_folder, path)) = library("libmissing.so", ADD_ONE) else { return };
+    let module = open(&path).unwrap();
+    for name in ["add_two", "", "_metadata", "add_one\0", "__tvm_ffi_add_one"] {
+        let error = module.function(name).unwrap_err();
+        let FlashInferError::MissingFunction { function, exports, .. } = &error else { panic!("{error}") };
+        assert_eq!((function.as_str(), exports.len()), (name, 2));
+        assert!(error.to_string().ends_with("; it exports: add_one, answer"), "{error}");
+        assert!(error.to_string().contains("libmissing.so"), "{error}");
+    }
+    let Some((_folder, path)) = library("libempty.so", "int nothing;") else { return };
+    let error = call(open(&path).unwrap(), "anything", args![]).unwrap_err();
+    assert!(error.to_string().ends_with("; it exports: nothing"), "{error}");
+}
+
+#[test]
+fn a_file_is_opened_once() {
+    let Some((folder, path)) = library("libonce.so", ADD_ONE) else { return };
+    let first = open(&path).unwrap();
+    let link = folder.path().join("link.so");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    for again in [&path, &link, &folder.path().join("./libonce.so")] {
+        assert!(std::ptr::eq(first, open(again).unwrap()), "{}", again.display());
+    }
+    let threads: Vec<_> = (0..8)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || open(&path).unwrap() as *const Module as usize)
+        })
+        .collect();
+    assert!(threads.into_iter().all(|thread| thread.join().unwrap() == first as *const Module as usize));
+
+    // Another file of the same names is another module, and its symbols are its own.
+    let other = folder.path().join("other.so");
+    assert!(c_library::compile(&ADD_ONE.replace("= 42", "= 43"), &other, &[]));
+    let other = open(&other).unwrap();
+    let answer = |module| i64::try_from(call(module, "answer", args![]).unwrap()).unwrap();
+    assert_eq!((answer(first), answer(other)), (42, 43));
+
+    // Gone or changed, the file stays open as it was.
+    fs::remove_file(&path).unwrap();
+    assert_eq!(answer(first), 42);
+    assert!(matches!(first.exports(), Err(FlashInferError::Library { .. })));
+    assert!(matches!(first.function("none"), Err(FlashInferError::MissingFunction { .. })));
+}
+
+#[test]
+fn what_cannot_be_opened_is_named() {
+    let Some((folder, path)) =
+        library("libwants.so", "extern int wanted(void);\nint call(void) { return wanted(); }")
+    else {
+        return;
+    };
+    let refused = |path: &Path, words: &str| match open(path) {
+        Err(error @ FlashInferError::Library { .. }) => {
+            let text = error.to_string();
+            assert!(text.contains(words) && text.contains(path.to_str().unwrap()), "{text}");
+        }
+        other => panic!("refused, not {other:?}"),
+    };
+    refused(&path, "undefined symbol: wanted");
+    refused(&folder.path().join("nothing.so"), "No such file or directory");
+    // A bare name is a file of this folder, and not searched for on the loader's path.
+    refused("libc.so.6".as_ref(), "No such file or directory");
+    let text = folder.path().join("text.so");
+    fs::write(&text, "not a library, but long enough to be looked at as one".repeat(4)).unwrap();
+    refused(&text, "invalid ELF header");
+    refused(folder.path(), "");
+}
+
+#[test]
+fn results_convert_or_say_what_they_are() {
+    let text = |error: FlashInferError| error.to_string();
+    assert_eq!(f64::try_from(Value::Int(2)).unwrap(), 2.0);
+    assert_eq!(f64::try_from(Value::Float(2.5)).unwrap(), 2.5);
+    assert!(bool::try_from(Value::Bool(true)).unwrap());
+    assert_eq!(String::try_from(Value::Text("short".into())).unwrap(), "short");
+    assert_eq!(
+        text(i64::try_from(Value::Float(2.5)).unwrap_err()),
+        "the function returned Float(2.5), not an integer"
+    );
+    assert_eq!(
+        text(<()>::try_from(Value::Bool(true)).unwrap_err()),
+        "the function returned Bool(true), not None"
+    );
+    assert_eq!(text(Object::try_from(Value::None).unwrap_err()), "the function returned None, not an object");
+    for error in [
+        String::try_from(Value::Int(1)).unwrap_err(),
+        Vec::<i64>::try_from(Value::Int(1)).unwrap_err(),
+        bool::try_from(Value::Int(1)).unwrap_err(),
+        f64::try_from(Value::Text("1".into())).unwrap_err(),
+    ] {
+        assert!(matches!(error, FlashInferError::ResultType { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_changed_module_is_caught_before_it_is_called() {
+    // In place of FlashInfer's module: two functions as declared, one that
+    // takes its numbers in another order, and one that is gone.
+    let rmsnorm = "rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: bool, 4: float) -> void";
+    let same =
+        |name: &str| format!("{name}(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void");
+    let code = c_library::module_that_says(&[rmsnorm, &same("gemma_rmsnorm"), &same("fused_add_rmsnorm")]);
+    let Some((_folder, path)) = library("norm.so", &code) else { return };
+    let module = open(&path).unwrap();
+    assert_eq!(module.name(), &ModuleName::NORM);
+    let error = module.check().unwrap_err();
+    assert!(
+        error.to_string().contains("rmsnorm: argument eps: the module takes `bool`, declared is `float`"),
+        "{error}"
+    );
+    let FlashInferError::Signature { module, differences } = error else { panic!("{error}") };
+    assert!(module.contains("norm.so"), "{module}");
+    let about = |words: &str| differences.iter().filter(|difference| difference.starts_with(words)).count();
+    assert_eq!((about("rmsnorm: "), about("gemma_rmsnorm: "), about("fused_add_rmsnorm: ")), (1, 0, 0));
+    assert_eq!(about("gemma_fused_add_rmsnorm: the module does not export it"), 1);
+
+    // A function that answers something else, and a module that is not called.
+    let code = "int __tvm_ffi_rmsnorm(void) { return 0; }";
+    let Some((folder, _)) = library("unused.so", code) else { return };
+    let silent = folder.path().join("norm.so");
+    assert!(c_library::compile(code, &silent, &[]));
+    let error = open(&silent).unwrap().check().unwrap_err().to_string();
+    assert!(error.contains("rmsnorm: it does not say what it takes"), "{error}");
+    assert_eq!(open(&folder.path().join("unused.so")).unwrap().check().unwrap(), 0);
+}

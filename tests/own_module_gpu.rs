@@ -1,0 +1,139 @@
+//! Kernels called by name, through modules that are opened by their files,
+//! against the CPU.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use common::{Gpu, Number, Rng, Tensor, attention::capture, say};
+use flashinfer_rs::{
+    FlashInferError, Module, ModuleName, Result, TensorMut, TensorRef, args,
+    artifacts::{Fetch, Member},
+    cudarc::{TensorExt, TensorExtMut},
+};
+use half::{bf16, f16};
+
+/// A module of FlashInfer, opened as a library of one's own would be.
+fn open(gpu: &Gpu, name: &ModuleName) -> &'static Module {
+    let located = gpu.runtime.store().locate(&Member::module(name.as_str()), Fetch::Forbidden).unwrap();
+    // SAFETY: a module of FlashInfer.
+    unsafe { Module::open(&located.path) }.unwrap()
+}
+
+/// Rows of `silu_and_mul`: random input, poisoned output, and the result.
+struct Rows<T> {
+    input: Tensor<T>,
+    out: Tensor<T>,
+    expected: Vec<f64>,
+}
+
+impl<T: Number> Rows<T> {
+    fn new(gpu: &Gpu, rng: &mut Rng, rows: usize, dim: usize) -> Self {
+        let input = Tensor::<T>::random(gpu, rng, &[rows, 2 * dim]);
+        let silu = |x: f64| x / (1.0 + (-x).exp());
+        let row = |row: &[f64]| (0..dim).map(|at| silu(row[at]) * row[dim + at]).collect::<Vec<_>>();
+        let expected = input.wide().chunks(2 * dim).flat_map(row).collect();
+        Self { input, out: Tensor::poisoned(gpu, &[rows, dim]), expected }
+    }
+
+    fn check(&self, gpu: &Gpu) {
+        self.out.assert_close(gpu, "silu_and_mul", &self.expected, T::BOUND);
+    }
+}
+
+fn launch(
+    gpu: &Gpu,
+    module: &Module,
+    input: &TensorRef<'_>,
+    out: &mut TensorMut<'_>,
+    enable_pdl: bool,
+) -> Result<()> {
+    // SAFETY: contiguous tensors of one type on the stream's device, the
+    // second with rows twice as long, all of whole vectors.
+    unsafe { module.call_on(&gpu.stream, "silu_and_mul", args![out, input, enable_pdl])? }.try_into()
+}
+
+fn silu_and_mul<T: Number>(gpu: &Gpu, rng: &mut Rng) {
+    let module = open(gpu, &ModuleName::SILU_AND_MUL);
+    for (rows, dim, enable_pdl) in [(1, 64, false), (7, 128, true), (33, 4096, false), (3, 11008, true)] {
+        let mut rows = Rows::<T>::new(gpu, rng, rows, dim);
+        let (input, mut out) = (rows.input.on(gpu), rows.out.on_mut(gpu));
+        launch(gpu, module, &input.view(), &mut out.view_mut(), enable_pdl).unwrap();
+        drop((input, out));
+        rows.check(gpu);
+    }
+}
+
+#[test]
+fn a_kernel_by_name() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    silu_and_mul::<f16>(&gpu, rng);
+    silu_and_mul::<bf16>(&gpu, rng);
+}
+
+/// What is called by name goes to the stream that is named, and nowhere else:
+/// otherwise the graph would be empty.
+#[test]
+fn a_kernel_by_name_is_captured() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    let module = open(&gpu, &ModuleName::SILU_AND_MUL);
+    // A first call loads the kernel, which cannot be captured.
+    silu_and_mul::<f16>(&gpu, rng);
+    let mut rows = Rows::<f16>::new(&gpu, rng, 9, 512);
+    let graph = {
+        let (input, mut out) = (rows.input.on(&gpu), rows.out.on_mut(&gpu));
+        let (graph, launched) =
+            capture(&gpu, || launch(&gpu, module, &input.view(), &mut out.view_mut(), false));
+        launched.unwrap();
+        graph.expect("a graph")
+    };
+    rows.out.assert_untouched(&gpu); // captured is not run
+    graph.launch().unwrap();
+    gpu.synchronize();
+    rows.check(&gpu);
+}
+
+/// Strings reach a kernel's host code, and its refusals come back.
+#[test]
+fn strings_and_refusals() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let module = open(&gpu, &ModuleName::QUANTIZATION);
+    for len in [1usize, 8, 77, 4096] {
+        let flags: Vec<u8> = (0..len).map(|_| rng.below(2) as u8).collect();
+        let bytes = len.div_ceil(8);
+        let x = gpu.cuda.clone_htod(&flags).unwrap();
+        for order in ["little", "big", "neither big nor little"] {
+            let mut y = gpu.cuda.clone_htod(&vec![0xa5u8; bytes]).unwrap();
+            let result = {
+                let (x, mut y) =
+                    (x.tensor(&gpu.cuda, &[len]).unwrap(), y.tensor_mut(&gpu.cuda, &[bytes]).unwrap());
+                // SAFETY: a byte for each flag, and a byte for each eight.
+                unsafe { module.call_on(&gpu.stream, "packbits", args![&x.view(), order, &mut y.view_mut()]) }
+            };
+            let packed = gpu.cuda.clone_dtoh(&y).unwrap();
+            gpu.synchronize();
+            let expected: Vec<u8> = match order {
+                "little" => flags.chunks(8).map(|bits| place(bits, |at| at)).collect(),
+                "big" => flags.chunks(8).map(|bits| place(bits, |at| 7 - at)).collect(),
+                _ => {
+                    let Err(FlashInferError::TvmFfiCall { message, .. }) = result else {
+                        panic!("refused, not {result:?}")
+                    };
+                    assert!(message.contains("bitorder must be"), "{message}");
+                    assert_eq!(packed, vec![0xa5; bytes]);
+                    continue;
+                }
+            };
+            <()>::try_from(result.unwrap()).unwrap();
+            assert_eq!(packed, expected, "{len} flags, {order}");
+        }
+    }
+    say("packbits: all as on the CPU");
+}
+
+/// A byte with each bit at its place.
+fn place(bits: &[u8], place: impl Fn(usize) -> usize) -> u8 {
+    bits.iter().enumerate().map(|(at, bit)| bit << place(at)).sum()
+}
