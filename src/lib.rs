@@ -87,7 +87,9 @@
 //! sources, every environment variable and the requirements.
 
 pub mod artifacts;
+mod cublas;
 mod cuda;
+mod cuda_library;
 #[cfg(feature = "cudarc")]
 pub mod cudarc;
 mod error;
@@ -101,6 +103,7 @@ mod runtime;
 mod stream;
 mod tensor;
 
+pub use cuda_library::LibrarySource;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, IndexArrays, ItemIndices, ItemTable, MaskIndices, MaskTable, OnDevice,
@@ -108,7 +111,7 @@ pub use kv::{
 };
 pub use module::{Module, ModuleName};
 pub use ops::{attention, cascade, gdn, norm, page, signatures, topk};
-pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
+pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};
 

@@ -14,8 +14,6 @@ pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
         let reason = loader_reason(&error);
         let remedy = if reason.contains("GLIBC_") {
             "this build needs a newer C library than the machine has; use a newer system or a wheel built for an older one"
-        } else if reason.contains("libcublas") {
-            "install NVIDIA's cuBLAS for CUDA 13, or put its folder on LD_LIBRARY_PATH"
         } else if reason.contains("cannot open shared object file") {
             "put the folder of the missing library on LD_LIBRARY_PATH"
         } else {
@@ -26,7 +24,7 @@ pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
 }
 
 /// What the dynamic loader said, which is the error's source.
-fn loader_reason(error: &libloading::Error) -> String {
+pub(crate) fn loader_reason(error: &libloading::Error) -> String {
     match std::error::Error::source(error) {
         Some(source) => source.to_string(),
         None => error.to_string(),

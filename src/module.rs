@@ -61,6 +61,11 @@ impl ModuleName {
         Self(Cow::Owned(name.into()))
     }
 
+    /// Whether the module links against cuBLAS, which is then opened before it.
+    pub(crate) fn links_cublas(&self) -> bool {
+        ["gemm", "mm_bf16_cublaslt"].contains(&self.as_str())
+    }
+
     /// Whether the name fits a pattern, in which `*` stands for any text.
     pub fn matches(&self, pattern: &str) -> bool {
         crate::artifacts::embed::matches(pattern, &self.0)
