@@ -29,7 +29,7 @@ fn open_modules() -> Vec<&'static Module> {
             eprintln!("skipped: {name} needs a newer C library than this machine's");
             None
         }
-        Err(FlashInferError::Library { reason, .. }) if reason.contains("libcublas") => {
+        Err(error @ FlashInferError::Artifact(_)) if error.to_string().starts_with("libcublas") => {
             eprintln!("skipped: {name} needs cuBLAS, which this machine has not");
             None
         }

@@ -65,8 +65,7 @@ pub enum Package {
 
 impl Package {
     /// Every pinned package, the ones that everything needs first.
-    pub const ALL: [Package; 4] =
-        [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::Cublas];
+    pub const ALL: [Package; 4] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::Cublas];
 
     /// Whether only some modules need it. It is then fetched for them alone.
     pub fn is_optional(self) -> bool {

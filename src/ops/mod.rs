@@ -4,6 +4,7 @@ pub mod attention;
 pub mod cascade;
 mod check;
 pub mod gdn;
+pub mod gemm;
 pub mod norm;
 pub mod page;
 pub mod topk;
@@ -58,6 +59,13 @@ pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordin
 /// [`Signature::compare`] holds a declaration against what a module prints of
 /// itself.
 pub fn signatures() -> Vec<(&'static str, Signature)> {
-    [norm::SIGNATURES, page::SIGNATURES, cascade::SIGNATURES, gdn::SIGNATURES, &attention::signatures()]
-        .concat()
+    [
+        norm::SIGNATURES,
+        page::SIGNATURES,
+        cascade::SIGNATURES,
+        gdn::SIGNATURES,
+        &gemm::signatures(),
+        &attention::signatures(),
+    ]
+    .concat()
 }

@@ -28,6 +28,7 @@
 mod attention;
 mod cascade;
 mod gdn;
+mod gemm;
 mod host;
 mod mla;
 mod norm;
@@ -40,6 +41,7 @@ pub use attention::{
 };
 pub use cascade::{merge_state, merge_state_in_place, merge_states};
 pub use gdn::gdn_prefill;
+pub use gemm::{bmm_fp8, segment_gemm};
 pub use mla::batch_mla;
 pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
