@@ -67,6 +67,7 @@ cudart! {
     get_device_count = "cudaGetDeviceCount": fn(*mut c_int);
     get_device = "cudaGetDevice": fn(*mut c_int);
     set_device = "cudaSetDevice": fn(c_int);
+    get_last_error = "cudaGetLastError": fn();
     device_get_attribute = "cudaDeviceGetAttribute": fn(*mut c_int, c_int, c_int);
     malloc_async = "cudaMallocAsync": fn(*mut *mut c_void, usize, *mut c_void);
     free_async = "cudaFreeAsync": fn(*mut c_void, *mut c_void);
@@ -77,7 +78,6 @@ cudart! {
     memset_2d_async = "cudaMemset2DAsync": fn(*mut c_void, usize, c_int, usize, usize, *mut c_void);
     stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
     device_synchronize = "cudaDeviceSynchronize": fn();
-    get_last_error = "cudaGetLastError": fn();
     event_create = "cudaEventCreateWithFlags": fn(*mut RawEvent, c_uint);
     event_record = "cudaEventRecord": fn(RawEvent, *mut c_void);
     event_query = "cudaEventQuery": fn(RawEvent);
@@ -189,6 +189,19 @@ impl CudaRuntime {
         let code = unsafe { (self.symbols.stream_is_capturing)(stream.as_raw(), &mut status) };
         self.check("cudaStreamIsCapturing", code)?;
         Ok(status != CAPTURE_NONE)
+    }
+
+    /// Reports what failed on the device or in this thread so far and nobody
+    /// has asked about. For launchers that end the process over it.
+    pub(crate) fn check_healthy(&'static self, stream: &Stream) -> Result<()> {
+        // Any call reports a failure of the device.
+        self.is_capturing(stream)?;
+        // SAFETY: no arguments.
+        match unsafe { (self.symbols.get_last_error)() } {
+            // An event that was asked about had not come; it is no failure.
+            NOT_READY => Ok(()),
+            code => self.check("an earlier call of CUDA", code),
+        }
     }
 
     /// Enqueues the writing of zeros.

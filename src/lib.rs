@@ -13,7 +13,7 @@
 //! 3. **Runtime.** `libcudart`, `libtvm_ffi` and the modules are opened with
 //!    `dlopen`, each once per process; see [`FlashInferRuntime`]. [`ffi`] speaks
 //!    the TVM-FFI ABI of their functions.
-//! 4. **Operations.** [`norm`], [`page`], [`attention`] and [`gdn`] take borrowed views
+//! 4. **Operations.** [`norm`], [`page`], [`attention`], [`gdn`] and [`gemm`] take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
 //!    the CPU. What has no operation here, in FlashInfer's modules or in a
@@ -88,7 +88,9 @@
 //! sources, every environment variable and the requirements.
 
 pub mod artifacts;
+mod cublas;
 mod cuda;
+mod cuda_library;
 #[cfg(feature = "cudarc")]
 pub mod cudarc;
 mod error;
@@ -102,14 +104,16 @@ mod runtime;
 mod stream;
 mod tensor;
 
+pub use cuda_library::LibrarySource;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, IndexArrays, ItemIndices, ItemTable, MaskIndices, MaskTable, OnDevice,
-    PageIndices, PageTable, RaggedIndices, RaggedTable, SequenceIndices, SequenceTable,
+    PageIndices, PageTable, RaggedIndices, RaggedTable, SegmentIndices, SegmentTable, SequenceIndices,
+    SequenceTable,
 };
 pub use module::{Module, ModuleName};
-pub use ops::{activation, attention, cascade, gdn, norm, page, signatures, topk};
-pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
+pub use ops::{activation, attention, cascade, gdn, gemm, norm, page, signatures, topk};
+pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};
 

@@ -15,8 +15,6 @@ pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
         let reason = loader_reason(&error);
         let remedy = if reason.contains("GLIBC_") {
             "this build needs a newer C library than the machine has; use a newer system or a wheel built for an older one"
-        } else if reason.contains("libcublas") {
-            "install NVIDIA's cuBLAS for CUDA 13, or put its folder on LD_LIBRARY_PATH"
         } else if reason.contains("cannot open shared object file") {
             "put the folder of the missing library on LD_LIBRARY_PATH"
         } else {
@@ -28,20 +26,39 @@ pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
 
 /// The names of the functions that a library exports.
 pub(crate) fn exported_functions(path: &Path) -> Result<Vec<String>> {
+    read(path, |file| {
+        let exported =
+            |symbol: &object::Symbol<'_, '_, _>| symbol.is_definition() && symbol.kind() == SymbolKind::Text;
+        let functions = file.dynamic_symbols().filter(exported);
+        Ok(functions.filter_map(|symbol| symbol.name().ok().map(str::to_owned)).collect())
+    })
+}
+
+/// The names of the libraries that a library links against.
+pub(crate) fn needed_libraries(path: &Path) -> Result<Vec<String>> {
+    read(path, |file| {
+        let name = |library: object::Result<object::read::ImportLibrary<'_>>| {
+            Ok(String::from_utf8_lossy(library?.name()).into_owned())
+        };
+        file.import_libraries()?.map(name).collect()
+    })
+}
+
+fn read<T>(
+    path: &Path,
+    look: impl FnOnce(&object::File<'_, &ReadCache<File>>) -> object::Result<T>,
+) -> Result<T> {
     let unreadable = |reason: String| FlashInferError::Library {
         path: path.to_owned(),
-        reason: format!("its symbols cannot be read: {reason}"),
+        reason: format!("it cannot be read: {reason}"),
         remedy: "obtain the file again",
     };
     let file = ReadCache::new(File::open(path).map_err(|error| unreadable(error.to_string()))?);
-    let file = object::File::parse(&file).map_err(|error| unreadable(error.to_string()))?;
-    let functions =
-        file.dynamic_symbols().filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Text);
-    Ok(functions.filter_map(|symbol| symbol.name().ok().map(str::to_owned)).collect())
+    object::File::parse(&file).and_then(|file| look(&file)).map_err(|error| unreadable(error.to_string()))
 }
 
 /// What the dynamic loader said, which is the error's source.
-fn loader_reason(error: &libloading::Error) -> String {
+pub(crate) fn loader_reason(error: &libloading::Error) -> String {
     match std::error::Error::source(error) {
         Some(source) => source.to_string(),
         None => error.to_string(),

@@ -17,10 +17,12 @@ use std::{
 use libloading::os::unix::Library;
 
 use crate::{
+    artifacts::Fetch,
+    cuda_library::LibrarySource,
     error::{FlashInferError, Result},
     ffi::{Arg, Function, Signature, Value, abi::SafeCall, library::TvmFfi},
     library_file::{exported_functions, open_library},
-    runtime::{FlashInferRuntime, LibrarySource},
+    runtime::FlashInferRuntime,
     stream::Stream,
 };
 
@@ -163,7 +165,9 @@ impl Module {
             return Ok(module);
         }
         let name = ModuleName::new(path.file_stem().unwrap_or_default().to_string_lossy());
-        let (source, tvm_ffi) = (LibrarySource::File(path.clone()), FlashInferRuntime::get()?.tvm_ffi());
+        let runtime = FlashInferRuntime::get()?;
+        runtime.open_needed(&path, Fetch::Forbidden)?;
+        let (source, tvm_ffi) = (LibrarySource::File(path.clone()), runtime.tvm_ffi());
         // Not locked: initializers run, which may do anything. A thread that
         // opened the file meanwhile has the same library.
         let module = Self::load(name, path.clone(), source, tvm_ffi)?;

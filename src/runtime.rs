@@ -9,25 +9,21 @@
 
 use std::{
     collections::HashMap,
-    ffi::OsStr,
     fmt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
-use libloading::os::unix::Library;
-
 use crate::{
-    artifacts::{ArtifactError, Fetch, Member, ProgressFn, Source, Store, StoreConfig},
+    artifacts::{ArtifactError, Fetch, Member, ProgressFn, Store, StoreConfig},
+    cublas::Cublas,
     cuda::CudaRuntime,
+    cuda_library::{self, LibrarySource},
     error::{FlashInferError, Result},
     ffi::{self, library::TvmFfi},
-    library_file::open_library,
+    library_file::needed_libraries,
     module::{Module, ModuleName},
 };
-
-/// The CUDA runtime that FlashInfer's CUDA 13 modules link against.
-const LIBCUDART: &str = "libcudart.so.13";
 
 /// How to start the runtime. The default takes everything from the
 /// environment; see the README's table of variables.
@@ -70,32 +66,6 @@ impl fmt::Debug for RuntimeConfig {
     }
 }
 
-/// How a library of the runtime came into the process.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum LibrarySource {
-    /// It was there already.
-    Process,
-    /// The dynamic loader found it by name.
-    Loader,
-    /// A file of the machine: of a CUDA installation, or one that
-    /// [`Module::open`] was given.
-    File(PathBuf),
-    /// A source of the store.
-    Store(Source),
-}
-
-impl fmt::Display for LibrarySource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Process => f.write_str("already in the process"),
-            Self::Loader => f.write_str("the dynamic loader's path"),
-            Self::File(path) => path.display().fmt(f),
-            Self::Store(source) => source.fmt(f),
-        }
-    }
-}
-
 /// A module's place: locked while it is being loaded, so that it is loaded once.
 type ModuleSlot = Arc<Mutex<Option<&'static Module>>>;
 
@@ -113,6 +83,8 @@ pub struct FlashInferRuntime {
     tvm_ffi: &'static TvmFfi,
     tvm_ffi_source: LibrarySource,
     modules: Mutex<HashMap<ModuleName, ModuleSlot>>,
+    /// Locked while it is being loaded, so that it is loaded once.
+    cublas: Mutex<Option<&'static Cublas>>,
     capabilities: [OnceLock<(i32, i32)>; 32],
 }
 
@@ -174,7 +146,8 @@ impl FlashInferRuntime {
         store_config.offline |= config.offline;
         store_config.progress = config.progress.clone();
         let store = Store::open(store_config)?;
-        let (cuda, cuda_source) = load_cudart(&store)?;
+        let (cudart, cuda_source) = cuda_library::load(&Member::CudaRuntime, &store, Fetch::Allowed)?;
+        let cuda = CudaRuntime::install(cudart, &Member::CudaRuntime.file_name())?;
         let (tvm_ffi, tvm_ffi_source) = match TvmFfi::adopt()? {
             Some(library) => (library, LibrarySource::Process),
             None => {
@@ -191,6 +164,7 @@ impl FlashInferRuntime {
             tvm_ffi,
             tvm_ffi_source,
             modules: Mutex::default(),
+            cublas: Mutex::default(),
             capabilities: [const { OnceLock::new() }; 32],
         })
     }
@@ -262,6 +236,37 @@ impl FlashInferRuntime {
         Ok(*cell.get_or_init(|| capability))
     }
 
+    /// The version of cuBLASLt and where it came from. It is opened if it was
+    /// not, from local places only: only modules that link against cuBLAS need
+    /// it.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Artifact`]: it is in no local place, which are listed.
+    /// [`FlashInferError::Library`], [`FlashInferError::MissingSymbol`]: what is
+    /// there is not it.
+    pub fn cublas_version(&self) -> Result<((usize, usize, usize), &LibrarySource)> {
+        let cublas = self.cublas(Fetch::Forbidden)?;
+        Ok((cublas.version(), cublas.source()))
+    }
+
+    /// Opens what a module's file links against and the loader may not find.
+    pub(crate) fn open_needed(&self, module: &Path, fetch: Fetch) -> Result<()> {
+        if needed_libraries(module)?.iter().any(|name| name.starts_with("libcublas")) {
+            self.cublas(fetch)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn cublas(&self, fetch: Fetch) -> Result<&'static Cublas> {
+        let mut cublas = self.cublas.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cublas) = *cublas {
+            return Ok(cublas);
+        }
+        let loaded = Box::leak(Box::new(Cublas::load(&self.store, fetch)?));
+        *cublas = Some(loaded);
+        Ok(loaded)
+    }
+
     pub(crate) fn cuda(&self) -> &'static CudaRuntime {
         self.cuda
     }
@@ -281,13 +286,15 @@ impl FlashInferRuntime {
     /// downloaded.
     ///
     /// # Errors
-    /// No local source holds the module, or it cannot be opened.
+    /// No local source holds the module, or cuBLAS if it links against that; or
+    /// it cannot be opened.
     pub fn module(&self, name: &ModuleName) -> Result<&'static Module> {
         self.load(name, Fetch::Forbidden)
     }
 
     /// Loads modules ahead of their use, and downloads the pinned wheel if no
-    /// local source holds one of them.
+    /// local source holds one of them; also that of cuBLAS (about 500 MB), if
+    /// one links against it and the machine has none.
     ///
     /// # Errors
     /// A module cannot be had or opened; the ones before it stay loaded.
@@ -336,6 +343,7 @@ impl FlashInferRuntime {
             return Ok(module);
         }
         let located = self.store.locate(&Member::module(name.as_str()), fetch)?;
+        self.open_needed(&located.path, fetch)?;
         let source = LibrarySource::Store(located.source);
         let module = Module::load(name.clone(), located.path, source, self.tvm_ffi)?;
         *slot = Some(module);
@@ -356,45 +364,4 @@ impl fmt::Debug for FlashInferRuntime {
 /// CUDA packs a version as 1000 × major + 10 × minor.
 fn split_version(version: i32) -> (i32, i32) {
     (version / 1000, version % 1000 / 10)
-}
-
-/// Finds the CUDA runtime: in the process, on the loader's path, in a CUDA
-/// installation, in a Python environment, else in the pinned wheel.
-fn load_cudart(store: &Store) -> Result<(&'static CudaRuntime, LibrarySource)> {
-    let open = |path: &OsStr, extra: i32| {
-        // SAFETY: NVIDIA's runtime library; its initializers only set up its state.
-        unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL | extra) }
-    };
-    let name = OsStr::new(LIBCUDART);
-    let (library, source) = if let Ok(library) = open(name, libc::RTLD_NOLOAD) {
-        (library, LibrarySource::Process)
-    } else if let Ok(library) = open(name, 0) {
-        (library, LibrarySource::Loader)
-    } else if let Some((library, path)) =
-        cudart_candidates().find_map(|path| Some((open(path.as_os_str(), 0).ok()?, path)))
-    {
-        (library, LibrarySource::File(path))
-    } else {
-        let located = store.locate(&Member::CudaRuntime, Fetch::Allowed)?;
-        let library = open_library(&located.path, libc::RTLD_NOW | libc::RTLD_GLOBAL)?;
-        (library, LibrarySource::Store(located.source))
-    };
-    Ok((CudaRuntime::install(library, LIBCUDART)?, source))
-}
-
-/// Files that may be the CUDA runtime, in order of preference.
-fn cudart_candidates() -> impl Iterator<Item = PathBuf> {
-    let toolkits = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"]
-        .into_iter()
-        .filter_map(std::env::var_os)
-        .map(PathBuf::from)
-        .chain([PathBuf::from("/usr/local/cuda")])
-        .flat_map(|root| [root.join("lib64"), root.join("lib"), root.join("targets/x86_64-linux/lib")]);
-    // pip's layout: <environment>/lib/python3.*/site-packages/nvidia/cu13/lib.
-    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"]
-        .into_iter()
-        .filter_map(std::env::var_os)
-        .flat_map(|root| std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten().flatten())
-        .map(|python| python.path().join("site-packages/nvidia/cu13/lib"));
-    toolkits.chain(environments).map(|folder| folder.join(LIBCUDART)).filter(|path| path.is_file())
 }

@@ -138,6 +138,38 @@ fn a_missing_module_names_each_source_and_its_remedy() {
 }
 
 #[test]
+fn cublas_is_found_or_every_place_is_named() {
+    let test = "cublas_is_found_or_every_place_is_named";
+    if let Some(output) = in_child(test, &[]) {
+        return assert_passed(&output);
+    }
+    let Ok(runtime) = FlashInferRuntime::get() else {
+        return eprintln!("skipped: the runtime does not start here");
+    };
+    match runtime.cublas_version() {
+        Ok(((major, minor, patch), source)) => {
+            assert_eq!(major, 13, "13.{minor}.{patch}");
+            eprintln!("cuBLAS {major}.{minor}.{patch}: {source}");
+        }
+        Err(error) => {
+            let error = error.to_string();
+            for words in [
+                "libcublasLt.so.13",
+                "LD_LIBRARY_PATH",
+                "/usr/local/cuda/lib64",
+                "CUDA_HOME",
+                "VIRTUAL_ENV",
+                "FLASHINFER_RS_WHEELS",
+                "nvidia/cu13/lib/libcublasLt.so.13",
+                "flashinfer-doctor fetch nvidia_cublas",
+            ] {
+                assert!(error.contains(words), "no word of {words} in: {error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_library_that_is_there_already_is_used() {
     let test = "a_library_that_is_there_already_is_used";
     if let Some(output) = in_child(test, &[]) {

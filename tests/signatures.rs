@@ -119,7 +119,7 @@ fn open(found: &Found) -> Result<&'static Module, &'static str> {
         Err(FlashInferError::Library { reason, .. }) if reason.contains("GLIBC") => {
             Err("a newer C or C++ library than this machine's")
         }
-        Err(FlashInferError::Library { reason, .. }) if reason.contains("libcublas") => {
+        Err(error @ FlashInferError::Artifact(_)) if error.to_string().starts_with("libcublas") => {
             Err("cuBLAS, which this machine has not")
         }
         Err(FlashInferError::Library { reason, .. }) if reason.contains("libnvrtc") => {

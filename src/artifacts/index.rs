@@ -408,7 +408,7 @@ fn pip(
             "--abi=abi3",
             "--abi=none",
         ]);
-        for platform in ["manylinux2014", "manylinux_2_17", "manylinux_2_28"] {
+        for platform in ["manylinux2014", "manylinux_2_17", "manylinux_2_27", "manylinux_2_28"] {
             command.arg(format!("--platform={platform}_{}", request.arch));
         }
         command.arg("-d").arg(&folder.0);

@@ -1,7 +1,7 @@
 //! Where kernels come from.
 //!
-//! A kernel module is a shared library inside a *wheel*. The crate *pins* three wheels by their
-//! SHA-256: FlashInfer's module cache, `libtvm_ffi` and the CUDA runtime. A [`Store`] finds a
+//! A kernel module is a shared library inside a *wheel*. The crate *pins* four wheels by their
+//! SHA-256: FlashInfer's module cache, `libtvm_ffi`, the CUDA runtime and cuBLAS. A [`Store`] finds a
 //! [`Member`] of them in the first source that holds it and puts a verified copy into the cache,
 //! ready to be opened:
 //!
@@ -59,11 +59,18 @@ pub enum Package {
     TvmFfi,
     /// NVIDIA's CUDA runtime library.
     CudaRuntime,
+    /// NVIDIA's cuBLAS, which only some modules need.
+    Cublas,
 }
 
 impl Package {
-    /// Every pinned package.
-    pub const ALL: [Package; 3] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime];
+    /// Every pinned package, the ones that everything needs first.
+    pub const ALL: [Package; 4] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::Cublas];
+
+    /// Whether only some modules need it. It is then fetched for them alone.
+    pub fn is_optional(self) -> bool {
+        self == Package::Cublas
+    }
 
     /// The package's key in the pin table.
     pub fn key(self) -> &'static str {
@@ -71,6 +78,7 @@ impl Package {
             Package::JitCache => "flashinfer_jit_cache",
             Package::TvmFfi => "apache_tvm_ffi",
             Package::CudaRuntime => "nvidia_cuda_runtime",
+            Package::Cublas => "nvidia_cublas",
         }
     }
 }
@@ -92,9 +100,17 @@ pub enum Member {
     TvmFfiTesting,
     /// `libcudart.so.13`.
     CudaRuntime,
+    /// `libcublasLt.so.13`.
+    CublasLt,
+    /// `libcublas.so.13`.
+    Cublas,
 }
 
 impl Member {
+    /// Every member that is not a module.
+    pub(crate) const LIBRARIES: [Member; 5] =
+        [Member::TvmFfi, Member::TvmFfiTesting, Member::CudaRuntime, Member::CublasLt, Member::Cublas];
+
     /// The module called `name`.
     pub fn module(name: impl Into<String>) -> Member {
         Member::Module(name.into())
@@ -106,7 +122,9 @@ impl Member {
             Member::Module(name) => format!("flashinfer_jit_cache/jit_cache/{name}/{name}.so"),
             Member::TvmFfi => "tvm_ffi/lib/libtvm_ffi.so".into(),
             Member::TvmFfiTesting => "tvm_ffi/lib/libtvm_ffi_testing.so".into(),
-            Member::CudaRuntime => "nvidia/cu13/lib/libcudart.so.13".into(),
+            Member::CudaRuntime | Member::CublasLt | Member::Cublas => {
+                format!("nvidia/cu13/lib/{}", self.file_name())
+            }
         }
     }
 
@@ -117,6 +135,8 @@ impl Member {
             Member::TvmFfi => "libtvm_ffi.so".into(),
             Member::TvmFfiTesting => "libtvm_ffi_testing.so".into(),
             Member::CudaRuntime => "libcudart.so.13".into(),
+            Member::CublasLt => "libcublasLt.so.13".into(),
+            Member::Cublas => "libcublas.so.13".into(),
         }
     }
 
@@ -126,6 +146,7 @@ impl Member {
             Member::Module(_) => Package::JitCache,
             Member::TvmFfi | Member::TvmFfiTesting => Package::TvmFfi,
             Member::CudaRuntime => Package::CudaRuntime,
+            Member::CublasLt | Member::Cublas => Package::Cublas,
         }
     }
 
@@ -135,6 +156,7 @@ impl Member {
             Member::Module(name) => name,
             Member::TvmFfi | Member::TvmFfiTesting => "tvm_ffi",
             Member::CudaRuntime => "cuda_runtime",
+            Member::CublasLt | Member::Cublas => "cublas",
         }
     }
 

@@ -274,7 +274,10 @@ impl Store {
             Tried {
                 source: download,
                 outcome: "not allowed by this call".into(),
-                remedy: "run `flashinfer-doctor fetch` before, or preload the module".into(),
+                remedy: format!(
+                    "run `flashinfer-doctor fetch {}` before, or preload the module",
+                    member.package()
+                ),
             }
         } else {
             match self.fetch(member.package()) {
@@ -386,9 +389,10 @@ impl Store {
                     name,
                     Some(at),
                     "it is not in the cache".into(),
-                    "run `flashinfer-doctor fetch`; with downloads allowed it is also fetched at \
-                     first use"
-                        .into(),
+                    format!(
+                        "run `flashinfer-doctor fetch {package}`; with downloads allowed it is also \
+                         fetched at first use"
+                    ),
                 ),
                 Err(e) => SourceReport::wheel(Source::CachedWheel(at), Err(e)),
             };
@@ -609,7 +613,7 @@ impl SourceReport {
             }
         };
         let modules = wheel.modules();
-        let libraries = [Member::TvmFfi, Member::TvmFfiTesting, Member::CudaRuntime]
+        let libraries = Member::LIBRARIES
             .into_iter()
             .filter(|member| matches!(wheel.find(member), Ok(Some(_))))
             .map(|member| member.file_name())

@@ -11,12 +11,15 @@
 
 mod indices;
 pub(crate) mod masks;
+mod segments;
 mod sequences;
 mod upload;
 
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
+pub use segments::SegmentIndices;
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, SequenceTable,
+    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, SegmentTable,
+    SequenceTable,
 };

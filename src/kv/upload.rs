@@ -2,7 +2,9 @@
 
 use std::ffi::c_void;
 
-use super::{AppendIndices, ItemIndices, MaskIndices, PageIndices, RaggedIndices, SequenceIndices};
+use super::{
+    AppendIndices, ItemIndices, MaskIndices, PageIndices, RaggedIndices, SegmentIndices, SequenceIndices,
+};
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
     error::{FlashInferError, Result},
@@ -103,6 +105,13 @@ impl sealed::Arrays for RaggedIndices {
     }
 }
 
+impl sealed::Arrays for SegmentIndices {
+    const OP: &'static str = "SegmentTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.starts), Array::I32(&self.lens), Array::I32(&self.weights)]
+    }
+}
+
 impl sealed::Arrays for SequenceIndices {
     const OP: &'static str = "SequenceTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
@@ -132,6 +141,9 @@ pub type AppendTable = OnDevice<AppendIndices>;
 
 /// Offsets of ragged rows on a device. See [`RaggedIndices`].
 pub type RaggedTable = OnDevice<RaggedIndices>;
+
+/// The segments of a packed batch on a device. See [`SegmentIndices`].
+pub type SegmentTable = OnDevice<SegmentIndices>;
 
 /// The sequences of a packed batch on a device. See [`SequenceIndices`].
 pub type SequenceTable = OnDevice<SequenceIndices>;
@@ -434,6 +446,17 @@ impl RaggedTable {
 
     pub(crate) fn indptr(&self) -> Result<RawTensor> {
         self.array(0)
+    }
+}
+
+impl SegmentTable {
+    /// Uploads segments, with room for up to `max_segments` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more segments than that.
+    pub fn with_capacity(stream: &Stream, host: SegmentIndices, max_segments: usize) -> Result<Self> {
+        let room = (host.batch_size(), max_segments, "segments");
+        Self::allocate_for(stream, host, room, [max_segments; MAX_ARRAYS])
     }
 }
 

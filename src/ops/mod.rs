@@ -5,6 +5,7 @@ pub mod attention;
 pub mod cascade;
 mod check;
 pub mod gdn;
+pub mod gemm;
 pub mod norm;
 pub mod page;
 pub mod topk;
@@ -65,6 +66,7 @@ pub fn signatures() -> Vec<(&'static str, Signature)> {
         cascade::SIGNATURES,
         gdn::SIGNATURES,
         activation::SIGNATURES,
+        &gemm::signatures(),
         &attention::signatures(),
     ]
     .concat()

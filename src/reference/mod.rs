@@ -29,6 +29,7 @@ mod activation;
 mod attention;
 mod cascade;
 mod gdn;
+mod gemm;
 mod host;
 mod mla;
 mod norm;
@@ -42,6 +43,7 @@ pub use attention::{
 };
 pub use cascade::{merge_state, merge_state_in_place, merge_states};
 pub use gdn::gdn_prefill;
+pub use gemm::{bmm_fp8, segment_gemm};
 pub use mla::batch_mla;
 pub use norm::{
     fused_add_rmsnorm, fused_add_rmsnorm_quant, fused_dit_layernorm, fused_qk_rmsnorm_rope,

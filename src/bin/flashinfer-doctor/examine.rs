@@ -156,7 +156,24 @@ fn libraries(runtime: &FlashInferRuntime) -> Vec<Finding> {
         Err(error) => Explained::new(&error).problem("the CUDA runtime does not answer"),
     };
     let (version, source) = (runtime.tvm_ffi_version(), runtime.tvm_ffi_source());
-    vec![cuda, Finding::ok(format!("libtvm_ffi {version}: {source}"))]
+    vec![cuda, Finding::ok(format!("libtvm_ffi {version}: {source}")), cublas(runtime)]
+}
+
+/// Whether there is a cuBLAS, which most of the crate does without.
+fn cublas(runtime: &FlashInferRuntime) -> Finding {
+    match runtime.cublas_version() {
+        Ok(((major, minor, patch), source)) => {
+            Finding::ok(format!("cuBLAS {major}.{minor}.{patch}: {source}"))
+        }
+        Err(error) => {
+            let Explained { reason, details, .. } = Explained::new(&error);
+            let what = format!(
+                "no cuBLAS: {reason}. Only matrix products need it (`flashinfer-doctor fetch {}`)",
+                Package::Cublas
+            );
+            Finding::ok(what).with_details(details)
+        }
+    }
 }
 
 /// Why the runtime does not start, and what else it would lack.

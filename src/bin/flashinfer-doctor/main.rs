@@ -76,7 +76,8 @@ struct ReportOptions {
 enum Command {
     /// Download the pinned wheels into the cache (flashinfer_jit_cache has about 1.7 GB)
     Fetch {
-        /// The packages to download; all if none is named
+        /// The packages to download; if none is named, all but nvidia_cublas (about 500 MB), which
+        /// only some modules need
         #[arg(value_name = "PACKAGE", value_parser = package)]
         packages: Vec<Package>,
     },
@@ -160,7 +161,8 @@ fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
     config.progress = Some(download::progress());
     let store = Store::open(config)?;
     let mut complete = true;
-    for &package in if packages.is_empty() { &Package::ALL[..] } else { packages } {
+    let usual = || Package::ALL.into_iter().filter(|package| !package.is_optional()).collect();
+    for package in if packages.is_empty() { usual() } else { packages.to_vec() } {
         match store.fetch(package) {
             Ok(path) => printed(writeln!(io::stdout(), "{package}: {}", path.display()))?,
             Err(error) => {
