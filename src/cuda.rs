@@ -77,6 +77,7 @@ cudart! {
     memset_2d_async = "cudaMemset2DAsync": fn(*mut c_void, usize, c_int, usize, usize, *mut c_void);
     stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
     device_synchronize = "cudaDeviceSynchronize": fn();
+    get_last_error = "cudaGetLastError": fn();
     event_create = "cudaEventCreateWithFlags": fn(*mut RawEvent, c_uint);
     event_record = "cudaEventRecord": fn(RawEvent, *mut c_void);
     event_query = "cudaEventQuery": fn(RawEvent);
@@ -231,6 +232,17 @@ impl CudaRuntime {
             self.check("cudaMemset2DAsync", code)?;
         }
         Ok(())
+    }
+
+    /// Runs a launcher that does not tell whether its launch failed, and asks.
+    pub(crate) fn checked<R>(&self, call: &'static str, launch: impl FnOnce() -> Result<R>) -> Result<R> {
+        // Failures before this launch are not its own.
+        // SAFETY: no arguments.
+        unsafe { (self.symbols.get_last_error)() };
+        let result = launch()?;
+        // SAFETY: no arguments.
+        self.check(call, unsafe { (self.symbols.get_last_error)() })?;
+        Ok(result)
     }
 
     /// Makes the stream's device current until the guard is dropped.

@@ -13,7 +13,7 @@ use libloading::os::unix::Library;
 use crate::{
     artifacts::{Located, Source},
     error::{FlashInferError, Result},
-    ffi::{Function, Signature, abi::SafeCall, library::TvmFfi},
+    ffi::{Arg, Function, Signature, abi::SafeCall, library::TvmFfi},
     library_file::open_library,
 };
 
@@ -137,10 +137,10 @@ impl Module {
     /// The signature that an exported function gives of itself, as in
     /// `rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void`.
     ///
-    /// The function is called with no arguments, which it refuses with that
-    /// text. So it must be one that this crate declares for the module, and
-    /// thus takes some; see [`signatures`](crate::signatures). `Ok(None)` if
-    /// it accepted the call all the same.
+    /// The function is called with no arguments, or with one if it takes none,
+    /// which it refuses with that text. So it must be one that this crate
+    /// declares for the module; see [`signatures`](crate::signatures).
+    /// `Ok(None)` if it accepted the call all the same.
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: the crate declares no such function.
@@ -149,15 +149,16 @@ impl Module {
         let declared = |(pattern, signature): &(&str, Signature)| {
             signature.function == name && self.name.matches(pattern)
         };
-        if !crate::ops::signatures().iter().any(declared) {
+        let Some((_, signature)) = crate::ops::signatures().into_iter().find(declared) else {
             return Err(FlashInferError::Unsupported {
                 what: format!("the signature of `{name}` of module {}", self.name),
                 available: "only functions that this crate declares are asked for theirs".into(),
             });
-        }
+        };
         let function = self.function(name)?;
-        // SAFETY: with no arguments there is nothing the function could misuse.
-        match unsafe { function.call(&[]) } {
+        let too_many_or_few = if signature.args.is_empty() { &[Arg::NONE][..] } else { &[] };
+        // SAFETY: there is nothing in the arguments that the function could misuse.
+        match unsafe { function.call(too_many_or_few) } {
             Ok(_) => Ok(None),
             Err(FlashInferError::TvmFfiCall { message, .. }) => {
                 Ok(message.split('`').nth(1).map(str::to_owned))

@@ -11,12 +11,17 @@
 
 mod indices;
 pub(crate) mod masks;
+mod rows;
+pub(crate) mod segments;
 mod sequences;
 mod upload;
 
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
+pub use rows::RowIndices;
+pub use segments::{BitOrder, SegmentIndices};
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, SequenceTable,
+    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, RowTable, SegmentTable,
+    SequenceTable,
 };

@@ -32,8 +32,10 @@ mod host;
 mod mla;
 mod norm;
 mod page;
+mod quantization;
 #[cfg(test)]
 mod testing;
+mod topk;
 
 pub use attention::{
     Mask, batch_decode, batch_prefill_paged, batch_prefill_ragged, single_decode, single_prefill,
@@ -43,3 +45,5 @@ pub use gdn::gdn_prefill;
 pub use mla::batch_mla;
 pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
+pub use quantization::{packbits, segment_packbits};
+pub use topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};
