@@ -314,7 +314,7 @@ pub fn can_implement_filtered_topk(stream: &Stream) -> Result<bool> {
 /// # Errors
 /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
 /// launched: a device, stream, dtype, shape, stride or alignment does not fit,
-/// an option does not have that `k`, an output has 2³² elements, or rows are too
+/// an option is not for that `k`, an output has more than 2³² elements, or rows are too
 /// long. Else what the module or CUDA said; `operation not supported` where
 /// `options` ask for *filtered* on a GPU that cannot implement it.
 pub fn radix_topk(
@@ -673,7 +673,8 @@ mod tests {
         }
         assert_eq!(sizes(4, 10, 11, &plain), Some("values"));
         assert_eq!(sizes(1 << 31, 8, 1, &plain), Some("input"));
-        assert_eq!(sizes(1 << 22, 2000, 1024, &plain), Some("indices"));
+        assert_eq!(sizes(1 << 22, 2000, 1024, &plain), None);
+        assert_eq!(sizes((1 << 22) + 1, 2000, 1024, &plain), Some("indices"));
         for filtered in [
             options(|options| options.tie_break = TieBreak::Large),
             options(|options| options.dsa_graph_safe = true),

@@ -71,13 +71,13 @@ mod tests {
     fn segments_are_packed_each_on_its_own() {
         let x = [1u8, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1];
         let segments = SegmentIndices::from_lens([4, 0, 3, 4]).unwrap();
-        let mut y = [0xff; 3];
+        let mut y = [0xffu8; 3];
         segment_packbits(&mut view_mut(&mut y, &[3]), &view(&x, &[11]), &segments, BitOrder::Big).unwrap();
         assert_eq!(y, [0b1011_0000, 0b0010_0000, 0b1101_0000]);
         segment_packbits(&mut view_mut(&mut y, &[3]), &view(&x, &[11]), &segments, BitOrder::Little).unwrap();
         assert_eq!(y, [0b1101, 0b100, 0b1011]);
         let all = SegmentIndices::from_lens([11]).unwrap();
-        let (mut one, mut other) = ([0; 2], [0; 2]);
+        let (mut one, mut other) = ([0u8; 2], [0u8; 2]);
         segment_packbits(&mut view_mut(&mut one, &[2]), &view(&x, &[11]), &all, BitOrder::Big).unwrap();
         packbits(&mut view_mut(&mut other, &[2]), &view(&x, &[11]), BitOrder::Big).unwrap();
         assert_eq!(one, other);
