@@ -232,15 +232,17 @@ fn sizes_bf16() {
 }
 
 /// More rows than there are groups of blocks for, so that each group works off
-/// several.
+/// several: groups of two blocks, of one, and of one whose rows are short.
 #[test]
 fn more_rows_than_groups() {
     let Some(gpu) = start(Gpu::start) else { return };
     let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
-    let input = Tensor::<bf16>::random(&gpu, rng, &[100, 120_000]);
-    for deterministic in [false, true] {
-        let options = options(|options| options.deterministic = deterministic);
-        check(&gpu, row_states, &input, 100, &options);
+    for [rows, len, k] in [[100, 120_000, 100], [300, 20_000, 64], [3000, 2500, 2100]] {
+        let input = Tensor::<bf16>::random(&gpu, rng, &[rows, len]);
+        for deterministic in [false, true] {
+            let options = options(|options| options.deterministic = deterministic);
+            check(&gpu, row_states, &input, k, &options);
+        }
     }
 }
 

@@ -274,7 +274,8 @@ pub(crate) fn check_row_bytes(
     check.fail(
         argument,
         format!(
-            "rows of {len} elements are {bytes} bytes; the blocks of this GPU hold {max_row_bytes} at once"
+            "rows of {len} elements are {bytes} bytes; the blocks of this GPU hold {max_row_bytes} at once; split \
+             them (selection with a tie break needs no such memory)"
         ),
     )
 }
@@ -297,7 +298,7 @@ pub fn can_implement_filtered_topk(stream: &Stream) -> Result<bool> {
         other => Err(FlashInferError::TvmFfiCall {
             function: CAN_IMPLEMENT.name().into(),
             kind: "TypeError".into(),
-            message: format!("a bool was expected, {other:?} came back"),
+            message: format!("expected a bool, the module returned {other:?}"),
             traceback: String::new(),
         }),
     }
