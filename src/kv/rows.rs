@@ -24,7 +24,7 @@ impl RowIndices {
     /// Rows of these lengths, which may be 0.
     ///
     /// # Errors
-    /// A length is 2³¹ or more.
+    /// A length is 2³¹ - 1 or more.
     ///
     /// ```
     /// # use flashinfer_rs::RowIndices;
