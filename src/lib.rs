@@ -104,7 +104,7 @@ mod tensor;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, IndexArrays, ItemIndices, ItemTable, MaskIndices, MaskTable, OnDevice,
-    PageIndices, PageTable, RaggedIndices, RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable,
+    PageIndices, PageTable, RaggedIndices, RaggedTable, RowIndices, RowTable, PackedIndices, PackedTable,
     SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};

@@ -6,7 +6,7 @@ mod common;
 use common::{Gpu, Rng, attention::capture, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
-    MaskIndices, ModuleName, SegmentIndices, SegmentTable, TensorMut, TensorRef,
+    MaskIndices, ModuleName, PackedIndices, PackedTable, TensorMut, TensorRef,
     cudarc::{TensorExt, TensorExtMut},
     quantization::{self, BitOrder},
     reference,
@@ -92,8 +92,8 @@ fn any_alignment() {
 
 /// Packs segments of these lengths, and compares with the reference.
 fn packs_segments(gpu: &Gpu, rng: &mut Rng, lens: &[usize]) {
-    let segments = SegmentIndices::from_lens(lens.iter().copied()).unwrap();
-    let table = SegmentTable::new(&gpu.stream, segments.clone()).unwrap();
+    let segments = PackedIndices::from_lens(lens.iter().copied()).unwrap();
+    let table = PackedTable::new(&gpu.stream, segments.clone()).unwrap();
     let bits = random_bits(rng, segments.num_elements());
     let x = upload(gpu, &bits);
     for order in ORDERS {
@@ -140,11 +140,11 @@ fn masks_are_packed_as_on_the_host() {
     let Some(gpu) = start(Gpu::start) else { return };
     let rng = &mut Rng::new();
     let mask = MaskIndices::new([(2, 5), (0, 9), (1, 3), (17, 401), (64, 64), (3, 0), (5, 8)]).unwrap();
-    let segments = SegmentIndices::of_mask(&mask).unwrap();
+    let segments = PackedIndices::of_mask(&mask).unwrap();
     let bits = random_bits(rng, segments.num_elements());
     let want = mask.pack(&bits.iter().map(|&bit| bit == 1).collect::<Vec<_>>()).unwrap();
     assert_eq!(segments.num_bytes(), mask.num_bytes());
-    let table = SegmentTable::new(&gpu.stream, segments).unwrap();
+    let table = PackedTable::new(&gpu.stream, segments).unwrap();
     let (x, mut y) = (upload(&gpu, &bits), upload(&gpu, &vec![POISON; want.len()]));
     quantization::segment_packbits(
         &gpu.stream,
@@ -162,10 +162,10 @@ fn masks_are_packed_as_on_the_host() {
 fn graph_replay() {
     let Some(gpu) = start(Gpu::start_alone) else { return };
     let rng = &mut Rng::new();
-    let of = |lens: [usize; 3]| SegmentIndices::from_lens(lens).unwrap();
+    let of = |lens: [usize; 3]| PackedIndices::from_lens(lens).unwrap();
     let mut x = upload(&gpu, &random_bits(rng, 3000));
     let (mut y, mut all) = (upload(&gpu, &[POISON; 375]), upload(&gpu, &[POISON; 375]));
-    let mut table = SegmentTable::with_capacity(&gpu.stream, of([1000, 0, 2000]), 3).unwrap();
+    let mut table = PackedTable::with_capacity(&gpu.stream, of([1000, 0, 2000]), 3).unwrap();
     let graph = {
         let x = x.tensor(&gpu.cuda, &[3000]).unwrap();
         let mut y = y.tensor_mut(&gpu.cuda, &[375]).unwrap();
@@ -202,7 +202,7 @@ fn wrong_input() {
     let Some(gpu) = start(Gpu::start) else { return };
     let other = gpu.fork();
     let (x, mut y) = (upload(&gpu, &[1; 64]), upload(&gpu, &[POISON; 8]));
-    let table = SegmentTable::new(&gpu.stream, SegmentIndices::from_lens([40, 24]).unwrap()).unwrap();
+    let table = PackedTable::new(&gpu.stream, PackedIndices::from_lens([40, 24]).unwrap()).unwrap();
     {
         let mut y = y.tensor_mut(&gpu.cuda, &[8]).unwrap();
         let mut y = y.view_mut();
@@ -225,12 +225,12 @@ fn wrong_input() {
         let floats = floats.tensor(&gpu.cuda, &[64]).unwrap();
         refused(pack(&mut y, &floats.view()), "x");
         refused(quantization::packbits(&other.stream, &mut y, &x, BitOrder::Big), "x");
-        let foreign = SegmentTable::new(&other.stream, table.host().clone()).unwrap();
+        let foreign = PackedTable::new(&other.stream, table.host().clone()).unwrap();
         let call = quantization::segment_packbits(&gpu.stream, &mut y, &x, &foreign, BitOrder::Big);
         refused(call, "segments");
     }
     assert_eq!(download(&gpu, &y), [POISON; 8]);
-    refused(SegmentTable::with_capacity(&gpu.stream, table.host().clone(), 1), "capacity");
+    refused(PackedTable::with_capacity(&gpu.stream, table.host().clone(), 1), "capacity");
 }
 
 /// The launchers use the current device; here it is that of the tensors, and

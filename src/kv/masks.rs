@@ -1,7 +1,7 @@
 //! Which keys each query of a batch sees, where neither "all" nor "those up to
 //! its position" says it.
 
-use super::segments::{BitOrder, pack};
+use super::packed::{BitOrder, pack};
 use crate::error::{FlashInferError, Result};
 
 /// Where each request's part of a packed custom mask lies.
@@ -11,7 +11,7 @@ use crate::error::{FlashInferError, Result};
 /// of its first byte, is 1 if the query sees the key. Parts start at whole
 /// bytes and lie one after the other; this is what
 /// [`segment_packbits`](crate::quantization::segment_packbits) makes of
-/// [`SegmentIndices::of_mask`](crate::SegmentIndices::of_mask) in little bit
+/// [`PackedIndices::of_mask`](crate::PackedIndices::of_mask) in little bit
 /// order. The bits themselves are a tensor, which can be on the device only.
 #[derive(Clone, Debug)]
 pub struct MaskIndices {

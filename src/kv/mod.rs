@@ -12,16 +12,16 @@
 mod indices;
 pub(crate) mod masks;
 mod rows;
-pub(crate) mod segments;
+pub(crate) mod packed;
 mod sequences;
 mod upload;
 
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
 pub use rows::RowIndices;
-pub use segments::{BitOrder, SegmentIndices};
+pub use packed::{BitOrder, PackedIndices};
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, RowTable, SegmentTable,
+    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, RowTable, PackedTable,
     SequenceTable,
 };

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::{
-    AppendIndices, ItemIndices, MaskIndices, PageIndices, RaggedIndices, RowIndices, SegmentIndices,
+    AppendIndices, ItemIndices, MaskIndices, PageIndices, RaggedIndices, RowIndices, PackedIndices,
     SequenceIndices,
 };
 use crate::{
@@ -135,8 +135,8 @@ impl sealed::Arrays for RowIndices {
     }
 }
 
-impl sealed::Arrays for SegmentIndices {
-    const OP: &'static str = "SegmentTable";
+impl sealed::Arrays for PackedIndices {
+    const OP: &'static str = "PackedTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(self.input_indptr()), Array::I32(self.output_indptr()), Array::EMPTY]
     }
@@ -163,8 +163,8 @@ pub type ItemTable = OnDevice<ItemIndices>;
 /// The parts of rows of scores on a device. See [`RowIndices`].
 pub type RowTable = OnDevice<RowIndices>;
 
-/// Segments of a boolean tensor on a device. See [`SegmentIndices`].
-pub type SegmentTable = OnDevice<SegmentIndices>;
+/// Segments of a boolean tensor on a device. See [`PackedIndices`].
+pub type PackedTable = OnDevice<PackedIndices>;
 
 /// Index arrays together with their copy on a device.
 ///
@@ -574,12 +574,12 @@ impl RowTable {
     }
 }
 
-impl SegmentTable {
+impl PackedTable {
     /// Uploads segments, with room for up to `max_segments` in later updates.
     ///
     /// # Errors
     /// As [`new`](Self::new); also when there are more segments than that.
-    pub fn with_capacity(stream: &Stream, host: SegmentIndices, max_segments: usize) -> Result<Self> {
+    pub fn with_capacity(stream: &Stream, host: PackedIndices, max_segments: usize) -> Result<Self> {
         let (have, entries) = ((host.batch_size(), max_segments, "segments"), max_segments.saturating_add(1));
         Self::allocate_for(stream, host, have, [entries, entries, 0])
     }

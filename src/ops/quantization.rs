@@ -10,14 +10,14 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     MaskIndices, SegmentIndices, SegmentTable, Stream, cudarc::{TensorExt, TensorExtMut},
+//!     MaskIndices, PackedIndices, PackedTable, Stream, cudarc::{TensorExt, TensorExtMut},
 //!     quantization::{self, BitOrder},
 //! };
 //! let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
 //! let stream = Stream::from(&cuda);
 //! // One request of 2 queries and 5 keys, one of 1 query and 3 keys.
 //! let mask = MaskIndices::new([(2, 5), (1, 3)])?;
-//! let segments = SegmentTable::new(&stream, SegmentIndices::of_mask(&mask)?)?;
+//! let segments = PackedTable::new(&stream, PackedIndices::of_mask(&mask)?)?;
 //! let visible = cuda.clone_htod(&[1u8; 13])?;
 //! let mut bits = cuda.alloc_zeros::<u8>(mask.num_bytes())?;
 //! quantization::segment_packbits(
@@ -38,7 +38,7 @@ pub use crate::kv::BitOrder;
 use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    kv::SegmentTable,
+    kv::PackedTable,
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
@@ -120,7 +120,7 @@ pub fn segment_packbits(
     stream: &Stream,
     y: &mut TensorMut<'_>,
     x: &TensorRef<'_>,
-    segments: &SegmentTable,
+    segments: &PackedTable,
     bitorder: BitOrder,
 ) -> Result<()> {
     let check = Check::new(SEGMENT_PACKBITS.name(), stream)?;

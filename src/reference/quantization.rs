@@ -3,7 +3,7 @@
 use super::host::{Check, RowsMut};
 use crate::{
     error::Result,
-    kv::{BitOrder, SegmentIndices, segments::pack},
+    kv::{BitOrder, PackedIndices, packed::pack},
     tensor::{DType, TensorMut, TensorRef},
 };
 
@@ -42,7 +42,7 @@ pub fn packbits(y: &mut TensorMut<'_>, x: &TensorRef<'_>, bitorder: BitOrder) ->
 pub fn segment_packbits(
     y: &mut TensorMut<'_>,
     x: &TensorRef<'_>,
-    segments: &SegmentIndices,
+    segments: &PackedIndices,
     bitorder: BitOrder,
 ) -> Result<()> {
     let check = Check { op: "reference::segment_packbits" };
@@ -70,13 +70,13 @@ mod tests {
     #[test]
     fn segments_are_packed_each_on_its_own() {
         let x = [1u8, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1];
-        let segments = SegmentIndices::from_lens([4, 0, 3, 4]).unwrap();
+        let segments = PackedIndices::from_lens([4, 0, 3, 4]).unwrap();
         let mut y = [0xffu8; 3];
         segment_packbits(&mut view_mut(&mut y, &[3]), &view(&x, &[11]), &segments, BitOrder::Big).unwrap();
         assert_eq!(y, [0b1011_0000, 0b0010_0000, 0b1101_0000]);
         segment_packbits(&mut view_mut(&mut y, &[3]), &view(&x, &[11]), &segments, BitOrder::Little).unwrap();
         assert_eq!(y, [0b1101, 0b100, 0b1011]);
-        let all = SegmentIndices::from_lens([11]).unwrap();
+        let all = PackedIndices::from_lens([11]).unwrap();
         let (mut one, mut other) = ([0u8; 2], [0u8; 2]);
         segment_packbits(&mut view_mut(&mut one, &[2]), &view(&x, &[11]), &all, BitOrder::Big).unwrap();
         packbits(&mut view_mut(&mut other, &[2]), &view(&x, &[11]), BitOrder::Big).unwrap();
@@ -87,14 +87,14 @@ mod tests {
     fn nothing_is_packed_to_nothing() {
         let none: [u8; 0] = [];
         packbits(&mut view_mut(&mut [0u8; 0], &[0]), &view(&none, &[0]), BitOrder::Big).unwrap();
-        let empty = SegmentIndices::from_lens([0, 0]).unwrap();
+        let empty = PackedIndices::from_lens([0, 0]).unwrap();
         segment_packbits(&mut view_mut(&mut [0u8; 0], &[0]), &view(&none, &[0]), &empty, BitOrder::Big)
             .unwrap();
     }
 
     #[test]
     fn wrong_sizes_are_refused() {
-        let (x, segments) = ([1u8; 9], SegmentIndices::from_lens([4, 5]).unwrap());
+        let (x, segments) = ([1u8; 9], PackedIndices::from_lens([4, 5]).unwrap());
         refused(packbits(&mut view_mut(&mut [0u8; 1], &[1]), &view(&x, &[9]), BitOrder::Big), "y");
         refused(packbits(&mut view_mut(&mut [0i32; 2], &[2]), &view(&x, &[9]), BitOrder::Big), "y");
         refused(packbits(&mut view_mut(&mut [0u8; 2], &[2]), &view(&[1i32; 9], &[9]), BitOrder::Big), "x");

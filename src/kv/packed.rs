@@ -28,20 +28,20 @@ pub(crate) fn pack(bits: &[bool], order: BitOrder) -> impl Iterator<Item = u8> {
 /// is `input_indptr[i]..input_indptr[i + 1]`, and its bytes are
 /// `output_indptr[i]..output_indptr[i + 1]`.
 #[derive(Clone, Debug)]
-pub struct SegmentIndices {
+pub struct PackedIndices {
     input: RaggedIndices,
     output: RaggedIndices,
 }
 
-impl SegmentIndices {
+impl PackedIndices {
     /// Segments of these offsets into the tensor.
     ///
     /// # Errors
     /// There are too many bytes, which needs 2³¹ segments or so.
     ///
     /// ```
-    /// # use flashinfer_rs::{RaggedIndices, SegmentIndices};
-    /// let segments = SegmentIndices::new(RaggedIndices::new(vec![0, 4, 4, 13])?)?;
+    /// # use flashinfer_rs::{RaggedIndices, PackedIndices};
+    /// let segments = PackedIndices::new(RaggedIndices::new(vec![0, 4, 4, 13])?)?;
     /// assert_eq!(segments.output_indptr(), [0, 1, 1, 3]);
     /// # Ok::<(), flashinfer_rs::FlashInferError>(())
     /// ```
@@ -100,15 +100,15 @@ mod tests {
 
     #[test]
     fn segments_have_bytes_of_their_own() {
-        let segments = SegmentIndices::from_lens([4, 3, 0, 17, 8]).unwrap();
+        let segments = PackedIndices::from_lens([4, 3, 0, 17, 8]).unwrap();
         assert_eq!(segments.input_indptr(), [0, 4, 7, 7, 24, 32]);
         assert_eq!(segments.output_indptr(), [0, 1, 2, 2, 5, 6]);
         assert_eq!((segments.batch_size(), segments.num_elements(), segments.num_bytes()), (5, 32, 6));
         let mask = MaskIndices::new([(2, 5), (0, 4), (3, 8)]).unwrap();
-        let segments = SegmentIndices::of_mask(&mask).unwrap();
+        let segments = PackedIndices::of_mask(&mask).unwrap();
         assert_eq!(segments.output_indptr(), mask.mask_indptr());
         // A mask has up to 2³¹ bytes; its elements are counted in 32 bits here.
-        assert!(SegmentIndices::of_mask(&MaskIndices::new([(1 << 16, 1 << 16)]).unwrap()).is_err());
-        assert!(SegmentIndices::from_lens([(1 << 31) - 1]).is_ok());
+        assert!(PackedIndices::of_mask(&MaskIndices::new([(1 << 16, 1 << 16)]).unwrap()).is_err());
+        assert!(PackedIndices::from_lens([(1 << 31) - 1]).is_ok());
     }
 }
