@@ -108,11 +108,11 @@ pub use cuda_library::LibrarySource;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, IndexArrays, ItemIndices, ItemTable, MaskIndices, MaskTable, OnDevice,
-    PageIndices, PageTable, RaggedIndices, RaggedTable, SegmentIndices, SegmentTable, SequenceIndices,
-    SequenceTable,
+    PackedIndices, PackedTable, PageIndices, PageTable, RaggedIndices, RaggedTable, RowIndices, RowTable,
+    SegmentIndices, SegmentTable, SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
-pub use ops::{activation, attention, cascade, gdn, gemm, norm, page, signatures, topk};
+pub use ops::{activation, attention, cascade, gdn, gemm, norm, page, quantization, signatures, topk};
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};

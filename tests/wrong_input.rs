@@ -8,6 +8,7 @@ use flashinfer_rs::{
     cascade::{self, State, StateMut},
     norm::{self, NormOptions},
     page::{KvLayout, PagedKv, PagedKvMut},
+    quantization::{self, BitOrder},
 };
 
 const GPU: Device = Device::Cuda(0);
@@ -120,6 +121,28 @@ fn fused_norms() {
         refused(run(good(), good().permute(&[1, 0]).unwrap(), weight), name, "residual");
         refused(run(good(), good(), half(&[32])), name, "weight");
     }
+}
+
+#[test]
+fn packed_bits() {
+    let stream = stream();
+    let pack = |y: TensorMut<'_>, x: TensorRef<'_>| {
+        let mut y = y;
+        quantization::packbits(&stream, &mut y, &x, BitOrder::Little)
+    };
+    let x = |len: usize| tensor(ALIGNED, GPU, DType::Bool, &[len], None);
+    let y = |len: usize| tensor_mut(GPU, DType::U8, &[len]);
+    for dtype in [DType::I8, DType::F16, DType::I32] {
+        refused(pack(y(3), tensor(ALIGNED, GPU, dtype, &[20], None)), "packbits", "x");
+    }
+    refused(pack(y(3), tensor(ALIGNED, Device::Cpu, DType::U8, &[20], None)), "packbits", "x");
+    refused(pack(y(3), tensor(ALIGNED, Device::Cuda(1), DType::U8, &[20], None)), "packbits", "x");
+    refused(pack(y(3), tensor(ALIGNED, GPU, DType::U8, &[4, 5], None)), "packbits", "x");
+    refused(pack(y(3), tensor(ALIGNED, GPU, DType::U8, &[20], Some(&[2]))), "packbits", "x");
+    for wrong in [y(2), y(4), tensor_mut(GPU, DType::Bool, &[3]), tensor_mut(Device::Cpu, DType::U8, &[3])] {
+        refused(pack(wrong, x(20)), "packbits", "y");
+    }
+    assert!(pack(y(0), x(0)).is_ok());
 }
 
 /// Without rows there is nothing to do, not even a runtime to start.

@@ -1,6 +1,7 @@
 //! Which keys each query of a batch sees, where neither "all" nor "those up to
 //! its position" says it.
 
+use super::packed::{BitOrder, pack};
 use crate::error::{FlashInferError, Result};
 
 /// Where each request's part of a packed custom mask lies.
@@ -8,9 +9,10 @@ use crate::error::{FlashInferError, Result};
 /// A custom mask has one bit for each query and key of a request: bit
 /// `query · kv_len + key` of the request's part, counted from the lowest bit
 /// of its first byte, is 1 if the query sees the key. Parts start at whole
-/// bytes and lie one after the other; this is what upstream's
-/// `segment_packbits` makes with `bitorder="little"`. The bits themselves are a
-/// tensor, which can be on the device only.
+/// bytes and lie one after the other; this is what
+/// [`segment_packbits`](crate::quantization::segment_packbits) makes of
+/// [`PackedIndices::of_mask`](crate::PackedIndices::of_mask) in little bit
+/// order. The bits themselves are a tensor, which can be on the device only.
 #[derive(Clone, Debug)]
 pub struct MaskIndices {
     pub(super) mask_indptr: Vec<i32>,
@@ -72,8 +74,7 @@ impl MaskIndices {
         let mut rest = mask;
         for (queries, keys) in &self.shapes {
             let (part, others) = rest.split_at(queries * keys);
-            let byte = |bits: &[bool]| bits.iter().rev().fold(0, |byte, &bit| byte << 1 | u8::from(bit));
-            packed.extend(part.chunks(8).map(byte));
+            packed.extend(pack(part, BitOrder::Little));
             rest = others;
         }
         Ok(packed)

@@ -11,15 +11,19 @@
 
 mod indices;
 pub(crate) mod masks;
+pub(crate) mod packed;
+mod rows;
 mod segments;
 mod sequences;
 mod upload;
 
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
+pub use packed::{BitOrder, PackedIndices};
+pub use rows::RowIndices;
 pub use segments::SegmentIndices;
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, SegmentTable,
-    SequenceTable,
+    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PackedTable, PageTable, RaggedTable, RowTable,
+    SegmentTable, SequenceTable,
 };

@@ -3,7 +3,8 @@
 use std::ffi::c_void;
 
 use super::{
-    AppendIndices, ItemIndices, MaskIndices, PageIndices, RaggedIndices, SegmentIndices, SequenceIndices,
+    AppendIndices, ItemIndices, MaskIndices, PackedIndices, PageIndices, RaggedIndices, RowIndices,
+    SegmentIndices, SequenceIndices,
 };
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
@@ -133,6 +134,21 @@ impl sealed::Arrays for ItemIndices {
     }
 }
 
+impl sealed::Arrays for RowIndices {
+    const OP: &'static str = "RowTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        let given = |array| Array::I32(<Option<&[i32]>>::unwrap_or_default(array));
+        [Array::I32(&self.lengths), given(self.row_starts()), given(self.row_to_batch())]
+    }
+}
+
+impl sealed::Arrays for PackedIndices {
+    const OP: &'static str = "PackedTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(self.input_indptr()), Array::I32(self.output_indptr()), Array::EMPTY]
+    }
+}
+
 /// A page table on a device. See [`PageIndices`].
 pub type PageTable = OnDevice<PageIndices>;
 
@@ -153,6 +169,12 @@ pub type MaskTable = OnDevice<MaskIndices>;
 
 /// The items of multi-item prompts on a device. See [`ItemIndices`].
 pub type ItemTable = OnDevice<ItemIndices>;
+
+/// The parts of rows of scores on a device. See [`RowIndices`].
+pub type RowTable = OnDevice<RowIndices>;
+
+/// Segments of a boolean tensor on a device. See [`PackedIndices`].
+pub type PackedTable = OnDevice<PackedIndices>;
 
 /// Index arrays together with their copy on a device.
 ///
@@ -523,5 +545,71 @@ impl ItemTable {
 
     pub(crate) fn token_pos_in_items(&self) -> Result<RawTensor> {
         self.array(2)
+    }
+}
+
+impl RowTable {
+    /// Uploads the parts of rows, with room for up to `max_rows` in later
+    /// updates; for `row_starts` and `row_to_batch` only if `host` has them.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more rows than that.
+    pub fn with_capacity(stream: &Stream, host: RowIndices, max_rows: usize) -> Result<Self> {
+        let room = |given: bool| if given { max_rows } else { 0 };
+        let capacity = [max_rows, room(host.row_starts.is_some()), room(host.row_to_batch.is_some())];
+        let have = (host.len(), max_rows, "rows");
+        Self::allocate_for(stream, host, have, capacity)
+    }
+
+    /// Parts of rows whose device arrays exist already, for example because a
+    /// kernel counts tokens; `row_starts` and `row_to_batch` are looked at if
+    /// `host` has them.
+    ///
+    /// # Safety
+    /// Whenever work that uses the table runs on `stream`, the device arrays
+    /// must have as many entries as `host` has rows, and no part may end beyond
+    /// [`host.end()`](RowIndices::end), start below 0 or have a length below 0,
+    /// and no request may be below 0 or beyond
+    /// [`host.batch_size()`](RowIndices::batch_size). They must stay allocated
+    /// for as long as the table and that work live.
+    pub unsafe fn from_device_unchecked(
+        stream: &Stream,
+        host: RowIndices,
+        lengths: *const i32,
+        row_starts: *const i32,
+        row_to_batch: *const i32,
+    ) -> Self {
+        Self::borrowed(stream, host, [lengths.cast(), row_starts.cast(), row_to_batch.cast()])
+    }
+
+    pub(crate) fn lengths(&self) -> Result<RawTensor> {
+        self.array(0)
+    }
+
+    pub(crate) fn row_starts(&self) -> Result<Option<RawTensor>> {
+        self.host.row_starts.as_ref().map(|_| self.array(1)).transpose()
+    }
+
+    pub(crate) fn row_to_batch(&self) -> Result<Option<RawTensor>> {
+        self.host.row_to_batch.as_ref().map(|_| self.array(2)).transpose()
+    }
+}
+
+impl PackedTable {
+    /// Uploads segments, with room for up to `max_segments` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more segments than that.
+    pub fn with_capacity(stream: &Stream, host: PackedIndices, max_segments: usize) -> Result<Self> {
+        let (have, entries) = ((host.batch_size(), max_segments, "segments"), max_segments.saturating_add(1));
+        Self::allocate_for(stream, host, have, [entries, entries, 0])
+    }
+
+    pub(crate) fn input_indptr(&self) -> Result<RawTensor> {
+        self.array(0)
+    }
+
+    pub(crate) fn output_indptr(&self) -> Result<RawTensor> {
+        self.array(1)
     }
 }

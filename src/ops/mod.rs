@@ -8,6 +8,7 @@ pub mod gdn;
 pub mod gemm;
 pub mod norm;
 pub mod page;
+pub mod quantization;
 pub mod topk;
 
 use std::sync::OnceLock;
@@ -67,6 +68,8 @@ pub fn signatures() -> Vec<(&'static str, Signature)> {
         gdn::SIGNATURES,
         activation::SIGNATURES,
         &gemm::signatures(),
+        quantization::SIGNATURES,
+        topk::SIGNATURES,
         &attention::signatures(),
     ]
     .concat()

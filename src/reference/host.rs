@@ -15,9 +15,13 @@ use crate::{
     tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
 };
 
-/// Element types that can be read and written as numbers.
+/// Element types of floats.
 pub(super) const FLOATS: [DType; 6] =
     [DType::F16, DType::BF16, DType::F32, DType::F64, DType::E4M3, DType::E5M2];
+/// Element types that can be read and written as numbers: floats, and the
+/// integers of indices and of packed bits.
+const NUMBERS: [DType; 8] =
+    [DType::F16, DType::BF16, DType::F32, DType::F64, DType::E4M3, DType::E5M2, DType::I32, DType::U8];
 /// Element types that every tensor of every operation may have here.
 const WIDE: [DType; 2] = [DType::F32, DType::F64];
 
@@ -65,7 +69,7 @@ impl Check {
         if raw.device != Device::Cpu {
             return self.fail(argument, format!("it is on {}; expected cpu", raw.device));
         }
-        let allowed = || FLOATS.into_iter().filter(|dtype| dtypes.contains(dtype) || WIDE.contains(dtype));
+        let allowed = || NUMBERS.into_iter().filter(|dtype| dtypes.contains(dtype) || WIDE.contains(dtype));
         if !allowed().any(|dtype| dtype == raw.dtype) {
             let names: Vec<_> = allowed().map(DType::name).collect();
             return self
@@ -173,6 +177,8 @@ impl Rows<'_> {
             DType::F64 => read!(f64, f64::from),
             DType::E4M3 => read!(F8E4M3, |element: F8E4M3| element.to_f64()),
             DType::E5M2 => read!(F8E5M2, |element: F8E5M2| element.to_f64()),
+            DType::I32 => read!(i32, f64::from),
+            DType::U8 => read!(u8, f64::from),
             other => unreachable!("{other} is not one of the dtypes that `Check::rows` lets through"),
         }
     }
@@ -212,6 +218,8 @@ impl RowsMut<'_> {
             DType::F64 => write!(f64, |number| number),
             DType::E4M3 => write!(F8E4M3, F8E4M3::from_f64),
             DType::E5M2 => write!(F8E5M2, F8E5M2::from_f64),
+            DType::I32 => write!(i32, |number| number as i32),
+            DType::U8 => write!(u8, |number| number as u8),
             other => unreachable!("{other} is not one of the dtypes that `Check::rows` lets through"),
         }
     }

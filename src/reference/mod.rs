@@ -34,8 +34,10 @@ mod host;
 mod mla;
 mod norm;
 mod page;
+mod quantization;
 #[cfg(test)]
 mod testing;
+mod topk;
 
 pub use activation::{gelu_and_mul, gelu_tanh_and_mul, silu_and_mul};
 pub use attention::{
@@ -50,3 +52,5 @@ pub use norm::{
     gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm, rmsnorm_quant,
 };
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
+pub use quantization::{packbits, segment_packbits};
+pub use topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};
