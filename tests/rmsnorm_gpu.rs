@@ -116,3 +116,13 @@ fn fused_add_wrong_input() {
 fn threads_with_different_sizes() {
     cases::threads_with_different_sizes(PLAIN);
 }
+
+#[test]
+fn graph_replay() {
+    cases::graph_replay(PLAIN);
+}
+
+#[test]
+fn fused_add_graph_replay() {
+    cases::fused_graph_replay(FUSED);
+}

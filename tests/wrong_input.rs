@@ -5,6 +5,7 @@ use std::ffi::c_void;
 
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, Stream, TensorMut, TensorRef,
+    activation::{self, ActivationOptions},
     cascade::{self, State, StateMut},
     norm::{self, NormOptions},
     page::{KvLayout, PagedKv, PagedKvMut},
@@ -143,6 +144,139 @@ fn packed_bits() {
         refused(pack(wrong, x(20)), "packbits", "y");
     }
     assert!(pack(y(0), x(0)).is_ok());
+}
+
+#[test]
+fn quantizing_norms() {
+    let (stream, options) = (stream(), NormOptions::default());
+    let on = |dtype, shape: &[usize]| tensor(ALIGNED, GPU, dtype, shape, None);
+    let refuse = |out: DType, input: TensorRef<'_>, weight: TensorRef<'_>, scale: TensorRef<'_>, expected| {
+        let make = |dtype| tensor_mut(GPU, dtype, &[8, 64]);
+        let call = norm::rmsnorm_quant(&stream, &mut make(out), &input, &weight, &scale, &options);
+        refused(call, "rmsnorm_quant", expected);
+        let call = norm::fused_add_rmsnorm_quant(
+            &stream,
+            &mut make(out),
+            &input,
+            &mut make(DType::F16),
+            &weight,
+            &scale,
+            &options,
+        );
+        refused(call, "fused_add_rmsnorm_quant", expected);
+    };
+    let (input, weight, scale) = (half(&[8, 64]), half(&[64]), on(DType::F32, &[1]));
+    for out in [DType::F16, DType::U8, DType::I8, DType::F32] {
+        refuse(out, input, weight, scale, "out");
+    }
+    refuse(DType::E4M3, on(DType::F32, &[8, 64]), weight, scale, "input");
+    refuse(DType::E4M3, on(DType::E4M3, &[8, 64]), weight, scale, "input");
+    refuse(DType::E4M3, half(&[8, 0]), half(&[0]), scale, "input");
+    refuse(DType::E5M2, tensor(ALIGNED, GPU, DType::F16, &[8, 64], Some(&[66, 1])), weight, scale, "input");
+    refuse(DType::E5M2, input, half(&[32]), scale, "weight");
+    refuse(DType::E5M2, input, on(DType::BF16, &[64]), scale, "weight");
+    refuse(DType::E5M2, input, tensor(ALIGNED + 8, GPU, DType::F16, &[64], None), scale, "weight");
+    for scale in [
+        on(DType::F16, &[1]),
+        on(DType::F64, &[1]),
+        on(DType::F32, &[2]),
+        on(DType::F32, &[]),
+        on(DType::F32, &[1, 1]),
+        tensor(ALIGNED, Device::Cpu, DType::F32, &[1], None),
+        tensor(ALIGNED + 2, GPU, DType::F32, &[1], None),
+    ] {
+        refuse(DType::E4M3, input, weight, scale, "scale");
+    }
+    let call = norm::rmsnorm_quant(
+        &stream,
+        &mut tensor_mut(GPU, DType::E4M3, &[8, 2, 64]),
+        &half(&[8, 2, 64]),
+        &weight,
+        &scale,
+        &options,
+    );
+    refused(call, "rmsnorm_quant", "input");
+    let mut residual = tensor_mut(GPU, DType::BF16, &[8, 64]);
+    let mut out = tensor_mut(GPU, DType::E4M3, &[8, 64]);
+    let call =
+        norm::fused_add_rmsnorm_quant(&stream, &mut out, &input, &mut residual, &weight, &scale, &options);
+    refused(call, "fused_add_rmsnorm_quant", "residual");
+}
+
+#[test]
+fn layer_norms() {
+    let (stream, options) = (stream(), NormOptions::default());
+    let on = |dtype, shape: &[usize]| tensor(ALIGNED, GPU, dtype, shape, None);
+    let run = |out: &[usize], input: TensorRef<'_>, gamma: TensorRef<'_>, beta: TensorRef<'_>, expected| {
+        let mut out = tensor_mut(GPU, DType::BF16, out);
+        let call = norm::layernorm(&stream, &mut out, &input, &gamma, &beta, &options);
+        refused(call, "layernorm", expected);
+    };
+    let (input, vector) = (on(DType::BF16, &[8, 64]), on(DType::F32, &[64]));
+    let refuse = |input, gamma, beta, expected| run(&[8, 64], input, gamma, beta, expected);
+    refuse(half(&[8, 64]), vector, vector, "input");
+    refuse(on(DType::BF16, &[512]), vector, vector, "input");
+    refuse(on(DType::BF16, &[8, 0]), vector, vector, "input");
+    refuse(tensor(ALIGNED, GPU, DType::BF16, &[8, 64], Some(&[72, 1])), vector, vector, "input");
+    refuse(tensor(ALIGNED + 2, GPU, DType::BF16, &[8, 64], None), vector, vector, "input");
+    refuse(on(DType::BF16, &[8, 32]), vector, vector, "out");
+    refuse(on(DType::BF16, &[4, 64]), vector, vector, "out");
+    refuse(input, on(DType::BF16, &[64]), vector, "gamma");
+    refuse(input, vector, on(DType::F32, &[32]), "beta");
+    refuse(input, tensor(ALIGNED + 4, GPU, DType::F32, &[64], None), vector, "gamma");
+    refuse(input, vector, tensor(ALIGNED, GPU, DType::F32, &[64], Some(&[2])), "beta");
+    // The kernel counts elements in 32 bits, and the launcher does not ask for
+    // memory just below its limit.
+    run(&[1 << 25, 64], on(DType::BF16, &[1 << 25, 64]), vector, vector, "input");
+    for d in [24065, 24575] {
+        let vector = on(DType::F32, &[d]);
+        run(&[8, d], on(DType::BF16, &[8, d]), vector, vector, "input");
+    }
+    let mut halves = tensor_mut(GPU, DType::F16, &[8, 64]);
+    refused(norm::layernorm(&stream, &mut halves, &input, &vector, &vector, &options), "layernorm", "out");
+}
+
+#[test]
+fn activations() {
+    type Activation = fn(&Stream, &mut TensorMut<'_>, &TensorRef<'_>, &ActivationOptions) -> Result<()>;
+    let ops: [(&str, Activation); 3] = [
+        ("silu_and_mul", activation::silu_and_mul),
+        ("gelu_and_mul", activation::gelu_and_mul),
+        ("gelu_tanh_and_mul", activation::gelu_tanh_and_mul),
+    ];
+    let (stream, options) = (stream(), ActivationOptions::default());
+    for (name, op) in ops {
+        let refuse = |out: &[usize], input: TensorRef<'_>, expected| {
+            let mut out = tensor_mut(GPU, DType::F16, out);
+            refused(op(&stream, &mut out, &input, &options), name, expected);
+        };
+        for dtype in [DType::F32, DType::E4M3, DType::U16] {
+            refuse(&[8, 64], tensor(ALIGNED, GPU, dtype, &[8, 128], None), "input");
+        }
+        refuse(&[8, 64], tensor(ALIGNED, GPU, DType::BF16, &[8, 128], None), "out");
+        refuse(&[8, 64], tensor(ALIGNED, Device::Cpu, DType::F16, &[8, 128], None), "input");
+        refuse(&[], half(&[]), "input");
+        for (out, input) in [
+            (&[8, 64][..], &[8, 64][..]),
+            (&[8, 64], &[8, 129]),
+            (&[8, 64], &[9, 128]),
+            (&[8, 64], &[2, 4, 128]),
+            // No rows, or rows whose vectors are not aligned.
+            (&[8, 0], &[8, 0]),
+            (&[8, 4], &[8, 8]),
+            (&[8, 12], &[8, 24]),
+            (&[1, 1 << 30], &[1, 1 << 31]),
+        ] {
+            refuse(out, half(input), "out");
+        }
+        refuse(&[8, 64], tensor(ALIGNED, GPU, DType::F16, &[8, 128], Some(&[136, 1])), "input");
+        refuse(&[8, 64], tensor(ALIGNED + 8, GPU, DType::F16, &[8, 128], None), "input");
+        refuse(&[1 << 31, 8], half(&[1 << 31, 16]), "input");
+        let transposed = tensor_mut(GPU, DType::F16, &[64, 8]).permute(&[1, 0]);
+        refused(op(&stream, &mut transposed.unwrap(), &half(&[8, 128]), &options), name, "out");
+        // No rows, and no runtime.
+        op(&stream, &mut tensor_mut(GPU, DType::F16, &[0, 64]), &half(&[0, 128]), &options).unwrap();
+    }
 }
 
 /// Without rows there is nothing to do, not even a runtime to start.

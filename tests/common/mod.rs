@@ -22,7 +22,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream, DeviceRepr};
 use flashinfer_rs::{
     Element, FlashInferError, FlashInferRuntime, ModuleName, Result, Stream, TensorMut, TensorRef,
     cudarc::{SliceMut, SliceRef, TensorExt, TensorExtMut},
@@ -100,6 +100,19 @@ impl Gpu {
     pub fn synchronize(&self) {
         self.cuda.synchronize().expect("work on the device");
     }
+}
+
+/// Leaves an error in this thread's CUDA runtime, as other code in a process
+/// may: there is no such device.
+pub fn leave_cuda_error() {
+    use libloading::os::unix::{Library, RTLD_NOW};
+    // SAFETY: the library is open in this process, by this name.
+    let library = unsafe { Library::open(Some("libcudart.so.13"), RTLD_NOW) }.expect("libcudart");
+    // SAFETY: the function's signature in CUDA's headers.
+    let set_device =
+        unsafe { library.get::<unsafe extern "C" fn(i32) -> i32>(b"cudaSetDevice") }.expect("its function");
+    // SAFETY: takes a number.
+    assert_ne!(unsafe { set_device(9999) }, 0);
 }
 
 /// Random numbers (splitmix64) from a seed that is printed.
@@ -346,6 +359,14 @@ impl ShownMut<'_> {
     pub fn view_mut(&mut self) -> TensorMut<'_> {
         self.part.of_mut(self.guard.view_mut())
     }
+}
+
+/// Captures a call into a graph.
+#[track_caller]
+pub fn captured(gpu: &Gpu, call: impl FnOnce() -> Result<()>) -> CudaGraph {
+    let (graph, call) = attention::capture(gpu, call);
+    call.unwrap();
+    graph.expect("a graph")
 }
 
 /// The call was refused because of this argument.

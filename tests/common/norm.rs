@@ -3,7 +3,7 @@
 use flashinfer_rs::{Result, Stream, TensorMut, TensorRef, norm::NormOptions};
 use half::{bf16, f16};
 
-use super::{Gpu, Number, Rng, Tensor, assert_same_bits, refused};
+use super::{Gpu, Number, Rng, Tensor, assert_same_bits, captured, refused};
 
 /// An operation with an output of its own, and its reference.
 #[derive(Clone, Copy)]
@@ -352,6 +352,70 @@ pub fn fused_wrong_input(norm: FusedAdd) {
     refused(call, "input");
     residual.assert_untouched(&gpu);
     assert_eq!(host, vec![f16::ONE; 8 * 64]);
+}
+
+/// A captured launch, replayed for other input.
+pub fn graph_replay(norm: Norm) {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let (rng, options) = (&mut Rng::new(), NormOptions::default());
+    let shape = [7, 4096];
+    let mut input = Tensor::<bf16>::random(&gpu, rng, &shape);
+    let weight = Tensor::random(&gpu, rng, &shape[1..]);
+    // The first call loads the kernel.
+    check(&gpu, norm, &input, &mut Tensor::poisoned(&gpu, &shape), &weight, &options);
+    let mut out = Tensor::<bf16>::poisoned(&gpu, &shape);
+    gpu.synchronize();
+    let graph = {
+        let (input, weight, mut out) = (input.on(&gpu), weight.on(&gpu), out.on_mut(&gpu));
+        captured(&gpu, || {
+            (norm.op)(&gpu.stream, &mut out.view_mut(), &input.view(), &weight.view(), &options)
+        })
+    };
+    out.assert_untouched(&gpu); // captured is not run
+    for _ in 0..3 {
+        let next = Tensor::<bf16>::random(&gpu, rng, &shape);
+        input.upload(&gpu, &next.host);
+        graph.launch().unwrap();
+        let mut want = out.wide();
+        (norm.reference)(&mut out.view_of(&mut want), &next.view(), &weight.view(), &options).unwrap();
+        out.assert_close(&gpu, "replay", &want, bf16::BOUND);
+    }
+}
+
+/// The same for a fused addition.
+pub fn fused_graph_replay(norm: FusedAdd) {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let (rng, options) = (&mut Rng::new(), NormOptions::default());
+    let shape = [7, 4096];
+    let random = |rng: &mut Rng| Tensor::<f16>::random(&gpu, rng, &shape);
+    let weight = Tensor::random(&gpu, rng, &shape[1..]);
+    check_fused(&gpu, norm, &mut random(rng), &mut random(rng), &weight, &options);
+    let (mut input, mut residual) = (random(rng), random(rng));
+    gpu.synchronize();
+    let graph = {
+        let (weight, mut input, mut residual) = (weight.on(&gpu), input.on_mut(&gpu), residual.on_mut(&gpu));
+        captured(&gpu, || {
+            (norm.op)(&gpu.stream, &mut input.view_mut(), &mut residual.view_mut(), &weight.view(), &options)
+        })
+    };
+    input.assert_untouched(&gpu);
+    residual.assert_untouched(&gpu);
+    for _ in 0..3 {
+        let (next, next_residual) = (random(rng), random(rng));
+        input.upload(&gpu, &next.host);
+        residual.upload(&gpu, &next_residual.host);
+        graph.launch().unwrap();
+        let (mut want, mut want_residual) = (next.wide(), next_residual.host.clone());
+        (norm.reference)(
+            &mut next.view_of(&mut want),
+            &mut next_residual.view_of(&mut want_residual),
+            &weight.view(),
+            &options,
+        )
+        .unwrap();
+        input.assert_close(&gpu, "replay", &want, f16::BOUND);
+        assert_same_bits("residual", &residual.download(&gpu), &want_residual);
+    }
 }
 
 /// Threads that norm rows of different lengths at once do not disturb each

@@ -155,8 +155,7 @@ impl RopeTable {
         }
         let ordinal = stream.ordinal();
         let mut contents = CONTENTS.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = contents.iter().position(|content| content.ordinal == ordinal);
-        match at.map(|at| &mut contents[at]) {
+        match contents.iter_mut().find(|content| content.ordinal == ordinal) {
             Some(content) if content.rope == *rope => content.tables += 1,
             Some(content) if content.tables > 0 => {
                 return Err(FlashInferError::invalid(
@@ -170,11 +169,11 @@ impl RopeTable {
                 ));
             }
             _ => {
-                // What is in the table is not known again until this is done.
-                if let Some(at) = at {
-                    contents.swap_remove(at);
-                }
-                write_table(stream, rope)?;
+                let cuda = FlashInferRuntime::get()?.cuda();
+                let scratch = DeviceBuffer::zeroed(cuda, stream, 8 * row_bytes(rope))?;
+                // Until this is done, nobody knows what is in the table.
+                contents.retain(|content| content.ordinal != ordinal);
+                write_table(stream, rope, &scratch)?;
                 contents.push(Content { ordinal, rope: *rope, tables: 1 });
             }
         }
@@ -196,12 +195,16 @@ impl Drop for RopeTable {
     }
 }
 
-/// Has the module write its table, by a call for one token of zeros.
-fn write_table(stream: &Stream, rope: &Rope3d) -> Result<()> {
+/// Bytes of a row of one head.
+fn row_bytes(rope: &Rope3d) -> usize {
+    rope.head_dim() * DType::BF16.size()
+}
+
+/// Has the module write its table, by a call for one token of zeros. The
+/// scratch memory has eight rows of them.
+fn write_table(stream: &Stream, rope: &Rope3d, scratch: &DeviceBuffer) -> Result<()> {
     let cuda = FlashInferRuntime::get()?.cuda();
-    let d = rope.head_dim();
-    let row = d * DType::BF16.size();
-    let scratch = DeviceBuffer::zeroed(cuda, stream, 8 * row)?;
+    let (d, row) = (rope.head_dim(), row_bytes(rope));
     let part = |first: usize, shape: &[usize]| {
         let data = scratch.as_ptr().wrapping_byte_add(first * row);
         RawTensor::new(data, stream.device(), DType::BF16, shape, None)
