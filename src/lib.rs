@@ -103,11 +103,12 @@ mod tensor;
 
 pub use error::{FlashInferError, Result};
 pub use kv::{
-    AppendIndices, AppendTable, IndexArrays, ItemIndices, ItemTable, MaskIndices, MaskTable, OnDevice,
-    PageIndices, PageTable, RaggedIndices, RaggedTable, SequenceIndices, SequenceTable,
+    AppendIndices, AppendTable, BoundedIndices, BoundedTable, IndexArrays, ItemIndices, ItemTable,
+    MaskIndices, MaskTable, OnDevice, PageIndices, PageTable, RaggedIndices, RaggedTable, SequenceIndices,
+    SequenceTable,
 };
 pub use module::{Module, ModuleName};
-pub use ops::{attention, cascade, gdn, norm, page, signatures, topk};
+pub use ops::{attention, cascade, gdn, norm, page, sampling, signatures, topk};
 pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};

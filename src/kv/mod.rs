@@ -9,14 +9,17 @@
 //! so that what `plan` reads on the host and what `run` reads on the device
 //! cannot disagree.
 
+mod bounded;
 mod indices;
 pub(crate) mod masks;
 mod sequences;
 mod upload;
 
+pub use bounded::BoundedIndices;
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, SequenceTable,
+    AppendTable, BoundedTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable,
+    SequenceTable,
 };

@@ -1,6 +1,8 @@
 //! Selecting the largest, in FlashInfer's module `topk`.
 
-use crate::{cuda::DeviceBuffer, error::Result, runtime::FlashInferRuntime, stream::Stream};
+use crate::{
+    cuda::DeviceBuffer, error::Result, runtime::FlashInferRuntime, stream::Stream, tensor::RawTensor,
+};
 
 /// Scratch memory of radix top-k: counters through which the blocks that share
 /// a row find each other.
@@ -29,5 +31,10 @@ impl RowStates {
     /// The stream that the memory belongs to.
     pub fn stream(&self) -> &Stream {
         self.memory.stream()
+    }
+
+    /// The memory as a tensor of bytes, for one launch at a time.
+    pub(crate) fn as_bytes(&mut self) -> Result<RawTensor> {
+        self.memory.as_bytes()
     }
 }
