@@ -32,6 +32,7 @@ mod host;
 mod mla;
 mod norm;
 mod page;
+mod sampling;
 #[cfg(test)]
 mod testing;
 
@@ -43,3 +44,7 @@ pub use gdn::gdn_prefill;
 pub use mla::batch_mla;
 pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
+pub use sampling::{
+    ChainDraws, Filter, chain_speculative_sampling, filtered_probs, sampling_from_logits,
+    sampling_from_probs, softmax, top_k_mask_logits,
+};

@@ -81,6 +81,7 @@ pub use draw::{
     top_p_sampling_from_probs,
 };
 pub use options::{Draws, Indices, Parameter, Philox, Random, Samples, SamplingOptions};
+pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TOP_P};
 pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs, top_p_renorm_probs};
 pub use workspace::Workspace;
 

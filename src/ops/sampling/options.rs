@@ -59,7 +59,7 @@ impl Parameter<'_, f64> {
         self,
         check: &Check<'_>,
         argument: &'static str,
-        (allowed, rule): (fn(f32) -> bool, &str),
+        (allowed, rule): Rule,
         lens: [i64; 2],
     ) -> Result<KernelParameter<f64>> {
         let (tensor, value) = self.check(check, argument, DType::F32, lens)?;
@@ -72,14 +72,16 @@ impl Parameter<'_, f64> {
     }
 }
 
+/// Which numbers a parameter may be, also in words.
+pub(crate) type Rule = (fn(f32) -> bool, &'static str);
+
 /// Probabilities of which something is left.
-pub(super) const TOP_P: (fn(f32) -> bool, &str) =
-    (|p| p > 0.0 && p <= 1.0, "above 0, and at most 1, which keeps everything");
+pub(crate) const TOP_P: Rule = (|p| p > 0.0 && p <= 1.0, "above 0, and at most 1, which keeps everything");
 /// Fractions of the largest probability.
-pub(super) const MIN_P: (fn(f32) -> bool, &str) =
+pub(crate) const MIN_P: Rule =
     (|p| (0.0..=1.0).contains(&p), "at least 0, which keeps everything, and at most 1");
 /// Temperatures with a reciprocal.
-pub(super) const TEMPERATURE: (fn(f32) -> bool, &str) = (
+pub(crate) const TEMPERATURE: Rule = (
     |t| t.is_normal() && t > 0.0,
     "a finite number above 0 (the kernel takes 0 for infinity; to take the likeliest token, use top_k 1)",
 );
@@ -216,8 +218,13 @@ impl Random<'_> {
             }),
             Self::Device(pair) => {
                 check_plain(check, "random", &pair.raw, &[DType::I64, DType::U64], &[2])?;
-                let at = |place| Ok(Some(pair.narrow(0, place, 1)?.raw));
-                Ok(KernelRandom { seed_arr: at(0)?, seed: 0, offset_arr: at(1)?, offset: 0 })
+                let (seed, offset) = (pair.narrow(0, 0, 1)?, pair.narrow(0, 1, 1)?);
+                Ok(KernelRandom {
+                    seed_arr: Some(seed.raw),
+                    seed: 0,
+                    offset_arr: Some(offset.raw),
+                    offset: 0,
+                })
             }
         }
     }
