@@ -74,7 +74,7 @@ fn softmax_of_all_sizes() {
         let mut host = logits.host.clone();
         (0..host.len() / 9).for_each(|_| {
             let at = rng.below(host.len());
-            if at % shape[1] != 0 {
+            if !at.is_multiple_of(shape[1]) {
                 host[at] = f32::NEG_INFINITY;
             }
         });
@@ -134,14 +134,14 @@ fn softmax_options() {
             assert_same_bits("PDL on", &chain(Some(true)), &default);
         }
     }
-    let mut host = vec![1.0f32, 2.0, 3.0, 4.0].repeat(2);
+    let mut host = [1.0f32, 2.0, 3.0, 4.0].repeat(2);
     host.extend([f32::NEG_INFINITY; 4]);
     let logits = Tensor::new(&gpu, &[3, 4], host);
     let temperatures = gpu.cuda.clone_htod(&[0.0f32, 1.0, 1.0]).unwrap();
     let temperatures = temperatures.tensor(&gpu.cuda, &[3]).unwrap();
     let options = SoftmaxOptions::with_temperature(Parameter::PerRow(temperatures.view()));
     let out = run(&gpu, &logits, |out, logits| softmax(&mut workspace, out, logits, &options)).download(&gpu);
-    assert_eq!(out[..4], [0.25; 4]);
+    assert!(out[..4].iter().all(|x| (x - 0.25).abs() < 1e-6));
     assert!(out[4..8].windows(2).all(|pair| pair[0] < pair[1]));
     assert!(out[8..].iter().all(|x| x.is_nan()));
 }
@@ -262,19 +262,19 @@ fn top_p_of_odd_rows() {
 
 /// Vocabularies of one and of several blocks of each dtype, with `k` for all
 /// and for each row, 0 and more than there are among them.
-const TOP_K_SHAPES: [[usize; 2]; 12] = [
+/// 66 rows of two blocks run at once on an H200.
+const TOP_K_SHAPES: [[usize; 2]; 11] = [
     [1, 1],
     [3, 7],
     [300, 1003],
     [17, 32000],
     [5, 50257],
-    [2, 57592],
-    [150, 57600],
-    [1, 128256],
-    [60, 128256],
+    [2, 57344],
+    [70, 60000],
+    [67, 116_000],
+    [4, 128256],
     [3, 128257],
     [2, 256_000],
-    [50, 256_000],
 ];
 
 fn top_ks(rng: &mut Rng, [batch, vocab]: [usize; 2]) -> Vec<i32> {
@@ -286,7 +286,7 @@ fn top_ks(rng: &mut Rng, [batch, vocab]: [usize; 2]) -> Vec<i32> {
 #[test]
 fn top_k_renorm() {
     fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace) {
-        for shape in TOP_K_SHAPES.into_iter().filter(|shape| shape[0] * shape[1] < 8_000_000) {
+        for shape in TOP_K_SHAPES {
             let [batch, vocab] = shape;
             let rows: Vec<T> =
                 (0..batch).flat_map(|_| peaked(rng, vocab).0).map(|x| T::from_f64(x.into())).collect();
@@ -326,7 +326,7 @@ fn top_k_renorm() {
 #[test]
 fn top_k_mask() {
     fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace) {
-        for shape in TOP_K_SHAPES.into_iter().filter(|shape| shape[0] * shape[1] < 8_000_000) {
+        for shape in TOP_K_SHAPES {
             let logits = Tensor::<T>::random_scaled(gpu, rng, &shape, 4.0);
             let numbers = top_ks(rng, shape);
             let on_device = gpu.cuda.clone_htod(&numbers).unwrap();
@@ -399,7 +399,7 @@ fn graph_replay() {
         top_k_renorm_probs(workspace, top_k, &probs.as_ref(), 1000.into())?;
         top_p_renorm_probs(workspace, top_p, &probs.as_ref(), 0.9.into(), true)
     };
-    let mut direct = |workspace: &mut Workspace, logits: &Tensor<f32>| {
+    let direct = |workspace: &mut Workspace, logits: &Tensor<f32>| {
         let mut outs = [0; 4].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
         {
             let logits = logits.on(&gpu);
@@ -471,7 +471,7 @@ fn wrong_input() {
     {
         let (good, mut target) = (input.on(&gpu), out.on_mut(&gpu));
         let good = good.view();
-        let mut ops = |space: &mut Workspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
+        let ops = |space: &mut Workspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
             [
                 softmax(space, out, input, &SoftmaxOptions::default()),
                 top_p_renorm_probs(space, out, input, 0.5.into(), false),
@@ -518,9 +518,9 @@ fn wrong_input() {
         // A workspace that is too small, in either direction.
         for (batch, vocab) in [(3, 4096), (4, 4095)] {
             let mut small = workspace(&gpu, batch, vocab);
-            let [soft, top_p, ..] = ops(&mut small, &mut target.view_mut(), &good);
-            refused(soft, "workspace");
-            refused(top_p, "workspace");
+            let target = &mut target.view_mut();
+            refused(softmax(&mut small, target, &good, &SoftmaxOptions::default()), "workspace");
+            refused(top_p_renorm_probs(&mut small, target, &good, 0.5.into(), true), "workspace");
         }
         let mut elsewhere = workspace(&other, 4, 4096);
         ops(&mut elsewhere, &mut target.view_mut(), &good)

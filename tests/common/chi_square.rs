@@ -74,12 +74,19 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_those_of_tables() {
-        // Quantiles of 1 - 10^-9 are 37.3, 67.7 (10) and 252.2 (100); the
-        // approximation is a little above where there are few degrees.
-        assert!((37.0..50.0).contains(&limit(1)));
-        assert!((66.0..72.0).contains(&limit(10)), "{}", limit(10));
-        assert!((205.0..260.0).contains(&limit(100)), "{}", limit(100));
+    fn limits_are_exceeded_once_in_a_billion() {
+        // The chance of exceeding it, which an even number of degrees has in
+        // closed form: exp(-x/2) times the first terms of the series of exp(x/2).
+        for degrees in [2, 10, 40, 100] {
+            let half = limit(degrees) / 2.0;
+            let (mut term, mut sum) = (1.0, 0.0);
+            for at in 0..degrees / 2 {
+                sum += term;
+                term *= half / (at + 1) as f64;
+            }
+            let chance = sum * (-half).exp();
+            assert!((1e-11..2e-9).contains(&chance), "{degrees}: {chance:e}");
+        }
     }
 
     #[test]

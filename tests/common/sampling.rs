@@ -1,5 +1,8 @@
 //! Rows to draw from.
 
+// Each test file uses its own part of this.
+#![allow(dead_code)]
+
 use flashinfer_rs::{TensorRef, reference::Filter};
 
 use super::{Gpu, Rng, Tensor};
