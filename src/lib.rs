@@ -13,7 +13,7 @@
 //! 3. **Runtime.** `libcudart`, `libtvm_ffi` and the modules are opened with
 //!    `dlopen`, each once per process; see [`FlashInferRuntime`]. [`ffi`] speaks
 //!    the TVM-FFI ABI of their functions.
-//! 4. **Operations.** [`norm`], [`page`], [`attention`] and [`gdn`] take borrowed views
+//! 4. **Operations.** [`norm`], [`page`], [`attention`], [`gdn`] and [`sampling`] take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
 //!    the CPU.

@@ -452,9 +452,10 @@ fn chains() {
     run(&[9], [&[3], &[3]], good, "output_token_ids");
     run(&[3, 3], [&[2], &[3]], good, "output_accepted_token_num");
     run(&[3, 3], [&[3], &[3, 1]], good, "output_emitted_draft_token_num");
-    let large =
-        ChainInput::new(f32s(&[1 << 22, 2, 512]), ids(on(GPU, DType::I32, &[1 << 22, 2]), 64), target);
-    input(large, "draft_probs");
+    // The kernel counts elements in 32 bits.
+    let large_ids = ids(on(GPU, DType::I32, &[1 << 22, 2]), 64);
+    let large = ChainInput::new(f32s(&[1 << 22, 2, 512]), large_ids, f32s(&[1 << 22, 3, 512]));
+    input(large, "target_probs");
 
     let mut mapped = SamplingOptions::default();
     mapped.indices = Some(good_ids);

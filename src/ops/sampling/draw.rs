@@ -144,6 +144,11 @@ macro_rules! launch {
 /// Draws a token from the softmax of each row, as the place of the largest sum
 /// of a logit and a random number (Gumbel's). There is no softmax to compute.
 ///
+/// The random numbers come from 24 bits, so tokens of a probability below
+/// about 10⁻⁵ are drawn too rarely: those of 10⁻⁶ by a tenth. Where a row has
+/// much of its probability in such tokens, use [`softmax`](super::softmax) and
+/// [`sampling_from_probs`].
+///
 /// `logits` is `[rows, vocab]`, `f32`, contiguous; `output` `[rows]`, `i32` or
 /// `i64`. Where all logits are -∞, or one is NaN, the token is some token.
 /// Advances by [`Draws::Logits`](super::Draws::Logits). No rows are nothing to

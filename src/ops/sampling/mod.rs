@@ -23,8 +23,9 @@
 //!   them means little: what is missing to 1 counts for the last token, NaN for
 //!   zero. [`top_p_renorm_probs`] says what it does with infinity.
 //! - **`valid`** is 0, and the token 0, where nothing could be drawn: no
-//!   probability of the row is above zero, or a `top_k` or `top_p` of the row
-//!   lets nothing pass.
+//!   probability of the row is above zero (`min_p` takes some token of a row of
+//!   zeros all the same). A `top_k` of 0, or a `top_p` of 0 or NaN, which only a
+//!   tensor can hold, lets nothing pass: there is no token then, or a likely one.
 //! - **Parameters** are one number for all requests, or one for each
 //!   ([`Parameter`]). Numbers are checked. Tensors are not, because the host
 //!   cannot see them; a `top_k` below 0 or beyond the vocabulary keeps
