@@ -9,6 +9,7 @@
 //! so that what `plan` reads on the host and what `run` reads on the device
 //! cannot disagree.
 
+mod bounded;
 mod indices;
 pub(crate) mod masks;
 pub(crate) mod packed;
@@ -17,6 +18,7 @@ mod segments;
 mod sequences;
 mod upload;
 
+pub use bounded::BoundedIndices;
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
 pub use packed::{BitOrder, PackedIndices};
@@ -24,6 +26,6 @@ pub use rows::RowIndices;
 pub use segments::SegmentIndices;
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PackedTable, PageTable, RaggedTable, RowTable,
-    SegmentTable, SequenceTable,
+    AppendTable, BoundedTable, IndexArrays, ItemTable, MaskTable, OnDevice, PackedTable, PageTable,
+    RaggedTable, RowTable, SegmentTable, SequenceTable,
 };

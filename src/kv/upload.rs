@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 
 use super::{
-    AppendIndices, ItemIndices, MaskIndices, PackedIndices, PageIndices, RaggedIndices, RowIndices,
-    SegmentIndices, SequenceIndices,
+    AppendIndices, BoundedIndices, ItemIndices, MaskIndices, PackedIndices, PageIndices, RaggedIndices,
+    RowIndices, SegmentIndices, SequenceIndices,
 };
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
@@ -149,6 +149,13 @@ impl sealed::Arrays for PackedIndices {
     }
 }
 
+impl sealed::Arrays for BoundedIndices {
+    const OP: &'static str = "BoundedTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.narrow), Array::I64(&self.wide), Array::EMPTY]
+    }
+}
+
 /// A page table on a device. See [`PageIndices`].
 pub type PageTable = OnDevice<PageIndices>;
 
@@ -175,6 +182,9 @@ pub type RowTable = OnDevice<RowIndices>;
 
 /// Segments of a boolean tensor on a device. See [`PackedIndices`].
 pub type PackedTable = OnDevice<PackedIndices>;
+
+/// Numbers below a bound on a device. See [`BoundedIndices`].
+pub type BoundedTable = OnDevice<BoundedIndices>;
 
 /// Index arrays together with their copy on a device.
 ///
@@ -508,6 +518,22 @@ impl SequenceTable {
 
     pub(crate) fn cu_seqlens(&self) -> Result<RawTensor> {
         self.array(0)
+    }
+}
+
+impl BoundedTable {
+    /// Uploads numbers, with room for up to `max_len` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more numbers than that.
+    pub fn with_capacity(stream: &Stream, host: BoundedIndices, max_len: usize) -> Result<Self> {
+        let room = (host.values().len(), max_len, "numbers");
+        Self::allocate_for(stream, host, room, [max_len, max_len, 0])
+    }
+
+    /// The numbers as `i32`, or as `i64`.
+    pub(crate) fn values(&self, wide: bool) -> Result<RawTensor> {
+        self.array(wide.into())
     }
 }
 

@@ -9,6 +9,7 @@ pub mod gemm;
 pub mod norm;
 pub mod page;
 pub mod quantization;
+pub mod sampling;
 pub mod topk;
 
 use std::sync::OnceLock;
@@ -70,6 +71,7 @@ pub fn signatures() -> Vec<(&'static str, Signature)> {
         &gemm::signatures(),
         quantization::SIGNATURES,
         topk::SIGNATURES,
+        sampling::SIGNATURES,
         &attention::signatures(),
     ]
     .concat()

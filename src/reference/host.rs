@@ -102,6 +102,30 @@ impl Check {
         Ok((0..len).map(|at| unsafe { start.add((at * stride) as usize).read() } != 0).collect())
     }
 
+    /// The numbers of a one-dimensional host tensor of `i32` or `i64`.
+    pub(super) fn integers(self, argument: &'static str, tensor: &TensorRef<'_>) -> Result<Vec<i64>> {
+        let raw = tensor.raw;
+        if raw.device != Device::Cpu {
+            return self.fail(argument, format!("it is on {}; expected cpu", raw.device));
+        }
+        let (&[len], &[stride]) = (raw.shape(), raw.strides()) else {
+            return self.fail(argument, format!("its shape is {:?}; expected one dimension", raw.shape()));
+        };
+        macro_rules! read {
+            ($ty:ty) => {
+                // SAFETY: the view is of host memory that holds a number of this
+                // type wherever its shape and stride reach, and the place is
+                // inside the shape.
+                |at| unsafe { raw.data.cast::<$ty>().add((at * stride) as usize).read_unaligned().into() }
+            };
+        }
+        match raw.dtype {
+            DType::I32 => Ok((0..len).map(read!(i32)).collect()),
+            DType::I64 => Ok((0..len).map(read!(i64)).collect()),
+            other => self.fail(argument, format!("its dtype is {other}; expected i32 or i64")),
+        }
+    }
+
     pub(super) fn shape(self, argument: &'static str, rows: &Rows<'_>, expected: &[i64]) -> Result<()> {
         if rows.shape() == expected {
             return Ok(());

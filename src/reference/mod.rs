@@ -35,6 +35,7 @@ mod mla;
 mod norm;
 mod page;
 mod quantization;
+mod sampling;
 #[cfg(test)]
 mod testing;
 mod topk;
@@ -53,4 +54,8 @@ pub use norm::{
 };
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
 pub use quantization::{packbits, segment_packbits};
+pub use sampling::{
+    ChainDraws, Filter, chain_speculative_sampling, filtered_probs, sampling_from_logits,
+    sampling_from_probs, softmax, top_k_mask_logits,
+};
 pub use topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};

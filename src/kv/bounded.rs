@@ -1,0 +1,67 @@
+//! Numbers below a bound.
+
+use crate::error::{FlashInferError, Result};
+
+/// Numbers in `0..bound`: rows of a matrix, or tokens of a vocabulary.
+///
+/// Kernels that look something up by them do not compare them with anything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BoundedIndices {
+    bound: usize,
+    pub(super) narrow: Vec<i32>,
+    pub(super) wide: Vec<i64>,
+}
+
+impl BoundedIndices {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// A number is negative or not below `bound`.
+    ///
+    /// ```
+    /// # use flashinfer_rs::BoundedIndices;
+    /// let rows = BoundedIndices::new(3, vec![2, 0, 0, 1])?;
+    /// assert_eq!((rows.bound(), rows.values()), (3, &[2, 0, 0, 1][..]));
+    /// assert!(BoundedIndices::new(3, vec![3]).is_err());
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn new(bound: usize, values: Vec<i32>) -> Result<Self> {
+        let outside = |&value: &i32| usize::try_from(value).map_or(true, |value| value >= bound);
+        if let Some(at) = values.iter().position(outside) {
+            return Err(FlashInferError::invalid(
+                "BoundedIndices",
+                "values",
+                format!("entry {at} is {}, outside 0..{bound}", values[at]),
+            ));
+        }
+        Ok(Self { bound, wide: values.iter().map(|&value| value.into()).collect(), narrow: values })
+    }
+
+    /// What all numbers are below.
+    pub fn bound(&self) -> usize {
+        self.bound
+    }
+
+    /// The numbers.
+    pub fn values(&self) -> &[i32] {
+        &self.narrow
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_checked() {
+        let problem = |bound, values: &[i32]| {
+            BoundedIndices::new(bound, values.to_vec()).map(drop).unwrap_err().to_string()
+        };
+        assert!(problem(4, &[0, 3, 4]).contains("entry 2 is 4, outside 0..4"));
+        assert!(problem(4, &[-1]).contains("entry 0 is -1"));
+        assert!(problem(0, &[0]).contains("outside 0..0"));
+        let largest = BoundedIndices::new(usize::MAX, vec![i32::MAX]).unwrap();
+        assert_eq!((largest.narrow, largest.wide), (vec![i32::MAX], vec![i64::from(i32::MAX)]));
+        assert!(BoundedIndices::new(0, Vec::new()).is_ok());
+    }
+}

@@ -1,0 +1,171 @@
+//! Sampling tokens from logits or probabilities, in FlashInfer's module
+//! `sampling`.
+//!
+//! A matrix of logits or probabilities has a row for each request and a column
+//! for each token of the vocabulary. The steps, all on the device:
+//!
+//! 1. [`softmax`] turns logits into probabilities, with a temperature.
+//! 2. A filter keeps the likely tokens: the `k` largest ([`top_k_renorm_probs`],
+//!    or on logits [`top_k_mask_logits`]), the fewest that together have
+//!    probability `p` ([`top_p_renorm_probs`]).
+//! 3. [`sampling_from_probs`] draws a token for each request;
+//!    [`sampling_from_logits`] does so without a softmax.
+//!
+//! [`top_k_sampling_from_probs`], [`top_p_sampling_from_probs`],
+//! [`min_p_sampling_from_probs`] and [`top_k_top_p_sampling_from_probs`] filter
+//! and draw at once: they draw, look how many tokens are likelier, and draw
+//! again among these until the token passes. Tokens of equal probability pass
+//! or fall together, so a filter may keep more than `k` of them.
+//! [`chain_speculative_sampling`] accepts or replaces the tokens of a draft.
+//!
+//! - **Rows of probabilities sum to 1** and hold no NaN, infinity or negative
+//!   number. Rows that do not are no danger to memory, but what is drawn from
+//!   them means little: what is missing to 1 counts for the last token, NaN for
+//!   zero. [`top_p_renorm_probs`] says what it does with infinity.
+//! - **`valid`** is 0, and the token 0, where nothing could be drawn: no
+//!   probability of the row is above zero (`min_p` takes some token of a row of
+//!   zeros all the same). A `top_k` of 0, or a `top_p` of 0 or NaN, which only a
+//!   tensor can hold, lets nothing pass: there is no token then, or a likely one.
+//! - **Parameters** are one number for all requests, or one for each
+//!   ([`Parameter`]). Numbers are checked. Tensors are not, because the host
+//!   cannot see them; a `top_k` below 0 or beyond the vocabulary keeps
+//!   everything.
+//! - **Random numbers** are those of Philox, from a seed and an offset
+//!   ([`Random`]): the same two give the same tokens, so move the offset on
+//!   after each call ([`Philox::take`]), on the host or in device memory.
+//! - Vocabularies have up to 2²³ tokens, matrices less than 2³² elements.
+//!
+//! Source of the contract: `csrc/sampling.cu`, `csrc/renorm.cu`,
+//! `include/flashinfer/{sampling,air_top_p,topk}.cuh` of FlashInfer 0.6.13.
+//!
+//! ```no_run
+//! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use flashinfer_rs::{Stream, cudarc::{TensorExt, TensorExtMut}, sampling::*};
+//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+//! let stream = Stream::from(&cuda);
+//! let (batch, vocab) = (8, 32000);
+//! let logits = cuda.alloc_zeros::<f32>(batch * vocab)?;
+//! let mut probs = cuda.alloc_zeros::<f32>(batch * vocab)?;
+//! let (mut tokens, mut valid) = (cuda.alloc_zeros::<i32>(batch)?, cuda.alloc_zeros::<u8>(batch)?);
+//!
+//! // Once: scratch memory, and where random numbers start.
+//! let mut workspace = Workspace::new(&stream, batch, vocab)?;
+//! let mut random = Philox::new(42, 0);
+//!
+//! // For each step:
+//! let logits = logits.tensor(&cuda, &[batch, vocab])?;
+//! let mut probs = probs.tensor_mut(&cuda, &[batch, vocab])?;
+//! softmax(&mut workspace, &mut probs.view_mut(), &logits.view(), &SoftmaxOptions::with_temperature(0.7))?;
+//! let mut tokens = tokens.tensor_mut(&cuda, &[batch])?;
+//! let mut valid = valid.tensor_mut(&cuda, &[batch])?;
+//! top_p_sampling_from_probs(
+//!     &stream,
+//!     &mut Samples::new(tokens.view_mut(), valid.view_mut()),
+//!     &probs.view(),
+//!     Parameter::Value(0.9),
+//!     &SamplingOptions::with_random(random.take(Draws::Filtered { rows: batch })),
+//! )?;
+//! # Ok(()) }
+//! # #[cfg(not(feature = "cudarc"))] fn main() {}
+//! ```
+
+mod chain;
+mod draw;
+mod options;
+mod renorm;
+mod workspace;
+
+pub use chain::{ChainInput, ChainSamples, chain_speculative_sampling};
+pub use draw::{
+    FilterOrder, TopKTopP, min_p_sampling_from_probs, sampling_from_logits, sampling_from_probs,
+    top_k_sampling_from_probs, top_k_top_p_sampling_from_logits, top_k_top_p_sampling_from_probs,
+    top_p_sampling_from_probs,
+};
+pub use options::{Draws, Indices, Parameter, Philox, Random, Samples, SamplingOptions};
+pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TOP_P};
+pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs, top_p_renorm_probs};
+pub use workspace::Workspace;
+
+use super::{FixedFunction, check::Check};
+use crate::{
+    error::Result,
+    ffi::{Kernel, Signature},
+    module::ModuleName,
+    tensor::{DType, RawTensor},
+};
+
+pub(super) const SIGNATURES: &[(&str, Signature)] = &[
+    ("sampling", renorm::Softmax::SIGNATURE),
+    ("sampling", renorm::TopPRenorm::SIGNATURE),
+    ("sampling", renorm::TopKRenorm::SIGNATURE),
+    ("sampling", renorm::TOP_K_MASK),
+    ("sampling", draw::FromLogits::SIGNATURE),
+    ("sampling", draw::FromProbs::SIGNATURE),
+    ("sampling", draw::TopP::SIGNATURE),
+    ("sampling", draw::MIN_P),
+    ("sampling", draw::TopK::SIGNATURE),
+    ("sampling", draw::TopKTopPJoint::SIGNATURE),
+    ("sampling", chain::Chain::SIGNATURE),
+];
+
+const fn function(signature: &Signature) -> FixedFunction {
+    FixedFunction::of(ModuleName::SAMPLING, signature)
+}
+
+/// Element types of the radix kernels of top-k.
+const KERNEL_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// The longest row. From about twice as many on, the softmax of a few rows
+/// would leave parts of its scratch memory unwritten and read them.
+const MAX_VOCAB: i64 = 1 << 23;
+
+/// Checks a matrix, or a stack of them, of a row for each request: contiguous,
+/// aligned to the vectors in which rows are loaded, counted in 32 bits.
+/// Returns the length of a row.
+fn check_rows(
+    check: &Check<'_>,
+    argument: &'static str,
+    tensor: &RawTensor,
+    dtypes: &[DType],
+    rank: usize,
+) -> Result<i64> {
+    check.tensor(argument, tensor, dtypes, &[rank])?;
+    let (shape, size) = (tensor.shape(), tensor.dtype.size());
+    let vocab = shape[rank - 1];
+    if !(1..=MAX_VOCAB).contains(&vocab) || shape.iter().any(|&rows| rows > i64::from(i32::MAX)) {
+        return check.fail(
+            argument,
+            format!(
+                "its shape is {shape:?}; rows have at least 1 and at most {MAX_VOCAB} elements, and there are fewer than 2^31"
+            ),
+        );
+    }
+    check.contiguous(argument, tensor)?;
+    check.offsets_in_32_bits(argument, tensor)?;
+    check.aligned(
+        argument,
+        tensor,
+        size << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros()),
+    )?;
+    Ok(vocab)
+}
+
+/// Checks an output of [`check_rows`]' shape.
+fn check_like(check: &Check<'_>, argument: &'static str, tensor: &RawTensor, like: &RawTensor) -> Result<()> {
+    check_rows(check, argument, tensor, &[like.dtype], like.shape().len())?;
+    check.shape(argument, tensor, like.shape())
+}
+
+/// Checks a contiguous tensor of numbers without vectors.
+fn check_plain(
+    check: &Check<'_>,
+    argument: &'static str,
+    tensor: &RawTensor,
+    dtypes: &[DType],
+    shape: &[i64],
+) -> Result<()> {
+    check.tensor(argument, tensor, dtypes, &[shape.len()])?;
+    check.shape(argument, tensor, shape)?;
+    check.contiguous(argument, tensor)?;
+    check.aligned(argument, tensor, tensor.dtype.size())
+}

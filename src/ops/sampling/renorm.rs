@@ -1,0 +1,357 @@
+//! From logits to probabilities, and filters that write matrices.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::{
+    KERNEL_DTYPES, Parameter, Workspace, check_like, check_rows, function,
+    options::{TEMPERATURE, TOP_P},
+    workspace::check_room,
+};
+use crate::{
+    cuda::{CudaRuntime, DeviceAttribute},
+    error::Result,
+    ffi::{DlTensor, Kernel, Signature, kernels},
+    ops::{FixedFunction, check::Check, enable_pdl},
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{DType, RawTensor, TensorMut, TensorRef},
+};
+
+kernels! {
+    pub(super) struct Softmax = "softmax"(
+        workspace: Tensor, logits: Tensor, output: Tensor, maybe_temperature_arr: OptTensor, temperature: Float,
+        enable_pdl: Bool,
+    ) -> "void";
+    pub(super) struct TopPRenorm = "top_p_renorm_probs"(
+        probs: Tensor, renorm_probs: Tensor, maybe_top_p_arr: OptTensor, top_p: Float, is_deterministic: Bool,
+        workspace: Tensor,
+    ) -> "void";
+    pub(super) struct TopKRenorm = "top_k_renorm_probs"(
+        input: Tensor, output: Tensor, maybe_top_k_arr: OptTensor, top_k: Int, row_states: Tensor,
+    ) -> "void";
+}
+
+/// The mask takes what the renormalization takes.
+pub(super) const TOP_K_MASK: Signature = Signature { function: "top_k_mask_logits", ..TopKRenorm::SIGNATURE };
+
+static SOFTMAX: FixedFunction = function(&Softmax::SIGNATURE);
+static TOP_P_RENORM: FixedFunction = function(&TopPRenorm::SIGNATURE);
+static TOP_K_RENORM: FixedFunction = function(&TopKRenorm::SIGNATURE);
+static TOP_K_MASK_LOGITS: FixedFunction = function(&TOP_K_MASK);
+
+/// Shorter rows are renormalized by a search for the threshold.
+pub(super) const MIN_RADIX_VOCAB: i64 = 2048;
+/// The most rows that the radix kernels of top-p launch.
+const MAX_GRID_Y: i64 = 65535;
+
+/// Held during launches of kernels whose need of shared memory depends on the
+/// vocabulary. The module sets a kernel's limit, which is the process's, and
+/// then launches: two threads with other vocabularies would fail each other's
+/// launches.
+static LAUNCH: Mutex<()> = Mutex::new(());
+
+/// Options of [`softmax`].
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct SoftmaxOptions<'a> {
+    /// What logits are divided by. The default is 1. In a tensor, 0 makes a
+    /// row uniform.
+    pub temperature: Parameter<'a>,
+    /// Programmatic dependent launch; `None` uses it where the GPU has it
+    /// (compute capability 9.0 and newer), but not with a tensor of
+    /// temperatures: kernels read that before they wait for the kernel in
+    /// front of them, which may still be writing it.
+    pub enable_pdl: Option<bool>,
+}
+
+impl Default for SoftmaxOptions<'_> {
+    fn default() -> Self {
+        Self { temperature: Parameter::Value(1.0), enable_pdl: None }
+    }
+}
+
+impl<'a> SoftmaxOptions<'a> {
+    /// The default options with another temperature.
+    pub fn with_temperature(temperature: impl Into<Parameter<'a>>) -> Self {
+        Self { temperature: temperature.into(), ..Self::default() }
+    }
+}
+
+/// `out = softmax(logits / temperature)`, over the last dimension, on the
+/// workspace's stream.
+///
+/// Both are `[rows, vocab]`, `f32`, contiguous. A logit of -∞ has probability
+/// 0; a row of nothing else becomes NaN, as one with +∞ may. No rows are
+/// nothing to do.
+///
+/// # Errors
+/// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
+/// anything is launched: a device, stream, dtype, shape, stride or alignment
+/// does not fit, there are 2³² elements, the workspace is too small, or the
+/// temperature is not a finite number above 0. Else what the module or CUDA
+/// said.
+pub fn softmax(
+    workspace: &mut Workspace,
+    out: &mut TensorMut<'_>,
+    logits: &TensorRef<'_>,
+    options: &SoftmaxOptions<'_>,
+) -> Result<()> {
+    softmax_of(workspace, &out.raw, &logits.raw, options)
+}
+
+/// [`softmax`], which may replace the logits: each thread reads what it writes.
+pub(super) fn softmax_of(
+    workspace: &mut Workspace,
+    out: &RawTensor,
+    logits: &RawTensor,
+    options: &SoftmaxOptions<'_>,
+) -> Result<()> {
+    let (scratch, _, room) = workspace.parts();
+    let stream = scratch.stream();
+    let check = Check::new("softmax", stream)?;
+    let vocab = check_rows(&check, "logits", logits, &[DType::F32], 2)?;
+    let rows = logits.shape()[0];
+    check_like(&check, "out", out, logits)?;
+    check_room(&check, room, [rows, vocab])?;
+    let (temperatures, temperature) =
+        options.temperature.float(&check, "temperature", TEMPERATURE, [rows, rows])?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let runtime = FlashInferRuntime::get()?;
+    let function = SOFTMAX.get(runtime)?;
+    let asked = options.enable_pdl.or(temperatures.map(|_| false));
+    let scratch = scratch.as_bytes()?;
+    let kernel = Softmax {
+        workspace: DlTensor::new(&scratch),
+        logits: DlTensor::new(logits),
+        output: DlTensor::new(out),
+        maybe_temperature_arr: temperatures.as_ref().map(DlTensor::new),
+        temperature,
+        enable_pdl: enable_pdl(runtime, asked, stream.ordinal())?,
+    };
+    let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: tensors were checked for all that the kernels assume: device,
+    // dtype, shape, contiguity, vector alignment, 32-bit offsets, a temperature
+    // for each row. The scratch memory is large enough, and used on this
+    // stream only, by one call at a time. Numbers decide no address.
+    unsafe { kernel.call(function, stream) }.map(drop)
+}
+
+/// Keeps the fewest of the largest probabilities of each row that together
+/// reach `top_p`, and all equal to the smallest of them; divides them by their
+/// sum, and makes the others 0. On the workspace's stream.
+///
+/// `out` and `probs` are `[rows, vocab]`, `f32`, contiguous; `top_p` is in
+/// `(0, 1]`. With `deterministic` the result does not change from run to run
+/// (upstream's default is false). No rows are nothing to do.
+///
+/// Rows shorter than 2048 are searched for the threshold, and **must not hold
+/// infinity or numbers above 10³⁷**: the search would not end, and so neither
+/// would the kernel.
+///
+/// # Errors
+/// As [`softmax`]; also when rows are 2048 or longer, and there are more than
+/// 65535 of them, or 2³¹ elements.
+pub fn top_p_renorm_probs(
+    workspace: &mut Workspace,
+    out: &mut TensorMut<'_>,
+    probs: &TensorRef<'_>,
+    top_p: Parameter<'_>,
+    deterministic: bool,
+) -> Result<()> {
+    let (scratch, _, room) = workspace.parts();
+    let stream = scratch.stream();
+    let check = Check::new("top_p_renorm_probs", stream)?;
+    let vocab = check_rows(&check, "probs", &probs.raw, &[DType::F32], 2)?;
+    let rows = probs.raw.shape()[0];
+    check_like(&check, "out", &out.raw, &probs.raw)?;
+    if vocab >= MIN_RADIX_VOCAB {
+        // Their offsets have a sign, and rows are the second dimension of the launch.
+        if rows > MAX_GRID_Y || rows * vocab > i64::from(i32::MAX) {
+            return check.fail(
+                "probs",
+                format!(
+                    "its shape is {:?}; at most {MAX_GRID_Y} rows and 2^31 - 1 elements, split it",
+                    probs.raw.shape()
+                ),
+            );
+        }
+        check_room(&check, room, [rows, vocab])?;
+    }
+    let (top_ps, top_p) = top_p.float(&check, "top_p", TOP_P, [rows, rows])?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let scratch = scratch.as_bytes()?;
+    let kernel = TopPRenorm {
+        probs: probs.into(),
+        renorm_probs: DlTensor::new(&out.raw),
+        maybe_top_p_arr: top_ps.as_ref().map(DlTensor::new),
+        top_p,
+        is_deterministic: deterministic,
+        workspace: DlTensor::new(&scratch),
+    };
+    // SAFETY: as in `softmax_of`; the launch has blocks for all rows.
+    unsafe { kernel.call(TOP_P_RENORM.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+}
+
+/// Keeps the `top_k` largest probabilities of each row, and all equal to the
+/// smallest of them; divides them by their sum, and makes the others 0. On the
+/// workspace's stream.
+///
+/// `out` and `probs` are `[rows, vocab]`, both `f32`, `f16` or `bf16`,
+/// contiguous. `top_k` is at least 1; a tensor of them is `i32`, and 0 in it
+/// keeps nothing. No rows are nothing to do.
+///
+/// # Errors
+/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once.
+pub fn top_k_renorm_probs(
+    workspace: &mut Workspace,
+    out: &mut TensorMut<'_>,
+    probs: &TensorRef<'_>,
+    top_k: Parameter<'_, u32>,
+) -> Result<()> {
+    radix(&TOP_K_RENORM, "probs", workspace, &out.raw, &probs.raw, top_k)
+}
+
+/// Keeps the `top_k` largest logits of each row, and all equal to the smallest
+/// of them; makes the others -∞. On the workspace's stream.
+///
+/// Tensors are as those of [`top_k_renorm_probs`]. NaN counts as larger than
+/// any number where it has no sign, and becomes -∞ (if it is among the `top_k`
+/// smallest kept, so does everything).
+///
+/// # Errors
+/// As [`top_k_renorm_probs`].
+pub fn top_k_mask_logits(
+    workspace: &mut Workspace,
+    out: &mut TensorMut<'_>,
+    logits: &TensorRef<'_>,
+    top_k: Parameter<'_, u32>,
+) -> Result<()> {
+    radix(&TOP_K_MASK_LOGITS, "logits", workspace, &out.raw, &logits.raw, top_k)
+}
+
+fn radix(
+    function: &FixedFunction,
+    name: &'static str,
+    workspace: &mut Workspace,
+    out: &RawTensor,
+    input: &RawTensor,
+    top_k: Parameter<'_, u32>,
+) -> Result<()> {
+    let (scratch, row_states, _) = workspace.parts();
+    let stream = scratch.stream();
+    let check = Check::new(function.name(), stream)?;
+    let vocab = check_rows(&check, name, input, &KERNEL_DTYPES, 2)?;
+    let rows = input.shape()[0];
+    check_like(&check, "out", out, input)?;
+    let (top_ks, top_k) = top_k.count(&check, "top_k", DType::I32, [rows, rows], vocab)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let runtime = FlashInferRuntime::get()?;
+    check_blocks(&check, runtime.cuda(), stream, name, input)?;
+    let row_states = row_states.as_bytes()?;
+    let kernel = TopKRenorm {
+        input: DlTensor::new(input),
+        output: DlTensor::new(out),
+        maybe_top_k_arr: top_ks.as_ref().map(DlTensor::new),
+        top_k,
+        row_states: DlTensor::new(&row_states),
+    };
+    let function = function.get(runtime)?;
+    let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: as in `softmax_of`. The row states are zeros between launches,
+    // those on this stream are the only ones to use them, they have room for
+    // 339 rows at once, each of at least 2 blocks, and all blocks of a row run
+    // at once, so that they can wait for each other.
+    unsafe { kernel.call(function, stream) }.map(drop)
+}
+
+/// The blocks that share a row wait for each other, so they must all run: there
+/// are no more than multiprocessors.
+fn check_blocks(
+    check: &Check<'_>,
+    cuda: &CudaRuntime,
+    stream: &Stream,
+    name: &'static str,
+    input: &RawTensor,
+) -> Result<()> {
+    let (vocab, size) = (input.shape()[1], input.dtype.size() as i64);
+    if vocab * size <= 32 * 1024 {
+        return Ok(()); // one block of any GPU
+    }
+    let attribute = |attribute| cuda.attribute(stream.ordinal(), attribute).map(i64::from);
+    let shared_memory = attribute(DeviceAttribute::MaxSharedMemoryPerBlockOptin)?;
+    let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)?;
+    let blocks = blocks_per_row(vocab, size, shared_memory);
+    if blocks > multiprocessors {
+        return check.fail(
+            name,
+            format!(
+                "rows of {vocab} elements need {blocks} blocks at once; the GPU has {multiprocessors} multiprocessors"
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// Each block holds its part of a row in shared memory, beside histograms.
+fn blocks_per_row(vocab: i64, size: i64, shared_memory: i64) -> i64 {
+    const HISTOGRAMS: i64 = 2080;
+    const THREADS: i64 = 1024;
+    let vector = 1 << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros());
+    let part = (shared_memory - HISTOGRAMS).max(0) / size / vector * vector;
+    vocab.div_euclid(part.max(vector * THREADS)) + i64::from(vocab % part.max(vector * THREADS) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::sampling::MAX_VOCAB;
+
+    #[test]
+    fn blocks_of_a_row_are_the_launchers() {
+        // An H200 has 227 KiB of shared memory: 57592 numbers of 4 bytes.
+        let h200 = 232_448;
+        assert_eq!(blocks_per_row(57592, 4, h200), 1);
+        assert_eq!(blocks_per_row(57593, 4, h200), 2);
+        assert_eq!(blocks_per_row(128256, 4, h200), 3);
+        assert_eq!(blocks_per_row(128256, 2, h200), 2);
+        assert_eq!(blocks_per_row(256000, 4, h200), 5);
+        assert_eq!(blocks_per_row(MAX_VOCAB, 4, h200), 146);
+        // However little there is, a block takes a vector for each thread.
+        assert_eq!(blocks_per_row(8192, 4, 0), 2);
+    }
+
+    /// The last block of a row has something left: the kernel does not look.
+    #[test]
+    fn no_block_starts_behind_its_row() {
+        for shared_memory in [64, 99, 163, 227].map(|kib| kib * 1024) {
+            for size in [2, 4] {
+                for vocab in (1 << 15..MAX_VOCAB).step_by(9973).chain([MAX_VOCAB]) {
+                    let blocks = blocks_per_row(vocab, size, shared_memory);
+                    let vector = 1 << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros());
+                    let part = (vocab + blocks - 1) / blocks;
+                    let part = (part + vector - 1) / vector * vector;
+                    assert!((blocks - 1) * part < vocab, "{vocab} in {blocks} parts of {part}");
+                }
+            }
+        }
+    }
+
+    /// Neither has any part of a row whose softmax is divided, whose result
+    /// would else never be written.
+    #[test]
+    fn no_slice_of_a_softmax_is_empty() {
+        for vocab in (24576..=MAX_VOCAB).step_by(1013).chain([24577, MAX_VOCAB - 1, MAX_VOCAB]) {
+            let slices = (vocab + 8191) / 8192;
+            let vector = 1 << vocab.trailing_zeros().min(2);
+            let slice = (vocab + slices - 1) / slices;
+            let slice = (slice + vector - 1) / vector * vector;
+            assert!((slices - 1) * slice < vocab, "{vocab}");
+        }
+    }
+}

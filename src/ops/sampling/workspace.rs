@@ -1,0 +1,133 @@
+//! Scratch memory of the operations that need some.
+
+use super::MAX_VOCAB;
+use crate::{
+    cuda::DeviceBuffer,
+    error::{FlashInferError, Result},
+    ops::check::Check,
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    topk::RowStates,
+};
+
+/// Scratch memory of softmax and of the filters, on one stream.
+///
+/// [`softmax`](super::softmax) and
+/// [`top_p_renorm_probs`](super::top_p_renorm_probs) share one part; top-k has
+/// [`RowStates`], through which blocks wait for each other. So an operation
+/// borrows the workspace mutably and goes to its stream. A CUDA graph that was
+/// captured with a workspace must not run at the same time as anything else
+/// with this workspace, and not after it is dropped.
+pub struct Workspace {
+    scratch: DeviceBuffer,
+    pub(super) row_states: RowStates,
+    max_batch: usize,
+    max_vocab: usize,
+}
+
+impl Workspace {
+    /// Memory for matrices of up to `max_batch` rows of `max_vocab` tokens:
+    /// 24.4 kB and a quarter of a row of `f32` for each row, mostly for
+    /// `top_p_renorm_probs`, and 1 MiB for top-k.
+    ///
+    /// # Errors
+    /// `max_vocab` is above 2²³; [`FlashInferError::Cuda`]: out of memory, no
+    /// device, no driver; the runtime cannot be started; the stream is being
+    /// captured.
+    pub fn new(stream: &Stream, max_batch: usize, max_vocab: usize) -> Result<Self> {
+        stream.check_usable_here("Workspace")?;
+        if max_vocab as u64 > MAX_VOCAB as u64 {
+            let problem = format!("{max_vocab}; at most {MAX_VOCAB}");
+            return Err(FlashInferError::invalid("Workspace", "max_vocab", problem));
+        }
+        let Some(bytes) = scratch_bytes(max_batch, max_vocab) else {
+            let problem = format!("{max_batch} rows need more memory than there are addresses");
+            return Err(FlashInferError::invalid("Workspace", "max_batch", problem));
+        };
+        let row_states = RowStates::new(stream)?;
+        let scratch = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), stream, bytes)?;
+        Ok(Self { scratch, row_states, max_batch, max_vocab })
+    }
+
+    /// The stream that the workspace belongs to.
+    pub fn stream(&self) -> &Stream {
+        self.scratch.stream()
+    }
+
+    /// The parts, of which the stream belongs to the first.
+    pub(super) fn parts(&mut self) -> (&DeviceBuffer, &mut RowStates, [usize; 2]) {
+        (&self.scratch, &mut self.row_states, [self.max_batch, self.max_vocab])
+    }
+}
+
+impl std::fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Workspace({} rows of {}, {:?})", self.max_batch, self.max_vocab, self.stream())
+    }
+}
+
+/// A matrix is no larger than what the scratch memory was made for.
+pub(super) fn check_room(check: &Check<'_>, room: [usize; 2], [rows, vocab]: [i64; 2]) -> Result<()> {
+    let [max_batch, max_vocab] = room.map(|size| size as u64);
+    if rows as u64 <= max_batch && vocab as u64 <= max_vocab {
+        return Ok(());
+    }
+    check.fail(
+        "workspace",
+        format!("made for {max_batch} rows of {max_vocab}, given are {rows} of {vocab}; make a larger one"),
+    )
+}
+
+/// Bytes that either operation needs for a matrix of this size, or a smaller one.
+fn scratch_bytes(batch: usize, vocab: usize) -> Option<usize> {
+    Some(softmax_bytes(batch, vocab).max(top_p_bytes(batch, vocab)?))
+}
+
+/// A maximum and a sum for each part of a row, where few rows are divided.
+fn softmax_bytes(batch: usize, vocab: usize) -> usize {
+    batch.min(128) * vocab.div_ceil(8192) * 8
+}
+
+/// For each row a counter, two histograms and two buffers of candidates: one
+/// after the other, each for all rows.
+fn top_p_bytes(batch: usize, vocab: usize) -> Option<usize> {
+    if vocab < super::renorm::MIN_RADIX_VOCAB as usize {
+        return Some(0);
+    }
+    const BUCKETS: usize = 2048;
+    let candidates = 4 * (vocab / 32).next_multiple_of(256);
+    let mut bytes = 0usize;
+    for row in [384, 8 * BUCKETS, 4 * BUCKETS, candidates, candidates] {
+        bytes = bytes.checked_add(batch.checked_mul(row)?.checked_next_multiple_of(256)?)?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_the_launchers() {
+        // By hand, with the formula of `AirTopPRenormProb`.
+        assert_eq!(top_p_bytes(1, 2047), Some(0));
+        assert_eq!(top_p_bytes(1, 2048), Some(512 + 16384 + 8192 + 2 * 1024));
+        assert_eq!(top_p_bytes(3, 128256), Some(1280 + 3 * (16384 + 8192 + 2 * 4 * 4096)));
+        assert_eq!(softmax_bytes(128, 24577), 128 * 4 * 8);
+        assert_eq!(softmax_bytes(1000, 8192), 128 * 8);
+        assert_eq!(scratch_bytes(1000, 1), Some(1024));
+        assert_eq!(scratch_bytes(usize::MAX / 8, 4096), None);
+    }
+
+    #[test]
+    fn a_smaller_matrix_needs_no_more() {
+        let sizes = [1, 100, 2047, 2048, 8192, 8193, 24576, 50257, 128256];
+        for (at, &vocab) in sizes.iter().enumerate() {
+            for &smaller in &sizes[..=at] {
+                for (batch, fewer) in [(1, 1), (128, 127), (129, 128), (1024, 3)] {
+                    assert!(scratch_bytes(fewer, smaller) <= scratch_bytes(batch, vocab));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,574 @@
+//! Softmax and the filters that write matrices, against the CPU reference.
+
+mod common;
+#[path = "common/sampling.rs"]
+mod rows;
+
+use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, refused};
+use flashinfer_rs::{
+    DType, Device, FlashInferError, Result, TensorMut, TensorRef,
+    cudarc::TensorExt,
+    reference::{self, Filter},
+    sampling::*,
+};
+use half::{bf16, f16};
+use rows::{half as half_of, peaked, softmax_rows};
+
+fn workspace(gpu: &Gpu, batch: usize, vocab: usize) -> Workspace {
+    Workspace::new(&gpu.stream, batch, vocab).unwrap()
+}
+
+/// A tensor that an operation writes from another one.
+fn run<T: Number>(
+    gpu: &Gpu,
+    input: &Tensor<T>,
+    op: impl FnOnce(&mut TensorMut<'_>, &TensorRef<'_>) -> Result<()>,
+) -> Tensor<T> {
+    let mut out = Tensor::<T>::poisoned(gpu, &input.shape());
+    op(&mut out.on_mut(gpu).view_mut(), &input.on(gpu).view()).unwrap();
+    out
+}
+
+/// What the reference writes.
+fn want<T: Number>(
+    input: &Tensor<T>,
+    op: impl FnOnce(&mut TensorMut<'_>, &TensorRef<'_>) -> Result<()>,
+) -> Vec<f64> {
+    let mut want = input.wide();
+    op(&mut input.view_of(&mut want), &input.view()).unwrap();
+    want
+}
+
+/// Batches and vocabularies on both sides of each strategy: rows in shared
+/// memory (up to 16 of 4096, up to 32 of 2048), rows that are divided (up to
+/// 128, from 24576 on), and all others.
+const SOFTMAX_SHAPES: [[usize; 2]; 18] = [
+    [1, 1],
+    [3, 7],
+    [5, 1000],
+    [16, 4096],
+    [16, 4097],
+    [17, 4096],
+    [32, 2048],
+    [33, 2046],
+    [1024, 1003],
+    [1, 24575],
+    [1, 24576],
+    [128, 24577],
+    [129, 24576],
+    [7, 50257],
+    [2, 32000],
+    [4, 128256],
+    [3, 128255],
+    [2, 256000],
+];
+
+#[test]
+fn softmax_of_all_sizes() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 1024, 256_000);
+    for shape in SOFTMAX_SHAPES {
+        let mut logits = Tensor::<f32>::random_scaled(&gpu, rng, &shape, 3.0);
+        // A few logits that can never be drawn, but not the first of a row.
+        let mut host = logits.host.clone();
+        (0..host.len() / 9).for_each(|_| {
+            let at = rng.below(host.len());
+            if !at.is_multiple_of(shape[1]) {
+                host[at] = f32::NEG_INFINITY;
+            }
+        });
+        logits = Tensor::new(&gpu, &shape, host);
+        let temperatures: Vec<f32> = (0..shape[0]).map(|row| 0.5 + (row % 7) as f32 / 4.0).collect();
+        let on_device = gpu.cuda.clone_htod(&temperatures).unwrap();
+        let on_device = on_device.tensor(&gpu.cuda, &[shape[0]]).unwrap();
+        let per_row = TensorRef::from_slice(&temperatures, &[shape[0]]).unwrap();
+        for (here, there) in [
+            (Parameter::Value(1.0), Parameter::Value(1.0)),
+            (Parameter::Value(0.7), Parameter::Value(0.7)),
+            (Parameter::PerRow(on_device.view()), Parameter::PerRow(per_row)),
+        ] {
+            let options = SoftmaxOptions::with_temperature(here);
+            let out = run(&gpu, &logits, |out, logits| softmax(&mut workspace, out, logits, &options));
+            let want = want(&logits, |out, logits| reference::softmax(out, logits, there));
+            out.assert_close(&gpu, "softmax", &want, f32::BOUND);
+            let out = out.download(&gpu);
+            for (x, logit) in out.iter().zip(&logits.host) {
+                assert!(*logit > f32::NEG_INFINITY || *x == 0.0, "probability {x} of a logit of -∞");
+            }
+        }
+        logits.assert_untouched(&gpu);
+    }
+}
+
+/// With and without programmatic dependent launch the bits are the same, also
+/// where each launch reads what the one before wrote; a temperature of 0 in a
+/// tensor makes a row uniform; a row without a finite logit becomes NaN.
+#[test]
+fn softmax_options() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 64, 50257);
+    for shape in [[64, 4096], [8, 50257]] {
+        let logits = Tensor::<f32>::random(&gpu, rng, &shape);
+        let mut chain = |enable_pdl| {
+            let mut options = SoftmaxOptions::with_temperature(0.01);
+            options.enable_pdl = enable_pdl;
+            let mut buffers = [0, 1].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
+            {
+                let logits = logits.on(&gpu);
+                let [first, second] = &mut buffers;
+                let (mut first, mut second) = (first.on_mut(&gpu), second.on_mut(&gpu));
+                softmax(&mut workspace, &mut first.view_mut(), &logits.view(), &options).unwrap();
+                for _ in 0..4 {
+                    softmax(&mut workspace, &mut second.view_mut(), &first.view(), &options).unwrap();
+                    softmax(&mut workspace, &mut first.view_mut(), &second.view(), &options).unwrap();
+                }
+            }
+            buffers[0].download(&gpu)
+        };
+        let default = chain(None);
+        assert!(default.iter().all(|x| x.is_finite()));
+        assert_same_bits("PDL off", &chain(Some(false)), &default);
+        if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
+            assert_same_bits("PDL on", &chain(Some(true)), &default);
+        }
+    }
+    let mut host = [1.0f32, 2.0, 3.0, 4.0].repeat(2);
+    host.extend([f32::NEG_INFINITY; 4]);
+    let logits = Tensor::new(&gpu, &[3, 4], host);
+    let temperatures = gpu.cuda.clone_htod(&[0.0f32, 1.0, 1.0]).unwrap();
+    let temperatures = temperatures.tensor(&gpu.cuda, &[3]).unwrap();
+    let options = SoftmaxOptions::with_temperature(Parameter::PerRow(temperatures.view()));
+    let out = run(&gpu, &logits, |out, logits| softmax(&mut workspace, out, logits, &options)).download(&gpu);
+    assert!(out[..4].iter().all(|x| (x - 0.25).abs() < 1e-6));
+    assert!(out[4..8].windows(2).all(|pair| pair[0] < pair[1]));
+    assert!(out[8..].iter().all(|x| x.is_nan()));
+}
+
+/// Rows whose limits lie far from every sum: exactly the reference's tokens.
+#[test]
+fn top_p_between_sums() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 64, 256_000);
+    for (batch, vocab) in [
+        (1, 1),
+        (3, 2),
+        (5, 100),
+        (7, 2047),
+        (1, 2048),
+        (5, 2049),
+        (33, 32000),
+        (64, 50257),
+        (9, 128256),
+        (3, 256_000),
+    ] {
+        let (mut rows, mut top_ps) = (Vec::new(), Vec::new());
+        for row in 0..batch {
+            let (numbers, peaks) = peaked(rng, vocab);
+            top_ps.push(if row % 4 == 3 { 1.0 } else { half_of(&numbers, peaks).1 as f32 });
+            rows.extend(numbers);
+        }
+        let probs = Tensor::new(&gpu, &[batch, vocab], rows);
+        let per_row = TensorRef::from_slice(&top_ps, &[batch]).unwrap();
+        let want = want(&probs, |out, probs| {
+            reference::filtered_probs(out, probs, &Filter::TopP(Parameter::PerRow(per_row)))
+        });
+        let on_device = gpu.cuda.clone_htod(&top_ps).unwrap();
+        let on_device = on_device.tensor(&gpu.cuda, &[batch]).unwrap();
+        for deterministic in [true, false] {
+            let out = run(&gpu, &probs, |out, probs| {
+                let top_p = Parameter::PerRow(on_device.view());
+                top_p_renorm_probs(&mut workspace, out, probs, top_p, deterministic)
+            });
+            out.assert_close(&gpu, "top_p_renorm_probs", &want, f32::BOUND);
+            for (at, (x, want)) in out.download(&gpu).iter().zip(&want).enumerate() {
+                // With top_p 1, rounding may leave out the rarest.
+                let one = top_ps[at / vocab] == 1.0;
+                assert!(one || (*x > 0.0) == (*want > 0.0), "{at} of {batch} x {vocab}: {x} and not {want}");
+            }
+        }
+        probs.assert_untouched(&gpu);
+    }
+}
+
+/// Rows of thousands of similar numbers: what is kept is what is above a
+/// threshold, and its sum is `top_p` within rounding.
+#[test]
+fn top_p_among_many() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 16, 256_000);
+    for (batch, vocab) in [(4, 2000), (16, 4096), (8, 50257), (3, 128256), (2, 256_000)] {
+        let probs = softmax_rows(&gpu, rng, [batch, vocab], 1.5);
+        for (top_p, deterministic) in [(0.1, true), (0.9, true), (0.9, false), (0.999, true)] {
+            let out = run(&gpu, &probs, |out, probs| {
+                top_p_renorm_probs(&mut workspace, out, probs, top_p.into(), deterministic)
+            });
+            let again = run(&gpu, &probs, |out, probs| {
+                top_p_renorm_probs(&mut workspace, out, probs, top_p.into(), deterministic)
+            });
+            let out = out.download(&gpu);
+            if deterministic {
+                assert_same_bits("again", &again.download(&gpu), &out);
+            }
+            for (out, probs) in out.chunks(vocab).zip(probs.host.chunks(vocab)) {
+                let kept = || out.iter().zip(probs).filter(|(x, _)| **x > 0.0).map(|(_, &prob)| prob);
+                let threshold = kept().fold(f32::INFINITY, f32::min);
+                let sum: f64 = kept().map(f64::from).sum();
+                let above: f64 = kept().filter(|&prob| prob > threshold).map(f64::from).sum();
+                assert!(sum >= top_p - 1e-4 && above < top_p + 1e-4, "{above} and {sum} for {top_p}");
+                for (x, &prob) in out.iter().zip(probs) {
+                    let want = if prob >= threshold { f64::from(prob) / sum } else { 0.0 };
+                    assert!((f64::from(*x) - want).abs() <= 1e-5 * want, "{x} and not {want}");
+                }
+            }
+        }
+    }
+}
+
+/// Rows of zeros stay zeros; one-hot rows stay one-hot; NaN and large sums end.
+#[test]
+fn top_p_of_odd_rows() {
+    let Some(gpu) = Gpu::start() else { return };
+    let mut workspace = workspace(&gpu, 8, 4096);
+    for vocab in [100, 4096] {
+        let mut host = vec![0.0f32; 5 * vocab];
+        host[vocab + 17] = 1.0;
+        host[2 * vocab..3 * vocab].fill(f32::NAN);
+        host[3 * vocab..4 * vocab].fill(1000.0);
+        host[4 * vocab..].fill(-1.0);
+        let probs = Tensor::new(&gpu, &[5, vocab], host);
+        for numbers in [[0.5f32; 5], [1.0; 5], [0.0; 5], [-1.0; 5], [f32::NAN; 5], [7.0; 5]] {
+            let top_ps = gpu.cuda.clone_htod(&numbers).unwrap();
+            let top_ps = top_ps.tensor(&gpu.cuda, &[5]).unwrap();
+            for deterministic in [true, false] {
+                let out = run(&gpu, &probs, |out, probs| {
+                    let top_p = Parameter::PerRow(top_ps.view());
+                    top_p_renorm_probs(&mut workspace, out, probs, top_p, deterministic)
+                });
+                let out = out.download(&gpu);
+                assert!(out[..vocab].iter().all(|&x| x == 0.0), "{numbers:?}");
+                if (0.0..=1.0).contains(&numbers[0]) && numbers[0] > 0.0 {
+                    let hot = out[vocab..2 * vocab].iter().enumerate();
+                    assert!(hot.clone().all(|(at, &x)| (x > 0.0) == (at == 17)), "{numbers:?}");
+                    assert!((out[vocab + 17] - 1.0).abs() < 1e-6);
+                }
+            }
+        }
+    }
+}
+
+/// Vocabularies of one and of several blocks of each dtype, with `k` for all
+/// and for each row, 0 and more than there are among them.
+/// 66 rows of two blocks run at once on an H200.
+const TOP_K_SHAPES: [[usize; 2]; 11] = [
+    [1, 1],
+    [3, 7],
+    [300, 1003],
+    [17, 32000],
+    [5, 50257],
+    [2, 57344],
+    [70, 60000],
+    [67, 116_000],
+    [4, 128256],
+    [3, 128257],
+    [2, 256_000],
+];
+
+fn top_ks(rng: &mut Rng, [batch, vocab]: [usize; 2]) -> Vec<i32> {
+    let vocab = vocab as i32;
+    let some = [1, 2, 50, vocab / 2, vocab - 1, vocab, vocab + 1, -1, 0];
+    (0..batch).map(|row| if row < 4 { 1 + row as i32 } else { some[rng.below(some.len())] }).collect()
+}
+
+#[test]
+fn top_k_renorm() {
+    fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace) {
+        for shape in TOP_K_SHAPES {
+            let [batch, vocab] = shape;
+            let rows: Vec<T> =
+                (0..batch).flat_map(|_| peaked(rng, vocab).0).map(|x| T::from_f64(x.into())).collect();
+            let probs = Tensor::new(gpu, &shape, rows);
+            let numbers = top_ks(rng, shape);
+            let on_device = gpu.cuda.clone_htod(&numbers).unwrap();
+            let on_device = on_device.tensor(&gpu.cuda, &[batch]).unwrap();
+            let per_row = TensorRef::from_slice(&numbers, &[batch]).unwrap();
+            for (here, there) in [
+                (Parameter::Value(20), Parameter::Value(20)),
+                (Parameter::Value(u32::MAX), Parameter::Value(u32::MAX)),
+                (Parameter::PerRow(on_device.view()), Parameter::PerRow(per_row)),
+            ] {
+                let out =
+                    run(gpu, &probs, |out, probs| top_k_renorm_probs(&mut *workspace, out, probs, here));
+                let want =
+                    want(&probs, |out, probs| reference::filtered_probs(out, probs, &Filter::TopK(there)));
+                out.assert_close(gpu, "top_k_renorm_probs", &want, T::BOUND);
+                for (at, (x, want)) in out.download(gpu).iter().zip(&want).enumerate() {
+                    // 16-bit numbers have a smallest one.
+                    let same = (x.to_f64() > 0.0) == (*want > 0.0) || *want < 1e-6;
+                    assert!(same, "{at} of {shape:?}: {x:?} and not {want}");
+                }
+            }
+            probs.assert_untouched(gpu);
+        }
+    }
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 1, 1); // top-k does not ask for more
+    check::<f32>(&gpu, rng, &mut workspace);
+    check::<f16>(&gpu, rng, &mut workspace);
+    check::<bf16>(&gpu, rng, &mut workspace);
+}
+
+/// Logits are kept bit by bit, ties all or none.
+#[test]
+fn top_k_mask() {
+    fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace) {
+        for shape in TOP_K_SHAPES {
+            let logits = Tensor::<T>::random_scaled(gpu, rng, &shape, 4.0);
+            let numbers = top_ks(rng, shape);
+            let on_device = gpu.cuda.clone_htod(&numbers).unwrap();
+            let on_device = on_device.tensor(&gpu.cuda, &[shape[0]]).unwrap();
+            let per_row = TensorRef::from_slice(&numbers, &[shape[0]]).unwrap();
+            for (here, there) in [
+                (Parameter::Value(50), Parameter::Value(50)),
+                (Parameter::PerRow(on_device.view()), Parameter::PerRow(per_row)),
+            ] {
+                let out =
+                    run(gpu, &logits, |out, logits| top_k_mask_logits(&mut *workspace, out, logits, here));
+                let want = want(&logits, |out, logits| reference::top_k_mask_logits(out, logits, there));
+                let want: Vec<T> = want.into_iter().map(T::from_f64).collect();
+                assert_same_bits(&format!("top_k_mask_logits {shape:?}"), &out.download(gpu), &want);
+            }
+            logits.assert_untouched(gpu);
+        }
+    }
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 1, 1);
+    check::<f32>(&gpu, rng, &mut workspace);
+    check::<f16>(&gpu, rng, &mut workspace);
+    check::<bf16>(&gpu, rng, &mut workspace);
+}
+
+/// Two threads with vocabularies that need other amounts of shared memory.
+#[test]
+fn threads_with_different_vocabularies() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let cases = [1000, 50000].map(|vocab| {
+        let gpu = gpu.fork();
+        let logits = Tensor::<f32>::random(&gpu, rng, &[4, vocab]);
+        (gpu, logits)
+    });
+    std::thread::scope(|scope| {
+        for (gpu, logits) in &cases {
+            scope.spawn(move || {
+                let mut workspace = workspace(gpu, 4, 50000);
+                let want = want(logits, |out, logits| reference::top_k_mask_logits(out, logits, 9.into()));
+                let want: Vec<f32> = want.into_iter().map(|x| x as f32).collect();
+                let mut out = Tensor::<f32>::poisoned(gpu, &logits.shape());
+                {
+                    let (logits, mut out) = (logits.on(gpu), out.on_mut(gpu));
+                    for _ in 0..300 {
+                        top_k_mask_logits(&mut workspace, &mut out.view_mut(), &logits.view(), 9.into())
+                            .unwrap();
+                    }
+                }
+                assert_same_bits("masked", &out.download(gpu), &want);
+            });
+        }
+    });
+}
+
+/// A captured step, replayed, does what a direct one does.
+#[test]
+fn graph_replay() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    let shape = [6, 128256];
+    let mut workspace = workspace(&gpu, 6, 128256);
+    let mut logits = Tensor::<f32>::random_scaled(&gpu, rng, &shape, 2.0);
+    let mut tensors = [0; 4].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
+    let step = |workspace: &mut Workspace, logits: &TensorRef<'_>, outs: &mut [TensorMut<'_>; 4]| {
+        let [masked, probs, top_k, top_p] = outs;
+        top_k_mask_logits(workspace, masked, logits, 5000.into())?;
+        softmax(workspace, probs, &masked.as_ref(), &SoftmaxOptions::default())?;
+        top_k_renorm_probs(workspace, top_k, &probs.as_ref(), 1000.into())?;
+        top_p_renorm_probs(workspace, top_p, &probs.as_ref(), 0.9.into(), true)
+    };
+    let direct = |workspace: &mut Workspace, logits: &Tensor<f32>| {
+        let mut outs = [0; 4].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
+        {
+            let logits = logits.on(&gpu);
+            let mut guards = outs.each_mut().map(|out| out.on_mut(&gpu));
+            let mut views = guards.each_mut().map(|guard| guard.view_mut());
+            step(workspace, &logits.view(), &mut views).unwrap();
+        }
+        outs.map(|out| out.download(&gpu))
+    };
+    direct(&mut workspace, &logits); // loads the kernels
+    let (graph, call) = {
+        let logits = logits.on(&gpu);
+        let mut guards = tensors.each_mut().map(|out| out.on_mut(&gpu));
+        let mut views = guards.each_mut().map(|guard| guard.view_mut());
+        capture(&gpu, || step(&mut workspace, &logits.view(), &mut views))
+    };
+    call.unwrap();
+    let graph = graph.expect("a graph");
+    tensors.iter().for_each(|tensor| tensor.assert_untouched(&gpu)); // captured is not run
+    for _ in 0..3 {
+        let next = Tensor::<f32>::random_scaled(&gpu, rng, &shape, 2.0);
+        logits.upload(&gpu, &next.host);
+        graph.launch().unwrap();
+        let got = tensors.each_ref().map(|tensor| tensor.download(&gpu));
+        let want = direct(&mut workspace, &next);
+        for ((what, got), want) in ["masked", "probs", "top-k", "top-p"].iter().zip(&got).zip(&want) {
+            // Blocks add their parts of a row's sum in any order.
+            if *what == "top-k" {
+                let off = got.iter().zip(want).map(|(a, b)| (a - b).abs() / b.max(1e-9)).fold(0.0, f32::max);
+                assert!(off < 1e-5, "{what}: off by {off}");
+            } else {
+                assert_same_bits(what, got, want);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_rows() {
+    let Some(gpu) = Gpu::start() else { return };
+    let mut workspace = workspace(&gpu, 1, 64);
+    let input = Tensor::new(&gpu, &[2, 64], vec![0.5f32; 128]).narrowed(0, 0, 0);
+    let mut out = Tensor::<f32>::poisoned(&gpu, &[2, 64]).narrowed(0, 0, 0);
+    {
+        let (input, mut out) = (input.on(&gpu), out.on_mut(&gpu));
+        let (input, mut out) = (input.view(), out.view_mut());
+        softmax(&mut workspace, &mut out, &input, &SoftmaxOptions::default()).unwrap();
+        top_p_renorm_probs(&mut workspace, &mut out, &input, 0.5.into(), true).unwrap();
+        top_k_renorm_probs(&mut workspace, &mut out, &input, 5.into()).unwrap();
+        top_k_mask_logits(&mut workspace, &mut out, &input, 5.into()).unwrap();
+    }
+    out.assert_untouched(&gpu);
+}
+
+/// Everything that operations with a workspace must refuse.
+#[test]
+fn wrong_input() {
+    let Some(gpu) = Gpu::start() else { return };
+    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let mut space = workspace(&gpu, 4, 4096);
+    let input = softmax_rows(&gpu, rng, [4, 4096], 1.0);
+    let mut out = Tensor::<f32>::poisoned(&gpu, &[4, 4096]);
+    // SAFETY: the tensors are refused before anything looks at the addresses.
+    let fake = |address: usize, device, dtype, shape: &[usize]| unsafe {
+        TensorRef::from_raw_parts(address as *const _, device, dtype, shape, None).unwrap()
+    };
+    let device = Device::Cuda(0);
+    let names = ["logits", "probs", "probs", "logits"];
+    {
+        let (good, mut target) = (input.on(&gpu), out.on_mut(&gpu));
+        let good = good.view();
+        let ops = |space: &mut Workspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
+            [
+                softmax(space, out, input, &SoftmaxOptions::default()),
+                top_p_renorm_probs(space, out, input, 0.5.into(), false),
+                top_k_renorm_probs(space, out, input, 5.into()),
+                top_k_mask_logits(space, out, input, 5.into()),
+            ]
+        };
+        let mut refuse_input = |input: TensorRef<'_>| {
+            for (call, name) in ops(&mut space, &mut target.view_mut(), &input).into_iter().zip(names) {
+                refused(call, name);
+            }
+        };
+        refuse_input(good.narrow(1, 0, 2048).unwrap());
+        refuse_input(good.permute(&[1, 0]).unwrap());
+        refuse_input(good.select(0, 0).unwrap());
+        refuse_input(good.narrow(1, 0, 0).unwrap());
+        refuse_input(fake(1 << 20, device, DType::F64, &[4, 4096]));
+        refuse_input(fake(1 << 20, device, DType::I32, &[4, 4096]));
+        refuse_input(fake(1 << 20, Device::Cpu, DType::F32, &[4, 4096]));
+        refuse_input(fake(1 << 20, Device::Cuda(9), DType::F32, &[4, 4096]));
+        refuse_input(fake((1 << 20) + 8, device, DType::F32, &[4, 4096]));
+        refuse_input(fake(1 << 20, device, DType::F32, &[1, (1 << 23) + 1]));
+        refuse_input(fake(1 << 20, device, DType::F32, &[1 << 20, 4097]));
+        refuse_input(input.on(&other).view());
+        for wrong in [
+            fake(1 << 20, device, DType::F32, &[4, 4095]),
+            fake(1 << 20, device, DType::F32, &[3, 4096]),
+            fake(1 << 20, device, DType::F16, &[4, 4096]),
+            fake((1 << 20) + 4, device, DType::F32, &[4, 4096]),
+        ] {
+            // SAFETY: as above.
+            let mut wrong = unsafe {
+                let shape: Vec<usize> = wrong.shape().iter().map(|&size| size as usize).collect();
+                TensorMut::from_raw_parts(wrong.data_ptr(), device, wrong.dtype(), &shape, None).unwrap()
+            };
+            ops(&mut space, &mut wrong, &good).into_iter().for_each(|call| refused(call, "out"));
+        }
+        // Top-k takes 16-bit numbers, the others do not.
+        let halves = fake(1 << 20, device, DType::F16, &[4, 4096]);
+        let [soft, top_p, ..] = ops(&mut space, &mut target.view_mut(), &halves);
+        refused(soft, "logits");
+        refused(top_p, "probs");
+
+        // A workspace that is too small, in either direction.
+        for (batch, vocab) in [(3, 4096), (4, 4095)] {
+            let mut small = workspace(&gpu, batch, vocab);
+            let target = &mut target.view_mut();
+            refused(softmax(&mut small, target, &good, &SoftmaxOptions::default()), "workspace");
+            refused(top_p_renorm_probs(&mut small, target, &good, 0.5.into(), true), "workspace");
+        }
+        let mut elsewhere = workspace(&other, 4, 4096);
+        ops(&mut elsewhere, &mut target.view_mut(), &good)
+            .into_iter()
+            .zip(names)
+            .for_each(|(call, name)| refused(call, name));
+
+        // Parameters.
+        let mut target = target.view_mut();
+        for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-60] {
+            let options = SoftmaxOptions::with_temperature(temperature);
+            refused(softmax(&mut space, &mut target, &good, &options), "temperature");
+        }
+        for top_p in [0.0, -0.5, 1.1, f64::NAN, 1e-60] {
+            refused(top_p_renorm_probs(&mut space, &mut target, &good, top_p.into(), true), "top_p");
+        }
+        refused(top_k_renorm_probs(&mut space, &mut target, &good, 0.into()), "top_k");
+        refused(top_k_mask_logits(&mut space, &mut target, &good, 0.into()), "top_k");
+        let five = fake(1 << 20, device, DType::F32, &[5]);
+        let call = top_p_renorm_probs(&mut space, &mut target, &good, Parameter::PerRow(five), true);
+        refused(call, "top_p");
+        for wrong in [
+            five,
+            fake(1 << 20, device, DType::F32, &[4]),
+            fake(1 << 20, device, DType::I64, &[4]),
+            fake(1 << 20, device, DType::I32, &[4, 1]),
+            fake((1 << 20) + 2, device, DType::I32, &[4]),
+        ] {
+            let call = top_k_mask_logits(&mut space, &mut target, &good, Parameter::PerRow(wrong));
+            refused(call, "top_k");
+        }
+    }
+    // More rows than blocks of the radix kernels, or offsets with a sign.
+    for shape in [[65536, 2048], [65535, 40000], [300, 1 << 23]] {
+        let large = fake(1 << 20, device, DType::F32, &shape);
+        // SAFETY: as above.
+        let mut target = unsafe {
+            TensorMut::from_raw_parts((1 << 40) as *mut _, device, DType::F32, &shape, None).unwrap()
+        };
+        refused(top_p_renorm_probs(&mut space, &mut target, &large, 0.5.into(), true), "probs");
+    }
+    other.synchronize();
+    out.assert_untouched(&gpu);
+    assert!(matches!(
+        Workspace::new(&gpu.stream, 1, (1 << 23) + 1),
+        Err(FlashInferError::InvalidArgument { argument: "max_vocab", .. })
+    ));
+    // The refused calls left everything usable.
+    let good = run(&gpu, &input, |out, probs| top_p_renorm_probs(&mut space, out, probs, 1.0.into(), true));
+    assert!(good.download(&gpu).iter().all(|x| x.is_finite()));
+}
