@@ -5,18 +5,21 @@
 //! at them again once they are on the device. So they are values of this
 //! crate: checked on the host ([`PageIndices`] and [`AppendIndices`] against the
 //! cache's size, [`RaggedIndices`] and [`SequenceIndices`] against the number of
-//! rows, masks against the batch), then uploaded ([`OnDevice`]) together with the host copy,
+//! rows, [`PositionIndices`] against the number of positions, masks against the batch), then uploaded ([`OnDevice`]) together with the host copy,
 //! so that what `plan` reads on the host and what `run` reads on the device
 //! cannot disagree.
 
 mod indices;
 pub(crate) mod masks;
+mod positions;
 mod sequences;
 mod upload;
 
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
+pub use positions::PositionIndices;
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, SequenceTable,
+    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, PositionTable, RaggedTable,
+    SequenceTable,
 };

@@ -6,6 +6,7 @@ mod check;
 pub mod gdn;
 pub mod norm;
 pub mod page;
+pub mod rope;
 pub mod topk;
 
 use std::sync::OnceLock;
@@ -58,6 +59,13 @@ pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordin
 /// [`Signature::compare`] holds a declaration against what a module prints of
 /// itself.
 pub fn signatures() -> Vec<(&'static str, Signature)> {
-    [norm::SIGNATURES, page::SIGNATURES, cascade::SIGNATURES, gdn::SIGNATURES, &attention::signatures()]
-        .concat()
+    [
+        norm::SIGNATURES,
+        rope::SIGNATURES,
+        page::SIGNATURES,
+        cascade::SIGNATURES,
+        gdn::SIGNATURES,
+        &attention::signatures(),
+    ]
+    .concat()
 }
