@@ -274,8 +274,8 @@ impl YarnScaling {
 /// The cosines and sines of positions on a device: `f32` `[rows, rotary_dim]`,
 /// in each row the cosines, then the sines.
 ///
-/// [`view`](Self::view) has one row more than there are positions: kernels that
-/// turn interleaved pairs read up to 32 bytes beyond a row.
+/// There is one row more than was asked for: kernels that turn interleaved
+/// pairs read up to 32 bytes beyond a row, so they cannot use the last.
 pub struct CosSinCache {
     buffer: DeviceBuffer,
     max_pos: usize,
@@ -286,7 +286,7 @@ impl CosSinCache {
     /// Rows that are computed and copied at a time have about this many bytes.
     const CHUNK: usize = 1 << 20;
 
-    /// Computes the rows of positions `0..max_pos` and uploads them, for use on
+    /// Computes the rows of positions `0..=max_pos` and uploads them, for use on
     /// `stream`.
     ///
     /// # Errors
@@ -296,17 +296,18 @@ impl CosSinCache {
     pub fn new(stream: &Stream, frequencies: &RopeFrequencies, max_pos: usize) -> Result<Self> {
         stream.check_usable_here("CosSinCache")?;
         let rotary_dim = frequencies.rotary_dim();
-        let elements = max_pos.checked_add(1).and_then(|rows| rows.checked_mul(rotary_dim));
-        let Some(elements) = elements.filter(|&elements| elements <= i32::MAX as usize) else {
+        let all_rows = max_pos.saturating_add(1);
+        let elements = all_rows.saturating_mul(rotary_dim);
+        if elements > i32::MAX as usize {
             return invalid("max_pos", format!("{max_pos} rows of {rotary_dim} are 2^31 elements or more"));
-        };
+        }
         let cuda = FlashInferRuntime::get()?.cuda();
-        let buffer = DeviceBuffer::zeroed(cuda, stream, elements * size_of::<f32>())?;
+        let buffer = DeviceBuffer::new(cuda, stream, elements * size_of::<f32>())?;
         let row_bytes = rotary_dim * size_of::<f32>();
-        let rows_at_once = (Self::CHUNK / row_bytes).clamp(1, max_pos.max(1));
+        let rows_at_once = (Self::CHUNK / row_bytes).clamp(1, all_rows);
         let mut staging = StagingBuffer::new(cuda, stream, rows_at_once * row_bytes)?;
-        for first in (0..max_pos).step_by(rows_at_once) {
-            let rows = first..max_pos.min(first + rows_at_once);
+        for first in (0..all_rows).step_by(rows_at_once) {
+            let rows = first..all_rows.min(first + rows_at_once);
             staging.stage(stream, |bytes| {
                 let bytes = &mut bytes[..rows.len() * row_bytes];
                 for (position, row) in rows.zip(bytes.chunks_exact_mut(row_bytes)) {
@@ -322,7 +323,7 @@ impl CosSinCache {
         Ok(Self { buffer, max_pos, rotary_dim })
     }
 
-    /// The number of positions.
+    /// The number of positions that were asked for.
     pub fn max_pos(&self) -> usize {
         self.max_pos
     }
@@ -332,7 +333,7 @@ impl CosSinCache {
         self.rotary_dim
     }
 
-    /// The cache for a kernel, `[max_pos + 1, rotary_dim]`; the last row is 0.
+    /// The cache for a kernel, `[max_pos + 1, rotary_dim]`.
     ///
     /// # Errors
     /// None in practice: the sizes were checked.
