@@ -131,7 +131,7 @@ fn pos_ids_sizes<T: Number>() {
                 &what,
                 random(&gpu, rng, tokens, heads, head_dim),
                 T::BOUND,
-                &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, (&table).into(), &options),
+                &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, &table, &options),
                 &|tensors| reference::apply_rope_pos_ids(tensors, &pos_ids, &options),
             );
             let mut llama = Llama31RopeOptions::default();
@@ -141,7 +141,7 @@ fn pos_ids_sizes<T: Number>() {
                 &format!("llama 3.1: {what}"),
                 random(&gpu, rng, tokens, heads, head_dim),
                 T::BOUND,
-                &|tensors| rope::apply_llama31_rope_pos_ids(&gpu.stream, tensors, (&table).into(), &llama),
+                &|tensors| rope::apply_llama31_rope_pos_ids(&gpu.stream, tensors, &table, &llama),
                 &|tensors| reference::apply_llama31_rope_pos_ids(tensors, &pos_ids, &llama),
             );
         }
@@ -174,7 +174,7 @@ fn options() {
             &format!("{options:?}"),
             random(&gpu, rng, 9, [4, 2], 128),
             f16::BOUND,
-            &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, (&table).into(), &options),
+            &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, &table, &options),
             &|tensors| reference::apply_rope_pos_ids(tensors, &pos_ids, &options),
         );
         let mut llama = Llama31RopeOptions::default();
@@ -185,7 +185,7 @@ fn options() {
             &format!("{llama:?}"),
             random(&gpu, rng, 9, [4, 2], 128),
             f16::BOUND,
-            &|tensors| rope::apply_llama31_rope_pos_ids(&gpu.stream, tensors, (&table).into(), &llama),
+            &|tensors| rope::apply_llama31_rope_pos_ids(&gpu.stream, tensors, &table, &llama),
             &|tensors| reference::apply_llama31_rope_pos_ids(tensors, &pos_ids, &llama),
         );
     }
@@ -215,7 +215,7 @@ fn sequences() {
                 (llama.rope.rotary_dim, llama.rope.interleave) = (rotary_dim, interleave);
                 let what = format!("{lens:?} {heads:?} {head_dim} {options:?}");
                 let op: Apply<'_> =
-                    &|tensors| rope::apply_rope(&gpu.stream, tensors, &table, shown.view().into(), &options);
+                    &|tensors| rope::apply_rope(&gpu.stream, tensors, &table, shown.view(), &options);
                 let want: Apply<'_> = &|tensors| reference::apply_rope(tensors, &indptr, &offsets, &options);
                 check::<T>(gpu, &what, random(gpu, rng, tokens, heads, head_dim), T::BOUND, op, want);
                 let [mut q, mut k] = random::<T>(gpu, rng, tokens + 3, heads, head_dim);
@@ -225,9 +225,7 @@ fn sequences() {
                     &format!("llama 3.1: {what}"),
                     random(gpu, rng, tokens, heads, head_dim),
                     T::BOUND,
-                    &|tensors| {
-                        rope::apply_llama31_rope(&gpu.stream, tensors, &table, shown.view().into(), &llama)
-                    },
+                    &|tensors| rope::apply_llama31_rope(&gpu.stream, tensors, &table, shown.view(), &llama),
                     &|tensors| reference::apply_llama31_rope(tensors, &indptr, &offsets, &llama),
                 );
             }
@@ -355,7 +353,7 @@ fn many_tokens() {
         "many tokens",
         random(&gpu, rng, tokens, [2, 1], 64),
         f16::BOUND,
-        &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, (&table).into(), &options),
+        &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, &table, &options),
         &|tensors| reference::apply_rope_pos_ids(tensors, &pos_ids, &options),
     );
     let cache = Cache::new(&gpu, 64, 1000);
@@ -399,7 +397,7 @@ fn long_contexts() {
         "far out, computed",
         random(&gpu, rng, tokens, [4, 1], 64),
         1e-1,
-        &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, (&table).into(), &options),
+        &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, &table, &options),
         &|tensors| reference::apply_rope_pos_ids(tensors, &pos_ids, &options),
     );
 }
@@ -450,7 +448,7 @@ fn strided() {
         "strided",
         [q, k],
         f16::BOUND,
-        &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, (&table).into(), &options),
+        &|tensors| rope::apply_rope_pos_ids(&gpu.stream, tensors, &table, &options),
         &|tensors| reference::apply_rope_pos_ids(tensors, &pos_ids, &options),
     );
 }
@@ -558,10 +556,10 @@ fn graph_replay() {
         let options = RopeOptions::default();
         // Functions are resolved before the capture.
         rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, &mut looked_up, &rotation).unwrap();
-        rope::apply_rope_pos_ids(&gpu.stream, &mut by_angle, (&table).into(), &options).unwrap();
+        rope::apply_rope_pos_ids(&gpu.stream, &mut by_angle, &table, &options).unwrap();
         let (graph, result) = capture(&gpu, || {
             rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, &mut looked_up, &rotation)?;
-            rope::apply_rope_pos_ids(&gpu.stream, &mut by_angle, (&table).into(), &options)
+            rope::apply_rope_pos_ids(&gpu.stream, &mut by_angle, &table, &options)
         });
         result.unwrap();
         graph.expect("a graph")
@@ -610,10 +608,10 @@ fn nothing_to_do() {
         let mut tensors = RopeTensors::InPlace { q: q.view_mut(), k: k.view_mut() };
         let (options, llama) = (RopeOptions::default(), Llama31RopeOptions::default());
         let rotation = cache.on_device((&table).into(), false);
-        rope::apply_rope(&gpu.stream, &mut tensors, &ragged, (&table).into(), &options).unwrap();
-        rope::apply_llama31_rope(&gpu.stream, &mut tensors, &ragged, (&table).into(), &llama).unwrap();
-        rope::apply_rope_pos_ids(&gpu.stream, &mut tensors, (&table).into(), &options).unwrap();
-        rope::apply_llama31_rope_pos_ids(&gpu.stream, &mut tensors, (&table).into(), &llama).unwrap();
+        rope::apply_rope(&gpu.stream, &mut tensors, &ragged, &table, &options).unwrap();
+        rope::apply_llama31_rope(&gpu.stream, &mut tensors, &ragged, &table, &llama).unwrap();
+        rope::apply_rope_pos_ids(&gpu.stream, &mut tensors, &table, &options).unwrap();
+        rope::apply_llama31_rope_pos_ids(&gpu.stream, &mut tensors, &table, &llama).unwrap();
         rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, &mut tensors, &rotation).unwrap();
     }
     q.assert_untouched(&gpu);
@@ -648,7 +646,7 @@ fn wrong_input() {
         let foreign = positions(&other, vec![1, 2, 3]);
         let few = positions(&gpu, vec![1, 2]);
         for bad in [&foreign, &few] {
-            let call = rope::apply_rope_pos_ids(&gpu.stream, &mut tensors, bad.into(), &options);
+            let call = rope::apply_rope_pos_ids(&gpu.stream, &mut tensors, bad, &options);
             refused(call, "pos_ids");
             let rotation = cache.on_device(bad.into(), false);
             let call = rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, &mut tensors, &rotation);
@@ -659,10 +657,10 @@ fn wrong_input() {
         refused(call, "cos_sin_cache");
 
         let mut apply = |indptr: &RaggedTable, offsets: &PositionTable, argument: &str| {
-            let call = rope::apply_rope(&gpu.stream, &mut tensors, indptr, offsets.into(), &options);
+            let call = rope::apply_rope(&gpu.stream, &mut tensors, indptr, offsets, &options);
             refused(call, argument);
             let llama = Llama31RopeOptions::default();
-            let call = rope::apply_llama31_rope(&gpu.stream, &mut tensors, indptr, offsets.into(), &llama);
+            let call = rope::apply_llama31_rope(&gpu.stream, &mut tensors, indptr, offsets, &llama);
             refused(call, argument);
         };
         let one = positions(&gpu, vec![0]);
@@ -672,13 +670,8 @@ fn wrong_input() {
         apply(&ragged(&gpu, vec![0, 3]), &positions(&other, vec![0]), "offsets");
         let wide = gpu.cuda.clone_htod(&[0i64]).unwrap();
         let wide = wide.tensor(&gpu.cuda, &[1]).unwrap();
-        let call = rope::apply_rope(
-            &gpu.stream,
-            &mut tensors,
-            &ragged(&gpu, vec![0, 3]),
-            wide.view().into(),
-            &options,
-        );
+        let call =
+            rope::apply_rope(&gpu.stream, &mut tensors, &ragged(&gpu, vec![0, 3]), wide.view(), &options);
         refused(call, "offsets");
         refused(
             CosSinCache::new(

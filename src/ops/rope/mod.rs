@@ -288,15 +288,15 @@ impl<'a> Rotation<'a> {
 /// anything is launched: a device, stream, dtype, shape, stride or alignment
 /// does not fit, `indptr` ends beyond the rows, or an option is out of its
 /// range. Else what the module or CUDA said.
-pub fn apply_rope(
+pub fn apply_rope<'p>(
     stream: &Stream,
     tensors: &mut RopeTensors<'_>,
     indptr: &RaggedTable,
-    offsets: Positions<'_>,
+    offsets: impl Into<Positions<'p>>,
     options: &RopeOptions,
 ) -> Result<()> {
     let check = Check::new(APPLY.name(), stream)?;
-    let Some(call) = ragged(&check, tensors, indptr, offsets, options)? else { return Ok(()) };
+    let Some(call) = ragged(&check, tensors, indptr, offsets.into(), options)? else { return Ok(()) };
     let Ragged { tensors, indptr, offsets } = &call;
     launch(stream, &APPLY, || ApplyRope {
         q: DlTensor::new(&tensors.q),
@@ -316,16 +316,16 @@ pub fn apply_rope(
 ///
 /// # Errors
 /// As [`apply_rope`].
-pub fn apply_llama31_rope(
+pub fn apply_llama31_rope<'p>(
     stream: &Stream,
     tensors: &mut RopeTensors<'_>,
     indptr: &RaggedTable,
-    offsets: Positions<'_>,
+    offsets: impl Into<Positions<'p>>,
     options: &Llama31RopeOptions,
 ) -> Result<()> {
     let check = Check::new(APPLY_LLAMA31.name(), stream)?;
     options.scaling().check()?;
-    let Some(call) = ragged(&check, tensors, indptr, offsets, &options.rope)? else { return Ok(()) };
+    let Some(call) = ragged(&check, tensors, indptr, offsets.into(), &options.rope)? else { return Ok(()) };
     let Ragged { tensors, indptr, offsets } = &call;
     launch(stream, &APPLY_LLAMA31, || ApplyLlama31Rope {
         q: DlTensor::new(&tensors.q),
@@ -354,14 +354,16 @@ pub fn apply_llama31_rope(
 /// anything is launched: a device, stream, dtype, shape, stride or alignment
 /// does not fit, or an option is out of its range. Else what the module or CUDA
 /// said.
-pub fn apply_rope_pos_ids(
+pub fn apply_rope_pos_ids<'p>(
     stream: &Stream,
     tensors: &mut RopeTensors<'_>,
-    pos_ids: Positions<'_>,
+    pos_ids: impl Into<Positions<'p>>,
     options: &RopeOptions,
 ) -> Result<()> {
     let check = Check::new(APPLY_POS_IDS.name(), stream)?;
-    let Some((tensors, pos_ids)) = by_position(&check, tensors, pos_ids, options)? else { return Ok(()) };
+    let Some((tensors, pos_ids)) = by_position(&check, tensors, pos_ids.into(), options)? else {
+        return Ok(());
+    };
     launch(stream, &APPLY_POS_IDS, || ApplyRopePosIds {
         q: DlTensor::new(&tensors.q),
         k: DlTensor::new(&tensors.k),
@@ -379,15 +381,15 @@ pub fn apply_rope_pos_ids(
 ///
 /// # Errors
 /// As [`apply_rope_pos_ids`].
-pub fn apply_llama31_rope_pos_ids(
+pub fn apply_llama31_rope_pos_ids<'p>(
     stream: &Stream,
     tensors: &mut RopeTensors<'_>,
-    pos_ids: Positions<'_>,
+    pos_ids: impl Into<Positions<'p>>,
     options: &Llama31RopeOptions,
 ) -> Result<()> {
     let check = Check::new(APPLY_LLAMA31_POS_IDS.name(), stream)?;
     options.scaling().check()?;
-    let Some((tensors, pos_ids)) = by_position(&check, tensors, pos_ids, &options.rope)? else {
+    let Some((tensors, pos_ids)) = by_position(&check, tensors, pos_ids.into(), &options.rope)? else {
         return Ok(());
     };
     launch(stream, &APPLY_LLAMA31_POS_IDS, || ApplyLlama31RopePosIds {
