@@ -253,7 +253,9 @@ pub enum RopeAppend<'a> {
 /// and [`v_scale`](crate::attention::RunOptions::v_scale). Upstream has no
 /// kernel that quantizes without turning: what
 /// [`page::append_paged_kv_cache`](crate::page::append_paged_kv_cache) is to
-/// write must already be of the cache's type.
+/// write must already be of the cache's type. Kernels on tensor cores take no
+/// `sm_scale` times `k_scale` below 1e-3, so that with heads of 128 elements and
+/// the default `sm_scale` the scale of keys is at most 88.
 ///
 /// ```
 /// use flashinfer_rs::{attention::RunOptions, rope::RopeQuantizeOptions};
