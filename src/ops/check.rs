@@ -19,6 +19,11 @@ impl<'s> Check<'s> {
         Ok(Self { op, stream })
     }
 
+    /// The operation's name.
+    pub(crate) fn op(&self) -> &'static str {
+        self.op
+    }
+
     pub(crate) fn fail<T>(&self, argument: &'static str, problem: String) -> Result<T> {
         Err(FlashInferError::invalid(self.op, argument, problem))
     }

@@ -11,6 +11,8 @@ use crate::{
     tensor::{DType, RawTensor, TensorRef},
 };
 
+const OP: &str = "RopeFrequencies";
+
 /// How a model stretches the frequencies that it was trained with, to serve
 /// longer contexts.
 ///
@@ -142,17 +144,17 @@ impl RopeFrequencies {
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return invalid("rotary_dim", format!("{rotary_dim}; it must be even, and not 0"));
         }
-        positive("rope_theta", rope_theta)?;
+        positive(OP, "rope_theta", rope_theta)?;
         let (pairs, dim) = (rotary_dim / 2, rotary_dim as f64);
         let plain = (0..pairs).map(|pair| rope_theta.powf(-2.0 * pair as f64 / dim));
         let (inv_freq, attention_factor) = match scaling {
             RopeScaling::None => (plain.collect(), 1.0),
             RopeScaling::Linear { factor } => {
-                positive("factor", *factor)?;
+                positive(OP, "factor", *factor)?;
                 (plain.map(|freq| freq / factor).collect(), 1.0)
             }
             RopeScaling::Llama31(scaling) => {
-                scaling.check()?;
+                scaling.check(OP)?;
                 (plain.map(|freq| scaling.of(freq)).collect(), 1.0)
             }
             RopeScaling::Yarn(scaling) => {
@@ -215,21 +217,21 @@ impl RopeFrequencies {
 }
 
 impl Llama31Scaling {
-    pub(crate) fn check(&self) -> Result<()> {
-        positive("factor", self.factor)?;
-        positive("low_freq_factor", self.low_freq_factor)?;
-        positive("high_freq_factor", self.high_freq_factor)?;
-        positive("old_context_len", self.old_context_len)?;
-        if self.low_freq_factor >= self.high_freq_factor {
-            return invalid(
-                "low_freq_factor",
-                format!(
-                    "{}; it must be below high_freq_factor, {}",
-                    self.low_freq_factor, self.high_freq_factor
-                ),
-            );
+    pub(super) fn check(&self, op: &'static str) -> Result<()> {
+        for (name, number) in [
+            ("factor", self.factor),
+            ("low_freq_factor", self.low_freq_factor),
+            ("high_freq_factor", self.high_freq_factor),
+            ("old_context_len", self.old_context_len),
+        ] {
+            positive(op, name, number)?;
         }
-        Ok(())
+        if self.low_freq_factor < self.high_freq_factor {
+            return Ok(());
+        }
+        let problem =
+            format!("{}; it must be below high_freq_factor, {}", self.low_freq_factor, self.high_freq_factor);
+        Err(FlashInferError::invalid(op, "low_freq_factor", problem))
     }
 
     fn of(&self, freq: f64) -> f64 {
@@ -249,7 +251,7 @@ impl YarnScaling {
             ("beta_fast", self.beta_fast),
             ("beta_slow", self.beta_slow),
         ] {
-            positive(name, number)?;
+            positive(OP, name, number)?;
         }
         if self.beta_slow >= self.beta_fast {
             return invalid(
@@ -299,7 +301,8 @@ impl CosSinCache {
         let all_rows = max_pos.saturating_add(1);
         let elements = all_rows.saturating_mul(rotary_dim);
         if elements > i32::MAX as usize {
-            return invalid("max_pos", format!("{max_pos} rows of {rotary_dim} are 2^31 elements or more"));
+            let problem = format!("{max_pos} rows of {rotary_dim} are 2^31 elements or more");
+            return Err(FlashInferError::invalid("CosSinCache", "max_pos", problem));
         }
         let cuda = FlashInferRuntime::get()?.cuda();
         let buffer = DeviceBuffer::new(cuda, stream, elements * size_of::<f32>())?;
@@ -346,15 +349,16 @@ impl CosSinCache {
     }
 }
 
-fn positive(argument: &'static str, number: f64) -> Result<()> {
+/// Refuses a number that is not positive and finite.
+pub(super) fn positive(op: &'static str, argument: &'static str, number: f64) -> Result<()> {
     if number > 0.0 && number.is_finite() {
         return Ok(());
     }
-    invalid(argument, format!("{number}; it must be positive and finite"))
+    Err(FlashInferError::invalid(op, argument, format!("{number}; it must be positive and finite")))
 }
 
 fn invalid<T>(argument: &'static str, problem: String) -> Result<T> {
-    Err(FlashInferError::invalid("rotary embedding", argument, problem))
+    Err(FlashInferError::invalid(OP, argument, problem))
 }
 
 #[cfg(test)]

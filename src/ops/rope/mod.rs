@@ -58,6 +58,7 @@ pub use quantize::{
     rope_quantize_append_paged_kv_cache,
 };
 
+use self::frequencies::positive;
 use super::{FixedFunction, check::Check};
 use crate::{
     error::Result,
@@ -324,8 +325,9 @@ pub fn apply_llama31_rope<'p>(
     options: &Llama31RopeOptions,
 ) -> Result<()> {
     let check = Check::new(APPLY_LLAMA31.name(), stream)?;
-    options.scaling().check()?;
-    let Some(call) = ragged(&check, tensors, indptr, offsets.into(), &options.rope)? else { return Ok(()) };
+    let call = ragged(&check, tensors, indptr, offsets.into(), &options.rope)?;
+    options.scaling().check(check.op())?;
+    let Some(call) = call else { return Ok(()) };
     let Ragged { tensors, indptr, offsets } = &call;
     launch(stream, &APPLY_LLAMA31, || ApplyLlama31Rope {
         q: DlTensor::new(&tensors.q),
@@ -388,10 +390,9 @@ pub fn apply_llama31_rope_pos_ids<'p>(
     options: &Llama31RopeOptions,
 ) -> Result<()> {
     let check = Check::new(APPLY_LLAMA31_POS_IDS.name(), stream)?;
-    options.scaling().check()?;
-    let Some((tensors, pos_ids)) = by_position(&check, tensors, pos_ids.into(), &options.rope)? else {
-        return Ok(());
-    };
+    let call = by_position(&check, tensors, pos_ids.into(), &options.rope)?;
+    options.scaling().check(check.op())?;
+    let Some((tensors, pos_ids)) = call else { return Ok(()) };
     launch(stream, &APPLY_LLAMA31_POS_IDS, || ApplyLlama31RopePosIds {
         q: DlTensor::new(&tensors.q),
         k: DlTensor::new(&tensors.k),
@@ -520,11 +521,8 @@ impl Checked {
             return check.fail("rotary_dim", format!("{rotary_dim} of heads of {head_dim} elements"));
         }
         check_rotary_dim(check, "rotary_dim", rotary_dim, vector_of(head_dim), options.interleave)?;
-        for (name, number) in [("rope_scale", options.rope_scale), ("rope_theta", options.rope_theta)] {
-            if !(number > 0.0 && number.is_finite()) {
-                return check.fail(name, format!("{number}; it must be positive and finite"));
-            }
-        }
+        positive(check.op(), "rope_scale", options.rope_scale)?;
+        positive(check.op(), "rope_theta", options.rope_theta)?;
         Ok(checked)
     }
 
@@ -624,7 +622,8 @@ fn by_position(
 fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: impl FnOnce() -> K) -> Result<()> {
     // SAFETY: the function has this signature. Tensors were checked for all
     // that the kernels assume: device, dtype, shape, last stride, alignment,
-    // and that vectors end where what is turned ends. Index values are the
-    // device copies of checked ones, or decide no address.
+    // that vectors end where what is turned ends, and caches against their page
+    // table. Index values are the device copies of checked ones, or promised to
+    // be below the rows of the table, or decide no address.
     unsafe { kernel().call(function.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
 }
