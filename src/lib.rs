@@ -13,7 +13,7 @@
 //! 3. **Runtime.** `libcudart`, `libtvm_ffi` and the modules are opened with
 //!    `dlopen`, each once per process; see [`FlashInferRuntime`]. [`ffi`] speaks
 //!    the TVM-FFI ABI of their functions.
-//! 4. **Operations.** Those of a transformer layer ([`norm`], [`page`], [`attention`],
+//! 4. **Operations.** Those of a transformer layer ([`norm`], [`rope`], [`page`], [`attention`],
 //!    [`activation`], [`gemm`]) and of choosing the next token ([`sampling`]) take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
@@ -109,12 +109,13 @@ pub use cuda_library::LibrarySource;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, BoundedIndices, BoundedTable, IndexArrays, ItemIndices, ItemTable,
-    MaskIndices, MaskTable, OnDevice, PackedIndices, PackedTable, PageIndices, PageTable, RaggedIndices,
-    RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable, SequenceIndices, SequenceTable,
+    MaskIndices, MaskTable, OnDevice, PackedIndices, PackedTable, PageIndices, PageTable, PositionIndices,
+    PositionTable, RaggedIndices, RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable,
+    SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
 pub use ops::{
-    activation, attention, cascade, gdn, gemm, norm, page, quantization, sampling, signatures, topk,
+    activation, attention, cascade, gdn, gemm, norm, page, quantization, rope, sampling, signatures, topk,
 };
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use stream::Stream;

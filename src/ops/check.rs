@@ -19,6 +19,11 @@ impl<'s> Check<'s> {
         Ok(Self { op, stream })
     }
 
+    /// The operation's name.
+    pub(crate) fn op(&self) -> &'static str {
+        self.op
+    }
+
     pub(crate) fn fail<T>(&self, argument: &'static str, problem: String) -> Result<T> {
         Err(FlashInferError::invalid(self.op, argument, problem))
     }
@@ -100,7 +105,8 @@ impl<'s> Check<'s> {
                 format!("it starts at {:p}; the address must be a multiple of {bytes}", tensor.data),
             );
         }
-        if outer.into_iter().any(|(&dim, &stride)| dim > 1 && misaligned(stride)) {
+        // Without elements, strides mean nothing.
+        if tensor.numel() > 0 && outer.into_iter().any(|(&dim, &stride)| dim > 1 && misaligned(stride)) {
             return self.fail(
                 argument,
                 format!(

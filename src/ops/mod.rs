@@ -9,6 +9,7 @@ pub mod gemm;
 pub mod norm;
 pub mod page;
 pub mod quantization;
+pub mod rope;
 pub mod sampling;
 pub mod topk;
 
@@ -72,6 +73,7 @@ pub fn signatures() -> Vec<(&'static str, Signature)> {
         quantization::SIGNATURES,
         topk::SIGNATURES,
         sampling::SIGNATURES,
+        rope::SIGNATURES,
         &attention::signatures(),
     ]
     .concat()

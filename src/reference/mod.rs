@@ -35,6 +35,7 @@ mod mla;
 mod norm;
 mod page;
 mod quantization;
+mod rope;
 mod sampling;
 #[cfg(test)]
 mod testing;
@@ -54,6 +55,10 @@ pub use norm::{
 };
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
 pub use quantization::{packbits, segment_packbits};
+pub use rope::{
+    apply_llama31_rope, apply_llama31_rope_pos_ids, apply_rope, apply_rope_pos_ids,
+    apply_rope_pos_ids_cos_sin_cache, rope_quantize, rope_quantize_append_paged_kv_cache,
+};
 pub use sampling::{
     ChainDraws, Filter, chain_speculative_sampling, filtered_probs, sampling_from_logits,
     sampling_from_probs, softmax, top_k_mask_logits,
