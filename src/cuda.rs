@@ -69,6 +69,7 @@ macro_rules! cudart {
 cudart! {
     runtime_get_version = "cudaRuntimeGetVersion": fn(*mut c_int);
     driver_get_version = "cudaDriverGetVersion": fn(*mut c_int);
+    get_last_error = "cudaGetLastError": fn();
     get_device_count = "cudaGetDeviceCount": fn(*mut c_int);
     get_device = "cudaGetDevice": fn(*mut c_int);
     set_device = "cudaSetDevice": fn(c_int);
@@ -143,9 +144,17 @@ impl CudaRuntime {
         if code == 0 {
             return Ok(());
         }
+        self.forget_last_error();
         // SAFETY: the function takes any code and returns a static string.
         let message = unsafe { CStr::from_ptr((self.error_string)(code)) };
         Err(FlashInferError::Cuda { call, code, message: message.to_string_lossy().into_owned() })
+    }
+
+    /// The runtime remembers a failure until it is asked. Modules that ask after
+    /// a launch would take one that was reported already for theirs.
+    fn forget_last_error(&self) {
+        // SAFETY: no arguments.
+        unsafe { (self.symbols.get_last_error)() };
     }
 
     fn integer(&self, call: &'static str, get: unsafe extern "C" fn(*mut c_int) -> CudaError) -> Result<i32> {
@@ -514,6 +523,7 @@ impl Event {
         if code != NOT_READY {
             return self.runtime.check("cudaEventQuery", code);
         }
+        self.runtime.forget_last_error();
         // SAFETY: the event is alive.
         let code = unsafe { (self.runtime.symbols.event_synchronize)(self.raw) };
         self.runtime.check("cudaEventSynchronize", code)

@@ -162,7 +162,10 @@ impl PrefixCache {
 
     /// Gives up to `pages` pages back to the pool, those first that were not
     /// used for the longest time, and of a prefix its end first. Pages that a
-    /// sequence uses stay. Returns how many there were.
+    /// sequence uses stay. Returns how many were given back.
+    ///
+    /// After [`OutOfPages`](FlashInferError::OutOfPages) that is `needed - free`
+    /// pages; if there are fewer, some sequence has to go.
     pub fn evict(&mut self, pages: usize) -> usize {
         let mut evicted = 0;
         let mut from = (0, 0);

@@ -106,6 +106,10 @@ impl Sequence {
     /// Another sequence of the same tokens, which shares all pages. It takes no
     /// page from the pool until one of the two appends to a last page that is
     /// not full.
+    ///
+    /// What that append copies is what is in the page when the copy is made, so
+    /// keys and values of the common tokens have to be written, or enqueued,
+    /// before it.
     pub fn fork(&self) -> Self {
         let mut pages = Pages::none(self.allocator());
         pages.share(&self.pages, 0..self.pages().len());
