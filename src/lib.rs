@@ -16,7 +16,7 @@
 //! 4. **Operations.** [`norm`], [`page`], [`attention`] and [`gdn`] take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
-//!    the CPU.
+//!    the CPU. [`kv`] keeps the pages that attention reads.
 //!
 //! # Paged batch decode
 //!
