@@ -265,33 +265,20 @@ impl CudaRuntime {
         pitch: usize,
     ) -> Result<()> {
         let _device = self.on_device_of(stream)?;
-        // A single row may be larger than a pitch.
-        let (calls, rows) = if pitch <= MAX_PITCH && rows > 1 { (1, rows) } else { (rows, 1) };
-        for call in 0..calls {
-            let at = |data: *mut c_void| data.cast::<u8>().wrapping_add(call * pitch).cast::<c_void>();
-            let (target, source) = (at(target), at(source));
-            let kind = DEVICE_TO_DEVICE;
-            if rows == 1 {
-                // SAFETY: promised by the caller; the stream is alive.
-                let code =
-                    unsafe { (self.symbols.memcpy_async)(target, source, bytes, kind, stream.as_raw()) };
-                self.check("cudaMemcpyAsync", code)?;
-            } else {
-                // SAFETY: as above.
-                let code = unsafe {
-                    (self.symbols.memcpy_2d_async)(
-                        target,
-                        pitch,
-                        source,
-                        pitch,
-                        bytes,
-                        rows,
-                        kind,
-                        stream.as_raw(),
-                    )
-                };
-                self.check("cudaMemcpy2DAsync", code)?;
-            }
+        let kind = DEVICE_TO_DEVICE;
+        if rows > 1 && pitch <= MAX_PITCH {
+            let copy = self.symbols.memcpy_2d_async;
+            // SAFETY: promised by the caller; the stream is alive.
+            let code = unsafe { copy(target, pitch, source, pitch, bytes, rows, kind, stream.as_raw()) };
+            return self.check("cudaMemcpy2DAsync", code);
+        }
+        for row in 0..rows {
+            let at = |data: *mut c_void| data.cast::<u8>().wrapping_add(row * pitch).cast();
+            // SAFETY: as above.
+            let code = unsafe {
+                (self.symbols.memcpy_async)(at(target), at(source).cast_const(), bytes, kind, stream.as_raw())
+            };
+            self.check("cudaMemcpyAsync", code)?;
         }
         Ok(())
     }

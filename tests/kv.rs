@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use flashinfer_rs::{
     AppendIndices, DType, FlashInferError, PageIndices, RaggedIndices, Result, TensorRef,
-    kv::{Batch, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence},
+    kv::{Batch, BatchTables, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence},
     page::KvLayout,
     reference,
 };
@@ -488,6 +488,12 @@ proptest! {
         run_schedule(num_pages, page_size, differ, schedule);
     }
 }
+
+/// An engine may keep all of it in another thread.
+const _: fn() = || {
+    fn moves_between_threads<T: Send + Sync>() {}
+    moves_between_threads::<(PageAllocator, Sequence, PrefixCache, Batch, BatchTables, PagedKvCache)>();
+};
 
 /// Sequences of one pool in several threads, which fork each other's.
 #[test]

@@ -31,7 +31,9 @@ pub struct Batch {
     pages: PageIndices,
     queries: RaggedIndices,
     append: AppendIndices,
-    /// Room for the pages that a step writes to.
+    /// Room for a step's numbers of new tokens, and for the pages that it
+    /// writes to.
+    new_tokens: Vec<usize>,
     written: Vec<i32>,
 }
 
@@ -45,6 +47,7 @@ impl Batch {
             queries: RaggedIndices { indptr: vec![0] },
             append: AppendIndices::none(&pages),
             pages,
+            new_tokens: Vec::new(),
             written: Vec::new(),
         }
     }
@@ -131,17 +134,15 @@ impl Batch {
     /// token slots or more, or
     /// [`OutOfPages`](FlashInferError::OutOfPages). Nothing changed, for no
     /// request.
-    pub fn append<I>(&mut self, new_tokens: I) -> Result<()>
-    where
-        I: IntoIterator<Item = usize, IntoIter: Clone>,
-    {
-        let new_tokens = new_tokens.into_iter();
-        let count = new_tokens.clone().count();
+    pub fn append(&mut self, new_tokens: impl IntoIterator<Item = usize>) -> Result<()> {
+        self.new_tokens.clear();
+        self.new_tokens.extend(new_tokens);
+        let count = self.new_tokens.len();
         if count != self.len() {
             let problem = format!("{count} numbers of tokens for {} requests", self.len());
             return Err(FlashInferError::invalid(OP, "new_tokens", problem));
         }
-        let requests = || self.sequences.iter().zip(new_tokens.clone());
+        let requests = || self.sequences.iter().zip(self.new_tokens.iter().copied());
         let further = requests().map(|(sequence, tokens)| sequence.further_pages(tokens));
         let further = further.fold(0, usize::saturating_add);
         self.check_size(0, further)?;
@@ -149,11 +150,11 @@ impl Batch {
         self.written.extend(requests().filter_map(|(sequence, tokens)| sequence.written_page(tokens)));
         let copies = self.allocator.copies_needed(&mut self.written);
         let mut reserve = self.allocator.allocate(further + copies)?;
-        for (sequence, tokens) in self.sequences.iter_mut().zip(new_tokens.clone()) {
+        for (sequence, &tokens) in self.sequences.iter_mut().zip(&self.new_tokens) {
             sequence.append_from(tokens, &mut reserve);
         }
         self.pages.grow(&self.sequences);
-        self.queries.refill(new_tokens);
+        self.queries.refill(self.new_tokens.iter().copied());
         self.append.refill(&self.pages, self.queries.indptr());
         Ok(())
     }
