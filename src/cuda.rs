@@ -28,6 +28,11 @@ type RawEvent = *mut c_void;
 const NOT_READY: CudaError = 600;
 /// `cudaMemcpyHostToDevice`.
 const HOST_TO_DEVICE: c_int = 1;
+/// `cudaMemcpyDeviceToDevice`.
+const DEVICE_TO_DEVICE: c_int = 3;
+/// The most bytes from row to row of a two-dimensional copy
+/// (`cudaDevAttrMaxPitch`, the same on all devices).
+const MAX_PITCH: usize = i32::MAX as usize;
 /// `cudaEventDisableTiming`.
 const EVENT_DISABLE_TIMING: c_uint = 2;
 /// `cudaStreamCaptureStatusNone`.
@@ -64,16 +69,19 @@ macro_rules! cudart {
 cudart! {
     runtime_get_version = "cudaRuntimeGetVersion": fn(*mut c_int);
     driver_get_version = "cudaDriverGetVersion": fn(*mut c_int);
+    get_last_error = "cudaGetLastError": fn();
     get_device_count = "cudaGetDeviceCount": fn(*mut c_int);
     get_device = "cudaGetDevice": fn(*mut c_int);
     set_device = "cudaSetDevice": fn(c_int);
-    get_last_error = "cudaGetLastError": fn();
     device_get_attribute = "cudaDeviceGetAttribute": fn(*mut c_int, c_int, c_int);
     malloc_async = "cudaMallocAsync": fn(*mut *mut c_void, usize, *mut c_void);
     free_async = "cudaFreeAsync": fn(*mut c_void, *mut c_void);
     host_alloc = "cudaHostAlloc": fn(*mut *mut c_void, usize, c_uint);
     free_host = "cudaFreeHost": fn(*mut c_void);
     memcpy_async = "cudaMemcpyAsync": fn(*mut c_void, *const c_void, usize, c_int, *mut c_void);
+    memcpy_2d_async = "cudaMemcpy2DAsync": fn(
+        *mut c_void, usize, *const c_void, usize, usize, usize, c_int, *mut c_void
+    );
     memset_async = "cudaMemsetAsync": fn(*mut c_void, c_int, usize, *mut c_void);
     memset_2d_async = "cudaMemset2DAsync": fn(*mut c_void, usize, c_int, usize, usize, *mut c_void);
     stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
@@ -136,9 +144,17 @@ impl CudaRuntime {
         if code == 0 {
             return Ok(());
         }
+        self.forget_last_error();
         // SAFETY: the function takes any code and returns a static string.
         let message = unsafe { CStr::from_ptr((self.error_string)(code)) };
         Err(FlashInferError::Cuda { call, code, message: message.to_string_lossy().into_owned() })
+    }
+
+    /// The runtime remembers a failure until it is asked. Modules that ask after
+    /// a launch would take one that was reported already for theirs.
+    fn forget_last_error(&self) {
+        // SAFETY: no arguments.
+        unsafe { (self.symbols.get_last_error)() };
     }
 
     fn integer(&self, call: &'static str, get: unsafe extern "C" fn(*mut c_int) -> CudaError) -> Result<i32> {
@@ -268,6 +284,39 @@ impl CudaRuntime {
         let launched = launch()?;
         self.check("cudaGetLastError, after a launch", last_error())?;
         Ok(launched)
+    }
+
+    /// Enqueues the copy of `rows` rows of `bytes` bytes each, `pitch` bytes
+    /// from one to the next, to others that are as far apart.
+    ///
+    /// # Safety
+    /// Both pointers must be to such rows of the stream's device, which do not
+    /// overlap.
+    pub(crate) unsafe fn copy_rows(
+        &'static self,
+        stream: &Stream,
+        [source, target]: [*mut c_void; 2],
+        rows: usize,
+        bytes: usize,
+        pitch: usize,
+    ) -> Result<()> {
+        let _device = self.on_device_of(stream)?;
+        let kind = DEVICE_TO_DEVICE;
+        if rows > 1 && pitch <= MAX_PITCH {
+            let copy = self.symbols.memcpy_2d_async;
+            // SAFETY: promised by the caller; the stream is alive.
+            let code = unsafe { copy(target, pitch, source, pitch, bytes, rows, kind, stream.as_raw()) };
+            return self.check("cudaMemcpy2DAsync", code);
+        }
+        for row in 0..rows {
+            let at = |data: *mut c_void| data.cast::<u8>().wrapping_add(row * pitch).cast();
+            // SAFETY: as above.
+            let code = unsafe {
+                (self.symbols.memcpy_async)(at(target), at(source).cast_const(), bytes, kind, stream.as_raw())
+            };
+            self.check("cudaMemcpyAsync", code)?;
+        }
+        Ok(())
     }
 
     /// Makes the stream's device current until the guard is dropped.
@@ -497,6 +546,7 @@ impl Event {
         if code != NOT_READY {
             return self.runtime.check("cudaEventQuery", code);
         }
+        self.runtime.forget_last_error();
         // SAFETY: the event is alive.
         let code = unsafe { (self.runtime.symbols.event_synchronize)(self.raw) };
         self.runtime.check("cudaEventSynchronize", code)

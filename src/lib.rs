@@ -17,8 +17,9 @@
 //!    [`activation`], [`gemm`]) and of choosing the next token ([`sampling`]) take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
-//!    the CPU. What has no operation here, in FlashInfer's modules or in a
-//!    library of your own, a [`Module`] calls by name.
+//!    the CPU. [`kv`] keeps the pages that attention reads. What has no operation
+//!    here, in FlashInfer's modules or in a library of your own, a [`Module`]
+//!    calls by name.
 //!
 //! # Paged batch decode
 //!
@@ -96,7 +97,7 @@ mod cuda_library;
 pub mod cudarc;
 mod error;
 pub mod ffi;
-mod kv;
+pub mod kv;
 mod library_file;
 mod module;
 mod ops;

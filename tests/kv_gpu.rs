@@ -1,0 +1,415 @@
+//! The KV cache's memory on the GPU, byte by byte against the same steps on the
+//! host.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, cache::LAYOUTS, refused};
+use cudarc::driver::result::memcpy_dtoh_sync;
+use flashinfer_rs::{
+    DType, FlashInferError, TensorMut, TensorRef,
+    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+    kv::{Batch, BatchCapacity, BatchTables, KvShape, PageAllocator, PagedKvCache, Sequence},
+    page::{self, KvLayout},
+    reference,
+};
+use float8::F8E4M3;
+use half::{bf16, f16};
+
+const CAPACITY: BatchCapacity = BatchCapacity { requests: 8, pages: 400, tokens: 512 };
+
+/// One pool's cache and the batch of each model.
+struct Side {
+    pool: PageAllocator,
+    cache: PagedKvCache,
+    batches: Vec<Batch>,
+}
+
+impl Side {
+    fn new(
+        pages: usize,
+        page_size: usize,
+        shapes: &[KvShape],
+        stream: Option<&flashinfer_rs::Stream>,
+    ) -> Self {
+        let pool = PageAllocator::new(pages, page_size).unwrap();
+        let cache = match stream {
+            Some(stream) => PagedKvCache::new(stream, &pool, shapes).unwrap(),
+            None => PagedKvCache::on_host(&pool, shapes).unwrap(),
+        };
+        Self { batches: shapes.iter().map(|_| Batch::new(&pool)).collect(), pool, cache }
+    }
+}
+
+/// The same steps on the host and on the device. Pools give away pages in the
+/// same order, so that all memory must be the same.
+struct Pair<'g> {
+    gpu: &'g Gpu,
+    host: Side,
+    device: Side,
+    /// Of each model.
+    tables: Vec<BatchTables>,
+}
+
+impl<'g> Pair<'g> {
+    fn new(gpu: &'g Gpu, pages: usize, page_size: usize, shapes: &[KvShape]) -> Self {
+        let device = Side::new(pages, page_size, shapes, Some(&gpu.stream));
+        let tables =
+            device.batches.iter().map(|batch| BatchTables::new(&gpu.stream, batch, CAPACITY).unwrap());
+        Self { gpu, host: Side::new(pages, page_size, shapes, None), tables: tables.collect(), device }
+    }
+
+    /// Changes a model's batch on both sides.
+    fn change(&mut self, model: usize, change: impl Fn(&PageAllocator, &mut Batch)) {
+        for side in [&mut self.host, &mut self.device] {
+            change(&side.pool, &mut side.batches[model]);
+        }
+    }
+
+    fn push(&mut self, model: usize) {
+        self.change(model, |pool, batch| batch.push(Sequence::new(pool)).unwrap());
+    }
+
+    fn fork(&mut self, model: usize, request: usize) {
+        self.change(model, |_, batch| batch.push(batch.sequences()[request].fork()).unwrap());
+    }
+
+    /// New tokens, whose keys and values are written in all layers. `false` if
+    /// there are too few pages.
+    fn append<T: Number>(&mut self, rng: &mut Rng, model: usize, new_tokens: &[usize]) -> bool {
+        let append = |side: &mut Side| match side.batches[model].append(new_tokens.iter().copied()) {
+            Ok(()) => true,
+            Err(FlashInferError::OutOfPages { .. }) => false,
+            Err(error) => panic!("{error}"),
+        };
+        let fits = append(&mut self.host);
+        assert_eq!(append(&mut self.device), fits);
+        let (host, device) = (&self.host.batches[model], &self.device.batches[model]);
+        assert_eq!(host.pages().indices(), device.pages().indices());
+        assert_eq!(self.host.pool.pending_copies(), self.device.pool.pending_copies());
+        if fits {
+            self.tables[model].update(device, &mut self.device.cache).unwrap();
+            assert_eq!(self.device.pool.pending_copies(), 0);
+            for layer in 0..self.host.cache.shapes()[model].num_layers {
+                let rows = self.rows::<T>(rng, model);
+                self.write_host(model, layer, &rows);
+                self.write_device(model, layer, &rows);
+            }
+        }
+        fits
+    }
+
+    /// Keys and values of a layer's new tokens.
+    fn rows<T: Number>(&self, rng: &mut Rng, model: usize) -> [Tensor<T>; 2] {
+        let shape = self.host.cache.shapes()[model];
+        let size = [self.host.batches[model].queries().total(), shape.num_kv_heads, shape.head_dim];
+        [(); 2].map(|()| Tensor::random(self.gpu, rng, &size))
+    }
+
+    fn write_host<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Tensor<T>; 2]) {
+        let Side { cache, batches, .. } = &mut self.host;
+        let (batch, kv) = (&batches[model], &mut cache.layer_mut(model, layer).unwrap());
+        reference::append_paged_kv_cache(&k.view(), &v.view(), batch.append_indices(), kv, batch.pages())
+            .unwrap();
+    }
+
+    fn write_device<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Tensor<T>; 2]) {
+        page::append_paged_kv_cache(
+            &self.gpu.stream,
+            &k.on(self.gpu).view(),
+            &v.on(self.gpu).view(),
+            &self.tables[model].append,
+            &mut self.device.cache.layer_mut(model, layer).unwrap(),
+            &self.tables[model].pages,
+        )
+        .unwrap();
+    }
+
+    /// All of the memory that a model's layers span.
+    #[track_caller]
+    fn assert_same<T: Number>(&self, model: usize) {
+        for layer in 0..self.host.cache.shapes()[model].num_layers {
+            let host = self.host.cache.layer(model, layer).unwrap();
+            let device = self.device.cache.layer(model, layer).unwrap();
+            for (host, device) in [(host.k, device.k), (host.v, device.v)] {
+                assert_eq!((host.shape(), host.strides()), (device.shape(), device.strides()));
+                let page: i64 = host.shape()[1..].iter().product();
+                let len = ((host.shape()[0] - 1) * host.strides()[0] + page) as usize;
+                self.gpu.synchronize();
+                let mut got = vec![T::POISON; len];
+                // SAFETY: all the view's pages lie in the cache's memory, the
+                // last of them at its end; nothing is being written.
+                unsafe { memcpy_dtoh_sync(&mut got, device.data_ptr() as u64) }.unwrap();
+                // SAFETY: the same, of host memory that is aligned to 16 bytes.
+                let want = unsafe { std::slice::from_raw_parts(host.data_ptr().cast::<T>(), len) };
+                assert_same_bits(&format!("model {model}, layer {layer}"), &got, want);
+            }
+        }
+    }
+}
+
+/// Forks, appends, truncations and ends in random order, as an engine has them.
+fn random_steps<T: Number>(pair: &mut Pair<'_>, rng: &mut Rng, model: usize, steps: usize) {
+    let page_size = pair.host.pool.page_size();
+    for _ in 0..steps {
+        let len = pair.host.batches[model].len();
+        if len == 0 {
+            pair.push(model);
+            continue;
+        }
+        let request = rng.below(len);
+        match rng.below(8) {
+            0 if len < CAPACITY.requests => pair.push(model),
+            1 | 2 if len < CAPACITY.requests => pair.fork(model, request),
+            3 => {
+                let keep = rng.below(pair.host.batches[model].sequences()[request].len() + 1);
+                pair.change(model, |_, batch| batch.truncate(request, keep).unwrap());
+            }
+            4 if len > 3 => pair.change(model, |_, batch| drop(batch.remove(request).unwrap())),
+            _ => {
+                let most = if rng.below(2) == 0 { 2 } else { 2 * page_size };
+                let new_tokens: Vec<usize> = (0..len).map(|_| rng.below(most)).collect();
+                if !pair.append::<T>(rng, model, &new_tokens) {
+                    pair.change(model, |_, batch| drop(batch.remove(request).unwrap()));
+                }
+            }
+        }
+    }
+}
+
+fn one_model<T: Number>() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for (layout, page_size) in LAYOUTS.into_iter().flat_map(|layout| [(layout, 4), (layout, 16)]) {
+        let shape = KvShape { num_layers: 3, num_kv_heads: 2, head_dim: 64, dtype: T::DTYPE, layout };
+        let mut pair = Pair::new(&gpu, 40, page_size, &[shape]);
+        // A fork and its parent, both of which go on in a page that is half full.
+        pair.push(0);
+        assert!(pair.append::<T>(rng, 0, &[page_size + 2]));
+        pair.fork(0, 0);
+        let shared = pair.device.batches[0].sequences()[1].pages().to_vec();
+        assert!(pair.append::<T>(rng, 0, &[1, 1]));
+        let own = [0, 1].map(|request| pair.device.batches[0].sequences()[request].pages().to_vec());
+        assert_eq!((own[0][0], own[1][0]), (shared[0], shared[0]));
+        assert_ne!(own[0][1], own[1][1]);
+        pair.assert_same::<T>(0);
+        random_steps::<T>(&mut pair, rng, 0, 60);
+        pair.assert_same::<T>(0);
+    }
+}
+
+#[test]
+fn f16_pages() {
+    one_model::<f16>();
+}
+
+#[test]
+fn bf16_pages() {
+    one_model::<bf16>();
+}
+
+#[test]
+fn e4m3_pages() {
+    one_model::<F8E4M3>();
+}
+
+/// Models of other shapes and dtypes take the pages that each other gave back.
+#[test]
+fn two_models_share_a_pool() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let large =
+        KvShape { num_layers: 3, num_kv_heads: 4, head_dim: 128, dtype: DType::BF16, layout: KvLayout::Nhd };
+    let small =
+        KvShape { num_layers: 2, num_kv_heads: 3, head_dim: 64, dtype: DType::E4M3, layout: KvLayout::Hnd };
+    let mut pair = Pair::new(&gpu, 24, 8, &[large, small]);
+    for _ in 0..12 {
+        random_steps::<bf16>(&mut pair, rng, 0, 8);
+        random_steps::<F8E4M3>(&mut pair, rng, 1, 8);
+    }
+    pair.assert_same::<bf16>(0);
+    pair.assert_same::<F8E4M3>(1);
+}
+
+/// Kernels of attention read layers of both kinds of memory: contiguous ones,
+/// and those of pages that hold all layers.
+#[test]
+fn attention_over_layers() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let heads = Heads { num_qo_heads: 8, num_kv_heads: 4 };
+    let backends = [Backend::CudaCores, Backend::Fa2, Backend::Fa3, Backend::Auto];
+    for (layout, differ) in LAYOUTS.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+        let shape = KvShape { num_layers: 2, num_kv_heads: 4, head_dim: 128, dtype: DType::F16, layout };
+        let other = KvShape { num_kv_heads: if differ { 1 } else { 4 }, ..shape };
+        let mut pair = Pair::new(&gpu, 40, 16, &[shape, other]);
+        for _ in 0..3 {
+            pair.push(0);
+        }
+        assert!(pair.append::<f16>(rng, 0, &[50, 1, 33]));
+        pair.fork(0, 2);
+        assert!(pair.append::<f16>(rng, 0, &[1, 1, 1, 1]));
+        pair.change(0, |_, batch| batch.truncate(0, 40).unwrap());
+        assert!(pair.append::<f16>(rng, 0, &[1, 1, 1, 1]));
+        let (table, size) = (&pair.tables[0].pages, [4, heads.num_qo_heads, 128]);
+        let options = RunOptions::default();
+        let q = Tensor::<f16>::random(&gpu, rng, &size);
+        for backend in backends {
+            let spec = AttentionSpec::new(DType::F16, 128).with_backend(backend);
+            let decode = BatchDecode::new(gpu.runtime, &spec, heads).unwrap();
+            let mut workspace = Workspace::new(&gpu.stream).unwrap();
+            let plan = decode.plan(&mut workspace, table, PlanMode::Eager).unwrap();
+            for layer in 0..shape.num_layers {
+                let mut want = vec![f64::NAN; q.host.len()];
+                let host = &pair.host;
+                reference::batch_decode(
+                    &spec,
+                    &q.view(),
+                    &host.cache.layer(0, layer).unwrap(),
+                    host.batches[0].pages(),
+                    &mut TensorMut::from_slice(&mut want, &size).unwrap(),
+                    None,
+                    &options,
+                )
+                .unwrap();
+                let mut out = Tensor::<f16>::poisoned(&gpu, &size);
+                plan.run(
+                    &q.on(&gpu).view(),
+                    &pair.device.cache.layer(0, layer).unwrap(),
+                    &mut out.on_mut(&gpu).view_mut(),
+                    None,
+                    &options,
+                )
+                .unwrap();
+                out.assert_close(&gpu, &format!("{backend:?}, {layout:?}"), &want, f16::BOUND);
+            }
+        }
+    }
+}
+
+/// One graph for steps with and without copies, of sequences that come and go.
+#[test]
+fn graph_replay() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    let shape =
+        KvShape { num_layers: 2, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
+    let mut pair = Pair::new(&gpu, 30, 4, &[shape]);
+    pair.push(0);
+    assert!(pair.append::<f16>(rng, 0, &[6]));
+    pair.fork(0, 0);
+    // Copies that are due are not captured, and stay due.
+    pair.change(0, |_, batch| batch.append([1, 1]).unwrap());
+    let (_graph, during) = capture(&gpu, || pair.device.cache.layer_mut(0, 0).map(drop));
+    refused(during, "stream");
+    let batch = &pair.device.batches[0];
+    let (_graph, during) = capture(&gpu, || pair.tables[0].update(batch, &mut pair.device.cache));
+    refused(during, "stream");
+    assert_eq!(pair.device.pool.pending_copies(), 1);
+    pair.tables[0].update(batch, &mut pair.device.cache).unwrap();
+    let mut layers = [(); 2].map(|()| pair.rows::<f16>(rng, 0));
+    let (graph, captured) = {
+        let shown = layers.each_ref().map(|rows| rows.each_ref().map(|rows| rows.on(&gpu)));
+        let (cache, tables) = (&mut pair.device.cache, &pair.tables[0]);
+        capture(&gpu, || {
+            shown.iter().enumerate().try_for_each(|(layer, [k, v])| {
+                page::append_paged_kv_cache(
+                    &gpu.stream,
+                    &k.view(),
+                    &v.view(),
+                    &tables.append,
+                    &mut cache.layer_mut(0, layer)?,
+                    &tables.pages,
+                )
+            })
+        })
+    };
+    captured.unwrap();
+    let graph = graph.expect("a graph");
+    for step in 0..12 {
+        if step > 0 {
+            match step % 4 {
+                1 => {
+                    pair.change(0, |_, batch| drop(batch.remove(0).unwrap()));
+                    pair.fork(0, 0);
+                }
+                2 => pair.change(0, |_, batch| batch.truncate(1, 5).unwrap()),
+                _ => {}
+            }
+            pair.change(0, |_, batch| batch.append([1, 1]).unwrap());
+            let batch = &pair.device.batches[0];
+            pair.tables[0].update(batch, &mut pair.device.cache).unwrap();
+        }
+        for (layer, rows) in layers.iter_mut().enumerate() {
+            for rows in rows.iter_mut() {
+                rows.host = rows.host.iter().map(|_| f16::from_f64(rng.unit())).collect();
+                let content = rows.host.clone();
+                rows.upload(&gpu, &content);
+            }
+            pair.write_host(0, layer, rows);
+        }
+        graph.launch().unwrap();
+        gpu.synchronize();
+        pair.assert_same::<f16>(0);
+    }
+}
+
+#[test]
+fn wrong_input() {
+    let Some(gpu) = Gpu::start() else { return };
+    let shape =
+        KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
+    let mut pair = Pair::new(&gpu, 8, 4, &[shape]);
+    // 2 TiB. Nothing is left of the failure, in the pool or on the device.
+    let pool = PageAllocator::new(1 << 20, 1 << 10).unwrap();
+    let huge = KvShape { num_layers: 4, ..shape };
+    match PagedKvCache::new(&gpu.stream, &pool, &[huge]) {
+        Err(FlashInferError::Cuda { code: 2, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    pair.push(0);
+    assert!(pair.append::<f16>(&mut Rng::new(), 0, &[5]));
+    pair.assert_same::<f16>(0);
+    refused(PagedKvCache::new(&gpu.stream, &pair.device.pool, &[shape]).map(drop), "allocator");
+    PagedKvCache::on_host(&PageAllocator::new(4, 4).unwrap(), &[shape]).unwrap();
+    // Caches, tables and batches that do not belong together.
+    let other = gpu.fork();
+    let batch = &pair.device.batches[0];
+    let mut elsewhere = BatchTables::new(&other.stream, batch, CAPACITY).unwrap();
+    refused(elsewhere.update(batch, &mut pair.device.cache), "cache");
+    refused(pair.tables[0].update(batch, &mut pair.host.cache), "cache");
+    refused(pair.tables[0].update(&pair.host.batches[0], &mut pair.host.cache), "cache");
+    let small = |requests, pages, tokens| {
+        BatchTables::new(&gpu.stream, batch, BatchCapacity { requests, pages, tokens }).map(drop)
+    };
+    small(1, 2, 5).unwrap();
+    refused(small(0, 2, 5), "capacity");
+    refused(small(1, 1, 5), "capacity");
+    refused(small(1, 2, 4), "capacity");
+    // Views are for the cache's stream.
+    let new = Tensor::<f16>::random(&other, &mut Rng::new(), &[5, 2, 64]);
+    let call = page::append_paged_kv_cache(
+        &other.stream,
+        &new.on(&other).view(),
+        &new.on(&other).view(),
+        &elsewhere.append,
+        &mut pair.device.cache.layer_mut(0, 0).unwrap(),
+        &elsewhere.pages,
+    );
+    refused(call, "kv.k");
+    // Arrays of another state of the batch are not used.
+    let empty: [f16; 0] = [];
+    let none = TensorRef::from_slice(&empty, &[0, 2, 64]).unwrap();
+    pair.change(0, |_, batch| batch.truncate(0, 3).unwrap());
+    let batch = &pair.device.batches[0];
+    pair.tables[0].pages.update(batch.pages().clone()).unwrap();
+    let call = page::append_paged_kv_cache(
+        &gpu.stream,
+        &none,
+        &none,
+        &pair.tables[0].append,
+        &mut pair.device.cache.layer_mut(0, 0).unwrap(),
+        &pair.tables[0].pages,
+    );
+    refused(call, "append");
+}
