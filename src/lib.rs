@@ -110,9 +110,8 @@ pub use cuda_library::LibrarySource;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, BoundedIndices, BoundedTable, IndexArrays, ItemIndices, ItemTable,
-    MaskIndices, MaskTable, OnDevice, PackedIndices, PackedTable, PageIndices, PageTable, PositionIndices,
-    PositionTable, RaggedIndices, RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable,
-    SequenceIndices, SequenceTable,
+    MaskIndices, MaskTable, OnDevice, PackedIndices, PackedTable, PageIndices, PageTable, RaggedIndices,
+    RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable, SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
 pub use ops::{

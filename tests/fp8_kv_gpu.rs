@@ -282,9 +282,9 @@ fn turned_and_quantized<T: Number>() {
 
         let mut q = queries::<T>(&gpu, rng, &problem);
         let pos_ids = problem.query_positions();
-        let device_pos_ids = flashinfer_rs::PositionTable::new(
+        let device_pos_ids = flashinfer_rs::BoundedTable::new(
             &gpu.stream,
-            flashinfer_rs::PositionIndices::new(1000, pos_ids.clone()).unwrap(),
+            flashinfer_rs::BoundedIndices::new(1000, pos_ids.clone()).unwrap(),
         )
         .unwrap();
         // Keys go along that nobody wants.

@@ -5,8 +5,8 @@ mod common;
 
 use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, cache::random_table, refused};
 use flashinfer_rs::{
-    AppendIndices, AppendTable, PositionIndices, PositionTable, RaggedIndices, RaggedTable, Result,
-    TensorMut, TensorRef,
+    AppendIndices, AppendTable, BoundedIndices, BoundedTable, RaggedIndices, RaggedTable, Result, TensorMut,
+    TensorRef,
     cudarc::TensorExt,
     reference,
     rope::{
@@ -120,8 +120,8 @@ fn pos_ids_sizes<T: Number>() {
     let rng = &mut Rng::new();
     for (tokens, heads, head_dim) in SIZES {
         let pos_ids = positions(rng, tokens);
-        let host = PositionIndices::new(1000, pos_ids.clone()).unwrap();
-        let table = PositionTable::new(&gpu.stream, host).unwrap();
+        let host = BoundedIndices::new(1000, pos_ids.clone()).unwrap();
+        let table = BoundedTable::new(&gpu.stream, host).unwrap();
         for (rotary_dim, interleave) in turned(head_dim) {
             let mut options = RopeOptions::default();
             (options.rotary_dim, options.interleave) = (rotary_dim, interleave);
@@ -164,8 +164,8 @@ fn options() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let pos_ids = positions(rng, 9);
-    let host = PositionIndices::new(1000, pos_ids.clone()).unwrap();
-    let table = PositionTable::new(&gpu.stream, host).unwrap();
+    let host = BoundedIndices::new(1000, pos_ids.clone()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, host).unwrap();
     for (rope_scale, rope_theta) in [(4.0, 1e4), (1.0, 1e6), (0.5, 500.0)] {
         let mut options = RopeOptions::with_theta(rope_theta);
         options.rope_scale = rope_scale;
@@ -290,8 +290,8 @@ fn cos_sin_cache<T: Number>() {
         for (tokens, heads) in [(1, [1, 1]), (37, [5, 2]), (300, [2, 1])] {
             let mut pos_ids: Vec<i32> = (0..tokens).map(|_| rng.below(max_pos) as i32).collect();
             pos_ids[tokens / 2] = max_pos as i32 - 1;
-            let host = PositionIndices::new(max_pos, pos_ids.clone()).unwrap();
-            let table = PositionTable::new(&gpu.stream, host).unwrap();
+            let host = BoundedIndices::new(max_pos, pos_ids.clone()).unwrap();
+            let table = BoundedTable::new(&gpu.stream, host).unwrap();
             for interleave in [false, true] {
                 let what = format!("{tokens} {heads:?}, {rotary_dim} of {head_dim}, {interleave}");
                 let rotation = cache.rotation(&pos_ids, interleave);
@@ -345,8 +345,7 @@ fn many_tokens() {
     let rng = &mut Rng::new();
     let tokens = 40_000;
     let pos_ids = positions(rng, tokens);
-    let table =
-        PositionTable::new(&gpu.stream, PositionIndices::new(1000, pos_ids.clone()).unwrap()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, BoundedIndices::new(1000, pos_ids.clone()).unwrap()).unwrap();
     let options = RopeOptions::default();
     check::<f16>(
         &gpu,
@@ -378,8 +377,8 @@ fn long_contexts() {
     let rng = &mut Rng::new();
     let (tokens, max_pos) = (64, 100_000);
     let pos_ids: Vec<i32> = (0..tokens).map(|_| (max_pos - 1 - rng.below(1000)) as i32).collect();
-    let host = PositionIndices::new(max_pos, pos_ids.clone()).unwrap();
-    let table = PositionTable::new(&gpu.stream, host).unwrap();
+    let host = BoundedIndices::new(max_pos, pos_ids.clone()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, host).unwrap();
     let cache = Cache::new(&gpu, 64, max_pos);
     let rotation = cache.rotation(&pos_ids, false);
     let on_device = cache.on_device((&table).into(), false);
@@ -409,7 +408,7 @@ fn parts_of_one_tensor() {
     let rng = &mut Rng::new();
     let cache = Cache::new(&gpu, 64, 500);
     let pos_ids: Vec<i32> = (0..21).map(|_| rng.below(500) as i32).collect();
-    let table = PositionTable::new(&gpu.stream, PositionIndices::new(500, pos_ids.clone()).unwrap()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, BoundedIndices::new(500, pos_ids.clone()).unwrap()).unwrap();
     fn split(qkv: TensorMut<'_>) -> RopeTensors<'_> {
         let (q, rest) = qkv.split_at(1, 6).unwrap();
         RopeTensors::InPlace { q, k: rest.split_at(1, 2).unwrap().0 }
@@ -438,8 +437,7 @@ fn strided() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let pos_ids = positions(rng, 13);
-    let table =
-        PositionTable::new(&gpu.stream, PositionIndices::new(1000, pos_ids.clone()).unwrap()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, BoundedIndices::new(1000, pos_ids.clone()).unwrap()).unwrap();
     let options = RopeOptions::default();
     let q = Tensor::<f16>::random(&gpu, rng, &[4, 13, 128]).permuted(&[1, 0, 2]);
     let k = Tensor::<f16>::random(&gpu, rng, &[13, 2, 136]).narrowed(2, 8, 128);
@@ -462,7 +460,7 @@ fn kinds_of_positions() {
     let append = AppendIndices::last_tokens(&pages, &[0, 9, 12]).unwrap();
     let pos_ids = append.positions().to_vec();
     let append = AppendTable::new(&gpu.stream, append).unwrap();
-    let table = PositionTable::new(&gpu.stream, PositionIndices::new(30, pos_ids.clone()).unwrap()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, BoundedIndices::new(30, pos_ids.clone()).unwrap()).unwrap();
     let narrow = gpu.cuda.clone_htod(&pos_ids).unwrap();
     let wide = gpu.cuda.clone_htod(&pos_ids.iter().map(|&at| i64::from(at)).collect::<Vec<_>>()).unwrap();
     let (narrow, wide) = (narrow.tensor(&gpu.cuda, &[12]).unwrap(), wide.tensor(&gpu.cuda, &[12]).unwrap());
@@ -512,8 +510,8 @@ fn kinds_of_positions() {
     // The cache has a row for position 30, too, which neighbours cannot use.
     let cases = [(31, false, true), (30, true, true), (32, false, false), (31, true, false)];
     for (num_positions, interleave, fits) in cases {
-        let host = PositionIndices::new(num_positions, pos_ids.clone()).unwrap();
-        let table = PositionTable::new(&gpu.stream, host).unwrap();
+        let host = BoundedIndices::new(num_positions, pos_ids.clone()).unwrap();
+        let table = BoundedTable::new(&gpu.stream, host).unwrap();
         let rotation = cache.on_device((&table).into(), interleave);
         let call = turn(&|tensors| rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, tensors, &rotation));
         if fits { drop(call.unwrap()) } else { refused(call, "pos_ids") }
@@ -528,9 +526,9 @@ fn graph_replay() {
     let (tokens, max_pos) = (17, 2000);
     let cache = Cache::new(&gpu, 128, max_pos);
     let random_positions = |rng: &mut Rng| {
-        PositionIndices::new(max_pos, (0..tokens).map(|_| rng.below(max_pos) as i32).collect()).unwrap()
+        BoundedIndices::new(max_pos, (0..tokens).map(|_| rng.below(max_pos) as i32).collect()).unwrap()
     };
-    let mut table = PositionTable::with_capacity(&gpu.stream, random_positions(rng), tokens).unwrap();
+    let mut table = BoundedTable::with_capacity(&gpu.stream, random_positions(rng), tokens).unwrap();
     let [q, k] = random::<f16>(&gpu, rng, tokens, [8, 2], 128);
     let mut q_rope = Tensor::<f16>::poisoned(&gpu, &q.shape());
     let mut k_rope = Tensor::<f16>::poisoned(&gpu, &k.shape());
@@ -566,7 +564,7 @@ fn graph_replay() {
     };
     for _ in 0..3 {
         let positions = random_positions(rng);
-        let pos_ids = positions.positions().to_vec();
+        let pos_ids = positions.values().to_vec();
         table.update(positions).unwrap();
         for out in [&mut q_rope, &mut k_rope].into_iter().chain(&mut computed) {
             let poison = vec![f16::POISON; out.host.len()];
@@ -600,7 +598,7 @@ fn nothing_to_do() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let cache = Cache::new(&gpu, 64, 10);
-    let table = PositionTable::new(&gpu.stream, PositionIndices::new(10, vec![]).unwrap()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, BoundedIndices::new(10, vec![]).unwrap()).unwrap();
     let ragged = RaggedTable::new(&gpu.stream, RaggedIndices::new(vec![0]).unwrap()).unwrap();
     let [mut q, mut k] = random::<f16>(&gpu, rng, 3, [2, 1], 64).map(|tensor| tensor.narrowed(0, 0, 0));
     {
@@ -631,7 +629,7 @@ fn wrong_input() {
     let cache = Cache::new(&gpu, 64, 10);
     let foreign_cache = Cache::new(&other, 64, 10);
     let positions = |gpu: &Gpu, positions: Vec<i32>| {
-        PositionTable::new(&gpu.stream, PositionIndices::new(10, positions).unwrap()).unwrap()
+        BoundedTable::new(&gpu.stream, BoundedIndices::new(10, positions).unwrap()).unwrap()
     };
     let ragged = |gpu: &Gpu, indptr: Vec<i32>| {
         RaggedTable::new(&gpu.stream, RaggedIndices::new(indptr).unwrap()).unwrap()
@@ -656,7 +654,7 @@ fn wrong_input() {
         let call = rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, &mut tensors, &rotation);
         refused(call, "cos_sin_cache");
 
-        let mut apply = |indptr: &RaggedTable, offsets: &PositionTable, argument: &str| {
+        let mut apply = |indptr: &RaggedTable, offsets: &BoundedTable, argument: &str| {
             let call = rope::apply_rope(&gpu.stream, &mut tensors, indptr, offsets, &options);
             refused(call, argument);
             let llama = Llama31RopeOptions::default();

@@ -11,7 +11,7 @@ use common::{
     refused,
 };
 use flashinfer_rs::{
-    AppendIndices, AppendTable, PageIndices, PageTable, PositionIndices, PositionTable, TensorMut, TensorRef,
+    AppendIndices, AppendTable, BoundedIndices, BoundedTable, PageIndices, PageTable, TensorMut, TensorRef,
     page::KvLayout,
     reference,
     rope::{
@@ -84,8 +84,8 @@ fn check<T: Number, Q: Number>(
     options: &RopeQuantizeOptions,
 ) {
     let rotary_dim = angles.device.rotary_dim();
-    let host = PositionIndices::new(MAX_POS, pos_ids.to_vec()).unwrap();
-    let table = PositionTable::new(&gpu.stream, host).unwrap();
+    let host = BoundedIndices::new(MAX_POS, pos_ids.to_vec()).unwrap();
+    let table = BoundedTable::new(&gpu.stream, host).unwrap();
     let (mut want_q, mut want_k) = (q_out.host.clone(), k_out.host.clone());
     let (q_view, k_view) = (q_out.view_of(&mut want_q), k_out.view_of(&mut want_k));
     reference::rope_quantize(

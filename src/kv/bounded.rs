@@ -2,7 +2,8 @@
 
 use crate::error::{FlashInferError, Result};
 
-/// Numbers in `0..bound`: rows of a matrix, or tokens of a vocabulary.
+/// Numbers in `0..bound`: rows of a matrix, tokens of a vocabulary, or positions
+/// in a sequence.
 ///
 /// Kernels that look something up by them do not compare them with anything.
 #[derive(Clone, Debug, PartialEq, Eq)]

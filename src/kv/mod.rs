@@ -97,7 +97,7 @@
 //! at them again once they are on the device. So they are values of this
 //! crate: checked on the host ([`PageIndices`] and [`AppendIndices`] against the
 //! cache's size, [`RaggedIndices`] and [`SequenceIndices`] against the number of
-//! rows, [`PositionIndices`] against the number of positions, masks against the batch), or right because a [`Batch`] makes them; then
+//! rows, [`BoundedIndices`] against what they count, masks against the batch), or right because a [`Batch`] makes them; then
 //! uploaded ([`OnDevice`]) together with the host copy, so that what `plan` reads
 //! on the host and what `run` reads on the device cannot disagree.
 
@@ -108,7 +108,6 @@ mod indices;
 pub(crate) mod masks;
 pub(crate) mod packed;
 mod pages;
-mod positions;
 mod prefix;
 mod rows;
 mod segments;
@@ -123,7 +122,6 @@ pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
 pub use packed::{BitOrder, PackedIndices};
 pub use pages::PageAllocator;
-pub use positions::PositionIndices;
 pub use prefix::{PrefixCache, PrefixStats};
 pub use rows::RowIndices;
 pub use segments::SegmentIndices;
@@ -131,5 +129,5 @@ pub use sequence::Sequence;
 pub use sequences::SequenceIndices;
 pub use upload::{
     AppendTable, BoundedTable, IndexArrays, ItemTable, MaskTable, OnDevice, PackedTable, PageTable,
-    PositionTable, RaggedTable, RowTable, SegmentTable, SequenceTable,
+    RaggedTable, RowTable, SegmentTable, SequenceTable,
 };

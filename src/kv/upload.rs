@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 
 use super::{
-    AppendIndices, BoundedIndices, ItemIndices, MaskIndices, PackedIndices, PageIndices, PositionIndices,
-    RaggedIndices, RowIndices, SegmentIndices, SequenceIndices,
+    AppendIndices, BoundedIndices, ItemIndices, MaskIndices, PackedIndices, PageIndices, RaggedIndices,
+    RowIndices, SegmentIndices, SequenceIndices,
 };
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
@@ -99,13 +99,6 @@ impl sealed::Arrays for AppendIndices {
     }
 }
 
-impl sealed::Arrays for PositionIndices {
-    const OP: &'static str = "PositionTable";
-    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
-        [Array::I32(&self.positions), Array::EMPTY, Array::EMPTY]
-    }
-}
-
 impl sealed::Arrays for RaggedIndices {
     const OP: &'static str = "RaggedTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
@@ -168,9 +161,6 @@ pub type PageTable = OnDevice<PageIndices>;
 
 /// Destinations of appended tokens on a device. See [`AppendIndices`].
 pub type AppendTable = OnDevice<AppendIndices>;
-
-/// Positions of tokens on a device. See [`PositionIndices`].
-pub type PositionTable = OnDevice<PositionIndices>;
 
 /// Offsets of ragged rows on a device. See [`RaggedIndices`].
 pub type RaggedTable = OnDevice<RaggedIndices>;
@@ -464,21 +454,6 @@ impl AppendTable {
 
     pub(crate) fn positions(&self) -> Result<RawTensor> {
         self.array(1)
-    }
-}
-
-impl PositionTable {
-    /// Uploads positions, with room for up to `max_tokens` in later updates.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new); also when there are more tokens than that.
-    pub fn with_capacity(stream: &Stream, host: PositionIndices, max_tokens: usize) -> Result<Self> {
-        let room = (host.len(), max_tokens, "tokens");
-        Self::allocate_for(stream, host, room, [max_tokens, 0, 0])
-    }
-
-    pub(crate) fn positions(&self) -> Result<RawTensor> {
-        self.array(0)
     }
 }
 

@@ -23,7 +23,7 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     PositionIndices, PositionTable, Stream,
+//!     BoundedIndices, BoundedTable, Stream,
 //!     cudarc::TensorExtMut,
 //!     rope::{self, CosSinCache, RopeFrequencies, RopeScaling, RopeTensors, Rotation, YarnScaling},
 //! };
@@ -34,7 +34,7 @@
 //! let scaling = RopeScaling::Yarn(YarnScaling::new(4.0, 32768.0));
 //! let cache = CosSinCache::new(&stream, &RopeFrequencies::new(128, 1e6, &scaling)?, 131072)?;
 //! // Once for a batch: two tokens of one sequence, one of another.
-//! let positions = PositionTable::new(&stream, PositionIndices::new(131072, vec![7, 8, 4000])?)?;
+//! let positions = BoundedTable::new(&stream, BoundedIndices::new(131072, vec![7, 8, 4000])?)?;
 //! // In each layer, 32 query and 8 key heads in place:
 //! let (mut q, mut k) = (cuda.alloc_zeros::<bf16>(3 * 32 * 128)?, cuda.alloc_zeros::<bf16>(3 * 8 * 128)?);
 //! let (mut q, mut k) = (q.tensor_mut(&cuda, &[3, 32, 128])?, k.tensor_mut(&cuda, &[3, 8, 128])?);
@@ -249,7 +249,7 @@ impl<'a> Rotation<'a> {
         let Some(positions) = self.pos_ids.num_positions() else {
             return check.fail(
                 "pos_ids",
-                "positions in a plain tensor may name rows that the cache has not; use a PositionTable, or \
+                "positions in a plain tensor may name rows that the cache has not; use a BoundedTable, or \
                  Positions::from_device_unchecked"
                     .into(),
             );

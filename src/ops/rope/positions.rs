@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    kv::{AppendTable, PositionTable},
+    kv::{AppendTable, BoundedTable},
     ops::check::Check,
     tensor::{DType, RawTensor, TensorRef},
 };
@@ -13,15 +13,15 @@ use crate::{
 /// wherever that is. So operations must know that all positions are below the
 /// number of rows, and the host cannot look at them on the device:
 ///
-/// - a [`PositionTable`] and an [`AppendTable`] were checked on the host;
+/// - a [`BoundedTable`] and an [`AppendTable`] were checked on the host;
 /// - for positions made on the device, [`from_device_unchecked`](Self::from_device_unchecked)
 ///   takes the caller's word;
 /// - a plain tensor may hold anything, and serves operations that compute
 ///   cosines and sines themselves, for which no position is harmful.
 ///
 /// ```
-/// # use flashinfer_rs::{AppendTable, PositionTable, TensorRef, rope::Positions};
-/// fn positions<'a>(table: &'a PositionTable, append: &'a AppendTable, made: TensorRef<'a>) -> [Positions<'a>; 3] {
+/// # use flashinfer_rs::{AppendTable, BoundedTable, TensorRef, rope::Positions};
+/// fn positions<'a>(table: &'a BoundedTable, append: &'a AppendTable, made: TensorRef<'a>) -> [Positions<'a>; 3] {
 ///     [table.into(), append.into(), made.into()]
 /// }
 /// ```
@@ -30,14 +30,14 @@ pub struct Positions<'a>(Source<'a>);
 
 #[derive(Clone, Copy, Debug)]
 enum Source<'a> {
-    Table(&'a PositionTable),
+    Table(&'a BoundedTable),
     Append(&'a AppendTable),
     /// A tensor, and the number that its positions are below, if that is known.
     Tensor(TensorRef<'a>, Option<usize>),
 }
 
-impl<'a> From<&'a PositionTable> for Positions<'a> {
-    fn from(table: &'a PositionTable) -> Self {
+impl<'a> From<&'a BoundedTable> for Positions<'a> {
+    fn from(table: &'a BoundedTable) -> Self {
         Self(Source::Table(table))
     }
 }
@@ -68,7 +68,7 @@ impl<'a> Positions<'a> {
     /// The number that all positions are below, if it is known.
     pub fn num_positions(&self) -> Option<usize> {
         match self.0 {
-            Source::Table(table) => Some(table.host().num_positions()),
+            Source::Table(table) => Some(table.host().bound()),
             Source::Append(append) => Some(append.host().num_positions()),
             Source::Tensor(_, num_positions) => num_positions,
         }
@@ -83,7 +83,7 @@ impl<'a> Positions<'a> {
         len: i64,
     ) -> Result<RawTensor> {
         let raw = match self.0 {
-            Source::Table(table) => table.positions()?,
+            Source::Table(table) => table.values(false)?,
             Source::Append(append) => append.positions()?,
             Source::Tensor(tensor, _) => tensor.raw,
         };
