@@ -8,12 +8,10 @@ use super::{
     workspace::check_room,
 };
 use crate::{
-    cuda::{CudaRuntime, DeviceAttribute},
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    ops::{FixedFunction, check::Check, enable_pdl},
+    ops::{FixedFunction, check::Check, enable_pdl, topk::check_row_bytes},
     runtime::FlashInferRuntime,
-    stream::Stream,
     tensor::{DType, RawTensor, TensorMut, TensorRef},
 };
 
@@ -252,7 +250,7 @@ fn radix(
         return Ok(());
     }
     let runtime = FlashInferRuntime::get()?;
-    check_blocks(&check, runtime.cuda(), stream, name, input)?;
+    check_row_bytes(&check, name, input, row_states.max_row_bytes())?;
     let row_states = row_states.as_bytes()?;
     let kernel = TopKRenorm {
         input: DlTensor::new(input),
@@ -265,52 +263,23 @@ fn radix(
     let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: as in `softmax_of`. The row states are zeros between launches,
     // those on this stream are the only ones to use them, they have room for
-    // 339 rows at once, each of at least 2 blocks, and all blocks of a row run
-    // at once, so that they can wait for each other.
+    // all rows that share multiprocessors, and all blocks of a row run at once,
+    // so that they can wait for each other.
     unsafe { kernel.call(function, stream) }.map(drop)
-}
-
-/// The blocks that share a row wait for each other, so they must all run: there
-/// are no more than multiprocessors.
-fn check_blocks(
-    check: &Check<'_>,
-    cuda: &CudaRuntime,
-    stream: &Stream,
-    name: &'static str,
-    input: &RawTensor,
-) -> Result<()> {
-    let (vocab, size) = (input.shape()[1], input.dtype.size() as i64);
-    if vocab * size <= 32 * 1024 {
-        return Ok(()); // one block of any GPU
-    }
-    let attribute = |attribute| cuda.attribute(stream.ordinal(), attribute).map(i64::from);
-    let shared_memory = attribute(DeviceAttribute::MaxSharedMemoryPerBlockOptin)?;
-    let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)?;
-    let blocks = blocks_per_row(vocab, size, shared_memory);
-    if blocks > multiprocessors {
-        return check.fail(
-            name,
-            format!(
-                "rows of {vocab} elements need {blocks} blocks at once; the GPU has {multiprocessors} multiprocessors"
-            ),
-        );
-    }
-    Ok(())
-}
-
-/// Each block holds its part of a row in shared memory, beside histograms.
-fn blocks_per_row(vocab: i64, size: i64, shared_memory: i64) -> i64 {
-    const HISTOGRAMS: i64 = 2080;
-    const THREADS: i64 = 1024;
-    let vector = 1 << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros());
-    let part = (shared_memory - HISTOGRAMS).max(0) / size / vector * vector;
-    vocab.div_euclid(part.max(vector * THREADS)) + i64::from(vocab % part.max(vector * THREADS) != 0)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::ops::sampling::MAX_VOCAB;
+
+    /// Each block holds its part of a row in shared memory, beside histograms.
+    fn blocks_per_row(vocab: i64, size: i64, shared_memory: i64) -> i64 {
+        const HISTOGRAMS: i64 = 2080;
+        const THREADS: i64 = 1024;
+        let vector = 1 << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros());
+        let part = (shared_memory - HISTOGRAMS).max(0) / size / vector * vector;
+        vocab.div_euclid(part.max(vector * THREADS)) + i64::from(vocab % part.max(vector * THREADS) != 0)
+    }
 
     #[test]
     fn blocks_of_a_row_are_the_launchers() {

@@ -28,7 +28,7 @@ pub struct Workspace {
 impl Workspace {
     /// Memory for matrices of up to `max_batch` rows of `max_vocab` tokens:
     /// 24.4 kB and a quarter of a row of `f32` for each row, mostly for
-    /// `top_p_renorm_probs`, and 1 MiB for top-k.
+    /// `top_p_renorm_probs`, and [`RowStates`] for top-k.
     ///
     /// # Errors
     /// `max_vocab` is above 2²³; [`FlashInferError::Cuda`]: out of memory, no
