@@ -23,52 +23,6 @@ use flashinfer_rs::{
     signatures,
 };
 
-/// Functions that modules export and this crate does not declare: module,
-/// function, why. Whoever declares one deletes its line. Families of which
-/// the crate calls nothing are not here, but in `docs/modules.md`.
-const NOT_CALLED: &[(&str, &str, &str)] = &[
-    ("gelu_and_mul", "gelu_and_mul", "not yet"),
-    ("gelu_tanh_and_mul", "gelu_tanh_and_mul", "not yet"),
-    ("gemm", "bmm_fp8", "not yet"),
-    ("gemm", "bmm_fp8_get_algos", "not yet"),
-    ("gemm", "bmm_fp8_run_with_algo", "not yet"),
-    ("gemm", "cutlass_segment_gemm", "not yet"),
-    ("gemm_sm90", "cutlass_segment_gemm_sm90", "not yet"),
-    ("norm", "fused_add_rmsnorm_quant", "not yet"),
-    ("norm", "fused_dit_layernorm", "not yet"),
-    ("norm", "fused_qk_rmsnorm_rope", "not yet"),
-    ("norm", "layernorm", "not yet"),
-    ("norm", "rmsnorm_quant", "not yet"),
-    ("quantization", "packbits", "not yet"),
-    ("quantization", "segment_packbits", "not yet"),
-    ("rope", "apply_llama31_rope", "not yet"),
-    ("rope", "apply_llama31_rope_pos_ids", "not yet"),
-    ("rope", "apply_rope", "not yet"),
-    ("rope", "apply_rope_pos_ids", "not yet"),
-    ("rope", "apply_rope_pos_ids_cos_sin_cache", "not yet"),
-    ("rope", "rope_quantize", "not yet"),
-    ("rope", "rope_quantize_append_paged_kv_cache", "not yet"),
-    ("sampling", "chain_speculative_sampling", "not yet"),
-    ("sampling", "min_p_sampling_from_probs", "not yet"),
-    ("sampling", "sampling_from_logits", "not yet"),
-    ("sampling", "sampling_from_probs", "not yet"),
-    ("sampling", "softmax", "not yet"),
-    ("sampling", "top_k_mask_logits", "not yet"),
-    ("sampling", "top_k_renorm_probs", "not yet"),
-    ("sampling", "top_k_sampling_from_probs", "not yet"),
-    ("sampling", "top_k_top_p_sampling_from_probs", "not yet"),
-    ("sampling", "top_p_renorm_probs", "not yet"),
-    ("sampling", "top_p_sampling_from_probs", "not yet"),
-    ("silu_and_mul", "silu_and_mul", "not yet"),
-    ("topk", "can_implement_filtered_topk", "not yet"),
-    ("topk", "fast_topk_clusters_exact", "not yet"),
-    ("topk", "fast_topk_clusters_exact_page_table_transform", "not yet"),
-    ("topk", "fast_topk_clusters_exact_ragged_transform", "not yet"),
-    ("topk", "radix_topk", "not yet"),
-    ("topk", "radix_topk_page_table_transform", "not yet"),
-    ("topk", "radix_topk_ragged_transform", "not yet"),
-];
-
 /// A module of one source.
 struct Found {
     source: String,
@@ -142,34 +96,23 @@ fn unaccounted(module: &ModuleName, exports: &[String]) -> Vec<String> {
         .filter(|(pattern, _)| module.matches(pattern))
         .map(|(_, signature)| signature.function)
         .collect();
-    let listed: BTreeSet<_> =
-        NOT_CALLED.iter().filter(|(of, ..)| module.matches(of)).map(|(_, function, _)| *function).collect();
     let exports: BTreeSet<_> = exports.iter().map(String::as_str).collect();
     let mut wrong = Vec::new();
-    if declared.is_empty() && listed.is_empty() {
+    if declared.is_empty() {
         if !families().iter().any(|family| family.holds(module) && !family.is_declared()) {
             wrong.push(format!("{module}: docs/modules.md does not say why it is not called"));
         }
         return wrong;
     }
-    for function in &exports {
-        match (declared.contains(function), listed.contains(function)) {
-            (false, false) => wrong.push(format!(
-                "{module} exports {function}, which is neither declared nor listed in NOT_CALLED"
-            )),
-            (true, true) => {
-                wrong.push(format!("{module}: {function} is declared: delete it from NOT_CALLED"))
-            }
-            _ => {}
-        }
-    }
-    let missing = declared.union(&listed).filter(|function| !exports.contains(**function));
-    wrong.extend(missing.map(|function| format!("{module} does not export {function}")));
+    let undeclared = exports.difference(&declared);
+    wrong.extend(undeclared.map(|function| format!("{module} exports {function}, which is not declared")));
+    let missing = declared.difference(&exports);
+    wrong.extend(missing.map(|function| format!("{module} does not export {function}, which is declared")));
     wrong
 }
 
 #[test]
-fn every_export_is_declared_or_listed() {
+fn every_export_is_declared() {
     let mut wrong: Vec<String> = Vec::new();
     let found = at_hand();
     for found in &found {
@@ -180,19 +123,6 @@ fn every_export_is_declared_or_listed() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     eprintln!("{} modules looked into", found.len());
-}
-
-#[test]
-fn the_list_of_functions_that_are_not_called_is_current() {
-    let declared = signatures();
-    let is_declared = |(module, function, _): &&(&str, &str, &str)| {
-        let name = ModuleName::new(*module);
-        declared.iter().any(|(pattern, signature)| name.matches(pattern) && signature.function == *function)
-    };
-    let stale: Vec<_> = NOT_CALLED.iter().filter(is_declared).collect();
-    assert!(stale.is_empty(), "these are declared: delete their lines in NOT_CALLED: {stale:#?}");
-    assert!(NOT_CALLED.iter().all(|(.., reason)| !reason.is_empty()));
-    assert!(NOT_CALLED.is_sorted_by(|a, b| a < b), "a line is not in order, or there twice");
 }
 
 #[test]
