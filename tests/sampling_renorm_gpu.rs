@@ -558,7 +558,7 @@ fn wrong_input() {
         let large = fake(1 << 20, device, DType::F32, &shape);
         // SAFETY: as above.
         let mut target = unsafe {
-            TensorMut::from_raw_parts((1 << 40) as *mut _, device, DType::F32, &shape, None).unwrap()
+            TensorMut::from_raw_parts((1usize << 40) as *mut _, device, DType::F32, &shape, None).unwrap()
         };
         refused(top_p_renorm_probs(&mut space, &mut target, &large, 0.5.into(), true), "probs");
     }
