@@ -77,6 +77,7 @@ cudart! {
     memset_2d_async = "cudaMemset2DAsync": fn(*mut c_void, usize, c_int, usize, usize, *mut c_void);
     stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
     device_synchronize = "cudaDeviceSynchronize": fn();
+    get_last_error = "cudaGetLastError": fn();
     event_create = "cudaEventCreateWithFlags": fn(*mut RawEvent, c_uint);
     event_record = "cudaEventRecord": fn(RawEvent, *mut c_void);
     event_query = "cudaEventQuery": fn(RawEvent);
@@ -231,6 +232,29 @@ impl CudaRuntime {
             self.check("cudaMemset2DAsync", code)?;
         }
         Ok(())
+    }
+
+    /// Waits for all work on the stream's device.
+    pub(crate) fn wait_for_device_of(&'static self, stream: &Stream) -> Result<()> {
+        let _device = self.on_device_of(stream)?;
+        // SAFETY: no arguments.
+        self.check("cudaDeviceSynchronize", unsafe { (self.symbols.device_synchronize)() })
+    }
+
+    /// Runs a launcher that learns of its launch from the last error of this
+    /// thread, or that does not look at all.
+    ///
+    /// What an earlier call left there, such as "not ready", is forgotten
+    /// first, so that the launcher does not take it for its own. If an error
+    /// stays, because a kernel failed, nothing is launched.
+    pub(crate) fn watch_launch<T>(&self, launch: impl FnOnce() -> Result<T>) -> Result<T> {
+        // SAFETY: no arguments; asking makes the runtime forget what does not stay.
+        let last_error = || unsafe { (self.symbols.get_last_error)() };
+        last_error();
+        self.check("cudaGetLastError, before a launch", last_error())?;
+        let launched = launch()?;
+        self.check("cudaGetLastError, after a launch", last_error())?;
+        Ok(launched)
     }
 
     /// Makes the stream's device current until the guard is dropped.

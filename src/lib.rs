@@ -107,7 +107,7 @@ pub use kv::{
     PageIndices, PageTable, RaggedIndices, RaggedTable, SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
-pub use ops::{attention, cascade, gdn, norm, page, signatures, topk};
+pub use ops::{activation, attention, cascade, gdn, norm, page, signatures, topk};
 pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};

@@ -1,5 +1,6 @@
 //! FlashInfer's operations, one file per module family.
 
+pub mod activation;
 pub mod attention;
 pub mod cascade;
 mod check;
@@ -58,6 +59,13 @@ pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordin
 /// [`Signature::compare`] holds a declaration against what a module prints of
 /// itself.
 pub fn signatures() -> Vec<(&'static str, Signature)> {
-    [norm::SIGNATURES, page::SIGNATURES, cascade::SIGNATURES, gdn::SIGNATURES, &attention::signatures()]
-        .concat()
+    [
+        &norm::signatures(),
+        page::SIGNATURES,
+        cascade::SIGNATURES,
+        gdn::SIGNATURES,
+        activation::SIGNATURES,
+        &attention::signatures(),
+    ]
+    .concat()
 }

@@ -25,6 +25,7 @@
 //! # Ok::<(), flashinfer_rs::FlashInferError>(())
 //! ```
 
+mod activation;
 mod attention;
 mod cascade;
 mod gdn;
@@ -35,11 +36,15 @@ mod page;
 #[cfg(test)]
 mod testing;
 
+pub use activation::{gelu_and_mul, gelu_tanh_and_mul, silu_and_mul};
 pub use attention::{
     Mask, batch_decode, batch_prefill_paged, batch_prefill_ragged, single_decode, single_prefill,
 };
 pub use cascade::{merge_state, merge_state_in_place, merge_states};
 pub use gdn::gdn_prefill;
 pub use mla::batch_mla;
-pub use norm::{fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm};
+pub use norm::{
+    fused_add_rmsnorm, fused_add_rmsnorm_quant, fused_dit_layernorm, fused_qk_rmsnorm_rope,
+    gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm, rmsnorm_quant,
+};
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};

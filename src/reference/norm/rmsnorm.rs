@@ -1,14 +1,17 @@
 //! RMS norms on the CPU.
 
-use super::host::{Check, Rows, RowsMut};
+use super::vector;
 use crate::{
     error::Result,
     norm::NormOptions,
+    reference::host::{Check, Rows},
     tensor::{DType, TensorMut, TensorRef},
 };
 
 /// Element types of the norms beside the wide ones.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+/// Element types of quantized results beside the wide ones.
+const QUANTIZED: [DType; 2] = [DType::E4M3, DType::E5M2];
 
 /// [`norm::rmsnorm`](crate::norm::rmsnorm) on the CPU: `input` and `out` are
 /// `[rows, d]` or `[rows, heads, d]`, `weight` is `[d]`.
@@ -73,6 +76,78 @@ pub fn gemma_fused_add_rmsnorm(
     fused_add(Check { op: "reference::gemma_fused_add_rmsnorm" }, 1.0, input, residual, weight, options)
 }
 
+/// The largest `e4m3`, at which quantized results are cut off.
+const QUANTIZED_MAX: f64 = 448.0;
+
+/// [`norm::rmsnorm_quant`](crate::norm::rmsnorm_quant) on the CPU: [`rmsnorm`]
+/// of `[rows, d]`, divided by the number in `scale`, `[1]`, and cut off at ±448.
+///
+/// `out` is `e4m3`, `e5m2`, `f32` or `f64`, `scale` is `f32` or `f64`. NaN becomes
+/// 448, as in the kernel.
+///
+/// # Errors
+/// As [`rmsnorm`].
+pub fn rmsnorm_quant(
+    out: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    weight: &TensorRef<'_>,
+    scale: &TensorRef<'_>,
+    options: &NormOptions,
+) -> Result<()> {
+    let check = Check { op: "reference::rmsnorm_quant" };
+    let input = check.rows("input", input, &DTYPES, &[2])?;
+    let mut out = check.rows_mut("out", out, &QUANTIZED, &[2])?;
+    let weight = check.rows("weight", weight, &DTYPES, &[1])?;
+    check_all(check, ("input", &input), ("out", &out.rows), &weight)?;
+    let (weight, scale) = (weight.numbers(0), vector(check, "scale", scale, &[], 1)?[0]);
+    for at in 0..input.count() {
+        let mut row = input.numbers(at);
+        normalize(&mut row, &weight, options.eps);
+        quantize(&mut row, scale);
+        out.write(at, &row);
+    }
+    Ok(())
+}
+
+/// [`norm::fused_add_rmsnorm_quant`](crate::norm::fused_add_rmsnorm_quant) on the
+/// CPU: `residual += input`, then [`rmsnorm_quant`] of the sum, which is rounded
+/// as [`fused_add_rmsnorm`] does.
+///
+/// # Errors
+/// As [`rmsnorm`].
+pub fn fused_add_rmsnorm_quant(
+    out: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    residual: &mut TensorMut<'_>,
+    weight: &TensorRef<'_>,
+    scale: &TensorRef<'_>,
+    options: &NormOptions,
+) -> Result<()> {
+    let check = Check { op: "reference::fused_add_rmsnorm_quant" };
+    let input = check.rows("input", input, &DTYPES, &[2])?;
+    let mut residual = check.rows_mut("residual", residual, &DTYPES, &[2])?;
+    let mut out = check.rows_mut("out", out, &QUANTIZED, &[2])?;
+    let weight = check.rows("weight", weight, &DTYPES, &[1])?;
+    check_all(check, ("input", &input), ("residual", &residual.rows), &weight)?;
+    check.shape("out", &out.rows, input.shape())?;
+    let (weight, scale) = (weight.numbers(0), vector(check, "scale", scale, &[], 1)?[0]);
+    for at in 0..input.count() {
+        let mut row = sum(&input, &residual.rows, at);
+        residual.write(at, &row);
+        normalize(&mut row, &weight, options.eps);
+        quantize(&mut row, scale);
+        out.write(at, &row);
+    }
+    Ok(())
+}
+
+fn quantize(row: &mut [f64], scale: f64) {
+    for x in row {
+        let quotient = *x / scale;
+        *x = if quotient.is_nan() { QUANTIZED_MAX } else { quotient.clamp(-QUANTIZED_MAX, QUANTIZED_MAX) };
+    }
+}
+
 fn norm(
     check: Check,
     ranks: &[usize],
@@ -109,20 +184,20 @@ fn fused_add(
     let weight = check.rows("weight", weight, &DTYPES, &[1])?;
     check_all(check, ("input", &input.rows), ("residual", &residual.rows), &weight)?;
     let weight = biased(&weight, bias);
-    let wide = [&input, &residual].iter().all(|tensor: &&RowsMut<'_>| tensor.rows.dtype() == DType::F64);
-    let mut row = vec![0.0; input.rows.width()];
-    let mut addend = row.clone();
     for at in 0..input.rows.count() {
-        input.rows.read(at, &mut row);
-        residual.rows.read(at, &mut addend);
-        for (sum, &addend) in row.iter_mut().zip(&addend) {
-            *sum = if wide { *sum + addend } else { f64::from(*sum as f32 + addend as f32) };
-        }
+        let mut row = sum(&input.rows, &residual.rows, at);
         residual.write(at, &row);
         normalize(&mut row, &weight, options.eps);
         input.write(at, &row);
     }
     Ok(())
+}
+
+/// The sum of two rows: in `f64` if both tensors are, else in `f32`.
+fn sum(input: &Rows<'_>, residual: &Rows<'_>, at: usize) -> Vec<f64> {
+    let wide = input.dtype() == DType::F64 && residual.dtype() == DType::F64;
+    let add = |(x, y): (f64, f64)| if wide { x + y } else { f64::from(x as f32 + y as f32) };
+    input.numbers(at).into_iter().zip(residual.numbers(at)).map(add).collect()
 }
 
 /// The first tensor decides the shape; the weight has its width; not both
@@ -153,7 +228,7 @@ fn biased(weight: &Rows<'_>, bias: f64) -> Vec<f64> {
 }
 
 /// Divides a row by its root mean square and multiplies it by `weight`.
-fn normalize(row: &mut [f64], weight: &[f64], eps: f64) {
+pub(super) fn normalize(row: &mut [f64], weight: &[f64], eps: f64) {
     let mean_square = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
     let factor = 1.0 / (mean_square + eps).sqrt();
     for (x, weight) in row.iter_mut().zip(weight) {
@@ -235,6 +310,44 @@ mod tests {
         .unwrap();
         assert_eq!(residual, [1.0, 7.0]);
         assert!((input[0] - 0.3).abs() < 1e-15 && (input[1] - 4.2).abs() < 1e-15);
+    }
+
+    #[test]
+    fn quantized_results_are_divided_and_cut_off() {
+        use float8::{F8E4M3, F8E5M2};
+        let options = NormOptions::with_eps(0.0);
+        let (input, weight) = (view(&INPUT, &[2, 2]), view(&WEIGHT, &[2]));
+        let quarter = [0.25f64];
+        let mut out = [F8E4M3::ZERO; 4];
+        rmsnorm_quant(&mut view_mut(&mut out, &[2, 2]), &input, &weight, &view(&quarter, &[1]), &options)
+            .unwrap();
+        // 0.4, 11.2, 2 and −8, with 3 bits of mantissa.
+        assert_eq!(out, [0.40625, 11.0, 2.0, -8.0].map(F8E4M3::from_f64));
+
+        let mut residual = [0.0f32, 0.0, 0.0, f32::NAN];
+        let mut out = [F8E5M2::ZERO; 4];
+        let tiny = [1e-4f64];
+        fused_add_rmsnorm_quant(
+            &mut view_mut(&mut out, &[2, 2]),
+            &input,
+            &mut view_mut(&mut residual, &[2, 2]),
+            &weight,
+            &view(&tiny, &[1]),
+            &options,
+        )
+        .unwrap();
+        assert_eq!(out, [F8E5M2::from_f64(448.0); 4]);
+        assert_eq!(residual[..3], [1.0, 7.0, 1.0]);
+
+        let mut halves = [f16::ZERO; 4];
+        let mut refuse = |scale, expected| {
+            let mut out = view_mut(&mut halves, &[2, 2]);
+            refused(rmsnorm_quant(&mut out, &input, &weight, &scale, &options), expected);
+        };
+        refuse(view(&quarter, &[1]), "out");
+        let mut out = [0.0f64; 4];
+        let mut out = view_mut(&mut out, &[2, 2]);
+        refused(rmsnorm_quant(&mut out, &input, &weight, &view(&WEIGHT, &[2]), &options), "scale");
     }
 
     #[test]

@@ -1,0 +1,681 @@
+//! Norm and rotary embedding of queries and keys from one joined tensor.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::{NormOptions, check_plain, launch, rmsnorm};
+use crate::{
+    cuda::DeviceBuffer,
+    error::{FlashInferError, Result},
+    ffi::{DlTensor, Kernel, Signature, kernels},
+    module::ModuleName,
+    ops::{FixedFunction, check::Check},
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{DType, RawTensor, TensorMut, TensorRef},
+};
+
+kernels! {
+    struct FusedQkRmsnormRope = "fused_qk_rmsnorm_rope"(
+        qkv_in: Tensor, q_weight: Tensor, k_weight: Tensor, q_out: Tensor, k_out: Tensor, v_out: Tensor,
+        num_tokens: Int, seq_len: Int, ppf: Int, pph: Int, ppw: Int,
+        num_frame_channels: Int, num_height_channels: Int, num_width_channels: Int,
+        num_heads_q: Int, num_heads_k: Int, num_heads_v: Int, head_dim: Int,
+        eps: Float, base: Float, interleave: Bool, factor: Float, low: Float, high: Float,
+        attention_factor: Float, is_qk_norm: Bool, output_fp8: Bool,
+        output_quant_scale: Float, v_quant_scale: Float,
+    ) -> "void";
+}
+
+pub(super) const SIGNATURE: Signature = FusedQkRmsnormRope::SIGNATURE;
+
+static FUSED_QK_RMSNORM_ROPE: FixedFunction = FixedFunction::of(ModuleName::NORM, &SIGNATURE);
+
+/// Head dimensions that the kernel is compiled for.
+const HEAD_DIMS: [usize; 3] = [64, 128, 256];
+/// A block has a warp of 32 threads for each head.
+const MAX_HEADS: i64 = 32;
+
+/// Rotary embedding by position in a video: some channels of a head turn with
+/// the frame, some with the height, some with the width.
+///
+/// Channel pair `i` of `n` channels turns by `position · base^(−2i/n)`. With a
+/// `factor` other than 1 that is YaRN's: frequencies go over to `1/factor` of
+/// that between pair `low` and pair `high` (from `low` down as they are, from
+/// `high` up divided), and results are multiplied by `attention_factor`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Rope3d {
+    /// Channels that turn with frame, height and width: even numbers, whose sum
+    /// is the head dimension.
+    pub channels: [usize; 3],
+    /// The base of frequencies. Upstream's default is 10000.
+    pub base: f32,
+    /// YaRN's scaling factor; 1, the default, is off.
+    pub factor: f32,
+    /// The pair up to which YaRN keeps frequencies; 0 by default.
+    pub low: f32,
+    /// The pair from which YaRN divides frequencies; 0 by default.
+    pub high: f32,
+    /// YaRN's factor of results. 1 by default, and if `factor` is 1.
+    pub attention_factor: f32,
+}
+
+impl Rope3d {
+    /// Channels of frame, height and width, and upstream's defaults.
+    pub fn new(channels: [usize; 3]) -> Self {
+        Self { channels, base: 1e4, factor: 1.0, low: 0.0, high: 0.0, attention_factor: 1.0 }
+    }
+
+    /// The sum of channels.
+    pub fn head_dim(&self) -> usize {
+        self.channels.iter().fold(0, |sum, &channels| sum.saturating_add(channels))
+    }
+
+    /// What makes no sense anywhere.
+    pub(crate) fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.channels.iter().any(|channels| channels % 2 != 0) || self.head_dim() == 0 {
+            return Err(("rope.channels", format!("{:?}; expected even numbers, not all 0", self.channels)));
+        }
+        let positive = |number: f32| number.is_finite() && number > 0.0;
+        if !positive(self.base) || !positive(self.factor) {
+            let problem = format!("base {} and factor {}; both must be above 0", self.base, self.factor);
+            return Err(("rope", problem));
+        }
+        if ![self.low, self.high, self.attention_factor].iter().all(|number| number.is_finite()) {
+            return Err(("rope", format!("{self:?}; all numbers must be finite")));
+        }
+        if self.factor == 1.0 && self.attention_factor != 1.0 {
+            return Err((
+                "rope.attention_factor",
+                format!("{} without YaRN (factor 1); it must be 1", self.attention_factor),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The frequencies of a [`Rope3d`] on a device, for [`fused_qk_rmsnorm_rope`].
+///
+/// FlashInfer's module keeps one table of frequencies for each device, and
+/// writes it anew, on the stream of the call, when a call has other frequencies
+/// than the call before. That would change them under kernels of other streams
+/// and under captured graphs. So this value stands for the device's table: as
+/// long as one lives, there can be others for the same [`Rope3d`], and those
+/// for another are refused. A process that needs several by turns drops one
+/// and makes the next.
+///
+/// A graph that captured a call may be replayed as long as the table lives.
+#[derive(Debug)]
+pub struct RopeTable {
+    rope: Rope3d,
+    ordinal: u32,
+}
+
+/// What is in a device's table, and how many [`RopeTable`]s count on it.
+struct Content {
+    ordinal: u32,
+    rope: Rope3d,
+    tables: usize,
+}
+
+/// The tables of all devices.
+static CONTENTS: Mutex<Vec<Content>> = Mutex::new(Vec::new());
+
+impl RopeTable {
+    /// Writes the frequencies to the table of the stream's device, unless they
+    /// are there.
+    ///
+    /// That waits for all work on the device, twice: for what may still use
+    /// the old table, and for the new one, so that calls on any stream find it.
+    /// The first time on a device, the module allocates 512 bytes, which stay
+    /// allocated; it ends the process if it gets none, so memory is asked for
+    /// before.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument): the head dimension
+    /// is not 64, 128 or 256; a number is not finite, `base` or `factor` not above
+    /// 0; `attention_factor` is not 1 without YaRN; a table for another `rope` is
+    /// alive on this device; or the stream is being captured and the frequencies
+    /// are not there. Else what the module, for example without code for this
+    /// GPU, or CUDA said.
+    pub fn new(stream: &Stream, rope: &Rope3d) -> Result<Self> {
+        const OP: &str = "RopeTable";
+        stream.check_usable_here(OP)?;
+        rope.check().map_err(|(argument, problem)| FlashInferError::invalid(OP, argument, problem))?;
+        if !HEAD_DIMS.contains(&rope.head_dim()) {
+            return Err(FlashInferError::invalid(
+                OP,
+                "rope.channels",
+                format!(
+                    "{:?}, so head_dim is {}; the kernel has {HEAD_DIMS:?}",
+                    rope.channels,
+                    rope.head_dim()
+                ),
+            ));
+        }
+        let ordinal = stream.ordinal();
+        let mut contents = CONTENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = contents.iter().position(|content| content.ordinal == ordinal);
+        match at.map(|at| &mut contents[at]) {
+            Some(content) if content.rope == *rope => content.tables += 1,
+            Some(content) if content.tables > 0 => {
+                return Err(FlashInferError::invalid(
+                    OP,
+                    "rope",
+                    format!(
+                        "the module has one table for each device, and that of device {ordinal} is in use for {:?}; \
+                         drop its RopeTables, or use the same numbers",
+                        content.rope
+                    ),
+                ));
+            }
+            _ => {
+                // What is in the table is not known again until this is done.
+                if let Some(at) = at {
+                    contents.swap_remove(at);
+                }
+                write_table(stream, rope)?;
+                contents.push(Content { ordinal, rope: *rope, tables: 1 });
+            }
+        }
+        Ok(Self { rope: *rope, ordinal })
+    }
+
+    /// What the frequencies are of.
+    pub fn rope(&self) -> &Rope3d {
+        &self.rope
+    }
+}
+
+impl Drop for RopeTable {
+    fn drop(&mut self) {
+        let mut contents = CONTENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(content) = contents.iter_mut().find(|content| content.ordinal == self.ordinal) {
+            content.tables -= 1;
+        }
+    }
+}
+
+/// Has the module write its table, by a call for one token of zeros.
+fn write_table(stream: &Stream, rope: &Rope3d) -> Result<()> {
+    let cuda = FlashInferRuntime::get()?.cuda();
+    let d = rope.head_dim();
+    let row = d * DType::BF16.size();
+    let scratch = DeviceBuffer::zeroed(cuda, stream, 8 * row)?;
+    let part = |first: usize, shape: &[usize]| {
+        let data = scratch.as_ptr().wrapping_byte_add(first * row);
+        RawTensor::new(data, stream.device(), DType::BF16, shape, None)
+    };
+    // A function that reports errors: it tells whether the module has code for
+    // this GPU, before one is called that would end the process.
+    let input = TensorRef::new(part(0, &[1, d])?);
+    let mut out = TensorMut::new(part(1, &[1, d])?);
+    rmsnorm(stream, &mut out, &input, &TensorRef::new(part(2, &[d])?), &NormOptions::default())?;
+    // Likewise, that there is memory: more than the module will allocate.
+    drop(DeviceBuffer::new(cuda, stream, 8 << 20)?);
+    cuda.wait_for_device_of(stream)?;
+    let outputs = [part(5, &[1, 1, d])?, part(6, &[1, 1, d])?, part(7, &[1, 1, d])?];
+    let shape = QkvShape { tokens: 1, heads: [1; 3], head_dim: d as i64 };
+    let input = [part(0, &[1, 3 * d])?, part(3, &[d])?, part(4, &[d])?];
+    // SAFETY: the parts of the scratch memory have these shapes, are on the
+    // stream's device, contiguous and aligned to their size, and do not overlap.
+    unsafe { call(stream, &outputs, &input, shape, [1; 3], rope, &FusedQkOptions::default()) }?;
+    cuda.wait_for_device_of(stream)
+}
+
+/// Options of [`fused_qk_rmsnorm_rope`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct FusedQkOptions {
+    /// Added to the mean of squares; 1e-6 by default.
+    pub eps: f64,
+    /// Which channels turn together: neighbours (`true`, the default), or those
+    /// half a head apart, as in NeoX.
+    pub interleave: bool,
+    /// Whether queries and keys are normed (the default) or turned only.
+    pub is_qk_norm: bool,
+    /// Whether results are `e4m3` and not `bf16`; not by default.
+    pub output_fp8: bool,
+    /// Multiplies queries and keys if `output_fp8`; 1 by default.
+    pub output_quant_scale: f64,
+    /// Multiplies values if `output_fp8`; 1 by default.
+    pub v_quant_scale: f64,
+}
+
+impl Default for FusedQkOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-6,
+            interleave: true,
+            is_qk_norm: true,
+            output_fp8: false,
+            output_quant_scale: 1.0,
+            v_quant_scale: 1.0,
+        }
+    }
+}
+
+/// What [`fused_qk_rmsnorm_rope`] reads: `bf16`, contiguous.
+#[derive(Clone, Copy, Debug)]
+pub struct QkvInput<'a> {
+    /// `[tokens, (q_heads + k_heads + v_heads) · head_dim]`, or
+    /// `[batch, seq_len, ..]`: all query heads, then key heads, then value heads.
+    pub qkv: TensorRef<'a>,
+    /// `[q_heads · head_dim]`.
+    pub q_weight: TensorRef<'a>,
+    /// `[k_heads · head_dim]`.
+    pub k_weight: TensorRef<'a>,
+    /// Patches in a video: frames, height, width (upstream's `ppf`, `pph` and
+    /// `ppw`). Their product is `seq_len`; tokens are in that order.
+    pub patches: [usize; 3],
+}
+
+/// What [`fused_qk_rmsnorm_rope`] writes: contiguous, `bf16`, or `e4m3` with
+/// `output_fp8`. The shapes say how many heads there are.
+#[derive(Debug)]
+pub struct QkvOutput<'a> {
+    /// `[tokens, q_heads, head_dim]`, or `[batch, seq_len, q_heads, head_dim]`
+    /// like the input.
+    pub q: TensorMut<'a>,
+    /// The same with `k_heads`.
+    pub k: TensorMut<'a>,
+    /// The same with `v_heads`.
+    pub v: TensorMut<'a>,
+}
+
+/// Splits a joined tensor of queries, keys and values of a video into three:
+/// queries and keys normed over all their heads together and turned by their
+/// position ([`Rope3d`]), values as they are.
+///
+/// There are 1 to 32 heads of each kind, of 64, 128 or 256 elements. A norm is
+/// rounded to `bf16` before it is turned, unless results are `e4m3`; these are
+/// cut off at ±448. No tokens are nothing to do.
+///
+/// # Errors
+/// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
+/// launched: a device, stream, dtype, shape, stride or alignment (16 bytes) does
+/// not fit, tokens are no whole videos, there are 2³¹ or more of them, or `table`
+/// is another device's. Else what CUDA said. Where an earlier kernel fails on the
+/// device at the very moment of the launch, the module ends the process.
+///
+/// ```no_run
+/// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use flashinfer_rs::{cudarc::{TensorExt, TensorExtMut}, norm::*, Stream};
+/// use half::bf16;
+/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+/// let stream = Stream::from(&cuda);
+/// let table = RopeTable::new(&stream, &Rope3d::new([44, 42, 42]))?;
+/// // 2 frames of 3 × 4 patches; 24 heads of 128 elements.
+/// let (tokens, heads) = (24, 24);
+/// let qkv = cuda.alloc_zeros::<bf16>(tokens * 3 * heads * 128)?;
+/// let weight = cuda.clone_htod(&[bf16::ONE; 24 * 128])?;
+/// let mut outputs = [0; 3].map(|_| cuda.alloc_zeros::<bf16>(tokens * heads * 128));
+/// let [Ok(q), Ok(k), Ok(v)] = &mut outputs else { return Err("no memory".into()) };
+/// let shape = [tokens, heads, 128];
+/// let (mut q, mut k) = (q.tensor_mut(&cuda, &shape)?, k.tensor_mut(&cuda, &shape)?);
+/// let mut v = v.tensor_mut(&cuda, &shape)?;
+/// let weight = weight.tensor(&cuda, &[heads * 128])?;
+/// fused_qk_rmsnorm_rope(
+///     &stream,
+///     &mut QkvOutput { q: q.view_mut(), k: k.view_mut(), v: v.view_mut() },
+///     &QkvInput {
+///         qkv: qkv.tensor(&cuda, &[tokens, 3 * heads * 128])?.view(),
+///         q_weight: weight.view(),
+///         k_weight: weight.view(),
+///         patches: [2, 3, 4],
+///     },
+///     &table,
+///     &FusedQkOptions::default(),
+/// )?;
+/// # Ok(()) }
+/// # #[cfg(not(feature = "cudarc"))] fn main() {}
+/// ```
+pub fn fused_qk_rmsnorm_rope(
+    stream: &Stream,
+    out: &mut QkvOutput<'_>,
+    input: &QkvInput<'_>,
+    table: &RopeTable,
+    options: &FusedQkOptions,
+) -> Result<()> {
+    let check = Check::new(FUSED_QK_RMSNORM_ROPE.name(), stream)?;
+    if table.ordinal != stream.ordinal() {
+        return check.fail(
+            "table",
+            format!("it is of device {}, the stream of device {}", table.ordinal, stream.ordinal()),
+        );
+    }
+    let shape = check_all(&check, out, input, &table.rope, options)?;
+    if shape.tokens == 0 {
+        return Ok(());
+    }
+    let outputs = [out.q.raw, out.k.raw, out.v.raw];
+    let inputs = [input.qkv.raw, input.q_weight.raw, input.k_weight.raw];
+    // SAFETY: tensors were checked for all that the kernel assumes; the table
+    // is alive, so the module has it on this device and writes none.
+    unsafe { call(stream, &outputs, &inputs, shape, input.patches, &table.rope, options) }
+}
+
+/// Sizes of checked tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct QkvShape {
+    pub(crate) tokens: i64,
+    /// Of queries, keys and values.
+    pub(crate) heads: [i64; 3],
+    pub(crate) head_dim: i64,
+}
+
+/// The sizes of tensors whose shapes fit together, else what does not.
+pub(crate) fn qkv_shape(
+    out: &QkvOutput<'_>,
+    input: &QkvInput<'_>,
+    rope: &Rope3d,
+) -> Result<QkvShape, (&'static str, String)> {
+    let qkv = input.qkv.shape();
+    let Some((&width, rows)) = qkv.split_last().filter(|(_, rows)| matches!(rows.len(), 1 | 2)) else {
+        return Err(("qkv", format!("its shape is {qkv:?}; expected [tokens, ..] or [batch, seq_len, ..]")));
+    };
+    let head_dim = rope.head_dim() as i64;
+    let mut heads = [0; 3];
+    for ((name, out), heads) in
+        [("out.q", &out.q), ("out.k", &out.k), ("out.v", &out.v)].into_iter().zip(&mut heads)
+    {
+        match out.shape().split_last_chunk::<2>() {
+            Some((out_rows, &[count, d])) if out_rows == rows && d == head_dim && count > 0 => *heads = count,
+            _ => {
+                return Err((
+                    name,
+                    format!(
+                        "its shape is {:?}; expected {rows:?}, a number of heads and {head_dim}, the sum of \
+                         rope.channels",
+                        out.shape()
+                    ),
+                ));
+            }
+        }
+    }
+    let joined: i64 = heads.iter().sum();
+    if joined.checked_mul(head_dim) != Some(width) {
+        return Err((
+            "qkv",
+            format!("its rows have {width} elements; the outputs have {joined} heads of {head_dim} in all"),
+        ));
+    }
+    for (name, weight, heads) in
+        [("q_weight", &input.q_weight, heads[0]), ("k_weight", &input.k_weight, heads[1])]
+    {
+        if weight.shape() != [heads * head_dim] {
+            return Err((
+                name,
+                format!("its shape is {:?}; expected [{}]", weight.shape(), heads * head_dim),
+            ));
+        }
+    }
+    let patches = input.patches;
+    let seq_len = patches.iter().try_fold(1i64, |product, &patches| {
+        product.checked_mul(i64::try_from(patches).ok()?).filter(|&product| product <= i64::from(i32::MAX))
+    });
+    let Some(seq_len) = seq_len.filter(|&seq_len| seq_len > 0) else {
+        return Err(("patches", format!("{patches:?}; expected a product above 0 and below 2^31")));
+    };
+    let tokens: i64 = rows.iter().product();
+    if tokens % seq_len != 0 || rows.get(1).is_some_and(|&rows| rows != seq_len) {
+        return Err(("patches", format!("{patches:?} are {seq_len} tokens; qkv has {rows:?}")));
+    }
+    Ok(QkvShape { tokens, heads, head_dim })
+}
+
+/// All that the kernel assumes.
+fn check_all(
+    check: &Check<'_>,
+    out: &QkvOutput<'_>,
+    input: &QkvInput<'_>,
+    rope: &Rope3d,
+    options: &FusedQkOptions,
+) -> Result<QkvShape> {
+    let shape = qkv_shape(out, input, rope).or_else(|(argument, problem)| check.fail(argument, problem))?;
+    let result = if options.output_fp8 { DType::E4M3 } else { DType::BF16 };
+    for (name, tensor, dtype) in [
+        ("qkv", &input.qkv.raw, DType::BF16),
+        ("q_weight", &input.q_weight.raw, DType::BF16),
+        ("k_weight", &input.k_weight.raw, DType::BF16),
+        ("out.q", &out.q.raw, result),
+        ("out.k", &out.k.raw, result),
+        ("out.v", &out.v.raw, result),
+    ] {
+        check_plain(check, name, tensor, dtype, tensor.shape(), 16)?;
+    }
+    for (name, heads) in ["out.q", "out.k", "out.v"].into_iter().zip(shape.heads) {
+        if heads > MAX_HEADS {
+            return check.fail(name, format!("{heads} heads; a block has threads for {MAX_HEADS}"));
+        }
+    }
+    if shape.tokens > i64::from(i32::MAX) {
+        return check.fail("qkv", format!("{} tokens; at most 2^31 can be launched", shape.tokens));
+    }
+    Ok(shape)
+}
+
+/// Calls the function, which ends the process if it does not like an argument.
+///
+/// # Safety
+/// Outputs and inputs, with the names of [`QkvOutput`] and [`QkvInput`] in
+/// order, must be all that the kernel assumes. The device's table must hold
+/// the frequencies of `rope`, or nobody may use it.
+unsafe fn call(
+    stream: &Stream,
+    [q_out, k_out, v_out]: &[RawTensor; 3],
+    [qkv, q_weight, k_weight]: &[RawTensor; 3],
+    shape: QkvShape,
+    patches: [usize; 3],
+    rope: &Rope3d,
+    options: &FusedQkOptions,
+) -> Result<()> {
+    let [ppf, pph, ppw] = patches.map(|patches| patches as i64);
+    let [num_frame_channels, num_height_channels, num_width_channels] =
+        rope.channels.map(|channels| channels as i64);
+    let [num_heads_q, num_heads_k, num_heads_v] = shape.heads;
+    let kernel = FusedQkRmsnormRope {
+        qkv_in: DlTensor::new(qkv),
+        q_weight: DlTensor::new(q_weight),
+        k_weight: DlTensor::new(k_weight),
+        q_out: DlTensor::new(q_out),
+        k_out: DlTensor::new(k_out),
+        v_out: DlTensor::new(v_out),
+        num_tokens: shape.tokens,
+        seq_len: ppf * pph * ppw,
+        ppf,
+        pph,
+        ppw,
+        num_frame_channels,
+        num_height_channels,
+        num_width_channels,
+        num_heads_q,
+        num_heads_k,
+        num_heads_v,
+        head_dim: shape.head_dim,
+        eps: options.eps,
+        base: rope.base.into(),
+        interleave: options.interleave,
+        factor: rope.factor.into(),
+        low: rope.low.into(),
+        high: rope.high.into(),
+        attention_factor: rope.attention_factor.into(),
+        is_qk_norm: options.is_qk_norm,
+        output_fp8: options.output_fp8,
+        output_quant_scale: options.output_quant_scale,
+        v_quant_scale: options.v_quant_scale,
+    };
+    // SAFETY: the function has this signature; the rest is promised by the caller.
+    unsafe { launch(&FUSED_QK_RMSNORM_ROPE, stream, &kernel) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Device;
+
+    const GPU: Device = Device::Cuda(0);
+
+    fn stream() -> Stream {
+        // SAFETY: nothing is enqueued on the stream.
+        unsafe { Stream::from_raw(std::ptr::null_mut(), 0) }
+    }
+
+    /// A tensor that is never looked at.
+    fn at(address: usize, dtype: DType, shape: &[usize]) -> TensorRef<'static> {
+        // SAFETY: the address is only compared.
+        unsafe { TensorRef::from_raw_parts(address as *const _, GPU, dtype, shape, None) }.unwrap()
+    }
+
+    fn bf16(shape: &[usize]) -> TensorRef<'static> {
+        at(4096, DType::BF16, shape)
+    }
+
+    fn outputs(dtype: DType, rows: &[usize], heads: [usize; 3], d: usize) -> QkvOutput<'static> {
+        let [q, k, v] = heads.map(|heads| {
+            let shape = [rows, &[heads, d]].concat();
+            // SAFETY: the address is only compared.
+            unsafe { TensorMut::from_raw_parts((1usize << 40) as *mut _, GPU, dtype, &shape, None) }.unwrap()
+        });
+        QkvOutput { q, k, v }
+    }
+
+    /// The argument that is refused, if any.
+    fn refused(
+        out: &QkvOutput<'_>,
+        input: &QkvInput<'_>,
+        rope: &Rope3d,
+        options: &FusedQkOptions,
+    ) -> Option<&'static str> {
+        let stream = stream();
+        let check = Check::new("fused_qk_rmsnorm_rope", &stream).unwrap();
+        match check_all(&check, out, input, rope, options) {
+            Ok(_) => None,
+            Err(FlashInferError::InvalidArgument { argument, .. }) => Some(argument),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    const ROPE: [usize; 3] = [20, 22, 22];
+
+    fn input(rows: &[usize], patches: [usize; 3]) -> QkvInput<'static> {
+        QkvInput {
+            qkv: bf16(&[rows, &[6 * 64]].concat()),
+            q_weight: bf16(&[3 * 64]),
+            k_weight: bf16(&[2 * 64]),
+            patches,
+        }
+    }
+
+    #[test]
+    fn wrong_input_is_refused() {
+        let (rope, options) = (Rope3d::new(ROPE), FusedQkOptions::default());
+        let fp8 = FusedQkOptions { output_fp8: true, ..options };
+        for rows in [&[24][..], &[2, 12]] {
+            let good = input(rows, [1, 3, 4]);
+            let out = |dtype, heads, d| outputs(dtype, rows, heads, d);
+            let heads = [3, 2, 1];
+            assert_eq!(refused(&out(DType::BF16, heads, 64), &good, &rope, &options), None);
+            assert_eq!(refused(&out(DType::E4M3, heads, 64), &good, &rope, &fp8), None);
+            for (out, options, argument) in [
+                (out(DType::E4M3, heads, 64), options, "out.q"),
+                (out(DType::BF16, heads, 64), fp8, "out.q"),
+                (out(DType::F16, heads, 64), options, "out.q"),
+                (out(DType::BF16, heads, 128), options, "out.q"),
+                (out(DType::BF16, [0, 2, 4], 64), options, "out.q"),
+                (out(DType::BF16, [4, 2, 0], 64), options, "out.v"),
+                (out(DType::BF16, [3, 2, 2], 64), options, "qkv"),
+                (out(DType::BF16, [2, 3, 1], 64), options, "q_weight"),
+                (outputs(DType::BF16, &[23], heads, 64), options, "out.q"),
+                (outputs(DType::BF16, &[4, 6], heads, 64), options, "out.q"),
+            ] {
+                assert_eq!(refused(&out, &good, &rope, &options), Some(argument));
+            }
+            let out = out(DType::BF16, heads, 64);
+            let width = 6 * 64;
+            for (wrong, argument) in [
+                (QkvInput { qkv: at(4096, DType::F16, &[rows, &[width]].concat()), ..good }, "qkv"),
+                (QkvInput { qkv: at(4098, DType::BF16, &[rows, &[width]].concat()), ..good }, "qkv"),
+                (QkvInput { qkv: bf16(&[width]), ..good }, "qkv"),
+                (QkvInput { qkv: bf16(&[1, 2, 12, width]), ..good }, "qkv"),
+                (QkvInput { q_weight: bf16(&[64]), ..good }, "q_weight"),
+                (QkvInput { q_weight: bf16(&[3, 64]), ..good }, "q_weight"),
+                (QkvInput { k_weight: at(4096, DType::F32, &[128]), ..good }, "k_weight"),
+                (QkvInput { k_weight: at(4100, DType::BF16, &[128]), ..good }, "k_weight"),
+                (QkvInput { patches: [1, 0, 4], ..good }, "patches"),
+                (QkvInput { patches: [5, 1, 1], ..good }, "patches"),
+                (QkvInput { patches: [1 << 11, 1 << 11, 1 << 11], ..good }, "patches"),
+                (QkvInput { patches: [usize::MAX, 1, 1], ..good }, "patches"),
+            ] {
+                assert_eq!(refused(&out, &wrong, &rope, &options), Some(argument), "{wrong:?}");
+            }
+        }
+        // Whole videos, but of another length than the tensor says.
+        let halves = input(&[2, 12], [1, 3, 2]);
+        assert_eq!(
+            refused(&outputs(DType::BF16, &[2, 12], [3, 2, 1], 64), &halves, &rope, &options),
+            Some("patches")
+        );
+        let strided =
+            QkvInput { qkv: bf16(&[24, 512]).narrow(1, 0, 384).unwrap(), ..input(&[24], [1, 3, 4]) };
+        assert_eq!(
+            refused(&outputs(DType::BF16, &[24], [3, 2, 1], 64), &strided, &rope, &options),
+            Some("qkv")
+        );
+    }
+
+    #[test]
+    fn heads_and_tokens_fit_a_launch() {
+        let (rope, options) = (Rope3d::new(ROPE), FusedQkOptions::default());
+        for (heads, argument) in [
+            ([32, 32, 32], None),
+            ([33, 1, 1], Some("out.q")),
+            ([1, 33, 1], Some("out.k")),
+            ([1, 1, 40], Some("out.v")),
+        ] {
+            let input = QkvInput {
+                qkv: bf16(&[6, heads.iter().sum::<usize>() * 64]),
+                q_weight: bf16(&[heads[0] * 64]),
+                k_weight: bf16(&[heads[1] * 64]),
+                patches: [6, 1, 1],
+            };
+            let out = outputs(DType::BF16, &[6], heads, 64);
+            assert_eq!(refused(&out, &input, &rope, &options), argument, "{heads:?}");
+        }
+        for (tokens, argument) in [((1 << 31) - 1, None), (1 << 31, Some("qkv"))] {
+            let out = outputs(DType::BF16, &[tokens], [3, 2, 1], 64);
+            assert_eq!(refused(&out, &input(&[tokens], [1; 3]), &rope, &options), argument);
+        }
+        assert_eq!(
+            refused(&outputs(DType::BF16, &[0], [3, 2, 1], 64), &input(&[0], [7, 1, 1]), &rope, &options),
+            None
+        );
+    }
+
+    #[test]
+    fn impossible_frequencies_are_refused() {
+        let good = Rope3d::new([44, 42, 42]);
+        let yarn = Rope3d { factor: 4.0, attention_factor: 1.2, low: 3.0, high: 9.0, ..good };
+        assert!(good.check().is_ok() && yarn.check().is_ok());
+        for (wrong, argument) in [
+            (Rope3d { channels: [43, 43, 42], ..good }, "rope.channels"),
+            (Rope3d { channels: [0; 3], ..good }, "rope.channels"),
+            (Rope3d { channels: [32, 32, 32], ..good }, "rope.channels"),
+            (Rope3d { channels: [usize::MAX - 1, 64, 66], ..good }, "rope.channels"),
+            (Rope3d { base: 0.0, ..good }, "rope"),
+            (Rope3d { base: f32::NAN, ..good }, "rope"),
+            (Rope3d { base: f32::INFINITY, ..good }, "rope"),
+            (Rope3d { factor: 0.0, ..yarn }, "rope"),
+            (Rope3d { factor: -1.0, ..yarn }, "rope"),
+            (Rope3d { low: f32::NAN, ..yarn }, "rope"),
+            (Rope3d { high: f32::INFINITY, ..good }, "rope"),
+            (Rope3d { attention_factor: f32::NAN, ..yarn }, "rope"),
+            (Rope3d { attention_factor: 1.5, ..good }, "rope.attention_factor"),
+        ] {
+            match RopeTable::new(&stream(), &wrong) {
+                Err(FlashInferError::InvalidArgument { argument: found, .. }) => assert_eq!(found, argument),
+                other => panic!("{wrong:?}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The layer norm.
+
+use super::{NormOptions, SHARED_MEMORY, check_plain, check_shared_memory, launch};
+use crate::{
+    error::Result,
+    ffi::{Kernel, Signature, TensorObject, kernels},
+    module::ModuleName,
+    ops::{FixedFunction, check::Check},
+    stream::Stream,
+    tensor::{DType, TensorMut, TensorRef},
+};
+
+kernels! {
+    struct LayerNorm = "layernorm"(
+        out: TensorObject, input: TensorObject, gamma: TensorObject, beta: TensorObject, eps: Float,
+    ) -> "void";
+}
+
+pub(super) const SIGNATURE: Signature = LayerNorm::SIGNATURE;
+
+static LAYERNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &SIGNATURE);
+
+/// More shared memory than the kernel has of its own, beside the row.
+const OWN_SHARED_MEMORY: i64 = 1024;
+
+/// `out = (input − mean) / sqrt(variance + eps) · gamma + beta`, over the last
+/// dimension.
+///
+/// `input` and `out` are `[rows, d]` and `bf16`, the only dtype there is;
+/// `gamma` and `beta` are `[d]` and `f32`. All are contiguous. Zero rows are
+/// nothing to do. Of the options, `eps` counts.
+///
+/// # Errors
+/// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
+/// anything is launched: a device, stream, dtype, shape, stride or alignment
+/// does not fit; the tensor has 2³¹ elements or more; a row does not fit the
+/// GPU's shared memory (`2 · d` bytes and 1 KiB), or needs just less than 48 KiB
+/// of it (`d` from 24064 to 24575), for which the launcher does not ask. Else
+/// what the module or CUDA said.
+///
+/// ```no_run
+/// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use flashinfer_rs::{cudarc::{TensorExt, TensorExtMut}, norm, Stream};
+/// use half::bf16;
+/// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
+/// let input = cuda.clone_htod(&[bf16::ONE; 4 * 128])?;
+/// let (gamma, beta) = (cuda.clone_htod(&[1f32; 128])?, cuda.clone_htod(&[0f32; 128])?);
+/// let mut out = cuda.alloc_zeros::<bf16>(4 * 128)?;
+/// norm::layernorm(
+///     &Stream::from(&cuda),
+///     &mut out.tensor_mut(&cuda, &[4, 128])?.view_mut(),
+///     &input.tensor(&cuda, &[4, 128])?.view(),
+///     &gamma.tensor(&cuda, &[128])?.view(),
+///     &beta.tensor(&cuda, &[128])?.view(),
+///     &norm::NormOptions::default(),
+/// )?;
+/// # Ok(()) }
+/// # #[cfg(not(feature = "cudarc"))] fn main() {}
+/// ```
+pub fn layernorm(
+    stream: &Stream,
+    out: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    gamma: &TensorRef<'_>,
+    beta: &TensorRef<'_>,
+    options: &NormOptions,
+) -> Result<()> {
+    let check = Check::new(LAYERNORM.name(), stream)?;
+    check.tensor("input", &input.raw, &[DType::BF16], &[2])?;
+    let (shape, d) = (input.shape(), input.shape()[1]);
+    if d == 0 || shape[0] > i64::from(i32::MAX) || input.raw.numel() > i64::from(i32::MAX) {
+        return check.fail(
+            "input",
+            format!("its shape is {shape:?}; expected rows that are not empty, and less than 2^31 elements"),
+        );
+    }
+    // Rows of an even length are loaded two elements at a time.
+    let vector = if d % 2 == 0 { 2 } else { 1 };
+    check_plain(&check, "input", &input.raw, DType::BF16, shape, 2 * vector)?;
+    check_plain(&check, "out", &out.raw, DType::BF16, shape, 2 * vector)?;
+    check_plain(&check, "gamma", &gamma.raw, DType::F32, &[d], 4 * vector)?;
+    check_plain(&check, "beta", &beta.raw, DType::F32, &[d], 4 * vector)?;
+    let row = 2 * d;
+    if row < SHARED_MEMORY && row + OWN_SHARED_MEMORY > SHARED_MEMORY {
+        return check.fail(
+            "input",
+            format!(
+                "rows of {d} elements need more shared memory than a launch has unasked, and the launcher \
+                 asks from 24576 elements on; use rows of another length"
+            ),
+        );
+    }
+    check_shared_memory(&check, stream, d, row + OWN_SHARED_MEMORY)?;
+    if input.numel() == 0 {
+        return Ok(());
+    }
+    let kernel = LayerNorm {
+        out: TensorObject::new(&out.raw),
+        input: input.into(),
+        gamma: gamma.into(),
+        beta: beta.into(),
+        eps: options.eps,
+    };
+    // SAFETY: the function has this signature, and the tensors were checked
+    // for all that the kernel assumes: device, dtype, shape, contiguity,
+    // alignment, 32-bit offsets, and a row that fits the shared memory.
+    unsafe { launch(&LAYERNORM, stream, &kernel) }
+}
