@@ -28,6 +28,11 @@ type RawEvent = *mut c_void;
 const NOT_READY: CudaError = 600;
 /// `cudaMemcpyHostToDevice`.
 const HOST_TO_DEVICE: c_int = 1;
+/// `cudaMemcpyDeviceToDevice`.
+const DEVICE_TO_DEVICE: c_int = 3;
+/// The most bytes from row to row of a two-dimensional copy
+/// (`cudaDevAttrMaxPitch`, the same on all devices).
+const MAX_PITCH: usize = i32::MAX as usize;
 /// `cudaEventDisableTiming`.
 const EVENT_DISABLE_TIMING: c_uint = 2;
 /// `cudaStreamCaptureStatusNone`.
@@ -73,6 +78,9 @@ cudart! {
     host_alloc = "cudaHostAlloc": fn(*mut *mut c_void, usize, c_uint);
     free_host = "cudaFreeHost": fn(*mut c_void);
     memcpy_async = "cudaMemcpyAsync": fn(*mut c_void, *const c_void, usize, c_int, *mut c_void);
+    memcpy_2d_async = "cudaMemcpy2DAsync": fn(
+        *mut c_void, usize, *const c_void, usize, usize, usize, c_int, *mut c_void
+    );
     memset_async = "cudaMemsetAsync": fn(*mut c_void, c_int, usize, *mut c_void);
     memset_2d_async = "cudaMemset2DAsync": fn(*mut c_void, usize, c_int, usize, usize, *mut c_void);
     stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
@@ -255,6 +263,52 @@ impl CudaRuntime {
         let launched = launch()?;
         self.check("cudaGetLastError, after a launch", last_error())?;
         Ok(launched)
+    }
+
+    /// Enqueues the copy of `rows` rows of `bytes` bytes each, `pitch` bytes
+    /// from one to the next, to others that are as far apart.
+    ///
+    /// # Safety
+    /// Both pointers must be to such rows of the stream's device, which do not
+    /// overlap.
+    pub(crate) unsafe fn copy_rows(
+        &'static self,
+        stream: &Stream,
+        [source, target]: [*mut c_void; 2],
+        rows: usize,
+        bytes: usize,
+        pitch: usize,
+    ) -> Result<()> {
+        let _device = self.on_device_of(stream)?;
+        // A single row may be larger than a pitch.
+        let (calls, rows) = if pitch <= MAX_PITCH && rows > 1 { (1, rows) } else { (rows, 1) };
+        for call in 0..calls {
+            let at = |data: *mut c_void| data.cast::<u8>().wrapping_add(call * pitch).cast::<c_void>();
+            let (target, source) = (at(target), at(source));
+            let kind = DEVICE_TO_DEVICE;
+            if rows == 1 {
+                // SAFETY: promised by the caller; the stream is alive.
+                let code =
+                    unsafe { (self.symbols.memcpy_async)(target, source, bytes, kind, stream.as_raw()) };
+                self.check("cudaMemcpyAsync", code)?;
+            } else {
+                // SAFETY: as above.
+                let code = unsafe {
+                    (self.symbols.memcpy_2d_async)(
+                        target,
+                        pitch,
+                        source,
+                        pitch,
+                        bytes,
+                        rows,
+                        kind,
+                        stream.as_raw(),
+                    )
+                };
+                self.check("cudaMemcpy2DAsync", code)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes the stream's device current until the guard is dropped.

@@ -97,6 +97,19 @@ pub enum FlashInferError {
         problem: String,
     },
 
+    /// A pool of KV cache pages has fewer free pages than are needed. Nothing
+    /// was taken and nothing changed.
+    #[error(
+        "{needed} pages of the KV cache are needed, {free} are free; evict cached prefixes, \
+         let sequences finish, or drop one and compute it again later"
+    )]
+    OutOfPages {
+        /// Pages that the operation would take.
+        needed: usize,
+        /// Pages that are free.
+        free: usize,
+    },
+
     /// No kernel exists for what was asked.
     #[error("{what}; {available}")]
     Unsupported {

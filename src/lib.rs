@@ -92,7 +92,7 @@ mod cuda;
 pub mod cudarc;
 mod error;
 pub mod ffi;
-mod kv;
+pub mod kv;
 mod library_file;
 mod module;
 mod ops;

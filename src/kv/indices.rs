@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::Sequence;
 use crate::error::{FlashInferError, Result};
 
 /// Tells page tables apart, so that what was checked against one is not used
@@ -57,31 +58,8 @@ impl PageIndices {
     ) -> Result<Self> {
         let invalid =
             |argument, problem: String| Err(FlashInferError::invalid("PageIndices", argument, problem));
-        if num_pages > i32::MAX as usize {
-            return invalid(
-                "num_pages",
-                format!("{num_pages}; page numbers are 32-bit, so at most {}", i32::MAX),
-            );
-        }
-        if page_size == 0 || page_size > i32::MAX as usize {
-            return invalid(
-                "page_size",
-                format!("{page_size}; a page holds at least one token, and at most {}", i32::MAX),
-            );
-        }
-        if indices.len().saturating_add(indptr.len()) > i32::MAX as usize {
-            return invalid("indptr", "pages and requests together must be fewer than 2^31".into());
-        }
-        if indices.len().checked_mul(page_size).is_none_or(|slots| slots > i32::MAX as usize) {
-            return invalid(
-                "indices",
-                format!(
-                    "{} pages of {page_size} tokens; the kernels count at most {} token slots",
-                    indices.len(),
-                    i32::MAX
-                ),
-            );
-        }
+        check_cache_size("PageIndices", num_pages, page_size)?;
+        check_table_size("PageIndices", indptr.len(), indices.len(), page_size)?;
         check_indptr("PageIndices", "indptr", &indptr, indices.len())?;
         if last_page_len.len() + 1 != indptr.len() {
             return invalid(
@@ -107,6 +85,12 @@ impl PageIndices {
             }
         }
         Ok(Self { stamp: next_stamp(), num_pages, page_size, indptr, indices, last_page_len })
+    }
+
+    /// A table of no requests, in a cache of a size that was checked.
+    pub(super) fn none(num_pages: usize, page_size: usize) -> Self {
+        let (indices, last_page_len) = (Vec::new(), Vec::new());
+        Self { stamp: next_stamp(), num_pages, page_size, indptr: vec![0], indices, last_page_len }
     }
 
     /// A table from each request's pages and number of tokens.
@@ -153,18 +137,68 @@ impl PageIndices {
                 format!("{} requests cannot be padded to {batch}", self.batch_size()),
             ));
         }
-        if batch >= i32::MAX as usize - self.indices.len() {
-            return Err(FlashInferError::invalid(
-                "PageIndices",
-                "batch",
-                format!("{batch}; pages and requests together must be fewer than 2^31"),
-            ));
-        }
+        check_table_size("PageIndices", batch.saturating_add(1), self.indices.len(), self.page_size)?;
         let end = self.indices.len() as i32;
         self.stamp = next_stamp();
         self.indptr.resize(batch + 1, end);
         self.last_page_len.resize(batch, 0);
         Ok(self)
+    }
+
+    /// Adds a request.
+    pub(super) fn push(&mut self, sequence: &Sequence) {
+        self.stamp = next_stamp();
+        self.indices.extend_from_slice(sequence.pages());
+        self.indptr.push(self.indices.len() as i32);
+        self.last_page_len.push(sequence.last_page_len() as i32);
+    }
+
+    /// Leaves a request out.
+    pub(super) fn remove(&mut self, request: usize) {
+        self.cut(request, 0);
+        self.indptr.remove(request);
+        self.last_page_len.remove(request);
+    }
+
+    /// A request has lost its last tokens.
+    pub(super) fn shrink(&mut self, request: usize, sequence: &Sequence) {
+        self.cut(request, sequence.pages().len());
+        self.last_page_len[request] = sequence.last_page_len() as i32;
+    }
+
+    /// Leaves a request its first `kept` pages.
+    fn cut(&mut self, request: usize, kept: usize) {
+        self.stamp = next_stamp();
+        let (start, end) = (self.indptr[request] as usize + kept, self.indptr[request + 1] as usize);
+        if start < end {
+            self.indices.drain(start..end);
+            for offset in &mut self.indptr[request + 1..] {
+                *offset -= (end - start) as i32;
+            }
+        }
+    }
+
+    /// The requests, which are these sequences, have got more tokens. Of the
+    /// pages that they had, only the last of each may be another one now.
+    ///
+    /// Moves what lies behind the first request with a further page, from the
+    /// end, and reads no other page numbers than those that may be new.
+    pub(super) fn grow(&mut self, sequences: &[Sequence]) {
+        self.stamp = next_stamp();
+        let mut end = sequences.iter().map(|sequence| sequence.pages().len()).sum();
+        self.indices.resize(end, 0);
+        for (request, sequence) in sequences.iter().enumerate().rev() {
+            let pages = sequence.pages();
+            let (old_start, old_end) = (self.indptr[request] as usize, self.indptr[request + 1] as usize);
+            let (start, kept) = (end - pages.len(), (old_end - old_start).saturating_sub(1));
+            if start > old_start {
+                self.indices.copy_within(old_start..old_start + kept, start);
+            }
+            self.indices[start + kept..end].copy_from_slice(&pages[kept..]);
+            self.indptr[request + 1] = end as i32;
+            self.last_page_len[request] = sequence.last_page_len() as i32;
+            end = start;
+        }
     }
 
     /// The number of requests.
@@ -274,6 +308,11 @@ impl AppendIndices {
         Ok(Self { batch_indices, positions, table_stamp: table.stamp })
     }
 
+    /// No tokens.
+    pub(super) fn none(table: &PageIndices) -> Self {
+        Self { batch_indices: Vec::new(), positions: Vec::new(), table_stamp: table.stamp }
+    }
+
     /// The last tokens of each request: request `i` gets
     /// `append_indptr[i + 1] - append_indptr[i]` of them. This is upstream's
     /// `get_batch_indices_positions`.
@@ -305,14 +344,22 @@ impl AppendIndices {
                 ));
             }
         }
-        let mut batch_indices = Vec::with_capacity(nnz as usize);
-        let mut positions = Vec::with_capacity(nnz as usize);
+        let mut append = Self::none(table);
+        append.refill(table, append_indptr);
+        Ok(append)
+    }
+
+    /// As [`last_tokens`](Self::last_tokens), in place, for an `append_indptr`
+    /// that is known to fit the table.
+    pub(super) fn refill(&mut self, table: &PageIndices, append_indptr: &[i32]) {
+        self.table_stamp = table.stamp;
+        self.batch_indices.clear();
+        self.positions.clear();
         for (request, tokens) in append_indptr.windows(2).enumerate() {
             let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
-            batch_indices.extend(std::iter::repeat_n(request as i32, new));
-            positions.extend((len - new..len).map(|position| position as i32));
+            self.batch_indices.extend(std::iter::repeat_n(request as i32, new));
+            self.positions.extend((len - new..len).map(|position| position as i32));
         }
-        Self::new(table, batch_indices, positions)
     }
 
     /// The number of tokens.
@@ -383,6 +430,16 @@ impl RaggedIndices {
         Ok(Self { indptr })
     }
 
+    /// As [`from_lens`](Self::from_lens), in place, for fewer than 2³¹ rows.
+    pub(super) fn refill(&mut self, lens: impl Iterator<Item = usize>) {
+        self.indptr.truncate(1);
+        let mut end = 0;
+        self.indptr.extend(lens.map(|len| {
+            end += len as i32;
+            end
+        }));
+    }
+
     /// The number of requests.
     pub fn batch_size(&self) -> usize {
         self.indptr.len() - 1
@@ -405,6 +462,41 @@ impl RaggedIndices {
     pub fn total(&self) -> usize {
         self.indptr[self.indptr.len() - 1] as usize
     }
+}
+
+/// Page numbers and places in a page fit 31 bits.
+pub(super) fn check_cache_size(op: &'static str, num_pages: usize, page_size: usize) -> Result<()> {
+    if num_pages > i32::MAX as usize {
+        let problem = format!("{num_pages}; page numbers are 32-bit, so at most {}", i32::MAX);
+        return Err(FlashInferError::invalid(op, "num_pages", problem));
+    }
+    if page_size == 0 || page_size > i32::MAX as usize {
+        let problem = format!("{page_size}; a page holds at least one token, and at most {}", i32::MAX);
+        return Err(FlashInferError::invalid(op, "page_size", problem));
+    }
+    Ok(())
+}
+
+/// A table with so many entries in `indptr` and in `indices` can be counted in
+/// 31 bits.
+pub(super) fn check_table_size(
+    op: &'static str,
+    offsets: usize,
+    pages: usize,
+    page_size: usize,
+) -> Result<()> {
+    if pages.saturating_add(offsets) > i32::MAX as usize {
+        let problem = "pages and requests together must be fewer than 2^31";
+        return Err(FlashInferError::invalid(op, "indptr", problem));
+    }
+    if pages.checked_mul(page_size).is_none_or(|slots| slots > i32::MAX as usize) {
+        let problem = format!(
+            "{pages} pages of {page_size} tokens; the kernels count at most {} token slots",
+            i32::MAX
+        );
+        return Err(FlashInferError::invalid(op, "indices", problem));
+    }
+    Ok(())
 }
 
 /// `indptr` starts at 0, does not decrease and ends at `end`.

@@ -1,0 +1,243 @@
+//! The sequences of a batch, and index arrays that follow them step by step.
+
+use super::{
+    AppendIndices, AppendTable, PageAllocator, PageIndices, PageTable, PagedKvCache, RaggedIndices,
+    RaggedTable, Sequence, indices::check_table_size,
+};
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+};
+
+const OP: &str = "Batch";
+
+/// Sequences that a step computes together, and their index arrays.
+///
+/// The arrays are changed in place where the sequences change, and are not
+/// checked again, because sequences name pages of their pool only. Appending a
+/// token to each of `n` sequences takes time for `n` entries, and for moving
+/// the page numbers behind the first sequence that gets a further page.
+///
+/// A request's number is its place in the batch. Removing one moves those
+/// behind it forward.
+///
+/// A step that is captured into a CUDA graph has a fixed number of requests.
+/// Fill the batch up with sequences that nobody reads, and
+/// [`truncate`](Self::truncate) these after each step.
+#[derive(Debug)]
+pub struct Batch {
+    allocator: PageAllocator,
+    sequences: Vec<Sequence>,
+    pages: PageIndices,
+    queries: RaggedIndices,
+    append: AppendIndices,
+    /// Room for the pages that a step writes to.
+    written: Vec<i32>,
+}
+
+impl Batch {
+    /// A batch of no sequences.
+    pub fn new(allocator: &PageAllocator) -> Self {
+        let pages = PageIndices::none(allocator.num_pages(), allocator.page_size());
+        Self {
+            allocator: allocator.clone(),
+            sequences: Vec::new(),
+            queries: RaggedIndices { indptr: vec![0] },
+            append: AppendIndices::none(&pages),
+            pages,
+            written: Vec::new(),
+        }
+    }
+
+    /// The sequences, by request.
+    pub fn sequences(&self) -> &[Sequence] {
+        &self.sequences
+    }
+
+    /// The number of requests.
+    pub fn len(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Whether there are no requests.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// The pages of all tokens, those of the last step included.
+    pub fn pages(&self) -> &PageIndices {
+        &self.pages
+    }
+
+    /// The tokens of the last [`append`](Self::append), by request: the rows of
+    /// queries, keys and values. None after any other change.
+    pub fn queries(&self) -> &RaggedIndices {
+        &self.queries
+    }
+
+    /// The request and the position of each token of the last
+    /// [`append`](Self::append). None after any other change.
+    pub fn append_indices(&self) -> &AppendIndices {
+        &self.append
+    }
+
+    /// Adds a request, which becomes the last one.
+    ///
+    /// # Errors
+    /// The sequence is of another pool, or the batch would have 2³¹ token slots
+    /// or more. The sequence is dropped.
+    pub fn push(&mut self, sequence: Sequence) -> Result<()> {
+        if *sequence.allocator() != self.allocator {
+            return Err(FlashInferError::invalid(OP, "sequence", "it is of another pool than the batch"));
+        }
+        self.check_size(1, sequence.pages().len())?;
+        self.pages.push(&sequence);
+        self.sequences.push(sequence);
+        self.no_new_tokens();
+        Ok(())
+    }
+
+    /// Takes a request out.
+    ///
+    /// # Errors
+    /// There is no such request.
+    pub fn remove(&mut self, request: usize) -> Result<Sequence> {
+        self.check_request(request)?;
+        self.pages.remove(request);
+        let sequence = self.sequences.remove(request);
+        self.no_new_tokens();
+        Ok(sequence)
+    }
+
+    /// Takes back all tokens of a request but the first `len`. See
+    /// [`Sequence::truncate`].
+    ///
+    /// # Errors
+    /// There is no such request.
+    pub fn truncate(&mut self, request: usize, len: usize) -> Result<()> {
+        self.check_request(request)?;
+        self.sequences[request].truncate(len);
+        self.pages.shrink(request, &self.sequences[request]);
+        self.no_new_tokens();
+        Ok(())
+    }
+
+    /// Makes room for new tokens, given for each request, in a step whose
+    /// arrays are then [`pages`](Self::pages), [`queries`](Self::queries) and
+    /// [`append_indices`](Self::append_indices).
+    ///
+    /// # Errors
+    /// There are not as many numbers as requests, the batch would have 2³¹
+    /// token slots or more, or
+    /// [`OutOfPages`](FlashInferError::OutOfPages). Nothing changed, for no
+    /// request.
+    pub fn append<I>(&mut self, new_tokens: I) -> Result<()>
+    where
+        I: IntoIterator<Item = usize, IntoIter: Clone>,
+    {
+        let new_tokens = new_tokens.into_iter();
+        let count = new_tokens.clone().count();
+        if count != self.len() {
+            let problem = format!("{count} numbers of tokens for {} requests", self.len());
+            return Err(FlashInferError::invalid(OP, "new_tokens", problem));
+        }
+        let requests = || self.sequences.iter().zip(new_tokens.clone());
+        let further = requests().map(|(sequence, tokens)| sequence.further_pages(tokens));
+        let further = further.fold(0, usize::saturating_add);
+        self.check_size(0, further)?;
+        self.written.clear();
+        self.written.extend(requests().filter_map(|(sequence, tokens)| sequence.written_page(tokens)));
+        let copies = self.allocator.copies_needed(&mut self.written);
+        let mut reserve = self.allocator.allocate(further + copies)?;
+        for (sequence, tokens) in self.sequences.iter_mut().zip(new_tokens.clone()) {
+            sequence.append_from(tokens, &mut reserve);
+        }
+        self.pages.grow(&self.sequences);
+        self.queries.refill(new_tokens);
+        self.append.refill(&self.pages, self.queries.indptr());
+        Ok(())
+    }
+
+    fn no_new_tokens(&mut self) {
+        self.queries.refill(self.sequences.iter().map(|_| 0));
+        self.append.refill(&self.pages, self.queries.indptr());
+    }
+
+    fn check_request(&self, request: usize) -> Result<()> {
+        if request < self.len() {
+            return Ok(());
+        }
+        Err(FlashInferError::invalid(OP, "request", format!("{request}; the batch has {}", self.len())))
+    }
+
+    /// There may be so many requests and pages more.
+    fn check_size(&self, requests: usize, pages: usize) -> Result<()> {
+        let offsets = self.pages.indptr().len() + requests;
+        let pages = self.pages.indices().len().saturating_add(pages);
+        check_table_size(OP, offsets, pages, self.allocator.page_size())
+    }
+}
+
+/// The largest batch that [`BatchTables`] have room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchCapacity {
+    /// Requests.
+    pub requests: usize,
+    /// Page numbers of all requests.
+    pub pages: usize,
+    /// New tokens of all requests in a step.
+    pub tokens: usize,
+}
+
+/// The index arrays of a [`Batch`] on the device, at addresses that stay, as
+/// captured graphs need.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct BatchTables {
+    /// [`Batch::pages`].
+    pub pages: PageTable,
+    /// [`Batch::queries`].
+    pub queries: RaggedTable,
+    /// [`Batch::append_indices`].
+    pub append: AppendTable,
+}
+
+impl BatchTables {
+    /// Uploads a batch, which may be empty.
+    ///
+    /// # Errors
+    /// The batch is larger than the capacity; the runtime cannot be started;
+    /// the stream is being captured; or [`Cuda`](FlashInferError::Cuda).
+    pub fn new(stream: &Stream, batch: &Batch, capacity: BatchCapacity) -> Result<Self> {
+        let BatchCapacity { requests, pages, tokens } = capacity;
+        Ok(Self {
+            pages: PageTable::with_capacity(stream, batch.pages().clone(), requests, pages)?,
+            queries: RaggedTable::with_capacity(stream, batch.queries().clone(), requests)?,
+            append: AppendTable::with_capacity(stream, batch.append_indices().clone(), tokens)?,
+        })
+    }
+
+    /// Makes everything on the device ready for a step: copies the pages that
+    /// are to be copied ([`PagedKvCache::copy_pages`]), then uploads the arrays,
+    /// all in the order of the stream. To be called after the batch changed,
+    /// and before the step is planned and enqueued or its graph replayed.
+    ///
+    /// # Errors
+    /// Batch, cache and tables are not of one pool and one stream; the batch is
+    /// larger than the capacity; the stream is being captured; or
+    /// [`Cuda`](FlashInferError::Cuda). Arrays that belong to different states
+    /// of the batch are not used together: operations refuse them.
+    pub fn update(&mut self, batch: &Batch, cache: &mut PagedKvCache) -> Result<()> {
+        let invalid = |argument, problem| Err(FlashInferError::invalid("BatchTables", argument, problem));
+        if *cache.allocator() != batch.allocator {
+            return invalid("cache", "it is the memory of another pool than the batch's");
+        }
+        if cache.stream() != Some(self.pages.stream()) {
+            return invalid("cache", "it is not on the stream of the tables");
+        }
+        cache.copy_pages()?;
+        self.pages.update(batch.pages().clone())?;
+        self.queries.update(batch.queries().clone())?;
+        self.append.update(batch.append_indices().clone())
+    }
+}

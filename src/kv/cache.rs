@@ -1,0 +1,444 @@
+//! The memory of a pool's pages.
+
+use std::ffi::c_void;
+
+use super::pages::{PageAllocator, StorageClaim};
+use crate::{
+    cuda::DeviceBuffer,
+    error::{FlashInferError, Result},
+    page::{KvLayout, PagedKv, PagedKvMut},
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+};
+
+const OP: &str = "PagedKvCache";
+
+/// Element types: those that kernels read, and those that only the CPU has.
+const DTYPES: [DType; 6] = [DType::F16, DType::BF16, DType::E4M3, DType::E5M2, DType::F32, DType::F64];
+
+/// Where pages of models of several shapes begin: at a multiple of so many
+/// bytes.
+const PAGE_ALIGNMENT: usize = 256;
+
+/// What one model keeps for each token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers that have keys and values.
+    pub num_layers: usize,
+    /// Heads of keys and values in a layer.
+    pub num_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// The element type. Kernels read `f16`, `bf16`, `e4m3` and `e5m2`; `f32`
+    /// and `f64` are for the CPU.
+    pub dtype: DType,
+    /// The order of dimensions.
+    pub layout: KvLayout,
+}
+
+impl KvShape {
+    /// Bytes of a page of `page_size` tokens: keys and values of all layers.
+    /// Memory divided by it is the number of pages that fit.
+    ///
+    /// # Errors
+    /// A number is 0, the element type is no float, or the product does not fit
+    /// the address space.
+    ///
+    /// ```
+    /// # use flashinfer_rs::{DType, kv::KvShape, page::KvLayout};
+    /// let shape = KvShape {
+    ///     num_layers: 32, num_kv_heads: 8, head_dim: 128, dtype: DType::BF16, layout: KvLayout::Nhd,
+    /// };
+    /// assert_eq!(shape.page_bytes(16)?, 2 << 20);
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn page_bytes(&self, page_size: usize) -> Result<usize> {
+        let part = self.part_bytes(page_size)?;
+        part.checked_mul(2).and_then(|bytes| bytes.checked_mul(self.num_layers)).ok_or_else(too_large)
+    }
+
+    /// Bytes of the keys, or of the values, of one layer in a page.
+    fn part_bytes(&self, page_size: usize) -> Result<usize> {
+        let sizes = [
+            ("num_layers", self.num_layers),
+            ("num_kv_heads", self.num_kv_heads),
+            ("head_dim", self.head_dim),
+            ("page_size", page_size),
+        ];
+        if let Some((name, _)) = sizes.into_iter().find(|&(_, size)| size == 0) {
+            return Err(FlashInferError::invalid("KvShape", name, "0; a cache has at least one"));
+        }
+        if !DTYPES.contains(&self.dtype) {
+            let names: Vec<_> = DTYPES.iter().map(|dtype| dtype.name()).collect();
+            let problem = format!("{}; expected {}", self.dtype, names.join(" or "));
+            return Err(FlashInferError::invalid("KvShape", "dtype", problem));
+        }
+        [self.num_kv_heads, self.head_dim, self.dtype.size()]
+            .into_iter()
+            .try_fold(page_size, usize::checked_mul)
+            .ok_or_else(too_large)
+    }
+}
+
+fn too_large() -> FlashInferError {
+    FlashInferError::invalid(OP, "shapes", "the cache does not fit the address space; use fewer pages")
+}
+
+/// The memory of the pages of a [`PageAllocator`]: keys and values of all
+/// layers of one model, or of several that share the pool.
+///
+/// Models are numbered as their shapes were given. A page that a sequence of
+/// one model gives back can serve any other, so memory goes where it is needed;
+/// each page is as large as the largest model needs. Models whose layers need
+/// equally many bytes, as one model's do, have a contiguous tensor
+/// `[pages, …]` for the keys and one for the values of each layer. For models
+/// that differ, all layers of a page lie together, and the views of a layer
+/// have a stride of a whole page. Kernels that count offsets in 32 bits (those
+/// of [`BatchAttention`](crate::attention::BatchAttention)) then reach no
+/// further than 2³² elements of the whole cache.
+///
+/// Device memory is allocated and freed in the order of one stream, on which
+/// alone views of it are used. It starts as zeros.
+///
+/// # Copies
+///
+/// When tokens are appended to a page that several sequences use, the sequence
+/// gets a page of its own, to which the old content has to be copied. The pool
+/// knows which copies are due. [`copy_pages`](Self::copy_pages) makes them, and
+/// whatever is needed to write to pages does so first:
+/// [`layer_mut`](Self::layer_mut) and [`BatchTables::update`](super::BatchTables::update).
+pub struct PagedKvCache {
+    claim: StorageClaim,
+    shapes: Vec<KvShape>,
+    pieces: Pieces,
+    memory: Memory,
+}
+
+/// How the bytes of a page lie in memory: `count` pieces of `bytes`, `distance`
+/// from one to the next, the first of them `step` behind that of the page
+/// before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pieces {
+    step: usize,
+    count: usize,
+    bytes: usize,
+    distance: usize,
+}
+
+impl Pieces {
+    /// For these models, and the size of it all.
+    fn new(num_pages: usize, page_size: usize, shapes: &[KvShape]) -> Result<(Self, usize)> {
+        let (mut parts, mut page, mut count, mut same) = (0, 0, 0, true);
+        for shape in shapes {
+            let part = shape.part_bytes(page_size)?;
+            page = page.max(shape.page_bytes(page_size)?);
+            count = count.max(2 * shape.num_layers);
+            same &= parts == 0 || parts == part;
+            parts = part;
+        }
+        if page == 0 {
+            return Err(FlashInferError::invalid(OP, "shapes", "there are none; give one for each model"));
+        }
+        let pieces = if same {
+            let distance = num_pages.checked_mul(parts).ok_or_else(too_large)?;
+            Self { step: parts, count, bytes: parts, distance }
+        } else {
+            let page = page.checked_next_multiple_of(PAGE_ALIGNMENT).ok_or_else(too_large)?;
+            Self { step: page, count: 1, bytes: page, distance: page }
+        };
+        let page = pieces.count.checked_mul(pieces.bytes);
+        let total =
+            page.and_then(|page| page.checked_mul(num_pages)).filter(|&total| total <= isize::MAX as usize);
+        Ok((pieces, total.ok_or_else(too_large)?))
+    }
+}
+
+enum Memory {
+    Host(Vec<u128>),
+    Device(DeviceBuffer),
+}
+
+impl PagedKvCache {
+    /// Device memory for the pages of a pool, used on `stream` alone.
+    ///
+    /// # Errors
+    /// There is no shape or an impossible one, the pool has a cache already,
+    /// the stream is being captured, or
+    /// [`Cuda`](FlashInferError::Cuda), for example because memory is short.
+    pub fn new(stream: &Stream, allocator: &PageAllocator, shapes: &[KvShape]) -> Result<Self> {
+        stream.check_usable_here(OP)?;
+        Self::with_memory(allocator, shapes, |bytes| {
+            let cuda = FlashInferRuntime::get()?.cuda();
+            Ok(Memory::Device(DeviceBuffer::zeroed(cuda, stream, bytes)?))
+        })
+    }
+
+    /// Host memory for the pages of a pool, for the
+    /// [CPU reference](mod@crate::reference).
+    ///
+    /// # Errors
+    /// There is no shape or an impossible one, or the pool has a cache already.
+    pub fn on_host(allocator: &PageAllocator, shapes: &[KvShape]) -> Result<Self> {
+        Self::with_memory(allocator, shapes, |bytes| {
+            Ok(Memory::Host(vec![0; bytes.div_ceil(size_of::<u128>())]))
+        })
+    }
+
+    fn with_memory(
+        allocator: &PageAllocator,
+        shapes: &[KvShape],
+        memory: impl FnOnce(usize) -> Result<Memory>,
+    ) -> Result<Self> {
+        let (pieces, bytes) = Pieces::new(allocator.num_pages(), allocator.page_size(), shapes)?;
+        let claim = allocator.claim_storage()?;
+        Ok(Self { claim, shapes: shapes.to_vec(), pieces, memory: memory(bytes)? })
+    }
+
+    /// The pool whose pages these are.
+    pub fn allocator(&self) -> &PageAllocator {
+        self.claim.allocator()
+    }
+
+    /// The shapes of the models.
+    pub fn shapes(&self) -> &[KvShape] {
+        &self.shapes
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        self.allocator().num_pages() * self.pieces.count * self.pieces.bytes
+    }
+
+    /// The stream on which the cache is used; `None` for host memory.
+    pub fn stream(&self) -> Option<&Stream> {
+        match &self.memory {
+            Memory::Host(_) => None,
+            Memory::Device(buffer) => Some(buffer.stream()),
+        }
+    }
+
+    /// Keys and values of a model's layer, to read.
+    ///
+    /// # Errors
+    /// There is no such model or layer.
+    pub fn layer(&self, model: usize, layer: usize) -> Result<PagedKv<'_>> {
+        let start = match &self.memory {
+            Memory::Host(memory) => memory.as_ptr().cast_mut().cast(),
+            Memory::Device(buffer) => buffer.as_ptr(),
+        };
+        let (layout, [k, v]) = self.tensors(start, model, layer)?;
+        Ok(PagedKv::new(TensorRef::new(k), TensorRef::new(v), layout))
+    }
+
+    /// Keys and values of a model's layer, to write. Makes the pending copies
+    /// first.
+    ///
+    /// # Errors
+    /// There is no such model or layer; else as [`copy_pages`](Self::copy_pages).
+    pub fn layer_mut(&mut self, model: usize, layer: usize) -> Result<PagedKvMut<'_>> {
+        self.copy_pages()?;
+        let start = self.start_mut();
+        let (layout, [k, v]) = self.tensors(start, model, layer)?;
+        Ok(PagedKvMut::new(TensorMut::new(k), TensorMut::new(v), layout))
+    }
+
+    /// Makes the copies of pages that are due, for all layers; on a device, in
+    /// the order of the stream.
+    ///
+    /// # Errors
+    /// Copies are due while the stream is being captured into a graph, which
+    /// would make them again in every replay; or
+    /// [`Cuda`](FlashInferError::Cuda). Copies that were not made stay due.
+    pub fn copy_pages(&mut self) -> Result<()> {
+        if self.allocator().pending_copies() == 0 {
+            return Ok(());
+        }
+        let (start, pieces) = (self.start_mut(), self.pieces);
+        let page_at = |page: usize| start.cast::<u8>().wrapping_add(page * pieces.step);
+        match &self.memory {
+            Memory::Host(_) => self.allocator().make_copies(|source, target| {
+                for offset in (0..pieces.count).map(|piece| piece * pieces.distance) {
+                    let from = page_at(source).wrapping_add(offset);
+                    let to = page_at(target).wrapping_add(offset);
+                    // SAFETY: both pages are of the pool, so these pieces lie
+                    // in the memory, which `&mut self` borrows; pieces of
+                    // different pages do not overlap.
+                    unsafe { from.copy_to_nonoverlapping(to, pieces.bytes) };
+                }
+                Ok(())
+            }),
+            Memory::Device(buffer) => {
+                let stream = buffer.stream();
+                stream.check_usable_here(OP)?;
+                let cuda = FlashInferRuntime::get()?.cuda();
+                if cuda.is_capturing(stream)? {
+                    return Err(FlashInferError::invalid(
+                        OP,
+                        "stream",
+                        "it is being captured into a CUDA graph while copies of pages are due; \
+                         call copy_pages or BatchTables::update before the capture, and before each replay",
+                    ));
+                }
+                self.allocator().make_copies(|source, target| {
+                    let ends = [page_at(source), page_at(target)].map(<*mut u8>::cast);
+                    // SAFETY: as above; the memory is of the stream's device,
+                    // and all work on it is in the order of that stream.
+                    unsafe { cuda.copy_rows(stream, ends, pieces.count, pieces.bytes, pieces.distance) }
+                })
+            }
+        }
+    }
+
+    fn start_mut(&mut self) -> *mut c_void {
+        match &mut self.memory {
+            Memory::Host(memory) => memory.as_mut_ptr().cast(),
+            Memory::Device(buffer) => buffer.as_ptr(),
+        }
+    }
+
+    /// Keys and values of a layer in memory that starts there.
+    fn tensors(&self, start: *mut c_void, model: usize, layer: usize) -> Result<(KvLayout, [RawTensor; 2])> {
+        let missing = |argument, what: String| Err(FlashInferError::invalid(OP, argument, what));
+        let Some(shape) = self.shapes.get(model) else {
+            return missing("model", format!("{model}; the cache has {}", self.shapes.len()));
+        };
+        if layer >= shape.num_layers {
+            return missing("layer", format!("{layer}; the model has {}", shape.num_layers));
+        }
+        let (pages, page_size) = (self.allocator().num_pages(), self.allocator().page_size());
+        let rows = match shape.layout {
+            KvLayout::Nhd => [page_size, shape.num_kv_heads],
+            KvLayout::Hnd => [shape.num_kv_heads, page_size],
+        };
+        let sizes = [pages, rows[0], rows[1], shape.head_dim];
+        let strides = [self.pieces.step / shape.dtype.size(), rows[1] * shape.head_dim, shape.head_dim, 1];
+        // The parts of a page are pieces, or lie in its only one.
+        let distance =
+            if self.pieces.count > 1 { self.pieces.distance } else { shape.part_bytes(page_size)? };
+        let device = self.stream().map_or(Device::Cpu, Stream::device);
+        let part = |part: usize| {
+            let data = start.cast::<u8>().wrapping_add(part * distance).cast();
+            let mut raw = RawTensor::new(data, device, shape.dtype, &sizes, Some(&strides))?;
+            raw.stream = self.stream().map(Stream::id);
+            Ok::<_, FlashInferError>(raw)
+        };
+        Ok((shape.layout, [part(2 * layer)?, part(2 * layer + 1)?]))
+    }
+}
+
+impl std::fmt::Debug for PagedKvCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PagedKvCache")
+            .field("allocator", self.allocator())
+            .field("shapes", &self.shapes)
+            .field("stream", &self.stream())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: KvShape =
+        KvShape { num_layers: 3, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
+
+    /// First and last byte of each page's part, in all layers of all models.
+    fn spans(cache: &PagedKvCache, model: usize) -> Vec<Vec<(usize, usize)>> {
+        let shape = cache.shapes[model];
+        let pages = cache.allocator().num_pages();
+        let part = shape.part_bytes(cache.allocator().page_size()).unwrap();
+        (0..pages)
+            .map(|page| {
+                let layers = (0..shape.num_layers).flat_map(|layer| {
+                    let kv = cache.layer(model, layer).unwrap();
+                    [kv.k, kv.v].map(|view| {
+                        let step = view.strides()[0] as usize * shape.dtype.size();
+                        let start = view.data_ptr() as usize + page * step;
+                        (start, start + part)
+                    })
+                });
+                layers.collect()
+            })
+            .collect()
+    }
+
+    /// Pages of whatever models do not overlap, nor do the parts of a page, and
+    /// all lie in the memory.
+    #[test]
+    fn pages_lie_apart() {
+        let wide = KvShape { num_kv_heads: 5, num_layers: 2, ..SHAPE };
+        let cases: [&[KvShape]; 5] = [
+            &[SHAPE],
+            &[KvShape { layout: KvLayout::Hnd, dtype: DType::E4M3, ..SHAPE }],
+            &[SHAPE, KvShape { num_layers: 1, ..SHAPE }],
+            &[SHAPE, wide],
+            &[wide, KvShape { dtype: DType::E4M3, head_dim: 3, num_kv_heads: 1, ..SHAPE }, SHAPE],
+        ];
+        for shapes in cases {
+            let pool = PageAllocator::new(4, 5).unwrap();
+            let cache = PagedKvCache::on_host(&pool, shapes).unwrap();
+            let Memory::Host(memory) = &cache.memory else { panic!("host memory") };
+            let start = memory.as_ptr() as usize;
+            let all: Vec<_> = (0..shapes.len()).map(|model| spans(&cache, model)).collect();
+            for model in &all {
+                for (page, spans) in model.iter().enumerate() {
+                    let mut others: Vec<_> = all
+                        .iter()
+                        .flat_map(|model| model.iter().enumerate())
+                        .filter(|(other, _)| *other != page)
+                        .flat_map(|(_, spans)| spans)
+                        .collect();
+                    others.extend(spans);
+                    for (at, span) in spans.iter().enumerate() {
+                        assert!(span.0 >= start && span.1 <= start + cache.bytes());
+                        let own = others.len() - spans.len() + at;
+                        let overlaps = |other: &(usize, usize)| span.0 < other.1 && other.0 < span.1;
+                        let mut rest = others.iter().enumerate().filter(|(index, _)| *index != own);
+                        assert!(!rest.any(|(_, other)| overlaps(other)), "{shapes:?}: page {page}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layers_of_equal_size_are_contiguous() {
+        let pool = PageAllocator::new(4, 5).unwrap();
+        let contiguous = |shapes: &[KvShape]| {
+            let cache = PagedKvCache::on_host(&pool, shapes).unwrap();
+            let kv = cache.layer(0, 2).unwrap();
+            kv.k.is_contiguous() && kv.v.is_contiguous()
+        };
+        assert!(contiguous(&[SHAPE]));
+        assert!(contiguous(&[SHAPE, KvShape { num_layers: 7, layout: KvLayout::Hnd, ..SHAPE }]));
+        assert!(!contiguous(&[SHAPE, KvShape { dtype: DType::E4M3, ..SHAPE }]));
+    }
+
+    #[test]
+    fn impossible_caches_are_refused() {
+        let problem = |result: Result<PagedKvCache>| result.unwrap_err().to_string();
+        let pool = PageAllocator::new(4, 5).unwrap();
+        let with = |shape: KvShape| problem(PagedKvCache::on_host(&pool, &[shape]));
+        assert!(problem(PagedKvCache::on_host(&pool, &[])).contains("there are none"));
+        assert!(with(KvShape { num_layers: 0, ..SHAPE }).contains("num_layers: 0"));
+        assert!(with(KvShape { num_kv_heads: 0, ..SHAPE }).contains("num_kv_heads: 0"));
+        assert!(with(KvShape { head_dim: 0, ..SHAPE }).contains("head_dim: 0"));
+        assert!(with(KvShape { dtype: DType::I32, ..SHAPE }).contains("i32; expected f16 or"));
+        for shape in [
+            KvShape { head_dim: usize::MAX, ..SHAPE },
+            KvShape { num_layers: usize::MAX / 2, ..SHAPE },
+            KvShape { num_layers: 1 << 52, ..SHAPE },
+        ] {
+            assert!(with(shape).contains("address space"));
+        }
+        // A refusal does not claim the pool; a cache does, while it lives.
+        let cache = PagedKvCache::on_host(&pool, &[SHAPE]).unwrap();
+        assert!(with(SHAPE).contains("has a cache already"));
+        assert!(cache.layer(1, 0).unwrap_err().to_string().contains("model: 1; the cache has 1"));
+        assert!(cache.layer(0, 3).unwrap_err().to_string().contains("layer: 3; the model has 3"));
+        drop(cache);
+        assert_eq!(PagedKvCache::on_host(&pool, &[SHAPE]).unwrap().bytes(), 4 * SHAPE.page_bytes(5).unwrap());
+    }
+}
