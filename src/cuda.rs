@@ -640,25 +640,26 @@ impl StagingBuffer {
     }
 }
 
-/// Enqueues a copy of `source` to the start of `target`, on the target's stream.
+/// Enqueues a copy of `source` to `target`, from its byte `offset` on, on the
+/// target's stream.
 ///
 /// To be called within [`StagingBuffer::stage`], which sets the device.
 ///
 /// # Safety
 /// `source` must stay unchanged and page-locked until the copy is done.
-pub(crate) unsafe fn upload(source: &[u8], target: &DeviceBuffer) -> Result<()> {
-    if source.len() > target.bytes {
+pub(crate) unsafe fn upload(source: &[u8], target: &DeviceBuffer, offset: usize) -> Result<()> {
+    if offset.checked_add(source.len()).is_none_or(|end| end > target.bytes) {
         return Err(FlashInferError::invalid(
             "upload",
             "source",
-            format!("{} bytes for a buffer of {}", source.len(), target.bytes),
+            format!("{} bytes at {offset} of a buffer of {}", source.len(), target.bytes),
         ));
     }
     // SAFETY: the target has room for the bytes; both pointers are alive until
     // the copy is done (the caller's promise and the target's stream order).
     let code = unsafe {
         (target.runtime.symbols.memcpy_async)(
-            target.as_ptr(),
+            target.as_ptr().cast::<u8>().wrapping_add(offset).cast(),
             source.as_ptr().cast(),
             source.len(),
             HOST_TO_DEVICE,

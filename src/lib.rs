@@ -13,7 +13,7 @@
 //! 3. **Runtime.** `libcudart`, `libtvm_ffi` and the modules are opened with
 //!    `dlopen`, each once per process; see [`FlashInferRuntime`]. [`ffi`] speaks
 //!    the TVM-FFI ABI of their functions.
-//! 4. **Operations.** [`norm`], [`page`], [`attention`] and [`gdn`] take borrowed views
+//! 4. **Operations.** [`norm`], [`rope`], [`page`], [`attention`] and [`gdn`] take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
 //!    the CPU.
@@ -104,10 +104,11 @@ mod tensor;
 pub use error::{FlashInferError, Result};
 pub use kv::{
     AppendIndices, AppendTable, IndexArrays, ItemIndices, ItemTable, MaskIndices, MaskTable, OnDevice,
-    PageIndices, PageTable, RaggedIndices, RaggedTable, SequenceIndices, SequenceTable,
+    PageIndices, PageTable, PositionIndices, PositionTable, RaggedIndices, RaggedTable, SequenceIndices,
+    SequenceTable,
 };
 pub use module::{Module, ModuleName};
-pub use ops::{activation, attention, cascade, gdn, norm, page, signatures, topk};
+pub use ops::{activation, attention, cascade, gdn, norm, page, rope, signatures, topk};
 pub use runtime::{FlashInferRuntime, LibrarySource, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};

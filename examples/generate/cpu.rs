@@ -4,16 +4,18 @@
 use candle_core::{Device, Tensor};
 use flashinfer_rs::{
     DType, TensorMut, TensorRef,
+    activation::ActivationOptions,
     attention::{AttentionSpec, RunOptions},
+    kv::{PageAllocator, PagedKvCache},
     norm::NormOptions,
-    page::{KvLayout, PagedKv, PagedKvMut},
+    page::KvLayout,
     reference::{self, Mask},
     rope::{RopeOptions, RopeTensors},
 };
 
 use crate::{
     Result,
-    engine::{Batch, CacheSize, Engine},
+    engine::{Engine, Step},
     model::{Config, Ends, Layer},
 };
 
@@ -22,49 +24,41 @@ pub struct Cpu {
     config: Config,
     ends: Ends,
     layers: Vec<Layer>,
-    size: CacheSize,
-    /// Keys and values of each layer, `[num_pages, page_size, num_kv_heads, head_dim]`.
-    cache: Vec<[Vec<f32>; 2]>,
+    cache: PagedKvCache,
     logits: Vec<f32>,
 }
 
 impl Cpu {
-    /// Takes the weights and makes an empty cache.
+    /// Takes the weights and makes the memory of a pool.
     pub fn new(
         config: &Config,
         ends: Ends,
         layers: impl Iterator<Item = Result<Layer>>,
-        size: CacheSize,
+        pool: &PageAllocator,
     ) -> Result<Self> {
-        let storage = vec![0.0; size.tokens() * config.heads.num_kv_heads * config.head_dim];
         Ok(Self {
             config: config.clone(),
             ends,
             layers: layers.collect::<Result<_>>()?,
-            size,
-            cache: vec![[storage.clone(), storage]; config.num_layers],
+            cache: PagedKvCache::on_host(pool, &[config.kv_shape(DType::F32, KvLayout::Nhd)])?,
             logits: Vec::new(),
         })
     }
 }
 
 impl Engine for Cpu {
-    fn cache(&self) -> CacheSize {
-        self.size
-    }
-
-    fn step(&mut self, batch: &Batch) -> Result<()> {
+    fn step(&mut self, step: &Step<'_>) -> Result<()> {
         let Config { hidden_size, intermediate_size, heads, head_dim, .. } = self.config;
-        let rows = batch.tokens.len();
+        let (batch, rows) = (step.batch, step.tokens.len());
         let (qo, kv) = (heads.num_qo_heads * head_dim, heads.num_kv_heads * head_dim);
-        let (q_shape, kv_shape) = ([rows, heads.num_qo_heads, head_dim], [rows, heads.num_kv_heads, head_dim]);
-        let cache_shape = [self.size.num_pages, self.size.page_size, heads.num_kv_heads, head_dim];
+        let (q_shape, kv_shape) =
+            ([rows, heads.num_qo_heads, head_dim], [rows, heads.num_kv_heads, head_dim]);
         let norm = NormOptions::with_eps(self.config.rms_eps);
         let mut rope = RopeOptions::with_theta(self.config.rope_theta);
         rope.interleave = true;
         let spec = AttentionSpec::new(DType::F32, head_dim);
 
-        let mut residual = gather(&self.ends.embedding, &batch.tokens)?;
+        let mut residual = gather(&self.ends.embedding, step.tokens)?;
         let mut x = vec![0.0; residual.len()];
         let first = self.layers.first().map_or(&self.ends.norm, |layer| &layer.attention_norm);
         reference::rmsnorm(
@@ -82,40 +76,28 @@ impl Engine for Cpu {
                 &norm,
             )
         };
-        for (index, (layer, [k_cache, v_cache])) in self.layers.iter().zip(&mut self.cache).enumerate() {
+        for (index, layer) in self.layers.iter().enumerate() {
             let qkv = multiply(x, &layer.qkv)?;
             let columns = |start, len| values(&qkv.narrow(1, start, len)?);
             let (mut q, mut k, v) = (columns(0, qo)?, columns(qo, kv)?, columns(qo + kv, kv)?);
-            let (mut q_rope, mut k_rope) = (vec![0.0; q.len()], vec![0.0; k.len()]);
-            let mut tensors = RopeTensors {
-                q: TensorRef::from_slice(&q, &q_shape)?,
-                k: TensorRef::from_slice(&k, &kv_shape)?,
-                q_rope: TensorMut::from_slice(&mut q_rope, &q_shape)?,
-                k_rope: TensorMut::from_slice(&mut k_rope, &kv_shape)?,
+            let mut turned = RopeTensors::InPlace {
+                q: TensorMut::from_slice(&mut q, &q_shape)?,
+                k: TensorMut::from_slice(&mut k, &kv_shape)?,
             };
-            reference::apply_rope_pos_ids(&mut tensors, batch.append.positions(), &rope)?;
-            (q, k) = (q_rope, k_rope);
+            reference::apply_rope_pos_ids(&mut turned, batch.append_indices().positions(), &rope)?;
             reference::append_paged_kv_cache(
                 &TensorRef::from_slice(&k, &kv_shape)?,
                 &TensorRef::from_slice(&v, &kv_shape)?,
-                &batch.append,
-                &mut PagedKvMut::new(
-                    TensorMut::from_slice(k_cache, &cache_shape)?,
-                    TensorMut::from_slice(v_cache, &cache_shape)?,
-                    KvLayout::Nhd,
-                ),
-                &batch.table,
+                batch.append_indices(),
+                &mut self.cache.layer_mut(0, index)?,
+                batch.pages(),
             )?;
             let mut attention = vec![0.0; rows * qo];
             reference::batch_prefill_paged(
                 &spec,
                 &TensorRef::from_slice(&q, &q_shape)?,
-                &PagedKv::new(
-                    TensorRef::from_slice(k_cache, &cache_shape)?,
-                    TensorRef::from_slice(v_cache, &cache_shape)?,
-                    KvLayout::Nhd,
-                ),
-                (&batch.queries, &batch.table),
+                &self.cache.layer(0, index)?,
+                (batch.queries(), batch.pages()),
                 &mut TensorMut::from_slice(&mut attention, &q_shape)?,
                 None,
                 (Mask::Causal, &RunOptions::default()),
@@ -127,14 +109,15 @@ impl Engine for Cpu {
             reference::silu_and_mul(
                 &mut TensorMut::from_slice(&mut inner, &[rows, intermediate_size])?,
                 &TensorRef::from_slice(&gate_up, &[rows, 2 * intermediate_size])?,
+                &ActivationOptions::default(),
             )?;
             x = values(&multiply(inner, &layer.down)?)?;
             let next = self.layers.get(index + 1).map_or(&self.ends.norm, |next| &next.attention_norm);
             add(&mut x, next)?;
         }
         let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
-        let wanted = batch.outputs.iter().flat_map(|&row| &x[row * hidden_size..][..hidden_size]);
-        self.logits = match batch.outputs.is_empty() {
+        let wanted = step.outputs.iter().flat_map(|&row| &x[row * hidden_size..][..hidden_size]);
+        self.logits = match step.outputs.is_empty() {
             true => Vec::new(),
             false => values(&multiply(wanted.copied().collect(), head)?)?,
         };
@@ -165,8 +148,8 @@ fn gather(embedding: &Tensor, tokens: &[u32]) -> Result<Vec<f32>> {
 
 /// `x · weightᵀ` for rows `x` and a weight `[out, in]`.
 fn multiply(x: Vec<f32>, weight: &Tensor) -> Result<Tensor> {
-    let width = weight.dim(1)?;
-    let x = Tensor::from_vec(x, (x.len() / width, width), &Device::Cpu)?;
+    let shape = (x.len() / weight.dim(1)?, weight.dim(1)?);
+    let x = Tensor::from_vec(x, shape, &Device::Cpu)?;
     Ok(x.matmul(&weight.t()?)?)
 }
 

@@ -13,7 +13,8 @@
 //! | `tokenizer` | text to token ids and back |
 //! | `engine` | what a backend computes: one step of a mixed batch |
 //! | `cpu` | the backend on the CPU |
-//! | `requests` | requests that share an engine and its pages |
+//! | `requests` | requests that share an engine and its cache |
+//! | `download` | the progress of a download, as `flashinfer-doctor` shows it |
 
 mod cpu;
 #[path = "../../src/bin/flashinfer-doctor/download.rs"]
@@ -33,16 +34,13 @@ use std::{
 };
 
 use clap::{Parser, ValueEnum};
-use flashinfer_rs::artifacts::{Fetch, Member, Store, StoreConfig};
+use flashinfer_rs::{
+    artifacts::{Fetch, Member, Store, StoreConfig},
+    kv::PageAllocator,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{
-    cpu::Cpu,
-    engine::{CacheSize, Engine},
-    model::Model,
-    requests::{Pages, Request},
-    tokenizer::Text,
-};
+use crate::{cpu::Cpu, engine::Engine, model::Model, requests::Requests, tokenizer::Text};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -103,14 +101,15 @@ fn run(cli: &Cli) -> Result<()> {
         true => text.encode(&cli.prompt)?,
         false => text.encode_chat(cli.system.as_deref(), &cli.prompt)?,
     };
-    let size = CacheSize::for_tokens(cli.cache_tokens.min(model.config.context_length), PAGE_SIZE);
-    let mut request = Request::new(prompt, size)?;
+    let tokens = cli.cache_tokens.min(model.config.context_length);
+    let pool = PageAllocator::new(tokens / PAGE_SIZE, PAGE_SIZE)?;
+    let mut requests = Requests::new(&pool);
+    requests.push(prompt)?;
     let (mut engine, backend) = match cli.device {
-        Device::Auto | Device::Cpu => (load(&model, size)?, "the CPU reference; no GPU was used"),
+        Device::Auto | Device::Cpu => (load(&model, &pool)?, "the CPU reference; no GPU was used"),
     };
-    let mut pages = Pages::new(size);
-    let told = generate(&mut engine, &mut pages, &mut request, cli.max_tokens, &text)?;
-    eprintln!("{told}; {} pages of {PAGE_SIZE} tokens; computed by {backend}", pages.used());
+    let told = generate(&mut engine, &mut requests, cli.max_tokens, &text)?;
+    eprintln!("{told}; {} pages of {PAGE_SIZE} tokens; computed by {backend}", pool.used_pages());
     Ok(())
 }
 
@@ -122,36 +121,35 @@ fn pinned_model() -> Result<PathBuf> {
 }
 
 /// The model on the CPU.
-fn load(model: &Model, size: CacheSize) -> Result<Cpu> {
+fn load(model: &Model, pool: &PageAllocator) -> Result<Cpu> {
     let style = ProgressStyle::with_template("loading {wide_bar} {pos}/{len} layers")?;
     let bar = ProgressBar::new(model.config.num_layers as u64).with_style(style);
-    let engine = Cpu::new(&model.config, model.ends()?, bar.wrap_iter(model.layers()), size);
+    let engine = Cpu::new(&model.config, model.ends()?, bar.wrap_iter(model.layers()), pool);
     bar.finish_and_clear();
     engine
 }
 
-/// Prints the answer while it comes, and tells how fast that was.
+/// Prints the answer to the only request while it comes, and tells how fast that was.
 fn generate(
     engine: &mut dyn Engine,
-    pages: &mut Pages,
-    request: &mut Request,
+    requests: &mut Requests,
     max_tokens: usize,
     text: &Text,
 ) -> Result<String> {
     let (mut out, mut stream) = (io::stdout(), text.stream());
     let mut print = |text: &str| out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    let (prompt, start) = (request.tokens.len(), Instant::now());
-    let mut first = Duration::ZERO;
+    let (start, mut first) = (Instant::now(), Duration::ZERO);
     let ended = loop {
-        if request.answer().len() >= max_tokens {
+        if requests.all()[0].answer().len() >= max_tokens {
             break "as many tokens as were asked for";
         }
-        if !pages.has_room(request) {
+        if !requests.has_room(0) {
             break "the cache was full";
         }
-        requests::step(engine, pages, &mut [request], STEP_TOKENS)?;
-        let Some(&token) = request.answer().last() else { continue };
-        if request.answer().len() == 1 {
+        requests.step(engine, STEP_TOKENS)?;
+        let answer = requests.all()[0].answer();
+        let Some(&token) = answer.last() else { continue };
+        if answer.len() == 1 {
             first = start.elapsed();
         }
         if text.is_end(token) {
@@ -162,7 +160,8 @@ fn generate(
     let rest = start.elapsed() - first;
     print(&stream.finish()?)?;
     print("\n")?;
-    let decoded = request.answer().len().saturating_sub(1);
+    let (prompt, answer) = (requests.all()[0].prompt().len(), requests.all()[0].answer().len());
+    let decoded = answer.saturating_sub(1);
     let per_second = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
     Ok(format!(
         "prefill: {prompt} tokens, {:.1} tokens/s; decode: {decoded} tokens, {:.1} tokens/s; \

@@ -17,7 +17,7 @@ use candle_core::{
     DType, Device, Tensor,
     quantized::gguf_file::{Content, Value},
 };
-use flashinfer_rs::attention::Heads;
+use flashinfer_rs::{attention::Heads, kv::KvShape, page::KvLayout};
 
 use crate::Result;
 
@@ -136,6 +136,17 @@ impl Model {
 }
 
 impl Config {
+    /// What the model keeps for each token.
+    pub fn kv_shape(&self, dtype: flashinfer_rs::DType, layout: KvLayout) -> KvShape {
+        KvShape {
+            num_layers: self.num_layers,
+            num_kv_heads: self.heads.num_kv_heads,
+            head_dim: self.head_dim,
+            dtype,
+            layout,
+        }
+    }
+
     fn read(content: &Content) -> Result<Self> {
         let architecture = content.metadata.get("general.architecture").map(Value::to_string);
         match architecture {
@@ -173,10 +184,10 @@ impl Config {
             }
         }
         // What other files of this architecture may ask for.
-        let scaling = metadata("rope.scaling.type").map(Value::to_string);
+        let scaling = metadata("rope.scaling.type").and_then(|value| value.to_string().ok());
         let unusual = [
             (metadata("expert_count").is_some_and(|n| n.to_u64().ok() != Some(0)), "experts"),
-            (!matches!(scaling, None | Some(Ok("none"))), "scaled rotary embeddings"),
+            (scaling.is_some_and(|scaling| scaling != "none"), "scaled rotary embeddings"),
             (content.tensor_infos.contains_key("rope_freqs.weight"), "scaled rotary embeddings"),
             (content.tensor_infos.keys().any(|name| name.ends_with(".bias")), "biases"),
         ];

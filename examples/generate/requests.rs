@@ -1,129 +1,115 @@
-//! Requests that share an engine: each has its pages, and every step computes
-//! what is next for as many as fit.
+//! Requests that share an engine: every step computes what is next for as many
+//! as fit.
+
+use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
 use crate::{
     Result,
-    engine::{Batch, CacheSize, Chunk, Engine},
+    engine::{Engine, Step},
 };
 
-/// A prompt and what the model has added to it.
-#[derive(Debug)]
+/// A prompt, and what the model has added to it.
+#[derive(Clone, Debug)]
 pub struct Request {
-    /// The prompt and the answer so far.
-    pub tokens: Vec<u32>,
+    tokens: Vec<u32>,
     prompt: usize,
-    /// Tokens that are in the cache.
-    cached: usize,
-    pages: Vec<i32>,
 }
 
 impl Request {
-    /// A request whose prompt has not been read.
-    ///
-    /// # Errors
-    /// The prompt is empty, or the cache has no room for it and one token more.
-    pub fn new(prompt: Vec<u32>, size: CacheSize) -> Result<Self> {
-        if prompt.is_empty() {
-            return Err("the prompt is empty".into());
-        }
-        if prompt.len() >= size.tokens() {
-            return Err(format!(
-                "the prompt has {} tokens, and the cache holds {}, the answer's included; \
-                 shorten it, or use a larger --cache-tokens where the model's context allows",
-                prompt.len(),
-                size.tokens()
-            )
-            .into());
-        }
-        Ok(Self { prompt: prompt.len(), tokens: prompt, cached: 0, pages: Vec::new() })
+    /// The tokens of the prompt.
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt]
     }
 
-    /// What the model has added.
+    /// The tokens that the model has added.
     pub fn answer(&self) -> &[u32] {
         &self.tokens[self.prompt..]
     }
-
-    fn uncached(&self) -> usize {
-        self.tokens.len() - self.cached
-    }
 }
 
-/// The pages of a cache that no request has.
+/// Requests that are computed together.
 #[derive(Debug)]
-pub struct Pages {
-    size: CacheSize,
-    free: Vec<i32>,
+pub struct Requests {
+    pool: PageAllocator,
+    batch: Batch,
+    /// In the order of the batch's sequences.
+    requests: Vec<Request>,
 }
 
-impl Pages {
-    /// All pages of a cache.
-    pub fn new(size: CacheSize) -> Self {
-        Self { size, free: (0..size.num_pages as i32).rev().collect() }
+impl Requests {
+    /// No requests yet.
+    pub fn new(pool: &PageAllocator) -> Self {
+        Self { pool: pool.clone(), batch: Batch::new(pool), requests: Vec::new() }
     }
 
-    /// Pages that requests have.
-    pub fn used(&self) -> usize {
-        self.size.num_pages - self.free.len()
+    /// Adds a request, which becomes the last one.
+    ///
+    /// # Errors
+    /// The prompt is empty, or the whole cache has no room for it and an answer.
+    pub fn push(&mut self, prompt: Vec<u32>) -> Result<()> {
+        if prompt.is_empty() {
+            return Err("the prompt is empty".into());
+        }
+        let room = self.pool.num_pages() * self.pool.page_size();
+        if prompt.len() >= room {
+            return Err(format!(
+                "the prompt has {} tokens, and the cache holds {room}, those of the answer included; \
+                 shorten it, or give more --cache-tokens if the model's context allows",
+                prompt.len(),
+            )
+            .into());
+        }
+        self.batch.push(Sequence::new(&self.pool))?;
+        self.requests.push(Request { prompt: prompt.len(), tokens: prompt });
+        Ok(())
     }
 
-    /// Whether one more token of a request has a place.
-    pub fn has_room(&self, request: &Request) -> bool {
-        request.tokens.len() <= request.pages.len() * self.size.page_size || !self.free.is_empty()
+    /// Ends a request and frees its pages. Those behind it move forward.
+    pub fn remove(&mut self, index: usize) -> Result<Request> {
+        self.batch.remove(index)?;
+        Ok(self.requests.remove(index))
     }
 
-    /// Takes back a request's pages.
-    pub fn release(&mut self, request: &mut Request) {
-        self.free.append(&mut request.pages);
-        request.cached = 0;
+    /// The requests.
+    pub fn all(&self) -> &[Request] {
+        &self.requests
     }
 
-    fn grow(&mut self, pages: &mut Vec<i32>, tokens: usize) -> Result<()> {
-        while pages.len() * self.size.page_size < tokens {
-            let all = self.size.num_pages;
-            pages.push(self.free.pop().ok_or_else(|| format!("all {all} pages of the cache are in use"))?);
+    /// Whether the pool has a page for a request's next token, if it needs one.
+    pub fn has_room(&self, index: usize) -> bool {
+        self.batch.sequences()[index].pages_needed(1) <= self.pool.free_pages()
+    }
+
+    /// Tokens of a request that are not in the cache.
+    fn uncached(&self, index: usize) -> usize {
+        self.requests[index].tokens.len() - self.batch.sequences()[index].len()
+    }
+
+    /// Computes at most `budget` tokens: first of those requests that decode,
+    /// then of prompts, of which a part may be read. Each request whose last
+    /// token was computed gets the most likely next one.
+    pub fn step(&mut self, engine: &mut dyn Engine, mut budget: usize) -> Result<()> {
+        let mut order: Vec<_> = (0..self.requests.len()).collect();
+        order.sort_by_key(|&index| self.uncached(index));
+        let mut lens = vec![0; order.len()];
+        for index in order {
+            lens[index] = self.uncached(index).min(budget);
+            budget -= lens[index];
+        }
+        let (mut tokens, mut outputs, mut done) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, (request, &len)) in self.requests.iter().zip(&lens).enumerate() {
+            let cached = self.batch.sequences()[index].len();
+            tokens.extend_from_slice(&request.tokens[cached..cached + len]);
+            if len > 0 && len == self.uncached(index) {
+                outputs.push(tokens.len() - 1);
+                done.push(index);
+            }
+        }
+        self.batch.append(lens)?;
+        engine.step(&Step { batch: &self.batch, tokens: &tokens, outputs: &outputs })?;
+        for (index, token) in done.into_iter().zip(engine.greedy()?) {
+            self.requests[index].tokens.push(token);
         }
         Ok(())
     }
-}
-
-/// Computes one step of at most `budget` tokens: those that decode come first,
-/// then prompts, of which a part may be read. Each request whose last token was
-/// computed gets the most likely next one. Tells how many tokens were computed.
-pub fn step(
-    engine: &mut dyn Engine,
-    pages: &mut Pages,
-    requests: &mut [&mut Request],
-    budget: usize,
-) -> Result<usize> {
-    requests.sort_by_key(|request| request.uncached());
-    let mut left = budget;
-    let mut lens = Vec::new();
-    for request in &mut *requests {
-        let len = request.uncached().min(left);
-        if len == 0 {
-            break;
-        }
-        pages.grow(&mut request.pages, request.cached + len)?;
-        left -= len;
-        lens.push(len);
-    }
-    let chunks: Vec<_> = requests
-        .iter()
-        .zip(&lens)
-        .map(|(request, &len)| Chunk {
-            tokens: &request.tokens[request.cached..][..len],
-            cached: request.cached,
-            pages: &request.pages,
-            outputs: usize::from(len == request.uncached()),
-        })
-        .collect();
-    engine.step(&Batch::new(engine.cache(), &chunks)?)?;
-    let mut next = engine.greedy()?.into_iter();
-    for (request, &len) in requests.iter_mut().zip(&lens) {
-        request.cached += len;
-        if request.uncached() == 0 {
-            request.tokens.extend(next.next());
-        }
-    }
-    Ok(budget - left)
 }

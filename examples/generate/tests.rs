@@ -2,14 +2,16 @@
 
 use std::sync::OnceLock;
 
-use flashinfer_rs::artifacts::ArtifactError;
+use flashinfer_rs::{
+    artifacts::ArtifactError,
+    kv::{Batch, Sequence},
+};
 
 use crate::{
-    Fetch, Member, Result, Store, StoreConfig, Text,
+    Fetch, Member, PageAllocator, Requests, Result, Store, StoreConfig, Text,
     cpu::Cpu,
-    engine::{Batch, CacheSize, Chunk, Engine},
+    engine::{Engine, Step},
     model::{Ends, Layer, Model},
-    requests::{self, Pages, Request},
 };
 
 /// Prompts and what greedy decoding adds to them.
@@ -23,8 +25,8 @@ const CHAT: (&[u32], &[u32]) = (
 const STORY: (&[u32], &[u32]) = (
     &[6403, 1980, 253, 655],
     &[
-        28, 260, 2240, 282, 23324, 27108, 436, 253, 15114, 39228, 28, 351, 25854, 41658, 284, 14055, 9018, 30,
-        1249, 347, 260, 929, 3514, 411, 28, 260, 2240, 2585, 288, 5946, 624, 2798,
+        28, 260, 2240, 282, 23324, 27108, 436, 253, 15114, 39228, 28, 351, 25854, 41658, 284, 14055, 9018,
+        30, 1249, 347, 260, 929, 3514, 411, 28, 260, 2240, 2585, 288, 5946, 624, 2798,
     ],
 );
 const CAPITAL: (&[u32], &[u32]) = (
@@ -61,9 +63,9 @@ fn loaded() -> Option<&'static Loaded> {
 }
 
 impl Loaded {
-    fn cpu(&self, size: CacheSize) -> Cpu {
+    fn cpu(&self, pool: &PageAllocator) -> Cpu {
         let layers = self.layers.iter().cloned().map(Ok);
-        Cpu::new(&self.model.config, self.ends.clone(), layers, size).unwrap()
+        Cpu::new(&self.model.config, self.ends.clone(), layers, pool).unwrap()
     }
 }
 
@@ -84,7 +86,8 @@ fn the_tokenizer_gives_the_known_ids() {
 #[test]
 fn text_comes_back_at_character_boundaries() {
     let Some(Loaded { text, .. }) = loaded() else { return };
-    for whole in ["The capital of France is Paris.", "naïve — 東京 🦀🧪 é", " two  spaces\n\tand a tab"] {
+    for whole in ["The capital of France is Paris.", "naïve — 東京 🦀🧪 é", " two  spaces\n\tand a tab"]
+    {
         let ids = text.encode(whole).unwrap();
         let mut stream = text.stream();
         let mut pieces: Vec<_> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
@@ -104,87 +107,89 @@ fn text_comes_back_at_character_boundaries() {
 #[test]
 fn greedy_decoding_gives_the_known_ids() {
     let Some(loaded) = loaded() else { return };
-    let size = CacheSize::for_tokens(128, 16);
-    let mut cpu = loaded.cpu(size);
-    let mut pages = Pages::new(size);
+    let pool = PageAllocator::new(8, 16).unwrap();
+    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
     for (prompt, expected) in [CHAT, STORY, CAPITAL] {
-        let mut request = Request::new(prompt.into(), size).unwrap();
-        while request.answer().len() < expected.len() {
-            requests::step(&mut cpu, &mut pages, &mut [&mut request], 64).unwrap();
+        requests.push(prompt.into()).unwrap();
+        while requests.all()[0].answer().len() < expected.len() {
+            requests.step(&mut cpu, 64).unwrap();
         }
-        assert_eq!(request.answer(), expected);
-        pages.release(&mut request);
+        assert_eq!(requests.remove(0).unwrap().answer(), expected);
     }
-    assert_eq!(pages.used(), 0);
+    assert_eq!(pool.used_pages(), 0);
 }
 
 #[test]
 fn a_mixed_batch_gives_the_same_ids() {
     let Some(loaded) = loaded() else { return };
     // Pages of 5 tokens, so that chunks and pages end in different places.
-    let size = CacheSize::for_tokens(130, 5);
-    let mut cpu = loaded.cpu(size);
-    let mut pages = Pages::new(size);
-    let cases = [STORY, CHAT, CAPITAL];
-    let mut requests = cases.map(|(prompt, _)| Request::new(prompt.into(), size).unwrap());
-    let (mut steps, mut mixed) = (0, 0);
-    loop {
-        // The second prompt is read while the first request decodes, 7 tokens
-        // in a step; the third joins later.
-        let joined = if steps < 4 { 2 } else { 3 };
-        let mut active: Vec<_> = requests[..joined]
-            .iter_mut()
-            .zip(cases)
-            .filter(|(request, (_, expected))| request.answer().len() < expected.len())
-            .map(|(request, _)| request)
-            .collect();
-        if active.is_empty() {
-            break;
+    let pool = PageAllocator::new(26, 5).unwrap();
+    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
+    let (mut steps, mut mixed, mut ended) = (0, 0, 0);
+    while ended < 3 {
+        // The first decodes while the second prompt is read, 7 tokens in a step.
+        let joining = match steps {
+            0 => Some(STORY),
+            2 => Some(CHAT),
+            4 => Some(CAPITAL),
+            _ => None,
+        };
+        if let Some((prompt, _)) = joining {
+            requests.push(prompt.into()).unwrap();
         }
-        mixed += usize::from(
-            active.iter().any(|r| r.answer().is_empty()) && active.iter().any(|r| !r.answer().is_empty()),
-        );
-        let computed = requests::step(&mut cpu, &mut pages, &mut active, 7).unwrap();
-        assert!((1..=7).contains(&computed));
+        let reading = requests.all().iter().filter(|request| request.answer().is_empty()).count();
+        mixed += usize::from((1..requests.all().len()).contains(&reading));
+        requests.step(&mut cpu, 7).unwrap();
         steps += 1;
+        for index in (0..requests.all().len()).rev() {
+            let request = &requests.all()[index];
+            let case = [CHAT, STORY, CAPITAL].into_iter().find(|case| case.0 == request.prompt());
+            let (_, expected) = case.expect("one of the three prompts");
+            if request.answer().len() == expected.len() {
+                assert_eq!(requests.remove(index).unwrap().answer(), expected);
+                ended += 1;
+            }
+        }
     }
     assert!(mixed >= 5, "{mixed} of {steps} steps were mixed");
-    for (request, (_, expected)) in requests.iter().zip(cases) {
-        assert_eq!(request.answer(), expected);
-    }
+    assert_eq!(pool.used_pages(), 0);
 }
 
 #[test]
 fn logits_of_several_tokens_are_those_of_single_steps() {
     let Some(loaded) = loaded() else { return };
-    let size = CacheSize::for_tokens(32, 4);
-    let (mut cpu, tokens) = (loaded.cpu(size), CAPITAL.0);
-    let mut singles = Vec::new();
-    for cached in 0..tokens.len() {
-        let chunk = Chunk {
-            tokens: &tokens[cached..=cached],
-            cached,
-            pages: &[6, 1][..=cached / 4],
-            outputs: 1,
-        };
-        cpu.step(&Batch::new(size, &[chunk]).unwrap()).unwrap();
-        singles.extend(cpu.logits().unwrap());
-    }
-    // A draft of three tokens after two, and a chunk that wants none.
-    let chunk = |range: std::ops::Range<usize>, outputs| Chunk {
-        tokens: &tokens[range.clone()],
-        cached: range.start,
-        pages: &[3, 0][..range.end.div_ceil(4)],
-        outputs,
+    let pool = PageAllocator::new(8, 4).unwrap();
+    let (mut cpu, tokens) = (loaded.cpu(&pool), CAPITAL.0);
+    let mut batch = Batch::new(&pool);
+    let mut compute = |tokens: &[u32], outputs: &[usize], batch: &mut Batch| {
+        batch.append([tokens.len()]).unwrap();
+        cpu.step(&Step { batch, tokens, outputs }).unwrap();
+        (cpu.logits().unwrap(), cpu.greedy().unwrap())
     };
-    cpu.step(&Batch::new(size, &[chunk(0..2, 0)]).unwrap()).unwrap();
-    assert!(cpu.logits().unwrap().is_empty() && cpu.greedy().unwrap().is_empty());
-    cpu.step(&Batch::new(size, &[chunk(2..5, 3)]).unwrap()).unwrap();
-    let together = cpu.logits().unwrap();
+    batch.push(Sequence::new(&pool)).unwrap();
+    let mut singles = Vec::new();
+    for token in tokens.chunks(1) {
+        singles.extend(compute(token, &[0], &mut batch).0);
+    }
+    batch.truncate(0, 0).unwrap();
+    // A step that wants no logits, and one like a draft of two tokens.
+    assert_eq!(compute(&tokens[..2], &[], &mut batch), (vec![], vec![]));
+    let (together, greedy) = compute(&tokens[2..], &[0, 1, 2], &mut batch);
     let vocab = loaded.model.config.vocab_size;
     assert_eq!(together.len(), 3 * vocab);
     for (a, b) in together.iter().zip(&singles[2 * vocab..]) {
         assert!((a - b).abs() < 1e-3, "{a} and {b}");
     }
-    assert_eq!(cpu.greedy().unwrap()[2], CAPITAL.1[0]);
+    assert_eq!(greedy[2], CAPITAL.1[0]);
+}
+
+#[test]
+fn prompts_that_do_not_fit_are_refused() {
+    let pool = PageAllocator::new(2, 4).unwrap();
+    let mut requests = Requests::new(&pool);
+    let text = requests.push(vec![0; 8]).unwrap_err().to_string();
+    assert!(text.contains("8 tokens") && text.contains("--cache-tokens"), "{text}");
+    assert!(requests.push(Vec::new()).unwrap_err().to_string().contains("empty"));
+    requests.push(vec![0; 7]).unwrap();
+    assert!(requests.has_room(0));
 }

@@ -56,7 +56,9 @@ impl Text {
                 [split.into(), ByteLevel::new(false, true, false).into()]
             }
             other => {
-                return Err(format!("its tokenizer splits text as `{other}`; expected smollm or llama-bpe").into());
+                return Err(
+                    format!("its tokenizer splits text as `{other}`; expected smollm or llama-bpe").into()
+                );
             }
         };
         tokenizer.with_pre_tokenizer(Some(Sequence::new(split.into())));

@@ -259,6 +259,8 @@ impl PageIndices {
 pub struct AppendIndices {
     pub(super) batch_indices: Vec<i32>,
     pub(super) positions: Vec<i32>,
+    /// All positions are below this.
+    num_positions: usize,
     /// The page table that the entries were checked against.
     pub(crate) table_stamp: u64,
 }
@@ -305,12 +307,13 @@ impl AppendIndices {
                 ));
             }
         }
-        Ok(Self { batch_indices, positions, table_stamp: table.stamp })
+        let num_positions = positions.iter().max().map_or(0, |&largest| largest as usize + 1);
+        Ok(Self { batch_indices, positions, num_positions, table_stamp: table.stamp })
     }
 
     /// No tokens.
     pub(super) fn none(table: &PageIndices) -> Self {
-        Self { batch_indices: Vec::new(), positions: Vec::new(), table_stamp: table.stamp }
+        Self { batch_indices: Vec::new(), positions: Vec::new(), num_positions: 0, table_stamp: table.stamp }
     }
 
     /// The last tokens of each request: request `i` gets
@@ -355,10 +358,14 @@ impl AppendIndices {
         self.table_stamp = table.stamp;
         self.batch_indices.clear();
         self.positions.clear();
+        self.num_positions = 0;
         for (request, tokens) in append_indptr.windows(2).enumerate() {
             let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
             self.batch_indices.extend(std::iter::repeat_n(request as i32, new));
             self.positions.extend((len - new..len).map(|position| position as i32));
+            if new > 0 {
+                self.num_positions = self.num_positions.max(len);
+            }
         }
     }
 
@@ -375,6 +382,11 @@ impl AppendIndices {
     /// Each token's request.
     pub fn batch_indices(&self) -> &[i32] {
         &self.batch_indices
+    }
+
+    /// The number that all positions are below: 1 more than the largest.
+    pub fn num_positions(&self) -> usize {
+        self.num_positions
     }
 
     /// Each token's position in its request.
@@ -595,6 +607,7 @@ mod tests {
             PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[][..], 0), (&[2][..], 4)]).unwrap();
         let last = AppendIndices::last_tokens(&table, &[0, 2, 2, 3]).unwrap();
         assert_eq!((last.batch_indices(), last.positions()), (&[0, 0, 2][..], &[3, 4, 3][..]));
+        assert_eq!(last.num_positions(), 5);
         assert!(problem(AppendIndices::last_tokens(&table, &[0, 6, 6, 6])).contains("must already count"));
         assert!(
             problem(AppendIndices::last_tokens(&table, &[0, i32::MAX, i32::MAX, i32::MAX]))

@@ -97,7 +97,7 @@
 //! at them again once they are on the device. So they are values of this
 //! crate: checked on the host ([`PageIndices`] and [`AppendIndices`] against the
 //! cache's size, [`RaggedIndices`] and [`SequenceIndices`] against the number of
-//! rows, masks against the batch), or right because a [`Batch`] makes them; then
+//! rows, [`PositionIndices`] against the number of positions, masks against the batch), or right because a [`Batch`] makes them; then
 //! uploaded ([`OnDevice`]) together with the host copy, so that what `plan` reads
 //! on the host and what `run` reads on the device cannot disagree.
 
@@ -106,6 +106,7 @@ mod cache;
 mod indices;
 pub(crate) mod masks;
 mod pages;
+mod positions;
 mod prefix;
 mod sequence;
 mod sequences;
@@ -116,9 +117,11 @@ pub use cache::{KvShape, PagedKvCache};
 pub use indices::{AppendIndices, PageIndices, RaggedIndices};
 pub use masks::{ItemIndices, MaskIndices};
 pub use pages::PageAllocator;
+pub use positions::PositionIndices;
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;
 pub use sequences::SequenceIndices;
 pub use upload::{
-    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, RaggedTable, SequenceTable,
+    AppendTable, IndexArrays, ItemTable, MaskTable, OnDevice, PageTable, PositionTable, RaggedTable,
+    SequenceTable,
 };

@@ -2,7 +2,9 @@
 
 use std::ffi::c_void;
 
-use super::{AppendIndices, ItemIndices, MaskIndices, PageIndices, RaggedIndices, SequenceIndices};
+use super::{
+    AppendIndices, ItemIndices, MaskIndices, PageIndices, PositionIndices, RaggedIndices, SequenceIndices,
+};
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
     error::{FlashInferError, Result},
@@ -96,6 +98,13 @@ impl sealed::Arrays for AppendIndices {
     }
 }
 
+impl sealed::Arrays for PositionIndices {
+    const OP: &'static str = "PositionTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.positions), Array::EMPTY, Array::EMPTY]
+    }
+}
+
 impl sealed::Arrays for RaggedIndices {
     const OP: &'static str = "RaggedTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
@@ -129,6 +138,9 @@ pub type PageTable = OnDevice<PageIndices>;
 
 /// Destinations of appended tokens on a device. See [`AppendIndices`].
 pub type AppendTable = OnDevice<AppendIndices>;
+
+/// Positions of tokens on a device. See [`PositionIndices`].
+pub type PositionTable = OnDevice<PositionIndices>;
 
 /// Offsets of ragged rows on a device. See [`RaggedIndices`].
 pub type RaggedTable = OnDevice<RaggedIndices>;
@@ -280,7 +292,7 @@ impl<T: IndexArrays> OnDevice<T> {
             }
             // SAFETY: the staging buffer is page-locked and is not written
             // again before the event that `stage` records has passed.
-            unsafe { upload(&bytes[..used], buffer)? };
+            unsafe { upload(&bytes[..used], buffer, 0)? };
             *enqueued = true;
             Ok(())
         })
@@ -410,6 +422,21 @@ impl AppendTable {
 
     pub(crate) fn positions(&self) -> Result<RawTensor> {
         self.array(1)
+    }
+}
+
+impl PositionTable {
+    /// Uploads positions, with room for up to `max_tokens` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more tokens than that.
+    pub fn with_capacity(stream: &Stream, host: PositionIndices, max_tokens: usize) -> Result<Self> {
+        let room = (host.len(), max_tokens, "tokens");
+        Self::allocate_for(stream, host, room, [max_tokens, 0, 0])
+    }
+
+    pub(crate) fn positions(&self) -> Result<RawTensor> {
+        self.array(0)
     }
 }
 

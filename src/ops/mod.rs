@@ -7,6 +7,7 @@ mod check;
 pub mod gdn;
 pub mod norm;
 pub mod page;
+pub mod rope;
 pub mod topk;
 
 use std::sync::OnceLock;
@@ -61,6 +62,7 @@ pub(crate) fn enable_pdl(runtime: &FlashInferRuntime, asked: Option<bool>, ordin
 pub fn signatures() -> Vec<(&'static str, Signature)> {
     [
         &norm::signatures(),
+        rope::SIGNATURES,
         page::SIGNATURES,
         cascade::SIGNATURES,
         gdn::SIGNATURES,

@@ -171,8 +171,8 @@ pub(crate) fn check_cache(
     }
     let (page_size, heads) = layout.page_size_and_heads(k.shape());
     check_pages(check, "kv.k", k.shape()[0], page_size, table)?;
-    check_cache_strides(check, "kv.k", k)?;
-    check_cache_strides(check, "kv.v", v)?;
+    check_rows_in_32_bits(check, "kv.k", k)?;
+    check_rows_in_32_bits(check, "kv.v", v)?;
     Ok(CacheShape { heads, head_dim: k.shape()[3] })
 }
 
@@ -214,14 +214,18 @@ pub(crate) fn check_mla_cache(
     for ((name, part), dim) in names.into_iter().zip(parts).zip(MLA_DIMS) {
         check.tensor(name, part, &[dtype], &[3])?;
         check.shape(name, part, &[pages, page_size, dim])?;
-        check_cache_strides(check, name, part)?;
+        check_rows_in_32_bits(check, name, part)?;
     }
     Ok(())
 }
 
 /// Rows are adjacent elements, vectors of 16 bytes are aligned, and each
 /// stride fits the 32 bits in which kernels keep it.
-fn check_cache_strides(check: &Check<'_>, argument: &'static str, cache: &RawTensor) -> Result<()> {
+pub(crate) fn check_rows_in_32_bits(
+    check: &Check<'_>,
+    argument: &'static str,
+    cache: &RawTensor,
+) -> Result<()> {
     check.last_dim_contiguous(argument, cache)?;
     check.aligned(argument, cache, 16)?;
     if let Some(stride) = cache.strides().iter().find(|&&stride| stride > i64::from(u32::MAX)) {
@@ -349,7 +353,7 @@ pub fn append_paged_mla_kv_cache(
     unsafe { kernel.call(APPEND_MLA.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
 }
 
-fn check_tables(check: &Check<'_>, append: &AppendTable, table: &PageTable) -> Result<()> {
+pub(super) fn check_tables(check: &Check<'_>, append: &AppendTable, table: &PageTable) -> Result<()> {
     check.on_stream("append", append.stream())?;
     check.on_stream("table", table.stream())?;
     if append.host().table_stamp != table.host().stamp {
@@ -362,16 +366,16 @@ fn check_tables(check: &Check<'_>, append: &AppendTable, table: &PageTable) -> R
 }
 
 /// The index arrays of an append on the device.
-struct DeviceArrays {
-    batch_indices: RawTensor,
-    positions: RawTensor,
-    indptr: RawTensor,
-    indices: RawTensor,
+pub(super) struct DeviceArrays {
+    pub(super) batch_indices: RawTensor,
+    pub(super) positions: RawTensor,
+    pub(super) indptr: RawTensor,
+    pub(super) indices: RawTensor,
     last_page_len: RawTensor,
 }
 
 impl DeviceArrays {
-    fn of(append: &AppendTable, table: &PageTable) -> Result<Self> {
+    pub(super) fn of(append: &AppendTable, table: &PageTable) -> Result<Self> {
         Ok(Self {
             batch_indices: append.batch_indices()?,
             positions: append.positions()?,

@@ -33,6 +33,7 @@ mod host;
 mod mla;
 mod norm;
 mod page;
+mod rope;
 #[cfg(test)]
 mod testing;
 
@@ -48,3 +49,7 @@ pub use norm::{
     gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm, rmsnorm_quant,
 };
 pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
+pub use rope::{
+    apply_llama31_rope, apply_llama31_rope_pos_ids, apply_rope, apply_rope_pos_ids,
+    apply_rope_pos_ids_cos_sin_cache, rope_quantize, rope_quantize_append_paged_kv_cache,
+};

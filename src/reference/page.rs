@@ -57,7 +57,7 @@ pub(super) fn check_pages(
     Ok(())
 }
 
-fn check_stamp(check: Check, append: &AppendIndices, table: &PageIndices) -> Result<()> {
+pub(super) fn check_stamp(check: Check, append: &AppendIndices, table: &PageIndices) -> Result<()> {
     if append.table_stamp == table.stamp {
         return Ok(());
     }
@@ -71,7 +71,7 @@ pub(super) fn place(table: &PageIndices, request: usize, position: usize) -> (us
 }
 
 /// Page and slot of each appended token, in order.
-fn places(append: &AppendIndices, table: &PageIndices) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn places(append: &AppendIndices, table: &PageIndices) -> impl Iterator<Item = (usize, usize)> {
     let tokens = append.batch_indices().iter().zip(append.positions());
     tokens.map(|(&request, &position)| place(table, request as usize, position as usize))
 }
@@ -162,7 +162,12 @@ fn copy_tokens(cache: &mut RowsMut<'_>, new: &Rows<'_>, append: &AppendIndices, 
     }
 }
 
-fn check_dtype(check: Check, argument: &'static str, tensor: &Rows<'_>, like: &Rows<'_>) -> Result<()> {
+pub(super) fn check_dtype(
+    check: Check,
+    argument: &'static str,
+    tensor: &Rows<'_>,
+    like: &Rows<'_>,
+) -> Result<()> {
     if tensor.dtype() == like.dtype() {
         return Ok(());
     }

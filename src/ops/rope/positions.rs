@@ -1,0 +1,96 @@
+//! Positions of tokens as operations take them.
+
+use crate::{
+    error::Result,
+    kv::{AppendTable, PositionTable},
+    ops::check::Check,
+    tensor::{DType, RawTensor, TensorRef},
+};
+
+/// The position of each token, on a device.
+///
+/// Kernels that look up cosines and sines read the row that a position names,
+/// wherever that is. So operations must know that all positions are below the
+/// number of rows, and the host cannot look at them on the device:
+///
+/// - a [`PositionTable`] and an [`AppendTable`] were checked on the host;
+/// - for positions made on the device, [`from_device_unchecked`](Self::from_device_unchecked)
+///   takes the caller's word;
+/// - a plain tensor may hold anything, and serves operations that compute
+///   cosines and sines themselves, for which no position is harmful.
+///
+/// ```
+/// # use flashinfer_rs::{AppendTable, PositionTable, TensorRef, rope::Positions};
+/// fn positions<'a>(table: &'a PositionTable, append: &'a AppendTable, made: TensorRef<'a>) -> [Positions<'a>; 3] {
+///     [table.into(), append.into(), made.into()]
+/// }
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Positions<'a>(Source<'a>);
+
+#[derive(Clone, Copy, Debug)]
+enum Source<'a> {
+    Table(&'a PositionTable),
+    Append(&'a AppendTable),
+    /// A tensor, and the number that its positions are below, if that is known.
+    Tensor(TensorRef<'a>, Option<usize>),
+}
+
+impl<'a> From<&'a PositionTable> for Positions<'a> {
+    fn from(table: &'a PositionTable) -> Self {
+        Self(Source::Table(table))
+    }
+}
+
+/// The positions of appended tokens in their requests.
+impl<'a> From<&'a AppendTable> for Positions<'a> {
+    fn from(append: &'a AppendTable) -> Self {
+        Self(Source::Append(append))
+    }
+}
+
+/// Positions that the host knows nothing of: contiguous, `i32` or `i64`.
+impl<'a> From<TensorRef<'a>> for Positions<'a> {
+    fn from(tensor: TensorRef<'a>) -> Self {
+        Self(Source::Tensor(tensor, None))
+    }
+}
+
+impl<'a> Positions<'a> {
+    /// Positions made on the device: contiguous, `i32` or `i64`.
+    ///
+    /// # Safety
+    /// Whenever work that uses them runs, each must be in `0..num_positions`.
+    pub unsafe fn from_device_unchecked(tensor: TensorRef<'a>, num_positions: usize) -> Self {
+        Self(Source::Tensor(tensor, Some(num_positions)))
+    }
+
+    /// The number that all positions are below, if it is known.
+    pub fn num_positions(&self) -> Option<usize> {
+        match self.0 {
+            Source::Table(table) => Some(table.host().num_positions()),
+            Source::Append(append) => Some(append.host().num_positions()),
+            Source::Tensor(_, num_positions) => num_positions,
+        }
+    }
+
+    /// The tensor of `len` positions of one of these dtypes.
+    pub(super) fn checked(
+        &self,
+        check: &Check<'_>,
+        argument: &'static str,
+        dtypes: &[DType],
+        len: i64,
+    ) -> Result<RawTensor> {
+        let raw = match self.0 {
+            Source::Table(table) => table.positions()?,
+            Source::Append(append) => append.positions()?,
+            Source::Tensor(tensor, _) => tensor.raw,
+        };
+        check.tensor(argument, &raw, dtypes, &[1])?;
+        check.shape(argument, &raw, &[len])?;
+        check.contiguous(argument, &raw)?;
+        check.aligned(argument, &raw, raw.dtype.size())?;
+        Ok(raw)
+    }
+}
