@@ -84,13 +84,20 @@ struct Naive {
     pages: Vec<u64>,
 }
 
+/// The page of a cached prefix's last tokens.
+struct CachedPage {
+    number: u64,
+    last_used: usize,
+    /// Its number in the pool.
+    page: i32,
+}
+
 /// One language model of those that share the pool.
 struct Model {
     batch: Batch,
     prefixes: PrefixCache,
     naive: Vec<Naive>,
-    /// By model and prefix: the page of its last tokens, and its last use.
-    naive_prefixes: BTreeMap<Vec<u32>, (u64, usize)>,
+    naive_prefixes: BTreeMap<Vec<u32>, CachedPage>,
     naive_stats: [u64; 6],
     /// What the last append gave each request.
     new_tokens: Vec<usize>,
@@ -123,7 +130,7 @@ impl World {
     fn naive_owners(&self) -> HashMap<u64, usize> {
         let mut owners = HashMap::new();
         for model in &self.models {
-            let cached = model.naive_prefixes.values().map(|(page, _)| page);
+            let cached = model.naive_prefixes.values().map(|cached| &cached.number);
             for page in model.naive.iter().flat_map(|naive| &naive.pages).chain(cached) {
                 *owners.entry(*page).or_default() += 1;
             }
@@ -208,9 +215,9 @@ impl World {
                 let mut naive = Naive::default();
                 for page in 1..=tokens.len() / page_size {
                     let prefix = &tokens[..page * page_size];
-                    let Some((number, used)) = this.naive_prefixes.get_mut(prefix) else { break };
-                    *used = self.time;
-                    naive.pages.push(*number);
+                    let Some(cached) = this.naive_prefixes.get_mut(prefix) else { break };
+                    cached.last_used = self.time;
+                    naive.pages.push(cached.number);
                     naive.tokens = prefix.to_vec();
                 }
                 assert_eq!(found.len(), naive.tokens.len());
@@ -298,11 +305,13 @@ impl World {
                 let request = request_of(request, this);
                 let naive = &this.naive[request];
                 let tokens = &naive.tokens[..naive.tokens.len().saturating_sub(less)];
-                let inserted = this.prefixes.insert(tokens, &this.batch.sequences()[request]).unwrap();
+                let sequence = &this.batch.sequences()[request];
+                let inserted = this.prefixes.insert(tokens, sequence).unwrap();
                 let before = this.naive_prefixes.len();
                 for page in 1..=tokens.len() / page_size {
                     let entry = this.naive_prefixes.entry(tokens[..page * page_size].to_vec());
-                    entry.or_insert((naive.pages[page - 1], 0)).1 = self.time;
+                    let (number, page) = (naive.pages[page - 1], sequence.pages()[page - 1]);
+                    entry.or_insert(CachedPage { number, last_used: 0, page }).last_used = self.time;
                 }
                 assert_eq!(inserted, this.naive_prefixes.len() - before);
                 this.naive_stats[4] += inserted as u64;
@@ -335,10 +344,10 @@ impl World {
         let is_leaf = |prefix: &[u32]| {
             !prefixes.keys().any(|other| other.len() == prefix.len() + page_size && other.starts_with(prefix))
         };
-        let unused = prefixes.iter().filter(|(prefix, (page, _))| is_leaf(prefix) && owners[page] == 1);
-        let Some(oldest) = unused.min_by_key(|(_, (_, used))| *used).map(|(prefix, _)| prefix.clone()) else {
-            return false;
-        };
+        let mut unused: Vec<_> = prefixes.iter().collect();
+        unused.retain(|(prefix, cached)| is_leaf(prefix) && owners[&cached.number] == 1);
+        let oldest = unused.into_iter().min_by_key(|(_, cached)| cached.last_used);
+        let Some(oldest) = oldest.map(|(prefix, _)| prefix.clone()) else { return false };
         prefixes.remove(&oldest).is_some()
     }
 
@@ -346,27 +355,24 @@ impl World {
     fn check(&self) {
         // Which page of the pool a page of the model is, both ways.
         let (mut real, mut back) = (HashMap::new(), HashMap::new());
-        let owners = self.naive_owners();
+        let mut same = |number: u64, page: i32| {
+            assert_eq!(*real.entry(number).or_insert(page), page, "one page, two numbers");
+            assert_eq!(*back.entry(page).or_insert(number), number, "two pages, one number");
+        };
         for model in &self.models {
             assert_eq!(model.batch.len(), model.naive.len());
             for (sequence, naive) in model.batch.sequences().iter().zip(&model.naive) {
                 assert_eq!(sequence.len(), naive.tokens.len());
                 assert_eq!(sequence.pages().len(), naive.pages.len());
-                for (&page, &number) in sequence.pages().iter().zip(&naive.pages) {
-                    assert_eq!(*real.entry(number).or_insert(page), page, "one page, two numbers");
-                    assert_eq!(*back.entry(page).or_insert(number), number, "two pages, one number");
-                }
+                naive.pages.iter().zip(sequence.pages()).for_each(|(&number, &page)| same(number, page));
             }
+            model.naive_prefixes.values().for_each(|cached| same(cached.number, cached.page));
         }
-        for (number, page) in &real {
-            assert_eq!(self.pool.owners(*page), owners[number]);
+        let owners = self.naive_owners();
+        for page in 0..self.pool.num_pages() as i32 {
+            let expected = back.get(&page).map_or(0, |number| owners[number]);
+            assert_eq!(self.pool.owners(page), expected, "page {page}");
         }
-        // Other pages with owners are those that only prefix caches have.
-        let others = (0..self.pool.num_pages() as i32).filter(|page| !back.contains_key(page));
-        let cached = others.filter(|&page| self.pool.owners(page) > 0);
-        let cached: Vec<usize> = cached.map(|page| self.pool.owners(page)).collect();
-        assert!(cached.iter().all(|&owners| owners == 1));
-        assert_eq!(cached.len(), owners.len() - real.len());
         assert_eq!(self.pool.used_pages(), owners.len());
         assert_eq!(self.pool.free_pages(), self.pool.num_pages() - owners.len());
         assert_eq!(self.pool.pending_copies(), 0);
@@ -565,6 +571,25 @@ fn copies_that_are_due() {
     assert_eq!((pool.pending_copies(), pool.owners(parent.pages()[0])), (1, 2));
     cache.layer_mut(0, 0).unwrap();
     assert_eq!((pool.pending_copies(), pool.owners(parent.pages()[0])), (0, 1));
+}
+
+/// A copy of a copy, both due at once, has what the first page had.
+#[test]
+fn copies_are_made_in_order() {
+    let mut world = World::new(8, 4, &[SHAPE]);
+    world.run(0, Op::Push);
+    world.run(0, Op::Append(vec![2], 1));
+    for (request, new_tokens) in [(1, vec![0, 1]), (2, vec![0, 0, 1])] {
+        world.run(0, Op::Fork(request - 1));
+        // A draft that is given up before anything is written.
+        let batch = &mut world.models[0].batch;
+        batch.append(new_tokens).unwrap();
+        batch.truncate(request, 2).unwrap();
+        assert_eq!(world.pool.pending_copies(), request);
+    }
+    world.cache.copy_pages().unwrap();
+    assert_eq!((world.pool.pending_copies(), world.pool.used_pages()), (0, 3));
+    world.check_contents(0, &world.models[0]);
 }
 
 /// Two requests that share their last page with nobody else need one copy, not
