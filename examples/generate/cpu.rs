@@ -129,6 +129,7 @@ impl Engine for Cpu {
     }
 
     fn greedy(&self) -> Result<Vec<u32>> {
+        // The first of several that are equally likely.
         let best = |row: &[f32]| {
             let largest = row.iter().enumerate().max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i)));
             match largest {
@@ -136,7 +137,7 @@ impl Engine for Cpu {
                 _ => Err("the model's logits are no numbers; its file may be damaged".into()),
             }
         };
-        self.logits.chunks_exact(self.config.vocab_size).map(best).collect()
+        self.logits()?.chunks_exact(self.config.vocab_size).map(best).collect()
     }
 }
 

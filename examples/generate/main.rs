@@ -28,6 +28,7 @@ mod tokenizer;
 
 use std::{
     io::{self, Write},
+    num::NonZeroUsize,
     path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
@@ -63,8 +64,8 @@ struct Cli {
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// The most tokens to generate
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    max_tokens: usize,
+    #[arg(long, value_name = "N", default_value = "256")]
+    max_tokens: NonZeroUsize,
     /// Tokens that the KV cache holds, at most the model's context
     #[arg(long, value_name = "N", default_value_t = 2048)]
     cache_tokens: usize,
@@ -106,10 +107,20 @@ fn run(cli: &Cli) -> Result<()> {
     let mut requests = Requests::new(&pool);
     requests.push(prompt)?;
     let (mut engine, backend) = match cli.device {
-        Device::Auto | Device::Cpu => (load(&model, &pool)?, "the CPU reference; no GPU was used"),
+        Device::Auto | Device::Cpu => (load(&model, &pool)?, "on the CPU; no GPU was used"),
     };
-    let told = generate(&mut engine, &mut requests, cli.max_tokens, &text)?;
-    eprintln!("{told}; {} pages of {PAGE_SIZE} tokens; computed by {backend}", pool.used_pages());
+    let run = generate(&mut engine, &mut requests, cli.max_tokens.get(), &text)?;
+    let (pages, request) = (pool.used_pages(), requests.remove(0)?);
+    let (read, decoded) = (request.prompt().len(), request.answer().len() - 1);
+    let per_second = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+    eprintln!(
+        "{backend}; prefill {read} tokens, {:.1} tokens/s; decode {decoded} tokens, {:.1} tokens/s; \
+         time to first token {:.0} ms; {pages} pages of {PAGE_SIZE} tokens; {}",
+        per_second(read, run.first),
+        per_second(decoded, run.rest),
+        run.first.as_secs_f64() * 1e3,
+        run.ended
+    );
     Ok(())
 }
 
@@ -129,22 +140,23 @@ fn load(model: &Model, pool: &PageAllocator) -> Result<Cpu> {
     engine
 }
 
-/// Prints the answer to the only request while it comes, and tells how fast that was.
-fn generate(
-    engine: &mut dyn Engine,
-    requests: &mut Requests,
-    max_tokens: usize,
-    text: &Text,
-) -> Result<String> {
+/// How an answer came about.
+struct Run {
+    /// From the start to the first token.
+    first: Duration,
+    /// From there to the end.
+    rest: Duration,
+    ended: &'static str,
+}
+
+/// Prints the answer to the only request while it comes.
+fn generate(engine: &mut dyn Engine, requests: &mut Requests, max_tokens: usize, text: &Text) -> Result<Run> {
     let (mut out, mut stream) = (io::stdout(), text.stream());
     let mut print = |text: &str| out.write_all(text.as_bytes()).and_then(|()| out.flush());
     let (start, mut first) = (Instant::now(), Duration::ZERO);
     let ended = loop {
-        if requests.all()[0].answer().len() >= max_tokens {
-            break "as many tokens as were asked for";
-        }
         if !requests.has_room(0) {
-            break "the cache was full";
+            break "ended by the cache's size";
         }
         requests.step(engine, STEP_TOKENS)?;
         let answer = requests.all()[0].answer();
@@ -153,21 +165,15 @@ fn generate(
             first = start.elapsed();
         }
         if text.is_end(token) {
-            break "the model ended it";
+            break "ended by the model";
         }
         print(&stream.push(token)?)?;
+        if answer.len() == max_tokens {
+            break "ended by --max-tokens";
+        }
     };
     let rest = start.elapsed() - first;
     print(&stream.finish()?)?;
     print("\n")?;
-    let (prompt, answer) = (requests.all()[0].prompt().len(), requests.all()[0].answer().len());
-    let decoded = answer.saturating_sub(1);
-    let per_second = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-    Ok(format!(
-        "prefill: {prompt} tokens, {:.1} tokens/s; decode: {decoded} tokens, {:.1} tokens/s; \
-         time to first token {:.0} ms; {ended}",
-        per_second(prompt, first),
-        per_second(decoded, rest),
-        first.as_secs_f64() * 1e3,
-    ))
+    Ok(Run { first, rest, ended })
 }

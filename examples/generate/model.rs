@@ -77,7 +77,7 @@ impl Model {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| format!("cannot open the model {}: {e}", path.display()))?;
         let content = Content::read(&mut BufReader::new(&file))
-            .map_err(|e| format!("{} is not a usable GGUF file: {e}", path.display()))?;
+            .map_err(|e| format!("{} is not a usable GGUF file: {}", path.display(), plain(e)))?;
         let config = Config::read(&content)
             .map_err(|e| format!("{} is not a model that this program runs: {e}", path.display()))?;
         Ok(Self { path: path.into(), file, content, config })
@@ -131,7 +131,15 @@ impl Model {
         }
         let read = || self.content.tensor(&mut &self.file, &name, &Device::Cpu)?.dequantize(&Device::Cpu);
         let tensor = read().and_then(|tensor| tensor.to_dtype(DType::F32));
-        Ok(tensor.map_err(|e| broken(e.to_string()))?)
+        Ok(tensor.map_err(|e| broken(plain(e)))?)
+    }
+}
+
+/// An error of candle without the backtrace that it may carry.
+pub fn plain(error: candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => plain(*inner),
+        error => error.to_string(),
     }
 }
 

@@ -1,11 +1,26 @@
-//! The pinned model says what it is known to say.
+//! The pinned model says what it is known to say, and other files are refused
+//! or run as they should be.
 
-use std::sync::OnceLock;
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
+use candle_core::{
+    Device, Tensor,
+    quantized::{
+        GgmlDType, QTensor,
+        gguf_file::{self, Value},
+    },
+};
 use flashinfer_rs::{
     artifacts::ArtifactError,
     kv::{Batch, Sequence},
 };
+
+use tempfile::TempDir;
 
 use crate::{
     Fetch, Member, PageAllocator, Requests, Result, Store, StoreConfig, Text,
@@ -192,4 +207,137 @@ fn prompts_that_do_not_fit_are_refused() {
     assert!(requests.push(Vec::new()).unwrap_err().to_string().contains("empty"));
     requests.push(vec![0; 7]).unwrap();
     assert!(requests.has_room(0));
+}
+
+/// A small file, of this metadata and tensors of these shapes.
+struct Tiny {
+    metadata: BTreeMap<&'static str, Value>,
+    tensors: BTreeMap<&'static str, Vec<usize>>,
+}
+
+impl Tiny {
+    /// A model of one layer and one head of 64.
+    fn new() -> Self {
+        let metadata = [
+            ("general.architecture", Value::String("llama".into())),
+            ("llama.block_count", Value::U32(1)),
+            ("llama.context_length", Value::U32(64)),
+            ("llama.embedding_length", Value::U32(64)),
+            ("llama.feed_forward_length", Value::U32(96)),
+            ("llama.attention.head_count", Value::U32(1)),
+            ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ];
+        let tensors = [
+            ("token_embd.weight", vec![32, 64]),
+            ("output_norm.weight", vec![64]),
+            ("blk.0.attn_norm.weight", vec![64]),
+            ("blk.0.attn_q.weight", vec![64, 64]),
+            ("blk.0.attn_k.weight", vec![64, 64]),
+            ("blk.0.attn_v.weight", vec![64, 64]),
+            ("blk.0.attn_output.weight", vec![64, 64]),
+            ("blk.0.ffn_norm.weight", vec![64]),
+            ("blk.0.ffn_gate.weight", vec![96, 64]),
+            ("blk.0.ffn_up.weight", vec![96, 64]),
+            ("blk.0.ffn_down.weight", vec![64, 96]),
+        ];
+        Self { metadata: metadata.into(), tensors: tensors.into() }
+    }
+
+    /// The file; elements are a fixed function of their place, twice that in an output head.
+    fn write(&self, folder: &TempDir) -> PathBuf {
+        let tensor = |name: &str, shape: &[usize]| {
+            let scale = if name == "output.weight" { 0.5 } else { 0.25 };
+            let count: usize = shape.iter().product();
+            let values: Vec<_> = (0..count).map(|at| (at as f32 * 0.7).sin() * scale).collect();
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+            QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
+        };
+        let tensors: Vec<_> = self.tensors.iter().map(|(name, shape)| (*name, tensor(name, shape))).collect();
+        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (*key, value)).collect();
+        let path = folder.path().join("tiny.gguf");
+        let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        gguf_file::write(&mut File::create(&path).unwrap(), &metadata, &tensors).unwrap();
+        path
+    }
+}
+
+/// The engine for a file, or why there is none.
+fn engine(path: &Path) -> Result<Cpu> {
+    let model = Model::open(path)?;
+    let pool = PageAllocator::new(4, 4)?;
+    Cpu::new(&model.config, model.ends()?, model.layers(), &pool)
+}
+
+#[test]
+fn files_that_cannot_be_run_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |path: &Path, expected: &str| {
+        let text = engine(path).err().expect("no engine").to_string();
+        assert!(text.contains(expected), "{expected:?} is not in: {text}");
+        assert!(text.contains(path.to_str().unwrap()), "{text}");
+    };
+    for (key, value, expected) in [
+        ("general.architecture", Value::String("gpt2".into()), "its architecture is gpt2; expected llama"),
+        ("llama.attention.head_count", Value::U32(2), "32 dimensions; expected one of [64, 128, 256]"),
+        ("llama.attention.head_count_kv", Value::U32(3), "cannot share 3 KV heads"),
+        ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
+        ("llama.rope.dimension_count", Value::U32(32), "dimension_count is not the head dimension"),
+        ("llama.expert_count", Value::U32(8), "experts"),
+        ("llama.rope.scaling.type", Value::String("yarn".into()), "scaled rotary embeddings"),
+        ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
+        ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
+    ] {
+        let mut tiny = Tiny::new();
+        tiny.metadata.insert(key, value);
+        refused(&tiny.write(&folder), expected);
+    }
+    for (name, expected) in
+        [("blk.0.attn_q.bias", "biases"), ("rope_freqs.weight", "scaled rotary embeddings")]
+    {
+        let mut tiny = Tiny::new();
+        tiny.tensors.insert(name, vec![64]);
+        refused(&tiny.write(&folder), expected);
+    }
+    let mut tiny = Tiny::new();
+    tiny.metadata.remove("llama.context_length");
+    refused(&tiny.write(&folder), "llama.context_length is missing");
+
+    let path = Tiny::new().write(&folder);
+    assert!(engine(&path).is_ok());
+    let whole = fs::read(&path).unwrap();
+    for (len, expected) in [
+        (whole.len() - 40, ".weight: tensor needs"),
+        (100, "not a usable GGUF file"),
+        (0, "not a usable GGUF file"),
+    ] {
+        fs::write(&path, &whole[..len]).unwrap();
+        refused(&path, expected);
+    }
+    fs::write(&path, b"no model at all").unwrap();
+    refused(&path, "not a usable GGUF file");
+    fs::remove_file(&path).unwrap();
+    refused(&path, "cannot open the model");
+}
+
+#[test]
+fn a_head_of_its_own_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let logits = |tiny: &Tiny| {
+        let model = Model::open(&tiny.write(&folder)).unwrap();
+        let pool = PageAllocator::new(4, 4).unwrap();
+        let ends = model.ends().unwrap();
+        assert_eq!(ends.head.is_some(), tiny.tensors.contains_key("output.weight"));
+        let mut cpu = Cpu::new(&model.config, ends, model.layers(), &pool).unwrap();
+        let mut batch = Batch::new(&pool);
+        batch.push(Sequence::new(&pool)).unwrap();
+        batch.append([3]).unwrap();
+        cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &[0, 2] }).unwrap();
+        cpu.logits().unwrap()
+    };
+    let mut tiny = Tiny::new();
+    let tied = logits(&tiny);
+    assert!(tied.len() == 64 && tied.iter().any(|logit| logit.abs() > 1e-3));
+    tiny.tensors.insert("output.weight", vec![32, 64]);
+    let doubled: Vec<_> = tied.iter().map(|logit| logit * 2.0).collect();
+    assert_eq!(logits(&tiny), doubled);
 }

@@ -2,10 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use candle_core::quantized::{
-    gguf_file::{Content, Value},
-    tokenizer::TokenizerFromGguf,
-};
+use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};
 use tokenizers::{
     SplitDelimiterBehavior, Tokenizer,
     pre_tokenizers::{
@@ -17,7 +14,7 @@ use tokenizers::{
     },
 };
 
-use crate::Result;
+use crate::{Result, model::plain};
 
 /// Where Llama 3's tokenizer splits text: contractions, words, up to three
 /// digits, punctuation, line ends, spaces.
@@ -46,9 +43,10 @@ impl Text {
         if model != "gpt2" {
             return Err(format!("its tokenizer is `{model}`; expected byte-level BPE, `gpt2`").into());
         }
-        let mut tokenizer = Tokenizer::from_gguf(content).map_err(|e| format!("its tokenizer: {e}"))?;
+        let mut tokenizer =
+            Tokenizer::from_gguf(content).map_err(|e| format!("its tokenizer: {}", plain(e)))?;
         // The file names how text is split before merges apply.
-        let split: [PreTokenizerWrapper; 2] = match string("ggml.pre").map_or("gpt-2", String::as_str) {
+        let split: [PreTokenizerWrapper; 2] = match string("ggml.pre").map_or("default", String::as_str) {
             "smollm" => [Digits::new(true).into(), ByteLevel::new(false, true, true).into()],
             "llama-bpe" | "llama3" => {
                 let pattern = SplitPattern::Regex(LLAMA3_SPLIT.into());
@@ -64,7 +62,7 @@ impl Text {
         tokenizer.with_pre_tokenizer(Some(Sequence::new(split.into())));
         tokenizer.with_decoder(Some(ByteLevel::default()));
         let ends = ["ggml.eos_token_id", "ggml.eot_token_id"].into_iter();
-        let ends = ends.filter_map(|key| metadata(key)).filter_map(|id| Value::to_u32(id).ok());
+        let ends = ends.filter_map(|key| metadata(key)).filter_map(|id| id.to_u32().ok());
         let template = string("chat_template").map_or("", String::as_str);
         let system = template.split_once(SYSTEM).and_then(|(_, rest)| rest.split_once("<|im_end|>"));
         Ok(Self {
@@ -124,6 +122,6 @@ impl Stream<'_> {
 
     /// The rest, with a mark for what is no text.
     pub fn finish(self) -> Result<String> {
-        Ok(self.text.tokenizer.decode(&self.pending, true)?)
+        self.text.tokenizer.decode(&self.pending, true)
     }
 }
