@@ -341,3 +341,33 @@ fn a_head_of_its_own_is_used() {
     let doubled: Vec<_> = tied.iter().map(|logit| logit * 2.0).collect();
     assert_eq!(logits(&tiny), doubled);
 }
+
+#[test]
+fn other_tokenizers_are_refused_or_split_as_they_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let strings = |all: &[&str]| Value::Array(all.iter().map(|s| Value::String((*s).into())).collect());
+    let mut tiny = Tiny::new();
+    let mut read = |key: &'static str, value: Value| {
+        tiny.metadata.insert(key, value);
+        let content = Model::open(&tiny.write(&folder)).unwrap().content;
+        Text::from_gguf(&content).map_err(|e| e.to_string())
+    };
+    let refused = |text: std::result::Result<Text, String>, expected: &str| {
+        let problem = text.err().expect("no tokenizer");
+        assert!(problem.contains(expected), "{expected:?} is not in: {problem}");
+    };
+    refused(read("tokenizer.ggml.pre", Value::String("chaotic".into())), "has no tokenizer");
+    refused(read("tokenizer.ggml.model", Value::String("llama".into())), "`llama`; expected byte-level BPE");
+    refused(read("tokenizer.ggml.model", Value::String("gpt2".into())), "tokenizer.ggml.tokens");
+    refused(
+        read("tokenizer.ggml.tokens", strings(&["1", "2", "3", "4", "12", "123", "a", "Ġ", "Ġa"])),
+        "tokenizer.ggml.merges",
+    );
+    refused(read("tokenizer.ggml.merges", strings(&["1 2", "12 3", "Ġ a"])), "splits text as `chaotic`");
+    // The one joins up to three digits, the other none.
+    for (pre, expected) in [("llama-bpe", [5, 3, 8].as_slice()), ("smollm", [0, 1, 2, 3, 8].as_slice())] {
+        let text = read("tokenizer.ggml.pre", Value::String(pre.into())).unwrap();
+        assert_eq!(text.encode("1234 a").unwrap(), expected, "{pre}");
+        assert!(text.encode_chat(None, "a").unwrap_err().to_string().contains("--raw"));
+    }
+}

@@ -62,7 +62,7 @@ impl Text {
         tokenizer.with_pre_tokenizer(Some(Sequence::new(split.into())));
         tokenizer.with_decoder(Some(ByteLevel::default()));
         let ends = ["ggml.eos_token_id", "ggml.eot_token_id"].into_iter();
-        let ends = ends.filter_map(|key| metadata(key)).filter_map(|id| id.to_u32().ok());
+        let ends = ends.filter_map(metadata).filter_map(|id| id.to_u32().ok());
         let template = string("chat_template").map_or("", String::as_str);
         let system = template.split_once(SYSTEM).and_then(|(_, rest)| rest.split_once("<|im_end|>"));
         Ok(Self {
