@@ -220,11 +220,16 @@ fn the_pinned_registry_packages_are_what_their_pins_say() {
     config.offline = false;
     config.fetch_options = Default::default();
     let store = Store::open(config).unwrap();
-    for member in [Member::TvmFfi, Member::TvmFfiTesting, Member::CudaRuntime] {
+    for (member, magic) in [
+        (Member::TvmFfi, b"\x7fELF"),
+        (Member::TvmFfiTesting, b"\x7fELF"),
+        (Member::CudaRuntime, b"\x7fELF"),
+        (Member::SmolLm2, b"GGUF"),
+    ] {
         match store.locate(&member, Fetch::Allowed) {
             Ok(located) => {
                 println!("{member}: {}", located.source);
-                assert!(fs::read(&located.path).unwrap().starts_with(b"\x7fELF"));
+                assert!(fs::read(&located.path).unwrap().starts_with(magic));
                 assert!(located.path.ends_with(member.file_name()));
             }
             Err(ArtifactError::NotFound { tried, .. }) => {

@@ -298,7 +298,7 @@ impl Chosen {
         };
         let store = Store::open(config)?;
         let pins = &store.config().pins;
-        let pinned = Package::ALL.into_iter().filter_map(|p| pins.get(p).ok());
+        let pinned = Package::KERNELS.into_iter().filter_map(|p| pins.get(p).ok());
         let pinned = pinned.map(|pin| store.cache_dir().join("wheels").join(&pin.file));
         outcome.inputs.extend(pinned.filter(|wheel| wheel.is_file()));
         Ok(Chosen {

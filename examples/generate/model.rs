@@ -1,0 +1,222 @@
+//! A GGUF file of the llama architecture: its configuration, and its weights
+//! one layer at a time.
+//!
+//! Weights are dequantized to `f32` as they are read, in the shape in which
+//! both backends multiply: `[out, in]`, with the projections of queries, keys
+//! and values in one matrix, and those of gate and up. A backend takes each
+//! layer as it comes and keeps it in its own form, so that no more than one
+//! layer is held twice.
+
+use std::{
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{
+    DType, Device, Tensor,
+    quantized::gguf_file::{Content, Value},
+};
+use flashinfer_rs::{attention::Heads, kv::KvShape, page::KvLayout};
+
+use crate::Result;
+
+/// The head dimensions that FlashInfer's attention kernels are compiled for.
+const HEAD_DIMS: [usize; 3] = [64, 128, 256];
+
+/// The sizes of a model.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub num_layers: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub vocab_size: usize,
+    pub heads: Heads,
+    pub head_dim: usize,
+    /// The most tokens that the model was trained for.
+    pub context_length: usize,
+    pub rms_eps: f64,
+    /// The base of the rotary embedding, which turns neighbouring elements:
+    /// GGUF files hold the rows of Q and K in that order.
+    pub rope_theta: f64,
+}
+
+/// The weights of one layer. Matrices are `[out, in]`, all `f32`.
+#[derive(Clone)]
+pub struct Layer {
+    pub attention_norm: Vec<f32>,
+    /// Rows for queries, then keys, then values.
+    pub qkv: Tensor,
+    pub attention_output: Tensor,
+    pub mlp_norm: Vec<f32>,
+    /// Rows for the gate, then for up.
+    pub gate_up: Tensor,
+    pub down: Tensor,
+}
+
+/// What comes before the first layer and after the last.
+#[derive(Clone)]
+pub struct Ends {
+    /// `[vocab_size, hidden_size]`.
+    pub embedding: Tensor,
+    pub norm: Vec<f32>,
+    /// `[vocab_size, hidden_size]`; `None` if it is the embedding.
+    pub head: Option<Tensor>,
+}
+
+/// An open file.
+pub struct Model {
+    path: PathBuf,
+    file: File,
+    pub content: Content,
+    pub config: Config,
+}
+
+impl Model {
+    /// Reads everything but the tensors.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| format!("cannot open the model {}: {e}", path.display()))?;
+        let content = Content::read(&mut BufReader::new(&file))
+            .map_err(|e| format!("{} is not a usable GGUF file: {}", path.display(), plain(e)))?;
+        let config = Config::read(&content)
+            .map_err(|e| format!("{} is not a model that this program runs: {e}", path.display()))?;
+        Ok(Self { path: path.into(), file, content, config })
+    }
+
+    /// The embedding, the last norm and the output head.
+    pub fn ends(&self) -> Result<Ends> {
+        let Config { vocab_size, hidden_size, .. } = self.config;
+        let tied = !self.content.tensor_infos.contains_key("output.weight");
+        let head = (!tied).then(|| self.tensor("output", &[vocab_size, hidden_size]));
+        Ok(Ends {
+            embedding: self.tensor("token_embd", &[vocab_size, hidden_size])?,
+            norm: self.vector("output_norm")?,
+            head: head.transpose()?,
+        })
+    }
+
+    /// The layers, each read when its turn comes.
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = Result<Layer>> {
+        (0..self.config.num_layers).map(|index| self.layer(index))
+    }
+
+    fn layer(&self, index: usize) -> Result<Layer> {
+        let Config { hidden_size: hidden, intermediate_size: inner, heads, head_dim, .. } = self.config;
+        let matrix = |name: &str, out, input| self.tensor(&format!("blk.{index}.{name}"), &[out, input]);
+        let (qo, kv) = (heads.num_qo_heads * head_dim, heads.num_kv_heads * head_dim);
+        let (q, k, v) =
+            (matrix("attn_q", qo, hidden)?, matrix("attn_k", kv, hidden)?, matrix("attn_v", kv, hidden)?);
+        let (gate, up) = (matrix("ffn_gate", inner, hidden)?, matrix("ffn_up", inner, hidden)?);
+        Ok(Layer {
+            attention_norm: self.vector(&format!("blk.{index}.attn_norm"))?,
+            qkv: Tensor::cat(&[q, k, v], 0)?,
+            attention_output: matrix("attn_output", hidden, qo)?,
+            mlp_norm: self.vector(&format!("blk.{index}.ffn_norm"))?,
+            gate_up: Tensor::cat(&[gate, up], 0)?,
+            down: matrix("ffn_down", hidden, inner)?,
+        })
+    }
+
+    /// The weight of a norm.
+    fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.tensor(name, &[self.config.hidden_size])?.to_vec1()?)
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let name = format!("{name}.weight");
+        let broken = |problem: String| format!("{}: tensor {name}: {problem}", self.path.display());
+        let info = self.content.tensor_infos.get(&name).ok_or_else(|| broken("it is missing".into()))?;
+        if info.shape.dims() != shape {
+            return Err(broken(format!("its shape is {:?}; expected {shape:?}", info.shape.dims())).into());
+        }
+        let read = || self.content.tensor(&mut &self.file, &name, &Device::Cpu)?.dequantize(&Device::Cpu);
+        let tensor = read().and_then(|tensor| tensor.to_dtype(DType::F32));
+        Ok(tensor.map_err(|e| broken(plain(e)))?)
+    }
+}
+
+/// An error of candle without the backtrace that it may carry.
+pub fn plain(error: candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => plain(*inner),
+        error => error.to_string(),
+    }
+}
+
+impl Config {
+    /// What the model keeps for each token.
+    pub fn kv_shape(&self, dtype: flashinfer_rs::DType, layout: KvLayout) -> KvShape {
+        KvShape {
+            num_layers: self.num_layers,
+            num_kv_heads: self.heads.num_kv_heads,
+            head_dim: self.head_dim,
+            dtype,
+            layout,
+        }
+    }
+
+    fn read(content: &Content) -> Result<Self> {
+        let architecture = content.metadata.get("general.architecture").map(Value::to_string);
+        match architecture {
+            Some(Ok(name)) if name == "llama" => {}
+            Some(Ok(name)) => return Err(format!("its architecture is {name}; expected llama").into()),
+            _ => return Err("general.architecture is missing".into()),
+        }
+        let metadata = |key: &str| content.metadata.get(&format!("llama.{key}"));
+        let count = |key: &str| match metadata(key).map(Value::to_u64) {
+            None => Ok(None),
+            Some(Ok(value @ 1..=0xffff_ffff)) => Ok(Some(value as usize)),
+            Some(_) => Err(format!("llama.{key} is not a positive number: {:?}", metadata(key))),
+        };
+        let need = |key: &str| count(key)?.ok_or_else(|| format!("llama.{key} is missing"));
+        let real = |key: &str| match metadata(key).map(Value::to_f32) {
+            None => Ok(None),
+            Some(Ok(value)) if value.is_finite() && value > 0.0 => Ok(Some(f64::from(value))),
+            Some(_) => Err(format!("llama.{key} is not a positive number: {:?}", metadata(key))),
+        };
+
+        let hidden_size = need("embedding_length")?;
+        let num_qo_heads = need("attention.head_count")?;
+        let num_kv_heads = count("attention.head_count_kv")?.unwrap_or(num_qo_heads);
+        let heads = Heads { num_qo_heads, num_kv_heads };
+        if heads.group_size().is_none() {
+            return Err(format!("{num_qo_heads} query heads cannot share {num_kv_heads} KV heads").into());
+        }
+        let head_dim = count("attention.key_length")?.unwrap_or(hidden_size / num_qo_heads);
+        if !HEAD_DIMS.contains(&head_dim) {
+            return Err(format!("its heads have {head_dim} dimensions; expected one of {HEAD_DIMS:?}").into());
+        }
+        for key in ["attention.value_length", "rope.dimension_count"] {
+            if count(key)?.is_some_and(|value| value != head_dim) {
+                return Err(format!("llama.{key} is not the head dimension, {head_dim}").into());
+            }
+        }
+        // What other files of this architecture may ask for.
+        let scaling = metadata("rope.scaling.type").and_then(|value| value.to_string().ok());
+        let unusual = [
+            (metadata("expert_count").is_some_and(|n| n.to_u64().ok() != Some(0)), "experts"),
+            (scaling.is_some_and(|scaling| scaling != "none"), "scaled rotary embeddings"),
+            (content.tensor_infos.contains_key("rope_freqs.weight"), "scaled rotary embeddings"),
+            (content.tensor_infos.keys().any(|name| name.ends_with(".bias")), "biases"),
+        ];
+        if let Some((_, what)) = unusual.into_iter().find(|(present, _)| *present) {
+            return Err(format!("it has {what}, which this program does not support").into());
+        }
+        let embedding = content.tensor_infos.get("token_embd.weight").map(|info| info.shape.dims());
+        let Some(&[vocab_size, _]) = embedding else {
+            return Err("the tensor token_embd.weight is missing, or no matrix".into());
+        };
+        Ok(Self {
+            num_layers: need("block_count")?,
+            hidden_size,
+            intermediate_size: need("feed_forward_length")?,
+            vocab_size,
+            heads,
+            head_dim,
+            context_length: need("context_length")?,
+            rms_eps: real("attention.layer_norm_rms_epsilon")?
+                .ok_or("llama.attention.layer_norm_rms_epsilon is missing")?,
+            rope_theta: real("rope.freq_base")?.unwrap_or(1e4),
+        })
+    }
+}

@@ -1,0 +1,373 @@
+//! The pinned model says what it is known to say, and other files are refused
+//! or run as they should be.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use candle_core::{
+    Device, Tensor,
+    quantized::{
+        GgmlDType, QTensor,
+        gguf_file::{self, Value},
+    },
+};
+use flashinfer_rs::{
+    artifacts::ArtifactError,
+    kv::{Batch, Sequence},
+};
+
+use tempfile::TempDir;
+
+use crate::{
+    Fetch, Member, PageAllocator, Requests, Result, Store, StoreConfig, Text,
+    cpu::Cpu,
+    engine::{Engine, Step},
+    model::{Ends, Layer, Model},
+};
+
+/// Prompts and what greedy decoding adds to them.
+const CHAT: (&[u32], &[u32]) = (
+    &[
+        1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712,
+        8182, 2, 198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198,
+    ],
+    &[504, 3575, 282, 4649, 314, 7042, 30, 2],
+);
+const STORY: (&[u32], &[u32]) = (
+    &[6403, 1980, 253, 655],
+    &[
+        28, 260, 2240, 282, 23324, 27108, 436, 253, 15114, 39228, 28, 351, 25854, 41658, 284, 14055, 9018,
+        30, 1249, 347, 260, 929, 3514, 411, 28, 260, 2240, 2585, 288, 5946, 624, 2798,
+    ],
+);
+const CAPITAL: (&[u32], &[u32]) = (
+    &[504, 3575, 282, 4649, 314],
+    &[7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33],
+);
+
+struct Loaded {
+    model: Model,
+    text: Text,
+    ends: Ends,
+    layers: Vec<Layer>,
+}
+
+/// The pinned model, loaded once; `None`, after saying why, where it cannot be reached.
+fn loaded() -> Option<&'static Loaded> {
+    static LOADED: OnceLock<Option<Loaded>> = OnceLock::new();
+    let load = || {
+        let store = Store::open(StoreConfig::from_env().unwrap()).unwrap();
+        let path = match store.locate(&Member::SmolLm2, Fetch::Allowed) {
+            Ok(located) => located.path,
+            Err(error @ ArtifactError::NotFound { .. }) => {
+                eprintln!("skipped: the model is not at hand: {error}");
+                return None;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let model = Model::open(&path).unwrap();
+        let text = Text::from_gguf(&model.content).unwrap();
+        let (ends, layers) = (model.ends().unwrap(), model.layers().collect::<Result<_>>().unwrap());
+        Some(Loaded { model, text, ends, layers })
+    };
+    LOADED.get_or_init(load).as_ref()
+}
+
+impl Loaded {
+    fn cpu(&self, pool: &PageAllocator) -> Cpu {
+        let layers = self.layers.iter().cloned().map(Ok);
+        Cpu::new(&self.model.config, self.ends.clone(), layers, pool).unwrap()
+    }
+}
+
+#[test]
+fn the_tokenizer_gives_the_known_ids() {
+    let Some(Loaded { text, .. }) = loaded() else { return };
+    assert_eq!(text.encode_chat(None, "What is the capital of France?").unwrap(), CHAT.0);
+    assert_eq!(text.encode("Once upon a time").unwrap(), STORY.0);
+    assert_eq!(text.encode("The capital of France is").unwrap(), CAPITAL.0);
+    // Digits stand alone.
+    assert_eq!(text.encode("2013").unwrap(), [34, 32, 33, 35]);
+    assert_eq!(text.encode("").unwrap(), [0u32; 0]);
+    let other = text.encode_chat(Some("Be brief."), "Hi").unwrap();
+    assert_eq!((other[0], other.last()), (1, Some(&198)));
+    assert!(text.is_end(2) && !text.is_end(1));
+}
+
+#[test]
+fn text_comes_back_at_character_boundaries() {
+    let Some(Loaded { text, .. }) = loaded() else { return };
+    for whole in ["The capital of France is Paris.", "naïve — 東京 🦀🧪 é", " two  spaces\n\tand a tab"]
+    {
+        let ids = text.encode(whole).unwrap();
+        let mut stream = text.stream();
+        let mut pieces: Vec<_> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+        pieces.push(stream.finish().unwrap());
+        assert_eq!(pieces.concat(), whole);
+        assert!(!pieces.concat().contains(char::REPLACEMENT_CHARACTER));
+    }
+    // Half a character at the end is told, and special tokens are no text.
+    let crab = text.encode("🦀").unwrap();
+    assert!(crab.len() > 1);
+    let mut stream = text.stream();
+    assert_eq!(stream.push(crab[0]).unwrap(), "");
+    assert_eq!(stream.finish().unwrap(), "\u{fffd}");
+    assert_eq!(text.stream().push(2).unwrap(), "");
+}
+
+#[test]
+fn greedy_decoding_gives_the_known_ids() {
+    let Some(loaded) = loaded() else { return };
+    let pool = PageAllocator::new(8, 16).unwrap();
+    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
+    for (prompt, expected) in [CHAT, STORY, CAPITAL] {
+        requests.push(prompt.into()).unwrap();
+        while requests.all()[0].answer().len() < expected.len() {
+            requests.step(&mut cpu, 64).unwrap();
+        }
+        assert_eq!(requests.remove(0).unwrap().answer(), expected);
+    }
+    assert_eq!(pool.used_pages(), 0);
+}
+
+#[test]
+fn a_mixed_batch_gives_the_same_ids() {
+    let Some(loaded) = loaded() else { return };
+    // Pages of 5 tokens, so that chunks and pages end in different places.
+    let pool = PageAllocator::new(26, 5).unwrap();
+    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
+    let (mut steps, mut mixed, mut ended) = (0, 0, 0);
+    while ended < 3 {
+        // The first decodes while the second prompt is read, 7 tokens in a step.
+        let joining = match steps {
+            0 => Some(STORY),
+            2 => Some(CHAT),
+            4 => Some(CAPITAL),
+            _ => None,
+        };
+        if let Some((prompt, _)) = joining {
+            requests.push(prompt.into()).unwrap();
+        }
+        let reading = requests.all().iter().filter(|request| request.answer().is_empty()).count();
+        mixed += usize::from((1..requests.all().len()).contains(&reading));
+        requests.step(&mut cpu, 7).unwrap();
+        steps += 1;
+        for index in (0..requests.all().len()).rev() {
+            let request = &requests.all()[index];
+            let case = [CHAT, STORY, CAPITAL].into_iter().find(|case| case.0 == request.prompt());
+            let (_, expected) = case.expect("one of the three prompts");
+            if request.answer().len() == expected.len() {
+                assert_eq!(requests.remove(index).unwrap().answer(), expected);
+                ended += 1;
+            }
+        }
+    }
+    assert!(mixed >= 5, "{mixed} of {steps} steps were mixed");
+    assert_eq!(pool.used_pages(), 0);
+}
+
+#[test]
+fn logits_of_several_tokens_are_those_of_single_steps() {
+    let Some(loaded) = loaded() else { return };
+    let pool = PageAllocator::new(8, 4).unwrap();
+    let (mut cpu, tokens) = (loaded.cpu(&pool), CAPITAL.0);
+    let mut batch = Batch::new(&pool);
+    let mut compute = |tokens: &[u32], outputs: &[usize], batch: &mut Batch| {
+        batch.append([tokens.len()]).unwrap();
+        cpu.step(&Step { batch, tokens, outputs }).unwrap();
+        (cpu.logits().unwrap(), cpu.greedy().unwrap())
+    };
+    batch.push(Sequence::new(&pool)).unwrap();
+    let mut singles = Vec::new();
+    for token in tokens.chunks(1) {
+        singles.extend(compute(token, &[0], &mut batch).0);
+    }
+    batch.truncate(0, 0).unwrap();
+    // A step that wants no logits, and one like a draft of two tokens.
+    assert_eq!(compute(&tokens[..2], &[], &mut batch), (vec![], vec![]));
+    let (together, greedy) = compute(&tokens[2..], &[0, 1, 2], &mut batch);
+    let vocab = loaded.model.config.vocab_size;
+    assert_eq!(together.len(), 3 * vocab);
+    for (a, b) in together.iter().zip(&singles[2 * vocab..]) {
+        assert!((a - b).abs() < 1e-3, "{a} and {b}");
+    }
+    assert_eq!(greedy[2], CAPITAL.1[0]);
+}
+
+#[test]
+fn prompts_that_do_not_fit_are_refused() {
+    let pool = PageAllocator::new(2, 4).unwrap();
+    let mut requests = Requests::new(&pool);
+    let text = requests.push(vec![0; 8]).unwrap_err().to_string();
+    assert!(text.contains("8 tokens") && text.contains("--cache-tokens"), "{text}");
+    assert!(requests.push(Vec::new()).unwrap_err().to_string().contains("empty"));
+    requests.push(vec![0; 7]).unwrap();
+    assert!(requests.has_room(0));
+}
+
+/// A small file, of this metadata and tensors of these shapes.
+struct Tiny {
+    metadata: BTreeMap<&'static str, Value>,
+    tensors: BTreeMap<&'static str, Vec<usize>>,
+}
+
+impl Tiny {
+    /// A model of one layer and one head of 64.
+    fn new() -> Self {
+        let metadata = [
+            ("general.architecture", Value::String("llama".into())),
+            ("llama.block_count", Value::U32(1)),
+            ("llama.context_length", Value::U32(64)),
+            ("llama.embedding_length", Value::U32(64)),
+            ("llama.feed_forward_length", Value::U32(96)),
+            ("llama.attention.head_count", Value::U32(1)),
+            ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ];
+        let tensors = [
+            ("token_embd.weight", vec![32, 64]),
+            ("output_norm.weight", vec![64]),
+            ("blk.0.attn_norm.weight", vec![64]),
+            ("blk.0.attn_q.weight", vec![64, 64]),
+            ("blk.0.attn_k.weight", vec![64, 64]),
+            ("blk.0.attn_v.weight", vec![64, 64]),
+            ("blk.0.attn_output.weight", vec![64, 64]),
+            ("blk.0.ffn_norm.weight", vec![64]),
+            ("blk.0.ffn_gate.weight", vec![96, 64]),
+            ("blk.0.ffn_up.weight", vec![96, 64]),
+            ("blk.0.ffn_down.weight", vec![64, 96]),
+        ];
+        Self { metadata: metadata.into(), tensors: tensors.into() }
+    }
+
+    /// The file; elements are a fixed function of their place, twice that in an output head.
+    fn write(&self, folder: &TempDir) -> PathBuf {
+        let tensor = |name: &str, shape: &[usize]| {
+            let scale = if name == "output.weight" { 0.5 } else { 0.25 };
+            let count: usize = shape.iter().product();
+            let values: Vec<_> = (0..count).map(|at| (at as f32 * 0.7).sin() * scale).collect();
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+            QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
+        };
+        let tensors: Vec<_> = self.tensors.iter().map(|(name, shape)| (*name, tensor(name, shape))).collect();
+        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (*key, value)).collect();
+        let path = folder.path().join("tiny.gguf");
+        let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        gguf_file::write(&mut File::create(&path).unwrap(), &metadata, &tensors).unwrap();
+        path
+    }
+}
+
+/// The engine for a file, or why there is none.
+fn engine(path: &Path) -> Result<Cpu> {
+    let model = Model::open(path)?;
+    let pool = PageAllocator::new(4, 4)?;
+    Cpu::new(&model.config, model.ends()?, model.layers(), &pool)
+}
+
+#[test]
+fn files_that_cannot_be_run_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |path: &Path, expected: &str| {
+        let text = engine(path).err().expect("no engine").to_string();
+        assert!(text.contains(expected), "{expected:?} is not in: {text}");
+        assert!(text.contains(path.to_str().unwrap()), "{text}");
+    };
+    for (key, value, expected) in [
+        ("general.architecture", Value::String("gpt2".into()), "its architecture is gpt2; expected llama"),
+        ("llama.attention.head_count", Value::U32(2), "32 dimensions; expected one of [64, 128, 256]"),
+        ("llama.attention.head_count_kv", Value::U32(3), "cannot share 3 KV heads"),
+        ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
+        ("llama.rope.dimension_count", Value::U32(32), "dimension_count is not the head dimension"),
+        ("llama.expert_count", Value::U32(8), "experts"),
+        ("llama.rope.scaling.type", Value::String("yarn".into()), "scaled rotary embeddings"),
+        ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
+        ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
+    ] {
+        let mut tiny = Tiny::new();
+        tiny.metadata.insert(key, value);
+        refused(&tiny.write(&folder), expected);
+    }
+    for (name, expected) in
+        [("blk.0.attn_q.bias", "biases"), ("rope_freqs.weight", "scaled rotary embeddings")]
+    {
+        let mut tiny = Tiny::new();
+        tiny.tensors.insert(name, vec![64]);
+        refused(&tiny.write(&folder), expected);
+    }
+    let mut tiny = Tiny::new();
+    tiny.metadata.remove("llama.context_length");
+    refused(&tiny.write(&folder), "llama.context_length is missing");
+
+    let path = Tiny::new().write(&folder);
+    assert!(engine(&path).is_ok());
+    let whole = fs::read(&path).unwrap();
+    for (len, expected) in [
+        (whole.len() - 40, ".weight: tensor needs"),
+        (100, "not a usable GGUF file"),
+        (0, "not a usable GGUF file"),
+    ] {
+        fs::write(&path, &whole[..len]).unwrap();
+        refused(&path, expected);
+    }
+    fs::write(&path, b"no model at all").unwrap();
+    refused(&path, "not a usable GGUF file");
+    fs::remove_file(&path).unwrap();
+    refused(&path, "cannot open the model");
+}
+
+#[test]
+fn a_head_of_its_own_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let logits = |tiny: &Tiny| {
+        let model = Model::open(&tiny.write(&folder)).unwrap();
+        let pool = PageAllocator::new(4, 4).unwrap();
+        let ends = model.ends().unwrap();
+        assert_eq!(ends.head.is_some(), tiny.tensors.contains_key("output.weight"));
+        let mut cpu = Cpu::new(&model.config, ends, model.layers(), &pool).unwrap();
+        let mut batch = Batch::new(&pool);
+        batch.push(Sequence::new(&pool)).unwrap();
+        batch.append([3]).unwrap();
+        cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &[0, 2] }).unwrap();
+        cpu.logits().unwrap()
+    };
+    let mut tiny = Tiny::new();
+    let tied = logits(&tiny);
+    assert!(tied.len() == 64 && tied.iter().any(|logit| logit.abs() > 1e-3));
+    tiny.tensors.insert("output.weight", vec![32, 64]);
+    let doubled: Vec<_> = tied.iter().map(|logit| logit * 2.0).collect();
+    assert_eq!(logits(&tiny), doubled);
+}
+
+#[test]
+fn other_tokenizers_are_refused_or_split_as_they_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let strings = |all: &[&str]| Value::Array(all.iter().map(|s| Value::String((*s).into())).collect());
+    let mut tiny = Tiny::new();
+    let mut read = |key: &'static str, value: Value| {
+        tiny.metadata.insert(key, value);
+        let content = Model::open(&tiny.write(&folder)).unwrap().content;
+        Text::from_gguf(&content).map_err(|e| e.to_string())
+    };
+    let refused = |text: std::result::Result<Text, String>, expected: &str| {
+        let problem = text.err().expect("no tokenizer");
+        assert!(problem.contains(expected), "{expected:?} is not in: {problem}");
+    };
+    refused(read("tokenizer.ggml.pre", Value::String("chaotic".into())), "has no tokenizer");
+    refused(read("tokenizer.ggml.model", Value::String("llama".into())), "`llama`; expected byte-level BPE");
+    refused(read("tokenizer.ggml.model", Value::String("gpt2".into())), "tokenizer.ggml.tokens");
+    refused(
+        read("tokenizer.ggml.tokens", strings(&["1", "2", "3", "4", "12", "123", "a", "Ġ", "Ġa"])),
+        "tokenizer.ggml.merges",
+    );
+    refused(read("tokenizer.ggml.merges", strings(&["1 2", "12 3", "Ġ a"])), "splits text as `chaotic`");
+    // The one joins up to three digits, the other none.
+    for (pre, expected) in [("llama-bpe", [5, 3, 8].as_slice()), ("smollm", [0, 1, 2, 3, 8].as_slice())] {
+        let text = read("tokenizer.ggml.pre", Value::String(pre.into())).unwrap();
+        assert_eq!(text.encode("1234 a").unwrap(), expected, "{pre}");
+        assert!(text.encode_chat(None, "a").unwrap_err().to_string().contains("--raw"));
+    }
+}
