@@ -191,8 +191,8 @@ numbers! {
     f16, 1e-3, f16::NAN, f16::from_f64, f16::to_f64;
     bf16, 8e-3, bf16::NAN, bf16::from_f64, bf16::to_f64;
     f32, 1e-5, f32::NAN, |number| number as f32, f64::from;
-    F8E4M3, 7e-2, F8E4M3::from_bits(0x7f), F8E4M3::from_f64, |number: F8E4M3| number.to_f64();
-    F8E5M2, 1.4e-1, F8E5M2::from_bits(0x7f), F8E5M2::from_f64, |number: F8E5M2| number.to_f64();
+    F8E4M3, 7e-2, F8E4M3::from_bits(0x7f), F8E4M3::from_f64, |number: F8E4M3| F8E4M3::to_f64(&number);
+    F8E5M2, 1.4e-1, F8E5M2::from_bits(0x7f), F8E5M2::from_f64, |number: F8E5M2| F8E5M2::to_f64(&number);
 }
 
 /// What of a contiguous tensor a view shows: ranges of axes, then another
