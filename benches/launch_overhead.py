@@ -14,6 +14,7 @@ import flashinfer
 
 CALLS, REPETITIONS, WARM_UP = (int(argument) for argument in sys.argv[1:4])
 QO_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
+FFN, MAX_POSITION, VOCAB = 14336, 4096, 32000
 DECODE_CASES = [(1, 1024), (1, 32768), (64, 1024)]
 
 
@@ -41,6 +42,20 @@ def main():
         host_time("rmsnorm 1x4096", lambda: flashinfer.norm.rmsnorm(x, weight, 1e-6, out=out))
     except Exception as error:  # its default norm needs packages beyond the modules
         print(f"rmsnorm is not measured: {error}", file=sys.stderr)
+
+    gate_up, gated = zeros(1, 2 * FFN), zeros(1, FFN)
+    host_time("silu_and_mul", lambda: flashinfer.activation.silu_and_mul(gate_up, out=gated))
+    table = torch.zeros(MAX_POSITION, HEAD_DIM, device="cuda")
+    positions = torch.tensor([7], dtype=torch.int32, device="cuda")
+    q, k = zeros(1, QO_HEADS * HEAD_DIM), zeros(1, KV_HEADS * HEAD_DIM)
+    host_time(
+        "rope in place",
+        lambda: flashinfer.rope.apply_rope_with_cos_sin_cache_inplace(positions, q, k, HEAD_DIM, table),
+    )
+    probs = torch.full((1, VOCAB), 1 / VOCAB, device="cuda")
+    host_time(
+        "top_p_sampling", lambda: flashinfer.sampling.top_p_sampling_from_probs(probs, 0.9, seed=0, offset=0)
+    )
 
     scratch = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
     for batch, tokens in DECODE_CASES:

@@ -12,11 +12,15 @@ use std::{collections::BTreeMap, ffi::CString, path::Path, process::Command, syn
 
 use cudarc::driver::{CudaStream, result};
 use flashinfer_rs::{
-    AppendIndices, AppendTable, DType, FlashInferRuntime, ModuleName, PageIndices, PageTable, Stream,
+    AppendIndices, AppendTable, BoundedIndices, BoundedTable, DType, FlashInferRuntime, ModuleName,
+    PageIndices, PageTable, Stream,
+    activation::{self, ActivationOptions},
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     norm,
     page::{self, KvLayout, PagedKv, PagedKvMut},
+    rope::{self, CosSinCache, RopeFrequencies, RopeScaling, RopeTensors, Rotation},
+    sampling::{self, Samples, SamplingOptions},
 };
 use half::bf16;
 
@@ -31,6 +35,9 @@ const QO_HEADS: usize = 32;
 const KV_HEADS: usize = 8;
 const HEAD_DIM: usize = 128;
 const PAGE_SIZE: usize = 16;
+const FFN: usize = 14336;
+const MAX_POSITION: usize = 4096;
+const VOCAB: usize = 32000;
 /// Batch size and tokens per request of the decode cases.
 const DECODE_CASES: [(usize, usize); 3] = [(1, 1024), (1, 32768), (64, 1024)];
 
@@ -99,6 +106,47 @@ fn measure(cuda: &Arc<CudaStream>) -> Result<Vec<Row>> {
         let time =
             host_time(cuda, || Ok(norm::rmsnorm(&stream, &mut out.view_mut(), &input, &weight, &options)?))?;
         row("rmsnorm 1x4096".into(), time, Some(1));
+    }
+    {
+        let input = cuda.alloc_zeros::<bf16>(2 * FFN)?;
+        let mut out = cuda.alloc_zeros::<bf16>(FFN)?;
+        let input = input.tensor(cuda, &[1, 2 * FFN])?;
+        let mut out = out.tensor_mut(cuda, &[1, FFN])?;
+        let (input, options) = (input.view(), ActivationOptions::default());
+        let time = host_time(cuda, || {
+            Ok(activation::silu_and_mul(&stream, &mut out.view_mut(), &input, &options)?)
+        })?;
+        row("silu_and_mul".into(), time, Some(1));
+    }
+    {
+        let cache = CosSinCache::new(
+            &stream,
+            &RopeFrequencies::new(HEAD_DIM, 1e4, &RopeScaling::default())?,
+            MAX_POSITION,
+        )?;
+        let positions = BoundedTable::new(&stream, BoundedIndices::new(MAX_POSITION, vec![7])?)?;
+        let rotation = Rotation::new(cache.view()?, &positions);
+        let mut q = cuda.alloc_zeros::<bf16>(QO_HEADS * HEAD_DIM)?;
+        let mut k = cuda.alloc_zeros::<bf16>(KV_HEADS * HEAD_DIM)?;
+        let mut q = q.tensor_mut(cuda, &[1, QO_HEADS, HEAD_DIM])?;
+        let mut k = k.tensor_mut(cuda, &[1, KV_HEADS, HEAD_DIM])?;
+        let time = host_time(cuda, || {
+            let mut tensors = RopeTensors::InPlace { q: q.view_mut(), k: k.view_mut() };
+            Ok(rope::apply_rope_pos_ids_cos_sin_cache(&stream, &mut tensors, &rotation)?)
+        })?;
+        row("rope in place".into(), time, Some(1));
+    }
+    {
+        let probs = cuda.clone_htod(&[1.0 / VOCAB as f32; VOCAB])?;
+        let (mut output, mut valid) = (cuda.alloc_zeros::<i32>(1)?, cuda.alloc_zeros::<u8>(1)?);
+        let probs = probs.tensor(cuda, &[1, VOCAB])?;
+        let (mut output, mut valid) = (output.tensor_mut(cuda, &[1])?, valid.tensor_mut(cuda, &[1])?);
+        let (probs, options) = (probs.view(), SamplingOptions::default());
+        let time = host_time(cuda, || {
+            let mut samples = Samples::new(output.view_mut(), valid.view_mut());
+            Ok(sampling::top_p_sampling_from_probs(&stream, &mut samples, &probs, 0.9.into(), &options)?)
+        })?;
+        row("top_p_sampling".into(), time, Some(1));
     }
 
     let heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
