@@ -4,7 +4,7 @@ mod common;
 #[path = "common/sampling.rs"]
 mod rows;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, refused};
+use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, TensorMut, TensorRef,
     cudarc::TensorExt,
@@ -381,6 +381,25 @@ fn rows_that_fill_shared_memory() {
             refused(call, "probs");
             out.assert_untouched(&gpu);
         }
+    }
+}
+
+/// An error that other code left in the thread is not taken for the launches'.
+#[test]
+fn errors_of_others() {
+    let Some(gpu) = Gpu::start() else { return };
+    let (rng, mut workspace) = (&mut Rng::new(), workspace(&gpu, 3, 4096));
+    for vocab in [1000, 4096] {
+        let probs = softmax_rows(&gpu, rng, [3, vocab], 1.0);
+        let mut renorm = || {
+            let out = run(&gpu, &probs, |out, probs| {
+                top_p_renorm_probs(&mut workspace, out, probs, 0.9.into(), true)
+            });
+            out.download(&gpu)
+        };
+        let first = renorm();
+        leave_cuda_error();
+        assert_same_bits("top_p_renorm_probs", &renorm(), &first);
     }
 }
 
