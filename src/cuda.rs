@@ -144,17 +144,25 @@ impl CudaRuntime {
         if code == 0 {
             return Ok(());
         }
-        self.forget_last_error();
+        self.last_error();
         // SAFETY: the function takes any code and returns a static string.
         let message = unsafe { CStr::from_ptr((self.error_string)(code)) };
         Err(FlashInferError::Cuda { call, code, message: message.to_string_lossy().into_owned() })
     }
 
-    /// The runtime remembers a failure until it is asked. Modules that ask after
-    /// a launch would take one that was reported already for theirs.
-    fn forget_last_error(&self) {
+    /// The last failure in this thread. The runtime remembers it until it is
+    /// asked, and modules that ask after a launch would take one that was
+    /// reported already for theirs. That of a kernel it never forgets.
+    fn last_error(&self) -> CudaError {
         // SAFETY: no arguments.
-        unsafe { (self.symbols.get_last_error)() };
+        unsafe { (self.symbols.get_last_error)() }
+    }
+
+    /// Forgets what an earlier call left in this thread, such as "not ready",
+    /// and reports what stays.
+    fn check_last_error(&self) -> Result<()> {
+        self.last_error();
+        self.check("an earlier launch", self.last_error())
     }
 
     fn integer(&self, call: &'static str, get: unsafe extern "C" fn(*mut c_int) -> CudaError) -> Result<i32> {
@@ -207,17 +215,12 @@ impl CudaRuntime {
         Ok(status != CAPTURE_NONE)
     }
 
-    /// Reports what failed on the device or in this thread so far and nobody
-    /// has asked about. For launchers that end the process over it.
+    /// Reports a failure of the stream's device, for launchers that end the
+    /// process over one, or never return, whoever caused it.
     pub(crate) fn check_healthy(&'static self, stream: &Stream) -> Result<()> {
         // Any call reports a failure of the device.
         self.is_capturing(stream)?;
-        // SAFETY: no arguments.
-        match unsafe { (self.symbols.get_last_error)() } {
-            // An event that was asked about had not come; it is no failure.
-            NOT_READY => Ok(()),
-            code => self.check("an earlier call of CUDA", code),
-        }
+        self.check_last_error()
     }
 
     /// Enqueues the writing of zeros.
@@ -273,16 +276,14 @@ impl CudaRuntime {
     /// Runs a launcher that learns of its launch from the last error of this
     /// thread, or that does not look at all.
     ///
-    /// What an earlier call left there, such as "not ready", is forgotten
-    /// first, so that the launcher does not take it for its own. If an error
-    /// stays, because a kernel failed, nothing is launched.
+    /// It finds no error of an earlier call to take for its own, and leaves
+    /// none of its own to a later one. After a kernel failed, nothing is
+    /// launched.
     pub(crate) fn watch_launch<T>(&self, launch: impl FnOnce() -> Result<T>) -> Result<T> {
-        // SAFETY: no arguments; asking makes the runtime forget what does not stay.
-        let last_error = || unsafe { (self.symbols.get_last_error)() };
-        last_error();
-        self.check("cudaGetLastError, before a launch", last_error())?;
-        let launched = launch()?;
-        self.check("cudaGetLastError, after a launch", last_error())?;
+        self.check_last_error()?;
+        let (launched, code) = (launch(), self.last_error());
+        let launched = launched?;
+        self.check("a launch", code)?;
         Ok(launched)
     }
 
@@ -546,7 +547,7 @@ impl Event {
         if code != NOT_READY {
             return self.runtime.check("cudaEventQuery", code);
         }
-        self.runtime.forget_last_error();
+        self.runtime.last_error();
         // SAFETY: the event is alive.
         let code = unsafe { (self.runtime.symbols.event_synchronize)(self.raw) };
         self.runtime.check("cudaEventSynchronize", code)

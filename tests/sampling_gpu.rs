@@ -517,34 +517,49 @@ fn graph_replay() {
     let (batch, vocab) = (64, 32000);
     let probs = rows::softmax_rows(&gpu, rng, [batch, vocab], 1.0);
     for filter in [
-        Filter::None,
-        Filter::TopK(1000.into()),
-        Filter::TopP(0.9.into()),
-        Filter::MinP(0.01.into()),
-        Filter::TopKTopP(1000.into(), 0.9.into()),
+        Some(Filter::None),
+        Some(Filter::TopK(1000.into())),
+        Some(Filter::TopP(0.9.into())),
+        Some(Filter::MinP(0.01.into())),
+        Some(Filter::TopKTopP(1000.into(), 0.9.into())),
+        None, // as logits
     ] {
-        let eager = |random| draw::<i32>(&gpu, &filter, &probs, batch, &options(random, None));
+        let call =
+            |samples: &mut Samples<'_>, rows: &TensorRef<'_>, options: &SamplingOptions<'_>| match &filter {
+                Some(filter) => sample(&gpu, samples, rows, filter, options),
+                None => sampling_from_logits(&gpu.stream, &mut samples.output, rows, options),
+            };
+        let eager = |random| {
+            let mut outputs = Outputs::<i32>::new(&gpu, batch);
+            let rows = probs.on(&gpu);
+            outputs.with(&gpu, |samples| call(samples, &rows.view(), &options(random, None))).unwrap();
+            drop(rows);
+            outputs.tokens(&gpu)
+        };
         eager(Philox::default()); // loads the kernel
         let mut random = Philox::new(rng.bits(), 0);
         let mut pair = gpu.cuda.clone_htod(&[random.seed, u64::MAX]).unwrap();
         let mut outputs = Outputs::<i32>::new(&gpu, batch);
-        let (graph, call) = {
+        let (graph, result) = {
             let (pair, probs) = (pair.tensor(&gpu.cuda, &[2]).unwrap(), probs.on(&gpu));
             let (pair, probs) = (pair.view(), probs.view());
             outputs.with(&gpu, |samples| {
                 let options = SamplingOptions::with_random(Random::Device(pair));
-                capture(&gpu, || sample(&gpu, samples, &probs, &filter, &options))
+                capture(&gpu, || call(samples, &probs, &options))
             })
         };
-        call.unwrap();
+        result.unwrap();
         let graph = graph.expect("a graph");
         assert_eq!(outputs.tokens(&gpu), vec![-7; batch], "captured is not run");
         let mut last = Vec::new();
         for _ in 0..3 {
-            let here = random.take(Draws::Filtered { rows: batch });
+            let here = random.take(match filter {
+                Some(_) => Draws::Filtered { rows: batch },
+                None => Draws::Logits { rows: batch, vocab },
+            });
             gpu.cuda.memcpy_htod(&[here.seed, here.offset], &mut pair).unwrap();
             graph.launch().unwrap();
-            let tokens = outputs.download(&gpu);
+            let tokens = outputs.tokens(&gpu);
             assert_eq!(tokens, eager(here), "{filter:?}");
             assert_ne!(tokens, last);
             last = tokens;
@@ -582,29 +597,46 @@ impl ChainCase {
         }
     }
 
-    /// Tokens, accepted and emitted numbers; the numbers are added to these.
-    fn run(&self, gpu: &Gpu, random: Philox, before: i32) -> [Vec<i32>; 3] {
+    /// Poisoned tokens, and these accepted and emitted numbers.
+    fn outputs(&self, gpu: &Gpu, before: i32) -> [CudaSlice<i32>; 3] {
         let [batch, drafts, _] = self.shape;
-        let sizes = [batch * (drafts + 1), batch, batch];
-        let mut outputs = [(sizes[0], -7), (sizes[1], before), (sizes[2], before)]
-            .map(|(len, number)| gpu.cuda.clone_htod(&vec![number; len]).unwrap());
-        {
-            let (draft, target) = (self.draft.on(gpu), self.target.on(gpu));
-            let [tokens, accepted, emitted] = &mut outputs;
-            let mut tokens = tokens.tensor_mut(&gpu.cuda, &[batch, drafts + 1]).unwrap();
-            let mut accepted = accepted.tensor_mut(&gpu.cuda, &[batch]).unwrap();
-            let mut emitted = emitted.tensor_mut(&gpu.cuda, &[batch]).unwrap();
-            let call = chain_speculative_sampling(
-                &gpu.stream,
-                &mut ChainSamples::new(tokens.view_mut(), accepted.view_mut(), emitted.view_mut()),
-                &ChainInput::new(draft.view(), &self.ids, target.view()),
-                &SamplingOptions::with_random(random),
-            );
-            call.unwrap();
-        }
-        let outputs = outputs.map(|output| gpu.cuda.clone_dtoh(&output).unwrap());
+        [(batch * (drafts + 1), -7), (batch, before), (batch, before)]
+            .map(|(len, number)| gpu.cuda.clone_htod(&vec![number; len]).unwrap())
+    }
+
+    fn with<R>(
+        &self,
+        gpu: &Gpu,
+        outputs: &mut [CudaSlice<i32>; 3],
+        work: impl FnOnce(&mut ChainSamples<'_>, &ChainInput<'_>) -> R,
+    ) -> R {
+        let [batch, drafts, _] = self.shape;
+        let (draft, target) = (self.draft.on(gpu), self.target.on(gpu));
+        let [tokens, accepted, emitted] = outputs;
+        let mut tokens = tokens.tensor_mut(&gpu.cuda, &[batch, drafts + 1]).unwrap();
+        let mut accepted = accepted.tensor_mut(&gpu.cuda, &[batch]).unwrap();
+        let mut emitted = emitted.tensor_mut(&gpu.cuda, &[batch]).unwrap();
+        work(
+            &mut ChainSamples::new(tokens.view_mut(), accepted.view_mut(), emitted.view_mut()),
+            &ChainInput::new(draft.view(), &self.ids, target.view()),
+        )
+    }
+
+    fn download(gpu: &Gpu, outputs: &[CudaSlice<i32>; 3]) -> [Vec<i32>; 3] {
+        let outputs = outputs.each_ref().map(|output| gpu.cuda.clone_dtoh(output).unwrap());
         gpu.synchronize();
         outputs
+    }
+
+    /// Tokens, accepted and emitted numbers; the numbers are added to these.
+    fn run(&self, gpu: &Gpu, random: Philox, before: i32) -> [Vec<i32>; 3] {
+        let mut outputs = self.outputs(gpu, before);
+        let options = SamplingOptions::with_random(random);
+        let call = self.with(gpu, &mut outputs, |samples, input| {
+            chain_speculative_sampling(&gpu.stream, samples, input, &options)
+        });
+        call.unwrap();
+        Self::download(gpu, &outputs)
     }
 }
 
@@ -672,6 +704,49 @@ fn chains_of_the_reference() {
         let same = same.count();
         eprintln!("{drafts} drafts of {vocab}: {same} of {batch} chains are the reference's");
         assert!(same >= batch - batch / 20 - 2, "{same} of {batch} chains are the reference's");
+    }
+}
+
+/// A captured chain takes other random numbers in each replay, and adds to the
+/// numbers of the replay before.
+#[test]
+fn graph_replay_of_chains() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    let (drafts, vocab, batch) = (3, 1023, 64);
+    let mut rows = |count| (0..count).map(|_| peaked(rng, vocab).0).collect::<Vec<_>>();
+    let (draft, mut target) = (rows(drafts), rows(drafts + 1));
+    for (target, draft) in target.iter_mut().zip(&draft) {
+        target.iter_mut().zip(draft).for_each(|(q, p)| *q = 0.3 * *q + 0.7 * p);
+    }
+    let case = ChainCase::new(&gpu, rng, batch, &draft, &target);
+    case.run(&gpu, Philox::default(), 0); // loads the kernel
+    let mut random = Philox::new(rng.bits(), 0);
+    let mut pair = gpu.cuda.clone_htod(&[random.seed, u64::MAX]).unwrap();
+    let mut outputs = case.outputs(&gpu, 0);
+    let (graph, result) = {
+        let pair = pair.tensor(&gpu.cuda, &[2]).unwrap();
+        let options = SamplingOptions::with_random(Random::Device(pair.view()));
+        case.with(&gpu, &mut outputs, |samples, input| {
+            capture(&gpu, || chain_speculative_sampling(&gpu.stream, samples, input, &options))
+        })
+    };
+    result.unwrap();
+    let graph = graph.expect("a graph");
+    let mut last = ChainCase::download(&gpu, &outputs);
+    assert!(last.concat().iter().all(|number| [-7, 0].contains(number)), "captured is not run");
+    for _ in 0..3 {
+        let here = random.take(Draws::Chain { rows: batch, drafts });
+        gpu.cuda.memcpy_htod(&[here.seed, here.offset], &mut pair).unwrap();
+        graph.launch().unwrap();
+        let [tokens, accepted, emitted] = ChainCase::download(&gpu, &outputs);
+        let [want, more_accepted, more_emitted] = case.run(&gpu, here, 0);
+        assert_eq!(tokens, want);
+        assert_ne!(tokens, last[0]);
+        let sum = |a: &[i32], b: &[i32]| a.iter().zip(b).map(|(a, b)| a + b).collect::<Vec<_>>();
+        assert_eq!(accepted, sum(&last[1], &more_accepted));
+        assert_eq!(emitted, sum(&last[2], &more_emitted));
+        last = [tokens, accepted, emitted];
     }
 }
 

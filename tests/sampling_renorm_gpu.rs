@@ -4,7 +4,7 @@ mod common;
 #[path = "common/sampling.rs"]
 mod rows;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, refused};
+use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, TensorMut, TensorRef,
     cudarc::TensorExt,
@@ -351,6 +351,56 @@ fn top_k_mask() {
     check::<f32>(&gpu, rng, &mut workspace);
     check::<f16>(&gpu, rng, &mut workspace);
     check::<bf16>(&gpu, rng, &mut workspace);
+}
+
+/// Rows whose parts fill the shared memory of blocks are masked; they are
+/// renormalized or refused, where sums would not fit beside, but the module
+/// does not fail. (On an H200 a part of a row has 57592 numbers at most.)
+#[test]
+fn rows_that_fill_shared_memory() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 1, 1);
+    let parts = [57200, 57463, 57464, 57468, 57512, 57548, 57556, 57560, 57588, 57592];
+    for vocab in parts.into_iter().chain([57593, 2 * 57464, 2 * 57580, 3 * 57592]) {
+        let probs = Tensor::new(&gpu, &[1, vocab], peaked(rng, vocab).0);
+        let masked = run(&gpu, &probs, |out, probs| top_k_mask_logits(&mut workspace, out, probs, 20.into()));
+        let expected = want(&probs, |out, probs| reference::top_k_mask_logits(out, probs, 20.into()));
+        let expected: Vec<f32> = expected.into_iter().map(|x| x as f32).collect();
+        assert_same_bits(&format!("mask of {vocab}"), &masked.download(&gpu), &expected);
+        let mut out = Tensor::<f32>::poisoned(&gpu, &[1, vocab]);
+        let call = {
+            let (mut out, probs) = (out.on_mut(&gpu), probs.on(&gpu));
+            top_k_renorm_probs(&mut workspace, &mut out.view_mut(), &probs.view(), 20.into())
+        };
+        if call.is_ok() {
+            let filter = Filter::TopK(20.into());
+            let expected = want(&probs, |out, probs| reference::filtered_probs(out, probs, &filter));
+            out.assert_close(&gpu, &format!("probabilities of {vocab}"), &expected, f32::BOUND);
+        } else {
+            refused(call, "probs");
+            out.assert_untouched(&gpu);
+        }
+    }
+}
+
+/// An error that other code left in the thread is not taken for the launches'.
+#[test]
+fn errors_of_others() {
+    let Some(gpu) = Gpu::start() else { return };
+    let (rng, mut workspace) = (&mut Rng::new(), workspace(&gpu, 3, 4096));
+    for vocab in [1000, 4096] {
+        let probs = softmax_rows(&gpu, rng, [3, vocab], 1.0);
+        let mut renorm = || {
+            let out = run(&gpu, &probs, |out, probs| {
+                top_p_renorm_probs(&mut workspace, out, probs, 0.9.into(), true)
+            });
+            out.download(&gpu)
+        };
+        let first = renorm();
+        leave_cuda_error();
+        assert_same_bits("top_p_renorm_probs", &renorm(), &first);
+    }
 }
 
 /// Two threads with vocabularies that need other amounts of shared memory.

@@ -5,7 +5,7 @@ mod common;
 
 use std::thread;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, refused};
+use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     FlashInferError, Result, SegmentIndices, SegmentTable,
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
@@ -322,6 +322,21 @@ fn threads() {
                 });
             }
         });
+    }
+}
+
+/// An error that other code left in the thread neither fails a run nor ends the
+/// process.
+#[test]
+fn errors_of_others() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for &backend in backends(&gpu) {
+        let mut gemm = gemm(&gpu, backend);
+        let mut problem = Problem::<f16, f16>::random(&gpu, rng, &Case::new(&[5, 30], 64, 48, true));
+        problem.check(&gpu, &mut gemm);
+        leave_cuda_error();
+        problem.check(&gpu, &mut gemm);
     }
 }
 

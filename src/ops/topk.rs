@@ -198,7 +198,9 @@ impl TopKOptions {
 /// each got some of the multiprocessors would wait for each other forever.
 pub struct RowStates {
     memory: DeviceBuffer,
-    max_row_bytes: i64,
+    multiprocessors: i32,
+    /// The most that a block can have.
+    shared_bytes: i64,
 }
 
 impl RowStates {
@@ -215,18 +217,16 @@ impl RowStates {
     /// multiprocessors of its GPU.
     ///
     /// # Errors
-    /// [`FlashInferError::Cuda`]: out of memory, no device, no driver; or the
-    /// runtime cannot be started.
+    /// [`FlashInferError::Cuda`]: out of memory, no device, no driver; the runtime
+    /// cannot be started; the stream is being captured.
     pub fn new(stream: &Stream) -> Result<Self> {
         stream.check_usable_here("RowStates")?;
         let cuda = FlashInferRuntime::get()?.cuda();
         let attribute = |attribute| cuda.attribute(stream.ordinal(), attribute);
         let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)?;
-        let shared = i64::from(attribute(DeviceAttribute::MaxSharedMemoryPerBlockOptin)?);
-        Ok(Self {
-            memory: DeviceBuffer::zeroed(cuda, stream, Self::bytes(multiprocessors))?,
-            max_row_bytes: i64::from(multiprocessors) * (shared - Self::RESERVED_SHARED_BYTES),
-        })
+        let shared_bytes = attribute(DeviceAttribute::MaxSharedMemoryPerBlockOptin)?.into();
+        let memory = DeviceBuffer::zeroed(cuda, stream, Self::bytes(multiprocessors))?;
+        Ok(Self { memory, multiprocessors, shared_bytes })
     }
 
     /// Rows share nothing unless they take two blocks or more; as many rows are
@@ -248,7 +248,12 @@ impl RowStates {
 
     /// The most bytes that a row of scores may have where blocks share it.
     pub(crate) fn max_row_bytes(&self) -> i64 {
-        self.max_row_bytes
+        i64::from(self.multiprocessors) * (self.shared_bytes - Self::RESERVED_SHARED_BYTES)
+    }
+
+    /// The most shared memory that a block can have on this GPU.
+    pub(crate) fn shared_bytes(&self) -> i64 {
+        self.shared_bytes
     }
 }
 
@@ -275,7 +280,7 @@ pub(crate) fn check_row_bytes(
         argument,
         format!(
             "rows of {len} elements are {bytes} bytes; the blocks of this GPU hold {max_row_bytes} at once; split \
-             them (selection with a tie break needs no such memory)"
+             them (radix_topk with a tie break needs no such memory)"
         ),
     )
 }

@@ -235,11 +235,9 @@ impl SegmentGemm {
             return Ok(());
         }
         let cuda = FlashInferRuntime::get()?.cuda();
-        let sm90 = self.backend == GemmBackend::Sm90;
-        if sm90 {
-            // Its launcher ends the process over any error, whoever caused it.
-            cuda.check_healthy(stream)?;
-        }
+        // The launchers take any error in this thread for their own; that of
+        // Sm90 ends the process over it.
+        cuda.check_healthy(stream)?;
         // SAFETY: the buffer has room for so many segments, and the table's
         // arrays have that many entries.
         unsafe { self.write_args(&sizes, count, [&input.x.raw, &input.weights.raw, &out.raw], segments) }?;
@@ -262,7 +260,7 @@ impl SegmentGemm {
         // through `&mut self`, by one product at a time; it has two tensor maps
         // for each multiprocessor. The GPU has the right compute capability,
         // checked when this was made.
-        if sm90 {
+        if self.backend == GemmBackend::Sm90 {
             let kernel = CutlassSm90 {
                 float_workspace_buffer: DlTensor::new(&scratch),
                 int_workspace_buffer: DlTensor::new(&scratch),

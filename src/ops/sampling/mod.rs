@@ -29,7 +29,7 @@
 //! - **Parameters** are one number for all requests, or one for each
 //!   ([`Parameter`]). Numbers are checked. Tensors are not, because the host
 //!   cannot see them; a `top_k` below 0 or beyond the vocabulary keeps
-//!   everything.
+//!   everything (of an `i64`, kernels take the lower 32 bits).
 //! - **Random numbers** are those of Philox, from a seed and an offset
 //!   ([`Random`]): the same two give the same tokens, so move the offset on
 //!   after each call ([`Philox::take`]), on the host or in device memory.

@@ -42,6 +42,13 @@ pub(super) const MIN_RADIX_VOCAB: i64 = 2048;
 /// The most rows that the radix kernels of top-p launch.
 const MAX_GRID_Y: i64 = 65535;
 
+/// What a block of radix top-k has in its shared memory before its part of a
+/// row: histograms.
+const HISTOGRAM_BYTES: i64 = 2080;
+/// What a block of `top_k_renorm_probs` has there besides, at most: two of
+/// CUB's `BlockReduce`. Its launcher does not count them.
+const SUM_BYTES: i64 = 512;
+
 /// Held during launches of kernels whose need of shared memory depends on the
 /// vocabulary. The module sets a kernel's limit, which is the process's, and
 /// then launches: two threads with other vocabularies would fail each other's
@@ -190,8 +197,14 @@ pub fn top_p_renorm_probs(
         is_deterministic: deterministic,
         workspace: DlTensor::new(&scratch),
     };
+    let runtime = FlashInferRuntime::get()?;
+    let (cuda, function) = (runtime.cuda(), TOP_P_RENORM.get(runtime)?);
+    // On a device that failed, the radix launcher would not learn how many
+    // blocks run at once, and might look for the best number of them forever.
+    cuda.check_healthy(stream)?;
+    // It does not ask whether its launches worked, either.
     // SAFETY: as in `softmax_of`; the launch has blocks for all rows.
-    unsafe { kernel.call(TOP_P_RENORM.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+    cuda.watch_launch(|| unsafe { kernel.call(function, stream) }).map(drop)
 }
 
 /// Keeps the `top_k` largest probabilities of each row, and all equal to the
@@ -203,14 +216,17 @@ pub fn top_p_renorm_probs(
 /// keeps nothing. No rows are nothing to do.
 ///
 /// # Errors
-/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once.
+/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once,
+/// or parts of it fill their shared memory, so that none is left to add them up:
+/// on an H200, where rows of `f32` have 57465 to 57592 elements, or twice, three
+/// times, … as many.
 pub fn top_k_renorm_probs(
     workspace: &mut Workspace,
     out: &mut TensorMut<'_>,
     probs: &TensorRef<'_>,
     top_k: Parameter<'_, u32>,
 ) -> Result<()> {
-    radix(&TOP_K_RENORM, "probs", workspace, &out.raw, &probs.raw, top_k)
+    radix((&TOP_K_RENORM, "probs", SUM_BYTES), workspace, &out.raw, &probs.raw, top_k)
 }
 
 /// Keeps the `top_k` largest logits of each row, and all equal to the smallest
@@ -221,19 +237,18 @@ pub fn top_k_renorm_probs(
 /// smallest kept, so does everything).
 ///
 /// # Errors
-/// As [`top_k_renorm_probs`].
+/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once.
 pub fn top_k_mask_logits(
     workspace: &mut Workspace,
     out: &mut TensorMut<'_>,
     logits: &TensorRef<'_>,
     top_k: Parameter<'_, u32>,
 ) -> Result<()> {
-    radix(&TOP_K_MASK_LOGITS, "logits", workspace, &out.raw, &logits.raw, top_k)
+    radix((&TOP_K_MASK_LOGITS, "logits", 0), workspace, &out.raw, &logits.raw, top_k)
 }
 
 fn radix(
-    function: &FixedFunction,
-    name: &'static str,
+    (function, name, sum_bytes): (&FixedFunction, &'static str, i64),
     workspace: &mut Workspace,
     out: &RawTensor,
     input: &RawTensor,
@@ -251,6 +266,17 @@ fn radix(
     }
     let runtime = FlashInferRuntime::get()?;
     check_row_bytes(&check, name, input, row_states.max_row_bytes())?;
+    let (shared, size) = (row_states.shared_bytes(), input.dtype.size() as i64);
+    let [_, part] = parts(vocab, size, shared);
+    if HISTOGRAM_BYTES + part * size + sum_bytes > shared {
+        return check.fail(
+            name,
+            format!(
+                "rows of {vocab} elements in parts of {part} leave none of a block's {shared} bytes of shared memory \
+                 to add them up; lengthen rows by zeros, or use top_k_mask_logits before softmax"
+            ),
+        );
+    }
     let row_states = row_states.as_bytes()?;
     let kernel = TopKRenorm {
         input: DlTensor::new(input),
@@ -268,44 +294,65 @@ fn radix(
     unsafe { kernel.call(function, stream) }.map(drop)
 }
 
+/// How many blocks share a row, whose elements have this size, and the most
+/// elements that one of them holds in its shared memory, as the launchers of
+/// radix top-k divide it.
+fn parts(vocab: i64, size: i64, shared: i64) -> [i64; 2] {
+    const THREADS: i64 = 1024;
+    let vector = 1 << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros());
+    let most = ((shared - HISTOGRAM_BYTES).max(0) / size / vector * vector).max(vector * THREADS);
+    let blocks = vocab.unsigned_abs().div_ceil(most as u64);
+    let part = vocab.unsigned_abs().div_ceil(blocks).next_multiple_of(vector as u64);
+    [blocks as i64, (part as i64).min(most)]
+}
+
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::ops::sampling::MAX_VOCAB;
 
-    /// Each block holds its part of a row in shared memory, beside histograms.
-    fn blocks_per_row(vocab: i64, size: i64, shared_memory: i64) -> i64 {
-        const HISTOGRAMS: i64 = 2080;
-        const THREADS: i64 = 1024;
-        let vector = 1 << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros());
-        let part = (shared_memory - HISTOGRAMS).max(0) / size / vector * vector;
-        vocab.div_euclid(part.max(vector * THREADS)) + i64::from(vocab % part.max(vector * THREADS) != 0)
-    }
+    /// An H200's.
+    const SHARED: i64 = 227 << 10;
 
     #[test]
     fn blocks_of_a_row_are_the_launchers() {
-        // An H200 has 227 KiB of shared memory: 57592 numbers of 4 bytes.
-        let h200 = 232_448;
-        assert_eq!(blocks_per_row(57592, 4, h200), 1);
-        assert_eq!(blocks_per_row(57593, 4, h200), 2);
-        assert_eq!(blocks_per_row(128256, 4, h200), 3);
-        assert_eq!(blocks_per_row(128256, 2, h200), 2);
-        assert_eq!(blocks_per_row(256000, 4, h200), 5);
-        assert_eq!(blocks_per_row(MAX_VOCAB, 4, h200), 146);
+        // 57592 numbers of 4 bytes fit.
+        for (vocab, size, expected) in [
+            (57592, 4, [1, 57592]),
+            (57593, 4, [2, 28797]),
+            (128256, 4, [3, 42752]),
+            (128256, 2, [2, 64128]),
+            (256000, 4, [5, 51200]),
+            (7, 2, [1, 7]),
+        ] {
+            assert_eq!(parts(vocab, size, SHARED), expected, "{vocab} of {size} bytes");
+        }
         // However little there is, a block takes a vector for each thread.
-        assert_eq!(blocks_per_row(8192, 4, 0), 2);
+        assert_eq!(parts(8192, 4, 0), [2, 4096]);
+    }
+
+    /// Rows that are let through fit an H200's 132 multiprocessors, a block on
+    /// each, beside the 16 KiB that `RowStates` leaves free.
+    #[test]
+    fn blocks_of_a_row_run_at_once() {
+        for size in [2, 4] {
+            let longest = MAX_VOCAB.min(132 * (SHARED - (16 << 10)) / size);
+            for vocab in (longest - 20_000..=longest).step_by(7).chain([longest, 1 << 22]) {
+                let [blocks, part] = parts(vocab, size, SHARED);
+                assert!(blocks <= 132 && HISTOGRAM_BYTES + part * size <= SHARED, "{vocab} of {size} bytes");
+            }
+        }
     }
 
     /// The last block of a row has something left: the kernel does not look.
     #[test]
     fn no_block_starts_behind_its_row() {
-        for shared_memory in [64, 99, 163, 227].map(|kib| kib * 1024) {
+        for shared in [64, 99, 163, 227].map(|kib| kib << 10) {
             for size in [2, 4] {
                 for vocab in (1 << 15..MAX_VOCAB).step_by(9973).chain([MAX_VOCAB]) {
-                    let blocks = blocks_per_row(vocab, size, shared_memory);
-                    let vector = 1 << vocab.trailing_zeros().min((16 / size as u32).trailing_zeros());
-                    let part = (vocab + blocks - 1) / blocks;
-                    let part = (part + vector - 1) / vector * vector;
+                    let [blocks, part] = parts(vocab, size, shared);
                     assert!((blocks - 1) * part < vocab, "{vocab} in {blocks} parts of {part}");
+                    assert!(blocks * part >= vocab, "{vocab} in {blocks} parts of {part}");
                 }
             }
         }
