@@ -251,6 +251,21 @@ impl RowStates {
         i64::from(self.multiprocessors) * (self.shared_bytes - Self::RESERVED_SHARED_BYTES)
     }
 
+    /// Whether blocks go on from one of these rows of scores to another.
+    fn rows_follow(&self, scores: &RawTensor) -> bool {
+        let (rows, len) = (scores.shape()[0], scores.shape()[1]);
+        let row_bytes = len.saturating_mul(scores.dtype.size() as i64);
+        rows > Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes)
+    }
+
+    /// No more rows than are worked on at once: for each, there are
+    /// multiprocessors for the blocks that it takes.
+    fn rows_at_once(multiprocessors: i32, shared_bytes: i64, row_bytes: i64) -> i64 {
+        let block_bytes = (shared_bytes - Self::RESERVED_SHARED_BYTES).max(1);
+        let blocks = row_bytes / block_bytes + i64::from(row_bytes % block_bytes != 0);
+        i64::from(multiprocessors) / blocks.max(1)
+    }
+
     /// The most shared memory that a block can have on this GPU.
     pub(crate) fn shared_bytes(&self) -> i64 {
         self.shared_bytes
@@ -337,6 +352,7 @@ pub fn radix_topk(
     if indices.numel() == 0 {
         return Ok(());
     }
+    let deterministic = is_deterministic(options, row_states, input);
     let states = row_states.as_bytes()?;
     let kernel = RadixTopk {
         input: DlTensor::new(input),
@@ -345,7 +361,7 @@ pub fn radix_topk(
         maybe_row_states_buffer: Some(DlTensor::new(&states)),
         top_k: k,
         sorted_output: options.sorted,
-        deterministic: options.deterministic,
+        deterministic,
         tie_break: options.tie_break as i64,
         dsa_graph_safe: options.dsa_graph_safe,
     };
@@ -456,6 +472,7 @@ pub fn radix_topk_ragged_transform(
         return Ok(());
     }
     let (lengths, row_starts) = (rows.lengths()?, rows.row_starts()?);
+    let deterministic = is_deterministic(options, row_states, input);
     let states = row_states.as_bytes()?;
     let kernel = RaggedTransform {
         input: DlTensor::new(input),
@@ -464,7 +481,7 @@ pub fn radix_topk_ragged_transform(
         lengths: DlTensor::new(&lengths),
         maybe_row_states_buffer: Some(DlTensor::new(&states)),
         top_k: k,
-        deterministic: options.deterministic,
+        deterministic,
         tie_break: options.tie_break as i64,
         dsa_graph_safe: options.dsa_graph_safe,
         maybe_row_starts: row_starts.as_ref().map(DlTensor::new),
@@ -507,6 +524,13 @@ fn check_input(
         return Ok(());
     }
     check_row_bytes(check, "input", input, max_row_bytes)
+}
+
+/// Whether a selection has to be deterministic: if it is to be, or if *radix*
+/// would else mix up rows that one block selects from after another, because
+/// it does not wait for all its warps in between.
+fn is_deterministic(options: &TopKOptions, row_states: &RowStates, input: &RawTensor) -> bool {
+    options.deterministic || !options.asks_for_filtered() && row_states.rows_follow(input)
 }
 
 /// A contiguous `i32` tensor of this shape; the kernels address it in 32 bits.
@@ -788,6 +812,16 @@ mod tests {
 
     /// On every GPU there is less than upstream's size, which serves 408
     /// multiprocessors.
+    #[test]
+    fn rows_that_follow_each_other_are_known() {
+        // An H200: 132 multiprocessors, whose blocks hold at least 211 KiB each.
+        let rows_at_once = |row_bytes| RowStates::rows_at_once(132, 232_448, row_bytes);
+        assert_eq!([0, 4, 40_000, 216_064].map(rows_at_once), [132; 4]);
+        assert_eq!([216_065, 432_128, 432_129, 1_024_000].map(rows_at_once), [66, 66, 44, 26]);
+        // However little a GPU has, nothing divides by zero.
+        assert_eq!(RowStates::rows_at_once(0, 0, i64::MAX), 0);
+    }
+
     #[test]
     fn row_states_are_as_large_as_a_launch_needs() {
         for multiprocessors in [1, 2, 3, 108, 132, 148, 192] {
