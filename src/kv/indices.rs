@@ -367,7 +367,6 @@ impl AppendIndices {
                 self.num_positions = self.num_positions.max(len);
             }
         }
-        self.num_positions = one_more_than_largest(&self.positions);
     }
 
     /// The number of tokens.

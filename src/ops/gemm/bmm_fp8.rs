@@ -4,7 +4,7 @@ use crate::{
     artifacts::Fetch,
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Kernel, Signature, Value, kernels},
+    ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
@@ -238,10 +238,8 @@ pub fn bmm_fp8_get_algos(
     let function = GET_ALGOS.get(FlashInferRuntime::get()?)?;
     // SAFETY: as in `bmm_fp8`; the buffer has room for as many algorithms as its
     // size says.
-    let count = match unsafe { kernel.call(function, stream) }? {
-        Value::Int(count) => usize::try_from(count).unwrap_or(0),
-        _ => 0,
-    };
+    let count = i64::try_from(unsafe { kernel.call(function, stream) }?)?;
+    let count = usize::try_from(count).unwrap_or(0);
     Ok(raw.iter().take(count).map(|&raw| Algorithm { raw, problem }).collect())
 }
 
