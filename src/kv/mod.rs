@@ -95,13 +95,12 @@
 //!
 //! Index arrays decide which memory a kernel touches, and the host cannot look
 //! at them again once they are on the device. So they are values of this
-//! crate, at its root: checked on the host ([`PageIndices`](crate::PageIndices)
-//! and [`AppendIndices`](crate::AppendIndices) against the cache's size,
-//! [`RaggedIndices`](crate::RaggedIndices) against the number of rows, others
-//! against what they count), or right because a [`Batch`] makes them; then
-//! uploaded ([`OnDevice`](crate::OnDevice)) together with the host copy, so that
-//! what `plan` reads on the host and what `run` reads on the device cannot
-//! disagree.
+//! crate, at its root: checked on the host ([`PageIndices`] and
+//! [`AppendIndices`] against the cache's size, [`RaggedIndices`] against the
+//! number of rows, others against what they count), or right because a [`Batch`]
+//! makes them; then uploaded ([`OnDevice`](crate::OnDevice)) together with the
+//! host copy, so that what `plan` reads on the host and what `run` reads on the
+//! device cannot disagree.
 
 mod batch;
 pub(crate) mod bounded;
