@@ -82,9 +82,11 @@ impl CublasLt {
                 available: format!("products of 8-bit floats need {least}.{point} or newer"),
             });
         }
-        let cuda = runtime.cuda();
-        let handle = runtime.cublas(Fetch::Forbidden)?.handle(cuda, stream)?;
-        Ok(Self { handle, workspace: DeviceBuffer::new(cuda, stream, Self::WORKSPACE_BYTES)? })
+        let (cuda, cublas) = (runtime.cuda(), runtime.cublas(Fetch::Forbidden)?);
+        // First, because it refuses a stream that is being captured: a new handle
+        // would break the capture.
+        let workspace = DeviceBuffer::new(cuda, stream, Self::WORKSPACE_BYTES)?;
+        Ok(Self { handle: cublas.handle(cuda, stream)?, workspace })
     }
 
     /// The stream that the products run on.

@@ -171,15 +171,17 @@ impl SegmentGemm {
                 format!("{max_segments}; at most 2^31 - 1 can be counted"),
             ));
         };
-        WRITE_ARGS.load(cuda)?;
         let maps = usize::try_from(multiprocessors).unwrap_or(0) * TENSOR_MAP_BYTES;
-        Ok(Self {
+        let new = Self {
             function: module.function(function)?,
             backend,
             max_segments,
             args: DeviceBuffer::new(cuda, stream, bytes)?,
             tensor_maps: DeviceBuffer::new(cuda, stream, maps)?,
-        })
+        };
+        // Last, because allocating refuses a stream that is being captured.
+        WRITE_ARGS.load(cuda)?;
+        Ok(new)
     }
 
     fn module_of(backend: GemmBackend) -> ModuleName {
