@@ -266,8 +266,9 @@ impl Module {
     /// what it expects, such as indices within bounds. What it writes must be
     /// a [`TensorMut`](crate::TensorMut), or memory that nobody else looks at.
     /// Memory that its kernels use must stay as it is until they are done. Of a
-    /// [`TensorObject`](crate::ffi::TensorObject), which is on the stack, it must
-    /// keep no reference; other objects are counted.
+    /// [`TensorObject`](crate::ffi::TensorObject), which is on the stack, nothing
+    /// may keep a reference for longer than it is there, be it the library or the
+    /// result; other objects live as long as there are references.
     pub unsafe fn call(&self, name: &str, args: &[Arg<'_>]) -> Result<Value> {
         let function = self.function(name)?;
         // SAFETY: promised by the caller.
