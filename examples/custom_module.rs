@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release --example custom_module`
 //!
-//! Three libraries are opened and asked what they export: one of TVM-FFI's own,
+//! Four libraries are opened and asked what they export: one of TVM-FFI's own,
 //! one that the machine's C compiler makes of `examples/add_one.c`, and two of
 //! FlashInfer's modules, whose kernels run where there is a GPU. Whatever is
 //! missing is said. It exits with 0 only if every result that came is right.
@@ -11,7 +11,9 @@
 //!
 //! opens a library of yours, and calls a function with arguments that are
 //! `None`, `true` or `false`, numbers, or else strings. The function must be
-//! one that can take them: it is called as it is.
+//! one that can take them: it is called as it is. All that the library exports
+//! must refuse a wrong number of arguments, which is how it is asked what it
+//! takes.
 
 use std::{
     path::Path,

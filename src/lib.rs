@@ -17,7 +17,8 @@
 //!    [`activation`], [`gemm`]) and of choosing the next token ([`sampling`]) take borrowed views
 //!    of tensors ([`TensorRef`], [`TensorMut`]) on a [`Stream`], check what the
 //!    kernels do not, and enqueue. [`reference`](mod@reference) does the same on
-//!    the CPU. [`kv`] keeps the pages that attention reads. What has no operation
+//!    the CPU. [`kv`] keeps the pages that attention reads, and explains the index
+//!    arrays ([`PageTable`] and its like). What has no operation
 //!    here, in FlashInfer's modules or in a library of your own, a [`Module`]
 //!    calls by name.
 //!
@@ -109,9 +110,17 @@ mod tensor;
 pub use cuda_library::LibrarySource;
 pub use error::{FlashInferError, Result};
 pub use kv::{
-    AppendIndices, AppendTable, BoundedIndices, BoundedTable, IndexArrays, ItemIndices, ItemTable,
-    MaskIndices, MaskTable, OnDevice, PackedIndices, PackedTable, PageIndices, PageTable, RaggedIndices,
-    RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable, SequenceIndices, SequenceTable,
+    bounded::BoundedIndices,
+    indices::{AppendIndices, PageIndices, RaggedIndices},
+    masks::{ItemIndices, MaskIndices},
+    packed::PackedIndices,
+    rows::RowIndices,
+    segments::SegmentIndices,
+    sequences::SequenceIndices,
+    upload::{
+        AppendTable, BoundedTable, IndexArrays, ItemTable, MaskTable, OnDevice, PackedTable, PageTable,
+        RaggedTable, RowTable, SegmentTable, SequenceTable,
+    },
 };
 pub use module::{Module, ModuleName};
 pub use ops::{

@@ -142,6 +142,8 @@ impl Module {
     /// - [`FlashInferError::Library`]: there is no such file, or the dynamic
     ///   loader refuses it, for example because a library that it needs is
     ///   missing.
+    /// - [`FlashInferError::Artifact`]: it links against cuBLAS, which is in none
+    ///   of the places that are listed. Nothing is downloaded.
     /// - What [`FlashInferRuntime::get`] says, if the runtime cannot be started.
     ///
     /// # Safety
@@ -165,12 +167,10 @@ impl Module {
             return Ok(module);
         }
         let name = ModuleName::new(path.file_stem().unwrap_or_default().to_string_lossy());
-        let runtime = FlashInferRuntime::get()?;
-        runtime.open_needed(&path, Fetch::Forbidden)?;
-        let (source, tvm_ffi) = (LibrarySource::File(path.clone()), runtime.tvm_ffi());
+        let (runtime, source) = (FlashInferRuntime::get()?, LibrarySource::File(path.clone()));
         // Not locked: initializers run, which may do anything. A thread that
         // opened the file meanwhile has the same library.
-        let module = Self::load(name, path.clone(), source, tvm_ffi)?;
+        let module = runtime.open_module(name, path.clone(), source, Fetch::Forbidden)?;
         Ok(open().get_or_insert_default().entry(path).or_insert(module))
     }
 
@@ -265,7 +265,10 @@ impl Module {
     /// devices, element types, shapes and strides that it assumes, and hold
     /// what it expects, such as indices within bounds. What it writes must be
     /// a [`TensorMut`](crate::TensorMut), or memory that nobody else looks at.
-    /// Memory that its kernels use must stay as it is until they are done.
+    /// Memory that its kernels use must stay as it is until they are done. Of a
+    /// [`TensorObject`](crate::ffi::TensorObject), which is on the stack, nothing
+    /// may keep a reference for longer than it is there, be it the library or the
+    /// result; other objects live as long as there are references.
     pub unsafe fn call(&self, name: &str, args: &[Arg<'_>]) -> Result<Value> {
         let function = self.function(name)?;
         // SAFETY: promised by the caller.

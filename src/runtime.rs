@@ -38,7 +38,8 @@ pub struct RuntimeConfig {
     pub cache_dir: Option<PathBuf>,
     /// `true` forbids the network, as `FLASHINFER_RS_OFFLINE=1` does.
     pub offline: bool,
-    /// Called as downloads progress.
+    /// Called as downloads progress, while the runtime waits for them: it must
+    /// not use the runtime itself.
     pub progress: Option<ProgressFn>,
 }
 
@@ -249,9 +250,25 @@ impl FlashInferRuntime {
         Ok((cublas.version(), cublas.source()))
     }
 
-    /// Opens what a module's file links against and the loader may not find.
-    pub(crate) fn open_needed(&self, module: &Path, fetch: Fetch) -> Result<()> {
-        if needed_libraries(module)?.iter().any(|name| name.starts_with("libcublas")) {
+    /// Opens a module's file, and before it what it links against and the
+    /// loader may not find.
+    pub(crate) fn open_module(
+        &self,
+        name: ModuleName,
+        path: PathBuf,
+        source: LibrarySource,
+        fetch: Fetch,
+    ) -> Result<&'static Module> {
+        let needed = self.open_needed(&path, fetch);
+        // The loader also looks where the file itself says, so it has the last
+        // word; but where it fails, the list of places tells more.
+        Module::load(name, path, source, self.tvm_ffi).map_err(|error| needed.err().unwrap_or(error))
+    }
+
+    fn open_needed(&self, module: &Path, fetch: Fetch) -> Result<()> {
+        let cublas = [Member::CublasLt, Member::Cublas].map(|member| member.file_name());
+        // A file that cannot be read is for the loader to refuse.
+        if needed_libraries(module).is_ok_and(|needed| needed.iter().any(|name| cublas.contains(name))) {
             self.cublas(fetch)?;
         }
         Ok(())
@@ -276,10 +293,6 @@ impl FlashInferRuntime {
     /// [`Module::open`] loads them.
     pub fn global_function(&self, name: &str) -> Option<ffi::Function> {
         ffi::Function::global(self.tvm_ffi, name)
-    }
-
-    pub(crate) fn tvm_ffi(&self) -> &'static TvmFfi {
-        self.tvm_ffi
     }
 
     /// A module, loaded at the first request. Local sources only: nothing is
@@ -343,9 +356,8 @@ impl FlashInferRuntime {
             return Ok(module);
         }
         let located = self.store.locate(&Member::module(name.as_str()), fetch)?;
-        self.open_needed(&located.path, fetch)?;
         let source = LibrarySource::Store(located.source);
-        let module = Module::load(name.clone(), located.path, source, self.tvm_ffi)?;
+        let module = self.open_module(name.clone(), located.path, source, fetch)?;
         *slot = Some(module);
         Ok(module)
     }

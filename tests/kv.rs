@@ -433,6 +433,8 @@ fn check_arrays(pool: &PageAllocator, model: &Model) {
     let found = model.batch.append_indices();
     assert_eq!(found.batch_indices(), append.batch_indices());
     assert_eq!(found.positions(), append.positions());
+    let checked = AppendIndices::new(&pages, found.batch_indices().to_vec(), found.positions().to_vec());
+    assert_eq!(found.num_positions(), checked.unwrap().num_positions());
 }
 
 const SHAPE: KvShape =

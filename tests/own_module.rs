@@ -164,6 +164,43 @@ fn what_cannot_be_opened_is_named() {
     refused(folder.path(), "");
 }
 
+/// A library that links against another one, which is made for it, of no
+/// content. Options go to the linker.
+fn linked_with(folder: &Path, other: &str, name: &str, options: &[&str]) -> PathBuf {
+    let (needed, library) = (folder.join(other), folder.join(name));
+    assert!(c_library::compile("int nothing;", &needed, &[&format!("-Wl,-soname,{other}")]));
+    let mut all = vec!["-Wl,--no-as-needed", needed.to_str().unwrap()];
+    all.extend(options);
+    assert!(c_library::compile(ADD_ONE, &library, &all));
+    library
+}
+
+/// cuBLAS is opened first where a library links against it; but the loader
+/// looks where the library says, too, and other versions are its business alone.
+#[test]
+fn libraries_may_bring_their_cublas() {
+    let Some((folder, _)) = library("unused.so", "int nothing;") else { return };
+    let folder = folder.path();
+    let missing = linked_with(folder, "libcublas.so.13", "missing.so", &[]);
+    match open(&missing) {
+        // Only where the machine has none.
+        Err(error @ FlashInferError::Artifact(_)) => {
+            let text = error.to_string();
+            assert!(text.contains("libcublasLt.so.13") && text.contains("LD_LIBRARY_PATH"), "{text}");
+        }
+        other => assert_eq!(other.unwrap().exports().unwrap(), ["add_one", "answer"]),
+    }
+    let older = linked_with(folder, "libcublas.so.12", "older.so", &[]);
+    let error = open(&older).unwrap_err();
+    assert!(matches!(&error, FlashInferError::Library { .. }), "{error}");
+    assert!(error.to_string().contains("libcublas.so.12: cannot open"), "{error}");
+    let here = ["-Wl,-rpath,$ORIGIN"];
+    for (needed, name) in [("libcublas.so.12", "own_12.so"), ("libcublas.so.13", "own_13.so")] {
+        let module = open(&linked_with(folder, needed, name, &here)).unwrap();
+        assert_eq!(i64::try_from(call(module, "answer", args![]).unwrap()).unwrap(), 42);
+    }
+}
+
 #[test]
 fn results_convert_or_say_what_they_are() {
     let text = |error: FlashInferError| error.to_string();

@@ -327,7 +327,7 @@ where
 /// | an element type, a device | [`DType`](crate::DType), [`Device`](crate::Device) |
 /// | an array | `&[i64]`, `&[Object]`, and vectors of them |
 /// | any object | [`&Object`](crate::ffi::Object) |
-/// | what another function returned | [`&Value`](crate::ffi::Value) |
+/// | what another function returned | [`&Value`](crate::ffi::Value); of a kind that is not read, it is None |
 /// | an optional argument | `None`, or an `Option` of any of these |
 ///
 /// It makes a `&[Arg]` that lives for the statement it stands in, so write it

@@ -23,7 +23,8 @@ use crate::{
 pub struct Object(NonNull<ObjectHeader>);
 
 // SAFETY: the reference count is atomic, and this crate reads nothing of an
-// object but immutable arrays, strings and errors.
+// object but strings, errors, and arrays and lists, which only functions change,
+// whose calls are unsafe.
 unsafe impl Send for Object {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Object {}
@@ -40,8 +41,9 @@ impl Object {
 
     /// The object's type; see [`type_index`].
     pub fn type_index(&self) -> i32 {
-        // SAFETY: the object is alive and starts with its header.
-        unsafe { self.0.as_ref() }.type_index
+        // SAFETY: the object is alive and starts with its header. Only this field
+        // is read, because the count beside it may be changing.
+        unsafe { (*self.0.as_ptr()).type_index }
     }
 
     /// The address of the object.
@@ -196,7 +198,10 @@ unsafe fn copy_text(bytes: &ByteArray) -> String {
 
 impl Clone for Object {
     fn clone(&self) -> Self {
-        self.count().fetch_add(1, Ordering::Relaxed);
+        // Clones that are forgotten could make the 32 bits of the count wrap.
+        if self.count().fetch_add(1, Ordering::Relaxed) as u32 > u32::MAX / 2 {
+            std::process::abort();
+        }
         Self(self.0)
     }
 }

@@ -95,39 +95,42 @@
 //!
 //! Index arrays decide which memory a kernel touches, and the host cannot look
 //! at them again once they are on the device. So they are values of this
-//! crate: checked on the host ([`PageIndices`] and [`AppendIndices`] against the
-//! cache's size, [`RaggedIndices`] and [`SequenceIndices`] against the number of
-//! rows, [`BoundedIndices`] against what they count, masks against the batch), or right because a [`Batch`] makes them; then
-//! uploaded ([`OnDevice`]) together with the host copy, so that what `plan` reads
-//! on the host and what `run` reads on the device cannot disagree.
+//! crate, at its root: checked on the host ([`PageIndices`] and
+//! [`AppendIndices`] against the cache's size, [`RaggedIndices`] against the
+//! number of rows, others against what they count), or right because a [`Batch`]
+//! makes them; then uploaded ([`OnDevice`](crate::OnDevice)) together with the
+//! host copy, so that what `plan` reads on the host and what `run` reads on the
+//! device cannot disagree.
 
 mod batch;
-mod bounded;
+pub(crate) mod bounded;
 mod cache;
-mod indices;
+pub(crate) mod indices;
 pub(crate) mod masks;
 pub(crate) mod packed;
 mod pages;
 mod prefix;
-mod rows;
-mod segments;
+pub(crate) mod rows;
+pub(crate) mod segments;
 mod sequence;
-mod sequences;
-mod upload;
+pub(crate) mod sequences;
+pub(crate) mod upload;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
-pub use bounded::BoundedIndices;
 pub use cache::{KvShape, PagedKvCache};
-pub use indices::{AppendIndices, PageIndices, RaggedIndices};
-pub use masks::{ItemIndices, MaskIndices};
-pub use packed::{BitOrder, PackedIndices};
 pub use pages::PageAllocator;
 pub use prefix::{PrefixCache, PrefixStats};
-pub use rows::RowIndices;
-pub use segments::SegmentIndices;
 pub use sequence::Sequence;
-pub use sequences::SequenceIndices;
-pub use upload::{
-    AppendTable, BoundedTable, IndexArrays, ItemTable, MaskTable, OnDevice, PackedTable, PageTable,
-    RaggedTable, RowTable, SegmentTable, SequenceTable,
+
+// Index arrays are at the root of the crate.
+pub(crate) use bounded::BoundedIndices;
+pub(crate) use indices::{AppendIndices, PageIndices, RaggedIndices};
+pub(crate) use masks::{ItemIndices, MaskIndices};
+pub(crate) use packed::{BitOrder, PackedIndices};
+pub(crate) use rows::RowIndices;
+pub(crate) use segments::SegmentIndices;
+pub(crate) use sequences::SequenceIndices;
+pub(crate) use upload::{
+    AppendTable, BoundedTable, ItemTable, MaskTable, PackedTable, PageTable, RaggedTable, RowTable,
+    SegmentTable, SequenceTable,
 };

@@ -34,7 +34,7 @@
 use std::ffi::CStr;
 
 use super::{FixedFunction, check::Check};
-pub use crate::kv::BitOrder;
+pub use crate::kv::packed::BitOrder;
 use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},

@@ -4,7 +4,7 @@ use crate::{
     artifacts::Fetch,
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Kernel, Signature, Value, kernels},
+    ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
@@ -82,9 +82,11 @@ impl CublasLt {
                 available: format!("products of 8-bit floats need {least}.{point} or newer"),
             });
         }
-        let cuda = runtime.cuda();
-        let handle = runtime.cublas(Fetch::Forbidden)?.handle(cuda, stream)?;
-        Ok(Self { handle, workspace: DeviceBuffer::new(cuda, stream, Self::WORKSPACE_BYTES)? })
+        let (cuda, cublas) = (runtime.cuda(), runtime.cublas(Fetch::Forbidden)?);
+        // First, because it refuses a stream that is being captured: a new handle
+        // would break the capture.
+        let workspace = DeviceBuffer::new(cuda, stream, Self::WORKSPACE_BYTES)?;
+        Ok(Self { handle: cublas.handle(cuda, stream)?, workspace })
     }
 
     /// The stream that the products run on.
@@ -238,10 +240,8 @@ pub fn bmm_fp8_get_algos(
     let function = GET_ALGOS.get(FlashInferRuntime::get()?)?;
     // SAFETY: as in `bmm_fp8`; the buffer has room for as many algorithms as its
     // size says.
-    let count = match unsafe { kernel.call(function, stream) }? {
-        Value::Int(count) => usize::try_from(count).unwrap_or(0),
-        _ => 0,
-    };
+    let count = i64::try_from(unsafe { kernel.call(function, stream) }?)?;
+    let count = usize::try_from(count).unwrap_or(0);
     Ok(raw.iter().take(count).map(|&raw| Algorithm { raw, problem }).collect())
 }
 

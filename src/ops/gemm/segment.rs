@@ -32,9 +32,9 @@ pub(super) const SIGNATURES: &[(&str, Signature)] =
 const OP: &str = "segment_gemm";
 
 /// Element types of outputs, and of rows and weights.
-const HALVES: [DType; 2] = [DType::F16, DType::BF16];
-/// Element types of rows and weights that `gemm_sm90` takes as well.
-const BYTES: [DType; 2] = [DType::E4M3, DType::E5M2];
+const HALVES: &[DType] = &[DType::F16, DType::BF16];
+/// Element types of rows and weights that `gemm_sm90` takes.
+const HALVES_AND_BYTES: &[DType] = &[DType::F16, DType::BF16, DType::E4M3, DType::E5M2];
 
 /// Writes addresses, strides and sizes for each segment.
 static WRITE_ARGS: PtxKernel =
@@ -48,8 +48,9 @@ const TENSOR_MAP_BYTES: usize = 2 * 128;
 /// Fewer multiprocessors than this need not be filled by clusters of four, and
 /// the launch would fail.
 const MIN_MULTIPROCESSORS: i32 = 16;
-/// Tiles that the kernels count in 32 bits.
-const MAX_TILES: i64 = i32::MAX as i64 / 2;
+/// Tiles that the kernels count in 32 bits, where each segment's rows and the
+/// columns may be rounded up to a cluster of 2 × 2.
+const MAX_TILES: i64 = i32::MAX as i64 / 4;
 
 /// Which kernels compute a segment GEMM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -102,8 +103,8 @@ impl<'a> SegmentGemmInput<'a> {
 /// [`SegmentTable`] serves any tensors, and a run can be captured into a CUDA
 /// graph. The graph bakes in the tensors and the number of segments; a table
 /// that is updated before a replay must keep that number (with empty segments),
-/// and no more rows than the tensors have. Run once before the first capture,
-/// because the first run loads the kernel.
+/// and name no more rows and weights than the tensors have. Run once before the
+/// first capture, because the first run loads the kernel.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -170,15 +171,17 @@ impl SegmentGemm {
                 format!("{max_segments}; at most 2^31 - 1 can be counted"),
             ));
         };
-        WRITE_ARGS.load(cuda)?;
         let maps = usize::try_from(multiprocessors).unwrap_or(0) * TENSOR_MAP_BYTES;
-        Ok(Self {
+        let new = Self {
             function: module.function(function)?,
             backend,
             max_segments,
             args: DeviceBuffer::new(cuda, stream, bytes)?,
             tensor_maps: DeviceBuffer::new(cuda, stream, maps)?,
-        })
+        };
+        // Last, because allocating refuses a stream that is being captured.
+        WRITE_ARGS.load(cuda)?;
+        Ok(new)
     }
 
     fn module_of(backend: GemmBackend) -> ModuleName {
@@ -394,8 +397,7 @@ impl Sizes {
     ) -> Result<Self> {
         let (x, weights) = (&input.x.raw.with_plain_unit_strides(), &input.weights.raw);
         let sm90 = backend == GemmBackend::Sm90;
-        let dtypes = [HALVES, BYTES].concat();
-        check.tensor("x", x, if sm90 { &dtypes } else { &HALVES }, &[2])?;
+        check.tensor("x", x, if sm90 { HALVES_AND_BYTES } else { HALVES }, &[2])?;
         check.tensor("weights", weights, &[x.dtype], &[3])?;
         let bytes = x.dtype.size() == 1;
         if bytes && !input.weight_column_major {
@@ -405,7 +407,7 @@ impl Sizes {
             );
         }
         let same = [x.dtype];
-        check.tensor("out", out, if bytes { &HALVES } else { &same }, &[2])?;
+        check.tensor("out", out, if bytes { HALVES } else { &same }, &[2])?;
         let (rows, k) = (x.shape()[0], x.shape()[1]);
         let n = weights.shape()[if input.weight_column_major { 1 } else { 2 }];
         let per_weight = if input.weight_column_major { [n, k] } else { [k, n] };
