@@ -358,14 +358,10 @@ impl AppendIndices {
         self.table_stamp = table.stamp;
         self.batch_indices.clear();
         self.positions.clear();
-        self.num_positions = 0;
         for (request, tokens) in append_indptr.windows(2).enumerate() {
             let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
             self.batch_indices.extend(std::iter::repeat_n(request as i32, new));
             self.positions.extend((len - new..len).map(|position| position as i32));
-            if new > 0 {
-                self.num_positions = self.num_positions.max(len);
-            }
         }
         self.num_positions = one_more_than_largest(&self.positions);
     }
