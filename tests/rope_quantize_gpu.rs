@@ -72,6 +72,33 @@ fn parts_mut(heads: TensorMut<'_>, rotary_dim: usize) -> RopePartsMut<'_> {
     RopePartsMut::of_heads(heads, rotary_dim).unwrap()
 }
 
+fn on_device(gpu: &Gpu, pos_ids: &[i32]) -> BoundedTable {
+    BoundedTable::new(&gpu.stream, BoundedIndices::new(MAX_POS, pos_ids.to_vec()).unwrap()).unwrap()
+}
+
+/// Quantizes heads on the device.
+#[track_caller]
+fn run<T: Number, Q: Number>(
+    gpu: &Gpu,
+    [q, k]: [&Tensor<T>; 2],
+    [q_out, k_out]: [&mut Tensor<Q>; 2],
+    (angles, pos_ids): (&Angles, &BoundedTable),
+    options: &RopeQuantizeOptions,
+) {
+    let rotary_dim = angles.device.rotary_dim();
+    rope::rope_quantize(
+        &gpu.stream,
+        &mut [
+            parts_mut(q_out.on_mut(gpu).view_mut(), rotary_dim),
+            parts_mut(k_out.on_mut(gpu).view_mut(), rotary_dim),
+        ],
+        &[parts(q.on(gpu).view(), rotary_dim), parts(k.on(gpu).view(), rotary_dim)],
+        &angles.on_device(pos_ids),
+        options,
+    )
+    .unwrap();
+}
+
 /// Quantizes heads on both sides and compares. Queries and keys are split at
 /// `rotary_dim`, outputs are seen as the storage says.
 #[track_caller]
@@ -84,8 +111,6 @@ fn check<T: Number, Q: Number>(
     options: &RopeQuantizeOptions,
 ) {
     let rotary_dim = angles.device.rotary_dim();
-    let host = BoundedIndices::new(MAX_POS, pos_ids.to_vec()).unwrap();
-    let table = BoundedTable::new(&gpu.stream, host).unwrap();
     let (mut want_q, mut want_k) = (q_out.host.clone(), k_out.host.clone());
     let (q_view, k_view) = (q_out.view_of(&mut want_q), k_out.view_of(&mut want_k));
     reference::rope_quantize(
@@ -95,17 +120,7 @@ fn check<T: Number, Q: Number>(
         options,
     )
     .unwrap();
-    rope::rope_quantize(
-        &gpu.stream,
-        &mut [
-            parts_mut(q_out.on_mut(gpu).view_mut(), rotary_dim),
-            parts_mut(k_out.on_mut(gpu).view_mut(), rotary_dim),
-        ],
-        &[parts(q.on(gpu).view(), rotary_dim), parts(k.on(gpu).view(), rotary_dim)],
-        &angles.on_device(&table),
-        options,
-    )
-    .unwrap();
+    run(gpu, [q, k], [q_out, k_out], (angles, &on_device(gpu, pos_ids)), options);
     assert_rounded_alike(&format!("{what}: q"), &q_out.download(gpu), &want_q);
     assert_rounded_alike(&format!("{what}: k"), &k_out.download(gpu), &want_k);
 }
@@ -211,18 +226,20 @@ fn pdl() {
     let pos_ids = positions(rng, 200);
     let q = Tensor::<f16>::random(&gpu, rng, &[200, 8, 128]);
     let k = Tensor::<f16>::random(&gpu, rng, &[200, 2, 128]);
-    let run = |enable_pdl| {
+    let table = on_device(&gpu, &pos_ids);
+    let bits = |enable_pdl| {
         let mut outs = [8, 2].map(|heads| Tensor::<F8E4M3>::poisoned(&gpu, &[200, heads, 128]));
         let [q_out, k_out] = &mut outs;
         let mut options = RopeQuantizeOptions::default();
         options.enable_pdl = enable_pdl;
-        for _ in 0..3 {
-            check(&gpu, "pdl", [&q, &k], [q_out, k_out], (&angles, &pos_ids), &options);
+        for _ in 0..10 {
+            run(&gpu, [&q, &k], [q_out, k_out], (&angles, &table), &options);
         }
+        check(&gpu, "pdl", [&q, &k], [q_out, k_out], (&angles, &pos_ids), &options);
         outs.map(|out| out.download(&gpu))
     };
     if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
-        for (with, without) in run(true).iter().zip(&run(false)) {
+        for (with, without) in bits(true).iter().zip(&bits(false)) {
             assert_same_bits("PDL", with, without);
         }
     }

@@ -739,6 +739,8 @@ fn rotary_embeddings_from_a_table() {
     run(of(128), Rotation::new(table(100, 128), pos(8, 101)), "pos_ids");
     run(of(128), Rotation::interleaved(table(100, 128), pos(8, 100)), "pos_ids");
     run(of(128), Rotation::interleaved(table(0, 128), pos(8, 1)), "pos_ids");
+    // A bound above every i64.
+    run(of(128), Rotation::new(table(100, 128), pos(8, usize::MAX)), "pos_ids");
     run(of(128), Rotation::new(table(100, 128), tensor(ALIGNED, GPU, DType::I32, &[8], None)), "pos_ids");
     run(of(128), Rotation::new(table(100, 128), pos(7, 100)), "pos_ids");
     run(of(128), Rotation::new(table(1 << 26, 128), pos(8, 1 << 26)), "cos_sin_cache");

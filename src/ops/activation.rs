@@ -140,7 +140,7 @@ fn act_and_mul(
     }
     let rows = out.raw.numel() / d;
     if rows > i64::from(i32::MAX) {
-        return check.fail("input", format!("{rows} rows; at most 2^31 can be launched"));
+        return check.fail("input", format!("{rows} rows; a launch has fewer than 2^31"));
     }
     if rows == 0 {
         return Ok(());

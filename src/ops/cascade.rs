@@ -195,9 +195,7 @@ pub fn merge_state_in_place(
     shape.check(&check, ["state.v", "state.s"], [&state.v.raw, &state.s.raw])?;
     shape.check(&check, ["other.v", "other.s"], [&other.v.raw, &other.s.raw])?;
     if let Some(mask) = mask {
-        check.tensor("mask", &mask.raw, &[DType::U8, DType::Bool], &[1])?;
-        check.shape("mask", &mask.raw, &[shape.rows])?;
-        check.contiguous("mask", &mask.raw)?;
+        check.plain("mask", &mask.raw, &[DType::U8, DType::Bool], &[shape.rows], 1)?;
         // A row has one place in the mask, so it cannot become several.
         shape.check_threads(&check, "state.v")?;
         shape.heads_per_block = shape.heads;

@@ -76,6 +76,22 @@ impl<'s> Check<'s> {
         self.fail(argument, format!("its shape is {:?}; expected {expected:?}", tensor.shape()))
     }
 
+    /// One of these dtypes, exactly this shape, contiguous, and at a multiple of
+    /// `alignment` bytes.
+    pub(crate) fn plain(
+        &self,
+        argument: &'static str,
+        tensor: &RawTensor,
+        dtypes: &[DType],
+        shape: &[i64],
+        alignment: usize,
+    ) -> Result<()> {
+        self.tensor(argument, tensor, dtypes, &[shape.len()])?;
+        self.shape(argument, tensor, shape)?;
+        self.contiguous(argument, tensor)?;
+        self.aligned(argument, tensor, alignment)
+    }
+
     /// The last dimension has stride 1, also where its size is 1.
     pub(crate) fn last_dim_contiguous(&self, argument: &'static str, tensor: &RawTensor) -> Result<()> {
         if tensor.strides().last() == Some(&1) {

@@ -40,7 +40,7 @@ use crate::{
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{DType, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -303,12 +303,6 @@ fn check_all(
     sequences: &SequenceIndices,
     options: &GdnOptions,
 ) -> Result<()> {
-    let tensor = |name, tensor: &RawTensor, dtypes: &[DType], shape: &[i64], alignment| {
-        check.tensor(name, tensor, dtypes, &[shape.len()])?;
-        check.shape(name, tensor, shape)?;
-        check.contiguous(name, tensor)?;
-        check.aligned(name, tensor, alignment)
-    };
     let (q, k, v) = (&input.q.raw, &input.k.raw, &input.v.raw);
     check.tensor("q", q, &DTYPES, &[3])?;
     let (dtype, tokens, q_heads) = ([q.dtype], q.shape()[0], q.shape()[1]);
@@ -322,9 +316,9 @@ fn check_all(
     let Some(heads) = state_heads(q_heads, k_heads, v_heads) else {
         return check.fail("k", heads_problem(q_heads, k_heads, v_heads));
     };
-    tensor("q", q, &dtype, &[tokens, q_heads, HEAD_DIM], 16)?;
-    tensor("k", k, &dtype, &[tokens, k_heads, HEAD_DIM], 16)?;
-    tensor("v", v, &dtype, &[tokens, v_heads, HEAD_DIM], 16)?;
+    check.plain("q", q, &dtype, &[tokens, q_heads, HEAD_DIM], 16)?;
+    check.plain("k", k, &dtype, &[tokens, k_heads, HEAD_DIM], 16)?;
+    check.plain("v", v, &dtype, &[tokens, v_heads, HEAD_DIM], 16)?;
     if sequences.num_tokens() as i64 != tokens {
         return check.fail(
             "sequences",
@@ -332,8 +326,8 @@ fn check_all(
         );
     }
     let state = [sequences.batch_size() as i64, heads, HEAD_DIM, HEAD_DIM];
-    tensor("output", &out.output.raw, &dtype, &[tokens, heads, HEAD_DIM], 16)?;
-    tensor("output_state", &out.state.raw, &[DType::F32], &state, 16)?;
+    check.plain("output", &out.output.raw, &dtype, &[tokens, heads, HEAD_DIM], 16)?;
+    check.plain("output_state", &out.state.raw, &[DType::F32], &state, 16)?;
     if out.state.raw.numel() > 1 << 31 {
         return check.fail(
             "output_state",
@@ -341,11 +335,11 @@ fn check_all(
         );
     }
     if let InitialState::From(from) = &input.state {
-        tensor("input_state", &from.raw, &[DType::F32], &state, 16)?;
+        check.plain("input_state", &from.raw, &[DType::F32], &state, 16)?;
     }
     for (name, gate) in [("alpha", &input.alpha), ("beta", &input.beta)] {
         if let Some(gate) = gate {
-            tensor(name, &gate.raw, &[DType::F32], &[tokens, heads], 4)?;
+            check.plain(name, &gate.raw, &[DType::F32], &[tokens, heads], 4)?;
         }
     }
     if options.scale == Some(0.0) {

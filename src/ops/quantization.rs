@@ -144,9 +144,7 @@ pub fn segment_packbits(
 /// Bytes to write and elements to read. The launchers compare nothing with `y`.
 fn check_tensors(check: &Check<'_>, [y, x]: [&RawTensor; 2], [bytes, elements]: [i64; 2]) -> Result<()> {
     for (argument, tensor, dtypes, len) in [("x", x, &DTYPES[..], elements), ("y", y, &[DType::U8], bytes)] {
-        check.tensor(argument, tensor, dtypes, &[1])?;
-        check.shape(argument, tensor, &[len])?;
-        check.contiguous(argument, tensor)?;
+        check.plain(argument, tensor, dtypes, &[len], 1)?;
     }
     Ok(())
 }

@@ -540,10 +540,7 @@ fn check_integers(
     tensor: &RawTensor,
     shape: &[i64],
 ) -> Result<()> {
-    check.tensor(argument, tensor, &[DType::I32], &[shape.len()])?;
-    check.shape(argument, tensor, shape)?;
-    check.contiguous(argument, tensor)?;
-    check.aligned(argument, tensor, size_of::<i32>())?;
+    check.plain(argument, tensor, &[DType::I32], shape, size_of::<i32>())?;
     check.offsets_in_32_bits(argument, tensor)
 }
 

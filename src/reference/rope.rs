@@ -493,8 +493,7 @@ mod tests {
         // Two pairs at position 3: angles 3 and 3 / 100, at half the scale 1.5
         // and 0.015.
         for scale in [1.0, 2.0] {
-            let mut options = RopeOptions::default();
-            options.rope_scale = scale;
+            let options = RopeOptions { rope_scale: scale, ..RopeOptions::default() };
             let (mut q, mut k) = ([1.0, 1.0, 0.0, 0.0], [0.0; 4]);
             let mut tensors =
                 RopeTensors::InPlace { q: view_mut(&mut q, &[1, 1, 4]), k: view_mut(&mut k, &[1, 1, 4]) };

@@ -268,7 +268,7 @@ fn check_all(check: &Check<'_>, out: &DitOutput<'_>, input: &DitInput<'_>) -> Re
     let most = i64::from(i32::MAX);
     if batch > most || rows > most || input.input.raw.numel() / 2 > most {
         return check
-            .fail("input", format!("its shape is {shape:?}; at most 2^32 elements can be addressed"));
+            .fail("input", format!("its shape is {shape:?}; the kernel addresses fewer than 2^32 elements"));
     }
     let plain = |name, tensor: &TensorRef<'_>| check_plain(check, name, &tensor.raw, DType::BF16, &shape, 16);
     let vector =

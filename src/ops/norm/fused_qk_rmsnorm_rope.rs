@@ -127,9 +127,9 @@ impl RopeTable {
     ///
     /// That waits for all work on the device, twice: for what may still use
     /// the old table, and for the new one, so that calls on any stream find it.
-    /// The first time on a device, the module allocates 512 bytes, which stay
-    /// allocated; it ends the process if it gets none, so memory is asked for
-    /// before.
+    /// The first time on a device, and for larger heads than before, the module
+    /// allocates up to 512 bytes, which stay allocated; it ends the process if it
+    /// gets none, so memory is asked for before.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): the head dimension
@@ -453,7 +453,7 @@ fn check_all(
         }
     }
     if shape.tokens > i64::from(i32::MAX) {
-        return check.fail("qkv", format!("{} tokens; at most 2^31 can be launched", shape.tokens));
+        return check.fail("qkv", format!("{} tokens; a launch has fewer than 2^31", shape.tokens));
     }
     Ok(shape)
 }

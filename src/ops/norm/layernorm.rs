@@ -34,9 +34,9 @@ const OWN_SHARED_MEMORY: i64 = 1024;
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
 /// anything is launched: a device, stream, dtype, shape, stride or alignment
 /// does not fit; the tensor has 2³¹ elements or more; a row does not fit the
-/// GPU's shared memory (`2 · d` bytes and 1 KiB), or needs just less than 48 KiB
-/// of it (`d` from 24065 to 24575), for which the launcher does not ask. Else
-/// what the module or CUDA said.
+/// GPU's shared memory (`2 · d` bytes and 1 KiB), or may need just more than the
+/// 48 KiB that there are unasked, where the launcher does not ask (`d` from 24065
+/// to 24575). Else what the module or CUDA said.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {

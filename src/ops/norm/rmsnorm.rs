@@ -109,7 +109,7 @@ pub fn gemma_rmsnorm(
 ///
 /// # Errors
 /// As [`rmsnorm`]; also when a row does not fit the GPU's shared memory
-/// (`4 · d` bytes).
+/// (`4 · d` bytes and 128).
 pub fn fused_add_rmsnorm(
     stream: &Stream,
     input: &mut TensorMut<'_>,
@@ -284,7 +284,7 @@ fn check_rows(
     if d == 0 || shape.iter().any(|&size| size > i64::from(i32::MAX)) {
         return check.fail(
             first_name,
-            format!("its shape is {shape:?}; the last dimension must not be 0, and none above 2^31"),
+            format!("its shape is {shape:?}; the last dimension must not be 0, and all be below 2^31"),
         );
     }
     // The kernels load vectors of up to 16 bytes, as long as they divide a row,
@@ -299,7 +299,7 @@ fn check_rows(
         check.offsets_in_32_bits(name, tensor)?;
     }
     if first.numel() / d > i64::from(i32::MAX) {
-        return check.fail(first_name, format!("its shape is {shape:?}; at most 2^31 rows can be launched"));
+        return check.fail(first_name, format!("its shape is {shape:?}; a launch has fewer than 2^31 rows"));
     }
     check_plain(check, "weight", weight, dtype, &[d], vector * dtype.size())
 }

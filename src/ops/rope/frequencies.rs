@@ -136,13 +136,13 @@ impl RopeFrequencies {
     /// Those of `rotary_dim` elements.
     ///
     /// # Errors
-    /// `rotary_dim` is 0 or odd, or a parameter is out of its range: all must be
+    /// `rotary_dim` is 0, odd, or 2³¹ or more, or a parameter is out of its range: all must be
     /// positive and finite (`mscale` and `mscale_all_dim` may be 0),
     /// `rope_theta` for YaRN not 1, `low_freq_factor` below `high_freq_factor`,
     /// `beta_slow` below `beta_fast`.
     pub fn new(rotary_dim: usize, rope_theta: f64, scaling: &RopeScaling) -> Result<Self> {
-        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
-            return invalid("rotary_dim", format!("{rotary_dim}; it must be even, and not 0"));
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > i32::MAX as usize {
+            return invalid("rotary_dim", format!("{rotary_dim}; it must be even, not 0 and below 2^31"));
         }
         positive(OP, "rope_theta", rope_theta)?;
         let (pairs, dim) = (rotary_dim / 2, rotary_dim as f64);
@@ -469,6 +469,7 @@ mod tests {
         };
         assert!(problem(0, 1e4, &RopeScaling::None).contains("rotary_dim"));
         assert!(problem(7, 1e4, &RopeScaling::None).contains("rotary_dim"));
+        assert!(problem(usize::MAX - 1, 1e4, &RopeScaling::None).contains("rotary_dim"));
         for theta in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             assert!(problem(8, theta, &RopeScaling::None).contains("rope_theta"));
         }

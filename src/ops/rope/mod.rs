@@ -254,7 +254,9 @@ impl<'a> Rotation<'a> {
                     .into(),
             );
         };
-        if positions as i64 > usable.max(0) {
+        // A bound may be any number; see `BoundedIndices`.
+        let positions = i64::try_from(positions).unwrap_or(i64::MAX);
+        if positions > usable.max(0) {
             return check.fail(
                 "pos_ids",
                 format!(
@@ -268,7 +270,7 @@ impl<'a> Rotation<'a> {
             );
         }
         // Kernels multiply a position by the row's length in 32 bits.
-        if (positions as i64).saturating_mul(rotary_dim) > i64::from(u32::MAX) {
+        if positions.saturating_mul(rotary_dim) > i64::from(u32::MAX) {
             return check.fail(
                 "cos_sin_cache",
                 format!("{positions} rows of {rotary_dim} elements are 2^32 or more"),
@@ -598,7 +600,7 @@ fn ragged(
     if (batch as i64).saturating_mul(tensors.heads()) > i64::from(i32::MAX) {
         return check.fail(
             "indptr",
-            format!("{batch} requests of {} heads; at most 2^31 blocks can be launched", tensors.heads()),
+            format!("{batch} requests of {} heads; a launch has fewer than 2^31 blocks", tensors.heads()),
         );
     }
     let nothing = rows == 0 || tensors.is_empty();

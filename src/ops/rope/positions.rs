@@ -87,10 +87,7 @@ impl<'a> Positions<'a> {
             Source::Append(append) => append.positions()?,
             Source::Tensor(tensor, _) => tensor.raw,
         };
-        check.tensor(argument, &raw, dtypes, &[1])?;
-        check.shape(argument, &raw, &[len])?;
-        check.contiguous(argument, &raw)?;
-        check.aligned(argument, &raw, raw.dtype.size())?;
+        check.plain(argument, &raw, dtypes, &[len], raw.dtype.size())?;
         Ok(raw)
     }
 }

@@ -1,6 +1,6 @@
 //! Rotary embeddings whose results are 8-bit floats.
 
-use super::{Positions, Rotation, check_grid_y, check_rotary_dim, function, launch};
+use super::{DTYPES, Positions, Rotation, check_grid_y, check_rotary_dim, function, launch};
 use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
@@ -37,8 +37,6 @@ kernels! {
 static QUANTIZE: FixedFunction = function(&RopeQuantize::SIGNATURE);
 static QUANTIZE_APPEND: FixedFunction = function(&RopeQuantizeAppend::SIGNATURE);
 
-/// Element types of what is turned and quantized.
-const INPUTS: [DType; 2] = [DType::F16, DType::BF16];
 /// Element types of the results.
 const OUTPUTS: [DType; 2] = [DType::E4M3, DType::E5M2];
 /// Elements that a thread of these kernels loads at a time.
@@ -182,7 +180,7 @@ pub fn rope_quantize(
     let (q, q_out) = (Parts::input(q, device)?, Parts::output(q_out, device)?);
     let (k, k_out) = (Parts::input(k, device)?, Parts::output(k_out, device)?);
     let dtype = q_out.rope.dtype;
-    q.check(&check, ["q.rope", "q.nope"], &INPUTS, &[3], &q)?;
+    q.check(&check, ["q.rope", "q.nope"], &DTYPES, &[3], &q)?;
     k.check(&check, ["k.rope", "k.nope"], &[q.rope.dtype], &[2, 3], &q)?;
     q_out.check(&check, ["q_out.rope", "q_out.nope"], &OUTPUTS, &[3], &q)?;
     k_out.check(&check, ["k_out.rope", "k_out.nope"], &[dtype], &[k.rope.shape().len()], &k)?;
@@ -285,7 +283,7 @@ pub fn rope_quantize_append_paged_kv_cache(
     let device = stream.device();
     let (q, q_out) = (Parts::input(q, device)?, Parts::output(q_out, device)?);
     let k = Parts::input(k, device)?;
-    q.check(&check, ["q.rope", "q.nope"], &INPUTS, &[3], &q)?;
+    q.check(&check, ["q.rope", "q.nope"], &DTYPES, &[3], &q)?;
     k.check(&check, ["k.rope", "k.nope"], &[q.rope.dtype], &[2, 3], &q)?;
     q_out.check(&check, ["q_out.rope", "q_out.nope"], &OUTPUTS, &[3], &q)?;
     let (heads, quantized) = (q.heads(), q_out.rope.dtype);

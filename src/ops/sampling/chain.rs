@@ -1,6 +1,6 @@
 //! Accepting or replacing a chain of drafted tokens.
 
-use super::{Indices, SamplingOptions, check_plain, check_rows, function};
+use super::{Indices, SamplingOptions, check_rows, function};
 use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
@@ -109,7 +109,7 @@ pub fn chain_speculative_sampling(
         ("output_emitted_draft_token_num", &samples.output_emitted_draft_token_num.raw, &[batch]),
     ];
     for (name, tensor, shape) in outputs {
-        check_plain(&check, name, tensor, &[DType::I32], shape)?;
+        check.plain(name, tensor, &[DType::I32], shape, 4)?;
     }
     let random = options.random.check(&check)?;
     if options.indices.is_some() {

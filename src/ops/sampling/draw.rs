@@ -1,7 +1,7 @@
 //! Drawing a token for each request.
 
 use super::{
-    Parameter, Samples, SamplingOptions, SoftmaxOptions, Workspace, check_plain, check_rows, function,
+    Parameter, Samples, SamplingOptions, SoftmaxOptions, Workspace, check_rows, function,
     options::{KernelRandom, MIN_P as MIN_P_RULE, TOP_P as TOP_P_RULE},
     renorm::softmax_of,
     top_k_mask_logits,
@@ -78,7 +78,7 @@ impl Drawing {
             None => source_rows,
             Some(_) => output.shape().first().copied().unwrap_or(0),
         };
-        check_plain(check, "output", output, &[DType::I32, DType::I64], &[rows])?;
+        check.plain("output", output, &[DType::I32, DType::I64], &[rows], output.dtype.size())?;
         if rows > i64::from(i32::MAX) {
             return check.fail("output", format!("{rows} rows; at most 2^31 - 1"));
         }
@@ -105,7 +105,7 @@ impl Drawing {
         options: &SamplingOptions<'_>,
     ) -> Result<Self> {
         let drawing = Self::of(check, &samples.output.raw, ("probs", &probs.raw), options)?;
-        check_plain(check, "valid", &samples.valid.raw, &[DType::U8, DType::Bool], &[drawing.rows])?;
+        check.plain("valid", &samples.valid.raw, &[DType::U8, DType::Bool], &[drawing.rows], 1)?;
         Ok(drawing)
     }
 }

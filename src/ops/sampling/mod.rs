@@ -155,17 +155,3 @@ fn check_like(check: &Check<'_>, argument: &'static str, tensor: &RawTensor, lik
     check_rows(check, argument, tensor, &[like.dtype], like.shape().len())?;
     check.shape(argument, tensor, like.shape())
 }
-
-/// Checks a contiguous tensor of numbers without vectors.
-fn check_plain(
-    check: &Check<'_>,
-    argument: &'static str,
-    tensor: &RawTensor,
-    dtypes: &[DType],
-    shape: &[i64],
-) -> Result<()> {
-    check.tensor(argument, tensor, dtypes, &[shape.len()])?;
-    check.shape(argument, tensor, shape)?;
-    check.contiguous(argument, tensor)?;
-    check.aligned(argument, tensor, tensor.dtype.size())
-}

@@ -1,7 +1,6 @@
 //! What the operations that draw have in common: parameters, random numbers,
 //! rows to draw from, and where tokens go.
 
-use super::check_plain;
 use crate::{
     error::Result,
     kv::BoundedTable,
@@ -45,7 +44,7 @@ impl<T> Parameter<'_, T> {
         match self {
             Self::Value(value) => Ok((None, Some(value))),
             Self::PerRow(tensor) => {
-                check_plain(check, argument, &tensor.raw, &[dtype], &[len])?;
+                check.plain(argument, &tensor.raw, &[dtype], &[len], tensor.raw.dtype.size())?;
                 let raw = &tensor.raw;
                 Ok((Some(RawTensor::new(raw.data, raw.device, dtype, &[rows as usize], None)?), None))
             }
@@ -217,7 +216,7 @@ impl Random<'_> {
                 offset: offset.cast_signed(),
             }),
             Self::Device(pair) => {
-                check_plain(check, "random", &pair.raw, &[DType::I64, DType::U64], &[2])?;
+                check.plain("random", &pair.raw, &[DType::I64, DType::U64], &[2], 8)?;
                 let (seed, offset) = (pair.narrow(0, 0, 1)?, pair.narrow(0, 1, 1)?);
                 Ok(KernelRandom {
                     seed_arr: Some(seed.raw),
@@ -290,7 +289,7 @@ impl<'a> Indices<'a> {
                 raw
             }
         };
-        check_plain(check, argument, &raw, &[dtype], shape)?;
+        check.plain(argument, &raw, &[dtype], shape, raw.dtype.size())?;
         Ok(raw)
     }
 }
