@@ -103,7 +103,8 @@ pub fn packbits(stream: &Stream, y: &mut TensorMut<'_>, x: &TensorRef<'_>, bitor
         return Ok(());
     }
     let kernel = Packbits { x: x.into(), bitorder: name(bitorder), y: DlTensor::new(&y.raw) };
-    launch(stream, &PACKBITS, &kernel)
+    // SAFETY: tensors and offsets were checked above.
+    unsafe { launch(stream, &PACKBITS, &kernel) }
 }
 
 /// Packs each segment of `x` as [`packbits`] does, into whole bytes of its own;
@@ -138,7 +139,8 @@ pub fn segment_packbits(
         bitorder: name(bitorder),
         y: DlTensor::new(&y.raw),
     };
-    launch(stream, &SEGMENT_PACKBITS, &kernel)
+    // SAFETY: tensors and offsets were checked above.
+    unsafe { launch(stream, &SEGMENT_PACKBITS, &kernel) }
 }
 
 /// Bytes to write and elements to read. The launchers compare nothing with `y`.
@@ -151,15 +153,18 @@ fn check_tensors(check: &Check<'_>, [y, x]: [&RawTensor; 2], [bytes, elements]: 
 
 /// Launches on the stream's device, which the launchers leave to their caller,
 /// and asks whether it worked, which `segment_packbits` does not.
-fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: &K) -> Result<()> {
+///
+/// # Safety
+/// The kernel must be the function's. Both tensors must be contiguous and on
+/// the stream's device, and `y` must have the bytes that the elements of `x`
+/// make; offsets, if any, must end with both tensors.
+unsafe fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: &K) -> Result<()> {
     let runtime = FlashInferRuntime::get()?;
     let cuda = runtime.cuda();
     let function = function.get(runtime)?;
     let _device = cuda.on_device_of(stream)?;
-    // SAFETY: the function has this signature. Both tensors are contiguous, and
-    // `y` has the bytes that the elements of `x` make; offsets, if any, are the
-    // device copy of checked values, which end with both tensors. The kernels
-    // read and write single bytes, which need no alignment.
+    // SAFETY: promised by the caller. The kernels read and write single bytes,
+    // which need no alignment.
     cuda.watch_launch(|| unsafe { kernel.call(function, stream) }).map(drop)
 }
 

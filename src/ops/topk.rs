@@ -365,7 +365,9 @@ pub fn radix_topk(
         tie_break: options.tie_break as i64,
         dsa_graph_safe: options.dsa_graph_safe,
     };
-    launch(stream, &RADIX_TOPK, &kernel)
+    // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
+    // the launch before left the row states zero.
+    unsafe { launch(stream, &RADIX_TOPK, &kernel) }
 }
 
 /// For each row of `input`, `[rows, max_len]`, the entries of a page table for
@@ -443,7 +445,9 @@ pub fn radix_topk_page_table_transform(
         dsa_graph_safe: options.dsa_graph_safe,
         maybe_row_starts: row_starts.as_ref().map(DlTensor::new),
     };
-    launch(stream, &PAGE_TABLE_TRANSFORM, &kernel)
+    // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
+    // the launch before left the row states zero.
+    unsafe { launch(stream, &PAGE_TABLE_TRANSFORM, &kernel) }
 }
 
 /// As [`radix_topk_page_table_transform`] for keys that lie one after the
@@ -486,7 +490,9 @@ pub fn radix_topk_ragged_transform(
         dsa_graph_safe: options.dsa_graph_safe,
         maybe_row_starts: row_starts.as_ref().map(DlTensor::new),
     };
-    launch(stream, &RAGGED_TRANSFORM, &kernel)
+    // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
+    // the launch before left the row states zero.
+    unsafe { launch(stream, &RAGGED_TRANSFORM, &kernel) }
 }
 
 /// Scores that a selection of `k` can read.
@@ -616,20 +622,22 @@ fn check_page_table(check: &Check<'_>, table: &RawTensor, rows: &RowIndices) -> 
     Ok(())
 }
 
-/// Launches with checked arguments.
-fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: &K) -> Result<()> {
+/// Calls a function of the module.
+///
+/// # Safety
+/// The kernel must be the function's. Its tensors must be all that the kernels
+/// assume: device, dtype, shape, contiguity, alignment, 32-bit offsets; `k`
+/// neither 0 nor more than a row of `radix_topk` or than the kernel asked for
+/// holds. Parts of rows must end within input and page table. The row states
+/// must be those of this stream: zeros, and large enough for any launch on its
+/// GPU.
+unsafe fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: &K) -> Result<()> {
     let runtime = FlashInferRuntime::get()?;
     let function = function.get(runtime)?;
     // The launchers make the input's device current, and leave it so.
     let _device = runtime.cuda().on_device_of(stream)?;
     let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
-    // SAFETY: the function has this signature. Tensors were checked for all
-    // that the kernels assume: device, dtype, shape, contiguity, alignment,
-    // 32-bit offsets; `k` is neither 0 nor more than a row of `radix_topk` or
-    // than the kernel asked for holds. The parts of rows are the device copy of
-    // checked values, and end within input and page table. The row states are
-    // large enough for any launch on their GPU, belong to this stream, and were
-    // left zero by the launch before.
+    // SAFETY: promised by the caller.
     unsafe { kernel.call(function, stream) }.map(drop)
 }
 

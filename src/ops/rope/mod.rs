@@ -301,18 +301,21 @@ pub fn apply_rope<'p>(
     let check = Check::new(APPLY.name(), stream)?;
     let Some(call) = ragged(&check, tensors, indptr, offsets.into(), options)? else { return Ok(()) };
     let Ragged { tensors, indptr, offsets } = &call;
-    launch(stream, &APPLY, || ApplyRope {
-        q: DlTensor::new(&tensors.q),
-        k: DlTensor::new(&tensors.k),
-        q_rope: DlTensor::new(&tensors.q_rope),
-        k_rope: DlTensor::new(&tensors.k_rope),
-        indptr: DlTensor::new(indptr),
-        offsets: DlTensor::new(offsets),
-        rotary_dim: tensors.rotary_dim,
-        interleave: options.interleave,
-        rope_scale: options.rope_scale,
-        rope_theta: options.rope_theta,
-    })
+    // SAFETY: tensors and positions were checked above.
+    unsafe {
+        launch(stream, &APPLY, || ApplyRope {
+            q: DlTensor::new(&tensors.q),
+            k: DlTensor::new(&tensors.k),
+            q_rope: DlTensor::new(&tensors.q_rope),
+            k_rope: DlTensor::new(&tensors.k_rope),
+            indptr: DlTensor::new(indptr),
+            offsets: DlTensor::new(offsets),
+            rotary_dim: tensors.rotary_dim,
+            interleave: options.interleave,
+            rope_scale: options.rope_scale,
+            rope_theta: options.rope_theta,
+        })
+    }
 }
 
 /// [`apply_rope`] with Llama 3.1's frequencies.
@@ -331,21 +334,24 @@ pub fn apply_llama31_rope<'p>(
     options.scaling().check(check.op())?;
     let Some(call) = call else { return Ok(()) };
     let Ragged { tensors, indptr, offsets } = &call;
-    launch(stream, &APPLY_LLAMA31, || ApplyLlama31Rope {
-        q: DlTensor::new(&tensors.q),
-        k: DlTensor::new(&tensors.k),
-        q_rope: DlTensor::new(&tensors.q_rope),
-        k_rope: DlTensor::new(&tensors.k_rope),
-        indptr: DlTensor::new(indptr),
-        offsets: DlTensor::new(offsets),
-        rotary_dim: tensors.rotary_dim,
-        interleave: options.rope.interleave,
-        rope_scale: options.rope.rope_scale,
-        rope_theta: options.rope.rope_theta,
-        low_freq_factor: options.low_freq_factor,
-        high_freq_factor: options.high_freq_factor,
-        old_context_length: options.old_context_len,
-    })
+    // SAFETY: tensors and positions were checked above.
+    unsafe {
+        launch(stream, &APPLY_LLAMA31, || ApplyLlama31Rope {
+            q: DlTensor::new(&tensors.q),
+            k: DlTensor::new(&tensors.k),
+            q_rope: DlTensor::new(&tensors.q_rope),
+            k_rope: DlTensor::new(&tensors.k_rope),
+            indptr: DlTensor::new(indptr),
+            offsets: DlTensor::new(offsets),
+            rotary_dim: tensors.rotary_dim,
+            interleave: options.rope.interleave,
+            rope_scale: options.rope.rope_scale,
+            rope_theta: options.rope.rope_theta,
+            low_freq_factor: options.low_freq_factor,
+            high_freq_factor: options.high_freq_factor,
+            old_context_length: options.old_context_len,
+        })
+    }
 }
 
 /// Turns queries and keys by the position of each token.
@@ -368,17 +374,20 @@ pub fn apply_rope_pos_ids<'p>(
     let Some((tensors, pos_ids)) = by_position(&check, tensors, pos_ids.into(), options)? else {
         return Ok(());
     };
-    launch(stream, &APPLY_POS_IDS, || ApplyRopePosIds {
-        q: DlTensor::new(&tensors.q),
-        k: DlTensor::new(&tensors.k),
-        q_rope: DlTensor::new(&tensors.q_rope),
-        k_rope: DlTensor::new(&tensors.k_rope),
-        pos_ids: DlTensor::new(&pos_ids),
-        rotary_dim: tensors.rotary_dim,
-        interleave: options.interleave,
-        rope_scale: options.rope_scale,
-        rope_theta: options.rope_theta,
-    })
+    // SAFETY: tensors and positions were checked above.
+    unsafe {
+        launch(stream, &APPLY_POS_IDS, || ApplyRopePosIds {
+            q: DlTensor::new(&tensors.q),
+            k: DlTensor::new(&tensors.k),
+            q_rope: DlTensor::new(&tensors.q_rope),
+            k_rope: DlTensor::new(&tensors.k_rope),
+            pos_ids: DlTensor::new(&pos_ids),
+            rotary_dim: tensors.rotary_dim,
+            interleave: options.interleave,
+            rope_scale: options.rope_scale,
+            rope_theta: options.rope_theta,
+        })
+    }
 }
 
 /// [`apply_rope_pos_ids`] with Llama 3.1's frequencies.
@@ -395,20 +404,23 @@ pub fn apply_llama31_rope_pos_ids<'p>(
     let call = by_position(&check, tensors, pos_ids.into(), &options.rope)?;
     options.scaling().check(check.op())?;
     let Some((tensors, pos_ids)) = call else { return Ok(()) };
-    launch(stream, &APPLY_LLAMA31_POS_IDS, || ApplyLlama31RopePosIds {
-        q: DlTensor::new(&tensors.q),
-        k: DlTensor::new(&tensors.k),
-        q_rope: DlTensor::new(&tensors.q_rope),
-        k_rope: DlTensor::new(&tensors.k_rope),
-        pos_ids: DlTensor::new(&pos_ids),
-        rotary_dim: tensors.rotary_dim,
-        interleave: options.rope.interleave,
-        rope_scale: options.rope.rope_scale,
-        rope_theta: options.rope.rope_theta,
-        low_freq_factor: options.low_freq_factor,
-        high_freq_factor: options.high_freq_factor,
-        old_context_length: options.old_context_len,
-    })
+    // SAFETY: tensors and positions were checked above.
+    unsafe {
+        launch(stream, &APPLY_LLAMA31_POS_IDS, || ApplyLlama31RopePosIds {
+            q: DlTensor::new(&tensors.q),
+            k: DlTensor::new(&tensors.k),
+            q_rope: DlTensor::new(&tensors.q_rope),
+            k_rope: DlTensor::new(&tensors.k_rope),
+            pos_ids: DlTensor::new(&pos_ids),
+            rotary_dim: tensors.rotary_dim,
+            interleave: options.rope.interleave,
+            rope_scale: options.rope.rope_scale,
+            rope_theta: options.rope.rope_theta,
+            low_freq_factor: options.low_freq_factor,
+            high_freq_factor: options.high_freq_factor,
+            old_context_length: options.old_context_len,
+        })
+    }
 }
 
 /// Turns queries and keys by cosines and sines from a table, whose row length
@@ -459,15 +471,18 @@ pub fn apply_rope_pos_ids_cos_sin_cache(
     if tensors.is_empty() {
         return Ok(());
     }
-    launch(stream, &APPLY_CACHE, || ApplyRopePosIdsCosSinCache {
-        q: DlTensor::new(&tensors.q),
-        k: DlTensor::new(&tensors.k),
-        q_rope: DlTensor::new(&tensors.q_rope),
-        k_rope: DlTensor::new(&tensors.k_rope),
-        cos_sin_cache: (&rotation.cos_sin_cache).into(),
-        pos_ids: DlTensor::new(&pos_ids),
-        interleave: rotation.interleave,
-    })
+    // SAFETY: tensors and positions were checked above.
+    unsafe {
+        launch(stream, &APPLY_CACHE, || ApplyRopePosIdsCosSinCache {
+            q: DlTensor::new(&tensors.q),
+            k: DlTensor::new(&tensors.k),
+            q_rope: DlTensor::new(&tensors.q_rope),
+            k_rope: DlTensor::new(&tensors.k_rope),
+            cos_sin_cache: (&rotation.cos_sin_cache).into(),
+            pos_ids: DlTensor::new(&pos_ids),
+            interleave: rotation.interleave,
+        })
+    }
 }
 
 /// Checked queries and keys.
@@ -621,11 +636,19 @@ fn by_position(
     Ok(if tensors.is_empty() { None } else { Some((tensors, pos_ids)) })
 }
 
-fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: impl FnOnce() -> K) -> Result<()> {
-    // SAFETY: the function has this signature. Tensors were checked for all
-    // that the kernels assume: device, dtype, shape, last stride, alignment,
-    // that vectors end where what is turned ends, and caches against their page
-    // table. Index values are the device copies of checked ones, or promised to
-    // be below the rows of the table, or decide no address.
+/// Calls a function of the module.
+///
+/// # Safety
+/// The kernel must be the function's. Its tensors must be all that the kernels
+/// assume: device, dtype, shape, last stride, alignment, vectors that end where
+/// what is turned ends, caches that fit their page table. Index values must be
+/// the device copies of checked ones, or promised to be below the rows of the
+/// table, or decide no address.
+unsafe fn launch<K: Kernel>(
+    stream: &Stream,
+    function: &FixedFunction,
+    kernel: impl FnOnce() -> K,
+) -> Result<()> {
+    // SAFETY: promised by the caller.
     unsafe { kernel().call(function.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
 }

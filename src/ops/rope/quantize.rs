@@ -195,22 +195,25 @@ pub fn rope_quantize(
     if q.tokens() == 0 || heads == [0, 0] {
         return Ok(());
     }
-    launch(stream, &QUANTIZE, || RopeQuantize {
-        q_rope_in: DlTensor::new(&q.rope),
-        k_rope_in: DlTensor::new(&k.rope),
-        q_nope_in: DlTensor::new(&q.nope),
-        k_nope_in: DlTensor::new(&k.nope),
-        q_rope_out: DlTensor::new(&q_out.rope),
-        k_rope_out: DlTensor::new(&k_out.rope),
-        q_nope_out: DlTensor::new(&q_out.nope),
-        k_nope_out: DlTensor::new(&k_out.nope),
-        cos_sin_cache: (&rotation.cos_sin_cache).into(),
-        pos_ids: DlTensor::new(&pos_ids),
-        quant_scale_q: options.quant_scale_q,
-        quant_scale_kv: options.quant_scale_kv,
-        interleave: rotation.interleave,
-        enable_pdl: options.enable_pdl,
-    })
+    // SAFETY: tensors, positions and caches were checked above.
+    unsafe {
+        launch(stream, &QUANTIZE, || RopeQuantize {
+            q_rope_in: DlTensor::new(&q.rope),
+            k_rope_in: DlTensor::new(&k.rope),
+            q_nope_in: DlTensor::new(&q.nope),
+            k_nope_in: DlTensor::new(&k.nope),
+            q_rope_out: DlTensor::new(&q_out.rope),
+            k_rope_out: DlTensor::new(&k_out.rope),
+            q_nope_out: DlTensor::new(&q_out.nope),
+            k_nope_out: DlTensor::new(&k_out.nope),
+            cos_sin_cache: (&rotation.cos_sin_cache).into(),
+            pos_ids: DlTensor::new(&pos_ids),
+            quant_scale_q: options.quant_scale_q,
+            quant_scale_kv: options.quant_scale_kv,
+            interleave: rotation.interleave,
+            enable_pdl: options.enable_pdl,
+        })
+    }
 }
 
 /// The cache that quantized keys are written to, and with grouped or multi-head
@@ -353,31 +356,34 @@ pub fn rope_quantize_append_paged_kv_cache(
         return Ok(());
     }
     let arrays = DeviceArrays::of(append, table)?;
-    launch(stream, &QUANTIZE_APPEND, || RopeQuantizeAppend {
-        q_rope_in: DlTensor::new(&q.rope),
-        k_rope_in: DlTensor::new(&k.rope),
-        q_nope_in: DlTensor::new(&q.nope),
-        k_nope_in: DlTensor::new(&k.nope),
-        v_in: DlTensor::new(&value),
-        q_rope_out: DlTensor::new(&q_out.rope),
-        q_nope_out: DlTensor::new(&q_out.nope),
-        cos_sin_cache: (&rotation.cos_sin_cache).into(),
-        pos_ids: DlTensor::new(&pos_ids),
-        k_cache: DlTensor::new(&caches[0]),
-        v_cache: DlTensor::new(&caches[1]),
-        ckv_cache: DlTensor::new(&caches[2]),
-        kpe_cache: DlTensor::new(&caches[3]),
-        kv_indices: DlTensor::new(&arrays.indices),
-        kv_indptr: DlTensor::new(&arrays.indptr),
-        batch_indices: DlTensor::new(&arrays.batch_indices),
-        positions: DlTensor::new(&arrays.positions),
-        kv_layout_code: layout.code(),
-        page_size: table.host().page_size() as i64,
-        quant_scale_q: options.quant_scale_q,
-        quant_scale_kv: options.quant_scale_kv,
-        interleave: rotation.interleave,
-        enable_pdl: options.enable_pdl,
-    })
+    // SAFETY: tensors, positions and caches were checked above.
+    unsafe {
+        launch(stream, &QUANTIZE_APPEND, || RopeQuantizeAppend {
+            q_rope_in: DlTensor::new(&q.rope),
+            k_rope_in: DlTensor::new(&k.rope),
+            q_nope_in: DlTensor::new(&q.nope),
+            k_nope_in: DlTensor::new(&k.nope),
+            v_in: DlTensor::new(&value),
+            q_rope_out: DlTensor::new(&q_out.rope),
+            q_nope_out: DlTensor::new(&q_out.nope),
+            cos_sin_cache: (&rotation.cos_sin_cache).into(),
+            pos_ids: DlTensor::new(&pos_ids),
+            k_cache: DlTensor::new(&caches[0]),
+            v_cache: DlTensor::new(&caches[1]),
+            ckv_cache: DlTensor::new(&caches[2]),
+            kpe_cache: DlTensor::new(&caches[3]),
+            kv_indices: DlTensor::new(&arrays.indices),
+            kv_indptr: DlTensor::new(&arrays.indptr),
+            batch_indices: DlTensor::new(&arrays.batch_indices),
+            positions: DlTensor::new(&arrays.positions),
+            kv_layout_code: layout.code(),
+            page_size: table.host().page_size() as i64,
+            quant_scale_q: options.quant_scale_q,
+            quant_scale_kv: options.quant_scale_kv,
+            interleave: rotation.interleave,
+            enable_pdl: options.enable_pdl,
+        })
+    }
 }
 
 /// A tensor that a kernel tells from others by its null address.
