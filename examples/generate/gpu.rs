@@ -461,7 +461,7 @@ impl Gpu {
         let requests = REQUESTS_PER_ROW * most;
         let pages = requests * positions.div_ceil(pool.page_size());
         let spec = AttentionSpec::new(DType::F16, head_dim);
-        Ok(Self {
+        let mut gpu = Self {
             buckets: (0..=most.ilog2()).map(|_| None).collect(),
             embedding,
             weights,
@@ -488,7 +488,26 @@ impl Gpu {
                 head,
             },
             cuda,
-        })
+        };
+        gpu.warm_up(pool, most)?;
+        Ok(gpu)
+    }
+
+    /// Computes a prompt and a token, if the pool has room for them: loads
+    /// kernels, and captures the graph of one request.
+    fn warm_up(&mut self, pool: &PageAllocator, most: usize) -> Result<()> {
+        let mut batch = Batch::new(pool);
+        batch.push(Sequence::new(pool))?;
+        for tokens in [&[0; 2][..most.min(2)], &[0]] {
+            match batch.append([tokens.len()]) {
+                Ok(()) => self.step(&Step { batch: &batch, tokens, outputs: &[0] })?,
+                Err(FlashInferError::OutOfPages { .. }) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // A step of nothing.
+        batch.append([0])?;
+        self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })
     }
 
     /// The GPU's name.
