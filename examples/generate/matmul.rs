@@ -15,7 +15,7 @@ use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 use crate::{Result, graph};
 
 /// Algorithms of a product that are tried.
-const CANDIDATES: usize = 8;
+const CANDIDATES: usize = 16;
 /// Launches of each, of which the fastest counts.
 const LAUNCHES: usize = 3;
 /// What cuBLASLt assumes of addresses unless told otherwise.
