@@ -1,6 +1,8 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
+mod gpu;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -123,11 +125,16 @@ fn text_comes_back_at_character_boundaries() {
 fn greedy_decoding_gives_the_known_ids() {
     let Some(loaded) = loaded() else { return };
     let pool = PageAllocator::new(8, 16).unwrap();
-    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
+    check_known_ids(&mut loaded.cpu(&pool), &pool);
+}
+
+/// Greedy decoding of one prompt after the other.
+fn check_known_ids(engine: &mut dyn Engine, pool: &PageAllocator) {
+    let mut requests = Requests::new(pool);
     for (prompt, expected) in [CHAT, STORY, CAPITAL] {
         requests.push(prompt.into()).unwrap();
         while requests.all()[0].answer().len() < expected.len() {
-            requests.step(&mut cpu, 64).unwrap();
+            requests.step(engine, 64).unwrap();
         }
         assert_eq!(requests.remove(0).unwrap().answer(), expected);
     }
@@ -139,7 +146,12 @@ fn a_mixed_batch_gives_the_same_ids() {
     let Some(loaded) = loaded() else { return };
     // Pages of 5 tokens, so that chunks and pages end in different places.
     let pool = PageAllocator::new(26, 5).unwrap();
-    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
+    check_mixed_batch(&mut loaded.cpu(&pool), &pool);
+}
+
+/// The three prompts, of which some are read while others decode.
+fn check_mixed_batch(engine: &mut dyn Engine, pool: &PageAllocator) {
+    let mut requests = Requests::new(pool);
     let (mut steps, mut mixed, mut ended) = (0, 0, 0);
     while ended < 3 {
         // The first decodes while the second prompt is read, 7 tokens in a step.
@@ -154,7 +166,7 @@ fn a_mixed_batch_gives_the_same_ids() {
         }
         let reading = requests.all().iter().filter(|request| request.answer().is_empty()).count();
         mixed += usize::from((1..requests.all().len()).contains(&reading));
-        requests.step(&mut cpu, 7).unwrap();
+        requests.step(engine, 7).unwrap();
         steps += 1;
         for index in (0..requests.all().len()).rev() {
             let request = &requests.all()[index];
