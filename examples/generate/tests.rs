@@ -23,7 +23,7 @@ use flashinfer_rs::{
 use tempfile::TempDir;
 
 use crate::{
-    Fetch, Member, PageAllocator, Requests, Result, Store, StoreConfig, Text,
+    Fetch, Limits, Member, PageAllocator, Result, Scheduler, Store, StoreConfig, Text,
     cpu::Cpu,
     engine::{Engine, Step},
     model::{Ends, Layer, Model},
@@ -95,7 +95,7 @@ fn the_tokenizer_gives_the_known_ids() {
     assert_eq!(text.encode("").unwrap(), [0u32; 0]);
     let other = text.encode_chat(Some("Be brief."), "Hi").unwrap();
     assert_eq!((other[0], other.last()), (1, Some(&198)));
-    assert!(text.is_end(2) && !text.is_end(1));
+    assert!(text.ends().contains(&2) && !text.ends().contains(&1));
 }
 
 #[test]
@@ -119,19 +119,33 @@ fn text_comes_back_at_character_boundaries() {
     assert_eq!(text.stream().push(2).unwrap(), "");
 }
 
+/// Limits for the known answers, of which only the first ends by itself.
+fn limits(step_tokens: usize, max_tokens: usize, draft: usize) -> Limits {
+    Limits { step_tokens, max_tokens, context: 8192, draft, ends: [2].into() }
+}
+
+/// Takes steps until all is answered.
+fn finish(scheduler: &mut Scheduler, engine: &mut dyn Engine) {
+    while !scheduler.is_done() {
+        scheduler.step(engine).unwrap();
+    }
+}
+
+/// What a request is answered when it is alone, with room for everything.
+fn solo(loaded: &Loaded, prompt: &[u32], max_tokens: usize) -> Vec<u32> {
+    let pool = PageAllocator::new(16, 16).unwrap();
+    let mut scheduler = Scheduler::new(&pool, limits(256, max_tokens, 0));
+    scheduler.push(prompt.into()).unwrap();
+    finish(&mut scheduler, &mut loaded.cpu(&pool));
+    scheduler.requests()[0].answer().into()
+}
+
 #[test]
 fn greedy_decoding_gives_the_known_ids() {
     let Some(loaded) = loaded() else { return };
-    let pool = PageAllocator::new(8, 16).unwrap();
-    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
     for (prompt, expected) in [CHAT, STORY, CAPITAL] {
-        requests.push(prompt.into()).unwrap();
-        while requests.all()[0].answer().len() < expected.len() {
-            requests.step(&mut cpu, 64).unwrap();
-        }
-        assert_eq!(requests.remove(0).unwrap().answer(), expected);
+        assert_eq!(solo(loaded, prompt, expected.len()), expected);
     }
-    assert_eq!(pool.used_pages(), 0);
 }
 
 #[test]
@@ -139,9 +153,10 @@ fn a_mixed_batch_gives_the_same_ids() {
     let Some(loaded) = loaded() else { return };
     // Pages of 5 tokens, so that chunks and pages end in different places.
     let pool = PageAllocator::new(26, 5).unwrap();
-    let (mut cpu, mut requests) = (loaded.cpu(&pool), Requests::new(&pool));
-    let (mut steps, mut mixed, mut ended) = (0, 0, 0);
-    while ended < 3 {
+    let mut cpu = loaded.cpu(&pool);
+    let mut scheduler = Scheduler::new(&pool, limits(7, 16, 0));
+    let (mut steps, mut mixed) = (0, 0);
+    while steps < 5 || !scheduler.is_done() {
         // The first decodes while the second prompt is read, 7 tokens in a step.
         let joining = match steps {
             0 => Some(STORY),
@@ -150,24 +165,71 @@ fn a_mixed_batch_gives_the_same_ids() {
             _ => None,
         };
         if let Some((prompt, _)) = joining {
-            requests.push(prompt.into()).unwrap();
+            scheduler.push(prompt.into()).unwrap();
         }
-        let reading = requests.all().iter().filter(|request| request.answer().is_empty()).count();
-        mixed += usize::from((1..requests.all().len()).contains(&reading));
-        requests.step(&mut cpu, 7).unwrap();
+        let before = scheduler.stats();
+        scheduler.step(&mut cpu).unwrap();
+        let after = scheduler.stats();
+        mixed += usize::from(after.read > before.read && after.decoded > before.decoded);
         steps += 1;
-        for index in (0..requests.all().len()).rev() {
-            let request = &requests.all()[index];
-            let case = [CHAT, STORY, CAPITAL].into_iter().find(|case| case.0 == request.prompt());
-            let (_, expected) = case.expect("one of the three prompts");
-            if request.answer().len() == expected.len() {
-                assert_eq!(requests.remove(index).unwrap().answer(), expected);
-                ended += 1;
-            }
-        }
     }
     assert!(mixed >= 5, "{mixed} of {steps} steps were mixed");
+    assert_eq!(scheduler.stats().preemptions, 0);
+    for (request, (_, expected)) in scheduler.requests().iter().zip([STORY, CHAT, CAPITAL]) {
+        assert_eq!(request.answer(), &expected[..expected.len().min(16)]);
+    }
+    drop(scheduler);
     assert_eq!(pool.used_pages(), 0);
+}
+
+#[test]
+fn few_pages_and_a_shared_prefix_give_the_same_ids() {
+    let Some(loaded) = loaded() else { return };
+    // The same 26 tokens of a system prompt before each question.
+    let questions = ["What is the capital of France?", "What is the capital of Italy?", "Name a colour."];
+    let encode = |question: &&str| loaded.text.encode_chat(None, question).unwrap();
+    let prompts: Vec<_> = questions.iter().map(encode).collect();
+    assert_eq!(prompts[0], CHAT.0);
+    let common = prompts[0].iter().zip(&prompts[2]).take_while(|(a, b)| a == b).count();
+    let alone: Vec<_> = prompts.iter().map(|prompt| solo(loaded, prompt, 12)).collect();
+    for (pages, draft, preempts) in [(40, 0, false), (13, 3, true)] {
+        let pool = PageAllocator::new(pages, 4).unwrap();
+        let mut scheduler = Scheduler::new(&pool, limits(24, 12, draft));
+        for prompt in &prompts {
+            scheduler.push(prompt.clone()).unwrap();
+        }
+        finish(&mut scheduler, &mut loaded.cpu(&pool));
+        let answers: Vec<_> = scheduler.requests().iter().map(|request| request.answer()).collect();
+        assert_eq!(answers, alone, "{pages} pages");
+        let stats = scheduler.stats();
+        assert_eq!(stats.preemptions > 0, preempts, "{stats:?}");
+        // The first two questions share more than the system prompt.
+        let more = prompts[0].iter().zip(&prompts[1]).take_while(|(a, b)| a == b).count();
+        if !preempts {
+            assert_eq!(stats.saved, common / 4 * 4 + more / 4 * 4, "{stats:?}");
+        }
+        drop(scheduler);
+        assert_eq!(pool.used_pages(), 0);
+    }
+}
+
+#[test]
+fn drafts_save_steps_and_change_no_id() {
+    let Some(loaded) = loaded() else { return };
+    let prompt = loaded.text.encode("one two three one two three one two three one two").unwrap();
+    let steps = |draft: usize| {
+        let pool = PageAllocator::new(16, 5).unwrap();
+        let mut scheduler = Scheduler::new(&pool, limits(64, 20, draft));
+        scheduler.push(prompt.clone()).unwrap();
+        finish(&mut scheduler, &mut loaded.cpu(&pool));
+        let stats = scheduler.stats();
+        assert_eq!(stats.steps + stats.accepted, 20, "{stats:?}");
+        (scheduler.requests()[0].answer().to_vec(), stats.steps)
+    };
+    let (plain, drafted) = (steps(0), steps(4));
+    assert_eq!(plain.0, drafted.0);
+    assert_eq!(plain.1, 20);
+    assert!(drafted.1 <= 8, "{} steps", drafted.1);
 }
 
 #[test]
@@ -196,17 +258,6 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
         assert!((a - b).abs() < 1e-3, "{a} and {b}");
     }
     assert_eq!(greedy[2], CAPITAL.1[0]);
-}
-
-#[test]
-fn prompts_that_do_not_fit_are_refused() {
-    let pool = PageAllocator::new(2, 4).unwrap();
-    let mut requests = Requests::new(&pool);
-    let text = requests.push(vec![0; 8]).unwrap_err().to_string();
-    assert!(text.contains("8 tokens") && text.contains("--cache-tokens"), "{text}");
-    assert!(requests.push(Vec::new()).unwrap_err().to_string().contains("empty"));
-    requests.push(vec![0; 7]).unwrap();
-    assert!(requests.has_room(0));
 }
 
 /// A small file, of this metadata and tensors of these shapes.
