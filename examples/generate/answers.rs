@@ -134,7 +134,7 @@ impl fmt::Display for Summary {
         let first = self.first.as_secs_f64() * 1e3 / stats.begun.max(1) as f64;
         write!(f, "time to first token {first:.0} ms")?;
         if many {
-            write!(f, " in the mean; {} preemptions", stats.preemptions)?;
+            write!(f, " in the mean; preemptions: {}", stats.preemptions)?;
             if stats.recomputed > 0 {
                 write!(f, ", {} tokens computed again", stats.recomputed)?;
             }

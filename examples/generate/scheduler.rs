@@ -85,6 +85,11 @@ impl Part {
         self.len + self.draft.len()
     }
 
+    /// Rows whose next token is wanted: the last one, and those of the draft.
+    fn outputs(&self) -> usize {
+        if self.whole { 1 + self.draft.len() } else { 0 }
+    }
+
     /// Pages that a sequence needs for it.
     fn further_pages(&self, sequence: &Sequence) -> usize {
         let page_size = sequence.allocator().page_size();
@@ -173,9 +178,7 @@ impl Scheduler {
         let (mut tokens, mut outputs) = (Vec::new(), Vec::new());
         for ((&number, sequence), part) in self.running.iter().zip(self.batch.sequences()).zip(&parts) {
             tokens.extend_from_slice(&self.requests[number].tokens()[sequence.len()..][..part.len]);
-            if part.whole {
-                outputs.extend((0..=part.draft.len()).map(|row| tokens.len() - 1 + row));
-            }
+            outputs.extend((0..part.outputs()).map(|row| tokens.len() - 1 + row));
             tokens.extend_from_slice(&part.draft);
         }
         self.batch.append(parts.iter().map(Part::rows))?;
@@ -186,11 +189,11 @@ impl Scheduler {
         if greedy.len() != outputs.len() {
             return Err(format!("the engine gave {} tokens for {} rows", greedy.len(), outputs.len()).into());
         }
-        let mut greedy = greedy.into_iter();
+        let mut greedy = greedy.as_slice();
         for (index, part) in parts.iter().enumerate() {
-            let outputs = if part.whole { part.draft.len() + 1 } else { 0 };
-            let next: Vec<_> = greedy.by_ref().take(outputs).collect();
-            self.finish(index, part, &next)?;
+            let next;
+            (next, greedy) = greedy.split_at(part.outputs());
+            self.finish(index, part, next)?;
         }
         for index in (0..self.running.len()).rev() {
             if self.requests[self.running[index]].ended().is_some() {

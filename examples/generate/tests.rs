@@ -23,10 +23,11 @@ use flashinfer_rs::{
 use tempfile::TempDir;
 
 use crate::{
-    Fetch, Limits, Member, PageAllocator, Result, Scheduler, Store, StoreConfig, Text,
+    Cli, Fetch, Limits, Member, PageAllocator, Parser, Result, Scheduler, Store, StoreConfig, Text,
     cpu::Cpu,
     engine::{Engine, Step},
     model::{Ends, Layer, Model},
+    prompts,
 };
 
 /// Prompts and what greedy decoding adds to them.
@@ -185,38 +186,31 @@ fn a_mixed_batch_gives_the_same_ids() {
 #[test]
 fn few_pages_and_a_shared_prefix_give_the_same_ids() {
     let Some(loaded) = loaded() else { return };
-    // The same 26 tokens of a system prompt before each question.
-    let questions = ["What is the capital of France?", "What is the capital of Italy?", "Name a colour."];
-    let encode = |question: &&str| loaded.text.encode_chat(None, question).unwrap();
-    let prompts: Vec<_> = questions.iter().map(encode).collect();
-    assert_eq!(prompts[0], CHAT.0);
-    let common = prompts[0].iter().zip(&prompts[2]).take_while(|(a, b)| a == b).count();
-    let alone: Vec<_> = prompts.iter().map(|prompt| solo(loaded, prompt, 12)).collect();
-    for (pages, draft, preempts) in [(40, 0, false), (13, 3, true)] {
-        let pool = PageAllocator::new(pages, 4).unwrap();
-        let mut scheduler = Scheduler::new(&pool, limits(24, 12, draft));
-        for prompt in &prompts {
-            scheduler.push(prompt.clone()).unwrap();
-        }
-        finish(&mut scheduler, &mut loaded.cpu(&pool));
-        let answers: Vec<_> = scheduler.requests().iter().map(|request| request.answer()).collect();
-        assert_eq!(answers, alone, "{pages} pages");
-        let stats = scheduler.stats();
-        assert_eq!(stats.preemptions > 0, preempts, "{stats:?}");
-        // The first two questions share more than the system prompt.
-        let more = prompts[0].iter().zip(&prompts[1]).take_while(|(a, b)| a == b).count();
-        if !preempts {
-            assert_eq!(stats.saved, common / 4 * 4 + more / 4 * 4, "{stats:?}");
-        }
-        drop(scheduler);
-        assert_eq!(pool.used_pages(), 0);
+    // The second question has the system prompt and more in common with the first.
+    let italy = loaded.text.encode_chat(None, "What is the capital of Italy?").unwrap();
+    let common = CHAT.0.iter().zip(&italy).take_while(|(a, b)| a == b).count();
+    assert!(common > 26, "{common} tokens");
+    let (prompts, answers) = ([STORY.0, CHAT.0, &italy], [&STORY.1[..16], CHAT.1, &solo(loaded, &italy, 16)]);
+    let pool = PageAllocator::new(17, 3).unwrap();
+    let mut scheduler = Scheduler::new(&pool, limits(24, 16, 2));
+    for prompt in prompts {
+        scheduler.push(prompt.into()).unwrap();
     }
+    finish(&mut scheduler, &mut loaded.cpu(&pool));
+    let stats = scheduler.stats();
+    assert!(stats.preemptions > 0 && stats.recomputed > 0, "{stats:?}");
+    assert_eq!(stats.saved, common / pool.page_size() * pool.page_size(), "{stats:?}");
+    for (request, answer) in scheduler.requests().iter().zip(answers) {
+        assert_eq!(request.answer(), answer);
+    }
+    drop(scheduler);
+    assert_eq!(pool.used_pages(), 0);
 }
 
 #[test]
 fn drafts_save_steps_and_change_no_id() {
     let Some(loaded) = loaded() else { return };
-    let prompt = loaded.text.encode("one two three one two three one two three one two").unwrap();
+    let prompt = loaded.text.encode("red blue red blue red blue red blue red").unwrap();
     let steps = |draft: usize| {
         let pool = PageAllocator::new(16, 5).unwrap();
         let mut scheduler = Scheduler::new(&pool, limits(64, 20, draft));
@@ -258,6 +252,29 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
         assert!((a - b).abs() < 1e-3, "{a} and {b}");
     }
     assert_eq!(greedy[2], CAPITAL.1[0]);
+}
+
+#[test]
+fn prompts_and_drafts_come_from_the_command_line() {
+    let parse = |args: &[&str]| Cli::try_parse_from([&["generate"], args].concat());
+    let cli = parse(&["--speculate", "Hi"]).unwrap();
+    assert_eq!((cli.speculate, prompts(&cli).unwrap()), (4, vec!["Hi".to_owned()]));
+    assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
+    assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
+    assert!(parse(&[]).is_err() && parse(&["Hi", "--prompts", "file"]).is_err());
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("prompts.txt");
+    let of_file = || prompts(&parse(&["--prompts", path.to_str().unwrap()]).unwrap());
+    let refused = |expected: &str| {
+        let text = of_file().unwrap_err().to_string();
+        assert!(text.contains(expected) && text.contains(path.to_str().unwrap()), "{text}");
+    };
+    refused("cannot read the prompts");
+    fs::write(&path, "\n \n").unwrap();
+    refused("has no prompts");
+    fs::write(&path, "One?\n\n  Two \r\nThree").unwrap();
+    assert_eq!(of_file().unwrap(), ["One?", "  Two ", "Three"]);
 }
 
 /// A small file, of this metadata and tensors of these shapes.

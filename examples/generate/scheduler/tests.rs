@@ -2,7 +2,7 @@
 //! every token that the page table names, so that a page that is read by the
 //! wrong request, or before it is written, changes an answer.
 
-use std::cell::Cell;
+use std::{cell::Cell, collections::BTreeSet};
 
 use proptest::{
     prelude::*,
@@ -107,6 +107,8 @@ struct Schedule {
     num_pages: usize,
     vocab: u32,
     limits: Limits,
+    /// Whether what nobody uses is evicted after every step.
+    evicts: bool,
     /// Steps before each, and the prompt.
     arrivals: Vec<(usize, Vec<u32>)>,
 }
@@ -122,29 +124,39 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     let prompt = (0..3u32, 0..20usize, prop::collection::vec(0..2u32, 1..12));
     let arrival = (prop_oneof![2 => Just(0), 1 => 0..6usize], prompt);
     let arrivals = prop::collection::vec(arrival, 1..16);
-    (1..6usize, 1..24usize, 1..4u32, limits, arrivals).prop_map(
-        |(page_size, num_pages, vocab, limits, arrivals)| {
+    let evicts = prop::bool::weighted(0.3);
+    (1..6usize, 1..24usize, 1..4u32, limits, evicts, arrivals).prop_map(
+        |(page_size, num_pages, vocab, limits, evicts, arrivals)| {
             let prompt = |(family, shared, own): (u32, usize, Vec<u32>)| {
                 let shared = (0..shared as u32).map(|at| (at * family) % 3);
                 shared.chain(own).collect()
             };
             let arrivals = arrivals.into_iter().map(|(steps, parts)| (steps, prompt(parts))).collect();
-            Schedule { page_size, num_pages, vocab, limits, arrivals }
+            Schedule { page_size, num_pages, vocab, limits, evicts, arrivals }
         },
     )
 }
 
 /// Runs a schedule to its end, and compares every answer. Gives what was counted.
 fn run(schedule: &Schedule) -> Stats {
-    let Schedule { page_size, num_pages, vocab, ref limits, ref arrivals } = *schedule;
+    let Schedule { page_size, num_pages, vocab, ref limits, evicts, ref arrivals } = *schedule;
     let pool = PageAllocator::new(num_pages, page_size).unwrap();
     let (cache, most) = (num_pages * page_size, (num_pages * page_size).min(limits.context));
     let mut engine = Fake::new(&pool, vocab, limits.step_tokens);
     let mut scheduler = Scheduler::new(&pool, limits.clone());
+    let mut step = |scheduler: &mut Scheduler| {
+        scheduler.step(&mut engine).unwrap();
+        if evicts {
+            // All that no running request uses can go.
+            scheduler.make_free(num_pages);
+            let used: BTreeSet<_> = scheduler.batch.sequences().iter().flat_map(Sequence::pages).collect();
+            assert_eq!(pool.used_pages(), used.len());
+        }
+    };
     let mut prompts: Vec<&[u32]> = Vec::new();
     for (steps, prompt) in arrivals {
         for _ in 0..*steps {
-            scheduler.step(&mut engine).unwrap();
+            step(&mut scheduler);
         }
         // What can never fit is refused, and nothing else.
         let pushed = scheduler.push(prompt.clone());
@@ -157,9 +169,9 @@ fn run(schedule: &Schedule) -> Stats {
     let alone: Vec<_> = prompts.iter().map(|prompt| solo(prompt, limits, cache, vocab)).collect();
     let enough: usize = alone.iter().map(|request| request.tokens().len()).sum();
     for _ in 0..enough {
-        scheduler.step(&mut engine).unwrap();
+        step(&mut scheduler);
     }
-    assert!(scheduler.is_done(), "{} steps are not enough", enough);
+    assert!(scheduler.is_done(), "{enough} steps are not enough");
     for (request, alone) in scheduler.requests().iter().zip(&alone) {
         assert_eq!((request.tokens(), request.ended()), (alone.tokens(), alone.ended()));
     }
@@ -215,8 +227,14 @@ fn a_long_schedule_ends_with_no_page_lost() {
         (request as usize % 5, prompt)
     });
     let limits = Limits { context: 80, ..limits(16, 30, 3) };
-    let stats =
-        run(&Schedule { page_size: 4, num_pages: 24, vocab: 3, limits, arrivals: arrivals.collect() });
+    let stats = run(&Schedule {
+        page_size: 4,
+        num_pages: 24,
+        vocab: 3,
+        limits,
+        evicts: false,
+        arrivals: arrivals.collect(),
+    });
     assert!(stats.preemptions > 20 && stats.saved > 1000 && stats.accepted > 100, "{stats:?}");
 }
 
