@@ -110,12 +110,12 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
+    let prompts = prompts(cli)?;
     let model = Model::open(&match &cli.model {
         Some(path) => path.clone(),
         None => pinned_model()?,
     })?;
     let text = Text::from_gguf(&model.content)?;
-    let prompts = prompts(cli)?;
     let context = model.config.context_length;
     let tokens = cli.cache_tokens.min(context.saturating_mul(prompts.len()));
     let pool = PageAllocator::new(tokens / PAGE_SIZE, PAGE_SIZE)?;

@@ -154,12 +154,6 @@ impl Scheduler {
         self.stats
     }
 
-    /// The prefixes that were read.
-    #[cfg(test)]
-    pub fn prefixes(&self) -> &PrefixCache {
-        &self.prefixes
-    }
-
     /// Tokens for which the pool has pages.
     fn cache_tokens(&self) -> usize {
         self.pool.num_pages() * self.pool.page_size()
@@ -276,13 +270,16 @@ impl Scheduler {
         let sequence = self.prefixes.lookup(&tokens[..tokens.len() - 1]);
         // More of it may be there after this step.
         let page_size = self.pool.page_size();
-        let shares = |(index, _): (usize, &Part)| {
-            let end = self.batch.sequences()[index].len() + parts[index].len;
+        let reads_more = |(index, part): (usize, &Part)| {
+            if !part.reads {
+                return false;
+            }
+            let end = self.batch.sequences()[index].len() + part.len;
             let other = &self.requests[self.running[index]].tokens()[..end];
             let common = tokens.iter().zip(other).take_while(|(a, b)| a == b).count();
             common.min(tokens.len() - 1) / page_size * page_size > sequence.len()
         };
-        if parts.iter().enumerate().filter(|(_, part)| part.reads).any(shares) {
+        if parts.iter().enumerate().any(reads_more) {
             return None;
         }
         // It needs room for all its tokens, and leaves a page for each of the

@@ -186,7 +186,7 @@ fn run(schedule: &Schedule) -> Stats {
     );
     assert_eq!(stats.begun, prompts.len());
     // Only cached prefixes are left, and all of them can go.
-    assert_eq!(pool.used_pages(), scheduler.prefixes().num_pages());
+    assert_eq!(pool.used_pages(), scheduler.prefixes.num_pages());
     assert!(scheduler.make_free(num_pages));
     drop(scheduler);
     assert_eq!(pool.free_pages(), num_pages);
