@@ -249,6 +249,17 @@ impl FlashInferRuntime {
         Ok((cublas.version(), cublas.source()))
     }
 
+    /// Opens cuBLAS ahead of its use, and downloads the pinned wheel (about 500
+    /// MB) if the machine has none. [`preload`](Self::preload) does so for
+    /// modules that link against it; this is for calls of one's own, which find
+    /// it in the process by its name.
+    ///
+    /// # Errors
+    /// It cannot be had or opened.
+    pub fn preload_cublas(&self) -> Result<()> {
+        self.cublas(Fetch::Allowed).map(drop)
+    }
+
     /// Opens what a module's file links against and the loader may not find.
     pub(crate) fn open_needed(&self, module: &Path, fetch: Fetch) -> Result<()> {
         if needed_libraries(module)?.iter().any(|name| name.starts_with("libcublas")) {

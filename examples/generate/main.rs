@@ -8,8 +8,9 @@
 //! answer.
 //!
 //! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
-//! any GGUF file of the llama architecture (`--model`). It runs on the CPU,
-//! through the operations of `flashinfer_rs::reference`.
+//! any GGUF file of the llama architecture (`--model`). It runs on an NVIDIA
+//! GPU, through FlashInfer's kernels, or on the CPU, through the operations of
+//! `flashinfer_rs::reference`.
 //!
 //! | file | its job |
 //! |---|---|
@@ -18,6 +19,10 @@
 //! | `tokenizer` | text to token ids and back |
 //! | `engine` | what a backend computes: one step of a mixed batch |
 //! | `cpu` | the backend on the CPU |
+//! | `gpu` | the backend on an NVIDIA GPU |
+//! | `matmul` | its products of matrices, by cuBLASLt |
+//! | `graph` | its CUDA graphs: captured, timed, counted |
+//! | `bench` | how fast the GPU decodes (`--bench 1,8,64,256`) |
 //! | `requests` | a request: prompt, answer, and when that ends |
 //! | `scheduler` | requests that share an engine and its cache: who computes what in a step |
 //! | `draft` | guesses of what comes next |
@@ -25,11 +30,15 @@
 //! | `download` | the progress of a download, as `flashinfer-doctor` shows it |
 
 mod answers;
+mod bench;
 mod cpu;
 #[path = "../../src/bin/flashinfer-doctor/download.rs"]
 mod download;
 mod draft;
 mod engine;
+mod gpu;
+mod graph;
+mod matmul;
 mod model;
 mod requests;
 mod scheduler;
@@ -47,7 +56,14 @@ use flashinfer_rs::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    answers::answer, cpu::Cpu, model::Model, requests::Limits, scheduler::Scheduler, tokenizer::Text,
+    answers::answer,
+    cpu::Cpu,
+    engine::Engine,
+    gpu::Gpu,
+    model::{Layer, Model},
+    requests::Limits,
+    scheduler::Scheduler,
+    tokenizer::Text,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -60,10 +76,10 @@ const STEP_TOKENS: usize = 256;
 #[derive(Parser)]
 struct Cli {
     /// The question
-    #[arg(required_unless_present = "prompts")]
+    #[arg(required_unless_present_any = ["prompts", "bench"])]
     prompt: Option<String>,
     /// Answer each line of a file; `-` is the standard input
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "bench"])]
     prompts: Option<PathBuf>,
     /// Continue the prompt, instead of answering it as a chat message
     #[arg(long)]
@@ -89,14 +105,19 @@ struct Cli {
     /// Where to compute
     #[arg(long, default_value = "auto")]
     device: Device,
+    /// Measure decode steps of these batch sizes on the GPU, instead
+    #[arg(long, hide = true, value_delimiter = ',', value_name = "N,…")]
+    bench: Vec<NonZeroUsize>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Device {
-    /// The best that is there
+    /// The GPU if there is one that can be used, else the CPU
     Auto,
     /// The CPU reference
     Cpu,
+    /// The first NVIDIA GPU
+    Gpu,
 }
 
 fn main() -> ExitCode {
@@ -115,6 +136,9 @@ fn run(cli: &Cli) -> Result<()> {
         Some(path) => path.clone(),
         None => pinned_model()?,
     })?;
+    if !cli.bench.is_empty() {
+        return bench::run(&model, &cli.bench);
+    }
     let text = Text::from_gguf(&model.content)?;
     let context = model.config.context_length;
     let tokens = cli.cache_tokens.min(context.saturating_mul(prompts.len()));
@@ -133,11 +157,9 @@ fn run(cli: &Cli) -> Result<()> {
             None => error,
         })?;
     }
-    let (mut engine, backend) = match cli.device {
-        Device::Auto | Device::Cpu => (load(&model, &pool)?, "on the CPU; no GPU was used"),
-    };
+    let (mut engine, backend) = load(cli.device, &model, &pool)?;
     let headings = cli.prompts.as_ref().map(|_| prompts.as_slice());
-    let summary = answer(&mut engine, &mut scheduler, &text, headings)?;
+    let summary = answer(&mut *engine, &mut scheduler, &text, headings)?;
     eprintln!("{backend}; {summary}");
     Ok(())
 }
@@ -164,11 +186,37 @@ fn pinned_model() -> Result<PathBuf> {
     Ok(Store::open(config)?.locate(&Member::SmolLm2, Fetch::Allowed)?.path)
 }
 
-/// The model on the CPU.
-fn load(model: &Model, pool: &PageAllocator) -> Result<Cpu> {
+/// The model where it is to run, and where that is.
+fn load(device: Device, model: &Model, pool: &PageAllocator) -> Result<(Box<dyn Engine>, String)> {
+    let reason = match device {
+        Device::Cpu => "as asked".to_owned(),
+        Device::Auto | Device::Gpu => match load_gpu(model, pool, STEP_TOKENS) {
+            Ok(gpu) => {
+                let place = format!("on the GPU, {}", gpu.name()?);
+                return Ok((Box::new(gpu), place));
+            }
+            Err(error) if device == Device::Gpu => {
+                return Err(format!("no GPU can be used: {error}").into());
+            }
+            Err(error) => error.to_string().lines().next().unwrap_or_default().to_owned(),
+        },
+    };
+    let cpu = with_progress(model, |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
+    Ok((Box::new(cpu), format!("on the CPU ({reason})")))
+}
+
+fn load_gpu(model: &Model, pool: &PageAllocator, max_tokens: usize) -> Result<Gpu> {
+    with_progress(model, |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
+}
+
+/// Shows how many of a model's layers were taken.
+fn with_progress<E>(
+    model: &Model,
+    load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
+) -> Result<E> {
     let style = ProgressStyle::with_template("loading {wide_bar} {pos}/{len} layers")?;
     let bar = ProgressBar::new(model.config.num_layers as u64).with_style(style);
-    let engine = Cpu::new(&model.config, model.ends()?, bar.wrap_iter(model.layers()), pool);
+    let engine = load(&mut bar.wrap_iter(model.layers()));
     bar.finish_and_clear();
     engine
 }

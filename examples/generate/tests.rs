@@ -1,6 +1,8 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
+mod gpu;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -28,6 +30,7 @@ use crate::{
     engine::{Engine, Step},
     model::{Ends, Layer, Model},
     prompts,
+    scheduler::Stats,
 };
 
 /// Prompts and what greedy decoding adds to them.
@@ -132,21 +135,27 @@ fn finish(scheduler: &mut Scheduler, engine: &mut dyn Engine) {
     }
 }
 
-/// What a request is answered when it is alone, with room for everything.
-fn solo(loaded: &Loaded, prompt: &[u32], max_tokens: usize) -> Vec<u32> {
-    let pool = PageAllocator::new(16, 16).unwrap();
-    let mut scheduler = Scheduler::new(&pool, limits(256, max_tokens, 0));
+/// What a request is answered when it is alone.
+fn solo(engine: &mut dyn Engine, pool: &PageAllocator, prompt: &[u32], limits: Limits) -> (Vec<u32>, Stats) {
+    let mut scheduler = Scheduler::new(pool, limits);
     scheduler.push(prompt.into()).unwrap();
-    finish(&mut scheduler, &mut loaded.cpu(&pool));
-    scheduler.requests()[0].answer().into()
+    finish(&mut scheduler, engine);
+    (scheduler.requests()[0].answer().into(), scheduler.stats())
 }
 
 #[test]
 fn greedy_decoding_gives_the_known_ids() {
     let Some(loaded) = loaded() else { return };
+    let pool = PageAllocator::new(8, 16).unwrap();
+    check_known_ids(&mut loaded.cpu(&pool), &pool);
+}
+
+/// Greedy decoding of one prompt after the other.
+fn check_known_ids(engine: &mut dyn Engine, pool: &PageAllocator) {
     for (prompt, expected) in [CHAT, STORY, CAPITAL] {
-        assert_eq!(solo(loaded, prompt, expected.len()), expected);
+        assert_eq!(solo(engine, pool, prompt, limits(64, expected.len(), 0)).0, expected);
     }
+    assert_eq!(pool.used_pages(), 0);
 }
 
 #[test]
@@ -154,8 +163,12 @@ fn a_mixed_batch_gives_the_same_ids() {
     let Some(loaded) = loaded() else { return };
     // Pages of 5 tokens, so that chunks and pages end in different places.
     let pool = PageAllocator::new(26, 5).unwrap();
-    let mut cpu = loaded.cpu(&pool);
-    let mut scheduler = Scheduler::new(&pool, limits(7, 16, 0));
+    check_mixed_batch(&mut loaded.cpu(&pool), &pool);
+}
+
+/// The three prompts, of which some are read while others decode.
+fn check_mixed_batch(engine: &mut dyn Engine, pool: &PageAllocator) {
+    let mut scheduler = Scheduler::new(pool, limits(7, 16, 0));
     let (mut steps, mut mixed) = (0, 0);
     while steps < 5 || !scheduler.is_done() {
         // The first decodes while the second prompt is read, 7 tokens in a step.
@@ -169,7 +182,7 @@ fn a_mixed_batch_gives_the_same_ids() {
             scheduler.push(prompt.into()).unwrap();
         }
         let before = scheduler.stats();
-        scheduler.step(&mut cpu).unwrap();
+        scheduler.step(engine).unwrap();
         let after = scheduler.stats();
         mixed += usize::from(after.read > before.read && after.decoded > before.decoded);
         steps += 1;
@@ -186,21 +199,26 @@ fn a_mixed_batch_gives_the_same_ids() {
 #[test]
 fn few_pages_and_a_shared_prefix_give_the_same_ids() {
     let Some(loaded) = loaded() else { return };
+    let pool = PageAllocator::new(17, 3).unwrap();
+    check_few_pages(&mut loaded.cpu(&pool), &pool, &loaded.text);
+}
+
+/// Three prompts and drafts, in 17 pages of 3 tokens.
+fn check_few_pages(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
     // The second question has the system prompt and more in common with the first.
-    let italy = loaded.text.encode_chat(None, "What is the capital of Italy?").unwrap();
+    let italy = text.encode_chat(None, "What is the capital of Italy?").unwrap();
     let common = CHAT.0.iter().zip(&italy).take_while(|(a, b)| a == b).count();
     assert!(common > 26, "{common} tokens");
-    let (prompts, answers) = ([STORY.0, CHAT.0, &italy], [&STORY.1[..16], CHAT.1, &solo(loaded, &italy, 16)]);
-    let pool = PageAllocator::new(17, 3).unwrap();
-    let mut scheduler = Scheduler::new(&pool, limits(24, 16, 2));
-    for prompt in prompts {
+    let alone = solo(engine, pool, &italy, limits(24, 16, 0)).0;
+    let mut scheduler = Scheduler::new(pool, limits(24, 16, 2));
+    for prompt in [STORY.0, CHAT.0, &italy] {
         scheduler.push(prompt.into()).unwrap();
     }
-    finish(&mut scheduler, &mut loaded.cpu(&pool));
+    finish(&mut scheduler, engine);
     let stats = scheduler.stats();
     assert!(stats.preemptions > 0 && stats.recomputed > 0, "{stats:?}");
     assert_eq!(stats.saved, common / pool.page_size() * pool.page_size(), "{stats:?}");
-    for (request, answer) in scheduler.requests().iter().zip(answers) {
+    for (request, answer) in scheduler.requests().iter().zip([&STORY.1[..16], CHAT.1, &alone]) {
         assert_eq!(request.answer(), answer);
     }
     drop(scheduler);
@@ -210,20 +228,19 @@ fn few_pages_and_a_shared_prefix_give_the_same_ids() {
 #[test]
 fn drafts_save_steps_and_change_no_id() {
     let Some(loaded) = loaded() else { return };
-    let prompt = loaded.text.encode("red blue red blue red blue red blue red").unwrap();
-    let steps = |draft: usize| {
-        let pool = PageAllocator::new(16, 5).unwrap();
-        let mut scheduler = Scheduler::new(&pool, limits(64, 20, draft));
-        scheduler.push(prompt.clone()).unwrap();
-        finish(&mut scheduler, &mut loaded.cpu(&pool));
-        let stats = scheduler.stats();
-        assert_eq!(stats.steps + stats.accepted, 20, "{stats:?}");
-        (scheduler.requests()[0].answer().to_vec(), stats.steps)
-    };
-    let (plain, drafted) = (steps(0), steps(4));
-    assert_eq!(plain.0, drafted.0);
-    assert_eq!(plain.1, 20);
-    assert!(drafted.1 <= 8, "{} steps", drafted.1);
+    let pool = PageAllocator::new(16, 5).unwrap();
+    check_drafts(&mut loaded.cpu(&pool), &pool, &loaded.text);
+}
+
+/// A prompt that repeats itself, with and without drafts.
+fn check_drafts(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
+    let prompt = text.encode("red blue red blue red blue red blue red").unwrap();
+    let (plain, stats) = solo(engine, pool, &prompt, limits(64, 20, 0));
+    assert_eq!((stats.steps, stats.drafted), (20, 0));
+    let (drafted, stats) = solo(engine, pool, &prompt, limits(64, 20, 4));
+    assert_eq!(drafted, plain);
+    assert_eq!(stats.steps + stats.accepted, 20, "{stats:?}");
+    assert!(stats.steps <= 8, "{stats:?}");
 }
 
 #[test]

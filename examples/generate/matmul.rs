@@ -1,0 +1,262 @@
+//! Products of activations and weights, by cuBLASLt.
+//!
+//! What cuBLASLt needs to be told about a product is made once for each shape:
+//! descriptors, and the algorithm, which is the first that it suggests or the
+//! fastest of several. A call then only enqueues kernels.
+
+use std::{ffi::c_void, rc::Rc, sync::Arc};
+
+use cudarc::{
+    cublaslt::{result, sys},
+    driver::CudaStream,
+};
+use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
+
+use crate::{Result, graph};
+
+/// Algorithms of a product that are tried.
+const CANDIDATES: usize = 8;
+/// Launches of each, of which the fastest counts.
+const LAUNCHES: usize = 3;
+/// What cuBLASLt assumes of addresses unless told otherwise.
+const ALIGNMENT: usize = 256;
+/// `CUBLAS_OP_T`.
+static TRANSPOSED: i32 = 1;
+/// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: parts of sums are kept in `f32`, and
+/// added in an order that does not change.
+static REDUCTION_IN_F32: u32 = 2;
+
+/// cuBLASLt on one stream.
+pub struct CublasLt {
+    handle: sys::cublasLtHandle_t,
+    cuda: Arc<CudaStream>,
+}
+
+impl CublasLt {
+    /// Opens cuBLASLt by its name, which finds the one that is in the process.
+    pub fn new(cuda: &Arc<CudaStream>) -> Result<Rc<Self>> {
+        // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("cuBLASLt is not of the CUDA version that cudarc was built for".into());
+        }
+        cuda.context().bind_to_thread()?;
+        Ok(Rc::new(Self { handle: result::create_handle()?, cuda: cuda.clone() }))
+    }
+}
+
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        // SAFETY: the handle is this value's, and nothing uses it any more.
+        // There is nobody to tell that it could not be freed.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+/// A description that cuBLASLt allocated.
+struct Described<T: Copy> {
+    raw: T,
+    destroy: unsafe fn(T) -> std::result::Result<(), result::CublasError>,
+}
+
+impl<T: Copy> Drop for Described<T> {
+    fn drop(&mut self) {
+        // SAFETY: it was made by the function's counterpart, and is dropped once.
+        let _ = unsafe { (self.destroy)(self.raw) };
+    }
+}
+
+type Layout = Described<sys::cublasLtMatrixLayout_t>;
+
+/// `[rows, columns]`, one row after the other. For cuBLASLt, columns are what
+/// lies together.
+fn layout(dtype: sys::cudaDataType, rows: usize, columns: usize) -> Result<Layout> {
+    let raw = result::create_matrix_layout(dtype, columns as u64, rows as u64, columns as i64)?;
+    Ok(Layout { raw, destroy: result::destroy_matrix_layout })
+}
+
+/// What is multiplied: `f16` rows `[rows, input]` by an `f16` weight
+/// `[output, input]`, in `f32`.
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    pub rows: usize,
+    pub input: usize,
+    pub output: usize,
+    /// The results are multiplied by it before they are rounded.
+    pub factor: f32,
+    /// The results' type, `f16` or `f32`.
+    pub dtype: DType,
+}
+
+/// A product that is ready to run.
+pub struct Matmul {
+    cublas: Rc<CublasLt>,
+    product: Product,
+    descriptor: Described<sys::cublasLtMatmulDesc_t>,
+    weight: Layout,
+    x: Layout,
+    out: Layout,
+    algorithms: Vec<sys::cublasLtMatmulHeuristicResult_t>,
+    chosen: usize,
+}
+
+impl Matmul {
+    /// Takes the algorithm that cuBLASLt suggests first, among those that need
+    /// no more than `scratch` bytes.
+    pub fn new(cublas: &Rc<CublasLt>, product: Product, scratch: usize) -> Result<Self> {
+        let Product { rows, input, output, .. } = product;
+        let dtype = match product.dtype {
+            DType::F16 => sys::cudaDataType::CUDA_R_16F,
+            DType::F32 => sys::cudaDataType::CUDA_R_32F,
+            other => return Err(format!("products of {other} are not computed").into()),
+        };
+        let descriptor = Described {
+            raw: result::create_matmul_desc(
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                sys::cudaDataType::CUDA_R_32F,
+            )?,
+            destroy: result::destroy_matmul_desc,
+        };
+        let transpose = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        // SAFETY: the descriptor is alive, and the attribute is an `i32`.
+        unsafe {
+            let value = (&raw const TRANSPOSED).cast();
+            result::set_matmul_desc_attribute(descriptor.raw, transpose, value, size_of::<i32>())?;
+        }
+        let mut matmul = Self {
+            cublas: cublas.clone(),
+            product,
+            descriptor,
+            weight: layout(sys::cudaDataType::CUDA_R_16F, output, input)?,
+            x: layout(sys::cudaDataType::CUDA_R_16F, rows, input)?,
+            out: layout(dtype, rows, output)?,
+            algorithms: Vec::with_capacity(CANDIDATES),
+            chosen: 0,
+        };
+        matmul.find_algorithms(scratch)?;
+        Ok(matmul)
+    }
+
+    fn find_algorithms(&mut self, scratch: usize) -> Result<()> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let preference =
+            Described { raw: result::create_matmul_pref()?, destroy: result::destroy_matmul_pref };
+        let (scratch, mut found) = (scratch as u64, 0);
+        // SAFETY: everything that is named is alive; the attributes are a `u64`
+        // and a `u32`; the list has room for as many results as are asked for,
+        // of which the first `found` are written.
+        unsafe {
+            let set = |attribute, value: *const c_void, size| {
+                result::set_matmul_pref_attribute(preference.raw, attribute, value, size)
+            };
+            let bytes = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            set(bytes, (&raw const scratch).cast(), size_of::<u64>())?;
+            let reduction = Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
+            set(reduction, (&raw const REDUCTION_IN_F32).cast(), size_of::<u32>())?;
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.cublas.handle,
+                self.descriptor.raw,
+                self.weight.raw,
+                self.x.raw,
+                self.out.raw,
+                self.out.raw,
+                preference.raw,
+                CANDIDATES as i32,
+                self.algorithms.as_mut_ptr(),
+                &mut found,
+            )
+            .result()?;
+            self.algorithms.set_len(usize::try_from(found).unwrap_or(0).min(CANDIDATES));
+        }
+        self.algorithms.retain(|found| found.state.result().is_ok());
+        if self.algorithms.is_empty() {
+            return Err(format!("cuBLASLt has no kernel for {:?}", self.product).into());
+        }
+        Ok(())
+    }
+
+    /// Takes the fastest algorithm. `work` is timed as a CUDA graph, and should
+    /// multiply by as many weights as a step does, since those that were just
+    /// used are in the GPU's cache.
+    pub fn tune(&mut self, mut work: impl FnMut(&Self) -> Result<()>) -> Result<()> {
+        let mut best = (f32::INFINITY, 0);
+        for chosen in 0..self.algorithms.len() {
+            self.chosen = chosen;
+            // One that fails is no candidate.
+            if let Ok(time) = self.time(&mut work)
+                && time < best.0
+            {
+                best = (time, chosen);
+            }
+        }
+        self.chosen = best.1;
+        Ok(())
+    }
+
+    fn time(&self, work: &mut impl FnMut(&Self) -> Result<()>) -> Result<f32> {
+        let cuda = &self.cublas.cuda;
+        // The first call loads the kernel.
+        work(self)?;
+        let graph = graph::capture(cuda, || work(self))?;
+        let mut best = f32::INFINITY;
+        for _ in 0..LAUNCHES {
+            best = best.min(graph::milliseconds(cuda, &graph)?);
+        }
+        Ok(best)
+    }
+
+    /// `out = factor · x · weightᵀ`. All are contiguous, with addresses that are
+    /// multiples of 256 bytes; `weight` may have any shape. `scratch` is what
+    /// other products on the stream use, too.
+    pub fn run(
+        &self,
+        out: &mut TensorMut<'_>,
+        x: &TensorRef<'_>,
+        weight: &TensorRef<'_>,
+        scratch: &mut TensorMut<'_>,
+    ) -> Result<()> {
+        let Product { rows, input, output, factor, dtype } = self.product;
+        let algorithm = &self.algorithms[self.chosen];
+        for (name, tensor, dtype, numel) in [
+            ("out", out.as_ref(), dtype, rows * output),
+            ("x", *x, DType::F16, rows * input),
+            ("weight", *weight, DType::F16, input * output),
+        ] {
+            let device = Device::Cuda(self.cublas.cuda.context().ordinal() as u32);
+            let aligned = (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
+            let fits = tensor.dtype() == dtype && tensor.numel() == numel && tensor.device() == device;
+            if !fits || !aligned || !tensor.is_contiguous() {
+                return Err(format!("{name} of {:?} is {tensor:?}", self.product).into());
+            }
+        }
+        if scratch.dtype() != DType::U8 || scratch.numel() < algorithm.workspaceSize {
+            return Err(
+                format!("the product needs {} bytes of scratch memory", algorithm.workspaceSize).into()
+            );
+        }
+        let zero = 0f32;
+        // SAFETY: the descriptions are alive, and the tensors are what they
+        // describe, on the handle's device; `out` and `scratch` are borrowed
+        // alone. The two factors are read before the function returns.
+        unsafe {
+            result::matmul(
+                self.cublas.handle,
+                self.descriptor.raw,
+                (&raw const factor).cast(),
+                (&raw const zero).cast(),
+                weight.data_ptr(),
+                self.weight.raw,
+                x.data_ptr(),
+                self.x.raw,
+                out.data_ptr(),
+                self.out.raw,
+                out.data_ptr(),
+                self.out.raw,
+                &raw const algorithm.algo,
+                scratch.data_ptr(),
+                scratch.numel(),
+                self.cublas.cuda.cu_stream().cast(),
+            )?;
+        }
+        Ok(())
+    }
+}
