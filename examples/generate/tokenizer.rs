@@ -89,9 +89,9 @@ impl Text {
         self.encode(&format!("{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"))
     }
 
-    /// Whether the model ends its answer with this token.
-    pub fn is_end(&self, id: u32) -> bool {
-        self.ends.contains(&id)
+    /// The tokens with which the model ends its answer.
+    pub fn ends(&self) -> &BTreeSet<u32> {
+        &self.ends
     }
 
     /// Text that comes token by token.

@@ -51,6 +51,22 @@ fn the_gpu_gives_the_known_ids_in_a_mixed_batch() {
     check_mixed_batch(&mut loaded.gpu(&pool, 7), &pool);
 }
 
+#[test]
+fn the_gpu_gives_the_same_ids_with_few_pages_and_a_shared_prefix() {
+    let Some(_turn) = turn() else { return };
+    let loaded = loaded().expect("the pinned model");
+    let pool = PageAllocator::new(17, 3).unwrap();
+    check_few_pages(&mut loaded.gpu(&pool, 24), &pool, &loaded.text);
+}
+
+#[test]
+fn drafts_on_the_gpu_save_steps_and_change_no_id() {
+    let Some(_turn) = turn() else { return };
+    let loaded = loaded().expect("the pinned model");
+    let pool = PageAllocator::new(16, 5).unwrap();
+    check_drafts(&mut loaded.gpu(&pool, 64), &pool, &loaded.text);
+}
+
 /// What greedy decoding adds to prompts that take every step together: the
 /// first reads all of them, the others are graphs.
 fn decode(engine: &mut dyn Engine, pool: &PageAllocator, prompts: &[&[u32]], steps: usize) -> Vec<Vec<u32>> {
