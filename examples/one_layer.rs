@@ -3,11 +3,11 @@
 //!
 //! `cargo run --release --example one_layer -- [MODEL.gguf]`
 //!
-//! A prompt of one request runs through the first layer, the last norm and the
-//! output head: on the CPU through `flashinfer_rs::reference`, as the example
-//! `generate` has it, and where there is a GPU, also through FlashInfer's
-//! kernels, with cuBLASLt for the matrices. Then the two are compared. Without
-//! a file it takes SmolLM2-135M-Instruct, which is fetched once.
+//! A prompt runs through the first layer, the last norm and the output head: on
+//! the CPU through `flashinfer_rs::reference`, by the backend of `generate`, and
+//! where there is a GPU, also through FlashInfer's kernels, with cuBLASLt for the
+//! matrices. Then the two are compared. Without a file it takes
+//! SmolLM2-135M-Instruct, which is fetched once.
 
 #[path = "generate/cpu.rs"]
 mod cpu;
@@ -51,7 +51,7 @@ const PAGE_SIZE: usize = 4;
 /// The relative error up to which `f16` agrees with `f32`.
 const BOUND: f32 = 1e-2;
 
-/// Logits of all tokens, `[tokens, vocab_size]`, by FlashInfer's kernels in `f16`.
+/// Logits of all tokens, `[tokens, vocab_size]`, through FlashInfer's kernels in `f16`.
 fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &Ends) -> Result<Vec<f32>> {
     let Config { hidden_size, intermediate_size, heads, head_dim, .. } = *config;
     let (qo, kv, rows) = (heads.num_qo_heads, heads.num_kv_heads, TOKENS.len());
@@ -60,8 +60,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     // Once per process: what may have to be fetched, opened or looked up.
     let cuda = CudaContext::new(0)?.new_stream()?;
     let stream = &Stream::from(&cuda);
-    let modules = [&ModuleName::NORM, &ModuleName::ROPE, &ModuleName::PAGE, &ModuleName::SILU_AND_MUL];
-    runtime.preload(modules)?;
+    runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, ModuleName::SILU_AND_MUL])?;
     let prefill = BatchPrefill::new(runtime, stream, &AttentionSpec::new(DType::F16, head_dim))?;
     runtime.cublas_version()?; // Opens cuBLASLt, which cudarc then finds in the process.
     let blas = CudaBlasLT::new(cuda.clone())?;
@@ -71,12 +70,11 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     // `x · weightᵀ`. An engine uploads its weights once, not where it uses them.
     let multiply = |x: &CudaSlice<f16>, weight: &Tensor| -> Result<CudaSlice<f16>> {
         let ((out, input), weight) = (weight.dims2()?, upload(&values(weight)?)?);
-        let rows = x.len() / input;
-        let mut product = cuda.alloc_zeros::<f16>(rows * out)?;
+        let mut product = cuda.alloc_zeros::<f16>(x.len() / input * out)?;
         #[rustfmt::skip]
         let config = MatmulConfig {
             transa: true, transb: false, transc: false, alpha: 1.0, beta: 0.0,
-            m: out as u64, n: rows as u64, k: input as u64,
+            m: out as u64, n: (x.len() / input) as u64, k: input as u64,
             lda: input as i64, ldb: input as i64, ldc: out as i64,
             stride_a: None, stride_b: None, stride_c: None, stride_bias: None, batch_size: None,
         };
@@ -96,8 +94,8 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
 
     // Once per layer, from here to the second `add_and_norm`. The norm before the first stands alone.
     let norm = NormOptions::with_eps(config.rms_eps);
-    let embedded = ends.embedding.index_select(&Tensor::new(&TOKENS, &Device::Cpu)?, 0)?;
-    let mut residual = upload(&values(&embedded)?)?;
+    let tokens = Tensor::new(&TOKENS, &Device::Cpu)?;
+    let mut residual = upload(&values(&ends.embedding.index_select(&tokens, 0)?)?)?;
     let mut x = cuda.alloc_zeros::<f16>(rows * hidden_size)?;
     rmsnorm(
         stream,
@@ -145,7 +143,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     Ok(cuda.clone_dtoh(&logits)?.iter().map(|logit| logit.to_f32()).collect())
 }
 
-/// The same by the CPU reference in `f32`.
+/// The same through the CPU reference in `f32`.
 fn on_cpu(config: &Config, layer: &Layer, ends: &Ends) -> Result<Vec<f32>> {
     let (pool, batch) = one_request()?;
     let mut cpu = Cpu::new(config, ends.clone(), [Ok(layer.clone())].into_iter(), &pool)?;
@@ -176,22 +174,21 @@ fn main() -> Result<()> {
     let layer = model.layers().next().ok_or("the model has no layers")??;
     println!("Most likely after {TOKENS:?}, by the first layer of {}:", model.config.num_layers);
     let report = |device: &str, logits: &[f32]| {
-        let mut all: Vec<_> = logits[logits.len() - config.vocab_size..].iter().enumerate().collect();
-        all.sort_by(|a, b| b.1.total_cmp(a.1));
-        let top: Vec<_> = all.iter().take(5).map(|(token, logit)| format!("{token} ({logit:.3})")).collect();
-        println!("{device}: {}", top.join(", "));
+        let mut tokens: Vec<_> = logits[logits.len() - config.vocab_size..].iter().enumerate().collect();
+        tokens.sort_by(|a, b| b.1.total_cmp(a.1));
+        println!("{device}: tokens and their logits {:.3?}", &tokens[..tokens.len().min(5)]);
     };
     let expected = on_cpu(&config, &layer, &ends)?;
     report("CPU", &expected);
     match FlashInferRuntime::get().and_then(|runtime| Ok((runtime, runtime.device_count()?))) {
-        Err(error) => println!("The GPU part did not run: {error}"),
-        Ok((_, 0)) => println!("The GPU part did not run: there is no GPU"),
+        Err(error) => println!("GPU: this part did not run. {error}"),
+        Ok((_, 0)) => println!("GPU: this part did not run. There is none."),
         Ok((runtime, _)) => {
             let logits = on_gpu(runtime, &config, &layer, &ends)?;
             report("GPU", &logits);
-            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
-            let difference = norm(&mut logits.iter().zip(&expected).map(|(a, b)| a - b));
-            let error = difference / norm(&mut expected.iter().copied());
+            let squares = |[d, e]: [f32; 2], (a, b): (&f32, &f32)| [d + (a - b).powi(2), e + b.powi(2)];
+            let [difference, whole] = logits.iter().zip(&expected).fold([0.0; 2], squares);
+            let error = (difference / whole).sqrt();
             println!("relative error {error:.1e}, at most {BOUND:.0e}");
             if error.is_nan() || error > BOUND {
                 return Err("the GPU and the CPU disagree".into());
