@@ -48,8 +48,8 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 const TOKENS: [u32; 5] = [504, 3575, 282, 4649, 314];
 const PAGES: usize = 4;
 const PAGE_SIZE: usize = 4;
-/// The relative error up to which `f16` agrees with `f32`.
-const BOUND: f32 = 1e-2;
+/// The relative error up to which `f16` agrees with `f32`; rounding alone makes 6e-4.
+const BOUND: f32 = 5e-3;
 
 /// Logits of all tokens, `[tokens, vocab_size]`, through FlashInfer's kernels in `f16`.
 fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &Ends) -> Result<Vec<f32>> {
