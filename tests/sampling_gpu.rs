@@ -1,4 +1,5 @@
 //! Drawing tokens, against the exact distributions and the CPU reference.
+#![cfg(feature = "cudarc")]
 
 #[path = "common/chi_square.rs"]
 mod chi_square;

@@ -1,4 +1,5 @@
 //! Softmax and the filters that write matrices, against the CPU reference.
+#![cfg(feature = "cudarc")]
 
 mod common;
 #[path = "common/sampling.rs"]
