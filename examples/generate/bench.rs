@@ -60,7 +60,7 @@ fn row(model: &Model, gpu: &mut Gpu, pool: &PageAllocator, requests: usize) -> R
     let (mut graphs, mut kernels) = (Vec::new(), 0);
     for _ in 0..WARM_UP + STEPS {
         step(gpu)?;
-        let (time, nodes) = gpu.replay(requests)?;
+        let (time, nodes) = gpu.replay()?;
         graphs.push(f64::from(time));
         kernels = nodes;
     }

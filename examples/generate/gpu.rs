@@ -365,6 +365,8 @@ pub struct Gpu {
     prefill: BatchPrefill,
     cublas: Rc<CublasLt>,
     cuda: Arc<CudaStream>,
+    /// The bucket whose graph the workspace has a plan for.
+    planned: Option<usize>,
     /// Of the last step.
     outputs: Vec<usize>,
     greedy: Vec<u32>,
@@ -477,6 +479,7 @@ impl Gpu {
             decode: BatchDecode::new(runtime, &spec, heads)?,
             prefill: BatchPrefill::new(runtime, &stream, &spec)?,
             cublas: CublasLt::new(&cuda)?,
+            planned: None,
             outputs: Vec::new(),
             greedy: Vec::new(),
             network: Network {
@@ -520,12 +523,16 @@ impl Gpu {
         self.weights.used * size_of::<f16>()
     }
 
-    /// Replays the graph of the last step, whose request or requests had one
-    /// new token each: the milliseconds that it takes, and its kernels.
-    pub fn replay(&self, requests: usize) -> Result<(f32, usize)> {
-        let bucket = self.buckets.get(requests.next_power_of_two().ilog2() as usize);
-        let Some(Bucket { graph: Some((_, graph)), .. }) = bucket.and_then(Option::as_ref) else {
-            return Err(format!("no graph of {requests} requests was captured").into());
+    /// Replays the graph of the last step: the milliseconds that it takes, and
+    /// its kernels. Its index arrays and plan are those of that step, and only
+    /// of that.
+    ///
+    /// # Errors
+    /// The last step was not a graph's.
+    pub fn replay(&self) -> Result<(f32, usize)> {
+        let bucket = self.planned.and_then(|index| self.buckets[index].as_ref());
+        let Some(Bucket { graph: Some((_, graph)), .. }) = bucket else {
+            return Err("the last step was not a graph's".into());
         };
         Ok((graph::milliseconds(&self.cuda, graph)?, graph::nodes(graph)?))
     }
@@ -546,7 +553,8 @@ impl Gpu {
             let most = 1usize << (self.buckets.len() - 1);
             return Err(format!("a step of {rows} tokens; the engine was made for {most}").into());
         }
-        let Self { buckets, network, weights, buffers, cache, tables, workspace, cuda, .. } = self;
+        self.planned = None;
+        let Self { buckets, network, weights, buffers, cache, tables, workspace, cuda, planned, .. } = self;
         let kept = match &mut buckets[index] {
             Some(kept) => kept,
             empty => empty.insert(Bucket {
@@ -584,7 +592,9 @@ impl Gpu {
         let plan = self.decode.plan(workspace, &tables.pages, PlanMode::CudaGraph)?;
         let key = plan.replay_key();
         if let Some((_, graph)) = graph.as_ref().filter(|(made_for, _)| Some(made_for) == key.as_ref()) {
-            return Ok(graph.launch()?);
+            graph.launch()?;
+            *planned = Some(index);
+            return Ok(());
         }
         // This step runs without a graph, which loads all kernels.
         let attend = |q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>| {
@@ -596,6 +606,7 @@ impl Gpu {
             graph::capture(cuda, run)
         })?;
         *graph = key.map(|key| (key, captured));
+        *planned = Some(index);
         Ok(())
     }
 }
