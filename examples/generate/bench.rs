@@ -1,14 +1,15 @@
 //! How fast the GPU decodes: the time of a step, and what of it is the graph's.
 
-use std::{num::NonZeroUsize, time::Instant};
+use std::{ffi::CStr, num::NonZeroUsize, sync::Arc, time::Instant};
 
+use cudarc::driver::{CudaStream, result};
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
 use crate::{
     PAGE_SIZE, Result,
     engine::{Engine, Step},
     gpu::Gpu,
-    load_gpu,
+    graph, load_gpu,
     model::Model,
 };
 
@@ -29,15 +30,16 @@ pub fn run(model: &Model, batches: &[NonZeroUsize]) -> Result<()> {
     let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
     println!("{}; {CONTEXT} tokens of context; medians of {STEPS} steps", gpu.name()?);
     println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
-    println!("| batch | step ms | graph ms | step / graph | tokens/s | kernels | per layer |");
-    println!("|---|---|---|---|---|---|---|");
+    println!("the floor is that, and a graph of as many kernels that do nothing");
+    println!("| batch | step ms | graph ms | step / graph | floor ms | tokens/s | kernels | per layer |");
+    println!("|---|---|---|---|---|---|---|---|");
     for batch in batches {
-        row(model, &mut gpu, &pool, batch.get())?;
+        row(model, &mut gpu, &pool, batch.get(), floor)?;
     }
     Ok(())
 }
 
-fn row(model: &Model, gpu: &mut Gpu, pool: &PageAllocator, requests: usize) -> Result<()> {
+fn row(model: &Model, gpu: &mut Gpu, pool: &PageAllocator, requests: usize, reading: f64) -> Result<()> {
     let mut batch = Batch::new(pool);
     for _ in 0..requests {
         batch.push(Sequence::new(pool))?;
@@ -66,12 +68,36 @@ fn row(model: &Model, gpu: &mut Gpu, pool: &PageAllocator, requests: usize) -> R
     }
     let (step, graph) = (median(steps), median(graphs));
     println!(
-        "| {requests} | {step:.3} | {graph:.3} | {:.2} | {:.0} | {kernels} | {:.1} |",
+        "| {requests} | {step:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} |",
         step / graph,
+        reading + idle(gpu.cuda(), kernels)?,
         requests as f64 / step * 1e3,
         kernels as f64 / model.config.num_layers as f64,
     );
     Ok(())
+}
+
+/// The milliseconds that a graph of so many kernels takes if they do nothing.
+fn idle(cuda: &Arc<CudaStream>, kernels: usize) -> Result<f64> {
+    const PTX: &CStr = c".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry empty() { ret; }\n";
+    // SAFETY: the image is PTX of a kernel without parameters, and ends in a NUL.
+    let (module, function) = unsafe {
+        let module = result::module::load_data(PTX.as_ptr().cast())?;
+        (module, result::module::get_function(module, c"empty".into())?)
+    };
+    let graph = graph::capture(cuda, || {
+        for _ in 0..kernels {
+            // SAFETY: the kernel takes no parameters and touches nothing.
+            unsafe { result::launch_kernel(function, (1, 1, 1), (32, 1, 1), 0, cuda.cu_stream(), &mut [])? };
+        }
+        Ok(())
+    })?;
+    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, &graph)?)));
+    let time = median(times.collect::<Result<_>>()?);
+    drop(graph);
+    // SAFETY: every launch was waited for, and the graph is gone.
+    unsafe { result::module::unload(module)? };
+    Ok(time)
 }
 
 fn median(mut times: Vec<f64>) -> f64 {

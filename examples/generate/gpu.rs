@@ -513,6 +513,11 @@ impl Gpu {
         self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })
     }
 
+    /// The stream that everything is enqueued on.
+    pub fn cuda(&self) -> &Arc<CudaStream> {
+        &self.cuda
+    }
+
     /// The GPU's name.
     pub fn name(&self) -> Result<String> {
         Ok(self.cuda.context().name()?)
