@@ -32,7 +32,7 @@ use flashinfer_rs::{
     kv::{Batch, BatchCapacity, BatchTables, PageAllocator, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     page::{KvLayout, append_paged_kv_cache},
-    rope::{RopeOptions, RopeTensors, apply_rope_pos_ids},
+    rope::{CosSinCache, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache},
 };
 use half::f16;
 
@@ -64,6 +64,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     let prefill = BatchPrefill::new(runtime, stream, &AttentionSpec::new(DType::F16, head_dim))?;
     runtime.cublas_version()?; // Opens cuBLASLt, which cudarc then finds in the process.
     let blas = CudaBlasLT::new(cuda.clone())?;
+    let cos_sin = CosSinCache::new(stream, &config.rope, PAGES * PAGE_SIZE)?;
     let upload = |values: &[f32]| {
         cuda.clone_htod(&values.iter().map(|&value| f16::from_f32(value)).collect::<Vec<_>>())
     };
@@ -108,10 +109,9 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     let mut qkv = qkv.tensor_mut(&cuda, &[rows, qo + kv + kv, head_dim])?;
     let (mut q, keys_and_values) = qkv.view_mut().split_at(1, qo)?;
     let (mut k, v) = keys_and_values.split_at(1, kv)?;
-    let mut rope = RopeOptions::with_theta(config.rope_theta);
-    rope.interleave = true; // The order of rows in GGUF files.
     let mut turned = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
-    apply_rope_pos_ids(stream, &mut turned, &append, &rope)?;
+    let rotation = Rotation::interleaved(cos_sin.view()?, &append); // The order of rows in GGUF files.
+    apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &rotation)?;
     append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &append, &mut cache.layer_mut(0, 0)?, &pages)?;
     let mut attention = cuda.alloc_zeros::<f16>(rows * qo * head_dim)?;
     let mut out = attention.tensor_mut(&cuda, &[rows, qo, head_dim])?;

@@ -10,7 +10,7 @@ use flashinfer_rs::{
     norm::NormOptions,
     page::KvLayout,
     reference::{self, Mask},
-    rope::{RopeOptions, RopeTensors},
+    rope::{RopeTensors, Rotation},
 };
 
 use crate::{
@@ -25,6 +25,8 @@ pub struct Cpu {
     ends: Ends,
     layers: Vec<Layer>,
     cache: PagedKvCache,
+    /// Cosines and sines of all positions, `[positions, rotary_dim]`.
+    cos_sin: Vec<f32>,
     logits: Vec<f32>,
 }
 
@@ -36,7 +38,9 @@ impl Cpu {
         layers: impl Iterator<Item = Result<Layer>>,
         pool: &PageAllocator,
     ) -> Result<Self> {
+        let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         Ok(Self {
+            cos_sin: config.rope.cos_sin_rows(positions),
             config: config.clone(),
             ends,
             layers: layers.collect::<Result<_>>()?,
@@ -54,8 +58,15 @@ impl Engine for Cpu {
         let (q_shape, kv_shape) =
             ([rows, heads.num_qo_heads, head_dim], [rows, heads.num_kv_heads, head_dim]);
         let norm = NormOptions::with_eps(self.config.rms_eps);
-        let mut rope = RopeOptions::with_theta(self.config.rope_theta);
-        rope.interleave = true;
+        let rotary_dim = self.config.rope.rotary_dim();
+        let rotation = Rotation {
+            cos_sin_cache: TensorRef::from_slice(
+                &self.cos_sin,
+                &[self.cos_sin.len() / rotary_dim, rotary_dim],
+            )?,
+            pos_ids: batch.append_indices().positions(),
+            interleave: true,
+        };
         let spec = AttentionSpec::new(DType::F32, head_dim);
 
         let mut residual = gather(&self.ends.embedding, step.tokens)?;
@@ -84,7 +95,7 @@ impl Engine for Cpu {
                 q: TensorMut::from_slice(&mut q, &q_shape)?,
                 k: TensorMut::from_slice(&mut k, &kv_shape)?,
             };
-            reference::apply_rope_pos_ids(&mut turned, batch.append_indices().positions(), &rope)?;
+            reference::apply_rope_pos_ids_cos_sin_cache(&mut turned, &rotation)?;
             reference::append_paged_kv_cache(
                 &TensorRef::from_slice(&k, &kv_shape)?,
                 &TensorRef::from_slice(&v, &kv_shape)?,

@@ -31,9 +31,7 @@ use flashinfer_rs::{
     kv::{Batch, BatchCapacity, BatchTables, PageAllocator, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     page::{KvLayout, PagedKv, append_paged_kv_cache},
-    rope::{
-        CosSinCache, RopeFrequencies, RopeScaling, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache,
-    },
+    rope::{CosSinCache, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache},
     sampling::{SamplingOptions, sampling_from_logits},
 };
 use half::f16;
@@ -459,7 +457,6 @@ impl Gpu {
             scratch: cuda.alloc_zeros(SCRATCH_BYTES)?,
         };
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
-        let frequencies = RopeFrequencies::new(head_dim, config.rope_theta, &RopeScaling::None)?;
         let requests = REQUESTS_PER_ROW * most;
         let pages = requests * positions.div_ceil(pool.page_size());
         let spec = AttentionSpec::new(DType::F16, head_dim);
@@ -483,7 +480,7 @@ impl Gpu {
             outputs: Vec::new(),
             greedy: Vec::new(),
             network: Network {
-                rope: CosSinCache::new(&stream, &frequencies, positions)?,
+                rope: CosSinCache::new(&stream, &config.rope, positions)?,
                 config: config.clone(),
                 stream,
                 layers,

@@ -17,14 +17,24 @@ use candle_core::{
     DType, Device, Tensor,
     quantized::gguf_file::{Content, Value},
 };
-use flashinfer_rs::{attention::Heads, kv::KvShape, page::KvLayout};
+use flashinfer_rs::{
+    attention::Heads,
+    kv::KvShape,
+    page::KvLayout,
+    rope::{RopeFrequencies, RopeScaling, YarnScaling},
+};
 
 use crate::Result;
 
 /// The head dimensions that FlashInfer's attention kernels are compiled for.
 const HEAD_DIMS: [usize; 3] = [64, 128, 256];
 
-/// The sizes of a model.
+/// How many of a head's elements FlashInfer's kernels turn at a time.
+const ROTARY_MULTIPLE: usize = 8;
+/// What divides the frequencies of the rotary embedding, where a file has it.
+const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// The sizes of a model, and its rotary embedding.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub num_layers: usize,
@@ -36,9 +46,9 @@ pub struct Config {
     /// The most tokens that the model was trained for.
     pub context_length: usize,
     pub rms_eps: f64,
-    /// The base of the rotary embedding, which turns neighbouring elements:
-    /// GGUF files hold the rows of Q and K in that order.
-    pub rope_theta: f64,
+    /// The rotary embedding, scaled as the file says. It turns neighbouring
+    /// elements: GGUF files hold the rows of Q and K in that order.
+    pub rope: RopeFrequencies,
 }
 
 /// The weights of one layer. Matrices are `[out, in]`, all `f32`.
@@ -78,7 +88,7 @@ impl Model {
         let file = File::open(path).map_err(|e| format!("cannot open the model {}: {e}", path.display()))?;
         let content = Content::read(&mut BufReader::new(&file))
             .map_err(|e| format!("{} is not a usable GGUF file: {}", path.display(), plain(e)))?;
-        let config = Config::read(&content)
+        let config = Config::read(&content, &file)
             .map_err(|e| format!("{} is not a model that this program runs: {e}", path.display()))?;
         Ok(Self { path: path.into(), file, content, config })
     }
@@ -123,16 +133,21 @@ impl Model {
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let name = format!("{name}.weight");
-        let broken = |problem: String| format!("{}: tensor {name}: {problem}", self.path.display());
-        let info = self.content.tensor_infos.get(&name).ok_or_else(|| broken("it is missing".into()))?;
-        if info.shape.dims() != shape {
-            return Err(broken(format!("its shape is {:?}; expected {shape:?}", info.shape.dims())).into());
-        }
-        let read = || self.content.tensor(&mut &self.file, &name, &Device::Cpu)?.dequantize(&Device::Cpu);
-        let tensor = read().and_then(|tensor| tensor.to_dtype(DType::F32));
-        Ok(tensor.map_err(|e| broken(plain(e)))?)
+        let tensor = tensor(&self.content, &self.file, &format!("{name}.weight"), shape);
+        tensor.map_err(|e| format!("{}: {e}", self.path.display()).into())
     }
+}
+
+/// A tensor of a file, which must have this shape.
+fn tensor(content: &Content, mut file: &File, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let broken = |problem: String| format!("tensor {name}: {problem}");
+    let info = content.tensor_infos.get(name).ok_or_else(|| broken("it is missing".into()))?;
+    if info.shape.dims() != shape {
+        return Err(broken(format!("its shape is {:?}; expected {shape:?}", info.shape.dims())).into());
+    }
+    let mut read = || content.tensor(&mut file, name, &Device::Cpu)?.dequantize(&Device::Cpu);
+    let tensor = read().and_then(|tensor| tensor.to_dtype(DType::F32));
+    Ok(tensor.map_err(|e| broken(plain(e)))?)
 }
 
 /// An error of candle without the backtrace that it may carry.
@@ -155,7 +170,7 @@ impl Config {
         }
     }
 
-    fn read(content: &Content) -> Result<Self> {
+    fn read(content: &Content, file: &File) -> Result<Self> {
         let architecture = content.metadata.get("general.architecture").map(Value::to_string);
         match architecture {
             Some(Ok(name)) if name == "llama" => {}
@@ -186,17 +201,12 @@ impl Config {
         if !HEAD_DIMS.contains(&head_dim) {
             return Err(format!("its heads have {head_dim} dimensions; expected one of {HEAD_DIMS:?}").into());
         }
-        for key in ["attention.value_length", "rope.dimension_count"] {
-            if count(key)?.is_some_and(|value| value != head_dim) {
-                return Err(format!("llama.{key} is not the head dimension, {head_dim}").into());
-            }
+        if count("attention.value_length")?.is_some_and(|value| value != head_dim) {
+            return Err(format!("llama.attention.value_length is not the head dimension, {head_dim}").into());
         }
         // What other files of this architecture may ask for.
-        let scaling = metadata("rope.scaling.type").and_then(|value| value.to_string().ok());
         let unusual = [
             (metadata("expert_count").is_some_and(|n| n.to_u64().ok() != Some(0)), "experts"),
-            (scaling.is_some_and(|scaling| scaling != "none"), "scaled rotary embeddings"),
-            (content.tensor_infos.contains_key("rope_freqs.weight"), "scaled rotary embeddings"),
             (content.tensor_infos.keys().any(|name| name.ends_with(".bias")), "biases"),
         ];
         if let Some((_, what)) = unusual.into_iter().find(|(present, _)| *present) {
@@ -206,6 +216,43 @@ impl Config {
         let Some(&[vocab_size, _]) = embedding else {
             return Err("the tensor token_embd.weight is missing, or no matrix".into());
         };
+        let context_length = need("context_length")?;
+
+        // A factor without a type means linear scaling.
+        let factor = real("rope.scaling.factor")?.or(real("rope.scale_linear")?).unwrap_or(1.0);
+        let scaling = match metadata("rope.scaling.type").map(Value::to_string) {
+            Some(Ok(name)) if name == "none" => RopeScaling::None,
+            Some(Ok(name)) if name == "yarn" => {
+                let old_context_len = count("rope.scaling.original_context_length")?;
+                let mut yarn = YarnScaling::new(factor, old_context_len.unwrap_or(context_length) as f64);
+                yarn.beta_fast = real("rope.scaling.yarn_beta_fast")?.unwrap_or(yarn.beta_fast);
+                yarn.beta_slow = real("rope.scaling.yarn_beta_slow")?.unwrap_or(yarn.beta_slow);
+                RopeScaling::Yarn(yarn)
+            }
+            Some(Ok(name)) if name != "linear" => {
+                let expected = "expected none, linear or yarn";
+                return Err(format!("its rotary embedding is scaled as `{name}`; {expected}").into());
+            }
+            None | Some(Ok(_)) => RopeScaling::Linear { factor },
+            Some(Err(_)) => return Err("llama.rope.scaling.type is no string".into()),
+        };
+        let rotary_dim = count("rope.dimension_count")?.unwrap_or(head_dim);
+        if rotary_dim > head_dim || !rotary_dim.is_multiple_of(ROTARY_MULTIPLE) {
+            let expected = format!("a multiple of {ROTARY_MULTIPLE} up to {head_dim}");
+            return Err(format!("llama.rope.dimension_count is {rotary_dim}; expected {expected}").into());
+        }
+        let theta = real("rope.freq_base")?.unwrap_or(1e4);
+        let mut rope = RopeFrequencies::new(rotary_dim, theta, &scaling)?;
+        // Llama 3.1 and later have their scaling in a tensor, which divides.
+        if content.tensor_infos.contains_key(ROPE_FREQS) {
+            let factors = tensor(content, file, ROPE_FREQS, &[rotary_dim / 2])?.to_vec1::<f32>()?;
+            let scaled = rope.inv_freq().iter().zip(factors).map(|(freq, factor)| freq / f64::from(factor));
+            rope = RopeFrequencies::from_inv_freq(scaled.collect(), rope.attention_factor())
+                .map_err(|e| format!("tensor {ROPE_FREQS}: {e}"))?;
+        }
+        if let Some(factor) = real("rope.scaling.attn_factor")? {
+            rope = RopeFrequencies::from_inv_freq(rope.inv_freq().into(), rope.attention_factor() * factor)?;
+        }
         Ok(Self {
             num_layers: need("block_count")?,
             hidden_size,
@@ -213,10 +260,10 @@ impl Config {
             vocab_size,
             heads,
             head_dim,
-            context_length: need("context_length")?,
+            context_length,
             rms_eps: real("attention.layer_norm_rms_epsilon")?
                 .ok_or("llama.attention.layer_norm_rms_epsilon is missing")?,
-            rope_theta: real("rope.freq_base")?.unwrap_or(1e4),
+            rope,
         })
     }
 }

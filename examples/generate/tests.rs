@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     path::{Path, PathBuf},
+    slice,
     sync::OnceLock,
 };
 
@@ -328,12 +329,16 @@ impl Tiny {
         Self { metadata: metadata.into(), tensors: tensors.into() }
     }
 
-    /// The file; elements are a fixed function of their place, twice that in an output head.
+    /// The file; elements are a fixed function of their place, twice that in
+    /// an output head. What divides frequencies counts from 1.
     fn write(&self, folder: &TempDir) -> PathBuf {
         let tensor = |name: &str, shape: &[usize]| {
-            let scale = if name == "output.weight" { 0.5 } else { 0.25 };
-            let count: usize = shape.iter().product();
-            let values: Vec<_> = (0..count).map(|at| (at as f32 * 0.7).sin() * scale).collect();
+            let value = |at: usize| match name {
+                "rope_freqs.weight" => 1.0 + at as f32,
+                "output.weight" => (at as f32 * 0.7).sin() * 0.5,
+                _ => (at as f32 * 0.7).sin() * 0.25,
+            };
+            let values: Vec<_> = (0..shape.iter().product()).map(value).collect();
             let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
             QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
         };
@@ -366,9 +371,12 @@ fn files_that_cannot_be_run_are_refused() {
         ("llama.attention.head_count", Value::U32(2), "32 dimensions; expected one of [64, 128, 256]"),
         ("llama.attention.head_count_kv", Value::U32(3), "cannot share 3 KV heads"),
         ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
-        ("llama.rope.dimension_count", Value::U32(32), "dimension_count is not the head dimension"),
+        ("llama.rope.dimension_count", Value::U32(72), "is 72; expected a multiple of 8 up to 64"),
+        ("llama.rope.dimension_count", Value::U32(20), "is 20; expected a multiple of 8 up to 64"),
         ("llama.expert_count", Value::U32(8), "experts"),
-        ("llama.rope.scaling.type", Value::String("yarn".into()), "scaled rotary embeddings"),
+        ("llama.rope.scaling.type", Value::String("longrope".into()), "`longrope`; expected none, linear"),
+        ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is no string"),
+        ("llama.rope.scaling.factor", Value::F32(0.0), "scaling.factor is not a positive number"),
         ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
         ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
     ] {
@@ -376,9 +384,10 @@ fn files_that_cannot_be_run_are_refused() {
         tiny.metadata.insert(key, value);
         refused(&tiny.write(&folder), expected);
     }
-    for (name, expected) in
-        [("blk.0.attn_q.bias", "biases"), ("rope_freqs.weight", "scaled rotary embeddings")]
-    {
+    for (name, expected) in [
+        ("blk.0.attn_q.bias", "biases"),
+        ("rope_freqs.weight", "rope_freqs.weight: its shape is [64]; expected [32]"),
+    ] {
         let mut tiny = Tiny::new();
         tiny.tensors.insert(name, vec![64]);
         refused(&tiny.write(&folder), expected);
@@ -404,27 +413,95 @@ fn files_that_cannot_be_run_are_refused() {
     refused(&path, "cannot open the model");
 }
 
-#[test]
-fn a_head_of_its_own_is_used() {
-    let folder = tempfile::tempdir().unwrap();
-    let logits = |tiny: &Tiny| {
-        let model = Model::open(&tiny.write(&folder)).unwrap();
+impl Tiny {
+    /// The logits of three tokens, but for the second's.
+    fn logits(&self, folder: &TempDir) -> Vec<f32> {
+        let mut cpu = engine(&self.write(folder)).unwrap();
         let pool = PageAllocator::new(4, 4).unwrap();
-        let ends = model.ends().unwrap();
-        assert_eq!(ends.head.is_some(), tiny.tensors.contains_key("output.weight"));
-        let mut cpu = Cpu::new(&model.config, ends, model.layers(), &pool).unwrap();
         let mut batch = Batch::new(&pool);
         batch.push(Sequence::new(&pool)).unwrap();
         batch.append([3]).unwrap();
         cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &[0, 2] }).unwrap();
         cpu.logits().unwrap()
-    };
+    }
+}
+
+#[test]
+fn a_head_of_its_own_is_used() {
+    let folder = tempfile::tempdir().unwrap();
     let mut tiny = Tiny::new();
-    let tied = logits(&tiny);
+    let tied = tiny.logits(&folder);
     assert!(tied.len() == 64 && tied.iter().any(|logit| logit.abs() > 1e-3));
     tiny.tensors.insert("output.weight", vec![32, 64]);
     let doubled: Vec<_> = tied.iter().map(|logit| logit * 2.0).collect();
-    assert_eq!(logits(&tiny), doubled);
+    assert_eq!(tiny.logits(&folder), doubled);
+}
+
+#[test]
+fn rotary_embeddings_are_scaled_as_the_file_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let with = |metadata: &[(&'static str, Value)]| {
+        let mut tiny = Tiny::new();
+        tiny.metadata.extend(metadata.iter().cloned());
+        tiny
+    };
+    let rope = |tiny: &Tiny| Model::open(&tiny.write(&folder)).unwrap().config.rope;
+    let name = |name: &str| ("llama.rope.scaling.type", Value::String(name.into()));
+    let factor = ("llama.rope.scaling.factor", Value::F32(4.0));
+    let check = |tiny: &Tiny, attention_factor: f64, expected: &dyn Fn(usize) -> f64| {
+        let rope = rope(tiny);
+        assert!((rope.attention_factor() - attention_factor).abs() < 1e-9, "{}", rope.attention_factor());
+        for (pair, freq) in rope.inv_freq().iter().enumerate() {
+            let expected = expected(pair);
+            assert!((freq / expected - 1.0).abs() < 1e-9, "pair {pair}: {freq}, expected {expected}");
+        }
+        rope.inv_freq().len()
+    };
+    let plain = |pair: usize| 1e4f64.powf(-(pair as f64) / 32.0);
+
+    let none = with(&[]);
+    assert_eq!(check(&none, 1.0, &plain), 32);
+    check(&with(&[name("none"), factor.clone()]), 1.0, &plain);
+    check(&with(&[name("linear")]), 1.0, &plain);
+    let base = with(&[("llama.rope.freq_base", Value::F32(5e5))]);
+    check(&base, 1.0, &|pair| 5e5f64.powf(-(pair as f64) / 32.0));
+    let linear = with(&[name("linear"), factor.clone()]);
+    for tiny in [&linear, &with(slice::from_ref(&factor))] {
+        check(tiny, 1.0, &|pair| plain(pair) / 4.0);
+    }
+    check(&with(&[("llama.rope.scale_linear", Value::F32(2.0))]), 1.0, &|pair| plain(pair) / 2.0);
+    let partial = with(&[("llama.rope.dimension_count", Value::U32(32))]);
+    assert_eq!(check(&partial, 1.0, &|pair| plain(2 * pair)), 16);
+
+    // Within 64 positions, the context, pair 0 turns 10.2 times, pair 8 once,
+    // and pairs from 9 on less: that is the ramp from pair 0 to pair 9.
+    let yarn = |pair: usize| {
+        let ramp = (pair as f64 / 9.0).min(1.0);
+        plain(pair) * (1.0 - ramp) + plain(pair) / 4.0 * ramp
+    };
+    let attention = 0.1 * 4f64.ln() + 1.0;
+    check(&with(&[name("yarn"), factor.clone()]), attention, &yarn);
+    let longer = [
+        name("yarn"),
+        factor.clone(),
+        ("llama.context_length", Value::U32(256)),
+        ("llama.rope.scaling.original_context_length", Value::U32(64)),
+        ("llama.rope.scaling.attn_factor", Value::F32(0.5)),
+    ];
+    check(&with(&longer), attention / 2.0, &yarn);
+
+    // What a tensor says divides, after scaling by metadata.
+    let mut tensor = with(slice::from_ref(&factor));
+    tensor.tensors.insert("rope_freqs.weight", vec![32]);
+    check(&tensor, 1.0, &|pair| plain(pair) / 4.0 / (1.0 + pair as f64));
+
+    // The first token is at position 0, which turns nothing.
+    let logits = none.logits(&folder);
+    for tiny in [linear, partial, tensor] {
+        let other = tiny.logits(&folder);
+        assert_eq!(other[..32], logits[..32]);
+        assert_ne!(other[32..], logits[32..]);
+    }
 }
 
 #[test]
