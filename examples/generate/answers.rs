@@ -72,14 +72,14 @@ impl Printer<'_> {
             };
             let spoken = request.spoken();
             for &token in &spoken[self.printed..] {
-                out.write_all(stream.push(token)?.as_bytes())?;
+                out.write_all(stream.push(token).as_bytes())?;
             }
             self.printed = spoken.len();
             if request.ended().is_none() {
                 break;
             }
             if let Some(stream) = self.stream.take() {
-                writeln!(out, "{}", stream.finish()?)?;
+                writeln!(out, "{}", stream.finish())?;
             }
             if self.headings.is_some() {
                 writeln!(out)?;

@@ -17,6 +17,7 @@
 //! | `main` | the command line |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `tokenizer` | text to token ids and back |
+//! | `sentencepiece` | the tokenizers of Llama 2, Mistral and others |
 //! | `engine` | what a backend computes: one step of a mixed batch |
 //! | `cpu` | the backend on the CPU |
 //! | `gpu` | the backend on an NVIDIA GPU |
@@ -42,6 +43,7 @@ mod matmul;
 mod model;
 mod requests;
 mod scheduler;
+mod sentencepiece;
 #[cfg(test)]
 mod tests;
 mod tokenizer;

@@ -1,6 +1,6 @@
 //! Text to token ids and back, by the vocabulary and merges in a GGUF file.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, mem};
 
 use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};
 use tokenizers::{
@@ -14,7 +14,7 @@ use tokenizers::{
     },
 };
 
-use crate::{Result, model::plain};
+use crate::{Result, model::plain, sentencepiece};
 
 /// Where Llama 3's tokenizer splits text: contractions, words, up to three
 /// digits, punctuation, line ends, spaces.
@@ -26,9 +26,13 @@ const LLAMA3_SPLIT: &str = concat!(
 /// a system prompt of its own.
 const SYSTEM: &str = "<|im_start|>system\n";
 
-/// A byte-level BPE tokenizer.
+/// A tokenizer: byte-level BPE, or SentencePiece's.
 pub struct Text {
     tokenizer: Tokenizer,
+    /// The bytes of each token; special tokens have none.
+    pieces: Vec<Vec<u8>>,
+    /// Encoding puts a space before the text.
+    space_prefix: bool,
     chatml: bool,
     system: Option<String>,
     ends: BTreeSet<u32>,
@@ -40,27 +44,25 @@ impl Text {
         let metadata = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
         let string = |key: &str| metadata(key).and_then(|value| value.to_string().ok());
         let model = string("ggml.model").ok_or("the file has no tokenizer")?;
-        if model != "gpt2" {
-            return Err(format!("its tokenizer is `{model}`; expected byte-level BPE, `gpt2`").into());
-        }
-        let mut tokenizer =
-            Tokenizer::from_gguf(content).map_err(|e| format!("its tokenizer: {}", plain(e)))?;
-        // The file names how text is split before merges apply.
-        let split: [PreTokenizerWrapper; 2] = match string("ggml.pre").map_or("default", String::as_str) {
-            "smollm" => [Digits::new(true).into(), ByteLevel::new(false, true, true).into()],
-            "llama-bpe" | "llama3" => {
-                let pattern = SplitPattern::Regex(LLAMA3_SPLIT.into());
-                let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
-                [split.into(), ByteLevel::new(false, true, false).into()]
+        let tokens = metadata("ggml.tokens").and_then(|tokens| tokens.to_vec().ok());
+        let tokens: Option<Vec<String>> =
+            tokens.and_then(|tokens| tokens.iter().map(|token| token.to_string().ok().cloned()).collect());
+        let tokens = tokens.ok_or("tokenizer.ggml.tokens is missing, or no array of strings")?;
+        let pre = string("ggml.pre").map_or("default", String::as_str);
+        let (tokenizer, space_prefix, bytes): (_, _, fn(&str) -> _) = match model.as_str() {
+            "gpt2" => (byte_level(content, pre)?, false, bytes_of_characters),
+            "llama" => {
+                let (tokenizer, space_prefix) =
+                    sentencepiece::tokenizer(content, &tokens).map_err(|e| format!("its tokenizer: {e}"))?;
+                (tokenizer, space_prefix, sentencepiece::bytes)
             }
             other => {
-                return Err(
-                    format!("its tokenizer splits text as `{other}`; expected smollm or llama-bpe").into()
-                );
+                let expected = "expected gpt2 (byte-level BPE) or llama (SentencePiece)";
+                return Err(format!("its tokenizer is `{other}`; {expected}").into());
             }
         };
-        tokenizer.with_pre_tokenizer(Some(Sequence::new(split.into())));
-        tokenizer.with_decoder(Some(ByteLevel::default()));
+        let special = |token: &str| tokenizer.get_added_vocabulary().is_special_token(token);
+        let piece = |token: &String| if special(token) { Vec::new() } else { bytes(token) };
         let ends = ["ggml.eos_token_id", "ggml.eot_token_id"].into_iter();
         let ends = ends.filter_map(metadata).filter_map(|id| id.to_u32().ok());
         let template = string("chat_template").map_or("", String::as_str);
@@ -69,6 +71,8 @@ impl Text {
             ends: ends.chain(tokenizer.token_to_id("<|im_end|>")).collect(),
             chatml: template.contains("<|im_start|>") && tokenizer.token_to_id("<|im_start|>").is_some(),
             system: system.map(|(system, _)| system.into()),
+            pieces: tokens.iter().map(piece).collect(),
+            space_prefix,
             tokenizer,
         })
     }
@@ -96,7 +100,7 @@ impl Text {
 
     /// Text that comes token by token.
     pub fn stream(&self) -> Stream<'_> {
-        Stream { text: self, pending: Vec::new() }
+        Stream { text: self, pending: Vec::new(), strip: self.space_prefix }
     }
 }
 
@@ -104,24 +108,66 @@ impl Text {
 /// of several bytes may take several tokens.
 pub struct Stream<'t> {
     text: &'t Text,
-    pending: Vec<u32>,
+    /// The start of a character.
+    pending: Vec<u8>,
+    /// A space that comes first is left out.
+    strip: bool,
 }
 
 impl Stream<'_> {
-    /// The text that a further token completes.
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        self.pending.push(id);
-        let text = self.text.tokenizer.decode(&self.pending, true)?;
-        // No character has more than four bytes.
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.pending.len() < 4 {
-            return Ok(String::new());
+    /// The text that a further token completes, with marks for what is no text.
+    pub fn push(&mut self, id: u32) -> String {
+        let mut bytes = self.text.pieces.get(id as usize).map_or(&[][..], Vec::as_slice);
+        if self.strip && !bytes.is_empty() {
+            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            self.strip = false;
         }
-        self.pending.clear();
-        Ok(text)
+        self.pending.extend(bytes);
+        let len = self.pending.len();
+        let starts_character = |rest: &[u8]| {
+            str::from_utf8(rest).is_err_and(|e| e.valid_up_to() == 0 && e.error_len().is_none())
+        };
+        let rest = (1..=len.min(3)).find(|count| starts_character(&self.pending[len - count..]));
+        let rest = self.pending.split_off(len - rest.unwrap_or(0));
+        String::from_utf8_lossy(&mem::replace(&mut self.pending, rest)).into_owned()
     }
 
     /// The rest, with a mark for what is no text.
-    pub fn finish(self) -> Result<String> {
-        self.text.tokenizer.decode(&self.pending, true)
+    pub fn finish(self) -> String {
+        String::from_utf8_lossy(&self.pending).into_owned()
     }
+}
+
+/// A byte-level BPE tokenizer, which splits text as `pre` says before merges apply.
+fn byte_level(content: &Content, pre: &str) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::from_gguf(content).map_err(|e| format!("its tokenizer: {}", plain(e)))?;
+    let split: [PreTokenizerWrapper; 2] = match pre {
+        "smollm" => [Digits::new(true).into(), ByteLevel::new(false, true, true).into()],
+        "llama-bpe" | "llama3" => {
+            let pattern = SplitPattern::Regex(LLAMA3_SPLIT.into());
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
+            [split.into(), ByteLevel::new(false, true, false).into()]
+        }
+        other => {
+            let expected = "expected smollm or llama-bpe";
+            return Err(format!("its tokenizer splits text as `{other}`; {expected}").into());
+        }
+    };
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(split.into())));
+    Ok(tokenizer)
+}
+
+/// The bytes that a token of byte-level BPE stands for. Its characters are
+/// bytes: those that can be printed are themselves, and the others are counted
+/// from 256 on.
+fn bytes_of_characters(token: &str) -> Vec<u8> {
+    let printed = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let byte = |character: char| {
+        let code = u32::from(character);
+        match u8::try_from(code) {
+            Ok(byte) => printed(&byte).then_some(byte),
+            Err(_) => (0..=255).filter(|byte| !printed(byte)).nth(code as usize - 256),
+        }
+    };
+    token.chars().map(byte).collect::<Option<_>>().unwrap_or_else(|| token.into())
 }
