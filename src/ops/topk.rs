@@ -251,11 +251,14 @@ impl RowStates {
         i64::from(self.multiprocessors) * (self.shared_bytes - Self::RESERVED_SHARED_BYTES)
     }
 
-    /// Whether blocks go on from one of these rows of scores to another.
-    fn rows_follow(&self, scores: &RawTensor) -> bool {
+    /// Whether blocks share one of these rows of scores, or go on from one to
+    /// another. Then *radix* does not wait for all warps of a block where it
+    /// should, unless it is deterministic.
+    fn has_races(&self, scores: &RawTensor) -> bool {
         let (rows, len) = (scores.shape()[0], scores.shape()[1]);
         let row_bytes = len.saturating_mul(scores.dtype.size() as i64);
-        rows > Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes)
+        let at_once = Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes);
+        at_once < i64::from(self.multiprocessors) || rows > at_once
     }
 
     /// No more rows than are worked on at once: for each, there are
@@ -431,6 +434,14 @@ pub fn radix_topk_page_table_transform(
         return Ok(());
     }
     let (lengths, row_starts, row_to_batch) = (rows.lengths()?, rows.row_starts()?, rows.row_to_batch()?);
+    let deterministic = is_deterministic(options, row_states, input);
+    if deterministic && !options.asks_for_filtered() {
+        // Places are selected, written to the output, and looked up from there.
+        // Where blocks saw different thresholds, some are not written.
+        let bytes = output.numel() as usize * output.dtype.size();
+        // SAFETY: the output is contiguous, exclusive, and on the stream's device.
+        unsafe { FlashInferRuntime::get()?.cuda().zero(stream, output.data, bytes) }?;
+    }
     let states = row_states.as_bytes()?;
     let kernel = PageTableTransform {
         input: DlTensor::new(input),
@@ -440,7 +451,7 @@ pub fn radix_topk_page_table_transform(
         lengths: DlTensor::new(&lengths),
         maybe_row_states_buffer: Some(DlTensor::new(&states)),
         top_k: k,
-        deterministic: options.deterministic,
+        deterministic,
         tie_break: options.tie_break as i64,
         dsa_graph_safe: options.dsa_graph_safe,
         maybe_row_starts: row_starts.as_ref().map(DlTensor::new),
@@ -533,10 +544,11 @@ fn check_input(
 }
 
 /// Whether a selection has to be deterministic: if it is to be, or if *radix*
-/// would else mix up rows that one block selects from after another, because
-/// it does not wait for all its warps in between.
+/// would else mix up rows, or write behind a row's `k` places: blocks that
+/// share a row may see different thresholds, and only the deterministic
+/// selection counts what it writes.
 fn is_deterministic(options: &TopKOptions, row_states: &RowStates, input: &RawTensor) -> bool {
-    options.deterministic || !options.asks_for_filtered() && row_states.rows_follow(input)
+    options.deterministic || !options.asks_for_filtered() && row_states.has_races(input)
 }
 
 /// A contiguous `i32` tensor of this shape; the kernels address it in 32 bits.
