@@ -133,12 +133,7 @@ pub trait TensorExt<T: Element>: DevicePtr<T> + sealed::Storage {
         shape: &[usize],
         strides: Option<&[usize]>,
     ) -> Result<SliceRef<'a>> {
-        check_context(self.stream(), stream)?;
-        let (len, order) = (self.len(), Order::begin(self.stream(), stream)?);
-        let (pointer, sync) = self.device_ptr(stream);
-        let raw = raw::<T>(pointer, stream, shape, strides)?;
-        raw.check_fits(len)?;
-        Ok(SliceRef { tensor: TensorRef::new(raw), _sync: sync, _order: order })
+        shared(self, stream, 0, shape, strides)
     }
 }
 impl<T: Element, S: DevicePtr<T> + sealed::Storage> TensorExt<T> for S {}
@@ -163,25 +158,60 @@ pub trait TensorExtMut<T: Element>: DevicePtrMut<T> + sealed::Storage {
         shape: &[usize],
         strides: Option<&[usize]>,
     ) -> Result<SliceMut<'a>> {
-        check_context(self.stream(), stream)?;
-        let (len, order) = (self.len(), Order::begin(self.stream(), stream)?);
-        let (pointer, sync) = self.device_ptr_mut(stream);
-        let raw = raw::<T>(pointer, stream, shape, strides)?;
-        Ok(SliceMut { tensor: TensorMut::checked(raw, len)?, _sync: sync, _order: order })
+        exclusive(self, stream, 0, shape, strides)
     }
 }
 impl<T: Element, S: DevicePtrMut<T> + sealed::Storage> TensorExtMut<T> for S {}
 
-fn raw<T: Element>(
-    pointer: CUdeviceptr,
-    stream: &Arc<CudaStream>,
+/// A shared view that begins `offset` elements into a slice.
+pub(crate) fn shared<'a, T: Element, S: DevicePtr<T> + ?Sized>(
+    slice: &'a S,
+    stream: &'a Arc<CudaStream>,
+    offset: usize,
     shape: &[usize],
     strides: Option<&[usize]>,
-) -> Result<RawTensor> {
+) -> Result<SliceRef<'a>> {
+    check_context(slice.stream(), stream)?;
+    let (len, order) = (slice.len(), Order::begin(slice.stream(), stream)?);
+    let (pointer, sync) = slice.device_ptr(stream);
+    let (raw, len) = raw::<T>((pointer, len), stream, offset, shape, strides)?;
+    raw.check_fits(len)?;
+    Ok(SliceRef { tensor: TensorRef::new(raw), _sync: sync, _order: order })
+}
+
+/// An exclusive view that begins `offset` elements into a slice.
+pub(crate) fn exclusive<'a, T: Element, S: DevicePtrMut<T> + ?Sized>(
+    slice: &'a mut S,
+    stream: &'a Arc<CudaStream>,
+    offset: usize,
+    shape: &[usize],
+    strides: Option<&[usize]>,
+) -> Result<SliceMut<'a>> {
+    check_context(slice.stream(), stream)?;
+    let (len, order) = (slice.len(), Order::begin(slice.stream(), stream)?);
+    let (pointer, sync) = slice.device_ptr_mut(stream);
+    let (raw, len) = raw::<T>((pointer, len), stream, offset, shape, strides)?;
+    Ok(SliceMut { tensor: TensorMut::checked(raw, len)?, _sync: sync, _order: order })
+}
+
+/// The view of what a slice of `len` elements has from `offset` on, and how
+/// many elements that are.
+fn raw<T: Element>(
+    (pointer, len): (CUdeviceptr, usize),
+    stream: &Arc<CudaStream>,
+    offset: usize,
+    shape: &[usize],
+    strides: Option<&[usize]>,
+) -> Result<(RawTensor, usize)> {
+    let Some(rest) = len.checked_sub(offset) else {
+        let problem = format!("it begins {offset} elements into a slice of {len}");
+        return Err(FlashInferError::invalid("tensor view", "offset", problem));
+    };
+    let pointer = pointer + (offset * size_of::<T>()) as CUdeviceptr;
     let stream = Stream::with_owner(stream.cu_stream().cast(), stream.context().ordinal() as u32, None);
     let mut raw = RawTensor::new(pointer as *mut _, stream.device(), T::DTYPE, shape, strides)?;
     raw.stream = Some(stream.id());
-    Ok(raw)
+    Ok((raw, rest))
 }
 
 /// Kernel modules work in primary contexts, and views on one device.

@@ -81,6 +81,8 @@
 //! | `embed` | yes | modules embedded at build time; implies `fetch` |
 //! | `fetch` | yes | downloads of the pinned wheels |
 //! | `cudarc` | yes | [views of cudarc slices](cudarc) and its streams |
+//! | `candle` | no | [the same for candle's tensors](candle), on the CPU through the reference |
+//! | `candle-cuda` | no | `candle` for CUDA tensors; candle's own kernels need nvcc to build |
 //! | `doctor` | no | the program `flashinfer-doctor`, which tells what a machine lacks |
 //!
 //! # Safety
@@ -91,6 +93,8 @@
 //! sources, every environment variable and the requirements.
 
 pub mod artifacts;
+#[cfg(feature = "candle")]
+pub mod candle;
 mod cublas;
 mod cuda;
 mod cuda_library;

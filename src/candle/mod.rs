@@ -1,0 +1,3 @@
+//! FlashInfer's kernels for candle's tensors.
+
+mod tensor;

@@ -1,0 +1,121 @@
+//! Views of candle's storage: an element type, an offset, a shape and strides.
+//!
+//! candle hands storage to custom operations with its lock held, so a view
+//! lives no longer than that lock.
+
+use candle_core::{CpuStorage, Layout, Result};
+#[cfg(feature = "candle-cuda")]
+use {
+    crate::cudarc::{SliceMut, SliceRef, exclusive, shared},
+    candle_core::{
+        CudaStorage,
+        cuda_backend::{CudaStorageSlice, cudarc::driver::CudaStream},
+    },
+    std::sync::Arc,
+};
+
+use crate::{
+    error::FlashInferError,
+    tensor::{DType, Element, TensorMut, TensorRef},
+};
+
+/// The same error for candle's callers.
+pub(super) fn error(error: FlashInferError) -> candle_core::Error {
+    candle_core::Error::wrap(error)
+}
+
+/// Fails where kernels have no such element type.
+fn unsupported<T>(dtype: candle_core::DType) -> Result<T> {
+    let names: Vec<_> = DType::ALL.iter().filter_map(|&dtype| of_ours(dtype)).map(|d| d.as_str()).collect();
+    candle_core::bail!("no view of {} elements; expected one of {}", dtype.as_str(), names.join(", "))
+}
+
+/// candle's name of an element type.
+fn of_ours(dtype: DType) -> Option<candle_core::DType> {
+    Some(match dtype {
+        DType::F16 => candle_core::DType::F16,
+        DType::BF16 => candle_core::DType::BF16,
+        DType::F32 => candle_core::DType::F32,
+        DType::F64 => candle_core::DType::F64,
+        DType::E4M3 => candle_core::DType::F8E4M3,
+        DType::I16 => candle_core::DType::I16,
+        DType::I32 => candle_core::DType::I32,
+        DType::I64 => candle_core::DType::I64,
+        DType::U8 => candle_core::DType::U8,
+        DType::U32 => candle_core::DType::U32,
+        _ => return None,
+    })
+}
+
+/// The element type of a candle tensor.
+pub(super) fn dtype(dtype: candle_core::DType) -> Result<DType> {
+    let same = DType::ALL.into_iter().find(|&ours| of_ours(ours) == Some(dtype));
+    same.map_or_else(|| unsupported(dtype), Ok)
+}
+
+/// Calls `$view` with the typed elements of a storage.
+macro_rules! with_elements {
+    ($kind:ident, $storage:expr, $dtype:expr, $elements:ident => $view:expr) => {
+        match $storage {
+            $kind::U8($elements) => $view,
+            $kind::U32($elements) => $view,
+            $kind::I16($elements) => $view,
+            $kind::I32($elements) => $view,
+            $kind::I64($elements) => $view,
+            $kind::BF16($elements) => $view,
+            $kind::F16($elements) => $view,
+            $kind::F32($elements) => $view,
+            $kind::F64($elements) => $view,
+            $kind::F8E4M3($elements) => $view,
+            $kind::F6E2M3(_) | $kind::F6E3M2(_) | $kind::F4(_) | $kind::F8E8M0(_) => unsupported($dtype),
+        }
+    };
+}
+
+/// A view of a tensor on the CPU.
+pub(super) fn on_cpu<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<TensorRef<'a>> {
+    fn view<'a, T: Element>(elements: &'a [T], layout: &Layout) -> Result<TensorRef<'a>> {
+        let elements = elements.get(layout.start_offset()..).unwrap_or_default();
+        TensorRef::from_slice_strided(elements, layout.dims(), Some(layout.stride())).map_err(error)
+    }
+    use candle_core::backend::BackendStorage;
+    with_elements!(CpuStorage, storage, storage.dtype(), elements => view(elements, layout))
+}
+
+/// A view of a tensor on the CPU, to write.
+pub(super) fn on_cpu_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<TensorMut<'a>> {
+    fn view<'a, T: Element>(elements: &'a mut [T], layout: &Layout) -> Result<TensorMut<'a>> {
+        let elements = elements.get_mut(layout.start_offset()..).unwrap_or_default();
+        TensorMut::from_slice_strided(elements, layout.dims(), Some(layout.stride())).map_err(error)
+    }
+    use candle_core::backend::BackendStorage;
+    let dtype = storage.dtype();
+    with_elements!(CpuStorage, storage, dtype, elements => view(elements, layout))
+}
+
+/// A view of a tensor on a CUDA device, for work on `stream`.
+#[cfg(feature = "candle-cuda")]
+pub(super) fn on_cuda<'a>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+    stream: &'a Arc<CudaStream>,
+) -> Result<SliceRef<'a>> {
+    use candle_core::backend::BackendStorage;
+    with_elements!(CudaStorageSlice, &storage.slice, storage.dtype(), elements => {
+        shared(elements, stream, layout.start_offset(), layout.dims(), Some(layout.stride())).map_err(error)
+    })
+}
+
+/// A view of a tensor on a CUDA device, for work on `stream`, to write.
+#[cfg(feature = "candle-cuda")]
+pub(super) fn on_cuda_mut<'a>(
+    storage: &'a mut CudaStorage,
+    layout: &Layout,
+    stream: &'a Arc<CudaStream>,
+) -> Result<SliceMut<'a>> {
+    use candle_core::backend::BackendStorage;
+    let dtype = storage.dtype();
+    with_elements!(CudaStorageSlice, &mut storage.slice, dtype, elements => {
+        exclusive(elements, stream, layout.start_offset(), layout.dims(), Some(layout.stride())).map_err(error)
+    })
+}
