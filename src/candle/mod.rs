@@ -11,3 +11,8 @@ pub use flash_attn::{
     flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
     flash_attn_windowed,
 };
+
+/// The examples of `docs/candle.md` compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/candle.md")]
+mod documented {}
