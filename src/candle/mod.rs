@@ -1,3 +1,13 @@
 //! FlashInfer's kernels for candle's tensors.
 
+mod attention;
+mod layers;
+mod op;
+mod paged;
+mod rope;
 mod tensor;
+
+pub use attention::{BatchDecode, BatchPrefill, DecodePlan, PrefillPlan};
+pub use layers::{rms_norm, silu_and_mul};
+pub use paged::{BatchTables, PagedKvCache, Step};
+pub use rope::{PositionTable, Positions, RotaryEmbedding, rope};
