@@ -1,8 +1,14 @@
 //! FlashInfer's kernels for candle's tensors.
 
+mod attention;
 pub mod flash_attn;
+mod layers;
+mod op;
+mod paged;
+mod rope;
 mod tensor;
 
+pub use attention::{BatchDecode, BatchPrefill, DecodePlan, PrefillPlan};
 #[cfg(feature = "candle-cuda")]
 pub use flash_attn::release_workspaces;
 pub use flash_attn::{
@@ -11,6 +17,9 @@ pub use flash_attn::{
     flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
     flash_attn_windowed,
 };
+pub use layers::{rms_norm, silu_and_mul};
+pub use paged::{BatchTables, PagedKvCache, Step};
+pub use rope::{PositionTable, Positions, RotaryEmbedding, rope};
 
 /// The examples of `docs/candle.md` compile.
 #[cfg(doctest)]

@@ -9,7 +9,10 @@ use {
     crate::cudarc::{SliceMut, SliceRef, exclusive, shared},
     candle_core::{
         CudaStorage,
-        cuda_backend::{CudaStorageSlice, cudarc::driver::CudaStream},
+        cuda_backend::{
+            CudaStorageSlice,
+            cudarc::driver::{CudaSlice, CudaStream, DeviceRepr},
+        },
     },
     std::sync::Arc,
 };
@@ -31,7 +34,7 @@ fn unsupported<T>(dtype: candle_core::DType) -> Result<T> {
 }
 
 /// candle's name of an element type.
-fn of_ours(dtype: DType) -> Option<candle_core::DType> {
+pub(super) fn of_ours(dtype: DType) -> Option<candle_core::DType> {
     Some(match dtype {
         DType::F16 => candle_core::DType::F16,
         DType::BF16 => candle_core::DType::BF16,
@@ -118,4 +121,48 @@ pub(super) fn on_cuda_mut<'a>(
     with_elements!(CudaStorageSlice, &mut storage.slice, dtype, elements => {
         exclusive(elements, stream, layout.start_offset(), layout.dims(), Some(layout.stride())).map_err(error)
     })
+}
+
+/// Copies `len` elements to another place of a storage, which they do not
+/// overlap.
+pub(super) fn copy_on_cpu(storage: &mut CpuStorage, [from, to]: [usize; 2], len: usize) -> Result<()> {
+    fn copy<T: Copy>(elements: &mut [T], [from, to]: [usize; 2], len: usize) -> Result<()> {
+        if from.max(to).checked_add(len).is_none_or(|end| end > elements.len()) {
+            candle_core::bail!("{len} elements at {from} and {to} of {}", elements.len())
+        }
+        elements.copy_within(from..from + len, to);
+        Ok(())
+    }
+    use candle_core::backend::BackendStorage;
+    let dtype = storage.dtype();
+    with_elements!(CpuStorage, storage, dtype, elements => copy(elements, [from, to], len))
+}
+
+/// As [`copy_on_cpu`], in the order of `stream`.
+#[cfg(feature = "candle-cuda")]
+pub(super) fn copy_on_cuda(
+    storage: &mut CudaStorage,
+    [from, to]: [usize; 2],
+    len: usize,
+    stream: &Arc<CudaStream>,
+) -> Result<()> {
+    fn copy<T: DeviceRepr>(
+        elements: &mut CudaSlice<T>,
+        [from, to]: [usize; 2],
+        len: usize,
+        stream: &Arc<CudaStream>,
+    ) -> Result<()> {
+        let (low, high) = (from.min(to), from.max(to));
+        if high.checked_add(len).is_none_or(|end| end > elements.len()) || high - low < len {
+            candle_core::bail!("{len} elements at {from} and {to} of {}", elements.len())
+        }
+        let (mut head, mut tail) = elements.split_at_mut(high);
+        let (mut low, mut high) = (head.slice_mut(low..low + len), tail.slice_mut(..len));
+        let copied =
+            if from < to { stream.memcpy_dtod(&low, &mut high) } else { stream.memcpy_dtod(&high, &mut low) };
+        copied.map_err(candle_core::Error::wrap)
+    }
+    use candle_core::backend::BackendStorage;
+    let dtype = storage.dtype();
+    with_elements!(CudaStorageSlice, &mut storage.slice, dtype, elements => copy(elements, [from, to], len, stream))
 }

@@ -52,6 +52,11 @@ impl Batch {
         }
     }
 
+    /// The pool that the sequences are of.
+    pub fn allocator(&self) -> &PageAllocator {
+        &self.allocator
+    }
+
     /// The sequences, by request.
     pub fn sequences(&self) -> &[Sequence] {
         &self.sequences
@@ -237,6 +242,11 @@ impl BatchTables {
             return invalid("cache", "it is not on the stream of the tables");
         }
         cache.copy_pages()?;
+        self.upload(batch)
+    }
+
+    /// Replaces the arrays by those of a batch.
+    pub(crate) fn upload(&mut self, batch: &Batch) -> Result<()> {
         self.pages.update(batch.pages().clone())?;
         // Steps that give each request one token have the same offsets.
         if self.queries.host().indptr() != batch.queries().indptr() {

@@ -17,6 +17,21 @@ const OP: &str = "PagedKvCache";
 /// Element types: those that kernels read, and those that only the CPU has.
 const DTYPES: [DType; 6] = [DType::F16, DType::BF16, DType::E4M3, DType::E5M2, DType::F32, DType::F64];
 
+/// Copies of pages can be enqueued: the stream is usable here, and is not being
+/// captured into a graph, which would make them again in every replay.
+pub(crate) fn check_copies(stream: &Stream) -> Result<()> {
+    stream.check_usable_here(OP)?;
+    if FlashInferRuntime::get()?.cuda().is_capturing(stream)? {
+        return Err(FlashInferError::invalid(
+            OP,
+            "stream",
+            "it is being captured into a CUDA graph while copies of pages are due; \
+             call copy_pages or BatchTables::update before the capture, and before each replay",
+        ));
+    }
+    Ok(())
+}
+
 /// Where pages of models of several shapes begin: at a multiple of so many
 /// bytes.
 const PAGE_ALIGNMENT: usize = 256;
@@ -270,16 +285,8 @@ impl PagedKvCache {
             }),
             Memory::Device(buffer) => {
                 let stream = buffer.stream();
-                stream.check_usable_here(OP)?;
+                check_copies(stream)?;
                 let cuda = FlashInferRuntime::get()?.cuda();
-                if cuda.is_capturing(stream)? {
-                    return Err(FlashInferError::invalid(
-                        OP,
-                        "stream",
-                        "it is being captured into a CUDA graph while copies of pages are due; \
-                         call copy_pages or BatchTables::update before the capture, and before each replay",
-                    ));
-                }
                 self.allocator().make_copies(|source, target| {
                     let ends = [page_at(source), page_at(target)].map(<*mut u8>::cast);
                     // SAFETY: as above; the memory is of the stream's device,

@@ -117,8 +117,12 @@ pub(crate) mod sequences;
 pub(crate) mod upload;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
+#[cfg(feature = "candle-cuda")]
+pub(crate) use cache::check_copies;
 pub use cache::{KvShape, PagedKvCache};
 pub use pages::PageAllocator;
+#[cfg(feature = "candle")]
+pub(crate) use pages::StorageClaim;
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;
 

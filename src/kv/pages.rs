@@ -146,7 +146,7 @@ impl PageAllocator {
     }
 
     /// Makes the pending copies, in order, up to the first that fails.
-    pub(super) fn make_copies(&self, mut copy: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
+    pub(crate) fn make_copies(&self, mut copy: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
         let mut state = self.lock();
         while let Some(&PageCopy { source, target }) = state.copies.front() {
             copy(source as usize, target as usize)?;
@@ -157,7 +157,7 @@ impl PageAllocator {
     }
 
     /// The right to be the memory of the pool's pages, which one has at a time.
-    pub(super) fn claim_storage(&self) -> Result<StorageClaim> {
+    pub(crate) fn claim_storage(&self) -> Result<StorageClaim> {
         let taken = std::mem::replace(&mut self.lock().has_storage, true);
         if taken {
             return Err(FlashInferError::invalid(
@@ -195,10 +195,10 @@ impl fmt::Debug for PageAllocator {
 }
 
 /// See [`PageAllocator::claim_storage`].
-pub(super) struct StorageClaim(PageAllocator);
+pub(crate) struct StorageClaim(PageAllocator);
 
 impl StorageClaim {
-    pub(super) fn allocator(&self) -> &PageAllocator {
+    pub(crate) fn allocator(&self) -> &PageAllocator {
         &self.0
     }
 }

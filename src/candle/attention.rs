@@ -1,0 +1,418 @@
+//! Decode and prefill over a paged cache, with plan and run apart.
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+
+use super::{
+    op::{Apply, Op, check_dtype, check_like, fitting, invalid},
+    paged::{PagedKvCache, Step},
+    tensor,
+};
+#[cfg(feature = "candle-cuda")]
+use crate::{
+    FlashInferRuntime,
+    attention::{self, PlanMode, PrefillOptions, Workspace},
+    kv::PageTable,
+    stream::Stream,
+};
+use crate::{
+    attention::{AttentionSpec, Heads, RunOptions},
+    page::{KvLayout, PagedKv},
+    reference,
+    tensor::{TensorMut, TensorRef},
+};
+
+/// What the two operations have in common: an attention on a device.
+#[derive(Clone, Debug)]
+struct Attention {
+    op: &'static str,
+    spec: AttentionSpec,
+    heads: Heads,
+    device: Device,
+    /// candle's names of the spec's dtypes.
+    dtype_q: DType,
+    dtype_o: DType,
+}
+
+impl Attention {
+    fn new(op: &'static str, device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        let dtypes = [("dtype_q", spec.dtype_q), ("dtype_kv", spec.dtype_kv), ("dtype_o", spec.dtype_o)];
+        let candle_dtype = |(name, dtype): (&'static str, crate::DType)| match tensor::of_ours(dtype) {
+            Some(dtype) => check_dtype(op, name, dtype, device).map(|()| dtype),
+            None => invalid(op, name, format!("{dtype}; candle has no such elements")),
+        };
+        let [dtype_q, dtype_kv, dtype_o] = dtypes.map(candle_dtype);
+        let (dtype_q, _, dtype_o) = (dtype_q?, dtype_kv?, dtype_o?);
+        if spec.head_dim_qk != spec.head_dim_vo {
+            let problem = format!(
+                "head dimensions {} and {}; a cache of one tensor has keys and values of one width",
+                spec.head_dim_qk, spec.head_dim_vo
+            );
+            return invalid(op, "spec", problem);
+        }
+        if heads.group_size().is_none() {
+            let Heads { num_qo_heads, num_kv_heads } = heads;
+            return invalid(
+                op,
+                "heads",
+                format!("{num_qo_heads} query heads over {num_kv_heads} KV heads; expected a multiple"),
+            );
+        }
+        Ok(Self { op, spec: *spec, heads, device: device.clone(), dtype_q, dtype_o })
+    }
+
+    /// The step is on this device.
+    fn check_step(&self, step: &Step<'_>) -> Result<()> {
+        if self.device.same_device(step.device) {
+            return Ok(());
+        }
+        let (at, expected) = (step.device, &self.device);
+        invalid(self.op, "step", format!("it is on {at:?}; expected {expected:?}: make both from one Device"))
+    }
+
+    /// Attention of `rows` queries to a layer.
+    fn run(
+        &self,
+        (step, rows): (&Step<'_>, usize),
+        q: &Tensor,
+        (cache, layer): (&PagedKvCache, usize),
+        kernel: &dyn Kernel,
+        options: &RunOptions<'_>,
+    ) -> Result<Tensor> {
+        let (op, spec, heads) = (self.op, &self.spec, self.heads);
+        step.check_cache(op, cache)?;
+        let kv = cache.layer(layer)?;
+        let shape = cache.shape();
+        if (shape.num_kv_heads, shape.head_dim, shape.dtype)
+            != (heads.num_kv_heads, spec.head_dim_qk, spec.dtype_kv)
+        {
+            let problem = format!(
+                "it has {} heads of {} {}; the plan is for {} of {} {}",
+                shape.num_kv_heads,
+                shape.head_dim,
+                shape.dtype,
+                heads.num_kv_heads,
+                spec.head_dim_qk,
+                spec.dtype_kv
+            );
+            return invalid(op, "cache", problem);
+        }
+        let dims = [rows, heads.num_qo_heads, spec.head_dim_qk];
+        check_like(op, "q", q, &dims, self.dtype_q, &self.device)?;
+        if rows == 0 {
+            return q.to_dtype(self.dtype_o);
+        }
+        let output = (Shape::from(&dims[..]), self.dtype_o);
+        let call = Call { kernel, layout: shape.layout, options, output };
+        kv.apply_op2_no_bwd(&fitting(q)?, &Apply(call))
+    }
+}
+
+/// Attention of queries to a layer's pages.
+trait Kernel {
+    fn on_cpu(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        options: &RunOptions<'_>,
+    ) -> crate::Result<()>;
+
+    #[cfg(feature = "candle-cuda")]
+    fn on_cuda(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        options: &RunOptions<'_>,
+    ) -> crate::Result<()>;
+}
+
+struct Call<'a> {
+    kernel: &'a dyn Kernel,
+    layout: KvLayout,
+    options: &'a RunOptions<'a>,
+    output: (Shape, DType),
+}
+
+impl Op<2> for Call<'_> {
+    const NAME: &'static str = "paged attention";
+
+    fn output(&self) -> (Shape, DType) {
+        self.output.clone()
+    }
+
+    fn on_cpu(&self, out: &mut TensorMut<'_>, [kv, q]: [TensorRef<'_>; 2]) -> crate::Result<()> {
+        self.kernel.on_cpu(&q, &PagedKv::joined(kv, self.layout)?, out, self.options)
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn on_cuda(&self, _: &Stream, out: &mut TensorMut<'_>, [kv, q]: [TensorRef<'_>; 2]) -> crate::Result<()> {
+        // The plan knows its stream, and refuses views for another.
+        self.kernel.on_cuda(&q, &PagedKv::joined(kv, self.layout)?, out, self.options)
+    }
+}
+
+/// Kernels, and what plans need, on CUDA.
+#[cfg(feature = "candle-cuda")]
+#[derive(Debug)]
+struct OnCuda<K> {
+    kernels: K,
+    workspace: Workspace,
+}
+
+#[cfg(feature = "candle-cuda")]
+impl<K> OnCuda<K> {
+    /// `None` on the CPU.
+    fn new(
+        device: &Device,
+        kernels: impl FnOnce(&FlashInferRuntime, &Stream) -> crate::Result<K>,
+    ) -> Result<Option<Self>> {
+        let Device::Cuda(device) = device else { return Ok(None) };
+        let stream = Stream::from(&device.cuda_stream());
+        let make = |runtime: &FlashInferRuntime| {
+            Ok(Self { kernels: kernels(runtime, &stream)?, workspace: Workspace::new(&stream)? })
+        };
+        FlashInferRuntime::get().and_then(|runtime| make(runtime)).map(Some).map_err(tensor::error)
+    }
+}
+
+/// Attention of one query per request to the request's pages, over a
+/// [`PagedKvCache`].
+///
+/// On CUDA it is [`attention::BatchDecode`](crate::attention::BatchDecode) with a
+/// [`Workspace`](crate::attention::Workspace) of the default size, on the stream of
+/// the device; with candle's default stream it is then its thread's. On the CPU it
+/// is [`reference::batch_decode`](crate::reference::batch_decode), in `f64`.
+#[derive(Debug)]
+pub struct BatchDecode {
+    attention: Attention,
+    #[cfg(feature = "candle-cuda")]
+    on_cuda: Option<OnCuda<attention::BatchDecode>>,
+}
+
+impl BatchDecode {
+    /// Decode of a model's layers of one kind: element types, head dimension,
+    /// window and soft cap are the spec's.
+    ///
+    /// Resolves the kernel module on CUDA, and downloads the pinned wheel if no
+    /// local source holds it and that is allowed.
+    ///
+    /// # Errors
+    /// The device has no such elements (on CUDA there are `f16` and `bf16`, on the
+    /// CPU also `f32` and `f64`); heads of queries are no multiple of those of keys;
+    /// there is no such module, or it cannot be had.
+    pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        let attention = Attention::new("BatchDecode", device, spec, heads)?;
+        Ok(Self {
+            attention,
+            #[cfg(feature = "candle-cuda")]
+            on_cuda: OnCuda::new(device, |runtime, _| attention::BatchDecode::new(runtime, spec, heads))?,
+        })
+    }
+
+    /// Plans a step, for all layers, on the host. The plan borrows this value,
+    /// whose workspace it fills, and the step.
+    ///
+    /// # Errors
+    /// The step is on another device; the stream is being captured, or is another
+    /// thread's; or what the module or CUDA said.
+    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>) -> Result<DecodePlan<'p>> {
+        self.attention.check_step(step)?;
+        #[cfg(feature = "candle-cuda")]
+        let on_cuda = match &mut self.on_cuda {
+            Some(OnCuda { kernels, workspace }) => {
+                let tables = step.on_cuda();
+                let plan = tables.and_then(|tables| kernels.plan(workspace, &tables.pages, PlanMode::Eager));
+                Some(plan.map_err(tensor::error)?)
+            }
+            None => None,
+        };
+        Ok(DecodePlan {
+            attention: &self.attention,
+            step,
+            #[cfg(feature = "candle-cuda")]
+            on_cuda,
+        })
+    }
+}
+
+/// One step's plan of a [`BatchDecode`], to be run for each layer.
+#[derive(Debug)]
+pub struct DecodePlan<'p> {
+    attention: &'p Attention,
+    step: &'p Step<'p>,
+    #[cfg(feature = "candle-cuda")]
+    on_cuda: Option<attention::DecodePlan<'p>>,
+}
+
+impl DecodePlan<'_> {
+    /// Attention of each request's query to all of its tokens.
+    ///
+    /// `q` is `(batch, num_qo_heads, head_dim)` of the spec's dtype; the result
+    /// has its shape. On CUDA, strides of `q` that are multiples of 16 bytes are
+    /// read as they are, others copied. A request without tokens gets zeros.
+    /// Nothing waits. There is no gradient.
+    ///
+    /// # Errors
+    /// Cache, layer or `q` do not fit the plan, by pool, device, dtype or shape;
+    /// an option is out of its range; the plan's stream is another thread's.
+    /// Nothing was launched. Else what the module or CUDA said.
+    pub fn run(
+        &self,
+        q: &Tensor,
+        cache: &PagedKvCache,
+        layer: usize,
+        options: &RunOptions<'_>,
+    ) -> Result<Tensor> {
+        let rows = self.step.batch.len();
+        self.attention.run((self.step, rows), q, (cache, layer), self, options)
+    }
+}
+
+impl Kernel for DecodePlan<'_> {
+    fn on_cpu(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        options: &RunOptions<'_>,
+    ) -> crate::Result<()> {
+        let pages = self.step.batch.pages();
+        reference::batch_decode(&self.attention.spec, q, kv, pages, out, None, options)
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn on_cuda(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        options: &RunOptions<'_>,
+    ) -> crate::Result<()> {
+        planned(&self.on_cuda)?.run(q, kv, out, None, options)
+    }
+}
+
+/// Attention of the new tokens of each request to the request's pages, over a
+/// [`PagedKvCache`]: prompts, parts of prompts, and single tokens, of different
+/// lengths in one call.
+///
+/// On CUDA it is [`attention::BatchPrefill`](crate::attention::BatchPrefill); the
+/// rest is as for [`BatchDecode`].
+#[derive(Debug)]
+pub struct BatchPrefill {
+    attention: Attention,
+    #[cfg(feature = "candle-cuda")]
+    on_cuda: Option<OnCuda<attention::BatchPrefill>>,
+}
+
+impl BatchPrefill {
+    /// Prefill of a model's layers of one kind. See [`BatchDecode::new`].
+    ///
+    /// # Errors
+    /// As [`BatchDecode::new`].
+    pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        let attention = Attention::new("BatchPrefill", device, spec, heads)?;
+        Ok(Self {
+            attention,
+            #[cfg(feature = "candle-cuda")]
+            on_cuda: OnCuda::new(device, |runtime, stream| {
+                attention::BatchPrefill::new(runtime, stream, spec)
+            })?,
+        })
+    }
+
+    /// Plans a step, for all layers, on the host: attention of the tokens that
+    /// [`Batch::queries`](crate::kv::Batch::queries) counts, the last ones of each
+    /// request. With `causal`, each sees the tokens up to its own, else all tokens
+    /// of its request.
+    ///
+    /// # Errors
+    /// As [`BatchDecode::plan`].
+    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>, causal: bool) -> Result<PrefillPlan<'p>> {
+        self.attention.check_step(step)?;
+        #[cfg(feature = "candle-cuda")]
+        let on_cuda = match &mut self.on_cuda {
+            Some(OnCuda { kernels, workspace }) => {
+                let options = if causal { PrefillOptions::causal() } else { PrefillOptions::default() };
+                let heads = self.attention.heads;
+                let plan = step.on_cuda().and_then(|tables| {
+                    kernels.plan_paged(workspace, &tables.queries, &tables.pages, heads, &options)
+                });
+                Some(plan.map_err(tensor::error)?)
+            }
+            None => None,
+        };
+        Ok(PrefillPlan {
+            attention: &self.attention,
+            step,
+            causal,
+            #[cfg(feature = "candle-cuda")]
+            on_cuda,
+        })
+    }
+}
+
+/// One step's plan of a [`BatchPrefill`], to be run for each layer.
+#[derive(Debug)]
+pub struct PrefillPlan<'p> {
+    attention: &'p Attention,
+    step: &'p Step<'p>,
+    causal: bool,
+    #[cfg(feature = "candle-cuda")]
+    on_cuda: Option<attention::PrefillPlan<'p, PageTable>>,
+}
+
+impl PrefillPlan<'_> {
+    /// Attention of each new token to its request's pages.
+    ///
+    /// `q` is `(tokens, num_qo_heads, head_dim)`, the requests' tokens one after
+    /// the other, as the rows of [`PagedKvCache::append`]; the rest is as in
+    /// [`DecodePlan::run`].
+    ///
+    /// # Errors
+    /// As [`DecodePlan::run`].
+    pub fn run(
+        &self,
+        q: &Tensor,
+        cache: &PagedKvCache,
+        layer: usize,
+        options: &RunOptions<'_>,
+    ) -> Result<Tensor> {
+        let rows = self.step.batch.queries().total();
+        self.attention.run((self.step, rows), q, (cache, layer), self, options)
+    }
+}
+
+impl Kernel for PrefillPlan<'_> {
+    fn on_cpu(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        options: &RunOptions<'_>,
+    ) -> crate::Result<()> {
+        let (batch, spec) = (self.step.batch, &self.attention.spec);
+        let mask = if self.causal { reference::Mask::Causal } else { reference::Mask::None };
+        let indices = (batch.queries(), batch.pages());
+        reference::batch_prefill_paged(spec, q, kv, indices, out, None, (mask, options))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn on_cuda(
+        &self,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+        options: &RunOptions<'_>,
+    ) -> crate::Result<()> {
+        planned(&self.on_cuda)?.run(q, kv, out, None, options)
+    }
+}
+
+/// A plan for CUDA.
+#[cfg(feature = "candle-cuda")]
+fn planned<P>(plan: &Option<P>) -> crate::Result<&P> {
+    let missing = || crate::FlashInferError::invalid("plan", "device", "it is not on CUDA");
+    plan.as_ref().ok_or_else(missing)
+}

@@ -1,0 +1,169 @@
+//! Operations of this crate as candle's custom operations: storage becomes
+//! views while candle holds its locks, and the result a tensor of its own.
+
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor,
+    backend::BackendDevice, cpu_backend::CpuDevice,
+};
+
+use super::tensor;
+#[cfg(feature = "candle-cuda")]
+use crate::stream::Stream;
+use crate::{
+    FlashInferError,
+    tensor::{TensorMut, TensorRef},
+};
+
+/// An operation that computes one tensor from `N`.
+pub(super) trait Op<const N: usize> {
+    const NAME: &'static str;
+
+    /// The result's shape and dtype. It has at least one element.
+    fn output(&self) -> (Shape, DType);
+
+    fn on_cpu(&self, out: &mut TensorMut<'_>, inputs: [TensorRef<'_>; N]) -> crate::Result<()>;
+
+    /// On the stream of the first input's device. What it enqueues writes every
+    /// element of `out`.
+    #[cfg(feature = "candle-cuda")]
+    fn on_cuda(
+        &self,
+        stream: &Stream,
+        out: &mut TensorMut<'_>,
+        inputs: [TensorRef<'_>; N],
+    ) -> crate::Result<()>;
+}
+
+/// An operation as candle calls it.
+pub(super) struct Apply<O>(pub(super) O);
+
+fn cpu<O: Op<N>, const N: usize>(op: &O, inputs: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)> {
+    let (shape, dtype) = op.output();
+    let mut storage = CpuDevice.zeros_impl(&shape, dtype)?;
+    let views = inputs.iter().map(|(storage, layout)| tensor::on_cpu(storage, layout));
+    let views = views.collect::<Result<Vec<_>>>()?;
+    let mut out = tensor::on_cpu_mut(&mut storage, &Layout::contiguous(&shape))?;
+    op.on_cpu(&mut out, std::array::from_fn(|at| views[at])).map_err(tensor::error)?;
+    Ok((storage, shape))
+}
+
+#[cfg(feature = "candle-cuda")]
+fn cuda<O: Op<N>, const N: usize>(
+    op: &O,
+    inputs: [(&CudaStorage, &Layout); N],
+) -> Result<(CudaStorage, Shape)> {
+    let (shape, dtype) = op.output();
+    let device = &inputs[0].0.device;
+    let stream = device.cuda_stream();
+    let views = inputs.iter().map(|(storage, layout)| tensor::on_cuda(storage, layout, &stream));
+    let views = views.collect::<Result<Vec<_>>>()?;
+    // SAFETY: the operation writes all elements before anything reads them; if
+    // it fails, they are freed.
+    let mut storage = unsafe { device.alloc_uninit(&shape, dtype) }?;
+    let mut out = tensor::on_cuda_mut(&mut storage, &Layout::contiguous(&shape), &stream)?;
+    op.on_cuda(&Stream::from(&stream), &mut out.view_mut(), std::array::from_fn(|at| views[at].view()))
+        .map_err(tensor::error)?;
+    drop(out);
+    Ok((storage, shape))
+}
+
+#[cfg(not(feature = "candle-cuda"))]
+fn cuda<O: Op<N>, const N: usize>(_: &O, _: [(&CudaStorage, &Layout); N]) -> Result<(CudaStorage, Shape)> {
+    candle_core::bail!("{}: CUDA tensors need the feature `candle-cuda` of flashinfer-rs", O::NAME)
+}
+
+macro_rules! custom_op {
+    ($custom:ident, $count:literal: $($storage:ident $layout:ident),+) => {
+        impl<O: Op<$count>> $custom for Apply<O> {
+            fn name(&self) -> &'static str {
+                O::NAME
+            }
+
+            fn cpu_fwd(&self, $($storage: &CpuStorage, $layout: &Layout),+) -> Result<(CpuStorage, Shape)> {
+                cpu(&self.0, [$(($storage, $layout)),+])
+            }
+
+            fn cuda_fwd(&self, $($storage: &CudaStorage, $layout: &Layout),+) -> Result<(CudaStorage, Shape)> {
+                cuda(&self.0, [$(($storage, $layout)),+])
+            }
+        }
+    };
+}
+custom_op!(CustomOp1, 1: s1 l1);
+custom_op!(CustomOp2, 2: s1 l1, s2 l2);
+custom_op!(CustomOp3, 3: s1 l1, s2 l2, s3 l3);
+
+/// Bytes that kernels read at a time.
+const VECTOR: usize = 16;
+
+/// The tensor as kernels take it: neighbours in the last dimension, all else at
+/// multiples of 16 bytes, no element twice. A copy where it is not so.
+pub(super) fn fitting(tensor: &Tensor) -> Result<Tensor> {
+    let (layout, size) = (tensor.layout(), tensor.dtype().size_in_bytes());
+    let outer = layout.dims().iter().zip(layout.stride()).rev().skip(1);
+    let mut strides = outer.filter(|&(&dim, _)| dim > 1).map(|(_, &stride)| stride);
+    let fits = layout.stride().last().is_none_or(|&last| last == 1)
+        && (layout.start_offset() * size).is_multiple_of(VECTOR)
+        && strides.all(|stride| stride > 0 && (stride * size).is_multiple_of(VECTOR));
+    if fits || tensor.device().is_cpu() { Ok(tensor.clone()) } else { tensor.force_contiguous() }
+}
+
+/// The rows of a tensor, `(rows, width)`, one after the other.
+pub(super) fn rows(tensor: &Tensor) -> Result<Tensor> {
+    let width = tensor.dims().last().copied().unwrap_or(1);
+    fitting(&tensor.contiguous()?.reshape((tensor.elem_count() / width.max(1), width))?)
+}
+
+/// What an argument of an operation must not be.
+pub(super) fn invalid<T>(op: &'static str, argument: &'static str, problem: String) -> Result<T> {
+    Err(tensor::error(FlashInferError::invalid(op, argument, problem)))
+}
+
+/// Refuses element types that the operations do not have on a device.
+pub(super) fn check_dtype(
+    op: &'static str,
+    argument: &'static str,
+    dtype: DType,
+    device: &candle_core::Device,
+) -> Result<()> {
+    use candle_core::Device::{Cpu, Cuda};
+    match (device, dtype) {
+        (Cpu | Cuda(_), DType::F16 | DType::BF16) | (Cpu, DType::F32 | DType::F64) => Ok(()),
+        (Cpu, other) => invalid(
+            op,
+            argument,
+            format!("its dtype is {}; on the CPU there are f32, f64, f16 and bf16", other.as_str()),
+        ),
+        (Cuda(_), other) => invalid(
+            op,
+            argument,
+            format!("its dtype is {}; on CUDA there are f16 and bf16: convert with to_dtype", other.as_str()),
+        ),
+        (other, _) => {
+            invalid(op, argument, format!("it is on {:?}; there are the CPU and CUDA", other.location()))
+        }
+    }
+}
+
+/// A tensor has this dtype and shape, and is where another is.
+pub(super) fn check_like(
+    op: &'static str,
+    argument: &'static str,
+    tensor: &Tensor,
+    shape: &[usize],
+    dtype: DType,
+    device: &candle_core::Device,
+) -> Result<()> {
+    if tensor.device().location() != device.location() {
+        let (at, expected) = (tensor.device().location(), device.location());
+        return invalid(op, argument, format!("it is on {at:?}; expected {expected:?}"));
+    }
+    if tensor.dtype() != dtype {
+        let problem = format!("its dtype is {}; expected {}", tensor.dtype().as_str(), dtype.as_str());
+        return invalid(op, argument, problem);
+    }
+    if tensor.dims() != shape {
+        return invalid(op, argument, format!("its shape is {:?}; expected {shape:?}", tensor.dims()));
+    }
+    Ok(())
+}
