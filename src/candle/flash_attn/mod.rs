@@ -41,6 +41,13 @@
 //! other; and of keys and values whose sequences lie differently far apart, one
 //! or both.
 //!
+//! # NaN
+//! Keys that are hidden get the weight 0, which leaves nothing of a value that
+//! is finite, but makes NaN of one that is not. What lies around a part of a
+//! cache is not read. With 128 queries or more in a sequence, FlashAttention 3
+//! (on compute capability 9.0) also reads the values that follow a sequence's
+//! last, which are those of the next one.
+//!
 //! # What waits, and what is kept
 //! Work goes to candle's own stream and nothing waits for it, with one
 //! exception: cumulative lengths, block tables, ranges and slopes are read on
