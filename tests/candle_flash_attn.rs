@@ -15,7 +15,7 @@ use flashinfer_rs::candle::{
     flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
     flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
-    flash_attn_windowed,
+    flash_attn_windowed, release_workspaces,
 };
 
 /// A device to test on.
@@ -611,10 +611,9 @@ fn threads_have_their_own_workspaces() {
                 );
             }
             // Some give back what they keep, others end with it.
-            #[cfg(feature = "candle-cuda")]
             if rng.below(2) == 0 {
-                flashinfer_rs::candle::release_workspaces();
-                flashinfer_rs::candle::release_workspaces();
+                release_workspaces();
+                release_workspaces();
             }
         };
         std::thread::scope(|scope| {

@@ -22,8 +22,8 @@
 //!
 //! # Devices and dtypes
 //! On the CPU, tensors are `f32`, `f16`, `bf16` or `f64`, and the sums are made
-//! in `f64`, by the [reference](crate::reference): it is exact and
-//! slow. On CUDA, which needs the feature `candle-cuda`, they are `f16` or
+//! in `f64`, by the [`mod@reference`], which is exact
+//! and slow. On CUDA, which needs the feature `candle-cuda`, they are `f16` or
 //! `bf16`; FlashInfer publishes modules with head dimensions 64, 128 and 256,
 //! some of them without window or soft cap, and none with ALiBi. Where there is
 //! no module, the error names the one that was looked for. A module of one's
@@ -81,8 +81,6 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
     backend::BackendStorage, bail,
 };
-#[cfg(feature = "candle-cuda")]
-pub use launch::release_workspaces;
 use visible::{Lens, Request, Visible, Window};
 
 use super::tensor;
@@ -374,6 +372,14 @@ impl Attention<'_> {
         }
         Ok(true)
     }
+}
+
+/// Frees what the calling thread keeps on devices for these functions: for each
+/// stream that it used, 128 MiB and more. The next call takes it anew. Nothing
+/// waits for the device. Without the feature `candle-cuda` there is nothing.
+pub fn release_workspaces() {
+    #[cfg(feature = "candle-cuda")]
+    launch::release_workspaces();
 }
 
 /// Zeros on the CPU.
