@@ -9,13 +9,11 @@ mod rope;
 mod tensor;
 
 pub use attention::{BatchDecode, BatchPrefill, DecodePlan, PrefillPlan};
-#[cfg(feature = "candle-cuda")]
-pub use flash_attn::release_workspaces;
 pub use flash_attn::{
     flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
     flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
-    flash_attn_windowed,
+    flash_attn_windowed, release_workspaces,
 };
 pub use layers::{rms_norm, silu_and_mul};
 pub use paged::{BatchTables, PagedKvCache, Step};

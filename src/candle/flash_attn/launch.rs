@@ -39,10 +39,8 @@ thread_local! {
     static STREAMS: RefCell<Vec<OnStream>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Frees what the calling thread keeps on devices for the functions of
-/// [`candle`](crate::candle): for each stream that it used, 128 MiB and more.
-/// The next call takes it anew. Nothing waits for the device.
-pub fn release_workspaces() {
+/// Frees what the calling thread keeps.
+pub(super) fn release_workspaces() {
     // Freed when the list is no longer borrowed. A thread that ends has none.
     drop(STREAMS.try_with(RefCell::take));
 }
@@ -135,9 +133,15 @@ impl OnStream {
         if let Some(module) = self.modules.iter().find(|module| module.spec() == spec) {
             return Ok(*module);
         }
-        let found =
-            FlashInferRuntime::get().and_then(|runtime| BatchPrefill::new(runtime, &self.stream, spec));
-        let module = found.map_err(|error| match error {
+        let found = || {
+            let runtime = FlashInferRuntime::get()?;
+            if !is_published(spec) {
+                // A download would not bring it.
+                runtime.module(&spec.prefill_module(false)?)?;
+            }
+            BatchPrefill::new(runtime, &self.stream, spec)
+        };
+        let module = found().map_err(|error| match error {
             FlashInferError::Artifact(_) => tensor::error(error).context(what_exists(spec)),
             error => tensor::error(error),
         })?;
@@ -147,6 +151,11 @@ impl OnStream {
         self.modules.push(module);
         Ok(module)
     }
+}
+
+/// Whether FlashInfer publishes modules of such a spec.
+fn is_published(spec: &AttentionSpec) -> bool {
+    matches!(spec.head_dim_qk, 64 | 128 | 256) && spec.pos_encoding_mode != PosEncodingMode::Alibi
 }
 
 /// What FlashInfer publishes, where a module is missing.

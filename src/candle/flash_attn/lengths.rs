@@ -1,11 +1,11 @@
 //! Small tensors that say how a batch is divided, read on the host.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// The integers of a tensor, in its order. Of a tensor on a CUDA device, this
 /// waits for the work that makes them.
 pub(super) fn integers(name: &str, tensor: &Tensor) -> Result<Vec<i64>> {
-    let flat = tensor.flatten_all()?;
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
     Ok(match tensor.dtype() {
         DType::U32 => flat.to_vec1::<u32>()?.into_iter().map(i64::from).collect(),
         DType::I32 => flat.to_vec1::<i32>()?.into_iter().map(i64::from).collect(),

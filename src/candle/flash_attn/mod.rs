@@ -22,8 +22,8 @@
 //!
 //! # Devices and dtypes
 //! On the CPU, tensors are `f32`, `f16`, `bf16` or `f64`, and the sums are made
-//! in `f64`, by the [reference](crate::reference): it is exact and
-//! slow. On CUDA, which needs the feature `candle-cuda`, they are `f16` or
+//! in `f64`, by the [`mod@reference`], which is exact
+//! and slow. On CUDA, which needs the feature `candle-cuda`, they are `f16` or
 //! `bf16`; FlashInfer publishes modules with head dimensions 64, 128 and 256,
 //! some of them without window or soft cap, and none with ALiBi. Where there is
 //! no module, the error names the one that was looked for. A module of one's
@@ -40,6 +40,13 @@
 //! overlap each other; queries of several sequences that do not lie one after the
 //! other; and of keys and values whose sequences lie differently far apart, one
 //! or both.
+//!
+//! # NaN
+//! Keys that are hidden get the weight 0, which leaves nothing of a value that
+//! is finite, but makes NaN of one that is not. What lies around a part of a
+//! cache is not read. With 128 queries or more in a sequence, FlashAttention 3
+//! (on compute capability 9.0) also reads the values that follow a sequence's
+//! last, which are those of the next one.
 //!
 //! # What waits, and what is kept
 //! Work goes to candle's own stream and nothing waits for it, with one
@@ -74,8 +81,6 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
     backend::BackendStorage, bail,
 };
-#[cfg(feature = "candle-cuda")]
-pub use launch::release_workspaces;
 use visible::{Lens, Request, Visible, Window};
 
 use super::tensor;
@@ -367,6 +372,14 @@ impl Attention<'_> {
         }
         Ok(true)
     }
+}
+
+/// Frees what the calling thread keeps on devices for these functions: for each
+/// stream that it used, 128 MiB and more. The next call takes it anew. Nothing
+/// waits for the device. Without the feature `candle-cuda` there is nothing.
+pub fn release_workspaces() {
+    #[cfg(feature = "candle-cuda")]
+    launch::release_workspaces();
 }
 
 /// Zeros on the CPU.
