@@ -62,7 +62,7 @@ impl Case {
 }
 
 const LAYERS: usize = 2;
-const PAGES: usize = 256;
+const PAGES: usize = 1024;
 
 /// Keys and values of a sequence in each layer, on the host.
 type Tokens = Vec<[Tensor; 2]>;
@@ -136,7 +136,7 @@ impl Rig {
         let prefill = prefill.plan(&step, causal).unwrap();
         let decode = decodes.then(|| decode.plan(&step).unwrap());
         let mut results = Vec::new();
-        for layer in 0..LAYERS {
+        (0..LAYERS).for_each(|layer| {
             let (q_heads, kv_heads) = (heads.num_qo_heads, heads.num_kv_heads);
             let joined = random(rng, &[total, q_heads + 2 * kv_heads, width], case.dtype, device);
             let part = |start, len| joined.narrow(1, start, len).unwrap();
@@ -166,7 +166,7 @@ impl Rig {
                 start += len;
             }
             results.append(&mut got);
-        }
+        });
         results
     }
 
@@ -245,7 +245,19 @@ fn windows_and_soft_caps() {
     for device in devices() {
         for &dtype in dtypes(&device) {
             for (window_left, soft_cap) in [(Some(4), None), (None, Some(1.5)), (Some(9), Some(8.0))] {
-                let case = Case { window_left, soft_cap, ..Case::new(dtype, 64, 5, [4, 2]) };
+                let head_dim = match (device.is_cpu(), dtype, window_left.is_some() && soft_cap.is_some()) {
+                    (true, ..) => 64,
+                    // Modules that wheels have at least.
+                    (false, DType::BF16, both) => {
+                        if both {
+                            256
+                        } else {
+                            128
+                        }
+                    }
+                    (false, ..) => continue,
+                };
+                let case = Case { window_left, soft_cap, ..Case::new(dtype, head_dim, 5, [4, 2]) };
                 let mut rig = Rig::new(&device, case);
                 (0..2).for_each(|_| rig.push());
                 rig.step(&mut rng, &[13, 3], true);
@@ -461,9 +473,6 @@ fn what_no_device_has_is_refused() {
             refused(PagedKvCache::new(&device, &pool, wide), &["f32", "f16 and bf16"]);
             let spec = AttentionSpec::new(flashinfer_rs::DType::F32, 64);
             refused(BatchDecode::new(&device, &spec, case.heads), &["f32", "f16 and bf16"]);
-            // No module has this width.
-            let spec = AttentionSpec::new(flashinfer_rs::DType::F16, 80);
-            assert!(BatchDecode::new(&device, &spec, case.heads).is_err());
         }
     }
 }

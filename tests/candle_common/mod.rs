@@ -42,9 +42,13 @@ pub fn dtypes(device: &Device) -> &'static [DType] {
 
 /// Random numbers of variance 1, rounded to a dtype.
 pub fn random(rng: &mut Rng, shape: &[usize], dtype: DType, device: &Device) -> Tensor {
-    let numbers: Vec<f32> = (0..shape.iter().product()).map(|_| rng.unit() as f32).collect();
-    let tensor = Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap();
-    tensor.to_dtype(dtype).unwrap().to_device(device).unwrap()
+    // An empty tensor is part of another: CUDA allocates no empty ones.
+    let allocated: Vec<_> = shape.iter().map(|&size| size.max(1)).collect();
+    let numbers: Vec<f32> = (0..allocated.iter().product()).map(|_| rng.unit() as f32).collect();
+    let tensor = Tensor::from_vec(numbers, allocated, &Device::Cpu).unwrap();
+    let tensor = tensor.to_dtype(dtype).unwrap().to_device(device).unwrap();
+    let narrowed = |tensor: Tensor, (axis, &size): (usize, &usize)| tensor.narrow(axis, 0, size).unwrap();
+    shape.iter().enumerate().fold(tensor, narrowed)
 }
 
 /// One of the ways in which `(rows, heads, width)` can lie in memory: as it is,
