@@ -172,7 +172,7 @@ impl<K> OnCuda<K> {
         let make = |runtime: &FlashInferRuntime| {
             Ok(Self { kernels: kernels(runtime, &stream)?, workspace: Workspace::new(&stream)? })
         };
-        FlashInferRuntime::get().and_then(|runtime| make(runtime)).map(Some).map_err(tensor::error)
+        FlashInferRuntime::get().and_then(make).map(Some).map_err(tensor::error)
     }
 }
 

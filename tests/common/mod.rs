@@ -11,15 +11,15 @@ pub mod gdn;
 pub mod norm;
 pub mod prefill;
 pub mod prefill_tests;
+mod rng;
 pub mod single;
 
 pub use compare::assert_same_bits;
+pub use rng::{Rng, say};
 
 use std::{
     fmt::Debug,
-    io::Write,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream, DeviceRepr};
@@ -29,13 +29,6 @@ use flashinfer_rs::{
 };
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
-
-/// Prints to stderr past the test runner's capture, so that a skipped test
-/// says so.
-pub fn say(message: &str) {
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
-    let _ = writeln!(std::io::stderr(), "{message} ({name})");
-}
 
 /// Tests that capture a graph run alone: while one is captured, nobody may
 /// wait for the whole device, as making a first stream does.
@@ -113,49 +106,6 @@ pub fn leave_cuda_error() {
         unsafe { library.get::<unsafe extern "C" fn(i32) -> i32>(b"cudaSetDevice") }.expect("its function");
     // SAFETY: takes a number.
     assert_ne!(unsafe { set_device(9999) }, 0);
-}
-
-/// Random numbers (splitmix64) from a seed that is printed.
-pub struct Rng(u64);
-
-impl Rng {
-    /// Seeded from `FLASHINFER_RS_TEST_SEED`, else from the clock.
-    pub fn new() -> Self {
-        let seed = match std::env::var("FLASHINFER_RS_TEST_SEED") {
-            Ok(seed) => seed.parse().expect("FLASHINFER_RS_TEST_SEED is a number"),
-            Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos() as u64,
-        };
-        say(&format!("FLASHINFER_RS_TEST_SEED={seed}"));
-        Self(seed)
-    }
-
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.0;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
-    }
-
-    /// A number in `0..bound`.
-    pub fn below(&mut self, bound: usize) -> usize {
-        (self.bits() % bound as u64) as usize
-    }
-
-    /// Uniform in ±√3, so that mean and variance are 0 and 1.
-    pub fn unit(&mut self) -> f64 {
-        let fraction = (self.bits() >> 11) as f64 / (1u64 << 53) as f64;
-        (fraction - 0.5) * 12f64.sqrt()
-    }
-
-    /// `0..len` in random order.
-    pub fn permutation(&mut self, len: usize) -> Vec<i32> {
-        let mut order: Vec<i32> = (0..len as i32).collect();
-        for at in (1..len).rev() {
-            order.swap(at, self.below(at + 1));
-        }
-        order
-    }
 }
 
 /// An element type of the tests.
