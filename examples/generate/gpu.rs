@@ -373,8 +373,7 @@ pub struct Gpu {
 /// A stream of the first GPU, and the runtime with the modules that every model
 /// needs.
 fn start() -> Result<(Arc<CudaStream>, &'static FlashInferRuntime)> {
-    // SAFETY: opening the driver's library runs nothing but its initializers.
-    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+    if !is_present!(cudarc::driver::sys) {
         return Err("there is no NVIDIA driver".into());
     }
     let mut config = RuntimeConfig::default();

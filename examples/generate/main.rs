@@ -30,6 +30,19 @@
 //! | `answers` | the scheduler's steps until all is answered and printed |
 //! | `download` | the progress of a download, as `flashinfer-doctor` shows it |
 
+/// Whether a library of CUDA's is there, by cudarc's module for it. With candle's feature `cuda` a
+/// program is linked with them all, and does not start without.
+macro_rules! is_present {
+    ($($library:ident)::+) => {{
+        #[cfg(feature = "candle-cuda")]
+        let present = true;
+        // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
+        #[cfg(not(feature = "candle-cuda"))]
+        let present = unsafe { $($library)::+::is_culib_present() };
+        present
+    }};
+}
+
 mod answers;
 mod bench;
 mod cpu;

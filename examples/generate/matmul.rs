@@ -35,8 +35,7 @@ pub struct CublasLt {
 impl CublasLt {
     /// Opens cuBLASLt by its name, which finds the one that is in the process.
     pub fn new(cuda: &Arc<CudaStream>) -> Result<Rc<Self>> {
-        // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
-        if !unsafe { sys::is_culib_present() } {
+        if !is_present!(sys) {
             return Err("cuBLASLt is not of the CUDA version that cudarc was built for".into());
         }
         cuda.context().bind_to_thread()?;

@@ -192,8 +192,7 @@ fn steps_that_the_gpu_cannot_compute_are_refused() {
 /// Where there is no GPU, the CPU is used, and says why; unless a GPU was asked for.
 #[test]
 fn a_missing_gpu_is_told() {
-    // SAFETY: opening the driver's library runs nothing but its initializers.
-    if unsafe { cudarc::driver::sys::is_culib_present() } {
+    if is_present!(cudarc::driver::sys) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
