@@ -7,17 +7,13 @@ use super::{
     paged::{PagedKvCache, Step},
     tensor,
 };
-#[cfg(feature = "candle-cuda")]
 use crate::{
     FlashInferRuntime,
-    attention::{self, PlanMode, PrefillOptions, Workspace},
+    attention::{self, AttentionSpec, Heads, PlanMode, PrefillOptions, RunOptions, Workspace},
     kv::PageTable,
-    stream::Stream,
-};
-use crate::{
-    attention::{AttentionSpec, Heads, RunOptions},
     page::{KvLayout, PagedKv},
     reference,
+    stream::Stream,
     tensor::{TensorMut, TensorRef},
 };
 
@@ -117,7 +113,6 @@ trait Kernel {
         options: &RunOptions<'_>,
     ) -> crate::Result<()>;
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(
         &self,
         q: &TensorRef<'_>,
@@ -145,7 +140,6 @@ impl Op<2> for Call<'_> {
         self.kernel.on_cpu(&q, &PagedKv::joined(kv, self.layout)?, out, self.options)
     }
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(&self, _: &Stream, out: &mut TensorMut<'_>, [kv, q]: [TensorRef<'_>; 2]) -> crate::Result<()> {
         // The plan knows its stream, and refuses views for another.
         self.kernel.on_cuda(&q, &PagedKv::joined(kv, self.layout)?, out, self.options)
@@ -153,22 +147,19 @@ impl Op<2> for Call<'_> {
 }
 
 /// Kernels, and what plans need, on CUDA.
-#[cfg(feature = "candle-cuda")]
 #[derive(Debug)]
 struct OnCuda<K> {
     kernels: K,
     workspace: Workspace,
 }
 
-#[cfg(feature = "candle-cuda")]
 impl<K> OnCuda<K> {
     /// `None` on the CPU.
     fn new(
         device: &Device,
         kernels: impl FnOnce(&FlashInferRuntime, &Stream) -> crate::Result<K>,
     ) -> Result<Option<Self>> {
-        let Device::Cuda(device) = device else { return Ok(None) };
-        let stream = Stream::from(&device.cuda_stream());
+        let Some(stream) = tensor::stream(device) else { return Ok(None) };
         let make = |runtime: &FlashInferRuntime| {
             Ok(Self { kernels: kernels(runtime, &stream)?, workspace: Workspace::new(&stream)? })
         };
@@ -186,7 +177,6 @@ impl<K> OnCuda<K> {
 #[derive(Debug)]
 pub struct BatchDecode {
     attention: Attention,
-    #[cfg(feature = "candle-cuda")]
     on_cuda: Option<OnCuda<attention::BatchDecode>>,
 }
 
@@ -205,7 +195,6 @@ impl BatchDecode {
         let attention = Attention::new("BatchDecode", device, spec, heads)?;
         Ok(Self {
             attention,
-            #[cfg(feature = "candle-cuda")]
             on_cuda: OnCuda::new(device, |runtime, _| attention::BatchDecode::new(runtime, spec, heads))?,
         })
     }
@@ -218,7 +207,6 @@ impl BatchDecode {
     /// thread's; or what the module or CUDA said.
     pub fn plan<'p>(&'p mut self, step: &'p Step<'_>) -> Result<DecodePlan<'p>> {
         self.attention.check_step(step)?;
-        #[cfg(feature = "candle-cuda")]
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
                 let tables = step.on_cuda();
@@ -227,12 +215,7 @@ impl BatchDecode {
             }
             None => None,
         };
-        Ok(DecodePlan {
-            attention: &self.attention,
-            step,
-            #[cfg(feature = "candle-cuda")]
-            on_cuda,
-        })
+        Ok(DecodePlan { attention: &self.attention, step, on_cuda })
     }
 }
 
@@ -241,7 +224,6 @@ impl BatchDecode {
 pub struct DecodePlan<'p> {
     attention: &'p Attention,
     step: &'p Step<'p>,
-    #[cfg(feature = "candle-cuda")]
     on_cuda: Option<attention::DecodePlan<'p>>,
 }
 
@@ -281,7 +263,6 @@ impl Kernel for DecodePlan<'_> {
         reference::batch_decode(&self.attention.spec, q, kv, pages, out, None, options)
     }
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(
         &self,
         q: &TensorRef<'_>,
@@ -302,7 +283,6 @@ impl Kernel for DecodePlan<'_> {
 #[derive(Debug)]
 pub struct BatchPrefill {
     attention: Attention,
-    #[cfg(feature = "candle-cuda")]
     on_cuda: Option<OnCuda<attention::BatchPrefill>>,
 }
 
@@ -315,7 +295,6 @@ impl BatchPrefill {
         let attention = Attention::new("BatchPrefill", device, spec, heads)?;
         Ok(Self {
             attention,
-            #[cfg(feature = "candle-cuda")]
             on_cuda: OnCuda::new(device, |runtime, stream| {
                 attention::BatchPrefill::new(runtime, stream, spec)
             })?,
@@ -331,7 +310,6 @@ impl BatchPrefill {
     /// As [`BatchDecode::plan`].
     pub fn plan<'p>(&'p mut self, step: &'p Step<'_>, causal: bool) -> Result<PrefillPlan<'p>> {
         self.attention.check_step(step)?;
-        #[cfg(feature = "candle-cuda")]
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
                 let options = if causal { PrefillOptions::causal() } else { PrefillOptions::default() };
@@ -343,13 +321,7 @@ impl BatchPrefill {
             }
             None => None,
         };
-        Ok(PrefillPlan {
-            attention: &self.attention,
-            step,
-            causal,
-            #[cfg(feature = "candle-cuda")]
-            on_cuda,
-        })
+        Ok(PrefillPlan { attention: &self.attention, step, causal, on_cuda })
     }
 }
 
@@ -359,7 +331,6 @@ pub struct PrefillPlan<'p> {
     attention: &'p Attention,
     step: &'p Step<'p>,
     causal: bool,
-    #[cfg(feature = "candle-cuda")]
     on_cuda: Option<attention::PrefillPlan<'p, PageTable>>,
 }
 
@@ -398,7 +369,6 @@ impl Kernel for PrefillPlan<'_> {
         reference::batch_prefill_paged(spec, q, kv, indices, out, None, (mask, options))
     }
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(
         &self,
         q: &TensorRef<'_>,
@@ -411,7 +381,6 @@ impl Kernel for PrefillPlan<'_> {
 }
 
 /// A plan for CUDA.
-#[cfg(feature = "candle-cuda")]
 fn planned<P>(plan: &Option<P>) -> crate::Result<&P> {
     let missing = || crate::FlashInferError::invalid("plan", "device", "it is not on CUDA");
     plan.as_ref().ok_or_else(missing)

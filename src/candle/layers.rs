@@ -3,12 +3,11 @@
 use candle_core::{DType, Result, Shape, Tensor};
 
 use super::op::{Apply, Op, check_dtype, check_like, fitting, invalid, rows};
-#[cfg(feature = "candle-cuda")]
-use crate::{activation, norm, stream::Stream};
 use crate::{
-    activation::ActivationOptions,
-    norm::NormOptions,
+    activation::{self, ActivationOptions},
+    norm::{self, NormOptions},
     reference,
+    stream::Stream,
     tensor::{TensorMut, TensorRef},
 };
 
@@ -31,7 +30,6 @@ impl Op<2> for RmsNorm {
         reference::rmsnorm(out, &x, &weight, &self.options)
     }
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(
         &self,
         stream: &Stream,
@@ -98,7 +96,6 @@ impl Op<1> for SiluAndMul {
         reference::silu_and_mul(out, &x, &ActivationOptions::default())
     }
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(
         &self,
         stream: &Stream,

@@ -7,10 +7,9 @@ use candle_core::{
 };
 
 use super::tensor;
-#[cfg(feature = "candle-cuda")]
-use crate::stream::Stream;
 use crate::{
     FlashInferError,
+    stream::Stream,
     tensor::{TensorMut, TensorRef},
 };
 
@@ -25,7 +24,6 @@ pub(super) trait Op<const N: usize> {
 
     /// On the stream of the first input's device. What it enqueues writes every
     /// element of `out`.
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(
         &self,
         stream: &Stream,

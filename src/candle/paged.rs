@@ -1,21 +1,20 @@
 //! A paged KV cache of candle tensors, and the index arrays of a step.
 
-use candle_core::{CpuStorage, CudaStorage, DType, Device, InplaceOp1, InplaceOp3, Layout, Result, Tensor};
+#[cfg(feature = "candle-cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp3, Layout, Result, Tensor};
 
 use super::{
     op::{check_dtype, check_like, fitting, invalid},
     tensor,
 };
 #[cfg(feature = "candle-cuda")]
+use crate::page;
 use crate::{
-    kv::{self, BatchCapacity, check_copies},
-    page,
-    stream::Stream,
-};
-use crate::{
-    kv::{Batch, KvShape, PageAllocator, StorageClaim},
+    kv::{self, Batch, BatchCapacity, KvShape, PageAllocator, StorageClaim, check_copies},
     page::{KvLayout, PagedKvMut},
     reference,
+    stream::Stream,
 };
 
 const CACHE: &str = "PagedKvCache";
@@ -188,9 +187,8 @@ impl PagedKvCache {
         if self.allocator().pending_copies() == 0 {
             return Ok(());
         }
-        #[cfg(feature = "candle-cuda")]
-        if let Device::Cuda(device) = self.device() {
-            check_copies(&Stream::from(&device.cuda_stream())).map_err(tensor::error)?;
+        if let Some(stream) = tensor::stream(self.device()) {
+            check_copies(&stream).map_err(tensor::error)?;
         }
         let mut failed = Ok(());
         let copied = self.allocator().make_copies(|source, target| {
@@ -306,7 +304,6 @@ impl InplaceOp3 for Append<'_> {
 #[derive(Debug)]
 pub struct BatchTables {
     device: Device,
-    #[cfg(feature = "candle-cuda")]
     on_cuda: Option<(kv::BatchTables, BatchCapacity)>,
 }
 
@@ -327,15 +324,12 @@ pub struct BatchTables {
 pub struct Step<'s> {
     pub(super) batch: &'s Batch,
     pub(super) device: &'s Device,
-    #[cfg(feature = "candle-cuda")]
     tables: Option<&'s kv::BatchTables>,
 }
 
 /// Room that tables have at least.
-#[cfg(feature = "candle-cuda")]
 const MIN_CAPACITY: BatchCapacity = BatchCapacity { requests: 64, pages: 4096, tokens: 1024 };
 
-#[cfg(feature = "candle-cuda")]
 fn holds(capacity: &BatchCapacity, needed: &BatchCapacity) -> bool {
     capacity.requests >= needed.requests && capacity.pages >= needed.pages && capacity.tokens >= needed.tokens
 }
@@ -343,11 +337,7 @@ fn holds(capacity: &BatchCapacity, needed: &BatchCapacity) -> bool {
 impl BatchTables {
     /// Tables for steps on a device. They grow with the batches they are given.
     pub fn new(device: &Device) -> Self {
-        Self {
-            device: device.clone(),
-            #[cfg(feature = "candle-cuda")]
-            on_cuda: None,
-        }
+        Self { device: device.clone(), on_cuda: None }
     }
 
     /// The device.
@@ -372,21 +362,14 @@ impl BatchTables {
         }
         check_device(TABLES, cache, &self.device)?;
         cache.copy_pages()?;
-        #[cfg(feature = "candle-cuda")]
-        if let Device::Cuda(device) = &self.device {
-            upload(&mut self.on_cuda, batch, &Stream::from(&device.cuda_stream())).map_err(tensor::error)?;
+        if let Some(stream) = tensor::stream(&self.device) {
+            upload(&mut self.on_cuda, batch, &stream).map_err(tensor::error)?;
         }
-        Ok(Step {
-            batch,
-            device: &self.device,
-            #[cfg(feature = "candle-cuda")]
-            tables: self.on_cuda.as_ref().map(|(tables, _)| tables),
-        })
+        Ok(Step { batch, device: &self.device, tables: self.on_cuda.as_ref().map(|(tables, _)| tables) })
     }
 }
 
 /// Uploads a batch, to larger tables if it has to be.
-#[cfg(feature = "candle-cuda")]
 fn upload(
     on_cuda: &mut Option<(kv::BatchTables, BatchCapacity)>,
     batch: &Batch,
@@ -442,7 +425,6 @@ impl Step<'_> {
     }
 
     /// The arrays on a CUDA device.
-    #[cfg(feature = "candle-cuda")]
     pub(super) fn on_cuda(&self) -> crate::Result<&kv::BatchTables> {
         let missing = || crate::FlashInferError::invalid(TABLES, "device", "its arrays are not on CUDA");
         self.tables.ok_or_else(missing)

@@ -8,13 +8,12 @@ use super::{
     tensor,
 };
 use crate::{
-    kv::BoundedIndices,
+    kv::{BoundedIndices, BoundedTable},
     reference,
-    rope::{RopeFrequencies, RopeTensors, Rotation},
+    rope::{self, RopeFrequencies, RopeTensors, Rotation},
+    stream::Stream,
     tensor::{TensorMut, TensorRef},
 };
-#[cfg(feature = "candle-cuda")]
-use crate::{kv::BoundedTable, rope, stream::Stream};
 
 const ROPE: &str = "rope";
 const EMBEDDING: &str = "RotaryEmbedding";
@@ -86,16 +85,9 @@ impl RotaryEmbedding {
     /// captured; or what CUDA said.
     pub fn positions(&self, positions: Vec<i32>) -> Result<PositionTable> {
         let host = BoundedIndices::new(self.max_pos, positions).map_err(tensor::error)?;
-        #[cfg(feature = "candle-cuda")]
-        if let Device::Cuda(device) = self.device() {
-            let table = BoundedTable::new(&Stream::from(&device.cuda_stream()), host.clone());
-            return Ok(PositionTable { host, on_cuda: Some(table.map_err(tensor::error)?) });
-        }
-        Ok(PositionTable {
-            host,
-            #[cfg(feature = "candle-cuda")]
-            on_cuda: None,
-        })
+        let upload = |stream| BoundedTable::new(&stream, host.clone()).map_err(tensor::error);
+        let on_cuda = tensor::stream(self.device()).map(upload).transpose()?;
+        Ok(PositionTable { host, on_cuda })
     }
 }
 
@@ -105,7 +97,6 @@ impl RotaryEmbedding {
 #[derive(Debug)]
 pub struct PositionTable {
     host: BoundedIndices,
-    #[cfg(feature = "candle-cuda")]
     on_cuda: Option<BoundedTable>,
 }
 
@@ -148,7 +139,6 @@ impl Positions<'_> {
         }
     }
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(&self) -> crate::Result<rope::Positions<'_>> {
         match self.0 {
             Source::Step(step) => Ok((&step.on_cuda()?.append).into()),
@@ -191,7 +181,6 @@ impl Op<3> for Rope<'_> {
         reference::apply_rope_pos_ids_cos_sin_cache(&mut Self::tensors(out, [q, k])?, &rotation)
     }
 
-    #[cfg(feature = "candle-cuda")]
     fn on_cuda(
         &self,
         stream: &Stream,

@@ -3,7 +3,7 @@
 //! candle hands storage to custom operations with its lock held, so a view
 //! lives no longer than that lock.
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{CpuStorage, Device, Layout, Result};
 #[cfg(feature = "candle-cuda")]
 use {
     crate::cudarc::{SliceMut, SliceRef, exclusive, shared},
@@ -19,12 +19,22 @@ use {
 
 use crate::{
     error::FlashInferError,
+    stream::Stream,
     tensor::{DType, Element, TensorMut, TensorRef},
 };
 
 /// The same error for candle's callers.
 pub(super) fn error(error: FlashInferError) -> candle_core::Error {
     candle_core::Error::wrap(error)
+}
+
+/// The stream of a CUDA device; `None` for other devices.
+pub(super) fn stream(device: &Device) -> Option<Stream> {
+    match device {
+        #[cfg(feature = "candle-cuda")]
+        Device::Cuda(device) => Some(Stream::from(&device.cuda_stream())),
+        _ => None,
+    }
 }
 
 /// Fails where kernels have no such element type.

@@ -117,14 +117,12 @@ pub(crate) mod sequences;
 pub(crate) mod upload;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
-#[cfg(feature = "candle-cuda")]
-pub(crate) use cache::check_copies;
 pub use cache::{KvShape, PagedKvCache};
 pub use pages::PageAllocator;
-#[cfg(feature = "candle")]
-pub(crate) use pages::StorageClaim;
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;
+#[cfg(feature = "candle")]
+pub(crate) use {cache::check_copies, pages::StorageClaim};
 
 // Index arrays are at the root of the crate.
 pub(crate) use bounded::BoundedIndices;
