@@ -19,17 +19,15 @@ const TOKENS: usize = 1024;
 const HEADS: usize = 32;
 const HEAD_DIM: usize = 128;
 
+/// As aligned as device memory.
+#[repr(align(256))]
+struct Aligned;
+
 /// A view of no memory, for functions that only look at shapes.
 fn view(shape: &[usize]) -> TensorRef<'static> {
     // SAFETY: nobody reads it: there are no elements, or no kernel is launched.
     unsafe {
-        TensorRef::from_raw_parts(
-            ptr::dangling::<[u64; 4]>().cast(),
-            Device::Cuda(0),
-            DType::F16,
-            shape,
-            None,
-        )
+        TensorRef::from_raw_parts(ptr::dangling::<Aligned>().cast(), Device::Cuda(0), DType::F16, shape, None)
     }
     .expect("a small shape")
 }
@@ -55,7 +53,7 @@ fn arguments(criterion: &mut Criterion) {
     // SAFETY: as in `view`.
     let mut out = unsafe {
         TensorMut::from_raw_parts(
-            ptr::dangling_mut::<[u64; 4]>().cast(),
+            ptr::dangling_mut::<Aligned>().cast(),
             Device::Cuda(0),
             DType::F16,
             &[0, 4096],
