@@ -40,7 +40,7 @@ use std::{
 };
 
 use clap::Parser;
-use measure::{Bench, Counting, Row};
+use measure::{Bench, Counting, PlanTimes, Row};
 use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -128,16 +128,32 @@ fn ratio(above: Option<f64>, below: Option<f64>) -> Option<f64> {
 
 fn print(bench: &Bench) {
     println!(
-        "\nHost µs to enqueue, GPU µs in a graph; n: kernels, al: heap allocations, bw: share of a copy's bandwidth"
+        "\nHost µs to enqueue and to plan, GPU µs in a graph. n: kernels, bare: as many launches, raw: the\n\
+         module's function alone, bw: share of a copy's bandwidth, al: heap allocations of a run, R/: Rust over"
     );
     println!(
-        "{:<34} {:>2} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>9} {:>6} {:>4} {:>3}",
-        "case", "n", "bare", "raw", "Rust", "Python", "R/bare", "R/Py", "GPU", "R/Py", "bw%", "al"
+        "{:<32}{:>2}{:>6}{:>6}{:>6}{:>7}{:>7}{:>6}{:>9}{:>6}{:>5}{:>3}{:>9}{:>7}{:>6}",
+        "case",
+        "n",
+        "bare",
+        "raw",
+        "Rust",
+        "Python",
+        "R/bare",
+        "R/Py",
+        "GPU",
+        "R/Py",
+        "bw%",
+        "al",
+        "plan raw",
+        "Rust",
+        "R/Py"
     );
-    for Row { name, launches, allocations, bytes, run, gpu, .. } in &bench.rows {
+    for Row { name, launches, allocations, bytes, run, plan, gpu, .. } in &bench.rows {
         let moved = bytes.zip(gpu.rust_us).map(|(bytes, us)| bytes as f64 / (us * 1e-6));
+        let plan = |of: fn(&PlanTimes) -> Option<f64>| plan.as_ref().and_then(of);
         println!(
-            "{:<34} {:>2} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>9} {:>6} {:>4} {:>3}",
+            "{:<32}{:>2}{:>6}{:>6}{:>6}{:>7}{:>7}{:>6}{:>9}{:>6}{:>5}{:>3}{:>9}{:>7}{:>6}",
             name,
             launches,
             cell(run.bare_us, 2),
@@ -150,24 +166,9 @@ fn print(bench: &Bench) {
             cell(ratio(gpu.rust_us, gpu.python_us), 3),
             cell(moved.map(|moved| moved / bench.bandwidth * 100.0), 0),
             cell(*allocations, 0),
-        );
-    }
-    println!("\nHost µs to plan; +table: with an update of the page table; busy: while the GPU works");
-    println!(
-        "{:<34} {:>7} {:>7} {:>7} {:>7} {:>8} {:>6}",
-        "case", "raw", "Rust", "+table", "busy", "Python", "R/Py"
-    );
-    for row in &bench.rows {
-        let Some(plan) = &row.plan else { continue };
-        println!(
-            "{:<34} {:>7} {:>7} {:>7} {:>7} {:>8} {:>6}",
-            row.name,
-            cell(plan.raw_us, 1),
-            cell(plan.rust_us, 1),
-            cell(plan.with_table_us, 1),
-            cell(plan.busy_us, 1),
-            cell(plan.python_us, 1),
-            cell(ratio(plan.rust_us, plan.python_us), 2),
+            cell(plan(|plan| plan.raw_us), 1),
+            cell(plan(|plan| plan.rust_us), 1),
+            cell(plan(|plan| ratio(plan.rust_us, plan.python_us)), 2),
         );
     }
     let notes =
