@@ -17,6 +17,8 @@
 //! | `main` | the command line |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `tokenizer` | text to token ids and back |
+//! | `splits` | where byte-level tokenizers split text, by name |
+//! | `chat` | templates of chats |
 //! | `sentencepiece` | the tokenizers of Llama 2, Mistral and others |
 //! | `engine` | what a backend computes: one step of a mixed batch |
 //! | `cpu` | the backend on the CPU |
@@ -32,6 +34,7 @@
 
 mod answers;
 mod bench;
+mod chat;
 mod cpu;
 #[path = "../../src/bin/flashinfer-doctor/download.rs"]
 mod download;
@@ -44,6 +47,7 @@ mod model;
 mod requests;
 mod scheduler;
 mod sentencepiece;
+mod splits;
 #[cfg(test)]
 mod tests;
 mod tokenizer;

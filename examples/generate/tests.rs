@@ -28,6 +28,7 @@ use tempfile::TempDir;
 
 use crate::{
     Cli, Fetch, Limits, Member, PageAllocator, Parser, Result, Scheduler, Store, StoreConfig, Text,
+    chat::Chat,
     cpu::Cpu,
     engine::{Engine, Step},
     model::{Ends, Layer, Model},
@@ -522,15 +523,84 @@ fn other_tokenizers_are_refused_or_split_as_they_say() {
     refused(read("tokenizer.ggml.pre", Value::String("chaotic".into())), "has no tokenizer");
     refused(read("tokenizer.ggml.model", Value::String("bert".into())), "tokenizer.ggml.tokens");
     refused(read("tokenizer.ggml.model", Value::String("gpt2".into())), "tokenizer.ggml.tokens");
+    let tokens = ["1", "2", "3", "4", "12", "123", "a", "Ġ", "Ġa", "Ã", "©", "Ġab", "<s>", "</s>", "  é"];
     refused(
-        read("tokenizer.ggml.tokens", strings(&["1", "2", "3", "4", "12", "123", "a", "Ġ", "Ġa"])),
-        "tokenizer.ggml.merges",
+        read("tokenizer.ggml.tokens", strings(&tokens)),
+        "splits text as `chaotic`; expected one of default",
     );
-    refused(read("tokenizer.ggml.merges", strings(&["1 2", "12 3", "Ġ a"])), "splits text as `chaotic`");
+    refused(read("tokenizer.ggml.pre", Value::String("smollm".into())), "tokenizer.ggml.merges");
+    assert!(read("tokenizer.ggml.merges", strings(&["1 2", "12 3", "Ġ a"])).is_ok());
+    // Tokens of the control, and one of the user, which is text as it is.
+    let types = (0..15).map(|id| Value::I32([1, 3, 3, 4][usize::saturating_sub(id, 11)]));
+    assert!(read("tokenizer.ggml.token_type", Value::Array(types.collect())).is_ok());
+    refused(read("tokenizer.ggml.add_eos_token", Value::Bool(true)), "eos_token_id is missing, or no token");
+    read("tokenizer.ggml.eos_token_id", Value::U32(13)).unwrap();
+    refused(read("tokenizer.ggml.add_bos_token", Value::U32(1)), "add_bos_token is not true or false");
+    read("tokenizer.ggml.bos_token_id", Value::U32(12)).err().expect("no tokenizer");
+    let text = read("tokenizer.ggml.add_bos_token", Value::Bool(true)).unwrap();
+    assert_eq!(text.encode("a1").unwrap(), [12, 6, 0, 13]);
+    assert!(text.ends().contains(&13));
+    let text = read("tokenizer.ggml.add_eos_token", Value::Bool(false)).unwrap();
+    assert_eq!(text.encode("</s>a   éé").unwrap(), [12, 13, 6, 7, 14, 9, 10]);
+    let mut stream = text.stream();
+    assert_eq!(
+        text.encode("</s>a   éé").unwrap().into_iter().map(|id| stream.push(id)).collect::<String>(),
+        "a   éé"
+    );
+    read("tokenizer.ggml.add_bos_token", Value::Bool(false)).unwrap();
     // The one joins up to three digits, the other none.
     for (pre, expected) in [("llama-bpe", [5, 3, 8].as_slice()), ("smollm", [0, 1, 2, 3, 8].as_slice())] {
         let text = read("tokenizer.ggml.pre", Value::String(pre.into())).unwrap();
         assert_eq!(text.encode("1234 a").unwrap(), expected, "{pre}");
         assert!(text.encode_chat(None, "a").unwrap_err().to_string().contains("--raw"));
     }
+    // Without a name, text is split as always was; some names imply BOS, and that
+    // a part is taken whole, which no merge makes here.
+    tiny.metadata.remove("tokenizer.ggml.add_bos_token");
+    for (pre, expected) in [
+        (None, [5, 3, 8, 8].as_slice()),
+        (Some("default"), &[5, 3, 8, 8]),
+        (Some("gpt-2"), &[5, 3, 8, 8]),
+        (Some("tekken"), &[12, 0, 1, 2, 3, 8, 11]),
+        (Some("pixtral"), &[12, 5, 3, 8, 11]),
+    ] {
+        tiny.metadata.remove("tokenizer.ggml.pre");
+        tiny.metadata.extend(pre.map(|pre| ("tokenizer.ggml.pre", Value::String(pre.into()))));
+        let text = Text::from_gguf(&Model::open(&tiny.write(&folder)).unwrap().content).unwrap();
+        // There is no token `b`.
+        let ids = text.encode("1234 a ab").unwrap();
+        assert_eq!(ids, expected, "{pre:?}");
+    }
+}
+
+#[test]
+fn questions_are_asked_as_the_template_says() {
+    let ask = |template: &str, system: Option<&str>| {
+        Chat::find(template, |_| true).map(|chat| chat.question(system, "Who?"))
+    };
+    let chatml = "{{ x }}<|im_start|>system\nBe kind.<|im_end|>\n{{ y }}";
+    let user = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n";
+    let with = |system: &str| Some(format!("<|im_start|>system\n{system}<|im_end|>\n{user}"));
+    assert_eq!(ask(chatml, None), with("Be kind."));
+    assert_eq!(ask(chatml, Some("Be brief.")), with("Be brief."));
+    // A system prompt that is put together is not the file's own.
+    assert_eq!(ask("<|im_start|>system\n{{ z }}<|im_end|>\n", None).as_deref(), Some(user));
+    assert_eq!(ask("no template", None), None);
+    assert!(Chat::find(chatml, |_| false).is_none());
+
+    let answer = "<|start_header_id|>assistant<|end_header_id|>\n\n";
+    let user = format!("<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>{answer}");
+    let llama3 = "{{ '<|start_header_id|>' + role + '<|end_header_id|>' }}";
+    assert_eq!(ask(llama3, None).as_ref(), Some(&user));
+    let system = "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>";
+    assert_eq!(ask(llama3, Some("Be kind.")), Some(format!("{system}{user}")));
+
+    let mistral = "{{ bos_token + '[INST] ' + content + ' [/INST]' }}";
+    assert_eq!(ask(mistral, None).as_deref(), Some("[INST] Who? [/INST]"));
+    assert_eq!(ask(mistral, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho? [/INST]"));
+    assert!(Chat::find(mistral, |_| false).is_some());
+    let llama2 = format!("{mistral} {{{{ '<<SYS>>' }}}}");
+    let whole = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWho? [/INST]";
+    assert_eq!(ask(&llama2, Some("Be kind.")).as_deref(), Some(whole));
+    assert_eq!(ask(&llama2, None).as_deref(), Some("[INST] Who? [/INST]"));
 }
