@@ -23,6 +23,7 @@
 //! | `engine` | what a backend computes: one step of a mixed batch |
 //! | `cpu` | the backend on the CPU |
 //! | `gpu` | the backend on an NVIDIA GPU |
+//! | `experts` | its choice of experts |
 //! | `matmul` | its products of matrices, by cuBLASLt |
 //! | `graph` | its CUDA graphs: captured, timed, counted |
 //! | `bench` | how fast the GPU decodes (`--bench 1,8,64,256`) |
@@ -40,6 +41,7 @@ mod cpu;
 mod download;
 mod draft;
 mod engine;
+mod experts;
 mod gpu;
 mod graph;
 mod matmul;

@@ -245,9 +245,14 @@ impl Pre {
     /// What a name stands for.
     pub fn of(name: &str) -> Result<&'static Self> {
         KNOWN.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
-            let known: Vec<_> = KNOWN.iter().flat_map(|pre| pre.names).copied().collect();
+            let known: Vec<_> = Self::names().collect();
             format!("its tokenizer splits text as `{name}`; expected one of {}", known.join(", ")).into()
         })
+    }
+
+    /// All names.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        KNOWN.iter().flat_map(|pre| pre.names).copied()
     }
 
     /// Splits text, and gives each part as the characters that stand for its bytes.

@@ -1,6 +1,7 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
+mod forward;
 mod gpu;
 mod sentencepiece;
 
@@ -300,11 +301,14 @@ fn prompts_and_drafts_come_from_the_command_line() {
 /// A small file, of this metadata and tensors of these shapes.
 struct Tiny {
     metadata: BTreeMap<&'static str, Value>,
-    tensors: BTreeMap<&'static str, Vec<usize>>,
+    tensors: BTreeMap<String, Vec<usize>>,
+    /// The elements of a tensor, by its name, shape and their place.
+    value: fn(&str, &[usize], usize) -> f32,
 }
 
 impl Tiny {
-    /// A model of one layer and one head of 64.
+    /// A model of one layer and one head of 64. Elements are a function of their
+    /// place, twice that in an output head. What divides frequencies counts from 1.
     fn new() -> Self {
         let metadata = [
             ("general.architecture", Value::String("llama".into())),
@@ -328,23 +332,24 @@ impl Tiny {
             ("blk.0.ffn_up.weight", vec![96, 64]),
             ("blk.0.ffn_down.weight", vec![64, 96]),
         ];
-        Self { metadata: metadata.into(), tensors: tensors.into() }
+        let tensors = tensors.map(|(name, shape)| (name.to_owned(), shape));
+        let value = |name: &str, _: &[usize], at: usize| match name {
+            "rope_freqs.weight" => 1.0 + at as f32,
+            "output.weight" => (at as f32 * 0.7).sin() * 0.5,
+            _ => (at as f32 * 0.7).sin() * 0.25,
+        };
+        Self { metadata: metadata.into(), tensors: tensors.into(), value }
     }
 
-    /// The file; elements are a fixed function of their place, twice that in
-    /// an output head. What divides frequencies counts from 1.
     fn write(&self, folder: &TempDir) -> PathBuf {
         let tensor = |name: &str, shape: &[usize]| {
-            let value = |at: usize| match name {
-                "rope_freqs.weight" => 1.0 + at as f32,
-                "output.weight" => (at as f32 * 0.7).sin() * 0.5,
-                _ => (at as f32 * 0.7).sin() * 0.25,
-            };
-            let values: Vec<_> = (0..shape.iter().product()).map(value).collect();
+            let values: Vec<_> =
+                (0..shape.iter().product()).map(|at| (self.value)(name, shape, at)).collect();
             let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
             QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
         };
-        let tensors: Vec<_> = self.tensors.iter().map(|(name, shape)| (*name, tensor(name, shape))).collect();
+        let tensors: Vec<_> =
+            self.tensors.iter().map(|(name, shape)| (name.as_str(), tensor(name, shape))).collect();
         let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (*key, value)).collect();
         let path = folder.path().join("tiny.gguf");
         let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -375,23 +380,31 @@ fn files_that_cannot_be_run_are_refused() {
         ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
         ("llama.rope.dimension_count", Value::U32(72), "is 72; expected a multiple of 8 up to 64"),
         ("llama.rope.dimension_count", Value::U32(20), "is 20; expected a multiple of 8 up to 64"),
-        ("llama.expert_count", Value::U32(8), "experts"),
+        ("llama.expert_count", Value::U32(8), "llama.expert_used_count is missing"),
+        ("llama.expert_count", Value::String("8".into()), "expert_count is not a positive number"),
+        ("llama.attention.scale", Value::F32(0.25), "llama.attention.scale is 0.25; expected 0.125"),
+        ("llama.expert_weights_scale", Value::F32(2.5), "expert_weights_scale is 2.5; expected 1"),
         ("llama.rope.scaling.type", Value::String("longrope".into()), "`longrope`; expected none, linear"),
         ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is no string"),
         ("llama.rope.scaling.factor", Value::F32(0.0), "scaling.factor is not a positive number"),
         ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
-        ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
+        ("llama.block_count", Value::U32(2), "blk.1.ffn_gate.weight: it is missing"),
     ] {
         let mut tiny = Tiny::new();
         tiny.metadata.insert(key, value);
         refused(&tiny.write(&folder), expected);
     }
     for (name, expected) in [
-        ("blk.0.attn_q.bias", "biases"),
+        ("blk.0.attn_norm.bias", "it has a tensor blk.0.attn_norm.bias, which this program does not support"),
+        ("output.bias", "it has a tensor output.bias"),
+        ("blk.1.attn_q.bias", "it has a tensor blk.1.attn_q.bias"),
+        ("blk.0.ffn_gate_inp.weight", "it has a tensor blk.0.ffn_gate_inp.weight"),
+        ("blk.0.ffn_gate.0.weight", "it has a tensor blk.0.ffn_gate.0.weight"),
+        ("blk.0.ffn_up.bias", "blk.0.ffn_up.bias: its shape is [64]; expected [96]"),
         ("rope_freqs.weight", "rope_freqs.weight: its shape is [64]; expected [32]"),
     ] {
         let mut tiny = Tiny::new();
-        tiny.tensors.insert(name, vec![64]);
+        tiny.tensors.insert(name.into(), vec![64]);
         refused(&tiny.write(&folder), expected);
     }
     let mut tiny = Tiny::new();
@@ -434,7 +447,7 @@ fn a_head_of_its_own_is_used() {
     let mut tiny = Tiny::new();
     let tied = tiny.logits(&folder);
     assert!(tied.len() == 64 && tied.iter().any(|logit| logit.abs() > 1e-3));
-    tiny.tensors.insert("output.weight", vec![32, 64]);
+    tiny.tensors.insert("output.weight".into(), vec![32, 64]);
     let doubled: Vec<_> = tied.iter().map(|logit| logit * 2.0).collect();
     assert_eq!(tiny.logits(&folder), doubled);
 }
@@ -494,7 +507,7 @@ fn rotary_embeddings_are_scaled_as_the_file_says() {
 
     // What a tensor says divides, after scaling by metadata.
     let mut tensor = with(slice::from_ref(&factor));
-    tensor.tensors.insert("rope_freqs.weight", vec![32]);
+    tensor.tensors.insert("rope_freqs.weight".into(), vec![32]);
     check(&tensor, 1.0, &|pair| plain(pair) / 4.0 / (1.0 + pair as f64));
 
     // The first token is at position 0, which turns nothing.
