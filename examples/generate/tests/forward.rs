@@ -135,13 +135,6 @@ impl Sizes {
     }
 }
 
-/// The elements of a tensor; `None` if the file has none of this name.
-fn tensor(tiny: &Tiny, name: &str) -> Option<Vec<f64>> {
-    let shape = tiny.tensors.get(name)?;
-    let len: usize = shape.iter().product();
-    Some((0..len).map(|at| f64::from((tiny.value)(name, shape, at))).collect())
-}
-
 /// `matrix · x + bias`.
 fn apply(matrix: &[f64], bias: Option<&[f64]>, x: &[f64]) -> Vec<f64> {
     let product = matrix.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum::<f64>());
@@ -162,7 +155,7 @@ fn softmax(scores: &[f64]) -> Vec<f64> {
 }
 
 /// A network that takes one token after the other.
-pub struct Forward {
+struct Forward {
     sizes: Sizes,
     tensors: std::collections::BTreeMap<String, Vec<f64>>,
     /// Keys and values of each layer, one token after the other.
@@ -170,9 +163,12 @@ pub struct Forward {
 }
 
 impl Forward {
-    pub fn new(sizes: Sizes) -> Self {
-        let tiny = sizes.file();
-        let tensors = tiny.tensors.keys().map(|name| (name.clone(), tensor(&tiny, name).unwrap())).collect();
+    fn new(tiny: &Tiny, sizes: Sizes) -> Self {
+        let elements = |(name, shape): (&String, &Vec<usize>)| {
+            let all = 0..shape.iter().product();
+            (name.clone(), all.map(|at| f64::from((tiny.value)(name, shape, at))).collect())
+        };
+        let tensors = tiny.tensors.iter().map(elements).collect();
         Self { sizes, tensors, cache: Default::default() }
     }
 
@@ -204,7 +200,7 @@ impl Forward {
 
     /// The logits after a further token, and by how much the choice of experts was
     /// clear where it was least so.
-    pub fn token(&mut self, token: usize) -> (Vec<f64>, f64) {
+    fn token(&mut self, token: usize) -> (Vec<f64>, f64) {
         let Sizes { hidden, inner, heads, kv_heads, head_dim, experts, .. } = self.sizes;
         let mut clear = f64::INFINITY;
         let mut residual = self.tensors["token_embd.weight"][token * hidden..][..hidden].to_vec();
@@ -261,10 +257,11 @@ impl Forward {
     }
 }
 
-/// Tokens whose experts are chosen clearly, and the logits after each.
-pub fn clear_tokens(sizes: Sizes, count: usize) -> (Vec<u32>, Vec<Vec<f64>>) {
+/// Tokens whose experts are chosen clearly, and the logits after each, in a file of
+/// these sizes.
+pub fn clear_tokens(tiny: &Tiny, sizes: Sizes, count: usize) -> (Vec<u32>, Vec<Vec<f64>>) {
     const CLEAR: f64 = 0.05;
-    let mut forward = Forward::new(sizes);
+    let mut forward = Forward::new(tiny, sizes);
     let (mut tokens, mut logits) = (Vec::new(), Vec::new());
     let mut candidates = (0..).map(|at| (random("tokens", at).abs() * sizes.vocab as f32) as u32);
     while tokens.len() < count {
@@ -307,6 +304,48 @@ fn logits(mut cpu: Cpu, tokens: &[u32]) -> Vec<f32> {
     all
 }
 
+/// A file with experts, of which the last is never chosen. What it makes of a token
+/// is too large for `f16`.
+pub fn with_an_unused_expert() -> Tiny {
+    let mut tiny = EXPERTS.file();
+    tiny.value = |name, shape, at| {
+        let (count, hidden) = (EXPERTS.experts.unwrap().0, EXPERTS.hidden);
+        let last = at >= shape.iter().product::<usize>() / count * (count - 1);
+        let value = value(name, shape, at);
+        match name.rsplit('.').nth(1) {
+            // The first element is positive in every row, which the last expert's
+            // score is of.
+            Some("token_embd") if at % hidden == 0 => 6.0,
+            Some("ffn_gate_inp") if last => {
+                if at % hidden == 0 {
+                    -60.0
+                } else {
+                    0.0
+                }
+            }
+            Some("ffn_gate_exps" | "ffn_up_exps") if last => value * 3e5,
+            _ => value,
+        }
+    };
+    tiny
+}
+
+#[test]
+fn an_expert_that_is_not_chosen_does_not_matter() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = with_an_unused_expert();
+    let (tokens, want) = clear_tokens(&tiny, EXPERTS, 12);
+    let off = worst(&logits(engine(&tiny.write(&folder)).unwrap(), &tokens), &want);
+    assert!(off < 2e-5, "off by {off:.1e}");
+    let mut other = with_an_unused_expert();
+    other.value = |name, shape, at| match name.rsplit('.').nth(1) {
+        Some("ffn_gate_exps" | "ffn_up_exps") => value(name, shape, at),
+        _ => (with_an_unused_expert().value)(name, shape, at),
+    };
+    let off = worst(&logits(engine(&other.write(&folder)).unwrap(), &tokens), &want);
+    assert!(off < 2e-5, "off by {off:.1e}");
+}
+
 #[test]
 fn biases_and_experts_are_computed_as_they_should_be() {
     let folder = tempfile::tempdir().unwrap();
@@ -314,7 +353,7 @@ fn biases_and_experts_are_computed_as_they_should_be() {
     let one = Sizes { experts: Some((3, 1)), ..EXPERTS };
     let all = Sizes { experts: Some((4, 3)), head_dim: 128, ..EXPERTS };
     for (at, sizes) in [plain, BIASES, EXPERTS, one, all].into_iter().enumerate() {
-        let (tokens, want) = clear_tokens(sizes, 12);
+        let (tokens, want) = clear_tokens(&sizes.file(), sizes, 12);
         let got = logits(engine(&sizes.file().write(&folder)).unwrap(), &tokens);
         let off = worst(&got, &want);
         assert!(off < 2e-5, "file {at} is off by {off:.1e}");
@@ -329,7 +368,7 @@ fn biases_and_experts_are_computed_as_they_should_be() {
 #[test]
 fn every_bias_counts() {
     let folder = tempfile::tempdir().unwrap();
-    let (tokens, want) = clear_tokens(BIASES, 6);
+    let (tokens, want) = clear_tokens(&BIASES.file(), BIASES, 6);
     for name in ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"] {
         let mut tiny = BIASES.file();
         assert!(tiny.tensors.remove(&format!("blk.0.{name}.bias")).is_some());
