@@ -8,7 +8,8 @@
 //! answer.
 //!
 //! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
-//! any GGUF file of the llama architecture (`--model`). It runs on an NVIDIA
+//! any GGUF file of the llama architecture (`--model`; `docs/generate.md` says what
+//! it may have). It runs on an NVIDIA
 //! GPU, through FlashInfer's kernels, or on the CPU, through the operations of
 //! `flashinfer_rs::reference`.
 //!
@@ -95,7 +96,8 @@ struct Cli {
     /// The system prompt, instead of the model's own
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
-    /// A GGUF file of the llama architecture, instead of SmolLM2-135M-Instruct
+    /// A GGUF file of the llama architecture with heads of 64, 128 or 256, instead of
+    /// SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// The most tokens of an answer

@@ -260,7 +260,7 @@ impl Forward {
 /// Tokens whose experts are chosen clearly, and the logits after each, in a file of
 /// these sizes.
 pub fn clear_tokens(tiny: &Tiny, sizes: Sizes, count: usize) -> (Vec<u32>, Vec<Vec<f64>>) {
-    const CLEAR: f64 = 0.05;
+    const CLEAR: f64 = 0.1;
     let mut forward = Forward::new(tiny, sizes);
     let (mut tokens, mut logits) = (Vec::new(), Vec::new());
     let mut candidates = (0..).map(|at| (random("tokens", at).abs() * sizes.vocab as f32) as u32);
