@@ -1,5 +1,5 @@
 //! The model on an NVIDIA GPU, in `f16`: cuBLASLt multiplies matrices, and
-//! everything else is FlashInfer's kernels.
+//! everything else is FlashInfer's kernels, but for one in `experts`.
 //!
 //! Steps in which each request has one new token are CUDA graphs, one for each
 //! power of two of requests, which are captured when they are first needed. A
