@@ -8,7 +8,8 @@
 //! answer.
 //!
 //! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
-//! any GGUF file of the llama architecture (`--model`). It runs on an NVIDIA
+//! any GGUF file of the llama architecture (`--model`; `docs/generate.md` says what
+//! it may have). It runs on an NVIDIA
 //! GPU, through FlashInfer's kernels, or on the CPU, through the operations of
 //! `flashinfer_rs::reference`.
 //!
@@ -17,10 +18,13 @@
 //! | `main` | the command line |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `tokenizer` | text to token ids and back |
+//! | `splits` | where byte-level tokenizers split text, by name |
+//! | `chat` | templates of chats |
 //! | `sentencepiece` | the tokenizers of Llama 2, Mistral and others |
 //! | `engine` | what a backend computes: one step of a mixed batch |
 //! | `cpu` | the backend on the CPU |
 //! | `gpu` | the backend on an NVIDIA GPU |
+//! | `experts` | its choice of experts |
 //! | `matmul` | its products of matrices, by cuBLASLt |
 //! | `graph` | its CUDA graphs: captured, timed, counted |
 //! | `bench` | how fast the GPU decodes (`--bench 1,8,64,256`) |
@@ -32,11 +36,13 @@
 
 mod answers;
 mod bench;
+mod chat;
 mod cpu;
 #[path = "../../src/bin/flashinfer-doctor/download.rs"]
 mod download;
 mod draft;
 mod engine;
+mod experts;
 mod gpu;
 mod graph;
 mod matmul;
@@ -44,6 +50,7 @@ mod model;
 mod requests;
 mod scheduler;
 mod sentencepiece;
+mod splits;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
@@ -89,7 +96,8 @@ struct Cli {
     /// The system prompt, instead of the model's own
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
-    /// A GGUF file of the llama architecture, instead of SmolLM2-135M-Instruct
+    /// A GGUF file of the llama architecture with heads of 64, 128 or 256, instead of
+    /// SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// The most tokens of an answer
