@@ -25,7 +25,7 @@ use flashinfer_rs::{
 };
 use half::bf16;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+use gpu::Result;
 
 /// Set for the processes that are measured: when they were started.
 const STARTED: &str = "STARTED";
@@ -108,13 +108,9 @@ fn start(command: &mut Command) -> Result<Vec<f64>> {
 }
 
 /// The median of each column.
-fn medians(mut rows: Vec<Vec<f64>>) -> Vec<f64> {
+fn medians(rows: &[Vec<f64>]) -> Vec<f64> {
     let columns = rows.first().map_or(0, Vec::len);
-    let median = |column: usize| {
-        rows.sort_by(|a, b| a[column].total_cmp(&b[column]));
-        rows[rows.len() / 2][column]
-    };
-    (0..columns).map(median).collect()
+    (0..columns).map(|column| gpu::median(rows.iter().map(|row| row[column]).collect())).collect()
 }
 
 fn main() -> Result<()> {
@@ -163,7 +159,7 @@ fn main() -> Result<()> {
     );
     println!("|---|---|---|---|---|---|---|---|---|");
     for (name, rows) in [("warm cache", warms), ("empty cache", colds)] {
-        let row = medians(rows);
+        let row = medians(&rows);
         let times: Vec<_> = row[..5].iter().map(|time| format!("{:.1}", time * 1e3)).collect();
         println!(
             "| {name} | {} | {:.1} | {:.1} | {:.0} |",
@@ -174,7 +170,7 @@ fn main() -> Result<()> {
         );
     }
     if !pythons.is_empty() {
-        let row = medians(pythons);
+        let row = medians(&pythons);
         println!(
             "| Python (import until main) | {:.1} | {:.1} | – | {:.1} | {:.1} | {:.1} | – | – |",
             row[0] * 1e3,

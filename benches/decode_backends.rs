@@ -8,6 +8,8 @@
 //! the ratios are what to quote.
 
 mod gpu;
+#[path = "gpu/replay.rs"]
+mod replay;
 
 use std::sync::Arc;
 
@@ -19,8 +21,9 @@ use flashinfer_rs::{
     page::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;
-use gpu::{Replay, median};
+use gpu::median;
 use half::{bf16, f16};
+use replay::Replay;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use crate::{
     Options, Result,
     cuda::{self, BareLaunch},
-    gpu::{Replay, median},
+    gpu::median,
     python::Python,
     tensor::Tensor,
 };
