@@ -329,8 +329,9 @@ impl Chosen {
         Ok(self.outcome)
     }
 
-    /// The modules that the patterns choose, each once. The pinned wheel is fetched only for
-    /// patterns that no local source serves.
+    /// The modules that the patterns choose, each once. The pinned wheel, or its list of modules
+    /// where members can be fetched alone, is fetched only for patterns that no local source
+    /// serves.
     fn modules(&mut self) -> Result<Vec<String>, ArtifactError> {
         let mut known = self.store.modules();
         let unserved = |known: &[String], patterns: &[String]| {
@@ -340,10 +341,11 @@ impl Chosen {
         };
         let mut missing = unserved(&known, &self.patterns);
         if !missing.is_empty() {
-            let fetched = self.store.fetch(Package::JitCache);
-            let why = match fetched {
-                Ok(_) => {
-                    known = self.store.modules();
+            let why = match self.store.pinned_modules() {
+                Ok(pinned) => {
+                    known.extend(pinned);
+                    known.sort();
+                    known.dedup();
                     missing = unserved(&known, &self.patterns);
                     None
                 }
