@@ -201,6 +201,14 @@ impl Pins {
         })
     }
 
+    /// Whether the crate's own table pins a file with this digest, for whatever machine.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Pins`] when the table cannot be read.
+    pub fn is_pinned(sha256: Digest) -> Result<bool, ArtifactError> {
+        Ok(table()?.values().any(|pin| pin.sha256 == sha256))
+    }
+
     /// The CUDA key of these pins.
     pub fn cuda(&self) -> CudaKey {
         self.cuda
