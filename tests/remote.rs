@@ -5,6 +5,7 @@
 mod artifact_support;
 
 use artifact_support::*;
+use flashinfer_rs::artifacts::embed::{Build, build_from};
 use flashinfer_rs::artifacts::{ArtifactError, Digest, Fetch, Located, Member, Source, Store, Wheel};
 use std::fs;
 use std::io::{Cursor, Read, Write};
@@ -134,6 +135,42 @@ fn the_list_of_modules_costs_no_module() {
     assert_eq!(store.pinned_modules().unwrap(), NAMES);
     assert!(server.sent.load(Ordering::SeqCst) <= SLACK);
     assert!(published(&store).is_empty() && store.modules().is_empty());
+}
+
+#[test]
+fn a_build_downloads_only_what_it_embeds() {
+    let dir = tempfile::tempdir().unwrap();
+    let wheel = body();
+    let server = ranges(wheel.clone());
+    let libraries = dir.path().join("libraries.whl");
+    let tvm_ffi: (&str, &[u8]) = ("tvm_ffi/lib/libtvm_ffi.so", b"a tvm_ffi");
+    let cudart: (&str, &[u8]) = ("nvidia/cu13/lib/libcudart.so.13", b"a cudart");
+    fs::write(&libraries, good_wheel(&[tvm_ffi, cudart])).unwrap();
+    let cache = dir.path().join("cache");
+    let env = |name: &str| match name {
+        "FLASHINFER_RS_EMBED" => Some("require".to_owned()),
+        "FLASHINFER_RS_EMBED_MODULES" => Some("no* rope".to_owned()),
+        "FLASHINFER_RS_WHEELS" => Some(libraries.to_str().unwrap().to_owned()),
+        "FLASHINFER_RS_CACHE_DIR" => Some(cache.to_str().unwrap().to_owned()),
+        _ => None,
+    };
+    let out_dir = dir.path().join("out");
+    fs::create_dir(&out_dir).unwrap();
+    for requests in [4, 4] {
+        let command = ["cargo".to_owned(), "build".to_owned()].to_vec();
+        let target = ("linux", "x86_64");
+        let build = Build { env: &env, command, out_dir: &out_dir, target, embed: true };
+        let pins = member_pins(&format!("{}/wheel.whl", server.url), &wheel, record_digest(&wheel));
+        let outcome = build_from(&build, pins).unwrap();
+        assert_eq!((outcome.embedded, outcome.warnings.len()), (4, 0));
+        let code = fs::read_to_string(out_dir.join("bundle.rs")).unwrap();
+        assert!(code.contains("norm/norm.so") && code.contains("rope/rope.so") && !code.contains("page.so"));
+        // The second build finds everything in the cache.
+        assert_eq!(server.count(), requests);
+    }
+    let sent = server.sent.load(Ordering::SeqCst);
+    assert!(sent <= 2 * 401_000 + SLACK, "{sent} bytes were sent");
+    assert!(files(&cache, &|name| name.ends_with(".whl")).is_empty());
 }
 
 #[test]

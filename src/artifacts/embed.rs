@@ -231,20 +231,27 @@ pub struct Outcome {
     pub embedded: usize,
 }
 
-/// Writes `bundle.rs` and the files it includes.
+/// Writes `bundle.rs` and the files it includes, from the crate's own pins.
+///
+/// # Errors
+/// As [`build_from`]; and [`ArtifactError::Pins`] when the pin table cannot be read.
+pub fn build(build: &Build<'_>) -> Result<Outcome, ArtifactError> {
+    build_from(build, Pins::select(CudaKey::select(build.env)?, build.target.1)?)
+}
+
+/// As [`build`], from any pins.
 ///
 /// # Errors
 /// [`ArtifactError::DigestMismatch`], an unreadable wheel that the user named, and settings that
 /// mean nothing, always; whatever else keeps a member away in [`Mode::Require`]; and
 /// [`ArtifactError::Cache`] when the output folder cannot be written.
-pub fn build(build: &Build<'_>) -> Result<Outcome, ArtifactError> {
-    let cuda = CudaKey::select(build.env)?;
+pub fn build_from(build: &Build<'_>, pins: Pins) -> Result<Outcome, ArtifactError> {
+    let cuda = pins.cuda();
     let mut outcome = Outcome { cuda, warnings: Vec::new(), inputs: Vec::new(), pending: false, embedded: 0 };
     let bundle = Bundle::start(build.out_dir)?;
     let mode = Mode::from_env(build.env)?;
     let (os, arch) = build.target;
     if build.embed && mode != Mode::Off {
-        let pins = Pins::select(cuda, arch)?;
         if os != "linux" || pins.get(Package::JitCache).is_err() {
             let told = format!(
                 "FlashInfer has no kernels for {arch}-{os}: nothing is embedded, and the crate \
