@@ -45,7 +45,8 @@ fn write(
     let mut sum = (0, 0);
     for member in embedded {
         let (packed, size) = (member.zstd.len() as u64, member.size);
-        writeln!(out, "{packed:>12} {size:>12}  {}", member.suffix)?;
+        let name = member.suffix.rsplit('/').next().unwrap_or_default();
+        writeln!(out, "{packed:>12} {size:>12}  {name}")?;
         sum = (sum.0 + packed, sum.1 + size);
     }
     writeln!(out, "{:>12} {:>12}  {}", sum.0, sum.1, counted(embedded.len(), "file"))?;
