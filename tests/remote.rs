@@ -330,6 +330,10 @@ fn a_server_without_ranges_sends_the_wheel_whole() {
         Some(_) => reply(stream, "416 Range Not Satisfiable", "", b""),
         None => send(asked, stream, wheel, usize::MAX),
     };
+    let knows_none: Answer = |asked, stream, wheel| match asked.range {
+        Some(_) => reply(stream, "501 Not Implemented", "", b""),
+        None => send(asked, stream, wheel, usize::MAX),
+    };
     // The file seems to change between two answers.
     let other_total: Answer = |asked, stream, wheel| match asked.range {
         Some(at) if asked.number > 0 => {
@@ -346,6 +350,7 @@ fn a_server_without_ranges_sends_the_wheel_whole() {
         ("no place", no_place, 2),
         ("no total", no_total, 2),
         ("416", never, 2),
+        ("501", knows_none, 2),
         ("another total", other_total, 3),
     ];
     for (case, answer, requests) in cases {
@@ -455,6 +460,55 @@ fn zip64_and_large_directories_are_read() {
     let (requests, sent) = (server.count(), server.sent.load(Ordering::SeqCst));
     assert!(sent <= directory + 401_000 + SLACK, "{sent} bytes were sent");
     assert!(requests <= 8, "{requests} requests");
+}
+
+#[test]
+fn a_large_member_comes_in_blocks_through_redirects() {
+    let bytes = noise(60, 20_000_000);
+    let wheel = module_wheel(&[("norm", &bytes), ("page", &content("page"))]);
+    let served = wheel.clone();
+    let server = Server::start(move |asked, stream| match asked.path.as_str() {
+        "/wheel.whl" => reply(stream, "302 Found", "location: /moved\r\n", b""),
+        _ => send(asked, stream, &served, usize::MAX),
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let located = locate(&open(dir.path(), &server.url, &wheel), "norm").unwrap();
+    assert_eq!(located.source, Source::Alone(WHEEL.into()));
+    assert!(fs::read(&located.path).unwrap() == bytes);
+    assert_eq!(server.count(), 2 * (2 + 3), "the size, the end and three blocks, each redirected");
+    assert!(server.sent.load(Ordering::SeqCst) <= 20_010_000 + SLACK);
+}
+
+#[test]
+fn a_directory_without_end_is_refused() {
+    // 2000 entries of 65 581 bytes each, all alike.
+    let mut entry = vec![0; 46 + 65_535];
+    entry[..4].copy_from_slice(b"PK\x01\x02");
+    entry[28..30].copy_from_slice(&u16::MAX.to_le_bytes());
+    entry[46..].fill(b'x');
+    let directory = 2000 * entry.len();
+    let mut end = vec![0; 22];
+    end[..4].copy_from_slice(b"PK\x05\x06");
+    end[8..10].copy_from_slice(&2000u16.to_le_bytes());
+    end[10..12].copy_from_slice(&2000u16.to_le_bytes());
+    end[12..16].copy_from_slice(&(directory as u32).to_le_bytes());
+    let total = directory + end.len();
+    let server = Server::start(move |asked, stream| {
+        let (from, to) = (asked.range.unwrap(), asked.end.unwrap());
+        let mut body = Vec::new();
+        while from + body.len() <= to {
+            let at = from + body.len();
+            let rest = if at < directory { &entry[at % entry.len()..] } else { &end[at - directory..] };
+            body.extend_from_slice(&rest[..rest.len().min(to + 1 - at)]);
+        }
+        asked.sent.fetch_add(body.len(), Ordering::SeqCst);
+        let head = format!("content-range: bytes {from}-{to}/{total}\r\n");
+        reply(stream, "206 Partial Content", &head, &body);
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let text = locate(&open(dir.path(), &server.url, &body()), "norm").unwrap_err().to_string();
+    assert!(text.contains("its central directory has more than"), "{text}");
+    assert!(server.sent.load(Ordering::SeqCst) < 80 << 20);
 }
 
 #[test]

@@ -305,7 +305,7 @@ enum Complete {
 }
 
 /// Asks for a file, or for a range of its bytes. What comes back is the file, the range, or that
-/// there is no such range.
+/// there is no such range, or none at all.
 pub(crate) fn ask(agent: &Agent, address: &Address, range: Option<String>) -> Result<Response<Body>, Broken> {
     let mut request = agent.get(&address.url).header(header::ACCEPT_ENCODING, "identity");
     if let Some(authorization) = &address.authorization {
@@ -316,7 +316,10 @@ pub(crate) fn ask(agent: &Agent, address: &Address, range: Option<String>) -> Re
     }
     let response = request.call().map_err(classify)?;
     match response.status() {
-        StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => Ok(response),
+        StatusCode::OK
+        | StatusCode::PARTIAL_CONTENT
+        | StatusCode::RANGE_NOT_SATISFIABLE
+        | StatusCode::NOT_IMPLEMENTED => Ok(response),
         status @ (StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS) => {
             Err(Broken::Passing(format!("HTTP status {status}")))
         }

@@ -34,6 +34,8 @@ use ureq::http::StatusCode;
 const AHEAD: u64 = 96 << 10;
 /// The largest request.
 const BLOCK: u64 = 8 << 20;
+/// No wheel's central directory is larger.
+const MAX_DIRECTORY: u64 = 64 << 20;
 
 /// Why a member cannot be had from a server.
 #[derive(Debug)]
@@ -195,6 +197,10 @@ impl Remote {
             Some(bounds) => {
                 let next = bounds.get(bounds.partition_point(|bound| *bound <= at));
                 (at + BLOCK).min(next.copied().unwrap_or(self.total))
+            }
+            None if self.moved > MAX_DIRECTORY => {
+                let reason = format!("its central directory has more than {MAX_DIRECTORY} bytes");
+                return Err(Trouble::Failed(ArtifactError::wheel(self.address.shown().as_ref(), reason)));
             }
             None => {
                 self.ahead = if at == self.block.end() { (self.ahead * 2).min(BLOCK) } else { AHEAD };
