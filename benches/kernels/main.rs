@@ -32,6 +32,8 @@ mod gpu;
 mod measure;
 mod python;
 mod raw;
+#[path = "../gpu/replay.rs"]
+mod replay;
 mod tensor;
 
 use std::{

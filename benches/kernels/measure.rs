@@ -24,6 +24,7 @@ use crate::{
     cuda::{self, BareLaunch},
     gpu::median,
     python::Python,
+    replay::Replay,
     tensor::Tensor,
 };
 

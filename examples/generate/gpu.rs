@@ -13,7 +13,13 @@
 //! [`RESIDUAL_SCALE`], a power of two, which changes no digit: embeddings and
 //! what is added in each layer are scaled by it, and `eps` by its square.
 
-use std::{iter, ops::Range, rc::Rc, sync::Arc};
+use std::{
+    iter,
+    ops::Range,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use candle_core::{DType as CandleDType, Tensor};
 use cudarc::driver::{
@@ -421,6 +427,10 @@ pub struct Gpu {
     cuda: Arc<CudaStream>,
     /// The bucket whose graph the workspace has a plan for.
     planned: Option<usize>,
+    /// Whether steps may be graphs.
+    graphs: bool,
+    /// What the last step took until all was enqueued.
+    enqueued: Duration,
     /// Of the last step.
     outputs: Vec<usize>,
     greedy: Vec<u32>,
@@ -540,6 +550,8 @@ impl Gpu {
             prefill: BatchPrefill::new(runtime, &stream, &spec)?,
             cublas: CublasLt::new(&cuda)?,
             planned: None,
+            graphs: true,
+            enqueued: Duration::ZERO,
             outputs: Vec::new(),
             greedy: Vec::new(),
             network: Network {
@@ -602,6 +614,42 @@ impl Gpu {
         Ok((graph::milliseconds(&self.cuda, graph)?, graph::nodes(graph)?))
     }
 
+    /// Whether steps in which each request has one new token are graphs.
+    pub fn set_graphs(&mut self, graphs: bool) {
+        self.graphs = graphs;
+    }
+
+    /// What the host took to enqueue the last step.
+    pub fn enqueued(&self) -> Duration {
+        self.enqueued
+    }
+
+    /// The milliseconds that attention to the pages of the last step takes in
+    /// all layers, in a graph of nothing else.
+    pub fn attention(&mut self) -> Result<f32> {
+        let Self { network, weights, buffers, cache, tables, workspace, cuda, .. } = self;
+        let heads = network.config.heads;
+        self.planned = None;
+        let plan = self.decode.plan(workspace, &tables.pages, PlanMode::CudaGraph)?;
+        let rows = tables.pages.host().batch_size();
+        let graph = with_tensors(cuda, &network.config, weights, buffers, rows, |tensors| {
+            let q = tensors.qkv.as_ref().narrow(1, 0, heads.num_qo_heads)?;
+            graph::capture(cuda, || {
+                (0..network.layers.len()).try_for_each(|layer| {
+                    plan.run(
+                        &q,
+                        &cache.layer(0, layer)?,
+                        &mut tensors.attention,
+                        None,
+                        &RunOptions::default(),
+                    )
+                })?;
+                Ok(())
+            })
+        })?;
+        graph::milliseconds(cuda, &graph)
+    }
+
     /// Checks a step, and computes it if it has tokens.
     fn compute(&mut self, step: &Step<'_>) -> Result<()> {
         let Config { hidden_size, heads, .. } = self.network.config;
@@ -654,7 +702,8 @@ impl Gpu {
                 network.run(rows, tensors, products, cache, (tables, &attend), outputs)
             });
         }
-        let plan = self.decode.plan(workspace, &tables.pages, PlanMode::CudaGraph)?;
+        let mode = if self.graphs { PlanMode::CudaGraph } else { PlanMode::Eager };
+        let plan = self.decode.plan(workspace, &tables.pages, mode)?;
         let key = plan.replay_key();
         if let Some((_, graph)) = graph.as_ref().filter(|(made_for, _)| Some(made_for) == key.as_ref()) {
             graph.launch()?;
@@ -668,8 +717,9 @@ impl Gpu {
         let captured = with_tensors(cuda, &network.config, weights, buffers, bucket, |tensors| {
             let mut run = || network.run(bucket, tensors, products, cache, (tables, &attend), true);
             run()?;
-            graph::capture(cuda, run)
+            self.graphs.then(|| graph::capture(cuda, run)).transpose()
         })?;
+        let Some(captured) = captured else { return Ok(()) };
         *graph = key.map(|key| (key, captured));
         *planned = Some(index);
         Ok(())
@@ -680,7 +730,9 @@ impl Engine for Gpu {
     fn step(&mut self, step: &Step<'_>) -> Result<()> {
         self.outputs.clear();
         self.greedy.clear();
+        let start = Instant::now();
         self.compute(step)?;
+        self.enqueued = start.elapsed();
         if !step.outputs.is_empty() {
             self.cuda.memcpy_dtoh(&self.buffers.tokens, &mut self.copied)?;
             // Waits as fast as can be; what `as_slice` waits for is over then.
