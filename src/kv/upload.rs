@@ -330,6 +330,12 @@ impl<T: IndexArrays> OnDevice<T> {
         })
     }
 
+    /// Whether the arrays fit, so that [`update`](Self::update) takes them.
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn has_room_for(&self, host: &T) -> bool {
+        host.arrays().iter().zip(self.capacity).all(|(array, capacity)| array.len() <= capacity)
+    }
+
     /// The arrays on the host.
     pub fn host(&self) -> &T {
         &self.host
