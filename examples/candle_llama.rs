@@ -15,13 +15,14 @@
 //! the heading says so (docs/candle.md tells how).
 
 #[allow(dead_code, reason = "what only `generate` uses")]
-#[path = "generate/model.rs"]
-mod model;
-#[path = "generate/sentencepiece.rs"]
-mod sentencepiece;
-#[allow(dead_code, reason = "what only `generate` uses")]
-#[path = "generate/tokenizer.rs"]
-mod tokenizer;
+#[path = "generate"]
+mod generate {
+    pub mod chat;
+    pub mod model;
+    pub mod sentencepiece;
+    pub mod splits;
+    pub mod tokenizer;
+}
 
 use std::{
     any::type_name_of_val,
@@ -40,7 +41,13 @@ use flashinfer_rs::{
     rope::{RopeFrequencies, RopeScaling},
 };
 
-use crate::{model::Model, tokenizer::Text};
+// The modules look for each other where `generate` has them, at the root.
+use crate::generate::{
+    chat,
+    model::{self, Model},
+    sentencepiece, splits,
+    tokenizer::Text,
+};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -228,10 +235,14 @@ fn config(model: &Model, use_flash_attn: bool, positions: usize) -> Result<Confi
     let sizes = &model.config;
     let theta = model.content.metadata.get("llama.rope.freq_base").map_or(Ok(1e4), |value| value.to_f32())?;
     let plain = RopeFrequencies::new(sizes.head_dim, f64::from(theta), &RopeScaling::None)?;
-    if sizes.rope.inv_freq() != plain.inv_freq()
-        || sizes.head_dim * sizes.heads.num_qo_heads != sizes.hidden_size
-    {
-        return Err("candle's llama has no rotary embedding, or no heads, like the model's".into());
+    let [scaled, wide] = [
+        sizes.rope.inv_freq() != plain.inv_freq(),
+        sizes.head_dim * sizes.heads.num_qo_heads != sizes.hidden_size,
+    ];
+    let biased = model.content.tensor_infos.keys().any(|name| name.ends_with(".bias"));
+    if scaled || wide || biased || sizes.experts.is_some() {
+        let unsupported = "a scaled rotary embedding, wide heads, biases or experts";
+        return Err(format!("the model has {unsupported}, which this program does not support").into());
     }
     Ok(Config {
         hidden_size: sizes.hidden_size,
@@ -271,7 +282,7 @@ fn weights(model: &Model) -> Result<HashMap<String, Tensor>> {
     for (index, layer) in model.layers().enumerate() {
         let layer = layer?;
         let rows = |start: usize, heads: usize| {
-            layer.qkv.narrow(0, start * config.head_dim, heads * config.head_dim)
+            layer.qkv.weight.narrow(0, start * config.head_dim, heads * config.head_dim)
         };
         let inner = config.intermediate_size;
         let named = [
@@ -280,10 +291,10 @@ fn weights(model: &Model) -> Result<HashMap<String, Tensor>> {
             ("self_attn.q_proj", halves(rows(0, qo)?, qo)?),
             ("self_attn.k_proj", halves(rows(qo, kv)?, kv)?),
             ("self_attn.v_proj", rows(qo + kv, kv)?),
-            ("self_attn.o_proj", layer.attention_output),
-            ("mlp.gate_proj", layer.gate_up.narrow(0, 0, inner)?),
-            ("mlp.up_proj", layer.gate_up.narrow(0, inner, inner)?),
-            ("mlp.down_proj", layer.down),
+            ("self_attn.o_proj", layer.attention_output.weight),
+            ("mlp.gate_proj", layer.gate_up.weight.narrow(0, 0, inner)?),
+            ("mlp.up_proj", layer.gate_up.weight.narrow(0, inner, inner)?),
+            ("mlp.down_proj", layer.down.weight),
         ];
         weights.extend(named.map(|(name, tensor)| (format!("model.layers.{index}.{name}.weight"), tensor)));
     }

@@ -156,7 +156,11 @@ impl Attention<'_> {
     fn of(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (heads, width) = self.check(q, k, v)?;
         let (sequences, max_keys) = self.sequences(q, k)?;
-        if q.elem_count() == 0 || sequences.iter().all(|&(_, keys)| keys == 0) {
+        if q.elem_count() == 0 {
+            // The same, without an allocation of nothing.
+            return Ok(q.clone());
+        }
+        if sequences.iter().all(|&(_, keys)| keys == 0) {
             return Tensor::zeros(q.shape(), q.dtype(), q.device());
         }
         let ranges = match &self.batch {
