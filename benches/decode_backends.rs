@@ -8,13 +8,12 @@
 //! the ratios are what to quote.
 
 mod gpu;
+#[path = "gpu/replay.rs"]
+mod replay;
 
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, DeviceRepr,
-    sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode},
-};
+use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use flashinfer_rs::{
     Element, FlashInferError, FlashInferRuntime, PageIndices, PageTable, Stream,
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
@@ -22,7 +21,9 @@ use flashinfer_rs::{
     page::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;
+use gpu::median;
 use half::{bf16, f16};
+use replay::Replay;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -79,32 +80,15 @@ fn gpu_time<T: Number, K: Number>(
     let (k, v) = (random::<K>(cuda, len)?, random::<K>(cuda, len)?);
     let q = random::<T>(cuda, batch * heads * HEAD_DIM)?;
     let mut out = cuda.alloc_zeros::<T>(batch * heads * HEAD_DIM)?;
-    let mut times = Vec::new();
-    {
-        let (k, v) = (k.tensor(cuda, &shape)?, v.tensor(cuda, &shape)?);
-        let q = q.tensor(cuda, &[batch, heads, HEAD_DIM])?;
-        let mut out = out.tensor_mut(cuda, &[batch, heads, HEAD_DIM])?;
-        let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
-        let options = RunOptions::default();
-        let plan = decode.plan(workspace, table, PlanMode::CudaGraph)?;
-        plan.run(&q, &kv, &mut out.view_mut(), None, &options)?;
-        cuda.synchronize()?;
-        cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
-        let captured = (0..RUNS).try_for_each(|_| plan.run(&q, &kv, &mut out.view_mut(), None, &options));
-        let graph = cuda.end_capture(CUgraphInstantiate_flags(0))?.ok_or("nothing was captured")?;
-        captured?;
-        for replay in 0..REPLAYS + 3 {
-            let start = cuda.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-            graph.launch()?;
-            let end = cuda.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-            let time = f64::from(start.elapsed_ms(&end)?) * 1e3 / RUNS as f64;
-            if replay >= 3 {
-                times.push(time);
-            }
-        }
-    }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    let (k, v) = (k.tensor(cuda, &shape)?, v.tensor(cuda, &shape)?);
+    let q = q.tensor(cuda, &[batch, heads, HEAD_DIM])?;
+    let mut out = out.tensor_mut(cuda, &[batch, heads, HEAD_DIM])?;
+    let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
+    let options = RunOptions::default();
+    let plan = decode.plan(workspace, table, PlanMode::CudaGraph)?;
+    let replay = Replay::capture(cuda, RUNS, || plan.run(&q, &kv, &mut out.view_mut(), None, &options))?;
+    let times = (0..REPLAYS + 3).map(|_| replay.time(cuda)).skip(3).collect::<Result<_>>()?;
+    Ok(median(times))
 }
 
 fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {

@@ -105,7 +105,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
         &upload(&layer.attention_norm)?.tensor(&cuda, &[hidden_size])?.view(),
         &norm,
     )?;
-    let mut qkv = multiply(&x, &layer.qkv)?;
+    let mut qkv = multiply(&x, &layer.qkv.weight)?;
     let mut qkv = qkv.tensor_mut(&cuda, &[rows, qo + kv + kv, head_dim])?;
     let (mut q, keys_and_values) = qkv.view_mut().split_at(1, qo)?;
     let (mut k, v) = keys_and_values.split_at(1, kv)?;
@@ -117,7 +117,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     let mut out = attention.tensor_mut(&cuda, &[rows, qo, head_dim])?;
     plan.run(&q.as_ref(), &cache.layer(0, 0)?, &mut out.view_mut(), None, &RunOptions::default())?;
     drop(out);
-    x = multiply(&attention, &layer.attention_output)?;
+    x = multiply(&attention, &layer.attention_output.weight)?;
     let mut add_and_norm = |x: &mut CudaSlice<f16>, weight: &[f32]| -> Result<()> {
         Ok(fused_add_rmsnorm(
             stream,
@@ -128,7 +128,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
         )?)
     };
     add_and_norm(&mut x, &layer.mlp_norm)?;
-    let gate_up = multiply(&x, &layer.gate_up)?;
+    let gate_up = multiply(&x, &layer.gate_up.weight)?;
     let mut inner = cuda.alloc_zeros::<f16>(rows * intermediate_size)?;
     silu_and_mul(
         stream,
@@ -136,7 +136,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
         &gate_up.tensor(&cuda, &[rows, 2 * intermediate_size])?.view(),
         &ActivationOptions::default(),
     )?;
-    x = multiply(&inner, &layer.down)?;
+    x = multiply(&inner, &layer.down.weight)?;
     add_and_norm(&mut x, &ends.norm)?; // With the weight of the next layer's norm, if there is one.
 
     let logits = multiply(&x, ends.head.as_ref().unwrap_or(&ends.embedding))?;
@@ -172,6 +172,10 @@ fn main() -> Result<()> {
     })?;
     let (config, ends) = (Config { num_layers: 1, ..model.config.clone() }, model.ends()?);
     let layer = model.layers().next().ok_or("the model has no layers")??;
+    let matrices = [&layer.qkv, &layer.attention_output, &layer.gate_up, &layer.down];
+    if layer.router.is_some() || matrices.iter().any(|matrix| matrix.bias.is_some()) {
+        return Err("the model has biases or experts; the example `generate` runs it".into());
+    }
     println!("Most likely after {TOKENS:?}, by the first layer of {}:", model.config.num_layers);
     let report = |device: &str, logits: &[f32]| {
         let mut tokens: Vec<_> = logits[logits.len() - config.vocab_size..].iter().enumerate().collect();

@@ -153,7 +153,7 @@ impl CudaRuntime {
     /// The last failure in this thread. The runtime remembers it until it is
     /// asked, and modules that ask after a launch would take one that was
     /// reported already for theirs. That of a kernel it never forgets.
-    fn last_error(&self) -> CudaError {
+    pub(crate) fn last_error(&self) -> CudaError {
         // SAFETY: no arguments.
         unsafe { (self.symbols.get_last_error)() }
     }
@@ -161,7 +161,9 @@ impl CudaRuntime {
     /// Forgets what an earlier call left in this thread, such as "not ready",
     /// and reports what stays.
     fn check_last_error(&self) -> Result<()> {
-        self.last_error();
+        if self.last_error() == 0 {
+            return Ok(());
+        }
         self.check("an earlier launch", self.last_error())
     }
 

@@ -11,6 +11,9 @@ use flashinfer_rs::artifacts::{CudaKey, Package, Pins};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 const PROGRAM: &str = r#"
 use flashinfer_rs::artifacts::{Fetch, Member, Store, StoreConfig};
@@ -191,11 +194,49 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     let missing = [("FLASHINFER_RS_WHEELS", "/no/such.whl")];
     project.cargo("build", &missing).expect(false, &["/no/such.whl"]);
 
-    // A pinned wheel with a wrong digest fails every mode but off.
+    // A pinned wheel in the cache, with the stamp of a verified download. It is not what its pin
+    // says, so whoever hashes it refuses it.
     let pins = Pins::select(CudaKey::new(13, 0), std::env::consts::ARCH).unwrap();
     let pin = pins.get(Package::JitCache).unwrap();
     let cached = project.path("cache/wheels").join(&pin.file);
     fs::create_dir_all(cached.parent().unwrap()).unwrap();
+    fs::write(&cached, module_wheel(&[("norm", b"pinned norm")])).unwrap();
+    let metadata = fs::metadata(&cached).unwrap();
+    let modified = metadata.modified().unwrap();
+    let nanoseconds = modified.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
+    let stamp = format!("{} {} {nanoseconds}\n", pin.sha256, metadata.len());
+    fs::write(cached.with_file_name(format!("{}.verified", pin.file)), stamp).unwrap();
+    let libraries = format!("{wheels}/libraries.whl");
+    let stamped = [
+        ("FLASHINFER_RS_EMBED", "require"),
+        ("FLASHINFER_RS_EMBED_MODULES", "norm"),
+        ("FLASHINFER_RS_WHEELS", &libraries),
+        ("FLASHINFER_RS_CUDA", "cu130"),
+    ];
+    project.cargo("build", &stamped).expect(true, &[]);
+    assert!(project.program().contains("`norm` from embedded bundle: pinned norm"));
+    // Nothing has changed: the script does not run, and would not notice other bytes of the same
+    // size and time.
+    let mut bytes = fs::read(&cached).unwrap();
+    bytes[60] ^= 1;
+    fs::write(&cached, &bytes).unwrap();
+    fs::File::options().write(true).open(&cached).unwrap().set_modified(modified).unwrap();
+    let again = project.cargo("build", &stamped);
+    again.expect(true, &["Fresh flashinfer-rs"]);
+    assert!(!again.compiled(), "{}", again.text);
+    bytes[60] ^= 1;
+    fs::write(&cached, &bytes).unwrap();
+    fs::File::options().write(true).open(&cached).unwrap().set_modified(modified).unwrap();
+    // A variable has changed: the script runs, and trusts the stamp.
+    let more = [&stamped[..], &[("PIP_INDEX_URL", "http://127.0.0.1:9/simple")]].concat();
+    let other = project.cargo("build", &more);
+    other.expect(true, &[]);
+    assert!(other.compiled(), "{}", other.text);
+    // The wheel has changed: it is hashed.
+    fs::File::options().write(true).open(&cached).unwrap().set_modified(modified + HOUR).unwrap();
+    project.cargo("build", &stamped).expect(false, &[pin.file.as_str(), &pin.sha256.to_string()]);
+
+    // A pinned wheel with a wrong digest fails every mode but off.
     fs::write(&cached, b"damaged").unwrap();
     let found = flashinfer_rs::artifacts::Digest::of(b"damaged").to_string();
     let expected = pin.sha256.to_string();

@@ -507,6 +507,14 @@ fn what_no_device_has_is_refused() {
             refused(PagedKvCache::new(&device, &pool, wide), &["f32", "f16 and bf16"]);
             let spec = AttentionSpec::new(flashinfer_rs::DType::F32, 64);
             refused(BatchDecode::new(&device, &spec, case.heads), &["f32", "f16 and bf16"]);
+            // No published module has this width, so nothing is downloaded.
+            let spec = AttentionSpec::new(flashinfer_rs::DType::F16, 80);
+            for error in [
+                BatchDecode::new(&device, &spec, case.heads).map(drop),
+                BatchPrefill::new(&device, &spec, case.heads).map(drop),
+            ] {
+                refused(error, &["head dimension 80", "64, 128 and 256"]);
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 use flashinfer_rs::{
     ModuleName,
-    artifacts::{Package, Pins, bundle::embedded},
+    artifacts::{CudaKey, Digest, Package, Pins, Wheel, bundle::embedded},
     signatures,
 };
 use serde_json::Value;
@@ -302,6 +302,105 @@ fn a_download_that_is_not_allowed_says_so() {
         assert!(err.contains("unset FLASHINFER_RS_OFFLINE, or put the file at "), "{err}");
         assert_eq!(err.contains("flashinfer_jit_cache"), args.len() == 1, "{err}");
     }
+}
+
+#[test]
+fn the_digest_of_a_record_is_written_where_its_wheel_is_pinned() {
+    let doctor = Doctor::new();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (wheel, other, manifest) = (at("a.whl"), at("b.whl"), at("Cargo.toml"));
+    let bytes = artifact_support::module_wheel(&[("norm", b"norm")]);
+    fs::write(&wheel, &bytes).unwrap();
+    fs::write(&other, artifact_support::module_wheel(&[("norm", b"other")])).unwrap();
+    let record = format!("record_sha256 = \"{}\"", Wheel::open(wheel.as_ref()).unwrap().record_sha256());
+    let row = |key: &str, sha256: Digest| {
+        format!(
+            "\n# A row.\n[package.metadata.flashinfer_rs.pinned_wheels.flashinfer_jit_cache.{key}.x86_64]\n\
+             file   = 'a.whl' # quoted\nsha256 = \"{sha256}\"\nurl = 'http://127.0.0.1:9/a.whl'\n"
+        )
+    };
+    let rows = [
+        row("cu130", Digest::of(&bytes)),
+        row("cu131", Digest::of(b"another")),
+        row("cu132", Digest::of(&bytes)),
+    ];
+    let before = format!("[package]\nname = 'own'\n{}", rows.concat());
+    fs::write(&manifest, &before).unwrap();
+
+    let run = |args: &[&str]| {
+        let output = doctor.run(&[&["pin"], args].concat());
+        (output.status.code(), output_text(&output))
+    };
+    for _ in 0..2 {
+        let (code, (out, err)) = run(&["--file", &wheel, "--write", &manifest]);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.contains("2 rows") && out.contains(&record), "{out}");
+        // One line more in two rows, and nothing else.
+        let [first, second, third] = &rows;
+        let written = format!("[package]\nname = 'own'\n{first}{record}\n{second}{third}{record}\n");
+        assert_eq!(fs::read_to_string(&manifest).unwrap(), written);
+    }
+    let pins = Pins::parse(&fs::read_to_string(&manifest).unwrap(), CudaKey::new(13, 0), "x86_64").unwrap();
+    assert!(record.contains(&pins.get(Package::JitCache).unwrap().record_sha256.unwrap().to_string()));
+
+    // A file that nobody pins, no file at all, no manifest, no wheel.
+    let (missing, text) = (at("missing"), at("Cargo.toml"));
+    for (args, want) in [
+        (&["--file", &*other, "--write", &manifest][..], "which no row of"),
+        (&["--file", &wheel], "which no row of this crate's pin table states"),
+        (&["--file", &missing], "missing"),
+        (&["--file", &text], "is not a usable wheel"),
+        (&["--file", &wheel, "--write", &missing], "missing"),
+        (&["--file", &wheel, "--write", &wheel], "a.whl"),
+        (&[], "is not downloaded"),
+    ] {
+        let (code, (out, err)) = run(args);
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{args:?}");
+        assert!(err.contains(want), "{want} is not in: {err}");
+    }
+    assert_eq!(fs::read(&wheel).unwrap(), bytes);
+}
+
+#[test]
+fn the_pinned_digests_are_those_of_the_wheels() {
+    let (doctor, libraries) = Doctor::with_libraries();
+    if !libraries || embeds("libtvm_ffi") {
+        eprintln!("skipped: the wheels are not at hand");
+        return;
+    }
+    let (out, err) = output_text(&doctor.run(&["pin", "apache_tvm_ffi", "nvidia_cuda_runtime"]));
+    for package in [Package::TvmFfi, Package::CudaRuntime] {
+        let pins = Pins::built_in().unwrap();
+        let digest = pins.get(package).unwrap().record_sha256.expect("it is pinned");
+        assert!(out.contains(&format!("record_sha256 = \"{digest}\"")), "{digest}: {out} {err}");
+    }
+}
+
+#[test]
+fn the_footprint_is_printed() {
+    let doctor = Doctor::new();
+    let (out, err) = output_text(&doctor.run(&["footprint"]));
+    let files = embedded().len();
+    assert!(out.contains(&format!("{files} file")) && out.contains("0 files (0 B)"), "{out} {err}");
+    let output = doctor.run(&["footprint", "no_such_module"]);
+    assert_eq!(output.status.code(), Some(1));
+
+    let wheels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
+    let (doctor, libraries) = Doctor::with_libraries();
+    if !wheels.is_dir() || !libraries {
+        eprintln!("skipped: a first use needs {} and libtvm_ffi", wheels.display());
+        return;
+    }
+    let output = doctor.run(&["footprint", "norm", "page", "--wheels", wheels.to_str().unwrap()]);
+    let (out, err) = output_text(&output);
+    assert!(output.status.success(), "{err}");
+    for want in ["norm: configured wheel", "bytes downloaded", "norm/norm.so", "page/page.so"] {
+        assert!(out.contains(want), "{want} is not in: {out}");
+    }
+    let memory = out.lines().find(|line| line.contains("bytes of memory")).expect("Linux tells it");
+    let memory: u64 = memory.split_whitespace().next().unwrap().parse().unwrap();
+    assert!((1 << 20..1 << 30).contains(&memory), "{memory}");
 }
 
 #[test]

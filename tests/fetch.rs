@@ -107,9 +107,7 @@ fn a_server_without_ranges_is_asked_from_the_start() {
     let sent = wheel.clone();
     let server = Server::start(move |asked, stream| {
         let limit = if asked.number == 0 { 300_000 } else { usize::MAX };
-        let whole =
-            Asked { range: None, path: String::new(), accept: String::new(), authorization: None, number: 0 };
-        send(&whole, stream, &sent, limit);
+        send(&Asked::default(), stream, &sent, limit);
     });
     let store = open(dir.path(), &server, &wheel);
     assert_eq!(fs::read(store.fetch(Package::JitCache).unwrap()).unwrap(), wheel);
@@ -122,9 +120,7 @@ fn a_server_that_never_gets_further_is_given_up() {
     let wheel = body();
     let sent = wheel.clone();
     let server = Server::start(move |_, stream| {
-        let whole =
-            Asked { range: None, path: String::new(), accept: String::new(), authorization: None, number: 0 };
-        send(&whole, stream, &sent, 300_000);
+        send(&Asked::default(), stream, &sent, 300_000);
     });
     let store = open(dir.path(), &server, &wheel);
     let text = store.fetch(Package::JitCache).unwrap_err().to_string();

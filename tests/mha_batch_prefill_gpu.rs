@@ -37,6 +37,38 @@ fn backends() {
     }
 }
 
+/// A batch that was planned last is not planned again, with tables of its own
+/// or not; another one is, and takes its place.
+#[test]
+fn equal_batches_are_planned_once() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for backend in [Backend::Fa2, Backend::Fa3] {
+        let case = |keys| Case { requests: vec![(3, 9), (7, keys)], ..On { backend, ..FA2 }.case() };
+        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case(30)) else { continue };
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for (keys, plans) in [(30, 1), (30, 1), (3000, 2), (30, 3), (31, 4), (31, 4)] {
+            let problem = Problem::<f16, f16>::new(&gpu, rng, case(keys));
+            let tables = Tables::new(&gpu, &problem);
+            for _ in 0..2 {
+                let (heads, options) = (problem.case.heads(), problem.case.plan_options());
+                let plan = tables.plan(&prefill, &mut workspace, heads, &options).unwrap();
+                problem.check_run(&gpu, &plan);
+            }
+            assert_eq!(workspace.plans_made(), plans, "{keys} keys, {backend:?}");
+        }
+        // Nor does a plan that fails leave something to find.
+        let problem = Problem::<f16, f16>::new(&gpu, rng, case(31));
+        let (tables, mut small) =
+            (Tables::new(&gpu, &problem), Workspace::with_sizes(&gpu.stream, 1 << 20, 64).unwrap());
+        for _ in 0..2 {
+            let (heads, options) = (problem.case.heads(), problem.case.plan_options());
+            refused(tables.plan(&prefill, &mut small, heads, &options).map(drop), "workspace");
+        }
+        gpu.synchronize();
+    }
+}
+
 impl On {
     /// DeepSeek's prefill: queries and keys of 192, values of 128.
     fn values_of_another_width(self) {

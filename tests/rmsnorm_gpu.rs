@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, norm as cases, refused};
+use common::{Gpu, Number, Rng, Tensor, leave_cuda_error, norm as cases, refused};
 use flashinfer_rs::{norm, norm::NormOptions, reference};
 use half::{bf16, f16};
 
@@ -115,6 +115,20 @@ fn fused_add_wrong_input() {
 #[test]
 fn threads_with_different_sizes() {
     cases::threads_with_different_sizes(PLAIN);
+}
+
+/// An error that other code left in the thread is not taken for the launch's:
+/// the launcher looks at what its own calls return.
+#[test]
+fn errors_of_others() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let (weight, options) = (Tensor::random(&gpu, rng, &[128]), NormOptions::default());
+    for shape in [&[3, 128][..], &[3, 2, 128]] {
+        let input = Tensor::<f16>::random(&gpu, rng, shape);
+        leave_cuda_error();
+        cases::check(&gpu, PLAIN, &input, &mut Tensor::poisoned(&gpu, shape), &weight, &options);
+    }
 }
 
 #[test]

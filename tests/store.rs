@@ -378,6 +378,37 @@ fn child_extracts() {
 }
 
 #[test]
+#[ignore = "a process that another test starts"]
+fn child_counts_what_it_reads() {
+    let root = variable("STORE_TEST_ROOT");
+    let mut config = config(&root, nothing());
+    config.wheels = vec![root.join("w.whl")];
+    // Bytes that this process has read, from files or otherwise.
+    let read = || {
+        let text = fs::read_to_string("/proc/self/io").unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("rchar:")).unwrap();
+        line.trim().parse::<u64>().unwrap()
+    };
+    let before = read();
+    let store = Store::open(config).unwrap();
+    locate(&store, "m1").unwrap();
+    let first = read() - before;
+    locate(&store, "m1").unwrap();
+    let again = read() - before - first;
+    println!("{first} bytes read to extract one member of 2000000, {again} to find it again");
+    assert!((2_000_000..2_100_000).contains(&first) && again < 10_000, "{first} {again}");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_first_use_reads_the_member_once_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    store_of(dir.path(), &big_wheel());
+    let mut child = child("child_counts_what_it_reads", &[("STORE_TEST_ROOT", dir.path())]);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
 fn many_processes_extract_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let store = store_of(dir.path(), &big_wheel());

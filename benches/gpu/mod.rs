@@ -1,14 +1,17 @@
-//! What the benchmarks share: a GPU, or the reason why there is none.
+//! What the benchmarks share: a GPU, or the reason why there is none, and
+//! medians.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::FlashInferRuntime;
 
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
 /// A stream of the first GPU; `None`, with the reason printed, where nothing
 /// can be measured. `cargo test` runs benchmarks with an argument that only
 /// asks whether they work.
-pub fn start() -> Result<Option<Arc<CudaStream>>, Box<dyn std::error::Error>> {
+pub fn start() -> Result<Option<Arc<CudaStream>>> {
     let reason = if std::env::args().any(|argument| argument == "--test" || argument == "--list") {
         "asked only to test".to_owned()
     } else {
@@ -22,6 +25,11 @@ pub fn start() -> Result<Option<Arc<CudaStream>>, Box<dyn std::error::Error>> {
             Err(error) => error.to_string(),
         }
     };
-    println!("not measuring: {reason}");
+    println!("Nothing was measured: {reason}.");
     Ok(None)
+}
+
+pub fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }

@@ -9,70 +9,99 @@ use crate::{
     PAGE_SIZE, Result,
     engine::{Engine, Step},
     gpu::Gpu,
-    graph, load_gpu,
-    model::Model,
+    graph,
+    model::Config,
 };
 
-/// Tokens of each request before the first step.
-const CONTEXT: usize = 128;
 const WARM_UP: usize = 10;
 const STEPS: usize = 100;
+/// Steps, eager steps, and steps whose graph is replayed.
+const ROUNDS: usize = 3;
 /// Bytes that an H200 reads from its memory in a second.
 const BANDWIDTH: f64 = 4.8e12;
 
-/// Prints a table with a row for each number of requests.
-pub fn run(model: &Model, batches: &[NonZeroUsize]) -> Result<()> {
+/// Prints a table with a row for each number of requests. `load` makes the engine,
+/// for a pool and the most tokens of a step.
+pub fn run(
+    config: &Config,
+    batches: &[NonZeroUsize],
+    context: usize,
+    load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
+) -> Result<()> {
     let most = batches.iter().max().map_or(1, |batch| batch.get());
-    let pages = (CONTEXT + 2 * (WARM_UP + STEPS)).div_ceil(PAGE_SIZE);
+    let pages = (context + ROUNDS * (WARM_UP + STEPS)).div_ceil(PAGE_SIZE);
     // One more for requests that fill up a graph.
     let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
-    let mut gpu = load_gpu(model, &pool, most)?;
+    let mut gpu = load(&pool, most)?;
     let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
-    println!("{}; {CONTEXT} tokens of context; medians of {STEPS} steps", gpu.name()?);
+    println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
     println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
     println!("the floor is that, and a graph of as many kernels that do nothing");
-    println!("| batch | step ms | graph ms | step / graph | floor ms | tokens/s | kernels | per layer |");
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("host: what of a step the host takes to enqueue it; eager: without graphs");
+    println!(
+        "| batch | step ms | host ms | graph ms | step / graph | floor ms | tokens/s | kernels | per layer \
+         | attention ms | of graph | eager ms | eager host ms |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for batch in batches {
-        row(model, &mut gpu, &pool, batch.get(), floor)?;
+        row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
     }
     Ok(())
 }
 
-fn row(model: &Model, gpu: &mut Gpu, pool: &PageAllocator, requests: usize, reading: f64) -> Result<()> {
+fn row(
+    config: &Config,
+    gpu: &mut Gpu,
+    pool: &PageAllocator,
+    (requests, context): (usize, usize),
+    reading: f64,
+) -> Result<()> {
     let mut batch = Batch::new(pool);
     for _ in 0..requests {
         batch.push(Sequence::new(pool))?;
     }
     // Nobody looks at what is said, so the context is not computed.
-    batch.append(vec![CONTEXT; requests])?;
+    batch.append(vec![context; requests])?;
     let mut tokens = vec![0; requests];
     let outputs: Vec<_> = (0..requests).collect();
-    let mut step = |gpu: &mut Gpu| -> Result<f64> {
+    // The milliseconds of a step, and those until it was enqueued.
+    let mut step = |gpu: &mut Gpu| -> Result<[f64; 2]> {
         let start = Instant::now();
         batch.append(vec![1; requests])?;
+        let appended = start.elapsed();
         gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs })?;
         tokens = gpu.greedy()?;
-        Ok(start.elapsed().as_secs_f64() * 1e3)
+        Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
     };
-    for _ in 0..WARM_UP {
-        step(gpu)?;
-    }
-    let steps = (0..STEPS).map(|_| step(gpu)).collect::<Result<_>>()?;
-    let (mut graphs, mut kernels) = (Vec::new(), 0);
+    let mut steps = |gpu: &mut Gpu| -> Result<[f64; 2]> {
+        for _ in 0..WARM_UP {
+            step(gpu)?;
+        }
+        let times = (0..STEPS).map(|_| step(gpu)).collect::<Result<Vec<_>>>()?;
+        Ok([0, 1].map(|which| median(times.iter().map(|times| times[which]).collect())))
+    };
+    let [time, host] = steps(gpu)?;
+    // Products were tuned for the graph.
+    gpu.set_graphs(false);
+    let [eager, eager_host] = steps(gpu)?;
+    gpu.set_graphs(true);
+    let (mut graphs, mut attention, mut kernels) = (Vec::new(), Vec::new(), 0);
     for _ in 0..WARM_UP + STEPS {
         step(gpu)?;
-        let (time, nodes) = gpu.replay()?;
-        graphs.push(f64::from(time));
+        let (replay, nodes) = gpu.replay()?;
+        graphs.push(f64::from(replay));
+        attention.push(f64::from(gpu.attention()?));
         kernels = nodes;
     }
-    let (step, graph) = (median(steps), median(graphs));
+    let (graph, attention) = (median(graphs), median(attention));
     println!(
-        "| {requests} | {step:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} |",
-        step / graph,
+        "| {requests} | {time:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
+         | {attention:.3} | {:.0} % | {eager:.3} | {eager_host:.3} |",
+        time / graph,
         reading + idle(gpu.cuda(), kernels)?,
-        requests as f64 / step * 1e3,
-        kernels as f64 / model.config.num_layers as f64,
+        requests as f64 / time * 1e3,
+        kernels as f64 / config.num_layers as f64,
+        attention / graph * 1e2,
     );
     Ok(())
 }

@@ -16,7 +16,7 @@ use flashinfer_rs::{
 use crate::{
     Result,
     engine::{Engine, Step},
-    model::{Config, Ends, Layer},
+    model::{Config, Ends, Experts, Layer, Linear},
 };
 
 /// The CPU's weights and cache.
@@ -52,7 +52,7 @@ impl Cpu {
 
 impl Engine for Cpu {
     fn step(&mut self, step: &Step<'_>) -> Result<()> {
-        let Config { hidden_size, intermediate_size, heads, head_dim, .. } = self.config;
+        let Config { hidden_size, heads, head_dim, .. } = self.config;
         let (batch, rows) = (step.batch, step.tokens.len());
         let (qo, kv) = (heads.num_qo_heads * head_dim, heads.num_kv_heads * head_dim);
         let (q_shape, kv_shape) =
@@ -115,14 +115,7 @@ impl Engine for Cpu {
             )?;
             x = values(&multiply(attention, &layer.attention_output)?)?;
             add(&mut x, &layer.mlp_norm)?;
-            let gate_up = values(&multiply(x, &layer.gate_up)?)?;
-            let mut inner = vec![0.0; rows * intermediate_size];
-            reference::silu_and_mul(
-                &mut TensorMut::from_slice(&mut inner, &[rows, intermediate_size])?,
-                &TensorRef::from_slice(&gate_up, &[rows, 2 * intermediate_size])?,
-                &ActivationOptions::default(),
-            )?;
-            x = values(&multiply(inner, &layer.down)?)?;
+            x = mlp(&self.config, layer, &x)?;
             let next = self.layers.get(index + 1).map_or(&self.ends.norm, |next| &next.attention_norm);
             add(&mut x, next)?;
         }
@@ -130,7 +123,10 @@ impl Engine for Cpu {
         let wanted = step.outputs.iter().flat_map(|&row| &x[row * hidden_size..][..hidden_size]);
         self.logits = match step.outputs.is_empty() {
             true => Vec::new(),
-            false => values(&multiply(wanted.copied().collect(), head)?)?,
+            false => {
+                let head = Linear { weight: head.clone(), bias: None };
+                values(&multiply(wanted.copied().collect(), &head)?)?
+            }
         };
         Ok(())
     }
@@ -158,11 +154,68 @@ fn gather(embedding: &Tensor, tokens: &[u32]) -> Result<Vec<f32>> {
     values(&embedding.index_select(&tokens, 0)?)
 }
 
-/// `x · weightᵀ` for rows `x` and a weight `[out, in]`.
-fn multiply(x: Vec<f32>, weight: &Tensor) -> Result<Tensor> {
+/// What a layer's experts make of rows, each of those that the router gives it.
+fn mlp(config: &Config, layer: &Layer, x: &[f32]) -> Result<Vec<f32>> {
+    let Config { hidden_size: hidden, intermediate_size: inner, .. } = *config;
+    let rows = x.len() / hidden;
+    let routes = match (config.experts, &layer.router) {
+        (Some(experts), Some(router)) => route(experts, &values(&multiply(x.into(), router)?)?),
+        _ => vec![(0..rows).map(|row| (row, 1.0)).collect()],
+    };
+    let mut out = vec![0.0; x.len()];
+    for (expert, rows) in routes.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+        let gate_up = Linear {
+            weight: layer.gate_up.weight.narrow(0, expert * 2 * inner, 2 * inner)?,
+            bias: layer.gate_up.bias.clone(),
+        };
+        let down = Linear {
+            weight: layer.down.weight.narrow(1, expert * inner, inner)?,
+            bias: layer.down.bias.clone(),
+        };
+        let mine = rows.iter().flat_map(|&(row, _)| &x[row * hidden..][..hidden]);
+        let gate_up = values(&multiply(mine.copied().collect(), &gate_up)?)?;
+        let mut between = vec![0.0; rows.len() * inner];
+        reference::silu_and_mul(
+            &mut TensorMut::from_slice(&mut between, &[rows.len(), inner])?,
+            &TensorRef::from_slice(&gate_up, &[rows.len(), 2 * inner])?,
+            &ActivationOptions::default(),
+        )?;
+        let parts = values(&multiply(between, &down)?)?;
+        for (&(row, share), part) in rows.iter().zip(parts.chunks_exact(hidden)) {
+            for (sum, value) in out[row * hidden..][..hidden].iter_mut().zip(part) {
+                *sum += share * value;
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// The rows of each expert, and its share of each: the softmax of the scores of
+/// those that a row has, which are the highest; of equal ones the first.
+fn route(Experts { count, used }: Experts, scores: &[f32]) -> Vec<Vec<(usize, f32)>> {
+    let mut routes = vec![Vec::new(); count];
+    for (row, scores) in scores.chunks_exact(count).enumerate() {
+        let mut best: Vec<_> = (0..count).collect();
+        best.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        best.truncate(used);
+        let shares: Vec<_> = best.iter().map(|&expert| (scores[expert] - scores[best[0]]).exp()).collect();
+        let sum: f32 = shares.iter().sum();
+        for (expert, share) in best.into_iter().zip(shares) {
+            routes[expert].push((row, share / sum));
+        }
+    }
+    routes
+}
+
+/// `x · weightᵀ + bias` for rows `x`.
+fn multiply(x: Vec<f32>, Linear { weight, bias }: &Linear) -> Result<Tensor> {
     let shape = (x.len() / weight.dim(1)?, weight.dim(1)?);
     let x = Tensor::from_vec(x, shape, &Device::Cpu)?;
-    Ok(x.matmul(&weight.t()?)?)
+    let product = x.matmul(&weight.t()?)?;
+    Ok(match bias {
+        Some(bias) => product.broadcast_add(bias)?,
+        None => product,
+    })
 }
 
 fn values(tensor: &Tensor) -> Result<Vec<f32>> {

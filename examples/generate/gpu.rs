@@ -1,5 +1,5 @@
 //! The model on an NVIDIA GPU, in `f16`: cuBLASLt multiplies matrices, and
-//! everything else is FlashInfer's kernels.
+//! everything else is FlashInfer's kernels, but for one in `experts`.
 //!
 //! Steps in which each request has one new token are CUDA graphs, one for each
 //! power of two of requests, which are captured when they are first needed. A
@@ -13,7 +13,13 @@
 //! [`RESIDUAL_SCALE`], a power of two, which changes no digit: embeddings and
 //! what is added in each layer are scaled by it, and `eps` by its square.
 
-use std::{iter, ops::Range, rc::Rc, sync::Arc};
+use std::{
+    iter,
+    ops::Range,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use candle_core::{DType as CandleDType, Tensor};
 use cudarc::driver::{
@@ -39,8 +45,9 @@ use half::f16;
 use crate::{
     Result, download,
     engine::{Engine, Step},
+    experts::{Routing, RoutingSlices, RoutingTensors},
     graph,
-    matmul::{CublasLt, Matmul, Product},
+    matmul::{CublasLt, Matmul, Product, Weight},
     model::{self, Config, Ends},
 };
 
@@ -61,14 +68,21 @@ const REQUESTS_PER_ROW: usize = 4;
 /// Where a weight lies in the memory of all weights.
 type Place = Range<usize>;
 
+/// A matrix and a bias.
+struct Linear {
+    matrix: Place,
+    bias: Option<Place>,
+}
+
 /// The weights of one layer.
 struct Layer {
     attention_norm: Place,
-    qkv: Place,
-    attention_output: Place,
+    qkv: Linear,
+    attention_output: Linear,
     mlp_norm: Place,
-    gate_up: Place,
-    down: Place,
+    router: Option<Linear>,
+    gate_up: Linear,
+    down: Linear,
 }
 
 /// All weights that the device uses, in one piece of its memory.
@@ -89,6 +103,15 @@ impl Weights {
         cuda.memcpy_htod(values, &mut target)?;
         self.used = place.end.next_multiple_of(WEIGHT_ALIGNMENT);
         Ok(place)
+    }
+
+    /// Uploads a matrix, and a bias for products that are multiplied by a factor.
+    fn push_linear(&mut self, cuda: &Arc<CudaStream>, linear: &model::Linear, factor: f32) -> Result<Linear> {
+        let bias = linear.bias.as_ref().map(|bias| {
+            let bias = elements(&(bias * f64::from(factor))?)?;
+            self.push(cuda, &bias)
+        });
+        Ok(Linear { bias: bias.transpose()?, matrix: self.push(cuda, &elements(&linear.weight)?)? })
     }
 }
 
@@ -111,6 +134,7 @@ struct Buffers {
     logits: CudaSlice<f32>,
     tokens: CudaSlice<i32>,
     scratch: CudaSlice<u8>,
+    routing: Option<Routing>,
 }
 
 /// Views of the weights and buffers, for products of a number of rows.
@@ -125,11 +149,17 @@ struct Tensors<'t> {
     logits: TensorMut<'t>,
     tokens: TensorMut<'t>,
     scratch: TensorMut<'t>,
+    routing: Option<RoutingTensors<'t>>,
 }
 
 impl<'t> Tensors<'t> {
     fn weight(&self, place: &Place) -> Result<TensorRef<'t>> {
         Ok(self.weights.narrow(0, place.start, place.len())?)
+    }
+
+    fn linear(&self, linear: &Linear) -> Result<Weight<'t>> {
+        let bias = linear.bias.as_ref().map(|bias| self.weight(bias));
+        Ok(Weight { matrix: self.weight(&linear.matrix)?, bias: bias.transpose()? })
     }
 }
 
@@ -145,16 +175,18 @@ fn with_tensors<R>(
 ) -> Result<R> {
     let Config { hidden_size, intermediate_size, vocab_size, head_dim, heads, .. } = *config;
     let Heads { num_qo_heads, num_kv_heads } = heads;
+    let experts = config.num_experts();
     let weights = weights.memory.tensor(cuda, &[weights.memory.len()])?;
     let mut residual = buffers.residual.tensor_mut(cuda, &[rows, hidden_size])?;
     let mut x = buffers.x.tensor_mut(cuda, &[rows, hidden_size])?;
     let mut qkv = buffers.qkv.tensor_mut(cuda, &[rows, num_qo_heads + 2 * num_kv_heads, head_dim])?;
     let mut attention = buffers.attention.tensor_mut(cuda, &[rows, num_qo_heads, head_dim])?;
-    let mut gate_up = buffers.gate_up.tensor_mut(cuda, &[rows, 2 * intermediate_size])?;
-    let mut inner = buffers.inner.tensor_mut(cuda, &[rows, intermediate_size])?;
+    let mut gate_up = buffers.gate_up.tensor_mut(cuda, &[rows * experts, 2 * intermediate_size])?;
+    let mut inner = buffers.inner.tensor_mut(cuda, &[rows * experts, intermediate_size])?;
     let mut logits = buffers.logits.tensor_mut(cuda, &[rows, vocab_size])?;
     let mut tokens = buffers.tokens.tensor_mut(cuda, &[rows])?;
     let mut scratch = buffers.scratch.tensor_mut(cuda, &[SCRATCH_BYTES])?;
+    let mut routing = buffers.routing.as_mut().map(|routing| routing.slices(cuda, rows)).transpose()?;
     work(&mut Tensors {
         weights: weights.view(),
         residual: residual.view_mut(),
@@ -166,6 +198,7 @@ fn with_tensors<R>(
         logits: logits.view_mut(),
         tokens: tokens.view_mut(),
         scratch: scratch.view_mut(),
+        routing: routing.as_mut().map(RoutingSlices::tensors),
     })
 }
 
@@ -173,6 +206,7 @@ fn with_tensors<R>(
 struct Products {
     qkv: Matmul,
     attention_output: Matmul,
+    router: Option<Matmul>,
     gate_up: Matmul,
     down: Matmul,
     head: Matmul,
@@ -196,7 +230,7 @@ struct Network {
     config: Config,
     layers: Vec<Layer>,
     norm: Place,
-    head: Place,
+    head: Linear,
     rope: CosSinCache,
 }
 
@@ -213,6 +247,7 @@ impl Network {
         outputs: bool,
     ) -> Result<()> {
         let Heads { num_qo_heads, num_kv_heads } = self.config.heads;
+        let experts = self.config.num_experts();
         let stream = &self.stream;
         let scale = f64::from(RESIDUAL_SCALE);
         let norm = NormOptions::with_eps(self.config.rms_eps * scale * scale);
@@ -222,7 +257,7 @@ impl Network {
         let residual = tensors.residual.as_ref().narrow(0, 0, rows)?;
         rmsnorm(stream, &mut tensors.x.reborrow().narrow(0, 0, rows)?, &residual, &weight, &norm)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let weight = tensors.weight(&layer.qkv)?;
+            let weight = tensors.linear(&layer.qkv)?;
             products.qkv.run(&mut tensors.qkv, &tensors.x.as_ref(), &weight, &mut tensors.scratch)?;
             let (mut q, kv) = tensors.qkv.reborrow().narrow(0, 0, rows)?.split_at(1, num_qo_heads)?;
             let (mut k, v) = kv.split_at(1, num_kv_heads)?;
@@ -239,22 +274,32 @@ impl Network {
             )?;
             let mut attention = tensors.attention.reborrow().narrow(0, 0, rows)?;
             attend(&q.as_ref(), &cache.layer(0, index)?, &mut attention)?;
-            let weight = tensors.weight(&layer.attention_output)?;
+            let weight = tensors.linear(&layer.attention_output)?;
             let attention = tensors.attention.as_ref();
             products.attention_output.run(&mut tensors.x, &attention, &weight, &mut tensors.scratch)?;
             self.add(rows, tensors, &layer.mlp_norm, &norm)?;
-            let weight = tensors.weight(&layer.gate_up)?;
+            let router = layer.router.as_ref().map(|router| tensors.linear(router)).transpose()?;
+            if let (Some(weight), Some(product), Some(routing)) =
+                (router, &products.router, &mut tensors.routing)
+            {
+                product.run(&mut routing.scores, &tensors.x.as_ref(), &weight, &mut tensors.scratch)?;
+                routing.choose(rows)?;
+            }
+            let weight = tensors.linear(&layer.gate_up)?;
             products.gate_up.run(&mut tensors.gate_up, &tensors.x.as_ref(), &weight, &mut tensors.scratch)?;
-            let mut inner = tensors.inner.reborrow().narrow(0, 0, rows)?;
-            let gate_up = tensors.gate_up.as_ref().narrow(0, 0, rows)?;
+            let mut inner = tensors.inner.reborrow().narrow(0, 0, rows * experts)?;
+            let gate_up = tensors.gate_up.as_ref().narrow(0, 0, rows * experts)?;
             silu_and_mul(stream, &mut inner, &gate_up, &ActivationOptions::default())?;
-            let weight = tensors.weight(&layer.down)?;
+            if let Some(routing) = &tensors.routing {
+                routing.share(&mut inner)?;
+            }
+            let weight = tensors.linear(&layer.down)?;
             products.down.run(&mut tensors.x, &tensors.inner.as_ref(), &weight, &mut tensors.scratch)?;
             let next = self.layers.get(index + 1).map_or(&self.norm, |next| &next.attention_norm);
             self.add(rows, tensors, next, &norm)?;
         }
         if outputs {
-            let weight = tensors.weight(&self.head)?;
+            let weight = tensors.linear(&self.head)?;
             products.head.run(&mut tensors.logits, &tensors.x.as_ref(), &weight, &mut tensors.scratch)?;
             let mut tokens = tensors.tokens.reborrow().narrow(0, 0, rows)?;
             let logits = tensors.logits.as_ref().narrow(0, 0, rows)?;
@@ -273,17 +318,25 @@ impl Network {
 
     /// The products of so many rows.
     fn products(&self, cublas: &Rc<CublasLt>, rows: usize) -> Result<Products> {
-        let Config { hidden_size, intermediate_size, vocab_size, .. } = self.config;
+        let Config { hidden_size, vocab_size, experts, biases, .. } = self.config;
         let [qo, qkv] = widths(&self.config);
-        let product = |input, output, factor, dtype| {
-            Matmul::new(cublas, Product { rows, input, output, factor, dtype }, SCRATCH_BYTES)
+        let inner = self.config.num_experts() * self.config.intermediate_size;
+        let product = |input, output, bias, factor| {
+            let product = Product { rows, input, output, factor, bias, dtype: DType::F16 };
+            Matmul::new(cublas, product, SCRATCH_BYTES)
+        };
+        let precise = |output, factor| {
+            let product =
+                Product { rows, input: hidden_size, output, factor, bias: false, dtype: DType::F32 };
+            Matmul::new(cublas, product, SCRATCH_BYTES)
         };
         Ok(Products {
-            qkv: product(hidden_size, qkv, 1.0, DType::F16)?,
-            attention_output: product(qo, hidden_size, RESIDUAL_SCALE, DType::F16)?,
-            gate_up: product(hidden_size, 2 * intermediate_size, 1.0, DType::F16)?,
-            down: product(intermediate_size, hidden_size, RESIDUAL_SCALE, DType::F16)?,
-            head: product(hidden_size, vocab_size, LOGIT_SCALE, DType::F32)?,
+            qkv: product(hidden_size, qkv, biases.qkv, 1.0)?,
+            attention_output: product(qo, hidden_size, biases.attention_output, RESIDUAL_SCALE)?,
+            router: experts.map(|experts| precise(experts.count, 1.0)).transpose()?,
+            gate_up: product(hidden_size, 2 * inner, biases.gate_up, 1.0)?,
+            down: product(inner, hidden_size, biases.down, RESIDUAL_SCALE)?,
+            head: precise(vocab_size, LOGIT_SCALE)?,
         })
     }
 
@@ -293,8 +346,8 @@ impl Network {
         macro_rules! tune {
             ($product:ident, $out:ident, $x:ident, $weights:expr) => {
                 products.$product.tune(|matmul| {
-                    $weights.try_for_each(|place: &Place| {
-                        let weight = tensors.weight(place)?;
+                    $weights.try_for_each(|weight: &Linear| {
+                        let weight = tensors.linear(weight)?;
                         matmul.run(&mut tensors.$out, &tensors.$x.as_ref(), &weight, &mut tensors.scratch)
                     })
                 })?
@@ -304,6 +357,15 @@ impl Network {
         tune!(attention_output, x, attention, self.layers.iter().map(|layer| &layer.attention_output));
         tune!(gate_up, gate_up, x, self.layers.iter().map(|layer| &layer.gate_up));
         tune!(down, x, inner, self.layers.iter().map(|layer| &layer.down));
+        let routers = self.layers.iter().filter_map(|layer| layer.router.as_ref());
+        let routers = routers.map(|router| tensors.linear(router)).collect::<Result<Vec<_>>>()?;
+        if let (Some(product), Some(routing)) = (&mut products.router, &mut tensors.routing) {
+            product.tune(|matmul| {
+                routers.iter().try_for_each(|weight| {
+                    matmul.run(&mut routing.scores, &tensors.x.as_ref(), weight, &mut tensors.scratch)
+                })
+            })?;
+        }
         tune!(head, logits, x, iter::once(&self.head));
         Ok(())
     }
@@ -365,6 +427,10 @@ pub struct Gpu {
     cuda: Arc<CudaStream>,
     /// The bucket whose graph the workspace has a plan for.
     planned: Option<usize>,
+    /// Whether steps may be graphs.
+    graphs: bool,
+    /// What the last step took until all was enqueued.
+    enqueued: Duration,
     /// Of the last step.
     outputs: Vec<usize>,
     greedy: Vec<u32>,
@@ -421,27 +487,33 @@ impl Gpu {
         let Config { hidden_size, intermediate_size, vocab_size, head_dim, heads, .. } = *config;
         let [qo, qkv] = widths(config);
         let aligned = |len: usize| len.next_multiple_of(WEIGHT_ALIGNMENT);
-        let of_layer: usize = [1, 1, qkv, qo, 2 * intermediate_size, intermediate_size]
+        let experts = config.num_experts();
+        let inner = experts * intermediate_size;
+        // Norms and matrices, and then what biases there may be.
+        let of_layer: usize = [1, 1, qkv, qo, experts, 2 * inner, inner]
             .map(|rows| aligned(rows * hidden_size))
-            .iter()
+            .into_iter()
+            .chain([qkv, hidden_size, 2 * inner, hidden_size].map(aligned))
             .sum();
         let total = config.num_layers * of_layer + aligned(hidden_size) + aligned(vocab_size * hidden_size);
         let mut weights = Weights { memory: cuda.alloc_zeros(total)?, used: 0 };
-        let mut push = |values: &[f16]| weights.push(&cuda, values);
-        let layers = layers.map(|layer| {
+        let mut pushed = Vec::with_capacity(config.num_layers);
+        for layer in layers {
             let layer = layer?;
-            Ok(Layer {
-                attention_norm: push(&rounded(&layer.attention_norm))?,
-                qkv: push(&elements(&layer.qkv)?)?,
-                attention_output: push(&elements(&layer.attention_output)?)?,
-                mlp_norm: push(&rounded(&layer.mlp_norm))?,
-                gate_up: push(&elements(&layer.gate_up)?)?,
-                down: push(&elements(&layer.down)?)?,
-            })
-        });
-        let layers = layers.collect::<Result<Vec<_>>>()?;
-        let norm = push(&rounded(&ends.norm))?;
-        let head = push(&elements(ends.head.as_ref().unwrap_or(&ends.embedding))?)?;
+            let mut linear = |linear, factor| weights.push_linear(&cuda, linear, factor);
+            let qkv = linear(&layer.qkv, 1.0)?;
+            let attention_output = linear(&layer.attention_output, RESIDUAL_SCALE)?;
+            let router = layer.router.as_ref().map(|router| linear(router, 1.0)).transpose()?;
+            let gate_up = linear(&layer.gate_up, 1.0)?;
+            let down = linear(&layer.down, RESIDUAL_SCALE)?;
+            let mut norm = |norm: &[f32]| weights.push(&cuda, &rounded(norm));
+            let (attention_norm, mlp_norm) = (norm(&layer.attention_norm)?, norm(&layer.mlp_norm)?);
+            pushed.push(Layer { attention_norm, qkv, attention_output, mlp_norm, router, gate_up, down });
+        }
+        let layers = pushed;
+        let norm = weights.push(&cuda, &rounded(&ends.norm))?;
+        let head = ends.head.as_ref().unwrap_or(&ends.embedding);
+        let head = Linear { matrix: weights.push(&cuda, &elements(head)?)?, bias: None };
         let embedding = elements(&(ends.embedding * f64::from(RESIDUAL_SCALE))?)?;
 
         let most = max_tokens.max(1).next_power_of_two();
@@ -450,11 +522,12 @@ impl Gpu {
             x: cuda.alloc_zeros(most * hidden_size)?,
             qkv: cuda.alloc_zeros(most * qkv)?,
             attention: cuda.alloc_zeros(most * qo)?,
-            gate_up: cuda.alloc_zeros(most * 2 * intermediate_size)?,
-            inner: cuda.alloc_zeros(most * intermediate_size)?,
+            gate_up: cuda.alloc_zeros(most * 2 * inner)?,
+            inner: cuda.alloc_zeros(most * inner)?,
             logits: cuda.alloc_zeros(most * vocab_size)?,
             tokens: cuda.alloc_zeros(most)?,
             scratch: cuda.alloc_zeros(SCRATCH_BYTES)?,
+            routing: config.experts.map(|experts| Routing::new(&cuda, experts, most)).transpose()?,
         };
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         let requests = REQUESTS_PER_ROW * most;
@@ -477,6 +550,8 @@ impl Gpu {
             prefill: BatchPrefill::new(runtime, &stream, &spec)?,
             cublas: CublasLt::new(&cuda)?,
             planned: None,
+            graphs: true,
+            enqueued: Duration::ZERO,
             outputs: Vec::new(),
             greedy: Vec::new(),
             network: Network {
@@ -539,6 +614,42 @@ impl Gpu {
         Ok((graph::milliseconds(&self.cuda, graph)?, graph::nodes(graph)?))
     }
 
+    /// Whether steps in which each request has one new token are graphs.
+    pub fn set_graphs(&mut self, graphs: bool) {
+        self.graphs = graphs;
+    }
+
+    /// What the host took to enqueue the last step.
+    pub fn enqueued(&self) -> Duration {
+        self.enqueued
+    }
+
+    /// The milliseconds that attention to the pages of the last step takes in
+    /// all layers, in a graph of nothing else.
+    pub fn attention(&mut self) -> Result<f32> {
+        let Self { network, weights, buffers, cache, tables, workspace, cuda, .. } = self;
+        let heads = network.config.heads;
+        self.planned = None;
+        let plan = self.decode.plan(workspace, &tables.pages, PlanMode::CudaGraph)?;
+        let rows = tables.pages.host().batch_size();
+        let graph = with_tensors(cuda, &network.config, weights, buffers, rows, |tensors| {
+            let q = tensors.qkv.as_ref().narrow(1, 0, heads.num_qo_heads)?;
+            graph::capture(cuda, || {
+                (0..network.layers.len()).try_for_each(|layer| {
+                    plan.run(
+                        &q,
+                        &cache.layer(0, layer)?,
+                        &mut tensors.attention,
+                        None,
+                        &RunOptions::default(),
+                    )
+                })?;
+                Ok(())
+            })
+        })?;
+        graph::milliseconds(cuda, &graph)
+    }
+
     /// Checks a step, and computes it if it has tokens.
     fn compute(&mut self, step: &Step<'_>) -> Result<()> {
         let Config { hidden_size, heads, .. } = self.network.config;
@@ -591,7 +702,8 @@ impl Gpu {
                 network.run(rows, tensors, products, cache, (tables, &attend), outputs)
             });
         }
-        let plan = self.decode.plan(workspace, &tables.pages, PlanMode::CudaGraph)?;
+        let mode = if self.graphs { PlanMode::CudaGraph } else { PlanMode::Eager };
+        let plan = self.decode.plan(workspace, &tables.pages, mode)?;
         let key = plan.replay_key();
         if let Some((_, graph)) = graph.as_ref().filter(|(made_for, _)| Some(made_for) == key.as_ref()) {
             graph.launch()?;
@@ -605,8 +717,9 @@ impl Gpu {
         let captured = with_tensors(cuda, &network.config, weights, buffers, bucket, |tensors| {
             let mut run = || network.run(bucket, tensors, products, cache, (tables, &attend), true);
             run()?;
-            graph::capture(cuda, run)
+            self.graphs.then(|| graph::capture(cuda, run)).transpose()
         })?;
+        let Some(captured) = captured else { return Ok(()) };
         *graph = key.map(|key| (key, captured));
         *planned = Some(index);
         Ok(())
@@ -617,7 +730,9 @@ impl Engine for Gpu {
     fn step(&mut self, step: &Step<'_>) -> Result<()> {
         self.outputs.clear();
         self.greedy.clear();
+        let start = Instant::now();
         self.compute(step)?;
+        self.enqueued = start.elapsed();
         if !step.outputs.is_empty() {
             self.cuda.memcpy_dtoh(&self.buffers.tokens, &mut self.copied)?;
             // Waits as fast as can be; what `as_slice` waits for is over then.

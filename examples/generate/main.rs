@@ -8,7 +8,8 @@
 //! answer.
 //!
 //! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
-//! any GGUF file of the llama architecture (`--model`). It runs on an NVIDIA
+//! any GGUF file of the llama architecture (`--model`; `docs/generate.md` says what
+//! it may have). It runs on an NVIDIA
 //! GPU, through FlashInfer's kernels, or on the CPU, through the operations of
 //! `flashinfer_rs::reference`.
 //!
@@ -17,13 +18,17 @@
 //! | `main` | the command line |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `tokenizer` | text to token ids and back |
+//! | `splits` | where byte-level tokenizers split text, by name |
+//! | `chat` | templates of chats |
 //! | `sentencepiece` | the tokenizers of Llama 2, Mistral and others |
 //! | `engine` | what a backend computes: one step of a mixed batch |
 //! | `cpu` | the backend on the CPU |
 //! | `gpu` | the backend on an NVIDIA GPU |
+//! | `experts` | its choice of experts |
 //! | `matmul` | its products of matrices, by cuBLASLt |
 //! | `graph` | its CUDA graphs: captured, timed, counted |
 //! | `bench` | how fast the GPU decodes (`--bench 1,8,64,256`) |
+//! | `synthetic` | models of known shapes with random weights, for `bench` |
 //! | `requests` | a request: prompt, answer, and when that ends |
 //! | `scheduler` | requests that share an engine and its cache: who computes what in a step |
 //! | `draft` | guesses of what comes next |
@@ -32,11 +37,13 @@
 
 mod answers;
 mod bench;
+mod chat;
 mod cpu;
 #[path = "../../src/bin/flashinfer-doctor/download.rs"]
 mod download;
 mod draft;
 mod engine;
+mod experts;
 mod gpu;
 mod graph;
 mod matmul;
@@ -44,6 +51,8 @@ mod model;
 mod requests;
 mod scheduler;
 mod sentencepiece;
+mod splits;
+mod synthetic;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
@@ -65,10 +74,12 @@ use crate::{
     model::{Layer, Model},
     requests::Limits,
     scheduler::Scheduler,
+    synthetic::Shape,
     tokenizer::Text,
 };
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Error>;
 
 const PAGE_SIZE: usize = 16;
 /// The most tokens that one step computes.
@@ -89,7 +100,8 @@ struct Cli {
     /// The system prompt, instead of the model's own
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
-    /// A GGUF file of the llama architecture, instead of SmolLM2-135M-Instruct
+    /// A GGUF file of the llama architecture with heads of 64, 128 or 256, instead of
+    /// SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// The most tokens of an answer
@@ -110,6 +122,12 @@ struct Cli {
     /// Measure decode steps of these batch sizes on the GPU, instead
     #[arg(long, hide = true, value_delimiter = ',', value_name = "N,…")]
     bench: Vec<NonZeroUsize>,
+    /// With `--bench`: a model of this shape with random weights
+    #[arg(long, hide = true, requires = "bench", conflicts_with = "model")]
+    shape: Option<Shape>,
+    /// With `--bench`: tokens of each request before the first step
+    #[arg(long, hide = true, requires = "bench", value_name = "N", default_value = "128")]
+    context: NonZeroUsize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -133,13 +151,21 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
+    if let Some(shape) = cli.shape {
+        let config = shape.config()?;
+        return bench::run(&config, &cli.bench, cli.context.get(), |pool, most| {
+            let (ends, layers) = synthetic::weights(&config)?;
+            with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
+        });
+    }
     let prompts = prompts(cli)?;
     let model = Model::open(&match &cli.model {
         Some(path) => path.clone(),
         None => pinned_model()?,
     })?;
     if !cli.bench.is_empty() {
-        return bench::run(&model, &cli.bench);
+        let load = |pool: &PageAllocator, most| load_gpu(&model, pool, most);
+        return bench::run(&model.config, &cli.bench, cli.context.get(), load);
     }
     let text = Text::from_gguf(&model.content)?;
     let context = model.config.context_length;
@@ -203,22 +229,22 @@ fn load(device: Device, model: &Model, pool: &PageAllocator) -> Result<(Box<dyn 
             Err(error) => error.to_string().lines().next().unwrap_or_default().to_owned(),
         },
     };
-    let cpu = with_progress(model, |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
+    let cpu = with_progress(model.layers(), |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
     Ok((Box::new(cpu), format!("on the CPU ({reason})")))
 }
 
 fn load_gpu(model: &Model, pool: &PageAllocator, max_tokens: usize) -> Result<Gpu> {
-    with_progress(model, |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
+    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
 }
 
 /// Shows how many of a model's layers were taken.
 fn with_progress<E>(
-    model: &Model,
+    layers: impl ExactSizeIterator<Item = Result<Layer>>,
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
 ) -> Result<E> {
     let style = ProgressStyle::with_template("loading {wide_bar} {pos}/{len} layers")?;
-    let bar = ProgressBar::new(model.config.num_layers as u64).with_style(style);
-    let engine = load(&mut bar.wrap_iter(model.layers()));
+    let bar = ProgressBar::new(layers.len() as u64).with_style(style);
+    let engine = load(&mut bar.wrap_iter(layers));
     bar.finish_and_clear();
     engine
 }

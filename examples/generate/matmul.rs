@@ -22,6 +22,8 @@ const LAUNCHES: usize = 3;
 const ALIGNMENT: usize = 256;
 /// `CUBLAS_OP_T`.
 static TRANSPOSED: i32 = 1;
+/// `CUBLASLT_EPILOGUE_BIAS`: a vector is added to each row of the results.
+static ADD_BIAS: u32 = 4;
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: parts of sums are kept in `f32`, and
 /// added in an order that does not change.
 static REDUCTION_IN_F32: u32 = 2;
@@ -74,6 +76,18 @@ fn layout(dtype: sys::cudaDataType, rows: usize, columns: usize) -> Result<Layou
     Ok(Layout { raw, destroy: result::destroy_matrix_layout })
 }
 
+/// Has products of this description add what lies at an address.
+fn set_bias(descriptor: &Described<sys::cublasLtMatmulDesc_t>, bias: *const c_void) -> Result<()> {
+    let pointer = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+    // SAFETY: the descriptor is alive, and the attribute is a pointer, which is
+    // only read when the product runs.
+    unsafe {
+        let value = (&raw const bias).cast();
+        result::set_matmul_desc_attribute(descriptor.raw, pointer, value, size_of::<*const c_void>())?;
+    }
+    Ok(())
+}
+
 /// What is multiplied: `f16` rows `[rows, input]` by an `f16` weight
 /// `[output, input]`, in `f32`.
 #[derive(Clone, Copy, Debug)]
@@ -81,10 +95,22 @@ pub struct Product {
     pub rows: usize,
     pub input: usize,
     pub output: usize,
-    /// The results are multiplied by it before they are rounded.
+    /// The results are multiplied by it before the bias is added and they are
+    /// rounded.
     pub factor: f32,
+    /// A bias is added.
+    pub bias: bool,
     /// The results' type, `f16` or `f32`.
     pub dtype: DType,
+}
+
+/// What rows are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight<'t> {
+    /// `input · output` elements.
+    pub matrix: TensorRef<'t>,
+    /// `output` elements of the results' type.
+    pub bias: Option<TensorRef<'t>>,
 }
 
 /// A product that is ready to run.
@@ -121,6 +147,16 @@ impl Matmul {
         unsafe {
             let value = (&raw const TRANSPOSED).cast();
             result::set_matmul_desc_attribute(descriptor.raw, transpose, value, size_of::<i32>())?;
+        }
+        if product.bias {
+            let epilogue = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE;
+            // SAFETY: the descriptor is alive, and the attribute is a `u32`.
+            unsafe {
+                let value = (&raw const ADD_BIAS).cast();
+                result::set_matmul_desc_attribute(descriptor.raw, epilogue, value, size_of::<u32>())?;
+            }
+            // Algorithms are sought for a bias that is somewhere; nothing reads it.
+            set_bias(&descriptor, std::ptr::without_provenance(ALIGNMENT))?;
         }
         let mut matmul = Self {
             cublas: cublas.clone(),
@@ -204,23 +240,29 @@ impl Matmul {
         Ok(best)
     }
 
-    /// `out = factor · x · weightᵀ`. All are contiguous, with addresses that are
-    /// multiples of 256 bytes; `weight` may have any shape. `scratch` is what
-    /// other products on the stream use, too.
+    /// `out = factor · x · matrixᵀ + bias`. All are contiguous, with addresses
+    /// that are multiples of 256 bytes, and may have any shape. There is a bias
+    /// if the product has one. `scratch` is what other products on the stream
+    /// use, too.
     pub fn run(
         &self,
         out: &mut TensorMut<'_>,
         x: &TensorRef<'_>,
-        weight: &TensorRef<'_>,
+        weight: &Weight<'_>,
         scratch: &mut TensorMut<'_>,
     ) -> Result<()> {
-        let Product { rows, input, output, factor, dtype } = self.product;
+        let Product { rows, input, output, factor, dtype, .. } = self.product;
         let algorithm = &self.algorithms[self.chosen];
-        for (name, tensor, dtype, numel) in [
+        if weight.bias.is_some() != self.product.bias {
+            return Err(format!("the bias of {:?} is {:?}", self.product, weight.bias).into());
+        }
+        let operands = [
             ("out", out.as_ref(), dtype, rows * output),
             ("x", *x, DType::F16, rows * input),
-            ("weight", *weight, DType::F16, input * output),
-        ] {
+            ("weight", weight.matrix, DType::F16, input * output),
+        ];
+        let bias = weight.bias.map(|bias| ("bias", bias, dtype, output));
+        for (name, tensor, dtype, numel) in operands.into_iter().chain(bias) {
             let device = Device::Cuda(self.cublas.cuda.context().ordinal() as u32);
             let aligned = (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
             let fits = tensor.dtype() == dtype && tensor.numel() == numel && tensor.device() == device;
@@ -233,6 +275,9 @@ impl Matmul {
                 format!("the product needs {} bytes of scratch memory", algorithm.workspaceSize).into()
             );
         }
+        if let Some(bias) = weight.bias {
+            set_bias(&self.descriptor, bias.data_ptr())?;
+        }
         let zero = 0f32;
         // SAFETY: the descriptions are alive, and the tensors are what they
         // describe, on the handle's device; `out` and `scratch` are borrowed
@@ -243,7 +288,7 @@ impl Matmul {
                 self.descriptor.raw,
                 (&raw const factor).cast(),
                 (&raw const zero).cast(),
-                weight.data_ptr(),
+                weight.matrix.data_ptr(),
                 self.weight.raw,
                 x.data_ptr(),
                 self.x.raw,

@@ -3,7 +3,8 @@
 //!
 //! Weights are dequantized to `f32` as they are read, in the shape in which
 //! both backends multiply: `[out, in]`, with the projections of queries, keys
-//! and values in one matrix, and those of gate and up. A backend takes each
+//! and values in one matrix, those of gate and up, and those of all experts. A
+//! model without experts is one of a single expert. A backend takes each
 //! layer as it comes and keeps it in its own form, so that no more than one
 //! layer is held twice.
 
@@ -34,12 +35,37 @@ const ROTARY_MULTIPLE: usize = 8;
 /// What divides the frequencies of the rotary embedding, where a file has it.
 const ROPE_FREQS: &str = "rope_freqs.weight";
 
+/// All tensors that are none of a layer's.
+const OUTSIDE: [&str; 4] = ["token_embd.weight", "output_norm.weight", "output.weight", ROPE_FREQS];
+/// Those of a layer: of all, of layers without experts, and of layers with them,
+/// where files that were made early have a tensor for each expert.
+const INSIDE: [&str; 10] = [
+    "attn_norm.weight",
+    "attn_q.weight",
+    "attn_q.bias",
+    "attn_k.weight",
+    "attn_k.bias",
+    "attn_v.weight",
+    "attn_v.bias",
+    "attn_output.weight",
+    "attn_output.bias",
+    "ffn_norm.weight",
+];
+const DENSE: [&str; 6] =
+    ["ffn_gate.weight", "ffn_gate.bias", "ffn_up.weight", "ffn_up.bias", "ffn_down.weight", "ffn_down.bias"];
+const ROUTED: [&str; 4] =
+    ["ffn_gate_inp.weight", "ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"];
+const EACH: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
+
 /// The sizes of a model, and its rotary embedding.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub num_layers: usize,
     pub hidden_size: usize,
+    /// Of each expert.
     pub intermediate_size: usize,
+    pub experts: Option<Experts>,
+    pub biases: Biases,
     pub vocab_size: usize,
     pub heads: Heads,
     pub head_dim: usize,
@@ -51,17 +77,45 @@ pub struct Config {
     pub rope: RopeFrequencies,
 }
 
-/// The weights of one layer. Matrices are `[out, in]`, all `f32`.
+/// Experts, of which a router chooses some for each token. They share the token
+/// by the softmax of their scores.
+#[derive(Clone, Copy, Debug)]
+pub struct Experts {
+    pub count: usize,
+    /// How many a token has.
+    pub used: usize,
+}
+
+/// What has biases, in some layer at least; other layers then have zeros.
+#[derive(Clone, Copy, Debug)]
+pub struct Biases {
+    pub qkv: bool,
+    pub attention_output: bool,
+    pub gate_up: bool,
+    pub down: bool,
+}
+
+/// A matrix `[out, in]`, and what is added to its products, `[out]`; `f32`.
+#[derive(Clone)]
+pub struct Linear {
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+}
+
+/// The weights of one layer.
 #[derive(Clone)]
 pub struct Layer {
     pub attention_norm: Vec<f32>,
     /// Rows for queries, then keys, then values.
-    pub qkv: Tensor,
-    pub attention_output: Tensor,
+    pub qkv: Linear,
+    pub attention_output: Linear,
     pub mlp_norm: Vec<f32>,
-    /// Rows for the gate, then for up.
-    pub gate_up: Tensor,
-    pub down: Tensor,
+    /// The scores of experts.
+    pub router: Option<Linear>,
+    /// For each expert, rows for the gate, then for up.
+    pub gate_up: Linear,
+    /// Columns for each expert.
+    pub down: Linear,
 }
 
 /// What comes before the first layer and after the last.
@@ -97,9 +151,9 @@ impl Model {
     pub fn ends(&self) -> Result<Ends> {
         let Config { vocab_size, hidden_size, .. } = self.config;
         let tied = !self.content.tensor_infos.contains_key("output.weight");
-        let head = (!tied).then(|| self.tensor("output", &[vocab_size, hidden_size]));
+        let head = (!tied).then(|| self.tensor("output.weight", &[vocab_size, hidden_size]));
         Ok(Ends {
-            embedding: self.tensor("token_embd", &[vocab_size, hidden_size])?,
+            embedding: self.tensor("token_embd.weight", &[vocab_size, hidden_size])?,
             norm: self.vector("output_norm")?,
             head: head.transpose()?,
         })
@@ -112,28 +166,70 @@ impl Model {
 
     fn layer(&self, index: usize) -> Result<Layer> {
         let Config { hidden_size: hidden, intermediate_size: inner, heads, head_dim, .. } = self.config;
-        let matrix = |name: &str, out, input| self.tensor(&format!("blk.{index}.{name}"), &[out, input]);
+        let Biases { qkv, attention_output, gate_up, down } = self.config.biases;
         let (qo, kv) = (heads.num_qo_heads * head_dim, heads.num_kv_heads * head_dim);
-        let (q, k, v) =
-            (matrix("attn_q", qo, hidden)?, matrix("attn_k", kv, hidden)?, matrix("attn_v", kv, hidden)?);
-        let (gate, up) = (matrix("ffn_gate", inner, hidden)?, matrix("ffn_up", inner, hidden)?);
+        let name = |name: &str| format!("blk.{index}.{name}");
+        let (router, gate_up, down) = match self.config.experts {
+            None => (
+                None,
+                self.linear(index, &[("ffn_gate", inner), ("ffn_up", inner)], hidden, gate_up)?,
+                self.linear(index, &[("ffn_down", hidden)], inner, down)?,
+            ),
+            Some(Experts { count, .. }) => {
+                let experts = |name: &str, out, input| self.experts(index, name, [count, out, input]);
+                let gate_up = [experts("ffn_gate", inner, hidden)?, experts("ffn_up", inner, hidden)?];
+                let gate_up = Tensor::cat(&gate_up, 1)?.reshape((count * 2 * inner, hidden))?;
+                let down = experts("ffn_down", hidden, inner)?;
+                let down = down.permute((1, 0, 2))?.reshape((hidden, count * inner))?;
+                let alone = |weight| Linear { weight, bias: None };
+                let router = self.tensor(&name("ffn_gate_inp.weight"), &[count, hidden])?;
+                (Some(alone(router)), alone(gate_up), alone(down))
+            }
+        };
         Ok(Layer {
-            attention_norm: self.vector(&format!("blk.{index}.attn_norm"))?,
-            qkv: Tensor::cat(&[q, k, v], 0)?,
-            attention_output: matrix("attn_output", hidden, qo)?,
-            mlp_norm: self.vector(&format!("blk.{index}.ffn_norm"))?,
-            gate_up: Tensor::cat(&[gate, up], 0)?,
-            down: matrix("ffn_down", hidden, inner)?,
+            attention_norm: self.vector(&name("attn_norm"))?,
+            qkv: self.linear(index, &[("attn_q", qo), ("attn_k", kv), ("attn_v", kv)], hidden, qkv)?,
+            attention_output: self.linear(index, &[("attn_output", hidden)], qo, attention_output)?,
+            mlp_norm: self.vector(&name("ffn_norm"))?,
+            router,
+            gate_up,
+            down,
         })
+    }
+
+    /// Matrices of these names and heights in one, with zeros for a bias that is
+    /// missing, if there are any.
+    fn linear(&self, index: usize, parts: &[(&str, usize)], input: usize, biased: bool) -> Result<Linear> {
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for &(name, out) in parts {
+            weights.push(self.tensor(&format!("blk.{index}.{name}.weight"), &[out, input])?);
+            let bias = format!("blk.{index}.{name}.bias");
+            biases.push(match self.content.tensor_infos.contains_key(&bias) {
+                true => self.tensor(&bias, &[out])?,
+                false => Tensor::zeros(out, DType::F32, &Device::Cpu)?,
+            });
+        }
+        let bias = biased.then(|| Tensor::cat(&biases, 0)).transpose()?;
+        Ok(Linear { weight: Tensor::cat(&weights, 0)?, bias })
+    }
+
+    /// The matrices of all experts, in one tensor or in one each.
+    fn experts(&self, index: usize, name: &str, [count, out, input]: [usize; 3]) -> Result<Tensor> {
+        let each = |expert: usize| format!("blk.{index}.{name}.{expert}.weight");
+        if !self.content.tensor_infos.contains_key(&each(0)) {
+            return self.tensor(&format!("blk.{index}.{name}_exps.weight"), &[count, out, input]);
+        }
+        let all = (0..count).map(|expert| self.tensor(&each(expert), &[out, input]));
+        Ok(Tensor::stack(&all.collect::<Result<Vec<_>>>()?, 0)?)
     }
 
     /// The weight of a norm.
     fn vector(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.tensor(name, &[self.config.hidden_size])?.to_vec1()?)
+        Ok(self.tensor(&format!("{name}.weight"), &[self.config.hidden_size])?.to_vec1()?)
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = tensor(&self.content, &self.file, &format!("{name}.weight"), shape);
+        let tensor = tensor(&self.content, &self.file, name, shape);
         tensor.map_err(|e| format!("{}: {e}", self.path.display()).into())
     }
 }
@@ -150,6 +246,31 @@ fn tensor(content: &Content, mut file: &File, name: &str, shape: &[usize]) -> Re
     Ok(tensor.map_err(|e| broken(plain(e)))?)
 }
 
+/// Refuses a file with a tensor that is not used: answers would not be the model's.
+fn check_tensors(content: &Content, num_layers: usize, experts: Option<Experts>) -> Result<()> {
+    let of_expert = |name: &str| {
+        let mut parts = name.split('.');
+        let each = parts.next().is_some_and(|name| EACH.contains(&name));
+        let number = parts.next().and_then(|number| number.parse::<usize>().ok());
+        each && number.is_some() && parts.eq(["weight"])
+    };
+    let of_layer = |name: &str| {
+        INSIDE.contains(&name)
+            || match experts {
+                None => DENSE.contains(&name),
+                Some(_) => ROUTED.contains(&name) || of_expert(name),
+            }
+    };
+    let used = |name: &&String| match name.strip_prefix("blk.").and_then(|name| name.split_once('.')) {
+        Some((layer, name)) => layer.parse().is_ok_and(|layer: usize| layer < num_layers) && of_layer(name),
+        None => OUTSIDE.contains(&name.as_str()),
+    };
+    match content.tensor_infos.keys().filter(|name| !used(name)).min() {
+        Some(name) => Err(format!("it has a tensor {name}, which this program does not support").into()),
+        None => Ok(()),
+    }
+}
+
 /// An error of candle without the backtrace that it may carry.
 pub fn plain(error: candle_core::Error) -> String {
     match error {
@@ -159,6 +280,11 @@ pub fn plain(error: candle_core::Error) -> String {
 }
 
 impl Config {
+    /// How many experts there are; one if there is nothing to choose from.
+    pub fn num_experts(&self) -> usize {
+        self.experts.map_or(1, |experts| experts.count)
+    }
+
     /// What the model keeps for each token.
     pub fn kv_shape(&self, dtype: flashinfer_rs::DType, layout: KvLayout) -> KvShape {
         KvShape {
@@ -204,14 +330,32 @@ impl Config {
         if count("attention.value_length")?.is_some_and(|value| value != head_dim) {
             return Err(format!("llama.attention.value_length is not the head dimension, {head_dim}").into());
         }
-        // What other files of this architecture may ask for.
-        let unusual = [
-            (metadata("expert_count").is_some_and(|n| n.to_u64().ok() != Some(0)), "experts"),
-            (content.tensor_infos.keys().any(|name| name.ends_with(".bias")), "biases"),
-        ];
-        if let Some((_, what)) = unusual.into_iter().find(|(present, _)| *present) {
-            return Err(format!("it has {what}, which this program does not support").into());
+        let num_layers = need("block_count")?;
+        let experts = match metadata("expert_count").map(Value::to_u64) {
+            None | Some(Ok(0)) => None,
+            Some(_) => Some(Experts { count: need("expert_count")?, used: need("expert_used_count")? }),
+        };
+        if let Some(Experts { count, used }) = experts.filter(|experts| experts.used > experts.count) {
+            return Err(format!("it uses {used} experts of {count}").into());
         }
+        // What other files of this architecture may ask for.
+        for (key, usual) in [("attention.scale", (head_dim as f64).powf(-0.5)), ("expert_weights_scale", 1.0)]
+        {
+            if let Some(value) = real(key)?.filter(|value| (value / usual - 1.0).abs() > 1e-6) {
+                return Err(format!("llama.{key} is {value}; expected {usual}").into());
+            }
+        }
+        check_tensors(content, num_layers, experts)?;
+        let biased = |names: &[&str]| {
+            let names: Vec<_> = names.iter().map(|name| format!(".{name}.bias")).collect();
+            content.tensor_infos.keys().any(|tensor| names.iter().any(|name| tensor.ends_with(name)))
+        };
+        let biases = Biases {
+            qkv: biased(&["attn_q", "attn_k", "attn_v"]),
+            attention_output: biased(&["attn_output"]),
+            gate_up: biased(&["ffn_gate", "ffn_up"]),
+            down: biased(&["ffn_down"]),
+        };
         let embedding = content.tensor_infos.get("token_embd.weight").map(|info| info.shape.dims());
         let Some(&[vocab_size, _]) = embedding else {
             return Err("the tensor token_embd.weight is missing, or no matrix".into());
@@ -254,9 +398,11 @@ impl Config {
             rope = RopeFrequencies::from_inv_freq(rope.inv_freq().into(), rope.attention_factor() * factor)?;
         }
         Ok(Self {
-            num_layers: need("block_count")?,
+            num_layers,
             hidden_size,
             intermediate_size: need("feed_forward_length")?,
+            experts,
+            biases,
             vocab_size,
             heads,
             head_dim,

@@ -8,7 +8,6 @@ use tokenizers::{
     AddedToken, Tokenizer,
     models::bpe::{BPE, Vocab},
     normalizers::{NormalizerWrapper, Prepend, Replace, Sequence},
-    processors::template::TemplateProcessing,
 };
 
 use crate::Result;
@@ -20,7 +19,8 @@ pub const SPACE: &str = "▁";
 const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
+/// Found in text before all others, and text as they are.
+pub const USER_DEFINED: i64 = 4;
 
 /// The tokenizer of these pieces, and whether it puts a space before text.
 pub fn tokenizer(content: &Content, pieces: &[String]) -> Result<(Tokenizer, bool)> {
@@ -32,14 +32,8 @@ pub fn tokenizer(content: &Content, pieces: &[String]) -> Result<(Tokenizer, boo
     };
     let scores = numbers("scores")?.iter().map(Value::to_f32).collect::<std::result::Result<Vec<_>, _>>();
     let scores = scores.map_err(|_| "tokenizer.ggml.scores are not all f32")?;
-    let types = numbers("token_type")?.iter().map(|kind| match kind {
-        Value::I32(kind) => Ok(i64::from(*kind)),
-        Value::U32(kind) => Ok(i64::from(*kind)),
-        _ => Err("tokenizer.ggml.token_type are not all 32-bit integers"),
-    });
-    let types = types.collect::<std::result::Result<Vec<_>, _>>()?;
-    let flag = |key: &str| metadata(key).map_or(Ok(true), Value::to_bool);
-    let flag = |key: &str| flag(key).map_err(|_| format!("tokenizer.ggml.{key} is not true or false"));
+    let types = numbers("token_type")?.iter().map(token_type).collect::<Option<Vec<_>>>();
+    let types = types.ok_or("tokenizer.ggml.token_type are not all 32-bit integers")?;
     let of_type = |wanted: i64| pieces.iter().zip(&types).filter(move |(_, kind)| **kind == wanted);
 
     let vocab: HashMap<&str, usize> = pieces.iter().map(String::as_str).zip(0..).collect();
@@ -69,7 +63,8 @@ pub fn tokenizer(content: &Content, pieces: &[String]) -> Result<(Tokenizer, boo
     }
     let mut tokenizer = Tokenizer::new(model.build()?);
 
-    let prefix = flag("add_space_prefix")?;
+    let prefix = metadata("add_space_prefix").map_or(Ok(true), Value::to_bool);
+    let prefix = prefix.map_err(|_| "tokenizer.ggml.add_space_prefix is not true or false")?;
     let prepend = prefix.then(|| NormalizerWrapper::from(Prepend::new(SPACE.into())));
     let steps = prepend.into_iter().chain([Replace::new(" ", SPACE)?.into()]);
     tokenizer.with_normalizer(Some(Sequence::new(steps.collect())))?;
@@ -78,17 +73,16 @@ pub fn tokenizer(content: &Content, pieces: &[String]) -> Result<(Tokenizer, boo
     };
     tokenizer.add_special_tokens(whole(UNKNOWN, true).chain(whole(CONTROL, true)))?;
     tokenizer.add_tokens(whole(USER_DEFINED, false))?;
-    if flag("add_bos_token")? {
-        let id = metadata("bos_token_id").and_then(|id| id.to_u32().ok());
-        let bos = id.and_then(|id| Some((pieces.get(id as usize)?.clone(), id)));
-        let bos = bos.ok_or("tokenizer.ggml.bos_token_id is missing, or no token")?;
-        let template = TemplateProcessing::builder()
-            .try_single(vec![bos.0.clone(), "$0".into()])?
-            .special_tokens(vec![bos])
-            .build()?;
-        tokenizer.with_post_processor(Some(template));
-    }
     Ok((tokenizer, prefix))
+}
+
+/// The type of a token.
+pub fn token_type(value: &Value) -> Option<i64> {
+    match value {
+        Value::I32(kind) => Some(i64::from(*kind)),
+        Value::U32(kind) => Some(i64::from(*kind)),
+        _ => None,
+    }
 }
 
 /// The bytes that a piece stands for.

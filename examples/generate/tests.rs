@@ -1,6 +1,8 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
+mod bytes;
+mod forward;
 mod gpu;
 mod sentencepiece;
 
@@ -28,6 +30,7 @@ use tempfile::TempDir;
 
 use crate::{
     Cli, Fetch, Limits, Member, PageAllocator, Parser, Result, Scheduler, Store, StoreConfig, Text,
+    chat::Chat,
     cpu::Cpu,
     engine::{Engine, Step},
     model::{Ends, Layer, Model},
@@ -299,11 +302,14 @@ fn prompts_and_drafts_come_from_the_command_line() {
 /// A small file, of this metadata and tensors of these shapes.
 struct Tiny {
     metadata: BTreeMap<&'static str, Value>,
-    tensors: BTreeMap<&'static str, Vec<usize>>,
+    tensors: BTreeMap<String, Vec<usize>>,
+    /// The elements of a tensor, by its name, shape and their place.
+    value: fn(&str, &[usize], usize) -> f32,
 }
 
 impl Tiny {
-    /// A model of one layer and one head of 64.
+    /// A model of one layer and one head of 64. Elements are a function of their
+    /// place, twice that in an output head. What divides frequencies counts from 1.
     fn new() -> Self {
         let metadata = [
             ("general.architecture", Value::String("llama".into())),
@@ -327,23 +333,24 @@ impl Tiny {
             ("blk.0.ffn_up.weight", vec![96, 64]),
             ("blk.0.ffn_down.weight", vec![64, 96]),
         ];
-        Self { metadata: metadata.into(), tensors: tensors.into() }
+        let tensors = tensors.map(|(name, shape)| (name.to_owned(), shape));
+        let value = |name: &str, _: &[usize], at: usize| match name {
+            "rope_freqs.weight" => 1.0 + at as f32,
+            "output.weight" => (at as f32 * 0.7).sin() * 0.5,
+            _ => (at as f32 * 0.7).sin() * 0.25,
+        };
+        Self { metadata: metadata.into(), tensors: tensors.into(), value }
     }
 
-    /// The file; elements are a fixed function of their place, twice that in
-    /// an output head. What divides frequencies counts from 1.
     fn write(&self, folder: &TempDir) -> PathBuf {
         let tensor = |name: &str, shape: &[usize]| {
-            let value = |at: usize| match name {
-                "rope_freqs.weight" => 1.0 + at as f32,
-                "output.weight" => (at as f32 * 0.7).sin() * 0.5,
-                _ => (at as f32 * 0.7).sin() * 0.25,
-            };
-            let values: Vec<_> = (0..shape.iter().product()).map(value).collect();
+            let values: Vec<_> =
+                (0..shape.iter().product()).map(|at| (self.value)(name, shape, at)).collect();
             let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
             QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
         };
-        let tensors: Vec<_> = self.tensors.iter().map(|(name, shape)| (*name, tensor(name, shape))).collect();
+        let tensors: Vec<_> =
+            self.tensors.iter().map(|(name, shape)| (name.as_str(), tensor(name, shape))).collect();
         let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (*key, value)).collect();
         let path = folder.path().join("tiny.gguf");
         let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -374,23 +381,31 @@ fn files_that_cannot_be_run_are_refused() {
         ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
         ("llama.rope.dimension_count", Value::U32(72), "is 72; expected a multiple of 8 up to 64"),
         ("llama.rope.dimension_count", Value::U32(20), "is 20; expected a multiple of 8 up to 64"),
-        ("llama.expert_count", Value::U32(8), "experts"),
+        ("llama.expert_count", Value::U32(8), "llama.expert_used_count is missing"),
+        ("llama.expert_count", Value::String("8".into()), "expert_count is not a positive number"),
+        ("llama.attention.scale", Value::F32(0.25), "llama.attention.scale is 0.25; expected 0.125"),
+        ("llama.expert_weights_scale", Value::F32(2.5), "expert_weights_scale is 2.5; expected 1"),
         ("llama.rope.scaling.type", Value::String("longrope".into()), "`longrope`; expected none, linear"),
         ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is no string"),
         ("llama.rope.scaling.factor", Value::F32(0.0), "scaling.factor is not a positive number"),
         ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
-        ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
+        ("llama.block_count", Value::U32(2), "blk.1.ffn_gate.weight: it is missing"),
     ] {
         let mut tiny = Tiny::new();
         tiny.metadata.insert(key, value);
         refused(&tiny.write(&folder), expected);
     }
     for (name, expected) in [
-        ("blk.0.attn_q.bias", "biases"),
+        ("blk.0.attn_norm.bias", "it has a tensor blk.0.attn_norm.bias, which this program does not support"),
+        ("output.bias", "it has a tensor output.bias"),
+        ("blk.1.attn_q.bias", "it has a tensor blk.1.attn_q.bias"),
+        ("blk.0.ffn_gate_inp.weight", "it has a tensor blk.0.ffn_gate_inp.weight"),
+        ("blk.0.ffn_gate.0.weight", "it has a tensor blk.0.ffn_gate.0.weight"),
+        ("blk.0.ffn_up.bias", "blk.0.ffn_up.bias: its shape is [64]; expected [96]"),
         ("rope_freqs.weight", "rope_freqs.weight: its shape is [64]; expected [32]"),
     ] {
         let mut tiny = Tiny::new();
-        tiny.tensors.insert(name, vec![64]);
+        tiny.tensors.insert(name.into(), vec![64]);
         refused(&tiny.write(&folder), expected);
     }
     let mut tiny = Tiny::new();
@@ -433,7 +448,7 @@ fn a_head_of_its_own_is_used() {
     let mut tiny = Tiny::new();
     let tied = tiny.logits(&folder);
     assert!(tied.len() == 64 && tied.iter().any(|logit| logit.abs() > 1e-3));
-    tiny.tensors.insert("output.weight", vec![32, 64]);
+    tiny.tensors.insert("output.weight".into(), vec![32, 64]);
     let doubled: Vec<_> = tied.iter().map(|logit| logit * 2.0).collect();
     assert_eq!(tiny.logits(&folder), doubled);
 }
@@ -493,7 +508,7 @@ fn rotary_embeddings_are_scaled_as_the_file_says() {
 
     // What a tensor says divides, after scaling by metadata.
     let mut tensor = with(slice::from_ref(&factor));
-    tensor.tensors.insert("rope_freqs.weight", vec![32]);
+    tensor.tensors.insert("rope_freqs.weight".into(), vec![32]);
     check(&tensor, 1.0, &|pair| plain(pair) / 4.0 / (1.0 + pair as f64));
 
     // The first token is at position 0, which turns nothing.
@@ -522,15 +537,84 @@ fn other_tokenizers_are_refused_or_split_as_they_say() {
     refused(read("tokenizer.ggml.pre", Value::String("chaotic".into())), "has no tokenizer");
     refused(read("tokenizer.ggml.model", Value::String("bert".into())), "tokenizer.ggml.tokens");
     refused(read("tokenizer.ggml.model", Value::String("gpt2".into())), "tokenizer.ggml.tokens");
+    let tokens = ["1", "2", "3", "4", "12", "123", "a", "Ġ", "Ġa", "Ã", "©", "Ġab", "<s>", "</s>", "  é"];
     refused(
-        read("tokenizer.ggml.tokens", strings(&["1", "2", "3", "4", "12", "123", "a", "Ġ", "Ġa"])),
-        "tokenizer.ggml.merges",
+        read("tokenizer.ggml.tokens", strings(&tokens)),
+        "splits text as `chaotic`; expected one of default",
     );
-    refused(read("tokenizer.ggml.merges", strings(&["1 2", "12 3", "Ġ a"])), "splits text as `chaotic`");
+    refused(read("tokenizer.ggml.pre", Value::String("smollm".into())), "tokenizer.ggml.merges");
+    assert!(read("tokenizer.ggml.merges", strings(&["1 2", "12 3", "Ġ a"])).is_ok());
+    // Tokens of the control, and one of the user, which is text as it is.
+    let types = (0..15).map(|id| Value::I32([1, 3, 3, 4][usize::saturating_sub(id, 11)]));
+    assert!(read("tokenizer.ggml.token_type", Value::Array(types.collect())).is_ok());
+    refused(read("tokenizer.ggml.add_eos_token", Value::Bool(true)), "eos_token_id is missing, or no token");
+    read("tokenizer.ggml.eos_token_id", Value::U32(13)).unwrap();
+    refused(read("tokenizer.ggml.add_bos_token", Value::U32(1)), "add_bos_token is not true or false");
+    read("tokenizer.ggml.bos_token_id", Value::U32(12)).err().expect("no tokenizer");
+    let text = read("tokenizer.ggml.add_bos_token", Value::Bool(true)).unwrap();
+    assert_eq!(text.encode("a1").unwrap(), [12, 6, 0, 13]);
+    assert!(text.ends().contains(&13));
+    let text = read("tokenizer.ggml.add_eos_token", Value::Bool(false)).unwrap();
+    assert_eq!(text.encode("</s>a   éé").unwrap(), [12, 13, 6, 7, 14, 9, 10]);
+    let mut stream = text.stream();
+    assert_eq!(
+        text.encode("</s>a   éé").unwrap().into_iter().map(|id| stream.push(id)).collect::<String>(),
+        "a   éé"
+    );
+    read("tokenizer.ggml.add_bos_token", Value::Bool(false)).unwrap();
     // The one joins up to three digits, the other none.
     for (pre, expected) in [("llama-bpe", [5, 3, 8].as_slice()), ("smollm", [0, 1, 2, 3, 8].as_slice())] {
         let text = read("tokenizer.ggml.pre", Value::String(pre.into())).unwrap();
         assert_eq!(text.encode("1234 a").unwrap(), expected, "{pre}");
         assert!(text.encode_chat(None, "a").unwrap_err().to_string().contains("--raw"));
     }
+    // Without a name, text is split as always was; some names imply BOS, and that
+    // a part is taken whole, which no merge makes here.
+    tiny.metadata.remove("tokenizer.ggml.add_bos_token");
+    for (pre, expected) in [
+        (None, [5, 3, 8, 8].as_slice()),
+        (Some("default"), &[5, 3, 8, 8]),
+        (Some("gpt-2"), &[5, 3, 8, 8]),
+        (Some("tekken"), &[12, 0, 1, 2, 3, 8, 11]),
+        (Some("pixtral"), &[12, 5, 3, 8, 11]),
+    ] {
+        tiny.metadata.remove("tokenizer.ggml.pre");
+        tiny.metadata.extend(pre.map(|pre| ("tokenizer.ggml.pre", Value::String(pre.into()))));
+        let text = Text::from_gguf(&Model::open(&tiny.write(&folder)).unwrap().content).unwrap();
+        // There is no token `b`.
+        let ids = text.encode("1234 a ab").unwrap();
+        assert_eq!(ids, expected, "{pre:?}");
+    }
+}
+
+#[test]
+fn questions_are_asked_as_the_template_says() {
+    let ask = |template: &str, system: Option<&str>| {
+        Chat::find(template, |_| true).map(|chat| chat.question(system, "Who?"))
+    };
+    let chatml = "{{ x }}<|im_start|>system\nBe kind.<|im_end|>\n{{ y }}";
+    let user = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n";
+    let with = |system: &str| Some(format!("<|im_start|>system\n{system}<|im_end|>\n{user}"));
+    assert_eq!(ask(chatml, None), with("Be kind."));
+    assert_eq!(ask(chatml, Some("Be brief.")), with("Be brief."));
+    // A system prompt that is put together is not the file's own.
+    assert_eq!(ask("<|im_start|>system\n{{ z }}<|im_end|>\n", None).as_deref(), Some(user));
+    assert_eq!(ask("no template", None), None);
+    assert!(Chat::find(chatml, |_| false).is_none());
+
+    let answer = "<|start_header_id|>assistant<|end_header_id|>\n\n";
+    let user = format!("<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>{answer}");
+    let llama3 = "{{ '<|start_header_id|>' + role + '<|end_header_id|>' }}";
+    assert_eq!(ask(llama3, None).as_ref(), Some(&user));
+    let system = "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>";
+    assert_eq!(ask(llama3, Some("Be kind.")), Some(format!("{system}{user}")));
+
+    let mistral = "{{ bos_token + '[INST] ' + content + ' [/INST]' }}";
+    assert_eq!(ask(mistral, None).as_deref(), Some("[INST] Who? [/INST]"));
+    assert_eq!(ask(mistral, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho? [/INST]"));
+    assert!(Chat::find(mistral, |_| false).is_some());
+    let llama2 = format!("{mistral} {{{{ '<<SYS>>' }}}}");
+    let whole = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWho? [/INST]";
+    assert_eq!(ask(&llama2, Some("Be kind.")).as_deref(), Some(whole));
+    assert_eq!(ask(&llama2, None).as_deref(), Some("[INST] Who? [/INST]"));
 }

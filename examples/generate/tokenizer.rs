@@ -2,29 +2,16 @@
 
 use std::{collections::BTreeSet, mem};
 
-use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};
-use tokenizers::{
-    SplitDelimiterBehavior, Tokenizer,
-    pre_tokenizers::{
-        PreTokenizerWrapper,
-        byte_level::ByteLevel,
-        digits::Digits,
-        sequence::Sequence,
-        split::{Split, SplitPattern},
-    },
+use candle_core::quantized::{
+    gguf_file::{Content, Value},
+    tokenizer::TokenizerFromGguf,
 };
+use tokenizers::{ModelWrapper, Tokenizer, processors::template::TemplateProcessing};
 
-use crate::{Result, model::plain, sentencepiece};
+use crate::{Result, chat::Chat, model::plain, sentencepiece, splits::Pre};
 
-/// Where Llama 3's tokenizer splits text: contractions, words, up to three
-/// digits, punctuation, line ends, spaces.
-const LLAMA3_SPLIT: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
-/// How a ChatML message of the system starts; a template that uses it may have
-/// a system prompt of its own.
-const SYSTEM: &str = "<|im_start|>system\n";
+/// Tokens that end an answer, in templates for chats.
+const ENDS: [&str; 2] = ["<|im_end|>", "<|eot_id|>"];
 
 /// A tokenizer: byte-level BPE, or SentencePiece's.
 pub struct Text {
@@ -33,8 +20,7 @@ pub struct Text {
     pieces: Vec<Vec<u8>>,
     /// Encoding puts a space before the text.
     space_prefix: bool,
-    chatml: bool,
-    system: Option<String>,
+    chat: Option<Chat>,
     ends: BTreeSet<u32>,
 }
 
@@ -49,29 +35,38 @@ impl Text {
             tokens.and_then(|tokens| tokens.iter().map(|token| token.to_string().ok().cloned()).collect());
         let tokens = tokens.ok_or("tokenizer.ggml.tokens is missing, or no array of strings")?;
         let pre = string("ggml.pre").map_or("default", String::as_str);
-        let (tokenizer, space_prefix, bytes): (_, _, fn(&str) -> _) = match model.as_str() {
-            "gpt2" => (byte_level(content, pre)?, false, bytes_of_characters),
+        let (mut tokenizer, space_prefix, add_bos, bytes): (_, _, _, fn(&str) -> _) = match model.as_str() {
+            "gpt2" => {
+                let pre = Pre::of(pre)?;
+                (byte_level(content, pre)?, false, pre.add_bos, bytes_of_characters)
+            }
             "llama" => {
                 let (tokenizer, space_prefix) =
                     sentencepiece::tokenizer(content, &tokens).map_err(|e| format!("its tokenizer: {e}"))?;
-                (tokenizer, space_prefix, sentencepiece::bytes)
+                (tokenizer, space_prefix, true, sentencepiece::bytes)
             }
             other => {
                 let expected = "expected gpt2 (byte-level BPE) or llama (SentencePiece)";
                 return Err(format!("its tokenizer is `{other}`; {expected}").into());
             }
         };
+        add_ends(&mut tokenizer, content, &tokens, add_bos).map_err(|e| format!("its tokenizer: {e}"))?;
+        let types = metadata("ggml.token_type").and_then(|types| types.to_vec().ok());
         let special = |token: &str| tokenizer.get_added_vocabulary().is_special_token(token);
-        let piece = |token: &String| if special(token) { Vec::new() } else { bytes(token) };
+        let kind = |id: usize| types.and_then(|types| sentencepiece::token_type(types.get(id)?));
+        let literal = |id| model == "gpt2" && kind(id) == Some(sentencepiece::USER_DEFINED);
+        let piece = |(id, token): (usize, &String)| match special(token) {
+            _ if literal(id) => token.clone().into(),
+            true => Vec::new(),
+            false => bytes(token),
+        };
         let ends = ["ggml.eos_token_id", "ggml.eot_token_id"].into_iter();
         let ends = ends.filter_map(metadata).filter_map(|id| id.to_u32().ok());
         let template = string("chat_template").map_or("", String::as_str);
-        let system = template.split_once(SYSTEM).and_then(|(_, rest)| rest.split_once("<|im_end|>"));
         Ok(Self {
-            ends: ends.chain(tokenizer.token_to_id("<|im_end|>")).collect(),
-            chatml: template.contains("<|im_start|>") && tokenizer.token_to_id("<|im_start|>").is_some(),
-            system: system.map(|(system, _)| system.into()),
-            pieces: tokens.iter().map(piece).collect(),
+            ends: ends.chain(ENDS.iter().filter_map(|end| tokenizer.token_to_id(end))).collect(),
+            chat: Chat::find(template, |token| tokenizer.token_to_id(token).is_some()),
+            pieces: tokens.iter().enumerate().map(piece).collect(),
             space_prefix,
             tokenizer,
         })
@@ -85,12 +80,11 @@ impl Text {
     /// The ids of a question to the model, up to where its answer begins. The
     /// system prompt is the file's own if none is given.
     pub fn encode_chat(&self, system: Option<&str>, user: &str) -> Result<Vec<u32>> {
-        if !self.chatml {
-            return Err("the model has no ChatML template; use --raw to have it continue the text".into());
-        }
-        let system = system.or(self.system.as_deref());
-        let system = system.map_or(String::new(), |text| format!("{SYSTEM}{text}<|im_end|>\n"));
-        self.encode(&format!("{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"))
+        let chat = self.chat.as_ref().ok_or_else(|| {
+            let known = Chat::NAMES;
+            format!("the model has no chat template of {known}; use --raw to have it continue the text")
+        })?;
+        self.encode(&chat.question(system, user))
     }
 
     /// The tokens with which the model ends its answer.
@@ -139,22 +133,39 @@ impl Stream<'_> {
 }
 
 /// A byte-level BPE tokenizer, which splits text as `pre` says before merges apply.
-fn byte_level(content: &Content, pre: &str) -> Result<Tokenizer> {
+fn byte_level(content: &Content, pre: &Pre) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_gguf(content).map_err(|e| format!("its tokenizer: {}", plain(e)))?;
-    let split: [PreTokenizerWrapper; 2] = match pre {
-        "smollm" => [Digits::new(true).into(), ByteLevel::new(false, true, true).into()],
-        "llama-bpe" | "llama3" => {
-            let pattern = SplitPattern::Regex(LLAMA3_SPLIT.into());
-            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
-            [split.into(), ByteLevel::new(false, true, false).into()]
-        }
-        other => {
-            let expected = "expected smollm or llama-bpe";
-            return Err(format!("its tokenizer splits text as `{other}`; {expected}").into());
-        }
-    };
-    tokenizer.with_pre_tokenizer(Some(Sequence::new(split.into())));
+    if pre.ignore_merges
+        && let ModelWrapper::BPE(mut model) = tokenizer.get_model().clone()
+    {
+        model.ignore_merges = true;
+        tokenizer.with_model(model);
+    }
+    tokenizer.with_pre_tokenizer(Some(pre.tokenizer()?));
     Ok(tokenizer)
+}
+
+/// Has BOS and EOS added as the file says; unless it does, no EOS.
+fn add_ends(tokenizer: &mut Tokenizer, content: &Content, tokens: &[String], add_bos: bool) -> Result<()> {
+    let metadata = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
+    let wanted = |name: &str, default| {
+        let flag = metadata(&format!("add_{name}_token")).map_or(Ok(default), Value::to_bool);
+        if !flag.map_err(|_| format!("tokenizer.ggml.add_{name}_token is not true or false"))? {
+            return Ok(None);
+        }
+        let id = metadata(&format!("{name}_token_id")).and_then(|id| id.to_u32().ok());
+        let token = id.and_then(|id| Some((tokens.get(id as usize)?.clone(), id)));
+        token.map(Some).ok_or_else(|| format!("tokenizer.ggml.{name}_token_id is missing, or no token"))
+    };
+    let (bos, eos) = (wanted("bos", add_bos)?, wanted("eos", false)?);
+    let name = |token: &Option<(String, u32)>| token.as_ref().map(|(token, _)| token.clone());
+    let parts = name(&bos).into_iter().chain(["$0".into()]).chain(name(&eos));
+    let template = TemplateProcessing::builder()
+        .try_single(parts.collect::<Vec<_>>())?
+        .special_tokens(bos.into_iter().chain(eos).collect::<Vec<_>>())
+        .build()?;
+    tokenizer.with_post_processor(Some(template));
+    Ok(())
 }
 
 /// The bytes that a token of byte-level BPE stands for. Its characters are

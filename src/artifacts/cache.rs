@@ -3,6 +3,7 @@
 //! ```text
 //! <cache>/<artifact hash>/<name>/<file>.so    a member, published by rename
 //! <cache>/<artifact hash>/<name>/.lock        held by whoever writes in that folder
+//! <cache>/<artifact hash>/record/RECORD       the wheel's list, where members come one by one
 //! <cache>/wheels/<file>.whl                   a pinned wheel, published by rename
 //! <cache>/wheels/<file>.whl.verified          its stamp: digest, size and time of change
 //! <cache>/wheels/<file>.whl.partial           a download that is not complete
@@ -18,7 +19,7 @@
 
 use super::digest::{Digest, Hasher};
 use super::pins::Pin;
-use super::wheel::ARTIFACT_HASH_LEN;
+use super::wheel::{ARTIFACT_HASH_LEN, MAX_RECORD, artifact_hash};
 use super::{ArtifactError, Progress};
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
@@ -30,6 +31,8 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 const LOCK: &str = ".lock";
 const TEMPORARY: &str = ".tmp-";
+/// Folder and name of a wheel's RECORD.
+const RECORD: (&str, &str) = ("record", "RECORD");
 
 /// Tells of progress; see [`super::ProgressFn`].
 pub(crate) type Tell<'a> = &'a (dyn Fn(&Progress<'_>) + 'a);
@@ -117,14 +120,9 @@ impl Cache {
         at: (&str, &str, &str),
         (sha256, size): (Digest, u64),
         what: &dyn Fn() -> String,
-        fill: &dyn Fn(&mut Sink<'_>) -> Result<(), ArtifactError>,
+        fill: &mut dyn FnMut(&mut Sink<'_>) -> Result<(), ArtifactError>,
     ) -> Result<PathBuf, ArtifactError> {
-        let (artifact_hash, name, file) = at;
-        let outer = self.root.join(artifact_hash);
-        let folder = outer.join(name);
-        let path = folder.join(file);
-        real_folder(&outer)?;
-        real_folder(&folder)?;
+        let (folder, path) = self.place(at)?;
         if self.good(&path, sha256, size) {
             return Ok(path);
         }
@@ -143,6 +141,54 @@ impl Cache {
         temporary.publish(&sink.file, &path)?;
         self.remember(&path, sha256);
         Ok(path)
+    }
+
+    /// The verified copy of a member that exists, if one does.
+    pub(crate) fn held(
+        &self,
+        at: (&str, &str, &str),
+        (sha256, size): (Digest, u64),
+    ) -> Result<Option<PathBuf>, ArtifactError> {
+        let (_, path) = self.place(at)?;
+        Ok(self.good(&path, sha256, size).then_some(path))
+    }
+
+    /// Whether a file of this size has a member's place. Its content is not looked at.
+    pub(crate) fn seems_held(&self, (artifact_hash, name, file): (&str, &str, &str), size: u64) -> bool {
+        let path = self.root.join(artifact_hash).join(name).join(file);
+        fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == size)
+    }
+
+    /// A pinned RECORD, if it is in the cache and has its digest.
+    pub(crate) fn record(&self, sha256: Digest) -> Result<Option<(PathBuf, Vec<u8>)>, ArtifactError> {
+        let (_, path) = self.place((&artifact_hash(sha256), RECORD.0, RECORD.1))?;
+        let small = |metadata: &Metadata| metadata.is_file() && metadata.len() <= MAX_RECORD;
+        if !fs::symlink_metadata(&path).is_ok_and(|metadata| small(&metadata)) {
+            return Ok(None);
+        }
+        let bytes = fs::read(&path).ok().filter(|bytes| Digest::of(bytes) == sha256);
+        Ok(bytes.map(|bytes| (path, bytes)))
+    }
+
+    /// Puts a RECORD that has its digest into the cache.
+    #[cfg(feature = "fetch")]
+    pub(crate) fn publish_record(&self, sha256: Digest, record: &[u8]) -> Result<PathBuf, ArtifactError> {
+        let at = (&*artifact_hash(sha256), RECORD.0, RECORD.1);
+        let promised = (sha256, record.len() as u64);
+        self.publish(at, promised, &|| RECORD.1.into(), &mut |sink| sink.write(record))
+    }
+
+    /// A member's folder and path. Symbolic links are refused.
+    fn place(
+        &self,
+        (artifact_hash, name, file): (&str, &str, &str),
+    ) -> Result<(PathBuf, PathBuf), ArtifactError> {
+        let outer = self.root.join(artifact_hash);
+        let folder = outer.join(name);
+        real_folder(&outer)?;
+        real_folder(&folder)?;
+        let path = folder.join(file);
+        Ok((folder, path))
     }
 
     /// Whether a regular file with this content is there. It is hashed once per process, and

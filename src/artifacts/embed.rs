@@ -231,20 +231,27 @@ pub struct Outcome {
     pub embedded: usize,
 }
 
-/// Writes `bundle.rs` and the files it includes.
+/// Writes `bundle.rs` and the files it includes, from the crate's own pins.
+///
+/// # Errors
+/// As [`build_from`]; and [`ArtifactError::Pins`] when the pin table cannot be read.
+pub fn build(build: &Build<'_>) -> Result<Outcome, ArtifactError> {
+    build_from(build, Pins::select(CudaKey::select(build.env)?, build.target.1)?)
+}
+
+/// As [`build`], from any pins.
 ///
 /// # Errors
 /// [`ArtifactError::DigestMismatch`], an unreadable wheel that the user named, and settings that
 /// mean nothing, always; whatever else keeps a member away in [`Mode::Require`]; and
 /// [`ArtifactError::Cache`] when the output folder cannot be written.
-pub fn build(build: &Build<'_>) -> Result<Outcome, ArtifactError> {
-    let cuda = CudaKey::select(build.env)?;
+pub fn build_from(build: &Build<'_>, pins: Pins) -> Result<Outcome, ArtifactError> {
+    let cuda = pins.cuda();
     let mut outcome = Outcome { cuda, warnings: Vec::new(), inputs: Vec::new(), pending: false, embedded: 0 };
     let bundle = Bundle::start(build.out_dir)?;
     let mode = Mode::from_env(build.env)?;
     let (os, arch) = build.target;
     if build.embed && mode != Mode::Off {
-        let pins = Pins::select(cuda, arch)?;
         if os != "linux" || pins.get(Package::JitCache).is_err() {
             let told = format!(
                 "FlashInfer has no kernels for {arch}-{os}: nothing is embedded, and the crate \
@@ -329,8 +336,9 @@ impl Chosen {
         Ok(self.outcome)
     }
 
-    /// The modules that the patterns choose, each once. The pinned wheel is fetched only for
-    /// patterns that no local source serves.
+    /// The modules that the patterns choose, each once. The pinned wheel, or its list of modules
+    /// where members can be fetched alone, is fetched only for patterns that no local source
+    /// serves.
     fn modules(&mut self) -> Result<Vec<String>, ArtifactError> {
         let mut known = self.store.modules();
         let unserved = |known: &[String], patterns: &[String]| {
@@ -340,10 +348,11 @@ impl Chosen {
         };
         let mut missing = unserved(&known, &self.patterns);
         if !missing.is_empty() {
-            let fetched = self.store.fetch(Package::JitCache);
-            let why = match fetched {
-                Ok(_) => {
-                    known = self.store.modules();
+            let why = match self.store.pinned_modules() {
+                Ok(pinned) => {
+                    known.extend(pinned);
+                    known.sort();
+                    known.dedup();
                     missing = unserved(&known, &self.patterns);
                     None
                 }

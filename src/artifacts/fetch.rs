@@ -4,7 +4,8 @@
 //! digest. Whatever broke it (a connection, a stall, a killed process), the next attempt hashes
 //! what is there and asks the server for the rest. Attempts that bring something new are not
 //! counted; the others are, with a growing pause between them. A host that cannot be reached at
-//! all is given up at once, because waiting seldom cures it and a build should not hang.
+//! all is given up at once, because waiting seldom cures it and a build should not hang. The
+//! requests and the patience are also those of `remote`, which reads a wheel by ranges.
 
 use super::cache::{Cache, Tell};
 use super::digest::Hasher;
@@ -13,6 +14,7 @@ use super::pins::{Origin, Pin};
 use super::{ArtifactError, Digest, FetchOptions, Progress};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use ureq::config::RedirectAuthHeaders;
@@ -21,7 +23,7 @@ use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 /// No wheel is larger; a server that sends more is broken.
-const MAX_SIZE: u64 = 16 << 30;
+pub(crate) const MAX_SIZE: u64 = 16 << 30;
 
 /// Puts the pinned wheel into the cache, by the first way that works.
 pub(crate) fn pinned(
@@ -53,6 +55,18 @@ pub(crate) fn pinned(
     };
     tell(&Progress::Done { file: &pin.file, path: &path });
     Ok(path)
+}
+
+/// Where the pinned wheel is, as far as that is known without asking pip.
+pub(crate) fn address(
+    pin: &Pin,
+    index_url: Option<&str>,
+    options: &FetchOptions,
+) -> Result<Option<Address>, ArtifactError> {
+    match &pin.origin {
+        Origin::Url(url) => Ok(Some(Address::new(url))),
+        Origin::Registry { package, .. } => index::address(package, pin, index_url, options),
+    }
 }
 
 /// An address, with its credentials kept apart so that they are never printed.
@@ -138,7 +152,7 @@ pub(crate) fn agent(options: &FetchOptions) -> Agent {
 }
 
 /// Why an attempt ended.
-enum Broken {
+pub(crate) enum Broken {
     /// Trying again may help.
     Passing(String),
     /// It will not.
@@ -182,6 +196,51 @@ fn classify(error: ureq::Error) -> Broken {
     }
 }
 
+/// How often an attempt may be made in vain, and the pauses between them.
+pub(crate) struct Patience<'a> {
+    options: &'a FetchOptions,
+    vain: u32,
+    reached: bool,
+}
+
+impl Patience<'_> {
+    pub(crate) fn new(options: &FetchOptions) -> Patience<'_> {
+        Patience { options, vain: 0, reached: false }
+    }
+
+    /// An attempt brought something new.
+    pub(crate) fn renew(&mut self) {
+        (self.vain, self.reached) = (0, true);
+    }
+
+    /// An attempt brought nothing new: waits before the next one, or says why there is none.
+    pub(crate) fn pause(
+        &mut self,
+        broken: Broken,
+        failed: impl FnOnce(String) -> ArtifactError,
+    ) -> Result<(), ArtifactError> {
+        let reason = match broken {
+            Broken::Disk(e) => return Err(e),
+            Broken::Lasting(reason) if !self.reached => return Err(failed(reason)),
+            Broken::Lasting(reason) => reason,
+            Broken::Passing(reason) => {
+                self.reached = true;
+                reason
+            }
+        };
+        self.vain += 1;
+        if self.vain >= self.options.attempts {
+            return Err(failed(format!(
+                "{} attempts in a row brought nothing new, the last one: {reason}",
+                self.vain
+            )));
+        }
+        let pause = self.options.retry_delay.saturating_mul(1 << (self.vain - 1).min(10));
+        std::thread::sleep(pause.min(Duration::from_secs(60)));
+        Ok(())
+    }
+}
+
 /// Downloads one file and publishes it once it has the pin's digest.
 pub(crate) fn download(
     cache: &Cache,
@@ -190,14 +249,11 @@ pub(crate) fn download(
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let failed = |reason: String| ArtifactError::Download {
-        what: format!("{} from {}", pin.file, address.shown()),
-        reason,
-    };
     let agent = agent(options);
+    let mut patience = Patience::new(options);
     let mut partial = Partial::open(cache, pin, tell)?;
     let mut fresh = partial.hasher.len() == 0;
-    let (mut best, mut vain, mut reached) = (partial.hasher.len(), 0, false);
+    let mut best = partial.hasher.len();
     loop {
         if partial.hasher.len() > 0 && partial.hasher.digest() == pin.sha256 {
             return partial.publish(cache, pin);
@@ -223,38 +279,53 @@ pub(crate) fn download(
             }
             Ok(Complete::Restarted) => {
                 fresh = true;
-                "the server cannot resume there".into()
+                Broken::Passing("the server cannot resume there".into())
             }
-            Err(Broken::Passing(reason)) => reason,
-            Err(Broken::Lasting(reason)) if !reached => {
-                partial.discard_if_empty();
-                return Err(failed(reason));
-            }
-            Err(Broken::Lasting(reason)) => reason,
-            Err(Broken::Disk(e)) => return Err(e),
+            Err(broken) => broken,
         };
-        reached |= partial.answered;
         fresh |= partial.restarted;
         if partial.hasher.len() > best {
             best = partial.hasher.len();
-            vain = 0;
+            patience.renew();
             continue;
         }
-        vain += 1;
-        if vain >= options.attempts {
-            partial.discard_if_empty();
-            return Err(failed(format!(
-                "{vain} attempts in a row brought nothing new, the last one: {broken}"
-            )));
-        }
-        let pause = options.retry_delay.saturating_mul(1 << (vain - 1).min(10));
-        std::thread::sleep(pause.min(Duration::from_secs(60)));
+        let paused = patience.pause(broken, |reason| failed(pin, address, reason));
+        paused.inspect_err(|_| partial.discard_if_empty())?;
     }
+}
+
+/// The error of a download.
+pub(crate) fn failed(pin: &Pin, address: &Address, reason: String) -> ArtifactError {
+    ArtifactError::Download { what: format!("{} from {}", pin.file, address.shown()), reason }
 }
 
 enum Complete {
     Yes,
     Restarted,
+}
+
+/// Asks for a file, or for a range of its bytes. What comes back is the file, the range, or that
+/// there is no such range, or none at all.
+pub(crate) fn ask(agent: &Agent, address: &Address, range: Option<String>) -> Result<Response<Body>, Broken> {
+    let mut request = agent.get(&address.url).header(header::ACCEPT_ENCODING, "identity");
+    if let Some(authorization) = &address.authorization {
+        request = request.header(header::AUTHORIZATION, authorization);
+    }
+    if let Some(range) = range {
+        request = request.header(header::RANGE, range);
+    }
+    let response = request.call().map_err(classify)?;
+    match response.status() {
+        StatusCode::OK
+        | StatusCode::PARTIAL_CONTENT
+        | StatusCode::RANGE_NOT_SATISFIABLE
+        | StatusCode::NOT_IMPLEMENTED => Ok(response),
+        status @ (StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS) => {
+            Err(Broken::Passing(format!("HTTP status {status}")))
+        }
+        status if status.is_server_error() => Err(Broken::Passing(format!("HTTP status {status}"))),
+        status => Err(Broken::Lasting(format!("HTTP status {status}"))),
+    }
 }
 
 /// One request, appended to what is there.
@@ -265,20 +336,11 @@ fn attempt(
     address: &Address,
     tell: Tell<'_>,
 ) -> Result<Complete, Broken> {
-    let mut request = agent.get(&address.url).header(header::ACCEPT_ENCODING, "identity");
-    if let Some(authorization) = &address.authorization {
-        request = request.header(header::AUTHORIZATION, authorization);
-    }
     let from = partial.hasher.len();
-    if from > 0 {
-        request = request.header(header::RANGE, format!("bytes={from}-"));
-    }
-    let response = request.call().map_err(classify)?;
-    partial.answered = true;
-    let status = response.status();
-    let total = match status {
+    let response = ask(agent, address, (from > 0).then(|| format!("bytes={from}-")))?;
+    let total = match response.status() {
         StatusCode::PARTIAL_CONTENT => match content_range(&response) {
-            Some((start, total)) if start == from => total,
+            Some((range, total)) if *range.start() == from => total,
             _ => {
                 partial.restart().map_err(Broken::Disk)?;
                 return Ok(Complete::Restarted);
@@ -288,20 +350,11 @@ fn attempt(
             partial.restart().map_err(Broken::Disk)?;
             response.body().content_length()
         }
-        StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => {
+        _ if from > 0 => {
             partial.restart().map_err(Broken::Disk)?;
             return Ok(Complete::Restarted);
         }
-        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => {
-            return Err(Broken::Passing(format!("HTTP status {status}")));
-        }
-        status if status.is_server_error() => {
-            return Err(Broken::Passing(format!("HTTP status {status}")));
-        }
-        status => {
-            partial.answered = false;
-            return Err(Broken::Lasting(format!("HTTP status {status}")));
-        }
+        status => return Err(Broken::Lasting(format!("HTTP status {status}"))),
     };
     if let Some(total) = total.filter(|total| *total > MAX_SIZE) {
         return Err(Broken::Lasting(format!("the server announces {total} bytes")));
@@ -337,12 +390,12 @@ fn attempt(
     }
 }
 
-/// `Content-Range: bytes 5-9/10` as the first byte and the total.
-fn content_range(response: &Response<Body>) -> Option<(u64, Option<u64>)> {
+/// `Content-Range: bytes 5-9/10` as the range and the total.
+pub(crate) fn content_range(response: &Response<Body>) -> Option<(RangeInclusive<u64>, Option<u64>)> {
     let value = response.headers().get(header::CONTENT_RANGE)?;
     let (range, total) = value.to_str().ok()?.strip_prefix("bytes ")?.split_once('/')?;
-    let (start, _) = range.split_once('-')?;
-    Some((start.trim().parse().ok()?, total.trim().parse().ok()))
+    let (start, end) = range.split_once('-')?;
+    Some((start.trim().parse().ok()?..=end.trim().parse().ok()?, total.trim().parse().ok()))
 }
 
 /// A download on disk that is not complete, and the hash of what is there.
@@ -350,7 +403,6 @@ struct Partial {
     path: PathBuf,
     file: File,
     hasher: Hasher,
-    answered: bool,
     restarted: bool,
 }
 
@@ -366,7 +418,7 @@ impl Partial {
         let mut file = options.open(&path).map_err(|e| ArtifactError::cache(&path, "open", e))?;
         let hasher =
             hash_existing(&mut file, pin, tell).map_err(|e| ArtifactError::cache(&path, "read", e))?;
-        Ok(Partial { path, file, hasher, answered: false, restarted: false })
+        Ok(Partial { path, file, hasher, restarted: false })
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), ArtifactError> {

@@ -37,13 +37,8 @@ pub(crate) fn obtain(
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let env = |name: &str| std::env::var(name).ok();
-    let index = match request.index_url {
-        Some(url) => Some((url.to_owned(), "the configuration".to_owned())),
-        None => configured_index(&env, &|path| fs::read_to_string(path).ok()),
-    };
     let mut reasons = Vec::new();
-    if let Some((url, told_by)) = index {
+    if let Some((url, told_by)) = index(request.index_url) {
         let found = find(&url, request.package, pin, options);
         match found.and_then(|address| download(cache, pin, &address, options, tell)) {
             Ok(path) => return Ok(path),
@@ -62,6 +57,25 @@ pub(crate) fn obtain(
         what: format!("{} (package {} {})", pin.file, request.package, request.version),
         reason: reasons.join("; "),
     })
+}
+
+/// Where the index of the settings has the pinned file; `None` where the settings name no index.
+pub(crate) fn address(
+    package: &str,
+    pin: &Pin,
+    index_url: Option<&str>,
+    options: &FetchOptions,
+) -> Result<Option<Address>, ArtifactError> {
+    index(index_url).map(|(url, _)| find(&url, package, pin, options)).transpose()
+}
+
+/// The index to ask, and what names it.
+fn index(index_url: Option<&str>) -> Option<(String, String)> {
+    let env = |name: &str| std::env::var(name).ok();
+    match index_url {
+        Some(url) => Some((url.to_owned(), "the configuration".to_owned())),
+        None => configured_index(&env, &|path| fs::read_to_string(path).ok()),
+    }
 }
 
 /// The index address of the settings, and what names it.

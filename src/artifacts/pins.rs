@@ -133,6 +133,8 @@ pub struct Pin {
     pub file: String,
     /// The digest that the file must have.
     pub sha256: Digest,
+    /// The digest of its `RECORD`, if it is pinned: then members can be fetched one by one.
+    pub record_sha256: Option<Digest>,
     /// How it is reached.
     pub origin: Origin,
 }
@@ -197,6 +199,14 @@ impl Pins {
                 self.cuda, self.arch
             ),
         })
+    }
+
+    /// Whether the crate's own table pins a file with this digest, for whatever machine.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Pins`] when the table cannot be read.
+    pub fn is_pinned(sha256: Digest) -> Result<bool, ArtifactError> {
+        Ok(table()?.values().any(|pin| pin.sha256 == sha256))
     }
 
     /// The CUDA key of these pins.
@@ -267,12 +277,19 @@ fn read_pin(row: &toml::Value) -> Result<Pin, String> {
     if file.contains(['/', '\\', '\0']) || file.starts_with('.') {
         return Err(format!("`file` is no plain file name: {file:?}"));
     }
-    let sha256 = Digest::from_hex(need("sha256")?).ok_or("`sha256` is not 64 hexadecimal digits")?;
+    let digest = |key: &str, hex: &str| {
+        Digest::from_hex(hex).ok_or_else(|| format!("`{key}` is not 64 hexadecimal digits"))
+    };
+    let sha256 = digest("sha256", need("sha256")?)?;
+    let record_sha256 = match row.get("record_sha256") {
+        None => None,
+        Some(value) => Some(digest("record_sha256", value.as_str().unwrap_or_default())?),
+    };
     let origin = match text("url") {
         Some(url) => Origin::Url(url.into()),
         None => Origin::Registry { package: need("package")?.into(), version: need("version")?.into() },
     };
-    Ok(Pin { file: file.into(), sha256, origin })
+    Ok(Pin { file: file.into(), sha256, record_sha256, origin })
 }
 
 #[cfg(test)]
@@ -345,10 +362,13 @@ mod tests {
     #[test]
     fn malformed_tables_name_the_row() {
         let row = "[package.metadata.flashinfer_rs.pinned_wheels.apache_tvm_ffi.cu130.x86_64]\nfile='";
+        let digest = Digest::of(b"");
         for (rest, want) in [
             ("a.whl'", "sha256"),
             ("a.whl'\nsha256='12'", "64 hexadecimal"),
             ("../a.whl'\nsha256='12'", "plain file name"),
+            (&format!("a.whl'\nsha256='{digest}'\nrecord_sha256='12'"), "`record_sha256` is not 64"),
+            (&format!("a.whl'\nsha256='{digest}'\nrecord_sha256=12"), "`record_sha256` is not 64"),
         ] {
             let text = Pins::parse(&format!("{row}{rest}"), DEFAULT_CUDA, "x86_64").unwrap_err().to_string();
             assert!(text.contains("apache_tvm_ffi.cu130.x86_64") && text.contains(want), "{text}");

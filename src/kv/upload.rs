@@ -195,15 +195,18 @@ pub struct OnDevice<T> {
     host: T,
     stream: Stream,
     capacity: [usize; MAX_ARRAYS],
-    storage: Storage,
+    /// Where each array is on the device, and stays.
+    starts: [*mut c_void; MAX_ARRAYS],
+    /// `None` if the device arrays belong to somebody else.
+    storage: Option<Storage>,
 }
 
-enum Storage {
-    Owned { buffer: DeviceBuffer, staging: StagingBuffer },
-    Borrowed([*mut c_void; MAX_ARRAYS]),
+struct Storage {
+    buffer: DeviceBuffer,
+    staging: StagingBuffer,
 }
 
-// SAFETY: the borrowed addresses are only passed to kernels; whoever gave them
+// SAFETY: the addresses are only passed to kernels; whoever gave borrowed ones
 // promised that the memory stays valid, in whatever thread.
 unsafe impl<T: Send> Send for OnDevice<T> {}
 // SAFETY: as for `Send`; shared access does not write.
@@ -254,12 +257,11 @@ impl<T: IndexArrays> OnDevice<T> {
             ));
         }
         let cuda = FlashInferRuntime::get()?.cuda();
-        let bytes = offsets(&host.arrays(), capacity)[MAX_ARRAYS];
-        let storage = Storage::Owned {
-            buffer: DeviceBuffer::new(cuda, stream, bytes)?,
-            staging: StagingBuffer::new(cuda, stream, bytes)?,
-        };
-        let mut table = Self { host, stream: stream.clone(), capacity, storage };
+        let [starts @ .., bytes] = offsets(&host.arrays(), capacity);
+        let buffer = DeviceBuffer::new(cuda, stream, bytes)?;
+        let starts = starts.map(|start| buffer.as_ptr().cast::<u8>().wrapping_add(start).cast());
+        let storage = Some(Storage { buffer, staging: StagingBuffer::new(cuda, stream, bytes)? });
+        let mut table = Self { host, stream: stream.clone(), capacity, starts, storage };
         table.upload(&mut false)?;
         Ok(table)
     }
@@ -297,7 +299,7 @@ impl<T: IndexArrays> OnDevice<T> {
 
     /// Enqueues the copy of the host arrays, and says so as soon as it is.
     fn upload(&mut self, enqueued: &mut bool) -> Result<()> {
-        let Storage::Owned { buffer, staging } = &mut self.storage else {
+        let Some(Storage { buffer, staging }) = &mut self.storage else {
             return Err(FlashInferError::invalid(
                 T::OP,
                 "update",
@@ -330,6 +332,12 @@ impl<T: IndexArrays> OnDevice<T> {
         })
     }
 
+    /// Whether the arrays fit, so that [`update`](Self::update) takes them.
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn has_room_for(&self, host: &T) -> bool {
+        host.arrays().iter().zip(self.capacity).all(|(array, capacity)| array.len() <= capacity)
+    }
+
     /// The arrays on the host.
     pub fn host(&self) -> &T {
         &self.host
@@ -342,14 +350,7 @@ impl<T: IndexArrays> OnDevice<T> {
 
     /// Array `index` on the device.
     fn array(&self, index: usize) -> Result<RawTensor> {
-        let arrays = self.host.arrays();
-        let data = match &self.storage {
-            Storage::Owned { buffer, .. } => {
-                buffer.as_ptr().cast::<u8>().wrapping_add(offsets(&arrays, self.capacity)[index]).cast()
-            }
-            Storage::Borrowed(pointers) => pointers[index],
-        };
-        let array = arrays[index];
+        let (array, data) = (self.host.arrays()[index], self.starts[index]);
         let mut raw = RawTensor::new(data, self.stream.device(), array.dtype(), &[array.len()], None)?;
         raw.stream = Some(self.stream.id());
         Ok(raw)
@@ -357,20 +358,14 @@ impl<T: IndexArrays> OnDevice<T> {
 
     /// Where the arrays are on the device; they stay there.
     pub(crate) fn addresses(&self) -> [usize; MAX_ARRAYS] {
-        match &self.storage {
-            Storage::Owned { buffer, .. } => {
-                let [a, b, c, _] = offsets(&self.host.arrays(), self.capacity);
-                [a, b, c].map(|offset| buffer.as_ptr() as usize + offset)
-            }
-            Storage::Borrowed(pointers) => pointers.map(|pointer| pointer as usize),
-        }
+        self.starts.map(|start| start as usize)
     }
 
     /// Arrays that are on the device already, for places that are not empty.
     fn borrowed(stream: &Stream, host: T, pointers: [*const c_void; MAX_ARRAYS]) -> Self {
         let capacity = host.arrays().map(|array| array.len());
-        let storage = Storage::Borrowed(pointers.map(<*const c_void>::cast_mut));
-        Self { host, stream: stream.clone(), capacity, storage }
+        let starts = pointers.map(<*const c_void>::cast_mut);
+        Self { host, stream: stream.clone(), capacity, starts, storage: None }
     }
 }
 

@@ -110,12 +110,15 @@ impl<'s> Check<'s> {
         )
     }
 
-    /// The address, and every stride but the last, are multiples of `bytes`.
+    /// The address, and every stride but the last, are multiples of `bytes`, a
+    /// power of two.
     pub(crate) fn aligned(&self, argument: &'static str, tensor: &RawTensor, bytes: usize) -> Result<()> {
         let size = tensor.dtype.size() as i64;
         let outer = tensor.shape().iter().zip(tensor.strides()).take(tensor.shape().len().saturating_sub(1));
-        let misaligned = |stride: i64| (stride * size) % bytes as i64 != 0;
-        if !(tensor.data as usize).is_multiple_of(bytes) {
+        // Without a division: this runs before every launch.
+        let mask = bytes - 1;
+        let misaligned = |stride: i64| (stride * size) as usize & mask != 0;
+        if tensor.data as usize & mask != 0 {
             return self.fail(
                 argument,
                 format!("it starts at {:p}; the address must be a multiple of {bytes}", tensor.data),
@@ -153,14 +156,12 @@ impl<'s> Check<'s> {
 
     /// Element offsets stay below 2³², where the kernel computes them in 32 bits.
     pub(crate) fn offsets_in_32_bits(&self, argument: &'static str, tensor: &RawTensor) -> Result<()> {
-        let last: i128 = tensor
-            .shape()
-            .iter()
-            .zip(tensor.strides())
-            .map(|(&size, &stride)| i128::from(size - 1).max(0) * i128::from(stride))
-            .sum();
-        let strides_fit = tensor.strides().iter().all(|&stride| stride <= i64::from(u32::MAX));
-        if last <= i128::from(u32::MAX) && strides_fit {
+        let mut axes = tensor.shape().iter().zip(tensor.strides());
+        let last = axes.try_fold(0i64, |last, (&size, &stride)| {
+            let reach = (size - 1).max(0).checked_mul(stride)?;
+            last.checked_add(reach).filter(|_| stride <= i64::from(u32::MAX))
+        });
+        if last.is_some_and(|last| last <= i64::from(u32::MAX)) {
             return Ok(());
         }
         self.fail(

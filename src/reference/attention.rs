@@ -167,6 +167,44 @@ pub fn single_decode(
     attention.over(&Keys::ragged(check, spec, kv, &keys)?, &logits)
 }
 
+/// Keys and values of a batch, by how they lie.
+#[cfg(feature = "candle")]
+pub(crate) enum KeysAndValues<'a> {
+    Paged(&'a PagedKv<'a>, &'a PageIndices),
+    Ragged([&'a TensorRef<'a>; 2], &'a RaggedIndices),
+}
+
+/// [`batch_prefill_paged`] or [`batch_prefill_ragged`] with FlashAttention's
+/// ALiBi, which takes the same options.
+#[cfg(feature = "candle")]
+pub(crate) fn flash_attention(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: &KeysAndValues<'_>,
+    queries: &RaggedIndices,
+    out: &mut TensorMut<'_>,
+    (mask, options): (Mask<'_>, &RunOptions<'_>),
+) -> Result<()> {
+    let check = Check { op: "flash_attn" };
+    let logits = Logits { alibi: Alibi::FlashAttention, ..Logits::new(check, spec, mask, options)? };
+    let mut attention = Attention::new(check, spec, q, (queries, true), out, None)?;
+    let keys = match *kv {
+        KeysAndValues::Paged(kv, table) => Keys::paged(check, spec, kv, table)?,
+        KeysAndValues::Ragged(kv, keys) => Keys::ragged(check, spec, kv, keys)?,
+    };
+    attention.over(&keys, &logits)
+}
+
+/// What ALiBi adds to a logit for each unit of a head's slope.
+#[derive(Clone, Copy)]
+enum Alibi {
+    /// The key's position less the query's index, before the soft cap.
+    FlashInfer,
+    /// Minus the distance of the key from the query's position, after the cap.
+    #[cfg(feature = "candle")]
+    FlashAttention,
+}
+
 /// All rows of a tensor, as those of one request.
 fn rows_of(tensor: &TensorRef<'_>) -> Result<RaggedIndices> {
     RaggedIndices::from_lens(tensor.shape().first().map(|&rows| rows as usize))
@@ -180,6 +218,7 @@ struct Logits<'a> {
     mask: Mask<'a>,
     /// For each head, or empty.
     slopes: Vec<f64>,
+    alibi: Alibi,
     sinks: Vec<f64>,
     v_scale: f64,
 }
@@ -210,6 +249,7 @@ impl<'a> Logits<'a> {
             window_left: spec.window_left.map(|left| left as usize),
             mask,
             slopes: per_head("alibi_slopes", &options.alibi_slopes, alibi)?,
+            alibi: Alibi::FlashInfer,
             sinks: per_head("sinks", &options.sinks, spec.attention_sink)?,
             v_scale: options.v_scale.unwrap_or(1.0).into(),
         })
@@ -251,17 +291,21 @@ impl<'a> Logits<'a> {
         }
     }
 
-    /// The logit of a key that lies so many positions after the query's index.
-    fn of(&self, product: f64, head: usize, distance: f64) -> f64 {
-        let bias = self.slopes.get(head).map_or(0.0, |slope| slope * distance);
-        let logit = product * self.sm_scale + bias;
-        self.soft_cap.map_or(logit, |cap| cap * (logit / cap).tanh())
+    /// The logit of a key for a query with this index and this position.
+    fn of(&self, product: f64, head: usize, key: usize, place: [i64; 2]) -> f64 {
+        let slope = self.slopes.get(head).copied().unwrap_or_default();
+        let capped = |logit: f64| self.soft_cap.map_or(logit, |cap| cap * (logit / cap).tanh());
+        let logit = product * self.sm_scale;
+        match self.alibi {
+            Alibi::FlashInfer => capped(logit + slope * (key as i64 - place[0]) as f64),
+            #[cfg(feature = "candle")]
+            Alibi::FlashAttention => capped(logit) - slope * (place[1] - key as i64).abs() as f64,
+        }
     }
 
     /// The keys that a query sees: one of `count` in a request of `len` keys.
     fn seen(&self, request: usize, query: usize, count: usize, len: usize) -> Vec<usize> {
-        // Which may lie before all keys.
-        let position = len as i64 - count as i64 + query as i64;
+        let position = position(query, count, len);
         let start = self.window_left.map_or(0, |left| position - left as i64);
         let end = if let Mask::Causal | Mask::MultiItem(_) = self.mask { position + 1 } else { len as i64 };
         let place = |position: i64| position.clamp(0, len as i64) as usize;
@@ -276,6 +320,12 @@ impl<'a> Logits<'a> {
             }
         }
     }
+}
+
+/// Where a query stands among the keys of its request: one of `count`, the last
+/// of which is at the last key. It may lie before all keys.
+fn position(query: usize, count: usize, len: usize) -> i64 {
+    len as i64 - count as i64 + query as i64
 }
 
 /// Keys and values of a batch.
@@ -420,10 +470,11 @@ impl<'a> Attention<'a> {
                 let (k, v) = (keys.head(&keys.k, request, kv_head), keys.head(&keys.v, request, kv_head));
                 for query in 0..count {
                     let seen = logits.seen(request, query, count, keys.len(request));
+                    let place = [query as i64, position(query, count, keys.len(request))];
                     for head in kv_head * group..(kv_head + 1) * group {
                         let row = (first + query) * heads + head;
                         sums[query * heads + head] =
-                            attend(&self.q.numbers(row), (query, head), [&k, &v], &seen, logits, &mut output);
+                            attend(&self.q.numbers(row), (place, head), [&k, &v], &seen, logits, &mut output);
                         self.out.write(row, &output);
                     }
                 }
@@ -437,11 +488,11 @@ impl<'a> Attention<'a> {
     }
 }
 
-/// Attention of one query and head to the keys that it sees; returns the
-/// base-2 logarithm of the sum of exponentials.
+/// Attention of one query, by index and position, and head to the keys that it
+/// sees; returns the base-2 logarithm of the sum of exponentials.
 fn attend(
     numbers: &[f64],
-    (query, head): (usize, usize),
+    (place, head): ([i64; 2], usize),
     [k, v]: [&[f64]; 2],
     seen: &[usize],
     logits: &Logits<'_>,
@@ -450,7 +501,7 @@ fn attend(
     let (width, value_width) = (numbers.len(), output.len());
     let logit = |&key: &usize| {
         let product: f64 = numbers.iter().zip(&k[key * width..]).map(|(q, k)| q * k).sum();
-        logits.of(product, head, key as f64 - query as f64)
+        logits.of(product, head, key, place)
     };
     let sink = logits.sinks.get(head);
     let mut weights: Vec<f64> = seen.iter().map(logit).chain(sink.copied()).collect();

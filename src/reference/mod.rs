@@ -42,6 +42,8 @@ mod testing;
 mod topk;
 
 pub use activation::{gelu_and_mul, gelu_tanh_and_mul, silu_and_mul};
+#[cfg(feature = "candle")]
+pub(crate) use attention::{KeysAndValues, flash_attention};
 pub use attention::{
     Mask, batch_decode, batch_prefill_paged, batch_prefill_ragged, single_decode, single_prefill,
 };

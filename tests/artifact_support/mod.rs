@@ -114,11 +114,28 @@ pub fn url_pins(url: &str, sha256: Digest) -> Pins {
     ))
 }
 
+/// Pins with the module cache at an address, and with the digest of its RECORD.
+pub fn member_pins(url: &str, wheel: &[u8], record: Digest) -> Pins {
+    parse(&format!(
+        "[{TABLE}.flashinfer_jit_cache.cu130.x86_64]\nfile='{WHEEL}'\nsha256='{}'\n\
+         record_sha256='{record}'\nurl='{url}'",
+        Digest::of(wheel)
+    ))
+}
+
 /// Pins with a registry package.
 pub fn registry_pins(sha256: Digest) -> Pins {
     parse(&format!(
         "[{TABLE}.apache_tvm_ffi.cu130.x86_64]\nfile='{TVM_FFI_WHEEL}'\nsha256='{sha256}'\n\
          package='Fake_TVM.ffi'\nversion='1'"
+    ))
+}
+
+/// Pins with a registry package, and with the digest of its RECORD.
+pub fn registry_member_pins(sha256: Digest, record: Digest) -> Pins {
+    parse(&format!(
+        "[{TABLE}.apache_tvm_ffi.cu130.x86_64]\nfile='{TVM_FFI_WHEEL}'\nsha256='{sha256}'\n\
+         record_sha256='{record}'\npackage='Fake_TVM.ffi'\nversion='1'"
     ))
 }
 
@@ -171,10 +188,16 @@ pub fn variable(name: &str) -> PathBuf {
 }
 
 /// A request as a test server sees it.
+#[derive(Default)]
 pub struct Asked {
     pub number: usize,
     pub path: String,
+    /// The first byte that is asked for.
     pub range: Option<usize>,
+    /// The last one, if it is named.
+    pub end: Option<usize>,
+    /// Where the bytes that are sent are counted.
+    pub sent: Arc<AtomicUsize>,
     pub authorization: Option<String>,
     pub accept: String,
 }
@@ -183,6 +206,8 @@ pub struct Asked {
 pub struct Server {
     pub url: String,
     pub asked: Arc<AtomicUsize>,
+    /// The bytes of the bodies that [`send`] has sent.
+    pub sent: Arc<AtomicUsize>,
     pub log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -190,13 +215,16 @@ impl Server {
     pub fn start(answer: impl Fn(&Asked, &mut TcpStream) + Send + Sync + 'static) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let (asked, log) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::default()));
-        let server = Server { url, asked: Arc::clone(&asked), log: Arc::clone(&log) };
+        let (asked, sent): (Arc<AtomicUsize>, Arc<AtomicUsize>) = Default::default();
+        let log = Arc::new(Mutex::default());
+        let server =
+            Server { url, asked: Arc::clone(&asked), sent: Arc::clone(&sent), log: Arc::clone(&log) };
         let answer = Arc::new(answer);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (answer, asked, log) = (Arc::clone(&answer), Arc::clone(&asked), Arc::clone(&log));
-                std::thread::spawn(move || serve(stream, &*answer, &asked, &log));
+                let (answer, log) = (Arc::clone(&answer), Arc::clone(&log));
+                let (asked, sent) = (Arc::clone(&asked), Arc::clone(&sent));
+                std::thread::spawn(move || serve(stream, &*answer, (&asked, &sent), &log));
             }
         });
         server
@@ -210,7 +238,7 @@ impl Server {
 fn serve(
     mut stream: TcpStream,
     answer: &dyn Fn(&Asked, &mut TcpStream),
-    count: &AtomicUsize,
+    (count, sent): (&AtomicUsize, &Arc<AtomicUsize>),
     log: &Mutex<Vec<String>>,
 ) {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
@@ -221,17 +249,17 @@ fn serve(
     let mut asked = Asked {
         number: count.fetch_add(1, Ordering::SeqCst),
         path: first.split(' ').nth(1).unwrap_or_default().into(),
-        range: None,
-        authorization: None,
-        accept: String::new(),
+        sent: Arc::clone(sent),
+        ..Asked::default()
     };
     for line in lines.map_while(Result::ok).take_while(|line| !line.is_empty()) {
         let (name, value) = line.split_once(':').unwrap();
         let value = value.trim();
         match name.to_ascii_lowercase().as_str() {
             "range" => {
-                let start = value.strip_prefix("bytes=").unwrap().trim_end_matches('-');
+                let (start, end) = value.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
                 asked.range = Some(start.parse().unwrap());
+                asked.end = end.parse().ok();
             }
             "authorization" => asked.authorization = Some(value.into()),
             "accept" => asked.accept = value.into(),
@@ -250,6 +278,7 @@ fn serve(
 /// A whole answer, or the asked range of it, of which only `limit` bytes are sent.
 pub fn send(asked: &Asked, stream: &mut TcpStream, body: &[u8], limit: usize) {
     let start = asked.range.unwrap_or(0);
+    let end = asked.end.map_or(body.len(), |end| body.len().min(end + 1));
     let head = match asked.range {
         Some(start) if start >= body.len() => {
             let head = "HTTP/1.1 416 Range Not Satisfiable\r\ncontent-length: 0\r\n\r\n";
@@ -258,15 +287,17 @@ pub fn send(asked: &Asked, stream: &mut TcpStream, body: &[u8], limit: usize) {
         }
         Some(start) => format!(
             "HTTP/1.1 206 Partial Content\r\ncontent-range: bytes {start}-{}/{}\r\n",
-            body.len() - 1,
+            end - 1,
             body.len()
         ),
         None => "HTTP/1.1 200 OK\r\n".into(),
     };
-    let part = &body[start..];
+    let part = &body[start..end];
     let head = format!("{head}content-length: {}\r\nconnection: close\r\n\r\n", part.len());
     let _ = stream.write_all(head.as_bytes());
-    let _ = stream.write_all(&part[..limit.min(part.len())]);
+    let part = &part[..limit.min(part.len())];
+    asked.sent.fetch_add(part.len(), Ordering::SeqCst);
+    let _ = stream.write_all(part);
 }
 
 /// A page or an error, whole.

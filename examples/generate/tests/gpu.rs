@@ -154,16 +154,186 @@ fn logits_on_the_gpu_are_those_of_the_cpu() {
     // Another pool: each has the memory of one engine.
     let pool = PageAllocator::new(20, 4).unwrap();
     let got = logits(&mut loaded.gpu(&pool, 32), &pool);
-    let norm = |row: &mut dyn Iterator<Item = f32>| row.map(|value| value * value).sum::<f32>().sqrt();
+    check_rows("logits", &got, &want, vocab);
+}
+
+fn norm(row: impl Iterator<Item = f32>) -> f32 {
+    row.map(|value| value * value).sum::<f32>().sqrt()
+}
+
+/// Rows of logits against those of the CPU.
+fn check_rows(name: &str, got: &[f32], want: &[f32], vocab: usize) {
+    assert_eq!(got.len(), want.len());
     let rows = got.chunks_exact(vocab).zip(want.chunks_exact(vocab));
     let mut worst = 0f32;
     for (row, (got, want)) in rows.enumerate() {
-        let off = norm(&mut got.iter().zip(want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
-        assert!(off <= LOGITS_BOUND, "row {row} is off by {off:.1e}");
+        let off = norm(got.iter().zip(want).map(|(a, b)| a - b)) / norm(want.iter().copied());
+        assert!(off <= LOGITS_BOUND, "{name}: row {row} is off by {off:.1e}");
         worst = worst.max(off);
     }
-    assert_eq!(got.len(), want.len());
-    eprintln!("worst row off by {worst:.1e}");
+    eprintln!("{name}: worst row off by {worst:.1e}");
+}
+
+/// What three requests for the same tokens are told step by step: parts of prompts,
+/// and single tokens, which are a graph's on the GPU. Logits and the greedy choice.
+fn force(engine: &mut dyn Engine, pool: &PageAllocator, tokens: &[u32]) -> (Vec<f32>, Vec<u32>) {
+    const STEPS: [[usize; 3]; 9] =
+        [[7, 3, 0], [2, 1, 4], [1, 1, 1], [1, 1, 1], [1, 1, 1], [3, 0, 1], [1, 1, 1], [1, 1, 1], [0, 5, 2]];
+    let mut batch = Batch::new(pool);
+    for _ in 0..3 {
+        batch.push(Sequence::new(pool)).unwrap();
+    }
+    let (mut logits, mut greedy, mut at) = (Vec::new(), Vec::new(), [0; 3]);
+    for lens in STEPS {
+        batch.append(lens).unwrap();
+        let parts: Vec<_> = at.iter().zip(lens).map(|(&at, len)| &tokens[at..at + len]).collect();
+        let rows = parts.concat();
+        let outputs: Vec<_> = (0..rows.len()).collect();
+        engine.step(&Step { batch: &batch, tokens: &rows, outputs: &outputs }).unwrap();
+        logits.extend(engine.logits().unwrap());
+        greedy.extend(engine.greedy().unwrap());
+        at.iter_mut().zip(lens).for_each(|(at, len)| *at += len);
+    }
+    (logits, greedy)
+}
+
+/// The longest that a request of [`force`] becomes.
+const FORCED: usize = 17;
+/// The most tokens of its steps, and enough pages of 4 for its requests.
+const FORCED_STEP: usize = 10;
+const FORCED_PAGES: usize = 16;
+
+/// Logits and greedy choices of a file on the GPU, for given tokens, against those
+/// on the CPU. Choices are compared where the CPU's is clear.
+fn check_forced(name: &str, model: &Model, tokens: &[u32]) {
+    let config = &model.config;
+    let vocab = config.vocab_size;
+    let pool = || PageAllocator::new(FORCED_PAGES, 4).unwrap();
+    let (cpu_pool, gpu_pool) = (pool(), pool());
+    let mut cpu = Cpu::new(config, model.ends().unwrap(), model.layers(), &cpu_pool).unwrap();
+    let mut gpu = Gpu::new(config, model.ends().unwrap(), model.layers(), &gpu_pool, FORCED_STEP).unwrap();
+    let (want, best) = force(&mut cpu, &cpu_pool, tokens);
+    // The second round replays the graphs of the first.
+    for round in 0..2 {
+        let (got, greedy) = force(&mut gpu, &gpu_pool, tokens);
+        check_rows(&format!("{name}, round {round}"), &got, &want, vocab);
+        let mut clear = 0;
+        for (row, (&greedy, &best)) in greedy.iter().zip(&best).enumerate() {
+            let [got, want] = [&got, &want].map(|all| &all[row * vocab..][..vocab]);
+            let most = got.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(got[greedy as usize], most, "{name}: row {row} chose {greedy}");
+            let off = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let others = want.iter().enumerate().filter(|(token, _)| *token != best as usize);
+            let second = others.map(|(_, logit)| *logit).fold(f32::NEG_INFINITY, f32::max);
+            if want[best as usize] - second > 2.0 * off {
+                assert_eq!(greedy, best, "{name}: row {row}");
+                clear += 1;
+            }
+        }
+        assert!(clear * 2 > best.len(), "{name}: {clear} of {} choices are clear", best.len());
+    }
+}
+
+/// What the GPU answers a text, against the CPU's logits for that answer: each token
+/// is the best there, or as good as that.
+fn check_answer(name: &str, model: &Model, prompt: &str) {
+    let text = Text::from_gguf(&model.content).unwrap();
+    let (config, prompt) = (&model.config, text.encode(prompt).unwrap());
+    let pool = PageAllocator::new(16, 4).unwrap();
+    let mut gpu = Gpu::new(config, model.ends().unwrap(), model.layers(), &pool, 16).unwrap();
+    let limits = Limits { step_tokens: 16, max_tokens: 12, context: 64, draft: 0, ends: [].into() };
+    let (answer, _) = solo(&mut gpu, &pool, &prompt, limits);
+    assert_eq!(answer.len(), 12);
+    let pool = PageAllocator::new(16, 4).unwrap();
+    let mut cpu = Cpu::new(config, model.ends().unwrap(), model.layers(), &pool).unwrap();
+    let mut batch = Batch::new(&pool);
+    batch.push(Sequence::new(&pool)).unwrap();
+    let tokens = [prompt.as_slice(), &answer].concat();
+    batch.append([tokens.len()]).unwrap();
+    let outputs: Vec<_> = (prompt.len() - 1..tokens.len() - 1).collect();
+    cpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+    let logits = cpu.logits().unwrap();
+    for (at, (row, &token)) in logits.chunks_exact(config.vocab_size).zip(&answer).enumerate() {
+        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        // Four times the largest mean difference of a logit, on both sides.
+        let near = 8.0 * LOGITS_BOUND * norm(row.iter().copied()) / (row.len() as f32).sqrt();
+        assert!(row[token as usize] >= most - near, "{name}: token {at} of {answer:?}");
+    }
+}
+
+#[test]
+fn biases_on_the_gpu_are_those_of_the_cpu() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let mut tiny = forward::BIASES.file();
+    bytes::add_tokenizer(&mut tiny, "tekken", forward::BIASES.vocab);
+    let model = Model::open(&tiny.write(&folder)).unwrap();
+    let (tokens, _) = forward::clear_tokens(&tiny, forward::BIASES, FORCED);
+    check_forced("biases", &model, &tokens);
+    check_answer("biases", &model, "The HTMLParser's 12 é");
+}
+
+#[test]
+fn experts_on_the_gpu_are_those_of_the_cpu() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let several = forward::Sizes { experts: Some((5, 3)), ..forward::EXPERTS };
+    let one = forward::Sizes { experts: Some((4, 1)), ..forward::EXPERTS };
+    for (name, tiny, sizes) in [
+        ("2 of 8 experts", forward::EXPERTS.file(), forward::EXPERTS),
+        ("3 of 5 experts", several.file(), several),
+        ("1 of 4 experts", one.file(), one),
+        ("an unused expert", forward::with_an_unused_expert(), forward::EXPERTS),
+    ] {
+        let model = Model::open(&tiny.write(&folder)).unwrap();
+        let (tokens, _) = forward::clear_tokens(&tiny, sizes, FORCED);
+        check_forced(name, &model, &tokens);
+    }
+}
+
+#[test]
+fn a_scaled_rotary_embedding_on_the_gpu_is_that_of_the_cpu() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let sizes = forward::Sizes {
+        hidden: 256,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 256,
+        vocab: 265,
+        experts: None,
+        ..forward::EXPERTS
+    };
+    let mut tiny = sizes.file();
+    let vocabulary = sentencepiece::with(&[("▁a", -1.0, 1), ("bc", -2.0, 1)]);
+    tiny.metadata.extend(vocabulary.metadata.into_iter().filter(|(key, _)| key.starts_with("tokenizer.")));
+    tiny.metadata.extend([
+        ("llama.rope.scaling.type", Value::String("yarn".into())),
+        ("llama.rope.scaling.factor", Value::F32(4.0)),
+        ("llama.rope.scaling.original_context_length", Value::U32(16)),
+    ]);
+    let model = Model::open(&tiny.write(&folder)).unwrap();
+    assert!(model.config.rope.attention_factor() > 1.0);
+    let tokens: Vec<_> = (0..FORCED as u32).map(|at| at * 31 % 265).collect();
+    check_forced("scaled", &model, &tokens);
+    check_answer("scaled", &model, "a bc a\nabc");
+}
+
+/// The same checks, of a second engine on the CPU: what is compared can be.
+#[test]
+fn forced_tokens_are_the_same_in_other_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = forward::EXPERTS.file();
+    let model = Model::open(&tiny.write(&folder)).unwrap();
+    let (tokens, want) = forward::clear_tokens(&tiny, forward::EXPERTS, FORCED);
+    let pool = PageAllocator::new(FORCED_PAGES, 4).unwrap();
+    let mut cpu = Cpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool).unwrap();
+    let (got, greedy) = force(&mut cpu, &pool, &tokens);
+    assert_eq!(got.len(), greedy.len() * 256);
+    // The first request's first part.
+    let want: Vec<_> = want[..7].iter().flatten().map(|&logit| logit as f32).collect();
+    check_rows("forced", &got[..7 * 256], &want, 256);
+    assert_eq!(pool.used_pages(), 0);
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn text(tiny: &Tiny) -> Result<Text> {
 }
 
 /// Single characters, and what to add to them: `▁`, `a`, `b`, `c` from [`FIRST`] on.
-fn with(pieces: &[(&'static str, f32, i32)]) -> Tiny {
+pub fn with(pieces: &[(&'static str, f32, i32)]) -> Tiny {
     let single = [("▁", -90.0, 1), ("a", -91.0, 1), ("b", -92.0, 1), ("c", -93.0, 1)];
     file(&[&single, pieces].concat())
 }

@@ -7,9 +7,13 @@
 //! | `report` | findings, printed as text or JSON |
 //! | `examine` | looks at the machine and reports |
 //! | `download` | the progress of downloads |
+//! | `pin` | the digest of a wheel's RECORD, for the pin table |
+//! | `footprint` | bytes embedded, downloaded and cached, memory of a first use |
 
 mod download;
 mod examine;
+mod footprint;
+mod pin;
 mod report;
 
 use std::{
@@ -19,7 +23,10 @@ use std::{
 };
 
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
-use flashinfer_rs::artifacts::{ArtifactError, Package, Store, StoreConfig};
+use flashinfer_rs::{
+    FlashInferError, ModuleName,
+    artifacts::{ArtifactError, Digest, Package, Store, StoreConfig},
+};
 use indicatif::HumanBytes;
 
 /// Tells whether FlashInfer's kernels can run on this machine.
@@ -80,6 +87,15 @@ enum Command {
         #[arg(value_name = "PACKAGE", value_parser = package)]
         packages: Vec<Package>,
     },
+    /// Print the digest of a wheel's RECORD, or write it into the pin table, so that its members
+    /// can be downloaded alone
+    Pin(pin::Pin),
+    /// Print the bytes that are embedded and cached, and for MODULEs what a first use costs
+    Footprint {
+        /// Modules to open, which are downloaded if need be; with a new --cache-dir this is a first use
+        #[arg(value_name = "MODULE")]
+        modules: Vec<String>,
+    },
     /// Empty the cache and tell how much that freed
     Clean,
 }
@@ -114,6 +130,11 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         None => report(&cli.sources, cli.options),
         Some(Command::Fetch { packages }) => fetch(&cli.sources, packages),
+        Some(Command::Pin(options)) => pin::pin(&cli.sources, options),
+        Some(Command::Footprint { modules }) => {
+            let modules: Vec<_> = modules.iter().map(|name| ModuleName::new(name.as_str())).collect();
+            footprint::footprint(&cli.sources, &modules)
+        }
         Some(Command::Clean) => clean(&cli.sources),
     };
     match done {
@@ -131,6 +152,12 @@ fn main() -> ExitCode {
 enum Failure {
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
+    #[error(transparent)]
+    Runtime(#[from] FlashInferError),
+    #[error("cannot use {}: {}; check the path", .0.display(), .1)]
+    File(PathBuf, io::Error),
+    #[error("{0} has the SHA-256 {1}, which no row of {2} states; name the file that is pinned")]
+    NotPinned(String, Digest, String),
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }

@@ -1,7 +1,7 @@
 //! What attention operations share: the checks of their tensors, scratch
 //! memory, the call of the planner, and the numbers that come back.
 
-use std::{cell::Cell, marker::PhantomData};
+use std::{cell::Cell, marker::PhantomData, sync::Arc};
 
 use super::{mask::MaskTensors, spec::AttentionSpec, workspace::Workspace};
 use crate::{
@@ -74,10 +74,10 @@ pub enum PlanMode {
 }
 
 /// A plan's numbers, as the module gave them and as it takes them back.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct PlanInfo {
     pub(super) object: Object,
-    pub(super) numbers: Box<[i64]>,
+    pub(super) numbers: Arc<[i64]>,
 }
 
 impl PlanInfo {
@@ -126,7 +126,7 @@ impl Planned<'_> {
 /// addresses, with the same sizes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReplayKey {
-    numbers: Box<[i64]>,
+    numbers: Arc<[i64]>,
     spec: AttentionSpec,
     shape: ReplayShape,
     /// The mode of the mask, and the length of its rows of items.
@@ -306,6 +306,7 @@ pub(super) fn make_plan(
             ),
         );
     }
+    workspace.forget_plan();
     let stream = workspace.float.stream().clone();
     workspace.staging.stage(&stream, |staging| {
         if clear {

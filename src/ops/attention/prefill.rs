@@ -166,6 +166,50 @@ pub(super) struct Batch<'a> {
     pub(super) cuda_graph: bool,
 }
 
+/// Everything that a plan depends on, to tell whether another would be equal.
+pub(super) struct PrefillPlanKey {
+    spec: AttentionSpec,
+    module: &'static Module,
+    qo_indptr: Vec<i32>,
+    kv_indptr: Vec<i32>,
+    kv_lens: Vec<i32>,
+    page_size: usize,
+    heads: Heads,
+    causal: bool,
+    rows: usize,
+    cuda_graph: bool,
+}
+
+impl PrefillPlanKey {
+    fn new(kernels: &PrefillKernels, batch: &Batch<'_>) -> Self {
+        let &Batch { qo_indptr, kv_indptr, kv_lens, page_size, heads, causal, rows, cuda_graph } = batch;
+        Self {
+            spec: kernels.spec,
+            module: kernels.module,
+            qo_indptr: qo_indptr.to_vec(),
+            kv_indptr: kv_indptr.to_vec(),
+            kv_lens: kv_lens.to_vec(),
+            page_size,
+            heads,
+            causal,
+            rows,
+            cuda_graph,
+        }
+    }
+
+    /// Whether these kernels' plan of this batch would be the same.
+    pub(super) fn is_of(&self, kernels: &PrefillKernels, batch: &Batch<'_>) -> bool {
+        let &Batch { qo_indptr, kv_indptr, kv_lens, page_size, heads, causal, rows, cuda_graph } = batch;
+        std::ptr::eq(self.module, kernels.module)
+            && self.spec == kernels.spec
+            && (self.page_size, self.heads, self.causal) == (page_size, heads, causal)
+            && (self.rows, self.cuda_graph) == (rows, cuda_graph)
+            && self.qo_indptr == qo_indptr
+            && self.kv_indptr == kv_indptr
+            && self.kv_lens == kv_lens
+    }
+}
+
 /// What a run works on, besides keys and values.
 pub(super) struct RunTensors<'a> {
     pub(super) scratch: &'a Scratch,
@@ -208,6 +252,9 @@ impl PrefillKernels {
         scratch: &Scratch,
         batch: &Batch<'_>,
     ) -> Result<PlanInfo> {
+        if let Some(info) = workspace.planned(self, batch) {
+            return Ok(info.clone());
+        }
         let stream = workspace.stream().clone();
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
@@ -226,7 +273,7 @@ impl PrefillKernels {
         // by index arrays that the planner did not write: zeros make them
         // repeat the first tile.
         let clear = batch.cuda_graph && no_split;
-        make_plan(check, workspace, (needed, clear), len, |pinned| {
+        let info = make_plan(check, workspace, (needed, clear), len, |pinned| {
             // The two planners share their first sixteen arguments.
             macro_rules! plan {
                 ($kernel:ident { $($more:ident: $value:expr),* }) => {
@@ -263,7 +310,9 @@ impl PrefillKernels {
                         .call(&self.plan, &stream)
                 }
             }
-        })
+        })?;
+        workspace.remember_plan(PrefillPlanKey::new(self, batch), &info);
+        Ok(info)
     }
 
     /// The most bytes of index arrays that the planner writes for a batch.
@@ -561,6 +610,11 @@ impl BatchPrefill {
         self.kernels.module
     }
 
+    /// The spec.
+    pub fn spec(&self) -> &AttentionSpec {
+        &self.kernels.spec
+    }
+
     /// The kernels that were picked: FlashAttention 2 or 3.
     pub fn backend(&self) -> Backend {
         self.kernels.backend()
@@ -573,6 +627,9 @@ impl BatchPrefill {
     /// streams or heads do not fit; with a causal mask, a request has more
     /// queries than keys, and keys; the workspace is too small; the stream is
     /// being captured. Else what the module or CUDA said.
+    ///
+    /// If the workspace was planned for an equal batch last, nothing is planned
+    /// nor uploaded again.
     pub fn plan_paged<'p>(
         &self,
         workspace: &'p mut Workspace,

@@ -1,5 +1,11 @@
 //! Scratch memory of attention plans.
 
+use std::sync::Arc;
+
+use super::{
+    plan::PlanInfo,
+    prefill::{Batch, PrefillKernels, PrefillPlanKey},
+};
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer},
     error::Result,
@@ -17,14 +23,20 @@ use crate::{
 /// that run one after the other share the plan. Two streams, or two plans
 /// alive at once, need two workspaces.
 ///
+/// A workspace knows the batch that [`BatchPrefill`](super::BatchPrefill) was
+/// planned for last, and so planning for an equal one again costs a comparison.
+///
 /// Dropping a workspace frees it in stream order, without waiting for the
 /// device. During a graph capture it is leaked instead, which is safe.
 pub struct Workspace {
-    pub(super) float: DeviceBuffer,
+    pub(super) float: Arc<DeviceBuffer>,
     pub(super) int: DeviceBuffer,
     pub(super) staging: StagingBuffer,
     /// Offsets of batches with one query per request, made when first needed.
     one_query_each: Option<RaggedTable>,
+    /// What the index arrays are of, and the numbers that belong to them.
+    planned: Option<(PrefillPlanKey, PlanInfo)>,
+    plans_made: u64,
 }
 
 impl Workspace {
@@ -49,12 +61,44 @@ impl Workspace {
     pub fn with_sizes(stream: &Stream, float_bytes: usize, int_bytes: usize) -> Result<Self> {
         stream.check_usable_here("Workspace")?;
         let cuda = FlashInferRuntime::get()?.cuda();
-        Ok(Self {
-            float: DeviceBuffer::new(cuda, stream, float_bytes)?,
-            int: DeviceBuffer::new(cuda, stream, int_bytes)?,
-            staging: StagingBuffer::new(cuda, stream, int_bytes)?,
-            one_query_each: None,
-        })
+        Self::around(Arc::new(DeviceBuffer::new(cuda, stream, float_bytes)?), int_bytes)
+    }
+
+    /// Another workspace with the same memory for partial results, which are
+    /// there only while a run is. Runs with the two must not be enqueued by two
+    /// threads at once, or they overwrite each other's.
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn beside(&self) -> Result<Self> {
+        self.stream().check_usable_here("Workspace")?;
+        Self::around(self.float.clone(), self.int.len())
+    }
+
+    fn around(float: Arc<DeviceBuffer>, int_bytes: usize) -> Result<Self> {
+        let (cuda, stream) = (FlashInferRuntime::get()?.cuda(), float.stream());
+        let (int, staging) =
+            (DeviceBuffer::new(cuda, stream, int_bytes)?, StagingBuffer::new(cuda, stream, int_bytes)?);
+        Ok(Self { float, int, staging, one_query_each: None, planned: None, plans_made: 0 })
+    }
+
+    /// How often a planner has filled this workspace.
+    pub fn plans_made(&self) -> u64 {
+        self.plans_made
+    }
+
+    /// The plan that is in the workspace, if it is of this batch.
+    pub(super) fn planned(&self, kernels: &PrefillKernels, batch: &Batch<'_>) -> Option<&PlanInfo> {
+        self.planned.as_ref().filter(|(key, _)| key.is_of(kernels, batch)).map(|(_, info)| info)
+    }
+
+    /// A planner is about to write.
+    pub(super) fn forget_plan(&mut self) {
+        self.planned = None;
+        self.plans_made += 1;
+    }
+
+    /// A planner has succeeded.
+    pub(super) fn remember_plan(&mut self, key: PrefillPlanKey, info: &PlanInfo) {
+        self.planned = Some((key, info.clone()));
     }
 
     /// Offsets `0..=batch`, on the host and on the device. They stay where

@@ -1,6 +1,6 @@
 //! What stands between two layers of a diffusion transformer, in one kernel.
 
-use super::{NormOptions, check_plain, launch};
+use super::{NormOptions, check_plain, launch_watched};
 use crate::{
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
@@ -250,7 +250,7 @@ pub fn fused_dit_layernorm(
     // kernel has fixed, alignment and 32-bit offsets. Mode and format have
     // kernels, and rows have the length, over which the launcher would end the
     // process.
-    unsafe { launch(&FUSED_DIT_LAYERNORM, stream, &kernel) }
+    unsafe { launch_watched(&FUSED_DIT_LAYERNORM, stream, &kernel) }
 }
 
 /// All that the kernel assumes.

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::{NormOptions, check_plain, launch, rmsnorm};
+use super::{NormOptions, check_plain, launch_watched, rmsnorm};
 use crate::{
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
@@ -509,7 +509,7 @@ unsafe fn call(
         v_quant_scale: options.v_quant_scale,
     };
     // SAFETY: the function has this signature; the rest is promised by the caller.
-    unsafe { launch(&FUSED_QK_RMSNORM_ROPE, stream, &kernel) }
+    unsafe { launch_watched(&FUSED_QK_RMSNORM_ROPE, stream, &kernel) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The layer norm.
 
-use super::{NormOptions, SHARED_MEMORY, check_plain, check_shared_memory, launch};
+use super::{NormOptions, SHARED_MEMORY, check_plain, check_shared_memory, launch_watched};
 use crate::{
     error::Result,
     ffi::{Kernel, Signature, TensorObject, kernels},
@@ -104,5 +104,5 @@ pub fn layernorm(
     // SAFETY: the function has this signature, and the tensors were checked
     // for all that the kernel assumes: device, dtype, shape, contiguity,
     // alignment, 32-bit offsets, and a row that fits the shared memory.
-    unsafe { launch(&LAYERNORM, stream, &kernel) }
+    unsafe { launch_watched(&LAYERNORM, stream, &kernel) }
 }

@@ -110,7 +110,7 @@ fn check_plain(
 /// It also looks up frequency tables in a map that is not made for threads.
 static LAUNCH: Mutex<()> = Mutex::new(());
 
-/// Calls a function of the module.
+/// Calls a function of the module, which says itself whether it was launched.
 ///
 /// # Safety
 /// The kernel must be the function's, and its tensors all that it assumes.
@@ -118,8 +118,22 @@ unsafe fn launch(function: &FixedFunction, stream: &Stream, kernel: &impl Kernel
     let runtime = FlashInferRuntime::get()?;
     let function = function.get(runtime)?;
     let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
-    // Layer norms do not look whether they were launched, and
-    // `fused_qk_rmsnorm_rope` ends the process over any error it finds.
     // SAFETY: promised by the caller.
-    runtime.cuda().watch_launch(|| unsafe { kernel.call(function, stream) }.map(drop))
+    let launched = unsafe { kernel.call(function, stream) };
+    if launched.is_err() {
+        // What it has said is not left to a later call.
+        runtime.cuda().last_error();
+    }
+    launched.map(drop)
+}
+
+/// Calls a function of the module that does not: layer norms do not look
+/// whether they were launched, and `fused_qk_rmsnorm_rope` ends the process over
+/// any error it finds.
+///
+/// # Safety
+/// As [`launch`].
+unsafe fn launch_watched(function: &FixedFunction, stream: &Stream, kernel: &impl Kernel) -> Result<()> {
+    // SAFETY: promised by the caller.
+    FlashInferRuntime::get()?.cuda().watch_launch(|| unsafe { launch(function, stream, kernel) })
 }

@@ -1,0 +1,159 @@
+//! What the crate costs on this machine: bytes embedded, downloaded and cached; the time and the
+//! memory of a first use.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use flashinfer_rs::{
+    FlashInferRuntime, ModuleName, RuntimeConfig,
+    artifacts::{Progress, ProgressFn, Store, bundle::BundledMember},
+};
+use indicatif::HumanBytes;
+
+use crate::{Failure, Sources, printed, report::counted};
+
+/// Prints it; `modules` are used first, which may download.
+pub fn footprint(sources: &Sources, modules: &[ModuleName]) -> Result<bool, Failure> {
+    let config = sources.store_config()?;
+    let embedded = config.bundle;
+    let store = Store::open(config)?;
+    let first_use = match modules {
+        [] => None,
+        modules => Some(FirstUse::measure(sources, &store, modules)?),
+    };
+    let files = cached(store.cache_dir())?;
+    printed(write(&mut io::stdout().lock(), embedded, first_use.as_ref(), store.cache_dir(), &files))?;
+    Ok(true)
+}
+
+fn write(
+    out: &mut impl Write,
+    embedded: &[BundledMember],
+    first_use: Option<&FirstUse>,
+    cache: &Path,
+    files: &[(PathBuf, u64)],
+) -> io::Result<()> {
+    writeln!(out, "Embedded in this program, compressed and unpacked")?;
+    let mut sum = (0, 0);
+    for member in embedded {
+        let (packed, size) = (member.zstd.len() as u64, member.size);
+        let name = member.suffix.rsplit('/').next().unwrap_or_default();
+        writeln!(out, "{packed:>12} {size:>12}  {name}")?;
+        sum = (sum.0 + packed, sum.1 + size);
+    }
+    writeln!(out, "{:>12} {:>12}  {}", sum.0, sum.1, counted(embedded.len(), "file"))?;
+    if let Some(FirstUse { modules, downloaded, took, memory }) = first_use {
+        writeln!(out, "\nFirst use")?;
+        for (module, size, source) in modules {
+            writeln!(out, "{size:>12}  {module}: {source}")?;
+        }
+        writeln!(out, "{downloaded:>12}  bytes downloaded in {:.2} s", took.as_secs_f64())?;
+        if let Some(memory) = memory {
+            writeln!(out, "{memory:>12}  bytes of memory at most, for the whole process")?;
+        }
+    }
+    writeln!(out, "\nIn the cache {}", cache.display())?;
+    for (path, size) in files {
+        writeln!(out, "{size:>12}  {}", path.display())?;
+    }
+    let sum = files.iter().map(|(_, size)| size).sum();
+    writeln!(out, "{sum:>12}  {} ({})", counted(files.len(), "file"), HumanBytes(sum))
+}
+
+/// The files of the cache that hold something, with their paths in it.
+fn cached(root: &Path) -> io::Result<Vec<(PathBuf, u64)>> {
+    let (mut found, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
+    while let Some(folder) = folders.pop() {
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let (path, metadata) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
+            if metadata.is_dir() {
+                folders.push(path);
+            } else if metadata.len() > 0 {
+                found.push((path.strip_prefix(root).unwrap_or(&path).to_owned(), metadata.len()));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// What it took to start the runtime and to open modules.
+struct FirstUse {
+    modules: Vec<(String, u64, String)>,
+    downloaded: u64,
+    took: Duration,
+    memory: Option<u64>,
+}
+
+impl FirstUse {
+    fn measure(sources: &Sources, store: &Store, names: &[ModuleName]) -> Result<FirstUse, Failure> {
+        let downloaded = Arc::new(AtomicU64::new(0));
+        let mut config = RuntimeConfig::default();
+        config.wheels = sources.wheels.clone();
+        config.cache_dir = sources.cache_dir.clone();
+        config.offline = store.config().offline;
+        config.progress = Some(counting(&downloaded));
+        let start = Instant::now();
+        let runtime = FlashInferRuntime::initialize(config)?;
+        runtime.preload(names)?;
+        let took = start.elapsed();
+        let modules = names.iter().map(|name| {
+            let module = runtime.module(name)?;
+            let size = fs::metadata(module.path())?.len();
+            Ok((name.to_string(), size, module.source().to_string()))
+        });
+        Ok(FirstUse {
+            modules: modules.collect::<Result<_, Failure>>()?,
+            downloaded: downloaded.load(Ordering::Relaxed),
+            took,
+            memory: peak_memory(),
+        })
+    }
+}
+
+/// Counts the bytes of downloads.
+fn counting(sum: &Arc<AtomicU64>) -> ProgressFn {
+    let sum = Arc::clone(sum);
+    // The place of the current download, and whether it tells of its bytes.
+    let current = std::sync::Mutex::new((0, true));
+    Arc::new(move |progress| {
+        let mut current = current.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let more = match *progress {
+            Progress::Started { done, .. } => {
+                *current = (done, false);
+                0
+            }
+            Progress::Bytes { done, .. } => {
+                let more = done.saturating_sub(current.0);
+                *current = (done, true);
+                more
+            }
+            // pip tells nothing before it is done.
+            Progress::Done { path, .. } if !current.1 => {
+                current.1 = true;
+                fs::metadata(path).map_or(0, |metadata| metadata.len())
+            }
+            _ => 0,
+        };
+        sum.fetch_add(more, Ordering::Relaxed);
+    })
+}
+
+/// The most memory that this process has had, where the system tells it.
+fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}

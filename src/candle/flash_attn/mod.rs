@@ -1,0 +1,745 @@
+//! The functions of `candle-flash-attn`, with FlashInfer's kernels.
+//!
+//! They have the names, parameters and meaning of candle-flash-attn 0.11.1, so
+//! that a model changes its `use` line and nothing else. All of them compute
+//! `softmax(q · kᵀ · softmax_scale) · v` for each head, with these rules:
+//!
+//! - **Heads.** `q` has a multiple of the heads of `k` and `v`; each of those
+//!   serves as many query heads that follow each other. Nothing is repeated.
+//! - **Positions.** The last query of a sequence stands at its last key: query
+//!   `r` of `s_q` is at position `p = s_k − s_q + r` of `s_k` keys.
+//! - **Windows.** `window_size_left` is how many keys before its position a
+//!   query sees, besides the one at it, `window_size_right` how many after it.
+//!   `None` is all, and so is a number above the number of keys (for sequences
+//!   of several lengths, above `max_seqlen_k`); only that a left window without
+//!   a right one stops `s_k` (or `max_seqlen_k`) keys after the position, which
+//!   queries far before the first key notice. `causal` is `None` and `Some(0)`.
+//! - **Soft cap.** A `softcap` above 0 turns logits into
+//!   `softcap · tanh(logits / softcap)`; with 0 or below there is none.
+//! - **ALiBi.** `alibi_slopes` is `f32` of shape `(num_heads_q)`; a logit loses
+//!   its head's slope times the distance of key and position, after the cap.
+//! - A query that sees no key gets zeros.
+//!
+//! # Devices and dtypes
+//! On the CPU, tensors are `f32`, `f16`, `bf16` or `f64`, and the sums are made
+//! in `f64`, by the [`mod@reference`], which is exact
+//! and slow. On CUDA, which needs the feature `candle-cuda`, they are `f16` or
+//! `bf16`; FlashInfer publishes modules with head dimensions 64, 128 and 256,
+//! some of them without window or soft cap, and none with ALiBi. Where there is
+//! no module, the error names the one that was looked for. A module of one's
+//! own (see [`PosEncodingMode::Alibi`]) makes ALiBi work where no query sees a
+//! key after its position; with other windows FlashInfer's formula is another
+//! one, and that is an error too. On both, head dimensions are multiples of 8
+//! and at most 512.
+//!
+//! # Copies
+//! Strides and offsets are taken as they are: transposed views, parts of longer
+//! caches and joined projections of queries, keys and values need no
+//! `contiguous()`. What is copied first: tensors whose last dimension is not
+//! contiguous, that are not aligned to 16 bytes, or whose sequences repeat or
+//! overlap each other; queries of several sequences that do not lie one after the
+//! other; and of keys and values whose sequences lie differently far apart, one
+//! or both.
+//!
+//! # NaN
+//! Keys that are hidden get the weight 0, which leaves nothing of a value that
+//! is finite, but makes NaN of one that is not. What lies around a part of a
+//! cache is not read. With 128 queries or more in a sequence, FlashAttention 3
+//! (on compute capability 9.0) also reads the values that follow a sequence's
+//! last, which are those of the next one.
+//!
+//! # What waits, and what is kept
+//! Work goes to candle's own stream and nothing waits for it, with one
+//! exception: cumulative lengths, block tables, ranges and slopes are read on
+//! the host. As CUDA tensors they are copied back first, which waits for the
+//! stream; pass them as CPU tensors where you have them.
+//!
+//! The first call in a thread for a stream takes a workspace of 128 MiB on the
+//! device; later calls of the thread for that stream share it. The last
+//! four batches are kept with their plans, so that the layers of a model plan once
+//! for each step. [`release_workspaces`] gives a thread's memory back; so does
+//! the end of the thread.
+//!
+//! The first call starts the [`FlashInferRuntime`] with the default
+//! configuration, unless it is running, and may download the pinned wheel. To
+//! have that done earlier, call [`FlashInferRuntime::initialize`] and
+//! [`preload`](crate::FlashInferRuntime::preload) with the names of
+//! [`AttentionSpec::prefill_module`].
+//!
+//! There is no gradient: `backward` through the result fails.
+//!
+//! [`FlashInferRuntime`]: crate::FlashInferRuntime
+//! [`FlashInferRuntime::initialize`]: crate::FlashInferRuntime::initialize
+
+#[cfg(feature = "candle-cuda")]
+mod launch;
+mod lengths;
+mod views;
+mod visible;
+
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
+    backend::BackendStorage, bail,
+};
+use visible::{Lens, Request, Visible, Window};
+
+use super::tensor;
+use crate::{
+    attention::{AttentionSpec, Backend, Heads, PosEncodingMode, RunOptions},
+    kv::{PageIndices, RaggedIndices},
+    page::{KvLayout, PagedKv},
+    reference,
+    tensor::TensorRef,
+};
+
+/// The most elements of a head, as candle-flash-attn has it.
+const MAX_HEAD_DIM: usize = 512;
+/// FlashAttention 3 works on tiles of this many queries, and does not divide
+/// the keys of one: with fewer queries, FlashAttention 2 is faster.
+const FA3_TILE: usize = 128;
+
+/// Attention as a caller describes it.
+struct Attention<'a> {
+    softmax_scale: f32,
+    /// To the left and to the right.
+    window: [Option<usize>; 2],
+    softcap: Option<f32>,
+    alibi_slopes: Option<&'a Tensor>,
+    batch: Batch<'a>,
+}
+
+/// How the sequences of a batch lie.
+enum Batch<'a> {
+    /// All as long as each other, in a dimension of their own.
+    Dense,
+    /// One after the other.
+    Ragged(Lengths<'a>),
+    /// The keys in pages.
+    Paged { lengths: Lengths<'a>, block_table: &'a Tensor, page_size: usize, ranges: Option<&'a Tensor> },
+}
+
+/// Cumulative lengths, and the longest.
+#[derive(Clone, Copy)]
+struct Lengths<'a> {
+    queries: &'a Tensor,
+    keys: &'a Tensor,
+    max: [usize; 2],
+}
+
+/// Keys of a call, and where requests have them.
+enum Keys {
+    Ragged(RaggedIndices),
+    Paged(PageIndices),
+}
+
+/// One call, in the kernels' terms.
+struct Call {
+    spec: AttentionSpec,
+    heads: Heads,
+    softmax_scale: f64,
+    visible: Visible,
+    requests: Vec<Request>,
+    queries: RaggedIndices,
+    keys: Keys,
+    slopes: Option<Vec<f32>>,
+    /// Queries, keys and values as the kernels see them.
+    views: [Layout; 3],
+    out: Shape,
+}
+
+/// Either side of a causal mask.
+fn causal_window(causal: bool) -> [Option<usize>; 2] {
+    [None, causal.then_some(0)]
+}
+
+impl Attention<'_> {
+    fn of(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (heads, width) = self.check(q, k, v)?;
+        let (sequences, max_keys) = self.sequences(q, k)?;
+        if q.elem_count() == 0 {
+            // The same, without an allocation of nothing.
+            return Ok(q.clone());
+        }
+        if sequences.iter().all(|&(_, keys)| keys == 0) {
+            return Tensor::zeros(q.shape(), q.dtype(), q.device());
+        }
+        let ranges = match &self.batch {
+            Batch::Paged { ranges: Some(ranges), .. } => lengths::ranges(ranges, sequences.len())?,
+            _ => Vec::new(),
+        };
+        let visible = Visible::new(Window::new(self.window, max_keys), &sequences, ranges);
+        let slopes =
+            self.alibi_slopes.map(|slopes| lengths::slopes(slopes, heads.num_qo_heads)).transpose()?;
+        if slopes.is_some() && q.device().is_cuda() && !visible.is_causal(&sequences) {
+            bail!(
+                "flash_attn: on CUDA, ALiBi needs window_size_right = Some(0) (causal): FlashInfer's kernels \
+                 add the slope times the key's place, which FlashAttention does only where no key lies after \
+                 its query; the CPU has both"
+            )
+        }
+        let spec = self.spec(q, width, &visible, slopes.is_some())?;
+        let (call, [q, k, v]) = self.call([q, k, v], (spec, heads), (visible, sequences), slopes)?;
+        q.apply_op3(&k, &v, call)
+    }
+
+    /// Devices, dtypes and shapes; returns heads and their width.
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Heads, usize)> {
+        for (name, tensor) in [("k", k), ("v", v)] {
+            if tensor.dtype() != q.dtype() {
+                bail!("flash_attn: {name} is {}, q is {}", tensor.dtype().as_str(), q.dtype().as_str())
+            }
+            if !tensor.device().same_device(q.device()) {
+                bail!(
+                    "flash_attn: {name} is on {:?}, q is on {:?}",
+                    tensor.device().location(),
+                    q.device().location()
+                )
+            }
+        }
+        match (q.device(), q.dtype()) {
+            (_, DType::F16 | DType::BF16) | (Device::Cpu, DType::F32 | DType::F64) => {}
+            (Device::Cpu, other) => {
+                bail!("flash_attn: tensors of {}; there are f32, f16, bf16 and f64", other.as_str())
+            }
+            (_, other) => bail!(
+                "flash_attn: tensors of {}; on CUDA there are f16 and bf16: convert with to_dtype",
+                other.as_str()
+            ),
+        }
+        let (rank, kv_rank) = match self.batch {
+            Batch::Dense => (4, 4),
+            Batch::Ragged(_) => (3, 3),
+            Batch::Paged { .. } => (3, 4),
+        };
+        for (name, tensor, rank) in [("q", q, rank), ("k", k, kv_rank), ("v", v, kv_rank)] {
+            if tensor.rank() != rank {
+                bail!("flash_attn: {name} has shape {:?}; expected {rank} dimensions", tensor.shape())
+            }
+        }
+        let (q_dims, k_dims) = (q.dims(), k.dims());
+        let [num_qo_heads, width] = [q_dims[rank - 2], q_dims[rank - 1]];
+        let num_kv_heads = k_dims[kv_rank - 2];
+        let fits = k_dims[kv_rank - 1] == width && (kv_rank == 3 || rank == 3 || k_dims[0] == q_dims[0]);
+        if k_dims != v.dims() || !fits {
+            bail!(
+                "flash_attn: q has shape {:?}, k {:?} and v {:?}; k and v must be alike, with the batch and \
+                 the head dimension of q",
+                q.shape(),
+                k.shape(),
+                v.shape()
+            )
+        }
+        if width % 8 != 0 || width > MAX_HEAD_DIM || width == 0 {
+            bail!("flash_attn: a head dimension of {width}; there are multiples of 8 up to {MAX_HEAD_DIM}")
+        }
+        let heads = Heads { num_qo_heads, num_kv_heads };
+        if heads.group_size().is_none() {
+            bail!(
+                "flash_attn: {num_qo_heads} heads of q over {num_kv_heads} of k and v; expected a multiple, \
+                 and at least one"
+            )
+        }
+        Ok((heads, width))
+    }
+
+    /// Queries and keys of each sequence, and the number that wider windows
+    /// have no effect from.
+    fn sequences(&self, q: &Tensor, k: &Tensor) -> Result<(Vec<Lens>, usize)> {
+        let (lengths, total_keys) = match &self.batch {
+            Batch::Dense => {
+                let (batch, queries, keys) = (q.dims()[0], q.dims()[1], k.dims()[1]);
+                return Ok((vec![(queries, keys); batch], keys));
+            }
+            Batch::Ragged(lengths) => (lengths, Some(k.dims()[0])),
+            Batch::Paged { lengths, page_size, .. } => {
+                let pages_of = k.dims()[1];
+                if *page_size != pages_of || pages_of == 0 {
+                    bail!(
+                        "flash_attn: page_block_size is {page_size}, but the blocks of k hold {pages_of} keys"
+                    )
+                }
+                (lengths, None)
+            }
+        };
+        let queries = lengths::from_cumulative("seqlens_q", lengths.queries, lengths.max[0])?;
+        let keys = lengths::from_cumulative("seqlens_k", lengths.keys, lengths.max[1])?;
+        if queries.len() != keys.len() {
+            bail!("seqlens_q is of {} sequences, seqlens_k of {}", queries.len(), keys.len())
+        }
+        let totals = [("q", "seqlens_q", &queries, Some(q.dims()[0])), ("k", "seqlens_k", &keys, total_keys)];
+        for (name, argument, lens, rows) in totals {
+            let total: usize = lens.iter().sum();
+            if rows.is_some_and(|rows| rows != total) {
+                bail!(
+                    "{argument} ends with {total}, but {name} has shape {:?}",
+                    if name == "q" { q } else { k }.shape()
+                )
+            }
+        }
+        Ok((queries.into_iter().zip(keys).collect(), lengths.max[1]))
+    }
+
+    fn spec(&self, q: &Tensor, width: usize, visible: &Visible, alibi: bool) -> Result<AttentionSpec> {
+        let mut spec = AttentionSpec::new(tensor::dtype(q.dtype())?, width);
+        if let Some(left) = visible.left() {
+            // A window never reaches beyond the keys, of which there are fewer.
+            spec = spec.with_window_left(u32::try_from(left).unwrap_or(u32::MAX));
+        }
+        if let Some(cap) = self.softcap.filter(|&cap| cap > 0.0) {
+            spec = spec.with_logits_soft_cap(cap);
+        }
+        if alibi {
+            spec = spec.with_pos_encoding_mode(PosEncodingMode::Alibi);
+        }
+        Ok(spec)
+    }
+
+    /// The call, and the tensors that its views are of.
+    fn call(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        (mut spec, heads): (AttentionSpec, Heads),
+        (visible, sequences): (Visible, Vec<Lens>),
+        slopes: Option<Vec<f32>>,
+    ) -> Result<(Call, [Tensor; 3])> {
+        let (dtype, out) = (q.dtype(), q.shape().clone());
+        let (q, q_view) = views::viewed(q, views::queries)?;
+        let ([k, v], kv_views, gap, pages) = match &self.batch {
+            Batch::Paged { block_table, page_size, .. } => {
+                let keys: Vec<usize> = sequences.iter().map(|&(_, keys)| keys).collect();
+                let pages = lengths::pages(block_table, &keys, *page_size)?;
+                let same = k.stride() == v.stride();
+                let as_it_is = |layout: &Layout, size: usize| {
+                    // Kernels read both with the same strides.
+                    let usable = views::is_cache(layout, size) && (same || layout.is_contiguous());
+                    usable.then(|| layout.clone())
+                };
+                let [(k, k_view), (v, v_view)] = [views::viewed(k, as_it_is)?, views::viewed(v, as_it_is)?];
+                ([k, v], [k_view, v_view], 0, Some((pages, *page_size)))
+            }
+            Batch::Dense | Batch::Ragged(_) => {
+                let (tensors, views, apart) = views::keys_and_values(k, v)?;
+                let gap = if let Batch::Dense = self.batch { apart - sequences[0].1 } else { 0 };
+                (tensors, views, gap, None)
+            }
+        };
+        let requests = visible.requests(&sequences, gap);
+        let queries = RaggedIndices::from_lens(requests.iter().map(|request| request.queries));
+        let keys = match pages {
+            None => RaggedIndices::from_lens(requests.iter().map(|request| request.keys)).map(Keys::Ragged),
+            Some((pages, page_size)) => {
+                let of = |request: &Request| request.sequence.map_or(&[][..], |at| &pages[at]);
+                let requests = requests.iter().map(|request| (of(request), request.keys));
+                PageIndices::from_requests(k.dims()[0], page_size, requests).map(Keys::Paged)
+            }
+        };
+        let [k_view, v_view] = kv_views;
+        let views = [q_view, k_view, v_view];
+        spec.backend =
+            if self.is_for_fa3(&visible, &requests, &views, dtype)? { Backend::Auto } else { Backend::Fa2 };
+        let call = Call {
+            spec,
+            heads,
+            softmax_scale: self.softmax_scale.into(),
+            visible,
+            requests,
+            queries: queries.map_err(tensor::error)?,
+            keys: keys.map_err(tensor::error)?,
+            slopes,
+            views,
+            out,
+        };
+        Ok((call, [q, k, v]))
+    }
+
+    /// Whether FlashAttention 3 can serve a call, and may be the faster. It
+    /// reads what follows a request's keys, with weight 0, so nothing may lie
+    /// there but keys.
+    fn is_for_fa3(
+        &self,
+        visible: &Visible,
+        requests: &[Request],
+        views: &[Layout; 3],
+        dtype: DType,
+    ) -> Result<bool> {
+        let unread = |request: &Request| request.sequence.is_none() && request.keys > 0;
+        let direct = !matches!(visible, Visible::Bits { .. }) && self.alibi_slopes.is_none();
+        let long = requests.iter().any(|request| request.queries >= FA3_TILE);
+        if !direct || !long || requests.iter().any(unread) {
+            return Ok(false);
+        }
+        let described = if let Batch::Paged { .. } = self.batch { &views[..1] } else { &views[..] };
+        for view in described {
+            if views::overlaps(view, dtype)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Frees what the calling thread keeps on devices for these functions: for each
+/// stream that it used, 128 MiB and more. The next call takes it anew. Nothing
+/// waits for the device. Without the feature `candle-cuda` there is nothing.
+pub fn release_workspaces() {
+    #[cfg(feature = "candle-cuda")]
+    launch::release_workspaces();
+}
+
+/// Zeros on the CPU.
+fn zeros(dtype: DType, len: usize) -> Result<CpuStorage> {
+    Ok(match dtype {
+        DType::F16 => CpuStorage::F16(vec![half::f16::ZERO; len]),
+        DType::BF16 => CpuStorage::BF16(vec![half::bf16::ZERO; len]),
+        DType::F32 => CpuStorage::F32(vec![0.0; len]),
+        DType::F64 => CpuStorage::F64(vec![0.0; len]),
+        other => bail!("flash_attn: tensors of {}", other.as_str()),
+    })
+}
+
+impl Call {
+    /// The output's rows, heads and width.
+    fn rows(&self) -> [usize; 3] {
+        [self.queries.total(), self.heads.num_qo_heads, self.spec.head_dim_vo]
+    }
+
+    fn options<'a>(&self, slopes: Option<TensorRef<'a>>) -> RunOptions<'a> {
+        RunOptions { alibi_slopes: slopes, ..RunOptions::with_sm_scale(self.softmax_scale) }
+    }
+
+    fn on_cpu(&self, storages: [&CpuStorage; 3]) -> Result<CpuStorage> {
+        let [q, k, v] = [0, 1, 2].map(|at| tensor::on_cpu(storages[at], &self.views[at]));
+        let (q, k, v) = (q?, k?, v?);
+        let [rows, heads, width] = self.rows();
+        let mut storage = zeros(storages[0].dtype(), rows * heads * width)?;
+        let mut out = tensor::on_cpu_mut(&mut storage, &Layout::contiguous((rows, heads, width)))?;
+        let packed = self.visible.pack(&self.requests).map_err(tensor::error)?;
+        let mask = match (&self.visible, &packed) {
+            (_, Some((indices, bits))) => reference::Mask::Custom(indices, bits),
+            (Visible::Causal { .. }, _) => reference::Mask::Causal,
+            _ => reference::Mask::None,
+        };
+        let slopes = self.slopes.as_ref().map(|slopes| TensorRef::from_slice(slopes, &[slopes.len()]));
+        let options = self.options(slopes.transpose().map_err(tensor::error)?);
+        let (paged, ragged) = (PagedKv::new(k, v, KvLayout::Nhd), [&k, &v]);
+        let kv = match &self.keys {
+            Keys::Paged(table) => reference::KeysAndValues::Paged(&paged, table),
+            Keys::Ragged(keys) => reference::KeysAndValues::Ragged(ragged, keys),
+        };
+        reference::flash_attention(&self.spec, &q, &kv, &self.queries, &mut out, (mask, &options))
+            .map_err(tensor::error)?;
+        Ok(storage)
+    }
+}
+
+impl CustomOp3 for Call {
+    fn name(&self) -> &'static str {
+        "flash_attn"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        _: &Layout,
+        k: &CpuStorage,
+        _: &Layout,
+        v: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((self.on_cpu([q, k, v])?, self.out.clone()))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        _: &Layout,
+        k: &CudaStorage,
+        _: &Layout,
+        v: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((launch::attention(self, [q, k, v])?, self.out.clone()))
+    }
+
+    #[cfg(not(feature = "candle-cuda"))]
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        bail!("flash_attn: CUDA tensors need flashinfer-rs with its feature `candle-cuda`")
+    }
+}
+
+/// Attention of sequences that are all as long as each other.
+///
+/// `q` is `(batch, s_q, num_heads_q, head_dim)`, `k` and `v` are
+/// `(batch, s_k, num_heads_kv, head_dim)`; the result has the shape of `q`. With
+/// `causal`, a query sees the keys up to its position: the mask's last row
+/// belongs to the last query and ends at the last key, so with `s_q > s_k` the
+/// first queries see nothing and get zeros.
+///
+/// See the [module](self) for the rules that all functions share.
+///
+/// # Errors
+/// Dtypes, devices or shapes do not fit; no module serves the call; what the
+/// kernels, CUDA or candle said.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use flashinfer_rs::candle::flash_attn;
+///
+/// // Two sequences: 3 new queries over a cache of 5 keys, 4 heads over 2.
+/// let q = Tensor::randn(0f32, 1., (2, 3, 4, 16), &Device::Cpu)?;
+/// let cache = Tensor::randn(0f32, 1., (2, 2, 8, 16), &Device::Cpu)?;
+/// let keys = cache.narrow(2, 0, 5)?.transpose(1, 2)?;
+/// let out = flash_attn(&q, &keys, &keys, 0.25, true)?;
+/// assert_eq!(out.dims(), [2, 3, 4, 16]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn flash_attn(q: &Tensor, k: &Tensor, v: &Tensor, softmax_scale: f32, causal: bool) -> Result<Tensor> {
+    let window = causal_window(causal);
+    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch: Batch::Dense }.of(q, k, v)
+}
+
+/// [`flash_attn`] with a window; see the [module](self) for its meaning.
+///
+/// # Errors
+/// As [`flash_attn`].
+pub fn flash_attn_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    let window = [window_size_left, window_size_right];
+    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch: Batch::Dense }.of(q, k, v)
+}
+
+/// [`flash_attn`] with ALiBi; see the [module](self) for its meaning, and for
+/// what CUDA needs for it.
+///
+/// # Errors
+/// As [`flash_attn`]; also when `alibi_slopes` is not `f32` `(num_heads_q)`.
+pub fn flash_attn_alibi(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    let (window, alibi_slopes) = (causal_window(causal), Some(alibi_slopes));
+    Attention { softmax_scale, window, softcap: None, alibi_slopes, batch: Batch::Dense }.of(q, k, v)
+}
+
+/// [`flash_attn_alibi`] with a window.
+///
+/// # Errors
+/// As [`flash_attn_alibi`].
+pub fn flash_attn_alibi_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    let (window, alibi_slopes) = ([window_size_left, window_size_right], Some(alibi_slopes));
+    Attention { softmax_scale, window, softcap: None, alibi_slopes, batch: Batch::Dense }.of(q, k, v)
+}
+
+/// [`flash_attn_windowed`] with a soft cap, and with ALiBi if there are slopes.
+///
+/// # Errors
+/// As [`flash_attn_alibi`]; on CUDA also with both a soft cap and slopes.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_alibi_windowed_softcap(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: Option<&Tensor>,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    softcap: f32,
+) -> Result<Tensor> {
+    let (window, softcap) = ([window_size_left, window_size_right], Some(softcap));
+    Attention { softmax_scale, window, softcap, alibi_slopes, batch: Batch::Dense }.of(q, k, v)
+}
+
+/// Attention of sequences of several lengths, which lie one after the other.
+///
+/// `q` is `(total_q, num_heads_q, head_dim)`, `k` and `v` are
+/// `(total_k, num_heads_kv, head_dim)`; the result has the shape of `q`.
+/// `seqlens_q` and `seqlens_k` hold the cumulative lengths of the `batch`
+/// sequences, `batch + 1` numbers from 0 to the number of rows, as `u32`, `i32`
+/// or `i64`; they are read on the host, so CPU tensors save a wait. Sequences
+/// may be empty. `max_seqlen_q` and `max_seqlen_k` are the longest, or more.
+///
+/// With `causal` or a window, positions are those of each sequence; see the
+/// [module](self).
+///
+/// # Errors
+/// As [`flash_attn`]; also when cumulative lengths do not begin with 0,
+/// decrease, end elsewhere than at the last row, or have a sequence that is
+/// longer than its maximum.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
+    let (window, batch) = (causal_window(causal), Batch::Ragged(lengths));
+    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch }.of(q, k, v)
+}
+
+/// [`flash_attn_varlen`] with a window.
+///
+/// # Errors
+/// As [`flash_attn_varlen`].
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
+    let (window, batch) = ([window_size_left, window_size_right], Batch::Ragged(lengths));
+    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch }.of(q, k, v)
+}
+
+/// [`flash_attn_varlen_windowed`] over keys and values in pages, called blocks
+/// here.
+///
+/// `k` and `v` are `(num_blocks, page_block_size, num_heads_kv, head_dim)`, of
+/// any block size. Row `i` of `block_table`, `(batch, max_blocks)` of `u32`,
+/// `i32` or `i64`, names the blocks of sequence `i` in order; of those, as many
+/// are looked at as its keys need, and the rest may be anything. `softcap` of
+/// `None` or 0 is none. It is best to keep `k` and `v` in one layout: with other
+/// strides than each other, the whole cache is copied at each call.
+///
+/// `mm_prefix_ranges`, `(batch, max_ranges, 2)` of integers, are ranges of
+/// positions, from the first to before the last, within which queries see all
+/// keys, whatever the window says; a range that does not begin before its end
+/// is none.
+///
+/// All of these are read on the host; CPU tensors save a wait.
+///
+/// # Errors
+/// As [`flash_attn_varlen`]; also when `page_block_size` is not that of `k`, or
+/// a block that a sequence needs does not exist.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_paged_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    block_table: &Tensor,
+    mm_prefix_ranges: Option<&Tensor>,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    page_block_size: usize,
+    softcap: Option<f32>,
+) -> Result<Tensor> {
+    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
+    let batch = Batch::Paged { lengths, block_table, page_size: page_block_size, ranges: mm_prefix_ranges };
+    let window = [window_size_left, window_size_right];
+    Attention { softmax_scale, window, softcap, alibi_slopes: None, batch }.of(q, k, v)
+}
+
+/// [`flash_attn_varlen`] with ALiBi; see [`flash_attn_alibi`].
+///
+/// # Errors
+/// As [`flash_attn_varlen`] and [`flash_attn_alibi`].
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_alibi(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
+    let (window, batch) = (causal_window(causal), Batch::Ragged(lengths));
+    Attention { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }.of(q, k, v)
+}
+
+/// [`flash_attn_varlen_alibi`] with a window.
+///
+/// # Errors
+/// As [`flash_attn_varlen_alibi`].
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_alibi_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
+    let (window, batch) = ([window_size_left, window_size_right], Batch::Ragged(lengths));
+    Attention { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }.of(q, k, v)
+}
+
+/// [`flash_attn_varlen_windowed`] with a soft cap, and with ALiBi if there are
+/// slopes.
+///
+/// # Errors
+/// As [`flash_attn_varlen_alibi`]; on CUDA also with both a soft cap and slopes.
+#[expect(clippy::too_many_arguments, reason = "candle-flash-attn's signature")]
+pub fn flash_attn_varlen_alibi_windowed_softcap(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: Option<&Tensor>,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    softcap: f32,
+) -> Result<Tensor> {
+    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
+    let (window, batch) = ([window_size_left, window_size_right], Batch::Ragged(lengths));
+    Attention { softmax_scale, window, softcap: Some(softcap), alibi_slopes, batch }.of(q, k, v)
+}
