@@ -78,6 +78,9 @@ struct Rig {
     decode: BatchDecode,
     batch: Batch,
     expected: Vec<Tokens>,
+    /// A number for each token, the same only where keys and values are.
+    ids: Vec<Vec<u32>>,
+    next_id: u32,
 }
 
 impl Rig {
@@ -93,6 +96,8 @@ impl Rig {
             batch: Batch::new(&pool),
             pool,
             expected: Vec::new(),
+            ids: Vec::new(),
+            next_id: 0,
         }
     }
 
@@ -105,11 +110,23 @@ impl Rig {
     fn push(&mut self) {
         self.batch.push(Sequence::new(&self.pool)).unwrap();
         self.expected.push(self.no_tokens());
+        self.ids.push(Vec::new());
     }
 
     fn fork(&mut self, request: usize) {
         self.batch.push(self.batch.sequences()[request].fork()).unwrap();
         self.expected.push(self.expected[request].clone());
+        self.ids.push(self.ids[request].clone());
+    }
+
+    /// A sequence that begins as one that ended.
+    fn begin_as(&mut self, ended: &(Vec<u32>, Tokens), prefixes: &mut PrefixCache) {
+        let (ids, tokens) = ended;
+        let sequence = prefixes.lookup(ids);
+        let first = |tensor: &Tensor| tensor.narrow(0, 0, sequence.len()).unwrap();
+        self.expected.push(tokens.iter().map(|[k, v]| [first(k), first(v)]).collect());
+        self.ids.push(ids[..sequence.len()].to_vec());
+        self.batch.push(sequence).unwrap();
     }
 
     fn truncate(&mut self, request: usize, len: usize) {
@@ -118,15 +135,23 @@ impl Rig {
             let len = len.min(tensor.dims()[0]);
             *tensor = tensor.narrow(0, 0, len).unwrap();
         }
+        self.ids[request].truncate(len);
     }
 
-    fn remove(&mut self, request: usize) -> (Sequence, Tokens) {
-        (self.batch.remove(request).unwrap(), self.expected.remove(request))
+    /// Ends a sequence, of which its prefix is kept.
+    fn end(&mut self, request: usize, prefixes: &mut PrefixCache) -> (Vec<u32>, Tokens) {
+        let (sequence, ids) = (self.batch.remove(request).unwrap(), self.ids.remove(request));
+        prefixes.insert(&ids, &sequence).unwrap();
+        (ids, self.expected.remove(request))
     }
 
     /// Appends so many random tokens to each request, and compares attention in
     /// each layer. Returns the results.
     fn step(&mut self, rng: &mut Rng, new: &[usize], causal: bool) -> Vec<Tensor> {
+        for (ids, &new) in self.ids.iter_mut().zip(new) {
+            ids.extend(self.next_id..self.next_id + new as u32);
+            self.next_id += new as u32;
+        }
         let Self { case, device, cache, tables, prefill, decode, batch, expected, .. } = self;
         let (heads, width, total) = (case.heads, case.head_dim, new.iter().sum::<usize>());
         batch.append(new.iter().copied()).unwrap();
@@ -214,17 +239,23 @@ fn random_batches() {
         for case in cases(&device) {
             let mut rig = Rig::new(&device, case);
             rig.push();
-            for _ in 0..12 {
+            let mut prefixes = PrefixCache::new(&rig.pool);
+            let mut ended = Vec::new();
+            for _ in 0..25 {
                 let (requests, request) = (rig.batch.len(), rng.below(rig.batch.len()));
-                match rng.below(6) {
+                match rng.below(9) {
                     0 if requests < 5 => rig.push(),
-                    1 | 2 if requests < 5 => rig.fork(request),
+                    1 if requests < 5 => rig.fork(request),
+                    2 if requests < 5 && !ended.is_empty() => {
+                        rig.begin_as(&ended[rng.below(ended.len())], &mut prefixes);
+                    }
                     3 => {
                         let len = rig.batch.sequences()[request].len();
                         rig.truncate(request, rng.below(len + 1));
                     }
-                    4 if requests > 1 => drop(rig.remove(request)),
-                    _ if rng.below(2) == 0 => drop(rig.decode(&mut rng)),
+                    4 if requests > 1 => ended.push(rig.end(request, &mut prefixes)),
+                    5 => drop(prefixes.evict(rng.below(4))),
+                    6 | 7 => drop(rig.decode(&mut rng)),
                     _ => {
                         let new: Vec<_> = (0..requests).map(|_| rng.below(8)).collect();
                         let causal = rng.below(3) > 0;
@@ -271,54 +302,40 @@ fn windows_and_soft_caps() {
 /// Two sequences with pages of one prefix get what two get that have their own.
 #[test]
 fn shared_prefixes_change_nothing() {
-    let seed = Rng::new().bits() as usize;
+    let seed = Rng::new().bits();
     for device in devices() {
         for case in cases(&device) {
-            let prompt: Vec<u32> = (0..23).collect();
+            const PROMPT: usize = 23;
             let run = |shared: bool| {
                 // The same numbers for both, whoever computes the prefix.
-                let mut rng = Rng::seeded(seed as u64);
+                let mut rng = Rng::seeded(seed);
                 let mut rig = Rig::new(&device, case);
                 let mut prefixes = PrefixCache::new(&rig.pool);
                 rig.push();
-                rig.step(&mut rng, &[prompt.len()], true);
-                prefixes.insert(&prompt, &rig.batch.sequences()[0]).unwrap();
-                let (_, tokens) = rig.remove(0);
-                let kept = prompt.len() / case.page_size * case.page_size;
+                rig.step(&mut rng, &[PROMPT], true);
+                let prompt = rig.end(0, &mut prefixes);
                 for _ in 0..2 {
-                    rig.push();
+                    rig.begin_as(&prompt, &mut prefixes);
                 }
-                if shared {
-                    for request in 0..2 {
-                        rig.batch.remove(0).unwrap();
-                        rig.batch.push(prefixes.lookup(&prompt)).unwrap();
-                        let first = |tensor: &Tensor| tensor.narrow(0, 0, kept).unwrap();
-                        rig.expected[request] = tokens.iter().map(|[k, v]| [first(k), first(v)]).collect();
-                    }
-                    assert_eq!(prefixes.stats().hits, 2);
-                    let pages = rig.batch.sequences()[0].pages();
-                    assert!(!pages.is_empty());
-                    assert_eq!(pages, rig.batch.sequences()[1].pages());
-                } else {
-                    let first = |tensor: &Tensor| {
-                        tensor
-                            .narrow(0, 0, kept)
-                            .unwrap()
-                            .to_dtype(case.dtype)
-                            .unwrap()
-                            .to_device(&device)
-                            .unwrap()
-                    };
+                let kept = PROMPT / case.page_size * case.page_size;
+                let pages = |rig: &Rig, request: usize| rig.batch.sequences()[request].pages().to_vec();
+                assert!(kept > 0 && pages(&rig, 0).len() == kept / case.page_size);
+                assert_eq!((prefixes.stats().hits, pages(&rig, 0)), (2, pages(&rig, 1)));
+                if !shared {
+                    // The same tokens, in pages of each sequence's own.
+                    let prefix: Tokens = rig.expected[0].clone();
+                    (0..2).for_each(|request| rig.truncate(request, 0));
                     rig.batch.append([kept, kept]).unwrap();
+                    assert_ne!(pages(&rig, 0), pages(&rig, 1));
                     let step = rig.tables.update(&rig.batch, &mut rig.cache).unwrap();
-                    for (layer, [k, v]) in tokens.iter().enumerate() {
-                        let twice = |rows: Tensor| Tensor::cat(&[&rows, &rows], 0).unwrap();
-                        rig.cache.append(&step, layer, &twice(first(k)), &twice(first(v))).unwrap();
-                        for request in 0..2 {
-                            let first = |tensor: &Tensor| tensor.narrow(0, 0, kept).unwrap();
-                            rig.expected[request][layer] = [first(k), first(v)];
-                        }
+                    for (layer, rows) in prefix.iter().enumerate() {
+                        let [k, v] = rows.each_ref().map(|rows| {
+                            let twice = Tensor::cat(&[rows, rows], 0).unwrap();
+                            twice.to_dtype(case.dtype).unwrap().to_device(&device).unwrap()
+                        });
+                        rig.cache.append(&step, layer, &k, &v).unwrap();
                     }
+                    rig.expected = vec![prefix; 2];
                 }
                 let mut results = rig.step(&mut rng, &[3, 1], true);
                 results.append(&mut rig.decode(&mut rng));
@@ -351,6 +368,23 @@ fn pages_are_copied_on_write() {
             rig.step(&mut rng, &[2, 2, 2, 2], true);
             rig.decode(&mut rng);
         }
+    }
+}
+
+/// Larger batches than tables have room for at first.
+#[test]
+fn tables_grow() {
+    let mut rng = Rng::new();
+    for device in devices() {
+        let mut rig = Rig::new(&device, Case::new(dtypes(&device)[0], 64, 5, [2, 1]));
+        rig.push();
+        rig.step(&mut rng, &[3], true);
+        (1..70).for_each(|_| rig.push());
+        rig.step(&mut rng, &[16; 70], true);
+        rig.decode(&mut rng);
+        let mut prefixes = PrefixCache::new(&rig.pool);
+        (0..67).for_each(|_| drop(rig.end(0, &mut prefixes)));
+        rig.decode(&mut rng);
     }
 }
 
@@ -473,6 +507,14 @@ fn what_no_device_has_is_refused() {
             refused(PagedKvCache::new(&device, &pool, wide), &["f32", "f16 and bf16"]);
             let spec = AttentionSpec::new(flashinfer_rs::DType::F32, 64);
             refused(BatchDecode::new(&device, &spec, case.heads), &["f32", "f16 and bf16"]);
+            // No published module has this width, so nothing is downloaded.
+            let spec = AttentionSpec::new(flashinfer_rs::DType::F16, 80);
+            for error in [
+                BatchDecode::new(&device, &spec, case.heads).map(drop),
+                BatchPrefill::new(&device, &spec, case.heads).map(drop),
+            ] {
+                refused(error, &["head dimension 80", "64, 128 and 256"]);
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
+    modules,
     op::{Apply, Op, check_dtype, check_like, fitting, invalid},
     paged::{PagedKvCache, Step},
     tensor,
@@ -156,14 +157,13 @@ struct OnCuda<K> {
 impl<K> OnCuda<K> {
     /// `None` on the CPU.
     fn new(
-        device: &Device,
+        attention: &Attention,
         kernels: impl FnOnce(&FlashInferRuntime, &Stream) -> crate::Result<K>,
     ) -> Result<Option<Self>> {
-        let Some(stream) = tensor::stream(device) else { return Ok(None) };
-        let make = |runtime: &FlashInferRuntime| {
-            Ok(Self { kernels: kernels(runtime, &stream)?, workspace: Workspace::new(&stream)? })
-        };
-        FlashInferRuntime::get().and_then(make).map(Some).map_err(tensor::error)
+        let Some(stream) = tensor::stream(&attention.device) else { return Ok(None) };
+        let new = |runtime: &FlashInferRuntime| kernels(runtime, &stream);
+        let kernels = modules::resolve(attention.op, &attention.spec, new)?;
+        Ok(Some(Self { kernels, workspace: Workspace::new(&stream).map_err(tensor::error)? }))
     }
 }
 
@@ -171,7 +171,7 @@ impl<K> OnCuda<K> {
 /// [`PagedKvCache`].
 ///
 /// On CUDA it is [`attention::BatchDecode`](crate::attention::BatchDecode) with a
-/// [`Workspace`](crate::attention::Workspace) of the default size, on the stream of
+/// [`Workspace`](crate::attention::Workspace) of its own (128 MiB), on the stream of
 /// the device; with candle's default stream it is then its thread's. On the CPU it
 /// is [`reference::batch_decode`](crate::reference::batch_decode), in `f64`.
 #[derive(Debug)]
@@ -193,10 +193,10 @@ impl BatchDecode {
     /// there is no such module, or it cannot be had.
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let attention = Attention::new("BatchDecode", device, spec, heads)?;
-        Ok(Self {
-            attention,
-            on_cuda: OnCuda::new(device, |runtime, _| attention::BatchDecode::new(runtime, spec, heads))?,
-        })
+        let kernels =
+            |runtime: &FlashInferRuntime, _: &Stream| attention::BatchDecode::new(runtime, spec, heads);
+        let on_cuda = OnCuda::new(&attention, kernels)?;
+        Ok(Self { attention, on_cuda })
     }
 
     /// Plans a step, for all layers, on the host. The plan borrows this value,
@@ -293,12 +293,11 @@ impl BatchPrefill {
     /// As [`BatchDecode::new`].
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let attention = Attention::new("BatchPrefill", device, spec, heads)?;
-        Ok(Self {
-            attention,
-            on_cuda: OnCuda::new(device, |runtime, stream| {
-                attention::BatchPrefill::new(runtime, stream, spec)
-            })?,
-        })
+        let kernels = |runtime: &FlashInferRuntime, stream: &Stream| {
+            attention::BatchPrefill::new(runtime, stream, spec)
+        };
+        let on_cuda = OnCuda::new(&attention, kernels)?;
+        Ok(Self { attention, on_cuda })
     }
 
     /// Plans a step, for all layers, on the host: attention of the tokens that

@@ -91,18 +91,12 @@ custom_op!(CustomOp1, 1: s1 l1);
 custom_op!(CustomOp2, 2: s1 l1, s2 l2);
 custom_op!(CustomOp3, 3: s1 l1, s2 l2, s3 l3);
 
-/// Bytes that kernels read at a time.
-const VECTOR: usize = 16;
-
-/// The tensor as kernels take it: neighbours in the last dimension, all else at
-/// multiples of 16 bytes, no element twice. A copy where it is not so.
+/// The tensor as kernels take it: as [`tensor::fits`] says, and no element twice.
+/// A copy where it is not so.
 pub(super) fn fitting(tensor: &Tensor) -> Result<Tensor> {
-    let (layout, size) = (tensor.layout(), tensor.dtype().size_in_bytes());
-    let outer = layout.dims().iter().zip(layout.stride()).rev().skip(1);
-    let mut strides = outer.filter(|&(&dim, _)| dim > 1).map(|(_, &stride)| stride);
-    let fits = layout.stride().last().is_none_or(|&last| last == 1)
-        && (layout.start_offset() * size).is_multiple_of(VECTOR)
-        && strides.all(|stride| stride > 0 && (stride * size).is_multiple_of(VECTOR));
+    let layout = tensor.layout();
+    let repeats = layout.dims().iter().zip(layout.stride()).any(|(&dim, &stride)| dim > 1 && stride == 0);
+    let fits = !repeats && tensor::fits(layout, tensor.dtype().size_in_bytes());
     if fits || tensor.device().is_cpu() { Ok(tensor.clone()) } else { tensor.force_contiguous() }
 }
 

@@ -98,25 +98,14 @@ impl PagedKvCache {
     /// The shape is impossible, the device has no such elements, the pool has a
     /// cache already, or memory is short.
     pub fn new(device: &Device, allocator: &PageAllocator, shape: KvShape) -> Result<Self> {
-        let (pages, page_size) = (allocator.num_pages(), allocator.page_size());
-        shape.page_bytes(page_size).map_err(tensor::error)?;
+        shape.check(allocator).map_err(tensor::error)?;
         let Some(dtype) = tensor::of_ours(shape.dtype) else {
             return invalid(CACHE, "dtype", format!("{}; candle has no such elements", shape.dtype));
         };
         check_dtype(CACHE, "dtype", dtype, device)?;
-        let rows = match shape.layout {
-            KvLayout::Nhd => [page_size, shape.num_kv_heads],
-            KvLayout::Hnd => [shape.num_kv_heads, page_size],
-        };
-        if shape.page_bytes(page_size).ok().and_then(|bytes| bytes.checked_mul(pages)).is_none() {
-            return invalid(
-                CACHE,
-                "shape",
-                "the cache does not fit the address space; use fewer pages".into(),
-            );
-        }
+        let [rows, columns, width] = shape.page_dims(allocator.page_size());
         let claim = allocator.claim_storage().map_err(tensor::error)?;
-        let layer = |_| Tensor::zeros((pages, 2, rows[0], rows[1], shape.head_dim), dtype, device);
+        let layer = |_| Tensor::zeros((allocator.num_pages(), 2, rows, columns, width), dtype, device);
         let layers = (0..shape.num_layers).map(layer).collect::<Result<_>>()?;
         Ok(Self { claim, shape, dtype, layers })
     }
@@ -190,15 +179,9 @@ impl PagedKvCache {
         if let Some(stream) = tensor::stream(self.device()) {
             check_copies(&stream).map_err(tensor::error)?;
         }
-        let mut failed = Ok(());
-        let copied = self.allocator().make_copies(|source, target| {
-            failed = self.layers.iter().try_for_each(|layer| layer.inplace_op1(&CopyPage { source, target }));
-            match &failed {
-                Ok(()) => Ok(()),
-                Err(error) => Err(crate::FlashInferError::invalid(CACHE, "copy_pages", error.to_string())),
-            }
-        });
-        failed.and(copied.map_err(tensor::error))
+        self.allocator().make_copies(|source, target| {
+            self.layers.iter().try_for_each(|layer| layer.inplace_op1(&CopyPage { source, target }))
+        })
     }
 }
 

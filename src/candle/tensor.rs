@@ -85,6 +85,20 @@ macro_rules! with_elements {
     };
 }
 
+/// Kernels read vectors of this many bytes.
+const VECTOR: usize = 16;
+
+/// Whether kernels can read a view: elements of a row are neighbours, vectors
+/// are aligned, and strides fit 32 bits.
+pub(super) fn fits(view: &Layout, size: usize) -> bool {
+    let outer = view.dims().iter().zip(view.stride()).rev().skip(1);
+    let mut strides = outer.filter(|&(&dim, _)| dim > 1);
+    view.stride().last().is_none_or(|&last| last == 1)
+        && (view.start_offset() * size).is_multiple_of(VECTOR)
+        && strides.all(|(_, by)| (by * size).is_multiple_of(VECTOR))
+        && view.stride().iter().all(|&by| u32::try_from(by).is_ok())
+}
+
 /// A view of a tensor on the CPU.
 pub(super) fn on_cpu<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<TensorRef<'a>> {
     fn view<'a, T: Element>(elements: &'a [T], layout: &Layout) -> Result<TensorRef<'a>> {

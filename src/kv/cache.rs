@@ -73,6 +73,21 @@ impl KvShape {
         part.checked_mul(2).and_then(|bytes| bytes.checked_mul(self.num_layers)).ok_or_else(too_large)
     }
 
+    /// The dimensions of the keys, or of the values, of one layer in a page.
+    pub(crate) fn page_dims(&self, page_size: usize) -> [usize; 3] {
+        match self.layout {
+            KvLayout::Nhd => [page_size, self.num_kv_heads, self.head_dim],
+            KvLayout::Hnd => [self.num_kv_heads, page_size, self.head_dim],
+        }
+    }
+
+    /// Refuses an impossible shape, and one of which a pool's pages do not fit the
+    /// address space.
+    #[cfg(feature = "candle")]
+    pub(crate) fn check(&self, pool: &PageAllocator) -> Result<()> {
+        Pieces::new(pool.num_pages(), pool.page_size(), std::slice::from_ref(self)).map(drop)
+    }
+
     /// Bytes of the keys, or of the values, of one layer in a page.
     fn part_bytes(&self, page_size: usize) -> Result<usize> {
         let sizes = [
@@ -314,12 +329,9 @@ impl PagedKvCache {
             return missing("layer", format!("{layer}; the model has {}", shape.num_layers));
         }
         let (pages, page_size) = (self.allocator().num_pages(), self.allocator().page_size());
-        let rows = match shape.layout {
-            KvLayout::Nhd => [page_size, shape.num_kv_heads],
-            KvLayout::Hnd => [shape.num_kv_heads, page_size],
-        };
-        let sizes = [pages, rows[0], rows[1], shape.head_dim];
-        let strides = [self.pieces.step / shape.dtype.size(), rows[1] * shape.head_dim, shape.head_dim, 1];
+        let [rows, columns, width] = shape.page_dims(page_size);
+        let sizes = [pages, rows, columns, width];
+        let strides = [self.pieces.step / shape.dtype.size(), columns * width, width, 1];
         // The parts of a page are pieces, or lie in its only one.
         let distance =
             if self.pieces.count > 1 { self.pieces.distance } else { shape.part_bytes(page_size)? };

@@ -146,7 +146,10 @@ impl PageAllocator {
     }
 
     /// Makes the pending copies, in order, up to the first that fails.
-    pub(crate) fn make_copies(&self, mut copy: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
+    pub(crate) fn make_copies<E>(
+        &self,
+        mut copy: impl FnMut(usize, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut state = self.lock();
         while let Some(&PageCopy { source, target }) = state.copies.front() {
             copy(source as usize, target as usize)?;

@@ -12,10 +12,10 @@ use candle_core::{
     },
 };
 
-use super::{Call, Keys, tensor, visible::Visible};
+use super::{super::modules, Call, Keys, tensor, visible::Visible};
 use crate::{
     FlashInferError, FlashInferRuntime, Stream,
-    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PosEncodingMode, PrefillOptions, Workspace},
+    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PrefillOptions, Workspace},
     cudarc::{exclusive, shared},
     kv::{
         MaskTable, PageIndices, PageTable, RaggedTable,
@@ -133,46 +133,14 @@ impl OnStream {
         if let Some(module) = self.modules.iter().find(|module| module.spec() == spec) {
             return Ok(*module);
         }
-        let found = || {
-            let runtime = FlashInferRuntime::get()?;
-            if !is_published(spec) {
-                // A download would not bring it.
-                runtime.module(&spec.prefill_module(false)?)?;
-            }
-            BatchPrefill::new(runtime, &self.stream, spec)
-        };
-        let module = found().map_err(|error| match error {
-            FlashInferError::Artifact(_) => tensor::error(error).context(what_exists(spec)),
-            error => tensor::error(error),
-        })?;
+        let new = |runtime: &FlashInferRuntime| BatchPrefill::new(runtime, &self.stream, spec);
+        let module = modules::resolve("flash_attn", spec, new)?;
         if self.modules.len() == MAX_MODULES {
             self.modules.remove(0);
         }
         self.modules.push(module);
         Ok(module)
     }
-}
-
-/// Whether FlashInfer publishes modules of such a spec.
-fn is_published(spec: &AttentionSpec) -> bool {
-    matches!(spec.head_dim_qk, 64 | 128 | 256) && spec.pos_encoding_mode != PosEncodingMode::Alibi
-}
-
-/// What FlashInfer publishes, where a module is missing.
-fn what_exists(spec: &AttentionSpec) -> String {
-    let alibi = spec.pos_encoding_mode == PosEncodingMode::Alibi;
-    let options = [
-        (spec.window_left.is_some(), " with a window"),
-        (spec.logits_soft_cap.is_some(), " with a soft cap"),
-        (alibi, " with ALiBi"),
-    ];
-    let options: String = options.into_iter().filter(|(given, _)| *given).map(|(_, name)| name).collect();
-    format!(
-        "flash_attn of {} and head dimension {}{options} needs a module that is not at hand; FlashInfer \
-         publishes modules of f16 and bf16 with head dimensions 64, 128 and 256, and none with ALiBi. Name a \
-         wheel that has it in RuntimeConfig::wheels or FLASHINFER_RS_WHEELS",
-        spec.dtype_q, spec.head_dim_qk
-    )
 }
 
 /// What tells calls apart, besides their offsets and pages.

@@ -311,7 +311,7 @@ impl Attention<'_> {
                 let same = k.stride() == v.stride();
                 let as_it_is = |layout: &Layout, size: usize| {
                     // Kernels read both with the same strides.
-                    let usable = views::is_cache(layout, size) && (same || layout.is_contiguous());
+                    let usable = tensor::fits(layout, size) && (same || layout.is_contiguous());
                     usable.then(|| layout.clone())
                 };
                 let [(k, k_view), (v, v_view)] = [views::viewed(k, as_it_is)?, views::viewed(v, as_it_is)?];

@@ -6,9 +6,6 @@ use candle_core::{Layout, Result, Shape, Tensor};
 use super::super::tensor;
 use crate::tensor::{Device, RawTensor};
 
-/// Kernels read vectors of this many bytes.
-const VECTOR: usize = 16;
-
 /// Queries, `(batch, rows, heads, width)` or `(rows, heads, width)`, as rows
 /// that lie one after the other; `None` where their strides do not allow that.
 pub(super) fn queries(layout: &Layout, size: usize) -> Option<Layout> {
@@ -36,25 +33,9 @@ pub(super) fn keys(layout: &Layout, size: usize) -> Option<(Layout, usize)> {
     }
     let shape = Shape::from(((batch - 1) * apart + rows, heads, width));
     let view = Layout::new(shape, vec![stride, head_stride, 1], layout.start_offset());
-    fits(&view, size, true).then_some((view, apart))
-}
-
-/// Whether kernels take the pages `(pages, page_size, heads, width)` of a cache.
-pub(super) fn is_cache(layout: &Layout, size: usize) -> bool {
-    layout.stride().last() == Some(&1) && fits(layout, size, false)
-}
-
-/// Vectors are aligned, strides fit 32 bits, and so do offsets if they must.
-fn fits(view: &Layout, size: usize, offsets: bool) -> bool {
-    let outer = view.dims().iter().zip(view.stride()).rev().skip(1);
-    let mut strides = outer.filter(|&(&dim, _)| dim > 1);
-    let aligned = (view.start_offset() * size).is_multiple_of(VECTOR);
     let last: u128 =
         view.dims().iter().zip(view.stride()).map(|(&dim, &by)| (dim as u128 - 1) * by as u128).sum();
-    aligned
-        && strides.all(|(_, by)| (by * size).is_multiple_of(VECTOR))
-        && view.stride().iter().all(|&by| u32::try_from(by).is_ok())
-        && (!offsets || last <= u32::MAX.into())
+    (tensor::fits(&view, size) && last <= u32::MAX.into()).then_some((view, apart))
 }
 
 /// Whether two indices of a view name one element.
