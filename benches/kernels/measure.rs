@@ -253,8 +253,7 @@ impl Bench {
 /// What the device's memory can do.
 #[derive(Serialize)]
 pub struct Memory {
-    /// What a copy on the device reads and writes. Copy engines make it, which
-    /// may be slower than kernels.
+    /// What a copy on the device reads and writes.
     pub copy_bytes_per_second: f64,
     /// What clock and bus width allow, where the driver says them.
     pub peak_bytes_per_second: Option<f64>,
