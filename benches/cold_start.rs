@@ -123,10 +123,9 @@ fn main() -> Result<()> {
     let program = env::current_exe()?;
     let folder = env::temp_dir().join(format!("flashinfer-rs-cold-start-{}", std::process::id()));
     let warm = || Command::new(&program);
+    let remove = || if folder.exists() { fs::remove_dir_all(&folder) } else { Ok(()) };
     let cold = || -> Result<Command> {
-        if folder.exists() {
-            fs::remove_dir_all(&folder)?;
-        }
+        remove()?;
         let mut command = Command::new(&program);
         command.env("FLASHINFER_RS_CACHE_DIR", &folder);
         Ok(command)
@@ -151,7 +150,7 @@ fn main() -> Result<()> {
             pythons.push(start(&mut python())?);
         }
     }
-    fs::remove_dir_all(&folder)?;
+    remove()?;
 
     println!("milliseconds, medians of {PROCESSES} processes each");
     println!(

@@ -187,7 +187,7 @@ fn decode(
         // A step is planned while the one before is still at work.
         let steps = (BUSY_US / case.row.gpu.rust_us.unwrap_or(BUSY_US)).clamp(1.0, 200.0) as usize;
         let mut busy = Vec::new();
-        for _ in 0..7 {
+        for _ in 0..15 {
             let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
             (0..steps).try_for_each(|_| plan.run(q_view, &kv, &mut output, None, &options))?;
             drop(plan);

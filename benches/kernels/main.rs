@@ -19,7 +19,8 @@
 //! - the GPU's time, by replays of a CUDA graph that holds it several times, in
 //!   turn with a graph that Python captured of the same run on equal numbers;
 //! - how many heap allocations a run makes;
-//! - its share of the bandwidth that a copy on the device reaches in this run.
+//! - its share of the memory's bandwidth: of what clock and bus width allow, and
+//!   of what a copy on the device reaches in this run.
 //!
 //! Absolute times do not carry over to another machine; the ratios are what to
 //! quote. `benches/report.py` makes tables and plots of the JSON.
@@ -45,7 +46,8 @@ use clap::Parser;
 use measure::{Bench, Counting, PlanTimes, Row};
 use serde_json::{Value, json};
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+type Error = Box<dyn std::error::Error>;
+type Result<T> = std::result::Result<T, Error>;
 
 const QO_HEADS: usize = 32;
 const KV_HEADS: usize = 8;
@@ -113,7 +115,7 @@ fn environment(bench: &Bench) -> Result<Value> {
         "no_python": no_python,
         "seconds_since_1970": SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
         "command": std::env::args().skip(1).filter(|argument| argument != "--bench").collect::<Vec<_>>(),
-        "copy_bytes_per_second": bench.bandwidth,
+        "memory": bench.memory,
         "shape": {
             "qo_heads": QO_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE_SIZE,
         },
@@ -131,7 +133,7 @@ fn ratio(above: Option<f64>, below: Option<f64>) -> Option<f64> {
 fn print(bench: &Bench) {
     println!(
         "\nHost µs to enqueue and to plan, GPU µs in a graph. n: kernels, bare: as many launches, raw: the\n\
-         module's function alone, bw: share of a copy's bandwidth, al: heap allocations of a run, R/: Rust over"
+         module's function alone, bw: share of the memory's bandwidth, al: heap allocations of a run, R/: Rust over"
     );
     println!(
         "{:<32}{:>2}{:>6}{:>6}{:>6}{:>7}{:>7}{:>6}{:>9}{:>6}{:>5}{:>3}{:>9}{:>7}{:>6}",
@@ -151,6 +153,7 @@ fn print(bench: &Bench) {
         "Rust",
         "R/Py"
     );
+    let peak = bench.memory.peak_bytes_per_second;
     for Row { name, launches, allocations, bytes, run, plan, gpu, .. } in &bench.rows {
         let moved = bytes.zip(gpu.rust_us).map(|(bytes, us)| bytes as f64 / (us * 1e-6));
         let plan = |of: fn(&PlanTimes) -> Option<f64>| plan.as_ref().and_then(of);
@@ -166,7 +169,7 @@ fn print(bench: &Bench) {
             cell(ratio(run.rust_us, run.python_us), 2),
             cell(gpu.rust_us, 2),
             cell(ratio(gpu.rust_us, gpu.python_us), 3),
-            cell(moved.map(|moved| moved / bench.bandwidth * 100.0), 0),
+            cell(ratio(moved, peak).map(|share| share * 100.0), 0),
             cell(*allocations, 0),
             cell(plan(|plan| plan.raw_us), 1),
             cell(plan(|plan| plan.rust_us), 1),
@@ -181,7 +184,12 @@ fn print(bench: &Bench) {
     if let Err(reason) = &bench.python {
         println!("Without Python: {reason}");
     }
-    println!("copy: {:.0} GB/s; {:.0} s", bench.bandwidth / 1e9, bench.seconds());
+    println!(
+        "memory: {} GB/s, a copy: {:.0} GB/s; {:.0} s",
+        cell(peak.map(|peak| peak / 1e9), 0),
+        bench.memory.copy_bytes_per_second / 1e9,
+        bench.seconds()
+    );
 }
 
 fn main() -> Result<()> {

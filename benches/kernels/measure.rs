@@ -28,9 +28,12 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Calls of a block: few enough that the launch queue does not fill.
+/// Calls of a block: few enough that the launch queue does not fill, and enough
+/// that the first one, for which an idle GPU wakes up, does not decide.
 const MOST_CALLS: usize = 64;
-const FEWEST_CALLS: usize = 4;
+const FEWEST_CALLS: usize = 16;
+/// Blocks of each kind, however long they take.
+const FEWEST_BLOCKS: usize = 7;
 /// Calls before the clock starts.
 const WARM: usize = 3;
 /// A block has work for about this long, and so has a graph.
@@ -81,6 +84,9 @@ pub struct RunTimes {
     pub raw_us: Option<f64>,
     pub rust_us: Option<f64>,
     pub python_us: Option<f64>,
+    /// Of how many blocks these are medians, and the calls of a block.
+    pub blocks: usize,
+    pub calls: usize,
 }
 
 /// Host microseconds of one `plan`.
@@ -158,8 +164,7 @@ pub struct Bench {
     pub stream: Stream,
     pub runtime: &'static FlashInferRuntime,
     pub options: Options,
-    /// Bytes per second, read and written, of a copy on the device.
-    pub bandwidth: f64,
+    pub memory: Memory,
     pub python: std::result::Result<Python, String>,
     pub rows: Vec<Row>,
     /// Cases that were not measured, and why.
@@ -175,7 +180,7 @@ impl Bench {
         cuda::set_stream(&stream)?;
         let python = if options.no_python { Err("it was not asked for".to_owned()) } else { Python::start() };
         Ok(Self {
-            bandwidth: bandwidth(&cuda)?,
+            memory: Memory::of(&cuda)?,
             bare: BareLaunch::new(&stream)?,
             runtime: FlashInferRuntime::get()?,
             stream,
@@ -245,8 +250,34 @@ impl Bench {
     }
 }
 
+/// What the device's memory can do.
+#[derive(Serialize)]
+pub struct Memory {
+    /// What a copy on the device reads and writes.
+    pub copy_bytes_per_second: f64,
+    /// What clock and bus width allow, where the driver says them.
+    pub peak_bytes_per_second: Option<f64>,
+    pub l2_bytes: usize,
+}
+
+impl Memory {
+    fn of(cuda: &Arc<CudaStream>) -> Result<Self> {
+        use sys::CUdevice_attribute as Attribute;
+        let number = |attribute| Ok::<_, crate::Error>(cuda.context().attribute(attribute)? as usize);
+        let kilohertz = number(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let bits = number(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        // Two transfers in each cycle of the clock.
+        let peak = 2.0 * kilohertz as f64 * 1e3 * bits as f64 / 8.0;
+        Ok(Self {
+            copy_bytes_per_second: copy_bandwidth(cuda)?,
+            peak_bytes_per_second: (peak > 0.0).then_some(peak),
+            l2_bytes: number(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+        })
+    }
+}
+
 /// Bytes per second that a copy reads and writes.
-fn bandwidth(cuda: &Arc<CudaStream>) -> Result<f64> {
+fn copy_bandwidth(cuda: &Arc<CudaStream>) -> Result<f64> {
     let memory = || Tensor::zeros(cuda, DType::U8, &[COPY_BYTES]);
     let (source, target) = (memory()?, memory()?);
     let [from, to] = [&source, &target].map(|tensor| tensor.view().data_ptr() as u64);
@@ -285,16 +316,15 @@ impl Case<'_> {
         self.with_python = false;
     }
 
-    /// The median microseconds per call of each lane, which take turns.
-    fn times(&mut self, lanes: &mut [Lane<'_>], calls: usize) -> Result<Vec<Option<f64>>> {
+    /// The median microseconds per call of each lane, which take turns, and the
+    /// number of turns.
+    fn times(&mut self, lanes: &mut [Lane<'_>], calls: usize) -> Result<(Vec<Option<f64>>, usize)> {
         let cuda = self.bench.cuda.clone();
         let (most, budget) = self.bench.rounds();
         let mut times = vec![Vec::with_capacity(most); lanes.len()];
-        let start = Instant::now();
-        for round in 0..most {
-            if round >= 5 && start.elapsed() > budget {
-                break;
-            }
+        let (start, mut blocks) = (Instant::now(), 0);
+        while blocks < most && (blocks < FEWEST_BLOCKS || start.elapsed() <= budget) {
+            blocks += 1;
             for (lane, times) in lanes.iter_mut().zip(&mut times) {
                 match lane {
                     Lane::Here(call) => {
@@ -315,7 +345,8 @@ impl Case<'_> {
                 }
             }
         }
-        Ok(times.into_iter().map(|times| (!times.is_empty()).then(|| median(times))).collect())
+        let medians = times.into_iter().map(|times| (!times.is_empty()).then(|| median(times)));
+        Ok((medians.collect(), blocks))
     }
 
     /// Host times of planning: the module's planner alone, this crate, this
@@ -333,7 +364,7 @@ impl Case<'_> {
         let with_table = with_table.unwrap_or(&mut no_table);
         let mut lanes =
             [Lane::Here(&mut raw_call), Lane::Here(plan), Lane::Here(with_table), Lane::There("plan")];
-        let times = self.times(&mut lanes, CALLS)?;
+        let (times, _) = self.times(&mut lanes, CALLS)?;
         self.row.plan = Some(PlanTimes {
             raw_us: times[0].filter(|_| raw.is_some()),
             rust_us: times[1],
@@ -391,12 +422,14 @@ impl Case<'_> {
         };
         let mut lanes =
             [Lane::Here(&mut bare), Lane::Here(&mut raw_call), Lane::Here(run), Lane::There("run")];
-        let times = self.times(&mut lanes, calls)?;
+        let (times, blocks) = self.times(&mut lanes, calls)?;
         self.row.run = RunTimes {
             bare_us: times[0].filter(|_| launches > 0),
             raw_us: times[1].filter(|_| raw.is_some()),
             rust_us: times[2],
             python_us: times[3],
+            blocks,
+            calls,
         };
         Ok(())
     }

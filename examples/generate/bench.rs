@@ -15,8 +15,6 @@ use crate::{
 
 const WARM_UP: usize = 10;
 const STEPS: usize = 100;
-/// Steps, eager steps, and steps whose graph is replayed.
-const ROUNDS: usize = 3;
 /// Bytes that an H200 reads from its memory in a second.
 const BANDWIDTH: f64 = 4.8e12;
 
@@ -29,7 +27,7 @@ pub fn run(
     load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
 ) -> Result<()> {
     let most = batches.iter().max().map_or(1, |batch| batch.get());
-    let pages = (context + ROUNDS * (WARM_UP + STEPS)).div_ceil(PAGE_SIZE);
+    let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
     // One more for requests that fill up a graph.
     let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
     let mut gpu = load(&pool, most)?;
@@ -60,34 +58,42 @@ fn row(
     for _ in 0..requests {
         batch.push(Sequence::new(pool))?;
     }
-    // Nobody looks at what is said, so the context is not computed.
+    // Nobody looks at what is said, so the context is not computed. All that is
+    // compared starts from the same.
     batch.append(vec![context; requests])?;
+    let start_again =
+        |batch: &mut Batch| (0..requests).try_for_each(|request| batch.truncate(request, context));
     let mut tokens = vec![0; requests];
     let outputs: Vec<_> = (0..requests).collect();
     // The milliseconds of a step, and those until it was enqueued.
-    let mut step = |gpu: &mut Gpu| -> Result<[f64; 2]> {
+    let mut step = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
         let start = Instant::now();
         batch.append(vec![1; requests])?;
         let appended = start.elapsed();
-        gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs })?;
+        gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?;
         tokens = gpu.greedy()?;
         Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
     };
-    let mut steps = |gpu: &mut Gpu| -> Result<[f64; 2]> {
+    let mut steps = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
+        start_again(batch)?;
         for _ in 0..WARM_UP {
-            step(gpu)?;
+            step(gpu, batch)?;
         }
-        let times = (0..STEPS).map(|_| step(gpu)).collect::<Result<Vec<_>>>()?;
+        let times = (0..STEPS).map(|_| step(gpu, batch)).collect::<Result<Vec<_>>>()?;
         Ok([0, 1].map(|which| median(times.iter().map(|times| times[which]).collect())))
     };
-    let [time, host] = steps(gpu)?;
+    let [time, host] = steps(gpu, &mut batch)?;
     // Products were tuned for the graph.
     gpu.set_graphs(false);
-    let [eager, eager_host] = steps(gpu)?;
+    let [eager, eager_host] = steps(gpu, &mut batch)?;
     gpu.set_graphs(true);
     let (mut graphs, mut attention, mut kernels) = (Vec::new(), Vec::new(), 0);
-    for _ in 0..WARM_UP + STEPS {
-        step(gpu)?;
+    start_again(&mut batch)?;
+    for index in 0..WARM_UP + STEPS {
+        step(gpu, &mut batch)?;
+        if index < WARM_UP {
+            continue;
+        }
         let (replay, nodes) = gpu.replay()?;
         graphs.push(f64::from(replay));
         attention.push(f64::from(gpu.attention()?));

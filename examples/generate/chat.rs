@@ -39,10 +39,28 @@ const LLAMA2: Format = Format {
     system: ["<<SYS>>\n", "\n<</SYS>>\n\n"],
     user: ["", " [/INST]"],
 };
-const MISTRAL: Format = Format { mark: "[INST]", system: ["", "\n\n"], ..LLAMA2 };
+/// Mistral's, which has spaces inside its marks, then only behind the first, then
+/// none, and then marks for the system prompt.
+const MISTRAL: Format = Format { mark: " [/INST]", system: ["", "\n\n"], ..LLAMA2 };
+const MISTRAL_V3: Format = Format { mark: "[INST] ", user: ["", "[/INST]"], ..MISTRAL };
+const MISTRAL_TEKKEN: Format = Format { mark: "[INST]", open: "[INST]", ..MISTRAL_V3 };
+const MISTRAL_V7: Format = Format {
+    mark: "[SYSTEM_PROMPT]",
+    open: "",
+    system: ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+    user: ["[INST]", "[/INST]"],
+    ..LLAMA2
+};
 
-/// In this order: templates of Llama 2 have Mistral's mark, too.
-static KNOWN: [&Format; 4] = [&CHATML, &LLAMA3, &LLAMA2, &MISTRAL];
+/// In this order: templates may have the marks of those behind theirs, too.
+static KNOWN: [&Format; 7] = [&CHATML, &LLAMA3, &LLAMA2, &MISTRAL_V7, &MISTRAL, &MISTRAL_V3, &MISTRAL_TEKKEN];
+
+/// Whether a part of a template is text as it is, and not put together.
+fn is_text(part: &str) -> bool {
+    // What follows a string that ends.
+    let mut behind_quotes = part.split(['\'', '"']).skip(1);
+    !part.contains(['{', '}']) && !behind_quotes.any(|rest| rest.trim_start().starts_with(['+', '~']))
+}
 
 /// How a model is asked.
 pub struct Chat {
@@ -57,14 +75,15 @@ impl Chat {
 
     /// The format of a file's template, for a vocabulary.
     pub fn find(template: &str, is_token: impl Fn(&str) -> bool) -> Option<Self> {
+        // Within strings, line ends may be written out.
+        let template = template.replace("\\n", "\n");
         let fits =
             |format: &&&Format| template.contains(format.mark) && (!format.token || is_token(format.mark));
         let format = *KNOWN.iter().find(fits)?;
-        // A system prompt that is there as it is, and not put together.
         let [before, after] = format.system;
         let found = template.split_once(before).filter(|_| format.token);
         let system = found.and_then(|(_, rest)| rest.split_once(after)).map(|(system, _)| system);
-        let system = system.filter(|system| !system.contains(['{', '}'])).map(String::from);
+        let system = system.filter(|system| is_text(system)).map(String::from);
         Some(Self { format, system })
     }
 

@@ -598,7 +598,12 @@ fn questions_are_asked_as_the_template_says() {
     assert_eq!(ask(chatml, None), with("Be kind."));
     assert_eq!(ask(chatml, Some("Be brief.")), with("Be brief."));
     // A system prompt that is put together is not the file's own.
-    assert_eq!(ask("<|im_start|>system\n{{ z }}<|im_end|>\n", None).as_deref(), Some(user));
+    for put_together in ["{{ z }}", "' + z + '", "Today is \" ~ date ~ \"."] {
+        let template = format!("<|im_start|>system\n{put_together}<|im_end|>\n");
+        assert_eq!(ask(&template, None).as_deref(), Some(user));
+    }
+    let escaped = r"{{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}";
+    assert_eq!(ask(escaped, None), with("Be kind."));
     assert_eq!(ask("no template", None), None);
     assert!(Chat::find(chatml, |_| false).is_none());
 
@@ -613,6 +618,14 @@ fn questions_are_asked_as_the_template_says() {
     assert_eq!(ask(mistral, None).as_deref(), Some("[INST] Who? [/INST]"));
     assert_eq!(ask(mistral, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho? [/INST]"));
     assert!(Chat::find(mistral, |_| false).is_some());
+    let v3 = "{{ '[INST] ' + content + '[/INST]' }}";
+    assert_eq!(ask(v3, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho?[/INST]"));
+    let tekken = "{{ '[INST]' + content + '[/INST]' }}";
+    assert_eq!(ask(tekken, None).as_deref(), Some("[INST]Who?[/INST]"));
+    let v7 = format!("{{{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}}}{tekken}");
+    assert_eq!(ask(&v7, None).as_deref(), Some("[INST]Who?[/INST]"));
+    let whole = "[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT][INST]Who?[/INST]";
+    assert_eq!(ask(&v7, Some("Be kind.")).as_deref(), Some(whole));
     let llama2 = format!("{mistral} {{{{ '<<SYS>>' }}}}");
     let whole = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWho? [/INST]";
     assert_eq!(ask(&llama2, Some("Be kind.")).as_deref(), Some(whole));
