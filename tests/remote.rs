@@ -8,7 +8,8 @@ use artifact_support::*;
 use flashinfer_rs::artifacts::embed::{Build, build_from};
 use flashinfer_rs::artifacts::{ArtifactError, Digest, Fetch, Located, Member, Source, Store, Wheel};
 use std::fs;
-use std::io::{Cursor, Read, Write};
+use std::io::{BufRead, BufReader, Cursor, Read, Write};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -477,6 +478,42 @@ fn a_large_member_comes_in_blocks_through_redirects() {
     assert!(fs::read(&located.path).unwrap() == bytes);
     assert_eq!(server.count(), 2 * (2 + 3), "the size, the end and three blocks, each redirected");
     assert!(server.sent.load(Ordering::SeqCst) <= 20_010_000 + SLACK);
+}
+
+#[test]
+fn one_connection_serves_all_requests() {
+    let wheel = body();
+    let served = wheel.clone();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            count.fetch_add(1, Ordering::SeqCst);
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+            // One round for each request, until the client has no more.
+            while let Some(range) =
+                lines.find_map(|line| Some(line.to_lowercase().strip_prefix("range: bytes=")?.to_owned()))
+            {
+                let _ = lines.find(String::is_empty);
+                let (start, end) = range.split_once('-').unwrap();
+                let (start, end): (usize, usize) = (start.parse().unwrap(), end.parse().unwrap());
+                let (length, total) = (end + 1 - start, served.len());
+                let head = format!(
+                    "HTTP/1.1 206 Partial Content\r\ncontent-range: bytes {start}-{end}/{total}\r\n\
+                     content-length: {length}\r\n\r\n"
+                );
+                stream.write_all(&[head.as_bytes(), &served[start..=end]].concat()).unwrap();
+            }
+        }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path(), &url, &wheel);
+    for name in NAMES {
+        assert_is(&locate(&store, name).unwrap(), name);
+    }
+    assert_eq!(connections.load(Ordering::SeqCst), 1);
 }
 
 #[test]

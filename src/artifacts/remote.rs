@@ -252,10 +252,12 @@ impl Remote {
             return Ok(Some(NoRanges));
         }
         let want = range.end() + 1 - from;
-        let mut body = response.into_body().into_reader().take(want);
+        let exact = response.body().content_length() == Some(want);
+        let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; 1 << 16];
         while block.end() < from + want {
-            let n = match body.read(&mut buffer) {
+            let left = (from + want - block.end()).min(buffer.len() as u64) as usize;
+            let n = match body.read(&mut buffer[..left]) {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(Broken::Passing(e.to_string())),
@@ -267,6 +269,10 @@ impl Remote {
             block.bytes.extend_from_slice(&buffer[..n]);
             self.moved += n as u64;
             self.tell(&Progress::Bytes { file: &self.pin.file, done: self.moved, total: None });
+        }
+        if exact {
+            // Only a body that was read to its end leaves the connection to the next request.
+            let _ = body.read(&mut buffer);
         }
         Ok(None)
     }

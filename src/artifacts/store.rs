@@ -429,8 +429,8 @@ impl Store {
         let listed = self.listed(pin)?;
         #[cfg(feature = "fetch")]
         if listed.is_none() && self.no_downloads().is_none() {
-            self.remotely(pin, || Ok(self.listed(pin)?.map(drop)), |_| Ok(()))?;
-            return self.listed(pin);
+            let listed = |remote: &mut RemoteWheel| Wheel::listed(Path::new(&pin.file), remote.record());
+            return self.remotely(pin, || self.listed(pin), listed);
         }
         Ok(listed)
     }
