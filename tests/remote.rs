@@ -549,6 +549,39 @@ fn a_directory_without_end_is_refused() {
 }
 
 #[test]
+fn a_directory_that_no_memory_holds_is_refused() {
+    // The end of 15 GiB that would be the directory of hundreds of millions of members.
+    let total = 15_usize << 30;
+    let mut end = Vec::new();
+    let mut add = |magic: &[u8], numbers: &[(usize, usize)]| {
+        end.extend_from_slice(magic);
+        for (number, size) in numbers {
+            end.extend_from_slice(&number.to_le_bytes()[..*size]);
+        }
+    };
+    let zip64 = total - 56 - 20 - 22;
+    let members = zip64 / 47;
+    add(
+        b"PK\x06\x06",
+        &[(44, 8), (45, 2), (45, 2), (0, 8), (members, 8), (members, 8), (zip64 - members, 8), (members, 8)],
+    );
+    add(b"PK\x06\x07", &[(0, 4), (zip64, 8), (1, 4)]);
+    add(b"PK\x05\x06", &[(0, 4), (0xffff, 2), (0xffff, 2), (0xffff_ffff, 4), (0xffff_ffff, 4), (0, 2)]);
+    assert_eq!(end.len(), 56 + 20 + 22);
+    let server = Server::start(move |asked, stream| {
+        let (from, to) = (asked.range.unwrap(), asked.end.unwrap());
+        let byte = |at| if at < zip64 { b'x' } else { end[at - zip64] };
+        let body: Vec<_> = (from..=to).map(byte).collect();
+        let head = format!("content-range: bytes {from}-{to}/{total}\r\n");
+        reply(stream, "206 Partial Content", &head, &body);
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let text = locate(&open(dir.path(), &server.url, &body()), "norm").unwrap_err().to_string();
+    assert!(text.contains("its central directory has more than"), "{text}");
+    assert_eq!(server.count(), 2);
+}
+
+#[test]
 fn a_registry_package_comes_by_member_where_an_index_is_set() {
     let dir = tempfile::tempdir().unwrap();
     let (library, rest) = (noise(50, 300_000), noise(51, 900_000));
