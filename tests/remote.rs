@@ -6,13 +6,16 @@ mod artifact_support;
 
 use artifact_support::*;
 use flashinfer_rs::artifacts::embed::{Build, build_from};
-use flashinfer_rs::artifacts::{ArtifactError, Digest, Fetch, Located, Member, Source, Store, Wheel};
+use flashinfer_rs::artifacts::{
+    ArtifactError, CudaKey, Digest, Fetch, Located, Member, Pins, Source, Store, Wheel,
+};
 use std::fs;
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 use zip::write::SimpleFileOptions;
 
 /// The most that is moved beside members, central directory and RECORD: the kept end of the file
@@ -191,6 +194,51 @@ fn many_stores_download_once() {
     });
     let sent = server.sent.load(Ordering::SeqCst);
     assert!(sent < 2 * 401_000 + 2 * SLACK, "{sent} bytes were sent");
+}
+
+#[test]
+fn one_wheel_does_not_wait_for_the_server_of_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let (modules, libraries) = (body(), good_wheel(&[("tvm_ffi/lib/libtvm_ffi.so", b"a tvm_ffi")]));
+    let released = Arc::new(AtomicBool::new(false));
+    let server = {
+        let (modules, libraries, released) = (modules.clone(), libraries.clone(), Arc::clone(&released));
+        Server::start(move |asked, stream| match asked.path.as_str() {
+            "/libraries.whl" => send(asked, stream, &libraries, usize::MAX),
+            _ => {
+                while !released.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                send(asked, stream, &modules, usize::MAX);
+            }
+        })
+    };
+    let row = |package: &str, file: &str, path: &str, wheel: &[u8]| {
+        format!(
+            "[package.metadata.flashinfer_rs.pinned_wheels.{package}.cu130.x86_64]\nfile='{file}'\n\
+             url='{}/{path}'\nsha256='{}'\nrecord_sha256='{}'\n",
+            server.url,
+            Digest::of(wheel),
+            record_digest(wheel)
+        )
+    };
+    let manifest = row("flashinfer_jit_cache", WHEEL, "modules.whl", &modules)
+        + &row("apache_tvm_ffi", TVM_FFI_WHEEL, "libraries.whl", &libraries);
+    let mut config = config(dir.path(), Pins::parse(&manifest, CudaKey::new(13, 0), "x86_64").unwrap());
+    config.offline = false;
+    config.fetch_options.stall_timeout = Duration::from_secs(5);
+    let store = Store::open(config).unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| locate(&store, "norm"));
+        while server.count() == 0 {
+            std::thread::yield_now();
+        }
+        let located = store.locate(&Member::TvmFfi, Fetch::Allowed).unwrap();
+        assert_eq!(located.source, Source::Alone(TVM_FFI_WHEEL.into()));
+        assert!(!waiting.is_finished());
+        released.store(true, Ordering::SeqCst);
+        assert_is(&waiting.join().unwrap().unwrap(), "norm");
+    });
 }
 
 #[test]
