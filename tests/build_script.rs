@@ -201,11 +201,8 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     let cached = project.path("cache/wheels").join(&pin.file);
     fs::create_dir_all(cached.parent().unwrap()).unwrap();
     fs::write(&cached, module_wheel(&[("norm", b"pinned norm")])).unwrap();
-    let metadata = fs::metadata(&cached).unwrap();
-    let modified = metadata.modified().unwrap();
-    let nanoseconds = modified.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
-    let stamp = format!("{} {} {nanoseconds}\n", pin.sha256, metadata.len());
-    fs::write(cached.with_file_name(format!("{}.verified", pin.file)), stamp).unwrap();
+    stamp(&cached, pin.sha256);
+    let modified = fs::metadata(&cached).unwrap().modified().unwrap();
     let libraries = format!("{wheels}/libraries.whl");
     let stamped = [
         ("FLASHINFER_RS_EMBED", "require"),

@@ -360,6 +360,17 @@ fn the_digest_of_a_record_is_written_where_its_wheel_is_pinned() {
         assert!(err.contains(want), "{want} is not in: {err}");
     }
     assert_eq!(fs::read(&wheel).unwrap(), bytes);
+
+    // A wheel in the cache is hashed, whatever its stamp says.
+    let pins = Pins::built_in().unwrap();
+    let pin = pins.get(Package::JitCache).unwrap();
+    let cached = doctor.cache.path().join("wheels").join(&pin.file);
+    fs::create_dir_all(cached.parent().unwrap()).unwrap();
+    fs::write(&cached, &bytes).unwrap();
+    artifact_support::stamp(&cached, pin.sha256);
+    let (code, (out, err)) = run(&[]);
+    assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+    assert!(err.contains("which no row of this crate's pin table states"), "{err}");
 }
 
 #[test]

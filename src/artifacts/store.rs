@@ -429,8 +429,8 @@ impl Store {
         let listed = self.listed(pin)?;
         #[cfg(feature = "fetch")]
         if listed.is_none() && self.no_downloads().is_none() {
-            self.remotely(pin, || Ok(self.listed(pin)?.map(drop)), |_| Ok(()))?;
-            return self.listed(pin);
+            let listed = |remote: &mut RemoteWheel| Wheel::listed(Path::new(&pin.file), remote.record());
+            return self.remotely(pin, || self.listed(pin), listed);
         }
         Ok(listed)
     }
@@ -484,12 +484,14 @@ impl Store {
         work: impl FnOnce(&mut RemoteWheel) -> Result<T, ArtifactError>,
     ) -> Result<Option<T>, ArtifactError> {
         let Some(record_sha256) = pin.record_sha256 else { return Ok(None) };
-        let mut remotes = self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
+        // Held for no longer than it takes to look: nobody waits for the server of another wheel.
+        let remotes = || self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
         let _lock = self.cache.lock_wheel(pin, &|progress| self.tell(progress))?;
         if let Some(done) = there()? {
             return Ok(Some(done));
         }
-        let remote = match remotes.remove(&pin.file) {
+        let known = remotes().remove(&pin.file);
+        let remote = match known {
             Some(Some(remote)) => Ok(remote),
             Some(None) => Err(Trouble::NoRanges),
             None => self.open_remote(pin, record_sha256),
@@ -497,13 +499,13 @@ impl Store {
         let done = remote.and_then(|mut remote| {
             let listed = self.cache.publish_record(record_sha256, remote.record());
             let done = listed.and_then(|_| work(&mut remote)).map_err(|e| remote.cause(e))?;
-            remotes.insert(pin.file.clone(), Some(remote));
+            remotes().insert(pin.file.clone(), Some(remote));
             Ok(done)
         });
         match (done, &pin.origin) {
             (Ok(done), _) => Ok(Some(done)),
             (Err(Trouble::NoRanges), _) => {
-                remotes.insert(pin.file.clone(), None);
+                remotes().insert(pin.file.clone(), None);
                 Ok(None)
             }
             // What the index does not give, pip may.

@@ -184,7 +184,7 @@ impl Wheel {
     ) -> Result<(), ArtifactError> {
         let name = &recorded.member.name;
         let bad = |e: &dyn std::fmt::Display| ArtifactError::wheel(&self.path, format!("member {name}: {e}"));
-        let mut entry = archive.by_index(recorded.member.index).map_err(|e| bad(&e))?;
+        let mut entry = entry(archive, recorded.member.index).map_err(|e| bad(&e))?;
         if entry.name_raw() != name.as_bytes() {
             return Err(bad(&"the file has changed since it was opened"));
         }
@@ -235,6 +235,20 @@ pub(crate) fn archive<R: Read + Seek>(path: &Path, wheel: R) -> Result<zip::ZipA
         .map_err(|e| ArtifactError::wheel(path, format!("it cannot be read as a zip: {e}")))
 }
 
+/// Opens a member for reading, unless it is said to have more bytes compressed than it can: an
+/// endless stream need not yield anything, and its digest would never be known.
+fn entry<R: Read + Seek>(
+    archive: &mut zip::ZipArchive<R>,
+    index: usize,
+) -> Result<zip::read::ZipFile<'_, R>, String> {
+    let entry = archive.by_index(index).map_err(|e| e.to_string())?;
+    let (compressed, size) = (entry.compressed_size(), entry.size());
+    if compressed.saturating_sub(size) > size / 8 + 1024 {
+        return Err(format!("it has {size} bytes, and {compressed} compressed by the central directory"));
+    }
+    Ok(entry)
+}
+
 fn check_name(wheel: &Path, name: &str) -> Result<(), ArtifactError> {
     let reason = if name.is_empty() {
         "it is empty"
@@ -271,7 +285,7 @@ fn read_record<R: Read + Seek>(
         return Err(bad(format!("its RECORD has {} bytes", record.size)));
     }
     let mut bytes = Vec::new();
-    let entry = archive.by_index(record.index).map_err(|e| bad(e.to_string()))?;
+    let entry = entry(archive, record.index).map_err(|e| bad(format!("RECORD: {e}")))?;
     entry.take(record.size + 1).read_to_end(&mut bytes).map_err(|e| bad(format!("RECORD: {e}")))?;
     if bytes.len() as u64 != record.size {
         return Err(bad("its RECORD does not have the stated size".into()));

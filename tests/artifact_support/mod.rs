@@ -79,6 +79,15 @@ pub fn module_wheel(modules: &[(&str, &[u8])]) -> Vec<u8> {
     good_wheel(&members)
 }
 
+/// Marks a wheel in the cache as one that was found to have a digest.
+pub fn stamp(wheel: &Path, sha256: Digest) {
+    let metadata = std::fs::metadata(wheel).unwrap();
+    let modified = metadata.modified().unwrap().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let text = format!("{sha256} {} {}\n", metadata.len(), modified.as_nanos());
+    let name = wheel.file_name().unwrap().to_str().unwrap();
+    std::fs::write(wheel.with_file_name(format!("{name}.verified")), text).unwrap();
+}
+
 /// Changes the size that the central directory states for a member.
 pub fn lie_about_size(wheel: &mut [u8], member: &str, size: u32) {
     let name = member.as_bytes();

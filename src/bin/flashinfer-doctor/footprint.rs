@@ -2,11 +2,12 @@
 //! memory of a first use.
 
 use std::{
+    collections::HashMap,
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -126,23 +127,21 @@ impl FirstUse {
 /// Counts the bytes of downloads.
 fn counting(sum: &Arc<AtomicU64>) -> ProgressFn {
     let sum = Arc::clone(sum);
-    // The place of the current download, and whether it tells of its bytes.
-    let current = std::sync::Mutex::new((0, true));
+    // Where the download of each wheel is, and whether it tells of its bytes.
+    let places = Mutex::new(HashMap::<String, (u64, bool)>::new());
     Arc::new(move |progress| {
-        let mut current = current.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
         let more = match *progress {
-            Progress::Started { done, .. } => {
-                *current = (done, false);
+            Progress::Started { file, done, .. } => {
+                places.insert(file.into(), (done, false));
                 0
             }
-            Progress::Bytes { done, .. } => {
-                let more = done.saturating_sub(current.0);
-                *current = (done, true);
-                more
+            Progress::Bytes { file, done, .. } => {
+                let before = places.insert(file.into(), (done, true));
+                done.saturating_sub(before.map_or(0, |(before, _)| before))
             }
             // pip tells nothing before it is done.
-            Progress::Done { path, .. } if !current.1 => {
-                current.1 = true;
+            Progress::Done { file, path } if places.get(file) == Some(&(0, false)) => {
                 fs::metadata(path).map_or(0, |metadata| metadata.len())
             }
             _ => 0,
@@ -156,4 +155,33 @@ fn peak_memory() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn downloads_in_turn_are_counted_each_for_itself() {
+        let sum = Arc::new(AtomicU64::new(0));
+        let tell = counting(&sum);
+        let folder = tempfile::tempdir().unwrap();
+        let path = &folder.path().join("c.whl");
+        fs::write(path, [0; 7]).unwrap();
+        let started = |file, done| tell(&Progress::Started { file, done, total: None });
+        let bytes = |file, done| tell(&Progress::Bytes { file, done, total: None });
+        let done = |file| tell(&Progress::Done { file, path });
+        // Members of a, then one of b, then a goes on; pip brings c, of which nothing is told.
+        started("a", 0);
+        bytes("a", 1000);
+        done("a");
+        started("b", 50);
+        bytes("b", 100);
+        done("b");
+        bytes("a", 1200);
+        done("a");
+        started("c", 0);
+        done("c");
+        assert_eq!(sum.load(Ordering::Relaxed), 1000 + 50 + 200 + 7);
+    }
 }

@@ -34,21 +34,17 @@ pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
     let mut config = sources.store_config()?;
     config.progress = Some(download::progress());
     let store = Store::open(config)?;
-    let mut wheels = Vec::new();
     let packages = match (options.packages.as_slice(), options.file.as_slice()) {
         ([], []) => &[Package::JitCache][..],
         (packages, _) => packages,
     };
-    for &package in packages {
-        wheels.push((store.fetch(package)?, store.config().pins.get(package)?.sha256));
-    }
-    for path in &options.file {
+    let fetched = packages.iter().map(|&package| store.fetch(package));
+    let fetched = fetched.collect::<Result<Vec<_>, _>>()?;
+    for path in fetched.iter().chain(&options.file) {
+        // A wheel in the cache, too: its stamp is no ground for a new pin.
         let digest = fs::File::open(path).and_then(|file| Digest::of_file(&file));
         let (sha256, _) = digest.map_err(|error| Failure::File(path.clone(), error))?;
-        wheels.push((path.clone(), sha256));
-    }
-    for (path, sha256) in wheels {
-        let record = Wheel::open(&path)?.record_sha256();
+        let record = Wheel::open(path)?.record_sha256();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let told = match &options.write {
             Some(manifest) => match write(manifest, sha256, record)? {
