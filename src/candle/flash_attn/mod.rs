@@ -238,14 +238,8 @@ impl Attention<'_> {
             Batch::Paged { block_table, page_size, .. } => {
                 let keys: Vec<usize> = sequences.iter().map(|&(_, keys)| keys).collect();
                 let pages = lengths::pages(block_table, &keys, *page_size)?;
-                let same = k.stride() == v.stride();
-                let as_it_is = |layout: &Layout, size: usize| {
-                    // Kernels read both with the same strides.
-                    let usable = tensor::fits(layout, size) && (same || layout.is_contiguous());
-                    usable.then(|| layout.clone())
-                };
-                let [(k, k_view), (v, v_view)] = [views::viewed(k, as_it_is)?, views::viewed(v, as_it_is)?];
-                ([k, v], [k_view, v_view], 0, Some((pages, *page_size)))
+                let (tensors, views) = views::blocks(k, v)?;
+                (tensors, views, 0, Some((pages, *page_size)))
             }
             Batch::Dense | Batch::Ragged(_) => {
                 let (tensors, views, apart) = views::keys_and_values(k, v)?;
