@@ -752,6 +752,9 @@ fn wrong_input() {
         refused(varlen(&[0, 4, 6], &[0, 8], 8), "of 2 sequences, seqlens_k of 1");
         refused(varlen(&[0, 4, 6], &[0, 0, 8], 7), "sequence 1 has 8 rows");
         refused(varlen(&[], &[], 7), "expected one dimension");
+        let (far, ends) = (Tensor::new(&[0, 6, i64::MIN], device).unwrap(), new(&[0, 0, 8]));
+        let max = usize::MAX;
+        refused(flash_attn_varlen(&q, &k, &k, &far, &ends, max, max, 0.1, false), "decreases from 6");
         let floats = Tensor::new(&[0f32, 6.0], device).unwrap();
         refused(
             flash_attn_varlen(&q, &k, &k, &floats, &floats, 8, 8, 0.1, false),
