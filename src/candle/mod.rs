@@ -52,7 +52,8 @@
 //! no module, the error names the one that was looked for. A module of one's
 //! own (see [`PosEncodingMode::Alibi`]) makes ALiBi work where no query sees a
 //! key after its position; with other windows FlashInfer's formula is another
-//! one, and that is an error too. On both, head dimensions are multiples of 8
+//! one, and that is an error too. So is a `softmax_scale` below 0.001, with which
+//! its kernels would not hide keys. On both, head dimensions are multiples of 8
 //! and at most 512.
 //!
 //! ## Copies
