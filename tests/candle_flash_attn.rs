@@ -595,6 +595,50 @@ fn layers_of_several_steps() {
     }
 }
 
+/// Batches over rows and over blocks take turns, with one mask and the same
+/// queries, until each has the place that another one had.
+#[test]
+fn rows_and_blocks_in_turn() {
+    let mut rng = Rng::new();
+    for place in places() {
+        let (dtype, d) = place.types(&mut rng, false, false);
+        let q = dense(&mut rng, &[3, 4, d], dtype, &place.device);
+        let cache = dense(&mut rng, &[2, 16, 2, d], dtype, &place.device);
+        let rows = cache.reshape((32, 2, d)).unwrap();
+        let new = |end| Tensor::new(&[0u32, end], &Device::Cpu).unwrap();
+        let over_rows = |keys: usize| {
+            let (k, ends) = (rows.narrow(0, 0, keys).unwrap(), new(keys as u32));
+            flash_attn_varlen_windowed(&q, &k, &k, &new(3), &ends, 3, keys, 0.1, Some(2), Some(1)).unwrap()
+        };
+        let table = Tensor::new(&[[0u32, 1]], &Device::Cpu).unwrap();
+        let over_blocks = |keys: usize| {
+            let (queries, ends, sides) = (new(3), new(keys as u32), [Some(2), Some(1)]);
+            let [left, right] = sides;
+            flash_attn_varlen_paged_windowed(
+                &q, &cache, &cache, &queries, &ends, &table, None, 3, keys, 0.1, left, right, 16, None,
+            )
+            .unwrap()
+        };
+        let asked = Asked { scale: 0.1, left: Some(2), right: Some(1), ..Asked::default() };
+        let expected = |keys| {
+            let k = rows.narrow(0, 0, keys).unwrap();
+            plain_varlen(&q, &[[k.clone(), k]], &[(3, keys)], &asked, &[])
+        };
+        for round in 0..8 {
+            for keys in [8, 9, 10, 11] {
+                assert_close(&over_rows(keys), &expected(keys), &format!("{keys} rows, round {round}"));
+            }
+            for keys in [20 + round, 8] {
+                assert_close(
+                    &over_blocks(keys),
+                    &expected(keys),
+                    &format!("{keys} in blocks, round {round}"),
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn threads_have_their_own_workspaces() {
     for place in places() {
@@ -752,6 +796,9 @@ fn wrong_input() {
         refused(varlen(&[0, 4, 6], &[0, 8], 8), "of 2 sequences, seqlens_k of 1");
         refused(varlen(&[0, 4, 6], &[0, 0, 8], 7), "sequence 1 has 8 rows");
         refused(varlen(&[], &[], 7), "expected one dimension");
+        let (far, ends) = (Tensor::new(&[0, 6, i64::MIN], device).unwrap(), new(&[0, 0, 8]));
+        let max = usize::MAX;
+        refused(flash_attn_varlen(&q, &k, &k, &far, &ends, max, max, 0.1, false), "decreases from 6");
         let floats = Tensor::new(&[0f32, 6.0], device).unwrap();
         refused(
             flash_attn_varlen(&q, &k, &k, &floats, &floats, 8, 8, 0.1, false),

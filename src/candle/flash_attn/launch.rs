@@ -144,12 +144,13 @@ impl OnStream {
 }
 
 /// What tells calls apart, besides their offsets and pages.
-#[derive(PartialEq)]
 struct Key {
     spec: AttentionSpec,
     heads: Heads,
     visible: Visible,
     slopes: Option<Vec<f32>>,
+    /// Tables of the other kind may be left from an earlier batch.
+    paged: bool,
 }
 
 /// A batch on the device, and the workspace with its plan.
@@ -212,6 +213,7 @@ impl Step {
         let of = |key: &Key| {
             (key.spec, key.heads) == (call.spec, call.heads)
                 && (&key.visible, &key.slopes) == (&call.visible, &call.slopes)
+                && key.paged == matches!(call.keys, Keys::Paged(_))
         };
         let queries = || self.queries.as_ref().is_some_and(|q| q.host().indptr() == call.queries.indptr());
         let keys = || match &call.keys {
@@ -255,6 +257,7 @@ impl Step {
             heads: call.heads,
             visible: call.visible.clone(),
             slopes: call.slopes.clone(),
+            paged: matches!(call.keys, Keys::Paged(_)),
         });
         Ok(())
     }

@@ -24,12 +24,14 @@ pub(super) fn from_cumulative(name: &str, tensor: &Tensor, max: usize) -> Result
     if ends[0] != 0 {
         bail!("{name} begins with {}; cumulative lengths begin with 0", ends[0])
     }
-    let lens = ends.windows(2).enumerate().map(|(sequence, pair)| match usize::try_from(pair[1] - pair[0]) {
-        Err(_) => bail!("{name} decreases from {} to {}; cumulative lengths do not", pair[0], pair[1]),
-        Ok(len) if len > max => {
-            bail!("sequence {sequence} has {len} rows by {name}, but the longest was said to have {max}")
+    let lens = ends.windows(2).enumerate().map(|(sequence, pair)| {
+        match usize::try_from(pair[1].saturating_sub(pair[0])) {
+            Err(_) => bail!("{name} decreases from {} to {}; cumulative lengths do not", pair[0], pair[1]),
+            Ok(len) if len > max => {
+                bail!("sequence {sequence} has {len} rows by {name}, but the longest was said to have {max}")
+            }
+            Ok(len) => Ok(len),
         }
-        Ok(len) => Ok(len),
     });
     lens.collect()
 }

@@ -1,75 +1,5 @@
-//! The functions of `candle-flash-attn`, with FlashInfer's kernels.
-//!
-//! They have the names, parameters and meaning of candle-flash-attn 0.11.1, so
-//! that a model changes its `use` line and nothing else. All of them compute
-//! `softmax(q · kᵀ · softmax_scale) · v` for each head, with these rules:
-//!
-//! - **Heads.** `q` has a multiple of the heads of `k` and `v`; each of those
-//!   serves as many query heads that follow each other. Nothing is repeated.
-//! - **Positions.** The last query of a sequence stands at its last key: query
-//!   `r` of `s_q` is at position `p = s_k − s_q + r` of `s_k` keys.
-//! - **Windows.** `window_size_left` is how many keys before its position a
-//!   query sees, besides the one at it, `window_size_right` how many after it.
-//!   `None` is all, and so is a number above the number of keys (for sequences
-//!   of several lengths, above `max_seqlen_k`); only that a left window without
-//!   a right one stops `s_k` (or `max_seqlen_k`) keys after the position, which
-//!   queries far before the first key notice. `causal` is `None` and `Some(0)`.
-//! - **Soft cap.** A `softcap` above 0 turns logits into
-//!   `softcap · tanh(logits / softcap)`; with 0 or below there is none.
-//! - **ALiBi.** `alibi_slopes` is `f32` of shape `(num_heads_q)`; a logit loses
-//!   its head's slope times the distance of key and position, after the cap.
-//! - A query that sees no key gets zeros.
-//!
-//! # Devices and dtypes
-//! On the CPU, tensors are `f32`, `f16`, `bf16` or `f64`, and the sums are made
-//! in `f64`, by the [`mod@reference`], which is exact
-//! and slow. On CUDA, which needs the feature `candle-cuda`, they are `f16` or
-//! `bf16`; FlashInfer publishes modules with head dimensions 64, 128 and 256,
-//! some of them without window or soft cap, and none with ALiBi. Where there is
-//! no module, the error names the one that was looked for. A module of one's
-//! own (see [`PosEncodingMode::Alibi`]) makes ALiBi work where no query sees a
-//! key after its position; with other windows FlashInfer's formula is another
-//! one, and that is an error too. On both, head dimensions are multiples of 8
-//! and at most 512.
-//!
-//! # Copies
-//! Strides and offsets are taken as they are: transposed views, parts of longer
-//! caches and joined projections of queries, keys and values need no
-//! `contiguous()`. What is copied first: tensors whose last dimension is not
-//! contiguous, that are not aligned to 16 bytes, or whose sequences repeat or
-//! overlap each other; queries of several sequences that do not lie one after the
-//! other; and of keys and values whose sequences lie differently far apart, one
-//! or both.
-//!
-//! # NaN
-//! Keys that are hidden get the weight 0, which leaves nothing of a value that
-//! is finite, but makes NaN of one that is not. What lies around a part of a
-//! cache is not read. With 128 queries or more in a sequence, FlashAttention 3
-//! (on compute capability 9.0) also reads the values that follow a sequence's
-//! last, which are those of the next one.
-//!
-//! # What waits, and what is kept
-//! Work goes to candle's own stream and nothing waits for it, with one
-//! exception: cumulative lengths, block tables, ranges and slopes are read on
-//! the host. As CUDA tensors they are copied back first, which waits for the
-//! stream; pass them as CPU tensors where you have them.
-//!
-//! The first call in a thread for a stream takes a workspace of 128 MiB on the
-//! device; later calls of the thread for that stream share it. The last
-//! four batches are kept with their plans, so that the layers of a model plan once
-//! for each step. [`release_workspaces`] gives a thread's memory back; so does
-//! the end of the thread.
-//!
-//! The first call starts the [`FlashInferRuntime`] with the default
-//! configuration, unless it is running, and may download the pinned wheel. To
-//! have that done earlier, call [`FlashInferRuntime::initialize`] and
-//! [`preload`](crate::FlashInferRuntime::preload) with the names of
-//! [`AttentionSpec::prefill_module`].
-//!
-//! There is no gradient: `backward` through the result fails.
-//!
-//! [`FlashInferRuntime`]: crate::FlashInferRuntime
-//! [`FlashInferRuntime::initialize`]: crate::FlashInferRuntime::initialize
+//! The functions of `candle-flash-attn`, with FlashInfer's kernels. Their rules are
+//! documented in [`candle`](super).
 
 #[cfg(feature = "candle-cuda")]
 mod launch;
@@ -308,14 +238,8 @@ impl Attention<'_> {
             Batch::Paged { block_table, page_size, .. } => {
                 let keys: Vec<usize> = sequences.iter().map(|&(_, keys)| keys).collect();
                 let pages = lengths::pages(block_table, &keys, *page_size)?;
-                let same = k.stride() == v.stride();
-                let as_it_is = |layout: &Layout, size: usize| {
-                    // Kernels read both with the same strides.
-                    let usable = tensor::fits(layout, size) && (same || layout.is_contiguous());
-                    usable.then(|| layout.clone())
-                };
-                let [(k, k_view), (v, v_view)] = [views::viewed(k, as_it_is)?, views::viewed(v, as_it_is)?];
-                ([k, v], [k_view, v_view], 0, Some((pages, *page_size)))
+                let (tensors, views) = views::blocks(k, v)?;
+                (tensors, views, 0, Some((pages, *page_size)))
             }
             Batch::Dense | Batch::Ragged(_) => {
                 let (tensors, views, apart) = views::keys_and_values(k, v)?;
@@ -484,7 +408,7 @@ impl CustomOp3 for Call {
 /// belongs to the last query and ends at the last key, so with `s_q > s_k` the
 /// first queries see nothing and get zeros.
 ///
-/// See the [module](self) for the rules that all functions share.
+/// The [rules](crate::candle#attention) are those that all functions share.
 ///
 /// # Errors
 /// Dtypes, devices or shapes do not fit; no module serves the call; what the
@@ -507,7 +431,8 @@ pub fn flash_attn(q: &Tensor, k: &Tensor, v: &Tensor, softmax_scale: f32, causal
     Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch: Batch::Dense }.of(q, k, v)
 }
 
-/// [`flash_attn`] with a window; see the [module](self) for its meaning.
+/// [`flash_attn`] with a window; the [rules](crate::candle#attention) have its
+/// meaning.
 ///
 /// # Errors
 /// As [`flash_attn`].
@@ -523,8 +448,8 @@ pub fn flash_attn_windowed(
     Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch: Batch::Dense }.of(q, k, v)
 }
 
-/// [`flash_attn`] with ALiBi; see the [module](self) for its meaning, and for
-/// what CUDA needs for it.
+/// [`flash_attn`] with ALiBi; the [rules](crate::candle#attention) have its
+/// meaning, and what CUDA needs for it.
 ///
 /// # Errors
 /// As [`flash_attn`]; also when `alibi_slopes` is not `f32` `(num_heads_q)`.
@@ -586,7 +511,7 @@ pub fn flash_attn_alibi_windowed_softcap(
 /// may be empty. `max_seqlen_q` and `max_seqlen_k` are the longest, or more.
 ///
 /// With `causal` or a window, positions are those of each sequence; see the
-/// [module](self).
+/// [rules](crate::candle#attention).
 ///
 /// # Errors
 /// As [`flash_attn`]; also when cumulative lengths do not begin with 0,

@@ -76,6 +76,23 @@ pub(super) fn keys_and_values(k: &Tensor, v: &Tensor) -> Result<([Tensor; 2], [L
     Ok(([k, v], [k_view, v_view], apart))
 }
 
+/// Keys and values in blocks, with the same strides, as kernels read them.
+/// Where the two differ, what is not contiguous is copied.
+pub(super) fn blocks(k: &Tensor, v: &Tensor) -> Result<([Tensor; 2], [Layout; 2])> {
+    let same = k.stride() == v.stride();
+    let view = |layout: &Layout, size: usize| {
+        let view = match layout.is_contiguous() {
+            // Strides of dimensions of size 1 may be anything.
+            true => Layout::contiguous_with_offset(layout.shape(), layout.start_offset()),
+            false if same => layout.clone(),
+            false => return None,
+        };
+        tensor::fits(&view, size).then_some(view)
+    };
+    let [(k, k_view), (v, v_view)] = [viewed(k, view)?, viewed(v, view)?];
+    Ok(([k, v], [k_view, v_view]))
+}
+
 /// The dimensions, with one sequence if they name none.
 fn four(dims: &[usize]) -> [usize; 4] {
     match *dims {
@@ -185,5 +202,24 @@ mod tests {
         // Other strides are fine, as long as sequences are as far apart.
         let wide = zeros(&[2, 5, 3, 16]).narrow(2, 1, 2).unwrap();
         assert_eq!(copied(&near, &wide), [false, false]);
+    }
+
+    #[test]
+    fn blocks_have_the_same_strides() {
+        let copied = |k: &Tensor, v: &Tensor| {
+            let (tensors, views) = blocks(k, v).unwrap();
+            assert_eq!(views[0].stride(), views[1].stride());
+            [tensors[0].id() != k.id(), tensors[1].id() != v.id()]
+        };
+        let near = zeros(&[4, 32, 2, 16]);
+        let joined = zeros(&[4, 2, 32, 2, 16]);
+        let [k, v] = [0, 1].map(|at| joined.narrow(1, at, 1).unwrap().squeeze(1).unwrap());
+        assert_eq!(copied(&near, &near), [false, false]);
+        assert_eq!(copied(&k, &v), [false, false]);
+        assert_eq!(copied(&near, &v), [false, true]);
+        // One head, which has a stride of its own.
+        let (one, turned) = (zeros(&[4, 32, 1, 16]), zeros(&[4, 1, 32, 16]).transpose(1, 2).unwrap());
+        assert_ne!(one.stride(), turned.stride());
+        assert_eq!(copied(&one, &turned), [false, false]);
     }
 }

@@ -28,7 +28,7 @@ impl Window {
     /// Without the sides that hide nothing in these sequences.
     fn needed(self, sequences: &[Lens]) -> Self {
         let hides = |far: fn(&Lens) -> usize, side: &usize| {
-            sequences.iter().any(|lens| lens.0 > 0 && lens.1 > 0 && *side + 1 < far(lens))
+            sequences.iter().any(|lens| lens.0 > 0 && lens.1 > 0 && side.saturating_add(1) < far(lens))
         };
         Self {
             left: self.left.filter(|side| hides(|lens| lens.1, side)),
@@ -167,6 +167,10 @@ mod tests {
         assert_eq!(visible([Some(7), Some(2)], &[(3, 8)]), all);
         assert_eq!(visible([None, Some(0)], &[(1, 8), (1, 3), (0, 5), (4, 0)]), all);
         assert_eq!(visible([Some(6), Some(0)], &[(1, 8)]), Visible::All { left: Some(6) });
+        // Sides are compared with what was said of the keys, whatever that is.
+        let widest = |sides| Visible::new(Window::new(sides, usize::MAX), &[(3, 8)], NO_RANGES);
+        assert_eq!(widest([Some(usize::MAX), Some(usize::MAX)]), all);
+        assert_eq!(widest([Some(2), None]), Visible::All { left: Some(2) });
         // Queries that lie further before all keys than there are keys.
         assert_eq!(visible([Some(3), None], &[(9, 3)]), bits(None, Some(3)));
     }
