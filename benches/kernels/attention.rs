@@ -18,7 +18,7 @@ use crate::{
     HEAD_DIM, KV_HEADS, PAGE_SIZE, QO_HEADS, Result,
     cases::page_indices,
     gpu::median,
-    measure::{Bench, Kind, Raw},
+    measure::{Bench, Kind, PlanCalls, Raw},
     packed,
     raw::{Arrays, Attention, NONE, ROPE, Scratch},
     tensor::Tensor,
@@ -159,20 +159,28 @@ fn decode(
             Raw { function: decode.module().function("run")?, held }
         };
 
-        let table = PageTable::new(&stream, indices.clone())?;
-        let parts = RefCell::new((Workspace::new(&stream)?, table));
-        let plan = || -> Result<()> {
-            let (workspace, table) = &mut *parts.borrow_mut();
-            decode.plan(workspace, table, PlanMode::Eager)?;
+        // Batches that differ, as those of two steps do: a workspace remembers its last plan.
+        let batches = [indices.clone(), page_indices(batch, tokens - 1)?];
+        let tables = batches.clone().map(|batch| PageTable::new(&stream, batch));
+        let [one, other] = tables;
+        let parts = RefCell::new((Workspace::new(&stream)?, [one?, other?], 0));
+        let plan = |changed: bool, upload: bool| -> Result<()> {
+            let (workspace, tables, last) = &mut *parts.borrow_mut();
+            *last ^= usize::from(changed);
+            if upload {
+                tables[*last].update(batches[*last].clone())?;
+            }
+            decode.plan(workspace, &tables[*last], PlanMode::Eager)?;
             Ok(())
         };
-        let mut with_table = || {
-            parts.borrow_mut().1.update(indices.clone())?;
-            plan()
+        let calls = PlanCalls {
+            plan: &mut || plan(true, false),
+            with_table: Some(&mut || plan(true, true)),
+            again: Some(&mut || plan(false, false)),
         };
-        case.plan(Some(&planner), &mut || plan(), Some(&mut with_table))?;
+        case.plan(Some(&planner), calls)?;
 
-        let (mut workspace, table) = parts.into_inner();
+        let (mut workspace, [table, other], _) = parts.into_inner();
         let [q_view, k_view, v_view, _] = tensors;
         let (kv, options) = (PagedKv::new(*k_view, *v_view, KvLayout::Nhd), RunOptions::default());
         let mut output = out.view_mut();
@@ -192,7 +200,7 @@ fn decode(
             (0..steps).try_for_each(|_| plan.run(q_view, &kv, &mut output, None, &options))?;
             drop(plan);
             let start = Instant::now();
-            decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+            decode.plan(&mut workspace, &other, PlanMode::Eager)?;
             busy.push(start.elapsed().as_secs_f64() * 1e6);
             cuda.synchronize()?;
         }
@@ -240,14 +248,17 @@ fn prefill(
         let ragged =
             RaggedTable::new(&stream, RaggedIndices::from_lens(std::iter::repeat_n(queries, batch))?)?;
         let (mut workspace, options) = (Workspace::new(&stream)?, PrefillOptions::causal());
-        case.plan(
-            Some(&planner),
-            &mut || {
-                prefill.plan_paged(&mut workspace, &ragged, &table, HEADS, &options)?;
-                Ok(())
-            },
-            None,
-        )?;
+        let other = PageTable::new(&stream, page_indices(batch, tokens - 1)?)?;
+        let parts = RefCell::new((&mut workspace, [&table, &other], 0));
+        let plan = |changed: bool| -> Result<()> {
+            let (workspace, tables, last) = &mut *parts.borrow_mut();
+            *last ^= usize::from(changed);
+            prefill.plan_paged(workspace, &ragged, tables[*last], HEADS, &options)?;
+            Ok(())
+        };
+        let calls =
+            PlanCalls { plan: &mut || plan(true), with_table: None, again: Some(&mut || plan(false)) };
+        case.plan(Some(&planner), calls)?;
         let plan = prefill.plan_paged(&mut workspace, &ragged, &table, HEADS, &options)?;
         let [q_view, k_view, v_view, _] = tensors;
         let (kv, options) = (PagedKv::new(*k_view, *v_view, KvLayout::Nhd), RunOptions::default());
@@ -319,14 +330,11 @@ fn mla(bench: &mut Bench, scratch: &Scratch, backend: Backend, (batch, tokens): 
         let step = MlaBatch { queries: &queries, num_heads: MLA_HEADS, causal: false };
         let table = PageTable::new(&stream, indices.clone())?;
         let mut workspace = Workspace::new(&stream)?;
-        case.plan(
-            Some(&planner),
-            &mut || {
-                mla.plan(&mut workspace, &table, &step)?;
-                Ok(())
-            },
-            None,
-        )?;
+        let mut plan = || {
+            mla.plan(&mut workspace, &table, &step)?;
+            Ok(())
+        };
+        case.plan(Some(&planner), PlanCalls { plan: &mut plan, with_table: None, again: None })?;
         let plan = mla.plan(&mut workspace, &table, &step)?;
         let (q, kv) = (MlaQuery::new(*nope_view, *pe_view), MlaCache::new(*ckv_view, *kpe_view));
         let (mut output, options) = (out.view_mut(), MlaOptions::new(MLA_SM_SCALE));

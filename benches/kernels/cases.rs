@@ -199,7 +199,7 @@ fn append(bench: &mut Bench, batch: usize, tokens: usize) {
 
 /// Requests of one length, in pages one after the other.
 pub fn page_indices(batch: usize, tokens: usize) -> Result<PageIndices> {
-    let pages = tokens / PAGE_SIZE;
+    let pages = tokens.div_ceil(PAGE_SIZE);
     let numbers: Vec<i32> = (0..(batch * pages) as i32).collect();
     let requests = numbers.chunks(pages).map(|pages| (pages, tokens));
     Ok(PageIndices::from_requests(batch * pages, PAGE_SIZE, requests)?)

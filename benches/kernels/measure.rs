@@ -93,7 +93,10 @@ pub struct RunTimes {
 #[derive(Default, Serialize)]
 pub struct PlanTimes {
     pub raw_us: Option<f64>,
+    /// Of another batch than the last.
     pub rust_us: Option<f64>,
+    /// Of the same batch again.
+    pub again_us: Option<f64>,
     /// With an update of the page table before it.
     pub with_table_us: Option<f64>,
     /// While the GPU still works on the step before.
@@ -175,13 +178,21 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(cuda: Arc<CudaStream>, options: Options) -> Result<Self> {
+        /// How long the host and the GPU work before anything is measured.
+        const WARM_UP: Duration = Duration::from_secs(1);
         let started = Instant::now();
         let stream = Stream::from(&cuda);
         cuda::set_stream(&stream)?;
         let python = if options.no_python { Err("it was not asked for".to_owned()) } else { Python::start() };
+        let bare = BareLaunch::new(&stream)?;
+        let warm = Instant::now();
+        while warm.elapsed() < WARM_UP {
+            bare.launch(MOST_CALLS)?;
+            cuda.synchronize()?;
+        }
         Ok(Self {
             memory: Memory::of(&cuda)?,
-            bare: BareLaunch::new(&stream)?,
+            bare,
             runtime: FlashInferRuntime::get()?,
             stream,
             cuda,
@@ -288,6 +299,16 @@ fn copy_bandwidth(cuda: &Arc<CudaStream>) -> Result<f64> {
     Ok(2.0 * COPY_BYTES as f64 / (median(times) * 1e-6))
 }
 
+/// How this crate plans.
+pub struct PlanCalls<'c> {
+    /// Another batch than the last.
+    pub plan: Call<'c>,
+    /// The same with an update of the page table before it.
+    pub with_table: Option<Call<'c>>,
+    /// The last batch again.
+    pub again: Option<Call<'c>>,
+}
+
 /// One case, as it is measured.
 pub struct Case<'b> {
     pub bench: &'b mut Bench,
@@ -351,26 +372,26 @@ impl Case<'_> {
 
     /// Host times of planning: the module's planner alone, this crate, this
     /// crate with an update of the page table, and Python.
-    pub fn plan(
-        &mut self,
-        raw: Option<&Raw<'_>>,
-        plan: Call<'_>,
-        with_table: Option<Call<'_>>,
-    ) -> Result<()> {
+    pub fn plan(&mut self, raw: Option<&Raw<'_>>, calls: PlanCalls<'_>) -> Result<()> {
         const CALLS: usize = 16;
         let mut raw_call = || raw.map_or(Ok(()), |raw| raw.call().map(drop));
-        let mut no_table = || Ok(());
-        let has_table = with_table.is_some();
-        let with_table = with_table.unwrap_or(&mut no_table);
-        let mut lanes =
-            [Lane::Here(&mut raw_call), Lane::Here(plan), Lane::Here(with_table), Lane::There("plan")];
+        let (mut no_table, mut not_again) = (|| Ok(()), || Ok(()));
+        let (has_table, has_again) = (calls.with_table.is_some(), calls.again.is_some());
+        let mut lanes = [
+            Lane::Here(&mut raw_call),
+            Lane::Here(calls.plan),
+            Lane::Here(calls.with_table.unwrap_or(&mut no_table)),
+            Lane::Here(calls.again.unwrap_or(&mut not_again)),
+            Lane::There("plan"),
+        ];
         let (times, _) = self.times(&mut lanes, CALLS)?;
         self.row.plan = Some(PlanTimes {
             raw_us: times[0].filter(|_| raw.is_some()),
             rust_us: times[1],
             with_table_us: times[2].filter(|_| has_table),
+            again_us: times[3].filter(|_| has_again),
             busy_us: None,
-            python_us: times[3],
+            python_us: times[4],
         });
         Ok(())
     }
