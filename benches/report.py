@@ -298,6 +298,11 @@ python3 benches/report.py {next((word for word in words if word.endswith(".json"
 Times do not carry over to another machine. Quote ratios, which are of one run: all that
 is compared was measured in turn, block by block.
 
+Beside these: [the time to a first result](cold-start.md), [a decode step of Llama 3 8B's
+shape](llama-8b.md), [a step of a small model beside PyTorch](../generate.md), [candle](../candle.md)
+and [what is downloaded and embedded](../footprint.md). `cargo bench --bench host` measures
+what this crate does on the host alone, on any machine.
+
 ## Targets
 
 {targets(result)}
