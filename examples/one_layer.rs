@@ -1,13 +1,10 @@
-//! One layer of a language model, from a GGUF file to logits on the host: what
-//! an engine calls, and in which order.
+//! One layer of a language model, from a GGUF file to logits: what an engine calls, in which order.
 //!
 //! `cargo run --release --example one_layer -- [MODEL.gguf]`
 //!
-//! A prompt runs through the first layer, the last norm and the output head: on
-//! the CPU through `flashinfer_rs::reference`, by the backend of `generate`, and
-//! where there is a GPU, also through FlashInfer's kernels, with cuBLASLt for the
-//! matrices. Then the two are compared. Without a file it takes
-//! SmolLM2-135M-Instruct, which is fetched once.
+//! A prompt runs through the first layer, the last norm and the output head: on the CPU
+//! through `flashinfer_rs::reference`, and where there is a GPU, also through FlashInfer's
+//! kernels, with cuBLASLt. Without a file it takes SmolLM2-135M-Instruct, fetched once.
 
 #[path = "generate/cpu.rs"]
 mod cpu;
@@ -39,7 +36,7 @@ use half::f16;
 use crate::{
     cpu::Cpu,
     engine::{Engine, Step},
-    model::{Config, Ends, Layer, Model},
+    model::{Biases, Config, Ends, Layer, Model},
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -172,8 +169,7 @@ fn main() -> Result<()> {
     })?;
     let (config, ends) = (Config { num_layers: 1, ..model.config.clone() }, model.ends()?);
     let layer = model.layers().next().ok_or("the model has no layers")??;
-    let matrices = [&layer.qkv, &layer.attention_output, &layer.gate_up, &layer.down];
-    if layer.router.is_some() || matrices.iter().any(|matrix| matrix.bias.is_some()) {
+    if config.experts.is_some() || config.biases != Biases::default() {
         return Err("the model has biases or experts; the example `generate` runs it".into());
     }
     println!("Most likely after {TOKENS:?}, by the first layer of {}:", model.config.num_layers);

@@ -87,7 +87,7 @@ pub struct Experts {
 }
 
 /// What has biases, in some layer at least; other layers then have zeros.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Biases {
     pub qkv: bool,
     pub attention_output: bool,

@@ -31,7 +31,7 @@ impl Shape {
             hidden_size: 4096,
             intermediate_size: 14336,
             experts: None,
-            biases: Biases { qkv: false, attention_output: false, gate_up: false, down: false },
+            biases: Biases::default(),
             vocab_size: 128_256,
             heads: Heads { num_qo_heads: 32, num_kv_heads: 8 },
             head_dim,
