@@ -3,14 +3,14 @@
 //! tensors where `FLASHINFER_RS_RUN_GPU_TESTS=1` and the feature `candle-cuda`
 //! say so.
 
-#![cfg(all(feature = "candle", feature = "cudarc"))]
+#![cfg(feature = "candle")]
 
-mod common;
+mod candle_common;
 
 use std::{sync::mpsc, time::Duration};
 
+use candle_common::{Rng, gpus};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use common::{Rng, say};
 use flashinfer_rs::candle::{
     flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
@@ -51,23 +51,8 @@ impl Place {
 /// stream, and one of its own.
 fn places() -> Vec<Place> {
     let mut places = vec![Place { device: Device::Cpu, cases: 150, longest: 20 }];
-    places.extend(cuda().into_iter().map(|device| Place { device, cases: 40, longest: 200 }));
+    places.extend(gpus().into_iter().map(|device| Place { device, cases: 40, longest: 200 }));
     places
-}
-
-#[cfg(feature = "candle-cuda")]
-fn cuda() -> Vec<Device> {
-    if std::env::var_os("FLASHINFER_RS_RUN_GPU_TESTS").is_none_or(|value| value != "1") {
-        say("CUDA tensors skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU");
-        return Vec::new();
-    }
-    vec![Device::new_cuda(0).unwrap(), Device::new_cuda_with_stream(0).unwrap()]
-}
-
-#[cfg(not(feature = "candle-cuda"))]
-fn cuda() -> Vec<Device> {
-    say("CUDA tensors skipped: they need the feature candle-cuda");
-    Vec::new()
 }
 
 /// What a call asks for, besides its tensors.
