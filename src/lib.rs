@@ -102,6 +102,7 @@ mod cuda_library;
 pub mod cudarc;
 mod error;
 pub mod ffi;
+pub mod indices;
 pub mod kv;
 mod library_file;
 mod module;
@@ -113,18 +114,10 @@ mod tensor;
 
 pub use cuda_library::LibrarySource;
 pub use error::{FlashInferError, Result};
-pub use kv::{
-    bounded::BoundedIndices,
-    indices::{AppendIndices, PageIndices, RaggedIndices},
-    masks::{ItemIndices, MaskIndices},
-    packed::PackedIndices,
-    rows::RowIndices,
-    segments::SegmentIndices,
-    sequences::SequenceIndices,
-    upload::{
-        AppendTable, BoundedTable, IndexArrays, ItemTable, MaskTable, OnDevice, PackedTable, PageTable,
-        RaggedTable, RowTable, SegmentTable, SequenceTable,
-    },
+pub use indices::{
+    AppendIndices, AppendTable, BoundedIndices, BoundedTable, IndexArrays, ItemIndices, ItemTable,
+    MaskIndices, MaskTable, OnDevice, PackedIndices, PackedTable, PageIndices, PageTable, RaggedIndices,
+    RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable, SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
 pub use ops::{

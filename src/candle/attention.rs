@@ -11,7 +11,7 @@ use super::{
 use crate::{
     FlashInferRuntime,
     attention::{self, AttentionSpec, Heads, PlanMode, PrefillOptions, RunOptions, Workspace},
-    kv::PageTable,
+    indices::PageTable,
     page::{KvLayout, PagedKv},
     reference,
     stream::Stream,

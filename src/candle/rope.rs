@@ -8,7 +8,7 @@ use super::{
     tensor,
 };
 use crate::{
-    kv::{BoundedIndices, BoundedTable},
+    indices::{BoundedIndices, BoundedTable},
     reference,
     rope::{self, RopeFrequencies, RopeTensors, Rotation},
     stream::Stream,

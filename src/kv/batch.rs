@@ -1,11 +1,11 @@
 //! The sequences of a batch, and index arrays that follow them step by step.
 
-use super::{
-    AppendIndices, AppendTable, PageAllocator, PageIndices, PageTable, PagedKvCache, RaggedIndices,
-    RaggedTable, Sequence, indices::check_table_size,
-};
+use super::{PageAllocator, PagedKvCache, Sequence};
 use crate::{
     error::{FlashInferError, Result},
+    indices::{
+        AppendIndices, AppendTable, PageIndices, PageTable, RaggedIndices, RaggedTable, check_table_size,
+    },
     stream::Stream,
 };
 
@@ -44,7 +44,7 @@ impl Batch {
         Self {
             allocator: allocator.clone(),
             sequences: Vec::new(),
-            queries: RaggedIndices { indptr: vec![0] },
+            queries: RaggedIndices::none(),
             append: AppendIndices::none(&pages),
             pages,
             new_tokens: Vec::new(),
@@ -99,7 +99,7 @@ impl Batch {
             return Err(FlashInferError::invalid(OP, "sequence", "it is of another pool than the batch"));
         }
         self.check_size(1, sequence.pages().len())?;
-        self.pages.push(&sequence);
+        self.pages.push(sequence.request_pages());
         self.sequences.push(sequence);
         self.no_new_tokens();
         Ok(())
@@ -125,7 +125,7 @@ impl Batch {
     pub fn truncate(&mut self, request: usize, len: usize) -> Result<()> {
         self.check_request(request)?;
         self.sequences[request].truncate(len);
-        self.pages.shrink(request, &self.sequences[request]);
+        self.pages.shrink(request, self.sequences[request].request_pages());
         self.no_new_tokens();
         Ok(())
     }
@@ -158,7 +158,7 @@ impl Batch {
         for (sequence, &tokens) in self.sequences.iter_mut().zip(&self.new_tokens) {
             sequence.append_from(tokens, &mut reserve);
         }
-        self.pages.grow(&self.sequences);
+        self.pages.grow(self.sequences.iter().map(Sequence::request_pages));
         self.queries.refill(self.new_tokens.iter().copied());
         self.append.refill(&self.pages, self.queries.indptr());
         Ok(())

@@ -1,5 +1,5 @@
-//! The KV cache: pages, the sequences that use them, and the index arrays that
-//! tell kernels where everything lies.
+//! The KV cache: pages, and the sequences that use them. The index arrays that tell kernels
+//! where everything lies are in [`indices`](crate::indices).
 //!
 //! # Pages and sequences
 //!
@@ -90,31 +90,12 @@
 //! # Ok(())
 //! # }
 //! ```
-//!
-//! # Index arrays
-//!
-//! Index arrays decide which memory a kernel touches, and the host cannot look
-//! at them again once they are on the device. So they are values of this
-//! crate, at its root: checked on the host ([`PageIndices`] and
-//! [`AppendIndices`] against the cache's size, [`RaggedIndices`] against the
-//! number of rows, others against what they count), or right because a [`Batch`]
-//! makes them; then uploaded ([`OnDevice`](crate::OnDevice)) together with the
-//! host copy, so that what `plan` reads on the host and what `run` reads on the
-//! device cannot disagree.
 
 mod batch;
-pub(crate) mod bounded;
 mod cache;
-pub(crate) mod indices;
-pub(crate) mod masks;
-pub(crate) mod packed;
 mod pages;
 mod prefix;
-pub(crate) mod rows;
-pub(crate) mod segments;
 mod sequence;
-pub(crate) mod sequences;
-pub(crate) mod upload;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
 pub use cache::{KvShape, PagedKvCache};
@@ -123,16 +104,3 @@ pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;
 #[cfg(feature = "candle")]
 pub(crate) use {cache::check_copies, pages::StorageClaim};
-
-// Index arrays are at the root of the crate.
-pub(crate) use bounded::BoundedIndices;
-pub(crate) use indices::{AppendIndices, PageIndices, RaggedIndices};
-pub(crate) use masks::{ItemIndices, MaskIndices};
-pub(crate) use packed::{BitOrder, PackedIndices};
-pub(crate) use rows::RowIndices;
-pub(crate) use segments::SegmentIndices;
-pub(crate) use sequences::SequenceIndices;
-pub(crate) use upload::{
-    AppendTable, BoundedTable, ItemTable, MaskTable, PackedTable, PageTable, RaggedTable, RowTable,
-    SegmentTable, SequenceTable,
-};

@@ -7,8 +7,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::indices::check_cache_size;
-use crate::error::{FlashInferError, Result};
+use crate::{
+    error::{FlashInferError, Result},
+    indices::check_cache_size,
+};
 
 /// A pool of pages of a KV cache, by their numbers.
 ///

@@ -1,7 +1,7 @@
 //! A sequence: its length and its pages.
 
 use super::pages::{PageAllocator, Pages};
-use crate::error::Result;
+use crate::{error::Result, indices::RequestPages};
 
 /// The pages of one sequence of tokens of one model, in order.
 ///
@@ -57,6 +57,11 @@ impl Sequence {
     /// Tokens in the last page; 0 if there is none.
     pub fn last_page_len(&self) -> usize {
         self.len - self.pages().len().saturating_sub(1) * self.page_size()
+    }
+
+    /// The pages as index arrays take them.
+    pub(super) fn request_pages(&self) -> RequestPages<'_> {
+        RequestPages { pages: self.pages(), last_page_len: self.last_page_len() }
     }
 
     fn page_size(&self) -> usize {

@@ -36,7 +36,7 @@ use crate::{
     cuda::{DeviceAttribute, DeviceBuffer},
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
-    kv::{SequenceIndices, SequenceTable},
+    indices::{SequenceIndices, SequenceTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,

@@ -7,7 +7,7 @@ use super::{FixedFunction, check::Check};
 use crate::{
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
-    kv::{AppendTable, PageTable},
+    indices::{AppendTable, PageTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,

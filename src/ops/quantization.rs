@@ -34,11 +34,11 @@
 use std::ffi::CStr;
 
 use super::{FixedFunction, check::Check};
-pub use crate::kv::packed::BitOrder;
+pub use crate::indices::BitOrder;
 use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    kv::PackedTable,
+    indices::PackedTable,
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,

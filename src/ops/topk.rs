@@ -56,7 +56,7 @@ use crate::{
     cuda::{DeviceAttribute, DeviceBuffer},
     error::{FlashInferError, Result},
     ffi::{ArgKind, DlTensor, Kernel, Signature, Value, kernels},
-    kv::{RowIndices, RowTable},
+    indices::{RowIndices, RowTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,

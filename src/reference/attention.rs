@@ -10,7 +10,7 @@ use super::{
 use crate::{
     attention::{AttentionSpec, PosEncodingMode, RunOptions},
     error::Result,
-    kv::{ItemIndices, MaskIndices, PageIndices, RaggedIndices, masks::check_shapes},
+    indices::{ItemIndices, MaskIndices, PageIndices, RaggedIndices, check_shapes},
     page::PagedKv,
     tensor::{RawTensor, TensorMut, TensorRef},
 };

@@ -4,7 +4,7 @@ use super::host::{Check, Rows};
 use crate::{
     error::Result,
     gdn::{GdnInput, GdnOptions, GdnOutput, InitialState, heads_problem, state_heads},
-    kv::SequenceIndices,
+    indices::SequenceIndices,
     tensor::DType,
 };
 

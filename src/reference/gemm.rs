@@ -4,7 +4,7 @@ use super::host::{Check, FLOATS, Rows};
 use crate::{
     error::Result,
     gemm::{BmmFp8Input, SegmentGemmInput},
-    kv::SegmentIndices,
+    indices::SegmentIndices,
     tensor::{DType, TensorMut},
 };
 

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     attention::{MlaBatch, MlaCache, MlaOptions, MlaQuery},
     error::Result,
-    kv::PageIndices,
+    indices::PageIndices,
     tensor::{DType, TensorMut, TensorRef},
 };
 

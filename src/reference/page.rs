@@ -3,7 +3,7 @@
 use super::host::{Check, FLOATS, Rows, RowsMut};
 use crate::{
     error::Result,
-    kv::{AppendIndices, PageIndices},
+    indices::{AppendIndices, PageIndices},
     page::{KvLayout, PagedKvMut},
     tensor::{TensorMut, TensorRef},
 };

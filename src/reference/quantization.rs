@@ -3,7 +3,7 @@
 use super::host::{Check, RowsMut};
 use crate::{
     error::Result,
-    kv::{BitOrder, PackedIndices, packed::pack},
+    indices::{BitOrder, PackedIndices, pack},
     tensor::{DType, TensorMut, TensorRef},
 };
 

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    kv::{AppendIndices, PageIndices, RaggedIndices},
+    indices::{AppendIndices, PageIndices, RaggedIndices},
     rope::{
         Llama31RopeOptions, RopeAppend, RopeFrequencies, RopeOptions, RopeParts, RopePartsMut,
         RopeQuantizeOptions, RopeScaling, RopeTensors, Rotation,

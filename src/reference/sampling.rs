@@ -11,7 +11,7 @@
 use super::host::{Check, Rows};
 use crate::{
     error::Result,
-    kv::BoundedIndices,
+    indices::BoundedIndices,
     sampling::{MIN_P, Parameter, Philox, Rule, TEMPERATURE, TOP_P},
     tensor::{DType, TensorMut, TensorRef},
 };

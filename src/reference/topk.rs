@@ -5,7 +5,7 @@ use std::{cmp::Ordering, ops::Range};
 use super::host::{Check, Rows, RowsMut};
 use crate::{
     error::Result,
-    kv::RowIndices,
+    indices::RowIndices,
     tensor::{DType, TensorMut, TensorRef},
     topk::{TieBreak, TopKOptions},
 };

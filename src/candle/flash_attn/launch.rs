@@ -17,10 +17,7 @@ use crate::{
     FlashInferError, FlashInferRuntime, Stream,
     attention::{AttentionSpec, BatchPrefill, Heads, Mask, PrefillOptions, Workspace},
     cudarc::{exclusive, shared},
-    kv::{
-        MaskTable, PageIndices, PageTable, RaggedTable,
-        upload::{IndexArrays, OnDevice},
-    },
+    indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
     page::{KvLayout, PagedKv},
     tensor::{Element, TensorMut, TensorRef},
 };

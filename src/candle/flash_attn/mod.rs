@@ -16,7 +16,7 @@ use visible::{Lens, Request, Visible, Window};
 use super::tensor;
 use crate::{
     attention::{AttentionSpec, Backend, Heads, PosEncodingMode, RunOptions},
-    kv::{PageIndices, RaggedIndices},
+    indices::{PageIndices, RaggedIndices},
     page::{KvLayout, PagedKv},
     reference,
     tensor::TensorRef,

@@ -21,7 +21,7 @@ use crate::{
     cascade::{self, State, StateMut},
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
-    kv::{PageTable, RaggedTable},
+    indices::{PageTable, RaggedTable},
     module::{Module, ModuleName},
     ops::check::Check,
     page::PagedKv,

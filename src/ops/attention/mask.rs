@@ -3,7 +3,7 @@
 use super::spec::AttentionSpec;
 use crate::{
     error::{FlashInferError, Result},
-    kv::{ItemTable, MaskTable, RaggedIndices, masks::check_shapes},
+    indices::{ItemTable, MaskTable, RaggedIndices, check_shapes},
     ops::check::Check,
     tensor::{DType, RawTensor, TensorRef},
 };

@@ -18,7 +18,7 @@ use crate::{
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
-    kv::{PageIndices, PageTable, RaggedIndices},
+    indices::{PageIndices, PageTable, RaggedIndices},
     module::{Module, ModuleName},
     ops::{
         check::Check,

@@ -23,7 +23,7 @@ use crate::{
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
-    kv::{PageIndices, PageTable, RaggedIndices, RaggedTable},
+    indices::{PageIndices, PageTable, RaggedIndices, RaggedTable},
     module::Module,
     ops::{
         check::Check,

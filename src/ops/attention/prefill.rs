@@ -24,7 +24,7 @@ use crate::{
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
-    kv::{PageTable, RaggedTable},
+    indices::{PageTable, RaggedTable},
     module::Module,
     ops::{
         check::Check,

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer},
     error::Result,
-    kv::{RaggedIndices, RaggedTable},
+    indices::{RaggedIndices, RaggedTable},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::RawTensor,

@@ -6,7 +6,7 @@ use crate::{
     cuda::{DeviceAttribute, DeviceBuffer, PtxKernel},
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
-    kv::{SegmentIndices, SegmentTable},
+    indices::{SegmentIndices, SegmentTable},
     module::ModuleName,
     ops::check::Check,
     runtime::FlashInferRuntime,

@@ -63,7 +63,7 @@ use super::{FixedFunction, check::Check};
 use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    kv::RaggedTable,
+    indices::RaggedTable,
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,

@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    kv::{AppendTable, BoundedTable},
+    indices::{AppendTable, BoundedTable},
     ops::check::Check,
     tensor::{DType, RawTensor, TensorRef},
 };

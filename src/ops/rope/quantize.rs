@@ -4,7 +4,7 @@ use super::{DTYPES, Positions, Rotation, check_grid_y, check_rotary_dim, functio
 use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
-    kv::{AppendTable, PageTable},
+    indices::{AppendTable, PageTable},
     ops::{
         FixedFunction,
         check::Check,

@@ -3,7 +3,7 @@
 
 use crate::{
     error::Result,
-    kv::BoundedTable,
+    indices::BoundedTable,
     ops::check::Check,
     tensor::{DType, RawTensor, TensorMut, TensorRef},
 };

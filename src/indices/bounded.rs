@@ -1,6 +1,11 @@
 //! Numbers below a bound.
 
-use crate::error::{FlashInferError, Result};
+use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+    tensor::RawTensor,
+};
 
 /// Numbers in `0..bound`: rows of a matrix, tokens of a vocabulary, or positions
 /// in a sequence.
@@ -9,8 +14,8 @@ use crate::error::{FlashInferError, Result};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BoundedIndices {
     bound: usize,
-    pub(super) narrow: Vec<i32>,
-    pub(super) wide: Vec<i64>,
+    narrow: Vec<i32>,
+    wide: Vec<i64>,
 }
 
 impl BoundedIndices {
@@ -46,6 +51,32 @@ impl BoundedIndices {
     /// The numbers.
     pub fn values(&self) -> &[i32] {
         &self.narrow
+    }
+}
+
+impl Arrays for BoundedIndices {
+    const OP: &'static str = "BoundedTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.narrow), Array::I64(&self.wide), Array::EMPTY]
+    }
+}
+
+/// Numbers below a bound on a device. See [`BoundedIndices`].
+pub type BoundedTable = OnDevice<BoundedIndices>;
+
+impl BoundedTable {
+    /// Uploads numbers, with room for up to `max_len` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more numbers than that.
+    pub fn with_capacity(stream: &Stream, host: BoundedIndices, max_len: usize) -> Result<Self> {
+        let room = (host.values().len(), max_len, "numbers");
+        Self::allocate_for(stream, host, room, [max_len, max_len, 0])
+    }
+
+    /// The numbers as `i32`, or as `i64`.
+    pub(crate) fn values(&self, wide: bool) -> Result<RawTensor> {
+        self.array(wide.into())
     }
 }
 

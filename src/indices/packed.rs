@@ -1,7 +1,10 @@
 //! Bits in bytes, and segments of them.
 
-use super::{MaskIndices, RaggedIndices};
-use crate::error::Result;
+use super::{
+    MaskIndices, RaggedIndices,
+    table::{Array, Arrays, MAX_ARRAYS, OnDevice},
+};
+use crate::{error::Result, stream::Stream, tensor::RawTensor};
 
 /// Which bit of a byte comes first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -91,6 +94,35 @@ impl PackedIndices {
     /// Bytes of all packed segments.
     pub fn num_bytes(&self) -> usize {
         self.output.total()
+    }
+}
+
+impl Arrays for PackedIndices {
+    const OP: &'static str = "PackedTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(self.input_indptr()), Array::I32(self.output_indptr()), Array::EMPTY]
+    }
+}
+
+/// Segments of a boolean tensor on a device. See [`PackedIndices`].
+pub type PackedTable = OnDevice<PackedIndices>;
+
+impl PackedTable {
+    /// Uploads segments, with room for up to `max_segments` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more segments than that.
+    pub fn with_capacity(stream: &Stream, host: PackedIndices, max_segments: usize) -> Result<Self> {
+        let (have, entries) = ((host.batch_size(), max_segments, "segments"), max_segments.saturating_add(1));
+        Self::allocate_for(stream, host, have, [entries, entries, 0])
+    }
+
+    pub(crate) fn input_indptr(&self) -> Result<RawTensor> {
+        self.array(0)
+    }
+
+    pub(crate) fn output_indptr(&self) -> Result<RawTensor> {
+        self.array(1)
     }
 }
 

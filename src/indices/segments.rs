@@ -1,6 +1,10 @@
 //! Segments of packed rows, each with a weight of its own.
 
-use crate::error::{FlashInferError, Result};
+use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+};
 
 /// How the rows of a packed batch fall into segments, and with which weight
 /// each segment is multiplied: segment `i` is the `lens[i]` rows behind those
@@ -93,6 +97,27 @@ impl SegmentIndices {
     pub(crate) fn iter(&self) -> impl Iterator<Item = (std::ops::Range<usize>, usize)> {
         let numbers = self.starts.iter().zip(&self.lens).zip(&self.weights);
         numbers.map(|((&start, &len), &weight)| (start as usize..(start + len) as usize, weight as usize))
+    }
+}
+
+impl Arrays for SegmentIndices {
+    const OP: &'static str = "SegmentTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.starts), Array::I32(&self.lens), Array::I32(&self.weights)]
+    }
+}
+
+/// The segments of a packed batch on a device. See [`SegmentIndices`].
+pub type SegmentTable = OnDevice<SegmentIndices>;
+
+impl SegmentTable {
+    /// Uploads segments, with room for up to `max_segments` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more segments than that.
+    pub fn with_capacity(stream: &Stream, host: SegmentIndices, max_segments: usize) -> Result<Self> {
+        let room = (host.batch_size(), max_segments, "segments");
+        Self::allocate_for(stream, host, room, [max_segments; MAX_ARRAYS])
     }
 }
 

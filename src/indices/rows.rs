@@ -1,6 +1,11 @@
 //! Which part of each row of scores takes part in a selection.
 
-use crate::error::{FlashInferError, Result};
+use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+    tensor::RawTensor,
+};
 
 const OP: &str = "RowIndices";
 
@@ -13,9 +18,9 @@ const OP: &str = "RowIndices";
 /// is of request `i`. This is what [`topk`](crate::topk)'s transforms take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RowIndices {
-    pub(super) lengths: Vec<i32>,
-    pub(super) row_starts: Option<Vec<i32>>,
-    pub(super) row_to_batch: Option<Vec<i32>>,
+    lengths: Vec<i32>,
+    row_starts: Option<Vec<i32>>,
+    row_to_batch: Option<Vec<i32>>,
     end: usize,
     batch_size: usize,
 }
@@ -136,6 +141,64 @@ fn in_32_bits(argument: &'static str, numbers: impl IntoIterator<Item = usize>) 
         })
     };
     numbers.into_iter().map(convert).collect()
+}
+
+impl Arrays for RowIndices {
+    const OP: &'static str = "RowTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        let given = |array| Array::I32(<Option<&[i32]>>::unwrap_or_default(array));
+        [Array::I32(&self.lengths), given(self.row_starts()), given(self.row_to_batch())]
+    }
+}
+
+/// The parts of rows of scores on a device. See [`RowIndices`].
+pub type RowTable = OnDevice<RowIndices>;
+
+impl RowTable {
+    /// Uploads the parts of rows, with room for up to `max_rows` in later
+    /// updates; for `row_starts` and `row_to_batch` only if `host` has them.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more rows than that.
+    pub fn with_capacity(stream: &Stream, host: RowIndices, max_rows: usize) -> Result<Self> {
+        let room = |given: bool| if given { max_rows } else { 0 };
+        let capacity = [max_rows, room(host.row_starts.is_some()), room(host.row_to_batch.is_some())];
+        let have = (host.len(), max_rows, "rows");
+        Self::allocate_for(stream, host, have, capacity)
+    }
+
+    /// Parts of rows whose device arrays exist already, for example because a
+    /// kernel counts tokens; `row_starts` and `row_to_batch` are looked at if
+    /// `host` has them.
+    ///
+    /// # Safety
+    /// Whenever work that uses the table runs on `stream`, the device arrays
+    /// must have as many entries as `host` has rows, and no part may end beyond
+    /// [`host.end()`](RowIndices::end), start below 0 or have a length below 0,
+    /// and no request may be below 0 or beyond
+    /// [`host.batch_size()`](RowIndices::batch_size). They must stay allocated
+    /// for as long as the table and that work live.
+    pub unsafe fn from_device_unchecked(
+        stream: &Stream,
+        host: RowIndices,
+        lengths: *const i32,
+        row_starts: *const i32,
+        row_to_batch: *const i32,
+    ) -> Self {
+        Self::borrowed(stream, host, [lengths.cast(), row_starts.cast(), row_to_batch.cast()])
+    }
+
+    pub(crate) fn lengths(&self) -> Result<RawTensor> {
+        self.array(0)
+    }
+
+    pub(crate) fn row_starts(&self) -> Result<Option<RawTensor>> {
+        self.host().row_starts.as_ref().map(|_| self.array(1)).transpose()
+    }
+
+    pub(crate) fn row_to_batch(&self) -> Result<Option<RawTensor>> {
+        self.host().row_to_batch.as_ref().map(|_| self.array(2)).transpose()
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,16 @@
-//! Index arrays on the host, checked once.
+//! Page tables: which pages of a cache hold each request's tokens.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Sequence;
-use crate::error::{FlashInferError, Result};
+use super::{
+    check_indptr,
+    table::{Array, Arrays, MAX_ARRAYS, OnDevice},
+};
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+    tensor::RawTensor,
+};
 
 /// Tells page tables apart, so that what was checked against one is not used
 /// with another. Copies of a table, which never changes, share its stamp.
@@ -29,6 +36,14 @@ pub struct PageIndices {
     pub(super) indptr: Vec<i32>,
     pub(super) indices: Vec<i32>,
     pub(super) last_page_len: Vec<i32>,
+}
+
+/// The pages of one request, which lie inside the cache, and how many tokens
+/// the last of them holds.
+#[derive(Clone, Copy)]
+pub(crate) struct RequestPages<'a> {
+    pub(crate) pages: &'a [i32],
+    pub(crate) last_page_len: usize,
 }
 
 impl PageIndices {
@@ -88,7 +103,7 @@ impl PageIndices {
     }
 
     /// A table of no requests, in a cache of a size that was checked.
-    pub(super) fn none(num_pages: usize, page_size: usize) -> Self {
+    pub(crate) fn none(num_pages: usize, page_size: usize) -> Self {
         let (indices, last_page_len) = (Vec::new(), Vec::new());
         Self { stamp: next_stamp(), num_pages, page_size, indptr: vec![0], indices, last_page_len }
     }
@@ -146,24 +161,24 @@ impl PageIndices {
     }
 
     /// Adds a request.
-    pub(super) fn push(&mut self, sequence: &Sequence) {
+    pub(crate) fn push(&mut self, request: RequestPages<'_>) {
         self.stamp = next_stamp();
-        self.indices.extend_from_slice(sequence.pages());
+        self.indices.extend_from_slice(request.pages);
         self.indptr.push(self.indices.len() as i32);
-        self.last_page_len.push(sequence.last_page_len() as i32);
+        self.last_page_len.push(request.last_page_len as i32);
     }
 
     /// Leaves a request out.
-    pub(super) fn remove(&mut self, request: usize) {
+    pub(crate) fn remove(&mut self, request: usize) {
         self.cut(request, 0);
         self.indptr.remove(request);
         self.last_page_len.remove(request);
     }
 
     /// A request has lost its last tokens.
-    pub(super) fn shrink(&mut self, request: usize, sequence: &Sequence) {
-        self.cut(request, sequence.pages().len());
-        self.last_page_len[request] = sequence.last_page_len() as i32;
+    pub(crate) fn shrink(&mut self, request: usize, kept: RequestPages<'_>) {
+        self.cut(request, kept.pages.len());
+        self.last_page_len[request] = kept.last_page_len as i32;
     }
 
     /// Leaves a request its first `kept` pages.
@@ -178,17 +193,19 @@ impl PageIndices {
         }
     }
 
-    /// The requests, which are these sequences, have got more tokens. Of the
-    /// pages that they had, only the last of each may be another one now.
+    /// The requests have got more tokens, and lie in these pages. Of those that
+    /// they had, only the last of each may be another one now.
     ///
     /// Moves what lies behind the first request with a further page, from the
     /// end, and reads no other page numbers than those that may be new.
-    pub(super) fn grow(&mut self, sequences: &[Sequence]) {
+    pub(crate) fn grow<'r>(
+        &mut self,
+        requests: impl DoubleEndedIterator<Item = RequestPages<'r>> + ExactSizeIterator + Clone,
+    ) {
         self.stamp = next_stamp();
-        let mut end = sequences.iter().map(|sequence| sequence.pages().len()).sum();
+        let mut end = requests.clone().map(|request| request.pages.len()).sum();
         self.indices.resize(end, 0);
-        for (request, sequence) in sequences.iter().enumerate().rev() {
-            let pages = sequence.pages();
+        for (request, RequestPages { pages, last_page_len }) in requests.enumerate().rev() {
             let (old_start, old_end) = (self.indptr[request] as usize, self.indptr[request + 1] as usize);
             let (start, kept) = (end - pages.len(), (old_end - old_start).saturating_sub(1));
             if start > old_start {
@@ -196,7 +213,7 @@ impl PageIndices {
             }
             self.indices[start + kept..end].copy_from_slice(&pages[kept..]);
             self.indptr[request + 1] = end as i32;
-            self.last_page_len[request] = sequence.last_page_len() as i32;
+            self.last_page_len[request] = last_page_len as i32;
             end = start;
         }
     }
@@ -254,232 +271,73 @@ impl PageIndices {
     }
 }
 
-/// Where appended tokens go: for each, its request and its position there.
-#[derive(Clone, Debug)]
-pub struct AppendIndices {
-    pub(super) batch_indices: Vec<i32>,
-    pub(super) positions: Vec<i32>,
-    /// All positions are below this.
-    num_positions: usize,
-    /// The page table that the entries were checked against.
-    pub(crate) table_stamp: u64,
+impl Arrays for PageIndices {
+    const OP: &'static str = "PageTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I32(&self.indptr), Array::I32(&self.last_page_len), Array::I32(&self.indices)]
+    }
 }
 
-impl AppendIndices {
-    /// Checks explicit requests and positions against a page table, which
-    /// must already count the new tokens.
+/// A page table on a device. See [`PageIndices`].
+pub type PageTable = OnDevice<PageIndices>;
+
+impl PageTable {
+    /// Uploads a page table, with room for up to `max_batch` requests and
+    /// `max_pages` page numbers in later updates.
     ///
     /// # Errors
-    /// The arrays differ in length, or an entry names a request that is not
-    /// in the table or a position at or beyond its length.
-    pub fn new(table: &PageIndices, batch_indices: Vec<i32>, positions: Vec<i32>) -> Result<Self> {
-        const OP: &str = "AppendIndices";
-        if batch_indices.len() != positions.len() {
+    /// As [`new`](Self::new); also when the table is larger than its capacity.
+    pub fn with_capacity(
+        stream: &Stream,
+        host: PageIndices,
+        max_batch: usize,
+        max_pages: usize,
+    ) -> Result<Self> {
+        let (batch, pages) = (host.batch_size(), host.indices.len());
+        if batch > max_batch || pages > max_pages {
             return Err(FlashInferError::invalid(
-                OP,
-                "positions",
-                format!("{} entries for {} tokens", positions.len(), batch_indices.len()),
+                "PageTable",
+                "capacity",
+                format!("{batch} requests with {pages} pages for a capacity of {max_batch} with {max_pages}"),
             ));
         }
-        for (token, (&request, &position)) in batch_indices.iter().zip(&positions).enumerate() {
-            let request_len = usize::try_from(request)
-                .ok()
-                .filter(|&request| request < table.batch_size())
-                .map(|request| table.seq_len(request));
-            let Some(len) = request_len else {
-                return Err(FlashInferError::invalid(
-                    OP,
-                    "batch_indices",
-                    format!(
-                        "token {token} belongs to request {request}, but there are {}",
-                        table.batch_size()
-                    ),
-                ));
-            };
-            if usize::try_from(position).map_or(true, |position| position >= len) {
-                return Err(FlashInferError::invalid(
-                    OP,
-                    "positions",
-                    format!(
-                        "token {token} goes to position {position} of request {request}, which has {len} tokens; \
-                         the page table must already count the tokens that are appended"
-                    ),
-                ));
-            }
-        }
-        let num_positions = one_more_than_largest(&positions);
-        Ok(Self { batch_indices, positions, num_positions, table_stamp: table.stamp })
+        Self::allocate(stream, host, [max_batch.saturating_add(1), max_batch, max_pages])
     }
 
-    /// No tokens.
-    pub(super) fn none(table: &PageIndices) -> Self {
-        Self { batch_indices: Vec::new(), positions: Vec::new(), num_positions: 0, table_stamp: table.stamp }
-    }
-
-    /// The last tokens of each request: request `i` gets
-    /// `append_indptr[i + 1] - append_indptr[i]` of them. This is upstream's
-    /// `get_batch_indices_positions`.
+    /// A page table whose device arrays (`indptr`, `indices`, `last_page_len`,
+    /// all `i32`) exist already, for example because a kernel made them.
     ///
-    /// # Errors
-    /// `append_indptr` is not for the table's batch, does not start at 0,
-    /// decreases, or gives a request more tokens than it has.
-    pub fn last_tokens(table: &PageIndices, append_indptr: &[i32]) -> Result<Self> {
-        const OP: &str = "AppendIndices";
-        let nnz = append_indptr.last().copied().unwrap_or_default();
-        check_indptr(OP, "append_indptr", append_indptr, usize::try_from(nnz).unwrap_or_default())?;
-        if append_indptr.len() != table.batch_size() + 1 {
-            return Err(FlashInferError::invalid(
-                OP,
-                "append_indptr",
-                format!("{} entries for a table of {} requests", append_indptr.len(), table.batch_size()),
-            ));
-        }
-        for (request, tokens) in append_indptr.windows(2).enumerate() {
-            let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
-            if new > len {
-                return Err(FlashInferError::invalid(
-                    OP,
-                    "append_indptr",
-                    format!(
-                        "request {request} gets {new} new tokens but has {len} in the page table, \
-                         which must already count them"
-                    ),
-                ));
-            }
-        }
-        let mut append = Self::none(table);
-        append.refill(table, append_indptr);
-        Ok(append)
+    /// # Safety
+    /// Whenever work that uses the table runs on `stream`, the device arrays
+    /// must hold exactly the values of `host`, and must not have been written
+    /// by the kernel directly before it (kernels launched with PDL read them
+    /// early). They must stay allocated for as long as the table and that work
+    /// live.
+    pub unsafe fn from_device_unchecked(
+        stream: &Stream,
+        host: PageIndices,
+        indptr: *const i32,
+        indices: *const i32,
+        last_page_len: *const i32,
+    ) -> Self {
+        Self::borrowed(stream, host, [indptr.cast(), last_page_len.cast(), indices.cast()])
     }
 
-    /// As [`last_tokens`](Self::last_tokens), in place, for an `append_indptr`
-    /// that is known to fit the table.
-    pub(super) fn refill(&mut self, table: &PageIndices, append_indptr: &[i32]) {
-        self.table_stamp = table.stamp;
-        self.batch_indices.clear();
-        self.positions.clear();
-        for (request, tokens) in append_indptr.windows(2).enumerate() {
-            let (new, len) = ((tokens[1] - tokens[0]) as usize, table.seq_len(request));
-            self.batch_indices.extend(std::iter::repeat_n(request as i32, new));
-            self.positions.extend((len - new..len).map(|position| position as i32));
-        }
-        self.num_positions = one_more_than_largest(&self.positions);
+    pub(crate) fn indptr(&self) -> Result<RawTensor> {
+        self.array(0)
     }
 
-    /// The number of tokens.
-    pub fn len(&self) -> usize {
-        self.positions.len()
+    pub(crate) fn last_page_len(&self) -> Result<RawTensor> {
+        self.array(1)
     }
 
-    /// Whether there are no tokens.
-    pub fn is_empty(&self) -> bool {
-        self.positions.is_empty()
-    }
-
-    /// Each token's request.
-    pub fn batch_indices(&self) -> &[i32] {
-        &self.batch_indices
-    }
-
-    /// The number that all positions are below: 1 more than the largest.
-    pub fn num_positions(&self) -> usize {
-        self.num_positions
-    }
-
-    /// Each token's position in its request.
-    pub fn positions(&self) -> &[i32] {
-        &self.positions
-    }
-}
-
-/// What all of these numbers, none of them negative, are below.
-fn one_more_than_largest(numbers: &[i32]) -> usize {
-    numbers.iter().max().map_or(0, |&largest| largest as usize + 1)
-}
-
-/// Offsets that divide the rows of a ragged tensor among the requests of a
-/// batch: request `i` has rows `indptr[i]..indptr[i + 1]`.
-#[derive(Clone, Debug)]
-pub struct RaggedIndices {
-    pub(super) indptr: Vec<i32>,
-}
-
-impl RaggedIndices {
-    /// Checks offsets.
-    ///
-    /// # Errors
-    /// `indptr` is empty, does not start at 0, or decreases.
-    ///
-    /// ```
-    /// # use flashinfer_rs::RaggedIndices;
-    /// let queries = RaggedIndices::new(vec![0, 5, 5, 6])?;
-    /// assert_eq!([queries.len(0), queries.len(1), queries.len(2)], [5, 0, 1]);
-    /// assert!(RaggedIndices::new(vec![0, 3, 2]).is_err());
-    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
-    /// ```
-    pub fn new(indptr: Vec<i32>) -> Result<Self> {
-        let end = indptr.last().and_then(|&last| usize::try_from(last).ok()).unwrap_or_default();
-        check_indptr("RaggedIndices", "indptr", &indptr, end)?;
-        Ok(Self { indptr })
-    }
-
-    /// Offsets from each request's number of rows.
-    ///
-    /// # Errors
-    /// There are 2³¹ rows or more.
-    pub fn from_lens(lens: impl IntoIterator<Item = usize>) -> Result<Self> {
-        let mut indptr = vec![0i32];
-        let mut end = 0usize;
-        for len in lens {
-            end = end.saturating_add(len);
-            let Ok(end) = i32::try_from(end) else {
-                return Err(FlashInferError::invalid(
-                    "RaggedIndices",
-                    "lens",
-                    format!("{end} rows; offsets are 32-bit, so at most {}", i32::MAX),
-                ));
-            };
-            indptr.push(end);
-        }
-        Ok(Self { indptr })
-    }
-
-    /// As [`from_lens`](Self::from_lens), in place, for fewer than 2³¹ rows.
-    pub(super) fn refill(&mut self, lens: impl Iterator<Item = usize>) {
-        self.indptr.truncate(1);
-        let mut end = 0;
-        self.indptr.extend(lens.map(|len| {
-            end += len as i32;
-            end
-        }));
-    }
-
-    /// The number of requests.
-    pub fn batch_size(&self) -> usize {
-        self.indptr.len() - 1
-    }
-
-    /// The offsets.
-    pub fn indptr(&self) -> &[i32] {
-        &self.indptr
-    }
-
-    /// The number of rows of one request.
-    ///
-    /// # Panics
-    /// If there is no such request.
-    pub fn len(&self, request: usize) -> usize {
-        (self.indptr[request + 1] - self.indptr[request]) as usize
-    }
-
-    /// The number of rows of all requests.
-    pub fn total(&self) -> usize {
-        self.indptr[self.indptr.len() - 1] as usize
+    pub(crate) fn indices(&self) -> Result<RawTensor> {
+        self.array(2)
     }
 }
 
 /// Page numbers and places in a page fit 31 bits.
-pub(super) fn check_cache_size(op: &'static str, num_pages: usize, page_size: usize) -> Result<()> {
+pub(crate) fn check_cache_size(op: &'static str, num_pages: usize, page_size: usize) -> Result<()> {
     if num_pages > i32::MAX as usize {
         let problem = format!("{num_pages}; page numbers are 32-bit, so at most {}", i32::MAX);
         return Err(FlashInferError::invalid(op, "num_pages", problem));
@@ -493,7 +351,7 @@ pub(super) fn check_cache_size(op: &'static str, num_pages: usize, page_size: us
 
 /// A table with so many entries in `indptr` and in `indices` can be counted in
 /// 31 bits.
-pub(super) fn check_table_size(
+pub(crate) fn check_table_size(
     op: &'static str,
     offsets: usize,
     pages: usize,
@@ -509,24 +367,6 @@ pub(super) fn check_table_size(
             i32::MAX
         );
         return Err(FlashInferError::invalid(op, "indices", problem));
-    }
-    Ok(())
-}
-
-/// `indptr` starts at 0, does not decrease and ends at `end`.
-fn check_indptr(op: &'static str, argument: &'static str, indptr: &[i32], end: usize) -> Result<()> {
-    let invalid = |problem: String| Err(FlashInferError::invalid(op, argument, problem));
-    let (Some(&first), Some(&last)) = (indptr.first(), indptr.last()) else {
-        return invalid("empty; it has one entry more than there are requests".into());
-    };
-    if first != 0 {
-        return invalid(format!("starts at {first}; it must start at 0"));
-    }
-    if let Some(at) = indptr.windows(2).position(|pair| pair[0] > pair[1]) {
-        return invalid(format!("decreases from {} to {} at entry {}", indptr[at], indptr[at + 1], at + 1));
-    }
-    if usize::try_from(last) != Ok(end) {
-        return invalid(format!("ends at {last}, but there are {end} entries to delimit"));
     }
     Ok(())
 }
@@ -583,44 +423,5 @@ mod tests {
         );
         assert!(problem(padded.clone().pad_to(4)).contains("cannot be padded"));
         assert!(problem(padded.pad_to(usize::MAX)).contains("fewer than 2^31"));
-    }
-
-    #[test]
-    fn ragged_offsets_are_checked() {
-        let ragged = RaggedIndices::new(vec![0, 3, 3, 4]).unwrap();
-        assert_eq!((ragged.batch_size(), ragged.total()), (3, 4));
-        assert_eq!([ragged.len(0), ragged.len(1), ragged.len(2)], [3, 0, 1]);
-        let from_lens = RaggedIndices::from_lens([3, 0, 1]).unwrap();
-        assert_eq!(from_lens.indptr(), ragged.indptr());
-        assert_eq!(RaggedIndices::new(vec![0]).unwrap().total(), 0);
-        assert_eq!(RaggedIndices::from_lens([]).unwrap().batch_size(), 0);
-        assert!(problem(RaggedIndices::new(vec![])).contains("empty"));
-        assert!(problem(RaggedIndices::new(vec![1, 2])).contains("must start at 0"));
-        assert!(problem(RaggedIndices::new(vec![-1, 2])).contains("must start at 0"));
-        assert!(problem(RaggedIndices::new(vec![0, 2, 1])).contains("decreases"));
-        assert!(problem(RaggedIndices::new(vec![0, -1])).contains("decreases"));
-        assert!(problem(RaggedIndices::from_lens([1 << 30, 1 << 30])).contains("32-bit"));
-        assert!(problem(RaggedIndices::from_lens([usize::MAX, 1])).contains("32-bit"));
-    }
-
-    #[test]
-    fn appended_tokens_are_checked() {
-        let table =
-            PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[][..], 0), (&[2][..], 4)]).unwrap();
-        let last = AppendIndices::last_tokens(&table, &[0, 2, 2, 3]).unwrap();
-        assert_eq!((last.batch_indices(), last.positions()), (&[0, 0, 2][..], &[3, 4, 3][..]));
-        assert_eq!(last.num_positions(), 5);
-        assert!(problem(AppendIndices::last_tokens(&table, &[0, 6, 6, 6])).contains("must already count"));
-        assert!(
-            problem(AppendIndices::last_tokens(&table, &[0, i32::MAX, i32::MAX, i32::MAX]))
-                .contains("already")
-        );
-        assert!(problem(AppendIndices::last_tokens(&table, &[0, 1])).contains("table of 3 requests"));
-        assert!(problem(AppendIndices::last_tokens(&table, &[0, 1, 0, 0])).contains("decreases"));
-        assert!(problem(AppendIndices::new(&table, vec![3], vec![0])).contains("there are 3"));
-        assert!(problem(AppendIndices::new(&table, vec![-1], vec![0])).contains("request -1"));
-        assert!(problem(AppendIndices::new(&table, vec![0], vec![5])).contains("has 5 tokens"));
-        assert!(problem(AppendIndices::new(&table, vec![1], vec![0])).contains("has 0 tokens"));
-        assert!(problem(AppendIndices::new(&table, vec![0], vec![])).contains("0 entries for 1"));
     }
 }

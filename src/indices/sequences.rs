@@ -1,6 +1,11 @@
 //! Sequences packed one after the other.
 
-use crate::error::{FlashInferError, Result};
+use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
+use crate::{
+    error::{FlashInferError, Result},
+    stream::Stream,
+    tensor::RawTensor,
+};
 
 /// Where each sequence of a packed batch starts and ends: sequence `i` has the
 /// tokens `cu_seqlens[i]..cu_seqlens[i + 1]`.
@@ -88,6 +93,45 @@ impl SequenceIndices {
     /// If there is no such sequence.
     pub fn seq_len(&self, sequence: usize) -> usize {
         (self.cu_seqlens[sequence + 1] - self.cu_seqlens[sequence]) as usize
+    }
+}
+
+impl Arrays for SequenceIndices {
+    const OP: &'static str = "SequenceTable";
+    fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
+        [Array::I64(self.cu_seqlens()), Array::EMPTY, Array::EMPTY]
+    }
+}
+
+/// The sequences of a packed batch on a device. See [`SequenceIndices`].
+pub type SequenceTable = OnDevice<SequenceIndices>;
+
+impl SequenceTable {
+    /// Uploads sequences, with room for up to `max_batch` in later updates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also when there are more sequences than that.
+    pub fn with_capacity(stream: &Stream, host: SequenceIndices, max_batch: usize) -> Result<Self> {
+        let room = (host.batch_size(), max_batch, "sequences");
+        Self::allocate_for(stream, host, room, [max_batch.saturating_add(1), 0, 0])
+    }
+
+    /// Sequences whose device array, `cu_seqlens`, exists already.
+    ///
+    /// # Safety
+    /// Whenever work that uses the table runs on `stream`, the device array
+    /// must hold exactly the values of `host`. It must stay allocated for as
+    /// long as the table and that work live.
+    pub unsafe fn from_device_unchecked(
+        stream: &Stream,
+        host: SequenceIndices,
+        cu_seqlens: *const i64,
+    ) -> Self {
+        Self::borrowed(stream, host, [cu_seqlens.cast(), std::ptr::null(), std::ptr::null()])
+    }
+
+    pub(crate) fn cu_seqlens(&self) -> Result<RawTensor> {
+        self.array(0)
     }
 }
 
