@@ -16,9 +16,10 @@ use std::{
 use libloading::os::unix::Library;
 
 use crate::{
+    dtype::DType,
     error::{FlashInferError, Result},
     stream::Stream,
-    tensor::{DType, RawTensor},
+    tensor::RawTensor,
 };
 
 type CudaError = c_int;

@@ -23,9 +23,10 @@ use ::cudarc::driver::{
 };
 
 use crate::{
+    dtype::Element,
     error::{FlashInferError, Result},
     stream::Stream,
-    tensor::{Element, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 impl From<&Arc<CudaStream>> for Stream {

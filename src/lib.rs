@@ -100,6 +100,8 @@ mod cuda;
 mod cuda_library;
 #[cfg(feature = "cudarc")]
 pub mod cudarc;
+mod device;
+mod dtype;
 mod error;
 pub mod ffi;
 pub mod indices;
@@ -113,6 +115,8 @@ mod stream;
 mod tensor;
 
 pub use cuda_library::LibrarySource;
+pub use device::Device;
+pub use dtype::{DType, Element};
 pub use error::{FlashInferError, Result};
 pub use indices::{
     AppendIndices, AppendTable, BoundedIndices, BoundedTable, IndexArrays, ItemIndices, ItemTable,
@@ -125,7 +129,7 @@ pub use ops::{
 };
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use stream::Stream;
-pub use tensor::{DType, Device, Element, MAX_RANK, TensorMut, TensorRef};
+pub use tensor::{MAX_RANK, TensorMut, TensorRef};
 
 /// The compile-fail examples of `docs/soundness.md`.
 #[cfg(doctest)]

@@ -14,8 +14,8 @@ use std::{
 };
 
 use crate::{
+    device::Device,
     error::{FlashInferError, Result},
-    tensor::Device,
 };
 
 /// The handle that CUDA reads as "this thread's own default stream".

@@ -18,9 +18,10 @@ use {
 };
 
 use crate::{
+    dtype::{DType, Element},
     error::FlashInferError,
     stream::Stream,
-    tensor::{DType, Element, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// The same error for candle's callers.

@@ -11,7 +11,11 @@ use super::{
     abi::{self, Any, DlDataType, DlDevice, ObjectHeader, Payload, RawDlTensor, type_index},
     object::{BOTH_ONE, Object, Value},
 };
-use crate::tensor::{DType, Device, RawTensor, TensorMut, TensorRef};
+use crate::{
+    device::Device,
+    dtype::DType,
+    tensor::{RawTensor, TensorMut, TensorRef},
+};
 
 impl DType {
     /// The DLPack type code, width in bits and lanes.

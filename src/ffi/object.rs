@@ -14,8 +14,10 @@ use super::{
     library::TvmFfi,
 };
 use crate::{
+    device::Device,
+    dtype::DType,
     error::{FlashInferError, Result},
-    tensor::{DType, Device, MAX_RANK, TensorRef},
+    tensor::{MAX_RANK, TensorRef},
 };
 
 /// One strong reference to an object of TVM-FFI. Cloning takes another

@@ -21,7 +21,7 @@ pub trait IndexArrays: sealed::Arrays {}
 impl<T: sealed::Arrays> IndexArrays for T {}
 
 mod sealed {
-    use crate::tensor::DType;
+    use crate::dtype::DType;
 
     /// One array on the host, of an integer type that kernels read.
     #[derive(Clone, Copy)]

@@ -5,11 +5,13 @@ use std::ffi::c_void;
 use super::pages::{PageAllocator, StorageClaim};
 use crate::{
     cuda::DeviceBuffer,
+    device::Device,
+    dtype::DType,
     error::{FlashInferError, Result},
     page::{KvLayout, PagedKv, PagedKvMut},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 const OP: &str = "PagedKvCache";

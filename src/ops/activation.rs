@@ -26,12 +26,13 @@
 
 use super::{FixedFunction, check::Check, enable_pdl};
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 kernels! {

@@ -67,12 +67,13 @@
 
 use super::{FixedFunction, check::Check};
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -353,7 +354,7 @@ fn check_storage(check: &Check<'_>, names: [&'static str; 2], [v, s]: [&RawTenso
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Device;
+    use crate::device::Device;
 
     #[test]
     fn heads_beyond_a_block_become_rows() {

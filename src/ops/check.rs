@@ -1,9 +1,10 @@
 //! The checks that stand before every launch.
 
 use crate::{
+    dtype::DType,
     error::{FlashInferError, Result},
     stream::Stream,
-    tensor::{DType, RawTensor},
+    tensor::RawTensor,
 };
 
 /// Checks the arguments of one operation on one stream.

@@ -34,13 +34,14 @@ use std::sync::{Mutex, PoisonError};
 use super::{FixedFunction, check::Check};
 use crate::{
     cuda::{DeviceAttribute, DeviceBuffer},
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
     indices::{SequenceIndices, SequenceTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 kernels! {
@@ -353,7 +354,7 @@ mod tests {
     use std::ffi::c_void;
 
     use super::*;
-    use crate::tensor::Device;
+    use crate::device::Device;
 
     const GPU: Device = Device::Cuda(0);
 

@@ -5,13 +5,14 @@
 
 use super::{FixedFunction, check::Check};
 use crate::{
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
     indices::{AppendTable, PageTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

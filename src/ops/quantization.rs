@@ -36,13 +36,14 @@ use std::ffi::CStr;
 use super::{FixedFunction, check::Check};
 pub use crate::indices::BitOrder;
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
     indices::PackedTable,
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -173,7 +174,7 @@ mod tests {
     use std::ffi::c_void;
 
     use super::*;
-    use crate::{error::FlashInferError, tensor::Device};
+    use crate::{device::Device, error::FlashInferError};
 
     fn view(device: Device, dtype: DType, len: usize, stride: usize) -> RawTensor {
         RawTensor::new(4096 as *mut c_void, device, dtype, &[len], Some(&[stride])).unwrap()

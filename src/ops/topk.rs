@@ -54,13 +54,14 @@ use std::sync::{Mutex, PoisonError};
 use super::{FixedFunction, check::Check};
 use crate::{
     cuda::{DeviceAttribute, DeviceBuffer},
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{ArgKind, DlTensor, Kernel, Signature, Value, kernels},
     indices::{RowIndices, RowTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -658,7 +659,7 @@ mod tests {
     use std::ffi::c_void;
 
     use super::*;
-    use crate::tensor::Device;
+    use crate::device::Device;
 
     const GPU: Device = Device::Cuda(0);
     /// As an H200 has it.

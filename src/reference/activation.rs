@@ -3,8 +3,9 @@
 use super::host::Check;
 use crate::{
     activation::{ActivationOptions, halved},
+    dtype::DType,
     error::Result,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// [`activation::silu_and_mul`](crate::activation::silu_and_mul) on the CPU:

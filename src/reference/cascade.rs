@@ -3,8 +3,9 @@
 use super::host::{Check, Rows};
 use crate::{
     cascade::{State, StateMut},
+    dtype::DType,
     error::Result,
-    tensor::{DType, TensorRef},
+    tensor::TensorRef,
 };
 
 /// Element types of outputs beside the wide ones.

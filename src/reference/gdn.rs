@@ -2,10 +2,10 @@
 
 use super::host::{Check, Rows};
 use crate::{
+    dtype::DType,
     error::Result,
     gdn::{GdnInput, GdnOptions, GdnOutput, InitialState, heads_problem, state_heads},
     indices::SequenceIndices,
-    tensor::DType,
 };
 
 /// Element types of queries, keys, values and output beside the wide ones.

@@ -2,10 +2,11 @@
 
 use super::host::{Check, FLOATS, Rows};
 use crate::{
+    dtype::DType,
     error::Result,
     gemm::{BmmFp8Input, SegmentGemmInput},
     indices::SegmentIndices,
-    tensor::{DType, TensorMut},
+    tensor::TensorMut,
 };
 
 /// Element types of products beside the wide ones.

@@ -11,8 +11,10 @@ use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
 use crate::{
+    device::Device,
+    dtype::DType,
     error::{FlashInferError, Result},
-    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 /// Element types of floats.

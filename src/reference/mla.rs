@@ -7,9 +7,10 @@ use super::{
 };
 use crate::{
     attention::{MlaBatch, MlaCache, MlaOptions, MlaQuery},
+    dtype::DType,
     error::Result,
     indices::PageIndices,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// Element types beside the wide ones.

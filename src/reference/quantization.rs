@@ -2,9 +2,10 @@
 
 use super::host::{Check, RowsMut};
 use crate::{
+    dtype::DType,
     error::Result,
     indices::{BitOrder, PackedIndices, pack},
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// [`quantization::packbits`](crate::quantization::packbits) on the CPU: `x` is

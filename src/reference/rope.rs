@@ -5,13 +5,13 @@ use super::{
     page::{CacheShape, check_dtype, check_pages, check_stamp, places},
 };
 use crate::{
+    dtype::DType,
     error::Result,
     indices::{AppendIndices, PageIndices, RaggedIndices},
     rope::{
         Llama31RopeOptions, RopeAppend, RopeFrequencies, RopeOptions, RopeParts, RopePartsMut,
         RopeQuantizeOptions, RopeScaling, RopeTensors, Rotation,
     },
-    tensor::DType,
 };
 
 /// Element types beside the wide ones.

@@ -10,10 +10,11 @@
 
 use super::host::{Check, Rows};
 use crate::{
+    dtype::DType,
     error::Result,
     indices::BoundedIndices,
     sampling::{MIN_P, Parameter, Philox, Rule, TEMPERATURE, TOP_P},
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// Element types of matrices beside the wide ones.

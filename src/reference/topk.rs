@@ -4,9 +4,10 @@ use std::{cmp::Ordering, ops::Range};
 
 use super::host::{Check, Rows, RowsMut};
 use crate::{
+    dtype::DType,
     error::Result,
     indices::RowIndices,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
     topk::{TieBreak, TopKOptions},
 };
 

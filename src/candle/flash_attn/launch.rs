@@ -17,9 +17,10 @@ use crate::{
     FlashInferError, FlashInferRuntime, Stream,
     attention::{AttentionSpec, BatchPrefill, Heads, Mask, PrefillOptions, Workspace},
     cudarc::{exclusive, shared},
+    dtype::Element,
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
     page::{KvLayout, PagedKv},
-    tensor::{Element, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// Batches that a thread keeps for each stream, with their plans: layers of two

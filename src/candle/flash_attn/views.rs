@@ -4,7 +4,7 @@
 use candle_core::{Layout, Result, Shape, Tensor};
 
 use super::super::tensor;
-use crate::tensor::{Device, RawTensor};
+use crate::{device::Device, tensor::RawTensor};
 
 /// Queries, `(batch, rows, heads, width)` or `(rows, heads, width)`, as rows
 /// that lie one after the other; `None` where their strides do not allow that.

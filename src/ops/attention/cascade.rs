@@ -20,6 +20,7 @@ use super::{
 use crate::{
     cascade::{self, State, StateMut},
     cuda::DeviceBuffer,
+    dtype::DType,
     error::{FlashInferError, Result},
     indices::{PageTable, RaggedTable},
     module::{Module, ModuleName},
@@ -27,7 +28,7 @@ use crate::{
     page::PagedKv,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 const PLAN_OP: &str = "MultiLevelCascade::plan";

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     cuda::DeviceAttribute,
+    device::Device,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     indices::PageTable,
@@ -33,7 +34,7 @@ use crate::{
     },
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{Device, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

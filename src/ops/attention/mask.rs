@@ -2,10 +2,11 @@
 
 use super::spec::AttentionSpec;
 use crate::{
+    dtype::DType,
     error::{FlashInferError, Result},
     indices::{ItemTable, MaskTable, RaggedIndices, check_shapes},
     ops::check::Check,
-    tensor::{DType, RawTensor, TensorRef},
+    tensor::{RawTensor, TensorRef},
 };
 
 /// Which keys of its request a query sees, besides what a sliding window hides.

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     cuda::DeviceAttribute,
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
     indices::{PageIndices, PageTable, RaggedIndices},
@@ -26,7 +27,7 @@ use crate::{
     },
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

@@ -1,11 +1,7 @@
 //! Options of a run, which all attention kernels share.
 
 use super::{plan::Heads, spec::AttentionSpec};
-use crate::{
-    error::Result,
-    ops::check::Check,
-    tensor::{DType, TensorRef},
-};
+use crate::{dtype::DType, error::Result, ops::check::Check, tensor::TensorRef};
 
 /// Options of a run of decode, prefill or attention of one request.
 #[derive(Clone, Copy, Debug, Default)]

@@ -9,12 +9,8 @@ use std::ffi::c_void;
 
 use super::spec::AttentionSpec;
 use crate::{
-    cuda::PtxKernel,
-    error::Result,
-    ops::check::Check,
-    runtime::FlashInferRuntime,
-    stream::Stream,
-    tensor::{DType, RawTensor},
+    cuda::PtxKernel, dtype::DType, error::Result, ops::check::Check, runtime::FlashInferRuntime,
+    stream::Stream, tensor::RawTensor,
 };
 
 const PTX: &str = concat!(include_str!("output_scale.ptx"), "\0");

@@ -5,11 +5,13 @@ use std::{cell::Cell, marker::PhantomData, sync::Arc};
 
 use super::{mask::MaskTensors, spec::AttentionSpec, workspace::Workspace};
 use crate::{
+    device::Device,
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{Object, Value},
     ops::{check::Check, page::CacheShape},
     runtime::FlashInferRuntime,
-    tensor::{DType, Device, RawTensor},
+    tensor::RawTensor,
 };
 
 /// Heads of an attention layer.

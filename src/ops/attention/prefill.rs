@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     cuda::DeviceAttribute,
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     indices::{PageTable, RaggedTable},
@@ -33,7 +34,7 @@ use crate::{
     },
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

@@ -26,13 +26,14 @@ use super::{
 };
 use crate::{
     cuda::DeviceAttribute,
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     module::Module,
     ops::{cascade::can_merge, check::Check, page::KvLayout},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -566,7 +567,7 @@ impl Work<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Device;
+    use crate::device::Device;
 
     const H200: Capacity = Capacity { multiprocessors: 132, shared_memory: 228 << 10 };
     const SMALL: Capacity = Capacity { multiprocessors: 16, shared_memory: 100 << 10 };

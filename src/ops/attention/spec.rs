@@ -2,11 +2,11 @@
 
 use super::plan::Heads;
 use crate::{
+    dtype::DType,
     error::{FlashInferError, Result},
     module::{Module, ModuleName},
     ops::check::Check,
     runtime::FlashInferRuntime,
-    tensor::DType,
 };
 
 /// Which kernels serve an attention.

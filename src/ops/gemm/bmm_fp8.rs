@@ -3,13 +3,15 @@
 use crate::{
     artifacts::Fetch,
     cuda::DeviceBuffer,
+    device::Device,
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use crate::{
     cuda::{DeviceAttribute, DeviceBuffer, PtxKernel},
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
     indices::{SegmentIndices, SegmentTable},
@@ -11,7 +12,7 @@ use crate::{
     ops::check::Check,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -469,7 +470,7 @@ impl Sizes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Device;
+    use crate::device::Device;
 
     const GPU: Device = Device::Cuda(0);
 

@@ -2,12 +2,13 @@
 
 use super::{NormOptions, check_plain, launch_watched};
 use crate::{
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     ops::{FixedFunction, check::Check},
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -336,7 +337,7 @@ fn check_part(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Device;
+    use crate::device::Device;
 
     const GPU: Device = Device::Cuda(0);
 

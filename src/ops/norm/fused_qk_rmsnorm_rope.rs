@@ -5,13 +5,14 @@ use std::sync::{Mutex, PoisonError};
 use super::{NormOptions, check_plain, launch_watched, rmsnorm};
 use crate::{
     cuda::DeviceBuffer,
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -515,7 +516,7 @@ unsafe fn call(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Device;
+    use crate::device::Device;
 
     const GPU: Device = Device::Cuda(0);
 

@@ -2,12 +2,13 @@
 
 use super::{NormOptions, SHARED_MEMORY, check_plain, check_shared_memory, launch_watched};
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{Kernel, Signature, TensorObject, kernels},
     module::ModuleName,
     ops::{FixedFunction, check::Check},
     stream::Stream,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 kernels! {

@@ -18,11 +18,12 @@ use std::sync::{Mutex, PoisonError};
 use super::{FixedFunction, check::Check};
 use crate::{
     cuda::DeviceAttribute,
+    dtype::DType,
     error::Result,
     ffi::{Kernel, Signature},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor},
+    tensor::RawTensor,
 };
 
 mod fused_dit_layernorm;

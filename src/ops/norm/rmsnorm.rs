@@ -2,13 +2,14 @@
 
 use super::{NormOptions, check_plain, check_shared_memory, launch};
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
     module::ModuleName,
     ops::{FixedFunction, check::Check, enable_pdl},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

@@ -5,10 +5,11 @@ use std::f64::consts::TAU;
 
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer, upload},
+    dtype::DType,
     error::{FlashInferError, Result},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorRef},
+    tensor::{RawTensor, TensorRef},
 };
 
 const OP: &str = "RopeFrequencies";

@@ -1,10 +1,11 @@
 //! Positions of tokens as operations take them.
 
 use crate::{
+    dtype::DType,
     error::Result,
     indices::{AppendTable, BoundedTable},
     ops::check::Check,
-    tensor::{DType, RawTensor, TensorRef},
+    tensor::{RawTensor, TensorRef},
 };
 
 /// The position of each token, on a device.

@@ -2,6 +2,8 @@
 
 use super::{DTYPES, Positions, Rotation, check_grid_y, check_rotary_dim, function, launch};
 use crate::{
+    device::Device,
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
     indices::{AppendTable, PageTable},
@@ -14,7 +16,7 @@ use crate::{
         },
     },
     stream::Stream,
-    tensor::{DType, Device, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

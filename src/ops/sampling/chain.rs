@@ -2,12 +2,13 @@
 
 use super::{Indices, SamplingOptions, check_rows, function};
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 kernels! {

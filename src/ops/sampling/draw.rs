@@ -7,12 +7,13 @@ use super::{
     top_k_mask_logits,
 };
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

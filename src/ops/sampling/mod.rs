@@ -88,10 +88,11 @@ pub use workspace::Workspace;
 
 use super::{FixedFunction, check::Check};
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{Kernel, Signature},
     module::ModuleName,
-    tensor::{DType, RawTensor},
+    tensor::RawTensor,
 };
 
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[

@@ -2,10 +2,11 @@
 //! rows to draw from, and where tokens go.
 
 use crate::{
+    dtype::DType,
     error::Result,
     indices::BoundedTable,
     ops::check::Check,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 /// A parameter of all requests, or of each.

@@ -8,11 +8,12 @@ use super::{
     workspace::check_room,
 };
 use crate::{
+    dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
     ops::{FixedFunction, check::Check, enable_pdl, topk::check_row_bytes},
     runtime::FlashInferRuntime,
-    tensor::{DType, RawTensor, TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {

@@ -2,10 +2,11 @@
 
 use super::{standardize, vector};
 use crate::{
+    dtype::DType,
     error::Result,
     norm::{Biased, DitInput, DitOutput, NormOptions},
     reference::host::{Check, Rows},
-    tensor::{DType, TensorRef},
+    tensor::TensorRef,
 };
 
 /// [`norm::fused_dit_layernorm`](crate::norm::fused_dit_layernorm) on the CPU.

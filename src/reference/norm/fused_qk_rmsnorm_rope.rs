@@ -2,10 +2,10 @@
 
 use super::{rmsnorm::normalize, vector};
 use crate::{
+    dtype::DType,
     error::Result,
     norm::{FusedQkOptions, QkvInput, QkvOutput, Rope3d, qkv_shape},
     reference::host::Check,
-    tensor::DType,
 };
 
 /// The largest `e4m3`, at which results are cut off.

@@ -2,10 +2,11 @@
 
 use super::{standardize, vector};
 use crate::{
+    dtype::DType,
     error::Result,
     norm::NormOptions,
     reference::host::Check,
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// [`norm::layernorm`](crate::norm::layernorm) on the CPU: `input` and `out` are

@@ -13,11 +13,7 @@ pub use rmsnorm::{
     rmsnorm_quant,
 };
 
-use crate::{
-    error::Result,
-    reference::host::Check,
-    tensor::{DType, TensorRef},
-};
+use crate::{dtype::DType, error::Result, reference::host::Check, tensor::TensorRef};
 
 /// The numbers of a vector that all rows share.
 fn vector(

@@ -2,10 +2,11 @@
 
 use super::vector;
 use crate::{
+    dtype::DType,
     error::Result,
     norm::NormOptions,
     reference::host::{Check, Rows},
-    tensor::{DType, TensorMut, TensorRef},
+    tensor::{TensorMut, TensorRef},
 };
 
 /// Element types of the norms beside the wide ones.
