@@ -19,11 +19,13 @@
 use std::sync::Arc;
 
 use ::cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUdeviceptr,
+    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError,
+    SyncOnDrop, ValidAsZeroBits, sys::CUdeviceptr,
 };
 
 use crate::{
-    dtype::Element,
+    device::Device,
+    dtype::{DType, Element},
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -36,6 +38,21 @@ impl From<&Arc<CudaStream>> for Stream {
         let same =
             Self::with_owner(stream.cu_stream().cast(), context.ordinal() as u32, Some(stream.clone()));
         if context.is_primary() { same } else { same.of_another_context() }
+    }
+}
+
+impl Stream {
+    /// cudarc's stream, which this one was made from.
+    fn cudarc(&self, op: &'static str) -> Result<Arc<CudaStream>> {
+        self.check_usable_here(op)?;
+        let stream = self.owner().and_then(|owner| owner.downcast().ok());
+        stream.ok_or_else(|| {
+            FlashInferError::invalid(
+                op,
+                "stream",
+                "it is a raw stream; make it from cudarc's, with Stream::from(&cuda)",
+            )
+        })
     }
 }
 
@@ -103,6 +120,158 @@ impl Drop for Order {
     fn drop(&mut self) {
         self.storage.context().record_err(self.storage.join(&self.stream));
     }
+}
+
+/// An owned, contiguous tensor on a device, which is used on one stream.
+///
+/// Its views need no bookkeeping of cudarc's, so they can be made at any time,
+/// while a graph is captured, too. Dropping it frees the memory in the order of
+/// the stream. A captured graph does not keep it alive.
+///
+/// ```no_run
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use flashinfer_rs::{Stream, cudarc::Tensor, norm};
+/// use half::f16;
+///
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let x = Tensor::from_slice(&stream, &[2, 128], &[f16::ONE; 256])?;
+/// let weight = Tensor::from_slice(&stream, &[128], &[f16::ONE; 128])?;
+/// let mut out = Tensor::<f16>::zeros(&stream, &[2, 128])?;
+/// norm::rmsnorm(&stream, &mut out.view_mut(), &x.view(), &weight.view(), &Default::default())?;
+/// assert_eq!(out.to_vec()?.len(), 256);
+/// # Ok(()) }
+/// ```
+pub struct Tensor<T> {
+    slice: CudaSlice<T>,
+    raw: RawTensor,
+}
+
+impl<T: Element + DeviceRepr> Tensor<T> {
+    /// A tensor of zeros.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Cuda`], such as no memory; the shape is too large;
+    /// the stream is not cudarc's, or is being captured.
+    pub fn zeros(stream: &Stream, shape: &[usize]) -> Result<Self>
+    where
+        T: ValidAsZeroBits,
+    {
+        let (cuda, len) = (stream.cudarc("Tensor::zeros")?, numel(shape)?);
+        Self::of(cuda.alloc_zeros(len.max(1)).map_err(|error| failed("cuMemsetD8Async", error))?, shape)
+    }
+
+    /// A tensor of the given elements, in row-major order.
+    ///
+    /// # Errors
+    /// As [`zeros`](Self::zeros); also when there are more or fewer elements
+    /// than the shape has.
+    pub fn from_slice(stream: &Stream, shape: &[usize], elements: &[T]) -> Result<Self> {
+        let cuda = stream.cudarc("Tensor::from_slice")?;
+        check_len("Tensor::from_slice", numel(shape)?, elements.len())?;
+        // There are no empty allocations.
+        // SAFETY: elements are plain data, and are written before anybody can read them.
+        let mut slice =
+            unsafe { cuda.alloc(elements.len().max(1)) }.map_err(|error| failed("cuMemAllocAsync", error))?;
+        if !elements.is_empty() {
+            let copied = cuda.memcpy_htod(elements, &mut slice);
+            copied.map_err(|error| failed("cuMemcpyHtoDAsync", error))?;
+        }
+        Self::of(slice, shape)
+    }
+
+    /// Takes a slice of cudarc's, whose first elements are the tensor. What was
+    /// enqueued with it on other streams comes first.
+    ///
+    /// # Errors
+    /// The slice has fewer elements than the shape, or is not of its device's
+    /// primary context.
+    pub fn from_cudarc(mut slice: CudaSlice<T>, shape: &[usize]) -> Result<Self> {
+        let cuda = slice.stream().clone();
+        check_context(&cuda, &cuda)?;
+        // Lets the stream wait for what other streams do with the slice.
+        drop(slice.device_ptr_mut(&cuda));
+        Self::of(slice, shape)
+    }
+
+    fn of(slice: CudaSlice<T>, shape: &[usize]) -> Result<Self> {
+        let cuda = slice.stream();
+        let pointer = slice.device_ptr(cuda).0;
+        let (raw, len) = raw::<T>((pointer, slice.len()), cuda, 0, shape, None)?;
+        raw.check_fits(len)?;
+        Ok(Self { slice, raw })
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[i64] {
+        self.raw.shape()
+    }
+
+    /// The tensor, to read.
+    pub fn view(&self) -> TensorRef<'_> {
+        TensorRef::new(self.raw)
+    }
+
+    /// The tensor, to write.
+    pub fn view_mut(&mut self) -> TensorMut<'_> {
+        TensorMut::new(self.raw)
+    }
+
+    /// Replaces the elements, at the same address.
+    ///
+    /// # Errors
+    /// As [`from_slice`](Self::from_slice).
+    pub fn write(&mut self, elements: &[T]) -> Result<()> {
+        check_len("Tensor::write", self.raw.numel() as usize, elements.len())?;
+        if elements.is_empty() {
+            return Ok(());
+        }
+        let cuda = self.slice.stream().clone();
+        cuda.memcpy_htod(elements, &mut self.slice).map_err(|error| failed("cuMemcpyHtoDAsync", error))
+    }
+
+    /// The elements in row-major order, once the stream's work is done.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Cuda`], also of earlier work; the stream is being
+    /// captured.
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        let cuda = self.slice.stream();
+        let mut elements =
+            cuda.clone_dtoh(&self.slice).map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
+        cuda.synchronize().map_err(|error| failed("cuStreamSynchronize", error))?;
+        elements.truncate(self.raw.numel() as usize);
+        Ok(elements)
+    }
+
+    /// The slice, for cudarc's own functions.
+    pub fn into_cudarc(mut self) -> CudaSlice<T> {
+        let cuda = self.slice.stream().clone();
+        // Lets other streams wait for what was enqueued with the tensor.
+        drop(self.slice.device_ptr_mut(&cuda));
+        self.slice
+    }
+}
+
+impl<T> std::fmt::Debug for Tensor<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({}, {:?}, {})", self.raw.dtype, self.raw.shape(), self.raw.device)
+    }
+}
+
+/// Elements of a shape.
+fn numel(shape: &[usize]) -> Result<usize> {
+    Ok(RawTensor::new(std::ptr::null_mut(), Device::Cpu, DType::F64, shape, None)?.numel() as usize)
+}
+
+fn check_len(op: &'static str, wanted: usize, given: usize) -> Result<()> {
+    if wanted == given {
+        return Ok(());
+    }
+    Err(FlashInferError::invalid(op, "elements", format!("{given} elements for a shape of {wanted}")))
+}
+
+fn failed(call: &'static str, error: DriverError) -> FlashInferError {
+    FlashInferError::Cuda { call, code: error.0 as i32, message: error.to_string() }
 }
 
 mod sealed {

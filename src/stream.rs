@@ -40,7 +40,9 @@ pub struct Stream {
     id: StreamId,
     /// Whether it is of its device's primary context, as kernels need.
     primary: bool,
-    _owner: Option<Arc<dyn Any + Send + Sync>>,
+    /// What keeps it alive, if that is known.
+    #[cfg_attr(not(feature = "cudarc"), expect(dead_code))]
+    owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Stream {
@@ -70,7 +72,13 @@ impl Stream {
     ) -> Self {
         let handle = handle as usize;
         let thread = (handle == PER_THREAD_DEFAULT).then(|| thread::current().id());
-        Self { id: StreamId { handle, ordinal, thread }, primary: true, _owner: owner }
+        Self { id: StreamId { handle, ordinal, thread }, primary: true, owner }
+    }
+
+    /// What keeps the stream alive, if it is known.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.owner.clone()
     }
 
     /// The `cudaStream_t`.
