@@ -21,7 +21,7 @@ use flashinfer_rs::{
     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
 };
 use half::bf16;
 

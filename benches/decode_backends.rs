@@ -18,7 +18,7 @@ use flashinfer_rs::{
     Element, FlashInferError, FlashInferRuntime, PageIndices, PageTable, Stream,
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;
 use gpu::median;

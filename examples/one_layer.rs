@@ -26,9 +26,9 @@ use flashinfer_rs::{
     artifacts::{Fetch, Member, Store, StoreConfig},
     attention::{AttentionSpec, BatchPrefill, PrefillOptions, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
-    kv::{Batch, BatchCapacity, BatchTables, PageAllocator, PagedKvCache, Sequence},
+    kv::{Batch, BatchCapacity, BatchTables, KvLayout, PageAllocator, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
-    page::{KvLayout, append_paged_kv_cache},
+    page::append_paged_kv_cache,
     rope::{CosSinCache, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache},
 };
 use half::f16;

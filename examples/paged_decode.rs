@@ -16,7 +16,7 @@ use flashinfer_rs::{
     DType, Element, FlashInferRuntime, PageIndices, PageTable, Stream, TensorMut, TensorRef,
     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
     reference,
 };
 use half::{bf16, f16};

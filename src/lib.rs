@@ -35,7 +35,7 @@
 //!     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
 //!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
 //!     cudarc::{TensorExt, TensorExtMut},
-//!     page::{KvLayout, PagedKv},
+//!     kv::{KvLayout, PagedKv},
 //! };
 //! use half::f16;
 //!

@@ -20,7 +20,7 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchAttentionPlan, Heads, Workspace,
     },
     cudarc::TensorExt,
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;
 use half::{bf16, f16};

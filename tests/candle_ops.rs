@@ -9,8 +9,7 @@ use candle_common::{Rng, assert_close, devices, dtypes, gpus, laid_out, on_host,
 use candle_core::{D, DType, Device, Tensor};
 use flashinfer_rs::{
     candle::{BatchTables, PagedKvCache, RotaryEmbedding, rms_norm, rope, silu_and_mul},
-    kv::{Batch, KvShape, PageAllocator, Sequence},
-    page::KvLayout,
+    kv::{Batch, KvLayout, KvShape, PageAllocator, Sequence},
     rope::{RopeFrequencies, RopeScaling},
 };
 

@@ -9,8 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads, RunOptions},
     candle::{BatchDecode, BatchPrefill, BatchTables, PagedKvCache},
-    kv::{Batch, KvShape, PageAllocator, PrefixCache, Sequence},
-    page::KvLayout,
+    kv::{Batch, KvLayout, KvShape, PageAllocator, PrefixCache, Sequence},
 };
 
 fn ours(dtype: DType) -> flashinfer_rs::DType {

@@ -14,7 +14,7 @@ use flashinfer_rs::{
     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
     cascade::{self, State, StateMut},
     cudarc::TensorExt,
-    page::KvLayout,
+    kv::KvLayout,
     reference,
 };
 use half::{bf16, f16};
@@ -404,7 +404,7 @@ mod levels {
     use flashinfer_rs::{
         DType, FlashInferError, RaggedIndices, RaggedTable, TensorRef,
         attention::{Backend, CascadeLevel, CascadeOptions, CascadeWorkspace, MultiLevelCascade},
-        page::PagedKv,
+        kv::PagedKv,
     };
 
     use super::*;

@@ -20,7 +20,8 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, PlanMode, PrefillOptions, RunOptions,
         Workspace,
     },
-    page::{self, KvLayout, PagedKv, PagedKvMut},
+    kv::{KvLayout, PagedKv, PagedKvMut},
+    page,
     reference::{self, Mask},
     rope::{
         self, CosSinCache, RopeAppend, RopeFrequencies, RopeOptions, RopeParts, RopePartsMut,

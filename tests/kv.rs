@@ -11,8 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use flashinfer_rs::{
     AppendIndices, DType, FlashInferError, PageIndices, RaggedIndices, Result, TensorRef,
-    kv::{Batch, BatchTables, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence},
-    page::KvLayout,
+    kv::{Batch, BatchTables, KvLayout, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence},
     reference,
 };
 use proptest::prelude::*;

@@ -9,9 +9,8 @@ use cudarc::driver::result::memcpy_dtoh_sync;
 use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
-    kv::{Batch, BatchCapacity, BatchTables, KvShape, PageAllocator, PagedKvCache, Sequence},
-    page::{self, KvLayout},
-    reference,
+    kv::{Batch, BatchCapacity, BatchTables, KvLayout, KvShape, PageAllocator, PagedKvCache, Sequence},
+    page, reference,
 };
 use float8::F8E4M3;
 use half::{bf16, f16};

@@ -18,7 +18,7 @@ use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable,
     attention::{AttentionSpec, Backend, BatchPrefill, Workspace},
     cudarc::TensorExt,
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;
 use half::{bf16, f16};

@@ -20,7 +20,7 @@ use flashinfer_rs::{
         RunOptions, Workspace,
     },
     cudarc::TensorExt,
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
     reference,
 };
 use float8::F8E4M3;

@@ -15,7 +15,7 @@ use flashinfer_rs::{
     DType, FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, TensorRef,
     attention::{AttentionSpec, Backend, Mask, PosEncodingMode, RunOptions, SinglePrefill, Workspace},
     cudarc::TensorExt,
-    page::KvLayout,
+    kv::KvLayout,
 };
 use half::{bf16, f16};
 

@@ -15,7 +15,7 @@ use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
     attention::{AttentionSpec, Backend, Heads, RunOptions, SingleDecode, Workspace},
     cudarc::TensorExtMut,
-    page::KvLayout,
+    kv::KvLayout,
 };
 use float8::F8E4M3;
 use half::{bf16, f16};

@@ -10,8 +10,8 @@ use common::{
 };
 use flashinfer_rs::{
     AppendIndices, AppendTable, PageIndices, PageTable, Result, TensorMut, TensorRef,
-    page::{self, KvLayout, PagedKvMut},
-    reference,
+    kv::{KvLayout, PagedKvMut},
+    page, reference,
 };
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};

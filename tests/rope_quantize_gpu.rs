@@ -12,7 +12,7 @@ use common::{
 };
 use flashinfer_rs::{
     AppendIndices, AppendTable, BoundedIndices, BoundedTable, PageIndices, PageTable, TensorMut, TensorRef,
-    page::KvLayout,
+    kv::KvLayout,
     reference,
     rope::{
         self, CosSinCache, RopeAppend, RopeFrequencies, RopeParts, RopePartsMut, RopeQuantizeOptions,

@@ -7,8 +7,8 @@ use flashinfer_rs::{
     DType, Device, FlashInferError, Result, Stream, TensorMut, TensorRef,
     activation::{self, ActivationOptions},
     cascade::{self, State, StateMut},
+    kv::{KvLayout, PagedKv, PagedKvMut},
     norm::{self, NormOptions},
-    page::{KvLayout, PagedKv, PagedKvMut},
     quantization::{self, BitOrder},
     rope::{
         self, Llama31RopeOptions, Positions, RopeOptions, RopeParts, RopePartsMut, RopeQuantizeOptions,

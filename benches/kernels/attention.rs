@@ -9,7 +9,7 @@ use flashinfer_rs::{
         MlaQuery, MlaSpec, PlanMode, PrefillOptions, RunOptions, Workspace,
     },
     ffi::{Object, Value},
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
 };
 use half::{bf16, f16};
 use serde_json::json;

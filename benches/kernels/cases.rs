@@ -3,8 +3,8 @@
 use flashinfer_rs::{
     AppendIndices, AppendTable, BoundedIndices, BoundedTable, DType, ModuleName, PageIndices, PageTable,
     activation::{self, ActivationOptions},
-    norm,
-    page::{self, KvLayout, PagedKvMut},
+    kv::{KvLayout, PagedKvMut},
+    norm, page,
     rope::{self, CosSinCache, RopeFrequencies, RopeOptions, RopeScaling, RopeTensors, Rotation},
     sampling::{self, Samples, SamplingOptions},
 };

@@ -6,9 +6,8 @@ use flashinfer_rs::{
     DType, TensorMut, TensorRef,
     activation::ActivationOptions,
     attention::{AttentionSpec, RunOptions},
-    kv::{PageAllocator, PagedKvCache},
+    kv::{KvLayout, PageAllocator, PagedKvCache},
     norm::NormOptions,
-    page::KvLayout,
     reference::{self, Mask},
     rope::{RopeTensors, Rotation},
 };

@@ -34,9 +34,9 @@ use flashinfer_rs::{
         Workspace,
     },
     cudarc::{TensorExt, TensorExtMut},
-    kv::{Batch, BatchCapacity, BatchTables, PageAllocator, PagedKvCache, Sequence},
+    kv::{Batch, BatchCapacity, BatchTables, KvLayout, PageAllocator, PagedKv, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
-    page::{KvLayout, PagedKv, append_paged_kv_cache},
+    page::append_paged_kv_cache,
     rope::{CosSinCache, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache},
     sampling::{SamplingOptions, sampling_from_logits},
 };

@@ -20,8 +20,7 @@ use candle_core::{
 };
 use flashinfer_rs::{
     attention::Heads,
-    kv::KvShape,
-    page::KvLayout,
+    kv::{KvLayout, KvShape},
     rope::{RopeFrequencies, RopeScaling, YarnScaling},
 };
 

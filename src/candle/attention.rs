@@ -12,7 +12,7 @@ use crate::{
     FlashInferRuntime,
     attention::{self, AttentionSpec, Heads, PlanMode, PrefillOptions, RunOptions, Workspace},
     indices::PageTable,
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
     reference,
     stream::Stream,
     tensor::{TensorMut, TensorRef},

@@ -11,8 +11,9 @@ use super::{
 #[cfg(feature = "candle-cuda")]
 use crate::page;
 use crate::{
-    kv::{self, Batch, BatchCapacity, KvShape, PageAllocator, StorageClaim, check_copies},
-    page::{KvLayout, PagedKvMut},
+    kv::{
+        self, Batch, BatchCapacity, KvLayout, KvShape, PageAllocator, PagedKvMut, StorageClaim, check_copies,
+    },
     reference,
     stream::Stream,
 };
@@ -40,8 +41,7 @@ const TABLES: &str = "BatchTables";
 ///     DType,
 ///     attention::{AttentionSpec, Heads, RunOptions},
 ///     candle::{BatchDecode, BatchPrefill, BatchTables, PagedKvCache},
-///     kv::{Batch, KvShape, PageAllocator, Sequence},
-///     page::KvLayout,
+///     kv::{Batch, KvShape, PageAllocator, Sequence, KvLayout},
 /// };
 ///
 /// // With `Device::new_cuda(0)` and f16 or bf16 this runs on the GPU.

@@ -8,7 +8,7 @@ use crate::{
     device::Device,
     dtype::DType,
     error::{FlashInferError, Result},
-    page::{KvLayout, PagedKv, PagedKvMut},
+    kv::{KvLayout, PagedKv, PagedKvMut},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -63,7 +63,7 @@ impl KvShape {
     /// the address space.
     ///
     /// ```
-    /// # use flashinfer_rs::{DType, kv::KvShape, page::KvLayout};
+    /// # use flashinfer_rs::{DType, kv::{KvShape, KvLayout}};
     /// let shape = KvShape {
     ///     num_layers: 32, num_kv_heads: 8, head_dim: 128, dtype: DType::BF16, layout: KvLayout::Nhd,
     /// };

@@ -15,10 +15,8 @@
 //!
 //! ```
 //! use flashinfer_rs::{
-//!     DType, FlashInferError, TensorRef,
-//!     kv::{Batch, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence},
-//!     page::KvLayout,
-//!     reference,
+//!     DType, FlashInferError, TensorRef, reference,
+//!     kv::{Batch, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence, KvLayout},
 //! };
 //!
 //! // 8 pages of 4 tokens, for a model of 2 layers, in host memory.
@@ -93,12 +91,14 @@
 
 mod batch;
 mod cache;
+mod layout;
 mod pages;
 mod prefix;
 mod sequence;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
 pub use cache::{KvShape, PagedKvCache};
+pub use layout::{KvLayout, PagedKv, PagedKvMut};
 pub use pages::PageAllocator;
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;

@@ -9,7 +9,11 @@
 //!
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use flashinfer_rs::{activation::{self, ActivationOptions}, cudarc::{TensorExt, TensorExtMut}, Stream};
+//! use flashinfer_rs::{
+//!     Stream,
+//!     activation::{self, ActivationOptions},
+//!     cudarc::{TensorExt, TensorExtMut},
+//! };
 //! use half::bf16;
 //! let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
 //! let gate_and_up = cuda.clone_htod(&[bf16::ONE; 4 * 2 * 256])?;

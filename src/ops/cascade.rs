@@ -27,7 +27,7 @@
 //!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
 //!     cascade::{self, State, StateMut},
 //!     cudarc::{TensorExt, TensorExtMut},
-//!     page::{KvLayout, PagedKv},
+//!     kv::{KvLayout, PagedKv},
 //! };
 //! use half::f16;
 //! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;

@@ -222,7 +222,11 @@ impl std::fmt::Debug for GdnWorkspace {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{SequenceIndices, SequenceTable, Stream, cudarc::{TensorExt, TensorExtMut}, gdn::*};
+/// use flashinfer_rs::{
+///     SequenceIndices, SequenceTable, Stream,
+///     cudarc::{TensorExt, TensorExtMut},
+///     gdn::*,
+/// };
 /// use half::bf16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
 /// let stream = Stream::from(&cuda);

@@ -31,7 +31,11 @@
 //!
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use flashinfer_rs::{Stream, cudarc::{TensorExt, TensorExtMut}, topk::{self, RowStates, TopKOptions}};
+//! use flashinfer_rs::{
+//!     Stream,
+//!     cudarc::{TensorExt, TensorExtMut},
+//!     topk::{self, RowStates, TopKOptions},
+//! };
 //! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
 //! let mut row_states = RowStates::new(&Stream::from(&cuda))?;
 //! let logits = cuda.clone_htod(&[0.5f32; 4 * 32000])?;

@@ -11,7 +11,7 @@ use crate::{
     attention::{AttentionSpec, PosEncodingMode, RunOptions},
     error::Result,
     indices::{ItemIndices, MaskIndices, PageIndices, RaggedIndices, check_shapes},
-    page::PagedKv,
+    kv::PagedKv,
     tensor::{RawTensor, TensorMut, TensorRef},
 };
 
@@ -535,7 +535,7 @@ mod tests {
     use super::*;
     use crate::{
         DType, Device, FlashInferError,
-        page::KvLayout,
+        kv::KvLayout,
         reference::testing::{refused, view, view_mut},
     };
 
@@ -1203,7 +1203,7 @@ mod tests {
             let (key, value) = (batch.gather(&batch.k), batch.gather(&batch.v));
             let shape = [append.len(), batch.kv_heads, batch.width];
             let (mut k, mut v) = (vec![f64::NAN; batch.k.len()], vec![f64::NAN; batch.v.len()]);
-            let mut cache = crate::page::PagedKvMut::new(
+            let mut cache = crate::kv::PagedKvMut::new(
                 view_mut(&mut k, &batch.shape()),
                 view_mut(&mut v, &batch.shape()),
                 KvLayout::Nhd,

@@ -152,7 +152,7 @@ mod tests {
     use crate::{
         PageIndices,
         attention::{AttentionSpec, RunOptions},
-        page::{KvLayout, PagedKv},
+        kv::{KvLayout, PagedKv},
         reference::batch_decode,
         reference::testing::{refused, view, view_mut},
     };

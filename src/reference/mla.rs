@@ -142,7 +142,7 @@ mod tests {
     use crate::{
         RaggedIndices,
         attention::{AttentionSpec, RunOptions},
-        page::{KvLayout, PagedKv},
+        kv::{KvLayout, PagedKv},
         reference,
         reference::testing::{refused, view, view_mut},
     };

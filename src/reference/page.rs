@@ -4,7 +4,7 @@ use super::host::{Check, FLOATS, Rows, RowsMut};
 use crate::{
     error::Result,
     indices::{AppendIndices, PageIndices},
-    page::{KvLayout, PagedKvMut},
+    kv::{KvLayout, PagedKvMut},
     tensor::{TensorMut, TensorRef},
 };
 
@@ -180,7 +180,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        page::PagedKv,
+        kv::PagedKv,
         reference::testing::{refused, view, view_mut},
     };
 

@@ -433,7 +433,7 @@ impl<'a> HeadsMut<'a> {
 mod tests {
     use super::*;
     use crate::{
-        page::{KvLayout, PagedKvMut},
+        kv::{KvLayout, PagedKvMut},
         reference::testing::{refused, view, view_mut},
         rope::Llama31Scaling,
     };

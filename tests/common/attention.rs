@@ -7,7 +7,7 @@ use cudarc::driver::{
 use flashinfer_rs::{
     Result, TensorMut, TensorRef,
     cudarc::TensorExtMut,
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
 };
 use half::{bf16, f16};
 

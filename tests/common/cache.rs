@@ -2,7 +2,7 @@
 
 use flashinfer_rs::{
     PageIndices,
-    page::{KvLayout, PagedKv, PagedKvMut},
+    kv::{KvLayout, PagedKv, PagedKvMut},
 };
 
 use super::{Gpu, Number, Rng, Shown, ShownMut, Tensor};

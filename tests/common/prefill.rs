@@ -9,7 +9,7 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchPrefill, Heads, Mask, PosEncodingMode, PrefillOptions, PrefillPlan,
         ReplayKey, RunOptions, Workspace,
     },
-    page::KvLayout,
+    kv::KvLayout,
     reference,
 };
 

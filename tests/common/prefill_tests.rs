@@ -4,7 +4,7 @@ use flashinfer_rs::{
     FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageTable, RaggedIndices, RaggedTable,
     attention::{Backend, BatchPrefill, Heads, Mask, PrefillOptions, RunOptions, Workspace},
     cudarc::TensorExt,
-    page::KvLayout,
+    kv::KvLayout,
 };
 use float8::F8E4M3;
 use half::{bf16, f16};

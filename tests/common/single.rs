@@ -4,7 +4,7 @@
 use flashinfer_rs::{
     FlashInferError, RaggedIndices, Result, TensorMut, TensorRef,
     attention::{AttentionSpec, Backend, Mask, RunOptions, SingleDecode, SinglePrefill, Workspace},
-    page::KvLayout,
+    kv::KvLayout,
     reference,
 };
 use half::f16;

@@ -19,7 +19,7 @@ use crate::{
     cudarc::{exclusive, shared},
     dtype::Element,
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
     tensor::{TensorMut, TensorRef},
 };
 

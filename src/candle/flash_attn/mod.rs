@@ -17,7 +17,7 @@ use super::tensor;
 use crate::{
     attention::{AttentionSpec, Backend, Heads, PosEncodingMode, RunOptions},
     indices::{PageIndices, RaggedIndices},
-    page::{KvLayout, PagedKv},
+    kv::{KvLayout, PagedKv},
     reference,
     tensor::TensorRef,
 };

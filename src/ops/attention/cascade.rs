@@ -23,9 +23,9 @@ use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
     indices::{PageTable, RaggedTable},
+    kv::PagedKv,
     module::{Module, ModuleName},
     ops::check::Check,
-    page::PagedKv,
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -41,11 +41,9 @@ const ALIGNMENT: usize = 256;
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, FlashInferRuntime, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{
-///         AttentionSpec, CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, MultiLevelCascade, RunOptions,
-///     },
+///     attention::{AttentionSpec, CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, MultiLevelCascade, RunOptions},
 ///     cudarc::{TensorExt, TensorExtMut},
-///     page::{KvLayout, PagedKv},
+///     kv::{KvLayout, PagedKv},
 /// };
 /// use half::f16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;

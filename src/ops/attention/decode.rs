@@ -26,12 +26,9 @@ use crate::{
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     indices::PageTable,
+    kv::PagedKv,
     module::Module,
-    ops::{
-        check::Check,
-        enable_pdl,
-        page::{PagedKv, check_cache},
-    },
+    ops::{check::Check, enable_pdl, page::check_cache},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -84,7 +81,7 @@ const PLAN_LEN: usize = 10;
 ///     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
 ///     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
 ///     cudarc::{TensorExt, TensorExtMut},
-///     page::{KvLayout, PagedKv},
+///     kv::{KvLayout, PagedKv},
 /// };
 /// use half::f16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;

@@ -24,11 +24,9 @@ use crate::{
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
     indices::{PageIndices, PageTable, RaggedIndices, RaggedTable},
+    kv::PagedKv,
     module::Module,
-    ops::{
-        check::Check,
-        page::{PagedKv, check_cache},
-    },
+    ops::{check::Check, page::check_cache},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{TensorMut, TensorRef},
@@ -100,7 +98,7 @@ impl BatchAttentionOptions {
 ///     DType, FlashInferRuntime, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
 ///     attention::{AttentionSpec, BatchAttention, BatchAttentionOptions, RunOptions, Heads, Workspace},
 ///     cudarc::{TensorExt, TensorExtMut},
-///     page::{KvLayout, PagedKv},
+///     kv::{KvLayout, PagedKv},
 /// };
 /// use half::bf16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;

@@ -155,7 +155,11 @@ pub struct Algorithm {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::{TensorExt, TensorExtMut}, gemm::*, FlashInferRuntime, ModuleName, Stream};
+/// use flashinfer_rs::{
+///     FlashInferRuntime, ModuleName, Stream,
+///     cudarc::{TensorExt, TensorExtMut},
+///     gemm::*,
+/// };
 /// use float8::F8E4M3;
 /// use half::bf16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;

@@ -7,13 +7,11 @@ use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
     indices::{AppendTable, PageTable},
+    kv::{KvLayout, PagedKvMut},
     ops::{
         FixedFunction,
         check::Check,
-        page::{
-            DeviceArrays, KvLayout, PagedKvMut, check_cache, check_mla_cache, check_rows_in_32_bits,
-            check_tables,
-        },
+        page::{DeviceArrays, check_cache, check_mla_cache, check_rows_in_32_bits, check_tables},
     },
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
