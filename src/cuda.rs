@@ -53,6 +53,7 @@ pub(crate) enum DeviceAttribute {
 macro_rules! cudart {
     ($($field:ident = $symbol:literal: fn($($arg:ty),*);)*) => {
         /// Function pointers of `libcudart`. Each returns a `cudaError_t`.
+        #[derive(Debug)]
         struct Symbols { $($field: unsafe extern "C" fn($($arg),*) -> CudaError,)* }
 
         impl Symbols {
@@ -113,6 +114,7 @@ fn missing(library: &str, symbol: &str) -> FlashInferError {
 }
 
 /// The process's CUDA runtime library.
+#[derive(Debug)]
 pub(crate) struct CudaRuntime {
     symbols: Symbols,
     error_string: unsafe extern "C" fn(CudaError) -> *const c_char,

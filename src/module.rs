@@ -8,21 +8,18 @@
 
 use std::{
     borrow::Cow,
-    collections::HashMap,
     fmt,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
 };
 
 use libloading::os::unix::Library;
 
 use crate::{
-    artifacts::Fetch,
+    cuda::CudaRuntime,
     cuda_library::LibrarySource,
     error::{FlashInferError, Result},
-    ffi::{Arg, Function, Signature, Value, abi::SafeCall, library::TvmFfi},
+    ffi::{Arg, Function, Value, abi::SafeCall, library::TvmFfi},
     library_file::{exported_functions, open_library},
-    runtime::FlashInferRuntime,
     stream::Stream,
 };
 
@@ -127,62 +124,20 @@ pub struct Module {
     source: LibrarySource,
     library: Library,
     tvm_ffi: &'static TvmFfi,
+    cuda: &'static CudaRuntime,
 }
 
 impl Module {
-    /// Opens a TVM-FFI library's file; starts the runtime, if it is not
-    /// running. The module's name is the file's, without its ending.
-    ///
-    /// The library stays open for the life of the process. A file that is open
-    /// already is not opened again, even if its content has changed since: the
-    /// same module is returned. Its symbols are its own (`RTLD_LOCAL`), so any
-    /// number of libraries may export the same names.
-    ///
-    /// # Errors
-    /// - [`FlashInferError::Library`]: there is no such file, or the dynamic
-    ///   loader refuses it, for example because a library that it needs is
-    ///   missing.
-    /// - [`FlashInferError::Artifact`]: it links against cuBLAS, which is in none
-    ///   of the places that are listed. Nothing is downloaded.
-    /// - What [`FlashInferRuntime::get`] says, if the runtime cannot be started.
-    ///
-    /// # Safety
-    /// The library's initializers run, with all that they do. Each symbol
-    /// `__tvm_ffi_<name>` whose name does not start with an underscore must be
-    /// a function of TVM-FFI's one type. In a library that has the name of one
-    /// of FlashInfer's modules, those that FlashInfer's module exports, too,
-    /// must refuse a wrong number of arguments, as all do that are made with
-    /// TVM-FFI's headers: [`check`](Self::check) relies on it.
-    pub unsafe fn open(path: impl AsRef<Path>) -> Result<&'static Self> {
-        static OPEN: Mutex<Option<HashMap<PathBuf, &'static Module>>> = Mutex::new(None);
-        let open = || OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let path = path.as_ref();
-        // Also keeps the loader from searching its own path for a bare name.
-        let path = path.canonicalize().map_err(|error| FlashInferError::Library {
-            path: path.to_owned(),
-            reason: error.to_string(),
-            remedy: "correct the path",
-        })?;
-        if let Some(module) = open().as_ref().and_then(|modules| modules.get(&path)) {
-            return Ok(module);
-        }
-        let name = ModuleName::new(path.file_stem().unwrap_or_default().to_string_lossy());
-        let (runtime, source) = (FlashInferRuntime::get()?, LibrarySource::File(path.clone()));
-        // Not locked: initializers run, which may do anything. A thread that
-        // opened the file meanwhile has the same library.
-        let module = runtime.open_module(name, path.clone(), source, Fetch::Forbidden)?;
-        Ok(open().get_or_insert_default().entry(path).or_insert(module))
-    }
-
     /// Opens a module's file.
     pub(crate) fn load(
         name: ModuleName,
         path: PathBuf,
         source: LibrarySource,
         tvm_ffi: &'static TvmFfi,
+        cuda: &'static CudaRuntime,
     ) -> Result<&'static Self> {
         let library = open_library(&path, libc::RTLD_NOW | libc::RTLD_LOCAL)?;
-        Ok(Box::leak(Box::new(Self { name, path, source, library, tvm_ffi })))
+        Ok(Box::leak(Box::new(Self { name, path, source, library, tvm_ffi, cuda })))
     }
 
     /// The module's name.
@@ -288,53 +243,9 @@ impl Module {
     pub unsafe fn call_on(&self, stream: &Stream, name: &str, args: &[Arg<'_>]) -> Result<Value> {
         stream.check_usable_here("Module::call_on")?;
         let function = self.function(name)?;
-        let _device = FlashInferRuntime::get()?.cuda().on_device_of(stream)?;
+        let _device = self.cuda.on_device_of(stream)?;
         // SAFETY: promised by the caller.
         unsafe { function.call_on(stream, args) }
-    }
-
-    /// The functions that this crate declares for modules of this name; see
-    /// [`signatures`](crate::signatures).
-    pub fn declared(&self) -> impl Iterator<Item = Signature> {
-        let fits = |(pattern, signature): (&str, Signature)| self.name.matches(pattern).then_some(signature);
-        crate::ops::signatures().into_iter().filter_map(fits)
-    }
-
-    /// Compares what this crate passes to the module's functions, and expects
-    /// of them, with what they say of themselves: the number of arguments,
-    /// their kinds and order, and the result. No GPU is needed and nothing is
-    /// launched. Returns the number of functions compared: 0 for a module that
-    /// the crate does not call.
-    ///
-    /// Opening a module does not include it: each function is made to raise an
-    /// error, of which the process's first takes a fifth of a second. Check
-    /// wheels of your own once, here or with `flashinfer-doctor --check`.
-    ///
-    /// # Errors
-    /// [`FlashInferError::Signature`] names each function that differs or is
-    /// missing.
-    pub fn check(&self) -> Result<usize> {
-        let mut compared = 0;
-        let mut differences = Vec::new();
-        for signature in self.declared() {
-            compared += 1;
-            // SAFETY: the module is FlashInfer's, or whoever opened it promised
-            // that its functions of such names refuse this.
-            let difference = match unsafe { self.printed_signature(signature.function) } {
-                Ok(Some(printed)) => signature.compare(&printed).err(),
-                Ok(None) => Some(format!("{}: it does not say what it takes", signature.function)),
-                Err(FlashInferError::MissingFunction { function, .. }) => {
-                    Some(format!("{function}: the module does not export it"))
-                }
-                Err(error) => Some(error.to_string()),
-            };
-            differences.extend(difference);
-        }
-        if differences.is_empty() {
-            Ok(compared)
-        } else {
-            Err(FlashInferError::Signature { module: self.described(), differences })
-        }
     }
 
     /// The signature that an exported function gives of itself, as in
@@ -361,7 +272,7 @@ impl Module {
         }
     }
 
-    fn described(&self) -> String {
+    pub(crate) fn described(&self) -> String {
         format!("module {} ({})", self.name, self.path.display())
     }
 }

@@ -84,6 +84,8 @@ pub struct FlashInferRuntime {
     tvm_ffi: &'static TvmFfi,
     tvm_ffi_source: LibrarySource,
     modules: Mutex<HashMap<ModuleName, ModuleSlot>>,
+    /// Files that the user opened.
+    opened: Mutex<HashMap<PathBuf, &'static Module>>,
     /// Locked while it is being loaded, so that it is loaded once.
     cublas: Mutex<Option<&'static Cublas>>,
     capabilities: [OnceLock<(i32, i32)>; 32],
@@ -165,6 +167,7 @@ impl FlashInferRuntime {
             tvm_ffi,
             tvm_ffi_source,
             modules: Mutex::default(),
+            opened: Mutex::default(),
             cublas: Mutex::default(),
             capabilities: [const { OnceLock::new() }; 32],
         })
@@ -273,7 +276,8 @@ impl FlashInferRuntime {
         let needed = self.open_needed(&path, fetch);
         // The loader also looks where the file itself says, so it has the last
         // word; but where it fails, the list of places tells more.
-        Module::load(name, path, source, self.tvm_ffi).map_err(|error| needed.err().unwrap_or(error))
+        Module::load(name, path, source, self.tvm_ffi, self.cuda)
+            .map_err(|error| needed.err().unwrap_or(error))
     }
 
     fn open_needed(&self, module: &Path, fetch: Fetch) -> Result<()> {
@@ -371,6 +375,52 @@ impl FlashInferRuntime {
         let module = self.open_module(name.clone(), located.path, source, fetch)?;
         *slot = Some(module);
         Ok(module)
+    }
+}
+
+impl Module {
+    /// Opens a TVM-FFI library's file; starts the runtime, if it is not
+    /// running. The module's name is the file's, without its ending.
+    ///
+    /// The library stays open for the life of the process. A file that is open
+    /// already is not opened again, even if its content has changed since: the
+    /// same module is returned. Its symbols are its own (`RTLD_LOCAL`), so any
+    /// number of libraries may export the same names.
+    ///
+    /// # Errors
+    /// - [`FlashInferError::Library`]: there is no such file, or the dynamic
+    ///   loader refuses it, for example because a library that it needs is
+    ///   missing.
+    /// - [`FlashInferError::Artifact`]: it links against cuBLAS, which is in none
+    ///   of the places that are listed. Nothing is downloaded.
+    /// - What [`FlashInferRuntime::get`] says, if the runtime cannot be started.
+    ///
+    /// # Safety
+    /// The library's initializers run, with all that they do. Each symbol
+    /// `__tvm_ffi_<name>` whose name does not start with an underscore must be
+    /// a function of TVM-FFI's one type. In a library that has the name of one
+    /// of FlashInfer's modules, those that FlashInfer's module exports, too,
+    /// must refuse a wrong number of arguments, as all do that are made with
+    /// TVM-FFI's headers: [`check`](Self::check) relies on it.
+    pub unsafe fn open(path: impl AsRef<Path>) -> Result<&'static Self> {
+        let path = path.as_ref();
+        // Also keeps the loader from searching its own path for a bare name.
+        let path = path.canonicalize().map_err(|error| FlashInferError::Library {
+            path: path.to_owned(),
+            reason: error.to_string(),
+            remedy: "correct the path",
+        })?;
+        let runtime = FlashInferRuntime::get()?;
+        let opened = || runtime.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = opened().get(&path) {
+            return Ok(module);
+        }
+        let name = ModuleName::new(path.file_stem().unwrap_or_default().to_string_lossy());
+        let source = LibrarySource::File(path.clone());
+        // Not locked: initializers run, which may do anything. A thread that
+        // opened the file meanwhile has the same library.
+        let module = runtime.open_module(name, path.clone(), source, Fetch::Forbidden)?;
+        Ok(opened().entry(path).or_insert(module))
     }
 }
 
