@@ -778,6 +778,39 @@ fn chains_that_are_certain() {
     }
 }
 
+/// A target without any probability leaves no token to take in place of a
+/// refused draft. That request's token is arbitrary; nothing else is.
+#[test]
+fn refused_drafts_without_a_token() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for vocab in [6, 1000, 50257] {
+        let (drafts, batch) = (3, 8);
+        let mut rows = |count| (0..count).map(|_| peaked(rng, vocab).0).collect::<Vec<_>>();
+        let (draft, target) = (rows(drafts), rows(drafts + 1));
+        let mut case = ChainCase::new(&gpu, rng, batch, &draft, &target);
+        let random = Philox::new(3, 0);
+        let [want, want_accepted, want_emitted] = case.run(&gpu, random, 0);
+        let mut host = case.target.host.clone();
+        for request in host.chunks_mut((drafts + 1) * vocab).skip(1).step_by(2) {
+            request.fill(0.0);
+        }
+        case.target.upload(&gpu, &host);
+        let [tokens, accepted, emitted] = case.run(&gpu, random, 0);
+        for request in 0..batch {
+            let row = request * (drafts + 1)..(request + 1) * (drafts + 1);
+            if request % 2 == 0 {
+                assert_eq!(tokens[row.clone()], want[row], "request {request} of {vocab}");
+                let numbers = (accepted[request], emitted[request]);
+                assert_eq!(numbers, (want_accepted[request], want_emitted[request]));
+            } else {
+                assert_eq!((accepted[request], emitted[request]), (0, 0));
+                assert_eq!(tokens[row][1..], vec![-1; drafts]);
+            }
+        }
+    }
+}
+
 /// Without rows nothing is written.
 #[test]
 fn no_rows() {
