@@ -238,13 +238,8 @@ fn parts_of_a_page_that_are_far_apart() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let (heads, head_dim, page_size) = (8, 128, 64);
-    let shape = KvShape {
-        num_layers: 1,
-        num_kv_heads: heads,
-        head_dim,
-        dtype: DType::F16,
-        layout: KvLayout::Nhd,
-    };
+    let shape =
+        KvShape { num_layers: 1, num_kv_heads: heads, head_dim, dtype: DType::F16, layout: KvLayout::Nhd };
     let row = heads * head_dim;
     let pool = PageAllocator::new((1usize << 31) / (2 * page_size * row) + 1, page_size).unwrap();
     let mut cache = PagedKvCache::new(&gpu.stream, &pool, &[shape]).unwrap();

@@ -161,8 +161,7 @@ fn nothing_works_after_a_failed_kernel() {
     let segments = PackedIndices::from_lens([40, 24]).unwrap();
     let segments = PackedTable::new(&gpu.stream, segments).unwrap();
     // The views are made before: cudarc itself fails afterwards.
-    let (row, weight) =
-        (row.tensor(&gpu.cuda, &[1, 64]).unwrap(), weight.tensor(&gpu.cuda, &[64]).unwrap());
+    let (row, weight) = (row.tensor(&gpu.cuda, &[1, 64]).unwrap(), weight.tensor(&gpu.cuda, &[64]).unwrap());
     let mut out = out.tensor_mut(&gpu.cuda, &[1, 64]).unwrap();
     let (bits, mut bytes) =
         (bits.tensor(&gpu.cuda, &[64]).unwrap(), bytes.tensor_mut(&gpu.cuda, &[8]).unwrap());

@@ -48,13 +48,19 @@ fn problems_of(column: &str) -> Vec<String> {
     problems
 }
 
+/// A line, without what stands before the code of an example.
+fn example(line: &str) -> &str {
+    let line = line.trim();
+    line.strip_prefix("/// ").unwrap_or(line).trim_start_matches("# ")
+}
+
 /// The tests of a source file: functions under `#[test]`, those that a macro
 /// makes of lines such as `name: method();` or of `prefill_tests!(Kind: name,
 /// name);`, and examples that must not compile.
 fn tests_in(text: &str) -> BTreeSet<String> {
     let mut tests = BTreeSet::new();
     let mut of_a_test = false;
-    for line in text.lines().map(|line| line.trim().trim_start_matches("/// ")) {
+    for line in text.lines().map(example) {
         if let Some((name, _)) = line.strip_prefix("fn ").and_then(|rest| rest.split_once(['(', '<'])) {
             if of_a_test {
                 tests.insert(name.to_owned());

@@ -656,7 +656,8 @@ mod tests {
         assert_eq!(types(SequenceIndices::from_lens([3]).unwrap().arrays()), [I64]);
         assert_eq!(types(MaskIndices::new([(2, 3)]).unwrap().arrays()), [I32]);
         assert_eq!(types(ItemIndices::new([(3, &[2][..])]).unwrap().arrays()), [U32, U16, U16]);
-        let rows = RowIndices::new([3]).unwrap().with_row_starts([1]).unwrap().with_row_to_batch([0]).unwrap();
+        let rows =
+            RowIndices::new([3]).unwrap().with_row_starts([1]).unwrap().with_row_to_batch([0]).unwrap();
         assert_eq!(types(rows.arrays()), [I32; 3]);
         assert_eq!(types(PackedIndices::from_lens([3]).unwrap().arrays()), [I32; 2]);
         assert_eq!(types(BoundedIndices::new(8, vec![7]).unwrap().arrays()), [I32, I64]);
