@@ -123,8 +123,7 @@ fn rows_that_are_no_numbers() {
     assert_eq!(tokens(&gpu, &output), [vocab as i64 - 1, -1, vocab as i64 - 1]);
 }
 
-/// Captured, it takes what the logits are in each replay; the first call may not
-/// be in a capture, and says so.
+/// Captured, it takes what the logits are in each replay.
 #[test]
 fn graph_replay() {
     let Some(gpu) = Gpu::start_alone() else { return };

@@ -820,6 +820,26 @@ fn chains_without_a_token() {
     }
 }
 
+/// A kernel of this crate is not compiled within a capture. No other test here
+/// calls this one.
+#[test]
+fn first_calls_are_not_captured() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let logits = Tensor::new(&gpu, &[1, 3], vec![0.5, 2.0, 1.0]);
+    let mut tokens = gpu.cuda.clone_htod(&[-7]).unwrap();
+    {
+        let (logits, mut tokens) = (logits.on(&gpu), tokens.tensor_mut(&gpu.cuda, &[1]).unwrap());
+        let (logits, mut tokens) = (logits.view(), tokens.view_mut());
+        let (_, call) = capture(&gpu, || argmax(&gpu.stream, &mut tokens, &logits));
+        refused(call, "logits");
+        argmax(&gpu.stream, &mut tokens, &logits).unwrap();
+        let (graph, call) = capture(&gpu, || argmax(&gpu.stream, &mut tokens, &logits));
+        call.unwrap();
+        graph.expect("a graph").launch().unwrap();
+    }
+    assert_eq!(gpu.cuda.clone_dtoh(&tokens).unwrap(), [1]);
+}
+
 /// Without rows nothing is written.
 #[test]
 fn no_rows() {

@@ -4,8 +4,9 @@
 //!
 //! With `--prompts FILE` it answers each line of a file, and all share the steps
 //! of one scheduler and one KV cache. With `--speculate` it guesses what comes
-//! next, and computes several tokens of an answer in a step. Neither changes an
-//! answer.
+//! next, and computes several tokens of an answer in a step. On the CPU neither
+//! changes an answer. On a GPU the number of rows in a step decides how they are
+//! computed, and so, where two logits are close, may change a token.
 //!
 //! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
 //! any GGUF file of the llama architecture (`--model`; `docs/generate.md` says what

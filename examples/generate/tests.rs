@@ -155,8 +155,8 @@ fn greedy(engine: &dyn Engine) -> Vec<u32> {
     engine.greedy().unwrap().into_iter().map(|token| token.expect("logits that are numbers")).collect()
 }
 
-/// Four requests of which the second and the last hold a token whose logits are
-/// NaN, and alone in the batch do not get an answer. Gives the others'.
+/// Four requests, of which the second and the last hold a token that makes NaN: these
+/// end without an answer. Gives the prompts and answers of the others.
 fn check_no_numbers(engine: &mut dyn Engine, pool: &PageAllocator) -> [(&'static [u32], Vec<u32>); 2] {
     const PROMPTS: [&[u32]; 4] =
         [&[11, 3, 5], &[2, forward::INFINITE, 4, 9], &[20, 21, 22, 23, 24], &[forward::INFINITE]];

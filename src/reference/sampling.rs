@@ -24,7 +24,7 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 pub enum Filter<'a> {
     /// All with a probability above 0.
     None,
-    /// Those that fewer than this many are likelier than.
+    /// Those that fewer than this many are likelier than: with 1, all of the likeliest.
     TopK(Parameter<'a, u32>),
     /// Those that less than this probability is likelier than.
     TopP(Parameter<'a>),
