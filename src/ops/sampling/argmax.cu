@@ -41,22 +41,24 @@ __device__ void argmax(const typename Number::Bits *input, void *places, u32 voc
     float largest = -INFINITY;
     u32 place = threadIdx.x;
     bool nan = false;
-    for (u32 from = threadIdx.x; from < vocab; from += BATCH * THREADS) {
-        float batch[BATCH];
-#pragma unroll
-        for (u32 i = 0; i < BATCH; ++i) {
-            const u32 at = from + i * THREADS;
-            batch[i] = at < vocab ? Number::number(__ldg(row + at)) : -INFINITY;
+    auto take = [&](u32 at, typename Number::Bits bits) {
+        const float x = Number::number(bits);
+        nan |= x != x;
+        if (x > largest) {
+            largest = x;
+            place = at;
         }
+    };
+    u32 from = threadIdx.x;
+    for (; from + (BATCH - 1) * THREADS < vocab; from += BATCH * THREADS) {
+        typename Number::Bits batch[BATCH];
 #pragma unroll
-        for (u32 i = 0; i < BATCH; ++i) {
-            nan |= batch[i] != batch[i];
-            if (batch[i] > largest) {
-                largest = batch[i];
-                place = from + i * THREADS;
-            }
-        }
+        for (u32 i = 0; i < BATCH; ++i) batch[i] = __ldg(row + from + i * THREADS);
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) take(from + i * THREADS, batch[i]);
     }
+#pragma unroll 1
+    for (; from < vocab; from += THREADS) take(from, __ldg(row + from));
     // Of equal numbers, the smaller place is the larger.
     u64 best = (u64)(nan ? NAN_KEY : key(largest)) << 32 | ~place;
     if (threadIdx.x >= vocab) best = 0;

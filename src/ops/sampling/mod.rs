@@ -104,6 +104,7 @@ use crate::{
 
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
     ("sampling", renorm::Softmax::SIGNATURE),
+    ("sampling", top_p::UPSTREAM),
     ("sampling", renorm::TopKRenorm::SIGNATURE),
     ("sampling", renorm::TOP_K_MASK),
     ("sampling", draw::FromLogits::SIGNATURE),

@@ -46,16 +46,16 @@ struct Units {
 // Calls `take` with this thread's numbers of a row, several of which are read at once.
 template <class Take>
 __device__ void for_each(const float *row, u32 vocab, Take take) {
-    for (u32 from = threadIdx.x; from < vocab; from += BATCH * THREADS) {
+    u32 from = threadIdx.x;
+    for (; from + (BATCH - 1) * THREADS < vocab; from += BATCH * THREADS) {
         float batch[BATCH];
 #pragma unroll
-        for (u32 i = 0; i < BATCH; ++i) {
-            const u32 at = from + i * THREADS;
-            batch[i] = at < vocab ? __ldg(row + at) : 0;
-        }
+        for (u32 i = 0; i < BATCH; ++i) batch[i] = __ldg(row + from + i * THREADS);
 #pragma unroll
         for (u32 i = 0; i < BATCH; ++i) take(from + i * THREADS, batch[i]);
     }
+#pragma unroll 1
+    for (; from < vocab; from += THREADS) take(from, __ldg(row + from));
 }
 
 __device__ u64 warp_sum(u64 x) {
@@ -189,7 +189,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float scale = ldexpf(1, 127 - (int)units.largest);
     const float sum = ldexpf((float)kept[0], -23 - (int)units.guard);
     for_each(row, vocab, [&](u32 at, float x) {
-        if (at >= vocab) return;
         const float kept = low == INFINITY_BITS ? NAN : x * scale / sum;
         target[at] = bits_of(x) >= low ? kept : 0;
     });

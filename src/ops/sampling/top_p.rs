@@ -12,10 +12,26 @@ use super::{Parameter, check_like, check_rows, options::TOP_P};
 use crate::{
     cuda::PtxKernel,
     error::Result,
+    ffi::{ArgKind, Signature},
     ops::check::Check,
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{DType, TensorMut, TensorRef},
+};
+
+/// Upstream's function. It is declared so that a change of the wheel is seen, and
+/// not called.
+pub(super) const UPSTREAM: Signature = Signature {
+    function: "top_p_renorm_probs",
+    args: &[
+        ("probs", ArgKind::Tensor),
+        ("renorm_probs", ArgKind::Tensor),
+        ("maybe_top_p_arr", ArgKind::OptTensor),
+        ("top_p", ArgKind::Float),
+        ("is_deterministic", ArgKind::Bool),
+        ("workspace", ArgKind::Tensor),
+    ],
+    result: "void",
 };
 
 static RENORM: PtxKernel = PtxKernel::new(concat!(include_str!("top_p.ptx"), "\0"), c"top_p_renorm");
