@@ -136,9 +136,9 @@ impl Engine for Cpu {
     }
 
     fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        let vocab = self.config.vocab_size;
-        let logits = TensorRef::from_slice(&self.logits, &[self.logits.len() / vocab, vocab])?;
-        let tokens = reference::argmax(&logits)?.into_iter();
+        let (vocab, logits) = (self.config.vocab_size, self.logits()?);
+        let rows = TensorRef::from_slice(&logits, &[logits.len() / vocab, vocab])?;
+        let tokens = reference::argmax(&rows)?.into_iter();
         Ok(tokens.map(|token| token.map(|token| token as u32)).collect())
     }
 }
