@@ -573,6 +573,53 @@ fn samplers() {
 }
 
 #[test]
+fn largest_logits_and_top_p() {
+    let stream = stream();
+    let on = |device, dtype, shape: &[usize]| tensor(ALIGNED, device, dtype, shape, None);
+    let argmax = |output: (DType, &[usize]), logits: TensorRef<'_>, argument: &str| {
+        let mut output = tensor_mut(GPU, output.0, output.1);
+        refused(sampling::argmax(&stream, &mut output, &logits), "argmax", argument);
+    };
+    let good = on(GPU, DType::F16, &[4, 64]);
+    let inputs = [
+        on(Device::Cpu, DType::F16, &[4, 64]),
+        on(Device::Cuda(1), DType::F16, &[4, 64]),
+        on(GPU, DType::F64, &[4, 64]),
+        on(GPU, DType::E4M3, &[4, 64]),
+        on(GPU, DType::F16, &[256]),
+        on(GPU, DType::F16, &[4, 0]),
+        on(GPU, DType::F16, &[1, (1 << 23) + 1]),
+        tensor(ALIGNED, GPU, DType::F16, &[4, 64], Some(&[128, 1])),
+        tensor(ALIGNED + 2, GPU, DType::F16, &[4, 64], None),
+    ];
+    for logits in inputs {
+        argmax((DType::I32, &[4]), logits, "logits");
+    }
+    for output in [(DType::F32, &[4][..]), (DType::U8, &[4]), (DType::I64, &[3]), (DType::I32, &[4, 1])] {
+        argmax(output, good, "output");
+    }
+
+    let top_p = |out: TensorMut<'_>, probs: TensorRef<'_>, top_p: Parameter<'_>, argument: &str| {
+        let mut out = out;
+        let call = sampling::top_p_renorm_probs(&stream, &mut out, &probs, top_p);
+        refused(call, "top_p_renorm_probs", argument);
+    };
+    let good = on(GPU, DType::F32, &[4, 64]);
+    let out = || tensor_mut(GPU, DType::F32, &[4, 64]);
+    for probs in inputs {
+        top_p(out(), probs, 0.5.into(), "probs");
+    }
+    top_p(tensor_mut(GPU, DType::F32, &[4, 63]), good, 0.5.into(), "out");
+    top_p(tensor_mut(GPU, DType::F16, &[4, 64]), good, 0.5.into(), "out");
+    for number in [0.0, -0.5, 1.1, f64::NAN, 1e-60] {
+        top_p(out(), good, number.into(), "top_p");
+    }
+    for rows in [on(GPU, DType::F32, &[5]), on(GPU, DType::F64, &[4]), on(Device::Cpu, DType::F32, &[4])] {
+        top_p(out(), good, Parameter::PerRow(rows), "top_p");
+    }
+}
+
+#[test]
 fn chains() {
     let stream = stream();
     let on = |device, dtype, shape: &[usize]| tensor(ALIGNED, device, dtype, shape, None);

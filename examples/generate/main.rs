@@ -204,7 +204,7 @@ fn run(cli: &Cli) -> Result<()> {
     let headings = cli.prompts.as_ref().map(|_| prompts.as_slice());
     let summary = answer(&mut *engine, &mut scheduler, &text, headings)?;
     eprintln!("{backend}; {summary}");
-    Ok(())
+    summary.check()
 }
 
 /// What is to be answered.

@@ -390,7 +390,7 @@ impl DecodePlan<'_> {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
                 check_described(&check, kernels.backend() == Backend::Fa3, &[("q", &q.raw)])?;
                 check_sm_scale(&check, options.logit_scale(spec))?;
-                kernels.check_scale(&check, self.stream(), options)?;
+                kernels.check_scale(&check, options)?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
                 let (scratch, mask) = (&self.planned.scratch, &MaskTensors::NONE);
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
@@ -402,7 +402,7 @@ impl DecodePlan<'_> {
                 unsafe { kernels.run_paged(&run, kv, table) }
             }
             (Kernels::CudaCores(kernels), _) => {
-                OutputScale::check_ready(&check, self.stream(), spec.dtype_o, options.v_scale)?;
+                OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
                 // SAFETY: as above.
                 unsafe { self.run_on_cuda_cores(kernels, info, &q.raw, kv, &out.raw, lse, options) }
             }

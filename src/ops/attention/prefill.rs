@@ -427,14 +427,9 @@ impl PrefillKernels {
     }
 
     /// The output can be scaled after a run.
-    pub(super) fn check_scale(
-        &self,
-        check: &Check<'_>,
-        stream: &Stream,
-        options: &RunOptions<'_>,
-    ) -> Result<()> {
+    pub(super) fn check_scale(&self, check: &Check<'_>, options: &RunOptions<'_>) -> Result<()> {
         let scale = options.v_scale.filter(|_| !self.scales_values());
-        OutputScale::check_ready(check, stream, self.spec.dtype_o, scale)
+        OutputScale::check_ready(check, self.spec.dtype_o, scale)
     }
 
     /// Multiplies the output by the scale of the values, where the kernel has
@@ -800,7 +795,7 @@ impl<K> PrefillPlan<'_, K> {
         check_described(check, self.kernels.fa3, &[("q", &q.raw)])?;
         options.check(check, spec, self.heads)?;
         check_sm_scale(check, options.logit_scale(spec))?;
-        self.kernels.check_scale(check, self.queries.stream(), options)
+        self.kernels.check_scale(check, options)
     }
 
     fn tensors<'a>(

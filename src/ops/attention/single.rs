@@ -203,7 +203,7 @@ impl SinglePrefill {
         options.check(&check, spec, work.heads)?;
         check_sm_scale(&check, options.logit_scale(spec))?;
         let scale = options.v_scale.filter(|_| !self.fa3);
-        OutputScale::check_ready(&check, stream, spec.dtype_o, scale)?;
+        OutputScale::check_ready(&check, spec.dtype_o, scale)?;
         mask.check(&check, (spec, self.fa3), std::iter::once((rows, keys)), false)?;
         if rows == 0 {
             return Ok(());
@@ -382,7 +382,7 @@ impl SingleDecode {
         check_keys(&check, spec, heads, keys, [&k.raw, &v.raw])?;
         let (layout, [k, v]) = stored(&check, [k, v])?;
         options.check(&check, spec, heads)?;
-        OutputScale::check_ready(&check, stream, spec.dtype_o, options.v_scale)?;
+        OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
         if keys == 0 {
             // SAFETY: output and sums were checked.
             return unsafe { write_nothing(stream, out, lse) };
