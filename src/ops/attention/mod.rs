@@ -12,9 +12,36 @@
 //! [`MultiLevelCascade`] attends once to pages that requests share.
 //! [`SinglePrefill`] and [`SingleDecode`] attend to the keys of one request,
 //! which are plain tensors. They need no plan.
+//!
+//! A query that sees no key gets an output of zeros and an LSE of −∞, the state
+//! that is neutral in every [merge](mod@crate::cascade).
+//!
+//! # Very negative scores
+//!
+//! Kernels of FlashInfer 0.6.13 have −50000 in place of −∞. Scores are right if
+//! for each query one of them lies above it, both as the product of query and
+//! key, before `sm_scale`, and as it counts, times `sm_scale` and log₂e. Where
+//! all scores of a query lie below, it is as if it saw no key:
+//!
+//! - The product decides on tensor cores: [`BatchPrefill`], [`SinglePrefill`],
+//!   [`BatchAttention`], [`BatchMla`], [`MultiLevelCascade`], and
+//!   [`BatchDecode`] with [`Backend::Fa2`] or [`Backend::Fa3`]. The output is
+//!   zeros, and the LSE about −50000 or −∞. FlashAttention 3 is right
+//!   nevertheless where none of a query's tiles of keys holds a hidden key or
+//!   ends behind the last one. With a soft cap there is no bound but the cap's.
+//!   With ALiBi the product counts times `sm_scale`, and with the slope's part.
+//! - What counts decides on CUDA cores ([`SingleDecode`], and [`BatchDecode`]
+//!   with [`Backend::CudaCores`]), and everywhere where a request's keys are
+//!   divided among blocks, whose results then are merged. The output is zeros,
+//!   or between −50000 and −50024 nearer to zero than it should be.
+//!
+//! With normalized queries and keys, and in models that are trained with finite
+//! precision, scores are some hundreds at most. The numbers lie on the device,
+//! so nothing is refused. Newer FlashInfer (0.7) has −∞.
 
 mod cascade;
 mod decode;
+mod empty_states;
 mod mask;
 mod mla;
 mod options;
