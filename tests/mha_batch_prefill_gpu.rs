@@ -7,7 +7,7 @@ mod common;
 use common::{
     Gpu, Number, Rng, Tensor,
     prefill::{Case, Kind, Kv, On, Problem, Tables, check_all, prefill_of},
-    refused, say,
+    refused,
 };
 use flashinfer_rs::{
     RaggedIndices, TensorRef,

@@ -32,30 +32,36 @@ fn attention() {
         for requests in [
             [(1, 1), (1, 200)],
             [(5, 37), (7, 61)],
-            [(130, 300), (200, 290)],
+            [(130, 300), (140, 290)],
             [(1, 9000), (1, 30)],
             [(60, 5000), (3, 700)],
         ] {
+            let random = Batch::random(rng, op, &requests);
+            // Long ones take the CPU a while; of those, bits are compared.
+            let expected = (requests[0].1 < 1000).then(|| random.expected());
             for odd in [0, 1] {
-                let mut batch = Batch::random(rng, op, &requests);
-                let clean = 1 - odd;
-                let (out, lse) = batch.expected();
-                let expected = (part(&out, &batch, clean, op.widths()[1]), part(&lse, &batch, clean, 1));
+                let (mut batch, clean) = (random.clone(), 1 - odd);
                 let mut first: Option<common::ops::Results> = None;
                 for number in ODD {
                     batch.fill(odd, [number; 3]);
                     let results = batch.part(&batch.run(&gpu), clean);
                     let what = format!("{op:?} {requests:?}: request {clean} beside {number}");
-                    let check = || {
-                        results.assert_close(&what, (&expected.0, &expected.1));
-                        if let Some(first) = &first {
-                            assert_same_bits(&what, &results.out, &first.out);
-                            assert_same_bits(&what, &results.lse, &first.lse);
-                        }
-                    };
-                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)).is_err() {
-                        let nan = results.out.iter().filter(|o| o.is_nan()).count();
-                        wrong.push(format!("{what}: {nan} of {} are NaN", results.out.len()));
+                    let finite = results.out.iter().all(|o| o.is_finite());
+                    let close = expected.as_ref().is_none_or(|(out, lse)| {
+                        results.is_close((
+                            &part(out, &batch, clean, op.widths()[1]),
+                            &part(lse, &batch, clean, 1),
+                        ))
+                    });
+                    let same = first.as_ref().is_none_or(|first| {
+                        let bits = |results: &common::ops::Results| -> Vec<u32> {
+                            let out = results.out.iter().map(|o| o.bits());
+                            out.chain(results.lse.iter().map(|s| s.bits())).collect()
+                        };
+                        bits(first) == bits(&results)
+                    });
+                    if !(finite && close && same) {
+                        wrong.push(format!("{what}: finite {finite}, right {close}, the same {same}"));
                     }
                     first.get_or_insert(results);
                 }

@@ -43,12 +43,14 @@ fn is_right(op: Op, keys: usize, product: f64) -> Option<bool> {
     match op {
         _ if counts < limit - 24.0 && op.is_on_cuda_cores() => Some(false),
         _ if op.is_on_cuda_cores() || product > limit => Some(true),
-        // Its first tile may have no hidden key to compare with.
+        // Whole tiles of FlashAttention 3 have no hidden key to compare with. One
+        // request may be on it, too.
         Op::Paged(Backend::Fa3) | Op::Ragged(Backend::Fa3) | Op::Decode(Backend::Fa3)
             if keys.is_multiple_of(384) =>
         {
             None
         }
+        Op::SinglePrefill if keys.is_multiple_of(384) => None,
         Op::Cascade(Backend::Fa3) => None,
         _ => Some(false),
     }
@@ -69,9 +71,9 @@ fn scores_down_to_the_limit_and_below() {
                 let (results, (out, lse)) = (batch.run(&gpu), batch.expected());
                 let what = format!("{op:?}: {keys} keys, products of {product}");
                 let nothing = results.out.iter().all(|&o| o == bf16::ZERO);
-                let check = || results.assert_close(&what, (&out, &lse));
-                let right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)).is_ok();
-                eprintln!("{what}: {}, LSE {}", results.out[0], results.lse[0]);
+                let right = results.is_close((&out, &lse));
+                let (first, sum) = (results.out[0], results.lse[0]);
+                eprintln!("{what}: {first}, LSE {sum}, right {right}");
                 match is_right(op, keys, product) {
                     Some(true) if !right => wrong.push(format!("{what} should be right")),
                     Some(false) if !nothing => wrong.push(format!("{what} should be zeros")),

@@ -26,18 +26,18 @@
 //! - The product decides on tensor cores: [`BatchPrefill`], [`SinglePrefill`],
 //!   [`BatchAttention`], [`BatchMla`], [`MultiLevelCascade`], and
 //!   [`BatchDecode`] with [`Backend::Fa2`] or [`Backend::Fa3`]. The output is
-//!   zeros, and the LSE about −50000 or −∞. FlashAttention 3 is right
-//!   nevertheless where none of a query's tiles of keys holds a hidden key or
-//!   ends behind the last one. With a soft cap there is no bound but the cap's.
-//!   With ALiBi the product counts times `sm_scale`, and with the slope's part.
+//!   zeros, and the LSE says nothing: about −50000, with FlashAttention 3 that
+//!   times `sm_scale` and log₂e, in latent attention −∞. FlashAttention 3 is right
+//!   nevertheless where the keys that a query sees fill whole tiles. With a soft
+//!   cap, products are capped first, so that none is as low. With ALiBi the
+//!   product counts times `sm_scale`, and with the slope's part.
 //! - What counts decides on CUDA cores ([`SingleDecode`], and [`BatchDecode`]
 //!   with [`Backend::CudaCores`]), and everywhere where a request's keys are
 //!   divided among blocks, whose results then are merged. The output is zeros,
-//!   or between −50000 and −50024 nearer to zero than it should be.
+//!   or, within 24 of −50000, nearer to zero than it should be.
 //!
-//! With normalized queries and keys, and in models that are trained with finite
-//! precision, scores are some hundreds at most. The numbers lie on the device,
-//! so nothing is refused. Newer FlashInfer (0.7) has −∞.
+//! The numbers lie on the device, so nothing is refused. Kernels of FlashInfer
+//! 0.7 have −∞.
 
 mod cascade;
 mod decode;
