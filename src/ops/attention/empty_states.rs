@@ -168,3 +168,17 @@ unsafe fn launch<const NUMBERS: usize>(
     // SAFETY: promised by the caller.
     unsafe { kernel.launch(cuda, stream, [blocks, THREADS], &mut args) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_more_only_where_queries_may_see_nothing() {
+        let none = &MaskTensors::NONE;
+        assert!(!possible(false, none, []));
+        assert!(!possible(false, none, [(1, 1), (0, 0), (7, 3)]));
+        assert!(possible(false, none, [(1, 1), (1, 0)]));
+        assert!(possible(true, none, [(1, 1)]));
+    }
+}

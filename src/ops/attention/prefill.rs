@@ -1049,3 +1049,33 @@ fn as_pages(check: &Check<'_>, kv: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
     });
     Ok([k?, v?])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_keys_end_with_the_tensor() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        let reaches = |requests: &[(usize, i32)], graph: bool, paged: bool, spec: &AttentionSpec| {
+            let lens: Vec<i32> = requests.iter().map(|request| request.1).collect();
+            let ends = lens.iter().scan(0, |end, len| {
+                *end += len;
+                Some(*end)
+            });
+            let indptr: Vec<i32> = std::iter::once(0).chain(ends).collect();
+            let extent = indptr[lens.len()] as usize;
+            let kv = KvBatch { op: "test", indptr: &indptr, lens: &lens, page_size: 1, extent, paged };
+            let requests = requests.iter().map(|&(queries, keys)| (queries, keys as usize));
+            kv.reaches_others(spec, graph, requests)
+        };
+        let eager = |requests: &[(usize, i32)]| reaches(requests, false, false, &spec);
+        assert!(!eager(&[]) && !eager(&[(5, 9)]) && !eager(&[(3, 0), (5, 9), (2, 0)]));
+        assert!(!eager(&[(0, 7), (5, 9)]));
+        assert!(eager(&[(5, 9), (0, 7)]) && eager(&[(1, 1), (1, 1)]));
+        assert!(reaches(&[(5, 9), (0, 0)], true, false, &spec) && !reaches(&[(5, 9)], true, false, &spec));
+        let two = [(1, 1), (1, 1)];
+        assert!(!reaches(&two, false, true, &spec));
+        assert!(!reaches(&two, true, false, &spec.with_head_dim_vo(64)));
+    }
+}
