@@ -27,10 +27,11 @@
 //!   [`BatchAttention`], [`BatchMla`], [`MultiLevelCascade`], and
 //!   [`BatchDecode`] with [`Backend::Fa2`] or [`Backend::Fa3`]. The output is
 //!   zeros, and the LSE says nothing: about −50000, with FlashAttention 3 that
-//!   times `sm_scale` and log₂e, in latent attention −∞. FlashAttention 3 is right
-//!   nevertheless where the keys that a query sees fill whole tiles. With a soft
-//!   cap, products are capped first, so that none is as low. With ALiBi the
-//!   product counts times `sm_scale`, and with the slope's part.
+//!   times `sm_scale` and log₂e, in latent attention −50000 or −∞. FlashAttention
+//!   3, but for latent attention, is right nevertheless where the keys that a
+//!   query sees fill whole tiles. With a soft cap, products are capped first, so
+//!   that none is as low. With ALiBi the product counts times `sm_scale`, and with
+//!   the slope's part.
 //! - What counts decides on CUDA cores ([`SingleDecode`], and [`BatchDecode`]
 //!   with [`Backend::CudaCores`]), and everywhere where a request's keys are
 //!   divided among blocks, whose results then are merged. The output is zeros,

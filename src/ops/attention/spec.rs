@@ -253,8 +253,8 @@ impl AttentionSpec {
 
     /// The first module at hand that serves prefill on a device, and whether it
     /// is FlashAttention 3; `name` makes its name. [`Backend::Auto`] takes
-    /// FlashAttention 3 where the GPU has it and a module exists, else 2. It
-    /// does so, too, for values of another width than keys: 3 then cannot keep
+    /// FlashAttention 3 where the GPU has it and a module exists, else 2; for
+    /// values of another width than keys always 2, because 3 then cannot keep
     /// the requests of a batch apart.
     pub(super) fn first_prefill(
         &self,
@@ -278,7 +278,6 @@ impl AttentionSpec {
             Backend::Auto if major == 9 && self.head_dim_qk == self.head_dim_vo => {
                 &[Backend::Fa3, Backend::Fa2]
             }
-            Backend::Auto if major == 9 => &[Backend::Fa2, Backend::Fa3],
             Backend::Auto => &[Backend::Fa2],
         };
         let (module, backend) =
