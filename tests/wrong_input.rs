@@ -345,7 +345,7 @@ fn cascades() {
     }
     merge(good_target(), State::new(on(Device::Cuda(1), DType::F16, &[3, 8, 128]), good.s), good, "a.v");
     merge(good_target(), State::new(half(&[24, 128]), good.s), good, "a.v");
-    for head_dim in [0, 32, 96, 192, 1024] {
+    for head_dim in [0, 4, 100, 1032] {
         merge(good_target(), state(&[3, 8, head_dim], &[3, 8]), good, "a.v");
     }
     merge(good_target(), State::new(good.v, half(&[3, 8])), good, "a.s");
@@ -367,7 +367,6 @@ fn cascades() {
     }
     let s = tensor(ALIGNED + 2, GPU, DType::F32, &[3, 8], None);
     merge(good_target(), good, State::new(good.v, s), "b.s");
-    // The kernels count elements in 32 bits.
     let large = state(&[1 << 25, 8, 128], &[1 << 25, 8]);
     merge(good_target(), large, good, "a.v");
 
@@ -384,11 +383,6 @@ fn cascades() {
     in_place(good_target(), good, mask(DType::I32, &[3]), "mask");
     in_place(good_target(), good, Some(on(Device::Cpu, DType::U8, &[3])), "mask");
     in_place(good_target(), good, Some(tensor(ALIGNED, GPU, DType::U8, &[3], Some(&[2]))), "mask");
-    // With a mask, heads cannot be divided among blocks.
-    for (heads, head_dim) in [(129, 64), (65, 128), (33, 256), (33, 512)] {
-        let (v, s) = ([3, heads, head_dim], [3, heads]);
-        in_place(target(&v, &s), state(&v, &s), mask(DType::U8, &[3]), "state.v");
-    }
 
     let several = |mut merged: StateMut<'_>, states: State<'_>, argument: &str| {
         refused(cascade::merge_states(&stream, &mut merged, &states), "merge_states", argument);
@@ -400,8 +394,6 @@ fn cascades() {
     several(good_target(), state(&[3, 2, 8, 128], &[3, 1, 8]), "states.s");
     several(good_target(), State::new(half(&[3, 2, 8, 128]), half(&[3, 2, 8])), "states.s");
     several(target(&[3, 8, 128], &[3]), state(&[3, 2, 8, 128], &[3, 2, 8]), "merged.s");
-    several(target(&[3, 33, 512], &[3, 33]), state(&[3, 2, 33, 512], &[3, 2, 33]), "states.v");
-    several(target(&[1, 65536, 64], &[1, 65536]), state(&[1, 2, 65536, 64], &[1, 2, 65536]), "states.v");
 }
 
 #[test]

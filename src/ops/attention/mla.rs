@@ -583,8 +583,7 @@ impl MlaPlan<'_> {
     /// `[n, num_heads]` and takes the base-2 logarithm of each sum of
     /// exponentials. A query whose request has no tokens gets zeros, and −∞.
     ///
-    /// Before scaling, no product may be as low as −50000, which is what the
-    /// kernels give to keys that a query does not see.
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything

@@ -253,14 +253,21 @@ impl AttentionSpec {
 
     /// The first module at hand that serves prefill on a device, and whether it
     /// is FlashAttention 3; `name` makes its name. [`Backend::Auto`] takes
-    /// FlashAttention 3 where the GPU has it and a module exists, else 2.
+    /// FlashAttention 3 where the GPU has it and a module exists, else 2; for
+    /// values of another width than keys always 2, because 3 then cannot keep
+    /// the requests of a batch apart.
     pub(super) fn first_prefill(
         &self,
         runtime: &FlashInferRuntime,
         ordinal: u32,
         name: fn(&Self, bool) -> Result<ModuleName>,
     ) -> Result<(&'static Module, bool)> {
-        let backends = flash_attention(self.backend, runtime.compute_capability(ordinal)?)?;
+        // FlashAttention 3 keeps requests apart where values are as wide as keys only.
+        let asked = match self.backend {
+            Backend::Auto if self.head_dim_qk != self.head_dim_vo => Backend::Fa2,
+            asked => asked,
+        };
+        let backends = flash_attention(asked, runtime.compute_capability(ordinal)?)?;
         let (module, backend) =
             first_module(runtime, backends, |backend| name(self, backend == Backend::Fa3))?;
         Ok((module, backend == Backend::Fa3))
