@@ -10,9 +10,9 @@
 
 use super::{
     options::check_sm_scale,
-    plan::{PlanInfo, Planned, Scratch, check_lse, check_workspace, host_indices, make_plan},
+    plan::{PlanInfo, Planned, Planning, check_lse, check_workspace, host_indices, make_plan},
     spec::Backend,
-    workspace::Workspace,
+    workspace::{Need, Workspace, arrays},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -337,8 +337,8 @@ impl BatchMla {
     /// - the step has too much work for one plan, which has room for 16384
     ///   items (a tile of 64 or 128 query heads, times the parts into which
     ///   its tokens are divided): split the step;
-    /// - the workspace is too small, or it, the page table and this value
-    ///   belong to different streams or GPUs;
+    /// - the workspace is too small and does not [grow](Workspace#growth), or it,
+    ///   the page table and this value belong to different streams or GPUs;
     /// - the stream is being captured.
     ///
     /// Else what the module or CUDA said. The workspace can be used again.
@@ -358,10 +358,9 @@ impl BatchMla {
         }
         let work = Work::of(&check, table.host(), batch)?;
         check_workspace(&check, workspace)?;
-        let scratch = Scratch::of(workspace)?;
         let info = match work.kv_lens.len() {
             0 => None,
-            _ => Some(self.plan_work(&check, workspace, &scratch, &work, stream)?),
+            _ => Some(self.plan_work(&check, workspace, &work, stream)?),
         };
         Ok(MlaPlan {
             mla: *self,
@@ -369,7 +368,7 @@ impl BatchMla {
             rows: batch.queries.total(),
             num_heads: batch.num_heads,
             causal: work.causal,
-            planned: Planned::new(scratch, info),
+            planned: Planned::new(workspace, info)?,
         })
     }
 
@@ -377,7 +376,6 @@ impl BatchMla {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        scratch: &Scratch,
         work: &Work,
         stream: &Stream,
     ) -> Result<PlanInfo> {
@@ -385,19 +383,11 @@ impl BatchMla {
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let multiprocessors = multiprocessors.unsigned_abs() as usize;
         work.check_limits(check, multiprocessors)?;
-        let (needed, available) = (work.float_bytes(multiprocessors), workspace.float.len());
-        if needed > available {
-            return check.fail(
-                "workspace",
-                format!(
-                    "partial results need {needed} bytes, the workspace has {available}; \
-                     make it with_sizes of at least that"
-                ),
-            );
-        }
+        let need = Need { float: work.float_bytes(multiprocessors), int: int_bytes(multiprocessors) };
+        let planning = Planning { need, for_graph: false, clear: false, numbers: PLAN_LEN };
         let (qo_indptr, kv_indptr) = (host_indices(&work.qo_indptr)?, host_indices(&work.kv_indptr)?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, (int_bytes(multiprocessors), false), PLAN_LEN, |pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),
@@ -549,18 +539,19 @@ impl Work {
     }
 
     /// Bytes of partial results: for two tiles of each cluster, outputs of 16
-    /// bits and their sums, aligned to 16.
+    /// bits and their sums.
     fn float_bytes(&self, multiprocessors: usize) -> usize {
         let cluster = self.cluster();
         let rows = 2 * (multiprocessors / cluster) * cluster * BLOCK_TILE;
-        rows * (MLA_DIMS[0] as usize * 2 + size_of::<f32>()) + 2 * 16
+        arrays([rows * MLA_DIMS[0] as usize * 2, rows * size_of::<f32>()])
     }
 }
 
-/// Bytes of the planner's index arrays: nine of all work items, five of all
-/// multiprocessors, each aligned to 16.
+/// Bytes of the planner's index arrays: nine of all work items, between which
+/// are five of all multiprocessors.
 fn int_bytes(multiprocessors: usize) -> usize {
-    (9 * MAX_WORKS + 5 * multiprocessors) * size_of::<i32>() + 14 * 16
+    let (works, merges) = (MAX_WORKS * size_of::<i32>(), multiprocessors * size_of::<i32>());
+    arrays([[works; 3].as_slice(), &[merges; 5], &[works; 6]].concat())
 }
 
 /// One step's plan, ready to run for each layer.

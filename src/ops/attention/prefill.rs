@@ -14,11 +14,12 @@ use super::{
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, Planned, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
-        check_described, check_keys, check_output, check_rows, check_workspace, host_indices, make_plan,
+        Heads, LEAST_CHUNK, PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey,
+        ReplayShape, Scratch, check_described, check_keys, check_output, check_rows, check_workspace,
+        host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
-    workspace::Workspace,
+    workspace::{Need, Workspace, arrays},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -132,10 +133,6 @@ const RUN_OP: &str = "PrefillPlan::run";
 /// Numbers in a plan.
 const FA2_PLAN_LEN: usize = 15;
 const FA3_PLAN_LEN: usize = 9;
-/// The smallest tile of queries (times heads of a group) of FlashAttention 2,
-/// and of queries of FlashAttention 3.
-const FA2_MIN_TILE: usize = 16;
-const FA3_MIN_TILE: usize = 128;
 /// Blocks per multiprocessor that FlashAttention 2 plans for.
 const FA2_BLOCKS_PER_SM: usize = 2;
 
@@ -249,7 +246,6 @@ impl PrefillKernels {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        scratch: &Scratch,
         batch: &Batch<'_>,
     ) -> Result<PlanInfo> {
         if let Some(info) = workspace.planned(self, batch) {
@@ -259,21 +255,23 @@ impl PrefillKernels {
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
+        let multiprocessors = multiprocessors.unsigned_abs() as usize;
         let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
         let kv_lens = host_indices(batch.kv_lens)?;
-        // For a window without a causal mask, the planner takes the keys of the
-        // last query for those of all, and would leave out keys of the others.
-        let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
-        let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
-        let no_split = self.spec.window_left.is_some() && !batch.causal && several;
-        let len = if self.fa3 { FA3_PLAN_LEN } else { FA2_PLAN_LEN };
+        let no_split = must_stay_whole(&self.spec, batch);
+        let (need, numbers) = if self.fa3 {
+            (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
+        } else {
+            let (major, _) = cuda.compute_capability(stream.ordinal())?;
+            (fa2_need(&self.spec, batch, no_split, (multiprocessors, major)), FA2_PLAN_LEN)
+        };
         // A captured launch has blocks for more work than there may be. With
         // undivided keys nothing tells those beyond it to stop, so that they go
         // by index arrays that the planner did not write: zeros make them
         // repeat the first tile.
         let clear = batch.cuda_graph && no_split;
-        let info = make_plan(check, workspace, (needed, clear), len, |pinned| {
+        let planning = Planning { need, for_graph: batch.cuda_graph, clear, numbers };
+        let info = make_plan(check, workspace, planning, |scratch, pinned| {
             // The two planners share their first sixteen arguments.
             macro_rules! plan {
                 ($kernel:ident { $($more:ident: $value:expr),* }) => {
@@ -300,8 +298,9 @@ impl PrefillKernels {
             }
             // SAFETY: the arrays are checked host arrays of the batch's size;
             // the page-locked buffer is as large as the device one and as what
-            // the planner can write, and not written again before the copy out
-            // of it is done; head dimensions are the module's.
+            // the planner writes, and not written again before the copy out of
+            // it is done; partial results have room; head dimensions are the
+            // module's.
             unsafe {
                 if self.fa3 {
                     plan!(Fa3Plan {}).call(&self.plan, &stream)
@@ -313,25 +312,6 @@ impl PrefillKernels {
         })?;
         workspace.remember_plan(PrefillPlanKey::new(self, batch), &info);
         Ok(info)
-    }
-
-    /// The most bytes of index arrays that the planner writes for a batch.
-    fn int_bytes(&self, batch: &Batch<'_>, multiprocessors: usize) -> usize {
-        let Heads { num_qo_heads, num_kv_heads } = batch.heads;
-        let requests = batch.kv_lens.len();
-        let tiles = |rows_of_one: usize, tile: usize| (batch.rows * rows_of_one).div_ceil(tile) + requests;
-        let aligned = 16 * 16;
-        if self.fa3 {
-            // Seven numbers for each tile of each head, and an offset for each
-            // multiprocessor.
-            28 * tiles(1, FA3_MIN_TILE) * num_qo_heads + 4 * (multiprocessors + 1) + aligned
-        } else {
-            // Three indices and a flag for each tile and chunk, of which there
-            // are no more than tiles or blocks; offsets for requests and rows.
-            let chunks =
-                tiles(num_qo_heads / num_kv_heads, FA2_MIN_TILE) + FA2_BLOCKS_PER_SM * multiprocessors;
-            13 * chunks + 4 * (requests + 1) + 4 * (batch.rows + 1) + aligned
-        }
     }
 
     /// Runs over a paged cache that was checked against `table`.
@@ -449,6 +429,120 @@ impl PrefillKernels {
         // SAFETY: promised by the caller.
         unsafe { OutputScale::apply(stream, &run.out, run.options.v_scale) }
     }
+}
+
+/// Whether keys must not be divided. For a window without a causal mask, the
+/// planner takes the keys of the last query for those of all, and would leave out
+/// keys of the others.
+fn must_stay_whole(spec: &AttentionSpec, batch: &Batch<'_>) -> bool {
+    let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
+    let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
+    spec.window_left.is_some() && !batch.causal && several
+}
+
+/// What the planner of FlashAttention 2 takes for a batch that is not empty, on a
+/// GPU of so many multiprocessors and major compute capability.
+///
+/// Work is a tile of queries (times heads of a group) and a chunk of keys. For a
+/// graph there is as much as any batch of its size can have. Each has three indices
+/// and, if keys are divided, a flag, and for each head of each row an output and
+/// its sum.
+fn fa2_need(
+    spec: &AttentionSpec,
+    batch: &Batch<'_>,
+    no_split: bool,
+    (multiprocessors, major): (usize, i32),
+) -> Need {
+    let Heads { num_qo_heads, num_kv_heads } = batch.heads;
+    let (group, requests, rows) = (num_qo_heads / num_kv_heads, batch.kv_lens.len(), batch.rows);
+    let most = FA2_BLOCKS_PER_SM * multiprocessors / num_kv_heads;
+    // Of the longest request that there can be, or of the mean one.
+    let length = if batch.cuda_graph { (rows - requests + 1) * group } else { rows * group / requests };
+    let tile = match length {
+        65.. if spec.head_dim_vo < 256 => 128,
+        17.. => 64,
+        _ if major < 8 => 64,
+        _ => 16,
+    };
+    let (divided, work) = if batch.cuda_graph {
+        (!no_split, most.max((rows * group).div_ceil(tile) + requests - 1))
+    } else {
+        fa2_work(spec, batch, no_split, (tile, most))
+    };
+    let ints = |count: usize| count * size_of::<i32>();
+    let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
+    let indices = indices.into_iter().chain(batch.cuda_graph.then_some(ints(1)));
+    let to_merge = divided.then_some([ints(rows + 1), work]).into_iter().flatten();
+    let sums = num_qo_heads * work * tile * size_of::<f32>();
+    Need {
+        float: if divided { arrays([sums * spec.head_dim_vo, sums]) } else { 0 }
+            .max(nothing_to_see(spec, batch)),
+        int: arrays(indices.chain(to_merge)),
+    }
+}
+
+/// Whether the planner of FlashAttention 2 divides keys for one launch, and the
+/// work that it comes to: it looks for the smallest chunks, of which there are
+/// no more than `most`.
+fn fa2_work(
+    spec: &AttentionSpec,
+    batch: &Batch<'_>,
+    no_split: bool,
+    (tile, most): (usize, usize),
+) -> (bool, usize) {
+    let group = batch.heads.num_qo_heads / batch.heads.num_kv_heads;
+    let seen = spec.window_left.map(|window| (window as usize + tile).div_ceil(batch.page_size));
+    let requests = batch.qo_indptr.windows(2).zip(batch.kv_indptr.windows(2)).map(|(queries, pages)| {
+        let pages = (pages[1] - pages[0]) as usize;
+        let tiles = ((queries[1] - queries[0]) as usize * group).div_ceil(tile);
+        (tiles, seen.map_or(pages, |seen| seen.min(pages)).max(1))
+    });
+    let requests: Vec<(usize, usize)> = requests.collect();
+    let work = |chunk: usize| requests.iter().map(|(tiles, pages)| tiles * pages.div_ceil(chunk)).sum();
+    let longest = requests.iter().map(|&(_, pages)| pages).max().unwrap_or(1);
+    let (mut low, mut high) = ((LEAST_CHUNK / batch.page_size).max(1), longest);
+    if no_split || low >= high || work(high) > most {
+        return (false, work(high));
+    }
+    while low < high {
+        let middle = (low + high) / 2;
+        if work(middle) > most {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    (low < longest, work(low))
+}
+
+/// What the planner of FlashAttention 3 takes for a batch that is not empty:
+/// seven numbers for each tile of each head, and an offset for each
+/// multiprocessor. Of many tiles, all heads take the same.
+fn fa3_need(spec: &AttentionSpec, batch: &Batch<'_>, multiprocessors: usize) -> Need {
+    let tile = if spec.head_dim_vo == 64 { 192 } else { 128 };
+    let most = batch.rows.div_ceil(tile) + batch.kv_lens.len() - 1;
+    let heads = if most > 4096 { 1 } else { batch.heads.num_qo_heads };
+    let queries = batch.qo_indptr.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+    let tiles =
+        if batch.cuda_graph { most } else { queries.map(|queries| queries.div_ceil(tile)).sum::<usize>() };
+    let each = tiles * heads * size_of::<i32>();
+    let offsets = (multiprocessors + 1) * size_of::<i32>();
+    Need {
+        float: nothing_to_see(spec, batch),
+        int: arrays([each, each, each, each, each, each, offsets, each]),
+    }
+}
+
+/// Bytes that stand for the keys of a batch that has none: an empty tensor
+/// cannot be described to the hardware that copies tiles.
+fn nothing_to_see(spec: &AttentionSpec, batch: &Batch<'_>) -> usize {
+    let row = width_of_nothing(spec) * spec.dtype_kv.size();
+    if batch.kv_indptr.last() == Some(&0) { batch.heads.num_kv_heads * row } else { 0 }
+}
+
+/// Elements of a head in keys, and in values, that stand for none.
+fn width_of_nothing(spec: &AttentionSpec) -> usize {
+    spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8)
 }
 
 /// The arguments of a run that all functions share, and those given.
@@ -625,8 +719,9 @@ impl BatchPrefill {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes,
     /// streams or heads do not fit; with a causal mask, a request has more
-    /// queries than keys, and keys; the workspace is too small; the stream is
-    /// being captured. Else what the module or CUDA said.
+    /// queries than keys, and keys; the workspace is too small and does not
+    /// [grow](Workspace#growth); the stream is being captured. Else what the
+    /// module or CUDA said.
     ///
     /// If the workspace was planned for an equal batch last, nothing is planned
     /// nor uploaded again.
@@ -706,7 +801,6 @@ impl BatchPrefill {
         options.mask.check(&check, (&self.kernels.spec, self.kernels.fa3), batch, kv.paged)?;
         let mask = options.mask.tensors(self.kernels.fa3)?;
         check_workspace(&check, workspace)?;
-        let scratch = Scratch::of(workspace)?;
         let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
             None
         } else {
@@ -720,7 +814,7 @@ impl BatchPrefill {
                 rows,
                 cuda_graph: options.graph_rows.is_some(),
             };
-            Some(self.kernels.make_plan(&check, workspace, &scratch, &batch)?)
+            Some(self.kernels.make_plan(&check, workspace, &batch)?)
         };
         let (kernels, options) = (self.kernels, *options);
         let keys_extent = kv.extent;
@@ -734,7 +828,7 @@ impl BatchPrefill {
             rows,
             options,
             mask,
-            planned: Planned::new(scratch, info),
+            planned: Planned::new(workspace, info)?,
         })
     }
 }
@@ -888,15 +982,10 @@ impl PrefillPlan<'_, RaggedTable> {
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);
         let [k, v] = if self.keys_extent == 0 {
-            // An empty tensor cannot be described to the hardware that copies
-            // tiles. No request has a key, so nothing of what stands in counts.
-            let widest = spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8);
-            let needed = (self.heads.num_kv_heads * widest * spec.dtype_kv.size()) as i64;
-            if self.planned.scratch.float.numel() < needed {
-                return check.fail("workspace", format!("its float part must have at least {needed} bytes"));
-            }
+            // No request has a key, so nothing of what stands in counts. The
+            // plan has made room for it.
             [spec.head_dim_qk, spec.head_dim_vo].map(|width| {
-                let (heads, row) = (self.heads.num_kv_heads, width.next_multiple_of(8));
+                let (heads, row) = (self.heads.num_kv_heads, width_of_nothing(spec));
                 let shape = [1, heads, width];
                 let strides = [heads * row, row, 1];
                 RawTensor::new(

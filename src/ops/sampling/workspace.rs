@@ -74,7 +74,12 @@ pub(super) fn check_room(check: &Check<'_>, room: [usize; 2], [rows, vocab]: [i6
     }
     check.fail(
         "workspace",
-        format!("made for {max_batch} rows of {max_vocab}, given are {rows} of {vocab}; make a larger one"),
+        format!(
+            "it is for {max_batch} rows of {max_vocab}, given are {rows} of {vocab}; make another by \
+             sampling::Workspace::new(&stream, {}, {})",
+            max_batch.max(rows as u64),
+            max_vocab.max(vocab as u64)
+        ),
     )
 }
 
