@@ -527,6 +527,36 @@ impl DecodePlan<'_> {
 mod tests {
     use super::*;
 
+    /// By hand, as `DecodePlan` allocates with 16 blocks on each of 132
+    /// multiprocessors.
+    #[test]
+    fn sizes_are_the_planners() {
+        let need = |pages: &[i32], for_graph, [num_qo_heads, num_kv_heads]: [usize; 2]| {
+            let mut indptr = vec![0];
+            for pages in pages {
+                indptr.push(indptr[indptr.len() - 1] + pages);
+            }
+            Need::of_decode((&indptr, 16), Heads { num_qo_heads, num_kv_heads }, 128, for_graph, 132)
+        };
+        let float = |heads: usize, chunks: usize| heads * chunks * (128 + 1) * 4;
+        // 264 chunks for each KV head.
+        let graph = Need { float: float(8, 264), int: 3 * 1056 + 8 + 8 + 264 };
+        assert_eq!(need(&[1; 5], true, [8, 8]), graph);
+        assert_eq!(need(&[1000; 5], true, [8, 8]), graph);
+        assert_eq!(need(&[1000; 5], true, [16, 8]).float, float(16, 264));
+        // At once, no more than there are 8 pages each; none below that.
+        assert_eq!(need(&[8; 5], false, [8, 8]), Need { float: 0, int: 64 + 28 });
+        assert_eq!(need(&[8, 8, 8, 9, 8], false, [8, 8]), Need { float: float(8, 6), int: 64 + 32 + 6 });
+        assert_eq!(need(&[9000; 5], false, [8, 8]), graph);
+        // As many requests as blocks.
+        for pages in [1, 1000] {
+            let whole = Need { float: 0, int: 1056 * 3 + 8 };
+            assert_eq!(need(&vec![pages; 264], true, [8, 8]), whole);
+            assert_eq!(need(&vec![pages; 264], false, [8, 8]), whole);
+            assert_eq!(need(&[pages; 1], true, [4000, 4000]), Need { float: 0, int: 16 + 16 + 12 });
+        }
+    }
+
     #[test]
     fn empty_requests_are_planned_as_one_page() {
         assert!(matches!(planned_indptr(&[0, 2, 3]), Cow::Borrowed([0, 2, 3])));

@@ -732,6 +732,16 @@ mod tests {
         assert!(MlaSpec { head_dim_kpe: 0, ..spec }.module(Backend::Fa2).is_err());
     }
 
+    /// By hand, as `MLAPlan` allocates.
+    #[test]
+    fn sizes_are_the_planners() {
+        // One block for each tile of 64, or two for one of 128.
+        assert_eq!(work(&[(1, 9)], 16, false).unwrap().float_bytes(132), 2 * 132 * 64 * (1024 + 4));
+        assert_eq!(work(&[(1, 9)], 128, false).unwrap().float_bytes(133), 2 * 132 * 64 * (1024 + 4));
+        assert_eq!(int_bytes(132), 9 * 65_536 + 5 * 528);
+        assert_eq!(int_bytes(133), 9 * 65_536 + 5 * 544);
+    }
+
     #[test]
     fn requests_without_queries_are_not_planned() {
         let table =

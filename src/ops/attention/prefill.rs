@@ -1005,3 +1005,100 @@ impl PrefillPlan<'_, RaggedTable> {
         unsafe { self.kernels.run_ragged(&run, [&k, &v], self.keys) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An H200's multiprocessors and major compute capability.
+    const H200: (usize, i32) = (132, 9);
+    const HEADS: Heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    const PAGE_SIZE: usize = 16;
+
+    /// Calls with the batch of requests with these queries and pages.
+    fn with_batch<R>(
+        requests: &[(i32, i32)],
+        graph_rows: Option<usize>,
+        use_batch: impl FnOnce(&Batch<'_>) -> R,
+    ) -> R {
+        let (mut queries, mut pages) = (vec![0], vec![0]);
+        for (at, request) in requests.iter().enumerate() {
+            queries.push(queries[at] + request.0);
+            pages.push(pages[at] + request.1);
+        }
+        let kv_lens: Vec<i32> = requests.iter().map(|request| request.1 * PAGE_SIZE as i32).collect();
+        use_batch(&Batch {
+            qo_indptr: &queries,
+            kv_indptr: &pages,
+            kv_lens: &kv_lens,
+            page_size: PAGE_SIZE,
+            heads: HEADS,
+            causal: false,
+            rows: graph_rows.unwrap_or(queries[requests.len()] as usize),
+            cuda_graph: graph_rows.is_some(),
+        })
+    }
+
+    fn fa2(spec: &AttentionSpec, requests: &[(i32, i32)], graph_rows: Option<usize>) -> Need {
+        with_batch(requests, graph_rows, |batch| fa2_need(spec, batch, must_stay_whole(spec, batch), H200))
+    }
+
+    /// By hand, as `PrefillPlan` allocates.
+    #[test]
+    fn sizes_are_those_of_flash_attention_2() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        // 128 tiles of 16 and 511 of other requests, all for a graph: 639.
+        let need = fa2(&spec, &[(1, 1); 512], Some(512));
+        assert_eq!(need, Need { float: 167_510_016 + 1_308_672, int: 12_463 });
+        // Of the lengths nothing of it depends.
+        assert_eq!(fa2(&spec, &[(1, 400); 512], Some(512)), need);
+        assert_eq!(fa2(&spec, &[(0, 0); 512], Some(512)), need);
+        // A lone request of that graph would fill tiles of 128: 17 of them, but
+        // 264 blocks have 8 KV heads each 33 tiles.
+        let float = |work: usize, tile: usize| 32 * work * tile * (128 + 1) * 4;
+        let one = fa2(&spec, &[(1, 1)], Some(512));
+        assert_eq!(one, Need { float: float(33, 128), int: 2528 + 33 });
+        // More tiles than blocks at once: nothing is divided.
+        let long = fa2(&spec, &[(4096, 256)], None);
+        assert_eq!(long, Need { float: 0, int: 3 * 128 * 4 + 4 * 3 });
+        // One query, 1000 pages: 33 chunks of 31 pages.
+        let decode = fa2(&spec, &[(1, 1000)], None);
+        assert_eq!(decode, Need { float: float(33, 16), int: 464 + 33 });
+        // No chunks of less than 8 pages.
+        assert_eq!(fa2(&spec, &[(1, 20)], None).float, float(3, 16));
+        assert_eq!(fa2(&spec, &[(1, 8)], None).float, 0);
+        // The mean request decides on the tile, and that is 16 for up to four queries.
+        assert_eq!(fa2(&spec, &[(4, 20)], None).float, float(3, 16));
+        assert_eq!(fa2(&spec, &[(5, 20)], None).float, float(3, 64));
+        assert_eq!(fa2(&spec, &[(16, 20), (0, 0)], None).float, float(3, 64));
+        assert_eq!(fa2(&spec, &[(17, 20)], None).float, float(3, 128));
+        let wide = AttentionSpec::new(DType::BF16, 256);
+        assert_eq!(fa2(&wide, &[(17, 20)], None).float, 32 * 2 * 3 * 64 * (256 + 1) * 4);
+        // 100 keys and a tile of 16 are 8 pages.
+        assert_eq!(fa2(&spec.with_window_left(100), &[(1, 1000)], None).float, 0);
+        assert_eq!(fa2(&spec.with_window_left(200), &[(1, 1000)], None).float, float(2, 16));
+        // Windows over several queries are not divided, not for a graph either.
+        assert_eq!(fa2(&spec.with_window_left(200), &[(2, 1000)], None).float, 0);
+        assert_eq!(fa2(&spec.with_window_left(200), &[(1, 1000)], Some(2)).float, 0);
+        // Something to point at where there are no keys.
+        assert_eq!(fa2(&spec, &[(3, 0)], None).float, 8 * 128 * 2);
+    }
+
+    /// By hand, as `PrefillSM90Plan` allocates.
+    #[test]
+    fn sizes_are_those_of_flash_attention_3() {
+        let fa3 = |head_dim, requests: &[(i32, i32)], graph_rows| {
+            let spec = AttentionSpec::new(DType::BF16, head_dim);
+            with_batch(requests, graph_rows, |batch| fa3_need(&spec, batch, H200.0))
+        };
+        let int = |work: usize| 6 * (4 * work) + 4 * 133 + 12 + 4 * work;
+        assert_eq!(fa3(128, &[(1, 1); 512], None), Need { float: 0, int: int(512 * 32) });
+        assert_eq!(fa3(128, &[(1, 1); 512], Some(512)), Need { float: 0, int: int((4 + 511) * 32) });
+        assert_eq!(fa3(64, &[(192, 1), (193, 1)], None).int, int(3 * 32));
+        assert_eq!(fa3(128, &[(192, 1), (193, 1)], None).int, int(4 * 32));
+        // Heads take the same work, where there is much.
+        assert_eq!(fa3(128, &[(1, 1); 4096], None).int, 6 * 4 * 4096 + 4 * 133 + 12 + 4 * 4096);
+        assert_eq!(fa3(128, &[(1, 1); 4065], None).int, int(4065 * 32));
+        assert_eq!(fa3(128, &[(1, 0); 2], None).float, 8 * 128 * 2);
+    }
+}

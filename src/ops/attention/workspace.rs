@@ -259,3 +259,21 @@ impl std::fmt::Debug for Workspace {
         write!(f, "Workspace({} + {} bytes, {:?})", self.float.len(), self.int.len(), self.stream())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrays_start_at_multiples_of_16() {
+        assert_eq!(arrays([]), 0);
+        assert_eq!(arrays([5]), 5);
+        assert_eq!(arrays([5, 1]), 17);
+        assert_eq!(arrays([16, 1, 0]), 32);
+    }
+
+    #[test]
+    fn a_buffer_grows_by_half_at_least() {
+        assert_eq!((grown(1, 1000), grown(1000, 1001), grown(1000, 1501)), (1000, 1500, 1501));
+    }
+}
