@@ -459,7 +459,7 @@ fn large_batch() {
         let decode = decode_of::<f16, f16>(&gpu, &case);
         let problem = Problem::<f16, f16>::new(&gpu, rng, case);
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-        let mut workspace = Workspace::with_sizes(&gpu.stream, 256 << 20, 8 << 20).unwrap();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
         for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
             let plan = decode.plan(&mut workspace, &table, mode).unwrap();
             let splits = backend == Backend::Fa2 && mode == PlanMode::CudaGraph;

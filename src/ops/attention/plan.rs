@@ -73,7 +73,8 @@ pub enum PlanMode {
     /// Runs are captured into a CUDA graph, which is replayed while later
     /// plans on the same workspace and page table change what it works on.
     /// Their batch size and heads must stay; pad the batch with
-    /// [`PageIndices::pad_to`](crate::PageIndices::pad_to).
+    /// [`PageIndices::pad_to`](crate::PageIndices::pad_to). The workspace does not
+    /// [grow](Workspace#growth) any more.
     CudaGraph,
 }
 
