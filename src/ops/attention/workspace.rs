@@ -33,10 +33,12 @@ use crate::{
 /// growing with the first plan for a graph ([`PlanMode::CudaGraph`](super::PlanMode::CudaGraph),
 /// or `graph_rows`), which may still let it grow, and with the first run of
 /// [`SinglePrefill`](super::SinglePrefill) or [`SingleDecode`](super::SingleDecode)
-/// that is captured with parts of it. From then on, whatever takes more is refused with
-/// [`InvalidArgument`](crate::FlashInferError::InvalidArgument), which states
-/// the bytes and the constructor that gives them. To avoid that, plan for the
-/// largest batch first, or make the workspace [`with_sizes`](Self::with_sizes).
+/// that is captured with scratch memory. From then on, whatever takes more is
+/// refused with [`InvalidArgument`](crate::FlashInferError::InvalidArgument), which
+/// states the bytes and the constructor that gives them. To avoid that, plan for
+/// the largest batch first, or make the workspace [`with_sizes`](Self::with_sizes).
+/// A graph that captured runs of any other plan is not to be replayed after the next
+/// plan, which may move the memory.
 ///
 /// A workspace knows the batch that [`BatchPrefill`](super::BatchPrefill) was
 /// planned for last, and so planning for an equal one again costs a comparison.
