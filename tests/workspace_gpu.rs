@@ -171,12 +171,51 @@ impl Checks<'_> {
     fn made<T>(&mut self, made: Result<T>) -> Option<T> {
         match made {
             Ok(made) => Some(made),
-            Err(FlashInferError::Artifact(reason)) => {
-                self.skipped.insert(reason.to_string());
+            Err(error @ (FlashInferError::Artifact(_) | FlashInferError::Unsupported { .. })) => {
+                let error = error.to_string();
+                self.skipped.insert(error.lines().next().unwrap_or_default().into());
                 None
             }
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// All that a spec serves but mixed batches.
+    fn of_attention(&mut self, batch: &Batch, spec: &AttentionSpec) {
+        let (gpu, heads, head_dim, backend) = (self.gpu, batch.heads, spec.head_dim_vo, spec.backend);
+        let planner = match backend {
+            Backend::CudaCores => Planner::CudaCores,
+            Backend::Fa3 => Planner::Fa3,
+            _ => Planner::Fa2,
+        };
+        let more = [(spec.window_left.is_some(), ", window"), (spec.attention_sink, ", sinks")];
+        let more: String = more.iter().filter(|(there, _)| *there).map(|(_, name)| *name).collect();
+        let family = |name| format!("{name} {backend:?} {}{more}", spec.head_dim_qk);
+        // Pages hold keys and values of one width.
+        let paged = spec.head_dim_qk == head_dim;
+        let decode = paged.then(|| BatchDecode::new(gpu.runtime, spec, heads));
+        if let Some(decode) = decode.and_then(|decode| self.made(decode)) {
+            self.check(&family("decode"), planner, batch, head_dim, &|workspace, graph| {
+                let mode = if graph { PlanMode::CudaGraph } else { PlanMode::Eager };
+                Ok(decode.plan(workspace, &batch.table, mode)?.numbers().to_vec())
+            });
+        }
+        if backend == Backend::CudaCores {
+            return;
+        }
+        let Some(prefill) = self.made(BatchPrefill::new(gpu.runtime, &gpu.stream, spec)) else { return };
+        if paged {
+            self.check(&family("paged"), planner, batch, head_dim, &|workspace, graph| {
+                let (queries, options) = (&batch.queries, batch.prefill_options(graph));
+                let plan = prefill.plan_paged(workspace, queries, &batch.table, heads, &options);
+                Ok(plan?.numbers().to_vec())
+            });
+        }
+        self.check(&family("ragged"), planner, batch, head_dim, &|workspace, graph| {
+            let (queries, options) = (&batch.queries, batch.prefill_options(graph));
+            let plan = prefill.plan_ragged(workspace, queries, &batch.keys, heads, &options);
+            Ok(plan?.numbers().to_vec())
+        });
     }
 
     /// From nothing, a workspace grows to what a plan takes, which is what the
@@ -235,45 +274,25 @@ fn planners_find_what_they_take() {
     }
     let (rng, holder) = (&mut Rng::new(), Holder::new(&gpu));
     let mut checks = Checks { gpu: &gpu, holder, planned: BTreeMap::new(), skipped: BTreeSet::new() };
-    for round in 0..40 {
-        let (batch, head_dim) = (Batch::random(&gpu, rng), [64, 128][round % 2]);
-        let (heads, plain) = (batch.heads, AttentionSpec::new(DType::F16, head_dim));
-        let windowed = plain.with_window_left(rng.below(3000) as u32);
-        for (spec, backend) in [plain, windowed].into_iter().flat_map(|spec| {
-            [Backend::CudaCores, Backend::Fa2, Backend::Fa3]
-                .map(|backend| (spec.with_backend(backend), backend))
-        }) {
-            let planner = match backend {
-                Backend::CudaCores => Planner::CudaCores,
-                Backend::Fa3 => Planner::Fa3,
-                _ => Planner::Fa2,
-            };
-            let family = |name| format!("{name}, {backend:?}, window {}", spec.window_left.is_some());
-            if let Some(decode) = checks.made(BatchDecode::new(gpu.runtime, &spec, heads)) {
-                checks.check(&family("decode"), planner, &batch, head_dim, &|workspace, graph| {
-                    let mode = if graph { PlanMode::CudaGraph } else { PlanMode::Eager };
-                    Ok(decode.plan(workspace, &batch.table, mode)?.numbers().to_vec())
-                });
+    for _ in 0..16 {
+        let (batch, plain) = (Batch::random(&gpu, rng), |head_dim| AttentionSpec::new(DType::BF16, head_dim));
+        let (heads, window) = (batch.heads, rng.below(3000) as u32);
+        for spec in [
+            plain(64),
+            plain(128),
+            plain(256),
+            plain(192).with_head_dim_vo(128),
+            plain(128).with_window_left(window),
+            plain(256).with_window_left(window).with_logits_soft_cap(30.0),
+            plain(64).with_attention_sink(),
+            plain(64).with_attention_sink().with_window_left(window),
+        ] {
+            for backend in [Backend::CudaCores, Backend::Fa2, Backend::Fa3] {
+                checks.of_attention(&batch, &spec.with_backend(backend));
             }
-            if backend == Backend::CudaCores {
-                continue;
-            }
-            let Some(prefill) = checks.made(BatchPrefill::new(gpu.runtime, &gpu.stream, &spec)) else {
-                continue;
-            };
-            checks.check(&family("paged"), planner, &batch, head_dim, &|workspace, graph| {
-                let (queries, options) = (&batch.queries, batch.prefill_options(graph));
-                let plan = prefill.plan_paged(workspace, queries, &batch.table, heads, &options);
-                Ok(plan?.numbers().to_vec())
-            });
-            checks.check(&family("ragged"), planner, &batch, head_dim, &|workspace, graph| {
-                let (queries, options) = (&batch.queries, batch.prefill_options(graph));
-                let plan = prefill.plan_ragged(workspace, queries, &batch.keys, heads, &options);
-                Ok(plan?.numbers().to_vec())
-            });
         }
-        if let Some(attention) = checks.made(BatchAttention::new(gpu.runtime, &gpu.stream, &plain)) {
-            checks.check("mixed", Planner::Mixed(head_dim), &batch, head_dim, &|workspace, graph| {
+        if let Some(attention) = checks.made(BatchAttention::new(gpu.runtime, &gpu.stream, &plain(128))) {
+            checks.check("mixed", Planner::Mixed(128), &batch, 128, &|workspace, graph| {
                 let mut options = BatchAttentionOptions::default();
                 (options.causal, options.graph_rows) = (batch.causal, graph.then_some(batch.rows));
                 let plan = attention.plan(workspace, &batch.queries, &batch.table, heads, &options);
@@ -281,10 +300,10 @@ fn planners_find_what_they_take() {
             });
         }
         for backend in [Backend::Fa2, Backend::Fa3] {
-            let spec = MlaSpec::new(DType::F16).with_backend(backend);
+            let spec = MlaSpec::new(DType::BF16).with_backend(backend);
             let Some(mla) = checks.made(BatchMla::new(gpu.runtime, &gpu.stream, &spec)) else { continue };
             let (queries, num_heads) = (batch.queries.host(), [16, 128][rng.below(2)]);
-            checks.check(&format!("MLA, {backend:?}"), Planner::Mla, &batch, head_dim, &|workspace, _| {
+            checks.check(&format!("MLA {backend:?}"), Planner::Mla, &batch, 512, &|workspace, _| {
                 let of = MlaBatch { queries, num_heads, causal: false };
                 Ok(mla.plan(workspace, &batch.table, &of)?.numbers().to_vec())
             });
@@ -295,8 +314,8 @@ fn planners_find_what_they_take() {
         say(&format!("skipped: {reason}"));
     }
     say(&format!("{:?}", checks.planned));
-    for family in ["decode, CudaCores", "decode, Fa2", "decode, Fa3", "paged, Fa2", "ragged, Fa3"] {
-        assert!(checks.planned[&format!("{family}, window false")] == 80, "{family}");
+    for name in ["decode CudaCores", "decode Fa2", "decode Fa3", "paged Fa2", "paged Fa3", "ragged Fa2"] {
+        assert_eq!(checks.planned[&format!("{name} 128")], 32, "{name}");
     }
 }
 
