@@ -125,6 +125,16 @@ mod tests {
     }
 
     #[test]
+    fn a_larger_matrix_is_told_what_to_make() {
+        // SAFETY: the legacy default stream; nothing is enqueued on it.
+        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+        let check = Check::new("test", &stream).unwrap();
+        check_room(&check, [4, 1000], [4, 1000]).unwrap();
+        let error = check_room(&check, [4, 1000], [5, 900]).unwrap_err().to_string();
+        assert!(error.contains("sampling::Workspace::new(&stream, 5, 1000)"), "{error}");
+    }
+
+    #[test]
     fn a_smaller_matrix_needs_no_more() {
         let sizes = [1, 100, 2047, 2048, 8192, 8193, 24576, 50257, 128256];
         for (at, &vocab) in sizes.iter().enumerate() {
