@@ -162,8 +162,9 @@ impl FlashInferError {
     /// The same error, where an operation works on several parts and this one
     /// failed.
     pub(crate) fn in_part(mut self, part: &str) -> Self {
-        if let Self::InvalidArgument { problem: text, .. } | Self::TvmFfiCall { message: text, .. } =
-            &mut self
+        if let Self::InvalidArgument { problem: text, .. }
+        | Self::TvmFfiCall { message: text, .. }
+        | Self::Cuda { message: text, .. } = &mut self
         {
             *text = format!("{part}: {text}");
         }

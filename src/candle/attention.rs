@@ -171,8 +171,8 @@ impl<K> OnCuda<K> {
 /// [`PagedKvCache`].
 ///
 /// On CUDA it is [`attention::BatchDecode`](crate::attention::BatchDecode) with a
-/// [`Workspace`](crate::attention::Workspace) of its own (128 MiB), on the stream of
-/// the device; with candle's default stream it is then its thread's. On the CPU it
+/// [`Workspace`](crate::attention::Workspace) of its own (128 MiB, which grow where
+/// a step takes more), on the stream of the device; with candle's default stream it is then its thread's. On the CPU it
 /// is [`reference::batch_decode`](crate::reference::batch_decode), in `f64`.
 #[derive(Debug)]
 pub struct BatchDecode {

@@ -15,7 +15,7 @@ use super::{
     plan::{Heads, ReplayKey},
     prefill::{BatchPrefill, PrefillOptions, PrefillPlan},
     spec::{AttentionSpec, Backend, PosEncodingMode},
-    workspace::Workspace,
+    workspace::{Workspace, grown},
 };
 use crate::{
     cascade::{self, State, StateMut},
@@ -31,6 +31,8 @@ use crate::{
 };
 
 const PLAN_OP: &str = "MultiLevelCascade::plan";
+/// The call that makes a workspace of other sizes, up to these.
+const CONSTRUCTOR: &str = "CascadeWorkspace::with_sizes(&stream, levels";
 /// Each part of the memory for states starts at a multiple of this many bytes.
 const ALIGNMENT: usize = 256;
 
@@ -117,12 +119,13 @@ impl CascadeOptions {
 /// The workspaces of a cascade, one for each level, and memory for the state
 /// of a level while it waits to be merged.
 ///
-/// As a [`Workspace`], it belongs to one stream, and one plan at a time
-/// borrows it.
+/// As a [`Workspace`], it belongs to one stream, one plan at a time borrows it,
+/// and all of it [grows](Workspace#growth) until a graph may hold it.
 pub struct CascadeWorkspace {
     levels: Vec<Workspace>,
-    /// Grows to what the largest plan needs.
     states: DeviceBuffer,
+    /// Whether a CUDA graph may hold the states.
+    held: bool,
 }
 
 impl CascadeWorkspace {
@@ -134,7 +137,8 @@ impl CascadeWorkspace {
         Self::with_sizes(stream, levels, Workspace::DEFAULT_FLOAT_BYTES, Workspace::DEFAULT_INT_BYTES)
     }
 
-    /// A workspace with other sizes of each level, in bytes.
+    /// A workspace with other sizes of each level, in bytes. What states take
+    /// is known to plans only.
     ///
     /// # Errors
     /// As [`Workspace::new`].
@@ -144,8 +148,9 @@ impl CascadeWorkspace {
         Ok(Self {
             states: DeviceBuffer::new(cuda, stream, 0)?,
             levels: (0..levels)
-                .map(|_| Workspace::with_sizes(stream, float_bytes, int_bytes))
+                .map(|_| Workspace::made_by(CONSTRUCTOR, stream, [float_bytes, int_bytes]))
                 .collect::<Result<_>>()?,
+            held: false,
         })
     }
 
@@ -238,7 +243,7 @@ impl MultiLevelCascade {
                 );
             }
         }
-        let CascadeWorkspace { levels: workspaces, states } = workspace;
+        let CascadeWorkspace { levels: workspaces, states, held } = workspace;
         let plan = |((at, level), workspace): ((usize, &CascadeLevel<'p>), &'p mut Workspace)| {
             let mut prefill = if options.causal && at + 1 == levels.len() {
                 PrefillOptions::causal()
@@ -256,10 +261,23 @@ impl MultiLevelCascade {
         let shape =
             StateShape { dtype: self.dtype_o, rows, heads: heads.num_qo_heads, head_dim: self.head_dim };
         let needed = if plans.len() > 1 { shape.bytes() } else { 0 };
-        if states.len() < needed {
-            let stream = states.stream().clone();
-            *states = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), &stream, needed)?;
+        let available = states.len();
+        if needed > available && *held {
+            return check.fail(
+                "workspace",
+                format!(
+                    "{needed} bytes are needed for states; it has {available}, and does not grow, because a CUDA \
+                     graph may hold its memory: make another with CascadeWorkspace::new, and begin with the \
+                     largest batch"
+                ),
+            );
         }
+        if needed > available {
+            let stream = states.stream().clone();
+            let bytes = grown(available, needed);
+            *states = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), &stream, bytes)?;
+        }
+        *held |= options.graph_rows.is_some() && needed > 0;
         Ok(CascadePlan { levels: plans, states, shape })
     }
 }

@@ -14,11 +14,11 @@ use super::{
     mask::{Mask, MaskTensors, check_causal, requests_of},
     options::{RunOptions, check_sm_scale},
     plan::{
-        Heads, PlanInfo, Planned, ReplayKey, ReplayShape, Scratch, check_output, check_rows, check_workspace,
-        host_indices, make_plan,
+        Heads, PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_rows,
+        check_workspace, host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
-    workspace::Workspace,
+    workspace::{Need, Workspace},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -185,7 +185,7 @@ impl BatchAttention {
     /// Bytes for partial results that a plan for these heads needs. The planner
     /// reserves the same for any batch: with 8 KV heads of 128, on a GPU of 132
     /// multiprocessors, 302 MiB, which is more than a workspace has by default.
-    /// See [`Workspace::with_sizes`].
+    /// One that is made [`with_sizes`](Workspace::with_sizes) need not grow.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can
@@ -211,7 +211,7 @@ impl BatchAttention {
     ///   items (a tile of queries and a KV head, times the parts into which
     ///   its tokens are divided) of requests with many and of those with few
     ///   queries: split the step;
-    /// - the workspace is too small; see [`float_bytes`](Self::float_bytes);
+    /// - the workspace is too small and does not [grow](Workspace#growth);
     /// - the stream is being captured.
     ///
     /// Else what the module or CUDA said. The workspace can be used again.
@@ -235,9 +235,7 @@ impl BatchAttention {
         let work = Work::of(&check, &self.spec, queries.host(), table.host(), heads, options)?;
         work.check_limits(&check, self.blocks)?;
         check_workspace(&check, workspace)?;
-        let scratch = Scratch::of(workspace)?;
-        let info =
-            if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &scratch, &work)?) };
+        let info = if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &work)?) };
         let requests = requests_of(work.queries, &work.kv_lens);
         let empty = empty_states::possible(work.graph, &MaskTensors::NONE, requests);
         if empty {
@@ -251,34 +249,20 @@ impl BatchAttention {
             rows,
             options,
             empty,
-            planned: Planned::new(scratch, info),
+            planned: Planned::new(workspace, info)?,
         })
     }
 
-    fn plan_work(
-        &self,
-        check: &Check<'_>,
-        workspace: &mut Workspace,
-        scratch: &Scratch,
-        work: &Work<'_>,
-    ) -> Result<PlanInfo> {
+    fn plan_work(&self, check: &Check<'_>, workspace: &mut Workspace, work: &Work<'_>) -> Result<PlanInfo> {
         let Heads { num_qo_heads, num_kv_heads } = work.heads;
-        let needed = float_bytes(self.blocks, num_kv_heads, self.spec.head_dim_vo);
-        let available = workspace.float.len();
-        if needed > available {
-            return check.fail(
-                "workspace",
-                format!(
-                    "partial results need {needed} bytes, the workspace has {available}; \
-                     make it with_sizes of at least that"
-                ),
-            );
-        }
+        let float = float_bytes(self.blocks, num_kv_heads, self.spec.head_dim_vo);
+        let need = Need { float, int: int_bytes(self.blocks) };
+        let planning = Planning { need, for_graph: work.graph, clear: false, numbers: PLAN_LEN };
         let stream = workspace.stream().clone();
         let (qo_indptr, kv_indptr) =
             (host_indices(work.queries.indptr())?, host_indices(work.table.indptr())?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, (int_bytes(self.blocks), false), PLAN_LEN, |pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),

@@ -15,11 +15,12 @@ use super::{
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, Planned, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
-        check_described, check_keys, check_output, check_rows, check_workspace, host_indices, make_plan,
+        Heads, LEAST_CHUNK, PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey,
+        ReplayShape, Scratch, check_described, check_keys, check_output, check_rows, check_workspace,
+        host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
-    workspace::Workspace,
+    workspace::{Need, Workspace, arrays},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -133,10 +134,6 @@ const RUN_OP: &str = "PrefillPlan::run";
 /// Numbers in a plan.
 const FA2_PLAN_LEN: usize = 15;
 const FA3_PLAN_LEN: usize = 9;
-/// The smallest tile of queries (times heads of a group) of FlashAttention 2,
-/// and of queries of FlashAttention 3.
-const FA2_MIN_TILE: usize = 16;
-const FA3_MIN_TILE: usize = 128;
 /// Blocks per multiprocessor that FlashAttention 2 plans for.
 const FA2_BLOCKS_PER_SM: usize = 2;
 
@@ -263,7 +260,6 @@ impl PrefillKernels {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        scratch: &Scratch,
         batch: &Batch<'_>,
     ) -> Result<PlanInfo> {
         if let Some(info) = workspace.planned(self, batch) {
@@ -273,21 +269,23 @@ impl PrefillKernels {
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
+        let multiprocessors = multiprocessors.unsigned_abs() as usize;
         let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
         let kv_lens = host_indices(batch.kv_lens)?;
-        // For a window without a causal mask, the planner takes the keys of the
-        // last query for those of all, and would leave out keys of the others.
-        let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
-        let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
-        let no_split = self.spec.window_left.is_some() && !batch.causal && several;
-        let len = if self.fa3 { FA3_PLAN_LEN } else { FA2_PLAN_LEN };
+        let no_split = must_stay_whole(&self.spec, batch);
+        let (need, numbers) = if self.fa3 {
+            (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
+        } else {
+            let (major, _) = cuda.compute_capability(stream.ordinal())?;
+            (fa2_need(&self.spec, batch, no_split, (multiprocessors, major)), FA2_PLAN_LEN)
+        };
         // A captured launch has blocks for more work than there may be. With
         // undivided keys nothing tells those beyond it to stop, so that they go
         // by index arrays that the planner did not write: zeros make them
         // repeat the first tile.
         let clear = batch.cuda_graph && no_split;
-        let info = make_plan(check, workspace, (needed, clear), len, |pinned| {
+        let planning = Planning { need, for_graph: batch.cuda_graph, clear, numbers };
+        let info = make_plan(check, workspace, planning, |scratch, pinned| {
             // The two planners share their first sixteen arguments.
             macro_rules! plan {
                 ($kernel:ident { $($more:ident: $value:expr),* }) => {
@@ -314,8 +312,9 @@ impl PrefillKernels {
             }
             // SAFETY: the arrays are checked host arrays of the batch's size;
             // the page-locked buffer is as large as the device one and as what
-            // the planner can write, and not written again before the copy out
-            // of it is done; head dimensions are the module's.
+            // the planner writes, and not written again before the copy out of
+            // it is done; partial results have room; head dimensions are the
+            // module's.
             unsafe {
                 if self.fa3 {
                     plan!(Fa3Plan {}).call(&self.plan, &stream)
@@ -327,25 +326,6 @@ impl PrefillKernels {
         })?;
         workspace.remember_plan(PrefillPlanKey::new(self, batch), &info);
         Ok(info)
-    }
-
-    /// The most bytes of index arrays that the planner writes for a batch.
-    fn int_bytes(&self, batch: &Batch<'_>, multiprocessors: usize) -> usize {
-        let Heads { num_qo_heads, num_kv_heads } = batch.heads;
-        let requests = batch.kv_lens.len();
-        let tiles = |rows_of_one: usize, tile: usize| (batch.rows * rows_of_one).div_ceil(tile) + requests;
-        let aligned = 16 * 16;
-        if self.fa3 {
-            // Seven numbers for each tile of each head, and an offset for each
-            // multiprocessor.
-            28 * tiles(1, FA3_MIN_TILE) * num_qo_heads + 4 * (multiprocessors + 1) + aligned
-        } else {
-            // Three indices and a flag for each tile and chunk, of which there
-            // are no more than tiles or blocks; offsets for requests and rows.
-            let chunks =
-                tiles(num_qo_heads / num_kv_heads, FA2_MIN_TILE) + FA2_BLOCKS_PER_SM * multiprocessors;
-            13 * chunks + 4 * (requests + 1) + 4 * (batch.rows + 1) + aligned
-        }
     }
 
     /// Runs over a paged cache that has these pages.
@@ -457,6 +437,120 @@ impl PrefillKernels {
         // SAFETY: promised by the caller.
         unsafe { OutputScale::apply(stream, &run.out, run.options.v_scale) }
     }
+}
+
+/// Whether keys must not be divided. For a window without a causal mask, the
+/// planner takes the keys of the last query for those of all, and would leave out
+/// keys of the others.
+fn must_stay_whole(spec: &AttentionSpec, batch: &Batch<'_>) -> bool {
+    let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
+    let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
+    spec.window_left.is_some() && !batch.causal && several
+}
+
+/// What the planner of FlashAttention 2 takes for a batch that is not empty, on a
+/// GPU of so many multiprocessors and major compute capability.
+///
+/// Work is a tile of queries (times heads of a group) and a chunk of keys. For a
+/// graph there is as much as any batch of its size can have. Each has three indices
+/// and, if keys are divided, a flag, and for each head of each row an output and
+/// its sum.
+fn fa2_need(
+    spec: &AttentionSpec,
+    batch: &Batch<'_>,
+    no_split: bool,
+    (multiprocessors, major): (usize, i32),
+) -> Need {
+    let Heads { num_qo_heads, num_kv_heads } = batch.heads;
+    let (group, requests, rows) = (num_qo_heads / num_kv_heads, batch.kv_lens.len(), batch.rows);
+    let most = FA2_BLOCKS_PER_SM * multiprocessors / num_kv_heads;
+    // Of the longest request that there can be, or of the mean one.
+    let length = if batch.cuda_graph { (rows - requests + 1) * group } else { rows * group / requests };
+    let tile = match length {
+        65.. if spec.head_dim_vo < 256 => 128,
+        17.. => 64,
+        _ if major < 8 => 64,
+        _ => 16,
+    };
+    let (divided, work) = if batch.cuda_graph {
+        (!no_split, most.max((rows * group).div_ceil(tile) + requests - 1))
+    } else {
+        fa2_work(spec, batch, no_split, (tile, most))
+    };
+    let ints = |count: usize| count * size_of::<i32>();
+    let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
+    let indices = indices.into_iter().chain(batch.cuda_graph.then_some(ints(1)));
+    let to_merge = divided.then_some([ints(rows + 1), work]).into_iter().flatten();
+    let sums = num_qo_heads * work * tile * size_of::<f32>();
+    Need {
+        float: if divided { arrays([sums * spec.head_dim_vo, sums]) } else { 0 }
+            .max(nothing_to_see(spec, batch)),
+        int: arrays(indices.chain(to_merge)),
+    }
+}
+
+/// Whether the planner of FlashAttention 2 divides keys for one launch, and the
+/// work that it comes to: it looks for the smallest chunks, of which there are
+/// no more than `most`.
+fn fa2_work(
+    spec: &AttentionSpec,
+    batch: &Batch<'_>,
+    no_split: bool,
+    (tile, most): (usize, usize),
+) -> (bool, usize) {
+    let group = batch.heads.num_qo_heads / batch.heads.num_kv_heads;
+    let seen = spec.window_left.map(|window| (window as usize + tile).div_ceil(batch.page_size));
+    let requests = batch.qo_indptr.windows(2).zip(batch.kv_indptr.windows(2)).map(|(queries, pages)| {
+        let pages = (pages[1] - pages[0]) as usize;
+        let tiles = ((queries[1] - queries[0]) as usize * group).div_ceil(tile);
+        (tiles, seen.map_or(pages, |seen| seen.min(pages)).max(1))
+    });
+    let requests: Vec<(usize, usize)> = requests.collect();
+    let work = |chunk: usize| requests.iter().map(|(tiles, pages)| tiles * pages.div_ceil(chunk)).sum();
+    let longest = requests.iter().map(|&(_, pages)| pages).max().unwrap_or(1);
+    let (mut low, mut high) = ((LEAST_CHUNK / batch.page_size).max(1), longest);
+    if no_split || low >= high || work(high) > most {
+        return (false, work(high));
+    }
+    while low < high {
+        let middle = (low + high) / 2;
+        if work(middle) > most {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    (low < longest, work(low))
+}
+
+/// What the planner of FlashAttention 3 takes for a batch that is not empty:
+/// seven numbers for each tile of each head, and an offset for each
+/// multiprocessor. Of many tiles, all heads take the same.
+fn fa3_need(spec: &AttentionSpec, batch: &Batch<'_>, multiprocessors: usize) -> Need {
+    let tile = if spec.head_dim_vo == 64 { 192 } else { 128 };
+    let most = batch.rows.div_ceil(tile) + batch.kv_lens.len() - 1;
+    let heads = if most > 4096 { 1 } else { batch.heads.num_qo_heads };
+    let queries = batch.qo_indptr.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+    let tiles =
+        if batch.cuda_graph { most } else { queries.map(|queries| queries.div_ceil(tile)).sum::<usize>() };
+    let each = tiles * heads * size_of::<i32>();
+    let offsets = (multiprocessors + 1) * size_of::<i32>();
+    Need {
+        float: nothing_to_see(spec, batch),
+        int: arrays([each, each, each, each, each, each, offsets, each]),
+    }
+}
+
+/// Bytes that stand for the keys of a batch that has none: an empty tensor
+/// cannot be described to the hardware that copies tiles.
+fn nothing_to_see(spec: &AttentionSpec, batch: &Batch<'_>) -> usize {
+    let row = width_of_nothing(spec) * spec.dtype_kv.size();
+    if batch.kv_indptr.last() == Some(&0) { batch.heads.num_kv_heads * row } else { 0 }
+}
+
+/// Elements of a head in keys, and in values, that stand for none.
+fn width_of_nothing(spec: &AttentionSpec) -> usize {
+    spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8)
 }
 
 /// The arguments of a run that all functions share, and those given.
@@ -640,8 +734,9 @@ impl BatchPrefill {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes,
     /// streams or heads do not fit; with a causal mask, a request has more
-    /// queries than keys, and keys; the workspace is too small; the stream is
-    /// being captured. Else what the module or CUDA said.
+    /// queries than keys, and keys; the workspace is too small and does not
+    /// [grow](Workspace#growth); the stream is being captured. Else what the
+    /// module or CUDA said.
     ///
     /// If the workspace was planned for an equal batch last, nothing is planned
     /// nor uploaded again.
@@ -732,7 +827,6 @@ impl BatchPrefill {
         } else {
             None
         };
-        let scratch = Scratch::of(workspace)?;
         let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
             None
         } else {
@@ -746,7 +840,7 @@ impl BatchPrefill {
                 rows,
                 cuda_graph: options.graph_rows.is_some(),
             };
-            Some(self.kernels.make_plan(&check, workspace, &scratch, &batch)?)
+            Some(self.kernels.make_plan(&check, workspace, &batch)?)
         };
         let (kernels, options) = (self.kernels, *options);
         let keys_extent = kv.extent;
@@ -762,7 +856,7 @@ impl BatchPrefill {
             mask,
             empty,
             as_pages,
-            planned: Planned::new(scratch, info),
+            planned: Planned::new(workspace, info)?,
         })
     }
 }
@@ -978,15 +1072,10 @@ impl PrefillPlan<'_, RaggedTable> {
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);
         let [k, v] = if self.keys_extent == 0 {
-            // An empty tensor cannot be described to the hardware that copies
-            // tiles. No request has a key, so nothing of what stands in counts.
-            let widest = spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8);
-            let needed = (self.heads.num_kv_heads * widest * spec.dtype_kv.size()) as i64;
-            if self.planned.scratch.float.numel() < needed {
-                return check.fail("workspace", format!("its float part must have at least {needed} bytes"));
-            }
+            // No request has a key, so nothing of what stands in counts. The
+            // plan has made room for it.
             [spec.head_dim_qk, spec.head_dim_vo].map(|width| {
-                let (heads, row) = (self.heads.num_kv_heads, width.next_multiple_of(8));
+                let (heads, row) = (self.heads.num_kv_heads, width_of_nothing(spec));
                 let shape = [1, heads, width];
                 let strides = [heads * row, row, 1];
                 RawTensor::new(
@@ -1072,5 +1161,97 @@ mod tests {
         let two = [(1, 1), (1, 1)];
         assert!(!reaches(&two, false, true, &spec));
         assert!(!reaches(&two, true, false, &spec.with_head_dim_vo(64)));
+    }
+
+    /// An H200's multiprocessors and major compute capability.
+    const H200: (usize, i32) = (132, 9);
+    const HEADS: Heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    const PAGE_SIZE: usize = 16;
+
+    /// Calls with the batch of requests with these queries and pages.
+    fn with_batch<R>(
+        requests: &[(i32, i32)],
+        graph_rows: Option<usize>,
+        use_batch: impl FnOnce(&Batch<'_>) -> R,
+    ) -> R {
+        let (mut queries, mut pages) = (vec![0], vec![0]);
+        for (at, request) in requests.iter().enumerate() {
+            queries.push(queries[at] + request.0);
+            pages.push(pages[at] + request.1);
+        }
+        let kv_lens: Vec<i32> = requests.iter().map(|request| request.1 * PAGE_SIZE as i32).collect();
+        use_batch(&Batch {
+            qo_indptr: &queries,
+            kv_indptr: &pages,
+            kv_lens: &kv_lens,
+            page_size: PAGE_SIZE,
+            heads: HEADS,
+            causal: false,
+            rows: graph_rows.unwrap_or(queries[requests.len()] as usize),
+            cuda_graph: graph_rows.is_some(),
+        })
+    }
+
+    fn fa2(spec: &AttentionSpec, requests: &[(i32, i32)], graph_rows: Option<usize>) -> Need {
+        with_batch(requests, graph_rows, |batch| fa2_need(spec, batch, must_stay_whole(spec, batch), H200))
+    }
+
+    /// By hand, as `PrefillPlan` allocates.
+    #[test]
+    fn sizes_are_those_of_flash_attention_2() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        // 128 tiles of 16 and 511 of other requests, all for a graph: 639.
+        let need = fa2(&spec, &[(1, 1); 512], Some(512));
+        assert_eq!(need, Need { float: 167_510_016 + 1_308_672, int: 12_463 });
+        // Of the lengths nothing of it depends.
+        assert_eq!(fa2(&spec, &[(1, 400); 512], Some(512)), need);
+        assert_eq!(fa2(&spec, &[(0, 0); 512], Some(512)), need);
+        // A lone request of that graph would fill tiles of 128: 17 of them, but
+        // 264 blocks have 8 KV heads each 33 tiles.
+        let float = |work: usize, tile: usize| 32 * work * tile * (128 + 1) * 4;
+        let one = fa2(&spec, &[(1, 1)], Some(512));
+        assert_eq!(one, Need { float: float(33, 128), int: 2528 + 33 });
+        // More tiles than blocks at once: nothing is divided.
+        let long = fa2(&spec, &[(4096, 256)], None);
+        assert_eq!(long, Need { float: 0, int: 3 * 128 * 4 + 4 * 3 });
+        // One query, 1000 pages: 33 chunks of 31 pages.
+        let decode = fa2(&spec, &[(1, 1000)], None);
+        assert_eq!(decode, Need { float: float(33, 16), int: 464 + 33 });
+        // No chunks of less than 8 pages.
+        assert_eq!(fa2(&spec, &[(1, 20)], None).float, float(3, 16));
+        assert_eq!(fa2(&spec, &[(1, 8)], None).float, 0);
+        // The mean request decides on the tile, and that is 16 for up to four queries.
+        assert_eq!(fa2(&spec, &[(4, 20)], None).float, float(3, 16));
+        assert_eq!(fa2(&spec, &[(5, 20)], None).float, float(3, 64));
+        assert_eq!(fa2(&spec, &[(16, 20), (0, 0)], None).float, float(3, 64));
+        assert_eq!(fa2(&spec, &[(17, 20)], None).float, float(3, 128));
+        let wide = AttentionSpec::new(DType::BF16, 256);
+        assert_eq!(fa2(&wide, &[(17, 20)], None).float, 32 * 2 * 3 * 64 * (256 + 1) * 4);
+        // 100 keys and a tile of 16 are 8 pages.
+        assert_eq!(fa2(&spec.with_window_left(100), &[(1, 1000)], None).float, 0);
+        assert_eq!(fa2(&spec.with_window_left(200), &[(1, 1000)], None).float, float(2, 16));
+        // Windows over several queries are not divided, not for a graph either.
+        assert_eq!(fa2(&spec.with_window_left(200), &[(2, 1000)], None).float, 0);
+        assert_eq!(fa2(&spec.with_window_left(200), &[(1, 1000)], Some(2)).float, 0);
+        // Something to point at where there are no keys.
+        assert_eq!(fa2(&spec, &[(3, 0)], None).float, 8 * 128 * 2);
+    }
+
+    /// By hand, as `PrefillSM90Plan` allocates.
+    #[test]
+    fn sizes_are_those_of_flash_attention_3() {
+        let fa3 = |head_dim, requests: &[(i32, i32)], graph_rows| {
+            let spec = AttentionSpec::new(DType::BF16, head_dim);
+            with_batch(requests, graph_rows, |batch| fa3_need(&spec, batch, H200.0))
+        };
+        let int = |work: usize| 6 * (4 * work) + 4 * 133 + 12 + 4 * work;
+        assert_eq!(fa3(128, &[(1, 1); 512], None), Need { float: 0, int: int(512 * 32) });
+        assert_eq!(fa3(128, &[(1, 1); 512], Some(512)), Need { float: 0, int: int((4 + 511) * 32) });
+        assert_eq!(fa3(64, &[(192, 1), (193, 1)], None).int, int(3 * 32));
+        assert_eq!(fa3(128, &[(192, 1), (193, 1)], None).int, int(4 * 32));
+        // Heads take the same work, where there is much.
+        assert_eq!(fa3(128, &[(1, 1); 4096], None).int, 6 * 4 * 4096 + 4 * 133 + 12 + 4 * 4096);
+        assert_eq!(fa3(128, &[(1, 1); 4065], None).int, int(4065 * 32));
+        assert_eq!(fa3(128, &[(1, 0); 2], None).float, 8 * 128 * 2);
     }
 }

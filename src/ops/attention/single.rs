@@ -16,14 +16,16 @@
 use std::ffi::c_void;
 
 use super::{
-    decode::{MAX_BLOCKS_PER_SM, check_cuda_cores},
+    decode::check_cuda_cores,
     empty_states,
     mask::Mask,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{Heads, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, check_described, check_keys, check_output},
+    plan::{
+        Heads, MAX_BLOCKS_PER_SM, ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output,
+    },
     spec::{AttentionSpec, Backend},
-    workspace::Workspace,
+    workspace::{Need, Workspace},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -69,9 +71,6 @@ const DECODE_OP: &str = "SingleDecode::run";
 const MIN_CHUNK: usize = 256;
 /// Queries (times heads of a group) that a block of FlashAttention 2 can work on.
 const FA2_TILES: [usize; 3] = [16, 64, 128];
-/// The most blocks of FlashAttention 2, which have 128 threads, that a
-/// multiprocessor of any GPU runs at once.
-const FA2_MAX_BLOCKS_PER_SM: usize = 2048 / 128;
 /// With more keys, sums of positions and windows could reach 2³².
 const MAX_KEYS: usize = 1 << 30;
 /// Head dimensions that the launchers' merge of parts is compiled for.
@@ -178,7 +177,8 @@ impl SinglePrefill {
     /// launched: a device, stream, dtype, shape, stride, alignment or mask does
     /// not fit the others or the spec; with [`Mask::Causal`] there are keys,
     /// but fewer than queries; with FlashAttention 3 a tensor names elements
-    /// more than once; the float workspace is too small.
+    /// more than once; the workspace is too small and does not
+    /// [grow](Workspace#growth), as during a capture.
     /// [`Unsupported`](FlashInferError::Unsupported): a custom mask with
     /// FlashAttention 3, or a multi-item mask. Else what the module or CUDA
     /// said.
@@ -191,7 +191,7 @@ impl SinglePrefill {
         lse: Option<&mut TensorMut<'_>>,
         (mask, options): (Mask<'_>, &RunOptions<'_>),
     ) -> Result<()> {
-        let (spec, stream) = (&self.spec, workspace.stream());
+        let (spec, stream) = (&self.spec, &workspace.stream().clone());
         let check = Check::new(PREFILL_OP, stream)?;
         let (q, k, v, out, lse) = (&q.raw, &k.raw, &v.raw, &out.raw, lse.map(|lse| &lse.raw));
         check.tensor("q", q, &[spec.dtype_q], &[3])?;
@@ -384,7 +384,7 @@ impl SingleDecode {
         lse: Option<&mut TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
-        let (spec, heads, stream) = (&self.spec, self.heads, workspace.stream());
+        let (spec, heads, stream) = (&self.spec, self.heads, &workspace.stream().clone());
         let check = Check::new(DECODE_OP, stream)?;
         let (q, out, lse) = (&q.raw, &out.raw, lse.map(|lse| &lse.raw));
         let row = |name, tensor: &RawTensor, dtype, rank| {
@@ -476,24 +476,18 @@ unsafe fn write_nothing(stream: &Stream, out: &RawTensor, lse: Option<&RawTensor
     }
 }
 
-/// The scratch memory that a launcher is given: the workspace's, which must
-/// have what is needed, or none if nothing is.
-fn scratch(check: &Check<'_>, workspace: &Workspace, needed: usize) -> Result<RawTensor> {
-    let float = Scratch::of(workspace)?.float;
+/// The scratch memory that a launcher is given: the workspace's, which has what
+/// is needed, or none if nothing is. If the run is captured, a graph holds it.
+fn scratch(check: &Check<'_>, workspace: &mut Workspace, needed: usize) -> Result<RawTensor> {
     if needed == 0 {
-        return RawTensor::new(std::ptr::null_mut::<c_void>(), float.device, float.dtype, &[0], None);
+        let device = workspace.stream().device();
+        return RawTensor::new(std::ptr::null_mut::<c_void>(), device, DType::U8, &[0], None);
     }
-    let available = float.numel() as usize;
-    if available >= needed {
-        return Ok(float);
+    if !workspace.is_held() && FlashInferRuntime::get()?.cuda().is_capturing(workspace.stream())? {
+        workspace.hold();
     }
-    check.fail(
-        "workspace",
-        format!(
-            "its float part has {available} bytes, this run may need {needed} for partial results; make it \
-             with_sizes of at least that"
-        ),
-    )
+    workspace.reserve(check, Need { float: needed, int: 0 })?;
+    workspace.float.as_bytes()
 }
 
 /// One run, as launchers see it.
@@ -561,7 +555,7 @@ impl Work<'_> {
         let packed = self.rows * (num_qo_heads / num_kv_heads);
         let chunks = FA2_TILES.map(|tile| {
             let queries = tile * self.spec.head_dim_qk * self.spec.dtype_q.size();
-            let blocks = (gpu.shared_memory / queries).min(FA2_MAX_BLOCKS_PER_SM) * gpu.multiprocessors;
+            let blocks = (gpu.shared_memory / queries).min(MAX_BLOCKS_PER_SM) * gpu.multiprocessors;
             blocks / (num_kv_heads * packed.div_ceil(tile))
         });
         match chunks.into_iter().max().unwrap_or(0).min(self.keys.div_ceil(MIN_CHUNK)) {
@@ -654,7 +648,7 @@ mod tests {
                 // With no scratch memory, nothing is divided. Else the launcher
                 // must not divide by zero, with even one block on each.
                 assert_eq!(bound == 0, gpu.multiprocessors / num_kv_heads == 0, "{work:?}");
-                for per_sm in (1..=32).filter(|_| bound > 0) {
+                for per_sm in (1..=MAX_BLOCKS_PER_SM).filter(|_| bound > 0) {
                     let count = chunks(work.keys, per_sm * gpu.multiprocessors / num_kv_heads);
                     let written = count * num_qo_heads * (2 * head_dim + 4);
                     assert!(written <= bound, "{work:?} on {gpu:?}: {written} of {bound}");

@@ -69,7 +69,12 @@ pub(super) fn check_room(check: &Check<'_>, room: [usize; 2], [rows, vocab]: [i6
     }
     check.fail(
         "workspace",
-        format!("made for {max_batch} rows of {max_vocab}, given are {rows} of {vocab}; make a larger one"),
+        format!(
+            "it is for {max_batch} rows of {max_vocab}, given are {rows} of {vocab}; make another by \
+             sampling::Workspace::new(&stream, {}, {})",
+            max_batch.max(rows as u64),
+            max_vocab.max(vocab as u64)
+        ),
     )
 }
 
@@ -87,6 +92,16 @@ mod tests {
         assert_eq!(softmax_bytes(128, 24577), 128 * 4 * 8);
         assert_eq!(softmax_bytes(1000, 8192), 128 * 8);
         assert_eq!(softmax_bytes(usize::MAX, 1 << 23), 1 << 20);
+    }
+
+    #[test]
+    fn a_larger_matrix_is_told_what_to_make() {
+        // SAFETY: the legacy default stream; nothing is enqueued on it.
+        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+        let check = Check::new("test", &stream).unwrap();
+        check_room(&check, [4, 1000], [4, 1000]).unwrap();
+        let error = check_room(&check, [4, 1000], [5, 900]).unwrap_err().to_string();
+        assert!(error.contains("sampling::Workspace::new(&stream, 5, 1000)"), "{error}");
     }
 
     #[test]
