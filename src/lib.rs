@@ -107,6 +107,9 @@ mod library_file;
 mod module;
 mod ops;
 pub mod reference;
+#[cfg(test)]
+#[path = "../tests/required/mod.rs"]
+mod required;
 mod runtime;
 mod stream;
 mod tensor;

@@ -3,12 +3,16 @@
 use std::{
     ffi::{c_int, c_void},
     path::Path,
+    ptr::{self, NonNull},
     sync::OnceLock,
 };
 
 use libloading::os::unix::Library;
 
-use super::abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version};
+use super::{
+    abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version},
+    object::Object,
+};
 use crate::{
     error::{FlashInferError, Result},
     library_file::open_library,
@@ -67,6 +71,22 @@ impl TvmFfi {
     /// The library's version.
     pub(crate) fn version(&self) -> Version {
         self.version
+    }
+
+    /// Takes the error that a call which failed left behind in this thread: its
+    /// kind, message and backtrace. Whatever is left there would be taken for
+    /// the next call's.
+    pub(crate) fn raised(&self) -> Option<(String, String, String)> {
+        let mut error = ptr::null_mut();
+        // SAFETY: moves one owned reference, or null, out of the slot.
+        unsafe { (self.error_move_from_raised)(&mut error) };
+        // SAFETY: the reference is ours.
+        unsafe { Object::from_owned(NonNull::new(error)?) }.to_error()
+    }
+
+    /// The same, to be put behind a message: a colon and the library's words.
+    pub(crate) fn reason(&self) -> String {
+        self.raised().map_or_else(String::new, |(kind, message, _)| format!(": {kind}: {message}"))
     }
 
     /// Whether the version is one that FlashInfer 0.6.13 works with.
