@@ -1,6 +1,9 @@
 //! Shared libraries made by the machine's C compiler.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+#[path = "../required/mod.rs"]
+mod required;
+
 use std::{fs, path::Path, process::Command};
 
 /// Compiles C to a shared library. `false`, with the reason printed, where
@@ -19,7 +22,7 @@ pub fn compile(code: &str, library: &Path, options: &[&str]) -> bool {
             true
         }
         Err(error) => {
-            eprintln!("skipped: there is no C compiler to make a library with: {error}");
+            required::skip(required::CC, format!("there is no C compiler to make a library with: {error}"));
             false
         }
     }
