@@ -6,7 +6,7 @@ mod artifact_support;
 mod required;
 
 use artifact_support::*;
-use flashinfer_rs::artifacts::embed::{Build, build_from};
+use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
     ArtifactError, CudaKey, Digest, Fetch, Located, Member, Pins, Source, Store, Wheel,
 };
@@ -163,8 +163,10 @@ fn a_build_downloads_only_what_it_embeds() {
     fs::create_dir(&out_dir).unwrap();
     for requests in [4, 4] {
         let command = ["cargo".to_owned(), "build".to_owned()].to_vec();
-        let target = ("linux", "x86_64");
-        let build = Build { env: &env, command, out_dir: &out_dir, target, embed: true };
+        let command = CargoCommand::new(command, dir.path(), &env);
+        let (root, target) = (dir.path(), ("linux", "x86_64"));
+        let build =
+            Build { env: &env, command, root, progress: None, out_dir: &out_dir, target, embed: true };
         let pins = member_pins(&format!("{}/wheel.whl", server.url), &wheel, record_digest(&wheel));
         let outcome = build_from(&build, pins).unwrap();
         assert_eq!((outcome.embedded, outcome.warnings.len()), (4, 0));

@@ -7,8 +7,6 @@ use std::{
     sync::OnceLock,
 };
 
-use libloading::os::unix::Library;
-
 use super::{
     abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version},
     object::Object,
@@ -16,6 +14,7 @@ use super::{
 use crate::{
     error::{FlashInferError, Result},
     library_file::open_library,
+    loader::{self, Library, SignalHandler},
 };
 
 macro_rules! tvm_ffi {
@@ -119,12 +118,12 @@ impl TvmFfi {
         // so that modules can find its symbols.
         // SAFETY: RTLD_NOLOAD runs no initializer.
         let found = unsafe {
-            Library::open(Some("libtvm_ffi.so"), libc::RTLD_NOW | libc::RTLD_GLOBAL | libc::RTLD_NOLOAD)
+            Library::open(Some("libtvm_ffi.so"), loader::RTLD_NOW | loader::RTLD_GLOBAL | loader::RTLD_NOLOAD)
         };
         let library = match found {
             Ok(library) => library,
             Err(_) => {
-                let this = Library::this();
+                let Some(this) = loader::process() else { return Ok(None) };
                 // SAFETY: only asks whether the symbol exists (the library may
                 // be linked into the program).
                 if unsafe { this.get::<unsafe extern "C" fn()>("TVMFFIGetVersion") }.is_err() {
@@ -138,9 +137,9 @@ impl TvmFfi {
 
     /// Opens a library file globally and makes it the process's.
     pub(crate) fn open(path: &Path) -> Result<&'static Self> {
-        let handler = SignalHandler::save(libc::SIGSEGV);
+        let handler = SignalHandler::save();
         // Its initializers replace the SIGSEGV handler, which is put back.
-        let library = open_library(path, libc::RTLD_NOW | libc::RTLD_GLOBAL);
+        let library = open_library(path, loader::RTLD_NOW | loader::RTLD_GLOBAL);
         drop(handler);
         let library = library?;
         Self::install(library)
@@ -159,31 +158,5 @@ impl TvmFfi {
         // Never unloaded: modules and objects refer to its code.
         std::mem::forget(library);
         Ok(LIBRARY.get_or_init(|| loaded))
-    }
-}
-
-/// Puts a signal's handler back when dropped. Loading `libtvm_ffi` replaces
-/// the SIGSEGV handler, which would lose Rust's message for stack overflows.
-struct SignalHandler {
-    signal: c_int,
-    action: Option<libc::sigaction>,
-}
-
-impl SignalHandler {
-    fn save(signal: c_int) -> Self {
-        let mut action = std::mem::MaybeUninit::uninit();
-        // SAFETY: a null new action only reads the current one into `action`.
-        let read = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } == 0;
-        // SAFETY: initialized by the successful call.
-        Self { signal, action: read.then(|| unsafe { action.assume_init() }) }
-    }
-}
-
-impl Drop for SignalHandler {
-    fn drop(&mut self) {
-        if let Some(action) = &self.action {
-            // SAFETY: the action was in force when it was saved.
-            unsafe { libc::sigaction(self.signal, action, std::ptr::null_mut()) };
-        }
     }
 }
