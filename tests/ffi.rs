@@ -286,7 +286,7 @@ fn every_reference_is_given_back() {
 }
 
 /// Set in the process that is to end.
-const WRAP: &str = "FLASHINFER_RS_TEST_WRAP";
+const WRAP: &str = "FLASHINFER_RS_TEST_PART";
 
 /// Half of what the 32 bits can count is more than any program has references,
 /// unless it leaks them.
