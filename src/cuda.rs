@@ -13,11 +13,10 @@ use std::{
     sync::{Mutex, OnceLock},
 };
 
-use libloading::os::unix::Library;
-
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
+    loader::Library,
     stream::Stream,
     tensor::RawTensor,
 };
@@ -466,7 +465,9 @@ impl DeviceBuffer {
         let mut data = ptr::null_mut();
         // SAFETY: the stream is alive; one pointer is written.
         let code = unsafe { (runtime.symbols.malloc_async)(&mut data, bytes, stream.as_raw()) };
-        runtime.check("cudaMallocAsync", code)?;
+        runtime
+            .check("cudaMallocAsync", code)
+            .map_err(|error| error.in_part(&format!("{bytes} bytes of device memory")))?;
         let data = NonNull::new(data).ok_or(FlashInferError::Cuda {
             call: "cudaMallocAsync",
             code: 2,
@@ -596,7 +597,7 @@ pub(crate) struct StagingBuffer {
 // SAFETY: the buffers are plain host memory that only `&mut self` writes; CUDA
 // events may be used from any thread.
 unsafe impl Send for StagingBuffer {}
-// SAFETY: nothing can be done through a shared reference but reading `len`.
+// SAFETY: nothing can be done through a shared reference.
 unsafe impl Sync for StagingBuffer {}
 
 impl StagingBuffer {
@@ -620,10 +621,6 @@ impl StagingBuffer {
             Ok(Slot { data, copied })
         };
         Ok(Self { slots: [slot()?, slot()?], next: 0, bytes })
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.bytes
     }
 
     /// Lets `fill` write the buffer whose last copy is oldest, and enqueue

@@ -162,8 +162,9 @@ impl FlashInferError {
     /// The same error, where an operation works on several parts and this one
     /// failed.
     pub(crate) fn in_part(mut self, part: &str) -> Self {
-        if let Self::InvalidArgument { problem: text, .. } | Self::TvmFfiCall { message: text, .. } =
-            &mut self
+        if let Self::InvalidArgument { problem: text, .. }
+        | Self::TvmFfiCall { message: text, .. }
+        | Self::Cuda { message: text, .. } = &mut self
         {
             *text = format!("{part}: {text}");
         }
@@ -193,5 +194,23 @@ fn cuda_remedy(code: i32) -> &'static str {
         100 => "no NVIDIA GPU is visible; check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
         209 => "the module holds no code for this GPU; use a wheel built for its architecture",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_cuda_say_what_to_do() {
+        let text = |code| {
+            let message = "CUDA's words".into();
+            FlashInferError::Cuda { call: "cudaLaunchKernel", code, message }.to_string()
+        };
+        for (code, remedy) in [(2, "free device memory"), (35, "update it"), (209, "no code for this GPU")] {
+            let text = text(code);
+            assert!(text.contains("CUDA's words") && text.contains(remedy), "{text}");
+        }
+        assert_eq!(text(1), "cudaLaunchKernel failed: CUDA's words (cudaError 1)");
     }
 }

@@ -12,14 +12,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use libloading::os::unix::Library;
-
 use crate::{
     cuda::CudaRuntime,
     cuda_library::LibrarySource,
     error::{FlashInferError, Result},
     ffi::{Arg, Function, Value, abi::SafeCall, library::TvmFfi},
     library_file::{exported_functions, open_library},
+    loader::{self, Library},
     stream::Stream,
 };
 
@@ -35,8 +34,6 @@ impl ModuleName {
     pub const NORM: Self = Self::fixed("norm");
     /// Appending to a paged KV cache.
     pub const PAGE: Self = Self::fixed("page");
-    /// Merging partial attention results.
-    pub const CASCADE: Self = Self::fixed("cascade");
     /// Rotary position embeddings.
     pub const ROPE: Self = Self::fixed("rope");
     /// `silu(a) · b`.
@@ -136,7 +133,7 @@ impl Module {
         tvm_ffi: &'static TvmFfi,
         cuda: &'static CudaRuntime,
     ) -> Result<&'static Self> {
-        let library = open_library(&path, libc::RTLD_NOW | libc::RTLD_LOCAL)?;
+        let library = open_library(&path, loader::RTLD_NOW | loader::RTLD_LOCAL)?;
         Ok(Box::leak(Box::new(Self { name, path, source, library, tvm_ffi, cuda })))
     }
 

@@ -11,7 +11,7 @@ use std::{
 const LAYERS: &[&[&str]] = &[
     &["artifacts"],
     &["error", "dtype", "device", "stream", "tensor"],
-    &["library_file", "cuda", "ffi"],
+    &["loader", "library_file", "cuda", "ffi"],
     &["cuda_library", "cublas", "module"],
     &["runtime"],
     &["indices"],
@@ -97,7 +97,12 @@ fn exports() -> BTreeMap<String, String> {
 
 /// A loop in the graph, if there is one.
 fn circle(graph: &Graph) -> Option<Vec<&str>> {
-    fn walk<'g>(graph: &'g Graph, at: &'g str, path: &mut Vec<&'g str>, done: &mut BTreeSet<&'g str>) -> bool {
+    fn walk<'g>(
+        graph: &'g Graph,
+        at: &'g str,
+        path: &mut Vec<&'g str>,
+        done: &mut BTreeSet<&'g str>,
+    ) -> bool {
         if let Some(start) = path.iter().position(|&name| name == at) {
             path.drain(..start);
             return true;
@@ -135,8 +140,8 @@ fn no_file_names_a_higher_layer() {
             if name == "args" {
                 continue;
             }
-            let named = layer_of(module)
-                .unwrap_or_else(|| panic!("{}: what is crate::{name}?", path.display()));
+            let named =
+                layer_of(module).unwrap_or_else(|| panic!("{}: what is crate::{name}?", path.display()));
             seen += 1;
             if named > layer {
                 wrong.push(format!("{} names {module}", inside.display()));

@@ -651,13 +651,10 @@ fn wrong_input_to_plan() {
         let batch = MlaBatch { queries: &queries, num_heads: 16, causal: false };
         let mut foreign = Workspace::new(&other.stream).unwrap();
         refused(mla.plan(&mut foreign, &table, &batch), "workspace");
-        for (float_bytes, int_bytes) in [(1 << 20, 8 << 20), (128 << 20, 500_000)] {
-            let mut small = Workspace::with_sizes(&gpu.stream, float_bytes, int_bytes).unwrap();
-            refused(mla.plan(&mut small, &table, &batch), "workspace");
-        }
-        // About what is needed is enough.
-        let mut exact = Workspace::with_sizes(&gpu.stream, 20 << 20, 600_000).unwrap();
-        mla.plan(&mut exact, &table, &batch).unwrap();
+        // It grows from nothing, to about this.
+        let mut grows = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
+        mla.plan(&mut grows, &table, &batch).unwrap();
+        assert!(grows.float_bytes() <= 20 << 20 && grows.int_bytes() <= 600_000, "{grows:?}");
     }
 }
 

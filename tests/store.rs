@@ -1,6 +1,7 @@
 //! The store on disk: order of sources, damage of every kind, many processes, real kills.
 
 mod artifact_support;
+mod required;
 
 use artifact_support::*;
 use flashinfer_rs::artifacts::{ArtifactError, BundledMember, Digest, Fetch, Member, Source, Store, Wheel};
@@ -531,8 +532,7 @@ fn a_file_in_the_way_of_the_cache_is_told() {
 fn the_development_wheels_serve_their_modules() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
     if !folder.is_dir() {
-        println!("skipped: {} is not there", folder.display());
-        return;
+        return required::skip(required::MODULES, format!("{} is not there", folder.display()));
     }
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(dir.path(), nothing());

@@ -171,8 +171,8 @@ impl<K> OnCuda<K> {
 /// [`PagedKvCache`].
 ///
 /// On CUDA it is [`attention::BatchDecode`](crate::attention::BatchDecode) with a
-/// [`Workspace`](crate::attention::Workspace) of its own (128 MiB), on the stream of
-/// the device; with candle's default stream it is then its thread's. On the CPU it
+/// [`Workspace`](crate::attention::Workspace) of its own (128 MiB, which grow where
+/// a step takes more), on the stream of the device; with candle's default stream it is then its thread's. On the CPU it
 /// is [`reference::batch_decode`](crate::reference::batch_decode), in `f64`.
 #[derive(Debug)]
 pub struct BatchDecode {
@@ -233,7 +233,8 @@ impl DecodePlan<'_> {
     /// `q` is `(batch, num_qo_heads, head_dim)` of the spec's dtype; the result
     /// has its shape. On CUDA, strides of `q` that are multiples of 16 bytes are
     /// read as they are, others copied. A request without tokens gets zeros.
-    /// Nothing waits. There is no gradient.
+    /// Nothing waits. There is no gradient. Of scores below −50000, on CUDA, see
+    /// [`attention`](mod@crate::attention#very-negative-scores).
     ///
     /// # Errors
     /// Cache, layer or `q` do not fit the plan, by pool, device, dtype or shape;

@@ -1,6 +1,6 @@
 //! What the crate passes to modules, held against what they say of themselves.
 
-use super::{activation, attention, cascade, gdn, gemm, norm, page, quantization, rope, sampling, topk};
+use super::{activation, attention, gdn, gemm, norm, page, quantization, rope, sampling, topk};
 use crate::{
     error::{FlashInferError, Result},
     ffi::Signature,
@@ -16,7 +16,6 @@ pub fn signatures() -> Vec<(&'static str, Signature)> {
     [
         &norm::signatures(),
         page::SIGNATURES,
-        cascade::SIGNATURES,
         gdn::SIGNATURES,
         activation::SIGNATURES,
         &gemm::signatures(),

@@ -660,8 +660,8 @@ pub fn available<T: Number, K: Number, P>(gpu: &Gpu, case: &Case, made: Result<P
 pub fn check_all<T: Number, K: Number>(cases: impl IntoIterator<Item = Case>) {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    // Partial results of many heads with wide tiles pass the default size.
-    let mut workspace = Workspace::with_sizes(&gpu.stream, 256 << 20, Workspace::DEFAULT_INT_BYTES).unwrap();
+    // Partial results of many heads with wide tiles let it grow.
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
     for case in cases.into_iter().flat_map(Case::parts) {
         if !check_problem(&gpu, &Problem::<T, K>::new(&gpu, rng, case), &mut workspace) {
             return;

@@ -161,38 +161,47 @@ pub fn lse_changes_nothing(cases: impl IntoIterator<Item = Case>) {
     }
 }
 
-/// A run that needs scratch memory says how much, and runs with as much. Then
-/// `divided` is so, and else a run needs none.
+/// A run lets the workspace grow to the scratch memory that it needs, if any:
+/// `divided` says whether it does. A captured run needs what is there, and says so.
 pub fn scratch_is_asked_for(case: Case, divided: bool) {
-    let Some(gpu) = Gpu::start() else { return };
+    let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
     let Some(single) = Single::of::<f16, f16>(&gpu, &case) else { return };
     let problem = Problem::<f16, f16>::new(&gpu, rng, case);
-    let (mut out, mut lse) = problem.outputs(&gpu);
-    let mut run = |float_bytes| {
-        let mut workspace = Workspace::with_sizes(&gpu.stream, float_bytes, 0).unwrap();
-        let mask = DeviceMask::new(&gpu, &problem.mask, 0, 0);
-        let result = single.run_problem(&gpu, &problem, &mut workspace, &mask, &mut out, Some(&mut lse));
-        match result {
-            Ok(()) => {
-                problem.verify(&gpu, &out, Some(&lse));
-                None
-            }
-            Err(FlashInferError::InvalidArgument { argument: "workspace", problem: text, .. }) => {
-                out.assert_untouched(&gpu);
-                lse.assert_untouched(&gpu);
-                // The larger of the two numbers in the text.
-                text.split(' ').filter_map(|word| word.parse::<usize>().ok()).max()
-            }
-            Err(error) => panic!("{error}"),
-        }
-    };
-    let needed = run(16);
-    assert_eq!(needed.is_some(), divided, "{needed:?}");
-    if let Some(needed) = needed {
-        assert_eq!(run(needed - 1), Some(needed));
-        assert_eq!(run(needed), None);
+    let with = |bytes| Workspace::with_sizes(&gpu.stream, bytes, 0).unwrap();
+    let mut grows = with(0);
+    single.check(&gpu, &problem, &mut grows);
+    let needed = grows.float_bytes();
+    assert_eq!(needed > 1, divided, "{needed}");
+    if !divided {
+        return;
     }
+    let mask = DeviceMask::new(&gpu, &problem.mask, 0, 0);
+    let (mut out, mut lse) = problem.outputs(&gpu);
+    let mut captured = |workspace: &mut Workspace| {
+        let ShownKv::Ragged(kv) = problem.kv.on(&gpu) else { unreachable!("keys of one request") };
+        let (q, mut out, mut lse) = (problem.q.on(&gpu), out.on_mut(&gpu), lse.on_mut(&gpu));
+        let (q, k, v) = (q.view(), kv[0].view(), kv[1].view());
+        let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+        let (mask, options) = (mask.or(&gpu, plain(&problem.mask)), problem.case.options());
+        capture(&gpu, || single.run(workspace, &q, [&k, &v], &mut out, Some(&mut lse), (mask, &options))).1
+    };
+    let refused = |result: Result<()>| match result {
+        Err(FlashInferError::InvalidArgument { argument: "workspace", problem: text, .. }) => {
+            assert!(text.contains(&format!("Workspace::with_sizes(&stream, {needed}, 1)")), "{text}");
+        }
+        other => panic!("{needed} bytes are needed, but {other:?}"),
+    };
+    let (mut small, mut enough) = (with(needed - 1), with(needed));
+    refused(captured(&mut small));
+    assert_eq!(small.float_bytes(), needed - 1);
+    captured(&mut enough).unwrap();
+    // Before a capture it may grow.
+    let mut warm = with(needed - 1);
+    single.check(&gpu, &problem, &mut warm);
+    captured(&mut warm).unwrap();
+    assert!(warm.float_bytes() >= needed);
+    single.check(&gpu, &problem, &mut enough);
 }
 
 /// One captured run is replayed on other numbers at the same addresses.

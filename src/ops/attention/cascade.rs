@@ -15,7 +15,7 @@ use super::{
     plan::{Heads, ReplayKey},
     prefill::{BatchPrefill, PrefillOptions, PrefillPlan},
     spec::{AttentionSpec, Backend, PosEncodingMode},
-    workspace::Workspace,
+    workspace::{Workspace, grown},
 };
 use crate::{
     cascade::{self, State, StateMut},
@@ -24,7 +24,7 @@ use crate::{
     error::{FlashInferError, Result},
     indices::{PageTable, RaggedTable},
     kv::PagedKv,
-    module::{Module, ModuleName},
+    module::Module,
     ops::check::Check,
     runtime::FlashInferRuntime,
     stream::Stream,
@@ -32,6 +32,8 @@ use crate::{
 };
 
 const PLAN_OP: &str = "MultiLevelCascade::plan";
+/// The call that makes a workspace of other sizes, up to these.
+const CONSTRUCTOR: &str = "CascadeWorkspace::with_sizes(&stream, levels";
 /// Each part of the memory for states starts at a multiple of this many bytes.
 const ALIGNMENT: usize = 256;
 
@@ -116,12 +118,13 @@ impl CascadeOptions {
 /// The workspaces of a cascade, one for each level, and memory for the state
 /// of a level while it waits to be merged.
 ///
-/// As a [`Workspace`], it belongs to one stream, and one plan at a time
-/// borrows it.
+/// As a [`Workspace`], it belongs to one stream, one plan at a time borrows it,
+/// and all of it [grows](Workspace#growth) until a graph may hold it.
 pub struct CascadeWorkspace {
     levels: Vec<Workspace>,
-    /// Grows to what the largest plan needs.
     states: DeviceBuffer,
+    /// Whether a CUDA graph may hold the states.
+    held: bool,
 }
 
 impl CascadeWorkspace {
@@ -133,7 +136,8 @@ impl CascadeWorkspace {
         Self::with_sizes(stream, levels, Workspace::DEFAULT_FLOAT_BYTES, Workspace::DEFAULT_INT_BYTES)
     }
 
-    /// A workspace with other sizes of each level, in bytes.
+    /// A workspace with other sizes of each level, in bytes. What states take
+    /// is known to plans only.
     ///
     /// # Errors
     /// As [`Workspace::new`].
@@ -143,8 +147,9 @@ impl CascadeWorkspace {
         Ok(Self {
             states: DeviceBuffer::new(cuda, stream, 0)?,
             levels: (0..levels)
-                .map(|_| Workspace::with_sizes(stream, float_bytes, int_bytes))
+                .map(|_| Workspace::made_by(CONSTRUCTOR, stream, [float_bytes, int_bytes]))
                 .collect::<Result<_>>()?,
+            held: false,
         })
     }
 
@@ -161,20 +166,20 @@ impl std::fmt::Debug for CascadeWorkspace {
 }
 
 impl MultiLevelCascade {
-    /// Resolves the modules of batch prefill and of merging for the stream's
-    /// device; downloads the pinned wheel if no local source holds one of them
-    /// and that is allowed.
+    /// Resolves the module of batch prefill for the stream's device; downloads
+    /// the pinned wheel if no local source holds it and that is allowed. Has
+    /// the kernel compiled that merges.
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: as [`BatchPrefill::new`]; the spec
     /// has a sliding window or ALiBi, which count positions across levels, or
     /// attention sinks, which would count once for each level; the head
-    /// dimension is not 64, 128, 256 or 512. Else a module cannot be had or
-    /// opened.
+    /// dimension is not a multiple of 8 up to 1024. Else the module cannot be
+    /// had or opened.
     pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
         check_spec(spec)?;
         let prefill = BatchPrefill::new(runtime, stream, spec)?;
-        runtime.preload([&ModuleName::CASCADE])?;
+        cascade::prepare(spec.dtype_o)?;
         Ok(Self { prefill, dtype_o: spec.dtype_o, head_dim: spec.head_dim_vo })
     }
 
@@ -237,7 +242,7 @@ impl MultiLevelCascade {
                 );
             }
         }
-        let CascadeWorkspace { levels: workspaces, states } = workspace;
+        let CascadeWorkspace { levels: workspaces, states, held } = workspace;
         let plan = |((at, level), workspace): ((usize, &CascadeLevel<'p>), &'p mut Workspace)| {
             let mut prefill = if options.causal && at + 1 == levels.len() {
                 PrefillOptions::causal()
@@ -255,10 +260,23 @@ impl MultiLevelCascade {
         let shape =
             StateShape { dtype: self.dtype_o, rows, heads: heads.num_qo_heads, head_dim: self.head_dim };
         let needed = if plans.len() > 1 { shape.bytes() } else { 0 };
-        if states.len() < needed {
-            let stream = states.stream().clone();
-            *states = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), &stream, needed)?;
+        let available = states.len();
+        if needed > available && *held {
+            return check.fail(
+                "workspace",
+                format!(
+                    "{needed} bytes are needed for states; it has {available}, and does not grow, because a CUDA \
+                     graph may hold its memory: make another with CascadeWorkspace::new, and begin with the \
+                     largest batch"
+                ),
+            );
         }
+        if needed > available {
+            let stream = states.stream().clone();
+            let bytes = grown(available, needed);
+            *states = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), &stream, bytes)?;
+        }
+        *held |= options.graph_rows.is_some() && needed > 0;
         Ok(CascadePlan { levels: plans, states, shape })
     }
 }
@@ -286,10 +304,10 @@ fn check_spec(spec: &AttentionSpec) -> Result<()> {
             "levels count positions from their own first key; use BatchPrefill over complete page tables",
         );
     }
-    if !cascade::HEAD_DIMS.contains(&(spec.head_dim_vo as i64)) {
+    if !cascade::has_head_dim(spec.head_dim_vo as i64) {
         return unsupported(
             format!("a cascade with head dimension {}", spec.head_dim_vo),
-            "states of head dimension 64, 128, 256 and 512 can be merged",
+            "states of multiples of 8 up to 1024 can be merged",
         );
     }
     Ok(())
@@ -334,9 +352,12 @@ impl<'p> CascadePlan<'p> {
     ///
     /// Arguments are those of prefill over pages
     /// ([`PrefillPlan::run`](super::PrefillPlan)). Outputs of levels are
-    /// rounded to their dtype before they are merged. Planned for a graph,
+    /// rounded to their dtype before they are merged. A query without keys on
+    /// any level gets zeros, and −∞. Planned for a graph,
     /// rows of `out` and `lse` beyond the batch's are overwritten with numbers
     /// that mean nothing.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// As [`DecodePlan::run`](super::DecodePlan::run).
@@ -431,8 +452,7 @@ mod tests {
             spec.with_window_left(7),
             spec.with_attention_sink(),
             spec.with_pos_encoding_mode(PosEncodingMode::Alibi),
-            AttentionSpec::new(DType::F16, 192),
-            spec.with_head_dim_vo(96),
+            spec.with_head_dim_vo(100),
         ] {
             assert!(matches!(check_spec(&spec), Err(FlashInferError::Unsupported { .. })), "{spec:?}");
         }

@@ -9,16 +9,18 @@
 use std::borrow::Cow;
 
 use super::{
+    empty_states,
     mask::MaskTensors,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, PlanMode, Planned, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
-        check_described, check_output, check_workspace, host_indices, make_plan,
+        Heads, LEAST_CHUNK, MAX_BLOCKS_PER_SM, PlanInfo, PlanMode, Planned, Planning, ROPE_RCP_SCALE,
+        ROPE_RCP_THETA, ReplayKey, ReplayShape, check_described, check_output, check_workspace, host_indices,
+        make_plan,
     },
-    prefill::{Batch, PrefillKernels, RunTensors},
+    prefill::{Batch, Pages, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend, first_module},
-    workspace::Workspace,
+    workspace::{Need, Workspace, arrays},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -63,8 +65,6 @@ const TENSOR_CORES_FROM_GROUP: usize = 3;
 const TENSOR_CORES_FROM_GROUP_8_BIT: usize = 2;
 /// Query heads per KV head that the kernel is compiled for.
 const GROUP_SIZES: [usize; 5] = [1, 2, 3, 4, 8];
-/// The most blocks that a multiprocessor of any GPU runs at once.
-pub(super) const MAX_BLOCKS_PER_SM: usize = 32;
 /// Numbers in a plan.
 const PLAN_LEN: usize = 10;
 
@@ -205,10 +205,9 @@ impl BatchDecode {
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): workspace and
-    /// page table belong to different streams; the integer workspace is too
-    /// small; the stream is being captured. Else what the module or CUDA said,
-    /// among others that the float workspace is too small. The workspace can
-    /// be used again.
+    /// page table belong to different streams; the workspace is too small and
+    /// does not [grow](Workspace#growth); the stream is being captured. Else what
+    /// the module or CUDA said. The workspace can be used again.
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
@@ -218,14 +217,18 @@ impl BatchDecode {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
         check_workspace(&check, workspace)?;
-        let scratch = Scratch::of(workspace)?;
         let batch = table.host().batch_size();
         self.spec.check_output_size(&check, batch, self.heads)?;
+        let pages = table.host().indptr().windows(2).map(|pair| (1, (pair[1] - pair[0]) as usize));
+        let empty = empty_states::possible(mode == PlanMode::CudaGraph, &MaskTensors::NONE, pages);
+        if empty {
+            empty_states::prepare()?;
+        }
         let mut queries = None;
         let info = match &self.kernels {
             _ if batch == 0 => None,
             Kernels::CudaCores(kernels) => {
-                Some(self.plan_on_cuda_cores(kernels, &check, workspace, &scratch, table, mode)?)
+                Some(self.plan_on_cuda_cores(kernels, &check, workspace, table, mode)?)
             }
             Kernels::TensorCores(kernels) => {
                 let (indptr, device_indptr) = workspace.one_query_each(batch)?;
@@ -241,10 +244,10 @@ impl BatchDecode {
                     rows: batch,
                     cuda_graph: mode == PlanMode::CudaGraph,
                 };
-                Some(kernels.make_plan(&check, workspace, &scratch, &batch)?)
+                Some(kernels.make_plan(&check, workspace, &batch)?)
             }
         };
-        Ok(DecodePlan { decode: *self, table, mode, queries, planned: Planned::new(scratch, info) })
+        Ok(DecodePlan { decode: *self, table, mode, queries, empty, planned: Planned::new(workspace, info)? })
     }
 
     fn plan_on_cuda_cores(
@@ -252,7 +255,6 @@ impl BatchDecode {
         kernels: &DecodeKernels,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        scratch: &Scratch,
         table: &PageTable,
         mode: PlanMode,
     ) -> Result<PlanInfo> {
@@ -261,12 +263,20 @@ impl BatchDecode {
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let needed = int_bytes(batch, multiprocessors.unsigned_abs() as usize);
         let planned = planned_indptr(indices.indptr());
+        let for_graph = mode == PlanMode::CudaGraph;
+        let need = Need::of_decode(
+            (&planned, indices.page_size()),
+            self.heads,
+            self.spec.head_dim_vo,
+            for_graph,
+            multiprocessors.unsigned_abs() as usize,
+        );
+        let planning = Planning { need, for_graph, clear: false, numbers: PLAN_LEN };
         let indptr = host_indices(&planned)?;
         let empty = |dtype| RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, &[0], None);
         let (empty_q, empty_kv) = (empty(self.spec.dtype_q)?, empty(self.spec.dtype_kv)?);
-        make_plan(check, workspace, (needed, false), PLAN_LEN, |pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),
@@ -276,7 +286,7 @@ impl BatchDecode {
                 num_qo_heads: self.heads.num_qo_heads as i64,
                 num_kv_heads: self.heads.num_kv_heads as i64,
                 page_size: indices.page_size() as i64,
-                enable_cuda_graph: mode == PlanMode::CudaGraph,
+                enable_cuda_graph: for_graph,
                 window_left: self.spec.window_left_code(),
                 logits_soft_cap: self.spec.soft_cap_code(),
                 head_dim_qk: self.spec.head_dim_qk as i64,
@@ -287,7 +297,8 @@ impl BatchDecode {
             // SAFETY: indptr is a checked host array of batch + 1 entries; the
             // host buffer is page-locked, as large as the device one and as
             // what the planner can write, and not written again before the
-            // copy out of it is done; head dimensions are the module's.
+            // copy out of it is done; partial results have room; head
+            // dimensions are the module's.
             unsafe { kernel.call(&kernels.plan, stream) }
         })
     }
@@ -308,13 +319,43 @@ pub(super) fn check_cuda_cores(spec: &AttentionSpec, group: usize, instead: &str
     })
 }
 
-/// The most bytes of index arrays that the planner writes for a batch: for
-/// each planned chunk two indices, an output offset and a flag, each array
-/// aligned to 16. There are at most as many chunks as blocks that the GPU
-/// holds, or one for each request.
-fn int_bytes(batch: usize, multiprocessors: usize) -> usize {
-    let chunks = (MAX_BLOCKS_PER_SM * multiprocessors).max(batch);
-    13 * chunks + 2 * size_of::<i32>() + 5 * 16
+impl Need {
+    /// The most that the planner of decode on CUDA cores takes for requests with
+    /// these page offsets.
+    ///
+    /// How many blocks of its kernel a multiprocessor runs at once only the
+    /// module knows; this takes as many as there can be. Where they are not more
+    /// than the requests times the KV heads, nothing is divided. Else there are
+    /// chunks of pages, of which each takes two indices, an offset, a flag, and
+    /// for each head an output and its sum: for a graph as many as blocks, for one
+    /// launch no more than chunks of the least size.
+    fn of_decode(
+        (indptr, page_size): (&[i32], usize),
+        heads: Heads,
+        head_dim: usize,
+        for_graph: bool,
+        multiprocessors: usize,
+    ) -> Self {
+        let requests = indptr.len() - 1;
+        let most = MAX_BLOCKS_PER_SM * multiprocessors / heads.num_kv_heads;
+        let least = (LEAST_CHUNK / page_size).max(1);
+        let pages = indptr.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+        let chunks = if requests >= most {
+            requests
+        } else if for_graph {
+            most
+        } else {
+            pages.map(|pages| pages.div_ceil(least)).sum::<usize>().min(most)
+        };
+        let divided = requests < most && (for_graph || chunks > requests);
+        let each = chunks * size_of::<i32>();
+        let indices = [each, each, each + 2 * size_of::<i32>()];
+        let sums = heads.num_qo_heads * chunks * size_of::<f32>();
+        Self {
+            float: if divided { arrays([sums * head_dim, sums]) } else { 0 },
+            int: arrays(indices.into_iter().chain(divided.then_some(chunks))),
+        }
+    }
 }
 
 /// The page offsets that the planner is given: `indptr`, with every request
@@ -350,6 +391,8 @@ pub struct DecodePlan<'p> {
     mode: PlanMode,
     /// Query offsets on the device, for kernels that take them.
     queries: Option<RawTensor>,
+    /// Whether requests may have no tokens.
+    empty: bool,
     planned: Planned<'p>,
 }
 
@@ -361,8 +404,10 @@ impl DecodePlan<'_> {
     /// dtypes, `out` contiguous; `kv` is the paged cache that the page table
     /// was checked for; `lse`, if given, is a contiguous `f32`
     /// `[batch, num_qo_heads]` and takes the base-2 logarithm of each sum of
-    /// exponentials. A request without tokens gets zeros, and FlashInfer's
-    /// stand-in for −∞, which is about −50000.
+    /// exponentials. A request without tokens gets zeros, and −∞; with
+    /// attention sinks, the sink.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
@@ -388,7 +433,7 @@ impl DecodePlan<'_> {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
                 check_described(&check, kernels.backend() == Backend::Fa3, &[("q", &q.raw)])?;
                 check_sm_scale(&check, options.logit_scale(spec))?;
-                kernels.check_scale(&check, self.stream(), options)?;
+                kernels.check_scale(&check, options)?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
                 let (scratch, mask) = (&self.planned.scratch, &MaskTensors::NONE);
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
@@ -397,16 +442,29 @@ impl DecodePlan<'_> {
                 // device copies of those that the plan was made from, checked
                 // against a cache of at most this many pages; the workspace is
                 // the plan's, on its stream.
-                unsafe { kernels.run_paged(&run, kv, table) }
+                unsafe { kernels.run_paged(&run, table.stream(), kv, &Pages::of(table)?) }?;
             }
             (Kernels::CudaCores(kernels), _) => {
-                OutputScale::check_ready(&check, self.stream(), spec.dtype_o, options.v_scale)?;
+                OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
                 // SAFETY: as above.
-                unsafe { self.run_on_cuda_cores(kernels, info, &q.raw, kv, &out.raw, lse, options) }
+                unsafe { self.run_on_cuda_cores(kernels, info, &q.raw, kv, &out.raw, lse, options) }?;
             }
             // A plan on tensor cores has query offsets.
-            (Kernels::TensorCores(_), None) => Ok(()),
+            (Kernels::TensorCores(_), None) => {}
         }
+        let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
+        let (indptr, last_page_len) = (table.indptr()?, table.last_page_len()?);
+        let page_size = table.host().page_size();
+        let rows = empty_states::Rows {
+            keys: empty_states::Keys::Paged { indptr: &indptr, last_page_len: &last_page_len, page_size },
+            qo_indptr: None,
+            batch: table.host().batch_size(),
+            mask: &MaskTensors::NONE,
+            window_left: spec.window_left_code(),
+            sinks: options.sinks.as_ref(),
+        };
+        // SAFETY: as above; each request has one query.
+        unsafe { rows.mark(self.stream(), lse) }
     }
 
     /// # Safety
@@ -489,6 +547,36 @@ impl DecodePlan<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// By hand, as `DecodePlan` allocates with 16 blocks on each of 132
+    /// multiprocessors.
+    #[test]
+    fn sizes_are_the_planners() {
+        let need = |pages: &[i32], for_graph, [num_qo_heads, num_kv_heads]: [usize; 2]| {
+            let mut indptr = vec![0];
+            for pages in pages {
+                indptr.push(indptr[indptr.len() - 1] + pages);
+            }
+            Need::of_decode((&indptr, 16), Heads { num_qo_heads, num_kv_heads }, 128, for_graph, 132)
+        };
+        let float = |heads: usize, chunks: usize| heads * chunks * (128 + 1) * 4;
+        // 264 chunks for each KV head.
+        let graph = Need { float: float(8, 264), int: 3 * 1056 + 8 + 8 + 264 };
+        assert_eq!(need(&[1; 5], true, [8, 8]), graph);
+        assert_eq!(need(&[1000; 5], true, [8, 8]), graph);
+        assert_eq!(need(&[1000; 5], true, [16, 8]).float, float(16, 264));
+        // At once, no more than there are 8 pages each; none below that.
+        assert_eq!(need(&[8; 5], false, [8, 8]), Need { float: 0, int: 64 + 28 });
+        assert_eq!(need(&[8, 8, 8, 9, 8], false, [8, 8]), Need { float: float(8, 6), int: 64 + 32 + 6 });
+        assert_eq!(need(&[9000; 5], false, [8, 8]), graph);
+        // As many requests as blocks.
+        for pages in [1, 1000] {
+            let whole = Need { float: 0, int: 1056 * 3 + 8 };
+            assert_eq!(need(&vec![pages; 264], true, [8, 8]), whole);
+            assert_eq!(need(&vec![pages; 264], false, [8, 8]), whole);
+            assert_eq!(need(&[pages; 1], true, [4000, 4000]), Need { float: 0, int: 16 + 16 + 12 });
+        }
+    }
 
     #[test]
     fn empty_requests_are_planned_as_one_page() {

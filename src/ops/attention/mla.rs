@@ -10,9 +10,9 @@
 
 use super::{
     options::check_sm_scale,
-    plan::{PlanInfo, Planned, Scratch, check_lse, check_workspace, host_indices, make_plan},
-    spec::Backend,
-    workspace::Workspace,
+    plan::{PlanInfo, Planned, Planning, check_lse, check_workspace, host_indices, make_plan},
+    spec::{Backend, flash_attention},
+    workspace::{Need, Workspace, arrays},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -286,18 +286,7 @@ impl BatchMla {
     /// [`FlashInferError::Unsupported`]: there is no such module, or not for
     /// this GPU. Else the module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &MlaSpec) -> Result<Self> {
-        let (major, minor) = runtime.compute_capability(stream.ordinal())?;
-        let backend = match spec.backend {
-            Backend::Auto if major == 9 => Backend::Fa3,
-            Backend::Auto => Backend::Fa2,
-            Backend::Fa3 if major != 9 => {
-                return Err(FlashInferError::Unsupported {
-                    what: format!("FlashAttention 3 on compute capability {major}.{minor}"),
-                    available: "it needs 9.0; use Backend::Fa2 or Backend::Auto".into(),
-                });
-            }
-            named => named,
-        };
+        let backend = flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?[0];
         let name = spec.module(backend)?;
         runtime.preload([&name])?;
         let module = runtime.module(&name)?;
@@ -338,8 +327,8 @@ impl BatchMla {
     /// - the step has too much work for one plan, which has room for 16384
     ///   items (a tile of 64 or 128 query heads, times the parts into which
     ///   its tokens are divided): split the step;
-    /// - the workspace is too small, or it, the page table and this value
-    ///   belong to different streams or GPUs;
+    /// - the workspace is too small and does not [grow](Workspace#growth), or it,
+    ///   the page table and this value belong to different streams or GPUs;
     /// - the stream is being captured.
     ///
     /// Else what the module or CUDA said. The workspace can be used again.
@@ -359,10 +348,9 @@ impl BatchMla {
         }
         let work = Work::of(&check, table.host(), batch)?;
         check_workspace(&check, workspace)?;
-        let scratch = Scratch::of(workspace)?;
         let info = match work.kv_lens.len() {
             0 => None,
-            _ => Some(self.plan_work(&check, workspace, &scratch, &work, stream)?),
+            _ => Some(self.plan_work(&check, workspace, &work, stream)?),
         };
         Ok(MlaPlan {
             mla: *self,
@@ -370,7 +358,7 @@ impl BatchMla {
             rows: batch.queries.total(),
             num_heads: batch.num_heads,
             causal: work.causal,
-            planned: Planned::new(scratch, info),
+            planned: Planned::new(workspace, info)?,
         })
     }
 
@@ -378,7 +366,6 @@ impl BatchMla {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        scratch: &Scratch,
         work: &Work,
         stream: &Stream,
     ) -> Result<PlanInfo> {
@@ -386,19 +373,11 @@ impl BatchMla {
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let multiprocessors = multiprocessors.unsigned_abs() as usize;
         work.check_limits(check, multiprocessors)?;
-        let (needed, available) = (work.float_bytes(multiprocessors), workspace.float.len());
-        if needed > available {
-            return check.fail(
-                "workspace",
-                format!(
-                    "partial results need {needed} bytes, the workspace has {available}; \
-                     make it with_sizes of at least that"
-                ),
-            );
-        }
+        let need = Need { float: work.float_bytes(multiprocessors), int: int_bytes(multiprocessors) };
+        let planning = Planning { need, for_graph: false, clear: false, numbers: PLAN_LEN };
         let (qo_indptr, kv_indptr) = (host_indices(&work.qo_indptr)?, host_indices(&work.kv_indptr)?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, (int_bytes(multiprocessors), false), PLAN_LEN, |pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),
@@ -550,18 +529,19 @@ impl Work {
     }
 
     /// Bytes of partial results: for two tiles of each cluster, outputs of 16
-    /// bits and their sums, aligned to 16.
+    /// bits and their sums.
     fn float_bytes(&self, multiprocessors: usize) -> usize {
         let cluster = self.cluster();
         let rows = 2 * (multiprocessors / cluster) * cluster * BLOCK_TILE;
-        rows * (MLA_DIMS[0] as usize * 2 + size_of::<f32>()) + 2 * 16
+        arrays([rows * MLA_DIMS[0] as usize * 2, rows * size_of::<f32>()])
     }
 }
 
-/// Bytes of the planner's index arrays: nine of all work items, five of all
-/// multiprocessors, each aligned to 16.
+/// Bytes of the planner's index arrays: nine of all work items, between which
+/// are five of all multiprocessors.
 fn int_bytes(multiprocessors: usize) -> usize {
-    (9 * MAX_WORKS + 5 * multiprocessors) * size_of::<i32>() + 14 * 16
+    let (works, merges) = (MAX_WORKS * size_of::<i32>(), multiprocessors * size_of::<i32>());
+    arrays([[works; 3].as_slice(), &[merges; 5], &[works; 6]].concat())
 }
 
 /// One step's plan, ready to run for each layer.
@@ -595,8 +575,7 @@ impl MlaPlan<'_> {
     /// `[n, num_heads]` and takes the base-2 logarithm of each sum of
     /// exponentials. A query whose request has no tokens gets zeros, and −∞.
     ///
-    /// Before scaling, no product may be as low as −50000, which is what the
-    /// kernels give to keys that a query does not see.
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything
@@ -740,6 +719,16 @@ mod tests {
         }
         assert!(MlaSpec { head_dim_ckv: 256, ..spec }.module(Backend::Fa2).is_err());
         assert!(MlaSpec { head_dim_kpe: 0, ..spec }.module(Backend::Fa2).is_err());
+    }
+
+    /// By hand, as `MLAPlan` allocates.
+    #[test]
+    fn sizes_are_the_planners() {
+        // One block for each tile of 64, or two for one of 128.
+        assert_eq!(work(&[(1, 9)], 16, false).unwrap().float_bytes(132), 2 * 132 * 64 * (1024 + 4));
+        assert_eq!(work(&[(1, 9)], 128, false).unwrap().float_bytes(133), 2 * 132 * 64 * (1024 + 4));
+        assert_eq!(int_bytes(132), 9 * 65_536 + 5 * 528);
+        assert_eq!(int_bytes(133), 9 * 65_536 + 5 * 544);
     }
 
     #[test]

@@ -10,14 +10,15 @@
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
 use super::{
-    mask::{Mask, check_causal, requests_of},
+    empty_states,
+    mask::{Mask, MaskTensors, check_causal, requests_of},
     options::{RunOptions, check_sm_scale},
     plan::{
-        Heads, PlanInfo, Planned, ReplayKey, ReplayShape, Scratch, check_output, check_rows, check_workspace,
-        host_indices, make_plan,
+        Heads, PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_rows,
+        check_workspace, host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
-    workspace::Workspace,
+    workspace::{Need, Workspace},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -182,7 +183,7 @@ impl BatchAttention {
     /// Bytes for partial results that a plan for these heads needs. The planner
     /// reserves the same for any batch: with 8 KV heads of 128, on a GPU of 132
     /// multiprocessors, 302 MiB, which is more than a workspace has by default.
-    /// See [`Workspace::with_sizes`].
+    /// One that is made [`with_sizes`](Workspace::with_sizes) need not grow.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can
@@ -208,7 +209,7 @@ impl BatchAttention {
     ///   items (a tile of queries and a KV head, times the parts into which
     ///   its tokens are divided) of requests with many and of those with few
     ///   queries: split the step;
-    /// - the workspace is too small; see [`float_bytes`](Self::float_bytes);
+    /// - the workspace is too small and does not [grow](Workspace#growth);
     /// - the stream is being captured.
     ///
     /// Else what the module or CUDA said. The workspace can be used again.
@@ -232,9 +233,12 @@ impl BatchAttention {
         let work = Work::of(&check, &self.spec, queries.host(), table.host(), heads, options)?;
         work.check_limits(&check, self.blocks)?;
         check_workspace(&check, workspace)?;
-        let scratch = Scratch::of(workspace)?;
-        let info =
-            if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &scratch, &work)?) };
+        let info = if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &work)?) };
+        let requests = requests_of(work.queries, &work.kv_lens);
+        let empty = empty_states::possible(work.graph, &MaskTensors::NONE, requests);
+        if empty {
+            empty_states::prepare()?;
+        }
         let (rows, options) = (work.rows, *options);
         Ok(BatchAttentionPlan {
             attention: *self,
@@ -242,34 +246,21 @@ impl BatchAttention {
             heads,
             rows,
             options,
-            planned: Planned::new(scratch, info),
+            empty,
+            planned: Planned::new(workspace, info)?,
         })
     }
 
-    fn plan_work(
-        &self,
-        check: &Check<'_>,
-        workspace: &mut Workspace,
-        scratch: &Scratch,
-        work: &Work<'_>,
-    ) -> Result<PlanInfo> {
+    fn plan_work(&self, check: &Check<'_>, workspace: &mut Workspace, work: &Work<'_>) -> Result<PlanInfo> {
         let Heads { num_qo_heads, num_kv_heads } = work.heads;
-        let needed = float_bytes(self.blocks, num_kv_heads, self.spec.head_dim_vo);
-        let available = workspace.float.len();
-        if needed > available {
-            return check.fail(
-                "workspace",
-                format!(
-                    "partial results need {needed} bytes, the workspace has {available}; \
-                     make it with_sizes of at least that"
-                ),
-            );
-        }
+        let float = float_bytes(self.blocks, num_kv_heads, self.spec.head_dim_vo);
+        let need = Need { float, int: int_bytes(self.blocks) };
+        let planning = Planning { need, for_graph: work.graph, clear: false, numbers: PLAN_LEN };
         let stream = workspace.stream().clone();
         let (qo_indptr, kv_indptr) =
             (host_indices(work.queries.indptr())?, host_indices(work.table.indptr())?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, (int_bytes(self.blocks), false), PLAN_LEN, |pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),
@@ -443,6 +434,8 @@ pub struct BatchAttentionPlan<'p> {
     /// Rows of queries and outputs.
     rows: usize,
     options: BatchAttentionOptions,
+    /// Whether requests with queries may have no tokens.
+    empty: bool,
     planned: Planned<'p>,
 }
 
@@ -455,13 +448,12 @@ impl BatchAttentionPlan<'_> {
     /// page table was checked for, of no more than 2³² elements from the first
     /// key to the last. `lse`, if given, is a contiguous `f32`
     /// `[n, num_qo_heads]` and takes the base-2 logarithm of each sum of
-    /// exponentials. A query whose request has no tokens gets zeros, and
-    /// FlashInfer's stand-in for −∞, which is about −50000. Rows that a graph
-    /// has beyond the batch's queries are left alone.
+    /// exponentials. A query whose request has no tokens gets zeros, and −∞.
+    /// Rows that a graph has beyond the batch's queries are left alone.
     ///
-    /// Before scaling, no product may be as low as −50000, which is what the
-    /// kernels give to keys that a query does not see. These kernels have no
-    /// programmatic dependent launch, so `enable_pdl` changes nothing.
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
+    /// These kernels have no programmatic dependent launch, so `enable_pdl`
+    /// changes nothing.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything
@@ -518,7 +510,13 @@ impl BatchAttentionPlan<'_> {
         // those that the plan was made from, checked against a cache of at
         // most this many pages; mask, heads and page size are the plan's; the
         // workspace is the plan's, on its stream.
-        unsafe { kernel.call(&self.attention.run, stream) }.map(drop)
+        unsafe {
+            kernel.call(&self.attention.run, stream)?;
+            match lse.filter(|_| self.empty) {
+                Some(lse) => empty_states::mark_works(stream, lse, &self.planned.scratch.int, info),
+                None => Ok(()),
+            }
+        }
     }
 
     /// The stream that runs go to.

@@ -3,7 +3,11 @@
 
 use std::{cell::Cell, marker::PhantomData, sync::Arc};
 
-use super::{mask::MaskTensors, spec::AttentionSpec, workspace::Workspace};
+use super::{
+    mask::MaskTensors,
+    spec::AttentionSpec,
+    workspace::{Need, Workspace},
+};
 use crate::{
     device::Device,
     dtype::DType,
@@ -71,7 +75,8 @@ pub enum PlanMode {
     /// Runs are captured into a CUDA graph, which is replayed while later
     /// plans on the same workspace and page table change what it works on.
     /// Their batch size and heads must stay; pad the batch with
-    /// [`PageIndices::pad_to`](crate::PageIndices::pad_to).
+    /// [`PageIndices::pad_to`](crate::PageIndices::pad_to). The workspace does not
+    /// [grow](Workspace#growth) any more.
     CudaGraph,
 }
 
@@ -113,8 +118,9 @@ pub(super) struct Planned<'p> {
 }
 
 impl Planned<'_> {
-    pub(super) fn new(scratch: Scratch, info: Option<PlanInfo>) -> Self {
-        Self { scratch, info, one_thread: PhantomData }
+    /// What a planner has left in a workspace, from which the plan borrows.
+    pub(super) fn new(workspace: &Workspace, info: Option<PlanInfo>) -> Result<Self> {
+        Ok(Self { scratch: Scratch::of(workspace)?, info, one_thread: PhantomData })
     }
 
     /// The plan's numbers, as the module gave them.
@@ -176,6 +182,13 @@ impl Scratch {
         Ok(Self { float: workspace.float.as_bytes()?, int: workspace.int.as_bytes()? })
     }
 }
+
+/// The most blocks that a multiprocessor of any GPU runs at once, of kernels with
+/// 128 threads or more.
+pub(super) const MAX_BLOCKS_PER_SM: usize = 2048 / 128;
+/// Tokens of a chunk of keys at least, in whole pages. It is the same where decode
+/// on CUDA cores and FlashAttention 2 are planned.
+pub(super) const LEAST_CHUNK: usize = 128;
 
 /// The checks that come before any planning: the workspace is of the
 /// operation's stream, which is not being captured.
@@ -284,38 +297,46 @@ pub(super) fn host_indices(array: &[i32]) -> Result<RawTensor> {
     RawTensor::new(array.as_ptr().cast_mut().cast(), Device::Cpu, DType::I32, &[array.len()], None)
 }
 
-/// Lets `call` run a planner, which writes up to `needed` bytes of index
-/// arrays to the page-locked buffer it is given and enqueues their copy to the
-/// workspace. The planner returns `len` numbers.
+/// A call of a planner.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Planning {
+    /// What it takes of the workspace.
+    pub(super) need: Need,
+    /// Whether runs are captured into a graph, which then holds the workspace.
+    pub(super) for_graph: bool,
+    /// Whether index arrays that it leaves out are zeros, and not a part of an
+    /// earlier plan.
+    pub(super) clear: bool,
+    /// How many numbers it returns.
+    pub(super) numbers: usize,
+}
+
+/// Lets `call` run a planner, which writes index arrays to the page-locked
+/// buffer it is given and enqueues their copy to the workspace.
 ///
-/// Planners write their arrays before they count them, so what they can need
-/// at most must fit beforehand. With `clear`, what a planner leaves out is zero,
-/// and not a part of an earlier plan.
+/// Before, the workspace has grown to what the planner needs, or the call is
+/// refused: no planner finds one that is too small.
 pub(super) fn make_plan(
     check: &Check<'_>,
     workspace: &mut Workspace,
-    (needed, clear): (usize, bool),
-    len: usize,
-    call: impl FnOnce(&RawTensor) -> Result<Value>,
+    planning: Planning,
+    call: impl FnOnce(&Scratch, &RawTensor) -> Result<Value>,
 ) -> Result<PlanInfo> {
-    let available = workspace.staging.len().min(workspace.int.len());
-    if needed > available {
-        return check.fail(
-            "workspace",
-            format!(
-                "this batch needs up to {needed} bytes for index arrays, the workspace has {available}; \
-                 make it with_sizes of at least that"
-            ),
-        );
-    }
+    let Planning { need, for_graph, clear, numbers } = planning;
+    workspace.reserve(check, need)?;
     workspace.forget_plan();
-    let stream = workspace.float.stream().clone();
-    workspace.staging.stage(&stream, |staging| {
+    let scratch = Scratch::of(workspace)?;
+    let stream = workspace.stream().clone();
+    let info = workspace.staging.stage(&stream, |staging| {
         if clear {
-            staging[..needed].fill(0);
+            staging[..need.int].fill(0);
         }
         let pinned =
             RawTensor::new(staging.as_mut_ptr().cast(), Device::Cpu, DType::U8, &[staging.len()], None)?;
-        call(&pinned).and_then(|value| PlanInfo::new(value, len))
-    })
+        call(&scratch, &pinned).and_then(|value| PlanInfo::new(value, numbers))
+    })?;
+    if for_graph {
+        workspace.hold();
+    }
+    Ok(info)
 }

@@ -10,15 +10,17 @@
 //! `include/flashinfer/attention/{prefill,scheduler}.cuh` of FlashInfer 0.6.13.
 
 use super::{
+    empty_states,
     mask::{Mask, MaskTensors, requests_of},
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
     plan::{
-        Heads, PlanInfo, Planned, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
-        check_described, check_keys, check_output, check_rows, check_workspace, host_indices, make_plan,
+        Heads, LEAST_CHUNK, PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey,
+        ReplayShape, Scratch, check_described, check_keys, check_output, check_rows, check_workspace,
+        host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend},
-    workspace::Workspace,
+    workspace::{Need, Workspace, arrays},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -130,10 +132,6 @@ const RUN_OP: &str = "PrefillPlan::run";
 /// Numbers in a plan.
 const FA2_PLAN_LEN: usize = 15;
 const FA3_PLAN_LEN: usize = 9;
-/// The smallest tile of queries (times heads of a group) of FlashAttention 2,
-/// and of queries of FlashAttention 3.
-const FA2_MIN_TILE: usize = 16;
-const FA3_MIN_TILE: usize = 128;
 /// Blocks per multiprocessor that FlashAttention 2 plans for.
 const FA2_BLOCKS_PER_SM: usize = 2;
 
@@ -220,6 +218,19 @@ pub(super) struct RunTensors<'a> {
     pub(super) options: &'a RunOptions<'a>,
 }
 
+/// Which pages are each request's: the arrays of a page table.
+pub(super) struct Pages {
+    indptr: RawTensor,
+    indices: RawTensor,
+    last_page_len: RawTensor,
+}
+
+impl Pages {
+    pub(super) fn of(table: &PageTable) -> Result<Self> {
+        Ok(Self { indptr: table.indptr()?, indices: table.indices()?, last_page_len: table.last_page_len()? })
+    }
+}
+
 impl PrefillKernels {
     /// The functions of a module that serves the spec.
     pub(super) fn load(module: &'static Module, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
@@ -247,7 +258,6 @@ impl PrefillKernels {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        scratch: &Scratch,
         batch: &Batch<'_>,
     ) -> Result<PlanInfo> {
         if let Some(info) = workspace.planned(self, batch) {
@@ -257,21 +267,23 @@ impl PrefillKernels {
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let needed = self.int_bytes(batch, multiprocessors.unsigned_abs() as usize);
+        let multiprocessors = multiprocessors.unsigned_abs() as usize;
         let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
         let kv_lens = host_indices(batch.kv_lens)?;
-        // For a window without a causal mask, the planner takes the keys of the
-        // last query for those of all, and would leave out keys of the others.
-        let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
-        let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
-        let no_split = self.spec.window_left.is_some() && !batch.causal && several;
-        let len = if self.fa3 { FA3_PLAN_LEN } else { FA2_PLAN_LEN };
+        let no_split = must_stay_whole(&self.spec, batch);
+        let (need, numbers) = if self.fa3 {
+            (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
+        } else {
+            let (major, _) = cuda.compute_capability(stream.ordinal())?;
+            (fa2_need(&self.spec, batch, no_split, (multiprocessors, major)), FA2_PLAN_LEN)
+        };
         // A captured launch has blocks for more work than there may be. With
         // undivided keys nothing tells those beyond it to stop, so that they go
         // by index arrays that the planner did not write: zeros make them
         // repeat the first tile.
         let clear = batch.cuda_graph && no_split;
-        let info = make_plan(check, workspace, (needed, clear), len, |pinned| {
+        let planning = Planning { need, for_graph: batch.cuda_graph, clear, numbers };
+        let info = make_plan(check, workspace, planning, |scratch, pinned| {
             // The two planners share their first sixteen arguments.
             macro_rules! plan {
                 ($kernel:ident { $($more:ident: $value:expr),* }) => {
@@ -298,8 +310,9 @@ impl PrefillKernels {
             }
             // SAFETY: the arrays are checked host arrays of the batch's size;
             // the page-locked buffer is as large as the device one and as what
-            // the planner can write, and not written again before the copy out
-            // of it is done; head dimensions are the module's.
+            // the planner writes, and not written again before the copy out of
+            // it is done; partial results have room; head dimensions are the
+            // module's.
             unsafe {
                 if self.fa3 {
                     plan!(Fa3Plan {}).call(&self.plan, &stream)
@@ -313,41 +326,21 @@ impl PrefillKernels {
         Ok(info)
     }
 
-    /// The most bytes of index arrays that the planner writes for a batch.
-    fn int_bytes(&self, batch: &Batch<'_>, multiprocessors: usize) -> usize {
-        let Heads { num_qo_heads, num_kv_heads } = batch.heads;
-        let requests = batch.kv_lens.len();
-        let tiles = |rows_of_one: usize, tile: usize| (batch.rows * rows_of_one).div_ceil(tile) + requests;
-        let aligned = 16 * 16;
-        if self.fa3 {
-            // Seven numbers for each tile of each head, and an offset for each
-            // multiprocessor.
-            28 * tiles(1, FA3_MIN_TILE) * num_qo_heads + 4 * (multiprocessors + 1) + aligned
-        } else {
-            // Three indices and a flag for each tile and chunk, of which there
-            // are no more than tiles or blocks; offsets for requests and rows.
-            let chunks =
-                tiles(num_qo_heads / num_kv_heads, FA2_MIN_TILE) + FA2_BLOCKS_PER_SM * multiprocessors;
-            13 * chunks + 4 * (requests + 1) + 4 * (batch.rows + 1) + aligned
-        }
-    }
-
-    /// Runs over a paged cache that was checked against `table`.
+    /// Runs over a paged cache that has these pages.
     ///
     /// # Safety
     /// All tensors must have been checked for this spec and plan.
     pub(super) unsafe fn run_paged(
         &self,
         run: &RunTensors<'_>,
+        stream: &Stream,
         kv: &PagedKv<'_>,
-        table: &PageTable,
+        pages: &Pages,
     ) -> Result<()> {
-        let stream = table.stream();
-        let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
         let (paged_k_cache, paged_v_cache) = (DlTensor::new(&kv.k.raw), DlTensor::new(&kv.v.raw));
-        let paged_kv_indptr = DlTensor::new(&indptr);
-        let paged_kv_indices = DlTensor::new(&indices);
-        let paged_kv_last_page_len = DlTensor::new(&last_page_len);
+        let paged_kv_indptr = DlTensor::new(&pages.indptr);
+        let paged_kv_indices = DlTensor::new(&pages.indices);
+        let paged_kv_last_page_len = DlTensor::new(&pages.last_page_len);
         let layout = kv.layout.code();
         macro_rules! call {
             ($fa:ident, $kernel:ident $(, $sink:ident)?) => {
@@ -425,14 +418,9 @@ impl PrefillKernels {
     }
 
     /// The output can be scaled after a run.
-    pub(super) fn check_scale(
-        &self,
-        check: &Check<'_>,
-        stream: &Stream,
-        options: &RunOptions<'_>,
-    ) -> Result<()> {
+    pub(super) fn check_scale(&self, check: &Check<'_>, options: &RunOptions<'_>) -> Result<()> {
         let scale = options.v_scale.filter(|_| !self.scales_values());
-        OutputScale::check_ready(check, stream, self.spec.dtype_o, scale)
+        OutputScale::check_ready(check, self.spec.dtype_o, scale)
     }
 
     /// Multiplies the output by the scale of the values, where the kernel has
@@ -447,6 +435,120 @@ impl PrefillKernels {
         // SAFETY: promised by the caller.
         unsafe { OutputScale::apply(stream, &run.out, run.options.v_scale) }
     }
+}
+
+/// Whether keys must not be divided. For a window without a causal mask, the
+/// planner takes the keys of the last query for those of all, and would leave out
+/// keys of the others.
+fn must_stay_whole(spec: &AttentionSpec, batch: &Batch<'_>) -> bool {
+    let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
+    let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
+    spec.window_left.is_some() && !batch.causal && several
+}
+
+/// What the planner of FlashAttention 2 takes for a batch that is not empty, on a
+/// GPU of so many multiprocessors and major compute capability.
+///
+/// Work is a tile of queries (times heads of a group) and a chunk of keys. For a
+/// graph there is as much as any batch of its size can have. Each has three indices
+/// and, if keys are divided, a flag, and for each head of each row an output and
+/// its sum.
+fn fa2_need(
+    spec: &AttentionSpec,
+    batch: &Batch<'_>,
+    no_split: bool,
+    (multiprocessors, major): (usize, i32),
+) -> Need {
+    let Heads { num_qo_heads, num_kv_heads } = batch.heads;
+    let (group, requests, rows) = (num_qo_heads / num_kv_heads, batch.kv_lens.len(), batch.rows);
+    let most = FA2_BLOCKS_PER_SM * multiprocessors / num_kv_heads;
+    // Of the longest request that there can be, or of the mean one.
+    let length = if batch.cuda_graph { (rows - requests + 1) * group } else { rows * group / requests };
+    let tile = match length {
+        65.. if spec.head_dim_vo < 256 => 128,
+        17.. => 64,
+        _ if major < 8 => 64,
+        _ => 16,
+    };
+    let (divided, work) = if batch.cuda_graph {
+        (!no_split, most.max((rows * group).div_ceil(tile) + requests - 1))
+    } else {
+        fa2_work(spec, batch, no_split, (tile, most))
+    };
+    let ints = |count: usize| count * size_of::<i32>();
+    let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
+    let indices = indices.into_iter().chain(batch.cuda_graph.then_some(ints(1)));
+    let to_merge = divided.then_some([ints(rows + 1), work]).into_iter().flatten();
+    let sums = num_qo_heads * work * tile * size_of::<f32>();
+    Need {
+        float: if divided { arrays([sums * spec.head_dim_vo, sums]) } else { 0 }
+            .max(nothing_to_see(spec, batch)),
+        int: arrays(indices.chain(to_merge)),
+    }
+}
+
+/// Whether the planner of FlashAttention 2 divides keys for one launch, and the
+/// work that it comes to: it looks for the smallest chunks, of which there are
+/// no more than `most`.
+fn fa2_work(
+    spec: &AttentionSpec,
+    batch: &Batch<'_>,
+    no_split: bool,
+    (tile, most): (usize, usize),
+) -> (bool, usize) {
+    let group = batch.heads.num_qo_heads / batch.heads.num_kv_heads;
+    let seen = spec.window_left.map(|window| (window as usize + tile).div_ceil(batch.page_size));
+    let requests = batch.qo_indptr.windows(2).zip(batch.kv_indptr.windows(2)).map(|(queries, pages)| {
+        let pages = (pages[1] - pages[0]) as usize;
+        let tiles = ((queries[1] - queries[0]) as usize * group).div_ceil(tile);
+        (tiles, seen.map_or(pages, |seen| seen.min(pages)).max(1))
+    });
+    let requests: Vec<(usize, usize)> = requests.collect();
+    let work = |chunk: usize| requests.iter().map(|(tiles, pages)| tiles * pages.div_ceil(chunk)).sum();
+    let longest = requests.iter().map(|&(_, pages)| pages).max().unwrap_or(1);
+    let (mut low, mut high) = ((LEAST_CHUNK / batch.page_size).max(1), longest);
+    if no_split || low >= high || work(high) > most {
+        return (false, work(high));
+    }
+    while low < high {
+        let middle = (low + high) / 2;
+        if work(middle) > most {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    (low < longest, work(low))
+}
+
+/// What the planner of FlashAttention 3 takes for a batch that is not empty:
+/// seven numbers for each tile of each head, and an offset for each
+/// multiprocessor. Of many tiles, all heads take the same.
+fn fa3_need(spec: &AttentionSpec, batch: &Batch<'_>, multiprocessors: usize) -> Need {
+    let tile = if spec.head_dim_vo == 64 { 192 } else { 128 };
+    let most = batch.rows.div_ceil(tile) + batch.kv_lens.len() - 1;
+    let heads = if most > 4096 { 1 } else { batch.heads.num_qo_heads };
+    let queries = batch.qo_indptr.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+    let tiles =
+        if batch.cuda_graph { most } else { queries.map(|queries| queries.div_ceil(tile)).sum::<usize>() };
+    let each = tiles * heads * size_of::<i32>();
+    let offsets = (multiprocessors + 1) * size_of::<i32>();
+    Need {
+        float: nothing_to_see(spec, batch),
+        int: arrays([each, each, each, each, each, each, offsets, each]),
+    }
+}
+
+/// Bytes that stand for the keys of a batch that has none: an empty tensor
+/// cannot be described to the hardware that copies tiles.
+fn nothing_to_see(spec: &AttentionSpec, batch: &Batch<'_>) -> usize {
+    let row = width_of_nothing(spec) * spec.dtype_kv.size();
+    if batch.kv_indptr.last() == Some(&0) { batch.heads.num_kv_heads * row } else { 0 }
+}
+
+/// Elements of a head in keys, and in values, that stand for none.
+fn width_of_nothing(spec: &AttentionSpec) -> usize {
+    spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8)
 }
 
 /// The arguments of a run that all functions share, and those given.
@@ -543,8 +645,15 @@ impl<'p> PrefillOptions<'p> {
 /// Batch prefill over paged or ragged keys and values.
 ///
 /// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// queries and keys have one width and a module exists (head dimensions 64 and
-/// 128, and 192/128), else FlashAttention 2, as upstream does.
+/// keys and values have one width and a module exists (head dimensions 64 and
+/// 128), else FlashAttention 2.
+///
+/// Requests do not see each other, also if one is full of NaN, with one
+/// exception: [`Backend::Fa3`] over ragged keys of several requests whose values
+/// have another width than keys (192/128). Its tiles reach into the keys of the
+/// next request, whose values it multiplies by 0: what is not finite there makes
+/// NaN here, and beside [very negative scores](super#very-negative-scores) its
+/// values show. So for those widths [`Backend::Auto`] takes FlashAttention 2.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -623,8 +732,9 @@ impl BatchPrefill {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes,
     /// streams or heads do not fit; with a causal mask, a request has more
-    /// queries than keys, and keys; the workspace is too small; the stream is
-    /// being captured. Else what the module or CUDA said.
+    /// queries than keys, and keys; the workspace is too small and does not
+    /// [grow](Workspace#growth); the stream is being captured. Else what the
+    /// module or CUDA said.
     ///
     /// If the workspace was planned for an equal batch last, nothing is planned
     /// nor uploaded again.
@@ -704,7 +814,17 @@ impl BatchPrefill {
         options.mask.check(&check, (&self.kernels.spec, self.kernels.fa3), batch, kv.paged)?;
         let mask = options.mask.tensors(self.kernels.fa3)?;
         check_workspace(&check, workspace)?;
-        let scratch = Scratch::of(workspace)?;
+        let batch = requests_of(queries.host(), kv.lens);
+        let graph = options.graph_rows.is_some();
+        let empty = empty_states::possible(graph, &mask, batch.clone());
+        if empty {
+            empty_states::prepare()?;
+        }
+        let as_pages = if self.kernels.fa3 && kv.reaches_others(&self.kernels.spec, graph, batch) {
+            Some(workspace.numbers_to(kv.extent)?)
+        } else {
+            None
+        };
         let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
             None
         } else {
@@ -718,7 +838,7 @@ impl BatchPrefill {
                 rows,
                 cuda_graph: options.graph_rows.is_some(),
             };
-            Some(self.kernels.make_plan(&check, workspace, &scratch, &batch)?)
+            Some(self.kernels.make_plan(&check, workspace, &batch)?)
         };
         let (kernels, options) = (self.kernels, *options);
         let keys_extent = kv.extent;
@@ -732,7 +852,9 @@ impl BatchPrefill {
             rows,
             options,
             mask,
-            planned: Planned::new(scratch, info),
+            empty,
+            as_pages,
+            planned: Planned::new(workspace, info)?,
         })
     }
 }
@@ -745,6 +867,33 @@ struct KvBatch<'a> {
     page_size: usize,
     extent: usize,
     paged: bool,
+}
+
+impl KvBatch<'_> {
+    /// Whether the tiles in which FlashAttention 3 copies ragged keys reach
+    /// into those of another request. The copy stops at the tensors' end, not
+    /// at the request's: values behind it get the weight 0, which makes NaN of
+    /// another's NaN. A batch that does not hold its requests apart is read as
+    /// pages of one key, which are copied one by one. There is no kernel for
+    /// pages of keys and values that differ in width.
+    fn reaches_others(
+        &self,
+        spec: &AttentionSpec,
+        graph: bool,
+        mut requests: impl Iterator<Item = (usize, usize)>,
+    ) -> bool {
+        if self.paged || spec.head_dim_qk != spec.head_dim_vo {
+            return false;
+        }
+        if graph {
+            return self.lens.len() > 1;
+        }
+        let mut ends = self.indptr[1..].iter();
+        requests.any(|(queries, keys)| {
+            let end = ends.next().is_some_and(|&end| end as usize == self.extent);
+            queries > 0 && keys > 0 && !end
+        })
+    }
 }
 
 /// One step's prefill plan, ready to run for each layer. `K` is the kind of
@@ -765,6 +914,10 @@ pub struct PrefillPlan<'p, K> {
     rows: usize,
     options: PrefillOptions<'p>,
     mask: MaskTensors,
+    /// Whether queries may see no key.
+    empty: bool,
+    /// The numbers of ragged keys, where they are read as pages of one key.
+    as_pages: Option<RawTensor>,
     planned: Planned<'p>,
 }
 
@@ -774,7 +927,8 @@ impl<K> PrefillPlan<'_, K> {
     pub fn replay_key(&self) -> Option<ReplayKey> {
         let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
-        let indices = self.key_addresses.into_iter().chain(self.queries.addresses());
+        let numbers = self.as_pages.iter().map(|numbers| numbers.data as usize);
+        let indices = self.key_addresses.into_iter().chain(self.queries.addresses()).chain(numbers);
         let shape = ReplayShape { heads: self.heads, batch, rows: self.rows, keys: self.keys_extent };
         Some(ReplayKey::new(info, &kernels.spec, shape, &self.planned.scratch, indices, &self.mask))
     }
@@ -798,7 +952,30 @@ impl<K> PrefillPlan<'_, K> {
         check_described(check, self.kernels.fa3, &[("q", &q.raw)])?;
         options.check(check, spec, self.heads)?;
         check_sm_scale(check, options.logit_scale(spec))?;
-        self.kernels.check_scale(check, self.queries.stream(), options)
+        self.kernels.check_scale(check, options)
+    }
+
+    /// Enqueues what is to be said of queries that see no key.
+    ///
+    /// # Safety
+    /// The sums must have been checked for this plan, whose keys these are.
+    unsafe fn mark_empty(
+        &self,
+        keys: empty_states::Keys<'_>,
+        lse: Option<&TensorMut<'_>>,
+        options: &RunOptions<'_>,
+    ) -> Result<()> {
+        let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
+        let rows = empty_states::Rows {
+            keys,
+            qo_indptr: Some(&self.queries.indptr()?),
+            batch: self.queries.host().batch_size(),
+            mask: &self.mask,
+            window_left: self.kernels.spec.window_left_code(),
+            sinks: options.sinks.as_ref(),
+        };
+        // SAFETY: promised by the caller.
+        unsafe { rows.mark(self.queries.stream(), &lse.raw) }
     }
 
     fn tensors<'a>(
@@ -829,9 +1006,10 @@ impl PrefillPlan<'_, PageTable> {
     /// `q` is `[queries, num_qo_heads, head_dim_qk]`, `out`
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
     /// a contiguous `f32` `[queries, num_qo_heads]` of base-2 logarithms. A
-    /// query of a request without keys gets zeros, and FlashInfer's stand-in
-    /// for −∞, which is about −50000; with FlashAttention 2 and attention sinks,
-    /// the sink.
+    /// query that sees no key gets zeros, and −∞; with attention sinks, the
+    /// sink.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// As [`DecodePlan::run`](super::DecodePlan::run).
@@ -855,7 +1033,11 @@ impl PrefillPlan<'_, PageTable> {
         // those that the plan was made from, checked against a cache of at
         // most this many pages; the workspace is the plan's, on its stream.
         unsafe {
-            self.kernels.run_paged(&self.tensors(info, &qo_indptr, q, out, lse, options), kv, self.keys)
+            let (run, pages) = (self.tensors(info, &qo_indptr, q, out, lse, options), Pages::of(self.keys)?);
+            self.kernels.run_paged(&run, stream, kv, &pages)?;
+            let (indptr, last_page_len) = (&pages.indptr, &pages.last_page_len);
+            let page_size = self.keys.host().page_size();
+            self.mark_empty(empty_states::Keys::Paged { indptr, last_page_len, page_size }, lse, options)
         }
     }
 }
@@ -868,7 +1050,9 @@ impl PrefillPlan<'_, RaggedTable> {
     /// [`run`](PrefillPlan::<PageTable>::run) over pages.
     ///
     /// # Errors
-    /// As [`DecodePlan::run`](super::DecodePlan::run).
+    /// As [`DecodePlan::run`](super::DecodePlan::run); with FlashAttention 3 also
+    /// when there are several requests and the rows of `v` are not as far apart
+    /// as those of `k`.
     pub fn run(
         &self,
         q: &TensorRef<'_>,
@@ -886,15 +1070,10 @@ impl PrefillPlan<'_, RaggedTable> {
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);
         let [k, v] = if self.keys_extent == 0 {
-            // An empty tensor cannot be described to the hardware that copies
-            // tiles. No request has a key, so nothing of what stands in counts.
-            let widest = spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8);
-            let needed = (self.heads.num_kv_heads * widest * spec.dtype_kv.size()) as i64;
-            if self.planned.scratch.float.numel() < needed {
-                return check.fail("workspace", format!("its float part must have at least {needed} bytes"));
-            }
+            // No request has a key, so nothing of what stands in counts. The
+            // plan has made room for it.
             [spec.head_dim_qk, spec.head_dim_vo].map(|width| {
-                let (heads, row) = (self.heads.num_kv_heads, width.next_multiple_of(8));
+                let (heads, row) = (self.heads.num_kv_heads, width_of_nothing(spec));
                 let shape = [1, heads, width];
                 let strides = [heads * row, row, 1];
                 RawTensor::new(
@@ -909,8 +1088,168 @@ impl PrefillPlan<'_, RaggedTable> {
             [k, v].map(|tensor| Ok(tensor.raw.with_plain_unit_strides()))
         };
         let (k, v) = (k?, v?);
+        let indptr = self.keys.indptr()?;
         // SAFETY: as for pages; the offsets of keys and values are the device
         // copies of those that the plan was made from, and end at their rows.
-        unsafe { self.kernels.run_ragged(&run, [&k, &v], self.keys) }
+        // Of the rows' numbers there are as many.
+        unsafe {
+            match &self.as_pages {
+                Some(numbers) => {
+                    let [k, v] = as_pages(&check, [&k, &v])?;
+                    let kv = PagedKv::new(TensorRef::new(k), TensorRef::new(v), KvLayout::Nhd);
+                    // FlashAttention 3 does not look at lengths of last pages.
+                    let pages = Pages { indptr, indices: *numbers, last_page_len: *numbers };
+                    self.kernels.run_paged(&run, stream, &kv, &pages)?;
+                }
+                None => self.kernels.run_ragged(&run, [&k, &v], self.keys)?,
+            }
+            self.mark_empty(empty_states::Keys::Ragged { indptr: &indptr }, lse, options)
+        }
+    }
+}
+
+/// Ragged keys and values as a cache of pages of one key.
+fn as_pages(check: &Check<'_>, kv: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
+    let [k_stride, v_stride] = kv.map(|tensor| tensor.strides()[0]);
+    if k_stride != v_stride && kv[0].shape()[0] > 1 {
+        return check.fail(
+            "v",
+            format!(
+                "its rows are {v_stride} elements apart, those of k {k_stride}; for several requests, whose keys \
+                 it reads as pages, FlashAttention 3 takes one number for both, so copy one of them, or use \
+                 Backend::Fa2"
+            ),
+        );
+    }
+    let [k, v] = kv.map(|tensor| {
+        let (&[rows, heads, width], &[row, head, _]) = (tensor.shape(), tensor.strides()) else {
+            return check.fail("k", format!("its shape is {:?}; expected 3 dimensions", tensor.shape()));
+        };
+        let [shape, strides] = [[rows, 1, heads, width], [row, row, head, 1]]
+            .map(|numbers| numbers.map(|number| number as usize));
+        RawTensor::new(tensor.data, tensor.device, tensor.dtype, &shape, Some(&strides))
+    });
+    Ok([k?, v?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_keys_end_with_the_tensor() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        let reaches = |requests: &[(usize, i32)], graph: bool, paged: bool, spec: &AttentionSpec| {
+            let lens: Vec<i32> = requests.iter().map(|request| request.1).collect();
+            let ends = lens.iter().scan(0, |end, len| {
+                *end += len;
+                Some(*end)
+            });
+            let indptr: Vec<i32> = std::iter::once(0).chain(ends).collect();
+            let extent = indptr[lens.len()] as usize;
+            let kv = KvBatch { op: "test", indptr: &indptr, lens: &lens, page_size: 1, extent, paged };
+            let requests = requests.iter().map(|&(queries, keys)| (queries, keys as usize));
+            kv.reaches_others(spec, graph, requests)
+        };
+        let eager = |requests: &[(usize, i32)]| reaches(requests, false, false, &spec);
+        assert!(!eager(&[]) && !eager(&[(5, 9)]) && !eager(&[(3, 0), (5, 9), (2, 0)]));
+        assert!(!eager(&[(0, 7), (5, 9)]));
+        assert!(eager(&[(5, 9), (0, 7)]) && eager(&[(1, 1), (1, 1)]));
+        assert!(reaches(&[(5, 9), (0, 0)], true, false, &spec) && !reaches(&[(5, 9)], true, false, &spec));
+        let two = [(1, 1), (1, 1)];
+        assert!(!reaches(&two, false, true, &spec));
+        assert!(!reaches(&two, true, false, &spec.with_head_dim_vo(64)));
+    }
+
+    /// An H200's multiprocessors and major compute capability.
+    const H200: (usize, i32) = (132, 9);
+    const HEADS: Heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    const PAGE_SIZE: usize = 16;
+
+    /// Calls with the batch of requests with these queries and pages.
+    fn with_batch<R>(
+        requests: &[(i32, i32)],
+        graph_rows: Option<usize>,
+        use_batch: impl FnOnce(&Batch<'_>) -> R,
+    ) -> R {
+        let (mut queries, mut pages) = (vec![0], vec![0]);
+        for (at, request) in requests.iter().enumerate() {
+            queries.push(queries[at] + request.0);
+            pages.push(pages[at] + request.1);
+        }
+        let kv_lens: Vec<i32> = requests.iter().map(|request| request.1 * PAGE_SIZE as i32).collect();
+        use_batch(&Batch {
+            qo_indptr: &queries,
+            kv_indptr: &pages,
+            kv_lens: &kv_lens,
+            page_size: PAGE_SIZE,
+            heads: HEADS,
+            causal: false,
+            rows: graph_rows.unwrap_or(queries[requests.len()] as usize),
+            cuda_graph: graph_rows.is_some(),
+        })
+    }
+
+    fn fa2(spec: &AttentionSpec, requests: &[(i32, i32)], graph_rows: Option<usize>) -> Need {
+        with_batch(requests, graph_rows, |batch| fa2_need(spec, batch, must_stay_whole(spec, batch), H200))
+    }
+
+    /// By hand, as `PrefillPlan` allocates.
+    #[test]
+    fn sizes_are_those_of_flash_attention_2() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        // 128 tiles of 16 and 511 of other requests, all for a graph: 639.
+        let need = fa2(&spec, &[(1, 1); 512], Some(512));
+        assert_eq!(need, Need { float: 167_510_016 + 1_308_672, int: 12_463 });
+        // Of the lengths nothing of it depends.
+        assert_eq!(fa2(&spec, &[(1, 400); 512], Some(512)), need);
+        assert_eq!(fa2(&spec, &[(0, 0); 512], Some(512)), need);
+        // A lone request of that graph would fill tiles of 128: 17 of them, but
+        // 264 blocks have 8 KV heads each 33 tiles.
+        let float = |work: usize, tile: usize| 32 * work * tile * (128 + 1) * 4;
+        let one = fa2(&spec, &[(1, 1)], Some(512));
+        assert_eq!(one, Need { float: float(33, 128), int: 2528 + 33 });
+        // More tiles than blocks at once: nothing is divided.
+        let long = fa2(&spec, &[(4096, 256)], None);
+        assert_eq!(long, Need { float: 0, int: 3 * 128 * 4 + 4 * 3 });
+        // One query, 1000 pages: 33 chunks of 31 pages.
+        let decode = fa2(&spec, &[(1, 1000)], None);
+        assert_eq!(decode, Need { float: float(33, 16), int: 464 + 33 });
+        // No chunks of less than 8 pages.
+        assert_eq!(fa2(&spec, &[(1, 20)], None).float, float(3, 16));
+        assert_eq!(fa2(&spec, &[(1, 8)], None).float, 0);
+        // The mean request decides on the tile, and that is 16 for up to four queries.
+        assert_eq!(fa2(&spec, &[(4, 20)], None).float, float(3, 16));
+        assert_eq!(fa2(&spec, &[(5, 20)], None).float, float(3, 64));
+        assert_eq!(fa2(&spec, &[(16, 20), (0, 0)], None).float, float(3, 64));
+        assert_eq!(fa2(&spec, &[(17, 20)], None).float, float(3, 128));
+        let wide = AttentionSpec::new(DType::BF16, 256);
+        assert_eq!(fa2(&wide, &[(17, 20)], None).float, 32 * 2 * 3 * 64 * (256 + 1) * 4);
+        // 100 keys and a tile of 16 are 8 pages.
+        assert_eq!(fa2(&spec.with_window_left(100), &[(1, 1000)], None).float, 0);
+        assert_eq!(fa2(&spec.with_window_left(200), &[(1, 1000)], None).float, float(2, 16));
+        // Windows over several queries are not divided, not for a graph either.
+        assert_eq!(fa2(&spec.with_window_left(200), &[(2, 1000)], None).float, 0);
+        assert_eq!(fa2(&spec.with_window_left(200), &[(1, 1000)], Some(2)).float, 0);
+        // Something to point at where there are no keys.
+        assert_eq!(fa2(&spec, &[(3, 0)], None).float, 8 * 128 * 2);
+    }
+
+    /// By hand, as `PrefillSM90Plan` allocates.
+    #[test]
+    fn sizes_are_those_of_flash_attention_3() {
+        let fa3 = |head_dim, requests: &[(i32, i32)], graph_rows| {
+            let spec = AttentionSpec::new(DType::BF16, head_dim);
+            with_batch(requests, graph_rows, |batch| fa3_need(&spec, batch, H200.0))
+        };
+        let int = |work: usize| 6 * (4 * work) + 4 * 133 + 12 + 4 * work;
+        assert_eq!(fa3(128, &[(1, 1); 512], None), Need { float: 0, int: int(512 * 32) });
+        assert_eq!(fa3(128, &[(1, 1); 512], Some(512)), Need { float: 0, int: int((4 + 511) * 32) });
+        assert_eq!(fa3(64, &[(192, 1), (193, 1)], None).int, int(3 * 32));
+        assert_eq!(fa3(128, &[(192, 1), (193, 1)], None).int, int(4 * 32));
+        // Heads take the same work, where there is much.
+        assert_eq!(fa3(128, &[(1, 1); 4096], None).int, 6 * 4 * 4096 + 4 * 133 + 12 + 4 * 4096);
+        assert_eq!(fa3(128, &[(1, 1); 4065], None).int, int(4065 * 32));
+        assert_eq!(fa3(128, &[(1, 0); 2], None).float, 8 * 128 * 2);
     }
 }

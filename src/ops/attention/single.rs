@@ -16,13 +16,16 @@
 use std::ffi::c_void;
 
 use super::{
-    decode::{MAX_BLOCKS_PER_SM, check_cuda_cores},
+    decode::check_cuda_cores,
+    empty_states,
     mask::Mask,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{Heads, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, check_described, check_keys, check_output},
+    plan::{
+        Heads, MAX_BLOCKS_PER_SM, ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output,
+    },
     spec::{AttentionSpec, Backend},
-    workspace::Workspace,
+    workspace::{Need, Workspace},
 };
 use crate::{
     cuda::DeviceAttribute,
@@ -31,7 +34,7 @@ use crate::{
     ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     kv::KvLayout,
     module::Module,
-    ops::{cascade::can_merge, check::Check},
+    ops::check::Check,
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -70,13 +73,14 @@ const DECODE_OP: &str = "SingleDecode::run";
 const MIN_CHUNK: usize = 256;
 /// Queries (times heads of a group) that a block of FlashAttention 2 can work on.
 const FA2_TILES: [usize; 3] = [16, 64, 128];
-/// The most blocks of FlashAttention 2, which have 128 threads, that a
-/// multiprocessor of any GPU runs at once.
-const FA2_MAX_BLOCKS_PER_SM: usize = 2048 / 128;
 /// With more keys, sums of positions and windows could reach 2³².
 const MAX_KEYS: usize = 1 << 30;
-/// What the kernels give as the LSE of a query without keys.
-const LSE_OF_NOTHING: f32 = -50000.0;
+/// Head dimensions that the launchers' merge of parts is compiled for.
+const MERGED_HEAD_DIMS: [usize; 4] = [64, 128, 256, 512];
+/// The most threads of one of its blocks.
+const MAX_MERGE_THREADS: usize = 1024;
+/// The most blocks in the second dimension of a launch.
+const MAX_GRID_Y: usize = 65535;
 
 /// Prefill of one request: attention of any number of queries to the
 /// request's keys.
@@ -159,8 +163,9 @@ impl SinglePrefill {
     /// are a [permuted](TensorRef::permute) view. `out` is
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
     /// a contiguous `f32` `[queries, num_qo_heads]` of base-2 logarithms. A
-    /// query that sees no key gets zeros, and FlashInfer's stand-in for −∞,
-    /// which is about −50000. Zero queries are nothing to do.
+    /// query that sees no key gets zeros, and −∞. Zero queries are nothing to do.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// A [`Mask::Custom`] is that of a batch of this one request;
     /// [`Mask::MultiItem`] is for paged keys.
@@ -174,7 +179,8 @@ impl SinglePrefill {
     /// launched: a device, stream, dtype, shape, stride, alignment or mask does
     /// not fit the others or the spec; with [`Mask::Causal`] there are keys,
     /// but fewer than queries; with FlashAttention 3 a tensor names elements
-    /// more than once; the float workspace is too small.
+    /// more than once; the workspace is too small and does not
+    /// [grow](Workspace#growth), as during a capture.
     /// [`Unsupported`](FlashInferError::Unsupported): a custom mask with
     /// FlashAttention 3, or a multi-item mask. Else what the module or CUDA
     /// said.
@@ -187,7 +193,7 @@ impl SinglePrefill {
         lse: Option<&mut TensorMut<'_>>,
         (mask, options): (Mask<'_>, &RunOptions<'_>),
     ) -> Result<()> {
-        let (spec, stream) = (&self.spec, workspace.stream());
+        let (spec, stream) = (&self.spec, &workspace.stream().clone());
         let check = Check::new(PREFILL_OP, stream)?;
         let (q, k, v, out, lse) = (&q.raw, &k.raw, &v.raw, &out.raw, lse.map(|lse| &lse.raw));
         check.tensor("q", q, &[spec.dtype_q], &[3])?;
@@ -205,7 +211,7 @@ impl SinglePrefill {
         options.check(&check, spec, work.heads)?;
         check_sm_scale(&check, options.logit_scale(spec))?;
         let scale = options.v_scale.filter(|_| !self.fa3);
-        OutputScale::check_ready(&check, stream, spec.dtype_o, scale)?;
+        OutputScale::check_ready(&check, spec.dtype_o, scale)?;
         mask.check(&check, (spec, self.fa3), std::iter::once((rows, keys)), false)?;
         if rows == 0 {
             return Ok(());
@@ -216,6 +222,9 @@ impl SinglePrefill {
         }
         let needed = if self.fa3 { 0 } else { work.on_gpu(stream, Work::fa2_scratch)? };
         let tmp = scratch(&check, workspace, needed)?;
+        if mask.is_custom() && lse.is_some() {
+            empty_states::check_ready(&check, stream)?;
+        }
         let [q, k, v, out] = [q, k, v, out].map(|tensor| tensor.with_plain_unit_strides());
         let mask = mask.tensors(self.fa3)?;
         macro_rules! run {
@@ -256,7 +265,13 @@ impl SinglePrefill {
                 rope_rcp_scale: ROPE_RCP_SCALE,
                 rope_rcp_theta: ROPE_RCP_THETA,
             })?;
-            OutputScale::apply(stream, &out, options.v_scale)
+            OutputScale::apply(stream, &out, options.v_scale)?;
+            // Without a custom mask, every query sees a key.
+            let Some(lse) = lse.filter(|_| mask.custom.is_some()) else { return Ok(()) };
+            let window_left = spec.window_left_code();
+            let keys = empty_states::Keys::One(keys);
+            empty_states::Rows { keys, qo_indptr: None, batch: 1, mask: &mask, window_left, sinks: None }
+                .mark(stream, lse)
         }
     }
 }
@@ -349,7 +364,9 @@ impl SingleDecode {
     /// `v` are `[keys, num_kv_heads, head_dim]`, both contiguous (NHD), or both
     /// the [permuted](TensorRef::permute) view of a contiguous
     /// `[num_kv_heads, keys, head_dim]` (HND). Without keys there are zeros, and
-    /// FlashInfer's stand-in for −∞, which is −50000.
+    /// −∞.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// More than 256 keys need scratch memory, up to
     /// 32 · multiprocessors · group size · (2 · head_dim + 4) bytes: the
@@ -369,7 +386,7 @@ impl SingleDecode {
         lse: Option<&mut TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
-        let (spec, heads, stream) = (&self.spec, self.heads, workspace.stream());
+        let (spec, heads, stream) = (&self.spec, self.heads, &workspace.stream().clone());
         let check = Check::new(DECODE_OP, stream)?;
         let (q, out, lse) = (&q.raw, &out.raw, lse.map(|lse| &lse.raw));
         let row = |name, tensor: &RawTensor, dtype, rank| {
@@ -384,7 +401,7 @@ impl SingleDecode {
         check_keys(&check, spec, heads, keys, [&k.raw, &v.raw])?;
         let (layout, [k, v]) = stored(&check, [k, v])?;
         options.check(&check, spec, heads)?;
-        OutputScale::check_ready(&check, stream, spec.dtype_o, options.v_scale)?;
+        OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
         if keys == 0 {
             // SAFETY: output and sums were checked.
             return unsafe { write_nothing(stream, out, lse) };
@@ -457,28 +474,22 @@ unsafe fn write_nothing(stream: &Stream, out: &RawTensor, lse: Option<&RawTensor
     // SAFETY: promised by the caller.
     unsafe {
         cuda.zero(stream, out.data, out.numel() as usize * out.dtype.size())?;
-        lse.map_or(Ok(()), |lse| cuda.fill(stream, lse.data, LSE_OF_NOTHING, lse.numel() as usize))
+        lse.map_or(Ok(()), |lse| cuda.fill(stream, lse.data, f32::NEG_INFINITY, lse.numel() as usize))
     }
 }
 
-/// The scratch memory that a launcher is given: the workspace's, which must
-/// have what is needed, or none if nothing is.
-fn scratch(check: &Check<'_>, workspace: &Workspace, needed: usize) -> Result<RawTensor> {
-    let float = Scratch::of(workspace)?.float;
+/// The scratch memory that a launcher is given: the workspace's, which has what
+/// is needed, or none if nothing is. If the run is captured, a graph holds it.
+fn scratch(check: &Check<'_>, workspace: &mut Workspace, needed: usize) -> Result<RawTensor> {
     if needed == 0 {
-        return RawTensor::new(std::ptr::null_mut::<c_void>(), float.device, float.dtype, &[0], None);
+        let device = workspace.stream().device();
+        return RawTensor::new(std::ptr::null_mut::<c_void>(), device, DType::U8, &[0], None);
     }
-    let available = float.numel() as usize;
-    if available >= needed {
-        return Ok(float);
+    if !workspace.is_held() && FlashInferRuntime::get()?.cuda().is_capturing(workspace.stream())? {
+        workspace.hold();
     }
-    check.fail(
-        "workspace",
-        format!(
-            "its float part has {available} bytes, this run may need {needed} for partial results; make it \
-             with_sizes of at least that"
-        ),
-    )
+    workspace.reserve(check, Need { float: needed, int: 0 })?;
+    workspace.float.as_bytes()
 }
 
 /// One run, as launchers see it.
@@ -522,10 +533,15 @@ impl Work<'_> {
         chunks * rows * heads.num_qo_heads * row
     }
 
-    /// Whether the merge of chunks can be launched.
+    /// Whether the launcher can merge chunks: a block has threads for all heads
+    /// of a row, or for one head of the only row.
     fn can_merge(&self) -> bool {
-        let Self { spec, heads, rows, .. } = *self;
-        can_merge(spec.dtype_o, rows, heads.num_qo_heads, spec.head_dim_vo)
+        let Self { spec, heads: Heads { num_qo_heads, .. }, rows, .. } = *self;
+        let width = spec.head_dim_vo;
+        let vector = (16 / spec.dtype_o.size()).max(width / 32);
+        MERGED_HEAD_DIMS.contains(&width)
+            && num_qo_heads <= MAX_GRID_Y
+            && (rows == 1 || num_qo_heads <= MAX_MERGE_THREADS / (width / vector))
     }
 
     /// The most bytes that FlashAttention 2 writes, 0 if it must not divide keys.
@@ -541,7 +557,7 @@ impl Work<'_> {
         let packed = self.rows * (num_qo_heads / num_kv_heads);
         let chunks = FA2_TILES.map(|tile| {
             let queries = tile * self.spec.head_dim_qk * self.spec.dtype_q.size();
-            let blocks = (gpu.shared_memory / queries).min(FA2_MAX_BLOCKS_PER_SM) * gpu.multiprocessors;
+            let blocks = (gpu.shared_memory / queries).min(MAX_BLOCKS_PER_SM) * gpu.multiprocessors;
             blocks / (num_kv_heads * packed.div_ceil(tile))
         });
         match chunks.into_iter().max().unwrap_or(0).min(self.keys.div_ceil(MIN_CHUNK)) {
@@ -634,7 +650,7 @@ mod tests {
                 // With no scratch memory, nothing is divided. Else the launcher
                 // must not divide by zero, with even one block on each.
                 assert_eq!(bound == 0, gpu.multiprocessors / num_kv_heads == 0, "{work:?}");
-                for per_sm in (1..=32).filter(|_| bound > 0) {
+                for per_sm in (1..=MAX_BLOCKS_PER_SM).filter(|_| bound > 0) {
                     let count = chunks(work.keys, per_sm * gpu.multiprocessors / num_kv_heads);
                     let written = count * num_qo_heads * (2 * head_dim + 4);
                     assert!(written <= bound, "{work:?} on {gpu:?}: {written} of {bound}");

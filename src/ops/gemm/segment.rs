@@ -231,7 +231,11 @@ impl SegmentGemm {
         check.on_stream("segments", segments.stream())?;
         let count = segments.host().batch_size();
         if count > self.max_segments {
-            let problem = format!("{count} of them; this SegmentGemm was made for {}", self.max_segments);
+            let problem = format!(
+                "{count} of them; this SegmentGemm was made for {}: make another by \
+                 SegmentGemm::new(&stream, {count}, GemmBackend::{:?})",
+                self.max_segments, self.backend
+            );
             return check.fail("segments", problem);
         }
         let sizes = Sizes::check(&check, self.backend, &out.raw, input, segments.host())?;

@@ -1,0 +1,432 @@
+//! What plans take of a workspace: computed before the planner of a real module
+//! runs, and enough for it; and when a workspace grows.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use common::{Gpu, Rng, attention::capture, cache::repeating_table, refused, say};
+use flashinfer_rs::{
+    DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result,
+    attention::{
+        AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchDecode, BatchMla, BatchPrefill,
+        CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, MlaBatch, MlaSpec, MultiLevelCascade,
+        PlanMode, PrefillOptions, Workspace,
+    },
+};
+
+/// Where the planners say that their arrays are.
+#[derive(Clone, Copy, Debug)]
+enum Planner {
+    CudaCores,
+    Fa2,
+    Fa3,
+    /// For heads of so many elements.
+    Mixed(usize),
+    Mla,
+}
+
+impl Planner {
+    /// The bytes of partial results and of index arrays up to the end of the last
+    /// array, from a plan's numbers.
+    fn taken(self, numbers: &[i64], heads: Heads, head_dim: usize) -> [usize; 2] {
+        let n: Vec<usize> = numbers.iter().map(|&number| number as usize).collect();
+        match self {
+            // Chunks; outputs, sums; the flags, or the size of a chunk.
+            Self::CudaCores if n[9] == 0 => [0, n[7] + 4],
+            Self::CudaCores => {
+                let sums = heads.num_qo_heads * n[0] * 4;
+                assert!(n[2] >= n[1] + sums * head_dim, "{n:?}");
+                [n[2] + sums, n[6] + n[0]]
+            }
+            // Work, tile; the size of a chunk, the rows of a graph; sums, flags.
+            Self::Fa2 if n[14] == 0 && n[13] == 0 => [0, n[9] + 4],
+            Self::Fa2 if n[14] == 0 => [0, n[2] + 4],
+            Self::Fa2 => {
+                let sums = heads.num_qo_heads * n[0] * n[3] * 4;
+                assert!(n[11] >= n[10] + sums * head_dim, "{n:?}");
+                [n[11] + sums, n[12] + n[0]]
+            }
+            // Arrays of one size, which fill up to 12 bytes less than from one to the next.
+            Self::Fa3 => [0, n[7] + (n[5] - n[4]) - 12],
+            // Outputs are first, then come sums. The number of rows to merge is the last index.
+            Self::Mixed(head_dim) => [n[24] + n[24] / (2 * head_dim) * 4, n[27] + 4],
+            Self::Mla => [n[17] + n[17] / (2 * 512) * 4, n[15] + 4 * 16384],
+        }
+    }
+
+    /// How much more may have been asked for.
+    fn slack(self) -> usize {
+        match self {
+            // Only the module knows how many blocks there are at once.
+            Self::CudaCores => usize::MAX,
+            Self::Fa3 => 12,
+            _ => 0,
+        }
+    }
+}
+
+/// A batch of any family.
+struct Batch {
+    queries: RaggedTable,
+    table: PageTable,
+    /// The keys of the same requests, one after the other.
+    keys: RaggedTable,
+    causal: bool,
+    heads: Heads,
+    /// Rows of a graph.
+    rows: usize,
+}
+
+impl Batch {
+    fn random(gpu: &Gpu, rng: &mut Rng) -> Self {
+        let page_size = [1, 5, 16, 64, 256][rng.below(5)];
+        let (requests, longest) = ([3, 40, 300][rng.below(3)], [40, 400, 6000][rng.below(3)]);
+        let (requests, most) = (1 + rng.below(requests), [2, 9, 40][rng.below(3)]);
+        // The first has a token and a query, so that there is something to plan.
+        let lens: Vec<usize> = (0..requests).map(|at| rng.below(longest).max(usize::from(at == 0))).collect();
+        let causal = rng.below(2) == 0;
+        let queries = lens.iter().enumerate().map(|(at, &len)| {
+            let queries = rng.below(most).max(usize::from(at == 0));
+            if causal { queries.min(len) } else { queries }
+        });
+        let queries = RaggedIndices::from_lens(queries).unwrap();
+        let num_kv_heads = [1, 2, 3, 8][rng.below(4)];
+        Self {
+            causal,
+            heads: Heads { num_qo_heads: num_kv_heads * [1, 2, 4, 8][rng.below(4)], num_kv_heads },
+            rows: queries.total().max(requests) + rng.below(50),
+            queries: RaggedTable::new(&gpu.stream, queries).unwrap(),
+            table: PageTable::new(&gpu.stream, repeating_table(rng, 100, page_size, &lens)).unwrap(),
+            keys: RaggedTable::new(&gpu.stream, RaggedIndices::from_lens(lens).unwrap()).unwrap(),
+        }
+    }
+
+    fn prefill_options(&self, graph: bool) -> PrefillOptions<'static> {
+        let mut options = if self.causal { PrefillOptions::causal() } else { PrefillOptions::default() };
+        options.graph_rows = graph.then_some(self.rows);
+        options
+    }
+}
+
+/// A plan on a workspace, for a graph or not; gives its numbers.
+type Plan<'a> = &'a dyn Fn(&mut Workspace, bool) -> Result<Vec<i64>>;
+
+/// Makes a workspace one whose memory a graph may hold, with a plan for one query
+/// of one head, which takes less than 2 KiB.
+struct Holder {
+    prefill: BatchPrefill,
+    one: (RaggedTable, PageTable),
+}
+
+impl Holder {
+    fn new(gpu: &Gpu) -> Self {
+        let spec = AttentionSpec::new(DType::F16, 128).with_backend(Backend::Fa3);
+        let one = RaggedIndices::from_lens([1]).unwrap();
+        let table = PageIndices::from_requests(1, 16, [(&[0][..], 1)]).unwrap();
+        Self {
+            prefill: BatchPrefill::new(gpu.runtime, &gpu.stream, &spec).expect("FlashAttention 3"),
+            one: (RaggedTable::new(&gpu.stream, one).unwrap(), PageTable::new(&gpu.stream, table).unwrap()),
+        }
+    }
+
+    fn hold(&self, workspace: &mut Workspace) {
+        let mut options = PrefillOptions::default();
+        options.graph_rows = Some(1);
+        let (queries, table) = &self.one;
+        let heads = Heads { num_qo_heads: 1, num_kv_heads: 1 };
+        self.prefill.plan_paged(workspace, queries, table, heads, &options).unwrap();
+    }
+}
+
+fn sizes(workspace: &Workspace) -> [usize; 2] {
+    [workspace.float_bytes(), workspace.int_bytes()]
+}
+
+/// The workspace was refused by this crate, which states the bytes and the call.
+#[track_caller]
+fn refused_with_sizes<T: std::fmt::Debug>(result: Result<T>, need: [usize; 2], call: &str) {
+    match result {
+        Err(FlashInferError::InvalidArgument { argument: "workspace", problem, .. }) => {
+            for bytes in need.into_iter().filter(|&bytes| bytes > 1) {
+                assert!(problem.contains(&bytes.to_string()), "{bytes}: {problem}");
+            }
+            assert!(problem.contains(call), "{call}: {problem}");
+        }
+        other => panic!("a held workspace was to be refused for {need:?}: {other:?}"),
+    }
+}
+
+/// What is checked, and what no source holds.
+struct Checks<'g> {
+    gpu: &'g Gpu,
+    holder: Holder,
+    planned: BTreeMap<String, usize>,
+    skipped: BTreeSet<String>,
+}
+
+impl Checks<'_> {
+    /// What was made; `None` if no source holds its module.
+    fn made<T>(&mut self, made: Result<T>) -> Option<T> {
+        match made {
+            Ok(made) => Some(made),
+            Err(error @ (FlashInferError::Artifact(_) | FlashInferError::Unsupported { .. })) => {
+                let error = error.to_string();
+                self.skipped.insert(error.lines().next().unwrap_or_default().into());
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// All that a spec serves but mixed batches.
+    fn of_attention(&mut self, batch: &Batch, spec: &AttentionSpec) {
+        let (gpu, heads, head_dim, backend) = (self.gpu, batch.heads, spec.head_dim_vo, spec.backend);
+        let planner = match backend {
+            Backend::CudaCores => Planner::CudaCores,
+            Backend::Fa3 => Planner::Fa3,
+            _ => Planner::Fa2,
+        };
+        let more = [(spec.window_left.is_some(), ", window"), (spec.attention_sink, ", sinks")];
+        let more: String = more.iter().filter(|(there, _)| *there).map(|(_, name)| *name).collect();
+        let family = |name| format!("{name} {backend:?} {}{more}", spec.head_dim_qk);
+        // Pages hold keys and values of one width.
+        let paged = spec.head_dim_qk == head_dim;
+        let decode = paged.then(|| BatchDecode::new(gpu.runtime, spec, heads));
+        if let Some(decode) = decode.and_then(|decode| self.made(decode)) {
+            self.check(&family("decode"), planner, batch, head_dim, &|workspace, graph| {
+                let mode = if graph { PlanMode::CudaGraph } else { PlanMode::Eager };
+                Ok(decode.plan(workspace, &batch.table, mode)?.numbers().to_vec())
+            });
+        }
+        if backend == Backend::CudaCores {
+            return;
+        }
+        let Some(prefill) = self.made(BatchPrefill::new(gpu.runtime, &gpu.stream, spec)) else { return };
+        if paged {
+            self.check(&family("paged"), planner, batch, head_dim, &|workspace, graph| {
+                let (queries, options) = (&batch.queries, batch.prefill_options(graph));
+                let plan = prefill.plan_paged(workspace, queries, &batch.table, heads, &options);
+                Ok(plan?.numbers().to_vec())
+            });
+        }
+        self.check(&family("ragged"), planner, batch, head_dim, &|workspace, graph| {
+            let (queries, options) = (&batch.queries, batch.prefill_options(graph));
+            let plan = prefill.plan_ragged(workspace, queries, &batch.keys, heads, &options);
+            Ok(plan?.numbers().to_vec())
+        });
+    }
+
+    /// From nothing, a workspace grows to what a plan takes, which is what the
+    /// planner says it took. With as much the planner succeeds, and with a byte
+    /// less nobody calls it.
+    #[track_caller]
+    fn check(&mut self, family: &str, planner: Planner, batch: &Batch, head_dim: usize, plan: Plan<'_>) {
+        let with = |[float, int]: [usize; 2]| Workspace::with_sizes(&self.gpu.stream, float, int).unwrap();
+        for graph in [false, true] {
+            if graph && matches!(planner, Planner::Mla) {
+                continue; // it has no plans for graphs
+            }
+            let what = format!("{family}, graph {graph}, {:?}", batch.heads);
+            let mut nothing = with([0, 0]);
+            let numbers = plan(&mut nothing, graph).unwrap_or_else(|error| panic!("{what}: {error}"));
+            let need = sizes(&nothing);
+            for (need, taken) in need.into_iter().zip(planner.taken(&numbers, batch.heads, head_dim)) {
+                let least = taken.max(1);
+                assert!(
+                    need >= least && need - least <= planner.slack(),
+                    "{what}: {need} bytes computed, {taken} taken: {numbers:?}"
+                );
+            }
+            let mut exact = with(need);
+            assert_eq!(plan(&mut exact, graph).unwrap(), numbers, "{what}");
+            assert_eq!(sizes(&exact), need, "{what}");
+            for part in 0..2 {
+                let mut less = need;
+                less[part] = (less[part] - 1).max(1);
+                let mut small = with(less);
+                self.holder.hold(&mut small);
+                // What holds it takes something, too.
+                if less != need && sizes(&small) == less {
+                    refused_with_sizes(plan(&mut small, graph), need, "Workspace::with_sizes(&stream, ");
+                    assert_eq!(sizes(&small), less);
+                    self.holder.hold(&mut small);
+                    *self.planned.entry(format!("{family}, refused")).or_default() += 1;
+                }
+            }
+            let mut enough = with(need);
+            self.holder.hold(&mut enough);
+            if sizes(&enough) == need {
+                assert_eq!(plan(&mut enough, graph).unwrap(), numbers, "{what}");
+            }
+            *self.planned.entry(family.into()).or_default() += 1;
+        }
+    }
+}
+
+#[test]
+fn planners_find_what_they_take() {
+    let Some(gpu) = Gpu::start() else { return };
+    if gpu.runtime.compute_capability(0).unwrap().0 != 9 {
+        say("skipped: it holds workspaces with FlashAttention 3, which needs compute capability 9.0");
+        return;
+    }
+    let (rng, holder) = (&mut Rng::new(), Holder::new(&gpu));
+    let mut checks = Checks { gpu: &gpu, holder, planned: BTreeMap::new(), skipped: BTreeSet::new() };
+    for _ in 0..16 {
+        let (batch, plain) = (Batch::random(&gpu, rng), |head_dim| AttentionSpec::new(DType::BF16, head_dim));
+        let (heads, window) = (batch.heads, rng.below(3000) as u32);
+        for spec in [
+            plain(64),
+            plain(128),
+            plain(256),
+            plain(192).with_head_dim_vo(128),
+            plain(128).with_window_left(window),
+            plain(256).with_window_left(window).with_logits_soft_cap(30.0),
+            plain(64).with_attention_sink(),
+            plain(64).with_attention_sink().with_window_left(window),
+        ] {
+            for backend in [Backend::CudaCores, Backend::Fa2, Backend::Fa3] {
+                checks.of_attention(&batch, &spec.with_backend(backend));
+            }
+        }
+        if let Some(attention) = checks.made(BatchAttention::new(gpu.runtime, &gpu.stream, &plain(128))) {
+            checks.check("mixed", Planner::Mixed(128), &batch, 128, &|workspace, graph| {
+                let mut options = BatchAttentionOptions::default();
+                (options.causal, options.graph_rows) = (batch.causal, graph.then_some(batch.rows));
+                let plan = attention.plan(workspace, &batch.queries, &batch.table, heads, &options);
+                Ok(plan?.numbers().to_vec())
+            });
+        }
+        for backend in [Backend::Fa2, Backend::Fa3] {
+            let spec = MlaSpec::new(DType::BF16).with_backend(backend);
+            let Some(mla) = checks.made(BatchMla::new(gpu.runtime, &gpu.stream, &spec)) else { continue };
+            let (queries, num_heads) = (batch.queries.host(), [16, 128][rng.below(2)]);
+            checks.check(&format!("MLA {backend:?}"), Planner::Mla, &batch, 512, &|workspace, _| {
+                let of = MlaBatch { queries, num_heads, causal: false };
+                Ok(mla.plan(workspace, &batch.table, &of)?.numbers().to_vec())
+            });
+        }
+    }
+    gpu.synchronize();
+    for reason in &checks.skipped {
+        say(&format!("skipped: {reason}"));
+    }
+    say(&format!("{} plans and refusals", checks.planned.values().sum::<usize>()));
+    for name in ["decode CudaCores", "decode Fa2", "decode Fa3", "paged Fa2", "paged Fa3", "ragged Fa2"] {
+        assert_eq!(checks.planned[&format!("{name} 128")], 32, "{name}");
+    }
+}
+
+/// 512 requests of one page on 32 query heads and 8 KV heads, for a graph: more
+/// than a workspace has by default, which the planner used to find out.
+#[test]
+fn the_first_plan_for_a_graph_lets_it_grow() {
+    let Some(gpu) = Gpu::start() else { return };
+    let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    let spec = AttentionSpec::new(DType::BF16, 128).with_backend(Backend::Fa2);
+    let decode = BatchDecode::new(gpu.runtime, &spec, heads).expect("the module");
+    let table = |requests: usize| {
+        let pages: Vec<i32> = (0..requests as i32).collect();
+        let table = PageIndices::from_requests(1024, 16, pages.chunks(1).map(|page| (page, 1))).unwrap();
+        PageTable::new(&gpu.stream, table).unwrap()
+    };
+    let (small, large, larger) = (table(256), table(512), table(1024));
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let default = [Workspace::DEFAULT_FLOAT_BYTES, Workspace::DEFAULT_INT_BYTES];
+    assert_eq!(sizes(&workspace), default);
+    decode.plan(&mut workspace, &large, PlanMode::CudaGraph).unwrap();
+    // By half of what it was.
+    assert_eq!(sizes(&workspace), [192 << 20, 8 << 20]);
+    // What a graph holds stays; what is no larger still fits.
+    let floats = |requests: usize| 32 * (requests * 4 / 16 + requests - 1) * 16 * (128 + 1) * 4;
+    let need = [floats(1024), 8 << 20];
+    let call = format!("Workspace::with_sizes(&stream, {}, {})", need[0], need[1]);
+    refused_with_sizes(decode.plan(&mut workspace, &larger, PlanMode::CudaGraph), [need[0], 1], &call);
+    assert_eq!(sizes(&workspace), [192 << 20, 8 << 20]);
+    let key = |workspace: &mut Workspace, table| {
+        decode.plan(workspace, table, PlanMode::CudaGraph).unwrap().replay_key().unwrap()
+    };
+    let before = key(&mut workspace, &small);
+    decode.plan(&mut workspace, &larger, PlanMode::Eager).unwrap();
+    key(&mut workspace, &large);
+    assert_eq!(key(&mut workspace, &small), before, "larger batches changed where its arrays are");
+    // The call that the error names.
+    let mut named = Workspace::with_sizes(&gpu.stream, need[0], need[1]).unwrap();
+    key(&mut named, &small);
+    key(&mut named, &larger);
+    assert_eq!(sizes(&named), need);
+    // Plans for one launch do not stop it.
+    let mut eager = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
+    for table in [&small, &larger, &large] {
+        decode.plan(&mut eager, table, PlanMode::Eager).unwrap();
+    }
+    key(&mut eager, &large);
+    assert!(eager.float_bytes() >= floats(512));
+    refused_with_sizes(decode.plan(&mut eager, &larger, PlanMode::CudaGraph), [need[0], 1], "with_sizes");
+    gpu.synchronize();
+}
+
+/// A capture lets nothing grow, and goes on.
+#[test]
+fn captures_do_not_move_memory() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    let spec = AttentionSpec::new(DType::F16, 128).with_backend(Backend::Fa2);
+    let decode = BatchDecode::new(gpu.runtime, &spec, heads).expect("the module");
+    let table = PageIndices::from_requests(1, 16, [(&[0][..], 1)]).unwrap();
+    let table = PageTable::new(&gpu.stream, table).unwrap();
+    let mut workspace = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
+    let (_, plan) = capture(&gpu, || {
+        decode.plan(&mut workspace, &table, PlanMode::CudaGraph).map(|plan| plan.numbers().to_vec())
+    });
+    refused(plan, "workspace");
+    assert_eq!(sizes(&workspace), [1, 1]);
+    decode.plan(&mut workspace, &table, PlanMode::CudaGraph).unwrap();
+}
+
+/// The workspaces of levels, and the memory for states, which is there only where
+/// there are several levels.
+#[test]
+fn cascades() {
+    let Some(gpu) = Gpu::start() else { return };
+    let heads = Heads { num_qo_heads: 8, num_kv_heads: 2 };
+    let spec = AttentionSpec::new(DType::F16, 128).with_backend(Backend::Fa2);
+    let cascade = MultiLevelCascade::new(gpu.runtime, &gpu.stream, &spec).expect("the module");
+    let tables = |requests: usize| {
+        let all = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([requests]).unwrap()).unwrap();
+        let each = RaggedIndices::from_lens(vec![1; requests]).unwrap();
+        let shared = PageIndices::from_requests(2, 16, [(&[0][..], 16)]).unwrap();
+        let own = PageIndices::from_requests(2, 16, vec![(&[1][..], 3); requests]).unwrap();
+        let page_table = |table| PageTable::new(&gpu.stream, table).unwrap();
+        (all, page_table(shared), RaggedTable::new(&gpu.stream, each).unwrap(), page_table(own))
+    };
+    let plan = |workspace: &mut CascadeWorkspace, requests: usize, levels: usize, graph: bool| {
+        let (all, shared, each, own) = tables(requests);
+        let of =
+            [CascadeLevel { queries: &all, table: &shared }, CascadeLevel { queries: &each, table: &own }];
+        let mut options = CascadeOptions::default();
+        options.graph_rows = graph.then_some(requests);
+        cascade.plan(workspace, &of[2 - levels..], heads, &options).map(drop)
+    };
+    let mut workspace = CascadeWorkspace::with_sizes(&gpu.stream, 2, 0, 0).unwrap();
+    plan(&mut workspace, 4, 2, false).unwrap();
+    plan(&mut workspace, 40, 2, false).unwrap();
+    plan(&mut workspace, 40, 2, true).unwrap();
+    for graph in [true, false] {
+        plan(&mut workspace, 40, 2, graph).unwrap();
+    }
+    let call = "CascadeWorkspace::with_sizes(&stream, levels, ";
+    let result = plan(&mut workspace, 4000, 2, true);
+    assert!(result.as_ref().is_err_and(|error| error.to_string().contains("level 0")), "{result:?}");
+    refused_with_sizes(result, [1, 1], call);
+    // Large workspaces of levels, but states of few rows.
+    let mut workspace = CascadeWorkspace::with_sizes(&gpu.stream, 2, 512 << 20, 8 << 20).unwrap();
+    plan(&mut workspace, 400, 1, true).unwrap();
+    plan(&mut workspace, 40, 2, true).unwrap();
+    let states = 400 * 8 * 128 * 2 + 2 * 400 * 8 * 4;
+    refused_with_sizes(plan(&mut workspace, 400, 2, true), [states, 1], "CascadeWorkspace::new");
+    plan(&mut workspace, 40, 2, true).unwrap();
+    gpu.synchronize();
+}
