@@ -6,9 +6,6 @@
 // times as many divide its states, of which v and s have `count` for each row,
 // and v_other and s_other, if not null, one more. Rows whose byte in `mask`, if
 // it is not null, is 0 are left alone. The merged state may be v and s.
-//
-// merge_states.ptx is this, by nvcc 13.0 (-ptx -arch compute_80), with .version
-// 7.0 and without comments.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

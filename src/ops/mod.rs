@@ -17,3 +17,32 @@ pub mod topk;
 
 use function::{FixedFunction, enable_pdl};
 pub use signatures::signatures;
+
+#[cfg(test)]
+mod tests {
+    use crate::artifacts::Digest;
+
+    /// The PTX is what `ptx.sh` made of the source beside it.
+    #[test]
+    fn ptx_is_made_of_its_source() {
+        macro_rules! sources {
+            ($($folder:literal $name:literal,)*) => {
+                [$((
+                    $name,
+                    include_str!(concat!($folder, $name, ".cu")),
+                    include_str!(concat!($folder, $name, ".ptx")),
+                ),)*]
+            };
+        }
+        for (name, source, ptx) in sources![
+            "" "merge_states",
+            "attention/" "empty_states",
+            "sampling/" "argmax",
+            "sampling/" "chain",
+            "sampling/" "top_p",
+        ] {
+            let line = format!("// Made of {name}.cu by ptx.sh: sha256 {}", Digest::of(source.as_bytes()));
+            assert_eq!(ptx.lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
+        }
+    }
+}

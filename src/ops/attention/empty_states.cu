@@ -1,8 +1,5 @@
 // Writes the LSE of queries that see no key: -inf, or the logit of the head's
 // sink, in base 2. Upstream's kernels write about -50000.
-//
-// empty_states.ptx is this, by nvcc 13.0 (-ptx -arch compute_80), with .version
-// 7.0 and without comments.
 
 __device__ void write(float* lse, const float* sinks, unsigned heads, unsigned first, unsigned step) {
   for (unsigned head = first; head < heads; head += step) {

@@ -164,21 +164,3 @@ fn check_like(check: &Check<'_>, argument: &'static str, tensor: &RawTensor, lik
     check_rows(check, argument, tensor, &[like.dtype], like.shape().len())?;
     check.shape(argument, tensor, like.shape())
 }
-
-#[cfg(test)]
-mod tests {
-    use crate::artifacts::Digest;
-
-    /// The PTX is what `ptx.sh` made of the source beside it.
-    #[test]
-    fn ptx_is_made_of_its_source() {
-        for (name, source, ptx) in [
-            ("argmax.cu", include_str!("argmax.cu"), include_str!("argmax.ptx")),
-            ("chain.cu", include_str!("chain.cu"), include_str!("chain.ptx")),
-            ("top_p.cu", include_str!("top_p.cu"), include_str!("top_p.ptx")),
-        ] {
-            let line = format!("// Made of {name} by ptx.sh: sha256 {}", Digest::of(source.as_bytes()));
-            assert_eq!(ptx.lines().next(), Some(line.as_str()), "run src/ops/sampling/ptx.sh");
-        }
-    }
-}
