@@ -5,7 +5,7 @@ mod artifact_support;
 
 use artifact_support::*;
 use flashinfer_rs::artifacts::{
-    ArtifactError, Digest, Fetch, Member, Package, Progress, Source, Store, StoreConfig,
+    ArtifactError, Digest, Fetch, Member, Package, Progress, Source, Store, StoreConfig, Wheel,
 };
 use std::fs;
 use std::io::Write;
@@ -189,6 +189,40 @@ fn a_damaged_wheel_in_the_cache_is_fetched_anew() {
     let located = store.locate(&Member::module("norm"), Fetch::Allowed).unwrap();
     assert!(matches!(located.source, Source::Fetched(_)));
     assert_eq!(fs::read(folder.join(WHEEL)).unwrap(), wheel);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_stamped_wheel_that_cannot_be_read_loses_its_stamp() {
+    for wrong in [&b"no wheel at all"[..], &module_wheel(&[("page", b"another")]), &body()[..9000]] {
+        let dir = tempfile::tempdir().unwrap();
+        let wheel = body();
+        let sent = wheel.clone();
+        let server = Server::start(move |asked, stream| send(asked, stream, &sent, usize::MAX));
+        let record = {
+            let path = dir.path().join("w.whl");
+            fs::write(&path, &wheel).unwrap();
+            Wheel::open(&path).unwrap().record_sha256()
+        };
+        let open = || {
+            let mut config = configured(dir.path(), &server.url, Digest::of(&wheel));
+            config.pins = member_pins(&format!("{}/wheel.whl", server.url), &wheel, record);
+            Store::open(config).unwrap()
+        };
+        let path = dir.path().join("cache/wheels").join(WHEEL);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, wrong).unwrap();
+        stamp(&path, Digest::of(&wheel));
+        assert!(open().modules().is_empty());
+        stamp(&path, Digest::of(&wheel));
+        let e = open().locate(&Member::module("norm"), Fetch::Forbidden).unwrap_err();
+        assert!(matches!(e, ArtifactError::DigestMismatch { .. }), "{e}");
+        assert!(files(dir.path(), &|name| name.ends_with(".verified")).is_empty());
+        stamp(&path, Digest::of(&wheel));
+        let located = open().locate(&Member::module("norm"), Fetch::Allowed).unwrap();
+        assert_eq!(fs::read(located.path).unwrap(), noise(40, 700_000));
+        assert!(fs::read(&path).unwrap() == wheel);
+    }
 }
 
 #[test]

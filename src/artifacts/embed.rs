@@ -290,7 +290,8 @@ impl Chosen {
         config.index_url = env("FLASHINFER_RS_INDEX_URL");
         let mut no_network = no_network(build.env, &build.command)?;
         config.offline = no_network.is_some();
-        config.cache_dir = env("FLASHINFER_RS_CACHE_DIR").map(PathBuf::from);
+        let named = env("FLASHINFER_RS_CACHE_DIR");
+        config.cache_dir = named.map(|named| store::named_cache_dir(named.into())).transpose()?;
         let usual = config.cache_dir.clone();
         let usual = usual.or_else(|| Some(dirs::cache_dir()?.join("flashinfer-rs")));
         if usual.is_none_or(|folder| fs::create_dir_all(folder).is_err()) {

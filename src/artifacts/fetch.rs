@@ -8,12 +8,11 @@
 //! requests and the patience are also those of `remote`, which reads a wheel by ranges.
 
 use super::cache::{Cache, Tell};
-use super::digest::Hasher;
 use super::index;
 use super::pins::{Origin, Pin};
-use super::{ArtifactError, Digest, FetchOptions, Progress};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use super::sink::{Sink, pump};
+use super::{ArtifactError, FetchOptions, Progress};
+use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,7 +24,7 @@ use ureq::{Agent, Body};
 /// No wheel is larger; a server that sends more is broken.
 pub(crate) const MAX_SIZE: u64 = 16 << 30;
 
-/// Puts the pinned wheel into the cache, by the first way that works.
+/// Puts the pinned wheel, whose lock is held, into the cache, by the first way that works.
 pub(crate) fn pinned(
     cache: &Cache,
     pin: &Pin,
@@ -34,7 +33,6 @@ pub(crate) fn pinned(
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let _lock = cache.lock_wheel(pin, tell)?;
     let damaged = match cache.wheel(pin, tell) {
         Ok(Some(path)) => return Ok(path),
         Ok(None) => None,
@@ -251,21 +249,20 @@ pub(crate) fn download(
 ) -> Result<PathBuf, ArtifactError> {
     let agent = agent(options);
     let mut patience = Patience::new(options);
-    let mut partial = Partial::open(cache, pin, tell)?;
-    let mut fresh = partial.hasher.len() == 0;
-    let mut best = partial.hasher.len();
+    let mut wheel = cache.partial(pin, tell)?;
+    let mut best = wheel.len();
     loop {
-        if partial.hasher.len() > 0 && partial.hasher.digest() == pin.sha256 {
-            return partial.publish(cache, pin);
+        if wheel.len() > 0 && wheel.digest() == pin.sha256 {
+            return cache.adopt(pin, wheel);
         }
-        let broken = match attempt(&agent, &mut partial, pin, address, tell) {
+        let broken = match attempt(&agent, &mut wheel, pin, address, tell) {
             Ok(Complete::Yes) => {
-                let found = partial.hasher.digest();
+                let (found, inherited) = (wheel.digest(), wheel.inherited());
                 if found == pin.sha256 {
-                    return partial.publish(cache, pin);
+                    return cache.adopt(pin, wheel);
                 }
-                partial.discard();
-                if fresh {
+                wheel.restart()?;
+                if !inherited {
                     return Err(ArtifactError::DigestMismatch {
                         file: format!("{} from {}", pin.file, address.shown()),
                         expected: pin.sha256,
@@ -273,24 +270,20 @@ pub(crate) fn download(
                     });
                 }
                 // What an earlier process left was damaged: once more, from the first byte.
-                partial = Partial::open(cache, pin, tell)?;
-                (fresh, best) = (true, 0);
+                best = 0;
                 continue;
             }
-            Ok(Complete::Restarted) => {
-                fresh = true;
-                Broken::Passing("the server cannot resume there".into())
-            }
+            Ok(Complete::Restarted) => Broken::Passing("the server cannot resume there".into()),
+            // Whatever the disk kept of the last bytes, it is not asked to go on.
+            Err(Broken::Disk(e)) => return Err(e),
             Err(broken) => broken,
         };
-        fresh |= partial.restarted;
-        if partial.hasher.len() > best {
-            best = partial.hasher.len();
+        if wheel.len() > best {
+            best = wheel.len();
             patience.renew();
             continue;
         }
-        let paused = patience.pause(broken, |reason| failed(pin, address, reason));
-        paused.inspect_err(|_| partial.discard_if_empty())?;
+        patience.pause(broken, |reason| failed(pin, address, reason))?;
     }
 }
 
@@ -331,27 +324,27 @@ pub(crate) fn ask(agent: &Agent, address: &Address, range: Option<String>) -> Re
 /// One request, appended to what is there.
 fn attempt(
     agent: &Agent,
-    partial: &mut Partial,
+    wheel: &mut Sink,
     pin: &Pin,
     address: &Address,
     tell: Tell<'_>,
 ) -> Result<Complete, Broken> {
-    let from = partial.hasher.len();
+    let from = wheel.len();
     let response = ask(agent, address, (from > 0).then(|| format!("bytes={from}-")))?;
     let total = match response.status() {
         StatusCode::PARTIAL_CONTENT => match content_range(&response) {
             Some((range, total)) if *range.start() == from => total,
             _ => {
-                partial.restart().map_err(Broken::Disk)?;
+                wheel.restart().map_err(Broken::Disk)?;
                 return Ok(Complete::Restarted);
             }
         },
         StatusCode::OK => {
-            partial.restart().map_err(Broken::Disk)?;
+            wheel.restart().map_err(Broken::Disk)?;
             response.body().content_length()
         }
         _ if from > 0 => {
-            partial.restart().map_err(Broken::Disk)?;
+            wheel.restart().map_err(Broken::Disk)?;
             return Ok(Complete::Restarted);
         }
         status => return Err(Broken::Lasting(format!("HTTP status {status}"))),
@@ -360,28 +353,21 @@ fn attempt(
         return Err(Broken::Lasting(format!("the server announces {total} bytes")));
     }
     let file = pin.file.as_str();
-    let done = partial.hasher.len();
+    let done = wheel.len();
     tell(&Progress::Started { file, done, total });
     let mut body = response.into_body().into_reader();
-    let mut buffer = vec![0; 1 << 17];
-    loop {
-        let n = match body.read(&mut buffer) {
-            Ok(n) => n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return Err(Broken::Passing(e.to_string())),
-        };
-        if n == 0 {
-            break;
-        }
-        partial.write(&buffer[..n]).map_err(Broken::Disk)?;
-        let done = partial.hasher.len();
+    let interrupted = |e: io::Error| Broken::Passing(e.to_string());
+    pump(&mut body, interrupted, |bytes| {
+        wheel.write(bytes).map_err(Broken::Disk)?;
+        let done = wheel.len();
         if done > total.unwrap_or(MAX_SIZE) {
-            partial.restart().map_err(Broken::Disk)?;
+            wheel.restart().map_err(Broken::Disk)?;
             return Err(Broken::Passing(format!("more than {total:?} bytes came")));
         }
         tell(&Progress::Bytes { file, done, total });
-    }
-    let done = partial.hasher.len();
+        Ok(())
+    })?;
+    let done = wheel.len();
     match total {
         Some(total) if done < total => {
             Err(Broken::Passing(format!("the connection ended after {done} of {total} bytes")))
@@ -398,89 +384,15 @@ pub(crate) fn content_range(response: &Response<Body>) -> Option<(RangeInclusive
     Some((start.trim().parse().ok()?..=end.trim().parse().ok()?, total.trim().parse().ok()))
 }
 
-/// A download on disk that is not complete, and the hash of what is there.
-struct Partial {
-    path: PathBuf,
-    file: File,
-    hasher: Hasher,
-    restarted: bool,
-}
-
-impl Partial {
-    fn open(cache: &Cache, pin: &Pin, tell: Tell<'_>) -> Result<Partial, ArtifactError> {
-        let path = cache.wheels().join(format!("{}.partial", pin.file));
-        if fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
-            let removed = fs::remove_file(&path);
-            removed.map_err(|e| ArtifactError::cache(&path, "remove", e))?;
-        }
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        let mut file = options.open(&path).map_err(|e| ArtifactError::cache(&path, "open", e))?;
-        let hasher =
-            hash_existing(&mut file, pin, tell).map_err(|e| ArtifactError::cache(&path, "read", e))?;
-        Ok(Partial { path, file, hasher, restarted: false })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<(), ArtifactError> {
-        let written = self.file.write_all(bytes);
-        written.map_err(|e| ArtifactError::cache(&self.path, "write", e))?;
-        self.hasher.update(bytes);
-        Ok(())
-    }
-
-    /// Forgets what is there.
-    fn restart(&mut self) -> Result<(), ArtifactError> {
-        let cut = self.file.set_len(0);
-        let cut = cut.and_then(|()| self.file.seek(SeekFrom::Start(0)));
-        cut.map_err(|e| ArtifactError::cache(&self.path, "truncate", e))?;
-        self.hasher = Hasher::default();
-        self.restarted = true;
-        Ok(())
-    }
-
-    fn publish(self, cache: &Cache, pin: &Pin) -> Result<PathBuf, ArtifactError> {
-        cache.adopt_wheel(pin, &self.file, &self.path)
-    }
-
-    fn discard(&self) {
-        let _ = fs::remove_file(&self.path);
-    }
-
-    fn discard_if_empty(&self) {
-        if self.hasher.len() == 0 {
-            self.discard();
-        }
-    }
-}
-
-fn hash_existing(file: &mut File, pin: &Pin, tell: Tell<'_>) -> io::Result<Hasher> {
-    let total = file.metadata()?.len();
-    let mut hasher = Hasher::default();
-    let mut buffer = vec![0; 1 << 17];
-    loop {
-        let n = file.read(&mut buffer)?;
-        if n == 0 {
-            return Ok(hasher);
-        }
-        hasher.update(&buffer[..n]);
-        tell(&Progress::Verifying { file: &pin.file, done: hasher.len(), total });
-    }
-}
-
 /// Publishes a file that something else downloaded, if it has the pin's digest.
 pub(crate) fn adopt(cache: &Cache, pin: &Pin, from: &Path) -> Result<PathBuf, ArtifactError> {
-    let file = File::open(from).map_err(|e| ArtifactError::cache(from, "open", e))?;
-    let hashed = Digest::of_file(&file);
-    let (found, _) = hashed.map_err(|e| ArtifactError::cache(from, "read", e))?;
-    if found != pin.sha256 {
-        let _ = fs::remove_file(from);
-        return Err(ArtifactError::DigestMismatch {
-            file: from.display().to_string(),
-            expected: pin.sha256,
-            found,
-        });
+    let wheel = Sink::resume(from.into(), &cache.wheels().join(&pin.file), false, |_, _| ())?;
+    let found = wheel.digest();
+    if found == pin.sha256 {
+        return cache.adopt(pin, wheel);
     }
-    cache.adopt_wheel(pin, &file, from)
+    let file = from.display().to_string();
+    Err(ArtifactError::DigestMismatch { file, expected: pin.sha256, found })
 }
 
 #[cfg(test)]

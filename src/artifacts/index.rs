@@ -402,11 +402,7 @@ fn pip(
     tell: Tell<'_>,
 ) -> Result<PathBuf, Pip> {
     tell(&Progress::Started { file: &pin.file, done: 0, total: None });
-    // The wheel's lock is held, so what is there was left by a process that died.
-    let folder = Scratch(cache.wheels().join(format!("{}.pip", pin.file)));
-    let _ = fs::remove_dir_all(&folder.0);
-    let made = fs::create_dir_all(&folder.0);
-    made.map_err(|e| Pip::Final(ArtifactError::cache(&folder.0, "create the folder", e)))?;
+    let folder = cache.scratch(pin).map_err(Pip::Final)?;
     let mut reasons = Vec::new();
     for program in [&["python3", "-m", "pip"][..], &["pip"]] {
         let mut command = Command::new(program[0]);
@@ -425,11 +421,11 @@ fn pip(
         for platform in ["manylinux2014", "manylinux_2_17", "manylinux_2_27", "manylinux_2_28"] {
             command.arg(format!("--platform={platform}_{}", request.arch));
         }
-        command.arg("-d").arg(&folder.0);
+        command.arg("-d").arg(folder.path());
         command.arg(format!("{}=={}", request.package, request.version));
         match run(&mut command, options.pip_timeout) {
             Ok(()) => {
-                let file = folder.0.join(&pin.file);
+                let file = folder.path().join(&pin.file);
                 if file.is_file() {
                     return adopt(cache, pin, &file).map_err(Pip::Final);
                 }
@@ -439,15 +435,6 @@ fn pip(
         }
     }
     Err(Pip::Failed(reasons.join("; ")))
-}
-
-/// A folder that is removed with its content.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// Runs a program to its end, or to the limit.

@@ -19,7 +19,9 @@
 //! |---|---|
 //! | `pins` | the pin table and the choice of a row |
 //! | `wheel` | members of a wheel and their digests |
-//! | `cache` | files on disk: locks, atomic publishing, verification, stamps |
+//! | `sink` | the pump to disk: hashed, written, published by rename |
+//! | `lock` | locks between processes |
+//! | `cache` | files on disk: their places, verification, stamps, cleaning |
 //! | `bundle` | members embedded in the program |
 //! | `store` | the sources, in order |
 //! | `fetch` | HTTP downloads: streamed, resumed, hashed while they flow |
@@ -30,7 +32,7 @@
 //! The build script compiles these same files.
 
 pub mod bundle;
-pub mod cache;
+mod cache;
 pub mod digest;
 pub mod embed;
 pub mod error;
@@ -38,9 +40,11 @@ pub mod error;
 pub mod fetch;
 #[cfg(feature = "fetch")]
 pub mod index;
+mod lock;
 pub mod pins;
 #[cfg(feature = "fetch")]
 mod remote;
+mod sink;
 pub mod store;
 pub mod wheel;
 
@@ -244,6 +248,13 @@ pub enum Progress<'a> {
         file: &'a str,
         /// How long this process has waited.
         waited: Duration,
+    },
+    /// The file system has no locks. Work goes on without: processes may do the same work at once.
+    Lockless {
+        /// The cache folder.
+        folder: &'a Path,
+        /// What the system says.
+        reason: &'a str,
     },
     /// A file on disk is being hashed.
     Verifying {

@@ -7,7 +7,7 @@
 
 use super::digest::Digest;
 use super::{ArtifactError, Package};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -199,6 +199,14 @@ impl Pins {
                 self.cuda, self.arch
             ),
         })
+    }
+
+    /// The file names of these pins and of the crate's own, for whatever machine.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Pins`] when the table cannot be read.
+    pub(crate) fn files(&self) -> Result<BTreeSet<String>, ArtifactError> {
+        Ok(self.pins.values().chain(table()?.values()).map(|pin| pin.file.clone()).collect())
     }
 
     /// Whether the crate's own table pins a file with this digest, for whatever machine.

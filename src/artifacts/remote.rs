@@ -16,9 +16,9 @@
 //! was asked for. A server without ranges is told apart from one that cannot be reached or that
 //! sends something else: only the first is a reason to download the wheel whole.
 
-use super::cache::Sink;
 use super::fetch::{self, Address, Broken, MAX_SIZE, Patience, failed};
 use super::pins::Pin;
+use super::sink::Sink;
 use super::wheel::{self, Wheel};
 use super::{ArtifactError, Digest, FetchOptions, Member, Progress, ProgressFn};
 use std::fmt;
@@ -85,7 +85,7 @@ impl RemoteWheel {
     }
 
     /// Streams a member into `sink`.
-    pub(crate) fn copy(&mut self, member: &Member, sink: &mut Sink<'_>) -> Result<(), ArtifactError> {
+    pub(crate) fn copy(&mut self, member: &Member, sink: &mut Sink) -> Result<(), ArtifactError> {
         let lost = || format!("{member} is in RECORD and not in the central directory");
         let recorded = self.wheel.find(member)?;
         let recorded = recorded.ok_or_else(|| ArtifactError::wheel(self.wheel.path(), lost()))?;
