@@ -195,3 +195,21 @@ fn cuda_remedy(code: i32) -> &'static str {
         _ => "",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_cuda_say_what_to_do() {
+        let text = |code| {
+            let message = "CUDA's words".into();
+            FlashInferError::Cuda { call: "cudaLaunchKernel", code, message }.to_string()
+        };
+        for (code, remedy) in [(2, "free device memory"), (35, "update it"), (209, "no code for this GPU")] {
+            let text = text(code);
+            assert!(text.contains("CUDA's words") && text.contains(remedy), "{text}");
+        }
+        assert_eq!(text(1), "cudaLaunchKernel failed: CUDA's words (cudaError 1)");
+    }
+}

@@ -38,8 +38,6 @@ impl ModuleName {
     pub const NORM: Self = Self::fixed("norm");
     /// Appending to a paged KV cache.
     pub const PAGE: Self = Self::fixed("page");
-    /// Merging partial attention results.
-    pub const CASCADE: Self = Self::fixed("cascade");
     /// Rotary position embeddings.
     pub const ROPE: Self = Self::fixed("rope");
     /// `silu(a) · b`.

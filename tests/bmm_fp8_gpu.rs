@@ -186,6 +186,19 @@ fn streams() {
     });
 }
 
+/// A device's handle outlives whoever asked for it first.
+#[test]
+fn handles_stay() {
+    let Some((gpu, first)) = start(Gpu::start()) else { return };
+    let rng = &mut Rng::new();
+    let mut second = CublasLt::new(&gpu.stream).unwrap();
+    drop(first);
+    check::<F8E4M3, F8E4M3, f16>(&gpu, rng, &mut second, [1, 33, 64, 128]);
+    drop(second);
+    let mut third = CublasLt::new(&gpu.stream).unwrap();
+    check::<F8E4M3, F8E4M3, f16>(&gpu, rng, &mut third, [1, 33, 64, 128]);
+}
+
 /// Captured products, replayed for other numbers and scales.
 #[test]
 fn graph_replay() {

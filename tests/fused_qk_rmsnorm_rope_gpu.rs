@@ -8,7 +8,7 @@ use common::{
     Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, captured, leave_cuda_error, refused, say,
 };
 use flashinfer_rs::{
-    DType, Result,
+    DType, FlashInferError, Result,
     norm::{FusedQkOptions, QkvInput, QkvOutput, Rope3d, RopeTable, fused_qk_rmsnorm_rope},
     reference,
 };
@@ -282,6 +282,31 @@ fn graph_replay() {
     });
     refused(other, "stream");
     assert_eq!(same.unwrap().rope(), &case.rope);
+}
+
+/// The module ends the process if it gets no memory for its table. Here that is
+/// an error, and afterwards a table can be made.
+#[test]
+fn tables_without_memory() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let mut case = Case::new([2, 3, 4], [2, 2, 2], [88, 84, 84]);
+    case.rope.base = 77.0;
+    let (mut taken, mut bytes) = (Vec::new(), 1usize << 36);
+    while bytes >= 1 << 20 {
+        // SAFETY: nobody reads it.
+        match unsafe { gpu.cuda.alloc::<u8>(bytes) } {
+            Ok(memory) => taken.push(memory),
+            Err(_) => bytes /= 2,
+        }
+    }
+    match RopeTable::new(&gpu.stream, &case.rope) {
+        Err(FlashInferError::Cuda { code: 2, .. }) => {}
+        other => panic!("no memory, but {other:?}"),
+    }
+    drop(taken);
+    gpu.synchronize();
+    let table = RopeTable::new(&gpu.stream, &case.rope).unwrap();
+    Problem::<bf16>::random(&gpu, &mut Rng::new(), case).check(&gpu, &table);
 }
 
 /// An error that other code left in the thread does not end the process.

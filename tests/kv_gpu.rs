@@ -231,6 +231,48 @@ fn two_models_share_a_pool() {
     pair.assert_same::<F8E4M3>(1);
 }
 
+/// Keys and values of a page lie further apart than CUDA copies in one call,
+/// which is 2³¹ bytes.
+#[test]
+fn parts_of_a_page_that_are_far_apart() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let (heads, head_dim, page_size) = (8, 128, 64);
+    let shape =
+        KvShape { num_layers: 1, num_kv_heads: heads, head_dim, dtype: DType::F16, layout: KvLayout::Nhd };
+    let row = heads * head_dim;
+    let pool = PageAllocator::new((1usize << 31) / (2 * page_size * row) + 1, page_size).unwrap();
+    let mut cache = PagedKvCache::new(&gpu.stream, &pool, &[shape]).unwrap();
+    let mut batch = Batch::new(&pool);
+    batch.push(Sequence::new(&pool)).unwrap();
+    batch.append([5]).unwrap();
+    let mut tables = BatchTables::new(&gpu.stream, &batch, CAPACITY).unwrap();
+    tables.update(&batch, &mut cache).unwrap();
+    let new = [(); 2].map(|()| Tensor::<f16>::random(&gpu, rng, &[5, heads, head_dim]));
+    {
+        let (k, v) = (new[0].on(&gpu), new[1].on(&gpu));
+        let mut kv = cache.layer_mut(0, 0).unwrap();
+        let (append, pages) = (&tables.append, &tables.pages);
+        page::append_paged_kv_cache(&gpu.stream, &k.view(), &v.view(), append, &mut kv, pages).unwrap();
+    }
+    batch.push(batch.sequences()[0].fork()).unwrap();
+    batch.append([1, 1]).unwrap();
+    assert_eq!(pool.pending_copies(), 1);
+    cache.copy_pages().unwrap();
+    gpu.synchronize();
+    let layer = cache.layer(0, 0).unwrap();
+    assert!(layer.v.data_ptr() as usize - layer.k.data_ptr() as usize > i32::MAX as usize);
+    for sequence in batch.sequences() {
+        let first = sequence.pages()[0] as usize * page_size * row;
+        for (part, new) in [layer.k, layer.v].iter().zip(&new) {
+            let mut got = vec![f16::NAN; 5 * row];
+            // SAFETY: a page of the pool lies in the cache's memory; nothing is being written.
+            unsafe { memcpy_dtoh_sync(&mut got, part.data_ptr() as u64 + 2 * first as u64) }.unwrap();
+            assert_same_bits("a copied page", &got, &new.host);
+        }
+    }
+}
+
 /// Kernels of attention read layers of both kinds of memory: contiguous ones,
 /// and those of pages that hold all layers.
 #[test]

@@ -377,6 +377,16 @@ impl On {
             let three = Tensor::<f16>::random(&gpu, rng, &[20, 3, 128]);
             let three = three.on(&gpu);
             call(&three.view(), &three.view(), "heads");
+            // So many keys that positions could not be added up.
+            let (shape, strides) = ([(1 << 30) + 1, 2, 128], Some(&[0, 128, 1][..]));
+            let (data, device) = (good_view.data_ptr(), good_view.device());
+            // SAFETY: the first key, again and again.
+            let many =
+                unsafe { TensorRef::from_raw_parts(data, device, DType::F16, &shape, strides) }.unwrap();
+            let (mask, mut out) = ((Mask::None, &RunOptions::default()), out.view_mut());
+            let error =
+                single.run(&mut workspace, &q.view(), [&many, &many], &mut out, None, mask).unwrap_err();
+            assert!(error.to_string().contains("at most 2^30"), "{error}");
         }
         other.synchronize();
         out.assert_untouched(&gpu);

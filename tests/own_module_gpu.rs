@@ -4,11 +4,16 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::{Gpu, Number, Rng, Tensor, attention::capture, say};
+use cudarc::{driver::LaunchConfig, nvrtc::Ptx};
 use flashinfer_rs::{
-    FlashInferError, Module, ModuleName, Result, TensorMut, TensorRef, args,
+    FlashInferError, Module, ModuleName, PackedIndices, PackedTable, Result, TensorMut, TensorRef, args,
     artifacts::{Fetch, Member},
     cudarc::{TensorExt, TensorExtMut},
+    norm::{self, NormOptions},
+    quantization::{self, BitOrder},
 };
 use half::{bf16, f16};
 
@@ -131,6 +136,61 @@ fn strings_and_refusals() {
         }
     }
     say("packbits: all as on the CPU");
+}
+
+/// After a kernel that failed, in a process of its own, every call is an error,
+/// be its launcher one that asks CUDA or not.
+#[test]
+fn nothing_works_after_a_failed_kernel() {
+    const CHILD: &str = "FLASHINFER_RS_TEST_PART";
+    const TEST: &str = "nothing_works_after_a_failed_kernel";
+    // It waits until no other test is on the GPU.
+    let Some(gpu) = Gpu::start_alone() else { return };
+    if std::env::var_os(CHILD).is_none_or(|part| part != TEST) {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let output = command.args([TEST, "--exact", "--nocapture"]).env(CHILD, TEST).output().unwrap();
+        let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+        return assert!(output.status.success() && text.contains("calls failed"), "{text}");
+    }
+    let trap = ".version 7.0\n.target sm_70\n.address_size 64\n.visible .entry fails() { trap; }";
+    let context = gpu.cuda.context();
+    let kernel = context.load_module(Ptx::from_src(trap)).unwrap().load_function("fails").unwrap();
+    let (row, weight) = (gpu.cuda.alloc_zeros::<bf16>(64).unwrap(), gpu.cuda.alloc_zeros::<f32>(64).unwrap());
+    let mut out = gpu.cuda.alloc_zeros::<bf16>(64).unwrap();
+    let (bits, mut bytes) = (gpu.cuda.alloc_zeros::<u8>(64).unwrap(), gpu.cuda.alloc_zeros::<u8>(8).unwrap());
+    let segments = PackedIndices::from_lens([40, 24]).unwrap();
+    let segments = PackedTable::new(&gpu.stream, segments).unwrap();
+    // The views are made before: cudarc itself fails afterwards.
+    let (row, weight) = (row.tensor(&gpu.cuda, &[1, 64]).unwrap(), weight.tensor(&gpu.cuda, &[64]).unwrap());
+    let mut out = out.tensor_mut(&gpu.cuda, &[1, 64]).unwrap();
+    let (bits, mut bytes) =
+        (bits.tensor(&gpu.cuda, &[64]).unwrap(), bytes.tensor_mut(&gpu.cuda, &[8]).unwrap());
+    let (row, weight, mut out) = (row.view(), weight.view(), out.view_mut());
+    let norm_weight = row.select(0, 0).unwrap();
+    let (bits, mut bytes) = (bits.view(), bytes.view_mut());
+    let mut calls = || {
+        let (stream, norm) = (&gpu.stream, NormOptions::default());
+        [
+            norm::rmsnorm(stream, &mut out, &row, &norm_weight, &norm),
+            norm::layernorm(stream, &mut out, &row, &weight, &weight, &norm),
+            quantization::packbits(stream, &mut bytes, &bits, BitOrder::Big),
+            quantization::segment_packbits(stream, &mut bytes, &bits, &segments, BitOrder::Big),
+        ]
+    };
+    calls().into_iter().for_each(|call| call.unwrap());
+    gpu.cuda.synchronize().unwrap();
+    // SAFETY: it takes no arguments.
+    unsafe { gpu.cuda.launch_builder(&kernel).launch(LaunchConfig::for_num_elems(1)) }.unwrap();
+    gpu.cuda.synchronize().unwrap_err();
+    for call in calls() {
+        match call {
+            Err(FlashInferError::TvmFfiCall { .. } | FlashInferError::Cuda { .. }) => {}
+            other => panic!("after a kernel that failed: {other:?}"),
+        }
+    }
+    say("4 calls failed, as they must");
+    // What is still there cannot be freed.
+    std::process::exit(0);
 }
 
 /// A byte with each bit at its place.

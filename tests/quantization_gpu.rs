@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Rng, attention::capture, refused, say};
+use common::{Gpu, Rng, attention::capture, leave_cuda_error, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
     MaskIndices, ModuleName, PackedIndices, PackedTable, TensorMut, TensorRef,
@@ -195,6 +195,40 @@ fn graph_replay() {
         reference::packbits(&mut view_mut(&mut want), &view(&bits), BitOrder::Little).unwrap();
         assert_eq!(download(&gpu, &all), want, "{lens:?}");
     }
+}
+
+/// Bytes other than 0 and 1 spoil the bits of their own output byte at most.
+#[test]
+fn bytes_that_are_no_bits() {
+    let Some(gpu) = start(Gpu::start) else { return };
+    let bits = random_bits(&mut Rng::new(), 4096);
+    let mut odd = bits.clone();
+    for (at, byte) in [2, 3, 0x7f, 0x80, 0xff].into_iter().enumerate() {
+        odd[800 * at] = byte;
+    }
+    let (x, mut y) = (upload(&gpu, &odd), upload(&gpu, &[POISON; 513]));
+    {
+        let x = x.tensor(&gpu.cuda, &[4096]).unwrap();
+        let mut y = y.tensor_mut(&gpu.cuda, &[513]).unwrap();
+        let mut y = y.view_mut().narrow(0, 0, 512).unwrap();
+        quantization::packbits(&gpu.stream, &mut y, &x.view(), BitOrder::Little).unwrap();
+    }
+    let mut want = vec![0; 512];
+    reference::packbits(&mut view_mut(&mut want), &view(&bits), BitOrder::Little).unwrap();
+    want.push(POISON);
+    for (at, (got, want)) in download(&gpu, &y).into_iter().zip(want).enumerate() {
+        assert!(got == want || (at % 100 == 0 && at <= 400), "byte {at} is {got:#x}, not {want:#x}");
+    }
+}
+
+/// An error that other code left in the thread is not taken for one of a launch.
+#[test]
+fn errors_of_others() {
+    let Some(gpu) = start(Gpu::start) else { return };
+    leave_cuda_error();
+    packs_segments(&gpu, &mut Rng::new(), &[4, 3, 4]);
+    leave_cuda_error();
+    packs(&gpu, &[1; 40], 0, BitOrder::Big);
 }
 
 #[test]

@@ -316,7 +316,7 @@ fn one_hot_rows() {
     }
 }
 
-/// `top_k` 1 takes the likeliest token, and one of several that are as likely.
+/// `top_k` 1 takes the likeliest token, and any of several that are as likely.
 #[test]
 fn likeliest_tokens() {
     let Some(gpu) = Gpu::start() else { return };
@@ -347,6 +347,21 @@ fn likeliest_tokens() {
             for (token, best) in tokens.iter().zip(&likeliest) {
                 assert!(best.contains(token), "{token} is not in {best:?}");
             }
+        }
+    }
+}
+
+/// Of two likeliest tokens, `top_k` 1 draws both.
+#[test]
+fn ties_are_all_likeliest() {
+    let Some(gpu) = Gpu::start() else { return };
+    let all = table(&gpu, 1, vec![0; 1000]);
+    let probs = Tensor::new(&gpu, &[1, 3], vec![0.4, 0.4, 0.2]);
+    for filter in [Filter::TopK(1.into()), Filter::TopKTopP(1.into(), 1.0.into())] {
+        let tokens =
+            certain(draw::<i32>(&gpu, &filter, &probs, 1000, &options(Philox::new(1, 2), Some(&all))));
+        for token in 0..3 {
+            assert_eq!(tokens.contains(&token), token < 2, "{filter:?}: {token}");
         }
     }
 }
@@ -776,6 +791,86 @@ fn chains_that_are_certain() {
             assert_eq!(tokens[1..], vec![-1; drafts]);
         }
     }
+}
+
+/// A target without any probability leaves no token to take in place of a
+/// refused draft. That request gets none; the others get theirs.
+#[test]
+fn refused_drafts_without_a_token() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for vocab in [6, 1000, 50257] {
+        let (drafts, batch) = (3, 8);
+        let mut rows = |count| (0..count).map(|_| peaked(rng, vocab).0).collect::<Vec<_>>();
+        let (draft, target) = (rows(drafts), rows(drafts + 1));
+        let mut case = ChainCase::new(&gpu, rng, batch, &draft, &target);
+        let random = Philox::new(3, 0);
+        let [want, want_accepted, want_emitted] = case.run(&gpu, random, 0);
+        let mut host = case.target.host.clone();
+        for request in host.chunks_mut((drafts + 1) * vocab).skip(1).step_by(2) {
+            request.fill(0.0);
+        }
+        case.target.upload(&gpu, &host);
+        let [tokens, accepted, emitted] = case.run(&gpu, random, 0);
+        for request in 0..batch {
+            let row = request * (drafts + 1)..(request + 1) * (drafts + 1);
+            if request % 2 == 0 {
+                assert_eq!(tokens[row.clone()], want[row], "request {request} of {vocab}");
+                let numbers = (accepted[request], emitted[request]);
+                assert_eq!(numbers, (want_accepted[request], want_emitted[request]));
+            } else {
+                assert_eq!((accepted[request], emitted[request]), (0, 0));
+                assert_eq!(tokens[row], vec![-1; drafts + 1]);
+            }
+        }
+    }
+}
+
+/// Where the target has nowhere more than the draft there is no token, and not
+/// what another kernel left in shared memory.
+#[test]
+fn chains_without_a_token() {
+    let Some(gpu) = Gpu::start() else { return };
+    let (batch, vocab, drafts) = (300, 100, 2);
+    let even = vec![0.01f32; vocab];
+    let other = Tensor::new(&gpu, &[batch, 4000], vec![1.0 / 4000.0; batch * 4000]);
+    for target in [f32::NAN, 0.0, -1.0] {
+        let target = vec![vec![target; vocab]; drafts + 1];
+        let case = ChainCase::new(&gpu, &mut Rng::new(), batch, &vec![even.clone(); drafts], &target);
+        draw::<i32>(&gpu, &Filter::None, &other, batch, &options(Philox::new(1, 0), None));
+        let random = Philox::new(3, 0);
+        let [tokens, accepted, emitted] = case.run(&gpu, random, 0);
+        let want = reference::chain_speculative_sampling(
+            &case.draft.view(),
+            case.ids.host(),
+            &case.target.view(),
+            random,
+        )
+        .unwrap();
+        assert_eq!(tokens, vec![-1; batch * (drafts + 1)]);
+        assert_eq!(tokens, want.output_token_ids);
+        assert_eq!((accepted, emitted), (vec![0; batch], vec![0; batch]));
+    }
+}
+
+/// A kernel of this crate is not compiled within a capture. No other test here
+/// calls this one.
+#[test]
+fn first_calls_are_not_captured() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let logits = Tensor::new(&gpu, &[1, 3], vec![0.5, 2.0, 1.0]);
+    let mut tokens = gpu.cuda.clone_htod(&[-7]).unwrap();
+    {
+        let (logits, mut tokens) = (logits.on(&gpu), tokens.tensor_mut(&gpu.cuda, &[1]).unwrap());
+        let (logits, mut tokens) = (logits.view(), tokens.view_mut());
+        let (_, call) = capture(&gpu, || argmax(&gpu.stream, &mut tokens, &logits));
+        refused(call, "logits");
+        argmax(&gpu.stream, &mut tokens, &logits).unwrap();
+        let (graph, call) = capture(&gpu, || argmax(&gpu.stream, &mut tokens, &logits));
+        call.unwrap();
+        graph.expect("a graph").launch().unwrap();
+    }
+    assert_eq!(gpu.cuda.clone_dtoh(&tokens).unwrap(), [1]);
 }
 
 /// Without rows nothing is written.

@@ -33,10 +33,13 @@ pub fn answer(
         summary.count(before, scheduler.stats(), begin.elapsed(), start.elapsed());
         printer.print(scheduler)?;
     }
-    for request in scheduler.requests() {
-        summary.decoded += request.answer().len() - 1;
+    for (number, request) in (1..).zip(scheduler.requests()) {
+        summary.decoded += request.answer().len().saturating_sub(1);
         if let Some(ended) = request.ended() {
             *summary.ended.entry(ended).or_default() += 1;
+        }
+        if request.ended() == Some(Ended::NoNumbers) {
+            summary.failed.push(number);
         }
     }
     summary.stats = scheduler.stats();
@@ -58,7 +61,7 @@ impl Printer<'_> {
     fn print(&mut self, scheduler: &Scheduler) -> Result<()> {
         let mut out = io::stdout().lock();
         while let Some(request) = scheduler.requests().get(self.request) {
-            if request.answer().is_empty() {
+            if request.answer().is_empty() && request.ended().is_none() {
                 break;
             }
             let stream = match &mut self.stream {
@@ -103,9 +106,31 @@ pub struct Summary {
     /// Tokens of answers after the first.
     decoded: usize,
     ended: BTreeMap<Ended, usize>,
+    /// The requests, from 1 on, for which the model computed NaN.
+    failed: Vec<usize>,
 }
 
 impl Summary {
+    /// Whether all requests were answered.
+    ///
+    /// # Errors
+    /// Those that were not, if there are several by their numbers.
+    pub fn check(&self) -> Result<()> {
+        if self.failed.is_empty() {
+            return Ok(());
+        }
+        let numbers: Vec<_> = self.failed.iter().map(usize::to_string).collect();
+        let of = match self.ended.values().sum() {
+            1 => String::new(),
+            _ => format!("prompt {}: ", numbers.join(", ")),
+        };
+        Err(format!(
+            "{of}the model's logits are no numbers; its file may be damaged, or its numbers too large for f16, \
+             which a GPU computes in (try --device cpu)"
+        )
+        .into())
+    }
+
     /// Counts a step.
     fn count(&mut self, before: Stats, after: Stats, took: Duration, since_start: Duration) {
         let (read, decoded) = (after.read - before.read, after.decoded - before.decoded);
@@ -118,10 +143,11 @@ impl Summary {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (stats, many) = (&self.stats, self.stats.begun > 1);
+        let (stats, requests) = (&self.stats, self.ended.values().sum::<usize>());
+        let many = requests > 1;
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         if many {
-            write!(f, "{} prompts; ", stats.begun)?;
+            write!(f, "{requests} prompts; ")?;
         }
         write!(f, "prefill {} tokens, {:.1} tokens/s; ", stats.read, rate(stats.read, self.reading))?;
         if many {

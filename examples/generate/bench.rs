@@ -11,6 +11,7 @@ use crate::{
     gpu::Gpu,
     graph,
     model::Config,
+    requests::Ended,
 };
 
 const WARM_UP: usize = 10;
@@ -71,7 +72,7 @@ fn row(
         batch.append(vec![1; requests])?;
         let appended = start.elapsed();
         gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?;
-        tokens = gpu.greedy()?;
+        tokens = gpu.greedy()?.into_iter().collect::<Option<_>>().ok_or(Ended::NoNumbers.to_string())?;
         Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
     };
     let mut steps = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {

@@ -135,16 +135,11 @@ impl Engine for Cpu {
         Ok(self.logits.clone())
     }
 
-    fn greedy(&self) -> Result<Vec<u32>> {
-        // The first of several that are equally likely.
-        let best = |row: &[f32]| {
-            let largest = row.iter().enumerate().max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i)));
-            match largest {
-                Some((token, logit)) if logit.is_finite() => Ok(token as u32),
-                _ => Err("the model's logits are no numbers; its file may be damaged".into()),
-            }
-        };
-        self.logits()?.chunks_exact(self.config.vocab_size).map(best).collect()
+    fn greedy(&self) -> Result<Vec<Option<u32>>> {
+        let (vocab, logits) = (self.config.vocab_size, self.logits()?);
+        let rows = TensorRef::from_slice(&logits, &[logits.len() / vocab, vocab])?;
+        let tokens = reference::argmax(&rows)?.into_iter();
+        Ok(tokens.map(|token| token.map(|token| token as u32)).collect())
     }
 }
 

@@ -27,6 +27,7 @@ pub trait Engine {
     /// The logits of the last step, `[outputs, vocab_size]`.
     fn logits(&self) -> Result<Vec<f32>>;
 
-    /// The most likely token after each output of the last step.
-    fn greedy(&self) -> Result<Vec<u32>>;
+    /// The token of the largest logit after each output of the last step, the
+    /// first of those that are equal; `None` where a logit is NaN.
+    fn greedy(&self) -> Result<Vec<Option<u32>>>;
 }

@@ -1,5 +1,5 @@
 //! The model on an NVIDIA GPU, in `f16`: cuBLASLt multiplies matrices, and
-//! everything else is FlashInfer's kernels, but for one in `experts`.
+//! everything else is FlashInfer's kernels, but for the crate's `argmax` and one in `experts`.
 //!
 //! Steps in which each request has one new token are CUDA graphs, one for each
 //! power of two of requests, which are captured when they are first needed. A
@@ -38,7 +38,7 @@ use flashinfer_rs::{
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     page::{KvLayout, PagedKv, append_paged_kv_cache},
     rope::{CosSinCache, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache},
-    sampling::{SamplingOptions, sampling_from_logits},
+    sampling::argmax,
 };
 use half::f16;
 
@@ -53,11 +53,6 @@ use crate::{
 
 /// What the residual is multiplied by.
 const RESIDUAL_SCALE: f32 = 1.0 / 16.0;
-/// What logits on the device are multiplied by. `sampling_from_logits` adds
-/// random numbers between −5 and 17 and takes the largest sum. Beside logits of
-/// this size they are less than a rounding error, so that it takes the largest
-/// logit, in one kernel.
-const LOGIT_SCALE: f32 = (1u64 << 40) as f32;
 /// Scratch memory of products: what cuBLASLt is recommended to have on Hopper.
 const SCRATCH_BYTES: usize = 32 << 20;
 /// Elements of weights start at multiples of this many, which are 256 bytes.
@@ -303,7 +298,7 @@ impl Network {
             products.head.run(&mut tensors.logits, &tensors.x.as_ref(), &weight, &mut tensors.scratch)?;
             let mut tokens = tensors.tokens.reborrow().narrow(0, 0, rows)?;
             let logits = tensors.logits.as_ref().narrow(0, 0, rows)?;
-            sampling_from_logits(stream, &mut tokens, &logits, &SamplingOptions::default())?;
+            argmax(stream, &mut tokens, &logits)?;
         }
         Ok(())
     }
@@ -325,18 +320,18 @@ impl Network {
             let product = Product { rows, input, output, factor, bias, dtype: DType::F16 };
             Matmul::new(cublas, product, SCRATCH_BYTES)
         };
-        let precise = |output, factor| {
+        let precise = |output| {
             let product =
-                Product { rows, input: hidden_size, output, factor, bias: false, dtype: DType::F32 };
+                Product { rows, input: hidden_size, output, factor: 1.0, bias: false, dtype: DType::F32 };
             Matmul::new(cublas, product, SCRATCH_BYTES)
         };
         Ok(Products {
             qkv: product(hidden_size, qkv, biases.qkv, 1.0)?,
             attention_output: product(qo, hidden_size, biases.attention_output, RESIDUAL_SCALE)?,
-            router: experts.map(|experts| precise(experts.count, 1.0)).transpose()?,
+            router: experts.map(|experts| precise(experts.count)).transpose()?,
             gate_up: product(hidden_size, 2 * inner, biases.gate_up, 1.0)?,
             down: product(inner, hidden_size, biases.down, RESIDUAL_SCALE)?,
-            head: precise(vocab_size, LOGIT_SCALE)?,
+            head: precise(vocab_size)?,
         })
     }
 
@@ -433,7 +428,7 @@ pub struct Gpu {
     enqueued: Duration,
     /// Of the last step.
     outputs: Vec<usize>,
-    greedy: Vec<u32>,
+    greedy: Vec<Option<u32>>,
 }
 
 /// A stream of the first GPU, and the runtime with the modules that every model
@@ -448,14 +443,7 @@ fn start() -> Result<(Arc<CudaStream>, &'static FlashInferRuntime)> {
     if runtime.device_count()? == 0 {
         return Err("there is no NVIDIA GPU".into());
     }
-    let modules = [
-        ModuleName::NORM,
-        ModuleName::ROPE,
-        ModuleName::PAGE,
-        ModuleName::SILU_AND_MUL,
-        ModuleName::SAMPLING,
-    ];
-    runtime.preload(&modules)?;
+    runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, ModuleName::SILU_AND_MUL])?;
     runtime.preload_cublas()?;
     Ok((CudaContext::new(0)?.new_stream()?, runtime))
 }
@@ -737,7 +725,7 @@ impl Engine for Gpu {
             // Waits as fast as can be; what `as_slice` waits for is over then.
             self.cuda.synchronize()?;
             let tokens = self.copied.as_slice()?;
-            self.greedy.extend(step.outputs.iter().map(|&row| tokens[row] as u32));
+            self.greedy.extend(step.outputs.iter().map(|&row| u32::try_from(tokens[row]).ok()));
             self.outputs.extend_from_slice(step.outputs);
         }
         Ok(())
@@ -747,11 +735,10 @@ impl Engine for Gpu {
         let vocab = self.network.config.vocab_size;
         let Some(&last) = self.outputs.last() else { return Ok(Vec::new()) };
         let all = self.cuda.clone_dtoh(&self.buffers.logits.slice(..(last + 1) * vocab))?;
-        let rows = self.outputs.iter().flat_map(|&row| &all[row * vocab..][..vocab]);
-        Ok(rows.map(|logit| logit / LOGIT_SCALE).collect())
+        Ok(self.outputs.iter().flat_map(|&row| &all[row * vocab..][..vocab]).copied().collect())
     }
 
-    fn greedy(&self) -> Result<Vec<u32>> {
+    fn greedy(&self) -> Result<Vec<Option<u32>>> {
         Ok(self.greedy.clone())
     }
 }

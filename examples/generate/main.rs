@@ -4,8 +4,10 @@
 //!
 //! With `--prompts FILE` it answers each line of a file, and all share the steps
 //! of one scheduler and one KV cache. With `--speculate` it guesses what comes
-//! next, and computes several tokens of an answer in a step. Neither changes an
-//! answer.
+//! next, and computes several tokens of an answer in a step. Neither changes what
+//! the model is given for a prompt; but a step with another number of rows rounds
+//! in another way, so where two tokens are nearly as likely, an answer may go on
+//! otherwise than the one that its prompt gets alone.
 //!
 //! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
 //! any GGUF file of the llama architecture (`--model`; `docs/generate.md` says what
@@ -202,7 +204,7 @@ fn run(cli: &Cli) -> Result<()> {
     let headings = cli.prompts.as_ref().map(|_| prompts.as_slice());
     let summary = answer(&mut *engine, &mut scheduler, &text, headings)?;
     eprintln!("{backend}; {summary}");
-    Ok(())
+    summary.check()
 }
 
 /// What is to be answered.

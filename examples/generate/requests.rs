@@ -31,6 +31,8 @@ pub enum Ended {
     Context,
     /// The whole cache holds no more.
     Cache,
+    /// The model computed NaN, so that there is no next token.
+    NoNumbers,
 }
 
 impl fmt::Display for Ended {
@@ -40,6 +42,7 @@ impl fmt::Display for Ended {
             Self::MaxTokens => "--max-tokens",
             Self::Context => "the model's context",
             Self::Cache => "the cache's size",
+            Self::NoNumbers => "logits that are no numbers",
         })
     }
 }
@@ -102,6 +105,11 @@ impl Request {
     /// Why the answer ended, if it did.
     pub fn ended(&self) -> Option<Ended> {
         self.ended
+    }
+
+    /// Ends the answer where there is no next token.
+    pub fn fail(&mut self) {
+        self.ended = Some(Ended::NoNumbers);
     }
 
     /// Adds a token to the answer, which may end it.

@@ -29,7 +29,7 @@ use crate::{
     Result,
     draft::draft,
     engine::{Engine, Step},
-    requests::{Limits, Request},
+    requests::{Ended, Limits, Request},
 };
 
 /// What was counted so far.
@@ -161,6 +161,7 @@ impl Scheduler {
 
     /// Computes a step. Each request whose last token was computed gets the
     /// most likely next one, and those that follow as far as its draft was right.
+    /// One for which the model computed NaN ends, and the others go on.
     ///
     /// # Errors
     /// Those of the engine. The scheduler is of no use afterwards.
@@ -315,12 +316,15 @@ impl Scheduler {
 
     /// Takes in what the engine computed of a request: the most likely token
     /// after its last one and after each of the draft.
-    fn finish(&mut self, index: usize, part: &Part, next: &[u32]) -> Result<()> {
+    fn finish(&mut self, index: usize, part: &Part, next: &[Option<u32>]) -> Result<()> {
         let cache = self.cache_tokens();
         let (request, sequence) = (&mut self.requests[self.running[index]], &self.batch.sequences()[index]);
         let computed = sequence.len() - part.draft.len();
         if part.reads {
-            self.prefixes.insert(&request.tokens()[..computed], sequence)?;
+            // Nobody is to read NaN.
+            if next.first() != Some(&None) {
+                self.prefixes.insert(&request.tokens()[..computed], sequence)?;
+            }
             self.stats.read += part.len;
         } else {
             self.stats.decoded += part.len;
@@ -328,16 +332,19 @@ impl Scheduler {
         self.stats.decoded += part.draft.len();
         self.stats.drafted += part.draft.len();
         self.stats.recomputed += request.reached.min(computed).saturating_sub(computed - part.len);
-        self.stats.begun += usize::from(part.whole && request.answer().is_empty());
-        let right = part.draft.iter().zip(next).take_while(|(draft, token)| draft == token).count();
-        for &token in next.iter().take(right + 1) {
-            if request.ended().is_none() {
-                request.push(token, &self.limits, cache);
+        let begins = request.answer().is_empty();
+        let right = part.draft.iter().zip(next).take_while(|(draft, token)| Some(**draft) == **token).count();
+        for token in next.iter().take(right + 1) {
+            match token {
+                _ if request.ended().is_some() => break,
+                Some(token) => request.push(*token, &self.limits, cache),
+                None => request.fail(),
             }
         }
+        self.stats.begun += usize::from(begins && !request.answer().is_empty());
         if part.whole {
-            // The last token is not computed yet, and what was wrong goes.
-            let len = request.tokens().len() - 1;
+            // The last token is not computed yet, unless none came; what was wrong goes.
+            let len = request.tokens().len() - usize::from(request.ended() != Some(Ended::NoNumbers));
             self.stats.accepted += len - computed;
             if len < sequence.len() {
                 self.batch.truncate(index, len)?;

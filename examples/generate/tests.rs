@@ -30,11 +30,13 @@ use tempfile::TempDir;
 
 use crate::{
     Cli, Fetch, Limits, Member, PageAllocator, Parser, Result, Scheduler, Store, StoreConfig, Text,
+    answers::answer,
     chat::Chat,
     cpu::Cpu,
     engine::{Engine, Step},
     model::{Ends, Layer, Model},
     prompts,
+    requests::Ended,
     scheduler::Stats,
 };
 
@@ -148,6 +150,77 @@ fn solo(engine: &mut dyn Engine, pool: &PageAllocator, prompt: &[u32], limits: L
     (scheduler.requests()[0].answer().into(), scheduler.stats())
 }
 
+/// The tokens after the outputs of a step, all of which have one.
+fn greedy(engine: &dyn Engine) -> Vec<u32> {
+    engine.greedy().unwrap().into_iter().map(|token| token.expect("logits that are numbers")).collect()
+}
+
+/// Four requests, of which the second and the last hold a token that makes NaN: these
+/// end without an answer. Gives the prompts and answers of the others.
+fn check_no_numbers(engine: &mut dyn Engine, pool: &PageAllocator) -> [(&'static [u32], Vec<u32>); 2] {
+    const PROMPTS: [&[u32]; 4] =
+        [&[11, 3, 5], &[2, forward::INFINITE, 4, 9], &[20, 21, 22, 23, 24], &[forward::INFINITE]];
+    let mut scheduler = Scheduler::new(pool, Limits { ends: [].into(), ..limits(16, 10, 2) });
+    for prompt in PROMPTS {
+        scheduler.push(prompt.into()).unwrap();
+    }
+    finish(&mut scheduler, engine);
+    let requests = scheduler.requests();
+    for failed in [1, 3] {
+        assert_eq!((requests[failed].answer(), requests[failed].ended()), (&[][..], Some(Ended::NoNumbers)));
+    }
+    let answers = [0, 2].map(|request| {
+        assert_eq!(requests[request].ended(), Some(Ended::MaxTokens));
+        (PROMPTS[request], requests[request].answer().to_vec())
+    });
+    assert!(answers.iter().all(|(_, answer)| answer.len() == 10));
+    drop(scheduler);
+    assert_eq!(pool.used_pages(), 0);
+    answers
+}
+
+#[test]
+fn requests_of_nan_end_and_the_others_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::open(&forward::with_an_infinite_token().write(&folder)).unwrap();
+    let pool = PageAllocator::new(32, 4).unwrap();
+    let mut cpu = Cpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool).unwrap();
+    for (prompt, expected) in check_no_numbers(&mut cpu, &pool) {
+        let limits = Limits { ends: [].into(), ..limits(16, 10, 0) };
+        assert_eq!(solo(&mut cpu, &pool, prompt, limits).0, expected);
+    }
+}
+
+#[test]
+fn the_error_names_requests_of_nan() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tiny = sentencepiece::with(&[]);
+    let nan = |name: &str, shape: &[usize], at: usize| match name {
+        "token_embd.weight" if at / shape[1] == forward::INFINITE as usize => f32::NAN,
+        _ => (at as f32 * 0.7).sin() * 0.25,
+    };
+    let vocab = tiny.tensors["token_embd.weight"].clone();
+    tiny.tensors.insert("output.weight".into(), vocab);
+    tiny.value = nan;
+    let model = Model::open(&tiny.write(&folder)).unwrap();
+    let text = Text::from_gguf(&model.content).unwrap();
+    let pool = PageAllocator::new(8, 4).unwrap();
+    let mut cpu = Cpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool).unwrap();
+    let mut outcome = |prompts: &[&[u32]]| {
+        let mut scheduler = Scheduler::new(&pool, limits(16, 3, 0));
+        prompts.iter().for_each(|prompt| scheduler.push(prompt.to_vec()).unwrap());
+        let summary = answer(&mut cpu, &mut scheduler, &text, None).unwrap();
+        (summary.to_string(), summary.check().map_err(|error| error.to_string()))
+    };
+    let bad: &[u32] = &[forward::INFINITE];
+    let (summary, error) = outcome(&[&[5], bad, &[6], bad]);
+    assert!(summary.contains("4 prompts") && summary.contains("no numbers (2)"), "{summary}");
+    let error = error.unwrap_err();
+    assert!(error.starts_with("prompt 2, 4: the model's logits are no numbers"), "{error}");
+    assert!(outcome(&[bad]).1.unwrap_err().starts_with("the model's logits are no numbers"));
+    assert_eq!(outcome(&[&[5], &[6]]).1, Ok(()));
+}
+
 #[test]
 fn greedy_decoding_gives_the_known_ids() {
     let Some(loaded) = loaded() else { return };
@@ -257,7 +330,7 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
     let mut compute = |tokens: &[u32], outputs: &[usize], batch: &mut Batch| {
         batch.append([tokens.len()]).unwrap();
         cpu.step(&Step { batch, tokens, outputs }).unwrap();
-        (cpu.logits().unwrap(), cpu.greedy().unwrap())
+        (cpu.logits().unwrap(), greedy(&cpu))
     };
     batch.push(Sequence::new(&pool)).unwrap();
     let mut singles = Vec::new();
@@ -267,13 +340,13 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
     batch.truncate(0, 0).unwrap();
     // A step that wants no logits, and one like a draft of two tokens.
     assert_eq!(compute(&tokens[..2], &[], &mut batch), (vec![], vec![]));
-    let (together, greedy) = compute(&tokens[2..], &[0, 1, 2], &mut batch);
+    let (together, best) = compute(&tokens[2..], &[0, 1, 2], &mut batch);
     let vocab = loaded.model.config.vocab_size;
     assert_eq!(together.len(), 3 * vocab);
     for (a, b) in together.iter().zip(&singles[2 * vocab..]) {
         assert!((a - b).abs() < 1e-3, "{a} and {b}");
     }
-    assert_eq!(greedy[2], CAPITAL.1[0]);
+    assert_eq!(best[2], CAPITAL.1[0]);
 }
 
 #[test]

@@ -233,7 +233,8 @@ impl DecodePlan<'_> {
     /// `q` is `(batch, num_qo_heads, head_dim)` of the spec's dtype; the result
     /// has its shape. On CUDA, strides of `q` that are multiples of 16 bytes are
     /// read as they are, others copied. A request without tokens gets zeros.
-    /// Nothing waits. There is no gradient.
+    /// Nothing waits. There is no gradient. Of scores below −50000, on CUDA, see
+    /// [`attention`](mod@crate::attention#very-negative-scores).
     ///
     /// # Errors
     /// Cache, layer or `q` do not fit the plan, by pool, device, dtype or shape;

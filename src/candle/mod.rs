@@ -65,12 +65,14 @@
 //! other; and of keys and values whose sequences lie differently far apart, one
 //! or both.
 //!
-//! ## NaN
+//! ## NaN, and very negative scores
 //! Keys that are hidden get the weight 0, which leaves nothing of a value that
 //! is finite, but makes NaN of one that is not. What lies around a part of a
-//! cache is not read. With 128 queries or more in a sequence, FlashAttention 3
-//! (on compute capability 9.0) also reads the values that follow a sequence's
-//! last, which are those of the next one.
+//! cache, and what other sequences hold, is not read.
+//!
+//! On CUDA, a query of which every product with a key it sees lies below −50000,
+//! before `softmax_scale`, gets zeros; see
+//! [`attention`](mod@crate::attention#very-negative-scores).
 //!
 //! ## What waits, and what is kept
 //! Work goes to candle's own stream and nothing waits for it, with one

@@ -634,3 +634,32 @@ impl PackedTable {
         self.array(1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sealed::Arrays;
+
+    use super::*;
+    use crate::tensor::DType::{self, I32, I64, U16, U32};
+
+    #[test]
+    fn arrays_have_the_types_that_kernels_read() {
+        fn types<'a>(arrays: [Array<'a>; MAX_ARRAYS]) -> Vec<DType> {
+            arrays.iter().filter(|array| array.len() > 0).map(Array::dtype).collect()
+        }
+        let pages = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();
+        let append = AppendIndices::new(&pages, vec![0], vec![19]).unwrap();
+        assert_eq!(types(pages.arrays()), [I32; 3]);
+        assert_eq!(types(append.arrays()), [I32; 2]);
+        assert_eq!(types(RaggedIndices::from_lens([3]).unwrap().arrays()), [I32]);
+        assert_eq!(types(SegmentIndices::from_lens([3]).unwrap().arrays()), [I32; 3]);
+        assert_eq!(types(SequenceIndices::from_lens([3]).unwrap().arrays()), [I64]);
+        assert_eq!(types(MaskIndices::new([(2, 3)]).unwrap().arrays()), [I32]);
+        assert_eq!(types(ItemIndices::new([(3, &[2][..])]).unwrap().arrays()), [U32, U16, U16]);
+        let rows =
+            RowIndices::new([3]).unwrap().with_row_starts([1]).unwrap().with_row_to_batch([0]).unwrap();
+        assert_eq!(types(rows.arrays()), [I32; 3]);
+        assert_eq!(types(PackedIndices::from_lens([3]).unwrap().arrays()), [I32; 2]);
+        assert_eq!(types(BoundedIndices::new(8, vec![7]).unwrap().arrays()), [I32, I64]);
+    }
+}

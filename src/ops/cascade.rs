@@ -9,14 +9,14 @@
 //! does that with batch prefill.
 //!
 //! `v` is `f16` or `bf16`, `s` is `f32` in base 2, as every attention of this
-//! crate gives it; both are contiguous. The head dimension is 64, 128, 256 or
-//! 512. A state without keys has `v` of 0 and an `s` of −∞, or of about −50000
-//! where a kernel gives that (its infinity): it changes nothing that it is
-//! merged with. Two states that both have −∞ give NaN, except in
-//! [`merge_states`], which gives 0 and −50000.
+//! crate gives it; both are contiguous. The head dimension is a multiple of 8,
+//! up to 1024. A state without keys is what attention gives for no keys, a `v`
+//! of 0 and an `s` of −∞: it changes nothing that it is merged with, and merging
+//! nothing else gives it again. Its `v` is not looked at.
 //!
-//! Source of the contract: `csrc/cascade.cu`,
-//! `include/flashinfer/attention/{cascade,state}.cuh` of FlashInfer 0.6.13.
+//! This is a kernel of this crate. That of FlashInfer 0.6.13, in its module
+//! `cascade`, takes −50000 for −∞, so that a state below it counts for nothing,
+//! and gives NaN for two states of −∞.
 //!
 //! A decode step of three requests that begin with the same 64 tokens:
 //!
@@ -65,45 +65,31 @@
 //! # #[cfg(not(feature = "cudarc"))] fn main() {}
 //! ```
 
-use super::{FixedFunction, check::Check};
+use std::ffi::c_void;
+
+use super::check::Check;
 use crate::{
+    cuda::PtxKernel,
     error::Result,
-    ffi::{DlTensor, Kernel, Signature, kernels},
-    module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{DType, RawTensor, TensorMut, TensorRef},
 };
 
-kernels! {
-    struct MergeState = "merge_state"(
-        v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor, v_merged: Tensor, s_merged: Tensor,
-    ) -> "void";
-    struct MergeStateInPlace = "merge_state_in_place"(
-        v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: OptTensor,
-    ) -> "void";
-    struct MergeStates = "merge_states"(v: Tensor, s: Tensor, v_merged: Tensor, s_merged: Tensor) -> "void";
-}
+const PTX: &str = concat!(include_str!("merge_states.ptx"), "\0");
+static F16: PtxKernel = PtxKernel::new(PTX, c"merge_states_f16");
+static BF16: PtxKernel = PtxKernel::new(PTX, c"merge_states_bf16");
 
-pub(super) const SIGNATURES: &[(&str, Signature)] = &[
-    ("cascade", MergeState::SIGNATURE),
-    ("cascade", MergeStateInPlace::SIGNATURE),
-    ("cascade", MergeStates::SIGNATURE),
-];
-
-static MERGE_STATE: FixedFunction = FixedFunction::of(ModuleName::CASCADE, &MergeState::SIGNATURE);
-static MERGE_STATE_IN_PLACE: FixedFunction =
-    FixedFunction::of(ModuleName::CASCADE, &MergeStateInPlace::SIGNATURE);
-static MERGE_STATES: FixedFunction = FixedFunction::of(ModuleName::CASCADE, &MergeStates::SIGNATURE);
+/// Threads of a block.
+const THREADS: u64 = 256;
+/// Elements of an output that a thread works on.
+const VECTOR: u64 = 8;
+/// Threads that keep a GPU busy.
+const MANY_THREADS: u64 = 1 << 16;
 
 /// Element types of outputs.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
-/// Head dimensions that the kernels are compiled for.
-pub(super) const HEAD_DIMS: [i64; 4] = [64, 128, 256, 512];
-/// The most threads of a block.
-const MAX_THREADS: i64 = 1024;
-/// The most blocks in the second dimension of a launch.
-const MAX_GRID_Y: i64 = 65535;
+const MAX_HEAD_DIM: i64 = 1024;
 
 /// The result of attention over some keys, to read.
 #[derive(Clone, Copy, Debug)]
@@ -146,31 +132,19 @@ impl<'a> StateMut<'a> {
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
 /// anything is launched: a device, stream, dtype, shape or alignment does not
-/// fit, a tensor is not contiguous or spans 2³² elements, or there is no
-/// kernel for the head dimension. Else what the module or CUDA said.
+/// fit, a tensor is not contiguous or spans 2³² elements; or the stream is
+/// being captured and no states of this dtype were merged before, which
+/// compiles the kernel. Else what CUDA said.
 pub fn merge_state(stream: &Stream, merged: &mut StateMut<'_>, a: &State<'_>, b: &State<'_>) -> Result<()> {
     let check = Check::new("merge_state", stream)?;
     let shape = Shape::of(&check, "a.v", &a.v.raw)?;
     shape.check(&check, ["a.v", "a.s"], [&a.v.raw, &a.s.raw])?;
     shape.check(&check, ["b.v", "b.s"], [&b.v.raw, &b.s.raw])?;
     shape.check(&check, ["merged.v", "merged.s"], [&merged.v.raw, &merged.s.raw])?;
-    if shape.is_empty() {
-        return Ok(());
-    }
-    let ([v_a, s_a], [v_b, s_b]) = (shape.fold([&a.v.raw, &a.s.raw])?, shape.fold([&b.v.raw, &b.s.raw])?);
-    let [v_merged, s_merged] = shape.fold([&merged.v.raw, &merged.s.raw])?;
-    let kernel = MergeState {
-        v_a: DlTensor::new(&v_a),
-        s_a: DlTensor::new(&s_a),
-        v_b: DlTensor::new(&v_b),
-        s_b: DlTensor::new(&s_b),
-        v_merged: DlTensor::new(&v_merged),
-        s_merged: DlTensor::new(&s_merged),
-    };
-    // SAFETY: all states are contiguous and aligned, of one shape and dtype
-    // that the kernel has, below 2^32 elements, and folded so that a block
-    // has threads for all heads.
-    unsafe { kernel.call(MERGE_STATE.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+    let states = States { count: 1, of: [&a.v.raw, &a.s.raw], other: Some([&b.v.raw, &b.s.raw]), mask: None };
+    // SAFETY: all states are contiguous and aligned, of this shape and dtype,
+    // and below 2^32 elements.
+    unsafe { shape.merge(&check, stream, &states, [&merged.v.raw, &merged.s.raw]) }
 }
 
 /// Turns `state` into the state of its keys and those of `other` together,
@@ -181,9 +155,7 @@ pub fn merge_state(stream: &Stream, merged: &mut StateMut<'_>, a: &State<'_>, b:
 /// a row is merged. Zero rows are nothing to do.
 ///
 /// # Errors
-/// As [`merge_state`]; also when there is a mask and a row's heads need more
-/// than 1024 threads: that is 128 heads of 64 elements, 64 of 128, or 32 of
-/// 256 or 512.
+/// As [`merge_state`].
 pub fn merge_state_in_place(
     stream: &Stream,
     state: &mut StateMut<'_>,
@@ -191,30 +163,18 @@ pub fn merge_state_in_place(
     mask: Option<&TensorRef<'_>>,
 ) -> Result<()> {
     let check = Check::new("merge_state_in_place", stream)?;
-    let mut shape = Shape::of(&check, "state.v", &state.v.raw)?;
+    let shape = Shape::of(&check, "state.v", &state.v.raw)?;
     shape.check(&check, ["state.v", "state.s"], [&state.v.raw, &state.s.raw])?;
     shape.check(&check, ["other.v", "other.s"], [&other.v.raw, &other.s.raw])?;
     if let Some(mask) = mask {
         check.plain("mask", &mask.raw, &[DType::U8, DType::Bool], &[shape.rows], 1)?;
-        // A row has one place in the mask, so it cannot become several.
-        shape.check_threads(&check, "state.v")?;
-        shape.heads_per_block = shape.heads;
     }
-    if shape.is_empty() {
-        return Ok(());
-    }
-    let [v, s] = shape.fold([&state.v.raw, &state.s.raw])?;
-    let [v_other, s_other] = shape.fold([&other.v.raw, &other.s.raw])?;
-    let kernel = MergeStateInPlace {
-        v: DlTensor::new(&v),
-        s: DlTensor::new(&s),
-        v_other: DlTensor::new(&v_other),
-        s_other: DlTensor::new(&s_other),
-        mask: mask.map(|mask| DlTensor::new(&mask.raw)),
-    };
-    // SAFETY: as in `merge_state`; the mask has a byte for each row, which
-    // were not folded if there is one.
-    unsafe { kernel.call(MERGE_STATE_IN_PLACE.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+    let target = [&state.v.raw, &state.s.raw];
+    let other = Some([&other.v.raw, &other.s.raw]);
+    let states = States { count: 1, of: target, other, mask: mask.map(|mask| &mask.raw) };
+    // SAFETY: as in `merge_state`; the mask has a byte for each row. The kernel
+    // reads what it merges before it writes.
+    unsafe { shape.merge(&check, stream, &states, target) }
 }
 
 /// Merges any number of states: `states.v` is `[rows, states, heads,
@@ -222,9 +182,7 @@ pub fn merge_state_in_place(
 /// head_dim]` and `merged.s` `[rows, heads]`. Zero rows are nothing to do.
 ///
 /// # Errors
-/// As [`merge_state`]; also when there are no states, or fewer states than
-/// rows and a row's heads need more than 1024 threads: that is 128 heads of
-/// 64 elements, 64 of 128, or 32 of 256 or 512.
+/// As [`merge_state`]; also when there are no states.
 pub fn merge_states(stream: &Stream, merged: &mut StateMut<'_>, states: &State<'_>) -> Result<()> {
     let check = Check::new("merge_states", stream)?;
     let shape = Shape::of(&check, "merged.v", &merged.v.raw)?;
@@ -239,26 +197,33 @@ pub fn merge_states(stream: &Stream, merged: &mut StateMut<'_>, states: &State<'
     check.tensor("states.s", s, &[DType::F32], &[3])?;
     check.shape("states.s", s, &[shape.rows, count, shape.heads])?;
     check_storage(&check, ["states.v", "states.s"], [v, s])?;
-    // With many states a block serves one head, with few all heads of a row.
-    if count < shape.rows {
-        shape.check_threads(&check, "states.v")?;
-    } else if shape.heads > MAX_GRID_Y {
-        return check
-            .fail("states.v", format!("{} heads; at most {MAX_GRID_Y} can be launched", shape.heads));
-    }
-    if shape.is_empty() {
-        return Ok(());
-    }
-    let kernel = MergeStates {
-        v: DlTensor::new(v),
-        s: DlTensor::new(s),
-        v_merged: DlTensor::new(&merged.v.raw),
-        s_merged: DlTensor::new(&merged.s.raw),
-    };
-    // SAFETY: all tensors are contiguous, aligned, of the shapes and dtypes
-    // that the kernel derives from the first, and below 2^32 elements; the
-    // launch it picks has threads for all heads.
-    unsafe { kernel.call(MERGE_STATES.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+    let states = States { count: count as u64, of: [v, s], other: None, mask: None };
+    // SAFETY: as in `merge_state`; there are `count` states in each row.
+    unsafe { shape.merge(&check, stream, &states, [&merged.v.raw, &merged.s.raw]) }
+}
+
+/// Has the kernel compiled, which a capture does not allow.
+pub(super) fn prepare(dtype: DType) -> Result<()> {
+    kernel(dtype).load(FlashInferRuntime::get()?.cuda()).map(drop)
+}
+
+/// Whether states of this head dimension can be merged.
+pub(super) fn has_head_dim(head_dim: i64) -> bool {
+    head_dim > 0 && head_dim <= MAX_HEAD_DIM && head_dim % VECTOR as i64 == 0
+}
+
+fn kernel(dtype: DType) -> &'static PtxKernel {
+    if dtype == DType::BF16 { &BF16 } else { &F16 }
+}
+
+/// Checked states to merge.
+struct States<'a> {
+    /// States of each row that lie one after the other.
+    count: u64,
+    of: [&'a RawTensor; 2],
+    /// One more of each row.
+    other: Option<[&'a RawTensor; 2]>,
+    mask: Option<&'a RawTensor>,
 }
 
 /// The sizes that all states of a call share.
@@ -267,41 +232,19 @@ struct Shape {
     rows: i64,
     heads: i64,
     head_dim: i64,
-    /// Heads of a row that one block serves; the others become further rows.
-    heads_per_block: i64,
 }
 
 impl Shape {
     fn of(check: &Check<'_>, argument: &'static str, v: &RawTensor) -> Result<Self> {
         check.tensor(argument, v, &DTYPES, &[3])?;
         let (rows, heads, head_dim) = (v.shape()[0], v.shape()[1], v.shape()[2]);
-        if !HEAD_DIMS.contains(&head_dim) {
-            return check.fail(argument, format!("head_dim {head_dim}; the kernel has {HEAD_DIMS:?}"));
+        if !has_head_dim(head_dim) {
+            return check.fail(
+                argument,
+                format!("head_dim {head_dim}; expected a multiple of {VECTOR} up to {MAX_HEAD_DIM}"),
+            );
         }
-        let mut shape = Self { dtype: v.dtype, rows, heads, head_dim, heads_per_block: heads };
-        let most = max_heads(v.dtype, head_dim);
-        if heads > most {
-            shape.heads_per_block = (1..=most).rev().find(|group| heads % group == 0).unwrap_or(1);
-        }
-        Ok(shape)
-    }
-
-    fn is_empty(&self) -> bool {
-        self.rows == 0 || self.heads == 0
-    }
-
-    fn check_threads(&self, check: &Check<'_>, argument: &'static str) -> Result<()> {
-        let most = max_heads(self.dtype, self.head_dim);
-        if self.heads <= most {
-            return Ok(());
-        }
-        check.fail(
-            argument,
-            format!(
-                "{} heads of {} elements; a block of {MAX_THREADS} threads serves {most}",
-                self.heads, self.head_dim
-            ),
-        )
+        Ok(Self { dtype: v.dtype, rows, heads, head_dim })
     }
 
     /// Checks a state of this shape.
@@ -313,34 +256,58 @@ impl Shape {
         check_storage(check, names, [v, s])
     }
 
-    /// A checked state with as many heads in a row as one block serves.
-    /// Contiguous rows and heads follow each other, so the memory is the same.
-    fn fold(&self, [v, s]: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
-        let heads = self.heads_per_block as usize;
-        let rows = (self.rows * self.heads) as usize / heads;
-        let shape = [rows, heads, self.head_dim as usize];
-        Ok([
-            RawTensor::new(v.data, v.device, v.dtype, &shape, None)?,
-            RawTensor::new(s.data, s.device, s.dtype, &shape[..2], None)?,
-        ])
+    /// Threads for an output, and among how many of those its states are
+    /// divided.
+    fn threads(&self, states: u64) -> [u64; 2] {
+        let units = (self.rows * self.heads) as u64;
+        let lanes = self.head_dim as u64 / VECTOR;
+        let idle = MANY_THREADS / (units * lanes).max(1);
+        [lanes, idle.clamp(1, (THREADS / lanes).min(states))]
+    }
+
+    /// Enqueues the kernel.
+    ///
+    /// # Safety
+    /// All tensors must have been checked to be of this shape.
+    unsafe fn merge(
+        &self,
+        check: &Check<'_>,
+        stream: &Stream,
+        states: &States<'_>,
+        merged: [&RawTensor; 2],
+    ) -> Result<()> {
+        let units = (self.rows * self.heads) as u64;
+        if units == 0 {
+            return Ok(());
+        }
+        let (cuda, kernel) = (FlashInferRuntime::get()?.cuda(), kernel(self.dtype));
+        if !kernel.is_loaded() && cuda.is_capturing(stream)? {
+            return check.fail(
+                "stream",
+                "it is being captured, and the kernel has to be compiled first; merge once before the capture"
+                    .into(),
+            );
+        }
+        let address = |tensor: Option<&RawTensor>| tensor.map_or(0, |tensor| tensor.data as u64);
+        let [v, s] = states.of.map(|tensor| tensor.data as u64);
+        let [v_other, s_other] = [0, 1].map(|at| address(states.other.map(|other| other[at])));
+        let [v_merged, s_merged] = merged.map(|tensor| tensor.data as u64);
+        let [lanes, parts] = self.threads(states.count + u64::from(states.other.is_some()));
+        let mut wide = [v, s, v_other, s_other, address(states.mask), v_merged, s_merged, units];
+        let mut narrow = [states.count, self.heads as u64, lanes, parts].map(|number| number as u32);
+        let mut args = [std::ptr::null_mut::<c_void>(); 12];
+        let sources = wide.iter_mut().map(|number| (&raw mut *number).cast());
+        let sources = sources.chain(narrow.iter_mut().map(|number| (&raw mut *number).cast()));
+        args.iter_mut().zip(sources).for_each(|(arg, source)| *arg = source);
+        let blocks = units.div_ceil(THREADS / (lanes * parts)) as u32;
+        // SAFETY: the kernel takes 8 numbers of 64 bits, then 4 of 32, which
+        // describe checked tensors; below 2^32 elements, none of the numbers
+        // is too large. A block has threads for at least one unit.
+        unsafe { kernel.launch(cuda, stream, [blocks, THREADS as u32], &mut args) }
     }
 }
 
-/// Heads for which a block has threads.
-fn max_heads(dtype: DType, head_dim: i64) -> i64 {
-    let vector = (16 / dtype.size() as i64).max(head_dim / 32);
-    MAX_THREADS / (head_dim / vector)
-}
-
-/// Whether the merge of any number of states can be launched, as other
-/// launchers do it on their own. One row always has a block for each head.
-pub(super) fn can_merge(dtype: DType, rows: usize, heads: usize, head_dim: usize) -> bool {
-    let (heads, head_dim) = (heads as i64, head_dim as i64);
-    HEAD_DIMS.contains(&head_dim) && heads <= MAX_GRID_Y && (rows == 1 || heads <= max_heads(dtype, head_dim))
-}
-
-/// The kernels compute offsets from shapes, in 32 bits, and move 16 bytes of
-/// `v` at a time.
+/// The kernel moves 16 bytes of `v` at a time.
 fn check_storage(check: &Check<'_>, names: [&'static str; 2], [v, s]: [&RawTensor; 2]) -> Result<()> {
     for (name, tensor, alignment) in [(names[0], v, 16), (names[1], s, size_of::<f32>())] {
         check.contiguous(name, tensor)?;
@@ -353,31 +320,20 @@ fn check_storage(check: &Check<'_>, names: [&'static str; 2], [v, s]: [&RawTenso
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Device;
 
     #[test]
-    fn heads_beyond_a_block_become_rows() {
-        // SAFETY: the address is never followed.
-        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
-        let check = Check::new("test", &stream).unwrap();
-        for (heads, head_dim, per_block) in [
-            (32, 512, 32),
-            (128, 512, 32),
-            (33, 512, 11),
-            (37, 256, 1),
-            (128, 64, 128),
-            (129, 64, 43),
-            (72, 128, 36),
-        ] {
-            let new = |dtype, shape: &[usize]| {
-                RawTensor::new(16 as *mut _, Device::Cuda(0), dtype, shape, None).unwrap()
-            };
-            let v = new(DType::F16, &[6, heads, head_dim]);
-            let shape = Shape::of(&check, "v", &v).unwrap();
-            let [v, s] = shape.fold([&v, &new(DType::F32, &[6, heads])]).unwrap();
-            let rows = (6 * heads) as i64 / per_block;
-            assert_eq!(v.shape(), [rows, per_block, head_dim as i64], "{heads} heads of {head_dim}");
-            assert_eq!(s.shape(), [rows, per_block]);
+    fn threads_fit_a_block() {
+        for head_dim in (8..=MAX_HEAD_DIM).step_by(8) {
+            assert!(has_head_dim(head_dim));
+            for (rows, heads, states) in [(1, 1, 1), (1, 1, 2), (1, 1, 300), (3, 8, 40), (8192, 32, 8)] {
+                let shape = Shape { dtype: DType::F16, rows, heads, head_dim };
+                let [lanes, parts] = shape.threads(states);
+                assert_eq!(lanes * 8, head_dim as u64);
+                assert!(lanes * parts <= THREADS && (1..=states).contains(&parts), "{head_dim} {states}");
+            }
+        }
+        for head_dim in [-8, 0, 4, 100, 1032] {
+            assert!(!has_head_dim(head_dim));
         }
     }
 }

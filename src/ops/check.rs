@@ -1,7 +1,9 @@
 //! The checks that stand before every launch.
 
 use crate::{
+    cuda::PtxKernel,
     error::{FlashInferError, Result},
+    runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{DType, RawTensor},
 };
@@ -34,6 +36,24 @@ impl<'s> Check<'s> {
             return Ok(());
         }
         self.fail(argument, format!("it belongs to {stream:?}, but the operation runs on {:?}", self.stream))
+    }
+
+    /// Has a kernel of this crate compiled, before anything is launched. A
+    /// capture does not allow it.
+    pub(crate) fn compiled(&self, argument: &'static str, kernel: &PtxKernel) -> Result<()> {
+        if kernel.is_loaded() {
+            return Ok(());
+        }
+        let cuda = FlashInferRuntime::get()?.cuda();
+        if cuda.is_capturing(self.stream)? {
+            return self.fail(
+                argument,
+                "the stream is being captured, and its kernel has to be compiled first; call once before the \
+                 capture"
+                    .into(),
+            );
+        }
+        kernel.load(cuda).map(drop)
     }
 
     /// Device, stream, element type and number of dimensions.

@@ -19,7 +19,11 @@
 //!   long keys overflow `f16`. Queries are taken as they are.
 //! - **A tile may reach into the next sequence.** What it reads there is
 //!   multiplied by zero, so a NaN or an infinity among the first 63 tokens of a
-//!   sequence can spread to the one before it in the batch.
+//!   sequence makes NaN of the end of the one before it in the batch, and of its
+//!   state. Where sequences are of users who must not disturb each other, let
+//!   each have a multiple of 64 tokens, by others behind its last that change
+//!   nothing: `k` and `v` of 0 (and any finite `q`), `alpha` of 1, `beta` of 0.
+//!   State and output are then those of the sequence alone.
 //! - **One GPU for each process.** FlashInfer's launcher prepares a kernel
 //!   only on the device that uses it first; on a second one expect the module's
 //!   error `run failed`.

@@ -66,7 +66,6 @@ pub fn signatures() -> Vec<(&'static str, Signature)> {
     [
         &norm::signatures(),
         page::SIGNATURES,
-        cascade::SIGNATURES,
         gdn::SIGNATURES,
         activation::SIGNATURES,
         &gemm::signatures(),

@@ -385,3 +385,59 @@ impl DeviceArrays {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::c_void;
+
+    use super::*;
+    use crate::{kv::PageIndices, tensor::Device};
+
+    const ADDRESS: usize = 1 << 20;
+
+    #[test]
+    fn caches_are_checked_against_their_table() {
+        // SAFETY: nothing is enqueued on the stream.
+        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+        let pages = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();
+        let null = std::ptr::null();
+        // SAFETY: no work uses the table.
+        let table = unsafe { PageTable::from_device_unchecked(&stream, pages, null, null, null) };
+        let at = |address: usize, dtype, shape: [usize; 4], strides: Option<&[usize]>| {
+            RawTensor::new(address as *mut c_void, Device::Cuda(0), dtype, &shape, strides).unwrap()
+        };
+        let of = |shape| at(ADDRESS, DType::F16, shape, None);
+        let refused = |k: &RawTensor, v: &RawTensor| {
+            let check = Check::new("test", &stream).unwrap();
+            match check_cache(&check, [k, v], KvLayout::Nhd, &table, &DTYPES) {
+                Ok(_) => None,
+                Err(FlashInferError::InvalidArgument { argument, .. }) => Some(argument),
+                Err(other) => panic!("{other}"),
+            }
+        };
+        let good = of([8, 16, 2, 64]);
+        assert_eq!(refused(&good, &good), None);
+        assert_eq!(refused(&of([9, 16, 2, 64]), &of([9, 16, 2, 64])), None);
+        for k in [
+            of([7, 16, 2, 64]),
+            of([8, 15, 2, 64]),
+            of([8, 2, 16, 64]),
+            at(ADDRESS, DType::F32, [8, 16, 2, 64], None),
+            at(ADDRESS + 8, DType::F16, [8, 16, 2, 64], None),
+            at(ADDRESS, DType::F16, [8, 16, 2, 64], Some(&[2112, 132, 66, 1])),
+            at(ADDRESS, DType::F16, [8, 16, 2, 64], Some(&[4096, 256, 128, 2])),
+            at(ADDRESS, DType::F16, [8, 16, 2, 64], Some(&[1 << 32, 128, 64, 1])),
+        ] {
+            assert_eq!(refused(&k, &k), Some("kv.k"), "{k:?}");
+        }
+        for v in [
+            of([9, 16, 2, 64]),
+            of([8, 16, 2, 128]),
+            at(ADDRESS, DType::BF16, [8, 16, 2, 64], None),
+            at(ADDRESS + 8, DType::F16, [8, 16, 2, 64], None),
+            at(ADDRESS, DType::F16, [8, 16, 2, 64], Some(&[4096, 128, 64, 1])),
+        ] {
+            assert_eq!(refused(&good, &v), Some("kv.v"), "{v:?}");
+        }
+    }
+}

@@ -24,7 +24,7 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 pub enum Filter<'a> {
     /// All with a probability above 0.
     None,
-    /// Those that fewer than this many are likelier than.
+    /// Those that fewer than this many are likelier than: with 1, all of the likeliest.
     TopK(Parameter<'a, u32>),
     /// Those that less than this probability is likelier than.
     TopP(Parameter<'a>),
@@ -48,8 +48,11 @@ impl Limits {
     /// The sum of the numbers that pass; the others become 0.
     fn apply(self, probs: &mut [f64]) -> f64 {
         probs.iter_mut().filter(|x| x.is_nan() || **x < 0.0).for_each(|x| *x = 0.0);
-        let mut least = self.min_p * probs.iter().copied().fold(0.0, f64::max);
-        if self.top_k < u32::MAX || self.top_p.is_finite() {
+        let mut least = match self.min_p {
+            0.0 => 0.0,
+            min_p => min_p * probs.iter().copied().fold(0.0, f64::max),
+        };
+        if self.top_k < u32::MAX || self.top_p != f64::INFINITY {
             let mut order: Vec<f64> = probs.iter().copied().filter(|&x| x > 0.0).collect();
             order.sort_unstable_by(|a, b| b.total_cmp(a));
             let (mut likelier, mut at) = (0.0, 0);
@@ -61,9 +64,12 @@ impl Limits {
                     at += 1;
                 }
             }
+            if at == 0 {
+                probs.fill(0.0);
+            }
             least = least.max(threshold);
         }
-        probs.iter_mut().filter(|x| **x < least).for_each(|x| *x = 0.0);
+        probs.iter_mut().filter(|x| **x < least || least.is_nan()).for_each(|x| *x = 0.0);
         probs.iter().sum()
     }
 }
@@ -235,6 +241,35 @@ pub fn top_k_mask_logits(
     })
 }
 
+/// [`sampling::argmax`](crate::sampling::argmax) on the CPU: the token of the
+/// largest logit of each row, the first of those that are equal; `None`, for
+/// which the GPU has −1, where a logit is NaN.
+///
+/// # Errors
+/// As [`softmax`].
+///
+/// ```
+/// use flashinfer_rs::{TensorRef, reference};
+/// let logits = [0.5f32, 2.0, 2.0, 1.0, f32::NAN, 1.0];
+/// let tokens = reference::argmax(&TensorRef::from_slice(&logits, &[2, 3])?)?;
+/// assert_eq!(tokens, [Some(1), None]);
+/// # Ok::<(), flashinfer_rs::FlashInferError>(())
+/// ```
+pub fn argmax(logits: &TensorRef<'_>) -> Result<Vec<Option<i32>>> {
+    let check = Check { op: "reference::argmax" };
+    let rows = check.rows("logits", logits, &DTYPES, &[2])?;
+    if rows.width() == 0 {
+        let problem = format!("its shape is {:?}; a row has at least 1 element", rows.shape());
+        return check.fail("logits", problem);
+    }
+    let of_row = |row: Vec<f64>| {
+        let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let place = row.iter().position(|&logit| logit == largest)?;
+        (!row.iter().any(|logit| logit.is_nan())).then_some(place as i32)
+    };
+    Ok((0..rows.count()).map(|row| of_row(rows.numbers(row))).collect())
+}
+
 /// [`sampling::sampling_from_logits`](crate::sampling::sampling_from_logits)
 /// on the CPU: a token for each row, or for each of `indices`.
 ///
@@ -321,7 +356,7 @@ fn pick(row: &[f64], number: f64) -> Option<i32> {
 /// [`sampling::ChainSamples`](crate::sampling::ChainSamples) has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChainDraws {
-    /// `drafts + 1` for each request. Where the kernel's token is arbitrary, -1.
+    /// `drafts + 1` for each request.
     pub output_token_ids: Vec<i32>,
     /// One for each request.
     pub output_accepted_token_num: Vec<i32>,
@@ -526,6 +561,70 @@ mod tests {
         assert!((soft[0] - 1.0 / 3.0).abs() < 1e-15 && soft[2] == 0.0, "{soft:?}");
         softmax(&mut view_mut(&mut soft, &[1, 3]), &view(&logits, &[1, 3]), 0.5.into()).unwrap();
         assert!((soft[0] - 0.2).abs() < 1e-15 && (soft[1] - 0.8).abs() < 1e-15, "{soft:?}");
+    }
+
+    /// What the kernels do with rows and parameters that mean nothing.
+    #[test]
+    fn senseless_numbers_are_no_probabilities() {
+        const INF: f64 = f64::INFINITY;
+        assert_eq!(filtered(&[f64::NAN, -3.0, 0.5, 0.25], Filter::TopP(0.5.into())), [0.0, 0.0, 1.0, 0.0]);
+        let infinite = [0.5, INF, 0.25, -INF];
+        for filter in [Filter::TopP(0.5.into()), Filter::TopP(1.0.into())] {
+            let got = filtered(&infinite, filter);
+            assert!(got[1].is_nan() && [got[0], got[2], got[3]] == [0.0; 3], "{got:?}");
+        }
+        for nothing in [0.0f32, -1.0, f32::NAN, f32::NEG_INFINITY] {
+            let nothing = [nothing];
+            let top_p = Filter::TopP(Parameter::PerRow(view(&nothing, &[1])));
+            assert_eq!(filtered(&infinite, top_p), [0.0; 4], "{nothing:?}");
+        }
+        for everything in [1.0f32, 2.0, f32::INFINITY] {
+            let everything = [everything];
+            let top_p = Filter::TopP(Parameter::PerRow(view(&everything, &[1])));
+            assert_eq!(filtered(&[0.25, 0.25, 0.5, 0.0], top_p), [0.25, 0.25, 0.5, 0.0]);
+        }
+        assert_eq!(filtered(&[0.25], Filter::MinP(Parameter::PerRow(view(&[f32::NAN], &[1])))), [0.0]);
+    }
+
+    /// Among neighbouring numbers, upstream's search for the threshold does not end.
+    #[test]
+    fn neighbouring_numbers_have_a_threshold() {
+        let row = [0x3eae_147b, 0x3eae_147a, 0x3ea3_d70a].map(|bits| f64::from(f32::from_bits(bits)));
+        let got = filtered(&row, Filter::TopP(0.6.into()));
+        assert!((got[0] - 0.5).abs() < 1e-6 && (got[1] - 0.5).abs() < 1e-6 && got[2] == 0.0, "{got:?}");
+    }
+
+    #[test]
+    fn the_first_of_the_largest() {
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        let rows = [
+            ([1.0, 3.0, 3.0], Some(1)),
+            ([0.0; 3], Some(0)),
+            ([-1.0, -0.0, 0.0], Some(1)),
+            ([9.999999e-7, 1e-6, 0.0], Some(1)),
+            ([-inf; 3], Some(0)),
+            ([1.0, inf, inf], Some(1)),
+            ([nan, 1.0, 2.0], None),
+            ([inf, 1.0, -nan], None),
+        ];
+        let (logits, want): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        let logits = logits.concat();
+        assert_eq!(argmax(&view(&logits, &[want.len(), 3])).unwrap(), want);
+        refused(argmax(&view(&logits[..0], &[2, 0])).map(drop), "logits");
+        refused(argmax(&view(&logits, &[24])).map(drop), "logits");
+    }
+
+    /// `top_k` 1 keeps all tokens that are the likeliest, and draws any of them.
+    #[test]
+    fn ties_are_all_likeliest() {
+        let row = [0.4f32, 0.4, 0.2];
+        let all = BoundedIndices::new(1, vec![0; 100]).unwrap();
+        let tokens =
+            sampling_from_probs(&view(&row, &[1, 3]), &Filter::TopK(1.into()), Some(&all), Philox::new(7, 0))
+                .unwrap();
+        for token in 0..3 {
+            assert_eq!(tokens.contains(&Some(token)), token < 2, "{token}");
+        }
     }
 
     #[test]

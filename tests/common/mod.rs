@@ -9,6 +9,7 @@ pub mod cache;
 mod compare;
 pub mod gdn;
 pub mod norm;
+pub mod ops;
 pub mod prefill;
 pub mod prefill_tests;
 mod rng;

@@ -20,26 +20,43 @@ fn mix(bits: u64) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// The token that follows others, below `vocab`.
-fn next(tokens: impl IntoIterator<Item = u32>, vocab: u32) -> u32 {
-    (tokens.into_iter().fold(0, |all, token| mix(all ^ u64::from(token))) % u64::from(vocab)) as u32
+/// What is said of some tokens.
+#[derive(Clone, Copy, Debug)]
+struct Says {
+    /// What follows is below this.
+    vocab: u32,
+    /// One in so many times, no token follows; 0 for never.
+    fails: u64,
+}
+
+impl Says {
+    fn next(self, tokens: impl IntoIterator<Item = u32>) -> Option<u32> {
+        let bits = tokens.into_iter().fold(0, |all, token| mix(all ^ u64::from(token)));
+        let fails = self.fails > 0 && mix(bits).is_multiple_of(self.fails);
+        (!fails).then_some((bits % u64::from(self.vocab)) as u32)
+    }
+}
+
+/// Tokens below this, always.
+fn vocab(vocab: u32) -> Says {
+    Says { vocab, fails: 0 }
 }
 
 /// Keeps tokens in place of keys and values.
 struct Fake {
     pool: PageAllocator,
-    vocab: u32,
+    says: Says,
     step_tokens: usize,
     slots: Vec<u32>,
-    greedy: Vec<u32>,
+    greedy: Vec<Option<u32>>,
     /// Rows of all steps.
     rows: usize,
 }
 
 impl Fake {
-    fn new(pool: &PageAllocator, vocab: u32, step_tokens: usize) -> Self {
+    fn new(pool: &PageAllocator, says: Says, step_tokens: usize) -> Self {
         let slots = vec![u32::MAX; pool.num_pages() * pool.page_size()];
-        Self { pool: pool.clone(), vocab, step_tokens, slots, greedy: Vec::new(), rows: 0 }
+        Self { pool: pool.clone(), says, step_tokens, slots, greedy: Vec::new(), rows: 0 }
     }
 }
 
@@ -66,7 +83,7 @@ impl Engine for Fake {
         let outputs = step.outputs.iter().map(|&row| {
             let (&request, &position) = rows[row];
             let before = (0..=position as usize).map(|position| self.slots[slot(request as usize, position)]);
-            next(before, self.vocab)
+            self.says.next(before)
         });
         self.greedy = outputs.collect();
         self.rows += step.tokens.len();
@@ -77,16 +94,19 @@ impl Engine for Fake {
         unreachable!("the scheduler asks for tokens")
     }
 
-    fn greedy(&self) -> Result<Vec<u32>> {
+    fn greedy(&self) -> Result<Vec<Option<u32>>> {
         Ok(self.greedy.clone())
     }
 }
 
 /// What a prompt is answered: no pages, no other requests.
-fn solo(prompt: &[u32], limits: &Limits, cache: usize, vocab: u32) -> Request {
+fn solo(prompt: &[u32], limits: &Limits, cache: usize, says: Says) -> Request {
     let mut request = Request::new(prompt.into(), limits, cache).unwrap();
     while request.ended().is_none() {
-        request.push(next(request.tokens().iter().copied(), vocab), limits, cache);
+        match says.next(request.tokens().iter().copied()) {
+            Some(token) => request.push(token, limits, cache),
+            None => request.fail(),
+        }
     }
     request
 }
@@ -105,7 +125,7 @@ fn tokens(seed: u64, len: usize) -> Vec<u32> {
 struct Schedule {
     page_size: usize,
     num_pages: usize,
-    vocab: u32,
+    says: Says,
     limits: Limits,
     /// Whether what nobody uses is evicted after every step.
     evicts: bool,
@@ -125,24 +145,26 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     let arrival = (prop_oneof![2 => Just(0), 1 => 0..6usize], prompt);
     let arrivals = prop::collection::vec(arrival, 1..16);
     let evicts = prop::bool::weighted(0.3);
-    (1..6usize, 1..24usize, 1..4u32, limits, evicts, arrivals).prop_map(
-        |(page_size, num_pages, vocab, limits, evicts, arrivals)| {
+    let says = (1..4u32, prop_oneof![Just(0), Just(20)]).prop_map(|(vocab, fails)| Says { vocab, fails });
+    (1..6usize, 1..24usize, says, limits, evicts, arrivals).prop_map(
+        |(page_size, num_pages, says, limits, evicts, arrivals)| {
             let prompt = |(family, shared, own): (u32, usize, Vec<u32>)| {
                 let shared = (0..shared as u32).map(|at| (at * family) % 3);
                 shared.chain(own).collect()
             };
             let arrivals = arrivals.into_iter().map(|(steps, parts)| (steps, prompt(parts))).collect();
-            Schedule { page_size, num_pages, vocab, limits, evicts, arrivals }
+            Schedule { page_size, num_pages, says, limits, evicts, arrivals }
         },
     )
 }
 
-/// Runs a schedule to its end, and compares every answer. Gives what was counted.
-fn run(schedule: &Schedule) -> Stats {
-    let Schedule { page_size, num_pages, vocab, ref limits, evicts, ref arrivals } = *schedule;
+/// Runs a schedule to its end, and compares every answer. Gives what was counted,
+/// and the requests that failed.
+fn run(schedule: &Schedule) -> (Stats, usize) {
+    let Schedule { page_size, num_pages, says, ref limits, evicts, ref arrivals } = *schedule;
     let pool = PageAllocator::new(num_pages, page_size).unwrap();
     let (cache, most) = (num_pages * page_size, (num_pages * page_size).min(limits.context));
-    let mut engine = Fake::new(&pool, vocab, limits.step_tokens);
+    let mut engine = Fake::new(&pool, says, limits.step_tokens);
     let mut scheduler = Scheduler::new(&pool, limits.clone());
     let mut step = |scheduler: &mut Scheduler| {
         scheduler.step(&mut engine).unwrap();
@@ -166,7 +188,7 @@ fn run(schedule: &Schedule) -> Stats {
         }
     }
     // The first request that has not ended gets further in every step.
-    let alone: Vec<_> = prompts.iter().map(|prompt| solo(prompt, limits, cache, vocab)).collect();
+    let alone: Vec<_> = prompts.iter().map(|prompt| solo(prompt, limits, cache, says)).collect();
     let enough: usize = alone.iter().map(|request| request.tokens().len()).sum();
     for _ in 0..enough {
         step(&mut scheduler);
@@ -177,30 +199,32 @@ fn run(schedule: &Schedule) -> Stats {
     }
     // Every token was computed as often as was counted.
     let stats = scheduler.stats();
-    let once: usize = alone.iter().map(|request| request.tokens().len() - 1).sum();
+    let failed = alone.iter().filter(|request| request.ended() == Some(Ended::NoNumbers)).count();
+    let once = alone.iter().map(|request| request.tokens().len() - 1).sum::<usize>() + failed;
     assert_eq!(engine.rows, stats.read + stats.decoded);
     assert_eq!(
         engine.rows + stats.saved + stats.accepted,
         once + stats.recomputed + stats.drafted,
         "{stats:?}"
     );
-    assert_eq!(stats.begun, prompts.len());
+    assert_eq!(stats.begun, alone.iter().filter(|request| !request.answer().is_empty()).count());
     // Only cached prefixes are left, and all of them can go.
     assert_eq!(pool.used_pages(), scheduler.prefixes.num_pages());
     assert!(scheduler.make_free(num_pages));
     drop(scheduler);
     assert_eq!(pool.free_pages(), num_pages);
-    stats
+    (stats, failed)
 }
 
 #[test]
 fn random_schedules_answer_as_if_each_request_were_alone() {
-    let (preemptions, recomputed, saved, accepted) = Default::default();
+    let (preemptions, recomputed, saved, accepted, failures) = Default::default();
     let add = |sum: &Cell<usize>, more: usize| sum.set(sum.get() + more);
     let mut runner = TestRunner::new(Config { cases: 1500, failure_persistence: None, ..Config::default() });
     runner
         .run(&schedule(), |schedule| {
-            let stats = run(&schedule);
+            let (stats, failed) = run(&schedule);
+            add(&failures, failed);
             add(&preemptions, stats.preemptions);
             add(&recomputed, stats.recomputed);
             add(&saved, stats.saved);
@@ -213,6 +237,7 @@ fn random_schedules_answer_as_if_each_request_were_alone() {
         ("tokens computed again", recomputed),
         ("tokens saved", saved),
         ("drafts accepted", accepted),
+        ("requests failed", failures),
     ] {
         assert!(count.get() > 300, "{} {what}", count.get());
     }
@@ -227,10 +252,10 @@ fn a_long_schedule_ends_with_no_page_lost() {
         (request as usize % 5, prompt)
     });
     let limits = Limits { context: 80, ..limits(16, 30, 3) };
-    let stats = run(&Schedule {
+    let (stats, _) = run(&Schedule {
         page_size: 4,
         num_pages: 24,
-        vocab: 3,
+        says: vocab(3),
         limits,
         evicts: false,
         arrivals: arrivals.collect(),
@@ -243,7 +268,7 @@ fn a_shared_prompt_is_computed_once() {
     // Five pages of 4 tokens and 3 tokens more are the same for all.
     for len in [20, 23] {
         let pool = PageAllocator::new(200, 4).unwrap();
-        let mut engine = Fake::new(&pool, 7, 64);
+        let mut engine = Fake::new(&pool, vocab(7), 64);
         let mut scheduler = Scheduler::new(&pool, limits(64, 6, 0));
         for question in 1..=10 {
             scheduler.push([tokens(0, len), tokens(question, 5)].concat()).unwrap();
@@ -262,7 +287,7 @@ fn a_shared_prompt_is_computed_once() {
 fn the_last_request_gives_its_pages_back_and_resumes() {
     // Each fits alone, but both do not.
     let pool = PageAllocator::new(8, 4).unwrap();
-    let mut engine = Fake::new(&pool, 1000, 16);
+    let mut engine = Fake::new(&pool, vocab(1000), 16);
     let mut scheduler = Scheduler::new(&pool, limits(16, 20, 0));
     let prompts = [tokens(1, 8), tokens(2, 8)];
     for prompt in &prompts {
@@ -282,14 +307,14 @@ fn the_last_request_gives_its_pages_back_and_resumes() {
     let stats = scheduler.stats();
     assert!(stats.preemptions == 1 && stats.recomputed > 0, "{stats:?}");
     for (request, prompt) in scheduler.requests().iter().zip(&prompts) {
-        assert_eq!(request.answer(), solo(prompt, &limits(16, 20, 0), 32, 1000).answer());
+        assert_eq!(request.answer(), solo(prompt, &limits(16, 20, 0), 32, vocab(1000)).answer());
     }
 }
 
 #[test]
 fn prompts_are_read_in_parts_while_others_decode() {
     let pool = PageAllocator::new(100, 4).unwrap();
-    let mut engine = Fake::new(&pool, 1000, 8);
+    let mut engine = Fake::new(&pool, vocab(1000), 8);
     let mut scheduler = Scheduler::new(&pool, limits(8, 12, 0));
     let mut work = |scheduler: &mut Scheduler| {
         let before = scheduler.stats();
@@ -318,7 +343,7 @@ fn drafts_save_steps_and_change_nothing() {
     // One token follows all others, so that every draft is right.
     let steps = |draft: usize| {
         let pool = PageAllocator::new(20, 4).unwrap();
-        let mut engine = Fake::new(&pool, 1, 64);
+        let mut engine = Fake::new(&pool, vocab(1), 64);
         let mut scheduler = Scheduler::new(&pool, limits(64, 31, draft));
         scheduler.push(vec![5, 0, 0, 0]).unwrap();
         while !scheduler.is_done() {
@@ -359,7 +384,7 @@ fn prompts_that_never_fit_are_refused() {
     assert!(refused(0).contains("empty"));
     // The largest that fits gets as many tokens as there is room for, and one.
     scheduler.push(vec![0; 7]).unwrap();
-    let mut engine = Fake::new(&pool, 1000, 16);
+    let mut engine = Fake::new(&pool, vocab(1000), 16);
     while !scheduler.is_done() {
         scheduler.step(&mut engine).unwrap();
     }

@@ -330,6 +330,18 @@ pub fn with_an_unused_expert() -> Tiny {
     tiny
 }
 
+/// A token whose embedding is infinite, in a file that has such a token.
+pub const INFINITE: u32 = 7;
+
+pub fn with_an_infinite_token() -> Tiny {
+    let mut tiny = EXPERTS.file();
+    tiny.value = |name, shape, at| match name {
+        "token_embd.weight" if at / EXPERTS.hidden == INFINITE as usize => f32::INFINITY,
+        _ => value(name, shape, at),
+    };
+    tiny
+}
+
 #[test]
 fn an_expert_that_is_not_chosen_does_not_matter() {
     let folder = tempfile::tempdir().unwrap();

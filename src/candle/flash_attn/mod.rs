@@ -276,9 +276,9 @@ impl Attention<'_> {
         Ok((call, [q, k, v]))
     }
 
-    /// Whether FlashAttention 3 can serve a call, and may be the faster. It
-    /// reads what follows a request's keys, with weight 0, so nothing may lie
-    /// there but keys.
+    /// Whether FlashAttention 3 can serve a call, and may be the faster. Keys of
+    /// several requests it reads as pages, for which rows of keys and of values
+    /// are equally far apart.
     fn is_for_fa3(
         &self,
         visible: &Visible,
@@ -292,7 +292,12 @@ impl Attention<'_> {
         if !direct || !long || requests.iter().any(unread) {
             return Ok(false);
         }
-        let described = if let Batch::Paged { .. } = self.batch { &views[..1] } else { &views[..] };
+        let several = requests.iter().filter(|request| request.keys > 0).count() > 1;
+        let paged = matches!(self.batch, Batch::Paged { .. });
+        if several && !paged && views[1].stride()[0] != views[2].stride()[0] {
+            return Ok(false);
+        }
+        let described = if paged { &views[..1] } else { &views[..] };
         for view in described {
             if views::overlaps(view, dtype)? {
                 return Ok(false);

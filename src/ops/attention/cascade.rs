@@ -22,7 +22,7 @@ use crate::{
     cuda::DeviceBuffer,
     error::{FlashInferError, Result},
     kv::{PageTable, RaggedTable},
-    module::{Module, ModuleName},
+    module::Module,
     ops::check::Check,
     page::PagedKv,
     runtime::FlashInferRuntime,
@@ -162,20 +162,20 @@ impl std::fmt::Debug for CascadeWorkspace {
 }
 
 impl MultiLevelCascade {
-    /// Resolves the modules of batch prefill and of merging for the stream's
-    /// device; downloads the pinned wheel if no local source holds one of them
-    /// and that is allowed.
+    /// Resolves the module of batch prefill for the stream's device; downloads
+    /// the pinned wheel if no local source holds it and that is allowed. Has
+    /// the kernel compiled that merges.
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: as [`BatchPrefill::new`]; the spec
     /// has a sliding window or ALiBi, which count positions across levels, or
     /// attention sinks, which would count once for each level; the head
-    /// dimension is not 64, 128, 256 or 512. Else a module cannot be had or
-    /// opened.
+    /// dimension is not a multiple of 8 up to 1024. Else the module cannot be
+    /// had or opened.
     pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
         check_spec(spec)?;
         let prefill = BatchPrefill::new(runtime, stream, spec)?;
-        runtime.preload([&ModuleName::CASCADE])?;
+        cascade::prepare(spec.dtype_o)?;
         Ok(Self { prefill, dtype_o: spec.dtype_o, head_dim: spec.head_dim_vo })
     }
 
@@ -287,10 +287,10 @@ fn check_spec(spec: &AttentionSpec) -> Result<()> {
             "levels count positions from their own first key; use BatchPrefill over complete page tables",
         );
     }
-    if !cascade::HEAD_DIMS.contains(&(spec.head_dim_vo as i64)) {
+    if !cascade::has_head_dim(spec.head_dim_vo as i64) {
         return unsupported(
             format!("a cascade with head dimension {}", spec.head_dim_vo),
-            "states of head dimension 64, 128, 256 and 512 can be merged",
+            "states of multiples of 8 up to 1024 can be merged",
         );
     }
     Ok(())
@@ -335,9 +335,12 @@ impl<'p> CascadePlan<'p> {
     ///
     /// Arguments are those of prefill over pages
     /// ([`PrefillPlan::run`](super::PrefillPlan)). Outputs of levels are
-    /// rounded to their dtype before they are merged. Planned for a graph,
+    /// rounded to their dtype before they are merged. A query without keys on
+    /// any level gets zeros, and −∞. Planned for a graph,
     /// rows of `out` and `lse` beyond the batch's are overwritten with numbers
     /// that mean nothing.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// As [`DecodePlan::run`](super::DecodePlan::run).
@@ -432,8 +435,7 @@ mod tests {
             spec.with_window_left(7),
             spec.with_attention_sink(),
             spec.with_pos_encoding_mode(PosEncodingMode::Alibi),
-            AttentionSpec::new(DType::F16, 192),
-            spec.with_head_dim_vo(96),
+            spec.with_head_dim_vo(100),
         ] {
             assert!(matches!(check_spec(&spec), Err(FlashInferError::Unsupported { .. })), "{spec:?}");
         }

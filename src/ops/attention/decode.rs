@@ -9,6 +9,7 @@
 use std::borrow::Cow;
 
 use super::{
+    empty_states,
     mask::MaskTensors,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
@@ -16,7 +17,7 @@ use super::{
         Heads, PlanInfo, PlanMode, Planned, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, Scratch,
         check_described, check_output, check_workspace, host_indices, make_plan,
     },
-    prefill::{Batch, PrefillKernels, RunTensors},
+    prefill::{Batch, Pages, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend, first_module},
     workspace::Workspace,
 };
@@ -223,6 +224,11 @@ impl BatchDecode {
         let scratch = Scratch::of(workspace)?;
         let batch = table.host().batch_size();
         self.spec.check_output_size(&check, batch, self.heads)?;
+        let pages = table.host().indptr().windows(2).map(|pair| (1, (pair[1] - pair[0]) as usize));
+        let empty = empty_states::possible(mode == PlanMode::CudaGraph, &MaskTensors::NONE, pages);
+        if empty {
+            empty_states::prepare()?;
+        }
         let mut queries = None;
         let info = match &self.kernels {
             _ if batch == 0 => None,
@@ -246,7 +252,7 @@ impl BatchDecode {
                 Some(kernels.make_plan(&check, workspace, &scratch, &batch)?)
             }
         };
-        Ok(DecodePlan { decode: *self, table, mode, queries, planned: Planned::new(scratch, info) })
+        Ok(DecodePlan { decode: *self, table, mode, queries, empty, planned: Planned::new(scratch, info) })
     }
 
     fn plan_on_cuda_cores(
@@ -352,6 +358,8 @@ pub struct DecodePlan<'p> {
     mode: PlanMode,
     /// Query offsets on the device, for kernels that take them.
     queries: Option<RawTensor>,
+    /// Whether requests may have no tokens.
+    empty: bool,
     planned: Planned<'p>,
 }
 
@@ -363,8 +371,10 @@ impl DecodePlan<'_> {
     /// dtypes, `out` contiguous; `kv` is the paged cache that the page table
     /// was checked for; `lse`, if given, is a contiguous `f32`
     /// `[batch, num_qo_heads]` and takes the base-2 logarithm of each sum of
-    /// exponentials. A request without tokens gets zeros, and FlashInfer's
-    /// stand-in for −∞, which is about −50000.
+    /// exponentials. A request without tokens gets zeros, and −∞; with
+    /// attention sinks, the sink.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
@@ -390,7 +400,7 @@ impl DecodePlan<'_> {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
                 check_described(&check, kernels.backend() == Backend::Fa3, &[("q", &q.raw)])?;
                 check_sm_scale(&check, options.logit_scale(spec))?;
-                kernels.check_scale(&check, self.stream(), options)?;
+                kernels.check_scale(&check, options)?;
                 let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
                 let (scratch, mask) = (&self.planned.scratch, &MaskTensors::NONE);
                 let run = RunTensors { scratch, info, q, qo_indptr, out, lse, mask, options };
@@ -399,16 +409,29 @@ impl DecodePlan<'_> {
                 // device copies of those that the plan was made from, checked
                 // against a cache of at most this many pages; the workspace is
                 // the plan's, on its stream.
-                unsafe { kernels.run_paged(&run, kv, table) }
+                unsafe { kernels.run_paged(&run, table.stream(), kv, &Pages::of(table)?) }?;
             }
             (Kernels::CudaCores(kernels), _) => {
-                OutputScale::check_ready(&check, self.stream(), spec.dtype_o, options.v_scale)?;
+                OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
                 // SAFETY: as above.
-                unsafe { self.run_on_cuda_cores(kernels, info, &q.raw, kv, &out.raw, lse, options) }
+                unsafe { self.run_on_cuda_cores(kernels, info, &q.raw, kv, &out.raw, lse, options) }?;
             }
             // A plan on tensor cores has query offsets.
-            (Kernels::TensorCores(_), None) => Ok(()),
+            (Kernels::TensorCores(_), None) => {}
         }
+        let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
+        let (indptr, last_page_len) = (table.indptr()?, table.last_page_len()?);
+        let page_size = table.host().page_size();
+        let rows = empty_states::Rows {
+            keys: empty_states::Keys::Paged { indptr: &indptr, last_page_len: &last_page_len, page_size },
+            qo_indptr: None,
+            batch: table.host().batch_size(),
+            mask: &MaskTensors::NONE,
+            window_left: spec.window_left_code(),
+            sinks: options.sinks.as_ref(),
+        };
+        // SAFETY: as above; each request has one query.
+        unsafe { rows.mark(self.stream(), lse) }
     }
 
     /// # Safety

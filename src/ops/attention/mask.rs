@@ -21,7 +21,7 @@ pub enum Mask<'p> {
     Causal,
     /// Those whose bit is set in a packed mask; see
     /// [`MaskIndices`](crate::MaskIndices). A query that sees no key gets
-    /// zeros. FlashAttention 2 only. Values of hidden keys are multiplied by 0,
+    /// zeros, and −∞. FlashAttention 2 only. Values of hidden keys are multiplied by 0,
     /// so they must be finite.
     Custom {
         /// Where each request's part lies.
@@ -99,6 +99,11 @@ impl Mask<'_> {
     /// Whether no query sees a key after its position.
     pub(super) fn is_causal(&self) -> bool {
         matches!(self, Self::Causal | Self::MultiItem(_))
+    }
+
+    /// Whether bits on the device decide what is seen.
+    pub(super) fn is_custom(&self) -> bool {
+        matches!(self, Self::Custom { .. })
     }
 
     /// Checks the mask against the queries and keys of the requests that it is

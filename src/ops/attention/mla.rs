@@ -11,7 +11,7 @@
 use super::{
     options::check_sm_scale,
     plan::{PlanInfo, Planned, Scratch, check_lse, check_workspace, host_indices, make_plan},
-    spec::Backend,
+    spec::{Backend, flash_attention},
     workspace::Workspace,
 };
 use crate::{
@@ -285,18 +285,7 @@ impl BatchMla {
     /// [`FlashInferError::Unsupported`]: there is no such module, or not for
     /// this GPU. Else the module cannot be had or opened.
     pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &MlaSpec) -> Result<Self> {
-        let (major, minor) = runtime.compute_capability(stream.ordinal())?;
-        let backend = match spec.backend {
-            Backend::Auto if major == 9 => Backend::Fa3,
-            Backend::Auto => Backend::Fa2,
-            Backend::Fa3 if major != 9 => {
-                return Err(FlashInferError::Unsupported {
-                    what: format!("FlashAttention 3 on compute capability {major}.{minor}"),
-                    available: "it needs 9.0; use Backend::Fa2 or Backend::Auto".into(),
-                });
-            }
-            named => named,
-        };
+        let backend = flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?[0];
         let name = spec.module(backend)?;
         runtime.preload([&name])?;
         let module = runtime.module(&name)?;
@@ -594,8 +583,7 @@ impl MlaPlan<'_> {
     /// `[n, num_heads]` and takes the base-2 logarithm of each sum of
     /// exponentials. A query whose request has no tokens gets zeros, and −∞.
     ///
-    /// Before scaling, no product may be as low as −50000, which is what the
-    /// kernels give to keys that a query does not see.
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything

@@ -12,9 +12,37 @@
 //! [`MultiLevelCascade`] attends once to pages that requests share.
 //! [`SinglePrefill`] and [`SingleDecode`] attend to the keys of one request,
 //! which are plain tensors. They need no plan.
+//!
+//! A query that sees no key gets an output of zeros and an LSE of −∞, the state
+//! that is neutral in every [merge](mod@crate::cascade).
+//!
+//! # Very negative scores
+//!
+//! Kernels of FlashInfer 0.6.13 have −50000 in place of −∞. Scores are right if
+//! for each query one of them lies above it, both as the product of query and
+//! key, before `sm_scale`, and as it counts, times `sm_scale` and log₂e. Where
+//! all scores of a query lie below, it is as if it saw no key:
+//!
+//! - The product decides on tensor cores: [`BatchPrefill`], [`SinglePrefill`],
+//!   [`BatchAttention`], [`BatchMla`], [`MultiLevelCascade`], and
+//!   [`BatchDecode`] with [`Backend::Fa2`] or [`Backend::Fa3`]. The output is
+//!   zeros, and the LSE says nothing: about −50000, with FlashAttention 3 that
+//!   times `sm_scale` and log₂e, in latent attention −50000 or −∞. FlashAttention
+//!   3, but for latent attention, is right nevertheless where the keys that a
+//!   query sees fill whole tiles. With a soft cap, products are capped first, so
+//!   that none is as low. With ALiBi the product counts times `sm_scale`, and with
+//!   the slope's part.
+//! - What counts decides on CUDA cores ([`SingleDecode`], and [`BatchDecode`]
+//!   with [`Backend::CudaCores`]), and everywhere where a request's keys are
+//!   divided among blocks, whose results then are merged. The output is zeros,
+//!   or, within 24 of −50000, nearer to zero than it should be.
+//!
+//! The numbers lie on the device, so nothing is refused. Kernels of FlashInfer
+//! 0.7 have −∞.
 
 mod cascade;
 mod decode;
+mod empty_states;
 mod mask;
 mod mla;
 mod options;

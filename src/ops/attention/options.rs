@@ -14,8 +14,7 @@ pub struct RunOptions<'a> {
     /// The factor on query-key products, `1/√head_dim_qk` if `None`. On tensor
     /// cores it must be at least 1e-3, together with [`k_scale`](Self::k_scale).
     ///
-    /// Before scaling, no product may be as low as −50000, which is what kernels
-    /// on tensor cores give to keys that a query does not see.
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     pub sm_scale: Option<f64>,
     /// What keys were divided by when they were quantized; 1 if `None`. It is
     /// multiplied into `sm_scale`; products grow as it gets smaller.

@@ -40,25 +40,11 @@ impl OutputScale {
 
     /// Has the kernel compiled that a run needs, before anything is launched.
     /// A capture does not allow it.
-    pub(super) fn check_ready(
-        check: &Check<'_>,
-        stream: &Stream,
-        dtype: DType,
-        scale: Option<f32>,
-    ) -> Result<()> {
-        let kernel = Self::kernel(dtype);
-        if factor(scale).is_none() || kernel.is_loaded() {
+    pub(super) fn check_ready(check: &Check<'_>, dtype: DType, scale: Option<f32>) -> Result<()> {
+        if factor(scale).is_none() {
             return Ok(());
         }
-        let cuda = FlashInferRuntime::get()?.cuda();
-        if cuda.is_capturing(stream)? {
-            return check.fail(
-                "v_scale",
-                "the kernel that applies it has to be compiled first; run once with it before the capture"
-                    .into(),
-            );
-        }
-        kernel.load(cuda).map(drop)
+        check.compiled("v_scale", Self::kernel(dtype))
     }
 
     fn kernel(dtype: DType) -> &'static PtxKernel {

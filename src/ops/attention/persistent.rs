@@ -10,7 +10,8 @@
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
 use super::{
-    mask::{Mask, check_causal, requests_of},
+    empty_states,
+    mask::{Mask, MaskTensors, check_causal, requests_of},
     options::{RunOptions, check_sm_scale},
     plan::{
         Heads, PlanInfo, Planned, ReplayKey, ReplayShape, Scratch, check_output, check_rows, check_workspace,
@@ -237,6 +238,11 @@ impl BatchAttention {
         let scratch = Scratch::of(workspace)?;
         let info =
             if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &scratch, &work)?) };
+        let requests = requests_of(work.queries, &work.kv_lens);
+        let empty = empty_states::possible(work.graph, &MaskTensors::NONE, requests);
+        if empty {
+            empty_states::prepare()?;
+        }
         let (rows, options) = (work.rows, *options);
         Ok(BatchAttentionPlan {
             attention: *self,
@@ -244,6 +250,7 @@ impl BatchAttention {
             heads,
             rows,
             options,
+            empty,
             planned: Planned::new(scratch, info),
         })
     }
@@ -445,6 +452,8 @@ pub struct BatchAttentionPlan<'p> {
     /// Rows of queries and outputs.
     rows: usize,
     options: BatchAttentionOptions,
+    /// Whether requests with queries may have no tokens.
+    empty: bool,
     planned: Planned<'p>,
 }
 
@@ -457,13 +466,12 @@ impl BatchAttentionPlan<'_> {
     /// page table was checked for, of no more than 2³² elements from the first
     /// key to the last. `lse`, if given, is a contiguous `f32`
     /// `[n, num_qo_heads]` and takes the base-2 logarithm of each sum of
-    /// exponentials. A query whose request has no tokens gets zeros, and
-    /// FlashInfer's stand-in for −∞, which is about −50000. Rows that a graph
-    /// has beyond the batch's queries are left alone.
+    /// exponentials. A query whose request has no tokens gets zeros, and −∞.
+    /// Rows that a graph has beyond the batch's queries are left alone.
     ///
-    /// Before scaling, no product may be as low as −50000, which is what the
-    /// kernels give to keys that a query does not see. These kernels have no
-    /// programmatic dependent launch, so `enable_pdl` changes nothing.
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
+    /// These kernels have no programmatic dependent launch, so `enable_pdl`
+    /// changes nothing.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything
@@ -520,7 +528,13 @@ impl BatchAttentionPlan<'_> {
         // those that the plan was made from, checked against a cache of at
         // most this many pages; mask, heads and page size are the plan's; the
         // workspace is the plan's, on its stream.
-        unsafe { kernel.call(&self.attention.run, stream) }.map(drop)
+        unsafe {
+            kernel.call(&self.attention.run, stream)?;
+            match lse.filter(|_| self.empty) {
+                Some(lse) => empty_states::mark_works(stream, lse, &self.planned.scratch.int, info),
+                None => Ok(()),
+            }
+        }
     }
 
     /// The stream that runs go to.

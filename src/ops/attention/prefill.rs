@@ -10,6 +10,7 @@
 //! `include/flashinfer/attention/{prefill,scheduler}.cuh` of FlashInfer 0.6.13.
 
 use super::{
+    empty_states,
     mask::{Mask, MaskTensors, requests_of},
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
@@ -222,6 +223,19 @@ pub(super) struct RunTensors<'a> {
     pub(super) options: &'a RunOptions<'a>,
 }
 
+/// Which pages are each request's: the arrays of a page table.
+pub(super) struct Pages {
+    indptr: RawTensor,
+    indices: RawTensor,
+    last_page_len: RawTensor,
+}
+
+impl Pages {
+    pub(super) fn of(table: &PageTable) -> Result<Self> {
+        Ok(Self { indptr: table.indptr()?, indices: table.indices()?, last_page_len: table.last_page_len()? })
+    }
+}
+
 impl PrefillKernels {
     /// The functions of a module that serves the spec.
     pub(super) fn load(module: &'static Module, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
@@ -334,22 +348,21 @@ impl PrefillKernels {
         }
     }
 
-    /// Runs over a paged cache that was checked against `table`.
+    /// Runs over a paged cache that has these pages.
     ///
     /// # Safety
     /// All tensors must have been checked for this spec and plan.
     pub(super) unsafe fn run_paged(
         &self,
         run: &RunTensors<'_>,
+        stream: &Stream,
         kv: &PagedKv<'_>,
-        table: &PageTable,
+        pages: &Pages,
     ) -> Result<()> {
-        let stream = table.stream();
-        let (indptr, indices, last_page_len) = (table.indptr()?, table.indices()?, table.last_page_len()?);
         let (paged_k_cache, paged_v_cache) = (DlTensor::new(&kv.k.raw), DlTensor::new(&kv.v.raw));
-        let paged_kv_indptr = DlTensor::new(&indptr);
-        let paged_kv_indices = DlTensor::new(&indices);
-        let paged_kv_last_page_len = DlTensor::new(&last_page_len);
+        let paged_kv_indptr = DlTensor::new(&pages.indptr);
+        let paged_kv_indices = DlTensor::new(&pages.indices);
+        let paged_kv_last_page_len = DlTensor::new(&pages.last_page_len);
         let layout = kv.layout.code();
         macro_rules! call {
             ($fa:ident, $kernel:ident $(, $sink:ident)?) => {
@@ -427,14 +440,9 @@ impl PrefillKernels {
     }
 
     /// The output can be scaled after a run.
-    pub(super) fn check_scale(
-        &self,
-        check: &Check<'_>,
-        stream: &Stream,
-        options: &RunOptions<'_>,
-    ) -> Result<()> {
+    pub(super) fn check_scale(&self, check: &Check<'_>, options: &RunOptions<'_>) -> Result<()> {
         let scale = options.v_scale.filter(|_| !self.scales_values());
-        OutputScale::check_ready(check, stream, self.spec.dtype_o, scale)
+        OutputScale::check_ready(check, self.spec.dtype_o, scale)
     }
 
     /// Multiplies the output by the scale of the values, where the kernel has
@@ -545,8 +553,15 @@ impl<'p> PrefillOptions<'p> {
 /// Batch prefill over paged or ragged keys and values.
 ///
 /// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// queries and keys have one width and a module exists (head dimensions 64 and
-/// 128, and 192/128), else FlashAttention 2, as upstream does.
+/// keys and values have one width and a module exists (head dimensions 64 and
+/// 128), else FlashAttention 2.
+///
+/// Requests do not see each other, also if one is full of NaN, with one
+/// exception: [`Backend::Fa3`] over ragged keys of several requests whose values
+/// have another width than keys (192/128). Its tiles reach into the keys of the
+/// next request, whose values it multiplies by 0: what is not finite there makes
+/// NaN here, and beside [very negative scores](super#very-negative-scores) its
+/// values show. So for those widths [`Backend::Auto`] takes FlashAttention 2.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -706,6 +721,17 @@ impl BatchPrefill {
         options.mask.check(&check, (&self.kernels.spec, self.kernels.fa3), batch, kv.paged)?;
         let mask = options.mask.tensors(self.kernels.fa3)?;
         check_workspace(&check, workspace)?;
+        let batch = requests_of(queries.host(), kv.lens);
+        let graph = options.graph_rows.is_some();
+        let empty = empty_states::possible(graph, &mask, batch.clone());
+        if empty {
+            empty_states::prepare()?;
+        }
+        let as_pages = if self.kernels.fa3 && kv.reaches_others(&self.kernels.spec, graph, batch) {
+            Some(workspace.numbers_to(kv.extent)?)
+        } else {
+            None
+        };
         let scratch = Scratch::of(workspace)?;
         let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
             None
@@ -734,6 +760,8 @@ impl BatchPrefill {
             rows,
             options,
             mask,
+            empty,
+            as_pages,
             planned: Planned::new(scratch, info),
         })
     }
@@ -747,6 +775,33 @@ struct KvBatch<'a> {
     page_size: usize,
     extent: usize,
     paged: bool,
+}
+
+impl KvBatch<'_> {
+    /// Whether the tiles in which FlashAttention 3 copies ragged keys reach
+    /// into those of another request. The copy stops at the tensors' end, not
+    /// at the request's: values behind it get the weight 0, which makes NaN of
+    /// another's NaN. A batch that does not hold its requests apart is read as
+    /// pages of one key, which are copied one by one. There is no kernel for
+    /// pages of keys and values that differ in width.
+    fn reaches_others(
+        &self,
+        spec: &AttentionSpec,
+        graph: bool,
+        mut requests: impl Iterator<Item = (usize, usize)>,
+    ) -> bool {
+        if self.paged || spec.head_dim_qk != spec.head_dim_vo {
+            return false;
+        }
+        if graph {
+            return self.lens.len() > 1;
+        }
+        let mut ends = self.indptr[1..].iter();
+        requests.any(|(queries, keys)| {
+            let end = ends.next().is_some_and(|&end| end as usize == self.extent);
+            queries > 0 && keys > 0 && !end
+        })
+    }
 }
 
 /// One step's prefill plan, ready to run for each layer. `K` is the kind of
@@ -767,6 +822,10 @@ pub struct PrefillPlan<'p, K> {
     rows: usize,
     options: PrefillOptions<'p>,
     mask: MaskTensors,
+    /// Whether queries may see no key.
+    empty: bool,
+    /// The numbers of ragged keys, where they are read as pages of one key.
+    as_pages: Option<RawTensor>,
     planned: Planned<'p>,
 }
 
@@ -776,7 +835,8 @@ impl<K> PrefillPlan<'_, K> {
     pub fn replay_key(&self) -> Option<ReplayKey> {
         let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
-        let indices = self.key_addresses.into_iter().chain(self.queries.addresses());
+        let numbers = self.as_pages.iter().map(|numbers| numbers.data as usize);
+        let indices = self.key_addresses.into_iter().chain(self.queries.addresses()).chain(numbers);
         let shape = ReplayShape { heads: self.heads, batch, rows: self.rows, keys: self.keys_extent };
         Some(ReplayKey::new(info, &kernels.spec, shape, &self.planned.scratch, indices, &self.mask))
     }
@@ -800,7 +860,30 @@ impl<K> PrefillPlan<'_, K> {
         check_described(check, self.kernels.fa3, &[("q", &q.raw)])?;
         options.check(check, spec, self.heads)?;
         check_sm_scale(check, options.logit_scale(spec))?;
-        self.kernels.check_scale(check, self.queries.stream(), options)
+        self.kernels.check_scale(check, options)
+    }
+
+    /// Enqueues what is to be said of queries that see no key.
+    ///
+    /// # Safety
+    /// The sums must have been checked for this plan, whose keys these are.
+    unsafe fn mark_empty(
+        &self,
+        keys: empty_states::Keys<'_>,
+        lse: Option<&TensorMut<'_>>,
+        options: &RunOptions<'_>,
+    ) -> Result<()> {
+        let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
+        let rows = empty_states::Rows {
+            keys,
+            qo_indptr: Some(&self.queries.indptr()?),
+            batch: self.queries.host().batch_size(),
+            mask: &self.mask,
+            window_left: self.kernels.spec.window_left_code(),
+            sinks: options.sinks.as_ref(),
+        };
+        // SAFETY: promised by the caller.
+        unsafe { rows.mark(self.queries.stream(), &lse.raw) }
     }
 
     fn tensors<'a>(
@@ -831,9 +914,10 @@ impl PrefillPlan<'_, PageTable> {
     /// `q` is `[queries, num_qo_heads, head_dim_qk]`, `out`
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
     /// a contiguous `f32` `[queries, num_qo_heads]` of base-2 logarithms. A
-    /// query of a request without keys gets zeros, and FlashInfer's stand-in
-    /// for −∞, which is about −50000; with FlashAttention 2 and attention sinks,
-    /// the sink.
+    /// query that sees no key gets zeros, and −∞; with attention sinks, the
+    /// sink.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
     /// As [`DecodePlan::run`](super::DecodePlan::run).
@@ -857,7 +941,11 @@ impl PrefillPlan<'_, PageTable> {
         // those that the plan was made from, checked against a cache of at
         // most this many pages; the workspace is the plan's, on its stream.
         unsafe {
-            self.kernels.run_paged(&self.tensors(info, &qo_indptr, q, out, lse, options), kv, self.keys)
+            let (run, pages) = (self.tensors(info, &qo_indptr, q, out, lse, options), Pages::of(self.keys)?);
+            self.kernels.run_paged(&run, stream, kv, &pages)?;
+            let (indptr, last_page_len) = (&pages.indptr, &pages.last_page_len);
+            let page_size = self.keys.host().page_size();
+            self.mark_empty(empty_states::Keys::Paged { indptr, last_page_len, page_size }, lse, options)
         }
     }
 }
@@ -870,7 +958,9 @@ impl PrefillPlan<'_, RaggedTable> {
     /// [`run`](PrefillPlan::<PageTable>::run) over pages.
     ///
     /// # Errors
-    /// As [`DecodePlan::run`](super::DecodePlan::run).
+    /// As [`DecodePlan::run`](super::DecodePlan::run); with FlashAttention 3 also
+    /// when there are several requests and the rows of `v` are not as far apart
+    /// as those of `k`.
     pub fn run(
         &self,
         q: &TensorRef<'_>,
@@ -911,8 +1001,76 @@ impl PrefillPlan<'_, RaggedTable> {
             [k, v].map(|tensor| Ok(tensor.raw.with_plain_unit_strides()))
         };
         let (k, v) = (k?, v?);
+        let indptr = self.keys.indptr()?;
         // SAFETY: as for pages; the offsets of keys and values are the device
         // copies of those that the plan was made from, and end at their rows.
-        unsafe { self.kernels.run_ragged(&run, [&k, &v], self.keys) }
+        // Of the rows' numbers there are as many.
+        unsafe {
+            match &self.as_pages {
+                Some(numbers) => {
+                    let [k, v] = as_pages(&check, [&k, &v])?;
+                    let kv = PagedKv::new(TensorRef::new(k), TensorRef::new(v), KvLayout::Nhd);
+                    // FlashAttention 3 does not look at lengths of last pages.
+                    let pages = Pages { indptr, indices: *numbers, last_page_len: *numbers };
+                    self.kernels.run_paged(&run, stream, &kv, &pages)?;
+                }
+                None => self.kernels.run_ragged(&run, [&k, &v], self.keys)?,
+            }
+            self.mark_empty(empty_states::Keys::Ragged { indptr: &indptr }, lse, options)
+        }
+    }
+}
+
+/// Ragged keys and values as a cache of pages of one key.
+fn as_pages(check: &Check<'_>, kv: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
+    let [k_stride, v_stride] = kv.map(|tensor| tensor.strides()[0]);
+    if k_stride != v_stride && kv[0].shape()[0] > 1 {
+        return check.fail(
+            "v",
+            format!(
+                "its rows are {v_stride} elements apart, those of k {k_stride}; for several requests, whose keys \
+                 it reads as pages, FlashAttention 3 takes one number for both, so copy one of them, or use \
+                 Backend::Fa2"
+            ),
+        );
+    }
+    let [k, v] = kv.map(|tensor| {
+        let (&[rows, heads, width], &[row, head, _]) = (tensor.shape(), tensor.strides()) else {
+            return check.fail("k", format!("its shape is {:?}; expected 3 dimensions", tensor.shape()));
+        };
+        let [shape, strides] = [[rows, 1, heads, width], [row, row, head, 1]]
+            .map(|numbers| numbers.map(|number| number as usize));
+        RawTensor::new(tensor.data, tensor.device, tensor.dtype, &shape, Some(&strides))
+    });
+    Ok([k?, v?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_keys_end_with_the_tensor() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        let reaches = |requests: &[(usize, i32)], graph: bool, paged: bool, spec: &AttentionSpec| {
+            let lens: Vec<i32> = requests.iter().map(|request| request.1).collect();
+            let ends = lens.iter().scan(0, |end, len| {
+                *end += len;
+                Some(*end)
+            });
+            let indptr: Vec<i32> = std::iter::once(0).chain(ends).collect();
+            let extent = indptr[lens.len()] as usize;
+            let kv = KvBatch { op: "test", indptr: &indptr, lens: &lens, page_size: 1, extent, paged };
+            let requests = requests.iter().map(|&(queries, keys)| (queries, keys as usize));
+            kv.reaches_others(spec, graph, requests)
+        };
+        let eager = |requests: &[(usize, i32)]| reaches(requests, false, false, &spec);
+        assert!(!eager(&[]) && !eager(&[(5, 9)]) && !eager(&[(3, 0), (5, 9), (2, 0)]));
+        assert!(!eager(&[(0, 7), (5, 9)]));
+        assert!(eager(&[(5, 9), (0, 7)]) && eager(&[(1, 1), (1, 1)]));
+        assert!(reaches(&[(5, 9), (0, 0)], true, false, &spec) && !reaches(&[(5, 9)], true, false, &spec));
+        let two = [(1, 1), (1, 1)];
+        assert!(!reaches(&two, false, true, &spec));
+        assert!(!reaches(&two, true, false, &spec.with_head_dim_vo(64)));
     }
 }

@@ -17,6 +17,7 @@ use std::ffi::c_void;
 
 use super::{
     decode::{MAX_BLOCKS_PER_SM, check_cuda_cores},
+    empty_states,
     mask::Mask,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
@@ -29,7 +30,7 @@ use crate::{
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
     module::Module,
-    ops::{cascade::can_merge, check::Check, page::KvLayout},
+    ops::{check::Check, page::KvLayout},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{DType, RawTensor, TensorMut, TensorRef},
@@ -73,8 +74,12 @@ const FA2_TILES: [usize; 3] = [16, 64, 128];
 const FA2_MAX_BLOCKS_PER_SM: usize = 2048 / 128;
 /// With more keys, sums of positions and windows could reach 2³².
 const MAX_KEYS: usize = 1 << 30;
-/// What the kernels give as the LSE of a query without keys.
-const LSE_OF_NOTHING: f32 = -50000.0;
+/// Head dimensions that the launchers' merge of parts is compiled for.
+const MERGED_HEAD_DIMS: [usize; 4] = [64, 128, 256, 512];
+/// The most threads of one of its blocks.
+const MAX_MERGE_THREADS: usize = 1024;
+/// The most blocks in the second dimension of a launch.
+const MAX_GRID_Y: usize = 65535;
 
 /// Prefill of one request: attention of any number of queries to the
 /// request's keys.
@@ -157,8 +162,9 @@ impl SinglePrefill {
     /// are a [permuted](TensorRef::permute) view. `out` is
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
     /// a contiguous `f32` `[queries, num_qo_heads]` of base-2 logarithms. A
-    /// query that sees no key gets zeros, and FlashInfer's stand-in for −∞,
-    /// which is about −50000. Zero queries are nothing to do.
+    /// query that sees no key gets zeros, and −∞. Zero queries are nothing to do.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// A [`Mask::Custom`] is that of a batch of this one request;
     /// [`Mask::MultiItem`] is for paged keys.
@@ -203,7 +209,7 @@ impl SinglePrefill {
         options.check(&check, spec, work.heads)?;
         check_sm_scale(&check, options.logit_scale(spec))?;
         let scale = options.v_scale.filter(|_| !self.fa3);
-        OutputScale::check_ready(&check, stream, spec.dtype_o, scale)?;
+        OutputScale::check_ready(&check, spec.dtype_o, scale)?;
         mask.check(&check, (spec, self.fa3), std::iter::once((rows, keys)), false)?;
         if rows == 0 {
             return Ok(());
@@ -214,6 +220,9 @@ impl SinglePrefill {
         }
         let needed = if self.fa3 { 0 } else { work.on_gpu(stream, Work::fa2_scratch)? };
         let tmp = scratch(&check, workspace, needed)?;
+        if mask.is_custom() && lse.is_some() {
+            empty_states::check_ready(&check, stream)?;
+        }
         let [q, k, v, out] = [q, k, v, out].map(|tensor| tensor.with_plain_unit_strides());
         let mask = mask.tensors(self.fa3)?;
         macro_rules! run {
@@ -254,7 +263,13 @@ impl SinglePrefill {
                 rope_rcp_scale: ROPE_RCP_SCALE,
                 rope_rcp_theta: ROPE_RCP_THETA,
             })?;
-            OutputScale::apply(stream, &out, options.v_scale)
+            OutputScale::apply(stream, &out, options.v_scale)?;
+            // Without a custom mask, every query sees a key.
+            let Some(lse) = lse.filter(|_| mask.custom.is_some()) else { return Ok(()) };
+            let window_left = spec.window_left_code();
+            let keys = empty_states::Keys::One(keys);
+            empty_states::Rows { keys, qo_indptr: None, batch: 1, mask: &mask, window_left, sinks: None }
+                .mark(stream, lse)
         }
     }
 }
@@ -347,7 +362,9 @@ impl SingleDecode {
     /// `v` are `[keys, num_kv_heads, head_dim]`, both contiguous (NHD), or both
     /// the [permuted](TensorRef::permute) view of a contiguous
     /// `[num_kv_heads, keys, head_dim]` (HND). Without keys there are zeros, and
-    /// FlashInfer's stand-in for −∞, which is −50000.
+    /// −∞.
+    ///
+    /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// More than 256 keys need scratch memory, up to
     /// 32 · multiprocessors · group size · (2 · head_dim + 4) bytes: the
@@ -382,7 +399,7 @@ impl SingleDecode {
         check_keys(&check, spec, heads, keys, [&k.raw, &v.raw])?;
         let (layout, [k, v]) = stored(&check, [k, v])?;
         options.check(&check, spec, heads)?;
-        OutputScale::check_ready(&check, stream, spec.dtype_o, options.v_scale)?;
+        OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
         if keys == 0 {
             // SAFETY: output and sums were checked.
             return unsafe { write_nothing(stream, out, lse) };
@@ -455,7 +472,7 @@ unsafe fn write_nothing(stream: &Stream, out: &RawTensor, lse: Option<&RawTensor
     // SAFETY: promised by the caller.
     unsafe {
         cuda.zero(stream, out.data, out.numel() as usize * out.dtype.size())?;
-        lse.map_or(Ok(()), |lse| cuda.fill(stream, lse.data, LSE_OF_NOTHING, lse.numel() as usize))
+        lse.map_or(Ok(()), |lse| cuda.fill(stream, lse.data, f32::NEG_INFINITY, lse.numel() as usize))
     }
 }
 
@@ -520,10 +537,15 @@ impl Work<'_> {
         chunks * rows * heads.num_qo_heads * row
     }
 
-    /// Whether the merge of chunks can be launched.
+    /// Whether the launcher can merge chunks: a block has threads for all heads
+    /// of a row, or for one head of the only row.
     fn can_merge(&self) -> bool {
-        let Self { spec, heads, rows, .. } = *self;
-        can_merge(spec.dtype_o, rows, heads.num_qo_heads, spec.head_dim_vo)
+        let Self { spec, heads: Heads { num_qo_heads, .. }, rows, .. } = *self;
+        let width = spec.head_dim_vo;
+        let vector = (16 / spec.dtype_o.size()).max(width / 32);
+        MERGED_HEAD_DIMS.contains(&width)
+            && num_qo_heads <= MAX_GRID_Y
+            && (rows == 1 || num_qo_heads <= MAX_MERGE_THREADS / (width / vector))
     }
 
     /// The most bytes that FlashAttention 2 writes, 0 if it must not divide keys.

@@ -253,29 +253,21 @@ impl AttentionSpec {
 
     /// The first module at hand that serves prefill on a device, and whether it
     /// is FlashAttention 3; `name` makes its name. [`Backend::Auto`] takes
-    /// FlashAttention 3 where the GPU has it and a module exists, else 2.
+    /// FlashAttention 3 where the GPU has it and a module exists, else 2; for
+    /// values of another width than keys always 2, because 3 then cannot keep
+    /// the requests of a batch apart.
     pub(super) fn first_prefill(
         &self,
         runtime: &FlashInferRuntime,
         ordinal: u32,
         name: fn(&Self, bool) -> Result<ModuleName>,
     ) -> Result<(&'static Module, bool)> {
-        let (major, minor) = runtime.compute_capability(ordinal)?;
-        let backends: &[Backend] = match self.backend {
-            Backend::Fa2 => &[Backend::Fa2],
-            Backend::Fa3 if major == 9 => &[Backend::Fa3],
-            Backend::Fa3 => {
-                return unsupported(
-                    format!("FlashAttention 3 on compute capability {major}.{minor}"),
-                    "it needs 9.0; use Backend::Fa2 or Backend::Auto",
-                );
-            }
-            Backend::CudaCores => {
-                return unsupported("prefill on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
-            }
-            Backend::Auto if major == 9 => &[Backend::Fa3, Backend::Fa2],
-            Backend::Auto => &[Backend::Fa2],
+        // FlashAttention 3 keeps requests apart where values are as wide as keys only.
+        let asked = match self.backend {
+            Backend::Auto if self.head_dim_qk != self.head_dim_vo => Backend::Fa2,
+            asked => asked,
         };
+        let backends = flash_attention(asked, runtime.compute_capability(ordinal)?)?;
         let (module, backend) =
             first_module(runtime, backends, |backend| name(self, backend == Backend::Fa3))?;
         Ok((module, backend == Backend::Fa3))
@@ -472,6 +464,24 @@ pub(super) fn first_module(
     Ok((module, possible[place]))
 }
 
+/// The backends of FlashAttention that may serve on a GPU of this compute
+/// capability, the best first.
+pub(super) fn flash_attention(asked: Backend, (major, minor): (i32, i32)) -> Result<&'static [Backend]> {
+    match asked {
+        Backend::Fa2 => Ok(&[Backend::Fa2]),
+        Backend::Fa3 if major == 9 => Ok(&[Backend::Fa3]),
+        Backend::Fa3 => unsupported(
+            format!("FlashAttention 3 on compute capability {major}.{minor}"),
+            "it needs 9.0; use Backend::Fa2 or Backend::Auto",
+        ),
+        Backend::CudaCores => {
+            unsupported("FlashAttention on CUDA cores", "there are Backend::Fa2 and Backend::Fa3")
+        }
+        Backend::Auto if major == 9 => Ok(&[Backend::Fa3, Backend::Fa2]),
+        Backend::Auto => Ok(&[Backend::Fa2]),
+    }
+}
+
 fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {
     Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
 }
@@ -526,6 +536,20 @@ mod tests {
         assert!(spec.with_head_dim_vo(64).batch_attention_module().is_err());
         assert!(spec.with_logits_soft_cap(0.0).batch_attention_module().is_err());
         assert!(AttentionSpec::new(DType::F32, 128).batch_attention_module().is_err());
+    }
+
+    #[test]
+    fn flash_attention_3_needs_compute_capability_9() {
+        use Backend::{Auto, CudaCores, Fa2, Fa3};
+        assert_eq!(flash_attention(Auto, (9, 0)).unwrap(), [Fa3, Fa2]);
+        assert_eq!(flash_attention(Fa3, (9, 0)).unwrap(), [Fa3]);
+        for capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
+            assert_eq!(flash_attention(Auto, capability).unwrap(), [Fa2]);
+            assert_eq!(flash_attention(Fa2, capability).unwrap(), [Fa2]);
+            let error = flash_attention(Fa3, capability).unwrap_err();
+            assert!(error.to_string().contains("it needs 9.0"), "{error}");
+        }
+        assert!(flash_attention(CudaCores, (9, 0)).is_err());
     }
 
     #[test]

@@ -32,8 +32,9 @@ pub struct Workspace {
     pub(super) float: Arc<DeviceBuffer>,
     pub(super) int: DeviceBuffer,
     pub(super) staging: StagingBuffer,
-    /// Offsets of batches with one query per request, made when first needed.
-    one_query_each: Option<RaggedTable>,
+    /// Numbers from 0 on, made when first needed: offsets of batches with one
+    /// query per request, and pages of one key.
+    numbers: Option<RaggedTable>,
     /// What the index arrays are of, and the numbers that belong to them.
     planned: Option<(PrefillPlanKey, PlanInfo)>,
     plans_made: u64,
@@ -77,7 +78,7 @@ impl Workspace {
         let (cuda, stream) = (FlashInferRuntime::get()?.cuda(), float.stream());
         let (int, staging) =
             (DeviceBuffer::new(cuda, stream, int_bytes)?, StagingBuffer::new(cuda, stream, int_bytes)?);
-        Ok(Self { float, int, staging, one_query_each: None, planned: None, plans_made: 0 })
+        Ok(Self { float, int, staging, numbers: None, planned: None, plans_made: 0 })
     }
 
     /// How often a planner has filled this workspace.
@@ -101,19 +102,24 @@ impl Workspace {
         self.planned = Some((key, info.clone()));
     }
 
-    /// Offsets `0..=batch`, on the host and on the device. They stay where
-    /// they are until a larger batch comes.
+    /// Offsets `0..=batch`, on the host and on the device.
     pub(super) fn one_query_each(&mut self, batch: usize) -> Result<(Vec<i32>, RawTensor)> {
+        let on_device = self.numbers_to(batch)?;
+        Ok(((0..=batch as i32).collect(), on_device))
+    }
+
+    /// The numbers `0..=last` on the device. They stay where they are until
+    /// there are to be more.
+    pub(super) fn numbers_to(&mut self, last: usize) -> Result<RawTensor> {
         const FIRST: usize = 1024;
-        let table = match self.one_query_each.take() {
-            Some(table) if table.host().batch_size() >= batch => table,
+        let table = match self.numbers.take() {
+            Some(table) if table.host().batch_size() >= last => table,
             _ => {
-                let requests = batch.max(FIRST).next_power_of_two();
+                let requests = last.max(FIRST).next_power_of_two().min(i32::MAX as usize);
                 RaggedTable::new(self.stream(), RaggedIndices::from_lens(std::iter::repeat_n(1, requests))?)?
             }
         };
-        let table = self.one_query_each.insert(table);
-        Ok((table.host().indptr()[..=batch].to_vec(), table.first(batch)?))
+        self.numbers.insert(table).first(last)
     }
 
     /// The stream that the workspace belongs to.

@@ -74,14 +74,7 @@ impl CublasLt {
     pub fn new(stream: &Stream) -> Result<Self> {
         stream.check_usable_here(OP)?;
         let runtime = FlashInferRuntime::get()?;
-        let capability = runtime.compute_capability(stream.ordinal())?;
-        if capability < MIN_CAPABILITY {
-            let ((major, minor), (least, point)) = (capability, MIN_CAPABILITY);
-            return Err(FlashInferError::Unsupported {
-                what: format!("{OP} on {}, of compute capability {major}.{minor}", stream.device()),
-                available: format!("products of 8-bit floats need {least}.{point} or newer"),
-            });
-        }
+        check_capability(runtime.compute_capability(stream.ordinal())?, stream.device())?;
         let (cuda, cublas) = (runtime.cuda(), runtime.cublas(Fetch::Forbidden)?);
         // First, because it refuses a stream that is being captured: a new handle
         // would break the capture.
@@ -93,6 +86,17 @@ impl CublasLt {
     pub fn stream(&self) -> &Stream {
         self.workspace.stream()
     }
+}
+
+fn check_capability((major, minor): (i32, i32), device: Device) -> Result<()> {
+    if (major, minor) >= MIN_CAPABILITY {
+        return Ok(());
+    }
+    let (least, point) = MIN_CAPABILITY;
+    Err(FlashInferError::Unsupported {
+        what: format!("{OP} on {device}, of compute capability {major}.{minor}"),
+        available: format!("products of 8-bit floats need {least}.{point} or newer"),
+    })
 }
 
 impl std::fmt::Debug for CublasLt {
@@ -468,5 +472,17 @@ mod tests {
         assert_eq!(run([2, 1 << 15, 1 << 16, 8]), Some("a"));
         assert_eq!(run([2, 8, 1 << 16, 1 << 15]), Some("b"));
         assert_eq!(run([2, 1 << 16, 16, 1 << 15]), Some("out"));
+    }
+
+    #[test]
+    fn gpus_without_8_bit_floats_are_refused() {
+        for capability in [(8, 9), (9, 0), (10, 0), (12, 1)] {
+            check_capability(capability, GPU).unwrap();
+        }
+        for capability in [(7, 5), (8, 0), (8, 6)] {
+            let error = check_capability(capability, GPU).unwrap_err();
+            assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
+            assert!(error.to_string().contains("8.9 or newer"), "{error}");
+        }
     }
 }

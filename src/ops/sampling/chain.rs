@@ -1,7 +1,10 @@
 //! Accepting or replacing a chain of drafted tokens.
 
+use std::ffi::c_void;
+
 use super::{Indices, SamplingOptions, check_rows, function};
 use crate::{
+    cuda::PtxKernel,
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
     ops::{FixedFunction, check::Check},
@@ -19,6 +22,11 @@ kernels! {
 }
 
 static CHAIN: FixedFunction = function(&Chain::SIGNATURE);
+
+/// Makes a token that the kernel did not draw −1.
+static CHECK_LAST_TOKENS: PtxKernel =
+    PtxKernel::new(concat!(include_str!("chain.ptx"), "\0"), c"check_last_tokens");
+const THREADS: u32 = 128;
 
 /// What [`chain_speculative_sampling`] reads.
 #[derive(Clone, Copy, Debug)]
@@ -74,19 +82,23 @@ impl<'a> ChainSamples<'a> {
 /// draft, or behind the last from the target. The tokens are distributed as if
 /// drawn from the target.
 ///
-/// Where rows are no distributions, so that the target has nowhere more than
-/// the draft, the token is arbitrary, and may lie outside the vocabulary. With
+/// Where the target has nowhere more than the draft, as when it is NaN, there is
+/// no such token, and **−1** in its place; the last draft may be lost with it. With
 /// `draft_token_ids` made on the device, see
 /// [`Indices::from_device_unchecked`]. Advances by
 /// [`Draws::Chain`](super::Draws::Chain);
 /// [`indices`](SamplingOptions::indices) are not taken. An empty batch is
 /// nothing to do.
 ///
+/// Call once before the first capture into a CUDA graph, because the first call
+/// loads the kernels.
+///
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
 /// anything is launched: a device, stream, dtype, shape, stride or alignment
 /// does not fit, drafts are not known to be below `vocab`, there are no
-/// drafts, or 2³² elements. Else what the module or CUDA said.
+/// drafts, 2³² elements, or the stream is being captured and a kernel is not
+/// compiled yet. Else what the module or CUDA said.
 pub fn chain_speculative_sampling(
     stream: &Stream,
     samples: &mut ChainSamples<'_>,
@@ -118,6 +130,7 @@ pub fn chain_speculative_sampling(
     if batch == 0 {
         return Ok(());
     }
+    check.compiled("output_token_ids", &CHECK_LAST_TOKENS)?;
     let kernel = Chain {
         draft_probs: (&input.draft_probs).into(),
         draft_token_ids: DlTensor::new(&draft_token_ids),
@@ -131,8 +144,23 @@ pub fn chain_speculative_sampling(
         maybe_offset_arr: random.offset_arr.as_ref().map(DlTensor::new),
         offset: random.offset,
     };
+    let runtime = FlashInferRuntime::get()?;
     // SAFETY: tensors were checked for all that the kernel assumes: device,
     // dtype, shape, contiguity, vector alignment, 32-bit offsets. Drafts are
     // below the vocabulary; no other number decides an address.
-    unsafe { kernel.call(CHAIN.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+    unsafe { kernel.call(CHAIN.get(runtime)?, stream) }?;
+    let (mut tokens, mut draft) = (samples.output_token_ids.raw.data, input.draft_probs.raw.data);
+    let mut target = input.target_probs.raw.data;
+    let [mut batch, mut drafts, mut vocab] = [batch, drafts, vocab].map(|size| size as u32);
+    let mut args: [*mut c_void; 6] = [
+        (&raw mut tokens).cast(),
+        (&raw mut draft).cast(),
+        (&raw mut target).cast(),
+        (&raw mut batch).cast(),
+        (&raw mut drafts).cast(),
+        (&raw mut vocab).cast(),
+    ];
+    // SAFETY: the kernel takes three addresses and three 32-bit numbers, the
+    // sizes of these tensors. It looks up tokens that are below `vocab` only.
+    unsafe { CHECK_LAST_TOKENS.launch(runtime.cuda(), stream, [batch.div_ceil(THREADS), THREADS], &mut args) }
 }

@@ -142,7 +142,8 @@ macro_rules! launch {
 }
 
 /// Draws a token from the softmax of each row, as the place of the largest sum
-/// of a logit and a random number (Gumbel's). There is no softmax to compute.
+/// of a logit and a random number (Gumbel's). There is no softmax to compute. For
+/// the largest logit itself, see [`argmax`](super::argmax).
 ///
 /// The random numbers come from 24 bits, so tokens of a probability below
 /// about 10⁻⁵ are drawn too rarely: those of 10⁻⁶ by a tenth. Where a row has
@@ -241,7 +242,8 @@ pub fn top_p_sampling_from_probs(
 }
 
 /// Draws a token from those of each row that fewer than `top_k` tokens are
-/// likelier than.
+/// likelier than. Of several that are likeliest, a `top_k` of 1 draws any;
+/// [`argmax`](super::argmax) takes the first.
 ///
 /// `top_k` is at least 1; a tensor has the dtype of the output, and one for
 /// each row **of the output**. Advances by

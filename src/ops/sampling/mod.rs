@@ -9,19 +9,22 @@
 //!    or on logits [`top_k_mask_logits`]), the fewest that together have
 //!    probability `p` ([`top_p_renorm_probs`]).
 //! 3. [`sampling_from_probs`] draws a token for each request;
-//!    [`sampling_from_logits`] does so without a softmax.
+//!    [`sampling_from_logits`] does so without a softmax, and [`argmax`] takes
+//!    the largest logit.
 //!
 //! [`top_k_sampling_from_probs`], [`top_p_sampling_from_probs`],
 //! [`min_p_sampling_from_probs`] and [`top_k_top_p_sampling_from_probs`] filter
 //! and draw at once: they draw, look how many tokens are likelier, and draw
 //! again among these until the token passes. Tokens of equal probability pass
-//! or fall together, so a filter may keep more than `k` of them.
+//! or fall together, so a filter may keep more than `k` of them: a `top_k` of 1
+//! draws any of those that are likeliest, of 0.4, 0.4 and 0.2 either of the first
+//! two. The likeliest, and always the same, is [`argmax`]'s.
 //! [`chain_speculative_sampling`] accepts or replaces the tokens of a draft.
 //!
 //! - **Rows of probabilities sum to 1** and hold no NaN, infinity or negative
-//!   number. Rows that do not are no danger to memory, but what is drawn from
-//!   them means little: what is missing to 1 counts for the last token, NaN for
-//!   zero. [`top_p_renorm_probs`] says what it does with infinity.
+//!   number. With rows that do not, all functions end, and touch nothing else;
+//!   but what is drawn from them means little: what is missing to 1 counts for
+//!   the last token, NaN for zero. [`argmax`] tells which rows of logits hold NaN.
 //! - **`valid`** is 0, and the token 0, where nothing could be drawn: no
 //!   probability of the row is above zero (`min_p` takes some token of a row of
 //!   zeros all the same). A `top_k` of 0, or a `top_p` of 0 or NaN, which only a
@@ -36,7 +39,8 @@
 //! - Vocabularies have up to 2²³ tokens, matrices less than 2³² elements.
 //!
 //! Source of the contract: `csrc/sampling.cu`, `csrc/renorm.cu`,
-//! `include/flashinfer/{sampling,air_top_p,topk}.cuh` of FlashInfer 0.6.13.
+//! `include/flashinfer/{sampling,topk}.cuh` of FlashInfer 0.6.13. The kernels of
+//! [`argmax`] and [`top_p_renorm_probs`] are this crate's.
 //!
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -69,12 +73,15 @@
 //! # #[cfg(not(feature = "cudarc"))] fn main() {}
 //! ```
 
+mod argmax;
 mod chain;
 mod draw;
 mod options;
 mod renorm;
+mod top_p;
 mod workspace;
 
+pub use argmax::argmax;
 pub use chain::{ChainInput, ChainSamples, chain_speculative_sampling};
 pub use draw::{
     FilterOrder, TopKTopP, min_p_sampling_from_probs, sampling_from_logits, sampling_from_probs,
@@ -83,7 +90,8 @@ pub use draw::{
 };
 pub use options::{Draws, Indices, Parameter, Philox, Random, Samples, SamplingOptions};
 pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TOP_P};
-pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs, top_p_renorm_probs};
+pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs};
+pub use top_p::top_p_renorm_probs;
 pub use workspace::Workspace;
 
 use super::{FixedFunction, check::Check};
@@ -96,7 +104,7 @@ use crate::{
 
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
     ("sampling", renorm::Softmax::SIGNATURE),
-    ("sampling", renorm::TopPRenorm::SIGNATURE),
+    ("sampling", top_p::UPSTREAM),
     ("sampling", renorm::TopKRenorm::SIGNATURE),
     ("sampling", renorm::TOP_K_MASK),
     ("sampling", draw::FromLogits::SIGNATURE),
@@ -154,4 +162,22 @@ fn check_rows(
 fn check_like(check: &Check<'_>, argument: &'static str, tensor: &RawTensor, like: &RawTensor) -> Result<()> {
     check_rows(check, argument, tensor, &[like.dtype], like.shape().len())?;
     check.shape(argument, tensor, like.shape())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::artifacts::Digest;
+
+    /// The PTX is what `ptx.sh` made of the source beside it.
+    #[test]
+    fn ptx_is_made_of_its_source() {
+        for (name, source, ptx) in [
+            ("argmax.cu", include_str!("argmax.cu"), include_str!("argmax.ptx")),
+            ("chain.cu", include_str!("chain.cu"), include_str!("chain.ptx")),
+            ("top_p.cu", include_str!("top_p.cu"), include_str!("top_p.ptx")),
+        ] {
+            let line = format!("// Made of {name} by ptx.sh: sha256 {}", Digest::of(source.as_bytes()));
+            assert_eq!(ptx.lines().next(), Some(line.as_str()), "run src/ops/sampling/ptx.sh");
+        }
+    }
 }

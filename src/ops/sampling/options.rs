@@ -82,7 +82,7 @@ pub(crate) const MIN_P: Rule =
 /// Temperatures with a reciprocal.
 pub(crate) const TEMPERATURE: Rule = (
     |t| t.is_normal() && t > 0.0,
-    "a finite number above 0 (the kernel takes 0 for infinity; to take the likeliest token, use top_k 1)",
+    "a finite number above 0 (the kernel takes 0 for infinity; to take the likeliest token, use argmax)",
 );
 
 impl Parameter<'_, u32> {

@@ -3,8 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::{
-    KERNEL_DTYPES, Parameter, Workspace, check_like, check_rows, function,
-    options::{TEMPERATURE, TOP_P},
+    KERNEL_DTYPES, Parameter, Workspace, check_like, check_rows, function, options::TEMPERATURE,
     workspace::check_room,
 };
 use crate::{
@@ -20,10 +19,6 @@ kernels! {
         workspace: Tensor, logits: Tensor, output: Tensor, maybe_temperature_arr: OptTensor, temperature: Float,
         enable_pdl: Bool,
     ) -> "void";
-    pub(super) struct TopPRenorm = "top_p_renorm_probs"(
-        probs: Tensor, renorm_probs: Tensor, maybe_top_p_arr: OptTensor, top_p: Float, is_deterministic: Bool,
-        workspace: Tensor,
-    ) -> "void";
     pub(super) struct TopKRenorm = "top_k_renorm_probs"(
         input: Tensor, output: Tensor, maybe_top_k_arr: OptTensor, top_k: Int, row_states: Tensor,
     ) -> "void";
@@ -33,14 +28,8 @@ kernels! {
 pub(super) const TOP_K_MASK: Signature = Signature { function: "top_k_mask_logits", ..TopKRenorm::SIGNATURE };
 
 static SOFTMAX: FixedFunction = function(&Softmax::SIGNATURE);
-static TOP_P_RENORM: FixedFunction = function(&TopPRenorm::SIGNATURE);
 static TOP_K_RENORM: FixedFunction = function(&TopKRenorm::SIGNATURE);
 static TOP_K_MASK_LOGITS: FixedFunction = function(&TOP_K_MASK);
-
-/// Shorter rows are renormalized by a search for the threshold.
-pub(super) const MIN_RADIX_VOCAB: i64 = 2048;
-/// The most rows that the radix kernels of top-p launch.
-const MAX_GRID_Y: i64 = 65535;
 
 /// What a block of radix top-k has in its shared memory before its part of a
 /// row: histograms.
@@ -141,70 +130,6 @@ pub(super) fn softmax_of(
     // for each row. The scratch memory is large enough, and used on this
     // stream only, by one call at a time. Numbers decide no address.
     unsafe { kernel.call(function, stream) }.map(drop)
-}
-
-/// Keeps the fewest of the largest probabilities of each row that together
-/// reach `top_p`, and all equal to the smallest of them; divides them by their
-/// sum, and makes the others 0. On the workspace's stream.
-///
-/// `out` and `probs` are `[rows, vocab]`, `f32`, contiguous; `top_p` is in
-/// `(0, 1]`. With `deterministic` the result does not change from run to run
-/// (upstream's default is false). No rows are nothing to do.
-///
-/// Rows shorter than 2048 are searched for the threshold, and **must not hold
-/// infinity or numbers above 10³⁷**: the search would not end, and so neither
-/// would the kernel.
-///
-/// # Errors
-/// As [`softmax`]; also when rows are 2048 or longer, and there are more than
-/// 65535 of them, or 2³¹ elements.
-pub fn top_p_renorm_probs(
-    workspace: &mut Workspace,
-    out: &mut TensorMut<'_>,
-    probs: &TensorRef<'_>,
-    top_p: Parameter<'_>,
-    deterministic: bool,
-) -> Result<()> {
-    let (scratch, _, room) = workspace.parts();
-    let stream = scratch.stream();
-    let check = Check::new("top_p_renorm_probs", stream)?;
-    let vocab = check_rows(&check, "probs", &probs.raw, &[DType::F32], 2)?;
-    let rows = probs.raw.shape()[0];
-    check_like(&check, "out", &out.raw, &probs.raw)?;
-    if vocab >= MIN_RADIX_VOCAB {
-        // Their offsets have a sign, and rows are the second dimension of the launch.
-        if rows > MAX_GRID_Y || rows * vocab > i64::from(i32::MAX) {
-            return check.fail(
-                "probs",
-                format!(
-                    "its shape is {:?}; at most {MAX_GRID_Y} rows and 2^31 - 1 elements, split it",
-                    probs.raw.shape()
-                ),
-            );
-        }
-        check_room(&check, room, [rows, vocab])?;
-    }
-    let (top_ps, top_p) = top_p.float(&check, "top_p", TOP_P, [rows, rows])?;
-    if rows == 0 {
-        return Ok(());
-    }
-    let scratch = scratch.as_bytes()?;
-    let kernel = TopPRenorm {
-        probs: probs.into(),
-        renorm_probs: DlTensor::new(&out.raw),
-        maybe_top_p_arr: top_ps.as_ref().map(DlTensor::new),
-        top_p,
-        is_deterministic: deterministic,
-        workspace: DlTensor::new(&scratch),
-    };
-    let runtime = FlashInferRuntime::get()?;
-    let (cuda, function) = (runtime.cuda(), TOP_P_RENORM.get(runtime)?);
-    // On a device that failed, the radix launcher would not learn how many
-    // blocks run at once, and might look for the best number of them forever.
-    cuda.check_healthy(stream)?;
-    // It does not ask whether its launches worked, either.
-    // SAFETY: as in `softmax_of`; the launch has blocks for all rows.
-    cuda.watch_launch(|| unsafe { kernel.call(function, stream) }).map(drop)
 }
 
 /// Keeps the `top_k` largest probabilities of each row, and all equal to the

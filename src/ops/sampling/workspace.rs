@@ -10,12 +10,10 @@ use crate::{
     topk::RowStates,
 };
 
-/// Scratch memory of softmax and of the filters, on one stream.
+/// Scratch memory of [`softmax`](super::softmax) and of top-k, on one stream.
 ///
-/// [`softmax`](super::softmax) and
-/// [`top_p_renorm_probs`](super::top_p_renorm_probs) share one part; top-k has
-/// [`RowStates`], through which blocks wait for each other. So an operation
-/// borrows the workspace mutably and goes to its stream. A CUDA graph that was
+/// Top-k has [`RowStates`], through which blocks wait for each other. So an
+/// operation borrows the workspace mutably and goes to its stream. A CUDA graph that was
 /// captured with a workspace must not run at the same time as anything else
 /// with this workspace, and not after it is dropped.
 pub struct Workspace {
@@ -26,9 +24,9 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Memory for matrices of up to `max_batch` rows of `max_vocab` tokens:
-    /// 24.4 kB and a quarter of a row of `f32` for each row, mostly for
-    /// `top_p_renorm_probs`, and [`RowStates`] for top-k.
+    /// Memory for matrices of up to `max_batch` rows of `max_vocab` tokens: 8
+    /// bytes for each 8192 tokens of up to 128 rows, and [`RowStates`] for
+    /// top-k.
     ///
     /// # Errors
     /// `max_vocab` is above 2²³; [`FlashInferError::Cuda`]: out of memory, no
@@ -40,11 +38,8 @@ impl Workspace {
             let problem = format!("{max_vocab}; at most {MAX_VOCAB}");
             return Err(FlashInferError::invalid("Workspace", "max_vocab", problem));
         }
-        let Some(bytes) = scratch_bytes(max_batch, max_vocab) else {
-            let problem = format!("{max_batch} rows need more memory than there are addresses");
-            return Err(FlashInferError::invalid("Workspace", "max_batch", problem));
-        };
         let row_states = RowStates::new(stream)?;
+        let bytes = softmax_bytes(max_batch, max_vocab);
         let scratch = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), stream, bytes)?;
         Ok(Self { scratch, row_states, max_batch, max_vocab })
     }
@@ -78,29 +73,9 @@ pub(super) fn check_room(check: &Check<'_>, room: [usize; 2], [rows, vocab]: [i6
     )
 }
 
-/// Bytes that either operation needs for a matrix of this size, or a smaller one.
-fn scratch_bytes(batch: usize, vocab: usize) -> Option<usize> {
-    Some(softmax_bytes(batch, vocab).max(top_p_bytes(batch, vocab)?))
-}
-
 /// A maximum and a sum for each part of a row, where few rows are divided.
 fn softmax_bytes(batch: usize, vocab: usize) -> usize {
     batch.min(128) * vocab.div_ceil(8192) * 8
-}
-
-/// For each row a counter, two histograms and two buffers of candidates: one
-/// after the other, each for all rows.
-fn top_p_bytes(batch: usize, vocab: usize) -> Option<usize> {
-    if vocab < super::renorm::MIN_RADIX_VOCAB as usize {
-        return Some(0);
-    }
-    const BUCKETS: usize = 2048;
-    let candidates = 4 * (vocab / 32).next_multiple_of(256);
-    let mut bytes = 0usize;
-    for row in [384, 8 * BUCKETS, 4 * BUCKETS, candidates, candidates] {
-        bytes = bytes.checked_add(batch.checked_mul(row)?.checked_next_multiple_of(256)?)?;
-    }
-    Some(bytes)
 }
 
 #[cfg(test)]
@@ -109,14 +84,9 @@ mod tests {
 
     #[test]
     fn sizes_are_the_launchers() {
-        // By hand, with the formula of `AirTopPRenormProb`.
-        assert_eq!(top_p_bytes(1, 2047), Some(0));
-        assert_eq!(top_p_bytes(1, 2048), Some(512 + 16384 + 8192 + 2 * 1024));
-        assert_eq!(top_p_bytes(3, 128256), Some(1280 + 3 * (16384 + 8192 + 2 * 4 * 4096)));
         assert_eq!(softmax_bytes(128, 24577), 128 * 4 * 8);
         assert_eq!(softmax_bytes(1000, 8192), 128 * 8);
-        assert_eq!(scratch_bytes(1000, 1), Some(1024));
-        assert_eq!(scratch_bytes(usize::MAX / 8, 4096), None);
+        assert_eq!(softmax_bytes(usize::MAX, 1 << 23), 1 << 20);
     }
 
     #[test]
@@ -125,7 +95,7 @@ mod tests {
         for (at, &vocab) in sizes.iter().enumerate() {
             for &smaller in &sizes[..=at] {
                 for (batch, fewer) in [(1, 1), (128, 127), (129, 128), (1024, 3)] {
-                    assert!(scratch_bytes(fewer, smaller) <= scratch_bytes(batch, vocab));
+                    assert!(softmax_bytes(fewer, smaller) <= softmax_bytes(batch, vocab));
                 }
             }
         }

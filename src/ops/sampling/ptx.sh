@@ -1,0 +1,15 @@
+#!/bin/sh
+# Compiles the CUDA C of this folder to PTX, with the nvcc that is given or found: CUDA 13.0's
+# made what is here. A test compares the digest in each first line with that of the source.
+set -eu
+cd "$(dirname "$0")"
+for source in *.cu; do
+    target=${source%.cu}.ptx
+    "${1:-nvcc}" -std=c++17 -ptx -arch=compute_80 -o "$target.new" "$source"
+    {
+        echo "// Made of $source by ptx.sh: sha256 $(sha256sum <"$source" | cut -d' ' -f1)"
+        # Nothing in it is newer.
+        sed -e '/^\/\//d' -e 's/^\.version .*/.version 7.0/' "$target.new"
+    } >"$target"
+    rm "$target.new"
+done

@@ -1,0 +1,333 @@
+//! States of nothing, (0, −∞): what each attention gives where a query sees no
+//! key, and what merges make of it.
+#![cfg(feature = "cudarc")]
+
+mod common;
+
+use common::{
+    Gpu, Number, Rng, Tensor,
+    attention::capture,
+    ops::{Batch, Op},
+};
+use flashinfer_rs::{
+    DType, MaskIndices, MaskTable, PageIndices, PageTable, RaggedIndices, RaggedTable, TensorMut,
+    attention::{
+        AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchDecode, BatchPrefill, Heads,
+        Mask, PlanMode, PrefillOptions, RunOptions, SinglePrefill, Workspace,
+    },
+    cascade::{self, State, StateMut},
+    cudarc::TensorExt,
+    page::{KvLayout, PagedKv},
+    reference,
+};
+use half::{bf16, f16};
+
+const HEADS: Heads = Heads { num_qo_heads: 4, num_kv_heads: 2 };
+
+/// Requests without keys, among others, in each operation. One long enough to
+/// be divided among blocks.
+#[test]
+fn requests_without_keys() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut wrong = Vec::new();
+    for op in Op::all(&gpu) {
+        for requests in [
+            &[(1, 0)][..],
+            &[(3, 0), (2, 0)],
+            &[(2, 0), (1, 5), (40, 0), (3, 130), (1, 0), (0, 0), (5, 1)],
+            &[(1, 0), (1, 20_000), (1, 0)],
+        ] {
+            let batch = Batch::random(rng, op, requests);
+            let (results, (out, lse)) = (batch.run(&gpu), batch.expected());
+            if !results.is_close((&out, &lse)) {
+                let least = results.lse.iter().copied().fold(f32::INFINITY, f32::min);
+                wrong.push(format!("{op:?} {requests:?}: the least LSE is {least}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Rows that a custom mask hides every key from; also those of which a window
+/// leaves only hidden keys, where a module is at hand.
+#[test]
+fn rows_whose_keys_are_all_hidden() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    for window in [None, Some(9)] {
+        let mut spec = AttentionSpec::new(DType::BF16, 128).with_backend(Backend::Fa2);
+        spec.window_left = window;
+        let prefill = match BatchPrefill::new(gpu.runtime, &gpu.stream, &spec) {
+            Ok(prefill) => prefill,
+            Err(error) if window.is_some() => {
+                common::say(&format!("windows skipped: {error}"));
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let shapes = [(5, 3), (70, 200), (1, 0), (4, 1000), (9, 9)];
+        let indices = MaskIndices::new(shapes).unwrap();
+        let mut bits = Vec::new();
+        for (queries, keys) in shapes {
+            for query in 0..queries {
+                // Every third row sees nothing, others their first or last key.
+                bits.extend((0..keys).map(|key| match query % 3 {
+                    0 => false,
+                    1 => key == 0,
+                    _ => key + 1 == keys,
+                }));
+            }
+        }
+        let packed = indices.pack(&bits).unwrap();
+        let queries = RaggedIndices::from_lens(shapes.map(|shape| shape.0)).unwrap();
+        let keys = RaggedIndices::from_lens(shapes.map(|shape| shape.1)).unwrap();
+        let (n, m) = (queries.total(), keys.total());
+        let q = Tensor::<bf16>::random(&gpu, rng, &[n, 4, 128]);
+        let [k, v] = [0; 2].map(|_| Tensor::<bf16>::random(&gpu, rng, &[m, 2, 128]));
+        let (mut want, mut want_lse) = (vec![0.0f64; n * 4 * 128], vec![0.0f64; n * 4]);
+        reference::batch_prefill_ragged(
+            &spec,
+            &q.view(),
+            [&k.view(), &v.view()],
+            (&queries, &keys),
+            &mut TensorMut::from_slice(&mut want, &[n, 4, 128]).unwrap(),
+            Some(&mut TensorMut::from_slice(&mut want_lse, &[n, 4]).unwrap()),
+            (reference::Mask::Custom(&indices, &packed), &RunOptions::default()),
+        )
+        .unwrap();
+        assert!(want_lse.contains(&f64::NEG_INFINITY));
+        let device_bits = gpu.cuda.clone_htod(&packed).unwrap();
+        let device_bits = device_bits.tensor(&gpu.cuda, &[packed.len()]).unwrap();
+        let table = MaskTable::new(&gpu.stream, indices.clone()).unwrap();
+        let (queries_table, keys_table) = (
+            RaggedTable::new(&gpu.stream, queries.clone()).unwrap(),
+            RaggedTable::new(&gpu.stream, keys.clone()).unwrap(),
+        );
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        for rows in [None, Some(n + 3)] {
+            let total = rows.unwrap_or(n);
+            let mut host = q.host.clone();
+            host.resize(total * 4 * 128, bf16::NAN);
+            let q = Tensor::new(&gpu, &[total, 4, 128], host);
+            let mut options =
+                PrefillOptions::masked(Mask::Custom { indices: &table, bits: device_bits.view() });
+            options.graph_rows = rows;
+            let plan =
+                prefill.plan_ragged(&mut workspace, &queries_table, &keys_table, HEADS, &options).unwrap();
+            let mut out = Tensor::<bf16>::poisoned(&gpu, &[total, 4, 128]);
+            let mut lse = Tensor::<f32>::poisoned(&gpu, &[total, 4]);
+            plan.run(
+                &q.on(&gpu).view(),
+                [&k.on(&gpu).view(), &v.on(&gpu).view()],
+                &mut out.on_mut(&gpu).view_mut(),
+                Some(&mut lse.on_mut(&gpu).view_mut()),
+                &RunOptions::default(),
+            )
+            .unwrap();
+            let part = out.view().narrow(0, 0, n).unwrap();
+            out.assert_part_close(&gpu, "hidden rows", &part, &want, bf16::BOUND);
+            common::attention::assert_lse(&gpu, "hidden rows", &lse, &want_lse);
+        }
+        // Each request alone.
+        let single = match SinglePrefill::new(gpu.runtime, &gpu.stream, &spec) {
+            Ok(single) => single,
+            Err(error) => {
+                common::say(&format!("one request skipped: {error}"));
+                continue;
+            }
+        };
+        for (request, shape) in shapes.into_iter().enumerate() {
+            let indices = MaskIndices::new([shape]).unwrap();
+            let first: usize = shapes[..request].iter().map(|shape| shape.0 * shape.1).sum();
+            let packed = indices.pack(&bits[first..first + shape.0 * shape.1]).unwrap();
+            let device_bits = gpu.cuda.clone_htod(&[&packed[..], &[0]].concat()).unwrap();
+            let device_bits = device_bits.tensor(&gpu.cuda, &[packed.len() + 1]).unwrap();
+            let table = MaskTable::new(&gpu.stream, indices).unwrap();
+            let (row, key) = (queries.indptr()[request] as usize, keys.indptr()[request] as usize);
+            let mut out = Tensor::<bf16>::poisoned(&gpu, &[shape.0, 4, 128]);
+            let mut lse = Tensor::<f32>::poisoned(&gpu, &[shape.0, 4]);
+            single
+                .run(
+                    &mut workspace,
+                    &q.on(&gpu).view().narrow(0, row, shape.0).unwrap(),
+                    [
+                        &k.on(&gpu).view().narrow(0, key, shape.1).unwrap(),
+                        &v.on(&gpu).view().narrow(0, key, shape.1).unwrap(),
+                    ],
+                    &mut out.on_mut(&gpu).view_mut(),
+                    Some(&mut lse.on_mut(&gpu).view_mut()),
+                    (Mask::Custom { indices: &table, bits: device_bits.view() }, &RunOptions::default()),
+                )
+                .unwrap();
+            let rows = row * 4..(row + shape.0) * 4;
+            out.assert_close(&gpu, "one request", &want[rows.start * 128..rows.end * 128], bf16::BOUND);
+            common::attention::assert_lse(&gpu, "one request", &lse, &want_lse[rows]);
+        }
+    }
+}
+
+/// A graph that was captured with keys everywhere is right for requests that
+/// have none when it is replayed.
+#[test]
+fn graphs_of_requests_that_lose_their_keys() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let rng = &mut Rng::new();
+    let spec = AttentionSpec::new(DType::F16, 128);
+    let table_of = |lens: [usize; 4]| {
+        let pages: Vec<i32> = (0..64).collect();
+        let requests =
+            lens.iter().enumerate().map(|(at, &len)| (&pages[at * 16..at * 16 + len.div_ceil(16)], len));
+        PageIndices::from_requests(64, 16, requests).unwrap()
+    };
+    let [k, v] = [0; 2].map(|_| Tensor::<f16>::random(&gpu, rng, &[64, 16, 2, 128]));
+    let q = Tensor::<f16>::random(&gpu, rng, &[4, 4, 128]);
+    let kv_host = PagedKv::new(k.view(), v.view(), KvLayout::Nhd);
+    let (full, empty) = ([20, 200, 1, 40], [20, 0, 1, 0]);
+    let verify = |what: &str, lens: [usize; 4], out: &Tensor<f16>, lse: &Tensor<f32>| {
+        let (mut want, mut want_lse) = (vec![0.0f64; 4 * 4 * 128], vec![0.0f64; 16]);
+        reference::batch_decode(
+            &spec,
+            &q.view(),
+            &kv_host,
+            &table_of(lens),
+            &mut TensorMut::from_slice(&mut want, &[4, 4, 128]).unwrap(),
+            Some(&mut TensorMut::from_slice(&mut want_lse, &[4, 4]).unwrap()),
+            &RunOptions::default(),
+        )
+        .unwrap();
+        out.assert_close(&gpu, what, &want, f16::BOUND);
+        common::attention::assert_lse(&gpu, what, lse, &want_lse);
+    };
+    // What is captured, by kind of plan.
+    for kind in ["CUDA cores", "tensor cores", "prefill", "prefill, fa2", "mixed"] {
+        let mut table = PageTable::with_capacity(&gpu.stream, table_of(full), 4, 64).unwrap();
+        let rows = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([1; 4]).unwrap()).unwrap();
+        let mut workspace =
+            Workspace::with_sizes(&gpu.stream, 320 << 20, Workspace::DEFAULT_INT_BYTES).unwrap();
+        let mut out = Tensor::<f16>::poisoned(&gpu, &[4, 4, 128]);
+        let mut lse = Tensor::<f32>::poisoned(&gpu, &[4, 4]);
+        let mut graph = None;
+        for lens in [full, empty, full] {
+            table.update(table_of(lens)).unwrap();
+            let backend = match kind {
+                "CUDA cores" => Backend::CudaCores,
+                "prefill" | "mixed" => Backend::Auto,
+                _ => Backend::Fa2,
+            };
+            let spec = spec.with_backend(backend);
+            let (q, k, v) = (q.on(&gpu), k.on(&gpu), v.on(&gpu));
+            let kv = PagedKv::new(k.view(), v.view(), KvLayout::Nhd);
+            let options = RunOptions::default();
+            macro_rules! take {
+                ($plan:expr) => {{
+                    let plan = $plan.unwrap();
+                    if graph.is_none() {
+                        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+                        let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+                        let (captured, run) =
+                            capture(&gpu, || plan.run(&q.view(), &kv, &mut out, Some(&mut lse), &options));
+                        run.unwrap();
+                        graph = Some((captured.unwrap(), plan.replay_key()));
+                    }
+                    let (graph, key) = graph.as_ref().unwrap();
+                    assert_eq!(&plan.replay_key(), key, "{kind}");
+                    graph.launch().unwrap();
+                    gpu.synchronize();
+                }};
+            }
+            if kind.ends_with("cores") {
+                let decode = BatchDecode::new(gpu.runtime, &spec, HEADS).unwrap();
+                take!(decode.plan(&mut workspace, &table, PlanMode::CudaGraph));
+            } else if kind == "mixed" {
+                let mixed = BatchAttention::new(gpu.runtime, &gpu.stream, &spec).unwrap();
+                let mut options = BatchAttentionOptions::default();
+                options.graph_rows = Some(4);
+                take!(mixed.plan(&mut workspace, &rows, &table, HEADS, &options));
+            } else {
+                let prefill = BatchPrefill::new(gpu.runtime, &gpu.stream, &spec).unwrap();
+                let mut options = PrefillOptions::default();
+                options.graph_rows = Some(4);
+                take!(prefill.plan_paged(&mut workspace, &rows, &table, HEADS, &options));
+            }
+            verify(kind, lens, &out, &lse);
+        }
+    }
+}
+
+/// A state on the device: outputs of one number, and its LSE.
+fn state(gpu: &Gpu, rows: &[(f32, f32)], head_dim: usize) -> (Tensor<f16>, Tensor<f32>) {
+    let v = rows.iter().flat_map(|row| vec![f16::from_f32(row.0); head_dim]).collect();
+    let s = rows.iter().map(|row| row.1).collect();
+    (Tensor::new(gpu, &[rows.len(), 1, head_dim], v), Tensor::new(gpu, &[rows.len(), 1], s))
+}
+
+/// Merging with nothing changes nothing, however small the other's LSE is, and
+/// nothing with nothing is nothing.
+#[test]
+fn merges_with_nothing() {
+    let Some(gpu) = Gpu::start() else { return };
+    const NOTHING: (f32, f32) = (0.0, f32::NEG_INFINITY);
+    let states =
+        [NOTHING, (1.0, -60000.0), (2.0, -50000.0), (3.0, 0.0), (-1.5, 3e4), (4.0, -1e6), (5.0, -3e38)];
+    // An output that nobody should look at.
+    let odd = (f32::NAN, f32::NEG_INFINITY);
+    for head_dim in [64, 96, 128, 512] {
+        for nothing in [NOTHING, odd] {
+            let a: Vec<_> = states.iter().flat_map(|&s| [s, nothing]).collect();
+            let b: Vec<_> = states.iter().flat_map(|&s| [nothing, s]).collect();
+            let want: Vec<_> = states.iter().flat_map(|&s| [s, s]).collect();
+            let check = |what: &str, v: &Tensor<f16>, s: &Tensor<f32>| {
+                let (v, s) = (v.download(&gpu), s.download(&gpu));
+                for (row, want) in want.iter().enumerate() {
+                    let got = (v[row * head_dim].to_f32(), s[row]);
+                    assert_eq!(got, *want, "{what} of {:?} with {:?}", a[row], b[row]);
+                    assert!(v[row * head_dim..(row + 1) * head_dim].iter().all(|v| v.to_f32() == want.0));
+                }
+            };
+            let ((a_v, a_s), (b_v, b_s)) = (state(&gpu, &a, head_dim), state(&gpu, &b, head_dim));
+            let poison = vec![(f32::NAN, f32::NAN); a.len()];
+            let (mut v, mut s) = state(&gpu, &poison, head_dim);
+            cascade::merge_state(
+                &gpu.stream,
+                &mut StateMut::new(v.on_mut(&gpu).view_mut(), s.on_mut(&gpu).view_mut()),
+                &State::new(a_v.on(&gpu).view(), a_s.on(&gpu).view()),
+                &State::new(b_v.on(&gpu).view(), b_s.on(&gpu).view()),
+            )
+            .unwrap();
+            check("merge_state", &v, &s);
+
+            let (mut v, mut s) = state(&gpu, &a, head_dim);
+            cascade::merge_state_in_place(
+                &gpu.stream,
+                &mut StateMut::new(v.on_mut(&gpu).view_mut(), s.on_mut(&gpu).view_mut()),
+                &State::new(b_v.on(&gpu).view(), b_s.on(&gpu).view()),
+                None,
+            )
+            .unwrap();
+            check("merge_state_in_place", &v, &s);
+
+            for count in [2, 3, 40] {
+                // The pair among others that are nothing.
+                let all = |at: usize, row: usize| match at {
+                    0 => a[row],
+                    1 => b[row],
+                    _ => nothing,
+                };
+                let all: Vec<_> =
+                    (0..a.len()).flat_map(|row| (0..count).map(move |at| all(at, row))).collect();
+                let (v, s) = state(&gpu, &all, head_dim);
+                let v = Tensor::new(&gpu, &[a.len(), count, 1, head_dim], v.host);
+                let s = Tensor::new(&gpu, &[a.len(), count, 1], s.host);
+                let (mut merged_v, mut merged_s) = state(&gpu, &poison, head_dim);
+                cascade::merge_states(
+                    &gpu.stream,
+                    &mut StateMut::new(merged_v.on_mut(&gpu).view_mut(), merged_s.on_mut(&gpu).view_mut()),
+                    &State::new(v.on(&gpu).view(), s.on(&gpu).view()),
+                )
+                .unwrap();
+                check("merge_states", &merged_v, &merged_s);
+            }
+        }
+    }
+}
