@@ -35,7 +35,7 @@ pub const DEFAULT_MODULES: [&str; 6] = [
 ];
 
 /// Every environment variable that decides what a build embeds.
-pub const VARIABLES: [&str; 20] = [
+pub const VARIABLES: [&str; 26] = [
     "FLASHINFER_RS_EMBED",
     "FLASHINFER_RS_EMBED_MODULES",
     "FLASHINFER_RS_WHEELS",
@@ -47,7 +47,11 @@ pub const VARIABLES: [&str; 20] = [
     "XDG_CACHE_HOME",
     "UV_DEFAULT_INDEX",
     "UV_INDEX_URL",
+    "UV_INDEX",
+    "UV_EXTRA_INDEX_URL",
     "PIP_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL",
+    "PIP_NO_INDEX",
     "PIP_CONFIG_FILE",
     "HTTP_PROXY",
     "HTTPS_PROXY",
@@ -55,6 +59,8 @@ pub const VARIABLES: [&str; 20] = [
     "http_proxy",
     "https_proxy",
     "all_proxy",
+    "NO_PROXY",
+    "no_proxy",
     "SSL_CERT_FILE",
 ];
 

@@ -9,7 +9,7 @@ use super::wheel::{Recorded, Wheel, check_machine, public_version};
 use super::{ArtifactError, Fetch, FetchOptions, Member, Package, Progress, ProgressFn};
 #[cfg(feature = "fetch")]
 use super::{
-    fetch,
+    origin,
     pins::Origin,
     remote::{RemoteWheel, Trouble},
 };
@@ -388,7 +388,7 @@ impl Store {
                 let index_url = self.config.index_url.as_deref();
                 let arch = self.config.pins.arch();
                 let _lock = self.cache.lock_wheel(pin, &tell)?;
-                fetch::pinned(&self.cache, pin, arch, index_url, options, &tell)?;
+                origin::pinned(&self.cache, pin, arch, index_url, options, &tell)?;
                 return work();
             }
             reason => reason.unwrap_or_default().into(),
@@ -592,7 +592,7 @@ impl Store {
     #[cfg(feature = "fetch")]
     fn open_remote(&self, pin: &Pin, record_sha256: Digest) -> Result<RemoteWheel, Trouble> {
         let options = &self.config.fetch_options;
-        let address = fetch::address(pin, self.config.index_url.as_deref(), options);
+        let address = origin::address(pin, self.config.index_url.as_deref(), options);
         let address = address.map_err(Trouble::Failed)?.ok_or(Trouble::NoRanges)?;
         RemoteWheel::open(pin, record_sha256, address, options, self.config.progress.clone())
     }
