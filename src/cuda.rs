@@ -13,10 +13,9 @@ use std::{
     sync::{Mutex, OnceLock},
 };
 
-use libloading::os::unix::Library;
-
 use crate::{
     error::{FlashInferError, Result},
+    loader::Library,
     stream::Stream,
     tensor::{DType, RawTensor},
 };

@@ -11,12 +11,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use libloading::os::unix::Library;
-
 use crate::{
     artifacts::{ArtifactError, Fetch, Member, Source, Store, Tried},
     error::Result,
     library_file::{loader_reason, open_library},
+    loader::{self, Library},
 };
 
 /// How a library of the runtime came into the process.
@@ -72,7 +71,7 @@ pub(crate) fn load(member: &Member, store: &Store, fetch: Fetch) -> Result<(Libr
         }
         error => error,
     })?;
-    let library = open_library(&located.path, libc::RTLD_NOW | libc::RTLD_GLOBAL)?;
+    let library = open_library(&located.path, loader::RTLD_NOW | loader::RTLD_GLOBAL)?;
     Ok((library, LibrarySource::Store(located.source)))
 }
 
@@ -80,9 +79,9 @@ pub(crate) fn load(member: &Member, store: &Store, fetch: Fetch) -> Result<(Libr
 fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySource), Vec<Tried>> {
     let open = |path: &OsStr, extra: i32| {
         // SAFETY: NVIDIA's library; its initializers only set up its state.
-        unsafe { Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL | extra) }
+        unsafe { Library::open(Some(path), loader::RTLD_NOW | loader::RTLD_GLOBAL | extra) }
     };
-    if let Ok(library) = open(file.as_ref(), libc::RTLD_NOLOAD) {
+    if let Ok(library) = open(file.as_ref(), loader::RTLD_NOLOAD) {
         return Ok((library, LibrarySource::Process));
     }
     let mut tried = Vec::new();

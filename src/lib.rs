@@ -85,6 +85,11 @@
 //! | `candle-cuda` | no | `candle` for CUDA tensors; candle's own kernels need nvcc to build |
 //! | `doctor` | no | the program `flashinfer-doctor`, which tells what a machine lacks |
 //!
+//! # Platforms
+//!
+//! Kernels exist for Linux on x86_64 and aarch64. Elsewhere the crate builds, what runs on the CPU
+//! works ([`reference`](mod@reference), [`kv`]), and starting the runtime is an error that says so.
+//!
 //! # Safety
 //!
 //! The kernels check little, so a safe function here checks whatever it must,
@@ -104,9 +109,13 @@ mod error;
 pub mod ffi;
 pub mod kv;
 mod library_file;
+mod loader;
 mod module;
 mod ops;
 pub mod reference;
+#[cfg(test)]
+#[path = "../tests/required/mod.rs"]
+mod required;
 mod runtime;
 mod stream;
 mod tensor;

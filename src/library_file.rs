@@ -2,10 +2,12 @@
 
 use std::{fs::File, path::Path};
 
-use libloading::os::unix::Library;
 use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
 
-use crate::error::{FlashInferError, Result};
+use crate::{
+    error::{FlashInferError, Result},
+    loader::Library,
+};
 
 /// Opens a library, with the remedy for what commonly goes wrong.
 pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {

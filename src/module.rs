@@ -14,14 +14,13 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use libloading::os::unix::Library;
-
 use crate::{
     artifacts::Fetch,
     cuda_library::LibrarySource,
     error::{FlashInferError, Result},
     ffi::{Arg, Function, Signature, Value, abi::SafeCall, library::TvmFfi},
     library_file::{exported_functions, open_library},
+    loader::{self, Library},
     runtime::FlashInferRuntime,
     stream::Stream,
 };
@@ -179,7 +178,7 @@ impl Module {
         source: LibrarySource,
         tvm_ffi: &'static TvmFfi,
     ) -> Result<&'static Self> {
-        let library = open_library(&path, libc::RTLD_NOW | libc::RTLD_LOCAL)?;
+        let library = open_library(&path, loader::RTLD_NOW | loader::RTLD_LOCAL)?;
         Ok(Box::leak(Box::new(Self { name, path, source, library, tvm_ffi })))
     }
 

@@ -22,6 +22,7 @@ use crate::{
     error::{FlashInferError, Result},
     ffi::{self, library::TvmFfi},
     library_file::needed_libraries,
+    loader::check_platform,
     module::{Module, ModuleName},
 };
 
@@ -104,6 +105,7 @@ impl FlashInferRuntime {
     ///   `libcudart` or `libtvm_ffi` cannot be had or opened. No GPU and no
     ///   driver are needed to start.
     /// - [`FlashInferError::AbiVersion`]: another `libtvm_ffi` is in the process.
+    /// - [`FlashInferError::Unsupported`]: FlashInfer has no kernels for the platform.
     ///
     /// ```no_run
     /// use flashinfer_rs::{FlashInferRuntime, RuntimeConfig};
@@ -139,6 +141,7 @@ impl FlashInferRuntime {
     }
 
     fn start(config: RuntimeConfig) -> Result<Self> {
+        check_platform(std::env::consts::OS, std::env::consts::ARCH)?;
         let mut store_config = StoreConfig::from_env()?;
         store_config.wheels = config.wheels.clone();
         if config.cache_dir.is_some() {

@@ -9,8 +9,11 @@ mod artifact_support;
 use artifact_support::*;
 use flashinfer_rs::artifacts::{CudaKey, Package, Pins};
 use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::FromRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -80,9 +83,19 @@ impl Project {
     }
 
     fn cargo(&self, command: &str, variables: &[(&str, &str)]) -> Ran {
+        let output = self.command(&[command, "--offline", "-v"], variables).output().unwrap();
+        Ran { good: output.status.success(), text: String::from_utf8_lossy(&output.stderr).into_owned() }
+    }
+
+    /// A cargo that may use the network, on a terminal.
+    fn cargo_on_a_terminal(&self, command: &str, variables: &[(&str, &str)]) -> Ran {
+        let (good, text) = on_a_terminal(&mut self.command(&[command, "-v"], variables));
+        Ran { good, text }
+    }
+
+    fn command(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Command {
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args([command, "--offline", "-v"]);
-        cargo.current_dir(self.folder.path());
+        cargo.args(arguments).current_dir(self.folder.path());
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy().into_owned();
             let ours = name.starts_with("FLASHINFER_RS_") || name.starts_with("CARGO_PKG_");
@@ -90,11 +103,10 @@ impl Project {
                 cargo.env_remove(name);
             }
         }
-        cargo.env("CARGO_TARGET_DIR", self.target());
+        cargo.env("CARGO_TARGET_DIR", self.target()).env("CARGO_TERM_COLOR", "never");
         cargo.env("FLASHINFER_RS_CACHE_DIR", self.path("cache"));
         cargo.envs(variables.iter().copied());
-        let output = cargo.output().unwrap();
-        Ran { good: output.status.success(), text: String::from_utf8_lossy(&output.stderr).into_owned() }
+        cargo
     }
 
     /// Runs the built program with every source but the bundle switched off.
@@ -106,6 +118,33 @@ impl Project {
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     }
+}
+
+/// Runs a command that has a terminal, and gives what it shows there.
+fn on_a_terminal(command: &mut Command) -> (bool, String) {
+    let (mut controller, mut terminal) = (0, 0);
+    let (name, settings, size) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: two descriptors are written, and owned from here on.
+    let (controller, terminal) = unsafe {
+        assert_eq!(libc::openpty(&mut controller, &mut terminal, name, settings, size), 0);
+        (fs::File::from_raw_fd(controller), fs::File::from_raw_fd(terminal))
+    };
+    command.stdin(terminal.try_clone().unwrap());
+    command.stdout(terminal.try_clone().unwrap()).stderr(terminal);
+    // SAFETY: two system calls, of the new process alone.
+    unsafe {
+        command.pre_exec(|| match libc::setsid() >= 0 && libc::ioctl(0, libc::TIOCSCTTY, 0) == 0 {
+            true => Ok(()),
+            false => Err(std::io::Error::last_os_error()),
+        })
+    };
+    let mut child = command.spawn().unwrap();
+    // The command holds the other end, which must close with the process.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut shown = Vec::new();
+    // At the end, reading fails.
+    let _ = (&controller).read_to_end(&mut shown);
+    (child.wait().unwrap().success(), String::from_utf8_lossy(&shown).into_owned())
 }
 
 #[test]
@@ -133,25 +172,35 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     let wants = ["FLASHINFER_RS_EMBED", "sometimes", "`auto`", "`require`", "`off`"];
     project.cargo("build", &bad).expect(false, &wants);
 
-    // A check is silent and leaves the question to the build that follows.
-    let check = project.cargo("check", &[]);
-    check.expect(true, &[]);
-    assert!(!check.text.contains("not embedded"), "{}", check.text);
-
-    // Auto, nothing at hand, no network: a warning, and nothing written into the cache.
-    let auto = project.cargo("build", &[]);
-    auto.expect(true, &["warning: ", "not embedded: kernel modules", "At run time", "--offline"]);
+    // Auto, nothing at hand, no network: one line, and nothing written, not even a folder. The
+    // second time, there is nothing to do; nor for a build, which has the same run of the script.
+    let wants = ["warning: ", "not embedded: kernel modules", "libcudart.so.13", "At run time"];
+    for offline in [&[][..], &[("FLASHINFER_RS_OFFLINE", "1")]] {
+        for command in ["check", "build"] {
+            project.cargo(command, offline).expect(true, &wants);
+        }
+        for command in ["check", "check", "build", "check"] {
+            let again = project.cargo(command, offline);
+            again.expect(true, &wants);
+            assert!(!again.text.contains("Dirty flashinfer-rs"), "{command}: {}", again.text);
+            assert_eq!(again.text.matches("not embedded").count(), 1, "{}", again.text);
+        }
+        assert!(!project.path("cache").exists());
+    }
     assert_eq!(project.program(), "embedded 0\n");
-    assert!(!project.cargo("build", &[]).compiled());
-    project.cargo("check", &[]).expect(true, &[]);
-    let check = project.cargo("check", &[]);
-    check.expect(true, &["Fresh flashinfer-rs"]);
-    assert!(!check.text.contains("Dirty flashinfer-rs"), "{}", check.text);
 
     // Require: a check passes and is not held up, the build that follows tells what is missing.
     let require = [("FLASHINFER_RS_EMBED", "require")];
     project.cargo("check", &require).expect(true, &[]);
     project.cargo("build", &require).expect(false, &["no module matches", "norm", "--offline"]);
+    // An alias of a check is a check, and one of a build is a build.
+    fs::create_dir(project.path(".cargo")).unwrap();
+    fs::write(project.path(".cargo/config.toml"), "[alias]\nck = 'check'\nxb = 'build'\n").unwrap();
+    project.cargo("ck", &require).expect(true, &[]);
+    project.cargo("xb", &require).expect(false, &["no module matches", "norm", "--offline"]);
+    project.cargo("b", &require).expect(false, &["no module matches", "norm", "--offline"]);
+    fs::remove_dir_all(project.path(".cargo")).unwrap();
+    assert!(!project.path("cache").exists());
 
     // A bundle made of local wheels.
     let local = [
@@ -173,10 +222,20 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     let whole = files(&project.target(), &|name| name.ends_with(".whl"));
     assert!(whole.is_empty(), "whole wheels in target: {whole:?}");
 
-    // Another content of the same wheel.
+    // A path that starts where cargo runs.
+    let mut relative = local;
+    relative[2].1 = "wheels";
+    project.cargo("build", &relative).expect(true, &[]);
+    assert!(project.program().starts_with("embedded 3\n"));
+
+    // Another content of the same wheel, and another wheel in the folder.
     fs::write(&norm, module_wheel(&[("norm", b"second norm"), ("page", b"page")])).unwrap();
     assert!(project.cargo("build", &local).compiled());
     assert!(project.program().contains("second norm"));
+    fs::write(project.path("wheels/rope.whl"), module_wheel(&[("normal", b"normal")])).unwrap();
+    assert!(project.cargo("build", &local).compiled());
+    assert!(project.program().starts_with("embedded 4\n"));
+    fs::remove_file(project.path("wheels/rope.whl")).unwrap();
 
     // A pattern that fits nothing: a warning in auto, an error in require.
     let mut odd = local;
@@ -193,6 +252,42 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     // A wheel path that is wrong.
     let missing = [("FLASHINFER_RS_WHEELS", "/no/such.whl")];
     project.cargo("build", &missing).expect(false, &["/no/such.whl"]);
+
+    // A machine with CUDA, and a proxy that lets nothing through.
+    let toolkit = project.path("cuda");
+    fs::create_dir(&toolkit).unwrap();
+    let proxy = Server::start(|_, stream| stream.write_all(b"HTTP/1.1 403 No\r\n\r\n").unwrap());
+    let able = [
+        ("CUDA_HOME", toolkit.to_str().unwrap()),
+        ("HTTPS_PROXY", &proxy.url),
+        ("FLASHINFER_RS_INDEX_URL", &proxy.url),
+        ("FLASHINFER_RS_CUDA", "cu130"),
+    ];
+    // A check does not wait.
+    let wants = ["warning: ", "not embedded: kernel modules", "checks and editors do not wait"];
+    project.cargo_on_a_terminal("check", &able).expect(true, &wants);
+    let again = project.cargo_on_a_terminal("check", &able);
+    again.expect(true, &wants);
+    assert!(!again.text.contains("Dirty flashinfer-rs"), "{}", again.text);
+    assert_eq!(proxy.count(), 0);
+    // Somebody changes the folder of downloads: a build looks again, and shows what it is at.
+    fs::write(project.path("cache/wheels/new"), "").unwrap();
+    let build = project.cargo_on_a_terminal("build", &able);
+    build.expect(true, &["Downloading flashinfer_jit_cache 0.6.13 to embed", "cannot download"]);
+    assert!(proxy.count() > 0);
+    let asked = proxy.count();
+    // It has tried. Nobody tries again, and a check is fresh once it has read what the build left.
+    for (command, fresh) in [("build", true), ("check", false), ("check", true)] {
+        let again = project.cargo_on_a_terminal(command, &able);
+        again.expect(true, &["cannot download"]);
+        assert!(!again.text.contains("Downloading flashinfer"), "{}", again.text);
+        assert!(!fresh || !again.text.contains("Dirty flashinfer-rs"), "{}", again.text);
+    }
+    assert_eq!(proxy.count(), asked);
+    // Nobody waits for what no machine here can run.
+    let bare = &able[1..];
+    project.cargo_on_a_terminal("build", bare).expect(true, &["neither NVIDIA's driver nor a CUDA toolkit"]);
+    assert_eq!(proxy.count(), asked);
 
     // A pinned wheel in the cache, with the stamp of a verified download. It is not what its pin
     // says, so whoever hashes it refuses it.

@@ -3,6 +3,7 @@
 
 mod artifact_support;
 mod c_library;
+mod required;
 
 use std::{
     fs,
@@ -35,19 +36,20 @@ impl Doctor {
     /// reason printed, where it cannot be had.
     fn with_libraries() -> (Self, bool) {
         let mut doctor = Doctor::new();
-        let mut libraries = true;
-        for (what, package) in [("libtvm_ffi", "apache_tvm_ffi"), ("libcudart", "nvidia_cuda_runtime")] {
-            if !embeds(what) {
-                doctor.offline = false;
-                let output = doctor.run(&["fetch", package]);
-                if !output.status.success() {
-                    eprintln!("no module is opened: {}", output_text(&output).1);
-                    libraries = false;
-                }
-            }
+        let libraries = [("libtvm_ffi", "apache_tvm_ffi"), ("libcudart", "nvidia_cuda_runtime")];
+        let had = libraries.iter().all(|(what, package)| embeds(what) || doctor.fetches(package));
+        (doctor, had)
+    }
+
+    /// Fetches a package. `false`, with the reason printed, where it cannot be had.
+    fn fetches(&mut self, package: &str) -> bool {
+        let offline = std::mem::replace(&mut self.offline, false);
+        let output = self.run(&["fetch", package]);
+        self.offline = offline;
+        if !output.status.success() {
+            required::skip(required::LIBTVM_FFI, output_text(&output).1);
         }
-        doctor.offline = true;
-        (doctor, libraries)
+        output.status.success()
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -199,8 +201,7 @@ fn settings_that_mean_nothing_are_reported() {
 fn wheels_at_hand_are_listed_opened_and_compared() {
     let wheels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
     if !wheels.is_dir() {
-        eprintln!("skipped: {} does not exist", wheels.display());
-        return;
+        return required::skip(required::MODULES, format!("{} is not there", wheels.display()));
     }
     let (doctor, libraries) = Doctor::with_libraries();
     let report = doctor.report(&["--check", "--wheels", wheels.to_str().unwrap()]);
@@ -396,12 +397,12 @@ fn the_digest_of_a_record_is_written_where_its_wheel_is_pinned() {
 
 #[test]
 fn the_pinned_digests_are_those_of_the_wheels() {
-    let (doctor, libraries) = Doctor::with_libraries();
-    if !libraries || embeds("libtvm_ffi") {
-        eprintln!("skipped: the wheels are not at hand");
+    let mut doctor = Doctor::new();
+    let packages = ["apache_tvm_ffi", "nvidia_cuda_runtime"];
+    if !packages.iter().all(|package| doctor.fetches(package)) {
         return;
     }
-    let (out, err) = output_text(&doctor.run(&["pin", "apache_tvm_ffi", "nvidia_cuda_runtime"]));
+    let (out, err) = output_text(&doctor.run(&["pin", packages[0], packages[1]]));
     for package in [Package::TvmFfi, Package::CudaRuntime] {
         let pins = Pins::built_in().unwrap();
         let digest = pins.get(package).unwrap().record_sha256.expect("it is pinned");
@@ -420,8 +421,10 @@ fn the_footprint_is_printed() {
 
     let wheels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
     let (doctor, libraries) = Doctor::with_libraries();
-    if !wheels.is_dir() || !libraries {
-        eprintln!("skipped: a first use needs {} and libtvm_ffi", wheels.display());
+    if !wheels.is_dir() {
+        return required::skip(required::MODULES, format!("{} is not there", wheels.display()));
+    }
+    if !libraries {
         return;
     }
     let output = doctor.run(&["footprint", "norm", "page", "--wheels", wheels.to_str().unwrap()]);

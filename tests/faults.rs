@@ -4,6 +4,7 @@
 
 mod artifact_support;
 mod c_library;
+mod required;
 
 use artifact_support::*;
 use flashinfer_rs::artifacts::{ArtifactError, BundledMember, Digest, Fetch, Member, Package, Store, Wheel};

@@ -1,17 +1,25 @@
 //! The TVM-FFI layer against the real `libtvm_ffi.so` and its own testing
 //! library, both out of the pinned wheel. No GPU is needed.
 
+mod required;
+
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
     ffi::CString,
+    os::unix::process::ExitStatusExt,
+    ptr::{self, NonNull},
 };
 
 use flashinfer_rs::{
     DType, Device, FlashInferError, FlashInferRuntime, Module, TensorRef, args,
     artifacts::{Fetch, Member},
-    ffi::{Arg, DlTensor, Function, Object, TensorObject, Value, abi::type_index},
+    ffi::{
+        Arg, DlTensor, Function, Object, TensorObject, Value,
+        abi::{ByteArray, ObjectHeader, type_index},
+    },
 };
+use libloading::os::unix::Library;
 
 /// Counts this thread's heap allocations.
 struct Counting;
@@ -52,11 +60,7 @@ fn runtime() -> Option<&'static FlashInferRuntime> {
     match load() {
         Ok(runtime) => Some(runtime),
         Err(error) => {
-            eprintln!("skipped: the pinned apache-tvm-ffi wheel cannot be had here: {error}");
-            assert!(
-                std::env::var_os("FLASHINFER_RS_REQUIRE_TVM_FFI").is_none(),
-                "FLASHINFER_RS_REQUIRE_TVM_FFI is set"
-            );
+            required::skip(required::LIBTVM_FFI, error);
             None
         }
     }
@@ -179,6 +183,146 @@ fn references_are_counted() {
         call(&function(runtime, "testing.test_raise_error"), &[Arg::from(&object)]).unwrap_err();
     }
     assert_eq!(use_count(), 1);
+}
+
+/// The function object that the library's table holds under a name, asked of the
+/// library itself. What it points to lives as long as the table's entry.
+fn global_object(name: &str) -> NonNull<ObjectHeader> {
+    type GetGlobal = unsafe extern "C" fn(*const ByteArray, *mut *mut ObjectHeader) -> i32;
+    type DecRef = unsafe extern "C" fn(*mut ObjectHeader) -> i32;
+    let library = Library::this();
+    let name = ByteArray { data: name.as_ptr().cast(), size: name.len() };
+    let mut object = ptr::null_mut();
+    // SAFETY: the symbols have these types, and the library is loaded globally.
+    // The reference that the first gives is given back by the second.
+    unsafe {
+        assert_eq!(library.get::<GetGlobal>("TVMFFIFunctionGetGlobal").unwrap()(&name, &mut object), 0);
+        let object = NonNull::new(object).unwrap();
+        assert_eq!(library.get::<DecRef>("TVMFFIObjectDecRef").unwrap()(object.as_ptr()), 0);
+        object
+    }
+}
+
+/// The strong references that an object's header counts.
+fn strong(object: NonNull<ObjectHeader>) -> u32 {
+    // SAFETY: the object is alive, and no other thread uses it.
+    unsafe { (*object.as_ptr()).combined_ref_count as u32 }
+}
+
+/// Each function that takes or returns an object, a thousand times: the counter in
+/// the object's header is then what it was.
+#[test]
+fn every_reference_is_given_back() {
+    let Some(runtime) = runtime() else { return };
+    const CALLS: usize = 1000;
+    let unchanged = |what: &str, object: NonNull<ObjectHeader>, call: &dyn Fn()| {
+        let before = strong(object);
+        (0..CALLS).for_each(|_| call());
+        assert_eq!(strong(object), before, "{what}");
+    };
+
+    // Names of this test alone. The first look-up keeps a reference, for good.
+    for name in ["testing.add_one", "testing.get_add_one_c_symbol"] {
+        runtime.global_function(name);
+        unchanged("global_function", global_object(name), &|| {
+            assert_eq!(runtime.global_function(name).unwrap().name(), name);
+        });
+    }
+    assert!(runtime.global_function("testing.no_such_function").is_none());
+
+    let (echo, make) = (function(runtime, "testing.echo"), function(runtime, "ffi.Array"));
+    let item = function(runtime, "ffi.ArrayGetItem");
+    let text = echoed::<Object>(runtime, args!["a string that is long enough to be an object"]).unwrap();
+    let array = call(&make, args![&text, 2, &text]).unwrap();
+    let Value::Object(array) = array else { panic!("an array, not {array:?}") };
+    let held = strong(NonNull::new(text.as_ptr()).unwrap());
+    assert_eq!(held, 3, "the text's own reference, and two of the array");
+
+    for object in [&text, &array] {
+        let header = NonNull::new(object.as_ptr()).unwrap();
+        unchanged("Object::clone", header, &|| drop(object.clone()));
+        unchanged("a result", header, &|| drop(call(&echo, args![object]).unwrap()));
+        unchanged("Value::clone", header, &|| {
+            let value = call(&echo, args![object]).unwrap();
+            drop((value.clone(), value));
+        });
+        unchanged("a Value as argument", header, &|| {
+            let value = call(&echo, args![object]).unwrap();
+            call(&echo, args![&value]).unwrap();
+        });
+        unchanged("into Object", header, &|| drop(echoed::<Object>(runtime, args![object]).unwrap()));
+        // Of these, one fits and the others are errors.
+        unchanged("into String", header, &|| drop(echoed::<String>(runtime, args![object])));
+        unchanged("into Vec<i64>", header, &|| drop(echoed::<Vec<i64>>(runtime, args![object])));
+        unchanged("into i64", header, &|| drop(echoed::<i64>(runtime, args![object]).unwrap_err()));
+        unchanged("a call that fails", header, &|| {
+            call(&function(runtime, "testing.test_raise_error"), args![object]).unwrap_err();
+        });
+        unchanged("an array of objects", header, &|| {
+            let array = call(&echo, args![&[object.clone(), object.clone()][..]]).unwrap();
+            assert!(matches!(array, Value::Object(array) if array.strong_count() == 1));
+        });
+        unchanged("an array that the library makes", header, &|| {
+            drop(call(&make, args![object, 1, object]).unwrap());
+        });
+        unchanged("an argument that is refused", header, &|| {
+            call(&function(runtime, "testing.schema_id_int"), args![object]).unwrap_err();
+        });
+    }
+    unchanged("an item of an array", NonNull::new(text.as_ptr()).unwrap(), &|| {
+        let first: String = call(&item, args![&array, 0]).unwrap().try_into().unwrap();
+        assert!(first.starts_with("a string"));
+    });
+    drop(array);
+    assert_eq!(text.strong_count(), 1);
+
+    let data = [0.0f32; 4];
+    let view = TensorRef::from_slice(&data, &[2, 2]).unwrap();
+    let tensor = TensorObject::from(&view);
+    // SAFETY: the payload of a tensor object is its address.
+    let header = NonNull::new(unsafe { Arg::from(&tensor).as_any().payload.object }).unwrap();
+    unchanged("a tensor object on the stack", header, &|| drop(call(&echo, args![&tensor]).unwrap()));
+    assert_eq!(strong(header), 1);
+}
+
+/// Set in the process that is to end.
+const WRAP: &str = "FLASHINFER_RS_TEST_PART";
+
+/// Half of what the 32 bits can count is more than any program has references,
+/// unless it leaks them.
+#[test]
+fn a_count_of_references_never_wraps() {
+    let Some(runtime) = runtime() else { return };
+    let (echo, name) = (function(runtime, "testing.echo"), "testing.nop");
+    let object = echoed::<Object>(runtime, args!["a string that is long enough to be an object"]).unwrap();
+    let lots = |object: *mut ObjectHeader| {
+        // SAFETY: the object is alive, and no other thread uses it.
+        unsafe { (*object).combined_ref_count |= 1 << 31 };
+    };
+    match std::env::var(WRAP).as_deref() {
+        Err(_) => {}
+        Ok(way) => {
+            lots(object.as_ptr());
+            lots(global_object(name).as_ptr());
+            eprintln!("now");
+            match way {
+                "a clone" => std::mem::forget(object.clone()),
+                "a result" => std::mem::forget(call(&echo, args![&object])),
+                "a global function" => _ = runtime.global_function(name),
+                way => unreachable!("{way}"),
+            }
+            eprintln!("still there");
+            std::process::exit(0);
+        }
+    }
+    for way in ["a clone", "a result", "a global function"] {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["a_count_of_references_never_wraps", "--exact", "--nocapture"]).env(WRAP, way);
+        let output = child.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("now") && !said.contains("still there"), "{way}: {said}");
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{way}: {said}");
+    }
 }
 
 #[test]

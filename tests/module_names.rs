@@ -5,6 +5,7 @@
 //! says how.
 
 mod families;
+mod required;
 
 use std::collections::BTreeSet;
 
@@ -155,8 +156,7 @@ fn specs_name_the_attention_modules_at_hand() {
     let store = Store::open(StoreConfig::from_env().unwrap()).unwrap();
     let modules: Vec<_> = store.modules().into_iter().filter(|name| is_attention(name)).collect();
     if modules.is_empty() {
-        eprintln!("skipped: no local source holds attention modules; set FLASHINFER_RS_WHEELS to some");
-        return;
+        return required::skip(required::MODULES, "no local source holds modules of attention");
     }
     let named: BTreeSet<_> =
         specs().iter().flat_map(names).chain(mla_names()).map(|name| name.as_str().to_owned()).collect();

@@ -2,6 +2,7 @@
 //! No GPU is needed.
 
 mod c_library;
+mod required;
 
 use std::{
     fs,
@@ -20,11 +21,7 @@ const ADD_ONE: &str = include_str!("../examples/add_one.c");
 /// where there is no C compiler or the runtime does not start.
 fn library(name: &str, code: &str) -> Option<(TempDir, PathBuf)> {
     if let Err(error) = FlashInferRuntime::get() {
-        eprintln!("skipped: the runtime does not start here: {error}");
-        assert!(
-            std::env::var_os("FLASHINFER_RS_REQUIRE_TVM_FFI").is_none(),
-            "FLASHINFER_RS_REQUIRE_TVM_FFI is set"
-        );
+        required::skip(required::LIBTVM_FFI, error);
         return None;
     }
     let folder = tempfile::tempdir().unwrap();

@@ -3,11 +3,12 @@
 #![cfg(feature = "fetch")]
 
 mod artifact_support;
+mod required;
 
 use artifact_support::*;
-use flashinfer_rs::artifacts::embed::{Build, build_from};
+use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
-    ArtifactError, CudaKey, Digest, Fetch, Located, Member, Pins, Source, Store, Wheel,
+    ArtifactError, CudaKey, Digest, Fetch, Located, Member, Pins, ProgressFn, Source, Store, Wheel,
 };
 use std::fs;
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
@@ -152,25 +153,43 @@ fn a_build_downloads_only_what_it_embeds() {
     fs::write(&libraries, good_wheel(&[tvm_ffi, cudart])).unwrap();
     let cache = dir.path().join("cache");
     let env = |name: &str| match name {
-        "FLASHINFER_RS_EMBED" => Some("require".to_owned()),
         "FLASHINFER_RS_EMBED_MODULES" => Some("no* rope".to_owned()),
         "FLASHINFER_RS_WHEELS" => Some(libraries.to_str().unwrap().to_owned()),
         "FLASHINFER_RS_CACHE_DIR" => Some(cache.to_str().unwrap().to_owned()),
         _ => None,
     };
-    let out_dir = dir.path().join("out");
+    let (out_dir, bare) = (dir.path().join("out"), dir.path().join("bare"));
     fs::create_dir(&out_dir).unwrap();
-    for requests in [4, 4] {
-        let command = ["cargo".to_owned(), "build".to_owned()].to_vec();
-        let target = ("linux", "x86_64");
-        let build = Build { env: &env, command, out_dir: &out_dir, target, embed: true };
+    fs::create_dir(&bare).unwrap();
+    // A machine with NVIDIA's driver.
+    fs::create_dir_all(dir.path().join("proc/driver/nvidia")).unwrap();
+    let build = |command: &str, root: &Path| {
+        let told = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&told);
+        let progress: ProgressFn = Arc::new(move |_| _ = count.fetch_add(1, Ordering::SeqCst));
+        let command = ["cargo".to_owned(), command.to_owned()].to_vec();
+        let command = CargoCommand::new(command, dir.path(), &env);
+        let (progress, target) = (Some(progress), ("linux", "x86_64"));
+        let build = Build { env: &env, command, root, progress, out_dir: &out_dir, target, embed: true };
         let pins = member_pins(&format!("{}/wheel.whl", server.url), &wheel, record_digest(&wheel));
-        let outcome = build_from(&build, pins).unwrap();
+        (build_from(&build, pins).unwrap(), told.load(Ordering::SeqCst))
+    };
+    // No check downloads, and no machine that can run no kernel; both embed what is at hand.
+    for (command, root) in [("check", dir.path()), ("build", &*bare)] {
+        let (outcome, told) = build(command, root);
+        assert_eq!(
+            (outcome.embedded, outcome.warnings.len(), told, server.count()),
+            (2, 1, 0, 0),
+            "{outcome:?}"
+        );
+    }
+    for first in [true, false] {
+        let (outcome, told) = build("build", dir.path());
         assert_eq!((outcome.embedded, outcome.warnings.len()), (4, 0));
         let code = fs::read_to_string(out_dir.join("bundle.rs")).unwrap();
         assert!(code.contains("norm/norm.so") && code.contains("rope/rope.so") && !code.contains("page.so"));
         // The second build finds everything in the cache.
-        assert_eq!(server.count(), requests);
+        assert_eq!((server.count(), told > 0), (4, first));
     }
     let sent = server.sent.load(Ordering::SeqCst);
     assert!(sent <= 2 * 401_000 + SLACK, "{sent} bytes were sent");
@@ -687,8 +706,7 @@ fn a_registry_package_comes_by_member_where_an_index_is_set() {
 fn the_development_wheels_come_by_member() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
     if !folder.is_dir() {
-        eprintln!("skipped: {} is not there", folder.display());
-        return;
+        return required::skip(required::MODULES, format!("{} is not there", folder.display()));
     }
     let decode = |q: &str, kv: &str, cap: &str| {
         format!(

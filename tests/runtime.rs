@@ -2,6 +2,7 @@
 //! runs a part of this binary in a process of its own.
 
 mod c_library;
+mod required;
 
 use std::{
     path::{Path, PathBuf},
@@ -9,8 +10,8 @@ use std::{
 };
 
 use flashinfer_rs::{
-    FlashInferError, FlashInferRuntime, LibrarySource, ModuleName, RuntimeConfig,
-    artifacts::{Fetch, Member, Store, StoreConfig},
+    FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig,
+    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
 };
 
 /// Names the part that a child process is to run.
@@ -34,7 +35,7 @@ fn in_child(test: &str, variables: &[(&str, &Path)]) -> Option<Output> {
 fn assert_passed(output: &Output) {
     let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
     assert!(output.status.success(), "{text}");
-    for line in text.lines().filter(|line| line.contains("skipped")) {
+    for line in text.lines().filter(|line| line.starts_with("skipped ")) {
         eprintln!("{line}");
     }
 }
@@ -47,9 +48,27 @@ fn tvm_ffi() -> Option<PathBuf> {
     match located {
         Ok(located) => Some(located.path),
         Err(error) => {
-            eprintln!("skipped: libtvm_ffi cannot be had here: {error}");
+            required::skip(required::LIBTVM_FFI, error);
             None
         }
+    }
+}
+
+/// The runtime, or the reason why it does not start here, printed.
+fn runtime() -> Option<&'static FlashInferRuntime> {
+    FlashInferRuntime::get().map_err(|error| required::skip(required::LIBTVM_FFI, error)).ok()
+}
+
+/// A module, or the sources that do not hold it, printed. One that is there and does
+/// not open is an error.
+fn module(runtime: &'static FlashInferRuntime, name: &ModuleName) -> Option<&'static Module> {
+    match runtime.module(name) {
+        Ok(module) => Some(module),
+        Err(FlashInferError::Artifact(error)) if matches!(*error, ArtifactError::NotFound { .. }) => {
+            required::skip(required::MODULES, error);
+            None
+        }
+        Err(error) => panic!("{name} is there and cannot be opened: {error}"),
     }
 }
 
@@ -95,12 +114,9 @@ fn many_threads_load_a_module_once() {
     if let Some(output) = in_child(test, &[("FLASHINFER_RS_CACHE_DIR", cache.path())]) {
         return assert_passed(&output);
     }
-    let Ok(runtime) = FlashInferRuntime::get() else {
-        return eprintln!("skipped: the runtime does not start here");
-    };
-    if let Err(error) = runtime.module(&ModuleName::PAGE) {
-        assert!(matches!(error, FlashInferError::Artifact(_)), "{error}");
-        return eprintln!("skipped: no local source holds the module page");
+    let Some(runtime) = runtime() else { return };
+    if module(runtime, &ModuleName::PAGE).is_none() {
+        return;
     }
     let barrier = std::sync::Barrier::new(16);
     let addresses: Vec<usize> = std::thread::scope(|scope| {
@@ -126,9 +142,7 @@ fn a_missing_module_names_each_source_and_its_remedy() {
     if let Some(output) = in_child(test, &[]) {
         return assert_passed(&output);
     }
-    let Ok(runtime) = FlashInferRuntime::get() else {
-        return eprintln!("skipped: the runtime does not start here");
-    };
+    let Some(runtime) = runtime() else { return };
     let error = runtime.module(&ModuleName::new("no_such_module")).unwrap_err().to_string();
     for words in
         ["no_such_module", "FLASHINFER_RS_WHEELS", "pinned wheel", "download", "flashinfer-doctor fetch"]
@@ -143,9 +157,7 @@ fn cublas_is_found_or_every_place_is_named() {
     if let Some(output) = in_child(test, &[]) {
         return assert_passed(&output);
     }
-    let Ok(runtime) = FlashInferRuntime::get() else {
-        return eprintln!("skipped: the runtime does not start here");
-    };
+    let Some(runtime) = runtime() else { return };
     match runtime.cublas_version() {
         Ok(((major, minor, patch), source)) => {
             assert_eq!(major, 13, "13.{minor}.{patch}");
@@ -183,9 +195,8 @@ fn a_library_that_is_there_already_is_used() {
     let runtime = FlashInferRuntime::get().unwrap();
     assert!(matches!(runtime.tvm_ffi_source(), LibrarySource::Process), "{}", runtime.tvm_ffi_source());
     // Modules find its symbols all the same.
-    match runtime.module(&ModuleName::NORM) {
-        Ok(norm) => assert!(norm.check().unwrap() >= 4),
-        Err(error) => eprintln!("skipped the module: {error}"),
+    if let Some(norm) = module(runtime, &ModuleName::NORM) {
+        assert!(norm.check().unwrap() >= 4);
     }
 }
 
@@ -205,8 +216,21 @@ fn a_library_of_another_version_is_refused() {
     let library = unsafe { libloading::os::unix::Library::open(Some(&library), libc::RTLD_NOW) };
     let _library = library.unwrap();
     let error = match FlashInferRuntime::get() {
-        Err(FlashInferError::Artifact(error)) => return eprintln!("skipped: {error}"),
+        // libcudart comes first, of which there may be none.
+        Err(FlashInferError::Artifact(error)) => return required::skip(required::LIBTVM_FFI, error),
         other => other.unwrap_err(),
     };
     assert!(matches!(&error, FlashInferError::AbiVersion { found, .. } if found == "0.2.5"), "{error}");
+}
+
+/// What `.ci/run` relies on: a test that lacks what is required fails.
+#[test]
+fn what_is_required_is_not_skipped() {
+    let test = "what_is_required_is_not_skipped";
+    for (required, passes) in [("", true), ("cc, model", true), ("cc,modules", false), ("module", false)] {
+        match in_child(test, &[("FLASHINFER_RS_REQUIRE", Path::new(required))]) {
+            Some(output) => assert_eq!(output.status.success(), passes, "{required}: {output:?}"),
+            None => return required::skip(required::MODULES, "this test says so"),
+        }
+    }
 }

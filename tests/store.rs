@@ -1,9 +1,10 @@
 //! The store on disk: order of sources, damage of every kind, many processes, real kills.
 
 mod artifact_support;
+mod required;
 
 use artifact_support::*;
-use flashinfer_rs::artifacts::embed::{Build, build_from};
+use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
     ArtifactError, BundledMember, Digest, Fetch, Member, Package, Source, Store, Wheel,
 };
@@ -554,7 +555,9 @@ fn child_uses_a_relative_cache() {
     let out_dir = root.join("out");
     fs::create_dir_all(&out_dir).unwrap();
     let command = ["cargo", "build"].map(str::to_owned).to_vec();
-    let build = Build { env: &env, command, out_dir: &out_dir, target: ("linux", "x86_64"), embed: true };
+    let command = CargoCommand::new(command, &root, &env);
+    let (root, target) = (&*root, ("linux", "x86_64"));
+    let build = Build { env: &env, command, root, progress: None, out_dir: &out_dir, target, embed: true };
     assert_eq!(build_from(&build, nothing()).unwrap().embedded, 3);
     let store = Store::open(flashinfer_rs::artifacts::StoreConfig::from_env().unwrap()).unwrap();
     let path = locate(&store, "norm").unwrap();
@@ -782,8 +785,7 @@ fn a_file_in_the_way_of_the_cache_is_told() {
 fn the_development_wheels_serve_their_modules() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
     if !folder.is_dir() {
-        println!("skipped: {} is not there", folder.display());
-        return;
+        return required::skip(required::MODULES, format!("{} is not there", folder.display()));
     }
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(dir.path(), nothing());

@@ -4,6 +4,8 @@
 mod bytes;
 mod forward;
 mod gpu;
+#[path = "../../tests/required/mod.rs"]
+mod required;
 mod sentencepiece;
 
 use std::{
@@ -75,7 +77,7 @@ fn loaded() -> Option<&'static Loaded> {
         let path = match store.locate(&Member::SmolLm2, Fetch::Allowed) {
             Ok(located) => located.path,
             Err(error @ ArtifactError::NotFound { .. }) => {
-                eprintln!("skipped: the model is not at hand: {error}");
+                required::skip(required::MODEL, error);
                 return None;
             }
             Err(error) => panic!("{error}"),

@@ -8,19 +8,38 @@
 //! | `FLASHINFER_RS_CUDA` | the pin table's row, for example `cu130` |
 //!
 //! A bundle holds the chosen modules, `libtvm_ffi.so` and `libcudart.so.13`, so that a program
-//! needs nothing beside NVIDIA's driver. Nothing is downloaded for `cargo check` and its kin, on
-//! docs.rs, or offline. Whatever is missing then is found at run time instead. After a check that
-//! left something out, the script runs again with the next command, so that a build which follows
-//! embeds it. A file with a wrong digest always fails the build.
+//! needs nothing beside NVIDIA's driver. What local sources hold is always embedded. Nothing is
+//! downloaded for `cargo check` and its kin, on docs.rs, or offline; nor, by `auto`, on a machine
+//! that has neither NVIDIA's driver nor a CUDA toolkit. Whatever is missing then is found at run
+//! time instead. A file with a wrong digest always fails the build.
+//!
+//! Cargo shares one run of the script between `check` and `build`. By `auto`, what a check leaves
+//! out stays out until one of the script's inputs changes: the folder of downloaded wheels is one.
+//! By `require`, the next command runs the script again, so that a build embeds it or fails.
+//!
+//! | file | its job |
+//! |---|---|
+//! | `command` | the cargo command that runs the build |
+//! | `machine` | signs of NVIDIA's driver and of CUDA |
+//! | `terminal` | progress, past cargo's capture |
+
+mod command;
+mod machine;
+mod terminal;
+
+pub use command::CargoCommand;
+use command::Purpose;
+use machine::sign_of_cuda;
 
 use super::digest::Digest;
 use super::pins::{self, CudaKey, Pins};
 use super::store::{self, flag};
-use super::{ArtifactError, Fetch, Member, Package, Store, StoreConfig};
-use std::fmt::Write as _;
+use super::{ArtifactError, Fetch, Member, Package, Progress, ProgressFn, Store, StoreConfig};
+use std::fmt::{self, Write as _};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// The modules that are embedded unless `FLASHINFER_RS_EMBED_MODULES` names others: norm, page,
 /// and paged batch decode for f16 and bf16 with head dimension 64 and 128, without sliding
@@ -64,6 +83,14 @@ pub const VARIABLES: [&str; 26] = [
     "SSL_CERT_FILE",
 ];
 
+/// The operating systems and architectures that FlashInfer has kernels for.
+pub const PLATFORMS: [(&str, &str); 2] = [("linux", "x86_64"), ("linux", "aarch64")];
+
+/// Whether FlashInfer has kernels for a platform.
+pub fn has_kernels(os: &str, arch: &str) -> bool {
+    PLATFORMS.contains(&(os, arch))
+}
+
 /// Reads one environment variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
@@ -98,40 +125,52 @@ impl Mode {
     }
 }
 
-/// What forbids the build script to download.
+/// Why a build script does not download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoNetwork {
+enum NoNetwork {
     /// A setting of the environment or an option of cargo.
     Offline(&'static str),
-    /// The command needs no linked program, so it must not wait for one.
-    OnlyChecks(&'static str),
+    /// By [`Mode::Auto`]: no kernel runs on this machine.
+    NoCuda,
+    /// The command needs no linked program, so it does not wait for one.
+    OnlyChecks,
+    /// The cache folder cannot be written.
+    NoCache,
 }
 
-/// Whether and why the build script must not download; `command` is the command line that
-/// started it, as far as it is known.
+impl fmt::Display for NoNetwork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NoNetwork::Offline(why) => why,
+            NoNetwork::NoCuda => "this machine has neither NVIDIA's driver nor a CUDA toolkit",
+            NoNetwork::OnlyChecks => {
+                "checks and editors do not wait for downloads; FLASHINFER_RS_EMBED=require makes a \
+                 build fetch it"
+            }
+            NoNetwork::NoCache => "the cache folder cannot be written",
+        })
+    }
+}
+
+/// Whether and why a build script must not download.
 ///
 /// # Errors
 /// [`ArtifactError::Setting`] when a switch is neither on nor off.
-pub fn no_network(env: Env<'_>, command: &[String]) -> Result<Option<NoNetwork>, ArtifactError> {
+fn no_network(build: &Build<'_>, mode: Mode) -> Result<Option<NoNetwork>, ArtifactError> {
+    let env = build.env;
     if env("DOCS_RS").is_some() {
         return Ok(Some(NoNetwork::Offline("docs.rs has no network (DOCS_RS)")));
     }
-    let cargo = command.first().is_some_and(|program| {
-        Path::new(program).file_stem().is_some_and(|stem| stem.to_string_lossy().starts_with("cargo"))
-    });
-    if cargo
-        && let Some("check" | "c" | "clippy" | "doc" | "d" | "rustdoc" | "fix" | "metadata") =
-            subcommand(command)
-    {
-        let why = "this cargo command links no program";
-        return Ok(Some(NoNetwork::OnlyChecks(why)));
-    }
-    for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"] {
-        let set = env(variable).unwrap_or_default();
-        if set.contains("rust-analyzer") || set.contains("clippy") {
-            let why = "an editor or clippy runs this build";
-            return Ok(Some(NoNetwork::OnlyChecks(why)));
-        }
+    let by_editor = ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"].into_iter().filter_map(env);
+    let by_editor = by_editor.into_iter().any(|set| set.contains("rust-analyzer") || set.contains("clippy"));
+    let only_checks = match build.command.purpose() {
+        Purpose::Checks => true,
+        Purpose::Builds => by_editor,
+        // Waiting for what nobody asked for is worse than leaving it out.
+        Purpose::Unknown => by_editor || mode == Mode::Auto,
+    };
+    if only_checks && mode == Mode::Require {
+        return Ok(Some(NoNetwork::OnlyChecks));
     }
     for (variable, why) in [
         ("FLASHINFER_RS_OFFLINE", "FLASHINFER_RS_OFFLINE forbids it"),
@@ -141,40 +180,13 @@ pub fn no_network(env: Env<'_>, command: &[String]) -> Result<Option<NoNetwork>,
             return Ok(Some(NoNetwork::Offline(why)));
         }
     }
-    let mut own = command.iter().take_while(|arg| *arg != "--");
-    if cargo && own.any(|arg| arg == "--offline" || arg == "--frozen") {
-        let why = "cargo was run with --offline or --frozen";
-        return Ok(Some(NoNetwork::Offline(why)));
+    if build.command.offline() {
+        return Ok(Some(NoNetwork::Offline("cargo is offline (--offline, --frozen or net.offline)")));
     }
-    Ok(None)
-}
-
-/// The subcommand of a cargo command line.
-fn subcommand(command: &[String]) -> Option<&str> {
-    let mut arguments = command.iter().skip(1).map(String::as_str);
-    while let Some(argument) = arguments.next() {
-        match argument {
-            "--config" | "-C" | "-Z" | "--color" | "--manifest-path" => {
-                arguments.next();
-            }
-            argument if argument.starts_with(['-', '+']) => {}
-            argument => return Some(argument),
-        }
+    if mode == Mode::Auto && sign_of_cuda(build.root, env).is_none() {
+        return Ok(Some(NoNetwork::NoCuda));
     }
-    None
-}
-
-/// The command line of the process that started this one, where the system tells it.
-pub fn parent_command() -> Vec<String> {
-    #[cfg(target_os = "linux")]
-    {
-        let parent = std::os::unix::process::parent_id();
-        let bytes = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
-        let words = bytes.split(|byte| *byte == 0).filter(|word| !word.is_empty());
-        words.map(|word| String::from_utf8_lossy(word).into_owned()).collect()
-    }
-    #[cfg(not(target_os = "linux"))]
-    Vec::new()
+    Ok(only_checks.then_some(NoNetwork::OnlyChecks))
 }
 
 /// Whether `name` fits `pattern`, in which `*` stands for any run of characters.
@@ -211,8 +223,12 @@ fn patterns(env: Env<'_>) -> Vec<String> {
 pub struct Build<'a> {
     /// Reads the environment.
     pub env: Env<'a>,
-    /// The command line that started the build script.
-    pub command: Vec<String>,
+    /// The command that runs the build.
+    pub command: CargoCommand,
+    /// Where the files of the machine begin: `/`.
+    pub root: &'a Path,
+    /// Told of downloads.
+    pub progress: Option<ProgressFn>,
     /// The folder for generated files.
     pub out_dir: &'a Path,
     /// The operating system and the architecture that the program is built for.
@@ -230,8 +246,8 @@ pub struct Outcome {
     pub warnings: Vec<String>,
     /// Local files that decided the result.
     pub inputs: Vec<PathBuf>,
-    /// Whether the next command should look again, because this one only checks and so did not
-    /// download what a build would embed.
+    /// Whether the next command must look again, because this one only checks and so did not
+    /// download what a build is required to embed.
     pub pending: bool,
     /// How many members were embedded.
     pub embedded: usize,
@@ -258,10 +274,10 @@ pub fn build_from(build: &Build<'_>, pins: Pins) -> Result<Outcome, ArtifactErro
     let mode = Mode::from_env(build.env)?;
     let (os, arch) = build.target;
     if build.embed && mode != Mode::Off {
-        if os != "linux" || pins.get(Package::JitCache).is_err() {
+        if !has_kernels(os, arch) {
             let told = format!(
-                "FlashInfer has no kernels for {arch}-{os}: nothing is embedded, and the crate \
-                 needs wheels of its own at run time"
+                "FlashInfer has no kernels for {arch}-{os}: nothing is embedded, and at run time there \
+                 are none"
             );
             outcome.warnings.push(told);
         } else {
@@ -276,70 +292,93 @@ pub fn build_from(build: &Build<'_>, pins: Pins) -> Result<Outcome, ArtifactErro
 struct Chosen {
     store: Store,
     mode: Mode,
-    fetch: Fetch,
     no_network: Option<NoNetwork>,
     patterns: Vec<String>,
+    /// The folder for files that the cache cannot take.
+    aside: PathBuf,
     outcome: Outcome,
+    /// What is not embedded, and why.
+    missing: Vec<(String, String)>,
 }
 
 impl Chosen {
-    fn new(build: &Build<'_>, mode: Mode, pins: Pins, mut outcome: Outcome) -> Result<Chosen, ArtifactError> {
+    fn new(build: &Build<'_>, mode: Mode, pins: Pins, outcome: Outcome) -> Result<Chosen, ArtifactError> {
         let env = |name: &str| (build.env)(name).filter(|value| !value.is_empty());
         let mut config = StoreConfig::new(pins);
         if let Some(list) = env("FLASHINFER_RS_WHEELS") {
             let paths = std::env::split_paths(&list).filter(|p| !p.as_os_str().is_empty());
-            config.env_wheels = paths.collect();
+            // A build script runs in its package's folder, which nobody means.
+            config.env_wheels = paths.map(|path| build.command.folder().join(path)).collect();
         }
         for path in &config.env_wheels {
-            outcome.inputs.extend(store::expand(path)?);
+            store::expand(path)?;
         }
         config.index_url = env("FLASHINFER_RS_INDEX_URL");
-        let mut no_network = no_network(build.env, &build.command)?;
-        config.offline = no_network.is_some();
+        // docs.rs must build whatever the settings.
+        let mode = if env("DOCS_RS").is_some() { Mode::Auto } else { mode };
+        let mut no_network = no_network(build, mode)?;
         let named = env("FLASHINFER_RS_CACHE_DIR");
         config.cache_dir = named.map(|named| store::named_cache_dir(named.into())).transpose()?;
-        let usual = config.cache_dir.clone();
-        let usual = usual.or_else(|| Some(dirs::cache_dir()?.join("flashinfer-rs")));
-        if usual.is_none_or(|folder| fs::create_dir_all(folder).is_err()) {
-            // A sandbox: work beside the output, where no whole wheel belongs.
-            config.cache_dir = Some(build.out_dir.join("cache"));
-            config.offline = true;
-            no_network.get_or_insert(NoNetwork::Offline("the cache folder cannot be written"));
+        let aside = build.out_dir.join("cache");
+        if config.cache_dir.is_none() && dirs::cache_dir().is_none() {
+            no_network.get_or_insert(NoNetwork::NoCache);
+            config.cache_dir = Some(aside.clone());
         }
-        let fetch = match config.offline {
-            true => Fetch::Forbidden,
-            false => Fetch::Allowed,
-        };
-        let store = Store::open(config)?;
-        let pins = &store.config().pins;
-        let pinned = Package::KERNELS.into_iter().filter_map(|p| pins.get(p).ok());
-        let pinned = pinned.map(|pin| store.cache_dir().join("wheels").join(&pin.file));
-        outcome.inputs.extend(pinned.filter(|wheel| wheel.is_file()));
-        Ok(Chosen {
-            mode: match no_network {
-                // docs.rs must build whatever the settings.
-                Some(NoNetwork::Offline(_)) if env("DOCS_RS").is_some() => Mode::Auto,
-                _ => mode,
-            },
+        config.offline = no_network.is_some();
+        config.progress = build.progress.clone();
+        let mut chosen = Chosen {
+            store: Store::open(config)?,
+            mode,
             no_network,
             patterns: patterns(build.env),
-            store,
-            fetch,
+            aside,
             outcome,
-        })
+            missing: Vec::new(),
+        };
+        let config = chosen.store.config();
+        let pins = Package::KERNELS.into_iter().filter_map(|package| config.pins.get(package).ok());
+        let pinned = pins.map(|pin| chosen.wheels().join(&pin.file)).filter(|wheel| wheel.is_file());
+        chosen.outcome.inputs = config.env_wheels.iter().cloned().chain(pinned).collect();
+        Ok(chosen)
+    }
+
+    /// Where downloaded wheels are.
+    fn wheels(&self) -> PathBuf {
+        self.store.cache_dir().join("wheels")
+    }
+
+    fn fetch(&self) -> Fetch {
+        if self.no_network.is_some() { Fetch::Forbidden } else { Fetch::Allowed }
+    }
+
+    /// Asks the store; where the cache cannot be written, as in a sandbox, a store that works
+    /// beside the output, where no whole wheel belongs.
+    fn ask<T>(&mut self, ask: impl Fn(&Self) -> Result<T, ArtifactError>) -> Result<T, ArtifactError> {
+        match ask(self) {
+            Err(ArtifactError::Cache { .. }) if self.store.cache_dir() != self.aside => {
+                let mut config = self.store.config().clone();
+                (config.cache_dir, config.offline) = (Some(self.aside.clone()), true);
+                self.store = Store::open(config)?;
+                self.no_network.get_or_insert(NoNetwork::NoCache);
+                ask(self)
+            }
+            done => done,
+        }
     }
 
     fn embed(mut self, mut bundle: Bundle) -> Result<Outcome, ArtifactError> {
         let modules = self.modules()?;
         let members = modules.into_iter().map(Member::Module);
         for member in members.chain([Member::TvmFfi, Member::CudaRuntime]) {
-            match self.store.locate(&member, self.fetch) {
+            match self.ask(|chosen| chosen.store.locate(&member, chosen.fetch())) {
                 Ok(located) => bundle.add(&member, &located.path)?,
-                Err(e) => self.missing(&member.to_string(), e)?,
+                Err(e) => self.missing(member.to_string(), e)?,
             }
         }
         self.outcome.embedded = bundle.count;
         bundle.finish()?;
+        self.look_again();
+        self.tell();
         Ok(self.outcome)
     }
 
@@ -355,7 +394,8 @@ impl Chosen {
         };
         let mut missing = unserved(&known, &self.patterns);
         if !missing.is_empty() {
-            let why = match self.store.pinned_modules() {
+            self.announce();
+            let why = match self.ask(|chosen| chosen.store.pinned_modules()) {
                 Ok(pinned) => {
                     known.extend(pinned);
                     known.sort();
@@ -363,52 +403,96 @@ impl Chosen {
                     missing = unserved(&known, &self.patterns);
                     None
                 }
-                Err(ArtifactError::Offline { what, reason }) => match self.no_network {
-                    Some(NoNetwork::Offline(why) | NoNetwork::OnlyChecks(why)) => {
-                        Some(format!("{what} is not downloaded: {why}"))
-                    }
-                    None => Some(format!("{what} is not downloaded: {reason}")),
-                },
+                Err(ArtifactError::Offline { what, reason }) => Some(match self.no_network {
+                    Some(why) => format!("{what} is not downloaded: {why}"),
+                    None => format!("{what} is not downloaded: {reason}"),
+                }),
                 Err(e @ ArtifactError::Download { .. }) => Some(e.to_string()),
-                Err(e) => return self.missing("kernel modules", e).map(|()| Vec::new()),
+                Err(e) => return self.missing("kernel modules".into(), e).map(|()| Vec::new()),
             };
             if !missing.is_empty() {
-                let e = ArtifactError::NoSuchModule { patterns: shown(&missing), known: known.len(), why };
-                self.missing("kernel modules", e)?;
+                let patterns = shown(&missing);
+                let what = format!("kernel modules ({patterns})");
+                self.missing(what, ArtifactError::NoSuchModule { patterns, known: known.len(), why })?;
             }
         }
         let chosen = |name: &String| self.patterns.iter().any(|p| matches(p, name));
         Ok(known.into_iter().filter(chosen).collect())
     }
 
-    /// Something cannot be embedded: an error, or a warning that tells what happens at run time.
-    fn missing(&mut self, what: &str, error: ArtifactError) -> Result<(), ArtifactError> {
+    /// Says that a large download begins, before the server answers.
+    fn announce(&self) {
+        let config = self.store.config();
+        if let (None, Some(tell)) = (self.no_network, &config.progress)
+            && let Ok(pin) = config.pins.get(Package::JitCache)
+            && !self.wheels().join(&pin.file).is_file()
+        {
+            tell(&Progress::Started { file: &pin.file, done: 0, total: None });
+        }
+    }
+
+    /// Something cannot be embedded: an error, or something to tell.
+    fn missing(&mut self, what: String, error: ArtifactError) -> Result<(), ArtifactError> {
         use ArtifactError as E;
         match error {
             E::DigestMismatch { .. } | E::BadWheel { .. } | E::UnsafeMember { .. } => Err(error),
-            _ if matches!(self.no_network, Some(NoNetwork::OnlyChecks(_))) => {
+            _ if self.mode == Mode::Require && self.no_network == Some(NoNetwork::OnlyChecks) => {
                 self.outcome.pending = true;
                 Ok(())
             }
             error if self.mode == Mode::Require => Err(error),
             error => {
                 let why = match (self.no_network, error) {
-                    (Some(NoNetwork::Offline(why)), E::NotFound { .. } | E::Offline { .. }) => {
+                    (
+                        Some(why),
+                        E::NotFound { .. } | E::Offline { .. } | E::NoSuchModule { why: Some(_), .. },
+                    ) => {
                         format!("no local source holds it; not downloaded: {why}")
                     }
+                    (None, E::NoSuchModule { why: Some(why), .. }) => why,
                     (_, E::NotFound { mut tried, .. }) => {
                         tried.pop().map_or_else(String::new, |last| last.outcome)
                     }
                     (_, error) => error.to_string(),
                 };
-                let told = format!(
-                    "not embedded: {what} ({}). At run time it is taken from \
-                     FLASHINFER_RS_WHEELS or the cache, or downloaded at first use.",
-                    why.replace('\n', " ")
-                );
-                self.outcome.warnings.push(told);
+                self.missing.push((what, why.replace('\n', " ")));
                 Ok(())
             }
+        }
+    }
+
+    /// Names the folder that a download of somebody else changes, so that a later command embeds
+    /// what it brings.
+    fn look_again(&mut self) {
+        let wheels = self.wheels();
+        let make = || -> io::Result<()> {
+            fs::create_dir_all(&wheels)?;
+            // What is newer than this run's start would make cargo run the script once more.
+            File::open(&wheels)?.set_modified(SystemTime::UNIX_EPOCH)
+        };
+        let there = match self.no_network {
+            _ if self.missing.is_empty() || wheels.starts_with(&self.aside) => false,
+            // This run itself may have written there.
+            None => false,
+            // A path that is not there would make cargo run the script for ever.
+            Some(NoNetwork::OnlyChecks) => wheels.is_dir() || make().is_ok(),
+            Some(_) => wheels.is_dir(),
+        };
+        self.outcome.inputs.extend(there.then_some(wheels));
+    }
+
+    /// One line for each reason why something is missing, with what happens at run time.
+    fn tell(&mut self) {
+        while let Some((_, why)) = self.missing.first().cloned() {
+            let (same, others) = self.missing.drain(..).partition(|(_, other)| *other == why);
+            self.missing = others;
+            let same: Vec<(String, String)> = same;
+            let what: Vec<_> = same.into_iter().map(|(what, _)| what).collect();
+            self.outcome.warnings.push(format!(
+                "not embedded: {} ({why}). At run time it is taken from FLASHINFER_RS_WHEELS or the \
+                 cache, or downloaded at first use",
+                what.join(", ")
+            ));
         }
     }
 }
@@ -489,6 +573,8 @@ pub fn main() -> Result<(), String> {
     let out_dir = PathBuf::from(need("OUT_DIR")?);
     let (os, arch) = (need("CARGO_CFG_TARGET_OS")?, need("CARGO_CFG_TARGET_ARCH")?);
     println!("cargo::rustc-cfg=flashinfer_rs_bundle");
+    // For tests: a build as on a platform without kernels.
+    println!("cargo::rustc-check-cfg=cfg(flashinfer_rs_no_kernels)");
     for path in ["Cargo.toml", "build.rs", "src/artifacts"] {
         println!("cargo::rerun-if-changed={path}");
     }
@@ -497,7 +583,9 @@ pub fn main() -> Result<(), String> {
     }
     let outcome = build(&Build {
         env: &env,
-        command: parent_command(),
+        command: CargoCommand::of_parent(&env),
+        root: Path::new("/"),
+        progress: Some(terminal::progress()),
         out_dir: &out_dir,
         target: (&os, &arch),
         embed: cfg!(feature = "embed"),
@@ -511,8 +599,7 @@ pub fn main() -> Result<(), String> {
         println!("cargo::rerun-if-changed={}", input.display());
     }
     if outcome.pending {
-        // Cargo shares this run between `check` and `build`. A file that is not there makes it run
-        // the script again, until a build has had its turn.
+        // A file that is not there makes cargo run the script again, until a build has had its turn.
         println!("cargo::rerun-if-changed={}", out_dir.join("pending").display());
     }
     Ok(())
@@ -521,10 +608,6 @@ pub fn main() -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn words(line: &str) -> Vec<String> {
-        line.split(' ').map(str::to_owned).collect()
-    }
 
     #[test]
     fn patterns_match_runs_of_characters() {
@@ -542,30 +625,50 @@ mod tests {
         }
     }
 
+    /// Why a build by `line` does not download.
+    fn reason(env: Env<'_>, line: &str, root: &Path, mode: Mode) -> Result<Option<NoNetwork>, ArtifactError> {
+        let words = line.split(' ').map(str::to_owned).collect();
+        let command = CargoCommand::new(words, Path::new("/no/such/folder"), env);
+        let target = ("linux", "x86_64");
+        let build = Build { env, command, root, progress: None, out_dir: root, target, embed: true };
+        no_network(&build, mode)
+    }
+
+    /// A machine with NVIDIA's driver.
+    fn able() -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("proc/driver/nvidia")).unwrap();
+        root
+    }
+
     #[test]
-    fn checking_commands_do_not_download() {
-        let env = |_: &str| None;
-        for line in [
-            "cargo check",
-            "/x/bin/cargo --color always c --all",
-            "cargo +nightly -q clippy",
-            "cargo doc",
-            "cargo --config a=b fix",
+    fn only_builds_on_machines_with_cuda_download() {
+        let (able, bare) = (able(), tempfile::tempdir().unwrap());
+        let (env, only_checks) = (|_: &str| None, Some(NoNetwork::OnlyChecks));
+        for (line, auto, require) in [
+            ("cargo build", None, None),
+            ("cargo r --release", None, None),
+            ("cargo check", only_checks, only_checks),
+            ("cargo clippy", only_checks, only_checks),
+            // Nobody knows what these are for.
+            ("cargo xb", only_checks, None),
+            ("bazel", only_checks, None),
         ] {
-            let found = no_network(&env, &words(line)).unwrap();
-            assert!(matches!(found, Some(NoNetwork::OnlyChecks(_))), "{line}");
-        }
-        for line in ["cargo build", "cargo test check", "make check", "cargo run -- --offline"] {
-            assert_eq!(no_network(&env, &words(line)).unwrap(), None, "{line}");
+            assert_eq!(reason(&env, line, able.path(), Mode::Auto).unwrap(), auto, "{line}");
+            assert_eq!(reason(&env, line, able.path(), Mode::Require).unwrap(), require, "{line}");
+            let without = reason(&env, line, bare.path(), Mode::Auto).unwrap();
+            assert_eq!(without, Some(NoNetwork::NoCuda), "{line}");
+            assert_eq!(reason(&env, line, bare.path(), Mode::Require).unwrap(), require, "{line}");
         }
         for line in ["cargo build --offline", "cargo run --frozen"] {
-            let found = no_network(&env, &words(line)).unwrap();
+            let found = reason(&env, line, able.path(), Mode::Auto).unwrap();
             assert!(matches!(found, Some(NoNetwork::Offline(_))), "{line}");
         }
     }
 
     #[test]
     fn the_environment_forbids_downloads() {
+        let able = able();
         for (name, value, offline) in [
             ("DOCS_RS", "1", true),
             ("CARGO_NET_OFFLINE", "true", true),
@@ -576,11 +679,11 @@ mod tests {
             ("RUSTC_WRAPPER", "sccache", false),
         ] {
             let env = |asked: &str| (asked == name).then(|| value.to_owned());
-            let found = no_network(&env, &[]).unwrap();
+            let found = reason(&env, "cargo build", able.path(), Mode::Auto).unwrap();
             assert_eq!(found.is_some(), offline, "{name}={value}");
         }
         let env = |asked: &str| (asked == "FLASHINFER_RS_OFFLINE").then(|| "maybe".to_owned());
-        assert!(no_network(&env, &[]).is_err());
+        assert!(reason(&env, "cargo build", able.path(), Mode::Auto).is_err());
     }
 
     #[test]
@@ -598,7 +701,9 @@ mod tests {
         for target in [("windows", "x86_64"), ("linux", "riscv64")] {
             let built = build(&Build {
                 env: &|_| None,
-                command: Vec::new(),
+                command: CargoCommand::default(),
+                root: out.path(),
+                progress: None,
                 out_dir: out.path(),
                 target,
                 embed: true,

@@ -711,7 +711,8 @@ impl Store {
             (Some(tell), _) => tell(progress),
             // Nobody else would say why processes do the same work.
             (None, Progress::Lockless { folder, reason }) => {
-                eprintln!("flashinfer-rs: warning: {} has no locks ({reason})", folder.display());
+                let what = "processes may do the same work at once";
+                eprintln!("flashinfer-rs: warning: {} has no locks ({reason}): {what}", folder.display());
             }
             (None, _) => {}
         }

@@ -31,10 +31,11 @@ pub(crate) fn register(library: &'static TvmFfi) -> Result<()> {
     // SAFETY: the callback lives as long as the process; the old one is written.
     let code = unsafe { (library.env_set_allocator)(Some(allocate), 1, &mut previous) };
     if code != 0 {
+        let refused = format!("libtvm_ffi refused it{}", library.reason());
         return Err(FlashInferError::invalid(
             "TVMFFIEnvSetDLPackManagedTensorAllocator",
             "allocator",
-            "libtvm_ffi refused it",
+            refused,
         ));
     }
     if previous.is_some() {
@@ -163,6 +164,7 @@ mod tests {
             Function, Object,
             abi::{Any, DlDataType, DlDevice, ObjectHeader, SafeCall, type_index},
         },
+        required,
         runtime::FlashInferRuntime,
         stream::Stream,
     };
@@ -211,7 +213,7 @@ mod tests {
     fn modules_that_ask_get_memory_of_their_stream() {
         let runtime = match FlashInferRuntime::get() {
             Ok(runtime) => runtime,
-            Err(error) => return eprintln!("skipped: libtvm_ffi cannot be had here: {error}"),
+            Err(error) => return required::skip(required::LIBTVM_FFI, error),
         };
         let library = TvmFfi::get().unwrap();
         let function = Function::from_symbol(library, create as SafeCall, "create");

@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     ffi::c_void,
     marker::PhantomData,
     ptr,
@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    abi::{Any, ObjectHeader, SafeCall, device_type},
+    abi::{Any, SafeCall, device_type},
     args::Arg,
     library::TvmFfi,
     object::{Object, Value},
@@ -34,14 +34,9 @@ pub struct Function {
 enum Target {
     /// A C symbol of a module.
     Symbol(SafeCall),
-    /// A function object of the global table, never released.
-    Global(NonNull<ObjectHeader>),
+    /// A function object of the global table.
+    Global(&'static Object),
 }
-
-// SAFETY: both kinds of target may be called from any thread, says the ABI.
-unsafe impl Send for Function {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Function {}
 
 impl std::fmt::Debug for TvmFfi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -62,6 +57,14 @@ fn intern(name: &str) -> &'static str {
     name
 }
 
+/// The function object for the life of the process, with one reference kept
+/// however often it is looked up.
+fn keep(function: Object) -> &'static Object {
+    static KEPT: Mutex<BTreeMap<usize, &'static Object>> = Mutex::new(BTreeMap::new());
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    kept.entry(function.as_ptr() as usize).or_insert_with(|| Box::leak(Box::new(function)))
+}
+
 impl Function {
     /// A function by its exported C symbol.
     pub(crate) fn from_symbol(library: &'static TvmFfi, symbol: SafeCall, name: &str) -> Self {
@@ -75,8 +78,13 @@ impl Function {
         let mut object = ptr::null_mut();
         // SAFETY: the name is alive; one owned reference or null is written.
         let code = unsafe { (library.function_get_global)(&bytes, &mut object) };
-        let object = NonNull::new(object)?;
-        (code == 0).then(|| Self { library, target: Target::Global(object), name: intern(name) })
+        if code != 0 {
+            // The table could not be read; nobody else is to be told of it.
+            library.raised();
+        }
+        // SAFETY: the reference is ours.
+        let object = unsafe { Object::from_owned(NonNull::new(object)?) };
+        Some(Self { library, target: Target::Global(keep(object)), name: intern(name) })
     }
 
     /// The function's name.
@@ -107,11 +115,13 @@ impl Function {
                 }
             }
         };
-        if code != 0 {
-            return Err(self.raised());
+        // SAFETY: the result is ours, also what a function wrote that failed
+        // after all: so have it TVM-FFI's own callers.
+        let value = unsafe { Value::from_owned(result) };
+        match code {
+            0 => Ok(value),
+            _ => Err(self.raised()),
         }
-        // SAFETY: on success the result is ours.
-        Ok(unsafe { Value::from_owned(result) })
     }
 
     /// Calls the function with `stream` as the stream of its kernels. The
@@ -132,12 +142,7 @@ impl Function {
     /// The error that the last call left behind in this thread.
     #[cold]
     fn raised(&self) -> FlashInferError {
-        let mut error = ptr::null_mut();
-        // SAFETY: moves one owned reference, or null, out of the slot.
-        unsafe { (self.library.error_move_from_raised)(&mut error) };
-        // SAFETY: the reference is ours.
-        let error = NonNull::new(error).map(|error| unsafe { Object::from_owned(error) });
-        let (kind, message, traceback) = error.and_then(|error| error.to_error()).unwrap_or_else(|| {
+        let (kind, message, traceback) = self.library.raised().unwrap_or_else(|| {
             ("UnknownError".into(), "the function failed without saying why".into(), String::new())
         });
         FlashInferError::TvmFfiCall { function: self.name.into(), kind, message, traceback }
@@ -167,11 +172,8 @@ impl<'s> StreamContext<'s> {
         let code =
             unsafe { (library.env_set_stream)(device_type::CUDA, ordinal, stream.as_raw(), &mut previous) };
         if code != 0 {
-            return Err(FlashInferError::invalid(
-                "TVMFFIEnvSetStream",
-                "stream",
-                format!("libtvm_ffi refused {stream:?}"),
-            ));
+            let refused = format!("libtvm_ffi refused {stream:?}{}", library.reason());
+            return Err(FlashInferError::invalid("TVMFFIEnvSetStream", "stream", refused));
         }
         let previous_owner = CURRENT.replace(stream);
         Ok(Self { library, ordinal, previous, previous_owner, stream: PhantomData })
@@ -207,14 +209,18 @@ mod tests {
     use libloading::os::unix::Library;
 
     use super::*;
-    use crate::{ffi::abi::type_index, runtime::FlashInferRuntime};
+    use crate::{
+        ffi::abi::{ByteArray, ObjectHeader, type_index},
+        required,
+        runtime::FlashInferRuntime,
+    };
 
     /// The library, or the reason why this machine has none, printed.
     fn library() -> Option<&'static TvmFfi> {
         match FlashInferRuntime::get() {
             Ok(_) => TvmFfi::get(),
             Err(error) => {
-                eprintln!("skipped: libtvm_ffi cannot be had here: {error}");
+                required::skip(required::LIBTVM_FFI, error);
                 None
             }
         }
@@ -299,5 +305,54 @@ mod tests {
         let pointer = Any { type_index: type_index::OPAQUE_PTR, ..Any::NONE };
         // SAFETY: a plain value needs no release.
         assert!(matches!(unsafe { Value::from_owned(pointer) }, Value::Other(type_index::OPAQUE_PTR)));
+    }
+    /// Writes a result, its own reference to the first argument, and then fails.
+    unsafe extern "C" fn fails_late(_: *mut c_void, args: *const Any, _: i32, result: *mut Any) -> c_int {
+        // SAFETY: the first argument is an object, to which this makes one more reference.
+        unsafe {
+            let object = Object::from_owned(NonNull::new((*args).payload.object).unwrap());
+            std::mem::forget((object.clone(), object));
+            *result = *args;
+        }
+        -1
+    }
+
+    /// Raises its first argument, an error.
+    unsafe extern "C" fn raises_its_argument(_: *mut c_void, args: *const Any, _: i32, _: *mut Any) -> c_int {
+        type SetRaised = unsafe extern "C" fn(*mut ObjectHeader);
+        // SAFETY: the symbol has this type; the library takes its own reference.
+        unsafe { Library::this().get::<SetRaised>("TVMFFIErrorSetRaised").unwrap()((*args).payload.object) };
+        -1
+    }
+
+    #[test]
+    fn what_a_failing_function_leaves_is_released() {
+        let Some(library) = library() else { return };
+        type CreateError = unsafe extern "C" fn(
+            *const ByteArray,
+            *const ByteArray,
+            *const ByteArray,
+            *mut *mut ObjectHeader,
+        ) -> c_int;
+        let text = |text: &'static str| ByteArray { data: text.as_ptr().cast(), size: text.len() };
+        let mut error = ptr::null_mut();
+        // SAFETY: the symbol has this type; one owned reference is written.
+        let error = unsafe {
+            let create = Library::this().get::<CreateError>("TVMFFIErrorCreate").unwrap();
+            assert_eq!(create(&text("ValueError"), &text("of the test"), &text("here"), &mut error), 0);
+            Object::from_owned(NonNull::new(error).unwrap())
+        };
+        let object = Object::text("a result that comes with an error");
+        for (function, argument) in [(fails_late as SafeCall, &object), (raises_its_argument, &error)] {
+            let function = Function::from_symbol(library, function, "fails");
+            for _ in 0..1000 {
+                // SAFETY: the function takes one object.
+                let failed = unsafe { function.call(&[argument.into()]) }.unwrap_err();
+                let FlashInferError::TvmFfiCall { kind, .. } = failed else { panic!("{failed}") };
+                assert_eq!(kind == "ValueError", std::ptr::eq(argument, &error), "{kind}");
+            }
+            assert_eq!(argument.strong_count(), 1);
+        }
+        assert!(library.raised().is_none());
     }
 }

@@ -3,15 +3,18 @@
 use std::{
     ffi::{c_int, c_void},
     path::Path,
+    ptr::{self, NonNull},
     sync::OnceLock,
 };
 
-use libloading::os::unix::Library;
-
-use super::abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version};
+use super::{
+    abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version},
+    object::Object,
+};
 use crate::{
     error::{FlashInferError, Result},
     library_file::open_library,
+    loader::{self, Library, SignalHandler},
 };
 
 macro_rules! tvm_ffi {
@@ -69,6 +72,22 @@ impl TvmFfi {
         self.version
     }
 
+    /// Takes the error that a call which failed left behind in this thread: its
+    /// kind, message and backtrace. Whatever is left there would be taken for
+    /// the next call's.
+    pub(crate) fn raised(&self) -> Option<(String, String, String)> {
+        let mut error = ptr::null_mut();
+        // SAFETY: moves one owned reference, or null, out of the slot.
+        unsafe { (self.error_move_from_raised)(&mut error) };
+        // SAFETY: the reference is ours.
+        unsafe { Object::from_owned(NonNull::new(error)?) }.to_error()
+    }
+
+    /// The same, to be put behind a message: a colon and the library's words.
+    pub(crate) fn reason(&self) -> String {
+        self.raised().map_or_else(String::new, |(kind, message, _)| format!(": {kind}: {message}"))
+    }
+
     /// Whether the version is one that FlashInfer 0.6.13 works with.
     fn fits(version: Version) -> bool {
         version.major == 0 && version.minor == 1 && version.patch >= 6 && version.patch != 8
@@ -99,12 +118,12 @@ impl TvmFfi {
         // so that modules can find its symbols.
         // SAFETY: RTLD_NOLOAD runs no initializer.
         let found = unsafe {
-            Library::open(Some("libtvm_ffi.so"), libc::RTLD_NOW | libc::RTLD_GLOBAL | libc::RTLD_NOLOAD)
+            Library::open(Some("libtvm_ffi.so"), loader::RTLD_NOW | loader::RTLD_GLOBAL | loader::RTLD_NOLOAD)
         };
         let library = match found {
             Ok(library) => library,
             Err(_) => {
-                let this = Library::this();
+                let Some(this) = loader::process() else { return Ok(None) };
                 // SAFETY: only asks whether the symbol exists (the library may
                 // be linked into the program).
                 if unsafe { this.get::<unsafe extern "C" fn()>("TVMFFIGetVersion") }.is_err() {
@@ -118,9 +137,9 @@ impl TvmFfi {
 
     /// Opens a library file globally and makes it the process's.
     pub(crate) fn open(path: &Path) -> Result<&'static Self> {
-        let handler = SignalHandler::save(libc::SIGSEGV);
+        let handler = SignalHandler::save();
         // Its initializers replace the SIGSEGV handler, which is put back.
-        let library = open_library(path, libc::RTLD_NOW | libc::RTLD_GLOBAL);
+        let library = open_library(path, loader::RTLD_NOW | loader::RTLD_GLOBAL);
         drop(handler);
         let library = library?;
         Self::install(library)
@@ -139,31 +158,5 @@ impl TvmFfi {
         // Never unloaded: modules and objects refer to its code.
         std::mem::forget(library);
         Ok(LIBRARY.get_or_init(|| loaded))
-    }
-}
-
-/// Puts a signal's handler back when dropped. Loading `libtvm_ffi` replaces
-/// the SIGSEGV handler, which would lose Rust's message for stack overflows.
-struct SignalHandler {
-    signal: c_int,
-    action: Option<libc::sigaction>,
-}
-
-impl SignalHandler {
-    fn save(signal: c_int) -> Self {
-        let mut action = std::mem::MaybeUninit::uninit();
-        // SAFETY: a null new action only reads the current one into `action`.
-        let read = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } == 0;
-        // SAFETY: initialized by the successful call.
-        Self { signal, action: read.then(|| unsafe { action.assume_init() }) }
-    }
-}
-
-impl Drop for SignalHandler {
-    fn drop(&mut self) {
-        if let Some(action) = &self.action {
-            // SAFETY: the action was in force when it was saved.
-            unsafe { libc::sigaction(self.signal, action, std::ptr::null_mut()) };
-        }
     }
 }

@@ -20,6 +20,10 @@ use crate::{
 
 /// One strong reference to an object of TVM-FFI. Cloning takes another
 /// reference; dropping gives this one back.
+///
+/// The library counts references in 32 bits and lets them wrap. As with Rust's
+/// `Arc`, references that are leaked end the process before that: each one that
+/// comes to Rust, cloned or from a call, finds fewer than 2³¹ others.
 pub struct Object(NonNull<ObjectHeader>);
 
 // SAFETY: the reference count is atomic, and this crate reads nothing of an
@@ -36,7 +40,9 @@ impl Object {
     /// The pointer must be a live object of the process's libtvm_ffi, and the
     /// caller gives up one reference to it.
     pub(crate) unsafe fn from_owned(object: NonNull<ObjectHeader>) -> Self {
-        Self(object)
+        let object = Self(object);
+        end_before_wrap(object.strong_count());
+        object
     }
 
     /// The object's type; see [`type_index`].
@@ -185,6 +191,14 @@ impl Object {
     }
 }
 
+/// Ends the process when there are so many references that they must have been
+/// leaked: a count that wraps would free what is in use.
+fn end_before_wrap(strong_count: u32) {
+    if strong_count > u32::MAX / 2 {
+        std::process::abort();
+    }
+}
+
 /// # Safety
 /// The byte array's address and size must describe readable memory.
 unsafe fn copy_text(bytes: &ByteArray) -> String {
@@ -198,10 +212,7 @@ unsafe fn copy_text(bytes: &ByteArray) -> String {
 
 impl Clone for Object {
     fn clone(&self) -> Self {
-        // Clones that are forgotten could make the 32 bits of the count wrap.
-        if self.count().fetch_add(1, Ordering::Relaxed) as u32 > u32::MAX / 2 {
-            std::process::abort();
-        }
+        end_before_wrap(self.count().fetch_add(1, Ordering::Relaxed) as u32);
         Self(self.0)
     }
 }

@@ -3,6 +3,8 @@
 
 use std::{fs, path::Path, process::Command};
 
+use super::required;
+
 /// Compiles C to a shared library. `false`, with the reason printed, where
 /// there is no C compiler.
 pub fn compile(code: &str, library: &Path, options: &[&str]) -> bool {
@@ -19,7 +21,7 @@ pub fn compile(code: &str, library: &Path, options: &[&str]) -> bool {
             true
         }
         Err(error) => {
-            eprintln!("skipped: there is no C compiler to make a library with: {error}");
+            required::skip(required::CC, format!("there is no C compiler to make a library with: {error}"));
             false
         }
     }
