@@ -19,6 +19,8 @@ pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
             "this build needs a newer C library than the machine has; use a newer system or a wheel built for an older one"
         } else if reason.contains("cannot open shared object file") {
             "put the folder of the missing library on LD_LIBRARY_PATH"
+        } else if reason.contains("failed to map segment") {
+            "its file system may be mounted `noexec`; set FLASHINFER_RS_CACHE_DIR to a folder on one that is not"
         } else {
             ""
         };

@@ -319,6 +319,8 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     bytes[60] ^= 1;
     fs::write(&cached, &bytes).unwrap();
     fs::File::options().write(true).open(&cached).unwrap().set_modified(modified).unwrap();
+    // The old stamp would no longer do: whoever asks the system sees that the file was written to.
+    stamp(&cached, pin.sha256);
     // A variable has changed: the script runs, and trusts the stamp.
     let more = [&stamped[..], &[("PIP_INDEX_URL", "http://127.0.0.1:9/simple")]].concat();
     let other = project.cargo("build", &more);

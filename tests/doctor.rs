@@ -275,6 +275,27 @@ fn a_changed_module_is_reported() {
 }
 
 #[test]
+fn a_cache_that_is_mounted_noexec_is_the_cause() {
+    let folder = tempfile::tempdir().unwrap();
+    let shim = folder.path().join("libfaults.so");
+    if !c_library::compile(include_str!("faults/shim.c"), &shim, &[]) {
+        return;
+    }
+    let doctor = Doctor::new();
+    let missing = doctor.cache.path().join("not/made/yet");
+    for cache in [doctor.cache.path(), &missing] {
+        let mut command = doctor.command(&["--json"]);
+        command.env("FLASHINFER_RS_CACHE_DIR", cache).env("LD_PRELOAD", &shim).env("FAULT_NOEXEC", "1");
+        let report = Report(serde_json::from_slice(&command.output().unwrap().stdout).unwrap());
+        let problems = report.with_status("problem").join("\n");
+        assert!(problems.contains("mounted `noexec`"), "{problems}");
+        assert!(problems.contains("set FLASHINFER_RS_CACHE_DIR"), "{problems}");
+        let usual = doctor.report(&[]).with_status("problem").join("\n");
+        assert!(!usual.contains("noexec"), "{usual}");
+    }
+}
+
+#[test]
 fn the_cache_is_emptied() {
     let doctor = Doctor::new();
     let wheel = doctor.pinned(Package::TvmFfi);

@@ -5,14 +5,14 @@ mod artifact_support;
 
 use artifact_support::*;
 use flashinfer_rs::artifacts::{
-    ArtifactError, Digest, Fetch, Member, Package, Progress, Source, Store, StoreConfig,
+    ArtifactError, Digest, Fetch, Member, Package, Progress, Source, Store, StoreConfig, Wheel,
 };
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn body() -> Vec<u8> {
     module_wheel(&[("norm", &noise(40, 700_000))])
@@ -192,6 +192,40 @@ fn a_damaged_wheel_in_the_cache_is_fetched_anew() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_stamped_wheel_that_cannot_be_read_loses_its_stamp() {
+    for wrong in [&b"no wheel at all"[..], &module_wheel(&[("page", b"another")]), &body()[..9000]] {
+        let dir = tempfile::tempdir().unwrap();
+        let wheel = body();
+        let sent = wheel.clone();
+        let server = Server::start(move |asked, stream| send(asked, stream, &sent, usize::MAX));
+        let record = {
+            let path = dir.path().join("w.whl");
+            fs::write(&path, &wheel).unwrap();
+            Wheel::open(&path).unwrap().record_sha256()
+        };
+        let open = || {
+            let mut config = configured(dir.path(), &server.url, Digest::of(&wheel));
+            config.pins = member_pins(&format!("{}/wheel.whl", server.url), &wheel, record);
+            Store::open(config).unwrap()
+        };
+        let path = dir.path().join("cache/wheels").join(WHEEL);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, wrong).unwrap();
+        stamp(&path, Digest::of(&wheel));
+        assert!(open().modules().is_empty());
+        stamp(&path, Digest::of(&wheel));
+        let e = open().locate(&Member::module("norm"), Fetch::Forbidden).unwrap_err();
+        assert!(matches!(e, ArtifactError::DigestMismatch { .. }), "{e}");
+        assert!(files(dir.path(), &|name| name.ends_with(".verified")).is_empty());
+        stamp(&path, Digest::of(&wheel));
+        let located = open().locate(&Member::module("norm"), Fetch::Allowed).unwrap();
+        assert_eq!(fs::read(located.path).unwrap(), noise(40, 700_000));
+        assert!(fs::read(&path).unwrap() == wheel);
+    }
+}
+
+#[test]
 fn a_damaged_wheel_that_cannot_be_replaced_is_the_error() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(|_, stream| reply(stream, "404 Not Found", "", b""));
@@ -254,7 +288,162 @@ fn credentials_are_sent_and_never_shown() {
     let store = Store::open(configured(dir.path(), &url, Digest::of(b"x"))).unwrap();
     let e = store.fetch(Package::JitCache).unwrap_err();
     assert_eq!(seen.lock().unwrap().as_deref(), Some("Basic bWU6c2VjcmV0"));
-    assert!(!format!("{e} {e:?}").contains("secret"), "{e:?}");
+    assert!(!format!("{e} {e:?} {store:?} {:?}", store.config()).contains("secret"), "{e:?}");
+}
+
+#[test]
+fn credentials_go_to_no_other_origin_and_locations_are_not_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let wheel = body();
+    let sent = wheel.clone();
+    let other = Server::start(move |asked, stream| {
+        assert_eq!(asked.authorization, None);
+        send(asked, stream, &sent, usize::MAX);
+    });
+    let elsewhere = other.url.clone();
+    let server = Server::start(move |asked, stream| {
+        assert_eq!(asked.authorization.as_deref(), Some("Basic bWU6cEBzcw=="));
+        let location = match asked.path.as_str() {
+            "/wheel.whl" => "location: /moved?token=x\r\n".to_owned(),
+            _ => format!("location: {elsewhere}/wheel.whl\r\n"),
+        };
+        reply(stream, "302 Found", &location, b"");
+    });
+    let url = server.url.replace("http://", "http://me:p@ss@");
+    let store = Store::open(configured(dir.path(), &url, Digest::of(&wheel))).unwrap();
+    store.fetch(Package::JitCache).unwrap();
+    assert_eq!((server.count(), other.count()), (2, 1));
+
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    for location in [
+        format!("http://me:secret@{closed}/secret?token=secret"),
+        "http://me:secret@host:port/secret".into(),
+        "http://me:se/cret@secret:x/".into(),
+        "secret://secret/secret".into(),
+        "file:///secret".into(),
+        "/secret\u{7f}?secret".into(),
+        "\\\\se[cret/secret".into(),
+    ] {
+        let head = format!("location: {location}\r\n");
+        let server = Server::start(move |asked, stream| match asked.path.as_str() {
+            "/wheel.whl" => reply(stream, "302 Found", &head, b""),
+            _ => reply(stream, "404 Not Found", "", b""),
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let e = open(dir.path(), &server, b"x").fetch(Package::JitCache).unwrap_err();
+        let text = format!("{e} {e:?}");
+        assert!(text.contains(&server.url) && !text.contains("secret"), "{location}: {text}");
+    }
+}
+
+#[test]
+fn redirects_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(|asked, stream| {
+        reply(stream, "307 Again", &format!("location: {}x\r\n", asked.path), b"");
+    });
+    let text = open(dir.path(), &server, b"x").fetch(Package::JitCache).unwrap_err().to_string();
+    assert!(text.contains("more than 10 times") && text.contains(&server.url), "{text}");
+    assert_eq!(server.count(), 11);
+}
+
+/// Heads that never end, by size or by time.
+#[test]
+fn heads_are_bounded() {
+    for (pause, count) in [(Duration::ZERO, 100_000), (Duration::from_millis(50), 400)] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start(move |_, stream| {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n");
+            for _ in 0..count {
+                std::thread::sleep(pause);
+                if stream.write_all(b"x: y\r\n").is_err() {
+                    return;
+                }
+            }
+        });
+        let start = Instant::now();
+        assert!(open(dir.path(), &server, b"x").fetch(Package::JitCache).is_err());
+        assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+        assert!(server.count() <= 4, "{}", server.count());
+    }
+}
+
+/// A server that sends next to nothing at each request: not asked for ever.
+#[test]
+fn requests_that_bring_next_to_nothing_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let wheel = body();
+    let sent = wheel.clone();
+    let server = Server::start(move |asked, stream| match asked.number {
+        // A bound for whoever would go on.
+        300.. => reply(stream, "404 Not Found", "", b""),
+        _ => send(asked, stream, &sent, 1),
+    });
+    let store = open(dir.path(), &server, &wheel);
+    let text = store.fetch(Package::JitCache).unwrap_err().to_string();
+    assert!(text.contains("4 attempts in a row brought 4 bytes together"), "{text}");
+    assert_eq!(server.count(), 4);
+}
+
+/// Sends at a pace of its own, for half a minute at most.
+fn dripping(wheel: Vec<u8>, bytes: usize, every: Duration) -> Server {
+    Server::start(move |asked, stream| {
+        send(asked, stream, &wheel, 0);
+        let rounds = 30_000 / every.as_millis() as usize;
+        for chunk in wheel[asked.range.unwrap_or(0)..].chunks(bytes).take(rounds) {
+            if stream.write_all(chunk).and_then(|()| stream.flush()).is_err() {
+                return;
+            }
+            std::thread::sleep(every);
+        }
+    })
+}
+
+#[test]
+fn a_drip_does_not_hold_a_download() {
+    let dir = tempfile::tempdir().unwrap();
+    let wheel = body();
+    let server = dripping(wheel.clone(), 1, Duration::from_millis(20));
+    let mut config = configured(dir.path(), &server.url, Digest::of(&wheel));
+    config.fetch_options.stall_timeout = Duration::from_secs(60);
+    config.fetch_options.rate_window = Duration::from_millis(500);
+    let start = Instant::now();
+    let text = Store::open(config).unwrap().fetch(Package::JitCache).unwrap_err().to_string();
+    assert!(text.contains("fewer than 512 bytes came in 0.5 s") && text.contains("4 attempts"), "{text}");
+    assert_eq!(server.count(), 4);
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_slow_line_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let wheel = module_wheel(&[("norm", &noise(41, 20_000))]);
+    let server = dripping(wheel.clone(), 500, Duration::from_millis(50));
+    let mut config = configured(dir.path(), &server.url, Digest::of(&wheel));
+    config.fetch_options.rate_window = Duration::from_secs(2);
+    let path = Store::open(config).unwrap().fetch(Package::JitCache).unwrap();
+    assert_eq!(fs::read(path).unwrap(), wheel);
+    assert_eq!(server.count(), 1);
+}
+
+#[test]
+fn a_server_says_how_long_to_wait() {
+    for (after, least) in
+        [("1", 1000), ("0", 0), ("soon", 0), ("-1", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let wheel = body();
+        let sent = wheel.clone();
+        let server = Server::start(move |asked, stream| match asked.number {
+            0 => reply(stream, "429 Too Many Requests", &format!("retry-after: {after}\r\n"), b""),
+            _ => send(asked, stream, &sent, usize::MAX),
+        });
+        let store = open(dir.path(), &server, &wheel);
+        let start = Instant::now();
+        store.fetch(Package::JitCache).unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(least), "{after}: {:?}", start.elapsed());
+        assert_eq!(server.count(), 2);
+    }
 }
 
 #[test]

@@ -4,10 +4,13 @@
 mod artifact_support;
 
 use artifact_support::*;
-use flashinfer_rs::artifacts::{ArtifactError, Digest, Fetch, Member, Package, Store};
+use flashinfer_rs::artifacts::{ArtifactError, CudaKey, Digest, Fetch, Member, Package, Store};
 use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn wheel() -> Vec<u8> {
     good_wheel(&[("tvm_ffi/lib/libtvm_ffi.so", &noise(60, 5000))])
@@ -117,38 +120,63 @@ fn child_fetches_a_package() {
     let root = variable("INDEX_TEST_ROOT");
     let mut config = config(&root, registry_pins(Digest::of(&wheel())));
     config.offline = false;
+    config.fetch_options.page_timeout = Duration::from_secs(2);
     match Store::open(config).unwrap().fetch(Package::TvmFfi) {
         Ok(path) => assert_eq!(fs::read(path).unwrap(), wheel()),
         Err(e) => {
-            eprintln!("{e}");
+            eprintln!("{e}\n{e:?}");
             std::process::exit(7);
         }
     }
 }
 
+#[test]
+#[ignore = "a process that another test starts"]
+fn child_looks_for_a_toolkit() {
+    CudaKey::select(&|_| None).unwrap();
+}
+
+fn fetching(root: &Path) -> Command {
+    child_of_none("child_fetches_a_package", root)
+}
+
+/// A child without settings of this machine.
+fn child_of_none(test: &str, root: &Path) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", test, "--nocapture"]);
+    let settings = ["PIP_", "UV_", "PYTHON", "XDG_", "FLASHINFER_RS_INDEX_URL", "VIRTUAL_ENV"];
+    for (name, _) in std::env::vars() {
+        let lower = name.to_ascii_lowercase();
+        if settings.iter().any(|start| name.starts_with(start)) || lower.ends_with("_proxy") {
+            command.env_remove(name);
+        }
+    }
+    command.env("HOME", root).env("INDEX_TEST_ROOT", root).env("PIP_CONFIG_FILE", "/dev/null");
+    command.current_dir(root).stdin(Stdio::null());
+    command
+}
+
+fn ended(command: &mut Command) -> (Option<i32>, String) {
+    let output = command.output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn executable(path: &Path, script: &str) {
+    fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
 /// A child whose only python3 and pip are shell scripts of ours.
 fn with_pip(root: &Path, script: &str, variables: &[(&str, &str)]) -> (Option<i32>, String) {
-    use std::os::unix::fs::PermissionsExt;
     let bin = root.join("bin");
     fs::create_dir_all(&bin).unwrap();
     fs::write(root.join("wheel"), wheel()).unwrap();
     for name in ["python3", "pip"] {
-        let path = bin.join(name);
-        fs::write(&path, format!("#!/bin/sh\necho \"$0 $*\" >> {}/log\n{script}\n", root.display())).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        executable(&bin.join(name), &format!("echo \"$0 $*\" >> {}/log\n{script}", root.display()));
     }
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", "child_fetches_a_package", "--nocapture"]);
-    for name in
-        ["UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL", "FLASHINFER_RS_INDEX_URL", "VIRTUAL_ENV"]
-    {
-        command.env_remove(name);
-    }
+    let mut command = fetching(root);
     command.env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
-    command.env("HOME", root).env("INDEX_TEST_ROOT", root).env("PIP_CONFIG_FILE", "/dev/null");
-    command.envs(variables.iter().copied());
-    let output = command.stdin(Stdio::null()).output().unwrap();
-    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    ended(command.envs(variables.iter().copied()))
 }
 
 /// Copies the wheel to the folder after `-d`.
@@ -211,6 +239,227 @@ fn pip_that_brings_other_bytes_is_refused() {
     assert_eq!(code, Some(7), "{text}");
     assert!(text.contains("wrong SHA-256") && text.contains(TVM_FFI_WHEEL), "{text}");
     assert!(!dir.path().join("cache/wheels").join(TVM_FFI_WHEEL).exists());
+}
+
+/// What is in the working folder, and what `PATH` and `PYTHONPATH` find there, is not executed.
+#[test]
+fn nothing_of_the_working_folder_is_executed() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let executed = root.join("executed");
+    let touch = format!("open({executed:?}, 'w')\n");
+    for name in ["pip.py", "sitecustomize.py", "encodings.py"] {
+        fs::write(root.join(name), &touch).unwrap();
+    }
+    // The machine's own Python. Without an index it asks nobody.
+    for list in ["", ".", ":"] {
+        let mut command = fetching(root);
+        let (code, text) = ended(command.env("PIP_NO_INDEX", "1").env("PYTHONPATH", list));
+        assert_eq!(code, Some(7), "{text}");
+        assert!(!executed.exists(), "PYTHONPATH={list:?}: {text}");
+    }
+    // Programs of relative places.
+    fs::create_dir(root.join("bin")).unwrap();
+    for name in ["bin/python3", "bin/pip", "bin/nvcc", "python3", "pip", "nvcc"] {
+        executable(&root.join(name), &format!("touch {}", executed.display()));
+    }
+    for list in ["bin:.", "bin:/none", ".", ""] {
+        let (code, text) = ended(fetching(root).env("PATH", list));
+        assert_eq!(code, Some(7), "{text}");
+        assert!(!executed.exists(), "PATH={list:?}: {text}");
+        let (code, text) = ended(child_of_none("child_looks_for_a_toolkit", root).env("PATH", list));
+        assert_eq!(code, Some(0), "{text}");
+        assert!(!executed.exists(), "nvcc, PATH={list:?}: {text}");
+    }
+}
+
+#[test]
+fn pip_runs_in_an_empty_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    fs::write(root.join("own.conf"), "[global]\n").unwrap();
+    let script = format!(
+        "(pwd; ls -A | wc -l; echo safe $PYTHONSAFEPATH; echo path $PATH; echo python $PYTHONPATH; \
+         echo conf $PIP_CONFIG_FILE; echo links $PIP_FIND_LINKS) >> {}/log\n{}",
+        root.display(),
+        copying()
+    );
+    let variables =
+        [("PYTHONPATH", "own::/absolute"), ("PIP_CONFIG_FILE", "own.conf"), ("PIP_FIND_LINKS", "http://x/")];
+    let (code, text) = with_pip(root, &script, &variables);
+    assert_eq!(code, Some(0), "{text}");
+    let log = fs::read_to_string(root.join("log")).unwrap();
+    let root = root.canonicalize().unwrap();
+    let lines: Vec<_> = log.lines().skip(1).collect();
+    assert!(Path::new(lines[0]).starts_with(root.join("cache")), "{log}");
+    let conf = format!("conf {}", dir.path().join("own.conf").display());
+    let path = format!("path {}/bin:/usr/bin:/bin", dir.path().display());
+    assert_eq!(lines[1..], ["0", "safe 1", &path, "python /absolute", &conf, "links http://x/"], "{log}");
+}
+
+/// A program that pip started, and that outlives it, keeps nobody waiting.
+#[test]
+fn a_pipe_that_stays_open_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = Instant::now();
+    let (code, text) =
+        with_pip(dir.path(), "echo 'ERROR: no' >&2\nsleep 60 > /dev/null < /dev/null &\nexit 3", &[]);
+    assert_eq!(code, Some(7), "{text}");
+    assert!(text.contains("ERROR: no"), "{text}");
+    assert!(start.elapsed() < Duration::from_secs(40), "{:?}", start.elapsed());
+}
+
+/// Whatever form an address has, its secrets are in no error.
+#[test]
+fn secrets_of_settings_are_never_told() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let failing = Server::start(|_, stream| reply(stream, "403 Forbidden", "", b"no"));
+    let failing = failing.url.trim_start_matches("http://");
+    let script =
+        "printf 'ERROR: %s and (%s): %s\\n' \"$PIP_INDEX_URL\" \"$UV_INDEX\" \"$ALL_PROXY\" >&2\nexit 3";
+    for url in [
+        format!("http://me:secret@{closed}/simple"),
+        format!("http://secret@{closed}/simple"),
+        format!("http://me:s%65cret%2Fsecret@{failing}/simple"),
+        format!("http://me:<secret>^|\"@{failing}/simple"),
+        format!("http://me:secret@secret@{failing}/simple"),
+        format!("http://me:12/secret@{failing}/simple"),
+        format!("http://me:secret/x@{failing}/simple"),
+        format!("http://me:1?secret#secret@{failing}/simple"),
+        format!("http://me:se cret@{failing}/simple?secret"),
+        format!("me:secret@{failing}/simple"),
+        format!("http://{failing}/secret/simple?token=secret"),
+        format!("http://{failing}/simple/?token=s%65cret#secret"),
+        format!("file://me:secret@{failing}/secret/simple"),
+        "ssh://me:secret@host/simple".into(),
+        "http://me:secret@host:port/simple".into(),
+        "http://me:secret@[host/simple".into(),
+    ] {
+        for variable in ["FLASHINFER_RS_INDEX_URL", "UV_DEFAULT_INDEX", "PIP_INDEX_URL", "UV_INDEX"] {
+            let dir = tempfile::tempdir().unwrap();
+            let (code, text) = with_pip(dir.path(), script, &[(variable, &url)]);
+            assert_eq!(code, Some(7), "{variable}={url}: {text}");
+            let told =
+                variable == "FLASHINFER_RS_INDEX_URL" && text.contains("by the index that the configuration");
+            assert!(text.contains(variable) || told, "{variable}={url}: {text}");
+            for secret in ["secret", "cret", "s%65", "me:"] {
+                assert!(!text.contains(secret), "{variable}={url}: {text}");
+            }
+        }
+        // In a file of pip's, and as a proxy.
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pip.conf");
+        fs::write(&file, format!("[global]\nindex-url =\n    {url}\n")).unwrap();
+        let variables = [("PIP_CONFIG_FILE", file.to_str().unwrap()), ("ALL_PROXY", &url)];
+        let (code, text) = with_pip(dir.path(), script, &variables);
+        assert_eq!(code, Some(7), "{url}: {text}");
+        assert!(text.contains("pip.conf") && !text.contains("cret"), "{url}: {text}");
+    }
+}
+
+#[test]
+fn an_index_of_our_own_that_is_none_is_the_error() {
+    for (url, want) in [
+        ("file:///wheels", "FLASHINFER_RS_WHEELS"),
+        ("host/simple", "relative URL"),
+        ("ftp://host/", "https://"),
+        ("http://host:port/", "port"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (code, text) = with_pip(dir.path(), &copying(), &[("FLASHINFER_RS_INDEX_URL", url)]);
+        assert_eq!(code, Some(7), "{text}");
+        assert!(text.contains("FLASHINFER_RS_INDEX_URL") && text.contains(want), "{url}: {text}");
+        assert!(!dir.path().join("log").exists(), "pip is not asked for what somebody else should give");
+    }
+}
+
+#[test]
+fn the_indexes_beside_the_default_one_are_asked_too() {
+    let server = index("text/html", r#"<a href="/files/{file}">{file}</a>"#);
+    let none = Server::start(|_, stream| reply(stream, "404 Not Found", "", b""));
+    let extra = format!("x={0}/no y={1}/simple", none.url, server.url);
+    for variable in ["UV_INDEX", "PIP_EXTRA_INDEX_URL"] {
+        let dir = tempfile::tempdir().unwrap();
+        let variables = [("PIP_INDEX_URL", none.url.as_str()), (variable, &extra)];
+        let (code, text) = with_pip(dir.path(), "exit 1", &variables);
+        assert_eq!(code, Some(0), "{text}");
+    }
+    assert_eq!((server.count(), none.count()), (4, 4));
+}
+
+/// An index that answers every page with `page`; pip is none.
+fn told_of(page: Vec<u8>, kind: &'static str) -> (String, Duration) {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(move |_, stream| {
+        reply(stream, "200 OK", &format!("content-type: {kind}\r\n"), &page);
+    });
+    let start = Instant::now();
+    let (code, text) = with_pip(dir.path(), "exit 1", &[("UV_DEFAULT_INDEX", &server.url)]);
+    assert_eq!(code, Some(7), "{text}");
+    (text, start.elapsed())
+}
+
+#[test]
+fn hostile_pages_are_refused_at_once() {
+    let mebibyte = |text: &str| text.repeat((1 << 20) / text.len()).into_bytes();
+    let html = [
+        b"<base href='x:?y://z'><a href='y'>".to_vec(),
+        format!("<base href='x:?y://z'><a href='{TVM_FFI_WHEEL}'>").into_bytes(),
+        format!("<base href='data:,'><a href='x:{TVM_FFI_WHEEL}'>").into_bytes(),
+        format!("<a href='file:///{TVM_FFI_WHEEL}'><a href='//[/{TVM_FFI_WHEEL}'>").into_bytes(),
+        format!("<a href='http://127.0.0.1:1/{TVM_FFI_WHEEL}'>").into_bytes(),
+        mebibyte("&"),
+        [b"<a href='".to_vec(), mebibyte("&")].concat(),
+        [b"<a href='".to_vec(), mebibyte("../")].concat(),
+        mebibyte("<a href='&#"),
+        mebibyte("<base href=//x>"),
+        vec![0xff; 1 << 20],
+        vec![b'<'; 5 << 20],
+    ];
+    for page in html {
+        let (text, took) = told_of(page, "text/html");
+        assert!(text.contains("127.0.0.1") && !text.contains("panicked"), "{text}");
+        assert!(took < Duration::from_secs(20), "{took:?}: {text}");
+    }
+    let (text, _) = told_of(vec![b' '; 5 << 20], "text/html");
+    assert!(text.contains("more than 4194304 bytes"), "{text}");
+    for page in [
+        b"{".to_vec(),
+        b"{\"files\":[{\"filename\":1}]}".to_vec(),
+        [b"{\"files\":".to_vec(), mebibyte("[")].concat(),
+        format!("{{\"files\":[{{\"filename\":\"{TVM_FFI_WHEEL}\",\"url\":\"x:?y://z\"}}]}}").into_bytes(),
+    ] {
+        let (text, took) = told_of(page, "application/vnd.pypi.simple.v1+json");
+        assert!(text.contains("127.0.0.1") && !text.contains("panicked"), "{text}");
+        assert!(took < Duration::from_secs(20), "{took:?}: {text}");
+    }
+}
+
+/// A page that drips, in its head or in its body, for as long as somebody listens.
+#[test]
+fn a_page_has_a_bound_in_time() {
+    for head in [
+        "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nx: ",
+        "HTTP/1.1 100 Continue\r\n\r\n",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start(move |_, stream| {
+            let _ = stream.write_all(head.as_bytes());
+            // No more than half a minute, so that this ends whatever happens.
+            for _ in 0..300 {
+                std::thread::sleep(Duration::from_millis(100));
+                if stream.write_all(b"x").and_then(|()| stream.flush()).is_err() {
+                    return;
+                }
+            }
+        });
+        let start = Instant::now();
+        let (code, text) = with_pip(dir.path(), "exit 1", &[("UV_DEFAULT_INDEX", &server.url)]);
+        assert_eq!(code, Some(7), "{text}");
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}: {text}", start.elapsed());
+        assert_eq!(server.count(), 1);
+    }
 }
 
 #[test]

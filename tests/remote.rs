@@ -493,6 +493,43 @@ fn refusals_are_told_with_their_status() {
     }
 }
 
+/// Ranges that are right, and of one byte each.
+#[test]
+fn answers_that_bring_next_to_nothing_are_counted() {
+    let wheel = body();
+    let served = wheel.clone();
+    let server = Server::start(move |asked, stream| match (asked.number, asked.range) {
+        // A bound for whoever would go on.
+        (300.., _) => reply(stream, "404 Not Found", "", b""),
+        (_, Some(at)) => {
+            send(&Asked { end: Some(at), range: asked.range, ..Asked::default() }, stream, &served, 1)
+        }
+        _ => send(asked, stream, &served, usize::MAX),
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let text = locate(&open(dir.path(), &server.url, &wheel), "norm").unwrap_err().to_string();
+    assert!(text.contains("4 attempts in a row brought 4 bytes together"), "{text}");
+    assert_eq!(server.count(), 1 + 4, "the size, and the end in vain");
+}
+
+/// A directory whose entries would have a member read in a thousand pieces.
+#[test]
+fn members_that_lie_within_another_cost_few_requests() {
+    let bytes = content("norm");
+    let path = module_path("norm");
+    let names: Vec<_> = (0..1000).map(|number| format!("x/{number:04}")).collect();
+    let mut members: Vec<(&str, &[u8])> = vec![(&path, &bytes)];
+    members.extend(names.iter().map(|name| (name.as_str(), &b""[..])));
+    let mut wheel = good_wheel(&members);
+    for (number, name) in names.iter().enumerate() {
+        patch(&mut wheel, name, 42, 1000 + 300 * number as u32);
+    }
+    let server = ranges(wheel.clone());
+    let dir = tempfile::tempdir().unwrap();
+    assert_is(&locate(&open(dir.path(), &server.url, &wheel), "norm").unwrap(), "norm");
+    assert!(server.count() < 50, "{} requests", server.count());
+}
+
 #[test]
 fn zip64_and_large_directories_are_read() {
     let norm = module_path("norm");

@@ -4,7 +4,10 @@ mod artifact_support;
 mod required;
 
 use artifact_support::*;
-use flashinfer_rs::artifacts::{ArtifactError, BundledMember, Digest, Fetch, Member, Source, Store, Wheel};
+use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
+use flashinfer_rs::artifacts::{
+    ArtifactError, BundledMember, Digest, Fetch, Member, Package, Source, Store, Wheel,
+};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -335,6 +338,256 @@ fn clean_frees_what_is_ours_and_respects_locks() {
     assert_eq!(store.clean().unwrap(), 10_000);
     assert!(!page.exists() && foreign.exists());
     assert_eq!(fs::read(locate(&store, "norm").unwrap()).unwrap(), content);
+}
+
+/// Rewrites a wheel in place with one of its size, and puts its time of change back.
+fn forge(wheel: &Path, with: &[u8]) {
+    // Longer than the step of the file system's clock.
+    std::thread::sleep(Duration::from_millis(30));
+    let before = fs::metadata(wheel).unwrap();
+    assert_eq!(before.len(), with.len() as u64);
+    fs::write(wheel, with).unwrap();
+    let file = fs::File::options().write(true).open(wheel).unwrap();
+    file.set_modified(before.modified().unwrap()).unwrap();
+    assert_eq!(fs::metadata(wheel).unwrap().modified().unwrap(), before.modified().unwrap());
+}
+
+#[test]
+#[cfg(unix)]
+fn a_forged_wheel_with_its_time_put_back_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pinned, forged) = (module_wheel(&[("norm", b"good")]), module_wheel(&[("norm", b"evil")]));
+    let path = dir.path().join("cache/wheels").join(WHEEL);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(&path, &pinned).unwrap();
+    let open = || {
+        let pins = url_pins("http://127.0.0.1:9/none", Digest::of(&pinned));
+        Store::open(config(dir.path(), pins)).unwrap()
+    };
+    let first = open();
+    locate(&first, "norm").unwrap();
+    forge(&path, &forged);
+    // By this process and by others; and once more, after the first has looked.
+    for store in [&first, &open(), &open()] {
+        let e = locate(store, "norm").unwrap_err();
+        assert!(matches!(e, ArtifactError::DigestMismatch { .. }), "{e}");
+        assert!(store.modules().is_empty());
+    }
+    forge(&path, &pinned);
+    locate(&open(), "norm").unwrap();
+}
+
+#[test]
+#[cfg(unix)]
+fn members_are_compared_with_a_pinned_record_whatever_a_stamp_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pinned, forged) = (module_wheel(&[("norm", b"good")]), module_wheel(&[("norm", b"evil")]));
+    let path = dir.path().join("cache/wheels").join(WHEEL);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let other = dir.path().join("other.whl");
+    fs::write(&other, &pinned).unwrap();
+    let record = Wheel::open(&other).unwrap().record_sha256();
+    let open = || {
+        let pins = member_pins("http://127.0.0.1:9/none", &pinned, record);
+        Store::open(config(dir.path(), pins)).unwrap()
+    };
+    fs::write(&path, &forged).unwrap();
+    stamp(&path, Digest::of(&pinned));
+    let e = locate(&open(), "norm").unwrap_err();
+    assert!(matches!(e, ArtifactError::DigestMismatch { .. }), "{e}");
+    let left = files(dir.path(), &|name| name.ends_with(".so") || name.ends_with(".verified"));
+    assert!(left.is_empty(), "{left:?}");
+    // Without a pinned RECORD a stamp is believed, which is why it must not be written by others.
+    stamp(&path, Digest::of(&pinned));
+    let pins = url_pins("http://127.0.0.1:9/none", Digest::of(&pinned));
+    let path = locate(&Store::open(config(dir.path(), pins)).unwrap(), "norm").unwrap();
+    assert_eq!(fs::read(path).unwrap(), b"evil");
+}
+
+#[test]
+fn clean_leaves_what_others_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(11, 3000);
+    let pinned = module_wheel(&[("norm", &content)]);
+    let pins = url_pins("http://127.0.0.1:9/none", Digest::of(&pinned));
+    let store = Store::open(config(dir.path(), pins)).unwrap();
+    let wheel = store.cache_dir().join("wheels").join(WHEEL);
+    fs::create_dir_all(wheel.parent().unwrap()).unwrap();
+    fs::write(&wheel, &pinned).unwrap();
+    let norm = locate(&store, "norm").unwrap();
+    let theirs = [
+        "notes.txt",
+        "wheels/mine.whl",
+        "wheels/mine.whl.partial",
+        "wheels/mine.whl.lock",
+        "wheels/mine.whl.pip/mine.whl",
+        "wheels/other.whl.verified",
+        "wheels/other.whl",
+        "wheels/.tmp-notes",
+        "wheels/.tmp-1-1",
+        "0123456789abcdef01234567/stuff/data.bin",
+        "0123456789abcdef01234567/stuff/stuff.so",
+        "0123456789abcdef01234567/stuff/.lock",
+        "0123456789abcdef01234567/.tmp-1-1",
+        "0123456789abcdef01234567.txt",
+        "norm/norm.so",
+    ];
+    let mut kept: Vec<_> = theirs.iter().map(|file| store.cache_dir().join(file)).collect();
+    for name in ["notes.txt", ".tmp-mine", ".tmp-1-1", "page.so", "norm.so.orig", "norm/norm.so"] {
+        kept.push(norm.with_file_name("").join(name));
+    }
+    for file in &kept {
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, b"theirs").unwrap();
+    }
+    let empty = store.cache_dir().join("89abcdef0123456789abcdef");
+    fs::create_dir(&empty).unwrap();
+    let size = store.cache_size().unwrap();
+    let freed = store.clean().unwrap();
+    assert!(freed >= (pinned.len() + content.len()) as u64, "{freed}");
+    assert_eq!(store.cache_size().unwrap(), size - freed);
+    kept.sort();
+    let mut left = files(store.cache_dir(), &|_| true);
+    left.sort();
+    assert_eq!(left, kept);
+    assert!(kept.iter().all(|file| fs::read(file).unwrap() == b"theirs"));
+    assert!(empty.is_dir());
+    assert_eq!(store.clean().unwrap(), 0);
+}
+
+#[test]
+fn clean_removes_what_another_program_pinned() {
+    let dir = tempfile::tempdir().unwrap();
+    let pinned = module_wheel(&[("norm", &noise(12, 3000))]);
+    let pins = url_pins("http://127.0.0.1:9/none", Digest::of(&pinned));
+    let program = Store::open(config(dir.path(), pins)).unwrap();
+    let wheel = program.cache_dir().join("wheels").join(WHEEL);
+    fs::create_dir_all(wheel.parent().unwrap()).unwrap();
+    fs::write(&wheel, &pinned).unwrap();
+    locate(&program, "norm").unwrap();
+    let built_in = flashinfer_rs::artifacts::Pins::built_in().unwrap();
+    Store::open(config(dir.path(), built_in)).unwrap().clean().unwrap();
+    assert!(files(program.cache_dir(), &|_| true).is_empty());
+}
+
+#[test]
+fn a_cache_of_an_earlier_build_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(13, 3000);
+    let store = store_of(dir.path(), &module_wheel(&[("norm", &content)]));
+    let path = locate(&store, "norm").unwrap();
+    fs::write(path.with_file_name(".lock"), b"").unwrap();
+    fs::write(path.with_file_name(".tmp-1-1"), b"half").unwrap();
+    let store = store_of(dir.path(), &module_wheel(&[("norm", &content)]));
+    assert_eq!(locate(&store, "norm").unwrap(), path);
+    // What is written to it is ours from then on.
+    fs::write(&path, b"damaged").unwrap();
+    assert_eq!(fs::read(locate(&store, "norm").unwrap()).unwrap(), content);
+    assert_eq!(store.clean().unwrap(), 3000);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_linked_folder_of_wheels_is_not_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let pinned = module_wheel(&[("norm", b"norm")]);
+    let elsewhere = dir.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::write(elsewhere.join(WHEEL), &pinned).unwrap();
+    fs::create_dir(dir.path().join("cache")).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, dir.path().join("cache/wheels")).unwrap();
+    let pins = url_pins("http://127.0.0.1:9/none", Digest::of(&pinned));
+    for offline in [true, false] {
+        let mut config = config(dir.path(), pins.clone());
+        config.offline = offline;
+        let store = Store::open(config).unwrap();
+        let errors = [
+            store.locate(&Member::module("norm"), Fetch::Allowed).unwrap_err(),
+            store.fetch(Package::JitCache).unwrap_err(),
+        ];
+        for e in errors {
+            let text = e.to_string();
+            assert!(text.contains("wheels: it is not a real folder"), "{text}");
+            assert!(text.contains("FLASHINFER_RS_CACHE_DIR"), "{text}");
+        }
+        assert_eq!(store.clean().unwrap(), 0);
+        assert!(store.inventory().iter().all(|source| source.modules.is_empty()));
+    }
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 1);
+}
+
+#[test]
+fn a_wheel_for_another_machine_is_refused_by_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, wheel: &[u8]| {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, wheel).unwrap();
+        path
+    };
+    let arm = "flashinfer_jit_cache-0.6.13+a-cp39-abi3-manylinux_2_28_aarch64.whl";
+    let ours = "flashinfer_jit_cache-0.6.13+x-cp39-abi3-manylinux_2_28_x86_64.whl";
+    let path = write(arm, &module_wheel(&[("norm", b"arm")]));
+    write(&format!("both/{arm}"), &module_wheel(&[("norm", b"arm"), ("page", b"arm")]));
+    write(&format!("both/{ours}"), &module_wheel(&[("norm", b"x86")]));
+    let mut config = config(dir.path(), nothing());
+    config.env_wheels = vec![path];
+    let store = Store::open(config.clone()).unwrap();
+    let text = error(&store, "norm");
+    for want in [arm, "is for manylinux_2_28_aarch64, by its name", "linux_x86_64"] {
+        assert!(text.contains(want), "{want} is not in: {text}");
+    }
+    assert!(store.modules().is_empty());
+    // A folder may hold wheels for several machines.
+    config.env_wheels = vec![dir.path().join("both")];
+    let store = Store::open(config).unwrap();
+    assert_eq!(fs::read(locate(&store, "norm").unwrap()).unwrap(), b"x86");
+    assert_eq!(store.modules(), ["norm"]);
+    let text = error(&store, "page");
+    assert!(text.contains("is for manylinux_2_28_aarch64, by its name"), "{text}");
+}
+
+#[test]
+#[ignore = "a process that another test starts"]
+fn child_uses_a_relative_cache() {
+    let root = variable("STORE_TEST_ROOT");
+    let env = |name: &str| std::env::var(name).ok();
+    let out_dir = root.join("out");
+    fs::create_dir_all(&out_dir).unwrap();
+    let command = ["cargo", "build"].map(str::to_owned).to_vec();
+    let command = CargoCommand::new(command, &root, &env);
+    let (root, target) = (&*root, ("linux", "x86_64"));
+    let build = Build { env: &env, command, root, progress: None, out_dir: &out_dir, target, embed: true };
+    assert_eq!(build_from(&build, nothing()).unwrap().embedded, 3);
+    let store = Store::open(flashinfer_rs::artifacts::StoreConfig::from_env().unwrap()).unwrap();
+    let path = locate(&store, "norm").unwrap();
+    assert!(path.starts_with(root.join("home/in/a/relative/cache")), "{}", path.display());
+    println!("{} files", files(store.cache_dir(), &|name| name != ".lock").len());
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_relative_cache_is_the_same_folder_wherever_a_process_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let libraries: [(&str, &[u8]); 2] =
+        [("tvm_ffi/lib/libtvm_ffi.so", b"a tvm_ffi"), ("nvidia/cu13/lib/libcudart.so.13", b"a cudart")];
+    let norm = module_path("norm");
+    let wheel = dir.path().join("w.whl");
+    fs::write(&wheel, good_wheel(&[libraries[0], libraries[1], (&norm, b"norm")])).unwrap();
+    for place in ["here", "there"] {
+        let place = dir.path().join(place);
+        fs::create_dir(&place).unwrap();
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--ignored", "--exact", "child_uses_a_relative_cache", "--nocapture"]);
+        command.current_dir(&place).env("STORE_TEST_ROOT", dir.path());
+        command.env("XDG_CACHE_HOME", dir.path().join("home"));
+        command.env("FLASHINFER_RS_CACHE_DIR", "in/a/relative/cache").env("FLASHINFER_RS_WHEELS", &wheel);
+        command.env("FLASHINFER_RS_EMBED", "require").env("FLASHINFER_RS_EMBED_MODULES", "norm");
+        let output = command.env("FLASHINFER_RS_OFFLINE", "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("3 files"), "{output:?}");
+        assert_eq!(fs::read_dir(&place).unwrap().count(), 0);
+    }
 }
 
 #[test]

@@ -4,10 +4,9 @@
 //! Whatever comes out of a frame is compared with the member's digest before it is used, like
 //! the content of any other source.
 
-use super::cache::Sink;
 use super::digest::Digest;
+use super::sink::Sink;
 use super::{ArtifactError, Member};
-use std::io::Read;
 use std::path::Path;
 
 /// One embedded member.
@@ -46,16 +45,10 @@ impl BundledMember {
     }
 
     /// Decompresses the member into `sink`.
-    pub(crate) fn copy(&self, sink: &mut Sink<'_>) -> Result<(), ArtifactError> {
+    pub(crate) fn copy(&self, sink: &mut Sink) -> Result<(), ArtifactError> {
         let what = || Path::new("the embedded bundle").join(self.suffix);
         let bad = |e: std::io::Error| ArtifactError::wheel(&what(), e.to_string());
         let mut decoder = zstd::stream::read::Decoder::with_buffer(self.zstd).map_err(bad)?;
-        let mut buffer = vec![0; 1 << 17];
-        loop {
-            match decoder.read(&mut buffer).map_err(bad)? {
-                0 => return Ok(()),
-                n => sink.write(&buffer[..n])?,
-            }
-        }
+        sink.fill(&mut decoder, bad)
     }
 }

@@ -1,5 +1,6 @@
 //! SHA-256 digests and the two ways in which wheels and pins write them.
 
+use super::sink::pump;
 use sha2::Digest as _;
 use std::fmt;
 use std::fs::File;
@@ -26,16 +27,16 @@ impl Digest {
     /// Those of reading.
     pub fn of_reader(reader: &mut impl Read, mut step: impl FnMut(u64)) -> io::Result<(Digest, u64)> {
         let mut hasher = Hasher::default();
-        let mut buffer = vec![0; 1 << 17];
-        loop {
-            match reader.read(&mut buffer) {
-                Ok(0) => return Ok((hasher.digest(), hasher.len())),
-                Ok(n) => hasher.update(&buffer[..n]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(e),
-            }
-            step(hasher.len());
-        }
+        pump(
+            reader,
+            |e| e,
+            |bytes| {
+                hasher.update(bytes);
+                step(hasher.len());
+                Ok(())
+            },
+        )?;
+        Ok((hasher.digest(), hasher.len()))
     }
 
     /// The digest and the length of an open file, from its current position.
@@ -104,7 +105,7 @@ impl fmt::Debug for Digest {
 }
 
 /// Hashes and counts bytes as they pass.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Hasher {
     state: sha2::Sha256,
     len: u64,

@@ -54,7 +54,7 @@ pub const DEFAULT_MODULES: [&str; 6] = [
 ];
 
 /// Every environment variable that decides what a build embeds.
-pub const VARIABLES: [&str; 20] = [
+pub const VARIABLES: [&str; 26] = [
     "FLASHINFER_RS_EMBED",
     "FLASHINFER_RS_EMBED_MODULES",
     "FLASHINFER_RS_WHEELS",
@@ -66,7 +66,11 @@ pub const VARIABLES: [&str; 20] = [
     "XDG_CACHE_HOME",
     "UV_DEFAULT_INDEX",
     "UV_INDEX_URL",
+    "UV_INDEX",
+    "UV_EXTRA_INDEX_URL",
     "PIP_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL",
+    "PIP_NO_INDEX",
     "PIP_CONFIG_FILE",
     "HTTP_PROXY",
     "HTTPS_PROXY",
@@ -74,6 +78,8 @@ pub const VARIABLES: [&str; 20] = [
     "http_proxy",
     "https_proxy",
     "all_proxy",
+    "NO_PROXY",
+    "no_proxy",
     "SSL_CERT_FILE",
 ];
 
@@ -311,7 +317,8 @@ impl Chosen {
         // docs.rs must build whatever the settings.
         let mode = if env("DOCS_RS").is_some() { Mode::Auto } else { mode };
         let mut no_network = no_network(build, mode)?;
-        config.cache_dir = env("FLASHINFER_RS_CACHE_DIR").map(PathBuf::from);
+        let named = env("FLASHINFER_RS_CACHE_DIR");
+        config.cache_dir = named.map(|named| store::named_cache_dir(named.into())).transpose()?;
         let aside = build.out_dir.join("cache");
         if config.cache_dir.is_none() && dirs::cache_dir().is_none() {
             no_network.get_or_insert(NoNetwork::NoCache);

@@ -85,6 +85,16 @@ pub enum ArtifactError {
         /// The pinned version.
         expected: String,
     },
+    /// A wheel is for machines of another kind.
+    #[error("{} is for {found}, by its name; expected {expected}; name the wheel for this machine", .wheel.display())]
+    OtherMachine {
+        /// The wheel.
+        wheel: PathBuf,
+        /// The platforms in its name.
+        found: String,
+        /// The platform that kernels are wanted for.
+        expected: String,
+    },
     /// Something that is no module name was asked for.
     #[error("{name:?} is no module name: expected ASCII letters, digits, `_`, `-`, `.` or `+`, at most 250")]
     BadName {

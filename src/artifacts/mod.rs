@@ -19,28 +19,48 @@
 //! |---|---|
 //! | `pins` | the pin table and the choice of a row |
 //! | `wheel` | members of a wheel and their digests |
-//! | `cache` | files on disk: locks, atomic publishing, verification, stamps |
+//! | `sink` | the pump to disk: hashed, written, published by rename |
+//! | `lock` | locks between processes |
+//! | `cache` | files on disk: their places, verification, stamps, cleaning |
 //! | `bundle` | members embedded in the program |
 //! | `store` | the sources, in order |
-//! | `fetch` | HTTP downloads: streamed, resumed, hashed while they flow |
+//! | `origin` | how a pinned wheel is reached: its address, an index, pip |
+//! | `settings` | the package indexes that the machine's settings name |
+//! | `pages` | pages of an index |
+//! | `pip` | pip |
+//! | `fetch` | downloads: streamed, resumed, hashed while they flow |
 //! | `remote` | members of a wheel on a server, by HTTP ranges |
-//! | `index` | registry packages by name: a simple index, or pip |
+//! | `http` | requests: addresses, proxies, bounds in time |
+//! | `program` | programs of the machine, never of the working folder |
+//! | `redact` | texts without the secrets in them |
 //! | `embed` | what the build script embeds, and when it may download |
 //!
 //! The build script compiles these same files.
 
 pub mod bundle;
-pub mod cache;
+mod cache;
 pub mod digest;
 pub mod embed;
 pub mod error;
 #[cfg(feature = "fetch")]
-pub mod fetch;
+mod fetch;
 #[cfg(feature = "fetch")]
-pub mod index;
+mod http;
+mod lock;
+#[cfg(feature = "fetch")]
+mod origin;
+#[cfg(feature = "fetch")]
+mod pages;
 pub mod pins;
 #[cfg(feature = "fetch")]
+mod pip;
+mod program;
+mod redact;
+#[cfg(feature = "fetch")]
 mod remote;
+#[cfg(feature = "fetch")]
+mod settings;
+mod sink;
 pub mod store;
 pub mod wheel;
 
@@ -245,6 +265,13 @@ pub enum Progress<'a> {
         /// How long this process has waited.
         waited: Duration,
     },
+    /// The file system has no locks. Work goes on without: processes may do the same work at once.
+    Lockless {
+        /// The cache folder.
+        folder: &'a Path,
+        /// What the system says.
+        reason: &'a str,
+    },
     /// A file on disk is being hashed.
     Verifying {
         /// The file's name.
@@ -273,7 +300,16 @@ pub struct FetchOptions {
     pub connect_timeout: Duration,
     /// Limit of waiting for the next bytes before the connection counts as broken.
     pub stall_timeout: Duration,
-    /// Attempts in a row that bring nothing new before a download is given up.
+    /// The bytes per second that a server must send, over [`FetchOptions::rate_window`]; 0 for
+    /// any. A slower connection counts as broken, and an attempt that brings less than this rate
+    /// makes of the window as one in vain.
+    pub min_rate: u64,
+    /// How long a server may be slower than [`FetchOptions::min_rate`].
+    pub rate_window: Duration,
+    /// Limit of asking a package index for one page.
+    pub page_timeout: Duration,
+    /// Attempts in a row that bring nothing new, or next to nothing, before a download is given
+    /// up.
     pub attempts: u32,
     /// Pause after the first such attempt; it doubles with each further one.
     pub retry_delay: Duration,
@@ -288,10 +324,21 @@ impl Default for FetchOptions {
         FetchOptions {
             connect_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
+            min_rate: 1 << 10,
+            rate_window: Duration::from_secs(30),
+            page_timeout: Duration::from_secs(2 * 60),
             attempts: 5,
             retry_delay: Duration::from_millis(500),
             lock_timeout: Duration::from_secs(2 * 60 * 60),
             pip_timeout: Duration::from_secs(10 * 60),
         }
+    }
+}
+
+impl FetchOptions {
+    /// The bytes that must come in a window.
+    #[cfg(feature = "fetch")]
+    pub(crate) fn least(&self) -> u64 {
+        (self.min_rate as f64 * self.rate_window.as_secs_f64()) as u64
     }
 }

@@ -6,8 +6,8 @@
 //! once.
 
 use super::digest::Digest;
-use super::{ArtifactError, Package};
-use std::collections::BTreeMap;
+use super::{ArtifactError, Package, program, redact};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -101,7 +101,7 @@ fn version_json(text: &str) -> Option<CudaKey> {
 }
 
 fn nvcc() -> Option<CudaKey> {
-    let mut command = Command::new("nvcc");
+    let mut command = Command::new(program::find("nvcc")?);
     command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null());
     let output = command.output().ok()?;
     nvcc_release(&String::from_utf8_lossy(&output.stdout))
@@ -113,7 +113,7 @@ fn nvcc_release(text: &str) -> Option<CudaKey> {
 }
 
 /// How a pinned file is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Origin {
     /// An address of its own.
     Url(String),
@@ -124,6 +124,18 @@ pub enum Origin {
         /// Its version.
         version: String,
     },
+}
+
+impl fmt::Debug for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // The address may hold a password.
+            Origin::Url(url) => f.debug_tuple("Url").field(&redact::addresses(url)).finish(),
+            Origin::Registry { package, version } => {
+                f.debug_struct("Registry").field("package", package).field("version", version).finish()
+            }
+        }
+    }
 }
 
 /// One pinned wheel.
@@ -201,6 +213,14 @@ impl Pins {
         })
     }
 
+    /// The file names of these pins and of the crate's own, for whatever machine.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Pins`] when the table cannot be read.
+    pub(crate) fn files(&self) -> Result<BTreeSet<String>, ArtifactError> {
+        Ok(self.pins.values().chain(table()?.values()).map(|pin| pin.file.clone()).collect())
+    }
+
     /// Whether the crate's own table pins a file with this digest, for whatever machine.
     ///
     /// # Errors
@@ -244,8 +264,10 @@ fn join(keys: &[CudaKey]) -> String {
 
 fn read_table(manifest: &str) -> Result<Table, ArtifactError> {
     let bad = |reason: String| ArtifactError::Pins { reason };
-    let root: toml::Table =
-        manifest.parse().map_err(|e| bad(format!("the manifest cannot be parsed: {e}")))?;
+    let root: toml::Table = manifest.parse().map_err(|e: toml::de::Error| {
+        // It shows the line, which may be an address.
+        bad(format!("the manifest cannot be parsed: {}", redact::addresses(&e.to_string())))
+    })?;
     let mut at = &root;
     for key in ["package", "metadata", "flashinfer_rs", "pinned_wheels"] {
         at = at

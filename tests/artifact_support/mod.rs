@@ -81,9 +81,12 @@ pub fn module_wheel(modules: &[(&str, &[u8])]) -> Vec<u8> {
 
 /// Marks a wheel in the cache as one that was found to have a digest.
 pub fn stamp(wheel: &Path, sha256: Digest) {
+    use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(wheel).unwrap();
-    let modified = metadata.modified().unwrap().duration_since(std::time::UNIX_EPOCH).unwrap();
-    let text = format!("{sha256} {} {}\n", metadata.len(), modified.as_nanos());
+    let modified = metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec();
+    let changed = metadata.ctime() * 1_000_000_000 + metadata.ctime_nsec();
+    let (device, inode) = (metadata.dev(), metadata.ino());
+    let text = format!("{sha256} {} {modified} {changed} {device} {inode}\n", metadata.len());
     let name = wheel.file_name().unwrap().to_str().unwrap();
     std::fs::write(wheel.with_file_name(format!("{name}.verified")), text).unwrap();
 }

@@ -66,8 +66,10 @@ impl Teller {
             Progress::Waiting { file, waited } => {
                 format!("Waiting for another process that has {}: {} s", short(file), waited.as_secs())
             }
-            #[allow(unreachable_patterns, reason = "other kinds may come")]
-            _ => return Ok(()),
+            Progress::Lockless { folder, reason } => {
+                let what = "processes may do the same work at once";
+                return self.line(&format!("{} has no locks ({reason}): {what}", folder.display()), now);
+            }
         };
         let pause = if self.terminal { Duration::from_millis(250) } else { Duration::from_secs(10) };
         if self.told.is_some_and(|told| now.duration_since(told) < pause) {

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IsTerminal, Write},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -52,6 +53,13 @@ fn bar() -> ProgressFn {
                 ));
                 bar.tick();
             }
+            Progress::Lockless { folder, reason } => {
+                let warning = lockless(folder, reason);
+                match &*current {
+                    Some(bar) => bar.println(warning),
+                    None => drop(writeln!(io::stderr(), "{warning}")),
+                }
+            }
             Progress::Done { .. } => {
                 if let Some(bar) = current.take() {
                     bar.finish_and_clear();
@@ -60,6 +68,10 @@ fn bar() -> ProgressFn {
             _ => {}
         }
     })
+}
+
+fn lockless(folder: &Path, reason: &str) -> String {
+    format!("warning: {} has no locks ({reason}): processes may do the same work at once", folder.display())
 }
 
 fn new_bar(message: &str) -> ProgressBar {
@@ -89,6 +101,7 @@ fn lines() -> ProgressFn {
             Progress::Waiting { file, waited } if due => {
                 format!("{file}: another process has it, waiting for {} s", waited.as_secs())
             }
+            Progress::Lockless { folder, reason } => lockless(folder, reason),
             Progress::Done { file, .. } => format!("{file}: complete"),
             _ => return,
         };

@@ -3,6 +3,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::CString,
+    mem::MaybeUninit,
+    os::unix::ffi::OsStrExt,
     path::Path,
 };
 
@@ -253,6 +256,12 @@ fn is_pinned(store: &Store, source: &SourceReport) -> bool {
 
 fn cache(store: &Store) -> Finding {
     let folder = store.cache_dir().display();
+    if mounted_noexec(store.cache_dir()) {
+        return Finding::problem(
+            format!("{folder} is on a file system that is mounted `noexec`, so no library in it opens"),
+            "set FLASHINFER_RS_CACHE_DIR to a folder on another file system, or mount this one with `exec`",
+        );
+    }
     if !store.cache_dir().exists() {
         return Finding::ok(format!("{folder} does not exist; it is made when it is needed"));
     }
@@ -263,6 +272,19 @@ fn cache(store: &Store) -> Finding {
             "make it readable, or set FLASHINFER_RS_CACHE_DIR to another folder",
         ),
     }
+}
+
+/// Whether nothing may be executed in a folder, or in the one that it will be made in.
+fn mounted_noexec(folder: &Path) -> bool {
+    let Some(there) = folder.ancestors().find(|folder| folder.exists()) else { return false };
+    let Ok(path) = CString::new(there.as_os_str().as_bytes()) else { return false };
+    let mut told = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends in a zero, and the system writes to `told` only.
+    if unsafe { libc::statvfs(path.as_ptr(), told.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: a call that succeeds has filled it in.
+    unsafe { told.assume_init() }.f_flag & libc::ST_NOEXEC != 0
 }
 
 /// The modules at hand.

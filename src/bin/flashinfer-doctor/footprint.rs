@@ -5,7 +5,6 @@ use std::{
     collections::HashMap,
     fs,
     io::{self, Write},
-    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -30,8 +29,7 @@ pub fn footprint(sources: &Sources, modules: &[ModuleName]) -> Result<bool, Fail
         [] => None,
         modules => Some(FirstUse::measure(sources, &store, modules)?),
     };
-    let files = cached(store.cache_dir())?;
-    printed(write(&mut io::stdout().lock(), embedded, first_use.as_ref(), store.cache_dir(), &files))?;
+    printed(write(&mut io::stdout().lock(), embedded, first_use.as_ref(), &store))?;
     Ok(true)
 }
 
@@ -39,8 +37,7 @@ fn write(
     out: &mut impl Write,
     embedded: &[BundledMember],
     first_use: Option<&FirstUse>,
-    cache: &Path,
-    files: &[(PathBuf, u64)],
+    store: &Store,
 ) -> io::Result<()> {
     writeln!(out, "Embedded in this program, compressed and unpacked")?;
     let mut sum = (0, 0);
@@ -61,33 +58,14 @@ fn write(
             writeln!(out, "{memory:>12}  bytes of memory at most, for the whole process")?;
         }
     }
+    let (cache, mut files) = (store.cache_dir(), store.cache_files()?);
+    files.retain(|(_, size)| *size > 0);
     writeln!(out, "\nIn the cache {}", cache.display())?;
-    for (path, size) in files {
-        writeln!(out, "{size:>12}  {}", path.display())?;
+    for (path, size) in &files {
+        writeln!(out, "{size:>12}  {}", path.strip_prefix(cache).unwrap_or(path).display())?;
     }
     let sum = files.iter().map(|(_, size)| size).sum();
     writeln!(out, "{sum:>12}  {} ({})", counted(files.len(), "file"), HumanBytes(sum))
-}
-
-/// The files of the cache that hold something, with their paths in it.
-fn cached(root: &Path) -> io::Result<Vec<(PathBuf, u64)>> {
-    let (mut found, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
-    while let Some(folder) = folders.pop() {
-        let entries = match fs::read_dir(&folder) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            entries => entries?,
-        };
-        for entry in entries {
-            let (path, metadata) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
-            if metadata.is_dir() {
-                folders.push(path);
-            } else if metadata.len() > 0 {
-                found.push((path.strip_prefix(root).unwrap_or(&path).to_owned(), metadata.len()));
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// What it took to start the runtime and to open modules.

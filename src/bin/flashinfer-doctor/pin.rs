@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 use flashinfer_rs::artifacts::{ArtifactError, Digest, Package, Pins, Store, Wheel};
-use toml_edit::{DocumentMut, TableLike, value};
+use toml_edit::{DocumentMut, TableLike, TomlError, value};
 
 use crate::{Failure, Sources, download, printed};
 
@@ -65,8 +65,10 @@ fn write(manifest: &Path, sha256: Digest, record: Digest) -> Result<usize, Failu
     let failed = |error| Failure::File(manifest.into(), error);
     let text = fs::read_to_string(manifest).map_err(failed)?;
     let bad = |reason: String| Failure::Artifact(ArtifactError::Pins { reason });
-    let mut document: DocumentMut =
-        text.parse().map_err(|error| bad(format!("{} cannot be parsed: {error}", manifest.display())))?;
+    let mut document: DocumentMut = text.parse().map_err(|error: TomlError| {
+        // Its message alone: the line that it shows may be an address with a password.
+        bad(format!("{} cannot be parsed: {}", manifest.display(), error.message()))
+    })?;
     let mut at: &mut dyn TableLike = document.as_table_mut();
     for key in ["package", "metadata", "flashinfer_rs", "pinned_wheels"] {
         let table = at.get_mut(key).and_then(|item| item.as_table_like_mut());
