@@ -1,6 +1,5 @@
 //! SHA-256 digests and the two ways in which wheels and pins write them.
 
-use super::sink::pump;
 use sha2::Digest as _;
 use std::fmt;
 use std::fs::File;
@@ -124,6 +123,23 @@ impl Hasher {
     /// The digest of the bytes so far.
     pub(crate) fn digest(&self) -> Digest {
         Digest(self.state.clone().finalize().into())
+    }
+}
+
+/// Reads to the end and hands each piece on.
+pub(crate) fn pump<E>(
+    reader: &mut (impl Read + ?Sized),
+    unreadable: impl Fn(io::Error) -> E,
+    mut take: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut buffer = vec![0; 1 << 17];
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => take(&buffer[..n])?,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(unreadable(e)),
+        }
     }
 }
 

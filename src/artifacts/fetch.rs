@@ -7,9 +7,10 @@
 //! all is given up at once, because waiting seldom cures it and a build should not hang.
 
 use super::cache::{Cache, Tell};
+use super::digest::pump;
 use super::http::{Address, Broken, Client, Patience, content_range};
 use super::pins::Pin;
-use super::sink::{Sink, pump};
+use super::sink::Sink;
 use super::{ArtifactError, FetchOptions, Progress};
 use std::io;
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@
 //! it has as many bytes as were hashed.
 
 use super::ArtifactError;
-use super::digest::{Digest, Hasher};
+use super::digest::{Digest, Hasher, pump};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -15,23 +15,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How a name starts that nobody trusts: of a file that may be half written.
 const TEMPORARY: &str = ".tmp-flashinfer-rs-";
-
-/// Reads to the end and hands each piece on.
-pub(crate) fn pump<E>(
-    reader: &mut (impl Read + ?Sized),
-    unreadable: impl Fn(io::Error) -> E,
-    mut take: impl FnMut(&[u8]) -> Result<(), E>,
-) -> Result<(), E> {
-    let mut buffer = vec![0; 1 << 17];
-    loop {
-        match reader.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(n) => take(&buffer[..n])?,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(unreadable(e)),
-        }
-    }
-}
 
 /// A file on its way to its place.
 #[derive(Debug)]
