@@ -31,9 +31,10 @@ pub use command::CargoCommand;
 use command::Purpose;
 use machine::sign_of_cuda;
 
+use super::config::{flag, named_cache_dir};
 use super::digest::Digest;
 use super::pins::{self, CudaKey, Pins};
-use super::store::{self, flag};
+use super::store::expand;
 use super::{ArtifactError, Fetch, Member, Package, Progress, ProgressFn, Store, StoreConfig};
 use std::fmt::{self, Write as _};
 use std::fs::{self, File};
@@ -311,14 +312,14 @@ impl Chosen {
             config.env_wheels = paths.map(|path| build.command.folder().join(path)).collect();
         }
         for path in &config.env_wheels {
-            store::expand(path)?;
+            expand(path)?;
         }
         config.index_url = env("FLASHINFER_RS_INDEX_URL");
         // docs.rs must build whatever the settings.
         let mode = if env("DOCS_RS").is_some() { Mode::Auto } else { mode };
         let mut no_network = no_network(build, mode)?;
         let named = env("FLASHINFER_RS_CACHE_DIR");
-        config.cache_dir = named.map(|named| store::named_cache_dir(named.into())).transpose()?;
+        config.cache_dir = named.map(|named| named_cache_dir(named.into())).transpose()?;
         let aside = build.out_dir.join("cache");
         if config.cache_dir.is_none() && dirs::cache_dir().is_none() {
             no_network.get_or_insert(NoNetwork::NoCache);

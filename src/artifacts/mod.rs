@@ -23,7 +23,9 @@
 //! | `lock` | locks between processes |
 //! | `cache` | files on disk: their places, verification, stamps, cleaning |
 //! | `bundle` | members embedded in the program |
+//! | `config` | where a store looks, and what it may do |
 //! | `store` | the sources, in order |
+//! | `report` | what each source holds |
 //! | `origin` | how a pinned wheel is reached: its address, an index, pip |
 //! | `settings` | the package indexes that the machine's settings name |
 //! | `pages` | pages of an index |
@@ -37,11 +39,13 @@
 //!
 //! The build script compiles these same files.
 
-pub mod bundle;
+mod bundle;
 mod cache;
-pub mod digest;
+mod config;
+mod digest;
+#[doc(hidden)]
 pub mod embed;
-pub mod error;
+mod error;
 #[cfg(feature = "fetch")]
 mod fetch;
 #[cfg(feature = "fetch")]
@@ -51,18 +55,19 @@ mod lock;
 mod origin;
 #[cfg(feature = "fetch")]
 mod pages;
-pub mod pins;
+mod pins;
 #[cfg(feature = "fetch")]
 mod pip;
 mod program;
 mod redact;
 #[cfg(feature = "fetch")]
 mod remote;
+mod report;
 #[cfg(feature = "fetch")]
 mod settings;
 mod sink;
-pub mod store;
-pub mod wheel;
+mod store;
+mod wheel;
 
 use std::fmt;
 use std::path::Path;
@@ -70,10 +75,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use bundle::BundledMember;
+pub use config::StoreConfig;
 pub use digest::Digest;
 pub use error::{ArtifactError, Tried};
 pub use pins::{CudaKey, Origin, Pin, Pins};
-pub use store::{Located, Source, SourceReport, Store, StoreConfig};
+pub use report::SourceReport;
+pub use store::{Located, Source, Store};
 pub use wheel::Wheel;
 
 /// A pinned package: one group of rows in the pin table.

@@ -1,126 +1,23 @@
 //! The sources of a member, in order, and the first that holds it.
 
-use super::bundle::{self, BundledMember};
+use super::bundle::BundledMember;
 use super::cache::Cache;
+use super::config::StoreConfig;
 use super::digest::Digest;
 use super::error::Tried;
-use super::pins::{Pin, Pins};
+use super::pins::Pin;
 use super::wheel::{Recorded, Wheel, check_machine, public_version};
-use super::{ArtifactError, Fetch, FetchOptions, Member, Package, Progress, ProgressFn};
+use super::{ArtifactError, Fetch, Member, Package, Progress};
 #[cfg(feature = "fetch")]
 use super::{
     origin,
     pins::Origin,
     remote::{RemoteWheel, Trouble},
 };
-use std::collections::{BTreeSet, HashMap};
-use std::ffi::OsString;
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Where a store looks, and what it may do.
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct StoreConfig {
-    /// Wheels, or folders of them, that are asked first.
-    pub wheels: Vec<PathBuf>,
-    /// Wheels, or folders of them, that are asked second: those of `FLASHINFER_RS_WHEELS`.
-    pub env_wheels: Vec<PathBuf>,
-    /// The cache folder; `None` stands for `flashinfer-rs` in the platform's cache folder. A
-    /// relative path starts at the working folder of the process.
-    pub cache_dir: Option<PathBuf>,
-    /// The embedded members.
-    pub bundle: &'static [BundledMember],
-    /// Whether downloads are forbidden.
-    pub offline: bool,
-    /// The pinned wheels.
-    pub pins: Pins,
-    /// The simple index that is asked for registry packages; `None` stands for the machine's own
-    /// settings.
-    pub index_url: Option<String>,
-    /// Told of long operations.
-    pub progress: Option<ProgressFn>,
-    /// Limits of downloads.
-    pub fetch_options: FetchOptions,
-}
-
-impl StoreConfig {
-    /// A configuration that reads nothing from the environment: no wheels, no bundle, offline.
-    pub fn new(pins: Pins) -> StoreConfig {
-        StoreConfig {
-            wheels: Vec::new(),
-            env_wheels: Vec::new(),
-            cache_dir: None,
-            bundle: &[],
-            offline: true,
-            pins,
-            index_url: None,
-            progress: None,
-            fetch_options: FetchOptions::default(),
-        }
-    }
-
-    /// The configuration of the environment: `FLASHINFER_RS_WHEELS` (a list of paths, written
-    /// like `PATH`), `FLASHINFER_RS_CACHE_DIR` (a relative path lies in the platform's cache
-    /// folder), `FLASHINFER_RS_OFFLINE` (`1` or `0`), `FLASHINFER_RS_INDEX_URL`, this crate's pins
-    /// and its embedded bundle.
-    ///
-    /// # Errors
-    /// [`ArtifactError::Setting`] when a variable has a value that means nothing,
-    /// [`ArtifactError::Pins`] when the pin table cannot be read, and
-    /// [`ArtifactError::NoCacheDir`] when a relative cache folder has no place.
-    pub fn from_env() -> Result<StoreConfig, ArtifactError> {
-        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let mut config = StoreConfig::new(Pins::built_in()?);
-        if let Some(list) = set("FLASHINFER_RS_WHEELS") {
-            let paths = std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty());
-            config.env_wheels = paths.collect();
-        }
-        config.cache_dir = set("FLASHINFER_RS_CACHE_DIR").map(named_cache_dir).transpose()?;
-        let offline = set("FLASHINFER_RS_OFFLINE").map(|v| v.to_string_lossy().into_owned());
-        config.offline = flag("FLASHINFER_RS_OFFLINE", offline.as_deref())?;
-        config.index_url = set("FLASHINFER_RS_INDEX_URL").map(|v| v.to_string_lossy().into_owned());
-        config.bundle = bundle::embedded();
-        Ok(config)
-    }
-}
-
-impl fmt::Debug for StoreConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The index address may hold a password.
-        f.debug_struct("StoreConfig")
-            .field("wheels", &self.wheels)
-            .field("env_wheels", &self.env_wheels)
-            .field("cache_dir", &self.cache_dir)
-            .field("bundle", &self.bundle.len())
-            .field("offline", &self.offline)
-            .field("pins", &self.pins)
-            .field("index_url", &self.index_url.is_some())
-            .field("fetch_options", &self.fetch_options)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The folder that `FLASHINFER_RS_CACHE_DIR` names. A relative one lies in the platform's cache
-/// folder: the build script, a program and its tests each run in another folder, and must mean the
-/// same one.
-pub(crate) fn named_cache_dir(value: OsString) -> Result<PathBuf, ArtifactError> {
-    let named = PathBuf::from(value);
-    if named.is_absolute() {
-        return Ok(named);
-    }
-    Ok(dirs::cache_dir().ok_or(ArtifactError::NoCacheDir)?.join(named))
-}
-
-/// Reads a variable that is on or off.
-pub(crate) fn flag(variable: &'static str, value: Option<&str>) -> Result<bool, ArtifactError> {
-    match value.unwrap_or_default().to_ascii_lowercase().as_str() {
-        "" | "0" | "false" | "no" | "off" => Ok(false),
-        "1" | "true" | "yes" | "on" => Ok(true),
-        other => Err(ArtifactError::Setting { variable, value: other.into(), expected: "`1` or `0`".into() }),
-    }
-}
 
 /// Where a member came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,7 +39,7 @@ pub enum Source {
 
 impl Source {
     /// The wheel's path, if there is a wheel.
-    fn path(&self) -> Option<&Path> {
+    pub(super) fn path(&self) -> Option<&Path> {
         match self {
             Source::Config(path) | Source::Env(path) | Source::CachedWheel(path) | Source::Fetched(path) => {
                 Some(path)
@@ -176,32 +73,12 @@ pub struct Located {
     pub source: Source,
 }
 
-/// One source, as a person wants to see it.
-#[derive(Clone, Debug, serde::Serialize)]
-#[non_exhaustive]
-pub struct SourceReport {
-    /// What the source is, in human words.
-    pub source: String,
-    /// Its wheel or folder, if it has one.
-    pub path: Option<PathBuf>,
-    /// Whether it can serve at least one member now.
-    pub usable: bool,
-    /// The names of the modules it holds.
-    pub modules: Vec<String>,
-    /// The file names of what else it holds: libraries, the model of the examples.
-    pub libraries: Vec<String>,
-    /// What is wrong, or why it serves nothing.
-    pub problem: Option<String>,
-    /// What to do about it.
-    pub remedy: Option<String>,
-}
-
 /// Finds members in their sources and keeps verified copies in the cache. Share it by reference
 /// or in an `Arc`; every method may run in many threads and processes at once.
 #[derive(Debug)]
 pub struct Store {
-    config: StoreConfig,
-    cache: Cache,
+    pub(super) config: StoreConfig,
+    pub(super) cache: Cache,
     opened: Mutex<HashMap<PathBuf, Arc<Wheel>>>,
     /// Pinned wheels on their servers, by file name; `None` where the server answers no ranges.
     #[cfg(feature = "fetch")]
@@ -459,7 +336,7 @@ impl Store {
 
     /// Uses the pinned wheel in the cache, if it is there. One that was taken for verified and
     /// cannot be used is so no longer: it is hashed, and if it is another file, that is the error.
-    fn cached<T>(
+    pub(super) fn cached<T>(
         &self,
         pin: &Pin,
         work: impl Fn(&Wheel) -> Result<T, ArtifactError>,
@@ -479,7 +356,7 @@ impl Store {
     }
 
     /// What the pinned wheel holds, by its RECORD in the cache.
-    fn listed(&self, pin: &Pin) -> Result<Option<Wheel>, ArtifactError> {
+    pub(super) fn listed(&self, pin: &Pin) -> Result<Option<Wheel>, ArtifactError> {
         let Some(sha256) = pin.record_sha256 else { return Ok(None) };
         match self.cache.record(sha256)? {
             Some((path, record)) => Wheel::listed(&path, &record).map(Some),
@@ -597,77 +474,6 @@ impl Store {
         RemoteWheel::open(pin, record_sha256, address, options, self.config.progress.clone())
     }
 
-    /// Each source in order: what it is, whether it is usable, what it holds. Of the pinned
-    /// wheels, those that kernels need.
-    pub fn inventory(&self) -> Vec<SourceReport> {
-        let mut reports = Vec::new();
-        for (from_env, path) in self.user_paths() {
-            let source = if from_env { Source::Env } else { Source::Config };
-            match expand(path) {
-                Ok(wheels) if wheels.is_empty() => {
-                    let empty = empty_folder(path, source(path.clone()));
-                    reports.push(SourceReport::absent(
-                        empty.source,
-                        Some(path.clone()),
-                        empty.outcome,
-                        empty.remedy,
-                    ));
-                }
-                Ok(wheels) => reports.extend(wheels.into_iter().map(|wheel| {
-                    let opened = self.check_machine(&wheel).and_then(|()| self.wheel(&wheel, None));
-                    SourceReport::wheel(source(wheel), opened)
-                })),
-                Err(e) => {
-                    let wheel = source(path.clone());
-                    reports.push(SourceReport::wheel(wheel, Err(e)));
-                }
-            }
-        }
-        reports.push(self.bundle_report());
-        for package in Package::KERNELS {
-            let name = format!("pinned wheel of {package}");
-            let pin = match self.config.pins.get(package) {
-                Ok(pin) => pin,
-                Err(e) => {
-                    let remedy = "name wheels in FLASHINFER_RS_WHEELS".into();
-                    reports.push(SourceReport::absent(name, None, e.to_string(), remedy));
-                    continue;
-                }
-            };
-            let at = self.cache.wheels().join(&pin.file);
-            let opened =
-                self.cached(pin, |wheel| Ok(SourceReport::of(Source::CachedWheel(at.clone()), wheel)));
-            let report = match opened {
-                Ok(Some((_, report))) => report,
-                Ok(None) => match self.report_alone(pin, &at) {
-                    Ok(Some(report)) => report,
-                    Ok(None) => SourceReport::absent(
-                        name,
-                        Some(at),
-                        "it is not in the cache".into(),
-                        format!(
-                            "run `flashinfer-doctor fetch {package}`; with downloads allowed it is also \
-                             fetched at first use"
-                        ),
-                    ),
-                    Err(e) => SourceReport::wheel(Source::Alone(pin.file.clone()), Err(e)),
-                },
-                Err(e) => SourceReport::wheel(Source::CachedWheel(at), Err(e)),
-            };
-            reports.push(report);
-        }
-        reports.push(self.download_report());
-        reports
-    }
-
-    /// The names of every module that a local source holds, sorted, each once. Sources that
-    /// cannot be read are left out; [`Store::inventory`] tells of them.
-    pub fn modules(&self) -> Vec<String> {
-        let reports = self.inventory().into_iter();
-        let names: BTreeSet<_> = reports.flat_map(|report| report.modules).collect();
-        names.into_iter().collect()
-    }
-
     /// The cache folder.
     pub fn cache_dir(&self) -> &Path {
         self.cache.root()
@@ -718,7 +524,7 @@ impl Store {
         }
     }
 
-    fn user_paths(&self) -> impl Iterator<Item = (bool, &PathBuf)> {
+    pub(super) fn user_paths(&self) -> impl Iterator<Item = (bool, &PathBuf)> {
         let config = self.config.wheels.iter().map(|path| (false, path));
         config.chain(self.config.env_wheels.iter().map(|path| (true, path)))
     }
@@ -750,7 +556,11 @@ impl Store {
     }
 
     /// An open wheel, whose RECORD must have the digest `record_sha256`, if it is pinned.
-    fn wheel(&self, path: &Path, record_sha256: Option<Digest>) -> Result<Arc<Wheel>, ArtifactError> {
+    pub(super) fn wheel(
+        &self,
+        path: &Path,
+        record_sha256: Option<Digest>,
+    ) -> Result<Arc<Wheel>, ArtifactError> {
         let fits = |wheel: &&Arc<Wheel>| record_sha256.is_none_or(|pinned| wheel.record_sha256() == pinned);
         if let Some(wheel) = self.opened().get(path).filter(fits) {
             return Ok(Arc::clone(wheel));
@@ -765,7 +575,7 @@ impl Store {
     }
 
     /// Refuses a wheel for another architecture than these pins'.
-    fn check_machine(&self, wheel: &Path) -> Result<(), ArtifactError> {
+    pub(super) fn check_machine(&self, wheel: &Path) -> Result<(), ArtifactError> {
         match self.config.pins.arch() {
             // No wheel is for such a machine, and its pins say so.
             "none" => Ok(()),
@@ -818,18 +628,6 @@ impl Store {
         )
     }
 
-    /// The members of a pinned wheel that are in the cache without it, if any are.
-    fn report_alone(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
-        let Some(listed) = self.listed(pin)? else { return Ok(None) };
-        let held = |member: &Member| {
-            let at = (listed.artifact_hash(), member.folder(), &*member.file_name());
-            let found = listed.find(member).ok().flatten();
-            found.is_some_and(|recorded| self.cache.seems_held(at, recorded.size))
-        };
-        let report = SourceReport::holding(Source::Alone(pin.file.clone()), &listed, held);
-        Ok(report.usable.then(|| SourceReport { path: Some(at.into()), ..report }))
-    }
-
     fn bundle_lacks(&self, member: &Member) -> Tried {
         let (outcome, remedy) = if self.config.bundle.is_empty() {
             (
@@ -841,51 +639,6 @@ impl Store {
         };
         Tried { source: Source::Embedded.to_string(), outcome, remedy: remedy.into() }
     }
-
-    fn bundle_report(&self) -> SourceReport {
-        let source = Source::Embedded.to_string();
-        if self.config.bundle.is_empty() {
-            let problem = "nothing was embedded at build time".into();
-            let remedy = "build with FLASHINFER_RS_EMBED=require to see why".into();
-            return SourceReport::absent(source, None, problem, remedy);
-        }
-        let (modules, libraries) = self
-            .config
-            .bundle
-            .iter()
-            .filter_map(|entry| entry.suffix.rsplit('/').next().map(|file| (entry, file)))
-            .partition::<Vec<_>, _>(|(entry, _)| entry.suffix.contains("/jit_cache/"));
-        let name = |file: &str| file.trim_end_matches(".so").to_owned();
-        SourceReport {
-            source,
-            path: None,
-            usable: true,
-            modules: modules.iter().map(|(_, file)| name(file)).collect(),
-            libraries: libraries.iter().map(|(_, file)| (*file).into()).collect(),
-            problem: None,
-            remedy: None,
-        }
-    }
-
-    fn download_report(&self) -> SourceReport {
-        let (problem, remedy) = if cfg!(not(feature = "fetch")) {
-            ("this program was built without it", "build with the feature `fetch`")
-        } else if self.config.offline {
-            ("downloads are forbidden", "unset FLASHINFER_RS_OFFLINE")
-        } else {
-            ("", "")
-        };
-        let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        SourceReport {
-            source: "download of pinned wheels".into(),
-            path: None,
-            usable: problem.is_empty(),
-            modules: Vec::new(),
-            libraries: Vec::new(),
-            problem: some(problem),
-            remedy: some(remedy),
-        }
-    }
 }
 
 #[derive(Default)]
@@ -893,65 +646,6 @@ struct UserWheels {
     wheels: Vec<(Source, Arc<Wheel>)>,
     /// Folders without wheels, and wheels in folders that are for other machines.
     useless: Vec<Tried>,
-}
-
-impl SourceReport {
-    fn absent(source: String, path: Option<PathBuf>, problem: String, remedy: String) -> SourceReport {
-        SourceReport {
-            source,
-            path,
-            usable: false,
-            modules: Vec::new(),
-            libraries: Vec::new(),
-            problem: Some(problem),
-            remedy: Some(remedy),
-        }
-    }
-
-    fn wheel(source: Source, wheel: Result<Arc<Wheel>, ArtifactError>) -> SourceReport {
-        match wheel {
-            Ok(wheel) => SourceReport::of(source, &wheel),
-            Err(e) => {
-                let remedy = match e {
-                    ArtifactError::DigestMismatch { .. } => "run `flashinfer-doctor fetch`",
-                    ArtifactError::OtherMachine { .. } => "leave it out of the list",
-                    _ => "correct the path, or obtain the wheel again",
-                };
-                let path = source.path().map(Path::to_owned);
-                SourceReport::absent(source.to_string(), path, e.to_string(), remedy.into())
-            }
-        }
-    }
-
-    /// What a wheel holds.
-    fn of(source: Source, wheel: &Wheel) -> SourceReport {
-        let path = source.path().map(Path::to_owned);
-        // A module that cannot be had is listed, so that its use tells why.
-        let held = |member: &Member| match member {
-            Member::Module(_) => true,
-            other => matches!(wheel.find(other), Ok(Some(_))),
-        };
-        let report = SourceReport::holding(source, wheel, held);
-        SourceReport { path, ..report }
-    }
-
-    /// What a wheel holds of what `held` accepts.
-    fn holding(source: Source, wheel: &Wheel, held: impl Fn(&Member) -> bool) -> SourceReport {
-        let mut modules = wheel.modules();
-        modules.retain(|name| held(&Member::module(name.as_str())));
-        let libraries = Member::OTHERS.into_iter().filter(|member| held(member));
-        let libraries = libraries.map(|member| member.file_name()).collect::<Vec<_>>();
-        let usable = !modules.is_empty() || !libraries.is_empty();
-        SourceReport {
-            source: source.to_string(),
-            path: None,
-            usable,
-            modules,
-            libraries,
-            problem: (!usable).then(|| "it holds nothing that the crate uses".into()),
-            remedy: (!usable).then(|| "leave it out of the list".into()),
-        }
-    }
 }
 
 fn lacks(member: &Member) -> String {
@@ -966,7 +660,7 @@ fn pin_lacks(source: Source, member: &Member) -> Tried {
     }
 }
 
-fn empty_folder(path: &Path, source: Source) -> Tried {
+pub(super) fn empty_folder(path: &Path, source: Source) -> Tried {
     Tried {
         source: source.to_string(),
         outcome: format!("the folder {} holds no .whl file", path.display()),

@@ -14,7 +14,7 @@ use std::{
 
 use flashinfer_rs::{
     FlashInferRuntime, ModuleName, RuntimeConfig,
-    artifacts::{Progress, ProgressFn, Store, bundle::BundledMember},
+    artifacts::{BundledMember, Progress, ProgressFn, Store},
 };
 use indicatif::HumanBytes;
 
