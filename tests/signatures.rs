@@ -19,7 +19,7 @@ use std::{
 use families::families;
 use flashinfer_rs::{
     FlashInferError, FlashInferRuntime, Module, ModuleName, TensorRef, args,
-    artifacts::{Fetch, Member, Store, StoreConfig, bundle::embedded},
+    artifacts::{Fetch, Member, Store, StoreConfig},
     ffi::{Arg, ArgKind, Signature},
     signatures,
 };
@@ -38,7 +38,7 @@ fn found(config: StoreConfig) -> Vec<Found> {
     let modules_of = |source: flashinfer_rs::artifacts::SourceReport| {
         // A store of nothing but this source.
         let mut alone = config.clone();
-        alone.bundle = if source.path.is_none() { embedded() } else { &[] };
+        alone.bundle = if source.path.is_none() { StoreConfig::from_env().unwrap().bundle } else { &[] };
         (alone.wheels, alone.env_wheels) = (source.path.into_iter().collect(), Vec::new());
         let alone = Store::open(alone).unwrap();
         let find = move |name: String| {
