@@ -15,7 +15,7 @@ use std::{
 
 use flashinfer_rs::{
     ModuleName,
-    artifacts::{CudaKey, Digest, Package, Pins, Wheel, bundle::embedded},
+    artifacts::{CudaKey, Digest, Package, Pins, StoreConfig, Wheel},
     signatures,
 };
 use serde_json::Value;
@@ -120,7 +120,7 @@ fn text(value: &Value) -> &str {
 }
 
 fn embeds(what: &str) -> bool {
-    embedded().iter().any(|member| member.suffix.contains(what))
+    StoreConfig::from_env().unwrap().bundle.iter().any(|member| member.suffix.contains(what))
 }
 
 fn output_text(output: &Output) -> (String, String) {
@@ -414,7 +414,7 @@ fn the_pinned_digests_are_those_of_the_wheels() {
 fn the_footprint_is_printed() {
     let doctor = Doctor::new();
     let (out, err) = output_text(&doctor.run(&["footprint"]));
-    let files = embedded().len();
+    let files = StoreConfig::from_env().unwrap().bundle.len();
     assert!(out.contains(&format!("{files} file")) && out.contains("0 files (0 B)"), "{out} {err}");
     let output = doctor.run(&["footprint", "no_such_module"]);
     assert_eq!(output.status.code(), Some(1));
