@@ -20,7 +20,11 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_flash_attn::flash_attn;
 use candle_nn::ops::softmax_last_dim;
 use candle_transformers::utils::{build_additive_causal_mask, repeat_kv};
-use flashinfer_rs::{attention::{AttentionSpec, Heads, RunOptions}, candle::{BatchDecode, BatchTables, PagedKvCache}, kv::{Batch, KvShape, PageAllocator, Sequence, KvLayout}};
+use flashinfer_rs::{
+    attention::{AttentionSpec, Heads, RunOptions},
+    candle::{BatchDecode, BatchTables, PagedKvCache},
+    kv::{Batch, KvLayout, KvShape, PageAllocator, Sequence},
+};
 
 const DTYPE: DType = DType::F16;
 const HEADS: usize = 32;
