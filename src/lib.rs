@@ -94,8 +94,8 @@
 //!
 //! The kernels check little, so a safe function here checks whatever it must,
 //! or its types rule the mistake out. `docs/soundness.md` in the repository
-//! goes through what each kernel takes on trust. The README has the order of
-//! sources, every environment variable and the requirements.
+//! goes through what each kernel takes on trust, `docs/modules-and-cache.md` has the order of
+//! sources and every environment variable, the README the requirements.
 
 pub mod artifacts;
 #[cfg(feature = "candle")]

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// How to start the runtime. The default takes everything from the
-/// environment; see the README's table of variables.
+/// environment; see the table of variables in `docs/modules-and-cache.md`.
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub struct RuntimeConfig {
