@@ -234,7 +234,7 @@ fn main() -> Result<ExitCode> {
     let runtime = match FlashInferRuntime::get() {
         Ok(runtime) => runtime,
         Err(error) => {
-            println!("Nothing can be called here: the runtime does not start. {error}");
+            println!("Nothing can be called here: the runtime does not start. {error:#}");
             return Ok(ExitCode::SUCCESS);
         }
     };

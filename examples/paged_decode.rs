@@ -203,7 +203,7 @@ where
     let decode = match BatchDecode::new(runtime, &spec::<T>(), HEADS) {
         Ok(decode) => decode,
         Err(error) if !gpu => {
-            println!("  the module does not open here: {error}");
+            println!("  the module does not open here: {error:#}");
             return Ok(agrees);
         }
         Err(error) => return Err(error.into()),
@@ -269,7 +269,7 @@ fn look_around() -> (Option<&'static FlashInferRuntime>, bool) {
     let runtime = match FlashInferRuntime::get() {
         Ok(runtime) => runtime,
         Err(error) => {
-            println!("No kernels: the runtime does not start. {error}");
+            println!("No kernels: the runtime does not start. {error:#}");
             return (None, false);
         }
     };

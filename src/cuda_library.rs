@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    artifacts::{ArtifactError, Fetch, Member, Source, Store, Tried},
+    artifacts::{ArtifactError, Fetch, Member, SearchedSource, Source, Store},
     error::Result,
     library_file::{loader_reason, open_library},
     loader::{self, Library},
@@ -60,14 +60,14 @@ struct Place {
 /// # Errors
 /// It is nowhere; the error lists the places. Or the store's copy is damaged.
 pub(crate) fn load(member: &Member, store: &Store, fetch: Fetch) -> Result<(Library, LibrarySource)> {
-    let mut tried = match load_installed(&member.file_name(), &places(&|name| std::env::var_os(name))) {
+    let mut searched = match load_installed(&member.file_name(), &places(&|name| std::env::var_os(name))) {
         Ok(found) => return Ok(found),
-        Err(tried) => tried,
+        Err(searched) => searched,
     };
     let located = store.locate(member, fetch).map_err(|error| match error {
-        ArtifactError::NotFound { member, tried: sources } => {
-            tried.extend(sources);
-            ArtifactError::NotFound { member, tried }
+        ArtifactError::NotFound { member, searched: sources } => {
+            searched.extend(sources);
+            ArtifactError::NotFound { member, searched }
         }
         error => error,
     })?;
@@ -76,7 +76,7 @@ pub(crate) fn load(member: &Member, store: &Store, fetch: Fetch) -> Result<(Libr
 }
 
 /// Opens a library that is installed on the machine, or tells where it is not.
-fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySource), Vec<Tried>> {
+fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySource), Vec<SearchedSource>> {
     let open = |path: &OsStr, extra: i32| {
         // SAFETY: NVIDIA's library; its initializers only set up its state.
         unsafe { Library::open(Some(path), loader::RTLD_NOW | loader::RTLD_GLOBAL | extra) }
@@ -84,10 +84,10 @@ fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySourc
     if let Ok(library) = open(file.as_ref(), loader::RTLD_NOLOAD) {
         return Ok((library, LibrarySource::Process));
     }
-    let mut tried = Vec::new();
+    let mut searched = Vec::new();
     match open(file.as_ref(), 0) {
         Ok(library) => return Ok((library, LibrarySource::Loader)),
-        Err(error) => tried.push(Tried {
+        Err(error) => searched.push(SearchedSource {
             source: "the dynamic loader's path".into(),
             outcome: loader_reason(&error),
             remedy: "put the library's folder on LD_LIBRARY_PATH".into(),
@@ -97,7 +97,7 @@ fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySourc
         for path in place.folders.iter().map(|folder| folder.join(file)).filter(|path| path.is_file()) {
             match open(path.as_os_str(), 0) {
                 Ok(library) => return Ok((library, LibrarySource::File(path))),
-                Err(error) => tried.push(Tried {
+                Err(error) => searched.push(SearchedSource {
                     source: path.display().to_string(),
                     outcome: loader_reason(&error),
                     remedy: String::new(),
@@ -106,13 +106,13 @@ fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySourc
         }
         let folders: Vec<_> = place.folders.iter().map(|folder| folder.display().to_string()).collect();
         let folders = if folders.is_empty() { "any folder".to_owned() } else { folders.join(", ") };
-        tried.push(Tried {
+        searched.push(SearchedSource {
             source: place.name.into(),
             outcome: format!("no usable {file} in {folders}"),
             remedy: place.remedy.into(),
         });
     }
-    Err(tried)
+    Err(searched)
 }
 
 /// Where libraries are installed, in order of preference.
@@ -235,9 +235,9 @@ mod tests {
             Place { name: "here", remedy: "look again", folders: vec![folder.path().into()] },
             Place { name: "there", remedy: "go there", folders: Vec::new() },
         ];
-        let tried: Vec<_> =
+        let searched: Vec<_> =
             load_installed(file, &places).unwrap_err().iter().map(ToString::to_string).collect();
-        let [loader, broken, here, there] = &tried[..] else { panic!("{tried:?}") };
+        let [loader, broken, here, there] = &searched[..] else { panic!("{searched:?}") };
         assert!(loader.contains("loader's path") && loader.contains("LD_LIBRARY_PATH"), "{loader}");
         assert!(broken.starts_with(folder.path().to_str().unwrap()), "{broken}");
         assert!(broken.contains("file too short") || broken.contains("invalid ELF"), "{broken}");

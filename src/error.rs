@@ -7,7 +7,18 @@ use crate::artifacts::ArtifactError;
 /// Shorthand for results of this crate.
 pub type Result<T, E = FlashInferError> = std::result::Result<T, E>;
 
+/// What to do about [`FlashInferError::AbiVersion`].
+const LOAD_ANOTHER: &str = "let this crate load its own copy first, or load a version that fits";
+/// What to do about [`FlashInferError::ConfigurationMismatch`].
+const INITIALIZE_ONCE: &str = "initialize it once, with the same RuntimeConfig everywhere";
+/// What to do about [`FlashInferError::OutOfPages`].
+const FREE_PAGES: &str =
+    "evict cached prefixes, let sequences finish, or drop one and compute it again later";
+
 /// Everything that can go wrong in this crate.
+///
+/// As text, each is one line that says what was wrong, what was expected and what to do. Where
+/// no source holds a module, the alternate form (`{:#}`) lists the sources, too.
 ///
 /// Errors are raised before anything is launched or written, except where a
 /// variant says otherwise.
@@ -73,10 +84,7 @@ pub enum FlashInferError {
     },
 
     /// `libtvm_ffi` has an ABI that this crate does not speak.
-    #[error(
-        "libtvm_ffi {found} is loaded in this process, but this crate needs {expected}; \
-         let this crate load its own copy first, or load a version that fits"
-    )]
+    #[error("libtvm_ffi {found} is loaded in this process, but this crate needs {expected}; {LOAD_ANOTHER}")]
     AbiVersion {
         /// The version of the library.
         found: String,
@@ -86,8 +94,7 @@ pub enum FlashInferError {
 
     /// The process's runtime was already started with another configuration.
     #[error(
-        "the FlashInfer runtime is already running with another configuration; \
-         initialize it once, with the same RuntimeConfig everywhere ({difference})"
+        "the FlashInfer runtime is already running with another configuration; {INITIALIZE_ONCE} ({difference})"
     )]
     ConfigurationMismatch {
         /// Which field differs.
@@ -133,10 +140,7 @@ pub enum FlashInferError {
 
     /// A pool of KV cache pages has fewer free pages than are needed. Nothing
     /// was taken and nothing changed.
-    #[error(
-        "{needed} pages of the KV cache are needed, {free} are free; evict cached prefixes, \
-         let sequences finish, or drop one and compute it again later"
-    )]
+    #[error("{needed} pages of the KV cache are needed, {free} are free; {FREE_PAGES}")]
     OutOfPages {
         /// Pages that the operation would take.
         needed: usize,
@@ -155,6 +159,23 @@ pub enum FlashInferError {
 }
 
 impl FlashInferError {
+    /// What to do, where there is an answer that does not depend on the call: the end of a
+    /// sentence, as in "free device memory or use smaller workspaces". That of a wrong argument is
+    /// in its `problem`.
+    pub fn remedy(&self) -> Option<String> {
+        let known: &str = match self {
+            Self::Artifact(error) => return error.remedy(),
+            Self::Library { remedy, .. } => remedy,
+            Self::AbiVersion { .. } => LOAD_ANOTHER,
+            Self::ConfigurationMismatch { .. } => INITIALIZE_ONCE,
+            Self::Cuda { code, .. } => cuda_remedy(*code),
+            Self::OutOfPages { .. } => FREE_PAGES,
+            Self::Unsupported { available, .. } => available,
+            _ => "",
+        };
+        Some(known.to_owned()).filter(|remedy| !remedy.is_empty())
+    }
+
     pub(crate) fn invalid(op: &'static str, argument: &'static str, problem: impl Into<String>) -> Self {
         Self::InvalidArgument { op, argument, problem: problem.into() }
     }

@@ -481,8 +481,8 @@ fn the_pinned_registry_packages_are_what_their_pins_say() {
                 assert!(fs::read(&located.path).unwrap().starts_with(magic));
                 assert!(located.path.ends_with(member.file_name()));
             }
-            Err(ArtifactError::NotFound { tried, .. }) => {
-                let last = tried.last().unwrap();
+            Err(ArtifactError::NotFound { searched, .. }) => {
+                let last = searched.last().unwrap();
                 assert!(last.source.contains("download"), "{last}");
                 println!("skipped: no registry can be reached from here: {last}");
             }

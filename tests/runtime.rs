@@ -143,7 +143,10 @@ fn a_missing_module_names_each_source_and_its_remedy() {
         return assert_passed(&output);
     }
     let Some(runtime) = runtime() else { return };
-    let error = runtime.module(&ModuleName::new("no_such_module")).unwrap_err().to_string();
+    let error = runtime.module(&ModuleName::new("no_such_module")).unwrap_err();
+    assert_eq!(error.to_string().lines().count(), 1, "{error}");
+    assert!(error.remedy().is_some(), "{error}");
+    let error = format!("{error:#}");
     for words in
         ["no_such_module", "FLASHINFER_RS_WHEELS", "pinned wheel", "download", "flashinfer-doctor fetch"]
     {
@@ -164,7 +167,7 @@ fn cublas_is_found_or_every_place_is_named() {
             eprintln!("cuBLAS {major}.{minor}.{patch}: {source}");
         }
         Err(error) => {
-            let error = error.to_string();
+            let error = format!("{error:#}");
             for words in [
                 "libcublasLt.so.13",
                 "LD_LIBRARY_PATH",

@@ -18,7 +18,7 @@ fn locate(store: &Store, name: &str) -> Result<PathBuf, ArtifactError> {
 }
 
 fn error(store: &Store, name: &str) -> String {
-    locate(store, name).unwrap_err().to_string()
+    format!("{:#}", locate(store, name).unwrap_err())
 }
 
 fn nothing() -> flashinfer_rs::artifacts::Pins {
@@ -221,7 +221,7 @@ fn sources_are_asked_in_order() {
     }
     assert_eq!(store.modules(), ["five", "four", "one", "three", "two"]);
 
-    let text = store.locate(&Member::module("six"), Fetch::Allowed).unwrap_err().to_string();
+    let text = format!("{:#}", store.locate(&Member::module("six"), Fetch::Allowed).unwrap_err());
     for want in ["a.whl", "b.whl", "c.whl", "embedded bundle", WHEEL, "jit_cache/six/six.so"] {
         assert!(text.contains(want), "{want} is not in: {text}");
     }
@@ -270,7 +270,7 @@ fn without_any_source_the_error_tells_each_and_its_remedy() {
     let mut config = config(dir.path(), nothing());
     config.env_wheels = vec![empty];
     let store = Store::open(config).unwrap();
-    let allowed = store.locate(&Member::module("norm"), Fetch::Allowed).unwrap_err().to_string();
+    let allowed = format!("{:#}", store.locate(&Member::module("norm"), Fetch::Allowed).unwrap_err());
     for want in ["empty", "holds no .whl", "embedded", WHEEL, "forbid", "FLASHINFER_RS_WHEELS"] {
         assert!(allowed.contains(want), "{want} is not in: {allowed}");
     }

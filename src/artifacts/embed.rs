@@ -451,8 +451,8 @@ impl Chosen {
                         format!("no local source holds it; not downloaded: {why}")
                     }
                     (None, E::NoSuchModule { why: Some(why), .. }) => why,
-                    (_, E::NotFound { mut tried, .. }) => {
-                        tried.pop().map_or_else(String::new, |last| last.outcome)
+                    (_, E::NotFound { mut searched, .. }) => {
+                        searched.pop().map_or_else(String::new, |last| last.outcome)
                     }
                     (_, error) => error.to_string(),
                 };

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// One source that was searched in vain.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tried {
+pub struct SearchedSource {
     /// The source, in human words.
     pub source: String,
     /// What was looked for there, and what was found instead.
@@ -19,7 +19,7 @@ pub struct Tried {
     pub remedy: String,
 }
 
-impl fmt::Display for Tried {
+impl fmt::Display for SearchedSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.source, self.outcome)?;
         if !self.remedy.is_empty() {
@@ -29,26 +29,50 @@ impl fmt::Display for Tried {
     }
 }
 
-fn list(tried: &[Tried]) -> String {
-    tried.iter().map(|t| format!("\n  - {t}")).collect()
+/// What to do about [`ArtifactError::DigestMismatch`].
+const OBTAIN_AGAIN: &str = "remove the file and obtain it again from a source that you trust";
+/// What to do about [`ArtifactError::BadWheel`].
+const NAME_A_WHEEL: &str = "name a complete `.whl` file, or a folder of them";
+/// What to do about [`ArtifactError::UnsafeMember`].
+const DO_NOT_USE: &str = "do not use this wheel";
+/// What to do about [`ArtifactError::OtherVersion`].
+const USE_THAT_VERSION: &str = "use a wheel of that version";
+/// What to do about [`ArtifactError::OtherMachine`].
+const NAME_THE_OTHER: &str = "name the wheel for this machine";
+/// What to do about [`ArtifactError::NoCacheDir`].
+const SET_CACHE_DIR: &str = "set FLASHINFER_RS_CACHE_DIR to a folder that can be written, or HOME";
+/// What to do about [`ArtifactError::Locked`].
+const WAIT: &str = "end it, or wait and try again";
+
+fn not_found(member: &Member, searched: &[SearchedSource], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    if f.alternate() {
+        write!(f, "{member} was found in none of its sources:")?;
+        return searched.iter().try_for_each(|source| write!(f, "\n  - {source}"));
+    }
+    write!(f, "{member} was found in none of its {} sources", searched.len())?;
+    match searched.last() {
+        Some(last) => write!(f, "; the last: {last}"),
+        None => Ok(()),
+    }
 }
 
 /// Why no verified file could be had.
+///
+/// As text it is one line, which tells of the last source only. In the alternate form (`{:#}`)
+/// each source that was searched has a line of its own, with what was found there and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArtifactError {
     /// No source holds the member.
-    #[error("{member} was found in none of its sources:{}", list(.tried))]
+    #[error(fmt = not_found)]
     NotFound {
         /// What was looked for.
         member: Member,
         /// Each source, in order.
-        tried: Vec<Tried>,
+        searched: Vec<SearchedSource>,
     },
     /// A file's content is not the one that its pin or its wheel's RECORD promises.
-    #[error(
-        "wrong SHA-256 of {file}: expected {expected}, found {found}; remove the file and obtain it again from a source that you trust"
-    )]
+    #[error("wrong SHA-256 of {file}: expected {expected}, found {found}; {OBTAIN_AGAIN}")]
     DigestMismatch {
         /// The file, or a wheel and its member.
         file: String,
@@ -58,7 +82,7 @@ pub enum ArtifactError {
         found: Digest,
     },
     /// A wheel cannot be read.
-    #[error("{} is not a usable wheel: {reason}; name a complete `.whl` file, or a folder of them", .path.display())]
+    #[error("{} is not a usable wheel: {reason}; {NAME_A_WHEEL}", .path.display())]
     BadWheel {
         /// The wheel.
         path: PathBuf,
@@ -66,7 +90,7 @@ pub enum ArtifactError {
         reason: String,
     },
     /// A wheel holds a member whose name could write outside its folder.
-    #[error("{} holds the unsafe member name {name:?}: {reason}; do not use this wheel", .wheel.display())]
+    #[error("{} holds the unsafe member name {name:?}: {reason}; {DO_NOT_USE}", .wheel.display())]
     UnsafeMember {
         /// The wheel.
         wheel: PathBuf,
@@ -76,7 +100,7 @@ pub enum ArtifactError {
         reason: &'static str,
     },
     /// A wheel holds modules of another FlashInfer version than this crate calls.
-    #[error("{} is of FlashInfer {found}; expected {expected}, whose functions this crate calls; use a wheel of that version", .wheel.display())]
+    #[error("{} is of FlashInfer {found}; expected {expected}, whose functions this crate calls; {USE_THAT_VERSION}", .wheel.display())]
     OtherVersion {
         /// The wheel.
         wheel: PathBuf,
@@ -86,7 +110,7 @@ pub enum ArtifactError {
         expected: String,
     },
     /// A wheel is for machines of another kind.
-    #[error("{} is for {found}, by its name; expected {expected}; name the wheel for this machine", .wheel.display())]
+    #[error("{} is for {found}, by its name; expected {expected}; {NAME_THE_OTHER}", .wheel.display())]
     OtherMachine {
         /// The wheel.
         wheel: PathBuf,
@@ -114,12 +138,10 @@ pub enum ArtifactError {
         remedy: String,
     },
     /// The platform names no cache folder.
-    #[error(
-        "no cache folder is known on this machine: set FLASHINFER_RS_CACHE_DIR to a folder that can be written, or HOME"
-    )]
+    #[error("no cache folder is known on this machine: {SET_CACHE_DIR}")]
     NoCacheDir,
     /// Another process holds a lock for longer than the limit.
-    #[error("another process has held {} for {} s; end it, or wait and try again", .path.display(), .waited.as_secs())]
+    #[error("another process has held {} for {} s; {WAIT}", .path.display(), .waited.as_secs())]
     Locked {
         /// The lock file.
         path: PathBuf,
@@ -173,6 +195,26 @@ pub enum ArtifactError {
 }
 
 impl ArtifactError {
+    /// What to do, where it is known: the end of a sentence, as in "use a wheel of that version".
+    pub fn remedy(&self) -> Option<String> {
+        let known: &str = match self {
+            ArtifactError::NotFound { searched, .. } => {
+                let remedies = searched.iter().map(|source| &source.remedy);
+                return remedies.rev().find(|remedy| !remedy.is_empty()).cloned();
+            }
+            ArtifactError::DigestMismatch { .. } => OBTAIN_AGAIN,
+            ArtifactError::BadWheel { .. } => NAME_A_WHEEL,
+            ArtifactError::UnsafeMember { .. } => DO_NOT_USE,
+            ArtifactError::OtherVersion { .. } => USE_THAT_VERSION,
+            ArtifactError::OtherMachine { .. } => NAME_THE_OTHER,
+            ArtifactError::Cache { remedy, .. } => remedy,
+            ArtifactError::NoCacheDir => SET_CACHE_DIR,
+            ArtifactError::Locked { .. } => WAIT,
+            _ => return None,
+        };
+        Some(known.to_owned())
+    }
+
     /// An error of the cache, with the remedy that fits the system's error.
     pub(crate) fn cache(path: &Path, action: &'static str, source: io::Error) -> ArtifactError {
         use io::ErrorKind as Kind;

