@@ -12,7 +12,7 @@
 
 use super::{
     options::RunOptions,
-    plan::{Heads, ReplayKey},
+    planned::{Heads, ReplayKey},
     prefill::{BatchPrefill, PrefillOptions, PrefillPlan},
     spec::{AttentionSpec, Backend, PosEncodingMode},
     workspace::{Workspace, grown},

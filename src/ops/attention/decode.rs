@@ -13,12 +13,12 @@ use super::{
     mask::MaskTensors,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{
+    planned::{
         Heads, LEAST_CHUNK, MAX_BLOCKS_PER_SM, PlanInfo, PlanMode, Planned, Planning, ROPE_RCP_SCALE,
         ROPE_RCP_THETA, ReplayKey, ReplayShape, check_described, check_output, check_workspace, host_indices,
         make_plan,
     },
-    prefill::{Batch, Pages, PrefillKernels, RunTensors},
+    prefill_kernels::{Pages, PrefillBatch, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend, first_module},
     workspace::{Need, Workspace, arrays},
 };
@@ -234,7 +234,7 @@ impl BatchDecode {
                 let (indptr, device_indptr) = workspace.one_query_each(batch)?;
                 queries = Some(device_indptr);
                 let (indices, lens) = (table.host(), table.host().seq_lens());
-                let batch = Batch {
+                let batch = PrefillBatch {
                     qo_indptr: &indptr,
                     kv_indptr: indices.indptr(),
                     kv_lens: &lens,

@@ -10,7 +10,7 @@
 
 use super::{
     options::check_sm_scale,
-    plan::{PlanInfo, Planned, Planning, check_lse, check_workspace, host_indices, make_plan},
+    planned::{PlanInfo, Planned, Planning, check_lse, check_workspace, host_indices, make_plan},
     spec::{Backend, flash_attention},
     workspace::{Need, Workspace, arrays},
 };

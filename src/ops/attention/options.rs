@@ -1,6 +1,6 @@
 //! Options of a run, which all attention kernels share.
 
-use super::{plan::Heads, spec::AttentionSpec};
+use super::{planned::Heads, spec::AttentionSpec};
 use crate::{dtype::DType, error::Result, ops::check::Check, tensor::TensorRef};
 
 /// Options of a run of decode, prefill or attention of one request.

@@ -21,7 +21,7 @@ use super::{
     mask::Mask,
     options::{RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{
+    planned::{
         Heads, MAX_BLOCKS_PER_SM, ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output,
     },
     spec::{AttentionSpec, Backend},

@@ -1,6 +1,6 @@
 //! What selects an attention module.
 
-use super::plan::Heads;
+use super::planned::Heads;
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
-    plan::PlanInfo,
-    prefill::{Batch, PrefillKernels, PrefillPlanKey},
+    planned::PlanInfo,
+    prefill_kernels::{PrefillBatch, PrefillKernels, PrefillPlanKey},
 };
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer},
@@ -213,7 +213,7 @@ impl Workspace {
     }
 
     /// The plan that is in the workspace, if it is of this batch.
-    pub(super) fn planned(&self, kernels: &PrefillKernels, batch: &Batch<'_>) -> Option<&PlanInfo> {
+    pub(super) fn planned(&self, kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> Option<&PlanInfo> {
         self.planned.as_ref().filter(|(key, _)| key.is_of(kernels, batch)).map(|(_, info)| info)
     }
 

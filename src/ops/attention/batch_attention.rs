@@ -13,7 +13,7 @@ use super::{
     empty_states,
     mask::{Mask, MaskTensors, check_causal, requests_of},
     options::{RunOptions, check_sm_scale},
-    plan::{
+    planned::{
         Heads, PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_rows,
         check_workspace, host_indices, make_plan,
     },
