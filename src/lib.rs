@@ -33,7 +33,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     kv::{KvLayout, PagedKv},
 //! };
@@ -42,8 +42,8 @@
 //! // Once per process. Only `initialize`, `preload` and `new` may download.
 //! let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
 //! let spec = AttentionSpec::new(DType::F16, 128);
-//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-//! let decode = BatchDecode::new(runtime, &spec, heads)?;
+//! let heads = Heads::new(32, 8);
+//! let decode = BatchDecode::new(&stream, &spec, heads)?;
 //!
 //! // A KV cache of 8 pages of 16 tokens, and 32 query heads on 8 KV heads.
 //! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
@@ -57,11 +57,11 @@
 //! let requests = [(&[3, 0, 5, 1][..], 50), (&[7, 2][..], 17)];
 //! let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
 //! let mut workspace = Workspace::new(&stream)?;
-//! let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+//! let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
 //!
 //! // For each layer:
 //! let (k, v) = (k.tensor(&cuda, &[8, 16, 8, 128])?, v.tensor(&cuda, &[8, 16, 8, 128])?);
-//! plan.run(
+//! plan.run_with(
 //!     &q.tensor(&cuda, &[2, 32, 128])?.view(),
 //!     &PagedKv::new(k.view(), v.view(), KvLayout::Nhd),
 //!     &mut out.tensor_mut(&cuda, &[2, 32, 128])?.view_mut(),

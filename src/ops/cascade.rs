@@ -24,7 +24,7 @@
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+//!     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
 //!     cascade::{self, State, StateMut},
 //!     cudarc::{TensorExt, TensorExtMut},
 //!     kv::{KvLayout, PagedKv},
@@ -32,7 +32,7 @@
 //! use half::f16;
 //! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
 //! let stream = Stream::from(&cuda);
-//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+//! let heads = Heads::new(32, 8);
 //! let decode = BatchDecode::new(FlashInferRuntime::get()?, &AttentionSpec::new(DType::F16, 128), heads)?;
 //! let mut workspace = Workspace::new(&stream)?;
 //!
@@ -47,9 +47,9 @@
 //! let mut s = [cuda.alloc_zeros::<f32>(3 * 32)?, cuda.alloc_zeros::<f32>(3 * 32)?];
 //! for (indices, (v, s)) in [prefix, own].into_iter().zip(v.iter_mut().zip(&mut s)) {
 //!     let table = PageTable::new(&stream, indices)?;
-//!     let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+//!     let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
 //!     let (mut v, mut s) = (v.tensor_mut(&cuda, &[3, 32, 128])?, s.tensor_mut(&cuda, &[3, 32])?);
-//!     plan.run(&q.view(), &kv, &mut v.view_mut(), Some(&mut s.view_mut()), &RunOptions::default())?;
+//!     plan.run_with(&q.view(), &kv, &mut v.view_mut(), Some(&mut s.view_mut()), &RunOptions::default())?;
 //! }
 //! // The first state becomes that of all tokens.
 //! let ([v, v_own], [s, s_own]) = (&mut v, &mut s);

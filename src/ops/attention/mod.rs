@@ -55,16 +55,14 @@ mod single;
 mod spec;
 mod workspace;
 
-pub use batch_attention::{BatchAttention, BatchAttentionOptions, BatchAttentionPlan};
-pub use cascade::{
-    CascadeLevel, CascadeOptions, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade,
-};
+pub use batch_attention::{BatchAttention, BatchAttentionPlan};
+pub use cascade::{CascadeLevel, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
-pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
-pub use options::RunOptions;
-pub use planned::{Heads, PlanMode, ReplayKey};
-pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
+pub use mla::{BatchMla, MlaCache, MlaPlan, MlaQuery, MlaSpec};
+pub use options::{PlanOptions, PrefillRunOptions, RunOptions, Split};
+pub use planned::{Heads, ReplayKey};
+pub use prefill::{BatchPrefill, PrefillPlan};
 pub use single::{SingleDecode, SinglePrefill};
 pub use spec::{AttentionSpec, Backend, PosEncodingMode};
 pub use workspace::Workspace;

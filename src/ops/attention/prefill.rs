@@ -3,8 +3,8 @@
 
 use super::{
     empty_states,
-    mask::{Mask, MaskTensors, requests_of},
-    options::{RunOptions, check_sm_scale},
+    mask::{MaskTensors, requests_of},
+    options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
         Heads, PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output,
         check_rows, check_workspace,
@@ -20,37 +20,12 @@ use crate::{
     kv::{KvLayout, PagedKv},
     module::Module,
     ops::{check::Check, page::check_cache},
-    runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 const PAGED_OP: &str = "BatchPrefill::plan_paged";
 const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
-
-/// How a prefill is planned.
-#[derive(Clone, Copy, Debug, Default)]
-#[non_exhaustive]
-pub struct PrefillOptions<'p> {
-    /// Which keys each query sees.
-    pub mask: Mask<'p>,
-    /// `Some(rows)` plans for a CUDA graph: tensors have this many rows, at
-    /// least one for each request, of which each plan uses as many as its batch
-    /// has queries; batch size and heads must stay. See [`PlanMode::CudaGraph`](super::PlanMode::CudaGraph).
-    pub graph_rows: Option<usize>,
-}
-
-impl<'p> PrefillOptions<'p> {
-    /// With a mask, not for a graph.
-    pub fn masked(mask: Mask<'p>) -> Self {
-        Self { mask, ..Self::default() }
-    }
-
-    /// Causal, not for a graph.
-    pub fn causal() -> Self {
-        Self::masked(Mask::Causal)
-    }
-}
 
 /// Batch prefill over paged or ragged keys and values.
 ///
@@ -68,46 +43,44 @@ impl<'p> PrefillOptions<'p> {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, FlashInferRuntime, MaskIndices, MaskTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PrefillOptions, RunOptions, Workspace},
-///     cudarc::{TensorExt, TensorExtMut},
+///     DType, MaskIndices, MaskTable, RaggedIndices, RaggedTable, Stream,
+///     attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, Workspace},
+///     cudarc::Tensor,
 /// };
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let (stream, runtime) = (Stream::from(&cuda), FlashInferRuntime::get()?);
-/// let spec = AttentionSpec::new(DType::BF16, 128);
-/// let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-/// let prefill = BatchPrefill::new(runtime, &stream, &spec)?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let (spec, heads) = (AttentionSpec::new(DType::BF16, 128), Heads::new(32, 8));
+/// let prefill = BatchPrefill::new(&stream, &spec, heads)?;
 ///
 /// // Two requests: a prompt of 5 tokens, and 3 more tokens of one that has 20.
 /// let queries = RaggedTable::new(&stream, RaggedIndices::from_lens([5, 3])?)?;
 /// let keys = RaggedTable::new(&stream, RaggedIndices::from_lens([5, 20])?)?;
-/// let (q, k) = (cuda.alloc_zeros::<bf16>(8 * 32 * 128)?, cuda.alloc_zeros::<bf16>(25 * 8 * 128)?);
-/// let (v, mut out) = (cuda.alloc_zeros::<bf16>(25 * 8 * 128)?, cuda.alloc_zeros::<bf16>(8 * 32 * 128)?);
-/// let (q, kv_shape) = (q.tensor(&cuda, &[8, 32, 128])?, [25, 8, 128]);
-/// let (k, v) = (k.tensor(&cuda, &kv_shape)?, v.tensor(&cuda, &kv_shape)?);
-/// let mut out = out.tensor_mut(&cuda, &[8, 32, 128])?;
+/// let q = Tensor::<bf16>::zeros(&stream, &[8, 32, 128])?;
+/// let k = Tensor::<bf16>::zeros(&stream, &[25, 8, 128])?;
+/// let v = Tensor::<bf16>::zeros(&stream, &[25, 8, 128])?;
+/// let mut out = Tensor::<bf16>::zeros(&stream, &[8, 32, 128])?;
 ///
 /// let mut workspace = Workspace::new(&stream)?;
-/// let plan = prefill.plan_ragged(&mut workspace, &queries, &keys, heads, &PrefillOptions::causal())?;
-/// let (kv, options) = ([&k.view(), &v.view()], RunOptions::default());
-/// plan.run(&q.view(), kv, &mut out.view_mut(), None, &options)?;
+/// let plan = prefill.plan_ragged(&mut workspace, &queries, &keys, &PlanOptions::causal())?;
+/// plan.run(&q.view(), [&k.view(), &v.view()], &mut out.view_mut())?;
 ///
 /// // With a mask that says for each query and key whether it is seen, as
 /// // drafts that form a tree need it.
-/// let masked = BatchPrefill::new(runtime, &stream, &spec.with_backend(Backend::Fa2))?;
+/// let masked = BatchPrefill::new(&stream, &spec.with_backend(Backend::Fa2), heads)?;
 /// let indices = MaskIndices::new([(5, 5), (3, 20)])?;
-/// let bits = cuda.clone_htod(&indices.pack(&[true; 5 * 5 + 3 * 20])?)?;
-/// let (indices, bits) = (MaskTable::new(&stream, indices)?, bits.tensor(&cuda, &[bits.len()])?);
-/// let options = PrefillOptions::masked(Mask::Custom { indices: &indices, bits: bits.view() });
-/// let plan = masked.plan_ragged(&mut workspace, &queries, &keys, heads, &options)?;
-/// plan.run(&q.view(), kv, &mut out.view_mut(), None, &RunOptions::default())?;
+/// let bits = indices.pack(&[true; 5 * 5 + 3 * 20])?;
+/// let bits = Tensor::from_slice(&stream, &[bits.len()], &bits)?;
+/// let indices = MaskTable::new(&stream, indices)?;
+/// let options = PlanOptions::default().with_mask(Mask::Custom { indices: &indices, bits: bits.view() });
+/// let plan = masked.plan_ragged(&mut workspace, &queries, &keys, &options)?;
+/// plan.run(&q.view(), [&k.view(), &v.view()], &mut out.view_mut())?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct BatchPrefill {
     kernels: PrefillKernels,
+    heads: Heads,
 }
 
 impl BatchPrefill {
@@ -115,11 +88,14 @@ impl BatchPrefill {
     /// pinned wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
-    /// this GPU. Else the module cannot be had or opened.
-    pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
-        let (module, fa3) = spec.first_prefill(runtime, stream.ordinal(), AttentionSpec::prefill_module)?;
-        Ok(Self { kernels: PrefillKernels::load(module, spec, fa3)? })
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can work
+    /// on such heads. [`Unsupported`](FlashInferError::Unsupported): no such
+    /// module can exist, or not for this GPU. Else the module cannot be had or
+    /// opened.
+    pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        heads.check("BatchPrefill::new")?;
+        let (module, fa3) = spec.first_prefill(stream, AttentionSpec::prefill_module)?;
+        Ok(Self { kernels: PrefillKernels::load(module, spec, fa3)?, heads })
     }
 
     /// The module that serves the spec.
@@ -132,6 +108,11 @@ impl BatchPrefill {
         &self.kernels.spec
     }
 
+    /// The heads.
+    pub fn heads(&self) -> Heads {
+        self.heads
+    }
+
     /// The kernels that were picked: FlashAttention 2 or 3.
     pub fn backend(&self) -> Backend {
         self.kernels.backend()
@@ -140,11 +121,14 @@ impl BatchPrefill {
     /// Plans attention of `queries` to the pages of `table`.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes,
-    /// streams or heads do not fit; with a causal mask, a request has more
-    /// queries than keys, and keys; the workspace is too small and does not
-    /// [grow](Workspace#growth); the stream is being captured. Else what the
-    /// module or CUDA said.
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes or
+    /// streams do not fit; with a causal mask, a request has more queries than
+    /// keys, and keys; the workspace is too small and does not
+    /// [grow](Workspace#growth); the stream is being captured;
+    /// [`graph`](PlanOptions::graph) has fewer rows than queries or requests;
+    /// [`split`](PlanOptions::split) is out of range.
+    /// [`Unsupported`](FlashInferError::Unsupported): the kernels do not have the
+    /// mask or the `split`. Else what the module or CUDA said.
     ///
     /// If the workspace was planned for an equal batch last, nothing is planned
     /// nor uploaded again.
@@ -153,8 +137,7 @@ impl BatchPrefill {
         workspace: &'p mut Workspace,
         queries: &'p RaggedTable,
         table: &'p PageTable,
-        heads: Heads,
-        options: &PrefillOptions<'p>,
+        options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, PageTable>> {
         let spec = &self.kernels.spec;
         if spec.head_dim_qk != spec.head_dim_vo {
@@ -170,7 +153,8 @@ impl BatchPrefill {
         let lens = indices.seq_lens();
         let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
         let kv = KvBatch { op: PAGED_OP, indptr, lens: &lens, page_size, extent, paged: true };
-        self.plan(workspace, queries, (table, table.indptr()?, table.addresses()), &kv, heads, options)
+        let keys = KvTable { table, indptr: table.indptr()?, addresses: table.addresses() };
+        self.plan(workspace, queries, keys, &kv, options)
     }
 
     /// Plans attention of `queries` to keys and values that lie one after the
@@ -183,8 +167,7 @@ impl BatchPrefill {
         workspace: &'p mut Workspace,
         queries: &'p RaggedTable,
         keys: &'p RaggedTable,
-        heads: Heads,
-        options: &PrefillOptions<'p>,
+        options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, RaggedTable>> {
         let indptr = keys.host().indptr();
         let lens: Vec<i32> = indptr.windows(2).map(|pair| pair[1] - pair[0]).collect();
@@ -196,21 +179,21 @@ impl BatchPrefill {
             extent: keys.host().total(),
             paged: false,
         };
-        self.plan(workspace, queries, (keys, keys.indptr()?, keys.addresses()), &kv, heads, options)
+        let keys = KvTable { table: keys, indptr: keys.indptr()?, addresses: keys.addresses() };
+        self.plan(workspace, queries, keys, &kv, options)
     }
 
     fn plan<'p, K>(
         &self,
         workspace: &'p mut Workspace,
         queries: &'p RaggedTable,
-        (keys, keys_indptr, key_addresses): (&'p K, RawTensor, [usize; 3]),
+        keys: KvTable<'p, K>,
         kv: &KvBatch<'_>,
-        heads: Heads,
-        options: &PrefillOptions<'p>,
+        options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, K>> {
         let check = Check::new(kv.op, queries.stream())?;
-        check.tensor("keys", &keys_indptr, &[DType::I32], &[1])?;
-        heads.check(kv.op)?;
+        check.tensor("keys", &keys.indptr, &[DType::I32], &[1])?;
+        let heads = self.heads;
         let (requests, total) = (queries.host().batch_size(), queries.host().total());
         if requests != kv.lens.len() {
             return check.fail(
@@ -218,14 +201,15 @@ impl BatchPrefill {
                 format!("they are of {requests} requests, keys and values of {}", kv.lens.len()),
             );
         }
-        let rows = check_rows(&check, options.graph_rows, total, requests)?;
+        let rows = check_rows(&check, options.graph, total, requests)?;
         self.kernels.spec.check_output_size(&check, rows, heads)?;
         let batch = requests_of(queries.host(), kv.lens);
-        options.mask.check(&check, (&self.kernels.spec, self.kernels.fa3), batch, kv.paged)?;
+        options.mask.check(&check, &self.kernels.spec, self.kernels.fa3, batch, kv.paged)?;
+        self.kernels.check_split(&check, options, kv.page_size)?;
         let mask = options.mask.tensors(self.kernels.fa3)?;
         check_workspace(&check, workspace)?;
         let batch = requests_of(queries.host(), kv.lens);
-        let graph = options.graph_rows.is_some();
+        let graph = options.graph.is_some();
         let empty = empty_states::possible(graph, &mask, batch.clone());
         if empty {
             empty_states::prepare()?;
@@ -235,7 +219,7 @@ impl BatchPrefill {
         } else {
             None
         };
-        let info = if total == 0 && options.graph_rows.is_none() || requests == 0 {
+        let info = if total == 0 && !graph || requests == 0 {
             None
         } else {
             let batch = PrefillBatch {
@@ -246,27 +230,33 @@ impl BatchPrefill {
                 heads,
                 causal: options.mask.is_causal(),
                 rows,
-                cuda_graph: options.graph_rows.is_some(),
+                cuda_graph: graph,
+                split: options.split,
             };
             Some(self.kernels.make_plan(&check, workspace, &batch)?)
         };
-        let (kernels, options) = (self.kernels, *options);
-        let keys_extent = kv.extent;
         Ok(PrefillPlan {
-            kernels,
+            kernels: self.kernels,
             queries,
-            keys,
-            key_addresses,
-            keys_extent,
+            keys: keys.table,
+            key_addresses: keys.addresses,
+            keys_extent: kv.extent,
             heads,
             rows,
-            options,
+            graph,
             mask,
             empty,
             as_pages,
             planned: Planned::new(workspace, info)?,
         })
     }
+}
+
+/// The index arrays of keys and values on the device.
+struct KvTable<'p, K> {
+    table: &'p K,
+    indptr: RawTensor,
+    addresses: [usize; 3],
 }
 
 /// Keys and values of a batch, as planners see them.
@@ -322,7 +312,8 @@ pub struct PrefillPlan<'p, K> {
     keys_extent: usize,
     heads: Heads,
     rows: usize,
-    options: PrefillOptions<'p>,
+    /// Whether it is for a CUDA graph.
+    graph: bool,
     mask: MaskTensors,
     /// Whether queries may see no key.
     empty: bool,
@@ -335,7 +326,7 @@ impl<K> PrefillPlan<'_, K> {
     /// What a graph that captures runs of this plan bakes in: replay it only
     /// after a plan with an equal key. `None` unless planned for a graph.
     pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
+        let info = self.planned.info.as_ref().filter(|_| self.graph)?;
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
         let numbers = self.as_pages.iter().map(|numbers| numbers.data as usize);
         let indices = self.key_addresses.into_iter().chain(self.queries.addresses()).chain(numbers);
@@ -411,7 +402,15 @@ impl<K> PrefillPlan<'_, K> {
 }
 
 impl PrefillPlan<'_, PageTable> {
-    /// Attention of each query to its request's pages.
+    /// Attention of each query to its request's pages, with the default options.
+    ///
+    /// # Errors
+    /// As [`run_with`](PrefillPlan::<PageTable>::run_with).
+    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+        self.run_with(q, kv, out, None, &RunOptions::default())
+    }
+
+    /// As [`run`](PrefillPlan::<PageTable>::run), with an LSE and options.
     ///
     /// `q` is `[queries, num_qo_heads, head_dim_qk]`, `out`
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
@@ -422,8 +421,8 @@ impl PrefillPlan<'_, PageTable> {
     /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
-    /// As [`DecodePlan::run`](super::DecodePlan::run).
-    pub fn run(
+    /// As [`DecodePlan::run_with`](super::DecodePlan::run_with).
+    pub fn run_with(
         &self,
         q: &TensorRef<'_>,
         kv: &PagedKv<'_>,
@@ -453,17 +452,25 @@ impl PrefillPlan<'_, PageTable> {
 }
 
 impl PrefillPlan<'_, RaggedTable> {
-    /// Attention of each query to its request's keys.
+    /// Attention of each query to its request's keys, with the default options.
+    ///
+    /// # Errors
+    /// As [`run_with`](PrefillPlan::<RaggedTable>::run_with).
+    pub fn run(&self, q: &TensorRef<'_>, kv: [&TensorRef<'_>; 2], out: &mut TensorMut<'_>) -> Result<()> {
+        self.run_with(q, kv, out, None, &RunOptions::default())
+    }
+
+    /// As [`run`](PrefillPlan::<RaggedTable>::run), with an LSE and options.
     ///
     /// `k` is `[keys, num_kv_heads, head_dim_qk]`, `v`
     /// `[keys, num_kv_heads, head_dim_vo]`; the rest is as in
-    /// [`run`](PrefillPlan::<PageTable>::run) over pages.
+    /// [`run_with`](PrefillPlan::<PageTable>::run_with) over pages.
     ///
     /// # Errors
-    /// As [`DecodePlan::run`](super::DecodePlan::run); with FlashAttention 3 also
+    /// As [`DecodePlan::run_with`](super::DecodePlan::run_with); with FlashAttention 3 also
     /// when there are several requests and the rows of `v` are not as far apart
     /// as those of `k`.
-    pub fn run(
+    pub fn run_with(
         &self,
         q: &TensorRef<'_>,
         [k, v]: [&TensorRef<'_>; 2],

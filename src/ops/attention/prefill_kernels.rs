@@ -11,7 +11,7 @@
 
 use super::{
     mask::MaskTensors,
-    options::RunOptions,
+    options::{PlanOptions, RunOptions, Split},
     output_scale::OutputScale,
     planned::{
         Heads, LEAST_CHUNK, PlanInfo, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, host_indices,
@@ -123,7 +123,7 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
     (FA3_SINK_MODULES, SinkRaggedRun::SIGNATURE),
 ];
 
-pub(super) const RUN_OP: &str = "PrefillPlan::run";
+pub(super) const RUN_OP: &str = "PrefillPlan::run_with";
 /// Numbers in a plan.
 const FA2_PLAN_LEN: usize = 15;
 const FA3_PLAN_LEN: usize = 9;
@@ -155,6 +155,8 @@ pub(super) struct PrefillBatch<'a> {
     /// Rows of the tensors: those of the batch, or the fixed maximum of a graph.
     pub(super) rows: usize,
     pub(super) cuda_graph: bool,
+    /// Only FlashAttention 2 reads it.
+    pub(super) split: Split,
 }
 
 /// Everything that a plan depends on, to tell whether another would be equal.
@@ -169,12 +171,22 @@ pub(super) struct PrefillPlanKey {
     causal: bool,
     rows: usize,
     cuda_graph: bool,
+    split: Split,
 }
 
 impl PrefillPlanKey {
     fn new(kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> Self {
-        let &PrefillBatch { qo_indptr, kv_indptr, kv_lens, page_size, heads, causal, rows, cuda_graph } =
-            batch;
+        let &PrefillBatch {
+            qo_indptr,
+            kv_indptr,
+            kv_lens,
+            page_size,
+            heads,
+            causal,
+            rows,
+            cuda_graph,
+            split,
+        } = batch;
         Self {
             spec: kernels.spec,
             module: kernels.module,
@@ -186,17 +198,27 @@ impl PrefillPlanKey {
             causal,
             rows,
             cuda_graph,
+            split,
         }
     }
 
     /// Whether these kernels' plan of this batch would be the same.
     pub(super) fn is_of(&self, kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> bool {
-        let &PrefillBatch { qo_indptr, kv_indptr, kv_lens, page_size, heads, causal, rows, cuda_graph } =
-            batch;
+        let &PrefillBatch {
+            qo_indptr,
+            kv_indptr,
+            kv_lens,
+            page_size,
+            heads,
+            causal,
+            rows,
+            cuda_graph,
+            split,
+        } = batch;
         std::ptr::eq(self.module, kernels.module)
             && self.spec == kernels.spec
             && (self.page_size, self.heads, self.causal) == (page_size, heads, causal)
-            && (self.rows, self.cuda_graph) == (rows, cuda_graph)
+            && (self.rows, self.cuda_graph, self.split) == (rows, cuda_graph, split)
             && self.qo_indptr == qo_indptr
             && self.kv_indptr == kv_indptr
             && self.kv_lens == kv_lens
@@ -250,7 +272,20 @@ impl PrefillKernels {
         if self.fa3 { Backend::Fa3 } else { Backend::Fa2 }
     }
 
-    /// Checks heads and sizes, and plans.
+    /// Refuses what cannot be asked of the planner.
+    pub(super) fn check_split(
+        &self,
+        check: &Check<'_>,
+        options: &PlanOptions<'_>,
+        page_size: usize,
+    ) -> Result<()> {
+        if self.fa3 {
+            return options.split.refuse("FlashAttention 3, which never divides the keys of a request");
+        }
+        options.split.check(check, page_size, options.graph.is_some())
+    }
+
+    /// Plans a batch, and a [checked](Self::check_split) way to divide it.
     pub(super) fn make_plan(
         &self,
         check: &Check<'_>,
@@ -267,13 +302,35 @@ impl PrefillKernels {
         let multiprocessors = multiprocessors.unsigned_abs() as usize;
         let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
         let kv_lens = host_indices(batch.kv_lens)?;
-        let no_split = must_stay_whole(&self.spec, batch);
+        let whole = must_stay_whole(&self.spec, batch);
+        if let Some(pages) = batch.split.fixed_split_size.filter(|_| whole && !self.fa3) {
+            return Err(FlashInferError::Unsupported {
+                what: format!(
+                    "fixed_split_size of {pages} pages for several queries of a request with a sliding window and \
+                     no causal mask"
+                ),
+                available: "keys stay whole there; use Split::disabled(), or a causal mask".into(),
+            });
+        }
+        let no_split = whole || batch.split.disable_split_kv;
         let (need, numbers) = if self.fa3 {
             (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
         } else {
             let (major, _) = cuda.compute_capability(stream.ordinal())?;
-            (fa2_need(&self.spec, batch, no_split, (multiprocessors, major)), FA2_PLAN_LEN)
+            (fa2_need(&self.spec, batch, no_split, multiprocessors, major), FA2_PLAN_LEN)
         };
+        // Kernels number the elements of partial results in 32 bits. Parts of the
+        // planner's own choice are not as many.
+        if batch.split.fixed_split_size.is_some() && need.float / size_of::<f32>() > u32::MAX as usize {
+            return check.fail(
+                "split",
+                format!(
+                    "parts of {:?} pages make {} bytes of partial results, and 2^32 elements are too many; use \
+                     larger parts",
+                    batch.split.fixed_split_size, need.float
+                ),
+            );
+        }
         // A captured launch has blocks for more work than there may be. With
         // undivided keys nothing tells those beyond it to stop, so that they go
         // by index arrays that the planner did not write: zeros make them
@@ -314,8 +371,12 @@ impl PrefillKernels {
                 if self.fa3 {
                     plan!(Fa3Plan {}).call(&self.plan, &stream)
                 } else {
-                    plan!(Fa2Plan { fixed_split_size: -1, disable_split_kv: no_split, num_colocated_ctas: 0 })
-                        .call(&self.plan, &stream)
+                    plan!(Fa2Plan {
+                        fixed_split_size: batch.split.fixed_split_size.map_or(-1, |pages| pages as i64),
+                        disable_split_kv: no_split,
+                        num_colocated_ctas: batch.split.num_colocated_ctas as i64
+                    })
+                    .call(&self.plan, &stream)
                 }
             }
         })?;
@@ -454,11 +515,13 @@ fn fa2_need(
     spec: &AttentionSpec,
     batch: &PrefillBatch<'_>,
     no_split: bool,
-    (multiprocessors, major): (usize, i32),
+    multiprocessors: usize,
+    major: i32,
 ) -> Need {
     let Heads { num_qo_heads, num_kv_heads } = batch.heads;
     let (group, requests, rows) = (num_qo_heads / num_kv_heads, batch.kv_lens.len(), batch.rows);
-    let most = FA2_BLOCKS_PER_SM * multiprocessors / num_kv_heads;
+    let blocks = (FA2_BLOCKS_PER_SM * multiprocessors).saturating_sub(batch.split.num_colocated_ctas);
+    let most = blocks / num_kv_heads;
     // Of the longest request that there can be, or of the mean one.
     let length = if batch.cuda_graph { (rows - requests + 1) * group } else { rows * group / requests };
     let tile = match length {
@@ -470,7 +533,7 @@ fn fa2_need(
     let (divided, work) = if batch.cuda_graph {
         (!no_split, most.max((rows * group).div_ceil(tile) + requests - 1))
     } else {
-        fa2_work(spec, batch, no_split, (tile, most))
+        fa2_work(spec, batch, no_split, tile, most)
     };
     let ints = |count: usize| count * size_of::<i32>();
     let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
@@ -485,13 +548,14 @@ fn fa2_need(
 }
 
 /// Whether the planner of FlashAttention 2 divides keys for one launch, and the
-/// work that it comes to: it looks for the smallest chunks, of which there are
-/// no more than `most`.
+/// work that it comes to: in chunks of the size that is asked for, else in the
+/// smallest of which there are no more than `most`.
 fn fa2_work(
     spec: &AttentionSpec,
     batch: &PrefillBatch<'_>,
     no_split: bool,
-    (tile, most): (usize, usize),
+    tile: usize,
+    most: usize,
 ) -> (bool, usize) {
     let group = batch.heads.num_qo_heads / batch.heads.num_kv_heads;
     let seen = spec.window_left.map(|window| (window as usize + tile).div_ceil(batch.page_size));
@@ -503,6 +567,9 @@ fn fa2_work(
     let requests: Vec<(usize, usize)> = requests.collect();
     let work = |chunk: usize| requests.iter().map(|(tiles, pages)| tiles * pages.div_ceil(chunk)).sum();
     let longest = requests.iter().map(|&(_, pages)| pages).max().unwrap_or(1);
+    if let Some(chunk) = batch.split.fixed_split_size.filter(|_| !no_split) {
+        return (chunk < longest, work(chunk));
+    }
     let (mut low, mut high) = ((LEAST_CHUNK / batch.page_size).max(1), longest);
     if no_split || low >= high || work(high) > most {
         return (false, work(high));
@@ -622,13 +689,15 @@ mod tests {
 
     /// An H200's multiprocessors and major compute capability.
     const H200: (usize, i32) = (132, 9);
-    const HEADS: Heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    const BY_ITSELF: Split = Split::beside(0);
+    const HEADS: Heads = Heads::new(32, 8);
     const PAGE_SIZE: usize = 16;
 
     /// Calls with the batch of requests with these queries and pages.
     fn with_batch<R>(
         requests: &[(i32, i32)],
-        graph_rows: Option<usize>,
+        graph: Option<usize>,
+        split: Split,
         use_batch: impl FnOnce(&PrefillBatch<'_>) -> R,
     ) -> R {
         let (mut queries, mut pages) = (vec![0], vec![0]);
@@ -644,13 +713,21 @@ mod tests {
             page_size: PAGE_SIZE,
             heads: HEADS,
             causal: false,
-            rows: graph_rows.unwrap_or(queries[requests.len()] as usize),
-            cuda_graph: graph_rows.is_some(),
+            rows: graph.unwrap_or(queries[requests.len()] as usize),
+            cuda_graph: graph.is_some(),
+            split,
         })
     }
 
-    fn fa2(spec: &AttentionSpec, requests: &[(i32, i32)], graph_rows: Option<usize>) -> Need {
-        with_batch(requests, graph_rows, |batch| fa2_need(spec, batch, must_stay_whole(spec, batch), H200))
+    fn fa2(spec: &AttentionSpec, requests: &[(i32, i32)], graph: Option<usize>) -> Need {
+        fa2_split(spec, requests, graph, BY_ITSELF)
+    }
+
+    fn fa2_split(spec: &AttentionSpec, requests: &[(i32, i32)], graph: Option<usize>, split: Split) -> Need {
+        with_batch(requests, graph, split, |batch| {
+            let no_split = must_stay_whole(spec, batch) || split.disable_split_kv;
+            fa2_need(spec, batch, no_split, H200.0, H200.1)
+        })
     }
 
     /// By hand, as `PrefillPlan` allocates.
@@ -694,12 +771,51 @@ mod tests {
         assert_eq!(fa2(&spec, &[(3, 0)], None).float, 8 * 128 * 2);
     }
 
+    /// By hand, as `PrefillPlan` allocates with other ways to divide keys.
+    #[test]
+    fn sizes_follow_the_split() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        let float = |work: usize| 32 * work * 16 * (128 + 1) * 4;
+        let need = |requests: &[(i32, i32)], graph, split| fa2_split(&spec, requests, graph, split);
+        // 1000 pages in parts of 100, 20 in one; three indices, offsets and a size,
+        // offsets to merge by, and flags.
+        let fixed = need(&[(1, 1000), (1, 20)], None, Split::fixed(100));
+        assert_eq!(fixed, Need { float: float(11), int: 3 * 48 + 16 + 16 + 11 });
+        // However many blocks there are, and however small the parts.
+        let many = need(&[(1, 1000); 512], None, Split::fixed(100));
+        assert_eq!(many.float, float(5120));
+        assert_eq!(need(&[(1, 1000)], None, Split::fixed(1)).float, float(1000));
+        // As large as the longest request: nothing is divided.
+        assert_eq!(need(&[(1, 1000), (1, 20)], None, Split::fixed(1000)).float, 0);
+        assert_eq!(need(&[(1, 1000), (1, 20)], None, Split::fixed(999)).float, float(3));
+        // Requests without pages count as one page, without queries for nothing,
+        // but for whether keys are divided.
+        assert_eq!(need(&[(1, 0), (1, 3)], None, Split::fixed(2)).float, float(3));
+        assert_eq!(need(&[(2, 1), (0, 9)], None, Split::fixed(2)).float, float(1));
+        // A window of 200 keys and a tile are 14 pages.
+        let window = spec.with_window_left(200);
+        assert_eq!(fa2_split(&window, &[(1, 1000)], None, Split::fixed(5)).float, float(3));
+        // Undivided: as much work as tiles, or, for a graph, as blocks.
+        assert_eq!(need(&[(1, 1000); 3], None, Split::disabled()), Need { float: 0, int: 3 * 16 + 20 });
+        assert_eq!(
+            need(&[(1, 1000); 3], Some(3), Split::disabled()),
+            Need { float: 0, int: 144 + 144 + 144 + 32 + 4 }
+        );
+        // 264 blocks less 200 have 8 KV heads each 8 parts; with none left, nothing
+        // is divided but for a graph, which has room for its tiles.
+        assert_eq!(need(&[(1, 1000)], None, Split::beside(200)).float, float(8));
+        for most in [264, 1000] {
+            assert_eq!(need(&[(1, 1000)], None, Split::beside(most)).float, 0);
+            assert_eq!(need(&[(1, 1000); 3], Some(3), Split::beside(most)).float, float(3));
+        }
+    }
+
     /// By hand, as `PrefillSM90Plan` allocates.
     #[test]
     fn sizes_are_those_of_flash_attention_3() {
-        let fa3 = |head_dim, requests: &[(i32, i32)], graph_rows| {
+        let fa3 = |head_dim, requests: &[(i32, i32)], graph| {
             let spec = AttentionSpec::new(DType::BF16, head_dim);
-            with_batch(requests, graph_rows, |batch| fa3_need(&spec, batch, H200.0))
+            with_batch(requests, graph, BY_ITSELF, |batch| fa3_need(&spec, batch, H200.0))
         };
         let int = |work: usize| 6 * (4 * work) + 4 * 133 + 12 + 4 * work;
         assert_eq!(fa3(128, &[(1, 1); 512], None), Need { float: 0, int: int(512 * 32) });

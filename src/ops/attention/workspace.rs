@@ -30,8 +30,8 @@ use crate::{
 /// is freed in stream order.
 ///
 /// Memory that a CUDA graph may hold stays where it is. So a workspace stops
-/// growing with the first plan for a graph ([`PlanMode::CudaGraph`](super::PlanMode::CudaGraph),
-/// or `graph_rows`), which may still let it grow, and with the first run of
+/// growing with the first plan for a graph ([`PlanOptions::graph`](super::PlanOptions::graph)),
+/// which may still let it grow, and with the first run of
 /// [`SinglePrefill`](super::SinglePrefill) or [`SingleDecode`](super::SingleDecode)
 /// that is captured with scratch memory. From then on, whatever takes more is
 /// refused with [`InvalidArgument`](crate::FlashInferError::InvalidArgument), which
