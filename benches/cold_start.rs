@@ -19,7 +19,7 @@ use std::{
 use cudarc::driver::CudaContext;
 use flashinfer_rs::{
     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
-    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     kv::{KvLayout, PagedKv},
 };
@@ -30,7 +30,7 @@ use gpu::Result;
 /// Set for the processes that are measured: when they were started.
 const STARTED: &str = "STARTED";
 const PROCESSES: usize = 10;
-const HEADS: Heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+const HEADS: Heads = Heads::new(32, 8);
 const HEAD_DIM: usize = 128;
 const PAGE_SIZE: usize = 16;
 const PAGES: usize = 64;
@@ -46,12 +46,12 @@ fn measured(started: Duration) -> Result<()> {
     let main = now()?;
     let cuda = CudaContext::new(0)?.new_stream()?;
     let context = now()?;
-    let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
+    FlashInferRuntime::initialize(RuntimeConfig::default())?;
     let initialized = now()?;
 
     let stream = Stream::from(&cuda);
     let spec = AttentionSpec::new(DType::BF16, HEAD_DIM).with_backend(Backend::CudaCores);
-    let decode = BatchDecode::new(runtime, &spec, HEADS)?;
+    let decode = BatchDecode::new(&stream, &spec, HEADS)?;
     let cache = cuda.alloc_zeros::<bf16>(PAGES * PAGE_SIZE * HEADS.num_kv_heads * HEAD_DIM)?;
     let q = cuda.alloc_zeros::<bf16>(HEADS.num_qo_heads * HEAD_DIM)?;
     let mut out = cuda.alloc_zeros::<bf16>(HEADS.num_qo_heads * HEAD_DIM)?;
@@ -59,7 +59,7 @@ fn measured(started: Duration) -> Result<()> {
     let indices = PageIndices::from_requests(PAGES, PAGE_SIZE, [(&pages[..], PAGES * PAGE_SIZE)])?;
     let table = PageTable::new(&stream, indices)?;
     let mut workspace = Workspace::new(&stream)?;
-    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+    let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
     {
         let cache = cache.tensor(&cuda, &[PAGES, PAGE_SIZE, HEADS.num_kv_heads, HEAD_DIM])?;
         let shape = [1, HEADS.num_qo_heads, HEAD_DIM];
@@ -67,8 +67,6 @@ fn measured(started: Duration) -> Result<()> {
             &q.tensor(&cuda, &shape)?.view(),
             &PagedKv::new(cache.view(), cache.view(), KvLayout::Nhd),
             &mut out.tensor_mut(&cuda, &shape)?.view_mut(),
-            None,
-            &RunOptions::default(),
         )?;
     }
     let result = cuda.clone_dtoh(&out)?;

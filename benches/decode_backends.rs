@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use flashinfer_rs::{
-    Element, FlashInferError, FlashInferRuntime, PageIndices, PageTable, Stream,
-    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+    Element, FlashInferError, PageIndices, PageTable, Stream,
+    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     kv::{KvLayout, PagedKv},
 };
@@ -84,22 +84,21 @@ fn gpu_time<T: Number, K: Number>(
     let q = q.tensor(cuda, &[batch, heads, HEAD_DIM])?;
     let mut out = out.tensor_mut(cuda, &[batch, heads, HEAD_DIM])?;
     let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
-    let options = RunOptions::default();
-    let plan = decode.plan(workspace, table, PlanMode::CudaGraph)?;
-    let replay = Replay::capture(cuda, RUNS, || plan.run(&q, &kv, &mut out.view_mut(), None, &options))?;
+    let plan = decode.plan(workspace, table, &PlanOptions::default().with_graph(batch))?;
+    let replay = Replay::capture(cuda, RUNS, || plan.run(&q, &kv, &mut out.view_mut()))?;
     let times = (0..REPLAYS + 3).map(|_| replay.time(cuda)).skip(3).collect::<Result<_>>()?;
     Ok(median(times))
 }
 
 fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {
-    let (runtime, stream) = (FlashInferRuntime::get()?, Stream::from(cuda));
+    let stream = Stream::from(cuda);
     println!("\nqueries {}, keys and values {}", T::DTYPE, K::DTYPE);
     println!(
         "| query heads per KV head | batch | tokens | CUDA cores µs | Fa2 µs | Fa3 µs | Fa2 / CUDA cores | Fa3 / CUDA cores |"
     );
     println!("|---|---|---|---|---|---|---|---|");
     for group in [1, 2, 3, 4, 8] {
-        let heads = Heads { num_qo_heads: KV_HEADS * group, num_kv_heads: KV_HEADS };
+        let heads = Heads::new(KV_HEADS * group, KV_HEADS);
         for (batch, tokens) in [(1, 1024), (1, 32768), (16, 1024), (64, 1024), (64, 8192), (256, 2048)] {
             let pages = tokens / PAGE_SIZE;
             let numbers: Vec<i32> = (0..(batch * pages) as i32).collect();
@@ -110,7 +109,7 @@ fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {
             let mut time = |backend| -> Result<Option<f64>> {
                 let spec =
                     AttentionSpec::new(T::DTYPE, HEAD_DIM).with_kv_dtype(K::DTYPE).with_backend(backend);
-                let decode = match BatchDecode::new(runtime, &spec, heads) {
+                let decode = match BatchDecode::new(&stream, &spec, heads) {
                     Ok(decode) => decode,
                     // Its module is not at hand, or cannot be.
                     Err(FlashInferError::Artifact(_) | FlashInferError::Unsupported { .. }) => {

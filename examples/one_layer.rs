@@ -24,7 +24,7 @@ use flashinfer_rs::{
     DType, FlashInferRuntime, ModuleName, Stream,
     activation::{ActivationOptions, silu_and_mul},
     artifacts::{Fetch, Member, Store, StoreConfig},
-    attention::{AttentionSpec, BatchPrefill, PrefillOptions, RunOptions, Workspace},
+    attention::{AttentionSpec, BatchPrefill, PlanOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     kv::{Batch, BatchCapacity, BatchTables, KvLayout, PageAllocator, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
@@ -58,7 +58,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     let cuda = CudaContext::new(0)?.new_stream()?;
     let stream = &Stream::from(&cuda);
     runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, ModuleName::SILU_AND_MUL])?;
-    let prefill = BatchPrefill::new(runtime, stream, &AttentionSpec::new(DType::F16, head_dim))?;
+    let prefill = BatchPrefill::new(stream, &AttentionSpec::new(DType::F16, head_dim), heads)?;
     runtime.cublas_version()?; // Opens cuBLASLt, which cudarc then finds in the process.
     let blas = CudaBlasLT::new(cuda.clone())?;
     let cos_sin = CosSinCache::new(stream, &config.rope, PAGES * PAGE_SIZE)?;
@@ -87,8 +87,8 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     let mut cache = PagedKvCache::new(stream, &pool, &[config.kv_shape(DType::F16, KvLayout::Nhd)])?;
     let capacity = BatchCapacity { requests: 1, pages: PAGES, tokens: rows };
     let BatchTables { pages, queries, append, .. } = BatchTables::new(stream, &batch, capacity)?;
-    let (mut workspace, causal) = (Workspace::new(stream)?, PrefillOptions::causal());
-    let plan = prefill.plan_paged(&mut workspace, &queries, &pages, heads, &causal)?;
+    let (mut workspace, causal) = (Workspace::new(stream)?, PlanOptions::causal());
+    let plan = prefill.plan_paged(&mut workspace, &queries, &pages, &causal)?;
 
     // Once per layer, from here to the second `add_and_norm`. The norm before the first stands alone.
     let norm = NormOptions::with_eps(config.rms_eps);
@@ -112,7 +112,7 @@ fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &En
     append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &append, &mut cache.layer_mut(0, 0)?, &pages)?;
     let mut attention = cuda.alloc_zeros::<f16>(rows * qo * head_dim)?;
     let mut out = attention.tensor_mut(&cuda, &[rows, qo, head_dim])?;
-    plan.run(&q.as_ref(), &cache.layer(0, 0)?, &mut out.view_mut(), None, &RunOptions::default())?;
+    plan.run(&q.as_ref(), &cache.layer(0, 0)?, &mut out.view_mut())?;
     drop(out);
     x = multiply(&attention, &layer.attention_output.weight)?;
     let mut add_and_norm = |x: &mut CudaSlice<f16>, weight: &[f32]| -> Result<()> {

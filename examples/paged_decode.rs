@@ -14,7 +14,7 @@ use std::{process::ExitCode, time::Instant};
 use cudarc::driver::{CudaContext, DeviceRepr, ValidAsZeroBits};
 use flashinfer_rs::{
     DType, Element, FlashInferRuntime, PageIndices, PageTable, Stream, TensorMut, TensorRef,
-    attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+    attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     kv::{KvLayout, PagedKv},
     reference,
@@ -26,7 +26,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const QO_HEADS: usize = 32;
 const KV_HEADS: usize = 8;
-const HEADS: Heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
+const HEADS: Heads = Heads::new(QO_HEADS, KV_HEADS);
 const HEAD_DIM: usize = 128;
 const PAGE_SIZE: usize = 16;
 
@@ -174,13 +174,7 @@ fn report(what: &str, error: f64, bound: f64) -> bool {
 }
 
 /// Runs one case; `Ok(false)` if something disagreed.
-fn run<T>(
-    name: &str,
-    lengths: &[usize],
-    rng: &mut StdRng,
-    runtime: Option<&FlashInferRuntime>,
-    gpu: bool,
-) -> Result<bool>
+fn run<T>(name: &str, lengths: &[usize], rng: &mut StdRng, gpu: bool) -> Result<bool>
 where
     T: Element + From32 + DeviceRepr + ValidAsZeroBits,
 {
@@ -199,31 +193,23 @@ where
         1e-9,
     );
 
-    let Some(runtime) = runtime else { return Ok(agrees) };
-    let decode = match BatchDecode::new(runtime, &spec::<T>(), HEADS) {
-        Ok(decode) => decode,
-        Err(error) if !gpu => {
-            println!("  the module does not open here: {error:#}");
-            return Ok(agrees);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    println!("  module {}", decode.module().name());
-    println!("  from {}, on {:?}", decode.module().source(), decode.backend());
     if gpu {
-        agrees &= on_gpu(&case, &decode)?;
+        agrees &= on_gpu(&case)?;
     }
     Ok(agrees)
 }
 
 /// The kernel's result against the reference, and what plan and run cost.
-fn on_gpu<T>(case: &Case<T>, decode: &BatchDecode) -> Result<bool>
+fn on_gpu<T>(case: &Case<T>) -> Result<bool>
 where
     T: Element + From32 + DeviceRepr + ValidAsZeroBits,
 {
     const CALLS: usize = 50;
     let cuda = CudaContext::new(0)?.new_stream()?;
     let stream = Stream::from(&cuda);
+    let decode = BatchDecode::new(&stream, &spec::<T>(), HEADS)?;
+    println!("  module {}", decode.module().name());
+    println!("  from {}, on {:?}", decode.module().source(), decode.backend());
     let (q, k, v) = (cuda.clone_htod(&case.q)?, cuda.clone_htod(&case.k)?, cuda.clone_htod(&case.v)?);
     let mut out = cuda.clone_htod(&vec![T::from_f32(f32::NAN); case.q.len()])?;
     let table = PageTable::new(&stream, case.indices.clone())?;
@@ -233,27 +219,19 @@ where
         let (k, v) = (k.tensor(&cuda, &case.cache_shape())?, v.tensor(&cuda, &case.cache_shape())?);
         let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
         let mut out = out.tensor_mut(&cuda, &case.q_shape())?;
-        let options = RunOptions::default();
-
         // The first calls load the kernels; they are not timed.
-        decode.plan(&mut workspace, &table, PlanMode::Eager)?.run(
-            &q,
-            &kv,
-            &mut out.view_mut(),
-            None,
-            &options,
-        )?;
+        decode.plan(&mut workspace, &table, &PlanOptions::default())?.run(&q, &kv, &mut out.view_mut())?;
         cuda.synchronize()?;
         let start = Instant::now();
         for _ in 0..CALLS {
-            decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+            decode.plan(&mut workspace, &table, &PlanOptions::default())?;
         }
         let plan_time = start.elapsed() / CALLS as u32;
-        let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+        let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
         cuda.synchronize()?;
         let start = Instant::now();
         for _ in 0..CALLS {
-            plan.run(&q, &kv, &mut out.view_mut(), None, &options)?;
+            plan.run(&q, &kv, &mut out.view_mut())?;
         }
         let run_time = start.elapsed() / CALLS as u32;
         cuda.synchronize()?;
@@ -264,24 +242,24 @@ where
     Ok(report("GPU against CPU reference", error, bound(T::DTYPE)))
 }
 
-/// The runtime, and whether there is a GPU to use it with.
-fn look_around() -> (Option<&'static FlashInferRuntime>, bool) {
+/// Whether the runtime starts, and there is a GPU to use it with.
+fn look_around() -> bool {
     let runtime = match FlashInferRuntime::get() {
         Ok(runtime) => runtime,
         Err(error) => {
             println!("No kernels: the runtime does not start. {error:#}");
-            return (None, false);
+            return false;
         }
     };
     println!("libtvm_ffi {} from {}", runtime.tvm_ffi_version(), runtime.tvm_ffi_source());
     match runtime.device_count() {
-        Ok(1..) => (Some(runtime), true),
+        Ok(1..) => true,
         Ok(_) | Err(_) => {
             println!(
                 "No GPU: kernels are not run here, only the CPU reference. They need an NVIDIA GPU and NVIDIA's \
                  driver 580 or newer; `cargo run --features doctor --bin flashinfer-doctor` tells what this machine lacks."
             );
-            (Some(runtime), false)
+            false
         }
     }
 }
@@ -290,9 +268,9 @@ fn main() -> Result<ExitCode> {
     let seed = std::env::args().nth(1).map_or_else(|| Ok(rand::random()), |seed| seed.parse())?;
     println!("seed {seed}");
     let rng = &mut StdRng::seed_from_u64(seed);
-    let (runtime, gpu) = look_around();
-    let mut agrees = run::<f16>("one request", &[50], rng, runtime, gpu)?;
-    agrees &= run::<bf16>("ragged batch", &[1, 16, 17, 300, 2000, 0, 64], rng, runtime, gpu)?;
+    let gpu = look_around();
+    let mut agrees = run::<f16>("one request", &[50], rng, gpu)?;
+    agrees &= run::<bf16>("ragged batch", &[1, 16, 17, 300, 2000, 0, 64], rng, gpu)?;
     if !gpu {
         println!("The GPU part did not run.");
     }

@@ -32,42 +32,30 @@
 //! # #[cfg(feature = "cudarc")]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
-//!     cudarc::{TensorExt, TensorExtMut},
+//!     DType, PageIndices, PageTable, Stream,
+//!     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, Workspace},
+//!     cudarc::Tensor,
 //!     kv::{KvLayout, PagedKv},
 //! };
 //! use half::f16;
 //!
-//! // Once per process. Only `initialize`, `preload` and `new` may download.
-//! let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
-//! let spec = AttentionSpec::new(DType::F16, 128);
-//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-//! let decode = BatchDecode::new(runtime, &spec, heads)?;
+//! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+//! let decode = BatchDecode::new(&stream, &AttentionSpec::new(DType::F16, 128), Heads::new(32, 8))?;
 //!
-//! // A KV cache of 8 pages of 16 tokens, and 32 query heads on 8 KV heads.
-//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-//! let stream = Stream::from(&cuda);
-//! let k = cuda.alloc_zeros::<f16>(8 * 16 * 8 * 128)?;
-//! let v = cuda.alloc_zeros::<f16>(8 * 16 * 8 * 128)?;
-//! let q = cuda.alloc_zeros::<f16>(2 * 32 * 128)?;
-//! let mut out = cuda.alloc_zeros::<f16>(2 * 32 * 128)?;
+//! // A KV cache of 8 pages of 16 tokens; a query and an output for each of two requests.
+//! let k = Tensor::<f16>::zeros(&stream, &[8, 16, 8, 128])?;
+//! let v = Tensor::<f16>::zeros(&stream, &[8, 16, 8, 128])?;
+//! let q = Tensor::<f16>::zeros(&stream, &[2, 32, 128])?;
+//! let mut out = Tensor::<f16>::zeros(&stream, &[2, 32, 128])?;
 //!
-//! // Two requests, of 50 and of 17 tokens, and the pages they lie in.
+//! // The requests have 50 and 17 tokens, in these pages.
 //! let requests = [(&[3, 0, 5, 1][..], 50), (&[7, 2][..], 17)];
 //! let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
 //! let mut workspace = Workspace::new(&stream)?;
-//! let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+//! let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
 //!
 //! // For each layer:
-//! let (k, v) = (k.tensor(&cuda, &[8, 16, 8, 128])?, v.tensor(&cuda, &[8, 16, 8, 128])?);
-//! plan.run(
-//!     &q.tensor(&cuda, &[2, 32, 128])?.view(),
-//!     &PagedKv::new(k.view(), v.view(), KvLayout::Nhd),
-//!     &mut out.tensor_mut(&cuda, &[2, 32, 128])?.view_mut(),
-//!     None,
-//!     &RunOptions::default(),
-//! )?;
+//! plan.run(&q.view(), &PagedKv::new(k.view(), v.view(), KvLayout::Nhd), &mut out.view_mut())?;
 //! # Ok(())
 //! # }
 //! # #[cfg(not(feature = "cudarc"))]

@@ -15,9 +15,11 @@ use common::{
 };
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
-    DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result,
+    DType, FlashInferError, MaskIndices, MaskTable, PageIndices, PageTable, RaggedIndices, RaggedTable,
+    Result,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchAttentionPlan, Heads, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchAttentionPlan, Heads, Mask, PlanOptions, Split,
+        Workspace,
     },
     cudarc::TensorExt,
     kv::{KvLayout, PagedKv},
@@ -39,22 +41,18 @@ fn both(case: Case) -> [Case; 2] {
     [true, false].map(|causal| Case { causal, ..case.clone() })
 }
 
-fn options_of(case: &Case) -> BatchAttentionOptions {
-    let mut options = BatchAttentionOptions::default();
-    options.causal = case.causal;
-    options
+fn options_of(case: &Case) -> PlanOptions<'static> {
+    case.plan_options()
 }
 
-fn graph_options(case: &Case, rows: usize) -> BatchAttentionOptions {
-    let mut options = options_of(case);
-    options.graph_rows = Some(rows);
-    options
+fn graph_options(case: &Case, rows: usize) -> PlanOptions<'static> {
+    case.graph_options(rows)
 }
 
 /// `None`, said on stderr, if no source holds the module.
 fn attention_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchAttention> {
     let spec = case.spec::<T, K>();
-    match BatchAttention::new(gpu.runtime, &gpu.stream, &spec) {
+    match BatchAttention::new(&gpu.stream, &spec, case.heads()) {
         Ok(attention) => Some(attention),
         Err(FlashInferError::Artifact(reason)) => {
             say(&format!("skipped: no source holds {}: {reason}", spec.batch_attention_module().unwrap()));
@@ -66,7 +64,8 @@ fn attention_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchAtt
 
 /// A workspace for up to 8 KV heads.
 fn workspace_of(gpu: &Gpu, attention: &BatchAttention) -> Workspace {
-    let bytes = attention.float_bytes(Heads { num_qo_heads: 8, num_kv_heads: 8 }).unwrap();
+    let most = BatchAttention::new(&gpu.stream, attention.spec(), Heads::new(8, 8)).unwrap();
+    let bytes = most.float_bytes();
     Workspace::with_sizes(&gpu.stream, bytes, Workspace::DEFAULT_INT_BYTES).unwrap()
 }
 
@@ -86,7 +85,7 @@ fn plan<'p>(
     tables: &'p Tables,
     case: &Case,
 ) -> Result<BatchAttentionPlan<'p>> {
-    attention.plan(workspace, &tables.queries, pages(tables), case.heads(), &options_of(case))
+    attention.plan(workspace, &tables.queries, pages(tables), &options_of(case))
 }
 
 fn run<T: Number, K: Number>(
@@ -97,7 +96,7 @@ fn run<T: Number, K: Number>(
     lse: Option<&mut Tensor<f32>>,
 ) -> Result<()> {
     let mut lse = lse.map(|lse| lse.on_mut(gpu));
-    plan.run(
+    plan.run_with(
         &problem.q.on(gpu).view(),
         &cache(&problem.kv).on(gpu).kv(),
         &mut out.on_mut(gpu).view_mut(),
@@ -324,7 +323,7 @@ fn as_much_work_as_a_plan_holds() {
         let table = repeating_table(rng, 40, case.page_size, &case.key_lens());
         let table = PageTable::new(&gpu.stream, table).unwrap();
         let queries = RaggedTable::new(&gpu.stream, case.queries()).unwrap();
-        let call = attention.plan(&mut workspace, &queries, &table, case.heads(), &options_of(&case));
+        let call = attention.plan(&mut workspace, &queries, &table, &options_of(&case));
         refused(call, "queries");
     }
 }
@@ -359,7 +358,7 @@ fn nothing_to_do() {
         // A run still looks at its arguments.
         let one = Tensor::<f16>::random(&gpu, rng, &case.q_shape(1));
         let (mut out, _) = problem.outputs_of(&gpu, 1);
-        let call = empty.run(
+        let call = empty.run_with(
             &one.on(&gpu).view(),
             &cache(&problem.kv).on(&gpu).kv(),
             &mut out.on_mut(&gpu).view_mut(),
@@ -368,12 +367,11 @@ fn nothing_to_do() {
         );
         refused(call, "q");
         // In a graph there may be rows for queries that are not there.
-        let (queries, heads) = (&tables.queries, case.heads());
-        let idle =
-            attention.plan(&mut workspace, queries, pages(&tables), heads, &graph_options(case, 4)).unwrap();
+        let queries = &tables.queries;
+        let idle = attention.plan(&mut workspace, queries, pages(&tables), &graph_options(case, 4)).unwrap();
         let q = Tensor::<f16>::random(&gpu, rng, &case.q_shape(4));
         let (mut out, mut lse) = problem.outputs_of(&gpu, 4);
-        idle.run(
+        idle.run_with(
             &q.on(&gpu).view(),
             &cache(&problem.kv).on(&gpu).kv(),
             &mut out.on_mut(&gpu).view_mut(),
@@ -419,7 +417,7 @@ fn lse_and_pdl_change_nothing() {
             let (mut out, _) = problem.outputs(&gpu);
             let mut options = problem.case.options();
             options.enable_pdl = enable_pdl;
-            plan.run(
+            plan.run_with(
                 &problem.q.on(&gpu).view(),
                 &cache(&problem.kv).on(&gpu).kv(),
                 &mut out.on_mut(&gpu).view_mut(),
@@ -550,7 +548,7 @@ fn cache_of_32_bits() {
     let table = PageTable::new(&gpu.stream, table).unwrap();
     let queries = RaggedTable::new(&gpu.stream, case.queries()).unwrap();
     let mut workspace = workspace_of(&gpu, &attention);
-    let plan = attention.plan(&mut workspace, &queries, &table, case.heads(), &options_of(&case)).unwrap();
+    let plan = attention.plan(&mut workspace, &queries, &table, &options_of(&case)).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     {
         let storage = storage.tensor(&gpu.cuda, &[pages + 1, 2, 16, 8, 128]).unwrap();
@@ -558,7 +556,7 @@ fn cache_of_32_bits() {
         let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
         let mut run = |pages| {
             let kv = PagedKv::joined(storage.view().narrow(0, 0, pages).unwrap(), KvLayout::Nhd).unwrap();
-            plan.run(&q.view(), &kv, &mut out, Some(&mut lse), &case.options())
+            plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &case.options())
         };
         refused(run(pages + 1), "kv.k");
         run(pages).unwrap();
@@ -619,12 +617,12 @@ fn graph_replay<T: Number>() {
         let mut q = Tensor::<T>::poisoned(&gpu, &case.q_shape(ROWS));
         let (mut out, mut lse) = first.outputs_of(&gpu, ROWS);
         let options = graph_options(&case, ROWS);
-        let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), heads, &options).unwrap();
+        let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
         let (graph, captured) = {
             let (q, kv) = (q.on(&gpu), cache(&first.kv).on(&gpu));
             let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
             let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            capture(&gpu, || plan.run(&q.view(), &kv.kv(), &mut out, Some(&mut lse), &case.options()))
+            capture(&gpu, || plan.run_with(&q.view(), &kv.kv(), &mut out, Some(&mut lse), &case.options()))
         };
         captured.unwrap();
         out.assert_untouched(&gpu); // captured is not run
@@ -652,14 +650,13 @@ fn graph_replay<T: Number>() {
             }
             out.upload(&gpu, &vec![T::POISON; out.host.len()]);
             lse.upload(&gpu, &vec![f32::NAN; lse.host.len()]);
-            let plan =
-                attention.plan(&mut workspace, &tables.queries, pages(&tables), heads, &options).unwrap();
+            let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
             assert_eq!(plan.replay_key(), key);
             graph.launch().unwrap();
             step.verify(&gpu, &out, Some(&lse));
             // The same plan, run directly.
             let (mut direct, mut direct_lse) = step.outputs_of(&gpu, ROWS);
-            plan.run(
+            plan.run_with(
                 &q.on(&gpu).view(),
                 &resident.on(&gpu).kv(),
                 &mut direct.on_mut(&gpu).view_mut(),
@@ -693,8 +690,9 @@ fn can_replay() {
     let mut workspace = workspace_of(&gpu, &attention);
     let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
     let mut tables = Tables::with_capacity(&gpu, &problem, 4, 50);
-    let mut key = |tables: &Tables, case: &Case, options: &BatchAttentionOptions| {
-        let plan = attention.plan(&mut workspace, &tables.queries, pages(tables), case.heads(), options);
+    let mut key = |tables: &Tables, case: &Case, options: &PlanOptions<'_>| {
+        let attention = attention_of::<f16, f16>(&gpu, case).expect("the module");
+        let plan = attention.plan(&mut workspace, &tables.queries, pages(tables), options);
         plan.unwrap().replay_key()
     };
     let captured = key(&tables, &case, &graph_options(&case, 40));
@@ -758,11 +756,12 @@ fn two_streams_at_once() {
     }
     let Some(gpu) = Gpu::start() else { return };
     let cases = [case(), Case { group: 1, causal: false, ..case() }];
-    let Some(attention) = attention_of::<f16, f16>(&gpu, &cases[0]) else { return };
+    let attentions = cases.each_ref().map(|case| attention_of::<f16, f16>(&gpu, case));
+    let [Some(one), Some(two)] = &attentions else { return };
     let other = gpu.fork();
     std::thread::scope(|scope| {
-        let threads = [&gpu, &other].into_iter().zip(&cases).map(|(gpu, case)| {
-            let (rng, attention) = (Rng::new(), &attention);
+        let threads = [(&gpu, one), (&other, two)].into_iter().zip(&cases).map(|((gpu, attention), case)| {
+            let rng = Rng::new();
             scope.spawn(move || work(gpu, rng, case, attention))
         });
         for thread in threads.collect::<Vec<_>>() {
@@ -787,7 +786,7 @@ fn impossible_specs() {
         spec.with_logits_soft_cap(0.0),
         AttentionSpec::new(DType::F32, 128),
     ] {
-        let error = BatchAttention::new(gpu.runtime, &gpu.stream, &spec).unwrap_err();
+        let error = BatchAttention::new(&gpu.stream, &spec, case().heads()).unwrap_err();
         assert!(matches!(error, FlashInferError::Unsupported { .. }), "{spec:?}: {error}");
     }
 }
@@ -804,15 +803,14 @@ fn wrong_queries_and_outputs() {
     {
         let kv = cache(&problem.kv).on(&gpu);
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-            eager.run(q, &kv.kv(), out, lse, &case.options())
+            eager.run_with(q, &kv.kv(), out, lse, &case.options())
         });
     }
     // The refused calls left everything usable.
     check_run(&gpu, &eager, &problem);
     // Planned for a graph, tensors have the graph's rows.
     let options = graph_options(case, problem.queries.total() + 1);
-    let graph =
-        attention.plan(&mut workspace, &tables.queries, pages(&tables), case.heads(), &options).unwrap();
+    let graph = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
     let (mut out, _) = problem.outputs(&gpu);
     refused(run(&gpu, &graph, &problem, &mut out, None), "q");
     out.assert_untouched(&gpu);
@@ -832,14 +830,14 @@ fn wrong_caches() {
         let q = problem.q.on(&gpu);
         let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
         refuse_caches(&gpu, &other, rng, problem_pages(&problem), &mut |kv| {
-            plan.run(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
+            plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
         });
     }
     out.assert_untouched(&gpu);
     lse.assert_untouched(&gpu);
     // Heads that are not the plan's.
     let more = Problem::<f16, f16>::new(&gpu, rng, Case { kv_heads: 4, ..case.clone() });
-    let call = plan.run(
+    let call = plan.run_with(
         &problem.q.on(&gpu).view(),
         &cache(&more.kv).on(&gpu).kv(),
         &mut out.on_mut(&gpu).view_mut(),
@@ -859,36 +857,46 @@ fn wrong_plans() {
     let Some(attention) = attention_of::<f16, f16>(&gpu, &case()) else { return };
     let problem = Problem::<f16, f16>::new(&gpu, rng, case());
     let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
-    let (heads, options, total) = (case.heads(), options_of(case), problem.queries.total());
+    let (options, total) = (options_of(case), problem.queries.total());
     let (queries, keys) = (&tables.queries, pages(&tables));
     let mut workspace = workspace_of(&gpu, &attention);
     for (num_qo_heads, num_kv_heads) in [(7, 2), (0, 2), (8, 0), (65536, 65536)] {
-        let heads = Heads { num_qo_heads, num_kv_heads };
-        refused(attention.plan(&mut workspace, queries, keys, heads, &options), "heads");
-        refused(attention.float_bytes(heads), "heads");
+        let heads = Heads::new(num_qo_heads, num_kv_heads);
+        refused(BatchAttention::new(&gpu.stream, attention.spec(), heads), "heads");
     }
     for rows in [0, total - 1] {
         let options = graph_options(case, rows);
-        refused(attention.plan(&mut workspace, queries, keys, heads, &options), "graph_rows");
+        refused(attention.plan(&mut workspace, queries, keys, &options), "graph");
     }
     let options_of_a_huge_graph = graph_options(case, usize::MAX);
-    refused(attention.plan(&mut workspace, queries, keys, heads, &options_of_a_huge_graph), "graph_rows");
+    refused(attention.plan(&mut workspace, queries, keys, &options_of_a_huge_graph), "graph");
     let fewer = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([total]).unwrap()).unwrap();
-    refused(attention.plan(&mut workspace, &fewer, keys, heads, &options), "queries");
+    refused(attention.plan(&mut workspace, &fewer, keys, &options), "queries");
     // Of another stream.
     let elsewhere = Tables::new(&other, &problem);
-    refused(attention.plan(&mut workspace, &elsewhere.queries, keys, heads, &options), "queries");
-    refused(attention.plan(&mut workspace, queries, pages(&elsewhere), heads, &options), "queries");
-    let foreign = attention.plan(&mut workspace, &elsewhere.queries, pages(&elsewhere), heads, &options);
+    refused(attention.plan(&mut workspace, &elsewhere.queries, keys, &options), "queries");
+    refused(attention.plan(&mut workspace, queries, pages(&elsewhere), &options), "queries");
+    let foreign = attention.plan(&mut workspace, &elsewhere.queries, pages(&elsewhere), &options);
     refused(foreign, "workspace");
     // A workspace grows to what is needed, and from nothing to no more.
     let mut grows = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
     check(&gpu, &attention, &mut grows, &problem);
-    assert_eq!(grows.float_bytes(), attention.float_bytes(heads).unwrap());
+    assert_eq!(grows.float_bytes(), attention.float_bytes());
     assert!(grows.int_bytes() <= Workspace::DEFAULT_INT_BYTES);
+    // What these kernels cannot do.
+    let indices =
+        MaskTable::new(&gpu.stream, MaskIndices::new(case.requests.iter().copied()).unwrap()).unwrap();
+    let bits = gpu.cuda.alloc_zeros::<u8>(indices.host().num_bytes()).unwrap();
+    let bits = bits.tensor(&gpu.cuda, &[bits.len()]).unwrap();
+    let mask = Mask::Custom { indices: &indices, bits: bits.view() };
+    let splits = [Split::fixed(8), Split::disabled(), Split::beside(1)];
+    for wrong in splits.map(|split| options.with_split(split)).into_iter().chain([options.with_mask(mask)]) {
+        let error = attention.plan(&mut workspace, queries, keys, &wrong).unwrap_err();
+        assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
+    }
     // During a capture, which goes on.
     let (_, call) = capture(&gpu, || {
-        attention.plan(&mut workspace, queries, keys, heads, &options).map(|plan| plan.numbers().to_vec())
+        attention.plan(&mut workspace, queries, keys, &options).map(|plan| plan.numbers().to_vec())
     });
     refused(call, "workspace");
     // The refused calls left everything usable.

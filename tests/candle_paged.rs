@@ -35,7 +35,7 @@ struct Case {
 
 impl Case {
     const fn new(dtype: DType, head_dim: usize, page_size: usize, heads: [usize; 2]) -> Self {
-        let heads = Heads { num_qo_heads: heads[0], num_kv_heads: heads[1] };
+        let heads = Heads::new(heads[0], heads[1]);
         Self { dtype, head_dim, page_size, heads, layout: KvLayout::Nhd, window_left: None, soft_cap: None }
     }
 
@@ -496,7 +496,7 @@ fn what_no_device_has_is_refused() {
         refused(PagedKvCache::new(&device, &pool, no_layers), &["num_layers"]);
         let integers = KvShape { dtype: flashinfer_rs::DType::I64, ..shape };
         refused(PagedKvCache::new(&device, &pool, integers), &["dtype"]);
-        let heads = Heads { num_qo_heads: 3, num_kv_heads: 2 };
+        let heads = Heads::new(3, 2);
         refused(BatchDecode::new(&device, &case.spec(), heads), &["heads"]);
         refused(BatchPrefill::new(&device, &case.spec(), heads), &["heads"]);
         let uneven = case.spec().with_head_dim_vo(32);

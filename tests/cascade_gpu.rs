@@ -11,7 +11,7 @@ use common::{
 };
 use flashinfer_rs::{
     PageIndices, PageTable, TensorMut,
-    attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+    attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
     cascade::{self, State, StateMut},
     cudarc::TensorExt,
     kv::KvLayout,
@@ -287,9 +287,9 @@ fn nothing_to_merge() {
 fn shared_prefix<T: Number>() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let heads = Heads { num_qo_heads: 16, num_kv_heads: 4 };
+    let heads = Heads::new(16, 4);
     let decode =
-        BatchDecode::new(gpu.runtime, &AttentionSpec::new(T::DTYPE, 128), heads).expect("the module");
+        BatchDecode::new(&gpu.stream, &AttentionSpec::new(T::DTYPE, 128), heads).expect("the module");
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     for (page_size, prefix_pages, own_lens) in
         [(16, 4, vec![1, 16, 17, 0, 77]), (1, 300, vec![5, 1]), (64, 1, vec![200, 3, 64])]
@@ -323,8 +323,8 @@ fn shared_prefix<T: Number>() {
         let mut run = |indices: PageIndices| {
             let mut state = Held::<T>::poisoned(&gpu, &[batch, heads.num_qo_heads, 128]);
             let table = PageTable::new(&gpu.stream, indices).unwrap();
-            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
-            plan.run(
+            let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
+            plan.run_with(
                 &q.on(&gpu).view(),
                 &cache.on(&gpu).kv(),
                 &mut state.v.on_mut(&gpu).view_mut(),
@@ -387,7 +387,7 @@ fn wrong_stream() {
 mod levels {
     use flashinfer_rs::{
         DType, FlashInferError, RaggedIndices, RaggedTable, TensorRef,
-        attention::{Backend, CascadeLevel, CascadeOptions, CascadeWorkspace, MultiLevelCascade},
+        attention::{Backend, CascadeLevel, CascadeWorkspace, MultiLevelCascade, PlanOptions},
         kv::PagedKv,
     };
 
@@ -508,13 +508,13 @@ mod levels {
         (Problem::with_kv(gpu, rng, case, kv), levels)
     }
 
-    fn options(case: &Case) -> CascadeOptions {
-        if case.causal { CascadeOptions::causal() } else { CascadeOptions::default() }
+    fn options(case: &Case) -> PlanOptions<'static> {
+        case.plan_options()
     }
 
     fn cascade_of<T: Number>(gpu: &Gpu, case: &Case) -> Option<MultiLevelCascade> {
         prefill_of::<T, T>(gpu, case)?;
-        let cascade = MultiLevelCascade::new(gpu.runtime, &gpu.stream, &case.spec::<T, T>()).unwrap();
+        let cascade = MultiLevelCascade::new(&gpu.stream, &case.spec::<T, T>(), case.heads()).unwrap();
         assert_eq!(cascade.backend(), case.on.backend);
         Some(cascade)
     }
@@ -534,7 +534,7 @@ mod levels {
             let (problem, levels) = problem::<T>(&gpu, rng, &case, &tree, num_pages);
             problem.check(&gpu, &prefill, &mut flat_workspace);
             let (tables, case) = (Tables::new(&gpu, &levels), &problem.case);
-            let plan = cascade.plan(&mut workspace, &tables.levels(), case.heads(), &options(case)).unwrap();
+            let plan = cascade.plan(&mut workspace, &tables.levels(), &options(case)).unwrap();
             assert!(plan.replay_key().is_none());
             let Kv::Paged { cache, .. } = &problem.kv else { unreachable!("pages") };
             let (mut out, mut lse) = problem.outputs(&gpu);
@@ -543,9 +543,9 @@ mod levels {
                 let (q, cache) = (problem.q.on(&gpu), cache.on(&gpu));
                 let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
                 let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                plan.run(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
+                plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
                 let mut out = out_alone.on_mut(&gpu);
-                plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), None, &case.options()).unwrap();
+                plan.run_with(&q.view(), &cache.kv(), &mut out.view_mut(), None, &case.options()).unwrap();
             }
             problem.verify(&gpu, &out, Some(&lse));
             assert_same_bits("without LSE", &out_alone.download(&gpu), &out.download(&gpu));
@@ -612,10 +612,12 @@ mod levels {
                         &spec,
                         &TensorRef::from_slice(&q, &[rows, 2, 8]).unwrap(),
                         &PagedKv::new(cache(&k), cache(&v), KvLayout::Nhd),
-                        (queries, table),
+                        queries,
+                        table,
                         &mut TensorMut::from_slice(&mut out, &[rows, 2, 8]).unwrap(),
                         Some(&mut TensorMut::from_slice(&mut lse, &[rows, 2]).unwrap()),
-                        (mask, &RunOptions::default()),
+                        mask,
+                        &RunOptions::default(),
                     )
                     .unwrap();
                     (out, lse)
@@ -693,8 +695,7 @@ mod levels {
         let case = on.case();
         let Some(cascade) = cascade_of::<bf16>(&gpu, &case) else { return };
         let heads = case.heads();
-        let mut graph_options = CascadeOptions::causal();
-        graph_options.graph_rows = Some(ROWS);
+        let graph_options = PlanOptions::causal().with_graph(ROWS);
         let mut workspace = CascadeWorkspace::new(&gpu.stream, 2).unwrap();
         let first = Tree::shared(64, &[(1, 5), (1, 1), (3, 20)]);
         let (first, levels) = problem::<bf16>(&gpu, rng, &case, &first, PAGES);
@@ -703,12 +704,13 @@ mod levels {
         let (mut out, mut lse) = first.outputs_of(&gpu, ROWS);
         let Kv::Paged { mut cache, .. } = first.kv else { unreachable!("pages") };
         let (graph, key) = {
-            let plan = cascade.plan(&mut workspace, &tables.levels(), heads, &graph_options).unwrap();
+            let plan = cascade.plan(&mut workspace, &tables.levels(), &graph_options).unwrap();
             let (q, cache) = (q.on(&gpu), cache.on(&gpu));
             let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
             let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            let (graph, run) =
-                capture(&gpu, || plan.run(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()));
+            let (graph, run) = capture(&gpu, || {
+                plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options())
+            });
             run.unwrap();
             (graph.expect("a graph"), plan.replay_key())
         };
@@ -734,7 +736,7 @@ mod levels {
             }
             out.upload(&gpu, &vec![bf16::NAN; ROWS * per_row]);
             lse.upload(&gpu, &vec![f32::NAN; ROWS * heads.num_qo_heads]);
-            let plan = cascade.plan(&mut workspace, &tables.levels(), heads, &graph_options).unwrap();
+            let plan = cascade.plan(&mut workspace, &tables.levels(), &graph_options).unwrap();
             assert_eq!(plan.replay_key(), key);
             graph.launch().unwrap();
             // Rows beyond the batch's mean nothing.
@@ -752,7 +754,7 @@ mod levels {
                 let (q, cache) = (q.on(&gpu), cache.on(&gpu));
                 let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
                 let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                plan.run(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
+                plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
             }
             let (direct, direct_lse) = of_batch(&out, &lse);
             assert_same_bits("replay and run", &replayed.host, &direct.host);
@@ -761,7 +763,7 @@ mod levels {
         // Another number of requests on a level makes another graph.
         let (_, levels) = problem::<bf16>(&gpu, rng, &case, &Tree::shared(64, &[(1, 5), (1, 1)]), PAGES);
         let fewer = Tables::new(&gpu, &levels);
-        let plan = cascade.plan(&mut workspace, &fewer.levels(), heads, &graph_options).unwrap();
+        let plan = cascade.plan(&mut workspace, &fewer.levels(), &graph_options).unwrap();
         assert_ne!(plan.replay_key(), key);
     }
 
@@ -781,7 +783,7 @@ mod levels {
         let (rng, other) = (&mut Rng::new(), gpu.fork());
         let case = FA2.case();
         let Some(cascade) = cascade_of::<f16>(&gpu, &case) else { return };
-        let (heads, eager) = (case.heads(), CascadeOptions::causal());
+        let eager = PlanOptions::causal();
         let mut workspace = CascadeWorkspace::with_sizes(&gpu.stream, 2, 16 << 20, 4 << 20).unwrap();
         let mut tables =
             |tree: Tree, num_pages, page_size| Tables::new(&gpu, &tree.tables(rng, num_pages, page_size).0);
@@ -791,45 +793,45 @@ mod levels {
         let larger_pages = tables(Tree::shared(64, &[(1, 5), (3, 20)]), 20, 32);
         let short = tables(Tree::shared(64, &[(1, 5), (3, 2)]), 20, 16);
         let (good, own) = (right.levels(), right.levels()[1]);
-        let mut plan = |levels: &[CascadeLevel<'_>], heads, options: &CascadeOptions| {
-            cascade.plan(&mut workspace, levels, heads, options).map(drop)
+        let mut plan = |levels: &[CascadeLevel<'_>], options: &PlanOptions<'_>| {
+            cascade.plan(&mut workspace, levels, options).map(drop)
         };
-        plan(&good, heads, &eager).unwrap();
-        refused(plan(&[], heads, &eager), "levels");
+        plan(&good, &eager).unwrap();
+        refused(plan(&[], &eager), "levels");
         for wrong in [&fewer_rows, &more_pages, &larger_pages] {
-            refused(plan(&[wrong.levels()[0], own], heads, &eager), "levels");
+            refused(plan(&[wrong.levels()[0], own], &eager), "levels");
         }
-        refused(plan(&[good[0], good[0], own], heads, &eager), "workspace");
+        refused(plan(&[good[0], good[0], own], &eager), "workspace");
         // Only the last level can have too few keys for a causal mask.
-        let too_short = plan(&short.levels(), heads, &eager);
+        let too_short = plan(&short.levels(), &eager);
         assert!(
             too_short.as_ref().is_err_and(|error| error.to_string().contains("level 1")),
             "{too_short:?}"
         );
         refused(too_short, "queries");
-        plan(&short.levels(), heads, &CascadeOptions::default()).unwrap();
-        refused(plan(&good, Heads { num_qo_heads: 7, num_kv_heads: 2 }, &eager), "heads");
-        let mut graph = eager;
-        graph.graph_rows = Some(3);
-        refused(plan(&good, heads, &graph), "graph_rows");
+        plan(&short.levels(), &PlanOptions::default()).unwrap();
+        let wrong = Heads::new(7, 2);
+        refused(MultiLevelCascade::new(&gpu.stream, &case.spec::<f16, f16>(), wrong), "heads");
+        let graph = eager.with_graph(3);
+        refused(plan(&good, &graph), "graph");
         let mut elsewhere = CascadeWorkspace::new(&other.stream, 2).unwrap();
-        refused(cascade.plan(&mut elsewhere, &good, heads, &eager), "workspace");
+        refused(cascade.plan(&mut elsewhere, &good, &eager), "workspace");
         let mut grows = CascadeWorkspace::with_sizes(&gpu.stream, 2, 0, 0).unwrap();
-        cascade.plan(&mut grows, &good, heads, &eager).unwrap();
+        cascade.plan(&mut grows, &good, &eager).unwrap();
         let (_, (plan, new)) = capture(&gpu, || {
             (
-                cascade.plan(&mut workspace, &good, heads, &eager).map(drop),
+                cascade.plan(&mut workspace, &good, &eager).map(drop),
                 CascadeWorkspace::new(&gpu.stream, 1).map(drop),
             )
         });
         refused(plan, "workspace");
         refused(new, "stream");
-        cascade.plan(&mut workspace, &good, heads, &eager).unwrap();
+        cascade.plan(&mut workspace, &good, &eager).unwrap();
         for spec in [
             case.spec::<f16, f16>().with_window_left(7),
             AttentionSpec::new(case.spec::<f16, f16>().dtype_q, 100),
         ] {
-            let error = MultiLevelCascade::new(gpu.runtime, &gpu.stream, &spec).unwrap_err();
+            let error = MultiLevelCascade::new(&gpu.stream, &spec, case.heads()).unwrap_err();
             assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
         }
     }
@@ -844,20 +846,19 @@ mod levels {
         let (problem, levels) = problem::<f16>(&gpu, rng, &case, &tree, 12);
         let tables = Tables::new(&gpu, &levels);
         let mut workspace = CascadeWorkspace::new(&gpu.stream, 2).unwrap();
-        let plan =
-            cascade.plan(&mut workspace, &tables.levels(), case.heads(), &CascadeOptions::default()).unwrap();
+        let plan = cascade.plan(&mut workspace, &tables.levels(), &PlanOptions::default()).unwrap();
         let Kv::Paged { cache, .. } = &problem.kv else { unreachable!("pages") };
         let cache = cache.on(&gpu);
         let options = RunOptions::default();
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-            plan.run(q, &cache.kv(), out, lse, &options)
+            plan.run_with(q, &cache.kv(), out, lse, &options)
         });
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
             let q = problem.q.on(&gpu);
             let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
             refuse_caches(&gpu, &other, rng, 12, &mut |kv| {
-                plan.run(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+                plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
             });
         }
         out.assert_untouched(&gpu);

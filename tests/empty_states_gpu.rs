@@ -12,8 +12,8 @@ use common::{
 use flashinfer_rs::{
     DType, MaskIndices, MaskTable, PageIndices, PageTable, RaggedIndices, RaggedTable, TensorMut,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchDecode, BatchPrefill, Heads,
-        Mask, PlanMode, PrefillOptions, RunOptions, SinglePrefill, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, Heads, Mask, PlanOptions,
+        PrefillRunOptions, RunOptions, SinglePrefill, Workspace,
     },
     cascade::{self, State, StateMut},
     cudarc::TensorExt,
@@ -22,7 +22,7 @@ use flashinfer_rs::{
 };
 use half::{bf16, f16};
 
-const HEADS: Heads = Heads { num_qo_heads: 4, num_kv_heads: 2 };
+const HEADS: Heads = Heads::new(4, 2);
 
 /// Requests without keys, among others, in each operation. One long enough to
 /// be divided among blocks.
@@ -58,7 +58,7 @@ fn rows_whose_keys_are_all_hidden() {
     for window in [None, Some(9)] {
         let mut spec = AttentionSpec::new(DType::BF16, 128).with_backend(Backend::Fa2);
         spec.window_left = window;
-        let prefill = match BatchPrefill::new(gpu.runtime, &gpu.stream, &spec) {
+        let prefill = match BatchPrefill::new(&gpu.stream, &spec, HEADS) {
             Ok(prefill) => prefill,
             Err(error) if window.is_some() => {
                 common::say(&format!("windows skipped: {error}"));
@@ -90,10 +90,12 @@ fn rows_whose_keys_are_all_hidden() {
             &spec,
             &q.view(),
             [&k.view(), &v.view()],
-            (&queries, &keys),
+            &queries,
+            &keys,
             &mut TensorMut::from_slice(&mut want, &[n, 4, 128]).unwrap(),
             Some(&mut TensorMut::from_slice(&mut want_lse, &[n, 4]).unwrap()),
-            (reference::Mask::Custom(&indices, &packed), &RunOptions::default()),
+            reference::Mask::Custom(&indices, &packed),
+            &RunOptions::default(),
         )
         .unwrap();
         assert!(want_lse.contains(&f64::NEG_INFINITY));
@@ -111,13 +113,12 @@ fn rows_whose_keys_are_all_hidden() {
             host.resize(total * 4 * 128, bf16::NAN);
             let q = Tensor::new(&gpu, &[total, 4, 128], host);
             let mut options =
-                PrefillOptions::masked(Mask::Custom { indices: &table, bits: device_bits.view() });
-            options.graph_rows = rows;
-            let plan =
-                prefill.plan_ragged(&mut workspace, &queries_table, &keys_table, HEADS, &options).unwrap();
+                PlanOptions::default().with_mask(Mask::Custom { indices: &table, bits: device_bits.view() });
+            options.graph = rows;
+            let plan = prefill.plan_ragged(&mut workspace, &queries_table, &keys_table, &options).unwrap();
             let mut out = Tensor::<bf16>::poisoned(&gpu, &[total, 4, 128]);
             let mut lse = Tensor::<f32>::poisoned(&gpu, &[total, 4]);
-            plan.run(
+            plan.run_with(
                 &q.on(&gpu).view(),
                 [&k.on(&gpu).view(), &v.on(&gpu).view()],
                 &mut out.on_mut(&gpu).view_mut(),
@@ -130,7 +131,7 @@ fn rows_whose_keys_are_all_hidden() {
             common::attention::assert_lse(&gpu, "hidden rows", &lse, &want_lse);
         }
         // Each request alone.
-        let single = match SinglePrefill::new(gpu.runtime, &gpu.stream, &spec) {
+        let single = match SinglePrefill::new(&gpu.stream, &spec) {
             Ok(single) => single,
             Err(error) => {
                 common::say(&format!("one request skipped: {error}"));
@@ -148,7 +149,7 @@ fn rows_whose_keys_are_all_hidden() {
             let mut out = Tensor::<bf16>::poisoned(&gpu, &[shape.0, 4, 128]);
             let mut lse = Tensor::<f32>::poisoned(&gpu, &[shape.0, 4]);
             single
-                .run(
+                .run_with(
                     &mut workspace,
                     &q.on(&gpu).view().narrow(0, row, shape.0).unwrap(),
                     [
@@ -157,7 +158,10 @@ fn rows_whose_keys_are_all_hidden() {
                     ],
                     &mut out.on_mut(&gpu).view_mut(),
                     Some(&mut lse.on_mut(&gpu).view_mut()),
-                    (Mask::Custom { indices: &table, bits: device_bits.view() }, &RunOptions::default()),
+                    &PrefillRunOptions::new(
+                        Mask::Custom { indices: &table, bits: device_bits.view() },
+                        RunOptions::default(),
+                    ),
                 )
                 .unwrap();
             let rows = row * 4..(row + shape.0) * 4;
@@ -225,8 +229,9 @@ fn graphs_of_requests_that_lose_their_keys() {
                     if graph.is_none() {
                         let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
                         let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                        let (captured, run) =
-                            capture(&gpu, || plan.run(&q.view(), &kv, &mut out, Some(&mut lse), &options));
+                        let (captured, run) = capture(&gpu, || {
+                            plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options)
+                        });
                         run.unwrap();
                         graph = Some((captured.unwrap(), plan.replay_key()));
                     }
@@ -237,18 +242,20 @@ fn graphs_of_requests_that_lose_their_keys() {
                 }};
             }
             if kind.ends_with("cores") {
-                let decode = BatchDecode::new(gpu.runtime, &spec, HEADS).unwrap();
-                take!(decode.plan(&mut workspace, &table, PlanMode::CudaGraph));
+                let decode = BatchDecode::new(&gpu.stream, &spec, HEADS).unwrap();
+                take!(decode.plan(
+                    &mut workspace,
+                    &table,
+                    &PlanOptions::default().with_graph(table.host().batch_size())
+                ));
             } else if kind == "mixed" {
-                let mixed = BatchAttention::new(gpu.runtime, &gpu.stream, &spec).unwrap();
-                let mut options = BatchAttentionOptions::default();
-                options.graph_rows = Some(4);
-                take!(mixed.plan(&mut workspace, &rows, &table, HEADS, &options));
+                let mixed = BatchAttention::new(&gpu.stream, &spec, HEADS).unwrap();
+                let options = PlanOptions::default().with_graph(4);
+                take!(mixed.plan(&mut workspace, &rows, &table, &options));
             } else {
-                let prefill = BatchPrefill::new(gpu.runtime, &gpu.stream, &spec).unwrap();
-                let mut options = PrefillOptions::default();
-                options.graph_rows = Some(4);
-                take!(prefill.plan_paged(&mut workspace, &rows, &table, HEADS, &options));
+                let prefill = BatchPrefill::new(&gpu.stream, &spec, HEADS).unwrap();
+                let options = PlanOptions::default().with_graph(4);
+                take!(prefill.plan_paged(&mut workspace, &rows, &table, &options));
             }
             verify(kind, lens, &out, &lse);
         }

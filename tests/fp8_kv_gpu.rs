@@ -17,8 +17,7 @@ use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable,
     Result, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, PlanMode, PrefillOptions, RunOptions,
-        Workspace,
+        AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, PlanOptions, RunOptions, Workspace,
     },
     kv::{KvLayout, PagedKv, PagedKvMut},
     page,
@@ -32,7 +31,7 @@ use float8::F8E4M3;
 use half::{bf16, f16};
 
 const HEAD_DIM: usize = 128;
-const HEADS: Heads = Heads { num_qo_heads: 8, num_kv_heads: 2 };
+const HEADS: Heads = Heads::new(8, 2);
 /// Keys and values are within ±√3, so within ±87 when quantized; e4m3 reaches to
 /// 448. With a larger scale, `sm_scale` times its inverse would be below what
 /// kernels on tensor cores take.
@@ -113,10 +112,12 @@ impl Problem {
             &AttentionSpec::new(q.dtype(), HEAD_DIM).with_kv_dtype(kv.k.dtype()),
             q,
             kv,
-            (&self.queries, &self.table),
+            &self.queries,
+            &self.table,
             &mut TensorMut::from_slice(&mut want, &self.q_shape()).unwrap(),
             None,
-            (Mask::Causal, options),
+            Mask::Causal,
+            options,
         )
         .unwrap();
         want
@@ -149,24 +150,35 @@ impl Problem {
         let decodes = (0..self.queries.batch_size()).all(|request| self.queries.len(request) == 1);
         for backend in [Backend::CudaCores, Backend::Fa2].into_iter().filter(|_| decodes) {
             let spec = spec.with_backend(backend);
-            let Some(decode) = there(BatchDecode::new(gpu.runtime, &spec, HEADS)) else { continue };
-            let plan = decode.plan(&mut workspace, &self.device_table, PlanMode::Eager).unwrap();
+            let Some(decode) = at_hand(BatchDecode::new(&gpu.stream, &spec, HEADS)) else { continue };
+            let plan = decode.plan(&mut workspace, &self.device_table, &PlanOptions::default()).unwrap();
             let mut out = Tensor::<T>::poisoned(gpu, &self.q_shape());
-            plan.run(&q.on(gpu).view(), &cache.on(gpu).kv(), &mut out.on_mut(gpu).view_mut(), None, options)
-                .unwrap();
+            plan.run_with(
+                &q.on(gpu).view(),
+                &cache.on(gpu).kv(),
+                &mut out.on_mut(gpu).view_mut(),
+                None,
+                options,
+            )
+            .unwrap();
             let what = format!("decode on {backend:?}");
             out.assert_close(gpu, &format!("{what}, over the cache"), &of_cache, T::BOUND);
             out.assert_close(gpu, &format!("{what}, over the model's numbers"), &of_model, QUANTIZED);
             ran += 1;
         }
-        if let Some(prefill) = there(BatchPrefill::new(gpu.runtime, &gpu.stream, &spec)) {
+        if let Some(prefill) = at_hand(BatchPrefill::new(&gpu.stream, &spec, HEADS)) {
             let queries = RaggedTable::new(&gpu.stream, self.queries.clone()).unwrap();
-            let causal = PrefillOptions::causal();
-            let plan =
-                prefill.plan_paged(&mut workspace, &queries, &self.device_table, HEADS, &causal).unwrap();
+            let causal = PlanOptions::causal();
+            let plan = prefill.plan_paged(&mut workspace, &queries, &self.device_table, &causal).unwrap();
             let mut out = Tensor::<T>::poisoned(gpu, &self.q_shape());
-            plan.run(&q.on(gpu).view(), &cache.on(gpu).kv(), &mut out.on_mut(gpu).view_mut(), None, options)
-                .unwrap();
+            plan.run_with(
+                &q.on(gpu).view(),
+                &cache.on(gpu).kv(),
+                &mut out.on_mut(gpu).view_mut(),
+                None,
+                options,
+            )
+            .unwrap();
             let what = format!("prefill on {:?}", prefill.backend());
             out.assert_close(gpu, &format!("{what}, over the cache"), &of_cache, T::BOUND);
             out.assert_close(gpu, &format!("{what}, over the model's numbers"), &of_model, QUANTIZED);
@@ -179,7 +191,7 @@ impl Problem {
 }
 
 /// `None`, said on stderr, if no source holds the module.
-fn there<A>(attention: Result<A>) -> Option<A> {
+fn at_hand<A>(attention: Result<A>) -> Option<A> {
     match attention {
         Ok(attention) => Some(attention),
         Err(FlashInferError::Artifact(reason)) => {
@@ -276,7 +288,8 @@ fn turned_and_quantized<T: Number>() {
                 RopeParts { rope: k.on(&gpu).view(), nope: None },
             ],
             &Rotation::new(angles.view().unwrap(), &problem.device_append),
-            (&problem.device_append, &problem.device_table),
+            &problem.device_append,
+            &problem.device_table,
             &options,
         )
         .unwrap();

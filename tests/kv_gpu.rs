@@ -8,7 +8,7 @@ use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, cac
 use cudarc::driver::result::memcpy_dtoh_sync;
 use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
-    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
     kv::{Batch, BatchCapacity, BatchTables, KvLayout, KvShape, PageAllocator, PagedKvCache, Sequence},
     page, reference,
 };
@@ -278,7 +278,7 @@ fn parts_of_a_page_that_are_far_apart() {
 fn attention_over_layers() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let heads = Heads { num_qo_heads: 8, num_kv_heads: 4 };
+    let heads = Heads::new(8, 4);
     let backends = [Backend::CudaCores, Backend::Fa2, Backend::Fa3, Backend::Auto];
     for (layout, differ) in LAYOUTS.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
         let shape = KvShape { num_layers: 2, num_kv_heads: 4, head_dim: 128, dtype: DType::F16, layout };
@@ -297,9 +297,9 @@ fn attention_over_layers() {
         let q = Tensor::<f16>::random(&gpu, rng, &size);
         for backend in backends {
             let spec = AttentionSpec::new(DType::F16, 128).with_backend(backend);
-            let decode = BatchDecode::new(gpu.runtime, &spec, heads).unwrap();
+            let decode = BatchDecode::new(&gpu.stream, &spec, heads).unwrap();
             let mut workspace = Workspace::new(&gpu.stream).unwrap();
-            let plan = decode.plan(&mut workspace, table, PlanMode::Eager).unwrap();
+            let plan = decode.plan(&mut workspace, table, &PlanOptions::default()).unwrap();
             for layer in 0..shape.num_layers {
                 let mut want = vec![f64::NAN; q.host.len()];
                 let host = &pair.host;
@@ -314,7 +314,7 @@ fn attention_over_layers() {
                 )
                 .unwrap();
                 let mut out = Tensor::<f16>::poisoned(&gpu, &size);
-                plan.run(
+                plan.run_with(
                     &q.on(&gpu).view(),
                     &pair.device.cache.layer(0, layer).unwrap(),
                     &mut out.on_mut(&gpu).view_mut(),

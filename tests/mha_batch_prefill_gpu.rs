@@ -11,7 +11,7 @@ use common::{
 };
 use flashinfer_rs::{
     RaggedIndices, TensorRef,
-    attention::{Backend, Heads, Workspace},
+    attention::{Backend, BatchPrefill, Heads, Workspace},
 };
 use half::{bf16, f16};
 
@@ -52,8 +52,8 @@ fn equal_batches_are_planned_once() {
             let problem = Problem::<f16, f16>::new(&gpu, rng, case(keys));
             let tables = Tables::new(&gpu, &problem);
             for _ in 0..2 {
-                let (heads, options) = (problem.case.heads(), problem.case.plan_options());
-                let plan = tables.plan(&prefill, &mut workspace, heads, &options).unwrap();
+                let options = problem.case.plan_options();
+                let plan = tables.plan(&prefill, &mut workspace, &options).unwrap();
                 problem.check_run(&gpu, &plan);
             }
             assert_eq!(workspace.plans_made(), plans, "{keys} keys, {backend:?}");
@@ -63,13 +63,13 @@ fn equal_batches_are_planned_once() {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case(31));
         let (tables, options) =
             (Tables::new(&gpu, &problem), problem.case.graph_options(problem.queries.total()));
-        let (one, more) = (Heads { num_qo_heads: 1, num_kv_heads: 1 }, problem.case.heads());
+        let one = BatchPrefill::new(&gpu.stream, prefill.spec(), Heads::new(1, 1)).unwrap();
         let mut held = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
-        tables.plan(&prefill, &mut held, one, &options).unwrap();
+        tables.plan(&one, &mut held, &options).unwrap();
         for _ in 0..2 {
-            refused(tables.plan(&prefill, &mut held, more, &options).map(drop), "workspace");
+            refused(tables.plan(&prefill, &mut held, &options).map(drop), "workspace");
         }
-        tables.plan(&prefill, &mut held, one, &options).unwrap();
+        tables.plan(&one, &mut held, &options).unwrap();
         assert_eq!(held.plans_made(), 1);
         gpu.synchronize();
     }
@@ -107,7 +107,7 @@ impl On {
         };
         let spoiled = Kv::Ragged { keys: keys.clone(), k: spoiled(k), v: spoiled(v) };
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         let (mut out, _) = problem.outputs(&gpu);
         let (want, _) = problem.check_run(&gpu, &plan);
         {
@@ -144,7 +144,7 @@ impl On {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let tables = Tables::new(&gpu, &problem);
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         let common::prefill::Plan::Ragged(ragged) = &plan else { unreachable!("ragged keys") };
         let rows = RaggedIndices::from_lens(case.key_lens()).unwrap().total();
         let (mut out, mut lse) = problem.outputs(&gpu);
@@ -157,7 +157,7 @@ impl On {
             let mut refuse = |bad: TensorRef<'_>| {
                 for (k, v, expected) in [(&bad, &good_view, "k"), (&good_view, &bad, "v")] {
                     let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                    let call = ragged.run(&q.view(), [k, v], &mut out, Some(&mut lse), &case.options());
+                    let call = ragged.run_with(&q.view(), [k, v], &mut out, Some(&mut lse), &case.options());
                     refused(call, expected);
                 }
             };

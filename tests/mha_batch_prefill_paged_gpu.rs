@@ -16,7 +16,7 @@ use common::{
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable,
-    attention::{AttentionSpec, Backend, BatchPrefill, Workspace},
+    attention::{AttentionSpec, Backend, BatchPrefill, Heads, Workspace},
     cudarc::TensorExt,
     kv::{KvLayout, PagedKv},
 };
@@ -87,7 +87,7 @@ fn backends() {
         spec.with_logits_soft_cap(0.0),
         spec.with_window_left(u32::MAX),
     ] {
-        let error = BatchPrefill::new(gpu.runtime, &gpu.stream, &spec).unwrap_err();
+        let error = BatchPrefill::new(&gpu.stream, &spec, Heads::new(8, 2)).unwrap_err();
         assert!(matches!(error, FlashInferError::Unsupported { .. }), "{spec:?}: {error}");
     }
 }
@@ -162,11 +162,10 @@ impl On {
         let table = PageTable::new(&gpu.stream, table).unwrap();
         let queries = Tables::new(&gpu, &problem).queries;
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan =
-            prefill.plan_paged(&mut workspace, &queries, &table, case.heads(), &case.plan_options()).unwrap();
+        let plan = prefill.plan_paged(&mut workspace, &queries, &table, &case.plan_options()).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         let storage = storage.tensor(&gpu.cuda, &[pages, 2, 16, 8, 128]).unwrap();
-        plan.run(
+        plan.run_with(
             &problem.q.on(&gpu).view(),
             &PagedKv::joined(storage.view(), KvLayout::Nhd).unwrap(),
             &mut out.on_mut(&gpu).view_mut(),
@@ -187,15 +186,13 @@ impl On {
         let queries = Tables::new(&gpu, &problem).queries;
         let on_device = PageTable::new(&gpu.stream, table.clone()).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = prefill
-            .plan_paged(&mut workspace, &queries, &on_device, case.heads(), &case.plan_options())
-            .unwrap();
+        let plan = prefill.plan_paged(&mut workspace, &queries, &on_device, &case.plan_options()).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
             let q = problem.q.on(&gpu);
             let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
             refuse_caches(&gpu, &other, rng, table.num_pages(), &mut |kv| {
-                plan.run(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
+                plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
             });
         }
         out.assert_untouched(&gpu);
@@ -204,7 +201,7 @@ impl On {
         let more = Case { kv_heads: 4, ..case.clone() };
         let more = Problem::<f16, f16>::new(&gpu, rng, more);
         let Kv::Paged { cache, .. } = &more.kv else { unreachable!("pages") };
-        let call = plan.run(
+        let call = plan.run_with(
             &problem.q.on(&gpu).view(),
             &cache.on(&gpu).kv(),
             &mut out.on_mut(&gpu).view_mut(),

@@ -14,10 +14,10 @@ use common::{
 };
 use cudarc::driver::CudaGraph;
 use flashinfer_rs::{
-    DType, FlashInferError, PageIndices, PageTable, TensorMut,
+    DType, FlashInferError, MaskIndices, MaskTable, PageIndices, PageTable, TensorMut,
     attention::{
-        AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, PlanMode, PosEncodingMode, ReplayKey,
-        RunOptions, Workspace,
+        AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, Mask, PlanOptions, PosEncodingMode,
+        ReplayKey, RunOptions, Split, Workspace,
     },
     cudarc::TensorExt,
     kv::{KvLayout, PagedKv},
@@ -80,7 +80,7 @@ impl Case {
     }
 
     fn heads(&self) -> Heads {
-        Heads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
+        Heads::new(self.kv_heads * self.group, self.kv_heads)
     }
 
     fn options(&self) -> RunOptions<'static> {
@@ -170,7 +170,7 @@ impl<T: Number, K: Number> Problem<T, K> {
     #[track_caller]
     fn check(&self, gpu: &Gpu, decode: &BatchDecode, workspace: &mut Workspace) -> bool {
         let table = PageTable::new(&gpu.stream, self.table.clone()).unwrap();
-        let plan = decode.plan(workspace, &table, PlanMode::Eager).unwrap();
+        let plan = decode.plan(workspace, &table, &PlanOptions::default()).unwrap();
         self.check_run(gpu, &plan);
         plan.splits_kv()
     }
@@ -198,7 +198,7 @@ impl<T: Number, K: Number> Problem<T, K> {
         let mut options = *options;
         [options.alibi_slopes, options.sinks] =
             per_head.each_ref().map(|shown| shown.as_ref().map(Shown::view));
-        plan.run(
+        plan.run_with(
             &self.q.on(gpu).view(),
             &self.cache.on(gpu).kv(),
             &mut out.on_mut(gpu).view_mut(),
@@ -222,13 +222,13 @@ impl<T: Number, K: Number> Problem<T, K> {
 
 /// The decode of a case, whose module must be there.
 fn decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> BatchDecode {
-    BatchDecode::new(gpu.runtime, &case.spec::<T, K>(), case.heads()).expect("the module")
+    BatchDecode::new(&gpu.stream, &case.spec::<T, K>(), case.heads()).expect("the module")
 }
 
 /// The decode of a case; `None`, said on stderr, if no source holds its module.
 fn optional_decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchDecode> {
     let spec = case.spec::<T, K>();
-    match BatchDecode::new(gpu.runtime, &spec, case.heads()) {
+    match BatchDecode::new(&gpu.stream, &spec, case.heads()) {
         Ok(decode) => Some(decode),
         Err(FlashInferError::Artifact(reason)) => {
             say(&format!("skipped: no source holds the module of {spec:?}: {reason}"));
@@ -460,10 +460,10 @@ fn large_batch() {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case);
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
-            let plan = decode.plan(&mut workspace, &table, mode).unwrap();
-            let splits = backend == Backend::Fa2 && mode == PlanMode::CudaGraph;
-            assert_eq!(plan.splits_kv(), splits, "{backend:?}, {mode:?}: {:?}", plan.numbers());
+        for graph in [None, Some(table.host().batch_size())] {
+            let plan = decode.plan(&mut workspace, &table, &options_of(graph)).unwrap();
+            let splits = backend == Backend::Fa2 && graph.is_some();
+            assert_eq!(plan.splits_kv(), splits, "{backend:?}, {graph:?}: {:?}", plan.numbers());
             problem.check_run(&gpu, &plan);
         }
     }
@@ -481,7 +481,7 @@ fn lse_and_pdl_change_nothing() {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case);
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+        let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
         let (want, _) = problem.check_run(&gpu, &plan);
         let dependent = gpu.runtime.compute_capability(0).unwrap().0 >= 9;
         for enable_pdl in [Some(false), dependent.then_some(true)] {
@@ -507,12 +507,12 @@ fn sm_scale() {
     let problem = Problem::<bf16, bf16>::new(&gpu, rng, Case::default());
     let decode = decode_of::<bf16, bf16>(&gpu, &problem.case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     let (mut out, _) = problem.outputs(&gpu);
     for sm_scale in [f64::NAN, f64::INFINITY] {
         let (q, cache, options) =
             (problem.q.on(&gpu), problem.cache.on(&gpu), RunOptions::with_sm_scale(sm_scale));
-        let call = plan.run(&q.view(), &cache.kv(), &mut out.on_mut(&gpu).view_mut(), None, &options);
+        let call = plan.run_with(&q.view(), &cache.kv(), &mut out.on_mut(&gpu).view_mut(), None, &options);
         refused(call, "sm_scale");
     }
     out.assert_untouched(&gpu);
@@ -640,7 +640,7 @@ fn attention_sinks() {
         }
     }
     let spec = AttentionSpec::new(DType::BF16, 64).with_attention_sink().with_backend(Backend::CudaCores);
-    let error = BatchDecode::new(gpu.runtime, &spec, Heads { num_qo_heads: 8, num_kv_heads: 8 }).unwrap_err();
+    let error = BatchDecode::new(&gpu.stream, &spec, Heads::new(8, 8)).unwrap_err();
     assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
 }
 
@@ -693,9 +693,9 @@ fn cache_beyond_32_bits() {
     let table = PageIndices::from_requests(pages, 16, [(&[pages as i32 - 1, 0][..], 32)]).unwrap();
     let table = PageTable::new(&gpu.stream, table).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
-    plan.run(
+    plan.run_with(
         &problem.q.on(&gpu).view(),
         &PagedKv::joined(storage.tensor(&gpu.cuda, &[pages, 2, 16, 8, 128]).unwrap().view(), KvLayout::Nhd)
             .unwrap(),
@@ -717,8 +717,8 @@ fn empty_batches() {
         let decode = decode_of::<f16, f16>(&gpu, &case);
         let problem = Problem::<f16, f16>::new(&gpu, rng, case);
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-        for mode in [PlanMode::Eager, PlanMode::CudaGraph] {
-            let plan = decode.plan(&mut workspace, &table, mode).unwrap();
+        for graph in [None, Some(table.host().batch_size())] {
+            let plan = decode.plan(&mut workspace, &table, &options_of(graph)).unwrap();
             problem.check_run(&gpu, &plan);
         }
     }
@@ -727,18 +727,12 @@ fn empty_batches() {
     let decode = decode_of::<f16, f16>(&gpu, &case);
     let problem = Problem::<f16, f16>::new(&gpu, rng, case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     assert!(plan.numbers().is_empty() && !plan.splits_kv());
     problem.check_run(&gpu, &plan);
     let one = Tensor::<f16>::random(&gpu, rng, &[1, 8, 128]);
     let (mut out, _) = problem.outputs(&gpu);
-    let call = plan.run(
-        &one.on(&gpu).view(),
-        &problem.cache.on(&gpu).kv(),
-        &mut out.on_mut(&gpu).view_mut(),
-        None,
-        &RunOptions::default(),
-    );
+    let call = plan.run(&one.on(&gpu).view(), &problem.cache.on(&gpu).kv(), &mut out.on_mut(&gpu).view_mut());
     refused(call, "q");
 }
 
@@ -756,7 +750,7 @@ fn layers_share_a_plan() {
             .collect();
         let table = PageTable::new(&gpu.stream, indices).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+        let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
         let mut outputs: Vec<_> = layers.iter().map(|layer| layer.outputs(&gpu)).collect();
         // All are enqueued before the first is looked at.
         for (layer, (out, lse)) in layers.iter().zip(&mut outputs) {
@@ -786,7 +780,7 @@ fn steps_share_a_workspace() {
         let mut outputs: Vec<_> = steps.iter().map(|step| step.outputs(&gpu)).collect();
         for (step, (out, lse)) in steps.iter().zip(&mut outputs) {
             table.update(step.table.clone()).unwrap();
-            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+            let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
             step.run(&gpu, &plan, out, Some(lse), &case.options());
         }
         for (step, (out, lse)) in steps.iter().zip(&outputs) {
@@ -813,12 +807,12 @@ fn buffers_are_freed_after_their_last_use() {
         gpu.cuda.memset_zeros(&mut busy).unwrap(); // what the run waits for
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+        let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
         problem.run(&gpu, &plan, out, Some(lse), &case.options());
         drop((workspace, table));
         for stream in [&gpu.stream, &other.stream] {
             let table = PageTable::new(stream, indices.clone()).unwrap();
-            decode.plan(&mut Workspace::new(stream).unwrap(), &table, PlanMode::Eager).unwrap();
+            decode.plan(&mut Workspace::new(stream).unwrap(), &table, &PlanOptions::default()).unwrap();
         }
     }
     outputs.iter().for_each(|(out, lse)| problem.verify(&gpu, out, Some(lse)));
@@ -850,13 +844,19 @@ fn capture<T: Number>(
     let cache = Cache::poisoned(gpu, case.cache_shape(pages));
     let mut out = Tensor::poisoned(gpu, &case.q_shape());
     let mut lse = Tensor::poisoned(gpu, &[batch, heads]);
-    let plan = decode.plan(workspace, table, PlanMode::CudaGraph).unwrap();
+    let plan = decode.plan(workspace, table, &for_graph(table)).unwrap();
     let key = plan.replay_key();
     let graph = {
         let (q, cache) = (q.on(gpu), cache.on(gpu));
         let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
         let (graph, run) = capture_graph(gpu, || {
-            plan.run(&q.view(), &cache.kv(), &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
+            plan.run_with(
+                &q.view(),
+                &cache.kv(),
+                &mut out.view_mut(),
+                Some(&mut lse.view_mut()),
+                &case.options(),
+            )
         });
         run.unwrap();
         graph.expect("a graph")
@@ -885,7 +885,7 @@ impl<T: Number> Captured<T> {
         }
         self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
         self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
-        let plan = decode.plan(workspace, table, PlanMode::CudaGraph).unwrap();
+        let plan = decode.plan(workspace, table, &for_graph(table)).unwrap();
         assert_eq!(plan.replay_key(), self.key);
         self.graph.launch().unwrap();
         problem.verify(gpu, &self.out, Some(&self.lse));
@@ -999,6 +999,18 @@ fn graph_with_padding_and_one_long_request() {
     }
 }
 
+/// Options for a graph of so many requests, or none.
+fn options_of(graph: Option<usize>) -> PlanOptions<'static> {
+    let mut options = PlanOptions::default();
+    options.graph = graph;
+    options
+}
+
+/// Options for a graph of the table's requests.
+fn for_graph(table: &PageTable) -> PlanOptions<'static> {
+    options_of(Some(table.host().batch_size()))
+}
+
 /// Which plans a captured graph may be replayed after.
 #[test]
 fn can_replay() {
@@ -1009,23 +1021,23 @@ fn can_replay() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let first = table_among(rng, 50, case.page_size, &case.lens);
     let mut table = PageTable::with_capacity(&gpu.stream, first, 4, 50).unwrap();
-    let mut plan_of = |decode: &BatchDecode, table: &PageTable, mode| {
-        let plan = decode.plan(&mut workspace, table, mode).unwrap();
+    let mut plan_of = |decode: &BatchDecode, table: &PageTable, options: &PlanOptions<'_>| {
+        let plan = decode.plan(&mut workspace, table, options).unwrap();
         plan.replay_key()
     };
-    let captured = plan_of(&decode, &table, PlanMode::CudaGraph);
+    let captured = plan_of(&decode, &table, &for_graph(&table));
     assert!(captured.is_some());
-    assert_eq!(plan_of(&decode, &table, PlanMode::CudaGraph), captured);
-    assert_eq!(plan_of(&decode, &table, PlanMode::Eager), None);
+    assert_eq!(plan_of(&decode, &table, &for_graph(&table)), captured);
+    assert_eq!(plan_of(&decode, &table, &PlanOptions::default()), None);
     for other in [Case { group: 1, ..case.clone() }, Case { backend: Backend::Fa2, ..case.clone() }] {
         let other = decode_of::<f16, f16>(&gpu, &other);
-        assert_ne!(plan_of(&other, &table, PlanMode::CudaGraph), captured);
+        assert_ne!(plan_of(&other, &table, &for_graph(&table)), captured);
     }
 
     // Launches have the batch size baked in.
     for lens in [&[10, 20][..], &[10, 20, 30, 40]] {
         table.update(table_among(rng, 50, case.page_size, lens)).unwrap();
-        let plan = decode.plan(&mut workspace, &table, PlanMode::CudaGraph).unwrap();
+        let plan = decode.plan(&mut workspace, &table, &for_graph(&table)).unwrap();
         assert_ne!(plan.replay_key(), captured, "captured for 3 requests, planned for {}", lens.len());
     }
 }
@@ -1045,7 +1057,7 @@ fn two_streams_at_once() {
             let at = iteration % problems.len();
             let problem = &problems[at];
             table.update(problem.table.clone()).unwrap();
-            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+            let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
             if iteration < problems.len() {
                 first.push(problem.check_run(gpu, &plan));
                 continue;
@@ -1098,10 +1110,10 @@ fn wrong_queries_and_outputs() {
     let decode = decode_of::<f16, f16>(&gpu, &problem.case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     let cache = problem.cache.on(&gpu);
     refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-        plan.run(q, &cache.kv(), out, lse, &RunOptions::default())
+        plan.run_with(q, &cache.kv(), out, lse, &RunOptions::default())
     });
     // The refused calls left everything usable.
     problem.check_run(&gpu, &plan);
@@ -1114,14 +1126,14 @@ fn wrong_caches() {
     let decode = decode_of::<f16, f16>(&gpu, &problem.case);
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
-    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
+    let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     {
         let q = problem.q.on(&gpu);
         let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
         refuse_caches(&gpu, &other, rng, problem.table.num_pages(), &mut |kv| {
             let options = RunOptions::default();
-            plan.run(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+            plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
         });
     }
     out.assert_untouched(&gpu);
@@ -1138,7 +1150,7 @@ fn wrong_plans() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let new = |backend, num_qo_heads, num_kv_heads| {
         let spec = problem.case.spec::<f16, f16>().with_backend(backend);
-        BatchDecode::new(gpu.runtime, &spec, Heads { num_qo_heads, num_kv_heads })
+        BatchDecode::new(&gpu.stream, &spec, Heads::new(num_qo_heads, num_kv_heads))
     };
     for (num_qo_heads, num_kv_heads) in [(7, 2), (0, 2), (8, 0), (65536, 65536)] {
         for backend in [Backend::CudaCores, Backend::Fa2, Backend::Auto] {
@@ -1151,9 +1163,124 @@ fn wrong_plans() {
         assert_eq!(new(Backend::Auto, num_qo_heads, num_kv_heads).unwrap().backend(), Backend::Fa2);
     }
     let mut elsewhere = Workspace::new(&other.stream).unwrap();
-    refused(decode.plan(&mut elsewhere, &table, PlanMode::Eager), "workspace");
+    refused(decode.plan(&mut elsewhere, &table, &PlanOptions::default()), "workspace");
     problem.check(&gpu, &decode, &mut Workspace::with_sizes(&gpu.stream, 0, 0).unwrap());
     problem.check(&gpu, &decode, &mut workspace);
+}
+
+/// What decode cannot do, and numbers that the planner does not take.
+#[test]
+fn wrong_options() {
+    let Some(Bench { gpu, problem, .. }) = Bench::start() else { return };
+    let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
+    let requests = table.host().batch_size();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let indices = MaskIndices::new(problem.case.lens.iter().map(|&len| (1, len))).unwrap();
+    let bits = gpu.cuda.alloc_zeros::<u8>(indices.num_bytes()).unwrap();
+    let bits = bits.tensor(&gpu.cuda, &[bits.len()]).unwrap();
+    let indices = MaskTable::new(&gpu.stream, indices).unwrap();
+    let plain = PlanOptions::default();
+    let masked = plain.with_mask(Mask::Custom { indices: &indices, bits: bits.view() });
+    for backend in [Backend::CudaCores, Backend::Fa2] {
+        let decode = decode_of::<f16, f16>(&gpu, &Case { backend, ..problem.case.clone() });
+        let mut unsupported = |options: &PlanOptions<'_>| {
+            let error = decode.plan(&mut workspace, &table, options).unwrap_err();
+            assert!(
+                matches!(error, FlashInferError::Unsupported { .. }),
+                "{backend:?}, {options:?}: {error}"
+            );
+        };
+        unsupported(&masked);
+        if backend == Backend::CudaCores {
+            for split in [Split::fixed(8), Split::disabled(), Split::beside(1)] {
+                unsupported(&plain.with_split(split));
+            }
+        } else {
+            unsupported(&for_graph(&table).with_split(Split::fixed(8)));
+            let both = |pages| {
+                let mut split = Split::fixed(pages);
+                split.disable_split_kv = true;
+                split
+            };
+            let tokens = i32::MAX as usize / problem.case.page_size;
+            let wrong = [0, tokens + 1, 1 << 31, usize::MAX].map(Split::fixed);
+            for split in wrong.into_iter().chain([both(8), Split::beside(1 << 31), Split::beside(usize::MAX)])
+            {
+                refused(decode.plan(&mut workspace, &table, &plain.with_split(split)), "split");
+            }
+            for split in [Split::fixed(tokens), Split::fixed(1), Split::beside(i32::MAX as usize)] {
+                let plan = decode.plan(&mut workspace, &table, &plain.with_split(split)).unwrap();
+                problem.check_run(&gpu, &plan);
+            }
+        }
+        for rows in [0, requests - 1, requests + 1, usize::MAX] {
+            refused(decode.plan(&mut workspace, &table, &plain.with_graph(rows)), "graph");
+        }
+        // A query sees all keys with a causal mask, too.
+        let plan = decode.plan(&mut workspace, &table, &PlanOptions::causal()).unwrap();
+        problem.check_run(&gpu, &plan);
+    }
+}
+
+/// With parts of one size, and with undivided keys, a request has the same bits
+/// alone and in any batch; as the planner divides keys, it has not.
+#[test]
+fn splits_that_do_not_depend_on_the_batch() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = Workspace::new(&gpu.stream).unwrap();
+    let case =
+        |lens: Vec<usize>| Case { lens, kv_heads: 2, group: 4, backend: Backend::Fa2, ..Case::default() };
+    let alone = case(vec![5000]);
+    let decode = decode_of::<bf16, bf16>(&gpu, &alone);
+    let one = Problem::<bf16, bf16>::new(&gpu, rng, alone.clone());
+    let mut differs = 0;
+    for split in [Split::fixed(7), Split::fixed(64), Split::disabled(), Split::default()] {
+        let plain = PlanOptions::default().with_split(split);
+        let (want, want_lse) = {
+            let table = PageTable::new(&gpu.stream, one.table.clone()).unwrap();
+            let plan = decode.plan(&mut workspace, &table, &plain).unwrap();
+            assert_eq!(plan.splits_kv(), split != Split::disabled(), "{split:?}");
+            one.check_run(&gpu, &plan)
+        };
+        for others in [vec![3], vec![70_000, 1, 0], vec![1000; 200]] {
+            // The request stands last, over the same pages, which the others share.
+            let rows = others.len() + 1;
+            let pages = one.table.pages(0);
+            let page_size = one.table.page_size();
+            let long: Vec<i32> = pages.iter().copied().cycle().take(70_000 / page_size).collect();
+            let of = |len: usize| (&long[..len.div_ceil(page_size)], len);
+            let requests = others.iter().map(|&len| of(len)).chain([(pages, 5000)]);
+            let table = PageIndices::from_requests(one.table.num_pages(), page_size, requests).unwrap();
+            let table = PageTable::new(&gpu.stream, table).unwrap();
+            let q = Tensor::<bf16>::new(&gpu, &[rows, 8, 128], one.q.host.repeat(rows));
+            let graph = (split.fixed_split_size.is_none()).then_some(rows);
+            for graph in [None].into_iter().chain(graph.map(Some)) {
+                let mut options = plain;
+                options.graph = graph;
+                let plan = decode.plan(&mut workspace, &table, &options).unwrap();
+                let mut out = Tensor::<bf16>::poisoned(&gpu, &[rows, 8, 128]);
+                let mut lse = Tensor::<f32>::poisoned(&gpu, &[rows, 8]);
+                plan.run_with(
+                    &q.on(&gpu).view(),
+                    &one.cache.on(&gpu).kv(),
+                    &mut out.on_mut(&gpu).view_mut(),
+                    Some(&mut lse.on_mut(&gpu).view_mut()),
+                    &one.case.options(),
+                )
+                .unwrap();
+                let (out, lse) = (out.download(&gpu), lse.download(&gpu));
+                let (out, lse) = (&out[(rows - 1) * 8 * 128..], &lse[(rows - 1) * 8..]);
+                if split == Split::default() {
+                    differs += usize::from(out.iter().zip(&want).any(|(a, b)| a.to_bits() != b.to_bits()));
+                } else {
+                    assert_same_bits(&format!("{split:?}, {rows} requests"), out, &want);
+                    assert_same_bits(&format!("{split:?}, {rows} requests: LSE"), lse, &want_lse);
+                }
+            }
+        }
+    }
+    assert!(differs > 0, "the planner's own way should have shown that this test can fail");
 }
 
 /// What allocates, uploads or plans is refused during a capture, which goes on.
@@ -1165,7 +1292,7 @@ fn nothing_but_runs_is_captured() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let (_, (plan, update, new_table, new_workspace)) = capture_graph(&gpu, || {
         (
-            decode.plan(&mut workspace, &table, PlanMode::CudaGraph).map(|plan| plan.numbers().to_vec()),
+            decode.plan(&mut workspace, &table, &for_graph(&table)).map(|plan| plan.numbers().to_vec()),
             table.update(problem.table.clone()),
             PageTable::new(&gpu.stream, problem.table.clone()).map(drop),
             Workspace::new(&gpu.stream).map(drop),

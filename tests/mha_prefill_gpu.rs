@@ -96,7 +96,7 @@ fn backends() {
         unlike.push(spec.with_backend(Backend::Fa3));
     }
     for spec in unlike {
-        match SinglePrefill::new(gpu.runtime, &gpu.stream, &spec) {
+        match SinglePrefill::new(&gpu.stream, &spec) {
             Err(FlashInferError::Unsupported { .. }) => {}
             other => panic!("{spec:?}: {other:?}"),
         }

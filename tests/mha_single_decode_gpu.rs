@@ -178,7 +178,7 @@ fn backends() {
     let Some(gpu) = Gpu::start() else { return };
     let spec = AttentionSpec::new(DType::F16, 128);
     let new = |spec, num_qo_heads, num_kv_heads| {
-        SingleDecode::new(gpu.runtime, &spec, Heads { num_qo_heads, num_kv_heads })
+        SingleDecode::new(&gpu.stream, &spec, Heads { num_qo_heads, num_kv_heads })
     };
     let decode = new(spec, 32, 8).unwrap();
     assert_eq!(decode.module().name(), &spec.single_decode_module().unwrap());
@@ -224,7 +224,7 @@ fn wrong_input() {
         let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
         let mut call = |q: TensorRef<'_>, kv: [&TensorRef<'_>; 2], options: &RunOptions<'_>, expected| {
             let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            refused(decode.run(&mut workspace, &q, kv, &mut out, Some(&mut lse), options), expected);
+            refused(decode.run_with(&mut workspace, &q, kv, &mut out, Some(&mut lse), options), expected);
         };
         let mut refuse = |q: TensorRef<'_>| call(q, [&k, &v], &plain, "q");
         refuse(Tensor::<bf16>::random(&gpu, rng, &[8, 128]).on(&gpu).view());
@@ -264,7 +264,7 @@ fn wrong_input() {
         call(q_view, [&k, &v], &options, "v_scale");
         // Runs go to the workspace's stream, for which these views are not.
         let mut out = out.view_mut();
-        refused(decode.run(&mut elsewhere, &q_view, [&k, &v], &mut out, None, &plain), "q");
+        refused(decode.run_with(&mut elsewhere, &q_view, [&k, &v], &mut out, None, &plain), "q");
     }
     other.synchronize();
     out.assert_untouched(&gpu);
@@ -275,7 +275,8 @@ fn wrong_input() {
             {
                 let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
                 let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                let call = decode.run(&mut workspace, &q_view, [&k, &v], &mut out, Some(&mut lse), &plain);
+                let call =
+                    decode.run_with(&mut workspace, &q_view, [&k, &v], &mut out, Some(&mut lse), &plain);
                 refused(call, $expected);
             }
             out.assert_untouched(&gpu);
@@ -299,12 +300,12 @@ fn wrong_input() {
         let mut part = odd.device.slice_mut(1..);
         let mut out = part.tensor_mut(&gpu.cuda, &[8, 128]).unwrap();
         let mut out = out.view_mut();
-        refused(decode.run(&mut workspace, &q_view, [&k, &v], &mut out, None, &plain), "out");
+        refused(decode.run_with(&mut workspace, &q_view, [&k, &v], &mut out, None, &plain), "out");
     }
     odd.assert_untouched(&gpu);
     let mut host = vec![f16::NAN; 8 * 128];
     let mut view = TensorMut::from_slice(&mut host, &[8, 128]).unwrap();
-    refused(decode.run(&mut workspace, &q_view, [&k, &v], &mut view, None, &plain), "out");
+    refused(decode.run_with(&mut workspace, &q_view, [&k, &v], &mut view, None, &plain), "out");
     // The refused calls left everything usable.
     single.check(&gpu, &problem, &mut workspace);
 }

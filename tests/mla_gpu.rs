@@ -11,7 +11,7 @@ use common::{Gpu, Number, Rng, Shown, Tensor, assert_same_bits, cache::random_ta
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferError, ModuleName, PageIndices, PageTable, RaggedIndices,
     TensorMut,
-    attention::{Backend, BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec, Workspace},
+    attention::{Backend, BatchMla, MlaCache, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     page, reference,
 };
@@ -57,8 +57,8 @@ impl Case {
         self.requests.iter().map(|request| request.1).collect()
     }
 
-    fn options(&self) -> MlaOptions {
-        MlaOptions::new(self.sm_scale)
+    fn options(&self) -> PlanOptions<'static> {
+        if self.causal { PlanOptions::causal() } else { PlanOptions::default() }
     }
 }
 
@@ -132,21 +132,29 @@ impl<T: Number> Problem<T> {
         let (n, heads) = (queries.total(), case.num_heads);
         let mut want = vec![f64::NAN; n * heads * 512];
         let mut want_lse = vec![f64::NAN; n * heads];
+        let mask = if case.causal { reference::Mask::Causal } else { reference::Mask::None };
         reference::batch_mla(
+            &MlaSpec::new(T::DTYPE, case.sm_scale),
             &query_of(&q.iter().map(Tensor::view).collect::<Vec<_>>()),
             &cache_of(&cache.iter().map(Tensor::view).collect::<Vec<_>>()),
-            &MlaBatch { queries: &queries, num_heads: heads, causal: case.causal },
+            &queries,
             &table,
             &mut TensorMut::from_slice(&mut want, &[n, heads, 512]).unwrap(),
             Some(&mut TensorMut::from_slice(&mut want_lse, &[n, heads]).unwrap()),
-            &case.options(),
+            mask,
         )
         .unwrap();
         Self { case, table, queries, q, cache, want, want_lse }
     }
 
-    fn batch(&self) -> MlaBatch<'_> {
-        MlaBatch { queries: &self.queries, num_heads: self.case.num_heads, causal: self.case.causal }
+    /// Plans the step.
+    fn plan<'p>(
+        &self,
+        mla: &BatchMla,
+        workspace: &'p mut Workspace,
+        table: &'p PageTable,
+    ) -> flashinfer_rs::Result<MlaPlan<'p>> {
+        mla.plan(workspace, &self.queries, table, &self.case.options())
     }
 
     fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
@@ -157,9 +165,9 @@ impl<T: Number> Problem<T> {
     /// Plans and runs on each backend, and compares with the reference.
     #[track_caller]
     fn check(&self, gpu: &Gpu, workspace: &mut Workspace) {
-        for mla in backends::<T>(gpu) {
+        for mla in backends::<T>(gpu, &self.case) {
             let table = PageTable::new(&gpu.stream, self.table.clone()).unwrap();
-            let plan = mla.plan(workspace, &table, &self.batch()).unwrap();
+            let plan = self.plan(&mla, workspace, &table).unwrap();
             self.check_run(gpu, &plan);
         }
     }
@@ -183,12 +191,11 @@ impl<T: Number> Problem<T> {
         let guards = |tensors| -> Vec<Shown<'_>> { show(gpu, tensors) };
         let (q, cache) = (guards(&self.q), guards(&self.cache));
         let mut lse = lse.map(|lse| lse.on_mut(gpu));
-        plan.run(
+        plan.run_with(
             &query_of(&q.iter().map(Shown::view).collect::<Vec<_>>()),
             &cache_of(&cache.iter().map(Shown::view).collect::<Vec<_>>()),
             &mut out.on_mut(gpu).view_mut(),
             lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
-            &self.case.options(),
         )
     }
 
@@ -209,15 +216,15 @@ fn show<'a, T: Number>(gpu: &'a Gpu, tensors: &'a [Tensor<T>]) -> Vec<Shown<'a>>
 }
 
 /// Latent attention on FlashAttention 2, and on 3 where the GPU has it.
-fn backends<T: Number>(gpu: &Gpu) -> Vec<BatchMla> {
+fn backends<T: Number>(gpu: &Gpu, case: &Case) -> Vec<BatchMla> {
     let mut backends = vec![Backend::Fa2];
     match gpu.runtime.compute_capability(0).unwrap() {
         (9, 0) => backends.push(Backend::Fa3),
         (major, minor) => say(&format!("FlashAttention 3 skipped: it has no code for {major}.{minor}")),
     }
-    let spec = MlaSpec::new(T::DTYPE);
-    let mla =
-        |backend| BatchMla::new(gpu.runtime, &gpu.stream, &spec.with_backend(backend)).expect("the module");
+    let spec = MlaSpec::new(T::DTYPE, case.sm_scale);
+    let new = |backend| BatchMla::new(&gpu.stream, &spec.with_backend(backend), case.num_heads);
+    let mla = |backend| new(backend).expect("the module");
     backends.into_iter().map(mla).collect()
 }
 
@@ -393,9 +400,9 @@ fn strided_rows() {
         .map(|&width| Tensor::random(&gpu, rng, &[n, heads + 5, width]).narrowed(1, 2, heads))
         .collect();
     let problem = Problem::solve(case, table, q, cache);
-    for mla in backends::<f16>(&gpu) {
+    for mla in backends::<f16>(&gpu, &problem.case) {
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+        let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
         // Heads outermost, with a gap behind each row.
         let storage = [heads, n, 576];
         let mut out = Tensor::<f16>::poisoned(&gpu, &storage).narrowed(2, 64, 512).permuted(&[1, 0, 2]);
@@ -420,9 +427,9 @@ fn runs_of_one_plan_agree() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let case = Case { requests: vec![(1, 3000), (1, 16), (1, 0)], ..Case::default() };
     let problem = Problem::<bf16>::new(&gpu, rng, case);
-    for mla in backends::<bf16>(&gpu) {
+    for mla in backends::<bf16>(&gpu, &problem.case) {
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+        let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
         let (want, _) = problem.check_run(&gpu, &plan);
         for with_lse in [false, true, false] {
             let (mut out, mut lse) = problem.outputs(&gpu);
@@ -445,11 +452,11 @@ fn back_to_back_plans() {
             Problem::<f16>::new(&gpu, rng, Case { requests, causal: true, ..Case::default() })
         })
         .collect();
-    for mla in backends::<f16>(&gpu) {
+    for mla in backends::<f16>(&gpu, &problems[0].case) {
         let mut done = Vec::new();
         for problem in problems.iter().cycle().take(15) {
             let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-            let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+            let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
             let (mut out, mut lse) = problem.outputs(&gpu);
             problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
             done.push((problem, out));
@@ -550,8 +557,8 @@ fn appended_tokens() {
         .unwrap();
     }
     let problem = Problem { cache: parts.into(), ..problem };
-    for mla in backends::<bf16>(&gpu) {
-        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+    for mla in backends::<bf16>(&gpu, &problem.case) {
+        let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
         problem.check_run(&gpu, &plan);
     }
 }
@@ -594,9 +601,9 @@ fn nothing_to_do() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     for requests in [vec![], vec![(0, 0)], vec![(0, 40), (0, 3)]] {
         let problem = Problem::<f16>::new(&gpu, rng, Case { requests, ..Case::default() });
-        for mla in backends::<f16>(&gpu) {
+        for mla in backends::<f16>(&gpu, &problem.case) {
             let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-            let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+            let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
             assert!(plan.numbers().is_empty());
             let (mut out, mut lse) = problem.outputs(&gpu);
             problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
@@ -608,17 +615,17 @@ fn nothing_to_do() {
 #[test]
 fn backends_are_chosen_and_named() {
     let Some(gpu) = Gpu::start() else { return };
-    let spec = MlaSpec::new(DType::BF16);
-    let auto = BatchMla::new(gpu.runtime, &gpu.stream, &spec).unwrap();
+    let spec = MlaSpec::new(DType::BF16, SM_SCALE);
+    let auto = BatchMla::new(&gpu.stream, &spec, 16).unwrap();
     let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
     let expected = if hopper { Backend::Fa3 } else { Backend::Fa2 };
     assert_eq!(auto.backend(), expected);
     assert_eq!(auto.module().name(), &spec.module(expected).unwrap());
     if !hopper {
-        let named = BatchMla::new(gpu.runtime, &gpu.stream, &spec.with_backend(Backend::Fa3));
+        let named = BatchMla::new(&gpu.stream, &spec.with_backend(Backend::Fa3), 16);
         assert!(matches!(named, Err(FlashInferError::Unsupported { .. })));
     }
-    let wide = BatchMla::new(gpu.runtime, &gpu.stream, &MlaSpec::new(DType::F32));
+    let wide = BatchMla::new(&gpu.stream, &MlaSpec::new(DType::F32, SM_SCALE), 16);
     assert!(matches!(wide, Err(FlashInferError::Unsupported { .. })));
     // Modules that are not there are not a panic.
     assert!(gpu.runtime.module(&ModuleName::new("batch_mla_attention_of_nobody")).is_err());
@@ -631,10 +638,12 @@ fn wrong_input_to_plan() {
     let other = gpu.fork();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let table = PageTable::new(&gpu.stream, random_table(rng, 16, &[3, 40])).unwrap();
-    for mla in backends::<f16>(&gpu) {
+    for mla in backends::<f16>(&gpu, &Case::default()) {
         let mut plan = |lens: &[usize], num_heads, causal| {
             let queries = RaggedIndices::from_lens(lens.iter().copied()).unwrap();
-            mla.plan(&mut workspace, &table, &MlaBatch { queries: &queries, num_heads, causal }).map(drop)
+            let mla = BatchMla::new(&gpu.stream, mla.spec(), num_heads)?;
+            let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
+            mla.plan(&mut workspace, &queries, &table, &options).map(drop)
         };
         plan(&[3, 1], 16, true).unwrap();
         refused(plan(&[1], 16, false), "queries");
@@ -648,12 +657,19 @@ fn wrong_input_to_plan() {
         refused(plan(&[1 << 14, 1], 128, false), "queries");
 
         let queries = RaggedIndices::from_lens([1, 1]).unwrap();
-        let batch = MlaBatch { queries: &queries, num_heads: 16, causal: false };
+        let options = PlanOptions::default();
         let mut foreign = Workspace::new(&other.stream).unwrap();
-        refused(mla.plan(&mut foreign, &table, &batch), "workspace");
+        refused(mla.plan(&mut foreign, &queries, &table, &options), "workspace");
         // It grows from nothing, to about this.
         let mut grows = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
-        mla.plan(&mut grows, &table, &batch).unwrap();
+        mla.plan(&mut grows, &queries, &table, &options).unwrap();
+        // What these kernels cannot do.
+        let splits = [Split::fixed(8), Split::disabled(), Split::beside(1)];
+        for wrong in splits.map(|split| options.with_split(split)).into_iter().chain([options.with_graph(2)])
+        {
+            let error = mla.plan(&mut grows, &queries, &table, &wrong).unwrap_err();
+            assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
+        }
         assert!(grows.float_bytes() <= 20 << 20 && grows.int_bytes() <= 600_000, "{grows:?}");
     }
 }
@@ -670,9 +686,8 @@ fn as_much_work_as_a_plan_holds() {
     check::<f16>(&gpu, rng, &mut workspace, Case { requests, num_heads: 1, page_size: 1, ..Case::default() });
     let table = PageTable::new(&gpu.stream, random_table(rng, 1, &vec![1; 16_500])).unwrap();
     let queries = RaggedIndices::from_lens(vec![1; 16_500]).unwrap();
-    for mla in backends::<f16>(&gpu) {
-        let batch = MlaBatch { queries: &queries, num_heads: 1, causal: false };
-        refused(mla.plan(&mut workspace, &table, &batch), "queries");
+    for mla in backends::<f16>(&gpu, &Case { num_heads: 1, ..Case::default() }) {
+        refused(mla.plan(&mut workspace, &queries, &table, &PlanOptions::default()), "queries");
     }
 }
 
@@ -711,54 +726,53 @@ fn wrong_input_to_run() {
         wrong.push((at, half(&[a, b, width + 1]).narrowed(2, 0, width), name));
         wrong.push((at, half(&[a, b, width + 8]).narrowed(2, 4, width), name));
     }
-    for mla in backends::<f16>(&gpu) {
+    for mla in backends::<f16>(&gpu, &problem.case) {
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
-        let plan = mla.plan(&mut workspace, &table, &problem.batch()).unwrap();
+        let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
-        let run = |tensors: [&Tensor<f16>; 4], out: &mut Tensor<f16>, lse: &mut Tensor<f32>, sm_scale| {
+        let run = |tensors: [&Tensor<f16>; 4], out: &mut Tensor<f16>, lse: &mut Tensor<f32>| {
             let shown = tensors.map(|tensor| tensor.on(&gpu));
-            plan.run(
+            plan.run_with(
                 &MlaQuery::new(shown[0].view(), shown[1].view()),
                 &MlaCache::new(shown[2].view(), shown[3].view()),
                 &mut out.on_mut(&gpu).view_mut(),
                 Some(&mut lse.on_mut(&gpu).view_mut()),
-                &MlaOptions::new(sm_scale),
             )
         };
         for (at, tensor, argument) in &wrong {
             let mut tensors = good.each_ref();
             tensors[*at] = tensor;
-            refused(run(tensors, &mut out, &mut lse, SM_SCALE), argument);
+            refused(run(tensors, &mut out, &mut lse), argument);
         }
         for sm_scale in [0.0, -0.1, 1e-4, f64::NAN, f64::INFINITY] {
-            refused(run(good.each_ref(), &mut out, &mut lse, sm_scale), "sm_scale");
+            let spec = MlaSpec::new(DType::F16, sm_scale).with_backend(mla.backend());
+            refused(BatchMla::new(&gpu.stream, &spec, 16), "sm_scale");
         }
         for shape in [[2, 16, 512], [3, 16, 64], [3, 8, 512]] {
             let mut out = Tensor::poisoned(&gpu, &shape);
-            refused(run(good.each_ref(), &mut out, &mut lse, SM_SCALE), "out");
+            refused(run(good.each_ref(), &mut out, &mut lse), "out");
         }
         for shape in [[2, 16], [16, 3]] {
             let mut lse = Tensor::poisoned(&gpu, &shape);
-            refused(run(good.each_ref(), &mut out, &mut lse, SM_SCALE), "lse");
+            refused(run(good.each_ref(), &mut out, &mut lse), "lse");
         }
         let mut strided = Tensor::poisoned(&gpu, &[3, 17]).narrowed(1, 0, 16);
-        refused(run(good.each_ref(), &mut out, &mut strided, SM_SCALE), "lse");
+        refused(run(good.each_ref(), &mut out, &mut strided), "lse");
 
         // Another dtype, another stream.
         let brain = Tensor::<bf16>::poisoned(&gpu, &[3, 16, 512]);
         let shown = good.each_ref().map(|tensor| tensor.on(&gpu));
         let cache = MlaCache::new(shown[2].view(), shown[3].view());
-        let options = MlaOptions::new(SM_SCALE);
         let guard = brain.on(&gpu);
         let q = MlaQuery::new(guard.view(), shown[1].view());
-        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut(), None, &options), "q.nope");
+        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut()), "q.nope");
         let elsewhere = good[1].device.tensor(&other.cuda, &[3, 16, 64]).unwrap();
         let q = MlaQuery::new(shown[0].view(), elsewhere.view());
-        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut(), None, &options), "q.pe");
+        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut()), "q.pe");
         let q = MlaQuery::new(shown[0].view(), shown[1].view());
         let mut foreign = other.cuda.alloc_zeros::<f16>(3 * 16 * 512).unwrap();
         let mut foreign = foreign.tensor_mut(&other.cuda, &[3, 16, 512]).unwrap();
-        refused(plan.run(&q, &cache, &mut foreign.view_mut(), None, &options), "out");
+        refused(plan.run(&q, &cache, &mut foreign.view_mut()), "out");
 
         out.assert_untouched(&gpu);
         lse.assert_untouched(&gpu);

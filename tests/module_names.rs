@@ -66,9 +66,9 @@ fn names(spec: &AttentionSpec) -> impl Iterator<Item = ModuleName> {
 }
 
 fn mla_names() -> impl Iterator<Item = ModuleName> {
-    let modules = [DType::F16, DType::BF16]
-        .into_iter()
-        .flat_map(|dtype| [Backend::Fa2, Backend::Fa3].map(|backend| MlaSpec::new(dtype).module(backend)));
+    let modules = [DType::F16, DType::BF16].into_iter().flat_map(|dtype| {
+        [Backend::Fa2, Backend::Fa3].map(|backend| MlaSpec::new(dtype, 1.0).module(backend))
+    });
     modules.map(|module| module.expect("the dimensions of every MLA module"))
 }
 

@@ -299,7 +299,8 @@ fn check_append<T: Number, Q: Number>(
         &mut RopeAppend::Kv { cache: cache.view_of(&mut want), value: v.view() },
         &[parts(q.view(), rotary_dim), parts(k.view(), rotary_dim)],
         &angles.on_host(tokens.append.positions()),
-        (&tokens.append, &tokens.table),
+        &tokens.append,
+        &tokens.table,
         options,
     )
     .unwrap();
@@ -309,7 +310,8 @@ fn check_append<T: Number, Q: Number>(
         &mut RopeAppend::Kv { cache: cache.on_mut(gpu).kv_mut(), value: v.on(gpu).view() },
         &[parts(q.on(gpu).view(), rotary_dim), parts(k.on(gpu).view(), rotary_dim)],
         &angles.on_device(&tokens.device_append),
-        (&tokens.device_append, &tokens.device_table),
+        &tokens.device_append,
+        &tokens.device_table,
         options,
     )
     .unwrap();
@@ -388,7 +390,8 @@ fn append_latent() {
             &mut latent(cache.view_of(&mut want)),
             &[parts(q.view(), 64), parts(k.view(), 64)],
             &angles.on_host(tokens.append.positions()),
-            (&tokens.append, &tokens.table),
+            &tokens.append,
+            &tokens.table,
             &options,
         )
         .unwrap();
@@ -398,7 +401,8 @@ fn append_latent() {
             &mut latent(cache.on_mut(&gpu).view_mut()),
             &[parts(q.on(&gpu).view(), 64), parts(k.on(&gpu).view(), 64)],
             &angles.on_device(&tokens.device_append),
-            (&tokens.device_append, &tokens.device_table),
+            &tokens.device_append,
+            &tokens.device_table,
             &options,
         )
         .unwrap();
@@ -442,7 +446,8 @@ fn graph_replay() {
                 &mut RopeAppend::Kv { cache: cache.kv_mut(), value: k.view() },
                 &[parts(q.view(), 128), parts(k.view(), 128)],
                 &rotation,
-                (&device_append, &device_table),
+                &device_append,
+                &device_table,
                 &options,
             )
         };
@@ -467,7 +472,8 @@ fn graph_replay() {
             &mut RopeAppend::Kv { cache: cache.view_of(&mut want), value: k.view() },
             &[parts(q.view(), 128), parts(k.view(), 128)],
             &angles.on_host(append.positions()),
-            (&append, &table),
+            &append,
+            &table,
             &options,
         )
         .unwrap();
@@ -517,7 +523,8 @@ fn wrong_input() {
             &mut RopeAppend::Kv { cache: cache.on_mut(gpu).kv_mut(), value: v },
             &[parts(q, rotary_dim), parts(k, rotary_dim)],
             &angles.on_device(tables.0),
-            tables,
+            tables.0,
+            tables.1,
             &RopeQuantizeOptions::default(),
         );
         refused(call, expected);
@@ -565,7 +572,8 @@ fn wrong_input() {
         &mut RopeAppend::Kv { cache: cache.on_mut(&gpu).kv_mut(), value: none[1] },
         &[parts(none[0], 64), parts(none[1], 64)],
         &angles.on_device(&nobody),
-        (&nobody, &tokens.device_table),
+        &nobody,
+        &tokens.device_table,
         &RopeQuantizeOptions::default(),
     )
     .unwrap();

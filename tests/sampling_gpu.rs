@@ -210,7 +210,7 @@ fn filters_of_logits() {
     let all = table(&gpu, 1, vec![0; DRAWS]);
     let mut random = Philox::new(0xf117, 0);
     for vocab in [7, 1023, 32000, 128256] {
-        let mut workspace = Workspace::new(&gpu.stream, 1, vocab).unwrap();
+        let mut workspace = SamplingWorkspace::new(&gpu.stream, 1, vocab).unwrap();
         let (row, peaks) = peaked(rng, vocab);
         let (top_k, top_p, _) = half(&row, peaks);
         let logits = Tensor::new(&gpu, &[1, vocab], row.iter().map(|x| x.ln() - 1.0).collect());

@@ -15,8 +15,8 @@ use flashinfer_rs::{
 use half::{bf16, f16};
 use rows::{half as half_of, peaked, softmax_rows};
 
-fn workspace(gpu: &Gpu, batch: usize, vocab: usize) -> Workspace {
-    Workspace::new(&gpu.stream, batch, vocab).unwrap()
+fn workspace(gpu: &Gpu, batch: usize, vocab: usize) -> SamplingWorkspace {
+    SamplingWorkspace::new(&gpu.stream, batch, vocab).unwrap()
 }
 
 /// A tensor that an operation writes from another one.
@@ -358,7 +358,7 @@ fn top_ks(rng: &mut Rng, [batch, vocab]: [usize; 2]) -> Vec<i32> {
 
 #[test]
 fn top_k_renorm() {
-    fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace) {
+    fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut SamplingWorkspace) {
         for shape in TOP_K_SHAPES {
             let [batch, vocab] = shape;
             let rows: Vec<T> =
@@ -398,7 +398,7 @@ fn top_k_renorm() {
 /// Logits are kept bit by bit, ties all or none.
 #[test]
 fn top_k_mask() {
-    fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace) {
+    fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut SamplingWorkspace) {
         for shape in TOP_K_SHAPES {
             let logits = Tensor::<T>::random_scaled(gpu, rng, &shape, 4.0);
             let numbers = top_ks(rng, shape);
@@ -513,14 +513,14 @@ fn graph_replay() {
     let mut workspace = workspace(&gpu, 6, 128256);
     let mut logits = Tensor::<f32>::random_scaled(&gpu, rng, &shape, 2.0);
     let mut tensors = [0; 4].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
-    let step = |workspace: &mut Workspace, logits: &TensorRef<'_>, outs: &mut [TensorMut<'_>; 4]| {
+    let step = |workspace: &mut SamplingWorkspace, logits: &TensorRef<'_>, outs: &mut [TensorMut<'_>; 4]| {
         let [masked, probs, top_k, top_p] = outs;
         top_k_mask_logits(workspace, masked, logits, 5000.into())?;
         softmax(workspace, probs, &masked.as_ref(), &SoftmaxOptions::default())?;
         top_k_renorm_probs(workspace, top_k, &probs.as_ref(), 1000.into())?;
         top_p_renorm_probs(&gpu.stream, top_p, &probs.as_ref(), 0.9.into())
     };
-    let direct = |workspace: &mut Workspace, logits: &Tensor<f32>| {
+    let direct = |workspace: &mut SamplingWorkspace, logits: &Tensor<f32>| {
         let mut outs = [0; 4].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
         {
             let logits = logits.on(&gpu);
@@ -592,7 +592,7 @@ fn wrong_input() {
     {
         let (good, mut target) = (input.on(&gpu), out.on_mut(&gpu));
         let good = good.view();
-        let ops = |space: &mut Workspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
+        let ops = |space: &mut SamplingWorkspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
             [
                 softmax(space, out, input, &SoftmaxOptions::default()),
                 top_p_renorm_probs(&space.stream().clone(), out, input, 0.5.into()),
@@ -676,7 +676,7 @@ fn wrong_input() {
     other.synchronize();
     out.assert_untouched(&gpu);
     assert!(matches!(
-        Workspace::new(&gpu.stream, 1, (1 << 23) + 1),
+        SamplingWorkspace::new(&gpu.stream, 1, (1 << 23) + 1),
         Err(FlashInferError::InvalidArgument { argument: "max_vocab", .. })
     ));
     // The refused calls left everything usable.

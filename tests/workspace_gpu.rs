@@ -10,9 +10,8 @@ use common::{Gpu, Rng, attention::capture, cache::repeating_table, refused, say}
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchDecode, BatchMla, BatchPrefill,
-        CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, MlaBatch, MlaSpec, MultiLevelCascade,
-        PlanMode, PrefillOptions, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
+        CascadeWorkspace, Heads, MlaSpec, MultiLevelCascade, PlanOptions, Split, Workspace,
     },
 };
 
@@ -80,9 +79,9 @@ struct Batch {
 }
 
 impl Batch {
-    fn random(gpu: &Gpu, rng: &mut Rng) -> Self {
+    fn random(gpu: &Gpu, rng: &mut Rng, requests: [usize; 3]) -> Self {
         let page_size = [1, 5, 16, 64, 256][rng.below(5)];
-        let (requests, longest) = ([3, 40, 300][rng.below(3)], [40, 400, 6000][rng.below(3)]);
+        let (requests, longest) = (requests[rng.below(3)], [40, 400, 6000][rng.below(3)]);
         let (requests, most) = (1 + rng.below(requests), [2, 9, 40][rng.below(3)]);
         // The first has a token and a query, so that there is something to plan.
         let lens: Vec<usize> = (0..requests).map(|at| rng.below(longest).max(usize::from(at == 0))).collect();
@@ -95,7 +94,7 @@ impl Batch {
         let num_kv_heads = [1, 2, 3, 8][rng.below(4)];
         Self {
             causal,
-            heads: Heads { num_qo_heads: num_kv_heads * [1, 2, 4, 8][rng.below(4)], num_kv_heads },
+            heads: Heads::new(num_kv_heads * [1, 2, 4, 8][rng.below(4)], num_kv_heads),
             rows: queries.total().max(requests) + rng.below(50),
             queries: RaggedTable::new(&gpu.stream, queries).unwrap(),
             table: PageTable::new(&gpu.stream, repeating_table(rng, 100, page_size, &lens)).unwrap(),
@@ -103,15 +102,31 @@ impl Batch {
         }
     }
 
-    fn prefill_options(&self, graph: bool) -> PrefillOptions<'static> {
-        let mut options = if self.causal { PrefillOptions::causal() } else { PrefillOptions::default() };
-        options.graph_rows = graph.then_some(self.rows);
+    fn plan_options(&self, graph: bool) -> PlanOptions<'static> {
+        let mut options = if self.causal { PlanOptions::causal() } else { PlanOptions::default() };
+        options.graph = graph.then_some(self.rows);
+        options
+    }
+
+    fn decode_options(&self, graph: bool) -> PlanOptions<'static> {
+        let mut options = PlanOptions::default();
+        options.graph = graph.then_some(self.table.host().batch_size());
         options
     }
 }
 
 /// A plan on a workspace, for a graph or not; gives its numbers.
 type Plan<'a> = &'a dyn Fn(&mut Workspace, bool) -> Result<Vec<i64>>;
+
+/// How FlashAttention 2 can be told to divide keys, but by itself.
+fn splits(rng: &mut Rng, batch: &Batch) -> [Split; 4] {
+    let table = batch.table.host();
+    // Parts of a third of the longest request, and of all of it or less.
+    let longest = table.indptr().windows(2).map(|pair| (pair[1] - pair[0]) as usize).max().unwrap_or(1);
+    let blocks = [1, 100, 260, 1000][rng.below(4)] + rng.below(4);
+    let parts = [longest / 3 + 1, longest - rng.below(2).min(longest - 1)];
+    [Split::fixed(parts[0]), Split::fixed(parts[1]), Split::disabled(), Split::beside(blocks)]
+}
 
 /// Makes a workspace one whose memory a graph may hold, with a plan for one query
 /// of one head, which takes less than 2 KiB.
@@ -126,17 +141,15 @@ impl Holder {
         let one = RaggedIndices::from_lens([1]).unwrap();
         let table = PageIndices::from_requests(1, 16, [(&[0][..], 1)]).unwrap();
         Self {
-            prefill: BatchPrefill::new(gpu.runtime, &gpu.stream, &spec).expect("FlashAttention 3"),
+            prefill: BatchPrefill::new(&gpu.stream, &spec, Heads::new(1, 1)).expect("FlashAttention 3"),
             one: (RaggedTable::new(&gpu.stream, one).unwrap(), PageTable::new(&gpu.stream, table).unwrap()),
         }
     }
 
     fn hold(&self, workspace: &mut Workspace) {
-        let mut options = PrefillOptions::default();
-        options.graph_rows = Some(1);
+        let options = PlanOptions::default().with_graph(1);
         let (queries, table) = &self.one;
-        let heads = Heads { num_qo_heads: 1, num_kv_heads: 1 };
-        self.prefill.plan_paged(workspace, queries, table, heads, &options).unwrap();
+        self.prefill.plan_paged(workspace, queries, table, &options).unwrap();
     }
 }
 
@@ -181,7 +194,7 @@ impl Checks<'_> {
     }
 
     /// All that a spec serves but mixed batches.
-    fn of_attention(&mut self, batch: &Batch, spec: &AttentionSpec) {
+    fn of_attention(&mut self, batch: &Batch, spec: &AttentionSpec, split: Split) {
         let (gpu, heads, head_dim, backend) = (self.gpu, batch.heads, spec.head_dim_vo, spec.backend);
         let planner = match backend {
             Backend::CudaCores => Planner::CudaCores,
@@ -189,31 +202,38 @@ impl Checks<'_> {
             _ => Planner::Fa2,
         };
         let more = [(spec.window_left.is_some(), ", window"), (spec.attention_sink, ", sinks")];
-        let more: String = more.iter().filter(|(there, _)| *there).map(|(_, name)| *name).collect();
-        let family = |name| format!("{name} {backend:?} {}{more}", spec.head_dim_qk);
+        let more: String = more.iter().filter(|(asked, _)| *asked).map(|(_, name)| *name).collect();
+        let way = if split == Split::default() { String::new() } else { format!(", {}", name_of(split)) };
+        let family = |name| format!("{name} {backend:?} {}{more}{way}", spec.head_dim_qk);
+        // A launch that is captured has a fixed number of parts.
+        let graphs = if split.fixed_split_size.is_some() { &[false][..] } else { &[false, true] };
         // Pages hold keys and values of one width.
         let paged = spec.head_dim_qk == head_dim;
-        let decode = paged.then(|| BatchDecode::new(gpu.runtime, spec, heads));
+        let decode = paged.then(|| BatchDecode::new(&gpu.stream, spec, heads));
         if let Some(decode) = decode.and_then(|decode| self.made(decode)) {
-            self.check(&family("decode"), planner, batch, head_dim, &|workspace, graph| {
-                let mode = if graph { PlanMode::CudaGraph } else { PlanMode::Eager };
-                Ok(decode.plan(workspace, &batch.table, mode)?.numbers().to_vec())
+            self.check(&family("decode"), graphs, planner, batch, head_dim, &|workspace, graph| {
+                let options = batch.decode_options(graph).with_split(split);
+                Ok(decode.plan(workspace, &batch.table, &options)?.numbers().to_vec())
             });
         }
         if backend == Backend::CudaCores {
             return;
         }
-        let Some(prefill) = self.made(BatchPrefill::new(gpu.runtime, &gpu.stream, spec)) else { return };
+        let Some(prefill) = self.made(BatchPrefill::new(&gpu.stream, spec, heads)) else { return };
         if paged {
-            self.check(&family("paged"), planner, batch, head_dim, &|workspace, graph| {
-                let (queries, options) = (&batch.queries, batch.prefill_options(graph));
-                let plan = prefill.plan_paged(workspace, queries, &batch.table, heads, &options);
+            self.check(&family("paged"), graphs, planner, batch, head_dim, &|workspace, graph| {
+                let (queries, options) = (&batch.queries, batch.plan_options(graph).with_split(split));
+                let plan = prefill.plan_paged(workspace, queries, &batch.table, &options);
                 Ok(plan?.numbers().to_vec())
             });
         }
-        self.check(&family("ragged"), planner, batch, head_dim, &|workspace, graph| {
-            let (queries, options) = (&batch.queries, batch.prefill_options(graph));
-            let plan = prefill.plan_ragged(workspace, queries, &batch.keys, heads, &options);
+        // A page of ragged keys is one key.
+        let page_size = batch.table.host().page_size();
+        let mut of_keys = split;
+        of_keys.fixed_split_size = split.fixed_split_size.map(|pages| pages * page_size);
+        self.check(&family("ragged"), graphs, planner, batch, head_dim, &|workspace, graph| {
+            let (queries, options) = (&batch.queries, batch.plan_options(graph).with_split(of_keys));
+            let plan = prefill.plan_ragged(workspace, queries, &batch.keys, &options);
             Ok(plan?.numbers().to_vec())
         });
     }
@@ -222,12 +242,17 @@ impl Checks<'_> {
     /// planner says it took. With as much the planner succeeds, and with a byte
     /// less nobody calls it.
     #[track_caller]
-    fn check(&mut self, family: &str, planner: Planner, batch: &Batch, head_dim: usize, plan: Plan<'_>) {
+    fn check(
+        &mut self,
+        family: &str,
+        graphs: &[bool],
+        planner: Planner,
+        batch: &Batch,
+        head_dim: usize,
+        plan: Plan<'_>,
+    ) {
         let with = |[float, int]: [usize; 2]| Workspace::with_sizes(&self.gpu.stream, float, int).unwrap();
-        for graph in [false, true] {
-            if graph && matches!(planner, Planner::Mla) {
-                continue; // it has no plans for graphs
-            }
+        for &graph in graphs {
             let what = format!("{family}, graph {graph}, {:?}", batch.heads);
             let mut nothing = with([0, 0]);
             let numbers = plan(&mut nothing, graph).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -275,7 +300,8 @@ fn planners_find_what_they_take() {
     let (rng, holder) = (&mut Rng::new(), Holder::new(&gpu));
     let mut checks = Checks { gpu: &gpu, holder, planned: BTreeMap::new(), skipped: BTreeSet::new() };
     for _ in 0..16 {
-        let (batch, plain) = (Batch::random(&gpu, rng), |head_dim| AttentionSpec::new(DType::BF16, head_dim));
+        let (batch, plain) =
+            (Batch::random(&gpu, rng, [3, 40, 300]), |head_dim| AttentionSpec::new(DType::BF16, head_dim));
         let (heads, window) = (batch.heads, rng.below(3000) as u32);
         for spec in [
             plain(64),
@@ -288,25 +314,39 @@ fn planners_find_what_they_take() {
             plain(64).with_attention_sink().with_window_left(window),
         ] {
             for backend in [Backend::CudaCores, Backend::Fa2, Backend::Fa3] {
-                checks.of_attention(&batch, &spec.with_backend(backend));
+                checks.of_attention(&batch, &spec.with_backend(backend), Split::default());
+            }
+            // Of few requests, since each part takes memory.
+            let few = Batch::random(&gpu, rng, [1, 3, 40]);
+            for split in splits(rng, &few) {
+                // Windows without a causal mask keep keys whole.
+                if split.fixed_split_size.is_none() || spec.window_left.is_none() || few.causal {
+                    checks.of_attention(&few, &spec.with_backend(Backend::Fa2), split);
+                }
             }
         }
-        if let Some(attention) = checks.made(BatchAttention::new(gpu.runtime, &gpu.stream, &plain(128))) {
-            checks.check("mixed", Planner::Mixed(128), &batch, 128, &|workspace, graph| {
-                let mut options = BatchAttentionOptions::default();
-                (options.causal, options.graph_rows) = (batch.causal, graph.then_some(batch.rows));
-                let plan = attention.plan(workspace, &batch.queries, &batch.table, heads, &options);
+        if let Some(attention) = checks.made(BatchAttention::new(&gpu.stream, &plain(128), heads)) {
+            checks.check("mixed", &[false, true], Planner::Mixed(128), &batch, 128, &|workspace, graph| {
+                let options = batch.plan_options(graph);
+                let plan = attention.plan(workspace, &batch.queries, &batch.table, &options);
                 Ok(plan?.numbers().to_vec())
             });
         }
         for backend in [Backend::Fa2, Backend::Fa3] {
-            let spec = MlaSpec::new(DType::BF16).with_backend(backend);
-            let Some(mla) = checks.made(BatchMla::new(gpu.runtime, &gpu.stream, &spec)) else { continue };
+            let spec = MlaSpec::new(DType::BF16, 1.0).with_backend(backend);
             let (queries, num_heads) = (batch.queries.host(), [16, 128][rng.below(2)]);
-            checks.check(&format!("MLA {backend:?}"), Planner::Mla, &batch, 512, &|workspace, _| {
-                let of = MlaBatch { queries, num_heads, causal: false };
-                Ok(mla.plan(workspace, &batch.table, &of)?.numbers().to_vec())
-            });
+            let Some(mla) = checks.made(BatchMla::new(&gpu.stream, &spec, num_heads)) else { continue };
+            checks.check(
+                &format!("MLA {backend:?}"),
+                &[false],
+                Planner::Mla,
+                &batch,
+                512,
+                &|workspace, _| {
+                    let options = PlanOptions::default();
+                    Ok(mla.plan(workspace, queries, &batch.table, &options)?.numbers().to_vec())
+                },
+            );
         }
     }
     gpu.synchronize();
@@ -317,6 +357,24 @@ fn planners_find_what_they_take() {
     for name in ["decode CudaCores", "decode Fa2", "decode Fa3", "paged Fa2", "paged Fa3", "ragged Fa2"] {
         assert_eq!(checks.planned[&format!("{name} 128")], 32, "{name}");
     }
+    for (way, times) in [("fixed", 32), ("disabled", 32), ("beside", 32)] {
+        for name in ["decode Fa2", "paged Fa2", "ragged Fa2"] {
+            assert_eq!(checks.planned[&format!("{name} 128, {way}")], times, "{name}, {way}");
+        }
+    }
+}
+
+fn name_of(split: Split) -> &'static str {
+    match split {
+        Split { fixed_split_size: Some(_), .. } => "fixed",
+        Split { disable_split_kv: true, .. } => "disabled",
+        _ => "beside",
+    }
+}
+
+/// Options for a graph of the table's requests.
+fn for_graph(table: &PageTable) -> PlanOptions<'static> {
+    PlanOptions::default().with_graph(table.host().batch_size())
 }
 
 /// 512 requests of one page on 32 query heads and 8 KV heads, for a graph: more
@@ -324,9 +382,9 @@ fn planners_find_what_they_take() {
 #[test]
 fn the_first_plan_for_a_graph_lets_it_grow() {
     let Some(gpu) = Gpu::start() else { return };
-    let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    let heads = Heads::new(32, 8);
     let spec = AttentionSpec::new(DType::BF16, 128).with_backend(Backend::Fa2);
-    let decode = BatchDecode::new(gpu.runtime, &spec, heads).expect("the module");
+    let decode = BatchDecode::new(&gpu.stream, &spec, heads).expect("the module");
     let table = |requests: usize| {
         let pages: Vec<i32> = (0..requests as i32).collect();
         let table = PageIndices::from_requests(1024, 16, pages.chunks(1).map(|page| (page, 1))).unwrap();
@@ -336,20 +394,20 @@ fn the_first_plan_for_a_graph_lets_it_grow() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let default = [Workspace::DEFAULT_FLOAT_BYTES, Workspace::DEFAULT_INT_BYTES];
     assert_eq!(sizes(&workspace), default);
-    decode.plan(&mut workspace, &large, PlanMode::CudaGraph).unwrap();
+    decode.plan(&mut workspace, &large, &for_graph(&large)).unwrap();
     // By half of what it was.
     assert_eq!(sizes(&workspace), [192 << 20, 8 << 20]);
     // What a graph holds stays; what is no larger still fits.
     let floats = |requests: usize| 32 * (requests * 4 / 16 + requests - 1) * 16 * (128 + 1) * 4;
     let need = [floats(1024), 8 << 20];
     let call = format!("Workspace::with_sizes(&stream, {}, {})", need[0], need[1]);
-    refused_with_sizes(decode.plan(&mut workspace, &larger, PlanMode::CudaGraph), [need[0], 1], &call);
+    refused_with_sizes(decode.plan(&mut workspace, &larger, &for_graph(&larger)), [need[0], 1], &call);
     assert_eq!(sizes(&workspace), [192 << 20, 8 << 20]);
     let key = |workspace: &mut Workspace, table| {
-        decode.plan(workspace, table, PlanMode::CudaGraph).unwrap().replay_key().unwrap()
+        decode.plan(workspace, table, &for_graph(table)).unwrap().replay_key().unwrap()
     };
     let before = key(&mut workspace, &small);
-    decode.plan(&mut workspace, &larger, PlanMode::Eager).unwrap();
+    decode.plan(&mut workspace, &larger, &PlanOptions::default()).unwrap();
     key(&mut workspace, &large);
     assert_eq!(key(&mut workspace, &small), before, "larger batches changed where its arrays are");
     // The call that the error names.
@@ -360,11 +418,11 @@ fn the_first_plan_for_a_graph_lets_it_grow() {
     // Plans for one launch do not stop it.
     let mut eager = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
     for table in [&small, &larger, &large] {
-        decode.plan(&mut eager, table, PlanMode::Eager).unwrap();
+        decode.plan(&mut eager, table, &PlanOptions::default()).unwrap();
     }
     key(&mut eager, &large);
     assert!(eager.float_bytes() >= floats(512));
-    refused_with_sizes(decode.plan(&mut eager, &larger, PlanMode::CudaGraph), [need[0], 1], "with_sizes");
+    refused_with_sizes(decode.plan(&mut eager, &larger, &for_graph(&larger)), [need[0], 1], "with_sizes");
     gpu.synchronize();
 }
 
@@ -372,18 +430,18 @@ fn the_first_plan_for_a_graph_lets_it_grow() {
 #[test]
 fn captures_do_not_move_memory() {
     let Some(gpu) = Gpu::start_alone() else { return };
-    let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
+    let heads = Heads::new(32, 8);
     let spec = AttentionSpec::new(DType::F16, 128).with_backend(Backend::Fa2);
-    let decode = BatchDecode::new(gpu.runtime, &spec, heads).expect("the module");
+    let decode = BatchDecode::new(&gpu.stream, &spec, heads).expect("the module");
     let table = PageIndices::from_requests(1, 16, [(&[0][..], 1)]).unwrap();
     let table = PageTable::new(&gpu.stream, table).unwrap();
     let mut workspace = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
     let (_, plan) = capture(&gpu, || {
-        decode.plan(&mut workspace, &table, PlanMode::CudaGraph).map(|plan| plan.numbers().to_vec())
+        decode.plan(&mut workspace, &table, &for_graph(&table)).map(|plan| plan.numbers().to_vec())
     });
     refused(plan, "workspace");
     assert_eq!(sizes(&workspace), [1, 1]);
-    decode.plan(&mut workspace, &table, PlanMode::CudaGraph).unwrap();
+    decode.plan(&mut workspace, &table, &for_graph(&table)).unwrap();
 }
 
 /// The workspaces of levels, and the memory for states, which is there only where
@@ -391,9 +449,9 @@ fn captures_do_not_move_memory() {
 #[test]
 fn cascades() {
     let Some(gpu) = Gpu::start() else { return };
-    let heads = Heads { num_qo_heads: 8, num_kv_heads: 2 };
+    let heads = Heads::new(8, 2);
     let spec = AttentionSpec::new(DType::F16, 128).with_backend(Backend::Fa2);
-    let cascade = MultiLevelCascade::new(gpu.runtime, &gpu.stream, &spec).expect("the module");
+    let cascade = MultiLevelCascade::new(&gpu.stream, &spec, heads).expect("the module");
     let tables = |requests: usize| {
         let all = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([requests]).unwrap()).unwrap();
         let each = RaggedIndices::from_lens(vec![1; requests]).unwrap();
@@ -406,9 +464,9 @@ fn cascades() {
         let (all, shared, each, own) = tables(requests);
         let of =
             [CascadeLevel { queries: &all, table: &shared }, CascadeLevel { queries: &each, table: &own }];
-        let mut options = CascadeOptions::default();
-        options.graph_rows = graph.then_some(requests);
-        cascade.plan(workspace, &of[2 - levels..], heads, &options).map(drop)
+        let mut options = PlanOptions::default();
+        options.graph = graph.then_some(requests);
+        cascade.plan(workspace, &of[2 - levels..], &options).map(drop)
     };
     let mut workspace = CascadeWorkspace::with_sizes(&gpu.stream, 2, 0, 0).unwrap();
     plan(&mut workspace, 4, 2, false).unwrap();

@@ -5,8 +5,8 @@ use std::{cell::RefCell, time::Instant};
 use flashinfer_rs::{
     DType, PageTable, RaggedIndices, RaggedTable, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaBatch, MlaCache, MlaOptions,
-        MlaQuery, MlaSpec, PlanMode, PrefillOptions, RunOptions, Workspace,
+        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaCache, MlaQuery, MlaSpec,
+        PlanOptions, Workspace,
     },
     ffi::{Object, Value},
     kv::{KvLayout, PagedKv},
@@ -24,7 +24,7 @@ use crate::{
     tensor::Tensor,
 };
 
-const HEADS: Heads = Heads { num_qo_heads: QO_HEADS, num_kv_heads: KV_HEADS };
+const HEADS: Heads = Heads::new(QO_HEADS, KV_HEADS);
 const BATCHES: [usize; 3] = [1, 64, 256];
 const LENGTHS: [usize; 3] = [1024, 8192, 32768];
 /// What `quick` measures of them.
@@ -87,11 +87,10 @@ fn decode(
         return bench.left_out.push([name, "its cache does not fit, twice, beside what is there".into()]);
     }
     bench.case(&name, Kind::Decode, order, |case| {
-        let (cuda, stream, runtime) =
-            (case.bench.cuda.clone(), case.bench.stream.clone(), case.bench.runtime);
+        let (cuda, stream) = (case.bench.cuda.clone(), case.bench.stream.clone());
         let backend = if tensor_cores { Backend::Fa2 } else { Backend::CudaCores };
         let spec = AttentionSpec::new(dtype, HEAD_DIM).with_backend(backend);
-        let decode = BatchDecode::new(runtime, &spec, HEADS)?;
+        let decode = BatchDecode::new(&stream, &spec, HEADS)?;
         let indices = page_indices(batch, tokens)?;
         let shape = [indices.num_pages(), PAGE_SIZE, KV_HEADS, HEAD_DIM];
         let (k, v) = (Tensor::numbers(&cuda, dtype, &shape)?, Tensor::numbers(&cuda, dtype, &shape)?);
@@ -170,7 +169,7 @@ fn decode(
             if upload {
                 tables[*last].update(batches[*last].clone())?;
             }
-            decode.plan(workspace, &tables[*last], PlanMode::Eager)?;
+            decode.plan(workspace, &tables[*last], &PlanOptions::default())?;
             Ok(())
         };
         let calls = PlanCalls {
@@ -182,25 +181,23 @@ fn decode(
 
         let (mut workspace, [table, other], _) = parts.into_inner();
         let [q_view, k_view, v_view, _] = tensors;
-        let (kv, options) = (PagedKv::new(*k_view, *v_view, KvLayout::Nhd), RunOptions::default());
+        let kv = PagedKv::new(*k_view, *v_view, KvLayout::Nhd);
         let mut output = out.view_mut();
         {
-            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+            let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
             let bytes = cache_bytes + q.bytes() + out.bytes();
-            case.run(Some(bytes), Some(&raw), &mut || {
-                Ok(plan.run(q_view, &kv, &mut output, None, &options)?)
-            })?;
+            case.run(Some(bytes), Some(&raw), &mut || Ok(plan.run(q_view, &kv, &mut output)?))?;
         }
 
         // A step is planned while the one before is still at work.
         let steps = (BUSY_US / case.row.gpu.rust_us.unwrap_or(BUSY_US)).clamp(1.0, 200.0) as usize;
         let mut busy = Vec::new();
         for _ in 0..15 {
-            let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
-            (0..steps).try_for_each(|_| plan.run(q_view, &kv, &mut output, None, &options))?;
+            let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
+            (0..steps).try_for_each(|_| plan.run(q_view, &kv, &mut output))?;
             drop(plan);
             let start = Instant::now();
-            decode.plan(&mut workspace, &other, PlanMode::Eager)?;
+            decode.plan(&mut workspace, &other, &PlanOptions::default())?;
             busy.push(start.elapsed().as_secs_f64() * 1e6);
             cuda.synchronize()?;
         }
@@ -225,10 +222,9 @@ fn prefill(
     });
     let name = format!("prefill b{batch} q{queries} L{tokens} f16 {}", name_of(backend));
     bench.case(&name, Kind::Other, order, |case| {
-        let (cuda, stream, runtime) =
-            (case.bench.cuda.clone(), case.bench.stream.clone(), case.bench.runtime);
+        let (cuda, stream) = (case.bench.cuda.clone(), case.bench.stream.clone());
         let spec = AttentionSpec::new(dtype, HEAD_DIM).with_backend(backend);
-        let prefill = BatchPrefill::new(runtime, &stream, &spec)?;
+        let prefill = BatchPrefill::new(&stream, &spec, HEADS)?;
         let indices = page_indices(batch, tokens)?;
         let shape = [indices.num_pages(), PAGE_SIZE, KV_HEADS, HEAD_DIM];
         let (k, v) = (Tensor::numbers(&cuda, dtype, &shape)?, Tensor::numbers(&cuda, dtype, &shape)?);
@@ -247,24 +243,24 @@ fn prefill(
         let table = PageTable::new(&stream, indices.clone())?;
         let ragged =
             RaggedTable::new(&stream, RaggedIndices::from_lens(std::iter::repeat_n(queries, batch))?)?;
-        let (mut workspace, options) = (Workspace::new(&stream)?, PrefillOptions::causal());
+        let (mut workspace, options) = (Workspace::new(&stream)?, PlanOptions::causal());
         let other = PageTable::new(&stream, page_indices(batch, tokens - 1)?)?;
         let parts = RefCell::new((&mut workspace, [&table, &other], 0));
         let plan = |changed: bool| -> Result<()> {
             let (workspace, tables, last) = &mut *parts.borrow_mut();
             *last ^= usize::from(changed);
-            prefill.plan_paged(workspace, &ragged, tables[*last], HEADS, &options)?;
+            prefill.plan_paged(workspace, &ragged, tables[*last], &options)?;
             Ok(())
         };
         let calls =
             PlanCalls { plan: &mut || plan(true), with_table: None, again: Some(&mut || plan(false)) };
         case.plan(Some(&planner), calls)?;
-        let plan = prefill.plan_paged(&mut workspace, &ragged, &table, HEADS, &options)?;
+        let plan = prefill.plan_paged(&mut workspace, &ragged, &table, &options)?;
         let [q_view, k_view, v_view, _] = tensors;
-        let (kv, options) = (PagedKv::new(*k_view, *v_view, KvLayout::Nhd), RunOptions::default());
+        let kv = PagedKv::new(*k_view, *v_view, KvLayout::Nhd);
         let mut output = out.view_mut();
         // The work is arithmetic: bytes say nothing.
-        case.run(None, Some(&raw), &mut || Ok(plan.run(q_view, &kv, &mut output, None, &options)?))
+        case.run(None, Some(&raw), &mut || Ok(plan.run(q_view, &kv, &mut output)?))
     });
 }
 
@@ -277,9 +273,9 @@ fn mla(bench: &mut Bench, scratch: &Scratch, backend: Backend, (batch, tokens): 
     });
     let name = format!("MLA decode b{batch} L{tokens} f16 {}", name_of(backend));
     bench.case(&name, Kind::Other, order, |case| {
-        let (cuda, stream, runtime) =
-            (case.bench.cuda.clone(), case.bench.stream.clone(), case.bench.runtime);
-        let mla = BatchMla::new(runtime, &stream, &MlaSpec::new(dtype).with_backend(backend))?;
+        let (cuda, stream) = (case.bench.cuda.clone(), case.bench.stream.clone());
+        let mla =
+            BatchMla::new(&stream, &MlaSpec::new(dtype, MLA_SM_SCALE).with_backend(backend), MLA_HEADS)?;
         let indices = page_indices(batch, tokens)?;
         let cache = |width| Tensor::numbers(&cuda, dtype, &[indices.num_pages(), PAGE_SIZE, width]);
         let (ckv, kpe) = (cache(512)?, cache(64)?);
@@ -327,18 +323,18 @@ fn mla(bench: &mut Bench, scratch: &Scratch, backend: Backend, (batch, tokens): 
         };
 
         let queries = RaggedIndices::from_lens(std::iter::repeat_n(1, batch))?;
-        let step = MlaBatch { queries: &queries, num_heads: MLA_HEADS, causal: false };
+        let options = PlanOptions::default();
         let table = PageTable::new(&stream, indices.clone())?;
         let mut workspace = Workspace::new(&stream)?;
         let mut plan = || {
-            mla.plan(&mut workspace, &table, &step)?;
+            mla.plan(&mut workspace, &queries, &table, &options)?;
             Ok(())
         };
         case.plan(Some(&planner), PlanCalls { plan: &mut plan, with_table: None, again: None })?;
-        let plan = mla.plan(&mut workspace, &table, &step)?;
+        let plan = mla.plan(&mut workspace, &queries, &table, &options)?;
         let (q, kv) = (MlaQuery::new(*nope_view, *pe_view), MlaCache::new(*ckv_view, *kpe_view));
-        let (mut output, options) = (out.view_mut(), MlaOptions::new(MLA_SM_SCALE));
+        let mut output = out.view_mut();
         let bytes = [&nope, &pe, &ckv, &kpe, &out].map(Tensor::bytes).iter().sum();
-        case.run(Some(bytes), Some(&raw), &mut || Ok(plan.run(&q, &kv, &mut output, None, &options)?))
+        case.run(Some(bytes), Some(&raw), &mut || Ok(plan.run(&q, &kv, &mut output)?))
     });
 }

@@ -107,10 +107,12 @@ impl Engine for Cpu {
                 &spec,
                 &TensorRef::from_slice(&q, &q_shape)?,
                 &self.cache.layer(0, index)?,
-                (batch.queries(), batch.pages()),
+                batch.queries(),
+                batch.pages(),
                 &mut TensorMut::from_slice(&mut attention, &q_shape)?,
                 None,
-                (Mask::Causal, &RunOptions::default()),
+                Mask::Causal,
+                &RunOptions::default(),
             )?;
             x = values(&multiply(attention, &layer.attention_output)?)?;
             add(&mut x, &layer.mlp_norm)?;

@@ -17,7 +17,7 @@ use cudarc::{
 use flashinfer_rs::{
     DType, Stream, TensorMut,
     cudarc::{SliceMut, TensorExtMut},
-    sampling::{SoftmaxOptions, Workspace, softmax, top_k_renorm_probs},
+    sampling::{SamplingWorkspace, SoftmaxOptions, softmax, top_k_renorm_probs},
 };
 
 use crate::{Result, model::Experts};
@@ -31,7 +31,7 @@ pub struct Routing {
     /// The router's scores, and then the shares.
     scores: CudaSlice<f32>,
     probs: CudaSlice<f32>,
-    workspace: Workspace,
+    workspace: SamplingWorkspace,
     scale_rows: CudaFunction,
 }
 
@@ -41,7 +41,7 @@ pub struct RoutingSlices<'t> {
     experts: Experts,
     scores: SliceMut<'t>,
     probs: SliceMut<'t>,
-    workspace: &'t mut Workspace,
+    workspace: &'t mut SamplingWorkspace,
     scale_rows: &'t CudaFunction,
 }
 
@@ -53,7 +53,7 @@ pub struct RoutingTensors<'t> {
     /// shares.
     pub scores: TensorMut<'t>,
     probs: TensorMut<'t>,
-    workspace: &'t mut Workspace,
+    workspace: &'t mut SamplingWorkspace,
     scale_rows: &'t CudaFunction,
 }
 
@@ -65,7 +65,7 @@ impl Routing {
             experts,
             scores: cuda.alloc_zeros(rows * experts.count)?,
             probs: cuda.alloc_zeros(rows * experts.count)?,
-            workspace: Workspace::new(&Stream::from(cuda), rows, experts.count)?,
+            workspace: SamplingWorkspace::new(&Stream::from(cuda), rows, experts.count)?,
             scale_rows: module.load_function("scale_rows")?,
         })
     }

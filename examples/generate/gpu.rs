@@ -29,10 +29,7 @@ use flashinfer_rs::{
     AppendIndices, DType, FlashInferError, FlashInferRuntime, ModuleName, PageIndices,
     Result as FlashInferResult, RuntimeConfig, Stream, TensorMut, TensorRef,
     activation::{ActivationOptions, silu_and_mul},
-    attention::{
-        AttentionSpec, BatchDecode, BatchPrefill, Heads, PlanMode, PrefillOptions, ReplayKey, RunOptions,
-        Workspace,
-    },
+    attention::{AttentionSpec, BatchDecode, BatchPrefill, Heads, PlanOptions, ReplayKey, Workspace},
     cudarc::{TensorExt, TensorExtMut},
     kv::{Batch, BatchCapacity, BatchTables, KvLayout, PageAllocator, PagedKv, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
@@ -433,7 +430,7 @@ pub struct Gpu {
 
 /// A stream of the first GPU, and the runtime with the modules that every model
 /// needs.
-fn start() -> Result<(Arc<CudaStream>, &'static FlashInferRuntime)> {
+fn start() -> Result<Arc<CudaStream>> {
     if !is_present!(cudarc::driver::sys) {
         return Err("there is no NVIDIA driver".into());
     }
@@ -445,7 +442,7 @@ fn start() -> Result<(Arc<CudaStream>, &'static FlashInferRuntime)> {
     }
     runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, ModuleName::SILU_AND_MUL])?;
     runtime.preload_cublas()?;
-    Ok((CudaContext::new(0)?.new_stream()?, runtime))
+    Ok(CudaContext::new(0)?.new_stream()?)
 }
 
 /// Page-locked memory of zeros.
@@ -469,7 +466,7 @@ impl Gpu {
         pool: &PageAllocator,
         max_tokens: usize,
     ) -> Result<Self> {
-        let (cuda, runtime) = start()?;
+        let cuda = start()?;
         let stream = Stream::from(&cuda);
         let Config { hidden_size, intermediate_size, vocab_size, head_dim, heads, .. } = *config;
         let [qo, qkv] = widths(config);
@@ -533,8 +530,8 @@ impl Gpu {
                 BatchCapacity { requests, pages, tokens: most },
             )?,
             workspace: Workspace::new(&stream)?,
-            decode: BatchDecode::new(runtime, &spec, heads)?,
-            prefill: BatchPrefill::new(runtime, &stream, &spec)?,
+            decode: BatchDecode::new(&stream, &spec, heads)?,
+            prefill: BatchPrefill::new(&stream, &spec, heads)?,
             cublas: CublasLt::new(&cuda)?,
             planned: None,
             graphs: true,
@@ -617,20 +614,14 @@ impl Gpu {
         let Self { network, weights, buffers, cache, tables, workspace, cuda, .. } = self;
         let heads = network.config.heads;
         self.planned = None;
-        let plan = self.decode.plan(workspace, &tables.pages, PlanMode::CudaGraph)?;
         let rows = tables.pages.host().batch_size();
+        let options = PlanOptions::default().with_graph(rows);
+        let plan = self.decode.plan(workspace, &tables.pages, &options)?;
         let graph = with_tensors(cuda, &network.config, weights, buffers, rows, |tensors| {
             let q = tensors.qkv.as_ref().narrow(1, 0, heads.num_qo_heads)?;
             graph::capture(cuda, || {
-                (0..network.layers.len()).try_for_each(|layer| {
-                    plan.run(
-                        &q,
-                        &cache.layer(0, layer)?,
-                        &mut tensors.attention,
-                        None,
-                        &RunOptions::default(),
-                    )
-                })?;
+                (0..network.layers.len())
+                    .try_for_each(|layer| plan.run(&q, &cache.layer(0, layer)?, &mut tensors.attention))?;
                 Ok(())
             })
         })?;
@@ -639,7 +630,7 @@ impl Gpu {
 
     /// Checks a step, and computes it if it has tokens.
     fn compute(&mut self, step: &Step<'_>) -> Result<()> {
-        let Config { hidden_size, heads, .. } = self.network.config;
+        let Config { hidden_size, .. } = self.network.config;
         let rows = step.tokens.len();
         if rows != step.batch.queries().total() || step.outputs.iter().any(|&row| row >= rows) {
             return Err("the tokens or outputs of a step are not those of its batch".into());
@@ -679,18 +670,17 @@ impl Gpu {
         cuda.memcpy_htod(&*input, &mut buffers.residual)?;
 
         if !replays {
-            let options = PrefillOptions::causal();
-            let plan = self.prefill.plan_paged(workspace, &tables.queries, &tables.pages, heads, &options)?;
+            let options = PlanOptions::causal();
+            let plan = self.prefill.plan_paged(workspace, &tables.queries, &tables.pages, &options)?;
             let outputs = !step.outputs.is_empty();
-            let attend = |q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>| {
-                plan.run(q, kv, out, None, &RunOptions::default())
-            };
+            let attend = |q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>| plan.run(q, kv, out);
             return with_tensors(cuda, &network.config, weights, buffers, bucket, |tensors| {
                 network.run(rows, tensors, products, cache, (tables, &attend), outputs)
             });
         }
-        let mode = if self.graphs { PlanMode::CudaGraph } else { PlanMode::Eager };
-        let plan = self.decode.plan(workspace, &tables.pages, mode)?;
+        let mut options = PlanOptions::default();
+        options.graph = self.graphs.then_some(bucket);
+        let plan = self.decode.plan(workspace, &tables.pages, &options)?;
         let key = plan.replay_key();
         if let Some((_, graph)) = graph.as_ref().filter(|(made_for, _)| Some(made_for) == key.as_ref()) {
             graph.launch()?;
@@ -698,9 +688,7 @@ impl Gpu {
             return Ok(());
         }
         // This step runs without a graph, which loads all kernels.
-        let attend = |q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>| {
-            plan.run(q, kv, out, None, &RunOptions::default())
-        };
+        let attend = |q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>| plan.run(q, kv, out);
         let captured = with_tensors(cuda, &network.config, weights, buffers, bucket, |tensors| {
             let mut run = || network.run(bucket, tensors, products, cache, (tables, &attend), true);
             run()?;

@@ -33,7 +33,7 @@ impl Shape {
             experts: None,
             biases: Biases::default(),
             vocab_size: 128_256,
-            heads: Heads { num_qo_heads: 32, num_kv_heads: 8 },
+            heads: Heads::new(32, 8),
             head_dim,
             context_length: 1 << 17,
             rms_eps: 1e-5,

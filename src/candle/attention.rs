@@ -9,8 +9,7 @@ use super::{
     tensor,
 };
 use crate::{
-    FlashInferRuntime,
-    attention::{self, AttentionSpec, Heads, PlanMode, PrefillOptions, RunOptions, Workspace},
+    attention::{self, AttentionSpec, Heads, PlanOptions, RunOptions, Workspace},
     indices::PageTable,
     kv::{KvLayout, PagedKv},
     reference,
@@ -66,13 +65,14 @@ impl Attention {
         invalid(self.op, "step", format!("it is on {at:?}; expected {expected:?}: make both from one Device"))
     }
 
-    /// Attention of `rows` queries to a layer.
+    /// Attention of the kernel's queries to a layer.
     fn run(
         &self,
-        (step, rows): (&Step<'_>, usize),
-        q: &Tensor,
-        (cache, layer): (&PagedKvCache, usize),
+        step: &Step<'_>,
         kernel: &dyn Kernel,
+        q: &Tensor,
+        cache: &PagedKvCache,
+        layer: usize,
         options: &RunOptions<'_>,
     ) -> Result<Tensor> {
         let (op, spec, heads) = (self.op, &self.spec, self.heads);
@@ -93,6 +93,7 @@ impl Attention {
             );
             return invalid(op, "cache", problem);
         }
+        let rows = kernel.rows();
         let dims = [rows, heads.num_qo_heads, spec.head_dim_qk];
         check_like(op, "q", q, &dims, self.dtype_q, &self.device)?;
         if rows == 0 {
@@ -106,6 +107,9 @@ impl Attention {
 
 /// Attention of queries to a layer's pages.
 trait Kernel {
+    /// Queries of the step.
+    fn rows(&self) -> usize;
+
     fn on_cpu(
         &self,
         q: &TensorRef<'_>,
@@ -156,13 +160,9 @@ struct OnCuda<K> {
 
 impl<K> OnCuda<K> {
     /// `None` on the CPU.
-    fn new(
-        attention: &Attention,
-        kernels: impl FnOnce(&FlashInferRuntime, &Stream) -> crate::Result<K>,
-    ) -> Result<Option<Self>> {
+    fn new(attention: &Attention, kernels: impl FnOnce(&Stream) -> crate::Result<K>) -> Result<Option<Self>> {
         let Some(stream) = tensor::stream(&attention.device) else { return Ok(None) };
-        let new = |runtime: &FlashInferRuntime| kernels(runtime, &stream);
-        let kernels = modules::resolve(attention.op, &attention.spec, new)?;
+        let kernels = modules::resolve(attention.op, &attention.spec, || kernels(&stream))?;
         Ok(Some(Self { kernels, workspace: Workspace::new(&stream).map_err(tensor::error)? }))
     }
 }
@@ -193,8 +193,7 @@ impl BatchDecode {
     /// there is no such module, or it cannot be had.
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let attention = Attention::new("BatchDecode", device, spec, heads)?;
-        let kernels =
-            |runtime: &FlashInferRuntime, _: &Stream| attention::BatchDecode::new(runtime, spec, heads);
+        let kernels = |stream: &Stream| attention::BatchDecode::new(stream, spec, heads);
         let on_cuda = OnCuda::new(&attention, kernels)?;
         Ok(Self { attention, on_cuda })
     }
@@ -210,7 +209,8 @@ impl BatchDecode {
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
                 let tables = step.on_cuda();
-                let plan = tables.and_then(|tables| kernels.plan(workspace, &tables.pages, PlanMode::Eager));
+                let options = PlanOptions::default();
+                let plan = tables.and_then(|tables| kernels.plan(workspace, &tables.pages, &options));
                 Some(plan.map_err(tensor::error)?)
             }
             None => None,
@@ -247,12 +247,15 @@ impl DecodePlan<'_> {
         layer: usize,
         options: &RunOptions<'_>,
     ) -> Result<Tensor> {
-        let rows = self.step.batch.len();
-        self.attention.run((self.step, rows), q, (cache, layer), self, options)
+        self.attention.run(self.step, self, q, cache, layer, options)
     }
 }
 
 impl Kernel for DecodePlan<'_> {
+    fn rows(&self) -> usize {
+        self.step.batch.len()
+    }
+
     fn on_cpu(
         &self,
         q: &TensorRef<'_>,
@@ -271,7 +274,7 @@ impl Kernel for DecodePlan<'_> {
         out: &mut TensorMut<'_>,
         options: &RunOptions<'_>,
     ) -> crate::Result<()> {
-        planned(&self.on_cuda)?.run(q, kv, out, None, options)
+        planned(&self.on_cuda)?.run_with(q, kv, out, None, options)
     }
 }
 
@@ -294,9 +297,7 @@ impl BatchPrefill {
     /// As [`BatchDecode::new`].
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let attention = Attention::new("BatchPrefill", device, spec, heads)?;
-        let kernels = |runtime: &FlashInferRuntime, stream: &Stream| {
-            attention::BatchPrefill::new(runtime, stream, spec)
-        };
+        let kernels = |stream: &Stream| attention::BatchPrefill::new(stream, spec, heads);
         let on_cuda = OnCuda::new(&attention, kernels)?;
         Ok(Self { attention, on_cuda })
     }
@@ -312,10 +313,9 @@ impl BatchPrefill {
         self.attention.check_step(step)?;
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
-                let options = if causal { PrefillOptions::causal() } else { PrefillOptions::default() };
-                let heads = self.attention.heads;
+                let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
                 let plan = step.on_cuda().and_then(|tables| {
-                    kernels.plan_paged(workspace, &tables.queries, &tables.pages, heads, &options)
+                    kernels.plan_paged(workspace, &tables.queries, &tables.pages, &options)
                 });
                 Some(plan.map_err(tensor::error)?)
             }
@@ -350,12 +350,15 @@ impl PrefillPlan<'_> {
         layer: usize,
         options: &RunOptions<'_>,
     ) -> Result<Tensor> {
-        let rows = self.step.batch.queries().total();
-        self.attention.run((self.step, rows), q, (cache, layer), self, options)
+        self.attention.run(self.step, self, q, cache, layer, options)
     }
 }
 
 impl Kernel for PrefillPlan<'_> {
+    fn rows(&self) -> usize {
+        self.step.batch.queries().total()
+    }
+
     fn on_cpu(
         &self,
         q: &TensorRef<'_>,
@@ -365,8 +368,8 @@ impl Kernel for PrefillPlan<'_> {
     ) -> crate::Result<()> {
         let (batch, spec) = (self.step.batch, &self.attention.spec);
         let mask = if self.causal { reference::Mask::Causal } else { reference::Mask::None };
-        let indices = (batch.queries(), batch.pages());
-        reference::batch_prefill_paged(spec, q, kv, indices, out, None, (mask, options))
+        let (queries, pages) = (batch.queries(), batch.pages());
+        reference::batch_prefill_paged(spec, q, kv, queries, pages, out, None, mask, options)
     }
 
     fn on_cuda(
@@ -376,7 +379,7 @@ impl Kernel for PrefillPlan<'_> {
         out: &mut TensorMut<'_>,
         options: &RunOptions<'_>,
     ) -> crate::Result<()> {
-        planned(&self.on_cuda)?.run(q, kv, out, None, options)
+        planned(&self.on_cuda)?.run_with(q, kv, out, None, options)
     }
 }
 

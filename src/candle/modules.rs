@@ -12,15 +12,14 @@ use crate::{
 pub(super) fn resolve<K>(
     op: &str,
     spec: &AttentionSpec,
-    new: impl FnOnce(&FlashInferRuntime) -> crate::Result<K>,
+    new: impl FnOnce() -> crate::Result<K>,
 ) -> Result<K> {
     let found = || {
-        let runtime = FlashInferRuntime::get()?;
         if !is_published(spec) {
             // A download would not bring it.
-            runtime.module(&spec.prefill_module(false)?)?;
+            FlashInferRuntime::get()?.module(&spec.prefill_module(false)?)?;
         }
-        new(runtime)
+        new()
     };
     found().map_err(|error| match error {
         FlashInferError::Artifact(_) => tensor::error(error).context(what_exists(op, spec)),

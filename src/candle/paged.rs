@@ -46,7 +46,7 @@ const TABLES: &str = "BatchTables";
 ///
 /// // With `Device::new_cuda(0)` and f16 or bf16 this runs on the GPU.
 /// let (device, dtype) = (Device::Cpu, DType::F32);
-/// let heads = Heads { num_qo_heads: 4, num_kv_heads: 2 };
+/// let heads = Heads::new(4, 2);
 /// let shape = KvShape { num_layers: 2, num_kv_heads: 2, head_dim: 64, dtype, layout: KvLayout::Nhd };
 /// let pool = PageAllocator::new(8, 16)?;
 /// let mut cache = PagedKvCache::new(&device, &pool, shape)?;

@@ -23,38 +23,36 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-//!     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
+//!     DType, PageIndices, PageTable, Stream,
+//!     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
 //!     cascade::{self, State, StateMut},
-//!     cudarc::{TensorExt, TensorExtMut},
+//!     cudarc::Tensor,
 //!     kv::{KvLayout, PagedKv},
 //! };
 //! use half::f16;
-//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-//! let stream = Stream::from(&cuda);
-//! let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-//! let decode = BatchDecode::new(FlashInferRuntime::get()?, &AttentionSpec::new(DType::F16, 128), heads)?;
+//! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+//! let decode = BatchDecode::new(&stream, &AttentionSpec::new(DType::F16, 128), Heads::new(32, 8))?;
 //! let mut workspace = Workspace::new(&stream)?;
 //!
 //! let prefix = PageIndices::from_requests(9, 16, [(&[0, 1, 2, 3][..], 64); 3])?;
 //! let own = PageIndices::from_requests(9, 16, [(&[4][..], 5), (&[5, 6][..], 20), (&[7][..], 1)])?;
-//! let k = cuda.alloc_zeros::<f16>(9 * 16 * 8 * 128)?;
-//! let (k, q) = (k.tensor(&cuda, &[9, 16, 8, 128])?, cuda.alloc_zeros::<f16>(3 * 32 * 128)?);
+//! let k = Tensor::<f16>::zeros(&stream, &[9, 16, 8, 128])?;
 //! let kv = PagedKv::new(k.view(), k.view(), KvLayout::Nhd);
-//! let q = q.tensor(&cuda, &[3, 32, 128])?;
+//! let q = Tensor::<f16>::zeros(&stream, &[3, 32, 128])?;
 //!
-//! let mut v = [cuda.alloc_zeros::<f16>(3 * 32 * 128)?, cuda.alloc_zeros::<f16>(3 * 32 * 128)?];
-//! let mut s = [cuda.alloc_zeros::<f32>(3 * 32)?, cuda.alloc_zeros::<f32>(3 * 32)?];
-//! for (indices, (v, s)) in [prefix, own].into_iter().zip(v.iter_mut().zip(&mut s)) {
+//! let state = || Ok::<_, flashinfer_rs::FlashInferError>((
+//!     Tensor::<f16>::zeros(&stream, &[3, 32, 128])?,
+//!     Tensor::<f32>::zeros(&stream, &[3, 32])?,
+//! ));
+//! let mut states = [state()?, state()?];
+//! for (indices, (v, s)) in [prefix, own].into_iter().zip(&mut states) {
 //!     let table = PageTable::new(&stream, indices)?;
-//!     let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
-//!     let (mut v, mut s) = (v.tensor_mut(&cuda, &[3, 32, 128])?, s.tensor_mut(&cuda, &[3, 32])?);
-//!     plan.run(&q.view(), &kv, &mut v.view_mut(), Some(&mut s.view_mut()), &RunOptions::default())?;
+//!     let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
+//!     let lse = &mut s.view_mut();
+//!     plan.run_with(&q.view(), &kv, &mut v.view_mut(), Some(lse), &RunOptions::default())?;
 //! }
 //! // The first state becomes that of all tokens.
-//! let ([v, v_own], [s, s_own]) = (&mut v, &mut s);
-//! let (mut v, mut s) = (v.tensor_mut(&cuda, &[3, 32, 128])?, s.tensor_mut(&cuda, &[3, 32])?);
-//! let (v_own, s_own) = (v_own.tensor(&cuda, &[3, 32, 128])?, s_own.tensor(&cuda, &[3, 32])?);
+//! let [(v, s), (v_own, s_own)] = &mut states;
 //! cascade::merge_state_in_place(
 //!     &stream,
 //!     &mut StateMut::new(v.view_mut(), s.view_mut()),

@@ -1,22 +1,22 @@
 //! Multi-head latent attention on the CPU.
 
 use super::{
-    attention::softmax,
+    attention::{Mask, softmax},
     host::Check,
     page::{check_pages, place},
 };
 use crate::{
-    attention::{MlaBatch, MlaCache, MlaOptions, MlaQuery},
+    attention::{MlaCache, MlaQuery, MlaSpec},
     dtype::DType,
     error::Result,
-    indices::PageIndices,
+    indices::{PageIndices, RaggedIndices},
     tensor::{TensorMut, TensorRef},
 };
 
 /// Element types beside the wide ones.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 
-/// [`MlaPlan::run`](crate::attention::MlaPlan::run) on the CPU: latent
+/// [`MlaPlan::run_with`](crate::attention::MlaPlan::run_with) on the CPU: latent
 /// attention of ragged queries to their requests' pages.
 ///
 /// With `n` queries in all, `q.nope` is `[n, num_heads, ckv]`, `q.pe`
@@ -25,7 +25,9 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 /// given, is `[n, num_heads]` and takes base-2 logarithms. The two widths are
 /// free (the kernels' are 512 and 64). Each tensor is `f16`, `bf16`, `f32` or
 /// `f64`; the two 16-bit types do not mix; `lse` is `f32` or `f64`. Any number
-/// of heads and any `sm_scale` is fine. A query whose request has no tokens
+/// of heads and any `sm_scale` is fine; nothing else of the spec is looked at.
+/// With [`Mask::Causal`], each query sees the tokens up to its own; there is no
+/// other mask but [`Mask::None`]. A query whose request has no tokens
 /// gets zeros, and −∞.
 ///
 /// # Errors
@@ -33,17 +35,25 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 /// dtype or shape does not fit, queries and page table differ in their number
 /// of requests, or a request has more queries than tokens and the mask is
 /// causal. Nothing was written.
+#[expect(clippy::too_many_arguments, reason = "those of plan and run together")]
 pub fn batch_mla(
+    spec: &MlaSpec,
     q: &MlaQuery<'_>,
     cache: &MlaCache<'_>,
-    batch: &MlaBatch<'_>,
+    queries: &RaggedIndices,
     table: &PageIndices,
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    options: &MlaOptions,
+    mask: Mask<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_mla" };
-    let MlaBatch { queries, num_heads, causal } = *batch;
+    let causal = match mask {
+        Mask::None => false,
+        Mask::Causal => true,
+        Mask::Custom { .. } | Mask::MultiItem(_) => {
+            return check.fail("mask", "latent attention has Mask::None and Mask::Causal".into());
+        }
+    };
     let views: [(&str, &TensorRef<'_>); 4] =
         [("q.nope", &q.nope), ("q.pe", &q.pe), ("cache.ckv", &cache.ckv), ("cache.kpe", &cache.kpe)];
     let mut rows = Vec::with_capacity(views.len());
@@ -61,7 +71,8 @@ pub fn batch_mla(
                 .fail(name, format!("its dtype is {}; others are of another 16-bit type", rows.dtype()));
         }
     }
-    let (n, heads) = (queries.total() as i64, num_heads as i64);
+    let (n, heads) = (queries.total() as i64, nope.shape()[1]);
+    let num_heads = heads as usize;
     let (pages, page_size) = (ckv.shape()[0], ckv.shape()[1]);
     check.shape("q.nope", &nope, &[n, heads, ckv.width() as i64])?;
     check.shape("q.pe", &pe, &[n, heads, kpe.width() as i64])?;
@@ -112,7 +123,7 @@ pub fn batch_mla(
                 ckv.read(row_of(position), &mut key);
                 kpe.read(row_of(position), &mut position_key);
                 for ((nope, pe), weights) in q.iter().zip(&mut weights) {
-                    weights.push((dot(nope, &key) + dot(pe, &position_key)) * options.sm_scale);
+                    weights.push((dot(nope, &key) + dot(pe, &position_key)) * spec.sm_scale);
                 }
             }
             let sums: Vec<_> = weights.iter_mut().map(|weights| softmax(weights)).collect();
@@ -162,16 +173,17 @@ mod tests {
         let ckv = [3f64.ln(), 7.0, 0.0, 0.0, 0.0, 0.0];
         let kpe = [0.0, 7.0, 0.0, 0.0, 0.0, 2f64.ln()];
         let run = |causal, sm_scale| {
-            let batch = MlaBatch { queries: &queries, num_heads: 1, causal };
+            let mask = if causal { Mask::Causal } else { Mask::None };
             let (mut out, mut lse) = ([f64::NAN; 2], [f64::NAN; 2]);
             batch_mla(
+                &MlaSpec::new(DType::F16, sm_scale),
                 &MlaQuery::new(view(&[1.0f64; 2], &[2, 1, 1]), view(&[1.0f64; 2], &[2, 1, 1])),
                 &MlaCache::new(view(&ckv, &[3, 2, 1]), view(&kpe, &[3, 2, 1])),
-                &batch,
+                &queries,
                 &table,
                 &mut view_mut(&mut out, &[2, 1, 1]),
                 Some(&mut view_mut(&mut lse, &[2, 1])),
-                &MlaOptions::new(sm_scale),
+                mask,
             )
             .unwrap();
             [out, lse]
@@ -197,18 +209,20 @@ mod tests {
         let (numbers, halves, brains) = ([1.0f64; 64], [f16::ONE; 64], [bf16::ONE; 64]);
         let (mut out, mut lse) = ([7.0f64; 16], [7.0f64; 4]);
         let wide = |shape: &[usize]| view(&numbers, shape);
+        let spec = MlaSpec::new(DType::F16, 1.0);
         let mut run = |q: [TensorRef<'_>; 2],
                        cache: [TensorRef<'_>; 2],
                        queries: &RaggedIndices,
                        lse_shape: &[usize]| {
             batch_mla(
+                &spec,
                 &MlaQuery::new(q[0], q[1]),
                 &MlaCache::new(cache[0], cache[1]),
-                &MlaBatch { queries, num_heads: 2, causal: true },
+                queries,
                 &table,
                 &mut view_mut(&mut out, &[2, 2, 4]),
                 Some(&mut view_mut(&mut lse, lse_shape)),
-                &MlaOptions::new(1.0),
+                Mask::Causal,
             )
         };
         let q = [wide(&[2, 2, 4]), wide(&[2, 2, 3])];
@@ -226,13 +240,14 @@ mod tests {
         let mixed = [view(&halves, &[2, 2, 4]), view(&brains, &[2, 2, 3])];
         refused(run(mixed, cache, &two, &[2, 2]), "q.pe");
         let hidden = batch_mla(
+            &spec,
             &MlaQuery::new(wide(&[3, 2, 4]), wide(&[3, 2, 3])),
             &MlaCache::new(cache[0], cache[1]),
-            &MlaBatch { queries: &three, num_heads: 2, causal: true },
+            &three,
             &table,
             &mut view_mut(&mut [7.0f64; 24], &[3, 2, 4]),
             None,
-            &MlaOptions::new(1.0),
+            Mask::Causal,
         );
         refused(hidden, "queries");
         assert_eq!((out, lse), ([7.0; 16], [7.0; 4]));
@@ -275,6 +290,7 @@ mod tests {
             let (mut out, mut lse) = (vec![f64::NAN; n * num_heads * ckv_width], vec![f64::NAN; n * num_heads]);
             let (joined_q, joined) = (view(&q, &[n, num_heads, width]), view(&cache, &[count, page_size, width]));
             batch_mla(
+                &MlaSpec::new(DType::F16, 0.7),
                 &MlaQuery::new(
                     joined_q.narrow(2, 0, ckv_width).unwrap(),
                     joined_q.narrow(2, ckv_width, kpe_width).unwrap(),
@@ -283,11 +299,11 @@ mod tests {
                     joined.narrow(2, 0, ckv_width).unwrap(),
                     joined.narrow(2, ckv_width, kpe_width).unwrap(),
                 ),
-                &MlaBatch { queries: &queries, num_heads, causal },
+                &queries,
                 &table,
                 &mut view_mut(&mut out, &[n, num_heads, ckv_width]),
                 Some(&mut view_mut(&mut lse, &[n, num_heads])),
-                &MlaOptions::new(0.7),
+                if causal { Mask::Causal } else { Mask::None },
             ).unwrap();
 
             let sights: Vec<_> = lens.iter().zip(&pages).flat_map(|(&(q, kv), pages)| {

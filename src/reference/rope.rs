@@ -131,7 +131,8 @@ pub fn rope_quantize_append_paged_kv_cache(
     cache: &mut RopeAppend<'_>,
     [q, k]: &[RopeParts<'_>; 2],
     rotation: &Rotation<'_, &[i32]>,
-    (append, table): (&AppendIndices, &PageIndices),
+    append: &AppendIndices,
+    table: &PageIndices,
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::rope_quantize_append_paged_kv_cache" };
@@ -567,9 +568,16 @@ mod tests {
         );
         let mut target = RopeAppend::Kv { cache, value: view(&k, &[2, 1, 3]) };
         let mut heads = out(&mut q_out);
-        let append = (&append, &pages);
-        rope_quantize_append_paged_kv_cache(&mut heads, &mut target, &input, &rotation, append, &options)
-            .unwrap();
+        rope_quantize_append_paged_kv_cache(
+            &mut heads,
+            &mut target,
+            &input,
+            &rotation,
+            &append,
+            &pages,
+            &options,
+        )
+        .unwrap();
         assert_eq!(q_out, want_q);
         let zeros = [0.0; 6];
         assert_eq!(keys[..], [&want_k[3..], &zeros, &want_k[..3]].concat());
@@ -582,8 +590,16 @@ mod tests {
         };
         let flat = [input[0], parts(view(&k, &[2, 3]))];
         let mut heads = out(&mut q_out);
-        rope_quantize_append_paged_kv_cache(&mut heads, &mut target, &flat, &rotation, append, &options)
-            .unwrap();
+        rope_quantize_append_paged_kv_cache(
+            &mut heads,
+            &mut target,
+            &flat,
+            &rotation,
+            &append,
+            &pages,
+            &options,
+        )
+        .unwrap();
         assert_eq!((ckv, kpe), ([60.0, 0.0, 0.0, 30.0], [-40.0, -50.0, 0.0, 0.0, 0.0, 0.0, -20.0, 10.0]));
     }
 

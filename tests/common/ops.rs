@@ -4,10 +4,9 @@
 use flashinfer_rs::{
     DType, PageIndices, PageTable, RaggedIndices, RaggedTable,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchDecode, BatchMla, BatchPrefill,
-        CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, Mask, MlaBatch, MlaCache, MlaOptions,
-        MlaQuery, MlaSpec, MultiLevelCascade, PlanMode, PrefillOptions, RunOptions, SingleDecode,
-        SinglePrefill, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
+        CascadeWorkspace, Heads, Mask, MlaCache, MlaQuery, MlaSpec, MultiLevelCascade, PlanOptions,
+        PrefillRunOptions, RunOptions, SingleDecode, SinglePrefill, Workspace,
     },
     kv::{KvLayout, PagedKv},
 };
@@ -82,11 +81,7 @@ impl Op {
     }
 
     fn heads(self) -> Heads {
-        if self.is_mla() {
-            Heads { num_qo_heads: 16, num_kv_heads: 1 }
-        } else {
-            Heads { num_qo_heads: 4, num_kv_heads: 2 }
-        }
+        if self.is_mla() { Heads::new(16, 1) } else { Heads::new(4, 2) }
     }
 
     /// Widths of keys and of values. Latent values are the first part of keys.
@@ -205,7 +200,7 @@ impl Batch {
         let q = Tensor::new(gpu, &[queries, num_qo_heads, qk], self.q.clone());
         let mut out = Tensor::<bf16>::poisoned(gpu, &[queries, num_qo_heads, vo]);
         let mut lse = Tensor::<f32>::poisoned(gpu, &[queries, num_qo_heads]);
-        let (runtime, stream) = (gpu.runtime, &gpu.stream);
+        let stream = &gpu.stream;
         let rows = RaggedIndices::from_lens(self.requests.iter().map(|request| request.0)).unwrap();
         let rows_table = RaggedTable::new(stream, rows.clone()).unwrap();
         let (indices, pages) = self.table(|len| 0..len);
@@ -230,54 +225,55 @@ impl Batch {
                 Workspace::with_sizes(stream, 320 << 20, Workspace::DEFAULT_INT_BYTES).unwrap();
             match self.op {
                 Op::Decode(backend) => {
-                    let decode = BatchDecode::new(runtime, &self.spec(backend), heads).unwrap();
+                    let decode = BatchDecode::new(stream, &self.spec(backend), heads).unwrap();
                     assert_eq!(decode.backend(), backend);
-                    let plan = decode.plan(&mut workspace, &table, PlanMode::Eager).unwrap();
-                    plan.run(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
+                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Paged(backend) => {
-                    let prefill = BatchPrefill::new(runtime, stream, &self.spec(backend)).unwrap();
-                    let plan = PrefillOptions::default();
-                    let plan = prefill.plan_paged(&mut workspace, &rows_table, &table, heads, &plan).unwrap();
-                    plan.run(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    let prefill = BatchPrefill::new(stream, &self.spec(backend), heads).unwrap();
+                    let plan = PlanOptions::default();
+                    let plan = prefill.plan_paged(&mut workspace, &rows_table, &table, &plan).unwrap();
+                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Ragged(backend) => {
-                    let prefill = BatchPrefill::new(runtime, stream, &self.spec(backend)).unwrap();
+                    let prefill = BatchPrefill::new(stream, &self.spec(backend), heads).unwrap();
                     let lens =
                         RaggedIndices::from_lens(self.requests.iter().map(|request| request.1)).unwrap();
                     let keys = RaggedTable::new(stream, lens).unwrap();
-                    let plan = PrefillOptions::default();
-                    let plan = prefill.plan_ragged(&mut workspace, &rows_table, &keys, heads, &plan).unwrap();
-                    plan.run(&q.view(), [&k.view(), &v.view()], &mut out, Some(&mut lse), &options).unwrap();
+                    let plan = PlanOptions::default();
+                    let plan = prefill.plan_ragged(&mut workspace, &rows_table, &keys, &plan).unwrap();
+                    plan.run_with(&q.view(), [&k.view(), &v.view()], &mut out, Some(&mut lse), &options)
+                        .unwrap();
                 }
                 Op::SinglePrefill => {
-                    let prefill = SinglePrefill::new(runtime, stream, &self.spec(Backend::Auto)).unwrap();
+                    let prefill = SinglePrefill::new(stream, &self.spec(Backend::Auto)).unwrap();
                     for request in 0..self.requests.len() {
                         let [rows, keys] = self.spans(request);
                         let (k, v) = (k.view(), v.view());
                         let k = k.narrow(0, keys.start, keys.len()).unwrap();
                         let v = v.narrow(0, keys.start, keys.len()).unwrap();
                         prefill
-                            .run(
+                            .run_with(
                                 &mut workspace,
                                 &q.view().narrow(0, rows.start, rows.len()).unwrap(),
                                 [&k, &v],
                                 &mut out.reborrow().narrow(0, rows.start, rows.len()).unwrap(),
                                 Some(&mut lse.reborrow().narrow(0, rows.start, rows.len()).unwrap()),
-                                (Mask::None, &options),
+                                &PrefillRunOptions::new(Mask::None, options),
                             )
                             .unwrap();
                     }
                 }
                 Op::SingleDecode => {
-                    let decode = SingleDecode::new(runtime, &self.spec(Backend::Auto), heads).unwrap();
+                    let decode = SingleDecode::new(stream, &self.spec(Backend::Auto), heads).unwrap();
                     for request in 0..self.requests.len() {
                         let [_, keys] = self.spans(request);
                         let (k, v) = (k.view(), v.view());
                         let k = k.narrow(0, keys.start, keys.len()).unwrap();
                         let v = v.narrow(0, keys.start, keys.len()).unwrap();
                         decode
-                            .run(
+                            .run_with(
                                 &mut workspace,
                                 &q.view().select(0, request).unwrap(),
                                 [&k, &v],
@@ -289,31 +285,30 @@ impl Batch {
                     }
                 }
                 Op::Mixed => {
-                    let mixed = BatchAttention::new(runtime, stream, &self.spec(Backend::Auto)).unwrap();
-                    let plan = BatchAttentionOptions::default();
-                    let plan = mixed.plan(&mut workspace, &rows_table, &table, heads, &plan).unwrap();
-                    plan.run(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    let mixed = BatchAttention::new(stream, &self.spec(Backend::Auto), heads).unwrap();
+                    let plan = PlanOptions::default();
+                    let plan = mixed.plan(&mut workspace, &rows_table, &table, &plan).unwrap();
+                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Mla(backend) => {
-                    let spec = MlaSpec::new(DType::BF16).with_backend(backend);
-                    let mla = BatchMla::new(runtime, stream, &spec).unwrap();
-                    let batch = MlaBatch { queries: &rows, num_heads: num_qo_heads, causal: false };
-                    let plan = mla.plan(&mut workspace, &table, &batch).unwrap();
+                    let spec = MlaSpec::new(DType::BF16, self.sm_scale).with_backend(backend);
+                    let mla = BatchMla::new(stream, &spec, num_qo_heads).unwrap();
+                    let plan = PlanOptions::default();
+                    let plan = mla.plan(&mut workspace, &rows, &table, &plan).unwrap();
                     let query = MlaQuery::joined(q.view()).unwrap();
                     let cache = MlaCache::joined(k_cache.view().select(2, 0).unwrap()).unwrap();
-                    plan.run(&query, &cache, &mut out, Some(&mut lse), &MlaOptions::new(self.sm_scale))
-                        .unwrap();
+                    plan.run_with(&query, &cache, &mut out, Some(&mut lse)).unwrap();
                 }
                 Op::Cascade(backend) => {
-                    let cascade = MultiLevelCascade::new(runtime, stream, &self.spec(backend)).unwrap();
+                    let cascade = MultiLevelCascade::new(stream, &self.spec(backend), heads).unwrap();
                     let half = |len: usize| len / 2 / PAGE * PAGE;
                     let first = PageTable::new(stream, self.table(|len| 0..half(len)).0).unwrap();
                     let second = PageTable::new(stream, self.table(|len| half(len)..len).0).unwrap();
                     let levels = [&first, &second].map(|table| CascadeLevel { queries: &rows_table, table });
                     let mut workspace = CascadeWorkspace::new(stream, 2).unwrap();
-                    let plan = CascadeOptions::default();
-                    let plan = cascade.plan(&mut workspace, &levels, heads, &plan).unwrap();
-                    plan.run(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    let plan = PlanOptions::default();
+                    let plan = cascade.plan(&mut workspace, &levels, &plan).unwrap();
+                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
             }
         }

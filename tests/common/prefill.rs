@@ -6,7 +6,7 @@ use flashinfer_rs::{
     DType, Device, FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageIndices, PageTable,
     RaggedIndices, RaggedTable, Result, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchPrefill, Heads, Mask, PosEncodingMode, PrefillOptions, PrefillPlan,
+        AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, PosEncodingMode, PrefillPlan,
         ReplayKey, RunOptions, Workspace,
     },
     kv::KvLayout,
@@ -209,16 +209,16 @@ impl Case {
     }
 
     pub fn heads(&self) -> Heads {
-        Heads { num_qo_heads: self.kv_heads * self.group, num_kv_heads: self.kv_heads }
+        Heads::new(self.kv_heads * self.group, self.kv_heads)
     }
 
-    pub fn plan_options(&self) -> PrefillOptions<'static> {
-        if self.causal { PrefillOptions::causal() } else { PrefillOptions::default() }
+    pub fn plan_options(&self) -> PlanOptions<'static> {
+        if self.causal { PlanOptions::causal() } else { PlanOptions::default() }
     }
 
-    pub fn graph_options(&self, rows: usize) -> PrefillOptions<'static> {
+    pub fn graph_options(&self, rows: usize) -> PlanOptions<'static> {
         let mut options = self.plan_options();
-        options.graph_rows = Some(rows);
+        options.graph = Some(rows);
         options
     }
 
@@ -367,7 +367,7 @@ impl Tables {
     }
 
     /// The options with the mask that is on the device, if there is one.
-    pub fn masked<'p>(&'p self, gpu: &Gpu, options: PrefillOptions<'p>) -> PrefillOptions<'p> {
+    pub fn masked<'p>(&'p self, gpu: &Gpu, options: PlanOptions<'p>) -> PlanOptions<'p> {
         let mut masked = options;
         masked.mask = self.mask.or(gpu, options.mask);
         masked
@@ -377,15 +377,14 @@ impl Tables {
         &'p self,
         prefill: &BatchPrefill,
         workspace: &'p mut Workspace,
-        heads: Heads,
-        options: &PrefillOptions<'p>,
+        options: &PlanOptions<'p>,
     ) -> Result<Plan<'p>> {
         match &self.keys {
             KeyTable::Paged(table) => {
-                prefill.plan_paged(workspace, &self.queries, table, heads, options).map(Plan::Paged)
+                prefill.plan_paged(workspace, &self.queries, table, options).map(Plan::Paged)
             }
             KeyTable::Ragged(keys) => {
-                prefill.plan_ragged(workspace, &self.queries, keys, heads, options).map(Plan::Ragged)
+                prefill.plan_ragged(workspace, &self.queries, keys, options).map(Plan::Ragged)
             }
         }
     }
@@ -441,9 +440,9 @@ impl Plan<'_> {
         options: &RunOptions<'_>,
     ) -> Result<()> {
         match (self, kv) {
-            (Self::Paged(plan), ShownKv::Paged(cache)) => plan.run(q, &cache.kv(), out, lse, options),
+            (Self::Paged(plan), ShownKv::Paged(cache)) => plan.run_with(q, &cache.kv(), out, lse, options),
             (Self::Ragged(plan), ShownKv::Ragged(kv)) => {
-                plan.run(q, [&kv[0].view(), &kv[1].view()], out, lse, options)
+                plan.run_with(q, [&kv[0].view(), &kv[1].view()], out, lse, options)
             }
             _ => unreachable!("a plan of the keys' kind"),
         }
@@ -516,16 +515,18 @@ impl<T: Number, K: Number> Problem<T, K> {
         let (spec, mut options) = (case.spec::<T, K>(), case.options());
         [options.alibi_slopes, options.sinks] =
             per_head.each_ref().map(|tensor| tensor.as_ref().map(Tensor::view));
-        let options = (mask.reference(), &options);
+        let mask_of = mask.reference();
         match &kv {
             Kv::Paged { table, cache } => reference::batch_prefill_paged(
                 &spec,
                 &q.view(),
                 &cache.view(),
-                (&queries, table),
+                &queries,
+                table,
                 &mut out,
                 Some(&mut lse),
-                options,
+                mask_of,
+                &options,
             ),
             Kv::Ragged { k, v, .. } if case.on.kind == Kind::Single => single::reference(
                 case.on.backend,
@@ -534,16 +535,18 @@ impl<T: Number, K: Number> Problem<T, K> {
                 [&k.view(), &v.view()],
                 &mut out,
                 &mut lse,
-                options,
+                (mask_of, &options),
             ),
             Kv::Ragged { keys, k, v } => reference::batch_prefill_ragged(
                 &spec,
                 &q.view(),
                 [&k.view(), &v.view()],
-                (&queries, keys),
+                &queries,
+                keys,
                 &mut out,
                 Some(&mut lse),
-                options,
+                mask_of,
+                &options,
             ),
         }
         .unwrap();
@@ -567,7 +570,7 @@ impl<T: Number, K: Number> Problem<T, K> {
     pub fn check(&self, gpu: &Gpu, prefill: &BatchPrefill, workspace: &mut Workspace) -> bool {
         let tables = Tables::new(gpu, self);
         let options = tables.masked(gpu, self.case.plan_options());
-        let plan = tables.plan(prefill, workspace, self.case.heads(), &options).unwrap();
+        let plan = tables.plan(prefill, workspace, &options).unwrap();
         self.check_run(gpu, &plan);
         plan.splits_kv()
     }
@@ -622,7 +625,7 @@ impl<T: Number, K: Number> Problem<T, K> {
 /// The prefill of a case, if it is [`available`].
 pub fn prefill_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchPrefill> {
     let spec = case.spec::<T, K>();
-    let prefill = available::<T, K, _>(gpu, case, BatchPrefill::new(gpu.runtime, &gpu.stream, &spec))?;
+    let prefill = available::<T, K, _>(gpu, case, BatchPrefill::new(&gpu.stream, &spec, case.heads()))?;
     if case.on.backend != Backend::Auto {
         assert_eq!(prefill.backend(), case.on.backend);
     }
@@ -710,7 +713,7 @@ impl<T: Number> Captured<T> {
         let case = &problem.case;
         let q = Tensor::poisoned(gpu, &case.q_shape(rows));
         let options = tables.masked(gpu, case.graph_options(rows));
-        let plan = tables.plan(prefill, workspace, case.heads(), &options).unwrap();
+        let plan = tables.plan(prefill, workspace, &options).unwrap();
         let (graph, run) = {
             let (q, kv) = (q.on(gpu), problem.kv.on(gpu));
             let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
@@ -747,7 +750,7 @@ impl<T: Number> Captured<T> {
         self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
         self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
         let (case, options) = (&problem.case, tables.masked(gpu, problem.case.graph_options(self.rows)));
-        let plan = tables.plan(prefill, workspace, case.heads(), &options).unwrap();
+        let plan = tables.plan(prefill, workspace, &options).unwrap();
         assert_eq!(plan.replay_key(), self.key);
         self.graph.launch().unwrap();
         problem.verify(gpu, &self.out, Some(&self.lse));

@@ -2,7 +2,7 @@
 
 use flashinfer_rs::{
     FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageTable, RaggedIndices, RaggedTable,
-    attention::{Backend, BatchPrefill, Heads, Mask, PrefillOptions, RunOptions, Workspace},
+    attention::{Backend, BatchPrefill, Heads, Mask, PlanOptions, RunOptions, Workspace},
     cudarc::TensorExt,
     kv::KvLayout,
 };
@@ -267,7 +267,7 @@ impl On {
             let problem = Problem::<bf16, bf16>::new(&gpu, rng, case);
             let tables = Tables::new(&gpu, &problem);
             let options = tables.masked(&gpu, problem.case.plan_options());
-            match tables.plan(&prefill, &mut workspace, problem.case.heads(), &options) {
+            match tables.plan(&prefill, &mut workspace, &options) {
                 Ok(plan) => drop(problem.check_run(&gpu, &plan)),
                 Err(FlashInferError::Unsupported { .. }) => {
                     assert_eq!((self.backend, keys), (Backend::Fa2, 65_536));
@@ -317,7 +317,7 @@ impl On {
             let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { continue };
             let problem = Problem::<f16, f16>::new(&gpu, rng, case);
             let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
-            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (want, _) = problem.check_run(&gpu, &plan);
             let mut differing = 0;
             for _ in 0..RUNS {
@@ -346,7 +346,7 @@ impl On {
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let (tables, heads, other) = (Tables::new(&gpu, &problem), case.heads(), gpu.fork());
+        let (tables, other) = (Tables::new(&gpu, &problem), gpu.fork());
         let shapes: [&[(usize, usize)]; 4] =
             [&[(2, 9)], &[(2, 9), (3, 4)], &[(2, 9), (2, 5)], &[(2, 9), (3, 5)]];
         let bits = gpu.cuda.alloc_zeros::<u8>(5).unwrap();
@@ -357,7 +357,7 @@ impl On {
             for len in [4, 5] {
                 let bits = bits.tensor(&gpu.cuda, &[len]).unwrap();
                 let mask = Mask::Custom { indices: &indices, bits: bits.view() };
-                let plan = tables.plan(&prefill, &mut workspace, heads, &PrefillOptions::masked(mask));
+                let plan = tables.plan(&prefill, &mut workspace, &PlanOptions::default().with_mask(mask));
                 match plan {
                     Err(FlashInferError::Unsupported { .. }) => assert_eq!(self.backend, Backend::Fa3),
                     // Three bytes and two.
@@ -371,8 +371,8 @@ impl On {
         for (prompts, gpu) in prompts.into_iter().flat_map(|prompts| [(prompts, &gpu), (prompts, &other)]) {
             let items = ItemIndices::new(prompts.iter().copied()).unwrap();
             let items = ItemTable::new(&gpu.stream, items).unwrap();
-            let options = PrefillOptions::masked(Mask::MultiItem(&items));
-            match tables.plan(&prefill, &mut workspace, heads, &options) {
+            let options = PlanOptions::default().with_mask(Mask::MultiItem(&items));
+            match tables.plan(&prefill, &mut workspace, &options) {
                 Err(FlashInferError::Unsupported { .. }) => assert_eq!(self.kind, Kind::Ragged),
                 Ok(_) => {
                     assert!(prompts.len() == 2 && prompts[0].0 == 9 && gpu.stream == *workspace.stream())
@@ -394,7 +394,7 @@ impl On {
             let problem = Problem::<bf16, bf16>::new(&gpu, rng, case.clone());
             let mut workspace = Workspace::new(&gpu.stream).unwrap();
             let tables = Tables::new(&gpu, &problem);
-            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (mut out, _) = problem.outputs(&gpu);
             let (numbers, halves) = (numbers.on(&gpu), halves.on(&gpu));
             let row = numbers.view().select(0, 0).unwrap();
@@ -513,7 +513,7 @@ impl On {
             let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
             let problem = Problem::<f16, f16>::new(&gpu, rng, case);
             let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
-            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options());
+            let plan = tables.plan(&prefill, &mut workspace, &case.plan_options());
             match plan {
                 Ok(plan) => drop(problem.check_run(&gpu, &plan)),
                 refusal => refused(refusal, "queries"),
@@ -532,7 +532,7 @@ impl On {
             let problem = Problem::<f16, f16>::new(&gpu, rng, case);
             let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
             let mut workspace = Workspace::new(&gpu.stream).unwrap();
-            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (want, _) = problem.check_run(&gpu, &plan);
             let dependent = gpu.runtime.compute_capability(0).unwrap().0 >= 9;
             for enable_pdl in [Some(false), dependent.then_some(true)] {
@@ -562,7 +562,7 @@ impl On {
             let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
             let problem = Problem::<f16, f16>::new(&gpu, rng, case);
             let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
-            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (mut out, mut lse) = problem.outputs(&gpu);
             match problem.run(&gpu, &plan, &mut out, Some(&mut lse), &case.options()) {
                 Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
@@ -676,7 +676,7 @@ impl On {
         let problem = Problem::solve(case, q, even.kv);
         let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         match problem.run(&gpu, &plan, &mut out, Some(&mut lse), &case.options()) {
             Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
@@ -701,7 +701,7 @@ impl On {
         let problem = Problem::solve(case, q, even.kv);
         let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         let strides = [shape[1] * shape[2], 0, 1];
         let result = {
@@ -730,7 +730,7 @@ impl On {
             let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
             let problem = Problem::<f16, f16>::new(&gpu, rng, case);
             let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
-            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+            let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             assert!(plan.numbers().is_empty() && plan.replay_key().is_none());
             problem.check_run(&gpu, &plan);
             // A run still looks at its arguments.
@@ -743,7 +743,7 @@ impl On {
                 refused(call, "q");
             }
             // In a graph there may be rows for queries that are not there.
-            let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.graph_options(4)).unwrap();
+            let plan = tables.plan(&prefill, &mut workspace, &case.graph_options(4)).unwrap();
             let (mut out, mut lse) = problem.outputs_of(&gpu, 4);
             {
                 let q = Tensor::<f16>::random(&gpu, rng, &[4, 8, 128]);
@@ -772,7 +772,7 @@ impl On {
                 steps.iter().map(|step| [step.outputs(&gpu), step.outputs(&gpu)]).collect();
             for (step, layers) in steps.iter().zip(&mut outputs) {
                 tables.update(&gpu, step);
-                let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+                let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
                 for (out, lse) in layers {
                     step.run(&gpu, &plan, out, Some(lse), &case.options()).unwrap();
                 }
@@ -863,12 +863,15 @@ impl On {
         let Some(gpu) = Gpu::start() else { return };
         let rng = &mut Rng::new();
         let case = Case { requests: vec![(3, 10), (20, 20), (1, 30)], ..self.case() };
-        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
+        if prefill_of::<f16, f16>(&gpu, &case).is_none() {
+            return;
+        }
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let mut tables = Tables::with_capacity(&gpu, &problem, 4, 50);
-        let mut key = |tables: &Tables, case: &Case, options: &PrefillOptions<'static>| {
-            tables.plan(&prefill, &mut workspace, case.heads(), options).unwrap().replay_key()
+        let mut key = |tables: &Tables, case: &Case, options: &PlanOptions<'static>| {
+            let prefill = prefill_of::<f16, f16>(&gpu, case).expect("the module");
+            tables.plan(&prefill, &mut workspace, options).unwrap().replay_key()
         };
         let captured = key(&tables, &case, &case.graph_options(40));
         assert!(captured.is_some());
@@ -901,7 +904,7 @@ impl On {
             for iteration in 0..150 {
                 let problem = &problems[iteration % problems.len()];
                 tables.update(gpu, problem);
-                let plan = tables.plan(prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+                let plan = tables.plan(prefill, &mut workspace, &case.plan_options()).unwrap();
                 if iteration < problems.len() {
                     first.push(problem.check_run(gpu, &plan));
                     continue;
@@ -917,13 +920,15 @@ impl On {
         }
         let Some(gpu) = Gpu::start() else { return };
         let cases = [self.case(), Case { group: 1, causal: false, ..self.case() }];
-        let Some(prefill) = prefill_of::<f16, f16>(&gpu, &cases[0]) else { return };
+        let prefills = cases.each_ref().map(|case| prefill_of::<f16, f16>(&gpu, case));
+        let [Some(one), Some(two)] = &prefills else { return };
         let other = gpu.fork();
         std::thread::scope(|scope| {
-            let threads = [&gpu, &other].into_iter().zip(&cases).map(|(gpu, case)| {
-                let (rng, prefill) = (Rng::new(), &prefill);
-                scope.spawn(move || work(gpu, rng, case, prefill))
-            });
+            let threads =
+                [(&gpu, one), (&other, two)].into_iter().zip(&cases).map(|((gpu, prefill), case)| {
+                    let rng = Rng::new();
+                    scope.spawn(move || work(gpu, rng, case, prefill))
+                });
             for thread in threads.collect::<Vec<_>>() {
                 if let Err(panic) = thread.join() {
                     std::panic::resume_unwind(panic);
@@ -940,7 +945,7 @@ impl On {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let tables = Tables::new(&gpu, &problem);
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.plan_options()).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
             plan.run(&gpu, q, &problem.kv, out, lse, &RunOptions::default())
         });
@@ -948,7 +953,7 @@ impl On {
         problem.check_run(&gpu, &plan);
         // Planned for a graph, tensors have the graph's rows.
         let rows = problem.queries.total() + 1;
-        let plan = tables.plan(&prefill, &mut workspace, case.heads(), &case.graph_options(rows)).unwrap();
+        let plan = tables.plan(&prefill, &mut workspace, &case.graph_options(rows)).unwrap();
         let (mut out, _) = problem.outputs(&gpu);
         refused(problem.run(&gpu, &plan, &mut out, None, &case.options()), "q");
         out.assert_untouched(&gpu);
@@ -961,29 +966,29 @@ impl On {
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let tables = Tables::new(&gpu, &problem);
-        let (heads, eager) = (case.heads(), case.plan_options());
+        let eager = case.plan_options();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         for (num_qo_heads, num_kv_heads) in [(7, 2), (0, 2), (8, 0), (65536, 65536)] {
-            let heads = Heads { num_qo_heads, num_kv_heads };
-            refused(tables.plan(&prefill, &mut workspace, heads, &eager), "heads");
+            let heads = Heads::new(num_qo_heads, num_kv_heads);
+            refused(BatchPrefill::new(&gpu.stream, prefill.spec(), heads), "heads");
         }
         let (requests, total) = (problem.queries.batch_size(), problem.queries.total());
         for rows in [0, requests, total - 1, usize::MAX] {
-            let plan = tables.plan(&prefill, &mut workspace, heads, &case.graph_options(rows));
-            refused(plan, "graph_rows");
+            let plan = tables.plan(&prefill, &mut workspace, &case.graph_options(rows));
+            refused(plan, "graph");
         }
         // One request less, and no queries for more requests than rows.
         let fewer = RaggedIndices::from_lens([total]).unwrap();
         let mut wrong = Tables::new(&gpu, &problem);
         wrong.queries = RaggedTable::new(&gpu.stream, fewer).unwrap();
-        refused(wrong.plan(&prefill, &mut workspace, heads, &eager), "queries");
+        refused(wrong.plan(&prefill, &mut workspace, &eager), "queries");
         wrong.queries =
             RaggedTable::new(&gpu.stream, RaggedIndices::from_lens(vec![0; requests]).unwrap()).unwrap();
-        let plan = wrong.plan(&prefill, &mut workspace, heads, &case.graph_options(requests - 1));
-        refused(plan, "graph_rows");
+        let plan = wrong.plan(&prefill, &mut workspace, &case.graph_options(requests - 1));
+        refused(plan, "graph");
         // Of another stream.
         let mut elsewhere = Workspace::new(&other.stream).unwrap();
-        refused(tables.plan(&prefill, &mut elsewhere, heads, &eager), "workspace");
+        refused(tables.plan(&prefill, &mut elsewhere, &eager), "workspace");
         let mut wrong = Tables::new(&gpu, &problem);
         wrong.keys = match &problem.kv {
             Kv::Paged { table, .. } => KeyTable::Paged(PageTable::new(&other.stream, table.clone()).unwrap()),
@@ -991,10 +996,10 @@ impl On {
                 KeyTable::Ragged(RaggedTable::new(&other.stream, keys.clone()).unwrap())
             }
         };
-        refused(wrong.plan(&prefill, &mut workspace, heads, &eager), "keys");
+        refused(wrong.plan(&prefill, &mut workspace, &eager), "keys");
         // During a capture, which goes on.
         let (_, plan) = capture(&gpu, || {
-            tables.plan(&prefill, &mut workspace, heads, &eager).map(|plan| plan.numbers().to_vec())
+            tables.plan(&prefill, &mut workspace, &eager).map(|plan| plan.numbers().to_vec())
         });
         refused(plan, "workspace");
         // The refused calls left everything usable.

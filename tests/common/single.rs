@@ -3,7 +3,9 @@
 
 use flashinfer_rs::{
     FlashInferError, RaggedIndices, Result, TensorMut, TensorRef,
-    attention::{AttentionSpec, Backend, Mask, RunOptions, SingleDecode, SinglePrefill, Workspace},
+    attention::{
+        AttentionSpec, Backend, Mask, PrefillRunOptions, RunOptions, SingleDecode, SinglePrefill, Workspace,
+    },
     kv::KvLayout,
     reference,
 };
@@ -27,10 +29,10 @@ impl Single {
     pub fn of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<Self> {
         let spec = case.spec::<T, K>();
         if case.on.backend == Backend::CudaCores {
-            let decode = SingleDecode::new(gpu.runtime, &spec, case.heads());
+            let decode = SingleDecode::new(&gpu.stream, &spec, case.heads());
             return available::<T, K, _>(gpu, case, decode).map(Self::Decode);
         }
-        let prefill = SinglePrefill::new(gpu.runtime, &gpu.stream, &spec);
+        let prefill = SinglePrefill::new(&gpu.stream, &spec);
         let prefill = available::<T, K, _>(gpu, case, prefill)?;
         if case.on.backend != Backend::Auto {
             assert_eq!(prefill.backend(), case.on.backend);
@@ -50,11 +52,13 @@ impl Single {
         (mask, options): (Mask<'_>, &RunOptions<'_>),
     ) -> Result<()> {
         match self {
-            Self::Prefill(prefill) => prefill.run(workspace, q, kv, out, lse, (mask, options)),
+            Self::Prefill(prefill) => {
+                prefill.run_with(workspace, q, kv, out, lse, &PrefillRunOptions::new(mask, *options))
+            }
             Self::Decode(decode) => {
                 let mut out = out.reborrow().select(0, 0)?;
                 let mut lse = lse.map(|lse| lse.reborrow().select(0, 0)).transpose()?;
-                decode.run(workspace, &q.select(0, 0)?, kv, &mut out, lse.as_mut(), options)
+                decode.run_with(workspace, &q.select(0, 0)?, kv, &mut out, lse.as_mut(), options)
             }
         }
     }
@@ -116,7 +120,7 @@ pub fn reference(
     (mask, options): (reference::Mask<'_>, &RunOptions<'_>),
 ) -> Result<()> {
     if backend != Backend::CudaCores {
-        return reference::single_prefill(spec, q, kv, out, Some(lse), (mask, options));
+        return reference::single_prefill(spec, q, kv, out, Some(lse), mask, options);
     }
     let (mut out, mut lse) = (out.reborrow().select(0, 0)?, lse.reborrow().select(0, 0)?);
     reference::single_decode(spec, &q.select(0, 0)?, kv, &mut out, Some(&mut lse), options)

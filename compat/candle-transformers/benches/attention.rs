@@ -130,7 +130,7 @@ fn several(sequences: usize, device: &Device) -> Result<[f64; 3]> {
         batch.truncate(sequence, tokens(sequence) - 1).map_err(wrap)?;
     }
     batch.append(vec![1; sequences]).map_err(wrap)?;
-    let heads = Heads { num_qo_heads: HEADS, num_kv_heads: KV_HEADS };
+    let heads = Heads::new(HEADS, KV_HEADS);
     let spec = AttentionSpec::new(flashinfer_rs::DType::F16, HEAD_DIM);
     let mut decode = BatchDecode::new(device, &spec, heads)?;
     let step = tables.update(&batch, &mut cache)?;

@@ -14,8 +14,8 @@ use candle_core::{
 
 use super::{super::modules, Call, Keys, tensor, visible::Visible};
 use crate::{
-    FlashInferError, FlashInferRuntime, Stream,
-    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PrefillOptions, Workspace},
+    FlashInferError, Stream,
+    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PlanOptions, Workspace},
     cudarc::{exclusive, shared},
     dtype::Element,
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
@@ -109,7 +109,7 @@ impl OnStream {
         kv: [&TensorRef<'_>; 2],
         out: &mut TensorMut<'_>,
     ) -> Result<()> {
-        let module = self.module(&call.spec)?;
+        let module = self.module(&call.spec, call.heads)?;
         match self.steps.iter().rposition(|step| step.is_of(call)) {
             Some(at) => self.steps[at..].rotate_left(1),
             None => {
@@ -123,15 +123,16 @@ impl OnStream {
             }
         }
         let last = self.steps.len() - 1;
-        self.steps[last].run(&module, call, &self.cuda, q, kv, out).map_err(tensor::error)
+        self.steps[last].run_with(&module, call, &self.cuda, q, kv, out).map_err(tensor::error)
     }
 
-    /// The module of a spec.
-    fn module(&mut self, spec: &AttentionSpec) -> Result<BatchPrefill> {
-        if let Some(module) = self.modules.iter().find(|module| module.spec() == spec) {
+    /// The module of a spec, for these heads.
+    fn module(&mut self, spec: &AttentionSpec, heads: Heads) -> Result<BatchPrefill> {
+        let same = |module: &&BatchPrefill| (module.spec(), module.heads()) == (spec, heads);
+        if let Some(module) = self.modules.iter().find(same) {
             return Ok(*module);
         }
-        let new = |runtime: &FlashInferRuntime| BatchPrefill::new(runtime, &self.stream, spec);
+        let new = || BatchPrefill::new(&self.stream, spec, heads);
         let module = modules::resolve("flash_attn", spec, new)?;
         if self.modules.len() == MAX_MODULES {
             self.modules.remove(0);
@@ -278,15 +279,16 @@ impl Step {
             _ if matches!(call.visible, Visible::Causal { .. }) => Mask::Causal,
             _ => Mask::None,
         };
-        let (options, run) = (PrefillOptions::masked(mask), call.options(slopes.as_ref().map(|s| s.view())));
-        let (workspace, heads) = (&mut self.workspace, call.heads);
+        let (options, run) =
+            (PlanOptions::default().with_mask(mask), call.options(slopes.as_ref().map(|s| s.view())));
+        let workspace = &mut self.workspace;
         match (&call.keys, &self.queries, &self.ragged, &self.paged) {
             (Keys::Ragged(_), Some(queries), Some(keys), _) => {
-                module.plan_ragged(workspace, queries, keys, heads, &options)?.run(q, [k, v], out, None, &run)
+                module.plan_ragged(workspace, queries, keys, &options)?.run_with(q, [k, v], out, None, &run)
             }
             (Keys::Paged(_), Some(queries), _, Some(table)) => {
                 let kv = PagedKv::new(*k, *v, KvLayout::Nhd);
-                module.plan_paged(workspace, queries, table, heads, &options)?.run(q, &kv, out, None, &run)
+                module.plan_paged(workspace, queries, table, &options)?.run_with(q, &kv, out, None, &run)
             }
             _ => Err(FlashInferError::invalid("flash_attn", "batch", "it is of another call")),
         }

@@ -355,7 +355,7 @@ impl Call {
             Keys::Paged(table) => reference::KeysAndValues::Paged(&paged, table),
             Keys::Ragged(keys) => reference::KeysAndValues::Ragged(ragged, keys),
         };
-        reference::flash_attention(&self.spec, &q, &kv, &self.queries, &mut out, (mask, &options))
+        reference::flash_attention(&self.spec, &q, &kv, &self.queries, &mut out, mask, &options)
             .map_err(tensor::error)?;
         Ok(storage)
     }

@@ -11,9 +11,10 @@
 //! levels, or its keys count twice.
 
 use super::{
-    options::RunOptions,
-    plan::{Heads, ReplayKey},
-    prefill::{BatchPrefill, PrefillOptions, PrefillPlan},
+    mask::Mask,
+    options::{PlanOptions, RunOptions},
+    planned::{Heads, ReplayKey},
+    prefill::{BatchPrefill, PrefillPlan},
     spec::{AttentionSpec, Backend, PosEncodingMode},
     workspace::{Workspace, grown},
 };
@@ -42,16 +43,15 @@ const ALIGNMENT: usize = 256;
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, FlashInferRuntime, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, MultiLevelCascade, RunOptions},
-///     cudarc::{TensorExt, TensorExtMut},
+///     DType, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
+///     attention::{AttentionSpec, CascadeLevel, CascadeWorkspace, Heads, MultiLevelCascade, PlanOptions},
+///     cudarc::Tensor,
 ///     kv::{KvLayout, PagedKv},
 /// };
 /// use half::f16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let spec = AttentionSpec::new(DType::F16, 128);
-/// let attention = MultiLevelCascade::new(FlashInferRuntime::get()?, &stream, &spec)?;
+/// let attention = MultiLevelCascade::new(&stream, &spec, Heads::new(32, 8))?;
 /// let mut workspace = CascadeWorkspace::new(&stream, 2)?;
 ///
 /// // A decode step of three requests that begin with the same 64 tokens.
@@ -62,20 +62,13 @@ const ALIGNMENT: usize = 256;
 /// let (shared, own) = (PageTable::new(&stream, shared)?, PageTable::new(&stream, own)?);
 /// let levels =
 ///     [CascadeLevel { queries: &all, table: &shared }, CascadeLevel { queries: &each, table: &own }];
-/// let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-/// let plan = attention.plan(&mut workspace, &levels, heads, &CascadeOptions::default())?;
+/// let plan = attention.plan(&mut workspace, &levels, &PlanOptions::default())?;
 ///
 /// // For each layer:
-/// let (q, kv) = (cuda.alloc_zeros::<f16>(3 * 32 * 128)?, cuda.alloc_zeros::<f16>(9 * 16 * 8 * 128)?);
-/// let mut out = cuda.alloc_zeros::<f16>(3 * 32 * 128)?;
-/// let kv = kv.tensor(&cuda, &[9, 16, 8, 128])?;
-/// plan.run(
-///     &q.tensor(&cuda, &[3, 32, 128])?.view(),
-///     &PagedKv::new(kv.view(), kv.view(), KvLayout::Nhd),
-///     &mut out.tensor_mut(&cuda, &[3, 32, 128])?.view_mut(),
-///     None,
-///     &RunOptions::default(),
-/// )?;
+/// let q = Tensor::<f16>::zeros(&stream, &[3, 32, 128])?;
+/// let kv = Tensor::<f16>::zeros(&stream, &[9, 16, 8, 128])?;
+/// let mut out = Tensor::<f16>::zeros(&stream, &[3, 32, 128])?;
+/// plan.run(&q.view(), &PagedKv::new(kv.view(), kv.view(), KvLayout::Nhd), &mut out.view_mut())?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
@@ -94,25 +87,6 @@ pub struct CascadeLevel<'p> {
     pub queries: &'p RaggedTable,
     /// The pages of each request of the level.
     pub table: &'p PageTable,
-}
-
-/// How a cascade is planned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CascadeOptions {
-    /// Queries of the last level see keys up to their position in it. All
-    /// keys of the other levels are seen in any case.
-    pub causal: bool,
-    /// As [`PrefillOptions::graph_rows`]; the number of requests of each level
-    /// must stay, too.
-    pub graph_rows: Option<usize>,
-}
-
-impl CascadeOptions {
-    /// Causal, not for a graph.
-    pub fn causal() -> Self {
-        Self { causal: true, ..Self::default() }
-    }
 }
 
 /// The workspaces of a cascade, one for each level, and memory for the state
@@ -171,14 +145,14 @@ impl MultiLevelCascade {
     /// the kernel compiled that merges.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: as [`BatchPrefill::new`]; the spec
+    /// As [`BatchPrefill::new`]; also [`FlashInferError::Unsupported`]: the spec
     /// has a sliding window or ALiBi, which count positions across levels, or
     /// attention sinks, which would count once for each level; the head
     /// dimension is not a multiple of 8 up to 1024. Else the module cannot be
     /// had or opened.
-    pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
+    pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         check_spec(spec)?;
-        let prefill = BatchPrefill::new(runtime, stream, spec)?;
+        let prefill = BatchPrefill::new(stream, spec, heads)?;
         cascade::prepare(spec.dtype_o)?;
         Ok(Self { prefill, dtype_o: spec.dtype_o, head_dim: spec.head_dim_vo })
     }
@@ -188,24 +162,31 @@ impl MultiLevelCascade {
         self.prefill.module()
     }
 
+    /// The heads.
+    pub fn heads(&self) -> Heads {
+        self.prefill.heads()
+    }
+
     /// The kernels that were picked: FlashAttention 2 or 3.
     pub fn backend(&self) -> Backend {
         self.prefill.backend()
     }
 
     /// Plans each level. Levels come in any order but for the last, which
-    /// alone can be causal.
+    /// alone has the mask: with [`Mask::Causal`](super::Mask::Causal), its queries
+    /// see its keys up to their position. All keys of the other levels are seen in
+    /// any case. In a plan for a graph, each level's number of requests must stay.
     ///
     /// # Errors
     /// As [`BatchPrefill::plan_paged`] for each level; also when there are no
     /// levels or more than the workspace is for, and when levels differ in
-    /// their number of queries or in the cache that their tables are for.
+    /// their number of queries or in the cache that their tables are for; and
+    /// [`FlashInferError::Unsupported`] for custom and multi-item masks.
     pub fn plan<'p>(
         &self,
         workspace: &'p mut CascadeWorkspace,
         levels: &[CascadeLevel<'p>],
-        heads: Heads,
-        options: &CascadeOptions,
+        options: &PlanOptions<'_>,
     ) -> Result<CascadePlan<'p>> {
         let Some(last) = levels.last() else {
             return Err(FlashInferError::invalid(
@@ -215,6 +196,7 @@ impl MultiLevelCascade {
             ));
         };
         let check = Check::new(PLAN_OP, last.queries.stream())?;
+        let causal = options.is_causal("a cascade")?;
         if levels.len() > workspace.levels.len() {
             let available = workspace.levels.len();
             return check.fail(
@@ -244,21 +226,21 @@ impl MultiLevelCascade {
         }
         let CascadeWorkspace { levels: workspaces, states, held } = workspace;
         let plan = |((at, level), workspace): ((usize, &CascadeLevel<'p>), &'p mut Workspace)| {
-            let mut prefill = if options.causal && at + 1 == levels.len() {
-                PrefillOptions::causal()
-            } else {
-                PrefillOptions::default()
-            };
-            prefill.graph_rows = options.graph_rows;
+            let mask = if causal && at + 1 == levels.len() { Mask::Causal } else { Mask::None };
+            let own = PlanOptions { mask, graph: options.graph, split: options.split };
             self.prefill
-                .plan_paged(workspace, level.queries, level.table, heads, &prefill)
+                .plan_paged(workspace, level.queries, level.table, &own)
                 .map_err(|error| error.in_part(&format!("level {at}")))
         };
         let plans: Vec<_> =
             levels.iter().enumerate().zip(workspaces.iter_mut()).map(plan).collect::<Result<_>>()?;
-        let rows = options.graph_rows.unwrap_or(total);
-        let shape =
-            StateShape { dtype: self.dtype_o, rows, heads: heads.num_qo_heads, head_dim: self.head_dim };
+        let rows = options.graph.unwrap_or(total);
+        let shape = StateShape {
+            dtype: self.dtype_o,
+            rows,
+            heads: self.heads().num_qo_heads,
+            head_dim: self.head_dim,
+        };
         let needed = if plans.len() > 1 { shape.bytes() } else { 0 };
         let available = states.len();
         if needed > available && *held {
@@ -276,7 +258,7 @@ impl MultiLevelCascade {
             let bytes = grown(available, needed);
             *states = DeviceBuffer::new(FlashInferRuntime::get()?.cuda(), &stream, bytes)?;
         }
-        *held |= options.graph_rows.is_some() && needed > 0;
+        *held |= options.graph.is_some() && needed > 0;
         Ok(CascadePlan { levels: plans, states, shape })
     }
 }
@@ -348,10 +330,19 @@ pub struct CascadePlan<'p> {
 }
 
 impl<'p> CascadePlan<'p> {
-    /// Attention of each query to the pages of its requests on all levels.
+    /// Attention of each query to the pages of its requests on all levels, with
+    /// the default options.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+        self.run_with(q, kv, out, None, &RunOptions::default())
+    }
+
+    /// As [`run`](Self::run), with an LSE and options.
     ///
     /// Arguments are those of prefill over pages
-    /// ([`PrefillPlan::run`](super::PrefillPlan)). Outputs of levels are
+    /// ([`PrefillPlan::run_with`](super::PrefillPlan)). Outputs of levels are
     /// rounded to their dtype before they are merged. A query without keys on
     /// any level gets zeros, and −∞. Planned for a graph,
     /// rows of `out` and `lse` beyond the batch's are overwritten with numbers
@@ -360,8 +351,8 @@ impl<'p> CascadePlan<'p> {
     /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
     /// # Errors
-    /// As [`DecodePlan::run`](super::DecodePlan::run).
-    pub fn run(
+    /// As [`DecodePlan::run_with`](super::DecodePlan::run_with).
+    pub fn run_with(
         &self,
         q: &TensorRef<'_>,
         kv: &PagedKv<'_>,
@@ -371,13 +362,13 @@ impl<'p> CascadePlan<'p> {
     ) -> Result<()> {
         let Some((last, others)) = self.levels.split_last() else { return Ok(()) };
         if others.is_empty() {
-            return last.run(q, kv, out, lse, options);
+            return last.run_with(q, kv, out, lse, options);
         }
         let [mut v, mut s, sums] = self.states()?;
         let mut lse = lse.map_or(sums, TensorMut::reborrow);
-        last.run(q, kv, out, Some(&mut lse), options)?;
+        last.run_with(q, kv, out, Some(&mut lse), options)?;
         for level in others {
-            level.run(q, kv, &mut v, Some(&mut s), options)?;
+            level.run_with(q, kv, &mut v, Some(&mut s), options)?;
             let mut state = StateMut::new(out.reborrow(), lse.reborrow());
             cascade::merge_state_in_place(
                 self.stream(),

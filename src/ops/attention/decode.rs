@@ -11,15 +11,14 @@ use std::borrow::Cow;
 use super::{
     empty_states,
     mask::MaskTensors,
-    options::{RunOptions, check_sm_scale},
+    options::{PlanOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{
-        Heads, LEAST_CHUNK, MAX_BLOCKS_PER_SM, PlanInfo, PlanMode, Planned, Planning, ROPE_RCP_SCALE,
-        ROPE_RCP_THETA, ReplayKey, ReplayShape, check_described, check_output, check_workspace, host_indices,
-        make_plan,
+    planned::{
+        Heads, LEAST_CHUNK, MAX_BLOCKS_PER_SM, PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA,
+        ReplayKey, ReplayShape, check_described, check_output, check_workspace, host_indices, make_plan,
     },
-    prefill::{Batch, Pages, PrefillKernels, RunTensors},
-    spec::{AttentionSpec, Backend, first_module},
+    prefill_kernels::{Pages, PrefillBatch, PrefillKernels, RunTensors},
+    spec::{AttentionSpec, Backend, first_module, flash_attention},
     workspace::{Need, Workspace, arrays},
 };
 use crate::{
@@ -56,7 +55,7 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
     &[("batch_decode_with_kv_cache_*", Plan::SIGNATURE), ("batch_decode_with_kv_cache_*", Run::SIGNATURE)];
 
 const PLAN_OP: &str = "BatchDecode::plan";
-const RUN_OP: &str = "DecodePlan::run";
+const RUN_OP: &str = "DecodePlan::run_with";
 const NEW_OP: &str = "BatchDecode::new";
 /// From this group size on, [`Backend::Auto`] decodes on tensor cores, which
 /// are faster there; of 8-bit keys, which CUDA cores convert for each query
@@ -78,32 +77,25 @@ const PLAN_LEN: usize = 10;
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, FlashInferRuntime, PageIndices, PageTable, Stream,
-///     attention::{AttentionSpec, BatchDecode, Heads, PlanMode, RunOptions, Workspace},
-///     cudarc::{TensorExt, TensorExtMut},
+///     DType, PageIndices, PageTable, Stream,
+///     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, Workspace},
+///     cudarc::Tensor,
 ///     kv::{KvLayout, PagedKv},
 /// };
 /// use half::f16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
-/// let (spec, heads) = (AttentionSpec::new(DType::F16, 128), Heads { num_qo_heads: 32, num_kv_heads: 8 });
-/// let decode = BatchDecode::new(FlashInferRuntime::get()?, &spec, heads)?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let decode = BatchDecode::new(&stream, &AttentionSpec::new(DType::F16, 128), Heads::new(32, 8))?;
 ///
 /// // One request of 50 tokens in 4 pages of 16.
 /// let table = PageTable::new(&stream, PageIndices::from_requests(4, 16, [(&[0, 1, 2, 3][..], 50)])?)?;
 /// let mut workspace = Workspace::new(&stream)?;
-/// let plan = decode.plan(&mut workspace, &table, PlanMode::Eager)?;
+/// let plan = decode.plan(&mut workspace, &table, &PlanOptions::default())?;
 ///
-/// let (q, k, v) = (cuda.alloc_zeros::<f16>(32 * 128)?, cuda.alloc_zeros::<f16>(65536)?, cuda.alloc_zeros::<f16>(65536)?);
-/// let mut out = cuda.alloc_zeros::<f16>(32 * 128)?;
-/// let (k, v) = (k.tensor(&cuda, &[4, 16, 8, 128])?, v.tensor(&cuda, &[4, 16, 8, 128])?);
-/// plan.run(
-///     &q.tensor(&cuda, &[1, 32, 128])?.view(),
-///     &PagedKv::new(k.view(), v.view(), KvLayout::Nhd),
-///     &mut out.tensor_mut(&cuda, &[1, 32, 128])?.view_mut(),
-///     None,
-///     &RunOptions::default(),
-/// )?;
+/// let q = Tensor::<f16>::zeros(&stream, &[1, 32, 128])?;
+/// let [k, v] = [(); 2].map(|()| Tensor::<f16>::zeros(&stream, &[4, 16, 8, 128]));
+/// let (k, v) = (k?, v?);
+/// let mut out = Tensor::<f16>::zeros(&stream, &[1, 32, 128])?;
+/// plan.run(&q.view(), &PagedKv::new(k.view(), v.view(), KvLayout::Nhd), &mut out.view_mut())?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
@@ -140,9 +132,14 @@ impl BatchDecode {
     /// wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, or it has no
-    /// kernel for the group size. Else the module cannot be had or opened.
-    pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+    /// [`FlashInferError::Unsupported`]: no such module can exist, it has no
+    /// kernel for the group size, or not for the stream's GPU. Else the module
+    /// cannot be had or opened.
+    pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        let runtime = FlashInferRuntime::get()?;
+        if spec.backend == Backend::Fa3 {
+            flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?;
+        }
         let group = heads.check(NEW_OP)?;
         let served = check_cuda_cores(spec, group, "use Backend::Fa2 or Backend::Auto");
         let cuda_cores = served.is_ok() && !spec.attention_sink;
@@ -206,35 +203,59 @@ impl BatchDecode {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): workspace and
     /// page table belong to different streams; the workspace is too small and
-    /// does not [grow](Workspace#growth); the stream is being captured. Else what
-    /// the module or CUDA said. The workspace can be used again.
+    /// does not [grow](Workspace#growth); the stream is being captured;
+    /// [`graph`](PlanOptions::graph) is not the number of requests;
+    /// [`split`](PlanOptions::split) is out of range.
+    /// [`Unsupported`](FlashInferError::Unsupported): a custom or multi-item
+    /// mask; a `split` for other kernels than FlashAttention 2. Else what the
+    /// module or CUDA said. The workspace can be used again.
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
         table: &'p PageTable,
-        mode: PlanMode,
+        options: &PlanOptions<'_>,
     ) -> Result<DecodePlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
-        check_workspace(&check, workspace)?;
         let batch = table.host().batch_size();
+        // A single query sees all keys with either mask.
+        options.is_causal("decode")?;
+        if options.graph.is_some_and(|rows| rows != batch) {
+            return check.fail(
+                "graph",
+                format!(
+                    "{:?} rows; decode has one row for each request of the table, {batch} in all",
+                    options.graph
+                ),
+            );
+        }
+        let graph = options.graph.is_some();
+        check_workspace(&check, workspace)?;
         self.spec.check_output_size(&check, batch, self.heads)?;
         let pages = table.host().indptr().windows(2).map(|pair| (1, (pair[1] - pair[0]) as usize));
-        let empty = empty_states::possible(mode == PlanMode::CudaGraph, &MaskTensors::NONE, pages);
+        let empty = empty_states::possible(graph, &MaskTensors::NONE, pages);
         if empty {
             empty_states::prepare()?;
         }
         let mut queries = None;
         let info = match &self.kernels {
-            _ if batch == 0 => None,
             Kernels::CudaCores(kernels) => {
-                Some(self.plan_on_cuda_cores(kernels, &check, workspace, table, mode)?)
+                options.split.refuse("decode on CUDA cores")?;
+                match batch {
+                    0 => None,
+                    _ => Some(self.plan_on_cuda_cores(kernels, &check, workspace, table, graph)?),
+                }
+            }
+            Kernels::TensorCores(kernels) if batch == 0 => {
+                kernels.check_split(&check, options, table.host().page_size())?;
+                None
             }
             Kernels::TensorCores(kernels) => {
+                kernels.check_split(&check, options, table.host().page_size())?;
                 let (indptr, device_indptr) = workspace.one_query_each(batch)?;
                 queries = Some(device_indptr);
                 let (indices, lens) = (table.host(), table.host().seq_lens());
-                let batch = Batch {
+                let batch = PrefillBatch {
                     qo_indptr: &indptr,
                     kv_indptr: indices.indptr(),
                     kv_lens: &lens,
@@ -242,12 +263,20 @@ impl BatchDecode {
                     heads: self.heads,
                     causal: false,
                     rows: batch,
-                    cuda_graph: mode == PlanMode::CudaGraph,
+                    cuda_graph: graph,
+                    split: options.split,
                 };
                 Some(kernels.make_plan(&check, workspace, &batch)?)
             }
         };
-        Ok(DecodePlan { decode: *self, table, mode, queries, empty, planned: Planned::new(workspace, info)? })
+        Ok(DecodePlan {
+            decode: *self,
+            table,
+            graph,
+            queries,
+            empty,
+            planned: Planned::new(workspace, info)?,
+        })
     }
 
     fn plan_on_cuda_cores(
@@ -256,7 +285,7 @@ impl BatchDecode {
         check: &Check<'_>,
         workspace: &mut Workspace,
         table: &PageTable,
-        mode: PlanMode,
+        for_graph: bool,
     ) -> Result<PlanInfo> {
         let (stream, indices) = (table.stream(), table.host());
         let batch = indices.batch_size();
@@ -264,9 +293,9 @@ impl BatchDecode {
         OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let planned = planned_indptr(indices.indptr());
-        let for_graph = mode == PlanMode::CudaGraph;
         let need = Need::of_decode(
-            (&planned, indices.page_size()),
+            &planned,
+            indices.page_size(),
             self.heads,
             self.spec.head_dim_vo,
             for_graph,
@@ -321,7 +350,7 @@ pub(super) fn check_cuda_cores(spec: &AttentionSpec, group: usize, instead: &str
 
 impl Need {
     /// The most that the planner of decode on CUDA cores takes for requests with
-    /// these page offsets.
+    /// these offsets of pages.
     ///
     /// How many blocks of its kernel a multiprocessor runs at once only the
     /// module knows; this takes as many as there can be. Where they are not more
@@ -330,7 +359,8 @@ impl Need {
     /// for each head an output and its sum: for a graph as many as blocks, for one
     /// launch no more than chunks of the least size.
     fn of_decode(
-        (indptr, page_size): (&[i32], usize),
+        indptr: &[i32],
+        page_size: usize,
         heads: Heads,
         head_dim: usize,
         for_graph: bool,
@@ -388,7 +418,8 @@ fn planned_indptr(indptr: &[i32]) -> Cow<'_, [i32]> {
 pub struct DecodePlan<'p> {
     decode: BatchDecode,
     table: &'p PageTable,
-    mode: PlanMode,
+    /// Whether it is for a CUDA graph.
+    graph: bool,
     /// Query offsets on the device, for kernels that take them.
     queries: Option<RawTensor>,
     /// Whether requests may have no tokens.
@@ -398,7 +429,15 @@ pub struct DecodePlan<'p> {
 
 impl DecodePlan<'_> {
     /// `out = softmax(q · kᵀ · sm_scale) · v` for each request and head, over
-    /// the request's tokens.
+    /// the request's tokens, with the default options.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+        self.run_with(q, kv, out, None, &RunOptions::default())
+    }
+
+    /// As [`run`](Self::run), with an LSE and options.
     ///
     /// `q` and `out` are `[batch, num_qo_heads, head_dim]` of the spec's
     /// dtypes, `out` contiguous; `kv` is the paged cache that the page table
@@ -413,7 +452,7 @@ impl DecodePlan<'_> {
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
     /// anything is launched: a device, stream, dtype, shape, stride or
     /// alignment does not fit the plan. Else what the module or CUDA said.
-    pub fn run(
+    pub fn run_with(
         &self,
         q: &TensorRef<'_>,
         kv: &PagedKv<'_>,
@@ -525,10 +564,10 @@ impl DecodePlan<'_> {
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` for plans in
-    /// [`PlanMode::Eager`], and for a batch without requests.
+    /// after a plan with an equal key. `None` unless planned for a graph, and
+    /// for a batch without requests.
     pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
+        let info = self.planned.info.as_ref().filter(|_| self.graph)?;
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let queries = self.queries.as_ref().map(|indptr| indptr.data as usize);
         let indices = self.table.addresses().into_iter().chain(queries);
@@ -557,7 +596,7 @@ mod tests {
             for pages in pages {
                 indptr.push(indptr[indptr.len() - 1] + pages);
             }
-            Need::of_decode((&indptr, 16), Heads { num_qo_heads, num_kv_heads }, 128, for_graph, 132)
+            Need::of_decode(&indptr, 16, Heads { num_qo_heads, num_kv_heads }, 128, for_graph, 132)
         };
         let float = |heads: usize, chunks: usize| heads * chunks * (128 + 1) * 4;
         // 264 chunks for each KV head.

@@ -9,7 +9,7 @@
 
 use std::ffi::c_void;
 
-use super::{mask::MaskTensors, plan::PlanInfo};
+use super::{mask::MaskTensors, planned::PlanInfo};
 use crate::{
     cuda::PtxKernel,
     error::Result,

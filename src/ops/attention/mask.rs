@@ -112,7 +112,8 @@ impl Mask<'_> {
     pub(super) fn check(
         &self,
         check: &Check<'_>,
-        (spec, fa3): (&AttentionSpec, bool),
+        spec: &AttentionSpec,
+        fa3: bool,
         requests: impl ExactSizeIterator<Item = (usize, usize)> + Clone,
         paged: bool,
     ) -> Result<()> {

@@ -9,8 +9,8 @@
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
 use super::{
-    options::check_sm_scale,
-    plan::{PlanInfo, Planned, Planning, check_lse, check_workspace, host_indices, make_plan},
+    options::{PlanOptions, check_sm_scale},
+    planned::{PlanInfo, Planned, Planning, check_lse, check_workspace, host_indices, make_plan},
     spec::{Backend, flash_attention},
     workspace::{Need, Workspace, arrays},
 };
@@ -46,7 +46,7 @@ pub(super) const SIGNATURES: &[(&str, Signature)] =
     &[("batch_mla_attention_*", Plan::SIGNATURE), ("batch_mla_attention_*", Run::SIGNATURE)];
 
 const PLAN_OP: &str = "BatchMla::plan";
-const RUN_OP: &str = "MlaPlan::run";
+const RUN_OP: &str = "MlaPlan::run_with";
 /// Numbers in a plan.
 const PLAN_LEN: usize = 18;
 /// Work items that the planner has room for.
@@ -55,15 +55,15 @@ const MAX_WORKS: usize = 16384;
 /// many rows, two blocks work together on twice as many.
 const BLOCK_TILE: usize = 64;
 
-/// The properties of a latent attention that its kernels are compiled for.
+/// The properties of a latent attention.
 ///
 /// ```
 /// # use flashinfer_rs::{DType, attention::{Backend, MlaSpec}};
-/// let module = MlaSpec::new(DType::BF16).module(Backend::Fa3)?;
+/// let module = MlaSpec::new(DType::BF16, 0.07).module(Backend::Fa3)?;
 /// assert!(module.as_str().starts_with("batch_mla_attention_") && module.as_str().ends_with("_sm90"));
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct MlaSpec {
     /// Element type of queries, cache and output: `f16` or `bf16`.
@@ -72,6 +72,13 @@ pub struct MlaSpec {
     pub head_dim_ckv: usize,
     /// Width of the position part: 64.
     pub head_dim_kpe: usize,
+    /// The factor on query-key products, at least 0.001.
+    ///
+    /// It is that of the model before absorption: with 128 and 64 dimensions
+    /// without and with position, `1/√192`, times what the model's scaling of
+    /// positions asks for. The dimensions here do not tell, so there is no
+    /// default.
+    pub sm_scale: f64,
     /// Which kernels serve it. [`Backend::Auto`] takes FlashAttention 3 on
     /// compute capability 9.x, else 2, as upstream does.
     pub backend: Backend,
@@ -79,9 +86,15 @@ pub struct MlaSpec {
 
 impl MlaSpec {
     /// DeepSeek's dimensions, 512 and 64.
-    pub const fn new(dtype: DType) -> Self {
+    pub const fn new(dtype: DType, sm_scale: f64) -> Self {
         let [ckv, kpe] = MLA_DIMS;
-        Self { dtype, head_dim_ckv: ckv as usize, head_dim_kpe: kpe as usize, backend: Backend::Auto }
+        Self {
+            dtype,
+            head_dim_ckv: ckv as usize,
+            head_dim_kpe: kpe as usize,
+            sm_scale,
+            backend: Backend::Auto,
+        }
     }
 
     /// Other kernels than [`Backend::Auto`] picks.
@@ -131,19 +144,6 @@ impl MlaSpec {
             self.dtype, self.head_dim_ckv, self.head_dim_kpe
         )))
     }
-}
-
-/// The queries of a step.
-#[derive(Clone, Copy, Debug)]
-pub struct MlaBatch<'a> {
-    /// Queries of each request: one for decode, several for prefill, also none.
-    pub queries: &'a RaggedIndices,
-    /// Query heads.
-    pub num_heads: usize,
-    /// Query `r` of a request with `q` queries and `k` tokens sees the first
-    /// `k − q + r + 1` tokens: the mask is aligned at the end. Otherwise each
-    /// query sees all tokens.
-    pub causal: bool,
 }
 
 /// Queries in two parts.
@@ -215,62 +215,38 @@ fn split<'a>(op: &'static str, argument: &'static str, tensor: TensorRef<'a>) ->
     Ok([tensor.narrow(2, 0, ckv)?, tensor.narrow(2, ckv, kpe)?])
 }
 
-/// Options of a run.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct MlaOptions {
-    /// The factor on query-key products, at least 0.001.
-    ///
-    /// It is that of the model before absorption: with 128 and 64 dimensions
-    /// without and with position, `1/√192`, times what the model's scaling of
-    /// positions asks for. The dimensions here do not tell, so there is no
-    /// default.
-    pub sm_scale: f64,
-}
-
-impl MlaOptions {
-    /// Options with this `sm_scale`.
-    pub const fn new(sm_scale: f64) -> Self {
-        Self { sm_scale }
-    }
-}
-
 /// Latent attention of ragged queries to their requests' pages.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, FlashInferRuntime, PageIndices, PageTable, RaggedIndices, Stream,
-///     attention::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaQuery, MlaSpec, Workspace},
-///     cudarc::{TensorExt, TensorExtMut},
+///     DType, PageIndices, PageTable, RaggedIndices, Stream,
+///     attention::{BatchMla, MlaCache, MlaQuery, MlaSpec, PlanOptions, Workspace},
+///     cudarc::Tensor,
 /// };
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
-/// let mla = BatchMla::new(FlashInferRuntime::get()?, &stream, &MlaSpec::new(DType::BF16))?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let spec = MlaSpec::new(DType::BF16, 1.0 / 192f64.sqrt());
+/// let mla = BatchMla::new(&stream, &spec, 16)?;
 ///
 /// // One request decodes its 50th token; one has prefilled 20, of which the last 8 now.
 /// let requests = [(&[0, 1, 2, 3][..], 50), (&[5, 4][..], 20)];
 /// let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
 /// let queries = RaggedIndices::from_lens([1, 8])?;
 /// let mut workspace = Workspace::new(&stream)?;
-/// let plan = mla.plan(&mut workspace, &table, &MlaBatch { queries: &queries, num_heads: 16, causal: true })?;
+/// let plan = mla.plan(&mut workspace, &queries, &table, &PlanOptions::causal())?;
 ///
-/// let (q, cache) = (cuda.alloc_zeros::<bf16>(9 * 16 * 576)?, cuda.alloc_zeros::<bf16>(8 * 16 * 576)?);
-/// let mut out = cuda.alloc_zeros::<bf16>(9 * 16 * 512)?;
-/// plan.run(
-///     &MlaQuery::joined(q.tensor(&cuda, &[9, 16, 576])?.view())?,
-///     &MlaCache::joined(cache.tensor(&cuda, &[8, 16, 576])?.view())?,
-///     &mut out.tensor_mut(&cuda, &[9, 16, 512])?.view_mut(),
-///     None,
-///     &MlaOptions::new(1.0 / 192f64.sqrt()),
-/// )?;
+/// let q = Tensor::<bf16>::zeros(&stream, &[9, 16, 576])?;
+/// let cache = Tensor::<bf16>::zeros(&stream, &[8, 16, 576])?;
+/// let mut out = Tensor::<bf16>::zeros(&stream, &[9, 16, 512])?;
+/// plan.run(&MlaQuery::joined(q.view())?, &MlaCache::joined(cache.view())?, &mut out.view_mut())?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct BatchMla {
     spec: MlaSpec,
+    num_heads: usize,
     backend: Backend,
     ordinal: u32,
     module: &'static Module,
@@ -279,20 +255,29 @@ pub struct BatchMla {
 }
 
 impl BatchMla {
-    /// Resolves the module of a spec for the stream's GPU; downloads the
-    /// pinned wheel if no local source holds it and that is allowed.
+    /// Resolves the module of a spec for the stream's GPU and so many query
+    /// heads; downloads the pinned wheel if no local source holds it and that is
+    /// allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: there is no such module, or not for
-    /// this GPU. Else the module cannot be had or opened.
-    pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &MlaSpec) -> Result<Self> {
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument): there are no heads,
+    /// or `sm_scale` is below 0.001 or not a number.
+    /// [`Unsupported`](FlashInferError::Unsupported): there is no such module, or
+    /// not for this GPU. Else the module cannot be had or opened.
+    pub fn new(stream: &Stream, spec: &MlaSpec, num_heads: usize) -> Result<Self> {
+        let check = Check::new("BatchMla::new", stream)?;
+        check_sm_scale(&check, spec.sm_scale)?;
+        if num_heads == 0 {
+            return check.fail("num_heads", "there must be a head".into());
+        }
+        let runtime = FlashInferRuntime::get()?;
         let backend = flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?[0];
         let name = spec.module(backend)?;
         runtime.preload([&name])?;
         let module = runtime.module(&name)?;
         let plan = module.function(Plan::SIGNATURE.function)?;
         let run = module.function(Run::SIGNATURE.function)?;
-        Ok(Self { spec: *spec, backend, ordinal: stream.ordinal(), module, plan, run })
+        Ok(Self { spec: *spec, num_heads, backend, ordinal: stream.ordinal(), module, plan, run })
     }
 
     /// The module that serves the spec.
@@ -310,18 +295,25 @@ impl BatchMla {
         &self.spec
     }
 
+    /// Query heads.
+    pub fn num_heads(&self) -> usize {
+        self.num_heads
+    }
+
     /// Divides the work of one step among the GPU's multiprocessors, from the
     /// host copies of the index arrays, and enqueues the upload of the result
     /// to the workspace.
     ///
-    /// The plan serves every layer of the step. A step without queries gives a
-    /// plan whose runs do nothing.
+    /// The plan serves every layer of the step. `queries` says how many there are
+    /// of each request: one for decode, several for prefill, also none. It can
+    /// change once it is planned. A step without queries gives a plan whose runs
+    /// do nothing.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument):
     /// - queries and page table differ in their number of requests;
-    /// - `causal`, and a request has more queries than tokens;
-    /// - `causal`, a request has several queries, and the kernels' tiles end
+    /// - the mask is causal, and a request has more queries than tokens;
+    /// - it is causal, a request has several queries, and the kernels' tiles end
     ///   inside a query, where they would lose keys: 1, 2, 4, 8, 16, 32, 64 and
     ///   128 heads are always fine;
     /// - the step has too much work for one plan, which has room for 16384
@@ -331,12 +323,15 @@ impl BatchMla {
     ///   the page table and this value belong to different streams or GPUs;
     /// - the stream is being captured.
     ///
-    /// Else what the module or CUDA said. The workspace can be used again.
+    /// [`Unsupported`](FlashInferError::Unsupported): another mask than none and
+    /// the causal one, a [`graph`](PlanOptions::graph), whose launch would change
+    /// from plan to plan, or a [`split`](PlanOptions::split). Else what the module or CUDA said. The workspace can be used again.
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
+        queries: &RaggedIndices,
         table: &'p PageTable,
-        batch: &MlaBatch<'_>,
+        options: &PlanOptions<'_>,
     ) -> Result<MlaPlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
@@ -346,7 +341,18 @@ impl BatchMla {
                 format!("it is on {}; the module is for cuda:{}", stream.device(), self.ordinal),
             );
         }
-        let work = Work::of(&check, table.host(), batch)?;
+        let causal = options.is_causal("latent attention")?;
+        options.split.refuse("latent attention")?;
+        if options.graph.is_some() {
+            return Err(FlashInferError::Unsupported {
+                what: "a plan of latent attention for a CUDA graph".into(),
+                available:
+                    "its launch depends on the lengths of the requests; plan without PlanOptions::graph, and \
+                            capture anew after each plan"
+                        .into(),
+            });
+        }
+        let work = Work::of(&check, queries, table.host(), self.num_heads, causal)?;
         check_workspace(&check, workspace)?;
         let info = match work.kv_lens.len() {
             0 => None,
@@ -355,8 +361,7 @@ impl BatchMla {
         Ok(MlaPlan {
             mla: *self,
             table,
-            rows: batch.queries.total(),
-            num_heads: batch.num_heads,
+            rows: queries.total(),
             causal: work.causal,
             planned: Planned::new(workspace, info)?,
         })
@@ -416,8 +421,13 @@ struct Work {
 
 impl Work {
     /// Compares queries with a page table.
-    fn of(check: &Check<'_>, table: &PageIndices, batch: &MlaBatch<'_>) -> Result<Self> {
-        let MlaBatch { queries, num_heads, causal } = *batch;
+    fn of(
+        check: &Check<'_>,
+        queries: &RaggedIndices,
+        table: &PageIndices,
+        num_heads: usize,
+        causal: bool,
+    ) -> Result<Self> {
         if queries.batch_size() != table.batch_size() {
             return check.fail(
                 "queries",
@@ -429,13 +439,11 @@ impl Work {
             );
         }
         // Both are numbered in 32 bits together.
-        if num_heads == 0
-            || queries.total().checked_mul(num_heads).is_none_or(|rows| rows > i32::MAX as usize)
-        {
+        if queries.total().checked_mul(num_heads).is_none_or(|rows| rows > i32::MAX as usize) {
             return check.fail(
                 "num_heads",
                 format!(
-                    "{num_heads} heads of {} queries; there must be a head, and less than 2^31 in all",
+                    "{num_heads} heads of {} queries; there must be less than 2^31 in all",
                     queries.total()
                 ),
             );
@@ -559,7 +567,6 @@ pub struct MlaPlan<'p> {
     table: &'p PageTable,
     /// Queries of all requests.
     rows: usize,
-    num_heads: usize,
     causal: bool,
     planned: Planned<'p>,
 }
@@ -567,6 +574,14 @@ pub struct MlaPlan<'p> {
 impl MlaPlan<'_> {
     /// `out = softmax((q.nope · ckvᵀ + q.pe · kpeᵀ) · sm_scale) · ckv` for each
     /// query and head, over the tokens that the query sees.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(&self, q: &MlaQuery<'_>, cache: &MlaCache<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+        self.run_with(q, cache, out, None)
+    }
+
+    /// As [`run`](Self::run), with an LSE. There are no other options of a run.
     ///
     /// With `n` queries in all, `q.nope` is `[n, num_heads, 512]`, `q.pe`
     /// `[n, num_heads, 64]`, `out` `[n, num_heads, 512]`; the last dimension is
@@ -580,19 +595,18 @@ impl MlaPlan<'_> {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything
     /// is launched: a device, stream, dtype, shape, stride or alignment does
-    /// not fit the plan, a tensor spans 2³² elements, or `sm_scale` is below
-    /// 0.001. Else what the module or CUDA said.
-    pub fn run(
+    /// not fit the plan, or a tensor spans 2³² elements. Else what the module or
+    /// CUDA said.
+    pub fn run_with(
         &self,
         q: &MlaQuery<'_>,
         cache: &MlaCache<'_>,
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
-        options: &MlaOptions,
     ) -> Result<()> {
         let (spec, table, stream) = (&self.mla.spec, self.table, self.stream());
         let check = Check::new(RUN_OP, stream)?;
-        let (rows, heads) = (self.rows as i64, self.num_heads as i64);
+        let (rows, heads) = (self.rows as i64, self.mla.num_heads as i64);
         let [ckv, kpe] = MLA_DIMS;
         for (name, tensor, dim) in
             [("q.nope", &q.nope.raw, ckv), ("q.pe", &q.pe.raw, kpe), ("out", &out.raw, ckv)]
@@ -609,7 +623,6 @@ impl MlaPlan<'_> {
             check_page_span(&check, name, part)?;
         }
         check_lse(&check, lse.as_ref().map(|lse| &lse.raw), rows, heads)?;
-        check_sm_scale(&check, options.sm_scale)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
 
         let indices = table.indices()?;
@@ -629,7 +642,7 @@ impl MlaPlan<'_> {
             mask_mode: self.causal.into(),
             num_heads: heads,
             page_size: table.host().page_size() as i64,
-            sm_scale: options.sm_scale,
+            sm_scale: spec.sm_scale,
             return_lse_base_on_e: false,
         };
         // SAFETY: all tensors have the dtypes, shapes, strides and alignment
@@ -690,7 +703,7 @@ mod tests {
             requests.iter().map(|&(_, tokens)| (if tokens == 0 { &[][..] } else { &[0][..] }, tokens));
         let table = PageIndices::from_requests(1, page_size, pages)?;
         let queries = RaggedIndices::from_lens(requests.iter().map(|&(queries, _)| queries))?;
-        on_a_stream(|check| Work::of(check, &table, &MlaBatch { queries: &queries, num_heads, causal }))
+        on_a_stream(|check| Work::of(check, &queries, &table, num_heads, causal))
     }
 
     #[track_caller]
@@ -708,14 +721,14 @@ mod tests {
 
     #[test]
     fn names_are_upstreams() {
-        let spec = MlaSpec::new(DType::F16);
+        let spec = MlaSpec::new(DType::F16, 1.0);
         let name = "batch_mla_attention_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_ckv_512_\
                     head_dim_kpe_64_profiler_False";
         assert_eq!(spec.module(Backend::Fa2).unwrap().as_str(), name);
         assert_eq!(spec.module(Backend::Fa3).unwrap().as_str(), format!("{name}_sm90"));
         assert!(spec.module(Backend::Auto).is_err());
         for dtype in [DType::F32, DType::E4M3, DType::E5M2, DType::I8] {
-            assert!(MlaSpec::new(dtype).module(Backend::Fa2).is_err());
+            assert!(MlaSpec::new(dtype, 1.0).module(Backend::Fa2).is_err());
         }
         assert!(MlaSpec { head_dim_ckv: 256, ..spec }.module(Backend::Fa2).is_err());
         assert!(MlaSpec { head_dim_kpe: 0, ..spec }.module(Backend::Fa2).is_err());
@@ -737,14 +750,12 @@ mod tests {
             PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[3][..], 1), (&[][..], 0), (&[2][..], 4)])
                 .unwrap();
         let queries = RaggedIndices::from_lens([2, 0, 3, 1]).unwrap();
-        let batch = MlaBatch { queries: &queries, num_heads: 16, causal: false };
-        let work = on_a_stream(|check| Work::of(check, &table, &batch)).unwrap();
+        let work = on_a_stream(|check| Work::of(check, &queries, &table, 16, false)).unwrap();
         assert_eq!(work.qo_indptr, [0, 2, 5, 6]);
         assert_eq!(work.kv_indptr, [0, 3, 3, 4]);
         assert_eq!(work.kv_lens, [5, 0, 4]);
         let none = RaggedIndices::from_lens([0; 4]).unwrap();
-        let work =
-            on_a_stream(|check| Work::of(check, &table, &MlaBatch { queries: &none, ..batch })).unwrap();
+        let work = on_a_stream(|check| Work::of(check, &none, &table, 16, false)).unwrap();
         assert!(work.kv_lens.is_empty());
     }
 
@@ -755,13 +766,17 @@ mod tests {
         assert!(!work(&[(3, 1)], 16, false).unwrap().causal);
         refused(work(&[(2, 9), (4, 3)], 16, true), "queries");
         refused(work(&[(1, 0)], 16, true), "queries");
-        refused(work(&[(1, 9)], 0, false), "num_heads");
+        // SAFETY: the legacy default stream; nothing is enqueued on it.
+        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+        refused(BatchMla::new(&stream, &MlaSpec::new(DType::F16, 1.0), 0), "num_heads");
+        for sm_scale in [0.0, 9e-4, -1.0, f64::NAN, f64::INFINITY] {
+            refused(BatchMla::new(&stream, &MlaSpec::new(DType::F16, sm_scale), 16), "sm_scale");
+        }
         refused(work(&[(1 << 20, 9)], 1 << 11, false), "num_heads");
         refused(work(&[(2, 9)], usize::MAX, false), "num_heads");
         let table = PageIndices::from_requests(1, 4, [(&[0][..], 1)]).unwrap();
         let queries = RaggedIndices::from_lens([1, 1]).unwrap();
-        let batch = MlaBatch { queries: &queries, num_heads: 16, causal: false };
-        refused(on_a_stream(|check| Work::of(check, &table, &batch)), "queries");
+        refused(on_a_stream(|check| Work::of(check, &queries, &table, 16, false)), "queries");
     }
 
     #[test]

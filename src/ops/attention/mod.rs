@@ -40,6 +40,7 @@
 //! The numbers lie on the device, so nothing is refused. Kernels of FlashInfer
 //! 0.7 have −∞.
 
+mod batch_attention;
 mod cascade;
 mod decode;
 mod empty_states;
@@ -47,23 +48,21 @@ mod mask;
 mod mla;
 mod options;
 mod output_scale;
-mod persistent;
-mod plan;
+mod planned;
 mod prefill;
+mod prefill_kernels;
 mod single;
 mod spec;
 mod workspace;
 
-pub use cascade::{
-    CascadeLevel, CascadeOptions, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade,
-};
+pub use batch_attention::{BatchAttention, BatchAttentionPlan};
+pub use cascade::{CascadeLevel, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
-pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
-pub use options::RunOptions;
-pub use persistent::{BatchAttention, BatchAttentionOptions, BatchAttentionPlan};
-pub use plan::{Heads, PlanMode, ReplayKey};
-pub use prefill::{BatchPrefill, PrefillOptions, PrefillPlan};
+pub use mla::{BatchMla, MlaCache, MlaPlan, MlaQuery, MlaSpec};
+pub use options::{PlanOptions, PrefillRunOptions, RunOptions, Split};
+pub use planned::{Heads, ReplayKey};
+pub use prefill::{BatchPrefill, PrefillPlan};
 pub use single::{SingleDecode, SinglePrefill};
 pub use spec::{AttentionSpec, Backend, PosEncodingMode};
 pub use workspace::Workspace;
@@ -73,6 +72,12 @@ use crate::ffi::Signature;
 /// The functions of all attention modules, each with a pattern of the modules
 /// that export it.
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
-    [decode::SIGNATURES, prefill::SIGNATURES, persistent::SIGNATURES, mla::SIGNATURES, single::SIGNATURES]
-        .concat()
+    [
+        decode::SIGNATURES,
+        prefill_kernels::SIGNATURES,
+        batch_attention::SIGNATURES,
+        mla::SIGNATURES,
+        single::SIGNATURES,
+    ]
+    .concat()
 }

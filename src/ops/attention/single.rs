@@ -18,10 +18,9 @@ use std::ffi::c_void;
 use super::{
     decode::check_cuda_cores,
     empty_states,
-    mask::Mask,
-    options::{RunOptions, check_sm_scale},
+    options::{PrefillRunOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    plan::{
+    planned::{
         Heads, MAX_BLOCKS_PER_SM, ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output,
     },
     spec::{AttentionSpec, Backend},
@@ -67,8 +66,8 @@ pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
     ("single_decode_with_kv_cache_*", DecodeRun::SIGNATURE),
 ];
 
-const PREFILL_OP: &str = "SinglePrefill::run";
-const DECODE_OP: &str = "SingleDecode::run";
+const PREFILL_OP: &str = "SinglePrefill::run_with";
+const DECODE_OP: &str = "SingleDecode::run_with";
 /// The fewest keys that a launcher gives to a block.
 const MIN_CHUNK: usize = 256;
 /// Queries (times heads of a group) that a block of FlashAttention 2 can work on.
@@ -93,30 +92,22 @@ const MAX_GRID_Y: usize = 65535;
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, FlashInferRuntime, Stream,
-///     attention::{AttentionSpec, Mask, RunOptions, SinglePrefill, Workspace},
-///     cudarc::{TensorExt, TensorExtMut},
+///     DType, Stream,
+///     attention::{AttentionSpec, PrefillRunOptions, SinglePrefill, Workspace},
+///     cudarc::Tensor,
 /// };
 /// use half::f16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
-/// let spec = AttentionSpec::new(DType::F16, 128);
-/// let prefill = SinglePrefill::new(FlashInferRuntime::get()?, &stream, &spec)?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let prefill = SinglePrefill::new(&stream, &AttentionSpec::new(DType::F16, 128))?;
 /// let mut workspace = Workspace::new(&stream)?;
 ///
 /// // The last 100 of 300 tokens, with 32 query heads on 8 KV heads.
-/// let q = cuda.alloc_zeros::<f16>(100 * 32 * 128)?;
-/// let (k, v) = (cuda.alloc_zeros::<f16>(300 * 8 * 128)?, cuda.alloc_zeros::<f16>(300 * 8 * 128)?);
-/// let mut out = cuda.alloc_zeros::<f16>(100 * 32 * 128)?;
-/// let (k, v) = (k.tensor(&cuda, &[300, 8, 128])?, v.tensor(&cuda, &[300, 8, 128])?);
-/// prefill.run(
-///     &mut workspace,
-///     &q.tensor(&cuda, &[100, 32, 128])?.view(),
-///     [&k.view(), &v.view()],
-///     &mut out.tensor_mut(&cuda, &[100, 32, 128])?.view_mut(),
-///     None,
-///     (Mask::Causal, &RunOptions::default()),
-/// )?;
+/// let q = Tensor::<f16>::zeros(&stream, &[100, 32, 128])?;
+/// let k = Tensor::<f16>::zeros(&stream, &[300, 8, 128])?;
+/// let v = Tensor::<f16>::zeros(&stream, &[300, 8, 128])?;
+/// let mut out = Tensor::<f16>::zeros(&stream, &[100, 32, 128])?;
+/// let (kv, causal) = ([&k.view(), &v.view()], PrefillRunOptions::causal());
+/// prefill.run_with(&mut workspace, &q.view(), kv, &mut out.view_mut(), None, &causal)?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
@@ -135,10 +126,9 @@ impl SinglePrefill {
     /// # Errors
     /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
     /// this GPU. Else the module cannot be had or opened.
-    pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
+    pub fn new(stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
         spec.check_called()?;
-        let (module, fa3) =
-            spec.first_prefill(runtime, stream.ordinal(), AttentionSpec::single_prefill_module)?;
+        let (module, fa3) = spec.first_prefill(stream, AttentionSpec::single_prefill_module)?;
         OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, fa3, module, run: module.function("run")? })
     }
@@ -151,6 +141,20 @@ impl SinglePrefill {
     /// The kernels that were picked: FlashAttention 2 or 3.
     pub fn backend(&self) -> Backend {
         if self.fa3 { Backend::Fa3 } else { Backend::Fa2 }
+    }
+
+    /// Attention of each query to all keys, on the workspace's stream.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(
+        &self,
+        workspace: &mut Workspace,
+        q: &TensorRef<'_>,
+        kv: [&TensorRef<'_>; 2],
+        out: &mut TensorMut<'_>,
+    ) -> Result<()> {
+        self.run_with(workspace, q, kv, out, None, &PrefillRunOptions::default())
     }
 
     /// Attention of each query to the keys that the mask shows, on the
@@ -167,8 +171,8 @@ impl SinglePrefill {
     ///
     /// Of scores below −50000 see [`attention`](super#very-negative-scores).
     ///
-    /// A [`Mask::Custom`] is that of a batch of this one request;
-    /// [`Mask::MultiItem`] is for paged keys.
+    /// A [`Mask::Custom`](super::Mask::Custom) is that of a batch of this one
+    /// request; [`Mask::MultiItem`](super::Mask::MultiItem) is for paged keys.
     ///
     /// With FlashAttention 2, few queries over many keys need scratch memory,
     /// at most about as much as the multiprocessors have shared memory (32 MiB
@@ -177,22 +181,23 @@ impl SinglePrefill {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
     /// launched: a device, stream, dtype, shape, stride, alignment or mask does
-    /// not fit the others or the spec; with [`Mask::Causal`] there are keys,
+    /// not fit the others or the spec; with [`Mask::Causal`](super::Mask::Causal) there are keys,
     /// but fewer than queries; with FlashAttention 3 a tensor names elements
     /// more than once; the workspace is too small and does not
     /// [grow](Workspace#growth), as during a capture.
     /// [`Unsupported`](FlashInferError::Unsupported): a custom mask with
     /// FlashAttention 3, or a multi-item mask. Else what the module or CUDA
     /// said.
-    pub fn run(
+    pub fn run_with(
         &self,
         workspace: &mut Workspace,
         q: &TensorRef<'_>,
         [k, v]: [&TensorRef<'_>; 2],
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
-        (mask, options): (Mask<'_>, &RunOptions<'_>),
+        options: &PrefillRunOptions<'_>,
     ) -> Result<()> {
+        let PrefillRunOptions { mask, run: options } = options;
         let (spec, stream) = (&self.spec, &workspace.stream().clone());
         let check = Check::new(PREFILL_OP, stream)?;
         let (q, k, v, out, lse) = (&q.raw, &k.raw, &v.raw, &out.raw, lse.map(|lse| &lse.raw));
@@ -212,7 +217,7 @@ impl SinglePrefill {
         check_sm_scale(&check, options.logit_scale(spec))?;
         let scale = options.v_scale.filter(|_| !self.fa3);
         OutputScale::check_ready(&check, spec.dtype_o, scale)?;
-        mask.check(&check, (spec, self.fa3), std::iter::once((rows, keys)), false)?;
+        mask.check(&check, spec, self.fa3, std::iter::once((rows, keys)), false)?;
         if rows == 0 {
             return Ok(());
         }
@@ -285,27 +290,20 @@ impl SinglePrefill {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, FlashInferRuntime, Stream,
-///     attention::{AttentionSpec, Heads, RunOptions, SingleDecode, Workspace},
-///     cudarc::{TensorExt, TensorExtMut},
+///     DType, Stream,
+///     attention::{AttentionSpec, Heads, SingleDecode, Workspace},
+///     cudarc::Tensor,
 /// };
 /// use half::f16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let mut workspace = Workspace::new(&Stream::from(&cuda))?;
-/// let (spec, heads) = (AttentionSpec::new(DType::F16, 128), Heads { num_qo_heads: 32, num_kv_heads: 8 });
-/// let decode = SingleDecode::new(FlashInferRuntime::get()?, &spec, heads)?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let mut workspace = Workspace::new(&stream)?;
+/// let decode = SingleDecode::new(&stream, &AttentionSpec::new(DType::F16, 128), Heads::new(32, 8))?;
 ///
-/// let (q, mut out) = (cuda.alloc_zeros::<f16>(32 * 128)?, cuda.alloc_zeros::<f16>(32 * 128)?);
-/// let (k, v) = (cuda.alloc_zeros::<f16>(300 * 8 * 128)?, cuda.alloc_zeros::<f16>(300 * 8 * 128)?);
-/// let (k, v) = (k.tensor(&cuda, &[300, 8, 128])?, v.tensor(&cuda, &[300, 8, 128])?);
-/// decode.run(
-///     &mut workspace,
-///     &q.tensor(&cuda, &[32, 128])?.view(),
-///     [&k.view(), &v.view()],
-///     &mut out.tensor_mut(&cuda, &[32, 128])?.view_mut(),
-///     None,
-///     &RunOptions::default(),
-/// )?;
+/// let q = Tensor::<f16>::zeros(&stream, &[32, 128])?;
+/// let k = Tensor::<f16>::zeros(&stream, &[300, 8, 128])?;
+/// let v = Tensor::<f16>::zeros(&stream, &[300, 8, 128])?;
+/// let mut out = Tensor::<f16>::zeros(&stream, &[32, 128])?;
+/// decode.run(&mut workspace, &q.view(), [&k.view(), &v.view()], &mut out.view_mut())?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
@@ -326,7 +324,8 @@ impl SingleDecode {
     /// kernel for the group size; or the spec asks for
     /// [`Backend::Fa2`] or [`Backend::Fa3`]. Else the module cannot be had or
     /// opened.
-    pub fn new(runtime: &FlashInferRuntime, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+    pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        stream.check_usable_here("SingleDecode::new")?;
         const INSTEAD: &str = "use SinglePrefill with one query";
         let group = heads.check("SingleDecode::new")?;
         if !matches!(spec.backend, Backend::Auto | Backend::CudaCores) {
@@ -336,7 +335,7 @@ impl SingleDecode {
             });
         }
         check_cuda_cores(spec, group, INSTEAD)?;
-        let module = runtime.module(&spec.single_decode_module()?)?;
+        let module = FlashInferRuntime::get()?.module(&spec.single_decode_module()?)?;
         OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, heads, module, run: module.function("run")? })
     }
@@ -357,7 +356,21 @@ impl SingleDecode {
     }
 
     /// `out = softmax(q · kᵀ · sm_scale) · v` for each head, on the workspace's
-    /// stream.
+    /// stream, with the default options.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(
+        &self,
+        workspace: &mut Workspace,
+        q: &TensorRef<'_>,
+        kv: [&TensorRef<'_>; 2],
+        out: &mut TensorMut<'_>,
+    ) -> Result<()> {
+        self.run_with(workspace, q, kv, out, None, &RunOptions::default())
+    }
+
+    /// As [`run`](Self::run), with an LSE and options.
     ///
     /// `q` and `out` are `[num_qo_heads, head_dim]` and contiguous, `lse`, if
     /// given, a contiguous `f32` `[num_qo_heads]` of base-2 logarithms. `k` and
@@ -377,7 +390,7 @@ impl SingleDecode {
     /// launched: a device, stream, dtype, shape, stride or alignment does not
     /// fit; the float workspace is too small. Else what the module or CUDA
     /// said.
-    pub fn run(
+    pub fn run_with(
         &self,
         workspace: &mut Workspace,
         q: &TensorRef<'_>,
@@ -665,7 +678,7 @@ mod tests {
     fn keys_stay_together_where_parts_cannot_be_merged() {
         let needs = |head_dim, heads, rows| {
             let spec = AttentionSpec::new(DType::F16, head_dim);
-            let heads = Heads { num_qo_heads: heads, num_kv_heads: 1 };
+            let heads = Heads::new(heads, 1);
             Work { spec: &spec, heads, rows, keys: 100_000 }.fa2_scratch(H200)
         };
         for (head_dim, most) in [(64, 128), (128, 64), (256, 32)] {

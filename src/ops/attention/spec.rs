@@ -1,12 +1,13 @@
 //! What selects an attention module.
 
-use super::plan::Heads;
+use super::planned::Heads;
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
     module::{Module, ModuleName},
     ops::check::Check,
     runtime::FlashInferRuntime,
+    stream::Stream,
 };
 
 /// Which kernels serve an attention.
@@ -258,16 +259,16 @@ impl AttentionSpec {
     /// the requests of a batch apart.
     pub(super) fn first_prefill(
         &self,
-        runtime: &FlashInferRuntime,
-        ordinal: u32,
+        stream: &Stream,
         name: fn(&Self, bool) -> Result<ModuleName>,
     ) -> Result<(&'static Module, bool)> {
+        let runtime = FlashInferRuntime::get()?;
         // FlashAttention 3 keeps requests apart where values are as wide as keys only.
         let asked = match self.backend {
             Backend::Auto if self.head_dim_qk != self.head_dim_vo => Backend::Fa2,
             asked => asked,
         };
-        let backends = flash_attention(asked, runtime.compute_capability(ordinal)?)?;
+        let backends = flash_attention(asked, runtime.compute_capability(stream.ordinal())?)?;
         let (module, backend) =
             first_module(runtime, backends, |backend| name(self, backend == Backend::Fa3))?;
         Ok((module, backend == Backend::Fa3))

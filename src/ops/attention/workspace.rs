@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
-    plan::PlanInfo,
-    prefill::{Batch, PrefillKernels, PrefillPlanKey},
+    planned::PlanInfo,
+    prefill_kernels::{PrefillBatch, PrefillKernels, PrefillPlanKey},
 };
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer},
@@ -30,8 +30,8 @@ use crate::{
 /// is freed in stream order.
 ///
 /// Memory that a CUDA graph may hold stays where it is. So a workspace stops
-/// growing with the first plan for a graph ([`PlanMode::CudaGraph`](super::PlanMode::CudaGraph),
-/// or `graph_rows`), which may still let it grow, and with the first run of
+/// growing with the first plan for a graph ([`PlanOptions::graph`](super::PlanOptions::graph)),
+/// which may still let it grow, and with the first run of
 /// [`SinglePrefill`](super::SinglePrefill) or [`SingleDecode`](super::SingleDecode)
 /// that is captured with scratch memory. From then on, whatever takes more is
 /// refused with [`InvalidArgument`](crate::FlashInferError::InvalidArgument), which
@@ -213,7 +213,7 @@ impl Workspace {
     }
 
     /// The plan that is in the workspace, if it is of this batch.
-    pub(super) fn planned(&self, kernels: &PrefillKernels, batch: &Batch<'_>) -> Option<&PlanInfo> {
+    pub(super) fn planned(&self, kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> Option<&PlanInfo> {
         self.planned.as_ref().filter(|(key, _)| key.is_of(kernels, batch)).map(|(_, info)| info)
     }
 

@@ -271,13 +271,15 @@ pub enum RopeAppend<'a> {
 /// # Errors
 /// As [`rope_quantize`], and as
 /// [`page::append_paged_kv_cache`](crate::page::append_paged_kv_cache).
+#[expect(clippy::too_many_arguments, reason = "outputs, inputs, and two tables")]
 pub fn rope_quantize_append_paged_kv_cache(
     stream: &Stream,
     q_out: &mut RopePartsMut<'_>,
     cache: &mut RopeAppend<'_>,
     [q, k]: &[RopeParts<'_>; 2],
     rotation: &Rotation<'_>,
-    (append, table): (&AppendTable, &PageTable),
+    append: &AppendTable,
+    table: &PageTable,
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
     let check = Check::new(QUANTIZE_APPEND.name(), stream)?;

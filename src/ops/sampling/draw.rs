@@ -1,7 +1,7 @@
 //! Drawing a token for each request.
 
 use super::{
-    Parameter, Samples, SamplingOptions, SoftmaxOptions, Workspace, check_rows, function,
+    Parameter, Samples, SamplingOptions, SamplingWorkspace, SoftmaxOptions, check_rows, function,
     options::{KernelRandom, MIN_P as MIN_P_RULE, TOP_P as TOP_P_RULE},
     renorm::softmax_of,
     top_k_mask_logits,
@@ -385,7 +385,7 @@ impl<'a> TopKTopP<'a> {
 /// As [`softmax`](super::softmax), [`top_k_mask_logits`] and
 /// [`sampling_from_probs`]; `probs` may have been written then.
 pub fn top_k_top_p_sampling_from_logits(
-    workspace: &mut Workspace,
+    workspace: &mut SamplingWorkspace,
     samples: &mut Samples<'_>,
     probs: &mut TensorMut<'_>,
     logits: &TensorRef<'_>,

@@ -53,7 +53,7 @@
 //! let (mut tokens, mut valid) = (cuda.alloc_zeros::<i32>(batch)?, cuda.alloc_zeros::<u8>(batch)?);
 //!
 //! // Once: scratch memory, and where random numbers start.
-//! let mut workspace = Workspace::new(&stream, batch, vocab)?;
+//! let mut workspace = SamplingWorkspace::new(&stream, batch, vocab)?;
 //! let mut random = Philox::new(42, 0);
 //!
 //! // For each step:
@@ -92,7 +92,7 @@ pub use options::{Draws, Indices, Parameter, Philox, Random, Samples, SamplingOp
 pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TOP_P};
 pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs};
 pub use top_p::top_p_renorm_probs;
-pub use workspace::Workspace;
+pub use workspace::SamplingWorkspace;
 
 use super::{FixedFunction, check::Check};
 use crate::{

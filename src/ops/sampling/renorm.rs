@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::{
-    KERNEL_DTYPES, Parameter, Workspace, check_like, check_rows, function, options::TEMPERATURE,
+    KERNEL_DTYPES, Parameter, SamplingWorkspace, check_like, check_rows, function, options::TEMPERATURE,
     workspace::check_room,
 };
 use crate::{
@@ -86,7 +86,7 @@ impl<'a> SoftmaxOptions<'a> {
 /// temperature is not a finite number above 0. Else what the module or CUDA
 /// said.
 pub fn softmax(
-    workspace: &mut Workspace,
+    workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
     logits: &TensorRef<'_>,
     options: &SoftmaxOptions<'_>,
@@ -96,7 +96,7 @@ pub fn softmax(
 
 /// [`softmax`], which may replace the logits: each thread reads what it writes.
 pub(super) fn softmax_of(
-    workspace: &mut Workspace,
+    workspace: &mut SamplingWorkspace,
     out: &RawTensor,
     logits: &RawTensor,
     options: &SoftmaxOptions<'_>,
@@ -147,7 +147,7 @@ pub(super) fn softmax_of(
 /// on an H200, where rows of `f32` have 57465 to 57592 elements, or twice, three
 /// times, … as many.
 pub fn top_k_renorm_probs(
-    workspace: &mut Workspace,
+    workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
     probs: &TensorRef<'_>,
     top_k: Parameter<'_, u32>,
@@ -165,7 +165,7 @@ pub fn top_k_renorm_probs(
 /// # Errors
 /// As [`softmax`]; also when a row needs more blocks than the GPU runs at once.
 pub fn top_k_mask_logits(
-    workspace: &mut Workspace,
+    workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
     logits: &TensorRef<'_>,
     top_k: Parameter<'_, u32>,
@@ -175,7 +175,7 @@ pub fn top_k_mask_logits(
 
 fn radix(
     (function, name, sum_bytes): (&FixedFunction, &'static str, i64),
-    workspace: &mut Workspace,
+    workspace: &mut SamplingWorkspace,
     out: &RawTensor,
     input: &RawTensor,
     top_k: Parameter<'_, u32>,

@@ -16,14 +16,14 @@ use crate::{
 /// operation borrows the workspace mutably and goes to its stream. A CUDA graph that was
 /// captured with a workspace must not run at the same time as anything else
 /// with this workspace, and not after it is dropped.
-pub struct Workspace {
+pub struct SamplingWorkspace {
     scratch: DeviceBuffer,
     pub(super) row_states: RowStates,
     max_batch: usize,
     max_vocab: usize,
 }
 
-impl Workspace {
+impl SamplingWorkspace {
     /// Memory for matrices of up to `max_batch` rows of `max_vocab` tokens: 8
     /// bytes for each 8192 tokens of up to 128 rows, and [`RowStates`] for
     /// top-k.
@@ -33,10 +33,10 @@ impl Workspace {
     /// device, no driver; the runtime cannot be started; the stream is being
     /// captured.
     pub fn new(stream: &Stream, max_batch: usize, max_vocab: usize) -> Result<Self> {
-        stream.check_usable_here("Workspace")?;
+        stream.check_usable_here("SamplingWorkspace")?;
         if max_vocab as u64 > MAX_VOCAB as u64 {
             let problem = format!("{max_vocab}; at most {MAX_VOCAB}");
-            return Err(FlashInferError::invalid("Workspace", "max_vocab", problem));
+            return Err(FlashInferError::invalid("SamplingWorkspace", "max_vocab", problem));
         }
         let row_states = RowStates::new(stream)?;
         let bytes = softmax_bytes(max_batch, max_vocab);
@@ -55,9 +55,9 @@ impl Workspace {
     }
 }
 
-impl std::fmt::Debug for Workspace {
+impl std::fmt::Debug for SamplingWorkspace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Workspace({} rows of {}, {:?})", self.max_batch, self.max_vocab, self.stream())
+        write!(f, "SamplingWorkspace({} rows of {}, {:?})", self.max_batch, self.max_vocab, self.stream())
     }
 }
 
@@ -71,7 +71,7 @@ pub(super) fn check_room(check: &Check<'_>, room: [usize; 2], [rows, vocab]: [i6
         "workspace",
         format!(
             "it is for {max_batch} rows of {max_vocab}, given are {rows} of {vocab}; make another by \
-             sampling::Workspace::new(&stream, {}, {})",
+             sampling::SamplingWorkspace::new(&stream, {}, {})",
             max_batch.max(rows as u64),
             max_vocab.max(vocab as u64)
         ),
@@ -101,7 +101,7 @@ mod tests {
         let check = Check::new("test", &stream).unwrap();
         check_room(&check, [4, 1000], [4, 1000]).unwrap();
         let error = check_room(&check, [4, 1000], [5, 900]).unwrap_err().to_string();
-        assert!(error.contains("sampling::Workspace::new(&stream, 5, 1000)"), "{error}");
+        assert!(error.contains("sampling::SamplingWorkspace::new(&stream, 5, 1000)"), "{error}");
     }
 
     #[test]

@@ -12,8 +12,8 @@
 use super::{
     empty_states,
     mask::{Mask, MaskTensors, check_causal, requests_of},
-    options::{RunOptions, check_sm_scale},
-    plan::{
+    options::{PlanOptions, RunOptions, check_sm_scale},
+    planned::{
         Heads, PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_rows,
         check_workspace, host_indices, make_plan,
     },
@@ -54,7 +54,7 @@ const MODULES: &str = "batch_attention_with_kv_cache_*_use_profiler_false";
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[(MODULES, Plan::SIGNATURE), (MODULES, Run::SIGNATURE)];
 
 const PLAN_OP: &str = "BatchAttention::plan";
-const RUN_OP: &str = "BatchAttentionPlan::run";
+const RUN_OP: &str = "BatchAttentionPlan::run_with";
 /// Numbers in a plan.
 const PLAN_LEN: usize = 28;
 /// Rows of a tile: of requests with more rows than the second, and of others.
@@ -64,27 +64,6 @@ const TILES: [usize; 2] = [128, 16];
 const MAX_WORKS: usize = 65536;
 /// Index arrays that describe the work items of one kind of tile.
 const WORK_ARRAYS: usize = 10;
-
-/// How a mixed batch is planned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct BatchAttentionOptions {
-    /// Query `r` of a request with `q` queries and `k` tokens sees the first
-    /// `k − q + r + 1` tokens: the mask is aligned at the end. Otherwise each
-    /// query sees all tokens.
-    pub causal: bool,
-    /// `Some(rows)` plans for a CUDA graph: tensors have this many rows, of
-    /// which each plan uses as many as its batch has. The number of requests
-    /// may change from plan to plan.
-    pub graph_rows: Option<usize>,
-}
-
-impl BatchAttentionOptions {
-    /// Causal, not for a graph.
-    pub const fn causal() -> Self {
-        Self { causal: true, graph_rows: None }
-    }
-}
 
 /// Attention of ragged queries to their requests' pages, for batches in which
 /// some requests decode and others prefill.
@@ -96,43 +75,35 @@ impl BatchAttentionOptions {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, FlashInferRuntime, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, BatchAttention, BatchAttentionOptions, RunOptions, Heads, Workspace},
-///     cudarc::{TensorExt, TensorExtMut},
+///     DType, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
+///     attention::{AttentionSpec, BatchAttention, Heads, PlanOptions, Workspace},
+///     cudarc::Tensor,
 ///     kv::{KvLayout, PagedKv},
 /// };
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
-/// let spec = AttentionSpec::new(DType::BF16, 128);
-/// let attention = BatchAttention::new(FlashInferRuntime::get()?, &stream, &spec)?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let attention = BatchAttention::new(&stream, &AttentionSpec::new(DType::BF16, 128), Heads::new(32, 8))?;
 ///
 /// // One request decodes its 50th token; one has 20 tokens, of which the last 8 are prefilled now.
 /// let requests = [(&[0, 1, 2, 3][..], 50), (&[5, 4][..], 20)];
 /// let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
 /// let queries = RaggedTable::new(&stream, RaggedIndices::from_lens([1, 8])?)?;
-/// let heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-/// let bytes = attention.float_bytes(heads)?;
+/// let bytes = attention.float_bytes();
 /// let mut workspace = Workspace::with_sizes(&stream, bytes, Workspace::DEFAULT_INT_BYTES)?;
-/// let plan =
-///     attention.plan(&mut workspace, &queries, &table, heads, &BatchAttentionOptions::causal())?;
+/// let plan = attention.plan(&mut workspace, &queries, &table, &PlanOptions::causal())?;
 ///
-/// let q = cuda.alloc_zeros::<bf16>(9 * 32 * 128)?;
-/// let kv = cuda.alloc_zeros::<bf16>(8 * 2 * 16 * 8 * 128)?;
-/// let mut out = cuda.alloc_zeros::<bf16>(9 * 32 * 128)?;
-/// plan.run(
-///     &q.tensor(&cuda, &[9, 32, 128])?.view(),
-///     &PagedKv::joined(kv.tensor(&cuda, &[8, 2, 16, 8, 128])?.view(), KvLayout::Nhd)?,
-///     &mut out.tensor_mut(&cuda, &[9, 32, 128])?.view_mut(),
-///     None,
-///     &RunOptions::default(),
-/// )?;
+/// let q = Tensor::<bf16>::zeros(&stream, &[9, 32, 128])?;
+/// let kv = Tensor::<bf16>::zeros(&stream, &[8, 2, 16, 8, 128])?;
+/// let mut out = Tensor::<bf16>::zeros(&stream, &[9, 32, 128])?;
+/// plan.run(&q.view(), &PagedKv::joined(kv.view(), KvLayout::Nhd)?, &mut out.view_mut())?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct BatchAttention {
     spec: AttentionSpec,
+    heads: Heads,
+    group: usize,
     ordinal: u32,
     /// Blocks of a launch.
     blocks: usize,
@@ -146,9 +117,12 @@ impl BatchAttention {
     /// pinned wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, or the spec
-    /// names other kernels. Else the module cannot be had or opened.
-    pub fn new(runtime: &FlashInferRuntime, stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can work
+    /// on such heads. [`Unsupported`](FlashInferError::Unsupported): no such
+    /// module can exist, or the spec names other kernels. Else the module cannot
+    /// be had or opened.
+    pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+        let group = heads.check("BatchAttention::new")?;
         if !matches!(spec.backend, Backend::Auto | Backend::Fa2) {
             return Err(FlashInferError::Unsupported {
                 what: format!("attention of mixed batches with Backend::{:?}", spec.backend),
@@ -156,12 +130,15 @@ impl BatchAttention {
             });
         }
         let name = spec.batch_attention_module()?;
+        let runtime = FlashInferRuntime::get()?;
         runtime.preload([&name])?;
         let module = runtime.module(&name)?;
         let ordinal = stream.ordinal();
         let multiprocessors = runtime.cuda().attribute(ordinal, DeviceAttribute::MultiprocessorCount)?;
         Ok(Self {
             spec: *spec,
+            heads,
+            group,
             ordinal,
             blocks: blocks(multiprocessors.unsigned_abs() as usize, spec.head_dim_vo),
             module,
@@ -180,17 +157,17 @@ impl BatchAttention {
         &self.spec
     }
 
-    /// Bytes for partial results that a plan for these heads needs. The planner
+    /// The heads.
+    pub fn heads(&self) -> Heads {
+        self.heads
+    }
+
+    /// Bytes for partial results that a plan needs. The planner
     /// reserves the same for any batch: with 8 KV heads of 128, on a GPU of 132
     /// multiprocessors, 302 MiB, which is more than a workspace has by default.
     /// One that is made [`with_sizes`](Workspace::with_sizes) need not grow.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can
-    /// work on such heads.
-    pub fn float_bytes(&self, heads: Heads) -> Result<usize> {
-        heads.check("BatchAttention::float_bytes")?;
-        Ok(float_bytes(self.blocks, heads.num_kv_heads, self.spec.head_dim_vo))
+    pub fn float_bytes(&self) -> usize {
+        float_bytes(self.blocks, self.heads.num_kv_heads, self.spec.head_dim_vo)
     }
 
     /// Divides the work of one step among the blocks of a launch, from the
@@ -203,8 +180,10 @@ impl BatchAttention {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument):
     /// - queries and page table differ in their number of requests, streams
-    ///   or heads do not fit, or they are of another GPU than this value;
-    /// - `causal`, and a request has tokens, but more queries than tokens;
+    ///   do not fit, or they are of another GPU than this value;
+    /// - the mask is causal, and a request has tokens, but more queries than
+    ///   tokens;
+    /// - [`graph`](PlanOptions::graph) has fewer rows than there are queries;
     /// - the step has too much work for one plan, which has room for 65536
     ///   items (a tile of queries and a KV head, times the parts into which
     ///   its tokens are divided) of requests with many and of those with few
@@ -212,14 +191,14 @@ impl BatchAttention {
     /// - the workspace is too small and does not [grow](Workspace#growth);
     /// - the stream is being captured.
     ///
-    /// Else what the module or CUDA said. The workspace can be used again.
+    /// [`Unsupported`](FlashInferError::Unsupported): another mask than none and
+    /// the causal one, or a [`split`](PlanOptions::split). Else what the module or CUDA said. The workspace can be used again.
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
         queries: &RaggedTable,
         table: &'p PageTable,
-        heads: Heads,
-        options: &BatchAttentionOptions,
+        options: &PlanOptions<'_>,
     ) -> Result<BatchAttentionPlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
@@ -230,7 +209,12 @@ impl BatchAttention {
             );
         }
         check.on_stream("queries", queries.stream())?;
-        let work = Work::of(&check, &self.spec, queries.host(), table.host(), heads, options)?;
+        let causal = options.is_causal("attention of mixed batches")?;
+        options.split.refuse("attention of mixed batches")?;
+        let (heads, group) = (self.heads, self.group);
+        let (queries, pages) = (queries.host(), table.host());
+        let of = Step { queries, pages, heads, group, causal, graph: options.graph };
+        let work = Work::of(&check, &self.spec, of)?;
         work.check_limits(&check, self.blocks)?;
         check_workspace(&check, workspace)?;
         let info = if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &work)?) };
@@ -239,13 +223,12 @@ impl BatchAttention {
         if empty {
             empty_states::prepare()?;
         }
-        let (rows, options) = (work.rows, *options);
         Ok(BatchAttentionPlan {
             attention: *self,
             table,
-            heads,
-            rows,
-            options,
+            rows: work.rows,
+            causal,
+            graph: work.graph,
             empty,
             planned: Planned::new(workspace, info)?,
         })
@@ -314,6 +297,17 @@ const fn int_bytes(blocks: usize) -> usize {
     (works + 4 + 2 * partial_rows(blocks) + 1) * size_of::<i32>()
 }
 
+/// What is planned.
+#[derive(Clone, Copy, Debug)]
+struct Step<'a> {
+    queries: &'a RaggedIndices,
+    pages: &'a PageIndices,
+    heads: Heads,
+    group: usize,
+    causal: bool,
+    graph: Option<usize>,
+}
+
 /// What the planner is given.
 #[derive(Debug)]
 struct Work<'a> {
@@ -330,16 +324,8 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     /// Compares queries with a page table.
-    fn of(
-        check: &Check<'_>,
-        spec: &AttentionSpec,
-        queries: &'a RaggedIndices,
-        table: &'a PageIndices,
-        heads: Heads,
-        options: &BatchAttentionOptions,
-    ) -> Result<Self> {
-        let group = heads.check(PLAN_OP)?;
-        let BatchAttentionOptions { causal, graph_rows } = *options;
+    fn of(check: &Check<'_>, spec: &AttentionSpec, step: Step<'a>) -> Result<Self> {
+        let Step { queries, pages: table, heads, group, causal, graph } = step;
         if queries.batch_size() != table.batch_size() {
             return check.fail(
                 "queries",
@@ -350,13 +336,13 @@ impl<'a> Work<'a> {
                 ),
             );
         }
-        let rows = check_rows(check, graph_rows, queries.total(), 0)?;
+        let rows = check_rows(check, graph, queries.total(), 0)?;
         spec.check_output_size(check, rows, heads)?;
         let kv_lens = table.seq_lens();
         if causal {
             check_causal(check, requests_of(queries, &kv_lens))?;
         }
-        Ok(Self { queries, table, kv_lens, heads, group, causal, rows, graph: graph_rows.is_some() })
+        Ok(Self { queries, table, kv_lens, heads, group, causal, rows, graph: graph.is_some() })
     }
 
     /// Whether no plan is needed. A graph needs one, to do nothing.
@@ -430,10 +416,11 @@ impl<'a> Work<'a> {
 pub struct BatchAttentionPlan<'p> {
     attention: BatchAttention,
     table: &'p PageTable,
-    heads: Heads,
     /// Rows of queries and outputs.
     rows: usize,
-    options: BatchAttentionOptions,
+    causal: bool,
+    /// Whether it is for a CUDA graph.
+    graph: bool,
     /// Whether requests with queries may have no tokens.
     empty: bool,
     planned: Planned<'p>,
@@ -441,7 +428,15 @@ pub struct BatchAttentionPlan<'p> {
 
 impl BatchAttentionPlan<'_> {
     /// `out = softmax(q · kᵀ · sm_scale) · v` for each query and head, over the
-    /// tokens that the query sees.
+    /// tokens that the query sees, with the default options.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+        self.run_with(q, kv, out, None, &RunOptions::default())
+    }
+
+    /// As [`run`](Self::run), with an LSE and options.
     ///
     /// With `n` queries in all, `q` and `out` are `[n, num_qo_heads, head_dim]`
     /// of the spec's dtypes, `out` contiguous; `kv` is the paged cache that the
@@ -460,7 +455,7 @@ impl BatchAttentionPlan<'_> {
     /// is launched: a device, stream, dtype, shape, stride or alignment does
     /// not fit the plan, a tensor spans more than 2³² elements, or `sm_scale`
     /// is below 0.001. Else what the module or CUDA said.
-    pub fn run(
+    pub fn run_with(
         &self,
         q: &TensorRef<'_>,
         kv: &PagedKv<'_>,
@@ -468,7 +463,8 @@ impl BatchAttentionPlan<'_> {
         lse: Option<&mut TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
-        let (spec, heads, table, stream) = (&self.attention.spec, self.heads, self.table, self.stream());
+        let (spec, heads, table, stream) =
+            (&self.attention.spec, self.attention.heads, self.table, self.stream());
         let check = Check::new(RUN_OP, stream)?;
         let lse = lse.map(|lse| &lse.raw);
         check_output(&check, spec, heads, self.rows, &q.raw, &out.raw, lse)?;
@@ -494,7 +490,7 @@ impl BatchAttentionPlan<'_> {
             kv_indices: DlTensor::new(&indices),
             o: DlTensor::new(&out),
             maybe_lse: lse.map(DlTensor::new),
-            mask_mode: self.options.causal.into(),
+            mask_mode: self.causal.into(),
             layout: kv.layout.code(),
             num_qo_heads: heads.num_qo_heads as i64,
             num_kv_heads: heads.num_kv_heads as i64,
@@ -528,13 +524,13 @@ impl BatchAttentionPlan<'_> {
     /// after a plan with an equal key. `None` unless planned for a graph, and
     /// for a batch without requests.
     pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
+        let info = self.planned.info.as_ref().filter(|_| self.graph)?;
         let indices = self.table.addresses();
         // A launch has the same size for any number of requests. What its
         // tensors hold are rows.
-        let shape =
-            ReplayShape { heads: self.heads, batch: 0, rows: self.rows, keys: self.table.host().num_pages() };
-        let mask = if self.options.causal { Mask::Causal } else { Mask::None }.tensors(false).ok()?;
+        let (heads, rows, keys) = (self.attention.heads, self.rows, self.table.host().num_pages());
+        let shape = ReplayShape { heads, batch: 0, rows, keys };
+        let mask = if self.causal { Mask::Causal } else { Mask::None }.tensors(false).ok()?;
         Some(ReplayKey::new(info, &self.attention.spec, shape, &self.planned.scratch, indices, &mask))
     }
 
@@ -552,16 +548,17 @@ mod tests {
 
     /// An H200's, with heads of 128.
     const BLOCKS: usize = 264;
-    const HEADS: Heads = Heads { num_qo_heads: 32, num_kv_heads: 8 };
-    const CAUSAL: BatchAttentionOptions = BatchAttentionOptions::causal();
-    const UNMASKED: BatchAttentionOptions = BatchAttentionOptions { causal: false, graph_rows: None };
+    const HEADS: Heads = Heads::new(32, 8);
+    /// A causal mask, or none, not for a graph.
+    const CAUSAL: (bool, Option<usize>) = (true, None);
+    const UNMASKED: (bool, Option<usize>) = (false, None);
 
     /// Calls with the work of requests with these queries and tokens, all
     /// tokens in one page.
     fn with_work<R>(
         requests: &[(usize, usize)],
         heads: Heads,
-        options: BatchAttentionOptions,
+        (causal, graph): (bool, Option<usize>),
         use_work: impl FnOnce(&Check<'_>, &Work<'_>) -> Result<R>,
     ) -> Result<R> {
         let page_size = requests.iter().map(|&(_, tokens)| tokens).max().unwrap_or(1).max(1);
@@ -573,10 +570,12 @@ mod tests {
         let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
         let check = Check::new("test", &stream)?;
         let spec = AttentionSpec::new(DType::BF16, 128);
-        use_work(&check, &Work::of(&check, &spec, &queries, &table, heads, &options)?)
+        let group = heads.check("test")?;
+        let step = Step { queries: &queries, pages: &table, heads, group, causal, graph };
+        use_work(&check, &Work::of(&check, &spec, step)?)
     }
 
-    fn limits(requests: &[(usize, usize)], heads: Heads, options: BatchAttentionOptions) -> Result<()> {
+    fn limits(requests: &[(usize, usize)], heads: Heads, options: (bool, Option<usize>)) -> Result<()> {
         with_work(requests, heads, options, |check, work| work.check_limits(check, BLOCKS))
     }
 
@@ -610,12 +609,12 @@ mod tests {
         assert_eq!(fits(&[(3, 1)], UNMASKED).unwrap(), (3, false));
         assert!(fits(&[(3, 0), (1, 1)], CAUSAL).is_ok(), "without tokens there is nothing to see");
         refused(fits(&[(2, 9), (4, 3)], CAUSAL), "queries");
-        let rows = |rows| BatchAttentionOptions { graph_rows: Some(rows), ..CAUSAL };
+        let rows = |rows| (true, Some(rows));
         assert_eq!(fits(&[(3, 3)], rows(5)).unwrap(), (5, false));
         assert_eq!(fits(&[(0, 3)], rows(5)).unwrap(), (5, false), "a graph is told to do nothing");
         assert_eq!(fits(&[], rows(5)).unwrap(), (5, true));
-        refused(fits(&[(3, 3)], rows(2)), "graph_rows");
-        refused(fits(&[(3, 3)], rows(usize::MAX)), "graph_rows");
+        refused(fits(&[(3, 3)], rows(2)), "graph");
+        refused(fits(&[(3, 3)], rows(usize::MAX)), "graph");
         refused(fits(&[(3, 3)], rows(1 << 30)), "heads");
         refused(fits(&[(1 << 20, 1 << 20)], CAUSAL), "heads");
         for (num_qo_heads, num_kv_heads) in [(7, 2), (0, 2), (8, 0), (65536, 65536)] {
@@ -625,7 +624,9 @@ mod tests {
         let table = PageIndices::from_requests(1, 4, [(&[0][..], 1)]).unwrap();
         let queries = RaggedIndices::from_lens([1, 1]).unwrap();
         let other = with_work(&[], HEADS, CAUSAL, |check, _| {
-            Work::of(check, &AttentionSpec::new(DType::BF16, 128), &queries, &table, HEADS, &CAUSAL).map(drop)
+            let step =
+                Step { queries: &queries, pages: &table, heads: HEADS, group: 4, causal: true, graph: None };
+            Work::of(check, &AttentionSpec::new(DType::BF16, 128), step).map(drop)
         });
         refused(other, "queries");
     }
@@ -648,7 +649,7 @@ mod tests {
         both.extend(vec![(0, 100); room]);
         assert!(limits(&both, HEADS, UNMASKED).is_ok());
         // Sums of tokens, of requests that name one page again and again.
-        let one = Heads { num_qo_heads: 1, num_kv_heads: 1 };
+        let one = Heads::new(1, 1);
         assert!(limits(&[(128, (1 << 31) - 1)], one, UNMASKED).is_ok());
         let long = RaggedIndices::from_lens([128 * 300]).unwrap();
         let tokens = with_work(&[(1, (1 << 31) - 1)], one, UNMASKED, |check, work| {
@@ -674,7 +675,7 @@ mod tests {
                 (0..1 + below(200)).map(|_| (below(most) * below(2), below(longest))).collect();
             let num_kv_heads = [1, 2, 3, 8, 40][below(5)];
             let group = [1, 3, 4, 7, 17, 130][below(6)];
-            let heads = Heads { num_qo_heads: num_kv_heads * group, num_kv_heads };
+            let heads = Heads::new(num_kv_heads * group, num_kv_heads);
             let blocks = 2 * (1 + below(160));
             let made = with_work(&requests, heads, UNMASKED, |check, work| {
                 work.check_limits(check, blocks)?;

@@ -28,6 +28,12 @@ pub struct Heads {
 }
 
 impl Heads {
+    /// So many query heads over so many key and value heads. They are checked
+    /// where they are used.
+    pub const fn new(num_qo_heads: usize, num_kv_heads: usize) -> Self {
+        Self { num_qo_heads, num_kv_heads }
+    }
+
     /// Query heads per KV head; `None` unless that is a whole number.
     pub fn group_size(&self) -> Option<usize> {
         let group = self.num_qo_heads.checked_div(self.num_kv_heads)?;
@@ -64,20 +70,6 @@ impl Heads {
             ),
         )
     }
-}
-
-/// How a plan will be run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PlanMode {
-    /// Each plan is launched anew.
-    #[default]
-    Eager,
-    /// Runs are captured into a CUDA graph, which is replayed while later
-    /// plans on the same workspace and page table change what it works on.
-    /// Their batch size and heads must stay; pad the batch with
-    /// [`PageIndices::pad_to`](crate::PageIndices::pad_to). The workspace does not
-    /// [grow](Workspace#growth) any more.
-    CudaGraph,
 }
 
 /// A plan's numbers, as the module gave them and as it takes them back.
@@ -243,17 +235,17 @@ pub(super) fn check_described(
 /// a graph has been given, which must be as large and no less than `least`.
 pub(super) fn check_rows(
     check: &Check<'_>,
-    graph_rows: Option<usize>,
+    graph: Option<usize>,
     queries: usize,
     least: usize,
 ) -> Result<usize> {
-    match graph_rows {
+    match graph {
         None => Ok(queries),
         Some(rows) if (queries.max(least)..=i32::MAX as usize).contains(&rows) => Ok(rows),
         Some(rows) => check.fail(
-            "graph_rows",
+            "graph",
             format!(
-                "{rows}; the batch needs at least {}, and there can be no more than 2^31",
+                "{rows} rows; the batch needs at least {}, and there can be no more than 2^31",
                 queries.max(least)
             ),
         ),
