@@ -100,6 +100,7 @@
 pub mod artifacts;
 #[cfg(feature = "candle")]
 pub mod candle;
+mod capture;
 mod cublas;
 mod cuda;
 mod cuda_library;
@@ -109,6 +110,7 @@ mod device;
 mod dtype;
 mod error;
 pub mod ffi;
+pub mod graph;
 pub mod indices;
 pub mod kv;
 mod library_file;

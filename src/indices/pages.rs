@@ -7,6 +7,7 @@ use super::{
     table::{Array, Arrays, MAX_ARRAYS, OnDevice},
 };
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -272,6 +273,9 @@ impl PageIndices {
 }
 
 impl Arrays for PageIndices {
+    fn facts(&self) -> Facts {
+        Facts { stamp: self.stamp, ..Facts::of([self.batch_size(), self.num_pages, self.page_size]) }
+    }
     const OP: &'static str = "PageTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.indptr), Array::I32(&self.last_page_len), Array::I32(&self.indices)]

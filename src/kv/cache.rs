@@ -342,6 +342,10 @@ impl PagedKvCache {
             let data = start.cast::<u8>().wrapping_add(part * distance).cast();
             let mut raw = RawTensor::new(data, device, shape.dtype, &sizes, Some(&strides))?;
             raw.stream = self.stream().map(Stream::id);
+            raw.owner = match &self.memory {
+                Memory::Host(_) => None,
+                Memory::Device(buffer) => Some(buffer.owner()),
+            };
             Ok::<_, FlashInferError>(raw)
         };
         Ok((shape.layout, [part(2 * layer)?, part(2 * layer + 1)?]))

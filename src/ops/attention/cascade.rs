@@ -395,7 +395,9 @@ impl<'p> CascadePlan<'p> {
         let [s, sums, _] = self.shape.offsets();
         let part = |offset: usize, dtype, shape: &[usize]| {
             let start = self.states.as_ptr().cast::<u8>().wrapping_add(offset).cast();
-            RawTensor::new(start, self.stream().device(), dtype, shape, None).map(TensorMut::new)
+            let mut raw = RawTensor::new(start, self.stream().device(), dtype, shape, None)?;
+            raw.owner = Some(self.states.owner());
+            Ok::<_, FlashInferError>(TensorMut::new(raw))
         };
         Ok([
             part(0, dtype, &[rows, heads, head_dim])?,

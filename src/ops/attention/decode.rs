@@ -23,6 +23,7 @@ use super::{
     workspace::{Need, Workspace, arrays},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     device::Device,
     error::{FlashInferError, Result},
@@ -429,6 +430,7 @@ impl DecodePlan<'_> {
         heads.check_cache(&check, cache, spec.head_dim_qk)?;
         options.check(&check, spec, heads)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
         match (&self.decode.kernels, &self.queries) {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
                 check_described(&check, kernels.backend() == Backend::Fa3, &[("q", &q.raw)])?;

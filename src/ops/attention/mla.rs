@@ -15,6 +15,7 @@ use super::{
     workspace::{Need, Workspace, arrays},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     dtype::DType,
     error::{FlashInferError, Result},
@@ -611,6 +612,12 @@ impl MlaPlan<'_> {
         check_lse(&check, lse.as_ref().map(|lse| &lse.raw), rows, heads)?;
         check_sm_scale(&check, options.sm_scale)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        if capture::is_active() {
+            return check.fail(
+                "plan",
+                "latent attention has no plans for CUDA graphs; run it between captured steps".into(),
+            );
+        }
 
         let indices = table.indices()?;
         let plain = [&q.nope.raw, &q.pe.raw, &cache.ckv.raw, &cache.kpe.raw, &out.raw];

@@ -21,6 +21,7 @@ use super::{
     workspace::{Need, Workspace},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
@@ -481,6 +482,7 @@ impl BatchAttentionPlan<'_> {
         // its stride in 32 bits. Values have the strides of keys.
         check.offsets_in_32_bits("kv.k", &kv.k.raw)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
 
         let indices = table.indices()?;
         let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());

@@ -170,6 +170,34 @@ impl ReplayKey {
     }
 }
 
+impl ReplayKey {
+    /// Why a captured step cannot be launched with any of these plans.
+    pub(crate) fn unlike(&self, plans: &[Self]) -> String {
+        const AGAIN: &str = "; capture another step for it";
+        let [plan] = plans else {
+            return match plans.len() {
+                0 => "none of them was made for a CUDA graph; plan for a graph again, and launch with that plan".into(),
+                count => format!("none of the {count} has the addresses and sizes of a captured one{AGAIN}"),
+            };
+        };
+        let (was, is) = (&self.shape, &plan.shape);
+        if (was.batch, was.rows) != (is.batch, is.rows) {
+            return format!(
+                "the plan is for {} requests with {} queries, the step was captured for {} with {}; fill the batch \
+                 up (BatchTables::update_padded), or capture another step",
+                is.batch, is.rows, was.batch, was.rows
+            );
+        }
+        let what = match () {
+            () if self.spec != plan.spec || was != is => "another kind of attention, other heads or another cache",
+            () if self.mask != plan.mask => "another mask",
+            () if self.addresses != plan.addresses => "another workspace or other tables",
+            () => "other launches: another module, or a batch that the captured launch does not serve",
+        };
+        format!("the plan is for {what}{AGAIN}")
+    }
+}
+
 /// The workspace's device buffers, as the byte tensors that kernels take.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Scratch {

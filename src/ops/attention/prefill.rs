@@ -23,6 +23,7 @@ use super::{
     workspace::{Need, Workspace, arrays},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     dtype::DType,
     error::{FlashInferError, Result},
@@ -1027,6 +1028,7 @@ impl PrefillPlan<'_, PageTable> {
         let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, self.keys, &[spec.dtype_kv])?;
         self.heads.check_cache(&check, cache, spec.head_dim_qk)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
         let qo_indptr = self.queries.indptr()?;
         // SAFETY: all tensors have the dtypes, shapes, strides and alignment
         // of this module and plan; the index arrays are the device copies of
@@ -1067,6 +1069,7 @@ impl PrefillPlan<'_, RaggedTable> {
         check_keys(&check, spec, self.heads, self.keys.host().total(), [&k.raw, &v.raw])?;
         check_described(&check, self.kernels.fa3, &[("k", &k.raw), ("v", &v.raw)])?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);
         let [k, v] = if self.keys_extent == 0 {
@@ -1127,7 +1130,9 @@ fn as_pages(check: &Check<'_>, kv: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
         };
         let [shape, strides] = [[rows, 1, heads, width], [row, row, head, 1]]
             .map(|numbers| numbers.map(|number| number as usize));
-        RawTensor::new(tensor.data, tensor.device, tensor.dtype, &shape, Some(&strides))
+        let mut pages = RawTensor::new(tensor.data, tensor.device, tensor.dtype, &shape, Some(&strides))?;
+        pages.owner = tensor.owner;
+        Ok(pages)
     });
     Ok([k?, v?])
 }
