@@ -272,11 +272,117 @@ impl Record {
                     return Err(FlashInferError::invalid(
                         OP,
                         table.op,
-                        format!("it no longer belongs to the {} it was checked against; update both", second.op),
+                        format!(
+                            "it no longer belongs to the {} it was checked against; update both",
+                            second.op
+                        ),
                     ));
                 }
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{dtype::DType, tensor::Owner};
+
+    fn stream() -> Stream {
+        // SAFETY: the legacy default stream, which nothing is enqueued on here.
+        unsafe { Stream::from_raw(std::ptr::null_mut(), 0) }
+    }
+
+    fn start(unchecked: bool) -> Recording {
+        Recording::start(&stream(), |_| Ok(0), unchecked).unwrap()
+    }
+
+    fn tensor(owner: Option<Owner>) -> RawTensor {
+        let mut raw = RawTensor::new(4096 as *mut _, Device::Cuda(0), DType::F32, &[4], None).unwrap();
+        raw.owner = owner;
+        raw
+    }
+
+    #[test]
+    fn memory_is_kept_as_long_as_the_record() {
+        let memory = Arc::new(7u8);
+        let view = tensor(Some(Owner::of(&memory)));
+        uses(&view); // nothing is being captured
+        assert_eq!(Arc::strong_count(&memory), 1);
+        let recording = start(false);
+        uses(&view);
+        uses(&view);
+        let record = recording.finish().unwrap();
+        assert_eq!(Arc::strong_count(&memory), 2);
+        assert!(!is_active());
+        drop(record);
+        assert_eq!(Arc::strong_count(&memory), 1);
+    }
+
+    #[test]
+    fn memory_of_unknown_owners_is_refused() {
+        let recording = start(false);
+        uses(&tensor(None));
+        let problem = recording.finish().err().unwrap().to_string();
+        assert!(problem.contains("cannot be kept alive"), "{problem}");
+        let recording = start(true);
+        uses(&tensor(None));
+        recording.finish().unwrap();
+        // The host's, and none, need no owner.
+        let recording = start(false);
+        uses(&RawTensor { device: Device::Cpu, ..tensor(None) });
+        uses(&RawTensor::new(std::ptr::null_mut(), Device::Cuda(0), DType::F32, &[0], None).unwrap());
+        recording.finish().unwrap();
+    }
+
+    #[test]
+    fn a_thread_captures_one_step() {
+        let recording = start(false);
+        assert!(Recording::start(&stream(), |_| Ok(0), false).is_err());
+        std::thread::scope(|scope| {
+            scope.spawn(|| assert!(!is_active()));
+        });
+        drop(recording);
+        start(false).finish().unwrap();
+    }
+
+    #[test]
+    fn plans_without_a_key_are_refused() {
+        drop(runs(|| None::<i32>).unwrap());
+        let recording = start(false);
+        let problem = runs(|| None::<i32>).err().unwrap().to_string();
+        assert!(problem.contains("was not made for a CUDA graph"), "{problem}");
+        for key in [3, 4, 3] {
+            drop(runs(|| Some(key)).unwrap());
+        }
+        assert_eq!(recording.finish().unwrap().plans.len(), 2);
+    }
+
+    #[test]
+    fn index_arrays_stay_what_was_captured() {
+        let now = |facts| Arc::new(Mutex::new(facts));
+        let pages = now(Facts { stamp: 5, ..Facts::of([4, 100, 16]) });
+        let append = now(Facts { stamp: 5, below: 9, ..Facts::of([4]) });
+        let recording = start(false);
+        reads("PageTable", &pages);
+        limit("AppendTable", &append, 10);
+        {
+            let _covered = runs(|| Some(1)).unwrap();
+            reads("a plan's", &now(Facts::of([1])));
+        }
+        let record = recording.finish().unwrap();
+        assert_eq!(record.tables.len(), 2);
+        let set = |table: &Current, facts| *table.lock().unwrap() = facts;
+        let problem = || record.check().unwrap_err().to_string();
+        record.check().unwrap();
+        set(&pages, Facts { stamp: 6, ..Facts::of([4, 100, 16]) });
+        assert!(problem().contains("no longer belongs"));
+        set(&append, Facts { stamp: 6, below: 10, ..Facts::of([4]) });
+        record.check().unwrap();
+        set(&append, Facts { stamp: 6, below: 11, ..Facts::of([4]) });
+        assert!(problem().contains("positions are below 11; the step was captured for positions below 10"));
+        set(&append, Facts { stamp: 6, below: 3, ..Facts::of([3]) });
+        assert!(problem().contains("AppendTable") && problem().contains("update_padded"));
     }
 }

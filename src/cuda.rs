@@ -376,7 +376,11 @@ impl Capture {
         let ended = self.end_now();
         let ((id, nodes), graph) = (info?, ended?);
         if id != self.id {
-            return Err(FlashInferError::invalid(capture::OP, "body", "it ended the capture, and began another"));
+            return Err(FlashInferError::invalid(
+                capture::OP,
+                "body",
+                "it ended the capture, and began another",
+            ));
         }
         let mut exec = ptr::null_mut();
         // SAFETY: the graph was just captured; one handle is written.

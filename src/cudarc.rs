@@ -274,7 +274,11 @@ impl<T: Element + DeviceRepr> Tensor<T> {
     /// goes on with its memory.
     pub fn into_cudarc(self) -> Result<CudaSlice<T>> {
         let mut slice = Arc::try_unwrap(self.slice).map_err(|_| {
-            FlashInferError::invalid("Tensor::into_cudarc", "self", "a captured step works on it; drop that first")
+            FlashInferError::invalid(
+                "Tensor::into_cudarc",
+                "self",
+                "a captured step works on it; drop that first",
+            )
         })?;
         let cuda = slice.stream().clone();
         // Lets other streams wait for what was enqueued with the tensor.

@@ -7,7 +7,14 @@
 //! slices (here) and for cudarc slices (`flashinfer_rs::cudarc`); a raw pointer
 //! takes `unsafe`.
 
-use std::{any::Any, ffi::c_void, fmt, marker::PhantomData, sync::Arc};
+use std::{
+    any::Any,
+    ffi::c_void,
+    fmt,
+    marker::PhantomData,
+    panic::{RefUnwindSafe, UnwindSafe},
+    sync::Arc,
+};
 
 use crate::{
     device::Device,
@@ -23,6 +30,10 @@ pub const MAX_RANK: usize = 5;
 /// the view may be used.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Owner(*const (dyn Any + Send + Sync));
+
+// A pointer; nothing is reached through it but the count of references.
+impl UnwindSafe for Owner {}
+impl RefUnwindSafe for Owner {}
 
 impl Owner {
     pub(crate) fn of<T: Any + Send + Sync>(memory: &Arc<T>) -> Self {

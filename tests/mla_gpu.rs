@@ -11,8 +11,9 @@ use common::{Gpu, Number, Rng, Shown, Tensor, assert_same_bits, cache::random_ta
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferError, ModuleName, PageIndices, PageTable, RaggedIndices,
     TensorMut,
-    attention::{Backend, BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec, Workspace},
+    attention::{Backend, BatchMla, MlaBatch, MlaOptions, MlaPlan, MlaQuery, MlaSpec, Workspace},
     cudarc::{TensorExt, TensorExtMut},
+    kv::MlaCache,
     page, reference,
 };
 use half::{bf16, f16};

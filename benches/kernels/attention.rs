@@ -5,11 +5,11 @@ use std::{cell::RefCell, time::Instant};
 use flashinfer_rs::{
     DType, PageTable, RaggedIndices, RaggedTable, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaBatch, MlaCache, MlaOptions,
-        MlaQuery, MlaSpec, PlanMode, PrefillOptions, RunOptions, Workspace,
+        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaBatch, MlaOptions, MlaQuery,
+        MlaSpec, PlanMode, PrefillOptions, RunOptions, Workspace,
     },
     ffi::{Object, Value},
-    kv::{KvLayout, PagedKv},
+    kv::{KvLayout, MlaCache, PagedKv},
 };
 use half::{bf16, f16};
 use serde_json::json;

@@ -141,7 +141,10 @@ impl PageIndices {
     }
 
     /// Adds requests without pages until there are `batch` of them, as a
-    /// decode step captured for that batch size needs.
+    /// decode step captured for that batch size needs, if it appends nothing:
+    /// a new token has to be written to some page. For steps of a
+    /// [`kv::Batch`](crate::kv::Batch) there is
+    /// [`BatchTables::update_padded`](crate::kv::BatchTables::update_padded).
     ///
     /// # Errors
     /// There are more requests already.

@@ -291,8 +291,7 @@ impl Shape {
         }
         let [v, s] = states.of;
         let others = [0, 1].map(|at| states.other.map(|other| other[at]));
-        let tensors =
-            [Some(v), Some(s), others[0], others[1], states.mask, Some(merged[0]), Some(merged[1])];
+        let tensors = [Some(v), Some(s), others[0], others[1], states.mask, Some(merged[0]), Some(merged[1])];
         let address = |tensor: Option<&RawTensor>| tensor.map_or(0, |tensor| tensor.data as u64);
         let [v, s] = [v, s].map(|tensor| tensor.data as u64);
         let [v_other, s_other] = others.map(address);

@@ -6,10 +6,11 @@ use super::{
     page::{check_pages, place},
 };
 use crate::{
-    attention::{MlaBatch, MlaCache, MlaOptions, MlaQuery},
+    attention::{MlaBatch, MlaOptions, MlaQuery},
     dtype::DType,
     error::Result,
     indices::PageIndices,
+    kv::MlaCache,
     tensor::{TensorMut, TensorRef},
 };
 

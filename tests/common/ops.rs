@@ -5,11 +5,10 @@ use flashinfer_rs::{
     DType, PageIndices, PageTable, RaggedIndices, RaggedTable,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchDecode, BatchMla, BatchPrefill,
-        CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, Mask, MlaBatch, MlaCache, MlaOptions,
-        MlaQuery, MlaSpec, MultiLevelCascade, PlanMode, PrefillOptions, RunOptions, SingleDecode,
-        SinglePrefill, Workspace,
+        CascadeLevel, CascadeOptions, CascadeWorkspace, Heads, Mask, MlaBatch, MlaOptions, MlaQuery, MlaSpec,
+        MultiLevelCascade, PlanMode, PrefillOptions, RunOptions, SingleDecode, SinglePrefill, Workspace,
     },
-    kv::{KvLayout, PagedKv},
+    kv::{KvLayout, MlaCache, PagedKv},
 };
 use half::bf16;
 

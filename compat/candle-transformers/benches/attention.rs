@@ -20,7 +20,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_flash_attn::flash_attn;
 use candle_nn::ops::softmax_last_dim;
 use candle_transformers::utils::{build_additive_causal_mask, repeat_kv};
-use flashinfer_rs::{attention::{AttentionSpec, Heads, RunOptions}, candle::{BatchDecode, BatchTables, PagedKvCache}, kv::{Batch, KvShape, PageAllocator, Sequence, KvLayout}};
+use flashinfer_rs::{attention::{AttentionSpec, Heads, RunOptions}, candle::{BatchDecode, BatchTables, PagedKvCache}, kv::{Batch, HeadsShape, PageAllocator, Sequence, KvLayout}};
 
 const DTYPE: DType = DType::F16;
 const HEADS: usize = 32;
@@ -105,7 +105,7 @@ fn several(sequences: usize, device: &Device) -> Result<[f64; 3]> {
     let wrap = candle_core::Error::wrap;
     let pages = lens.clone().map(|len| (len + 1).div_ceil(PAGE_SIZE)).sum();
     let pool = PageAllocator::new(pages, PAGE_SIZE).map_err(wrap)?;
-    let shape = KvShape {
+    let shape = HeadsShape {
         num_layers: 1,
         num_kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,

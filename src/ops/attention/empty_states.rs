@@ -139,7 +139,9 @@ pub(super) unsafe fn mark_works(
         let wide = [lse.data as u64, array(0), array(3), array(4), array(5), array(8), count];
         // SAFETY: promised by the caller; the kernel takes 7 addresses and a
         // number of 32 bits, and writes to rows of the batch's queries only.
-        unsafe { launch(&BY_WORKS, stream, WORK_BLOCKS, &[Some(lse), Some(int)], wide, [lse.shape()[1] as u32])? };
+        unsafe {
+            launch(&BY_WORKS, stream, WORK_BLOCKS, &[Some(lse), Some(int)], wide, [lse.shape()[1] as u32])?
+        };
     }
     Ok(())
 }

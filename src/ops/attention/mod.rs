@@ -59,7 +59,7 @@ pub use cascade::{
 };
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
-pub use mla::{BatchMla, MlaBatch, MlaCache, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
+pub use mla::{BatchMla, MlaBatch, MlaOptions, MlaPlan, MlaQuery, MlaSpec};
 pub use options::RunOptions;
 pub use persistent::{BatchAttention, BatchAttentionOptions, BatchAttentionPlan};
 pub use plan::{Heads, PlanMode, ReplayKey};

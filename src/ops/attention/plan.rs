@@ -74,8 +74,8 @@ pub enum PlanMode {
     Eager,
     /// Runs are captured into a CUDA graph, which is replayed while later
     /// plans on the same workspace and page table change what it works on.
-    /// Their batch size and heads must stay; pad the batch with
-    /// [`PageIndices::pad_to`](crate::PageIndices::pad_to). The workspace does not
+    /// Their batch size and heads must stay; fill the batch up with
+    /// [`BatchTables::update_padded`](crate::kv::BatchTables::update_padded). The workspace does not
     /// [grow](Workspace#growth) any more.
     CudaGraph,
 }
@@ -189,7 +189,9 @@ impl ReplayKey {
             );
         }
         let what = match () {
-            () if self.spec != plan.spec || was != is => "another kind of attention, other heads or another cache",
+            () if self.spec != plan.spec || was != is => {
+                "another kind of attention, other heads or another cache"
+            }
             () if self.mask != plan.mask => "another mask",
             () if self.addresses != plan.addresses => "another workspace or other tables",
             () => "other launches: another module, or a batch that the captured launch does not serve",

@@ -350,7 +350,9 @@ impl SegmentGemm {
         // SAFETY: the kernel takes 13 numbers of 64 bits, then 3 of 32, in this
         // order, reads `count` entries of each array, and writes the arguments of
         // as many segments.
-        unsafe { WRITE_ARGS.launch(cuda, self.args.stream(), [blocks, THREADS], &mut args, &tensors.map(Some)) }
+        unsafe {
+            WRITE_ARGS.launch(cuda, self.args.stream(), [blocks, THREADS], &mut args, &tensors.map(Some))
+        }
     }
 }
 

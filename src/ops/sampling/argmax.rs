@@ -73,5 +73,7 @@ pub fn argmax(stream: &Stream, output: &mut TensorMut<'_>, logits: &TensorRef<'_
         [(&raw mut input).cast(), (&raw mut output).cast(), (&raw mut vocab).cast(), (&raw mut wide).cast()];
     // SAFETY: the kernel takes two addresses and two 32-bit numbers. A block
     // reads a row of `vocab` numbers of this dtype, and writes the row's place.
-    unsafe { kernel.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors) }
+    unsafe {
+        kernel.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors)
+    }
 }

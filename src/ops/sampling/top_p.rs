@@ -89,5 +89,7 @@ pub fn top_p_renorm_probs(
     // SAFETY: the kernel takes three addresses, a 32-bit float and a 32-bit
     // number, no more than 2²³. A block reads a row of `vocab` numbers and the
     // row's `top_p`, if there is a tensor of them, and writes as many numbers.
-    unsafe { RENORM.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors) }
+    unsafe {
+        RENORM.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors)
+    }
 }
