@@ -354,7 +354,7 @@ fn nothing_to_do() {
         let problem = Problem::<f16, f16>::new(&gpu, rng, Case { requests, ..case() });
         let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
         let empty = plan(&attention, &mut workspace, &tables, case).unwrap();
-        assert!(empty.numbers().is_empty() && empty.replay_key().is_none());
+        assert!(empty.numbers().is_empty() && empty.replay_key().is_err());
         check_run(&gpu, &empty, &problem);
         // A run still looks at its arguments.
         let one = Tensor::<f16>::random(&gpu, rng, &case.q_shape(1));
@@ -628,7 +628,7 @@ fn graph_replay<T: Number>() {
         };
         captured.unwrap();
         out.assert_untouched(&gpu); // captured is not run
-        let (graph, key) = (graph.expect("a graph"), plan.replay_key());
+        let (graph, key) = (graph.expect("a graph"), plan.replay_key().ok());
         assert!(key.is_some());
         let Kv::Paged { cache: resident, .. } = &mut first.kv else { unreachable!("pages") };
         for requests in [
@@ -654,7 +654,7 @@ fn graph_replay<T: Number>() {
             lse.upload(&gpu, &vec![f32::NAN; lse.host.len()]);
             let plan =
                 attention.plan(&mut workspace, &tables.queries, pages(&tables), heads, &options).unwrap();
-            assert_eq!(plan.replay_key(), key);
+            assert_eq!(plan.replay_key().ok(), key);
             graph.launch().unwrap();
             step.verify(&gpu, &out, Some(&lse));
             // The same plan, run directly.
@@ -695,7 +695,7 @@ fn can_replay() {
     let mut tables = Tables::with_capacity(&gpu, &problem, 4, 50);
     let mut key = |tables: &Tables, case: &Case, options: &BatchAttentionOptions| {
         let plan = attention.plan(&mut workspace, &tables.queries, pages(tables), case.heads(), options);
-        plan.unwrap().replay_key()
+        plan.unwrap().replay_key().ok()
     };
     let captured = key(&tables, &case, &graph_options(&case, 40));
     assert!(captured.is_some());

@@ -675,7 +675,7 @@ impl Gpu {
         }
         let mode = if self.graphs { PlanMode::CudaGraph } else { PlanMode::Eager };
         let plan = self.decode.plan(workspace, &tables.pages, mode)?;
-        let key = plan.replay_key();
+        let key = plan.replay_key().ok();
         if let Some((_, graph)) = graph.as_ref().filter(|(made_for, _)| Some(made_for) == key.as_ref()) {
             graph.launch()?;
             *planned = Some(index);

@@ -417,10 +417,13 @@ impl<'p> CascadePlan<'p> {
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` unless planned for a graph.
-    pub fn replay_key(&self) -> Option<CascadeReplayKey> {
-        let levels = self.levels.iter().map(PrefillPlan::replay_key).collect::<Option<_>>()?;
-        Some(CascadeReplayKey { levels, states: self.states.as_ptr() as usize, shape: self.shape })
+    /// after a plan with an equal key.
+    ///
+    /// # Errors
+    /// It was not planned for a graph.
+    pub fn replay_key(&self) -> Result<CascadeReplayKey> {
+        let levels = self.levels.iter().map(PrefillPlan::replay_key).collect::<Result<_>>()?;
+        Ok(CascadeReplayKey { levels, states: self.states.as_ptr() as usize, shape: self.shape })
     }
 }
 

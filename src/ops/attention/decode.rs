@@ -527,16 +527,22 @@ impl DecodePlan<'_> {
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` for plans in
-    /// [`PlanMode::Eager`], and for a batch without requests.
-    pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.mode == PlanMode::CudaGraph)?;
+    /// after a plan with an equal key. A [`CapturedStep`](crate::graph::CapturedStep)
+    /// sees to that.
+    ///
+    /// # Errors
+    /// The plan is one in [`PlanMode::Eager`], or for a batch without requests.
+    pub fn replay_key(&self) -> Result<ReplayKey> {
+        let for_graph = self.mode == PlanMode::CudaGraph;
+        let Some(info) = self.planned.info.as_ref().filter(|_| for_graph) else {
+            return Err(ReplayKey::missing(for_graph));
+        };
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let queries = self.queries.as_ref().map(|indptr| indptr.data as usize);
         let indices = self.table.addresses().into_iter().chain(queries);
         let shape =
             ReplayShape { heads: decode.heads, batch, rows: batch, keys: self.table.host().num_pages() };
-        Some(ReplayKey::new(info, &decode.spec, shape, &self.planned.scratch, indices, &MaskTensors::NONE))
+        Ok(ReplayKey::new(info, &decode.spec, shape, &self.planned.scratch, indices, &MaskTensors::NONE))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

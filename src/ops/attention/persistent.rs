@@ -527,17 +527,22 @@ impl BatchAttentionPlan<'_> {
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` unless planned for a graph, and
-    /// for a batch without requests.
-    pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
+    /// after a plan with an equal key.
+    ///
+    /// # Errors
+    /// It was not planned for a graph, or for a batch without requests.
+    pub fn replay_key(&self) -> Result<ReplayKey> {
+        let for_graph = self.options.graph_rows.is_some();
+        let Some(info) = self.planned.info.as_ref().filter(|_| for_graph) else {
+            return Err(ReplayKey::missing(for_graph));
+        };
         let indices = self.table.addresses();
         // A launch has the same size for any number of requests. What its
         // tensors hold are rows.
         let shape =
             ReplayShape { heads: self.heads, batch: 0, rows: self.rows, keys: self.table.host().num_pages() };
-        let mask = if self.options.causal { Mask::Causal } else { Mask::None }.tensors(false).ok()?;
-        Some(ReplayKey::new(info, &self.attention.spec, shape, &self.planned.scratch, indices, &mask))
+        let mask = if self.options.causal { Mask::Causal } else { Mask::None }.tensors(false)?;
+        Ok(ReplayKey::new(info, &self.attention.spec, shape, &self.planned.scratch, indices, &mask))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

@@ -154,6 +154,17 @@ pub(super) struct ReplayShape {
 }
 
 impl ReplayKey {
+    /// Plans for graphs have keys, if there is work.
+    pub(super) fn missing(for_graph: bool) -> FlashInferError {
+        let problem = if for_graph {
+            "there is nothing to do in its batch, so there is nothing to capture"
+        } else {
+            "it was not made for a CUDA graph: the next plan may move its memory and change its launches; plan for a \
+             graph, and then capture"
+        };
+        FlashInferError::invalid("ReplayKey", "plan", problem)
+    }
+
     /// The key of a plan whose runs read index arrays at these addresses.
     pub(super) fn new(
         info: &PlanInfo,

@@ -924,14 +924,20 @@ pub struct PrefillPlan<'p, K> {
 
 impl<K> PrefillPlan<'_, K> {
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` unless planned for a graph.
-    pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.options.graph_rows.is_some())?;
+    /// after a plan with an equal key.
+    ///
+    /// # Errors
+    /// It was not planned for a graph, or there is nothing to do.
+    pub fn replay_key(&self) -> Result<ReplayKey> {
+        let for_graph = self.options.graph_rows.is_some();
+        let Some(info) = self.planned.info.as_ref().filter(|_| for_graph) else {
+            return Err(ReplayKey::missing(for_graph));
+        };
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
         let numbers = self.as_pages.iter().map(|numbers| numbers.data as usize);
         let indices = self.key_addresses.into_iter().chain(self.queries.addresses()).chain(numbers);
         let shape = ReplayShape { heads: self.heads, batch, rows: self.rows, keys: self.keys_extent };
-        Some(ReplayKey::new(info, &kernels.spec, shape, &self.planned.scratch, indices, &self.mask))
+        Ok(ReplayKey::new(info, &kernels.spec, shape, &self.planned.scratch, indices, &self.mask))
     }
 
     /// The plan's numbers, as the module gave them; see
