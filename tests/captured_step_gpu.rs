@@ -9,11 +9,20 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use common::{Gpu, Rng, assert_same_bits, refused};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use flashinfer_rs::{
-    DType, FlashInferError, Result,
-    attention::{AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, PlanMode, RunOptions, Workspace},
+    DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result, SegmentIndices,
+    SegmentTable, activation,
+    attention::{
+        AttentionSpec, Backend, BatchAttention, BatchAttentionOptions, BatchDecode, BatchPrefill,
+        CascadeLevel, CascadeOptions, CascadeWorkspace, DecodePlan, Heads, MultiLevelCascade, PlanMode,
+        PrefillOptions, RunOptions, SingleDecode, Workspace,
+    },
     cudarc::{Tensor, TensorExt},
+    gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
     graph::CapturedStep,
-    kv::{Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
+    kv::{
+        Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, PageAllocator, PagedKv, PagedKvCache,
+        Sequence,
+    },
     norm, page,
     rope::{
         CosSinCache, RopeFrequencies, RopeScaling, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache,
@@ -232,6 +241,130 @@ fn two_plans_in_one_step() {
     gpu.synchronize();
 }
 
+/// Prefill, mixed batches and cascades: captured for short requests, launched for longer ones.
+#[test]
+fn all_kinds_of_plans() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    const ROWS: usize = 12;
+    let stream = &gpu.stream;
+    let cache_shape = [PAGES, 4, HEADS.num_kv_heads, HEAD_DIM];
+    let mut rng = Rng::new();
+    let mut random = |shape: &[usize]| {
+        let numbers: Vec<_> = (0..shape.iter().product()).map(|_| f16::from_f64(rng.unit())).collect();
+        Tensor::from_slice(stream, shape, &numbers).unwrap()
+    };
+    let [k, v] = [(); 2].map(|()| random(&cache_shape));
+    let q = random(&[ROWS, HEADS.num_qo_heads, HEAD_DIM]);
+    let kv = || PagedKv::new(k.view(), v.view(), KvLayout::Nhd);
+    let all: Vec<i32> = (0..PAGES as i32).collect();
+    let pages = |tokens: [usize; 2]| {
+        let [a, b] = tokens.map(|tokens| tokens.div_ceil(4));
+        PageIndices::from_requests(PAGES, 4, [(&all[..a], tokens[0]), (&all[20..20 + b], tokens[1])]).unwrap()
+    };
+    let steps = [([9, 7], [2, 5]), ([60, 12], [3, 4]), ([5, 80], [5, 1])];
+    let options = RunOptions::default();
+    for backend in [Backend::Fa2, Backend::Fa3] {
+        let spec = AttentionSpec::new(DType::F16, HEAD_DIM).with_backend(backend);
+        let prefill = BatchPrefill::new(gpu.runtime, stream, &spec).unwrap();
+        let mixed =
+            BatchAttention::new(gpu.runtime, stream, &AttentionSpec::new(DType::F16, HEAD_DIM)).unwrap();
+        let cascade = MultiLevelCascade::new(gpu.runtime, stream, &spec).unwrap();
+        let [mut first, mut second] = [(); 2].map(|()| Workspace::new(stream).unwrap());
+        let mut levels = CascadeWorkspace::new(stream, 2).unwrap();
+        let mut outs = [(); 3].map(|()| zeros(&gpu, ROWS, HEADS.num_qo_heads));
+        let mut table = PageTable::with_capacity(stream, pages(steps[0].0), 2, PAGES).unwrap();
+        let mut queries =
+            RaggedTable::with_capacity(stream, RaggedIndices::from_lens(steps[0].1).unwrap(), 2).unwrap();
+        let mut step = None;
+        for (tokens, new) in steps {
+            table.update(pages(tokens)).unwrap();
+            queries.update(RaggedIndices::from_lens(new).unwrap()).unwrap();
+            let mut graph = PrefillOptions::causal();
+            graph.graph_rows = Some(ROWS);
+            let a = prefill.plan_paged(&mut first, &queries, &table, HEADS, &graph).unwrap();
+            let mut graph = BatchAttentionOptions::causal();
+            graph.graph_rows = Some(ROWS);
+            let b = mixed.plan(&mut second, &queries, &table, HEADS, &graph).unwrap();
+            let mut graph = CascadeOptions::default();
+            graph.graph_rows = Some(ROWS);
+            let level = CascadeLevel { queries: &queries, table: &table };
+            let c = cascade.plan(&mut levels, &[level, level], HEADS, &graph).unwrap();
+            let run = |outs: &mut [Tensor<f16>; 3]| {
+                let [x, y, z] = outs;
+                a.run(&q.view(), &kv(), &mut x.view_mut(), None, &options)?;
+                b.run(&q.view(), &kv(), &mut y.view_mut(), None, &options)?;
+                c.run(&q.view(), &kv(), &mut z.view_mut(), None, &options)
+            };
+            let mut direct = [(); 3].map(|()| zeros(&gpu, ROWS, HEADS.num_qo_heads));
+            run(&mut direct).unwrap();
+            let step = step.get_or_insert_with(|| CapturedStep::capture(stream, || run(&mut outs)).unwrap());
+            refused(step.launch(&(&a, &b)), "plans");
+            step.launch(&(&c, &a, &b)).unwrap();
+            let rows = new.iter().sum::<usize>() * HEADS.num_qo_heads * HEAD_DIM;
+            for (kind, (out, direct)) in ["prefill", "mixed", "cascade"].iter().zip(outs.iter().zip(&direct))
+            {
+                let [out, direct] = [out, direct].map(|tensor| tensor.to_vec().unwrap()[..rows].to_vec());
+                assert!(out.iter().any(|&number| number != f16::ZERO), "{kind}");
+                assert_same_bits(kind, &out, &direct);
+            }
+        }
+    }
+}
+
+/// Workspaces of operations without plans are kept, too, and so are index arrays.
+#[test]
+fn workspaces_are_kept() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    let stream = &gpu.stream;
+    let numbers =
+        |count: usize| -> Vec<f32> { (0..count).map(|at| (at * 37 % 101) as f32 / 101.0).collect() };
+    let halves = |count: usize| -> Vec<f16> { numbers(count).into_iter().map(f16::from_f32).collect() };
+    let mut probs = Tensor::<f32>::zeros(stream, &[4, 40000]).unwrap();
+    let mut kept = Tensor::<f32>::zeros(stream, &[4, 40000]).unwrap();
+    let mut product = Tensor::<f16>::zeros(stream, &[24, 64]).unwrap();
+    let mut attention = Tensor::<f16>::zeros(stream, &[HEADS.num_qo_heads, HEAD_DIM]).unwrap();
+    let (step, before) = {
+        let logits = Tensor::from_slice(stream, &[4, 40000], &numbers(160_000)).unwrap();
+        let mut sampler = sampling::Workspace::new(stream, 4, 40000).unwrap();
+        let mut gemm = SegmentGemm::new(stream, 2, GemmBackend::Auto).unwrap();
+        let segments = SegmentTable::new(stream, SegmentIndices::from_lens([10, 14]).unwrap()).unwrap();
+        let x = Tensor::from_slice(stream, &[24, 128], &halves(24 * 128)).unwrap();
+        let weights = Tensor::from_slice(stream, &[2, 64, 128], &halves(2 * 64 * 128)).unwrap();
+        let spec = AttentionSpec::new(DType::F16, HEAD_DIM);
+        let decode = SingleDecode::new(gpu.runtime, &spec, HEADS).unwrap();
+        let mut workspace = Workspace::new(stream).unwrap();
+        let q = Tensor::from_slice(stream, &[HEADS.num_qo_heads, HEAD_DIM], &halves(8 * HEAD_DIM)).unwrap();
+        let shape = [5000, HEADS.num_kv_heads, HEAD_DIM];
+        let kv = [(); 2].map(|()| Tensor::from_slice(stream, &shape, &halves(5000 * 2 * HEAD_DIM)).unwrap());
+        let mut work = || {
+            sampling::softmax(&mut sampler, &mut probs.view_mut(), &logits.view(), &Default::default())?;
+            sampling::top_k_renorm_probs(&mut sampler, &mut kept.view_mut(), &probs.view(), 7.into())?;
+            let input = SegmentGemmInput::column_major(x.view(), weights.view());
+            gemm.run(&mut product.view_mut(), &input, &segments)?;
+            let (k, v) = (kv[0].view(), kv[1].view());
+            let options = RunOptions::default();
+            decode.run(&mut workspace, &q.view(), [&k, &v], &mut attention.view_mut(), None, &options)
+        };
+        work().unwrap();
+        let step = CapturedStep::capture(stream, work).unwrap();
+        (step, (kept.to_vec().unwrap(), product.to_vec().unwrap(), attention.to_vec().unwrap()))
+    };
+    gpu.synchronize();
+    let nan = vec![f16::NAN; 1 << 20];
+    let others: Vec<_> = (0..150).map(|_| Tensor::from_slice(stream, &[1 << 20], &nan).unwrap()).collect();
+    for _ in 0..3 {
+        kept.write(&vec![f32::NAN; 160_000]).unwrap();
+        product.write(&vec![f16::NAN; 24 * 64]).unwrap();
+        attention.write(&vec![f16::NAN; 8 * HEAD_DIM]).unwrap();
+        step.launch(&()).unwrap();
+        assert_same_bits("top-k", &kept.to_vec().unwrap(), &before.0);
+        assert_same_bits("segments", &product.to_vec().unwrap(), &before.1);
+        assert_same_bits("one request", &attention.to_vec().unwrap(), &before.2);
+    }
+    let untouched = others.iter().all(|other| other.to_vec().unwrap().iter().all(|number| number.is_nan()));
+    assert!(untouched);
+}
+
 /// Whoever owned what a step works on is gone, and others have taken what memory is free.
 #[test]
 fn memory_is_kept() {
@@ -306,6 +439,15 @@ fn a_body_that_fails_leaves_the_stream_usable() {
         CapturedStep::capture(stream, || CapturedStep::capture(stream, || Ok(())).map(drop)),
         "another step",
     );
+    // Modules whose kernels were not launched before: it works, or the error says so.
+    let wide = Tensor::<f16>::zeros(stream, &[2, 256]).unwrap();
+    let mut narrow = Tensor::<f16>::zeros(stream, &[2, 128]).unwrap();
+    let mut activate =
+        || activation::silu_and_mul(stream, &mut narrow.view_mut(), &wide.view(), &Default::default());
+    let cold = CapturedStep::capture(stream, &mut activate);
+    common::say(&format!("a first call of a module: {cold:?}"));
+    activate().unwrap();
+    gpu.synchronize();
     // The body broke the capture without saying so.
     let waits = || {
         norm().unwrap();

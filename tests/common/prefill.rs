@@ -719,7 +719,7 @@ impl<T: Number> Captured<T> {
         };
         run.unwrap();
         out.assert_untouched(gpu); // captured is not run
-        let (graph, key) = (graph.expect("a graph"), plan.replay_key().ok());
+        let (graph, key) = (graph.expect("a graph"), plan.replay_key());
         assert!(key.is_some());
         Self { graph, key, rows, q, kv: problem.kv, out, lse }
     }
@@ -748,7 +748,7 @@ impl<T: Number> Captured<T> {
         self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
         let (case, options) = (&problem.case, tables.masked(gpu, problem.case.graph_options(self.rows)));
         let plan = tables.plan(prefill, workspace, case.heads(), &options).unwrap();
-        assert_eq!(plan.replay_key().ok(), self.key);
+        assert_eq!(plan.replay_key(), self.key);
         self.graph.launch().unwrap();
         problem.verify(gpu, &self.out, Some(&self.lse));
         let (mut out, mut lse) = problem.outputs_of(gpu, self.rows);
