@@ -8,21 +8,24 @@
 //! are not reused before the copies out of them are done.
 
 use std::{
+    any::Any,
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     ptr::{self, NonNull},
-    sync::{Mutex, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use crate::{
+    capture,
     dtype::DType,
     error::{FlashInferError, Result},
     loader::Library,
     stream::Stream,
-    tensor::RawTensor,
+    tensor::{Owner, RawTensor},
 };
 
 type CudaError = c_int;
 type RawEvent = *mut c_void;
+type RawGraph = *mut c_void;
 
 /// `cudaErrorNotReady`.
 const NOT_READY: CudaError = 600;
@@ -37,6 +40,8 @@ const MAX_PITCH: usize = i32::MAX as usize;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 /// `cudaStreamCaptureStatusNone`.
 const CAPTURE_NONE: c_int = 0;
+/// `cudaStreamCaptureModeThreadLocal`: what would break the capture is refused in this thread only.
+const CAPTURE_THREAD_LOCAL: c_int = 1;
 
 /// A property of a device, by its number in `cudaDeviceAttr`.
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +90,16 @@ cudart! {
     );
     memset_async = "cudaMemsetAsync": fn(*mut c_void, c_int, usize, *mut c_void);
     memset_2d_async = "cudaMemset2DAsync": fn(*mut c_void, usize, c_int, usize, usize, *mut c_void);
+    stream_begin_capture = "cudaStreamBeginCapture": fn(*mut c_void, c_int);
+    stream_end_capture = "cudaStreamEndCapture": fn(*mut c_void, *mut RawGraph);
+    stream_get_capture_info = "cudaStreamGetCaptureInfo": fn(
+        *mut c_void, *mut c_int, *mut u64, *mut RawGraph, *mut *const c_void, *mut *const c_void, *mut usize
+    );
+    graph_get_nodes = "cudaGraphGetNodes": fn(RawGraph, *mut *mut c_void, *mut usize);
+    graph_instantiate = "cudaGraphInstantiate": fn(*mut RawGraph, RawGraph, u64);
+    graph_launch = "cudaGraphLaunch": fn(RawGraph, *mut c_void);
+    graph_destroy = "cudaGraphDestroy": fn(RawGraph);
+    graph_exec_destroy = "cudaGraphExecDestroy": fn(RawGraph);
     stream_is_capturing = "cudaStreamIsCapturing": fn(*mut c_void, *mut c_int);
     device_synchronize = "cudaDeviceSynchronize": fn();
     event_create = "cudaEventCreateWithFlags": fn(*mut RawEvent, c_uint);
@@ -233,9 +248,11 @@ impl CudaRuntime {
     /// `data` must point to that many bytes of the stream's device.
     pub(crate) unsafe fn zero(&'static self, stream: &Stream, data: *mut c_void, bytes: usize) -> Result<()> {
         let _device = self.on_device_of(stream)?;
-        // SAFETY: promised by the caller; the stream is alive.
-        let code = unsafe { (self.symbols.memset_async)(data, 0, bytes, stream.as_raw()) };
-        self.check("cudaMemsetAsync", code)
+        capture::enqueue(stream, || {
+            // SAFETY: promised by the caller; the stream is alive.
+            let code = unsafe { (self.symbols.memset_async)(data, 0, bytes, stream.as_raw()) };
+            self.check("cudaMemsetAsync", code)
+        })
     }
 
     /// Enqueues the writing of `count` times the same number. The runtime sets
@@ -254,18 +271,14 @@ impl CudaRuntime {
         let _device = self.on_device_of(stream)?;
         for (at, byte) in number.to_le_bytes().into_iter().enumerate() {
             let first = data.cast::<u8>().wrapping_add(at).cast();
-            // SAFETY: promised by the caller; the stream is alive.
-            let code = unsafe {
-                (self.symbols.memset_2d_async)(
-                    first,
-                    size_of::<f32>(),
-                    byte.into(),
-                    1,
-                    count,
-                    stream.as_raw(),
-                )
-            };
-            self.check("cudaMemset2DAsync", code)?;
+            capture::enqueue(stream, || {
+                let (pitch, width) = (size_of::<f32>(), 1);
+                // SAFETY: promised by the caller; the stream is alive.
+                let code = unsafe {
+                    (self.symbols.memset_2d_async)(first, pitch, byte.into(), width, count, stream.as_raw())
+                };
+                self.check("cudaMemset2DAsync", code)
+            })?;
         }
         Ok(())
     }
@@ -337,6 +350,155 @@ impl CudaRuntime {
     }
 }
 
+/// A stream's capture into a graph, which ends when this is dropped.
+pub(crate) struct Capture {
+    runtime: &'static CudaRuntime,
+    stream: Stream,
+    id: u64,
+    ended: bool,
+}
+
+impl Capture {
+    pub(crate) fn begin(runtime: &'static CudaRuntime, stream: &Stream) -> Result<Self> {
+        let _device = runtime.on_device_of(stream)?;
+        // SAFETY: the stream is alive; the mode is one of the runtime's.
+        let code = unsafe { (runtime.symbols.stream_begin_capture)(stream.as_raw(), CAPTURE_THREAD_LOCAL) };
+        runtime.check("cudaStreamBeginCapture", code)?;
+        let mut capture = Self { runtime, stream: stream.clone(), id: 0, ended: false };
+        capture.id = runtime.capture_info(stream)?.0;
+        Ok(capture)
+    }
+
+    /// The graph, if it is that of this capture, and the number of its nodes.
+    pub(crate) fn end(mut self) -> Result<(Graph, usize)> {
+        let (runtime, stream) = (self.runtime, self.stream.clone());
+        let info = runtime.capture_info(&stream);
+        let ended = self.end_now();
+        let ((id, nodes), graph) = (info?, ended?);
+        if id != self.id {
+            return Err(FlashInferError::invalid(
+                capture::OP,
+                "body",
+                "it ended the capture, and began another",
+            ));
+        }
+        let mut exec = ptr::null_mut();
+        // SAFETY: the graph was just captured; one handle is written.
+        let code = unsafe { (runtime.symbols.graph_instantiate)(&mut exec, graph.0, 0) };
+        runtime.check("cudaGraphInstantiate", code)?;
+        Ok((Graph { runtime, exec, stream }, nodes))
+    }
+
+    fn end_now(&mut self) -> Result<Template> {
+        self.ended = true;
+        let _device = self.runtime.on_device_of(&self.stream)?;
+        let mut graph = ptr::null_mut();
+        // SAFETY: the stream is alive; one handle is written.
+        let code = unsafe { (self.runtime.symbols.stream_end_capture)(self.stream.as_raw(), &mut graph) };
+        let graph = Template(graph, self.runtime);
+        self.runtime.check("cudaStreamEndCapture", code).map(|()| graph)
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        if !self.ended {
+            // Drop has no way to report a failure.
+            self.end_now().ok();
+        }
+    }
+}
+
+/// A graph that was not instantiated.
+struct Template(RawGraph, &'static CudaRuntime);
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: the graph is destroyed once.
+            unsafe { (self.1.symbols.graph_destroy)(self.0) };
+        }
+    }
+}
+
+/// A graph that can be launched on the stream that it was captured on.
+pub(crate) struct Graph {
+    runtime: &'static CudaRuntime,
+    exec: RawGraph,
+    stream: Stream,
+}
+
+// SAFETY: a handle; nothing but `&self` and `Drop` use it, and it is not `Sync`.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    pub(crate) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Enqueues the graph.
+    ///
+    /// # Safety
+    /// All memory that it works on must be alive, and hold what it expects.
+    pub(crate) unsafe fn launch(&self) -> Result<()> {
+        let _device = self.runtime.on_device_of(&self.stream)?;
+        // SAFETY: graph and stream are alive; the rest is promised by the caller.
+        let code = unsafe { (self.runtime.symbols.graph_launch)(self.exec, self.stream.as_raw()) };
+        self.runtime.check("cudaGraphLaunch", code)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: the graph is destroyed once. Launches that are on their way
+        // are not affected.
+        unsafe { (self.runtime.symbols.graph_exec_destroy)(self.exec) };
+    }
+}
+
+impl CudaRuntime {
+    /// The number of a stream's capture, and the nodes of its graph so far.
+    fn capture_info(&'static self, stream: &Stream) -> Result<(u64, usize)> {
+        let _device = self.on_device_of(stream)?;
+        let (mut status, mut id, mut graph) = (CAPTURE_NONE, 0, ptr::null_mut());
+        let nothing = ptr::null_mut;
+        // SAFETY: the stream is alive; what is asked for is written, the rest is
+        // optional.
+        let code = unsafe {
+            (self.symbols.stream_get_capture_info)(
+                stream.as_raw(),
+                &mut status,
+                &mut id,
+                &mut graph,
+                nothing(),
+                nothing(),
+                ptr::null_mut(),
+            )
+        };
+        self.check("cudaStreamGetCaptureInfo", code)?;
+        if graph.is_null() {
+            return Err(FlashInferError::invalid(
+                capture::OP,
+                "body",
+                "something in it broke the capture or ended it: a first call, which loads a kernel (run the same work \
+                 once before), a view of a cudarc slice (make it before, or use cudarc::Tensor), an allocation, or a \
+                 wait",
+            ));
+        }
+        let mut nodes = 0;
+        // SAFETY: the graph is alive while the stream is captured; without an
+        // array, nodes are counted only.
+        let code = unsafe { (self.symbols.graph_get_nodes)(graph, ptr::null_mut(), &mut nodes) };
+        self.check("cudaGraphGetNodes", code)?;
+        Ok((id, nodes))
+    }
+
+    /// The nodes of the graph that a stream is being captured into.
+    pub(crate) fn captured_nodes(&'static self, stream: &Stream) -> Result<usize> {
+        Ok(self.capture_info(stream)?.1)
+    }
+}
+
 /// Puts the device back that was current before.
 pub(crate) struct DeviceGuard {
     runtime: &'static CudaRuntime,
@@ -402,7 +564,8 @@ impl PtxKernel {
         Ok(*handle as *const c_void)
     }
 
-    /// Enqueues the kernel with `[blocks, threads]` in one dimension.
+    /// Enqueues the kernel with `[blocks, threads]` in one dimension. `tensors`
+    /// are those whose memory it is given.
     ///
     /// # Safety
     /// `args` must point to values of the kernel's parameters, which must be
@@ -413,38 +576,47 @@ impl PtxKernel {
         stream: &Stream,
         [blocks, threads]: [u32; 2],
         args: &mut [*mut c_void],
+        tensors: &[Option<&RawTensor>],
     ) -> Result<()> {
         let kernel = self.load(cuda)?;
+        tensors.iter().flatten().for_each(|tensor| capture::uses(tensor));
         let _device = cuda.on_device_of(stream)?;
         let line = |x| Dim3 { x, y: 1, z: 1 };
-        // SAFETY: the runtime takes a `cudaKernel_t` in place of a function;
-        // the rest is promised by the caller.
-        let code = unsafe {
-            (cuda.symbols.launch_kernel)(
-                kernel,
-                line(blocks),
-                line(threads),
-                args.as_mut_ptr(),
-                0,
-                stream.as_raw(),
-            )
-        };
-        cuda.check("cudaLaunchKernel", code)
+        capture::enqueue(stream, || {
+            // SAFETY: the runtime takes a `cudaKernel_t` in place of a function;
+            // the rest is promised by the caller.
+            let code = unsafe {
+                (cuda.symbols.launch_kernel)(
+                    kernel,
+                    line(blocks),
+                    line(threads),
+                    args.as_mut_ptr(),
+                    0,
+                    stream.as_raw(),
+                )
+            };
+            cuda.check("cudaLaunchKernel", code)
+        })
     }
 }
 
-/// Device memory, allocated and freed in the order of one stream.
+/// Device memory, allocated and freed in the order of one stream. A captured
+/// step that uses it has a share of it.
 pub(crate) struct DeviceBuffer {
+    allocation: Arc<Allocation>,
+}
+
+struct Allocation {
     runtime: &'static CudaRuntime,
     data: NonNull<c_void>,
     bytes: usize,
     stream: Stream,
 }
 
-// SAFETY: the buffer is an address; work on it is ordered by its stream.
-unsafe impl Send for DeviceBuffer {}
+// SAFETY: it is an address; work on it is ordered by its stream.
+unsafe impl Send for Allocation {}
 // SAFETY: as for `Send`; shared access only hands out the address.
-unsafe impl Sync for DeviceBuffer {}
+unsafe impl Sync for Allocation {}
 
 impl DeviceBuffer {
     /// At least one byte, aligned to 256, usable by later work on `stream`.
@@ -473,7 +645,8 @@ impl DeviceBuffer {
             code: 2,
             message: "a null pointer came back".into(),
         })?;
-        Ok(Self { runtime, data, bytes, stream: stream.clone() })
+        let allocation = Allocation { runtime, data, bytes, stream: stream.clone() };
+        Ok(Self { allocation: Arc::new(allocation) })
     }
 
     /// As [`new`](Self::new), filled with zeros in the order of the stream.
@@ -485,24 +658,36 @@ impl DeviceBuffer {
     }
 
     pub(crate) fn as_ptr(&self) -> *mut c_void {
-        self.data.as_ptr()
+        self.allocation.data.as_ptr()
+    }
+
+    /// What keeps the memory alive.
+    pub(crate) fn share(&self) -> Arc<dyn Any + Send + Sync> {
+        self.allocation.clone()
+    }
+
+    /// The same, for views.
+    pub(crate) fn owner(&self) -> Owner {
+        Owner::of(&self.allocation)
     }
 
     /// The buffer as a tensor of bytes.
     pub(crate) fn as_bytes(&self) -> Result<RawTensor> {
-        RawTensor::new(self.as_ptr(), self.stream.device(), DType::U8, &[self.bytes], None)
+        let mut raw = RawTensor::new(self.as_ptr(), self.stream().device(), DType::U8, &[self.len()], None)?;
+        raw.owner = Some(self.owner());
+        Ok(raw)
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.bytes
+        self.allocation.bytes
     }
 
     pub(crate) fn stream(&self) -> &Stream {
-        &self.stream
+        &self.allocation.stream
     }
 }
 
-impl Drop for DeviceBuffer {
+impl Drop for Allocation {
     fn drop(&mut self) {
         // All work on the buffer was enqueued on its stream. Where that stream
         // cannot be named from here (another thread's default stream), wait for
@@ -660,23 +845,23 @@ impl StagingBuffer {
 /// # Safety
 /// `source` must stay unchanged and page-locked until the copy is done.
 pub(crate) unsafe fn upload(source: &[u8], target: &DeviceBuffer, offset: usize) -> Result<()> {
-    if offset.checked_add(source.len()).is_none_or(|end| end > target.bytes) {
+    if offset.checked_add(source.len()).is_none_or(|end| end > target.len()) {
         return Err(FlashInferError::invalid(
             "upload",
             "source",
-            format!("{} bytes at {offset} of a buffer of {}", source.len(), target.bytes),
+            format!("{} bytes at {offset} of a buffer of {}", source.len(), target.len()),
         ));
     }
     // SAFETY: the target has room for the bytes; both pointers are alive until
     // the copy is done (the caller's promise and the target's stream order).
     let code = unsafe {
-        (target.runtime.symbols.memcpy_async)(
+        (target.allocation.runtime.symbols.memcpy_async)(
             target.as_ptr().cast::<u8>().wrapping_add(offset).cast(),
             source.as_ptr().cast(),
             source.len(),
             HOST_TO_DEVICE,
-            target.stream.as_raw(),
+            target.stream().as_raw(),
         )
     };
-    target.runtime.check("cudaMemcpyAsync", code)
+    target.allocation.runtime.check("cudaMemcpyAsync", code)
 }

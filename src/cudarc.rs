@@ -9,26 +9,34 @@
 //! [`SliceRef::view`] and [`SliceMut::view_mut`] see to, and it can be used on
 //! that one stream only.
 //!
-//! To capture a CUDA graph, make the views before the capture begins and drop
-//! them after it ends: waiting for events of uncaptured work is not allowed
-//! in between. A graph does not keep the slices alive that it works on;
-//! `cudarc::driver::CudaGraph::launch` is safe to call all the same, so keep
-//! them alive and their contents meaningful for as long as the graph is
-//! launched.
+//! A [`Tensor`] owns its memory and is used on one stream, so its views need no
+//! bookkeeping. Prefer it, above all for work that is captured into a CUDA graph
+//! ([`graph`](crate::graph)).
+//!
+//! To capture views of slices with cudarc's own `begin_capture`, make the views
+//! before the capture begins and drop them after it ends: waiting for events of
+//! uncaptured work is not allowed in between, and breaks the capture. Such a graph
+//! does not keep the slices alive that it works on;
+//! `cudarc::driver::CudaGraph::launch` is safe to call all the same, so it is for
+//! you to keep them, and tables, workspaces and plans as they were, for as long as
+//! the graph is launched.
 
 use std::sync::Arc;
 
 use ::cudarc::driver::{
     CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError,
-    SyncOnDrop, ValidAsZeroBits, sys::CUdeviceptr,
+    SyncOnDrop, ValidAsZeroBits,
+    result::memcpy_htod_async,
+    sys::{CUdeviceptr, CUstreamCaptureStatus},
 };
 
 use crate::{
+    capture,
     device::Device,
     dtype::{DType, Element},
     error::{FlashInferError, Result},
     stream::Stream,
-    tensor::{RawTensor, TensorMut, TensorRef},
+    tensor::{Owner, RawTensor, TensorMut, TensorRef},
 };
 
 impl From<&Arc<CudaStream>> for Stream {
@@ -126,7 +134,9 @@ impl Drop for Order {
 ///
 /// Its views need no bookkeeping of cudarc's, so they can be made at any time,
 /// while a graph is captured, too. Dropping it frees the memory in the order of
-/// the stream. A captured graph does not keep it alive.
+/// the stream. A [`CapturedStep`](crate::graph::CapturedStep) that works on it
+/// keeps the memory alive, and lets it be read and written between launches; a
+/// graph of cudarc's does not.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -142,7 +152,8 @@ impl Drop for Order {
 /// # Ok(()) }
 /// ```
 pub struct Tensor<T> {
-    slice: CudaSlice<T>,
+    /// Captured steps have shares of it.
+    slice: Arc<CudaSlice<T>>,
     raw: RawTensor,
 }
 
@@ -157,6 +168,7 @@ impl<T: Element + DeviceRepr> Tensor<T> {
         T: ValidAsZeroBits,
     {
         let (cuda, len) = (stream.cudarc("Tensor::zeros")?, numel(shape)?);
+        check_not_captured("Tensor::zeros", &cuda)?;
         Self::of(cuda.alloc_zeros(len.max(1)).map_err(|error| failed("cuMemsetD8Async", error))?, shape)
     }
 
@@ -167,6 +179,7 @@ impl<T: Element + DeviceRepr> Tensor<T> {
     /// than the shape has.
     pub fn from_slice(stream: &Stream, shape: &[usize], elements: &[T]) -> Result<Self> {
         let cuda = stream.cudarc("Tensor::from_slice")?;
+        check_not_captured("Tensor::from_slice", &cuda)?;
         check_len("Tensor::from_slice", numel(shape)?, elements.len())?;
         // There are no empty allocations.
         // SAFETY: elements are plain data, and are written before anybody can read them.
@@ -196,8 +209,10 @@ impl<T: Element + DeviceRepr> Tensor<T> {
     fn of(slice: CudaSlice<T>, shape: &[usize]) -> Result<Self> {
         let cuda = slice.stream();
         let pointer = slice.device_ptr(cuda).0;
-        let (raw, len) = raw::<T>((pointer, slice.len()), cuda, 0, shape, None)?;
+        let (mut raw, len) = raw::<T>((pointer, slice.len()), cuda, 0, shape, None)?;
         raw.check_fits(len)?;
+        let slice = Arc::new(slice);
+        raw.owner = Some(Owner::of(&slice));
         Ok(Self { slice, raw })
     }
 
@@ -225,8 +240,16 @@ impl<T: Element + DeviceRepr> Tensor<T> {
         if elements.is_empty() {
             return Ok(());
         }
-        let cuda = self.slice.stream().clone();
-        cuda.memcpy_htod(elements, &mut self.slice).map_err(|error| failed("cuMemcpyHtoDAsync", error))
+        let cuda = self.slice.stream();
+        check_not_captured("Tensor::write", cuda)?;
+        let pointer = self.raw.data as CUdeviceptr;
+        cuda.context().bind_to_thread().map_err(|error| failed("cuCtxSetCurrent", error))?;
+        // SAFETY: the tensor has as many elements, and is borrowed exclusively;
+        // captured steps work on it in the order of the stream. The elements
+        // stay where they are until the stream is done, below.
+        unsafe { memcpy_htod_async(pointer, elements, cuda.cu_stream()) }
+            .map_err(|error| failed("cuMemcpyHtoDAsync", error))?;
+        cuda.synchronize().map_err(|error| failed("cuStreamSynchronize", error))
     }
 
     /// The elements in row-major order, once the stream's work is done.
@@ -236,19 +259,31 @@ impl<T: Element + DeviceRepr> Tensor<T> {
     /// captured.
     pub fn to_vec(&self) -> Result<Vec<T>> {
         let cuda = self.slice.stream();
+        check_not_captured("Tensor::to_vec", cuda)?;
         let mut elements =
-            cuda.clone_dtoh(&self.slice).map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
+            cuda.clone_dtoh(&*self.slice).map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
         cuda.synchronize().map_err(|error| failed("cuStreamSynchronize", error))?;
         elements.truncate(self.raw.numel() as usize);
         Ok(elements)
     }
 
     /// The slice, for cudarc's own functions.
-    pub fn into_cudarc(mut self) -> CudaSlice<T> {
-        let cuda = self.slice.stream().clone();
+    ///
+    /// # Errors
+    /// A captured step works on the tensor. The tensor is dropped, and the step
+    /// goes on with its memory.
+    pub fn into_cudarc(self) -> Result<CudaSlice<T>> {
+        let mut slice = Arc::try_unwrap(self.slice).map_err(|_| {
+            FlashInferError::invalid(
+                "Tensor::into_cudarc",
+                "self",
+                "a captured step works on it; drop that first",
+            )
+        })?;
+        let cuda = slice.stream().clone();
         // Lets other streams wait for what was enqueued with the tensor.
-        drop(self.slice.device_ptr_mut(&cuda));
-        self.slice
+        drop(slice.device_ptr_mut(&cuda));
+        Ok(slice)
     }
 }
 
@@ -270,6 +305,19 @@ fn check_len(op: &'static str, wanted: usize, given: usize) -> Result<()> {
     Err(FlashInferError::invalid(op, "elements", format!("{given} elements for a shape of {wanted}")))
 }
 
+/// Nothing is allocated, uploaded or waited for while the stream is captured.
+fn check_not_captured(op: &'static str, cuda: &Arc<CudaStream>) -> Result<()> {
+    match cuda.capture_status() {
+        Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE) => Ok(()),
+        Ok(_) => Err(FlashInferError::invalid(
+            op,
+            "stream",
+            "it is being captured into a CUDA graph; do this before the capture, or between launches",
+        )),
+        Err(error) => Err(failed("cuStreamIsCapturing", error)),
+    }
+}
+
 fn failed(call: &'static str, error: DriverError) -> FlashInferError {
     FlashInferError::Cuda { call, code: error.0 as i32, message: error.to_string() }
 }
@@ -286,9 +334,13 @@ impl<T> sealed::Storage for CudaViewMut<'_, T> {}
 pub trait TensorExt<T: Element>: DevicePtr<T> + sealed::Storage {
     /// A contiguous view for work on `stream`.
     ///
+    /// Not to be made while the stream is captured into a CUDA graph: it waits
+    /// for events, which breaks the capture. A [`Tensor`]'s views can be.
+    ///
     /// # Errors
-    /// The shape needs more elements than the slice has, or the stream is of
-    /// another device or not of the device's primary context.
+    /// The shape needs more elements than the slice has, the stream is of
+    /// another device or not of the device's primary context, or this thread is
+    /// capturing a [`CapturedStep`](crate::graph::CapturedStep).
     fn tensor<'a>(&'a self, stream: &'a Arc<CudaStream>, shape: &[usize]) -> Result<SliceRef<'a>> {
         self.tensor_strided(stream, shape, None)
     }
@@ -387,6 +439,13 @@ fn raw<T: Element>(
 /// Kernel modules work in primary contexts, and views on one device.
 fn check_context(storage: &Arc<CudaStream>, stream: &Arc<CudaStream>) -> Result<()> {
     let invalid = |problem: String| Err(FlashInferError::invalid("tensor view", "stream", problem));
+    if capture::is_active() {
+        return invalid(
+            "a step is being captured, and a slice's view waits for events, which breaks the capture; make it \
+             before, or use cudarc::Tensor"
+                .into(),
+        );
+    }
     if storage.context().ordinal() != stream.context().ordinal() {
         return invalid(format!(
             "the slice is on cuda:{}, the stream on cuda:{}",

@@ -20,7 +20,7 @@
 //!    the CPU. [`kv`] keeps the pages that attention reads, and explains the index
 //!    arrays ([`PageTable`] and its like). What has no operation
 //!    here, in FlashInfer's modules or in a library of your own, a [`Module`]
-//!    calls by name.
+//!    calls by name. [`graph`] captures a step of operations, to be launched again and again.
 //!
 //! # Paged batch decode
 //!
@@ -88,6 +88,7 @@
 pub mod artifacts;
 #[cfg(feature = "candle")]
 pub mod candle;
+mod capture;
 mod cublas;
 mod cuda;
 mod cuda_library;
@@ -97,6 +98,7 @@ mod device;
 mod dtype;
 mod error;
 pub mod ffi;
+pub mod graph;
 pub mod indices;
 pub mod kv;
 mod library_file;
@@ -127,6 +129,11 @@ pub use ops::{
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{MAX_RANK, TensorMut, TensorRef};
+
+/// The example of `docs/attention.md`.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/attention.md")]
+struct AttentionExamples;
 
 /// The compile-fail examples of `docs/soundness.md`.
 #[cfg(doctest)]

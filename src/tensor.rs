@@ -7,7 +7,14 @@
 //! slices (here) and for cudarc slices (`flashinfer_rs::cudarc`); a raw pointer
 //! takes `unsafe`.
 
-use std::{ffi::c_void, fmt, marker::PhantomData};
+use std::{
+    any::Any,
+    ffi::c_void,
+    fmt,
+    marker::PhantomData,
+    panic::{RefUnwindSafe, UnwindSafe},
+    sync::Arc,
+};
 
 use crate::{
     device::Device,
@@ -19,6 +26,35 @@ use crate::{
 /// The most dimensions a view can have.
 pub const MAX_RANK: usize = 5;
 
+/// What owns a view's memory: the content of an `Arc` that is alive as long as
+/// the view may be used.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner(*const (dyn Any + Send + Sync));
+
+// A pointer; nothing is reached through it but the count of references.
+impl UnwindSafe for Owner {}
+impl RefUnwindSafe for Owner {}
+
+impl Owner {
+    pub(crate) fn of<T: Any + Send + Sync>(memory: &Arc<T>) -> Self {
+        let content: *const T = Arc::as_ptr(memory);
+        Self(content)
+    }
+
+    /// A share of it.
+    ///
+    /// # Safety
+    /// The view must be alive.
+    pub(crate) unsafe fn share(self) -> Arc<dyn Any + Send + Sync> {
+        // SAFETY: the pointer came from an `Arc`, which is alive (the caller's
+        // promise), so that there is a count to raise; the new share is ours.
+        unsafe {
+            Arc::increment_strong_count(self.0);
+            Arc::from_raw(self.0)
+        }
+    }
+}
+
 /// The untyped, lifetime-free content of a view.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawTensor {
@@ -27,6 +63,8 @@ pub(crate) struct RawTensor {
     pub(crate) dtype: DType,
     /// The stream that the constructor ordered the storage for, if it did.
     pub(crate) stream: Option<StreamId>,
+    /// What owns the memory, if that is known.
+    pub(crate) owner: Option<Owner>,
     rank: u8,
     shape: [i64; MAX_RANK],
     strides: [i64; MAX_RANK],
@@ -62,6 +100,7 @@ impl RawTensor {
             device,
             dtype,
             stream: None,
+            owner: None,
             rank: shape.len() as u8,
             shape: [1; MAX_RANK],
             strides: [1; MAX_RANK],

@@ -9,7 +9,7 @@ use candle_common::{Rng, assert_close, devices, dtypes, gpus, laid_out, on_host,
 use candle_core::{D, DType, Device, Tensor};
 use flashinfer_rs::{
     candle::{BatchTables, PagedKvCache, RotaryEmbedding, rms_norm, rope, silu_and_mul},
-    kv::{Batch, KvLayout, KvShape, PageAllocator, Sequence},
+    kv::{Batch, HeadsShape, KvLayout, PageAllocator, Sequence},
     rope::{RopeFrequencies, RopeScaling},
 };
 
@@ -239,7 +239,7 @@ fn embeddings_by_the_positions_of_a_step() {
         let pool = PageAllocator::new(16, 4).unwrap();
         let ours = if dtype == DType::F32 { flashinfer_rs::DType::F32 } else { flashinfer_rs::DType::F16 };
         let shape =
-            KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 64, dtype: ours, layout: KvLayout::Nhd };
+            HeadsShape { num_layers: 1, num_kv_heads: 2, head_dim: 64, dtype: ours, layout: KvLayout::Nhd };
         let mut cache = PagedKvCache::new(&device, &pool, shape).unwrap();
         let (mut tables, mut batch) = (BatchTables::new(&device), Batch::new(&pool));
         (0..2).for_each(|_| batch.push(Sequence::new(&pool)).unwrap());

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads, RunOptions},
     candle::{BatchDecode, BatchPrefill, BatchTables, PagedKvCache},
-    kv::{Batch, KvLayout, KvShape, PageAllocator, PrefixCache, Sequence},
+    kv::{Batch, HeadsShape, KvLayout, PageAllocator, PrefixCache, Sequence},
 };
 
 fn ours(dtype: DType) -> flashinfer_rs::DType {
@@ -39,8 +39,8 @@ impl Case {
         Self { dtype, head_dim, page_size, heads, layout: KvLayout::Nhd, window_left: None, soft_cap: None }
     }
 
-    fn shape(&self) -> KvShape {
-        KvShape {
+    fn shape(&self) -> HeadsShape {
+        HeadsShape {
             num_layers: LAYERS,
             num_kv_heads: self.heads.num_kv_heads,
             head_dim: self.head_dim,
@@ -492,9 +492,9 @@ fn what_no_device_has_is_refused() {
         let case = Case::new(dtypes(&device)[0], 64, 16, [4, 2]);
         let pool = PageAllocator::new(4, 16).unwrap();
         let shape = case.shape();
-        let no_layers = KvShape { num_layers: 0, ..shape };
+        let no_layers = HeadsShape { num_layers: 0, ..shape };
         refused(PagedKvCache::new(&device, &pool, no_layers), &["num_layers"]);
-        let integers = KvShape { dtype: flashinfer_rs::DType::I64, ..shape };
+        let integers = HeadsShape { dtype: flashinfer_rs::DType::I64, ..shape };
         refused(PagedKvCache::new(&device, &pool, integers), &["dtype"]);
         let heads = Heads::new(3, 2);
         refused(BatchDecode::new(&device, &case.spec(), heads), &["heads"]);
@@ -502,7 +502,7 @@ fn what_no_device_has_is_refused() {
         let uneven = case.spec().with_head_dim_vo(32);
         refused(BatchPrefill::new(&device, &uneven, case.heads), &["spec", "one width"]);
         if !device.is_cpu() {
-            let wide = KvShape { dtype: flashinfer_rs::DType::F32, ..shape };
+            let wide = HeadsShape { dtype: flashinfer_rs::DType::F32, ..shape };
             refused(PagedKvCache::new(&device, &pool, wide), &["f32", "f16 and bf16"]);
             let spec = AttentionSpec::new(flashinfer_rs::DType::F32, 64);
             refused(BatchDecode::new(&device, &spec, case.heads), &["f32", "f16 and bf16"]);

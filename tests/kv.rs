@@ -11,7 +11,10 @@ use std::collections::{BTreeMap, HashMap};
 
 use flashinfer_rs::{
     AppendIndices, DType, FlashInferError, PageIndices, RaggedIndices, Result, TensorRef,
-    kv::{Batch, BatchTables, KvLayout, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence},
+    kv::{
+        Batch, BatchTables, HeadsShape, KvLayout, KvShape, LatentShape, PageAllocator, PagedKvCache,
+        PrefixCache, Sequence,
+    },
     reference,
 };
 use proptest::prelude::*;
@@ -175,21 +178,32 @@ impl World {
     /// Writes keys and values of the last tokens of requests, in all layers.
     fn write(&mut self, model: usize, table: &PageIndices, append: &AppendIndices, tokens: &[&[u32]]) {
         let shape = self.cache.shapes()[model];
-        let width = shape.num_kv_heads * shape.head_dim;
         let contexts: Vec<_> = tokens.iter().map(|tokens| contexts(tokens)).collect();
         let new = || append.batch_indices().iter().zip(append.positions());
-        for layer in 0..shape.num_layers {
+        for layer in 0..shape.num_layers() {
             let [k, v] = [false, true].map(|value| -> Vec<f32> {
+                let width = width(shape, value);
                 let rows = new().flat_map(|(&request, &position)| {
                     let context = contexts[request as usize][position as usize];
                     (0..width).map(move |at| element(context, layer, value, at))
                 });
                 rows.collect()
             });
-            let size = [append.len(), shape.num_kv_heads, shape.head_dim];
-            let [k, v] = [&k, &v].map(|rows| TensorRef::from_slice(rows, &size).unwrap());
-            let kv = &mut self.cache.layer_mut(model, layer).unwrap();
-            reference::append_paged_kv_cache(&k, &v, append, kv, table).unwrap();
+            match shape {
+                KvShape::Heads(shape) => {
+                    let size = [append.len(), shape.num_kv_heads, shape.head_dim];
+                    let [k, v] = [&k, &v].map(|rows| TensorRef::from_slice(rows, &size).unwrap());
+                    let kv = &mut self.cache.layer_mut(model, layer).unwrap();
+                    reference::append_paged_kv_cache(&k, &v, append, kv, table).unwrap();
+                }
+                KvShape::Latent(_) => {
+                    let ckv = TensorRef::from_slice(&k, &[append.len(), 512]).unwrap();
+                    let kpe = TensorRef::from_slice(&v, &[append.len(), 64]).unwrap();
+                    let rows = &mut self.cache.latent_mut(model, layer).unwrap();
+                    let parts = [&mut rows.ckv, &mut rows.kpe];
+                    reference::append_paged_mla_kv_cache(&ckv, &kpe, append, parts, table).unwrap();
+                }
+            }
         }
     }
 
@@ -389,21 +403,33 @@ impl World {
     /// Each sequence reads what its tokens alone decide.
     fn check_contents(&self, index: usize, model: &Model) {
         let (shape, page_size) = (self.cache.shapes()[index], self.pool.page_size());
-        for layer in 0..shape.num_layers {
-            let kv = self.cache.layer(index, layer).unwrap();
-            for (view, value) in [(kv.k, false), (kv.v, true)] {
-                let [page_step, rows_step, inner_step, 1] = *view.strides() else { panic!("rows") };
-                let [token_step, head_step] = match shape.layout {
-                    KvLayout::Nhd => [rows_step, inner_step],
-                    KvLayout::Hnd => [inner_step, rows_step],
+        for layer in 0..shape.num_layers() {
+            let views = match shape {
+                KvShape::Heads(_) => {
+                    let kv = self.cache.layer(index, layer).unwrap();
+                    [(kv.k, false), (kv.v, true)]
+                }
+                KvShape::Latent(_) => {
+                    let rows = self.cache.latent(index, layer).unwrap();
+                    [(rows.ckv, false), (rows.kpe, true)]
+                }
+            };
+            for (view, value) in views {
+                let (page_step, token_step, head_step, head_dim) = match (shape, view.strides()) {
+                    (KvShape::Heads(shape), &[page, rows, inner, 1]) => match shape.layout {
+                        KvLayout::Nhd => (page, rows, inner, shape.head_dim),
+                        KvLayout::Hnd => (page, inner, rows, shape.head_dim),
+                    },
+                    (KvShape::Latent(_), &[page, row, 1]) => (page, row, 0, 512),
+                    _ => panic!("rows"),
                 };
                 for (sequence, naive) in model.batch.sequences().iter().zip(&model.naive) {
                     for (position, context) in contexts(&naive.tokens).into_iter().enumerate() {
                         let page = i64::from(sequence.pages()[position / page_size]);
                         assert!(page < view.shape()[0]);
                         let start = page * page_step + (position % page_size) as i64 * token_step;
-                        for at in 0..shape.num_kv_heads * shape.head_dim {
-                            let (head, feature) = (at / shape.head_dim, at % shape.head_dim);
+                        for at in 0..width(shape, value) {
+                            let (head, feature) = (at / head_dim, at % head_dim);
                             let offset = start as usize + head * head_step as usize + feature;
                             // SAFETY: page, slot, head and feature are inside
                             // the shape of a view of host memory.
@@ -436,21 +462,33 @@ fn check_arrays(pool: &PageAllocator, model: &Model) {
     assert_eq!(found.num_positions(), checked.unwrap().num_positions());
 }
 
-const SHAPE: KvShape =
-    KvShape { num_layers: 2, num_kv_heads: 2, head_dim: 1, dtype: DType::F32, layout: KvLayout::Hnd };
+const SHAPE: HeadsShape =
+    HeadsShape { num_layers: 2, num_kv_heads: 2, head_dim: 1, dtype: DType::F32, layout: KvLayout::Hnd };
+
+/// What each part of a layer has for a token.
+fn width(shape: KvShape, value: bool) -> usize {
+    match shape {
+        KvShape::Heads(shape) => shape.num_kv_heads * shape.head_dim,
+        KvShape::Latent(_) => [512, 64][usize::from(value)],
+    }
+}
 
 /// Two models: pages of different shapes, or of layers of one size.
 fn shapes(differ: bool) -> [KvShape; 2] {
     let other = if differ {
-        KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 3, layout: KvLayout::Nhd, ..SHAPE }
+        HeadsShape { num_layers: 1, num_kv_heads: 1, head_dim: 3, layout: KvLayout::Nhd, ..SHAPE }
     } else {
-        KvShape { num_layers: 3, layout: KvLayout::Nhd, ..SHAPE }
+        HeadsShape { num_layers: 3, layout: KvLayout::Nhd, ..SHAPE }
     };
-    [SHAPE, other]
+    [SHAPE.into(), other.into()]
 }
 
 fn run_schedule(num_pages: usize, page_size: usize, differ: bool, schedule: Vec<(usize, Op)>) {
-    let mut world = World::new(num_pages, page_size, &shapes(differ));
+    run_schedule_of(num_pages, page_size, &shapes(differ), schedule);
+}
+
+fn run_schedule_of(num_pages: usize, page_size: usize, shapes: &[KvShape], schedule: Vec<(usize, Op)>) {
+    let mut world = World::new(num_pages, page_size, shapes);
     for (model, op) in schedule {
         world.run(model, op);
         world.check();
@@ -487,6 +525,20 @@ proptest! {
         num_pages in 8..40usize, page_size in 1..5usize, differ: bool, schedule in schedule(900..1000),
     ) {
         run_schedule(num_pages, page_size, differ, schedule);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// Rows of latent attention, alone and beside heads.
+    #[test]
+    fn latent_schedules(
+        num_pages in 1..16usize, page_size in 1..5usize, beside: bool, schedule in schedule(1..40),
+    ) {
+        let latent = KvShape::Latent(LatentShape { num_layers: 2, dtype: DType::F32 });
+        let other = if beside { SHAPE.into() } else { latent };
+        run_schedule_of(num_pages, page_size, &[latent, other], schedule);
     }
 }
 
@@ -583,7 +635,7 @@ fn copies_that_are_due() {
 /// A copy of a copy, both due at once, has what the first page had.
 #[test]
 fn copies_are_made_in_order() {
-    let mut world = World::new(8, 4, &[SHAPE]);
+    let mut world = World::new(8, 4, &[SHAPE.into()]);
     world.run(0, Op::Push);
     world.run(0, Op::Append(vec![2], 1));
     for (request, new_tokens) in [(1, vec![0, 1]), (2, vec![0, 0, 1])] {

@@ -8,8 +8,14 @@ use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, cac
 use cudarc::driver::result::memcpy_dtoh_sync;
 use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
-    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
-    kv::{Batch, BatchCapacity, BatchTables, KvLayout, KvShape, PageAllocator, PagedKvCache, Sequence},
+    attention::{
+        AttentionSpec, Backend, BatchDecode, BatchMla, Heads, MlaQuery, MlaSpec, PlanOptions, RunOptions,
+        Workspace,
+    },
+    kv::{
+        Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, KvShape, LatentShape, PageAllocator,
+        PagedKvCache, Sequence,
+    },
     page, reference,
 };
 use float8::F8E4M3;
@@ -51,7 +57,8 @@ struct Pair<'g> {
 }
 
 impl<'g> Pair<'g> {
-    fn new(gpu: &'g Gpu, pages: usize, page_size: usize, shapes: &[KvShape]) -> Self {
+    fn new(gpu: &'g Gpu, pages: usize, page_size: usize, shapes: &[impl Into<KvShape> + Copy]) -> Self {
+        let shapes: &Vec<_> = &shapes.iter().map(|&shape| shape.into()).collect();
         let device = Side::new(pages, page_size, shapes, Some(&gpu.stream));
         let tables =
             device.batches.iter().map(|batch| BatchTables::new(&gpu.stream, batch, CAPACITY).unwrap());
@@ -89,7 +96,7 @@ impl<'g> Pair<'g> {
         if fits {
             self.tables[model].update(device, &mut self.device.cache).unwrap();
             assert_eq!(self.device.pool.pending_copies(), 0);
-            for layer in 0..self.host.cache.shapes()[model].num_layers {
+            for layer in 0..self.host.cache.shapes()[model].num_layers() {
                 let rows = self.rows::<T>(rng, model);
                 self.write_host(model, layer, &rows);
                 self.write_device(model, layer, &rows);
@@ -98,42 +105,82 @@ impl<'g> Pair<'g> {
         fits
     }
 
-    /// Keys and values of a layer's new tokens.
+    /// Keys and values of a layer's new tokens, or the two parts of their rows.
     fn rows<T: Number>(&self, rng: &mut Rng, model: usize) -> [Tensor<T>; 2] {
-        let shape = self.host.cache.shapes()[model];
-        let size = [self.host.batches[model].queries().total(), shape.num_kv_heads, shape.head_dim];
-        [(); 2].map(|()| Tensor::random(self.gpu, rng, &size))
+        let tokens = self.host.batches[model].queries().total();
+        match self.host.cache.shapes()[model] {
+            KvShape::Heads(shape) => {
+                let size = [tokens, shape.num_kv_heads, shape.head_dim];
+                [(); 2].map(|()| Tensor::random(self.gpu, rng, &size))
+            }
+            KvShape::Latent(_) => [512, 64].map(|width| Tensor::random(self.gpu, rng, &[tokens, width])),
+        }
     }
 
     fn write_host<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Tensor<T>; 2]) {
         let Side { cache, batches, .. } = &mut self.host;
+        if let KvShape::Latent(_) = cache.shapes()[model] {
+            let (batch, rows) = (&batches[model], &mut cache.latent_mut(model, layer).unwrap());
+            let parts = [&mut rows.ckv, &mut rows.kpe];
+            reference::append_paged_mla_kv_cache(
+                &k.view(),
+                &v.view(),
+                batch.append_indices(),
+                parts,
+                batch.pages(),
+            )
+            .unwrap();
+            return;
+        }
         let (batch, kv) = (&batches[model], &mut cache.layer_mut(model, layer).unwrap());
         reference::append_paged_kv_cache(&k.view(), &v.view(), batch.append_indices(), kv, batch.pages())
             .unwrap();
     }
 
     fn write_device<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Tensor<T>; 2]) {
+        let (stream, tables, cache) = (&self.gpu.stream, &self.tables[model], &mut self.device.cache);
+        if let KvShape::Latent(_) = cache.shapes()[model] {
+            let (k, v, rows) = (k.on(self.gpu), v.on(self.gpu), &mut cache.latent_mut(model, layer).unwrap());
+            let (parts, pages) = ([&mut rows.ckv, &mut rows.kpe], &tables.pages);
+            page::append_paged_mla_kv_cache(stream, &k.view(), &v.view(), &tables.append, parts, pages)
+                .unwrap();
+            return;
+        }
         page::append_paged_kv_cache(
-            &self.gpu.stream,
+            stream,
             &k.on(self.gpu).view(),
             &v.on(self.gpu).view(),
-            &self.tables[model].append,
-            &mut self.device.cache.layer_mut(model, layer).unwrap(),
-            &self.tables[model].pages,
+            &tables.append,
+            &mut cache.layer_mut(model, layer).unwrap(),
+            &tables.pages,
         )
         .unwrap();
+    }
+
+    /// The tensors of a layer: keys and values, or the rows, in two parts.
+    fn layer(side: &Side, model: usize, layer: usize) -> [flashinfer_rs::TensorRef<'_>; 2] {
+        match side.cache.shapes()[model] {
+            KvShape::Heads(_) => {
+                let kv = side.cache.layer(model, layer).unwrap();
+                [kv.k, kv.v]
+            }
+            KvShape::Latent(_) => {
+                let rows = side.cache.latent(model, layer).unwrap();
+                [rows.ckv, rows.kpe]
+            }
+        }
     }
 
     /// All of the memory that a model's layers span.
     #[track_caller]
     fn assert_same<T: Number>(&self, model: usize) {
-        for layer in 0..self.host.cache.shapes()[model].num_layers {
-            let host = self.host.cache.layer(model, layer).unwrap();
-            let device = self.device.cache.layer(model, layer).unwrap();
-            for (host, device) in [(host.k, device.k), (host.v, device.v)] {
+        for layer in 0..self.host.cache.shapes()[model].num_layers() {
+            let (host, device) =
+                (Self::layer(&self.host, model, layer), Self::layer(&self.device, model, layer));
+            for (host, device) in host.into_iter().zip(device) {
                 assert_eq!((host.shape(), host.strides()), (device.shape(), device.strides()));
-                let page: i64 = host.shape()[1..].iter().product();
-                let len = ((host.shape()[0] - 1) * host.strides()[0] + page) as usize;
+                let reach = host.shape().iter().zip(host.strides()).map(|(size, stride)| (size - 1) * stride);
+                let len = reach.sum::<i64>() as usize + 1;
                 self.gpu.synchronize();
                 let mut got = vec![T::POISON; len];
                 // SAFETY: all the view's pages lie in the cache's memory, the
@@ -180,7 +227,7 @@ fn one_model<T: Number>() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     for (layout, page_size) in LAYOUTS.into_iter().flat_map(|layout| [(layout, 4), (layout, 16)]) {
-        let shape = KvShape { num_layers: 3, num_kv_heads: 2, head_dim: 64, dtype: T::DTYPE, layout };
+        let shape = HeadsShape { num_layers: 3, num_kv_heads: 2, head_dim: 64, dtype: T::DTYPE, layout };
         let mut pair = Pair::new(&gpu, 40, page_size, &[shape]);
         // A fork and its parent, both of which go on in a page that is half full.
         pair.push(0);
@@ -212,15 +259,93 @@ fn e4m3_pages() {
     one_model::<F8E4M3>();
 }
 
+/// Rows of latent attention: forks, copies and ends, beside a model of heads, too.
+#[test]
+fn latent_pages() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let latent = KvShape::Latent(LatentShape { num_layers: 3, dtype: DType::BF16 });
+    let heads =
+        HeadsShape { num_layers: 2, num_kv_heads: 3, head_dim: 64, dtype: DType::F16, layout: KvLayout::Hnd };
+    for shapes in [&[latent][..], &[latent, heads.into()]] {
+        let mut pair = Pair::new(&gpu, 40, 8, shapes);
+        pair.push(0);
+        assert!(pair.append::<bf16>(rng, 0, &[10]));
+        pair.fork(0, 0);
+        assert!(pair.append::<bf16>(rng, 0, &[1, 1]));
+        pair.assert_same::<bf16>(0);
+        for _ in 0..8 {
+            random_steps::<bf16>(&mut pair, rng, 0, 8);
+            if shapes.len() > 1 {
+                random_steps::<f16>(&mut pair, rng, 1, 8);
+            }
+        }
+        pair.assert_same::<bf16>(0);
+        // Attention reads the rows where they lie.
+        pair.change(0, |_, batch| {
+            while !batch.is_empty() {
+                drop(batch.remove(0).unwrap());
+            }
+        });
+        pair.push(0);
+        pair.push(0);
+        assert!(pair.append::<bf16>(rng, 0, &[20, 3]));
+        pair.fork(0, 0);
+        assert!(pair.append::<bf16>(rng, 0, &[1, 1, 1]));
+        let spec = MlaSpec::new(DType::BF16, 1.0 / 24.0);
+        let mla = BatchMla::new(&gpu.stream, &spec, 16).unwrap();
+        let mut workspace = Workspace::new(&gpu.stream).unwrap();
+        let (tables, batch) = (&pair.tables[0], &pair.host.batches[0]);
+        let queries = tables.queries.host();
+        let plan = mla.plan(&mut workspace, queries, &tables.pages, &PlanOptions::default()).unwrap();
+        let q = [512, 64].map(|width| Tensor::<bf16>::random(&gpu, rng, &[3, 16, width]));
+        let mut out = flashinfer_rs::cudarc::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
+        for layer in 0..3 {
+            let (nope, pe) = (q[0].on(&gpu), q[1].on(&gpu));
+            let query = MlaQuery::new(nope.view(), pe.view());
+            plan.run(&query, &pair.device.cache.latent(0, layer).unwrap(), &mut out.view_mut()).unwrap();
+            let mut want = vec![0f64; 3 * 16 * 512];
+            let query = MlaQuery::new(q[0].view(), q[1].view());
+            let rows = &pair.host.cache.latent(0, layer).unwrap();
+            let want_view = &mut flashinfer_rs::TensorMut::from_slice(&mut want, &[3, 16, 512]).unwrap();
+            reference::batch_mla(
+                &spec,
+                &query,
+                rows,
+                queries,
+                batch.pages(),
+                want_view,
+                None,
+                reference::Mask::None,
+            )
+            .unwrap();
+            let got = out.to_vec().unwrap();
+            let far =
+                got.iter().zip(&want).map(|(got, want)| (got.to_f64() - want).abs()).fold(0.0, f64::max);
+            assert!(far < 2e-2, "layer {layer}: {far}");
+        }
+    }
+}
+
 /// Models of other shapes and dtypes take the pages that each other gave back.
 #[test]
 fn two_models_share_a_pool() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let large =
-        KvShape { num_layers: 3, num_kv_heads: 4, head_dim: 128, dtype: DType::BF16, layout: KvLayout::Nhd };
-    let small =
-        KvShape { num_layers: 2, num_kv_heads: 3, head_dim: 64, dtype: DType::E4M3, layout: KvLayout::Hnd };
+    let large = HeadsShape {
+        num_layers: 3,
+        num_kv_heads: 4,
+        head_dim: 128,
+        dtype: DType::BF16,
+        layout: KvLayout::Nhd,
+    };
+    let small = HeadsShape {
+        num_layers: 2,
+        num_kv_heads: 3,
+        head_dim: 64,
+        dtype: DType::E4M3,
+        layout: KvLayout::Hnd,
+    };
     let mut pair = Pair::new(&gpu, 24, 8, &[large, small]);
     for _ in 0..12 {
         random_steps::<bf16>(&mut pair, rng, 0, 8);
@@ -238,7 +363,7 @@ fn parts_of_a_page_that_are_far_apart() {
     let rng = &mut Rng::new();
     let (heads, head_dim, page_size) = (8, 128, 64);
     let shape =
-        KvShape { num_layers: 1, num_kv_heads: heads, head_dim, dtype: DType::F16, layout: KvLayout::Nhd };
+        HeadsShape { num_layers: 1, num_kv_heads: heads, head_dim, dtype: DType::F16, layout: KvLayout::Nhd };
     let row = heads * head_dim;
     let pool = PageAllocator::new((1usize << 31) / (2 * page_size * row) + 1, page_size).unwrap();
     let mut cache = PagedKvCache::new(&gpu.stream, &pool, &[shape]).unwrap();
@@ -281,8 +406,8 @@ fn attention_over_layers() {
     let heads = Heads::new(8, 4);
     let backends = [Backend::CudaCores, Backend::Fa2, Backend::Fa3, Backend::Auto];
     for (layout, differ) in LAYOUTS.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
-        let shape = KvShape { num_layers: 2, num_kv_heads: 4, head_dim: 128, dtype: DType::F16, layout };
-        let other = KvShape { num_kv_heads: if differ { 1 } else { 4 }, ..shape };
+        let shape = HeadsShape { num_layers: 2, num_kv_heads: 4, head_dim: 128, dtype: DType::F16, layout };
+        let other = HeadsShape { num_kv_heads: if differ { 1 } else { 4 }, ..shape };
         let mut pair = Pair::new(&gpu, 40, 16, &[shape, other]);
         for _ in 0..3 {
             pair.push(0);
@@ -334,7 +459,7 @@ fn graph_replay() {
     let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
     let shape =
-        KvShape { num_layers: 2, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
+        HeadsShape { num_layers: 2, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
     let mut pair = Pair::new(&gpu, 30, 4, &[shape]);
     pair.push(0);
     assert!(pair.append::<f16>(rng, 0, &[6]));
@@ -399,11 +524,11 @@ fn graph_replay() {
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
     let shape =
-        KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
+        HeadsShape { num_layers: 1, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
     let mut pair = Pair::new(&gpu, 8, 4, &[shape]);
     // 2 TiB. Nothing is left of the failure, in the pool or on the device.
     let pool = PageAllocator::new(1 << 20, 1 << 10).unwrap();
-    let huge = KvShape { num_layers: 4, ..shape };
+    let huge = HeadsShape { num_layers: 4, ..shape };
     match PagedKvCache::new(&gpu.stream, &pool, &[huge]) {
         Err(FlashInferError::Cuda { code: 2, .. }) => {}
         other => panic!("{other:?}"),

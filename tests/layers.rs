@@ -10,13 +10,14 @@ use std::{
 /// From the lowest to the highest. A name is a file or a folder of `src`.
 const LAYERS: &[&[&str]] = &[
     &["artifacts"],
-    &["error", "dtype", "device", "stream", "tensor"],
+    &["error", "dtype", "device", "stream", "tensor", "capture"],
     &["loader", "library_file", "cuda", "ffi"],
     &["cuda_library", "cublas", "module"],
     &["runtime"],
     &["indices"],
     &["kv"],
     &["ops", "reference"],
+    &["graph"],
     &["cudarc", "candle"],
 ];
 

@@ -11,8 +11,9 @@ use common::{Gpu, Number, Rng, Shown, Tensor, assert_same_bits, cache::random_ta
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferError, ModuleName, PageIndices, PageTable, RaggedIndices,
     TensorMut,
-    attention::{Backend, BatchMla, MlaCache, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
+    attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
     cudarc::{TensorExt, TensorExtMut},
+    kv::MlaCache,
     page, reference,
 };
 use half::{bf16, f16};

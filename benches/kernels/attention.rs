@@ -5,11 +5,11 @@ use std::{cell::RefCell, time::Instant};
 use flashinfer_rs::{
     DType, PageTable, RaggedIndices, RaggedTable, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaCache, MlaQuery, MlaSpec,
-        PlanOptions, Workspace,
+        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaQuery, MlaSpec, PlanOptions,
+        Workspace,
     },
     ffi::{Object, Value},
-    kv::{KvLayout, PagedKv},
+    kv::{KvLayout, MlaCache, PagedKv},
 };
 use half::{bf16, f16};
 use serde_json::json;

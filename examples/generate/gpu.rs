@@ -26,8 +26,8 @@ use cudarc::driver::{
     CudaContext, CudaGraph, CudaSlice, CudaStream, DeviceRepr, PinnedHostSlice, ValidAsZeroBits,
 };
 use flashinfer_rs::{
-    AppendIndices, DType, FlashInferError, FlashInferRuntime, ModuleName, PageIndices,
-    Result as FlashInferResult, RuntimeConfig, Stream, TensorMut, TensorRef,
+    DType, FlashInferError, FlashInferRuntime, ModuleName, Result as FlashInferResult, RuntimeConfig, Stream,
+    TensorMut, TensorRef,
     activation::{ActivationOptions, silu_and_mul},
     attention::{AttentionSpec, BatchDecode, BatchPrefill, Heads, PlanOptions, ReplayKey, Workspace},
     cudarc::{TensorExt, TensorExtMut},
@@ -370,33 +370,17 @@ fn widths(config: &Config) -> [usize; 2] {
 }
 
 /// Uploads the index arrays of a step, and returns whether it can be a graph's of
-/// `bucket` requests. It can if each request has one new token. Those that the
-/// graph has beyond them write to a page that is free, and is free again after
-/// the step; without such a page it cannot.
+/// `bucket` requests. It can if each request has one new token, and if there is a
+/// page for the requests that the graph has beyond them.
 fn upload(tables: &mut BatchTables, cache: &mut PagedKvCache, batch: &Batch, bucket: usize) -> Result<bool> {
-    let queries = batch.queries().indptr();
-    let one_each = queries.windows(2).all(|pair| pair[1] - pair[0] == 1);
-    let mut idle = Sequence::new(cache.allocator());
-    let replays = one_each
-        && match idle.append(usize::from(batch.len() < bucket)) {
-            Ok(()) => true,
-            Err(FlashInferError::OutOfPages { .. }) => false,
-            Err(error) => return Err(error.into()),
-        };
-    if idle.is_empty() {
-        tables.update(batch, cache)?;
-        return Ok(replays);
+    if batch.queries().indptr().windows(2).all(|pair| pair[1] - pair[0] == 1) {
+        match tables.update_padded(batch, cache, bucket) {
+            Err(FlashInferError::OutOfPages { .. }) => {}
+            updated => return Ok(updated.map(|()| true)?),
+        }
     }
-    let requests = batch.sequences().iter().chain(iter::repeat_n(&idle, bucket - batch.len()));
-    let pages = requests.map(|sequence| (sequence.pages(), sequence.len()));
-    let (num_pages, page_size) = (cache.allocator().num_pages(), cache.allocator().page_size());
-    let pages = PageIndices::from_requests(num_pages, page_size, pages)?;
-    let ends: Vec<_> = (0..=bucket as i32).collect();
-    let append = AppendIndices::last_tokens(&pages, &ends)?;
-    cache.copy_pages()?;
-    tables.pages.update(pages)?;
-    tables.append.update(append)?;
-    Ok(true)
+    tables.update(batch, cache)?;
+    Ok(false)
 }
 
 /// The GPU's weights and cache. Dropped in this order.
@@ -681,7 +665,7 @@ impl Gpu {
         let mut options = PlanOptions::default();
         options.graph = self.graphs.then_some(bucket);
         let plan = self.decode.plan(workspace, &tables.pages, &options)?;
-        let key = plan.replay_key();
+        let key = plan.replay_key().ok();
         if let Some((_, graph)) = graph.as_ref().filter(|(made_for, _)| Some(made_for) == key.as_ref()) {
             graph.launch()?;
             *planned = Some(index);
@@ -707,6 +691,7 @@ impl Engine for Gpu {
         self.greedy.clear();
         let start = Instant::now();
         self.compute(step)?;
+        self.tables.release_padding();
         self.enqueued = start.elapsed();
         if !step.outputs.is_empty() {
             self.cuda.memcpy_dtoh(&self.buffers.tokens, &mut self.copied)?;

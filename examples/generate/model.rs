@@ -20,7 +20,7 @@ use candle_core::{
 };
 use flashinfer_rs::{
     attention::Heads,
-    kv::{KvLayout, KvShape},
+    kv::{HeadsShape, KvLayout},
     rope::{RopeFrequencies, RopeScaling, YarnScaling},
 };
 
@@ -285,8 +285,8 @@ impl Config {
     }
 
     /// What the model keeps for each token.
-    pub fn kv_shape(&self, dtype: flashinfer_rs::DType, layout: KvLayout) -> KvShape {
-        KvShape {
+    pub fn kv_shape(&self, dtype: flashinfer_rs::DType, layout: KvLayout) -> HeadsShape {
+        HeadsShape {
             num_layers: self.num_layers,
             num_kv_heads: self.heads.num_kv_heads,
             head_dim: self.head_dim,

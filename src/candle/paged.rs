@@ -12,7 +12,8 @@ use super::{
 use crate::page;
 use crate::{
     kv::{
-        self, Batch, BatchCapacity, KvLayout, KvShape, PageAllocator, PagedKvMut, StorageClaim, check_copies,
+        self, Batch, BatchCapacity, HeadsShape, KvLayout, PageAllocator, PagedKvMut, StorageClaim,
+        check_copies,
     },
     reference,
     stream::Stream,
@@ -41,13 +42,13 @@ const TABLES: &str = "BatchTables";
 ///     DType,
 ///     attention::{AttentionSpec, Heads, RunOptions},
 ///     candle::{BatchDecode, BatchPrefill, BatchTables, PagedKvCache},
-///     kv::{Batch, KvShape, PageAllocator, Sequence, KvLayout},
+///     kv::{Batch, HeadsShape, PageAllocator, Sequence, KvLayout},
 /// };
 ///
 /// // With `Device::new_cuda(0)` and f16 or bf16 this runs on the GPU.
 /// let (device, dtype) = (Device::Cpu, DType::F32);
 /// let heads = Heads::new(4, 2);
-/// let shape = KvShape { num_layers: 2, num_kv_heads: 2, head_dim: 64, dtype, layout: KvLayout::Nhd };
+/// let shape = HeadsShape { num_layers: 2, num_kv_heads: 2, head_dim: 64, dtype, layout: KvLayout::Nhd };
 /// let pool = PageAllocator::new(8, 16)?;
 /// let mut cache = PagedKvCache::new(&device, &pool, shape)?;
 /// let mut tables = BatchTables::new(&device);
@@ -84,7 +85,7 @@ const TABLES: &str = "BatchTables";
 /// ```
 pub struct PagedKvCache {
     claim: StorageClaim,
-    shape: KvShape,
+    shape: HeadsShape,
     dtype: DType,
     layers: Vec<Tensor>,
 }
@@ -97,7 +98,7 @@ impl PagedKvCache {
     /// # Errors
     /// The shape is impossible, the device has no such elements, the pool has a
     /// cache already, or memory is short.
-    pub fn new(device: &Device, allocator: &PageAllocator, shape: KvShape) -> Result<Self> {
+    pub fn new(device: &Device, allocator: &PageAllocator, shape: HeadsShape) -> Result<Self> {
         shape.check(allocator).map_err(tensor::error)?;
         let Some(dtype) = tensor::of_ours(shape.dtype) else {
             return invalid(CACHE, "dtype", format!("{}; candle has no such elements", shape.dtype));
@@ -116,13 +117,13 @@ impl PagedKvCache {
     }
 
     /// What the model keeps for each token.
-    pub fn shape(&self) -> &KvShape {
+    pub fn shape(&self) -> &HeadsShape {
         &self.shape
     }
 
     /// The device of all layers.
     pub fn device(&self) -> &Device {
-        // There is a layer: `KvShape` refuses none.
+        // There is a layer: `HeadsShape` refuses none.
         self.layers[0].device()
     }
 

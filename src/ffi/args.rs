@@ -12,6 +12,7 @@ use super::{
     object::{BOTH_ONE, Object, Value},
 };
 use crate::{
+    capture,
     device::Device,
     dtype::DType,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -70,6 +71,7 @@ pub struct DlTensor<'a> {
 
 impl<'a> DlTensor<'a> {
     pub(crate) fn new(tensor: &'a RawTensor) -> Self {
+        capture::uses(tensor);
         let raw = RawDlTensor {
             data: tensor.data,
             device: tensor.device.to_dlpack(),

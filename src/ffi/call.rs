@@ -17,6 +17,7 @@ use super::{
     object::{Object, Value},
 };
 use crate::{
+    capture,
     error::{FlashInferError, Result},
     stream::Stream,
 };
@@ -136,7 +137,7 @@ impl Function {
     pub unsafe fn call_on(&self, stream: &Stream, args: &[Arg<'_>]) -> Result<Value> {
         let _context = StreamContext::enter(self.library, stream)?;
         // SAFETY: promised by the caller.
-        unsafe { self.call(args) }
+        capture::enqueue(stream, || unsafe { self.call(args) })
     }
 
     /// The error that the last call left behind in this thread.

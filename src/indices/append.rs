@@ -5,6 +5,7 @@ use super::{
     table::{Array, Arrays, MAX_ARRAYS, OnDevice},
 };
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -154,6 +155,9 @@ fn one_more_than_largest(numbers: &[i32]) -> usize {
 }
 
 impl Arrays for AppendIndices {
+    fn facts(&self) -> Facts {
+        Facts { below: self.num_positions, stamp: self.table_stamp, ..Facts::of([self.positions.len()]) }
+    }
     const OP: &'static str = "AppendTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.batch_indices), Array::I32(&self.positions), Array::EMPTY]

@@ -2,6 +2,7 @@
 
 use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -55,6 +56,9 @@ impl BoundedIndices {
 }
 
 impl Arrays for BoundedIndices {
+    fn facts(&self) -> Facts {
+        Facts::of([self.narrow.len(), self.bound])
+    }
     const OP: &'static str = "BoundedTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.narrow), Array::I64(&self.wide), Array::EMPTY]

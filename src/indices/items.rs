@@ -2,6 +2,7 @@
 
 use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     tensor::RawTensor,
 };
@@ -138,6 +139,9 @@ impl ItemIndices {
 }
 
 impl Arrays for ItemIndices {
+    fn facts(&self) -> Facts {
+        Facts::of([self.batch_size(), self.row_len])
+    }
     const OP: &'static str = "ItemTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::U32(&self.prefix_len), Array::U16(&self.max_item_len), Array::U16(&self.token_pos_in_items)]
@@ -159,7 +163,7 @@ impl ItemTable {
         let start = if skips { 0 } else { batch };
         let data = both.data.cast::<u16>().wrapping_add(start).cast();
         let mut one = RawTensor::new(data, both.device, both.dtype, &[batch], None)?;
-        one.stream = both.stream;
+        (one.stream, one.owner) = (both.stream, both.owner);
         Ok(one)
     }
 

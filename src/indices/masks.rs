@@ -5,6 +5,7 @@ use super::{
     table::{Array, Arrays, MAX_ARRAYS, OnDevice},
 };
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -135,6 +136,9 @@ pub(crate) fn check_shapes(
 }
 
 impl Arrays for MaskIndices {
+    fn facts(&self) -> Facts {
+        Facts::of([self.batch_size(), self.num_bytes()])
+    }
     const OP: &'static str = "MaskTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.mask_indptr), Array::EMPTY, Array::EMPTY]

@@ -4,7 +4,7 @@ use super::{
     MaskIndices, RaggedIndices,
     table::{Array, Arrays, MAX_ARRAYS, OnDevice},
 };
-use crate::{error::Result, stream::Stream, tensor::RawTensor};
+use crate::{capture::Facts, error::Result, stream::Stream, tensor::RawTensor};
 
 /// Which bit of a byte comes first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -98,6 +98,9 @@ impl PackedIndices {
 }
 
 impl Arrays for PackedIndices {
+    fn facts(&self) -> Facts {
+        Facts::of([self.batch_size(), self.num_elements(), self.num_bytes()])
+    }
     const OP: &'static str = "PackedTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(self.input_indptr()), Array::I32(self.output_indptr()), Array::EMPTY]

@@ -7,6 +7,7 @@ use super::{
     table::{Array, Arrays, MAX_ARRAYS, OnDevice},
 };
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -140,7 +141,10 @@ impl PageIndices {
     }
 
     /// Adds requests without pages until there are `batch` of them, as a
-    /// decode step captured for that batch size needs.
+    /// decode step captured for that batch size needs, if it appends nothing:
+    /// a new token has to be written to some page. For steps of a
+    /// [`kv::Batch`](crate::kv::Batch) there is
+    /// [`BatchTables::update_padded`](crate::kv::BatchTables::update_padded).
     ///
     /// # Errors
     /// There are more requests already.
@@ -272,6 +276,9 @@ impl PageIndices {
 }
 
 impl Arrays for PageIndices {
+    fn facts(&self) -> Facts {
+        Facts { stamp: self.stamp, ..Facts::of([self.batch_size(), self.num_pages, self.page_size]) }
+    }
     const OP: &'static str = "PageTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.indptr), Array::I32(&self.last_page_len), Array::I32(&self.indices)]

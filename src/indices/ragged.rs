@@ -5,6 +5,7 @@ use super::{
     table::{Array, Arrays, MAX_ARRAYS, OnDevice},
 };
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -97,6 +98,9 @@ impl RaggedIndices {
 }
 
 impl Arrays for RaggedIndices {
+    fn facts(&self) -> Facts {
+        Facts::of([self.batch_size(), self.total()])
+    }
     const OP: &'static str = "RaggedTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.indptr), Array::EMPTY, Array::EMPTY]
@@ -121,7 +125,7 @@ impl RaggedTable {
     pub(crate) fn first(&self, batch: usize) -> Result<RawTensor> {
         let indptr = self.indptr()?;
         let mut first = RawTensor::new(indptr.data, indptr.device, indptr.dtype, &[batch + 1], None)?;
-        first.stream = indptr.stream;
+        (first.stream, first.owner) = (indptr.stream, indptr.owner);
         Ok(first)
     }
 

@@ -2,6 +2,7 @@
 
 use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -144,6 +145,10 @@ fn in_32_bits(argument: &'static str, numbers: impl IntoIterator<Item = usize>) 
 }
 
 impl Arrays for RowIndices {
+    fn facts(&self) -> Facts {
+        let given = usize::from(self.row_starts.is_some()) + 2 * usize::from(self.row_to_batch.is_some());
+        Facts::of([self.len(), self.end, self.batch_size, given])
+    }
     const OP: &'static str = "RowTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         let given = |array| Array::I32(<Option<&[i32]>>::unwrap_or_default(array));

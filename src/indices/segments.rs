@@ -2,6 +2,7 @@
 
 use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
 };
@@ -101,6 +102,9 @@ impl SegmentIndices {
 }
 
 impl Arrays for SegmentIndices {
+    fn facts(&self) -> Facts {
+        Facts::of([self.batch_size(), self.num_rows(), self.num_weights()])
+    }
     const OP: &'static str = "SegmentTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.starts), Array::I32(&self.lens), Array::I32(&self.weights)]

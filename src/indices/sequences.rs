@@ -2,6 +2,7 @@
 
 use super::table::{Array, Arrays, MAX_ARRAYS, OnDevice};
 use crate::{
+    capture::Facts,
     error::{FlashInferError, Result},
     stream::Stream,
     tensor::RawTensor,
@@ -97,6 +98,9 @@ impl SequenceIndices {
 }
 
 impl Arrays for SequenceIndices {
+    fn facts(&self) -> Facts {
+        Facts::of([self.batch_size(), self.num_tokens()])
+    }
     const OP: &'static str = "SequenceTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I64(self.cu_seqlens()), Array::EMPTY, Array::EMPTY]

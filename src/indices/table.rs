@@ -1,8 +1,12 @@
 //! Checked index arrays together with their copy on a device.
 
-use std::ffi::c_void;
+use std::{
+    ffi::c_void,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use crate::{
+    capture::{self, Current},
     cuda::{DeviceBuffer, StagingBuffer, upload},
     error::{FlashInferError, Result},
     runtime::FlashInferRuntime,
@@ -73,6 +77,8 @@ mod sealed {
     }
 
     pub trait Arrays {
+        /// What operations rely on, and a captured step looks at before each launch.
+        fn facts(&self) -> crate::capture::Facts;
         const OP: &'static str;
         /// The arrays, small ones first; unused places are empty. Each place
         /// has one type.
@@ -99,6 +105,8 @@ pub struct OnDevice<T> {
 struct Storage {
     buffer: DeviceBuffer,
     staging: StagingBuffer,
+    /// Of what the device has, or will have.
+    facts: Current,
 }
 
 // SAFETY: the addresses are only passed to kernels; whoever gave borrowed ones
@@ -155,7 +163,8 @@ impl<T: IndexArrays> OnDevice<T> {
         let [starts @ .., bytes] = offsets(&host.arrays(), capacity);
         let buffer = DeviceBuffer::new(cuda, stream, bytes)?;
         let starts = starts.map(|start| buffer.as_ptr().cast::<u8>().wrapping_add(start).cast());
-        let storage = Some(Storage { buffer, staging: StagingBuffer::new(cuda, stream, bytes)? });
+        let facts = Arc::new(Mutex::new(host.facts()));
+        let storage = Some(Storage { buffer, staging: StagingBuffer::new(cuda, stream, bytes)?, facts });
         let mut table = Self { host, stream: stream.clone(), capacity, starts, storage };
         table.upload(&mut false)?;
         Ok(table)
@@ -194,7 +203,7 @@ impl<T: IndexArrays> OnDevice<T> {
 
     /// Enqueues the copy of the host arrays, and says so as soon as it is.
     fn upload(&mut self, enqueued: &mut bool) -> Result<()> {
-        let Some(Storage { buffer, staging }) = &mut self.storage else {
+        let Some(Storage { buffer, staging, facts }) = &mut self.storage else {
             return Err(FlashInferError::invalid(
                 T::OP,
                 "update",
@@ -223,6 +232,7 @@ impl<T: IndexArrays> OnDevice<T> {
             // again before the event that `stage` records has passed.
             unsafe { upload(&bytes[..used], buffer, 0)? };
             *enqueued = true;
+            *facts.lock().unwrap_or_else(PoisonError::into_inner) = self.host.facts();
             Ok(())
         })
     }
@@ -248,11 +258,33 @@ impl<T: IndexArrays> OnDevice<T> {
         let (array, data) = (self.host.arrays()[index], self.starts[index]);
         let mut raw = RawTensor::new(data, self.stream.device(), array.dtype(), &[array.len()], None)?;
         raw.stream = Some(self.stream.id());
+        raw.owner = self.storage.as_ref().map(|storage| storage.buffer.owner());
+        self.is_read();
         Ok(raw)
+    }
+
+    /// A step that is being captured looks at the arrays before each launch.
+    fn is_read(&self) {
+        match &self.storage {
+            _ if !capture::is_active() => {}
+            Some(storage) => {
+                capture::keep(storage.buffer.share());
+                capture::reads(T::OP, &storage.facts);
+            }
+            None => capture::uses_foreign(),
+        }
+    }
+
+    /// Captured work reads positions that have to stay below a number.
+    pub(crate) fn limit(&self, below: usize) {
+        if let Some(storage) = &self.storage {
+            capture::limit(T::OP, &storage.facts, below);
+        }
     }
 
     /// Where the arrays are on the device; they stay there.
     pub(crate) fn addresses(&self) -> [usize; MAX_ARRAYS] {
+        self.is_read();
         self.starts.map(|start| start as usize)
     }
 

@@ -1,5 +1,7 @@
 //! The sequences of a batch, and index arrays that follow them step by step.
 
+use std::iter::repeat_n;
+
 use super::{PageAllocator, PagedKvCache, Sequence};
 use crate::{
     error::{FlashInferError, Result},
@@ -21,9 +23,8 @@ const OP: &str = "Batch";
 /// A request's number is its place in the batch. Removing one moves those
 /// behind it forward.
 ///
-/// A step that is captured into a CUDA graph has a fixed number of requests.
-/// Fill the batch up with sequences that nobody reads, and
-/// [`truncate`](Self::truncate) these after each step.
+/// A step that is captured into a CUDA graph has a fixed number of requests:
+/// [`BatchTables::update_padded`] fills a smaller batch up.
 #[derive(Debug)]
 pub struct Batch {
     allocator: PageAllocator,
@@ -206,6 +207,8 @@ pub struct BatchTables {
     pub queries: RaggedTable,
     /// [`Batch::append_indices`].
     pub append: AppendTable,
+    /// What requests beyond the batch's are of.
+    padding: Option<Sequence>,
 }
 
 impl BatchTables {
@@ -220,6 +223,7 @@ impl BatchTables {
             pages: PageTable::with_capacity(stream, batch.pages().clone(), requests, pages)?,
             queries: RaggedTable::with_capacity(stream, batch.queries().clone(), requests)?,
             append: AppendTable::with_capacity(stream, batch.append_indices().clone(), tokens)?,
+            padding: None,
         })
     }
 
@@ -234,6 +238,67 @@ impl BatchTables {
     /// [`Cuda`](FlashInferError::Cuda). Arrays that belong to different states
     /// of the batch are not used together: operations refuse them.
     pub fn update(&mut self, batch: &Batch, cache: &mut PagedKvCache) -> Result<()> {
+        self.prepare(batch, cache)?;
+        self.upload(batch)?;
+        self.release_padding();
+        Ok(())
+    }
+
+    /// As [`update`](Self::update), with further requests until there are
+    /// `requests` of them, for a step that was captured for so many. Each of
+    /// them has one token, which is new. What attention gives for them means
+    /// nothing; leave their rows out.
+    ///
+    /// Their tokens have to be written somewhere: to a page that they share, and
+    /// that these tables take from the pool. They keep it until the next
+    /// `update`, or until [`release_padding`](Self::release_padding).
+    ///
+    /// # Errors
+    /// As [`update`](Self::update); also when the batch has more requests, and
+    /// [`OutOfPages`](FlashInferError::OutOfPages) when no page is free. Then
+    /// nothing was uploaded.
+    pub fn update_padded(&mut self, batch: &Batch, cache: &mut PagedKvCache, requests: usize) -> Result<()> {
+        let Some(further) = requests.checked_sub(batch.len()) else {
+            let problem = format!("{requests}; the batch has {} already", batch.len());
+            return Err(FlashInferError::invalid("BatchTables", "requests", problem));
+        };
+        if further == 0 {
+            return self.update(batch, cache);
+        }
+        check_table_size(
+            "BatchTables",
+            requests.saturating_add(1),
+            batch.pages().indices().len().saturating_add(further),
+            batch.allocator.page_size(),
+        )?;
+        // Of another pool it may be, if the tables served one.
+        let padding = match self.padding.take().filter(|padding| *padding.allocator() == batch.allocator) {
+            Some(padding) => padding,
+            None => {
+                let mut padding = Sequence::new(&batch.allocator);
+                padding.append(1)?;
+                padding
+            }
+        };
+        let padding = self.padding.insert(padding);
+        let mut pages = batch.pages().clone();
+        repeat_n(padding.request_pages(), further).for_each(|request| pages.push(request));
+        let tokens = batch.queries().indptr().windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+        let queries = RaggedIndices::from_lens(tokens.chain(repeat_n(1, further)))?;
+        let append = AppendIndices::last_tokens(&pages, queries.indptr())?;
+        self.prepare(batch, cache)?;
+        self.upload_arrays(pages, &queries, append)
+    }
+
+    /// Gives the page of further requests back to the pool. To be called once
+    /// the step is enqueued, which still writes to it: what comes later in the
+    /// order of the stream can use it.
+    pub fn release_padding(&mut self) {
+        self.padding = None;
+    }
+
+    /// Looks at what an update is given, and makes the copies that are due.
+    fn prepare(&self, batch: &Batch, cache: &mut PagedKvCache) -> Result<()> {
         let invalid = |argument, problem| Err(FlashInferError::invalid("BatchTables", argument, problem));
         if *cache.allocator() != batch.allocator {
             return invalid("cache", "it is the memory of another pool than the batch's");
@@ -241,17 +306,25 @@ impl BatchTables {
         if cache.stream() != Some(self.pages.stream()) {
             return invalid("cache", "it is not on the stream of the tables");
         }
-        cache.copy_pages()?;
-        self.upload(batch)
+        cache.copy_pages()
     }
 
     /// Replaces the arrays by those of a batch.
     pub(crate) fn upload(&mut self, batch: &Batch) -> Result<()> {
-        self.pages.update(batch.pages().clone())?;
+        self.upload_arrays(batch.pages().clone(), batch.queries(), batch.append_indices().clone())
+    }
+
+    fn upload_arrays(
+        &mut self,
+        pages: PageIndices,
+        queries: &RaggedIndices,
+        append: AppendIndices,
+    ) -> Result<()> {
+        self.pages.update(pages)?;
         // Steps that give each request one token have the same offsets.
-        if self.queries.host().indptr() != batch.queries().indptr() {
-            self.queries.update(batch.queries().clone())?;
+        if self.queries.host().indptr() != queries.indptr() {
+            self.queries.update(queries.clone())?;
         }
-        self.append.update(batch.append_indices().clone())
+        self.append.update(append)
     }
 }

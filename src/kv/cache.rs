@@ -8,7 +8,10 @@ use crate::{
     device::Device,
     dtype::DType,
     error::{FlashInferError, Result},
-    kv::{KvLayout, PagedKv, PagedKvMut},
+    kv::{
+        KvLayout, PagedKv, PagedKvMut,
+        layout::{LATENT_WIDTH, MlaCache, MlaCacheMut},
+    },
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -40,7 +43,16 @@ const PAGE_ALIGNMENT: usize = 256;
 
 /// What one model keeps for each token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvShape {
+pub enum KvShape {
+    /// Keys and values of heads.
+    Heads(HeadsShape),
+    /// One row for all heads, of multi-head latent attention.
+    Latent(LatentShape),
+}
+
+/// Keys and values of heads, in each layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadsShape {
     /// Layers that have keys and values.
     pub num_layers: usize,
     /// Heads of keys and values in a layer.
@@ -54,8 +66,47 @@ pub struct KvShape {
     pub layout: KvLayout,
 }
 
+/// A row of 512 compressed elements and 64 for the position, in each layer of
+/// multi-head latent attention ([`BatchMla`](crate::attention::BatchMla)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LatentShape {
+    /// Layers that have such rows.
+    pub num_layers: usize,
+    /// The element type. Attention reads `f16` and `bf16`; `f32` and `f64` are
+    /// for the CPU.
+    pub dtype: DType,
+}
+
+impl From<HeadsShape> for KvShape {
+    fn from(shape: HeadsShape) -> Self {
+        Self::Heads(shape)
+    }
+}
+
+impl From<LatentShape> for KvShape {
+    fn from(shape: LatentShape) -> Self {
+        Self::Latent(shape)
+    }
+}
+
 impl KvShape {
-    /// Bytes of a page of `page_size` tokens: keys and values of all layers.
+    /// Layers that have keys and values.
+    pub fn num_layers(&self) -> usize {
+        match self {
+            Self::Heads(shape) => shape.num_layers,
+            Self::Latent(shape) => shape.num_layers,
+        }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::Heads(shape) => shape.dtype,
+            Self::Latent(shape) => shape.dtype,
+        }
+    }
+
+    /// Bytes of a page of `page_size` tokens: what all layers keep of them.
     /// Memory divided by it is the number of pages that fit.
     ///
     /// # Errors
@@ -63,18 +114,61 @@ impl KvShape {
     /// the address space.
     ///
     /// ```
-    /// # use flashinfer_rs::{DType, kv::{KvShape, KvLayout}};
-    /// let shape = KvShape {
+    /// # use flashinfer_rs::{DType, kv::{HeadsShape, KvLayout, KvShape, LatentShape}};
+    /// let heads = HeadsShape {
     ///     num_layers: 32, num_kv_heads: 8, head_dim: 128, dtype: DType::BF16, layout: KvLayout::Nhd,
     /// };
-    /// assert_eq!(shape.page_bytes(16)?, 2 << 20);
+    /// assert_eq!(KvShape::Heads(heads).page_bytes(16)?, 2 << 20);
+    /// let latent = LatentShape { num_layers: 61, dtype: DType::BF16 };
+    /// assert_eq!(KvShape::Latent(latent).page_bytes(64)?, 61 * 64 * 576 * 2);
     /// # Ok::<(), flashinfer_rs::FlashInferError>(())
     /// ```
     pub fn page_bytes(&self, page_size: usize) -> Result<usize> {
         let part = self.part_bytes(page_size)?;
-        part.checked_mul(2).and_then(|bytes| bytes.checked_mul(self.num_layers)).ok_or_else(too_large)
+        self.parts().and_then(|parts| part.checked_mul(parts)).ok_or_else(too_large)
     }
 
+    /// Parts of a page, all of one size: keys and values of each layer, or its
+    /// rows.
+    fn parts(&self) -> Option<usize> {
+        self.num_layers().checked_mul(self.parts_of_layer())
+    }
+
+    fn parts_of_layer(&self) -> usize {
+        match self {
+            Self::Heads(_) => 2,
+            Self::Latent(_) => 1,
+        }
+    }
+
+    /// Bytes of a part of a page.
+    fn part_bytes(&self, page_size: usize) -> Result<usize> {
+        let (heads, width) = match self {
+            Self::Heads(shape) => (shape.num_kv_heads, shape.head_dim),
+            Self::Latent(_) => (1, LATENT_WIDTH),
+        };
+        let sizes = [
+            ("num_layers", self.num_layers()),
+            ("num_kv_heads", heads),
+            ("head_dim", width),
+            ("page_size", page_size),
+        ];
+        if let Some((name, _)) = sizes.into_iter().find(|&(_, size)| size == 0) {
+            return Err(FlashInferError::invalid("KvShape", name, "0; a cache has at least one"));
+        }
+        if !DTYPES.contains(&self.dtype()) {
+            let names: Vec<_> = DTYPES.iter().map(|dtype| dtype.name()).collect();
+            let problem = format!("{}; expected {}", self.dtype(), names.join(" or "));
+            return Err(FlashInferError::invalid("KvShape", "dtype", problem));
+        }
+        [heads, width, self.dtype().size()]
+            .into_iter()
+            .try_fold(page_size, usize::checked_mul)
+            .ok_or_else(too_large)
+    }
+}
+
+impl HeadsShape {
     /// The dimensions of the keys, or of the values, of one layer in a page.
     pub(crate) fn page_dims(&self, page_size: usize) -> [usize; 3] {
         match self.layout {
@@ -87,29 +181,7 @@ impl KvShape {
     /// address space.
     #[cfg(feature = "candle")]
     pub(crate) fn check(&self, pool: &PageAllocator) -> Result<()> {
-        Pieces::new(pool.num_pages(), pool.page_size(), std::slice::from_ref(self)).map(drop)
-    }
-
-    /// Bytes of the keys, or of the values, of one layer in a page.
-    fn part_bytes(&self, page_size: usize) -> Result<usize> {
-        let sizes = [
-            ("num_layers", self.num_layers),
-            ("num_kv_heads", self.num_kv_heads),
-            ("head_dim", self.head_dim),
-            ("page_size", page_size),
-        ];
-        if let Some((name, _)) = sizes.into_iter().find(|&(_, size)| size == 0) {
-            return Err(FlashInferError::invalid("KvShape", name, "0; a cache has at least one"));
-        }
-        if !DTYPES.contains(&self.dtype) {
-            let names: Vec<_> = DTYPES.iter().map(|dtype| dtype.name()).collect();
-            let problem = format!("{}; expected {}", self.dtype, names.join(" or "));
-            return Err(FlashInferError::invalid("KvShape", "dtype", problem));
-        }
-        [self.num_kv_heads, self.head_dim, self.dtype.size()]
-            .into_iter()
-            .try_fold(page_size, usize::checked_mul)
-            .ok_or_else(too_large)
+        Pieces::new(pool.num_pages(), pool.page_size(), &[(*self).into()]).map(drop)
     }
 }
 
@@ -118,7 +190,9 @@ fn too_large() -> FlashInferError {
 }
 
 /// The memory of the pages of a [`PageAllocator`]: keys and values of all
-/// layers of one model, or of several that share the pool.
+/// layers of one model, or of several that share the pool. Models of latent
+/// attention have a row for each token in their place ([`KvShape::Latent`]), which
+/// is one tensor `[pages, page_size, 576]` in each layer.
 ///
 /// Models are numbered as their shapes were given. A page that a sequence of
 /// one model gives back can serve any other, so memory goes where it is needed;
@@ -165,7 +239,7 @@ impl Pieces {
         for shape in shapes {
             let part = shape.part_bytes(page_size)?;
             page = page.max(shape.page_bytes(page_size)?);
-            count = count.max(2 * shape.num_layers);
+            count = count.max(shape.parts().ok_or_else(too_large)?);
             same &= parts == 0 || parts == part;
             parts = part;
         }
@@ -198,7 +272,11 @@ impl PagedKvCache {
     /// There is no shape or an impossible one, the pool has a cache already,
     /// the stream is being captured, or
     /// [`Cuda`](FlashInferError::Cuda), for example because memory is short.
-    pub fn new(stream: &Stream, allocator: &PageAllocator, shapes: &[KvShape]) -> Result<Self> {
+    pub fn new<S: Into<KvShape> + Copy>(
+        stream: &Stream,
+        allocator: &PageAllocator,
+        shapes: &[S],
+    ) -> Result<Self> {
         stream.check_usable_here(OP)?;
         Self::with_memory(allocator, shapes, |bytes| {
             let cuda = FlashInferRuntime::get()?.cuda();
@@ -211,7 +289,7 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// There is no shape or an impossible one, or the pool has a cache already.
-    pub fn on_host(allocator: &PageAllocator, shapes: &[KvShape]) -> Result<Self> {
+    pub fn on_host<S: Into<KvShape> + Copy>(allocator: &PageAllocator, shapes: &[S]) -> Result<Self> {
         Self::with_memory(allocator, shapes, |bytes| {
             Ok(Memory::Host(vec![0; bytes.div_ceil(size_of::<u128>())]))
         })
@@ -219,12 +297,13 @@ impl PagedKvCache {
 
     fn with_memory(
         allocator: &PageAllocator,
-        shapes: &[KvShape],
+        shapes: &[impl Into<KvShape> + Copy],
         memory: impl FnOnce(usize) -> Result<Memory>,
     ) -> Result<Self> {
-        let (pieces, bytes) = Pieces::new(allocator.num_pages(), allocator.page_size(), shapes)?;
+        let shapes: Vec<KvShape> = shapes.iter().map(|&shape| shape.into()).collect();
+        let (pieces, bytes) = Pieces::new(allocator.num_pages(), allocator.page_size(), &shapes)?;
         let claim = allocator.claim_storage()?;
-        Ok(Self { claim, shapes: shapes.to_vec(), pieces, memory: memory(bytes)? })
+        Ok(Self { claim, shapes, pieces, memory: memory(bytes)? })
     }
 
     /// The pool whose pages these are.
@@ -253,13 +332,9 @@ impl PagedKvCache {
     /// Keys and values of a model's layer, to read.
     ///
     /// # Errors
-    /// There is no such model or layer.
+    /// There is no such model or layer, or it is of latent attention.
     pub fn layer(&self, model: usize, layer: usize) -> Result<PagedKv<'_>> {
-        let start = match &self.memory {
-            Memory::Host(memory) => memory.as_ptr().cast_mut().cast(),
-            Memory::Device(buffer) => buffer.as_ptr(),
-        };
-        let (layout, [k, v]) = self.tensors(start, model, layer)?;
+        let (layout, [k, v]) = self.heads(self.start(), model, layer)?;
         Ok(PagedKv::new(TensorRef::new(k), TensorRef::new(v), layout))
     }
 
@@ -267,12 +342,31 @@ impl PagedKvCache {
     /// first.
     ///
     /// # Errors
-    /// There is no such model or layer; else as [`copy_pages`](Self::copy_pages).
+    /// As [`layer`](Self::layer) and [`copy_pages`](Self::copy_pages).
     pub fn layer_mut(&mut self, model: usize, layer: usize) -> Result<PagedKvMut<'_>> {
         self.copy_pages()?;
         let start = self.start_mut();
-        let (layout, [k, v]) = self.tensors(start, model, layer)?;
+        let (layout, [k, v]) = self.heads(start, model, layer)?;
         Ok(PagedKvMut::new(TensorMut::new(k), TensorMut::new(v), layout))
+    }
+
+    /// The rows of a layer of latent attention, to read.
+    ///
+    /// # Errors
+    /// There is no such model or layer, or it has heads.
+    pub fn latent(&self, model: usize, layer: usize) -> Result<MlaCache<'_>> {
+        MlaCache::joined(TensorRef::new(self.rows(self.start(), model, layer)?))
+    }
+
+    /// The rows of a layer of latent attention, to write. Makes the pending
+    /// copies first.
+    ///
+    /// # Errors
+    /// As [`latent`](Self::latent) and [`copy_pages`](Self::copy_pages).
+    pub fn latent_mut(&mut self, model: usize, layer: usize) -> Result<MlaCacheMut<'_>> {
+        self.copy_pages()?;
+        let start = self.start_mut();
+        MlaCacheMut::joined(TensorMut::new(self.rows(start, model, layer)?))
     }
 
     /// Makes the copies of pages that are due, for all layers; on a device, in
@@ -314,6 +408,13 @@ impl PagedKvCache {
         }
     }
 
+    fn start(&self) -> *mut c_void {
+        match &self.memory {
+            Memory::Host(memory) => memory.as_ptr().cast_mut().cast(),
+            Memory::Device(buffer) => buffer.as_ptr(),
+        }
+    }
+
     fn start_mut(&mut self) -> *mut c_void {
         match &mut self.memory {
             Memory::Host(memory) => memory.as_mut_ptr().cast(),
@@ -322,30 +423,70 @@ impl PagedKvCache {
     }
 
     /// Keys and values of a layer in memory that starts there.
-    fn tensors(&self, start: *mut c_void, model: usize, layer: usize) -> Result<(KvLayout, [RawTensor; 2])> {
+    fn heads(&self, start: *mut c_void, model: usize, layer: usize) -> Result<(KvLayout, [RawTensor; 2])> {
+        let (pages, page_size) = (self.allocator().num_pages(), self.allocator().page_size());
+        let KvShape::Heads(shape) = self.shape(model, layer)? else {
+            return Err(wrong_kind("it keeps rows of latent attention; use latent and latent_mut"));
+        };
+        let [rows, columns, width] = shape.page_dims(page_size);
+        let sizes = [pages, rows, columns, width];
+        let strides = [self.pieces.step / shape.dtype.size(), columns * width, width, 1];
+        let part = |part: usize| self.part(start, &shape.into(), part, &sizes, &strides);
+        Ok((shape.layout, [part(2 * layer)?, part(2 * layer + 1)?]))
+    }
+
+    /// The rows of a layer of latent attention in memory that starts there.
+    fn rows(&self, start: *mut c_void, model: usize, layer: usize) -> Result<RawTensor> {
+        let (pages, page_size) = (self.allocator().num_pages(), self.allocator().page_size());
+        let shape = self.shape(model, layer)?;
+        let KvShape::Latent(_) = shape else {
+            return Err(wrong_kind("it keeps heads; use layer and layer_mut"));
+        };
+        let strides = [self.pieces.step / shape.dtype().size(), LATENT_WIDTH, 1];
+        self.part(start, &shape, layer, &[pages, page_size, LATENT_WIDTH], &strides)
+    }
+
+    /// The shape of a model that has such a layer.
+    fn shape(&self, model: usize, layer: usize) -> Result<KvShape> {
         let missing = |argument, what: String| Err(FlashInferError::invalid(OP, argument, what));
         let Some(shape) = self.shapes.get(model) else {
             return missing("model", format!("{model}; the cache has {}", self.shapes.len()));
         };
-        if layer >= shape.num_layers {
-            return missing("layer", format!("{layer}; the model has {}", shape.num_layers));
+        if layer >= shape.num_layers() {
+            return missing("layer", format!("{layer}; the model has {}", shape.num_layers()));
         }
-        let (pages, page_size) = (self.allocator().num_pages(), self.allocator().page_size());
-        let [rows, columns, width] = shape.page_dims(page_size);
-        let sizes = [pages, rows, columns, width];
-        let strides = [self.pieces.step / shape.dtype.size(), columns * width, width, 1];
-        // The parts of a page are pieces, or lie in its only one.
-        let distance =
-            if self.pieces.count > 1 { self.pieces.distance } else { shape.part_bytes(page_size)? };
-        let device = self.stream().map_or(Device::Cpu, Stream::device);
-        let part = |part: usize| {
-            let data = start.cast::<u8>().wrapping_add(part * distance).cast();
-            let mut raw = RawTensor::new(data, device, shape.dtype, &sizes, Some(&strides))?;
-            raw.stream = self.stream().map(Stream::id);
-            Ok::<_, FlashInferError>(raw)
-        };
-        Ok((shape.layout, [part(2 * layer)?, part(2 * layer + 1)?]))
+        Ok(*shape)
     }
+
+    /// A part of all pages.
+    fn part(
+        &self,
+        start: *mut c_void,
+        shape: &KvShape,
+        part: usize,
+        sizes: &[usize],
+        strides: &[usize],
+    ) -> Result<RawTensor> {
+        // The parts of a page are pieces, or lie in its only one.
+        let distance = if self.pieces.count > 1 {
+            self.pieces.distance
+        } else {
+            shape.part_bytes(self.allocator().page_size())?
+        };
+        let data = start.cast::<u8>().wrapping_add(part * distance).cast();
+        let device = self.stream().map_or(Device::Cpu, Stream::device);
+        let mut raw = RawTensor::new(data, device, shape.dtype(), sizes, Some(strides))?;
+        raw.stream = self.stream().map(Stream::id);
+        raw.owner = match &self.memory {
+            Memory::Host(_) => None,
+            Memory::Device(buffer) => Some(buffer.owner()),
+        };
+        Ok(raw)
+    }
+}
+
+fn wrong_kind(problem: &str) -> FlashInferError {
+    FlashInferError::invalid(OP, "model", problem)
 }
 
 impl std::fmt::Debug for PagedKvCache {
@@ -362,8 +503,8 @@ impl std::fmt::Debug for PagedKvCache {
 mod tests {
     use super::*;
 
-    const SHAPE: KvShape =
-        KvShape { num_layers: 3, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
+    const SHAPE: HeadsShape =
+        HeadsShape { num_layers: 3, num_kv_heads: 2, head_dim: 64, dtype: DType::F16, layout: KvLayout::Nhd };
 
     /// First and last byte of each page's part, in all layers of all models.
     fn spans(cache: &PagedKvCache, model: usize) -> Vec<Vec<(usize, usize)>> {
@@ -372,10 +513,17 @@ mod tests {
         let part = shape.part_bytes(cache.allocator().page_size()).unwrap();
         (0..pages)
             .map(|page| {
-                let layers = (0..shape.num_layers).flat_map(|layer| {
-                    let kv = cache.layer(model, layer).unwrap();
-                    [kv.k, kv.v].map(|view| {
-                        let step = view.strides()[0] as usize * shape.dtype.size();
+                let layers = (0..shape.num_layers()).flat_map(|layer| {
+                    let views = match shape {
+                        KvShape::Heads(_) => {
+                            let kv = cache.layer(model, layer).unwrap();
+                            vec![kv.k, kv.v]
+                        }
+                        // Positions lie in the rows.
+                        KvShape::Latent(_) => vec![cache.latent(model, layer).unwrap().ckv],
+                    };
+                    views.into_iter().map(move |view| {
+                        let step = view.strides()[0] as usize * shape.dtype().size();
                         let start = view.data_ptr() as usize + page * step;
                         (start, start + part)
                     })
@@ -389,13 +537,22 @@ mod tests {
     /// all lie in the memory.
     #[test]
     fn pages_lie_apart() {
-        let wide = KvShape { num_kv_heads: 5, num_layers: 2, ..SHAPE };
-        let cases: [&[KvShape]; 5] = [
-            &[SHAPE],
-            &[KvShape { layout: KvLayout::Hnd, dtype: DType::E4M3, ..SHAPE }],
-            &[SHAPE, KvShape { num_layers: 1, ..SHAPE }],
-            &[SHAPE, wide],
-            &[wide, KvShape { dtype: DType::E4M3, head_dim: 3, num_kv_heads: 1, ..SHAPE }, SHAPE],
+        let wide = HeadsShape { num_kv_heads: 5, num_layers: 2, ..SHAPE };
+        let latent = KvShape::Latent(LatentShape { num_layers: 3, dtype: DType::F16 });
+        let cases: [&[KvShape]; 8] = [
+            &[SHAPE.into()],
+            &[HeadsShape { layout: KvLayout::Hnd, dtype: DType::E4M3, ..SHAPE }.into()],
+            &[SHAPE.into(), HeadsShape { num_layers: 1, ..SHAPE }.into()],
+            &[SHAPE.into(), wide.into()],
+            &[
+                wide.into(),
+                HeadsShape { dtype: DType::E4M3, head_dim: 3, num_kv_heads: 1, ..SHAPE }.into(),
+                SHAPE.into(),
+            ],
+            &[latent],
+            &[latent, SHAPE.into()],
+            // Parts of one size: 9 heads of 64.
+            &[HeadsShape { num_kv_heads: 9, ..SHAPE }.into(), latent],
         ];
         for shapes in cases {
             let pool = PageAllocator::new(4, 5).unwrap();
@@ -427,39 +584,59 @@ mod tests {
     #[test]
     fn layers_of_equal_size_are_contiguous() {
         let pool = PageAllocator::new(4, 5).unwrap();
-        let contiguous = |shapes: &[KvShape]| {
+        let contiguous = |shapes: &[HeadsShape]| {
             let cache = PagedKvCache::on_host(&pool, shapes).unwrap();
             let kv = cache.layer(0, 2).unwrap();
             kv.k.is_contiguous() && kv.v.is_contiguous()
         };
         assert!(contiguous(&[SHAPE]));
-        assert!(contiguous(&[SHAPE, KvShape { num_layers: 7, layout: KvLayout::Hnd, ..SHAPE }]));
-        assert!(!contiguous(&[SHAPE, KvShape { dtype: DType::E4M3, ..SHAPE }]));
+        assert!(contiguous(&[SHAPE, HeadsShape { num_layers: 7, layout: KvLayout::Hnd, ..SHAPE }]));
+        assert!(!contiguous(&[SHAPE, HeadsShape { dtype: DType::E4M3, ..SHAPE }]));
     }
 
     #[test]
     fn impossible_caches_are_refused() {
         let problem = |result: Result<PagedKvCache>| result.unwrap_err().to_string();
         let pool = PageAllocator::new(4, 5).unwrap();
-        let with = |shape: KvShape| problem(PagedKvCache::on_host(&pool, &[shape]));
-        assert!(problem(PagedKvCache::on_host(&pool, &[])).contains("there are none"));
-        assert!(with(KvShape { num_layers: 0, ..SHAPE }).contains("num_layers: 0"));
-        assert!(with(KvShape { num_kv_heads: 0, ..SHAPE }).contains("num_kv_heads: 0"));
-        assert!(with(KvShape { head_dim: 0, ..SHAPE }).contains("head_dim: 0"));
-        assert!(with(KvShape { dtype: DType::I32, ..SHAPE }).contains("i32; expected f16 or"));
+        let with = |shape: HeadsShape| problem(PagedKvCache::on_host(&pool, &[shape]));
+        assert!(problem(PagedKvCache::on_host::<KvShape>(&pool, &[])).contains("there are none"));
+        assert!(with(HeadsShape { num_layers: 0, ..SHAPE }).contains("num_layers: 0"));
+        assert!(with(HeadsShape { num_kv_heads: 0, ..SHAPE }).contains("num_kv_heads: 0"));
+        assert!(with(HeadsShape { head_dim: 0, ..SHAPE }).contains("head_dim: 0"));
+        assert!(with(HeadsShape { dtype: DType::I32, ..SHAPE }).contains("i32; expected f16 or"));
         for shape in [
-            KvShape { head_dim: usize::MAX, ..SHAPE },
-            KvShape { num_layers: usize::MAX / 2, ..SHAPE },
-            KvShape { num_layers: 1 << 52, ..SHAPE },
+            HeadsShape { head_dim: usize::MAX, ..SHAPE },
+            HeadsShape { num_layers: usize::MAX / 2, ..SHAPE },
+            HeadsShape { num_layers: 1 << 52, ..SHAPE },
         ] {
             assert!(with(shape).contains("address space"));
+        }
+        for shape in [
+            LatentShape { num_layers: 0, dtype: DType::F16 },
+            LatentShape { num_layers: 1, dtype: DType::I8 },
+        ] {
+            let problem = problem(PagedKvCache::on_host(&pool, &[shape]));
+            assert!(
+                problem.contains("num_layers: 0") || problem.contains("i8; expected f16 or"),
+                "{problem}"
+            );
         }
         // A refusal does not claim the pool; a cache does, while it lives.
         let cache = PagedKvCache::on_host(&pool, &[SHAPE]).unwrap();
         assert!(with(SHAPE).contains("has a cache already"));
         assert!(cache.layer(1, 0).unwrap_err().to_string().contains("model: 1; the cache has 1"));
         assert!(cache.layer(0, 3).unwrap_err().to_string().contains("layer: 3; the model has 3"));
+        assert!(cache.latent(0, 0).unwrap_err().to_string().contains("it keeps heads"));
         drop(cache);
-        assert_eq!(PagedKvCache::on_host(&pool, &[SHAPE]).unwrap().bytes(), 4 * SHAPE.page_bytes(5).unwrap());
+        let mut cache =
+            PagedKvCache::on_host(&pool, &[LatentShape { num_layers: 2, dtype: DType::F32 }]).unwrap();
+        assert!(cache.layer(0, 0).unwrap_err().to_string().contains("latent attention"));
+        assert!(cache.layer_mut(0, 0).is_err() && cache.latent_mut(0, 1).is_ok());
+        assert!(cache.latent_mut(0, 2).unwrap_err().to_string().contains("layer: 2; the model has 2"));
+        drop(cache);
+        assert_eq!(
+            PagedKvCache::on_host(&pool, &[SHAPE]).unwrap().bytes(),
+            4 * KvShape::Heads(SHAPE).page_bytes(5).unwrap()
+        );
     }
 }

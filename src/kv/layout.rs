@@ -104,3 +104,87 @@ fn joined_shape(shape: &[i64]) -> FlashInferError {
         format!("its shape is {shape:?}; expected five dimensions [pages, 2, …]"),
     )
 }
+
+/// Widths of the two parts of a row of latent attention.
+pub(crate) const MLA_DIMS: [i64; 2] = [512, 64];
+/// Elements of a row.
+pub(crate) const LATENT_WIDTH: usize = (MLA_DIMS[0] + MLA_DIMS[1]) as usize;
+
+/// A paged cache of latent attention, to read.
+///
+/// [`append_paged_mla_kv_cache`](crate::page::append_paged_mla_kv_cache) writes it.
+#[derive(Clone, Copy, Debug)]
+pub struct MlaCache<'a> {
+    /// Compressed keys and values, `[pages, page_size, 512]`.
+    pub ckv: TensorRef<'a>,
+    /// The keys' positions, `[pages, page_size, 64]`.
+    pub kpe: TensorRef<'a>,
+}
+
+impl<'a> MlaCache<'a> {
+    /// A cache of two tensors. They are checked where they are used.
+    pub fn new(ckv: TensorRef<'a>, kpe: TensorRef<'a>) -> Self {
+        Self { ckv, kpe }
+    }
+
+    /// A cache that holds both parts in one tensor `[pages, page_size, 576]`.
+    ///
+    /// # Errors
+    /// The tensor has not three dimensions of which the last is 576.
+    pub fn joined(cache: TensorRef<'a>) -> Result<Self> {
+        let [ckv, kpe] = split_latent("MlaCache", "cache", cache)?;
+        Ok(Self { ckv, kpe })
+    }
+}
+
+/// A paged cache of latent attention, to write. See [`MlaCache`].
+#[derive(Debug)]
+pub struct MlaCacheMut<'a> {
+    /// Compressed keys and values, `[pages, page_size, 512]`.
+    pub ckv: TensorMut<'a>,
+    /// The keys' positions, `[pages, page_size, 64]`.
+    pub kpe: TensorMut<'a>,
+}
+
+impl<'a> MlaCacheMut<'a> {
+    /// A cache of two tensors. They are checked where they are used.
+    pub fn new(ckv: TensorMut<'a>, kpe: TensorMut<'a>) -> Self {
+        Self { ckv, kpe }
+    }
+
+    /// A cache that holds both parts in one tensor `[pages, page_size, 576]`.
+    ///
+    /// # Errors
+    /// The tensor has not three dimensions of which the last is 576.
+    pub fn joined(cache: TensorMut<'a>) -> Result<Self> {
+        split_latent("MlaCacheMut", "cache", cache.as_ref())?;
+        let (ckv, kpe) = cache.split_at(2, MLA_DIMS[0] as usize)?;
+        Ok(Self { ckv, kpe })
+    }
+
+    /// The cache, to read.
+    pub fn as_ref(&self) -> MlaCache<'_> {
+        MlaCache { ckv: self.ckv.as_ref(), kpe: self.kpe.as_ref() }
+    }
+}
+
+/// The two parts of a tensor's last dimension.
+pub(crate) fn split_latent<'a>(
+    op: &'static str,
+    argument: &'static str,
+    tensor: TensorRef<'a>,
+) -> Result<[TensorRef<'a>; 2]> {
+    let [ckv, kpe] = MLA_DIMS.map(|dim| dim as usize);
+    if tensor.rank() != 3 || tensor.shape()[2] as usize != ckv + kpe {
+        return Err(FlashInferError::invalid(
+            op,
+            argument,
+            format!(
+                "its shape is {:?}; expected three dimensions, the last of {}",
+                tensor.shape(),
+                ckv + kpe
+            ),
+        ));
+    }
+    Ok([tensor.narrow(2, 0, ckv)?, tensor.narrow(2, ckv, kpe)?])
+}

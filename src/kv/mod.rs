@@ -16,12 +16,12 @@
 //! ```
 //! use flashinfer_rs::{
 //!     DType, FlashInferError, TensorRef, reference,
-//!     kv::{Batch, KvShape, PageAllocator, PagedKvCache, PrefixCache, Sequence, KvLayout},
+//!     kv::{Batch, HeadsShape, PageAllocator, PagedKvCache, PrefixCache, Sequence, KvLayout},
 //! };
 //!
 //! // 8 pages of 4 tokens, for a model of 2 layers, in host memory.
 //! let pool = PageAllocator::new(8, 4)?;
-//! let shape = KvShape {
+//! let shape = HeadsShape {
 //!     num_layers: 2, num_kv_heads: 1, head_dim: 2, dtype: DType::F32, layout: KvLayout::Nhd,
 //! };
 //! let mut cache = PagedKvCache::on_host(&pool, &[shape])?;
@@ -71,7 +71,7 @@
 //!
 //! ```no_run
 //! # use flashinfer_rs::{kv::*, page::append_paged_kv_cache, Result, Stream, TensorRef};
-//! # fn step(stream: &Stream, pool: &PageAllocator, shape: KvShape, k: TensorRef<'_>, v: TensorRef<'_>) -> Result<()> {
+//! # fn step(stream: &Stream, pool: &PageAllocator, shape: HeadsShape, k: TensorRef<'_>, v: TensorRef<'_>) -> Result<()> {
 //! let mut cache = PagedKvCache::new(stream, pool, &[shape])?;
 //! let mut batch = Batch::new(pool);
 //! let capacity = BatchCapacity { requests: 64, pages: 64 * 256, tokens: 8192 };
@@ -91,14 +91,14 @@
 
 mod batch;
 mod cache;
-mod layout;
+pub(crate) mod layout;
 mod pages;
 mod prefix;
 mod sequence;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
-pub use cache::{KvShape, PagedKvCache};
-pub use layout::{KvLayout, PagedKv, PagedKvMut};
+pub use cache::{HeadsShape, KvShape, LatentShape, PagedKvCache};
+pub use layout::{KvLayout, MlaCache, MlaCacheMut, PagedKv, PagedKvMut};
 pub use pages::PageAllocator;
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;

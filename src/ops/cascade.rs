@@ -287,9 +287,12 @@ impl Shape {
                     .into(),
             );
         }
+        let [v, s] = states.of;
+        let others = [0, 1].map(|at| states.other.map(|other| other[at]));
+        let tensors = [Some(v), Some(s), others[0], others[1], states.mask, Some(merged[0]), Some(merged[1])];
         let address = |tensor: Option<&RawTensor>| tensor.map_or(0, |tensor| tensor.data as u64);
-        let [v, s] = states.of.map(|tensor| tensor.data as u64);
-        let [v_other, s_other] = [0, 1].map(|at| address(states.other.map(|other| other[at])));
+        let [v, s] = [v, s].map(|tensor| tensor.data as u64);
+        let [v_other, s_other] = others.map(address);
         let [v_merged, s_merged] = merged.map(|tensor| tensor.data as u64);
         let [lanes, parts] = self.threads(states.count + u64::from(states.other.is_some()));
         let mut wide = [v, s, v_other, s_other, address(states.mask), v_merged, s_merged, units];
@@ -302,7 +305,7 @@ impl Shape {
         // SAFETY: the kernel takes 8 numbers of 64 bits, then 4 of 32, which
         // describe checked tensors; below 2^32 elements, none of the numbers
         // is too large. A block has threads for at least one unit.
-        unsafe { kernel.launch(cuda, stream, [blocks, THREADS as u32], &mut args) }
+        unsafe { kernel.launch(cuda, stream, [blocks, THREADS as u32], &mut args, &tensors) }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
     indices::{AppendTable, PageTable},
-    kv::{KvLayout, PagedKvMut},
+    kv::{KvLayout, PagedKvMut, layout::MLA_DIMS},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
@@ -39,8 +39,6 @@ static APPEND_MLA: FixedFunction = FixedFunction::of(ModuleName::PAGE, &AppendPa
 const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::E4M3, DType::E5M2];
 /// Head dimensions that the kernel is compiled for.
 const HEAD_DIMS: [i64; 4] = [64, 128, 256, 512];
-/// Width of the compressed and of the position part of an MLA cache.
-pub(crate) const MLA_DIMS: [i64; 2] = [512, 64];
 
 /// The sizes of a checked cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,10 +6,11 @@ use super::{
     page::{check_pages, place},
 };
 use crate::{
-    attention::{MlaCache, MlaQuery, MlaSpec},
+    attention::{MlaQuery, MlaSpec},
     dtype::DType,
     error::Result,
     indices::{PageIndices, RaggedIndices},
+    kv::MlaCache,
     tensor::{TensorMut, TensorRef},
 };
 

@@ -5,10 +5,10 @@ use flashinfer_rs::{
     DType, PageIndices, PageTable, RaggedIndices, RaggedTable,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
-        CascadeWorkspace, Heads, Mask, MlaCache, MlaQuery, MlaSpec, MultiLevelCascade, PlanOptions,
-        PrefillRunOptions, RunOptions, SingleDecode, SinglePrefill, Workspace,
+        CascadeWorkspace, Heads, Mask, MlaQuery, MlaSpec, MultiLevelCascade, PlanOptions, PrefillRunOptions,
+        RunOptions, SingleDecode, SinglePrefill, Workspace,
     },
-    kv::{KvLayout, PagedKv},
+    kv::{KvLayout, MlaCache, PagedKv},
 };
 use half::bf16;
 

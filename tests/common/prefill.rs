@@ -400,8 +400,8 @@ pub enum Plan<'p> {
 impl Plan<'_> {
     pub fn replay_key(&self) -> Option<ReplayKey> {
         match self {
-            Self::Paged(plan) => plan.replay_key(),
-            Self::Ragged(plan) => plan.replay_key(),
+            Self::Paged(plan) => plan.replay_key().ok(),
+            Self::Ragged(plan) => plan.replay_key().ok(),
         }
     }
 

@@ -23,7 +23,7 @@ use candle_transformers::utils::{build_additive_causal_mask, repeat_kv};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads, RunOptions},
     candle::{BatchDecode, BatchTables, PagedKvCache},
-    kv::{Batch, KvLayout, KvShape, PageAllocator, Sequence},
+    kv::{Batch, KvLayout, HeadsShape, PageAllocator, Sequence},
 };
 
 const DTYPE: DType = DType::F16;
@@ -109,7 +109,7 @@ fn several(sequences: usize, device: &Device) -> Result<[f64; 3]> {
     let wrap = candle_core::Error::wrap;
     let pages = lens.clone().map(|len| (len + 1).div_ceil(PAGE_SIZE)).sum();
     let pool = PageAllocator::new(pages, PAGE_SIZE).map_err(wrap)?;
-    let shape = KvShape {
+    let shape = HeadsShape {
         num_layers: 1,
         num_kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,

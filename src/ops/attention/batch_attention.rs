@@ -21,6 +21,7 @@ use super::{
     workspace::{Need, Workspace},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
@@ -477,6 +478,7 @@ impl BatchAttentionPlan<'_> {
         // its stride in 32 bits. Values have the strides of keys.
         check.offsets_in_32_bits("kv.k", &kv.k.raw)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
 
         let indices = table.indices()?;
         let (q, out) = (q.raw.with_plain_unit_strides(), out.raw.with_plain_unit_strides());
@@ -521,17 +523,21 @@ impl BatchAttentionPlan<'_> {
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` unless planned for a graph, and
-    /// for a batch without requests.
-    pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.graph)?;
+    /// after a plan with an equal key.
+    ///
+    /// # Errors
+    /// It was not planned for a graph, or for a batch without requests.
+    pub fn replay_key(&self) -> Result<ReplayKey> {
+        let Some(info) = self.planned.info.as_ref().filter(|_| self.graph) else {
+            return Err(ReplayKey::missing(self.graph));
+        };
         let indices = self.table.addresses();
         // A launch has the same size for any number of requests. What its
         // tensors hold are rows.
         let (heads, rows, keys) = (self.attention.heads, self.rows, self.table.host().num_pages());
         let shape = ReplayShape { heads, batch: 0, rows, keys };
-        let mask = if self.causal { Mask::Causal } else { Mask::None }.tensors(false).ok()?;
-        Some(ReplayKey::new(info, &self.attention.spec, shape, &self.planned.scratch, indices, &mask))
+        let mask = if self.causal { Mask::Causal } else { Mask::None }.tensors(false)?;
+        Ok(ReplayKey::new(info, &self.attention.spec, shape, &self.planned.scratch, indices, &mask))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

@@ -386,7 +386,9 @@ impl<'p> CascadePlan<'p> {
         let [s, sums, _] = self.shape.offsets();
         let part = |offset: usize, dtype, shape: &[usize]| {
             let start = self.states.as_ptr().cast::<u8>().wrapping_add(offset).cast();
-            RawTensor::new(start, self.stream().device(), dtype, shape, None).map(TensorMut::new)
+            let mut raw = RawTensor::new(start, self.stream().device(), dtype, shape, None)?;
+            raw.owner = Some(self.states.owner());
+            Ok::<_, FlashInferError>(TensorMut::new(raw))
         };
         Ok([
             part(0, dtype, &[rows, heads, head_dim])?,
@@ -406,10 +408,13 @@ impl<'p> CascadePlan<'p> {
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` unless planned for a graph.
-    pub fn replay_key(&self) -> Option<CascadeReplayKey> {
-        let levels = self.levels.iter().map(PrefillPlan::replay_key).collect::<Option<_>>()?;
-        Some(CascadeReplayKey { levels, states: self.states.as_ptr() as usize, shape: self.shape })
+    /// after a plan with an equal key.
+    ///
+    /// # Errors
+    /// It was not planned for a graph.
+    pub fn replay_key(&self) -> Result<CascadeReplayKey> {
+        let levels = self.levels.iter().map(PrefillPlan::replay_key).collect::<Result<_>>()?;
+        Ok(CascadeReplayKey { levels, states: self.states.as_ptr() as usize, shape: self.shape })
     }
 }
 

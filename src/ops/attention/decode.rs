@@ -22,6 +22,7 @@ use super::{
     workspace::{Need, Workspace, arrays},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     device::Device,
     error::{FlashInferError, Result},
@@ -468,6 +469,7 @@ impl DecodePlan<'_> {
         heads.check_cache(&check, cache, spec.head_dim_qk)?;
         options.check(&check, spec, heads)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
         match (&self.decode.kernels, &self.queries) {
             (Kernels::TensorCores(kernels), Some(qo_indptr)) => {
                 check_described(&check, kernels.backend() == Backend::Fa3, &[("q", &q.raw)])?;
@@ -564,16 +566,21 @@ impl DecodePlan<'_> {
     }
 
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` unless planned for a graph, and
-    /// for a batch without requests.
-    pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.graph)?;
+    /// after a plan with an equal key. A [`CapturedStep`](crate::graph::CapturedStep)
+    /// sees to that.
+    ///
+    /// # Errors
+    /// It was not planned for a graph, or for a batch without requests.
+    pub fn replay_key(&self) -> Result<ReplayKey> {
+        let Some(info) = self.planned.info.as_ref().filter(|_| self.graph) else {
+            return Err(ReplayKey::missing(self.graph));
+        };
         let (decode, batch) = (&self.decode, self.table.host().batch_size());
         let queries = self.queries.as_ref().map(|indptr| indptr.data as usize);
         let indices = self.table.addresses().into_iter().chain(queries);
         let shape =
             ReplayShape { heads: decode.heads, batch, rows: batch, keys: self.table.host().num_pages() };
-        Some(ReplayKey::new(info, &decode.spec, shape, &self.planned.scratch, indices, &MaskTensors::NONE))
+        Ok(ReplayKey::new(info, &decode.spec, shape, &self.planned.scratch, indices, &MaskTensors::NONE))
     }
 
     /// The plan's numbers, as the module gave them: launch sizes and offsets

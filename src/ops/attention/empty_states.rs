@@ -107,20 +107,14 @@ impl Rows<'_> {
             Keys::One(keys) => (None, None, 1, keys as u32),
         };
         let [bits, mask_indptr] = [0, 1].map(|at| self.mask.custom.as_ref().map(|mask| &mask[at]));
-        let wide = [
-            lse.data as u64,
-            address(self.qo_indptr),
-            address(indptr),
-            address(last_page_len),
-            address(bits),
-            address(mask_indptr),
-            address(self.sinks.map(|sinks| &sinks.raw)),
-        ];
+        let sinks = self.sinks.map(|sinks| &sinks.raw);
+        let tensors = [Some(lse), self.qo_indptr, indptr, last_page_len, bits, mask_indptr, sinks];
+        let wide = tensors.map(address);
         let narrow = [rows, self.batch as u32, heads, page_size, keys, self.window_left as i32 as u32];
         let blocks = rows.div_ceil(THREADS / WARP);
         // SAFETY: promised by the caller; the kernel takes 7 addresses and 6
         // numbers of 32 bits, and writes to rows of the LSE only.
-        unsafe { launch(&BY_ROWS, stream, blocks, wide, narrow) }
+        unsafe { launch(&BY_ROWS, stream, blocks, &tensors, wide, narrow) }
     }
 }
 
@@ -145,7 +139,9 @@ pub(super) unsafe fn mark_works(
         let wide = [lse.data as u64, array(0), array(3), array(4), array(5), array(8), count];
         // SAFETY: promised by the caller; the kernel takes 7 addresses and a
         // number of 32 bits, and writes to rows of the batch's queries only.
-        unsafe { launch(&BY_WORKS, stream, WORK_BLOCKS, wide, [lse.shape()[1] as u32])? };
+        unsafe {
+            launch(&BY_WORKS, stream, WORK_BLOCKS, &[Some(lse), Some(int)], wide, [lse.shape()[1] as u32])?
+        };
     }
     Ok(())
 }
@@ -157,6 +153,7 @@ unsafe fn launch<const NUMBERS: usize>(
     kernel: &PtxKernel,
     stream: &Stream,
     blocks: u32,
+    tensors: &[Option<&RawTensor>],
     mut wide: [u64; 7],
     mut narrow: [u32; NUMBERS],
 ) -> Result<()> {
@@ -166,7 +163,7 @@ unsafe fn launch<const NUMBERS: usize>(
     args.iter_mut().zip(sources).for_each(|(arg, source)| *arg = source);
     let cuda = FlashInferRuntime::get()?.cuda();
     // SAFETY: promised by the caller.
-    unsafe { kernel.launch(cuda, stream, [blocks, THREADS], &mut args) }
+    unsafe { kernel.launch(cuda, stream, [blocks, THREADS], &mut args, tensors) }
 }
 
 #[cfg(test)]

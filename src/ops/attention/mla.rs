@@ -15,16 +15,15 @@ use super::{
     workspace::{Need, Workspace, arrays},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Function, Kernel, Signature, kernels},
     indices::{PageIndices, PageTable, RaggedIndices},
+    kv::layout::{MLA_DIMS, MlaCache, split_latent},
     module::{Module, ModuleName},
-    ops::{
-        check::Check,
-        page::{MLA_DIMS, check_mla_cache},
-    },
+    ops::{check::Check, page::check_mla_cache},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -166,63 +165,25 @@ impl<'a> MlaQuery<'a> {
     /// # Errors
     /// The tensor has not three dimensions of which the last is 576.
     pub fn joined(q: TensorRef<'a>) -> Result<Self> {
-        let [nope, pe] = split("MlaQuery", "q", q)?;
+        let [nope, pe] = split_latent("MlaQuery", "q", q)?;
         Ok(Self { nope, pe })
     }
 }
 
-/// A paged cache of latent attention, to read.
-///
-/// [`append_paged_mla_kv_cache`](crate::page::append_paged_mla_kv_cache) writes it.
-#[derive(Clone, Copy, Debug)]
-pub struct MlaCache<'a> {
-    /// Compressed keys and values, `[pages, page_size, 512]`.
-    pub ckv: TensorRef<'a>,
-    /// The keys' positions, `[pages, page_size, 64]`.
-    pub kpe: TensorRef<'a>,
-}
-
-impl<'a> MlaCache<'a> {
-    /// A cache of two tensors. They are checked where they are used.
-    pub fn new(ckv: TensorRef<'a>, kpe: TensorRef<'a>) -> Self {
-        Self { ckv, kpe }
-    }
-
-    /// A cache that holds both parts in one tensor `[pages, page_size, 576]`.
-    ///
-    /// # Errors
-    /// The tensor has not three dimensions of which the last is 576.
-    pub fn joined(cache: TensorRef<'a>) -> Result<Self> {
-        let [ckv, kpe] = split("MlaCache", "cache", cache)?;
-        Ok(Self { ckv, kpe })
-    }
-}
-
-/// The two parts of a tensor's last dimension.
-fn split<'a>(op: &'static str, argument: &'static str, tensor: TensorRef<'a>) -> Result<[TensorRef<'a>; 2]> {
-    let [ckv, kpe] = MLA_DIMS.map(|dim| dim as usize);
-    if tensor.rank() != 3 || tensor.shape()[2] as usize != ckv + kpe {
-        return Err(FlashInferError::invalid(
-            op,
-            argument,
-            format!(
-                "its shape is {:?}; expected three dimensions, the last of {}",
-                tensor.shape(),
-                ckv + kpe
-            ),
-        ));
-    }
-    Ok([tensor.narrow(2, 0, ckv)?, tensor.narrow(2, ckv, kpe)?])
-}
-
 /// Latent attention of ragged queries to their requests' pages.
+///
+/// The cache is a [`PagedKvCache`](crate::kv::PagedKvCache) of
+/// [`KvShape::Latent`](crate::kv::KvShape::Latent), or tensors of yours. There are
+/// no plans for CUDA graphs: a run in the capture of a
+/// [`CapturedStep`](crate::graph::CapturedStep) is refused; make it between two of them.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, PageIndices, PageTable, RaggedIndices, Stream,
-///     attention::{BatchMla, MlaCache, MlaQuery, MlaSpec, PlanOptions, Workspace},
+///     attention::{BatchMla, MlaQuery, MlaSpec, PlanOptions, Workspace},
 ///     cudarc::Tensor,
+///     kv::MlaCache,
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -624,6 +585,12 @@ impl MlaPlan<'_> {
         }
         check_lse(&check, lse.as_ref().map(|lse| &lse.raw), rows, heads)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        if capture::is_active() {
+            return check.fail(
+                "plan",
+                "latent attention has no plans for CUDA graphs; run it between captured steps".into(),
+            );
+        }
 
         let indices = table.indices()?;
         let plain = [&q.nope.raw, &q.pe.raw, &cache.ckv.raw, &cache.kpe.raw, &out.raw];

@@ -59,7 +59,7 @@ pub use batch_attention::{BatchAttention, BatchAttentionPlan};
 pub use cascade::{CascadeLevel, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
-pub use mla::{BatchMla, MlaCache, MlaPlan, MlaQuery, MlaSpec};
+pub use mla::{BatchMla, MlaPlan, MlaQuery, MlaSpec};
 pub use options::{PlanOptions, PrefillRunOptions, RunOptions, Split};
 pub use planned::{Heads, ReplayKey};
 pub use prefill::{BatchPrefill, PrefillPlan};

@@ -61,7 +61,7 @@ impl OutputScale {
         let cuda = FlashInferRuntime::get()?.cuda();
         // SAFETY: the kernel takes an address, a 64-bit number and a 32-bit
         // float, and writes that many pairs of elements.
-        unsafe { Self::kernel(out.dtype).launch(cuda, stream, [blocks, THREADS], &mut args) }
+        unsafe { Self::kernel(out.dtype).launch(cuda, stream, [blocks, THREADS], &mut args, &[Some(out)]) }
     }
 }
 

@@ -146,6 +146,17 @@ pub(super) struct ReplayShape {
 }
 
 impl ReplayKey {
+    /// Plans for graphs have keys, if there is work.
+    pub(super) fn missing(for_graph: bool) -> FlashInferError {
+        let problem = if for_graph {
+            "there is nothing to do in its batch, so there is nothing to capture"
+        } else {
+            "it was not made for a CUDA graph: the next plan may move its memory and change its launches; plan for a \
+             graph, and then capture"
+        };
+        FlashInferError::invalid("ReplayKey", "plan", problem)
+    }
+
     /// The key of a plan whose runs read index arrays at these addresses.
     pub(super) fn new(
         info: &PlanInfo,
@@ -159,6 +170,36 @@ impl ReplayKey {
         let addresses = own.into_iter().chain(indices).chain(mask.addresses()).collect();
         let (numbers, mask) = (info.numbers.clone(), [mask.mode, mask.token_pos_in_items_len]);
         Self { numbers, spec: *spec, shape, mask, addresses }
+    }
+}
+
+impl ReplayKey {
+    /// Why a captured step cannot be launched with any of these plans.
+    pub(crate) fn unlike(&self, plans: &[Self]) -> String {
+        const AGAIN: &str = "; capture another step for it";
+        let [plan] = plans else {
+            return match plans.len() {
+                0 => "none of them was made for a CUDA graph; plan for a graph again, and launch with that plan".into(),
+                count => format!("none of the {count} has the addresses and sizes of a captured one{AGAIN}"),
+            };
+        };
+        let (was, is) = (&self.shape, &plan.shape);
+        if (was.batch, was.rows) != (is.batch, is.rows) {
+            return format!(
+                "the plan is for {} requests with {} queries, the step was captured for {} with {}; fill the batch \
+                 up (BatchTables::update_padded), or capture another step",
+                is.batch, is.rows, was.batch, was.rows
+            );
+        }
+        let what = match () {
+            () if self.spec != plan.spec || was != is => {
+                "another kind of attention, other heads or another cache"
+            }
+            () if self.mask != plan.mask => "another mask",
+            () if self.addresses != plan.addresses => "another workspace or other tables",
+            () => "other launches: another module, or a batch that the captured launch does not serve",
+        };
+        format!("the plan is for {what}{AGAIN}")
     }
 }
 

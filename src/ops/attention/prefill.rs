@@ -14,6 +14,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
+    capture,
     dtype::DType,
     error::{FlashInferError, Result},
     indices::{PageTable, RaggedTable},
@@ -324,14 +325,19 @@ pub struct PrefillPlan<'p, K> {
 
 impl<K> PrefillPlan<'_, K> {
     /// What a graph that captures runs of this plan bakes in: replay it only
-    /// after a plan with an equal key. `None` unless planned for a graph.
-    pub fn replay_key(&self) -> Option<ReplayKey> {
-        let info = self.planned.info.as_ref().filter(|_| self.graph)?;
+    /// after a plan with an equal key.
+    ///
+    /// # Errors
+    /// It was not planned for a graph, or there is nothing to do.
+    pub fn replay_key(&self) -> Result<ReplayKey> {
+        let Some(info) = self.planned.info.as_ref().filter(|_| self.graph) else {
+            return Err(ReplayKey::missing(self.graph));
+        };
         let (kernels, batch) = (&self.kernels, self.queries.host().batch_size());
         let numbers = self.as_pages.iter().map(|numbers| numbers.data as usize);
         let indices = self.key_addresses.into_iter().chain(self.queries.addresses()).chain(numbers);
         let shape = ReplayShape { heads: self.heads, batch, rows: self.rows, keys: self.keys_extent };
-        Some(ReplayKey::new(info, &kernels.spec, shape, &self.planned.scratch, indices, &self.mask))
+        Ok(ReplayKey::new(info, &kernels.spec, shape, &self.planned.scratch, indices, &self.mask))
     }
 
     /// The plan's numbers, as the module gave them; see
@@ -436,6 +442,7 @@ impl PrefillPlan<'_, PageTable> {
         let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, self.keys, &[spec.dtype_kv])?;
         self.heads.check_cache(&check, cache, spec.head_dim_qk)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
         let qo_indptr = self.queries.indptr()?;
         // SAFETY: all tensors have the dtypes, shapes, strides and alignment
         // of this module and plan; the index arrays are the device copies of
@@ -484,6 +491,7 @@ impl PrefillPlan<'_, RaggedTable> {
         check_keys(&check, spec, self.heads, self.keys.host().total(), [&k.raw, &v.raw])?;
         check_described(&check, self.kernels.fa3, &[("k", &k.raw), ("v", &v.raw)])?;
         let Some(info) = &self.planned.info else { return Ok(()) };
+        let _covered = capture::runs(|| self.replay_key())?;
         let qo_indptr = self.queries.indptr()?;
         let run = self.tensors(info, &qo_indptr, q, out, lse, options);
         let [k, v] = if self.keys_extent == 0 {
@@ -544,7 +552,9 @@ fn as_pages(check: &Check<'_>, kv: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
         };
         let [shape, strides] = [[rows, 1, heads, width], [row, row, head, 1]]
             .map(|numbers| numbers.map(|number| number as usize));
-        RawTensor::new(tensor.data, tensor.device, tensor.dtype, &shape, Some(&strides))
+        let mut pages = RawTensor::new(tensor.data, tensor.device, tensor.dtype, &shape, Some(&strides))?;
+        pages.owner = tensor.owner;
+        Ok(pages)
     });
     Ok([k?, v?])
 }

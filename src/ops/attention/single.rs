@@ -27,6 +27,7 @@ use super::{
     workspace::{Need, Workspace},
 };
 use crate::{
+    capture,
     cuda::DeviceAttribute,
     dtype::DType,
     error::{FlashInferError, Result},
@@ -484,6 +485,7 @@ fn stored(check: &Check<'_>, kv: [&TensorRef<'_>; 2]) -> Result<(KvLayout, [RawT
 /// Both must be contiguous tensors on the stream's device.
 unsafe fn write_nothing(stream: &Stream, out: &RawTensor, lse: Option<&RawTensor>) -> Result<()> {
     let cuda = FlashInferRuntime::get()?.cuda();
+    [Some(out), lse].into_iter().flatten().for_each(capture::uses);
     // SAFETY: promised by the caller.
     unsafe {
         cuda.zero(stream, out.data, out.numel() as usize * out.dtype.size())?;

@@ -251,7 +251,9 @@ impl SegmentGemm {
         unsafe { self.write_args(&sizes, count, [&input.x.raw, &input.weights.raw, &out.raw], segments) }?;
         let array = |place: usize, dtype, shape: &[usize]| {
             let start = self.args.as_ptr().cast::<u8>().wrapping_add(place * count * 8).cast();
-            RawTensor::new(start, stream.device(), dtype, shape, None)
+            let mut raw = RawTensor::new(start, stream.device(), dtype, shape, None)?;
+            raw.owner = Some(self.args.owner());
+            Ok::<_, FlashInferError>(raw)
         };
         let numbers = |place| array(place, DType::I64, &[count]);
         let [x_ptr, w_ptr, y_ptr] = [numbers(0)?, numbers(1)?, numbers(2)?];
@@ -348,7 +350,9 @@ impl SegmentGemm {
         // SAFETY: the kernel takes 13 numbers of 64 bits, then 3 of 32, in this
         // order, reads `count` entries of each array, and writes the arguments of
         // as many segments.
-        unsafe { WRITE_ARGS.launch(cuda, self.args.stream(), [blocks, THREADS], &mut args) }
+        unsafe {
+            WRITE_ARGS.launch(cuda, self.args.stream(), [blocks, THREADS], &mut args, &tensors.map(Some))
+        }
     }
 }
 

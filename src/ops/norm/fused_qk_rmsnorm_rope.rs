@@ -1,9 +1,10 @@
 //! Norm and rotary embedding of queries and keys from one joined tensor.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{NormOptions, check_plain, launch_watched, rmsnorm};
 use crate::{
+    capture,
     cuda::DeviceBuffer,
     dtype::DType,
     error::{FlashInferError, Result},
@@ -108,6 +109,12 @@ impl Rope3d {
 /// A graph that captured a call may be replayed as long as the table lives.
 #[derive(Debug)]
 pub struct RopeTable {
+    held: Arc<Held>,
+}
+
+/// What keeps a device's table from being written anew.
+#[derive(Debug)]
+struct Held {
     rope: Rope3d,
     ordinal: u32,
 }
@@ -178,16 +185,16 @@ impl RopeTable {
                 contents.push(Content { ordinal, rope: *rope, tables: 1 });
             }
         }
-        Ok(Self { rope: *rope, ordinal })
+        Ok(Self { held: Arc::new(Held { rope: *rope, ordinal }) })
     }
 
     /// What the frequencies are of.
     pub fn rope(&self) -> &Rope3d {
-        &self.rope
+        &self.held.rope
     }
 }
 
-impl Drop for RopeTable {
+impl Drop for Held {
     fn drop(&mut self) {
         let mut contents = CONTENTS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(content) = contents.iter_mut().find(|content| content.ordinal == self.ordinal) {
@@ -342,21 +349,24 @@ pub fn fused_qk_rmsnorm_rope(
     options: &FusedQkOptions,
 ) -> Result<()> {
     let check = Check::new(FUSED_QK_RMSNORM_ROPE.name(), stream)?;
-    if table.ordinal != stream.ordinal() {
+    if table.held.ordinal != stream.ordinal() {
         return check.fail(
             "table",
-            format!("it is of device {}, the stream of device {}", table.ordinal, stream.ordinal()),
+            format!("it is of device {}, the stream of device {}", table.held.ordinal, stream.ordinal()),
         );
     }
-    let shape = check_all(&check, out, input, &table.rope, options)?;
+    let shape = check_all(&check, out, input, &table.held.rope, options)?;
     if shape.tokens == 0 {
         return Ok(());
     }
     let outputs = [out.q.raw, out.k.raw, out.v.raw];
     let inputs = [input.qkv.raw, input.q_weight.raw, input.k_weight.raw];
+    if capture::is_active() {
+        capture::keep(table.held.clone());
+    }
     // SAFETY: tensors were checked for all that the kernel assumes; the table
     // is alive, so the module has it on this device and writes none.
-    unsafe { call(stream, &outputs, &inputs, shape, input.patches, &table.rope, options) }
+    unsafe { call(stream, &outputs, &inputs, shape, input.patches, &table.held.rope, options) }
 }
 
 /// Sizes of checked tensors.

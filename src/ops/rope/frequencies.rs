@@ -345,7 +345,7 @@ impl CosSinCache {
         let stream = self.buffer.stream();
         let shape = [self.max_pos + 1, self.rotary_dim];
         let mut raw = RawTensor::new(self.buffer.as_ptr(), stream.device(), DType::F32, &shape, None)?;
-        raw.stream = Some(stream.id());
+        (raw.stream, raw.owner) = (Some(stream.id()), Some(self.buffer.owner()));
         Ok(TensorRef::new(raw))
     }
 }

@@ -277,6 +277,7 @@ impl<'a> Rotation<'a> {
                 format!("{positions} rows of {rotary_dim} elements are 2^32 or more"),
             );
         }
+        self.pos_ids.limit(usable.max(0).min(i64::from(u32::MAX) / rotary_dim.max(1)) as usize);
         Ok(pos_ids)
     }
 }

@@ -75,6 +75,14 @@ impl<'a> Positions<'a> {
         }
     }
 
+    /// Later positions, too, have to be below this, if work that uses them is
+    /// being captured.
+    pub(super) fn limit(&self, below: usize) {
+        if let Source::Append(append) = self.0 {
+            append.limit(below);
+        }
+    }
+
     /// The tensor of `len` positions of one of these dtypes.
     pub(super) fn checked(
         &self,

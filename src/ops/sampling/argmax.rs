@@ -66,11 +66,14 @@ pub fn argmax(stream: &Stream, output: &mut TensorMut<'_>, logits: &TensorRef<'_
         _ => &F32,
     };
     check.compiled("logits", kernel)?;
+    let tensors = [Some(&logits.raw), Some(places)];
     let (mut input, mut output) = (logits.raw.data, places.data);
     let (mut vocab, mut wide) = (vocab as u32, u32::from(places.dtype == DType::I64));
     let mut args: [*mut c_void; 4] =
         [(&raw mut input).cast(), (&raw mut output).cast(), (&raw mut vocab).cast(), (&raw mut wide).cast()];
     // SAFETY: the kernel takes two addresses and two 32-bit numbers. A block
     // reads a row of `vocab` numbers of this dtype, and writes the row's place.
-    unsafe { kernel.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args) }
+    unsafe {
+        kernel.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors)
+    }
 }

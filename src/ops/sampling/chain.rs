@@ -150,6 +150,7 @@ pub fn chain_speculative_sampling(
     // dtype, shape, contiguity, vector alignment, 32-bit offsets. Drafts are
     // below the vocabulary; no other number decides an address.
     unsafe { kernel.call(CHAIN.get(runtime)?, stream) }?;
+    let tensors = [&samples.output_token_ids.raw, &input.draft_probs.raw, &input.target_probs.raw].map(Some);
     let (mut tokens, mut draft) = (samples.output_token_ids.raw.data, input.draft_probs.raw.data);
     let mut target = input.target_probs.raw.data;
     let [mut batch, mut drafts, mut vocab] = [batch, drafts, vocab].map(|size| size as u32);
@@ -163,5 +164,13 @@ pub fn chain_speculative_sampling(
     ];
     // SAFETY: the kernel takes three addresses and three 32-bit numbers, the
     // sizes of these tensors. It looks up tokens that are below `vocab` only.
-    unsafe { CHECK_LAST_TOKENS.launch(runtime.cuda(), stream, [batch.div_ceil(THREADS), THREADS], &mut args) }
+    unsafe {
+        CHECK_LAST_TOKENS.launch(
+            runtime.cuda(),
+            stream,
+            [batch.div_ceil(THREADS), THREADS],
+            &mut args,
+            &tensors,
+        )
+    }
 }

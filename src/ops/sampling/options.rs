@@ -47,7 +47,9 @@ impl<T> Parameter<'_, T> {
             Self::PerRow(tensor) => {
                 check.plain(argument, &tensor.raw, &[dtype], &[len], tensor.raw.dtype.size())?;
                 let raw = &tensor.raw;
-                Ok((Some(RawTensor::new(raw.data, raw.device, dtype, &[rows as usize], None)?), None))
+                let mut own = RawTensor::new(raw.data, raw.device, dtype, &[rows as usize], None)?;
+                own.owner = raw.owner;
+                Ok((Some(own), None))
             }
         }
     }
@@ -286,7 +288,7 @@ impl<'a> Indices<'a> {
                     *size = wanted as usize;
                 }
                 let mut raw = RawTensor::new(flat.data, flat.device, dtype, &sizes[..shape.len()], None)?;
-                raw.stream = flat.stream;
+                (raw.stream, raw.owner) = (flat.stream, flat.owner);
                 raw
             }
         };

@@ -76,6 +76,7 @@ pub fn top_p_renorm_probs(
     }
     check.compiled("probs", &RENORM)?;
     let (mut input, mut output) = (probs.raw.data, out.raw.data);
+    let tensors = [Some(&probs.raw), Some(&out.raw), top_ps.as_ref()];
     let mut top_ps = top_ps.map_or(ptr::null_mut(), |top_ps| top_ps.data);
     let (mut top_p, mut vocab) = (top_p as f32, vocab as u32);
     let mut args: [*mut c_void; 5] = [
@@ -88,5 +89,7 @@ pub fn top_p_renorm_probs(
     // SAFETY: the kernel takes three addresses, a 32-bit float and a 32-bit
     // number, no more than 2²³. A block reads a row of `vocab` numbers and the
     // row's `top_p`, if there is a tensor of them, and writes as many numbers.
-    unsafe { RENORM.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args) }
+    unsafe {
+        RENORM.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors)
+    }
 }
