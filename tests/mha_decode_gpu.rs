@@ -127,8 +127,8 @@ impl<T: Number, K: Number> Problem<T, K> {
     fn with_table(gpu: &Gpu, rng: &mut Rng, case: Case, table: PageIndices) -> Self {
         let q = Tensor::random(gpu, rng, &case.q_shape());
         let cache = Cache::random(gpu, rng, case.cache_shape(table.num_pages()), &table);
-        let per_head = [(case.alibi, 0.1), (case.sinks, 1.0)].map(|(there, scale)| {
-            there.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
+        let per_head = [(case.alibi, 0.1), (case.sinks, 1.0)].map(|(given, scale)| {
+            given.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
         });
         Self::solve(case, table, q, cache, per_head)
     }

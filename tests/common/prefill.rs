@@ -487,8 +487,8 @@ impl<T: Number, K: Number> Problem<T, K> {
     pub fn with_kv(gpu: &Gpu, rng: &mut Rng, case: Case, kv: Kv<K>) -> Self {
         let q = Tensor::random(gpu, rng, &case.q_shape(case.queries().total()));
         let mask = HostMask::random(rng, &case);
-        let per_head = [(case.alibi, 0.1), (case.sinks, 2.0)].map(|(there, scale)| {
-            there.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
+        let per_head = [(case.alibi, 0.1), (case.sinks, 2.0)].map(|(given, scale)| {
+            given.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
         });
         Self::solve_with(case, q, kv, mask, per_head)
     }

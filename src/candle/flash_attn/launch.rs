@@ -123,7 +123,7 @@ impl OnStream {
             }
         }
         let last = self.steps.len() - 1;
-        self.steps[last].run_with(&module, call, &self.cuda, q, kv, out).map_err(tensor::error)
+        self.steps[last].run(&module, call, &self.cuda, q, kv, out).map_err(tensor::error)
     }
 
     /// The module of a spec, for these heads.

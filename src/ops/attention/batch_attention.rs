@@ -14,10 +14,10 @@ use super::{
     mask::{Mask, MaskTensors, check_causal, requests_of},
     options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
-        Heads, PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_rows,
-        check_workspace, host_indices, make_plan,
+        PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_rows, check_workspace,
+        host_indices, make_plan,
     },
-    spec::{AttentionSpec, Backend},
+    spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
 };
 use crate::{
@@ -214,8 +214,8 @@ impl BatchAttention {
         options.split.refuse("attention of mixed batches")?;
         let (heads, group) = (self.heads, self.group);
         let (queries, pages) = (queries.host(), table.host());
-        let of = Step { queries, pages, heads, group, causal, graph: options.graph };
-        let work = Work::of(&check, &self.spec, of)?;
+        let batch = MixedBatch { queries, pages, heads, group, causal, graph: options.graph };
+        let work = Work::of(&check, &self.spec, batch)?;
         work.check_limits(&check, self.blocks)?;
         check_workspace(&check, workspace)?;
         let info = if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &work)?) };
@@ -300,7 +300,7 @@ const fn int_bytes(blocks: usize) -> usize {
 
 /// What is planned.
 #[derive(Clone, Copy, Debug)]
-struct Step<'a> {
+struct MixedBatch<'a> {
     queries: &'a RaggedIndices,
     pages: &'a PageIndices,
     heads: Heads,
@@ -325,8 +325,8 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     /// Compares queries with a page table.
-    fn of(check: &Check<'_>, spec: &AttentionSpec, step: Step<'a>) -> Result<Self> {
-        let Step { queries, pages: table, heads, group, causal, graph } = step;
+    fn of(check: &Check<'_>, spec: &AttentionSpec, batch: MixedBatch<'a>) -> Result<Self> {
+        let MixedBatch { queries, pages: table, heads, group, causal, graph } = batch;
         if queries.batch_size() != table.batch_size() {
             return check.fail(
                 "queries",
@@ -577,8 +577,8 @@ mod tests {
         let check = Check::new("test", &stream)?;
         let spec = AttentionSpec::new(DType::BF16, 128);
         let group = heads.check("test")?;
-        let step = Step { queries: &queries, pages: &table, heads, group, causal, graph };
-        use_work(&check, &Work::of(&check, &spec, step)?)
+        let batch = MixedBatch { queries: &queries, pages: &table, heads, group, causal, graph };
+        use_work(&check, &Work::of(&check, &spec, batch)?)
     }
 
     fn limits(requests: &[(usize, usize)], heads: Heads, options: (bool, Option<usize>)) -> Result<()> {
@@ -630,9 +630,15 @@ mod tests {
         let table = PageIndices::from_requests(1, 4, [(&[0][..], 1)]).unwrap();
         let queries = RaggedIndices::from_lens([1, 1]).unwrap();
         let other = with_work(&[], HEADS, CAUSAL, |check, _| {
-            let step =
-                Step { queries: &queries, pages: &table, heads: HEADS, group: 4, causal: true, graph: None };
-            Work::of(check, &AttentionSpec::new(DType::BF16, 128), step).map(drop)
+            let batch = MixedBatch {
+                queries: &queries,
+                pages: &table,
+                heads: HEADS,
+                group: 4,
+                causal: true,
+                graph: None,
+            };
+            Work::of(check, &AttentionSpec::new(DType::BF16, 128), batch).map(drop)
         });
         refused(other, "queries");
     }

@@ -13,9 +13,9 @@
 use super::{
     mask::Mask,
     options::{PlanOptions, RunOptions},
-    planned::{Heads, ReplayKey},
+    planned::ReplayKey,
     prefill::{BatchPrefill, PrefillPlan},
-    spec::{AttentionSpec, Backend, PosEncodingMode},
+    spec::{AttentionSpec, Backend, Heads, PosEncodingMode},
     workspace::{Workspace, grown},
 };
 use crate::{

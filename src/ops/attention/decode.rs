@@ -14,11 +14,11 @@ use super::{
     options::{PlanOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{
-        Heads, LEAST_CHUNK, MAX_BLOCKS_PER_SM, PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA,
+        LEAST_CHUNK, MAX_BLOCKS_PER_SM, PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA,
         ReplayKey, ReplayShape, check_described, check_output, check_workspace, host_indices, make_plan,
     },
     prefill_kernels::{Pages, PrefillBatch, PrefillKernels, RunTensors},
-    spec::{AttentionSpec, Backend, first_module, flash_attention},
+    spec::{AttentionSpec, Backend, Heads, first_module, flash_attention},
     workspace::{Need, Workspace, arrays},
 };
 use crate::{

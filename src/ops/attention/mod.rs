@@ -61,10 +61,10 @@ pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
 pub use mla::{BatchMla, MlaPlan, MlaQuery, MlaSpec};
 pub use options::{PlanOptions, PrefillRunOptions, RunOptions, Split};
-pub use planned::{Heads, ReplayKey};
+pub use planned::ReplayKey;
 pub use prefill::{BatchPrefill, PrefillPlan};
 pub use single::{SingleDecode, SinglePrefill};
-pub use spec::{AttentionSpec, Backend, PosEncodingMode};
+pub use spec::{AttentionSpec, Backend, Heads, PosEncodingMode};
 pub use workspace::Workspace;
 
 use crate::ffi::Signature;

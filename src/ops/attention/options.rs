@@ -1,6 +1,9 @@
 //! Options of plans and of runs, which all attention operations share.
 
-use super::{mask::Mask, planned::Heads, spec::AttentionSpec};
+use super::{
+    mask::Mask,
+    spec::{AttentionSpec, Heads},
+};
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},

@@ -5,7 +5,7 @@ use std::{cell::Cell, marker::PhantomData, sync::Arc};
 
 use super::{
     mask::MaskTensors,
-    spec::AttentionSpec,
+    spec::{AttentionSpec, Heads},
     workspace::{Need, Workspace},
 };
 use crate::{
@@ -13,64 +13,10 @@ use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
     ffi::{Object, Value},
-    ops::{check::Check, page::CacheShape},
+    ops::check::Check,
     runtime::FlashInferRuntime,
     tensor::RawTensor,
 };
-
-/// Heads of an attention layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query (and output) heads, a multiple of `num_kv_heads`.
-    pub num_qo_heads: usize,
-    /// Key and value heads.
-    pub num_kv_heads: usize,
-}
-
-impl Heads {
-    /// So many query heads over so many key and value heads. They are checked
-    /// where they are used.
-    pub const fn new(num_qo_heads: usize, num_kv_heads: usize) -> Self {
-        Self { num_qo_heads, num_kv_heads }
-    }
-
-    /// Query heads per KV head; `None` unless that is a whole number.
-    pub fn group_size(&self) -> Option<usize> {
-        let group = self.num_qo_heads.checked_div(self.num_kv_heads)?;
-        (group > 0 && group * self.num_kv_heads == self.num_qo_heads).then_some(group)
-    }
-
-    /// Refuses what no kernel can launch; returns the group size.
-    pub(super) fn check(&self, op: &'static str) -> Result<usize> {
-        let Self { num_qo_heads, num_kv_heads } = *self;
-        // Heads are dimensions of launch grids, which have 65535 places.
-        match self.group_size() {
-            Some(group) if num_qo_heads <= 65535 => Ok(group),
-            _ => Err(FlashInferError::invalid(
-                op,
-                "heads",
-                format!(
-                    "{num_qo_heads} query heads over {num_kv_heads} KV heads; \
-                     expected a multiple, and at most 65535 of them"
-                ),
-            )),
-        }
-    }
-
-    /// The cache has the plan's KV heads, of the spec's width.
-    pub(super) fn check_cache(&self, check: &Check<'_>, cache: CacheShape, head_dim: usize) -> Result<()> {
-        if (cache.heads, cache.head_dim) == (self.num_kv_heads as i64, head_dim as i64) {
-            return Ok(());
-        }
-        check.fail(
-            "kv.k",
-            format!(
-                "it has {} heads of {} elements; the plan is for {} of {head_dim}",
-                cache.heads, cache.head_dim, self.num_kv_heads
-            ),
-        )
-    }
-}
 
 /// A plan's numbers, as the module gave them and as it takes them back.
 #[derive(Clone, Debug)]

@@ -6,11 +6,11 @@ use super::{
     mask::{MaskTensors, requests_of},
     options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
-        Heads, PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output,
-        check_rows, check_workspace,
+        PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output, check_rows,
+        check_workspace,
     },
     prefill_kernels::{Pages, PrefillBatch, PrefillKernels, RUN_OP, RunTensors, width_of_nothing},
-    spec::{AttentionSpec, Backend},
+    spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
 };
 use crate::{

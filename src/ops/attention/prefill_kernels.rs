@@ -14,10 +14,9 @@ use super::{
     options::{PlanOptions, RunOptions, Split},
     output_scale::OutputScale,
     planned::{
-        Heads, LEAST_CHUNK, PlanInfo, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, host_indices,
-        make_plan,
+        LEAST_CHUNK, PlanInfo, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, host_indices, make_plan,
     },
-    spec::{AttentionSpec, Backend},
+    spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace, arrays},
 };
 use crate::{
@@ -160,7 +159,7 @@ pub(super) struct PrefillBatch<'a> {
 }
 
 /// Everything that a plan depends on, to tell whether another would be equal.
-pub(super) struct PrefillPlanKey {
+struct PrefillPlanKey {
     spec: AttentionSpec,
     module: &'static Module,
     qo_indptr: Vec<i32>,
@@ -203,7 +202,7 @@ impl PrefillPlanKey {
     }
 
     /// Whether these kernels' plan of this batch would be the same.
-    pub(super) fn is_of(&self, kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> bool {
+    fn is_of(&self, kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> bool {
         let &PrefillBatch {
             qo_indptr,
             kv_indptr,
@@ -292,7 +291,8 @@ impl PrefillKernels {
         workspace: &mut Workspace,
         batch: &PrefillBatch<'_>,
     ) -> Result<PlanInfo> {
-        if let Some(info) = workspace.planned(self, batch) {
+        let last = workspace.planned::<(PrefillPlanKey, PlanInfo)>();
+        if let Some((_, info)) = last.filter(|(key, _)| key.is_of(self, batch)) {
             return Ok(info.clone());
         }
         let stream = workspace.stream().clone();
@@ -380,7 +380,7 @@ impl PrefillKernels {
                 }
             }
         })?;
-        workspace.remember_plan(PrefillPlanKey::new(self, batch), &info);
+        workspace.remember_plan((PrefillPlanKey::new(self, batch), info.clone()));
         Ok(info)
     }
 

@@ -20,10 +20,8 @@ use super::{
     empty_states,
     options::{PrefillRunOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
-    planned::{
-        Heads, MAX_BLOCKS_PER_SM, ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output,
-    },
-    spec::{AttentionSpec, Backend},
+    planned::{MAX_BLOCKS_PER_SM, ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output},
+    spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
 };
 use crate::{

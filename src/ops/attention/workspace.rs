@@ -1,11 +1,10 @@
 //! Scratch memory of attention, and the rule by which it grows.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use super::{
-    planned::PlanInfo,
-    prefill_kernels::{PrefillBatch, PrefillKernels, PrefillPlanKey},
+use std::{
+    any::Any,
+    sync::{Arc, Mutex, PoisonError},
 };
+
 use crate::{
     cuda::{DeviceBuffer, StagingBuffer},
     error::Result,
@@ -59,8 +58,8 @@ pub struct Workspace {
     /// query per request, and pages of one key. A graph may hold any of them, so
     /// none goes before the workspace.
     numbers: Vec<RaggedTable>,
-    /// What the index arrays are of, and the numbers that belong to them.
-    planned: Option<(PrefillPlanKey, PlanInfo)>,
+    /// What tells of which plan the index arrays are; who planned knows its type.
+    planned: Option<Box<dyn Any + Send + Sync>>,
     plans_made: u64,
 }
 
@@ -212,9 +211,9 @@ impl Workspace {
         self.plans_made
     }
 
-    /// The plan that is in the workspace, if it is of this batch.
-    pub(super) fn planned(&self, kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> Option<&PlanInfo> {
-        self.planned.as_ref().filter(|(key, _)| key.is_of(kernels, batch)).map(|(_, info)| info)
+    /// What was said of the plan that is in the workspace, if it is of this kind.
+    pub(super) fn planned<T: Any>(&self) -> Option<&T> {
+        self.planned.as_ref()?.downcast_ref()
     }
 
     /// A planner is about to write.
@@ -223,9 +222,9 @@ impl Workspace {
         self.plans_made += 1;
     }
 
-    /// A planner has succeeded.
-    pub(super) fn remember_plan(&mut self, key: PrefillPlanKey, info: &PlanInfo) {
-        self.planned = Some((key, info.clone()));
+    /// A planner has succeeded; `plan` tells the plan from others.
+    pub(super) fn remember_plan<T: Any + Send + Sync>(&mut self, plan: T) {
+        self.planned = Some(Box::new(plan));
     }
 
     /// Offsets `0..=batch`, on the host and on the device.
