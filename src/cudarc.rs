@@ -172,7 +172,8 @@ impl<T: Element + DeviceRepr> Tensor<T> {
         Self::of(cuda.alloc_zeros(len.max(1)).map_err(|error| failed("cuMemsetD8Async", error))?, shape)
     }
 
-    /// A tensor of the given elements, in row-major order.
+    /// A tensor of the given elements, in row-major order. Waits for the stream,
+    /// which reads them.
     ///
     /// # Errors
     /// As [`zeros`](Self::zeros); also when there are more or fewer elements
@@ -188,6 +189,8 @@ impl<T: Element + DeviceRepr> Tensor<T> {
         if !elements.is_empty() {
             let copied = cuda.memcpy_htod(elements, &mut slice);
             copied.map_err(|error| failed("cuMemcpyHtoDAsync", error))?;
+            // Elements in page-locked memory are not copied before that.
+            cuda.synchronize().map_err(|error| failed("cuStreamSynchronize", error))?;
         }
         Self::of(slice, shape)
     }
@@ -231,7 +234,8 @@ impl<T: Element + DeviceRepr> Tensor<T> {
         TensorMut::new(self.raw)
     }
 
-    /// Replaces the elements, at the same address.
+    /// Replaces the elements, at the same address: between launches of a captured
+    /// step, too. Waits for the stream, which reads them.
     ///
     /// # Errors
     /// As [`from_slice`](Self::from_slice).

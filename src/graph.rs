@@ -18,8 +18,8 @@
 //!
 //! # How
 //!
-//! 1. **Warm up**: run the same work once as it is. First calls load kernels and compile the
-//!    crate's own, which a capture does not allow.
+//! 1. **Warm up**: run the same work once as it is. First calls load kernels, which a capture may
+//!    not allow, and compile the crate's own, which it does not.
 //! 2. **Plan for a graph**, and [`capture`](CapturedStep::capture) the runs. Tensors are
 //!    [`cudarc::Tensor`](crate::cudarc::Tensor)s. Nothing is computed yet.
 //! 3. For each step, update the tables, plan again, and [`launch`](CapturedStep::launch) with the
@@ -110,7 +110,7 @@ impl CapturedStep {
     /// was not made for a graph, or is of latent attention; it uses tensors that cannot be kept
     /// alive (views of cudarc slices or of raw pointers); it enqueues work that is not this
     /// crate's, which [`capture_unchecked`](Self::capture_unchecked) takes; something in it broke
-    /// the capture, such as a first call, which loads a kernel: run the same work once before;
+    /// the capture, or is a first call that has to compile a kernel: run the same work once before;
     /// the thread is capturing already. Else what CUDA said.
     pub fn capture(stream: &Stream, body: impl FnOnce() -> Result<()>) -> Result<Self> {
         Self::capture_as(stream, body, false)
