@@ -170,10 +170,8 @@ impl Rig {
             }
             let [q, k, v] = rows;
             cache.append(&step, layer, &k, &v).unwrap();
-            let mut got = vec![prefill.run(&q, cache, layer, &RunOptions::default()).unwrap()];
-            got.extend(
-                decode.as_ref().map(|plan| plan.run(&q, cache, layer, &RunOptions::default()).unwrap()),
-            );
+            let mut got = vec![prefill.run(&q, cache, layer).unwrap()];
+            got.extend(decode.as_ref().map(|plan| plan.run(&q, cache, layer).unwrap()));
             let [q, k, v] = [q, k, v].map(|rows| on_host(&rows));
             let mut start = 0;
             for (request, &len) in new.iter().enumerate().filter(|(_, len)| **len > 0) {
@@ -401,7 +399,7 @@ fn options_are_applied() {
         let rows = |rng: &mut Rng, heads| random(rng, &[1, heads, 64], case.dtype, &device);
         let (q, k, v) = (rows(&mut rng, 2), rows(&mut rng, 1), rows(&mut rng, 1));
         rig.cache.append(&step, 0, &k, &v).unwrap();
-        let got = plan.run(&q, &rig.cache, 0, &RunOptions::with_sm_scale(0.3)).unwrap();
+        let got = plan.run_with(&q, &rig.cache, 0, &RunOptions::with_sm_scale(0.3)).unwrap();
         let [all_k, all_v] = &rig.expected[0][0];
         let all = |all: &Tensor, new: &Tensor| Tensor::cat(&[all, &on_host(new)], 0).unwrap();
         let plain = Plain { scale: Some(0.3), ..Plain::default() };
@@ -422,7 +420,7 @@ fn nothing_to_do() {
         let step = rig.tables.update(&rig.batch, &mut rig.cache).unwrap();
         let plan = rig.decode.plan(&step).unwrap();
         let q = random(&mut rng, &[1, 2, 64], case.dtype, &device);
-        let got = plan.run(&q, &rig.cache, 0, &RunOptions::default()).unwrap();
+        let got = plan.run(&q, &rig.cache, 0).unwrap();
         assert_eq!(on_host(&got).abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
     }
 }
@@ -450,11 +448,11 @@ fn wrong_input_is_refused_and_nothing_written() {
         let mut rows = |shape: &[usize], dtype| random(&mut rng, shape, dtype, &device);
         let (q, k) = (rows(&[3, 4, 64], dtype), rows(&[3, 2, 64], dtype));
         let plan = rig.prefill.plan(&step, true).unwrap();
-        refused(plan.run(&q, &other.cache, 0, &options), &["cache", "another pool"]);
-        refused(plan.run(&q, &rig.cache, LAYERS, &options), &["layer", "2; the model has 2"]);
-        refused(plan.run(&rows(&[3, 4, 64], other_dtype), &rig.cache, 0, &options), &["q", "dtype"]);
+        refused(plan.run_with(&q, &other.cache, 0, &options), &["cache", "another pool"]);
+        refused(plan.run_with(&q, &rig.cache, LAYERS, &options), &["layer", "2; the model has 2"]);
+        refused(plan.run_with(&rows(&[3, 4, 64], other_dtype), &rig.cache, 0, &options), &["q", "dtype"]);
         for shape in [&[2, 4, 64][..], &[3, 2, 64], &[3, 4, 32], &[12, 64]] {
-            refused(plan.run(&rows(shape, dtype), &rig.cache, 0, &options), &["q", "shape"]);
+            refused(plan.run_with(&rows(shape, dtype), &rig.cache, 0, &options), &["q", "shape"]);
         }
         refused(other.cache.append(&step, 0, &k, &k), &["cache", "another pool"]);
         refused(rig.cache.append(&step, LAYERS, &k, &k), &["layer"]);
@@ -465,7 +463,10 @@ fn wrong_input_is_refused_and_nothing_written() {
         if !device.is_cpu() {
             let on_cpu = k.to_device(&Device::Cpu).unwrap();
             refused(rig.cache.append(&step, 0, &on_cpu, &k), &["k", "Cpu", "expected Cuda"]);
-            refused(plan.run(&q.to_device(&Device::Cpu).unwrap(), &rig.cache, 0, &options), &["q", "Cpu"]);
+            refused(
+                plan.run_with(&q.to_device(&Device::Cpu).unwrap(), &rig.cache, 0, &options),
+                &["q", "Cpu"],
+            );
         }
         // A view of the layer itself.
         let own = rig.cache.layer(0).unwrap().narrow(0, 0, 3).unwrap();
@@ -481,7 +482,10 @@ fn wrong_input_is_refused_and_nothing_written() {
         let wide = Case::new(dtype, 128, 16, [4, 2]);
         let mut wide = BatchDecode::new(&device, &wide.spec(), wide.heads).unwrap();
         let plan = wide.plan(&step).unwrap();
-        refused(plan.run(&rows(&[1, 4, 128], dtype), &rig.cache, 0, &options), &["cache", "2 heads of 64"]);
+        refused(
+            plan.run_with(&rows(&[1, 4, 128], dtype), &rig.cache, 0, &options),
+            &["cache", "2 heads of 64"],
+        );
         refused(PagedKvCache::new(&device, &rig.pool, case.shape()), &["the pool has a cache already"]);
     }
 }
@@ -532,7 +536,7 @@ fn inputs_may_be_one_tensor() {
         let x = random(&mut rng, &[6, 2, 64], dtype, &device);
         rig.cache.append(&step, 0, &x, &x).unwrap();
         let plan = rig.prefill.plan(&step, true).unwrap();
-        let got = plan.run(&x, &rig.cache, 0, &RunOptions::default()).unwrap();
+        let got = plan.run(&x, &rig.cache, 0).unwrap();
         assert_close(&got, &case.plain(true).attention(&x, &x, &x), "one tensor");
     }
 }

@@ -228,7 +228,16 @@ pub struct DecodePlan<'p> {
 }
 
 impl DecodePlan<'_> {
-    /// Attention of each request's query to all of its tokens.
+    /// Attention of each request's query to all of its tokens, with the default
+    /// options.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(&self, q: &Tensor, cache: &PagedKvCache, layer: usize) -> Result<Tensor> {
+        self.run_with(q, cache, layer, &RunOptions::default())
+    }
+
+    /// As [`run`](Self::run), with options.
     ///
     /// `q` is `(batch, num_qo_heads, head_dim)` of the spec's dtype; the result
     /// has its shape. On CUDA, strides of `q` that are multiples of 16 bytes are
@@ -240,7 +249,7 @@ impl DecodePlan<'_> {
     /// Cache, layer or `q` do not fit the plan, by pool, device, dtype or shape;
     /// an option is out of its range; the plan's stream is another thread's.
     /// Nothing was launched. Else what the module or CUDA said.
-    pub fn run(
+    pub fn run_with(
         &self,
         q: &Tensor,
         cache: &PagedKvCache,
@@ -335,15 +344,23 @@ pub struct PrefillPlan<'p> {
 }
 
 impl PrefillPlan<'_> {
-    /// Attention of each new token to its request's pages.
+    /// Attention of each new token to its request's pages, with the default options.
+    ///
+    /// # Errors
+    /// As [`run_with`](Self::run_with).
+    pub fn run(&self, q: &Tensor, cache: &PagedKvCache, layer: usize) -> Result<Tensor> {
+        self.run_with(q, cache, layer, &RunOptions::default())
+    }
+
+    /// As [`run`](Self::run), with options.
     ///
     /// `q` is `(tokens, num_qo_heads, head_dim)`, the requests' tokens one after
     /// the other, as the rows of [`PagedKvCache::append`]; the rest is as in
-    /// [`DecodePlan::run`].
+    /// [`DecodePlan::run_with`].
     ///
     /// # Errors
-    /// As [`DecodePlan::run`].
-    pub fn run(
+    /// As [`DecodePlan::run_with`].
+    pub fn run_with(
         &self,
         q: &Tensor,
         cache: &PagedKvCache,

@@ -40,7 +40,7 @@ const TABLES: &str = "BatchTables";
 /// use candle_core::{Device, Tensor};
 /// use flashinfer_rs::{
 ///     DType,
-///     attention::{AttentionSpec, Heads, RunOptions},
+///     attention::{AttentionSpec, Heads},
 ///     candle::{BatchDecode, BatchPrefill, BatchTables, PagedKvCache},
 ///     kv::{Batch, HeadsShape, PageAllocator, Sequence, KvLayout},
 /// };
@@ -66,7 +66,7 @@ const TABLES: &str = "BatchTables";
 /// for layer in 0..2 {
 ///     let (q, k, v) = (random(20, 4)?, random(20, 2)?, random(20, 2)?);
 ///     cache.append(&step, layer, &k, &v)?;
-///     assert_eq!(plan.run(&q, &cache, layer, &RunOptions::default())?.dims(), [20, 4, 64]);
+///     assert_eq!(plan.run(&q, &cache, layer)?.dims(), [20, 4, 64]);
 /// }
 ///
 /// // A second sequence begins alike. Both go on with a token of their own: the
@@ -78,7 +78,7 @@ const TABLES: &str = "BatchTables";
 /// for layer in 0..2 {
 ///     let (q, k, v) = (random(2, 4)?, random(2, 2)?, random(2, 2)?);
 ///     cache.append(&step, layer, &k, &v)?;
-///     assert_eq!(plan.run(&q, &cache, layer, &RunOptions::default())?.dims(), [2, 4, 64]);
+///     assert_eq!(plan.run(&q, &cache, layer)?.dims(), [2, 4, 64]);
 /// }
 /// assert_eq!(pool.used_pages(), 3);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

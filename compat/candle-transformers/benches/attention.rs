@@ -21,9 +21,9 @@ use candle_flash_attn::flash_attn;
 use candle_nn::ops::softmax_last_dim;
 use candle_transformers::utils::{build_additive_causal_mask, repeat_kv};
 use flashinfer_rs::{
-    attention::{AttentionSpec, Heads, RunOptions},
+    attention::{AttentionSpec, Heads},
     candle::{BatchDecode, BatchTables, PagedKvCache},
-    kv::{Batch, KvLayout, HeadsShape, PageAllocator, Sequence},
+    kv::{Batch, HeadsShape, KvLayout, PageAllocator, Sequence},
 };
 
 const DTYPE: DType = DType::F16;
@@ -136,9 +136,9 @@ fn several(sequences: usize, device: &Device) -> Result<[f64; 3]> {
     let step = tables.update(&batch, &mut cache)?;
     let plan = decode.plan(&step)?;
     let q = joined(0)?;
-    let paged = measure(device, &|| plan.run(&q, &cache, 0, &RunOptions::default()))?;
+    let paged = measure(device, &|| plan.run(&q, &cache, 0))?;
     let one = flash_attn(&each[0][0], &each[0][1], &each[0][2], scale as f32, false)?.flatten_all()?;
-    let same = plan.run(&q, &cache, 0, &RunOptions::default())?.get(0)?.flatten_all()?;
+    let same = plan.run(&q, &cache, 0)?.get(0)?.flatten_all()?;
     let error = (one - same)?.to_dtype(DType::F32)?.abs()?.max(0)?.to_scalar::<f32>()?;
     assert!(error < 1e-2, "paged attention and flash_attn differ by {error}");
     Ok([eager, flash, paged])

@@ -9,7 +9,7 @@ use super::{
         PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output, check_rows,
         check_workspace,
     },
-    prefill_kernels::{Pages, PrefillBatch, PrefillKernels, RUN_OP, RunTensors, width_of_nothing},
+    prefill_kernels::{Pages, PrefillBatch, PrefillKernels, RUN_OP, RunTensors, stand_in_width},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
 };
@@ -498,7 +498,7 @@ impl PrefillPlan<'_, RaggedTable> {
             // No request has a key, so nothing of what stands in counts. The
             // plan has made room for it.
             [spec.head_dim_qk, spec.head_dim_vo].map(|width| {
-                let (heads, row) = (self.heads.num_kv_heads, width_of_nothing(spec));
+                let (heads, row) = (self.heads.num_kv_heads, stand_in_width(spec));
                 let shape = [1, heads, width];
                 let strides = [heads * row, row, 1];
                 RawTensor::new(

@@ -542,7 +542,7 @@ fn fa2_need(
     let sums = num_qo_heads * work * tile * size_of::<f32>();
     Need {
         float: if divided { arrays([sums * spec.head_dim_vo, sums]) } else { 0 }
-            .max(nothing_to_see(spec, batch)),
+            .max(stand_in_bytes(spec, batch)),
         int: arrays(indices.chain(to_merge)),
     }
 }
@@ -598,20 +598,20 @@ fn fa3_need(spec: &AttentionSpec, batch: &PrefillBatch<'_>, multiprocessors: usi
     let each = tiles * heads * size_of::<i32>();
     let offsets = (multiprocessors + 1) * size_of::<i32>();
     Need {
-        float: nothing_to_see(spec, batch),
+        float: stand_in_bytes(spec, batch),
         int: arrays([each, each, each, each, each, each, offsets, each]),
     }
 }
 
 /// Bytes that stand for the keys of a batch that has none: an empty tensor
 /// cannot be described to the hardware that copies tiles.
-fn nothing_to_see(spec: &AttentionSpec, batch: &PrefillBatch<'_>) -> usize {
-    let row = width_of_nothing(spec) * spec.dtype_kv.size();
+fn stand_in_bytes(spec: &AttentionSpec, batch: &PrefillBatch<'_>) -> usize {
+    let row = stand_in_width(spec) * spec.dtype_kv.size();
     if batch.kv_indptr.last() == Some(&0) { batch.heads.num_kv_heads * row } else { 0 }
 }
 
 /// Elements of a head in keys, and in values, that stand for none.
-pub(super) fn width_of_nothing(spec: &AttentionSpec) -> usize {
+pub(super) fn stand_in_width(spec: &AttentionSpec) -> usize {
     spec.head_dim_qk.max(spec.head_dim_vo).next_multiple_of(8)
 }
 

@@ -222,7 +222,7 @@ impl SinglePrefill {
         }
         if keys == 0 {
             // SAFETY: output and sums were checked.
-            return unsafe { write_nothing(stream, out, lse) };
+            return unsafe { write_empty_states(stream, out, lse) };
         }
         let needed = if self.fa3 { 0 } else { work.on_gpu(stream, Work::fa2_scratch)? };
         let tmp = scratch(&check, workspace, needed)?;
@@ -416,7 +416,7 @@ impl SingleDecode {
         OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
         if keys == 0 {
             // SAFETY: output and sums were checked.
-            return unsafe { write_nothing(stream, out, lse) };
+            return unsafe { write_empty_states(stream, out, lse) };
         }
         let needed = Work { spec, heads, rows: 1, keys }.on_gpu(stream, Work::decode_scratch)?;
         let tmp = scratch(&check, workspace, needed)?;
@@ -481,7 +481,7 @@ fn stored(check: &Check<'_>, kv: [&TensorRef<'_>; 2]) -> Result<(KvLayout, [RawT
 ///
 /// # Safety
 /// Both must be contiguous tensors on the stream's device.
-unsafe fn write_nothing(stream: &Stream, out: &RawTensor, lse: Option<&RawTensor>) -> Result<()> {
+unsafe fn write_empty_states(stream: &Stream, out: &RawTensor, lse: Option<&RawTensor>) -> Result<()> {
     let cuda = FlashInferRuntime::get()?.cuda();
     [Some(out), lse].into_iter().flatten().for_each(capture::uses);
     // SAFETY: promised by the caller.
