@@ -172,8 +172,17 @@ fn no_files_of_the_root_name_each_other() {
 
 #[test]
 fn no_files_of_a_folder_name_each_other() {
-    for folder in ["artifacts", "indices", "kv", "ops/sampling", "ops/rope", "ops/norm", "ops/gemm", "candle"]
-    {
+    for folder in [
+        "artifacts",
+        "indices",
+        "kv",
+        "ops/attention",
+        "ops/sampling",
+        "ops/rope",
+        "ops/norm",
+        "ops/gemm",
+        "candle",
+    ] {
         let folder = source().join(folder);
         let mut graph = Graph::new();
         let paths = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
