@@ -87,7 +87,7 @@ const PREFIX: &str = "__tvm_ffi_";
 /// A loaded module: a shared library that exports functions by the TVM-FFI ABI.
 ///
 /// The crate's operations open FlashInfer's modules themselves. A module that
-/// it has no operation for comes from [`FlashInferRuntime::module`] by its
+/// it has no operation for comes from [`FlashInferRuntime::module`](crate::FlashInferRuntime::module) by its
 /// name, and any other TVM-FFI library, such as one of your own kernels, from
 /// [`Module::open`] by its file. Its functions are called by name, with
 /// arguments that [`args!`](crate::args) packs:

@@ -49,7 +49,7 @@ impl CudaKey {
     /// The key of the build machine's toolkit, or of `FLASHINFER_RS_CUDA`.
     ///
     /// A toolkit without a row of its own gets the nearest one: the largest key that is not
-    /// newer, else the smallest. Without any toolkit it is [`DEFAULT_CUDA`].
+    /// newer, else the smallest. Without any toolkit it is `cu130`.
     ///
     /// # Errors
     /// [`ArtifactError::Setting`] when `FLASHINFER_RS_CUDA` names no row, and

@@ -143,7 +143,7 @@ pub(crate) fn check_rows_in_32_bits(
 /// are 64, 128, 256 and 512. No tokens are nothing to do.
 ///
 /// # Errors
-/// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
+/// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before anything is
 /// launched: a device, stream, dtype, shape, stride or alignment does not fit;
 /// `append` was made for another state of the page table; a block would need
 /// more than 1024 threads. Else what the module or CUDA said.
