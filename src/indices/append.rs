@@ -189,10 +189,7 @@ impl AppendTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn problem<T: std::fmt::Debug>(result: Result<T>) -> String {
-        result.unwrap_err().to_string()
-    }
+    use crate::indices::problem;
 
     #[test]
     fn appended_tokens_are_checked() {

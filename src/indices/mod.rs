@@ -62,3 +62,9 @@ pub(crate) fn check_indptr(
     }
     Ok(())
 }
+
+/// What an error says.
+#[cfg(test)]
+fn problem<T: std::fmt::Debug>(result: Result<T>) -> String {
+    result.unwrap_err().to_string()
+}

@@ -381,10 +381,7 @@ pub(crate) fn check_table_size(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn problem<T: std::fmt::Debug>(result: Result<T>) -> String {
-        result.unwrap_err().to_string()
-    }
+    use crate::indices::problem;
 
     #[test]
     fn page_tables_are_checked() {

@@ -137,10 +137,7 @@ impl RaggedTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn problem<T: std::fmt::Debug>(result: Result<T>) -> String {
-        result.unwrap_err().to_string()
-    }
+    use crate::indices::problem;
 
     #[test]
     fn ragged_offsets_are_checked() {
