@@ -182,7 +182,7 @@ fn libraries_may_bring_their_cublas() {
     match open(&missing) {
         // Only where the machine has none.
         Err(error @ FlashInferError::Artifact(_)) => {
-            let text = error.to_string();
+            let text = format!("{error:#}");
             assert!(text.contains("libcublasLt.so.13") && text.contains("LD_LIBRARY_PATH"), "{text}");
         }
         other => assert_eq!(other.unwrap().exports().unwrap(), ["add_one", "answer"]),
