@@ -71,6 +71,7 @@
 //! | `cudarc` | yes | [views of cudarc slices](cudarc) and its streams |
 //! | `candle` | no | [the same for candle's tensors](candle), on the CPU through the reference |
 //! | `candle-cuda` | no | `candle` for CUDA tensors; candle's own kernels need nvcc to build |
+//! | `progress` | no | [the progress of downloads](progress) on a terminal |
 //! | `doctor` | no | the program `flashinfer-doctor`, which tells what a machine lacks |
 //!
 //! # Platforms
@@ -105,6 +106,8 @@ mod library_file;
 mod loader;
 mod module;
 mod ops;
+#[cfg(feature = "progress")]
+pub mod progress;
 pub mod reference;
 #[cfg(test)]
 #[path = "../tests/required/mod.rs"]

@@ -10,6 +10,7 @@ use std::{
 /// From the lowest to the highest. A name is a file or a folder of `src`.
 const LAYERS: &[&[&str]] = &[
     &["artifacts"],
+    &["progress"],
     &["error", "dtype", "device", "stream", "tensor", "capture"],
     &["loader", "library_file", "cuda", "ffi"],
     &["cuda_library", "cublas", "module"],

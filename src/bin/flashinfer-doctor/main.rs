@@ -10,7 +10,6 @@
 //! | `pin` | the digest of a wheel's RECORD, for the pin table |
 //! | `footprint` | bytes embedded, downloaded and cached, memory of a first use |
 
-mod download;
 mod examine;
 mod footprint;
 mod pin;
@@ -184,7 +183,7 @@ fn report(sources: &Sources, options: ReportOptions) -> Result<bool, Failure> {
 /// Whether every package is in the cache now.
 fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
     let mut config = sources.store_config()?;
-    config.progress = Some(download::progress());
+    config.progress = Some(flashinfer_rs::progress::terminal());
     let store = Store::open(config)?;
     let mut complete = true;
     for &package in if packages.is_empty() { &Package::KERNELS[..] } else { packages } {

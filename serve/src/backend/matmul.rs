@@ -12,7 +12,7 @@ use cudarc::{
 };
 use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 
-use crate::{Result, graph};
+use crate::{Result, backend::graph};
 
 /// Algorithms of a product that are tried.
 const CANDIDATES: usize = 16;
@@ -37,7 +37,8 @@ pub struct CublasLt {
 impl CublasLt {
     /// Opens cuBLASLt by its name, which finds the one that is in the process.
     pub fn new(cuda: &Arc<CudaStream>) -> Result<Rc<Self>> {
-        if !is_present!(sys) {
+        // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
+        if !unsafe { sys::is_culib_present() } {
             return Err("cuBLASLt is not of the CUDA version that cudarc was built for".into());
         }
         cuda.context().bind_to_thread()?;

@@ -8,7 +8,12 @@ use candle_core::quantized::{
 };
 use tokenizers::{ModelWrapper, Tokenizer, processors::template::TemplateProcessing};
 
-use crate::{Result, chat::Chat, model::plain, sentencepiece, splits::Pre};
+pub mod chat;
+mod sentencepiece;
+pub mod splits;
+
+use self::{chat::Chat, splits::Pre};
+use crate::{Result, model::plain};
 
 /// Tokens that end an answer, in templates for chats.
 const ENDS: [&str; 2] = ["<|im_end|>", "<|eot_id|>"];

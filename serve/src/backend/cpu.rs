@@ -14,7 +14,7 @@ use flashinfer_rs::{
 
 use crate::{
     Result,
-    engine::{Engine, Step},
+    backend::{Engine, Step},
     model::{Config, Ends, Experts, Layer, Linear},
 };
 

@@ -4,7 +4,7 @@ use candle_core::quantized::gguf_file::Value;
 use proptest::{prop_assert_eq, proptest};
 
 use super::Tiny;
-use crate::{Result, Text, model::Model};
+use crate::{Result, model::Model, text::Text};
 
 /// Where pieces begin, behind the unknown token, BOS, EOS and the bytes.
 const FIRST: u32 = 259;

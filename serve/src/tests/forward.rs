@@ -5,12 +5,10 @@ use candle_core::quantized::gguf_file::Value;
 
 use super::{Tiny, engine};
 use crate::{
-    PageAllocator,
-    cpu::Cpu,
-    engine::{Engine, Step},
+    backend::{Engine, Step, cpu::Cpu},
     model::Model,
 };
-use flashinfer_rs::kv::{Batch, Sequence};
+use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
 /// The sizes of a file.
 #[derive(Clone, Copy)]

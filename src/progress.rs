@@ -7,14 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use flashinfer_rs::artifacts::{Progress, ProgressFn};
+use crate::artifacts::{Progress, ProgressFn};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 /// The pause between two plain lines about the same file.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Shows progress on stderr.
-pub fn progress() -> ProgressFn {
+/// Shows progress on stderr: a bar on a terminal, a line now and then elsewhere. For
+/// [`StoreConfig::progress`](crate::artifacts::StoreConfig::progress).
+pub fn terminal() -> ProgressFn {
     if io::stderr().is_terminal() { bar() } else { lines() }
 }
 
@@ -65,7 +66,6 @@ fn bar() -> ProgressFn {
                     bar.finish_and_clear();
                 }
             }
-            _ => {}
         }
     })
 }

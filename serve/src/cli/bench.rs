@@ -6,12 +6,11 @@ use cudarc::driver::{CudaStream, result};
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
 use crate::{
-    PAGE_SIZE, Result,
-    engine::{Engine, Step},
-    gpu::Gpu,
-    graph,
+    Result,
+    backend::{Engine, Step, gpu::Gpu, graph},
+    cli::PAGE_SIZE,
     model::Config,
-    requests::Ended,
+    request::Ended,
 };
 
 const WARM_UP: usize = 10;

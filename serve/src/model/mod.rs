@@ -24,6 +24,8 @@ use flashinfer_rs::{
     rope::{RopeFrequencies, RopeScaling, YarnScaling},
 };
 
+pub mod synthetic;
+
 use crate::Result;
 
 /// The head dimensions that FlashInfer's attention kernels are compiled for.

@@ -9,11 +9,12 @@ use std::{
 };
 
 use crate::{
-    PAGE_SIZE, Result,
-    engine::Engine,
-    requests::Ended,
+    Result,
+    backend::Engine,
+    cli::PAGE_SIZE,
+    request::Ended,
     scheduler::{Scheduler, Stats},
-    tokenizer::{Stream, Text},
+    text::{Stream, Text},
 };
 
 /// Answers all requests, and prints the answers while they come, in the order

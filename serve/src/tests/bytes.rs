@@ -6,7 +6,10 @@ use candle_core::quantized::gguf_file::Value;
 use proptest::{prelude::ProptestConfig, prop_assert_eq, proptest};
 
 use super::Tiny;
-use crate::{Text, model::Model, splits::Pre};
+use crate::{
+    model::Model,
+    text::{Text, splits::Pre},
+};
 
 /// What merges make, of what is there before.
 const MERGES: [(&str, &str); 10] = [

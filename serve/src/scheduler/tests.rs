@@ -10,7 +10,7 @@ use proptest::{
 };
 
 use super::*;
-use crate::requests::Ended;
+use crate::request::Ended;
 
 /// Numbers that look random (splitmix64).
 fn mix(bits: u64) -> u64 {

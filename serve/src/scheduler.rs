@@ -27,9 +27,9 @@ use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache, Sequence};
 
 use crate::{
     Result,
+    backend::{Engine, Step},
     draft::draft,
-    engine::{Engine, Step},
-    requests::{Ended, Limits, Request},
+    request::{Ended, Limits, Request},
 };
 
 /// What was counted so far.

@@ -1,6 +1,12 @@
 //! What a backend computes: one step of a batch, in which some requests read
 //! their prompts and others decode.
 
+pub mod cpu;
+mod experts;
+pub mod gpu;
+pub mod graph;
+mod matmul;
+
 use flashinfer_rs::kv::Batch;
 
 use crate::Result;

@@ -99,7 +99,7 @@ fn all_names_can_be_used() {
         assert!(pre.names.iter().all(|name| names.insert(name)), "a name is there twice");
     }
     assert!(names.len() > 60);
-    let docs = include_str!("../../../docs/generate.md");
+    let docs = include_str!("../../../../docs/generate.md");
     for name in names {
         assert!(docs.contains(&format!("`{name}`")), "docs/generate.md does not name {name}");
     }

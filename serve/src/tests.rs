@@ -23,23 +23,22 @@ use candle_core::{
         gguf_file::{self, Value},
     },
 };
+use clap::Parser;
 use flashinfer_rs::{
-    artifacts::ArtifactError,
-    kv::{Batch, Sequence},
+    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
+    kv::{Batch, PageAllocator, Sequence},
 };
 
 use tempfile::TempDir;
 
 use crate::{
-    Cli, Fetch, Limits, Member, PageAllocator, Parser, Result, Scheduler, Store, StoreConfig, Text,
-    answers::answer,
-    chat::Chat,
-    cpu::Cpu,
-    engine::{Engine, Step},
+    Result,
+    backend::{Engine, Step, cpu::Cpu},
+    cli::{Cli, answers::answer, prompts},
     model::{Ends, Layer, Model},
-    prompts,
-    requests::Ended,
-    scheduler::Stats,
+    request::{Ended, Limits},
+    scheduler::{Scheduler, Stats},
+    text::{Text, chat::Chat},
 };
 
 /// Prompts and what greedy decoding adds to them.

@@ -40,11 +40,13 @@ use flashinfer_rs::{
 use half::f16;
 
 use crate::{
-    Result, download,
-    engine::{Engine, Step},
-    experts::{Routing, RoutingSlices, RoutingTensors},
-    graph,
-    matmul::{CublasLt, Matmul, Product, Weight},
+    Result,
+    backend::{
+        Engine, Step,
+        experts::{Routing, RoutingSlices, RoutingTensors},
+        graph,
+        matmul::{CublasLt, Matmul, Product, Weight},
+    },
     model::{self, Config, Ends},
 };
 
@@ -415,11 +417,12 @@ pub struct Gpu {
 /// A stream of the first GPU, and the runtime with the modules that every model
 /// needs.
 fn start() -> Result<Arc<CudaStream>> {
-    if !is_present!(cudarc::driver::sys) {
+    // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err("there is no NVIDIA driver".into());
     }
     let mut config = RuntimeConfig::default();
-    config.progress = Some(download::progress());
+    config.progress = Some(flashinfer_rs::progress::terminal());
     let runtime = FlashInferRuntime::initialize(config)?;
     if runtime.device_count()? == 0 {
         return Err("there is no NVIDIA GPU".into());
