@@ -18,7 +18,7 @@ use flashinfer_rs::{
     signatures,
 };
 
-const LIST: &str = include_str!("module_names.txt");
+const LIST: &str = include_str!("data/module_names.txt");
 
 /// The names in the list.
 fn listed() -> impl Iterator<Item = &'static str> {

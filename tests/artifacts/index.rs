@@ -1,9 +1,5 @@
 //! Registry packages by name: simple indexes on loopback, and a pip of our own.
-#![cfg(feature = "fetch")]
-
-mod artifact_support;
-
-use artifact_support::*;
+use crate::artifact_support::*;
 use flashinfer_rs::artifacts::{ArtifactError, CudaKey, Digest, Fetch, Member, Package, Store};
 use std::fs;
 use std::io::Write;
@@ -142,8 +138,7 @@ fn fetching(root: &Path) -> Command {
 
 /// A child without settings of this machine.
 fn child_of_none(test: &str, root: &Path) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", test, "--nocapture"]);
+    let mut command = child_command(module_path!(), test);
     let settings = ["PIP_", "UV_", "PYTHON", "XDG_", "FLASHINFER_RS_INDEX_URL", "VIRTUAL_ENV"];
     for (name, _) in std::env::vars() {
         let lower = name.to_ascii_lowercase();
