@@ -1,7 +1,7 @@
 //! Files on disk: who may write them, and when they may be trusted.
 //!
 //! ```text
-//! <cache>/<artifact hash>/<name>/<file>.so    a member, published by rename
+//! <cache>/<artifact hash>/<name>/<file>       a member, published by rename
 //! <cache>/<artifact hash>/<name>/.lock        held by whoever writes in that folder
 //! <cache>/<artifact hash>/record/RECORD       the wheel's list, where members come one by one
 //! <cache>/wheels/<file>.whl                   a pinned wheel, published by rename
@@ -409,10 +409,8 @@ impl Cache {
             return Ok(0);
         }
         let Some(lock) = self.try_lock(&folder.join(LOCK), tell)? else { return Ok(0) };
-        let module = Member::module(name);
-        let members = || Member::OTHERS.iter().filter(|member| member.folder() == name).chain([&module]);
         let freed = remove_files(&folder, |file, metadata| {
-            members().any(|member| member.file_name() == file)
+            Member::may_be_at(name, file)
                 || (name, file) == RECORD
                 || sink::is_temporary(file) && (lock.refused().is_none() || abandoned(metadata))
         })?;

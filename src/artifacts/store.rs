@@ -201,10 +201,12 @@ impl Store {
             SearchedSource {
                 source: download,
                 outcome: "not allowed by this call".into(),
-                remedy: format!(
-                    "run `flashinfer-doctor fetch {}` before, or preload the module",
-                    member.package()
-                ),
+                remedy: match member.package() {
+                    Package::Other(_) => "allow it, or name a wheel in FLASHINFER_RS_WHEELS".into(),
+                    package => {
+                        format!("run `flashinfer-doctor fetch {package}` before, or preload the module")
+                    }
+                },
             }
         } else {
             use ArtifactError as E;
@@ -369,7 +371,7 @@ impl Store {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
         let Some(recorded) = listed.find(member)? else { return Ok(None) };
         self.check_version(&listed, member)?;
-        let at = (listed.artifact_hash(), member.folder(), &*member.file_name());
+        let at = (listed.artifact_hash(), &*member.folder(), &*member.file_name());
         self.cache.held(at, (recorded.sha256, recorded.size))
     }
 
@@ -411,7 +413,7 @@ impl Store {
         self.check_version(listed, member)?;
         let publish = |remote: &mut RemoteWheel| {
             self.cache.publish(
-                (listed.artifact_hash(), member.folder(), &member.file_name()),
+                (listed.artifact_hash(), &member.folder(), &member.file_name()),
                 (recorded.sha256, recorded.size),
                 &|| format!("{member} in {}", pin.file),
                 &mut |sink| remote.copy(member, sink),
@@ -609,7 +611,7 @@ impl Store {
         self.check_version(wheel, member)?;
         let file = member.file_name();
         let path = self.cache.publish(
-            (wheel.artifact_hash(), member.folder(), &file),
+            (wheel.artifact_hash(), &member.folder(), &file),
             (recorded.sha256, recorded.size),
             &|| format!("{member} in {}", wheel.path().display()),
             &mut |sink| wheel.copy(recorded, sink),
@@ -620,7 +622,7 @@ impl Store {
 
     fn unpack(&self, entry: &BundledMember, member: &Member) -> Result<PathBuf, ArtifactError> {
         self.cache.publish(
-            (entry.artifact_hash, member.folder(), &member.file_name()),
+            (entry.artifact_hash, &member.folder(), &member.file_name()),
             (entry.sha256, entry.size),
             &|| format!("{member} in the embedded bundle"),
             &mut |sink| entry.copy(sink),
