@@ -212,7 +212,8 @@ impl SourceReport {
             modules,
             libraries,
             problem: (!usable).then(|| "it holds no module and no library".into()),
-            remedy: (!usable).then(|| "leave it out of the list, unless a program wants another file of it".into()),
+            remedy: (!usable)
+                .then(|| "leave it out of the list, unless a program wants another file of it".into()),
         }
     }
 }
