@@ -151,6 +151,9 @@ pub enum Progress<'a> {
 /// Told of the progress of downloads and verification, from whichever thread does the work.
 pub type ProgressFn = Arc<dyn Fn(&Progress<'_>) + Send + Sync>;
 
+/// Tells of progress, as a [`ProgressFn`] does.
+pub(crate) type Tell<'a> = &'a (dyn Fn(&Progress<'_>) + 'a);
+
 /// Limits of network operations. The defaults suit slow lines and large wheels.
 #[derive(Clone, Debug)]
 pub struct FetchOptions {

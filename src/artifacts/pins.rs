@@ -481,7 +481,8 @@ mod tests {
             (row("mine.any.any", &cublas), "but nvidia_cublas pins"),
             ("[package]\nname = 'x'".into(), "has no table `metadata`"),
         ] {
-            let rows = if second.starts_with("[package]") { second } else { row("a.any.any", "a.whl") + &second };
+            let rows =
+                if second.starts_with("[package]") { second } else { row("a.any.any", "a.whl") + &second };
             let text = pins.extend(&rows).unwrap_err().to_string();
             assert!(text.contains(want), "{text}");
             assert_eq!(pins, before);

@@ -66,7 +66,7 @@ impl Store {
                     continue;
                 }
             };
-            let at = self.cache.wheels().join(&pin.file);
+            let at = self.cache.wheels().path(&pin.file);
             let opened =
                 self.cached(pin, |wheel| Ok(SourceReport::of(Source::CachedWheel(at.clone()), wheel)));
             let report = match opened {
@@ -212,7 +212,8 @@ impl SourceReport {
             modules,
             libraries,
             problem: (!usable).then(|| "it holds no module and no library".into()),
-            remedy: (!usable).then(|| "leave it out of the list, unless a program wants another file of it".into()),
+            remedy: (!usable)
+                .then(|| "leave it out of the list, unless a program wants another file of it".into()),
         }
     }
 }
