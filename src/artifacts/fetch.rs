@@ -23,6 +23,8 @@ pub(crate) const MAX_WHEEL: u64 = 16 << 30;
 pub(crate) struct Wanted<'a> {
     /// What it is called on disk.
     pub(crate) file: &'a str,
+    /// What it is called in errors.
+    pub(crate) shown: &'a str,
     pub(crate) sha256: Digest,
     pub(crate) address: &'a Address,
     /// A server that sends more is broken.
@@ -32,13 +34,13 @@ pub(crate) struct Wanted<'a> {
 impl Wanted<'_> {
     /// The error of a download.
     fn failed(&self, reason: String) -> ArtifactError {
-        failed(self.file, self.address, reason)
+        failed(self.shown, self.address, reason)
     }
 }
 
 /// The error of a download.
-pub(crate) fn failed(file: &str, address: &Address, reason: String) -> ArtifactError {
-    ArtifactError::Download { what: format!("{file} from {}", address.shown()), reason }
+pub(crate) fn failed(shown: &str, address: &Address, reason: String) -> ArtifactError {
+    ArtifactError::Download { what: format!("{shown} from {}", address.shown()), reason }
 }
 
 /// Downloads a file, whose lock is held, and publishes it once it has its digest.
@@ -48,7 +50,7 @@ pub(crate) fn download(
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let Wanted { file, sha256, address, .. } = wanted;
+    let Wanted { file, shown, sha256, address, .. } = wanted;
     let mut client = Client::new(options);
     let mut patience = Patience::new(options);
     let mut partial = files.partial(file, tell)?;
@@ -66,7 +68,7 @@ pub(crate) fn download(
                 partial.restart()?;
                 if !inherited {
                     return Err(ArtifactError::DigestMismatch {
-                        file: format!("{file} from {}", address.shown()),
+                        file: format!("{shown} from {}", address.shown()),
                         expected: sha256,
                         found,
                     });

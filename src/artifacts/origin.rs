@@ -76,7 +76,8 @@ fn get(
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let wanted = Wanted { file: &pin.file, sha256: pin.sha256, address, max_size: MAX_WHEEL };
+    let (file, sha256) = (&pin.file, pin.sha256);
+    let wanted = Wanted { file, shown: file, sha256, address, max_size: MAX_WHEEL };
     fetch::download(wheels, wanted, options, tell)
 }
 

@@ -46,6 +46,12 @@ impl Files {
         self.folder.join(file)
     }
 
+    /// Where the download of the file at `path` is while it is not complete.
+    #[cfg(feature = "fetch")]
+    pub(crate) fn partial_of(path: &Path) -> PathBuf {
+        beside(path, PARTIAL)
+    }
+
     /// The file of this name, if it is there: verified by its stamp, else by hashing it.
     ///
     /// # Errors
@@ -117,7 +123,7 @@ impl Files {
         if self.locks.lockless() {
             return Sink::new(&to, u64::MAX);
         }
-        Sink::resume(beside(&to, PARTIAL), &to, true, |done, total| {
+        Sink::resume(Files::partial_of(&to), &to, true, |done, total| {
             tell(&Progress::Verifying { file, done, total });
         })
     }
