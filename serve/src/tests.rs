@@ -25,7 +25,7 @@ use candle_core::{
 };
 use clap::Parser;
 use flashinfer_rs::{
-    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
+    artifacts::{ArtifactError, Fetch, Store},
     kv::{Batch, PageAllocator, Sequence},
 };
 
@@ -39,6 +39,7 @@ use crate::{
         answers::answer,
         run::{Args, prompts},
     },
+    hub,
     model::{Ends, Layer, Model},
     request::{Ended, Limits},
     scheduler::{Scheduler, Stats},
@@ -76,8 +77,8 @@ struct Loaded {
 fn loaded() -> Option<&'static Loaded> {
     static LOADED: OnceLock<Option<Loaded>> = OnceLock::new();
     let load = || {
-        let store = Store::open(StoreConfig::from_env().unwrap()).unwrap();
-        let path = match store.locate(&Member::SmolLm2, Fetch::Allowed) {
+        let store = Store::open(hub::store_config().unwrap()).unwrap();
+        let path = match store.locate(&hub::smollm2(), Fetch::Allowed) {
             Ok(located) => located.path,
             Err(error @ ArtifactError::NotFound { .. }) => {
                 required::skip(required::MODEL, error);
