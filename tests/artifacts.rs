@@ -1,8 +1,6 @@
 //! Where modules come from: wheels, indexes, downloads, the cache, and what goes wrong there.
 
 mod artifact_support;
-mod c_library;
-mod required;
 
 mod artifacts {
     #[cfg(all(feature = "fetch", target_os = "linux"))]

@@ -2,8 +2,6 @@
 #![cfg(feature = "doctor")]
 
 mod artifact_support;
-mod c_library;
-mod required;
 
 use std::{
     fs,
@@ -12,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
+use test_support::{c_library, required};
 
 use flashinfer_rs::{
     ModuleName,

@@ -5,9 +5,9 @@
 //! says how.
 
 mod families;
-mod required;
 
 use std::collections::BTreeSet;
+use test_support::required;
 
 use families::{Family, families};
 

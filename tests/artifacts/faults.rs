@@ -1,7 +1,6 @@
 //! Disks that fail, fill up, refuse to sync, have no locks or cannot be written. A library that is
 //! preloaded stands between the system and a process of its own, in which the store works.
 use crate::artifact_support::*;
-use crate::c_library;
 use flashinfer_rs::artifacts::{ArtifactError, BundledMember, Digest, Fetch, Member, Package, Store, Wheel};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 use tempfile::TempDir;
+use test_support::c_library;
 
 const ENOSPC: i32 = 28;
 const EIO: i32 = 5;

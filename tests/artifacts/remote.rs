@@ -1,7 +1,6 @@
 //! Members of a wheel by HTTP ranges: how little moves, and what servers that lie, break or know
 //! no ranges come to.
 use crate::artifact_support::*;
-use crate::required;
 use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
     ArtifactError, CudaKey, Digest, Fetch, Located, Member, Pins, ProgressFn, Source, Store, Wheel,
@@ -13,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
+use test_support::required;
 use zip::write::SimpleFileOptions;
 
 /// The most that is moved beside members, central directory and RECORD: the kept end of the file

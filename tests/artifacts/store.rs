@@ -1,7 +1,6 @@
 //! The store on disk: order of sources, damage of every kind, many processes, real kills.
 
 use crate::artifact_support::*;
-use crate::required;
 use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
     ArtifactError, BundledMember, Digest, Fetch, Member, Package, Source, Store, Wheel,
@@ -9,6 +8,7 @@ use flashinfer_rs::artifacts::{
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use test_support::required;
 
 fn locate(store: &Store, name: &str) -> Result<PathBuf, ArtifactError> {
     let located = store.locate(&Member::module(name), Fetch::Forbidden)?;

@@ -1,7 +1,5 @@
 //! What a machine must have for a test. A test that lacks it says so and is skipped, unless
 //! `FLASHINFER_RS_REQUIRE` names what is lacking: then it fails.
-#![allow(dead_code, reason = "each test file uses its own part")]
-
 use std::{fmt::Display, path::PathBuf};
 
 /// What tests may lack, by the words of `FLASHINFER_RS_REQUIRE`.
