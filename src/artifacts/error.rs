@@ -151,6 +151,12 @@ pub enum ArtifactError {
         /// How long this process has waited.
         waited: Duration,
     },
+    /// Something that is no address of a file on a server was given for one.
+    #[error("this is no address of a file: {reason}; expected one as https://host/file")]
+    BadAddress {
+        /// What is wrong with it. The address is not repeated, as it may hold a secret.
+        reason: String,
+    },
     /// A download failed.
     #[error("cannot download {what}: {reason}")]
     Download {

@@ -23,6 +23,7 @@
 //! | `sink` | the pump to disk: hashed, written, published by rename |
 //! | `lock` | locks between processes |
 //! | `cache` | files on disk: their places, verification, stamps, cleaning |
+//! | `blobs` | files of a program's own |
 //! | `bundle` | members embedded in the program |
 //! | `config` | where a store looks, and what it may do |
 //! | `store` | the sources, in order |
@@ -40,6 +41,8 @@
 //!
 //! The build script compiles these same files.
 
+#[cfg(feature = "fetch")]
+mod blobs;
 mod bundle;
 mod cache;
 mod config;
@@ -75,10 +78,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "fetch")]
+pub use blobs::{Blob, BlobState, BlobStore, Page, read_page};
 pub use bundle::BundledMember;
 pub use config::StoreConfig;
 pub use digest::Digest;
 pub use error::{ArtifactError, SearchedSource};
+#[cfg(feature = "fetch")]
+pub use http::Address;
 pub use member::{Member, Package};
 pub use pins::{CudaKey, Origin, Pin, Pins};
 pub use report::SourceReport;
@@ -148,8 +155,26 @@ pub enum Progress<'a> {
     },
 }
 
+impl Progress<'_> {
+    /// The same, of a file that is called `file`.
+    #[cfg(feature = "fetch")]
+    pub(crate) fn named<'a>(&'a self, file: &'a str) -> Progress<'a> {
+        match *self {
+            Progress::Started { done, total, .. } => Progress::Started { file, done, total },
+            Progress::Bytes { done, total, .. } => Progress::Bytes { file, done, total },
+            Progress::Waiting { waited, .. } => Progress::Waiting { file, waited },
+            Progress::Lockless { folder, reason } => Progress::Lockless { folder, reason },
+            Progress::Verifying { done, total, .. } => Progress::Verifying { file, done, total },
+            Progress::Done { path, .. } => Progress::Done { file, path },
+        }
+    }
+}
+
 /// Told of the progress of downloads and verification, from whichever thread does the work.
 pub type ProgressFn = Arc<dyn Fn(&Progress<'_>) + Send + Sync>;
+
+/// Tells of progress, as a [`ProgressFn`] does.
+pub(crate) type Tell<'a> = &'a (dyn Fn(&Progress<'_>) + 'a);
 
 /// Limits of network operations. The defaults suit slow lines and large wheels.
 #[derive(Clone, Debug)]

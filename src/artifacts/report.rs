@@ -66,7 +66,7 @@ impl Store {
                     continue;
                 }
             };
-            let at = self.cache.wheels().join(&pin.file);
+            let at = self.cache.wheels().path(&pin.file);
             let opened =
                 self.cached(pin, |wheel| Ok(SourceReport::of(Source::CachedWheel(at.clone()), wheel)));
             let report = match opened {
