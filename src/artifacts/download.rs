@@ -10,7 +10,7 @@ use super::cache::Files;
 use super::digest::{Digest, pump};
 use super::http::{Address, Broken, Client, Patience, content_range};
 use super::sink::Sink;
-use super::{ArtifactError, FetchOptions, Progress, Tell};
+use super::{ArtifactError, FetchOptions, OnProgress, Progress};
 use std::io;
 use std::path::{Path, PathBuf};
 use ureq::http::StatusCode;
@@ -48,18 +48,18 @@ pub(crate) fn download(
     files: &Files,
     wanted: Wanted<'_>,
     options: &FetchOptions,
-    tell: Tell<'_>,
+    on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ArtifactError> {
     let Wanted { file, shown, sha256, address, .. } = wanted;
     let mut client = Client::new(options);
     let mut patience = Patience::new(options);
-    let mut partial = files.partial(file, tell)?;
+    let mut partial = files.partial(file, on_progress)?;
     let mut best = partial.len();
     loop {
         if partial.len() > 0 && partial.digest() == sha256 {
             return files.adopt(file, sha256, partial);
         }
-        let broken = match attempt(&mut client, &mut partial, wanted, tell) {
+        let broken = match attempt(&mut client, &mut partial, wanted, on_progress) {
             Ok(Complete::Yes) => {
                 let (found, inherited) = (partial.digest(), partial.inherited());
                 if found == sha256 {
@@ -103,7 +103,7 @@ fn attempt(
     client: &mut Client,
     partial: &mut Sink,
     wanted: Wanted<'_>,
-    tell: Tell<'_>,
+    on_progress: OnProgress<'_>,
 ) -> Result<Complete, Broken> {
     let Wanted { file, address, max_size, .. } = wanted;
     let from = partial.len();
@@ -130,7 +130,7 @@ fn attempt(
         return Err(Broken::Lasting(format!("the server announces {total} bytes")));
     }
     let done = partial.len();
-    tell(&Progress::Started { file, done, total });
+    on_progress(&Progress::Started { file, done, total });
     let interrupted = |e: io::Error| Broken::Passing(e.to_string());
     pump(&mut response.into_body(), interrupted, |bytes| {
         partial.write(bytes).map_err(Broken::Disk)?;
@@ -139,7 +139,7 @@ fn attempt(
             partial.restart().map_err(Broken::Disk)?;
             return Err(Broken::Passing(format!("more than {total:?} bytes came")));
         }
-        tell(&Progress::Bytes { file, done, total });
+        on_progress(&Progress::Bytes { file, done, total });
         Ok(())
     })?;
     let done = partial.len();
