@@ -21,6 +21,10 @@
 //! two. The likeliest, and always the same, is [`argmax`]'s.
 //! [`chain_speculative_sampling`] accepts or replaces the tokens of a draft.
 //!
+//! **For a batch of requests, each with its own parameters and seed, there is [`sample`]**: it does
+//! all of this in one launch, and what a request draws does not depend on the others.
+//! [`edit_logits`] applies penalties, biases and bans before it.
+//!
 //! - **Rows of probabilities sum to 1** and hold no NaN, infinity or negative
 //!   number. With rows that do not, all functions end, and touch nothing else;
 //!   but what is drawn from them means little: what is missing to 1 counts for
@@ -35,12 +39,15 @@
 //!   everything (of an `i64`, kernels take the lower 32 bits).
 //! - **Random numbers** are those of Philox, from a seed and an offset
 //!   ([`Random`]): the same two give the same tokens, so move the offset on
-//!   after each call ([`Philox::take`]), on the host or in device memory.
+//!   after each call ([`Philox::take`]), on the host or in device memory. They
+//!   are **of a call, not of a request**: the kernels take one seed, and a row's
+//!   numbers depend on its place, so a request gets other tokens in another
+//!   batch. Where each request has a seed, take [`sample`].
 //! - Vocabularies have up to 2²³ tokens, matrices less than 2³² elements.
 //!
 //! Source of the contract: `csrc/sampling.cu`, `csrc/renorm.cu`,
 //! `include/flashinfer/{sampling,topk}.cuh` of FlashInfer 0.6.13. The kernels of
-//! [`argmax`] and [`top_p_renorm_probs`] are this crate's.
+//! [`argmax`], [`edit_logits`], [`sample`] and [`top_p_renorm_probs`] are this crate's.
 //!
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -111,7 +111,8 @@ impl Parameter<'_, u32> {
 /// A place in Philox's random numbers.
 ///
 /// Each row of a call has a sequence of its own, in which `offset` numbers are
-/// skipped.
+/// skipped. Rows are numbered by their place in the batch, so a request's numbers
+/// change with it; [`sample`](super::sample) takes a number for each row instead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Philox {
     /// Which numbers.
