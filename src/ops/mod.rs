@@ -3,7 +3,7 @@
 pub mod activation;
 pub mod attention;
 pub mod cascade;
-mod check;
+pub(crate) mod check;
 mod function;
 pub mod gdn;
 pub mod gemm;

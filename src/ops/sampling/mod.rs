@@ -91,6 +91,7 @@ mod top_p;
 mod workspace;
 
 pub use argmax::argmax;
+pub(crate) use chain::check_chain;
 pub use chain::{ChainInput, ChainSamples, chain_speculative_sampling};
 pub use draw::{
     FilterOrder, TopKTopP, min_p_sampling_from_probs, sampling_from_logits, sampling_from_probs,
@@ -101,7 +102,10 @@ pub use edit_logits::edit_logits;
 pub use options::{Draws, Indices, Parameter, Philox, Random, Samples, SamplingOptions};
 pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TEMPERATURE_OR_0, TOP_P};
 pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs};
+pub(crate) use renorm::{check_softmax, check_top_k};
+pub(crate) use sample::check_sample;
 pub use sample::{SampleOptions, sample};
+pub(crate) use top_p::check_top_p_renorm_probs;
 pub use top_p::top_p_renorm_probs;
 pub use workspace::SamplingWorkspace;
 
@@ -133,7 +137,7 @@ const fn function(signature: &Signature) -> FixedFunction {
 }
 
 /// Element types of the radix kernels of top-k.
-const KERNEL_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub(crate) const KERNEL_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// The longest row. From about twice as many on, the softmax of a few rows
 /// would leave parts of its scratch memory unwritten and read them.
@@ -142,7 +146,7 @@ const MAX_VOCAB: i64 = 1 << 23;
 /// Checks a matrix, or a stack of them, of a row for each request: contiguous,
 /// aligned to the vectors in which rows are loaded, counted in 32 bits.
 /// Returns the length of a row.
-fn check_rows(
+pub(crate) fn check_rows(
     check: &Check<'_>,
     argument: &'static str,
     tensor: &RawTensor,
