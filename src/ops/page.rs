@@ -362,4 +362,45 @@ mod tests {
             assert_eq!(refused(&good, &v), Some("kv.v"), "{v:?}");
         }
     }
+
+    /// The strict CPU path refuses in the words of the GPU's.
+    #[test]
+    fn the_strict_reference_says_the_same() {
+        use crate::{
+            indices::AppendIndices,
+            reference,
+            tensor::{TensorMut, TensorRef},
+        };
+        // SAFETY: nothing is enqueued on the stream.
+        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+        let table = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();
+        let append = AppendIndices::new(&table, vec![0], vec![19]).unwrap();
+        for (dtype, shape, new, new_dtype) in [
+            (DType::F32, [8, 16, 2, 64], [1, 2, 64], DType::F32),
+            (DType::F16, [7, 16, 2, 64], [1, 2, 64], DType::F16),
+            (DType::F16, [8, 15, 2, 64], [1, 2, 64], DType::F16),
+            (DType::F16, [8, 16, 2, 80], [1, 2, 80], DType::F16),
+            (DType::F16, [8, 16, 2, 64], [2, 2, 64], DType::F16),
+            (DType::F16, [8, 16, 2, 64], [1, 2, 64], DType::F32),
+            (DType::F16, [8, 16, 512, 64], [1, 512, 64], DType::F16),
+        ] {
+            let at = |device, dtype, shape: &[usize]| {
+                RawTensor::new(ADDRESS as *mut c_void, device, dtype, shape, None).unwrap()
+            };
+            let said = [Device::Cuda(0), Device::Cpu].map(|device| {
+                let [k, v] = [(); 2].map(|()| TensorMut::new(at(device, dtype, &shape)));
+                let mut cache = PagedKvMut { k, v, layout: KvLayout::Nhd };
+                let new = TensorRef::new(at(device, new_dtype, &new));
+                if device == Device::Cpu {
+                    let _strict = reference::strict();
+                    return reference::append_paged_kv_cache(&new, &new, &append, &mut cache, &table)
+                        .unwrap_err()
+                        .to_string();
+                }
+                let check = Check::new("append_paged_kv_cache", &stream).unwrap();
+                check_append(&check, [&new.raw; 2], append.len(), &cache, &table).err().unwrap().to_string()
+            });
+            assert_eq!(said[0], said[1]);
+        }
+    }
 }

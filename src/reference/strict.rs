@@ -34,7 +34,7 @@ thread_local! {
 /// norm(&mut [0.0; 2])?;
 /// let strict = reference::strict();
 /// let error = norm(&mut [0.0; 2]).unwrap_err();
-/// assert_eq!(error.to_string(), "rmsnorm: invalid `input`: its dtype is f32; expected f16 or bf16");
+/// assert_eq!(error.to_string(), "rmsnorm: input: its dtype is f32; expected f16 or bf16");
 /// drop(strict);
 /// norm(&mut [0.0; 2])?;
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
