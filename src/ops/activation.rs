@@ -46,6 +46,15 @@ kernels! {
 const GELU: Signature = Signature { function: "gelu_and_mul", ..ActAndMul::SIGNATURE };
 const GELU_TANH: Signature = Signature { function: "gelu_tanh_and_mul", ..ActAndMul::SIGNATURE };
 
+impl ModuleName {
+    /// `silu(a) · b`.
+    pub const SILU_AND_MUL: Self = Self::fixed("silu_and_mul");
+    /// `gelu(a) · b`.
+    pub const GELU_AND_MUL: Self = Self::fixed("gelu_and_mul");
+    /// `gelu(a) · b`, by the approximation with `tanh`.
+    pub const GELU_TANH_AND_MUL: Self = Self::fixed("gelu_tanh_and_mul");
+}
+
 pub(super) const SIGNATURES: &[(&str, Signature)] =
     &[("silu_and_mul", ActAndMul::SIGNATURE), ("gelu_and_mul", GELU), ("gelu_tanh_and_mul", GELU_TANH)];
 

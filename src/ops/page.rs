@@ -29,6 +29,11 @@ kernels! {
     ) -> "void";
 }
 
+impl ModuleName {
+    /// Appending to a paged KV cache.
+    pub const PAGE: Self = Self::fixed("page");
+}
+
 pub(super) const SIGNATURES: &[(&str, Signature)] =
     &[("page", AppendPagedKvCache::SIGNATURE), ("page", AppendPagedMlaKvCache::SIGNATURE)];
 

@@ -21,6 +21,7 @@ use crate::{
     dtype::DType,
     error::Result,
     ffi::{Kernel, Signature},
+    module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::RawTensor,
@@ -46,6 +47,11 @@ pub use rmsnorm::{
     fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm,
     rmsnorm_quant,
 };
+
+impl ModuleName {
+    /// RMS and layer norms.
+    pub const NORM: Self = Self::fixed("norm");
+}
 
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
     let others = [layernorm::SIGNATURE, fused_qk_rmsnorm_rope::SIGNATURE, fused_dit_layernorm::SIGNATURE];

@@ -97,6 +97,11 @@ kernels! {
     ) -> "void";
 }
 
+impl ModuleName {
+    /// Rotary position embeddings.
+    pub const ROPE: Self = Self::fixed("rope");
+}
+
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
     ("rope", ApplyRope::SIGNATURE),
     ("rope", ApplyLlama31Rope::SIGNATURE),

@@ -118,6 +118,11 @@ use crate::{
     tensor::RawTensor,
 };
 
+impl ModuleName {
+    /// Softmax, sampling and renormalization.
+    pub const SAMPLING: Self = Self::fixed("sampling");
+}
+
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
     ("sampling", renorm::Softmax::SIGNATURE),
     ("sampling", top_p::UPSTREAM),
