@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, attention::capture, refused};
+use common::{Gpu, Number, Rng, Mirrored, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{Element, Result, cudarc::TensorExtMut, reference, sampling::argmax};
 use half::{bf16, f16};
@@ -13,10 +13,10 @@ trait Token: Element + DeviceRepr + Copy + Into<i64> + From<i8> {}
 impl Token for i32 {}
 impl Token for i64 {}
 
-fn run<I: Token, T: Number>(gpu: &Gpu, output: &mut CudaSlice<I>, logits: &Tensor<T>) -> Result<()> {
+fn run<I: Token, T: Number>(gpu: &Gpu, output: &mut CudaSlice<I>, logits: &Mirrored<T>) -> Result<()> {
     let rows = logits.shape()[0];
     let mut output = output.tensor_mut(&gpu.cuda, &[rows]).unwrap();
-    argmax(&gpu.stream, &mut output.view_mut(), &logits.on(gpu).view())
+    argmax(&gpu.stream, &mut output.view_mut(), &logits.device_view())
 }
 
 fn poisoned<I: Token>(gpu: &Gpu, rows: usize) -> CudaSlice<I> {
@@ -30,7 +30,7 @@ fn tokens<I: Token>(gpu: &Gpu, output: &CudaSlice<I>) -> Vec<i64> {
 }
 
 #[track_caller]
-fn check<T: Number>(gpu: &Gpu, logits: &Tensor<T>) {
+fn check<T: Number>(gpu: &Gpu, logits: &Mirrored<T>) {
     let want: Vec<i64> = reference::argmax(&logits.view())
         .unwrap()
         .into_iter()
@@ -42,7 +42,7 @@ fn check<T: Number>(gpu: &Gpu, logits: &Tensor<T>) {
     let mut wide = poisoned::<i64>(gpu, want.len());
     run(gpu, &mut wide, logits).unwrap();
     assert_eq!(tokens(gpu, &wide), want, "{:?}", logits.shape());
-    logits.assert_untouched(gpu);
+    logits.assert_untouched();
 }
 
 const SHAPES: [[usize; 2]; 12] = [
@@ -65,7 +65,7 @@ const SHAPES: [[usize; 2]; 12] = [
 fn all_sizes() {
     fn all<T: Number>(gpu: &Gpu, rng: &mut Rng) {
         for shape in SHAPES {
-            check(gpu, &Tensor::<T>::random_scaled(gpu, rng, &shape, 8.0));
+            check(gpu, &Mirrored::<T>::random_scaled(gpu, rng, &shape, 8.0));
             for (numbers, rare) in [
                 (&[0.0, -0.0, -1.0, 0.5, 0.5][..], 1),
                 (&[-0.0, 0.0, -1e-30], 1),
@@ -79,7 +79,7 @@ fn all_sizes() {
                     T::from_f64(numbers[place])
                 };
                 let host = (0..shape[0] * shape[1]).map(|_| number()).collect();
-                check(gpu, &Tensor::new(gpu, &shape, host));
+                check(gpu, &Mirrored::new(gpu, &shape, host));
             }
         }
     }
@@ -103,7 +103,7 @@ fn greedy_is_the_largest() {
         for row in host.chunks_mut(vocab) {
             (row[100], row[700]) = (first, second);
         }
-        let logits = Tensor::<f32>::new(&gpu, &[rows, vocab], host);
+        let logits = Mirrored::<f32>::new(&gpu, &[rows, vocab], host);
         let mut output = poisoned::<i32>(&gpu, rows);
         run(&gpu, &mut output, &logits).unwrap();
         let want = if first == rest { 0 } else { 100 };
@@ -119,7 +119,7 @@ fn rows_that_are_no_numbers() {
     let mut host: Vec<f32> = (0..rows * vocab).map(|at| (at % vocab) as f32).collect();
     host[vocab..2 * vocab].fill(f32::NAN);
     let mut output = poisoned::<i32>(&gpu, rows);
-    run(&gpu, &mut output, &Tensor::new(&gpu, &[rows, vocab], host)).unwrap();
+    run(&gpu, &mut output, &Mirrored::new(&gpu, &[rows, vocab], host)).unwrap();
     assert_eq!(tokens(&gpu, &output), [vocab as i64 - 1, -1, vocab as i64 - 1]);
 }
 
@@ -129,22 +129,22 @@ fn graph_replay() {
     let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
     let shape = [6, 32000];
-    let mut logits = Tensor::<bf16>::random(&gpu, rng, &shape);
+    let mut logits = Mirrored::<bf16>::random(&gpu, rng, &shape);
     let mut output = poisoned::<i32>(&gpu, 6);
     run(&gpu, &mut output, &logits).unwrap(); // compiles the kernel
     let mut output = poisoned::<i32>(&gpu, 6);
     let (graph, result) = {
-        let logits = logits.on(&gpu);
+        let logits = logits.device_view();
         let mut output = output.tensor_mut(&gpu.cuda, &[6]).unwrap();
-        let (mut output, logits) = (output.view_mut(), logits.view());
+        let (mut output, logits) = (output.view_mut(), logits);
         capture(&gpu, || argmax(&gpu.stream, &mut output, &logits))
     };
     result.unwrap();
     let graph = graph.expect("a graph");
     assert_eq!(tokens(&gpu, &output), [-7; 6], "captured is not run");
     for _ in 0..3 {
-        let next = Tensor::<bf16>::random(&gpu, rng, &shape);
-        logits.upload(&gpu, &next.host);
+        let next = Mirrored::<bf16>::random(&gpu, rng, &shape);
+        logits.upload(&next.host);
         graph.launch().unwrap();
         let want = reference::argmax(&next.view()).unwrap();
         let want: Vec<_> = want.into_iter().map(|token| i64::from(token.unwrap())).collect();
@@ -157,11 +157,11 @@ fn graph_replay() {
 fn no_rows_and_other_streams() {
     let Some(gpu) = Gpu::start() else { return };
     let other = gpu.fork();
-    let logits = Tensor::<f32>::new(&gpu, &[2, 64], vec![0.5; 128]);
+    let logits = Mirrored::<f32>::new(&gpu, &[2, 64], vec![0.5; 128]);
     let mut output = poisoned::<i32>(&gpu, 2);
     {
         let mut output = output.tensor_mut(&gpu.cuda, &[2]).unwrap();
-        let (here, elsewhere) = (logits.on(&gpu), logits.on(&other));
+        let (here, elsewhere) = (logits.device_view(), logits.on(&other));
         let none = here.view().narrow(0, 0, 0).unwrap();
         argmax(&gpu.stream, &mut output.view_mut().narrow(0, 0, 0).unwrap(), &none).unwrap();
         refused(argmax(&gpu.stream, &mut output.view_mut(), &elsewhere.view()), "logits");

@@ -7,7 +7,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     attention::{capture, refuse_caches, refuse_queries_and_outputs},
     cache::{Cache, LAYOUTS, repeating_table, table_among},
     prefill::{Case, KeyTable, Kind, Kv, On, Problem, Tables},
@@ -92,15 +92,15 @@ fn run<T: Number, K: Number>(
     gpu: &Gpu,
     plan: &BatchAttentionPlan<'_>,
     problem: &Problem<T, K>,
-    out: &mut Tensor<T>,
-    lse: Option<&mut Tensor<f32>>,
+    out: &mut Mirrored<T>,
+    lse: Option<&mut Mirrored<f32>>,
 ) -> Result<()> {
-    let mut lse = lse.map(|lse| lse.on_mut(gpu));
+    let mut lse = lse.map(|lse| lse.device_view_mut());
     plan.run_with(
-        &problem.q.on(gpu).view(),
-        &cache(&problem.kv).on(gpu).kv(),
-        &mut out.on_mut(gpu).view_mut(),
-        lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+        &problem.q.device_view(),
+        &cache(&problem.kv).device_view(),
+        &mut out.device_view_mut(),
+        lse.as_mut().map(|lse| lse.reborrow()).as_mut(),
         &problem.case.options(),
     )
 }
@@ -115,7 +115,7 @@ fn check_run<T: Number, K: Number>(
     let (mut out, mut lse) = problem.outputs(gpu);
     run(gpu, plan, problem, &mut out, Some(&mut lse)).unwrap();
     problem.verify(gpu, &out, Some(&lse));
-    (out.download(gpu), lse.download(gpu))
+    (out.download(), lse.download())
 }
 
 /// Plans, runs, and compares with the reference.
@@ -356,12 +356,12 @@ fn nothing_to_do() {
         assert!(empty.numbers().is_empty() && empty.replay_key().is_err());
         check_run(&gpu, &empty, &problem);
         // A run still looks at its arguments.
-        let one = Tensor::<f16>::random(&gpu, rng, &case.q_shape(1));
+        let one = Mirrored::<f16>::random(&gpu, rng, &case.q_shape(1));
         let (mut out, _) = problem.outputs_of(&gpu, 1);
         let call = empty.run_with(
-            &one.on(&gpu).view(),
-            &cache(&problem.kv).on(&gpu).kv(),
-            &mut out.on_mut(&gpu).view_mut(),
+            &one.device_view(),
+            &cache(&problem.kv).device_view(),
+            &mut out.device_view_mut(),
             None,
             &case.options(),
         );
@@ -369,18 +369,18 @@ fn nothing_to_do() {
         // In a graph there may be rows for queries that are not there.
         let queries = &tables.queries;
         let idle = attention.plan(&mut workspace, queries, pages(&tables), &graph_options(case, 4)).unwrap();
-        let q = Tensor::<f16>::random(&gpu, rng, &case.q_shape(4));
+        let q = Mirrored::<f16>::random(&gpu, rng, &case.q_shape(4));
         let (mut out, mut lse) = problem.outputs_of(&gpu, 4);
         idle.run_with(
-            &q.on(&gpu).view(),
-            &cache(&problem.kv).on(&gpu).kv(),
-            &mut out.on_mut(&gpu).view_mut(),
-            Some(&mut lse.on_mut(&gpu).view_mut()),
+            &q.device_view(),
+            &cache(&problem.kv).device_view(),
+            &mut out.device_view_mut(),
+            Some(&mut lse.device_view_mut()),
             &case.options(),
         )
         .unwrap();
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
     }
 }
 
@@ -418,14 +418,14 @@ fn lse_and_pdl_change_nothing() {
             let mut options = problem.case.options();
             options.enable_pdl = enable_pdl;
             plan.run_with(
-                &problem.q.on(&gpu).view(),
-                &cache(&problem.kv).on(&gpu).kv(),
-                &mut out.on_mut(&gpu).view_mut(),
+                &problem.q.device_view(),
+                &cache(&problem.kv).device_view(),
+                &mut out.device_view_mut(),
                 None,
                 &options,
             )
             .unwrap();
-            assert_same_bits("without LSE", &out.download(&gpu), &want);
+            assert_same_bits("without LSE", &out.download(), &want);
         }
     }
 }
@@ -456,8 +456,8 @@ fn sm_scale_that_unmasks() {
         let plan = plan(&attention, &mut workspace, &tables, &problem.case).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         refused(run(&gpu, &plan, &problem, &mut out, Some(&mut lse)), "sm_scale");
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
     }
 }
 
@@ -503,7 +503,7 @@ fn strided_queries() {
         let Some(attention) = attention_of::<f16, f16>(&gpu, &case) else { return };
         let mut workspace = workspace_of(&gpu, &attention);
         let shape = [case.queries().total(), case.kv_heads * (case.group + 2), 128];
-        let q = Tensor::<f16>::random(&gpu, rng, &shape).narrowed(1, 0, case.heads().num_qo_heads);
+        let q = Mirrored::<f16>::random(&gpu, rng, &shape).narrowed(1, 0, case.heads().num_qo_heads);
         let table = table_among(rng, 200, case.page_size, &case.key_lens());
         let kv = Kv::paged(&gpu, rng, &case, table);
         check(&gpu, &attention, &mut workspace, &Problem::<f16, f16>::solve(case, q, kv));
@@ -552,11 +552,11 @@ fn cache_of_32_bits() {
     let (mut out, mut lse) = problem.outputs(&gpu);
     {
         let storage = storage.tensor(&gpu.cuda, &[pages + 1, 2, 16, 8, 128]).unwrap();
-        let (q, mut out, mut lse) = (problem.q.on(&gpu), out.on_mut(&gpu), lse.on_mut(&gpu));
-        let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+        let (q, mut out, mut lse) = (problem.q.device_view(), out.device_view_mut(), lse.device_view_mut());
+        let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
         let mut run = |pages| {
             let kv = PagedKv::joined(storage.view().narrow(0, 0, pages).unwrap(), KvLayout::Nhd).unwrap();
-            plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &case.options())
+            plan.run_with(&q, &kv, &mut out, Some(&mut lse), &case.options())
         };
         refused(run(pages + 1), "kv.k");
         run(pages).unwrap();
@@ -614,18 +614,18 @@ fn graph_replay<T: Number>() {
         };
         let mut first = problem(rng, vec![(1, 1), (5, 20)]);
         let mut tables = Tables::with_capacity(&gpu, &first, 8, PAGES);
-        let mut q = Tensor::<T>::poisoned(&gpu, &case.q_shape(ROWS));
+        let mut q = Mirrored::<T>::poisoned(&gpu, &case.q_shape(ROWS));
         let (mut out, mut lse) = first.outputs_of(&gpu, ROWS);
         let options = graph_options(&case, ROWS);
         let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
         let (graph, captured) = {
-            let (q, kv) = (q.on(&gpu), cache(&first.kv).on(&gpu));
-            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            capture(&gpu, || plan.run_with(&q.view(), &kv.kv(), &mut out, Some(&mut lse), &case.options()))
+            let (q, kv) = (q.device_view(), cache(&first.kv).device_view());
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+            capture(&gpu, || plan.run_with(&q, &kv, &mut out, Some(&mut lse), &case.options()))
         };
         captured.unwrap();
-        out.assert_untouched(&gpu); // captured is not run
+        out.assert_untouched(); // captured is not run
         let (graph, key) = (graph.expect("a graph"), plan.replay_key().ok());
         assert!(key.is_some());
         let Kv::Paged { cache: resident, .. } = &mut first.kv else { unreachable!("pages") };
@@ -644,12 +644,12 @@ fn graph_replay<T: Number>() {
             let mut rows = vec![T::POISON; q.host.len()];
             let used = step.queries.total() * heads.num_qo_heads * case.head_dim_qk;
             rows[..used].copy_from_slice(&step.q.host[..used]);
-            q.upload(&gpu, &rows);
+            q.upload(&rows);
             for (tensor, source) in resident.tensors.iter_mut().zip(&cache(&step.kv).tensors) {
-                tensor.upload(&gpu, &source.host);
+                tensor.upload(&source.host);
             }
-            out.upload(&gpu, &vec![T::POISON; out.host.len()]);
-            lse.upload(&gpu, &vec![f32::NAN; lse.host.len()]);
+            out.upload(&vec![T::POISON; out.host.len()]);
+            lse.upload(&vec![f32::NAN; lse.host.len()]);
             let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
             assert_eq!(plan.replay_key().ok(), key);
             graph.launch().unwrap();
@@ -657,15 +657,15 @@ fn graph_replay<T: Number>() {
             // The same plan, run directly.
             let (mut direct, mut direct_lse) = step.outputs_of(&gpu, ROWS);
             plan.run_with(
-                &q.on(&gpu).view(),
-                &resident.on(&gpu).kv(),
-                &mut direct.on_mut(&gpu).view_mut(),
-                Some(&mut direct_lse.on_mut(&gpu).view_mut()),
+                &q.device_view(),
+                &resident.device_view(),
+                &mut direct.device_view_mut(),
+                Some(&mut direct_lse.device_view_mut()),
                 &case.options(),
             )
             .unwrap();
-            assert_same_bits("replay and run", &out.download(&gpu), &direct.download(&gpu));
-            assert_same_bits("replay and run: LSE", &lse.download(&gpu), &direct_lse.download(&gpu));
+            assert_same_bits("replay and run", &out.download(), &direct.download());
+            assert_same_bits("replay and run: LSE", &lse.download(), &direct_lse.download());
         }
     }
 }
@@ -750,8 +750,8 @@ fn two_streams_at_once() {
                 run(gpu, &plan, problem, &mut out, Some(&mut lse)).unwrap();
             }
             let (want, want_lse) = &first[iteration % problems.len()];
-            assert_same_bits("output", &out.download(gpu), want);
-            assert_same_bits("LSE", &lse.download(gpu), want_lse);
+            assert_same_bits("output", &out.download(), want);
+            assert_same_bits("LSE", &lse.download(), want_lse);
         }
     }
     let Some(gpu) = Gpu::start() else { return };
@@ -801,9 +801,9 @@ fn wrong_queries_and_outputs() {
     let mut workspace = workspace_of(&gpu, &attention);
     let eager = plan(&attention, &mut workspace, &tables, case).unwrap();
     {
-        let kv = cache(&problem.kv).on(&gpu);
+        let kv = cache(&problem.kv).device_view();
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-            eager.run_with(q, &kv.kv(), out, lse, &case.options())
+            eager.run_with(q, &kv, out, lse, &case.options())
         });
     }
     // The refused calls left everything usable.
@@ -813,7 +813,7 @@ fn wrong_queries_and_outputs() {
     let graph = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
     let (mut out, _) = problem.outputs(&gpu);
     refused(run(&gpu, &graph, &problem, &mut out, None), "q");
-    out.assert_untouched(&gpu);
+    out.assert_untouched();
 }
 
 #[test]
@@ -827,25 +827,25 @@ fn wrong_caches() {
     let plan = plan(&attention, &mut workspace, &tables, case).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     {
-        let q = problem.q.on(&gpu);
-        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+        let q = problem.q.device_view();
+        let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
         refuse_caches(&gpu, &other, rng, problem_pages(&problem), &mut |kv| {
-            plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
+            plan.run_with(&q, kv, &mut out.reborrow(), Some(&mut lse.reborrow()), &case.options())
         });
     }
-    out.assert_untouched(&gpu);
-    lse.assert_untouched(&gpu);
+    out.assert_untouched();
+    lse.assert_untouched();
     // Heads that are not the plan's.
     let more = Problem::<f16, f16>::new(&gpu, rng, Case { kv_heads: 4, ..case.clone() });
     let call = plan.run_with(
-        &problem.q.on(&gpu).view(),
-        &cache(&more.kv).on(&gpu).kv(),
-        &mut out.on_mut(&gpu).view_mut(),
+        &problem.q.device_view(),
+        &cache(&more.kv).device_view(),
+        &mut out.device_view_mut(),
         None,
         &case.options(),
     );
     refused(call, "kv.k");
-    out.assert_untouched(&gpu);
+    out.assert_untouched();
     // The refused calls left everything usable.
     check_run(&gpu, &plan, &problem);
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, attention::capture, refused, say};
+use common::{Gpu, Number, Rng, Mirrored, attention::capture, refused, say};
 use flashinfer_rs::{
     FlashInferError, ModuleName, Result,
     gemm::{Algorithm, BmmFp8Input, CublasLt, bmm_fp8, bmm_fp8_get_algos, bmm_fp8_run_with_algo},
@@ -32,20 +32,20 @@ fn start(gpu: Option<Gpu>) -> Option<(Gpu, CublasLt)> {
 
 /// Factors, scales and the output of one product: `[batch, m, n, k]`.
 struct Problem<A, B, D> {
-    a: Tensor<A>,
-    b: Tensor<B>,
-    scales: [Tensor<f32>; 2],
-    out: Tensor<D>,
+    a: Mirrored<A>,
+    b: Mirrored<B>,
+    scales: [Mirrored<f32>; 2],
+    out: Mirrored<D>,
 }
 
 impl<A: Number, B: Number, D: Number> Problem<A, B, D> {
     fn random(gpu: &Gpu, rng: &mut Rng, [batch, m, n, k]: [usize; 4]) -> Self {
-        let scale = |number: f64| Tensor::new(gpu, &[1], vec![number as f32]);
+        let scale = |number: f64| Mirrored::new(gpu, &[1], vec![number as f32]);
         Self {
-            a: Tensor::random(gpu, rng, &[batch, m, k]),
-            b: Tensor::random(gpu, rng, &[batch, n, k]).permuted(&[0, 2, 1]),
+            a: Mirrored::random(gpu, rng, &[batch, m, k]),
+            b: Mirrored::random(gpu, rng, &[batch, n, k]).permuted(&[0, 2, 1]),
             scales: [scale(0.3 + rng.unit().abs()), scale(-0.2 - rng.unit().abs())],
-            out: Tensor::poisoned(gpu, &[batch, m, n]),
+            out: Mirrored::poisoned(gpu, &[batch, m, n]),
         }
     }
 
@@ -55,11 +55,11 @@ impl<A: Number, B: Number, D: Number> Problem<A, B, D> {
         gpu: &Gpu,
         call: impl FnOnce(&mut flashinfer_rs::TensorMut<'_>, &BmmFp8Input<'_>) -> R,
     ) -> R {
-        let (a, b) = (self.a.on(gpu), self.b.on(gpu));
-        let [a_scale, b_scale] = self.scales.each_ref().map(|scale| scale.on(gpu));
+        let (a, b) = (self.a.device_view(), self.b.device_view());
+        let [a_scale, b_scale] = self.scales.each_ref().map(|scale| scale.device_view());
         let input =
-            BmmFp8Input { a: a.view(), b: b.view(), a_scale: a_scale.view(), b_scale: b_scale.view() };
-        call(&mut self.out.on_mut(gpu).view_mut(), &input)
+            BmmFp8Input { a: a, b: b, a_scale: a_scale, b_scale: b_scale };
+        call(&mut self.out.device_view_mut(), &input)
     }
 
     fn run(&mut self, gpu: &Gpu, cublas: &mut CublasLt) -> Result<()> {
@@ -88,7 +88,7 @@ impl<A: Number, B: Number, D: Number> Problem<A, B, D> {
 
     fn poison(&mut self, gpu: &Gpu) {
         let poison = self.out.host.clone();
-        self.out.upload(gpu, &poison);
+        self.out.upload(&poison);
     }
 }
 
@@ -102,14 +102,14 @@ fn check<A: Number, B: Number, D: Number>(
     let mut problem = Problem::<A, B, D>::random(gpu, rng, sizes);
     let (want, what) = (problem.expected(), format!("{} {} {sizes:?}", A::DTYPE, B::DTYPE));
     problem.run(gpu, cublas).unwrap();
-    problem.out.assert_close(gpu, &what, &want, BOUND);
+    problem.out.assert_close(&what, &want, BOUND);
     let algorithms = problem.algorithms(gpu, cublas).unwrap();
     assert!(!algorithms.is_empty() && algorithms.len() <= 100, "{what}: {} algorithms", algorithms.len());
     eprintln!("{what}: {} algorithms", algorithms.len());
     for (number, algorithm) in algorithms.iter().enumerate() {
         problem.poison(gpu);
         problem.run_with(gpu, cublas, algorithm).unwrap();
-        problem.out.assert_close(gpu, &format!("{what}, algorithm {number}"), &want, BOUND);
+        problem.out.assert_close(&format!("{what}, algorithm {number}"), &want, BOUND);
     }
 }
 
@@ -159,12 +159,12 @@ fn columns_that_cublas_may_refuse() {
             Ok(()) => {
                 assert!(!algorithms.is_empty());
                 let want = problem.expected();
-                problem.out.assert_close(&gpu, &format!("{n} columns"), &want, BOUND);
+                problem.out.assert_close(&format!("{n} columns"), &want, BOUND);
             }
             Err(FlashInferError::TvmFfiCall { message, .. }) => {
                 assert!(algorithms.is_empty() && message.contains("bmm_fp8_internal_cublaslt"), "{message}");
                 say(&format!("{n} columns: {message}"));
-                problem.out.assert_untouched(&gpu);
+                problem.out.assert_untouched();
             }
             Err(other) => panic!("{other}"),
         }
@@ -223,17 +223,17 @@ fn graph_replay() {
         run.unwrap();
         refused(new, "stream");
         let graph = graph.expect("a graph");
-        resident.out.assert_untouched(&gpu); // captured is not run
+        resident.out.assert_untouched(); // captured is not run
         for _ in 0..3 {
             let step = Problem::<F8E4M3, F8E5M2, bf16>::random(&gpu, rng, sizes);
-            resident.a.upload(&gpu, &step.a.host);
-            resident.b.upload(&gpu, &step.b.host);
+            resident.a.upload(&step.a.host);
+            resident.b.upload(&step.b.host);
             for (to, from) in resident.scales.iter_mut().zip(&step.scales) {
-                to.upload(&gpu, &from.host);
+                to.upload(&from.host);
             }
             resident.poison(&gpu);
             graph.launch().unwrap();
-            resident.out.assert_close(&gpu, "replay", &step.expected(), BOUND);
+            resident.out.assert_close("replay", &step.expected(), BOUND);
         }
     }
 }
@@ -246,7 +246,7 @@ fn nothing_to_do() {
         let mut problem = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, sizes);
         problem.run(&gpu, &mut cublas).unwrap();
         assert!(problem.algorithms(&gpu, &mut cublas).unwrap().is_empty());
-        problem.out.assert_untouched(&gpu);
+        problem.out.assert_untouched();
     }
 }
 
@@ -265,7 +265,7 @@ fn wrong_input() {
     for sizes in [[1, 16, 32, 64], [2, 17, 32, 64], [2, 16, 48, 64], [2, 16, 32, 80]] {
         let mut unlike = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, sizes);
         refused(unlike.run_with(&gpu, &mut cublas, &algorithm), "algorithm");
-        unlike.out.assert_untouched(&gpu);
+        unlike.out.assert_untouched();
     }
     let mut unlike = Problem::<F8E4M3, F8E4M3, bf16>::random(&gpu, rng, [2, 16, 32, 64]);
     refused(unlike.run_with(&gpu, &mut cublas, &algorithm), "algorithm");
@@ -274,17 +274,17 @@ fn wrong_input() {
 
     // Rows that start where cuBLASLt does not expect them.
     let mut shifted = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, [1, 16, 32, 64]);
-    shifted.a = Tensor::random(&gpu, rng, &[1, 17, 64]).narrowed(1, 1, 16);
+    shifted.a = Mirrored::random(&gpu, rng, &[1, 17, 64]).narrowed(1, 1, 16);
     refused(shifted.run(&gpu, &mut cublas), "a");
     // Both e5m2, and a row-major factor.
     let mut e5m2 = Problem::<F8E5M2, F8E5M2, f16>::random(&gpu, rng, [1, 16, 32, 64]);
     refused(e5m2.run(&gpu, &mut cublas), "b");
     let mut row_major = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, [1, 16, 32, 64]);
-    row_major.b = Tensor::random(&gpu, rng, &[1, 64, 32]);
+    row_major.b = Mirrored::random(&gpu, rng, &[1, 64, 32]);
     refused(row_major.run(&gpu, &mut cublas), "b");
 
-    problem.out.assert_untouched(&gpu);
+    problem.out.assert_untouched();
     problem.run_with(&gpu, &mut cublas, &algorithm).unwrap();
     let want = problem.expected();
-    problem.out.assert_close(&gpu, "after the refusals", &want, BOUND);
+    problem.out.assert_close("after the refusals", &want, BOUND);
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     cache::{Cache, CacheShape, table_among},
     refused,
 };
@@ -24,19 +24,19 @@ const S_BOUND: f64 = 1e-4;
 
 /// Outputs and LSE on the device.
 struct Held<T> {
-    v: Tensor<T>,
-    s: Tensor<f32>,
+    v: Mirrored<T>,
+    s: Mirrored<f32>,
 }
 
 impl<T: Number> Held<T> {
     /// A state of this shape of `v`; some LSE far apart.
     fn random(gpu: &Gpu, rng: &mut Rng, shape: &[usize]) -> Self {
-        let v = Tensor::random(gpu, rng, shape);
-        Self { v, s: Tensor::random_scaled(gpu, rng, &shape[..shape.len() - 1], 4.0) }
+        let v = Mirrored::random(gpu, rng, shape);
+        Self { v, s: Mirrored::random_scaled(gpu, rng, &shape[..shape.len() - 1], 4.0) }
     }
 
     fn poisoned(gpu: &Gpu, shape: &[usize]) -> Self {
-        Self { v: Tensor::poisoned(gpu, shape), s: Tensor::poisoned(gpu, &shape[..shape.len() - 1]) }
+        Self { v: Mirrored::poisoned(gpu, shape), s: Mirrored::poisoned(gpu, &shape[..shape.len() - 1]) }
     }
 
     /// No keys: zeros, and −∞.
@@ -44,15 +44,15 @@ impl<T: Number> Held<T> {
         let count = shape.iter().product::<usize>();
         let sums = count / shape[shape.len() - 1];
         Self {
-            v: Tensor::new(gpu, shape, vec![T::from_f64(0.0); count]),
-            s: Tensor::new(gpu, &shape[..shape.len() - 1], vec![f32::NEG_INFINITY; sums]),
+            v: Mirrored::new(gpu, shape, vec![T::from_f64(0.0); count]),
+            s: Mirrored::new(gpu, &shape[..shape.len() - 1], vec![f32::NEG_INFINITY; sums]),
         }
     }
 
     fn copy(&self, gpu: &Gpu) -> Self {
         Self {
-            v: Tensor::new(gpu, &self.v.shape(), self.v.host.clone()),
-            s: Tensor::new(gpu, &self.s.shape(), self.s.host.clone()),
+            v: Mirrored::new(gpu, &self.v.shape(), self.v.host.clone()),
+            s: Mirrored::new(gpu, &self.s.shape(), self.s.host.clone()),
         }
     }
 
@@ -72,8 +72,8 @@ impl<T: Number> Held<T> {
 
     #[track_caller]
     fn assert_close(&self, gpu: &Gpu, what: &str, want: &(Vec<f64>, Vec<f64>)) {
-        self.v.assert_close(gpu, what, &want.0, T::BOUND);
-        assert_sums(what, &self.s.download(gpu), &want.1, S_BOUND);
+        self.v.assert_close(what, &want.0, T::BOUND);
+        assert_sums(what, &self.s.download(), &want.1, S_BOUND);
     }
 }
 
@@ -93,8 +93,8 @@ fn with<T: Number, R>(
     source: &Held<T>,
     op: impl FnOnce(&mut StateMut<'_>, &State<'_>) -> R,
 ) -> R {
-    let (mut v, mut s) = (target.v.on_mut(gpu), target.s.on_mut(gpu));
-    let (source_v, source_s) = (source.v.on(gpu), source.s.on(gpu));
+    let (mut v, mut s) = (target.v.device_view_mut(), target.s.device_view_mut());
+    let (source_v, source_s) = (source.v.device_view(), source.s.device_view());
     op(&mut StateMut::new(v.view_mut(), s.view_mut()), &State::new(source_v.view(), source_s.view()))
 }
 
@@ -123,16 +123,16 @@ fn check_pair<T: Number>(gpu: &Gpu, a: &Held<T>, b: &Held<T>) {
     let mut merged = Held::poisoned(gpu, &shape);
     let want = merged.solve(|merged| reference::merge_state(merged, &a.view(), &b.view()).unwrap());
     with(gpu, &mut merged, a, |merged, a| {
-        let (v, s) = (b.v.on(gpu), b.s.on(gpu));
+        let (v, s) = (b.v.device_view(), b.s.device_view());
         cascade::merge_state(&gpu.stream, merged, a, &State::new(v.view(), s.view())).unwrap();
     });
-    merged.assert_close(gpu, &format!("merge_state {shape:?}"), &want);
+    merged.assert_close(&format!("merge_state {shape:?}"), &want);
 
     let mut in_place = a.copy(gpu);
     with(gpu, &mut in_place, b, |state, other| {
         cascade::merge_state_in_place(&gpu.stream, state, other, None).unwrap();
     });
-    in_place.assert_close(gpu, &format!("merge_state_in_place {shape:?}"), &want);
+    in_place.assert_close(&format!("merge_state_in_place {shape:?}"), &want);
 }
 
 fn pairs<T: Number>() {
@@ -198,8 +198,8 @@ fn masks() {
         with(&gpu, &mut merged, &b, |state, other| {
             cascade::merge_state_in_place(&gpu.stream, state, other, Some(&device_mask.view())).unwrap();
         });
-        merged.assert_close(&gpu, &format!("masked {shape:?}"), &wide);
-        let (v, s) = (merged.v.download(&gpu), merged.s.download(&gpu));
+        merged.assert_close(&format!("masked {shape:?}"), &wide);
+        let (v, s) = (merged.v.download(), merged.s.download());
         for row in (0..rows).filter(|&row| mask[row] == 0) {
             let v_row = row * heads * head_dim..(row + 1) * heads * head_dim;
             assert_same_bits("kept", &v[v_row.clone()], &a.v.host[v_row]);
@@ -231,7 +231,7 @@ fn check_states<T: Number>(gpu: &Gpu, states: &Held<T>) {
     with(gpu, &mut merged, states, |merged, states| {
         cascade::merge_states(&gpu.stream, merged, states).unwrap();
     });
-    merged.assert_close(gpu, &format!("merge_states {shape:?}"), &want);
+    merged.assert_close(&format!("merge_states {shape:?}"), &want);
 }
 
 #[test]
@@ -259,7 +259,7 @@ fn several_with_empty_ones() {
                 v[at * 128..(at + 1) * 128].fill(f16::ZERO);
             }
         }
-        states = Held { v: Tensor::new(&gpu, &shape, v), s: Tensor::new(&gpu, &shape[..3], s) };
+        states = Held { v: Mirrored::new(&gpu, &shape, v), s: Mirrored::new(&gpu, &shape[..3], s) };
         check_states(&gpu, &states);
     }
 }
@@ -309,7 +309,7 @@ fn shared_prefix<T: Number>() {
             joined: false,
         };
         let cache = Cache::<T>::random(&gpu, rng, shape, &parts);
-        let q = Tensor::<T>::random(&gpu, rng, &[batch, heads.num_qo_heads, 128]);
+        let q = Mirrored::<T>::random(&gpu, rng, &[batch, heads.num_qo_heads, 128]);
         let table = |of: &dyn Fn(usize) -> (Vec<i32>, usize)| {
             let requests: Vec<_> = (0..batch).map(of).collect();
             let requests = requests.iter().map(|(pages, len)| (&pages[..], *len));
@@ -325,10 +325,10 @@ fn shared_prefix<T: Number>() {
             let table = PageTable::new(&gpu.stream, indices).unwrap();
             let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
             plan.run_with(
-                &q.on(&gpu).view(),
-                &cache.on(&gpu).kv(),
-                &mut state.v.on_mut(&gpu).view_mut(),
-                Some(&mut state.s.on_mut(&gpu).view_mut()),
+                &q.device_view(),
+                &cache.device_view(),
+                &mut state.v.device_view_mut(),
+                Some(&mut state.s.device_view_mut()),
                 &RunOptions::default(),
             )
             .unwrap();
@@ -352,8 +352,8 @@ fn shared_prefix<T: Number>() {
         });
         for (what, state) in [("two levels", &merged), ("one level", &gpu_flat)] {
             // Two levels round three times.
-            state.v.assert_close(&gpu, what, &want.0, 2.0 * T::BOUND);
-            assert_sums(what, &state.s.download(&gpu), &want.1, 1e-2);
+            state.v.assert_close(what, &want.0, 2.0 * T::BOUND);
+            assert_sums(what, &state.s.download(), &want.1, 1e-2);
         }
     }
 }
@@ -379,8 +379,8 @@ fn wrong_stream() {
         cascade::merge_state_in_place(&other.stream, state, source, None)
     });
     refused(call, "state.v");
-    state.v.assert_untouched(&gpu);
-    state.s.assert_untouched(&gpu);
+    state.v.assert_untouched();
+    state.s.assert_untouched();
 }
 
 /// Attention of several levels against attention over complete page tables.
@@ -540,15 +540,15 @@ mod levels {
             let (mut out, mut lse) = problem.outputs(&gpu);
             let (mut out_alone, _) = problem.outputs(&gpu);
             {
-                let (q, cache) = (problem.q.on(&gpu), cache.on(&gpu));
-                let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+                let (q, cache) = (problem.q.device_view(), cache.device_view());
+                let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
                 let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
                 plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
-                let mut out = out_alone.on_mut(&gpu);
+                let mut out = out_alone.device_view_mut();
                 plan.run_with(&q.view(), &cache.kv(), &mut out.view_mut(), None, &case.options()).unwrap();
             }
             problem.verify(&gpu, &out, Some(&lse));
-            assert_same_bits("without LSE", &out_alone.download(&gpu), &out.download(&gpu));
+            assert_same_bits("without LSE", &out_alone.download(), &out.download());
         }
     }
 
@@ -700,13 +700,13 @@ mod levels {
         let first = Tree::shared(64, &[(1, 5), (1, 1), (3, 20)]);
         let (first, levels) = problem::<bf16>(&gpu, rng, &case, &first, PAGES);
         let mut tables = Tables::with_capacity(&gpu, &levels, PAGES);
-        let mut q = Tensor::<bf16>::poisoned(&gpu, &case.q_shape(ROWS));
+        let mut q = Mirrored::<bf16>::poisoned(&gpu, &case.q_shape(ROWS));
         let (mut out, mut lse) = first.outputs_of(&gpu, ROWS);
         let Kv::Paged { mut cache, .. } = first.kv else { unreachable!("pages") };
         let (graph, key) = {
             let plan = cascade.plan(&mut workspace, &tables.levels(), &graph_options).unwrap();
-            let (q, cache) = (q.on(&gpu), cache.on(&gpu));
-            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+            let (q, cache) = (q.device_view(), cache.device_view());
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
             let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
             let (graph, run) = capture(&gpu, || {
                 plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options())
@@ -715,7 +715,7 @@ mod levels {
             (graph.expect("a graph"), plan.replay_key().ok())
         };
         assert!(key.is_some());
-        out.assert_untouched(&gpu); // captured is not run
+        out.assert_untouched(); // captured is not run
         for tree in [
             Tree::shared(64, &[(1, 5), (1, 1), (3, 20)]),
             Tree::shared(3200, &[(1, 5), (1, 0), (1, 9)]),
@@ -729,30 +729,30 @@ mod levels {
             let per_row = heads.num_qo_heads * case.head_dim_qk;
             let mut content = vec![bf16::NAN; ROWS * per_row];
             content[..used * per_row].copy_from_slice(&problem.q.host[..used * per_row]);
-            q.upload(&gpu, &content);
+            q.upload(&content);
             let Kv::Paged { cache: new, .. } = &problem.kv else { unreachable!("pages") };
             for (tensor, source) in cache.tensors.iter_mut().zip(&new.tensors) {
-                tensor.upload(&gpu, &source.host);
+                tensor.upload(&source.host);
             }
-            out.upload(&gpu, &vec![bf16::NAN; ROWS * per_row]);
-            lse.upload(&gpu, &vec![f32::NAN; ROWS * heads.num_qo_heads]);
+            out.upload(&vec![bf16::NAN; ROWS * per_row]);
+            lse.upload(&vec![f32::NAN; ROWS * heads.num_qo_heads]);
             let plan = cascade.plan(&mut workspace, &tables.levels(), &graph_options).unwrap();
             assert_eq!(plan.replay_key().ok(), key);
             graph.launch().unwrap();
             // Rows beyond the batch's mean nothing.
-            let of_batch = |out: &Tensor<bf16>, lse: &Tensor<f32>| {
-                let (mut v, mut s) = (out.download(&gpu), lse.download(&gpu));
+            let of_batch = |out: &Mirrored<bf16>, lse: &Mirrored<f32>| {
+                let (mut v, mut s) = (out.download(), lse.download());
                 v.truncate(used * per_row);
                 s.truncate(used * heads.num_qo_heads);
-                let v = Tensor::new(&gpu, &[used, heads.num_qo_heads, case.head_dim_vo], v);
-                (v, Tensor::new(&gpu, &[used, heads.num_qo_heads], s))
+                let v = Mirrored::new(&gpu, &[used, heads.num_qo_heads, case.head_dim_vo], v);
+                (v, Mirrored::new(&gpu, &[used, heads.num_qo_heads], s))
             };
             let (replayed, replayed_lse) = of_batch(&out, &lse);
             problem.verify(&gpu, &replayed, Some(&replayed_lse));
             let (mut out, mut lse) = problem.outputs_of(&gpu, ROWS);
             {
-                let (q, cache) = (q.on(&gpu), cache.on(&gpu));
-                let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+                let (q, cache) = (q.device_view(), cache.device_view());
+                let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
                 let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
                 plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
             }
@@ -848,20 +848,20 @@ mod levels {
         let mut workspace = CascadeWorkspace::new(&gpu.stream, 2).unwrap();
         let plan = cascade.plan(&mut workspace, &tables.levels(), &PlanOptions::default()).unwrap();
         let Kv::Paged { cache, .. } = &problem.kv else { unreachable!("pages") };
-        let cache = cache.on(&gpu);
+        let cache = cache.device_view();
         let options = RunOptions::default();
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
             plan.run_with(q, &cache.kv(), out, lse, &options)
         });
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
-            let q = problem.q.on(&gpu);
-            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+            let q = problem.q.device_view();
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
             refuse_caches(&gpu, &other, rng, 12, &mut |kv| {
                 plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
             });
         }
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
     }
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor,
+    Gpu, Number, Rng, Mirrored,
     attention::capture,
     ops::{Batch, Op},
 };
@@ -83,8 +83,8 @@ fn rows_whose_keys_are_all_hidden() {
         let queries = RaggedIndices::from_lens(shapes.map(|shape| shape.0)).unwrap();
         let keys = RaggedIndices::from_lens(shapes.map(|shape| shape.1)).unwrap();
         let (n, m) = (queries.total(), keys.total());
-        let q = Tensor::<bf16>::random(&gpu, rng, &[n, 4, 128]);
-        let [k, v] = [0; 2].map(|_| Tensor::<bf16>::random(&gpu, rng, &[m, 2, 128]));
+        let q = Mirrored::<bf16>::random(&gpu, rng, &[n, 4, 128]);
+        let [k, v] = [0; 2].map(|_| Mirrored::<bf16>::random(&gpu, rng, &[m, 2, 128]));
         let (mut want, mut want_lse) = (vec![0.0f64; n * 4 * 128], vec![0.0f64; n * 4]);
         reference::batch_prefill_ragged(
             &spec,
@@ -111,23 +111,23 @@ fn rows_whose_keys_are_all_hidden() {
             let total = rows.unwrap_or(n);
             let mut host = q.host.clone();
             host.resize(total * 4 * 128, bf16::NAN);
-            let q = Tensor::new(&gpu, &[total, 4, 128], host);
+            let q = Mirrored::new(&gpu, &[total, 4, 128], host);
             let mut options =
                 PlanOptions::default().with_mask(Mask::Custom { indices: &table, bits: device_bits.view() });
             options.graph = rows;
             let plan = prefill.plan_ragged(&mut workspace, &queries_table, &keys_table, &options).unwrap();
-            let mut out = Tensor::<bf16>::poisoned(&gpu, &[total, 4, 128]);
-            let mut lse = Tensor::<f32>::poisoned(&gpu, &[total, 4]);
+            let mut out = Mirrored::<bf16>::poisoned(&gpu, &[total, 4, 128]);
+            let mut lse = Mirrored::<f32>::poisoned(&gpu, &[total, 4]);
             plan.run_with(
-                &q.on(&gpu).view(),
-                [&k.on(&gpu).view(), &v.on(&gpu).view()],
-                &mut out.on_mut(&gpu).view_mut(),
-                Some(&mut lse.on_mut(&gpu).view_mut()),
+                &q.device_view(),
+                [&k.device_view(), &v.device_view()],
+                &mut out.device_view_mut(),
+                Some(&mut lse.device_view_mut()),
                 &RunOptions::default(),
             )
             .unwrap();
             let part = out.view().narrow(0, 0, n).unwrap();
-            out.assert_part_close(&gpu, "hidden rows", &part, &want, bf16::BOUND);
+            out.assert_part_close("hidden rows", &part, &want, bf16::BOUND);
             common::attention::assert_lse(&gpu, "hidden rows", &lse, &want_lse);
         }
         // Each request alone.
@@ -146,18 +146,18 @@ fn rows_whose_keys_are_all_hidden() {
             let device_bits = device_bits.tensor(&gpu.cuda, &[packed.len() + 1]).unwrap();
             let table = MaskTable::new(&gpu.stream, indices).unwrap();
             let (row, key) = (queries.indptr()[request] as usize, keys.indptr()[request] as usize);
-            let mut out = Tensor::<bf16>::poisoned(&gpu, &[shape.0, 4, 128]);
-            let mut lse = Tensor::<f32>::poisoned(&gpu, &[shape.0, 4]);
+            let mut out = Mirrored::<bf16>::poisoned(&gpu, &[shape.0, 4, 128]);
+            let mut lse = Mirrored::<f32>::poisoned(&gpu, &[shape.0, 4]);
             single
                 .run_with(
                     &mut workspace,
-                    &q.on(&gpu).view().narrow(0, row, shape.0).unwrap(),
+                    &q.device_view().narrow(0, row, shape.0).unwrap(),
                     [
-                        &k.on(&gpu).view().narrow(0, key, shape.1).unwrap(),
-                        &v.on(&gpu).view().narrow(0, key, shape.1).unwrap(),
+                        &k.device_view().narrow(0, key, shape.1).unwrap(),
+                        &v.device_view().narrow(0, key, shape.1).unwrap(),
                     ],
-                    &mut out.on_mut(&gpu).view_mut(),
-                    Some(&mut lse.on_mut(&gpu).view_mut()),
+                    &mut out.device_view_mut(),
+                    Some(&mut lse.device_view_mut()),
                     &PrefillRunOptions::new(
                         Mask::Custom { indices: &table, bits: device_bits.view() },
                         RunOptions::default(),
@@ -165,7 +165,7 @@ fn rows_whose_keys_are_all_hidden() {
                 )
                 .unwrap();
             let rows = row * 4..(row + shape.0) * 4;
-            out.assert_close(&gpu, "one request", &want[rows.start * 128..rows.end * 128], bf16::BOUND);
+            out.assert_close("one request", &want[rows.start * 128..rows.end * 128], bf16::BOUND);
             common::attention::assert_lse(&gpu, "one request", &lse, &want_lse[rows]);
         }
     }
@@ -184,11 +184,11 @@ fn graphs_of_requests_that_lose_their_keys() {
             lens.iter().enumerate().map(|(at, &len)| (&pages[at * 16..at * 16 + len.div_ceil(16)], len));
         PageIndices::from_requests(64, 16, requests).unwrap()
     };
-    let [k, v] = [0; 2].map(|_| Tensor::<f16>::random(&gpu, rng, &[64, 16, 2, 128]));
-    let q = Tensor::<f16>::random(&gpu, rng, &[4, 4, 128]);
+    let [k, v] = [0; 2].map(|_| Mirrored::<f16>::random(&gpu, rng, &[64, 16, 2, 128]));
+    let q = Mirrored::<f16>::random(&gpu, rng, &[4, 4, 128]);
     let kv_host = PagedKv::new(k.view(), v.view(), KvLayout::Nhd);
     let (full, empty) = ([20, 200, 1, 40], [20, 0, 1, 0]);
-    let verify = |what: &str, lens: [usize; 4], out: &Tensor<f16>, lse: &Tensor<f32>| {
+    let verify = |what: &str, lens: [usize; 4], out: &Mirrored<f16>, lse: &Mirrored<f32>| {
         let (mut want, mut want_lse) = (vec![0.0f64; 4 * 4 * 128], vec![0.0f64; 16]);
         reference::batch_decode(
             &spec,
@@ -200,7 +200,7 @@ fn graphs_of_requests_that_lose_their_keys() {
             &RunOptions::default(),
         )
         .unwrap();
-        out.assert_close(&gpu, what, &want, f16::BOUND);
+        out.assert_close(what, &want, f16::BOUND);
         common::attention::assert_lse(&gpu, what, lse, &want_lse);
     };
     // What is captured, by kind of plan.
@@ -209,8 +209,8 @@ fn graphs_of_requests_that_lose_their_keys() {
         let rows = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([1; 4]).unwrap()).unwrap();
         let mut workspace =
             Workspace::with_sizes(&gpu.stream, 320 << 20, Workspace::DEFAULT_INT_BYTES).unwrap();
-        let mut out = Tensor::<f16>::poisoned(&gpu, &[4, 4, 128]);
-        let mut lse = Tensor::<f32>::poisoned(&gpu, &[4, 4]);
+        let mut out = Mirrored::<f16>::poisoned(&gpu, &[4, 4, 128]);
+        let mut lse = Mirrored::<f32>::poisoned(&gpu, &[4, 4]);
         let mut graph = None;
         for lens in [full, empty, full] {
             table.update(table_of(lens)).unwrap();
@@ -220,14 +220,14 @@ fn graphs_of_requests_that_lose_their_keys() {
                 _ => Backend::Fa2,
             };
             let spec = spec.with_backend(backend);
-            let (q, k, v) = (q.on(&gpu), k.on(&gpu), v.on(&gpu));
+            let (q, k, v) = (q.device_view(), k.device_view(), v.device_view());
             let kv = PagedKv::new(k.view(), v.view(), KvLayout::Nhd);
             let options = RunOptions::default();
             macro_rules! take {
                 ($plan:expr) => {{
                     let plan = $plan.unwrap();
                     if graph.is_none() {
-                        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+                        let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
                         let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
                         let (captured, run) = capture(&gpu, || {
                             plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options)
@@ -263,10 +263,10 @@ fn graphs_of_requests_that_lose_their_keys() {
 }
 
 /// A state on the device: outputs of one number, and its LSE.
-fn state(gpu: &Gpu, rows: &[(f32, f32)], head_dim: usize) -> (Tensor<f16>, Tensor<f32>) {
+fn state(gpu: &Gpu, rows: &[(f32, f32)], head_dim: usize) -> (Mirrored<f16>, Mirrored<f32>) {
     let v = rows.iter().flat_map(|row| vec![f16::from_f32(row.0); head_dim]).collect();
     let s = rows.iter().map(|row| row.1).collect();
-    (Tensor::new(gpu, &[rows.len(), 1, head_dim], v), Tensor::new(gpu, &[rows.len(), 1], s))
+    (Mirrored::new(gpu, &[rows.len(), 1, head_dim], v), Mirrored::new(gpu, &[rows.len(), 1], s))
 }
 
 /// Merging with nothing changes nothing, however small the other's LSE is, and
@@ -284,8 +284,8 @@ fn merges_with_nothing() {
             let a: Vec<_> = states.iter().flat_map(|&s| [s, nothing]).collect();
             let b: Vec<_> = states.iter().flat_map(|&s| [nothing, s]).collect();
             let want: Vec<_> = states.iter().flat_map(|&s| [s, s]).collect();
-            let check = |what: &str, v: &Tensor<f16>, s: &Tensor<f32>| {
-                let (v, s) = (v.download(&gpu), s.download(&gpu));
+            let check = |what: &str, v: &Mirrored<f16>, s: &Mirrored<f32>| {
+                let (v, s) = (v.download(), s.download());
                 for (row, want) in want.iter().enumerate() {
                     let got = (v[row * head_dim].to_f32(), s[row]);
                     assert_eq!(got, *want, "{what} of {:?} with {:?}", a[row], b[row]);
@@ -297,9 +297,9 @@ fn merges_with_nothing() {
             let (mut v, mut s) = state(&gpu, &poison, head_dim);
             cascade::merge_state(
                 &gpu.stream,
-                &mut StateMut::new(v.on_mut(&gpu).view_mut(), s.on_mut(&gpu).view_mut()),
-                &State::new(a_v.on(&gpu).view(), a_s.on(&gpu).view()),
-                &State::new(b_v.on(&gpu).view(), b_s.on(&gpu).view()),
+                &mut StateMut::new(v.device_view_mut(), s.device_view_mut()),
+                &State::new(a_v.device_view(), a_s.device_view()),
+                &State::new(b_v.device_view(), b_s.device_view()),
             )
             .unwrap();
             check("merge_state", &v, &s);
@@ -307,8 +307,8 @@ fn merges_with_nothing() {
             let (mut v, mut s) = state(&gpu, &a, head_dim);
             cascade::merge_state_in_place(
                 &gpu.stream,
-                &mut StateMut::new(v.on_mut(&gpu).view_mut(), s.on_mut(&gpu).view_mut()),
-                &State::new(b_v.on(&gpu).view(), b_s.on(&gpu).view()),
+                &mut StateMut::new(v.device_view_mut(), s.device_view_mut()),
+                &State::new(b_v.device_view(), b_s.device_view()),
                 None,
             )
             .unwrap();
@@ -324,13 +324,13 @@ fn merges_with_nothing() {
                 let all: Vec<_> =
                     (0..a.len()).flat_map(|row| (0..count).map(move |at| all(at, row))).collect();
                 let (v, s) = state(&gpu, &all, head_dim);
-                let v = Tensor::new(&gpu, &[a.len(), count, 1, head_dim], v.host);
-                let s = Tensor::new(&gpu, &[a.len(), count, 1], s.host);
+                let v = Mirrored::new(&gpu, &[a.len(), count, 1, head_dim], v.host);
+                let s = Mirrored::new(&gpu, &[a.len(), count, 1], s.host);
                 let (mut merged_v, mut merged_s) = state(&gpu, &poison, head_dim);
                 cascade::merge_states(
                     &gpu.stream,
-                    &mut StateMut::new(merged_v.on_mut(&gpu).view_mut(), merged_s.on_mut(&gpu).view_mut()),
-                    &State::new(v.on(&gpu).view(), s.on(&gpu).view()),
+                    &mut StateMut::new(merged_v.device_view_mut(), merged_s.device_view_mut()),
+                    &State::new(v.device_view(), s.device_view()),
                 )
                 .unwrap();
                 check("merge_states", &merged_v, &merged_s);

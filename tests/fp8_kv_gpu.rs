@@ -9,7 +9,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor,
+    Gpu, Number, Rng, Mirrored,
     cache::{Cache, CacheShape, random_table},
     say,
 };
@@ -131,14 +131,14 @@ impl Problem {
     fn attend<T: Number>(
         &self,
         gpu: &Gpu,
-        (q, cache): (&Tensor<T>, &Cache<F8E4M3>),
+        (q, cache): (&Mirrored<T>, &Cache<F8E4M3>),
         (exact_q, exact): (&TensorRef<'_>, &[Vec<f64>; 2]),
         options: &RunOptions<'_>,
     ) {
         let (dims, layout) = (self.cache_dims(), self.shape.layout);
-        let stored: Vec<_> = cache.tensors.iter().map(|tensor| tensor.download(gpu)).collect();
+        let stored: Vec<_> = cache.tensors.iter().map(|tensor| tensor.download()).collect();
         let stored = [&stored[0], &stored[1]].map(|rows| TensorRef::from_slice(rows, &dims).unwrap());
-        let turned = q.download(gpu);
+        let turned = q.download();
         let turned = TensorRef::from_slice(&turned, &self.q_shape()).unwrap();
         let of_cache = self.solve(&turned, &PagedKv::new(stored[0], stored[1], layout), options);
         let [k, v] = exact.each_ref().map(|rows| TensorRef::from_slice(rows, &dims).unwrap());
@@ -152,36 +152,36 @@ impl Problem {
             let spec = spec.with_backend(backend);
             let Some(decode) = at_hand(BatchDecode::new(&gpu.stream, &spec, HEADS)) else { continue };
             let plan = decode.plan(&mut workspace, &self.device_table, &PlanOptions::default()).unwrap();
-            let mut out = Tensor::<T>::poisoned(gpu, &self.q_shape());
+            let mut out = Mirrored::<T>::poisoned(gpu, &self.q_shape());
             plan.run_with(
-                &q.on(gpu).view(),
-                &cache.on(gpu).kv(),
-                &mut out.on_mut(gpu).view_mut(),
+                &q.device_view(),
+                &cache.device_view(),
+                &mut out.device_view_mut(),
                 None,
                 options,
             )
             .unwrap();
             let what = format!("decode on {backend:?}");
-            out.assert_close(gpu, &format!("{what}, over the cache"), &of_cache, T::BOUND);
-            out.assert_close(gpu, &format!("{what}, over the model's numbers"), &of_model, QUANTIZED);
+            out.assert_close(&format!("{what}, over the cache"), &of_cache, T::BOUND);
+            out.assert_close(&format!("{what}, over the model's numbers"), &of_model, QUANTIZED);
             ran += 1;
         }
         if let Some(prefill) = at_hand(BatchPrefill::new(&gpu.stream, &spec, HEADS)) {
             let queries = RaggedTable::new(&gpu.stream, self.queries.clone()).unwrap();
             let causal = PlanOptions::causal();
             let plan = prefill.plan_paged(&mut workspace, &queries, &self.device_table, &causal).unwrap();
-            let mut out = Tensor::<T>::poisoned(gpu, &self.q_shape());
+            let mut out = Mirrored::<T>::poisoned(gpu, &self.q_shape());
             plan.run_with(
-                &q.on(gpu).view(),
-                &cache.on(gpu).kv(),
-                &mut out.on_mut(gpu).view_mut(),
+                &q.device_view(),
+                &cache.device_view(),
+                &mut out.device_view_mut(),
                 None,
                 options,
             )
             .unwrap();
             let what = format!("prefill on {:?}", prefill.backend());
-            out.assert_close(gpu, &format!("{what}, over the cache"), &of_cache, T::BOUND);
-            out.assert_close(gpu, &format!("{what}, over the model's numbers"), &of_model, QUANTIZED);
+            out.assert_close(&format!("{what}, over the cache"), &of_cache, T::BOUND);
+            out.assert_close(&format!("{what}, over the model's numbers"), &of_model, QUANTIZED);
             ran += 1;
         }
         if ran == 0 {
@@ -214,8 +214,8 @@ fn scales() -> RunOptions<'static> {
 }
 
 /// Queries small enough for keys' errors to stay small in the exponent.
-fn queries<T: Number>(gpu: &Gpu, rng: &mut Rng, problem: &Problem) -> Tensor<T> {
-    Tensor::random_scaled(gpu, rng, &problem.q_shape(), 0.25)
+fn queries<T: Number>(gpu: &Gpu, rng: &mut Rng, problem: &Problem) -> Mirrored<T> {
+    Mirrored::random_scaled(gpu, rng, &problem.q_shape(), 0.25)
 }
 
 /// Keys and values that the host quantizes, because upstream has no kernel for
@@ -232,15 +232,15 @@ fn quantized_by_the_host<T: Number>() {
             [(); 2].map(|()| (0..shape.iter().product()).map(|_| rng.unit()).collect());
         let [k, v] = numbers.each_ref().map(|numbers| {
             let quantized = numbers.iter().map(|number| F8E4M3::from_f64(number * QUANT_SCALE)).collect();
-            Tensor::new(&gpu, &shape, quantized)
+            Mirrored::new(&gpu, &shape, quantized)
         });
         let mut cache = Cache::<F8E4M3>::poisoned(&gpu, problem.shape);
         page::append_paged_kv_cache(
             &gpu.stream,
-            &k.on(&gpu).view(),
-            &v.on(&gpu).view(),
+            &k.device_view(),
+            &v.device_view(),
             &problem.device_append,
-            &mut cache.on_mut(&gpu).kv_mut(),
+            &mut cache.device_view_mut(),
             &problem.device_table,
         )
         .unwrap();
@@ -273,19 +273,19 @@ fn turned_and_quantized<T: Number>() {
     let options = RopeQuantizeOptions::with_scales(1.0, QUANT_SCALE);
     for (requests, layout) in [(&DECODE[..], KvLayout::Nhd), (&PREFILL, KvLayout::Hnd)] {
         let problem = Problem::new(&gpu, rng, requests, layout);
-        let [k, v] = [(); 2].map(|()| Tensor::<T>::random(&gpu, rng, &problem.kv_shape()));
+        let [k, v] = [(); 2].map(|()| Mirrored::<T>::random(&gpu, rng, &problem.kv_shape()));
         // No query heads: those of attention stay 16-bit.
         let no_heads = [problem.append.len(), 0, HEAD_DIM];
-        let no_queries = Tensor::<T>::poisoned(&gpu, &no_heads);
-        let mut nothing = Tensor::<F8E4M3>::poisoned(&gpu, &no_heads);
+        let no_queries = Mirrored::<T>::poisoned(&gpu, &no_heads);
+        let mut nothing = Mirrored::<F8E4M3>::poisoned(&gpu, &no_heads);
         let mut cache = Cache::<F8E4M3>::poisoned(&gpu, problem.shape);
         rope::rope_quantize_append_paged_kv_cache(
             &gpu.stream,
-            &mut RopePartsMut { rope: nothing.on_mut(&gpu).view_mut(), nope: None },
-            &mut RopeAppend::Kv { cache: cache.on_mut(&gpu).kv_mut(), value: v.on(&gpu).view() },
+            &mut RopePartsMut { rope: nothing.device_view_mut(), nope: None },
+            &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: v.device_view() },
             &[
-                RopeParts { rope: no_queries.on(&gpu).view(), nope: None },
-                RopeParts { rope: k.on(&gpu).view(), nope: None },
+                RopeParts { rope: no_queries.device_view(), nope: None },
+                RopeParts { rope: k.device_view(), nope: None },
             ],
             &Rotation::new(angles.view().unwrap(), &problem.device_append),
             &problem.device_append,
@@ -302,10 +302,10 @@ fn turned_and_quantized<T: Number>() {
         )
         .unwrap();
         // Keys go along that nobody wants.
-        let mut no_keys = Tensor::<T>::poisoned(&gpu, &[pos_ids.len(), 0, HEAD_DIM]);
+        let mut no_keys = Mirrored::<T>::poisoned(&gpu, &[pos_ids.len(), 0, HEAD_DIM]);
         rope::apply_rope_pos_ids_cos_sin_cache(
             &gpu.stream,
-            &mut RopeTensors::InPlace { q: q.on_mut(&gpu).view_mut(), k: no_keys.on_mut(&gpu).view_mut() },
+            &mut RopeTensors::InPlace { q: q.device_view_mut(), k: no_keys.device_view_mut() },
             &Rotation::new(angles.view().unwrap(), &device_pos_ids),
         )
         .unwrap();
@@ -328,7 +328,7 @@ fn turned_and_quantized<T: Number>() {
         }
         turn(&mut exact_k, &shape, &mut none, problem.append.positions(), &plain);
         turn(&mut exact_q, &problem.q_shape(), &mut none, &pos_ids, &plain);
-        q.assert_close(&gpu, "turned queries", &exact_q, T::BOUND);
+        q.assert_close("turned queries", &exact_q, T::BOUND);
         let exact = problem.exact(|mut cache| {
             let exact_k = TensorRef::from_slice(&exact_k, &shape).unwrap();
             let exact_v = v.wide();

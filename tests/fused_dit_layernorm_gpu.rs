@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, captured, leave_cuda_error, refused};
+use common::{Gpu, Number, Rng, Mirrored, captured, leave_cuda_error, refused};
 use flashinfer_rs::{
     Result, TensorRef,
     norm::{Biased, DitInput, DitMode, DitOutput, NormOptions, fused_dit_layernorm},
@@ -32,14 +32,14 @@ impl Case {
 /// of the modulation.
 struct Problem {
     case: Case,
-    input: Tensor<bf16>,
-    residual: Tensor<bf16>,
-    modulation: Tensor<bf16>,
+    input: Mirrored<bf16>,
+    residual: Mirrored<bf16>,
+    modulation: Mirrored<bf16>,
     /// Of gate, scale and shift; gamma and beta.
-    vectors: [Tensor<f32>; 5],
-    factor: Tensor<f32>,
-    residual_out: Tensor<bf16>,
-    norm_out: Tensor<bf16>,
+    vectors: [Mirrored<f32>; 5],
+    factor: Mirrored<f32>,
+    residual_out: Mirrored<bf16>,
+    norm_out: Mirrored<bf16>,
 }
 
 /// What a call reads, of host or of device tensors.
@@ -66,13 +66,13 @@ impl Problem {
         let [batch, rows, _] = case.shape;
         Self {
             case,
-            input: Tensor::random(gpu, rng, &case.shape),
-            residual: Tensor::random_scaled(gpu, rng, &case.shape, 3.0),
-            modulation: Tensor::random_scaled(gpu, rng, &[batch, rows, 6, HIDDEN], 0.5),
-            vectors: [0; 5].map(|_| Tensor::random(gpu, rng, &[HIDDEN])),
-            factor: Tensor::new(gpu, &[1], vec![0.3]),
-            residual_out: Tensor::poisoned(gpu, &case.shape),
-            norm_out: Tensor::poisoned(gpu, &case.shape),
+            input: Mirrored::random(gpu, rng, &case.shape),
+            residual: Mirrored::random_scaled(gpu, rng, &case.shape, 3.0),
+            modulation: Mirrored::random_scaled(gpu, rng, &[batch, rows, 6, HIDDEN], 0.5),
+            vectors: [0; 5].map(|_| Mirrored::random(gpu, rng, &[HIDDEN])),
+            factor: Mirrored::new(gpu, &[1], vec![0.3]),
+            residual_out: Mirrored::poisoned(gpu, &case.shape),
+            norm_out: Mirrored::poisoned(gpu, &case.shape),
         }
     }
 
@@ -84,17 +84,17 @@ impl Problem {
         options: &NormOptions,
         with: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> R,
     ) -> R {
-        let tensors = [&self.input, &self.residual, &self.modulation].map(|tensor| tensor.on(gpu));
-        let vectors = self.vectors.each_ref().map(|vector| vector.on(gpu));
-        let factor = self.factor.on(gpu);
-        let (mut residual, mut norm) = (self.residual_out.on_mut(gpu), self.norm_out.on_mut(gpu));
+        let tensors = [&self.input, &self.residual, &self.modulation].map(|tensor| tensor.device_view());
+        let vectors = self.vectors.each_ref().map(|vector| vector.device_view());
+        let factor = self.factor.device_view();
+        let (mut residual, mut norm) = (self.residual_out.device_view_mut(), self.norm_out.device_view_mut());
         let input = dit_input(
             self.case,
-            tensors.each_ref().map(|tensor| tensor.view()),
-            vectors.each_ref().map(|vector| vector.view()),
-            factor.view(),
+            tensors.each_ref().map(|tensor| tensor),
+            vectors.each_ref().map(|vector| vector),
+            factor,
         );
-        let mut out = DitOutput { residual: residual.view_mut(), norm: norm.view_mut() };
+        let mut out = DitOutput { residual: residual.reborrow(), norm: norm.reborrow() };
         with(&mut || fused_dit_layernorm(&caller.stream, &mut out, &input, options))
     }
 
@@ -122,10 +122,10 @@ impl Problem {
         )
         .unwrap();
         let case = self.case;
-        self.residual_out.assert_close(gpu, &format!("residual of {case:?}"), &want_residual, bf16::BOUND);
-        self.norm_out.assert_close(gpu, &format!("norm of {case:?}"), &want_norm, bf16::BOUND);
+        self.residual_out.assert_close(&format!("residual of {case:?}"), &want_residual, bf16::BOUND);
+        self.norm_out.assert_close(&format!("norm of {case:?}"), &want_norm, bf16::BOUND);
         for tensor in [&self.input, &self.residual, &self.modulation] {
-            tensor.assert_untouched(gpu);
+            tensor.assert_untouched();
         }
     }
 
@@ -159,7 +159,7 @@ fn eps() {
     for mode in 0..3 {
         for eps in [1e-6, 1e-3, 1.0] {
             let mut problem = Problem::random(&gpu, rng, Case { residual: false, ..Case::new(1, 4, mode) });
-            problem.input = Tensor::random_scaled(&gpu, rng, &problem.case.shape, 0.01);
+            problem.input = Mirrored::random_scaled(&gpu, rng, &problem.case.shape, 0.01);
             problem.check(&gpu, &NormOptions::with_eps(eps));
         }
     }
@@ -173,8 +173,8 @@ fn no_rows() {
         for mode in 0..3 {
             let mut problem = Problem::random(&gpu, rng, Case::new(batch, rows, mode));
             problem.run(&gpu, &NormOptions::default()).unwrap();
-            problem.residual_out.assert_untouched(&gpu);
-            problem.norm_out.assert_untouched(&gpu);
+            problem.residual_out.assert_untouched();
+            problem.norm_out.assert_untouched();
         }
     }
 }
@@ -189,8 +189,8 @@ fn graph_replay() {
         let mut problem = Problem::random(&gpu, rng, case);
         gpu.synchronize();
         let graph = problem.with_call([&gpu; 2], &options, |call| captured(&gpu, call));
-        problem.residual_out.assert_untouched(&gpu); // captured is not run
-        problem.norm_out.assert_untouched(&gpu);
+        problem.residual_out.assert_untouched(); // captured is not run
+        problem.norm_out.assert_untouched();
         for _ in 0..2 {
             let next = Problem::random(&gpu, rng, case);
             for (tensor, next) in [
@@ -198,7 +198,7 @@ fn graph_replay() {
                 (&mut problem.residual, next.residual),
                 (&mut problem.modulation, next.modulation),
             ] {
-                tensor.upload(&gpu, &next.host);
+                tensor.upload(&next.host);
                 tensor.host = next.host;
             }
             graph.launch().unwrap();
@@ -228,31 +228,31 @@ fn wrong_input() {
         let mut problem = Problem::random(&gpu, rng, Case::new(2, 5, 2));
         change(&mut problem, &gpu);
         refused(problem.run(&gpu, &options), expected);
-        problem.residual_out.assert_untouched(&gpu);
-        problem.norm_out.assert_untouched(&gpu);
+        problem.residual_out.assert_untouched();
+        problem.norm_out.assert_untouched();
     };
-    refuse(|problem, gpu| problem.input = Tensor::poisoned(gpu, &[2, 5, 4096]), "input");
-    refuse(|problem, gpu| problem.input = Tensor::poisoned(gpu, &[2, 5, 64]), "input");
-    refuse(|problem, gpu| problem.residual = Tensor::poisoned(gpu, &[5, 2, HIDDEN]), "residual");
-    refuse(|problem, gpu| problem.modulation = Tensor::poisoned(gpu, &[2, 5, 7, HIDDEN]), "gate");
+    refuse(|problem, gpu| problem.input = Mirrored::poisoned(gpu, &[2, 5, 4096]), "input");
+    refuse(|problem, gpu| problem.input = Mirrored::poisoned(gpu, &[2, 5, 64]), "input");
+    refuse(|problem, gpu| problem.residual = Mirrored::poisoned(gpu, &[5, 2, HIDDEN]), "residual");
+    refuse(|problem, gpu| problem.modulation = Mirrored::poisoned(gpu, &[2, 5, 7, HIDDEN]), "gate");
     refuse(
-        |problem, gpu| problem.modulation = Tensor::poisoned(gpu, &[2, 6, 6, HIDDEN]).narrowed(1, 0, 5),
+        |problem, gpu| problem.modulation = Mirrored::poisoned(gpu, &[2, 6, 6, HIDDEN]).narrowed(1, 0, 5),
         "gate",
     );
-    refuse(|problem, gpu| problem.vectors[1] = Tensor::poisoned(gpu, &[1]), "scale.bias");
+    refuse(|problem, gpu| problem.vectors[1] = Mirrored::poisoned(gpu, &[1]), "scale.bias");
     refuse(
-        |problem, gpu| problem.vectors[2] = Tensor::poisoned(gpu, &[HIDDEN + 4]).narrowed(0, 4, HIDDEN),
+        |problem, gpu| problem.vectors[2] = Mirrored::poisoned(gpu, &[HIDDEN + 4]).narrowed(0, 4, HIDDEN),
         "shift.bias",
     );
     refuse(
         |problem, gpu| {
             problem.case.scaled = true;
-            problem.factor = Tensor::poisoned(gpu, &[2]);
+            problem.factor = Mirrored::poisoned(gpu, &[2]);
         },
         "input_sf_scale",
     );
-    refuse(|problem, gpu| problem.residual_out = Tensor::poisoned(gpu, &[2, 4, HIDDEN]), "out.residual");
-    refuse(|problem, gpu| problem.norm_out = Tensor::poisoned(gpu, &[2, 5, 384]), "out.norm");
+    refuse(|problem, gpu| problem.residual_out = Mirrored::poisoned(gpu, &[2, 4, HIDDEN]), "out.residual");
+    refuse(|problem, gpu| problem.norm_out = Mirrored::poisoned(gpu, &[2, 5, 384]), "out.norm");
 
     // All views of another stream than the call's. Packed results, which have
     // no kernel here, are refused in the unit tests.
@@ -260,5 +260,5 @@ fn wrong_input() {
     let mut problem = Problem::random(&gpu, rng, Case::new(2, 5, 1));
     refused(problem.with_call([&gpu, &other], &options, |call| call()), "input");
     other.synchronize();
-    problem.norm_out.assert_untouched(&gpu);
+    problem.norm_out.assert_untouched();
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, captured, leave_cuda_error, refused, say,
+    Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, captured, leave_cuda_error, refused, say,
 };
 use flashinfer_rs::{
     DType, FlashInferError, Result,
@@ -49,9 +49,9 @@ impl Case {
 /// The tensors of one call.
 struct Problem<Q> {
     case: Case,
-    qkv: Tensor<bf16>,
-    weights: [Tensor<bf16>; 2],
-    out: [Tensor<Q>; 3],
+    qkv: Mirrored<bf16>,
+    weights: [Mirrored<bf16>; 2],
+    out: [Mirrored<Q>; 3],
 }
 
 impl<Q: Number> Problem<Q> {
@@ -61,9 +61,9 @@ impl<Q: Number> Problem<Q> {
         let joined = case.heads.iter().sum::<usize>() * d;
         Self {
             case,
-            qkv: Tensor::random(gpu, rng, &case.shape(&[joined])),
-            weights: [0, 1].map(|kind| Tensor::random(gpu, rng, &[case.heads[kind] * d])),
-            out: case.heads.map(|heads| Tensor::poisoned(gpu, &case.shape(&[heads, d]))),
+            qkv: Mirrored::random(gpu, rng, &case.shape(&[joined])),
+            weights: [0, 1].map(|kind| Mirrored::random(gpu, rng, &[case.heads[kind] * d])),
+            out: case.heads.map(|heads| Mirrored::poisoned(gpu, &case.shape(&[heads, d]))),
         }
     }
 
@@ -74,16 +74,16 @@ impl<Q: Number> Problem<Q> {
         table: &RopeTable,
         with: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> R,
     ) -> R {
-        let qkv = self.qkv.on(gpu);
-        let [q_weight, k_weight] = self.weights.each_ref().map(|weight| weight.on(gpu));
-        let [mut q, mut k, mut v] = self.out.each_mut().map(|out| out.on_mut(gpu));
+        let qkv = self.qkv.device_view();
+        let [q_weight, k_weight] = self.weights.each_ref().map(|weight| weight.device_view());
+        let [mut q, mut k, mut v] = self.out.each_mut().map(|out| out.device_view_mut());
         let input = QkvInput {
-            qkv: qkv.view(),
-            q_weight: q_weight.view(),
-            k_weight: k_weight.view(),
+            qkv: qkv,
+            q_weight: q_weight,
+            k_weight: k_weight,
             patches: self.case.patches,
         };
-        let mut out = QkvOutput { q: q.view_mut(), k: k.view_mut(), v: v.view_mut() };
+        let mut out = QkvOutput { q: q.reborrow(), k: k.reborrow(), v: v.reborrow() };
         with(&mut || fused_qk_rmsnorm_rope(&gpu.stream, &mut out, &input, table, &self.case.options))
     }
 
@@ -112,9 +112,9 @@ impl<Q: Number> Problem<Q> {
         )
         .unwrap();
         for (name, (out, want)) in ["q", "k", "v"].into_iter().zip(self.out.iter().zip([q, k, v])) {
-            out.assert_close(gpu, &format!("{name} of {:?}", self.case), &want, Q::BOUND);
+            out.assert_close(&format!("{name} of {:?}", self.case), &want, Q::BOUND);
         }
-        self.qkv.assert_untouched(gpu);
+        self.qkv.assert_untouched();
     }
 
     #[track_caller]
@@ -197,7 +197,7 @@ fn no_tokens() {
         let mut problem = Problem::<bf16>::random(&gpu, &mut Rng::new(), Case { batched, ..case });
         problem.run(&gpu, &table).unwrap();
         gpu.synchronize();
-        problem.out.iter().for_each(|out| out.assert_untouched(&gpu));
+        problem.out.iter().for_each(|out| out.assert_untouched());
     }
 }
 
@@ -262,17 +262,17 @@ fn graph_replay() {
     let mut problem = Problem::<bf16>::random(&gpu, rng, case);
     gpu.synchronize();
     let graph = problem.with_call(&gpu, &table, |call| captured(&gpu, call));
-    problem.out.iter().for_each(|out| out.assert_untouched(&gpu)); // captured is not run
+    problem.out.iter().for_each(|out| out.assert_untouched()); // captured is not run
     for _ in 0..3 {
         let next = Problem::<bf16>::random(&gpu, rng, case);
-        problem.qkv.upload(&gpu, &next.qkv.host);
+        problem.qkv.upload(&next.qkv.host);
         problem.qkv.host = next.qkv.host;
         graph.launch().unwrap();
         problem.verify(&gpu);
-        let replayed = problem.out.each_ref().map(|out| out.download(&gpu));
+        let replayed = problem.out.each_ref().map(|out| out.download());
         problem.run(&gpu, &table).unwrap();
         for (out, replayed) in problem.out.iter().zip(&replayed) {
-            assert_same_bits("replay and run", &out.download(&gpu), replayed);
+            assert_same_bits("replay and run", &out.download(), replayed);
         }
     }
     // While a stream is captured, no other table is written; the same is there.
@@ -334,7 +334,7 @@ fn wrong_input() {
         let mut problem = Problem::<bf16>::random(&gpu, rng, case);
         change(&mut problem, &gpu, rng);
         refused(problem.run(&gpu, &table), expected);
-        problem.out.iter().for_each(|out| out.assert_untouched(&gpu));
+        problem.out.iter().for_each(|out| out.assert_untouched());
     };
     refuse(|problem, _, _| problem.case.patches = [2, 3, 5], "patches");
     refuse(|problem, _, _| problem.case.patches = [0, 3, 4], "patches");
@@ -355,28 +355,28 @@ fn wrong_input() {
         "out.q",
     );
     refuse(
-        |problem, gpu, _| problem.out[1] = Tensor::poisoned(gpu, &[48, 3, 128]).narrowed(1, 0, 2),
+        |problem, gpu, _| problem.out[1] = Mirrored::poisoned(gpu, &[48, 3, 128]).narrowed(1, 0, 2),
         "out.k",
     );
-    refuse(|problem, gpu, rng| problem.weights[0] = Tensor::random(gpu, rng, &[128]), "q_weight");
+    refuse(|problem, gpu, rng| problem.weights[0] = Mirrored::random(gpu, rng, &[128]), "q_weight");
     refuse(
-        |problem, gpu, rng| problem.weights[1] = Tensor::random(gpu, rng, &[257]).narrowed(0, 1, 256),
+        |problem, gpu, rng| problem.weights[1] = Mirrored::random(gpu, rng, &[257]).narrowed(0, 1, 256),
         "k_weight",
     );
-    refuse(|problem, gpu, rng| problem.qkv = Tensor::random(gpu, rng, &[48, 800]).narrowed(1, 0, 768), "qkv");
+    refuse(|problem, gpu, rng| problem.qkv = Mirrored::random(gpu, rng, &[48, 800]).narrowed(1, 0, 768), "qkv");
     let other = gpu.fork();
     let mut problem = Problem::<bf16>::random(&gpu, rng, case);
     {
-        let weight = problem.weights[0].on(&gpu);
-        let (qkv, k_weight) = (problem.qkv.on(&other), problem.weights[1].on(&gpu));
-        let [mut q, mut k, mut v] = problem.out.each_mut().map(|out| out.on_mut(&gpu));
+        let weight = problem.weights[0].device_view();
+        let (qkv, k_weight) = (problem.qkv.copied_to(&other), problem.weights[1].device_view());
+        let [mut q, mut k, mut v] = problem.out.each_mut().map(|out| out.device_view_mut());
         let call = fused_qk_rmsnorm_rope(
             &gpu.stream,
-            &mut QkvOutput { q: q.view_mut(), k: k.view_mut(), v: v.view_mut() },
+            &mut QkvOutput { q: q.reborrow(), k: k.reborrow(), v: v.reborrow() },
             &QkvInput {
-                qkv: qkv.view(),
-                q_weight: weight.view(),
-                k_weight: k_weight.view(),
+                qkv: qkv.device_view(),
+                q_weight: weight,
+                k_weight: k_weight,
                 patches: case.patches,
             },
             &table,

@@ -29,8 +29,8 @@ fn the_current_device_is_set_and_put_back() {
         let mut results = Results::<f16>::poisoned(second, &case);
         let (workspace, table) = (GdnWorkspace::new(&second.stream).unwrap(), case.table(second));
         {
-            let (q, k, v) = (problem.q.on(second), problem.k.on(second), problem.v.on(second));
-            let (mut output, mut state) = (results.output.on_mut(second), results.state.on_mut(second));
+            let (q, k, v) = (problem.q.device_view(), problem.k.device_view(), problem.v.device_view());
+            let (mut output, mut state) = (results.output.device_view_mut(), results.state.device_view_mut());
             let input = GdnInput::new(q.view(), k.view(), v.view());
             let mut out = GdnOutput { output: output.view_mut(), state: state.view_mut() };
             first.cuda.context().bind_to_thread().unwrap();
@@ -50,7 +50,7 @@ fn the_current_device_is_set_and_put_back() {
             }
             Err(error @ FlashInferError::TvmFfiCall { .. }) => {
                 say(&format!("a second device of one process is refused: {error}"));
-                results.output.assert_untouched(first);
+                results.output.assert_untouched();
             }
             Err(error) => panic!("{error}"),
         }

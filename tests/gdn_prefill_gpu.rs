@@ -6,7 +6,7 @@ mod common;
 use std::thread;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     gdn::{Case, D, Problem, Results, Start, watched},
     refused, say,
 };
@@ -80,7 +80,7 @@ fn gates_at_their_ends() {
         let shape = [case.tokens(), case.state_heads()];
         let mut gate = || {
             let numbers = (0..shape[0] * shape[1]).map(|_| [0.0f32, 1.0, 1.0, 0.9][rng.below(4)]);
-            Some(Tensor::new(gpu, &shape, numbers.collect()))
+            Some(Mirrored::new(gpu, &shape, numbers.collect()))
         };
         (problem.alpha, problem.beta) = (gate(), gate());
         problem.check(gpu, &workspace, "gates at their ends");
@@ -99,11 +99,11 @@ fn in_place() {
         for _ in 0..3 {
             let mut results = Results::poisoned(gpu, &case);
             let initial = problem.state.as_ref().unwrap();
-            results.state.upload(gpu, &initial.host);
+            results.state.upload(&initial.host);
             problem.run(gpu, &workspace, &case.table(gpu), Start::InPlace, &mut results).unwrap();
-            assert_same_bits("output", &results.output.download(gpu), &apart.output.download(gpu));
-            assert_same_bits("state", &results.state.download(gpu), &apart.state.download(gpu));
-            initial.assert_untouched(gpu);
+            assert_same_bits("output", &results.output.download(), &apart.output.download());
+            assert_same_bits("state", &results.state.download(), &apart.state.download());
+            initial.assert_untouched();
         }
     });
 }
@@ -153,16 +153,16 @@ fn graph_replay() {
         refused(new_table, "stream");
         graph
     });
-    results.output.assert_untouched(&gpu); // captured is not run
+    results.output.assert_untouched(); // captured is not run
     for lens in [&[70, 20, 10], &[1, 98, 1], &[33, 33, 34]] {
         let other = Problem::<bf16>::random(&gpu, rng, &Case { lens: lens.to_vec(), ..case.clone() });
         table.update(other.case.indices()).unwrap();
-        problem.q.upload(&gpu, &other.q.host);
-        problem.k.upload(&gpu, &other.k.host);
-        problem.v.upload(&gpu, &other.v.host);
-        problem.alpha.as_mut().unwrap().upload(&gpu, &other.alpha.as_ref().unwrap().host);
-        problem.beta.as_mut().unwrap().upload(&gpu, &other.beta.as_ref().unwrap().host);
-        problem.state.as_mut().unwrap().upload(&gpu, &other.state.as_ref().unwrap().host);
+        problem.q.upload(&other.q.host);
+        problem.k.upload(&other.k.host);
+        problem.v.upload(&other.v.host);
+        problem.alpha.as_mut().unwrap().upload(&other.alpha.as_ref().unwrap().host);
+        problem.beta.as_mut().unwrap().upload(&other.beta.as_ref().unwrap().host);
+        problem.state.as_mut().unwrap().upload(&other.state.as_ref().unwrap().host);
         graph.launch().unwrap();
         other.verify(&gpu, &format!("replay {lens:?}"), &results, &other.expected());
     }
@@ -197,10 +197,10 @@ fn a_nan_reaches_the_sequence_before_at_most() {
         let poisoned = 134..174; // the third sequence
         let mut keys = problem.k.host.clone();
         keys[poisoned.start * D..poisoned.end * D].fill(f16::NAN);
-        problem.k.upload(gpu, &keys);
+        problem.k.upload(&keys);
         let mut results = Results::poisoned(gpu, &case);
         problem.run(gpu, &workspace, &case.table(gpu), Start::Zeros, &mut results).unwrap();
-        let (clean, dirty) = (clean.output.download(gpu), results.output.download(gpu));
+        let (clean, dirty) = (clean.output.download(), results.output.download());
         let row = 2 * D;
         let tiles_before = 128 * row; // whole tiles before the one that reaches over
         assert_same_bits("before", &dirty[..tiles_before], &clean[..tiles_before]);
@@ -218,8 +218,8 @@ fn no_sequences() {
         let problem = Problem::<f16>::random(gpu, rng, &case);
         let mut results = Results::poisoned(gpu, &case);
         problem.run(gpu, &workspace, &case.table(gpu), Start::Zeros, &mut results).unwrap();
-        results.output.assert_untouched(gpu);
-        results.state.assert_untouched(gpu);
+        results.output.assert_untouched();
+        results.state.assert_untouched();
     });
 }
 
@@ -243,8 +243,8 @@ fn wrong_input() {
         refused(run(&workspace, &Case::new(&[5, 5], case.heads).table(gpu)), "sequences");
         refused(run(&workspace, &Case::new(&[11], case.heads).table(gpu)), "output_state");
 
-        let (q, v) = (problem.q.on(gpu), problem.v.on(gpu));
-        let (mut output, mut state) = (results.output.on_mut(gpu), results.state.on_mut(gpu));
+        let (q, v) = (problem.q.device_view(), problem.v.device_view());
+        let (mut output, mut state) = (results.output.device_view_mut(), results.state.device_view_mut());
         let mut out = GdnOutput { output: output.view_mut(), state: state.view_mut() };
         let table = case.table(gpu);
         let input = GdnInput::new(q.view(), v.view(), v.view());
@@ -252,8 +252,8 @@ fn wrong_input() {
         let input = GdnInput::new(q.view(), q.view(), v.view());
         refused(gdn_prefill(&workspace, &mut out, &input, &table, &GdnOptions::with_scale(0.0)), "scale");
         drop((output, state));
-        results.output.assert_untouched(gpu);
-        results.state.assert_untouched(gpu);
+        results.output.assert_untouched();
+        results.state.assert_untouched();
     });
 }
 
@@ -282,13 +282,13 @@ fn errors_of_the_module_are_decoded() {
     let Some(gpu) = Gpu::start() else { return };
     let function =
         gpu.runtime.module(&ModuleName::GDN_PREFILL_SM90).unwrap().function("gdn_prefill").unwrap();
-    let qkv = Tensor::<f16>::poisoned(&gpu, &[1, 1, 256]);
-    let state = Tensor::<f32>::poisoned(&gpu, &[1, 1, 256, 256]);
+    let qkv = Mirrored::<f16>::poisoned(&gpu, &[1, 1, 256]);
+    let state = Mirrored::<f32>::poisoned(&gpu, &[1, 1, 256, 256]);
     let cu_seqlens = gpu.cuda.clone_htod(&[0i64, 1]).unwrap();
     let scratch = gpu.cuda.alloc_zeros::<u8>(144 * 128).unwrap();
     gpu.synchronize();
     use flashinfer_rs::cudarc::TensorExt;
-    let (qkv, state) = (qkv.on(&gpu), state.on(&gpu));
+    let (qkv, state) = (qkv.device_view(), state.device_view());
     let cu_seqlens = cu_seqlens.tensor(&gpu.cuda, &[2]).unwrap();
     let scratch = scratch.tensor(&gpu.cuda, &[144 * 128]).unwrap();
     let views = [qkv.view(), state.view(), cu_seqlens.view(), scratch.view()];

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gpu, Rng, Tensor, norm as cases, refused};
+use common::{Gpu, Rng, Mirrored, norm as cases, refused};
 use flashinfer_rs::{norm, norm::NormOptions, reference};
 use half::f16;
 
@@ -46,18 +46,18 @@ fn wrong_input() {
 fn heads_have_no_kernel() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let input = Tensor::<f16>::random(&gpu, rng, &[4, 2, 64]);
-    let weight = Tensor::<f16>::random(&gpu, rng, &[64]);
-    let mut out = Tensor::<f16>::poisoned(&gpu, &[4, 2, 64]);
+    let input = Mirrored::<f16>::random(&gpu, rng, &[4, 2, 64]);
+    let weight = Mirrored::<f16>::random(&gpu, rng, &[64]);
+    let mut out = Mirrored::<f16>::poisoned(&gpu, &[4, 2, 64]);
     let call = norm::gemma_rmsnorm(
         &gpu.stream,
-        &mut out.on_mut(&gpu).view_mut(),
-        &input.on(&gpu).view(),
-        &weight.on(&gpu).view(),
+        &mut out.device_view_mut(),
+        &input.device_view(),
+        &weight.device_view(),
         &NormOptions::default(),
     );
     refused(call, "input");
-    out.assert_untouched(&gpu);
+    out.assert_untouched();
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, cache::LAYOUTS, refused};
+use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, cache::LAYOUTS, refused};
 use cudarc::driver::result::memcpy_dtoh_sync;
 use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
@@ -106,18 +106,18 @@ impl<'g> Pair<'g> {
     }
 
     /// Keys and values of a layer's new tokens, or the two parts of their rows.
-    fn rows<T: Number>(&self, rng: &mut Rng, model: usize) -> [Tensor<T>; 2] {
+    fn rows<T: Number>(&self, rng: &mut Rng, model: usize) -> [Mirrored<T>; 2] {
         let tokens = self.host.batches[model].queries().total();
         match self.host.cache.shapes()[model] {
             KvShape::Heads(shape) => {
                 let size = [tokens, shape.num_kv_heads, shape.head_dim];
-                [(); 2].map(|()| Tensor::random(self.gpu, rng, &size))
+                [(); 2].map(|()| Mirrored::random(self.gpu, rng, &size))
             }
-            KvShape::Latent(_) => [512, 64].map(|width| Tensor::random(self.gpu, rng, &[tokens, width])),
+            KvShape::Latent(_) => [512, 64].map(|width| Mirrored::random(self.gpu, rng, &[tokens, width])),
         }
     }
 
-    fn write_host<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Tensor<T>; 2]) {
+    fn write_host<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Mirrored<T>; 2]) {
         let Side { cache, batches, .. } = &mut self.host;
         if let KvShape::Latent(_) = cache.shapes()[model] {
             let (batch, rows) = (&batches[model], &mut cache.latent_mut(model, layer).unwrap());
@@ -137,10 +137,10 @@ impl<'g> Pair<'g> {
             .unwrap();
     }
 
-    fn write_device<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Tensor<T>; 2]) {
+    fn write_device<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Mirrored<T>; 2]) {
         let (stream, tables, cache) = (&self.gpu.stream, &self.tables[model], &mut self.device.cache);
         if let KvShape::Latent(_) = cache.shapes()[model] {
-            let (k, v, rows) = (k.on(self.gpu), v.on(self.gpu), &mut cache.latent_mut(model, layer).unwrap());
+            let (k, v, rows) = (k.device_view(), v.device_view(), &mut cache.latent_mut(model, layer).unwrap());
             let (parts, pages) = ([&mut rows.ckv, &mut rows.kpe], &tables.pages);
             page::append_paged_mla_kv_cache(stream, &k.view(), &v.view(), &tables.append, parts, pages)
                 .unwrap();
@@ -148,8 +148,8 @@ impl<'g> Pair<'g> {
         }
         page::append_paged_kv_cache(
             stream,
-            &k.on(self.gpu).view(),
-            &v.on(self.gpu).view(),
+            &k.device_view(),
+            &v.device_view(),
             &tables.append,
             &mut cache.layer_mut(model, layer).unwrap(),
             &tables.pages,
@@ -298,10 +298,10 @@ fn latent_pages() {
         let (tables, batch) = (&pair.tables[0], &pair.host.batches[0]);
         let queries = tables.queries.host();
         let plan = mla.plan(&mut workspace, queries, &tables.pages, &PlanOptions::default()).unwrap();
-        let q = [512, 64].map(|width| Tensor::<bf16>::random(&gpu, rng, &[3, 16, width]));
+        let q = [512, 64].map(|width| Mirrored::<bf16>::random(&gpu, rng, &[3, 16, width]));
         let mut out = flashinfer_rs::cudarc::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
         for layer in 0..3 {
-            let (nope, pe) = (q[0].on(&gpu), q[1].on(&gpu));
+            let (nope, pe) = (q[0].device_view(), q[1].device_view());
             let query = MlaQuery::new(nope.view(), pe.view());
             plan.run(&query, &pair.device.cache.latent(0, layer).unwrap(), &mut out.view_mut()).unwrap();
             let mut want = vec![0f64; 3 * 16 * 512];
@@ -372,9 +372,9 @@ fn parts_of_a_page_that_are_far_apart() {
     batch.append([5]).unwrap();
     let mut tables = BatchTables::new(&gpu.stream, &batch, CAPACITY).unwrap();
     tables.update(&batch, &mut cache).unwrap();
-    let new = [(); 2].map(|()| Tensor::<f16>::random(&gpu, rng, &[5, heads, head_dim]));
+    let new = [(); 2].map(|()| Mirrored::<f16>::random(&gpu, rng, &[5, heads, head_dim]));
     {
-        let (k, v) = (new[0].on(&gpu), new[1].on(&gpu));
+        let (k, v) = (new[0].device_view(), new[1].device_view());
         let mut kv = cache.layer_mut(0, 0).unwrap();
         let (append, pages) = (&tables.append, &tables.pages);
         page::append_paged_kv_cache(&gpu.stream, &k.view(), &v.view(), append, &mut kv, pages).unwrap();
@@ -419,7 +419,7 @@ fn attention_over_layers() {
         assert!(pair.append::<f16>(rng, 0, &[1, 1, 1, 1]));
         let (table, size) = (&pair.tables[0].pages, [4, heads.num_qo_heads, 128]);
         let options = RunOptions::default();
-        let q = Tensor::<f16>::random(&gpu, rng, &size);
+        let q = Mirrored::<f16>::random(&gpu, rng, &size);
         for backend in backends {
             let spec = AttentionSpec::new(DType::F16, 128).with_backend(backend);
             let decode = BatchDecode::new(&gpu.stream, &spec, heads).unwrap();
@@ -438,16 +438,16 @@ fn attention_over_layers() {
                     &options,
                 )
                 .unwrap();
-                let mut out = Tensor::<f16>::poisoned(&gpu, &size);
+                let mut out = Mirrored::<f16>::poisoned(&gpu, &size);
                 plan.run_with(
-                    &q.on(&gpu).view(),
+                    &q.device_view(),
                     &pair.device.cache.layer(0, layer).unwrap(),
-                    &mut out.on_mut(&gpu).view_mut(),
+                    &mut out.device_view_mut(),
                     None,
                     &options,
                 )
                 .unwrap();
-                out.assert_close(&gpu, &format!("{backend:?}, {layout:?}"), &want, f16::BOUND);
+                out.assert_close(&format!("{backend:?}, {layout:?}"), &want, f16::BOUND);
             }
         }
     }
@@ -475,7 +475,7 @@ fn graph_replay() {
     pair.tables[0].update(batch, &mut pair.device.cache).unwrap();
     let mut layers = [(); 2].map(|()| pair.rows::<f16>(rng, 0));
     let (graph, captured) = {
-        let shown = layers.each_ref().map(|rows| rows.each_ref().map(|rows| rows.on(&gpu)));
+        let shown = layers.each_ref().map(|rows| rows.each_ref().map(|rows| rows.device_view()));
         let (cache, tables) = (&mut pair.device.cache, &pair.tables[0]);
         capture(&gpu, || {
             shown.iter().enumerate().try_for_each(|(layer, [k, v])| {
@@ -510,7 +510,7 @@ fn graph_replay() {
             for rows in rows.iter_mut() {
                 rows.host = rows.host.iter().map(|_| f16::from_f64(rng.unit())).collect();
                 let content = rows.host.clone();
-                rows.upload(&gpu, &content);
+                rows.upload(&content);
             }
             pair.write_host(0, layer, rows);
         }
@@ -553,11 +553,11 @@ fn wrong_input() {
     refused(small(1, 1, 5), "capacity");
     refused(small(1, 2, 4), "capacity");
     // Views are for the cache's stream.
-    let new = Tensor::<f16>::random(&other, &mut Rng::new(), &[5, 2, 64]);
+    let new = Mirrored::<f16>::random(&other, &mut Rng::new(), &[5, 2, 64]);
     let call = page::append_paged_kv_cache(
         &other.stream,
-        &new.on(&other).view(),
-        &new.on(&other).view(),
+        &new.copied_to(&other).device_view(),
+        &new.copied_to(&other).device_view(),
         &elsewhere.append,
         &mut pair.device.cache.layer_mut(0, 0).unwrap(),
         &elsewhere.pages,

@@ -3,25 +3,25 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, captured, leave_cuda_error, refused};
+use common::{Gpu, Number, Rng, Mirrored, captured, leave_cuda_error, refused};
 use flashinfer_rs::{Result, norm, norm::NormOptions, reference};
 use half::bf16;
 
 /// The tensors of one call.
 struct Case {
-    input: Tensor<bf16>,
-    gamma: Tensor<f32>,
-    beta: Tensor<f32>,
-    out: Tensor<bf16>,
+    input: Mirrored<bf16>,
+    gamma: Mirrored<f32>,
+    beta: Mirrored<f32>,
+    out: Mirrored<bf16>,
 }
 
 impl Case {
     fn scaled(gpu: &Gpu, rng: &mut Rng, [rows, d]: [usize; 2], scale: f64) -> Self {
         Self {
-            input: Tensor::random_scaled(gpu, rng, &[rows, d], scale),
-            gamma: Tensor::random(gpu, rng, &[d]),
-            beta: Tensor::random(gpu, rng, &[d]),
-            out: Tensor::poisoned(gpu, &[rows, d]),
+            input: Mirrored::random_scaled(gpu, rng, &[rows, d], scale),
+            gamma: Mirrored::random(gpu, rng, &[d]),
+            beta: Mirrored::random(gpu, rng, &[d]),
+            out: Mirrored::poisoned(gpu, &[rows, d]),
         }
     }
 
@@ -32,10 +32,10 @@ impl Case {
     fn run(&mut self, gpu: &Gpu, options: &NormOptions) -> Result<()> {
         norm::layernorm(
             &gpu.stream,
-            &mut self.out.on_mut(gpu).view_mut(),
-            &self.input.on(gpu).view(),
-            &self.gamma.on(gpu).view(),
-            &self.beta.on(gpu).view(),
+            &mut self.out.device_view_mut(),
+            &self.input.device_view(),
+            &self.gamma.device_view(),
+            &self.beta.device_view(),
             options,
         )
     }
@@ -52,8 +52,8 @@ impl Case {
             options,
         )
         .unwrap();
-        self.out.assert_close(gpu, "layer norm", &want, bf16::BOUND);
-        self.input.assert_untouched(gpu);
+        self.out.assert_close("layer norm", &want, bf16::BOUND);
+        self.input.assert_untouched();
     }
 
     #[track_caller]
@@ -96,9 +96,9 @@ fn eps() {
 fn no_rows() {
     let Some(gpu) = Gpu::start() else { return };
     let mut case = Case::random(&gpu, &mut Rng::new(), [0, 64]);
-    case.out = Tensor::poisoned(&gpu, &[4, 64]).narrowed(0, 0, 0);
+    case.out = Mirrored::poisoned(&gpu, &[4, 64]).narrowed(0, 0, 0);
     case.run(&gpu, &NormOptions::default()).unwrap();
-    case.out.assert_untouched(&gpu);
+    case.out.assert_untouched();
 }
 
 #[test]
@@ -110,17 +110,17 @@ fn graph_replay() {
         let mut case = Case::random(&gpu, rng, [5, d]);
         gpu.synchronize();
         let graph = {
-            let (input, gamma, beta) = (case.input.on(&gpu), case.gamma.on(&gpu), case.beta.on(&gpu));
-            let mut out = case.out.on_mut(&gpu);
+            let (input, gamma, beta) = (case.input.device_view(), case.gamma.device_view(), case.beta.device_view());
+            let mut out = case.out.device_view_mut();
             captured(&gpu, || {
-                let (gamma, beta) = (gamma.view(), beta.view());
-                norm::layernorm(&gpu.stream, &mut out.view_mut(), &input.view(), &gamma, &beta, &options)
+                let (gamma, beta) = (gamma, beta);
+                norm::layernorm(&gpu.stream, &mut out.reborrow(), &input, &gamma, &beta, &options)
             })
         };
-        case.out.assert_untouched(&gpu); // captured is not run
+        case.out.assert_untouched(); // captured is not run
         for _ in 0..3 {
             let next = Case::random(&gpu, rng, [5, d]);
-            case.input.upload(&gpu, &next.input.host);
+            case.input.upload(&next.input.host);
             case.input.host = next.input.host;
             graph.launch().unwrap();
             case.verify(&gpu, &options);
@@ -167,19 +167,19 @@ fn wrong_input() {
         let mut case = Case::random(&gpu, rng, shape);
         change(&mut case, &gpu, rng);
         refused(case.run(&gpu, &options), expected);
-        case.out.assert_untouched(&gpu);
+        case.out.assert_untouched();
     };
     let small = [8, 64];
     refuse(
         small,
-        |case, gpu, rng| case.input = Tensor::random(gpu, rng, &[8, 72]).narrowed(1, 0, 64),
+        |case, gpu, rng| case.input = Mirrored::random(gpu, rng, &[8, 72]).narrowed(1, 0, 64),
         "input",
     );
-    refuse(small, |case, gpu, rng| case.input = Tensor::random(gpu, rng, &[512]), "input");
-    refuse(small, |case, gpu, _| case.out = Tensor::poisoned(gpu, &[8, 72]).narrowed(1, 0, 64), "out");
-    refuse(small, |case, gpu, _| case.out = Tensor::poisoned(gpu, &[7, 64]), "out");
-    refuse(small, |case, gpu, rng| case.gamma = Tensor::random(gpu, rng, &[63]), "gamma");
-    refuse(small, |case, gpu, rng| case.beta = Tensor::random(gpu, rng, &[65]).narrowed(0, 1, 64), "beta");
+    refuse(small, |case, gpu, rng| case.input = Mirrored::random(gpu, rng, &[512]), "input");
+    refuse(small, |case, gpu, _| case.out = Mirrored::poisoned(gpu, &[8, 72]).narrowed(1, 0, 64), "out");
+    refuse(small, |case, gpu, _| case.out = Mirrored::poisoned(gpu, &[7, 64]), "out");
+    refuse(small, |case, gpu, rng| case.gamma = Mirrored::random(gpu, rng, &[63]), "gamma");
+    refuse(small, |case, gpu, rng| case.beta = Mirrored::random(gpu, rng, &[65]).narrowed(0, 1, 64), "beta");
     // Shared memory that the launcher does not ask for, and more than there is.
     for d in [24065, 24575, 1 << 18] {
         refuse([2, d], |_, _, _| {}, "input");
@@ -188,13 +188,13 @@ fn wrong_input() {
     let mut case = Case::random(&gpu, rng, small);
     let call = norm::layernorm(
         &gpu.stream,
-        &mut case.out.on_mut(&gpu).view_mut(),
-        &case.input.on(&gpu).view(),
-        &case.gamma.on(&gpu).view(),
-        &case.beta.on(&other).view(),
+        &mut case.out.device_view_mut(),
+        &case.input.device_view(),
+        &case.gamma.device_view(),
+        &case.beta.copied_to(&other).device_view(),
         &options,
     );
     refused(call, "beta");
     other.synchronize();
-    case.out.assert_untouched(&gpu);
+    case.out.assert_untouched();
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor,
+    Gpu, Number, Rng, Mirrored,
     prefill::{Case, Kind, Kv, On, Problem, Tables, check_all, prefill_of},
     refused,
 };
@@ -124,10 +124,10 @@ impl On {
         let problem = Problem::<f16, f16>::new(&gpu, rng, case);
         let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
         let Kv::Ragged { keys, k, v } = &problem.kv else { unreachable!("ragged keys") };
-        let spoiled = |tensor: &Tensor<f16>| {
+        let spoiled = |tensor: &Mirrored<f16>| {
             let (mut host, row) = (tensor.host.clone(), case.kv_heads * 128);
             host[20 * row..50 * row].fill(f16::NAN);
-            Tensor::new(&gpu, &tensor.shape(), host)
+            Mirrored::new(&gpu, &tensor.shape(), host)
         };
         let spoiled = Kv::Ragged { keys: keys.clone(), k: spoiled(k), v: spoiled(v) };
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
@@ -135,10 +135,10 @@ impl On {
         let (mut out, _) = problem.outputs(&gpu);
         let (want, _) = problem.check_run(&gpu, &plan);
         {
-            let (q, mut out) = (problem.q.on(&gpu), out.on_mut(&gpu));
-            plan.run(&gpu, &q.view(), &spoiled, &mut out.view_mut(), None, &case.options()).unwrap();
+            let (q, mut out) = (problem.q.device_view(), out.device_view_mut());
+            plan.run(&gpu, &q, &spoiled, &mut out.reborrow(), None, &case.options()).unwrap();
         }
-        let (got, row) = (out.download(&gpu), case.heads().num_qo_heads * 128);
+        let (got, row) = (out.download(), case.heads().num_qo_heads * 128);
         let same = |rows: std::ops::Range<usize>| {
             let part = rows.start * row..rows.end * row;
             got[part.clone()].iter().zip(&want[part]).all(|(got, want)| got.bits() == want.bits())
@@ -150,13 +150,13 @@ impl On {
             return;
         }
         // Keys and values whose rows are differently far apart are no pages.
-        let narrow = Tensor::<f16>::random(&gpu, rng, &[keys.total(), case.kv_heads, 128]);
-        let wide = Tensor::<f16>::random(&gpu, rng, &[keys.total(), 2 * case.kv_heads, 128]);
+        let narrow = Mirrored::<f16>::random(&gpu, rng, &[keys.total(), case.kv_heads, 128]);
+        let wide = Mirrored::<f16>::random(&gpu, rng, &[keys.total(), 2 * case.kv_heads, 128]);
         let wide = wide.narrowed(1, 0, case.kv_heads);
         let apart = Kv::Ragged { keys: keys.clone(), k: narrow, v: wide };
-        let q = problem.q.on(&gpu);
-        let mut out = out.on_mut(&gpu);
-        let call = plan.run(&gpu, &q.view(), &apart, &mut out.view_mut(), None, &case.options());
+        let q = problem.q.device_view();
+        let mut out = out.device_view_mut();
+        let call = plan.run(&gpu, &q, &apart, &mut out.reborrow(), None, &case.options());
         refused(call, "v");
     }
 
@@ -173,34 +173,34 @@ impl On {
         let rows = RaggedIndices::from_lens(case.key_lens()).unwrap().total();
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
-            let q = problem.q.on(&gpu);
-            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
-            let good = Tensor::<f16>::random(&gpu, rng, &[rows, 2, 128]);
-            let good_guard = good.on(&gpu);
-            let good_view = good_guard.view();
+            let q = problem.q.device_view();
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
+            let good = Mirrored::<f16>::random(&gpu, rng, &[rows, 2, 128]);
+            let good_guard = good.device_view();
+            let good_view = good_guard;
             let mut refuse = |bad: TensorRef<'_>| {
                 for (k, v, expected) in [(&bad, &good_view, "k"), (&good_view, &bad, "v")] {
-                    let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                    let call = ragged.run_with(&q.view(), [k, v], &mut out, Some(&mut lse), &case.options());
+                    let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+                    let call = ragged.run_with(&q, [k, v], &mut out, Some(&mut lse), &case.options());
                     refused(call, expected);
                 }
             };
-            refuse(Tensor::<bf16>::random(&gpu, rng, &[rows, 2, 128]).on(&gpu).view());
-            refuse(Tensor::<f32>::random(&gpu, rng, &[rows, 2, 128]).on(&gpu).view());
-            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 256]).on(&gpu).view());
-            refuse(Tensor::<f16>::random(&gpu, rng, &[rows + 1, 2, 128]).on(&gpu).view());
+            refuse(Mirrored::<bf16>::random(&gpu, rng, &[rows, 2, 128]).device_view());
+            refuse(Mirrored::<f32>::random(&gpu, rng, &[rows, 2, 128]).device_view());
+            refuse(Mirrored::<f16>::random(&gpu, rng, &[rows, 256]).device_view());
+            refuse(Mirrored::<f16>::random(&gpu, rng, &[rows + 1, 2, 128]).device_view());
             refuse(good_view.narrow(0, 0, rows - 1).unwrap());
             refuse(good_view.narrow(1, 0, 1).unwrap());
             refuse(good_view.narrow(2, 0, 64).unwrap());
-            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 128, 2]).permuted(&[0, 2, 1]).on(&gpu).view());
-            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 2, 136]).narrowed(2, 1, 128).on(&gpu).view());
-            refuse(Tensor::<f16>::random(&gpu, rng, &[rows, 2, 130]).narrowed(2, 0, 128).on(&gpu).view());
+            refuse(Mirrored::<f16>::random(&gpu, rng, &[rows, 128, 2]).permuted(&[0, 2, 1]).device_view());
+            refuse(Mirrored::<f16>::random(&gpu, rng, &[rows, 2, 136]).narrowed(2, 1, 128).device_view());
+            refuse(Mirrored::<f16>::random(&gpu, rng, &[rows, 2, 130]).narrowed(2, 0, 128).device_view());
             refuse(good.view()); // on the host
-            refuse(good.on(&other).view());
+            refuse(good.copied_to(&other).device_view());
         }
         other.synchronize();
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
         // The refused calls left everything usable.
         problem.check_run(&gpu, &plan);
     }

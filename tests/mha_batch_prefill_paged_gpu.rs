@@ -166,10 +166,10 @@ impl On {
         let (mut out, mut lse) = problem.outputs(&gpu);
         let storage = storage.tensor(&gpu.cuda, &[pages, 2, 16, 8, 128]).unwrap();
         plan.run_with(
-            &problem.q.on(&gpu).view(),
+            &problem.q.device_view(),
             &PagedKv::joined(storage.view(), KvLayout::Nhd).unwrap(),
-            &mut out.on_mut(&gpu).view_mut(),
-            Some(&mut lse.on_mut(&gpu).view_mut()),
+            &mut out.device_view_mut(),
+            Some(&mut lse.device_view_mut()),
             &case.options(),
         )
         .unwrap();
@@ -189,27 +189,27 @@ impl On {
         let plan = prefill.plan_paged(&mut workspace, &queries, &on_device, &case.plan_options()).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
-            let q = problem.q.on(&gpu);
-            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+            let q = problem.q.device_view();
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
             refuse_caches(&gpu, &other, rng, table.num_pages(), &mut |kv| {
-                plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &case.options())
+                plan.run_with(&q, kv, &mut out.reborrow(), Some(&mut lse.reborrow()), &case.options())
             });
         }
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
         // Heads that are not the plan's.
         let more = Case { kv_heads: 4, ..case.clone() };
         let more = Problem::<f16, f16>::new(&gpu, rng, more);
         let Kv::Paged { cache, .. } = &more.kv else { unreachable!("pages") };
         let call = plan.run_with(
-            &problem.q.on(&gpu).view(),
-            &cache.on(&gpu).kv(),
-            &mut out.on_mut(&gpu).view_mut(),
+            &problem.q.device_view(),
+            &cache.device_view(),
+            &mut out.device_view_mut(),
             None,
             &case.options(),
         );
         refused(call, "kv.k");
-        out.assert_untouched(&gpu);
+        out.assert_untouched();
         // The refused calls left everything usable.
         problem.check(&gpu, &prefill, &mut Workspace::new(&gpu.stream).unwrap());
     }

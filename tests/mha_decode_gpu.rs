@@ -7,7 +7,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Shown, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     attention::{assert_lse, capture as capture_graph, refuse_caches, refuse_queries_and_outputs},
     cache::{Cache, CacheShape, LAYOUTS, random_table, repeating_table, table_among},
     refused, say,
@@ -110,10 +110,10 @@ impl Case {
 struct Problem<T, K> {
     case: Case,
     table: PageIndices,
-    q: Tensor<T>,
+    q: Mirrored<T>,
     cache: Cache<K>,
     /// Slopes and sinks of the heads, if the case has them.
-    per_head: [Option<Tensor<f32>>; 2],
+    per_head: [Option<Mirrored<f32>>; 2],
     want: Vec<f64>,
     want_lse: Vec<f64>,
 }
@@ -125,10 +125,10 @@ impl<T: Number, K: Number> Problem<T, K> {
     }
 
     fn with_table(gpu: &Gpu, rng: &mut Rng, case: Case, table: PageIndices) -> Self {
-        let q = Tensor::random(gpu, rng, &case.q_shape());
+        let q = Mirrored::random(gpu, rng, &case.q_shape());
         let cache = Cache::random(gpu, rng, case.cache_shape(table.num_pages()), &table);
         let per_head = [(case.alibi, 0.1), (case.sinks, 1.0)].map(|(given, scale)| {
-            given.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
+            given.then(|| Mirrored::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
         });
         Self::solve(case, table, q, cache, per_head)
     }
@@ -137,13 +137,13 @@ impl<T: Number, K: Number> Problem<T, K> {
     fn solve(
         case: Case,
         table: PageIndices,
-        q: Tensor<T>,
+        q: Mirrored<T>,
         cache: Cache<K>,
-        per_head: [Option<Tensor<f32>>; 2],
+        per_head: [Option<Mirrored<f32>>; 2],
     ) -> Self {
         let mut options = case.options();
         [options.alibi_slopes, options.sinks] =
-            per_head.each_ref().map(|tensor| tensor.as_ref().map(Tensor::view));
+            per_head.each_ref().map(|tensor| tensor.as_ref().map(Mirrored::view));
         let [batch, heads, head_dim] = case.q_shape();
         let mut want = vec![f64::NAN; batch * heads * head_dim];
         let mut want_lse = vec![f64::NAN; batch * heads];
@@ -160,9 +160,9 @@ impl<T: Number, K: Number> Problem<T, K> {
         Self { case, table, q, cache, per_head, want, want_lse }
     }
 
-    fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
+    fn outputs(&self, gpu: &Gpu) -> (Mirrored<T>, Mirrored<f32>) {
         let [batch, heads, head_dim] = self.case.q_shape();
-        (Tensor::poisoned(gpu, &[batch, heads, head_dim]), Tensor::poisoned(gpu, &[batch, heads]))
+        (Mirrored::poisoned(gpu, &[batch, heads, head_dim]), Mirrored::poisoned(gpu, &[batch, heads]))
     }
 
     /// Plans and runs eagerly, compares with the reference, and says whether
@@ -181,7 +181,7 @@ impl<T: Number, K: Number> Problem<T, K> {
         let (mut out, mut lse) = self.outputs(gpu);
         self.run(gpu, plan, &mut out, Some(&mut lse), &self.case.options());
         self.verify(gpu, &out, Some(&lse));
-        (out.download(gpu), lse.download(gpu))
+        (out.download(), lse.download())
     }
 
     #[track_caller]
@@ -189,31 +189,30 @@ impl<T: Number, K: Number> Problem<T, K> {
         &self,
         gpu: &Gpu,
         plan: &DecodePlan<'_>,
-        out: &mut Tensor<T>,
-        lse: Option<&mut Tensor<f32>>,
+        out: &mut Mirrored<T>,
+        lse: Option<&mut Mirrored<f32>>,
         options: &RunOptions<'_>,
     ) {
-        let mut lse = lse.map(|lse| lse.on_mut(gpu));
-        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.on(gpu)));
+        let mut lse = lse.map(|lse| lse.device_view_mut());
+        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.device_view()));
         let mut options = *options;
-        [options.alibi_slopes, options.sinks] =
-            per_head.each_ref().map(|shown| shown.as_ref().map(Shown::view));
+        [options.alibi_slopes, options.sinks] = per_head;
         plan.run_with(
-            &self.q.on(gpu).view(),
-            &self.cache.on(gpu).kv(),
-            &mut out.on_mut(gpu).view_mut(),
-            lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+            &self.q.device_view(),
+            &self.cache.device_view(),
+            &mut out.device_view_mut(),
+            lse.as_mut(),
             &options,
         )
         .unwrap();
     }
 
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, out: &Tensor<T>, lse: Option<&Tensor<f32>>) {
+    fn verify(&self, gpu: &Gpu, out: &Mirrored<T>, lse: Option<&Mirrored<f32>>) {
         let what = format!("decode {:?}", self.case);
         // The reference reads the same keys and values, so their dtype does not
         // widen the bound.
-        out.assert_close(gpu, &what, &self.want, T::BOUND);
+        out.assert_close(&what, &self.want, T::BOUND);
         if let Some(lse) = lse {
             assert_lse(gpu, &what, lse, &self.want_lse);
         }
@@ -489,7 +488,7 @@ fn lse_and_pdl_change_nothing() {
             let mut options = problem.case.options();
             options.enable_pdl = enable_pdl;
             problem.run(&gpu, &plan, &mut out, None, &options);
-            assert_same_bits("without LSE", &out.download(&gpu), &want);
+            assert_same_bits("without LSE", &out.download(), &want);
         }
     }
 }
@@ -511,11 +510,11 @@ fn sm_scale() {
     let (mut out, _) = problem.outputs(&gpu);
     for sm_scale in [f64::NAN, f64::INFINITY] {
         let (q, cache, options) =
-            (problem.q.on(&gpu), problem.cache.on(&gpu), RunOptions::with_sm_scale(sm_scale));
-        let call = plan.run_with(&q.view(), &cache.kv(), &mut out.on_mut(&gpu).view_mut(), None, &options);
+            (problem.q.device_view(), problem.cache.device_view(), RunOptions::with_sm_scale(sm_scale));
+        let call = plan.run_with(&q, &cache, &mut out.device_view_mut(), None, &options);
         refused(call, "sm_scale");
     }
-    out.assert_untouched(&gpu);
+    out.assert_untouched();
 }
 
 /// Queries as the first heads of a joined query-key-value projection.
@@ -529,7 +528,7 @@ fn strided_queries() {
     let [batch, heads, head_dim] = case.q_shape();
     let table = random_table(rng, case.page_size, &case.lens);
     let cache = Cache::random(&gpu, rng, case.cache_shape(table.num_pages()), &table);
-    let q = Tensor::<f16>::random(&gpu, rng, &[batch, heads + 4, head_dim]).narrowed(1, 0, heads);
+    let q = Mirrored::<f16>::random(&gpu, rng, &[batch, heads + 4, head_dim]).narrowed(1, 0, heads);
     Problem::<f16, f16>::solve(case, table, q, cache, [None, None]).check(&gpu, &decode, &mut workspace);
 }
 
@@ -696,11 +695,11 @@ fn cache_beyond_32_bits() {
     let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     plan.run_with(
-        &problem.q.on(&gpu).view(),
+        &problem.q.device_view(),
         &PagedKv::joined(storage.tensor(&gpu.cuda, &[pages, 2, 16, 8, 128]).unwrap().view(), KvLayout::Nhd)
             .unwrap(),
-        &mut out.on_mut(&gpu).view_mut(),
-        Some(&mut lse.on_mut(&gpu).view_mut()),
+        &mut out.device_view_mut(),
+        Some(&mut lse.device_view_mut()),
         &problem.case.options(),
     )
     .unwrap();
@@ -730,9 +729,9 @@ fn empty_batches() {
     let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     assert!(plan.numbers().is_empty() && !plan.splits_kv());
     problem.check_run(&gpu, &plan);
-    let one = Tensor::<f16>::random(&gpu, rng, &[1, 8, 128]);
+    let one = Mirrored::<f16>::random(&gpu, rng, &[1, 8, 128]);
     let (mut out, _) = problem.outputs(&gpu);
-    let call = plan.run(&one.on(&gpu).view(), &problem.cache.on(&gpu).kv(), &mut out.on_mut(&gpu).view_mut());
+    let call = plan.run(&one.device_view(), &problem.cache.device_view(), &mut out.device_view_mut());
     refused(call, "q");
 }
 
@@ -823,10 +822,10 @@ fn buffers_are_freed_after_their_last_use() {
 struct Captured<T> {
     graph: CudaGraph,
     key: Option<ReplayKey>,
-    q: Tensor<T>,
+    q: Mirrored<T>,
     cache: Cache<T>,
-    out: Tensor<T>,
-    lse: Tensor<f32>,
+    out: Mirrored<T>,
+    lse: Mirrored<f32>,
 }
 
 /// Captures one run for batches of the case's size in a cache of this many
@@ -840,28 +839,28 @@ fn capture<T: Number>(
     table: &PageTable,
 ) -> Captured<T> {
     let [batch, heads, _] = case.q_shape();
-    let q = Tensor::poisoned(gpu, &case.q_shape());
+    let q = Mirrored::poisoned(gpu, &case.q_shape());
     let cache = Cache::poisoned(gpu, case.cache_shape(pages));
-    let mut out = Tensor::poisoned(gpu, &case.q_shape());
-    let mut lse = Tensor::poisoned(gpu, &[batch, heads]);
+    let mut out = Mirrored::poisoned(gpu, &case.q_shape());
+    let mut lse = Mirrored::poisoned(gpu, &[batch, heads]);
     let plan = decode.plan(workspace, table, &for_graph(table)).unwrap();
     let key = plan.replay_key().ok();
     let graph = {
-        let (q, cache) = (q.on(gpu), cache.on(gpu));
-        let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
+        let (q, cache) = (q.device_view(), cache.device_view());
+        let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
         let (graph, run) = capture_graph(gpu, || {
             plan.run_with(
-                &q.view(),
-                &cache.kv(),
-                &mut out.view_mut(),
-                Some(&mut lse.view_mut()),
+                &q,
+                &cache,
+                &mut out.reborrow(),
+                Some(&mut lse.reborrow()),
                 &case.options(),
             )
         });
         run.unwrap();
         graph.expect("a graph")
     };
-    out.assert_untouched(gpu); // captured is not run
+    out.assert_untouched(); // captured is not run
     Captured { graph, key, q, cache, out, lse }
 }
 
@@ -879,19 +878,19 @@ impl<T: Number> Captured<T> {
         table: &mut PageTable,
     ) {
         table.update(problem.table.clone()).unwrap();
-        self.q.upload(gpu, &problem.q.host);
+        self.q.upload(&problem.q.host);
         for (tensor, source) in self.cache.tensors.iter_mut().zip(&problem.cache.tensors) {
-            tensor.upload(gpu, &source.host);
+            tensor.upload(&source.host);
         }
-        self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
-        self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
+        self.out.upload(&vec![T::POISON; self.out.host.len()]);
+        self.lse.upload(&vec![f32::NAN; self.lse.host.len()]);
         let plan = decode.plan(workspace, table, &for_graph(table)).unwrap();
         assert_eq!(plan.replay_key().ok(), self.key);
         self.graph.launch().unwrap();
         problem.verify(gpu, &self.out, Some(&self.lse));
         let (direct, direct_lse) = problem.check_run(gpu, &plan);
-        assert_same_bits("replay and run", &self.out.download(gpu), &direct);
-        assert_same_bits("replay and run: LSE", &self.lse.download(gpu), &direct_lse);
+        assert_same_bits("replay and run", &self.out.download(), &direct);
+        assert_same_bits("replay and run: LSE", &self.lse.download(), &direct_lse);
         problem.check(gpu, decode, &mut Workspace::new(&gpu.stream).unwrap());
     }
 }
@@ -1066,8 +1065,8 @@ fn two_streams_at_once() {
             for _ in 0..4 {
                 problem.run(gpu, &plan, &mut out, Some(&mut lse), &case.options());
             }
-            assert_same_bits("output", &out.download(gpu), &first[at].0);
-            assert_same_bits("LSE", &lse.download(gpu), &first[at].1);
+            assert_same_bits("output", &out.download(), &first[at].0);
+            assert_same_bits("LSE", &lse.download(), &first[at].1);
         }
     }
     let Some(gpu) = Gpu::start() else { return };
@@ -1111,9 +1110,9 @@ fn wrong_queries_and_outputs() {
     let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
-    let cache = problem.cache.on(&gpu);
+    let cache = problem.cache.device_view();
     refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-        plan.run_with(q, &cache.kv(), out, lse, &RunOptions::default())
+        plan.run_with(q, &cache, out, lse, &RunOptions::default())
     });
     // The refused calls left everything usable.
     problem.check_run(&gpu, &plan);
@@ -1129,15 +1128,15 @@ fn wrong_caches() {
     let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     {
-        let q = problem.q.on(&gpu);
-        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+        let q = problem.q.device_view();
+        let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
         refuse_caches(&gpu, &other, rng, problem.table.num_pages(), &mut |kv| {
             let options = RunOptions::default();
-            plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+            plan.run_with(&q, kv, &mut out.reborrow(), Some(&mut lse.reborrow()), &options)
         });
     }
-    out.assert_untouched(&gpu);
-    lse.assert_untouched(&gpu);
+    out.assert_untouched();
+    lse.assert_untouched();
     // The refused calls left everything usable.
     problem.check_run(&gpu, &plan);
 }
@@ -1253,23 +1252,23 @@ fn splits_that_do_not_depend_on_the_batch() {
             let requests = others.iter().map(|&len| of(len)).chain([(pages, 5000)]);
             let table = PageIndices::from_requests(one.table.num_pages(), page_size, requests).unwrap();
             let table = PageTable::new(&gpu.stream, table).unwrap();
-            let q = Tensor::<bf16>::new(&gpu, &[rows, 8, 128], one.q.host.repeat(rows));
+            let q = Mirrored::<bf16>::new(&gpu, &[rows, 8, 128], one.q.host.repeat(rows));
             let graph = (split.fixed_split_size.is_none()).then_some(rows);
             for graph in [None].into_iter().chain(graph.map(Some)) {
                 let mut options = plain;
                 options.graph = graph;
                 let plan = decode.plan(&mut workspace, &table, &options).unwrap();
-                let mut out = Tensor::<bf16>::poisoned(&gpu, &[rows, 8, 128]);
-                let mut lse = Tensor::<f32>::poisoned(&gpu, &[rows, 8]);
+                let mut out = Mirrored::<bf16>::poisoned(&gpu, &[rows, 8, 128]);
+                let mut lse = Mirrored::<f32>::poisoned(&gpu, &[rows, 8]);
                 plan.run_with(
-                    &q.on(&gpu).view(),
-                    &one.cache.on(&gpu).kv(),
-                    &mut out.on_mut(&gpu).view_mut(),
-                    Some(&mut lse.on_mut(&gpu).view_mut()),
+                    &q.device_view(),
+                    &one.cache.device_view(),
+                    &mut out.device_view_mut(),
+                    Some(&mut lse.device_view_mut()),
                     &one.case.options(),
                 )
                 .unwrap();
-                let (out, lse) = (out.download(&gpu), lse.download(&gpu));
+                let (out, lse) = (out.download(), lse.download());
                 let (out, lse) = (&out[(rows - 1) * 8 * 128..], &lse[(rows - 1) * 8..]);
                 if split == Split::default() {
                     differs += usize::from(out.iter().zip(&want).any(|(a, b)| a.to_bits() != b.to_bits()));

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor,
+    Gpu, Number, Rng, Mirrored,
     attention::refuse_unlike,
     prefill::{Case, DeviceMask, HostMask, Kind, Kv, Masked, On, Problem, check_all, check_problem},
     refused,
@@ -142,7 +142,7 @@ impl On {
             let (mut out, _) = problem.outputs(&gpu);
             let plain = DeviceMask::Plain;
             refused(single.run_problem(&gpu, &problem, &mut workspace, &plain, &mut out, None), "queries");
-            out.assert_untouched(&gpu);
+            out.assert_untouched();
             assert!(check_problem(
                 &gpu,
                 &Problem::<f16, f16>::new(&gpu, rng, Case { causal: false, ..case }),
@@ -179,7 +179,7 @@ impl On {
             let (mut out, _) = problem.outputs(&gpu);
             let plain = DeviceMask::Plain;
             refused(single.run_problem(&gpu, &problem, &mut workspace, &plain, &mut out, None), "sm_scale");
-            out.assert_untouched(&gpu);
+            out.assert_untouched();
         }
     }
 
@@ -192,7 +192,7 @@ impl On {
             for case in self.both_of(&requests) {
                 for layout in [KvLayout::Nhd, KvLayout::Hnd] {
                     let case = Case { layout, ..case.clone() };
-                    let q = Tensor::random(&gpu, rng, &case.q_shape(requests[0].0));
+                    let q = Mirrored::random(&gpu, rng, &case.q_shape(requests[0].0));
                     let kv = single::cached(&gpu, rng, &case, 77);
                     if !check_problem(&gpu, &Problem::<bf16, bf16>::solve(case, q, kv), &mut workspace) {
                         return;
@@ -210,7 +210,7 @@ impl On {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let case = Case { kv_heads: 1, group: 1, ..self.of(&[(20, 300)]) };
         let mut part =
-            |rows| Tensor::random(&gpu, rng, &[rows, 8, 130]).narrowed(1, 0, 1).narrowed(2, 0, 128);
+            |rows| Mirrored::random(&gpu, rng, &[rows, 8, 130]).narrowed(1, 0, 1).narrowed(2, 0, 128);
         let (q, k, v) = (part(20), part(300), part(300));
         let kv = Kv::Ragged { keys: RaggedIndices::from_lens([300]).unwrap(), k, v };
         check_problem(&gpu, &Problem::<f16, f16>::solve(case, q, kv), &mut workspace);
@@ -224,14 +224,14 @@ impl On {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let case = Case { kv_heads: 2, ..self.of(&[(20, 300)]) };
         let Some(single) = Single::of::<f16, f16>(&gpu, &case) else { return };
-        let mut one = || Tensor::<f16>::random(&gpu, rng, &[300, 128]);
+        let mut one = || Mirrored::<f16>::random(&gpu, rng, &[300, 128]);
         let (k, v) = (one(), one());
-        let twice = |one: &Tensor<f16>| {
+        let twice = |one: &Mirrored<f16>| {
             let rows = one.host.chunks(128).flat_map(|row| [row, row]).flatten().copied().collect();
-            Tensor::new(&gpu, &[300, 2, 128], rows)
+            Mirrored::new(&gpu, &[300, 2, 128], rows)
         };
         let kv = Kv::Ragged { keys: RaggedIndices::from_lens([300]).unwrap(), k: twice(&k), v: twice(&v) };
-        let q = Tensor::random(&gpu, rng, &case.q_shape(20));
+        let q = Mirrored::random(&gpu, rng, &case.q_shape(20));
         let problem = Problem::<f16, f16>::solve(case, q, kv);
         let (mut out, _) = problem.outputs(&gpu);
         let call = {
@@ -239,16 +239,16 @@ impl On {
             let (k, v) = (repeat(&k.device).unwrap(), repeat(&v.device).unwrap());
             single.run(
                 &mut workspace,
-                &problem.q.on(&gpu).view(),
+                &problem.q.device_view(),
                 [&k.view(), &v.view()],
-                &mut out.on_mut(&gpu).view_mut(),
+                &mut out.device_view_mut(),
                 None,
                 (Mask::Causal, &problem.case.options()),
             )
         };
         if self.backend == Backend::Fa3 {
             refused(call, "k");
-            out.assert_untouched(&gpu);
+            out.assert_untouched();
         } else {
             call.unwrap();
             problem.verify(&gpu, &out, None);
@@ -278,7 +278,7 @@ impl On {
             let (mut out, _) = problem.outputs_of(&gpu, 1);
             let plain = DeviceMask::Plain;
             refused(single.run_problem(&gpu, &problem, &mut workspace, &plain, &mut out, None), "out");
-            out.assert_untouched(&gpu);
+            out.assert_untouched();
         }
     }
 
@@ -318,18 +318,18 @@ impl On {
         let mut elsewhere = Workspace::new(&other.stream).unwrap();
         {
             let Kv::Ragged { k, v, .. } = &problem.kv else { unreachable!("keys of one request") };
-            let (k, v) = (k.on(&gpu), v.on(&gpu));
+            let (k, v) = (k.device_view(), v.device_view());
             let (kv, options) = ([&k.view(), &v.view()], (Mask::Causal, &RunOptions::default()));
             refuse_unlike(&gpu, &other, rng, &problem.q, "out", &mut |q, out, lse| {
                 single.run(&mut workspace, q, kv, out, lse, options)
             });
             // Runs go to the workspace's stream, for which these views are not.
-            let (q, (mut out, _)) = (problem.q.on(&gpu), problem.outputs(&gpu));
+            let (q, (mut out, _)) = (problem.q.device_view(), problem.outputs(&gpu));
             {
-                let mut out = out.on_mut(&gpu);
+                let mut out = out.device_view_mut();
                 refused(single.run(&mut elsewhere, &q.view(), kv, &mut out.view_mut(), None, options), "q");
             }
-            out.assert_untouched(&gpu);
+            out.assert_untouched();
         }
         // The refused calls left everything usable.
         single.check(&gpu, &problem, &mut workspace);
@@ -343,9 +343,9 @@ impl On {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
-            let (q, mut out, mut lse) = (problem.q.on(&gpu), out.on_mut(&gpu), lse.on_mut(&gpu));
-            let good = Tensor::<f16>::random(&gpu, rng, &[20, 2, 128]);
-            let good_guard = good.on(&gpu);
+            let (q, mut out, mut lse) = (problem.q.device_view(), out.device_view_mut(), lse.device_view_mut());
+            let good = Mirrored::<f16>::random(&gpu, rng, &[20, 2, 128]);
+            let good_guard = good.device_view();
             let good_view = good_guard.view();
             let mut call = |k: &TensorRef<'_>, v: &TensorRef<'_>, expected| {
                 let options = (Mask::Causal, &RunOptions::default());
@@ -359,23 +359,23 @@ impl On {
                 call(&bad, &good_view, if unlike { "v" } else { "k" });
                 call(&good_view, &bad, "v");
             };
-            refuse(Tensor::<bf16>::random(&gpu, rng, &[20, 2, 128]).on(&gpu).view(), false);
-            refuse(Tensor::<f32>::random(&gpu, rng, &[20, 2, 128]).on(&gpu).view(), false);
-            refuse(Tensor::<f16>::random(&gpu, rng, &[20, 256]).on(&gpu).view(), false);
-            refuse(Tensor::<f16>::random(&gpu, rng, &[21, 2, 128]).on(&gpu).view(), true);
+            refuse(Mirrored::<bf16>::random(&gpu, rng, &[20, 2, 128]).device_view(), false);
+            refuse(Mirrored::<f32>::random(&gpu, rng, &[20, 2, 128]).device_view(), false);
+            refuse(Mirrored::<f16>::random(&gpu, rng, &[20, 256]).device_view(), false);
+            refuse(Mirrored::<f16>::random(&gpu, rng, &[21, 2, 128]).device_view(), true);
             refuse(good_view.narrow(0, 0, 19).unwrap(), true);
             refuse(good_view.narrow(1, 0, 1).unwrap(), true);
             refuse(good_view.narrow(2, 0, 64).unwrap(), false);
-            let columns = Tensor::<f16>::random(&gpu, rng, &[20, 128, 2]).permuted(&[0, 2, 1]);
-            refuse(columns.on(&gpu).view(), false);
-            let odd = Tensor::<f16>::random(&gpu, rng, &[20, 2, 136]).narrowed(2, 1, 128);
-            refuse(odd.on(&gpu).view(), false);
-            let uneven = Tensor::<f16>::random(&gpu, rng, &[20, 2, 130]).narrowed(2, 0, 128);
-            refuse(uneven.on(&gpu).view(), false);
+            let columns = Mirrored::<f16>::random(&gpu, rng, &[20, 128, 2]).permuted(&[0, 2, 1]);
+            refuse(columns.device_view(), false);
+            let odd = Mirrored::<f16>::random(&gpu, rng, &[20, 2, 136]).narrowed(2, 1, 128);
+            refuse(odd.device_view(), false);
+            let uneven = Mirrored::<f16>::random(&gpu, rng, &[20, 2, 130]).narrowed(2, 0, 128);
+            refuse(uneven.device_view(), false);
             refuse(good.view(), false); // on the host
-            refuse(good.on(&other).view(), false);
-            let three = Tensor::<f16>::random(&gpu, rng, &[20, 3, 128]);
-            let three = three.on(&gpu);
+            refuse(good.copied_to(&other).device_view(), false);
+            let three = Mirrored::<f16>::random(&gpu, rng, &[20, 3, 128]);
+            let three = three.device_view();
             call(&three.view(), &three.view(), "heads");
             // So many keys that positions could not be added up.
             let (shape, strides) = ([(1 << 30) + 1, 2, 128], Some(&[0, 128, 1][..]));
@@ -389,8 +389,8 @@ impl On {
             assert!(error.to_string().contains("at most 2^30"), "{error}");
         }
         other.synchronize();
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
         // The refused calls left everything usable.
         single.check(&gpu, &problem, &mut workspace);
     }
@@ -426,8 +426,8 @@ impl On {
         }
         let items = ItemIndices::new([(20, &[][..])]).unwrap();
         unsupported(call(&DeviceMask::Items(ItemTable::new(&gpu.stream, items).unwrap())));
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
         // The refused calls left everything usable.
         assert!(matches!(problem.mask, HostMask::Plain { causal: true }));
         single.check(&gpu, &problem, &mut workspace);
@@ -439,12 +439,12 @@ impl On {
         let Some(single) = Single::of::<f16, f16>(&gpu, &self.right()) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, self.right());
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let numbers = Tensor::<f32>::random(&gpu, rng, &[8]);
+        let numbers = Mirrored::<f32>::random(&gpu, rng, &[8]);
         let (mut out, _) = problem.outputs(&gpu);
         {
             let Kv::Ragged { k, v, .. } = &problem.kv else { unreachable!("keys of one request") };
-            let (q, k, v, mut out) = (problem.q.on(&gpu), k.on(&gpu), v.on(&gpu), out.on_mut(&gpu));
-            let (kv, numbers) = ([&k.view(), &v.view()], numbers.on(&gpu));
+            let (q, k, v, mut out) = (problem.q.device_view(), k.device_view(), v.device_view(), out.device_view_mut());
+            let (kv, numbers) = ([&k.view(), &v.view()], numbers.device_view());
             let mut refuse = |set: &dyn Fn(&mut RunOptions<'_>), expected| {
                 let mut options = RunOptions::default();
                 set(&mut options);
@@ -464,7 +464,7 @@ impl On {
                 refused(single.run(&mut workspace, &q.view(), kv, &mut out, None, mask), expected);
             }
         }
-        out.assert_untouched(&gpu);
+        out.assert_untouched();
         // The refused calls left everything usable.
         single.check(&gpu, &problem, &mut workspace);
     }

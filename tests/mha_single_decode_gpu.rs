@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     cache::LAYOUTS,
     prefill::{Case, Kind, Kv, On, Problem, check_all, check_problem},
     refused,
@@ -155,7 +155,7 @@ fn part_of_a_cache() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     for (len, layout) in [100, 600].into_iter().flat_map(|len| LAYOUTS.map(|layout| (len, layout))) {
         let case = Case { layout, ..case(&[len]) };
-        let q = Tensor::random(&gpu, rng, &case.q_shape(1));
+        let q = Mirrored::random(&gpu, rng, &case.q_shape(1));
         let kv = single::cached(&gpu, rng, &case, 77);
         let problem = Problem::<f16, f16>::solve(case, q, kv);
         if layout == KvLayout::Nhd {
@@ -167,8 +167,8 @@ fn part_of_a_cache() {
         let plain = common::prefill::DeviceMask::Plain;
         let call = single.run_problem(&gpu, &problem, &mut workspace, &plain, &mut out, Some(&mut lse));
         refused(call, "k");
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
     }
 }
 
@@ -212,79 +212,79 @@ fn wrong_input() {
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let mut elsewhere = Workspace::new(&other.stream).unwrap();
     let Kv::Ragged { k, v, .. } = &problem.kv else { unreachable!("keys of one request") };
-    let half = |rng: &mut Rng, shape: &[usize]| Tensor::<f16>::random(&gpu, rng, shape);
-    let mut out = Tensor::<f16>::poisoned(&gpu, &[8, 128]);
-    let mut lse = Tensor::<f32>::poisoned(&gpu, &[8]);
-    let (k, v, plain) = (k.on(&gpu), v.on(&gpu), RunOptions::default());
-    let (k, v) = (k.view(), v.view());
+    let half = |rng: &mut Rng, shape: &[usize]| Mirrored::<f16>::random(&gpu, rng, shape);
+    let mut out = Mirrored::<f16>::poisoned(&gpu, &[8, 128]);
+    let mut lse = Mirrored::<f32>::poisoned(&gpu, &[8]);
+    let (k, v, plain) = (k.device_view(), v.device_view(), RunOptions::default());
+    let (k, v) = (k, v);
     let q = half(rng, &[8, 128]);
-    let q_guard = q.on(&gpu);
-    let q_view = q_guard.view();
+    let q_guard = q.device_view();
+    let q_view = q_guard;
     {
-        let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
+        let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
         let mut call = |q: TensorRef<'_>, kv: [&TensorRef<'_>; 2], options: &RunOptions<'_>, expected| {
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
             refused(decode.run_with(&mut workspace, &q, kv, &mut out, Some(&mut lse), options), expected);
         };
         let mut refuse = |q: TensorRef<'_>| call(q, [&k, &v], &plain, "q");
-        refuse(Tensor::<bf16>::random(&gpu, rng, &[8, 128]).on(&gpu).view());
-        refuse(half(rng, &[1, 8, 128]).on(&gpu).view());
-        refuse(half(rng, &[7, 128]).on(&gpu).view());
-        refuse(half(rng, &[8, 64]).on(&gpu).view());
-        refuse(half(rng, &[8, 136]).narrowed(1, 0, 128).on(&gpu).view());
-        refuse(half(rng, &[128, 8]).permuted(&[1, 0]).on(&gpu).view());
+        refuse(Mirrored::<bf16>::random(&gpu, rng, &[8, 128]).device_view());
+        refuse(half(rng, &[1, 8, 128]).device_view());
+        refuse(half(rng, &[7, 128]).device_view());
+        refuse(half(rng, &[8, 64]).device_view());
+        refuse(half(rng, &[8, 136]).narrowed(1, 0, 128).device_view());
+        refuse(half(rng, &[128, 8]).permuted(&[1, 0]).device_view());
         refuse(q.view()); // on the host
-        refuse(q.on(&other).view());
+        refuse(q.copied_to(&other).device_view());
         let mut refuse = |k_bad: TensorRef<'_>, k_expected, v_bad: TensorRef<'_>| {
             call(q_view, [&k_bad, &v], &plain, k_expected);
             call(q_view, [&k, &v_bad], &plain, "v");
         };
-        let brains = Tensor::<bf16>::random(&gpu, rng, &[300, 2, 128]);
-        refuse(brains.on(&gpu).view(), "k", brains.on(&gpu).view());
+        let brains = Mirrored::<bf16>::random(&gpu, rng, &[300, 2, 128]);
+        refuse(brains.device_view(), "k", brains.device_view());
         let wide = half(rng, &[300, 3, 128]);
-        refuse(wide.on(&gpu).view(), "k", wide.on(&gpu).view());
+        refuse(wide.device_view(), "k", wide.device_view());
         let spread = half(rng, &[300, 3, 128]).narrowed(1, 0, 2);
-        refuse(spread.on(&gpu).view(), "k", spread.on(&gpu).view());
+        refuse(spread.device_view(), "k", spread.device_view());
         let by_head = half(rng, &[2, 300, 128]).permuted(&[1, 0, 2]);
-        refuse(by_head.on(&gpu).view(), "v", by_head.on(&gpu).view());
+        refuse(by_head.device_view(), "v", by_head.device_view());
         refuse(k.narrow(0, 0, 299).unwrap(), "v", v.narrow(0, 0, 299).unwrap());
         refuse(k.select(0, 0).unwrap(), "k", v.select(0, 0).unwrap());
         refuse(k.narrow(2, 0, 64).unwrap(), "k", v.narrow(2, 0, 64).unwrap());
         let host = half(rng, &[300, 2, 128]);
         refuse(host.view(), "k", host.view());
-        refuse(host.on(&other).view(), "k", host.on(&other).view());
-        let numbers = Tensor::<f32>::random(&gpu, rng, &[8]);
-        let numbers = numbers.on(&gpu);
+        refuse(host.copied_to(&other).device_view(), "k", host.copied_to(&other).device_view());
+        let numbers = Mirrored::<f32>::random(&gpu, rng, &[8]);
+        let numbers = numbers.device_view();
         let mut options = plain;
-        options.sinks = Some(numbers.view());
+        options.sinks = Some(numbers);
         call(q_view, [&k, &v], &options, "sinks");
-        (options.sinks, options.alibi_slopes) = (None, Some(numbers.view()));
+        (options.sinks, options.alibi_slopes) = (None, Some(numbers));
         call(q_view, [&k, &v], &options, "alibi_slopes");
         (options.alibi_slopes, options.v_scale) = (None, Some(f32::NAN));
         call(q_view, [&k, &v], &options, "v_scale");
         // Runs go to the workspace's stream, for which these views are not.
-        let mut out = out.view_mut();
+        let mut out = out.reborrow();
         refused(decode.run_with(&mut elsewhere, &q_view, [&k, &v], &mut out, None, &plain), "q");
     }
     other.synchronize();
-    out.assert_untouched(&gpu);
-    lse.assert_untouched(&gpu);
+    out.assert_untouched();
+    lse.assert_untouched();
     macro_rules! refuse {
         ($out:expr, $lse:expr, $expected:expr) => {{
             let (mut out, mut lse) = ($out, $lse);
             {
-                let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
-                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+                let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
+                let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
                 let call =
                     decode.run_with(&mut workspace, &q_view, [&k, &v], &mut out, Some(&mut lse), &plain);
                 refused(call, $expected);
             }
-            out.assert_untouched(&gpu);
-            lse.assert_untouched(&gpu);
+            out.assert_untouched();
+            lse.assert_untouched();
         }};
     }
-    let (out, lse) = (Tensor::<f16>::poisoned, Tensor::<f32>::poisoned);
-    refuse!(Tensor::<bf16>::poisoned(&gpu, &[8, 128]), lse(&gpu, &[8]), "out");
+    let (out, lse) = (Mirrored::<f16>::poisoned, Mirrored::<f32>::poisoned);
+    refuse!(Mirrored::<bf16>::poisoned(&gpu, &[8, 128]), lse(&gpu, &[8]), "out");
     refuse!(lse(&gpu, &[8, 128]), lse(&gpu, &[8]), "out");
     refuse!(out(&gpu, &[1, 8, 128]), lse(&gpu, &[8]), "out");
     refuse!(out(&gpu, &[7, 128]), lse(&gpu, &[8]), "out");
@@ -295,14 +295,15 @@ fn wrong_input() {
     refuse!(out(&gpu, &[8, 128]), lse(&gpu, &[9]), "lse");
     refuse!(out(&gpu, &[8, 128]), lse(&gpu, &[8, 2]).narrowed(1, 0, 1), "lse");
     // An output at an odd element, and on the host.
-    let mut odd = out(&gpu, &[8 * 128 + 1]);
+    let poison = [f16::NAN; 8 * 128 + 1];
+    let mut odd = gpu.cuda.clone_htod(&poison).unwrap();
     {
-        let mut part = odd.device.slice_mut(1..);
+        let mut part = odd.slice_mut(1..);
         let mut out = part.tensor_mut(&gpu.cuda, &[8, 128]).unwrap();
         let mut out = out.view_mut();
         refused(decode.run_with(&mut workspace, &q_view, [&k, &v], &mut out, None, &plain), "out");
     }
-    odd.assert_untouched(&gpu);
+    assert_same_bits("untouched", &gpu.cuda.clone_dtoh(&odd).unwrap(), &poison);
     let mut host = vec![f16::NAN; 8 * 128];
     let mut view = TensorMut::from_slice(&mut host, &[8, 128]).unwrap();
     refused(decode.run_with(&mut workspace, &q_view, [&k, &v], &mut view, None, &plain), "out");

@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Shown, Tensor, assert_same_bits, cache::random_table, refused, say};
+use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, cache::random_table, refused, say};
 use flashinfer_rs::{
     AppendIndices, AppendTable, DType, FlashInferError, ModuleName, PageIndices, PageTable, RaggedIndices,
     TensorMut,
@@ -73,8 +73,8 @@ struct Problem<T> {
     case: Case,
     table: PageIndices,
     queries: RaggedIndices,
-    q: Vec<Tensor<T>>,
-    cache: Vec<Tensor<T>>,
+    q: Vec<Mirrored<T>>,
+    cache: Vec<Mirrored<T>>,
     want: Vec<f64>,
     want_lse: Vec<f64>,
 }
@@ -105,7 +105,7 @@ impl<T: Number> Problem<T> {
         let n = case.queries().total();
         let q = widths(case.joined)
             .iter()
-            .map(|&width| Tensor::random(gpu, rng, &[n, case.num_heads, width]))
+            .map(|&width| Mirrored::random(gpu, rng, &[n, case.num_heads, width]))
             .collect();
         let cache = widths(case.joined)
             .iter()
@@ -121,14 +121,14 @@ impl<T: Number> Problem<T> {
                         }
                     }
                 }
-                Tensor::new(gpu, &[table.num_pages(), case.page_size, width], host)
+                Mirrored::new(gpu, &[table.num_pages(), case.page_size, width], host)
             })
             .collect();
         Self::solve(case, table, q, cache)
     }
 
     /// Fills in what the reference says.
-    fn solve(case: Case, table: PageIndices, q: Vec<Tensor<T>>, cache: Vec<Tensor<T>>) -> Self {
+    fn solve(case: Case, table: PageIndices, q: Vec<Mirrored<T>>, cache: Vec<Mirrored<T>>) -> Self {
         let queries = case.queries();
         let (n, heads) = (queries.total(), case.num_heads);
         let mut want = vec![f64::NAN; n * heads * 512];
@@ -136,8 +136,8 @@ impl<T: Number> Problem<T> {
         let mask = if case.causal { reference::Mask::Causal } else { reference::Mask::None };
         reference::batch_mla(
             &MlaSpec::new(T::DTYPE, case.sm_scale),
-            &query_of(&q.iter().map(Tensor::view).collect::<Vec<_>>()),
-            &cache_of(&cache.iter().map(Tensor::view).collect::<Vec<_>>()),
+            &query_of(&q.iter().map(Mirrored::view).collect::<Vec<_>>()),
+            &cache_of(&cache.iter().map(Mirrored::view).collect::<Vec<_>>()),
             &queries,
             &table,
             &mut TensorMut::from_slice(&mut want, &[n, heads, 512]).unwrap(),
@@ -158,9 +158,9 @@ impl<T: Number> Problem<T> {
         mla.plan(workspace, &self.queries, table, &self.case.options())
     }
 
-    fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
+    fn outputs(&self, gpu: &Gpu) -> (Mirrored<T>, Mirrored<f32>) {
         let (n, heads) = (self.queries.total(), self.case.num_heads);
-        (Tensor::poisoned(gpu, &[n, heads, 512]), Tensor::poisoned(gpu, &[n, heads]))
+        (Mirrored::poisoned(gpu, &[n, heads, 512]), Mirrored::poisoned(gpu, &[n, heads]))
     }
 
     /// Plans and runs on each backend, and compares with the reference.
@@ -179,32 +179,30 @@ impl<T: Number> Problem<T> {
         let (mut out, mut lse) = self.outputs(gpu);
         self.run(gpu, plan, &mut out, Some(&mut lse)).unwrap();
         self.verify(gpu, plan, &out, &lse);
-        (out.download(gpu), lse.download(gpu))
+        (out.download(), lse.download())
     }
 
     fn run(
         &self,
         gpu: &Gpu,
         plan: &MlaPlan<'_>,
-        out: &mut Tensor<T>,
-        lse: Option<&mut Tensor<f32>>,
+        out: &mut Mirrored<T>,
+        lse: Option<&mut Mirrored<f32>>,
     ) -> flashinfer_rs::Result<()> {
-        let guards = |tensors| -> Vec<Shown<'_>> { show(gpu, tensors) };
-        let (q, cache) = (guards(&self.q), guards(&self.cache));
-        let mut lse = lse.map(|lse| lse.on_mut(gpu));
+        let mut lse = lse.map(|lse| lse.device_view_mut());
         plan.run_with(
-            &query_of(&q.iter().map(Shown::view).collect::<Vec<_>>()),
-            &cache_of(&cache.iter().map(Shown::view).collect::<Vec<_>>()),
-            &mut out.on_mut(gpu).view_mut(),
-            lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+            &query_of(&device_views(&self.q)),
+            &cache_of(&device_views(&self.cache)),
+            &mut out.device_view_mut(),
+            lse.as_mut(),
         )
     }
 
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, plan: &MlaPlan<'_>, out: &Tensor<T>, lse: &Tensor<f32>) {
+    fn verify(&self, gpu: &Gpu, plan: &MlaPlan<'_>, out: &Mirrored<T>, lse: &Mirrored<f32>) {
         let what = format!("{:?} {:?}", plan.backend(), self.case);
-        out.assert_close(gpu, &what, &self.want, T::BOUND);
-        for (at, (&got, &want)) in lse.download(gpu).iter().zip(&self.want_lse).enumerate() {
+        out.assert_close(&what, &self.want, T::BOUND);
+        for (at, (&got, &want)) in lse.download().iter().zip(&self.want_lse).enumerate() {
             let got = f64::from(got);
             let agrees = if want.is_finite() { (got - want).abs() <= LSE_BOUND } else { got == want };
             assert!(agrees, "{what}: LSE {at} is {got}, not {want}");
@@ -212,8 +210,8 @@ impl<T: Number> Problem<T> {
     }
 }
 
-fn show<'a, T: Number>(gpu: &'a Gpu, tensors: &'a [Tensor<T>]) -> Vec<Shown<'a>> {
-    tensors.iter().map(|tensor| tensor.on(gpu)).collect()
+fn device_views<T: Number>(tensors: &[Mirrored<T>]) -> Vec<TensorRef<'_>> {
+    tensors.iter().map(|tensor| tensor.device_view()).collect()
 }
 
 /// Latent attention on FlashAttention 2, and on 3 where the GPU has it.
@@ -398,7 +396,7 @@ fn strided_rows() {
     let (n, heads) = (3, case.num_heads);
     let q = widths(false)
         .iter()
-        .map(|&width| Tensor::random(&gpu, rng, &[n, heads + 5, width]).narrowed(1, 2, heads))
+        .map(|&width| Mirrored::random(&gpu, rng, &[n, heads + 5, width]).narrowed(1, 2, heads))
         .collect();
     let problem = Problem::solve(case, table, q, cache);
     for mla in backends::<f16>(&gpu, &problem.case) {
@@ -406,7 +404,7 @@ fn strided_rows() {
         let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
         // Heads outermost, with a gap behind each row.
         let storage = [heads, n, 576];
-        let mut out = Tensor::<f16>::poisoned(&gpu, &storage).narrowed(2, 64, 512).permuted(&[1, 0, 2]);
+        let mut out = Mirrored::<f16>::poisoned(&gpu, &storage).narrowed(2, 64, 512).permuted(&[1, 0, 2]);
         let (_, mut lse) = problem.outputs(&gpu);
         problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
         let mut want = vec![f64::NAN; storage.iter().product()];
@@ -415,7 +413,7 @@ fn strided_rows() {
             let start = (head * n + query) * 576 + 64;
             want[start..start + 512].copy_from_slice(row);
         }
-        out.assert_close(&gpu, &format!("{:?} strided", plan.backend()), &want, f16::BOUND);
+        out.assert_close(&format!("{:?} strided", plan.backend()), &want, f16::BOUND);
     }
 }
 
@@ -435,7 +433,7 @@ fn runs_of_one_plan_agree() {
         for with_lse in [false, true, false] {
             let (mut out, mut lse) = problem.outputs(&gpu);
             problem.run(&gpu, &plan, &mut out, with_lse.then_some(&mut lse)).unwrap();
-            assert_same_bits("another run", &out.download(&gpu), &want);
+            assert_same_bits("another run", &out.download(), &want);
         }
     }
 }
@@ -463,7 +461,7 @@ fn back_to_back_plans() {
             done.push((problem, out));
         }
         for (problem, out) in done {
-            out.assert_close(&gpu, "back to back", &problem.want, f16::BOUND);
+            out.assert_close("back to back", &problem.want, f16::BOUND);
         }
     }
 }
@@ -540,19 +538,19 @@ fn appended_tokens() {
     let append = AppendIndices::last_tokens(table, tokens_of.indptr()).unwrap();
     let append = AppendTable::new(&gpu.stream, append).unwrap();
     let table = PageTable::new(&gpu.stream, table.clone()).unwrap();
-    let rows = Tensor::new(&gpu, &[tokens, 576], rows);
+    let rows = Mirrored::new(&gpu, &[tokens, 576], rows);
     let shape = problem.cache[0].shape();
-    let mut parts = [512, 64].map(|width| Tensor::<bf16>::poisoned(&gpu, &[shape[0], shape[1], width]));
+    let mut parts = [512, 64].map(|width| Mirrored::<bf16>::poisoned(&gpu, &[shape[0], shape[1], width]));
     {
-        let new = rows.on(&gpu);
+        let new = rows.device_view();
         let [ckv, kpe] = &mut parts;
-        let (mut ckv, mut kpe) = (ckv.on_mut(&gpu), kpe.on_mut(&gpu));
+        let (mut ckv, mut kpe) = (ckv.device_view_mut(), kpe.device_view_mut());
         page::append_paged_mla_kv_cache(
             &gpu.stream,
-            &new.view().narrow(1, 0, 512).unwrap(),
-            &new.view().narrow(1, 512, 64).unwrap(),
+            &new.narrow(1, 0, 512).unwrap(),
+            &new.narrow(1, 512, 64).unwrap(),
             &append,
-            [&mut ckv.view_mut(), &mut kpe.view_mut()],
+            [&mut ckv.reborrow(), &mut kpe.reborrow()],
             &table,
         )
         .unwrap();
@@ -701,7 +699,7 @@ fn wrong_input_to_run() {
     let case = Case { requests: vec![(2, 40), (1, 3)], ..Case::default() };
     let problem = Problem::<f16>::new(&gpu, rng, case);
     let pages = problem.table.num_pages();
-    let mut half = |shape: &[usize]| Tensor::<f16>::random(&gpu, rng, shape);
+    let mut half = |shape: &[usize]| Mirrored::<f16>::random(&gpu, rng, shape);
     let good = [half(&[3, 16, 512]), half(&[3, 16, 64]), half(&[pages, 16, 512]), half(&[pages, 16, 64])];
     // What to put in place of one of these, and what is then refused.
     let names = ["q.nope", "q.pe", "cache.ckv", "cache.kpe"];
@@ -731,13 +729,13 @@ fn wrong_input_to_run() {
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
-        let run = |tensors: [&Tensor<f16>; 4], out: &mut Tensor<f16>, lse: &mut Tensor<f32>| {
-            let shown = tensors.map(|tensor| tensor.on(&gpu));
+        let run = |tensors: [&Mirrored<f16>; 4], out: &mut Mirrored<f16>, lse: &mut Mirrored<f32>| {
+            let shown = tensors.map(|tensor| tensor.device_view());
             plan.run_with(
-                &MlaQuery::new(shown[0].view(), shown[1].view()),
-                &MlaCache::new(shown[2].view(), shown[3].view()),
-                &mut out.on_mut(&gpu).view_mut(),
-                Some(&mut lse.on_mut(&gpu).view_mut()),
+                &MlaQuery::new(shown[0], shown[1]),
+                &MlaCache::new(shown[2], shown[3]),
+                &mut out.device_view_mut(),
+                Some(&mut lse.device_view_mut()),
             )
         };
         for (at, tensor, argument) in &wrong {
@@ -750,32 +748,32 @@ fn wrong_input_to_run() {
             refused(BatchMla::new(&gpu.stream, &spec, 16), "sm_scale");
         }
         for shape in [[2, 16, 512], [3, 16, 64], [3, 8, 512]] {
-            let mut out = Tensor::poisoned(&gpu, &shape);
+            let mut out = Mirrored::poisoned(&gpu, &shape);
             refused(run(good.each_ref(), &mut out, &mut lse), "out");
         }
         for shape in [[2, 16], [16, 3]] {
-            let mut lse = Tensor::poisoned(&gpu, &shape);
+            let mut lse = Mirrored::poisoned(&gpu, &shape);
             refused(run(good.each_ref(), &mut out, &mut lse), "lse");
         }
-        let mut strided = Tensor::poisoned(&gpu, &[3, 17]).narrowed(1, 0, 16);
+        let mut strided = Mirrored::poisoned(&gpu, &[3, 17]).narrowed(1, 0, 16);
         refused(run(good.each_ref(), &mut out, &mut strided), "lse");
 
         // Another dtype, another stream.
-        let brain = Tensor::<bf16>::poisoned(&gpu, &[3, 16, 512]);
-        let shown = good.each_ref().map(|tensor| tensor.on(&gpu));
-        let cache = MlaCache::new(shown[2].view(), shown[3].view());
-        let guard = brain.on(&gpu);
-        let q = MlaQuery::new(guard.view(), shown[1].view());
-        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut()), "q.nope");
-        let elsewhere = good[1].device.tensor(&other.cuda, &[3, 16, 64]).unwrap();
-        let q = MlaQuery::new(shown[0].view(), elsewhere.view());
-        refused(plan.run(&q, &cache, &mut out.on_mut(&gpu).view_mut()), "q.pe");
-        let q = MlaQuery::new(shown[0].view(), shown[1].view());
+        let brain = Mirrored::<bf16>::poisoned(&gpu, &[3, 16, 512]);
+        let shown = good.each_ref().map(|tensor| tensor.device_view());
+        let cache = MlaCache::new(shown[2], shown[3]);
+        let guard = brain.device_view();
+        let q = MlaQuery::new(guard, shown[1]);
+        refused(plan.run(&q, &cache, &mut out.device_view_mut()), "q.nope");
+        let elsewhere = good[1].copied_to(&other);
+        let q = MlaQuery::new(shown[0], elsewhere.device_view());
+        refused(plan.run(&q, &cache, &mut out.device_view_mut()), "q.pe");
+        let q = MlaQuery::new(shown[0], shown[1]);
         let mut foreign = other.cuda.alloc_zeros::<f16>(3 * 16 * 512).unwrap();
         let mut foreign = foreign.tensor_mut(&other.cuda, &[3, 16, 512]).unwrap();
         refused(plan.run(&q, &cache, &mut foreign.view_mut()), "out");
 
-        out.assert_untouched(&gpu);
-        lse.assert_untouched(&gpu);
+        out.assert_untouched();
+        lse.assert_untouched();
     }
 }

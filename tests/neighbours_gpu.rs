@@ -6,7 +6,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     gdn::{Case, D, Problem, Results, watched},
     ops::{Batch, Op},
     say,
@@ -97,8 +97,8 @@ fn segments() {
         for lens in [[1, 1], [5, 70], [200, 3]] {
             for odd in [0, 1] {
                 let (rows, k, n) = (lens[0] + lens[1], 64, 128);
-                let x = Tensor::<bf16>::random(&gpu, rng, &[rows, k]);
-                let weights = Tensor::<bf16>::random(&gpu, rng, &[2, n, k]);
+                let x = Mirrored::<bf16>::random(&gpu, rng, &[rows, k]);
+                let weights = Mirrored::<bf16>::random(&gpu, rng, &[2, n, k]);
                 let table = SegmentTable::new(&gpu.stream, SegmentIndices::from_lens(lens).unwrap()).unwrap();
                 let split = |segment: usize| if segment == 0 { 0..lens[0] } else { lens[0]..rows };
                 let mut first = None;
@@ -108,13 +108,13 @@ fn segments() {
                     x_host[own.start * k..own.end * k].fill(bf16::from_f64(number));
                     w_host[odd * n * k..(odd + 1) * n * k].fill(bf16::from_f64(number));
                     let (x, weights) =
-                        (Tensor::new(&gpu, &[rows, k], x_host), Tensor::new(&gpu, &[2, n, k], w_host));
-                    let mut out = Tensor::<bf16>::poisoned(&gpu, &[rows, n]);
-                    let (x_view, w_view) = (x.on(&gpu), weights.on(&gpu));
-                    let input = SegmentGemmInput::column_major(x_view.view(), w_view.view());
-                    gemm.run(&mut out.on_mut(&gpu).view_mut(), &input, &table).unwrap();
+                        (Mirrored::new(&gpu, &[rows, k], x_host), Mirrored::new(&gpu, &[2, n, k], w_host));
+                    let mut out = Mirrored::<bf16>::poisoned(&gpu, &[rows, n]);
+                    let (x_view, w_view) = (x.device_view(), weights.device_view());
+                    let input = SegmentGemmInput::column_major(x_view, w_view);
+                    gemm.run(&mut out.device_view_mut(), &input, &table).unwrap();
                     let clean = split(1 - odd);
-                    let out = out.download(&gpu)[clean.start * n..clean.end * n].to_vec();
+                    let out = out.download()[clean.start * n..clean.end * n].to_vec();
                     assert!(out.iter().all(|o| o.to_f64().is_finite()), "{backend:?} {lens:?} {number}");
                     let first = first.get_or_insert_with(|| out.clone());
                     assert_same_bits(&format!("{backend:?} {lens:?} beside {number}"), &out, first);
@@ -130,29 +130,29 @@ fn merges() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     for (rows, heads, count) in [(2, 1, 2), (2, 3, 40), (5, 2, 3)] {
-        let v = Tensor::<f16>::random(&gpu, rng, &[rows, count, heads, 128]);
-        let s = Tensor::<f32>::random(&gpu, rng, &[rows, count, heads]);
+        let v = Mirrored::<f16>::random(&gpu, rng, &[rows, count, heads, 128]);
+        let s = Mirrored::<f32>::random(&gpu, rng, &[rows, count, heads]);
         let mut first: Option<[Vec<u32>; 2]> = None;
         for number in ODD {
             let (mut v, mut s) = (v.host.clone(), s.host.clone());
             // All of row 1.
             v[count * heads * 128..2 * count * heads * 128].fill(f16::from_f64(number));
             s[count * heads..2 * count * heads].fill(number as f32);
-            let v = Tensor::new(&gpu, &[rows, count, heads, 128], v);
-            let s = Tensor::new(&gpu, &[rows, count, heads], s);
-            let mut merged_v = Tensor::<f16>::poisoned(&gpu, &[rows, heads, 128]);
-            let mut merged_s = Tensor::<f32>::poisoned(&gpu, &[rows, heads]);
+            let v = Mirrored::new(&gpu, &[rows, count, heads, 128], v);
+            let s = Mirrored::new(&gpu, &[rows, count, heads], s);
+            let mut merged_v = Mirrored::<f16>::poisoned(&gpu, &[rows, heads, 128]);
+            let mut merged_s = Mirrored::<f32>::poisoned(&gpu, &[rows, heads]);
             cascade::merge_states(
                 &gpu.stream,
-                &mut StateMut::new(merged_v.on_mut(&gpu).view_mut(), merged_s.on_mut(&gpu).view_mut()),
-                &State::new(v.on(&gpu).view(), s.on(&gpu).view()),
+                &mut StateMut::new(merged_v.device_view_mut(), merged_s.device_view_mut()),
+                &State::new(v.device_view(), s.device_view()),
             )
             .unwrap();
             let clean = |at: usize, width: usize| at / (heads * width) != 1;
-            let bits = [merged_v.download(&gpu).iter().map(|v| v.bits()).enumerate()]
+            let bits = [merged_v.download().iter().map(|v| v.bits()).enumerate()]
                 .map(|all| all.filter(|(at, _)| clean(*at, 128)).map(|(_, bits)| bits).collect::<Vec<_>>());
             let [v_bits] = bits;
-            let sums = merged_s.download(&gpu);
+            let sums = merged_s.download();
             let s_bits: Vec<_> =
                 sums.iter().enumerate().filter(|(at, _)| clean(*at, 1)).map(|(_, s)| s.bits()).collect();
             let all = [v_bits, s_bits];
@@ -168,26 +168,26 @@ fn selections() {
     let rng = &mut Rng::new();
     let mut states = RowStates::new(&gpu.stream).unwrap();
     for (width, k) in [(300, 8), (5000, 256), (200_000, 100)] {
-        let input = Tensor::<f32>::random(&gpu, rng, &[2, width]);
+        let input = Mirrored::<f32>::random(&gpu, rng, &[2, width]);
         let mut first: Option<Vec<u32>> = None;
         for number in ODD {
             let mut host = input.host.clone();
             host[width..].fill(number as f32);
-            let input = Tensor::new(&gpu, &[2, width], host);
-            let mut values = Tensor::<f32>::poisoned(&gpu, &[2, k]);
+            let input = Mirrored::new(&gpu, &[2, width], host);
+            let mut values = Mirrored::<f32>::poisoned(&gpu, &[2, k]);
             let mut places = gpu.cuda.alloc_zeros::<i32>(2 * k).unwrap();
             {
                 use flashinfer_rs::cudarc::TensorExtMut;
                 topk::radix_topk(
                     &mut states,
-                    &mut values.on_mut(&gpu).view_mut(),
+                    &mut values.device_view_mut(),
                     &mut places.tensor_mut(&gpu.cuda, &[2, k]).unwrap().view_mut(),
-                    &input.on(&gpu).view(),
+                    &input.device_view(),
                     &TopKOptions::default(),
                 )
                 .unwrap();
             }
-            let mut bits: Vec<u32> = values.download(&gpu)[..k].iter().map(|value| value.bits()).collect();
+            let mut bits: Vec<u32> = values.download()[..k].iter().map(|value| value.bits()).collect();
             bits.sort_unstable();
             assert_eq!(&bits, first.get_or_insert_with(|| bits.clone()), "{width}: beside {number}");
         }
@@ -201,7 +201,7 @@ fn fill(problem: &mut Problem<bf16>, gpu: &Gpu, tokens: std::ops::Range<usize>, 
         let row = shape[1] * shape[2];
         let mut host = tensor.host.clone();
         host[tokens.start * row..tokens.end * row].fill(bf16::from_f64(number));
-        *tensor = Tensor::new(gpu, &shape, host);
+        *tensor = Mirrored::new(gpu, &shape, host);
     }
 }
 
@@ -219,35 +219,35 @@ fn gdn_beside_nan(gpu: &Gpu, rng: &mut Rng, case: &Case, pad: usize) -> usize {
         let mut host = tensor.host.clone();
         host[padding.start * heads..padding.end * heads].fill(neutral);
         host[first * heads..].fill(f32::NAN);
-        *tensor = Tensor::new(gpu, &tensor.shape(), host);
+        *tensor = Mirrored::new(gpu, &tensor.shape(), host);
     }
     let workspace = GdnWorkspace::new(&gpu.stream).unwrap();
     let mut results = Results::poisoned(gpu, case);
     problem.run(gpu, &workspace, &case.table(gpu), problem.start(), &mut results).unwrap();
-    let (output, state) = (results.output.download(gpu), results.state.download(gpu));
+    let (output, state) = (results.output.download(), results.state.download());
     // The same sequence alone, without what fills its last tile.
     let alone_case = Case { lens: vec![first - pad], ..case.clone() };
     let mut alone = Problem::<bf16>::random(gpu, rng, &alone_case);
-    let cut = |tensor: &Tensor<bf16>| {
+    let cut = |tensor: &Mirrored<bf16>| {
         let mut shape = tensor.shape();
         shape[0] = first - pad;
         let len: usize = shape.iter().product();
-        Tensor::new(gpu, &shape, tensor.host[..len].to_vec())
+        Mirrored::new(gpu, &shape, tensor.host[..len].to_vec())
     };
     (alone.q, alone.k, alone.v) = (cut(&problem.q), cut(&problem.k), cut(&problem.v));
-    let gate = |tensor: &Option<Tensor<f32>>| {
-        let host = |tensor: &Tensor<f32>| tensor.host[..(first - pad) * heads].to_vec();
-        tensor.as_ref().map(|tensor| Tensor::new(gpu, &[first - pad, heads], host(tensor)))
+    let gate = |tensor: &Option<Mirrored<f32>>| {
+        let host = |tensor: &Mirrored<f32>| tensor.host[..(first - pad) * heads].to_vec();
+        tensor.as_ref().map(|tensor| Mirrored::new(gpu, &[first - pad, heads], host(tensor)))
     };
     (alone.alpha, alone.beta) = (gate(&problem.alpha), gate(&problem.beta));
     alone.state = problem
         .state
         .as_ref()
-        .map(|state| Tensor::new(gpu, &[1, heads, D, D], state.host[..heads * D * D].to_vec()));
+        .map(|state| Mirrored::new(gpu, &[1, heads, D, D], state.host[..heads * D * D].to_vec()));
     let mut expected = Results::poisoned(gpu, &alone_case);
     alone.run(gpu, &workspace, &alone_case.table(gpu), alone.start(), &mut expected).unwrap();
     let own = &output[..(first - pad) * heads * D];
-    let (want_out, want_state) = (expected.output.download(gpu), expected.state.download(gpu));
+    let (want_out, want_state) = (expected.output.download(), expected.state.download());
     // NaN is not near.
     let near = |a: f64, b: f64| (a - b).abs() <= 2e-2 * b.abs().max(1.0);
     let outputs = own.iter().zip(&want_out).filter(|(a, b)| !near(a.to_f64(), b.to_f64())).count();

@@ -4,40 +4,40 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, captured, norm::HIDDEN, refused};
+use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, captured, norm::HIDDEN, refused};
 use flashinfer_rs::{Result, norm, norm::NormOptions, reference};
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
 /// The tensors of one call; the residual is that of the fused addition.
 struct Case<T, Q> {
-    input: Tensor<T>,
-    residual: Option<Tensor<T>>,
-    weight: Tensor<T>,
-    scale: Tensor<f32>,
-    out: Tensor<Q>,
+    input: Mirrored<T>,
+    residual: Option<Mirrored<T>>,
+    weight: Mirrored<T>,
+    scale: Mirrored<f32>,
+    out: Mirrored<Q>,
 }
 
 impl<T: Number, Q: Number> Case<T, Q> {
     fn random(gpu: &Gpu, rng: &mut Rng, [rows, d]: [usize; 2], scale: f32, fused: bool) -> Self {
         Self {
-            input: Tensor::random(gpu, rng, &[rows, d]),
-            residual: fused.then(|| Tensor::random_scaled(gpu, rng, &[rows, d], 4.0)),
-            weight: Tensor::random(gpu, rng, &[d]),
-            scale: Tensor::new(gpu, &[1], vec![scale]),
-            out: Tensor::poisoned(gpu, &[rows, d]),
+            input: Mirrored::random(gpu, rng, &[rows, d]),
+            residual: fused.then(|| Mirrored::random_scaled(gpu, rng, &[rows, d], 4.0)),
+            weight: Mirrored::random(gpu, rng, &[d]),
+            scale: Mirrored::new(gpu, &[1], vec![scale]),
+            out: Mirrored::poisoned(gpu, &[rows, d]),
         }
     }
 
     fn run(&mut self, gpu: &Gpu, options: &NormOptions) -> Result<()> {
-        let (input, weight, scale) = (self.input.on(gpu), self.weight.on(gpu), self.scale.on(gpu));
-        let mut out = self.out.on_mut(gpu);
-        let (out, input, weight, scale) = (&mut out.view_mut(), &input.view(), &weight.view(), &scale.view());
+        let (input, weight, scale) = (self.input.device_view(), self.weight.device_view(), self.scale.device_view());
+        let mut out = self.out.device_view_mut();
+        let (out, input, weight, scale) = (&mut out.reborrow(), &input, &weight, &scale);
         match &mut self.residual {
             None => norm::rmsnorm_quant(&gpu.stream, out, input, weight, scale, options),
             Some(residual) => {
-                let residual = &mut residual.on_mut(gpu);
-                let residual = &mut residual.view_mut();
+                let residual = &mut residual.device_view_mut();
+                let residual = &mut residual.reborrow();
                 norm::fused_add_rmsnorm_quant(&gpu.stream, out, input, residual, weight, scale, options)
             }
         }
@@ -56,11 +56,11 @@ impl<T: Number, Q: Number> Case<T, Q> {
                 let mut sum = residual.host.clone();
                 let sum_view = &mut residual.view_of(&mut sum);
                 reference::fused_add_rmsnorm_quant(out, input, sum_view, weight, scale, options).unwrap();
-                assert_same_bits("residual", &residual.download(gpu), &sum);
+                assert_same_bits("residual", &residual.download(), &sum);
             }
         }
-        self.out.assert_close(gpu, "quantized norm", &want, Q::BOUND);
-        self.input.assert_untouched(gpu);
+        self.out.assert_close("quantized norm", &want, Q::BOUND);
+        self.input.assert_untouched();
     }
 
     #[track_caller]
@@ -129,7 +129,7 @@ fn cut_off() {
         for fused in [false, true] {
             let mut case = Case::<bf16, Q>::random(gpu, rng, [5, 512], 1e-4, fused);
             case.check(gpu, &NormOptions::default());
-            let content = case.out.download(gpu);
+            let content = case.out.download();
             let cut = content.iter().filter(|number| number.to_f64().abs() == 448.0).count();
             assert!(cut > content.len() / 2, "{cut} of {}", content.len());
             assert!(content.iter().all(|number| number.to_f64().abs() <= 448.0));
@@ -151,10 +151,10 @@ fn strided_rows() {
             [(7, 128, 8, 0, 16), (33, 4096, 64, 8, 0), (5, 100, 4, 12, 4)]
         {
             let mut case = Case::<f16, F8E4M3>::random(&gpu, rng, [rows, d], 0.1, fused);
-            case.input = Tensor::random(&gpu, rng, &[rows, d + gap_in]).narrowed(1, gap_in, d);
-            case.out = Tensor::poisoned(&gpu, &[rows, d + gap_out]).narrowed(1, 0, d);
+            case.input = Mirrored::random(&gpu, rng, &[rows, d + gap_in]).narrowed(1, gap_in, d);
+            case.out = Mirrored::poisoned(&gpu, &[rows, d + gap_out]).narrowed(1, 0, d);
             if fused {
-                let residual = Tensor::random(&gpu, rng, &[rows, d + gap_residual]);
+                let residual = Mirrored::random(&gpu, rng, &[rows, d + gap_residual]);
                 case.residual = Some(residual.narrowed(1, gap_residual, d));
             }
             case.check(&gpu, &NormOptions::with_eps(1e-3));
@@ -168,9 +168,9 @@ fn no_rows() {
     let rng = &mut Rng::new();
     for fused in [false, true] {
         let mut case = Case::<f16, F8E4M3>::random(&gpu, rng, [0, 64], 1.0, fused);
-        case.out = Tensor::poisoned(&gpu, &[4, 64]).narrowed(0, 0, 0);
+        case.out = Mirrored::poisoned(&gpu, &[4, 64]).narrowed(0, 0, 0);
         case.run(&gpu, &NormOptions::default()).unwrap();
-        case.out.assert_untouched(&gpu);
+        case.out.assert_untouched();
     }
 }
 
@@ -188,7 +188,7 @@ fn pdl() {
             case.run(&gpu, &options).unwrap();
         }
         case.verify(&gpu, &options);
-        case.out.download(&gpu)
+        case.out.download()
     };
     let default = bits(None);
     assert_same_bits("PDL off", &bits(Some(false)), &default);
@@ -207,16 +207,16 @@ fn graph_replay() {
         let mut case = random(rng, 1.0);
         gpu.synchronize();
         let graph = {
-            let (input, weight, scale) = (case.input.on(&gpu), case.weight.on(&gpu), case.scale.on(&gpu));
-            let mut out = case.out.on_mut(&gpu);
-            let mut residual = case.residual.as_mut().map(|residual| residual.on_mut(&gpu));
+            let (input, weight, scale) = (case.input.device_view(), case.weight.device_view(), case.scale.device_view());
+            let mut out = case.out.device_view_mut();
+            let mut residual = case.residual.as_mut().map(|residual| residual.device_view_mut());
             captured(&gpu, || {
                 let (out, input, weight, scale) =
-                    (&mut out.view_mut(), &input.view(), &weight.view(), &scale.view());
+                    (&mut out.reborrow(), &input, &weight, &scale);
                 match &mut residual {
                     None => norm::rmsnorm_quant(&gpu.stream, out, input, weight, scale, &options),
                     Some(residual) => {
-                        let residual = &mut residual.view_mut();
+                        let residual = &mut residual.reborrow();
                         norm::fused_add_rmsnorm_quant(
                             &gpu.stream,
                             out,
@@ -230,15 +230,15 @@ fn graph_replay() {
                 }
             })
         };
-        case.out.assert_untouched(&gpu); // captured is not run
+        case.out.assert_untouched(); // captured is not run
         for scale in [0.5, 0.02, 0.1] {
             let next = random(rng, scale);
-            case.input.upload(&gpu, &next.input.host);
+            case.input.upload(&next.input.host);
             case.input.host = next.input.host;
-            case.scale.upload(&gpu, &next.scale.host);
+            case.scale.upload(&next.scale.host);
             case.scale.host = next.scale.host;
             if let (Some(residual), Some(next)) = (&mut case.residual, next.residual) {
-                residual.upload(&gpu, &next.host);
+                residual.upload(&next.host);
                 residual.host = next.host;
             }
             graph.launch().unwrap();
@@ -256,27 +256,27 @@ fn wrong_input() {
         let mut case = Case::<f16, F8E4M3>::random(&gpu, rng, [8, 64], 1.0, fused);
         change(&mut case, &gpu, rng);
         refused(case.run(&gpu, &options), expected);
-        case.out.assert_untouched(&gpu);
+        case.out.assert_untouched();
         if let Some(residual) = &case.residual {
-            residual.assert_untouched(&gpu);
+            residual.assert_untouched();
         }
     };
     for fused in [false, true] {
-        refuse(fused, |case, gpu, _| case.scale = Tensor::new(gpu, &[2], vec![1.0; 2]), "scale");
-        refuse(fused, |case, gpu, _| case.out = Tensor::poisoned(gpu, &[8, 128]), "out");
-        refuse(fused, |case, gpu, _| case.out = Tensor::poisoned(gpu, &[8, 68]).narrowed(1, 0, 64), "out");
-        refuse(fused, |case, gpu, rng| case.weight = Tensor::random(gpu, rng, &[128]), "weight");
+        refuse(fused, |case, gpu, _| case.scale = Mirrored::new(gpu, &[2], vec![1.0; 2]), "scale");
+        refuse(fused, |case, gpu, _| case.out = Mirrored::poisoned(gpu, &[8, 128]), "out");
+        refuse(fused, |case, gpu, _| case.out = Mirrored::poisoned(gpu, &[8, 68]).narrowed(1, 0, 64), "out");
+        refuse(fused, |case, gpu, rng| case.weight = Mirrored::random(gpu, rng, &[128]), "weight");
         refuse(
             fused,
-            |case, gpu, rng| case.input = Tensor::random(gpu, rng, &[64, 8]).permuted(&[1, 0]),
+            |case, gpu, rng| case.input = Mirrored::random(gpu, rng, &[64, 8]).permuted(&[1, 0]),
             "input",
         );
     }
-    refuse(true, |case, gpu, rng| case.residual = Some(Tensor::random(gpu, rng, &[7, 64])), "residual");
+    refuse(true, |case, gpu, rng| case.residual = Some(Mirrored::random(gpu, rng, &[7, 64])), "residual");
     // A row of 1 MiB in f32 is more shared memory than any GPU has.
     let mut case = Case::<f16, F8E4M3>::random(&gpu, rng, [1, 1 << 18], 1.0, true);
     refused(case.run(&gpu, &options), "input");
-    case.out.assert_untouched(&gpu);
+    case.out.assert_untouched();
     // Without an addition a row need not fit.
     Case::<f16, F8E4M3>::random(&gpu, rng, [1, 1 << 18], 1.0, false).check(&gpu, &options);
 
@@ -287,13 +287,13 @@ fn wrong_input() {
     let mut case = Case::<f16, F8E4M3>::random(&gpu, rng, [8, 64], 1.0, false);
     let call = norm::rmsnorm_quant(
         &gpu.stream,
-        &mut case.out.on_mut(&gpu).view_mut(),
-        &case.input.on(&gpu).view(),
-        &case.weight.on(&gpu).view(),
-        &case.scale.on(&other).view(),
+        &mut case.out.device_view_mut(),
+        &case.input.device_view(),
+        &case.weight.device_view(),
+        &case.scale.copied_to(&other).device_view(),
         &options,
     );
     refused(call, "scale");
     other.synchronize();
-    case.out.assert_untouched(&gpu);
+    case.out.assert_untouched();
 }

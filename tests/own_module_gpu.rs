@@ -6,7 +6,7 @@ mod common;
 
 use std::process::Command;
 
-use common::{Gpu, Number, Rng, Tensor, attention::capture, say};
+use common::{Gpu, Number, Rng, Mirrored, attention::capture, say};
 use cudarc::{driver::LaunchConfig, nvrtc::Ptx};
 use flashinfer_rs::{
     FlashInferError, Module, ModuleName, PackedIndices, PackedTable, Result, TensorMut, TensorRef, args,
@@ -26,22 +26,22 @@ fn open(gpu: &Gpu, name: &ModuleName) -> &'static Module {
 
 /// Rows of `silu_and_mul`: random input, poisoned output, and the result.
 struct Rows<T> {
-    input: Tensor<T>,
-    out: Tensor<T>,
+    input: Mirrored<T>,
+    out: Mirrored<T>,
     expected: Vec<f64>,
 }
 
 impl<T: Number> Rows<T> {
     fn new(gpu: &Gpu, rng: &mut Rng, rows: usize, dim: usize) -> Self {
-        let input = Tensor::<T>::random(gpu, rng, &[rows, 2 * dim]);
+        let input = Mirrored::<T>::random(gpu, rng, &[rows, 2 * dim]);
         let silu = |x: f64| x / (1.0 + (-x).exp());
         let row = |row: &[f64]| (0..dim).map(|at| silu(row[at]) * row[dim + at]).collect::<Vec<_>>();
         let expected = input.wide().chunks(2 * dim).flat_map(row).collect();
-        Self { input, out: Tensor::poisoned(gpu, &[rows, dim]), expected }
+        Self { input, out: Mirrored::poisoned(gpu, &[rows, dim]), expected }
     }
 
     fn check(&self, gpu: &Gpu) {
-        self.out.assert_close(gpu, "silu_and_mul", &self.expected, T::BOUND);
+        self.out.assert_close("silu_and_mul", &self.expected, T::BOUND);
     }
 }
 
@@ -61,7 +61,7 @@ fn silu_and_mul<T: Number>(gpu: &Gpu, rng: &mut Rng) {
     let module = open(gpu, &ModuleName::SILU_AND_MUL);
     for (rows, dim, enable_pdl) in [(1, 64, false), (7, 128, true), (33, 4096, false), (3, 11008, true)] {
         let mut rows = Rows::<T>::new(gpu, rng, rows, dim);
-        let (input, mut out) = (rows.input.on(gpu), rows.out.on_mut(gpu));
+        let (input, mut out) = (rows.input.device_view(), rows.out.device_view_mut());
         launch(gpu, module, &input.view(), &mut out.view_mut(), enable_pdl).unwrap();
         drop((input, out));
         rows.check(gpu);
@@ -87,13 +87,13 @@ fn a_kernel_by_name_is_captured() {
     silu_and_mul::<f16>(&gpu, rng);
     let mut rows = Rows::<f16>::new(&gpu, rng, 9, 512);
     let graph = {
-        let (input, mut out) = (rows.input.on(&gpu), rows.out.on_mut(&gpu));
+        let (input, mut out) = (rows.input.device_view(), rows.out.device_view_mut());
         let (graph, launched) =
             capture(&gpu, || launch(&gpu, module, &input.view(), &mut out.view_mut(), false));
         launched.unwrap();
         graph.expect("a graph")
     };
-    rows.out.assert_untouched(&gpu); // captured is not run
+    rows.out.assert_untouched(); // captured is not run
     graph.launch().unwrap();
     gpu.synchronize();
     rows.check(&gpu);

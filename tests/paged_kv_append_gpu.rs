@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     cache::{Cache, CacheShape, LAYOUTS, random_table, table_among},
     refused,
 };
@@ -20,7 +20,7 @@ use half::{bf16, f16};
 #[track_caller]
 fn check<T: Number>(
     gpu: &Gpu,
-    [key, value]: [&Tensor<T>; 2],
+    [key, value]: [&Mirrored<T>; 2],
     append: &AppendIndices,
     cache: &mut Cache<T>,
     table: &PageIndices,
@@ -38,15 +38,15 @@ fn check<T: Number>(
     let device_table = PageTable::new(&gpu.stream, table.clone()).unwrap();
     page::append_paged_kv_cache(
         &gpu.stream,
-        &key.on(gpu).view(),
-        &value.on(gpu).view(),
+        &key.device_view(),
+        &value.device_view(),
         &device_append,
-        &mut cache.on_mut(gpu).kv_mut(),
+        &mut cache.device_view_mut(),
         &device_table,
     )
     .unwrap();
     for (tensor, want) in cache.tensors.iter().zip(&want) {
-        assert_same_bits(&format!("{:?}", cache.shape), &tensor.download(gpu), want);
+        assert_same_bits(&format!("{:?}", cache.shape), &tensor.download(), want);
     }
 }
 
@@ -81,8 +81,8 @@ fn layouts_and_sizes<T: Number>() {
                 let shape =
                     CacheShape { pages: table.num_pages(), page_size, heads, head_dim, layout, joined };
                 let new = [append.len(), heads, head_dim];
-                let key = Tensor::<T>::random(&gpu, rng, &new);
-                let value = Tensor::random(&gpu, rng, &new);
+                let key = Mirrored::<T>::random(&gpu, rng, &new);
+                let value = Mirrored::random(&gpu, rng, &new);
                 check(&gpu, [&key, &value], &append, &mut Cache::poisoned(&gpu, shape), &table);
             }
         }
@@ -121,8 +121,8 @@ fn strided_rows() {
     let table = random_table(rng, SMALL.page_size, &lens);
     let append = AppendIndices::last_tokens(&table, &append_indptr).unwrap();
     let tokens = append.len();
-    let key = Tensor::<f16>::random(&gpu, rng, &[tokens, 7, 64]).narrowed(1, 3, 2);
-    let value = Tensor::random(&gpu, rng, &[2, tokens, 72]).narrowed(2, 8, 64).permuted(&[1, 0, 2]);
+    let key = Mirrored::<f16>::random(&gpu, rng, &[tokens, 7, 64]).narrowed(1, 3, 2);
+    let value = Mirrored::random(&gpu, rng, &[2, tokens, 72]).narrowed(2, 8, 64).permuted(&[1, 0, 2]);
     for (layout, joined) in [(KvLayout::Nhd, true), (KvLayout::Hnd, false)] {
         let shape = CacheShape { pages: table.num_pages(), layout, joined, ..SMALL };
         check(&gpu, [&key, &value], &append, &mut Cache::poisoned(&gpu, shape), &table);
@@ -142,8 +142,8 @@ fn explicit_positions() {
         rng.permutation(all.len())[..25].iter().map(|&at| all[at as usize]).collect();
     let (requests, positions) = chosen.into_iter().unzip();
     let append = AppendIndices::new(&table, requests, positions).unwrap();
-    let key = Tensor::<bf16>::random(&gpu, rng, &[25, 2, 64]);
-    let value = Tensor::random(&gpu, rng, &[25, 2, 64]);
+    let key = Mirrored::<bf16>::random(&gpu, rng, &[25, 2, 64]);
+    let value = Mirrored::random(&gpu, rng, &[25, 2, 64]);
     let shape = CacheShape { pages: table.num_pages(), ..SMALL };
     check(&gpu, [&key, &value], &append, &mut Cache::poisoned(&gpu, shape), &table);
 }
@@ -152,13 +152,13 @@ fn explicit_positions() {
 fn no_tokens() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let nothing = Tensor::<f16>::random(&gpu, rng, &[1, 2, 64]).narrowed(0, 0, 0);
+    let nothing = Mirrored::<f16>::random(&gpu, rng, &[1, 2, 64]).narrowed(0, 0, 0);
     for lens in [&[9, 1][..], &[]] {
         let table = random_table(rng, 4, lens);
         let append = AppendIndices::last_tokens(&table, &vec![0; lens.len() + 1]).unwrap();
         let mut cache = Cache::poisoned(&gpu, CacheShape { pages: table.num_pages(), ..SMALL });
         check(&gpu, [&nothing, &nothing], &append, &mut cache, &table);
-        cache.assert_untouched(&gpu);
+        cache.assert_untouched();
     }
 }
 
@@ -170,7 +170,7 @@ fn head_limits() {
         let append = AppendIndices::last_tokens(&table, &[0, 2, 5]).unwrap();
         for heads in [most, most + 1] {
             let shape = CacheShape { pages: table.num_pages(), heads, head_dim, ..SMALL };
-            let new = Tensor::<T>::random(gpu, rng, &[5, heads, head_dim]);
+            let new = Mirrored::<T>::random(gpu, rng, &[5, heads, head_dim]);
             let mut cache = Cache::poisoned(gpu, shape);
             if heads == most {
                 check(gpu, [&new, &new], &append, &mut cache, &table);
@@ -179,14 +179,14 @@ fn head_limits() {
                 let device_table = PageTable::new(&gpu.stream, table.clone()).unwrap();
                 let call = page::append_paged_kv_cache(
                     &gpu.stream,
-                    &new.on(gpu).view(),
-                    &new.on(gpu).view(),
+                    &new.device_view(),
+                    &new.device_view(),
                     &device_append,
-                    &mut cache.on_mut(gpu).kv_mut(),
+                    &mut cache.device_view_mut(),
                     &device_table,
                 );
                 refused(call, "kv.k");
-                cache.assert_untouched(gpu);
+                cache.assert_untouched();
             }
         }
     }
@@ -225,14 +225,14 @@ fn growing_batch() {
     let mut append = AppendTable::with_capacity(&gpu.stream, append_at(&first), batch).unwrap();
     let mut table =
         PageTable::with_capacity(&gpu.stream, first, batch, batch * steps.div_ceil(page_size)).unwrap();
-    let rows: Vec<_> = (0..steps).map(|_| Tensor::<f16>::random(&gpu, rng, &[batch, 2, 64])).collect();
+    let rows: Vec<_> = (0..steps).map(|_| Mirrored::<f16>::random(&gpu, rng, &[batch, 2, 64])).collect();
     {
-        let mut cache = cache.on_mut(&gpu);
+        let mut cache = cache.device_view_mut();
         for (step, new) in rows.iter().enumerate() {
             let host = table_at(step);
             append.update(append_at(&host)).unwrap();
             table.update(host).unwrap();
-            let new = new.on(&gpu);
+            let new = new.device_view();
             page::append_paged_kv_cache(
                 &gpu.stream,
                 &new.view(),
@@ -256,7 +256,7 @@ fn growing_batch() {
         .unwrap();
     }
     for (tensor, want) in cache.tensors.iter().zip(&want) {
-        assert_same_bits("grown cache", &tensor.download(&gpu), want);
+        assert_same_bits("grown cache", &tensor.download(), want);
     }
     let too_many = AppendIndices::last_tokens(&final_table, &[0, 2, 3, 4]).unwrap();
     refused(append.update(too_many), "capacity");
@@ -277,15 +277,15 @@ fn cache_beyond_32_bits() {
     let last = pages as i32 - 1;
     let table = PageIndices::from_requests(pages, page_size, [(&[last, 0][..], 32)]).unwrap();
     let append = AppendIndices::last_tokens(&table, &[0, 32]).unwrap();
-    let key = Tensor::<F8E4M3>::random(&gpu, rng, &[32, heads, head_dim]);
-    let value = Tensor::random(&gpu, rng, &[32, heads, head_dim]);
+    let key = Mirrored::<F8E4M3>::random(&gpu, rng, &[32, heads, head_dim]);
+    let value = Mirrored::random(&gpu, rng, &[32, heads, head_dim]);
     {
         use flashinfer_rs::cudarc::TensorExtMut;
         let mut kv = storage.tensor_mut(&gpu.cuda, &[pages, 2, page_size, heads, head_dim]).unwrap();
         page::append_paged_kv_cache(
             &gpu.stream,
-            &key.on(&gpu).view(),
-            &value.on(&gpu).view(),
+            &key.device_view(),
+            &value.device_view(),
             &AppendTable::new(&gpu.stream, append).unwrap(),
             &mut PagedKvMut::joined(kv.view_mut(), KvLayout::Nhd).unwrap(),
             &PageTable::new(&gpu.stream, table).unwrap(),
@@ -319,10 +319,10 @@ fn latent_caches() {
         let (pages, tokens) = (table.num_pages(), append.len());
         let device_append = AppendTable::new(&gpu.stream, append.clone()).unwrap();
         let device_table = PageTable::new(&gpu.stream, table.clone()).unwrap();
-        let ckv = Tensor::<T>::random(gpu, rng, &[tokens, 528]).narrowed(1, 16, 512);
-        let kpe = Tensor::<T>::random(gpu, rng, &[tokens, 64]);
+        let ckv = Mirrored::<T>::random(gpu, rng, &[tokens, 528]).narrowed(1, 16, 512);
+        let kpe = Mirrored::<T>::random(gpu, rng, &[tokens, 64]);
 
-        let mut caches = [512, 64].map(|width| Tensor::<T>::poisoned(gpu, &[pages, page_size, width]));
+        let mut caches = [512, 64].map(|width| Mirrored::<T>::poisoned(gpu, &[pages, page_size, width]));
         let mut want = caches.each_ref().map(|cache| cache.host.clone());
         {
             let [a, b] = &mut want;
@@ -330,11 +330,11 @@ fn latent_caches() {
             reference::append_paged_mla_kv_cache(&ckv.view(), &kpe.view(), &append, [&mut a, &mut b], &table)
                 .unwrap();
             let [a, b] = &mut caches;
-            let (mut a, mut b) = (a.on_mut(gpu), b.on_mut(gpu));
+            let (mut a, mut b) = (a.device_view_mut(), b.device_view_mut());
             page::append_paged_mla_kv_cache(
                 &gpu.stream,
-                &ckv.on(gpu).view(),
-                &kpe.on(gpu).view(),
+                &ckv.device_view(),
+                &kpe.device_view(),
                 &device_append,
                 [&mut a.view_mut(), &mut b.view_mut()],
                 &device_table,
@@ -342,28 +342,28 @@ fn latent_caches() {
             .unwrap();
         }
         for (cache, want) in caches.iter().zip(&want) {
-            assert_same_bits("latent cache", &cache.download(gpu), want);
+            assert_same_bits("latent cache", &cache.download(), want);
         }
 
-        let mut whole = Tensor::<T>::poisoned(gpu, &[pages, page_size, 576]);
+        let mut whole = Mirrored::<T>::poisoned(gpu, &[pages, page_size, 576]);
         let mut want = whole.host.clone();
         {
             let [mut a, mut b] = latent_parts(whole.view_of(&mut want));
             reference::append_paged_mla_kv_cache(&ckv.view(), &kpe.view(), &append, [&mut a, &mut b], &table)
                 .unwrap();
-            let mut shown = whole.on_mut(gpu);
+            let mut shown = whole.device_view_mut();
             let [mut a, mut b] = latent_parts(shown.view_mut());
             page::append_paged_mla_kv_cache(
                 &gpu.stream,
-                &ckv.on(gpu).view(),
-                &kpe.on(gpu).view(),
+                &ckv.device_view(),
+                &kpe.device_view(),
                 &device_append,
                 [&mut a, &mut b],
                 &device_table,
             )
             .unwrap();
         }
-        assert_same_bits("joined latent cache", &whole.download(gpu), &want);
+        assert_same_bits("joined latent cache", &whole.download(), &want);
     }
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
@@ -383,38 +383,38 @@ fn wrong_input() {
     let host_append = AppendIndices::last_tokens(&host_table, &[0, 4, 5]).unwrap();
     let mut table = PageTable::new(&gpu.stream, host_table.clone()).unwrap();
     let append = AppendTable::new(&gpu.stream, host_append.clone()).unwrap();
-    let new = Tensor::<f16>::random(&gpu, rng, &[5, 2, 64]);
+    let new = Mirrored::<f16>::random(&gpu, rng, &[5, 2, 64]);
     let mut cache = Cache::<f16>::poisoned(&gpu, SMALL);
     {
-        let new_guard = new.on(&gpu);
+        let new_guard = new.device_view();
         let good = new_guard.view();
-        let mut shown = cache.on_mut(&gpu);
+        let mut shown = cache.device_view_mut();
         let mut run = |key: TensorRef<'_>, value: TensorRef<'_>| {
             page::append_paged_kv_cache(&gpu.stream, &key, &value, &append, &mut shown.kv_mut(), &table)
         };
-        let brains = Tensor::<bf16>::random(&gpu, rng, &[5, 2, 64]);
-        let bytes = Tensor::<F8E4M3>::random(&gpu, rng, &[5, 2, 64]);
-        refused(run(brains.on(&gpu).view(), good), "key");
-        refused(run(good, bytes.on(&gpu).view()), "value");
+        let brains = Mirrored::<bf16>::random(&gpu, rng, &[5, 2, 64]);
+        let bytes = Mirrored::<F8E4M3>::random(&gpu, rng, &[5, 2, 64]);
+        refused(run(brains.device_view(), good), "key");
+        refused(run(good, bytes.device_view()), "value");
         refused(run(good.select(1, 0).unwrap(), good), "key");
         refused(run(good.narrow(0, 0, 4).unwrap(), good), "key");
         refused(run(good, good.narrow(1, 0, 1).unwrap()), "value");
         refused(run(good, good.narrow(2, 0, 56).unwrap()), "value");
-        let odd = Tensor::<f16>::random(&gpu, rng, &[5, 2, 72]).narrowed(2, 1, 64);
-        refused(run(odd.on(&gpu).view(), good), "key");
-        let uneven = Tensor::<f16>::random(&gpu, rng, &[5, 2, 66]).narrowed(2, 0, 64);
-        refused(run(good, uneven.on(&gpu).view()), "value");
-        let columns = Tensor::<f16>::random(&gpu, rng, &[5, 64, 2]).permuted(&[0, 2, 1]);
-        refused(run(columns.on(&gpu).view(), good), "key");
+        let odd = Mirrored::<f16>::random(&gpu, rng, &[5, 2, 72]).narrowed(2, 1, 64);
+        refused(run(odd.device_view(), good), "key");
+        let uneven = Mirrored::<f16>::random(&gpu, rng, &[5, 2, 66]).narrowed(2, 0, 64);
+        refused(run(good, uneven.device_view()), "value");
+        let columns = Mirrored::<f16>::random(&gpu, rng, &[5, 64, 2]).permuted(&[0, 2, 1]);
+        refused(run(columns.device_view(), good), "key");
         refused(run(new.view(), good), "key"); // on the host
-        refused(run(good, new.on(&other).view()), "value");
+        refused(run(good, new.copied_to(&other).device_view()), "value");
     }
     other.synchronize();
     {
         // The tables, one by one, on another stream.
         let elsewhere = AppendTable::new(&other.stream, host_append.clone()).unwrap();
-        let mut shown = cache.on_mut(&gpu);
-        let new = new.on(&gpu);
+        let mut shown = cache.device_view_mut();
+        let new = new.device_view();
         let call = page::append_paged_kv_cache(
             &gpu.stream,
             &new.view(),
@@ -436,7 +436,7 @@ fn wrong_input() {
         refused(call, "table");
     }
     {
-        let new = new.on(&gpu);
+        let new = new.device_view();
         let call = page::append_paged_kv_cache(
             &gpu.stream,
             &new.view(),
@@ -451,18 +451,18 @@ fn wrong_input() {
     {
         // The table has moved on since the destinations were checked.
         table.update(table_among(rng, SMALL.pages, SMALL.page_size, &[10, 4])).unwrap();
-        let new = new.on(&gpu);
+        let new = new.device_view();
         let call = page::append_paged_kv_cache(
             &gpu.stream,
             &new.view(),
             &new.view(),
             &append,
-            &mut cache.on_mut(&gpu).kv_mut(),
+            &mut cache.device_view_mut(),
             &table,
         );
         refused(call, "append");
     }
-    cache.assert_untouched(&gpu);
+    cache.assert_untouched();
     // The refused calls left everything usable.
     check(&gpu, [&new, &new], &host_append, &mut cache, &host_table);
 }
@@ -480,37 +480,37 @@ fn wrong_caches() {
     fn refuse<K: Number, V: Number>(
         gpu: &Gpu,
         (append, table): (&AppendTable, &PageTable),
-        new: &Tensor<K>,
-        (mut k, mut v): (Tensor<K>, Tensor<V>),
+        new: &Mirrored<K>,
+        (mut k, mut v): (Mirrored<K>, Mirrored<V>),
         layout: KvLayout,
         expected: &str,
     ) {
         let call: Result<()> = page::append_paged_kv_cache(
             &gpu.stream,
-            &new.on(gpu).view(),
-            &new.on(gpu).view(),
+            &new.device_view(),
+            &new.device_view(),
             append,
-            &mut PagedKvMut::new(k.on_mut(gpu).view_mut(), v.on_mut(gpu).view_mut(), layout),
+            &mut PagedKvMut::new(k.device_view_mut(), v.device_view_mut(), layout),
             table,
         );
         refused(call, expected);
-        k.assert_untouched(gpu);
-        v.assert_untouched(gpu);
+        k.assert_untouched();
+        v.assert_untouched();
     }
 
     let tables = (&append, &table);
-    let new = Tensor::<f16>::random(&gpu, rng, &[5, 2, 64]);
+    let new = Mirrored::<f16>::random(&gpu, rng, &[5, 2, 64]);
     let nhd = KvLayout::Nhd;
     macro_rules! half {
         ($($size:expr),*) => {
-            Tensor::<f16>::poisoned(&gpu, &[$($size),*])
+            Mirrored::<f16>::poisoned(&gpu, &[$($size),*])
         };
     }
-    let singles = Tensor::<f32>::random(&gpu, rng, &[5, 2, 64]);
-    let single_caches = [0, 1].map(|_| Tensor::<f32>::poisoned(&gpu, &[8, 4, 2, 64]));
+    let singles = Mirrored::<f32>::random(&gpu, rng, &[5, 2, 64]);
+    let single_caches = [0, 1].map(|_| Mirrored::<f32>::poisoned(&gpu, &[8, 4, 2, 64]));
     let [k, v] = single_caches;
     refuse(&gpu, tables, &singles, (k, v), nhd, "kv.k");
-    let brains = Tensor::<bf16>::poisoned(&gpu, &[8, 4, 2, 64]);
+    let brains = Mirrored::<bf16>::poisoned(&gpu, &[8, 4, 2, 64]);
     refuse(&gpu, tables, &new, (half!(8, 4, 2, 64), brains), nhd, "kv.v");
     refuse(&gpu, tables, &new, (half!(8, 8, 64), half!(8, 8, 64)), nhd, "kv.k");
     refuse(&gpu, tables, &new, (half!(8, 4, 2, 64), half!(8, 4, 1, 64)), nhd, "kv.v");
@@ -529,7 +529,7 @@ fn wrong_caches() {
     refuse(&gpu, tables, &new, (odd(1), odd(1)), nhd, "kv.k");
     refuse(&gpu, tables, &new, (odd(0), odd(1)), nhd, "kv.v");
     // A head dimension without a kernel.
-    let narrow = Tensor::<f16>::random(&gpu, rng, &[5, 2, 96]);
+    let narrow = Mirrored::<f16>::random(&gpu, rng, &[5, 2, 96]);
     refuse(&gpu, tables, &narrow, (half!(8, 4, 2, 96), half!(8, 4, 2, 96)), nhd, "kv.k");
 }
 
@@ -547,30 +547,30 @@ fn wrong_latent_input() {
     fn refuse<T: Number, U: Number>(
         gpu: &Gpu,
         (append, table): (&AppendTable, &PageTable),
-        [ckv, kpe]: [&Tensor<T>; 2],
-        (mut ckv_cache, mut kpe_cache): (Tensor<T>, Tensor<U>),
+        [ckv, kpe]: [&Mirrored<T>; 2],
+        (mut ckv_cache, mut kpe_cache): (Mirrored<T>, Mirrored<U>),
         expected: &str,
     ) {
         let call = page::append_paged_mla_kv_cache(
             &gpu.stream,
-            &ckv.on(gpu).view(),
-            &kpe.on(gpu).view(),
+            &ckv.device_view(),
+            &kpe.device_view(),
             append,
-            [&mut ckv_cache.on_mut(gpu).view_mut(), &mut kpe_cache.on_mut(gpu).view_mut()],
+            [&mut ckv_cache.device_view_mut(), &mut kpe_cache.device_view_mut()],
             table,
         );
         refused(call, expected);
-        ckv_cache.assert_untouched(gpu);
-        kpe_cache.assert_untouched(gpu);
+        ckv_cache.assert_untouched();
+        kpe_cache.assert_untouched();
     }
 
     let tables = (&append, &table);
-    let ckv = Tensor::<f16>::random(&gpu, rng, &[5, 512]);
-    let kpe = Tensor::<f16>::random(&gpu, rng, &[5, 64]);
+    let ckv = Mirrored::<f16>::random(&gpu, rng, &[5, 512]);
+    let kpe = Mirrored::<f16>::random(&gpu, rng, &[5, 64]);
     let good = [&ckv, &kpe];
     macro_rules! half {
         ($($size:expr),*) => {
-            Tensor::<f16>::poisoned(&gpu, &[$($size),*])
+            Mirrored::<f16>::poisoned(&gpu, &[$($size),*])
         };
     }
     let caches = || (half!(8, 4, 512), half!(8, 4, 64));
@@ -582,10 +582,10 @@ fn wrong_latent_input() {
     refuse(&gpu, tables, good, (half!(7, 4, 512), half!(7, 4, 64)), "ckv_cache");
     refuse(&gpu, tables, good, (half!(8, 5, 512), half!(8, 5, 64)), "ckv_cache");
     refuse(&gpu, tables, good, (half!(8, 4, 512), half!(7, 4, 64)), "kpe_cache");
-    let brains = Tensor::<bf16>::poisoned(&gpu, &[8, 4, 64]);
+    let brains = Mirrored::<bf16>::poisoned(&gpu, &[8, 4, 64]);
     refuse(&gpu, tables, good, (half!(8, 4, 512), brains), "kpe_cache");
     let odd = half!(8, 4, 520).narrowed(2, 1, 512);
     refuse(&gpu, tables, good, (odd, half!(8, 4, 64)), "ckv_cache");
-    let short = Tensor::<f16>::random(&gpu, rng, &[4, 512]);
+    let short = Mirrored::<f16>::random(&gpu, rng, &[4, 512]);
     refuse(&gpu, tables, [&short, &kpe], caches(), "ckv");
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, leave_cuda_error, norm as cases, refused};
+use common::{Gpu, Number, Rng, Mirrored, leave_cuda_error, norm as cases, refused};
 use flashinfer_rs::{norm, norm::NormOptions, reference};
 use half::{bf16, f16};
 
@@ -48,19 +48,19 @@ fn heads() {
         for (rows, heads, d) in
             [(1, 1, 64), (1, 32, 128), (7, 8, 128), (64, 5, 256), (3, 4, 100), (2, 3, 72), (257, 40, 128)]
         {
-            let weight = Tensor::random(gpu, rng, &[d]);
+            let weight = Mirrored::random(gpu, rng, &[d]);
             let options = NormOptions::default();
-            let input = Tensor::<T>::random(gpu, rng, &[rows, heads, d]);
-            let mut out = Tensor::poisoned(gpu, &[rows, heads, d]);
+            let input = Mirrored::<T>::random(gpu, rng, &[rows, heads, d]);
+            let mut out = Mirrored::poisoned(gpu, &[rows, heads, d]);
             cases::check(gpu, PLAIN, &input, &mut out, &weight, &options);
             // The heads between others, as in a joined query-key-value tensor.
-            let input = Tensor::<T>::random(gpu, rng, &[rows, heads + 3, d]).narrowed(1, 2, heads);
-            let mut out = Tensor::poisoned(gpu, &[rows, heads + 1, d]).narrowed(1, 0, heads);
+            let input = Mirrored::<T>::random(gpu, rng, &[rows, heads + 3, d]).narrowed(1, 2, heads);
+            let mut out = Mirrored::poisoned(gpu, &[rows, heads + 1, d]).narrowed(1, 0, heads);
             cases::check(gpu, PLAIN, &input, &mut out, &weight, &options);
             // Heads outermost, and a gap behind each.
             let storage = [heads, rows, d + 8];
-            let input = Tensor::<T>::random(gpu, rng, &storage).narrowed(2, 0, d).permuted(&[1, 0, 2]);
-            let mut out = Tensor::poisoned(gpu, &storage).narrowed(2, 8, d).permuted(&[1, 0, 2]);
+            let input = Mirrored::<T>::random(gpu, rng, &storage).narrowed(2, 0, d).permuted(&[1, 0, 2]);
+            let mut out = Mirrored::poisoned(gpu, &storage).narrowed(2, 8, d).permuted(&[1, 0, 2]);
             cases::check(gpu, PLAIN, &input, &mut out, &weight, &options);
         }
     }
@@ -74,22 +74,22 @@ fn heads() {
 fn heads_wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let input = Tensor::<f16>::random(&gpu, rng, &[4, 2, 64]);
-    let weight = Tensor::<f16>::random(&gpu, rng, &[64]);
-    let flat = Tensor::<f16>::random(&gpu, rng, &[8, 64]);
-    let rank_4 = Tensor::<f16>::random(&gpu, rng, &[4, 2, 1, 64]);
-    let mut out = Tensor::<f16>::poisoned(&gpu, &[4, 2, 64]);
+    let input = Mirrored::<f16>::random(&gpu, rng, &[4, 2, 64]);
+    let weight = Mirrored::<f16>::random(&gpu, rng, &[64]);
+    let flat = Mirrored::<f16>::random(&gpu, rng, &[8, 64]);
+    let rank_4 = Mirrored::<f16>::random(&gpu, rng, &[4, 2, 1, 64]);
+    let mut out = Mirrored::<f16>::poisoned(&gpu, &[4, 2, 64]);
     let options = NormOptions::default();
     for (input, argument) in [(&flat, "out"), (&rank_4, "input")] {
         let call = norm::rmsnorm(
             &gpu.stream,
-            &mut out.on_mut(&gpu).view_mut(),
-            &input.on(&gpu).view(),
-            &weight.on(&gpu).view(),
+            &mut out.device_view_mut(),
+            &input.device_view(),
+            &weight.device_view(),
             &options,
         );
         refused(call, argument);
-        out.assert_untouched(&gpu);
+        out.assert_untouched();
     }
     // No heads are nothing to do.
     let input = input.narrowed(1, 0, 0);
@@ -123,11 +123,11 @@ fn threads_with_different_sizes() {
 fn errors_of_others() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let (weight, options) = (Tensor::random(&gpu, rng, &[128]), NormOptions::default());
+    let (weight, options) = (Mirrored::random(&gpu, rng, &[128]), NormOptions::default());
     for shape in [&[3, 128][..], &[3, 2, 128]] {
-        let input = Tensor::<f16>::random(&gpu, rng, shape);
+        let input = Mirrored::<f16>::random(&gpu, rng, shape);
         leave_cuda_error();
-        cases::check(&gpu, PLAIN, &input, &mut Tensor::poisoned(&gpu, shape), &weight, &options);
+        cases::check(&gpu, PLAIN, &input, &mut Mirrored::poisoned(&gpu, shape), &weight, &options);
     }
 }
 

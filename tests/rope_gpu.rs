@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, cache::random_table, refused};
+use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, cache::random_table, refused};
 use flashinfer_rs::{
     AppendIndices, AppendTable, BoundedIndices, BoundedTable, RaggedIndices, RaggedTable, Result, TensorMut,
     TensorRef,
@@ -25,13 +25,13 @@ type Apply<'f> = &'f dyn Fn(&mut RopeTensors<'_>) -> Result<()>;
 fn check<T: Number>(
     gpu: &Gpu,
     what: &str,
-    [mut q, mut k]: [Tensor<T>; 2],
+    [mut q, mut k]: [Mirrored<T>; 2],
     bound: f64,
     op: Apply<'_>,
     reference: Apply<'_>,
 ) {
-    let mut q_rope = Tensor::<T>::poisoned(gpu, &q.shape());
-    let mut k_rope = Tensor::<T>::poisoned(gpu, &k.shape());
+    let mut q_rope = Mirrored::<T>::poisoned(gpu, &q.shape());
+    let mut k_rope = Mirrored::<T>::poisoned(gpu, &k.shape());
     let (mut want_q, mut want_k) = (q_rope.wide(), k_rope.wide());
     reference(&mut RopeTensors::OutOfPlace {
         q: q.view(),
@@ -41,16 +41,16 @@ fn check<T: Number>(
     })
     .unwrap();
     op(&mut RopeTensors::OutOfPlace {
-        q: q.on(gpu).view(),
-        k: k.on(gpu).view(),
-        q_rope: q_rope.on_mut(gpu).view_mut(),
-        k_rope: k_rope.on_mut(gpu).view_mut(),
+        q: q.device_view(),
+        k: k.device_view(),
+        q_rope: q_rope.device_view_mut(),
+        k_rope: k_rope.device_view_mut(),
     })
     .unwrap();
-    q_rope.assert_close(gpu, &format!("{what}: q_rope"), &want_q, bound);
-    k_rope.assert_close(gpu, &format!("{what}: k_rope"), &want_k, bound);
-    q.assert_untouched(gpu);
-    k.assert_untouched(gpu);
+    q_rope.assert_close(&format!("{what}: q_rope"), &want_q, bound);
+    k_rope.assert_close(&format!("{what}: k_rope"), &want_k, bound);
+    q.assert_untouched();
+    k.assert_untouched();
     check_in_place(gpu, what, [&mut q, &mut k], bound, op, reference);
 }
 
@@ -58,7 +58,7 @@ fn check<T: Number>(
 fn check_in_place<T: Number>(
     gpu: &Gpu,
     what: &str,
-    [q, k]: [&mut Tensor<T>; 2],
+    [q, k]: [&mut Mirrored<T>; 2],
     bound: f64,
     op: Apply<'_>,
     reference: Apply<'_>,
@@ -66,11 +66,11 @@ fn check_in_place<T: Number>(
     let (mut want_q, mut want_k) = (q.wide(), k.wide());
     let (q_view, k_view) = (q.view_of(&mut want_q), k.view_of(&mut want_k));
     reference(&mut RopeTensors::InPlace { q: q_view, k: k_view }).unwrap();
-    let (mut q_shown, mut k_shown) = (q.on_mut(gpu), k.on_mut(gpu));
-    op(&mut RopeTensors::InPlace { q: q_shown.view_mut(), k: k_shown.view_mut() }).unwrap();
+    let (mut q_shown, mut k_shown) = (q.device_view_mut(), k.device_view_mut());
+    op(&mut RopeTensors::InPlace { q: q_shown.reborrow(), k: k_shown.reborrow() }).unwrap();
     drop((q_shown, k_shown));
-    q.assert_close(gpu, &format!("{what}: q in place"), &want_q, bound);
-    k.assert_close(gpu, &format!("{what}: k in place"), &want_k, bound);
+    q.assert_close(&format!("{what}: q in place"), &want_q, bound);
+    k.assert_close(&format!("{what}: k in place"), &want_k, bound);
 }
 
 /// `[tokens, heads, head_dim]` of queries and keys.
@@ -80,8 +80,8 @@ fn random<T: Number>(
     tokens: usize,
     heads: [usize; 2],
     head_dim: usize,
-) -> [Tensor<T>; 2] {
-    heads.map(|heads| Tensor::random(gpu, rng, &[tokens, heads, head_dim]))
+) -> [Mirrored<T>; 2] {
+    heads.map(|heads| Mirrored::random(gpu, rng, &[tokens, heads, head_dim]))
 }
 
 /// Positions at which angles that are computed in f32 are good to 1e-4.
@@ -305,23 +305,23 @@ fn cos_sin_cache<T: Number>() {
                     check::<T>(&gpu, &what, [q, k], T::BOUND, op, want);
                     continue;
                 }
-                let mut outs = [&q, &k].map(|tensor| Tensor::<T>::poisoned(&gpu, &tensor.shape()));
-                let mut wide = outs.each_ref().map(Tensor::wide);
+                let mut outs = [&q, &k].map(|tensor| Mirrored::<T>::poisoned(&gpu, &tensor.shape()));
+                let mut wide = outs.each_ref().map(Mirrored::wide);
                 {
                     let [want_q, want_k] = &mut wide;
                     let (q_rope, k_rope) = (outs[0].view_of(want_q), outs[1].view_of(want_k));
                     want(&mut RopeTensors::OutOfPlace { q: q.view(), k: k.view(), q_rope, k_rope }).unwrap();
                     let [q_rope, k_rope] = &mut outs;
                     op(&mut RopeTensors::OutOfPlace {
-                        q: q.on(&gpu).view(),
-                        k: k.on(&gpu).view(),
-                        q_rope: q_rope.on_mut(&gpu).view_mut(),
-                        k_rope: k_rope.on_mut(&gpu).view_mut(),
+                        q: q.device_view(),
+                        k: k.device_view(),
+                        q_rope: q_rope.device_view_mut(),
+                        k_rope: k_rope.device_view_mut(),
                     })
                     .unwrap();
                 }
                 for (out, want) in outs.iter().zip(&wide) {
-                    out.assert_close(&gpu, &what, want, T::BOUND);
+                    out.assert_close(&what, want, T::BOUND);
                 }
             }
         }
@@ -415,18 +415,18 @@ fn parts_of_one_tensor() {
     }
     for head_dim in [128, 192] {
         for interleave in [false, true] {
-            let mut qkv = Tensor::<bf16>::random(&gpu, rng, &[21, 10, head_dim]);
+            let mut qkv = Mirrored::<bf16>::random(&gpu, rng, &[21, 10, head_dim]);
             let mut want = qkv.wide();
             let rotation = cache.rotation(&pos_ids, interleave);
             let view = qkv.view_of(&mut want);
             reference::apply_rope_pos_ids_cos_sin_cache(&mut split(view), &rotation).unwrap();
             rope::apply_rope_pos_ids_cos_sin_cache(
                 &gpu.stream,
-                &mut split(qkv.on_mut(&gpu).view_mut()),
+                &mut split(qkv.device_view_mut()),
                 &cache.on_device((&table).into(), interleave),
             )
             .unwrap();
-            qkv.assert_close(&gpu, "parts of one tensor", &want, bf16::BOUND);
+            qkv.assert_close("parts of one tensor", &want, bf16::BOUND);
         }
     }
 }
@@ -439,8 +439,8 @@ fn strided() {
     let pos_ids = positions(rng, 13);
     let table = BoundedTable::new(&gpu.stream, BoundedIndices::new(1000, pos_ids.clone()).unwrap()).unwrap();
     let options = RopeOptions::default();
-    let q = Tensor::<f16>::random(&gpu, rng, &[4, 13, 128]).permuted(&[1, 0, 2]);
-    let k = Tensor::<f16>::random(&gpu, rng, &[13, 2, 136]).narrowed(2, 8, 128);
+    let q = Mirrored::<f16>::random(&gpu, rng, &[4, 13, 128]).permuted(&[1, 0, 2]);
+    let k = Mirrored::<f16>::random(&gpu, rng, &[13, 2, 136]).narrowed(2, 8, 128);
     check(
         &gpu,
         "strided",
@@ -467,15 +467,15 @@ fn kinds_of_positions() {
     let cache = Cache::new(&gpu, 128, 30);
     let [q, k] = random::<f16>(&gpu, rng, 12, [2, 1], 128);
     let turn = |op: Apply<'_>| {
-        let mut outs = [&q, &k].map(|tensor| Tensor::<f16>::poisoned(&gpu, &tensor.shape()));
+        let mut outs = [&q, &k].map(|tensor| Mirrored::<f16>::poisoned(&gpu, &tensor.shape()));
         let [q_rope, k_rope] = &mut outs;
         op(&mut RopeTensors::OutOfPlace {
-            q: q.on(&gpu).view(),
-            k: k.on(&gpu).view(),
-            q_rope: q_rope.on_mut(&gpu).view_mut(),
-            k_rope: k_rope.on_mut(&gpu).view_mut(),
+            q: q.device_view(),
+            k: k.device_view(),
+            q_rope: q_rope.device_view_mut(),
+            k_rope: k_rope.device_view_mut(),
         })?;
-        Ok::<_, flashinfer_rs::FlashInferError>(outs.map(|out| out.download(&gpu)))
+        Ok::<_, flashinfer_rs::FlashInferError>(outs.map(|out| out.download()))
     };
     let looked_up = |pos_ids: Positions<'_>| {
         let rotation = cache.on_device(pos_ids, false);
@@ -530,26 +530,26 @@ fn graph_replay() {
     };
     let mut table = BoundedTable::with_capacity(&gpu.stream, random_positions(rng), tokens).unwrap();
     let [q, k] = random::<f16>(&gpu, rng, tokens, [8, 2], 128);
-    let mut q_rope = Tensor::<f16>::poisoned(&gpu, &q.shape());
-    let mut k_rope = Tensor::<f16>::poisoned(&gpu, &k.shape());
-    let mut computed = [&q, &k].map(|tensor| Tensor::<f16>::poisoned(&gpu, &tensor.shape()));
+    let mut q_rope = Mirrored::<f16>::poisoned(&gpu, &q.shape());
+    let mut k_rope = Mirrored::<f16>::poisoned(&gpu, &k.shape());
+    let mut computed = [&q, &k].map(|tensor| Mirrored::<f16>::poisoned(&gpu, &tensor.shape()));
     let graph = {
-        let (q, k) = (q.on(&gpu), k.on(&gpu));
-        let (mut q_rope, mut k_rope) = (q_rope.on_mut(&gpu), k_rope.on_mut(&gpu));
+        let (q, k) = (q.device_view(), k.device_view());
+        let (mut q_rope, mut k_rope) = (q_rope.device_view_mut(), k_rope.device_view_mut());
         let [q_computed, k_computed] = &mut computed;
-        let (mut q_computed, mut k_computed) = (q_computed.on_mut(&gpu), k_computed.on_mut(&gpu));
+        let (mut q_computed, mut k_computed) = (q_computed.device_view_mut(), k_computed.device_view_mut());
         let rotation = cache.on_device((&table).into(), false);
         let mut looked_up = RopeTensors::OutOfPlace {
-            q: q.view(),
-            k: k.view(),
-            q_rope: q_rope.view_mut(),
-            k_rope: k_rope.view_mut(),
+            q: q,
+            k: k,
+            q_rope: q_rope.reborrow(),
+            k_rope: k_rope.reborrow(),
         };
         let mut by_angle = RopeTensors::OutOfPlace {
-            q: q.view(),
-            k: k.view(),
-            q_rope: q_computed.view_mut(),
-            k_rope: k_computed.view_mut(),
+            q: q,
+            k: k,
+            q_rope: q_computed.reborrow(),
+            k_rope: k_computed.reborrow(),
         };
         let options = RopeOptions::default();
         // Functions are resolved before the capture.
@@ -568,7 +568,7 @@ fn graph_replay() {
         table.update(positions).unwrap();
         for out in [&mut q_rope, &mut k_rope].into_iter().chain(&mut computed) {
             let poison = vec![f16::POISON; out.host.len()];
-            out.upload(&gpu, &poison);
+            out.upload(&poison);
         }
         graph.launch().unwrap();
         let (mut want_q, mut want_k) = (q_rope.wide(), k_rope.wide());
@@ -586,10 +586,10 @@ fn graph_replay() {
         let looked_up = want(&|tensors| reference::apply_rope_pos_ids_cos_sin_cache(tensors, &rotation));
         let by_angle =
             want(&|tensors| reference::apply_rope_pos_ids(tensors, &pos_ids, &RopeOptions::default()));
-        q_rope.assert_close(&gpu, "replayed q", &looked_up[0], f16::BOUND);
-        k_rope.assert_close(&gpu, "replayed k", &looked_up[1], f16::BOUND);
-        computed[0].assert_close(&gpu, "replayed q, computed", &by_angle[0], f16::BOUND);
-        computed[1].assert_close(&gpu, "replayed k, computed", &by_angle[1], f16::BOUND);
+        q_rope.assert_close("replayed q", &looked_up[0], f16::BOUND);
+        k_rope.assert_close("replayed k", &looked_up[1], f16::BOUND);
+        computed[0].assert_close("replayed q, computed", &by_angle[0], f16::BOUND);
+        computed[1].assert_close("replayed k, computed", &by_angle[1], f16::BOUND);
     }
 }
 
@@ -602,8 +602,8 @@ fn nothing_to_do() {
     let ragged = RaggedTable::new(&gpu.stream, RaggedIndices::new(vec![0]).unwrap()).unwrap();
     let [mut q, mut k] = random::<f16>(&gpu, rng, 3, [2, 1], 64).map(|tensor| tensor.narrowed(0, 0, 0));
     {
-        let (mut q, mut k) = (q.on_mut(&gpu), k.on_mut(&gpu));
-        let mut tensors = RopeTensors::InPlace { q: q.view_mut(), k: k.view_mut() };
+        let (mut q, mut k) = (q.device_view_mut(), k.device_view_mut());
+        let mut tensors = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
         let (options, llama) = (RopeOptions::default(), Llama31RopeOptions::default());
         let rotation = cache.on_device((&table).into(), false);
         rope::apply_rope(&gpu.stream, &mut tensors, &ragged, &table, &options).unwrap();
@@ -612,8 +612,8 @@ fn nothing_to_do() {
         rope::apply_llama31_rope_pos_ids(&gpu.stream, &mut tensors, &table, &llama).unwrap();
         rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, &mut tensors, &rotation).unwrap();
     }
-    q.assert_untouched(&gpu);
-    k.assert_untouched(&gpu);
+    q.assert_untouched();
+    k.assert_untouched();
     // A cache of no positions.
     let frequencies = RopeFrequencies::new(64, 1e4, &RopeScaling::None).unwrap();
     let empty = CosSinCache::new(&gpu.stream, &frequencies, 0).unwrap();
@@ -637,8 +637,8 @@ fn wrong_input() {
     let good = positions(&gpu, vec![1, 2, 3]);
     let [mut q, mut k] = random::<f16>(&gpu, rng, 3, [2, 1], 64);
     {
-        let (mut q, mut k) = (q.on_mut(&gpu), k.on_mut(&gpu));
-        let mut tensors = RopeTensors::InPlace { q: q.view_mut(), k: k.view_mut() };
+        let (mut q, mut k) = (q.device_view_mut(), k.device_view_mut());
+        let mut tensors = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
         let options = RopeOptions::default();
 
         let foreign = positions(&other, vec![1, 2, 3]);
@@ -682,6 +682,6 @@ fn wrong_input() {
         );
     }
     other.synchronize();
-    q.assert_untouched(&gpu);
-    k.assert_untouched(&gpu);
+    q.assert_untouched();
+    k.assert_untouched();
 }

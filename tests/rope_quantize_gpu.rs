@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     attention::capture,
     cache::{Cache, CacheShape, LAYOUTS, random_table},
     refused,
@@ -80,8 +80,8 @@ fn on_device(gpu: &Gpu, pos_ids: &[i32]) -> BoundedTable {
 #[track_caller]
 fn run<T: Number, Q: Number>(
     gpu: &Gpu,
-    [q, k]: [&Tensor<T>; 2],
-    [q_out, k_out]: [&mut Tensor<Q>; 2],
+    [q, k]: [&Mirrored<T>; 2],
+    [q_out, k_out]: [&mut Mirrored<Q>; 2],
     (angles, pos_ids): (&Angles, &BoundedTable),
     options: &RopeQuantizeOptions,
 ) {
@@ -89,10 +89,10 @@ fn run<T: Number, Q: Number>(
     rope::rope_quantize(
         &gpu.stream,
         &mut [
-            parts_mut(q_out.on_mut(gpu).view_mut(), rotary_dim),
-            parts_mut(k_out.on_mut(gpu).view_mut(), rotary_dim),
+            parts_mut(q_out.device_view_mut(), rotary_dim),
+            parts_mut(k_out.device_view_mut(), rotary_dim),
         ],
-        &[parts(q.on(gpu).view(), rotary_dim), parts(k.on(gpu).view(), rotary_dim)],
+        &[parts(q.device_view(), rotary_dim), parts(k.device_view(), rotary_dim)],
         &angles.on_device(pos_ids),
         options,
     )
@@ -105,8 +105,8 @@ fn run<T: Number, Q: Number>(
 fn check<T: Number, Q: Number>(
     gpu: &Gpu,
     what: &str,
-    [q, k]: [&Tensor<T>; 2],
-    [q_out, k_out]: [&mut Tensor<Q>; 2],
+    [q, k]: [&Mirrored<T>; 2],
+    [q_out, k_out]: [&mut Mirrored<Q>; 2],
     (angles, pos_ids): (&Angles, &[i32]),
     options: &RopeQuantizeOptions,
 ) {
@@ -121,8 +121,8 @@ fn check<T: Number, Q: Number>(
     )
     .unwrap();
     run(gpu, [q, k], [q_out, k_out], (angles, &on_device(gpu, pos_ids)), options);
-    assert_rounded_alike(&format!("{what}: q"), &q_out.download(gpu), &want_q);
-    assert_rounded_alike(&format!("{what}: k"), &k_out.download(gpu), &want_k);
+    assert_rounded_alike(&format!("{what}: q"), &q_out.download(), &want_q);
+    assert_rounded_alike(&format!("{what}: k"), &k_out.download(), &want_k);
 }
 
 fn positions(rng: &mut Rng, tokens: usize) -> Vec<i32> {
@@ -151,18 +151,18 @@ fn sizes<T: Number, Q: Number>() {
         for interleave in [false, true] {
             let angles = Angles::new(&gpu, rotary_dim, interleave);
             let pos_ids = positions(rng, tokens);
-            let q = Tensor::<T>::random(&gpu, rng, &[tokens, q_heads, head_dim]);
+            let q = Mirrored::<T>::random(&gpu, rng, &[tokens, q_heads, head_dim]);
             // Keys of one head may come without a dimension for it.
             let k_shape = [tokens, k_heads, head_dim];
             let k_shape = if k_heads == 1 { &[tokens, head_dim][..] } else { &k_shape };
-            let k = Tensor::<T>::random(&gpu, rng, k_shape);
+            let k = Mirrored::<T>::random(&gpu, rng, k_shape);
             for options in [RopeQuantizeOptions::default(), RopeQuantizeOptions::with_scales(0.37, 55.0)] {
-                let mut q_out = Tensor::<Q>::poisoned(&gpu, &q.shape());
-                let mut k_out = Tensor::<Q>::poisoned(&gpu, &k.shape());
+                let mut q_out = Mirrored::<Q>::poisoned(&gpu, &q.shape());
+                let mut k_out = Mirrored::<Q>::poisoned(&gpu, &k.shape());
                 let what = format!("{tokens} {q_heads} {k_heads} {rotary_dim} of {head_dim}, {interleave}");
                 check(&gpu, &what, [&q, &k], [&mut q_out, &mut k_out], (&angles, &pos_ids), &options);
-                q.assert_untouched(&gpu);
-                k.assert_untouched(&gpu);
+                q.assert_untouched();
+                k.assert_untouched();
             }
         }
     }
@@ -189,13 +189,13 @@ fn beyond_the_largest_number() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let angles = Angles::new(&gpu, 64, false);
-    let q = Tensor::<f16>::random(&gpu, rng, &[5, 2, 80]);
-    let k = Tensor::<f16>::random(&gpu, rng, &[5, 1, 80]);
-    let mut outs = [2, 1].map(|heads| Tensor::<F8E4M3>::poisoned(&gpu, &[5, heads, 80]));
+    let q = Mirrored::<f16>::random(&gpu, rng, &[5, 2, 80]);
+    let k = Mirrored::<f16>::random(&gpu, rng, &[5, 1, 80]);
+    let mut outs = [2, 1].map(|heads| Mirrored::<F8E4M3>::poisoned(&gpu, &[5, heads, 80]));
     let [q_out, k_out] = &mut outs;
     let options = RopeQuantizeOptions::with_scales(1e6, -1e6);
     check(&gpu, "large", [&q, &k], [q_out, k_out], (&angles, &[0, 1, 2, 3, 4]), &options);
-    let large = outs[1].download(&gpu).iter().filter(|number| number.to_f64().abs() == 448.0).count();
+    let large = outs[1].download().iter().filter(|number| number.to_f64().abs() == 448.0).count();
     assert!(large > 380, "{large} of 400");
 }
 
@@ -207,10 +207,10 @@ fn strided() {
     for (rotary_dim, interleave) in [(64, false), (48, true)] {
         let angles = Angles::new(&gpu, rotary_dim, interleave);
         let pos_ids = positions(rng, 13);
-        let q = Tensor::<bf16>::random(&gpu, rng, &[13, 9, 96]).narrowed(2, 0, 83).narrowed(1, 2, 4);
-        let k = Tensor::<bf16>::random(&gpu, rng, &[3, 13, 96]).narrowed(2, 8, 83).permuted(&[1, 0, 2]);
-        let mut q_out = Tensor::<F8E4M3>::poisoned(&gpu, &[13, 5, 112]).narrowed(2, 16, 83).narrowed(1, 0, 4);
-        let mut k_out = Tensor::poisoned(&gpu, &[13, 3, 96]).narrowed(2, 0, 83);
+        let q = Mirrored::<bf16>::random(&gpu, rng, &[13, 9, 96]).narrowed(2, 0, 83).narrowed(1, 2, 4);
+        let k = Mirrored::<bf16>::random(&gpu, rng, &[3, 13, 96]).narrowed(2, 8, 83).permuted(&[1, 0, 2]);
+        let mut q_out = Mirrored::<F8E4M3>::poisoned(&gpu, &[13, 5, 112]).narrowed(2, 16, 83).narrowed(1, 0, 4);
+        let mut k_out = Mirrored::poisoned(&gpu, &[13, 3, 96]).narrowed(2, 0, 83);
         let options = RopeQuantizeOptions::with_scales(2.0, 3.0);
         check(&gpu, "strided", [&q, &k], [&mut q_out, &mut k_out], (&angles, &pos_ids), &options);
     }
@@ -224,11 +224,11 @@ fn pdl() {
     let rng = &mut Rng::new();
     let angles = Angles::new(&gpu, 128, false);
     let pos_ids = positions(rng, 200);
-    let q = Tensor::<f16>::random(&gpu, rng, &[200, 8, 128]);
-    let k = Tensor::<f16>::random(&gpu, rng, &[200, 2, 128]);
+    let q = Mirrored::<f16>::random(&gpu, rng, &[200, 8, 128]);
+    let k = Mirrored::<f16>::random(&gpu, rng, &[200, 2, 128]);
     let table = on_device(&gpu, &pos_ids);
     let bits = |enable_pdl| {
-        let mut outs = [8, 2].map(|heads| Tensor::<F8E4M3>::poisoned(&gpu, &[200, heads, 128]));
+        let mut outs = [8, 2].map(|heads| Mirrored::<F8E4M3>::poisoned(&gpu, &[200, heads, 128]));
         let [q_out, k_out] = &mut outs;
         let mut options = RopeQuantizeOptions::default();
         options.enable_pdl = enable_pdl;
@@ -236,7 +236,7 @@ fn pdl() {
             run(&gpu, [&q, &k], [q_out, k_out], (&angles, &table), &options);
         }
         check(&gpu, "pdl", [&q, &k], [q_out, k_out], (&angles, &pos_ids), &options);
-        outs.map(|out| out.download(&gpu))
+        outs.map(|out| out.download())
     };
     if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
         for (with, without) in bits(true).iter().zip(&bits(false)) {
@@ -284,7 +284,7 @@ impl Tokens {
 #[track_caller]
 fn check_append<T: Number, Q: Number>(
     gpu: &Gpu,
-    [q, k, v]: [&Tensor<T>; 3],
+    [q, k, v]: [&Mirrored<T>; 3],
     cache: &mut Cache<Q>,
     angles: &Angles,
     tokens: &Tokens,
@@ -292,7 +292,7 @@ fn check_append<T: Number, Q: Number>(
 ) {
     let rotary_dim = angles.device.rotary_dim();
     let what = format!("{:?}, {rotary_dim} turned, {}", cache.shape, angles.interleave);
-    let mut q_out = Tensor::<Q>::poisoned(gpu, &q.shape());
+    let mut q_out = Mirrored::<Q>::poisoned(gpu, &q.shape());
     let (mut want_q, mut want) = (q_out.host.clone(), cache.hosts());
     reference::rope_quantize_append_paged_kv_cache(
         &mut parts_mut(q_out.view_of(&mut want_q), rotary_dim),
@@ -306,18 +306,18 @@ fn check_append<T: Number, Q: Number>(
     .unwrap();
     rope::rope_quantize_append_paged_kv_cache(
         &gpu.stream,
-        &mut parts_mut(q_out.on_mut(gpu).view_mut(), rotary_dim),
-        &mut RopeAppend::Kv { cache: cache.on_mut(gpu).kv_mut(), value: v.on(gpu).view() },
-        &[parts(q.on(gpu).view(), rotary_dim), parts(k.on(gpu).view(), rotary_dim)],
+        &mut parts_mut(q_out.device_view_mut(), rotary_dim),
+        &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: v.device_view() },
+        &[parts(q.device_view(), rotary_dim), parts(k.device_view(), rotary_dim)],
         &angles.on_device(&tokens.device_append),
         &tokens.device_append,
         &tokens.device_table,
         options,
     )
     .unwrap();
-    assert_rounded_alike(&format!("{what}: q"), &q_out.download(gpu), &want_q);
+    assert_rounded_alike(&format!("{what}: q"), &q_out.download(), &want_q);
     for (tensor, want) in cache.tensors.iter().zip(&want) {
-        assert_rounded_alike(&what, &tensor.download(gpu), want);
+        assert_rounded_alike(&what, &tensor.download(), want);
     }
 }
 
@@ -339,9 +339,9 @@ fn append<T: Number, Q: Number>() {
                     layout,
                     joined,
                 };
-                let q = Tensor::<T>::random(&gpu, rng, &[tokens.len(), q_heads, head_dim]);
-                let k = Tensor::random(&gpu, rng, &[tokens.len(), heads, head_dim]);
-                let v = Tensor::random(&gpu, rng, &[tokens.len(), heads + 1, head_dim]).narrowed(1, 1, heads);
+                let q = Mirrored::<T>::random(&gpu, rng, &[tokens.len(), q_heads, head_dim]);
+                let k = Mirrored::random(&gpu, rng, &[tokens.len(), heads, head_dim]);
+                let v = Mirrored::random(&gpu, rng, &[tokens.len(), heads + 1, head_dim]).narrowed(1, 1, heads);
                 let mut options = RopeQuantizeOptions::with_scales(3.0, 40.0);
                 options.enable_pdl =
                     layout == KvLayout::Hnd && gpu.runtime.compute_capability(0).unwrap().0 >= 9;
@@ -375,10 +375,10 @@ fn append_latent() {
     for (page_size, interleave) in [(1, false), (16, true), (64, false)] {
         let tokens = Tokens::new(&gpu, rng, page_size);
         let angles = Angles::new(&gpu, 64, interleave);
-        let q = Tensor::<bf16>::random(&gpu, rng, &[tokens.len(), 16, 576]);
-        let k = Tensor::<bf16>::random(&gpu, rng, &[tokens.len(), 576]);
-        let mut q_out = Tensor::<F8E4M3>::poisoned(&gpu, &q.shape());
-        let mut cache = Tensor::<F8E4M3>::poisoned(&gpu, &[tokens.table.num_pages(), page_size, 576]);
+        let q = Mirrored::<bf16>::random(&gpu, rng, &[tokens.len(), 16, 576]);
+        let k = Mirrored::<bf16>::random(&gpu, rng, &[tokens.len(), 576]);
+        let mut q_out = Mirrored::<F8E4M3>::poisoned(&gpu, &q.shape());
+        let mut cache = Mirrored::<F8E4M3>::poisoned(&gpu, &[tokens.table.num_pages(), page_size, 576]);
         let (mut want_q, mut want) = (q_out.host.clone(), cache.host.clone());
         let options = RopeQuantizeOptions::with_scales(3.0, 40.0);
         fn latent(cache: TensorMut<'_>) -> RopeAppend<'_> {
@@ -397,17 +397,17 @@ fn append_latent() {
         .unwrap();
         rope::rope_quantize_append_paged_kv_cache(
             &gpu.stream,
-            &mut parts_mut(q_out.on_mut(&gpu).view_mut(), 64),
-            &mut latent(cache.on_mut(&gpu).view_mut()),
-            &[parts(q.on(&gpu).view(), 64), parts(k.on(&gpu).view(), 64)],
+            &mut parts_mut(q_out.device_view_mut(), 64),
+            &mut latent(cache.device_view_mut()),
+            &[parts(q.device_view(), 64), parts(k.device_view(), 64)],
             &angles.on_device(&tokens.device_append),
             &tokens.device_append,
             &tokens.device_table,
             &options,
         )
         .unwrap();
-        assert_rounded_alike("latent q", &q_out.download(&gpu), &want_q);
-        assert_rounded_alike("latent cache", &cache.download(&gpu), &want);
+        assert_rounded_alike("latent q", &q_out.download(), &want_q);
+        assert_rounded_alike("latent cache", &cache.download(), &want);
     }
 }
 
@@ -428,23 +428,23 @@ fn graph_replay() {
     let mut device_table = PageTable::with_capacity(&gpu.stream, table, 3, pages).unwrap();
     let mut device_append = AppendTable::with_capacity(&gpu.stream, append, 3).unwrap();
     let angles = Angles::new(&gpu, 128, false);
-    let q = Tensor::<f16>::random(&gpu, rng, &[3, 4, 128]);
-    let k = Tensor::<f16>::random(&gpu, rng, &[3, 2, 128]);
+    let q = Mirrored::<f16>::random(&gpu, rng, &[3, 4, 128]);
+    let k = Mirrored::<f16>::random(&gpu, rng, &[3, 2, 128]);
     let shape =
         CacheShape { pages, page_size, heads: 2, head_dim: 128, layout: KvLayout::Nhd, joined: false };
     let options = RopeQuantizeOptions::with_scales(2.0, 20.0);
     let mut cache = Cache::<F8E4M3>::poisoned(&gpu, shape);
-    let mut q_out = Tensor::<F8E4M3>::poisoned(&gpu, &[3, 4, 128]);
+    let mut q_out = Mirrored::<F8E4M3>::poisoned(&gpu, &[3, 4, 128]);
     let graph = {
-        let (q, k) = (q.on(&gpu), k.on(&gpu));
-        let (mut cache, mut q_out) = (cache.on_mut(&gpu), q_out.on_mut(&gpu));
+        let (q, k) = (q.device_view(), k.device_view());
+        let (mut cache, mut q_out) = (cache.device_view_mut(), q_out.device_view_mut());
         let rotation = angles.on_device(&device_append);
         let mut run = || {
             rope::rope_quantize_append_paged_kv_cache(
                 &gpu.stream,
-                &mut parts_mut(q_out.view_mut(), 128),
-                &mut RopeAppend::Kv { cache: cache.kv_mut(), value: k.view() },
-                &[parts(q.view(), 128), parts(k.view(), 128)],
+                &mut parts_mut(q_out.reborrow(), 128),
+                &mut RopeAppend::Kv { cache: cache.reborrow(), value: k },
+                &[parts(q, 128), parts(k, 128)],
                 &rotation,
                 &device_append,
                 &device_table,
@@ -463,7 +463,7 @@ fn graph_replay() {
         device_append.update(append.clone()).unwrap();
         for tensor in cache.tensors.iter_mut().chain([&mut q_out]) {
             let poison = vec![F8E4M3::POISON; tensor.host.len()];
-            tensor.upload(&gpu, &poison);
+            tensor.upload(&poison);
         }
         graph.launch().unwrap();
         let (mut want_q, mut want) = (q_out.host.clone(), cache.hosts());
@@ -477,9 +477,9 @@ fn graph_replay() {
             &options,
         )
         .unwrap();
-        assert_rounded_alike("replayed q", &q_out.download(&gpu), &want_q);
+        assert_rounded_alike("replayed q", &q_out.download(), &want_q);
         for (tensor, want) in cache.tensors.iter().zip(&want) {
-            assert_rounded_alike("replayed cache", &tensor.download(&gpu), want);
+            assert_rounded_alike("replayed cache", &tensor.download(), want);
         }
     }
 }
@@ -502,15 +502,15 @@ fn wrong_input() {
         layout: KvLayout::Nhd,
         joined: false,
     };
-    let q = Tensor::<f16>::random(&gpu, rng, &[len, 4, 128]);
-    let k = Tensor::<f16>::random(&gpu, rng, &[len, 2, 128]);
-    let mut q_out = Tensor::<F8E4M3>::poisoned(&gpu, &[len, 4, 128]);
+    let q = Mirrored::<f16>::random(&gpu, rng, &[len, 4, 128]);
+    let k = Mirrored::<f16>::random(&gpu, rng, &[len, 2, 128]);
+    let mut q_out = Mirrored::<F8E4M3>::poisoned(&gpu, &[len, 4, 128]);
 
     #[track_caller]
     fn refuse<Q: Number>(
         gpu: &Gpu,
         (q, k, v): (TensorRef<'_>, TensorRef<'_>, TensorRef<'_>),
-        q_out: &mut Tensor<F8E4M3>,
+        q_out: &mut Mirrored<F8E4M3>,
         (shape, angles): (CacheShape, &Angles),
         tables: (&AppendTable, &PageTable),
         expected: &str,
@@ -519,8 +519,8 @@ fn wrong_input() {
         let mut cache = Cache::<Q>::poisoned(gpu, shape);
         let call = rope::rope_quantize_append_paged_kv_cache(
             &gpu.stream,
-            &mut parts_mut(q_out.on_mut(gpu).view_mut(), rotary_dim),
-            &mut RopeAppend::Kv { cache: cache.on_mut(gpu).kv_mut(), value: v },
+            &mut parts_mut(q_out.device_view_mut(), rotary_dim),
+            &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: v },
             &[parts(q, rotary_dim), parts(k, rotary_dim)],
             &angles.on_device(tables.0),
             tables.0,
@@ -528,12 +528,12 @@ fn wrong_input() {
             &RopeQuantizeOptions::default(),
         );
         refused(call, expected);
-        q_out.assert_untouched(gpu);
-        cache.assert_untouched(gpu);
+        q_out.assert_untouched();
+        cache.assert_untouched();
     }
 
-    let (q_shown, k_shown) = (q.on(&gpu), k.on(&gpu));
-    let (q_view, k_view) = (q_shown.view(), k_shown.view());
+    let (q_shown, k_shown) = (q.device_view(), k.device_view());
+    let (q_view, k_view) = (q_shown, k_shown);
     let good = (q_view, k_view, k_view);
     let tables = (&tokens.device_append, &tokens.device_table);
     let with = (shape, &angles);
@@ -565,11 +565,11 @@ fn wrong_input() {
     let nobody = AppendTable::new(&gpu.stream, nobody).unwrap();
     let none = [&q_view, &k_view].map(|view| view.narrow(0, 0, 0).unwrap());
     let mut cache = Cache::<F8E4M3>::poisoned(&gpu, shape);
-    let mut empty = Tensor::<F8E4M3>::poisoned(&gpu, &[0, 4, 128]);
+    let mut empty = Mirrored::<F8E4M3>::poisoned(&gpu, &[0, 4, 128]);
     rope::rope_quantize_append_paged_kv_cache(
         &gpu.stream,
-        &mut parts_mut(empty.on_mut(&gpu).view_mut(), 64),
-        &mut RopeAppend::Kv { cache: cache.on_mut(&gpu).kv_mut(), value: none[1] },
+        &mut parts_mut(empty.device_view_mut(), 64),
+        &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: none[1] },
         &[parts(none[0], 64), parts(none[1], 64)],
         &angles.on_device(&nobody),
         &nobody,
@@ -577,5 +577,5 @@ fn wrong_input() {
         &RopeQuantizeOptions::default(),
     )
     .unwrap();
-    cache.assert_untouched(&gpu);
+    cache.assert_untouched();
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gpu, Rng, Tensor, assert_same_bits, captured, refused};
+use common::{Gpu, Rng, Mirrored, assert_same_bits, captured, refused};
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     TensorMut, TensorRef,
@@ -314,7 +314,7 @@ impl OnGpu {
 /// The tokens of the kernel, of which there may be `i32` or `i64`.
 fn on_gpu(gpu: &Gpu, rows: &Rows, logits: &[f32], wide: bool) -> Vec<i32> {
     let count = rows.uniforms.len();
-    let mut logits = Tensor::<f32>::new(gpu, &[count, logits.len() / count], logits.to_vec());
+    let mut logits = Mirrored::<f32>::new(gpu, &[count, logits.len() / count], logits.to_vec());
     let parameters = OnGpu::new(gpu, rows);
     let (floats, top_ks) = parameters.shown(gpu);
     let [uniforms, temperatures, top_ps, min_ps] = floats.each_ref().map(SliceRef::view);
@@ -322,13 +322,13 @@ fn on_gpu(gpu: &Gpu, rows: &Rows, logits: &[f32], wide: bool) -> Vec<i32> {
     if wide {
         let mut tokens = gpu.cuda.clone_htod(&vec![-7i64; count]).unwrap();
         let mut shown = tokens.tensor_mut(&gpu.cuda, &[count]).unwrap();
-        sample(&gpu.stream, &mut shown.view_mut(), &mut logits.on_mut(gpu).view_mut(), &options).unwrap();
+        sample(&gpu.stream, &mut shown.view_mut(), &mut logits.device_view_mut(), &options).unwrap();
         drop(shown);
         return gpu.cuda.clone_dtoh(&tokens).unwrap().into_iter().map(|token| token as i32).collect();
     }
     let mut tokens = gpu.cuda.clone_htod(&vec![-7i32; count]).unwrap();
     let mut shown = tokens.tensor_mut(&gpu.cuda, &[count]).unwrap();
-    sample(&gpu.stream, &mut shown.view_mut(), &mut logits.on_mut(gpu).view_mut(), &options).unwrap();
+    sample(&gpu.stream, &mut shown.view_mut(), &mut logits.device_view_mut(), &options).unwrap();
     drop(shown);
     gpu.cuda.clone_dtoh(&tokens).unwrap()
 }
@@ -436,20 +436,20 @@ fn greedy_is_argmax() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let (count, vocab) = (33, 32_000);
-    let mut logits = Tensor::<f32>::random_scaled(&gpu, rng, &[count, vocab], 4.0);
+    let mut logits = Mirrored::<f32>::random_scaled(&gpu, rng, &[count, vocab], 4.0);
     let [mut greedy, mut largest] = [(); 2].map(|()| gpu.cuda.clone_htod(&vec![-7i32; count]).unwrap());
-    let uniforms = Tensor::<f32>::new(&gpu, &[count], vec![0.5; count]);
+    let uniforms = Mirrored::<f32>::new(&gpu, &[count], vec![0.5; count]);
     {
-        let uniforms = uniforms.on(&gpu);
-        let mut options = SampleOptions::new(uniforms.view());
+        let uniforms = uniforms.device_view();
+        let mut options = SampleOptions::new(uniforms);
         options.temperature = 0.0.into();
         options.top_k = 3.into();
         let mut greedy = greedy.tensor_mut(&gpu.cuda, &[count]).unwrap();
         let mut largest = largest.tensor_mut(&gpu.cuda, &[count]).unwrap();
-        sample(&gpu.stream, &mut greedy.view_mut(), &mut logits.on_mut(&gpu).view_mut(), &options).unwrap();
-        argmax(&gpu.stream, &mut largest.view_mut(), &logits.on(&gpu).view()).unwrap();
+        sample(&gpu.stream, &mut greedy.view_mut(), &mut logits.device_view_mut(), &options).unwrap();
+        argmax(&gpu.stream, &mut largest.view_mut(), &logits.device_view()).unwrap();
     }
-    logits.assert_untouched(&gpu);
+    logits.assert_untouched();
     assert_eq!(gpu.cuda.clone_dtoh(&greedy).unwrap(), gpu.cuda.clone_dtoh(&largest).unwrap());
 }
 
@@ -484,13 +484,13 @@ fn edits_are_the_references() {
         logits.iter_mut().step_by(17).for_each(|logit| *logit = [-INF, INF, 0.0, -0.0][rng.below(4)]);
         let edits = random_edits(rng, count, vocab);
         let table = LogitEditTable::new(&gpu.stream, edits.clone()).unwrap();
-        let mut device = Tensor::<f32>::new(&gpu, &[count, vocab], logits.clone());
-        edit_logits(&gpu.stream, &mut device.on_mut(&gpu).view_mut(), &table).unwrap();
-        assert_same_bits("edited", &device.download(&gpu), &edited(&logits, &edits));
+        let mut device = Mirrored::<f32>::new(&gpu, &[count, vocab], logits.clone());
+        edit_logits(&gpu.stream, &mut device.device_view_mut(), &table).unwrap();
+        assert_same_bits("edited", &device.download(), &edited(&logits, &edits));
         // A table of fewer tokens.
-        let mut wider = Tensor::<f32>::new(&gpu, &[count, vocab + 3], vec![0.5; count * (vocab + 3)]);
-        edit_logits(&gpu.stream, &mut wider.on_mut(&gpu).view_mut(), &table).unwrap();
-        assert_same_bits("wider", &wider.download(&gpu), &edited(&wider.host, &edits));
+        let mut wider = Mirrored::<f32>::new(&gpu, &[count, vocab + 3], vec![0.5; count * (vocab + 3)]);
+        edit_logits(&gpu.stream, &mut wider.device_view_mut(), &table).unwrap();
+        assert_same_bits("wider", &wider.download(), &edited(&wider.host, &edits));
     }
 }
 
@@ -505,14 +505,14 @@ fn graph_replay() {
         LogitEditTable::with_capacity(&gpu.stream, random_edits(rng, count, vocab), count, count * vocab)
             .unwrap();
     let mut parameters = OnGpu::new(&gpu, &rows);
-    let mut logits = Tensor::<f32>::new(&gpu, &[count, vocab], random_logits(rng, count * vocab, 2.0));
+    let mut logits = Mirrored::<f32>::new(&gpu, &[count, vocab], random_logits(rng, count * vocab, 2.0));
     let mut tokens = gpu.cuda.clone_htod(&[-7i32; 6]).unwrap();
     let graph = {
         let (floats, top_ks) = parameters.shown(&gpu);
         let [uniforms, temperatures, top_ps, min_ps] = floats.each_ref().map(SliceRef::view);
         let options = rows.options([uniforms, temperatures, top_ks.view(), top_ps, min_ps]);
-        let (mut logits, mut tokens) = (logits.on_mut(&gpu), tokens.tensor_mut(&gpu.cuda, &[count]).unwrap());
-        let (mut logits, mut tokens) = (logits.view_mut(), tokens.view_mut());
+        let (mut logits, mut tokens) = (logits.device_view_mut(), tokens.tensor_mut(&gpu.cuda, &[count]).unwrap());
+        let (mut logits, mut tokens) = (logits.reborrow(), tokens.view_mut());
         let mut step = || {
             edit_logits(&gpu.stream, &mut logits, &table)?;
             sample(&gpu.stream, &mut tokens, &mut logits, &options)
@@ -529,7 +529,7 @@ fn graph_replay() {
         }
         gpu.cuda.memcpy_htod(&rows.top_ks, &mut parameters.top_ks).unwrap();
         let next = random_logits(rng, count * vocab, 2.0);
-        logits.upload(&gpu, &next);
+        logits.upload(&next);
         graph.launch().unwrap();
         assert_eq!(gpu.cuda.clone_dtoh(&tokens).unwrap(), rows.reference(&edited(&next, &edits)));
     }
@@ -567,18 +567,18 @@ fn captured_steps_look_at_the_edits() {
 fn wrong_input_and_no_rows() {
     let Some(gpu) = Gpu::start_alone() else { return };
     let other = gpu.fork();
-    let mut logits = Tensor::<f32>::new(&gpu, &[2, 64], vec![0.5; 128]);
-    let uniforms = Tensor::<f32>::new(&gpu, &[2], vec![0.5; 2]);
+    let mut logits = Mirrored::<f32>::new(&gpu, &[2, 64], vec![0.5; 128]);
+    let uniforms = Mirrored::<f32>::new(&gpu, &[2], vec![0.5; 2]);
     let mut tokens = gpu.cuda.clone_htod(&[-7i32; 2]).unwrap();
     {
-        let uniforms = uniforms.on(&gpu);
-        let options = SampleOptions::new(uniforms.view());
+        let uniforms = uniforms.device_view();
+        let options = SampleOptions::new(uniforms);
         let mut tokens = tokens.tensor_mut(&gpu.cuda, &[2]).unwrap();
         let mut tokens = tokens.view_mut();
         {
-            let mut logits = logits.on_mut(&gpu);
-            let mut logits = logits.view_mut();
-            let none = SampleOptions::new(uniforms.view().narrow(0, 0, 0).unwrap());
+            let mut logits = logits.device_view_mut();
+            let mut logits = logits.reborrow();
+            let none = SampleOptions::new(uniforms.narrow(0, 0, 0).unwrap());
             let mut no_tokens = tokens.reborrow().narrow(0, 0, 0).unwrap();
             sample(&gpu.stream, &mut no_tokens, &mut logits.reborrow().narrow(0, 0, 0).unwrap(), &none)
                 .unwrap();
@@ -594,11 +594,11 @@ fn wrong_input_and_no_rows() {
             edit_logits(&gpu.stream, &mut logits.reborrow().narrow(0, 0, 0).unwrap(), &no_edits).unwrap();
             refused(LogitEditTable::with_capacity(&gpu.stream, LogitEdits::none(4, 3), 2, 1), "capacity");
         }
-        let mut elsewhere = logits.on_mut(&other);
-        refused(sample(&gpu.stream, &mut tokens, &mut elsewhere.view_mut(), &options), "logits");
+        let mut elsewhere = logits.copied_to(&other);
+        refused(sample(&gpu.stream, &mut tokens, &mut elsewhere.device_view_mut(), &options), "logits");
         let table = LogitEditTable::new(&gpu.stream, LogitEdits::none(64, 2)).unwrap();
-        refused(edit_logits(&gpu.stream, &mut elsewhere.view_mut(), &table), "logits");
+        refused(edit_logits(&gpu.stream, &mut elsewhere.device_view_mut(), &table), "logits");
     }
     assert_eq!(gpu.cuda.clone_dtoh(&tokens).unwrap(), [-7; 2]);
-    logits.assert_untouched(&gpu);
+    logits.assert_untouched();
 }

@@ -5,7 +5,7 @@ mod common;
 #[path = "common/sampling.rs"]
 mod rows;
 
-use common::{Gpu, Rng, Tensor, attention::capture, refused};
+use common::{Gpu, Rng, Mirrored, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{
     BoundedIndices, BoundedTable, Element, Result, TensorRef,
@@ -102,14 +102,14 @@ impl<T: Token> Outputs<T> {
 fn draw<T: Token>(
     gpu: &Gpu,
     filter: &Filter<'_>,
-    probs: &Tensor<f32>,
+    probs: &Mirrored<f32>,
     rows: usize,
     options: &SamplingOptions<'_>,
 ) -> Vec<Option<usize>> {
     let mut outputs = Outputs::<T>::new(gpu, rows);
-    let probs = probs.on(gpu);
+    let probs = probs.device_view();
     outputs.with(gpu, |samples| sample(gpu, samples, &probs.view(), filter, options)).unwrap();
-    outputs.download(gpu)
+    outputs.download()
 }
 
 fn table(gpu: &Gpu, bound: usize, values: Vec<i32>) -> BoundedTable {
@@ -139,7 +139,7 @@ fn distributions() {
     for vocab in VOCABS {
         let (row, peaks) = peaked(rng, vocab);
         let (top_k, top_p, min_p) = half(&row, peaks);
-        let probs = Tensor::new(&gpu, &[1, vocab], row.clone());
+        let probs = Mirrored::new(&gpu, &[1, vocab], row.clone());
         for (at, filter) in [
             Filter::None,
             Filter::TopK(top_k.into()),
@@ -163,7 +163,7 @@ fn distributions() {
                 assert_drawn_from(&what, &tokens, &distribution(&row, filter));
             }
         }
-        probs.assert_untouched(&gpu);
+        probs.assert_untouched();
     }
 }
 
@@ -181,12 +181,12 @@ fn distributions_of_logits() {
             // about 10^-5 too rarely, and so together too few of the rest.
             row.iter_mut().filter(|x| **x < 1e-4).for_each(|x| *x = 0.0);
         }
-        let logits = Tensor::new(&gpu, &[1, vocab], row.iter().map(|x| x.ln() + 3.0).collect());
+        let logits = Mirrored::new(&gpu, &[1, vocab], row.iter().map(|x| x.ln() + 3.0).collect());
         let all = table(&gpu, 1, vec![0; draws]);
         let mut outputs = Outputs::<i64>::new(&gpu, draws);
         let options = options(random.take(Draws::Logits { rows: draws, vocab }), Some(&all));
         {
-            let logits = logits.on(&gpu);
+            let logits = logits.device_view();
             let call = outputs.with(&gpu, |samples| {
                 sampling_from_logits(&gpu.stream, &mut samples.output, &logits.view(), &options)
             });
@@ -211,14 +211,14 @@ fn filters_of_logits() {
         let mut workspace = SamplingWorkspace::new(&gpu.stream, 1, vocab).unwrap();
         let (row, peaks) = peaked(rng, vocab);
         let (top_k, top_p, _) = half(&row, peaks);
-        let logits = Tensor::new(&gpu, &[1, vocab], row.iter().map(|x| x.ln() - 1.0).collect());
+        let logits = Mirrored::new(&gpu, &[1, vocab], row.iter().map(|x| x.ln() - 1.0).collect());
         for order in [FilterOrder::TopKFirst, FilterOrder::Joint] {
             let mut filter = TopKTopP::new(top_k + 2, top_p);
             filter.order = order;
-            let mut probs = Tensor::<f32>::poisoned(&gpu, &[1, vocab]);
+            let mut probs = Mirrored::<f32>::poisoned(&gpu, &[1, vocab]);
             let mut outputs = Outputs::<i32>::new(&gpu, DRAWS);
             {
-                let (logits, mut probs) = (logits.on(&gpu), probs.on_mut(&gpu));
+                let (logits, mut probs) = (logits.device_view(), probs.device_view_mut());
                 let options = options(random.take(Draws::Filtered { rows: DRAWS }), Some(&all));
                 let call = outputs.with(&gpu, |samples| {
                     let probs = &mut probs.view_mut();
@@ -244,7 +244,7 @@ fn filters_of_logits() {
                     distribution(&first, &Filter::TopP(filter.top_p))
                 }
             };
-            let tokens = certain(outputs.download(&gpu));
+            let tokens = certain(outputs.download());
             assert_drawn_from(&format!("logits of {vocab}, {order:?}"), &tokens, &want);
         }
     }
@@ -259,7 +259,7 @@ fn tokens_of_the_reference() {
     let rng = &mut Rng::new();
     for vocab in [7, 1023, 32000] {
         let rows: Vec<f32> = (0..16).flat_map(|_| peaked(rng, vocab).0).collect();
-        let probs = Tensor::new(&gpu, &[16, vocab], rows);
+        let probs = Mirrored::new(&gpu, &[16, vocab], rows);
         let rows: Vec<i32> = (0..DRAWS).map(|_| rng.below(16) as i32).collect();
         let indices = table(&gpu, 16, rows);
         for offset in [0, 4, 6, u64::from(u32::MAX) * 4 + 3] {
@@ -289,7 +289,7 @@ fn one_hot_rows() {
         let hot: Vec<usize> = (0..batch).map(|_| rng.below(vocab)).collect();
         let mut rows = vec![0.0f32; batch * vocab];
         hot.iter().enumerate().for_each(|(row, &token)| rows[row * vocab + token] = 1.0);
-        let probs = Tensor::new(gpu, &[batch, vocab], rows);
+        let probs = Mirrored::new(gpu, &[batch, vocab], rows);
         let random = Philox::new(rng.bits(), 8);
         let want: Vec<_> = hot.iter().map(|&token| Some(token)).collect();
         for filter in [
@@ -336,7 +336,7 @@ fn likeliest_tokens() {
             likeliest.push(best);
             rows.extend(numbers);
         }
-        let probs = Tensor::new(&gpu, &[batch, vocab], rows);
+        let probs = Mirrored::new(&gpu, &[batch, vocab], rows);
         for filter in
             [Filter::TopK(1.into()), Filter::MinP(1.0.into()), Filter::TopKTopP(1.into(), 1.0.into())]
         {
@@ -354,7 +354,7 @@ fn likeliest_tokens() {
 fn ties_are_all_likeliest() {
     let Some(gpu) = Gpu::start() else { return };
     let all = table(&gpu, 1, vec![0; 1000]);
-    let probs = Tensor::new(&gpu, &[1, 3], vec![0.4, 0.4, 0.2]);
+    let probs = Mirrored::new(&gpu, &[1, 3], vec![0.4, 0.4, 0.2]);
     for filter in [Filter::TopK(1.into()), Filter::TopKTopP(1.into(), 1.0.into())] {
         let tokens =
             certain(draw::<i32>(&gpu, &filter, &probs, 1000, &options(Philox::new(1, 2), Some(&all))));
@@ -412,7 +412,7 @@ fn parameters_of_each_row() {
         let vocab = 1023;
         let (row, peaks) = peaked(rng, vocab);
         let (top_k, top_p, min_p) = half(&row, peaks);
-        let probs = Tensor::new(gpu, &[2, vocab], row.repeat(2));
+        let probs = Mirrored::new(gpu, &[2, vocab], row.repeat(2));
         let upload = |numbers: Vec<f32>| gpu.cuda.clone_htod(&numbers).unwrap();
         // The first half of the tokens is of row 1, the second of row 0.
         let mut rows = vec![1; EACH];
@@ -474,7 +474,7 @@ fn senseless_rows_and_parameters() {
         rows.extend(of(&|_, x| x * 1e-40));
         rows.extend(of(&|_, x| if x > 0.01 { f32::MAX } else { x }));
         let batch = rows.len() / vocab;
-        let probs = Tensor::new(&gpu, &[batch, vocab], rows);
+        let probs = Mirrored::new(&gpu, &[batch, vocab], rows);
         let options = options(Philox::new(rng.bits(), 0), None);
         let check = |filter: &Filter<'_>| {
             let tokens = draw::<i32>(&gpu, filter, &probs, batch, &options);
@@ -513,7 +513,7 @@ fn senseless_rows_and_parameters() {
         // Logits of these numbers, too.
         let mut outputs = Outputs::<i32>::new(&gpu, batch);
         {
-            let logits = probs.on(&gpu);
+            let logits = probs.device_view();
             let call = outputs.with(&gpu, |samples| {
                 sampling_from_logits(&gpu.stream, &mut samples.output, &logits.view(), &options)
             });
@@ -545,7 +545,7 @@ fn graph_replay() {
             };
         let eager = |random| {
             let mut outputs = Outputs::<i32>::new(&gpu, batch);
-            let rows = probs.on(&gpu);
+            let rows = probs.device_view();
             outputs.with(&gpu, |samples| call(samples, &rows.view(), &options(random, None))).unwrap();
             drop(rows);
             outputs.tokens(&gpu)
@@ -555,7 +555,7 @@ fn graph_replay() {
         let mut pair = gpu.cuda.clone_htod(&[random.seed, u64::MAX]).unwrap();
         let mut outputs = Outputs::<i32>::new(&gpu, batch);
         let (graph, result) = {
-            let (pair, probs) = (pair.tensor(&gpu.cuda, &[2]).unwrap(), probs.on(&gpu));
+            let (pair, probs) = (pair.tensor(&gpu.cuda, &[2]).unwrap(), probs.device_view());
             let (pair, probs) = (pair.view(), probs.view());
             outputs.with(&gpu, |samples| {
                 let options = SamplingOptions::with_random(Random::Device(pair));
@@ -583,8 +583,8 @@ fn graph_replay() {
 
 /// A chain's tensors on the device, and the drafts' tokens.
 struct ChainCase {
-    draft: Tensor<f32>,
-    target: Tensor<f32>,
+    draft: Mirrored<f32>,
+    target: Mirrored<f32>,
     ids: BoundedTable,
     shape: [usize; 3],
 }
@@ -604,8 +604,8 @@ impl ChainCase {
             }
         }
         Self {
-            draft: Tensor::new(gpu, &[batch, drafts, vocab], draft.concat().repeat(batch)),
-            target: Tensor::new(gpu, &[batch, drafts + 1, vocab], target.concat().repeat(batch)),
+            draft: Mirrored::new(gpu, &[batch, drafts, vocab], draft.concat().repeat(batch)),
+            target: Mirrored::new(gpu, &[batch, drafts + 1, vocab], target.concat().repeat(batch)),
             ids: table(gpu, vocab, ids),
             shape: [batch, drafts, vocab],
         }
@@ -625,7 +625,7 @@ impl ChainCase {
         work: impl FnOnce(&mut ChainSamples<'_>, &ChainInput<'_>) -> R,
     ) -> R {
         let [batch, drafts, _] = self.shape;
-        let (draft, target) = (self.draft.on(gpu), self.target.on(gpu));
+        let (draft, target) = (self.draft.device_view(), self.target.device_view());
         let [tokens, accepted, emitted] = outputs;
         let mut tokens = tokens.tensor_mut(&gpu.cuda, &[batch, drafts + 1]).unwrap();
         let mut accepted = accepted.tensor_mut(&gpu.cuda, &[batch]).unwrap();
@@ -808,7 +808,7 @@ fn refused_drafts_without_a_token() {
         for request in host.chunks_mut((drafts + 1) * vocab).skip(1).step_by(2) {
             request.fill(0.0);
         }
-        case.target.upload(&gpu, &host);
+        case.target.upload(&host);
         let [tokens, accepted, emitted] = case.run(&gpu, random, 0);
         for request in 0..batch {
             let row = request * (drafts + 1)..(request + 1) * (drafts + 1);
@@ -831,7 +831,7 @@ fn chains_without_a_token() {
     let Some(gpu) = Gpu::start() else { return };
     let (batch, vocab, drafts) = (300, 100, 2);
     let even = vec![0.01f32; vocab];
-    let other = Tensor::new(&gpu, &[batch, 4000], vec![1.0 / 4000.0; batch * 4000]);
+    let other = Mirrored::new(&gpu, &[batch, 4000], vec![1.0 / 4000.0; batch * 4000]);
     for target in [f32::NAN, 0.0, -1.0] {
         let target = vec![vec![target; vocab]; drafts + 1];
         let case = ChainCase::new(&gpu, &mut Rng::new(), batch, &vec![even.clone(); drafts], &target);
@@ -856,10 +856,10 @@ fn chains_without_a_token() {
 #[test]
 fn first_calls_are_not_captured() {
     let Some(gpu) = Gpu::start_alone() else { return };
-    let logits = Tensor::new(&gpu, &[1, 3], vec![0.5, 2.0, 1.0]);
+    let logits = Mirrored::new(&gpu, &[1, 3], vec![0.5, 2.0, 1.0]);
     let mut tokens = gpu.cuda.clone_htod(&[-7]).unwrap();
     {
-        let (logits, mut tokens) = (logits.on(&gpu), tokens.tensor_mut(&gpu.cuda, &[1]).unwrap());
+        let (logits, mut tokens) = (logits.device_view(), tokens.tensor_mut(&gpu.cuda, &[1]).unwrap());
         let (logits, mut tokens) = (logits.view(), tokens.view_mut());
         let (_, call) = capture(&gpu, || argmax(&gpu.stream, &mut tokens, &logits));
         refused(call, "logits");
@@ -876,10 +876,10 @@ fn first_calls_are_not_captured() {
 fn no_rows() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let probs = Tensor::new(&gpu, &[4, 64], [peaked(rng, 64).0, peaked(rng, 64).0].concat().repeat(2));
+    let probs = Mirrored::new(&gpu, &[4, 64], [peaked(rng, 64).0, peaked(rng, 64).0].concat().repeat(2));
     let none = table(&gpu, 4, Vec::new());
     let mut outputs = Outputs::<i32>::new(&gpu, 0);
-    let probs = probs.on(&gpu);
+    let probs = probs.device_view();
     for filter in [Filter::None, Filter::TopK(1.into()), Filter::TopP(0.5.into()), Filter::MinP(0.5.into())] {
         for (probs, options) in [
             (probs.view().narrow(0, 0, 0).unwrap(), options(Philox::default(), None)),
@@ -897,7 +897,7 @@ fn no_rows() {
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
     let (rng, other) = (&mut Rng::new(), gpu.fork());
-    let probs = Tensor::new(&gpu, &[4, 64], peaked(rng, 64).0.repeat(4));
+    let probs = Mirrored::new(&gpu, &[4, 64], peaked(rng, 64).0.repeat(4));
     let mut outputs = Outputs::<i32>::new(&gpu, 4);
     let good = options(Philox::default(), None);
     {
@@ -905,7 +905,7 @@ fn wrong_input() {
         let call =
             outputs.with(&gpu, |samples| sample(&gpu, samples, &elsewhere.view(), &Filter::None, &good));
         refused(call, "probs");
-        let probs = probs.on(&gpu);
+        let probs = probs.device_view();
         let call = outputs.with(&other, |samples| sample(&gpu, samples, &probs.view(), &Filter::None, &good));
         refused(call, "output");
         let mut run = |table: &BoundedTable| {
@@ -926,10 +926,10 @@ fn wrong_input() {
     other.synchronize();
     assert_eq!(outputs.tokens(&gpu), vec![-7; 4]);
     let call = outputs.with(&gpu, |samples| {
-        sampling::sampling_from_probs(&gpu.stream, samples, &probs.on(&gpu).view(), &good)
+        sampling::sampling_from_probs(&gpu.stream, samples, &probs.device_view(), &good)
     });
     call.unwrap();
-    assert!(outputs.download(&gpu).iter().all(Option::is_some));
+    assert!(outputs.download().iter().all(Option::is_some));
 }
 
 /// The statistic itself, with draws of the reference.

@@ -5,7 +5,7 @@ mod common;
 #[path = "common/sampling.rs"]
 mod rows;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, leave_cuda_error, refused};
+use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, TensorMut, TensorRef,
     cudarc::TensorExt,
@@ -22,17 +22,17 @@ fn workspace(gpu: &Gpu, batch: usize, vocab: usize) -> SamplingWorkspace {
 /// A tensor that an operation writes from another one.
 fn run<T: Number>(
     gpu: &Gpu,
-    input: &Tensor<T>,
+    input: &Mirrored<T>,
     op: impl FnOnce(&mut TensorMut<'_>, &TensorRef<'_>) -> Result<()>,
-) -> Tensor<T> {
-    let mut out = Tensor::<T>::poisoned(gpu, &input.shape());
-    op(&mut out.on_mut(gpu).view_mut(), &input.on(gpu).view()).unwrap();
+) -> Mirrored<T> {
+    let mut out = Mirrored::<T>::poisoned(gpu, &input.shape());
+    op(&mut out.device_view_mut(), &input.device_view()).unwrap();
     out
 }
 
 /// What the reference writes.
 fn want<T: Number>(
-    input: &Tensor<T>,
+    input: &Mirrored<T>,
     op: impl FnOnce(&mut TensorMut<'_>, &TensorRef<'_>) -> Result<()>,
 ) -> Vec<f64> {
     let mut want = input.wide();
@@ -70,7 +70,7 @@ fn softmax_of_all_sizes() {
     let rng = &mut Rng::new();
     let mut workspace = workspace(&gpu, 1024, 256_000);
     for shape in SOFTMAX_SHAPES {
-        let mut logits = Tensor::<f32>::random_scaled(&gpu, rng, &shape, 3.0);
+        let mut logits = Mirrored::<f32>::random_scaled(&gpu, rng, &shape, 3.0);
         // A few logits that can never be drawn, but not the first of a row.
         let mut host = logits.host.clone();
         (0..host.len() / 9).for_each(|_| {
@@ -79,7 +79,7 @@ fn softmax_of_all_sizes() {
                 host[at] = f32::NEG_INFINITY;
             }
         });
-        logits = Tensor::new(&gpu, &shape, host);
+        logits = Mirrored::new(&gpu, &shape, host);
         let temperatures: Vec<f32> = (0..shape[0]).map(|row| 0.5 + (row % 7) as f32 / 4.0).collect();
         let on_device = gpu.cuda.clone_htod(&temperatures).unwrap();
         let on_device = on_device.tensor(&gpu.cuda, &[shape[0]]).unwrap();
@@ -92,13 +92,13 @@ fn softmax_of_all_sizes() {
             let options = SoftmaxOptions::with_temperature(here);
             let out = run(&gpu, &logits, |out, logits| softmax(&mut workspace, out, logits, &options));
             let want = want(&logits, |out, logits| reference::softmax(out, logits, there));
-            out.assert_close(&gpu, "softmax", &want, f32::BOUND);
-            let out = out.download(&gpu);
+            out.assert_close("softmax", &want, f32::BOUND);
+            let out = out.download();
             for (x, logit) in out.iter().zip(&logits.host) {
                 assert!(*logit > f32::NEG_INFINITY || *x == 0.0, "probability {x} of a logit of -∞");
             }
         }
-        logits.assert_untouched(&gpu);
+        logits.assert_untouched();
     }
 }
 
@@ -111,22 +111,22 @@ fn softmax_options() {
     let rng = &mut Rng::new();
     let mut workspace = workspace(&gpu, 64, 50257);
     for shape in [[64, 4096], [8, 50257]] {
-        let logits = Tensor::<f32>::random(&gpu, rng, &shape);
+        let logits = Mirrored::<f32>::random(&gpu, rng, &shape);
         let mut chain = |enable_pdl| {
             let mut options = SoftmaxOptions::with_temperature(0.01);
             options.enable_pdl = enable_pdl;
-            let mut buffers = [0, 1].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
+            let mut buffers = [0, 1].map(|_| Mirrored::<f32>::poisoned(&gpu, &shape));
             {
-                let logits = logits.on(&gpu);
+                let logits = logits.device_view();
                 let [first, second] = &mut buffers;
-                let (mut first, mut second) = (first.on_mut(&gpu), second.on_mut(&gpu));
+                let (mut first, mut second) = (first.device_view_mut(), second.device_view_mut());
                 softmax(&mut workspace, &mut first.view_mut(), &logits.view(), &options).unwrap();
                 for _ in 0..4 {
                     softmax(&mut workspace, &mut second.view_mut(), &first.view(), &options).unwrap();
                     softmax(&mut workspace, &mut first.view_mut(), &second.view(), &options).unwrap();
                 }
             }
-            buffers[0].download(&gpu)
+            buffers[0].download()
         };
         let default = chain(None);
         assert!(default.iter().all(|x| x.is_finite()));
@@ -137,11 +137,11 @@ fn softmax_options() {
     }
     let mut host = [1.0f32, 2.0, 3.0, 4.0].repeat(2);
     host.extend([f32::NEG_INFINITY; 4]);
-    let logits = Tensor::new(&gpu, &[3, 4], host);
+    let logits = Mirrored::new(&gpu, &[3, 4], host);
     let temperatures = gpu.cuda.clone_htod(&[0.0f32, 1.0, 1.0]).unwrap();
     let temperatures = temperatures.tensor(&gpu.cuda, &[3]).unwrap();
     let options = SoftmaxOptions::with_temperature(Parameter::PerRow(temperatures.view()));
-    let out = run(&gpu, &logits, |out, logits| softmax(&mut workspace, out, logits, &options)).download(&gpu);
+    let out = run(&gpu, &logits, |out, logits| softmax(&mut workspace, out, logits, &options)).download();
     assert!(out[..4].iter().all(|x| (x - 0.25).abs() < 1e-6));
     assert!(out[4..8].windows(2).all(|pair| pair[0] < pair[1]));
     assert!(out[8..].iter().all(|x| x.is_nan()));
@@ -170,7 +170,7 @@ fn top_p_between_sums() {
             top_ps.push(if row % 4 == 3 { 1.0 } else { half_of(&numbers, peaks).1 as f32 });
             rows.extend(numbers);
         }
-        let probs = Tensor::new(&gpu, &[batch, vocab], rows);
+        let probs = Mirrored::new(&gpu, &[batch, vocab], rows);
         let per_row = TensorRef::from_slice(&top_ps, &[batch]).unwrap();
         let want = want(&probs, |out, probs| {
             reference::filtered_probs(out, probs, &Filter::TopP(Parameter::PerRow(per_row)))
@@ -180,11 +180,11 @@ fn top_p_between_sums() {
         let out = run(&gpu, &probs, |out, probs| {
             top_p_renorm_probs(&gpu.stream, out, probs, Parameter::PerRow(on_device.view()))
         });
-        out.assert_close(&gpu, "top_p_renorm_probs", &want, f32::BOUND);
-        for (at, (x, want)) in out.download(&gpu).iter().zip(&want).enumerate() {
+        out.assert_close("top_p_renorm_probs", &want, f32::BOUND);
+        for (at, (x, want)) in out.download().iter().zip(&want).enumerate() {
             assert!((*x > 0.0) == (*want > 0.0), "{at} of {batch} x {vocab}: {x} and not {want}");
         }
-        probs.assert_untouched(&gpu);
+        probs.assert_untouched();
     }
 }
 
@@ -201,7 +201,7 @@ fn top_p_among_many() {
                 let op = |out: &mut TensorMut<'_>, probs: &TensorRef<'_>| {
                     top_p_renorm_probs(&gpu.stream, out, probs, top_p.into())
                 };
-                run(&gpu, &probs, op).download(&gpu)
+                run(&gpu, &probs, op).download()
             };
             let out = renorm();
             assert_same_bits("again", &renorm(), &out);
@@ -228,9 +228,9 @@ fn top_p_of_neighbouring_numbers() {
         let mut row = vec![0.0; vocab];
         let head = [0x3eae_147b, 0x3eae_147a, 0x3ea3_d70a].map(f32::from_bits);
         row[..3].copy_from_slice(&head);
-        let probs = Tensor::new(&gpu, &[1, vocab], row);
+        let probs = Mirrored::new(&gpu, &[1, vocab], row);
         let out = run(&gpu, &probs, |out, probs| top_p_renorm_probs(&gpu.stream, out, probs, 0.6.into()))
-            .download(&gpu);
+            .download();
         assert!((out[0] - 0.5).abs() < 1e-6 && (out[1] - 0.5).abs() < 1e-6, "{:?}", &out[..3]);
         assert!(out[2..].iter().all(|&x| x == 0.0), "{:?}", &out[..3]);
     }
@@ -284,7 +284,7 @@ fn top_p_of_odd_rows() {
         let batch = KINDS * TOP_PS.len();
         let host: Vec<f32> =
             (0..batch * vocab).map(|at| odd_number(rng, at / vocab % KINDS, vocab)).collect();
-        let probs = Tensor::new(&gpu, &[batch, vocab], host);
+        let probs = Mirrored::new(&gpu, &[batch, vocab], host);
         let top_ps: Vec<f32> = (0..batch).map(|row| TOP_PS[row / KINDS]).collect();
         let on_device = gpu.cuda.clone_htod(&top_ps).unwrap();
         let on_device = on_device.tensor(&gpu.cuda, &[batch]).unwrap();
@@ -295,7 +295,7 @@ fn top_p_of_odd_rows() {
         let out = run(&gpu, &probs, |out, probs| {
             top_p_renorm_probs(&gpu.stream, out, probs, Parameter::PerRow(on_device.view()))
         });
-        let out = out.download(&gpu);
+        let out = out.download();
         for (row, top_p) in top_ps.iter().enumerate() {
             let cells = row * vocab..(row + 1) * vocab;
             if meets_top_p(&probs.host[cells.clone()], *top_p) {
@@ -311,7 +311,7 @@ fn top_p_of_odd_rows() {
                 assert!(same || x.is_nan() && want.is_nan(), "{what}: {x:e} and not {want:e}");
             }
         }
-        probs.assert_untouched(&gpu);
+        probs.assert_untouched();
     }
     eprintln!("{close} rows whose sums meet top_p");
     assert!(close < 200, "{close} rows were not compared");
@@ -363,7 +363,7 @@ fn top_k_renorm() {
             let [batch, vocab] = shape;
             let rows: Vec<T> =
                 (0..batch).flat_map(|_| peaked(rng, vocab).0).map(|x| T::from_f64(x.into())).collect();
-            let probs = Tensor::new(gpu, &shape, rows);
+            let probs = Mirrored::new(gpu, &shape, rows);
             let numbers = top_ks(rng, shape);
             let on_device = gpu.cuda.clone_htod(&numbers).unwrap();
             let on_device = on_device.tensor(&gpu.cuda, &[batch]).unwrap();
@@ -377,14 +377,14 @@ fn top_k_renorm() {
                     run(gpu, &probs, |out, probs| top_k_renorm_probs(&mut *workspace, out, probs, here));
                 let want =
                     want(&probs, |out, probs| reference::filtered_probs(out, probs, &Filter::TopK(there)));
-                out.assert_close(gpu, "top_k_renorm_probs", &want, T::BOUND);
-                for (at, (x, want)) in out.download(gpu).iter().zip(&want).enumerate() {
+                out.assert_close("top_k_renorm_probs", &want, T::BOUND);
+                for (at, (x, want)) in out.download().iter().zip(&want).enumerate() {
                     // 16-bit numbers have a smallest one.
                     let same = (x.to_f64() > 0.0) == (*want > 0.0) || *want < 1e-6;
                     assert!(same, "{at} of {shape:?}: {x:?} and not {want}");
                 }
             }
-            probs.assert_untouched(gpu);
+            probs.assert_untouched();
         }
     }
     let Some(gpu) = Gpu::start() else { return };
@@ -400,7 +400,7 @@ fn top_k_renorm() {
 fn top_k_mask() {
     fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut SamplingWorkspace) {
         for shape in TOP_K_SHAPES {
-            let logits = Tensor::<T>::random_scaled(gpu, rng, &shape, 4.0);
+            let logits = Mirrored::<T>::random_scaled(gpu, rng, &shape, 4.0);
             let numbers = top_ks(rng, shape);
             let on_device = gpu.cuda.clone_htod(&numbers).unwrap();
             let on_device = on_device.tensor(&gpu.cuda, &[shape[0]]).unwrap();
@@ -413,9 +413,9 @@ fn top_k_mask() {
                     run(gpu, &logits, |out, logits| top_k_mask_logits(&mut *workspace, out, logits, here));
                 let want = want(&logits, |out, logits| reference::top_k_mask_logits(out, logits, there));
                 let want: Vec<T> = want.into_iter().map(T::from_f64).collect();
-                assert_same_bits(&format!("top_k_mask_logits {shape:?}"), &out.download(gpu), &want);
+                assert_same_bits(&format!("top_k_mask_logits {shape:?}"), &out.download(), &want);
             }
-            logits.assert_untouched(gpu);
+            logits.assert_untouched();
         }
     }
     let Some(gpu) = Gpu::start() else { return };
@@ -436,23 +436,23 @@ fn rows_that_fill_shared_memory() {
     let mut workspace = workspace(&gpu, 1, 1);
     let parts = [57200, 57463, 57464, 57468, 57512, 57548, 57556, 57560, 57588, 57592];
     for vocab in parts.into_iter().chain([57593, 2 * 57464, 2 * 57580, 3 * 57592]) {
-        let probs = Tensor::new(&gpu, &[1, vocab], peaked(rng, vocab).0);
+        let probs = Mirrored::new(&gpu, &[1, vocab], peaked(rng, vocab).0);
         let masked = run(&gpu, &probs, |out, probs| top_k_mask_logits(&mut workspace, out, probs, 20.into()));
         let expected = want(&probs, |out, probs| reference::top_k_mask_logits(out, probs, 20.into()));
         let expected: Vec<f32> = expected.into_iter().map(|x| x as f32).collect();
-        assert_same_bits(&format!("mask of {vocab}"), &masked.download(&gpu), &expected);
-        let mut out = Tensor::<f32>::poisoned(&gpu, &[1, vocab]);
+        assert_same_bits(&format!("mask of {vocab}"), &masked.download(), &expected);
+        let mut out = Mirrored::<f32>::poisoned(&gpu, &[1, vocab]);
         let call = {
-            let (mut out, probs) = (out.on_mut(&gpu), probs.on(&gpu));
+            let (mut out, probs) = (out.device_view_mut(), probs.device_view());
             top_k_renorm_probs(&mut workspace, &mut out.view_mut(), &probs.view(), 20.into())
         };
         if call.is_ok() {
             let filter = Filter::TopK(20.into());
             let expected = want(&probs, |out, probs| reference::filtered_probs(out, probs, &filter));
-            out.assert_close(&gpu, &format!("probabilities of {vocab}"), &expected, f32::BOUND);
+            out.assert_close(&format!("probabilities of {vocab}"), &expected, f32::BOUND);
         } else {
             refused(call, "probs");
-            out.assert_untouched(&gpu);
+            out.assert_untouched();
         }
     }
 }
@@ -466,7 +466,7 @@ fn errors_of_others() {
         let probs = softmax_rows(&gpu, rng, [3, vocab], 1.0);
         let renorm = || {
             let out = run(&gpu, &probs, |out, probs| top_p_renorm_probs(&gpu.stream, out, probs, 0.9.into()));
-            out.download(&gpu)
+            out.download()
         };
         let first = renorm();
         leave_cuda_error();
@@ -481,7 +481,7 @@ fn threads_with_different_vocabularies() {
     let rng = &mut Rng::new();
     let cases = [1000, 50000].map(|vocab| {
         let gpu = gpu.fork();
-        let logits = Tensor::<f32>::random(&gpu, rng, &[4, vocab]);
+        let logits = Mirrored::<f32>::random(&gpu, rng, &[4, vocab]);
         (gpu, logits)
     });
     std::thread::scope(|scope| {
@@ -490,15 +490,15 @@ fn threads_with_different_vocabularies() {
                 let mut workspace = workspace(gpu, 4, 50000);
                 let want = want(logits, |out, logits| reference::top_k_mask_logits(out, logits, 9.into()));
                 let want: Vec<f32> = want.into_iter().map(|x| x as f32).collect();
-                let mut out = Tensor::<f32>::poisoned(gpu, &logits.shape());
+                let mut out = Mirrored::<f32>::poisoned(gpu, &logits.shape());
                 {
-                    let (logits, mut out) = (logits.on(gpu), out.on_mut(gpu));
+                    let (logits, mut out) = (logits.device_view(), out.device_view_mut());
                     for _ in 0..300 {
                         top_k_mask_logits(&mut workspace, &mut out.view_mut(), &logits.view(), 9.into())
                             .unwrap();
                     }
                 }
-                assert_same_bits("masked", &out.download(gpu), &want);
+                assert_same_bits("masked", &out.download(), &want);
             });
         }
     });
@@ -511,8 +511,8 @@ fn graph_replay() {
     let rng = &mut Rng::new();
     let shape = [6, 128256];
     let mut workspace = workspace(&gpu, 6, 128256);
-    let mut logits = Tensor::<f32>::random_scaled(&gpu, rng, &shape, 2.0);
-    let mut tensors = [0; 4].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
+    let mut logits = Mirrored::<f32>::random_scaled(&gpu, rng, &shape, 2.0);
+    let mut tensors = [0; 4].map(|_| Mirrored::<f32>::poisoned(&gpu, &shape));
     let step = |workspace: &mut SamplingWorkspace, logits: &TensorRef<'_>, outs: &mut [TensorMut<'_>; 4]| {
         let [masked, probs, top_k, top_p] = outs;
         top_k_mask_logits(workspace, masked, logits, 5000.into())?;
@@ -520,31 +520,31 @@ fn graph_replay() {
         top_k_renorm_probs(workspace, top_k, &probs.as_ref(), 1000.into())?;
         top_p_renorm_probs(&gpu.stream, top_p, &probs.as_ref(), 0.9.into())
     };
-    let direct = |workspace: &mut SamplingWorkspace, logits: &Tensor<f32>| {
-        let mut outs = [0; 4].map(|_| Tensor::<f32>::poisoned(&gpu, &shape));
+    let direct = |workspace: &mut SamplingWorkspace, logits: &Mirrored<f32>| {
+        let mut outs = [0; 4].map(|_| Mirrored::<f32>::poisoned(&gpu, &shape));
         {
-            let logits = logits.on(&gpu);
-            let mut guards = outs.each_mut().map(|out| out.on_mut(&gpu));
+            let logits = logits.device_view();
+            let mut guards = outs.each_mut().map(|out| out.device_view_mut());
             let mut views = guards.each_mut().map(|guard| guard.view_mut());
             step(workspace, &logits.view(), &mut views).unwrap();
         }
-        outs.map(|out| out.download(&gpu))
+        outs.map(|out| out.download())
     };
     direct(&mut workspace, &logits); // loads the kernels
     let (graph, call) = {
-        let logits = logits.on(&gpu);
-        let mut guards = tensors.each_mut().map(|out| out.on_mut(&gpu));
+        let logits = logits.device_view();
+        let mut guards = tensors.each_mut().map(|out| out.device_view_mut());
         let mut views = guards.each_mut().map(|guard| guard.view_mut());
         capture(&gpu, || step(&mut workspace, &logits.view(), &mut views))
     };
     call.unwrap();
     let graph = graph.expect("a graph");
-    tensors.iter().for_each(|tensor| tensor.assert_untouched(&gpu)); // captured is not run
+    tensors.iter().for_each(|tensor| tensor.assert_untouched()); // captured is not run
     for _ in 0..3 {
-        let next = Tensor::<f32>::random_scaled(&gpu, rng, &shape, 2.0);
-        logits.upload(&gpu, &next.host);
+        let next = Mirrored::<f32>::random_scaled(&gpu, rng, &shape, 2.0);
+        logits.upload(&next.host);
         graph.launch().unwrap();
-        let got = tensors.each_ref().map(|tensor| tensor.download(&gpu));
+        let got = tensors.each_ref().map(|tensor| tensor.download());
         let want = direct(&mut workspace, &next);
         for ((what, got), want) in ["masked", "probs", "top-k", "top-p"].iter().zip(&got).zip(&want) {
             // Blocks add their parts of a row's sum in any order.
@@ -562,17 +562,17 @@ fn graph_replay() {
 fn no_rows() {
     let Some(gpu) = Gpu::start() else { return };
     let mut workspace = workspace(&gpu, 1, 64);
-    let input = Tensor::new(&gpu, &[2, 64], vec![0.5f32; 128]).narrowed(0, 0, 0);
-    let mut out = Tensor::<f32>::poisoned(&gpu, &[2, 64]).narrowed(0, 0, 0);
+    let input = Mirrored::new(&gpu, &[2, 64], vec![0.5f32; 128]).narrowed(0, 0, 0);
+    let mut out = Mirrored::<f32>::poisoned(&gpu, &[2, 64]).narrowed(0, 0, 0);
     {
-        let (input, mut out) = (input.on(&gpu), out.on_mut(&gpu));
+        let (input, mut out) = (input.device_view(), out.device_view_mut());
         let (input, mut out) = (input.view(), out.view_mut());
         softmax(&mut workspace, &mut out, &input, &SoftmaxOptions::default()).unwrap();
         top_p_renorm_probs(&gpu.stream, &mut out, &input, 0.5.into()).unwrap();
         top_k_renorm_probs(&mut workspace, &mut out, &input, 5.into()).unwrap();
         top_k_mask_logits(&mut workspace, &mut out, &input, 5.into()).unwrap();
     }
-    out.assert_untouched(&gpu);
+    out.assert_untouched();
 }
 
 /// Everything that operations with a workspace must refuse.
@@ -582,7 +582,7 @@ fn wrong_input() {
     let (rng, other) = (&mut Rng::new(), gpu.fork());
     let mut space = workspace(&gpu, 4, 4096);
     let input = softmax_rows(&gpu, rng, [4, 4096], 1.0);
-    let mut out = Tensor::<f32>::poisoned(&gpu, &[4, 4096]);
+    let mut out = Mirrored::<f32>::poisoned(&gpu, &[4, 4096]);
     // SAFETY: the tensors are refused before anything looks at the addresses.
     let fake = |address: usize, device, dtype, shape: &[usize]| unsafe {
         TensorRef::from_raw_parts(address as *const _, device, dtype, shape, None).unwrap()
@@ -590,7 +590,7 @@ fn wrong_input() {
     let device = Device::Cuda(0);
     let names = ["logits", "probs", "probs", "logits"];
     {
-        let (good, mut target) = (input.on(&gpu), out.on_mut(&gpu));
+        let (good, mut target) = (input.device_view(), out.device_view_mut());
         let good = good.view();
         let ops = |space: &mut SamplingWorkspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
             [
@@ -616,7 +616,7 @@ fn wrong_input() {
         refuse_input(fake((1 << 20) + 8, device, DType::F32, &[4, 4096]));
         refuse_input(fake(1 << 20, device, DType::F32, &[1, (1 << 23) + 1]));
         refuse_input(fake(1 << 20, device, DType::F32, &[1 << 20, 4097]));
-        refuse_input(input.on(&other).view());
+        refuse_input(input.copied_to(&other).device_view());
         for wrong in [
             fake(1 << 20, device, DType::F32, &[4, 4095]),
             fake(1 << 20, device, DType::F32, &[3, 4096]),
@@ -674,12 +674,12 @@ fn wrong_input() {
         }
     }
     other.synchronize();
-    out.assert_untouched(&gpu);
+    out.assert_untouched();
     assert!(matches!(
         SamplingWorkspace::new(&gpu.stream, 1, (1 << 23) + 1),
         Err(FlashInferError::InvalidArgument { argument: "max_vocab", .. })
     ));
     // The refused calls left everything usable.
     let good = run(&gpu, &input, |out, probs| top_k_renorm_probs(&mut space, out, probs, 5000.into()));
-    assert!(good.download(&gpu).iter().all(|x| x.is_finite()));
+    assert!(good.download().iter().all(|x| x.is_finite()));
 }

@@ -5,7 +5,7 @@ mod common;
 
 use std::thread;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, leave_cuda_error, refused};
+use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     FlashInferError, Result, SegmentIndices, SegmentTable,
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
@@ -64,9 +64,9 @@ impl Case {
 /// Rows, weights, and the output of one product.
 struct Problem<X, Y> {
     case: Case,
-    x: Tensor<X>,
-    weights: Tensor<X>,
-    out: Tensor<Y>,
+    x: Mirrored<X>,
+    weights: Mirrored<X>,
+    out: Mirrored<Y>,
 }
 
 impl<X: Number, Y: Number> Problem<X, Y> {
@@ -77,20 +77,20 @@ impl<X: Number, Y: Number> Problem<X, Y> {
         let shape = if case.column_major { [weights, n, k] } else { [weights, k, n] };
         Self {
             case: case.clone(),
-            x: Tensor::random(gpu, rng, &[rows, k]),
-            weights: Tensor::random(gpu, rng, &shape),
-            out: Tensor::poisoned(gpu, &[rows, n]),
+            x: Mirrored::random(gpu, rng, &[rows, k]),
+            weights: Mirrored::random(gpu, rng, &shape),
+            out: Mirrored::poisoned(gpu, &[rows, n]),
         }
     }
 
     fn run_with(&mut self, gpu: &Gpu, gemm: &mut SegmentGemm, table: &SegmentTable) -> Result<()> {
-        let (x, weights) = (self.x.on(gpu), self.weights.on(gpu));
+        let (x, weights) = (self.x.device_view(), self.weights.device_view());
         let input = SegmentGemmInput {
             x: x.view(),
             weights: weights.view(),
             weight_column_major: self.case.column_major,
         };
-        gemm.run(&mut self.out.on_mut(gpu).view_mut(), &input, table)
+        gemm.run(&mut self.out.device_view_mut(), &input, table)
     }
 
     fn run(&mut self, gpu: &Gpu, gemm: &mut SegmentGemm) -> Result<()> {
@@ -111,9 +111,9 @@ impl<X: Number, Y: Number> Problem<X, Y> {
 
     /// The output that is on the device is the reference's.
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, what: &str, out: &Tensor<Y>) {
+    fn verify(&self, gpu: &Gpu, what: &str, out: &Mirrored<Y>) {
         let bound = if size_of::<X>() == 1 { BYTES_BOUND } else { Y::BOUND };
-        out.assert_close(gpu, &format!("{what}: {} {:?}", X::DTYPE, self.case), &self.expected(), bound);
+        out.assert_close(&format!("{what}: {} {:?}", X::DTYPE, self.case), &self.expected(), bound);
     }
 
     #[track_caller]
@@ -223,7 +223,7 @@ fn strided_rows() {
         for column_major in [false, true] {
             let case = Case::new(&[4, 0, 150], 64, 48, column_major);
             let mut problem = Problem::<f16, f16>::random(&gpu, rng, &case);
-            problem.x = Tensor::random(&gpu, rng, &[case.rows(), 64 + 24]).narrowed(1, 8, 64);
+            problem.x = Mirrored::random(&gpu, rng, &[case.rows(), 64 + 24]).narrowed(1, 8, 64);
             problem.check(&gpu, &mut gemm);
         }
     }
@@ -248,9 +248,9 @@ fn runs_in_a_row() {
         second.verify(&gpu, "second", &second.out);
         third.verify(&gpu, "third", &third.out);
         // The same again, over what the output holds now.
-        let before = first.out.download(&gpu);
+        let before = first.out.download();
         first.run(&gpu, &mut gemm).unwrap();
-        assert_same_bits("again", &first.out.download(&gpu), &before);
+        assert_same_bits("again", &first.out.download(), &before);
     }
 }
 
@@ -267,10 +267,10 @@ fn graph_replay() {
         resident.check(&gpu, &mut gemm); // loads the kernel
         let mut table = SegmentTable::new(&gpu.stream, case.indices()).unwrap();
         let poison = vec![bf16::NAN; resident.out.host.len()];
-        resident.out.upload(&gpu, &poison);
+        resident.out.upload(&poison);
         let (graph, captured) = {
-            let (x, weights) = (resident.x.on(&gpu), resident.weights.on(&gpu));
-            let mut out = resident.out.on_mut(&gpu);
+            let (x, weights) = (resident.x.device_view(), resident.weights.device_view());
+            let mut out = resident.out.device_view_mut();
             let mut out = out.view_mut();
             let input = SegmentGemmInput::column_major(x.view(), weights.view());
             capture(&gpu, || {
@@ -282,7 +282,7 @@ fn graph_replay() {
         run.unwrap();
         refused(new, "stream");
         let graph = graph.expect("a graph");
-        resident.out.assert_untouched(&gpu); // captured is not run
+        resident.out.assert_untouched(); // captured is not run
         // Something else uses the scratch memory in between.
         Problem::<f16, f16>::random(&gpu, rng, &Case::new(&[3, 3], 64, 64, false)).check(&gpu, &mut gemm);
         for (lens, indices) in [
@@ -294,11 +294,11 @@ fn graph_replay() {
             let case = Case { lens: lens.to_vec(), weight_indices: Some(indices.to_vec()), ..case.clone() };
             let mut step = Problem::<bf16, bf16>::random(&gpu, rng, &case);
             // As many weights as the resident tensor has.
-            step.weights = Tensor::random(&gpu, rng, &[5, case.n, case.k]);
+            step.weights = Mirrored::random(&gpu, rng, &[5, case.n, case.k]);
             table.update(case.indices()).unwrap();
-            resident.x.upload(&gpu, &step.x.host);
-            resident.weights.upload(&gpu, &step.weights.host);
-            resident.out.upload(&gpu, &poison);
+            resident.x.upload(&step.x.host);
+            resident.weights.upload(&step.weights.host);
+            resident.out.upload(&poison);
             graph.launch().unwrap();
             step.verify(&gpu, "replay", &resident.out);
         }
@@ -351,7 +351,7 @@ fn nothing_to_do() {
         {
             let mut problem = Problem::<f16, f16>::random(&gpu, rng, &case);
             problem.run(&gpu, &mut gemm).unwrap();
-            problem.out.assert_untouched(&gpu);
+            problem.out.assert_untouched();
         }
     }
 }
@@ -382,10 +382,10 @@ fn wrong_input() {
         refused(problem.run_with(&gpu, &mut gemm, &table(&gpu, &[3, 2, 1, 1])), "segments");
         // Every second row of a matrix whose rows are no whole vectors apart.
         let x = problem.x;
-        problem.x = Tensor::random(&gpu, rng, &[7, 68]).narrowed(1, 0, 64);
+        problem.x = Mirrored::random(&gpu, rng, &[7, 68]).narrowed(1, 0, 64);
         refused(problem.run(&gpu, &mut gemm), "x");
         problem.x = x;
-        problem.out.assert_untouched(&gpu);
+        problem.out.assert_untouched();
         problem.check(&gpu, &mut gemm);
 
         let mut table = SegmentTable::with_capacity(&gpu.stream, case.indices(), 3).unwrap();

@@ -5,7 +5,7 @@ mod common;
 
 use std::cmp::Ordering;
 
-use common::{Gpu, Number, Rng, Tensor, assert_same_bits, attention::capture, refused, say};
+use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
     ModuleName, Result, RowIndices, RowTable, TensorMut, TensorRef,
@@ -59,7 +59,7 @@ fn download(gpu: &Gpu, integers: &CudaSlice<i32>) -> Vec<i32> {
 
 /// Where a selection goes.
 struct Output<T> {
-    values: Tensor<T>,
+    values: Mirrored<T>,
     indices: CudaSlice<i32>,
     shape: [usize; 2],
 }
@@ -67,29 +67,29 @@ struct Output<T> {
 impl<T: Number> Output<T> {
     fn poisoned(gpu: &Gpu, rows: usize, k: usize) -> Self {
         let indices = ints(gpu, &vec![POISON; rows * k]);
-        Self { values: Tensor::poisoned(gpu, &[rows, k]), indices, shape: [rows, k] }
+        Self { values: Mirrored::poisoned(gpu, &[rows, k]), indices, shape: [rows, k] }
     }
 
     fn select(
         &mut self,
         gpu: &Gpu,
         row_states: &mut RowStates,
-        input: &Tensor<T>,
+        input: &Mirrored<T>,
         options: &TopKOptions,
     ) -> Result<()> {
-        let mut values = self.values.on_mut(gpu);
+        let mut values = self.values.device_view_mut();
         let mut indices = self.indices.tensor_mut(&gpu.cuda, &self.shape).unwrap();
-        let input = input.on(gpu);
-        topk::radix_topk(row_states, &mut values.view_mut(), &mut indices.view_mut(), &input.view(), options)
+        let input = input.device_view();
+        topk::radix_topk(row_states, &mut values.reborrow(), &mut indices.view_mut(), &input, options)
     }
 
     fn download(&self, gpu: &Gpu) -> (Vec<T>, Vec<i32>) {
-        (self.values.download(gpu), download(gpu, &self.indices))
+        (self.values.download(), download(gpu, &self.indices))
     }
 
     /// What is on the device is a selection from `input` that has the options.
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, input: &Tensor<T>, options: &TopKOptions) {
+    fn verify(&self, gpu: &Gpu, input: &Mirrored<T>, options: &TopKOptions) {
         let ([rows, k], len) = (self.shape, input.shape()[1]);
         let what = format!("{} {rows}x{len}, k {k}, {options:?}", T::DTYPE);
         let (mut want, mut want_indices) = (vec![0f64; rows * k], vec![0i32; rows * k]);
@@ -148,7 +148,7 @@ fn verify_places<T: Number>(what: &str, scores: &[T], places: &[usize], want: &[
 fn check<T: Number>(
     gpu: &Gpu,
     row_states: &mut RowStates,
-    input: &Tensor<T>,
+    input: &Mirrored<T>,
     k: usize,
     options: &TopKOptions,
 ) {
@@ -159,7 +159,7 @@ fn check<T: Number>(
 
 /// All options that there are for this `k`.
 #[track_caller]
-fn check_all<T: Number>(gpu: &Gpu, row_states: &mut RowStates, input: &Tensor<T>, k: usize) {
+fn check_all<T: Number>(gpu: &Gpu, row_states: &mut RowStates, input: &Mirrored<T>, k: usize) {
     for mut options in unsorted() {
         for sorted in [false, true] {
             options.sorted = sorted;
@@ -200,7 +200,7 @@ fn sizes<T: Number>() {
     let Some(gpu) = start(Gpu::start) else { return };
     let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
     for [rows, len, k] in SIZES {
-        let input = Tensor::<T>::random(&gpu, rng, &[rows, len]);
+        let input = Mirrored::<T>::random(&gpu, rng, &[rows, len]);
         if rows * len > 1 << 21 {
             check(&gpu, row_states, &input, k, &options(|_| ()));
             check(&gpu, row_states, &input, k, &options(|options| options.deterministic = true));
@@ -212,7 +212,7 @@ fn sizes<T: Number>() {
     for _ in 0..20 {
         let [rows, len] = [1 + rng.below(9), 1 + rng.below(60_000)];
         let k = 1 + rng.below(len.min(3000));
-        check_all(&gpu, row_states, &Tensor::<T>::random(&gpu, rng, &[rows, len]), k);
+        check_all(&gpu, row_states, &Mirrored::<T>::random(&gpu, rng, &[rows, len]), k);
     }
 }
 
@@ -238,7 +238,7 @@ fn more_rows_than_groups() {
     let Some(gpu) = start(Gpu::start) else { return };
     let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
     for [rows, len, k] in [[100, 120_000, 100], [300, 20_000, 64], [3000, 2500, 2100]] {
-        let input = Tensor::<bf16>::random(&gpu, rng, &[rows, len]);
+        let input = Mirrored::<bf16>::random(&gpu, rng, &[rows, len]);
         for deterministic in [false, true] {
             let options = options(|options| options.deterministic = deterministic);
             check(&gpu, row_states, &input, k, &options);
@@ -255,10 +255,10 @@ fn rows_of_millions() {
         return say("skipped: how long rows may be is known for compute capability 9.0");
     }
     let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
-    let input = Tensor::<f32>::random(&gpu, rng, &[1, 5_500_001]);
+    let input = Mirrored::<f32>::random(&gpu, rng, &[1, 5_500_001]);
     check(&gpu, row_states, &input, 1000, &options(|_| ()));
     check(&gpu, row_states, &input, 3000, &options(|options| options.deterministic = true));
-    let input = Tensor::<f32>::random(&gpu, rng, &[1, 9_000_000]);
+    let input = Mirrored::<f32>::random(&gpu, rng, &[1, 9_000_000]);
     let mut output = Output::poisoned(&gpu, 1, 10);
     refused(output.select(&gpu, row_states, &input, &options(|_| ())), "input");
     check(&gpu, row_states, &input, 10, &options(|options| options.tie_break = TieBreak::Small));
@@ -274,10 +274,10 @@ fn ties<T: Number>() {
     {
         for kinds in [1, 2, 4, 7] {
             let numbers = (0..rows * len).map(|_| T::from_f64(few[rng.below(kinds)])).collect();
-            check_all(&gpu, row_states, &Tensor::<T>::new(&gpu, &[rows, len], numbers), k);
+            check_all(&gpu, row_states, &Mirrored::<T>::new(&gpu, &[rows, len], numbers), k);
         }
         let close = (0..rows * len).map(|_| T::from_f64(1.0 + rng.unit() * 1e-4)).collect();
-        check_all(&gpu, row_states, &Tensor::<T>::new(&gpu, &[rows, len], close), k);
+        check_all(&gpu, row_states, &Mirrored::<T>::new(&gpu, &[rows, len], close), k);
     }
 }
 
@@ -308,7 +308,7 @@ fn negative_nan() {
             _ => rng.unit() as f32,
         };
         let numbers = (0..rows * len).map(|_| number(rng)).collect();
-        let input = Tensor::<f32>::new(&gpu, &[rows, len], numbers);
+        let input = Mirrored::<f32>::new(&gpu, &[rows, len], numbers);
         for options in unsorted().into_iter().filter(|options| have(options, k)) {
             let mut output = Output::poisoned(&gpu, rows, k);
             output.select(&gpu, row_states, &input, &options).unwrap();
@@ -331,7 +331,7 @@ fn repeats<T: Number>() {
     let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
     for [rows, len, k] in [[3, 4000, 500], [2, 256_000, 2000], [70, 20_000, 64], [1, 120_000, 5000]] {
         let numbers = (0..rows * len).map(|_| T::from_f64((rng.unit() * 50.0).round())).collect();
-        let input = Tensor::<T>::new(&gpu, &[rows, len], numbers);
+        let input = Mirrored::<T>::new(&gpu, &[rows, len], numbers);
         for sorted in [false, true] {
             let options = options(|options| (options.deterministic, options.sorted) = (true, sorted));
             if !have(&options, k) {
@@ -364,7 +364,7 @@ fn repeats_f16() {
 
 /// Parts of rows of scores, and what the transforms make of places in them.
 struct Sparse<T> {
-    input: Tensor<T>,
+    input: Mirrored<T>,
     rows: RowIndices,
     k: usize,
     /// `[requests, width]`, each entry another number.
@@ -395,7 +395,7 @@ impl<T: Number> Sparse<T> {
         }
         let (requests, width) = (if requests { 3 } else { rows }, len + 3);
         Self {
-            input: Tensor::random(gpu, rng, &[rows, len]),
+            input: Mirrored::random(gpu, rng, &[rows, len]),
             rows: indices,
             k,
             table: rng.permutation(requests * width),
@@ -420,7 +420,7 @@ impl<T: Number> Sparse<T> {
         topk::radix_topk_page_table_transform(
             row_states,
             &mut output.tensor_mut(&gpu.cuda, &self.shape()).unwrap().view_mut(),
-            &self.input.on(gpu).view(),
+            &self.input.device_view(),
             &table.tensor(&gpu.cuda, &[self.requests, self.width]).unwrap().view(),
             &RowTable::new(&gpu.stream, self.rows.clone()).unwrap(),
             options,
@@ -438,7 +438,7 @@ impl<T: Number> Sparse<T> {
         topk::radix_topk_ragged_transform(
             row_states,
             &mut output.tensor_mut(&gpu.cuda, &self.shape()).unwrap().view_mut(),
-            &self.input.on(gpu).view(),
+            &self.input.device_view(),
             &offsets.tensor(&gpu.cuda, &[self.offsets.len()]).unwrap().view(),
             &RowTable::new(&gpu.stream, self.rows.clone()).unwrap(),
             options,
@@ -623,7 +623,7 @@ fn nothing_to_select() {
     let Some(gpu) = start(Gpu::start) else { return };
     let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
     for [rows, len, k] in [[0, 100, 5], [3, 100, 0], [0, 0, 0]] {
-        let input = Tensor::<f32>::random(&gpu, rng, &[rows, len]);
+        let input = Mirrored::<f32>::random(&gpu, rng, &[rows, len]);
         let mut output = Output::poisoned(&gpu, rows, k);
         for options in unsorted() {
             output.select(&gpu, row_states, &input, &options).unwrap();
@@ -650,7 +650,7 @@ fn two_streams() {
     let rng = &mut Rng::new();
     let streams = [gpu.fork(), gpu.fork()];
     let mut row_states = streams.each_ref().map(|gpu| RowStates::new(&gpu.stream).unwrap());
-    let inputs = streams.each_ref().map(|gpu| Tensor::<f32>::random(gpu, rng, &[7, 256_000]));
+    let inputs = streams.each_ref().map(|gpu| Mirrored::<f32>::random(gpu, rng, &[7, 256_000]));
     let plain = [options(|_| ()), options(|options| options.deterministic = true)];
     let mut outputs = streams
         .each_ref()
@@ -678,7 +678,7 @@ fn threads_with_different_sizes() {
             scope.spawn(move || {
                 let (gpu, rng) = (gpu.fork(), &mut Rng::new());
                 let mut row_states = RowStates::new(&gpu.stream).unwrap();
-                let input = Tensor::<f16>::random(&gpu, rng, &[2, len]);
+                let input = Mirrored::<f16>::random(&gpu, rng, &[2, len]);
                 let mut output = Output::poisoned(&gpu, 2, 100);
                 let options = options(|_| ());
                 for _ in 0..500 {
@@ -702,13 +702,13 @@ fn graph_replay<T: Number>(sizes: [usize; 3]) {
         let (mut entries, table) = (ints(&gpu, &vec![POISON; rows * k]), ints(&gpu, &sparse.table));
         let mut row_table = RowTable::new(&gpu.stream, sparse.rows.clone()).unwrap();
         let graph = {
-            let input = sparse.input.on(&gpu);
-            let mut values = selected.values.on_mut(&gpu);
+            let input = sparse.input.device_view();
+            let mut values = selected.values.device_view_mut();
             let mut indices = selected.indices.tensor_mut(&gpu.cuda, &[rows, k]).unwrap();
             let mut entries = entries.tensor_mut(&gpu.cuda, &[rows, k]).unwrap();
             let table = table.tensor(&gpu.cuda, &[sparse.requests, sparse.width]).unwrap();
-            let (input, table) = (input.view(), table.view());
-            let (mut values, mut indices) = (values.view_mut(), indices.view_mut());
+            let (input, table) = (input, table.view());
+            let (mut values, mut indices) = (values.reborrow(), indices.view_mut());
             let mut entries = entries.view_mut();
             let mut run = || {
                 topk::radix_topk(&mut row_states, &mut values, &mut indices, &input, &options)?;
@@ -730,7 +730,7 @@ fn graph_replay<T: Number>(sizes: [usize; 3]) {
         for _ in 0..3 {
             let next = Sparse::<T>::random(&gpu, rng, sizes, true, true);
             row_table.update(next.rows.clone()).unwrap();
-            sparse.input.upload(&gpu, &next.input.host);
+            sparse.input.upload(&next.input.host);
             graph.launch().unwrap();
             selected.verify(&gpu, &next.input, &options);
             // The table is that of the capture.
@@ -765,16 +765,16 @@ fn wrong_input() {
     let (rng, other) = (&mut Rng::new(), gpu.fork());
     let mut row_states = RowStates::new(&gpu.stream).unwrap();
     let mut foreign = RowStates::new(&other.stream).unwrap();
-    let input = Tensor::<f16>::random(&gpu, rng, &[4, 6000]);
+    let input = Mirrored::<f16>::random(&gpu, rng, &[4, 6000]);
     let plain = options(|_| ());
     let mut output = Output::<f16>::poisoned(&gpu, 4, 100);
     refused(output.select(&gpu, &mut foreign, &input, &plain), "input");
-    let mut select = |input: &Tensor<f16>, rows, k, options: &TopKOptions| {
+    let mut select = |input: &Mirrored<f16>, rows, k, options: &TopKOptions| {
         Output::<f16>::poisoned(&gpu, rows, k).select(&gpu, &mut row_states, input, options)
     };
     refused(select(&input, 3, 100, &plain), "values");
     refused(select(&input, 4, 6001, &plain), "values");
-    let padded = Tensor::<f16>::random(&gpu, rng, &[4, 6008]).narrowed(1, 0, 6000);
+    let padded = Mirrored::<f16>::random(&gpu, rng, &[4, 6008]).narrowed(1, 0, 6000);
     refused(select(&padded, 4, 100, &plain), "input");
     for change in [
         (|options| options.sorted = true) as fn(&mut TopKOptions),
@@ -783,7 +783,7 @@ fn wrong_input() {
     ] {
         refused(select(&input, 4, 2049, &options(change)), "options");
     }
-    output.values.assert_untouched(&gpu);
+    output.values.assert_untouched();
 
     let sparse = Sparse::<f16>::random(&gpu, rng, [4, 6000, 100], true, true);
     let (table, offsets) = (ints(&gpu, &sparse.table), ints(&gpu, &sparse.offsets));
@@ -791,8 +791,8 @@ fn wrong_input() {
     {
         let mut output = output.tensor_mut(&gpu.cuda, &[4, 100]).unwrap();
         let mut output = output.view_mut();
-        let input = sparse.input.on(&gpu);
-        let input = input.view();
+        let input = sparse.input.device_view();
+        let input = input;
         let table = table.tensor(&gpu.cuda, &[3, 6003]).unwrap();
         let offsets = offsets.tensor(&gpu.cuda, &[4]).unwrap();
         let (table, offsets) = (table.view(), offsets.view());
@@ -852,15 +852,15 @@ fn the_current_device_is_put_back() {
     }
     let second = first.on_device(1);
     let mut row_states = RowStates::new(&second.stream).unwrap();
-    let input = Tensor::<f32>::random(&second, &mut Rng::new(), &[3, 100_000]);
+    let input = Mirrored::<f32>::random(&second, &mut Rng::new(), &[3, 100_000]);
     let (mut output, plain) = (Output::poisoned(&second, 3, 50), options(|_| ()));
     {
-        let mut values = output.values.on_mut(&second);
+        let mut values = output.values.device_view_mut();
         let mut indices = output.indices.tensor_mut(&second.cuda, &[3, 50]).unwrap();
-        let input = input.on(&second);
+        let input = input.device_view();
         first.cuda.context().bind_to_thread().unwrap();
-        let (mut values, mut indices) = (values.view_mut(), indices.view_mut());
-        topk::radix_topk(&mut row_states, &mut values, &mut indices, &input.view(), &plain).unwrap();
+        let (mut values, mut indices) = (values.reborrow(), indices.view_mut());
+        topk::radix_topk(&mut row_states, &mut values, &mut indices, &input, &plain).unwrap();
         assert!(topk::can_implement_filtered_topk(&second.stream).is_ok());
         assert_eq!(ctx::get_current().unwrap(), Some(first.cuda.context().cu_ctx()));
     }

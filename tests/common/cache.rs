@@ -5,7 +5,7 @@ use flashinfer_rs::{
     kv::{KvLayout, PagedKv, PagedKvMut},
 };
 
-use super::{Gpu, Number, Rng, Shown, ShownMut, Tensor};
+use super::{Gpu, Mirrored, Number, Rng};
 
 pub const LAYOUTS: [KvLayout; 2] = [KvLayout::Nhd, KvLayout::Hnd];
 
@@ -51,7 +51,7 @@ impl CacheShape {
 
 /// A cache: one joined tensor, or one for keys and one for values.
 pub struct Cache<T> {
-    pub tensors: Vec<Tensor<T>>,
+    pub tensors: Vec<Mirrored<T>>,
     pub shape: CacheShape,
 }
 
@@ -59,7 +59,7 @@ impl<T: Number> Cache<T> {
     /// Nothing but NaN.
     pub fn poisoned(gpu: &Gpu, shape: CacheShape) -> Self {
         let tensors = if shape.joined { 1 } else { 2 };
-        Self { tensors: (0..tensors).map(|_| Tensor::poisoned(gpu, &shape.tensor())).collect(), shape }
+        Self { tensors: (0..tensors).map(|_| Mirrored::poisoned(gpu, &shape.tensor())).collect(), shape }
     }
 
     /// Random numbers where the table's tokens are, NaN elsewhere.
@@ -79,7 +79,7 @@ impl<T: Number> Cache<T> {
                 }
             }
         }
-        let tensors = hosts.into_iter().map(|host| Tensor::new(gpu, &shape.tensor(), host)).collect();
+        let tensors = hosts.into_iter().map(|host| Mirrored::new(gpu, &shape.tensor(), host)).collect();
         Self { tensors, shape }
     }
 
@@ -108,51 +108,33 @@ impl<T: Number> Cache<T> {
         }
     }
 
-    pub fn on<'a>(&'a self, gpu: &'a Gpu) -> ShownCache<'a> {
-        let guards = self.tensors.iter().map(|tensor| tensor.on(gpu)).collect();
-        ShownCache { guards, layout: self.shape.layout }
+    /// The device copy, for operations.
+    pub fn device_view(&self) -> PagedKv<'_> {
+        match &self.tensors[..] {
+            [kv] => PagedKv::joined(kv.device_view(), self.shape.layout).unwrap(),
+            [k, v] => PagedKv::new(k.device_view(), v.device_view(), self.shape.layout),
+            _ => unreachable!("a cache has one tensor or two"),
+        }
     }
 
-    pub fn on_mut<'a>(&'a mut self, gpu: &'a Gpu) -> ShownCacheMut<'a> {
-        let guards = self.tensors.iter_mut().map(|tensor| tensor.on_mut(gpu)).collect();
-        ShownCacheMut { guards, layout: self.shape.layout }
+    /// The device copy, for operations that write.
+    pub fn device_view_mut(&mut self) -> PagedKvMut<'_> {
+        match &mut self.tensors[..] {
+            [kv] => PagedKvMut::joined(kv.device_view_mut(), self.shape.layout).unwrap(),
+            [k, v] => PagedKvMut::new(k.device_view_mut(), v.device_view_mut(), self.shape.layout),
+            _ => unreachable!("a cache has one tensor or two"),
+        }
+    }
+
+    /// The same on another stream, or another device.
+    pub fn copied_to(&self, gpu: &Gpu) -> Self {
+        let tensors = self.tensors.iter().map(|tensor| tensor.copied_to(gpu)).collect();
+        Self { tensors, shape: self.shape }
     }
 
     #[track_caller]
-    pub fn assert_untouched(&self, gpu: &Gpu) {
-        self.tensors.iter().for_each(|tensor| tensor.assert_untouched(gpu));
-    }
-}
-
-/// A device cache, borrowed for one stream.
-pub struct ShownCache<'a> {
-    guards: Vec<Shown<'a>>,
-    layout: KvLayout,
-}
-
-impl ShownCache<'_> {
-    pub fn kv(&self) -> PagedKv<'_> {
-        match &self.guards[..] {
-            [kv] => PagedKv::joined(kv.view(), self.layout).unwrap(),
-            [k, v] => PagedKv::new(k.view(), v.view(), self.layout),
-            _ => unreachable!("a cache has one tensor or two"),
-        }
-    }
-}
-
-/// A device cache, borrowed for one stream to write.
-pub struct ShownCacheMut<'a> {
-    guards: Vec<ShownMut<'a>>,
-    layout: KvLayout,
-}
-
-impl ShownCacheMut<'_> {
-    pub fn kv_mut(&mut self) -> PagedKvMut<'_> {
-        match &mut self.guards[..] {
-            [kv] => PagedKvMut::joined(kv.view_mut(), self.layout).unwrap(),
-            [k, v] => PagedKvMut::new(k.view_mut(), v.view_mut(), self.layout),
-            _ => unreachable!("a cache has one tensor or two"),
-        }
+    pub fn assert_untouched(&self) {
+        self.tensors.iter().for_each(|tensor| tensor.assert_untouched());
     }
 }
 

@@ -15,7 +15,7 @@ use flashinfer_rs::{
     reference,
 };
 
-use super::{Gpu, Number, Rng, Tensor, say};
+use super::{Gpu, Number, Rng, Mirrored, say};
 
 /// The head dimension of the kernel.
 pub const D: usize = 128;
@@ -101,7 +101,7 @@ impl Case {
 /// Where a run starts from.
 pub enum Start<'a> {
     Zeros,
-    From(&'a Tensor<f32>),
+    From(&'a Mirrored<f32>),
     InPlace,
 }
 
@@ -109,18 +109,18 @@ pub enum Start<'a> {
 /// (0.8, 1), beta in (0, 1), as in models.
 pub struct Problem<T> {
     pub case: Case,
-    pub q: Tensor<T>,
-    pub k: Tensor<T>,
-    pub v: Tensor<T>,
-    pub alpha: Option<Tensor<f32>>,
-    pub beta: Option<Tensor<f32>>,
-    pub state: Option<Tensor<f32>>,
+    pub q: Mirrored<T>,
+    pub k: Mirrored<T>,
+    pub v: Mirrored<T>,
+    pub alpha: Option<Mirrored<f32>>,
+    pub beta: Option<Mirrored<f32>>,
+    pub state: Option<Mirrored<f32>>,
 }
 
 /// What a run wrote, or will write.
 pub struct Results<T> {
-    pub output: Tensor<T>,
-    pub state: Tensor<f32>,
+    pub output: Mirrored<T>,
+    pub state: Mirrored<f32>,
 }
 
 /// What the reference says.
@@ -133,8 +133,8 @@ impl<T: Number> Results<T> {
     /// Nothing but NaN.
     pub fn poisoned(gpu: &Gpu, case: &Case) -> Self {
         Self {
-            output: Tensor::poisoned(gpu, &case.output_shape()),
-            state: Tensor::poisoned(gpu, &case.state_shape()),
+            output: Mirrored::poisoned(gpu, &case.output_shape()),
+            state: Mirrored::poisoned(gpu, &case.state_shape()),
         }
     }
 }
@@ -152,16 +152,16 @@ impl<T: Number> Problem<T> {
         let mut gate = |wanted: bool, low: f64| {
             let fraction = |rng: &mut Rng| (rng.unit() / 12f64.sqrt() + 0.5).clamp(1e-3, 0.999);
             let numbers = (0..gates[0] * gates[1]).map(|_| (low + (1.0 - low) * fraction(rng)) as f32);
-            wanted.then(|| Tensor::new(gpu, &gates, numbers.collect()))
+            wanted.then(|| Mirrored::new(gpu, &gates, numbers.collect()))
         };
         let (alpha, beta) = (gate(case.alpha, 0.8), gate(case.beta, 0.0));
         Self {
             alpha,
             beta,
-            q: Tensor::random_scaled(gpu, rng, &q, 0.1),
-            k: Tensor::new(gpu, &k, keys),
-            v: Tensor::random(gpu, rng, &v),
-            state: case.state.then(|| Tensor::random_scaled(gpu, rng, &case.state_shape(), 0.2)),
+            q: Mirrored::random_scaled(gpu, rng, &q, 0.1),
+            k: Mirrored::new(gpu, &k, keys),
+            v: Mirrored::random(gpu, rng, &v),
+            state: case.state.then(|| Mirrored::random_scaled(gpu, rng, &case.state_shape(), 0.2)),
             case: case.clone(),
         }
     }
@@ -187,35 +187,34 @@ impl<T: Number> Problem<T> {
     /// they are made before it and dropped after it.
     pub fn run_within<R>(
         &self,
-        gpu: &Gpu,
         workspace: &GdnWorkspace,
         table: &SequenceTable,
         start: Start<'_>,
         results: &mut Results<T>,
         around: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> R,
     ) -> R {
-        let (q, k, v) = (self.q.on(gpu), self.k.on(gpu), self.v.on(gpu));
-        let alpha = self.alpha.as_ref().map(|gate| gate.on(gpu));
-        let beta = self.beta.as_ref().map(|gate| gate.on(gpu));
-        let from = if let Start::From(state) = &start { Some(state.on(gpu)) } else { None };
-        let (mut output, mut state) = (results.output.on_mut(gpu), results.state.on_mut(gpu));
+        let (q, k, v) = (self.q.device_view(), self.k.device_view(), self.v.device_view());
+        let alpha = self.alpha.as_ref().map(|gate| gate.device_view());
+        let beta = self.beta.as_ref().map(|gate| gate.device_view());
+        let from = if let Start::From(state) = &start { Some(state.device_view()) } else { None };
+        let (mut output, mut state) = (results.output.device_view_mut(), results.state.device_view_mut());
         let input = GdnInput {
-            alpha: alpha.as_ref().map(|gate| gate.view()),
-            beta: beta.as_ref().map(|gate| gate.view()),
+            alpha: alpha,
+            beta: beta,
             state: match (&start, &from) {
                 (Start::Zeros, _) => InitialState::Zeros,
                 (Start::InPlace, _) => InitialState::InPlace,
-                (Start::From(_), from) => InitialState::From(from.as_ref().unwrap().view()),
+                (Start::From(_), from) => InitialState::From(from.unwrap()),
             },
-            ..GdnInput::new(q.view(), k.view(), v.view())
+            ..GdnInput::new(q, k, v)
         };
-        let mut out = GdnOutput { output: output.view_mut(), state: state.view_mut() };
+        let mut out = GdnOutput { output: output.reborrow(), state: state.reborrow() };
         around(&mut || gdn_prefill(workspace, &mut out, &input, table, &self.case.options()))
     }
 
     /// The reference's results, from where the case says.
     pub fn expected(&self) -> Expected {
-        self.expected_from(self.state.as_ref().map(Tensor::wide))
+        self.expected_from(self.state.as_ref().map(Mirrored::wide))
     }
 
     /// The reference's results from a state, or from zeros.
@@ -225,8 +224,8 @@ impl<T: Number> Problem<T> {
         let from = if state.is_some() { InitialState::InPlace } else { InitialState::Zeros };
         let mut state = state.unwrap_or_else(|| vec![f64::NAN; state_shape.iter().product()]);
         let input = GdnInput {
-            alpha: self.alpha.as_ref().map(Tensor::view),
-            beta: self.beta.as_ref().map(Tensor::view),
+            alpha: self.alpha.as_ref().map(Mirrored::view),
+            beta: self.beta.as_ref().map(Mirrored::view),
             state: from,
             ..GdnInput::new(self.q.view(), self.k.view(), self.v.view())
         };
@@ -241,31 +240,31 @@ impl<T: Number> Problem<T> {
     /// Waits, and compares output and final states with the reference's.
     #[track_caller]
     pub fn verify(&self, gpu: &Gpu, what: &str, results: &Results<T>, expected: &Expected) {
-        self.verify_output(gpu, what, results, expected);
-        self.verify_state(gpu, what, results, expected);
+        self.verify_output(what, results, expected);
+        self.verify_state(what, results, expected);
     }
 
     #[track_caller]
-    pub fn verify_output(&self, gpu: &Gpu, what: &str, results: &Results<T>, expected: &Expected) {
+    pub fn verify_output(&self, what: &str, results: &Results<T>, expected: &Expected) {
         let (heads, indices) = (self.case.state_heads(), self.case.indices());
         let rows = |sequence: usize, head: usize| {
             let ends = &indices.cu_seqlens()[sequence..];
             (ends[0] as usize..ends[1] as usize).map(|token| token * heads + head).collect()
         };
         let off =
-            compare(what, &results.output.download(gpu), &expected.output, self.groups(rows), bounds::<T>());
+            compare(what, &results.output.download(), &expected.output, self.groups(rows), bounds::<T>());
         eprintln!("{what}: {} {:?}: output off by {off:.1e}", T::DTYPE, self.case.heads);
     }
 
     #[track_caller]
-    pub fn verify_state(&self, gpu: &Gpu, what: &str, results: &Results<T>, expected: &Expected) {
+    pub fn verify_state(&self, what: &str, results: &Results<T>, expected: &Expected) {
         let heads = self.case.state_heads();
         let rows = |sequence: usize, head: usize| {
             let first = (sequence * heads + head) * D;
             (first..first + D).collect()
         };
         let off =
-            compare(what, &results.state.download(gpu), &expected.state, self.groups(rows), bounds::<T>());
+            compare(what, &results.state.download(), &expected.state, self.groups(rows), bounds::<T>());
         eprintln!("{what}: {} {:?}: states off by {off:.1e}", T::DTYPE, self.case.heads);
     }
 

@@ -22,10 +22,10 @@ use std::{
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
-use cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
 use flashinfer_rs::{
     Element, FlashInferError, FlashInferRuntime, ModuleName, Result, Stream, TensorMut, TensorRef,
-    cudarc::{SliceMut, SliceRef, TensorExt, TensorExtMut},
+    cudarc::Tensor,
 };
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
@@ -172,22 +172,19 @@ impl Part {
     }
 }
 
-/// Contiguous storage on the host and on the device, and the part of it that
+/// A tensor on the host and its copy on the device, and the part of both that
 /// operations are shown.
-pub struct Tensor<T> {
+pub struct Mirrored<T> {
     /// What was uploaded. The device's content changes, this does not.
     pub host: Vec<T>,
-    pub device: CudaSlice<T>,
+    pub device: Tensor<T>,
     shape: Vec<usize>,
     part: Part,
 }
 
-impl<T: Number> Tensor<T> {
-    pub fn new(gpu: &Gpu, shape: &[usize], mut host: Vec<T>) -> Self {
-        if host.is_empty() {
-            host.push(T::POISON); // there is no empty allocation on a device
-        }
-        let device = gpu.cuda.clone_htod(&host).expect("device memory");
+impl<T: Number> Mirrored<T> {
+    pub fn new(gpu: &Gpu, shape: &[usize], host: Vec<T>) -> Self {
+        let device = Tensor::from_slice(&gpu.stream, shape, &host).expect("device memory");
         Self { host, device, shape: shape.to_vec(), part: Part::default() }
     }
 
@@ -205,6 +202,13 @@ impl<T: Number> Tensor<T> {
     /// Nothing but NaN.
     pub fn poisoned(gpu: &Gpu, shape: &[usize]) -> Self {
         Self::new(gpu, shape, vec![T::POISON; shape.iter().product()])
+    }
+
+    /// The same on another stream, or another device.
+    pub fn copied_to(&self, gpu: &Gpu) -> Self {
+        let mut copy = Self::new(gpu, &self.shape, self.host.clone());
+        copy.part = self.part.clone();
+        copy
     }
 
     /// Shows `start..start + len` of an axis.
@@ -239,75 +243,44 @@ impl<T: Number> Tensor<T> {
         self.host.iter().map(|number| number.to_f64()).collect()
     }
 
-    /// Borrows the device copy for work on the stream.
-    pub fn on<'a>(&'a self, gpu: &'a Gpu) -> Shown<'a> {
-        Shown { guard: self.device.tensor(&gpu.cuda, &self.shape).unwrap(), part: &self.part }
+    /// The device copy, for operations.
+    pub fn device_view(&self) -> TensorRef<'_> {
+        self.part.of(self.device.view())
     }
 
-    /// Borrows the device copy for work on the stream that writes.
-    pub fn on_mut<'a>(&'a mut self, gpu: &'a Gpu) -> ShownMut<'a> {
-        ShownMut { guard: self.device.tensor_mut(&gpu.cuda, &self.shape).unwrap(), part: &self.part }
+    /// The device copy, for operations that write.
+    pub fn device_view_mut(&mut self) -> TensorMut<'_> {
+        self.part.of_mut(self.device.view_mut())
     }
 
     /// The device's content, when the stream's work is done.
-    pub fn download(&self, gpu: &Gpu) -> Vec<T> {
-        let content = gpu.cuda.clone_dtoh(&self.device).expect("a copy to the host");
-        gpu.synchronize();
-        content
+    pub fn download(&self) -> Vec<T> {
+        self.device.to_vec().expect("a copy to the host")
     }
 
     /// Writes to the device, at the same address.
-    pub fn upload(&mut self, gpu: &Gpu, content: &[T]) {
-        gpu.cuda.memcpy_htod(content, &mut self.device).expect("a copy to the device");
-        gpu.synchronize();
+    pub fn upload(&mut self, content: &[T]) {
+        self.device.write(content).expect("a copy to the device");
     }
 
     /// The device's content is what was uploaded.
     #[track_caller]
-    pub fn assert_untouched(&self, gpu: &Gpu) {
-        assert_same_bits("untouched", &self.download(gpu), &self.host);
+    pub fn assert_untouched(&self) {
+        assert_same_bits("untouched", &self.download(), &self.host);
     }
 
     /// The device's content is the reference's result, `want`, row by row
     /// within `bound`, and what was uploaded outside the shown part.
     #[track_caller]
-    pub fn assert_close(&self, gpu: &Gpu, what: &str, want: &[f64], bound: f64) {
-        self.assert_part_close(gpu, what, &self.view(), want, bound);
+    pub fn assert_close(&self, what: &str, want: &[f64], bound: f64) {
+        self.assert_part_close(what, &self.view(), want, bound);
     }
 
     /// As [`assert_close`](Self::assert_close), for a part of what is shown.
     #[track_caller]
-    pub fn assert_part_close(&self, gpu: &Gpu, what: &str, part: &TensorRef<'_>, want: &[f64], bound: f64) {
-        let worst = compare::rows(what, part, &self.host, &self.download(gpu), want, bound);
+    pub fn assert_part_close(&self, what: &str, part: &TensorRef<'_>, want: &[f64], bound: f64) {
+        let worst = compare::rows(what, part, &self.host, &self.download(), want, bound);
         eprintln!("{what}: {} {:?}: worst row off by {worst:.1e}", T::DTYPE, part.shape());
-    }
-}
-
-/// A device tensor, borrowed for one stream.
-pub struct Shown<'a> {
-    guard: SliceRef<'a>,
-    part: &'a Part,
-}
-
-impl Shown<'_> {
-    pub fn view(&self) -> TensorRef<'_> {
-        self.part.of(self.guard.view())
-    }
-}
-
-/// A device tensor, borrowed for one stream to write.
-pub struct ShownMut<'a> {
-    guard: SliceMut<'a>,
-    part: &'a Part,
-}
-
-impl ShownMut<'_> {
-    pub fn view(&self) -> TensorRef<'_> {
-        self.part.of(self.guard.view())
-    }
-
-    pub fn view_mut(&mut self) -> TensorMut<'_> {
-        self.part.of_mut(self.guard.view_mut())
     }
 }
 

@@ -12,7 +12,7 @@ use flashinfer_rs::{
 };
 use half::bf16;
 
-use super::{Gpu, Rng, Tensor};
+use super::{Gpu, Rng, Mirrored};
 
 /// An operation, and its kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,9 +197,9 @@ impl Batch {
         let Heads { num_qo_heads, num_kv_heads } = heads;
         let queries: usize = self.requests.iter().map(|request| request.0).sum();
         let keys: usize = self.requests.iter().map(|request| request.1).sum();
-        let q = Tensor::new(gpu, &[queries, num_qo_heads, qk], self.q.clone());
-        let mut out = Tensor::<bf16>::poisoned(gpu, &[queries, num_qo_heads, vo]);
-        let mut lse = Tensor::<f32>::poisoned(gpu, &[queries, num_qo_heads]);
+        let q = Mirrored::new(gpu, &[queries, num_qo_heads, qk], self.q.clone());
+        let mut out = Mirrored::<bf16>::poisoned(gpu, &[queries, num_qo_heads, vo]);
+        let mut lse = Mirrored::<f32>::poisoned(gpu, &[queries, num_qo_heads]);
         let stream = &gpu.stream;
         let rows = RaggedIndices::from_lens(self.requests.iter().map(|request| request.0)).unwrap();
         let rows_table = RaggedTable::new(stream, rows.clone()).unwrap();
@@ -208,17 +208,17 @@ impl Batch {
         let cache = |rows: &[bf16], width: usize| {
             let mut shape = cache_shape;
             shape[3] = width;
-            Tensor::new(gpu, &shape, self.paged(rows, num_kv_heads * width, pages))
+            Mirrored::new(gpu, &shape, self.paged(rows, num_kv_heads * width, pages))
         };
         let (k_cache, v_cache) = (cache(&self.k, qk), cache(&self.v, vo));
-        let ragged = |rows: &[bf16], width| Tensor::new(gpu, &[keys, num_kv_heads, width], rows.to_vec());
+        let ragged = |rows: &[bf16], width| Mirrored::new(gpu, &[keys, num_kv_heads, width], rows.to_vec());
         let (k, v) = (ragged(&self.k, qk), ragged(&self.v, vo));
         {
-            let (q, k_cache, v_cache) = (q.on(gpu), k_cache.on(gpu), v_cache.on(gpu));
-            let (k, v) = (k.on(gpu), v.on(gpu));
-            let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            let kv = PagedKv::new(k_cache.view(), v_cache.view(), KvLayout::Nhd);
+            let (q, k_cache, v_cache) = (q.device_view(), k_cache.device_view(), v_cache.device_view());
+            let (k, v) = (k.device_view(), v.device_view());
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+            let kv = PagedKv::new(k_cache, v_cache, KvLayout::Nhd);
             let table = PageTable::new(stream, indices.clone()).unwrap();
             let options = self.options();
             let mut workspace =
@@ -228,13 +228,13 @@ impl Batch {
                     let decode = BatchDecode::new(stream, &self.spec(backend), heads).unwrap();
                     assert_eq!(decode.backend(), backend);
                     let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
-                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    plan.run_with(&q, &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Paged(backend) => {
                     let prefill = BatchPrefill::new(stream, &self.spec(backend), heads).unwrap();
                     let plan = PlanOptions::default();
                     let plan = prefill.plan_paged(&mut workspace, &rows_table, &table, &plan).unwrap();
-                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    plan.run_with(&q, &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Ragged(backend) => {
                     let prefill = BatchPrefill::new(stream, &self.spec(backend), heads).unwrap();
@@ -243,20 +243,20 @@ impl Batch {
                     let keys = RaggedTable::new(stream, lens).unwrap();
                     let plan = PlanOptions::default();
                     let plan = prefill.plan_ragged(&mut workspace, &rows_table, &keys, &plan).unwrap();
-                    plan.run_with(&q.view(), [&k.view(), &v.view()], &mut out, Some(&mut lse), &options)
+                    plan.run_with(&q, [&k, &v], &mut out, Some(&mut lse), &options)
                         .unwrap();
                 }
                 Op::SinglePrefill => {
                     let prefill = SinglePrefill::new(stream, &self.spec(Backend::Auto)).unwrap();
                     for request in 0..self.requests.len() {
                         let [rows, keys] = self.spans(request);
-                        let (k, v) = (k.view(), v.view());
+                        let (k, v) = (k, v);
                         let k = k.narrow(0, keys.start, keys.len()).unwrap();
                         let v = v.narrow(0, keys.start, keys.len()).unwrap();
                         prefill
                             .run_with(
                                 &mut workspace,
-                                &q.view().narrow(0, rows.start, rows.len()).unwrap(),
+                                &q.narrow(0, rows.start, rows.len()).unwrap(),
                                 [&k, &v],
                                 &mut out.reborrow().narrow(0, rows.start, rows.len()).unwrap(),
                                 Some(&mut lse.reborrow().narrow(0, rows.start, rows.len()).unwrap()),
@@ -269,13 +269,13 @@ impl Batch {
                     let decode = SingleDecode::new(stream, &self.spec(Backend::Auto), heads).unwrap();
                     for request in 0..self.requests.len() {
                         let [_, keys] = self.spans(request);
-                        let (k, v) = (k.view(), v.view());
+                        let (k, v) = (k, v);
                         let k = k.narrow(0, keys.start, keys.len()).unwrap();
                         let v = v.narrow(0, keys.start, keys.len()).unwrap();
                         decode
                             .run_with(
                                 &mut workspace,
-                                &q.view().select(0, request).unwrap(),
+                                &q.select(0, request).unwrap(),
                                 [&k, &v],
                                 &mut out.reborrow().select(0, request).unwrap(),
                                 Some(&mut lse.reborrow().select(0, request).unwrap()),
@@ -288,15 +288,15 @@ impl Batch {
                     let mixed = BatchAttention::new(stream, &self.spec(Backend::Auto), heads).unwrap();
                     let plan = PlanOptions::default();
                     let plan = mixed.plan(&mut workspace, &rows_table, &table, &plan).unwrap();
-                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    plan.run_with(&q, &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Mla(backend) => {
                     let spec = MlaSpec::new(DType::BF16, self.sm_scale).with_backend(backend);
                     let mla = BatchMla::new(stream, &spec, num_qo_heads).unwrap();
                     let plan = PlanOptions::default();
                     let plan = mla.plan(&mut workspace, &rows, &table, &plan).unwrap();
-                    let query = MlaQuery::joined(q.view()).unwrap();
-                    let cache = MlaCache::joined(k_cache.view().select(2, 0).unwrap()).unwrap();
+                    let query = MlaQuery::joined(q).unwrap();
+                    let cache = MlaCache::joined(k_cache.select(2, 0).unwrap()).unwrap();
                     plan.run_with(&query, &cache, &mut out, Some(&mut lse)).unwrap();
                 }
                 Op::Cascade(backend) => {
@@ -308,11 +308,11 @@ impl Batch {
                     let mut workspace = CascadeWorkspace::new(stream, 2).unwrap();
                     let plan = PlanOptions::default();
                     let plan = cascade.plan(&mut workspace, &levels, &plan).unwrap();
-                    plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options).unwrap();
+                    plan.run_with(&q, &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
             }
         }
-        Results { out: out.download(gpu), lse: lse.download(gpu) }
+        Results { out: out.download(), lse: lse.download() }
     }
 
     /// Attention in `f64`: outputs, and base-2 LSE.

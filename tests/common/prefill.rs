@@ -9,14 +9,14 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, PosEncodingMode, PrefillPlan,
         ReplayKey, RunOptions, Workspace,
     },
-    kv::KvLayout,
+    kv::{KvLayout, PagedKv},
     reference,
 };
 
 use super::{
-    Gpu, Number, Rng, Shown, Tensor, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::{assert_lse, capture},
-    cache::{Cache, CacheShape, LAYOUTS, ShownCache, random_table},
+    cache::{Cache, CacheShape, LAYOUTS, random_table},
     say,
     single::{self, Single},
 };
@@ -266,7 +266,7 @@ impl Case {
 /// Keys and values, and which of them are each request's.
 pub enum Kv<K> {
     Paged { table: PageIndices, cache: Cache<K> },
-    Ragged { keys: RaggedIndices, k: Tensor<K>, v: Tensor<K> },
+    Ragged { keys: RaggedIndices, k: Mirrored<K>, v: Mirrored<K> },
 }
 
 impl<K: Number> Kv<K> {
@@ -284,9 +284,9 @@ impl<K: Number> Kv<K> {
             Kind::Ragged | Kind::Single => {
                 let (keys, heads) = (RaggedIndices::from_lens(case.key_lens()).unwrap(), case.kv_heads);
                 let mut part = |width| match case.layout {
-                    KvLayout::Nhd => Tensor::random(gpu, rng, &[keys.total(), heads, width]),
+                    KvLayout::Nhd => Mirrored::random(gpu, rng, &[keys.total(), heads, width]),
                     KvLayout::Hnd => {
-                        Tensor::random(gpu, rng, &[heads, keys.total(), width]).permuted(&[1, 0, 2])
+                        Mirrored::random(gpu, rng, &[heads, keys.total(), width]).permuted(&[1, 0, 2])
                     }
                 };
                 let (k, v) = (part(case.head_dim_qk), part(case.head_dim_vo));
@@ -296,7 +296,7 @@ impl<K: Number> Kv<K> {
     }
 
     /// The tensors on the device, and the copies on the host.
-    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor<K>> {
+    pub fn tensors_mut(&mut self) -> Vec<&mut Mirrored<K>> {
         match self {
             Self::Paged { cache, .. } => cache.tensors.iter_mut().collect(),
             Self::Ragged { k, v, .. } => vec![k, v],
@@ -418,49 +418,33 @@ impl Plan<'_> {
         self.numbers().get(14).is_some_and(|&split| split != 0)
     }
 
-    pub fn run<K: Number>(
-        &self,
-        gpu: &Gpu,
-        q: &TensorRef<'_>,
-        kv: &Kv<K>,
-        out: &mut TensorMut<'_>,
-        lse: Option<&mut TensorMut<'_>>,
-        options: &RunOptions<'_>,
-    ) -> Result<()> {
-        self.run_shown(q, &kv.on(gpu), out, lse, options)
-    }
-
-    /// As [`run`](Self::run), with views that exist already.
-    pub fn run_shown(
+    pub fn run(
         &self,
         q: &TensorRef<'_>,
-        kv: &ShownKv<'_>,
+        kv: &DeviceKv<'_>,
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
         match (self, kv) {
-            (Self::Paged(plan), ShownKv::Paged(cache)) => plan.run_with(q, &cache.kv(), out, lse, options),
-            (Self::Ragged(plan), ShownKv::Ragged(kv)) => {
-                plan.run_with(q, [&kv[0].view(), &kv[1].view()], out, lse, options)
-            }
+            (Self::Paged(plan), DeviceKv::Paged(kv)) => plan.run_with(q, kv, out, lse, options),
+            (Self::Ragged(plan), DeviceKv::Ragged([k, v])) => plan.run_with(q, [k, v], out, lse, options),
             _ => unreachable!("a plan of the keys' kind"),
         }
     }
 }
 
-/// Keys and values with their views on the device.
-pub enum ShownKv<'a> {
-    Paged(ShownCache<'a>),
-    Ragged(Box<[Shown<'a>; 2]>),
+/// Views of keys and values on the device.
+pub enum DeviceKv<'a> {
+    Paged(PagedKv<'a>),
+    Ragged([TensorRef<'a>; 2]),
 }
 
 impl<K: Number> Kv<K> {
-    /// Their views on the GPU's stream.
-    pub fn on<'a>(&'a self, gpu: &'a Gpu) -> ShownKv<'a> {
+    pub fn device_view(&self) -> DeviceKv<'_> {
         match self {
-            Self::Paged { cache, .. } => ShownKv::Paged(cache.on(gpu)),
-            Self::Ragged { k, v, .. } => ShownKv::Ragged(Box::new([k.on(gpu), v.on(gpu)])),
+            Self::Paged { cache, .. } => DeviceKv::Paged(cache.device_view()),
+            Self::Ragged { k, v, .. } => DeviceKv::Ragged([k.device_view(), v.device_view()]),
         }
     }
 }
@@ -469,11 +453,11 @@ impl<K: Number> Kv<K> {
 pub struct Problem<T, K> {
     pub case: Case,
     pub queries: RaggedIndices,
-    pub q: Tensor<T>,
+    pub q: Mirrored<T>,
     pub kv: Kv<K>,
     pub mask: HostMask,
     /// Slopes and sinks of the heads, if the case has them.
-    pub(super) per_head: [Option<Tensor<f32>>; 2],
+    pub(super) per_head: [Option<Mirrored<f32>>; 2],
     want: Vec<f64>,
     want_lse: Vec<f64>,
 }
@@ -485,16 +469,16 @@ impl<T: Number, K: Number> Problem<T, K> {
     }
 
     pub fn with_kv(gpu: &Gpu, rng: &mut Rng, case: Case, kv: Kv<K>) -> Self {
-        let q = Tensor::random(gpu, rng, &case.q_shape(case.queries().total()));
+        let q = Mirrored::random(gpu, rng, &case.q_shape(case.queries().total()));
         let mask = HostMask::random(rng, &case);
         let per_head = [(case.alibi, 0.1), (case.sinks, 2.0)].map(|(given, scale)| {
-            given.then(|| Tensor::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
+            given.then(|| Mirrored::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
         });
         Self::solve_with(case, q, kv, mask, per_head)
     }
 
     /// Fills in what the reference says.
-    pub fn solve(case: Case, q: Tensor<T>, kv: Kv<K>) -> Self {
+    pub fn solve(case: Case, q: Mirrored<T>, kv: Kv<K>) -> Self {
         assert!(matches!(case.masked, Masked::No) && !case.sinks && !case.alibi);
         let mask = HostMask::Plain { causal: case.causal };
         Self::solve_with(case, q, kv, mask, [None, None])
@@ -502,10 +486,10 @@ impl<T: Number, K: Number> Problem<T, K> {
 
     fn solve_with(
         case: Case,
-        q: Tensor<T>,
+        q: Mirrored<T>,
         kv: Kv<K>,
         mask: HostMask,
-        per_head: [Option<Tensor<f32>>; 2],
+        per_head: [Option<Mirrored<f32>>; 2],
     ) -> Self {
         let (queries, heads) = (case.queries(), case.heads().num_qo_heads);
         let (rows, width) = (queries.total(), case.head_dim_vo);
@@ -514,7 +498,7 @@ impl<T: Number, K: Number> Problem<T, K> {
         let mut lse = TensorMut::from_slice(&mut want_lse, &[rows, heads]).unwrap();
         let (spec, mut options) = (case.spec::<T, K>(), case.options());
         [options.alibi_slopes, options.sinks] =
-            per_head.each_ref().map(|tensor| tensor.as_ref().map(Tensor::view));
+            per_head.each_ref().map(|tensor| tensor.as_ref().map(Mirrored::view));
         let mask_of = mask.reference();
         match &kv {
             Kv::Paged { table, cache } => reference::batch_prefill_paged(
@@ -554,13 +538,13 @@ impl<T: Number, K: Number> Problem<T, K> {
     }
 
     /// Outputs of so many rows.
-    pub fn outputs_of(&self, gpu: &Gpu, rows: usize) -> (Tensor<T>, Tensor<f32>) {
+    pub fn outputs_of(&self, gpu: &Gpu, rows: usize) -> (Mirrored<T>, Mirrored<f32>) {
         let heads = self.case.heads().num_qo_heads;
-        let out = Tensor::poisoned(gpu, &[rows, heads, self.case.head_dim_vo]);
-        (out, Tensor::poisoned(gpu, &[rows, heads]))
+        let out = Mirrored::poisoned(gpu, &[rows, heads, self.case.head_dim_vo]);
+        (out, Mirrored::poisoned(gpu, &[rows, heads]))
     }
 
-    pub fn outputs(&self, gpu: &Gpu) -> (Tensor<T>, Tensor<f32>) {
+    pub fn outputs(&self, gpu: &Gpu) -> (Mirrored<T>, Mirrored<f32>) {
         self.outputs_of(gpu, self.queries.total())
     }
 
@@ -579,45 +563,42 @@ impl<T: Number, K: Number> Problem<T, K> {
     #[track_caller]
     pub fn check_run(&self, gpu: &Gpu, plan: &Plan<'_>) -> (Vec<T>, Vec<f32>) {
         let (mut out, mut lse) = self.outputs(gpu);
-        self.run(gpu, plan, &mut out, Some(&mut lse), &self.case.options()).unwrap();
+        self.run(plan, &mut out, Some(&mut lse), &self.case.options()).unwrap();
         self.verify(gpu, &out, Some(&lse));
-        (out.download(gpu), lse.download(gpu))
+        (out.download(), lse.download())
     }
 
     pub fn run(
         &self,
-        gpu: &Gpu,
         plan: &Plan<'_>,
-        out: &mut Tensor<T>,
-        lse: Option<&mut Tensor<f32>>,
+        out: &mut Mirrored<T>,
+        lse: Option<&mut Mirrored<f32>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
-        let mut lse = lse.map(|lse| lse.on_mut(gpu));
-        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.on(gpu)));
+        let mut lse = lse.map(|lse| lse.device_view_mut());
+        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.device_view()));
         let mut options = *options;
-        [options.alibi_slopes, options.sinks] =
-            per_head.each_ref().map(|shown| shown.as_ref().map(Shown::view));
+        [options.alibi_slopes, options.sinks] = per_head;
         let options = &options;
         plan.run(
-            gpu,
-            &self.q.on(gpu).view(),
-            &self.kv,
-            &mut out.on_mut(gpu).view_mut(),
-            lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+            &self.q.device_view(),
+            &self.kv.device_view(),
+            &mut out.device_view_mut(),
+            lse.as_mut(),
             options,
         )
     }
 
     /// Compares the batch's rows with the reference; those beyond are poison.
     #[track_caller]
-    pub fn verify(&self, gpu: &Gpu, out: &Tensor<T>, lse: Option<&Tensor<f32>>) {
+    pub fn verify(&self, gpu: &Gpu, out: &Mirrored<T>, lse: Option<&Mirrored<f32>>) {
         let what = format!("prefill {:?}", self.case);
         // The reference reads the same keys and values, so their dtype does not
         // widen the bound.
         let part = out.view().narrow(0, 0, self.queries.total()).unwrap();
-        out.assert_part_close(gpu, &what, &part, &self.want, T::BOUND);
+        out.assert_part_close(&what, &part, &self.want, T::BOUND);
         if let Some(lse) = lse {
-            assert_lse(gpu, &what, lse, &self.want_lse);
+            assert_lse(&what, lse, &self.want_lse);
         }
     }
 }
@@ -692,10 +673,10 @@ pub struct Captured<T> {
     graph: CudaGraph,
     key: Option<ReplayKey>,
     rows: usize,
-    q: Tensor<T>,
+    q: Mirrored<T>,
     kv: Kv<T>,
-    out: Tensor<T>,
-    lse: Tensor<f32>,
+    out: Mirrored<T>,
+    lse: Mirrored<f32>,
 }
 
 impl<T: Number> Captured<T> {
@@ -711,17 +692,17 @@ impl<T: Number> Captured<T> {
     ) -> Self {
         let (mut out, mut lse) = problem.outputs_of(gpu, rows);
         let case = &problem.case;
-        let q = Tensor::poisoned(gpu, &case.q_shape(rows));
+        let q = Mirrored::poisoned(gpu, &case.q_shape(rows));
         let options = tables.masked(gpu, case.graph_options(rows));
         let plan = tables.plan(prefill, workspace, &options).unwrap();
         let (graph, run) = {
-            let (q, kv) = (q.on(gpu), problem.kv.on(gpu));
-            let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            capture(gpu, || plan.run_shown(&q.view(), &kv, &mut out, Some(&mut lse), &case.options()))
+            let (q, kv) = (q.device_view(), problem.kv.device_view());
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+            capture(gpu, || plan.run(&q, &kv, &mut out, Some(&mut lse), &case.options()))
         };
         run.unwrap();
-        out.assert_untouched(gpu); // captured is not run
+        out.assert_untouched(); // captured is not run
         let (graph, key) = (graph.expect("a graph"), plan.replay_key());
         assert!(key.is_some());
         Self { graph, key, rows, q, kv: problem.kv, out, lse }
@@ -743,12 +724,12 @@ impl<T: Number> Captured<T> {
         let used = problem.queries.total() * problem.case.heads().num_qo_heads * problem.case.head_dim_qk;
         let mut q = vec![T::POISON; self.q.host.len()];
         q[..used].copy_from_slice(&problem.q.host[..used]);
-        self.q.upload(gpu, &q);
+        self.q.upload(&q);
         for (tensor, source) in self.kv.tensors_mut().into_iter().zip(problem.kv.hosts()) {
-            tensor.upload(gpu, source);
+            tensor.upload(source);
         }
-        self.out.upload(gpu, &vec![T::POISON; self.out.host.len()]);
-        self.lse.upload(gpu, &vec![f32::NAN; self.lse.host.len()]);
+        self.out.upload(&vec![T::POISON; self.out.host.len()]);
+        self.lse.upload(&vec![f32::NAN; self.lse.host.len()]);
         let (case, options) = (&problem.case, tables.masked(gpu, problem.case.graph_options(self.rows)));
         let plan = tables.plan(prefill, workspace, &options).unwrap();
         assert_eq!(plan.replay_key(), self.key);
@@ -756,14 +737,14 @@ impl<T: Number> Captured<T> {
         problem.verify(gpu, &self.out, Some(&self.lse));
         let (mut out, mut lse) = problem.outputs_of(gpu, self.rows);
         {
-            let (mut out, mut lse) = (out.on_mut(gpu), lse.on_mut(gpu));
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            plan.run(gpu, &self.q.on(gpu).view(), &self.kv, &mut out, Some(&mut lse), &case.options())
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+            plan.run(&self.q.device_view(), &self.kv.device_view(), &mut out, Some(&mut lse), &case.options())
                 .unwrap();
         }
         problem.verify(gpu, &out, Some(&lse));
-        assert_same_bits("replay and run", &self.out.download(gpu), &out.download(gpu));
-        assert_same_bits("replay and run: LSE", &self.lse.download(gpu), &lse.download(gpu));
+        assert_same_bits("replay and run", &self.out.download(), &out.download());
+        assert_same_bits("replay and run: LSE", &self.lse.download(), &lse.download());
         problem.check(gpu, prefill, &mut Workspace::new(&gpu.stream).unwrap());
     }
 }

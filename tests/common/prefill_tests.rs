@@ -10,7 +10,7 @@ use float8::F8E4M3;
 use half::{bf16, f16};
 
 use super::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     attention::{capture, refuse_queries_and_outputs},
     cache::{LAYOUTS, table_among},
     prefill::{
@@ -322,8 +322,8 @@ impl On {
             let mut differing = 0;
             for _ in 0..RUNS {
                 let (mut out, _) = problem.outputs(&gpu);
-                problem.run(&gpu, &plan, &mut out, None, &case.options()).unwrap();
-                let got = out.download(&gpu);
+                problem.run(&plan, &mut out, None, &case.options()).unwrap();
+                let got = out.download();
                 differing += usize::from(got.iter().zip(&want).any(|(a, b)| a.to_bits() != b.to_bits()));
             }
             assert_eq!(differing, 0, "of {RUNS} runs of {case:?}");
@@ -386,8 +386,8 @@ impl On {
     pub fn wrong_slopes_and_sinks(self) {
         let Some(gpu) = Gpu::start() else { return };
         let rng = &mut Rng::new();
-        let numbers = Tensor::<f32>::random(&gpu, rng, &[2, 16]);
-        let halves = Tensor::<f16>::random(&gpu, rng, &[8]);
+        let numbers = Mirrored::<f32>::random(&gpu, rng, &[2, 16]);
+        let halves = Mirrored::<f16>::random(&gpu, rng, &[8]);
         for sinks in [false, true] {
             let case = Case { sinks, ..self.case().head_dim(64) };
             let Some(prefill) = prefill_of::<bf16, bf16>(&gpu, &case) else { continue };
@@ -396,24 +396,23 @@ impl On {
             let tables = Tables::new(&gpu, &problem);
             let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (mut out, _) = problem.outputs(&gpu);
-            let (numbers, halves) = (numbers.on(&gpu), halves.on(&gpu));
-            let row = numbers.view().select(0, 0).unwrap();
+            let (numbers, halves) = (numbers.device_view(), halves.device_view());
+            let row = numbers.select(0, 0).unwrap();
             let right = row.narrow(0, 0, 8).unwrap();
-            let spread = numbers.view().permute(&[1, 0]).unwrap();
+            let spread = numbers.permute(&[1, 0]).unwrap();
             let mut call = |slopes, sinks, v_scale, k_scale| {
                 let mut options = RunOptions::default();
                 (options.alibi_slopes, options.sinks) = (slopes, sinks);
                 (options.v_scale, options.k_scale) = (v_scale, k_scale);
                 plan.run(
-                    &gpu,
-                    &problem.q.on(&gpu).view(),
-                    &problem.kv,
-                    &mut out.on_mut(&gpu).view_mut(),
+                    &problem.q.device_view(),
+                    &problem.kv.device_view(),
+                    &mut out.device_view_mut(),
                     None,
                     &options,
                 )
             };
-            let wrong = [None, Some(row), Some(halves.view()), Some(spread.narrow(0, 0, 8).unwrap())];
+            let wrong = [None, Some(row), Some(halves), Some(spread.narrow(0, 0, 8).unwrap())];
             for wrong in wrong.into_iter().filter(|wrong| sinks || wrong.is_some()) {
                 refused(call(None, wrong, None, None), "sinks");
             }
@@ -422,7 +421,7 @@ impl On {
             refused(call(None, needed, Some(f32::NAN), None), "v_scale");
             refused(call(None, needed, None, Some(f64::INFINITY)), "k_scale");
             refused(call(None, needed, None, Some(1e-4)), "sm_scale");
-            out.assert_untouched(&gpu);
+            out.assert_untouched();
             problem.check(&gpu, &prefill, &mut Workspace::new(&gpu.stream).unwrap());
         }
     }
@@ -539,8 +538,8 @@ impl On {
                 let (mut out, _) = problem.outputs(&gpu);
                 let mut options = case.options();
                 options.enable_pdl = enable_pdl;
-                problem.run(&gpu, &plan, &mut out, None, &options).unwrap();
-                assert_same_bits("without LSE", &out.download(&gpu), &want);
+                problem.run(&plan, &mut out, None, &options).unwrap();
+                assert_same_bits("without LSE", &out.download(), &want);
             }
         }
     }
@@ -564,11 +563,11 @@ impl On {
             let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
             let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (mut out, mut lse) = problem.outputs(&gpu);
-            match problem.run(&gpu, &plan, &mut out, Some(&mut lse), &case.options()) {
+            match problem.run(&plan, &mut out, Some(&mut lse), &case.options()) {
                 Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
                 Err(FlashInferError::InvalidArgument { .. }) => {
-                    out.assert_untouched(&gpu);
-                    lse.assert_untouched(&gpu);
+                    out.assert_untouched();
+                    lse.assert_untouched();
                 }
                 Err(error) => panic!("{error}"),
             }
@@ -642,7 +641,7 @@ impl On {
         for case in Self::both(self.case()).into_iter().flat_map(Case::parts) {
             let (heads, all_heads) = (case.heads(), case.kv_heads * (case.group + 2));
             let part = |rng: &mut Rng, rows, first, count| {
-                Tensor::<f16>::random(&gpu, rng, &[rows, all_heads, 128]).narrowed(1, first, count)
+                Mirrored::<f16>::random(&gpu, rng, &[rows, all_heads, 128]).narrowed(1, first, count)
             };
             let q = part(rng, case.queries().total(), 0, heads.num_qo_heads);
             let kv = match self.kind {
@@ -671,14 +670,14 @@ impl On {
         let case = Case { kv_heads: 1, group: 1, ..self.case() };
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let rows = case.queries().total();
-        let q = Tensor::<f16>::random(&gpu, rng, &[rows, 8, 130]).narrowed(1, 0, 1).narrowed(2, 0, 128);
+        let q = Mirrored::<f16>::random(&gpu, rng, &[rows, 8, 130]).narrowed(1, 0, 1).narrowed(2, 0, 128);
         let even = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let problem = Problem::solve(case, q, even.kv);
         let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
-        match problem.run(&gpu, &plan, &mut out, Some(&mut lse), &case.options()) {
+        match problem.run(&plan, &mut out, Some(&mut lse), &case.options()) {
             Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
             refusal => refused(refusal, "q"),
         }
@@ -692,11 +691,11 @@ impl On {
         let case = self.case();
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let shape = case.q_shape(case.queries().total());
-        let mut q = Tensor::<f16>::random(&gpu, rng, &shape);
+        let mut q = Mirrored::<f16>::random(&gpu, rng, &shape);
         let repeated: Vec<f16> =
             q.host.chunks(shape[1] * shape[2]).flat_map(|row| row[..shape[2]].repeat(shape[1])).collect();
         let even = Problem::<f16, f16>::new(&gpu, rng, case.clone());
-        q.upload(&gpu, &repeated);
+        q.upload(&repeated);
         q.host = repeated;
         let problem = Problem::solve(case, q, even.kv);
         let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
@@ -705,17 +704,18 @@ impl On {
         let (mut out, mut lse) = problem.outputs(&gpu);
         let strides = [shape[1] * shape[2], 0, 1];
         let result = {
-            let q = problem.q.device.tensor_strided(&gpu.cuda, &shape, Some(&strides)).unwrap();
-            let (mut out, mut lse) = (out.on_mut(&gpu), lse.on_mut(&gpu));
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            plan.run(&gpu, &q.view(), &problem.kv, &mut out, Some(&mut lse), &case.options())
+            let q = gpu.cuda.clone_htod(&problem.q.host).unwrap();
+            let q = q.tensor_strided(&gpu.cuda, &shape, Some(&strides)).unwrap();
+            let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+            plan.run(&q.view(), &problem.kv.device_view(), &mut out, Some(&mut lse), &case.options())
         };
         match result {
             Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
             refusal => {
                 assert_eq!(self.backend, Backend::Fa3);
                 refused(refusal, "q");
-                out.assert_untouched(&gpu);
+                out.assert_untouched();
             }
         }
     }
@@ -734,25 +734,25 @@ impl On {
             assert!(plan.numbers().is_empty() && plan.replay_key().is_none());
             problem.check_run(&gpu, &plan);
             // A run still looks at its arguments.
-            let one = Tensor::<f16>::random(&gpu, rng, &[1, 8, 128]);
+            let one = Mirrored::<f16>::random(&gpu, rng, &[1, 8, 128]);
             let (mut out, _) = problem.outputs_of(&gpu, 1);
             {
-                let (one, mut out) = (one.on(&gpu), out.on_mut(&gpu));
+                let (one, mut out) = (one.device_view(), out.device_view_mut());
                 let call =
-                    plan.run(&gpu, &one.view(), &problem.kv, &mut out.view_mut(), None, &case.options());
+                    plan.run(&one, &problem.kv.device_view(), &mut out.reborrow(), None, &case.options());
                 refused(call, "q");
             }
             // In a graph there may be rows for queries that are not there.
             let plan = tables.plan(&prefill, &mut workspace, &case.graph_options(4)).unwrap();
             let (mut out, mut lse) = problem.outputs_of(&gpu, 4);
             {
-                let q = Tensor::<f16>::random(&gpu, rng, &[4, 8, 128]);
-                let (q, mut out, mut lse) = (q.on(&gpu), out.on_mut(&gpu), lse.on_mut(&gpu));
-                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                plan.run(&gpu, &q.view(), &problem.kv, &mut out, Some(&mut lse), &case.options()).unwrap();
+                let q = Mirrored::<f16>::random(&gpu, rng, &[4, 8, 128]);
+                let (q, mut out, mut lse) = (q.device_view(), out.device_view_mut(), lse.device_view_mut());
+                let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+                plan.run(&q, &problem.kv.device_view(), &mut out, Some(&mut lse), &case.options()).unwrap();
             }
-            out.assert_untouched(&gpu);
-            lse.assert_untouched(&gpu);
+            out.assert_untouched();
+            lse.assert_untouched();
         }
     }
 
@@ -774,7 +774,7 @@ impl On {
                 tables.update(&gpu, step);
                 let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
                 for (out, lse) in layers {
-                    step.run(&gpu, &plan, out, Some(lse), &case.options()).unwrap();
+                    step.run(&plan, out, Some(lse), &case.options()).unwrap();
                 }
             }
             for (step, layers) in steps.iter().zip(&outputs) {
@@ -911,11 +911,11 @@ impl On {
                 }
                 let (mut out, mut lse) = problem.outputs(gpu);
                 for _ in 0..4 {
-                    problem.run(gpu, &plan, &mut out, Some(&mut lse), &case.options()).unwrap();
+                    problem.run(&plan, &mut out, Some(&mut lse), &case.options()).unwrap();
                 }
                 let (want, want_lse) = &first[iteration % problems.len()];
-                assert_same_bits("output", &out.download(gpu), want);
-                assert_same_bits("LSE", &lse.download(gpu), want_lse);
+                assert_same_bits("output", &out.download(), want);
+                assert_same_bits("LSE", &lse.download(), want_lse);
             }
         }
         let Some(gpu) = Gpu::start() else { return };
@@ -947,7 +947,7 @@ impl On {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-            plan.run(&gpu, q, &problem.kv, out, lse, &RunOptions::default())
+            plan.run(q, &problem.kv.device_view(), out, lse, &RunOptions::default())
         });
         // The refused calls left everything usable.
         problem.check_run(&gpu, &plan);
@@ -955,8 +955,8 @@ impl On {
         let rows = problem.queries.total() + 1;
         let plan = tables.plan(&prefill, &mut workspace, &case.graph_options(rows)).unwrap();
         let (mut out, _) = problem.outputs(&gpu);
-        refused(problem.run(&gpu, &plan, &mut out, None, &case.options()), "q");
-        out.assert_untouched(&gpu);
+        refused(problem.run(&plan, &mut out, None, &case.options()), "q");
+        out.assert_untouched();
     }
 
     pub fn wrong_plans(self) {

@@ -5,7 +5,7 @@
 
 use flashinfer_rs::{TensorRef, reference::Filter};
 
-use super::{Gpu, Rng, Tensor};
+use super::{Gpu, Rng, Mirrored};
 
 /// A row of which few tokens have nine tenths, at random places, each 0.9
 /// times the one before, and the others the rest; and how many those few are.
@@ -37,14 +37,14 @@ pub fn half(row: &[f32], peaks: usize) -> (u32, f64, f64) {
 }
 
 /// Rows of random numbers through a softmax.
-pub fn softmax_rows(gpu: &Gpu, rng: &mut Rng, shape: [usize; 2], scale: f64) -> Tensor<f32> {
+pub fn softmax_rows(gpu: &Gpu, rng: &mut Rng, shape: [usize; 2], scale: f64) -> Mirrored<f32> {
     let mut rows = Vec::with_capacity(shape[0] * shape[1]);
     for _ in 0..shape[0] {
         let row: Vec<f64> = (0..shape[1]).map(|_| (rng.unit() * scale).exp()).collect();
         let sum: f64 = row.iter().sum();
         rows.extend(row.into_iter().map(|x| (x / sum) as f32));
     }
-    Tensor::new(gpu, &shape, rows)
+    Mirrored::new(gpu, &shape, rows)
 }
 
 /// The exact distribution of one row behind a filter.

@@ -12,9 +12,9 @@ use flashinfer_rs::{
 use half::f16;
 
 use super::{
-    Gpu, Number, Rng, Tensor, assert_same_bits,
+    Gpu, Number, Rng, Mirrored, assert_same_bits,
     attention::capture,
-    prefill::{Case, DeviceMask, HostMask, Kv, Problem, ShownKv, available},
+    prefill::{Case, DeviceMask, HostMask, Kv, Problem, DeviceKv, available},
 };
 
 /// What runs a case of [`Kind::Single`](super::prefill::Kind::Single).
@@ -70,20 +70,20 @@ impl Single {
         problem: &Problem<T, K>,
         workspace: &mut Workspace,
         mask: &DeviceMask,
-        out: &mut Tensor<T>,
-        lse: Option<&mut Tensor<f32>>,
+        out: &mut Mirrored<T>,
+        lse: Option<&mut Mirrored<f32>>,
     ) -> Result<()> {
-        let mut lse = lse.map(|lse| lse.on_mut(gpu));
-        let slopes = problem.per_head[0].as_ref().map(|slopes| slopes.on(gpu));
+        let mut lse = lse.map(|lse| lse.device_view_mut());
+        let slopes = problem.per_head[0].as_ref().map(|slopes| slopes.device_view());
         let mut options = problem.case.options();
-        options.alibi_slopes = slopes.as_ref().map(|slopes| slopes.view());
-        let ShownKv::Ragged(kv) = problem.kv.on(gpu) else { unreachable!("keys of one request") };
+        options.alibi_slopes = slopes;
+        let DeviceKv::Ragged(kv) = problem.kv.device_view() else { unreachable!("keys of one request") };
         self.run(
             workspace,
-            &problem.q.on(gpu).view(),
-            [&kv[0].view(), &kv[1].view()],
-            &mut out.on_mut(gpu).view_mut(),
-            lse.as_mut().map(|lse| lse.view_mut()).as_mut(),
+            &problem.q.device_view(),
+            [&kv[0], &kv[1]],
+            &mut out.device_view_mut(),
+            lse.as_mut().map(|lse| lse.reborrow()).as_mut(),
             (mask.or(gpu, plain(&problem.mask)), &options),
         )
     }
@@ -100,7 +100,7 @@ impl Single {
         let (mut out, mut lse) = problem.outputs(gpu);
         self.run_problem(gpu, problem, workspace, &mask, &mut out, Some(&mut lse)).unwrap();
         problem.verify(gpu, &out, Some(&lse));
-        (out.download(gpu), lse.download(gpu))
+        (out.download(), lse.download())
     }
 }
 
@@ -140,7 +140,7 @@ pub fn cached<K: Number>(gpu: &Gpu, rng: &mut Rng, case: &Case, room: usize) -> 
         for block in host.chunks_exact_mut(tokens[1] * width).take(blocks) {
             block[..tokens[0] * width].fill_with(|| K::from_f64(rng.unit()));
         }
-        let tensor = Tensor::new(gpu, &shape, host);
+        let tensor = Mirrored::new(gpu, &shape, host);
         match case.layout {
             KvLayout::Nhd => tensor.narrowed(0, 0, keys),
             KvLayout::Hnd => tensor.narrowed(1, 0, keys).permuted(&[1, 0, 2]),
@@ -161,7 +161,7 @@ pub fn lse_changes_nothing(cases: impl IntoIterator<Item = Case>) {
         let (want, _) = single.check(&gpu, &problem, &mut workspace);
         let (mut out, _) = problem.outputs(&gpu);
         single.run_problem(&gpu, &problem, &mut workspace, &DeviceMask::Plain, &mut out, None).unwrap();
-        assert_same_bits("without LSE", &out.download(&gpu), &want);
+        assert_same_bits("without LSE", &out.download(), &want);
     }
 }
 
@@ -183,10 +183,10 @@ pub fn scratch_is_asked_for(case: Case, divided: bool) {
     let mask = DeviceMask::new(&gpu, &problem.mask, 0, 0);
     let (mut out, mut lse) = problem.outputs(&gpu);
     let mut captured = |workspace: &mut Workspace| {
-        let ShownKv::Ragged(kv) = problem.kv.on(&gpu) else { unreachable!("keys of one request") };
-        let (q, mut out, mut lse) = (problem.q.on(&gpu), out.on_mut(&gpu), lse.on_mut(&gpu));
-        let (q, k, v) = (q.view(), kv[0].view(), kv[1].view());
-        let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+        let DeviceKv::Ragged(kv) = problem.kv.device_view() else { unreachable!("keys of one request") };
+        let (q, mut out, mut lse) = (problem.q.device_view(), out.device_view_mut(), lse.device_view_mut());
+        let (q, k, v) = (q, kv[0], kv[1]);
+        let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
         let (mask, options) = (mask.or(&gpu, plain(&problem.mask)), problem.case.options());
         capture(&gpu, || single.run(workspace, &q, [&k, &v], &mut out, Some(&mut lse), (mask, &options))).1
     };
@@ -224,32 +224,32 @@ pub fn graph_replay<T: Number>(cases: impl IntoIterator<Item = Case>) {
         let mut mask = DeviceMask::new(&gpu, &captured.mask, 0, 0);
         let (mut out, mut lse) = captured.outputs(&gpu);
         let (graph, run) = {
-            let ShownKv::Ragged(kv) = captured.kv.on(&gpu) else { unreachable!("keys of one request") };
-            let (q, mut out, mut lse) = (captured.q.on(&gpu), out.on_mut(&gpu), lse.on_mut(&gpu));
-            let (q, k, v) = (q.view(), kv[0].view(), kv[1].view());
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
+            let DeviceKv::Ragged(kv) = captured.kv.device_view() else { unreachable!("keys of one request") };
+            let (q, mut out, mut lse) = (captured.q.device_view(), out.device_view_mut(), lse.device_view_mut());
+            let (q, k, v) = (q, kv[0], kv[1]);
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
             let (mask, options) = (mask.or(&gpu, plain(&captured.mask)), case.options());
             let run = || single.run(&mut workspace, &q, [&k, &v], &mut out, Some(&mut lse), (mask, &options));
             capture(&gpu, run)
         };
         run.unwrap();
-        out.assert_untouched(&gpu); // captured is not run
-        lse.assert_untouched(&gpu);
+        out.assert_untouched(); // captured is not run
+        lse.assert_untouched();
         let graph = graph.expect("a graph");
         for _ in 0..3 {
             let step = Problem::<T, T>::new(&gpu, rng, case.clone());
-            captured.q.upload(&gpu, &step.q.host);
+            captured.q.upload(&step.q.host);
             for (tensor, source) in captured.kv.tensors_mut().into_iter().zip(step.kv.hosts()) {
-                tensor.upload(&gpu, source);
+                tensor.upload(source);
             }
             mask.update(&gpu, &step.mask);
-            out.upload(&gpu, &vec![T::POISON; out.host.len()]);
-            lse.upload(&gpu, &vec![f32::NAN; lse.host.len()]);
+            out.upload(&vec![T::POISON; out.host.len()]);
+            lse.upload(&vec![f32::NAN; lse.host.len()]);
             graph.launch().unwrap();
             step.verify(&gpu, &out, Some(&lse));
             let (want, want_lse) = single.check(&gpu, &step, &mut Workspace::new(&gpu.stream).unwrap());
-            assert_same_bits("replay and run", &out.download(&gpu), &want);
-            assert_same_bits("replay and run: LSE", &lse.download(&gpu), &want_lse);
+            assert_same_bits("replay and run", &out.download(), &want);
+            assert_same_bits("replay and run: LSE", &lse.download(), &want_lse);
         }
     }
 }
@@ -272,8 +272,8 @@ pub fn two_streams_at_once(cases: [Case; 2]) {
                 let (out, lse) = (&mut out, Some(&mut lse));
                 single.run_problem(gpu, problem, &mut workspace, &DeviceMask::Plain, out, lse).unwrap();
             }
-            assert_same_bits("output", &out.download(gpu), want);
-            assert_same_bits("LSE", &lse.download(gpu), want_lse);
+            assert_same_bits("output", &out.download(), want);
+            assert_same_bits("LSE", &lse.download(), want_lse);
         }
     }
     let Some(gpu) = Gpu::start() else { return };
