@@ -34,7 +34,7 @@ use machine::sign_of_cuda;
 use super::config::{flag, named_cache_dir};
 use super::digest::Digest;
 use super::pins::{self, CudaKey, Pins};
-use super::store::expand;
+use super::user_wheels::expand;
 use super::{ArtifactError, Fetch, Member, Package, Progress, ProgressFn, Store, StoreConfig};
 use std::fmt::{self, Write as _};
 use std::fs::{self, File};
@@ -276,11 +276,11 @@ pub fn build_from(build: &Build<'_>, pins: Pins) -> Result<Outcome, ArtifactErro
     let (os, arch) = build.target;
     if build.embed && mode != Mode::Off {
         if !has_kernels(os, arch) {
-            let told = format!(
+            let warning = format!(
                 "FlashInfer has no kernels for {arch}-{os}: nothing is embedded, and at run time there \
                  are none"
             );
-            outcome.warnings.push(told);
+            outcome.warnings.push(warning);
         } else {
             return Chosen::new(build, mode, pins, outcome)?.embed(bundle);
         }
@@ -379,7 +379,7 @@ impl Chosen {
         self.outcome.embedded = bundle.count;
         bundle.finish()?;
         self.look_again();
-        self.on_progress();
+        self.warn();
         Ok(self.outcome)
     }
 
@@ -471,7 +471,7 @@ impl Chosen {
             // What is newer than this run's start would make cargo run the script once more.
             File::open(&wheels)?.set_modified(SystemTime::UNIX_EPOCH)
         };
-        let there = match self.no_network {
+        let watched = match self.no_network {
             _ if self.missing.is_empty() || wheels.starts_with(&self.aside) => false,
             // This run itself may have written there.
             None => false,
@@ -479,11 +479,11 @@ impl Chosen {
             Some(NoNetwork::OnlyChecks) => wheels.is_dir() || make().is_ok(),
             Some(_) => wheels.is_dir(),
         };
-        self.outcome.inputs.extend(there.then_some(wheels));
+        self.outcome.inputs.extend(watched.then_some(wheels));
     }
 
     /// One line for each reason why something is missing, with what happens at run time.
-    fn on_progress(&mut self) {
+    fn warn(&mut self) {
         while let Some((_, why)) = self.missing.first().cloned() {
             let (same, others) = self.missing.drain(..).partition(|(_, other)| *other == why);
             self.missing = others;
