@@ -10,8 +10,9 @@ use common::{
     refused,
 };
 use flashinfer_rs::{
-    FlashInferError, RaggedIndices, TensorRef,
+    FlashInferError, TensorRef,
     attention::{Backend, BatchPrefill, Heads, Workspace},
+    indices::RaggedIndices,
 };
 use half::{bf16, f16};
 

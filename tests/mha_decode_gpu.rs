@@ -14,12 +14,13 @@ use common::{
 };
 use cudarc::driver::CudaGraph;
 use flashinfer_rs::{
-    DType, FlashInferError, MaskIndices, MaskTable, PageIndices, PageTable, TensorMut,
+    DType, FlashInferError, PageIndices, PageTable, TensorMut,
     attention::{
         AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, Mask, PlanOptions, PosEncodingMode,
         ReplayKey, RunOptions, Split, Workspace,
     },
     cudarc::TensorExt,
+    indices::{MaskIndices, MaskTable},
     kv::{KvLayout, PagedKv},
     reference,
 };

@@ -3,12 +3,12 @@
 
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageIndices, PageTable,
-    RaggedIndices, RaggedTable, Result, TensorMut, TensorRef,
+    DType, Device, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
     attention::{
         AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, PosEncodingMode, PrefillPlan,
         ReplayKey, RunOptions, Workspace,
     },
+    indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::KvLayout,
     reference,
 };

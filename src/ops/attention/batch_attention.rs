@@ -70,10 +70,9 @@ const PLAN_LEN: usize = 28;
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, BatchAttention, Heads, PlanOptions, Workspace},
-///     cudarc::Tensor,
-///     kv::{KvLayout, PagedKv},
+///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, BatchAttention, Heads,
+///     PlanOptions, Workspace}, cudarc::Tensor, kv::{KvLayout, PagedKv}, indices::{RaggedIndices,
+///     RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

@@ -86,10 +86,8 @@ impl<'a> MlaQuery<'a> {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, PageIndices, PageTable, RaggedIndices, Stream,
-///     attention::{BatchMla, MlaQuery, MlaSpec, PlanOptions, Workspace},
-///     cudarc::Tensor,
-///     kv::MlaCache,
+///     DType, PageIndices, PageTable, Stream, attention::{BatchMla, MlaQuery, MlaSpec, PlanOptions,
+///     Workspace}, cudarc::Tensor, kv::MlaCache, indices::RaggedIndices,
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

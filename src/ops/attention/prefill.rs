@@ -42,9 +42,8 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, MaskIndices, MaskTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, Workspace},
-///     cudarc::Tensor,
+///     DType, Stream, attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions,
+///     Workspace}, cudarc::Tensor, indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
