@@ -13,6 +13,7 @@ use super::{
     batch_attention_work::{MixedBatch, Work, blocks, float_bytes, int_bytes},
     empty_states,
     mask::{Mask, MaskTensors, requests_of},
+    modules::Family,
     options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
         PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_workspace, host_indices,
@@ -124,12 +125,10 @@ impl BatchAttention {
                 available: "there is Backend::Fa2, which Backend::Auto takes, too".into(),
             });
         }
-        let name = spec.batch_attention_module()?;
-        let runtime = FlashInferRuntime::get()?;
-        runtime.preload([&name])?;
-        let module = runtime.module(&name)?;
+        let (module, _) = spec.first_module(Family::Mixed, &[Backend::Fa2])?;
         let ordinal = stream.ordinal();
-        let multiprocessors = runtime.cuda().attribute(ordinal, DeviceAttribute::MultiprocessorCount)?;
+        let multiprocessors =
+            FlashInferRuntime::get()?.cuda().attribute(ordinal, DeviceAttribute::MultiprocessorCount)?;
         Ok(Self {
             spec: *spec,
             heads,

@@ -10,14 +10,14 @@ use super::{
     decode_need::planned_indptr,
     empty_states,
     mask::MaskTensors,
-    modules::{first_module, flash_attention},
+    modules::{Family, flash_attention},
     options::{PlanOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{
         PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, check_described,
         check_output, check_workspace, host_indices, make_plan,
     },
-    prefill_batch::PrefillBatch,
+    prefill_batch::{BatchShape, PrefillBatch},
     prefill_kernels::{Pages, PrefillKernels, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
@@ -138,8 +138,9 @@ impl BatchDecode {
     /// kernel for the group size, or not for the stream's GPU. Else the module
     /// cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let runtime = FlashInferRuntime::get()?;
+        spec.check_paged()?;
         if spec.backend == Backend::Fa3 {
+            let runtime = FlashInferRuntime::get()?;
             flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?;
         }
         let group = heads.check(NEW_OP)?;
@@ -158,10 +159,7 @@ impl BatchDecode {
             Backend::Auto => &[Backend::Fa2],
             ref asked => std::slice::from_ref(asked),
         };
-        let (module, backend) = first_module(runtime, backends, |backend| match backend {
-            Backend::CudaCores => spec.decode_module(),
-            backend => spec.prefill_module(backend == Backend::Fa3),
-        })?;
+        let (module, backend) = spec.first_module(Family::Batch, backends)?;
         let kernels = match backend {
             Backend::CudaCores => Kernels::CudaCores(DecodeKernels::load(module)?),
             backend => Kernels::TensorCores(PrefillKernels::load(module, spec, backend == Backend::Fa3)?),
@@ -258,15 +256,17 @@ impl BatchDecode {
                 queries = Some(device_indptr);
                 let (indices, lens) = (table.host(), table.host().seq_lens());
                 let batch = PrefillBatch {
-                    qo_indptr: &indptr,
-                    kv_indptr: indices.indptr(),
-                    kv_lens: &lens,
-                    page_size: indices.page_size(),
-                    heads: self.heads,
-                    causal: false,
-                    rows: batch,
-                    cuda_graph: graph,
-                    split: options.split,
+                    qo_indptr: indptr.into(),
+                    kv_indptr: indices.indptr().into(),
+                    kv_lens: lens.into(),
+                    shape: BatchShape {
+                        page_size: indices.page_size(),
+                        heads: self.heads,
+                        causal: false,
+                        rows: batch,
+                        cuda_graph: graph,
+                        split: options.split,
+                    },
                 };
                 Some(kernels.make_plan(&check, workspace, &batch)?)
             }

@@ -57,6 +57,7 @@ mod planned;
 mod prefill;
 mod prefill_batch;
 mod prefill_kernels;
+mod published;
 mod single_decode;
 mod single_prefill;
 mod single_scratch;

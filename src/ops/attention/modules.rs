@@ -1,6 +1,11 @@
 //! The modules of an attention: their names, and which there can be.
 
-use super::spec::{AttentionSpec, Backend, PosEncodingMode};
+use std::fmt;
+
+use super::{
+    published::{is_published, unpublished},
+    spec::{AttentionSpec, Backend, PosEncodingMode},
+};
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
@@ -8,6 +13,27 @@ use crate::{
     runtime::FlashInferRuntime,
     stream::Stream,
 };
+
+/// A family of attention modules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    /// Decode on CUDA cores, and prefill on tensor cores, of batches.
+    Batch,
+    /// The same of one request.
+    Single,
+    /// Prefill and decode of a batch together, on tensor cores.
+    Mixed,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Batch => "attention of batches",
+            Self::Single => "attention of one request",
+            Self::Mixed => "attention of mixed batches",
+        })
+    }
+}
 
 impl AttentionSpec {
     /// The module of paged batch decode on CUDA cores.
@@ -100,31 +126,76 @@ impl AttentionSpec {
         )))
     }
 
-    /// The first module at hand that serves prefill on a device, and whether it
-    /// is FlashAttention 3; `name` makes its name. [`Backend::Auto`] takes
-    /// FlashAttention 3 where the GPU has it and a module exists, else 2; for
-    /// values of another width than keys always 2, because 3 then cannot keep
-    /// the requests of a batch apart.
-    pub(super) fn first_prefill(
+    /// The module of a family with the kernels of a backend.
+    pub(super) fn module(&self, family: Family, backend: Backend) -> Result<ModuleName> {
+        let fa3 = backend == Backend::Fa3;
+        match (family, backend) {
+            (Family::Batch, Backend::CudaCores) => self.decode_module(),
+            (Family::Batch, _) => self.prefill_module(fa3),
+            (Family::Single, Backend::CudaCores) => self.single_decode_module(),
+            (Family::Single, _) => self.single_prefill_module(fa3),
+            (Family::Mixed, _) => self.batch_attention_module(),
+        }
+    }
+
+    /// The first module that can be had, in order of preference, and its
+    /// backend. Of several backends, those count for which a module can exist.
+    ///
+    /// What a local source holds comes first, since it may be of a wheel that a
+    /// user built. Nothing is downloaded for a module that FlashInfer does not
+    /// publish.
+    pub(super) fn first_module(
         &self,
-        stream: &Stream,
-        name: fn(&Self, bool) -> Result<ModuleName>,
-    ) -> Result<(&'static Module, bool)> {
+        family: Family,
+        backends: &[Backend],
+    ) -> Result<(&'static Module, Backend)> {
+        self.check_called()?;
+        let (mut refusal, mut possible, mut names) = (None, Vec::new(), Vec::new());
+        for &backend in backends {
+            match self.module(family, backend) {
+                Ok(name) => {
+                    possible.push(backend);
+                    names.push(name);
+                }
+                Err(error) => refusal = Some(error),
+            }
+        }
+        if let Some(error) = refusal.filter(|_| names.is_empty()) {
+            return Err(error);
+        }
         let runtime = FlashInferRuntime::get()?;
-        // FlashAttention 3 keeps requests apart where values are as wide as keys only.
-        let asked = match self.backend {
-            Backend::Auto if self.head_dim_qk != self.head_dim_vo => Backend::Fa2,
-            asked => asked,
+        if let Some((place, module)) = runtime.first_local(&names)? {
+            return Ok((module, possible[place]));
+        }
+        let published = |&at: &usize| is_published(self, family, possible[at]);
+        let published: Vec<usize> = (0..names.len()).filter(published).collect();
+        if published.is_empty() {
+            return Err(unpublished(self, family, possible, names[0].as_str()));
+        }
+        let names: Vec<_> = published.iter().map(|&at| names[at].clone()).collect();
+        let (place, module) = runtime.first_of(&names)?;
+        Ok((module, possible[published[place]]))
+    }
+
+    /// The first module of prefill that can be had for a device, and whether it
+    /// is FlashAttention 3. [`Backend::Auto`] prefers that where the GPU has it,
+    /// unless values have another width than keys: there it takes one request a
+    /// plan only.
+    pub(super) fn first_prefill(&self, stream: &Stream, family: Family) -> Result<(&'static Module, bool)> {
+        let capability = FlashInferRuntime::get()?.compute_capability(stream.ordinal())?;
+        let backends = match flash_attention(self.backend, capability)? {
+            [Backend::Fa3, Backend::Fa2] if self.head_dim_qk != self.head_dim_vo => {
+                &[Backend::Fa2, Backend::Fa3]
+            }
+            backends => backends,
         };
-        let backends = flash_attention(asked, runtime.compute_capability(stream.ordinal())?)?;
-        let (module, backend) =
-            first_module(runtime, backends, |backend| name(self, backend == Backend::Fa3))?;
+        let (module, backend) = self.first_module(family, backends)?;
         Ok((module, backend == Backend::Fa3))
     }
 
     /// Refuses modules that exist, but take other arguments than this crate
     /// passes.
-    pub(super) fn check_called(&self) -> Result<()> {
+    fn check_called(&self) -> Result<()> {
         if self.dtype_q.size() == 1 {
             return unsupported(
                 format!("queries of dtype {}", self.dtype_q),
@@ -259,32 +330,6 @@ impl AttentionSpec {
 const MIN_SOFT_CAP: f32 = 1e-3;
 /// What names of batch kernels have after the element types.
 const INDEXED: &str = "_dtype_idx_i32";
-
-/// The first module at hand, in order of preference, and its backend; `name`
-/// makes its name. Of several backends, those count for which a module can
-/// exist.
-pub(super) fn first_module(
-    runtime: &FlashInferRuntime,
-    backends: &[Backend],
-    name: impl Fn(Backend) -> Result<ModuleName>,
-) -> Result<(&'static Module, Backend)> {
-    let mut refusal = None;
-    let (mut possible, mut names) = (Vec::new(), Vec::new());
-    for &backend in backends {
-        match name(backend) {
-            Ok(name) => {
-                possible.push(backend);
-                names.push(name);
-            }
-            Err(error) => refusal = Some(error),
-        }
-    }
-    if let Some(error) = refusal.filter(|_| names.is_empty()) {
-        return Err(error);
-    }
-    let (place, module) = runtime.first_of(&names)?;
-    Ok((module, possible[place]))
-}
 
 /// The backends of FlashAttention that may serve on a GPU of this compute
 /// capability, the best first.

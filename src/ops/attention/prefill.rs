@@ -4,12 +4,13 @@
 use super::{
     empty_states,
     mask::{MaskTensors, requests_of},
+    modules::Family,
     options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
         PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output, check_rows,
         check_workspace,
     },
-    prefill_batch::{PrefillBatch, stand_in_width},
+    prefill_batch::{BatchShape, PrefillBatch, stand_in_width},
     prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
@@ -93,7 +94,7 @@ impl BatchPrefill {
     /// opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         heads.check("BatchPrefill::new")?;
-        let (module, fa3) = spec.first_prefill(stream, AttentionSpec::prefill_module)?;
+        let (module, fa3) = spec.first_prefill(stream, Family::Batch)?;
         Ok(Self { kernels: PrefillKernels::load(module, spec, fa3)?, heads })
     }
 
@@ -138,16 +139,7 @@ impl BatchPrefill {
         table: &'p PageTable,
         options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, PageTable>> {
-        let spec = &self.kernels.spec;
-        if spec.head_dim_qk != spec.head_dim_vo {
-            return Err(FlashInferError::Unsupported {
-                what: format!(
-                    "a paged cache with head dimensions {} and {}",
-                    spec.head_dim_qk, spec.head_dim_vo
-                ),
-                available: "keys and values of different widths can be ragged; see plan_ragged".into(),
-            });
-        }
+        self.kernels.spec.check_paged()?;
         let indices = table.host();
         let lens = indices.seq_lens();
         let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
@@ -225,15 +217,17 @@ impl BatchPrefill {
             None
         } else {
             let batch = PrefillBatch {
-                qo_indptr: queries.host().indptr(),
-                kv_indptr: kv.indptr,
-                kv_lens: kv.lens,
-                page_size: kv.page_size,
-                heads,
-                causal: options.mask.is_causal(),
-                rows,
-                cuda_graph: graph,
-                split: options.split,
+                qo_indptr: queries.host().indptr().into(),
+                kv_indptr: kv.indptr.into(),
+                kv_lens: kv.lens.into(),
+                shape: BatchShape {
+                    page_size: kv.page_size,
+                    heads,
+                    causal: options.mask.is_causal(),
+                    rows,
+                    cuda_graph: graph,
+                    split: options.split,
+                },
             };
             Some(self.kernels.make_plan(&check, workspace, &batch)?)
         };

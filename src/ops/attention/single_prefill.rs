@@ -6,6 +6,7 @@
 
 use super::{
     empty_states,
+    modules::Family,
     options::{PrefillRunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output},
@@ -91,8 +92,7 @@ impl SinglePrefill {
     /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
     /// this GPU. Else the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
-        spec.check_called()?;
-        let (module, fa3) = spec.first_prefill(stream, AttentionSpec::single_prefill_module)?;
+        let (module, fa3) = spec.first_prefill(stream, Family::Single)?;
         OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, fa3, module, run: module.function("run")? })
     }

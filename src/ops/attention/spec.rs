@@ -227,6 +227,18 @@ impl AttentionSpec {
         )
     }
 
+    /// Pages hold keys and values of one width.
+    pub(super) fn check_paged(&self) -> Result<()> {
+        if self.head_dim_qk == self.head_dim_vo {
+            return Ok(());
+        }
+        Err(FlashInferError::Unsupported {
+            what: format!("a paged cache with head dimensions {} and {}", self.head_dim_qk, self.head_dim_vo),
+            available: "keys and values of different widths can be ragged; see BatchPrefill::plan_ragged"
+                .into(),
+        })
+    }
+
     /// The window as kernels take it: −1 for none.
     pub(super) fn window_left_code(&self) -> i64 {
         self.window_left.map_or(-1, i64::from)
