@@ -2,13 +2,12 @@
 //! runs a part of this binary in a process of its own.
 
 mod artifact_support;
-mod c_library;
-mod required;
 
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
 };
+use test_support::{c_library, required};
 
 use flashinfer_rs::{
     DType, FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig, Stream,

@@ -125,7 +125,7 @@ mod tests {
 
     use super::*;
 
-    const LIST: &str = include_str!("../../../tests/module_names.txt");
+    const LIST: &str = include_str!("../../../tests/data/module_names.txt");
     const MODULES: [(Family, Backend); 7] = [
         (Family::Batch, Backend::CudaCores),
         (Family::Batch, Backend::Fa2),
