@@ -16,8 +16,8 @@ use super::{
     modules::Family,
     options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
-        PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_workspace, host_indices,
-        make_plan,
+        PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_gpu, check_output, check_workspace,
+        host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
@@ -115,8 +115,9 @@ impl BatchAttention {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can work
     /// on such heads. [`Unsupported`](FlashInferError::Unsupported): no such
-    /// module can exist, or the spec names other kernels. Else the module cannot
-    /// be had or opened.
+    /// module can exist, or it is in no local source and FlashInfer publishes
+    /// none, or the spec names other kernels. Else the module cannot be had or
+    /// opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let group = heads.check("BatchAttention::new")?;
         if !matches!(spec.backend, Backend::Auto | Backend::Fa2) {
@@ -196,12 +197,7 @@ impl BatchAttention {
     ) -> Result<BatchAttentionPlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
-        if stream.ordinal() != self.ordinal {
-            return check.fail(
-                "table",
-                format!("it is on {}; the module is for cuda:{}", stream.device(), self.ordinal),
-            );
-        }
+        check_gpu(&check, "table", self.ordinal)?;
         check.on_stream("queries", queries.stream())?;
         let causal = options.is_causal("attention of mixed batches")?;
         options.split.refuse("attention of mixed batches")?;

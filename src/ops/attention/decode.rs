@@ -10,7 +10,7 @@ use super::{
     decode_need::planned_indptr,
     empty_states,
     mask::MaskTensors,
-    modules::{Family, flash_attention},
+    modules::Family,
     options::{PlanOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{
@@ -19,6 +19,7 @@ use super::{
     },
     prefill_batch::{BatchShape, PrefillBatch},
     prefill_kernels::{Pages, PrefillKernels, RunTensors},
+    resolve::flash_attention,
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
 };
@@ -72,9 +73,8 @@ const PLAN_LEN: usize = 10;
 /// Paged batch decode: attention of one query per request to the request's
 /// pages.
 ///
-/// [`Backend::Auto`] decodes on CUDA cores with one or two query heads per KV
-/// head (of 8-bit keys, with one), and on tensor cores (FlashAttention 2) with
-/// more, where the module is at hand; [`backend`](Self::backend) says what was picked.
+/// What [`Backend::Auto`] picks, on CUDA cores or on tensor cores,
+/// [`backend`](Self::backend) says.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -134,9 +134,10 @@ impl BatchDecode {
     /// wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, it has no
-    /// kernel for the group size, or not for the stream's GPU. Else the module
-    /// cannot be had or opened.
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or it is in no
+    /// local source and FlashInfer publishes none; it has no kernel for the group
+    /// size, or not for the stream's GPU; values have another width than keys.
+    /// Else the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         spec.check_paged()?;
         if spec.backend == Backend::Fa3 {

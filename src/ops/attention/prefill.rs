@@ -32,9 +32,8 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 
 /// Batch prefill over paged or ragged keys and values.
 ///
-/// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// keys and values have one width and a module exists (head dimensions 64 and
-/// 128), else FlashAttention 2.
+/// What [`Backend::Auto`] picks, FlashAttention 2 or 3, [`backend`](Self::backend)
+/// says.
 ///
 /// Requests do not see each other, also if one is full of NaN. FlashAttention 3
 /// cannot keep them apart where values have another width than keys (192/128), so
@@ -90,8 +89,8 @@ impl BatchPrefill {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can work
     /// on such heads. [`Unsupported`](FlashInferError::Unsupported): no such
-    /// module can exist, or not for this GPU. Else the module cannot be had or
-    /// opened.
+    /// module can exist, or not for this GPU; or it is in no local source, and
+    /// FlashInfer publishes none. Else the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         heads.check("BatchPrefill::new")?;
         let (module, fa3) = spec.first_prefill(stream, Family::Batch)?;

@@ -76,8 +76,9 @@ impl SingleDecode {
     /// wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, or it has no
-    /// kernel for the group size; or the spec asks for
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or it is in no
+    /// local source and FlashInfer publishes none, or it has no kernel for the
+    /// group size; or the spec asks for
     /// [`Backend::Fa2`] or [`Backend::Fa3`]. Else the module cannot be had or
     /// opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {

@@ -49,10 +49,9 @@ const OP: &str = "SinglePrefill::run_with";
 /// Prefill of one request: attention of any number of queries to the
 /// request's keys.
 ///
-/// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// queries and keys have one width and a module exists, else FlashAttention 2,
-/// as [`BatchPrefill`](super::BatchPrefill) does. FlashInfer's wheel has modules
-/// of FlashAttention 2 only; one that you build may have others.
+/// What [`Backend::Auto`] picks, FlashAttention 2 or 3, [`backend`](Self::backend)
+/// says. FlashInfer's wheels have modules of FlashAttention 2 only; one that you
+/// build may have others.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -90,7 +89,8 @@ impl SinglePrefill {
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
-    /// this GPU. Else the module cannot be had or opened.
+    /// this GPU; or it is in no local source, and FlashInfer publishes none. Else
+    /// the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
         let (module, fa3) = spec.first_prefill(stream, Family::Single)?;
         OutputScale::prepare(spec)?;

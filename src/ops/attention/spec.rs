@@ -64,8 +64,9 @@ impl Heads {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Backend {
-    /// The fastest that the GPU and the spec allow; see each operation for
-    /// what it picks. What was picked can be asked for.
+    /// The fastest that the GPU and the spec allow, of the modules that are at
+    /// hand. `docs/attention.md` has the rule for each operation, and what was
+    /// measured; each has a `backend` that says what was picked.
     #[default]
     Auto,
     /// Dot products on CUDA cores: decode with few query heads per KV head.
