@@ -8,7 +8,7 @@
 //! | `model` | a GGUF file: configuration and weights |
 //! | `text` | text to token ids and back, and templates of chats |
 
-mod backend;
+pub mod backend;
 pub mod cli;
 mod draft;
 mod model;

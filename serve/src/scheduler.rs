@@ -27,7 +27,7 @@ use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache, Sequence};
 
 use crate::{
     Result,
-    backend::{Engine, Step},
+    backend::{Backend, Output, Step},
     draft::draft,
     request::{Ended, Limits, Request},
 };
@@ -165,7 +165,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// Those of the engine. The scheduler is of no use afterwards.
-    pub fn step(&mut self, engine: &mut dyn Engine) -> Result<()> {
+    pub fn step(&mut self, backend: &mut dyn Backend) -> Result<()> {
         let parts = self.plan()?;
         if parts.is_empty() {
             return Ok(());
@@ -173,21 +173,23 @@ impl Scheduler {
         let (mut tokens, mut outputs) = (Vec::new(), Vec::new());
         for ((&number, sequence), part) in self.running.iter().zip(self.batch.sequences()).zip(&parts) {
             tokens.extend_from_slice(&self.requests[number].tokens()[sequence.len()..][..part.len]);
-            outputs.extend((0..part.outputs()).map(|row| tokens.len() - 1 + row));
+            outputs.extend((0..part.outputs()).map(|row| Output::greedy(tokens.len() - 1 + row)));
             tokens.extend_from_slice(&part.draft);
         }
         self.batch.append(parts.iter().map(Part::rows))?;
         self.stats.steps += 1;
         self.stats.pages = self.stats.pages.max(self.pool.used_pages());
-        engine.step(&Step { batch: &self.batch, tokens: &tokens, outputs: &outputs })?;
-        let greedy = engine.greedy()?;
-        if greedy.len() != outputs.len() {
-            return Err(format!("the engine gave {} tokens for {} rows", greedy.len(), outputs.len()).into());
+        let samples = backend.step(&Step { batch: &self.batch, tokens: &tokens, outputs: &outputs })?;
+        if samples.len() != outputs.len() {
+            return Err(
+                format!("the backend gave {} tokens for {} rows", samples.len(), outputs.len()).into()
+            );
         }
-        let mut greedy = greedy.as_slice();
+        let next: Vec<_> = samples.iter().map(|sample| sample.token).collect();
+        let mut rest = next.as_slice();
         for (index, part) in parts.iter().enumerate() {
             let next;
-            (next, greedy) = greedy.split_at(part.outputs());
+            (next, rest) = rest.split_at(part.outputs());
             self.finish(index, part, next)?;
         }
         for index in (0..self.running.len()).rev() {

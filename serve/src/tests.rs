@@ -33,7 +33,7 @@ use tempfile::TempDir;
 
 use crate::{
     Result,
-    backend::{Engine, Step, cpu::Cpu},
+    backend::{Backend, Output, Sample, Step, cpu::Cpu},
     cli::{Cli, answers::answer, prompts},
     model::{Ends, Layer, Model},
     request::{Ended, Limits},
@@ -137,14 +137,14 @@ fn limits(step_tokens: usize, max_tokens: usize, draft: usize) -> Limits {
 }
 
 /// Takes steps until all is answered.
-fn finish(scheduler: &mut Scheduler, engine: &mut dyn Engine) {
+fn finish(scheduler: &mut Scheduler, engine: &mut dyn Backend) {
     while !scheduler.is_done() {
         scheduler.step(engine).unwrap();
     }
 }
 
 /// What a request is answered when it is alone.
-fn solo(engine: &mut dyn Engine, pool: &PageAllocator, prompt: &[u32], limits: Limits) -> (Vec<u32>, Stats) {
+fn solo(engine: &mut dyn Backend, pool: &PageAllocator, prompt: &[u32], limits: Limits) -> (Vec<u32>, Stats) {
     let mut scheduler = Scheduler::new(pool, limits);
     scheduler.push(prompt.into()).unwrap();
     finish(&mut scheduler, engine);
@@ -152,13 +152,13 @@ fn solo(engine: &mut dyn Engine, pool: &PageAllocator, prompt: &[u32], limits: L
 }
 
 /// The tokens after the outputs of a step, all of which have one.
-fn greedy(engine: &dyn Engine) -> Vec<u32> {
-    engine.greedy().unwrap().into_iter().map(|token| token.expect("logits that are numbers")).collect()
+fn tokens(samples: &[Sample]) -> Vec<u32> {
+    samples.iter().map(|sample| sample.token.expect("logits that are numbers")).collect()
 }
 
 /// Four requests, of which the second and the last hold a token that makes NaN: these
 /// end without an answer. Gives the prompts and answers of the others.
-fn check_no_numbers(engine: &mut dyn Engine, pool: &PageAllocator) -> [(&'static [u32], Vec<u32>); 2] {
+fn check_no_numbers(engine: &mut dyn Backend, pool: &PageAllocator) -> [(&'static [u32], Vec<u32>); 2] {
     const PROMPTS: [&[u32]; 4] =
         [&[11, 3, 5], &[2, forward::INFINITE, 4, 9], &[20, 21, 22, 23, 24], &[forward::INFINITE]];
     let mut scheduler = Scheduler::new(pool, Limits { ends: [].into(), ..limits(16, 10, 2) });
@@ -230,7 +230,7 @@ fn greedy_decoding_gives_the_known_ids() {
 }
 
 /// Greedy decoding of one prompt after the other.
-fn check_known_ids(engine: &mut dyn Engine, pool: &PageAllocator) {
+fn check_known_ids(engine: &mut dyn Backend, pool: &PageAllocator) {
     for (prompt, expected) in [CHAT, STORY, CAPITAL] {
         assert_eq!(solo(engine, pool, prompt, limits(64, expected.len(), 0)).0, expected);
     }
@@ -246,7 +246,7 @@ fn a_mixed_batch_gives_the_same_ids() {
 }
 
 /// The three prompts, of which some are read while others decode.
-fn check_mixed_batch(engine: &mut dyn Engine, pool: &PageAllocator) {
+fn check_mixed_batch(engine: &mut dyn Backend, pool: &PageAllocator) {
     let mut scheduler = Scheduler::new(pool, limits(7, 16, 0));
     let (mut steps, mut mixed) = (0, 0);
     while steps < 5 || !scheduler.is_done() {
@@ -283,7 +283,7 @@ fn few_pages_and_a_shared_prefix_give_the_same_ids() {
 }
 
 /// Three prompts and drafts, in 17 pages of 3 tokens.
-fn check_few_pages(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
+fn check_few_pages(engine: &mut dyn Backend, pool: &PageAllocator, text: &Text) {
     // The second question has the system prompt and more in common with the first.
     let italy = text.encode_chat(None, "What is the capital of Italy?").unwrap();
     let common = CHAT.0.iter().zip(&italy).take_while(|(a, b)| a == b).count();
@@ -312,7 +312,7 @@ fn drafts_save_steps_and_change_no_id() {
 }
 
 /// A prompt that repeats itself, with and without drafts.
-fn check_drafts(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
+fn check_drafts(engine: &mut dyn Backend, pool: &PageAllocator, text: &Text) {
     let prompt = text.encode("red blue red blue red blue red blue red").unwrap();
     let (plain, stats) = solo(engine, pool, &prompt, limits(64, 20, 0));
     assert_eq!((stats.steps, stats.drafted), (20, 0));
@@ -330,8 +330,9 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
     let mut batch = Batch::new(&pool);
     let mut compute = |tokens: &[u32], outputs: &[usize], batch: &mut Batch| {
         batch.append([tokens.len()]).unwrap();
-        cpu.step(&Step { batch, tokens, outputs }).unwrap();
-        (cpu.logits().unwrap(), greedy(&cpu))
+        let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
+        let best = cpu.step(&Step { batch, tokens, outputs: &outputs }).unwrap();
+        (cpu.logits().unwrap(), self::tokens(&best))
     };
     batch.push(Sequence::new(&pool)).unwrap();
     let mut singles = Vec::new();
@@ -511,7 +512,8 @@ impl Tiny {
         let mut batch = Batch::new(&pool);
         batch.push(Sequence::new(&pool)).unwrap();
         batch.append([3]).unwrap();
-        cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &[0, 2] }).unwrap();
+        let outputs = [0, 2].map(Output::greedy);
+        cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &outputs }).unwrap();
         cpu.logits().unwrap()
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     Result,
-    backend::Engine,
+    backend::Backend,
     cli::PAGE_SIZE,
     request::Ended,
     scheduler::{Scheduler, Stats},
@@ -20,7 +20,7 @@ use crate::{
 /// Answers all requests, and prints the answers while they come, in the order
 /// of the requests; each below its heading, if there are any.
 pub fn answer(
-    engine: &mut dyn Engine,
+    engine: &mut dyn Backend,
     scheduler: &mut Scheduler,
     text: &Text,
     headings: Option<&[String]>,

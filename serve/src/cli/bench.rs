@@ -10,7 +10,7 @@ use flashinfer_rs::{
 
 use crate::{
     Result,
-    backend::{Engine, Step, gpu::Gpu, graph},
+    backend::{Backend, Output, Step, gpu::Gpu, graph},
     cli::PAGE_SIZE,
     model::Config,
     request::Ended,
@@ -67,14 +67,15 @@ fn row(
     let start_again =
         |batch: &mut Batch| (0..requests).try_for_each(|request| batch.truncate(request, context));
     let mut tokens = vec![0; requests];
-    let outputs: Vec<_> = (0..requests).collect();
+    let outputs: Vec<_> = (0..requests).map(Output::greedy).collect();
     // The milliseconds of a step, and those until it was enqueued.
     let mut step = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
         let start = Instant::now();
         batch.append(vec![1; requests])?;
         let appended = start.elapsed();
-        gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?;
-        tokens = gpu.greedy()?.into_iter().collect::<Option<_>>().ok_or(Ended::NoNumbers.to_string())?;
+        let samples = gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?.into_iter();
+        let next: Option<_> = samples.map(|sample| sample.token).collect();
+        tokens = next.ok_or(Ended::NoNumbers.to_string())?;
         Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
     };
     let mut steps = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {

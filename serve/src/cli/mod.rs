@@ -21,7 +21,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     Result,
-    backend::{Engine, cpu::Cpu, gpu::Gpu},
+    backend::{Backend, cpu::Cpu, gpu::Gpu},
     model::{
         Layer, Model,
         synthetic::{self, Shape},
@@ -167,7 +167,11 @@ fn pinned_model() -> Result<PathBuf> {
 }
 
 /// The model where it is to run, and where that is.
-pub(crate) fn load(device: Device, model: &Model, pool: &PageAllocator) -> Result<(Box<dyn Engine>, String)> {
+pub(crate) fn load(
+    device: Device,
+    model: &Model,
+    pool: &PageAllocator,
+) -> Result<(Box<dyn Backend>, String)> {
     let reason = match device {
         Device::Cpu => "as asked".to_owned(),
         Device::Auto | Device::Gpu => match load_gpu(model, pool, STEP_TOKENS) {

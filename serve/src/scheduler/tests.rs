@@ -10,7 +10,7 @@ use proptest::{
 };
 
 use super::*;
-use crate::request::Ended;
+use crate::{backend::Sample, request::Ended};
 
 /// Numbers that look random (splitmix64).
 fn mix(bits: u64) -> u64 {
@@ -48,7 +48,6 @@ struct Fake {
     says: Says,
     step_tokens: usize,
     slots: Vec<u32>,
-    greedy: Vec<Option<u32>>,
     /// Rows of all steps.
     rows: usize,
 }
@@ -56,17 +55,21 @@ struct Fake {
 impl Fake {
     fn new(pool: &PageAllocator, says: Says, step_tokens: usize) -> Self {
         let slots = vec![u32::MAX; pool.num_pages() * pool.page_size()];
-        Self { pool: pool.clone(), says, step_tokens, slots, greedy: Vec::new(), rows: 0 }
+        Self { pool: pool.clone(), says, step_tokens, slots, rows: 0 }
     }
 }
 
-impl Engine for Fake {
-    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+impl Backend for Fake {
+    fn vocab_size(&self) -> usize {
+        self.says.vocab as usize
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
         let (pages, queries) = (step.batch.pages(), step.batch.queries());
         assert_eq!(step.tokens.len(), queries.total());
         assert!((1..=self.step_tokens).contains(&step.tokens.len()), "{} tokens", step.tokens.len());
-        assert!(step.outputs.is_sorted_by(|a, b| a < b));
-        assert!(step.outputs.iter().all(|&row| row < step.tokens.len()));
+        assert!(step.outputs.is_sorted_by(|a, b| a.row < b.row));
+        assert!(step.outputs.iter().all(|output| output.row < step.tokens.len()));
         // Nobody shares a page that is not full, so there is nothing to copy.
         assert_eq!(self.pool.pending_copies(), 0);
         let size = self.pool.page_size();
@@ -80,22 +83,17 @@ impl Engine for Fake {
         for (&(&request, &position), &token) in rows.iter().zip(step.tokens) {
             self.slots[slot(request as usize, position as usize)] = token;
         }
-        let outputs = step.outputs.iter().map(|&row| {
-            let (&request, &position) = rows[row];
+        let outputs = step.outputs.iter().map(|output| {
+            let (&request, &position) = rows[output.row];
             let before = (0..=position as usize).map(|position| self.slots[slot(request as usize, position)]);
-            self.says.next(before)
+            Sample { token: self.says.next(before), logprobs: None }
         });
-        self.greedy = outputs.collect();
         self.rows += step.tokens.len();
-        Ok(())
+        Ok(outputs.collect())
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
         unreachable!("the scheduler asks for tokens")
-    }
-
-    fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        Ok(self.greedy.clone())
     }
 }
 

@@ -55,8 +55,9 @@ use self::{
 use crate::{
     Result,
     backend::{
-        Engine, Step, graph,
+        Backend, Output, Sample, Step, graph,
         matmul::{CublasLt, Matmul},
+        sampler,
     },
     model::{self, Config, Ends},
 };
@@ -176,14 +177,17 @@ impl Gpu {
         batch.push(Sequence::new(pool))?;
         for tokens in [&[0; 2][..most.min(2)], &[0]] {
             match batch.append([tokens.len()]) {
-                Ok(()) => self.step(&Step { batch: &batch, tokens, outputs: &[0] })?,
+                Ok(()) => {
+                    self.step(&Step { batch: &batch, tokens, outputs: &[Output::greedy(0)] })?;
+                }
                 Err(FlashInferError::OutOfPages { .. }) => break,
                 Err(error) => return Err(error.into()),
             }
         }
         // A step of nothing.
         batch.append([0])?;
-        self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })
+        self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })?;
+        Ok(())
     }
 
     /// The GPU's name.
@@ -204,7 +208,7 @@ impl Gpu {
     /// Refuses what is no step.
     fn check(&self, step: &Step<'_>) -> Result<()> {
         let rows = step.tokens.len();
-        if rows != step.batch.queries().total() || step.outputs.iter().any(|&row| row >= rows) {
+        if rows != step.batch.queries().total() || step.outputs.iter().any(|output| output.row >= rows) {
             return Err("the tokens or outputs of a step are not those of its batch".into());
         }
         let most = 1usize << (self.buckets.len() - 1);
