@@ -143,6 +143,7 @@ pub struct Matmul {
     out: Layout,
     algorithms: Vec<sys::cublasLtMatmulHeuristicResult_t>,
     chosen: usize,
+    tuned: bool,
 }
 
 impl Matmul {
@@ -183,6 +184,7 @@ impl Matmul {
             out: layout(out_dtype, rows, output)?,
             algorithms: Vec::with_capacity(CANDIDATES),
             chosen: 0,
+            tuned: false,
         };
         matmul.find_algorithms(scratch)?;
         Ok(matmul)
@@ -228,8 +230,11 @@ impl Matmul {
 
     /// Takes the fastest algorithm. `work` is timed as a CUDA graph, and should
     /// multiply by as many weights as a step does, since those that were just
-    /// used are in the GPU's cache.
+    /// used are in the GPU's cache. It is done once.
     pub fn tune(&mut self, mut work: impl FnMut(&Self) -> Result<()>) -> Result<()> {
+        if self.tuned {
+            return Ok(());
+        }
         let mut best = (f32::INFINITY, 0);
         for chosen in 0..self.algorithms.len() {
             self.chosen = chosen;
@@ -241,6 +246,7 @@ impl Matmul {
             }
         }
         self.chosen = best.1;
+        self.tuned = true;
         Ok(())
     }
 

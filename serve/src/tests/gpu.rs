@@ -5,6 +5,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+mod sampling;
+
 use super::*;
 use crate::{
     backend::gpu::Gpu,

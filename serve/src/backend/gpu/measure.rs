@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use cudarc::driver::CudaStream;
 
-use super::{Bucket, Gpu, Graph};
+use super::{Bucket, Gpu, Graph, Launched};
 use crate::{Result, backend::graph};
 
 impl Gpu {
@@ -25,9 +25,11 @@ impl Gpu {
     /// The last step was not a graph's.
     pub fn replay(&mut self) -> Result<(f32, usize)> {
         let Self { buckets, attention, tables, cuda, launched, .. } = self;
-        let Some((bucket, Bucket { graph: Some(Graph { step, .. }), .. })) =
-            launched.map(|bucket| (bucket, &buckets[bucket]))
-        else {
+        let graph = launched.and_then(|Launched { bucket, sampled }| {
+            let Bucket { greedy, sampled: sampling, .. } = &buckets[bucket];
+            Some((bucket, if sampled { sampling } else { greedy }.as_ref()?))
+        });
+        let Some((bucket, Graph { step, .. })) = graph else {
             return Err("the last step was not a graph's".into());
         };
         let plans = attention.plan_decode(&tables.tables, Some(1 << bucket))?;

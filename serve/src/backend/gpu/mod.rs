@@ -13,17 +13,19 @@
 //! | `buffers` | what steps compute in, and products by cuBLASLt |
 //! | `network` | what a step enqueues |
 //! | `attention`, `tables` | plans, and index arrays |
+//! | `sampler` | the choice of tokens |
 //! | `tune`, `measure` | the fastest products; how long things take |
-//! | `kernels`, `rows`, `half`, `pinned` | kernels of our own, and memory |
+//! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
 mod attention;
 mod buffers;
 mod half;
 mod kernels;
 mod measure;
+mod memory;
 mod network;
-mod pinned;
 mod rows;
+mod sampler;
 mod tables;
 mod tune;
 mod weights;
@@ -46,9 +48,10 @@ use self::{
     attention::Attention,
     buffers::{Buffers, Outputs, Products},
     kernels::Kernels,
+    memory::Pinned,
     network::{Head, Network, Pass},
-    pinned::Pinned,
     rows::Rows,
+    sampler::Sampler,
     tables::{Tables, Uploaded},
     weights::Weights,
 };
@@ -57,15 +60,21 @@ use crate::{
     backend::{
         Backend, Output, Sample, Step, graph,
         matmul::{CublasLt, Matmul},
-        sampler,
+        sampler::logprobs,
     },
     model::{self, Config, Ends},
 };
 
+/// Edits of logits that there is room for at first.
+const FIRST_EDITS: usize = 1024;
+
 /// What is kept for steps of up to so many rows, a power of two.
 #[derive(Default)]
 struct Bucket {
-    graph: Option<Graph>,
+    /// Takes the largest logits.
+    greedy: Option<Graph>,
+    /// Samples.
+    sampled: Option<Graph>,
     products: Option<Products>,
     head: Option<Matmul>,
 }
@@ -89,21 +98,31 @@ pub struct Gpu {
     tokens: Rows,
     /// The rows whose logits are wanted.
     selected: Rows,
+    /// Made when the first step samples.
+    sampler: Option<Sampler>,
     /// What was chosen.
     chosen: Pinned<i32>,
+    /// A row of logits, once one was wanted.
+    row: Option<Pinned<f32>>,
     cache: PagedKvCache,
     tables: Tables,
     cublas: Arc<CublasLt>,
     cuda: Arc<CudaStream>,
-    /// The bucket whose graph was the last step.
-    launched: Option<usize>,
+    /// The graph that was the last step.
+    launched: Option<Launched>,
     /// Whether steps may be graphs.
     graphs: bool,
     /// What the last step took until all was enqueued.
     enqueued: Duration,
     /// Where the last step's outputs are among the rows of logits.
     at: Vec<usize>,
-    greedy: Vec<Option<u32>>,
+}
+
+/// Which graph was launched.
+#[derive(Clone, Copy)]
+struct Launched {
+    bucket: usize,
+    sampled: bool,
 }
 
 /// A stream of the first GPU, and the runtime with the modules that every model
@@ -148,7 +167,9 @@ impl Gpu {
             outputs: Outputs::new(&stream, config, dtype, 1)?,
             tokens: Rows::new(&cuda, &stream, most, config.vocab_size)?,
             selected: Rows::new(&cuda, &stream, most, most)?,
+            sampler: None,
             chosen: Pinned::zeros(&cuda, most)?,
+            row: None,
             cache: PagedKvCache::new(&stream, pool, &[config.kv_shape(dtype, KvLayout::Nhd)])?,
             tables: Tables::new(&stream, pool, most)?,
             cublas: CublasLt::new(&cuda)?,
@@ -156,12 +177,12 @@ impl Gpu {
             graphs: true,
             enqueued: Duration::ZERO,
             at: Vec::new(),
-            greedy: Vec::new(),
             network: Network {
                 config: config.clone(),
                 weights: Weights::new(&stream, dtype, &ends, layers)?,
                 rope: CosSinCache::new(&stream, &config.rope, positions)?,
                 kernels: Kernels::new(&cuda, dtype)?,
+                cuda: cuda.clone(),
                 stream,
             },
             cuda,
@@ -235,14 +256,8 @@ impl Gpu {
         self.tokens.set(&self.cuda, &tokens, padded_rows)?;
         self.prepare_products(bucket, uploaded == Uploaded::Decode)?;
         match uploaded {
-            Uploaded::Decode => {
-                self.at.extend_from_slice(step.outputs);
-                self.decode(bucket)
-            }
-            Uploaded::Prefill => {
-                self.at.extend(0..step.outputs.len());
-                self.prefill(rows, bucket, step.outputs)
-            }
+            Uploaded::Decode => self.decode(bucket, step.outputs),
+            Uploaded::Prefill => self.prefill(rows, bucket, step.outputs),
         }
     }
 
@@ -251,55 +266,81 @@ impl Gpu {
     fn prepare_products(&mut self, bucket: usize, graph: bool) -> Result<()> {
         let Self { buckets, network, buffers, .. } = self;
         let (rows, dtype) = (1 << bucket, DType::F16);
-        let Bucket { products, graph: captured, .. } = &mut buckets[bucket];
-        let products = match products {
+        let products = match &mut buckets[bucket].products {
             Some(products) => products,
             empty => empty.insert(Products::new(&self.cublas, &network.config, dtype, rows)?),
         };
-        if graph && captured.is_none() {
-            network.tune(products, buffers, rows)?;
+        match graph {
+            true => network.tune(products, buffers, rows),
+            false => Ok(()),
         }
-        Ok(())
     }
 
-    /// Makes room for logits of so many rows, and their product.
-    fn prepare_outputs(&mut self, bucket: usize, graph: bool) -> Result<()> {
+    /// Makes room for logits of so many rows, their product, and what is needed to
+    /// choose tokens: the rows of outputs among them are `self.at`. Returns whether
+    /// tokens are sampled.
+    fn prepare_outputs(&mut self, bucket: usize, graph: bool, outputs: &[Output]) -> Result<bool> {
         let (rows, dtype) = (1 << bucket, DType::F16);
         if rows > self.outputs.capacity() {
             self.forget_graphs();
             self.outputs = Outputs::new(&self.network.stream, &self.network.config, dtype, rows)?;
         }
-        let Self { buckets, network, buffers, outputs, .. } = self;
-        let Bucket { head, graph: captured, .. } = &mut buckets[bucket];
-        let head = match head {
+        let Self { buckets, network, buffers, outputs: memory, .. } = self;
+        let head = match &mut buckets[bucket].head {
             Some(head) => head,
             empty => empty.insert(Outputs::product(&self.cublas, &network.config, dtype, rows)?),
         };
-        if graph && captured.is_none() {
-            network.tune_head(head, buffers, outputs, rows)?;
+        if graph {
+            network.tune_head(head, buffers, memory, rows)?;
+        }
+        let is_greedy = |output: &Output| output.temperature == 0.0 && output.edits.is_empty();
+        if outputs.iter().all(is_greedy) {
+            return Ok(false);
+        }
+        let edits = outputs.iter().map(|output| output.edits.len()).sum();
+        self.reserve_sampler(rows, edits)?;
+        let Some(sampler) = &mut self.sampler else { return Ok(false) };
+        sampler.set(&self.cuda, outputs, &self.at, rows)?;
+        Ok(true)
+    }
+
+    /// Has a sampler with room for so many rows and edits.
+    fn reserve_sampler(&mut self, rows: usize, edits: usize) -> Result<()> {
+        let max_edits = self.sampler.as_ref().map_or(FIRST_EDITS, Sampler::max_edits);
+        if self.sampler.as_ref().is_none_or(|sampler| !sampler.fits(rows, edits)) {
+            self.forget_graphs();
+            let rows = rows.max(self.outputs.capacity());
+            let max_edits = max_edits.max(edits.next_power_of_two());
+            let Network { stream, config, .. } = &self.network;
+            let sampler = Sampler::new(&self.cuda, stream, rows, max_edits, config.vocab_size)?;
+            self.sampler = Some(sampler);
         }
         Ok(())
     }
 
     /// A step of one new token for each request, filled up to a bucket: a graph.
-    fn decode(&mut self, bucket: usize) -> Result<()> {
-        self.prepare_outputs(bucket, true)?;
+    fn decode(&mut self, bucket: usize, outputs: &[Output]) -> Result<()> {
+        self.at.extend(outputs.iter().map(|output| output.row));
+        let sampled = self.prepare_outputs(bucket, true, outputs)?;
         let rows = 1 << bucket;
-        let Self { buckets, network, attention, buffers, outputs, tokens, cache, tables, .. } = self;
-        let Bucket { graph, products: Some(products), head: Some(product) } = &mut buckets[bucket] else {
+        let Self { buckets, network, attention, buffers, outputs, tokens, cache, tables, sampler, .. } = self;
+        let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(product) } =
+            &mut buckets[bucket]
+        else {
             return Err("the products of a step were not made".into());
         };
+        let (captured, sampler) = if sampled { (sampling, sampler.as_mut()) } else { (greedy, None) };
         let tables = &tables.tables;
         let plans = attention.plan_decode(tables, self.graphs.then_some(rows))?;
         let keys = plans.replay_keys();
-        if let Some(graph) = graph.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
+        if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
             graph.step.launch(plans.decode())?;
-            self.launched = Some(bucket);
+            self.launched = Some(Launched { bucket, sampled });
             return Ok(());
         }
         let mut pass =
             Pass { rows, padded_rows: rows, tokens, tables, plans: &plans, products, cache, buffers };
-        let mut head = Head { rows, selected: None, product, outputs };
+        let mut head = Head { rows, selected: None, product, outputs, sampler };
         let mut run = || {
             network.run(&mut pass)?;
             network.head(&mut pass, &mut head)
@@ -307,23 +348,27 @@ impl Gpu {
         // This step runs without a graph, which loads all kernels.
         run()?;
         if let Some(keys) = keys {
-            // SAFETY: what is not the crate's works on weights, buffers, outputs and rows of
-            // `self`, which are dropped, or replaced, after the graphs.
+            // SAFETY: what is not the crate's works on weights, buffers, outputs, rows and the
+            // sampler of `self`, which are dropped, or replaced, after the graphs.
             let step = unsafe { graph::capture(&network.stream, run)? };
-            *graph = Some(Graph { keys, step });
-            self.launched = Some(bucket);
+            *captured = Some(Graph { keys, step });
+            self.launched = Some(Launched { bucket, sampled });
         }
         Ok(())
     }
 
     /// A step of any new tokens.
-    fn prefill(&mut self, rows: usize, bucket: usize, outputs: &[usize]) -> Result<()> {
+    fn prefill(&mut self, rows: usize, bucket: usize, outputs: &[Output]) -> Result<()> {
+        self.at.extend(0..outputs.len());
         let wanted = (!outputs.is_empty()).then(|| outputs.len().next_power_of_two());
+        let mut sampled = false;
         if let Some(wanted) = wanted {
-            self.prepare_outputs(wanted.ilog2() as usize, false)?;
-            self.selected.set(&self.cuda, outputs, wanted)?;
+            sampled = self.prepare_outputs(wanted.ilog2() as usize, false, outputs)?;
+            let selected: Vec<_> = outputs.iter().map(|output| output.row).collect();
+            self.selected.set(&self.cuda, &selected, wanted)?;
         }
-        let Self { buckets, network, attention, buffers, tokens, cache, tables, selected, .. } = self;
+        let Self { buckets, network, attention, buffers, tokens, cache, tables, selected, sampler, .. } =
+            self;
         let Some(products) = &buckets[bucket].products else {
             return Err("the products of a step were not made".into());
         };
@@ -336,51 +381,70 @@ impl Gpu {
         let Some(product) = &buckets[rows.ilog2() as usize].head else {
             return Err("the products of a step were not made".into());
         };
+        let sampler = sampler.as_mut().filter(|_| sampled);
         let selected = Some(&*selected);
-        network.head(&mut pass, &mut Head { rows, selected, product, outputs: &mut self.outputs })
+        network.head(&mut pass, &mut Head { rows, selected, product, outputs: &mut self.outputs, sampler })
     }
 
     /// To be called before memory is replaced that graphs work on.
     fn forget_graphs(&mut self) {
         self.launched = None;
-        self.buckets.iter_mut().for_each(|bucket| bucket.graph = None);
+        for bucket in &mut self.buckets {
+            (bucket.greedy, bucket.sampled) = (None, None);
+        }
+    }
+
+    /// What came of the outputs of a step, once it is computed.
+    fn samples(&mut self, outputs: &[Output]) -> Result<Vec<Sample>> {
+        let Some(last) = self.at.last() else { return Ok(Vec::new()) };
+        self.chosen.download(&self.cuda, &self.outputs.tokens, 0, last + 1)?;
+        // Waits as fast as can be; what `as_slice` waits for is over then.
+        self.cuda.synchronize()?;
+        let (chosen, vocab_size) = (self.chosen.as_slice()?, self.network.config.vocab_size);
+        let mut samples = Vec::with_capacity(outputs.len());
+        for (output, &at) in outputs.iter().zip(&self.at) {
+            let token = u32::try_from(chosen[at]).ok();
+            let mut sample = Sample { token, logprobs: None };
+            if let (Some(token), Some(count)) = (token, output.logprobs) {
+                let row = match &mut self.row {
+                    Some(row) => row,
+                    empty => empty.insert(Pinned::zeros(&self.cuda, vocab_size)?),
+                };
+                row.download(&self.cuda, &self.outputs.logits, at * vocab_size, vocab_size)?;
+                sample.logprobs = Some(logprobs(row.as_slice()?, token, count));
+            }
+            samples.push(sample);
+        }
+        Ok(samples)
     }
 }
 
-impl Engine for Gpu {
-    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+impl Backend for Gpu {
+    fn vocab_size(&self) -> usize {
+        self.network.config.vocab_size
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
         self.at.clear();
-        self.greedy.clear();
         self.launched = None;
         let start = Instant::now();
         self.check(step)?;
         if step.tokens.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let computed = self.compute(step);
         self.tables.tables.release_padding();
         self.enqueued = start.elapsed();
-        if computed.is_err() {
+        let samples = computed.and_then(|()| self.samples(step.outputs));
+        if samples.is_err() {
             self.at.clear();
-            return computed;
         }
-        if let Some(last) = self.at.last() {
-            self.chosen.download(&self.cuda, &self.outputs.tokens, last + 1)?;
-            // Waits as fast as can be; what `as_slice` waits for is over then.
-            self.cuda.synchronize()?;
-            let chosen = self.chosen.as_slice()?;
-            self.greedy.extend(self.at.iter().map(|&row| u32::try_from(chosen[row]).ok()));
-        }
-        Ok(())
+        samples
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
-        let vocab_size = self.network.config.vocab_size;
+        let vocab_size = self.vocab_size();
         let all = if self.at.is_empty() { Vec::new() } else { self.outputs.logits.to_vec()? };
         Ok(self.at.iter().flat_map(|&row| &all[row * vocab_size..][..vocab_size]).copied().collect())
-    }
-
-    fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        Ok(self.greedy.clone())
     }
 }

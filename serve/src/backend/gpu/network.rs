@@ -1,5 +1,8 @@
 //! The network of a model: what a step enqueues.
 
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
 use flashinfer_rs::{
     Stream, TensorRef,
     activation::{ActivationOptions, silu_and_mul},
@@ -16,12 +19,15 @@ use super::{
     half::HalfTensor,
     kernels::Kernels,
     rows::Rows,
+    sampler::Sampler,
     weights::{Layer, RESIDUAL_SCALE, Weights},
 };
 use crate::{Result, backend::matmul::Matmul, model::Config};
 
 /// What steps read and do not change.
 pub struct Network {
+    pub cuda: Arc<CudaStream>,
+    /// The same.
     pub stream: Stream,
     pub config: Config,
     pub weights: Weights,
@@ -52,6 +58,8 @@ pub struct Head<'a> {
     pub selected: Option<&'a Rows>,
     pub product: &'a Matmul,
     pub outputs: &'a mut Outputs,
+    /// What chooses the tokens; `None` takes the largest logits.
+    pub sampler: Option<&'a mut Sampler>,
 }
 
 impl Network {
@@ -74,7 +82,7 @@ impl Network {
         Ok(())
     }
 
-    /// Enqueues the logits of rows, and the places of the largest.
+    /// Enqueues the logits of rows, and the choice of tokens.
     pub fn head(&self, pass: &mut Pass<'_>, head: &mut Head<'_>) -> Result<()> {
         let Buffers { x, scratch, .. } = &mut *pass.buffers;
         let Outputs { hidden, logits, tokens } = &mut *head.outputs;
@@ -89,7 +97,10 @@ impl Network {
         let mut logits = logits.view_mut().narrow(0, 0, head.rows)?;
         head.product.run(&mut logits, &hidden, &self.weights.head(), &mut scratch.view_mut())?;
         let mut tokens = tokens.view_mut().narrow(0, 0, head.rows)?;
-        Ok(argmax(&self.stream, &mut tokens, &logits.as_ref())?)
+        match &mut head.sampler {
+            Some(sampler) => sampler.enqueue(&self.cuda, &self.stream, &mut tokens, &logits.as_ref()),
+            None => Ok(argmax(&self.stream, &mut tokens, &logits.as_ref())?),
+        }
     }
 
     fn norm_options(&self) -> NormOptions {

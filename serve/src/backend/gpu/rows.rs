@@ -3,7 +3,7 @@
 use cudarc::driver::CudaStream;
 use flashinfer_rs::{Stream, TensorRef, cudarc::Tensor};
 
-use super::pinned::Pinned;
+use super::memory::Pinned;
 use crate::Result;
 
 /// Numbers below a bound, at an address that stays, so that a captured graph reads

@@ -1,7 +1,8 @@
-//! Page-locked memory of the host, which the GPU reads and writes while the host goes on.
+//! Page-locked memory of the host, which the GPU reads and writes while the host goes on,
+//! and copies on the GPU.
 
 use cudarc::driver::{CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, ValidAsZeroBits, result};
-use flashinfer_rs::{Element, cudarc::Tensor};
+use flashinfer_rs::{Element, TensorMut, TensorRef, cudarc::Tensor};
 
 use crate::Result;
 
@@ -52,17 +53,35 @@ impl<T: Element + DeviceRepr + ValidAsZeroBits> Pinned<T> {
         Ok(())
     }
 
-    /// Enqueues a copy of the first `len` numbers of a tensor.
-    pub fn download(&mut self, cuda: &CudaStream, tensor: &Tensor<T>, len: usize) -> Result<()> {
+    /// Enqueues a copy of `len` numbers of a tensor, from one on, to the first.
+    pub fn download(&mut self, cuda: &CudaStream, tensor: &Tensor<T>, from: usize, len: usize) -> Result<()> {
         let source = tensor.view();
-        check(len, self.len(), source.numel())?;
+        check(len, self.len(), source.numel().saturating_sub(from))?;
         // SAFETY: as above.
         unsafe {
             let (memory, _recorded) = self.memory.stream_synced_mut_slice(cuda);
-            result::memcpy_dtoh_async(&mut memory[..len], source.data_ptr() as u64, cuda.cu_stream())?;
+            let source = source.data_ptr() as u64 + (from * size_of::<T>()) as u64;
+            result::memcpy_dtoh_async(&mut memory[..len], source, cuda.cu_stream())?;
         }
         Ok(())
     }
+}
+
+/// Enqueues a copy between contiguous tensors of one shape and type.
+pub fn copy(cuda: &CudaStream, from: &TensorRef<'_>, to: &mut TensorMut<'_>) -> Result<()> {
+    let fits = from.shape() == to.shape()
+        && from.dtype() == to.dtype()
+        && from.device() == to.device()
+        && from.is_contiguous()
+        && to.is_contiguous();
+    if !fits {
+        return Err(format!("a copy of {from:?} to {to:?}").into());
+    }
+    let bytes = from.numel() * from.dtype().size();
+    let (from, to) = (from.data_ptr() as u64, to.data_ptr() as u64);
+    // SAFETY: both have so many bytes, on one device, and are used on this stream.
+    unsafe { result::memcpy_dtod_async(to, from, bytes, cuda.cu_stream())? };
+    Ok(())
 }
 
 fn check(len: usize, host: usize, device: usize) -> Result<()> {
