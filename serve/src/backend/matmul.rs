@@ -4,7 +4,7 @@
 //! descriptors, and the algorithm, which is the first that it suggests or the
 //! fastest of several. A call then only enqueues kernels.
 
-use std::{ffi::c_void, sync::Arc};
+use std::{ffi::c_void, rc::Rc, sync::Arc};
 
 use cudarc::{
     cublaslt::{result, sys},
@@ -36,13 +36,13 @@ pub struct CublasLt {
 
 impl CublasLt {
     /// Opens cuBLASLt by its name, which finds the one that is in the process.
-    pub fn new(cuda: &Arc<CudaStream>) -> Result<Arc<Self>> {
+    pub fn new(cuda: &Arc<CudaStream>) -> Result<Rc<Self>> {
         // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
         if !unsafe { sys::is_culib_present() } {
             return Err("cuBLASLt is not of the CUDA version that cudarc was built for".into());
         }
         cuda.context().bind_to_thread()?;
-        Ok(Arc::new(Self { handle: result::create_handle()?, cuda: cuda.clone() }))
+        Ok(Rc::new(Self { handle: result::create_handle()?, cuda: cuda.clone() }))
     }
 }
 
@@ -135,7 +135,7 @@ pub struct Weight<'t> {
 
 /// A product that is ready to run.
 pub struct Matmul {
-    cublas: Arc<CublasLt>,
+    cublas: Rc<CublasLt>,
     product: Product,
     descriptor: Described<sys::cublasLtMatmulDesc_t>,
     weight: Layout,
@@ -149,7 +149,7 @@ pub struct Matmul {
 impl Matmul {
     /// Takes the algorithm that cuBLASLt suggests first, among those that need
     /// no more than `scratch` bytes.
-    pub fn new(cublas: &Arc<CublasLt>, product: Product, scratch: usize) -> Result<Self> {
+    pub fn new(cublas: &Rc<CublasLt>, product: Product, scratch: usize) -> Result<Self> {
         let Product { rows, input, output, .. } = product;
         let (dtype, out_dtype) = (data_type(product.dtype)?, data_type(product.out_dtype)?);
         let descriptor = Described {

@@ -3,12 +3,15 @@
 use flashinfer_rs::{
     Result, Stream, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, BatchDecode, BatchPrefill, DecodePlan, Heads, PlanOptions, PrefillPlan, ReplayKey,
+        AttentionSpec, BatchDecode, BatchPrefill, DecodePlan, PlanOptions, PrefillPlan, ReplayKey,
         RunOptions, Workspace,
     },
     indices::PageTable,
     kv::{BatchTables, PagedKv},
 };
+
+use super::heads::HeadWidths;
+use crate::model::Config;
 
 /// Layers of one kind.
 struct Kind {
@@ -27,27 +30,30 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Loads the modules of all layers, whose specs these are.
-    pub fn new(
-        stream: &Stream,
-        heads: Heads,
-        specs: impl IntoIterator<Item = AttentionSpec>,
-        sm_scale: f64,
-    ) -> Result<Self> {
-        let (mut kinds, mut layers) = (Vec::<Kind>::new(), Vec::new());
-        for spec in specs {
-            let known = kinds.iter().position(|kind| kind.spec == spec);
-            layers.push(known.unwrap_or(kinds.len()));
+    /// Loads the modules of all layers, for sequences of up to so many tokens.
+    ///
+    /// If some layers have windows, the others have one that nothing is beyond: all
+    /// are served by the same modules then.
+    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, positions: usize) -> Result<Self> {
+        let mut attention = Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale };
+        let windowed = config.layers.iter().any(|layer| layer.window.is_some());
+        for layer in &config.layers {
+            let mut spec = AttentionSpec::new(config.dtype, widths.padded);
+            spec.logits_soft_cap = config.attention_soft_cap.map(|cap| cap as f32);
+            let window = layer.window.unwrap_or(positions).clamp(1, i32::MAX as usize);
+            spec.window_left = windowed.then_some(window as u32 - 1);
+            let known = attention.kinds.iter().position(|kind| kind.spec == spec);
+            attention.layers.push(known.unwrap_or(attention.kinds.len()));
             if known.is_none() {
-                kinds.push(Kind {
+                attention.kinds.push(Kind {
                     spec,
-                    decode: BatchDecode::new(stream, &spec, heads)?,
-                    prefill: BatchPrefill::new(stream, &spec, heads)?,
+                    decode: BatchDecode::new(stream, &spec, config.heads)?,
+                    prefill: BatchPrefill::new(stream, &spec, config.heads)?,
                     workspace: Workspace::new(stream)?,
                 });
             }
         }
-        Ok(Self { kinds, layers, sm_scale })
+        Ok(attention)
     }
 
     /// Plans a step in which each request has one new token; for a graph of so many

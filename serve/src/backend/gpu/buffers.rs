@@ -1,82 +1,64 @@
-//! What steps compute in, and the products that they compute.
+//! What steps compute in.
 
-use std::sync::Arc;
+use flashinfer_rs::{Stream, cudarc::Tensor};
 
-use flashinfer_rs::{DType, Stream, cudarc::Tensor};
-
-use super::{half::HalfTensor, weights::RESIDUAL_SCALE};
-use crate::{
-    Result,
-    backend::{
-        experts::Routing,
-        matmul::{Added, CublasLt, Matmul, Product},
-    },
-    model::Config,
-};
-
-/// Scratch memory of products: what cuBLASLt is recommended to have on Hopper.
-const SCRATCH_BYTES: usize = 32 << 20;
+use super::{half::HalfTensor, heads::HeadWidths, products::SCRATCH_BYTES};
+use crate::{Result, backend::experts::Routing, model::Config};
 
 /// Memory for as many rows as there may be.
 pub struct Buffers {
     pub residual: HalfTensor,
+    /// What is normed, `[rows, hidden_size]`.
     pub x: HalfTensor,
+    /// What attention or the MLP makes, where that is normed before it is added.
+    pub made: Option<HalfTensor>,
     /// `[rows, num_qo_heads + 2 * num_kv_heads, head_dim]`.
     pub qkv: HalfTensor,
+    /// Normed queries and keys, if they are.
+    pub qk: Option<HalfTensor>,
     pub attention: HalfTensor,
     /// `[rows * experts, 2 * intermediate_size]`.
     pub gate_up: HalfTensor,
     pub inner: HalfTensor,
     pub routing: Option<Routing>,
+    pub shared: Option<SharedBuffers>,
     pub scratch: Tensor<u8>,
 }
 
+/// Memory of an expert that every token has.
+pub struct SharedBuffers {
+    /// Its share of each row.
+    pub shares: Tensor<f32>,
+    pub gate_up: HalfTensor,
+    pub inner: HalfTensor,
+}
+
 impl Buffers {
-    pub fn new(stream: &Stream, config: &Config, dtype: DType, rows: usize) -> Result<Self> {
+    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, rows: usize) -> Result<Self> {
         let (heads, experts, inner) = (config.heads, config.num_experts(), config.intermediate_size);
-        let zeros = |shape: &[usize]| HalfTensor::zeros(stream, dtype, shape);
-        let qkv = heads.num_qo_heads + 2 * heads.num_kv_heads;
+        let (hidden, head_dim) = (config.hidden_size, widths.padded);
+        let zeros = |shape: &[usize]| HalfTensor::zeros(stream, config.dtype, shape);
+        let optional = |wanted: bool, shape: &[usize]| wanted.then(|| zeros(shape)).transpose();
+        let qk = heads.num_qo_heads + heads.num_kv_heads;
+        let shared = config.experts.and_then(|experts| experts.shared).map(|inner| -> Result<_> {
+            Ok(SharedBuffers {
+                shares: Tensor::zeros(stream, &[rows])?,
+                gate_up: zeros(&[rows, 2 * inner])?,
+                inner: zeros(&[rows, inner])?,
+            })
+        });
         Ok(Self {
-            residual: zeros(&[rows, config.hidden_size])?,
-            x: zeros(&[rows, config.hidden_size])?,
-            qkv: zeros(&[rows, qkv, config.head_dim])?,
-            attention: zeros(&[rows, heads.num_qo_heads, config.head_dim])?,
+            residual: zeros(&[rows, hidden])?,
+            x: zeros(&[rows, hidden])?,
+            made: optional(config.architecture.post_norms, &[rows, hidden])?,
+            qkv: zeros(&[rows, qk + heads.num_kv_heads, head_dim])?,
+            qk: optional(config.architecture.qk_norm, &[rows, qk, head_dim])?,
+            attention: zeros(&[rows, heads.num_qo_heads, head_dim])?,
             gate_up: zeros(&[rows * experts, 2 * inner])?,
             inner: zeros(&[rows * experts, inner])?,
             routing: config.experts.map(|experts| Routing::new(stream, experts, rows)).transpose()?,
+            shared: shared.transpose()?,
             scratch: Tensor::zeros(stream, &[SCRATCH_BYTES])?,
-        })
-    }
-}
-
-/// The products of all layers, for one number of rows.
-pub struct Products {
-    pub qkv: Matmul,
-    pub attention_output: Matmul,
-    pub router: Option<Matmul>,
-    pub gate_up: Matmul,
-    pub down: Matmul,
-}
-
-impl Products {
-    pub fn new(cublas: &Arc<CublasLt>, config: &Config, dtype: DType, rows: usize) -> Result<Self> {
-        let hidden = config.hidden_size;
-        let inner = config.num_experts() * config.intermediate_size;
-        let qo = config.heads.num_qo_heads * config.head_dim;
-        let kv = config.heads.num_kv_heads * config.head_dim;
-        let product = |input, output, factor, bias, out_dtype| {
-            let added = if bias { Added::Bias } else { Added::Nothing };
-            let product = Product { rows, input, output, factor, added, dtype, out_dtype };
-            Matmul::new(cublas, product, SCRATCH_BYTES)
-        };
-        let biases = config.biases;
-        let router = config.experts.map(|experts| product(hidden, experts.count, 1.0, false, DType::F32));
-        Ok(Self {
-            qkv: product(hidden, qo + 2 * kv, 1.0, biases.qkv, dtype)?,
-            attention_output: product(qo, hidden, RESIDUAL_SCALE, biases.attention_output, dtype)?,
-            router: router.transpose()?,
-            gate_up: product(hidden, 2 * inner, 1.0, biases.gate_up, dtype)?,
-            down: product(inner, hidden, RESIDUAL_SCALE, biases.down, dtype)?,
         })
     }
 }
@@ -90,9 +72,9 @@ pub struct Outputs {
 }
 
 impl Outputs {
-    pub fn new(stream: &Stream, config: &Config, dtype: DType, rows: usize) -> Result<Self> {
+    pub fn new(stream: &Stream, config: &Config, rows: usize) -> Result<Self> {
         Ok(Self {
-            hidden: HalfTensor::zeros(stream, dtype, &[rows, config.hidden_size])?,
+            hidden: HalfTensor::zeros(stream, config.dtype, &[rows, config.hidden_size])?,
             logits: Tensor::zeros(stream, &[rows, config.vocab_size])?,
             tokens: Tensor::zeros(stream, &[rows])?,
         })
@@ -101,13 +83,5 @@ impl Outputs {
     /// How many rows there is room for.
     pub fn capacity(&self) -> usize {
         self.tokens.view().numel()
-    }
-
-    /// The product that makes logits of so many rows.
-    pub fn product(cublas: &Arc<CublasLt>, config: &Config, dtype: DType, rows: usize) -> Result<Matmul> {
-        let (input, output) = (config.hidden_size, config.vocab_size);
-        let (factor, added) = (1.0, Added::Nothing);
-        let product = Product { rows, input, output, factor, added, dtype, out_dtype: DType::F32 };
-        Matmul::new(cublas, product, SCRATCH_BYTES)
     }
 }

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use cudarc::{
-    driver::{CudaFunction, CudaStream, LaunchConfig, PushKernelArg},
+    driver::{CudaFunction, CudaStream, DriverError, LaunchConfig, PushKernelArg, result},
     nvrtc::Ptx,
 };
-use flashinfer_rs::{DType, TensorMut, TensorRef};
+use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 
 use super::rows::Rows;
 use crate::Result;
@@ -114,6 +114,24 @@ impl Kernels {
         self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
+    /// Copies the numbers of a contiguous tensor to one of the same shape and type.
+    pub fn copy(&self, from: &TensorRef<'_>, to: &mut TensorMut<'_>) -> Result<()> {
+        let fits = from.shape() == to.shape()
+            && from.dtype() == to.dtype()
+            && from.is_contiguous()
+            && to.is_contiguous()
+            && self.is_here(from)
+            && self.is_here(&to.as_ref());
+        if !fits {
+            return Err(format!("a copy of {from:?} to {to:?}").into());
+        }
+        let bytes = from.numel() * from.dtype().size();
+        let (from, to) = (from.data_ptr() as u64, to.data_ptr() as u64);
+        // SAFETY: both have so many bytes, on the stream's device.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.cuda.cu_stream())? };
+        Ok(())
+    }
+
     /// Rows of a contiguous matrix of the kernels' type, and their width in eights.
     fn rows(&self, name: &str, tensor: &TensorRef<'_>) -> Result<[u32; 2]> {
         let width = tensor.shape().last().map_or(0, |&width| width as usize);
@@ -139,13 +157,13 @@ impl Kernels {
     }
 
     fn is_here(&self, tensor: &TensorRef<'_>) -> bool {
-        tensor.device() == flashinfer_rs::Device::Cuda(self.cuda.context().ordinal() as u32)
+        tensor.device() == Device::Cuda(self.cuda.context().ordinal() as u32)
     }
 
     fn launch(
         &self,
         blocks: u32,
-        launch: impl FnOnce(LaunchConfig) -> std::result::Result<(), cudarc::driver::DriverError>,
+        launch: impl FnOnce(LaunchConfig) -> std::result::Result<(), DriverError>,
     ) -> Result<()> {
         if blocks == 0 {
             return Ok(());

@@ -46,7 +46,7 @@ impl Gpu {
         let q = buffers.qkv.rows(rows)?.narrow(1, 0, heads.num_qo_heads)?;
         let mut out = buffers.attention.rows_mut(rows)?;
         let mut run = || -> Result<()> {
-            let layers = 0..network.config.num_layers;
+            let layers = 0..network.config.num_layers();
             Ok(layers
                 .into_iter()
                 .try_for_each(|layer| plans.run(layer, &q, &cache.layer(0, layer)?, &mut out))?)

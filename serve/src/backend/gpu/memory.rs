@@ -1,8 +1,7 @@
-//! Page-locked memory of the host, which the GPU reads and writes while the host goes on,
-//! and copies on the GPU.
+//! Page-locked memory of the host, which the GPU reads and writes while the host goes on.
 
 use cudarc::driver::{CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, ValidAsZeroBits, result};
-use flashinfer_rs::{Element, TensorMut, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{Element, cudarc::Tensor};
 
 use crate::Result;
 
@@ -65,23 +64,6 @@ impl<T: Element + DeviceRepr + ValidAsZeroBits> Pinned<T> {
         }
         Ok(())
     }
-}
-
-/// Enqueues a copy between contiguous tensors of one shape and type.
-pub fn copy(cuda: &CudaStream, from: &TensorRef<'_>, to: &mut TensorMut<'_>) -> Result<()> {
-    let fits = from.shape() == to.shape()
-        && from.dtype() == to.dtype()
-        && from.device() == to.device()
-        && from.is_contiguous()
-        && to.is_contiguous();
-    if !fits {
-        return Err(format!("a copy of {from:?} to {to:?}").into());
-    }
-    let bytes = from.numel() * from.dtype().size();
-    let (from, to) = (from.data_ptr() as u64, to.data_ptr() as u64);
-    // SAFETY: both have so many bytes, on one device, and are used on this stream.
-    unsafe { result::memcpy_dtod_async(to, from, bytes, cuda.cu_stream())? };
-    Ok(())
 }
 
 fn check(len: usize, host: usize, device: usize) -> Result<()> {

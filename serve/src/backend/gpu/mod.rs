@@ -9,47 +9,52 @@
 //!
 //! | file | its job |
 //! |---|---|
-//! | `weights` | the model's weights |
-//! | `buffers` | what steps compute in, and products by cuBLASLt |
-//! | `network` | what a step enqueues |
+//! | `weights`, `heads` | the model's weights, and heads of any width |
+//! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
+//! | `network`, `layer` | what a step enqueues |
 //! | `attention`, `tables` | plans, and index arrays |
 //! | `sampler` | the choice of tokens |
-//! | `tune`, `measure` | the fastest products; how long things take |
+//! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
 mod attention;
 mod buffers;
 mod half;
-mod kernels;
+mod heads;
+pub(super) mod kernels;
+mod layer;
 mod measure;
 mod memory;
 mod network;
+mod products;
 mod rows;
 mod sampler;
 mod tables;
-mod tune;
 mod weights;
 
 use std::{
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::{
-    DType, FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
-    attention::{AttentionSpec, ReplayKey},
+    FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
+    attention::ReplayKey,
     graph::CapturedStep,
-    kv::{Batch, KvLayout, PageAllocator, PagedKvCache, Sequence},
+    kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     rope::CosSinCache,
 };
 
 use self::{
     attention::Attention,
-    buffers::{Buffers, Outputs, Products},
+    buffers::{Buffers, Outputs},
+    heads::HeadWidths,
     kernels::Kernels,
     memory::Pinned,
     network::{Head, Network, Pass},
+    products::{HeadProduct, Products},
     rows::Rows,
     sampler::Sampler,
     tables::{Tables, Uploaded},
@@ -59,10 +64,10 @@ use crate::{
     Result,
     backend::{
         Backend, Output, Sample, Step, graph,
-        matmul::{CublasLt, Matmul},
+        matmul::CublasLt,
         sampler::logprobs,
     },
-    model::{self, Config, Ends},
+    model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
 
 /// Edits of logits that there is room for at first.
@@ -76,7 +81,7 @@ struct Bucket {
     /// Samples.
     sampled: Option<Graph>,
     products: Option<Products>,
-    head: Option<Matmul>,
+    head: Option<HeadProduct>,
 }
 
 /// A captured step, and what tells the plans that it fits.
@@ -106,7 +111,7 @@ pub struct Gpu {
     row: Option<Pinned<f32>>,
     cache: PagedKvCache,
     tables: Tables,
-    cublas: Arc<CublasLt>,
+    cublas: Rc<CublasLt>,
     cuda: Arc<CudaStream>,
     /// The graph that was the last step.
     launched: Option<Launched>,
@@ -125,9 +130,9 @@ struct Launched {
     sampled: bool,
 }
 
-/// A stream of the first GPU, and the runtime with the modules that every model
-/// needs.
-fn start() -> Result<Arc<CudaStream>> {
+/// A stream of the first GPU, and the runtime with the modules that the model needs
+/// beside those of attention.
+fn start(config: &Config) -> Result<Arc<CudaStream>> {
     // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err("there is no NVIDIA driver".into());
@@ -138,7 +143,11 @@ fn start() -> Result<Arc<CudaStream>> {
     if runtime.device_count()? == 0 {
         return Err("there is no NVIDIA GPU".into());
     }
-    runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, ModuleName::SILU_AND_MUL])?;
+    let activation = match config.activation {
+        Activation::Silu => ModuleName::SILU_AND_MUL,
+        Activation::GeluTanh => ModuleName::GELU_TANH_AND_MUL,
+    };
+    runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, activation])?;
     runtime.preload_cublas()?;
     Ok(CudaContext::new(0)?.new_stream()?)
 }
@@ -153,24 +162,24 @@ impl Gpu {
         pool: &PageAllocator,
         max_tokens: usize,
     ) -> Result<Self> {
-        let cuda = start()?;
+        let widths = HeadWidths::new(config)?;
+        let cuda = start(config)?;
         let stream = Stream::from(&cuda);
-        let dtype = DType::F16;
         let most = max_tokens.max(1).next_power_of_two();
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
-        let spec = AttentionSpec::new(dtype, config.head_dim);
-        let specs = (0..config.num_layers).map(|_| spec);
+        let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
+        let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(config.dtype, KvLayout::Nhd) };
         let mut gpu = Self {
             buckets: (0..=most.ilog2()).map(|_| Bucket::default()).collect(),
-            attention: Attention::new(&stream, config.heads, specs, spec.default_sm_scale())?,
-            buffers: Buffers::new(&stream, config, dtype, most)?,
-            outputs: Outputs::new(&stream, config, dtype, 1)?,
+            attention: Attention::new(&stream, config, widths, positions)?,
+            buffers: Buffers::new(&stream, config, widths, most)?,
+            outputs: Outputs::new(&stream, config, 1)?,
             tokens: Rows::new(&cuda, &stream, most, config.vocab_size)?,
             selected: Rows::new(&cuda, &stream, most, most)?,
             sampler: None,
             chosen: Pinned::zeros(&cuda, most)?,
             row: None,
-            cache: PagedKvCache::new(&stream, pool, &[config.kv_shape(dtype, KvLayout::Nhd)])?,
+            cache: PagedKvCache::new(&stream, pool, &[shape])?,
             tables: Tables::new(&stream, pool, most)?,
             cublas: CublasLt::new(&cuda)?,
             launched: None,
@@ -178,11 +187,11 @@ impl Gpu {
             enqueued: Duration::ZERO,
             at: Vec::new(),
             network: Network {
+                widths,
+                weights: Weights::new(&stream, config, widths, &ends, layers)?,
+                ropes: config.ropes.iter().map(rope).collect::<Result<_, _>>()?,
+                kernels: Kernels::new(&cuda, config.dtype)?,
                 config: config.clone(),
-                weights: Weights::new(&stream, dtype, &ends, layers)?,
-                rope: CosSinCache::new(&stream, &config.rope, positions)?,
-                kernels: Kernels::new(&cuda, dtype)?,
-                cuda: cuda.clone(),
                 stream,
             },
             cuda,
@@ -265,13 +274,15 @@ impl Gpu {
     /// graphs.
     fn prepare_products(&mut self, bucket: usize, graph: bool) -> Result<()> {
         let Self { buckets, network, buffers, .. } = self;
-        let (rows, dtype) = (1 << bucket, DType::F16);
         let products = match &mut buckets[bucket].products {
             Some(products) => products,
-            empty => empty.insert(Products::new(&self.cublas, &network.config, dtype, rows)?),
+            empty => {
+                let products = Products::new(&self.cublas, &network.config, network.widths, 1 << bucket)?;
+                empty.insert(products)
+            }
         };
         match graph {
-            true => network.tune(products, buffers, rows),
+            true => products.tune(&network.weights, buffers),
             false => Ok(()),
         }
     }
@@ -280,18 +291,18 @@ impl Gpu {
     /// choose tokens: the rows of outputs among them are `self.at`. Returns whether
     /// tokens are sampled.
     fn prepare_outputs(&mut self, bucket: usize, graph: bool, outputs: &[Output]) -> Result<bool> {
-        let (rows, dtype) = (1 << bucket, DType::F16);
+        let rows = 1 << bucket;
         if rows > self.outputs.capacity() {
             self.forget_graphs();
-            self.outputs = Outputs::new(&self.network.stream, &self.network.config, dtype, rows)?;
+            self.outputs = Outputs::new(&self.network.stream, &self.network.config, rows)?;
         }
         let Self { buckets, network, buffers, outputs: memory, .. } = self;
         let head = match &mut buckets[bucket].head {
             Some(head) => head,
-            empty => empty.insert(Outputs::product(&self.cublas, &network.config, dtype, rows)?),
+            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows)?),
         };
         if graph {
-            network.tune_head(head, buffers, memory, rows)?;
+            head.tune(&network.weights, buffers, memory)?;
         }
         let is_greedy = |output: &Output| output.temperature == 0.0 && output.edits.is_empty();
         if outputs.iter().all(is_greedy) {
@@ -324,7 +335,7 @@ impl Gpu {
         let sampled = self.prepare_outputs(bucket, true, outputs)?;
         let rows = 1 << bucket;
         let Self { buckets, network, attention, buffers, outputs, tokens, cache, tables, sampler, .. } = self;
-        let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(product) } =
+        let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(head) } =
             &mut buckets[bucket]
         else {
             return Err("the products of a step were not made".into());
@@ -340,7 +351,7 @@ impl Gpu {
         }
         let mut pass =
             Pass { rows, padded_rows: rows, tokens, tables, plans: &plans, products, cache, buffers };
-        let mut head = Head { rows, selected: None, product, outputs, sampler };
+        let mut head = Head { rows, selected: None, product: &head.product, outputs, sampler };
         let mut run = || {
             network.run(&mut pass)?;
             network.head(&mut pass, &mut head)
@@ -378,7 +389,7 @@ impl Gpu {
         let mut pass = Pass { rows, padded_rows, tokens, tables, plans: &plans, products, cache, buffers };
         network.run(&mut pass)?;
         let Some(rows) = wanted else { return Ok(()) };
-        let Some(product) = &buckets[rows.ilog2() as usize].head else {
+        let Some(HeadProduct { product, .. }) = &buckets[rows.ilog2() as usize].head else {
             return Err("the products of a step were not made".into());
         };
         let sampler = sampler.as_mut().filter(|_| sampled);

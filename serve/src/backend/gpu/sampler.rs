@@ -8,7 +8,7 @@ use flashinfer_rs::{
     sampling::{Parameter, SampleOptions, edit_logits, sample},
 };
 
-use super::memory::{Pinned, copy};
+use super::{kernels::Kernels, memory::Pinned};
 use crate::{Result, backend::Output};
 
 /// Parameters that are numbers: rows of one tensor, which is uploaded at once.
@@ -101,14 +101,14 @@ impl Sampler {
     /// Enqueues the choice of a token for each row of logits, with what was set.
     pub fn enqueue(
         &mut self,
-        cuda: &CudaStream,
+        kernels: &Kernels,
         stream: &Stream,
         tokens: &mut TensorMut<'_>,
         logits: &TensorRef<'_>,
     ) -> Result<()> {
         let rows = tokens.numel();
         let mut edited = self.logits.view_mut().narrow(0, 0, rows)?;
-        copy(cuda, logits, &mut edited)?;
+        kernels.copy(logits, &mut edited)?;
         edit_logits(stream, &mut edited, &self.edits)?;
         let numbers = |of| self.numbers.view().select(0, of)?.narrow(0, 0, rows);
         let mut options = SampleOptions::new(numbers(UNIFORM)?);
