@@ -95,7 +95,8 @@ mod tests {
     fn a_norm_of_a_padded_head_is_that_of_the_head() {
         let (head, weight, eps) = ([3.0f64, -4.0], [0.5f32, 2.0], 0.25);
         let norm = |width: usize, eps: f64, weight: f64, number: f64| {
-            number / (head.iter().map(|number| number * number).sum::<f64>() / width as f64 + eps).sqrt() * weight
+            number / (head.iter().map(|number| number * number).sum::<f64>() / width as f64 + eps).sqrt()
+                * weight
         };
         let padded = WIDTHS.pad_norm(&weight);
         assert_eq!((padded.len(), padded[2]), (3, 0.0));

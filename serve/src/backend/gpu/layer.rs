@@ -56,7 +56,8 @@ impl Network {
         }
         let Buffers { x, made, gate_up, inner, routing, shared, scratch, .. } = &mut *pass.buffers;
         let (mut scratch, input) = (scratch.view_mut(), x.rows(padded_rows)?);
-        if let (Some(router), Some(product), Some(routing)) = (&layer.router, &products.router, &mut *routing) {
+        if let (Some(router), Some(product), Some(routing)) = (&layer.router, &products.router, &mut *routing)
+        {
             let mut scores = routing.scores_mut(padded_rows)?;
             product.run(&mut scores, &input, &router.view(), &mut scratch)?;
             routing.choose(&self.kernels, rows)?;
@@ -103,12 +104,7 @@ impl Network {
         let mut both = gate_up.rows_mut(padded_rows)?;
         products.gate_up.run(&mut both, &input, &weights.gate_up.view(), &mut scratch)?;
         let mut between = inner.rows_mut(rows)?;
-        activate(
-            self.config.activation,
-            &self.stream,
-            &mut between,
-            &both.as_ref().narrow(0, 0, rows)?,
-        )?;
+        activate(self.config.activation, &self.stream, &mut between, &both.as_ref().narrow(0, 0, rows)?)?;
         self.kernels.scale_rows(&mut between, &shares.as_ref())
     }
 }

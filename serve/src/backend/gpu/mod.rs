@@ -62,11 +62,7 @@ use self::{
 };
 use crate::{
     Result,
-    backend::{
-        Backend, Output, Sample, Step, graph,
-        matmul::CublasLt,
-        sampler::logprobs,
-    },
+    backend::{Backend, Output, Sample, Step, graph, matmul::CublasLt, sampler::logprobs},
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
 
@@ -137,9 +133,9 @@ fn start(config: &Config) -> Result<Arc<CudaStream>> {
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err("there is no NVIDIA driver".into());
     }
-    let mut config = RuntimeConfig::default();
-    config.progress = Some(flashinfer_rs::progress::terminal());
-    let runtime = FlashInferRuntime::initialize(config)?;
+    let mut runtime = RuntimeConfig::default();
+    runtime.progress = Some(flashinfer_rs::progress::terminal());
+    let runtime = FlashInferRuntime::initialize(runtime)?;
     if runtime.device_count()? == 0 {
         return Err("there is no NVIDIA GPU".into());
     }
@@ -189,7 +185,7 @@ impl Gpu {
             network: Network {
                 widths,
                 weights: Weights::new(&stream, config, widths, &ends, layers)?,
-                ropes: config.ropes.iter().map(rope).collect::<Result<_, _>>()?,
+                ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
                 kernels: Kernels::new(&cuda, config.dtype)?,
                 config: config.clone(),
                 stream,

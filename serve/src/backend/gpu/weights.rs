@@ -188,7 +188,8 @@ impl Upload<'_> {
         };
         let gate_up = Tensor::cat(&all(|mlp| &mlp.gate_up)?, 0)?;
         let down = Tensor::cat(&all(|mlp| &mlp.down)?, 1)?;
-        let mut linear = |matrix: &Tensor| Ok(Linear { matrix: self.matrix(matrix)?, bias: None });
+        let mut linear =
+            |matrix: &Tensor| -> Result<_> { Ok(Linear { matrix: self.matrix(matrix)?, bias: None }) };
         Ok([linear(&gate_up)?, linear(&down)?])
     }
 
