@@ -15,8 +15,9 @@ const HEAD_DIMS: [usize; 3] = [64, 128, 256];
 /// The widths of a model's heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadWidths {
-    model: usize,
-    /// On the GPU.
+    /// That of the model.
+    pub model: usize,
+    /// That on the GPU.
     pub padded: usize,
 }
 

@@ -47,10 +47,10 @@ use flashinfer_rs::{
     rope::CosSinCache,
 };
 
+pub use self::heads::HeadWidths;
 use self::{
     attention::Attention,
     buffers::{Buffers, Outputs},
-    heads::HeadWidths,
     kernels::Kernels,
     memory::Pinned,
     network::{Head, Network, Pass},
