@@ -34,7 +34,11 @@ use tempfile::TempDir;
 use crate::{
     Result,
     backend::{Backend, Output, Sample, Step, cpu::Cpu},
-    cli::{Cli, answers::answer, prompts},
+    cli::{
+        Cli, Command,
+        answers::answer,
+        run::{Args, prompts},
+    },
     model::{Ends, Layer, Model},
     request::{Ended, Limits},
     scheduler::{Scheduler, Stats},
@@ -353,12 +357,17 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
 
 #[test]
 fn prompts_and_drafts_come_from_the_command_line() {
-    let parse = |args: &[&str]| Cli::try_parse_from([&["generate"], args].concat());
+    let parse = |args: &[&str]| -> Result<Args> {
+        match Cli::try_parse_from([&["flashinfer", "run", "smollm2"], args].concat())?.command {
+            Command::Run(args) => Ok(args),
+            _ => Err("not `run`".into()),
+        }
+    };
     let cli = parse(&["--speculate", "Hi"]).unwrap();
     assert_eq!((cli.speculate, prompts(&cli).unwrap()), (4, vec!["Hi".to_owned()]));
     assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
     assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
-    assert!(parse(&[]).is_err() && parse(&["Hi", "--prompts", "file"]).is_err());
+    assert!(parse(&["Hi", "--prompts", "file"]).is_err());
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("prompts.txt");
