@@ -6,19 +6,21 @@ use std::{ffi::CStr, num::NonZeroUsize, sync::Arc, time::Instant};
 use cudarc::driver::{CudaStream, result};
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
-use super::{
-    PAGE_SIZE,
-    device::{load_gpu, with_progress},
-};
+use super::PAGE_SIZE;
 use crate::{
     Result,
-    backend::{Backend, Output, Step, gpu::Gpu, graph},
+    backend::{
+        Backend, Output, Step,
+        device::{load_gpu, with_progress},
+        gpu::Gpu,
+        graph,
+    },
     hub,
     model::{
         Config, Model,
         synthetic::{self, Shape},
     },
-    request::Ended,
+    request::Finish,
 };
 
 const WARM_UP: usize = 10;
@@ -110,7 +112,7 @@ fn row(
         let appended = start.elapsed();
         let samples = gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?.into_iter();
         let next: Option<_> = samples.map(|sample| sample.token).collect();
-        tokens = next.ok_or(Ended::NoNumbers.to_string())?;
+        tokens = next.ok_or(Finish::NoNumbers.to_string())?;
         Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
     };
     let mut steps = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
