@@ -2,13 +2,15 @@
 //! their prompts and others decode, and a token for each row that is to have one.
 
 pub mod cpu;
+pub mod device;
 mod experts;
 pub mod gpu;
 pub mod graph;
 mod matmul;
 pub mod sampler;
+pub mod simulated;
 
-use flashinfer_rs::kv::Batch;
+use flashinfer_rs::{indices::LogitEdit, kv::Batch};
 
 use crate::Result;
 
@@ -73,23 +75,10 @@ impl Output {
     }
 }
 
-/// A change of one token's logit: first scaled, then added to.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LogitEdit {
-    /// The token.
-    pub token: u32,
-    /// What a positive logit is divided by, and another multiplied by: the
-    /// repetition penalty; 1 for none.
-    pub scale: f32,
-    /// What is added then: a bias less penalties, or minus infinity for a token
-    /// that may not come.
-    pub add: f32,
-}
-
 /// What came of an [`Output`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// The token; `None` where a logit is NaN.
+    /// The token; `None` where a logit is NaN, or all are minus infinity.
     pub token: Option<u32>,
     /// As [`Output::logprobs`] asks; `None` also where there is no token.
     pub logprobs: Option<Logprobs>,
@@ -145,4 +134,18 @@ pub trait Backend {
     /// The logits of the last step's outputs as the model gave them,
     /// `[outputs, vocab_size]`: for tests. None after a step that failed.
     fn logits(&self) -> Result<Vec<f32>>;
+}
+
+impl<B: Backend + ?Sized> Backend for Box<B> {
+    fn vocab_size(&self) -> usize {
+        (**self).vocab_size()
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+        (**self).step(step)
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        (**self).logits()
+    }
 }

@@ -1,74 +1,47 @@
-//! Tokens from logits on the host: for the CPU, and for what a GPU leaves to it.
+//! Tokens from logits on the host: for the CPU, and log-probabilities for a GPU, too.
 
-use flashinfer_rs::{TensorMut, TensorRef, reference, reference::Filter, sampling::Parameter};
+use flashinfer_rs::{
+    TensorMut, TensorRef,
+    indices::LogitEdits,
+    reference,
+    sampling::{Parameter, SampleOptions},
+};
 
 use crate::{
     Result,
-    backend::{LogitEdit, Logprobs, Output, Sample, TokenLogprob},
+    backend::{Logprobs, Output, Sample, TokenLogprob},
 };
 
 /// Samples from rows of logits, `[outputs, vocab]`.
+///
+/// # Errors
+/// The logits are not as many; or an output's edits are not what it says of them.
 pub fn sample(outputs: &[Output], logits: &[f32], vocab: usize) -> Result<Vec<Sample>> {
-    let rows = logits.chunks_exact(vocab).zip(outputs);
-    rows.map(|(row, output)| {
-        let mut edited = row.to_vec();
-        edit(&mut edited, &output.edits);
-        let token = match output.temperature {
-            0.0 => argmax(&edited)?,
-            _ => draw(&edited, output)?,
-        };
-        let wanted = token.zip(output.logprobs);
-        Ok(Sample { token, logprobs: wanted.map(|(token, count)| logprobs(row, token, count)) })
-    })
-    .collect()
-}
-
-/// Applies edits to a row of logits.
-fn edit(row: &mut [f32], edits: &[LogitEdit]) {
-    for &LogitEdit { token, scale, add } in edits {
-        let logit = &mut row[token as usize];
-        let scaled = if *logit > 0.0 { *logit / scale } else { *logit * scale };
-        *logit = scaled + add;
+    if outputs.is_empty() {
+        return Ok(Vec::new());
     }
-}
-
-fn argmax(row: &[f32]) -> Result<Option<u32>> {
-    let tokens = reference::argmax(&TensorRef::from_slice(row, &[1, row.len()])?)?;
-    Ok(tokens[0].map(|token| token as u32))
-}
-
-fn draw(row: &[f32], output: &Output) -> Result<Option<u32>> {
-    let shape = [1, row.len()];
-    let mut probs = vec![0.0f32; row.len()];
-    reference::softmax(
-        &mut TensorMut::from_slice(&mut probs, &shape)?,
-        &TensorRef::from_slice(row, &shape)?,
-        Parameter::Value(output.temperature.into()),
-    )?;
-    if probs.iter().any(|prob| prob.is_nan()) {
-        return Ok(None);
-    }
-    let mut filters = vec![Filter::MinP(Parameter::Value(output.min_p.into()))];
-    if output.top_k > 0 {
-        filters.push(Filter::TopK(Parameter::Value(output.top_k)));
-    }
-    filters.push(Filter::TopP(Parameter::Value(output.top_p.into())));
-    for filter in filters {
-        let input = probs.clone();
-        reference::filtered_probs(
-            &mut TensorMut::from_slice(&mut probs, &shape)?,
-            &TensorRef::from_slice(&input, &shape)?,
-            &filter,
-        )?;
-    }
-    let mut sum = 0.0;
-    let exceeds = |(_, prob): &(usize, &f32)| {
-        sum += f64::from(**prob);
-        sum > output.uniform.into()
-    };
-    // Rounding may leave the sum of all a little below the number.
-    let drawn = probs.iter().enumerate().find(exceeds).map(|(token, _)| token);
-    Ok(drawn.or_else(|| probs.iter().rposition(|&prob| prob > 0.0)).map(|token| token as u32))
+    let (rows, shape) = ([outputs.len()], [outputs.len(), vocab]);
+    let mut edited = logits.to_vec();
+    let edits = LogitEdits::new(vocab, outputs.iter().map(|output| output.edits.iter().copied()))?;
+    reference::edit_logits(&mut TensorMut::from_slice(&mut edited, &shape)?, &edits)?;
+    let numbers = |of: fn(&Output) -> f32| outputs.iter().map(of).collect::<Vec<_>>();
+    let (uniforms, temperatures) = (numbers(|output| output.uniform), numbers(|output| output.temperature));
+    let (top_ps, min_ps) = (numbers(|output| output.top_p), numbers(|output| output.min_p));
+    let top_ks: Vec<_> = outputs.iter().map(|output| i32::try_from(output.top_k).unwrap_or(0)).collect();
+    let mut options = SampleOptions::new(TensorRef::from_slice(&uniforms, &rows)?);
+    options.temperature = Parameter::PerRow(TensorRef::from_slice(&temperatures, &rows)?);
+    options.top_k = Parameter::PerRow(TensorRef::from_slice(&top_ks, &rows)?);
+    options.top_p = Parameter::PerRow(TensorRef::from_slice(&top_ps, &rows)?);
+    options.min_p = Parameter::PerRow(TensorRef::from_slice(&min_ps, &rows)?);
+    let tokens = reference::sample(&TensorRef::from_slice(&edited, &shape)?, &options)?;
+    let samples = tokens.into_iter().zip(outputs).zip(logits.chunks_exact(vocab));
+    Ok(samples
+        .map(|((token, output), row)| {
+            let token = token.map(|token| token as u32);
+            let wanted = token.zip(output.logprobs);
+            Sample { token, logprobs: wanted.map(|(token, count)| logprobs(row, token, count)) }
+        })
+        .collect())
 }
 
 /// The log-probabilities of a token and of the `count` likeliest ones.

@@ -9,9 +9,9 @@ mod architectures;
 mod sampling;
 
 use super::*;
-use crate::{
-    backend::gpu::Gpu,
-    cli::{Device as Place, load},
+use crate::backend::{
+    device::{Device as Place, load},
+    gpu::Gpu,
 };
 
 /// The largest difference of a row of logits to the CPU's, relative to its norm.
@@ -249,8 +249,8 @@ fn check_answer(name: &str, model: &Model, prompt: &str) {
     let (config, prompt) = (&model.config, text.encode(prompt).unwrap());
     let pool = PageAllocator::new(16, 4).unwrap();
     let mut gpu = Gpu::new(config, model.ends().unwrap(), model.layers(), &pool, 16).unwrap();
-    let limits = Limits { step_tokens: 16, max_tokens: 12, context: 64, draft: 0, ends: [].into() };
-    let (answer, _) = solo(&mut gpu, &pool, &prompt, limits);
+    let limits = Limits { context: 64, ends: [].into(), ..limits(16, 0) };
+    let (answer, _) = solo(&mut gpu, &pool, &prompt, 12, limits);
     assert_eq!(answer.len(), 12);
     let pool = PageAllocator::new(16, 4).unwrap();
     let mut cpu = Cpu::new(config, model.ends().unwrap(), model.layers(), &pool).unwrap();
@@ -392,7 +392,11 @@ fn a_missing_gpu_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&Tiny::new().write(&folder)).unwrap();
     let pool = PageAllocator::new(4, 4).unwrap();
-    let place = |device| load(device, &model, &pool).map(|(_, place)| place).map_err(|e| e.to_string());
+    let place = |device| {
+        load(device, &model, &pool, limits(16, 0).step_capacity())
+            .map(|loaded| loaded.place)
+            .map_err(|e| e.to_string())
+    };
     assert_eq!(place(Place::Auto).unwrap(), "on the CPU (there is no NVIDIA driver)");
     assert_eq!(place(Place::Cpu).unwrap(), "on the CPU (as asked)");
     assert_eq!(place(Place::Gpu).unwrap_err(), "no GPU can be used: there is no NVIDIA driver");

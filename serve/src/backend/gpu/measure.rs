@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use cudarc::driver::CudaStream;
 
-use super::{Bucket, Gpu, Graph, Launched};
+use super::{
+    Gpu,
+    buckets::{Bucket, Graph, Launched},
+};
 use crate::{Result, backend::graph};
 
 impl Gpu {

@@ -12,12 +12,14 @@
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
 //! | `network`, `layer` | what a step enqueues |
+//! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
 //! | `attention`, `tables` | plans, and index arrays |
 //! | `sampler` | the choice of tokens |
 //! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
 mod attention;
+mod buckets;
 mod buffers;
 mod half;
 mod heads;
@@ -29,6 +31,7 @@ mod network;
 mod products;
 mod rows;
 mod sampler;
+mod steps;
 mod tables;
 mod weights;
 
@@ -41,8 +44,6 @@ use std::{
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::{
     FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
-    attention::ReplayKey,
-    graph::CapturedStep,
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     rope::CosSinCache,
 };
@@ -50,41 +51,21 @@ use flashinfer_rs::{
 pub use self::heads::HeadWidths;
 use self::{
     attention::Attention,
+    buckets::{Bucket, Launched},
     buffers::{Buffers, Outputs},
     kernels::Kernels,
     memory::Pinned,
-    network::{Head, Network, Pass},
-    products::{HeadProduct, Products},
+    network::Network,
     rows::Rows,
     sampler::Sampler,
-    tables::{Tables, Uploaded},
+    tables::Tables,
     weights::Weights,
 };
 use crate::{
     Result,
-    backend::{Backend, Output, Sample, Step, graph, matmul::CublasLt, sampler::logprobs},
+    backend::{Backend, Output, Sample, Step, matmul::CublasLt},
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
-
-/// Edits of logits that there is room for at first.
-const FIRST_EDITS: usize = 1024;
-
-/// What is kept for steps of up to so many rows, a power of two.
-#[derive(Default)]
-struct Bucket {
-    /// Takes the largest logits.
-    greedy: Option<Graph>,
-    /// Samples.
-    sampled: Option<Graph>,
-    products: Option<Products>,
-    head: Option<HeadProduct>,
-}
-
-/// A captured step, and what tells the plans that it fits.
-struct Graph {
-    keys: Vec<ReplayKey>,
-    step: CapturedStep,
-}
 
 /// The GPU's weights and cache.
 pub struct Gpu {
@@ -117,13 +98,6 @@ pub struct Gpu {
     enqueued: Duration,
     /// Where the last step's outputs are among the rows of logits.
     at: Vec<usize>,
-}
-
-/// Which graph was launched.
-#[derive(Clone, Copy)]
-struct Launched {
-    bucket: usize,
-    sampled: bool,
 }
 
 /// A stream of the first GPU, and the runtime with the modules that the model needs
@@ -229,200 +203,6 @@ impl Gpu {
     /// Whether steps in which each request has one new token are graphs.
     pub fn set_graphs(&mut self, graphs: bool) {
         self.graphs = graphs;
-    }
-
-    /// Refuses what is no step.
-    fn check(&self, step: &Step<'_>) -> Result<()> {
-        let rows = step.tokens.len();
-        if rows != step.batch.queries().total() || step.outputs.iter().any(|output| output.row >= rows) {
-            return Err("the tokens or outputs of a step are not those of its batch".into());
-        }
-        let most = 1usize << (self.buckets.len() - 1);
-        if rows > most {
-            return Err(format!("a step of {rows} tokens; the engine was made for {most}").into());
-        }
-        let vocab_size = self.network.config.vocab_size;
-        match step.tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            Some(token) => Err(format!("there is no token {token}").into()),
-            None => Ok(()),
-        }
-    }
-
-    /// Enqueues a step that has tokens.
-    fn compute(&mut self, step: &Step<'_>) -> Result<()> {
-        let rows = step.tokens.len();
-        let padded_rows = rows.next_power_of_two();
-        let bucket = padded_rows.ilog2() as usize;
-        if self.tables.reserve(step.batch, padded_rows)? {
-            self.forget_graphs();
-        }
-        let uploaded = self.tables.upload(step.batch, &mut self.cache, padded_rows)?;
-        let tokens: Vec<_> = step.tokens.iter().map(|&token| token as usize).collect();
-        self.tokens.set(&self.cuda, &tokens, padded_rows)?;
-        self.prepare_products(bucket, uploaded == Uploaded::Decode)?;
-        match uploaded {
-            Uploaded::Decode => self.decode(bucket, step.outputs),
-            Uploaded::Prefill => self.prefill(rows, bucket, step.outputs),
-        }
-    }
-
-    /// Makes the products of so many rows, and has the fastest kernels for those of
-    /// graphs.
-    fn prepare_products(&mut self, bucket: usize, graph: bool) -> Result<()> {
-        let Self { buckets, network, buffers, .. } = self;
-        let products = match &mut buckets[bucket].products {
-            Some(products) => products,
-            empty => {
-                let products = Products::new(&self.cublas, &network.config, network.widths, 1 << bucket)?;
-                empty.insert(products)
-            }
-        };
-        match graph {
-            true => products.tune(&network.weights, buffers),
-            false => Ok(()),
-        }
-    }
-
-    /// Makes room for logits of so many rows, their product, and what is needed to
-    /// choose tokens: the rows of outputs among them are `self.at`. Returns whether
-    /// tokens are sampled.
-    fn prepare_outputs(&mut self, bucket: usize, graph: bool, outputs: &[Output]) -> Result<bool> {
-        let rows = 1 << bucket;
-        if rows > self.outputs.capacity() {
-            self.forget_graphs();
-            self.outputs = Outputs::new(&self.network.stream, &self.network.config, rows)?;
-        }
-        let Self { buckets, network, buffers, outputs: memory, .. } = self;
-        let head = match &mut buckets[bucket].head {
-            Some(head) => head,
-            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows)?),
-        };
-        if graph {
-            head.tune(&network.weights, buffers, memory)?;
-        }
-        let is_greedy = |output: &Output| output.temperature == 0.0 && output.edits.is_empty();
-        if outputs.iter().all(is_greedy) {
-            return Ok(false);
-        }
-        let edits = outputs.iter().map(|output| output.edits.len()).sum();
-        self.reserve_sampler(rows, edits)?;
-        let Some(sampler) = &mut self.sampler else { return Ok(false) };
-        sampler.set(&self.cuda, outputs, &self.at, rows)?;
-        Ok(true)
-    }
-
-    /// Has a sampler with room for so many rows and edits.
-    fn reserve_sampler(&mut self, rows: usize, edits: usize) -> Result<()> {
-        let max_edits = self.sampler.as_ref().map_or(FIRST_EDITS, Sampler::max_edits);
-        if self.sampler.as_ref().is_none_or(|sampler| !sampler.fits(rows, edits)) {
-            self.forget_graphs();
-            let rows = rows.max(self.outputs.capacity());
-            let max_edits = max_edits.max(edits.next_power_of_two());
-            let Network { stream, config, .. } = &self.network;
-            let sampler = Sampler::new(&self.cuda, stream, rows, max_edits, config.vocab_size)?;
-            self.sampler = Some(sampler);
-        }
-        Ok(())
-    }
-
-    /// A step of one new token for each request, filled up to a bucket: a graph.
-    fn decode(&mut self, bucket: usize, outputs: &[Output]) -> Result<()> {
-        self.at.extend(outputs.iter().map(|output| output.row));
-        let sampled = self.prepare_outputs(bucket, true, outputs)?;
-        let rows = 1 << bucket;
-        let Self { buckets, network, attention, buffers, outputs, tokens, cache, tables, sampler, .. } = self;
-        let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(head) } =
-            &mut buckets[bucket]
-        else {
-            return Err("the products of a step were not made".into());
-        };
-        let (captured, sampler) = if sampled { (sampling, sampler.as_mut()) } else { (greedy, None) };
-        let tables = &tables.tables;
-        let plans = attention.plan_decode(tables, self.graphs.then_some(rows))?;
-        let keys = plans.replay_keys();
-        if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
-            graph.step.launch(plans.decode())?;
-            self.launched = Some(Launched { bucket, sampled });
-            return Ok(());
-        }
-        let mut pass =
-            Pass { rows, padded_rows: rows, tokens, tables, plans: &plans, products, cache, buffers };
-        let mut head = Head { rows, selected: None, product: &head.product, outputs, sampler };
-        let mut run = || {
-            network.run(&mut pass)?;
-            network.head(&mut pass, &mut head)
-        };
-        // This step runs without a graph, which loads all kernels.
-        run()?;
-        if let Some(keys) = keys {
-            // SAFETY: what is not the crate's works on weights, buffers, outputs, rows and the
-            // sampler of `self`, which are dropped, or replaced, after the graphs.
-            let step = unsafe { graph::capture(&network.stream, run)? };
-            *captured = Some(Graph { keys, step });
-            self.launched = Some(Launched { bucket, sampled });
-        }
-        Ok(())
-    }
-
-    /// A step of any new tokens.
-    fn prefill(&mut self, rows: usize, bucket: usize, outputs: &[Output]) -> Result<()> {
-        self.at.extend(0..outputs.len());
-        let wanted = (!outputs.is_empty()).then(|| outputs.len().next_power_of_two());
-        let mut sampled = false;
-        if let Some(wanted) = wanted {
-            sampled = self.prepare_outputs(wanted.ilog2() as usize, false, outputs)?;
-            let selected: Vec<_> = outputs.iter().map(|output| output.row).collect();
-            self.selected.set(&self.cuda, &selected, wanted)?;
-        }
-        let Self { buckets, network, attention, buffers, tokens, cache, tables, selected, sampler, .. } =
-            self;
-        let Some(products) = &buckets[bucket].products else {
-            return Err("the products of a step were not made".into());
-        };
-        let tables = &tables.tables;
-        let plans = attention.plan_prefill(tables)?;
-        let padded_rows = 1 << bucket;
-        let mut pass = Pass { rows, padded_rows, tokens, tables, plans: &plans, products, cache, buffers };
-        network.run(&mut pass)?;
-        let Some(rows) = wanted else { return Ok(()) };
-        let Some(HeadProduct { product, .. }) = &buckets[rows.ilog2() as usize].head else {
-            return Err("the products of a step were not made".into());
-        };
-        let sampler = sampler.as_mut().filter(|_| sampled);
-        let selected = Some(&*selected);
-        network.head(&mut pass, &mut Head { rows, selected, product, outputs: &mut self.outputs, sampler })
-    }
-
-    /// To be called before memory is replaced that graphs work on.
-    fn forget_graphs(&mut self) {
-        self.launched = None;
-        for bucket in &mut self.buckets {
-            (bucket.greedy, bucket.sampled) = (None, None);
-        }
-    }
-
-    /// What came of the outputs of a step, once it is computed.
-    fn samples(&mut self, outputs: &[Output]) -> Result<Vec<Sample>> {
-        let Some(last) = self.at.last() else { return Ok(Vec::new()) };
-        self.chosen.download(&self.cuda, &self.outputs.tokens, 0, last + 1)?;
-        // Waits as fast as can be; what `as_slice` waits for is over then.
-        self.cuda.synchronize()?;
-        let (chosen, vocab_size) = (self.chosen.as_slice()?, self.network.config.vocab_size);
-        let mut samples = Vec::with_capacity(outputs.len());
-        for (output, &at) in outputs.iter().zip(&self.at) {
-            let token = u32::try_from(chosen[at]).ok();
-            let mut sample = Sample { token, logprobs: None };
-            if let (Some(token), Some(count)) = (token, output.logprobs) {
-                let row = match &mut self.row {
-                    Some(row) => row,
-                    empty => empty.insert(Pinned::zeros(&self.cuda, vocab_size)?),
-                };
-                row.download(&self.cuda, &self.outputs.logits, at * vocab_size, vocab_size)?;
-                sample.logprobs = Some(logprobs(row.as_slice()?, token, count));
-            }
-            samples.push(sample);
-        }
-        Ok(samples)
     }
 }
 

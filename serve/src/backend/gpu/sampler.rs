@@ -4,7 +4,7 @@ use cudarc::driver::CudaStream;
 use flashinfer_rs::{
     Stream, TensorMut, TensorRef,
     cudarc::Tensor,
-    indices::{self, LogitEditTable, LogitEdits},
+    indices::{LogitEdit, LogitEditTable, LogitEdits},
     sampling::{Parameter, SampleOptions, edit_logits, sample},
 };
 
@@ -86,13 +86,7 @@ impl Sampler {
             top_k[row] = i32::try_from(output.top_k).unwrap_or(0);
             edits[row] = &output.edits;
         }
-        let edits = edits.into_iter().map(|row| {
-            row.iter().map(|edit| indices::LogitEdit {
-                token: edit.token,
-                repetition_penalty: edit.scale,
-                bias: edit.add,
-            })
-        });
+        let edits = edits.into_iter().map(|row: &[LogitEdit]| row.iter().copied());
         self.edits.update(LogitEdits::new(self.vocab_size, edits)?)?;
         self.numbers_on_host.upload(cuda, &mut self.numbers, NUMBERS * self.rows)?;
         self.top_k_on_host.upload(cuda, &mut self.top_k, self.rows)

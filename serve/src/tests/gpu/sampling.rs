@@ -1,41 +1,9 @@
 //! Tokens that the GPU samples are those that the CPU samples from the same logits.
 
-use flashinfer_rs::{
-    TensorMut, TensorRef,
-    indices::{self, LogitEdits},
-    reference,
-    sampling::{Parameter, SampleOptions},
-};
+use flashinfer_rs::indices::LogitEdit;
 
 use super::*;
-use crate::backend::{LogitEdit, Sample, sampler::logprobs};
-
-/// What the CPU makes of logits.
-fn expected(outputs: &[Output], logits: &[f32], vocab: usize) -> Vec<Sample> {
-    let rows = logits.chunks_exact(vocab).zip(outputs);
-    rows.map(|(row, output)| {
-        let mut edited = row.to_vec();
-        let edits = output.edits.iter().map(|edit| indices::LogitEdit {
-            token: edit.token,
-            repetition_penalty: edit.scale,
-            bias: edit.add,
-        });
-        let edits = LogitEdits::new(vocab, [edits]).unwrap();
-        reference::edit_logits(&mut TensorMut::from_slice(&mut edited, &[1, vocab]).unwrap(), &edits)
-            .unwrap();
-        let uniform = [output.uniform];
-        let mut options = SampleOptions::new(TensorRef::from_slice(&uniform, &[1]).unwrap());
-        options.temperature = Parameter::Value(output.temperature.into());
-        options.top_k = Parameter::Value(output.top_k);
-        options.top_p = Parameter::Value(output.top_p.into());
-        options.min_p = Parameter::Value(output.min_p.into());
-        let edited = TensorRef::from_slice(&edited, &[1, vocab]).unwrap();
-        let token = reference::sample(&edited, &options).unwrap()[0].map(|token| token as u32);
-        let logprobs = token.zip(output.logprobs).map(|(token, count)| logprobs(row, token, count));
-        Sample { token, logprobs }
-    })
-    .collect()
-}
+use crate::backend::{Sample, sampler::sample};
 
 /// Outputs of many kinds, one after the other.
 struct Kinds {
@@ -48,7 +16,6 @@ impl Kinds {
         let made = self.made;
         self.made += 1;
         let uniform = (made as f32 * 0.618_034).fract();
-        let edit = |token, scale, add| LogitEdit { token, scale, add };
         let mut output = Output { temperature: 0.5 + uniform, uniform, ..Output::greedy(row) };
         match made % 8 {
             0 => output.temperature = 0.0,
@@ -58,10 +25,11 @@ impl Kinds {
             4 => output = Output { top_k: 40, top_p: 0.9, min_p: 0.01, logprobs: Some(3), ..output },
             5 => {
                 output.temperature = 0.0;
-                output.edits = vec![edit(3, 1.3, -0.5), edit(7, 1.0, f32::NEG_INFINITY)];
+                output.edits =
+                    vec![LogitEdit { token: 3, repetition_penalty: 1.3, bias: -0.5 }, LogitEdit::ban(7)];
             }
             // Every second token is banned.
-            6 => output.edits = (0..self.vocab / 2).map(|at| edit(2 * at, 1.0, f32::NEG_INFINITY)).collect(),
+            6 => output.edits = (0..self.vocab / 2).map(|at| LogitEdit::ban(2 * at)).collect(),
             _ => output.logprobs = Some(0),
         }
         output
@@ -96,7 +64,7 @@ fn tokens_sampled_on_the_gpu_are_those_of_the_cpu() {
                 outputs.retain(|output| output.row % 2 == 0);
             }
             let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
-            let expected = expected(&outputs, &gpu.logits().unwrap(), vocab);
+            let expected = sample(&outputs, &gpu.logits().unwrap(), vocab).unwrap();
             assert_eq!(samples, expected, "step {step} of {requests} requests");
             if outputs.iter().any(|output| output.logprobs.is_some()) {
                 assert!(samples.iter().any(|sample| sample.logprobs.is_some()));
@@ -159,7 +127,7 @@ fn rows_without_numbers_do_not_disturb_others_that_sample() {
         let tokens = [5, forward::INFINITE, 6];
         let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
         assert_eq!(samples[1], Sample { token: None, logprobs: None }, "step {step}");
-        let expected = expected(&outputs, &gpu.logits().unwrap(), model.config.vocab_size);
+        let expected = sample(&outputs, &gpu.logits().unwrap(), model.config.vocab_size).unwrap();
         assert_eq!((&samples[0], &samples[2]), (&expected[0], &expected[2]), "step {step}");
     }
 }
@@ -174,7 +142,7 @@ fn edits_of_tokens_that_are_not_there_are_refused() {
     let mut batch = Batch::new(&pool);
     batch.push(Sequence::new(&pool)).unwrap();
     batch.append([1]).unwrap();
-    let edits = vec![LogitEdit { token: 300, scale: 1.0, add: 1.0 }];
+    let edits = vec![LogitEdit::bias(300, 1.0)];
     let outputs = [Output { edits, ..Output::greedy(0) }];
     let text = gpu.step(&Step { batch: &batch, tokens: &[1], outputs: &outputs }).unwrap_err().to_string();
     assert!(text.contains("token 300: the vocabulary has 300 tokens"), "{text}");
