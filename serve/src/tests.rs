@@ -4,8 +4,6 @@
 mod bytes;
 mod forward;
 mod gpu;
-#[path = "../../tests/required/mod.rs"]
-mod required;
 mod sentencepiece;
 
 use std::{
@@ -25,11 +23,12 @@ use candle_core::{
 };
 use clap::Parser;
 use flashinfer_rs::{
-    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
+    artifacts::{ArtifactError, Fetch, Store},
     kv::{Batch, PageAllocator, Sequence},
 };
 
 use tempfile::TempDir;
+use test_support::required;
 
 use crate::{
     Result,
@@ -40,6 +39,7 @@ use crate::{
         run::{Args, prompts},
     },
     engine::{Engine, EngineConfig},
+    hub,
     model::{Ends, Layer, Model},
     request::{Finish, Request},
     scheduler::{
@@ -80,8 +80,8 @@ struct Loaded {
 fn loaded() -> Option<&'static Loaded> {
     static LOADED: OnceLock<Option<Loaded>> = OnceLock::new();
     let load = || {
-        let store = Store::open(StoreConfig::from_env().unwrap()).unwrap();
-        let path = match store.locate(&Member::SmolLm2, Fetch::Allowed) {
+        let store = Store::open(hub::store_config().unwrap()).unwrap();
+        let path = match store.locate(&hub::smollm2(), Fetch::Allowed) {
             Ok(located) => located.path,
             Err(error @ ArtifactError::NotFound { .. }) => {
                 required::skip(required::MODEL, error);
