@@ -344,6 +344,43 @@ fn forced_tokens_are_the_same_in_other_steps() {
     assert_eq!(pool.used_pages(), 0);
 }
 
+/// Steps whose attention needs more memory than the graphs before them left it.
+#[test]
+fn the_memory_of_attention_grows_with_batches() {
+    const REQUESTS: usize = 1024;
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let sizes = forward::Sizes { heads: 16, kv_heads: 1, ..forward::EXPERTS };
+    let model = Model::open(&sizes.file().write(&folder)).unwrap();
+    let vocab = model.config.vocab_size;
+    let pool = PageAllocator::new(2 * REQUESTS, 4).unwrap();
+    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, REQUESTS).unwrap();
+    let before = gpu.workspace_bytes();
+    let mut alone = Vec::new();
+    for requests in [1, REQUESTS, 1, REQUESTS] {
+        let mut batch = Batch::new(&pool);
+        for _ in 0..requests {
+            batch.push(Sequence::new(&pool)).unwrap();
+        }
+        let mut all = Vec::new();
+        for token in [3, 5, 7] {
+            batch.append(vec![1; requests]).unwrap();
+            let (tokens, outputs) =
+                (vec![token; requests], (0..requests).map(Output::greedy).collect::<Vec<_>>());
+            gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+            let logits = gpu.logits().unwrap();
+            all.extend_from_slice(&logits[..vocab]);
+            all.extend_from_slice(&logits[logits.len() - vocab..]);
+        }
+        if alone.is_empty() {
+            alone.clone_from(&all);
+        }
+        check_rows(&format!("{requests} requests"), &all, &alone, vocab, LOGITS_BOUND);
+        gpu.replay().unwrap();
+    }
+    assert!(gpu.workspace_bytes() > before, "{before}");
+}
+
 #[test]
 fn requests_of_nan_end_and_the_others_go_on_on_the_gpu() {
     let Some(_turn) = turn() else { return };

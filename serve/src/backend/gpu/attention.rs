@@ -1,7 +1,7 @@
 //! Attention of all layers: those that differ in nothing share a plan.
 
 use flashinfer_rs::{
-    Result, Stream, TensorMut, TensorRef,
+    FlashInferError, Result, Stream, TensorMut, TensorRef,
     attention::{
         AttentionSpec, BatchDecode, BatchPrefill, DecodePlan, PlanOptions, PrefillPlan, ReplayKey,
         RunOptions, Workspace,
@@ -12,6 +12,11 @@ use flashinfer_rs::{
 
 use super::heads::HeadWidths;
 use crate::model::Config;
+
+/// Bytes for partial results, and for index arrays, that workspaces have at first.
+const FIRST_BYTES: [usize; 2] = [32 << 20, 8 << 20];
+/// Bytes for partial results beyond which they do not grow.
+const MAX_FLOAT_BYTES: usize = 4 << 30;
 
 /// Layers of one kind.
 struct Kind {
@@ -49,11 +54,35 @@ impl Attention {
                     spec,
                     decode: BatchDecode::new(stream, &spec, config.heads)?,
                     prefill: BatchPrefill::new(stream, &spec, config.heads)?,
-                    workspace: Workspace::new(stream)?,
+                    workspace: Workspace::with_sizes(stream, FIRST_BYTES[0], FIRST_BYTES[1])?,
                 });
             }
         }
         Ok(attention)
+    }
+
+    /// Whether a plan failed because a workspace is too small, which cannot grow by
+    /// itself once a graph may hold its memory.
+    pub fn is_too_small(error: &FlashInferError) -> bool {
+        matches!(error, FlashInferError::InvalidArgument { argument: "workspace", .. })
+    }
+
+    /// Replaces the workspaces by larger ones, unless they are as large as they get.
+    /// Graphs that hold the old ones do not fit plans of the new ones.
+    pub fn grow(&mut self, stream: &Stream) -> Result<bool> {
+        let smaller = self.kinds.iter_mut().filter(|kind| kind.workspace.float_bytes() < MAX_FLOAT_BYTES);
+        let mut grown = false;
+        for Kind { workspace, .. } in smaller {
+            let (float, int) = (2 * workspace.float_bytes(), 2 * workspace.int_bytes());
+            *workspace = Workspace::with_sizes(stream, float, int)?;
+            grown = true;
+        }
+        Ok(grown)
+    }
+
+    /// Bytes for partial results that all workspaces have.
+    pub fn workspace_bytes(&self) -> usize {
+        self.kinds.iter().map(|kind| kind.workspace.float_bytes()).sum()
     }
 
     /// Plans a step in which each request has one new token; for a graph of so many

@@ -21,6 +21,11 @@ impl Gpu {
         self.enqueued
     }
 
+    /// Bytes of the memory for attention's partial results.
+    pub fn workspace_bytes(&self) -> usize {
+        self.attention.workspace_bytes()
+    }
+
     /// Replays the graph of the last step: the milliseconds that it takes, and
     /// its kernels. Its index arrays are those of that step, and only of that.
     ///

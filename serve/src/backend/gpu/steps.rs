@@ -2,6 +2,7 @@
 
 use super::{
     Gpu,
+    attention::Attention,
     buckets::{Bucket, Graph, Launched},
     memory::Pinned,
     network::{Head, Pass},
@@ -36,6 +37,21 @@ impl Gpu {
 
     /// Enqueues a step that has tokens.
     pub(super) fn compute(&mut self, step: &Step<'_>) -> Result<()> {
+        loop {
+            let computed = self.enqueue(step);
+            let Err(error) = &computed else { return computed };
+            if !error.downcast_ref().is_some_and(Attention::is_too_small) {
+                return computed;
+            }
+            self.forget_graphs();
+            if !self.attention.grow(&self.network.stream)? {
+                return computed;
+            }
+        }
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        self.at.clear();
         let rows = step.tokens.len();
         let padded_rows = rows.next_power_of_two();
         let bucket = padded_rows.ilog2() as usize;
