@@ -136,7 +136,7 @@ fn html_link(reference: String) -> Link {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     fn page() -> Url {
         Url::parse("https://host.example/simple/pkg/").unwrap()

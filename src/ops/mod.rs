@@ -26,10 +26,13 @@ mod tests {
     #[test]
     fn ptx_is_made_of_its_source() {
         macro_rules! sources {
-            ($($folder:literal $name:literal,)*) => {
+            ($($folder:literal $name:literal $($header:literal)?,)*) => {
                 [$((
                     $name,
-                    include_str!(concat!($folder, $name, ".cu")),
+                    concat!(
+                        $(include_str!(concat!($folder, $header)),)?
+                        include_str!(concat!($folder, $name, ".cu")),
+                    ),
                     include_str!(concat!($folder, $name, ".ptx")),
                 ),)*]
             };
@@ -37,9 +40,11 @@ mod tests {
         for (name, source, ptx) in sources![
             "" "merge_states",
             "attention/" "empty_states",
-            "sampling/" "argmax",
+            "sampling/" "argmax" "rows.cuh",
             "sampling/" "chain",
-            "sampling/" "top_p",
+            "sampling/" "edit_logits",
+            "sampling/" "sample" "rows.cuh",
+            "sampling/" "top_p" "rows.cuh",
         ] {
             let line = format!("// Made of {name}.cu by ptx.sh: sha256 {}", Digest::of(source.as_bytes()));
             assert_eq!(ptx.lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");

@@ -62,7 +62,7 @@ pub use rope::{
     apply_rope_pos_ids_cos_sin_cache, rope_quantize, rope_quantize_append_paged_kv_cache,
 };
 pub use sampling::{
-    ChainDraws, Filter, argmax, chain_speculative_sampling, filtered_probs, sampling_from_logits,
-    sampling_from_probs, softmax, top_k_mask_logits,
+    ChainDraws, Filter, argmax, chain_speculative_sampling, edit_logits, filtered_probs, sample,
+    sampling_from_logits, sampling_from_probs, softmax, top_k_mask_logits,
 };
 pub use topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};

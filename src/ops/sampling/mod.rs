@@ -76,8 +76,10 @@
 mod argmax;
 mod chain;
 mod draw;
+mod edit_logits;
 mod options;
 mod renorm;
+mod sample;
 mod top_p;
 mod workspace;
 
@@ -88,9 +90,11 @@ pub use draw::{
     top_k_sampling_from_probs, top_k_top_p_sampling_from_logits, top_k_top_p_sampling_from_probs,
     top_p_sampling_from_probs,
 };
+pub use edit_logits::edit_logits;
 pub use options::{Draws, Indices, Parameter, Philox, Random, Samples, SamplingOptions};
-pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TOP_P};
+pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TEMPERATURE_OR_0, TOP_P};
 pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs};
+pub use sample::{SampleOptions, sample};
 pub use top_p::top_p_renorm_probs;
 pub use workspace::SamplingWorkspace;
 

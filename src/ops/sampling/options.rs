@@ -35,7 +35,7 @@ impl<T> Parameter<'_, T> {
     /// Checks the parameter. The kernel reads `len` numbers of a tensor; the
     /// module wants to see as many as there are `rows`, and does not look at
     /// more than the address afterwards.
-    fn check(
+    pub(super) fn check(
         self,
         check: &Check<'_>,
         argument: &'static str,
@@ -87,6 +87,9 @@ pub(crate) const TEMPERATURE: Rule = (
     |t| t.is_normal() && t > 0.0,
     "a finite number above 0 (the kernel takes 0 for infinity; to take the likeliest token, use argmax)",
 );
+/// Temperatures of which 0 takes the likeliest token.
+pub(crate) const TEMPERATURE_OR_0: Rule =
+    (|t| t.is_finite() && t >= 0.0, "a finite number of at least 0, which takes the likeliest token");
 
 impl Parameter<'_, u32> {
     pub(super) fn count(

@@ -8,14 +8,20 @@
 //! of logits draws a number for each token: they give other tokens of the same
 //! distribution.
 
+mod parameters;
+mod sample;
+
+pub use sample::{edit_logits, sample};
+
 use super::host::{Check, Rows};
 use crate::{
     dtype::DType,
     error::Result,
     indices::BoundedIndices,
-    sampling::{MIN_P, Parameter, Philox, Rule, TEMPERATURE, TOP_P},
+    sampling::{MIN_P, Parameter, Philox, TEMPERATURE, TOP_P},
     tensor::{TensorMut, TensorRef},
 };
+use parameters::{counts, floats};
 
 /// Element types of matrices beside the wide ones.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
@@ -110,42 +116,6 @@ impl Rules {
             }
         }
         Ok(Self { limits, by_output })
-    }
-}
-
-/// A parameter's number for each of `len` rows, as the `f32` that kernels take.
-fn floats(
-    check: Check,
-    name: &'static str,
-    (allowed, rule): Rule,
-    parameter: Parameter<'_>,
-    len: usize,
-) -> Result<Vec<f64>> {
-    match parameter {
-        Parameter::Value(value) if !allowed(value as f32) => {
-            check.fail(name, format!("{value}; it must be {rule}"))
-        }
-        Parameter::Value(value) => Ok(vec![f64::from(value as f32); len]),
-        Parameter::PerRow(tensor) => {
-            let rows = check.rows(name, &tensor, &[], &[1])?;
-            check.shape(name, &rows, &[len as i64])?;
-            Ok(rows.numbers(0))
-        }
-    }
-}
-
-/// As [`floats`], for `top_k`. Kernels take the lower 32 bits without a sign.
-fn counts(check: Check, parameter: Parameter<'_, u32>, len: usize) -> Result<Vec<u32>> {
-    match parameter {
-        Parameter::Value(0) => check.fail("top_k", "0; it must be at least 1".into()),
-        Parameter::Value(value) => Ok(vec![value; len]),
-        Parameter::PerRow(tensor) => {
-            let values = check.integers("top_k", &tensor)?;
-            if values.len() != len {
-                return check.fail("top_k", format!("{} numbers; expected {len}", values.len()));
-            }
-            Ok(values.into_iter().map(|value| value as u32).collect())
-        }
     }
 }
 
