@@ -221,6 +221,20 @@ impl Cache {
         Ok(freed)
     }
 
+    /// Removes what [`Cache::clean`] would remove of one folder of members and of one wheel.
+    pub(crate) fn remove(&self, member: &str, wheel: &str, tell: Tell<'_>) -> Result<u64, ArtifactError> {
+        let mut freed = 0;
+        for (name, metadata) in listed(&self.root)? {
+            let folder = self.root.join(&name);
+            if metadata.is_dir() && is_artifact_hash(&name) && folder.join(member).is_dir() {
+                freed += self.clean_members(&folder, member, tell)?;
+            }
+        }
+        freed += self.wheels.clean([wheel.into()].into(), |file| file != wheel, tell)?;
+        self.verified.clear();
+        Ok(freed)
+    }
+
     fn clean_members(&self, outer: &Path, name: &str, tell: Tell<'_>) -> Result<u64, ArtifactError> {
         let folder = outer.join(name);
         if !Lock::is_ours(&folder.join(LOCK)) {

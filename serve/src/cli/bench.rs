@@ -13,9 +13,9 @@ use super::{
 use crate::{
     Result,
     backend::{Engine, Step, gpu::Gpu, graph},
-    hub,
+    hub::ModelName,
     model::{
-        Config, Model,
+        Config,
         synthetic::{self, Shape},
     },
     request::Ended,
@@ -31,7 +31,7 @@ const BANDWIDTH: f64 = 4.8e12;
 pub struct Args {
     /// As for `run`
     #[arg(required_unless_present = "shape")]
-    model: Option<String>,
+    model: Option<ModelName>,
     /// A model of this shape with random weights
     #[arg(long, conflicts_with = "model")]
     shape: Option<Shape>,
@@ -52,7 +52,7 @@ pub fn run(args: &Args) -> Result<()> {
             with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
         });
     }
-    let model = Model::open(&hub::locate(args.model.as_deref().unwrap_or(hub::SMOLLM2))?)?;
+    let model = super::open(args.model.as_ref().unwrap_or(&ModelName::Smollm2))?;
     table(args, &model.config, |pool, most| load_gpu(&model, pool, most))
 }
 

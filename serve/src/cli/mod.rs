@@ -3,13 +3,20 @@
 pub(crate) mod answers;
 mod bench;
 pub(crate) mod device;
+mod list;
+mod pull;
+mod rm;
 pub(crate) mod run;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::Result;
+use crate::{
+    Result,
+    hub::{Hub, ModelName},
+    model::Model,
+};
 
 const PAGE_SIZE: usize = 16;
 
@@ -24,6 +31,9 @@ pub(crate) struct Cli {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     Run(run::Args),
+    Pull(pull::Args),
+    List(list::Args),
+    Rm(rm::Args),
     Bench(bench::Args),
 }
 
@@ -31,6 +41,9 @@ impl Command {
     fn execute(&self) -> Result<()> {
         match self {
             Self::Run(args) => run::run(args),
+            Self::Pull(args) => pull::run(args),
+            Self::List(args) => list::run(args),
+            Self::Rm(args) => rm::run(args),
             Self::Bench(args) => bench::run(args),
         }
     }
@@ -44,5 +57,13 @@ pub fn main() -> ExitCode {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// A model, fetched if it is not here.
+fn open(name: &ModelName) -> Result<Model> {
+    match &Hub::from_env()?.locate(name)?[..] {
+        [path] => Model::open(path),
+        parts => Err(format!("{name} has {} parts, which are not read yet", parts.len()).into()),
     }
 }

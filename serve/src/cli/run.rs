@@ -20,14 +20,16 @@ use super::{
     PAGE_SIZE,
     answers::answer,
     device::{self, Device, STEP_TOKENS},
+    open,
 };
-use crate::{Result, hub, model::Model, request::Limits, scheduler::Scheduler, text::Text};
+use crate::{Result, hub::ModelName, request::Limits, scheduler::Scheduler, text::Text};
 
 /// Answer a prompt, or each prompt of a file
 #[derive(clap::Args)]
 pub struct Args {
-    /// `smollm2`, or the path of a GGUF file
-    pub model: String,
+    /// `smollm2`, `hf.co/ORG/REPO[:FILE or QUANTIZATION]`, `ollama/NAME[:TAG]`,
+    /// `https://HOST/FILE#sha256=DIGEST`, or the path of a GGUF file
+    pub model: ModelName,
     /// The question; what is piped in follows it
     pub prompt: Option<String>,
     /// Answer each line of a file; `-` is the standard input
@@ -59,7 +61,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let prompts = prompts(args)?;
-    let model = Model::open(&hub::locate(&args.model)?)?;
+    let model = open(&args.model)?;
     let text = Text::from_gguf(&model.content)?;
     let context = model.config.context_length;
     let tokens = args.cache_tokens.min(context.saturating_mul(prompts.len()));

@@ -103,12 +103,17 @@ impl HuggingFace {
     /// What to do where a file of a repository is refused whose terms must be accepted.
     pub fn gate(&self, repository: &Repository) -> String {
         let Repository { organization, name, .. } = repository;
-        let page = self.url([organization.as_str(), name]).map_or_else(|_| String::new(), |url| url.to_string());
-        format!("its owner wants terms to be accepted: do so at {page}, and set HF_TOKEN to a token of the account")
+        let page =
+            self.url([organization.as_str(), name]).map_or_else(|_| String::new(), |url| url.to_string());
+        format!(
+            "its owner wants terms to be accepted: do so at {page}, and set HF_TOKEN to a token of the account"
+        )
     }
 
     fn url<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Result<Url> {
-        let bad = |reason: &str| format!("HF_ENDPOINT is no address of a hub: {reason}; expected one as https://host");
+        let bad = |reason: &str| {
+            format!("HF_ENDPOINT is no address of a hub: {reason}; expected one as https://host")
+        };
         let mut url = Url::parse(&self.endpoint).map_err(|error| bad(&error.to_string()))?;
         url.path_segments_mut().map_err(|()| bad("it has no path"))?.pop_if_empty().extend(path);
         Ok(url)
@@ -222,7 +227,8 @@ fn choose<'a>(files: &'a [Listed], repository: &Repository) -> Result<Vec<&'a Li
         true => Ok(model.parts.values().copied().collect()),
         false => {
             let (there, count) = (model.parts.len(), model.count);
-            Err(format!("{repository} has {there} of the {count} parts of the model, and cannot be used").into())
+            Err(format!("{repository} has {there} of the {count} parts of the model, and cannot be used")
+                .into())
         }
     }
 }

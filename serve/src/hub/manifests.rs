@@ -81,7 +81,9 @@ impl Manifests {
         let file = File::options().create(true).append(true).open(&path);
         let file = file.map_err(|error| self.failed("open", &path, error))?;
         match file.try_lock() {
-            Err(TryLockError::WouldBlock) => file.lock().map_err(|error| self.failed("lock", &path, error))?,
+            Err(TryLockError::WouldBlock) => {
+                file.lock().map_err(|error| self.failed("lock", &path, error))?
+            }
             Ok(()) | Err(TryLockError::Error(_)) => {}
         }
         Ok(file)
@@ -209,7 +211,10 @@ mod tests {
             fs::write(&path, wrong).unwrap();
             for error in [manifests.get("a").unwrap_err(), manifests.all().unwrap_err()] {
                 let error = error.to_string();
-                assert!(error.contains("is no manifest") && error.contains(path.to_str().unwrap()), "{error}");
+                assert!(
+                    error.contains("is no manifest") && error.contains(path.to_str().unwrap()),
+                    "{error}"
+                );
             }
         }
     }

@@ -29,7 +29,7 @@ use flashinfer_rs::artifacts::{
 use crate::{Error, Result};
 use huggingface::HuggingFace;
 use manifests::{Manifest, Manifests, ModelFile};
-pub use name::{FileUrl, ModelName, OllamaName, Repository};
+pub use name::ModelName;
 use ollama::Ollama;
 
 /// All sources of models.
@@ -66,7 +66,13 @@ impl Hub {
         let store = Store::open(config.clone())?;
         let folder = store.cache_dir().join("models");
         let manifests = Manifests::new(folder.join("manifests"));
-        Ok(Self { blobs: BlobStore::new(folder.join("blobs"), config), manifests, huggingface, ollama, store })
+        Ok(Self {
+            blobs: BlobStore::new(folder.join("blobs"), config),
+            manifests,
+            huggingface,
+            ollama,
+            store,
+        })
     }
 
     /// The files of a model, in the order of its parts. What is not here is fetched.
@@ -86,7 +92,9 @@ impl Hub {
     /// The files of a model, after asking its source for what it is now.
     pub fn pull(&self, name: &ModelName) -> Result<Vec<PathBuf>> {
         let manifest = match name {
-            ModelName::HuggingFace(repository) => self.huggingface.resolve(repository, self.store.config())?,
+            ModelName::HuggingFace(repository) => {
+                self.huggingface.resolve(repository, self.store.config())?
+            }
             ModelName::Url(url) => {
                 let path = url.address.to_string();
                 let file = ModelFile { path, sha256: url.sha256, size: None };
@@ -134,8 +142,13 @@ impl Hub {
         if !self.manifests.remove(&name.to_string())? {
             return Err(format!("{name} is not on this machine; `flashinfer list` shows what is").into());
         }
-        let named: BTreeSet<Digest> =
-            self.manifests.all()?.iter().flat_map(|manifest| &manifest.files).map(|file| file.sha256).collect();
+        let named: BTreeSet<Digest> = self
+            .manifests
+            .all()?
+            .iter()
+            .flat_map(|manifest| &manifest.files)
+            .map(|file| file.sha256)
+            .collect();
         Ok(self.blobs.retain(&named)?)
     }
 
@@ -178,7 +191,9 @@ impl Hub {
     }
 
     fn ollama(&self) -> Result<&Ollama> {
-        self.ollama.as_ref().ok_or_else(|| "no store of ollama is known: name its folder in OLLAMA_MODELS".into())
+        self.ollama
+            .as_ref()
+            .ok_or_else(|| "no store of ollama is known: name its folder in OLLAMA_MODELS".into())
     }
 }
 

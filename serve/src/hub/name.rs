@@ -75,7 +75,9 @@ impl FromStr for ModelName {
             let hint = format!("write hf.co/{organization}/{name}, and behind a colon which file of it");
             return Err(format!("`{text}` has no digest; {hint}").into());
         }
-        if let Some(repository) = ["hf.co/", "huggingface.co/"].iter().find_map(|host| text.strip_prefix(host)) {
+        if let Some(repository) =
+            ["hf.co/", "huggingface.co/"].iter().find_map(|host| text.strip_prefix(host))
+        {
             return repository.parse().map(Self::HuggingFace).map_err(|error| bad(text, error));
         }
         if let Some(name) = text.strip_prefix("ollama/") {
@@ -111,7 +113,9 @@ impl fmt::Display for ModelName {
 /// Refuses a part of a name that could be more than a part: of a path, or of an address.
 fn check_part<'a>(what: &str, part: &'a str) -> Result<&'a str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    if part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_') && part.chars().all(plain) && part.len() < 100
+    if part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+        && part.chars().all(plain)
+        && part.len() < 100
     {
         return Ok(part);
     }
@@ -127,7 +131,8 @@ impl FromStr for Repository {
             Some((repository, selector)) => (repository, Some(selector)),
             None => (text, None),
         };
-        let Some((organization, name)) = repository.split_once('/').filter(|(_, name)| !name.contains('/')) else {
+        let Some((organization, name)) = repository.split_once('/').filter(|(_, name)| !name.contains('/'))
+        else {
             return Err("expected hf.co/ORG/REPO, and behind a colon a file of it, or a quantization".into());
         };
         if selector.is_some_and(|selector| selector.is_empty() || selector.contains(char::is_control)) {
@@ -194,7 +199,9 @@ impl FromStr for FileUrl {
         let address: Address = address.parse()?;
         let digest = fragment.strip_prefix("sha256=").and_then(Digest::from_hex);
         let sha256 = digest.ok_or_else(|| {
-            format!("the URL {address} has no digest: expected #sha256= behind it, with 64 hexadecimal digits")
+            format!(
+                "the URL {address} has no digest: expected #sha256= behind it, with 64 hexadecimal digits"
+            )
         })?;
         Ok(Self { address, sha256 })
     }
@@ -215,7 +222,8 @@ mod tests {
     #[test]
     fn names_have_one_text() {
         let digest = format!("https://h.example/a/b.gguf#sha256={DIGEST}");
-        let secret = format!("https://me:secret@h.example/a/b.gguf?t=secret#sha256={}", DIGEST.to_uppercase());
+        let secret =
+            format!("https://me:secret@h.example/a/b.gguf?t=secret#sha256={}", DIGEST.to_uppercase());
         for (text, want) in [
             ("smollm2", "smollm2"),
             ("hf.co/org/re-po.v1", "hf.co/org/re-po.v1"),
