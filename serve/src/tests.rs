@@ -4,8 +4,6 @@
 mod bytes;
 mod forward;
 mod gpu;
-#[path = "../../tests/required/mod.rs"]
-mod required;
 mod sentencepiece;
 
 use std::{
@@ -30,6 +28,7 @@ use flashinfer_rs::{
 };
 
 use tempfile::TempDir;
+use test_support::required;
 
 use crate::{
     Result,

@@ -5,7 +5,7 @@
 //! goes on without; then no process can tell what another one is writing, and each writes under
 //! names of its own.
 
-use super::{ArtifactError, Progress, Tell};
+use super::{ArtifactError, OnProgress, Progress};
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -129,28 +129,37 @@ impl Locks {
     }
 
     /// Waits for the lock of what is called `file`, which is told.
-    pub(crate) fn take(&self, path: &Path, file: &str, tell: Tell<'_>) -> Result<Lock, ArtifactError> {
-        let waiting = |waited| tell(&Progress::Waiting { file, waited });
+    pub(crate) fn take(
+        &self,
+        path: &Path,
+        file: &str,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Lock, ArtifactError> {
+        let waiting = |waited| on_progress(&Progress::Waiting { file, waited });
         let lock = Lock::take(path, self.timeout, &waiting)?;
-        self.note(&lock, tell);
+        self.note(&lock, on_progress);
         Ok(lock)
     }
 
     /// The lock for a clean-up, unless it is held or its folder is gone.
-    pub(crate) fn try_take(&self, path: &Path, tell: Tell<'_>) -> Result<Option<Lock>, ArtifactError> {
+    pub(crate) fn try_take(
+        &self,
+        path: &Path,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Option<Lock>, ArtifactError> {
         match Lock::try_take(path) {
             Err(ArtifactError::Cache { source, .. }) if gone(&source) => Ok(None),
-            taken => Ok(taken?.inspect(|lock| self.note(lock, tell))),
+            taken => Ok(taken?.inspect(|lock| self.note(lock, on_progress))),
         }
     }
 
     /// Tells, once in a process, that the file system has no locks.
-    fn note(&self, lock: &Lock, tell: Tell<'_>) {
+    fn note(&self, lock: &Lock, on_progress: OnProgress<'_>) {
         static TOLD: AtomicBool = AtomicBool::new(false);
         let Some(reason) = lock.refused() else { return };
         self.lockless.store(true, Ordering::Relaxed);
         if !TOLD.swap(true, Ordering::Relaxed) {
-            tell(&Progress::Lockless { folder: &self.folder, reason: &reason.to_string() });
+            on_progress(&Progress::Lockless { folder: &self.folder, reason: &reason.to_string() });
         }
     }
 }

@@ -32,7 +32,7 @@
 //! | `settings` | the package indexes that the machine's settings name |
 //! | `pages` | pages of an index |
 //! | `pip` | pip |
-//! | `fetch` | downloads: streamed, resumed, hashed while they flow |
+//! | `download` | downloads: streamed, resumed, hashed while they flow |
 //! | `remote` | members of a wheel on a server, by HTTP ranges |
 //! | `http` | requests: addresses, proxies, bounds in time |
 //! | `program` | programs of the machine, never of the working folder |
@@ -47,11 +47,11 @@ mod bundle;
 mod cache;
 mod config;
 mod digest;
+#[cfg(feature = "fetch")]
+mod download;
 #[doc(hidden)]
 pub mod embed;
 mod error;
-#[cfg(feature = "fetch")]
-mod fetch;
 #[cfg(feature = "fetch")]
 mod http;
 mod lock;
@@ -174,7 +174,7 @@ impl Progress<'_> {
 pub type ProgressFn = Arc<dyn Fn(&Progress<'_>) + Send + Sync>;
 
 /// Tells of progress, as a [`ProgressFn`] does.
-pub(crate) type Tell<'a> = &'a (dyn Fn(&Progress<'_>) + 'a);
+pub(crate) type OnProgress<'a> = &'a (dyn Fn(&Progress<'_>) + 'a);
 
 /// Limits of network operations. The defaults suit slow lines and large wheels.
 #[derive(Clone, Debug)]

@@ -71,7 +71,7 @@ impl Store {
                 self.cached(pin, |wheel| Ok(SourceReport::of(Source::CachedWheel(at.clone()), wheel)));
             let report = match opened {
                 Ok(Some((_, report))) => report,
-                Ok(None) => match self.report_alone(pin, &at) {
+                Ok(None) => match self.members_report(pin, &at) {
                     Ok(Some(report)) => report,
                     Ok(None) => SourceReport::absent(
                         name,
@@ -82,7 +82,7 @@ impl Store {
                              fetched at first use"
                         ),
                     ),
-                    Err(e) => SourceReport::wheel(Source::Alone(pin.file.clone()), Err(e)),
+                    Err(e) => SourceReport::wheel(Source::CachedMember(pin.file.clone()), Err(e)),
                 },
                 Err(e) => SourceReport::wheel(Source::CachedWheel(at), Err(e)),
             };
@@ -101,14 +101,14 @@ impl Store {
     }
 
     /// The members of a pinned wheel that are in the cache without it, if any are.
-    fn report_alone(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
+    fn members_report(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
         let held = |member: &Member| {
             let at = (listed.artifact_hash(), &*member.folder(), &*member.file_name());
             let found = listed.find(member).ok().flatten();
             found.is_some_and(|recorded| self.cache.seems_held(at, recorded.size))
         };
-        let report = SourceReport::holding(Source::Alone(pin.file.clone()), &listed, held);
+        let report = SourceReport::holding(Source::CachedMember(pin.file.clone()), &listed, held);
         Ok(report.usable.then(|| SourceReport { path: Some(at.into()), ..report }))
     }
 
