@@ -14,7 +14,7 @@ use flashinfer_rs::{
 
 use crate::{
     Result,
-    backend::{Engine, Step},
+    backend::{Backend, Sample, Step, sampler},
     model::{Config, Ends, Experts, Layer, Linear},
 };
 
@@ -49,8 +49,14 @@ impl Cpu {
     }
 }
 
-impl Engine for Cpu {
-    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+impl Backend for Cpu {
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+        self.logits.clear();
+        self.cache.copy_pages()?;
         let Config { hidden_size, heads, head_dim, .. } = self.config;
         let (batch, rows) = (step.batch, step.tokens.len());
         let (qo, kv) = (heads.num_qo_heads * head_dim, heads.num_kv_heads * head_dim);
@@ -121,7 +127,7 @@ impl Engine for Cpu {
             add(&mut x, next)?;
         }
         let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
-        let wanted = step.outputs.iter().flat_map(|&row| &x[row * hidden_size..][..hidden_size]);
+        let wanted = step.outputs.iter().flat_map(|output| &x[output.row * hidden_size..][..hidden_size]);
         self.logits = match step.outputs.is_empty() {
             true => Vec::new(),
             false => {
@@ -129,18 +135,11 @@ impl Engine for Cpu {
                 values(&multiply(wanted.copied().collect(), &head)?)?
             }
         };
-        Ok(())
+        sampler::sample(step.outputs, &self.logits, self.config.vocab_size)
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
         Ok(self.logits.clone())
-    }
-
-    fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        let (vocab, logits) = (self.config.vocab_size, self.logits()?);
-        let rows = TensorRef::from_slice(&logits, &[logits.len() / vocab, vocab])?;
-        let tokens = reference::argmax(&rows)?.into_iter();
-        Ok(tokens.map(|token| token.map(|token| token as u32)).collect())
     }
 }
 

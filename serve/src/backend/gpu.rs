@@ -42,10 +42,11 @@ use half::f16;
 use crate::{
     Result,
     backend::{
-        Engine, Step,
+        Backend, Output, Sample, Step,
         experts::{Routing, RoutingSlices, RoutingTensors},
         graph,
         matmul::{CublasLt, Matmul, Product, Weight},
+        sampler,
     },
     model::{self, Config, Ends},
 };
@@ -411,7 +412,6 @@ pub struct Gpu {
     enqueued: Duration,
     /// Of the last step.
     outputs: Vec<usize>,
-    greedy: Vec<Option<u32>>,
 }
 
 /// A stream of the first GPU, and the runtime with the modules that every model
@@ -524,7 +524,6 @@ impl Gpu {
             graphs: true,
             enqueued: Duration::ZERO,
             outputs: Vec::new(),
-            greedy: Vec::new(),
             network: Network {
                 rope: CosSinCache::new(&stream, &config.rope, positions)?,
                 config: config.clone(),
@@ -546,14 +545,17 @@ impl Gpu {
         batch.push(Sequence::new(pool))?;
         for tokens in [&[0; 2][..most.min(2)], &[0]] {
             match batch.append([tokens.len()]) {
-                Ok(()) => self.step(&Step { batch: &batch, tokens, outputs: &[0] })?,
+                Ok(()) => {
+                    self.step(&Step { batch: &batch, tokens, outputs: &[Output::greedy(0)] })?;
+                }
                 Err(FlashInferError::OutOfPages { .. }) => break,
                 Err(error) => return Err(error.into()),
             }
         }
         // A step of nothing.
         batch.append([0])?;
-        self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })
+        self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })?;
+        Ok(())
     }
 
     /// The stream that everything is enqueued on.
@@ -619,7 +621,7 @@ impl Gpu {
     fn compute(&mut self, step: &Step<'_>) -> Result<()> {
         let Config { hidden_size, .. } = self.network.config;
         let rows = step.tokens.len();
-        if rows != step.batch.queries().total() || step.outputs.iter().any(|&row| row >= rows) {
+        if rows != step.batch.queries().total() || step.outputs.iter().any(|output| output.row >= rows) {
             return Err("the tokens or outputs of a step are not those of its batch".into());
         }
         if rows == 0 {
@@ -688,23 +690,30 @@ impl Gpu {
     }
 }
 
-impl Engine for Gpu {
-    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+impl Backend for Gpu {
+    fn vocab_size(&self) -> usize {
+        self.network.config.vocab_size
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
         self.outputs.clear();
-        self.greedy.clear();
         let start = Instant::now();
         self.compute(step)?;
         self.tables.release_padding();
         self.enqueued = start.elapsed();
-        if !step.outputs.is_empty() {
-            self.cuda.memcpy_dtoh(&self.buffers.tokens, &mut self.copied)?;
-            // Waits as fast as can be; what `as_slice` waits for is over then.
-            self.cuda.synchronize()?;
-            let tokens = self.copied.as_slice()?;
-            self.greedy.extend(step.outputs.iter().map(|&row| u32::try_from(tokens[row]).ok()));
-            self.outputs.extend_from_slice(step.outputs);
+        if step.outputs.is_empty() {
+            return Ok(Vec::new());
         }
-        Ok(())
+        self.cuda.memcpy_dtoh(&self.buffers.tokens, &mut self.copied)?;
+        // Waits as fast as can be; what `as_slice` waits for is over then.
+        self.cuda.synchronize()?;
+        self.outputs.extend(step.outputs.iter().map(|output| output.row));
+        if step.outputs.iter().any(|output| !output.is_plain()) {
+            return sampler::sample(step.outputs, &self.logits()?, self.vocab_size());
+        }
+        let tokens = self.copied.as_slice()?;
+        let token = |&row: &usize| Sample { token: u32::try_from(tokens[row]).ok(), logprobs: None };
+        Ok(self.outputs.iter().map(token).collect())
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
@@ -712,9 +721,5 @@ impl Engine for Gpu {
         let Some(&last) = self.outputs.last() else { return Ok(Vec::new()) };
         let all = self.cuda.clone_dtoh(&self.buffers.logits.slice(..(last + 1) * vocab))?;
         Ok(self.outputs.iter().flat_map(|&row| &all[row * vocab..][..vocab]).copied().collect())
-    }
-
-    fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        Ok(self.greedy.clone())
     }
 }

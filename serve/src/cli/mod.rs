@@ -2,23 +2,24 @@
 
 pub(crate) mod answers;
 mod bench;
-pub(crate) mod device;
+mod chat;
+mod commands;
+mod conversation;
+mod interrupt;
 mod list;
+mod prompts;
 mod pull;
 mod rm;
 pub(crate) mod run;
+mod sampling;
+mod show;
+mod terminal;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{
-    Result,
-    hub::{Hub, ModelName},
-    model::Model,
-};
-
-const PAGE_SIZE: usize = 16;
+use crate::Result;
 
 /// Runs language models on FlashInfer's kernels, or on the CPU.
 #[derive(Parser)]
@@ -33,6 +34,7 @@ pub(crate) enum Command {
     Run(run::Args),
     Pull(pull::Args),
     List(list::Args),
+    Show(show::Args),
     Rm(rm::Args),
     Bench(bench::Args),
 }
@@ -43,6 +45,7 @@ impl Command {
             Self::Run(args) => run::run(args),
             Self::Pull(args) => pull::run(args),
             Self::List(args) => list::run(args),
+            Self::Show(args) => show::run(args),
             Self::Rm(args) => rm::run(args),
             Self::Bench(args) => bench::run(args),
         }
@@ -57,13 +60,5 @@ pub fn main() -> ExitCode {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
-    }
-}
-
-/// A model, fetched if it is not here.
-fn open(name: &ModelName) -> Result<Model> {
-    match &Hub::from_env()?.locate(name)?[..] {
-        [path] => Model::open(path),
-        parts => Err(format!("{name} has {} parts, which are not read yet", parts.len()).into()),
     }
 }

@@ -32,6 +32,9 @@ use manifests::{Manifest, Manifests, ModelFile};
 pub use name::ModelName;
 use ollama::Ollama;
 
+/// The folder in the cache folder.
+const FOLDER: &str = "models";
+
 /// All sources of models.
 pub struct Hub {
     store: Store,
@@ -64,7 +67,7 @@ impl Hub {
 
     fn new(config: StoreConfig, huggingface: HuggingFace, ollama: Option<Ollama>) -> Result<Self> {
         let store = Store::open(config.clone())?;
-        let folder = store.cache_dir().join("models");
+        let folder = store.cache_dir().join(FOLDER);
         let manifests = Manifests::new(folder.join("manifests"));
         Ok(Self {
             blobs: BlobStore::new(folder.join("blobs"), config),
@@ -73,6 +76,11 @@ impl Hub {
             ollama,
             store,
         })
+    }
+
+    /// The folder in which the program keeps what is its own.
+    pub fn folder(&self) -> PathBuf {
+        self.store.cache_dir().join(FOLDER)
     }
 
     /// The files of a model, in the order of its parts. What is not here is fetched.

@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::*;
-use crate::{
-    backend::gpu::Gpu,
-    cli::device::{Device as Place, load},
+use crate::backend::{
+    device::{Device as Place, load},
+    gpu::Gpu,
 };
 
 /// The largest difference of a row of logits to the CPU's, relative to its norm.
@@ -72,7 +72,7 @@ fn drafts_on_the_gpu_save_steps_and_change_no_id() {
 
 /// What greedy decoding adds to prompts that take every step together: the
 /// first reads all of them, the others are graphs.
-fn decode(engine: &mut dyn Engine, pool: &PageAllocator, prompts: &[&[u32]], steps: usize) -> Vec<Vec<u32>> {
+fn decode(engine: &mut dyn Backend, pool: &PageAllocator, prompts: &[&[u32]], steps: usize) -> Vec<Vec<u32>> {
     let mut batch = Batch::new(pool);
     for _ in prompts {
         batch.push(Sequence::new(pool)).unwrap();
@@ -82,9 +82,10 @@ fn decode(engine: &mut dyn Engine, pool: &PageAllocator, prompts: &[&[u32]], ste
     for step in 0..steps {
         let lens: Vec<_> = prompts.iter().map(|prompt| if step == 0 { prompt.len() } else { 1 }).collect();
         batch.append(lens).unwrap();
-        let outputs: Vec<_> = batch.queries().indptr()[1..].iter().map(|&end| end as usize - 1).collect();
-        engine.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
-        tokens = greedy(engine);
+        let ends = batch.queries().indptr()[1..].iter();
+        let outputs: Vec<_> = ends.map(|&end| Output::greedy(end as usize - 1)).collect();
+        let samples = engine.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+        tokens = self::tokens(&samples);
         assert_eq!(tokens.len(), prompts.len());
         for (answer, &token) in answers.iter_mut().zip(&tokens) {
             answer.push(token);
@@ -129,7 +130,7 @@ fn logits_on_the_gpu_are_those_of_the_cpu() {
     let Some(_turn) = turn() else { return };
     let loaded = loaded().expect("the pinned model");
     let vocab = loaded.model.config.vocab_size;
-    let logits = |engine: &mut dyn Engine, pool: &PageAllocator| {
+    let logits = |engine: &mut dyn Backend, pool: &PageAllocator| {
         let mut batch = Batch::new(pool);
         for _ in 0..3 {
             batch.push(Sequence::new(pool)).unwrap();
@@ -137,7 +138,8 @@ fn logits_on_the_gpu_are_those_of_the_cpu() {
         let mut all = Vec::new();
         let mut step = |lens: [usize; 3], tokens: &[u32], outputs: &[usize]| {
             batch.append(lens).unwrap();
-            engine.step(&Step { batch: &batch, tokens, outputs }).unwrap();
+            let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
+            engine.step(&Step { batch: &batch, tokens, outputs: &outputs }).unwrap();
             let logits = engine.logits().unwrap();
             assert_eq!(logits.len(), outputs.len() * vocab);
             all.extend(logits);
@@ -179,7 +181,7 @@ fn check_rows(name: &str, got: &[f32], want: &[f32], vocab: usize) {
 
 /// What three requests for the same tokens are told step by step: parts of prompts,
 /// and single tokens, which are a graph's on the GPU. Logits and the greedy choice.
-fn force(engine: &mut dyn Engine, pool: &PageAllocator, tokens: &[u32]) -> (Vec<f32>, Vec<u32>) {
+fn force(engine: &mut dyn Backend, pool: &PageAllocator, tokens: &[u32]) -> (Vec<f32>, Vec<u32>) {
     const STEPS: [[usize; 3]; 9] =
         [[7, 3, 0], [2, 1, 4], [1, 1, 1], [1, 1, 1], [1, 1, 1], [3, 0, 1], [1, 1, 1], [1, 1, 1], [0, 5, 2]];
     let mut batch = Batch::new(pool);
@@ -191,10 +193,10 @@ fn force(engine: &mut dyn Engine, pool: &PageAllocator, tokens: &[u32]) -> (Vec<
         batch.append(lens).unwrap();
         let parts: Vec<_> = at.iter().zip(lens).map(|(&at, len)| &tokens[at..at + len]).collect();
         let rows = parts.concat();
-        let outputs: Vec<_> = (0..rows.len()).collect();
-        engine.step(&Step { batch: &batch, tokens: &rows, outputs: &outputs }).unwrap();
+        let outputs: Vec<_> = (0..rows.len()).map(Output::greedy).collect();
+        let samples = engine.step(&Step { batch: &batch, tokens: &rows, outputs: &outputs }).unwrap();
         logits.extend(engine.logits().unwrap());
-        best.extend(greedy(engine));
+        best.extend(self::tokens(&samples));
         at.iter_mut().zip(lens).for_each(|(at, len)| *at += len);
     }
     (logits, best)
@@ -244,8 +246,8 @@ fn check_answer(name: &str, model: &Model, prompt: &str) {
     let (config, prompt) = (&model.config, text.encode(prompt).unwrap());
     let pool = PageAllocator::new(16, 4).unwrap();
     let mut gpu = Gpu::new(config, model.ends().unwrap(), model.layers(), &pool, 16).unwrap();
-    let limits = Limits { step_tokens: 16, max_tokens: 12, context: 64, draft: 0, ends: [].into() };
-    let (answer, _) = solo(&mut gpu, &pool, &prompt, limits);
+    let limits = Limits { context: 64, ends: [].into(), ..limits(16, 0) };
+    let (answer, _) = solo(&mut gpu, &pool, &prompt, 12, limits);
     assert_eq!(answer.len(), 12);
     let pool = PageAllocator::new(16, 4).unwrap();
     let mut cpu = Cpu::new(config, model.ends().unwrap(), model.layers(), &pool).unwrap();
@@ -253,7 +255,7 @@ fn check_answer(name: &str, model: &Model, prompt: &str) {
     batch.push(Sequence::new(&pool)).unwrap();
     let tokens = [prompt.as_slice(), &answer].concat();
     batch.append([tokens.len()]).unwrap();
-    let outputs: Vec<_> = (prompt.len() - 1..tokens.len() - 1).collect();
+    let outputs: Vec<_> = (prompt.len() - 1..tokens.len() - 1).map(Output::greedy).collect();
     cpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
     let logits = cpu.logits().unwrap();
     for (at, (row, &token)) in logits.chunks_exact(config.vocab_size).zip(&answer).enumerate() {
@@ -362,9 +364,11 @@ fn steps_that_the_gpu_cannot_compute_are_refused() {
     batch.push(Sequence::new(&pool)).unwrap();
     let mut refused = |tokens: &[u32], outputs: &[usize], expected: &str| {
         batch.append([5]).unwrap();
-        let text = gpu.step(&Step { batch: &batch, tokens, outputs }).unwrap_err().to_string();
+        let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
+        let step = Step { batch: &batch, tokens, outputs: &outputs };
+        let text = gpu.step(&step).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
-        assert!(gpu.logits().unwrap().is_empty() && gpu.greedy().unwrap().is_empty());
+        assert!(gpu.logits().unwrap().is_empty());
         batch.truncate(0, 0).unwrap();
     };
     refused(&[1; 4], &[], "not those of its batch");
@@ -385,7 +389,11 @@ fn a_missing_gpu_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&Tiny::new().write(&folder)).unwrap();
     let pool = PageAllocator::new(4, 4).unwrap();
-    let place = |device| load(device, &model, &pool).map(|(_, place)| place).map_err(|e| e.to_string());
+    let place = |device| {
+        load(device, &model, &pool, limits(16, 0).step_capacity())
+            .map(|loaded| loaded.place)
+            .map_err(|e| e.to_string())
+    };
     assert_eq!(place(Place::Auto).unwrap(), "on the CPU (there is no NVIDIA driver)");
     assert_eq!(place(Place::Cpu).unwrap(), "on the CPU (as asked)");
     assert_eq!(place(Place::Gpu).unwrap_err(), "no GPU can be used: there is no NVIDIA driver");
