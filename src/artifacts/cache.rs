@@ -225,6 +225,25 @@ impl Cache {
         Ok(freed)
     }
 
+    /// Removes what [`Cache::clean`] would remove of one folder of members and of one wheel.
+    pub(crate) fn remove(
+        &self,
+        member: &str,
+        wheel: &str,
+        on_progress: OnProgress<'_>,
+    ) -> Result<u64, ArtifactError> {
+        let mut freed = 0;
+        for (name, metadata) in listed(&self.root)? {
+            let folder = self.root.join(&name);
+            if metadata.is_dir() && is_artifact_hash(&name) && folder.join(member).is_dir() {
+                freed += self.clean_members(&folder, member, on_progress)?;
+            }
+        }
+        freed += self.wheels.clean([wheel.into()].into(), |file| file != wheel, on_progress)?;
+        self.verified.clear();
+        Ok(freed)
+    }
+
     fn clean_members(
         &self,
         outer: &Path,

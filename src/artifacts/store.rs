@@ -123,6 +123,18 @@ impl Store {
         self.cache.clean(self.config.pins.files()?, &|progress| self.on_progress(progress))
     }
 
+    /// Removes a member from the cache, and the pinned wheel that holds it, except for what another
+    /// process is writing; returns the bytes freed. Other members of the wheel stay.
+    ///
+    /// # Errors
+    /// [`ArtifactError::BadName`], [`ArtifactError::Pins`] when the member's package has no pin, and
+    /// [`ArtifactError::Cache`] when something cannot be removed.
+    pub fn remove(&self, member: &Member) -> Result<u64, ArtifactError> {
+        member.check()?;
+        let pin = self.config.pins.get(member.package())?;
+        self.cache.remove(&member.folder(), &pin.file, &|progress| self.on_progress(progress))
+    }
+
     /// The configuration.
     pub fn config(&self) -> &StoreConfig {
         &self.config

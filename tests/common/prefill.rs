@@ -17,7 +17,7 @@ use super::{
     Gpu, Number, Rng, Shown, Tensor, assert_same_bits,
     attention::{assert_lse, capture},
     cache::{Cache, CacheShape, LAYOUTS, ShownCache, random_table},
-    say,
+    is_not_at_hand, say,
     single::{self, Single},
 };
 
@@ -645,7 +645,7 @@ pub fn available<T: Number, K: Number, P>(gpu: &Gpu, case: &Case, made: Result<P
         && !case.alibi;
     match made {
         Ok(made) => Some(made),
-        Err(FlashInferError::Artifact(reason)) if !core => {
+        Err(reason) if !core && is_not_at_hand(&reason) => {
             say(&format!("skipped: no source holds the module of {:?}: {reason}", case.spec::<T, K>()));
             None
         }

@@ -18,7 +18,8 @@ pub enum Mask<'p> {
     #[default]
     None,
     /// Those up to its position: query `r` of a request with `q` queries and
-    /// `k` keys sees the first `k − q + r + 1` keys.
+    /// `k` keys sees the first `k − q + r + 1` keys. The one query of a request in
+    /// decode sees all, as with no mask.
     Causal,
     /// Those whose bit is set in a packed mask; see
     /// [`MaskIndices`](crate::indices::MaskIndices). A query that sees no key gets
