@@ -4,7 +4,7 @@ use std::{env, fs, process::Command};
 
 use super::*;
 
-const REQUESTS: usize = 20_000;
+const REQUESTS: usize = 1_000_000;
 /// Set in the process whose memory is looked at, which runs nothing else.
 const ALONE: &str = "FLASHINFER_SERVE_TEST_ENDURANCE";
 const NAME: &str = "engine::tests::endurance::memory_does_not_grow_over_a_million_requests";
