@@ -554,7 +554,10 @@ fn rotary_embeddings_are_scaled_as_the_file_says() {
         tiny.metadata.extend(metadata.iter().cloned());
         tiny
     };
-    let rope = |tiny: &Tiny| Model::open(&tiny.write(&folder)).unwrap().config.rope;
+    let rope = |tiny: &Tiny| {
+        let config = Model::open(&tiny.write(&folder)).unwrap().config;
+        config.ropes[0].for_length(config.context_length).clone()
+    };
     let name = |name: &str| ("llama.rope.scaling.type", Value::String(name.into()));
     let factor = ("llama.rope.scaling.factor", Value::F32(4.0));
     let check = |tiny: &Tiny, attention_factor: f64, expected: &dyn Fn(usize) -> f64| {
