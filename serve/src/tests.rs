@@ -1,7 +1,7 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
-mod bytes;
+pub(crate) mod bytes;
 mod forward;
 mod gpu;
 mod sentencepiece;
@@ -362,7 +362,7 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
 }
 
 /// A small file, of this metadata and tensors of these shapes.
-struct Tiny {
+pub(crate) struct Tiny {
     metadata: BTreeMap<&'static str, Value>,
     tensors: BTreeMap<String, Vec<usize>>,
     /// The elements of a tensor, by its name, shape and their place.
@@ -524,7 +524,10 @@ fn rotary_embeddings_are_scaled_as_the_file_says() {
         tiny.metadata.extend(metadata.iter().cloned());
         tiny
     };
-    let rope = |tiny: &Tiny| Model::open(&tiny.write(&folder)).unwrap().config.rope;
+    let rope = |tiny: &Tiny| {
+        let config = Model::open(&tiny.write(&folder)).unwrap().config;
+        config.ropes[0].for_length(config.context_length).clone()
+    };
     let name = |name: &str| ("llama.rope.scaling.type", Value::String(name.into()));
     let factor = ("llama.rope.scaling.factor", Value::F32(4.0));
     let check = |tiny: &Tiny, attention_factor: f64, expected: &dyn Fn(usize) -> f64| {

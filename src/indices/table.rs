@@ -300,6 +300,13 @@ impl<T: IndexArrays> OnDevice<T> {
     }
 }
 
+/// The arrays on the host.
+impl<T> AsRef<T> for OnDevice<T> {
+    fn as_ref(&self) -> &T {
+        &self.host
+    }
+}
+
 impl<T: std::fmt::Debug> std::fmt::Debug for OnDevice<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("OnDevice")

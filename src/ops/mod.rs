@@ -1,9 +1,10 @@
-//! FlashInfer's operations, one file or folder for each module family.
+//! FlashInfer's operations, one file or folder for each module family. It has the names of its
+//! modules, what it calls of them, the checks before, and the calls.
 
 pub mod activation;
 pub mod attention;
 pub mod cascade;
-mod check;
+pub(crate) mod check;
 mod function;
 pub mod gdn;
 pub mod gemm;
@@ -15,8 +16,29 @@ pub mod sampling;
 mod signatures;
 pub mod topk;
 
+use crate::ffi::Signature;
 use function::{FixedFunction, enable_pdl};
-pub use signatures::signatures;
+
+/// The argument list of every function that this crate calls, with a pattern
+/// of the modules that export it; see [`ModuleName::matches`](crate::ModuleName::matches).
+///
+/// [`Signature::compare`] holds a declaration against what a module prints of
+/// itself.
+pub fn signatures() -> Vec<(&'static str, Signature)> {
+    [
+        activation::SIGNATURES,
+        &attention::signatures(),
+        gdn::SIGNATURES,
+        &gemm::signatures(),
+        &norm::signatures(),
+        page::SIGNATURES,
+        quantization::SIGNATURES,
+        rope::SIGNATURES,
+        sampling::SIGNATURES,
+        topk::SIGNATURES,
+    ]
+    .concat()
+}
 
 #[cfg(test)]
 mod tests {

@@ -86,12 +86,16 @@ fn named_after(code: &str, prefix: &str) -> BTreeSet<String> {
     names
 }
 
-/// What the root exports, and of which file or folder it is.
+/// What the root exports, and of which file or folder it is. Of `ops` it is everything.
 fn exports() -> BTreeMap<String, String> {
-    let code = code(&source().join("lib.rs"));
+    let root = code(&source().join("lib.rs"));
+    let ops = code(&source().join("ops/mod.rs"));
     let modules = LAYERS.concat();
     let of = |module: &str| {
-        let names = named_after(&code, &format!("{module}::"));
+        let mut names = named_after(&root, &format!("{module}::"));
+        if module == "ops" {
+            names.extend(named_after(&ops, "pub mod "));
+        }
         names.into_iter().map(|name| (name, module.to_owned())).collect::<Vec<_>>()
     };
     modules.into_iter().flat_map(of).collect()

@@ -56,7 +56,7 @@ pub fn add_tokenizer(tiny: &mut Tiny, pre: &str, size: usize) {
     ]);
 }
 
-fn text(pre: &str) -> Arc<Text> {
+pub fn text(pre: &str) -> Arc<Text> {
     let folder = tempfile::tempdir().unwrap();
     let mut tiny = Tiny::new();
     add_tokenizer(&mut tiny, pre, 270);

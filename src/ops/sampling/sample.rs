@@ -8,7 +8,7 @@ use std::{ffi::c_void, ptr};
 
 use super::{
     Parameter, check_rows,
-    options::{MIN_P, TEMPERATURE_OR_0, TOP_P},
+    options::{KernelParameter, MIN_P, TEMPERATURE_OR_0, TOP_P},
 };
 use crate::{
     cuda::PtxKernel,
@@ -123,21 +123,18 @@ pub fn sample(
     options: &SampleOptions<'_>,
 ) -> Result<()> {
     let check = Check::new("sample", stream)?;
-    let vocab = check_rows(&check, "logits", &logits.raw, &[DType::F32], 2)?;
-    let rows = logits.raw.shape()[0];
+    let parameters = check_sample(&check, &logits.raw, options)?;
+    let [rows, vocab] = [0, 1].map(|axis| logits.raw.shape()[axis]);
     let places = &output.raw;
     check.plain("output", places, &[DType::I32, DType::I64], &[rows], places.dtype.size())?;
-    check.plain("uniforms", &options.uniforms.raw, &[DType::F32], &[rows], 4)?;
-    let lens = [rows, rows];
-    let (temperatures, temperature) =
-        options.temperature.float(&check, "temperature", TEMPERATURE_OR_0, lens)?;
-    let (top_ks, top_k) = options.top_k.check(&check, "top_k", DType::I32, lens)?;
-    let (top_ps, top_p) = options.top_p.float(&check, "top_p", TOP_P, lens)?;
-    let (min_ps, min_p) = options.min_p.float(&check, "min_p", MIN_P, lens)?;
     if rows == 0 {
         return Ok(());
     }
     check.compiled("logits", &SAMPLE)?;
+    let (temperatures, mut temperature) = parameters.temperature;
+    let (top_ks, mut top_k) = parameters.top_k;
+    let (top_ps, mut top_p) = parameters.top_p;
+    let (min_ps, mut min_p) = parameters.min_p;
     let tensors = [
         Some(&logits.raw),
         Some(places),
@@ -151,9 +148,6 @@ pub fn sample(
     let mut addresses = tensors.map(address);
     let [logits, output, uniforms, temperatures, top_ks, top_ps, min_ps] =
         addresses.each_mut().map(|address| (address as *mut *mut c_void).cast::<c_void>());
-    let (mut temperature, mut top_p, mut min_p) = (temperature as f32, top_p as f32, min_p as f32);
-    // As many as there are tokens keep all, as 0 does.
-    let mut top_k = top_k.map_or(0, |top_k| i64::from(top_k).min(vocab) as i32);
     let (mut vocab, mut wide) = (vocab as u32, u32::from(places.dtype == DType::I64));
     let mut args: [*mut c_void; 13] = [
         logits,
@@ -177,4 +171,36 @@ pub fn sample(
     unsafe {
         SAMPLE.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors)
     }
+}
+
+/// The parameters of [`sample`] as its kernel takes them.
+pub(crate) struct SampleParameters {
+    temperature: KernelParameter<f32>,
+    /// 0 keeps all.
+    top_k: KernelParameter<i32>,
+    top_p: KernelParameter<f32>,
+    min_p: KernelParameter<f32>,
+}
+
+/// All that the kernel assumes but where tokens go.
+pub(crate) fn check_sample(
+    check: &Check<'_>,
+    logits: &RawTensor,
+    options: &SampleOptions<'_>,
+) -> Result<SampleParameters> {
+    let vocab = check_rows(check, "logits", logits, &[DType::F32], 2)?;
+    let rows = logits.shape()[0];
+    check.plain("uniforms", &options.uniforms.raw, &[DType::F32], &[rows], 4)?;
+    let float = |parameter: Parameter<'_>, name, rule| -> Result<KernelParameter<f32>> {
+        let (tensor, number) = parameter.float(check, name, rule, [rows; 2])?;
+        Ok((tensor, number as f32))
+    };
+    let (top_ks, top_k) = options.top_k.check(check, "top_k", DType::I32, [rows; 2])?;
+    Ok(SampleParameters {
+        temperature: float(options.temperature, "temperature", TEMPERATURE_OR_0)?,
+        // As many as there are tokens keep all, too.
+        top_k: (top_ks, top_k.map_or(0, |top_k| i64::from(top_k).min(vocab) as i32)),
+        top_p: float(options.top_p, "top_p", TOP_P)?,
+        min_p: float(options.min_p, "min_p", MIN_P)?,
+    })
 }

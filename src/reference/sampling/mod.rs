@@ -13,13 +13,20 @@ mod sample;
 
 pub use sample::{edit_logits, sample};
 
-use super::host::{Check, Rows};
+use super::{
+    host::{Check, Rows},
+    strict,
+};
 use crate::{
     dtype::DType,
     error::Result,
     indices::BoundedIndices,
-    sampling::{MIN_P, Parameter, Philox, TEMPERATURE, TOP_P},
-    tensor::{TensorMut, TensorRef},
+    ops::check::Check as KernelCheck,
+    sampling::{
+        KERNEL_DTYPES, MIN_P, Parameter, Philox, TEMPERATURE, TOP_P, check_chain, check_rows, check_softmax,
+        check_top_k, check_top_p_renorm_probs,
+    },
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 use parameters::{counts, floats};
 
@@ -39,6 +46,41 @@ pub enum Filter<'a> {
     MinP(Parameter<'a>),
     /// Those that pass both, each of the whole row.
     TopKTopP(Parameter<'a, u32>, Parameter<'a>),
+}
+
+impl Filter<'_> {
+    /// The function of [`sampling`](crate::sampling) that draws through it.
+    fn kernel(&self) -> &'static str {
+        match self {
+            Self::None => "sampling_from_probs",
+            Self::TopK(_) => "top_k_sampling_from_probs",
+            Self::TopP(_) => "top_p_sampling_from_probs",
+            Self::MinP(_) => "min_p_sampling_from_probs",
+            Self::TopKTopP(..) => "top_k_top_p_sampling_from_probs",
+        }
+    }
+
+    /// What that function checks of probabilities and parameters.
+    fn check_as_kernel(
+        &self,
+        check: &KernelCheck<'_>,
+        probs: &RawTensor,
+        rows_of_output: Option<i64>,
+    ) -> Result<()> {
+        let vocab = check_rows(check, "probs", probs, &[DType::F32], 2)?;
+        let rows = probs.shape()[0];
+        let by_output = [rows_of_output.unwrap_or(rows), rows];
+        match *self {
+            Self::None => Ok(()),
+            Self::TopK(k) => k.count(check, "top_k", DType::I32, by_output, vocab).map(drop),
+            Self::TopP(p) => p.float(check, "top_p", TOP_P, [rows; 2]).map(drop),
+            Self::MinP(p) => p.float(check, "min_p", MIN_P, by_output).map(drop),
+            Self::TopKTopP(k, p) => {
+                k.count(check, "top_k", DType::I32, [rows; 2], vocab)?;
+                p.float(check, "top_p", TOP_P, [rows; 2]).map(drop)
+            }
+        }
+    }
 }
 
 /// The tokens of one row that pass.
@@ -160,6 +202,7 @@ fn softmax_row(row: &mut [f64], temperature: f64) {
 /// written.
 pub fn softmax(out: &mut TensorMut<'_>, logits: &TensorRef<'_>, temperature: Parameter<'_>) -> Result<()> {
     let check = Check { op: "reference::softmax" };
+    check.as_kernel(|check| check_softmax(check, &out.raw, &logits.raw, temperature))?;
     map_rows(check, "logits", out, logits, |rows| {
         let temperatures = floats(check, "temperature", TEMPERATURE, temperature, rows.count())?;
         Ok(Box::new(move |at, row| softmax_row(row, temperatures[at])))
@@ -176,6 +219,16 @@ pub fn softmax(out: &mut TensorMut<'_>, logits: &TensorRef<'_>, temperature: Par
 /// As [`softmax`].
 pub fn filtered_probs(out: &mut TensorMut<'_>, probs: &TensorRef<'_>, filter: &Filter<'_>) -> Result<()> {
     let check = Check { op: "reference::filtered_probs" };
+    match *filter {
+        Filter::TopK(top_k) => strict::as_kernel("top_k_renorm_probs", |check| {
+            check_top_k(check, "probs", &out.raw, &probs.raw, top_k)
+        })?,
+        Filter::TopP(top_p) => strict::as_kernel("top_p_renorm_probs", |check| {
+            check_top_p_renorm_probs(check, &out.raw, &probs.raw, top_p)
+        })?,
+        // No kernel writes these.
+        Filter::None | Filter::MinP(_) | Filter::TopKTopP(..) => {}
+    }
     map_rows(check, "probs", out, probs, |rows| {
         let rules = Rules::of(check, filter, rows.count(), rows.count())?;
         Ok(Box::new(move |at, row| {
@@ -198,6 +251,7 @@ pub fn top_k_mask_logits(
     top_k: Parameter<'_, u32>,
 ) -> Result<()> {
     let check = Check { op: "reference::top_k_mask_logits" };
+    check.as_kernel(|check| check_top_k(check, "logits", &out.raw, &logits.raw, top_k))?;
     map_rows(check, "logits", out, logits, |rows| {
         let top_k = counts(check, top_k, rows.count())?;
         Ok(Box::new(move |at, row| {
@@ -228,6 +282,7 @@ pub fn top_k_mask_logits(
 /// ```
 pub fn argmax(logits: &TensorRef<'_>) -> Result<Vec<Option<i32>>> {
     let check = Check { op: "reference::argmax" };
+    check.as_kernel(|check| check_rows(check, "logits", &logits.raw, &KERNEL_DTYPES, 2))?;
     let rows = check.rows("logits", logits, &DTYPES, &[2])?;
     if rows.width() == 0 {
         let problem = format!("its shape is {:?}; a row has at least 1 element", rows.shape());
@@ -252,6 +307,7 @@ pub fn sampling_from_logits(
     random: Philox,
 ) -> Result<Vec<Option<i32>>> {
     let check = Check { op: "reference::sampling_from_logits" };
+    check.as_kernel(|check| check_rows(check, "logits", &logits.raw, &[DType::F32], 2))?;
     draw_rows(check, "logits", logits, &Filter::None, indices, random, |row| softmax_row(row, 1.0))
 }
 
@@ -271,6 +327,8 @@ pub fn sampling_from_probs(
     random: Philox,
 ) -> Result<Vec<Option<i32>>> {
     let check = Check { op: "reference::sampling_from_probs" };
+    let rows_of_output = indices.map(|indices| indices.values().len() as i64);
+    strict::as_kernel(filter.kernel(), |check| filter.check_as_kernel(check, &probs.raw, rows_of_output))?;
     draw_rows(check, "probs", probs, filter, indices, random, |_| ())
 }
 
@@ -350,6 +408,7 @@ pub fn chain_speculative_sampling(
     random: Philox,
 ) -> Result<ChainDraws> {
     let check = Check { op: "reference::chain_speculative_sampling" };
+    check.as_kernel(|check| check_chain(check, &draft_probs.raw, &target_probs.raw))?;
     let draft = check.rows("draft_probs", draft_probs, &DTYPES, &[3])?;
     let target = check.rows("target_probs", target_probs, &DTYPES, &[3])?;
     let (batch, drafts, vocab) = (draft.shape()[0], draft.shape()[1], draft.shape()[2]);

@@ -2,10 +2,11 @@
 
 use super::parameters::floats;
 use crate::{
+    dtype::DType,
     error::Result,
     indices::LogitEdits,
     reference::host::Check,
-    sampling::{MIN_P, Parameter, SampleOptions, TEMPERATURE_OR_0, TOP_P},
+    sampling::{MIN_P, Parameter, SampleOptions, TEMPERATURE_OR_0, TOP_P, check_rows, check_sample},
     tensor::{TensorMut, TensorRef},
 };
 
@@ -28,6 +29,7 @@ use crate::{
 /// ```
 pub fn sample(logits: &TensorRef<'_>, options: &SampleOptions<'_>) -> Result<Vec<Option<i32>>> {
     let check = Check { op: "reference::sample" };
+    check.as_kernel(|check| check_sample(check, &logits.raw, options))?;
     let rows = check.rows("logits", logits, &[], &[2])?;
     if rows.width() == 0 {
         let problem = format!("its shape is {:?}; a row has at least 1 element", rows.shape());
@@ -177,6 +179,7 @@ fn part(sum: u64, fraction: f32) -> u64 {
 /// ```
 pub fn edit_logits(logits: &mut TensorMut<'_>, edits: &LogitEdits) -> Result<()> {
     let check = Check { op: "reference::edit_logits" };
+    check.as_kernel(|check| check_rows(check, "logits", &logits.raw, &[DType::F32], 2))?;
     let mut logits = check.rows_mut("logits", logits, &[], &[2])?;
     let shape = [logits.rows.count() as i64, logits.rows.width() as i64];
     edits.check_fits(shape).or_else(|problem| check.fail("edits", problem))?;

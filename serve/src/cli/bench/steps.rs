@@ -144,7 +144,7 @@ fn row(
         time / graph,
         reading + idle(gpu.cuda(), kernels)?,
         requests as f64 / time * 1e3,
-        kernels as f64 / config.num_layers as f64,
+        kernels as f64 / config.num_layers() as f64,
         attention / graph * 1e2,
     );
     Ok(())
