@@ -26,8 +26,8 @@ pub(crate) use files::Files;
 
 use super::digest::Digest;
 use super::lock::{Lock, Locks};
+use super::record::{ARTIFACT_HASH_LEN, MAX_RECORD, artifact_hash};
 use super::sink::{self, Sink};
-use super::wheel::{ARTIFACT_HASH_LEN, MAX_RECORD, artifact_hash};
 use super::{ArtifactError, Member, OnProgress};
 use folder::{abandoned, entries, listed, open_regular, real_folder, remove_files};
 use seen::{Seen, Verified};

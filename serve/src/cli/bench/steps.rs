@@ -3,7 +3,10 @@
 use std::{ffi::CStr, num::NonZeroUsize, sync::Arc, time::Instant};
 
 use cudarc::driver::{CudaStream, result};
-use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
+use flashinfer_rs::{
+    Stream,
+    kv::{Batch, PageAllocator, Sequence},
+};
 
 use crate::{
     Result,
@@ -158,16 +161,19 @@ fn idle(cuda: &Arc<CudaStream>, kernels: usize) -> Result<f64> {
         let module = result::module::load_data(PTX.as_ptr().cast())?;
         (module, result::module::get_function(module, c"empty".into())?)
     };
-    let graph = graph::capture(cuda, || {
+    let launches = || {
         for _ in 0..kernels {
             // SAFETY: the kernel takes no parameters and touches nothing.
             unsafe { result::launch_kernel(function, (1, 1, 1), (32, 1, 1), 0, cuda.cu_stream(), &mut [])? };
         }
         Ok(())
-    })?;
-    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, &graph)?)));
+    };
+    // SAFETY: the kernel touches nothing, and the module goes after the graph.
+    let step = unsafe { graph::capture(&Stream::from(cuda), launches)? };
+    let launch = || Ok(step.launch(&())?);
+    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, launch)?)));
     let time = median(times.collect::<Result<_>>()?);
-    drop(graph);
+    drop(step);
     // SAFETY: every launch was waited for, and the graph is gone.
     unsafe { result::module::unload(module)? };
     Ok(time)
