@@ -16,7 +16,7 @@ mod request;
 mod scheduler;
 #[cfg(test)]
 mod tests;
-mod text;
+pub mod text;
 
 /// What went wrong, in a sentence.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     io::{self, Write},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,7 +23,7 @@ use crate::{
 pub fn answer(
     engine: &mut dyn Engine,
     scheduler: &mut Scheduler,
-    text: &Text,
+    text: &Arc<Text>,
     headings: Option<&[String]>,
 ) -> Result<Summary> {
     let mut printer = Printer { text, headings, request: 0, printed: 0, stream: None };
@@ -49,12 +50,12 @@ pub fn answer(
 
 /// Prints one answer at a time.
 struct Printer<'a> {
-    text: &'a Text,
+    text: &'a Arc<Text>,
     headings: Option<&'a [String]>,
     /// The request whose answer is being printed, and how much of it was.
     request: usize,
     printed: usize,
-    stream: Option<Stream<'a>>,
+    stream: Option<Stream>,
 }
 
 impl Printer<'_> {

@@ -10,7 +10,7 @@
 pub(crate) mod answers;
 mod bench;
 
-use std::{fs, io, num::NonZeroUsize, path::PathBuf, process::ExitCode};
+use std::{fs, io, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Parser, ValueEnum};
 use flashinfer_rs::{
@@ -28,7 +28,7 @@ use crate::{
     },
     request::Limits,
     scheduler::Scheduler,
-    text::Text,
+    text::{ChatOptions, Message, Role, Text},
 };
 use answers::answer;
 
@@ -119,7 +119,10 @@ fn run(cli: &Cli) -> Result<()> {
         let load = |pool: &PageAllocator, most| load_gpu(&model, pool, most);
         return bench::run(&model.config, &cli.bench, cli.context.get(), load);
     }
-    let text = Text::from_gguf(&model.content)?;
+    let text = Arc::new(Text::from_gguf(&model.content)?);
+    for warning in text.warnings() {
+        eprintln!("warning: {warning}");
+    }
     let context = model.config.context_length;
     let tokens = cli.cache_tokens.min(context.saturating_mul(prompts.len()));
     let pool = PageAllocator::new(tokens / PAGE_SIZE, PAGE_SIZE)?;
@@ -129,8 +132,12 @@ fn run(cli: &Cli) -> Result<()> {
     let mut scheduler = Scheduler::new(&pool, limits);
     for (index, prompt) in prompts.iter().enumerate() {
         let tokens = match cli.raw {
-            true => text.encode(prompt)?,
-            false => text.encode_chat(cli.system.as_deref(), prompt)?,
+            true => text.encode(prompt),
+            false => {
+                let system = cli.system.iter().map(|system| Message::new(Role::System, system));
+                let messages: Vec<_> = system.chain([Message::new(Role::User, prompt)]).collect();
+                text.render_chat(&messages, &[], &ChatOptions::default())?
+            }
         };
         scheduler.push(tokens).map_err(|error| match &cli.prompts {
             Some(_) => format!("prompt {}: {error}", index + 1).into(),
