@@ -112,7 +112,10 @@ fn spaces_bytes_and_bos_are_as_the_file_says() {
     // Without a template, text is continued, and the file is said to have none.
     let ids = text.render_chat(&[Message::new(Role::User, "a")], &[], &ChatOptions::default());
     assert_eq!(ids.unwrap(), [1, FIRST + 4]);
-    assert!(!text.has_chat_template() && text.warnings().iter().any(|warning| warning.contains("no chat template")));
+    assert!(
+        !text.has_chat_template()
+            && text.warnings().iter().any(|warning| warning.contains("no chat template"))
+    );
 }
 
 #[test]

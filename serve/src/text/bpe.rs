@@ -43,7 +43,8 @@ impl List {
     /// Makes a pair one symbol, in the left one's place.
     fn join(&mut self, pair: &Pair) {
         let next = self.behind[pair.right];
-        self.symbols[pair.left] = Symbol { bytes: self.symbols[pair.left].bytes.start..pair.end, id: Some(pair.id) };
+        self.symbols[pair.left] =
+            Symbol { bytes: self.symbols[pair.left].bytes.start..pair.end, id: Some(pair.id) };
         self.symbols[pair.right].bytes = pair.end..pair.end;
         self.behind[pair.left] = next;
         self.behind[pair.right] = NONE;
@@ -98,7 +99,8 @@ mod tests {
 
     /// The rank of a whole of `a` and `b` is its length taken from the right, by a table.
     fn rank(whole: &str) -> Option<u32> {
-        let ranks = [("ab", 3), ("ba", 3), ("aa", 1), ("aab", 0), ("abab", 2), ("aaaa", 1), ("bb", 5), ("aabb", 5)];
+        let ranks =
+            [("ab", 3), ("ba", 3), ("aa", 1), ("aab", 0), ("abab", 2), ("aaaa", 1), ("bb", 5), ("aabb", 5)];
         ranks.iter().find(|(known, _)| *known == whole).map(|(_, rank)| *rank)
     }
 

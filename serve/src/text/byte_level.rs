@@ -46,7 +46,9 @@ impl ByteLevel {
                 Some([vocabulary.id(left)?, vocabulary.id(right)?, vocabulary.id(&[left, right].concat())?])
             });
             let [left, right, id] = ids.ok_or_else(|| {
-                format!("tokenizer.ggml.merges has `{merge}` at {rank}; expected two tokens that are one together")
+                format!(
+                    "tokenizer.ggml.merges has `{merge}` at {rank}; expected two tokens that are one together"
+                )
             })?;
             if [left, right, id].into_iter().all(|id| vocabulary.is_text(id)) {
                 merges.entry([left, right]).or_insert(Join { rank, id });
@@ -62,7 +64,8 @@ impl ByteLevel {
             if let Some(id) = self.whole.get(part.as_bytes()) {
                 return ids.push(*id);
             }
-            let symbol = |(at, byte): (usize, u8)| Symbol { bytes: at..at + 1, id: self.bytes[usize::from(byte)] };
+            let symbol =
+                |(at, byte): (usize, u8)| Symbol { bytes: at..at + 1, id: self.bytes[usize::from(byte)] };
             let symbols = merge(part.bytes().enumerate().map(symbol).collect(), join);
             ids.extend(symbols.into_iter().filter_map(|symbol| symbol.id));
         });

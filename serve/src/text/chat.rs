@@ -1,6 +1,6 @@
 //! Chats as a model was trained to read them.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 
 use serde_json::{Map, Value};
 
@@ -11,7 +11,7 @@ use super::{
     names::Names,
     source,
     template::Template,
-    vocabulary::{Kind, Vocabulary},
+    vocabulary::Vocabulary,
 };
 use crate::Result;
 
@@ -37,7 +37,8 @@ pub struct Chat {
     template: Source,
     /// Used when there are tools, if the file has one.
     tool_use: Option<Source>,
-    names: Names,
+    /// The names of control tokens.
+    names: Arc<Names>,
     /// The variables `bos_token` and others, by the files' keys.
     tokens: Vec<(&'static str, String)>,
 }
@@ -64,12 +65,16 @@ fn compile(text: &str, stand_ins: &StandIns, names: &Names) -> Result<Template> 
 impl Chat {
     /// The templates of a file, if there are any. One that cannot be compiled is added to
     /// `warnings`, and an error when it is used.
-    pub fn read(metadata: Metadata<'_>, vocabulary: &Vocabulary, warnings: &mut Vec<String>) -> Result<Option<Self>> {
+    pub fn read(
+        metadata: Metadata<'_>,
+        vocabulary: &Vocabulary,
+        control: &Arc<Names>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Self>> {
         let Some(template) = metadata.string("chat_template")? else { return Ok(None) };
-        let control = vocabulary.of_kind(Kind::Control).chain(vocabulary.of_kind(Kind::Unknown));
-        let names = Names::new(control);
-        let template = Source::new(template, &names)?;
-        let tool_use = metadata.string("chat_template.tool_use")?.map(|text| Source::new(text, &names)).transpose()?;
+        let template = Source::new(template, control)?;
+        let tool_use =
+            metadata.string("chat_template.tool_use")?.map(|text| Source::new(text, control)).transpose()?;
         for source in [Some(&template), tool_use.as_ref()].into_iter().flatten() {
             if let Err(problem) = &source.compiled {
                 warnings.push(problem.clone());
@@ -86,7 +91,7 @@ impl Chat {
             let token = id.and_then(|id| vocabulary.tokens.get(usize::try_from(id).ok()?));
             tokens.extend(token.map(|token| (variable, token.clone())));
         }
-        Ok(Some(Self { template, tool_use, names, tokens }))
+        Ok(Some(Self { template, tool_use, names: Arc::clone(control), tokens }))
     }
 
     /// The chat as the template writes it.

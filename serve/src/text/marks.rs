@@ -30,10 +30,14 @@ impl StandIns {
         let mut characters: Vec<char> = names.iter().flat_map(str::chars).collect();
         characters.sort_unstable();
         characters.dedup();
-        let free = ('\u{f0000}'..='\u{ffffd}').chain('\u{100000}'..='\u{10fffd}').filter(|c| !used.contains(c));
+        let free =
+            ('\u{f0000}'..='\u{ffffd}').chain('\u{100000}'..='\u{10fffd}').filter(|c| !used.contains(c));
         let to: HashMap<_, _> = characters.iter().copied().zip(free).collect();
         if to.len() < characters.len() {
-            return Err("the messages use up Unicode's private characters; expected some that they do not have".into());
+            return Err(
+                "the messages use up Unicode's private characters; expected some that they do not have"
+                    .into(),
+            );
         }
         let from = to.iter().map(|(from, to)| (*to, *from)).collect();
         Ok(Self { to, from })

@@ -17,16 +17,9 @@ impl<'a> Metadata<'a> {
         self.0.metadata.get(&format!("tokenizer.{key}"))
     }
 
-    /// What the model is, as the file's `general.` keys call it.
-    pub fn general(self, key: &str) -> Option<&'a str> {
-        let value = self.0.metadata.get(&format!("general.{key}"))?;
-        value.to_string().ok().map(String::as_str)
-    }
-
-    /// All keys that begin so, and what follows.
-    pub fn names(self, start: &str) -> impl Iterator<Item = &'a str> {
-        let start = format!("tokenizer.{start}");
-        self.0.metadata.keys().filter_map(move |key| key.strip_prefix(&start))
+    /// The model's architecture, if the file has one.
+    pub fn architecture(self) -> Option<&'a str> {
+        self.0.metadata.get("general.architecture")?.to_string().ok().map(String::as_str)
     }
 
     pub fn string(self, key: &str) -> Result<Option<&'a str>> {

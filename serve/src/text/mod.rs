@@ -35,10 +35,6 @@ mod tokenizer;
 mod vocabulary;
 
 pub use self::message::{Content as MessageContent, FunctionCall, Message, Part, Role, ToolCall};
-pub use self::{
-    chat::ChatOptions,
-    stream::Stream,
-};
 use self::{
     chat::Chat,
     metadata::Metadata,
@@ -46,6 +42,7 @@ use self::{
     tokenizer::Tokenizer,
     vocabulary::Kind,
 };
+pub use self::{chat::ChatOptions, stream::Stream};
 use crate::Result;
 
 /// What becomes of a text, beside its own tokens.
@@ -70,7 +67,8 @@ impl Default for EncodeOptions {
 /// A tokenizer, byte-level BPE or SentencePiece's, and the chat template beside it.
 pub struct Text {
     tokenizer: Tokenizer,
-    control: Names,
+    /// The names of control tokens.
+    control: Arc<Names>,
     chat: Option<Chat>,
     /// What encoding adds before and behind a text.
     bos: Option<u32>,
@@ -99,15 +97,16 @@ impl Text {
         };
         let bos = added("bos", tokenizer.add_bos, vocabulary.bos)?;
         let eos = added("eos", false, vocabulary.eos)?;
-        let chat = Chat::read(metadata, vocabulary, &mut warnings)?;
+        let control = vocabulary.of_kind(Kind::Control).chain(vocabulary.of_kind(Kind::Unknown));
+        let control = Arc::new(Names::new(control));
+        let chat = Chat::read(metadata, vocabulary, &control, &mut warnings)?;
         if chat.is_none() {
-            warnings.push("the model has no chat template: it continues texts, and knows no questions".into());
+            warnings
+                .push("the model has no chat template: it continues texts, and knows no questions".into());
         }
         if vocabulary.ends.is_empty() {
             warnings.push("the file names no token that ends an answer: answers end by their limits".into());
         }
-        let control = vocabulary.of_kind(Kind::Control).chain(vocabulary.of_kind(Kind::Unknown));
-        let control = Names::new(control);
         Ok(Self { control, chat, bos, eos, warnings, tokenizer })
     }
 
@@ -127,23 +126,12 @@ impl Text {
             true => self.control.split(text, |_| true),
             false => vec![Piece { text, token: None }],
         };
-        let mut ids = self.ids(&pieces);
+        let mut ids = self.tokenizer.encode_pieces(&pieces);
         if options.bos {
             ids.splice(0..0, self.bos);
         }
         if options.eos {
             ids.extend(self.eos);
-        }
-        ids
-    }
-
-    fn ids(&self, pieces: &[Piece<'_>]) -> Vec<u32> {
-        let mut ids = Vec::new();
-        for piece in pieces {
-            match piece.token {
-                Some(id) => ids.push(id),
-                None => self.tokenizer.encode(piece.text, &mut ids),
-            }
         }
         ids
     }
@@ -169,13 +157,15 @@ impl Text {
     ) -> Result<Vec<u32>> {
         let Some(chat) = &self.chat else {
             if !tools.is_empty() {
-                return Err("the model has no chat template, so it cannot be told of tools; expected none".into());
+                return Err(
+                    "the model has no chat template, so it cannot be told of tools; expected none".into()
+                );
             }
             let texts: Vec<_> = messages.iter().map(Message::text).collect();
             return Ok(self.encode(&texts.join("\n\n")));
         };
         let rendered = chat.render(messages, tools, options)?;
-        let mut ids = self.ids(&rendered.pieces(&self.control));
+        let mut ids = self.tokenizer.encode_pieces(&rendered.pieces(&self.control));
         if ids.first().copied() != self.bos {
             ids.splice(0..0, self.bos);
         }

@@ -1,9 +1,6 @@
 //! Values as Python writes them, for templates that were written for it.
 
-use std::{
-    fmt,
-    io,
-};
+use std::{fmt, io};
 
 use minijinja::{
     Value,
@@ -181,7 +178,11 @@ impl Formatter for Style {
         Ok(())
     }
 
-    fn write_char_escape<W: io::Write + ?Sized>(&mut self, out: &mut W, escape: CharEscape) -> io::Result<()> {
+    fn write_char_escape<W: io::Write + ?Sized>(
+        &mut self,
+        out: &mut W,
+        escape: CharEscape,
+    ) -> io::Result<()> {
         let c = match escape {
             CharEscape::Quote => '"',
             CharEscape::ReverseSolidus => '\\',

@@ -74,8 +74,9 @@ impl SentencePiece {
             let bytes = at..at + c.len_utf8();
             Symbol { id: self.pieces.get(&text[bytes.clone()]).map(|piece| piece.id), bytes }
         };
-        let join =
-            |left: &Symbol, right: &Symbol| self.pieces.get(&text[left.bytes.start..right.bytes.end]).copied();
+        let join = |left: &Symbol, right: &Symbol| {
+            self.pieces.get(&text[left.bytes.start..right.bytes.end]).copied()
+        };
         let mut after_unknown = false;
         for symbol in merge(text.char_indices().map(symbol).collect(), join) {
             let by_bytes = || text[symbol.bytes.clone()].bytes().map(|byte| self.bytes[usize::from(byte)]);

@@ -11,7 +11,17 @@ enum Use {
 
 /// Methods whose arguments are sought.
 const SEARCHES: [&str; 12] = [
-    "split", "rsplit", "startswith", "endswith", "find", "rfind", "index", "count", "strip", "lstrip", "rstrip",
+    "split",
+    "rsplit",
+    "startswith",
+    "endswith",
+    "find",
+    "rfind",
+    "index",
+    "count",
+    "strip",
+    "lstrip",
+    "rstrip",
     "replace",
 ];
 
@@ -86,7 +96,9 @@ fn rewrite_tag(inside: &str, mark: &impl Fn(&str) -> String) -> String {
             Some(length) => {
                 let literal = &inside[at..at + length];
                 match use_of(&inside[..at], &inside[at + length..]) {
-                    Use::Written => out += &[&literal[..1], &mark(&literal[1..length - 1]), &literal[..1]].concat(),
+                    Use::Written => {
+                        out += &[&literal[..1], &mark(&literal[1..length - 1]), &literal[..1]].concat()
+                    }
                     Use::Sought => out += literal,
                 }
                 at += length;
@@ -109,7 +121,9 @@ fn use_of(before: &str, behind: &str) -> Use {
         || word_before == "in"
         || ["==", "!=", "in ", "not in "].iter().any(|operator| behind.starts_with(operator));
     let called = before.strip_suffix('(').is_some_and(|before| {
-        SEARCHES.iter().any(|name| before.strip_suffix(name).is_some_and(|rest| rest.trim_end().ends_with('.')))
+        SEARCHES
+            .iter()
+            .any(|name| before.strip_suffix(name).is_some_and(|rest| rest.trim_end().ends_with('.')))
     });
     if compared || called { Use::Sought } else { Use::Written }
 }
@@ -125,9 +139,15 @@ mod tests {
             ("<a>{{ '<b>' }}<c>", "≪a>{{ '≪b>' }}≪c>"),
             ("{# <a> '<b>' #}<c>", "{# <a> '<b>' #}≪c>"),
             (r#"{{ "<a\"%}}<" + x }}"#, r#"{{ "≪a\"%}}≪" + x }}"#),
-            ("{% if '<a>' in x and x != '<b>' or '<c>' == x %}<", "{% if '<a>' in x and x != '<b>' or '<c>' == x %}≪"),
+            (
+                "{% if '<a>' in x and x != '<b>' or '<c>' == x %}<",
+                "{% if '<a>' in x and x != '<b>' or '<c>' == x %}≪",
+            ),
             ("{% set x = y.split('<a>')[0] + '<b>' %}", "{% set x = y.split('<a>')[0] + '≪b>' %}"),
-            ("{{ y.replace('<a>', '<b>') | replace('<c>', '') }}", "{{ y.replace('<a>', '≪b>') | replace('≪c>', '') }}"),
+            (
+                "{{ y.replace('<a>', '<b>') | replace('<c>', '') }}",
+                "{{ y.replace('<a>', '≪b>') | replace('≪c>', '') }}",
+            ),
             ("{{ main('<a>') }}", "{{ main('≪a>') }}"),
             ("{%- generation -%}<{% endgeneration %}", "{%- if true -%}≪{% endif %}"),
             // Tags and strings that do not end.

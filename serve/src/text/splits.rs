@@ -223,16 +223,20 @@ static KNOWN: &[Pre] = &[
         &[
             Pattern(r"[\r\n]"),
             CASED,
-            Pattern(
-                r"\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+",
-            ),
+            Pattern(r"\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+"),
             Pattern(r"\s+$"),
             EAST_ASIAN,
             Pattern(r"\p{N}+"),
         ],
     ),
-    rule(&["deepseek-coder"], &[Pattern(r"[\r\n]"), Pattern(r"\s?\p{L}+"), Pattern(r"\s?\p{P}+"), EAST_ASIAN, Pattern(r"\p{N}")]),
-    rule(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &[Pattern(r"\p{N}{1,3}"), HAN_KANA, DEEPSEEK3]),
+    rule(
+        &["deepseek-coder"],
+        &[Pattern(r"[\r\n]"), Pattern(r"\s?\p{L}+"), Pattern(r"\s?\p{P}+"), EAST_ASIAN, Pattern(r"\p{N}")],
+    ),
+    rule(
+        &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"],
+        &[Pattern(r"\p{N}{1,3}"), HAN_KANA, DEEPSEEK3],
+    ),
     rule(&["poro-chat", "bloom", "gpt3-finnish"], &[CLAUSES]),
     rule(&["viking"], &[CLAUSES, Pattern(r"\p{N}")]),
     // Numbers in groups of three from the right; all else is left to merges.

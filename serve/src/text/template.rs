@@ -56,7 +56,11 @@ impl Template {
     ///
     /// # Errors
     /// What the template raises, in its words, and what goes wrong in it, with the line.
-    pub fn render(&self, variables: &serde_json::Map<String, serde_json::Value>, now: Option<&Zoned>) -> Result<String> {
+    pub fn render(
+        &self,
+        variables: &serde_json::Map<String, serde_json::Value>,
+        now: Option<&Zoned>,
+    ) -> Result<String> {
         let now = now.cloned();
         let strftime_now = move |format: &str| {
             let now = now.clone().unwrap_or_else(Zoned::now);
@@ -82,7 +86,9 @@ fn problem(error: &Error) -> String {
         source = inner.source();
     }
     let line = error.line().map_or_else(String::new, |line| format!(" in line {line}"));
-    let detail = error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
+    let detail = error
+        .detail()
+        .map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
     format!("the model's chat template fails{line}: {detail}")
 }
 

@@ -3,7 +3,7 @@
 use super::{
     byte_level::{self, ByteLevel},
     metadata::Metadata,
-    names::Names,
+    names::{Names, Piece},
     sentencepiece::{self, SentencePiece},
     splits::Pre,
     vocabulary::{Kind, Vocabulary},
@@ -25,6 +25,8 @@ pub struct Tokenizer {
     bytes: Vec<Vec<u8>>,
     /// What the kind of tokenizer says of BOS, if the file says nothing.
     pub add_bos: bool,
+    /// Control tokens swallow blanks behind them, as the tokenizers of Phi-3 have it.
+    swallows_blanks: bool,
 }
 
 impl Tokenizer {
@@ -52,17 +54,38 @@ impl Tokenizer {
             }
         };
         let bytes = (0..).zip(&vocabulary.tokens).map(|(id, token)| match (&model, vocabulary.kinds[id]) {
-            (_, Kind::Control | Kind::Unknown) | (Model::ByteLevel(_), Kind::UserDefined) => token.clone().into(),
+            (_, Kind::Control | Kind::Unknown) | (Model::ByteLevel(_), Kind::UserDefined) => {
+                token.clone().into()
+            }
             (Model::ByteLevel(_), _) => byte_level::bytes(token),
             (Model::SentencePiece(_), _) => sentencepiece::bytes(token),
         });
         let bytes = bytes.collect();
         let user_defined = Names::new(vocabulary.of_kind(Kind::UserDefined));
-        Ok(Self { vocabulary, model, user_defined, bytes, add_bos })
+        let swallows_blanks =
+            metadata.architecture() == Some("phi3") && matches!(model, Model::SentencePiece(_));
+        Ok(Self { vocabulary, model, user_defined, bytes, add_bos, swallows_blanks })
+    }
+
+    /// The ids of text and control tokens.
+    pub fn encode_pieces(&self, pieces: &[Piece<'_>]) -> Vec<u32> {
+        let (mut ids, mut swallow) = (Vec::new(), false);
+        for piece in pieces {
+            match piece.token {
+                Some(id) => ids.push(id),
+                None if swallow => self.encode(piece.text.trim_start(), &mut ids),
+                None => self.encode(piece.text, &mut ids),
+            }
+            swallow = piece.token.is_some_and(|id| {
+                let name = self.vocabulary.tokens[id as usize].as_str();
+                self.swallows_blanks && !["<unk>", "<s>", "<|endoftext|>"].contains(&name)
+            });
+        }
+        ids
     }
 
     /// The ids of a text in which nothing is a mark. The user's own tokens are found first.
-    pub fn encode(&self, text: &str, ids: &mut Vec<u32>) {
+    fn encode(&self, text: &str, ids: &mut Vec<u32>) {
         for piece in self.user_defined.split(text, |_| true) {
             match (piece.token, &self.model) {
                 (Some(id), _) => ids.push(id),

@@ -70,7 +70,11 @@ impl Vocabulary {
     pub fn read(metadata: Metadata<'_>, warnings: &mut Vec<String>) -> Result<Self> {
         let tokens: Vec<_> = metadata.strings("ggml.tokens")?.into_iter().map(String::from).collect();
         if u32::try_from(tokens.len()).is_err() {
-            return Err(format!("tokenizer.ggml.tokens has {} tokens; expected fewer than 2^32", tokens.len()).into());
+            return Err(format!(
+                "tokenizer.ggml.tokens has {} tokens; expected fewer than 2^32",
+                tokens.len()
+            )
+            .into());
         }
         let kinds = match metadata.integers("ggml.token_type")? {
             None => vec![Kind::Normal; tokens.len()],
@@ -153,7 +157,8 @@ impl Vocabulary {
     /// Tokens of a kind, with their ids, without those that have no name.
     pub fn of_kind(&self, kind: Kind) -> impl Iterator<Item = (&str, u32)> {
         let all = self.tokens.iter().zip(&self.kinds).zip(0..);
-        all.filter(move |((token, of), _)| **of == kind && !token.is_empty()).map(|((token, _), id)| (token.as_str(), id))
+        all.filter(move |((token, of), _)| **of == kind && !token.is_empty())
+            .map(|((token, _), id)| (token.as_str(), id))
     }
 
     /// Whether a token may come from text: normal and user-defined ones do.
@@ -176,5 +181,6 @@ fn kind(number: i64) -> Result<Kind> {
 
 /// The error of an array that has not one element for each token.
 pub fn other_length(key: &str, length: usize, tokens: usize) -> crate::Error {
-    format!("tokenizer.ggml.{key} is not an array of {tokens} numbers, one for each token, but of {length}").into()
+    format!("tokenizer.ggml.{key} is not an array of {tokens} numbers, one for each token, but of {length}")
+        .into()
 }
