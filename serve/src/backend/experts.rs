@@ -20,7 +20,7 @@ use flashinfer_rs::{
     sampling::{SamplingWorkspace, SoftmaxOptions, softmax, top_k_renorm_probs},
 };
 
-use crate::{Result, model::Experts};
+use crate::{Result, model::config::Experts};
 
 /// Of a block, which multiplies a row.
 const THREADS: u32 = 256;

@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use candle_core::{DType as CandleDType, Tensor};
+use candle_core::{DType as CandleDType, Tensor, quantized::GgmlDType};
 use cudarc::driver::{
     CudaContext, CudaGraph, CudaSlice, CudaStream, DeviceRepr, PinnedHostSlice, ValidAsZeroBits,
 };
@@ -47,7 +47,11 @@ use crate::{
         graph,
         matmul::{CublasLt, Matmul, Product, Weight},
     },
-    model::{self, Config, Ends},
+    model::{
+        self, Config, Ends,
+        config::Gating,
+        weights::{self, LayerMlp, Matrix},
+    },
 };
 
 /// What the residual is multiplied by.
@@ -100,12 +104,17 @@ impl Weights {
     }
 
     /// Uploads a matrix, and a bias for products that are multiplied by a factor.
-    fn push_linear(&mut self, cuda: &Arc<CudaStream>, linear: &model::Linear, factor: f32) -> Result<Linear> {
+    fn push_linear(
+        &mut self,
+        cuda: &Arc<CudaStream>,
+        linear: &weights::Linear,
+        factor: f32,
+    ) -> Result<Linear> {
         let bias = linear.bias.as_ref().map(|bias| {
-            let bias = elements(&(bias * f64::from(factor))?)?;
-            self.push(cuda, &bias)
+            let bias: Vec<_> = bias.iter().map(|bias| bias * factor).collect();
+            self.push(cuda, &rounded(&bias))
         });
-        Ok(Linear { bias: bias.transpose()?, matrix: self.push(cuda, &elements(&linear.weight)?)? })
+        Ok(Linear { bias: bias.transpose()?, matrix: self.push(cuda, &elements(&linear.dequantize()?)?)? })
     }
 }
 
@@ -365,6 +374,32 @@ impl Network {
     }
 }
 
+/// Refuses what only the CPU computes.
+fn check(config: &Config) -> Result<()> {
+    let plain = config.experts.is_none_or(|experts| {
+        experts.shared.is_none() && experts.normalize && experts.gating == Gating::Softmax
+    });
+    let plain = plain && config.architecture.name == "llama" && [64, 128, 256].contains(&config.head_dim);
+    let layers = config.layers.iter().all(|layer| layer.window.is_none());
+    match plain && layers && config.embedding_scale == 1.0 && config.residual_scale == 1.0 {
+        true => Ok(()),
+        false => Err(format!("the GPU does not compute {} models yet", config.architecture.name).into()),
+    }
+}
+
+/// The router of a layer, and the matrices of its experts in two; one without
+/// experts has one.
+fn mlp(mlp: &LayerMlp) -> Result<(Option<Matrix>, weights::Linear, weights::Linear)> {
+    let experts = match mlp {
+        LayerMlp::Dense(mlp) => return Ok((None, mlp.gate_up.clone(), mlp.down.clone())),
+        LayerMlp::Experts(experts) => experts,
+    };
+    let down = experts.experts.iter().map(|expert| expert.down.dequantize()).collect::<Result<Vec<_>>>()?;
+    let down = Matrix::new(&Tensor::cat(&down, 1)?, GgmlDType::F32)?;
+    let gate_up = experts.experts.iter().flat_map(|expert| expert.gate_up.parts.iter().cloned()).collect();
+    Ok((Some(experts.router.clone()), weights::Linear { parts: gate_up, bias: None }, down.into()))
+}
+
 /// The width of queries, and that of queries, keys and values.
 fn widths(config: &Config) -> [usize; 2] {
     let Heads { num_qo_heads, num_kv_heads } = config.heads;
@@ -453,6 +488,7 @@ impl Gpu {
         pool: &PageAllocator,
         max_tokens: usize,
     ) -> Result<Self> {
+        check(config)?;
         let cuda = start()?;
         let stream = Stream::from(&cuda);
         let Config { hidden_size, intermediate_size, vocab_size, head_dim, heads, .. } = *config;
@@ -466,17 +502,18 @@ impl Gpu {
             .into_iter()
             .chain([qkv, hidden_size, 2 * inner, hidden_size].map(aligned))
             .sum();
-        let total = config.num_layers * of_layer + aligned(hidden_size) + aligned(vocab_size * hidden_size);
+        let total = config.num_layers() * of_layer + aligned(hidden_size) + aligned(vocab_size * hidden_size);
         let mut weights = Weights { memory: cuda.alloc_zeros(total)?, used: 0 };
-        let mut pushed = Vec::with_capacity(config.num_layers);
+        let mut pushed = Vec::with_capacity(config.num_layers());
         for layer in layers {
             let layer = layer?;
-            let mut linear = |linear, factor| weights.push_linear(&cuda, linear, factor);
+            let mut linear = |linear: &weights::Linear, factor| weights.push_linear(&cuda, linear, factor);
             let qkv = linear(&layer.qkv, 1.0)?;
             let attention_output = linear(&layer.attention_output, RESIDUAL_SCALE)?;
-            let router = layer.router.as_ref().map(|router| linear(router, 1.0)).transpose()?;
-            let gate_up = linear(&layer.gate_up, 1.0)?;
-            let down = linear(&layer.down, RESIDUAL_SCALE)?;
+            let (router, gate_up, down) = mlp(&layer.mlp)?;
+            let router = router.map(|router| linear(&router.into(), 1.0)).transpose()?;
+            let gate_up = linear(&gate_up, 1.0)?;
+            let down = linear(&down, RESIDUAL_SCALE)?;
             let mut norm = |norm: &[f32]| weights.push(&cuda, &rounded(norm));
             let (attention_norm, mlp_norm) = (norm(&layer.attention_norm)?, norm(&layer.mlp_norm)?);
             pushed.push(Layer { attention_norm, qkv, attention_output, mlp_norm, router, gate_up, down });
@@ -484,8 +521,8 @@ impl Gpu {
         let layers = pushed;
         let norm = weights.push(&cuda, &rounded(&ends.norm))?;
         let head = ends.head.as_ref().unwrap_or(&ends.embedding);
-        let head = Linear { matrix: weights.push(&cuda, &elements(head)?)?, bias: None };
-        let embedding = elements(&(ends.embedding * f64::from(RESIDUAL_SCALE))?)?;
+        let head = Linear { matrix: weights.push(&cuda, &elements(&head.dequantize()?)?)?, bias: None };
+        let embedding = elements(&(ends.embedding.dequantize()? * f64::from(RESIDUAL_SCALE))?)?;
 
         let most = max_tokens.max(1).next_power_of_two();
         let buffers = Buffers {
@@ -526,7 +563,7 @@ impl Gpu {
             outputs: Vec::new(),
             greedy: Vec::new(),
             network: Network {
-                rope: CosSinCache::new(&stream, &config.rope, positions)?,
+                rope: CosSinCache::new(&stream, config.ropes[0].for_length(positions), positions)?,
                 config: config.clone(),
                 stream,
                 layers,

@@ -8,7 +8,7 @@ use std::{
 use super::*;
 use crate::{
     backend::gpu::Gpu,
-    cli::{Device as Place, load},
+    cli::device::{Device as Place, load},
 };
 
 /// The largest difference of a row of logits to the CPU's, relative to its norm.
@@ -120,7 +120,7 @@ fn graphs_of_all_sizes_give_the_known_ids() {
         assert_eq!(gpu.replay().is_err(), !requests.is_power_of_two());
         decode(&mut gpu, &pool, &prompts, 3);
         let (milliseconds, kernels) = gpu.replay().unwrap();
-        assert!(milliseconds > 0.0 && kernels >= 10 * loaded.model.config.num_layers, "{kernels}");
+        assert!(milliseconds > 0.0 && kernels >= 10 * loaded.model.config.num_layers(), "{kernels}");
     }
 }
 
@@ -316,7 +316,7 @@ fn a_scaled_rotary_embedding_on_the_gpu_is_that_of_the_cpu() {
         ("llama.rope.scaling.original_context_length", Value::U32(16)),
     ]);
     let model = Model::open(&tiny.write(&folder)).unwrap();
-    assert!(model.config.rope.attention_factor() > 1.0);
+    assert!(model.config.ropes[0].for_length(1).attention_factor() > 1.0);
     let tokens: Vec<_> = (0..FORCED as u32).map(|at| at * 31 % 265).collect();
     check_forced("scaled", &model, &tokens);
     check_answer("scaled", &model, "a bc a\nabc");

@@ -2,7 +2,7 @@
 
 use candle_core::quantized::gguf_file::{Content, Value};
 
-use crate::Result;
+use crate::{Result, model::gguf};
 
 /// The keys of a file that begin with `tokenizer.`.
 #[derive(Clone, Copy)]
@@ -72,17 +72,6 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// An integer of any width.
 fn integer(value: &Value) -> Option<i64> {
-    match *value {
-        Value::U8(number) => Some(number.into()),
-        Value::I8(number) => Some(number.into()),
-        Value::U16(number) => Some(number.into()),
-        Value::I16(number) => Some(number.into()),
-        Value::U32(number) => Some(number.into()),
-        Value::I32(number) => Some(number.into()),
-        Value::U64(number) => i64::try_from(number).ok(),
-        Value::I64(number) => Some(number),
-        _ => None,
-    }
+    gguf::integer(value).and_then(|number| i64::try_from(number).ok())
 }
