@@ -57,10 +57,9 @@ pub fn add_tokenizer(tiny: &mut Tiny, pre: &str, size: usize) {
 }
 
 fn text(pre: &str) -> Arc<Text> {
-    let folder = tempfile::tempdir().unwrap();
     let mut tiny = Tiny::new();
     add_tokenizer(&mut tiny, pre, 270);
-    Text::from_gguf(&Model::open(&tiny.write(&folder)).unwrap().content).unwrap().into()
+    tiny.text().unwrap()
 }
 
 #[test]

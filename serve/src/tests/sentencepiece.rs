@@ -37,8 +37,7 @@ fn file(pieces: &[(&str, f32, i32)]) -> Tiny {
 }
 
 fn text(tiny: &Tiny) -> Result<Arc<Text>> {
-    let folder = tempfile::tempdir()?;
-    Text::from_gguf(&Model::open(&tiny.write(&folder))?.content).map(Arc::new)
+    tiny.text()
 }
 
 /// Single characters, and what to add to them: `▁`, `a`, `b`, `c` from [`FIRST`] on.
