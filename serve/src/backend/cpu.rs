@@ -7,15 +7,14 @@ mod network;
 mod product;
 
 use flashinfer_rs::{
-    DType, TensorRef,
+    DType,
     kv::{KvLayout, PageAllocator, PagedKvCache},
-    reference,
 };
 
 use self::network::Network;
 use crate::{
     Result,
-    backend::{Engine, Step},
+    backend::{Backend, Sample, Step, sampler},
     model::{Config, Ends, Layer},
 };
 
@@ -43,20 +42,19 @@ impl Cpu {
     }
 }
 
-impl Engine for Cpu {
-    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+impl Backend for Cpu {
+    fn vocab_size(&self) -> usize {
+        self.network.config.vocab_size
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+        self.logits.clear();
+        self.cache.copy_pages()?;
         self.logits = self.network.run(step, &mut self.cache)?;
-        Ok(())
+        sampler::sample(step.outputs, &self.logits, self.vocab_size())
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
         Ok(self.logits.clone())
-    }
-
-    fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        let vocab = self.network.config.vocab_size;
-        let rows = TensorRef::from_slice(&self.logits, &[self.logits.len() / vocab, vocab])?;
-        let tokens = reference::argmax(&rows)?.into_iter();
-        Ok(tokens.map(|token| token.map(|token| token as u32)).collect())
     }
 }

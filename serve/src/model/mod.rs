@@ -85,11 +85,3 @@ impl Model {
         format!("{}: {error}", self.gguf.path().display()).into()
     }
 }
-
-/// An error of candle without the backtrace that it may carry.
-pub fn plain(error: candle_core::Error) -> String {
-    match error {
-        candle_core::Error::WithBacktrace { inner, .. } => plain(*inner),
-        error => error.to_string(),
-    }
-}

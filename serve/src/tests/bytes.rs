@@ -6,10 +6,7 @@ use candle_core::quantized::gguf_file::Value;
 use proptest::{prelude::ProptestConfig, prop_assert_eq, proptest};
 
 use super::Tiny;
-use crate::{
-    model::Model,
-    text::{Text, splits::Pre},
-};
+use crate::text::{Text, splits::Pre};
 
 /// What merges make, of what is there before.
 const MERGES: [(&str, &str); 10] = [

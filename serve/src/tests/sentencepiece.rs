@@ -8,7 +8,6 @@ use proptest::{prop_assert_eq, proptest};
 use super::Tiny;
 use crate::{
     Result,
-    model::Model,
     text::{ChatOptions, EncodeOptions, Message, Role, Text},
 };
 

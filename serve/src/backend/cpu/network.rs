@@ -61,7 +61,11 @@ impl Network {
         if step.outputs.is_empty() {
             return Ok(Vec::new());
         }
-        let wanted = step.outputs.iter().flat_map(|&row| &sum[row * hidden_size..][..hidden_size]);
+        let wanted = step
+            .outputs
+            .iter()
+            .map(|output| output.row)
+            .flat_map(|row| &sum[row * hidden_size..][..hidden_size]);
         let x = self.norm(&wanted.copied().collect::<Vec<_>>(), &self.ends.norm)?;
         let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
         let mut logits = multiply(&rows(x, hidden_size)?, head)?;
