@@ -6,10 +6,7 @@ use candle_core::quantized::gguf_file::Value;
 use proptest::{prelude::ProptestConfig, prop_assert_eq, proptest};
 
 use super::Tiny;
-use crate::{
-    model::Model,
-    text::{Text, splits::Pre},
-};
+use crate::text::{Text, splits::Pre};
 
 /// What merges make, of what is there before.
 const MERGES: [(&str, &str); 10] = [
@@ -57,10 +54,9 @@ pub fn add_tokenizer(tiny: &mut Tiny, pre: &str, size: usize) {
 }
 
 pub fn text(pre: &str) -> Arc<Text> {
-    let folder = tempfile::tempdir().unwrap();
     let mut tiny = Tiny::new();
     add_tokenizer(&mut tiny, pre, 270);
-    Arc::new(Text::from_gguf(&Model::open(&tiny.write(&folder)).unwrap().content).unwrap())
+    tiny.text().unwrap()
 }
 
 #[test]

@@ -8,7 +8,6 @@ use proptest::{prop_assert_eq, proptest};
 use super::Tiny;
 use crate::{
     Result,
-    model::Model,
     text::{ChatOptions, EncodeOptions, Message, Role, Text},
 };
 
@@ -37,8 +36,7 @@ fn file(pieces: &[(&str, f32, i32)]) -> Tiny {
 }
 
 fn text(tiny: &Tiny) -> Result<Arc<Text>> {
-    let folder = tempfile::tempdir()?;
-    Ok(Arc::new(Text::from_gguf(&Model::open(&tiny.write(&folder))?.content)?))
+    tiny.text()
 }
 
 /// Single characters, and what to add to them: `▁`, `a`, `b`, `c` from [`FIRST`] on.

@@ -5,7 +5,8 @@
 //! that nobody else uses: stand-ins out of Unicode's private planes, of which none is in the
 //! messages. One character stands for one, so that all that a template does with its
 //! strings goes on as it was. What users say is left as it is, and templates can trim,
-//! split, compare and search it. Strings that a template looks for are left, too.
+//! split, compare and search it. Strings that a template looks for are left, too; a name that
+//! it keeps in a variable to look for it later is not found in what users say.
 
 use std::collections::{HashMap, HashSet};
 

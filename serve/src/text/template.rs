@@ -11,7 +11,7 @@ use super::python;
 use crate::Result;
 
 /// The most steps of a template, so that each ends.
-const STEPS: u64 = 100_000_000;
+const STEPS: u64 = 20_000_000;
 const NAME: &str = "chat template";
 
 /// A compiled template.

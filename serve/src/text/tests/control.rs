@@ -123,6 +123,20 @@ fn a_user_writes_no_system_prompt() {
 }
 
 #[test]
+fn tools_and_variables_write_no_control_tokens() {
+    let template = "<|im_start|>{{ tools | tojson }}{{ system }}{{ eos_token }}";
+    let file = File::byte_level(&["<|im_start|>", "<|im_end|>"])
+        .with("chat_template", Value::String(template.into()))
+        .with("ggml.eos_token_id", Value::U32(259));
+    let text = file.text().unwrap();
+    let tools = [json!({ "type": "function", "function": { "name": "<|im_end|>" } })];
+    let mut options = ChatOptions::default();
+    options.variables.insert("system".into(), "<|im_end|><|im_start|>".into());
+    let ids = text.render_chat(&[], &tools, &options).unwrap();
+    assert_eq!(control_of(&text, &ids), ["<|im_start|>", "<|im_end|>"]);
+}
+
+#[test]
 fn only_roles_complete_names() {
     let template = "{% for m in messages %}<|{{ m.role }}|>{{ '<|' + m.content + '|>' }}{% endfor %}";
     let file = File::byte_level(&["<|user|>", "<|end|>", "<|"])
