@@ -102,12 +102,7 @@ impl Llm {
     /// # Errors
     /// The file is not one that can be run, or the model cannot be loaded.
     pub fn load(files: &[PathBuf], options: &LlmOptions) -> Result<Self> {
-        let [file] = files else {
-            return Err(
-                format!("the model has {} files; only models of one file can be run", files.len()).into()
-            );
-        };
-        let model = Model::open(file)?;
+        let model = Model::open_files(files)?;
         let text = Arc::new(Text::from_gguf(&model.content)?);
         let LlmOptions { device, step_tokens, max_running, max_queued, max_queued_tokens, draft, .. } =
             *options;
@@ -167,7 +162,7 @@ impl Llm {
     /// # Errors
     /// The request cannot be answered, or a parameter is out of its range.
     pub fn stream(&self, prompt: &str, params: &SamplingParams) -> Result<Events> {
-        let prompt = self.text().encode(prompt)?;
+        let prompt = self.text().encode(prompt);
         Ok(self.engine.submit(Request { prompt, params: params.clone() })?)
     }
 }

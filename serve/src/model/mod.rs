@@ -8,7 +8,11 @@
 //! | [`weights`] | the tensors of a layer |
 //! | [`synthetic`] | random weights, to measure |
 
-use std::{collections::HashMap, mem, path::Path};
+use std::{
+    collections::HashMap,
+    mem,
+    path::{Path, PathBuf},
+};
 
 use candle_core::quantized::gguf_file::{Content, VersionedMagic};
 
@@ -47,9 +51,9 @@ impl Model {
         Self::of(Gguf::open(path)?)
     }
 
-    /// The same of the parts of a model, in order, whatever their names are.
-    pub fn open_parts(paths: &[&Path]) -> Result<Self> {
-        Self::of(Gguf::open_parts(paths)?)
+    /// The same of the files of a model: one, or all parts in order, whatever their names are.
+    pub fn open_files(files: &[PathBuf]) -> Result<Self> {
+        Self::of(Gguf::open_files(files)?)
     }
 
     fn of(mut gguf: Gguf) -> Result<Self> {
@@ -83,13 +87,5 @@ impl Model {
 
     fn named(&self, error: crate::Error) -> crate::Error {
         format!("{}: {error}", self.gguf.path().display()).into()
-    }
-}
-
-/// An error of candle without the backtrace that it may carry.
-pub fn plain(error: candle_core::Error) -> String {
-    match error {
-        candle_core::Error::WithBacktrace { inner, .. } => plain(*inner),
-        error => error.to_string(),
     }
 }

@@ -163,6 +163,9 @@ impl Scheduler {
         let meant = |it: &Choice| it.request == id && choice.is_none_or(|index| it.index == index);
         let choices = self.running.iter_mut().chain(&mut self.waiting).filter(|choice| meant(choice));
         let updates = choices.map(|choice| choice.end(Finish::Cancelled)).collect();
+        let before = self.waiting.len();
+        self.waiting.retain(|choice| choice.finish().is_none());
+        self.stats.ended += before - self.waiting.len();
         self.remove_ended()?;
         Ok(updates)
     }
@@ -320,17 +323,15 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Takes the choices that have ended out.
+    /// Takes the choices that ran and have ended out.
     fn remove_ended(&mut self) -> Result<()> {
-        let before = self.waiting.len() + self.running.len();
         for index in (0..self.running.len()).rev() {
             if self.running[index].finish().is_some() {
                 self.batch.remove(index)?;
                 self.running.remove(index);
+                self.stats.ended += 1;
             }
         }
-        self.waiting.retain(|choice| choice.finish().is_none());
-        self.stats.ended += before - self.waiting.len() - self.running.len();
         Ok(())
     }
 }

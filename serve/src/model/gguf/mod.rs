@@ -59,6 +59,15 @@ impl Gguf {
         Self::open_parts(&parts)
     }
 
+    /// Opens the files of a model: one, as [`open`](Self::open) does, or all parts in order,
+    /// whatever their names are.
+    pub fn open_files(files: &[PathBuf]) -> Result<Self> {
+        match files {
+            [file] => Self::open(file),
+            parts => Self::open_parts(&parts.iter().map(PathBuf::as_path).collect::<Vec<_>>()),
+        }
+    }
+
     /// Opens the parts of a model, in order, whatever their names are.
     pub fn open_parts(paths: &[&Path]) -> Result<Self> {
         let open = |path: &&Path| open(path).map(|(file, header)| (PathBuf::from(path), file, header));
