@@ -159,6 +159,15 @@ impl Llm {
 
     /// As [`generate`](Self::generate), while the answers come.
     ///
+    /// ```no_run
+    /// # use flashinfer_serve::{Llm, SamplingParams};
+    /// # let llm = Llm::open("smollm2")?;
+    /// for event in llm.stream("Once upon a time", &SamplingParams::default())? {
+    ///     print!("{}", event.text);
+    /// }
+    /// # Ok::<(), flashinfer_serve::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// The request cannot be answered, or a parameter is out of its range.
     pub fn stream(&self, prompt: &str, params: &SamplingParams) -> Result<Events> {
@@ -217,6 +226,10 @@ mod tests {
         let alone = llm.generate("ok the", &greedy).unwrap();
         assert_eq!((alone.len(), alone[0].tokens.len()), (1, 6));
         assert_eq!(alone[0].end.finish, Finish::MaxTokens);
+        // The second forks the first, within a page.
+        let both = llm.generate("ok the", &SamplingParams { n: 2, ..greedy.clone() }).unwrap();
+        assert!(both.iter().all(|one| one.tokens == alone[0].tokens));
+        assert_eq!(llm.engine().status().stats.saved, 1);
         // Several at a time, drawn ones among them, and again.
         let drawn =
             SamplingParams { temperature: 1.0, seed: Some(1), n: 3, logprobs: Some(1), ..greedy.clone() };

@@ -94,7 +94,7 @@ pub struct Update {
     pub token: Option<Token>,
     /// Why it ended, if it did.
     pub finish: Option<Finish>,
-    /// Tokens of the prompt that were cached when it was first read.
+    /// See [`Usage::cached_tokens`](crate::request::Usage::cached_tokens).
     pub cached_tokens: usize,
 }
 
