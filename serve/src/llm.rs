@@ -1,7 +1,7 @@
 //! A model that is loaded and answers: the engine, its text, and where it runs.
 
 use std::{
-    path::Path,
+    path::PathBuf,
     sync::{Arc, OnceLock},
 };
 
@@ -9,7 +9,7 @@ use crate::{
     Result,
     backend::device::{self, Device, Loaded},
     engine::{End, Engine, EngineConfig, Events},
-    hub,
+    hub::Hub,
     model::Model,
     request::{Finish, Request},
     sampling::SamplingParams,
@@ -94,15 +94,20 @@ impl Llm {
     /// There is no such model, its file is not one that can be run, or it cannot be
     /// loaded.
     pub fn open(model: &str) -> Result<Self> {
-        Self::load(&hub::locate(model)?, &LlmOptions::default())
+        Self::load(&Hub::from_env()?.locate(&model.parse()?)?, &LlmOptions::default())
     }
 
-    /// Loads a model from its file.
+    /// Loads a model from its files, in the order of its parts.
     ///
     /// # Errors
     /// The file is not one that can be run, or the model cannot be loaded.
-    pub fn load(path: &Path, options: &LlmOptions) -> Result<Self> {
-        let model = Model::open(path)?;
+    pub fn load(files: &[PathBuf], options: &LlmOptions) -> Result<Self> {
+        let [file] = files else {
+            return Err(
+                format!("the model has {} files; only models of one file can be run", files.len()).into()
+            );
+        };
+        let model = Model::open(file)?;
         let text = Arc::new(Text::from_gguf(&model.content)?);
         let LlmOptions { device, step_tokens, max_running, max_queued, max_queued_tokens, draft, .. } =
             *options;
@@ -214,7 +219,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut tiny = forward::BIASES.file();
         bytes::add_tokenizer(&mut tiny, "gpt-2", forward::BIASES.vocab);
-        Llm::load(&tiny.write(&folder), &LlmOptions { device: Device::Cpu, ..options.clone() }).unwrap()
+        Llm::load(&[tiny.write(&folder)], &LlmOptions { device: Device::Cpu, ..options.clone() }).unwrap()
     }
 
     #[test]

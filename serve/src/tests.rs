@@ -21,7 +21,6 @@ use candle_core::{
         gguf_file::{self, Value},
     },
 };
-use clap::Parser;
 use flashinfer_rs::{
     artifacts::{ArtifactError, Fetch, Store},
     kv::{Batch, PageAllocator, Sequence},
@@ -33,11 +32,7 @@ use test_support::required;
 use crate::{
     Result,
     backend::{Backend, Output, Sample, Step, cpu::Cpu},
-    cli::{
-        Cli, Command,
-        answers::answer,
-        run::{Args, prompts},
-    },
+    cli::answers::{Asked, answer},
     engine::{Engine, EngineConfig},
     hub,
     model::{Ends, Layer, Model},
@@ -220,16 +215,19 @@ fn the_error_names_requests_of_nan() {
         let load =
             move |pool: &PageAllocator, _: &mut Limits| Cpu::new(&parts, ends, layers.into_iter(), pool);
         let engine = Engine::start(config.clone(), text.clone(), load).unwrap();
-        let submit =
-            |prompt: &&[u32]| engine.submit(Request { prompt: prompt.to_vec(), params: greedy(3) }).unwrap();
-        let summary = answer(&engine, prompts.iter().map(submit).collect(), None).unwrap();
+        let asked = prompts.iter().enumerate().map(|(index, prompt)| Asked {
+            name: if prompts.len() > 1 { format!("line {}", index + 1) } else { String::new() },
+            heading: None,
+            events: Ok(engine.submit(Request { prompt: prompt.to_vec(), params: greedy(3) }).unwrap()),
+        });
+        let summary = answer(&engine, asked, &mut Vec::new()).unwrap();
         (summary.to_string(), summary.check().map_err(|error| error.to_string()))
     };
     let bad: &[u32] = &[forward::INFINITE];
     let (summary, error) = outcome(&[&[5], bad, &[6], bad]);
     assert!(summary.contains("4 prompts") && summary.contains("no numbers (2)"), "{summary}");
     let error = error.unwrap_err();
-    assert!(error.starts_with("prompt 2, 4: the model's logits are no numbers"), "{error}");
+    assert!(error.starts_with("line 2, line 4: the model's logits are no numbers"), "{error}");
     assert!(outcome(&[bad]).1.unwrap_err().starts_with("the model's logits are no numbers"));
     assert_eq!(outcome(&[&[5], &[6]]).1, Ok(()));
 }
@@ -361,34 +359,6 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
         assert!((a - b).abs() < 1e-3, "{a} and {b}");
     }
     assert_eq!(best[2], CAPITAL.1[0]);
-}
-
-#[test]
-fn prompts_and_drafts_come_from_the_command_line() {
-    let parse = |args: &[&str]| -> Result<Args> {
-        match Cli::try_parse_from([&["flashinfer", "run", "smollm2"], args].concat())?.command {
-            Command::Run(args) => Ok(args),
-            _ => Err("not `run`".into()),
-        }
-    };
-    let cli = parse(&["--speculate", "Hi"]).unwrap();
-    assert_eq!((cli.speculate, prompts(&cli).unwrap()), (4, vec!["Hi".to_owned()]));
-    assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
-    assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
-    assert!(parse(&["Hi", "--prompts", "file"]).is_err());
-
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("prompts.txt");
-    let of_file = || prompts(&parse(&["--prompts", path.to_str().unwrap()]).unwrap());
-    let refused = |expected: &str| {
-        let text = of_file().unwrap_err().to_string();
-        assert!(text.contains(expected) && text.contains(path.to_str().unwrap()), "{text}");
-    };
-    refused("cannot read the prompts");
-    fs::write(&path, "\n \n").unwrap();
-    refused("has no prompts");
-    fs::write(&path, "One?\n\n  Two \r\nThree").unwrap();
-    assert_eq!(of_file().unwrap(), ["One?", "  Two ", "Three"]);
 }
 
 /// A small file, of this metadata and tensors of these shapes.

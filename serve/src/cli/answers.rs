@@ -1,45 +1,85 @@
 //! The answers to prompts, as they are printed, and what they took.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fmt,
-    io::{self, Write},
+    io::Write,
     time::Duration,
 };
 
 use crate::{
     Result,
-    engine::{Engine, Events, Status},
+    engine::{End, Engine, Events, Status},
     request::Finish,
 };
 
-/// Prints answers while they come, in the order of their requests; each below its
-/// heading, if there are any.
-pub fn answer(engine: &Engine, requests: Vec<Events>, headings: Option<&[String]>) -> Result<Summary> {
+/// How many prompts wait for their answers at a time.
+const AHEAD: usize = 512;
+
+/// A prompt that was given to the engine.
+pub struct Asked {
+    /// What it is called where it is not answered, as in `line 3`.
+    pub name: String,
+    /// What is printed above its answer, if anything.
+    pub heading: Option<String>,
+    /// Its answer, or why there is none.
+    pub events: Result<Events>,
+}
+
+/// Prints the answers to prompts while they come, in the order of the prompts. These are asked as
+/// many at a time as an engine may take; one that cannot be answered is passed over, and noted.
+pub fn answer(
+    engine: &Engine,
+    mut asked: impl Iterator<Item = Asked>,
+    out: &mut dyn Write,
+) -> Result<Summary> {
     let mut summary = Summary { page_size: engine.config().page_size, ..Summary::default() };
-    let mut out = io::stdout().lock();
-    for (index, events) in requests.into_iter().enumerate() {
-        if let Some(headings) = headings {
-            writeln!(out, "> {}", headings[index])?;
+    let mut waiting: VecDeque<_> = asked.by_ref().take(AHEAD).collect();
+    while let Some(Asked { name, heading, events }) = waiting.pop_front() {
+        if let Some(heading) = &heading {
+            writeln!(out, "> {heading}")?;
         }
-        for event in events {
-            out.write_all(event.text.as_bytes())?;
-            if let Some(end) = event.end {
-                summary.decoded += end.usage.completion_tokens.saturating_sub(1);
-                if let Finish::NoNumbers | Finish::Failed(_) = end.finish {
-                    summary.failed.push((index + 1, end.finish.to_string()));
+        match events {
+            Ok(events) => {
+                if let Some(end) = print(events, out)? {
+                    summary.count(name, end);
                 }
-                *summary.ended.entry(end.finish.to_string()).or_default() += 1;
+                writeln!(out)?;
             }
-            out.flush()?;
+            Err(error) => summary.failed.push((name, error.to_string())),
         }
-        writeln!(out)?;
-        if headings.is_some() {
+        if heading.is_some() {
             writeln!(out)?;
         }
+        out.flush()?;
+        waiting.extend(asked.next());
     }
     summary.status = engine.status();
     Ok(summary)
+}
+
+/// Prints an answer while it comes; returns how it ended.
+pub fn print(events: Events, out: &mut dyn Write) -> Result<Option<End>> {
+    let mut last = None;
+    for event in events {
+        out.write_all(event.text.as_bytes())?;
+        out.flush()?;
+        last = event.end.or(last);
+    }
+    Ok(last)
+}
+
+/// Why an answer is none, if it is none.
+pub fn failure(finish: &Finish) -> Option<String> {
+    match finish {
+        Finish::NoNumbers => Some(
+            "the model's logits are no numbers; its file may be damaged, or its numbers too large for f16, which \
+             a GPU computes in (try --device cpu)"
+                .into(),
+        ),
+        Finish::Failed(_) => Some(format!("the answer was ended by {finish}")),
+        _ => None,
+    }
 }
 
 /// How all answers came about.
@@ -51,30 +91,37 @@ pub struct Summary {
     decoded: usize,
     /// How many answers ended in each way.
     ended: BTreeMap<String, usize>,
-    /// The requests, from 1 on, that were not answered, and why.
-    failed: Vec<(usize, String)>,
+    /// The prompts that were not answered, and why.
+    failed: Vec<(String, String)>,
 }
 
 impl Summary {
-    /// Whether all requests were answered.
+    /// Whether all prompts were answered.
     ///
     /// # Errors
-    /// Those that were not, if there are several by their numbers.
+    /// Those that were not, by their names if there are several, below each reason.
     pub fn check(&self) -> Result<()> {
-        let Some((_, reason)) = self.failed.first() else { return Ok(()) };
-        let numbers: Vec<_> = self.failed.iter().map(|(number, _)| number.to_string()).collect();
-        let of = match self.ended.values().sum() {
-            1 => String::new(),
-            _ => format!("prompt {}: ", numbers.join(", ")),
-        };
-        if *reason != Finish::NoNumbers.to_string() {
-            return Err(format!("{of}the answer was ended by {reason}").into());
+        let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
+        for (name, reason) in &self.failed {
+            match reasons.iter_mut().find(|(known, _)| known == reason) {
+                Some((_, names)) => names.push(name),
+                None => reasons.push((reason, vec![name])),
+            }
         }
-        Err(format!(
-            "{of}the model's logits are no numbers; its file may be damaged, or its numbers too large for f16, \
-             which a GPU computes in (try --device cpu)"
-        )
-        .into())
+        let line = |(reason, names): &(&str, Vec<&str>)| match names.join(", ") {
+            names if names.is_empty() => reason.to_string(),
+            names => format!("{names}: {reason}"),
+        };
+        match reasons.is_empty() {
+            true => Ok(()),
+            false => Err(reasons.iter().map(line).collect::<Vec<_>>().join("\n").into()),
+        }
+    }
+
+    fn count(&mut self, name: String, end: End) {
+        self.decoded += end.usage.completion_tokens.saturating_sub(1);
+        self.failed.extend(failure(&end.finish).map(|reason| (name, reason)));
+        *self.ended.entry(end.finish.to_string()).or_default() += 1;
     }
 }
 
@@ -103,9 +150,9 @@ impl fmt::Display for Summary {
                 write!(f, ", {} tokens computed again", stats.recomputed)?;
             }
         }
-        write!(f, "; {} steps; at most {} pages of {} tokens; ", stats.steps, stats.pages, self.page_size)?;
+        write!(f, "; {} steps; at most {} pages of {} tokens", stats.steps, stats.pages, self.page_size)?;
         for (index, (ended, count)) in self.ended.iter().enumerate() {
-            f.write_str(if index == 0 { "ended by " } else { ", " })?;
+            f.write_str(if index == 0 { "; ended by " } else { ", " })?;
             match many {
                 true => write!(f, "{ended} ({count})")?,
                 false => write!(f, "{ended}")?,

@@ -5,6 +5,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+mod architectures;
+mod sampling;
+
 use super::*;
 use crate::backend::{
     device::{Device as Place, load},
@@ -159,7 +162,7 @@ fn logits_on_the_gpu_are_those_of_the_cpu() {
     // Another pool: each has the memory of one engine.
     let pool = PageAllocator::new(20, 4).unwrap();
     let got = logits(&mut loaded.gpu(&pool, 32), &pool);
-    check_rows("logits", &got, &want, vocab);
+    check_rows("logits", &got, &want, vocab, LOGITS_BOUND);
 }
 
 fn norm(row: impl Iterator<Item = f32>) -> f32 {
@@ -167,13 +170,13 @@ fn norm(row: impl Iterator<Item = f32>) -> f32 {
 }
 
 /// Rows of logits against those of the CPU.
-fn check_rows(name: &str, got: &[f32], want: &[f32], vocab: usize) {
+fn check_rows(name: &str, got: &[f32], want: &[f32], vocab: usize, bound: f32) {
     assert_eq!(got.len(), want.len());
     let rows = got.chunks_exact(vocab).zip(want.chunks_exact(vocab));
     let mut worst = 0f32;
     for (row, (got, want)) in rows.enumerate() {
         let off = norm(got.iter().zip(want).map(|(a, b)| a - b)) / norm(want.iter().copied());
-        assert!(off <= LOGITS_BOUND, "{name}: row {row} is off by {off:.1e}");
+        assert!(off <= bound, "{name}: row {row} is off by {off:.1e}");
         worst = worst.max(off);
     }
     eprintln!("{name}: worst row off by {worst:.1e}");
@@ -221,7 +224,7 @@ fn check_forced(name: &str, model: &Model, tokens: &[u32]) {
     // The second round replays the graphs of the first.
     for round in 0..2 {
         let (got, greedy) = force(&mut gpu, &gpu_pool, tokens);
-        check_rows(&format!("{name}, round {round}"), &got, &want, vocab);
+        check_rows(&format!("{name}, round {round}"), &got, &want, vocab, LOGITS_BOUND);
         let mut clear = 0;
         for (row, (&greedy, &best)) in greedy.iter().zip(&best).enumerate() {
             let [got, want] = [&got, &want].map(|all| &all[row * vocab..][..vocab]);
@@ -337,8 +340,45 @@ fn forced_tokens_are_the_same_in_other_steps() {
     assert_eq!(got.len(), greedy.len() * 256);
     // The first request's first part.
     let want: Vec<_> = want[..7].iter().flatten().map(|&logit| logit as f32).collect();
-    check_rows("forced", &got[..7 * 256], &want, 256);
+    check_rows("forced", &got[..7 * 256], &want, 256, LOGITS_BOUND);
     assert_eq!(pool.used_pages(), 0);
+}
+
+/// Steps whose attention needs more memory than the graphs before them left it.
+#[test]
+fn the_memory_of_attention_grows_with_batches() {
+    const REQUESTS: usize = 1024;
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let sizes = forward::Sizes { heads: 16, kv_heads: 1, ..forward::EXPERTS };
+    let model = Model::open(&sizes.file().write(&folder)).unwrap();
+    let vocab = model.config.vocab_size;
+    let pool = PageAllocator::new(2 * REQUESTS, 4).unwrap();
+    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, REQUESTS).unwrap();
+    let before = gpu.workspace_bytes();
+    let mut alone = Vec::new();
+    for requests in [1, REQUESTS, 1, REQUESTS] {
+        let mut batch = Batch::new(&pool);
+        for _ in 0..requests {
+            batch.push(Sequence::new(&pool)).unwrap();
+        }
+        let mut all = Vec::new();
+        for token in [3, 5, 7] {
+            batch.append(vec![1; requests]).unwrap();
+            let (tokens, outputs) =
+                (vec![token; requests], (0..requests).map(Output::greedy).collect::<Vec<_>>());
+            gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+            let logits = gpu.logits().unwrap();
+            all.extend_from_slice(&logits[..vocab]);
+            all.extend_from_slice(&logits[logits.len() - vocab..]);
+        }
+        if alone.is_empty() {
+            alone.clone_from(&all);
+        }
+        check_rows(&format!("{requests} requests"), &all, &alone, vocab, LOGITS_BOUND);
+        gpu.replay().unwrap();
+    }
+    assert!(gpu.workspace_bytes() > before, "{before}");
 }
 
 #[test]

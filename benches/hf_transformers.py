@@ -1,8 +1,8 @@
 """Time of a decode step in Hugging Face transformers, to stand beside this crate's.
 
-    python3 benches/generate.py SmolLM2-135M-Instruct.Q4_1.gguf
+    python3 benches/hf_transformers.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-The same model as the example `generate` has, with the same weights in f16, at
+The model `smollm2` of the program `flashinfer`, with the same weights in f16, at
 contexts of 112 to 144 tokens: eager with the default cache, and compiled with a
 static cache. The next token is chosen on the device and stays there. Needs
 PyTorch, transformers and an NVIDIA GPU; without a GPU it checks the weights

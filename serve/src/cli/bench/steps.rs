@@ -1,12 +1,13 @@
-//! `flashinfer bench MODEL`: how fast the GPU decodes, the time of a step, and what of
-//! it is the graph's.
+//! The time of a decode step on a GPU, and what of it is the graph's.
 
 use std::{ffi::CStr, num::NonZeroUsize, sync::Arc, time::Instant};
 
 use cudarc::driver::{CudaStream, result};
-use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
+use flashinfer_rs::{
+    Stream,
+    kv::{Batch, PageAllocator, Sequence},
+};
 
-use super::PAGE_SIZE;
 use crate::{
     Result,
     backend::{
@@ -15,7 +16,6 @@ use crate::{
         gpu::Gpu,
         graph,
     },
-    hub,
     model::{
         Config, Model,
         synthetic::{self, Shape},
@@ -23,49 +23,49 @@ use crate::{
     request::Finish,
 };
 
+/// Tokens of a page of the KV cache.
+const PAGE_SIZE: usize = 16;
 const WARM_UP: usize = 10;
 const STEPS: usize = 100;
 /// Bytes that an H200 reads from its memory in a second.
 const BANDWIDTH: f64 = 4.8e12;
 
-/// Measure decode steps on the GPU
-#[derive(clap::Args)]
-pub struct Args {
-    /// As for `run`
-    #[arg(required_unless_present = "shape")]
-    model: Option<String>,
-    /// A model of this shape with random weights
-    #[arg(long, conflicts_with = "model")]
-    shape: Option<Shape>,
-    /// How many requests decode at a time
-    #[arg(long, value_delimiter = ',', value_name = "N,…", default_value = "1,8,64")]
-    batch: Vec<NonZeroUsize>,
-    /// Tokens of each request before the first step
-    #[arg(long, value_name = "N", default_value = "128")]
-    context: NonZeroUsize,
+/// Measures steps of a model that answers so many requests at a time, each with so many tokens
+/// before the first step.
+///
+/// # Errors
+/// There is no GPU that can be used, or the model does not fit it.
+pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize) -> Result<()> {
+    match model {
+        Source::Shape(shape) => {
+            let config = shape.config()?;
+            table(&config, batches, context, |pool, most| {
+                let (ends, layers) = synthetic::weights(&config)?;
+                with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
+            })
+        }
+        Source::Model(model) => {
+            table(&model.config, batches, context, |pool, most| load_gpu(model, pool, most))
+        }
+    }
 }
 
-/// Runs the command.
-pub fn run(args: &Args) -> Result<()> {
-    if let Some(shape) = args.shape {
-        let config = shape.config()?;
-        return table(args, &config, |pool, most| {
-            let (ends, layers) = synthetic::weights(&config)?;
-            with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
-        });
-    }
-    let model = Model::open(&hub::locate(args.model.as_deref().unwrap_or(hub::SMOLLM2))?)?;
-    table(args, &model.config, |pool, most| load_gpu(&model, pool, most))
+/// What is measured.
+pub enum Source<'a> {
+    /// A model.
+    Model(&'a Model),
+    /// Random weights of a shape.
+    Shape(Shape),
 }
 
 /// Prints a table with a row for each number of requests. `load` makes the engine,
 /// for a pool and the most tokens of a step.
 fn table(
-    args: &Args,
     config: &Config,
+    batches: &[NonZeroUsize],
+    context: usize,
     load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
 ) -> Result<()> {
-    let (batches, context) = (&args.batch, args.context.get());
     let most = batches.iter().max().map_or(1, |batch| batch.get());
     let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
     // One more for requests that fill up a graph.
@@ -161,16 +161,19 @@ fn idle(cuda: &Arc<CudaStream>, kernels: usize) -> Result<f64> {
         let module = result::module::load_data(PTX.as_ptr().cast())?;
         (module, result::module::get_function(module, c"empty".into())?)
     };
-    let graph = graph::capture(cuda, || {
+    let launches = || {
         for _ in 0..kernels {
             // SAFETY: the kernel takes no parameters and touches nothing.
             unsafe { result::launch_kernel(function, (1, 1, 1), (32, 1, 1), 0, cuda.cu_stream(), &mut [])? };
         }
         Ok(())
-    })?;
-    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, &graph)?)));
+    };
+    // SAFETY: the kernel touches nothing, and the module goes after the graph.
+    let step = unsafe { graph::capture(&Stream::from(cuda), launches)? };
+    let launch = || Ok(step.launch(&())?);
+    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, launch)?)));
     let time = median(times.collect::<Result<_>>()?);
-    drop(graph);
+    drop(step);
     // SAFETY: every launch was waited for, and the graph is gone.
     unsafe { result::module::unload(module)? };
     Ok(time)
