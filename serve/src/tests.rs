@@ -2,7 +2,7 @@
 //! or run as they should be.
 
 pub(crate) mod bytes;
-mod forward;
+pub(crate) mod forward;
 mod gpu;
 mod sentencepiece;
 
@@ -422,7 +422,7 @@ impl Tiny {
         Text::from_gguf(&content).map(Arc::new)
     }
 
-    fn write(&self, folder: &TempDir) -> PathBuf {
+    pub(crate) fn write(&self, folder: &TempDir) -> PathBuf {
         let tensor = |name: &str, shape: &[usize]| {
             let values: Vec<_> =
                 (0..shape.iter().product()).map(|at| (self.value)(name, shape, at)).collect();
