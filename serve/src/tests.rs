@@ -1,6 +1,7 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
+mod architectures;
 mod bytes;
 mod forward;
 mod gpu;
