@@ -109,9 +109,6 @@ mod ops;
 #[cfg(feature = "progress")]
 pub mod progress;
 pub mod reference;
-#[cfg(test)]
-#[path = "../tests/required/mod.rs"]
-mod required;
 mod runtime;
 mod stream;
 mod tensor;
@@ -126,9 +123,7 @@ pub use indices::{
     RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable, SequenceIndices, SequenceTable,
 };
 pub use module::{Module, ModuleName};
-pub use ops::{
-    activation, attention, cascade, gdn, gemm, norm, page, quantization, rope, sampling, signatures, topk,
-};
+pub use ops::*;
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use stream::Stream;
 pub use tensor::{MAX_RANK, TensorMut, TensorRef};

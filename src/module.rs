@@ -24,38 +24,14 @@ use crate::{
 
 /// The name of a kernel module, which is also its file's name.
 ///
-/// Modules of a fixed name are constants here; others follow from what selects
-/// them, such as [`AttentionSpec`](crate::attention::AttentionSpec).
+/// Modules of a fixed name are constants here, each defined by the family of
+/// operations that calls it; others follow from what selects them, such as [`AttentionSpec`](crate::attention::AttentionSpec).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModuleName(Cow<'static, str>);
 
 impl ModuleName {
-    /// RMS and layer norms.
-    pub const NORM: Self = Self::fixed("norm");
-    /// Appending to a paged KV cache.
-    pub const PAGE: Self = Self::fixed("page");
-    /// Rotary position embeddings.
-    pub const ROPE: Self = Self::fixed("rope");
-    /// `silu(a) · b`.
-    pub const SILU_AND_MUL: Self = Self::fixed("silu_and_mul");
-    /// `gelu(a) · b`.
-    pub const GELU_AND_MUL: Self = Self::fixed("gelu_and_mul");
-    /// `gelu(a) · b`, by the approximation with `tanh`.
-    pub const GELU_TANH_AND_MUL: Self = Self::fixed("gelu_tanh_and_mul");
-    /// Softmax, sampling and renormalization.
-    pub const SAMPLING: Self = Self::fixed("sampling");
-    /// Selecting the largest.
-    pub const TOPK: Self = Self::fixed("topk");
-    /// Packing of bits.
-    pub const QUANTIZATION: Self = Self::fixed("quantization");
-    /// Segment GEMM for compute capability 8.0 and newer, and GEMM of 8-bit floats.
-    pub const GEMM: Self = Self::fixed("gemm");
-    /// Segment GEMM for compute capability 9.0.
-    pub const GEMM_SM90: Self = Self::fixed("gemm_sm90");
-    /// Prefill of gated delta networks, for compute capability 9.0.
-    pub const GDN_PREFILL_SM90: Self = Self::fixed("gdn_prefill_sm90");
-
-    const fn fixed(name: &'static str) -> Self {
+    /// A name that does not change; each family of operations has its own.
+    pub(crate) const fn fixed(name: &'static str) -> Self {
         Self(Cow::Borrowed(name))
     }
 

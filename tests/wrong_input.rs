@@ -15,7 +15,8 @@ use flashinfer_rs::{
         RopeTensors, Rotation,
     },
     sampling::{
-        self, ChainInput, ChainSamples, Indices, Parameter, Philox, Random, Samples, SamplingOptions,
+        self, ChainInput, ChainSamples, Indices, Parameter, Philox, Random, SampleOptions, Samples,
+        SamplingOptions,
     },
 };
 
@@ -609,6 +610,60 @@ fn largest_logits_and_top_p() {
     for rows in [on(GPU, DType::F32, &[5]), on(GPU, DType::F64, &[4]), on(Device::Cpu, DType::F32, &[4])] {
         top_p(out(), good, Parameter::PerRow(rows), "top_p");
     }
+}
+
+#[test]
+fn sampling_steps() {
+    let stream = stream();
+    let on = |device, dtype, shape: &[usize]| tensor(ALIGNED, device, dtype, shape, None);
+    let run = |output: (DType, &[usize]),
+               logits: (Device, DType, &[usize]),
+               options: &SampleOptions<'_>,
+               argument| {
+        let mut logits = tensor_mut(logits.0, logits.1, logits.2);
+        let call = sampling::sample(&stream, &mut tensor_mut(GPU, output.0, output.1), &mut logits, options);
+        refused(call, "sample", argument);
+    };
+    let good = SampleOptions::new(on(GPU, DType::F32, &[4]));
+    let (tokens, f32s): ((_, &[usize]), (_, _, &[usize])) = ((DType::I32, &[4]), (GPU, DType::F32, &[4, 64]));
+    for logits in [
+        (Device::Cpu, DType::F32, &[4, 64][..]),
+        (Device::Cuda(1), DType::F32, &[4, 64]),
+        (GPU, DType::F16, &[4, 64]),
+        (GPU, DType::F32, &[256]),
+        (GPU, DType::F32, &[4, 0]),
+        (GPU, DType::F32, &[1, (1 << 23) + 1]),
+    ] {
+        run(tokens, logits, &good, "logits");
+    }
+    for output in [(DType::F32, &[4][..]), (DType::U8, &[4]), (DType::I64, &[3]), (DType::I32, &[4, 1])] {
+        run(output, f32s, &good, "output");
+    }
+    for uniforms in [on(GPU, DType::F64, &[4]), on(GPU, DType::F32, &[5]), on(Device::Cpu, DType::F32, &[4])]
+    {
+        run(tokens, f32s, &SampleOptions::new(uniforms), "uniforms");
+    }
+    let with = |change: &dyn Fn(&mut SampleOptions<'static>), argument| {
+        let mut options = good;
+        change(&mut options);
+        run(tokens, f32s, &options, argument);
+    };
+    for temperature in [-1.0, f64::NAN, f64::INFINITY, 1e300] {
+        with(&|options| options.temperature = temperature.into(), "temperature");
+    }
+    for top_p in [0.0, -0.5, 1.1, f64::NAN, 1e-60] {
+        with(&|options| options.top_p = top_p.into(), "top_p");
+    }
+    for min_p in [-0.5, 1.1, f64::NAN] {
+        with(&|options| options.min_p = min_p.into(), "min_p");
+    }
+    for rows in [on(GPU, DType::F32, &[5]), on(GPU, DType::F64, &[4]), on(Device::Cpu, DType::F32, &[4])] {
+        with(&|options| options.temperature = Parameter::PerRow(rows), "temperature");
+        with(&|options| options.top_p = Parameter::PerRow(rows), "top_p");
+        with(&|options| options.min_p = Parameter::PerRow(rows), "min_p");
+        with(&|options| options.top_k = Parameter::PerRow(rows), "top_k");
+    }
+    with(&|options| options.top_k = Parameter::PerRow(on(GPU, DType::I64, &[4])), "top_k");
 }
 
 #[test]

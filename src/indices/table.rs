@@ -27,13 +27,14 @@ impl<T: sealed::Arrays> IndexArrays for T {}
 mod sealed {
     use crate::dtype::DType;
 
-    /// One array on the host, of an integer type that kernels read.
+    /// One array on the host, of a type that kernels read.
     #[derive(Clone, Copy)]
     pub enum Array<'a> {
         I32(&'a [i32]),
         I64(&'a [i64]),
         U32(&'a [u32]),
         U16(&'a [u16]),
+        F32(&'a [f32]),
     }
 
     impl Array<'_> {
@@ -45,6 +46,7 @@ mod sealed {
                 Self::I64(array) => array.len(),
                 Self::U32(array) => array.len(),
                 Self::U16(array) => array.len(),
+                Self::F32(array) => array.len(),
             }
         }
 
@@ -54,6 +56,7 @@ mod sealed {
                 Self::I64(_) => DType::I64,
                 Self::U32(_) => DType::U32,
                 Self::U16(_) => DType::U16,
+                Self::F32(_) => DType::F32,
             }
         }
 
@@ -72,6 +75,7 @@ mod sealed {
                 Self::I64(array) => put!(*array),
                 Self::U32(array) => put!(*array),
                 Self::U16(array) => put!(*array),
+                Self::F32(array) => put!(*array),
             }
         }
     }
@@ -293,6 +297,13 @@ impl<T: IndexArrays> OnDevice<T> {
         let capacity = host.arrays().map(|array| array.len());
         let starts = pointers.map(<*const c_void>::cast_mut);
         Self { host, stream: stream.clone(), capacity, starts, storage: None }
+    }
+}
+
+/// The arrays on the host.
+impl<T> AsRef<T> for OnDevice<T> {
+    fn as_ref(&self) -> &T {
+        &self.host
     }
 }
 

@@ -36,7 +36,7 @@ use crate::{
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -45,6 +45,15 @@ kernels! {
 
 const GELU: Signature = Signature { function: "gelu_and_mul", ..ActAndMul::SIGNATURE };
 const GELU_TANH: Signature = Signature { function: "gelu_tanh_and_mul", ..ActAndMul::SIGNATURE };
+
+impl ModuleName {
+    /// `silu(a) · b`.
+    pub const SILU_AND_MUL: Self = Self::fixed("silu_and_mul");
+    /// `gelu(a) · b`.
+    pub const GELU_AND_MUL: Self = Self::fixed("gelu_and_mul");
+    /// `gelu(a) · b`, by the approximation with `tanh`.
+    pub const GELU_TANH_AND_MUL: Self = Self::fixed("gelu_tanh_and_mul");
+}
 
 pub(super) const SIGNATURES: &[(&str, Signature)] =
     &[("silu_and_mul", ActAndMul::SIGNATURE), ("gelu_and_mul", GELU), ("gelu_tanh_and_mul", GELU_TANH)];
@@ -120,34 +129,7 @@ fn act_and_mul(
     input: &TensorRef<'_>,
     options: &ActivationOptions,
 ) -> Result<()> {
-    let check = Check::new(function.name(), stream)?;
-    check.tensor("input", &input.raw, &[DType::F16, DType::BF16], &[1, 2, 3, 4, 5])?;
-    check.tensor("out", &out.raw, &[input.dtype()], &[input.rank()])?;
-    let Some(d) = halved(input.shape(), out.shape()) else {
-        return check.fail(
-            "out",
-            format!(
-                "its shape is {:?}, that of input {:?}; expected half of input's last dimension, and the others alike",
-                out.shape(),
-                input.shape()
-            ),
-        );
-    };
-    if d == 0 || d % 8 != 0 || d >= 1 << 30 {
-        return check.fail(
-            "out",
-            format!("its rows have {d} elements; the kernel takes multiples of 8 below 2^30, and not 0"),
-        );
-    }
-    for (name, tensor) in [("input", &input.raw), ("out", &out.raw)] {
-        check.contiguous(name, tensor)?;
-        check.aligned(name, tensor, 16)?;
-    }
-    let rows = out.raw.numel() / d;
-    if rows > i64::from(i32::MAX) {
-        return check.fail("input", format!("{rows} rows; a launch has fewer than 2^31"));
-    }
-    if rows == 0 {
+    if check_act_and_mul(&Check::new(function.name(), stream)?, &out.raw, &input.raw)? == 0 {
         return Ok(());
     }
     let runtime = FlashInferRuntime::get()?;
@@ -164,6 +146,37 @@ fn act_and_mul(
     // of 16 bytes, and the numbers of rows and elements fit the launch. The
     // kernel computes offsets in 64 bits.
     runtime.cuda().watch_launch(|| unsafe { kernel.call(function, stream) }.map(drop))
+}
+
+/// All that the kernels assume. Returns the number of rows.
+pub(crate) fn check_act_and_mul(check: &Check<'_>, out: &RawTensor, input: &RawTensor) -> Result<i64> {
+    check.tensor("input", input, &[DType::F16, DType::BF16], &[1, 2, 3, 4, 5])?;
+    check.tensor("out", out, &[input.dtype], &[input.shape().len()])?;
+    let Some(d) = halved(input.shape(), out.shape()) else {
+        return check.fail(
+            "out",
+            format!(
+                "its shape is {:?}, that of input {:?}; expected half of input's last dimension, and the others alike",
+                out.shape(),
+                input.shape()
+            ),
+        );
+    };
+    if d == 0 || d % 8 != 0 || d >= 1 << 30 {
+        return check.fail(
+            "out",
+            format!("its rows have {d} elements; the kernel takes multiples of 8 below 2^30, and not 0"),
+        );
+    }
+    for (name, tensor) in [("input", input), ("out", out)] {
+        check.contiguous(name, tensor)?;
+        check.aligned(name, tensor, 16)?;
+    }
+    let rows = out.numel() / d;
+    if rows > i64::from(i32::MAX) {
+        return check.fail("input", format!("{rows} rows; a launch has fewer than 2^31"));
+    }
+    Ok(rows)
 }
 
 /// The last dimension of `out`, if the shape is that of `input` but for the

@@ -1,7 +1,9 @@
-//! The checks that stand before every launch.
+//! The checks that stand before every launch, and before the CPU's twins of kernels where they are
+//! strict.
 
 use crate::{
     cuda::PtxKernel,
+    device::Device,
     dtype::DType,
     error::{FlashInferError, Result},
     runtime::FlashInferRuntime,
@@ -9,17 +11,33 @@ use crate::{
     tensor::RawTensor,
 };
 
-/// Checks the arguments of one operation on one stream.
+/// Checks the arguments of one operation, on one stream or on the host.
 pub(crate) struct Check<'s> {
     op: &'static str,
-    stream: &'s Stream,
+    /// `None` on the host.
+    stream: Option<&'s Stream>,
 }
 
 impl<'s> Check<'s> {
     /// Also refuses a stream that does not exist in this thread.
     pub(crate) fn new(op: &'static str, stream: &'s Stream) -> Result<Self> {
         stream.check_usable_here(op)?;
-        Ok(Self { op, stream })
+        Ok(Self { op, stream: Some(stream) })
+    }
+
+    /// Of tensors in host memory.
+    pub(crate) fn on_host(op: &'static str) -> Self {
+        Self { op, stream: None }
+    }
+
+    /// Where the work goes; `None` on the host, where no limit of a GPU is known.
+    pub(crate) fn stream(&self) -> Option<&'s Stream> {
+        self.stream
+    }
+
+    /// Where tensors are.
+    pub(crate) fn device(&self) -> Device {
+        self.stream.map_or(Device::Cpu, Stream::device)
     }
 
     /// The operation's name.
@@ -33,20 +51,20 @@ impl<'s> Check<'s> {
 
     /// The stream that a value of ours is tied to is this operation's.
     pub(crate) fn on_stream(&self, argument: &'static str, stream: &Stream) -> Result<()> {
-        if stream == self.stream {
-            return Ok(());
+        match self.stream {
+            Some(own) if own != stream => {
+                self.fail(argument, format!("it belongs to {stream:?}, but the operation runs on {own:?}"))
+            }
+            _ => Ok(()),
         }
-        self.fail(argument, format!("it belongs to {stream:?}, but the operation runs on {:?}", self.stream))
     }
 
     /// Has a kernel of this crate compiled, before anything is launched. A
     /// capture does not allow it.
     pub(crate) fn compiled(&self, argument: &'static str, kernel: &PtxKernel) -> Result<()> {
-        if kernel.is_loaded() {
-            return Ok(());
-        }
+        let Some(stream) = self.stream.filter(|_| !kernel.is_loaded()) else { return Ok(()) };
         let cuda = FlashInferRuntime::get()?.cuda();
-        if cuda.is_capturing(self.stream)? {
+        if cuda.is_capturing(stream)? {
             return self.fail(
                 argument,
                 "the stream is being captured, and its kernel has to be compiled first; call once before the \
@@ -65,13 +83,11 @@ impl<'s> Check<'s> {
         dtypes: &[DType],
         ranks: &[usize],
     ) -> Result<()> {
-        if tensor.device != self.stream.device() {
-            return self.fail(
-                argument,
-                format!("it is on {}, but the stream is on {}", tensor.device, self.stream.device()),
-            );
+        if tensor.device != self.device() {
+            let place = if self.stream.is_some() { "but the stream is on" } else { "expected" };
+            return self.fail(argument, format!("it is on {}, {place} {}", tensor.device, self.device()));
         }
-        if tensor.stream.is_some_and(|stream| stream != self.stream.id()) {
+        if tensor.stream.is_some_and(|stream| self.stream.is_none_or(|own| own.id() != stream)) {
             return self.fail(
                 argument,
                 "the view was made for another stream; make it with the stream that the operation runs on"

@@ -56,6 +56,11 @@ kernels! {
     ) -> "void";
 }
 
+impl ModuleName {
+    /// Prefill of gated delta networks, for compute capability 9.0.
+    pub const GDN_PREFILL_SM90: Self = Self::fixed("gdn_prefill_sm90");
+}
+
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[("gdn_prefill_sm90", GdnPrefill::SIGNATURE)];
 
 static GDN_PREFILL: FixedFunction = FixedFunction::of(ModuleName::GDN_PREFILL_SM90, &GdnPrefill::SIGNATURE);

@@ -1,9 +1,10 @@
-//! FlashInfer's operations, one file or folder for each module family.
+//! FlashInfer's operations, one file or folder for each module family. It has the names of its
+//! modules, what it calls of them, the checks before, and the calls.
 
 pub mod activation;
 pub mod attention;
 pub mod cascade;
-mod check;
+pub(crate) mod check;
 mod function;
 pub mod gdn;
 pub mod gemm;
@@ -15,8 +16,29 @@ pub mod sampling;
 mod signatures;
 pub mod topk;
 
+use crate::ffi::Signature;
 use function::{FixedFunction, enable_pdl};
-pub use signatures::signatures;
+
+/// The argument list of every function that this crate calls, with a pattern
+/// of the modules that export it; see [`ModuleName::matches`](crate::ModuleName::matches).
+///
+/// [`Signature::compare`] holds a declaration against what a module prints of
+/// itself.
+pub fn signatures() -> Vec<(&'static str, Signature)> {
+    [
+        activation::SIGNATURES,
+        &attention::signatures(),
+        gdn::SIGNATURES,
+        &gemm::signatures(),
+        &norm::signatures(),
+        page::SIGNATURES,
+        quantization::SIGNATURES,
+        rope::SIGNATURES,
+        sampling::SIGNATURES,
+        topk::SIGNATURES,
+    ]
+    .concat()
+}
 
 #[cfg(test)]
 mod tests {
@@ -26,10 +48,13 @@ mod tests {
     #[test]
     fn ptx_is_made_of_its_source() {
         macro_rules! sources {
-            ($($folder:literal $name:literal,)*) => {
+            ($($folder:literal $name:literal $($header:literal)?,)*) => {
                 [$((
                     $name,
-                    include_str!(concat!($folder, $name, ".cu")),
+                    concat!(
+                        $(include_str!(concat!($folder, $header)),)?
+                        include_str!(concat!($folder, $name, ".cu")),
+                    ),
                     include_str!(concat!($folder, $name, ".ptx")),
                 ),)*]
             };
@@ -37,9 +62,11 @@ mod tests {
         for (name, source, ptx) in sources![
             "" "merge_states",
             "attention/" "empty_states",
-            "sampling/" "argmax",
+            "sampling/" "argmax" "rows.cuh",
             "sampling/" "chain",
-            "sampling/" "top_p",
+            "sampling/" "edit_logits",
+            "sampling/" "sample" "rows.cuh",
+            "sampling/" "top_p" "rows.cuh",
         ] {
             let line = format!("// Made of {name}.cu by ptx.sh: sha256 {}", Digest::of(source.as_bytes()));
             assert_eq!(ptx.lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");

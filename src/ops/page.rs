@@ -8,7 +8,7 @@ use crate::{
     dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    indices::{AppendTable, PageTable},
+    indices::{AppendTable, PageIndices, PageTable},
     kv::{KvLayout, PagedKvMut, layout::MLA_DIMS},
     module::ModuleName,
     runtime::FlashInferRuntime,
@@ -27,6 +27,11 @@ kernels! {
         ckv_cache: Tensor, kpe_cache: Tensor,
         kv_indices: Tensor, kv_indptr: Tensor, kv_last_page_len: Tensor,
     ) -> "void";
+}
+
+impl ModuleName {
+    /// Appending to a paged KV cache.
+    pub const PAGE: Self = Self::fixed("page");
 }
 
 pub(super) const SIGNATURES: &[(&str, Signature)] =
@@ -53,7 +58,7 @@ pub(crate) fn check_cache(
     check: &Check<'_>,
     [k, v]: [&RawTensor; 2],
     layout: KvLayout,
-    table: &PageTable,
+    table: &impl AsRef<PageIndices>,
     dtypes: &[DType],
 ) -> Result<CacheShape> {
     check.tensor("kv.k", k, dtypes, &[4])?;
@@ -70,7 +75,7 @@ pub(crate) fn check_cache(
         );
     }
     let (page_size, heads) = layout.page_size_and_heads(k.shape());
-    check_pages(check, "kv.k", k.shape()[0], page_size, table)?;
+    check_pages(check, "kv.k", k.shape()[0], page_size, table.as_ref())?;
     check_rows_in_32_bits(check, "kv.k", k)?;
     check_rows_in_32_bits(check, "kv.v", v)?;
     Ok(CacheShape { heads, head_dim: k.shape()[3] })
@@ -81,19 +86,18 @@ fn check_pages(
     argument: &'static str,
     pages: i64,
     page_size: i64,
-    table: &PageTable,
+    table: &PageIndices,
 ) -> Result<()> {
-    let host = table.host();
-    if page_size != host.page_size() as i64 {
+    if page_size != table.page_size() as i64 {
         return check.fail(
             argument,
-            format!("its pages hold {page_size} tokens, those of the page table {}", host.page_size()),
+            format!("its pages hold {page_size} tokens, those of the page table {}", table.page_size()),
         );
     }
-    if pages < host.num_pages() as i64 {
+    if pages < table.num_pages() as i64 {
         return check.fail(
             argument,
-            format!("it has {pages} pages, but the page table was checked for {}", host.num_pages()),
+            format!("it has {pages} pages, but the page table was checked for {}", table.num_pages()),
         );
     }
     Ok(())
@@ -105,12 +109,12 @@ pub(crate) fn check_mla_cache(
     check: &Check<'_>,
     names: [&'static str; 2],
     parts: [&RawTensor; 2],
-    table: &PageTable,
+    table: &impl AsRef<PageIndices>,
     dtypes: &[DType],
 ) -> Result<()> {
     check.tensor(names[0], parts[0], dtypes, &[3])?;
     let (dtype, pages, page_size) = (parts[0].dtype, parts[0].shape()[0], parts[0].shape()[1]);
-    check_pages(check, names[0], pages, page_size, table)?;
+    check_pages(check, names[0], pages, page_size, table.as_ref())?;
     for ((name, part), dim) in names.into_iter().zip(parts).zip(MLA_DIMS) {
         check.tensor(name, part, &[dtype], &[3])?;
         check.shape(name, part, &[pages, page_size, dim])?;
@@ -157,14 +161,45 @@ pub fn append_paged_kv_cache(
 ) -> Result<()> {
     let check = Check::new("append_paged_kv_cache", stream)?;
     check_tables(&check, append, table)?;
+    let shape = check_append(&check, [&key.raw, &value.raw], append.host().len(), cache, table.host())?;
+    if append.host().is_empty() || shape.heads == 0 {
+        return Ok(());
+    }
+    let arrays = DeviceArrays::of(append, table)?;
+    let kernel = AppendPagedKvCache {
+        append_key: key.into(),
+        append_value: value.into(),
+        batch_indices: DlTensor::new(&arrays.batch_indices),
+        positions: DlTensor::new(&arrays.positions),
+        paged_k_cache: DlTensor::new(&cache.k.raw),
+        paged_v_cache: DlTensor::new(&cache.v.raw),
+        kv_indices: DlTensor::new(&arrays.indices),
+        kv_indptr: DlTensor::new(&arrays.indptr),
+        kv_last_page_len: DlTensor::new(&arrays.last_page_len),
+        layout: cache.layout.code(),
+    };
+    // SAFETY: tensors were checked for all that the kernel assumes; the index
+    // arrays are the device copies of values that were checked against each
+    // other and against a cache of at most this many pages.
+    unsafe { kernel.call(APPEND.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+}
+
+/// All that the kernel of [`append_paged_kv_cache`] assumes of tensors.
+pub(crate) fn check_append(
+    check: &Check<'_>,
+    [key, value]: [&RawTensor; 2],
+    tokens: usize,
+    cache: &PagedKvMut<'_>,
+    table: &PageIndices,
+) -> Result<CacheShape> {
     let (k, v) = (&cache.k.raw, &cache.v.raw);
-    let shape = check_cache(&check, [k, v], cache.layout, table, &DTYPES)?;
+    let shape = check_cache(check, [k, v], cache.layout, table, &DTYPES)?;
     if !HEAD_DIMS.contains(&shape.head_dim) {
         return check.fail("kv.k", format!("head_dim {}; the kernel has {HEAD_DIMS:?}", shape.head_dim));
     }
-    for (name, tensor) in [("key", &key.raw), ("value", &value.raw)] {
+    for (name, tensor) in [("key", key), ("value", value)] {
         check.tensor(name, tensor, &[k.dtype], &[3])?;
-        check.shape(name, tensor, &[append.host().len() as i64, shape.heads, shape.head_dim])?;
+        check.shape(name, tensor, &[tokens as i64, shape.heads, shape.head_dim])?;
         check.last_dim_contiguous(name, tensor)?;
         check.aligned(name, tensor, 16)?;
     }
@@ -181,26 +216,7 @@ pub fn append_paged_kv_cache(
             ),
         );
     }
-    if append.host().is_empty() || shape.heads == 0 {
-        return Ok(());
-    }
-    let arrays = DeviceArrays::of(append, table)?;
-    let kernel = AppendPagedKvCache {
-        append_key: key.into(),
-        append_value: value.into(),
-        batch_indices: DlTensor::new(&arrays.batch_indices),
-        positions: DlTensor::new(&arrays.positions),
-        paged_k_cache: DlTensor::new(k),
-        paged_v_cache: DlTensor::new(v),
-        kv_indices: DlTensor::new(&arrays.indices),
-        kv_indptr: DlTensor::new(&arrays.indptr),
-        kv_last_page_len: DlTensor::new(&arrays.last_page_len),
-        layout: cache.layout.code(),
-    };
-    // SAFETY: tensors were checked for all that the kernel assumes; the index
-    // arrays are the device copies of values that were checked against each
-    // other and against a cache of at most this many pages.
-    unsafe { kernel.call(APPEND.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+    Ok(shape)
 }
 
 /// Writes new tokens to their places in the paged cache of multi-head latent
@@ -224,16 +240,9 @@ pub fn append_paged_mla_kv_cache(
     let check = Check::new("append_paged_mla_kv_cache", stream)?;
     check_tables(&check, append, table)?;
     let [ckv_cache, kpe_cache] = caches.map(|cache| cache.raw);
-    let tokens = append.host().len() as i64;
-    check_mla_cache(&check, ["ckv_cache", "kpe_cache"], [&ckv_cache, &kpe_cache], table, &DTYPES)?;
-    let dtype = ckv_cache.dtype;
-    for (name, rows, dim) in [("ckv", &ckv.raw, MLA_DIMS[0]), ("kpe", &kpe.raw, MLA_DIMS[1])] {
-        check.tensor(name, rows, &[dtype], &[2])?;
-        check.shape(name, rows, &[tokens, dim])?;
-        check.last_dim_contiguous(name, rows)?;
-        check.aligned(name, rows, 16)?;
-    }
-    if tokens == 0 {
+    let (new, caches) = ([&ckv.raw, &kpe.raw], [&ckv_cache, &kpe_cache]);
+    check_append_mla(&check, new, append.host().len(), caches, table.host())?;
+    if append.host().is_empty() {
         return Ok(());
     }
     let arrays = DeviceArrays::of(append, table)?;
@@ -251,6 +260,24 @@ pub fn append_paged_mla_kv_cache(
     // SAFETY: as in `append_paged_kv_cache`; both caches have the pages and
     // page size that the table was checked for.
     unsafe { kernel.call(APPEND_MLA.get(FlashInferRuntime::get()?)?, stream) }.map(drop)
+}
+
+/// All that the kernel of [`append_paged_mla_kv_cache`] assumes of tensors.
+pub(crate) fn check_append_mla(
+    check: &Check<'_>,
+    new: [&RawTensor; 2],
+    tokens: usize,
+    caches: [&RawTensor; 2],
+    table: &PageIndices,
+) -> Result<()> {
+    check_mla_cache(check, ["ckv_cache", "kpe_cache"], caches, table, &DTYPES)?;
+    for ((name, rows), dim) in ["ckv", "kpe"].into_iter().zip(new).zip(MLA_DIMS) {
+        check.tensor(name, rows, &[caches[0].dtype], &[2])?;
+        check.shape(name, rows, &[tokens as i64, dim])?;
+        check.last_dim_contiguous(name, rows)?;
+        check.aligned(name, rows, 16)?;
+    }
+    Ok(())
 }
 
 pub(super) fn check_tables(check: &Check<'_>, append: &AppendTable, table: &PageTable) -> Result<()> {
@@ -338,6 +365,47 @@ mod tests {
             at(ADDRESS, DType::F16, [8, 16, 2, 64], Some(&[4096, 128, 64, 1])),
         ] {
             assert_eq!(refused(&good, &v), Some("kv.v"), "{v:?}");
+        }
+    }
+
+    /// The strict CPU path refuses in the words of the GPU's.
+    #[test]
+    fn the_strict_reference_says_the_same() {
+        use crate::{
+            indices::AppendIndices,
+            reference,
+            tensor::{TensorMut, TensorRef},
+        };
+        // SAFETY: nothing is enqueued on the stream.
+        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+        let table = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();
+        let append = AppendIndices::new(&table, vec![0], vec![19]).unwrap();
+        for (dtype, shape, new, new_dtype) in [
+            (DType::F32, [8, 16, 2, 64], [1, 2, 64], DType::F32),
+            (DType::F16, [7, 16, 2, 64], [1, 2, 64], DType::F16),
+            (DType::F16, [8, 15, 2, 64], [1, 2, 64], DType::F16),
+            (DType::F16, [8, 16, 2, 80], [1, 2, 80], DType::F16),
+            (DType::F16, [8, 16, 2, 64], [2, 2, 64], DType::F16),
+            (DType::F16, [8, 16, 2, 64], [1, 2, 64], DType::F32),
+            (DType::F16, [8, 16, 512, 64], [1, 512, 64], DType::F16),
+        ] {
+            let at = |device, dtype, shape: &[usize]| {
+                RawTensor::new(ADDRESS as *mut c_void, device, dtype, shape, None).unwrap()
+            };
+            let said = [Device::Cuda(0), Device::Cpu].map(|device| {
+                let [k, v] = [(); 2].map(|()| TensorMut::new(at(device, dtype, &shape)));
+                let mut cache = PagedKvMut { k, v, layout: KvLayout::Nhd };
+                let new = TensorRef::new(at(device, new_dtype, &new));
+                if device == Device::Cpu {
+                    let _strict = reference::strict();
+                    return reference::append_paged_kv_cache(&new, &new, &append, &mut cache, &table)
+                        .unwrap_err()
+                        .to_string();
+                }
+                let check = Check::new("append_paged_kv_cache", &stream).unwrap();
+                check_append(&check, [&new.raw; 2], append.len(), &cache, &table).err().unwrap().to_string()
+            });
+            assert_eq!(said[0], said[1]);
         }
     }
 }

@@ -1,13 +1,16 @@
 #!/bin/sh
 # Compiles the CUDA C below this folder to PTX, with the nvcc that is given or found: CUDA 13.0's
-# made what is here. A test compares the digest in each first line with that of the source.
+# made what is here. A test compares the digest in each first line with that of the source, which
+# is that of the headers that it includes and its own text.
 set -eu
 cd "$(dirname "$0")"
 find . -name '*.cu' | while read -r source; do
     target=${source%.cu}.ptx
+    headers=$(sed -n "s,^#include \"\(.*\)\",$(dirname "$source")/\1,p" "$source")
     "${1:-nvcc}" -std=c++17 -ptx -arch=compute_80 -o "$target.new" "$source"
     {
-        echo "// Made of $(basename "$source") by ptx.sh: sha256 $(sha256sum <"$source" | cut -d' ' -f1)"
+        # shellcheck disable=SC2086 # one word for each header
+        echo "// Made of $(basename "$source") by ptx.sh: sha256 $(cat $headers "$source" | sha256sum | cut -d' ' -f1)"
         # Nothing in it is newer.
         sed -e '/^\/\//d' -e 's/^\.version .*/.version 7.0/' "$target.new"
     } >"$target"

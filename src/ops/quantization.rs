@@ -53,6 +53,11 @@ kernels! {
     ) -> "void";
 }
 
+impl ModuleName {
+    /// Packing of bits.
+    pub const QUANTIZATION: Self = Self::fixed("quantization");
+}
+
 pub(super) const SIGNATURES: &[(&str, Signature)] =
     &[("quantization", Packbits::SIGNATURE), ("quantization", SegmentPackbits::SIGNATURE)];
 

@@ -1,32 +1,11 @@
 //! What the crate passes to modules, held against what they say of themselves.
 
-use super::{activation, attention, gdn, gemm, norm, page, quantization, rope, sampling, topk};
+use super::signatures;
 use crate::{
     error::{FlashInferError, Result},
     ffi::Signature,
     module::Module,
 };
-
-/// The argument list of every function that this crate calls, with a pattern
-/// of the modules that export it; see [`ModuleName::matches`](crate::ModuleName::matches).
-///
-/// [`Signature::compare`] holds a declaration against what a module prints of
-/// itself.
-pub fn signatures() -> Vec<(&'static str, Signature)> {
-    [
-        &norm::signatures(),
-        page::SIGNATURES,
-        gdn::SIGNATURES,
-        activation::SIGNATURES,
-        &gemm::signatures(),
-        quantization::SIGNATURES,
-        topk::SIGNATURES,
-        sampling::SIGNATURES,
-        rope::SIGNATURES,
-        &attention::signatures(),
-    ]
-    .concat()
-}
 
 impl Module {
     /// The functions that this crate declares for modules of this name; see

@@ -125,6 +125,11 @@ const CLUSTERS_PAGE_TABLE_TRANSFORM: Signature = Signature {
 const CLUSTERS_RAGGED_TRANSFORM: Signature =
     Signature { function: "fast_topk_clusters_exact_ragged_transform", ..CLUSTERS_PAGE_TABLE_TRANSFORM };
 
+impl ModuleName {
+    /// Selecting the largest.
+    pub const TOPK: Self = Self::fixed("topk");
+}
+
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
     ("topk", RadixTopk::SIGNATURE),
     ("topk", PageTableTransform::SIGNATURE),

@@ -2,7 +2,7 @@
 
 use super::host::Check;
 use crate::{
-    activation::{ActivationOptions, halved},
+    activation::{ActivationOptions, check_act_and_mul, halved},
     dtype::DType,
     error::Result,
     tensor::{TensorMut, TensorRef},
@@ -65,6 +65,7 @@ fn act_and_mul(
     const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
     const RANKS: [usize; 5] = [1, 2, 3, 4, 5];
     let check = Check { op };
+    check.as_kernel(|check| check_act_and_mul(check, &out.raw, &input.raw))?;
     let input = check.rows("input", input, &DTYPES, &RANKS)?;
     let mut out = check.rows_mut("out", out, &DTYPES, &RANKS)?;
     let Some(d) = halved(input.shape(), out.rows.shape()) else {

@@ -10,10 +10,12 @@ use std::marker::PhantomData;
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
+use super::strict;
 use crate::{
     device::Device,
     dtype::DType,
     error::{FlashInferError, Result},
+    ops::check::Check as KernelCheck,
     tensor::{RawTensor, TensorMut, TensorRef},
 };
 
@@ -36,6 +38,11 @@ pub(super) struct Check {
 impl Check {
     pub(super) fn fail<T>(self, argument: &'static str, problem: String) -> Result<T> {
         Err(FlashInferError::invalid(self.op, argument, problem))
+    }
+
+    /// Runs the checks of the operation's kernel where the thread is strict.
+    pub(super) fn as_kernel<T>(self, checks: impl FnOnce(&KernelCheck<'_>) -> Result<T>) -> Result<()> {
+        strict::as_kernel(self.op.trim_start_matches("reference::"), checks)
     }
 
     /// The rows of a host tensor of one of these dtypes, or of a wide one.

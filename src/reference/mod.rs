@@ -9,7 +9,8 @@
 //! They are less strict where a kernel's demands come from how it is written:
 //! any strides are fine, nothing needs to be aligned, head dimensions and
 //! group sizes are free, and each tensor may also be `f32` or `f64`. Rows are
-//! read when they are needed; no tensor is converted as a whole.
+//! read when they are needed; no tensor is converted as a whole. [`strict`] makes
+//! them refuse what the kernels refuse.
 //!
 //! ```
 //! use flashinfer_rs::{TensorMut, TensorRef, norm::NormOptions, reference};
@@ -37,6 +38,7 @@ mod page;
 mod quantization;
 mod rope;
 mod sampling;
+mod strict;
 #[cfg(test)]
 mod testing;
 mod topk;
@@ -62,7 +64,8 @@ pub use rope::{
     apply_rope_pos_ids_cos_sin_cache, rope_quantize, rope_quantize_append_paged_kv_cache,
 };
 pub use sampling::{
-    ChainDraws, Filter, argmax, chain_speculative_sampling, filtered_probs, sampling_from_logits,
-    sampling_from_probs, softmax, top_k_mask_logits,
+    ChainDraws, Filter, argmax, chain_speculative_sampling, edit_logits, filtered_probs, sample,
+    sampling_from_logits, sampling_from_probs, softmax, top_k_mask_logits,
 };
+pub use strict::{Strict, strict};
 pub use topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};

@@ -5,6 +5,7 @@ use crate::{
     error::Result,
     indices::{AppendIndices, PageIndices},
     kv::{KvLayout, PagedKvMut},
+    page,
     tensor::{TensorMut, TensorRef},
 };
 
@@ -96,6 +97,7 @@ pub fn append_paged_kv_cache(
 ) -> Result<()> {
     let check = Check { op: "reference::append_paged_kv_cache" };
     check_stamp(check, append, table)?;
+    check.as_kernel(|check| page::check_append(check, [&key.raw, &value.raw], append.len(), cache, table))?;
     let layout = cache.layout;
     let mut keys = check.rows_mut("kv.k", &mut cache.k, &FLOATS, &[4])?;
     let mut values = check.rows_mut("kv.v", &mut cache.v, &FLOATS, &[4])?;
@@ -137,6 +139,10 @@ pub fn append_paged_mla_kv_cache(
     let check = Check { op: "reference::append_paged_mla_kv_cache" };
     check_stamp(check, append, table)?;
     let [ckv_cache, kpe_cache] = caches;
+    check.as_kernel(|check| {
+        let caches = [&ckv_cache.raw, &kpe_cache.raw];
+        page::check_append_mla(check, [&ckv.raw, &kpe.raw], append.len(), caches, table)
+    })?;
     let ckv_cache = check.rows_mut("ckv_cache", ckv_cache, &FLOATS, &[3])?;
     let kpe_cache = check.rows_mut("kpe_cache", kpe_cache, &FLOATS, &[3])?;
     let ckv = check.rows("ckv", ckv, &FLOATS, &[2])?;

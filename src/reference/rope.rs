@@ -9,7 +9,7 @@ use crate::{
     error::Result,
     indices::{AppendIndices, PageIndices, RaggedIndices},
     rope::{
-        Llama31RopeOptions, RopeAppend, RopeFrequencies, RopeOptions, RopeParts, RopePartsMut,
+        self, Llama31RopeOptions, RopeAppend, RopeFrequencies, RopeOptions, RopeParts, RopePartsMut,
         RopeQuantizeOptions, RopeScaling, RopeTensors, Rotation,
     },
 };
@@ -31,6 +31,7 @@ pub fn apply_rope(
     options: &RopeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::apply_rope" };
+    check.as_kernel(|check| rope::check_ragged(check, tensors, indptr, options))?;
     let turns = Turns::computed(check, tensors, options, &linear(options))?;
     ragged(check, tensors, indptr, offsets, &turns)
 }
@@ -46,6 +47,10 @@ pub fn apply_llama31_rope(
     options: &Llama31RopeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::apply_llama31_rope" };
+    check.as_kernel(|check| {
+        rope::check_ragged(check, tensors, indptr, &options.rope)?;
+        options.scaling().check(check.op())
+    })?;
     let turns = Turns::computed(check, tensors, &options.rope, &RopeScaling::Llama31(options.scaling()))?;
     ragged(check, tensors, indptr, offsets, &turns)
 }
@@ -60,6 +65,7 @@ pub fn apply_rope_pos_ids(
     options: &RopeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::apply_rope_pos_ids" };
+    check.as_kernel(|check| rope::check_by_position(check, tensors, options))?;
     let turns = Turns::computed(check, tensors, options, &linear(options))?;
     by_position(check, tensors, pos_ids, &turns)
 }
@@ -75,6 +81,10 @@ pub fn apply_llama31_rope_pos_ids(
     options: &Llama31RopeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::apply_llama31_rope_pos_ids" };
+    check.as_kernel(|check| {
+        rope::check_by_position(check, tensors, &options.rope)?;
+        options.scaling().check(check.op())
+    })?;
     let turns = Turns::computed(check, tensors, &options.rope, &RopeScaling::Llama31(options.scaling()))?;
     by_position(check, tensors, pos_ids, &turns)
 }
@@ -89,6 +99,10 @@ pub fn apply_rope_pos_ids_cos_sin_cache(
     rotation: &Rotation<'_, &[i32]>,
 ) -> Result<()> {
     let check = Check { op: "reference::apply_rope_pos_ids_cos_sin_cache" };
+    check.as_kernel(|check| {
+        rope::check_by_table(check, tensors, rotation)?;
+        rope::check_host_positions(check, rotation)
+    })?;
     let turns = Turns::table(check, rotation)?;
     by_position(check, tensors, rotation.pos_ids, &turns)
 }
@@ -105,6 +119,10 @@ pub fn rope_quantize(
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::rope_quantize" };
+    check.as_kernel(|check| {
+        rope::check_quantize(check, [q_out, k_out], [q, k], rotation, options)?;
+        rope::check_host_positions(check, rotation)
+    })?;
     let turns = Turns::table(check, rotation)?;
     let tokens = rotation.pos_ids.len();
     let q = Heads::new(check, ["q.rope", "q.nope"], q, tokens, &turns)?;
@@ -137,6 +155,11 @@ pub fn rope_quantize_append_paged_kv_cache(
 ) -> Result<()> {
     let check = Check { op: "reference::rope_quantize_append_paged_kv_cache" };
     check_stamp(check, append, table)?;
+    check.as_kernel(|check| {
+        let (parts, tokens) = ([q, k], append.len());
+        rope::check_quantize_append(check, q_out, cache, parts, rotation, tokens, table, options)?;
+        rope::check_host_positions(check, rotation)
+    })?;
     let turns = Turns::table(check, rotation)?;
     let tokens = rotation.pos_ids.len();
     if tokens != append.len() {

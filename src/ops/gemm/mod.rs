@@ -19,7 +19,14 @@ mod segment;
 pub use bmm_fp8::{Algorithm, BmmFp8Input, CublasLt, bmm_fp8, bmm_fp8_get_algos, bmm_fp8_run_with_algo};
 pub use segment::{GemmBackend, SegmentGemm, SegmentGemmInput};
 
-use crate::ffi::Signature;
+use crate::{ffi::Signature, module::ModuleName};
+
+impl ModuleName {
+    /// Segment GEMM for compute capability 8.0 and newer, and GEMM of 8-bit floats.
+    pub const GEMM: Self = Self::fixed("gemm");
+    /// Segment GEMM for compute capability 9.0.
+    pub const GEMM_SM90: Self = Self::fixed("gemm_sm90");
+}
 
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
     [segment::SIGNATURES, bmm_fp8::SIGNATURES].concat()

@@ -209,7 +209,7 @@ pub fn fused_dit_layernorm(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check::new(FUSED_DIT_LAYERNORM.name(), stream)?;
-    check_all(&check, out, input)?;
+    check_fused_dit_layernorm(&check, out, input)?;
     if input.input.numel() == 0 {
         return Ok(());
     }
@@ -255,7 +255,11 @@ pub fn fused_dit_layernorm(
 }
 
 /// All that the kernel assumes.
-fn check_all(check: &Check<'_>, out: &DitOutput<'_>, input: &DitInput<'_>) -> Result<()> {
+pub(crate) fn check_fused_dit_layernorm(
+    check: &Check<'_>,
+    out: &DitOutput<'_>,
+    input: &DitInput<'_>,
+) -> Result<()> {
     check.tensor("input", &input.input.raw, &[DType::BF16], &[3])?;
     let &[batch, rows, hidden] = input.input.shape() else {
         return check.fail("input", "expected three dimensions".into());
@@ -373,7 +377,7 @@ mod tests {
         // SAFETY: nothing is enqueued on the stream.
         let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
         let check = Check::new("fused_dit_layernorm", &stream).unwrap();
-        match check_all(&check, &DitOutput { residual, norm }, input) {
+        match check_fused_dit_layernorm(&check, &DitOutput { residual, norm }, input) {
             Ok(()) => None,
             Err(FlashInferError::InvalidArgument { argument, .. }) => Some(argument),
             Err(FlashInferError::Unsupported { .. }) => Some("unsupported"),

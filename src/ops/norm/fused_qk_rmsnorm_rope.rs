@@ -355,7 +355,7 @@ pub fn fused_qk_rmsnorm_rope(
             format!("it is of device {}, the stream of device {}", table.held.ordinal, stream.ordinal()),
         );
     }
-    let shape = check_all(&check, out, input, &table.held.rope, options)?;
+    let shape = check_fused_qk_rmsnorm_rope(&check, out, input, &table.held.rope, options)?;
     if shape.tokens == 0 {
         return Ok(());
     }
@@ -439,7 +439,7 @@ pub(crate) fn qkv_shape(
 }
 
 /// All that the kernel assumes.
-fn check_all(
+pub(crate) fn check_fused_qk_rmsnorm_rope(
     check: &Check<'_>,
     out: &QkvOutput<'_>,
     input: &QkvInput<'_>,
@@ -563,7 +563,7 @@ mod tests {
     ) -> Option<&'static str> {
         let stream = stream();
         let check = Check::new("fused_qk_rmsnorm_rope", &stream).unwrap();
-        match check_all(&check, out, input, rope, options) {
+        match check_fused_qk_rmsnorm_rope(&check, out, input, rope, options) {
             Ok(_) => None,
             Err(FlashInferError::InvalidArgument { argument, .. }) => Some(argument),
             Err(other) => panic!("{other}"),

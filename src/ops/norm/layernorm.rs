@@ -8,7 +8,7 @@ use crate::{
     module::ModuleName,
     ops::{FixedFunction, check::Check},
     stream::Stream,
-    tensor::{TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -67,31 +67,7 @@ pub fn layernorm(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check::new(LAYERNORM.name(), stream)?;
-    check.tensor("input", &input.raw, &[DType::BF16], &[2])?;
-    let (shape, d) = (input.shape(), input.shape()[1]);
-    if d == 0 || shape[0] > i64::from(i32::MAX) || input.raw.numel() > i64::from(i32::MAX) {
-        return check.fail(
-            "input",
-            format!("its shape is {shape:?}; expected rows that are not empty, and less than 2^31 elements"),
-        );
-    }
-    // Rows of an even length are loaded two elements at a time.
-    let vector = if d % 2 == 0 { 2 } else { 1 };
-    check_plain(&check, "input", &input.raw, DType::BF16, shape, 2 * vector)?;
-    check_plain(&check, "out", &out.raw, DType::BF16, shape, 2 * vector)?;
-    check_plain(&check, "gamma", &gamma.raw, DType::F32, &[d], 4 * vector)?;
-    check_plain(&check, "beta", &beta.raw, DType::F32, &[d], 4 * vector)?;
-    let row = 2 * d;
-    if row < SHARED_MEMORY && row + OWN_SHARED_MEMORY > SHARED_MEMORY {
-        return check.fail(
-            "input",
-            format!(
-                "rows of {d} elements need more shared memory than a launch has unasked, and the launcher \
-                 asks from 24576 elements on; use rows of another length"
-            ),
-        );
-    }
-    check_shared_memory(&check, stream, d, row + OWN_SHARED_MEMORY)?;
+    check_layernorm(&check, &out.raw, &input.raw, [&gamma.raw, &beta.raw])?;
     if input.numel() == 0 {
         return Ok(());
     }
@@ -106,4 +82,38 @@ pub fn layernorm(
     // for all that the kernel assumes: device, dtype, shape, contiguity,
     // alignment, 32-bit offsets, and a row that fits the shared memory.
     unsafe { launch_watched(&LAYERNORM, stream, &kernel) }
+}
+
+/// All that the kernel assumes.
+pub(crate) fn check_layernorm(
+    check: &Check<'_>,
+    out: &RawTensor,
+    input: &RawTensor,
+    [gamma, beta]: [&RawTensor; 2],
+) -> Result<()> {
+    check.tensor("input", input, &[DType::BF16], &[2])?;
+    let (shape, d) = (input.shape(), input.shape()[1]);
+    if d == 0 || shape[0] > i64::from(i32::MAX) || input.numel() > i64::from(i32::MAX) {
+        return check.fail(
+            "input",
+            format!("its shape is {shape:?}; expected rows that are not empty, and less than 2^31 elements"),
+        );
+    }
+    // Rows of an even length are loaded two elements at a time.
+    let vector = if d % 2 == 0 { 2 } else { 1 };
+    check_plain(check, "input", input, DType::BF16, shape, 2 * vector)?;
+    check_plain(check, "out", out, DType::BF16, shape, 2 * vector)?;
+    check_plain(check, "gamma", gamma, DType::F32, &[d], 4 * vector)?;
+    check_plain(check, "beta", beta, DType::F32, &[d], 4 * vector)?;
+    let row = 2 * d;
+    if row < SHARED_MEMORY && row + OWN_SHARED_MEMORY > SHARED_MEMORY {
+        return check.fail(
+            "input",
+            format!(
+                "rows of {d} elements need more shared memory than a launch has unasked, and the launcher \
+                 asks from 24576 elements on; use rows of another length"
+            ),
+        );
+    }
+    check_shared_memory(check, d, row + OWN_SHARED_MEMORY)
 }

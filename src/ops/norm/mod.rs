@@ -21,6 +21,7 @@ use crate::{
     dtype::DType,
     error::Result,
     ffi::{Kernel, Signature},
+    module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::RawTensor,
@@ -31,16 +32,26 @@ mod fused_qk_rmsnorm_rope;
 mod layernorm;
 mod rmsnorm;
 
+pub(crate) use fused_dit_layernorm::check_fused_dit_layernorm;
 pub use fused_dit_layernorm::{Biased, DitInput, DitMode, DitOutput, fused_dit_layernorm};
-pub(crate) use fused_qk_rmsnorm_rope::qkv_shape;
 pub use fused_qk_rmsnorm_rope::{
     FusedQkOptions, QkvInput, QkvOutput, Rope3d, RopeTable, fused_qk_rmsnorm_rope,
 };
+pub(crate) use fused_qk_rmsnorm_rope::{check_fused_qk_rmsnorm_rope, qkv_shape};
+pub(crate) use layernorm::check_layernorm;
 pub use layernorm::layernorm;
+pub(crate) use rmsnorm::{
+    check_fused_add_rmsnorm, check_fused_add_rmsnorm_quant, check_rmsnorm, check_rmsnorm_quant,
+};
 pub use rmsnorm::{
     fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm,
     rmsnorm_quant,
 };
+
+impl ModuleName {
+    /// RMS and layer norms.
+    pub const NORM: Self = Self::fixed("norm");
+}
 
 pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
     let others = [layernorm::SIGNATURE, fused_qk_rmsnorm_rope::SIGNATURE, fused_dit_layernorm::SIGNATURE];
@@ -76,10 +87,8 @@ impl NormOptions {
 const SHARED_MEMORY: i64 = 48 * 1024;
 
 /// A block may have `needed` bytes of shared memory for a row of `d` elements.
-fn check_shared_memory(check: &Check<'_>, stream: &Stream, d: i64, needed: i64) -> Result<()> {
-    if needed <= SHARED_MEMORY {
-        return Ok(());
-    }
+fn check_shared_memory(check: &Check<'_>, d: i64, needed: i64) -> Result<()> {
+    let Some(stream) = check.stream().filter(|_| needed > SHARED_MEMORY) else { return Ok(()) };
     let cuda = FlashInferRuntime::get()?.cuda();
     let available = cuda.attribute(stream.ordinal(), DeviceAttribute::MaxSharedMemoryPerBlockOptin)?;
     if needed > i64::from(available) {

@@ -159,8 +159,7 @@ pub fn rmsnorm_quant(
 ) -> Result<()> {
     let function = &RMSNORM_QUANT;
     let check = Check::new(function.name(), stream)?;
-    check_rows(&check, &[("input", &input.raw)], Some(&out.raw), &weight.raw, &[2])?;
-    check_plain(&check, "scale", &scale.raw, DType::F32, &[1], 4)?;
+    check_rmsnorm_quant(&check, &out.raw, &input.raw, &weight.raw, &scale.raw)?;
     if input.numel() == 0 {
         return Ok(());
     }
@@ -196,10 +195,8 @@ pub fn fused_add_rmsnorm_quant(
 ) -> Result<()> {
     let function = &FUSED_ADD_RMSNORM_QUANT;
     let check = Check::new(function.name(), stream)?;
-    let rows = [("input", &input.raw), ("residual", &residual.raw)];
-    check_rows(&check, &rows, Some(&out.raw), &weight.raw, &[2])?;
-    check_plain(&check, "scale", &scale.raw, DType::F32, &[1], 4)?;
-    check_row_memory(&check, stream, &input.raw)?;
+    let rows = [&input.raw, &residual.raw];
+    check_fused_add_rmsnorm_quant(&check, &out.raw, rows, &weight.raw, &scale.raw)?;
     if input.numel() == 0 {
         return Ok(());
     }
@@ -227,7 +224,7 @@ fn norm(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check::new(function.name(), stream)?;
-    check_rows(&check, &[("input", &input.raw), ("out", &out.raw)], None, &weight.raw, ranks)?;
+    check_rmsnorm(&check, &out.raw, &input.raw, &weight.raw, ranks)?;
     if input.numel() == 0 {
         return Ok(());
     }
@@ -253,8 +250,7 @@ fn fused_add_norm(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check::new(function.name(), stream)?;
-    check_rows(&check, &[("input", &input.raw), ("residual", &residual.raw)], None, &weight.raw, &[2])?;
-    check_row_memory(&check, stream, &input.raw)?;
+    check_fused_add_rmsnorm(&check, [&input.raw, &residual.raw], &weight.raw)?;
     if input.numel() == 0 {
         return Ok(());
     }
@@ -267,6 +263,52 @@ fn fused_add_norm(
     };
     // SAFETY: as in `norm`; a row fits the shared memory.
     unsafe { launch(function, stream, &kernel) }
+}
+
+/// All that the kernels of [`rmsnorm`] and [`gemma_rmsnorm`] assume.
+pub(crate) fn check_rmsnorm(
+    check: &Check<'_>,
+    out: &RawTensor,
+    input: &RawTensor,
+    weight: &RawTensor,
+    ranks: &[usize],
+) -> Result<()> {
+    check_rows(check, &[("input", input), ("out", out)], None, weight, ranks)
+}
+
+/// All that the kernels of [`fused_add_rmsnorm`] and [`gemma_fused_add_rmsnorm`] assume.
+pub(crate) fn check_fused_add_rmsnorm(
+    check: &Check<'_>,
+    [input, residual]: [&RawTensor; 2],
+    weight: &RawTensor,
+) -> Result<()> {
+    check_rows(check, &[("input", input), ("residual", residual)], None, weight, &[2])?;
+    check_row_memory(check, input)
+}
+
+/// All that the kernel of [`rmsnorm_quant`] assumes.
+pub(crate) fn check_rmsnorm_quant(
+    check: &Check<'_>,
+    out: &RawTensor,
+    input: &RawTensor,
+    weight: &RawTensor,
+    scale: &RawTensor,
+) -> Result<()> {
+    check_rows(check, &[("input", input)], Some(out), weight, &[2])?;
+    check_plain(check, "scale", scale, DType::F32, &[1], 4)
+}
+
+/// All that the kernel of [`fused_add_rmsnorm_quant`] assumes.
+pub(crate) fn check_fused_add_rmsnorm_quant(
+    check: &Check<'_>,
+    out: &RawTensor,
+    [input, residual]: [&RawTensor; 2],
+    weight: &RawTensor,
+    scale: &RawTensor,
+) -> Result<()> {
+    check_rows(check, &[("input", input), ("residual", residual)], Some(out), weight, &[2])?;
+    check_plain(check, "scale", scale, DType::F32, &[1], 4)?;
+    check_row_memory(check, input)
 }
 
 /// Tensors of one shape, normed over their last dimension by `weight`. The
@@ -307,7 +349,7 @@ fn check_rows(
 
 /// A row of the fused norms fits the GPU's shared memory: in `f32`, with a
 /// partial sum for each of up to 32 warps.
-fn check_row_memory(check: &Check<'_>, stream: &Stream, input: &RawTensor) -> Result<()> {
+fn check_row_memory(check: &Check<'_>, input: &RawTensor) -> Result<()> {
     let d = input.shape()[1];
-    check_shared_memory(check, stream, d, 4 * (d + 32))
+    check_shared_memory(check, d, 4 * (d + 32))
 }

@@ -218,7 +218,7 @@ impl RopeFrequencies {
 }
 
 impl Llama31Scaling {
-    pub(super) fn check(&self, op: &'static str) -> Result<()> {
+    pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         for (name, number) in [
             ("factor", self.factor),
             ("low_freq_factor", self.low_freq_factor),

@@ -57,6 +57,7 @@ pub use quantize::{
     RopeAppend, RopeParts, RopePartsMut, RopeQuantizeOptions, rope_quantize,
     rope_quantize_append_paged_kv_cache,
 };
+pub(crate) use quantize::{check_quantize, check_quantize_append};
 
 use self::frequencies::positive;
 use super::{FixedFunction, check::Check};
@@ -64,7 +65,7 @@ use crate::{
     dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    indices::RaggedTable,
+    indices::{RaggedIndices, RaggedTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
@@ -94,6 +95,11 @@ kernels! {
         q: Tensor, k: Tensor, q_rope: Tensor, k_rope: Tensor, cos_sin_cache: Tensor, pos_ids: Tensor,
         interleave: Bool,
     ) -> "void";
+}
+
+impl ModuleName {
+    /// Rotary position embeddings.
+    pub const ROPE: Self = Self::fixed("rope");
 }
 
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
@@ -237,16 +243,10 @@ impl<'a> Rotation<'a> {
         Self { interleave: true, ..Self::new(cos_sin_cache, pos_ids) }
     }
 
-    /// The positions of `tokens` tokens, each of which has its row. Also looks
-    /// at all else that kernels assume of the table.
-    fn check(&self, check: &Check<'_>, tokens: i64) -> Result<RawTensor> {
-        let cache = &self.cos_sin_cache.raw;
-        check.tensor("cos_sin_cache", cache, &[DType::F32], &[2])?;
-        check.contiguous("cos_sin_cache", cache)?;
-        check.aligned("cos_sin_cache", cache, 16)?;
+    /// The positions of `tokens` tokens, each of which has its row in the table,
+    /// which was checked.
+    fn positions(&self, check: &Check<'_>, tokens: i64) -> Result<RawTensor> {
         let pos_ids = self.pos_ids.checked(check, "pos_ids", &[DType::I32, DType::I64], tokens)?;
-        let (rows, rotary_dim) = (cache.shape()[0], cache.shape()[1]);
-        let usable = rows - i64::from(self.interleave);
         let Some(positions) = self.pos_ids.num_positions() else {
             return check.fail(
                 "pos_ids",
@@ -255,8 +255,28 @@ impl<'a> Rotation<'a> {
                     .into(),
             );
         };
+        let limit = self.check_positions(check, positions)?;
+        self.pos_ids.limit(limit);
+        Ok(pos_ids)
+    }
+}
+
+impl<P> Rotation<'_, P> {
+    /// All that kernels assume of the table.
+    fn check_table(&self, check: &Check<'_>) -> Result<()> {
+        let cache = &self.cos_sin_cache.raw;
+        check.tensor("cos_sin_cache", cache, &[DType::F32], &[2])?;
+        check.contiguous("cos_sin_cache", cache)?;
+        check.aligned("cos_sin_cache", cache, 16)
+    }
+
+    /// Positions below a number have their rows. Returns what they may be below.
+    fn check_positions(&self, check: &Check<'_>, below: usize) -> Result<usize> {
+        let cache = &self.cos_sin_cache.raw;
+        let (rows, rotary_dim) = (cache.shape()[0], cache.shape()[1]);
+        let usable = rows - i64::from(self.interleave);
         // A bound may be any number; see `BoundedIndices`.
-        let positions = i64::try_from(positions).unwrap_or(i64::MAX);
+        let positions = i64::try_from(below).unwrap_or(i64::MAX);
         if positions > usable.max(0) {
             return check.fail(
                 "pos_ids",
@@ -277,8 +297,7 @@ impl<'a> Rotation<'a> {
                 format!("{positions} rows of {rotary_dim} elements are 2^32 or more"),
             );
         }
-        self.pos_ids.limit(usable.max(0).min(i64::from(u32::MAX) / rotary_dim.max(1)) as usize);
-        Ok(pos_ids)
+        Ok(usable.max(0).min(i64::from(u32::MAX) / rotary_dim.max(1)) as usize)
     }
 }
 
@@ -445,31 +464,8 @@ pub fn apply_rope_pos_ids_cos_sin_cache(
     rotation: &Rotation<'_>,
 ) -> Result<()> {
     let check = Check::new(APPLY_CACHE.name(), stream)?;
-    let in_place = matches!(tensors, RopeTensors::InPlace { .. });
-    let tensors = Checked::new(&check, tensors)?;
-    let pos_ids = rotation.check(&check, tensors.tokens)?;
-    let rotary_dim = rotation.cos_sin_cache.raw.shape()[1];
-    let fail = |problem| check.fail("cos_sin_cache", problem);
-    if rotary_dim > tensors.head_dim {
-        return fail(format!("its rows are for {rotary_dim} elements, heads have {}", tensors.head_dim));
-    }
-    if HEAD_DIMS.contains(&tensors.head_dim) {
-        let vector = vector_of(tensors.head_dim);
-        check_rotary_dim(&check, "cos_sin_cache", rotary_dim, vector, rotation.interleave)?;
-        check_grid_y(&check, "q", tensors.heads())?;
-    } else {
-        quantize::check_rope_dim(&check, "cos_sin_cache", rotary_dim, rotation.interleave)?;
-        let threads = rotary_dim / quantize::VECTOR;
-        if in_place && !rotation.interleave && 32 % threads != 0 {
-            return fail(format!(
-                "with head_dim {}, halves of {rotary_dim} elements cannot be turned in place; use \
-                 RopeTensors::OutOfPlace",
-                tensors.head_dim
-            ));
-        }
-        let parts = (tensors.head_dim + rotary_dim - 1) / rotary_dim;
-        check_grid_y(&check, "q", tensors.heads().saturating_mul(parts))?;
-    }
+    let tensors = check_by_table(&check, tensors, rotation)?;
+    let pos_ids = rotation.positions(&check, tensors.tokens)?;
     if tensors.is_empty() {
         return Ok(());
     }
@@ -487,8 +483,48 @@ pub fn apply_rope_pos_ids_cos_sin_cache(
     }
 }
 
+/// All that the kernels of [`apply_rope_pos_ids_cos_sin_cache`] assume but of positions.
+pub(crate) fn check_by_table<P>(
+    check: &Check<'_>,
+    tensors: &RopeTensors<'_>,
+    rotation: &Rotation<'_, P>,
+) -> Result<Checked> {
+    let in_place = matches!(tensors, RopeTensors::InPlace { .. });
+    let tensors = Checked::new(check, tensors)?;
+    rotation.check_table(check)?;
+    let rotary_dim = rotation.cos_sin_cache.raw.shape()[1];
+    let fail = |problem| check.fail("cos_sin_cache", problem);
+    if rotary_dim > tensors.head_dim {
+        return fail(format!("its rows are for {rotary_dim} elements, heads have {}", tensors.head_dim));
+    }
+    if HEAD_DIMS.contains(&tensors.head_dim) {
+        let vector = vector_of(tensors.head_dim);
+        check_rotary_dim(check, "cos_sin_cache", rotary_dim, vector, rotation.interleave)?;
+        check_grid_y(check, "q", tensors.heads())?;
+    } else {
+        quantize::check_rope_dim(check, "cos_sin_cache", rotary_dim, rotation.interleave)?;
+        let threads = rotary_dim / quantize::VECTOR;
+        if in_place && !rotation.interleave && 32 % threads != 0 {
+            return fail(format!(
+                "with head_dim {}, halves of {rotary_dim} elements cannot be turned in place; use \
+                 RopeTensors::OutOfPlace",
+                tensors.head_dim
+            ));
+        }
+        let parts = (tensors.head_dim + rotary_dim - 1) / rotary_dim;
+        check_grid_y(check, "q", tensors.heads().saturating_mul(parts))?;
+    }
+    Ok(tensors)
+}
+
+/// Positions on the host have their rows.
+pub(crate) fn check_host_positions(check: &Check<'_>, rotation: &Rotation<'_, &[i32]>) -> Result<()> {
+    let last = rotation.pos_ids.iter().max().map_or(-1, |&last| i64::from(last));
+    rotation.check_positions(check, (last + 1).max(0) as usize).map(drop)
+}
+
 /// Checked queries and keys.
-struct Checked {
+pub(crate) struct Checked {
     q: RawTensor,
     k: RawTensor,
     q_rope: RawTensor,
@@ -606,22 +642,33 @@ fn ragged(
     offsets: Positions<'_>,
     options: &RopeOptions,
 ) -> Result<Option<Ragged>> {
-    let tensors = Checked::with_options(check, tensors, options)?;
     check.on_stream("indptr", indptr.stream())?;
-    let (rows, batch) = (indptr.host().total(), indptr.host().batch_size());
+    let tensors = check_ragged(check, tensors, indptr.host(), options)?;
+    let offsets = offsets.checked(check, "offsets", &[DType::I32], indptr.host().batch_size() as i64)?;
+    let nothing = indptr.host().total() == 0 || tensors.is_empty();
+    Ok(if nothing { None } else { Some(Ragged { tensors, indptr: indptr.indptr()?, offsets }) })
+}
+
+/// All that the kernels of [`apply_rope`] and [`apply_llama31_rope`] assume but of offsets.
+pub(crate) fn check_ragged(
+    check: &Check<'_>,
+    tensors: &RopeTensors<'_>,
+    indptr: &RaggedIndices,
+    options: &RopeOptions,
+) -> Result<Checked> {
+    let tensors = Checked::with_options(check, tensors, options)?;
+    let (rows, batch) = (indptr.total(), indptr.batch_size());
     if rows as i64 > tensors.tokens {
         return check
             .fail("indptr", format!("it ends at {rows}, but there are {} rows of queries", tensors.tokens));
     }
-    let offsets = offsets.checked(check, "offsets", &[DType::I32], batch as i64)?;
     if (batch as i64).saturating_mul(tensors.heads()) > i64::from(i32::MAX) {
         return check.fail(
             "indptr",
             format!("{batch} requests of {} heads; a launch has fewer than 2^31 blocks", tensors.heads()),
         );
     }
-    let nothing = rows == 0 || tensors.is_empty();
-    Ok(if nothing { None } else { Some(Ragged { tensors, indptr: indptr.indptr()?, offsets }) })
+    Ok(tensors)
 }
 
 /// The tensors and positions of an embedding by tokens; `None` if there is
@@ -632,10 +679,21 @@ fn by_position(
     pos_ids: Positions<'_>,
     options: &RopeOptions,
 ) -> Result<Option<(Checked, RawTensor)>> {
-    let tensors = Checked::with_options(check, tensors, options)?;
+    let tensors = check_by_position(check, tensors, options)?;
     let pos_ids = pos_ids.checked(check, "pos_ids", &[DType::I32, DType::I64], tensors.tokens)?;
-    check_grid_y(check, "q", tensors.heads())?;
     Ok(if tensors.is_empty() { None } else { Some((tensors, pos_ids)) })
+}
+
+/// All that the kernels of [`apply_rope_pos_ids`] and [`apply_llama31_rope_pos_ids`] assume but of
+/// positions.
+pub(crate) fn check_by_position(
+    check: &Check<'_>,
+    tensors: &RopeTensors<'_>,
+    options: &RopeOptions,
+) -> Result<Checked> {
+    let tensors = Checked::with_options(check, tensors, options)?;
+    check_grid_y(check, "q", tensors.heads())?;
+    Ok(tensors)
 }
 
 /// Calls a function of the module.

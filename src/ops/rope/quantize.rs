@@ -1,12 +1,12 @@
 //! Rotary embeddings whose results are 8-bit floats.
 
-use super::{DTYPES, Positions, Rotation, check_grid_y, check_rotary_dim, function, launch};
+use super::{DTYPES, Rotation, check_grid_y, check_rotary_dim, function, launch};
 use crate::{
     device::Device,
     dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
-    indices::{AppendTable, PageTable},
+    indices::{AppendTable, PageIndices, PageTable},
     kv::{KvLayout, PagedKvMut},
     ops::{
         FixedFunction,
@@ -175,24 +175,9 @@ pub fn rope_quantize(
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
     let check = Check::new(QUANTIZE.name(), stream)?;
-    options.check(&check)?;
-    let device = stream.device();
-    let (q, q_out) = (Parts::input(q, device)?, Parts::output(q_out, device)?);
-    let (k, k_out) = (Parts::input(k, device)?, Parts::output(k_out, device)?);
-    let dtype = q_out.rope.dtype;
-    q.check(&check, ["q.rope", "q.nope"], &DTYPES, &[3], &q)?;
-    k.check(&check, ["k.rope", "k.nope"], &[q.rope.dtype], &[2, 3], &q)?;
-    q_out.check(&check, ["q_out.rope", "q_out.nope"], &OUTPUTS, &[3], &q)?;
-    k_out.check(&check, ["k_out.rope", "k_out.nope"], &[dtype], &[k.rope.shape().len()], &k)?;
-    let heads = [q.heads(), k.heads()];
-    for (name, out, heads) in [("q_out.rope", &q_out, heads[0]), ("k_out.rope", &k_out, heads[1])] {
-        if out.heads() != heads {
-            return check.fail(name, format!("it has {} heads; expected {heads}", out.heads()));
-        }
-    }
-    let pos_ids = check_rotation(&check, rotation, &q)?;
-    check_grid_y(&check, "q.rope", (heads[0] + heads[1]).saturating_mul(1 + q.nope_chunks()))?;
-    if q.tokens() == 0 || heads == [0, 0] {
+    let [q_out, k_out, q, k] = check_quantize(&check, [q_out, k_out], [q, k], rotation, options)?;
+    let pos_ids = rotation.positions(&check, q.tokens())?;
+    if q.tokens() == 0 || (q.heads() == 0 && k.heads() == 0) {
         return Ok(());
     }
     // SAFETY: tensors, positions and caches were checked above.
@@ -214,6 +199,33 @@ pub fn rope_quantize(
             enable_pdl: options.enable_pdl,
         })
     }
+}
+
+/// All that the kernels of [`rope_quantize`] assume but of positions. Outputs come first.
+pub(crate) fn check_quantize<P>(
+    check: &Check<'_>,
+    [q_out, k_out]: [&RopePartsMut<'_>; 2],
+    [q, k]: [&RopeParts<'_>; 2],
+    rotation: &Rotation<'_, P>,
+    options: &RopeQuantizeOptions,
+) -> Result<[Parts; 4]> {
+    options.check(check)?;
+    let device = check.device();
+    let (q, q_out) = (Parts::input(q, device)?, Parts::output(q_out, device)?);
+    let (k, k_out) = (Parts::input(k, device)?, Parts::output(k_out, device)?);
+    let dtype = q_out.rope.dtype;
+    q.check(check, ["q.rope", "q.nope"], &DTYPES, &[3], &q)?;
+    k.check(check, ["k.rope", "k.nope"], &[q.rope.dtype], &[2, 3], &q)?;
+    q_out.check(check, ["q_out.rope", "q_out.nope"], &OUTPUTS, &[3], &q)?;
+    k_out.check(check, ["k_out.rope", "k_out.nope"], &[dtype], &[k.rope.shape().len()], &k)?;
+    for (name, out, like) in [("q_out.rope", &q_out, &q), ("k_out.rope", &k_out, &k)] {
+        if out.heads() != like.heads() {
+            return check.fail(name, format!("it has {} heads; expected {}", out.heads(), like.heads()));
+        }
+    }
+    check_rotation(check, rotation, &q)?;
+    check_grid_y(check, "q.rope", (q.heads() + k.heads()).saturating_mul(1 + q.nope_chunks()))?;
+    Ok([q_out, k_out, q, k])
 }
 
 /// The cache that quantized keys are written to, and with grouped or multi-head
@@ -283,79 +295,23 @@ pub fn rope_quantize_append_paged_kv_cache(
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
     let check = Check::new(QUANTIZE_APPEND.name(), stream)?;
-    options.check(&check)?;
     check_tables(&check, append, table)?;
-    let device = stream.device();
-    let (q, q_out) = (Parts::input(q, device)?, Parts::output(q_out, device)?);
-    let k = Parts::input(k, device)?;
-    q.check(&check, ["q.rope", "q.nope"], &DTYPES, &[3], &q)?;
-    k.check(&check, ["k.rope", "k.nope"], &[q.rope.dtype], &[2, 3], &q)?;
-    q_out.check(&check, ["q_out.rope", "q_out.nope"], &OUTPUTS, &[3], &q)?;
-    let (heads, quantized) = (q.heads(), q_out.rope.dtype);
-    if q_out.heads() != heads {
-        return check.fail("q_out.rope", format!("it has {} heads; expected {heads}", q_out.heads()));
+    let tokens = append.host().len();
+    let [q_out, q, k] =
+        check_quantize_append(&check, q_out, cache, [q, k], rotation, tokens, table.host(), options)?;
+    let pos_ids = rotation.positions(&check, q.tokens())?;
+    if q.tokens() == 0 || (q.heads() == 0 && k.heads() == 0) {
+        return Ok(());
     }
-    let k = k.with_heads()?;
-    let tokens = q.tokens();
-    if tokens != append.host().len() as i64 {
-        return check
-            .fail("append", format!("it is for {} tokens, queries have {tokens}", append.host().len()));
-    }
-    let pos_ids = check_rotation(&check, rotation, &q)?;
-    // Whole vectors of what is not turned are read and written, for as many
-    // chunks as are counted.
-    let [rope_dim, nope_dim] = q.dims();
-    if nope_dim % rope_dim != 0 {
-        return check.fail(
-            "q.nope",
-            format!("{nope_dim} elements are not turned; that must be a multiple of the {rope_dim} that are"),
-        );
-    }
-    let absent = absent(quantized, device)?;
-    let mut caches = [absent; 4];
-    let mut value = absent;
-    let mut layout = KvLayout::Nhd;
+    let absent = absent(q_out.rope.dtype, stream.device())?;
+    let (mut caches, mut value, mut layout) = ([absent; 4], absent, KvLayout::Nhd);
     match cache {
         RopeAppend::Kv { cache, value: v } => {
-            let shape = check_cache(&check, [&cache.k.raw, &cache.v.raw], cache.layout, table, &[quantized])?;
-            let kv_heads = k.heads();
-            if (shape.heads, shape.head_dim) != (kv_heads, rope_dim + nope_dim) {
-                return check.fail(
-                    "kv.k",
-                    format!(
-                        "it has {} heads of {} elements; keys have {kv_heads} of {}",
-                        shape.heads,
-                        shape.head_dim,
-                        rope_dim + nope_dim
-                    ),
-                );
-            }
-            check.tensor("value", &v.raw, &[q.rope.dtype], &[3])?;
-            check.shape("value", &v.raw, &[tokens, kv_heads, rope_dim + nope_dim])?;
-            check_rows_in_32_bits(&check, "value", &v.raw)?;
             (caches[0], caches[1], value, layout) = (cache.k.raw, cache.v.raw, v.raw, cache.layout);
         }
         RopeAppend::Mla { ckv_cache, kpe_cache } => {
-            let parts = [&ckv_cache.raw, &kpe_cache.raw];
-            check_mla_cache(&check, ["ckv_cache", "kpe_cache"], parts, table, &[quantized])?;
-            let [ckv, kpe] = parts.map(|part| part.shape()[2]);
-            if ([rope_dim, nope_dim], k.heads()) != ([kpe, ckv], 1) {
-                return check.fail(
-                    "k.rope",
-                    format!(
-                        "keys have {} heads, of which {rope_dim} elements are turned and {nope_dim} are not; \
-                         the caches are for one of {kpe} and {ckv}",
-                        k.heads()
-                    ),
-                );
-            }
             (caches[2], caches[3]) = (ckv_cache.raw, kpe_cache.raw);
         }
-    }
-    let blocks = (heads + k.heads()).saturating_mul(1 + q.nope_chunks()).saturating_add(k.heads());
-    check_grid_y(&check, "q.rope", blocks)?;
-    if tokens == 0 || (heads == 0 && k.heads() == 0) {
-        return Ok(());
     }
     let arrays = DeviceArrays::of(append, table)?;
     // SAFETY: tensors, positions and caches were checked above.
@@ -388,6 +344,85 @@ pub fn rope_quantize_append_paged_kv_cache(
     }
 }
 
+/// All that the kernels of [`rope_quantize_append_paged_kv_cache`] assume of tensors. The output
+/// comes first.
+#[expect(clippy::too_many_arguments, reason = "those of the operation")]
+pub(crate) fn check_quantize_append<P>(
+    check: &Check<'_>,
+    q_out: &RopePartsMut<'_>,
+    cache: &RopeAppend<'_>,
+    [q, k]: [&RopeParts<'_>; 2],
+    rotation: &Rotation<'_, P>,
+    tokens: usize,
+    table: &PageIndices,
+    options: &RopeQuantizeOptions,
+) -> Result<[Parts; 3]> {
+    options.check(check)?;
+    let device = check.device();
+    let (q, q_out) = (Parts::input(q, device)?, Parts::output(q_out, device)?);
+    let k = Parts::input(k, device)?;
+    q.check(check, ["q.rope", "q.nope"], &DTYPES, &[3], &q)?;
+    k.check(check, ["k.rope", "k.nope"], &[q.rope.dtype], &[2, 3], &q)?;
+    q_out.check(check, ["q_out.rope", "q_out.nope"], &OUTPUTS, &[3], &q)?;
+    let (heads, quantized) = (q.heads(), q_out.rope.dtype);
+    if q_out.heads() != heads {
+        return check.fail("q_out.rope", format!("it has {} heads; expected {heads}", q_out.heads()));
+    }
+    let k = k.with_heads()?;
+    if q.tokens() != tokens as i64 {
+        return check.fail("append", format!("it is for {tokens} tokens, queries have {}", q.tokens()));
+    }
+    let tokens = q.tokens();
+    check_rotation(check, rotation, &q)?;
+    // Whole vectors of what is not turned are read and written, for as many
+    // chunks as are counted.
+    let [rope_dim, nope_dim] = q.dims();
+    if nope_dim % rope_dim != 0 {
+        return check.fail(
+            "q.nope",
+            format!("{nope_dim} elements are not turned; that must be a multiple of the {rope_dim} that are"),
+        );
+    }
+    match cache {
+        RopeAppend::Kv { cache, value: v } => {
+            let shape = check_cache(check, [&cache.k.raw, &cache.v.raw], cache.layout, table, &[quantized])?;
+            let kv_heads = k.heads();
+            if (shape.heads, shape.head_dim) != (kv_heads, rope_dim + nope_dim) {
+                return check.fail(
+                    "kv.k",
+                    format!(
+                        "it has {} heads of {} elements; keys have {kv_heads} of {}",
+                        shape.heads,
+                        shape.head_dim,
+                        rope_dim + nope_dim
+                    ),
+                );
+            }
+            check.tensor("value", &v.raw, &[q.rope.dtype], &[3])?;
+            check.shape("value", &v.raw, &[tokens, kv_heads, rope_dim + nope_dim])?;
+            check_rows_in_32_bits(check, "value", &v.raw)?;
+        }
+        RopeAppend::Mla { ckv_cache, kpe_cache } => {
+            let parts = [&ckv_cache.raw, &kpe_cache.raw];
+            check_mla_cache(check, ["ckv_cache", "kpe_cache"], parts, table, &[quantized])?;
+            let [ckv, kpe] = parts.map(|part| part.shape()[2]);
+            if ([rope_dim, nope_dim], k.heads()) != ([kpe, ckv], 1) {
+                return check.fail(
+                    "k.rope",
+                    format!(
+                        "keys have {} heads, of which {rope_dim} elements are turned and {nope_dim} are not; \
+                         the caches are for one of {kpe} and {ckv}",
+                        k.heads()
+                    ),
+                );
+            }
+        }
+    }
+    let blocks = (heads + k.heads()).saturating_mul(1 + q.nope_chunks()).saturating_add(k.heads());
+    check_grid_y(check, "q.rope", blocks)?;
+    Ok([q_out, q, k])
+}
+
 /// A tensor that a kernel tells from others by its null address.
 fn absent(dtype: DType, device: Device) -> Result<RawTensor> {
     RawTensor::new(std::ptr::null_mut(), device, dtype, &[0, 0, 0], None)
@@ -395,7 +430,7 @@ fn absent(dtype: DType, device: Device) -> Result<RawTensor> {
 
 /// The parts of heads, both there: no others are a tensor of width 0.
 #[derive(Clone, Copy)]
-struct Parts {
+pub(crate) struct Parts {
     rope: RawTensor,
     nope: RawTensor,
 }
@@ -484,8 +519,8 @@ impl Parts {
 }
 
 /// The table has rows for each position, of the width of what is turned.
-fn check_rotation(check: &Check<'_>, rotation: &Rotation<'_, Positions<'_>>, q: &Parts) -> Result<RawTensor> {
-    let pos_ids = rotation.check(check, q.tokens())?;
+fn check_rotation<P>(check: &Check<'_>, rotation: &Rotation<'_, P>, q: &Parts) -> Result<()> {
+    rotation.check_table(check)?;
     let ([rope_dim, _], row) = (q.dims(), rotation.cos_sin_cache.raw.shape()[1]);
     if rope_dim != row {
         return check.fail(
@@ -493,8 +528,7 @@ fn check_rotation(check: &Check<'_>, rotation: &Rotation<'_, Positions<'_>>, q: 
             format!("its rows are for {row} elements, but {rope_dim} of each head are turned"),
         );
     }
-    check_rope_dim(check, "cos_sin_cache", rope_dim, rotation.interleave)?;
-    Ok(pos_ids)
+    check_rope_dim(check, "cos_sin_cache", rope_dim, rotation.interleave)
 }
 
 /// What the kernels here need of the number of elements that are turned.

@@ -11,7 +11,7 @@ use crate::{
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -107,13 +107,7 @@ pub fn chain_speculative_sampling(
     options: &SamplingOptions<'_>,
 ) -> Result<()> {
     let check = Check::new("chain_speculative_sampling", stream)?;
-    let vocab = check_rows(&check, "draft_probs", &input.draft_probs.raw, &[DType::F32], 3)?;
-    let (batch, drafts) = (input.draft_probs.shape()[0], input.draft_probs.shape()[1]);
-    if drafts == 0 {
-        return check.fail("draft_probs", "there is no draft; draw with sampling_from_probs".into());
-    }
-    check_rows(&check, "target_probs", &input.target_probs.raw, &[DType::F32], 3)?;
-    check.shape("target_probs", &input.target_probs.raw, &[batch, drafts + 1, vocab])?;
+    let [batch, drafts, vocab] = check_chain(&check, &input.draft_probs.raw, &input.target_probs.raw)?;
     let ids = &input.draft_token_ids;
     let draft_token_ids = ids.check(&check, "draft_token_ids", DType::I32, &[batch, drafts], vocab)?;
     let outputs = [
@@ -173,4 +167,20 @@ pub fn chain_speculative_sampling(
             &tensors,
         )
     }
+}
+
+/// What the kernel assumes of probabilities. Returns the shape of the draft's.
+pub(crate) fn check_chain(
+    check: &Check<'_>,
+    draft_probs: &RawTensor,
+    target_probs: &RawTensor,
+) -> Result<[i64; 3]> {
+    let vocab = check_rows(check, "draft_probs", draft_probs, &[DType::F32], 3)?;
+    let (batch, drafts) = (draft_probs.shape()[0], draft_probs.shape()[1]);
+    if drafts == 0 {
+        return check.fail("draft_probs", "there is no draft; draw with sampling_from_probs".into());
+    }
+    check_rows(check, "target_probs", target_probs, &[DType::F32], 3)?;
+    check.shape("target_probs", target_probs, &[batch, drafts + 1, vocab])?;
+    Ok([batch, drafts, vocab])
 }

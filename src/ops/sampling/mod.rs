@@ -21,6 +21,10 @@
 //! two. The likeliest, and always the same, is [`argmax`]'s.
 //! [`chain_speculative_sampling`] accepts or replaces the tokens of a draft.
 //!
+//! **For a batch of requests, each with its own parameters and seed, there is [`sample`]**: it does
+//! all of this in one launch, and what a request draws does not depend on the others.
+//! [`edit_logits`] applies penalties, biases and bans before it.
+//!
 //! - **Rows of probabilities sum to 1** and hold no NaN, infinity or negative
 //!   number. With rows that do not, all functions end, and touch nothing else;
 //!   but what is drawn from them means little: what is missing to 1 counts for
@@ -35,12 +39,15 @@
 //!   everything (of an `i64`, kernels take the lower 32 bits).
 //! - **Random numbers** are those of Philox, from a seed and an offset
 //!   ([`Random`]): the same two give the same tokens, so move the offset on
-//!   after each call ([`Philox::take`]), on the host or in device memory.
+//!   after each call ([`Philox::take`]), on the host or in device memory. They
+//!   are **of a call, not of a request**: the kernels take one seed, and a row's
+//!   numbers depend on its place, so a request gets other tokens in another
+//!   batch. Where each request has a seed, take [`sample`].
 //! - Vocabularies have up to 2²³ tokens, matrices less than 2³² elements.
 //!
 //! Source of the contract: `csrc/sampling.cu`, `csrc/renorm.cu`,
 //! `include/flashinfer/{sampling,topk}.cuh` of FlashInfer 0.6.13. The kernels of
-//! [`argmax`] and [`top_p_renorm_probs`] are this crate's.
+//! [`argmax`], [`edit_logits`], [`sample`] and [`top_p_renorm_probs`] are this crate's.
 //!
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -76,21 +83,29 @@
 mod argmax;
 mod chain;
 mod draw;
+mod edit_logits;
 mod options;
 mod renorm;
+mod sample;
 mod top_p;
 mod workspace;
 
 pub use argmax::argmax;
+pub(crate) use chain::check_chain;
 pub use chain::{ChainInput, ChainSamples, chain_speculative_sampling};
 pub use draw::{
     FilterOrder, TopKTopP, min_p_sampling_from_probs, sampling_from_logits, sampling_from_probs,
     top_k_sampling_from_probs, top_k_top_p_sampling_from_logits, top_k_top_p_sampling_from_probs,
     top_p_sampling_from_probs,
 };
+pub use edit_logits::edit_logits;
 pub use options::{Draws, Indices, Parameter, Philox, Random, Samples, SamplingOptions};
-pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TOP_P};
+pub(crate) use options::{MIN_P, Rule, TEMPERATURE, TEMPERATURE_OR_0, TOP_P};
 pub use renorm::{SoftmaxOptions, softmax, top_k_mask_logits, top_k_renorm_probs};
+pub(crate) use renorm::{check_softmax, check_top_k};
+pub(crate) use sample::check_sample;
+pub use sample::{SampleOptions, sample};
+pub(crate) use top_p::check_top_p_renorm_probs;
 pub use top_p::top_p_renorm_probs;
 pub use workspace::SamplingWorkspace;
 
@@ -102,6 +117,11 @@ use crate::{
     module::ModuleName,
     tensor::RawTensor,
 };
+
+impl ModuleName {
+    /// Softmax, sampling and renormalization.
+    pub const SAMPLING: Self = Self::fixed("sampling");
+}
 
 pub(super) const SIGNATURES: &[(&str, Signature)] = &[
     ("sampling", renorm::Softmax::SIGNATURE),
@@ -122,7 +142,7 @@ const fn function(signature: &Signature) -> FixedFunction {
 }
 
 /// Element types of the radix kernels of top-k.
-const KERNEL_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub(crate) const KERNEL_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// The longest row. From about twice as many on, the softmax of a few rows
 /// would leave parts of its scratch memory unwritten and read them.
@@ -131,7 +151,7 @@ const MAX_VOCAB: i64 = 1 << 23;
 /// Checks a matrix, or a stack of them, of a row for each request: contiguous,
 /// aligned to the vectors in which rows are loaded, counted in 32 bits.
 /// Returns the length of a row.
-fn check_rows(
+pub(crate) fn check_rows(
     check: &Check<'_>,
     argument: &'static str,
     tensor: &RawTensor,

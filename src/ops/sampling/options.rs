@@ -29,13 +29,13 @@ impl<T> From<T> for Parameter<'_, T> {
 }
 
 /// A parameter as kernels take it: a tensor, or else a number.
-pub(super) type KernelParameter<T> = (Option<RawTensor>, T);
+pub(crate) type KernelParameter<T> = (Option<RawTensor>, T);
 
 impl<T> Parameter<'_, T> {
     /// Checks the parameter. The kernel reads `len` numbers of a tensor; the
     /// module wants to see as many as there are `rows`, and does not look at
     /// more than the address afterwards.
-    fn check(
+    pub(crate) fn check(
         self,
         check: &Check<'_>,
         argument: &'static str,
@@ -57,7 +57,7 @@ impl<T> Parameter<'_, T> {
 
 impl Parameter<'_, f64> {
     /// A number must satisfy `allowed` as the `f32` that the kernel makes of it.
-    pub(super) fn float(
+    pub(crate) fn float(
         self,
         check: &Check<'_>,
         argument: &'static str,
@@ -87,9 +87,12 @@ pub(crate) const TEMPERATURE: Rule = (
     |t| t.is_normal() && t > 0.0,
     "a finite number above 0 (the kernel takes 0 for infinity; to take the likeliest token, use argmax)",
 );
+/// Temperatures of which 0 takes the likeliest token.
+pub(crate) const TEMPERATURE_OR_0: Rule =
+    (|t| t.is_finite() && t >= 0.0, "a finite number of at least 0, which takes the likeliest token");
 
 impl Parameter<'_, u32> {
-    pub(super) fn count(
+    pub(crate) fn count(
         self,
         check: &Check<'_>,
         argument: &'static str,
@@ -108,7 +111,8 @@ impl Parameter<'_, u32> {
 /// A place in Philox's random numbers.
 ///
 /// Each row of a call has a sequence of its own, in which `offset` numbers are
-/// skipped.
+/// skipped. Rows are numbered by their place in the batch, so a request's numbers
+/// change with it; [`sample`](super::sample) takes a number for each row instead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Philox {
     /// Which numbers.

@@ -3,7 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::{
-    KERNEL_DTYPES, Parameter, SamplingWorkspace, check_like, check_rows, function, options::TEMPERATURE,
+    KERNEL_DTYPES, Parameter, SamplingWorkspace, check_like, check_rows, function,
+    options::{KernelParameter, TEMPERATURE},
     workspace::check_room,
 };
 use crate::{
@@ -104,13 +105,9 @@ pub(super) fn softmax_of(
     let (scratch, _, room) = workspace.parts();
     let stream = scratch.stream();
     let check = Check::new("softmax", stream)?;
-    let vocab = check_rows(&check, "logits", logits, &[DType::F32], 2)?;
-    let rows = logits.shape()[0];
-    check_like(&check, "out", out, logits)?;
-    check_room(&check, room, [rows, vocab])?;
-    let (temperatures, temperature) =
-        options.temperature.float(&check, "temperature", TEMPERATURE, [rows, rows])?;
-    if rows == 0 {
+    let (temperatures, temperature) = check_softmax(&check, out, logits, options.temperature)?;
+    check_room(&check, room, [logits.shape()[0], logits.shape()[1]])?;
+    if logits.shape()[0] == 0 {
         return Ok(());
     }
     let runtime = FlashInferRuntime::get()?;
@@ -131,6 +128,18 @@ pub(super) fn softmax_of(
     // for each row. The scratch memory is large enough, and used on this
     // stream only, by one call at a time. Numbers decide no address.
     unsafe { kernel.call(function, stream) }.map(drop)
+}
+
+/// All that the kernels of [`softmax`] assume but the scratch memory.
+pub(crate) fn check_softmax(
+    check: &Check<'_>,
+    out: &RawTensor,
+    logits: &RawTensor,
+    temperature: Parameter<'_>,
+) -> Result<KernelParameter<f64>> {
+    check_rows(check, "logits", logits, &[DType::F32], 2)?;
+    check_like(check, "out", out, logits)?;
+    temperature.float(check, "temperature", TEMPERATURE, [logits.shape()[0]; 2])
 }
 
 /// Keeps the `top_k` largest probabilities of each row, and all equal to the
@@ -183,11 +192,9 @@ fn radix(
     let (scratch, row_states, _) = workspace.parts();
     let stream = scratch.stream();
     let check = Check::new(function.name(), stream)?;
-    let vocab = check_rows(&check, name, input, &KERNEL_DTYPES, 2)?;
-    let rows = input.shape()[0];
-    check_like(&check, "out", out, input)?;
-    let (top_ks, top_k) = top_k.count(&check, "top_k", DType::I32, [rows, rows], vocab)?;
-    if rows == 0 {
+    let (top_ks, top_k) = check_top_k(&check, name, out, input, top_k)?;
+    let vocab = input.shape()[1];
+    if input.shape()[0] == 0 {
         return Ok(());
     }
     let runtime = FlashInferRuntime::get()?;
@@ -218,6 +225,19 @@ fn radix(
     // all rows that share multiprocessors, and all blocks of a row run at once,
     // so that they can wait for each other.
     unsafe { kernel.call(function, stream) }.map(drop)
+}
+
+/// All that the kernels of radix top-k assume but what the GPU decides.
+pub(crate) fn check_top_k(
+    check: &Check<'_>,
+    name: &'static str,
+    out: &RawTensor,
+    input: &RawTensor,
+    top_k: Parameter<'_, u32>,
+) -> Result<KernelParameter<i64>> {
+    let vocab = check_rows(check, name, input, &KERNEL_DTYPES, 2)?;
+    check_like(check, "out", out, input)?;
+    top_k.count(check, "top_k", DType::I32, [input.shape()[0]; 2], vocab)
 }
 
 /// How many blocks share a row, whose elements have this size, and the most

@@ -8,7 +8,10 @@
 
 use std::{ffi::c_void, ptr};
 
-use super::{Parameter, check_like, check_rows, options::TOP_P};
+use super::{
+    Parameter, check_like, check_rows,
+    options::{KernelParameter, TOP_P},
+};
 use crate::{
     cuda::PtxKernel,
     dtype::DType,
@@ -17,7 +20,7 @@ use crate::{
     ops::check::Check,
     runtime::FlashInferRuntime,
     stream::Stream,
-    tensor::{TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 /// Upstream's function. It is declared so that a change of the wheel is seen, and
@@ -67,10 +70,8 @@ pub fn top_p_renorm_probs(
     top_p: Parameter<'_>,
 ) -> Result<()> {
     let check = Check::new("top_p_renorm_probs", stream)?;
-    let vocab = check_rows(&check, "probs", &probs.raw, &[DType::F32], 2)?;
-    let rows = probs.raw.shape()[0];
-    check_like(&check, "out", &out.raw, &probs.raw)?;
-    let (top_ps, top_p) = top_p.float(&check, "top_p", TOP_P, [rows, rows])?;
+    let (top_ps, top_p) = check_top_p_renorm_probs(&check, &out.raw, &probs.raw, top_p)?;
+    let [rows, vocab] = [0, 1].map(|axis| probs.raw.shape()[axis]);
     if rows == 0 {
         return Ok(());
     }
@@ -92,4 +93,16 @@ pub fn top_p_renorm_probs(
     unsafe {
         RENORM.launch(FlashInferRuntime::get()?.cuda(), stream, [rows as u32, THREADS], &mut args, &tensors)
     }
+}
+
+/// All that the kernel assumes.
+pub(crate) fn check_top_p_renorm_probs(
+    check: &Check<'_>,
+    out: &RawTensor,
+    probs: &RawTensor,
+    top_p: Parameter<'_>,
+) -> Result<KernelParameter<f64>> {
+    check_rows(check, "probs", probs, &[DType::F32], 2)?;
+    check_like(check, "out", out, probs)?;
+    top_p.float(check, "top_p", TOP_P, [probs.shape()[0]; 2])
 }

@@ -4,7 +4,7 @@ use super::{standardize, vector};
 use crate::{
     dtype::DType,
     error::Result,
-    norm::{Biased, DitInput, DitOutput, NormOptions},
+    norm::{Biased, DitInput, DitOutput, NormOptions, check_fused_dit_layernorm},
     reference::host::{Check, Rows},
     tensor::TensorRef,
 };
@@ -23,6 +23,7 @@ pub fn fused_dit_layernorm(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::fused_dit_layernorm" };
+    check.as_kernel(|check| check_fused_dit_layernorm(check, out, input))?;
     let rows = check.rows("input", &input.input, &[DType::BF16], &[3])?;
     if rows.width() == 0 {
         return check.fail("input", "its last dimension is 0".into());

@@ -4,7 +4,7 @@ use super::{rmsnorm::normalize, vector};
 use crate::{
     dtype::DType,
     error::Result,
-    norm::{FusedQkOptions, QkvInput, QkvOutput, Rope3d, qkv_shape},
+    norm::{FusedQkOptions, QkvInput, QkvOutput, Rope3d, check_fused_qk_rmsnorm_rope, qkv_shape},
     reference::host::Check,
 };
 
@@ -32,6 +32,7 @@ pub fn fused_qk_rmsnorm_rope(
         .check()
         .and_then(|()| qkv_shape(out, input, rope))
         .or_else(|(argument, problem)| check.fail(argument, problem))?;
+    check.as_kernel(|check| check_fused_qk_rmsnorm_rope(check, out, input, rope, options))?;
     let d = shape.head_dim as usize;
     let qkv = check.rows("qkv", &input.qkv, &[DType::BF16], &[2, 3])?;
     let weights = [

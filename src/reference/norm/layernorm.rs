@@ -4,7 +4,7 @@ use super::{standardize, vector};
 use crate::{
     dtype::DType,
     error::Result,
-    norm::NormOptions,
+    norm::{NormOptions, check_layernorm},
     reference::host::Check,
     tensor::{TensorMut, TensorRef},
 };
@@ -25,6 +25,7 @@ pub fn layernorm(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::layernorm" };
+    check.as_kernel(|check| check_layernorm(check, &out.raw, &input.raw, [&gamma.raw, &beta.raw]))?;
     let input = check.rows("input", input, &[DType::BF16], &[2])?;
     let mut out = check.rows_mut("out", out, &[DType::BF16], &[2])?;
     if input.width() == 0 {

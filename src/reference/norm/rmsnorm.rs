@@ -4,7 +4,7 @@ use super::vector;
 use crate::{
     dtype::DType,
     error::Result,
-    norm::NormOptions,
+    norm::{self, NormOptions},
     reference::host::{Check, Rows},
     tensor::{TensorMut, TensorRef},
 };
@@ -96,6 +96,8 @@ pub fn rmsnorm_quant(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::rmsnorm_quant" };
+    check
+        .as_kernel(|check| norm::check_rmsnorm_quant(check, &out.raw, &input.raw, &weight.raw, &scale.raw))?;
     let input = check.rows("input", input, &DTYPES, &[2])?;
     let mut out = check.rows_mut("out", out, &QUANTIZED, &[2])?;
     let weight = check.rows("weight", weight, &DTYPES, &[1])?;
@@ -125,6 +127,10 @@ pub fn fused_add_rmsnorm_quant(
     options: &NormOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::fused_add_rmsnorm_quant" };
+    check.as_kernel(|check| {
+        let rows = [&input.raw, &residual.raw];
+        norm::check_fused_add_rmsnorm_quant(check, &out.raw, rows, &weight.raw, &scale.raw)
+    })?;
     let input = check.rows("input", input, &DTYPES, &[2])?;
     let mut residual = check.rows_mut("residual", residual, &DTYPES, &[2])?;
     let mut out = check.rows_mut("out", out, &QUANTIZED, &[2])?;
@@ -158,6 +164,7 @@ fn norm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
+    check.as_kernel(|check| norm::check_rmsnorm(check, &out.raw, &input.raw, &weight.raw, ranks))?;
     let input = check.rows("input", input, &DTYPES, ranks)?;
     let mut out = check.rows_mut("out", out, &DTYPES, ranks)?;
     let weight = check.rows("weight", weight, &DTYPES, &[1])?;
@@ -180,6 +187,8 @@ fn fused_add(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
+    check
+        .as_kernel(|check| norm::check_fused_add_rmsnorm(check, [&input.raw, &residual.raw], &weight.raw))?;
     let mut input = check.rows_mut("input", input, &DTYPES, &[2])?;
     let mut residual = check.rows_mut("residual", residual, &DTYPES, &[2])?;
     let weight = check.rows("weight", weight, &DTYPES, &[1])?;
