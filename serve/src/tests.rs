@@ -5,6 +5,7 @@ mod architectures;
 mod bytes;
 mod forward;
 mod gpu;
+mod keys;
 mod sentencepiece;
 
 use std::{

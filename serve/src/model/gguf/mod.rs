@@ -3,6 +3,8 @@
 //! before anything is allocated or read by them.
 
 mod reader;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},
