@@ -6,12 +6,12 @@ mod cache;
 mod mlp;
 mod network;
 
-use flashinfer_rs::{TensorRef, kv::PageAllocator, reference};
+use flashinfer_rs::kv::PageAllocator;
 
 use self::{cache::Cache, network::Network};
 use crate::{
     Result,
-    backend::{Engine, Step},
+    backend::{Backend, Sample, Step, sampler},
     model::{Config, Ends, Layer},
 };
 
@@ -39,22 +39,20 @@ impl Cpu {
     }
 }
 
-impl Engine for Cpu {
-    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+impl Backend for Cpu {
+    fn vocab_size(&self) -> usize {
+        self.network.config.vocab_size
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
         self.logits.clear();
         self.cache.copy_pages()?;
-        self.logits = self.network.run(step.batch, step.tokens, step.outputs, &mut self.cache)?;
-        Ok(())
+        let outputs: Vec<_> = step.outputs.iter().map(|output| output.row).collect();
+        self.logits = self.network.run(step.batch, step.tokens, &outputs, &mut self.cache)?;
+        sampler::sample(step.outputs, &self.logits, self.vocab_size())
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
         Ok(self.logits.clone())
-    }
-
-    fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        let vocab = self.network.config.vocab_size;
-        let rows = TensorRef::from_slice(&self.logits, &[self.logits.len() / vocab, vocab])?;
-        let tokens = reference::argmax(&rows)?.into_iter();
-        Ok(tokens.map(|token| token.map(|token| token as u32)).collect())
     }
 }

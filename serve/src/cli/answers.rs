@@ -1,114 +1,58 @@
-//! The scheduler's steps until all is answered, what they print, and how long
-//! they took.
+//! The answers to prompts, as they are printed, and what they took.
 
 use std::{
     collections::BTreeMap,
     fmt,
     io::{self, Write},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use crate::{
     Result,
-    backend::Engine,
-    cli::PAGE_SIZE,
-    request::Ended,
-    scheduler::{Scheduler, Stats},
-    text::{Stream, Text},
+    engine::{Engine, Events, Status},
+    request::Finish,
 };
 
-/// Answers all requests, and prints the answers while they come, in the order
-/// of the requests; each below its heading, if there are any.
-pub fn answer(
-    engine: &mut dyn Engine,
-    scheduler: &mut Scheduler,
-    text: &Text,
-    headings: Option<&[String]>,
-) -> Result<Summary> {
-    let mut printer = Printer { text, headings, request: 0, printed: 0, stream: None };
-    let mut summary = Summary::default();
-    let start = Instant::now();
-    while !scheduler.is_done() {
-        let (before, begin) = (scheduler.stats(), Instant::now());
-        scheduler.step(engine)?;
-        summary.count(before, scheduler.stats(), begin.elapsed(), start.elapsed());
-        printer.print(scheduler)?;
-    }
-    for (number, request) in (1..).zip(scheduler.requests()) {
-        summary.decoded += request.answer().len().saturating_sub(1);
-        if let Some(ended) = request.ended() {
-            *summary.ended.entry(ended).or_default() += 1;
+/// Prints answers while they come, in the order of their requests; each below its
+/// heading, if there are any.
+pub fn answer(engine: &Engine, requests: Vec<Events>, headings: Option<&[String]>) -> Result<Summary> {
+    let mut summary = Summary { page_size: engine.config().page_size, ..Summary::default() };
+    let mut out = io::stdout().lock();
+    for (index, events) in requests.into_iter().enumerate() {
+        if let Some(headings) = headings {
+            writeln!(out, "> {}", headings[index])?;
         }
-        if request.ended() == Some(Ended::NoNumbers) {
-            summary.failed.push(number);
-        }
-    }
-    summary.stats = scheduler.stats();
-    Ok(summary)
-}
-
-/// Prints one answer at a time.
-struct Printer<'a> {
-    text: &'a Text,
-    headings: Option<&'a [String]>,
-    /// The request whose answer is being printed, and how much of it was.
-    request: usize,
-    printed: usize,
-    stream: Option<Stream<'a>>,
-}
-
-impl Printer<'_> {
-    /// Prints what has come since the last time.
-    fn print(&mut self, scheduler: &Scheduler) -> Result<()> {
-        let mut out = io::stdout().lock();
-        while let Some(request) = scheduler.requests().get(self.request) {
-            if request.answer().is_empty() && request.ended().is_none() {
-                break;
-            }
-            let stream = match &mut self.stream {
-                Some(stream) => stream,
-                None => {
-                    if let Some(headings) = self.headings {
-                        writeln!(out, "> {}", headings[self.request])?;
-                    }
-                    self.stream.insert(self.text.stream())
+        for event in events {
+            out.write_all(event.text.as_bytes())?;
+            if let Some(end) = event.end {
+                summary.decoded += end.usage.completion_tokens.saturating_sub(1);
+                if let Finish::NoNumbers | Finish::Failed(_) = end.finish {
+                    summary.failed.push((index + 1, end.finish.to_string()));
                 }
-            };
-            let spoken = request.spoken();
-            for &token in &spoken[self.printed..] {
-                out.write_all(stream.push(token).as_bytes())?;
+                *summary.ended.entry(end.finish.to_string()).or_default() += 1;
             }
-            self.printed = spoken.len();
-            if request.ended().is_none() {
-                break;
-            }
-            if let Some(stream) = self.stream.take() {
-                writeln!(out, "{}", stream.finish())?;
-            }
-            if self.headings.is_some() {
-                writeln!(out)?;
-            }
-            (self.request, self.printed) = (self.request + 1, 0);
+            out.flush()?;
         }
-        Ok(out.flush()?)
+        writeln!(out)?;
+        if headings.is_some() {
+            writeln!(out)?;
+        }
     }
+    summary.status = engine.status();
+    Ok(summary)
 }
 
 /// How all answers came about.
 #[derive(Debug, Default)]
 pub struct Summary {
-    stats: Stats,
-    /// Time of steps, divided by the tokens that they computed of prompts and of
-    /// answers.
-    reading: Duration,
-    decoding: Duration,
-    /// From the start to each first token, together.
-    first: Duration,
+    status: Status,
+    page_size: usize,
     /// Tokens of answers after the first.
     decoded: usize,
-    ended: BTreeMap<Ended, usize>,
-    /// The requests, from 1 on, for which the model computed NaN.
-    failed: Vec<usize>,
+    /// How many answers ended in each way.
+    ended: BTreeMap<String, usize>,
+    /// The requests, from 1 on, that were not answered, and why.
+    failed: Vec<(usize, String)>,
 }
 
 impl Summary {
@@ -117,56 +61,49 @@ impl Summary {
     /// # Errors
     /// Those that were not, if there are several by their numbers.
     pub fn check(&self) -> Result<()> {
-        if self.failed.is_empty() {
-            return Ok(());
-        }
-        let numbers: Vec<_> = self.failed.iter().map(usize::to_string).collect();
+        let Some((_, reason)) = self.failed.first() else { return Ok(()) };
+        let numbers: Vec<_> = self.failed.iter().map(|(number, _)| number.to_string()).collect();
         let of = match self.ended.values().sum() {
             1 => String::new(),
             _ => format!("prompt {}: ", numbers.join(", ")),
         };
+        if *reason != Finish::NoNumbers.to_string() {
+            return Err(format!("{of}the answer was ended by {reason}").into());
+        }
         Err(format!(
             "{of}the model's logits are no numbers; its file may be damaged, or its numbers too large for f16, \
              which a GPU computes in (try --device cpu)"
         )
         .into())
     }
-
-    /// Counts a step.
-    fn count(&mut self, before: Stats, after: Stats, took: Duration, since_start: Duration) {
-        let (read, decoded) = (after.read - before.read, after.decoded - before.decoded);
-        let reading = took.mul_f64(read as f64 / (read + decoded).max(1) as f64);
-        self.reading += reading;
-        self.decoding += took.saturating_sub(reading);
-        self.first += since_start * (after.begun - before.begun) as u32;
-    }
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (stats, requests) = (&self.stats, self.ended.values().sum::<usize>());
+        let (Status { stats, .. }, requests) = (&self.status, self.ended.values().sum::<usize>());
         let many = requests > 1;
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         if many {
             write!(f, "{requests} prompts; ")?;
         }
-        write!(f, "prefill {} tokens, {:.1} tokens/s; ", stats.read, rate(stats.read, self.reading))?;
+        let (reading, decoding) = (self.status.reading, self.status.decoding);
+        write!(f, "prefill {} tokens, {:.1} tokens/s; ", stats.read, rate(stats.read, reading))?;
         if many {
             write!(f, "{} prefill tokens saved by shared prefixes; ", stats.saved)?;
         }
-        write!(f, "decode {} tokens, {:.1} tokens/s; ", self.decoded, rate(self.decoded, self.decoding))?;
+        write!(f, "decode {} tokens, {:.1} tokens/s; ", self.decoded, rate(self.decoded, decoding))?;
         if stats.drafted > 0 {
             write!(f, "{} tokens drafted, {} accepted; ", stats.drafted, stats.accepted)?;
         }
-        let first = self.first.as_secs_f64() * 1e3 / stats.begun.max(1) as f64;
-        write!(f, "time to first token {first:.0} ms")?;
+        let first = self.status.time_to_first_token.as_secs_f64() * 1e3;
+        write!(f, "time to first token {:.0} ms", first / self.status.answered.max(1) as f64)?;
         if many {
             write!(f, " in the mean; preemptions: {}", stats.preemptions)?;
             if stats.recomputed > 0 {
                 write!(f, ", {} tokens computed again", stats.recomputed)?;
             }
         }
-        write!(f, "; {} steps; at most {} pages of {PAGE_SIZE} tokens; ", stats.steps, stats.pages)?;
+        write!(f, "; {} steps; at most {} pages of {} tokens; ", stats.steps, stats.pages, self.page_size)?;
         for (index, (ended, count)) in self.ended.iter().enumerate() {
             f.write_str(if index == 0 { "ended by " } else { ", " })?;
             match many {

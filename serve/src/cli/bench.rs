@@ -4,21 +4,26 @@
 use std::{ffi::CStr, num::NonZeroUsize, sync::Arc, time::Instant};
 
 use cudarc::driver::{CudaStream, result};
-use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
-
-use super::{
-    PAGE_SIZE,
-    device::{load_gpu, with_progress},
+use flashinfer_rs::{
+    Stream,
+    kv::{Batch, PageAllocator, Sequence},
 };
+
+use super::PAGE_SIZE;
 use crate::{
     Result,
-    backend::{Engine, Step, gpu::Gpu, graph},
+    backend::{
+        Backend, Output, Step,
+        device::{load_gpu, with_progress},
+        gpu::Gpu,
+        graph,
+    },
     hub,
     model::{
         Config, Model,
         synthetic::{self, Shape},
     },
-    request::Ended,
+    request::Finish,
 };
 
 const WARM_UP: usize = 10;
@@ -102,14 +107,15 @@ fn row(
     let start_again =
         |batch: &mut Batch| (0..requests).try_for_each(|request| batch.truncate(request, context));
     let mut tokens = vec![0; requests];
-    let outputs: Vec<_> = (0..requests).collect();
+    let outputs: Vec<_> = (0..requests).map(Output::greedy).collect();
     // The milliseconds of a step, and those until it was enqueued.
     let mut step = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
         let start = Instant::now();
         batch.append(vec![1; requests])?;
         let appended = start.elapsed();
-        gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?;
-        tokens = gpu.greedy()?.into_iter().collect::<Option<_>>().ok_or(Ended::NoNumbers.to_string())?;
+        let samples = gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?.into_iter();
+        let next: Option<_> = samples.map(|sample| sample.token).collect();
+        tokens = next.ok_or(Finish::NoNumbers.to_string())?;
         Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
     };
     let mut steps = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
@@ -158,16 +164,19 @@ fn idle(cuda: &Arc<CudaStream>, kernels: usize) -> Result<f64> {
         let module = result::module::load_data(PTX.as_ptr().cast())?;
         (module, result::module::get_function(module, c"empty".into())?)
     };
-    let graph = graph::capture(cuda, || {
+    let launches = || {
         for _ in 0..kernels {
             // SAFETY: the kernel takes no parameters and touches nothing.
             unsafe { result::launch_kernel(function, (1, 1, 1), (32, 1, 1), 0, cuda.cu_stream(), &mut [])? };
         }
         Ok(())
-    })?;
-    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, &graph)?)));
+    };
+    // SAFETY: the kernel touches nothing, and the module goes after the graph.
+    let step = unsafe { graph::capture(&Stream::from(cuda), launches)? };
+    let launch = || Ok(step.launch(&())?);
+    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, launch)?)));
     let time = median(times.collect::<Result<_>>()?);
-    drop(graph);
+    drop(step);
     // SAFETY: every launch was waited for, and the graph is gone.
     unsafe { result::module::unload(module)? };
     Ok(time)

@@ -2,7 +2,6 @@
 
 pub(crate) mod answers;
 mod bench;
-pub(crate) mod device;
 pub(crate) mod run;
 
 use std::process::ExitCode;

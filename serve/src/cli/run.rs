@@ -14,14 +14,15 @@ use std::{
     path::PathBuf,
 };
 
-use flashinfer_rs::kv::PageAllocator;
-
-use super::{
-    PAGE_SIZE,
-    answers::answer,
-    device::{self, Device, STEP_TOKENS},
+use super::answers::answer;
+use crate::{
+    Error, Result,
+    backend::device::Device,
+    hub,
+    llm::{Llm, LlmOptions},
+    request::Request,
+    sampling::SamplingParams,
 };
-use crate::{Result, hub, model::Model, request::Limits, scheduler::Scheduler, text::Text};
 
 /// Answer a prompt, or each prompt of a file
 #[derive(clap::Args)]
@@ -59,29 +60,31 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let prompts = prompts(args)?;
-    let model = Model::open(&hub::locate(&args.model)?)?;
-    let text = Text::from_gguf(&model.content)?;
-    let context = model.config.context_length;
-    let tokens = args.cache_tokens.min(context.saturating_mul(prompts.len()));
-    let pool = PageAllocator::new(tokens / PAGE_SIZE, PAGE_SIZE)?;
-    let max_tokens = args.max_tokens.get();
-    let ends = text.ends().clone();
-    let limits = Limits { step_tokens: STEP_TOKENS, max_tokens, context, draft: args.speculate, ends };
-    let mut scheduler = Scheduler::new(&pool, limits);
-    for (index, prompt) in prompts.iter().enumerate() {
-        let tokens = match args.raw {
-            true => text.encode(prompt)?,
-            false => text.encode_chat(args.system.as_deref(), prompt)?,
+    let options = LlmOptions {
+        device: args.device,
+        cache_tokens: args.cache_tokens,
+        draft: args.speculate,
+        max_queued: prompts.len(),
+        max_queued_tokens: usize::MAX,
+        ..LlmOptions::default()
+    };
+    let llm = Llm::load(&hub::locate(&args.model)?, &options)?;
+    let params = SamplingParams { max_tokens: Some(args.max_tokens.get()), ..SamplingParams::default() };
+    let mut requests = Vec::with_capacity(prompts.len());
+    for (index, text) in prompts.iter().enumerate() {
+        let prompt = match args.raw {
+            true => llm.text().encode(text)?,
+            false => llm.text().encode_chat(args.system.as_deref(), text)?,
         };
-        scheduler.push(tokens).map_err(|error| match &args.prompts {
+        let events = llm.engine().submit(Request { prompt, params: params.clone() });
+        requests.push(events.map_err(|error| match &args.prompts {
             Some(_) => format!("prompt {}: {error}", index + 1).into(),
-            None => error,
-        })?;
+            None => Error::from(error),
+        })?);
     }
-    let (mut engine, backend) = device::load(args.device, &model, &pool)?;
     let headings = args.prompts.as_ref().map(|_| prompts.as_slice());
-    let summary = answer(&mut *engine, &mut scheduler, &text, headings)?;
-    eprintln!("{backend}; {summary}");
+    let summary = answer(llm.engine(), requests, headings)?;
+    eprintln!("{}; {summary}", llm.place());
     summary.check()
 }
 

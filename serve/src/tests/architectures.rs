@@ -7,7 +7,7 @@ use candle_core::quantized::gguf_file::Value;
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
 use crate::{
-    backend::{Engine, Step, cpu::Cpu},
+    backend::{Backend, Output, Step, cpu::Cpu},
     model::{Model, gguf::integer},
 };
 
@@ -42,17 +42,17 @@ pub fn load(name: &str) -> Expected {
     Expected { tokens, logits: whole, prefix_logits: prefix, model }
 }
 
-/// The logits after each token, of an engine that reads them in parts.
-pub fn logits(engine: &mut dyn Engine, pool: &PageAllocator, tokens: &[u32]) -> Vec<f32> {
+/// The logits after each token, of a backend that reads them in parts.
+pub fn logits(backend: &mut dyn Backend, pool: &PageAllocator, tokens: &[u32]) -> Vec<f32> {
     let mut batch = Batch::new(pool);
     batch.push(Sequence::new(pool)).unwrap();
     let (first, rest) = tokens.split_at(tokens.len() * 2 / 3);
     let mut all = Vec::new();
     for tokens in [first].into_iter().chain(rest.chunks(1)) {
         batch.append([tokens.len()]).unwrap();
-        let outputs: Vec<_> = (0..tokens.len()).collect();
-        engine.step(&Step { batch: &batch, tokens, outputs: &outputs }).unwrap();
-        all.extend(engine.logits().unwrap());
+        let outputs: Vec<_> = (0..tokens.len()).map(Output::greedy).collect();
+        backend.step(&Step { batch: &batch, tokens, outputs: &outputs }).unwrap();
+        all.extend(backend.logits().unwrap());
     }
     all
 }

@@ -199,7 +199,7 @@ fn tensors_are_checked_when_a_file_is_opened() {
         // The name of each tensor of a layer in turn.
         let name = b"blk.1.";
         let places: Vec<_> = (0..bytes.len() - 8).filter(|&at| bytes[at..].starts_with(name)).collect();
-        assert!(places.len() >= 9, "{architecture}: {}", places.len());
+        assert!(places.len() >= 6, "{architecture}: {}", places.len());
         for place in places {
             let mut bytes = bytes.clone();
             bytes[place + name.len()] = b'X';

@@ -1,8 +1,6 @@
 //! Keys and values of all tokens, in pages.
 
-use flashinfer_rs::{
-    kv::{Batch, PageAllocator},
-};
+use flashinfer_rs::kv::{Batch, PageAllocator};
 
 use crate::{Result, model::Config};
 

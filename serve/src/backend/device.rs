@@ -4,33 +4,45 @@ use clap::ValueEnum;
 use flashinfer_rs::kv::PageAllocator;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::{Backend, StepCapacity, cpu::Cpu, gpu::Gpu};
 use crate::{
     Result,
-    backend::{Engine, cpu::Cpu, gpu::Gpu},
     model::{Layer, Model},
 };
 
-/// The most tokens that one step computes.
-pub const STEP_TOKENS: usize = 256;
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// Where a model is to run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Device {
     /// The GPU if there is one that can be used, else the CPU
+    #[default]
     Auto,
-    /// The CPU reference
+    /// The CPU
     Cpu,
     /// The first NVIDIA GPU
     Gpu,
 }
 
-/// The model where it is to run, and where that is.
-pub fn load(device: Device, model: &Model, pool: &PageAllocator) -> Result<(Box<dyn Engine>, String)> {
+/// A model that runs somewhere.
+pub struct Loaded {
+    /// The model.
+    pub backend: Box<dyn Backend>,
+    /// Whether it runs on a GPU.
+    pub on_gpu: bool,
+    /// Where it runs, and why.
+    pub place: String,
+}
+
+/// Loads a model, for steps of up to `capacity`.
+///
+/// # Errors
+/// The GPU is asked for and cannot be used, or a tensor cannot be read.
+pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Result<Loaded> {
     let reason = match device {
         Device::Cpu => "as asked".to_owned(),
-        Device::Auto | Device::Gpu => match load_gpu(model, pool, STEP_TOKENS) {
+        Device::Auto | Device::Gpu => match load_gpu(model, pool, capacity.tokens) {
             Ok(gpu) => {
                 let place = format!("on the GPU, {}", gpu.name()?);
-                return Ok((Box::new(gpu), place));
+                return Ok(Loaded { backend: Box::new(gpu), on_gpu: true, place });
             }
             Err(error) if device == Device::Gpu => {
                 return Err(format!("no GPU can be used: {error}").into());
@@ -39,16 +51,19 @@ pub fn load(device: Device, model: &Model, pool: &PageAllocator) -> Result<(Box<
         },
     };
     let cpu = with_progress(model.layers(), |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
-    Ok((Box::new(cpu), format!("on the CPU ({reason})")))
+    Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
 }
 
-/// The model on the GPU.
+/// Loads a model onto the GPU, for steps of so many tokens.
+///
+/// # Errors
+/// There is none that can be used, or a tensor cannot be read.
 pub fn load_gpu(model: &Model, pool: &PageAllocator, max_tokens: usize) -> Result<Gpu> {
     with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
 }
 
 /// Shows how many of a model's layers were taken.
-pub fn with_progress<E>(
+pub(crate) fn with_progress<E>(
     layers: impl ExactSizeIterator<Item = Result<Layer>>,
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
 ) -> Result<E> {
