@@ -469,8 +469,16 @@ fn files_that_cannot_be_run_are_refused() {
         assert!(text.contains(path.to_str().unwrap()), "{text}");
     };
     for (key, value, expected) in [
-        ("general.architecture", Value::String("gpt2".into()), "its architecture is gpt2; expected one of llama, qwen2,"),
-        ("llama.attention.key_length", Value::U32(63), "its heads have 63 dimensions; expected an even number"),
+        (
+            "general.architecture",
+            Value::String("gpt2".into()),
+            "its architecture is gpt2; expected one of llama, qwen2,",
+        ),
+        (
+            "llama.attention.key_length",
+            Value::U32(63),
+            "its heads have 63 dimensions; expected an even number",
+        ),
         ("llama.attention.head_count_kv", Value::U32(3), "cannot share 3 KV heads"),
         ("llama.attention.head_count", Value::U32(0), "head_count is 0; expected a positive number"),
         ("llama.rope.dimension_count", Value::U32(72), "is 72; expected a multiple of 8 up to 64"),
@@ -478,7 +486,11 @@ fn files_that_cannot_be_run_are_refused() {
         ("llama.expert_count", Value::U32(8), "llama.expert_used_count is missing"),
         ("llama.expert_count", Value::String("8".into()), "expert_count is \"8\"; expected a number"),
         ("llama.attention.scale", Value::F32(-0.25), "attention.scale is -0.25; expected a number from 0 on"),
-        ("llama.rope.scaling.type", Value::String("longrope".into()), "rope_factors_long.weight: it is missing"),
+        (
+            "llama.rope.scaling.type",
+            Value::String("longrope".into()),
+            "rope_factors_long.weight: it is missing",
+        ),
         ("llama.rope.scaling.type", Value::String("dynamic".into()), "`dynamic`; expected none, linear"),
         ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is 1; expected text"),
         ("llama.rope.scaling.factor", Value::F32(-1.0), "scaling.factor is -1; expected a number from 0 on"),

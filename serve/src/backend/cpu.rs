@@ -33,7 +33,7 @@ impl Cpu {
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         Ok(Self {
             network: Network::new(config, ends, layers.collect::<Result<_>>()?, positions),
-            cache: Cache::new(config, pool),
+            cache: Cache::new(config, pool)?,
             logits: Vec::new(),
         })
     }

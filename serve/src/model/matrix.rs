@@ -45,7 +45,9 @@ impl Matrix {
         let pairs = || bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
         let values = match dtype {
             GgmlDType::F32 => {
-                let numbers = bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
+                let numbers = bytes
+                    .chunks_exact(4)
+                    .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
                 Values::F32(Tensor::from_vec(numbers.collect(), (rows, columns), &Device::Cpu)?)
             }
             GgmlDType::F16 => Values::F16(pairs().map(f16::from_le_bytes).collect()),

@@ -123,7 +123,8 @@ fn side_by_side(mut products: Vec<Vec<f32>>, parts: &[Matrix]) -> Vec<f32> {
         return first;
     }
     let parts = || products.iter().zip(parts);
-    let row = |row: usize| parts().flat_map(move |(product, part)| &product[row * part.rows()..][..part.rows()]);
+    let row =
+        |row: usize| parts().flat_map(move |(product, part)| &product[row * part.rows()..][..part.rows()]);
     (0..rows).flat_map(row).copied().collect()
 }
 

@@ -12,9 +12,8 @@ use crate::{
 };
 
 /// The files, without their ending.
-pub const NAMES: [&str; 10] = [
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen2moe", "qwen3moe",
-];
+pub const NAMES: [&str; 10] =
+    ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen2moe", "qwen3moe"];
 
 /// A tiny model, and what is right.
 pub struct Expected {

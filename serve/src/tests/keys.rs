@@ -138,11 +138,17 @@ fn experts_are_shared_as_the_file_says() {
     assert_eq!(read(&[]), plain);
     let gating = |number| ("llama.expert_gating_func", Value::U32(number));
     assert_eq!(read(&[gating(2)]), Experts { gating: Gating::Sigmoid, ..plain });
-    assert_eq!(read(&[("llama.expert_weights_norm", Value::Bool(false))]), Experts { normalize: false, ..plain });
+    assert_eq!(
+        read(&[("llama.expert_weights_norm", Value::Bool(false))]),
+        Experts { normalize: false, ..plain }
+    );
     assert_eq!(read(&[("llama.expert_weights_scale", Value::F32(2.5))]), Experts { scale: 2.5, ..plain });
     assert_eq!(read(&[("llama.expert_weights_scale", Value::F32(0.0))]), plain);
     refused(&experts(&[gating(4)]), "llama.expert_gating_func is 4; expected 1 (softmax)");
-    refused(&experts(&[("llama.expert_shared_count", Value::U32(1))]), "expert_shared_count is 1; expected 0");
+    refused(
+        &experts(&[("llama.expert_shared_count", Value::U32(1))]),
+        "expert_shared_count is 1; expected 0",
+    );
     refused(&experts(&[("llama.expert_weights_norm", Value::U32(1))]), "expected true or false");
 }
 

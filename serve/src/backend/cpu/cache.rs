@@ -19,11 +19,23 @@ pub struct KeysAndValues {
 }
 
 impl Cache {
-    pub fn new(config: &Config, pool: &PageAllocator) -> Self {
+    /// Memory for the tokens of a pool. What is not written takes none.
+    ///
+    /// # Errors
+    /// There is not enough.
+    pub fn new(config: &Config, pool: &PageAllocator) -> Result<Self> {
         let [_, width] = config.widths();
-        let zeros = || vec![0.0; pool.num_pages() * pool.page_size() * width];
-        let layer = |_| KeysAndValues { k: zeros(), v: zeros() };
-        Self { pool: pool.clone(), layers: (0..config.num_layers()).map(layer).collect(), width }
+        let len = (pool.num_pages() * pool.page_size()).saturating_mul(width);
+        let zeros = || -> Result<Vec<f32>> {
+            Vec::<f32>::new().try_reserve_exact(len).map_err(|e| {
+                let tokens = pool.num_pages() * pool.page_size();
+                format!("there is no memory for the keys and values of {tokens} tokens: {e}")
+            })?;
+            Ok(vec![0.0; len])
+        };
+        let layer = |_| Ok(KeysAndValues { k: zeros()?, v: zeros()? });
+        let layers = (0..config.num_layers()).map(layer).collect::<Result<_>>()?;
+        Ok(Self { pool: pool.clone(), layers, width })
     }
 
     /// Makes the copies of pages that are due.

@@ -34,6 +34,9 @@ impl Network {
         cache: &mut Cache,
     ) -> Result<Vec<f32>> {
         let Config { hidden_size, embedding_scale, .. } = self.config;
+        if tokens.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut residual = self.ends.embedding.gather(tokens)?;
         residual.iter_mut().for_each(|x| *x *= embedding_scale as f32);
         for (index, layer) in self.layers.iter().enumerate() {
@@ -87,12 +90,10 @@ impl Network {
     fn turn(&self, rope: usize, positions: &[i32], x: &mut [f32]) {
         let (head_dim, rotary_dim) = (self.config.head_dim, self.config.ropes[rope].rotary_dim());
         let pairs = rotary_dim / 2;
-        if positions.is_empty() {
-            return;
-        }
         let width = x.len() / positions.len();
         for (row, &position) in x.chunks_exact_mut(width).zip(positions) {
-            let (cos, sin) = self.cos_sin[rope][position as usize * rotary_dim..][..rotary_dim].split_at(pairs);
+            let (cos, sin) =
+                self.cos_sin[rope][position as usize * rotary_dim..][..rotary_dim].split_at(pairs);
             for head in row.chunks_exact_mut(head_dim) {
                 for (pair, (cos, sin)) in cos.iter().zip(sin).enumerate() {
                     let [a, b] = match self.config.architecture.interleave {

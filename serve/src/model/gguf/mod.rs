@@ -8,7 +8,8 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
+    fmt::Display,
+    fs::{self, File},
     io::BufReader,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -163,12 +164,13 @@ pub fn integer(value: &Value) -> Option<i128> {
 }
 
 fn open(path: &Path) -> Result<(File, Header)> {
-    let cannot = |e| format!("cannot open the model {}: {e}", path.display());
-    let file = File::open(path).map_err(cannot)?;
-    let metadata = file.metadata().map_err(cannot)?;
+    let cannot = |e: &dyn Display| format!("cannot open the model {}: {e}", path.display());
+    let metadata = fs::metadata(path).map_err(|e| cannot(&e))?;
+    // Before it is opened, which waits if it is a pipe.
     if !metadata.is_file() {
-        return Err(format!("cannot open the model {}: it is no file", path.display()).into());
+        return Err(cannot(&"it is no file").into());
     }
+    let file = File::open(path).map_err(|e| cannot(&e))?;
     let header = Header::read(BufReader::new(&file), metadata.len()).map_err(|e| unusable(path, e))?;
     Ok((file, header))
 }

@@ -125,7 +125,8 @@ fn broken_files_are_refused_with_what_is_wrong() {
     refused(b"GGML\x03\0\0\0", "it does not start with GGUF");
     refused(b"GGUF\0\0\0\x03", "big-endian");
     refused(b"GGUF\x01\0\0\0", "its version is 1; expected one of [2, 3]");
-    for (alignment, shown) in [(Value::U32(0), "0"), (Value::U32(48), "48"), (Value::String("x".into()), "x")] {
+    for (alignment, shown) in [(Value::U32(0), "0"), (Value::U32(48), "48"), (Value::String("x".into()), "x")]
+    {
         let bytes = file(&[("general.alignment", alignment)], &[], 0);
         let problem = read(&bytes).err().expect("no header");
         assert!(problem.contains("general.alignment is") && problem.contains(shown), "{problem}");
