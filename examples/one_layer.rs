@@ -1,199 +1,254 @@
-//! One layer of a language model, from a GGUF file to logits: what an engine calls, in which order.
+//! One layer of a llama model with random weights: what an engine calls, in which order.
 //!
-//! `cargo run --release --example one_layer -- [MODEL.gguf]`
+//! `cargo run --release --example one_layer`
 //!
-//! A prompt runs through the first layer, the last norm and the output head: on the CPU
-//! through `flashinfer_rs::reference`, and where there is a GPU, also through FlashInfer's
-//! kernels, with cuBLASLt. Without a file it takes SmolLM2-135M-Instruct, fetched once.
+//! Two prompts go through the layer on the CPU, by `flashinfer_rs::reference`, and, where there
+//! is a GPU, through FlashInfer's kernels, with cuBLASLt for the products of matrices.
 
-#[path = "generate/cpu.rs"]
-mod cpu;
-#[allow(dead_code, reason = "what only `generate` uses")]
-#[path = "generate/engine.rs"]
-mod engine;
-#[allow(dead_code, reason = "what only `generate` uses")]
-#[path = "generate/model.rs"]
-mod model;
-
-use candle_core::{Device, Tensor};
 use cudarc::{
     cublaslt::{CudaBlasLT, Matmul, MatmulConfig},
     driver::{CudaContext, CudaSlice},
 };
 use flashinfer_rs::{
-    DType, FlashInferRuntime, ModuleName, Stream,
+    DType, FlashInferRuntime, Stream, TensorMut, TensorRef,
     activation::{ActivationOptions, silu_and_mul},
-    artifacts::{Fetch, Member, Store, StoreConfig},
-    attention::{AttentionSpec, BatchPrefill, PlanOptions, Workspace},
-    cudarc::{TensorExt, TensorExtMut},
-    kv::{Batch, BatchCapacity, BatchTables, KvLayout, PageAllocator, PagedKvCache, Sequence},
+    attention::{AttentionSpec, BatchPrefill, Heads, PlanOptions, RunOptions, Workspace},
+    cudarc::Tensor,
+    kv::{Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     page::append_paged_kv_cache,
-    rope::{CosSinCache, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache},
+    reference::{self, Mask},
+    rope::{
+        CosSinCache, RopeFrequencies, RopeScaling, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache,
+    },
 };
 use half::f16;
+use rand::RngExt;
 
-use crate::{
-    cpu::Cpu,
-    engine::{Engine, Step},
-    model::{Biases, Config, Ends, Layer, Model},
-};
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
-/// "The capital of France is", as SmolLM2's tokens.
-const TOKENS: [u32; 5] = [504, 3575, 282, 4649, 314];
-const PAGES: usize = 4;
+const HIDDEN: usize = 512;
+const INTERMEDIATE: usize = 1024;
+const QO: usize = 8;
+const KV: usize = 2;
+const HEAD_DIM: usize = 64;
+const PAGES: usize = 16;
 const PAGE_SIZE: usize = 4;
-/// The relative error up to which `f16` agrees with `f32`; rounding alone makes 6e-4.
+/// Tokens of the prompts.
+const PROMPTS: [usize; 2] = [11, 5];
+const ROWS: usize = PROMPTS[0] + PROMPTS[1];
+/// The relative error up to which `f16` agrees with `f32`.
 const BOUND: f32 = 5e-3;
 
-/// Logits of all tokens, `[tokens, vocab_size]`, through FlashInfer's kernels in `f16`.
-fn on_gpu(runtime: &FlashInferRuntime, config: &Config, layer: &Layer, ends: &Ends) -> Result<Vec<f32>> {
-    let Config { hidden_size, intermediate_size, heads, head_dim, .. } = *config;
-    let (qo, kv, rows) = (heads.num_qo_heads, heads.num_kv_heads, TOKENS.len());
-    let wide = [rows, hidden_size];
+/// Weights; those of products have a row for each output.
+struct Layer {
+    attention_norm: Vec<f16>,
+    qkv: Vec<f16>,
+    attention_output: Vec<f16>,
+    mlp_norm: Vec<f16>,
+    gate_up: Vec<f16>,
+    down: Vec<f16>,
+    /// That of the next layer, whose norm is computed with this layer's last sum.
+    next_norm: Vec<f16>,
+}
 
-    // Once per process: what may have to be fetched, opened or looked up.
+impl Layer {
+    fn random() -> Self {
+        let product = |outputs: usize, inputs: usize| {
+            let bound = (3.0 / inputs as f32).sqrt();
+            random(outputs * inputs, -bound, bound)
+        };
+        Self {
+            attention_norm: random(HIDDEN, 0.5, 1.5),
+            qkv: product((QO + KV + KV) * HEAD_DIM, HIDDEN),
+            attention_output: product(HIDDEN, QO * HEAD_DIM),
+            mlp_norm: random(HIDDEN, 0.5, 1.5),
+            gate_up: product(2 * INTERMEDIATE, HIDDEN),
+            down: product(HIDDEN, INTERMEDIATE),
+            next_norm: random(HIDDEN, 0.5, 1.5),
+        }
+    }
+}
+
+fn random(len: usize, least: f32, most: f32) -> Vec<f16> {
+    let mut rng = rand::rng();
+    (0..len).map(|_| f16::from_f32(rng.random_range(least..most))).collect()
+}
+
+/// The prompts, with their tokens appended, and what the cache keeps of them.
+fn prompts(dtype: DType) -> Result<(PageAllocator, Batch, HeadsShape)> {
+    let pool = PageAllocator::new(PAGES, PAGE_SIZE)?;
+    let mut batch = Batch::new(&pool);
+    for _ in PROMPTS {
+        batch.push(Sequence::new(&pool))?;
+    }
+    batch.append(PROMPTS)?;
+    let (num_kv_heads, head_dim, layout) = (KV, HEAD_DIM, KvLayout::Nhd);
+    Ok((pool, batch, HeadsShape { num_layers: 1, num_kv_heads, head_dim, dtype, layout }))
+}
+
+/// The layer in `f16`, through FlashInfer's kernels.
+fn on_gpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result<Vec<f32>> {
+    // Once for each process: what may have to be fetched, opened or uploaded.
     let cuda = CudaContext::new(0)?.new_stream()?;
     let stream = &Stream::from(&cuda);
-    runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, ModuleName::SILU_AND_MUL])?;
-    let prefill = BatchPrefill::new(stream, &AttentionSpec::new(DType::F16, head_dim), heads)?;
-    runtime.cublas_version()?; // Opens cuBLASLt, which cudarc then finds in the process.
+    let prefill = BatchPrefill::new(stream, &AttentionSpec::new(DType::F16, HEAD_DIM), Heads::new(QO, KV))?;
+    FlashInferRuntime::get()?.preload_cublas()?; // cudarc finds it in the process then.
     let blas = CudaBlasLT::new(cuda.clone())?;
-    let cos_sin = CosSinCache::new(stream, &config.rope, PAGES * PAGE_SIZE)?;
-    let upload = |values: &[f32]| {
-        cuda.clone_htod(&values.iter().map(|&value| f16::from_f32(value)).collect::<Vec<_>>())
-    };
-    // `x · weightᵀ`. An engine uploads its weights once, not where it uses them.
-    let multiply = |x: &CudaSlice<f16>, weight: &Tensor| -> Result<CudaSlice<f16>> {
-        let ((out, input), weight) = (weight.dims2()?, upload(&values(weight)?)?);
-        let mut product = cuda.alloc_zeros::<f16>(x.len() / input * out)?;
+    let cos_sin = CosSinCache::new(stream, frequencies, PAGES * PAGE_SIZE)?;
+    let [attention_norm, mlp_norm, next_norm] = [&layer.attention_norm, &layer.mlp_norm, &layer.next_norm]
+        .map(|norm| Tensor::from_slice(stream, &[HIDDEN], norm));
+    let [qkv, attention_output, gate_up, down] =
+        [&layer.qkv, &layer.attention_output, &layer.gate_up, &layer.down]
+            .map(|weight| cuda.clone_htod(weight));
+    // `x · weightᵀ`.
+    let multiply = |x: Tensor<f16>, weight: &CudaSlice<f16>, shape: &[usize]| -> Result<Tensor<f16>> {
+        let (x, outputs) = (x.into_cudarc()?, shape[1..].iter().product::<usize>());
+        let inputs = weight.len() / outputs;
+        let mut product = cuda.alloc_zeros::<f16>(ROWS * outputs)?;
         #[rustfmt::skip]
         let config = MatmulConfig {
             transa: true, transb: false, transc: false, alpha: 1.0, beta: 0.0,
-            m: out as u64, n: (x.len() / input) as u64, k: input as u64,
-            lda: input as i64, ldb: input as i64, ldc: out as i64,
+            m: outputs as u64, n: ROWS as u64, k: inputs as u64,
+            lda: inputs as i64, ldb: inputs as i64, ldc: outputs as i64,
             stride_a: None, stride_b: None, stride_c: None, stride_bias: None, batch_size: None,
         };
-        // SAFETY: cuBLAS counts by columns: to it the weight is `[input, out]`, `x` is `[input, rows]`
-        // and the product `[out, rows]`. They have that many elements, without gaps.
-        unsafe { blas.matmul(config, &weight, x, &mut product, None, None)? };
-        Ok(product)
+        // SAFETY: cuBLAS counts by columns: to it the weight is `[inputs, outputs]`, `x` is
+        // `[inputs, rows]` and the product `[outputs, rows]`. They have that many elements, without gaps.
+        unsafe { blas.matmul(config, weight, &x, &mut product, None, None)? };
+        Ok(Tensor::from_cudarc(product, shape)?)
     };
 
-    // Once per step: the index arrays of the batch, and the plan for them.
-    let (pool, batch) = one_request()?;
-    let mut cache = PagedKvCache::new(stream, &pool, &[config.kv_shape(DType::F16, KvLayout::Nhd)])?;
-    let capacity = BatchCapacity { requests: 1, pages: PAGES, tokens: rows };
+    // Once for each step: the index arrays of the batch, and the plan for them.
+    let (pool, batch, shape) = prompts(DType::F16)?;
+    let mut cache = PagedKvCache::new(stream, &pool, &[shape])?;
+    let capacity = BatchCapacity { requests: PROMPTS.len(), pages: PAGES, tokens: ROWS };
     let BatchTables { pages, queries, append, .. } = BatchTables::new(stream, &batch, capacity)?;
-    let (mut workspace, causal) = (Workspace::new(stream)?, PlanOptions::causal());
-    let plan = prefill.plan_paged(&mut workspace, &queries, &pages, &causal)?;
+    let mut workspace = Workspace::new(stream)?;
+    let plan = prefill.plan_paged(&mut workspace, &queries, &pages, &PlanOptions::causal())?;
 
-    // Once per layer, from here to the second `add_and_norm`. The norm before the first stands alone.
-    let norm = NormOptions::with_eps(config.rms_eps);
-    let tokens = Tensor::new(&TOKENS, &Device::Cpu)?;
-    let mut residual = upload(&values(&ends.embedding.index_select(&tokens, 0)?)?)?;
-    let mut x = cuda.alloc_zeros::<f16>(rows * hidden_size)?;
-    rmsnorm(
-        stream,
-        &mut x.tensor_mut(&cuda, &wide)?.view_mut(),
-        &residual.tensor(&cuda, &wide)?.view(),
-        &upload(&layer.attention_norm)?.tensor(&cuda, &[hidden_size])?.view(),
+    // Once for each layer, but for the first norm.
+    let norm = NormOptions::with_eps(1e-5);
+    let mut residual = Tensor::from_slice(stream, &[ROWS, HIDDEN], input)?;
+    let mut x = Tensor::<f16>::zeros(stream, &[ROWS, HIDDEN])?;
+    rmsnorm(stream, &mut x.view_mut(), &residual.view(), &attention_norm?.view(), &norm)?;
+    let mut qkv = multiply(x, &qkv?, &[ROWS, QO + KV + KV, HEAD_DIM])?;
+    let (mut q, keys_and_values) = qkv.view_mut().split_at(1, QO)?;
+    let (mut k, v) = keys_and_values.split_at(1, KV)?;
+    let mut turned = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
+    apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &Rotation::new(cos_sin.view()?, &append))?;
+    append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &append, &mut cache.layer_mut(0, 0)?, &pages)?;
+    let mut attention = Tensor::<f16>::zeros(stream, &[ROWS, QO, HEAD_DIM])?;
+    plan.run(&q.as_ref(), &cache.layer(0, 0)?, &mut attention.view_mut())?;
+    let mut x = multiply(attention, &attention_output?, &[ROWS, HIDDEN])?;
+    fused_add_rmsnorm(stream, &mut x.view_mut(), &mut residual.view_mut(), &mlp_norm?.view(), &norm)?;
+    let x = multiply(x, &gate_up?, &[ROWS, 2 * INTERMEDIATE])?;
+    let mut inner = Tensor::<f16>::zeros(stream, &[ROWS, INTERMEDIATE])?;
+    silu_and_mul(stream, &mut inner.view_mut(), &x.view(), &ActivationOptions::default())?;
+    let mut x = multiply(inner, &down?, &[ROWS, HIDDEN])?;
+    fused_add_rmsnorm(stream, &mut x.view_mut(), &mut residual.view_mut(), &next_norm?.view(), &norm)?;
+    Ok(x.to_vec()?.into_iter().map(f32::from).collect())
+}
+
+/// The same in `f32`, through the CPU reference.
+fn on_cpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result<Vec<f32>> {
+    let (pool, batch, shape) = prompts(DType::F32)?;
+    let mut cache = PagedKvCache::on_host(&pool, &[shape])?;
+    let norm = NormOptions::with_eps(1e-5);
+    let (wide, q_shape, kv_shape) = ([ROWS, HIDDEN], [ROWS, QO, HEAD_DIM], [ROWS, KV, HEAD_DIM]);
+    let mut residual: Vec<f32> = input.iter().copied().map(f32::from).collect();
+    let mut x = vec![0.0; ROWS * HIDDEN];
+    reference::rmsnorm(
+        &mut TensorMut::from_slice(&mut x, &wide)?,
+        &TensorRef::from_slice(&residual, &wide)?,
+        &TensorRef::from_slice(&layer.attention_norm, &[HIDDEN])?,
         &norm,
     )?;
-    let mut qkv = multiply(&x, &layer.qkv.weight)?;
-    let mut qkv = qkv.tensor_mut(&cuda, &[rows, qo + kv + kv, head_dim])?;
-    let (mut q, keys_and_values) = qkv.view_mut().split_at(1, qo)?;
-    let (mut k, v) = keys_and_values.split_at(1, kv)?;
-    let mut turned = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
-    let rotation = Rotation::interleaved(cos_sin.view()?, &append); // The order of rows in GGUF files.
-    apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &rotation)?;
-    append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &append, &mut cache.layer_mut(0, 0)?, &pages)?;
-    let mut attention = cuda.alloc_zeros::<f16>(rows * qo * head_dim)?;
-    let mut out = attention.tensor_mut(&cuda, &[rows, qo, head_dim])?;
-    plan.run(&q.as_ref(), &cache.layer(0, 0)?, &mut out.view_mut())?;
-    drop(out);
-    x = multiply(&attention, &layer.attention_output.weight)?;
-    let mut add_and_norm = |x: &mut CudaSlice<f16>, weight: &[f32]| -> Result<()> {
-        Ok(fused_add_rmsnorm(
-            stream,
-            &mut x.tensor_mut(&cuda, &wide)?.view_mut(),
-            &mut residual.tensor_mut(&cuda, &wide)?.view_mut(),
-            &upload(weight)?.tensor(&cuda, &[hidden_size])?.view(),
+    let qkv = multiply(&x, &layer.qkv, HIDDEN);
+    let heads = |range: std::ops::Range<usize>| -> Vec<f32> {
+        let rows = qkv.chunks_exact((QO + KV + KV) * HEAD_DIM);
+        rows.flat_map(|row| &row[range.start * HEAD_DIM..range.end * HEAD_DIM]).copied().collect()
+    };
+    let (mut q, mut k, v) = (heads(0..QO), heads(QO..QO + KV), heads(QO + KV..QO + KV + KV));
+    let cos_sin = frequencies.cos_sin_rows(PAGES * PAGE_SIZE);
+    reference::apply_rope_pos_ids_cos_sin_cache(
+        &mut RopeTensors::InPlace {
+            q: TensorMut::from_slice(&mut q, &q_shape)?,
+            k: TensorMut::from_slice(&mut k, &kv_shape)?,
+        },
+        &Rotation {
+            cos_sin_cache: TensorRef::from_slice(&cos_sin, &[cos_sin.len() / HEAD_DIM, HEAD_DIM])?,
+            pos_ids: batch.append_indices().positions(),
+            interleave: false,
+        },
+    )?;
+    reference::append_paged_kv_cache(
+        &TensorRef::from_slice(&k, &kv_shape)?,
+        &TensorRef::from_slice(&v, &kv_shape)?,
+        batch.append_indices(),
+        &mut cache.layer_mut(0, 0)?,
+        batch.pages(),
+    )?;
+    let mut attention = vec![0.0; q.len()];
+    reference::batch_prefill_paged(
+        &AttentionSpec::new(DType::F32, HEAD_DIM),
+        &TensorRef::from_slice(&q, &q_shape)?,
+        &cache.layer(0, 0)?,
+        batch.queries(),
+        batch.pages(),
+        &mut TensorMut::from_slice(&mut attention, &q_shape)?,
+        None,
+        Mask::Causal,
+        &RunOptions::default(),
+    )?;
+    let mut x = multiply(&attention, &layer.attention_output, QO * HEAD_DIM);
+    let mut add_and_norm = |x: &mut [f32], weight: &[f16]| {
+        reference::fused_add_rmsnorm(
+            &mut TensorMut::from_slice(x, &wide)?,
+            &mut TensorMut::from_slice(&mut residual, &wide)?,
+            &TensorRef::from_slice(weight, &[HIDDEN])?,
             &norm,
-        )?)
+        )
     };
     add_and_norm(&mut x, &layer.mlp_norm)?;
-    let gate_up = multiply(&x, &layer.gate_up.weight)?;
-    let mut inner = cuda.alloc_zeros::<f16>(rows * intermediate_size)?;
-    silu_and_mul(
-        stream,
-        &mut inner.tensor_mut(&cuda, &[rows, intermediate_size])?.view_mut(),
-        &gate_up.tensor(&cuda, &[rows, 2 * intermediate_size])?.view(),
+    let gate_up = multiply(&x, &layer.gate_up, HIDDEN);
+    let mut inner = vec![0.0f32; ROWS * INTERMEDIATE];
+    reference::silu_and_mul(
+        &mut TensorMut::from_slice(&mut inner, &[ROWS, INTERMEDIATE])?,
+        &TensorRef::from_slice(&gate_up, &[ROWS, 2 * INTERMEDIATE])?,
         &ActivationOptions::default(),
     )?;
-    x = multiply(&inner, &layer.down.weight)?;
-    add_and_norm(&mut x, &ends.norm)?; // With the weight of the next layer's norm, if there is one.
-
-    let logits = multiply(&x, ends.head.as_ref().unwrap_or(&ends.embedding))?;
-    Ok(cuda.clone_dtoh(&logits)?.iter().map(|logit| logit.to_f32()).collect())
+    let mut x = multiply(&inner, &layer.down, INTERMEDIATE);
+    add_and_norm(&mut x, &layer.next_norm)?;
+    Ok(x)
 }
 
-/// The same through the CPU reference in `f32`.
-fn on_cpu(config: &Config, layer: &Layer, ends: &Ends) -> Result<Vec<f32>> {
-    let (pool, batch) = one_request()?;
-    let mut cpu = Cpu::new(config, ends.clone(), [Ok(layer.clone())].into_iter(), &pool)?;
-    let outputs: Vec<_> = (0..TOKENS.len()).collect();
-    cpu.step(&Step { batch: &batch, tokens: &TOKENS, outputs: &outputs })?;
-    cpu.logits()
-}
-
-/// A pool of pages, and a batch of one request, to which the tokens were appended.
-fn one_request() -> Result<(PageAllocator, Batch)> {
-    let pool = PageAllocator::new(PAGES, PAGE_SIZE)?;
-    let mut batch = Batch::new(&pool);
-    batch.push(Sequence::new(&pool))?;
-    batch.append([TOKENS.len()])?;
-    Ok((pool, batch))
-}
-
-fn values(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.flatten_all()?.to_vec1()?)
+/// `x · weightᵀ` for rows of `inputs` elements.
+fn multiply(x: &[f32], weight: &[f16], inputs: usize) -> Vec<f32> {
+    let dot = |row: &[f32], weight: &[f16]| row.iter().zip(weight).map(|(x, w)| x * w.to_f32()).sum();
+    x.chunks_exact(inputs)
+        .flat_map(|row| weight.chunks_exact(inputs).map(move |weight| dot(row, weight)))
+        .collect()
 }
 
 fn main() -> Result<()> {
-    let model = Model::open(&match std::env::args_os().nth(1) {
-        Some(path) => path.into(),
-        None => Store::open(StoreConfig::from_env()?)?.locate(&Member::SmolLm2, Fetch::Allowed)?.path,
-    })?;
-    let (config, ends) = (Config { num_layers: 1, ..model.config.clone() }, model.ends()?);
-    let layer = model.layers().next().ok_or("the model has no layers")??;
-    if config.experts.is_some() || config.biases != Biases::default() {
-        return Err("the model has biases or experts; the example `generate` runs it".into());
+    let (layer, input) = (Layer::random(), random(ROWS * HIDDEN, -1.0, 1.0));
+    let frequencies = RopeFrequencies::new(HEAD_DIM, 1e4, &RopeScaling::None)?;
+    let expected = on_cpu(&layer, &frequencies, &input)?;
+    println!("CPU: the first token's row begins with {:.4?}", &expected[..4]);
+    let gpus = FlashInferRuntime::get().and_then(|runtime| runtime.device_count());
+    if !matches!(gpus, Ok(1..)) {
+        println!(
+            "GPU: not run. {}",
+            gpus.map_or_else(|error| error.to_string(), |_| "There is none.".into())
+        );
+        return Ok(());
     }
-    println!("Most likely after {TOKENS:?}, by the first layer of {}:", model.config.num_layers);
-    let report = |device: &str, logits: &[f32]| {
-        let mut tokens: Vec<_> = logits[logits.len() - config.vocab_size..].iter().enumerate().collect();
-        tokens.sort_by(|a, b| b.1.total_cmp(a.1));
-        println!("{device}: tokens and their logits {:.3?}", &tokens[..tokens.len().min(5)]);
-    };
-    let expected = on_cpu(&config, &layer, &ends)?;
-    report("CPU", &expected);
-    match FlashInferRuntime::get().and_then(|runtime| Ok((runtime, runtime.device_count()?))) {
-        Err(error) => println!("GPU: this part did not run. {error}"),
-        Ok((_, 0)) => println!("GPU: this part did not run. There is none."),
-        Ok((runtime, _)) => {
-            let logits = on_gpu(runtime, &config, &layer, &ends)?;
-            report("GPU", &logits);
-            let squares = |[d, e]: [f32; 2], (a, b): (&f32, &f32)| [d + (a - b).powi(2), e + b.powi(2)];
-            let [difference, whole] = logits.iter().zip(&expected).fold([0.0; 2], squares);
-            let error = (difference / whole).sqrt();
-            println!("relative error {error:.1e}, at most {BOUND:.0e}");
-            if error.is_nan() || error > BOUND {
-                return Err("the GPU and the CPU disagree".into());
-            }
-        }
-    }
-    Ok(())
+    let out = on_gpu(&layer, &frequencies, &input)?;
+    println!("GPU: {:.4?}", &out[..4]);
+    let squares = |[d, e]: [f32; 2], (a, b): (&f32, &f32)| [d + (a - b).powi(2), e + b.powi(2)];
+    let [difference, whole] = out.iter().zip(&expected).fold([0.0; 2], squares);
+    let error = (difference / whole).sqrt();
+    println!("relative error {error:.1e}, expected at most {BOUND:.0e}");
+    if error <= BOUND { Ok(()) } else { Err("the GPU and the CPU disagree".into()) }
 }

@@ -109,9 +109,6 @@ mod ops;
 #[cfg(feature = "progress")]
 pub mod progress;
 pub mod reference;
-#[cfg(test)]
-#[path = "../tests/required/mod.rs"]
-mod required;
 mod runtime;
 mod stream;
 mod tensor;

@@ -2,8 +2,6 @@
 #![cfg(feature = "doctor")]
 
 mod artifact_support;
-mod c_library;
-mod required;
 
 use std::{
     fs,
@@ -12,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
+use test_support::{c_library, required};
 
 use flashinfer_rs::{
     ModuleName,
@@ -199,10 +198,7 @@ fn settings_that_mean_nothing_are_reported() {
 
 #[test]
 fn wheels_at_hand_are_listed_opened_and_compared() {
-    let wheels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
-    if !wheels.is_dir() {
-        return required::skip(required::MODULES, format!("{} is not there", wheels.display()));
-    }
+    let Some(wheels) = required::test_wheels() else { return };
     let (doctor, libraries) = Doctor::with_libraries();
     let report = doctor.report(&["--check", "--wheels", wheels.to_str().unwrap()]);
     let listed = report.section("Sources").iter().flat_map(|source| source["details"].as_array().unwrap());
@@ -278,7 +274,7 @@ fn a_changed_module_is_reported() {
 fn a_cache_that_is_mounted_noexec_is_the_cause() {
     let folder = tempfile::tempdir().unwrap();
     let shim = folder.path().join("libfaults.so");
-    if !c_library::compile(include_str!("faults/shim.c"), &shim, &[]) {
+    if !c_library::compile(include_str!("artifacts/shim.c"), &shim, &[]) {
         return;
     }
     let doctor = Doctor::new();
@@ -419,11 +415,8 @@ fn the_footprint_is_printed() {
     let output = doctor.run(&["footprint", "no_such_module"]);
     assert_eq!(output.status.code(), Some(1));
 
-    let wheels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
+    let Some(wheels) = required::test_wheels() else { return };
     let (doctor, libraries) = Doctor::with_libraries();
-    if !wheels.is_dir() {
-        return required::skip(required::MODULES, format!("{} is not there", wheels.display()));
-    }
     if !libraries {
         return;
     }

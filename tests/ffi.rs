@@ -1,14 +1,14 @@
 //! The TVM-FFI layer against the real `libtvm_ffi.so` and its own testing
 //! library, both out of the pinned wheel. No GPU is needed.
 
-mod required;
-
 use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    cell::Cell,
     ffi::CString,
     os::unix::process::ExitStatusExt,
     ptr::{self, NonNull},
+};
+use test_support::{
+    counting::{Counting, allocations},
+    required,
 };
 
 use flashinfer_rs::{
@@ -20,26 +20,6 @@ use flashinfer_rs::{
     },
 };
 use libloading::os::unix::Library;
-
-/// Counts this thread's heap allocations.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: forwards to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: promised by the caller.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: promised by the caller.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -463,14 +443,14 @@ fn a_successful_call_allocates_nothing() {
     let data = [0u8; 64];
     let view = TensorRef::from_slice(&data, &[4, 16]).unwrap();
     call(&echo, &[1i64.into()]).unwrap();
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     for round in 0..1000i64 {
         let tensor = DlTensor::from(&view);
         let args =
             [round.into(), Arg::from(&tensor), 2.5f64.into(), true.into(), Arg::small_str("little").unwrap()];
         assert!(matches!(call(&echo, &args).unwrap(), Value::Int(back) if back == round));
     }
-    assert_eq!(ALLOCATIONS.get() - before, 0);
+    assert_eq!(allocations() - before, 0);
 }
 
 /// Resident memory of the process, in bytes.

@@ -10,7 +10,7 @@ use common::{
     refused,
 };
 use flashinfer_rs::{
-    RaggedIndices, TensorRef,
+    FlashInferError, RaggedIndices, TensorRef,
     attention::{Backend, BatchPrefill, Heads, Workspace},
 };
 use half::{bf16, f16};
@@ -76,19 +76,43 @@ fn equal_batches_are_planned_once() {
 }
 
 impl On {
-    /// DeepSeek's prefill: queries and keys of 192, values of 128.
+    /// DeepSeek's prefill: queries and keys of 192, values of 128. FlashAttention
+    /// 3 takes one request a plan, and refuses more before it changes anything.
     fn values_of_another_width(self) {
-        let requests = [self.case().requests, vec![(129, 129), (64, 300), (200, 256)]];
-        let cases = requests.into_iter().flat_map(|requests| {
-            [true, false].map(|causal| Case {
-                requests: requests.clone(),
-                causal,
-                group: 1,
-                head_dim_qk: 192,
-                ..self.case()
-            })
-        });
-        check_all::<bf16, bf16>(cases);
+        let case = Case { group: 1, head_dim_qk: 192, ..self.case() };
+        let batches = [case.requests.clone(), vec![(129, 129), (64, 300), (200, 256)]];
+        let fa3 = self.backend == Backend::Fa3;
+        let plans = batches.iter().flat_map(|requests| requests.chunks(if fa3 { 1 } else { requests.len() }));
+        let cases = plans.map(|requests| Case { requests: requests.to_vec(), ..case.clone() });
+        let masks = |case: Case| [true, false].map(|causal| Case { causal, ..case.clone() });
+        check_all::<bf16, bf16>(cases.flat_map(masks));
+        if !fa3 {
+            return;
+        }
+        let Some(gpu) = Gpu::start() else { return };
+        let Some(prefill) = prefill_of::<bf16, bf16>(&gpu, &case) else { return };
+        let mut workspace = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
+        let sizes = |workspace: &Workspace| [workspace.float_bytes(), workspace.int_bytes()];
+        let before = sizes(&workspace);
+        // What decides are keys behind those of a request that has queries.
+        let refusals = [vec![(5, 9), (7, 9)], vec![(5, 9), (0, 7)]].map(|requests| (requests, None));
+        let graph = (vec![(5, 9), (0, 0)], Some(5));
+        for (requests, graph) in refusals.into_iter().chain([graph]) {
+            let problem =
+                Problem::<bf16, bf16>::new(&gpu, &mut Rng::new(), Case { requests, ..case.clone() });
+            let mut options = problem.case.plan_options();
+            options.graph = graph;
+            match Tables::new(&gpu, &problem).plan(&prefill, &mut workspace, &options) {
+                Err(FlashInferError::Unsupported { what, available }) => {
+                    assert!(
+                        what.contains("192 and 128") && available.contains("each request on its own"),
+                        "{what}"
+                    );
+                }
+                other => panic!("{:?}: {:?}", problem.case.requests, other.map(drop)),
+            }
+        }
+        assert_eq!(sizes(&workspace), before);
     }
 
     /// A request whose keys and values are NaN spoils its own outputs only.

@@ -5,9 +5,9 @@
 //! says how.
 
 mod families;
-mod required;
 
 use std::collections::BTreeSet;
+use test_support::required;
 
 use families::{Family, families};
 
@@ -18,7 +18,7 @@ use flashinfer_rs::{
     signatures,
 };
 
-const LIST: &str = include_str!("module_names.txt");
+const LIST: &str = include_str!("data/module_names.txt");
 
 /// The names in the list.
 fn listed() -> impl Iterator<Item = &'static str> {

@@ -1,13 +1,11 @@
 //! Libraries that the crate knows nothing of: opened by path, called by name.
 //! No GPU is needed.
 
-mod c_library;
-mod required;
-
 use std::{
     fs,
     path::{Path, PathBuf},
 };
+use test_support::{c_library, required};
 
 use flashinfer_rs::{
     FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, TensorMut, TensorRef, args,

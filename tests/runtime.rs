@@ -1,13 +1,11 @@
 //! Starting the process's runtime. There is one per process, so each test
 //! runs a part of this binary in a process of its own.
 
-mod c_library;
-mod required;
-
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
 };
+use test_support::{c_library, required};
 
 use flashinfer_rs::{
     FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig,

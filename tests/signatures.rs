@@ -7,14 +7,13 @@
 //! of modules that do not open here.
 
 mod artifact_support;
-mod c_library;
 mod families;
-mod required;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
 };
+use test_support::{c_library, required};
 
 use families::families;
 use flashinfer_rs::{

@@ -43,8 +43,9 @@ use std::{
 };
 
 use clap::Parser;
-use measure::{Bench, Counting, PlanTimes, Row};
+use measure::{Bench, PlanTimes, Row};
 use serde_json::{Value, json};
+use test_support::counting::Counting;
 
 type Error = Box<dyn std::error::Error>;
 type Result<T> = std::result::Result<T, Error>;

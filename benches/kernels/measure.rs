@@ -1,8 +1,6 @@
 //! How a case is measured: blocks of calls in turn, and replays of CUDA graphs.
 
 use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    cell::Cell,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,6 +16,7 @@ use flashinfer_rs::{
 };
 use serde::Serialize;
 use serde_json::{Value, json};
+use test_support::counting::allocations;
 
 use crate::{
     Options, Result,
@@ -44,27 +43,6 @@ const MOST_COPIES: f64 = 100.0;
 const COPY_BYTES: usize = 1 << 30;
 /// The share of free memory that a cache may take: Python has one, too.
 const MEMORY_SHARE: f64 = 0.4;
-
-/// Counts this thread's heap allocations.
-pub struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: forwards to the system's allocator, which also does what is provided
-// in terms of these two.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: promised by the caller.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: promised by the caller.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 /// What a target is set for.
 #[derive(Clone, Copy, Serialize)]
@@ -415,11 +393,11 @@ impl Case<'_> {
         drop(replay);
 
         const COUNTED: usize = 10;
-        let before = ALLOCATIONS.get();
+        let before = allocations();
         for _ in 0..COUNTED {
             run()?;
         }
-        self.row.allocations = Some((ALLOCATIONS.get() - before) as f64 / COUNTED as f64);
+        self.row.allocations = Some((allocations() - before) as f64 / COUNTED as f64);
         cuda.synchronize()?;
 
         let gpu_us = self.row.gpu.rust_us.unwrap_or(estimate);

@@ -3,6 +3,7 @@
 //! | module | its job |
 //! |---|---|
 //! | `cli` | the command line |
+//! | `hub` | names of models to files |
 //! | `scheduler`, `request`, `draft` | who computes what in a step, and when an answer ends |
 //! | `backend` | what computes a step: the CPU, or an NVIDIA GPU |
 //! | `model` | a GGUF file: configuration and weights |
@@ -11,6 +12,7 @@
 mod backend;
 pub mod cli;
 mod draft;
+mod hub;
 mod model;
 mod request;
 mod scheduler;

@@ -4,8 +4,6 @@
 mod bytes;
 mod forward;
 mod gpu;
-#[path = "../../tests/required/mod.rs"]
-mod required;
 mod sentencepiece;
 
 use std::{
@@ -25,16 +23,22 @@ use candle_core::{
 };
 use clap::Parser;
 use flashinfer_rs::{
-    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
+    artifacts::{ArtifactError, Fetch, Store},
     kv::{Batch, PageAllocator, Sequence},
 };
 
 use tempfile::TempDir;
+use test_support::required;
 
 use crate::{
     Result,
     backend::{Engine, Step, cpu::Cpu},
-    cli::{Cli, answers::answer, prompts},
+    cli::{
+        Cli, Command,
+        answers::answer,
+        run::{Args, prompts},
+    },
+    hub,
     model::{Ends, Layer, Model},
     request::{Ended, Limits},
     scheduler::{Scheduler, Stats},
@@ -72,8 +76,8 @@ struct Loaded {
 fn loaded() -> Option<&'static Loaded> {
     static LOADED: OnceLock<Option<Loaded>> = OnceLock::new();
     let load = || {
-        let store = Store::open(StoreConfig::from_env().unwrap()).unwrap();
-        let path = match store.locate(&Member::SmolLm2, Fetch::Allowed) {
+        let store = Store::open(hub::store_config().unwrap()).unwrap();
+        let path = match store.locate(&hub::smollm2(), Fetch::Allowed) {
             Ok(located) => located.path,
             Err(error @ ArtifactError::NotFound { .. }) => {
                 required::skip(required::MODEL, error);
@@ -352,12 +356,17 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
 
 #[test]
 fn prompts_and_drafts_come_from_the_command_line() {
-    let parse = |args: &[&str]| Cli::try_parse_from([&["generate"], args].concat());
+    let parse = |args: &[&str]| -> Result<Args> {
+        match Cli::try_parse_from([&["flashinfer", "run", "smollm2"], args].concat())?.command {
+            Command::Run(args) => Ok(args),
+            _ => Err("not `run`".into()),
+        }
+    };
     let cli = parse(&["--speculate", "Hi"]).unwrap();
     assert_eq!((cli.speculate, prompts(&cli).unwrap()), (4, vec!["Hi".to_owned()]));
     assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
     assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
-    assert!(parse(&[]).is_err() && parse(&["Hi", "--prompts", "file"]).is_err());
+    assert!(parse(&["Hi", "--prompts", "file"]).is_err());
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("prompts.txt");

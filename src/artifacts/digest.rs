@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Read};
 
 /// A SHA-256 digest. Displays as lower-case hexadecimal.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
 impl Digest {

@@ -119,8 +119,11 @@ pub enum ArtifactError {
         /// The platform that kernels are wanted for.
         expected: String,
     },
-    /// Something that is no module name was asked for.
-    #[error("{name:?} is no module name: expected ASCII letters, digits, `_`, `-`, `.` or `+`, at most 250")]
+    /// Something that can name neither a module nor a file of a wheel was asked for.
+    #[error(
+        "{name:?} names no module, and no file of a wheel: expected at most 250 ASCII letters, digits, \
+         `_`, `-`, `.` or `+`, in a file's path with `/` between the components"
+    )]
     BadName {
         /// What was asked for.
         name: String,
@@ -147,6 +150,12 @@ pub enum ArtifactError {
         path: PathBuf,
         /// How long this process has waited.
         waited: Duration,
+    },
+    /// Something that is no address of a file on a server was given for one.
+    #[error("this is no address of a file: {reason}; expected one as https://host/file")]
+    BadAddress {
+        /// What is wrong with it. The address is not repeated, as it may hold a secret.
+        reason: String,
     },
     /// A download failed.
     #[error("cannot download {what}: {reason}")]

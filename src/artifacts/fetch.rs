@@ -1,51 +1,75 @@
 //! Downloads: streamed to disk, hashed while they flow, resumed after a break.
 //!
-//! A download lives in `<wheel>.partial`, under a lock, until it is complete and has the pin's
-//! digest. Whatever broke it (a connection, a stall, a killed process), the next attempt hashes
+//! A download lives in `<file>.partial`, under a lock, until it is complete and has the digest
+//! that was promised. Whatever broke it (a connection, a stall, a killed process), the next attempt hashes
 //! what is there and asks the server for the rest. Attempts that bring enough that is new are not
 //! counted; the others are, with a growing pause between them. A host that cannot be reached at
 //! all is given up at once, because waiting seldom cures it and a build should not hang.
 
-use super::cache::{Cache, Tell};
-use super::digest::pump;
+use super::cache::Files;
+use super::digest::{Digest, pump};
 use super::http::{Address, Broken, Client, Patience, content_range};
-use super::pins::Pin;
 use super::sink::Sink;
-use super::{ArtifactError, FetchOptions, Progress};
+use super::{ArtifactError, FetchOptions, Progress, Tell};
 use std::io;
 use std::path::{Path, PathBuf};
 use ureq::http::StatusCode;
 
-/// No wheel is larger; a server that sends more is broken.
-pub(crate) const MAX_SIZE: u64 = 16 << 30;
+/// No wheel is larger.
+pub(crate) const MAX_WHEEL: u64 = 16 << 30;
 
-/// Downloads one file and publishes it once it has the pin's digest.
+/// A file of a server, known by its digest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted<'a> {
+    /// What it is called on disk.
+    pub(crate) file: &'a str,
+    /// What it is called in errors.
+    pub(crate) shown: &'a str,
+    pub(crate) sha256: Digest,
+    pub(crate) address: &'a Address,
+    /// A server that sends more is broken.
+    pub(crate) max_size: u64,
+}
+
+impl Wanted<'_> {
+    /// The error of a download.
+    fn failed(&self, reason: String) -> ArtifactError {
+        failed(self.shown, self.address, reason)
+    }
+}
+
+/// The error of a download.
+pub(crate) fn failed(shown: &str, address: &Address, reason: String) -> ArtifactError {
+    ArtifactError::Download { what: format!("{shown} from {}", address.shown()), reason }
+}
+
+/// Downloads a file, whose lock is held, and publishes it once it has its digest.
 pub(crate) fn download(
-    cache: &Cache,
-    pin: &Pin,
-    address: &Address,
+    files: &Files,
+    wanted: Wanted<'_>,
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
+    let Wanted { file, shown, sha256, address, .. } = wanted;
     let mut client = Client::new(options);
     let mut patience = Patience::new(options);
-    let mut wheel = cache.partial(pin, tell)?;
-    let mut best = wheel.len();
+    let mut partial = files.partial(file, tell)?;
+    let mut best = partial.len();
     loop {
-        if wheel.len() > 0 && wheel.digest() == pin.sha256 {
-            return cache.adopt(pin, wheel);
+        if partial.len() > 0 && partial.digest() == sha256 {
+            return files.adopt(file, sha256, partial);
         }
-        let broken = match attempt(&mut client, &mut wheel, pin, address, tell) {
+        let broken = match attempt(&mut client, &mut partial, wanted, tell) {
             Ok(Complete::Yes) => {
-                let (found, inherited) = (wheel.digest(), wheel.inherited());
-                if found == pin.sha256 {
-                    return cache.adopt(pin, wheel);
+                let (found, inherited) = (partial.digest(), partial.inherited());
+                if found == sha256 {
+                    return files.adopt(file, sha256, partial);
                 }
-                wheel.restart()?;
+                partial.restart()?;
                 if !inherited {
                     return Err(ArtifactError::DigestMismatch {
-                        file: format!("{} from {}", pin.file, address.shown()),
-                        expected: pin.sha256,
+                        file: format!("{shown} from {}", address.shown()),
+                        expected: sha256,
                         found,
                     });
                 }
@@ -58,20 +82,15 @@ pub(crate) fn download(
             Err(Broken::Disk(e)) => return Err(e),
             Err(broken) => broken,
         };
-        if wheel.len() > best {
-            let gained = wheel.len() - best;
-            best = wheel.len();
+        if partial.len() > best {
+            let gained = partial.len() - best;
+            best = partial.len();
             if patience.gain(gained) {
                 continue;
             }
         }
-        patience.pause(broken, |reason| failed(pin, address, reason))?;
+        patience.pause(broken, |reason| wanted.failed(reason))?;
     }
-}
-
-/// The error of a download.
-pub(crate) fn failed(pin: &Pin, address: &Address, reason: String) -> ArtifactError {
-    ArtifactError::Download { what: format!("{} from {}", pin.file, address.shown()), reason }
 }
 
 enum Complete {
@@ -82,49 +101,48 @@ enum Complete {
 /// One request, appended to what is there.
 fn attempt(
     client: &mut Client,
-    wheel: &mut Sink,
-    pin: &Pin,
-    address: &Address,
+    partial: &mut Sink,
+    wanted: Wanted<'_>,
     tell: Tell<'_>,
 ) -> Result<Complete, Broken> {
-    let from = wheel.len();
+    let Wanted { file, address, max_size, .. } = wanted;
+    let from = partial.len();
     let response = client.ask(address, (from > 0).then(|| format!("bytes={from}-")))?;
     let total = match response.status() {
         StatusCode::PARTIAL_CONTENT => match content_range(&response) {
             Some((range, total)) if *range.start() == from => total,
             _ => {
-                wheel.restart().map_err(Broken::Disk)?;
+                partial.restart().map_err(Broken::Disk)?;
                 return Ok(Complete::Restarted);
             }
         },
         StatusCode::OK => {
-            wheel.restart().map_err(Broken::Disk)?;
+            partial.restart().map_err(Broken::Disk)?;
             response.body().content_length()
         }
         _ if from > 0 => {
-            wheel.restart().map_err(Broken::Disk)?;
+            partial.restart().map_err(Broken::Disk)?;
             return Ok(Complete::Restarted);
         }
         status => return Err(Broken::Lasting(format!("HTTP status {status}"))),
     };
-    if let Some(total) = total.filter(|total| *total > MAX_SIZE) {
+    if let Some(total) = total.filter(|total| *total > max_size) {
         return Err(Broken::Lasting(format!("the server announces {total} bytes")));
     }
-    let file = pin.file.as_str();
-    let done = wheel.len();
+    let done = partial.len();
     tell(&Progress::Started { file, done, total });
     let interrupted = |e: io::Error| Broken::Passing(e.to_string());
     pump(&mut response.into_body(), interrupted, |bytes| {
-        wheel.write(bytes).map_err(Broken::Disk)?;
-        let done = wheel.len();
-        if done > total.unwrap_or(MAX_SIZE) {
-            wheel.restart().map_err(Broken::Disk)?;
+        partial.write(bytes).map_err(Broken::Disk)?;
+        let done = partial.len();
+        if done > total.unwrap_or(max_size) {
+            partial.restart().map_err(Broken::Disk)?;
             return Err(Broken::Passing(format!("more than {total:?} bytes came")));
         }
         tell(&Progress::Bytes { file, done, total });
         Ok(())
     })?;
-    let done = wheel.len();
+    let done = partial.len();
     match total {
         Some(total) if done < total => {
             Err(Broken::Passing(format!("the connection ended after {done} of {total} bytes")))
@@ -133,13 +151,18 @@ fn attempt(
     }
 }
 
-/// Publishes a file that something else downloaded, if it has the pin's digest.
-pub(crate) fn adopt(cache: &Cache, pin: &Pin, from: &Path) -> Result<PathBuf, ArtifactError> {
-    let wheel = Sink::resume(from.into(), &cache.wheels().join(&pin.file), false, |_, _| ())?;
-    let found = wheel.digest();
-    if found == pin.sha256 {
-        return cache.adopt(pin, wheel);
+/// Publishes a file that something else downloaded, if it has its digest.
+pub(crate) fn adopt(
+    files: &Files,
+    file: &str,
+    sha256: Digest,
+    from: &Path,
+) -> Result<PathBuf, ArtifactError> {
+    let complete = Sink::resume(from.into(), &files.path(file), false, |_, _| ())?;
+    let found = complete.digest();
+    if found == sha256 {
+        return files.adopt(file, sha256, complete);
     }
     let file = from.display().to_string();
-    Err(ArtifactError::DigestMismatch { file, expected: pin.sha256, found })
+    Err(ArtifactError::DigestMismatch { file, expected: sha256, found })
 }

@@ -5,10 +5,11 @@
 //! goes on without; then no process can tell what another one is writing, and each writes under
 //! names of its own.
 
-use super::ArtifactError;
+use super::{ArtifactError, Progress, Tell};
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a lock's file holds.
@@ -103,6 +104,54 @@ impl Lock {
             let _ = self.path.parent().map(fs::remove_dir);
         }
         drop(self.file);
+    }
+}
+
+/// The locks in a folder and in those below it.
+#[derive(Debug)]
+pub(crate) struct Locks {
+    folder: PathBuf,
+    timeout: Duration,
+    /// Whether the file system was found to have none.
+    lockless: AtomicBool,
+}
+
+impl Locks {
+    /// Those in `folder`, each waited for no longer than `timeout`.
+    pub(crate) fn new(folder: PathBuf, timeout: Duration) -> Locks {
+        Locks { folder, timeout, lockless: AtomicBool::new(false) }
+    }
+
+    /// Whether a lock was taken of which the file system knows nothing.
+    #[cfg(feature = "fetch")]
+    pub(crate) fn lockless(&self) -> bool {
+        self.lockless.load(Ordering::Relaxed)
+    }
+
+    /// Waits for the lock of what is called `file`, which is told.
+    pub(crate) fn take(&self, path: &Path, file: &str, tell: Tell<'_>) -> Result<Lock, ArtifactError> {
+        let waiting = |waited| tell(&Progress::Waiting { file, waited });
+        let lock = Lock::take(path, self.timeout, &waiting)?;
+        self.note(&lock, tell);
+        Ok(lock)
+    }
+
+    /// The lock for a clean-up, unless it is held or its folder is gone.
+    pub(crate) fn try_take(&self, path: &Path, tell: Tell<'_>) -> Result<Option<Lock>, ArtifactError> {
+        match Lock::try_take(path) {
+            Err(ArtifactError::Cache { source, .. }) if gone(&source) => Ok(None),
+            taken => Ok(taken?.inspect(|lock| self.note(lock, tell))),
+        }
+    }
+
+    /// Tells, once in a process, that the file system has no locks.
+    fn note(&self, lock: &Lock, tell: Tell<'_>) {
+        static TOLD: AtomicBool = AtomicBool::new(false);
+        let Some(reason) = lock.refused() else { return };
+        self.lockless.store(true, Ordering::Relaxed);
+        if !TOLD.swap(true, Ordering::Relaxed) {
+            tell(&Progress::Lockless { folder: &self.folder, reason: &reason.to_string() });
+        }
     }
 }
 

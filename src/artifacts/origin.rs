@@ -4,33 +4,33 @@
 //! A pin names a package, never a host. Whatever the way, only a file with the pin's digest is
 //! accepted.
 
-use super::cache::{Cache, Tell};
-use super::fetch::download;
+use super::cache::Files;
+use super::fetch::{self, MAX_WHEEL, Wanted};
 use super::http::Address;
 use super::pins::{Origin, Pin};
 use super::settings::{self, Index};
-use super::{ArtifactError, FetchOptions, Progress, pages, pip};
+use super::{ArtifactError, FetchOptions, Progress, Tell, pages, pip};
 use std::path::PathBuf;
 
 /// Puts the pinned wheel, whose lock is held, into the cache.
 pub(crate) fn pinned(
-    cache: &Cache,
+    wheels: &Files,
     pin: &Pin,
     arch: &str,
     index_url: Option<&str>,
     options: &FetchOptions,
     tell: Tell<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let damaged = match cache.wheel(pin, tell) {
+    let damaged = match wheels.find(&pin.file, pin.sha256, tell) {
         Ok(Some(path)) => return Ok(path),
         Ok(None) => None,
         Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
         Err(e) => return Err(e),
     };
     let fetched = match &pin.origin {
-        Origin::Url(url) => own_address(pin, url).and_then(|at| download(cache, pin, &at, options, tell)),
+        Origin::Url(url) => own_address(pin, url).and_then(|at| get(wheels, pin, &at, options, tell)),
         Origin::Registry { package, version } => {
-            from_registry(cache, pin, (package, version), arch, index_url, options, tell)
+            from_registry(wheels, pin, (package, version), arch, index_url, options, tell)
         }
     };
     // A damaged wheel stays until a good one replaces it, and is what to tell when none does.
@@ -68,6 +68,19 @@ pub(crate) fn address(
     }
 }
 
+/// Downloads a pinned wheel.
+fn get(
+    wheels: &Files,
+    pin: &Pin,
+    address: &Address,
+    options: &FetchOptions,
+    tell: Tell<'_>,
+) -> Result<PathBuf, ArtifactError> {
+    let (file, sha256) = (&pin.file, pin.sha256);
+    let wanted = Wanted { file, shown: file, sha256, address, max_size: MAX_WHEEL };
+    fetch::download(wheels, wanted, options, tell)
+}
+
 fn own_address(pin: &Pin, url: &str) -> Result<Address, ArtifactError> {
     Address::new(url)
         .map_err(|reason| ArtifactError::Pins { reason: format!("the url of {}: {reason}", pin.file) })
@@ -88,7 +101,7 @@ fn by(index: &Index, e: &ArtifactError) -> String {
 }
 
 fn from_registry(
-    cache: &Cache,
+    wheels: &Files,
     pin: &Pin,
     (package, version): (&str, &str),
     arch: &str,
@@ -99,7 +112,7 @@ fn from_registry(
     let mut reasons = Vec::new();
     for index in settings::indexes(index_url)? {
         let found = listed(&index, package, pin, options);
-        match found.and_then(|address| download(cache, pin, &address, options, tell)) {
+        match found.and_then(|address| get(wheels, pin, &address, options, tell)) {
             Ok(path) => return Ok(path),
             Err(e @ (ArtifactError::DigestMismatch { .. } | ArtifactError::Cache { .. })) => {
                 return Err(e);
@@ -107,7 +120,7 @@ fn from_registry(
             Err(e) => reasons.push(by(&index, &e)),
         }
     }
-    match pip::obtain(cache, pin, &format!("{package}=={version}"), arch, options, tell) {
+    match pip::obtain(wheels, pin, &format!("{package}=={version}"), arch, options, tell) {
         Ok(path) => return Ok(path),
         Err(pip::Failure::Final(e)) => return Err(e),
         Err(pip::Failure::Failed(reason)) => reasons.push(format!("by pip: {reason}")),

@@ -2,14 +2,12 @@
 //! (PEP 691). A page is bounded in size and in time, and is no more than a hint: what a link leads
 //! to is accepted by its digest only.
 
-use super::http::{Address, Client};
+use super::http::{self, Address, Client};
 use super::pins::Pin;
 use super::{ArtifactError, Digest, FetchOptions};
 use html5gum::{DefaultEmitter, StartTag, Token, Tokenizer};
 use percent_encoding::percent_decode_str;
 use std::collections::HashMap;
-use std::io::Read;
-use std::time::Instant;
 use ureq::http::header;
 use url::Url;
 
@@ -56,19 +54,12 @@ pub(crate) fn find(
 
 /// A page's text and its own address, to which redirects led.
 fn get(page: &Address, options: &FetchOptions) -> Result<(String, Address), String> {
-    let until = Instant::now().checked_add(options.page_timeout);
-    let mut client = Client::new(options);
-    let (at, response) = client.get(page, &[(header::ACCEPT, ACCEPT)], until).map_err(|e| e.reason())?;
-    if !response.status().is_success() {
-        return Err(format!("HTTP status {}", response.status()));
+    let accept = [(header::ACCEPT, ACCEPT)];
+    let (at, status, body) = http::read_page(&mut Client::new(options), page, &accept, options, MAX_PAGE)?;
+    match status.is_success() {
+        true => Ok((String::from_utf8_lossy(&body).into_owned(), at)),
+        false => Err(format!("HTTP status {status}")),
     }
-    let mut bytes = Vec::new();
-    let mut body = response.into_body().take(MAX_PAGE + 1);
-    body.read_to_end(&mut bytes).map_err(|e| e.to_string())?;
-    if bytes.len() as u64 > MAX_PAGE {
-        return Err(format!("the page has more than {MAX_PAGE} bytes"));
-    }
-    Ok((String::from_utf8_lossy(&bytes).into_owned(), at))
 }
 
 /// A package's name as it stands in an index's addresses.
@@ -145,7 +136,7 @@ fn html_link(reference: String) -> Link {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     fn page() -> Url {
         Url::parse("https://host.example/simple/pkg/").unwrap()

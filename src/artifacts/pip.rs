@@ -4,10 +4,10 @@
 //! or read in its name: `python -m pip` would run a `pip.py` there, and a relative entry of `PATH`
 //! a program. Variables that name a file by a relative path name it absolutely there.
 
-use super::cache::{Cache, Tell};
+use super::cache::Files;
 use super::fetch::adopt;
 use super::pins::Pin;
-use super::{ArtifactError, FetchOptions, Progress, program, redact};
+use super::{ArtifactError, FetchOptions, Progress, Tell, program, redact};
 use std::collections::VecDeque;
 use std::env;
 use std::fs;
@@ -47,7 +47,7 @@ pub(crate) enum Failure {
 
 /// Has pip download a package, and publishes it.
 pub(crate) fn obtain(
-    cache: &Cache,
+    wheels: &Files,
     pin: &Pin,
     requirement: &str,
     arch: &str,
@@ -55,9 +55,9 @@ pub(crate) fn obtain(
     tell: Tell<'_>,
 ) -> Result<PathBuf, Failure> {
     tell(&Progress::Started { file: &pin.file, done: 0, total: None });
-    let folder = cache.scratch(pin).map_err(Failure::Final)?;
-    let [empty, wheels] = ["empty", "wheels"].map(|name| folder.path().join(name));
-    for folder in [&empty, &wheels] {
+    let folder = wheels.scratch(&pin.file).map_err(Failure::Final)?;
+    let [empty, brought] = ["empty", "wheels"].map(|name| folder.path().join(name));
+    for folder in [&empty, &brought] {
         let made = fs::create_dir(folder);
         made.map_err(|e| Failure::Final(ArtifactError::cache(folder, "create the folder", e)))?;
     }
@@ -84,13 +84,13 @@ pub(crate) fn obtain(
         for platform in ["manylinux2014", "manylinux_2_17", "manylinux_2_27", "manylinux_2_28"] {
             command.arg(format!("--platform={platform}_{arch}"));
         }
-        command.arg("-d").arg(&wheels).arg(requirement);
+        command.arg("-d").arg(&brought).arg(requirement);
         confine(&mut command, &empty);
         match run(&mut command, options.pip_timeout) {
             Ok(()) => {
-                let file = wheels.join(&pin.file);
+                let file = brought.join(&pin.file);
                 if file.is_file() {
-                    return adopt(cache, pin, &file).map_err(Failure::Final);
+                    return adopt(wheels, &pin.file, pin.sha256, &file).map_err(Failure::Final);
                 }
                 reasons.push(format!("`{shown}` brought another file"));
             }

@@ -16,7 +16,7 @@
 //! was asked for. A server without ranges is told apart from one that cannot be reached or that
 //! sends something else: only the first is a reason to download the wheel whole.
 
-use super::fetch::{MAX_SIZE, failed};
+use super::fetch::{MAX_WHEEL, failed};
 use super::http::{Address, Broken, Client, Patience, content_range};
 use super::pins::Pin;
 use super::sink::Sink;
@@ -254,7 +254,7 @@ impl Remote {
             if patience.gain(block.end() - before) {
                 continue;
             }
-            let failed = |reason| failed(&self.pin, &self.address, reason);
+            let failed = |reason| failed(&self.pin.file, &self.address, reason);
             patience.pause(broken, failed).map_err(Trouble::Failed)?;
         }
         Ok(block)
@@ -269,7 +269,7 @@ impl Remote {
             return Ok(Some(NoRanges));
         }
         let Some((range, Some(total))) = content_range(&response) else { return Ok(Some(NoRanges)) };
-        if self.total == 0 && total <= MAX_SIZE {
+        if self.total == 0 && total <= MAX_WHEEL {
             self.total = total;
         }
         // A server may send less than it was asked for.

@@ -20,7 +20,7 @@ pub struct SourceReport {
     pub usable: bool,
     /// The names of the modules it holds.
     pub modules: Vec<String>,
-    /// The file names of what else it holds: libraries, the model of the examples.
+    /// The file names of the libraries it holds.
     pub libraries: Vec<String>,
     /// What is wrong, or why it serves nothing.
     pub problem: Option<String>,
@@ -58,7 +58,7 @@ impl Store {
         reports.push(self.bundle_report());
         for package in Package::KERNELS {
             let name = format!("pinned wheel of {package}");
-            let pin = match self.config.pins.get(package) {
+            let pin = match self.config.pins.get(package.clone()) {
                 Ok(pin) => pin,
                 Err(e) => {
                     let remedy = "name wheels in FLASHINFER_RS_WHEELS".into();
@@ -66,7 +66,7 @@ impl Store {
                     continue;
                 }
             };
-            let at = self.cache.wheels().join(&pin.file);
+            let at = self.cache.wheels().path(&pin.file);
             let opened =
                 self.cached(pin, |wheel| Ok(SourceReport::of(Source::CachedWheel(at.clone()), wheel)));
             let report = match opened {
@@ -104,7 +104,7 @@ impl Store {
     fn report_alone(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
         let held = |member: &Member| {
-            let at = (listed.artifact_hash(), member.folder(), &*member.file_name());
+            let at = (listed.artifact_hash(), &*member.folder(), &*member.file_name());
             let found = listed.find(member).ok().flatten();
             found.is_some_and(|recorded| self.cache.seems_held(at, recorded.size))
         };
@@ -202,7 +202,7 @@ impl SourceReport {
     fn holding(source: Source, wheel: &Wheel, held: impl Fn(&Member) -> bool) -> SourceReport {
         let mut modules = wheel.modules();
         modules.retain(|name| held(&Member::module(name.as_str())));
-        let libraries = Member::OTHERS.into_iter().filter(|member| held(member));
+        let libraries = Member::LIBRARIES.into_iter().filter(|member| held(member));
         let libraries = libraries.map(|member| member.file_name()).collect::<Vec<_>>();
         let usable = !modules.is_empty() || !libraries.is_empty();
         SourceReport {
@@ -211,8 +211,9 @@ impl SourceReport {
             usable,
             modules,
             libraries,
-            problem: (!usable).then(|| "it holds nothing that the crate uses".into()),
-            remedy: (!usable).then(|| "leave it out of the list".into()),
+            problem: (!usable).then(|| "it holds no module and no library".into()),
+            remedy: (!usable)
+                .then(|| "leave it out of the list, unless a program wants another file of it".into()),
         }
     }
 }

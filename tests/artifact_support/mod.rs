@@ -186,13 +186,19 @@ pub fn files(folder: &Path, which: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
     found
 }
 
-/// Runs an ignored test of this binary as a process of its own.
-pub fn child(test: &str, variables: &[(&str, &Path)]) -> Child {
+/// An ignored test of a module of this program, to be run as a process of its own.
+pub fn child_command(module: &str, test: &str) -> Command {
+    let (_program, module) = module.split_once("::").unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", test, "--nocapture"]);
-    command.envs(variables.iter().copied());
-    let quiet = command.stdout(Stdio::null()).stderr(Stdio::null());
-    quiet.spawn().unwrap()
+    command.args(["--ignored", "--exact", &format!("{module}::{test}"), "--nocapture"]);
+    command
+}
+
+/// Runs it, quietly.
+pub fn child(module: &str, test: &str, variables: &[(&str, &Path)]) -> Child {
+    let mut command = child_command(module, test);
+    command.envs(variables.iter().copied()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap()
 }
 
 pub fn variable(name: &str) -> PathBuf {

@@ -4,11 +4,8 @@
 // Each test file uses its own part of this.
 #![allow(dead_code)]
 
-#[path = "../common/rng.rs"]
-mod rng;
-
 use candle_core::{D, DType, Device, Result, Tensor};
-pub use rng::{Rng, say};
+pub use test_support::{Rng, say};
 
 /// The CPU; and a GPU with candle's default stream, and with one of its own, if
 /// there is one to be used.

@@ -12,11 +12,10 @@ pub mod norm;
 pub mod ops;
 pub mod prefill;
 pub mod prefill_tests;
-mod rng;
 pub mod single;
 
 pub use compare::assert_same_bits;
-pub use rng::{Rng, say};
+pub use test_support::{Rng, say};
 
 use std::{
     fmt::Debug,

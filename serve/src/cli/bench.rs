@@ -1,15 +1,23 @@
-//! How fast the GPU decodes: the time of a step, and what of it is the graph's.
+//! `flashinfer bench MODEL`: how fast the GPU decodes, the time of a step, and what of
+//! it is the graph's.
 
 use std::{ffi::CStr, num::NonZeroUsize, sync::Arc, time::Instant};
 
 use cudarc::driver::{CudaStream, result};
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
+use super::{
+    PAGE_SIZE,
+    device::{load_gpu, with_progress},
+};
 use crate::{
     Result,
     backend::{Engine, Step, gpu::Gpu, graph},
-    cli::PAGE_SIZE,
-    model::Config,
+    hub,
+    model::{
+        Config, Model,
+        synthetic::{self, Shape},
+    },
     request::Ended,
 };
 
@@ -18,14 +26,44 @@ const STEPS: usize = 100;
 /// Bytes that an H200 reads from its memory in a second.
 const BANDWIDTH: f64 = 4.8e12;
 
+/// Measure decode steps on the GPU
+#[derive(clap::Args)]
+pub struct Args {
+    /// As for `run`
+    #[arg(required_unless_present = "shape")]
+    model: Option<String>,
+    /// A model of this shape with random weights
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<Shape>,
+    /// How many requests decode at a time
+    #[arg(long, value_delimiter = ',', value_name = "N,…", default_value = "1,8,64")]
+    batch: Vec<NonZeroUsize>,
+    /// Tokens of each request before the first step
+    #[arg(long, value_name = "N", default_value = "128")]
+    context: NonZeroUsize,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    if let Some(shape) = args.shape {
+        let config = shape.config()?;
+        return table(args, &config, |pool, most| {
+            let (ends, layers) = synthetic::weights(&config)?;
+            with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
+        });
+    }
+    let model = Model::open(&hub::locate(args.model.as_deref().unwrap_or(hub::SMOLLM2))?)?;
+    table(args, &model.config, |pool, most| load_gpu(&model, pool, most))
+}
+
 /// Prints a table with a row for each number of requests. `load` makes the engine,
 /// for a pool and the most tokens of a step.
-pub fn run(
+fn table(
+    args: &Args,
     config: &Config,
-    batches: &[NonZeroUsize],
-    context: usize,
     load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
 ) -> Result<()> {
+    let (batches, context) = (&args.batch, args.context.get());
     let most = batches.iter().max().map_or(1, |batch| batch.get());
     let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
     // One more for requests that fill up a graph.

@@ -8,7 +8,7 @@ use std::{
 use super::*;
 use crate::{
     backend::gpu::Gpu,
-    cli::{Device as Place, load},
+    cli::device::{Device as Place, load},
 };
 
 /// The largest difference of a row of logits to the CPU's, relative to its norm.

@@ -1,14 +1,20 @@
 //! Addresses, whose secrets are kept apart and never shown.
 
+use super::super::ArtifactError;
 use base64::prelude::{BASE64_STANDARD, Engine};
 use percent_encoding::percent_decode_str;
 use std::fmt;
+use std::str::FromStr;
 use ureq::http::HeaderValue;
 use url::Url;
 
-/// The address of a file or a page, without user, password and fragment.
+/// The address of a file or a page on a server, by `https` or `http`, with the credentials that
+/// are good there.
+///
+/// It is read by [`str::parse`]. A user name and a password in it become credentials, and a
+/// fragment is left out. Shown as text, it has neither credentials nor query.
 #[derive(Clone)]
-pub(crate) struct Address {
+pub struct Address {
     url: Url,
     authorization: Option<HeaderValue>,
     /// Whether its path, too, may hold a secret.
@@ -62,6 +68,15 @@ impl Address {
         }
         url.set_fragment(None);
         Ok(Address { url, authorization, private })
+    }
+
+    /// The same address, at which this token is the credentials. It goes to no other host, also
+    /// where the server redirects. `None` if the token has characters that no header may have.
+    pub fn with_bearer_token(mut self, token: &str) -> Option<Address> {
+        let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+        value.set_sensitive(true);
+        self.authorization = Some(value);
+        Some(self)
     }
 
     pub(crate) fn url(&self) -> &Url {
@@ -120,9 +135,25 @@ impl Address {
     }
 }
 
-impl fmt::Debug for Address {
+impl FromStr for Address {
+    type Err = ArtifactError;
+
+    /// # Errors
+    /// [`ArtifactError::BadAddress`], which does not repeat the address: it may hold a secret.
+    fn from_str(text: &str) -> Result<Address, ArtifactError> {
+        Address::new(text).map_err(|reason| ArtifactError::BadAddress { reason })
+    }
+}
+
+impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.shown())
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

@@ -5,7 +5,7 @@ mod address;
 mod pace;
 mod proxy;
 
-pub(crate) use address::Address;
+pub use address::Address;
 pub(crate) use pace::Patience;
 
 use super::{ArtifactError, FetchOptions};
@@ -155,6 +155,27 @@ impl Client {
         });
         self.last = Some(connections.clone());
         connections
+    }
+}
+
+/// The answer to the question for a page, of at most `max_size` bytes and within the time for
+/// pages: the address that redirects led to, its status, and what came.
+pub(crate) fn read_page(
+    client: &mut Client,
+    address: &Address,
+    headers: &[(HeaderName, &str)],
+    options: &FetchOptions,
+    max_size: u64,
+) -> Result<(Address, StatusCode, Vec<u8>), String> {
+    let until = Instant::now().checked_add(options.page_timeout);
+    let (at, response) = client.get(address, headers, until).map_err(Broken::reason)?;
+    let status = response.status();
+    let mut bytes = Vec::new();
+    let mut body = response.into_body().take(max_size.saturating_add(1));
+    body.read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    match bytes.len() as u64 > max_size {
+        true => Err(format!("the page has more than {max_size} bytes")),
+        false => Ok((at, status, bytes)),
     }
 }
 

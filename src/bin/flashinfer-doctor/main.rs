@@ -102,10 +102,10 @@ enum Command {
 /// Reads a package's name, written with `_` or `-`.
 fn package(name: &str) -> Result<Package, String> {
     let key = name.replace('-', "_");
-    Package::ALL
+    Package::PINNED
         .into_iter()
         .find(|package| package.key() == key)
-        .ok_or_else(|| format!("expected one of {}", Package::ALL.map(Package::key).join(", ")))
+        .ok_or_else(|| format!("expected one of {}", Package::PINNED.each_ref().map(Package::key).join(", ")))
 }
 
 impl Sources {
@@ -186,8 +186,8 @@ fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
     config.progress = Some(flashinfer_rs::progress::terminal());
     let store = Store::open(config)?;
     let mut complete = true;
-    for &package in if packages.is_empty() { &Package::KERNELS[..] } else { packages } {
-        match store.fetch(package) {
+    for package in if packages.is_empty() { &Package::KERNELS[..] } else { packages } {
+        match store.fetch(package.clone()) {
             Ok(path) => printed(writeln!(io::stdout(), "{package}: {}", path.display()))?,
             Err(error) => {
                 complete = false;
@@ -200,13 +200,13 @@ fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
 }
 
 /// What else to do about a wheel that cannot be downloaded.
-fn fetch_remedy(store: &Store, package: Package, error: &ArtifactError) -> String {
+fn fetch_remedy(store: &Store, package: &Package, error: &ArtifactError) -> String {
     let first = match error {
         ArtifactError::Offline { .. } => "unset FLASHINFER_RS_OFFLINE",
         ArtifactError::Download { .. } => "check the network and its proxy settings",
         _ => return String::new(),
     };
-    match store.config().pins.get(package) {
+    match store.config().pins.get(package.clone()) {
         Ok(pin) => {
             let at = store.cache_dir().join("wheels").join(&pin.file);
             format!("\n  -> {first}, or put the file at {}", at.display())

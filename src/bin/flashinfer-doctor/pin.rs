@@ -38,7 +38,7 @@ pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
         ([], []) => &[Package::JitCache][..],
         (packages, _) => packages,
     };
-    let fetched = packages.iter().map(|&package| store.fetch(package));
+    let fetched = packages.iter().map(|package| store.fetch(package.clone()));
     let fetched = fetched.collect::<Result<Vec<_>, _>>()?;
     for path in fetched.iter().chain(&options.file) {
         // A wheel in the cache, too: its stamp is no ground for a new pin.

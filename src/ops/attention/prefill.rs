@@ -34,12 +34,9 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 /// keys and values have one width and a module exists (head dimensions 64 and
 /// 128), else FlashAttention 2.
 ///
-/// Requests do not see each other, also if one is full of NaN, with one
-/// exception: [`Backend::Fa3`] over ragged keys of several requests whose values
-/// have another width than keys (192/128). Its tiles reach into the keys of the
-/// next request, whose values it multiplies by 0: what is not finite there makes
-/// NaN here, and beside [very negative scores](super#very-negative-scores) its
-/// values show. So for those widths [`Backend::Auto`] takes FlashAttention 2.
+/// Requests do not see each other, also if one is full of NaN. FlashAttention 3
+/// cannot keep them apart where values have another width than keys (192/128), so
+/// there it takes [one request a plan](Self::plan_ragged).
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -162,7 +159,10 @@ impl BatchPrefill {
     /// other, divided by `keys`.
     ///
     /// # Errors
-    /// As [`plan_paged`](Self::plan_paged).
+    /// As [`plan_paged`](Self::plan_paged); also
+    /// [`Unsupported`](FlashInferError::Unsupported): FlashAttention 3 for several
+    /// requests, if values have another width than keys. Its tiles reach into the
+    /// next request, which only keys and values of one width can be kept from.
     pub fn plan_ragged<'p>(
         &self,
         workspace: &'p mut Workspace,
@@ -207,19 +207,19 @@ impl BatchPrefill {
         let batch = requests_of(queries.host(), kv.lens);
         options.mask.check(&check, &self.kernels.spec, self.kernels.fa3, batch, kv.paged)?;
         self.kernels.check_split(&check, options, kv.page_size)?;
-        let mask = options.mask.tensors(self.kernels.fa3)?;
-        check_workspace(&check, workspace)?;
         let batch = requests_of(queries.host(), kv.lens);
         let graph = options.graph.is_some();
+        let as_pages = self.kernels.fa3 && kv.reaches_others(graph, batch.clone());
+        if as_pages {
+            check_widths_of_pages(&self.kernels.spec)?;
+        }
+        let mask = options.mask.tensors(self.kernels.fa3)?;
+        check_workspace(&check, workspace)?;
         let empty = empty_states::possible(graph, &mask, batch.clone());
         if empty {
             empty_states::prepare()?;
         }
-        let as_pages = if self.kernels.fa3 && kv.reaches_others(&self.kernels.spec, graph, batch) {
-            Some(workspace.numbers_to(kv.extent)?)
-        } else {
-            None
-        };
+        let as_pages = as_pages.then(|| workspace.numbers_to(kv.extent)).transpose()?;
         let info = if total == 0 && !graph || requests == 0 {
             None
         } else {
@@ -275,15 +275,9 @@ impl KvBatch<'_> {
     /// into those of another request. The copy stops at the tensors' end, not
     /// at the request's: values behind it get the weight 0, which makes NaN of
     /// another's NaN. A batch that does not hold its requests apart is read as
-    /// pages of one key, which are copied one by one. There is no kernel for
-    /// pages of keys and values that differ in width.
-    fn reaches_others(
-        &self,
-        spec: &AttentionSpec,
-        graph: bool,
-        mut requests: impl Iterator<Item = (usize, usize)>,
-    ) -> bool {
-        if self.paged || spec.head_dim_qk != spec.head_dim_vo {
+    /// pages of one key, which are copied one by one.
+    fn reaches_others(&self, graph: bool, mut requests: impl Iterator<Item = (usize, usize)>) -> bool {
+        if self.paged {
             return false;
         }
         if graph {
@@ -533,6 +527,23 @@ impl PrefillPlan<'_, RaggedTable> {
     }
 }
 
+/// Refuses several requests to FlashAttention 3 where it has no kernel that
+/// keeps them apart.
+fn check_widths_of_pages(spec: &AttentionSpec) -> Result<()> {
+    if spec.head_dim_qk == spec.head_dim_vo {
+        return Ok(());
+    }
+    Err(FlashInferError::Unsupported {
+        what: format!(
+            "a plan of FlashAttention 3 for several requests with head dimensions {} and {}, among which it would \
+             let one see the next",
+            spec.head_dim_qk, spec.head_dim_vo
+        ),
+        available: "plan each request on its own, or use Backend::Fa2, if a wheel of yours has its module"
+            .into(),
+    })
+}
+
 /// Ragged keys and values as a cache of pages of one key.
 fn as_pages(check: &Check<'_>, kv: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
     let [k_stride, v_stride] = kv.map(|tensor| tensor.strides()[0]);
@@ -565,8 +576,7 @@ mod tests {
 
     #[test]
     fn only_the_last_keys_end_with_the_tensor() {
-        let spec = AttentionSpec::new(DType::F16, 128);
-        let reaches = |requests: &[(usize, i32)], graph: bool, paged: bool, spec: &AttentionSpec| {
+        let reaches = |requests: &[(usize, i32)], graph: bool, paged: bool| {
             let lens: Vec<i32> = requests.iter().map(|request| request.1).collect();
             let ends = lens.iter().scan(0, |end, len| {
                 *end += len;
@@ -575,16 +585,24 @@ mod tests {
             let indptr: Vec<i32> = std::iter::once(0).chain(ends).collect();
             let extent = indptr[lens.len()] as usize;
             let kv = KvBatch { op: "test", indptr: &indptr, lens: &lens, page_size: 1, extent, paged };
-            let requests = requests.iter().map(|&(queries, keys)| (queries, keys as usize));
-            kv.reaches_others(spec, graph, requests)
+            kv.reaches_others(graph, requests.iter().map(|&(queries, keys)| (queries, keys as usize)))
         };
-        let eager = |requests: &[(usize, i32)]| reaches(requests, false, false, &spec);
+        let eager = |requests: &[(usize, i32)]| reaches(requests, false, false);
         assert!(!eager(&[]) && !eager(&[(5, 9)]) && !eager(&[(3, 0), (5, 9), (2, 0)]));
         assert!(!eager(&[(0, 7), (5, 9)]));
         assert!(eager(&[(5, 9), (0, 7)]) && eager(&[(1, 1), (1, 1)]));
-        assert!(reaches(&[(5, 9), (0, 0)], true, false, &spec) && !reaches(&[(5, 9)], true, false, &spec));
-        let two = [(1, 1), (1, 1)];
-        assert!(!reaches(&two, false, true, &spec));
-        assert!(!reaches(&two, true, false, &spec.with_head_dim_vo(64)));
+        assert!(reaches(&[(5, 9), (0, 0)], true, false) && !reaches(&[(5, 9)], true, false));
+        assert!(!reaches(&[(1, 1), (1, 1)], false, true));
+    }
+
+    #[test]
+    fn requests_that_would_see_each_other_are_refused() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        check_widths_of_pages(&spec).unwrap();
+        let error = check_widths_of_pages(&AttentionSpec { head_dim_qk: 192, ..spec }).unwrap_err();
+        let said = format!("{error}; {}", error.remedy().unwrap());
+        for part in ["several requests", "192 and 128", "each request on its own", "Backend::Fa2"] {
+            assert!(said.contains(part), "{said}");
+        }
     }
 }

@@ -1,9 +1,5 @@
 //! Downloads from a server on loopback that breaks, stalls, lies, and answers ranges or not.
-#![cfg(feature = "fetch")]
-
-mod artifact_support;
-
-use artifact_support::*;
+use crate::artifact_support::*;
 use flashinfer_rs::artifacts::{
     ArtifactError, Digest, Fetch, Member, Package, Progress, Source, Store, StoreConfig, Wheel,
 };
@@ -521,7 +517,13 @@ fn many_processes_download_once() {
     });
     let url = Path::new(&server.url);
     let children: Vec<_> = (0..5)
-        .map(|_| child("child_fetches", &[("FETCH_TEST_ROOT", dir.path()), ("FETCH_TEST_URL", url)]))
+        .map(|_| {
+            child(
+                module_path!(),
+                "child_fetches",
+                &[("FETCH_TEST_ROOT", dir.path()), ("FETCH_TEST_URL", url)],
+            )
+        })
         .collect();
     for mut child in children {
         assert!(child.wait().unwrap().success());
@@ -550,7 +552,11 @@ fn a_killed_download_is_continued() {
     let len = || fs::metadata(&partial).map_or(0, |metadata| metadata.len());
     for kill in 0..4u64 {
         let before = len();
-        let mut child = child("child_fetches", &[("FETCH_TEST_ROOT", dir.path()), ("FETCH_TEST_URL", url)]);
+        let mut child = child(
+            module_path!(),
+            "child_fetches",
+            &[("FETCH_TEST_ROOT", dir.path()), ("FETCH_TEST_URL", url)],
+        );
         for _ in 0..2000 {
             if len() > before {
                 break;

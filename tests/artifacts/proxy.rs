@@ -1,14 +1,10 @@
 //! Proxies of the environment: listeners on loopback that record what they are asked.
-#![cfg(feature = "fetch")]
-
-mod artifact_support;
-
-use artifact_support::*;
+use crate::artifact_support::*;
 use flashinfer_rs::artifacts::{Digest, Package, Store};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -108,8 +104,7 @@ fn child_fetches_a_wheel() {
 /// A child with these proxies only. Returns its error, if it failed.
 fn fetch(url: &str, variables: &[(&str, &str)]) -> Result<(), String> {
     let dir = tempfile::tempdir().unwrap();
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", "child_fetches_a_wheel", "--nocapture"]);
+    let mut command = child_command(module_path!(), "child_fetches_a_wheel");
     for (name, _) in std::env::vars() {
         if name.to_ascii_lowercase().ends_with("_proxy") {
             command.env_remove(name);

@@ -1,9 +1,5 @@
 //! Registry packages by name: simple indexes on loopback, and a pip of our own.
-#![cfg(feature = "fetch")]
-
-mod artifact_support;
-
-use artifact_support::*;
+use crate::artifact_support::*;
 use flashinfer_rs::artifacts::{ArtifactError, CudaKey, Digest, Fetch, Member, Package, Store};
 use std::fs;
 use std::io::Write;
@@ -58,6 +54,58 @@ fn html_and_json_indexes_are_read() {
         assert_eq!(fs::read(located.path).unwrap(), noise(60, 5000), "{page}");
         assert_eq!(server.count(), 2);
     }
+}
+
+#[test]
+fn a_file_of_a_package_that_a_program_pins_is_located() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (noise(61, 5000), noise(62, 5000));
+    let wheel = good_wheel(&[("own/a/data.bin", &one), ("own/b/data.bin", &two)]);
+    let (sha256, served) = (Digest::of(&wheel), wheel.clone());
+    let server = Server::start(move |asked, stream| match asked.path.as_str() {
+        "/simple/own-model/" => {
+            let page = b"<a href='/files/own_model-1-py3-none-any.whl'>x</a>";
+            reply(stream, "200 OK", "content-type: text/html\r\n", page);
+        }
+        _ => send(asked, stream, &served, usize::MAX),
+    });
+    let mut config = config(dir.path(), registry_pins(sha256));
+    config.offline = false;
+    config.index_url = Some(format!("{}/simple/", server.url));
+    let row = format!(
+        "[package.metadata.flashinfer_rs.pinned_wheels.own_model.any.any]\n\
+         file='own_model-1-py3-none-any.whl'\nsha256='{sha256}'\npackage='own-model'\nversion='1'"
+    );
+    config.pins.extend(&row).unwrap();
+    let other = Store::open(config.clone()).unwrap();
+    let store = Store::open(config).unwrap();
+    let file = |key: &str, suffix: &str| {
+        let package = Package::Other(key.into());
+        Member::File { package, suffix: suffix.into() }
+    };
+    let forbidden = store.locate(&file("own_model", "own/a/data.bin"), Fetch::Forbidden).unwrap_err();
+    assert!(!format!("{forbidden:#}").contains("flashinfer-doctor"), "{forbidden:#}");
+    // Files of one name, twice each, from two stores.
+    for store in [&store, &other] {
+        for (suffix, content) in [("own/a/data.bin", &one), ("b/data.bin", &two)] {
+            let located = store.locate(&file("own_model", suffix), Fetch::Allowed).unwrap();
+            assert_eq!(&fs::read(&located.path).unwrap(), content);
+            assert!(located.path.ends_with("data.bin"), "{located:?}");
+        }
+    }
+    assert_eq!(server.count(), 2);
+    // Two files fit, none does, nobody pins the package.
+    for (member, want) in [
+        (file("own_model", "data.bin"), "both own/a/data.bin and own/b/data.bin are data.bin"),
+        (file("own_model", "own/c/data.bin"), "holds no own/c/data.bin"),
+        (file("another", "own/a/data.bin"), "another has no pin"),
+        (file("own_model", "own/../data.bin"), "names no module, and no file of a wheel"),
+    ] {
+        let text = format!("{:#}", store.locate(&member, Fetch::Allowed).unwrap_err());
+        assert!(text.contains(want), "{text}");
+    }
+    assert!(store.clean().unwrap() > 15_000);
+    assert!(store.cache_files().unwrap().is_empty(), "{:?}", store.cache_files());
 }
 
 #[test]
@@ -142,8 +190,7 @@ fn fetching(root: &Path) -> Command {
 
 /// A child without settings of this machine.
 fn child_of_none(test: &str, root: &Path) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", test, "--nocapture"]);
+    let mut command = child_command(module_path!(), test);
     let settings = ["PIP_", "UV_", "PYTHON", "XDG_", "FLASHINFER_RS_INDEX_URL", "VIRTUAL_ENV"];
     for (name, _) in std::env::vars() {
         let lower = name.to_ascii_lowercase();
@@ -469,11 +516,12 @@ fn the_pinned_registry_packages_are_what_their_pins_say() {
     config.offline = false;
     config.fetch_options = Default::default();
     let store = Store::open(config).unwrap();
+    let file = |suffix: &str| Member::File { package: Package::TvmFfi, suffix: suffix.into() };
     for (member, magic) in [
         (Member::TvmFfi, b"\x7fELF"),
         (Member::TvmFfiTesting, b"\x7fELF"),
         (Member::CudaRuntime, b"\x7fELF"),
-        (Member::SmolLm2, b"GGUF"),
+        (file("tvm_ffi/include/tvm/ffi/c_api.h"), b"/*\n "),
     ] {
         match store.locate(&member, Fetch::Allowed) {
             Ok(located) => {

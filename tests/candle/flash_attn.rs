@@ -3,13 +3,9 @@
 //! tensors where `FLASHINFER_RS_RUN_GPU_TESTS=1` and the feature `candle-cuda`
 //! say so.
 
-#![cfg(feature = "candle")]
-
-mod candle_common;
-
 use std::{sync::mpsc, time::Duration};
 
-use candle_common::{Rng, gpus};
+use crate::candle_common::{Rng, gpus};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use flashinfer_rs::candle::{
     flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,

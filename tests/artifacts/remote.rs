@@ -1,11 +1,6 @@
 //! Members of a wheel by HTTP ranges: how little moves, and what servers that lie, break or know
 //! no ranges come to.
-#![cfg(feature = "fetch")]
-
-mod artifact_support;
-mod required;
-
-use artifact_support::*;
+use crate::artifact_support::*;
 use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
     ArtifactError, CudaKey, Digest, Fetch, Located, Member, Pins, ProgressFn, Source, Store, Wheel,
@@ -17,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
+use test_support::required;
 use zip::write::SimpleFileOptions;
 
 /// The most that is moved beside members, central directory and RECORD: the kept end of the file
@@ -704,10 +700,7 @@ fn a_registry_package_comes_by_member_where_an_index_is_set() {
 
 #[test]
 fn the_development_wheels_come_by_member() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
-    if !folder.is_dir() {
-        return required::skip(required::MODULES, format!("{} is not there", folder.display()));
-    }
+    let Some(folder) = required::test_wheels() else { return };
     let decode = |q: &str, kv: &str, cap: &str| {
         format!(
             "batch_decode_with_kv_cache_dtype_q_{q}_dtype_kv_{kv}_dtype_o_{q}_dtype_idx_i32_\

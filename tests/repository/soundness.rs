@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-const SOUNDNESS: &str = include_str!("../docs/soundness.md");
+const SOUNDNESS: &str = include_str!("../../docs/soundness.md");
 
 /// The last column names files, and after each the tests in it:
 /// `` `tests/kv.rs`: `threads`, `short_schedules`; `src/kv/pages.rs`: … ``.

@@ -1,8 +1,5 @@
 //! Random numbers from a seed that a test prints.
 
-// Each test file uses its own part of this.
-#![allow(dead_code)]
-
 use std::{
     io::Write,
     time::{SystemTime, UNIX_EPOCH},

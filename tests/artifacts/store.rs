@@ -1,9 +1,6 @@
 //! The store on disk: order of sources, damage of every kind, many processes, real kills.
 
-mod artifact_support;
-mod required;
-
-use artifact_support::*;
+use crate::artifact_support::*;
 use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
     ArtifactError, BundledMember, Digest, Fetch, Member, Package, Source, Store, Wheel,
@@ -11,6 +8,7 @@ use flashinfer_rs::artifacts::{
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use test_support::required;
 
 fn locate(store: &Store, name: &str) -> Result<PathBuf, ArtifactError> {
     let located = store.locate(&Member::module(name), Fetch::Forbidden)?;
@@ -577,8 +575,7 @@ fn a_relative_cache_is_the_same_folder_wherever_a_process_runs() {
     for place in ["here", "there"] {
         let place = dir.path().join(place);
         fs::create_dir(&place).unwrap();
-        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.args(["--ignored", "--exact", "child_uses_a_relative_cache", "--nocapture"]);
+        let mut command = child_command(module_path!(), "child_uses_a_relative_cache");
         command.current_dir(&place).env("STORE_TEST_ROOT", dir.path());
         command.env("XDG_CACHE_HOME", dir.path().join("home"));
         command.env("FLASHINFER_RS_CACHE_DIR", "in/a/relative/cache").env("FLASHINFER_RS_WHEELS", &wheel);
@@ -658,7 +655,7 @@ fn child_counts_what_it_reads() {
 fn a_first_use_reads_the_member_once_and_no_other() {
     let dir = tempfile::tempdir().unwrap();
     store_of(dir.path(), &big_wheel());
-    let mut child = child("child_counts_what_it_reads", &[("STORE_TEST_ROOT", dir.path())]);
+    let mut child = child(module_path!(), "child_counts_what_it_reads", &[("STORE_TEST_ROOT", dir.path())]);
     assert!(child.wait().unwrap().success());
 }
 
@@ -667,7 +664,7 @@ fn many_processes_extract_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let store = store_of(dir.path(), &big_wheel());
     let children: Vec<_> =
-        (0..6).map(|_| child("child_extracts", &[("STORE_TEST_ROOT", dir.path())])).collect();
+        (0..6).map(|_| child(module_path!(), "child_extracts", &[("STORE_TEST_ROOT", dir.path())])).collect();
     for mut child in children {
         assert!(child.wait().unwrap().success());
     }
@@ -681,7 +678,7 @@ fn killed_processes_leave_nothing_that_is_trusted() {
     let store = store_of(dir.path(), &big_wheel());
     let (mut unfinished, mut temporaries) = (0, 0);
     for round in 0..40u64 {
-        let mut child = child("child_extracts", &[("STORE_TEST_ROOT", dir.path())]);
+        let mut child = child(module_path!(), "child_extracts", &[("STORE_TEST_ROOT", dir.path())]);
         // Wait until it writes, then kill it somewhere in the midst.
         for _ in 0..400 {
             if !files(store.cache_dir(), &|name| name.starts_with(".tmp")).is_empty() {
@@ -783,10 +780,7 @@ fn a_file_in_the_way_of_the_cache_is_told() {
 
 #[test]
 fn the_development_wheels_serve_their_modules() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/wheels");
-    if !folder.is_dir() {
-        return required::skip(required::MODULES, format!("{} is not there", folder.display()));
-    }
+    let Some(folder) = required::test_wheels() else { return };
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(dir.path(), nothing());
     config.wheels = vec![folder];

@@ -1,8 +1,6 @@
 //! What a machine must have for a test. A test that lacks it says so and is skipped, unless
 //! `FLASHINFER_RS_REQUIRE` names what is lacking: then it fails.
-#![allow(dead_code, reason = "each test file uses its own part")]
-
-use std::fmt::Display;
+use std::{fmt::Display, path::PathBuf};
 
 /// What tests may lack, by the words of `FLASHINFER_RS_REQUIRE`.
 pub const LIBTVM_FFI: &str = "libtvm_ffi";
@@ -31,4 +29,16 @@ pub fn is_required(what: &str) -> bool {
 pub fn skip(what: &str, why: impl Display) {
     assert!(!is_required(what), "FLASHINFER_RS_REQUIRE names {what}: {why}");
     eprintln!("skipped for want of {what}: {why}");
+}
+
+/// The folder of real kernel wheels that `FLASHINFER_RS_TEST_WHEELS` names; `None`, after saying so,
+/// where it names none.
+#[track_caller]
+pub fn test_wheels() -> Option<PathBuf> {
+    let folder = std::env::var_os("FLASHINFER_RS_TEST_WHEELS").map(PathBuf::from);
+    match &folder {
+        Some(folder) => assert!(folder.is_dir(), "FLASHINFER_RS_TEST_WHEELS is no folder: {folder:?}"),
+        None => skip(MODULES, "FLASHINFER_RS_TEST_WHEELS names no folder of wheels"),
+    }
+    folder
 }

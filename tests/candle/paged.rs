@@ -1,10 +1,8 @@
 //! Paged attention for candle's tensors against plain softmax attention: on the
 //! CPU always, on a GPU with `FLASHINFER_RS_RUN_GPU_TESTS=1`.
-#![cfg(feature = "candle")]
-
-mod candle_common;
-
-use candle_common::{Plain, Rng, assert_close, devices, dtypes, gpus, laid_out, on_host, random, refused};
+use crate::candle_common::{
+    Plain, Rng, assert_close, devices, dtypes, gpus, laid_out, on_host, random, refused,
+};
 use candle_core::{DType, Device, Tensor};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads, RunOptions},

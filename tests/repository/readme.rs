@@ -6,9 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const README: &str = include_str!("../README.md");
-const SETTINGS: &str = include_str!("../docs/modules-and-cache.md");
-const LIB: &str = include_str!("../src/lib.rs");
+const README: &str = include_str!("../../README.md");
+const SETTINGS: &str = include_str!("../../docs/modules-and-cache.md");
+const LIB: &str = include_str!("../../src/lib.rs");
 
 #[test]
 fn its_example_is_the_crate_docs_tested_one() {

@@ -1,11 +1,7 @@
 //! `rms_norm`, `silu_and_mul` and `rope` of candle's tensors against plain
 //! candle operations: on the CPU always, on a GPU with
 //! `FLASHINFER_RS_RUN_GPU_TESTS=1`.
-#![cfg(feature = "candle")]
-
-mod candle_common;
-
-use candle_common::{Rng, assert_close, devices, dtypes, gpus, laid_out, on_host, random, refused};
+use crate::candle_common::{Rng, assert_close, devices, dtypes, gpus, laid_out, on_host, random, refused};
 use candle_core::{D, DType, Device, Tensor};
 use flashinfer_rs::{
     candle::{BatchTables, PagedKvCache, RotaryEmbedding, rms_norm, rope, silu_and_mul},

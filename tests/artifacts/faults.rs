@@ -1,12 +1,6 @@
 //! Disks that fail, fill up, refuse to sync, have no locks or cannot be written. A library that is
 //! preloaded stands between the system and a process of its own, in which the store works.
-#![cfg(all(feature = "fetch", target_os = "linux"))]
-
-mod artifact_support;
-mod c_library;
-mod required;
-
-use artifact_support::*;
+use crate::artifact_support::*;
 use flashinfer_rs::artifacts::{ArtifactError, BundledMember, Digest, Fetch, Member, Package, Store, Wheel};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 use tempfile::TempDir;
+use test_support::c_library;
 
 const ENOSPC: i32 = 28;
 const EIO: i32 = 5;
@@ -38,7 +33,7 @@ fn shim() -> Option<&'static Path> {
     let shim = SHIM.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let library = folder.path().join("libfaults.so");
-        c_library::compile(include_str!("faults/shim.c"), &library, &[]).then_some((folder, library))
+        c_library::compile(include_str!("shim.c"), &library, &[]).then_some((folder, library))
     });
     shim.as_ref().map(|(_, library)| library.as_path())
 }
@@ -81,8 +76,7 @@ impl Machine {
     }
 
     fn command(&self, what: &str, faults: &[(&str, String)]) -> Command {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--ignored", "--exact", "child_acts", "--nocapture"]);
+        let mut command = child_command(module_path!(), "child_acts");
         command.env("FAULT_TEST_ROOT", self.root.path()).env("FAULT_TEST_URL", &self.server.url);
         command.env("FAULT_TEST_DO", what);
         command.env("LD_PRELOAD", shim().unwrap()).envs(faults.iter().map(|(name, value)| (name, value)));

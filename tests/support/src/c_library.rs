@@ -1,9 +1,7 @@
 //! Shared libraries made by the machine's C compiler.
-#![allow(dead_code, reason = "each test file uses its own part")]
-
 use std::{fs, path::Path, process::Command};
 
-use super::required;
+use crate::required;
 
 /// Compiles C to a shared library. `false`, with the reason printed, where
 /// there is no C compiler.

@@ -1,0 +1,17 @@
+//! Where modules come from: wheels, indexes, downloads, the cache, and what goes wrong there.
+
+mod artifact_support;
+
+mod artifacts {
+    #[cfg(all(feature = "fetch", target_os = "linux"))]
+    mod faults;
+    #[cfg(feature = "fetch")]
+    mod fetch;
+    #[cfg(feature = "fetch")]
+    mod index;
+    #[cfg(feature = "fetch")]
+    mod proxy;
+    #[cfg(feature = "fetch")]
+    mod remote;
+    mod store;
+}
