@@ -95,12 +95,14 @@ pub(crate) mod layout;
 mod pages;
 mod prefix;
 mod sequence;
+mod shape;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
-pub use cache::{HeadsShape, KvShape, LatentShape, PagedKvCache};
+pub use cache::PagedKvCache;
 pub use layout::{KvLayout, MlaCache, MlaCacheMut, PagedKv, PagedKvMut};
 pub use pages::PageAllocator;
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;
+pub use shape::{HeadsShape, KvShape, LatentShape};
 #[cfg(feature = "candle")]
 pub(crate) use {cache::check_copies, pages::StorageClaim};

@@ -12,7 +12,11 @@ use candle_core::{
     },
 };
 
-use super::{super::modules, Call, Keys, tensor, visible::Visible};
+use super::{
+    super::{modules, tensor},
+    call::{Call, Keys},
+    visible::Visible,
+};
 use crate::{
     FlashInferError, Stream,
     attention::{AttentionSpec, BatchPrefill, Heads, Mask, PlanOptions, Workspace},

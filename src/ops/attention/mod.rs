@@ -41,29 +41,41 @@
 //! 0.7 have −∞.
 
 mod batch_attention;
+mod batch_attention_work;
 mod cascade;
 mod decode;
+mod decode_need;
 mod empty_states;
 mod mask;
 mod mla;
+mod mla_spec;
+mod mla_work;
+mod modules;
 mod options;
 mod output_scale;
 mod planned;
 mod prefill;
+mod prefill_batch;
 mod prefill_kernels;
-mod single;
+mod single_decode;
+mod single_prefill;
+mod single_scratch;
 mod spec;
+#[cfg(test)]
+mod testing;
 mod workspace;
 
 pub use batch_attention::{BatchAttention, BatchAttentionPlan};
 pub use cascade::{CascadeLevel, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
-pub use mla::{BatchMla, MlaPlan, MlaQuery, MlaSpec};
+pub use mla::{BatchMla, MlaPlan, MlaQuery};
+pub use mla_spec::MlaSpec;
 pub use options::{PlanOptions, PrefillRunOptions, RunOptions, Split};
 pub use planned::ReplayKey;
 pub use prefill::{BatchPrefill, PrefillPlan};
-pub use single::{SingleDecode, SinglePrefill};
+pub use single_decode::SingleDecode;
+pub use single_prefill::SinglePrefill;
 pub use spec::{AttentionSpec, Backend, Heads, PosEncodingMode};
 pub use workspace::Workspace;
 
@@ -77,7 +89,8 @@ pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
         prefill_kernels::SIGNATURES,
         batch_attention::SIGNATURES,
         mla::SIGNATURES,
-        single::SIGNATURES,
+        single_prefill::SIGNATURES,
+        single_decode::SIGNATURES,
     ]
     .concat()
 }

@@ -9,7 +9,8 @@ use super::{
         PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output, check_rows,
         check_workspace,
     },
-    prefill_kernels::{Pages, PrefillBatch, PrefillKernels, RUN_OP, RunTensors, stand_in_width},
+    prefill_batch::{PrefillBatch, stand_in_width},
+    prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
 };

@@ -1,0 +1,391 @@
+//! A call of the functions: its checks, its spec, and the work on the CPU.
+
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
+    backend::BackendStorage, bail,
+};
+
+#[cfg(feature = "candle-cuda")]
+use super::launch;
+use super::{
+    super::tensor,
+    lengths, views,
+    visible::{Lens, Request, Visible, Window},
+};
+use crate::{
+    attention::{AttentionSpec, Backend, Heads, PosEncodingMode, RunOptions},
+    indices::{PageIndices, RaggedIndices},
+    kv::{KvLayout, PagedKv},
+    reference,
+    tensor::TensorRef,
+};
+
+/// The most elements of a head, as candle-flash-attn has it.
+const MAX_HEAD_DIM: usize = 512;
+/// FlashAttention 3 works on tiles of this many queries, and does not divide
+/// the keys of one: with fewer queries, FlashAttention 2 is faster.
+const FA3_TILE: usize = 128;
+
+/// Attention as a caller describes it.
+pub(super) struct Attention<'a> {
+    pub(super) softmax_scale: f32,
+    /// To the left and to the right.
+    pub(super) window: [Option<usize>; 2],
+    pub(super) softcap: Option<f32>,
+    pub(super) alibi_slopes: Option<&'a Tensor>,
+    pub(super) batch: Batch<'a>,
+}
+
+/// How the sequences of a batch lie.
+pub(super) enum Batch<'a> {
+    /// All as long as each other, in a dimension of their own.
+    Dense,
+    /// One after the other.
+    Ragged(Lengths<'a>),
+    /// The keys in pages.
+    Paged { lengths: Lengths<'a>, block_table: &'a Tensor, page_size: usize, ranges: Option<&'a Tensor> },
+}
+
+/// Cumulative lengths, and the longest.
+#[derive(Clone, Copy)]
+pub(super) struct Lengths<'a> {
+    pub(super) queries: &'a Tensor,
+    pub(super) keys: &'a Tensor,
+    pub(super) max: [usize; 2],
+}
+
+/// Keys of a call, and where requests have them.
+pub(super) enum Keys {
+    Ragged(RaggedIndices),
+    Paged(PageIndices),
+}
+
+/// One call, in the kernels' terms.
+pub(super) struct Call {
+    pub(super) spec: AttentionSpec,
+    pub(super) heads: Heads,
+    pub(super) softmax_scale: f64,
+    pub(super) visible: Visible,
+    pub(super) requests: Vec<Request>,
+    pub(super) queries: RaggedIndices,
+    pub(super) keys: Keys,
+    pub(super) slopes: Option<Vec<f32>>,
+    /// Queries, keys and values as the kernels see them.
+    pub(super) views: [Layout; 3],
+    pub(super) out: Shape,
+}
+
+impl Attention<'_> {
+    pub(super) fn of(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (heads, width) = self.check(q, k, v)?;
+        let (sequences, max_keys) = self.sequences(q, k)?;
+        if q.elem_count() == 0 {
+            // The same, without an allocation of nothing.
+            return Ok(q.clone());
+        }
+        if sequences.iter().all(|&(_, keys)| keys == 0) {
+            return Tensor::zeros(q.shape(), q.dtype(), q.device());
+        }
+        let ranges = match &self.batch {
+            Batch::Paged { ranges: Some(ranges), .. } => lengths::ranges(ranges, sequences.len())?,
+            _ => Vec::new(),
+        };
+        let visible = Visible::new(Window::new(self.window, max_keys), &sequences, ranges);
+        let slopes =
+            self.alibi_slopes.map(|slopes| lengths::slopes(slopes, heads.num_qo_heads)).transpose()?;
+        if slopes.is_some() && q.device().is_cuda() && !visible.is_causal(&sequences) {
+            bail!(
+                "flash_attn: on CUDA, ALiBi needs window_size_right = Some(0) (causal): FlashInfer's kernels \
+                 add the slope times the key's place, which FlashAttention does only where no key lies after \
+                 its query; the CPU has both"
+            )
+        }
+        let spec = self.spec(q, width, &visible, slopes.is_some())?;
+        let (call, [q, k, v]) = self.call([q, k, v], (spec, heads), (visible, sequences), slopes)?;
+        q.apply_op3(&k, &v, call)
+    }
+
+    /// Devices, dtypes and shapes; returns heads and their width.
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Heads, usize)> {
+        for (name, tensor) in [("k", k), ("v", v)] {
+            if tensor.dtype() != q.dtype() {
+                bail!("flash_attn: {name} is {}, q is {}", tensor.dtype().as_str(), q.dtype().as_str())
+            }
+            if !tensor.device().same_device(q.device()) {
+                bail!(
+                    "flash_attn: {name} is on {:?}, q is on {:?}",
+                    tensor.device().location(),
+                    q.device().location()
+                )
+            }
+        }
+        match (q.device(), q.dtype()) {
+            (_, DType::F16 | DType::BF16) | (Device::Cpu, DType::F32 | DType::F64) => {}
+            (Device::Cpu, other) => {
+                bail!("flash_attn: tensors of {}; there are f32, f16, bf16 and f64", other.as_str())
+            }
+            (_, other) => bail!(
+                "flash_attn: tensors of {}; on CUDA there are f16 and bf16: convert with to_dtype",
+                other.as_str()
+            ),
+        }
+        let (rank, kv_rank) = match self.batch {
+            Batch::Dense => (4, 4),
+            Batch::Ragged(_) => (3, 3),
+            Batch::Paged { .. } => (3, 4),
+        };
+        for (name, tensor, rank) in [("q", q, rank), ("k", k, kv_rank), ("v", v, kv_rank)] {
+            if tensor.rank() != rank {
+                bail!("flash_attn: {name} has shape {:?}; expected {rank} dimensions", tensor.shape())
+            }
+        }
+        let (q_dims, k_dims) = (q.dims(), k.dims());
+        let [num_qo_heads, width] = [q_dims[rank - 2], q_dims[rank - 1]];
+        let num_kv_heads = k_dims[kv_rank - 2];
+        let fits = k_dims[kv_rank - 1] == width && (kv_rank == 3 || rank == 3 || k_dims[0] == q_dims[0]);
+        if k_dims != v.dims() || !fits {
+            bail!(
+                "flash_attn: q has shape {:?}, k {:?} and v {:?}; k and v must be alike, with the batch and \
+                 the head dimension of q",
+                q.shape(),
+                k.shape(),
+                v.shape()
+            )
+        }
+        if width % 8 != 0 || width > MAX_HEAD_DIM || width == 0 {
+            bail!("flash_attn: a head dimension of {width}; there are multiples of 8 up to {MAX_HEAD_DIM}")
+        }
+        let heads = Heads { num_qo_heads, num_kv_heads };
+        if heads.group_size().is_none() {
+            bail!(
+                "flash_attn: {num_qo_heads} heads of q over {num_kv_heads} of k and v; expected a multiple, \
+                 and at least one"
+            )
+        }
+        Ok((heads, width))
+    }
+
+    /// Queries and keys of each sequence, and the number that wider windows
+    /// have no effect from.
+    fn sequences(&self, q: &Tensor, k: &Tensor) -> Result<(Vec<Lens>, usize)> {
+        let (lengths, total_keys) = match &self.batch {
+            Batch::Dense => {
+                let (batch, queries, keys) = (q.dims()[0], q.dims()[1], k.dims()[1]);
+                return Ok((vec![(queries, keys); batch], keys));
+            }
+            Batch::Ragged(lengths) => (lengths, Some(k.dims()[0])),
+            Batch::Paged { lengths, page_size, .. } => {
+                let pages_of = k.dims()[1];
+                if *page_size != pages_of || pages_of == 0 {
+                    bail!(
+                        "flash_attn: page_block_size is {page_size}, but the blocks of k hold {pages_of} keys"
+                    )
+                }
+                (lengths, None)
+            }
+        };
+        let queries = lengths::from_cumulative("seqlens_q", lengths.queries, lengths.max[0])?;
+        let keys = lengths::from_cumulative("seqlens_k", lengths.keys, lengths.max[1])?;
+        if queries.len() != keys.len() {
+            bail!("seqlens_q is of {} sequences, seqlens_k of {}", queries.len(), keys.len())
+        }
+        let totals = [("q", "seqlens_q", &queries, Some(q.dims()[0])), ("k", "seqlens_k", &keys, total_keys)];
+        for (name, argument, lens, rows) in totals {
+            let total: usize = lens.iter().sum();
+            if rows.is_some_and(|rows| rows != total) {
+                bail!(
+                    "{argument} ends with {total}, but {name} has shape {:?}",
+                    if name == "q" { q } else { k }.shape()
+                )
+            }
+        }
+        Ok((queries.into_iter().zip(keys).collect(), lengths.max[1]))
+    }
+
+    fn spec(&self, q: &Tensor, width: usize, visible: &Visible, alibi: bool) -> Result<AttentionSpec> {
+        let mut spec = AttentionSpec::new(tensor::dtype(q.dtype())?, width);
+        if let Some(left) = visible.left() {
+            // A window never reaches beyond the keys, of which there are fewer.
+            spec = spec.with_window_left(u32::try_from(left).unwrap_or(u32::MAX));
+        }
+        if let Some(cap) = self.softcap.filter(|&cap| cap > 0.0) {
+            spec = spec.with_logits_soft_cap(cap);
+        }
+        if alibi {
+            spec = spec.with_pos_encoding_mode(PosEncodingMode::Alibi);
+        }
+        Ok(spec)
+    }
+
+    /// The call, and the tensors that its views are of.
+    fn call(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        (mut spec, heads): (AttentionSpec, Heads),
+        (visible, sequences): (Visible, Vec<Lens>),
+        slopes: Option<Vec<f32>>,
+    ) -> Result<(Call, [Tensor; 3])> {
+        let (dtype, out) = (q.dtype(), q.shape().clone());
+        let (q, q_view) = views::viewed(q, views::queries)?;
+        let ([k, v], kv_views, gap, pages) = match &self.batch {
+            Batch::Paged { block_table, page_size, .. } => {
+                let keys: Vec<usize> = sequences.iter().map(|&(_, keys)| keys).collect();
+                let pages = lengths::pages(block_table, &keys, *page_size)?;
+                let (tensors, views) = views::blocks(k, v)?;
+                (tensors, views, 0, Some((pages, *page_size)))
+            }
+            Batch::Dense | Batch::Ragged(_) => {
+                let (tensors, views, apart) = views::keys_and_values(k, v)?;
+                let gap = if let Batch::Dense = self.batch { apart - sequences[0].1 } else { 0 };
+                (tensors, views, gap, None)
+            }
+        };
+        let requests = visible.requests(&sequences, gap);
+        let queries = RaggedIndices::from_lens(requests.iter().map(|request| request.queries));
+        let keys = match pages {
+            None => RaggedIndices::from_lens(requests.iter().map(|request| request.keys)).map(Keys::Ragged),
+            Some((pages, page_size)) => {
+                let of = |request: &Request| request.sequence.map_or(&[][..], |at| &pages[at]);
+                let requests = requests.iter().map(|request| (of(request), request.keys));
+                PageIndices::from_requests(k.dims()[0], page_size, requests).map(Keys::Paged)
+            }
+        };
+        let [k_view, v_view] = kv_views;
+        let views = [q_view, k_view, v_view];
+        spec.backend =
+            if self.is_for_fa3(&visible, &requests, &views, dtype)? { Backend::Auto } else { Backend::Fa2 };
+        let call = Call {
+            spec,
+            heads,
+            softmax_scale: self.softmax_scale.into(),
+            visible,
+            requests,
+            queries: queries.map_err(tensor::error)?,
+            keys: keys.map_err(tensor::error)?,
+            slopes,
+            views,
+            out,
+        };
+        Ok((call, [q, k, v]))
+    }
+
+    /// Whether FlashAttention 3 can serve a call, and may be the faster. Keys of
+    /// several requests it reads as pages, for which rows of keys and of values
+    /// are equally far apart.
+    fn is_for_fa3(
+        &self,
+        visible: &Visible,
+        requests: &[Request],
+        views: &[Layout; 3],
+        dtype: DType,
+    ) -> Result<bool> {
+        let unread = |request: &Request| request.sequence.is_none() && request.keys > 0;
+        let direct = !matches!(visible, Visible::Bits { .. }) && self.alibi_slopes.is_none();
+        let long = requests.iter().any(|request| request.queries >= FA3_TILE);
+        if !direct || !long || requests.iter().any(unread) {
+            return Ok(false);
+        }
+        let several = requests.iter().filter(|request| request.keys > 0).count() > 1;
+        let paged = matches!(self.batch, Batch::Paged { .. });
+        if several && !paged && views[1].stride()[0] != views[2].stride()[0] {
+            return Ok(false);
+        }
+        let described = if paged { &views[..1] } else { &views[..] };
+        for view in described {
+            if views::overlaps(view, dtype)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Zeros on the CPU.
+fn zeros(dtype: DType, len: usize) -> Result<CpuStorage> {
+    Ok(match dtype {
+        DType::F16 => CpuStorage::F16(vec![half::f16::ZERO; len]),
+        DType::BF16 => CpuStorage::BF16(vec![half::bf16::ZERO; len]),
+        DType::F32 => CpuStorage::F32(vec![0.0; len]),
+        DType::F64 => CpuStorage::F64(vec![0.0; len]),
+        other => bail!("flash_attn: tensors of {}", other.as_str()),
+    })
+}
+
+impl Call {
+    /// The output's rows, heads and width.
+    pub(super) fn rows(&self) -> [usize; 3] {
+        [self.queries.total(), self.heads.num_qo_heads, self.spec.head_dim_vo]
+    }
+
+    pub(super) fn options<'a>(&self, slopes: Option<TensorRef<'a>>) -> RunOptions<'a> {
+        RunOptions { alibi_slopes: slopes, ..RunOptions::with_sm_scale(self.softmax_scale) }
+    }
+
+    fn on_cpu(&self, storages: [&CpuStorage; 3]) -> Result<CpuStorage> {
+        let [q, k, v] = [0, 1, 2].map(|at| tensor::on_cpu(storages[at], &self.views[at]));
+        let (q, k, v) = (q?, k?, v?);
+        let [rows, heads, width] = self.rows();
+        let mut storage = zeros(storages[0].dtype(), rows * heads * width)?;
+        let mut out = tensor::on_cpu_mut(&mut storage, &Layout::contiguous((rows, heads, width)))?;
+        let packed = self.visible.pack(&self.requests).map_err(tensor::error)?;
+        let mask = match (&self.visible, &packed) {
+            (_, Some((indices, bits))) => reference::Mask::Custom(indices, bits),
+            (Visible::Causal { .. }, _) => reference::Mask::Causal,
+            _ => reference::Mask::None,
+        };
+        let slopes = self.slopes.as_ref().map(|slopes| TensorRef::from_slice(slopes, &[slopes.len()]));
+        let options = self.options(slopes.transpose().map_err(tensor::error)?);
+        let (paged, ragged) = (PagedKv::new(k, v, KvLayout::Nhd), [&k, &v]);
+        let kv = match &self.keys {
+            Keys::Paged(table) => reference::KeysAndValues::Paged(&paged, table),
+            Keys::Ragged(keys) => reference::KeysAndValues::Ragged(ragged, keys),
+        };
+        reference::flash_attention(&self.spec, &q, &kv, &self.queries, &mut out, mask, &options)
+            .map_err(tensor::error)?;
+        Ok(storage)
+    }
+}
+
+impl CustomOp3 for Call {
+    fn name(&self) -> &'static str {
+        "flash_attn"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        _: &Layout,
+        k: &CpuStorage,
+        _: &Layout,
+        v: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((self.on_cpu([q, k, v])?, self.out.clone()))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        _: &Layout,
+        k: &CudaStorage,
+        _: &Layout,
+        v: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((launch::attention(self, [q, k, v])?, self.out.clone()))
+    }
+
+    #[cfg(not(feature = "candle-cuda"))]
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        bail!("flash_attn: CUDA tensors need flashinfer-rs with its feature `candle-cuda`")
+    }
+}

@@ -1,0 +1,398 @@
+//! The modules of an attention: their names, and which there can be.
+
+use super::spec::{AttentionSpec, Backend, PosEncodingMode};
+use crate::{
+    dtype::DType,
+    error::{FlashInferError, Result},
+    module::{Module, ModuleName},
+    runtime::FlashInferRuntime,
+    stream::Stream,
+};
+
+impl AttentionSpec {
+    /// The module of paged batch decode on CUDA cores.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist, because its
+    /// head dimensions differ, or a dtype or option is out of range.
+    pub fn decode_module(&self) -> Result<ModuleName> {
+        self.check_on_cuda_cores()?;
+        Ok(ModuleName::new(format!("batch_decode_with_kv_cache_{}", self.combination(INDEXED))))
+    }
+
+    /// The module of decode of one request on CUDA cores.
+    ///
+    /// # Errors
+    /// As [`decode_module`](Self::decode_module).
+    pub fn single_decode_module(&self) -> Result<ModuleName> {
+        self.check_on_cuda_cores()?;
+        Ok(ModuleName::new(format!("single_decode_with_kv_cache_{}", self.combination(""))))
+    }
+
+    /// The module of batch prefill with FlashAttention 2, or 3 (`fa3`).
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist.
+    pub fn prefill_module(&self, fa3: bool) -> Result<ModuleName> {
+        self.check_on_tensor_cores(fa3)?;
+        let suffix = if fa3 { "_sm90" } else { "" };
+        if self.attention_sink {
+            return Ok(ModuleName::new(format!(
+                "batch_prefill_with_attention_sink_kv_cache_{}_use_swa_{}_{suffix}",
+                self.types(INDEXED),
+                python_bool(self.window_left.is_some()),
+            )));
+        }
+        let combination = self.combination(INDEXED);
+        Ok(ModuleName::new(format!("batch_prefill_with_kv_cache_{combination}_f16qk_False{suffix}")))
+    }
+
+    /// The module of prefill of one request with FlashAttention 2, or 3 (`fa3`).
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist.
+    pub fn single_prefill_module(&self, fa3: bool) -> Result<ModuleName> {
+        self.check_on_tensor_cores(fa3)?;
+        if self.attention_sink {
+            return unsupported(
+                "prefill of one request with attention sinks",
+                "use BatchPrefill with a batch of one",
+            );
+        }
+        let suffix = if fa3 { "_sm90" } else { "" };
+        let combination = self.combination("");
+        Ok(ModuleName::new(format!("single_prefill_with_kv_cache_{combination}_f16qk_False{suffix}")))
+    }
+
+    /// The module of attention of mixed batches.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Unsupported`]: no such module can exist. There is
+    /// none with a sliding window, and its kernels read keys and values with
+    /// the same strides, so their head dimensions must be equal.
+    pub fn batch_attention_module(&self) -> Result<ModuleName> {
+        self.check_on_tensor_cores(false)?;
+        if let Some(window) = self.window_left {
+            return unsupported(
+                format!("attention of mixed batches with window_left {window}"),
+                "BatchPrefill and BatchDecode have sliding windows",
+            );
+        }
+        if self.head_dim_qk != self.head_dim_vo {
+            return unsupported(
+                format!(
+                    "attention of mixed batches with head dimensions {} and {}",
+                    self.head_dim_qk, self.head_dim_vo
+                ),
+                "it needs head_dim_qk == head_dim_vo",
+            );
+        }
+        if self.attention_sink || self.pos_encoding_mode != PosEncodingMode::None {
+            return unsupported(
+                "attention of mixed batches with sinks or encoded positions",
+                "BatchPrefill and BatchDecode have them",
+            );
+        }
+        Ok(ModuleName::new(format!(
+            "batch_attention_with_kv_cache_{}_posenc_0_use_logits_soft_cap_{}_use_profiler_false",
+            self.types(INDEXED),
+            self.logits_soft_cap.is_some(),
+        )))
+    }
+
+    /// The first module at hand that serves prefill on a device, and whether it
+    /// is FlashAttention 3; `name` makes its name. [`Backend::Auto`] takes
+    /// FlashAttention 3 where the GPU has it and a module exists, else 2; for
+    /// values of another width than keys always 2, because 3 then cannot keep
+    /// the requests of a batch apart.
+    pub(super) fn first_prefill(
+        &self,
+        stream: &Stream,
+        name: fn(&Self, bool) -> Result<ModuleName>,
+    ) -> Result<(&'static Module, bool)> {
+        let runtime = FlashInferRuntime::get()?;
+        // FlashAttention 3 keeps requests apart where values are as wide as keys only.
+        let asked = match self.backend {
+            Backend::Auto if self.head_dim_qk != self.head_dim_vo => Backend::Fa2,
+            asked => asked,
+        };
+        let backends = flash_attention(asked, runtime.compute_capability(stream.ordinal())?)?;
+        let (module, backend) =
+            first_module(runtime, backends, |backend| name(self, backend == Backend::Fa3))?;
+        Ok((module, backend == Backend::Fa3))
+    }
+
+    /// Refuses modules that exist, but take other arguments than this crate
+    /// passes.
+    pub(super) fn check_called(&self) -> Result<()> {
+        if self.dtype_q.size() == 1 {
+            return unsupported(
+                format!("queries of dtype {}", self.dtype_q),
+                "this crate calls modules with f16 and bf16 queries only",
+            );
+        }
+        Ok(())
+    }
+
+    /// Element types and head dimensions, as all names have them.
+    fn types(&self, indexed: &str) -> String {
+        format!(
+            "dtype_q_{}_dtype_kv_{}_dtype_o_{}{indexed}_head_dim_qk_{}_head_dim_vo_{}",
+            self.dtype_q, self.dtype_kv, self.dtype_o, self.head_dim_qk, self.head_dim_vo,
+        )
+    }
+
+    /// The part of a name that most kernels share.
+    fn combination(&self, indexed: &str) -> String {
+        format!(
+            "{}_posenc_{}_use_swa_{}_use_logits_cap_{}",
+            self.types(indexed),
+            self.pos_encoding_mode.code(),
+            python_bool(self.window_left.is_some()),
+            python_bool(self.logits_soft_cap.is_some()),
+        )
+    }
+    fn check_on_cuda_cores(&self) -> Result<()> {
+        self.check()?;
+        if self.head_dim_qk != self.head_dim_vo {
+            return unsupported(
+                format!(
+                    "decode on CUDA cores with head dimensions {} and {}",
+                    self.head_dim_qk, self.head_dim_vo
+                ),
+                "it needs head_dim_qk == head_dim_vo; use Backend::Fa2 or Backend::Auto",
+            );
+        }
+        if self.attention_sink {
+            return unsupported("attention sinks on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
+        }
+        self.check_16_bit_queries()
+    }
+
+    fn check_on_tensor_cores(&self, fa3: bool) -> Result<()> {
+        self.check()?;
+        if self.attention_sink
+            && (self.logits_soft_cap, self.pos_encoding_mode) != (None, PosEncodingMode::None)
+        {
+            return unsupported(
+                "attention sinks with a soft cap or encoded positions",
+                "attention sinks can have a sliding window only",
+            );
+        }
+        if !fa3 {
+            return self.check_16_bit_queries();
+        }
+        if self.dtype_q != self.dtype_kv {
+            return unsupported(
+                format!("FlashAttention 3 with {} queries over {} keys", self.dtype_q, self.dtype_kv),
+                "it needs keys and values of the queries' dtype; Backend::Fa2 converts 8-bit ones",
+            );
+        }
+        if self.dtype_q.size() == 2 && self.dtype_q != self.dtype_o {
+            return unsupported(
+                format!("FlashAttention 3 with {} queries and {} outputs", self.dtype_q, self.dtype_o),
+                "outputs of 16-bit queries have their dtype",
+            );
+        }
+        if self.dtype_q.size() == 1 && matches!(self.head_dim_qk, 64 | 192) {
+            return unsupported(
+                format!(
+                    "FlashAttention 3 with {} queries and head_dim_qk {}",
+                    self.dtype_q, self.head_dim_qk
+                ),
+                "8-bit queries have head dimensions 128 and 256",
+            );
+        }
+        if self.pos_encoding_mode != PosEncodingMode::None {
+            return unsupported("FlashAttention 3 with encoded positions", "use Backend::Fa2");
+        }
+        Ok(())
+    }
+
+    fn check_16_bit_queries(&self) -> Result<()> {
+        if self.dtype_q.size() != 2 {
+            return unsupported(
+                format!("queries of dtype {}", self.dtype_q),
+                "there are f16 and bf16; FlashAttention 3 has 8-bit ones",
+            );
+        }
+        if self.dtype_kv.size() == 2 && self.dtype_kv != self.dtype_q {
+            return unsupported(
+                format!("{} queries over {} keys", self.dtype_q, self.dtype_kv),
+                "16-bit keys and values have the queries' dtype",
+            );
+        }
+        Ok(())
+    }
+
+    /// What no kernel can do.
+    fn check(&self) -> Result<()> {
+        for (name, dtype) in [("queries", self.dtype_q), ("keys and values", self.dtype_kv)] {
+            if !matches!(dtype, DType::F16 | DType::BF16 | DType::E4M3 | DType::E5M2) {
+                return unsupported(format!("{name} of dtype {dtype}"), "there are f16, bf16, e4m3 and e5m2");
+            }
+        }
+        if !matches!(self.dtype_o, DType::F16 | DType::BF16) {
+            return unsupported(format!("outputs of dtype {}", self.dtype_o), "there are f16 and bf16");
+        }
+        // Kernels subtract it from positions in 32 bits.
+        if self.window_left.is_some_and(|window| window >= 1 << 30) {
+            return unsupported(format!("window_left of {:?}", self.window_left), "it must be below 2^30");
+        }
+        // The kernels would apply sm_scale twice.
+        if self.pos_encoding_mode == PosEncodingMode::Alibi && self.logits_soft_cap.is_some() {
+            return unsupported("ALiBi with a soft cap", "there is either");
+        }
+        // Kernels on tensor cores hide a key by making its capped logit −50000,
+        // before they multiply by the cap. Also refuses NaN.
+        if self.logits_soft_cap.is_some_and(|cap| !(cap >= MIN_SOFT_CAP && cap.is_finite())) {
+            return unsupported(
+                format!("logits_soft_cap of {:?}", self.logits_soft_cap),
+                "it must be finite and at least 0.001",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// With a smaller cap, hidden keys would count.
+const MIN_SOFT_CAP: f32 = 1e-3;
+/// What names of batch kernels have after the element types.
+const INDEXED: &str = "_dtype_idx_i32";
+
+/// The first module at hand, in order of preference, and its backend; `name`
+/// makes its name. Of several backends, those count for which a module can
+/// exist.
+pub(super) fn first_module(
+    runtime: &FlashInferRuntime,
+    backends: &[Backend],
+    name: impl Fn(Backend) -> Result<ModuleName>,
+) -> Result<(&'static Module, Backend)> {
+    let mut refusal = None;
+    let (mut possible, mut names) = (Vec::new(), Vec::new());
+    for &backend in backends {
+        match name(backend) {
+            Ok(name) => {
+                possible.push(backend);
+                names.push(name);
+            }
+            Err(error) => refusal = Some(error),
+        }
+    }
+    if let Some(error) = refusal.filter(|_| names.is_empty()) {
+        return Err(error);
+    }
+    let (place, module) = runtime.first_of(&names)?;
+    Ok((module, possible[place]))
+}
+
+/// The backends of FlashAttention that may serve on a GPU of this compute
+/// capability, the best first.
+pub(super) fn flash_attention(asked: Backend, (major, minor): (i32, i32)) -> Result<&'static [Backend]> {
+    match asked {
+        Backend::Fa2 => Ok(&[Backend::Fa2]),
+        Backend::Fa3 if major == 9 => Ok(&[Backend::Fa3]),
+        Backend::Fa3 => unsupported(
+            format!("FlashAttention 3 on compute capability {major}.{minor}"),
+            "it needs 9.0; use Backend::Fa2 or Backend::Auto",
+        ),
+        Backend::CudaCores => {
+            unsupported("FlashAttention on CUDA cores", "there are Backend::Fa2 and Backend::Fa3")
+        }
+        Backend::Auto if major == 9 => Ok(&[Backend::Fa3, Backend::Fa2]),
+        Backend::Auto => Ok(&[Backend::Fa2]),
+    }
+}
+
+fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {
+    Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
+}
+
+/// Module names are made by Python.
+const fn python_bool(value: bool) -> &'static str {
+    if value { "True" } else { "False" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_upstreams() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        assert_eq!(
+            spec.decode_module().unwrap().as_str(),
+            "batch_decode_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_qk_128_\
+             head_dim_vo_128_posenc_0_use_swa_False_use_logits_cap_False"
+        );
+        let spec = AttentionSpec::new(DType::BF16, 256)
+            .with_kv_dtype(DType::E4M3)
+            .with_window_left(7)
+            .with_logits_soft_cap(30.0);
+        assert_eq!(
+            spec.decode_module().unwrap().as_str(),
+            "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_e4m3_dtype_o_bf16_dtype_idx_i32_head_dim_qk_256_\
+             head_dim_vo_256_posenc_0_use_swa_True_use_logits_cap_True"
+        );
+    }
+
+    #[test]
+    fn names_of_mixed_batches_are_upstreams() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        assert_eq!(
+            spec.batch_attention_module().unwrap().as_str(),
+            "batch_attention_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_128_\
+             head_dim_vo_128_posenc_0_use_logits_soft_cap_false_use_profiler_false"
+        );
+        assert_eq!(
+            AttentionSpec::new(DType::F16, 64)
+                .with_kv_dtype(DType::E4M3)
+                .with_logits_soft_cap(30.0)
+                .batch_attention_module()
+                .unwrap()
+                .as_str(),
+            "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_e4m3_dtype_o_f16_dtype_idx_i32_head_dim_qk_64_\
+             head_dim_vo_64_posenc_0_use_logits_soft_cap_true_use_profiler_false"
+        );
+        assert!(spec.with_window_left(7).batch_attention_module().is_err());
+        assert!(spec.with_head_dim_vo(64).batch_attention_module().is_err());
+        assert!(spec.with_logits_soft_cap(0.0).batch_attention_module().is_err());
+        assert!(AttentionSpec::new(DType::F32, 128).batch_attention_module().is_err());
+    }
+
+    #[test]
+    fn flash_attention_3_needs_compute_capability_9() {
+        use Backend::{Auto, CudaCores, Fa2, Fa3};
+        assert_eq!(flash_attention(Auto, (9, 0)).unwrap(), [Fa3, Fa2]);
+        assert_eq!(flash_attention(Fa3, (9, 0)).unwrap(), [Fa3]);
+        for capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
+            assert_eq!(flash_attention(Auto, capability).unwrap(), [Fa2]);
+            assert_eq!(flash_attention(Fa2, capability).unwrap(), [Fa2]);
+            let error = flash_attention(Fa3, capability).unwrap_err();
+            assert!(error.to_string().contains("it needs 9.0"), "{error}");
+        }
+        assert!(flash_attention(CudaCores, (9, 0)).is_err());
+    }
+
+    #[test]
+    fn impossible_specs_are_refused() {
+        let spec = AttentionSpec::new(DType::F16, 128);
+        assert!(AttentionSpec::new(DType::F32, 128).decode_module().is_err());
+        assert!(spec.with_kv_dtype(DType::I8).decode_module().is_err());
+        assert!(spec.with_kv_dtype(DType::BF16).decode_module().is_err());
+        assert!(spec.with_attention_sink().decode_module().is_err());
+        assert!(spec.with_attention_sink().with_logits_soft_cap(30.0).prefill_module(false).is_err());
+        assert!(spec.with_attention_sink().single_prefill_module(true).is_err());
+        assert!(spec.with_pos_encoding_mode(PosEncodingMode::Alibi).prefill_module(true).is_err());
+        assert!(AttentionSpec::new(DType::E4M3, 128).prefill_module(false).is_err());
+        let eight_bits =
+            |head_dim| AttentionSpec { dtype_o: DType::F16, ..AttentionSpec::new(DType::E4M3, head_dim) };
+        assert!(eight_bits(128).prefill_module(true).is_ok());
+        assert!(eight_bits(64).prefill_module(true).is_err());
+        assert!(AttentionSpec { head_dim_vo: 64, ..spec }.decode_module().is_err());
+        for cap in [0.0, 1e-4, -1.0, f32::NAN, f32::INFINITY] {
+            assert!(spec.with_logits_soft_cap(cap).decode_module().is_err());
+        }
+        assert!(spec.with_window_left(u32::MAX).decode_module().is_err());
+    }
+}

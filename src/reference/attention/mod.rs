@@ -1,0 +1,206 @@
+//! Decode and prefill of batches and of one request on the CPU.
+//!
+//! Decode is prefill with one query per request, and one request is a batch of
+//! one, so all are one function.
+
+mod batch;
+mod keys;
+mod logits;
+#[cfg(test)]
+mod tests;
+
+use batch::Attention;
+use keys::Keys;
+#[cfg(feature = "candle")]
+use logits::Alibi;
+use logits::Logits;
+pub use logits::Mask;
+pub(super) use logits::softmax;
+
+use super::host::Check;
+use crate::{
+    attention::{AttentionSpec, RunOptions},
+    error::Result,
+    indices::{PageIndices, RaggedIndices},
+    kv::PagedKv,
+    tensor::{RawTensor, TensorMut, TensorRef},
+};
+
+/// [`DecodePlan::run_with`](crate::attention::DecodePlan::run_with) on the CPU:
+/// attention of one query per request to the request's pages.
+///
+/// `q` is `[batch, num_qo_heads, head_dim_qk]`, `out`
+/// `[batch, num_qo_heads, head_dim_vo]`, `kv` is the paged cache that `table`
+/// was checked for, `lse`, if given, is `[batch, num_qo_heads]` and takes
+/// base-2 logarithms. Tensors have the spec's dtypes, or are `f32` or `f64`;
+/// `lse` is `f32` or `f64`. Any number of query heads per KV head is fine. A
+/// request without tokens gets zeros, and −∞.
+///
+/// # Errors
+/// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): a device,
+/// dtype or shape does not fit, or the spec is impossible. Nothing was written.
+pub fn batch_decode(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: &PagedKv<'_>,
+    table: &PageIndices,
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    options: &RunOptions<'_>,
+) -> Result<()> {
+    let check = Check { op: "reference::batch_decode" };
+    let queries = RaggedIndices::from_lens(std::iter::repeat_n(1, table.batch_size()))?;
+    // The only query of a request is its last token, so it sees all keys.
+    let logits = Logits::new(check, spec, Mask::Causal, options)?;
+    let mut attention = Attention::new(check, spec, q, (&queries, false), out, lse)?;
+    attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
+}
+
+/// [`PrefillPlan::run_with`](crate::attention::PrefillPlan) over pages on the CPU:
+/// attention of each query to its request's pages.
+///
+/// Query `r` of a request with `q` queries and `k` keys is at position
+/// `k − q + r`. It sees the keys that the mask shows, and with a window only
+/// those from `window_left` before its position on. A query that sees no key
+/// gets zeros, and −∞.
+///
+/// `q` and `out` are `[queries, num_qo_heads, …]`, or have more rows, which are
+/// left alone. Everything else is as in [`batch_decode`].
+///
+/// # Errors
+/// As [`batch_decode`]; also when the batch sizes of the two index values and
+/// of the mask differ.
+#[expect(clippy::too_many_arguments, reason = "those of plan and run together")]
+pub fn batch_prefill_paged(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: &PagedKv<'_>,
+    queries: &RaggedIndices,
+    table: &PageIndices,
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    mask: Mask<'_>,
+    options: &RunOptions<'_>,
+) -> Result<()> {
+    let check = Check { op: "reference::batch_prefill_paged" };
+    let logits = Logits::new(check, spec, mask, options)?;
+    let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
+    attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
+}
+
+/// [`batch_prefill_paged`] over keys and values that lie one after the other:
+/// `[keys, num_kv_heads, head_dim_qk]` and `[keys, num_kv_heads, head_dim_vo]`,
+/// divided among the requests by the second index value.
+///
+/// # Errors
+/// As [`batch_prefill_paged`].
+#[expect(clippy::too_many_arguments, reason = "those of plan and run together")]
+pub fn batch_prefill_ragged(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: [&TensorRef<'_>; 2],
+    queries: &RaggedIndices,
+    keys: &RaggedIndices,
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    mask: Mask<'_>,
+    options: &RunOptions<'_>,
+) -> Result<()> {
+    let check = Check { op: "reference::batch_prefill_ragged" };
+    let logits = Logits::new(check, spec, mask, options)?;
+    let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
+    attention.over(&Keys::ragged(check, spec, kv, keys)?, &logits)
+}
+
+/// [`SinglePrefill::run_with`](crate::attention::SinglePrefill::run_with) on the CPU:
+/// [`batch_prefill_ragged`] of a batch of one request.
+///
+/// `q` is `[queries, num_qo_heads, head_dim_qk]`, `k` and `v` are
+/// `[keys, num_kv_heads, …]`, `out` is `[queries, num_qo_heads, head_dim_vo]`,
+/// `lse`, if given, `[queries, num_qo_heads]`. A custom mask has one request.
+///
+/// # Errors
+/// As [`batch_decode`]; also when the mask is of another request.
+pub fn single_prefill(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: [&TensorRef<'_>; 2],
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    mask: Mask<'_>,
+    options: &RunOptions<'_>,
+) -> Result<()> {
+    let check = Check { op: "reference::single_prefill" };
+    let [queries, keys] = [rows_of(q)?, rows_of(kv[0])?];
+    let logits = Logits::new(check, spec, mask, options)?;
+    let mut attention = Attention::new(check, spec, q, (&queries, false), out, lse)?;
+    attention.over(&Keys::ragged(check, spec, kv, &keys)?, &logits)
+}
+
+/// [`SingleDecode::run_with`](crate::attention::SingleDecode::run_with) on the CPU:
+/// attention of one query to all keys.
+///
+/// `q` is `[num_qo_heads, head_dim_qk]`, `k` and `v` are
+/// `[keys, num_kv_heads, …]`, `out` is `[num_qo_heads, head_dim_vo]`, `lse`, if
+/// given, `[num_qo_heads]`. Everything else is as in [`batch_decode`].
+///
+/// # Errors
+/// As [`batch_decode`].
+pub fn single_decode(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: [&TensorRef<'_>; 2],
+    out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
+    options: &RunOptions<'_>,
+) -> Result<()> {
+    let check = Check { op: "reference::single_decode" };
+    let row = |name, tensor: &RawTensor, rank| {
+        if tensor.shape().len() == rank {
+            return tensor.as_one_row();
+        }
+        check.fail(name, format!("its shape is {:?}; expected {rank} dimensions", tensor.shape()))
+    };
+    let (q, mut out) = (TensorRef::new(row("q", &q.raw, 2)?), TensorMut::new(row("out", &out.raw, 2)?));
+    let mut lse = lse.map(|lse| row("lse", &lse.raw, 1).map(TensorMut::new)).transpose()?;
+    let (query, keys) = (RaggedIndices::from_lens([1])?, rows_of(kv[0])?);
+    // The query is the last token, so it sees all keys.
+    let logits = Logits::new(check, spec, Mask::Causal, options)?;
+    let mut attention = Attention::new(check, spec, &q, (&query, false), &mut out, lse.as_mut())?;
+    attention.over(&Keys::ragged(check, spec, kv, &keys)?, &logits)
+}
+
+/// Keys and values of a batch, by how they lie.
+#[cfg(feature = "candle")]
+pub(crate) enum KeysAndValues<'a> {
+    Paged(&'a PagedKv<'a>, &'a PageIndices),
+    Ragged([&'a TensorRef<'a>; 2], &'a RaggedIndices),
+}
+
+/// [`batch_prefill_paged`] or [`batch_prefill_ragged`] with FlashAttention's
+/// ALiBi, which takes the same options.
+#[cfg(feature = "candle")]
+pub(crate) fn flash_attention(
+    spec: &AttentionSpec,
+    q: &TensorRef<'_>,
+    kv: &KeysAndValues<'_>,
+    queries: &RaggedIndices,
+    out: &mut TensorMut<'_>,
+    mask: Mask<'_>,
+    options: &RunOptions<'_>,
+) -> Result<()> {
+    let check = Check { op: "flash_attn" };
+    let mut logits = Logits::new(check, spec, mask, options)?;
+    logits.alibi = Alibi::FlashAttention;
+    let mut attention = Attention::new(check, spec, q, (queries, true), out, None)?;
+    let keys = match *kv {
+        KeysAndValues::Paged(kv, table) => Keys::paged(check, spec, kv, table)?,
+        KeysAndValues::Ragged(kv, keys) => Keys::ragged(check, spec, kv, keys)?,
+    };
+    attention.over(&keys, &logits)
+}
+
+/// All rows of a tensor, as those of one request.
+fn rows_of(tensor: &TensorRef<'_>) -> Result<RaggedIndices> {
+    RaggedIndices::from_lens(tensor.shape().first().map(|&rows| rows as usize))
+}
