@@ -2,11 +2,8 @@
 //! the reference, token by token. The tests of the reference need no GPU.
 #![cfg(feature = "cudarc")]
 
-#[path = "common/chi_square.rs"]
-mod chi_square;
 mod common;
 
-use chi_square::assert_drawn_from;
 use common::{Gpu, Rng, Tensor, assert_same_bits, captured, refused};
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
@@ -17,6 +14,8 @@ use flashinfer_rs::{
     reference::{self, Filter},
     sampling::{Parameter, SampleOptions, argmax, edit_logits, sample},
 };
+
+use test_support::chi_square::assert_drawn_from;
 
 const INF: f32 = f32::INFINITY;
 
