@@ -10,7 +10,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use flashinfer_rs::{
-    AppendIndices, DType, FlashInferError, PageIndices, RaggedIndices, Result, TensorRef,
+    DType, FlashInferError, PageIndices, Result, TensorRef,
+    indices::{AppendIndices, RaggedIndices},
     kv::{
         Batch, BatchTables, HeadsShape, KvLayout, KvShape, LatentShape, PageAllocator, PagedKvCache,
         PrefixCache, Sequence,

@@ -14,6 +14,7 @@ use flashinfer_rs::{
     reference::{self, Filter},
     sampling::{Parameter, SampleOptions, argmax, edit_logits, sample},
 };
+use test_support::chi_square::assert_drawn_from;
 
 use test_support::chi_square::assert_drawn_from;
 

@@ -4,8 +4,9 @@
 use std::ffi::c_void;
 
 use flashinfer_rs::{
-    DType, Device, FlashInferError, PageIndices, RaggedIndices, Result, Stream, TensorMut, TensorRef,
+    DType, Device, FlashInferError, PageIndices, Result, Stream, TensorMut, TensorRef,
     activation::{self, ActivationOptions},
+    indices::RaggedIndices,
     kv::{KvLayout, PagedKvMut},
     norm::{self, NormOptions},
     reference,
@@ -335,7 +336,7 @@ fn quantizing_rotary_embeddings() {
 #[test]
 fn pages() {
     let table = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();
-    let append = flashinfer_rs::AppendIndices::new(&table, vec![0], vec![19]).unwrap();
+    let append = flashinfer_rs::indices::AppendIndices::new(&table, vec![0], vec![19]).unwrap();
     let run = |dtype, head_dim| {
         let cache = |address: usize| {
             // SAFETY: every call is refused.

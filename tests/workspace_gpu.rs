@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::{Gpu, Rng, attention::capture, cache::repeating_table, refused, say};
 use flashinfer_rs::{
-    DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result,
+    DType, FlashInferError, PageIndices, PageTable, Result,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
         CascadeWorkspace, Heads, MlaSpec, MultiLevelCascade, PlanOptions, Split, Workspace,
     },
+    indices::{RaggedIndices, RaggedTable},
 };
 
 /// Where the planners say that their arrays are.

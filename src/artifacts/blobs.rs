@@ -3,7 +3,7 @@
 
 use super::cache::Files;
 use super::digest::Digest;
-use super::fetch::{self, Wanted};
+use super::download::{self, Wanted};
 use super::http::{self, Address, Client};
 use super::{ArtifactError, Progress, StoreConfig};
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ const MAX_SIZE: u64 = 1 << 42;
 /// A file that is wanted, by its digest.
 #[derive(Clone, Copy, Debug)]
 pub struct Blob<'a> {
-    /// What it is called where progress and errors are told.
+    /// What progress and errors call it.
     pub name: &'a str,
     /// Its digest.
     pub sha256: Digest,
@@ -62,7 +62,7 @@ impl BlobStore {
     /// [`ArtifactError::DigestMismatch`] when the file that has its name is another one,
     /// [`ArtifactError::Cache`] when it cannot be read.
     pub fn find(&self, blob: &Blob<'_>) -> Result<Option<PathBuf>, ArtifactError> {
-        self.files.find(&file_name(blob.sha256), blob.sha256, &|progress| self.tell(blob, progress))
+        self.files.find(&file_name(blob.sha256), blob.sha256, &|progress| self.on_progress(blob, progress))
     }
 
     /// The file of a blob, downloaded from `address` unless it is here.
@@ -78,15 +78,15 @@ impl BlobStore {
         }
         check_online(&self.config, blob.name)?;
         let file = file_name(blob.sha256);
-        let tell = |progress: &Progress<'_>| self.tell(blob, progress);
-        let _lock = self.files.lock(&file, &tell)?;
+        let on_progress = |progress: &Progress<'_>| self.on_progress(blob, progress);
+        let _lock = self.files.lock(&file, &on_progress)?;
         if let Ok(Some(path)) = self.find(blob) {
             return Ok(path);
         }
         let max_size = blob.size.unwrap_or(MAX_SIZE);
         let wanted = Wanted { file: &file, shown: blob.name, sha256: blob.sha256, address, max_size };
-        let path = fetch::download(&self.files, wanted, &self.config.fetch_options, &tell)?;
-        tell(&Progress::Done { file: &file, path: &path });
+        let path = download::download(&self.files, wanted, &self.config.fetch_options, &on_progress)?;
+        on_progress(&Progress::Done { file: &file, path: &path });
         Ok(path)
     }
 
@@ -113,18 +113,18 @@ impl BlobStore {
             let digest = file.strip_prefix(PREFIX).and_then(Digest::from_hex);
             digest.is_some_and(|digest| file == file_name(digest) && !keep.contains(&digest))
         };
-        let tell = |progress: &Progress<'_>| {
-            if let Some(tell) = &self.config.progress {
-                tell(progress);
+        let on_progress = |progress: &Progress<'_>| {
+            if let Some(on_progress) = &self.config.progress {
+                on_progress(progress);
             }
         };
-        self.files.clean(BTreeSet::new(), |file| !unwanted(file), &tell)
+        self.files.clean(BTreeSet::new(), |file| !unwanted(file), &on_progress)
     }
 
     /// Tells of progress under the blob's own name.
-    fn tell(&self, blob: &Blob<'_>, progress: &Progress<'_>) {
-        if let Some(tell) = &self.config.progress {
-            tell(&progress.named(blob.name));
+    fn on_progress(&self, blob: &Blob<'_>, progress: &Progress<'_>) {
+        if let Some(on_progress) = &self.config.progress {
+            on_progress(&progress.named(blob.name));
         }
     }
 }

@@ -26,9 +26,9 @@ pub(crate) use files::Files;
 
 use super::digest::Digest;
 use super::lock::{Lock, Locks};
+use super::record::{ARTIFACT_HASH_LEN, MAX_RECORD, artifact_hash};
 use super::sink::{self, Sink};
-use super::wheel::{ARTIFACT_HASH_LEN, MAX_RECORD, artifact_hash};
-use super::{ArtifactError, Member, Tell};
+use super::{ArtifactError, Member, OnProgress};
 use folder::{abandoned, entries, listed, open_regular, real_folder, remove_files};
 use seen::{Seen, Verified};
 use std::collections::BTreeSet;
@@ -78,13 +78,13 @@ impl Cache {
         (sha256, size): (Digest, u64),
         what: &dyn Fn() -> String,
         fill: &mut dyn FnMut(&mut Sink) -> Result<(), ArtifactError>,
-        tell: Tell<'_>,
+        on_progress: OnProgress<'_>,
     ) -> Result<PathBuf, ArtifactError> {
         let (folder, path) = self.place(at)?;
         if self.good(&path, sha256, size) {
             return Ok(path);
         }
-        let lock = self.locks.take(&folder.join(LOCK), at.2, tell)?;
+        let lock = self.locks.take(&folder.join(LOCK), at.2, on_progress)?;
         if self.good(&path, sha256, size) {
             return Ok(path);
         }
@@ -135,11 +135,11 @@ impl Cache {
         &self,
         sha256: Digest,
         record: &[u8],
-        tell: Tell<'_>,
+        on_progress: OnProgress<'_>,
     ) -> Result<PathBuf, ArtifactError> {
         let at = (&*artifact_hash(sha256), RECORD.0, RECORD.1);
         let promised = (sha256, record.len() as u64);
-        self.publish(at, promised, &|| RECORD.1.into(), &mut |sink| sink.write(record), tell)
+        self.publish(at, promised, &|| RECORD.1.into(), &mut |sink| sink.write(record), on_progress)
     }
 
     /// A member's folder and path. Symbolic links are refused.
@@ -203,30 +203,58 @@ impl Cache {
     ///
     /// # Errors
     /// [`ArtifactError::Cache`] when something cannot be removed.
-    pub(crate) fn clean(&self, pinned: BTreeSet<String>, tell: Tell<'_>) -> Result<u64, ArtifactError> {
+    pub(crate) fn clean(
+        &self,
+        pinned: BTreeSet<String>,
+        on_progress: OnProgress<'_>,
+    ) -> Result<u64, ArtifactError> {
         let mut freed = 0;
         for (name, metadata) in listed(&self.root)? {
             let folder = self.root.join(&name);
             if metadata.is_dir() && is_artifact_hash(&name) {
                 for (member, metadata) in listed(&folder)? {
                     if metadata.is_dir() {
-                        freed += self.clean_members(&folder, &member, tell)?;
+                        freed += self.clean_members(&folder, &member, on_progress)?;
                     }
                 }
             } else if metadata.is_dir() && name == WHEELS {
-                freed += self.wheels.clean(pinned.clone(), |_| false, tell)?;
+                freed += self.wheels.clean(pinned.clone(), |_| false, on_progress)?;
             }
         }
         self.verified.clear();
         Ok(freed)
     }
 
-    fn clean_members(&self, outer: &Path, name: &str, tell: Tell<'_>) -> Result<u64, ArtifactError> {
+    /// Removes what [`Cache::clean`] would remove of one folder of members and of one wheel.
+    pub(crate) fn remove(
+        &self,
+        member: &str,
+        wheel: &str,
+        on_progress: OnProgress<'_>,
+    ) -> Result<u64, ArtifactError> {
+        let mut freed = 0;
+        for (name, metadata) in listed(&self.root)? {
+            let folder = self.root.join(&name);
+            if metadata.is_dir() && is_artifact_hash(&name) && folder.join(member).is_dir() {
+                freed += self.clean_members(&folder, member, on_progress)?;
+            }
+        }
+        freed += self.wheels.clean([wheel.into()].into(), |file| file != wheel, on_progress)?;
+        self.verified.clear();
+        Ok(freed)
+    }
+
+    fn clean_members(
+        &self,
+        outer: &Path,
+        name: &str,
+        on_progress: OnProgress<'_>,
+    ) -> Result<u64, ArtifactError> {
         let folder = outer.join(name);
         if !Lock::is_ours(&folder.join(LOCK)) {
             return Ok(0);
         }
-        let Some(lock) = self.locks.try_take(&folder.join(LOCK), tell)? else { return Ok(0) };
+        let Some(lock) = self.locks.try_take(&folder.join(LOCK), on_progress)? else { return Ok(0) };
         let freed = remove_files(&folder, |file, metadata| {
             Member::may_be_at(name, file)
                 || (name, file) == RECORD

@@ -5,7 +5,7 @@
 //! goes on without; then no process can tell what another one is writing, and each writes under
 //! names of its own.
 
-use super::{ArtifactError, Progress, Tell};
+use super::{ArtifactError, OnProgress, Progress};
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ pub(crate) struct Lock {
 }
 
 impl Lock {
-    /// Waits for the lock, whose folder is made if it does not exist; `waiting` is told about once
+    /// Waits for the lock, whose folder is made if it does not exist; `waiting` is called about once
     /// a second.
     pub(crate) fn take(
         path: &Path,
@@ -34,7 +34,7 @@ impl Lock {
     ) -> Result<Lock, ArtifactError> {
         let start = Instant::now();
         let mut pause = Duration::from_millis(1);
-        let mut told = Duration::ZERO;
+        let mut next_report = Duration::ZERO;
         loop {
             let waited = start.elapsed();
             match make_folder(path).and_then(|()| Lock::try_take(path)) {
@@ -48,9 +48,9 @@ impl Lock {
             if waited >= timeout {
                 return Err(ArtifactError::Locked { path: path.into(), waited });
             }
-            if waited >= told {
+            if waited >= next_report {
                 waiting(waited);
-                told = waited + Duration::from_secs(1);
+                next_report = waited + Duration::from_secs(1);
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(100));
@@ -128,29 +128,38 @@ impl Locks {
         self.lockless.load(Ordering::Relaxed)
     }
 
-    /// Waits for the lock of what is called `file`, which is told.
-    pub(crate) fn take(&self, path: &Path, file: &str, tell: Tell<'_>) -> Result<Lock, ArtifactError> {
-        let waiting = |waited| tell(&Progress::Waiting { file, waited });
+    /// Waits for the lock of what is called `file`; waiting for it is reported.
+    pub(crate) fn take(
+        &self,
+        path: &Path,
+        file: &str,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Lock, ArtifactError> {
+        let waiting = |waited| on_progress(&Progress::Waiting { file, waited });
         let lock = Lock::take(path, self.timeout, &waiting)?;
-        self.note(&lock, tell);
+        self.note(&lock, on_progress);
         Ok(lock)
     }
 
     /// The lock for a clean-up, unless it is held or its folder is gone.
-    pub(crate) fn try_take(&self, path: &Path, tell: Tell<'_>) -> Result<Option<Lock>, ArtifactError> {
+    pub(crate) fn try_take(
+        &self,
+        path: &Path,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Option<Lock>, ArtifactError> {
         match Lock::try_take(path) {
             Err(ArtifactError::Cache { source, .. }) if gone(&source) => Ok(None),
-            taken => Ok(taken?.inspect(|lock| self.note(lock, tell))),
+            taken => Ok(taken?.inspect(|lock| self.note(lock, on_progress))),
         }
     }
 
     /// Tells, once in a process, that the file system has no locks.
-    fn note(&self, lock: &Lock, tell: Tell<'_>) {
-        static TOLD: AtomicBool = AtomicBool::new(false);
+    fn note(&self, lock: &Lock, on_progress: OnProgress<'_>) {
+        static REPORTED: AtomicBool = AtomicBool::new(false);
         let Some(reason) = lock.refused() else { return };
         self.lockless.store(true, Ordering::Relaxed);
-        if !TOLD.swap(true, Ordering::Relaxed) {
-            tell(&Progress::Lockless { folder: &self.folder, reason: &reason.to_string() });
+        if !REPORTED.swap(true, Ordering::Relaxed) {
+            on_progress(&Progress::Lockless { folder: &self.folder, reason: &reason.to_string() });
         }
     }
 }

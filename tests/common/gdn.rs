@@ -10,8 +10,9 @@ use std::{
 };
 
 use flashinfer_rs::{
-    DType, ModuleName, Result, SequenceIndices, SequenceTable, TensorMut,
+    DType, ModuleName, Result, TensorMut,
     gdn::{GdnInput, GdnOptions, GdnOutput, GdnWorkspace, InitialState, gdn_prefill},
+    indices::{SequenceIndices, SequenceTable},
     reference,
 };
 

@@ -2,17 +2,21 @@
 
 use std::iter;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor, quantized::GgmlDType};
 use clap::ValueEnum;
 use flashinfer_rs::{
+    DType,
     attention::Heads,
     rope::{RopeFrequencies, RopeScaling},
 };
 
-use crate::{
-    Result,
-    model::{Biases, Config, Ends, Layer, Linear},
+use super::{
+    architecture::{Activation, Architecture},
+    config::{Biases, Config, LayerConfig},
+    rope::Rope,
+    weights::{Ends, Layer, LayerMlp, Linear, Matrix, Mlp},
 };
+use crate::Result;
 
 /// Shapes by name.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -26,45 +30,55 @@ impl Shape {
     pub fn config(self) -> Result<Config> {
         let Self::Llama8b = self;
         let head_dim = 128;
+        let rope = RopeFrequencies::new(head_dim, 5e5, &RopeScaling::None)?;
         Ok(Config {
-            num_layers: 32,
+            architecture: Architecture::of("llama").ok_or("there is no architecture llama")?,
+            dtype: DType::F16,
             hidden_size: 4096,
-            intermediate_size: 14336,
-            experts: None,
-            biases: Biases::default(),
             vocab_size: 128_256,
-            heads: Heads::new(32, 8),
-            head_dim,
             context_length: 1 << 17,
             rms_eps: 1e-5,
-            rope: RopeFrequencies::new(head_dim, 5e5, &RopeScaling::None)?,
+            heads: Heads::new(32, 8),
+            head_dim,
+            attention_scale: (head_dim as f64).sqrt().recip(),
+            attention_soft_cap: None,
+            layers: vec![LayerConfig { window: None, rope: 0 }; 32],
+            ropes: vec![Rope::new(rope)],
+            intermediate_size: 14336,
+            activation: Activation::Silu,
+            experts: None,
+            biases: Biases::default(),
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            final_soft_cap: None,
         })
     }
 }
 
 /// Weights of a shape. All layers have equal ones, each in a place of its own.
 pub fn weights(config: &Config) -> Result<(Ends, impl ExactSizeIterator<Item = Result<Layer>> + use<>)> {
-    let Config { hidden_size: hidden, intermediate_size: inner, vocab_size, heads, head_dim, .. } = *config;
-    let [qo, kv] = [heads.num_qo_heads, heads.num_kv_heads].map(|heads| heads * head_dim);
+    let Config { hidden_size: hidden, intermediate_size: inner, vocab_size, .. } = *config;
+    let [qo, kv] = config.widths();
     // As large as keeps products of normed rows near 1. The GPU computes in `f16`.
-    let matrix = |rows: usize, columns: usize| -> Result<Tensor> {
+    let matrix = |rows: usize, columns: usize| {
         let bound = (3.0 / columns as f32).sqrt();
-        Ok(Tensor::rand(-bound, bound, (rows, columns), &Device::Cpu)?.to_dtype(DType::F16)?)
+        Matrix::new(&Tensor::rand(-bound, bound, (rows, columns), &Device::Cpu)?, GgmlDType::F16)
     };
-    let linear = |rows, columns| Ok::<_, crate::Error>(Linear { weight: matrix(rows, columns)?, bias: None });
+    let linear = |rows, columns| matrix(rows, columns).map(Linear::from);
     let layer = Layer {
         attention_norm: vec![1.0; hidden],
         qkv: linear(qo + 2 * kv, hidden)?,
+        qk_norm: None,
         attention_output: linear(hidden, qo)?,
+        attention_post_norm: None,
         mlp_norm: vec![1.0; hidden],
-        router: None,
-        gate_up: linear(2 * inner, hidden)?,
-        down: linear(hidden, inner)?,
+        mlp: LayerMlp::Dense(Mlp { gate_up: linear(2 * inner, hidden)?, down: linear(hidden, inner)? }),
+        mlp_post_norm: None,
     };
     let ends = Ends {
         embedding: matrix(vocab_size, hidden)?,
         norm: vec![1.0; hidden],
         head: Some(matrix(vocab_size, hidden)?),
     };
-    Ok((ends, iter::repeat_n(layer, config.num_layers).map(Ok)))
+    Ok((ends, iter::repeat_n(layer, config.layers.len()).map(Ok)))
 }

@@ -1,5 +1,7 @@
 //! Tokenizers of SentencePiece: pieces and their scores in a small file.
 
+use std::sync::Arc;
+
 use candle_core::quantized::gguf_file::Value;
 use proptest::{prop_assert_eq, proptest};
 
@@ -30,9 +32,9 @@ fn file(pieces: &[(&str, f32, i32)]) -> Tiny {
     tiny
 }
 
-fn text(tiny: &Tiny) -> Result<Text> {
+fn text(tiny: &Tiny) -> Result<Arc<Text>> {
     let folder = tempfile::tempdir()?;
-    Text::from_gguf(&Model::open(&tiny.write(&folder))?.content)
+    Ok(Arc::new(Text::from_gguf(&Model::open(&tiny.write(&folder))?.content)?))
 }
 
 /// Single characters, and what to add to them: `▁`, `a`, `b`, `c` from [`FIRST`] on.

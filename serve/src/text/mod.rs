@@ -1,6 +1,6 @@
 //! Text to token ids and back, by the vocabulary and merges in a GGUF file.
 
-use std::{collections::BTreeSet, mem};
+use std::{collections::BTreeSet, mem, sync::Arc};
 
 use candle_core::quantized::{
     gguf_file::{Content, Value},
@@ -98,22 +98,22 @@ impl Text {
     }
 
     /// Text that comes token by token.
-    pub fn stream(&self) -> Stream<'_> {
-        Stream { text: self, pending: Vec::new(), strip: self.space_prefix }
+    pub fn stream(self: &Arc<Self>) -> Stream {
+        Stream { text: self.clone(), pending: Vec::new(), strip: self.space_prefix }
     }
 }
 
 /// Tokens on their way to text. A token may hold any bytes, so that a character
 /// of several bytes may take several tokens.
-pub struct Stream<'t> {
-    text: &'t Text,
+pub struct Stream {
+    text: Arc<Text>,
     /// The start of a character.
     pending: Vec<u8>,
     /// A space that comes first is left out.
     strip: bool,
 }
 
-impl Stream<'_> {
+impl Stream {
     /// The text that a further token completes, with marks for what is no text.
     pub fn push(&mut self, id: u32) -> String {
         let mut bytes = self.text.pieces.get(id as usize).map_or(&[][..], Vec::as_slice);

@@ -12,7 +12,7 @@
 use super::super::digest::Digest;
 use super::super::lock::{Lock, Locks, gone};
 use super::super::sink::Sink;
-use super::super::{ArtifactError, Progress, Tell};
+use super::super::{ArtifactError, OnProgress, Progress};
 use super::folder::{abandoned, listed, open_regular, real_folder, remove_abandoned, remove_files};
 use super::seen::{Seen, Verified, is_stamp};
 use std::collections::BTreeSet;
@@ -61,7 +61,7 @@ impl Files {
         &self,
         file: &str,
         sha256: Digest,
-        tell: Tell<'_>,
+        on_progress: OnProgress<'_>,
     ) -> Result<Option<PathBuf>, ArtifactError> {
         real_folder(&self.folder)?;
         let path = self.path(file);
@@ -76,7 +76,7 @@ impl Files {
             return Ok(Some(path));
         }
         let total = metadata.len();
-        let step = |done| tell(&Progress::Verifying { file, done, total });
+        let step = |done| on_progress(&Progress::Verifying { file, done, total });
         let (found, _) = Digest::of_reader(&mut opened, step).map_err(failed)?;
         if found != sha256 {
             let file = path.display().to_string();
@@ -107,24 +107,24 @@ impl Files {
         let _ = fs::remove_file(beside(path, STAMP));
     }
 
-    /// The lock of a file; waiting for it is told.
+    /// The lock of a file; waiting for it is reported.
     #[cfg(feature = "fetch")]
-    pub(crate) fn lock(&self, file: &str, tell: Tell<'_>) -> Result<Lock, ArtifactError> {
+    pub(crate) fn lock(&self, file: &str, on_progress: OnProgress<'_>) -> Result<Lock, ArtifactError> {
         real_folder(&self.folder)?;
-        let lock = self.locks.take(&self.path(&format!("{file}{LOCK}")), file, tell)?;
+        let lock = self.locks.take(&self.path(&format!("{file}{LOCK}")), file, on_progress)?;
         remove_abandoned(&self.folder);
         Ok(lock)
     }
 
     /// The download of a file, begun or gone on with. The file's lock is held.
     #[cfg(feature = "fetch")]
-    pub(crate) fn partial(&self, file: &str, tell: Tell<'_>) -> Result<Sink, ArtifactError> {
+    pub(crate) fn partial(&self, file: &str, on_progress: OnProgress<'_>) -> Result<Sink, ArtifactError> {
         let to = self.path(file);
         if self.locks.lockless() {
             return Sink::new(&to, u64::MAX);
         }
         Sink::resume(Files::partial_of(&to), &to, true, |done, total| {
-            tell(&Progress::Verifying { file, done, total });
+            on_progress(&Progress::Verifying { file, done, total });
         })
     }
 
@@ -162,7 +162,7 @@ impl Files {
         &self,
         known: BTreeSet<String>,
         keep: impl Fn(&str) -> bool,
-        tell: Tell<'_>,
+        on_progress: OnProgress<'_>,
     ) -> Result<u64, ArtifactError> {
         real_folder(&self.folder)?;
         let (mut names, mut found) = (known, BTreeSet::new());
@@ -182,7 +182,7 @@ impl Files {
             if ["", STAMP, PARTIAL, PIP, LOCK].iter().all(|end| !found.contains(&format!("{file}{end}"))) {
                 continue;
             }
-            let Some(lock) = self.locks.try_take(&place(LOCK), tell)? else { continue };
+            let Some(lock) = self.locks.try_take(&place(LOCK), on_progress)? else { continue };
             freed += remove_files(&self.folder, |name, metadata| {
                 let unfinished = lock.refused().is_none() || abandoned(metadata);
                 name.strip_prefix(&file).is_some_and(|end| match end {

@@ -58,6 +58,8 @@ mod planned;
 mod prefill;
 mod prefill_batch;
 mod prefill_kernels;
+mod published;
+mod resolve;
 mod single_decode;
 mod single_prefill;
 mod single_scratch;

@@ -5,9 +5,10 @@ use super::{
     batch_run::BatchRun,
     empty_states,
     mask::{MaskTensors, requests_of},
+    modules::Family,
     options::{PlanOptions, RunOptions},
     planned::{PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_rows, check_workspace},
-    prefill_batch::{PrefillBatch, stand_in_width},
+    prefill_batch::{BatchShape, PrefillBatch, stand_in_width},
     prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
@@ -29,9 +30,8 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 
 /// Batch prefill over paged or ragged keys and values.
 ///
-/// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// keys and values have one width and a module exists (head dimensions 64 and
-/// 128), else FlashAttention 2.
+/// What [`Backend::Auto`] picks, FlashAttention 2 or 3, [`backend`](Self::backend)
+/// says.
 ///
 /// Requests do not see each other, also if one is full of NaN. FlashAttention 3
 /// cannot keep them apart where values have another width than keys (192/128), so
@@ -40,9 +40,8 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, MaskIndices, MaskTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, Workspace},
-///     cudarc::Tensor,
+///     DType, Stream, attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions,
+///     Workspace}, cudarc::Tensor, indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -87,11 +86,11 @@ impl BatchPrefill {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can work
     /// on such heads. [`Unsupported`](FlashInferError::Unsupported): no such
-    /// module can exist, or not for this GPU. Else the module cannot be had or
-    /// opened.
+    /// module can exist, or not for this GPU; or it is in no local source, and
+    /// FlashInfer publishes none. Else the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         heads.check("BatchPrefill::new")?;
-        let (module, fa3) = spec.first_prefill(stream, AttentionSpec::prefill_module)?;
+        let (module, fa3) = spec.first_prefill(stream, Family::Batch)?;
         Ok(Self { kernels: PrefillKernels::load(module, spec, fa3)?, heads })
     }
 
@@ -136,16 +135,7 @@ impl BatchPrefill {
         table: &'p PageTable,
         options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, PageTable>> {
-        let spec = &self.kernels.spec;
-        if spec.head_dim_qk != spec.head_dim_vo {
-            return Err(FlashInferError::Unsupported {
-                what: format!(
-                    "a paged cache with head dimensions {} and {}",
-                    spec.head_dim_qk, spec.head_dim_vo
-                ),
-                available: "keys and values of different widths can be ragged; see plan_ragged".into(),
-            });
-        }
+        self.kernels.spec.check_paged()?;
         let indices = table.host();
         let lens = indices.seq_lens();
         let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
@@ -223,15 +213,17 @@ impl BatchPrefill {
             None
         } else {
             let batch = PrefillBatch {
-                qo_indptr: queries.host().indptr(),
-                kv_indptr: kv.indptr,
-                kv_lens: kv.lens,
-                page_size: kv.page_size,
-                heads,
-                causal: options.mask.is_causal(),
-                rows,
-                cuda_graph: graph,
-                split: options.split,
+                qo_indptr: queries.host().indptr().into(),
+                kv_indptr: kv.indptr.into(),
+                kv_lens: kv.lens.into(),
+                shape: BatchShape {
+                    page_size: kv.page_size,
+                    heads,
+                    causal: options.mask.is_causal(),
+                    rows,
+                    cuda_graph: graph,
+                    split: options.split,
+                },
             };
             Some(self.kernels.make_plan(&check, workspace, &batch)?)
         };

@@ -23,9 +23,8 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     BoundedIndices, BoundedTable, Stream,
-//!     cudarc::TensorExtMut,
-//!     rope::{self, CosSinCache, RopeFrequencies, RopeScaling, RopeTensors, Rotation, YarnScaling},
+//!     Stream, cudarc::TensorExtMut, rope::{self, CosSinCache, RopeFrequencies, RopeScaling,
+//!     RopeTensors, Rotation, YarnScaling}, indices::{BoundedIndices, BoundedTable},
 //! };
 //! use half::bf16;
 //! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;

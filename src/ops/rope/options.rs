@@ -112,12 +112,14 @@ pub struct Rotation<'a, P = Positions<'a>> {
 }
 
 impl<'a> Rotation<'a> {
-    /// Of pairs in two halves.
+    /// Of pairs in two halves, the first and the second half of `rotary_dim`: the
+    /// NeoX style, which Hugging Face's llama has.
     pub fn new(cos_sin_cache: TensorRef<'a>, pos_ids: impl Into<Positions<'a>>) -> Self {
         Self { cos_sin_cache, pos_ids: pos_ids.into(), interleave: false }
     }
 
-    /// Of pairs of neighbours.
+    /// Of pairs of neighbours: the GPT-J style, which Meta's llama, and the rows of
+    /// llama in GGUF files, have.
     pub fn interleaved(cos_sin_cache: TensorRef<'a>, pos_ids: impl Into<Positions<'a>>) -> Self {
         Self { interleave: true, ..Self::new(cos_sin_cache, pos_ids) }
     }

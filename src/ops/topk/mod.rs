@@ -261,7 +261,8 @@ pub fn radix_topk(
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     RowIndices, RowTable, Stream, cudarc::{TensorExt, TensorExtMut}, topk::{self, RowStates, TopKOptions},
+///     Stream, cudarc::{TensorExt, TensorExtMut}, topk::{self, RowStates, TopKOptions},
+///     indices::{RowIndices, RowTable},
 /// };
 /// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
 /// let stream = Stream::from(&cuda);

@@ -99,9 +99,9 @@ fn all_names_can_be_used() {
         assert!(pre.names.iter().all(|name| names.insert(name)), "a name is there twice");
     }
     assert!(names.len() > 60);
-    let docs = include_str!("../../../../docs/generate.md");
+    let docs = include_str!("../../../../docs/serve.md");
     for name in names {
-        assert!(docs.contains(&format!("`{name}`")), "docs/generate.md does not name {name}");
+        assert!(docs.contains(&format!("`{name}`")), "docs/serve.md does not name {name}");
     }
     let problem = Pre::of("chaotic").err().expect("no such name").to_string();
     assert!(problem.contains("`chaotic`; expected one of default, llama-bpe, llama3"), "{problem}");

@@ -1,0 +1,191 @@
+//! GGUF files: metadata, and where each tensor lies. Nothing of a file is
+//! trusted: counts, lengths and offsets are compared with the file's size
+//! before anything is allocated or read by them.
+
+mod reader;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io::BufReader,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use candle_core::{
+    Device,
+    quantized::{GgmlDType, QStorage, QTensor, gguf_file::Value},
+};
+
+use self::reader::{Header, TensorHeader};
+use crate::Result;
+
+/// A tensor of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    pub dtype: GgmlDType,
+    /// Outermost dimension first, as of an array in C.
+    pub shape: Vec<usize>,
+    /// Which of the files it is in.
+    file: usize,
+    /// Where its bytes start in the file.
+    start: u64,
+}
+
+/// An open model, in one file or in several parts.
+#[derive(Debug)]
+pub struct Gguf {
+    pub metadata: HashMap<String, Value>,
+    pub tensors: BTreeMap<String, TensorInfo>,
+    files: Vec<(PathBuf, File)>,
+}
+
+impl Gguf {
+    /// Opens a file, and the other parts of the model if it is one of several,
+    /// which are called `…-00001-of-00002.gguf` and lie beside it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (file, header) = open(path)?;
+        let count = header.split_count().map_err(|e| unusable(path, e))?;
+        if count <= 1 {
+            return Self::join(vec![(path.into(), file, header)]);
+        }
+        let parts = part_paths(path, count).ok_or_else(|| {
+            let expected = format!("a name that ends in -00001-of-{count:05}.gguf");
+            unusable(path, format!("it is one of {count} parts; expected {expected}"))
+        })?;
+        drop(file);
+        let parts: Vec<_> = parts.iter().map(PathBuf::as_path).collect();
+        Self::open_parts(&parts)
+    }
+
+    /// Opens the parts of a model, in order, whatever their names are.
+    pub fn open_parts(paths: &[&Path]) -> Result<Self> {
+        let open = |path: &&Path| open(path).map(|(file, header)| (PathBuf::from(path), file, header));
+        Self::join(paths.iter().map(open).collect::<Result<_>>()?)
+    }
+
+    /// Makes one model of its parts: metadata of the first, and tensors of all.
+    fn join(parts: Vec<(PathBuf, File, Header)>) -> Result<Self> {
+        let (mut tensors, mut files, mut metadata) = (BTreeMap::new(), Vec::new(), None);
+        let (mut expected, count) = (None, parts.len());
+        for (index, (path, file, header)) in parts.into_iter().enumerate() {
+            let broken = |problem: String| unusable(&path, problem);
+            let split = header.split_count().map_err(broken)?.max(1);
+            if split != count {
+                return Err(broken(format!("it is one of {split} parts; expected one of {count}")));
+            }
+            match header.metadata.get("split.no").map(integer) {
+                None if count == 1 => {}
+                Some(Some(number)) if number == index as i128 => {}
+                number => {
+                    let number = number.flatten().map_or("missing, or no number".into(), |n| n.to_string());
+                    return Err(broken(format!("split.no is {number}; expected {index}")));
+                }
+            }
+            expected = expected.or(header.metadata.get("split.tensors.count").and_then(integer));
+            for TensorHeader { name, dtype, shape, start } in header.tensors {
+                if tensors.contains_key(&name) {
+                    return Err(broken(format!("it has the tensor {name} twice")));
+                }
+                tensors.insert(name, TensorInfo { dtype, shape, file: index, start });
+            }
+            metadata = metadata.or(Some(header.metadata));
+            files.push((path, file));
+        }
+        let (Some(metadata), Some((path, _))) = (metadata, files.first()) else {
+            return Err("a model has at least one file".into());
+        };
+        if let Some(expected) = expected.filter(|&expected| expected != tensors.len() as i128) {
+            let problem = format!("its parts have {} tensors; expected {expected}", tensors.len());
+            return Err(unusable(path, problem));
+        }
+        Ok(Self { metadata, tensors, files })
+    }
+
+    /// The first file.
+    pub fn path(&self) -> &Path {
+        &self.files[0].0
+    }
+
+    /// A tensor that must be there and have this shape.
+    pub fn find(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+        let problem = match self.tensors.get(name) {
+            Some(info) if info.shape == shape => return Ok(info),
+            Some(info) => format!("its shape is {:?}; expected {shape:?}", info.shape),
+            None => "it is missing".into(),
+        };
+        Err(format!("tensor {name}: {problem}").into())
+    }
+
+    /// Reads a tensor of one dimension.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let vector = self.read(name, self.find(name, &[len])?)?.swap_remove(0);
+        Ok(vector.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// Reads the matrices of a tensor: one, or several if it has three
+    /// dimensions.
+    pub fn read(&self, name: &str, info: &TensorInfo) -> Result<Vec<Arc<QTensor>>> {
+        let (count, rows, columns) = match *info.shape {
+            [columns] => (1, 1, columns),
+            [rows, columns] => (1, rows, columns),
+            [count, rows, columns] => (count, rows, columns),
+            _ => {
+                let problem = format!("its shape is {:?}; expected up to 3 dimensions", info.shape);
+                return Err(format!("tensor {name}: {problem}").into());
+            }
+        };
+        let (path, file) = &self.files[info.file];
+        let bytes = rows * columns / info.dtype.block_size() * info.dtype.type_size();
+        // Aligned for every type of block.
+        let mut buffer = vec![0u64; bytes.div_ceil(8)];
+        let matrix = |index: usize| {
+            let buffer = &mut bytemuck::cast_slice_mut(&mut buffer)[..bytes];
+            file.read_exact_at(buffer, info.start + (index * bytes) as u64)
+                .map_err(|e| format!("cannot read tensor {name} of {}: {e}", path.display()))?;
+            let storage = QStorage::from_data((&*buffer).into(), &Device::Cpu, info.dtype)?;
+            Ok(Arc::new(QTensor::new(storage, (rows, columns))?))
+        };
+        (0..count).map(matrix).collect()
+    }
+}
+
+/// An integer of any width.
+pub fn integer(value: &Value) -> Option<i128> {
+    Some(match *value {
+        Value::U8(value) => value.into(),
+        Value::I8(value) => value.into(),
+        Value::U16(value) => value.into(),
+        Value::I16(value) => value.into(),
+        Value::U32(value) => value.into(),
+        Value::I32(value) => value.into(),
+        Value::U64(value) => value.into(),
+        Value::I64(value) => value.into(),
+        _ => return None,
+    })
+}
+
+fn open(path: &Path) -> Result<(File, Header)> {
+    let cannot = |e| format!("cannot open the model {}: {e}", path.display());
+    let file = File::open(path).map_err(cannot)?;
+    let metadata = file.metadata().map_err(cannot)?;
+    if !metadata.is_file() {
+        return Err(format!("cannot open the model {}: it is no file", path.display()).into());
+    }
+    let header = Header::read(BufReader::new(&file), metadata.len()).map_err(|e| unusable(path, e))?;
+    Ok((file, header))
+}
+
+fn unusable(path: &Path, problem: String) -> crate::Error {
+    format!("{} is not a usable GGUF file: {problem}", path.display()).into()
+}
+
+/// The paths of all parts, from that of one.
+fn part_paths(path: &Path, count: usize) -> Option<Vec<PathBuf>> {
+    let name = path.file_name()?.to_str()?.strip_suffix(&format!("-of-{count:05}.gguf"))?;
+    let (name, number) = name.rsplit_once('-')?;
+    let is_number = number.len() == 5 && number.bytes().all(|byte| byte.is_ascii_digit());
+    let part = |part| path.with_file_name(format!("{name}-{part:05}-of-{count:05}.gguf"));
+    is_number.then(|| (1..=count).map(part).collect())
+}
