@@ -16,8 +16,6 @@ use flashinfer_rs::{
 };
 use test_support::chi_square::assert_drawn_from;
 
-use test_support::chi_square::assert_drawn_from;
-
 const INF: f32 = f32::INFINITY;
 
 /// The parameters of each row.
