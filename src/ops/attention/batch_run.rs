@@ -1,8 +1,10 @@
 //! What a run over a batch assumes of its arguments, whatever its plan and its GPU are.
 
 use super::{
+    modules::Family,
     options::{RunOptions, check_sm_scale},
     planned::{check_keys, check_output},
+    published::{is_published, unpublished},
     spec::{AttentionSpec, Backend, Heads},
 };
 use crate::{
@@ -56,21 +58,29 @@ impl BatchRun<'_> {
 }
 
 impl AttentionSpec {
-    /// There can be a module of batch decode for this spec.
+    /// FlashInfer's wheels have a module of batch decode for this spec.
     pub(crate) fn check_decode(&self) -> Result<()> {
-        match self.backend {
-            Backend::CudaCores => self.decode_module(),
-            Backend::Auto => {
-                self.prefill_module(false).or_else(|error| self.decode_module().map_err(|_| error))
-            }
-            backend => self.prefill_module(backend == Backend::Fa3),
-        }
-        .map(drop)
+        self.check_paged()?;
+        self.check_published(match &self.backend {
+            Backend::Auto => &[Backend::Fa2, Backend::CudaCores],
+            asked => std::slice::from_ref(asked),
+        })
     }
 
-    /// There can be a module of batch prefill for this spec.
+    /// FlashInfer's wheels have a module of batch prefill for this spec.
     pub(crate) fn check_prefill(&self) -> Result<()> {
-        self.prefill_module(self.backend == Backend::Fa3).map(drop)
+        self.check_published(match &self.backend {
+            Backend::Auto => &[Backend::Fa2, Backend::Fa3],
+            asked => std::slice::from_ref(asked),
+        })
+    }
+
+    fn check_published(&self, backends: &[Backend]) -> Result<()> {
+        if backends.iter().any(|&backend| is_published(self, Family::Batch, backend)) {
+            return Ok(());
+        }
+        let name = self.module(Family::Batch, backends[0])?;
+        Err(unpublished(self, Family::Batch, backends.iter().copied(), name.as_str()))
     }
 }
 
@@ -190,6 +200,6 @@ mod tests {
             [spec.check_decode(), spec.check_prefill()].map(|result| result.is_ok())
         };
         assert_eq!([call(64), call(128), call(256)], [[true; 2]; 3]);
-        assert_eq!(call(1 << 20), [false; 2]);
+        assert_eq!([call(96), call(1 << 20)], [[false; 2]; 2]);
     }
 }
