@@ -1,4 +1,4 @@
-//! What [`fused_qk_rmsnorm_rope`](super::fused_qk_rmsnorm_rope) takes, and what its kernel assumes
+//! What [`fused_qk_rmsnorm_rope`](super::fused_qk_rmsnorm_rope)(super::fused_qk_rmsnorm_rope) takes, and what its kernel assumes
 //! of it.
 
 use super::check_plain;
@@ -74,7 +74,7 @@ impl Rope3d {
     }
 }
 
-/// Options of [`fused_qk_rmsnorm_rope`].
+/// Options of [`fused_qk_rmsnorm_rope`](super::fused_qk_rmsnorm_rope).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct FusedQkOptions {
@@ -106,7 +106,7 @@ impl Default for FusedQkOptions {
     }
 }
 
-/// What [`fused_qk_rmsnorm_rope`] reads: `bf16`, contiguous.
+/// What [`fused_qk_rmsnorm_rope`](super::fused_qk_rmsnorm_rope) reads: `bf16`, contiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct QkvInput<'a> {
     /// `[tokens, (q_heads + k_heads + v_heads) · head_dim]`, or
@@ -121,7 +121,7 @@ pub struct QkvInput<'a> {
     pub patches: [usize; 3],
 }
 
-/// What [`fused_qk_rmsnorm_rope`] writes: contiguous, `bf16`, or `e4m3` with
+/// What [`fused_qk_rmsnorm_rope`](super::fused_qk_rmsnorm_rope) writes: contiguous, `bf16`, or `e4m3` with
 /// `output_fp8`. The shapes say how many heads there are.
 #[derive(Debug)]
 pub struct QkvOutput<'a> {

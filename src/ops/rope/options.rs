@@ -63,7 +63,7 @@ impl RopeOptions {
 }
 
 /// Options of Llama 3.1's embeddings, whose frequencies are those of
-/// [`RopeScaling::Llama31`] with `rope_scale` as `factor`.
+/// [`RopeScaling::Llama31`](super::RopeScaling::Llama31) with `rope_scale` as `factor`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Llama31RopeOptions {
@@ -101,7 +101,7 @@ impl Llama31RopeOptions {
 #[derive(Clone, Copy, Debug)]
 pub struct Rotation<'a, P = Positions<'a>> {
     /// Contiguous `f32` `[rows, rotary_dim]`: in each row the cosines, then the
-    /// sines, such as [`CosSinCache::view`].
+    /// sines, such as [`CosSinCache::view`](super::CosSinCache::view).
     pub cos_sin_cache: TensorRef<'a>,
     /// The position of each token, all below the number of rows; with
     /// `interleave` below the last row, because kernels read up to 32 bytes

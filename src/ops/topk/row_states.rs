@@ -40,7 +40,7 @@ impl RowStates {
     /// multiprocessors of its GPU.
     ///
     /// # Errors
-    /// [`FlashInferError::Cuda`]: out of memory, no device, no driver; the runtime
+    /// [`FlashInferError::Cuda`](crate::FlashInferError::Cuda): out of memory, no device, no driver; the runtime
     /// cannot be started; the stream is being captured.
     pub fn new(stream: &Stream) -> Result<Self> {
         stream.check_usable_here("RowStates")?;

@@ -20,7 +20,7 @@ use crate::{
 /// which the GPU has −1, where a logit is NaN.
 ///
 /// # Errors
-/// As [`softmax`].
+/// As [`softmax`](super::softmax).
 ///
 /// ```
 /// use flashinfer_rs::{TensorRef, reference};
@@ -49,7 +49,7 @@ pub fn argmax(logits: &TensorRef<'_>) -> Result<Vec<Option<i32>>> {
 /// on the CPU: a token for each row, or for each of `indices`.
 ///
 /// # Errors
-/// As [`softmax`]; also when `indices` may be beyond the rows.
+/// As [`softmax`](super::softmax); also when `indices` may be beyond the rows.
 pub fn sampling_from_logits(
     logits: &TensorRef<'_>,
     indices: Option<&BoundedIndices>,
@@ -68,7 +68,7 @@ pub fn sampling_from_logits(
 /// [`Filter::TopK`] and [`Filter::MinP`] for each token, as the kernels' have.
 ///
 /// # Errors
-/// As [`softmax`]; also when `indices` may be beyond the rows.
+/// As [`softmax`](super::softmax); also when `indices` may be beyond the rows.
 pub fn sampling_from_probs(
     probs: &TensorRef<'_>,
     filter: &Filter<'_>,
