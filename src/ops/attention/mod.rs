@@ -42,6 +42,7 @@
 
 mod batch_attention;
 mod batch_attention_work;
+mod batch_run;
 mod cascade;
 mod decode;
 mod decode_need;
@@ -69,6 +70,7 @@ mod testing;
 mod workspace;
 
 pub use batch_attention::{BatchAttention, BatchAttentionPlan};
+pub(crate) use batch_run::BatchRun;
 pub use cascade::{CascadeLevel, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;

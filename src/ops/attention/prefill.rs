@@ -2,15 +2,13 @@
 //! keys and values.
 
 use super::{
+    batch_run::BatchRun,
     empty_states,
     keys_apart::{KvBatch, as_pages, check_widths_of_pages},
     mask::{MaskTensors, requests_of},
     modules::Family,
-    options::{PlanOptions, RunOptions, check_sm_scale},
-    planned::{
-        PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output, check_rows,
-        check_workspace,
-    },
+    options::{PlanOptions, RunOptions},
+    planned::{PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_rows, check_workspace},
     prefill_batch::{BatchShape, PrefillBatch, stand_in_width},
     prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
@@ -23,7 +21,7 @@ use crate::{
     indices::{PageTable, RaggedTable},
     kv::{KvLayout, PagedKv},
     module::Module,
-    ops::{check::Check, page::check_cache},
+    ops::check::Check,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
 };
@@ -303,20 +301,21 @@ impl<K> PrefillPlan<'_, K> {
         self.planned.numbers()
     }
 
-    fn check_queries(
-        &self,
+    fn check_queries<'r>(
+        &'r self,
         check: &Check<'_>,
-        q: &TensorRef<'_>,
-        out: &TensorMut<'_>,
-        lse: Option<&TensorMut<'_>>,
-        options: &RunOptions<'_>,
-    ) -> Result<()> {
+        q: &'r TensorRef<'_>,
+        out: &'r TensorMut<'_>,
+        lse: Option<&'r TensorMut<'_>>,
+        options: &'r RunOptions<'_>,
+    ) -> Result<BatchRun<'r>> {
         let (spec, lse) = (&self.kernels.spec, lse.map(|lse| &lse.raw));
-        check_output(check, spec, self.heads, self.rows, &q.raw, &out.raw, lse)?;
+        let (heads, rows) = (self.heads, self.rows);
+        let run = BatchRun { spec, heads, rows, q: &q.raw, out: &out.raw, lse, options };
+        run.check_on_tensor_cores(check)?;
         check_described(check, self.kernels.fa3, &[("q", &q.raw)])?;
-        options.check(check, spec, self.heads)?;
-        check_sm_scale(check, options.logit_scale(spec))?;
-        self.kernels.check_scale(check, options)
+        self.kernels.check_scale(check, options)?;
+        Ok(run)
     }
 
     /// Enqueues what is to be said of queries that see no key.
@@ -393,11 +392,9 @@ impl PrefillPlan<'_, PageTable> {
         lse: Option<&mut TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
-        let (spec, stream) = (&self.kernels.spec, self.keys.stream());
+        let stream = self.keys.stream();
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
-        self.check_queries(&check, q, out, lse, options)?;
-        let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, self.keys, &[spec.dtype_kv])?;
-        self.heads.check_cache(&check, cache, spec.head_dim_qk)?;
+        self.check_queries(&check, q, out, lse, options)?.check_pages(&check, kv, self.keys)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
         let _covered = capture::runs(|| self.replay_key())?;
         let qo_indptr = self.queries.indptr()?;
@@ -444,8 +441,8 @@ impl PrefillPlan<'_, RaggedTable> {
     ) -> Result<()> {
         let (spec, stream) = (&self.kernels.spec, self.keys.stream());
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
-        self.check_queries(&check, q, out, lse, options)?;
-        check_keys(&check, spec, self.heads, self.keys.host().total(), [&k.raw, &v.raw])?;
+        let run = self.check_queries(&check, q, out, lse, options)?;
+        run.check_rows(&check, [&k.raw, &v.raw], self.keys.host().total())?;
         check_described(&check, self.kernels.fa3, &[("k", &k.raw), ("v", &v.raw)])?;
         let Some(info) = &self.planned.info else { return Ok(()) };
         let _covered = capture::runs(|| self.replay_key())?;
