@@ -24,7 +24,7 @@ pub mod sampling;
 pub mod scheduler;
 #[cfg(test)]
 mod tests;
-mod text;
+pub mod text;
 
 pub use llm::{Completion, Llm, LlmOptions, complete};
 pub use sampling::SamplingParams;

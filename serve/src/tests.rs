@@ -1,9 +1,11 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
-mod bytes;
-mod forward;
+mod architectures;
+pub(crate) mod bytes;
+pub(crate) mod forward;
 mod gpu;
+mod keys;
 mod sentencepiece;
 
 use std::{
@@ -41,7 +43,7 @@ use crate::{
         Limits, Stats,
         testing::{Requests, greedy},
     },
-    text::{Text, chat::Chat},
+    text::{ChatOptions, EncodeOptions, Message, Role, Text},
 };
 
 /// Prompts and what greedy decoding adds to them.
@@ -69,6 +71,13 @@ struct Loaded {
     text: Arc<Text>,
     ends: Ends,
     layers: Vec<Layer>,
+}
+
+/// A question, asked as the model's template asks.
+fn ask(text: &Text, system: Option<&str>, question: &str) -> Vec<u32> {
+    let system = system.map(|system| Message::new(Role::System, system));
+    let messages: Vec<_> = system.into_iter().chain([Message::new(Role::User, question)]).collect();
+    text.render_chat(&messages, &[], &ChatOptions::default()).unwrap()
 }
 
 /// The pinned model, loaded once; `None`, after saying why, where it cannot be reached.
@@ -102,13 +111,13 @@ impl Loaded {
 #[test]
 fn the_tokenizer_gives_the_known_ids() {
     let Some(Loaded { text, .. }) = loaded() else { return };
-    assert_eq!(text.encode_chat(None, "What is the capital of France?").unwrap(), CHAT.0);
-    assert_eq!(text.encode("Once upon a time").unwrap(), STORY.0);
-    assert_eq!(text.encode("The capital of France is").unwrap(), CAPITAL.0);
+    assert_eq!(ask(text, None, "What is the capital of France?"), CHAT.0);
+    assert_eq!(text.encode("Once upon a time"), STORY.0);
+    assert_eq!(text.encode("The capital of France is"), CAPITAL.0);
     // Digits stand alone.
-    assert_eq!(text.encode("2013").unwrap(), [34, 32, 33, 35]);
-    assert_eq!(text.encode("").unwrap(), [0u32; 0]);
-    let other = text.encode_chat(Some("Be brief."), "Hi").unwrap();
+    assert_eq!(text.encode("2013"), [34, 32, 33, 35]);
+    assert_eq!(text.encode(""), [0u32; 0]);
+    let other = ask(text, Some("Be brief."), "Hi");
     assert_eq!((other[0], other.last()), (1, Some(&198)));
     assert!(text.ends().contains(&2) && !text.ends().contains(&1));
 }
@@ -118,7 +127,7 @@ fn text_comes_back_at_character_boundaries() {
     let Some(Loaded { text, .. }) = loaded() else { return };
     for whole in ["The capital of France is Paris.", "naïve — 東京 🦀🧪 é", " two  spaces\n\tand a tab"]
     {
-        let ids = text.encode(whole).unwrap();
+        let ids = text.encode(whole);
         let mut stream = text.stream();
         let mut pieces: Vec<_> = ids.iter().map(|&id| stream.push(id)).collect();
         pieces.push(stream.finish());
@@ -126,7 +135,7 @@ fn text_comes_back_at_character_boundaries() {
         assert!(!pieces.concat().contains(char::REPLACEMENT_CHARACTER));
     }
     // Half a character at the end is told, and special tokens are no text.
-    let crab = text.encode("🦀").unwrap();
+    let crab = text.encode("🦀");
     assert!(crab.len() > 1);
     let mut stream = text.stream();
     assert_eq!(stream.push(crab[0]), "");
@@ -295,7 +304,7 @@ fn few_pages_and_a_shared_prefix_give_the_same_ids() {
 /// Three prompts and drafts, in 17 pages of 3 tokens.
 fn check_few_pages(engine: &mut dyn Backend, pool: &PageAllocator, text: &Text) {
     // The second question has the system prompt and more in common with the first.
-    let italy = text.encode_chat(None, "What is the capital of Italy?").unwrap();
+    let italy = ask(text, None, "What is the capital of Italy?");
     let common = CHAT.0.iter().zip(&italy).take_while(|(a, b)| a == b).count();
     assert!(common > 26, "{common} tokens");
     let alone = solo(engine, pool, &italy, 16, limits(24, 0)).0;
@@ -323,7 +332,7 @@ fn drafts_save_steps_and_change_no_id() {
 
 /// A prompt that repeats itself, with and without drafts.
 fn check_drafts(engine: &mut dyn Backend, pool: &PageAllocator, text: &Text) {
-    let prompt = text.encode("red blue red blue red blue red blue red").unwrap();
+    let prompt = text.encode("red blue red blue red blue red blue red");
     let (plain, stats) = solo(engine, pool, &prompt, 20, limits(64, 0));
     assert_eq!((stats.steps, stats.drafted), (20, 0));
     let (drafted, stats) = solo(engine, pool, &prompt, 20, limits(64, 4));
@@ -362,7 +371,7 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
 }
 
 /// A small file, of this metadata and tensors of these shapes.
-struct Tiny {
+pub(crate) struct Tiny {
     metadata: BTreeMap<&'static str, Value>,
     tensors: BTreeMap<String, Vec<usize>>,
     /// The elements of a tensor, by its name, shape and their place.
@@ -404,7 +413,18 @@ impl Tiny {
         Self { metadata: metadata.into(), tensors: tensors.into(), value }
     }
 
-    fn write(&self, folder: &TempDir) -> PathBuf {
+    /// The tokenizer that the metadata describes.
+    fn text(&self) -> crate::Result<Arc<Text>> {
+        let content = gguf_file::Content {
+            magic: gguf_file::VersionedMagic::GgufV3,
+            metadata: self.metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect(),
+            tensor_infos: std::collections::HashMap::new(),
+            tensor_data_offset: 0,
+        };
+        Text::from_gguf(&content).map(Arc::new)
+    }
+
+    pub(crate) fn write(&self, folder: &TempDir) -> PathBuf {
         let tensor = |name: &str, shape: &[usize]| {
             let values: Vec<_> =
                 (0..shape.iter().product()).map(|at| (self.value)(name, shape, at)).collect();
@@ -437,21 +457,34 @@ fn files_that_cannot_be_run_are_refused() {
         assert!(text.contains(path.to_str().unwrap()), "{text}");
     };
     for (key, value, expected) in [
-        ("general.architecture", Value::String("gpt2".into()), "its architecture is gpt2; expected llama"),
-        ("llama.attention.head_count", Value::U32(2), "32 dimensions; expected one of [64, 128, 256]"),
+        (
+            "general.architecture",
+            Value::String("gpt2".into()),
+            "its architecture is gpt2; expected one of llama, qwen2,",
+        ),
+        (
+            "llama.attention.key_length",
+            Value::U32(63),
+            "its heads have 63 dimensions; expected an even number",
+        ),
         ("llama.attention.head_count_kv", Value::U32(3), "cannot share 3 KV heads"),
-        ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
+        ("llama.attention.head_count", Value::U32(0), "head_count is 0; expected a positive number"),
         ("llama.rope.dimension_count", Value::U32(72), "is 72; expected a multiple of 8 up to 64"),
         ("llama.rope.dimension_count", Value::U32(20), "is 20; expected a multiple of 8 up to 64"),
         ("llama.expert_count", Value::U32(8), "llama.expert_used_count is missing"),
-        ("llama.expert_count", Value::String("8".into()), "expert_count is not a positive number"),
-        ("llama.attention.scale", Value::F32(0.25), "llama.attention.scale is 0.25; expected 0.125"),
-        ("llama.expert_weights_scale", Value::F32(2.5), "expert_weights_scale is 2.5; expected 1"),
-        ("llama.rope.scaling.type", Value::String("longrope".into()), "`longrope`; expected none, linear"),
-        ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is no string"),
-        ("llama.rope.scaling.factor", Value::F32(0.0), "scaling.factor is not a positive number"),
+        ("llama.expert_count", Value::String("8".into()), "expert_count is \"8\"; expected a number"),
+        ("llama.attention.scale", Value::F32(-0.25), "attention.scale is -0.25; expected a number from 0 on"),
+        (
+            "llama.rope.scaling.type",
+            Value::String("longrope".into()),
+            "rope_factors_long.weight: it is missing",
+        ),
+        ("llama.rope.scaling.type", Value::String("dynamic".into()), "`dynamic`; expected none, linear"),
+        ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is 1; expected text"),
+        ("llama.rope.scaling.factor", Value::F32(-1.0), "scaling.factor is -1; expected a number from 0 on"),
+        ("llama.rope.scaling.factor", Value::F32(f32::NAN), "scaling.factor is NaN; expected a number"),
         ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
-        ("llama.block_count", Value::U32(2), "blk.1.ffn_gate.weight: it is missing"),
+        ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
     ] {
         let mut tiny = Tiny::new();
         tiny.metadata.insert(key, value);
@@ -478,7 +511,7 @@ fn files_that_cannot_be_run_are_refused() {
     assert!(engine(&path).is_ok());
     let whole = fs::read(&path).unwrap();
     for (len, expected) in [
-        (whole.len() - 40, ".weight: tensor needs"),
+        (whole.len() - 40, ".weight: it needs"),
         (100, "not a usable GGUF file"),
         (0, "not a usable GGUF file"),
     ] {
@@ -588,13 +621,11 @@ fn rotary_embeddings_are_scaled_as_the_file_says() {
 
 #[test]
 fn other_tokenizers_are_refused_or_split_as_they_say() {
-    let folder = tempfile::tempdir().unwrap();
     let strings = |all: &[&str]| Value::Array(all.iter().map(|s| Value::String((*s).into())).collect());
     let mut tiny = Tiny::new();
     let mut read = |key: &'static str, value: Value| {
         tiny.metadata.insert(key, value);
-        let content = Model::open(&tiny.write(&folder)).unwrap().content;
-        Text::from_gguf(&content).map(Arc::new).map_err(|e| e.to_string())
+        tiny.text().map_err(|e| e.to_string())
     };
     let refused = |text: Result<Arc<Text>, String>, expected: &str| {
         let problem = text.err().expect("no tokenizer");
@@ -618,21 +649,25 @@ fn other_tokenizers_are_refused_or_split_as_they_say() {
     refused(read("tokenizer.ggml.add_bos_token", Value::U32(1)), "add_bos_token is not true or false");
     read("tokenizer.ggml.bos_token_id", Value::U32(12)).err().expect("no tokenizer");
     let text = read("tokenizer.ggml.add_bos_token", Value::Bool(true)).unwrap();
-    assert_eq!(text.encode("a1").unwrap(), [12, 6, 0, 13]);
+    let eos = EncodeOptions { eos: true, ..EncodeOptions::default() };
+    assert_eq!(text.encode_with("a1", &eos), [12, 6, 0, 13]);
+    // What is to be continued has not ended.
+    assert_eq!(text.encode("a1"), [12, 6, 0]);
     assert!(text.ends().contains(&13));
     let text = read("tokenizer.ggml.add_eos_token", Value::Bool(false)).unwrap();
-    assert_eq!(text.encode("</s>a   éé").unwrap(), [12, 13, 6, 7, 14, 9, 10]);
+    let control = EncodeOptions { control: true, ..EncodeOptions::default() };
+    assert_eq!(text.encode_with("</s>a   éé", &control), [12, 13, 6, 7, 14, 9, 10]);
     let mut stream = text.stream();
     assert_eq!(
-        text.encode("</s>a   éé").unwrap().into_iter().map(|id| stream.push(id)).collect::<String>(),
+        text.encode_with("</s>a   éé", &control).into_iter().map(|id| stream.push(id)).collect::<String>(),
         "a   éé"
     );
     read("tokenizer.ggml.add_bos_token", Value::Bool(false)).unwrap();
     // The one joins up to three digits, the other none.
     for (pre, expected) in [("llama-bpe", [5, 3, 8].as_slice()), ("smollm", [0, 1, 2, 3, 8].as_slice())] {
         let text = read("tokenizer.ggml.pre", Value::String(pre.into())).unwrap();
-        assert_eq!(text.encode("1234 a").unwrap(), expected, "{pre}");
-        assert!(text.encode_chat(None, "a").unwrap_err().to_string().contains("--raw"));
+        assert_eq!(text.encode("1234 a"), expected, "{pre}");
+        assert!(!text.has_chat_template());
     }
     // Without a name, text is split as always was; some names imply BOS, and that
     // a part is taken whole, which no merge makes here.
@@ -646,54 +681,9 @@ fn other_tokenizers_are_refused_or_split_as_they_say() {
     ] {
         tiny.metadata.remove("tokenizer.ggml.pre");
         tiny.metadata.extend(pre.map(|pre| ("tokenizer.ggml.pre", Value::String(pre.into()))));
-        let text = Text::from_gguf(&Model::open(&tiny.write(&folder)).unwrap().content).unwrap();
+        let text = tiny.text().unwrap();
         // There is no token `b`.
-        let ids = text.encode("1234 a ab").unwrap();
+        let ids = text.encode("1234 a ab");
         assert_eq!(ids, expected, "{pre:?}");
     }
-}
-
-#[test]
-fn questions_are_asked_as_the_template_says() {
-    let ask = |template: &str, system: Option<&str>| {
-        Chat::find(template, |_| true).map(|chat| chat.question(system, "Who?"))
-    };
-    let chatml = "{{ x }}<|im_start|>system\nBe kind.<|im_end|>\n{{ y }}";
-    let user = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n";
-    let with = |system: &str| Some(format!("<|im_start|>system\n{system}<|im_end|>\n{user}"));
-    assert_eq!(ask(chatml, None), with("Be kind."));
-    assert_eq!(ask(chatml, Some("Be brief.")), with("Be brief."));
-    // A system prompt that is put together is not the file's own.
-    for put_together in ["{{ z }}", "' + z + '", "Today is \" ~ date ~ \"."] {
-        let template = format!("<|im_start|>system\n{put_together}<|im_end|>\n");
-        assert_eq!(ask(&template, None).as_deref(), Some(user));
-    }
-    let escaped = r"{{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}";
-    assert_eq!(ask(escaped, None), with("Be kind."));
-    assert_eq!(ask("no template", None), None);
-    assert!(Chat::find(chatml, |_| false).is_none());
-
-    let answer = "<|start_header_id|>assistant<|end_header_id|>\n\n";
-    let user = format!("<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>{answer}");
-    let llama3 = "{{ '<|start_header_id|>' + role + '<|end_header_id|>' }}";
-    assert_eq!(ask(llama3, None).as_ref(), Some(&user));
-    let system = "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>";
-    assert_eq!(ask(llama3, Some("Be kind.")), Some(format!("{system}{user}")));
-
-    let mistral = "{{ bos_token + '[INST] ' + content + ' [/INST]' }}";
-    assert_eq!(ask(mistral, None).as_deref(), Some("[INST] Who? [/INST]"));
-    assert_eq!(ask(mistral, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho? [/INST]"));
-    assert!(Chat::find(mistral, |_| false).is_some());
-    let v3 = "{{ '[INST] ' + content + '[/INST]' }}";
-    assert_eq!(ask(v3, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho?[/INST]"));
-    let tekken = "{{ '[INST]' + content + '[/INST]' }}";
-    assert_eq!(ask(tekken, None).as_deref(), Some("[INST]Who?[/INST]"));
-    let v7 = format!("{{{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}}}{tekken}");
-    assert_eq!(ask(&v7, None).as_deref(), Some("[INST]Who?[/INST]"));
-    let whole = "[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT][INST]Who?[/INST]";
-    assert_eq!(ask(&v7, Some("Be kind.")).as_deref(), Some(whole));
-    let llama2 = format!("{mistral} {{{{ '<<SYS>>' }}}}");
-    let whole = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWho? [/INST]";
-    assert_eq!(ask(&llama2, Some("Be kind.")).as_deref(), Some(whole));
-    assert_eq!(ask(&llama2, None).as_deref(), Some("[INST] Who? [/INST]"));
 }

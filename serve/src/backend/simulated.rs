@@ -120,9 +120,9 @@ impl Simulated {
                 return Err(format!("a step of {count} {what}; the backend was made for {most}").into());
             }
         }
-        let rows = step.outputs.iter().map(|output| output.row);
-        if !rows.clone().is_sorted_by(|a, b| a < b) || rows.last().is_some_and(|row| row >= step.tokens.len())
-        {
+        let last = step.outputs.last().map(|output| output.row);
+        let ascend = step.outputs.is_sorted_by(|a, b| a.row < b.row);
+        if !ascend || last.is_some_and(|row| row >= step.tokens.len()) {
             return Err("the outputs of a step are no ascending rows of it".into());
         }
         match step.tokens.len() == step.batch.queries().total() {

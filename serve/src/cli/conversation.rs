@@ -100,10 +100,16 @@ impl Conversation {
         Ok(())
     }
 
+    fn take_back(&mut self) {
+        if !self.raw {
+            self.chat.take_back();
+        }
+    }
+
     /// Answers a question. One that cannot be answered is taken back.
     fn say(&mut self, question: &str, out: &mut dyn Write) -> Result<()> {
         let prompt = if self.raw {
-            self.llm.text().encode(question)
+            Ok(self.llm.text().encode(question))
         } else {
             self.chat.ask(question);
             self.chat.encode(self.llm.text())
@@ -113,7 +119,7 @@ impl Conversation {
         let events = match submitted {
             Ok(events) => events,
             Err(error) => {
-                self.chat.take_back();
+                self.take_back();
                 let hint = if self.chat.is_empty() { "" } else { "; /clear forgets what was said" };
                 return Ok(writeln!(out, "error: {error}{hint}")?);
             }
@@ -124,12 +130,15 @@ impl Conversation {
         let end = self.interrupt.during(stop, || print(events, &mut answer))?;
         let Copied { out, text } = answer;
         writeln!(out)?;
-        self.chat.answer(String::from_utf8_lossy(&text).into_owned());
         let Some(end) = end else { return Ok(()) };
         if let Some(reason) = failure(&end.finish) {
-            self.chat.take_back();
-            writeln!(out, "error: {reason}")?;
-        } else if matches!(end.finish, Finish::Context | Finish::Cache | Finish::MaxTokens) {
+            self.take_back();
+            return Ok(writeln!(out, "error: {reason}")?);
+        }
+        if !self.raw {
+            self.chat.answer(&String::from_utf8_lossy(&text));
+        }
+        if matches!(end.finish, Finish::Context | Finish::Cache | Finish::MaxTokens) {
             writeln!(out, "(the answer was ended by {})", end.finish)?;
         }
         if self.verbose {

@@ -49,9 +49,6 @@ pub struct Args {
     /// The system prompt, instead of the model's own
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
-    /// How answers are sampled.
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
     /// Tokens that the KV cache holds, of all prompts that are answered at a time
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub cache_tokens: usize,
@@ -64,6 +61,9 @@ pub struct Args {
     /// Where to compute
     #[arg(long, default_value = "auto")]
     pub device: Device,
+    /// How answers are sampled.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
 }
 
 /// What is to be done.
@@ -87,6 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
         ..LlmOptions::default()
     };
     let llm = Llm::load(&files, &options)?;
+    llm.text().warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
     let asked = |(name, heading, prompt): (String, Option<String>, Result<String>)| {
         let events = prompt.and_then(|prompt| submit(&llm, args, &prompt));
         Asked { name, heading, events }
@@ -130,7 +131,7 @@ fn task(args: &Args) -> Result<Task> {
 /// Gives a prompt to the engine.
 fn submit(llm: &Llm, args: &Args, prompt: &str) -> Result<Events> {
     let prompt = if args.raw {
-        llm.text().encode(prompt)?
+        llm.text().encode(prompt)
     } else {
         let mut chat = Chat::new(args.system.clone());
         chat.ask(prompt);

@@ -1,19 +1,17 @@
 //! `flashinfer show MODEL`: what a model is.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Write,
-    fs::{self, File},
-    io::BufReader,
-    path::PathBuf,
-};
+use std::{cmp::Reverse, collections::BTreeMap, fmt::Write, fs, path::PathBuf};
 
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::Value;
 use indicatif::DecimalBytes;
 
 use crate::{
     Result,
     hub::{Hub, ModelName},
+    model::{
+        Model,
+        gguf::{Gguf, integer},
+    },
 };
 
 /// Show what a model is, and where its files are
@@ -33,30 +31,28 @@ pub fn run(args: &Args) -> Result<()> {
 /// What the files of a model say of it.
 pub fn describe(name: &ModelName, files: &[PathBuf]) -> Result<String> {
     let mut lines = vec![("model", name.to_string())];
-    let mut content = None;
-    let (mut parameters, mut types) = (0, BTreeMap::new());
     for path in files {
-        let part = read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        for tensor in part.tensor_infos.values() {
-            let elements = tensor.shape.elem_count();
-            parameters += elements;
-            *types.entry(format!("{:?}", tensor.ggml_dtype)).or_insert(0) += elements;
-        }
-        content.get_or_insert(part);
         let size = fs::metadata(path).map_or(0, |found| found.len());
         lines.push(("file", format!("{} ({})", path.display(), DecimalBytes(size))));
     }
-    let content = content.ok_or_else(|| format!("{name} has no files"))?;
-    let value = |key: &str| content.metadata.get(key).and_then(plain);
+    let gguf = Gguf::open_files(files)?;
+    let (mut parameters, mut types) = (0, BTreeMap::new());
+    for tensor in gguf.tensors.values() {
+        let elements: usize = tensor.shape.iter().product();
+        parameters += elements;
+        *types.entry(format!("{:?}", tensor.dtype)).or_insert(0) += elements;
+    }
+    let value = |key: &str| gguf.metadata.get(key).and_then(plain);
     let architecture = value("general.architecture").unwrap_or_default();
     let of_it = |key: &str| value(&format!("{architecture}.{key}"));
     let mut types: Vec<_> = types.into_iter().collect();
-    types.sort_by_key(|(_, elements)| std::cmp::Reverse(*elements));
+    types.sort_by_key(|(_, elements)| Reverse(*elements));
     let types: Vec<_> = types.into_iter().map(|(name, _)| name).collect();
-    let template = match content.metadata.contains_key("tokenizer.chat_template") {
+    let template = match gguf.metadata.contains_key("tokenizer.chat_template") {
         true => "yes",
         false => "none: it continues text",
     };
+    let runs = Model::open_files(files).map_or_else(|error| error.to_string(), |_| "yes".into());
     for (label, found) in [
         ("name", value("general.name")),
         ("license", value("general.license")),
@@ -70,6 +66,7 @@ pub fn describe(name: &ModelName, files: &[PathBuf]) -> Result<String> {
         ("experts", of_it("expert_count")),
         ("context", of_it("context_length").map(|tokens| format!("{tokens} tokens"))),
         ("chat template", Some(template.into())),
+        ("can be run", Some(runs)),
     ] {
         lines.extend(found.map(|found| (label, found)));
     }
@@ -80,22 +77,10 @@ pub fn describe(name: &ModelName, files: &[PathBuf]) -> Result<String> {
     Ok(text.trim_end().into())
 }
 
-fn read(path: &PathBuf) -> Result<Content> {
-    Ok(Content::read(&mut BufReader::new(File::open(path)?))?)
-}
-
 /// A value of one line.
 fn plain(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.replace(char::is_control, " ")),
-        Value::U8(value) => Some(value.to_string()),
-        Value::U16(value) => Some(value.to_string()),
-        Value::U32(value) => Some(value.to_string()),
-        Value::U64(value) => Some(value.to_string()),
-        Value::I8(value) => Some(value.to_string()),
-        Value::I16(value) => Some(value.to_string()),
-        Value::I32(value) => Some(value.to_string()),
-        Value::I64(value) => Some(value.to_string()),
-        _ => None,
+        value => integer(value).map(|value| value.to_string()),
     }
 }

@@ -27,8 +27,8 @@ impl Stops {
             return (self.finish(), Some(stop));
         }
         let begins = |at: &usize| self.strings.iter().any(|stop| stop.starts_with(&self.held[*at..]));
-        let starts = self.held.char_indices().map(|(at, _)| at);
-        let keep = starts.filter(begins).next().unwrap_or(self.held.len());
+        let mut starts = self.held.char_indices().map(|(at, _)| at);
+        let keep = starts.find(begins).unwrap_or(self.held.len());
         let rest = self.held.split_off(keep);
         (std::mem::replace(&mut self.held, rest), None)
     }

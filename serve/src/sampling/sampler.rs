@@ -71,7 +71,10 @@ impl Sampler {
             top_k: params.top_k,
             top_p: params.top_p,
             min_p: params.min_p,
-            uniform: uniform(self.seed, self.choice, self.len),
+            uniform: match params.temperature {
+                0.0 => 0.0,
+                _ => uniform(self.seed, self.choice, self.len),
+            },
             edits: self.edits(),
             logprobs: params.logprobs,
         }

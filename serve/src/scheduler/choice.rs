@@ -32,8 +32,7 @@ impl Choice {
     pub fn of(id: RequestId, request: Request, limits: &Limits) -> impl Iterator<Item = Self> {
         let Request { prompt, params } = request;
         let (params, ends) = (Arc::new(params), limits.ends.clone());
-        // Numbers that nobody can foresee are not needed, only other ones for each request.
-        let seed = params.seed.unwrap_or_else(|| rand::random());
+        let seed = params.seed.unwrap_or_else(rand::random);
         (0..params.n).map(move |index| Self {
             request: id,
             index,

@@ -47,6 +47,7 @@ mod cascade;
 mod decode;
 mod decode_need;
 mod empty_states;
+mod keys_apart;
 mod mask;
 mod mla;
 mod mla_spec;

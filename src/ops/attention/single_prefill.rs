@@ -88,7 +88,7 @@ impl SinglePrefill {
     /// pinned wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`](crate::FlashInferError::Unsupported): no such module can exist, or not for
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): no such module can exist, or not for
     /// this GPU; or it is in no local source, and FlashInfer publishes none. Else
     /// the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec) -> Result<Self> {

@@ -49,8 +49,8 @@ pub fn run(args: &Args) -> Result<()> {
     let name = args.model.as_ref().ok_or("there is no model to measure")?;
     let files = Hub::from_env()?.locate(name)?;
     if !args.steps.is_empty() {
-        let [file] = &files[..] else { return Err(format!("{name} has several files").into()) };
-        return steps::run(steps::Source::Model(&Model::open(file)?), &args.steps, args.context.get());
+        let model = Model::open_files(&files)?;
+        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get());
     }
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;
