@@ -361,7 +361,10 @@ impl std::fmt::Debug for PagedKvCache {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::LatentShape, *};
+    use super::{
+        super::{LatentShape, shape::HeadsShape},
+        *,
+    };
     use crate::dtype::DType;
 
     const SHAPE: HeadsShape =
