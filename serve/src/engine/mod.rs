@@ -24,10 +24,13 @@ use std::{
         mpsc,
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use flashinfer_rs::kv::PageAllocator;
+
+/// How long a drop waits for the step that is being computed.
+const SHUTDOWN: Duration = Duration::from_secs(30);
 
 pub use self::events::{End, Event, Events};
 use self::worker::Worker;
@@ -84,6 +87,9 @@ pub struct Status {
     pub health: Health,
     /// What was counted so far.
     pub stats: Stats,
+    /// Since when the current step is computed, if one is. One that takes much longer
+    /// than others may never end.
+    pub step_since: Option<Instant>,
     /// Answers that run.
     pub running: usize,
     /// Answers that wait.
@@ -141,7 +147,8 @@ impl Shared {
     }
 }
 
-/// An engine, which ends when this is dropped. It can be shared by threads.
+/// An engine, which ends when this is dropped: after the step that is being computed,
+/// unless that takes half a minute. It can be shared by threads.
 pub struct Engine {
     config: EngineConfig,
     bounds: Bounds,
@@ -150,6 +157,8 @@ pub struct Engine {
     shared: Arc<Shared>,
     next_id: AtomicU64,
     thread: Option<JoinHandle<()>>,
+    /// Closes when the thread has ended.
+    ended: Mutex<mpsc::Receiver<()>>,
 }
 
 impl Engine {
@@ -178,9 +187,11 @@ impl Engine {
         let pool = PageAllocator::new(num_pages, page_size)?;
         let (commands, receiver) = mpsc::channel();
         let (ready, started) = mpsc::sync_channel(1);
+        let (running, ended) = mpsc::sync_channel(0);
         let shared = Arc::<Shared>::default();
         let (mut limits, of_thread) = (config.limits.clone(), shared.clone());
         let thread = thread::Builder::new().name("engine".into()).spawn(move || {
+            let _running = running;
             let load = move || -> Result<_> {
                 let backend = load(&pool, &mut limits)?;
                 Ok(Worker::new(&pool, limits, backend, of_thread))
@@ -197,7 +208,8 @@ impl Engine {
         })?;
         let bounds = started.recv().map_err(|_| "the engine's thread ended while it was loading")??;
         let next_id = AtomicU64::new(0);
-        Ok(Self { config, bounds, text, commands, shared, next_id, thread: Some(thread) })
+        let (thread, ended) = (Some(thread), Mutex::new(ended));
+        Ok(Self { config, bounds, text, commands, shared, next_id, thread, ended })
     }
 
     /// What every request has to fit.
@@ -270,7 +282,9 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::Shutdown);
-        if let Some(thread) = self.thread.take() {
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let hangs = ended.recv_timeout(SHUTDOWN) == Err(mpsc::RecvTimeoutError::Timeout);
+        if let Some(thread) = self.thread.take().filter(|_| !hangs) {
             // What it panicked with is its health.
             let _ = thread.join();
         }

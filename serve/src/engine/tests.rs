@@ -222,12 +222,14 @@ fn the_queue_is_bounded_by_answers_and_by_tokens() {
     let long = submit(300, 1).unwrap();
     let text = refused(10, 1);
     assert!(text.contains("1 answers to prompts of 300 tokens") && text.contains("4 and 100"), "{text}");
+    until(&engine, |status| status.step_since.is_some());
     gate.open();
     collect(long);
     let waiting: Vec<_> = [submit(20, 3), submit(60, 1)].into_iter().map(Result::unwrap).collect();
     drop(waiting);
     assert!(refused(20, 5).contains("n is 5; expected at most 4"));
-    until(&engine, |status| status.running + status.waiting == 0 && status.stats.ended == 5);
+    let status = until(&engine, |status| status.running + status.waiting == 0 && status.stats.ended == 5);
+    assert_eq!(status.step_since, None);
     collect(submit(20, 4).unwrap());
 }
 

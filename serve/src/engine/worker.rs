@@ -128,7 +128,9 @@ impl<B: Backend> Worker<B> {
 
     fn step(&mut self) -> Result<()> {
         let (before, begin) = (self.scheduler.stats(), Instant::now());
+        self.shared.status().step_since = Some(begin);
         let Report { updates, failure } = self.scheduler.step(&mut self.backend)?;
+        self.shared.status().step_since = None;
         let (after, took) = (self.scheduler.stats(), begin.elapsed());
         if after.steps > before.steps {
             let (read, decoded) = (after.read - before.read, after.decoded - before.decoded);
