@@ -331,7 +331,8 @@ fn quantizing_rotary_embeddings() {
     refused_alike("quant_scale_kv", |on| run(on, DType::E4M3, DType::F16, &[100, 64], f64::NAN));
 }
 
-/// Appending needs tables on a device, so the words are compared in `src/ops/page.rs`.
+/// Appending and attention need tables on a device, so their words are compared in `src/ops/page.rs`
+/// and `src/ops/attention/batch_run.rs`.
 #[test]
 fn pages() {
     let table = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();

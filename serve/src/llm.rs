@@ -159,6 +159,15 @@ impl Llm {
 
     /// As [`generate`](Self::generate), while the answers come.
     ///
+    /// ```no_run
+    /// # use flashinfer_serve::{Llm, SamplingParams};
+    /// # let llm = Llm::open("smollm2")?;
+    /// for event in llm.stream("Once upon a time", &SamplingParams::default())? {
+    ///     print!("{}", event.text);
+    /// }
+    /// # Ok::<(), flashinfer_serve::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// The request cannot be answered, or a parameter is out of its range.
     pub fn stream(&self, prompt: &str, params: &SamplingParams) -> Result<Events> {
@@ -190,4 +199,81 @@ pub fn complete(events: Events) -> Result<Vec<Completion>> {
     }
     ended.sort_by_key(|(choice, _)| *choice);
     Ok(ended.into_iter().map(|(_, completion)| completion).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        sampling::InvalidParameter,
+        tests::{bytes, forward},
+    };
+
+    /// A small model with random weights.
+    fn llm(options: &LlmOptions) -> Llm {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tiny = forward::BIASES.file();
+        bytes::add_tokenizer(&mut tiny, "gpt-2", forward::BIASES.vocab);
+        Llm::load(&[tiny.write(&folder)], &LlmOptions { device: Device::Cpu, ..options.clone() }).unwrap()
+    }
+
+    #[test]
+    fn a_model_continues_a_text() {
+        let llm = llm(&LlmOptions::default());
+        assert_eq!(llm.place(), "on the CPU (as asked)");
+        assert_eq!(llm.engine().status().stats.steps, 0);
+        let greedy = SamplingParams { max_tokens: Some(6), ignore_eos: true, ..SamplingParams::default() };
+        let alone = llm.generate("ok the", &greedy).unwrap();
+        assert_eq!((alone.len(), alone[0].tokens.len()), (1, 6));
+        assert_eq!(alone[0].end.finish, Finish::MaxTokens);
+        // The second forks the first, within a page.
+        let both = llm.generate("ok the", &SamplingParams { n: 2, ..greedy.clone() }).unwrap();
+        assert!(both.iter().all(|one| one.tokens == alone[0].tokens));
+        assert_eq!(llm.engine().status().stats.saved, 1);
+        // Several at a time, drawn ones among them, and again.
+        let drawn =
+            SamplingParams { temperature: 1.0, seed: Some(1), n: 3, logprobs: Some(1), ..greedy.clone() };
+        let others: Vec<_> = (0..3).map(|_| llm.stream("ok the", &drawn).unwrap()).collect();
+        assert_eq!(llm.generate("ok the", &greedy).unwrap()[0].tokens, alone[0].tokens);
+        let others: Vec<_> = others.into_iter().map(|events| complete(events).unwrap()).collect();
+        let ids = |all: &[Completion]| {
+            all.iter()
+                .map(|one| one.tokens.iter().map(|token| token.id).collect::<Vec<_>>())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(ids(&others[0]), ids(&others[1]));
+        assert_eq!(ids(&others[1]), ids(&others[2]));
+        assert_ne!(others[0][0].tokens, others[0][1].tokens);
+        assert!(others[0][2].tokens.iter().all(|token| token.logprobs.as_ref().unwrap().chosen < 0.0));
+    }
+
+    #[test]
+    fn the_whole_context_is_used_and_an_advice_helps() {
+        // A context of 64, which is no reason for fewer pages.
+        let small = llm(&LlmOptions { cache_tokens: 33, ..LlmOptions::default() });
+        let params = SamplingParams { ignore_eos: true, ..SamplingParams::default() };
+        let prompt = "x".repeat(60);
+        let error = small.generate(&prompt, &params).unwrap_err().to_string();
+        assert!(
+            error.contains("60 tokens, and the cache holds 48") && error.contains("--cache-tokens"),
+            "{error}"
+        );
+        let large = llm(&LlmOptions { cache_tokens: 64, ..LlmOptions::default() });
+        let answers = large.generate(&prompt, &params).unwrap();
+        assert_eq!((answers[0].tokens.len(), &answers[0].end.finish), (5, &Finish::Context));
+        let wrong = SamplingParams { n: 0, ..params };
+        let error = large.generate("x", &wrong).unwrap_err();
+        let error = error.downcast::<crate::request::SubmitError>().unwrap();
+        assert!(matches!(*error, crate::request::SubmitError::Parameter(InvalidParameter { name: "n", .. })));
+    }
+
+    /// Events and what they are of can go to other threads, and an engine can be shared.
+    #[test]
+    fn engines_are_for_threads() {
+        fn moves<T: Send>() {}
+        fn shared<T: Send + Sync>() {}
+        moves::<Events>();
+        shared::<Llm>();
+        shared::<Engine>();
+    }
 }

@@ -84,7 +84,8 @@ impl fmt::Display for Finish {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Those of them that were found in the prefix cache when the prompt was first read.
+    /// Those of them that were found when the prompt was first read: in the prefix cache,
+    /// or in another answer to the same request.
     pub cached_tokens: usize,
     /// Tokens of the answer, with one that ended it.
     pub completion_tokens: usize,

@@ -1,9 +1,11 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
+mod architectures;
 pub(crate) mod bytes;
-mod forward;
+pub(crate) mod forward;
 mod gpu;
+mod keys;
 mod sentencepiece;
 
 use std::{
@@ -422,7 +424,7 @@ impl Tiny {
         Text::from_gguf(&content).map(Arc::new)
     }
 
-    fn write(&self, folder: &TempDir) -> PathBuf {
+    pub(crate) fn write(&self, folder: &TempDir) -> PathBuf {
         let tensor = |name: &str, shape: &[usize]| {
             let values: Vec<_> =
                 (0..shape.iter().product()).map(|at| (self.value)(name, shape, at)).collect();
@@ -455,21 +457,34 @@ fn files_that_cannot_be_run_are_refused() {
         assert!(text.contains(path.to_str().unwrap()), "{text}");
     };
     for (key, value, expected) in [
-        ("general.architecture", Value::String("gpt2".into()), "its architecture is gpt2; expected llama"),
-        ("llama.attention.head_count", Value::U32(2), "32 dimensions; expected one of [64, 128, 256]"),
+        (
+            "general.architecture",
+            Value::String("gpt2".into()),
+            "its architecture is gpt2; expected one of llama, qwen2,",
+        ),
+        (
+            "llama.attention.key_length",
+            Value::U32(63),
+            "its heads have 63 dimensions; expected an even number",
+        ),
         ("llama.attention.head_count_kv", Value::U32(3), "cannot share 3 KV heads"),
-        ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
+        ("llama.attention.head_count", Value::U32(0), "head_count is 0; expected a positive number"),
         ("llama.rope.dimension_count", Value::U32(72), "is 72; expected a multiple of 8 up to 64"),
         ("llama.rope.dimension_count", Value::U32(20), "is 20; expected a multiple of 8 up to 64"),
         ("llama.expert_count", Value::U32(8), "llama.expert_used_count is missing"),
-        ("llama.expert_count", Value::String("8".into()), "expert_count is not a positive number"),
-        ("llama.attention.scale", Value::F32(0.25), "llama.attention.scale is 0.25; expected 0.125"),
-        ("llama.expert_weights_scale", Value::F32(2.5), "expert_weights_scale is 2.5; expected 1"),
-        ("llama.rope.scaling.type", Value::String("longrope".into()), "`longrope`; expected none, linear"),
-        ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is no string"),
-        ("llama.rope.scaling.factor", Value::F32(0.0), "scaling.factor is not a positive number"),
+        ("llama.expert_count", Value::String("8".into()), "expert_count is \"8\"; expected a number"),
+        ("llama.attention.scale", Value::F32(-0.25), "attention.scale is -0.25; expected a number from 0 on"),
+        (
+            "llama.rope.scaling.type",
+            Value::String("longrope".into()),
+            "rope_factors_long.weight: it is missing",
+        ),
+        ("llama.rope.scaling.type", Value::String("dynamic".into()), "`dynamic`; expected none, linear"),
+        ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is 1; expected text"),
+        ("llama.rope.scaling.factor", Value::F32(-1.0), "scaling.factor is -1; expected a number from 0 on"),
+        ("llama.rope.scaling.factor", Value::F32(f32::NAN), "scaling.factor is NaN; expected a number"),
         ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
-        ("llama.block_count", Value::U32(2), "blk.1.ffn_gate.weight: it is missing"),
+        ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
     ] {
         let mut tiny = Tiny::new();
         tiny.metadata.insert(key, value);
@@ -496,7 +511,7 @@ fn files_that_cannot_be_run_are_refused() {
     assert!(engine(&path).is_ok());
     let whole = fs::read(&path).unwrap();
     for (len, expected) in [
-        (whole.len() - 40, ".weight: tensor needs"),
+        (whole.len() - 40, ".weight: it needs"),
         (100, "not a usable GGUF file"),
         (0, "not a usable GGUF file"),
     ] {

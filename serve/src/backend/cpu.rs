@@ -1,17 +1,14 @@
-//! The model on the CPU, in `f32`: candle multiplies by weights as the file holds
-//! them, and everything else is FlashInfer's operations as this crate's
-//! `reference` has them.
+//! The model on the CPU, in `f32`: candle multiplies by weights in the types in
+//! which the file holds them.
 
+mod attention;
+mod cache;
 mod mlp;
 mod network;
-mod product;
 
-use flashinfer_rs::{
-    DType,
-    kv::{KvLayout, PageAllocator, PagedKvCache},
-};
+use flashinfer_rs::kv::PageAllocator;
 
-use self::network::Network;
+use self::{cache::Cache, network::Network};
 use crate::{
     Result,
     backend::{Backend, Sample, Step, sampler},
@@ -21,7 +18,7 @@ use crate::{
 /// The CPU's weights and cache.
 pub struct Cpu {
     network: Network,
-    cache: PagedKvCache,
+    cache: Cache,
     logits: Vec<f32>,
 }
 
@@ -36,7 +33,7 @@ impl Cpu {
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         Ok(Self {
             network: Network::new(config, ends, layers.collect::<Result<_>>()?, positions),
-            cache: PagedKvCache::on_host(pool, &[config.kv_shape(DType::F32, KvLayout::Nhd)])?,
+            cache: Cache::new(config, pool)?,
             logits: Vec::new(),
         })
     }
@@ -50,7 +47,8 @@ impl Backend for Cpu {
     fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
         self.logits.clear();
         self.cache.copy_pages()?;
-        self.logits = self.network.run(step, &mut self.cache)?;
+        let outputs: Vec<_> = step.outputs.iter().map(|output| output.row).collect();
+        self.logits = self.network.run(step.batch, step.tokens, &outputs, &mut self.cache)?;
         sampler::sample(step.outputs, &self.logits, self.vocab_size())
     }
 

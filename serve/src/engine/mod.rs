@@ -7,8 +7,8 @@
 //! tokens. Text is made of tokens where the [`Events`] are taken.
 //!
 //! A caller that leaves has its request cancelled before the next step. A step that
-//! fails ends the requests that cannot be computed alone either, and the engine is
-//! [`Unwell`](Health::Unwell) until a step succeeds. If the thread ends, all requests do,
+//! fails ends the requests that cannot be computed alone either. If nothing can be
+//! computed any more, the engine is [`Unwell`](Health::Unwell) until a step succeeds. If the thread ends, all requests do,
 //! with an error.
 
 mod events;
@@ -70,7 +70,8 @@ pub enum Health {
     /// It computes, or waits for requests.
     #[default]
     Well,
-    /// Its last step failed, for this reason. It goes on with what comes.
+    /// A step failed, and after it one of a single token, too, for this reason. It goes
+    /// on with what comes, and while nothing does, tries again each second.
     Unwell(String),
     /// Its thread has ended, for this reason. Everything is refused.
     Dead(String),

@@ -5,6 +5,7 @@ mod endurance;
 use std::{
     sync::{
         Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, RecvTimeoutError},
     },
     thread,
@@ -247,7 +248,7 @@ fn what_can_never_be_answered_is_refused_when_it_comes() {
 }
 
 #[test]
-fn a_step_that_fails_makes_the_engine_unwell_until_one_succeeds() {
+fn a_request_that_cannot_be_computed_does_not_make_the_engine_unwell() {
     // The token of `!` cannot be computed.
     let engine = start(config(), |backend| {
         backend.with_failure(|step| step.tokens.contains(&33).then(|| "no `!`".into()))
@@ -255,12 +256,32 @@ fn a_step_that_fails_makes_the_engine_unwell_until_one_succeeds() {
     let params = SamplingParams { logit_bias: [(33, -100.0)].into(), ..greedy(5) };
     let (_, _, end) = collect(engine.submit(request("a!", &params)).unwrap());
     assert_eq!(end.finish, Finish::Failed("no `!`".into()));
-    assert_eq!(engine.status().health, Health::Unwell("no `!`".into()));
     let (got, ..) = collect(engine.submit(request("a", &params)).unwrap());
     let (tokens, finish) = solo(&request("a", &params));
     assert_eq!(got, text(&tokens[..tokens.len() - usize::from(finish.hides_last_token())]));
     assert_eq!(engine.status().health, Health::Well);
     assert_eq!(engine.status().stats.failed_steps, 1);
+}
+
+#[test]
+fn an_engine_that_computes_nothing_is_unwell_until_it_does() {
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = broken.clone();
+    let engine = start(config(), move |backend| {
+        backend.with_failure(move |_| is_broken.load(Ordering::Relaxed).then(|| "no device".into()))
+    });
+    assert_eq!(engine.status().health, Health::Well);
+    let requests: Vec<_> = (0..3).map(|_| engine.submit(request("x", &greedy(5))).unwrap()).collect();
+    for events in requests {
+        assert_eq!(collect(events).2.finish, Finish::Failed("no device".into()));
+    }
+    until(&engine, |status| status.health == Health::Unwell("no device".into()));
+    // It finds out by itself, as nobody may ask it anything any more.
+    broken.store(false, Ordering::Relaxed);
+    until(&engine, |status| status.health == Health::Well);
+    assert_eq!(collect(engine.submit(request("x", &greedy(5))).unwrap()).2.usage.prompt_tokens, 1);
+    let used = until(&engine, |status| status.running == 0).used_pages;
+    assert!(used <= 2, "{used} pages");
 }
 
 #[test]

@@ -7,9 +7,9 @@ use std::{
     panic::{self, AssertUnwindSafe},
     sync::{
         Arc,
-        mpsc::{Receiver, RecvError, TryRecvError},
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use async_channel::Sender;
@@ -22,6 +22,11 @@ use crate::{
     request::{Bounds, Request, RequestId},
     scheduler::{Limits, Report, Scheduler, Update},
 };
+
+/// How often an engine that is unwell and has nothing to do tries whether it is well.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long one that is well waits at a time.
+const IDLE: Duration = Duration::from_secs(3600);
 
 /// Runs `work`, and makes an error of a panic.
 pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T> {
@@ -80,10 +85,13 @@ impl<B: Backend> Worker<B> {
 
     fn work(&mut self, commands: &Receiver<Command>) -> Result<()> {
         loop {
-            if self.scheduler.is_done() {
-                match commands.recv() {
-                    Ok(Command::Shutdown) | Err(RecvError) => return Ok(()),
+            while self.scheduler.is_done() {
+                let well = self.shared.status().health == Health::Well;
+                match commands.recv_timeout(if well { IDLE } else { PROBE_INTERVAL }) {
+                    Ok(Command::Shutdown) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
                     Ok(command) => self.take(command)?,
+                    Err(RecvTimeoutError::Timeout) if well => {}
+                    Err(RecvTimeoutError::Timeout) => self.probe()?,
                 }
             }
             loop {
@@ -128,11 +136,23 @@ impl<B: Backend> Worker<B> {
             let mut status = self.shared.status();
             status.reading += reading;
             status.decoding += took.saturating_sub(reading);
-            status.health = failure.map_or(Health::Well, Health::Unwell);
+            if failure.is_none() {
+                status.health = Health::Well;
+            }
+        }
+        if failure.is_some() {
+            self.probe()?;
         }
         // Whoever hears of an end finds it counted.
         self.publish();
         self.tell(updates);
+        Ok(())
+    }
+
+    /// Finds out whether the engine is well after a step that failed.
+    fn probe(&mut self) -> Result<()> {
+        let outcome = self.scheduler.probe(&mut self.backend)?;
+        self.shared.status().health = outcome.map_or_else(Health::Unwell, |()| Health::Well);
         Ok(())
     }
 

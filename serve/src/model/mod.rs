@@ -5,7 +5,7 @@
 //! | [`gguf`] | reads files: metadata, and where tensors are |
 //! | [`architecture`] | what the files of an architecture have in common, a file for each |
 //! | [`config`], [`rope`], [`keys`] | what one file's network computes |
-//! | [`weights`] | the tensors of a layer |
+//! | [`weights`], [`matrix`] | the tensors of a layer, and one of them |
 //! | [`synthetic`] | random weights, to measure |
 
 use std::{
@@ -20,6 +20,7 @@ pub mod architecture;
 pub mod config;
 pub mod gguf;
 mod keys;
+mod matrix;
 pub mod rope;
 pub mod synthetic;
 pub mod weights;

@@ -39,13 +39,13 @@ use std::{
     ops::Range,
 };
 
-use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache};
+use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache, Sequence};
 
 use self::part::Part;
 pub use self::{choice::Choice, stats::Stats};
 use crate::{
     Result,
-    backend::{Backend, Logprobs, Sample, Step, StepCapacity},
+    backend::{Backend, Logprobs, Output, Sample, Step, StepCapacity},
     request::{Bounds, Finish, Request, RequestId, SubmitError},
 };
 
@@ -94,7 +94,7 @@ pub struct Update {
     pub token: Option<Token>,
     /// Why it ended, if it did.
     pub finish: Option<Finish>,
-    /// Tokens of the prompt that were cached when it was first read.
+    /// See [`Usage::cached_tokens`](crate::request::Usage::cached_tokens).
     pub cached_tokens: usize,
 }
 
@@ -214,6 +214,22 @@ impl Scheduler {
         }
         self.remove_ended()?;
         Ok(report)
+    }
+
+    /// Computes one token that is of no request: whether the backend computes anything.
+    ///
+    /// # Errors
+    /// A fault of this scheduler. Inside is what the backend fails at, or that no page is
+    /// free.
+    pub fn probe(&mut self, backend: &mut dyn Backend) -> Result<Result<(), String>> {
+        if !self.make_free(1) {
+            return Ok(Err("no page is free to try whether anything can be computed".into()));
+        }
+        let mut batch = Batch::new(&self.pool);
+        batch.push(Sequence::new(&self.pool))?;
+        batch.append([1])?;
+        let step = Step { batch: &batch, tokens: &[0], outputs: &[Output::greedy(0)] };
+        Ok(backend.step(&step).map(drop).map_err(|error| error.to_string()))
     }
 
     /// Computes the parts of some of the choices that run. Of a step that the backend

@@ -55,6 +55,7 @@ pub fn add_tokenizer(tiny: &mut Tiny, pre: &str, size: usize) {
 
 pub fn text(pre: &str) -> Arc<Text> {
     let mut tiny = Tiny::new();
+    tiny.tensors.insert("token_embd.weight".into(), vec![270, 64]);
     add_tokenizer(&mut tiny, pre, 270);
     tiny.text().unwrap()
 }

@@ -413,6 +413,7 @@ fn steps_that_the_gpu_cannot_compute_are_refused() {
     };
     refused(&[1; 4], &[], "not those of its batch");
     refused(&[1; 5], &[5], "not those of its batch");
+    refused(&[1; 5], &[3, 3], "not in ascending order");
     refused(&[1; 5], &[4], "a step of 5 tokens; the engine was made for 4");
     batch.append([2]).unwrap();
     let text = gpu.step(&Step { batch: &batch, tokens: &[1, 1 << 20], outputs: &[] }).unwrap_err();

@@ -32,6 +32,7 @@ fn file(pieces: &[(&str, f32, i32)]) -> Tiny {
         ("tokenizer.ggml.eos_token_id", Value::U32(2)),
         ("tokenizer.ggml.add_bos_token", Value::Bool(false)),
     ]);
+    tiny.tensors.insert("token_embd.weight".into(), vec![all.len(), 64]);
     tiny
 }
 

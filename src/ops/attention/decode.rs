@@ -7,6 +7,7 @@
 //! `include/flashinfer/attention/{decode,scheduler}.cuh` of FlashInfer 0.6.13.
 
 use super::{
+    batch_run::BatchRun,
     decode_need::planned_indptr,
     empty_states,
     mask::MaskTensors,
@@ -15,7 +16,7 @@ use super::{
     output_scale::OutputScale,
     planned::{
         PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, check_described,
-        check_output, check_workspace, host_indices, make_plan,
+        check_workspace, host_indices, make_plan,
     },
     prefill_batch::{BatchShape, PrefillBatch},
     prefill_kernels::{Pages, PrefillKernels, RunTensors},
@@ -32,7 +33,7 @@ use crate::{
     indices::PageTable,
     kv::PagedKv,
     module::Module,
-    ops::{check::Check, enable_pdl, page::check_cache},
+    ops::{check::Check, enable_pdl},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -406,10 +407,10 @@ impl DecodePlan<'_> {
         let (spec, heads, table) = (&self.decode.spec, self.decode.heads, self.table);
         let check = Check::new(RUN_OP, self.stream())?;
         let lse = lse.map(|lse| &lse.raw);
-        check_output(&check, spec, heads, table.host().batch_size(), &q.raw, &out.raw, lse)?;
-        let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, table, &[spec.dtype_kv])?;
-        heads.check_cache(&check, cache, spec.head_dim_qk)?;
-        options.check(&check, spec, heads)?;
+        let rows = table.host().batch_size();
+        let run = BatchRun { spec, heads, rows, q: &q.raw, out: &out.raw, lse, options };
+        run.check(&check)?;
+        run.check_pages(&check, kv, table)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
         let _covered = capture::runs(|| self.replay_key())?;
         match (&self.decode.kernels, &self.queries) {

@@ -41,7 +41,7 @@ const OP: &str = "SingleDecode::run_with";
 ///
 /// It has kernels for 1, 2, 3, 4 and 8 query heads per KV head and equal head
 /// dimensions. For others, and for keys with other strides, there is
-/// [`SinglePrefill`] with one query.
+/// [`SinglePrefill`](super::SinglePrefill) with one query.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {

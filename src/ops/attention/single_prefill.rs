@@ -88,7 +88,7 @@ impl SinglePrefill {
     /// pinned wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): no such module can exist, or not for
     /// this GPU; or it is in no local source, and FlashInfer publishes none. Else
     /// the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
@@ -143,13 +143,13 @@ impl SinglePrefill {
     /// on an H200): the workspace's float part.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before anything is
     /// launched: a device, stream, dtype, shape, stride, alignment or mask does
     /// not fit the others or the spec; with [`Mask::Causal`](super::Mask::Causal) there are keys,
     /// but fewer than queries; with FlashAttention 3 a tensor names elements
     /// more than once; the workspace is too small and does not
     /// [grow](Workspace#growth), as during a capture.
-    /// [`Unsupported`](FlashInferError::Unsupported): a custom mask with
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): a custom mask with
     /// FlashAttention 3, or a multi-item mask. Else what the module or CUDA
     /// said.
     pub fn run_with(

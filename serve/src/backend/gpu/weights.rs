@@ -2,9 +2,11 @@
 
 use candle_core::{Device, Tensor};
 use flashinfer_rs::{DType, Stream};
-use half::{bf16, f16};
 
-use super::{half::HalfTensor, heads::HeadWidths};
+use super::{
+    half::{HalfTensor, overflow},
+    heads::HeadWidths,
+};
 use crate::{
     Result,
     backend::matmul::Weight,
@@ -227,11 +229,8 @@ impl Upload<'_> {
 
     /// Numbers that are finite when they are rounded.
     fn checked(&mut self, shape: &[usize], numbers: &[f32]) -> Result<HalfTensor> {
-        let is_finite = |number: f32| match self.dtype {
-            DType::F16 => f16::from_f32(number).is_finite(),
-            _ => bf16::from_f32(number).is_finite(),
-        };
-        if let Some(number) = numbers.iter().find(|&&number| !is_finite(number)) {
+        let limit = overflow(self.dtype);
+        if let Some(number) = numbers.iter().find(|number| number.is_nan() || number.abs() >= limit) {
             let problem = format!("a weight is {number}, which is no number of {}", self.dtype);
             return Err(format!("{problem}, which the GPU computes in").into());
         }

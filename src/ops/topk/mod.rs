@@ -53,14 +53,23 @@
 //! # #[cfg(not(feature = "cudarc"))] fn main() {}
 //! ```
 
+mod clusters;
+mod row_states;
+#[cfg(test)]
+mod tests;
+
+pub use row_states::RowStates;
+pub(crate) use row_states::check_row_bytes;
+
 use std::sync::{Mutex, PoisonError};
+
+use clusters::{CLUSTERS, CLUSTERS_PAGE_TABLE_TRANSFORM, CLUSTERS_RAGGED_TRANSFORM};
 
 use super::{FixedFunction, check::Check};
 use crate::{
-    cuda::{DeviceAttribute, DeviceBuffer},
     dtype::DType,
     error::{FlashInferError, Result},
-    ffi::{ArgKind, DlTensor, Kernel, Signature, Value, kernels},
+    ffi::{DlTensor, Kernel, Signature, Value, kernels},
     indices::{RowIndices, RowTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
@@ -87,43 +96,6 @@ kernels! {
 
 const CAN_IMPLEMENT_FILTERED: Signature =
     Signature { function: "can_implement_filtered_topk", args: &[], result: "bool" };
-
-/// The functions that select by clusters of blocks. They are declared so that
-/// a change of the wheel is seen, and not called.
-const CLUSTERS: Signature = Signature {
-    function: "fast_topk_clusters_exact",
-    args: &[
-        ("logits", ArgKind::Tensor),
-        ("indices", ArgKind::Tensor),
-        ("output_values", ArgKind::OptTensor),
-        ("histogram", ArgKind::OptTensor),
-        ("cached_overflow", ArgKind::Tensor),
-        ("top_k", ArgKind::Int),
-        ("num_cached", ArgKind::Int),
-        ("num_clusters", ArgKind::Int),
-        ("pdl_enabled", ArgKind::Bool),
-    ],
-    result: "void",
-};
-const CLUSTERS_PAGE_TABLE_TRANSFORM: Signature = Signature {
-    function: "fast_topk_clusters_exact_page_table_transform",
-    args: &[
-        ("logits", ArgKind::Tensor),
-        ("indices", ArgKind::Tensor),
-        ("seq_lens", ArgKind::Tensor),
-        ("page_table", ArgKind::Tensor),
-        ("histogram", ArgKind::OptTensor),
-        ("cached_overflow", ArgKind::Tensor),
-        ("top_k", ArgKind::Int),
-        ("num_cached", ArgKind::Int),
-        ("num_clusters", ArgKind::Int),
-        ("pdl_enabled", ArgKind::Bool),
-    ],
-    result: "void",
-};
-/// It takes offsets where the other takes a page table.
-const CLUSTERS_RAGGED_TRANSFORM: Signature =
-    Signature { function: "fast_topk_clusters_exact_ragged_transform", ..CLUSTERS_PAGE_TABLE_TRANSFORM };
 
 impl ModuleName {
     /// Selecting the largest.
@@ -194,123 +166,6 @@ impl TopKOptions {
     fn asks_for_filtered(&self) -> bool {
         self.tie_break != TieBreak::None || self.dsa_graph_safe
     }
-}
-
-/// Scratch memory of radix top-k: counters through which the blocks that share
-/// a row find each other.
-///
-/// The kernels expect zeros and leave zeros. Blocks of two launches must not
-/// meet in one memory, so it belongs to one stream.
-///
-/// These blocks must all run at once. A kernel whose rows take few blocks each
-/// waits for others that hold multiprocessors until they are done. But do not
-/// launch rows of millions of scores on several streams at once: launches that
-/// each got some of the multiprocessors would wait for each other forever.
-pub struct RowStates {
-    memory: DeviceBuffer,
-    multiprocessors: i32,
-    /// The most that a block can have.
-    shared_bytes: i64,
-}
-
-impl RowStates {
-    /// What the blocks that share a row count with: three histograms of 256
-    /// entries and five further numbers.
-    const STATE_BYTES: usize = 4 * (3 * 256 + 5);
-    /// What they count with to be deterministic: two numbers for each of up to
-    /// 256 blocks. These follow the states of all rows.
-    const DETERMINISTIC_BYTES: usize = 4 * 2 * 256;
-    /// What a block needs of its shared memory beside scores: 10.6 KiB at most.
-    const RESERVED_SHARED_BYTES: i64 = 16 << 10;
-
-    /// Zeros, for launches on `stream`: some 5 KiB for every two
-    /// multiprocessors of its GPU.
-    ///
-    /// # Errors
-    /// [`FlashInferError::Cuda`]: out of memory, no device, no driver; the runtime
-    /// cannot be started; the stream is being captured.
-    pub fn new(stream: &Stream) -> Result<Self> {
-        stream.check_usable_here("RowStates")?;
-        let cuda = FlashInferRuntime::get()?.cuda();
-        let attribute = |attribute| cuda.attribute(stream.ordinal(), attribute);
-        let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)?;
-        let shared_bytes = attribute(DeviceAttribute::MaxSharedMemoryPerBlockOptin)?.into();
-        let memory = DeviceBuffer::zeroed(cuda, stream, Self::bytes(multiprocessors))?;
-        Ok(Self { memory, multiprocessors, shared_bytes })
-    }
-
-    /// Rows share nothing unless they take two blocks or more; as many rows are
-    /// worked on at once as there are multiprocessors for their blocks.
-    fn bytes(multiprocessors: i32) -> usize {
-        let rows = usize::try_from(multiprocessors / 2).unwrap_or(0).max(1);
-        rows * (Self::STATE_BYTES + Self::DETERMINISTIC_BYTES)
-    }
-
-    /// The stream that the memory belongs to.
-    pub fn stream(&self) -> &Stream {
-        self.memory.stream()
-    }
-
-    /// The memory as a tensor of bytes, for a launch on its stream.
-    pub(crate) fn as_bytes(&mut self) -> Result<RawTensor> {
-        self.memory.as_bytes()
-    }
-
-    /// The most bytes that a row of scores may have where blocks share it.
-    pub(crate) fn max_row_bytes(&self) -> i64 {
-        i64::from(self.multiprocessors) * (self.shared_bytes - Self::RESERVED_SHARED_BYTES)
-    }
-
-    /// Whether blocks share one of these rows of scores, or go on from one to
-    /// another. Then *radix* does not wait for all warps of a block where it
-    /// should, unless it is deterministic.
-    fn has_races(&self, scores: &RawTensor) -> bool {
-        let (rows, len) = (scores.shape()[0], scores.shape()[1]);
-        let row_bytes = len.saturating_mul(scores.dtype.size() as i64);
-        let at_once = Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes);
-        at_once < i64::from(self.multiprocessors) || rows > at_once
-    }
-
-    /// No more rows than are worked on at once: for each, there are
-    /// multiprocessors for the blocks that it takes.
-    fn rows_at_once(multiprocessors: i32, shared_bytes: i64, row_bytes: i64) -> i64 {
-        let block_bytes = (shared_bytes - Self::RESERVED_SHARED_BYTES).max(1);
-        let blocks = row_bytes / block_bytes + i64::from(row_bytes % block_bytes != 0);
-        i64::from(multiprocessors) / blocks.max(1)
-    }
-
-    /// The most shared memory that a block can have on this GPU.
-    pub(crate) fn shared_bytes(&self) -> i64 {
-        self.shared_bytes
-    }
-}
-
-impl std::fmt::Debug for RowStates {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "RowStates({} bytes, {:?})", self.memory.len(), self.stream())
-    }
-}
-
-/// A row of scores fits the shared memory of a GPU, where blocks share it: else
-/// some of them would wait forever for others that cannot start.
-pub(crate) fn check_row_bytes(
-    check: &Check<'_>,
-    argument: &'static str,
-    scores: &RawTensor,
-    max_row_bytes: i64,
-) -> Result<()> {
-    let len = scores.shape().last().copied().unwrap_or_default();
-    let bytes = len.saturating_mul(scores.dtype.size() as i64);
-    if bytes <= max_row_bytes {
-        return Ok(());
-    }
-    check.fail(
-        argument,
-        format!(
-            "rows of {len} elements are {bytes} bytes; the blocks of this GPU hold {max_row_bytes} at once; split \
-             them (radix_topk with a tie break needs no such memory)"
-        ),
-    )
 }
 
 /// Whether the stream's GPU has the shared memory that *filtered* needs, 128 KiB
@@ -662,203 +517,4 @@ unsafe fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: &
     let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: promised by the caller.
     unsafe { kernel.call(function, stream) }.map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::ffi::c_void;
-
-    use super::*;
-    use crate::device::Device;
-
-    const GPU: Device = Device::Cuda(0);
-    /// As an H200 has it.
-    const MAX_ROW_BYTES: i64 = 132 * (227 - 16) * 1024;
-
-    fn at(
-        address: usize,
-        device: Device,
-        dtype: DType,
-        shape: &[usize],
-        strides: Option<&[usize]>,
-    ) -> RawTensor {
-        RawTensor::new(address as *mut c_void, device, dtype, shape, strides).unwrap()
-    }
-
-    fn new(dtype: DType, shape: &[usize]) -> RawTensor {
-        at(4096, GPU, dtype, shape, None)
-    }
-
-    fn options(change: impl FnOnce(&mut TopKOptions)) -> TopKOptions {
-        let mut options = TopKOptions::default();
-        change(&mut options);
-        options
-    }
-
-    /// The argument that is refused, if any.
-    fn refused(check: impl FnOnce(&Check<'_>) -> Result<()>) -> Option<&'static str> {
-        // SAFETY: nothing is enqueued on the stream.
-        let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
-        match check(&Check::new("test", &stream).unwrap()) {
-            Ok(()) => None,
-            Err(FlashInferError::InvalidArgument { argument, .. }) => Some(argument),
-            Err(other) => panic!("{other}"),
-        }
-    }
-
-    fn topk(
-        values: &RawTensor,
-        indices: &RawTensor,
-        input: &RawTensor,
-        options: &TopKOptions,
-    ) -> Option<&'static str> {
-        refused(|check| check_topk(check, [values, indices, input], options, MAX_ROW_BYTES).map(drop))
-    }
-
-    /// A selection of `k` from rows of `f32`, with these options.
-    fn sizes(rows: usize, len: usize, k: usize, options: &TopKOptions) -> Option<&'static str> {
-        let output = |dtype| new(dtype, &[rows, k]);
-        topk(&output(DType::F32), &output(DType::I32), &new(DType::F32, &[rows, len]), options)
-    }
-
-    #[test]
-    fn sizes_are_checked() {
-        let plain = TopKOptions::default();
-        for (rows, len, k) in
-            [(0, 10, 3), (1, 1, 1), (4, 10, 10), (4, 10, 0), (0, 0, 0), (3, 100_000, 50_000)]
-        {
-            assert_eq!(sizes(rows, len, k, &plain), None, "{rows} {len} {k}");
-        }
-        assert_eq!(sizes(4, 10, 11, &plain), Some("values"));
-        assert_eq!(sizes(1 << 31, 8, 1, &plain), Some("input"));
-        assert_eq!(sizes(1 << 22, 2000, 1024, &plain), None);
-        assert_eq!(sizes((1 << 22) + 1, 2000, 1024, &plain), Some("indices"));
-        for filtered in [
-            options(|options| options.tie_break = TieBreak::Large),
-            options(|options| options.dsa_graph_safe = true),
-        ] {
-            assert_eq!(sizes(1, 5000, 2048, &filtered), None);
-            assert_eq!(sizes(1, 5000, 2049, &filtered), Some("options"));
-            // No block waits for another, whatever a row's length.
-            assert_eq!(sizes(1, 1 << 29, 5, &filtered), None);
-            assert_eq!(sizes(1, 1 << 30, 5, &filtered), Some("input"));
-        }
-        assert_eq!(sizes(1, 5000, 2049, &options(|options| options.sorted = true)), Some("options"));
-        assert_eq!(sizes(1, 5000, 5000, &options(|options| options.deterministic = true)), None);
-        assert_eq!(sizes(1, MAX_ROW_BYTES as usize / 4, 5, &plain), None);
-        assert_eq!(sizes(1, MAX_ROW_BYTES as usize / 4 + 1, 5, &plain), Some("input"));
-    }
-
-    #[test]
-    fn tensors_are_checked() {
-        let plain = TopKOptions::default();
-        let (values, indices) = (new(DType::F16, &[3, 8]), new(DType::I32, &[3, 8]));
-        let input = new(DType::F16, &[3, 64]);
-        assert_eq!(topk(&values, &indices, &input, &plain), None);
-        let strided = |dtype, shape: &[usize], strides: &[usize]| at(4096, GPU, dtype, shape, Some(strides));
-        for wrong in [
-            new(DType::F64, &[3, 64]),
-            new(DType::E4M3, &[3, 64]),
-            new(DType::F16, &[192]),
-            at(4096, Device::Cpu, DType::F16, &[3, 64], None),
-            at(4096, Device::Cuda(1), DType::F16, &[3, 64], None),
-            at(4096 + 8, GPU, DType::F16, &[3, 64], None),
-            strided(DType::F16, &[3, 64], &[72, 1]),
-            strided(DType::F16, &[3, 64], &[1, 3]),
-        ] {
-            assert_eq!(topk(&values, &indices, &wrong, &plain), Some("input"), "{wrong:?}");
-        }
-        for wrong in [
-            new(DType::F32, &[3, 8]),
-            new(DType::F16, &[2, 8]),
-            new(DType::F16, &[24]),
-            at(4096, Device::Cuda(1), DType::F16, &[3, 8], None),
-            at(4096 + 1, GPU, DType::F16, &[3, 8], None),
-            strided(DType::F16, &[3, 8], &[16, 1]),
-        ] {
-            assert_eq!(topk(&wrong, &indices, &input, &plain), Some("values"), "{wrong:?}");
-        }
-        for wrong in [
-            new(DType::I64, &[3, 8]),
-            new(DType::I32, &[3, 9]),
-            new(DType::I32, &[8, 3]),
-            at(4096, Device::Cpu, DType::I32, &[3, 8], None),
-            at(4096 + 2, GPU, DType::I32, &[3, 8], None),
-            strided(DType::I32, &[3, 8], &[1, 3]),
-        ] {
-            assert_eq!(topk(&values, &wrong, &input, &plain), Some("indices"), "{wrong:?}");
-        }
-        // Vectors are as wide as a row's length allows.
-        for (len, alignment) in [(64, 16), (68, 8), (66, 4), (65, 2)] {
-            let input = |address| at(address, GPU, DType::F16, &[1, len], None);
-            let row = |dtype| new(dtype, &[1, 8]);
-            let check = |address| topk(&row(DType::F16), &row(DType::I32), &input(address), &plain);
-            assert_eq!(check(4096 + alignment), None, "{len}");
-            assert_eq!(check(4096 + alignment / 2), Some("input"), "{len}");
-        }
-    }
-
-    #[test]
-    fn parts_of_rows_stay_inside() {
-        let rows = |lengths: &[usize]| RowIndices::new(lengths.iter().copied()).unwrap();
-        let transform = |rows: &RowIndices, options: &TopKOptions, len, k| {
-            let (output, input) = (new(DType::I32, &[2, k]), new(DType::BF16, &[2, len]));
-            refused(|check| {
-                check_transform(check, "output", [&output, &input], rows, options, MAX_ROW_BYTES).map(drop)
-            })
-        };
-        let plain = TopKOptions::default();
-        assert_eq!(transform(&rows(&[0, 40]), &plain, 40, 8), None);
-        assert_eq!(transform(&rows(&[0, 40]), &plain, 40, 100), None);
-        assert_eq!(transform(&rows(&[0, 41]), &plain, 40, 8), Some("rows"));
-        assert_eq!(transform(&rows(&[0, 20]).with_row_starts([0, 21]).unwrap(), &plain, 40, 8), Some("rows"));
-        assert_eq!(transform(&rows(&[0, 20]).with_row_starts([40, 20]).unwrap(), &plain, 40, 8), None);
-        assert_eq!(transform(&rows(&[1, 1, 1]), &plain, 40, 8), Some("rows"));
-        assert_eq!(transform(&rows(&[0, 0]), &plain, 0, 8), Some("input"));
-        let sorted = options(|options| options.sorted = true);
-        assert_eq!(transform(&rows(&[0, 40]), &sorted, 40, 8), Some("options"));
-        let safe = options(|options| options.dsa_graph_safe = true);
-        assert_eq!(transform(&rows(&[0, 40]), &safe, 40, 4000), Some("options"));
-
-        let table =
-            |rows: &RowIndices, table: &RawTensor| refused(|check| check_page_table(check, table, rows));
-        let good = new(DType::I32, &[2, 40]);
-        assert_eq!(table(&rows(&[0, 40]), &good), None);
-        assert_eq!(table(&rows(&[0, 41]), &good), Some("src_page_table"));
-        assert_eq!(table(&rows(&[1, 1, 1]), &good), Some("src_page_table"));
-        assert_eq!(table(&rows(&[1, 1, 1]).with_row_to_batch([1, 0, 1]).unwrap(), &good), None);
-        assert_eq!(table(&rows(&[1]).with_row_to_batch([2]).unwrap(), &good), Some("src_page_table"));
-        for wrong in [
-            new(DType::I64, &[2, 40]),
-            new(DType::I32, &[80]),
-            at(4096, GPU, DType::I32, &[2, 40], Some(&[64, 1])),
-            at(4096, Device::Cpu, DType::I32, &[2, 40], None),
-        ] {
-            assert_eq!(table(&rows(&[0, 40]), &wrong), Some("src_page_table"), "{wrong:?}");
-        }
-    }
-
-    /// On every GPU there is less than upstream's size, which serves 408
-    /// multiprocessors.
-    #[test]
-    fn rows_that_follow_each_other_are_known() {
-        // An H200: 132 multiprocessors, whose blocks hold at least 211 KiB each.
-        let rows_at_once = |row_bytes| RowStates::rows_at_once(132, 232_448, row_bytes);
-        assert_eq!([0, 4, 40_000, 216_064].map(rows_at_once), [132; 4]);
-        assert_eq!([216_065, 432_128, 432_129, 1_024_000].map(rows_at_once), [66, 66, 44, 26]);
-        // However little a GPU has, nothing divides by zero.
-        assert_eq!(RowStates::rows_at_once(0, 0, i64::MAX), 0);
-    }
-
-    #[test]
-    fn row_states_are_as_large_as_a_launch_needs() {
-        for multiprocessors in [1, 2, 3, 108, 132, 148, 192] {
-            let bytes = RowStates::bytes(multiprocessors);
-            for blocks in 2..=multiprocessors.max(2) {
-                let rows = (multiprocessors / blocks).max(1) as usize;
-                assert!(rows * (3092 + 2048) <= bytes, "{multiprocessors}: rows of {blocks} blocks");
-            }
-            assert!(bytes <= 1 << 20);
-        }
-    }
 }
