@@ -196,3 +196,98 @@ impl Write for Copied<'_> {
         self.out.flush()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use flashinfer_rs::artifacts::{ArtifactError, Fetch, Store};
+    use test_support::required;
+
+    use super::*;
+    use crate::{LlmOptions, backend::device::Device, hub};
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        sampling: SamplingArgs,
+    }
+
+    /// Answers lines as a terminal would give them.
+    fn script<'a>(lines: &'a [&'a str]) -> impl FnMut(&str) -> Result<Input> + 'a {
+        let mut lines = lines.iter();
+        move |_| {
+            Ok(match lines.next() {
+                None => Input::End,
+                Some(&"^C") => Input::Interrupted,
+                Some(line) => Input::Line(line.to_string()),
+            })
+        }
+    }
+
+    #[test]
+    fn texts_of_several_lines_are_between_quotes() {
+        let mut out = Vec::new();
+        let lines =
+            ["one", "\"\"\"two", "three\"\"\"", "\"\"\"four\"\"\"", "\"\"\"lost", "^C", "five", "\"\"\"open"];
+        let mut read = script(&lines);
+        for want in ["one", "two\nthree", "four", "five"] {
+            assert_eq!(next(&mut read, &mut out).unwrap().as_deref(), Some(want));
+        }
+        assert_eq!(next(&mut read, &mut out).unwrap(), None);
+        assert!(String::from_utf8(out).unwrap().contains("/exit"));
+    }
+
+    #[test]
+    fn a_conversation_goes_on_after_what_is_wrong() {
+        let store = Store::open(hub::store_config().unwrap()).unwrap();
+        let files = match store.locate(&hub::smollm2(), Fetch::Allowed) {
+            Ok(located) => vec![located.path],
+            Err(error @ ArtifactError::NotFound { .. }) => return required::skip(required::MODEL, error),
+            Err(error) => panic!("{error}"),
+        };
+        let options = LlmOptions { device: Device::Cpu, cache_tokens: 64, ..LlmOptions::default() };
+        let mut conversation = Conversation {
+            llm: Arc::new(Llm::load(&files, &options).unwrap()),
+            name: ModelName::Smollm2,
+            files,
+            chat: Chat::default(),
+            raw: false,
+            sampling: Program::parse_from(["program"]).sampling,
+            verbose: false,
+            interrupt: Interrupt::default(),
+        };
+        let long = "word ".repeat(80);
+        let lines = [
+            "/nonsense",
+            "/set heat 1",
+            "/set top_p 7",
+            "Hi",
+            "/set top_p 1",
+            long.as_str(),
+            "What is the capital of France?",
+            "/set verbose true",
+            "",
+            "/system Be brief.",
+            "/system",
+            "/clear",
+            "/exit",
+            "never read",
+        ];
+        let mut out = Vec::new();
+        conversation.run(&mut script(&lines), &mut out).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        let mut rest = out.as_str();
+        for part in [
+            "error: there is no command /nonsense",
+            "error: there is no option `heat`",
+            "error: top_p is 7; expected more than 0",
+            "error: the prompt has",
+            "The capital of France is Paris.\n",
+            "Be brief.\n",
+        ] {
+            let at = rest.find(part).unwrap_or_else(|| panic!("{part:?} is not in what is left: {rest:?}"));
+            rest = &rest[at + part.len()..];
+        }
+        assert!(conversation.verbose && conversation.chat.is_empty() && !out.contains("never"), "{out}");
+    }
+}
