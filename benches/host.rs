@@ -7,8 +7,8 @@ use std::{hint::black_box, ptr};
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use flashinfer_rs::{
-    AppendIndices, BoundedIndices, DType, Device, MaskIndices, PageIndices, Stream, TensorMut, TensorRef,
-    args,
+    DType, Device, PageIndices, Stream, TensorMut, TensorRef, args,
+    indices::{AppendIndices, BoundedIndices, MaskIndices},
     kv::{Batch, PageAllocator, PrefixCache, Sequence},
     norm,
 };

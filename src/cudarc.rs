@@ -20,6 +20,10 @@
 //! `cudarc::driver::CudaGraph::launch` is safe to call all the same, so it is for
 //! you to keep them, and tables, workspaces and plans as they were, for as long as
 //! the graph is launched.
+//!
+//! This module has the name of the crate that it is for. So where all of `flashinfer_rs` is imported
+//! (`use flashinfer_rs::*`), `cudarc` alone is ambiguous: write `::cudarc` for the crate, or import
+//! names one by one.
 
 use std::sync::Arc;
 

@@ -93,6 +93,7 @@ use crate::{
 pub struct CapturedStep {
     /// Goes before what it works on.
     graph: Graph,
+    nodes: usize,
     record: Record,
     /// Launches of a graph are not made by two threads at once.
     not_shared: PhantomData<std::cell::Cell<()>>,
@@ -149,7 +150,7 @@ impl CapturedStep {
                 ),
             ));
         }
-        Ok(Self { graph, record, not_shared: PhantomData })
+        Ok(Self { graph, nodes, record, not_shared: PhantomData })
     }
 
     /// Enqueues the step. `plans` are the current ones of all plans whose runs were captured, in
@@ -190,9 +191,9 @@ impl CapturedStep {
         self.graph.stream()
     }
 
-    /// Kernels, copies and fills of this crate's operations in the graph.
+    /// Kernels, copies and fills in the graph, of others too.
     pub fn nodes(&self) -> usize {
-        self.record.nodes
+        self.nodes
     }
 }
 

@@ -117,11 +117,7 @@ pub use cuda_library::LibrarySource;
 pub use device::Device;
 pub use dtype::{DType, Element};
 pub use error::{FlashInferError, Result};
-pub use indices::{
-    AppendIndices, AppendTable, BoundedIndices, BoundedTable, IndexArrays, ItemIndices, ItemTable,
-    MaskIndices, MaskTable, OnDevice, PackedIndices, PackedTable, PageIndices, PageTable, RaggedIndices,
-    RaggedTable, RowIndices, RowTable, SegmentIndices, SegmentTable, SequenceIndices, SequenceTable,
-};
+pub use indices::{PageIndices, PageTable};
 pub use module::{Module, ModuleName};
 pub use ops::*;
 pub use runtime::{FlashInferRuntime, RuntimeConfig};

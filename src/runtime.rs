@@ -330,35 +330,49 @@ impl FlashInferRuntime {
     /// # Errors
     /// A module cannot be had or opened; the ones before it stay loaded.
     pub fn preload<'n>(&self, names: impl IntoIterator<Item = &'n ModuleName>) -> Result<()> {
-        names.into_iter().try_for_each(|name| self.load(name, Fetch::Allowed).map(drop))
+        names.into_iter().try_for_each(|name| self.fetched(name).map(drop))
     }
 
     /// The first of these modules, in order of preference, that a local source
     /// holds; if none does, the first that can be downloaded. Returns its
     /// place in the list, too.
     pub(crate) fn first_of(&self, names: &[ModuleName]) -> Result<(usize, &'static Module)> {
-        let missing = |error: &FlashInferError| match error {
-            FlashInferError::Artifact(error) => matches!(**error, ArtifactError::NotFound { .. }),
-            _ => false,
-        };
+        if let Some(found) = self.first_local(names)? {
+            return Ok(found);
+        }
         let mut first_error = None;
-        for fetch in [Fetch::Forbidden, Fetch::Allowed] {
-            for (place, name) in names.iter().enumerate() {
-                match self.load(name, fetch) {
-                    Ok(module) => return Ok((place, module)),
-                    Err(error) if missing(&error) => {
-                        if fetch == Fetch::Allowed {
-                            first_error.get_or_insert(error);
-                        }
-                    }
-                    Err(error) => return Err(error),
+        for (place, name) in names.iter().enumerate() {
+            match self.fetched(name) {
+                Ok(module) => return Ok((place, module)),
+                Err(error) if is_missing(&error) => {
+                    first_error.get_or_insert(error);
                 }
+                Err(error) => return Err(error),
             }
         }
         Err(first_error.unwrap_or_else(|| FlashInferError::Unsupported {
             what: "a choice among no modules".into(),
             available: "name at least one".into(),
         }))
+    }
+
+    /// The first of these modules, in order of preference, that a local source
+    /// holds, and its place in the list.
+    pub(crate) fn first_local(&self, names: &[ModuleName]) -> Result<Option<(usize, &'static Module)>> {
+        for (place, name) in names.iter().enumerate() {
+            match self.module(name) {
+                Ok(module) => return Ok(Some((place, module))),
+                Err(error) if is_missing(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// A module, for which the pinned wheel is downloaded if no local source
+    /// holds it.
+    pub(crate) fn fetched(&self, name: &ModuleName) -> Result<&'static Module> {
+        self.load(name, Fetch::Allowed)
     }
 
     fn load(&self, name: &ModuleName, fetch: Fetch) -> Result<&'static Module> {
@@ -379,6 +393,11 @@ impl FlashInferRuntime {
         *slot = Some(module);
         Ok(module)
     }
+}
+
+/// Whether no source holds what was asked for.
+fn is_missing(error: &FlashInferError) -> bool {
+    matches!(error, FlashInferError::Artifact(error) if matches!(**error, ArtifactError::NotFound { .. }))
 }
 
 impl Module {

@@ -15,13 +15,13 @@ use common::{
 };
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
-    DType, FlashInferError, MaskIndices, MaskTable, PageIndices, PageTable, RaggedIndices, RaggedTable,
-    Result,
+    DType, FlashInferError, PageIndices, PageTable, Result,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchAttentionPlan, Heads, Mask, PlanOptions, Split,
         Workspace,
     },
     cudarc::TensorExt,
+    indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;

@@ -9,8 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use common::{Gpu, Rng, assert_same_bits, refused};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use flashinfer_rs::{
-    DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable, Result, SegmentIndices,
-    SegmentTable, activation,
+    DType, FlashInferError, PageIndices, PageTable, Result, activation,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, CascadeLevel, CascadeWorkspace,
         DecodePlan, Heads, MultiLevelCascade, PlanOptions, SingleDecode, Workspace,
@@ -18,6 +17,7 @@ use flashinfer_rs::{
     cudarc::{Tensor, TensorExt},
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
     graph::CapturedStep,
+    indices::{RaggedIndices, RaggedTable, SegmentIndices, SegmentTable},
     kv::{
         Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, PageAllocator, PagedKv, PagedKvCache,
         Sequence,

@@ -386,8 +386,9 @@ fn wrong_stream() {
 /// Attention of several levels against attention over complete page tables.
 mod levels {
     use flashinfer_rs::{
-        DType, FlashInferError, RaggedIndices, RaggedTable, TensorRef,
+        DType, FlashInferError, TensorRef,
         attention::{Backend, CascadeLevel, CascadeWorkspace, MultiLevelCascade, PlanOptions},
+        indices::{RaggedIndices, RaggedTable},
         kv::PagedKv,
     };
 

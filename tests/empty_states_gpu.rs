@@ -10,13 +10,14 @@ use common::{
     ops::{Batch, Op},
 };
 use flashinfer_rs::{
-    DType, MaskIndices, MaskTable, PageIndices, PageTable, RaggedIndices, RaggedTable, TensorMut,
+    DType, PageIndices, PageTable, TensorMut,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, Heads, Mask, PlanOptions,
         PrefillRunOptions, RunOptions, SinglePrefill, Workspace,
     },
     cascade::{self, State, StateMut},
     cudarc::TensorExt,
+    indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv},
     reference,
 };

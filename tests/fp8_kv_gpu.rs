@@ -14,11 +14,11 @@ use common::{
     say,
 };
 use flashinfer_rs::{
-    AppendIndices, AppendTable, DType, FlashInferError, PageIndices, PageTable, RaggedIndices, RaggedTable,
-    Result, TensorMut, TensorRef,
+    DType, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
     attention::{
         AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, PlanOptions, RunOptions, Workspace,
     },
+    indices::{AppendIndices, AppendTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv, PagedKvMut},
     page,
     reference::{self, Mask},
@@ -296,9 +296,9 @@ fn turned_and_quantized<T: Number>() {
 
         let mut q = queries::<T>(&gpu, rng, &problem);
         let pos_ids = problem.query_positions();
-        let device_pos_ids = flashinfer_rs::BoundedTable::new(
+        let device_pos_ids = flashinfer_rs::indices::BoundedTable::new(
             &gpu.stream,
-            flashinfer_rs::BoundedIndices::new(1000, pos_ids.clone()).unwrap(),
+            flashinfer_rs::indices::BoundedIndices::new(1000, pos_ids.clone()).unwrap(),
         )
         .unwrap();
         // Keys go along that nobody wants.

@@ -12,9 +12,10 @@ use common::{
 };
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use flashinfer_rs::{
-    FlashInferError, ModuleName, SequenceIndices, SequenceTable, Stream,
+    FlashInferError, ModuleName, Stream,
     ffi::{Arg, DlTensor},
     gdn::{GdnInput, GdnOptions, GdnOutput, GdnWorkspace, gdn_prefill},
+    indices::{SequenceIndices, SequenceTable},
 };
 use half::{bf16, f16};
 

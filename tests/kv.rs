@@ -10,7 +10,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use flashinfer_rs::{
-    AppendIndices, DType, FlashInferError, PageIndices, RaggedIndices, Result, TensorRef,
+    DType, FlashInferError, PageIndices, Result, TensorRef,
+    indices::{AppendIndices, RaggedIndices},
     kv::{
         Batch, BatchTables, HeadsShape, KvLayout, KvShape, LatentShape, PageAllocator, PagedKvCache,
         PrefixCache, Sequence,
@@ -630,6 +631,28 @@ fn copies_that_are_due() {
     assert_eq!((pool.pending_copies(), pool.owners(parent.pages()[0])), (1, 2));
     cache.layer_mut(0, 0).unwrap();
     assert_eq!((pool.pending_copies(), pool.owners(parent.pages()[0])), (0, 1));
+}
+
+/// Memory that is not a `PagedKvCache` is told of the same copies, in their order.
+#[test]
+fn copies_in_memory_of_ones_own() {
+    let pool = PageAllocator::new(4, 4).unwrap();
+    let mut parent = Sequence::new(&pool);
+    parent.append(2).unwrap();
+    let mut child = parent.fork();
+    child.append(1).unwrap();
+    let mut grandchild = child.fork();
+    grandchild.append(1).unwrap();
+    let mut copies = Vec::new();
+    pool.copy_pages(|from, to| copies.push([from as i32, to as i32])).unwrap();
+    let [parent, child, grandchild] = [&parent, &child, &grandchild].map(|sequence| sequence.pages()[0]);
+    assert_eq!(copies, [[parent, child], [child, grandchild]]);
+    assert_eq!((pool.pending_copies(), pool.owners(parent), pool.owners(child)), (0, 1, 1));
+    pool.copy_pages(|_, _| unreachable!()).unwrap();
+    // A cache of the pool makes them itself.
+    let _cache = PagedKvCache::on_host(&pool, &[SHAPE]).unwrap();
+    let error = pool.copy_pages(|_, _| unreachable!()).unwrap_err().to_string();
+    assert!(error.contains("PagedKvCache"), "{error}");
 }
 
 /// A copy of a copy, both due at once, has what the first page had.

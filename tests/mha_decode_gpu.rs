@@ -10,16 +10,17 @@ use common::{
     Gpu, Number, Rng, Mirrored, assert_same_bits,
     attention::{assert_lse, capture as capture_graph, refuse_caches, refuse_queries_and_outputs},
     cache::{Cache, CacheShape, LAYOUTS, random_table, repeating_table, table_among},
-    refused, say,
+    is_not_at_hand, refused, say,
 };
 use cudarc::driver::CudaGraph;
 use flashinfer_rs::{
-    DType, FlashInferError, MaskIndices, MaskTable, PageIndices, PageTable, TensorMut,
+    DType, FlashInferError, PageIndices, PageTable, TensorMut,
     attention::{
         AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, Mask, PlanOptions, PosEncodingMode,
         ReplayKey, RunOptions, Split, Workspace,
     },
     cudarc::TensorExt,
+    indices::{MaskIndices, MaskTable},
     kv::{KvLayout, PagedKv},
     reference,
 };
@@ -229,7 +230,7 @@ fn optional_decode_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<Ba
     let spec = case.spec::<T, K>();
     match BatchDecode::new(&gpu.stream, &spec, case.heads()) {
         Ok(decode) => Some(decode),
-        Err(FlashInferError::Artifact(reason)) => {
+        Err(reason) if is_not_at_hand(&reason) => {
             say(&format!("skipped: no source holds the module of {spec:?}: {reason}"));
             None
         }

@@ -12,9 +12,10 @@ use common::{
     single::{self, Single},
 };
 use flashinfer_rs::{
-    DType, FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, TensorRef,
+    DType, FlashInferError, TensorRef,
     attention::{AttentionSpec, Backend, Mask, PosEncodingMode, RunOptions, SinglePrefill, Workspace},
     cudarc::TensorExt,
+    indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices},
     kv::KvLayout,
 };
 use half::{bf16, f16};

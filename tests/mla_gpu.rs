@@ -9,10 +9,10 @@ mod common;
 
 use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, cache::random_table, refused, say};
 use flashinfer_rs::{
-    AppendIndices, AppendTable, DType, FlashInferError, ModuleName, PageIndices, PageTable, RaggedIndices,
-    TensorMut,
+    DType, FlashInferError, ModuleName, PageIndices, PageTable, TensorMut,
     attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
     cudarc::{TensorExt, TensorExtMut},
+    indices::{AppendIndices, AppendTable, RaggedIndices},
     kv::MlaCache,
     page, reference,
 };

@@ -12,10 +12,11 @@ use common::{
     say,
 };
 use flashinfer_rs::{
-    FlashInferError, SegmentIndices, SegmentTable,
+    FlashInferError,
     cascade::{self, State, StateMut},
     gdn::GdnWorkspace,
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
+    indices::{SegmentIndices, SegmentTable},
     topk::{self, RowStates, TopKOptions},
 };
 use half::{bf16, f16};

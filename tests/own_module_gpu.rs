@@ -9,9 +9,10 @@ use std::process::Command;
 use common::{Gpu, Number, Rng, Mirrored, attention::capture, say};
 use cudarc::{driver::LaunchConfig, nvrtc::Ptx};
 use flashinfer_rs::{
-    FlashInferError, Module, ModuleName, PackedIndices, PackedTable, Result, TensorMut, TensorRef, args,
+    FlashInferError, Module, ModuleName, Result, TensorMut, TensorRef, args,
     artifacts::{Fetch, Member},
     cudarc::{TensorExt, TensorExtMut},
+    indices::{PackedIndices, PackedTable},
     norm::{self, NormOptions},
     quantization::{self, BitOrder},
 };

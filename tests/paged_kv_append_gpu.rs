@@ -9,7 +9,8 @@ use common::{
     refused,
 };
 use flashinfer_rs::{
-    AppendIndices, AppendTable, PageIndices, PageTable, Result, TensorMut, TensorRef,
+    PageIndices, PageTable, Result, TensorMut, TensorRef,
+    indices::{AppendIndices, AppendTable},
     kv::{KvLayout, PagedKvMut},
     page, reference,
 };

@@ -6,8 +6,9 @@ mod common;
 use common::{Gpu, Rng, attention::capture, leave_cuda_error, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
-    MaskIndices, ModuleName, PackedIndices, PackedTable, TensorMut, TensorRef,
+    ModuleName, TensorMut, TensorRef,
     cudarc::{TensorExt, TensorExtMut},
+    indices::{MaskIndices, PackedIndices, PackedTable},
     quantization::{self, BitOrder},
     reference,
 };

@@ -5,9 +5,9 @@ mod common;
 
 use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, cache::random_table, refused};
 use flashinfer_rs::{
-    AppendIndices, AppendTable, BoundedIndices, BoundedTable, RaggedIndices, RaggedTable, Result, TensorMut,
-    TensorRef,
+    Result, TensorMut, TensorRef,
     cudarc::TensorExt,
+    indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable, RaggedIndices, RaggedTable},
     reference,
     rope::{
         self, CosSinCache, Llama31RopeOptions, Positions, RopeFrequencies, RopeOptions, RopeScaling,

@@ -11,7 +11,8 @@ use common::{
     refused,
 };
 use flashinfer_rs::{
-    AppendIndices, AppendTable, BoundedIndices, BoundedTable, PageIndices, PageTable, TensorMut, TensorRef,
+    PageIndices, PageTable, TensorMut, TensorRef,
+    indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable},
     kv::KvLayout,
     reference,
     rope::{

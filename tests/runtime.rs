@@ -1,6 +1,8 @@
 //! Starting the process's runtime. There is one per process, so each test
 //! runs a part of this binary in a process of its own.
 
+mod artifact_support;
+
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -8,8 +10,9 @@ use std::{
 use test_support::{c_library, required};
 
 use flashinfer_rs::{
-    FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig,
+    DType, FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig, Stream,
     artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
+    attention::{AttentionSpec, Backend, BatchAttention, BatchDecode, Heads, MlaSpec},
 };
 
 /// Names the part that a child process is to run.
@@ -234,4 +237,52 @@ fn what_is_required_is_not_skipped() {
             None => return required::skip(required::MODULES, "this test says so"),
         }
     }
+}
+
+/// What no wheel of FlashInfer can hold is not looked for in one; that of the user may.
+#[test]
+fn head_dimensions_of_no_published_module() {
+    let test = "head_dimensions_of_no_published_module";
+    let folder = tempfile::tempdir().unwrap();
+    let wheel = folder.path().join("flashinfer_jit_cache-0.6.13+cu130.own-cp39-abi3-linux_x86_64.whl");
+    let spec = AttentionSpec::new(DType::F16, 96).with_backend(Backend::CudaCores);
+    let name = spec.decode_module().unwrap();
+    if std::env::var(PART).is_err() {
+        let library = folder.path().join("own.so");
+        let function = |name| format!("int __tvm_ffi_{name}(void) {{ return -1; }}\n");
+        if !c_library::compile(&["plan", "run"].map(function).concat(), &library, &[]) {
+            return;
+        }
+        let library = std::fs::read(library).unwrap();
+        std::fs::write(&wheel, artifact_support::module_wheel(&[(name.as_str(), &library)])).unwrap();
+    }
+    if let Some(output) = in_child(test, &[("FLASHINFER_RS_WHEELS", &wheel)]) {
+        return assert_passed(&output);
+    }
+    if runtime().is_none() {
+        return;
+    }
+    // SAFETY: the legacy default stream; nothing is enqueued on it.
+    let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+    let heads = Heads::new(8, 8);
+    let decode = BatchDecode::new(&stream, &spec, heads).unwrap();
+    assert_eq!((decode.module().name(), decode.backend()), (&name, Backend::CudaCores));
+    let other = |head_dim| AttentionSpec::new(DType::F16, head_dim);
+    for (result, nearest) in [
+        (BatchDecode::new(&stream, &other(80).with_backend(Backend::Fa2), heads).map(drop), "64"),
+        (BatchDecode::new(&stream, &other(112), heads).map(drop), "128"),
+        (BatchDecode::new(&stream, &spec.with_window_left(7), heads).map(drop), "128"),
+        (BatchAttention::new(&stream, &other(96), heads).map(drop), "128"),
+    ] {
+        let error = result.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, FlashInferError::Unsupported { .. }), "{text}");
+        let there_is = format!("there are head dimensions 64, 128 and 256, of which {nearest} is nearest");
+        assert!(text.contains(&there_is) && text.contains("FLASHINFER_RS_WHEELS"), "{text}");
+    }
+    // Only Mla's own dimensions have kernels at all.
+    let mut latent = MlaSpec::new(DType::F16, 1.0);
+    latent.head_dim_ckv = 256;
+    let error = latent.module(Backend::Fa2).unwrap_err().to_string();
+    assert!(error.contains("there is 512 and 64"), "{error}");
 }

@@ -8,8 +8,9 @@ mod rows;
 use common::{Gpu, Rng, Mirrored, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{
-    BoundedIndices, BoundedTable, Element, Result, TensorRef,
+    Element, Result, TensorRef,
     cudarc::{TensorExt, TensorExtMut},
+    indices::{BoundedIndices, BoundedTable},
     reference::{self, Filter},
     sampling::{self, *},
 };
@@ -937,7 +938,8 @@ mod statistic {
     use std::panic::catch_unwind;
 
     use flashinfer_rs::{
-        BoundedIndices, TensorRef,
+        TensorRef,
+        indices::BoundedIndices,
         reference::{Filter, sampling_from_probs},
         sampling::Philox,
     };

@@ -7,8 +7,9 @@ use std::thread;
 
 use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
-    FlashInferError, Result, SegmentIndices, SegmentTable,
+    FlashInferError, Result,
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
+    indices::{SegmentIndices, SegmentTable},
     reference,
 };
 use float8::{F8E4M3, F8E5M2};

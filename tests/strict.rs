@@ -4,8 +4,9 @@
 use std::ffi::c_void;
 
 use flashinfer_rs::{
-    DType, Device, FlashInferError, PageIndices, RaggedIndices, Result, Stream, TensorMut, TensorRef,
+    DType, Device, FlashInferError, PageIndices, Result, Stream, TensorMut, TensorRef,
     activation::{self, ActivationOptions},
+    indices::RaggedIndices,
     kv::{KvLayout, PagedKvMut},
     norm::{self, NormOptions},
     reference,
@@ -330,11 +331,12 @@ fn quantizing_rotary_embeddings() {
     refused_alike("quant_scale_kv", |on| run(on, DType::E4M3, DType::F16, &[100, 64], f64::NAN));
 }
 
-/// Appending needs tables on a device, so the words are compared in `src/ops/page.rs`.
+/// Appending and attention need tables on a device, so their words are compared in `src/ops/page.rs`
+/// and `src/ops/attention/batch_run.rs`.
 #[test]
 fn pages() {
     let table = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();
-    let append = flashinfer_rs::AppendIndices::new(&table, vec![0], vec![19]).unwrap();
+    let append = flashinfer_rs::indices::AppendIndices::new(&table, vec![0], vec![19]).unwrap();
     let run = |dtype, head_dim| {
         let cache = |address: usize| {
             // SAFETY: every call is refused.

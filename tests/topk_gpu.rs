@@ -8,8 +8,9 @@ use std::cmp::Ordering;
 use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
-    ModuleName, Result, RowIndices, RowTable, TensorMut, TensorRef,
+    ModuleName, Result, TensorMut, TensorRef,
     cudarc::{TensorExt, TensorExtMut},
+    indices::{RowIndices, RowTable},
     reference,
     topk::{self, RowStates, TieBreak, TopKOptions},
 };

@@ -3,12 +3,13 @@
 use std::{cell::RefCell, time::Instant};
 
 use flashinfer_rs::{
-    DType, PageTable, RaggedIndices, RaggedTable, TensorRef,
+    DType, PageTable, TensorRef,
     attention::{
         AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaQuery, MlaSpec, PlanOptions,
         Workspace,
     },
     ffi::{Object, Value},
+    indices::{RaggedIndices, RaggedTable},
     kv::{KvLayout, MlaCache, PagedKv},
 };
 use half::{bf16, f16};

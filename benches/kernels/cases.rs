@@ -1,8 +1,9 @@
 //! The cases that need no plan.
 
 use flashinfer_rs::{
-    AppendIndices, AppendTable, BoundedIndices, BoundedTable, DType, ModuleName, PageIndices, PageTable,
+    DType, ModuleName, PageIndices, PageTable,
     activation::{self, ActivationOptions},
+    indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable},
     kv::{KvLayout, PagedKvMut},
     norm, page,
     rope::{self, CosSinCache, RopeFrequencies, RopeOptions, RopeScaling, RopeTensors, Rotation},

@@ -33,3 +33,23 @@ pub fn draft(tokens: &[u32], most: usize) -> Vec<u32> {
     }
     draft
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drafts_are_what_followed_the_longest_run() {
+        assert_eq!(draft(&[1, 2, 3, 9, 1, 2], 2), [3, 9]);
+        // The latest of several, and of a longer run rather than a later one.
+        assert_eq!(draft(&[1, 2, 3, 1, 2, 4, 1, 2], 1), [4]);
+        assert_eq!(draft(&[7, 1, 2, 3, 1, 2, 4, 7, 1, 2], 1), [3]);
+        // What repeats goes on.
+        assert_eq!(draft(&[8, 1, 2, 1, 2], 5), [1, 2, 1, 2, 1]);
+        assert_eq!(draft(&[6, 6, 6], 3), [6, 6, 6]);
+        for none in [&[1, 2, 3, 2][..], &[5], &[]] {
+            assert_eq!(draft(none, 4), [0u32; 0]);
+        }
+        assert_eq!(draft(&[6, 6, 6], 0), [0u32; 0]);
+    }
+}

@@ -4,23 +4,32 @@
 //! |---|---|
 //! | `cli` | the command line |
 //! | `hub` | names of models to files |
-//! | `scheduler`, `request`, `draft` | who computes what in a step, and when an answer ends |
-//! | `backend` | what computes a step: the CPU, or an NVIDIA GPU |
+//! | [`Llm`] | a model that is loaded and answers |
+//! | [`engine`] | the thread that answers requests, and what comes back of them |
+//! | [`request`], [`sampling`] | what is asked, how tokens are chosen, and why an answer ends |
+//! | [`scheduler`], `draft` | who computes what in a step |
+//! | [`backend`] | what computes a step: the CPU, an NVIDIA GPU, or a stand-in for tests |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `text` | text to token ids and back, and templates of chats |
 
-mod backend;
+pub mod backend;
 pub mod cli;
 mod draft;
+pub mod engine;
 mod hub;
+mod llm;
 mod model;
-mod request;
-mod scheduler;
+pub mod request;
+pub mod sampling;
+pub mod scheduler;
 #[cfg(test)]
 mod tests;
-mod text;
+pub mod text;
+
+pub use llm::{Completion, Llm, LlmOptions, complete};
+pub use sampling::SamplingParams;
 
 /// What went wrong, in a sentence.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 /// A result with an [`Error`].
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,127 +1,188 @@
-//! A request: a prompt, the answer so far, and when that ends.
+//! What is asked of an engine, and how that ends.
 
-use std::{collections::BTreeSet, fmt};
+use std::fmt;
 
-use crate::Result;
+use crate::sampling::{InvalidParameter, SamplingParams};
 
-/// What bounds every request.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// The most tokens that one step computes, which is also the most requests
-    /// that run at a time. At least 1.
-    pub step_tokens: usize,
-    /// The most tokens of an answer. At least 1.
-    pub max_tokens: usize,
-    /// The most tokens of a prompt and its answer: the model's context.
-    pub context: usize,
-    /// The most tokens of a draft; 0 for no drafts.
-    pub draft: usize,
-    /// Tokens with which the model ends an answer.
-    pub ends: BTreeSet<u32>,
+/// A prompt, and how it is to be answered.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Request {
+    /// The tokens of the prompt.
+    pub prompt: Vec<u32>,
+    /// How tokens of the answers are chosen, and when these end.
+    pub params: SamplingParams,
+}
+
+/// A request's number, of one engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub(crate) u64);
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
 }
 
 /// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Ended {
-    /// The model gave one of [`Limits::ends`], which is the answer's last token.
-    Model,
-    /// At [`Limits::max_tokens`].
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Finish {
+    /// The model gave one of its end tokens.
+    EndToken(u32),
+    /// One of [`SamplingParams::stop_token_ids`] came.
+    StopToken(u32),
+    /// One of [`SamplingParams::stop`] came.
+    StopString(String),
+    /// At [`SamplingParams::max_tokens`].
     MaxTokens,
-    /// At [`Limits::context`].
+    /// At the model's context.
     Context,
     /// The whole cache holds no more.
     Cache,
     /// The model computed NaN, so that there is no next token.
     NoNumbers,
+    /// The request was cancelled.
+    Cancelled,
+    /// The engine could not go on with it, for this reason.
+    Failed(String),
 }
 
-impl fmt::Display for Ended {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Model => "the model",
-            Self::MaxTokens => "--max-tokens",
-            Self::Context => "the model's context",
-            Self::Cache => "the cache's size",
-            Self::NoNumbers => "logits that are no numbers",
-        })
+impl Finish {
+    /// The reason in a word, as OpenAI's and vLLM's servers say it.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::EndToken(_) | Self::StopToken(_) | Self::StopString(_) => "stop",
+            Self::MaxTokens | Self::Context | Self::Cache => "length",
+            Self::Cancelled => "abort",
+            Self::NoNumbers | Self::Failed(_) => "error",
+        }
+    }
+
+    /// Whether the last token ended the answer and is no part of its text.
+    pub fn hides_last_token(&self) -> bool {
+        matches!(self, Self::EndToken(_) | Self::StopToken(_))
     }
 }
 
-/// A prompt, and what the model has added to it.
-#[derive(Clone, Debug)]
-pub struct Request {
-    tokens: Vec<u32>,
-    prompt: usize,
-    /// Tokens that the cache held at some time.
-    pub reached: usize,
-    ended: Option<Ended>,
+impl fmt::Display for Finish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EndToken(_) => f.write_str("the model"),
+            Self::StopToken(token) => write!(f, "the stop token {token}"),
+            Self::StopString(stop) => write!(f, "the stop string {stop:?}"),
+            Self::MaxTokens => f.write_str("the limit of tokens"),
+            Self::Context => f.write_str("the model's context"),
+            Self::Cache => f.write_str("the cache's size"),
+            Self::NoNumbers => f.write_str("logits that are no numbers"),
+            Self::Cancelled => f.write_str("its caller"),
+            Self::Failed(problem) => write!(f, "an error: {problem}"),
+        }
+    }
 }
 
-impl Request {
-    /// A request without an answer.
+/// The tokens of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Those of them that were found when the prompt was first read: in the prefix cache,
+    /// or in another answer to the same request.
+    pub cached_tokens: usize,
+    /// Tokens of the answer, with one that ended it.
+    pub completion_tokens: usize,
+}
+
+/// What every request has to fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// The tokens that the model knows: those below this.
+    pub vocab_size: usize,
+    /// The most tokens of a prompt and its answer: the model's context.
+    pub context: usize,
+    /// The tokens for which the KV cache has room.
+    pub cache_tokens: usize,
+}
+
+impl Bounds {
+    /// Checks a request.
     ///
     /// # Errors
-    /// The prompt is empty, or leaves no room for an answer in the model's
-    /// context or in a cache of so many tokens.
-    pub fn new(prompt: Vec<u32>, limits: &Limits, cache: usize) -> Result<Self> {
-        let len = prompt.len();
-        if len == 0 {
-            return Err("the prompt is empty".into());
+    /// A parameter is out of its range; the prompt is empty or has a token that is
+    /// none; or it leaves no room for an answer in the context or the cache.
+    pub fn check(&self, request: &Request) -> Result<(), SubmitError> {
+        let Self { vocab_size, context, cache_tokens: cache } = *self;
+        let (prompt, tokens) = (&request.prompt, request.prompt.len());
+        request.params.check(vocab_size)?;
+        if tokens == 0 {
+            return Err(SubmitError::EmptyPrompt);
         }
-        if len >= limits.context {
-            let context = limits.context;
-            return Err(format!(
-                "the prompt has {len} tokens, and the model's context {context}, those of the answer \
-                 included; shorten it"
-            )
-            .into());
+        if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(SubmitError::UnknownToken { token, vocab_size });
         }
-        if len >= cache {
-            return Err(format!(
-                "the prompt has {len} tokens, and the cache holds {cache}, those of the answer included; \
-                 shorten it, or give more --cache-tokens"
-            )
-            .into());
+        if tokens >= context {
+            return Err(SubmitError::Context { tokens, context });
         }
-        Ok(Self { tokens: prompt, prompt: len, reached: 0, ended: None })
+        if tokens >= cache {
+            return Err(SubmitError::Cache { tokens, cache });
+        }
+        Ok(())
     }
+}
 
-    /// The tokens of the prompt and of the answer.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens
-    }
-
-    /// The tokens that the model has added.
-    pub fn answer(&self) -> &[u32] {
-        &self.tokens[self.prompt..]
-    }
-
-    /// The tokens of the answer's text: all but the one that ended it.
-    pub fn spoken(&self) -> &[u32] {
-        let end = usize::from(self.ended == Some(Ended::Model));
-        &self.tokens[self.prompt..self.tokens.len() - end]
-    }
-
-    /// Why the answer ended, if it did.
-    pub fn ended(&self) -> Option<Ended> {
-        self.ended
-    }
-
-    /// Ends the answer where there is no next token.
-    pub fn fail(&mut self) {
-        self.ended = Some(Ended::NoNumbers);
-    }
-
-    /// Adds a token to the answer, which may end it.
-    pub fn push(&mut self, token: u32, limits: &Limits, cache: usize) {
-        self.tokens.push(token);
-        // What follows a token takes that token's place in the cache.
-        self.ended = match self.tokens.len() {
-            _ if limits.ends.contains(&token) => Some(Ended::Model),
-            _ if self.answer().len() >= limits.max_tokens => Some(Ended::MaxTokens),
-            len if len > limits.context => Some(Ended::Context),
-            len if len > cache => Some(Ended::Cache),
-            _ => None,
-        };
-    }
+/// Why a request is not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// There is nothing to answer.
+    #[error("the prompt is empty; give at least one token")]
+    EmptyPrompt,
+    /// The prompt has a token that the model does not know.
+    #[error("the prompt has the token {token}; the model knows those below {vocab_size}")]
+    UnknownToken {
+        /// The token.
+        token: u32,
+        /// The number of tokens that the model knows.
+        vocab_size: usize,
+    },
+    /// A parameter is out of its range.
+    #[error(transparent)]
+    Parameter(#[from] InvalidParameter),
+    /// The prompt leaves no room for an answer in the model's context.
+    #[error(
+        "the prompt has {tokens} tokens, and the model's context {context}, those of the answer included; \
+         shorten it"
+    )]
+    Context {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// The most tokens of a prompt and its answer.
+        context: usize,
+    },
+    /// The prompt leaves no room for an answer in the KV cache.
+    #[error(
+        "the prompt has {tokens} tokens, and the cache holds {cache}, those of the answer included; shorten \
+         it, or give more cache tokens (--cache-tokens)"
+    )]
+    Cache {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// The most tokens of all requests that run.
+        cache: usize,
+    },
+    /// As many wait as may.
+    #[error(
+        "the queue is full: {answers} answers to prompts of {tokens} tokens are in it, of {max_answers} and \
+         {max_tokens}; try again later"
+    )]
+    QueueFull {
+        /// Answers that run or wait.
+        answers: usize,
+        /// Tokens of their prompts.
+        tokens: usize,
+        /// The most answers.
+        max_answers: usize,
+        /// The most tokens.
+        max_tokens: usize,
+    },
+    /// The engine's thread is gone, for this reason.
+    #[error("the engine is gone: {0}")]
+    Dead(String),
 }

@@ -1,9 +1,11 @@
 //! The pinned model says what it is known to say, and other files are refused
 //! or run as they should be.
 
-mod bytes;
-mod forward;
+mod architectures;
+pub(crate) mod bytes;
+pub(crate) mod forward;
 mod gpu;
+mod keys;
 mod sentencepiece;
 
 use std::{
@@ -11,7 +13,7 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     slice,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
 };
 
 use candle_core::{
@@ -21,7 +23,6 @@ use candle_core::{
         gguf_file::{self, Value},
     },
 };
-use clap::Parser;
 use flashinfer_rs::{
     artifacts::{ArtifactError, Fetch, Store},
     kv::{Batch, PageAllocator, Sequence},
@@ -32,17 +33,17 @@ use test_support::required;
 
 use crate::{
     Result,
-    backend::{Engine, Step, cpu::Cpu},
-    cli::{
-        Cli, Command,
-        answers::answer,
-        run::{Args, prompts},
-    },
+    backend::{Backend, Output, Sample, Step, cpu::Cpu},
+    cli::answers::{Asked, answer},
+    engine::{Engine, EngineConfig},
     hub,
     model::{Ends, Layer, Model},
-    request::{Ended, Limits},
-    scheduler::{Scheduler, Stats},
-    text::{Text, chat::Chat},
+    request::{Finish, Request},
+    scheduler::{
+        Limits, Stats,
+        testing::{Requests, greedy},
+    },
+    text::{ChatOptions, EncodeOptions, Message, Role, Text},
 };
 
 /// Prompts and what greedy decoding adds to them.
@@ -67,9 +68,16 @@ const CAPITAL: (&[u32], &[u32]) = (
 
 struct Loaded {
     model: Model,
-    text: Text,
+    text: Arc<Text>,
     ends: Ends,
     layers: Vec<Layer>,
+}
+
+/// A question, asked as the model's template asks.
+fn ask(text: &Text, system: Option<&str>, question: &str) -> Vec<u32> {
+    let system = system.map(|system| Message::new(Role::System, system));
+    let messages: Vec<_> = system.into_iter().chain([Message::new(Role::User, question)]).collect();
+    text.render_chat(&messages, &[], &ChatOptions::default()).unwrap()
 }
 
 /// The pinned model, loaded once; `None`, after saying why, where it cannot be reached.
@@ -86,7 +94,7 @@ fn loaded() -> Option<&'static Loaded> {
             Err(error) => panic!("{error}"),
         };
         let model = Model::open(&path).unwrap();
-        let text = Text::from_gguf(&model.content).unwrap();
+        let text = Arc::new(Text::from_gguf(&model.content).unwrap());
         let (ends, layers) = (model.ends().unwrap(), model.layers().collect::<Result<_>>().unwrap());
         Some(Loaded { model, text, ends, layers })
     };
@@ -103,13 +111,13 @@ impl Loaded {
 #[test]
 fn the_tokenizer_gives_the_known_ids() {
     let Some(Loaded { text, .. }) = loaded() else { return };
-    assert_eq!(text.encode_chat(None, "What is the capital of France?").unwrap(), CHAT.0);
-    assert_eq!(text.encode("Once upon a time").unwrap(), STORY.0);
-    assert_eq!(text.encode("The capital of France is").unwrap(), CAPITAL.0);
+    assert_eq!(ask(text, None, "What is the capital of France?"), CHAT.0);
+    assert_eq!(text.encode("Once upon a time"), STORY.0);
+    assert_eq!(text.encode("The capital of France is"), CAPITAL.0);
     // Digits stand alone.
-    assert_eq!(text.encode("2013").unwrap(), [34, 32, 33, 35]);
-    assert_eq!(text.encode("").unwrap(), [0u32; 0]);
-    let other = text.encode_chat(Some("Be brief."), "Hi").unwrap();
+    assert_eq!(text.encode("2013"), [34, 32, 33, 35]);
+    assert_eq!(text.encode(""), [0u32; 0]);
+    let other = ask(text, Some("Be brief."), "Hi");
     assert_eq!((other[0], other.last()), (1, Some(&198)));
     assert!(text.ends().contains(&2) && !text.ends().contains(&1));
 }
@@ -119,7 +127,7 @@ fn text_comes_back_at_character_boundaries() {
     let Some(Loaded { text, .. }) = loaded() else { return };
     for whole in ["The capital of France is Paris.", "naïve — 東京 🦀🧪 é", " two  spaces\n\tand a tab"]
     {
-        let ids = text.encode(whole).unwrap();
+        let ids = text.encode(whole);
         let mut stream = text.stream();
         let mut pieces: Vec<_> = ids.iter().map(|&id| stream.push(id)).collect();
         pieces.push(stream.finish());
@@ -127,7 +135,7 @@ fn text_comes_back_at_character_boundaries() {
         assert!(!pieces.concat().contains(char::REPLACEMENT_CHARACTER));
     }
     // Half a character at the end is told, and special tokens are no text.
-    let crab = text.encode("🦀").unwrap();
+    let crab = text.encode("🦀");
     assert!(crab.len() > 1);
     let mut stream = text.stream();
     assert_eq!(stream.push(crab[0]), "");
@@ -136,50 +144,50 @@ fn text_comes_back_at_character_boundaries() {
 }
 
 /// Limits for the known answers, of which only the first ends by itself.
-fn limits(step_tokens: usize, max_tokens: usize, draft: usize) -> Limits {
-    Limits { step_tokens, max_tokens, context: 8192, draft, ends: [2].into() }
-}
-
-/// Takes steps until all is answered.
-fn finish(scheduler: &mut Scheduler, engine: &mut dyn Engine) {
-    while !scheduler.is_done() {
-        scheduler.step(engine).unwrap();
-    }
+fn limits(step_tokens: usize, draft: usize) -> Limits {
+    Limits { step_tokens, max_running: 64, context: 8192, draft, ends: [2].into() }
 }
 
 /// What a request is answered when it is alone.
-fn solo(engine: &mut dyn Engine, pool: &PageAllocator, prompt: &[u32], limits: Limits) -> (Vec<u32>, Stats) {
-    let mut scheduler = Scheduler::new(pool, limits);
-    scheduler.push(prompt.into()).unwrap();
-    finish(&mut scheduler, engine);
-    (scheduler.requests()[0].answer().into(), scheduler.stats())
+fn solo(
+    engine: &mut dyn Backend,
+    pool: &PageAllocator,
+    prompt: &[u32],
+    max_tokens: usize,
+    limits: Limits,
+) -> (Vec<u32>, Stats) {
+    let mut requests = Requests::new(pool, engine.vocab_size(), limits);
+    requests.submit(prompt, &greedy(max_tokens)).unwrap();
+    requests.finish(engine);
+    (requests.answer(0).ids(), requests.scheduler.stats())
 }
 
 /// The tokens after the outputs of a step, all of which have one.
-fn greedy(engine: &dyn Engine) -> Vec<u32> {
-    engine.greedy().unwrap().into_iter().map(|token| token.expect("logits that are numbers")).collect()
+fn tokens(samples: &[Sample]) -> Vec<u32> {
+    samples.iter().map(|sample| sample.token.expect("logits that are numbers")).collect()
 }
 
 /// Four requests, of which the second and the last hold a token that makes NaN: these
 /// end without an answer. Gives the prompts and answers of the others.
-fn check_no_numbers(engine: &mut dyn Engine, pool: &PageAllocator) -> [(&'static [u32], Vec<u32>); 2] {
+fn check_no_numbers(engine: &mut dyn Backend, pool: &PageAllocator) -> [(&'static [u32], Vec<u32>); 2] {
     const PROMPTS: [&[u32]; 4] =
         [&[11, 3, 5], &[2, forward::INFINITE, 4, 9], &[20, 21, 22, 23, 24], &[forward::INFINITE]];
-    let mut scheduler = Scheduler::new(pool, Limits { ends: [].into(), ..limits(16, 10, 2) });
+    let limits = Limits { ends: [].into(), ..limits(16, 2) };
+    let mut requests = Requests::new(pool, engine.vocab_size(), limits);
     for prompt in PROMPTS {
-        scheduler.push(prompt.into()).unwrap();
+        requests.submit(prompt, &greedy(10)).unwrap();
     }
-    finish(&mut scheduler, engine);
-    let requests = scheduler.requests();
+    requests.finish(engine);
     for failed in [1, 3] {
-        assert_eq!((requests[failed].answer(), requests[failed].ended()), (&[][..], Some(Ended::NoNumbers)));
+        let answer = requests.answer(failed);
+        assert_eq!((answer.ids(), &answer.finish), (vec![], &Some(Finish::NoNumbers)));
     }
     let answers = [0, 2].map(|request| {
-        assert_eq!(requests[request].ended(), Some(Ended::MaxTokens));
-        (PROMPTS[request], requests[request].answer().to_vec())
+        assert_eq!(requests.answer(request).finish, Some(Finish::MaxTokens));
+        (PROMPTS[request], requests.answer(request).ids())
     });
     assert!(answers.iter().all(|(_, answer)| answer.len() == 10));
-    drop(scheduler);
+    drop(requests);
     assert_eq!(pool.used_pages(), 0);
     answers
 }
@@ -191,8 +199,8 @@ fn requests_of_nan_end_and_the_others_go_on() {
     let pool = PageAllocator::new(32, 4).unwrap();
     let mut cpu = Cpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool).unwrap();
     for (prompt, expected) in check_no_numbers(&mut cpu, &pool) {
-        let limits = Limits { ends: [].into(), ..limits(16, 10, 0) };
-        assert_eq!(solo(&mut cpu, &pool, prompt, limits).0, expected);
+        let limits = Limits { ends: [].into(), ..limits(16, 0) };
+        assert_eq!(solo(&mut cpu, &pool, prompt, 10, limits).0, expected);
     }
 }
 
@@ -208,20 +216,27 @@ fn the_error_names_requests_of_nan() {
     tiny.tensors.insert("output.weight".into(), vocab);
     tiny.value = nan;
     let model = Model::open(&tiny.write(&folder)).unwrap();
-    let text = Text::from_gguf(&model.content).unwrap();
-    let pool = PageAllocator::new(8, 4).unwrap();
-    let mut cpu = Cpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool).unwrap();
-    let mut outcome = |prompts: &[&[u32]]| {
-        let mut scheduler = Scheduler::new(&pool, limits(16, 3, 0));
-        prompts.iter().for_each(|prompt| scheduler.push(prompt.to_vec()).unwrap());
-        let summary = answer(&mut cpu, &mut scheduler, &text, None).unwrap();
+    let text = Arc::new(Text::from_gguf(&model.content).unwrap());
+    let config = EngineConfig { page_size: 4, num_pages: 8, ..EngineConfig::new(limits(16, 0)) };
+    let outcome = |prompts: &[&[u32]]| {
+        let (ends, layers) = (model.ends().unwrap(), model.layers().collect::<Vec<_>>());
+        let parts = model.config.clone();
+        let load =
+            move |pool: &PageAllocator, _: &mut Limits| Cpu::new(&parts, ends, layers.into_iter(), pool);
+        let engine = Engine::start(config.clone(), text.clone(), load).unwrap();
+        let asked = prompts.iter().enumerate().map(|(index, prompt)| Asked {
+            name: if prompts.len() > 1 { format!("line {}", index + 1) } else { String::new() },
+            heading: None,
+            events: Ok(engine.submit(Request { prompt: prompt.to_vec(), params: greedy(3) }).unwrap()),
+        });
+        let summary = answer(&engine, asked, &mut Vec::new()).unwrap();
         (summary.to_string(), summary.check().map_err(|error| error.to_string()))
     };
     let bad: &[u32] = &[forward::INFINITE];
     let (summary, error) = outcome(&[&[5], bad, &[6], bad]);
     assert!(summary.contains("4 prompts") && summary.contains("no numbers (2)"), "{summary}");
     let error = error.unwrap_err();
-    assert!(error.starts_with("prompt 2, 4: the model's logits are no numbers"), "{error}");
+    assert!(error.starts_with("line 2, line 4: the model's logits are no numbers"), "{error}");
     assert!(outcome(&[bad]).1.unwrap_err().starts_with("the model's logits are no numbers"));
     assert_eq!(outcome(&[&[5], &[6]]).1, Ok(()));
 }
@@ -234,9 +249,9 @@ fn greedy_decoding_gives_the_known_ids() {
 }
 
 /// Greedy decoding of one prompt after the other.
-fn check_known_ids(engine: &mut dyn Engine, pool: &PageAllocator) {
+fn check_known_ids(engine: &mut dyn Backend, pool: &PageAllocator) {
     for (prompt, expected) in [CHAT, STORY, CAPITAL] {
-        assert_eq!(solo(engine, pool, prompt, limits(64, expected.len(), 0)).0, expected);
+        assert_eq!(solo(engine, pool, prompt, expected.len(), limits(64, 0)).0, expected);
     }
     assert_eq!(pool.used_pages(), 0);
 }
@@ -250,10 +265,10 @@ fn a_mixed_batch_gives_the_same_ids() {
 }
 
 /// The three prompts, of which some are read while others decode.
-fn check_mixed_batch(engine: &mut dyn Engine, pool: &PageAllocator) {
-    let mut scheduler = Scheduler::new(pool, limits(7, 16, 0));
+fn check_mixed_batch(engine: &mut dyn Backend, pool: &PageAllocator) {
+    let mut requests = Requests::new(pool, engine.vocab_size(), limits(7, 0));
     let (mut steps, mut mixed) = (0, 0);
-    while steps < 5 || !scheduler.is_done() {
+    while steps < 5 || !requests.scheduler.is_done() {
         // The first decodes while the second prompt is read, 7 tokens in a step.
         let joining = match steps {
             0 => Some(STORY),
@@ -262,20 +277,20 @@ fn check_mixed_batch(engine: &mut dyn Engine, pool: &PageAllocator) {
             _ => None,
         };
         if let Some((prompt, _)) = joining {
-            scheduler.push(prompt.into()).unwrap();
+            requests.submit(prompt, &greedy(16)).unwrap();
         }
-        let before = scheduler.stats();
-        scheduler.step(engine).unwrap();
-        let after = scheduler.stats();
+        let before = requests.scheduler.stats();
+        requests.step(engine);
+        let after = requests.scheduler.stats();
         mixed += usize::from(after.read > before.read && after.decoded > before.decoded);
         steps += 1;
     }
     assert!(mixed >= 5, "{mixed} of {steps} steps were mixed");
-    assert_eq!(scheduler.stats().preemptions, 0);
-    for (request, (_, expected)) in scheduler.requests().iter().zip([STORY, CHAT, CAPITAL]) {
-        assert_eq!(request.answer(), &expected[..expected.len().min(16)]);
+    assert_eq!(requests.scheduler.stats().preemptions, 0);
+    for (request, (_, expected)) in [STORY, CHAT, CAPITAL].into_iter().enumerate() {
+        assert_eq!(requests.answer(request).ids(), expected[..expected.len().min(16)]);
     }
-    drop(scheduler);
+    drop(requests);
     assert_eq!(pool.used_pages(), 0);
 }
 
@@ -287,24 +302,24 @@ fn few_pages_and_a_shared_prefix_give_the_same_ids() {
 }
 
 /// Three prompts and drafts, in 17 pages of 3 tokens.
-fn check_few_pages(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
+fn check_few_pages(engine: &mut dyn Backend, pool: &PageAllocator, text: &Text) {
     // The second question has the system prompt and more in common with the first.
-    let italy = text.encode_chat(None, "What is the capital of Italy?").unwrap();
+    let italy = ask(text, None, "What is the capital of Italy?");
     let common = CHAT.0.iter().zip(&italy).take_while(|(a, b)| a == b).count();
     assert!(common > 26, "{common} tokens");
-    let alone = solo(engine, pool, &italy, limits(24, 16, 0)).0;
-    let mut scheduler = Scheduler::new(pool, limits(24, 16, 2));
+    let alone = solo(engine, pool, &italy, 16, limits(24, 0)).0;
+    let mut requests = Requests::new(pool, engine.vocab_size(), limits(24, 2));
     for prompt in [STORY.0, CHAT.0, &italy] {
-        scheduler.push(prompt.into()).unwrap();
+        requests.submit(prompt, &greedy(16)).unwrap();
     }
-    finish(&mut scheduler, engine);
-    let stats = scheduler.stats();
+    requests.finish(engine);
+    let stats = requests.scheduler.stats();
     assert!(stats.preemptions > 0 && stats.recomputed > 0, "{stats:?}");
     assert_eq!(stats.saved, common / pool.page_size() * pool.page_size(), "{stats:?}");
-    for (request, answer) in scheduler.requests().iter().zip([&STORY.1[..16], CHAT.1, &alone]) {
-        assert_eq!(request.answer(), answer);
+    for (request, answer) in [&STORY.1[..16], CHAT.1, &alone].into_iter().enumerate() {
+        assert_eq!(requests.answer(request).ids(), answer);
     }
-    drop(scheduler);
+    drop(requests);
     assert_eq!(pool.used_pages(), 0);
 }
 
@@ -316,11 +331,11 @@ fn drafts_save_steps_and_change_no_id() {
 }
 
 /// A prompt that repeats itself, with and without drafts.
-fn check_drafts(engine: &mut dyn Engine, pool: &PageAllocator, text: &Text) {
-    let prompt = text.encode("red blue red blue red blue red blue red").unwrap();
-    let (plain, stats) = solo(engine, pool, &prompt, limits(64, 20, 0));
+fn check_drafts(engine: &mut dyn Backend, pool: &PageAllocator, text: &Text) {
+    let prompt = text.encode("red blue red blue red blue red blue red");
+    let (plain, stats) = solo(engine, pool, &prompt, 20, limits(64, 0));
     assert_eq!((stats.steps, stats.drafted), (20, 0));
-    let (drafted, stats) = solo(engine, pool, &prompt, limits(64, 20, 4));
+    let (drafted, stats) = solo(engine, pool, &prompt, 20, limits(64, 4));
     assert_eq!(drafted, plain);
     assert_eq!(stats.steps + stats.accepted, 20, "{stats:?}");
     assert!(stats.steps <= 8, "{stats:?}");
@@ -334,8 +349,9 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
     let mut batch = Batch::new(&pool);
     let mut compute = |tokens: &[u32], outputs: &[usize], batch: &mut Batch| {
         batch.append([tokens.len()]).unwrap();
-        cpu.step(&Step { batch, tokens, outputs }).unwrap();
-        (cpu.logits().unwrap(), greedy(&cpu))
+        let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
+        let best = cpu.step(&Step { batch, tokens, outputs: &outputs }).unwrap();
+        (cpu.logits().unwrap(), self::tokens(&best))
     };
     batch.push(Sequence::new(&pool)).unwrap();
     let mut singles = Vec::new();
@@ -354,36 +370,8 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
     assert_eq!(best[2], CAPITAL.1[0]);
 }
 
-#[test]
-fn prompts_and_drafts_come_from_the_command_line() {
-    let parse = |args: &[&str]| -> Result<Args> {
-        match Cli::try_parse_from([&["flashinfer", "run", "smollm2"], args].concat())?.command {
-            Command::Run(args) => Ok(args),
-            _ => Err("not `run`".into()),
-        }
-    };
-    let cli = parse(&["--speculate", "Hi"]).unwrap();
-    assert_eq!((cli.speculate, prompts(&cli).unwrap()), (4, vec!["Hi".to_owned()]));
-    assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
-    assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
-    assert!(parse(&["Hi", "--prompts", "file"]).is_err());
-
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("prompts.txt");
-    let of_file = || prompts(&parse(&["--prompts", path.to_str().unwrap()]).unwrap());
-    let refused = |expected: &str| {
-        let text = of_file().unwrap_err().to_string();
-        assert!(text.contains(expected) && text.contains(path.to_str().unwrap()), "{text}");
-    };
-    refused("cannot read the prompts");
-    fs::write(&path, "\n \n").unwrap();
-    refused("has no prompts");
-    fs::write(&path, "One?\n\n  Two \r\nThree").unwrap();
-    assert_eq!(of_file().unwrap(), ["One?", "  Two ", "Three"]);
-}
-
 /// A small file, of this metadata and tensors of these shapes.
-struct Tiny {
+pub(crate) struct Tiny {
     metadata: BTreeMap<&'static str, Value>,
     tensors: BTreeMap<String, Vec<usize>>,
     /// The elements of a tensor, by its name, shape and their place.
@@ -425,7 +413,18 @@ impl Tiny {
         Self { metadata: metadata.into(), tensors: tensors.into(), value }
     }
 
-    fn write(&self, folder: &TempDir) -> PathBuf {
+    /// The tokenizer that the metadata describes.
+    fn text(&self) -> crate::Result<Arc<Text>> {
+        let content = gguf_file::Content {
+            magic: gguf_file::VersionedMagic::GgufV3,
+            metadata: self.metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect(),
+            tensor_infos: std::collections::HashMap::new(),
+            tensor_data_offset: 0,
+        };
+        Text::from_gguf(&content).map(Arc::new)
+    }
+
+    pub(crate) fn write(&self, folder: &TempDir) -> PathBuf {
         let tensor = |name: &str, shape: &[usize]| {
             let values: Vec<_> =
                 (0..shape.iter().product()).map(|at| (self.value)(name, shape, at)).collect();
@@ -458,21 +457,34 @@ fn files_that_cannot_be_run_are_refused() {
         assert!(text.contains(path.to_str().unwrap()), "{text}");
     };
     for (key, value, expected) in [
-        ("general.architecture", Value::String("gpt2".into()), "its architecture is gpt2; expected llama"),
-        ("llama.attention.head_count", Value::U32(2), "32 dimensions; expected one of [64, 128, 256]"),
+        (
+            "general.architecture",
+            Value::String("gpt2".into()),
+            "its architecture is gpt2; expected one of llama, qwen2,",
+        ),
+        (
+            "llama.attention.key_length",
+            Value::U32(63),
+            "its heads have 63 dimensions; expected an even number",
+        ),
         ("llama.attention.head_count_kv", Value::U32(3), "cannot share 3 KV heads"),
-        ("llama.attention.head_count", Value::U32(0), "head_count is not a positive number"),
+        ("llama.attention.head_count", Value::U32(0), "head_count is 0; expected a positive number"),
         ("llama.rope.dimension_count", Value::U32(72), "is 72; expected a multiple of 8 up to 64"),
         ("llama.rope.dimension_count", Value::U32(20), "is 20; expected a multiple of 8 up to 64"),
         ("llama.expert_count", Value::U32(8), "llama.expert_used_count is missing"),
-        ("llama.expert_count", Value::String("8".into()), "expert_count is not a positive number"),
-        ("llama.attention.scale", Value::F32(0.25), "llama.attention.scale is 0.25; expected 0.125"),
-        ("llama.expert_weights_scale", Value::F32(2.5), "expert_weights_scale is 2.5; expected 1"),
-        ("llama.rope.scaling.type", Value::String("longrope".into()), "`longrope`; expected none, linear"),
-        ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is no string"),
-        ("llama.rope.scaling.factor", Value::F32(0.0), "scaling.factor is not a positive number"),
+        ("llama.expert_count", Value::String("8".into()), "expert_count is \"8\"; expected a number"),
+        ("llama.attention.scale", Value::F32(-0.25), "attention.scale is -0.25; expected a number from 0 on"),
+        (
+            "llama.rope.scaling.type",
+            Value::String("longrope".into()),
+            "rope_factors_long.weight: it is missing",
+        ),
+        ("llama.rope.scaling.type", Value::String("dynamic".into()), "`dynamic`; expected none, linear"),
+        ("llama.rope.scaling.type", Value::U32(1), "rope.scaling.type is 1; expected text"),
+        ("llama.rope.scaling.factor", Value::F32(-1.0), "scaling.factor is -1; expected a number from 0 on"),
+        ("llama.rope.scaling.factor", Value::F32(f32::NAN), "scaling.factor is NaN; expected a number"),
         ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
-        ("llama.block_count", Value::U32(2), "blk.1.ffn_gate.weight: it is missing"),
+        ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
     ] {
         let mut tiny = Tiny::new();
         tiny.metadata.insert(key, value);
@@ -499,7 +511,7 @@ fn files_that_cannot_be_run_are_refused() {
     assert!(engine(&path).is_ok());
     let whole = fs::read(&path).unwrap();
     for (len, expected) in [
-        (whole.len() - 40, ".weight: tensor needs"),
+        (whole.len() - 40, ".weight: it needs"),
         (100, "not a usable GGUF file"),
         (0, "not a usable GGUF file"),
     ] {
@@ -520,7 +532,8 @@ impl Tiny {
         let mut batch = Batch::new(&pool);
         batch.push(Sequence::new(&pool)).unwrap();
         batch.append([3]).unwrap();
-        cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &[0, 2] }).unwrap();
+        let outputs = [0, 2].map(Output::greedy);
+        cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &outputs }).unwrap();
         cpu.logits().unwrap()
     }
 }
@@ -608,15 +621,13 @@ fn rotary_embeddings_are_scaled_as_the_file_says() {
 
 #[test]
 fn other_tokenizers_are_refused_or_split_as_they_say() {
-    let folder = tempfile::tempdir().unwrap();
     let strings = |all: &[&str]| Value::Array(all.iter().map(|s| Value::String((*s).into())).collect());
     let mut tiny = Tiny::new();
     let mut read = |key: &'static str, value: Value| {
         tiny.metadata.insert(key, value);
-        let content = Model::open(&tiny.write(&folder)).unwrap().content;
-        Text::from_gguf(&content).map_err(|e| e.to_string())
+        tiny.text().map_err(|e| e.to_string())
     };
-    let refused = |text: std::result::Result<Text, String>, expected: &str| {
+    let refused = |text: Result<Arc<Text>, String>, expected: &str| {
         let problem = text.err().expect("no tokenizer");
         assert!(problem.contains(expected), "{expected:?} is not in: {problem}");
     };
@@ -638,21 +649,25 @@ fn other_tokenizers_are_refused_or_split_as_they_say() {
     refused(read("tokenizer.ggml.add_bos_token", Value::U32(1)), "add_bos_token is not true or false");
     read("tokenizer.ggml.bos_token_id", Value::U32(12)).err().expect("no tokenizer");
     let text = read("tokenizer.ggml.add_bos_token", Value::Bool(true)).unwrap();
-    assert_eq!(text.encode("a1").unwrap(), [12, 6, 0, 13]);
+    let eos = EncodeOptions { eos: true, ..EncodeOptions::default() };
+    assert_eq!(text.encode_with("a1", &eos), [12, 6, 0, 13]);
+    // What is to be continued has not ended.
+    assert_eq!(text.encode("a1"), [12, 6, 0]);
     assert!(text.ends().contains(&13));
     let text = read("tokenizer.ggml.add_eos_token", Value::Bool(false)).unwrap();
-    assert_eq!(text.encode("</s>a   éé").unwrap(), [12, 13, 6, 7, 14, 9, 10]);
+    let control = EncodeOptions { control: true, ..EncodeOptions::default() };
+    assert_eq!(text.encode_with("</s>a   éé", &control), [12, 13, 6, 7, 14, 9, 10]);
     let mut stream = text.stream();
     assert_eq!(
-        text.encode("</s>a   éé").unwrap().into_iter().map(|id| stream.push(id)).collect::<String>(),
+        text.encode_with("</s>a   éé", &control).into_iter().map(|id| stream.push(id)).collect::<String>(),
         "a   éé"
     );
     read("tokenizer.ggml.add_bos_token", Value::Bool(false)).unwrap();
     // The one joins up to three digits, the other none.
     for (pre, expected) in [("llama-bpe", [5, 3, 8].as_slice()), ("smollm", [0, 1, 2, 3, 8].as_slice())] {
         let text = read("tokenizer.ggml.pre", Value::String(pre.into())).unwrap();
-        assert_eq!(text.encode("1234 a").unwrap(), expected, "{pre}");
-        assert!(text.encode_chat(None, "a").unwrap_err().to_string().contains("--raw"));
+        assert_eq!(text.encode("1234 a"), expected, "{pre}");
+        assert!(!text.has_chat_template());
     }
     // Without a name, text is split as always was; some names imply BOS, and that
     // a part is taken whole, which no merge makes here.
@@ -666,54 +681,9 @@ fn other_tokenizers_are_refused_or_split_as_they_say() {
     ] {
         tiny.metadata.remove("tokenizer.ggml.pre");
         tiny.metadata.extend(pre.map(|pre| ("tokenizer.ggml.pre", Value::String(pre.into()))));
-        let text = Text::from_gguf(&Model::open(&tiny.write(&folder)).unwrap().content).unwrap();
+        let text = tiny.text().unwrap();
         // There is no token `b`.
-        let ids = text.encode("1234 a ab").unwrap();
+        let ids = text.encode("1234 a ab");
         assert_eq!(ids, expected, "{pre:?}");
     }
-}
-
-#[test]
-fn questions_are_asked_as_the_template_says() {
-    let ask = |template: &str, system: Option<&str>| {
-        Chat::find(template, |_| true).map(|chat| chat.question(system, "Who?"))
-    };
-    let chatml = "{{ x }}<|im_start|>system\nBe kind.<|im_end|>\n{{ y }}";
-    let user = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n";
-    let with = |system: &str| Some(format!("<|im_start|>system\n{system}<|im_end|>\n{user}"));
-    assert_eq!(ask(chatml, None), with("Be kind."));
-    assert_eq!(ask(chatml, Some("Be brief.")), with("Be brief."));
-    // A system prompt that is put together is not the file's own.
-    for put_together in ["{{ z }}", "' + z + '", "Today is \" ~ date ~ \"."] {
-        let template = format!("<|im_start|>system\n{put_together}<|im_end|>\n");
-        assert_eq!(ask(&template, None).as_deref(), Some(user));
-    }
-    let escaped = r"{{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}";
-    assert_eq!(ask(escaped, None), with("Be kind."));
-    assert_eq!(ask("no template", None), None);
-    assert!(Chat::find(chatml, |_| false).is_none());
-
-    let answer = "<|start_header_id|>assistant<|end_header_id|>\n\n";
-    let user = format!("<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>{answer}");
-    let llama3 = "{{ '<|start_header_id|>' + role + '<|end_header_id|>' }}";
-    assert_eq!(ask(llama3, None).as_ref(), Some(&user));
-    let system = "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>";
-    assert_eq!(ask(llama3, Some("Be kind.")), Some(format!("{system}{user}")));
-
-    let mistral = "{{ bos_token + '[INST] ' + content + ' [/INST]' }}";
-    assert_eq!(ask(mistral, None).as_deref(), Some("[INST] Who? [/INST]"));
-    assert_eq!(ask(mistral, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho? [/INST]"));
-    assert!(Chat::find(mistral, |_| false).is_some());
-    let v3 = "{{ '[INST] ' + content + '[/INST]' }}";
-    assert_eq!(ask(v3, Some("Be kind.")).as_deref(), Some("[INST] Be kind.\n\nWho?[/INST]"));
-    let tekken = "{{ '[INST]' + content + '[/INST]' }}";
-    assert_eq!(ask(tekken, None).as_deref(), Some("[INST]Who?[/INST]"));
-    let v7 = format!("{{{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}}}{tekken}");
-    assert_eq!(ask(&v7, None).as_deref(), Some("[INST]Who?[/INST]"));
-    let whole = "[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT][INST]Who?[/INST]";
-    assert_eq!(ask(&v7, Some("Be kind.")).as_deref(), Some(whole));
-    let llama2 = format!("{mistral} {{{{ '<<SYS>>' }}}}");
-    let whole = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWho? [/INST]";
-    assert_eq!(ask(&llama2, Some("Be kind.")).as_deref(), Some(whole));
-    assert_eq!(ask(&llama2, None).as_deref(), Some("[INST] Who? [/INST]"));
 }

@@ -19,7 +19,7 @@ const MAX_SIZE: u64 = 1 << 42;
 /// A file that is wanted, by its digest.
 #[derive(Clone, Copy, Debug)]
 pub struct Blob<'a> {
-    /// What it is called where progress and errors are told.
+    /// What progress and errors call it.
     pub name: &'a str,
     /// Its digest.
     pub sha256: Digest,

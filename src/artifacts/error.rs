@@ -19,6 +19,17 @@ pub struct SearchedSource {
     pub remedy: String,
 }
 
+impl SearchedSource {
+    /// What was found in a source, and what to do; the remedy may be empty.
+    pub(crate) fn new(
+        source: impl fmt::Display,
+        outcome: impl fmt::Display,
+        remedy: impl Into<String>,
+    ) -> SearchedSource {
+        SearchedSource { source: source.to_string(), outcome: outcome.to_string(), remedy: remedy.into() }
+    }
+}
+
 impl fmt::Display for SearchedSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.source, self.outcome)?;

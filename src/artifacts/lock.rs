@@ -25,7 +25,7 @@ pub(crate) struct Lock {
 }
 
 impl Lock {
-    /// Waits for the lock, whose folder is made if it does not exist; `waiting` is told about once
+    /// Waits for the lock, whose folder is made if it does not exist; `waiting` is called about once
     /// a second.
     pub(crate) fn take(
         path: &Path,
@@ -34,7 +34,7 @@ impl Lock {
     ) -> Result<Lock, ArtifactError> {
         let start = Instant::now();
         let mut pause = Duration::from_millis(1);
-        let mut told = Duration::ZERO;
+        let mut next_report = Duration::ZERO;
         loop {
             let waited = start.elapsed();
             match make_folder(path).and_then(|()| Lock::try_take(path)) {
@@ -48,9 +48,9 @@ impl Lock {
             if waited >= timeout {
                 return Err(ArtifactError::Locked { path: path.into(), waited });
             }
-            if waited >= told {
+            if waited >= next_report {
                 waiting(waited);
-                told = waited + Duration::from_secs(1);
+                next_report = waited + Duration::from_secs(1);
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(100));
@@ -128,7 +128,7 @@ impl Locks {
         self.lockless.load(Ordering::Relaxed)
     }
 
-    /// Waits for the lock of what is called `file`, which is told.
+    /// Waits for the lock of what is called `file`; waiting for it is reported.
     pub(crate) fn take(
         &self,
         path: &Path,
@@ -155,10 +155,10 @@ impl Locks {
 
     /// Tells, once in a process, that the file system has no locks.
     fn note(&self, lock: &Lock, on_progress: OnProgress<'_>) {
-        static TOLD: AtomicBool = AtomicBool::new(false);
+        static REPORTED: AtomicBool = AtomicBool::new(false);
         let Some(reason) = lock.refused() else { return };
         self.lockless.store(true, Ordering::Relaxed);
-        if !TOLD.swap(true, Ordering::Relaxed) {
+        if !REPORTED.swap(true, Ordering::Relaxed) {
             on_progress(&Progress::Lockless { folder: &self.folder, reason: &reason.to_string() });
         }
     }

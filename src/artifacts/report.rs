@@ -1,7 +1,9 @@
 //! What each source of a store holds, for people and programs that ask.
 
 use super::pins::Pin;
-use super::store::{Source, Store, empty_folder, expand};
+use super::source::Source;
+use super::store::{NOTHING_EMBEDDED, Store};
+use super::user_wheels::{empty_folder, expand};
 use super::wheel::Wheel;
 use super::{ArtifactError, Member, Package};
 use std::collections::BTreeSet;
@@ -93,7 +95,7 @@ impl Store {
     }
 
     /// The names of every module that a local source holds, sorted, each once. Sources that
-    /// cannot be read are left out; [`Store::inventory`] tells of them.
+    /// cannot be read are left out; [`Store::inventory`] reports them.
     pub fn modules(&self) -> Vec<String> {
         let reports = self.inventory().into_iter();
         let names: BTreeSet<_> = reports.flat_map(|report| report.modules).collect();
@@ -116,7 +118,7 @@ impl Store {
         let source = Source::Embedded.to_string();
         if self.config.bundle.is_empty() {
             let problem = "nothing was embedded at build time".into();
-            let remedy = "build with FLASHINFER_RS_EMBED=require to see why".into();
+            let remedy = NOTHING_EMBEDDED.into();
             return SourceReport::absent(source, None, problem, remedy);
         }
         let (modules, libraries) = self

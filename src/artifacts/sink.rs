@@ -46,7 +46,7 @@ impl Sink {
     }
 
     /// The file at `path`, with what it holds, for the place `to`. Where it is `kept`, it need not
-    /// exist, and stays, unless empty, for the next attempt. `step` is told of the bytes hashed and
+    /// exist, and stays, unless empty, for the next attempt. `step` is called with the bytes hashed and
     /// of their sum.
     #[cfg(feature = "fetch")]
     pub(crate) fn resume(

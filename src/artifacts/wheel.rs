@@ -6,18 +6,15 @@
 //! and sought in will do, a file or a server that answers ranges.
 
 use super::digest::Digest;
+use super::record::{self, MAX_RECORD, artifact_hash};
 use super::sink::Sink;
 use super::{ArtifactError, Member};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 
-/// Length of the short hexadecimal digest that names a wheel's folder in the cache.
-pub(crate) const ARTIFACT_HASH_LEN: usize = 24;
-
-/// No wheel's RECORD is larger.
-pub(crate) const MAX_RECORD: u64 = 64 << 20;
+/// Where modules lie.
 const MODULES: &str = "flashinfer_jit_cache/jit_cache/";
 
 /// An open wheel: its members and their digests.
@@ -95,7 +92,7 @@ impl Wheel {
         }
         let by_name: HashMap<_, _> =
             members.iter().enumerate().map(|(at, member)| (member.name.clone(), at)).collect();
-        for (name, digest, size) in record_lines(path, &record)? {
+        for (name, digest, size) in record::lines(path, &record)? {
             if let Some(at) = by_name.get(&name) {
                 members[*at].record = Some((digest, size));
             }
@@ -106,7 +103,7 @@ impl Wheel {
     /// A wheel of which only the RECORD is at hand: its members can be found, and not be read.
     pub(crate) fn listed(path: &Path, record: &[u8]) -> Result<Wheel, ArtifactError> {
         let mut members = Vec::new();
-        for (name, digest, size) in record_lines(path, record)? {
+        for (name, digest, size) in record::lines(path, record)? {
             check_name(path, &name)?;
             let size =
                 size.ok_or_else(|| ArtifactError::wheel(path, format!("RECORD states no size of {name}")))?;
@@ -215,13 +212,6 @@ fn has_suffix(path: &str, suffix: &str) -> bool {
     }
 }
 
-/// The folder in the cache for what a wheel with this RECORD holds.
-pub(crate) fn artifact_hash(record_sha256: Digest) -> String {
-    let mut hash = record_sha256.to_string();
-    hash.truncate(ARTIFACT_HASH_LEN);
-    hash
-}
-
 fn open(path: &Path) -> Result<zip::ZipArchive<BufReader<File>>, ArtifactError> {
     let file = File::open(path).map_err(|e| ArtifactError::wheel(path, e.to_string()))?;
     archive(path, BufReader::new(file))
@@ -316,59 +306,6 @@ pub(crate) fn public_version(distribution: &str) -> Option<&str> {
     distribution.split('-').nth(1)?.split('+').next()
 }
 
-/// The lines of `RECORD` that state a SHA-256: path, digest, size if there is one.
-fn record_lines(wheel: &Path, record: &[u8]) -> Result<Vec<(String, Digest, Option<u64>)>, ArtifactError> {
-    let bad = |reason: String| ArtifactError::wheel(wheel, reason);
-    let record = std::str::from_utf8(record).map_err(|_| bad("RECORD is not UTF-8".into()))?;
-    let (mut lines, mut names) = (Vec::new(), HashSet::new());
-    for line in record.lines().filter(|line| !line.trim().is_empty()) {
-        let (name, digest, size) =
-            record_line(line).ok_or_else(|| bad(format!("RECORD has the line {line:?}")))?;
-        let Some(digest) = digest else { continue };
-        if !names.insert(name.clone()) {
-            return Err(bad(format!("RECORD lists {name} twice")));
-        }
-        lines.push((name, digest, size));
-    }
-    Ok(lines)
-}
-
-/// One line of `RECORD`: path, SHA-256 if there is one, size if there is one.
-fn record_line(line: &str) -> Option<(String, Option<Digest>, Option<u64>)> {
-    let (name, rest) = match line.strip_prefix('"') {
-        None => {
-            let (name, rest) = line.split_once(',')?;
-            (name.to_owned(), rest)
-        }
-        Some(quoted) => {
-            let (mut name, mut rest) = (String::new(), quoted);
-            loop {
-                let (part, after) = rest.split_once('"')?;
-                name.push_str(part);
-                match after.strip_prefix('"') {
-                    Some(more) => {
-                        name.push('"');
-                        rest = more;
-                    }
-                    None => break (name, after.strip_prefix(',')?),
-                }
-            }
-        }
-    };
-    let (digest, size) = rest.split_once(',')?;
-    let digest = match digest.split_once('=') {
-        Some(("sha256", digest)) => Some(Digest::from_base64(digest)?),
-        Some(_) => None,
-        None if digest.is_empty() => None,
-        None => return None,
-    };
-    let size = match size.trim() {
-        "" => None,
-        size => Some(size.parse().ok()?),
-    };
-    Some((name, digest, size))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,23 +352,6 @@ mod tests {
             let text = check_machine(Path::new(&format!("a-1-cp39-abi3-{platform}.whl")), "x86_64");
             let text = text.unwrap_err().to_string();
             assert!(text.contains(platform) && text.contains("linux_x86_64"), "{text}");
-        }
-    }
-
-    #[test]
-    fn record_lines_are_read_with_csv_quoting() {
-        let digest = Digest::of(b"");
-        let hash = "sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU";
-        for (line, name, want, size) in [
-            (format!("a/b.so,{hash},0"), "a/b.so", Some(digest), Some(0)),
-            (format!("\"a,\"\"b\"\".so\",{hash},7"), "a,\"b\".so", Some(digest), Some(7)),
-            ("x/RECORD,,".into(), "x/RECORD", None, None),
-            ("a,md5=00,3".into(), "a", None, Some(3)),
-        ] {
-            assert_eq!(record_line(&line), Some((name.into(), want, size)), "{line}");
-        }
-        for line in ["a", "a,sha256=xx,1", "\"a,,", "a,nonsense,1", "a,,many"] {
-            assert_eq!(record_line(line), None, "{line}");
         }
     }
 

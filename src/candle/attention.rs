@@ -3,7 +3,6 @@
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
-    modules,
     op::{Apply, Op, check_dtype, check_like, fitting, invalid},
     paged::{PagedKvCache, Step},
     tensor,
@@ -162,7 +161,7 @@ impl<K> OnCuda<K> {
     /// `None` on the CPU.
     fn new(attention: &Attention, kernels: impl FnOnce(&Stream) -> crate::Result<K>) -> Result<Option<Self>> {
         let Some(stream) = tensor::stream(&attention.device) else { return Ok(None) };
-        let kernels = modules::resolve(attention.op, &attention.spec, || kernels(&stream))?;
+        let kernels = kernels(&stream).map_err(tensor::error)?;
         Ok(Some(Self { kernels, workspace: Workspace::new(&stream).map_err(tensor::error)? }))
     }
 }
@@ -175,12 +174,12 @@ impl<K> OnCuda<K> {
 /// a step takes more), on the stream of the device; with candle's default stream it is then its thread's. On the CPU it
 /// is [`reference::batch_decode`](crate::reference::batch_decode), in `f64`.
 #[derive(Debug)]
-pub struct BatchDecode {
+pub struct PagedDecode {
     attention: Attention,
     on_cuda: Option<OnCuda<attention::BatchDecode>>,
 }
 
-impl BatchDecode {
+impl PagedDecode {
     /// Decode of a model's layers of one kind: element types, head dimension,
     /// window and soft cap are the spec's.
     ///
@@ -192,7 +191,7 @@ impl BatchDecode {
     /// CPU also `f32` and `f64`); heads of queries are no multiple of those of keys;
     /// there is no such module, or it cannot be had.
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let attention = Attention::new("BatchDecode", device, spec, heads)?;
+        let attention = Attention::new("PagedDecode", device, spec, heads)?;
         let kernels = |stream: &Stream| attention::BatchDecode::new(stream, spec, heads);
         let on_cuda = OnCuda::new(&attention, kernels)?;
         Ok(Self { attention, on_cuda })
@@ -204,7 +203,7 @@ impl BatchDecode {
     /// # Errors
     /// The step is on another device; the stream is being captured, or is another
     /// thread's; or what the module or CUDA said.
-    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>) -> Result<DecodePlan<'p>> {
+    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>) -> Result<PagedDecodePlan<'p>> {
         self.attention.check_step(step)?;
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
@@ -215,19 +214,19 @@ impl BatchDecode {
             }
             None => None,
         };
-        Ok(DecodePlan { attention: &self.attention, step, on_cuda })
+        Ok(PagedDecodePlan { attention: &self.attention, step, on_cuda })
     }
 }
 
-/// One step's plan of a [`BatchDecode`], to be run for each layer.
+/// One step's plan of a [`PagedDecode`], to be run for each layer.
 #[derive(Debug)]
-pub struct DecodePlan<'p> {
+pub struct PagedDecodePlan<'p> {
     attention: &'p Attention,
     step: &'p Step<'p>,
     on_cuda: Option<attention::DecodePlan<'p>>,
 }
 
-impl DecodePlan<'_> {
+impl PagedDecodePlan<'_> {
     /// Attention of each request's query to all of its tokens, with the default
     /// options.
     ///
@@ -260,7 +259,7 @@ impl DecodePlan<'_> {
     }
 }
 
-impl Kernel for DecodePlan<'_> {
+impl Kernel for PagedDecodePlan<'_> {
     fn rows(&self) -> usize {
         self.step.batch.len()
     }
@@ -292,20 +291,20 @@ impl Kernel for DecodePlan<'_> {
 /// lengths in one call.
 ///
 /// On CUDA it is [`attention::BatchPrefill`](crate::attention::BatchPrefill); the
-/// rest is as for [`BatchDecode`].
+/// rest is as for [`PagedDecode`].
 #[derive(Debug)]
-pub struct BatchPrefill {
+pub struct PagedPrefill {
     attention: Attention,
     on_cuda: Option<OnCuda<attention::BatchPrefill>>,
 }
 
-impl BatchPrefill {
-    /// Prefill of a model's layers of one kind. See [`BatchDecode::new`].
+impl PagedPrefill {
+    /// Prefill of a model's layers of one kind. See [`PagedDecode::new`].
     ///
     /// # Errors
-    /// As [`BatchDecode::new`].
+    /// As [`PagedDecode::new`].
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let attention = Attention::new("BatchPrefill", device, spec, heads)?;
+        let attention = Attention::new("PagedPrefill", device, spec, heads)?;
         let kernels = |stream: &Stream| attention::BatchPrefill::new(stream, spec, heads);
         let on_cuda = OnCuda::new(&attention, kernels)?;
         Ok(Self { attention, on_cuda })
@@ -317,8 +316,8 @@ impl BatchPrefill {
     /// of its request.
     ///
     /// # Errors
-    /// As [`BatchDecode::plan`].
-    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>, causal: bool) -> Result<PrefillPlan<'p>> {
+    /// As [`PagedDecode::plan`].
+    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>, causal: bool) -> Result<PagedPrefillPlan<'p>> {
         self.attention.check_step(step)?;
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
@@ -330,20 +329,20 @@ impl BatchPrefill {
             }
             None => None,
         };
-        Ok(PrefillPlan { attention: &self.attention, step, causal, on_cuda })
+        Ok(PagedPrefillPlan { attention: &self.attention, step, causal, on_cuda })
     }
 }
 
-/// One step's plan of a [`BatchPrefill`], to be run for each layer.
+/// One step's plan of a [`PagedPrefill`], to be run for each layer.
 #[derive(Debug)]
-pub struct PrefillPlan<'p> {
+pub struct PagedPrefillPlan<'p> {
     attention: &'p Attention,
     step: &'p Step<'p>,
     causal: bool,
     on_cuda: Option<attention::PrefillPlan<'p, PageTable>>,
 }
 
-impl PrefillPlan<'_> {
+impl PagedPrefillPlan<'_> {
     /// Attention of each new token to its request's pages, with the default options.
     ///
     /// # Errors
@@ -356,10 +355,10 @@ impl PrefillPlan<'_> {
     ///
     /// `q` is `(tokens, num_qo_heads, head_dim)`, the requests' tokens one after
     /// the other, as the rows of [`PagedKvCache::append`]; the rest is as in
-    /// [`DecodePlan::run_with`].
+    /// [`PagedDecodePlan::run_with`].
     ///
     /// # Errors
-    /// As [`DecodePlan::run_with`].
+    /// As [`PagedDecodePlan::run_with`].
     pub fn run_with(
         &self,
         q: &Tensor,
@@ -371,7 +370,7 @@ impl PrefillPlan<'_> {
     }
 }
 
-impl Kernel for PrefillPlan<'_> {
+impl Kernel for PagedPrefillPlan<'_> {
     fn rows(&self) -> usize {
         self.step.batch.queries().total()
     }

@@ -8,7 +8,7 @@
 //! A [`PagedKvCache`] holds keys and values of many sequences, which
 //! [`kv`](crate::kv) keeps: forks, prefixes that sequences share, truncation. In
 //! each step [`BatchTables::update`] uploads the arrays of a
-//! [`Batch`](crate::kv::Batch) once; [`BatchPrefill`] and [`BatchDecode`] plan it
+//! [`Batch`](crate::kv::Batch) once; [`PagedPrefill`] and [`PagedDecode`] plan it
 //! once, and run it in each layer. Query heads may be a multiple of KV heads, which
 //! are not repeated.
 //!
@@ -106,13 +106,12 @@
 mod attention;
 mod flash_attn;
 mod layers;
-mod modules;
 mod op;
 mod paged;
 mod rope;
 mod tensor;
 
-pub use attention::{BatchDecode, BatchPrefill, DecodePlan, PrefillPlan};
+pub use attention::{PagedDecode, PagedDecodePlan, PagedPrefill, PagedPrefillPlan};
 pub use flash_attn::{
     flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,

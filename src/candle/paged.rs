@@ -41,7 +41,7 @@ const TABLES: &str = "BatchTables";
 /// use flashinfer_rs::{
 ///     DType,
 ///     attention::{AttentionSpec, Heads},
-///     candle::{BatchDecode, BatchPrefill, BatchTables, PagedKvCache},
+///     candle::{PagedDecode, PagedPrefill, BatchTables, PagedKvCache},
 ///     kv::{Batch, HeadsShape, PageAllocator, Sequence, KvLayout},
 /// };
 ///
@@ -53,8 +53,8 @@ const TABLES: &str = "BatchTables";
 /// let mut cache = PagedKvCache::new(&device, &pool, shape)?;
 /// let mut tables = BatchTables::new(&device);
 /// let spec = AttentionSpec::new(dtype, 64);
-/// let mut prefill = BatchPrefill::new(&device, &spec, heads)?;
-/// let mut decode = BatchDecode::new(&device, &spec, heads)?;
+/// let mut prefill = PagedPrefill::new(&device, &spec, heads)?;
+/// let mut decode = PagedDecode::new(&device, &spec, heads)?;
 /// let random = |tokens, heads| Tensor::randn(0f32, 1.0, (tokens, heads, 64), &device);
 ///
 /// // A prompt of 20 tokens.
@@ -297,8 +297,8 @@ pub struct BatchTables {
 /// is made from it and run:
 ///
 /// ```compile_fail,E0502
-/// # use flashinfer_rs::{candle::{BatchDecode, BatchTables, PagedKvCache}, kv::Batch};
-/// # fn step(mut batch: Batch, mut tables: BatchTables, mut cache: PagedKvCache, mut decode: BatchDecode) -> candle_core::Result<()> {
+/// # use flashinfer_rs::{candle::{PagedDecode, BatchTables, PagedKvCache}, kv::Batch};
+/// # fn step(mut batch: Batch, mut tables: BatchTables, mut cache: PagedKvCache, mut decode: PagedDecode) -> candle_core::Result<()> {
 /// let step = tables.update(&batch, &mut cache)?;
 /// batch.append([1]).unwrap(); // the step is of the batch as it was
 /// decode.plan(&step)?;

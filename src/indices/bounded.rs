@@ -26,7 +26,7 @@ impl BoundedIndices {
     /// A number is negative or not below `bound`.
     ///
     /// ```
-    /// # use flashinfer_rs::BoundedIndices;
+    /// # use flashinfer_rs::indices::BoundedIndices;
     /// let rows = BoundedIndices::new(3, vec![2, 0, 0, 1])?;
     /// assert_eq!((rows.bound(), rows.values()), (3, &[2, 0, 0, 1][..]));
     /// assert!(BoundedIndices::new(3, vec![3]).is_err());

@@ -38,7 +38,7 @@ impl ItemIndices {
     /// 2³¹ tokens or more, rows padded to the longest request's.
     ///
     /// ```
-    /// # use flashinfer_rs::ItemIndices;
+    /// # use flashinfer_rs::indices::ItemIndices;
     /// let items = ItemIndices::new([(5, &[3, 2][..])])?;
     /// assert_eq!(items.token_pos_in_items(), [0, 1, 2, 3, 0, 1, 2, 0]);
     /// assert_eq!(items.seq_len(0), 13);

@@ -20,7 +20,7 @@ const OP: &str = "MaskIndices";
 /// of its first byte, is 1 if the query sees the key. Parts start at whole
 /// bytes and lie one after the other; this is what
 /// [`segment_packbits`](crate::quantization::segment_packbits) makes of
-/// [`PackedIndices::of_mask`](crate::PackedIndices::of_mask) in little bit
+/// [`PackedIndices::of_mask`](crate::indices::PackedIndices::of_mask) in little bit
 /// order. The bits themselves are a tensor, which can be on the device only.
 #[derive(Clone, Debug)]
 pub struct MaskIndices {
@@ -35,7 +35,7 @@ impl MaskIndices {
     /// The mask has 2³¹ bytes or more.
     ///
     /// ```
-    /// # use flashinfer_rs::MaskIndices;
+    /// # use flashinfer_rs::indices::MaskIndices;
     /// // One request of 2 queries and 5 keys, one of 1 query and 3 keys.
     /// let indices = MaskIndices::new([(2, 5), (1, 3)])?;
     /// let bits = indices.pack(&[

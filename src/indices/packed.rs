@@ -43,7 +43,7 @@ impl PackedIndices {
     /// There are too many bytes, which needs 2³¹ segments or so.
     ///
     /// ```
-    /// # use flashinfer_rs::{RaggedIndices, PackedIndices};
+    /// # use flashinfer_rs::{indices::{PackedIndices, RaggedIndices}};
     /// let segments = PackedIndices::new(RaggedIndices::new(vec![0, 4, 4, 13])?)?;
     /// assert_eq!(segments.output_indptr(), [0, 1, 1, 3]);
     /// # Ok::<(), flashinfer_rs::FlashInferError>(())

@@ -25,7 +25,7 @@ impl RaggedIndices {
     /// `indptr` is empty, does not start at 0, or decreases.
     ///
     /// ```
-    /// # use flashinfer_rs::RaggedIndices;
+    /// # use flashinfer_rs::indices::RaggedIndices;
     /// let queries = RaggedIndices::new(vec![0, 5, 5, 6])?;
     /// assert_eq!([queries.len(0), queries.len(1), queries.len(2)], [5, 0, 1]);
     /// assert!(RaggedIndices::new(vec![0, 3, 2]).is_err());

@@ -33,7 +33,7 @@ impl RowIndices {
     /// A length is 2³¹ - 1 or more.
     ///
     /// ```
-    /// # use flashinfer_rs::RowIndices;
+    /// # use flashinfer_rs::indices::RowIndices;
     /// let rows = RowIndices::new([5, 0, 3])?.with_row_starts([0, 0, 4])?.with_row_to_batch([0, 0, 1])?;
     /// assert_eq!((rows.len(), rows.end(), rows.batch_size()), (3, 7, 2));
     /// # Ok::<(), flashinfer_rs::FlashInferError>(())

@@ -30,7 +30,7 @@ impl SegmentIndices {
     /// They have more than 2³¹ - 1 rows, or there are as many segments.
     ///
     /// ```
-    /// # use flashinfer_rs::SegmentIndices;
+    /// # use flashinfer_rs::indices::SegmentIndices;
     /// let segments = SegmentIndices::from_lens([3, 0, 5])?;
     /// assert_eq!((segments.batch_size(), segments.num_rows(), segments.num_weights()), (3, 8, 3));
     /// // The first and the last segment share a weight, of two.

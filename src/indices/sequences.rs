@@ -28,7 +28,7 @@ impl SequenceIndices {
     /// ends beyond 2³¹ - 1.
     ///
     /// ```
-    /// # use flashinfer_rs::SequenceIndices;
+    /// # use flashinfer_rs::indices::SequenceIndices;
     /// let sequences = SequenceIndices::new(vec![0, 3, 67])?;
     /// assert_eq!((sequences.batch_size(), sequences.num_tokens()), (2, 67));
     /// assert_eq!(sequences, SequenceIndices::from_lens([3, 64])?);

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use super::{
     pages::{PageAllocator, StorageClaim},
-    shape::{HeadsShape, KvShape, too_large},
+    shape::{KvShape, too_large},
 };
 use crate::{
     cuda::DeviceBuffer,
@@ -112,7 +112,7 @@ impl Pieces {
 }
 
 #[cfg(feature = "candle")]
-impl HeadsShape {
+impl super::shape::HeadsShape {
     /// Refuses an impossible shape, and one of which a pool's pages do not fit the
     /// address space.
     pub(crate) fn check(&self, pool: &PageAllocator) -> Result<()> {
@@ -361,7 +361,10 @@ impl std::fmt::Debug for PagedKvCache {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::LatentShape, *};
+    use super::{
+        super::{LatentShape, shape::HeadsShape},
+        *,
+    };
     use crate::dtype::DType;
 
     const SHAPE: HeadsShape =

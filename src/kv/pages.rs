@@ -124,6 +124,25 @@ impl PageAllocator {
         self.lock().copies.len()
     }
 
+    /// Makes the pending copies in memory that is not a
+    /// [`PagedKvCache`](super::PagedKvCache): gives `copy` the page to copy from and
+    /// the one to copy to, one pair after the other. To be called after sequences
+    /// were appended to, and before anything is written to their pages.
+    ///
+    /// # Errors
+    /// The pool has a `PagedKvCache`, which makes copies itself. Nothing was copied.
+    pub fn copy_pages(&self, mut copy: impl FnMut(usize, usize)) -> Result<()> {
+        if self.lock().has_storage {
+            let problem = "its pages are a PagedKvCache's; have that copy them";
+            return Err(FlashInferError::invalid("PageAllocator", "self", problem));
+        }
+        loop {
+            let Some(PageCopy { source, target }) = self.lock().copies.pop_front() else { return Ok(()) };
+            copy(source as usize, target as usize);
+            self.lock().release(source);
+        }
+    }
+
     /// New pages: as many as asked for, or none.
     pub(super) fn allocate(&self, count: usize) -> Result<Pages> {
         let mut state = self.lock();

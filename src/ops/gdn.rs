@@ -232,9 +232,7 @@ impl std::fmt::Debug for GdnWorkspace {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     SequenceIndices, SequenceTable, Stream,
-///     cudarc::{TensorExt, TensorExtMut},
-///     gdn::*,
+///     Stream, cudarc::{TensorExt, TensorExtMut}, gdn::*, indices::{SequenceIndices, SequenceTable},
 /// };
 /// use half::bf16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Compiles the CUDA C below this folder to PTX, with the nvcc that is given or found: CUDA 13.0's
-# made what is here. A test compares the digest in each first line with that of the source, which
-# is that of the headers that it includes and its own text.
+# Compiles the CUDA C of this folder and of serve/ to PTX, with the nvcc that is given or found: CUDA
+# 13.0's made what is there. A test compares the digest in each first line with that of the source,
+# which is that of the headers that it includes and its own text.
 set -eu
-cd "$(dirname "$0")"
-find . -name '*.cu' | while read -r source; do
+cd "$(dirname "$0")/../.."
+find src/ops serve/src -name '*.cu' | while read -r source; do
     target=${source%.cu}.ptx
     headers=$(sed -n "s,^#include \"\(.*\)\",$(dirname "$source")/\1,p" "$source")
     "${1:-nvcc}" -std=c++17 -ptx -arch=compute_80 -o "$target.new" "$source"

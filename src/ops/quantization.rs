@@ -10,8 +10,8 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     MaskIndices, PackedIndices, PackedTable, Stream, cudarc::{TensorExt, TensorExtMut},
-//!     quantization::{self, BitOrder},
+//!     Stream, cudarc::{TensorExt, TensorExtMut}, quantization::{self, BitOrder},
+//!     indices::{MaskIndices, PackedIndices, PackedTable},
 //! };
 //! let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
 //! let stream = Stream::from(&cuda);

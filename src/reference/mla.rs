@@ -152,8 +152,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        RaggedIndices,
         attention::{AttentionSpec, RunOptions},
+        indices::RaggedIndices,
         kv::{KvLayout, PagedKv},
         reference,
         reference::testing::{refused, view, view_mut},

@@ -6,7 +6,7 @@ use crate::candle_common::{
 use candle_core::{DType, Device, Tensor};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads, RunOptions},
-    candle::{BatchDecode, BatchPrefill, BatchTables, PagedKvCache},
+    candle::{BatchTables, PagedDecode, PagedKvCache, PagedPrefill},
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PrefixCache, Sequence},
 };
 
@@ -71,8 +71,8 @@ struct Rig {
     pool: PageAllocator,
     cache: PagedKvCache,
     tables: BatchTables,
-    prefill: BatchPrefill,
-    decode: BatchDecode,
+    prefill: PagedPrefill,
+    decode: PagedDecode,
     batch: Batch,
     expected: Vec<Tokens>,
     /// A number for each token, the same only where keys and values are.
@@ -88,8 +88,8 @@ impl Rig {
             device: device.clone(),
             cache: PagedKvCache::new(device, &pool, case.shape()).unwrap(),
             tables: BatchTables::new(device),
-            prefill: BatchPrefill::new(device, &case.spec(), case.heads).unwrap(),
-            decode: BatchDecode::new(device, &case.spec(), case.heads).unwrap(),
+            prefill: PagedPrefill::new(device, &case.spec(), case.heads).unwrap(),
+            decode: PagedDecode::new(device, &case.spec(), case.heads).unwrap(),
             batch: Batch::new(&pool),
             pool,
             expected: Vec::new(),
@@ -478,7 +478,7 @@ fn wrong_input_is_refused_and_nothing_written() {
         }
         // A cache of other heads.
         let wide = Case::new(dtype, 128, 16, [4, 2]);
-        let mut wide = BatchDecode::new(&device, &wide.spec(), wide.heads).unwrap();
+        let mut wide = PagedDecode::new(&device, &wide.spec(), wide.heads).unwrap();
         let plan = wide.plan(&step).unwrap();
         refused(
             plan.run_with(&rows(&[1, 4, 128], dtype), &rig.cache, 0, &options),
@@ -499,20 +499,20 @@ fn what_no_device_has_is_refused() {
         let integers = HeadsShape { dtype: flashinfer_rs::DType::I64, ..shape };
         refused(PagedKvCache::new(&device, &pool, integers), &["dtype"]);
         let heads = Heads::new(3, 2);
-        refused(BatchDecode::new(&device, &case.spec(), heads), &["heads"]);
-        refused(BatchPrefill::new(&device, &case.spec(), heads), &["heads"]);
+        refused(PagedDecode::new(&device, &case.spec(), heads), &["heads"]);
+        refused(PagedPrefill::new(&device, &case.spec(), heads), &["heads"]);
         let uneven = case.spec().with_head_dim_vo(32);
-        refused(BatchPrefill::new(&device, &uneven, case.heads), &["spec", "one width"]);
+        refused(PagedPrefill::new(&device, &uneven, case.heads), &["spec", "one width"]);
         if !device.is_cpu() {
             let wide = HeadsShape { dtype: flashinfer_rs::DType::F32, ..shape };
             refused(PagedKvCache::new(&device, &pool, wide), &["f32", "f16 and bf16"]);
             let spec = AttentionSpec::new(flashinfer_rs::DType::F32, 64);
-            refused(BatchDecode::new(&device, &spec, case.heads), &["f32", "f16 and bf16"]);
+            refused(PagedDecode::new(&device, &spec, case.heads), &["f32", "f16 and bf16"]);
             // No published module has this width, so nothing is downloaded.
             let spec = AttentionSpec::new(flashinfer_rs::DType::F16, 80);
             for error in [
-                BatchDecode::new(&device, &spec, case.heads).map(drop),
-                BatchPrefill::new(&device, &spec, case.heads).map(drop),
+                PagedDecode::new(&device, &spec, case.heads).map(drop),
+                PagedPrefill::new(&device, &spec, case.heads).map(drop),
             ] {
                 refused(error, &["head dimension 80", "64, 128 and 256"]);
             }

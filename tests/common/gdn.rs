@@ -10,8 +10,9 @@ use std::{
 };
 
 use flashinfer_rs::{
-    DType, ModuleName, Result, SequenceIndices, SequenceTable, TensorMut,
+    DType, ModuleName, Result, TensorMut,
     gdn::{GdnInput, GdnOptions, GdnOutput, GdnWorkspace, InitialState, gdn_prefill},
+    indices::{SequenceIndices, SequenceTable},
     reference,
 };
 
@@ -180,7 +181,7 @@ impl<T: Number> Problem<T> {
         start: Start<'_>,
         results: &mut Results<T>,
     ) -> Result<()> {
-        self.run_within(gpu, workspace, table, start, results, |run| run())
+        self.run_within(workspace, table, start, results, |run| run())
     }
 
     /// Gives `around` the call that enqueues the run, while all views exist:

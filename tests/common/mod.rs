@@ -292,6 +292,16 @@ pub fn captured(gpu: &Gpu, call: impl FnOnce() -> Result<()>) -> CudaGraph {
     graph.expect("a graph")
 }
 
+/// No source holds the module that was asked for, be it that FlashInfer does not
+/// publish it.
+pub fn is_not_at_hand(error: &FlashInferError) -> bool {
+    match error {
+        FlashInferError::Artifact(_) => true,
+        FlashInferError::Unsupported { available, .. } => available.contains("a wheel of yours that holds"),
+        _ => false,
+    }
+}
+
 /// The call was refused because of this argument.
 #[track_caller]
 pub fn refused<R: Debug>(result: Result<R>, expected: &str) {

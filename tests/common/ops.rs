@@ -2,12 +2,13 @@
 //! has to hold of all of them.
 
 use flashinfer_rs::{
-    DType, PageIndices, PageTable, RaggedIndices, RaggedTable,
+    DType, PageIndices, PageTable,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
         CascadeWorkspace, Heads, Mask, MlaQuery, MlaSpec, MultiLevelCascade, PlanOptions, PrefillRunOptions,
         RunOptions, SingleDecode, SinglePrefill, Workspace,
     },
+    indices::{RaggedIndices, RaggedTable},
     kv::{KvLayout, MlaCache, PagedKv},
 };
 use half::bf16;

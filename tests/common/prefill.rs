@@ -3,12 +3,12 @@
 
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageIndices, PageTable,
-    RaggedIndices, RaggedTable, Result, TensorMut, TensorRef,
+    DType, Device, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
     attention::{
         AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, PosEncodingMode, PrefillPlan,
         ReplayKey, RunOptions, Workspace,
     },
+    indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv},
     reference,
 };
@@ -17,7 +17,7 @@ use super::{
     Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::{assert_lse, capture},
     cache::{Cache, CacheShape, LAYOUTS, random_table},
-    say,
+    is_not_at_hand, say,
     single::{self, Single},
 };
 
@@ -626,7 +626,7 @@ pub fn available<T: Number, K: Number, P>(gpu: &Gpu, case: &Case, made: Result<P
         && !case.alibi;
     match made {
         Ok(made) => Some(made),
-        Err(FlashInferError::Artifact(reason)) if !core => {
+        Err(reason) if !core && is_not_at_hand(&reason) => {
             say(&format!("skipped: no source holds the module of {:?}: {reason}", case.spec::<T, K>()));
             None
         }

@@ -1,9 +1,10 @@
 //! The tests that prefill over pages and over ragged keys have in common.
 
 use flashinfer_rs::{
-    FlashInferError, ItemIndices, ItemTable, MaskIndices, MaskTable, PageTable, RaggedIndices, RaggedTable,
+    FlashInferError, PageTable,
     attention::{Backend, BatchPrefill, Heads, Mask, PlanOptions, RunOptions, Workspace},
     cudarc::TensorExt,
+    indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::KvLayout,
 };
 use float8::F8E4M3;

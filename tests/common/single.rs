@@ -2,10 +2,11 @@
 //! tests that both have in common.
 
 use flashinfer_rs::{
-    FlashInferError, RaggedIndices, Result, TensorMut, TensorRef,
+    FlashInferError, Result, TensorMut, TensorRef,
     attention::{
         AttentionSpec, Backend, Mask, PrefillRunOptions, RunOptions, SingleDecode, SinglePrefill, Workspace,
     },
+    indices::RaggedIndices,
     kv::KvLayout,
     reference,
 };

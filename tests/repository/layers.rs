@@ -179,6 +179,8 @@ fn no_files_of_the_root_name_each_other() {
 fn no_files_of_a_folder_name_each_other() {
     for folder in [
         "artifacts",
+        "artifacts/embed",
+        "cuda",
         "indices",
         "kv",
         "ops/attention",

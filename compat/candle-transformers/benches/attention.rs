@@ -22,7 +22,7 @@ use candle_nn::ops::softmax_last_dim;
 use candle_transformers::utils::{build_additive_causal_mask, repeat_kv};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads},
-    candle::{BatchDecode, BatchTables, PagedKvCache},
+    candle::{PagedDecode, BatchTables, PagedKvCache},
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, Sequence},
 };
 
@@ -132,7 +132,7 @@ fn several(sequences: usize, device: &Device) -> Result<[f64; 3]> {
     batch.append(vec![1; sequences]).map_err(wrap)?;
     let heads = Heads::new(HEADS, KV_HEADS);
     let spec = AttentionSpec::new(flashinfer_rs::DType::F16, HEAD_DIM);
-    let mut decode = BatchDecode::new(device, &spec, heads)?;
+    let mut decode = PagedDecode::new(device, &spec, heads)?;
     let step = tables.update(&batch, &mut cache)?;
     let plan = decode.plan(&step)?;
     let q = joined(0)?;

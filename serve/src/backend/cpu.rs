@@ -1,28 +1,24 @@
-//! The model on the CPU, in `f32`: candle multiplies by weights as the file holds
-//! them, and everything else is FlashInfer's operations as this crate's
-//! `reference` has them.
+//! The model on the CPU, in `f32`: candle multiplies by weights in the types in
+//! which the file holds them.
 
+mod attention;
+mod cache;
 mod mlp;
 mod network;
-mod product;
 
-use flashinfer_rs::{
-    DType, TensorRef,
-    kv::{KvLayout, PageAllocator, PagedKvCache},
-    reference,
-};
+use flashinfer_rs::kv::PageAllocator;
 
-use self::network::Network;
+use self::{cache::Cache, network::Network};
 use crate::{
     Result,
-    backend::{Engine, Step},
+    backend::{Backend, Sample, Step, sampler},
     model::{Config, Ends, Layer},
 };
 
 /// The CPU's weights and cache.
 pub struct Cpu {
     network: Network,
-    cache: PagedKvCache,
+    cache: Cache,
     logits: Vec<f32>,
 }
 
@@ -37,26 +33,26 @@ impl Cpu {
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         Ok(Self {
             network: Network::new(config, ends, layers.collect::<Result<_>>()?, positions),
-            cache: PagedKvCache::on_host(pool, &[config.kv_shape(DType::F32, KvLayout::Nhd)])?,
+            cache: Cache::new(config, pool)?,
             logits: Vec::new(),
         })
     }
 }
 
-impl Engine for Cpu {
-    fn step(&mut self, step: &Step<'_>) -> Result<()> {
-        self.logits = self.network.run(step, &mut self.cache)?;
-        Ok(())
+impl Backend for Cpu {
+    fn vocab_size(&self) -> usize {
+        self.network.config.vocab_size
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+        self.logits.clear();
+        self.cache.copy_pages()?;
+        let outputs: Vec<_> = step.outputs.iter().map(|output| output.row).collect();
+        self.logits = self.network.run(step.batch, step.tokens, &outputs, &mut self.cache)?;
+        sampler::sample(step.outputs, &self.logits, self.vocab_size())
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
         Ok(self.logits.clone())
-    }
-
-    fn greedy(&self) -> Result<Vec<Option<u32>>> {
-        let vocab = self.network.config.vocab_size;
-        let rows = TensorRef::from_slice(&self.logits, &[self.logits.len() / vocab, vocab])?;
-        let tokens = reference::argmax(&rows)?.into_iter();
-        Ok(tokens.map(|token| token.map(|token| token as u32)).collect())
     }
 }

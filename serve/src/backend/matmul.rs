@@ -10,7 +10,7 @@ use cudarc::{
     cublaslt::{result, sys},
     driver::CudaStream,
 };
-use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
+use flashinfer_rs::{DType, Device, Stream, TensorMut, TensorRef};
 
 use crate::{Result, backend::graph};
 
@@ -76,6 +76,15 @@ fn layout(dtype: sys::cudaDataType, rows: usize, columns: usize) -> Result<Layou
     Ok(Layout { raw, destroy: result::destroy_matrix_layout })
 }
 
+fn data_type(dtype: DType) -> Result<sys::cudaDataType> {
+    match dtype {
+        DType::F16 => Ok(sys::cudaDataType::CUDA_R_16F),
+        DType::BF16 => Ok(sys::cudaDataType::CUDA_R_16BF),
+        DType::F32 => Ok(sys::cudaDataType::CUDA_R_32F),
+        other => Err(format!("products of {other} are not computed").into()),
+    }
+}
+
 /// Has products of this description add what lies at an address.
 fn set_bias(descriptor: &Described<sys::cublasLtMatmulDesc_t>, bias: *const c_void) -> Result<()> {
     let pointer = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
@@ -88,20 +97,31 @@ fn set_bias(descriptor: &Described<sys::cublasLtMatmulDesc_t>, bias: *const c_vo
     Ok(())
 }
 
-/// What is multiplied: `f16` rows `[rows, input]` by an `f16` weight
-/// `[output, input]`, in `f32`.
+/// What is multiplied: rows `[rows, input]` by a weight `[output, input]`, in `f32`.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     pub rows: usize,
     pub input: usize,
     pub output: usize,
-    /// The results are multiplied by it before the bias is added and they are
+    /// The results are multiplied by it before a bias is added and they are
     /// rounded.
     pub factor: f32,
-    /// A bias is added.
-    pub bias: bool,
-    /// The results' type, `f16` or `f32`.
+    /// What the results are added to, if anything.
+    pub added: Added,
+    /// The type of rows and weights, `f16` or `bf16`.
     pub dtype: DType,
+    /// The type of results and bias: the same, or `f32`.
+    pub out_dtype: DType,
+}
+
+/// What results are added to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    Nothing,
+    /// A bias, the same for each row.
+    Bias,
+    /// What the output was before.
+    Output,
 }
 
 /// What rows are multiplied by.
@@ -123,6 +143,7 @@ pub struct Matmul {
     out: Layout,
     algorithms: Vec<sys::cublasLtMatmulHeuristicResult_t>,
     chosen: usize,
+    tuned: bool,
 }
 
 impl Matmul {
@@ -130,11 +151,7 @@ impl Matmul {
     /// no more than `scratch` bytes.
     pub fn new(cublas: &Rc<CublasLt>, product: Product, scratch: usize) -> Result<Self> {
         let Product { rows, input, output, .. } = product;
-        let dtype = match product.dtype {
-            DType::F16 => sys::cudaDataType::CUDA_R_16F,
-            DType::F32 => sys::cudaDataType::CUDA_R_32F,
-            other => return Err(format!("products of {other} are not computed").into()),
-        };
+        let (dtype, out_dtype) = (data_type(product.dtype)?, data_type(product.out_dtype)?);
         let descriptor = Described {
             raw: result::create_matmul_desc(
                 sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -148,7 +165,7 @@ impl Matmul {
             let value = (&raw const TRANSPOSED).cast();
             result::set_matmul_desc_attribute(descriptor.raw, transpose, value, size_of::<i32>())?;
         }
-        if product.bias {
+        if product.added == Added::Bias {
             let epilogue = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE;
             // SAFETY: the descriptor is alive, and the attribute is a `u32`.
             unsafe {
@@ -162,11 +179,12 @@ impl Matmul {
             cublas: cublas.clone(),
             product,
             descriptor,
-            weight: layout(sys::cudaDataType::CUDA_R_16F, output, input)?,
-            x: layout(sys::cudaDataType::CUDA_R_16F, rows, input)?,
-            out: layout(dtype, rows, output)?,
+            weight: layout(dtype, output, input)?,
+            x: layout(dtype, rows, input)?,
+            out: layout(out_dtype, rows, output)?,
             algorithms: Vec::with_capacity(CANDIDATES),
             chosen: 0,
+            tuned: false,
         };
         matmul.find_algorithms(scratch)?;
         Ok(matmul)
@@ -212,8 +230,11 @@ impl Matmul {
 
     /// Takes the fastest algorithm. `work` is timed as a CUDA graph, and should
     /// multiply by as many weights as a step does, since those that were just
-    /// used are in the GPU's cache.
+    /// used are in the GPU's cache. It is done once.
     pub fn tune(&mut self, mut work: impl FnMut(&Self) -> Result<()>) -> Result<()> {
+        if self.tuned {
+            return Ok(());
+        }
         let mut best = (f32::INFINITY, 0);
         for chosen in 0..self.algorithms.len() {
             self.chosen = chosen;
@@ -225,6 +246,7 @@ impl Matmul {
             }
         }
         self.chosen = best.1;
+        self.tuned = true;
         Ok(())
     }
 
@@ -232,17 +254,18 @@ impl Matmul {
         let cuda = &self.cublas.cuda;
         // The first call loads the kernel.
         work(self)?;
-        let graph = graph::capture(cuda, || work(self))?;
+        // SAFETY: `work` borrows the memory that it uses, and the graph goes before it.
+        let step = unsafe { graph::capture(&Stream::from(cuda), || work(self))? };
         let mut best = f32::INFINITY;
         for _ in 0..LAUNCHES {
-            best = best.min(graph::milliseconds(cuda, &graph)?);
+            best = best.min(graph::milliseconds(cuda, || Ok(step.launch(&())?))?);
         }
         Ok(best)
     }
 
-    /// `out = factor · x · matrixᵀ + bias`. All are contiguous, with addresses
-    /// that are multiples of 256 bytes, and may have any shape. There is a bias
-    /// if the product has one. `scratch` is what other products on the stream
+    /// `out = factor · x · matrixᵀ`, and what is added. All are contiguous, with
+    /// addresses that are multiples of 256 bytes, and may have any shape. There is a
+    /// bias if the product has one. `scratch` is what other products on the stream
     /// use, too.
     pub fn run(
         &self,
@@ -251,17 +274,17 @@ impl Matmul {
         weight: &Weight<'_>,
         scratch: &mut TensorMut<'_>,
     ) -> Result<()> {
-        let Product { rows, input, output, factor, dtype, .. } = self.product;
+        let Product { rows, input, output, factor, added, dtype, out_dtype } = self.product;
         let algorithm = &self.algorithms[self.chosen];
-        if weight.bias.is_some() != self.product.bias {
+        if weight.bias.is_some() != (added == Added::Bias) {
             return Err(format!("the bias of {:?} is {:?}", self.product, weight.bias).into());
         }
         let operands = [
-            ("out", out.as_ref(), dtype, rows * output),
-            ("x", *x, DType::F16, rows * input),
-            ("weight", weight.matrix, DType::F16, input * output),
+            ("out", out.as_ref(), out_dtype, rows * output),
+            ("x", *x, dtype, rows * input),
+            ("weight", weight.matrix, dtype, input * output),
         ];
-        let bias = weight.bias.map(|bias| ("bias", bias, dtype, output));
+        let bias = weight.bias.map(|bias| ("bias", bias, out_dtype, output));
         for (name, tensor, dtype, numel) in operands.into_iter().chain(bias) {
             let device = Device::Cuda(self.cublas.cuda.context().ordinal() as u32);
             let aligned = (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
@@ -278,7 +301,7 @@ impl Matmul {
         if let Some(bias) = weight.bias {
             set_bias(&self.descriptor, bias.data_ptr())?;
         }
-        let zero = 0f32;
+        let kept = if added == Added::Output { 1f32 } else { 0.0 };
         // SAFETY: the descriptions are alive, and the tensors are what they
         // describe, on the handle's device; `out` and `scratch` are borrowed
         // alone. The two factors are read before the function returns.
@@ -287,7 +310,7 @@ impl Matmul {
                 self.cublas.handle,
                 self.descriptor.raw,
                 (&raw const factor).cast(),
-                (&raw const zero).cast(),
+                (&raw const kept).cast(),
                 weight.matrix.data_ptr(),
                 self.weight.raw,
                 x.data_ptr(),

@@ -1,13 +1,16 @@
 //! What a backend computes: one step of a batch, in which some requests read
-//! their prompts and others decode.
+//! their prompts and others decode, and a token for each row that is to have one.
 
 pub mod cpu;
+pub mod device;
 mod experts;
 pub mod gpu;
 pub mod graph;
 mod matmul;
+pub mod sampler;
+pub mod simulated;
 
-use flashinfer_rs::kv::Batch;
+use flashinfer_rs::{indices::LogitEdit, kv::Batch};
 
 use crate::Result;
 
@@ -20,20 +23,129 @@ pub struct Step<'a> {
     pub batch: &'a Batch,
     /// The new tokens, request after request: the rows of `batch.queries()`.
     pub tokens: &'a [u32],
-    /// The rows whose logits are wanted, in ascending order.
-    pub outputs: &'a [usize],
+    /// The rows whose next token is wanted, in ascending order of rows.
+    pub outputs: &'a [Output],
+}
+
+/// A row that is to have a next token, and how that is chosen from the row's
+/// logits: they are edited, divided by the temperature, and their softmax is
+/// filtered by `min_p`, then `top_k`, then `top_p`; what is left is drawn from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// The row of [`Step::tokens`].
+    pub row: usize,
+    /// What logits are divided by. 0 takes the largest logit, the first of those
+    /// that are equal, whatever the filters and the number below say.
+    pub temperature: f32,
+    /// How many of the likeliest tokens are kept; 0 keeps all.
+    pub top_k: u32,
+    /// How much probability of the likeliest tokens is kept, above 0; 1 keeps all.
+    pub top_p: f32,
+    /// The fraction of the largest probability that a token has to have; 0 keeps all.
+    pub min_p: f32,
+    /// The random number that decides, in [0, 1): the token at which the
+    /// cumulative distribution, in order of token ids, exceeds it.
+    pub uniform: f32,
+    /// Changes of logits before all that, in ascending order of tokens, each of
+    /// which is there at most once and is a token of the vocabulary.
+    pub edits: Vec<LogitEdit>,
+    /// How many of the likeliest tokens come back with their log-probabilities,
+    /// beside the chosen one; `None` for no log-probabilities at all.
+    pub logprobs: Option<usize>,
+}
+
+impl Output {
+    /// The likeliest token of a row.
+    pub fn greedy(row: usize) -> Self {
+        Self {
+            row,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            uniform: 0.0,
+            edits: Vec::new(),
+            logprobs: None,
+        }
+    }
+
+    /// Whether this asks for the largest of the logits as they are, and nothing else.
+    pub fn is_plain(&self) -> bool {
+        self.temperature == 0.0 && self.edits.is_empty() && self.logprobs.is_none()
+    }
+}
+
+/// What came of an [`Output`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// The token; `None` where a logit is NaN, or all are minus infinity.
+    pub token: Option<u32>,
+    /// As [`Output::logprobs`] asks; `None` also where there is no token.
+    pub logprobs: Option<Logprobs>,
+}
+
+/// Natural logarithms of probabilities: those of the model, before edits,
+/// temperature and filters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// That of the token that was chosen.
+    pub chosen: f32,
+    /// The likeliest tokens, in descending order; of equal ones the first.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token and the natural logarithm of its probability.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// The logarithm of its probability.
+    pub logprob: f32,
+}
+
+/// The largest step that a backend is to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepCapacity {
+    /// New tokens.
+    pub tokens: usize,
+    /// Requests.
+    pub requests: usize,
+    /// Outputs.
+    pub outputs: usize,
 }
 
 /// A model on a device, with the memory of the batch's pool.
-pub trait Engine {
-    /// Computes a step: keys and values go to the cache, and the logits of its
-    /// outputs are kept until the next step.
-    fn step(&mut self, step: &Step<'_>) -> Result<()>;
+///
+/// What comes of an output depends on its row's logits and itself, and not on
+/// what else is in the step.
+pub trait Backend {
+    /// The tokens that the model knows: those below this.
+    fn vocab_size(&self) -> usize;
 
-    /// The logits of the last step, `[outputs, vocab_size]`.
+    /// Computes a step: makes the copies of pages that are due
+    /// ([`copy_pages`](flashinfer_rs::kv::PagedKvCache::copy_pages)), writes keys
+    /// and values to the cache, and gives a sample for each output, in their order.
+    ///
+    /// # Errors
+    /// Nothing can be said of the new tokens' keys and values then; those of the
+    /// tokens before them are as they were.
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>>;
+
+    /// The logits of the last step's outputs as the model gave them,
+    /// `[outputs, vocab_size]`: for tests. None after a step that failed.
     fn logits(&self) -> Result<Vec<f32>>;
+}
 
-    /// The token of the largest logit after each output of the last step, the
-    /// first of those that are equal; `None` where a logit is NaN.
-    fn greedy(&self) -> Result<Vec<Option<u32>>>;
+impl<B: Backend + ?Sized> Backend for Box<B> {
+    fn vocab_size(&self) -> usize {
+        (**self).vocab_size()
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+        (**self).step(step)
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        (**self).logits()
+    }
 }

@@ -1,174 +1,158 @@
-//! The scheduler's steps until all is answered, what they print, and how long
-//! they took.
+//! The answers to prompts, as they are printed, and what they took.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fmt,
-    io::{self, Write},
-    time::{Duration, Instant},
+    io::Write,
+    time::Duration,
 };
 
 use crate::{
     Result,
-    backend::Engine,
-    cli::PAGE_SIZE,
-    request::Ended,
-    scheduler::{Scheduler, Stats},
-    text::{Stream, Text},
+    engine::{End, Engine, Events, Status},
+    request::Finish,
 };
 
-/// Answers all requests, and prints the answers while they come, in the order
-/// of the requests; each below its heading, if there are any.
+/// How many prompts wait for their answers at a time.
+const AHEAD: usize = 512;
+
+/// A prompt that was given to the engine.
+pub struct Asked {
+    /// What it is called where it is not answered, as in `line 3`.
+    pub name: String,
+    /// What is printed above its answer, if anything.
+    pub heading: Option<String>,
+    /// Its answer, or why there is none.
+    pub events: Result<Events>,
+}
+
+/// Prints the answers to prompts while they come, in the order of the prompts. These are asked as
+/// many at a time as an engine may take; one that cannot be answered is passed over, and noted.
 pub fn answer(
-    engine: &mut dyn Engine,
-    scheduler: &mut Scheduler,
-    text: &Text,
-    headings: Option<&[String]>,
+    engine: &Engine,
+    mut asked: impl Iterator<Item = Asked>,
+    out: &mut dyn Write,
 ) -> Result<Summary> {
-    let mut printer = Printer { text, headings, request: 0, printed: 0, stream: None };
-    let mut summary = Summary::default();
-    let start = Instant::now();
-    while !scheduler.is_done() {
-        let (before, begin) = (scheduler.stats(), Instant::now());
-        scheduler.step(engine)?;
-        summary.count(before, scheduler.stats(), begin.elapsed(), start.elapsed());
-        printer.print(scheduler)?;
-    }
-    for (number, request) in (1..).zip(scheduler.requests()) {
-        summary.decoded += request.answer().len().saturating_sub(1);
-        if let Some(ended) = request.ended() {
-            *summary.ended.entry(ended).or_default() += 1;
+    let mut summary = Summary { page_size: engine.config().page_size, ..Summary::default() };
+    let mut waiting: VecDeque<_> = asked.by_ref().take(AHEAD).collect();
+    while let Some(Asked { name, heading, events }) = waiting.pop_front() {
+        if let Some(heading) = &heading {
+            writeln!(out, "> {heading}")?;
         }
-        if request.ended() == Some(Ended::NoNumbers) {
-            summary.failed.push(number);
+        match events {
+            Ok(events) => {
+                if let Some(end) = print(events, out)? {
+                    summary.count(name, end);
+                }
+                writeln!(out)?;
+            }
+            Err(error) => summary.failed.push((name, error.to_string())),
         }
+        if heading.is_some() {
+            writeln!(out)?;
+        }
+        out.flush()?;
+        waiting.extend(asked.next());
     }
-    summary.stats = scheduler.stats();
+    summary.status = engine.status();
     Ok(summary)
 }
 
-/// Prints one answer at a time.
-struct Printer<'a> {
-    text: &'a Text,
-    headings: Option<&'a [String]>,
-    /// The request whose answer is being printed, and how much of it was.
-    request: usize,
-    printed: usize,
-    stream: Option<Stream<'a>>,
+/// Prints an answer while it comes; returns how it ended.
+pub fn print(events: Events, out: &mut dyn Write) -> Result<Option<End>> {
+    let mut last = None;
+    for event in events {
+        out.write_all(event.text.as_bytes())?;
+        out.flush()?;
+        last = event.end.or(last);
+    }
+    Ok(last)
 }
 
-impl Printer<'_> {
-    /// Prints what has come since the last time.
-    fn print(&mut self, scheduler: &Scheduler) -> Result<()> {
-        let mut out = io::stdout().lock();
-        while let Some(request) = scheduler.requests().get(self.request) {
-            if request.answer().is_empty() && request.ended().is_none() {
-                break;
-            }
-            let stream = match &mut self.stream {
-                Some(stream) => stream,
-                None => {
-                    if let Some(headings) = self.headings {
-                        writeln!(out, "> {}", headings[self.request])?;
-                    }
-                    self.stream.insert(self.text.stream())
-                }
-            };
-            let spoken = request.spoken();
-            for &token in &spoken[self.printed..] {
-                out.write_all(stream.push(token).as_bytes())?;
-            }
-            self.printed = spoken.len();
-            if request.ended().is_none() {
-                break;
-            }
-            if let Some(stream) = self.stream.take() {
-                writeln!(out, "{}", stream.finish())?;
-            }
-            if self.headings.is_some() {
-                writeln!(out)?;
-            }
-            (self.request, self.printed) = (self.request + 1, 0);
-        }
-        Ok(out.flush()?)
+/// Why an answer is none, if it is none.
+pub fn failure(finish: &Finish) -> Option<String> {
+    match finish {
+        Finish::NoNumbers => Some(
+            "the model's logits are no numbers; its file may be damaged, or its numbers too large for f16, which \
+             a GPU computes in (try --device cpu)"
+                .into(),
+        ),
+        Finish::Failed(_) => Some(format!("the answer was ended by {finish}")),
+        _ => None,
     }
 }
 
 /// How all answers came about.
 #[derive(Debug, Default)]
 pub struct Summary {
-    stats: Stats,
-    /// Time of steps, divided by the tokens that they computed of prompts and of
-    /// answers.
-    reading: Duration,
-    decoding: Duration,
-    /// From the start to each first token, together.
-    first: Duration,
+    status: Status,
+    page_size: usize,
     /// Tokens of answers after the first.
     decoded: usize,
-    ended: BTreeMap<Ended, usize>,
-    /// The requests, from 1 on, for which the model computed NaN.
-    failed: Vec<usize>,
+    /// How many answers ended in each way.
+    ended: BTreeMap<String, usize>,
+    /// The prompts that were not answered, and why.
+    failed: Vec<(String, String)>,
 }
 
 impl Summary {
-    /// Whether all requests were answered.
+    /// Whether all prompts were answered.
     ///
     /// # Errors
-    /// Those that were not, if there are several by their numbers.
+    /// Those that were not, by their names if there are several, below each reason.
     pub fn check(&self) -> Result<()> {
-        if self.failed.is_empty() {
-            return Ok(());
+        let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
+        for (name, reason) in &self.failed {
+            match reasons.iter_mut().find(|(known, _)| known == reason) {
+                Some((_, names)) => names.push(name),
+                None => reasons.push((reason, vec![name])),
+            }
         }
-        let numbers: Vec<_> = self.failed.iter().map(usize::to_string).collect();
-        let of = match self.ended.values().sum() {
-            1 => String::new(),
-            _ => format!("prompt {}: ", numbers.join(", ")),
+        let line = |(reason, names): &(&str, Vec<&str>)| match names.join(", ") {
+            names if names.is_empty() => reason.to_string(),
+            names => format!("{names}: {reason}"),
         };
-        Err(format!(
-            "{of}the model's logits are no numbers; its file may be damaged, or its numbers too large for f16, \
-             which a GPU computes in (try --device cpu)"
-        )
-        .into())
+        match reasons.is_empty() {
+            true => Ok(()),
+            false => Err(reasons.iter().map(line).collect::<Vec<_>>().join("\n").into()),
+        }
     }
 
-    /// Counts a step.
-    fn count(&mut self, before: Stats, after: Stats, took: Duration, since_start: Duration) {
-        let (read, decoded) = (after.read - before.read, after.decoded - before.decoded);
-        let reading = took.mul_f64(read as f64 / (read + decoded).max(1) as f64);
-        self.reading += reading;
-        self.decoding += took.saturating_sub(reading);
-        self.first += since_start * (after.begun - before.begun) as u32;
+    fn count(&mut self, name: String, end: End) {
+        self.decoded += end.usage.completion_tokens.saturating_sub(1);
+        self.failed.extend(failure(&end.finish).map(|reason| (name, reason)));
+        *self.ended.entry(end.finish.to_string()).or_default() += 1;
     }
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (stats, requests) = (&self.stats, self.ended.values().sum::<usize>());
+        let (Status { stats, .. }, requests) = (&self.status, self.ended.values().sum::<usize>());
         let many = requests > 1;
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         if many {
             write!(f, "{requests} prompts; ")?;
         }
-        write!(f, "prefill {} tokens, {:.1} tokens/s; ", stats.read, rate(stats.read, self.reading))?;
+        let (reading, decoding) = (self.status.reading, self.status.decoding);
+        write!(f, "prefill {} tokens, {:.1} tokens/s; ", stats.read, rate(stats.read, reading))?;
         if many {
             write!(f, "{} prefill tokens saved by shared prefixes; ", stats.saved)?;
         }
-        write!(f, "decode {} tokens, {:.1} tokens/s; ", self.decoded, rate(self.decoded, self.decoding))?;
+        write!(f, "decode {} tokens, {:.1} tokens/s; ", self.decoded, rate(self.decoded, decoding))?;
         if stats.drafted > 0 {
             write!(f, "{} tokens drafted, {} accepted; ", stats.drafted, stats.accepted)?;
         }
-        let first = self.first.as_secs_f64() * 1e3 / stats.begun.max(1) as f64;
-        write!(f, "time to first token {first:.0} ms")?;
+        let first = self.status.time_to_first_token.as_secs_f64() * 1e3;
+        write!(f, "time to first token {:.0} ms", first / self.status.answered.max(1) as f64)?;
         if many {
             write!(f, " in the mean; preemptions: {}", stats.preemptions)?;
             if stats.recomputed > 0 {
                 write!(f, ", {} tokens computed again", stats.recomputed)?;
             }
         }
-        write!(f, "; {} steps; at most {} pages of {PAGE_SIZE} tokens; ", stats.steps, stats.pages)?;
+        write!(f, "; {} steps; at most {} pages of {} tokens", stats.steps, stats.pages, self.page_size)?;
         for (index, (ended, count)) in self.ended.iter().enumerate() {
-            f.write_str(if index == 0 { "ended by " } else { ", " })?;
+            f.write_str(if index == 0 { "; ended by " } else { ", " })?;
             match many {
                 true => write!(f, "{ended} ({count})")?,
                 false => write!(f, "{ended}")?,

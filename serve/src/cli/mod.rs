@@ -2,16 +2,24 @@
 
 pub(crate) mod answers;
 mod bench;
-pub(crate) mod device;
+mod chat;
+mod commands;
+mod conversation;
+mod interrupt;
+mod list;
+mod prompts;
+mod pull;
+mod rm;
 pub(crate) mod run;
+mod sampling;
+mod show;
+mod terminal;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::Result;
-
-const PAGE_SIZE: usize = 16;
 
 /// Runs language models on FlashInfer's kernels, or on the CPU.
 #[derive(Parser)]
@@ -24,6 +32,10 @@ pub(crate) struct Cli {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     Run(run::Args),
+    Pull(pull::Args),
+    List(list::Args),
+    Show(show::Args),
+    Rm(rm::Args),
     Bench(bench::Args),
 }
 
@@ -31,6 +43,10 @@ impl Command {
     fn execute(&self) -> Result<()> {
         match self {
             Self::Run(args) => run::run(args),
+            Self::Pull(args) => pull::run(args),
+            Self::List(args) => list::run(args),
+            Self::Show(args) => show::run(args),
+            Self::Rm(args) => rm::run(args),
             Self::Bench(args) => bench::run(args),
         }
     }

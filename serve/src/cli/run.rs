@@ -1,34 +1,44 @@
-//! `flashinfer run MODEL [PROMPT]`: answers.
+//! `flashinfer run MODEL [PROMPT]`: one answer, those to the lines of a file, or a conversation.
 //!
-//! With `--prompts FILE` it answers each line of a file, and all share the steps
-//! of one scheduler and one KV cache. With `--speculate` it guesses what comes
-//! next, and computes several tokens of an answer in a step. Neither changes what
-//! the model is given for a prompt; but a step with another number of rows rounds
-//! in another way, so where two tokens are nearly as likely, an answer may go on
-//! otherwise than the one that its prompt gets alone.
+//! All lines of a file (`--prompts`) share the steps of one engine and its KV cache. With
+//! `--speculate` it guesses what comes next, and computes several tokens of an answer in a step.
+//! Neither changes what the model is given for a prompt; but a step with another number of rows
+//! rounds in another way, so where two tokens are nearly as likely, an answer may go on otherwise
+//! than the one that its prompt gets alone.
 
 use std::{
-    fs,
     io::{self, IsTerminal},
-    num::NonZeroUsize,
     path::PathBuf,
+    sync::Arc,
 };
-
-use flashinfer_rs::kv::PageAllocator;
 
 use super::{
-    PAGE_SIZE,
-    answers::answer,
-    device::{self, Device, STEP_TOKENS},
+    answers::{Asked, answer},
+    chat::Chat,
+    conversation::Conversation,
+    interrupt::Interrupt,
+    prompts::{self, Line},
+    sampling::SamplingArgs,
+    terminal::PromptLine,
 };
-use crate::{Result, hub, model::Model, request::Limits, scheduler::Scheduler, text::Text};
+use crate::{
+    Llm, LlmOptions, Result,
+    backend::device::Device,
+    engine::Events,
+    hub::{Hub, ModelName},
+    request::Request,
+};
 
-/// Answer a prompt, or each prompt of a file
+/// The most tokens of an answer outside of conversations, unless it is said.
+const MAX_TOKENS: usize = 256;
+
+/// Answer a prompt, or talk
 #[derive(clap::Args)]
 pub struct Args {
-    /// `smollm2`, or the path of a GGUF file
-    pub model: String,
-    /// The question; what is piped in follows it
+    /// `smollm2`, `hf.co/ORG/REPO[:FILE or QUANTIZATION]`, `ollama/NAME[:TAG]`,
+    /// `https://HOST/FILE#sha256=DIGEST`, or the path of a GGUF file
+    pub model: ModelName,
+    /// The question; without one it is what is piped in, or a conversation begins
     pub prompt: Option<String>,
     /// Answer each line of a file; `-` is the standard input
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
@@ -39,9 +49,6 @@ pub struct Args {
     /// The system prompt, instead of the model's own
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
-    /// The most tokens of an answer
-    #[arg(long, value_name = "N", default_value = "256")]
-    pub max_tokens: NonZeroUsize,
     /// Tokens that the KV cache holds, of all prompts that are answered at a time
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub cache_tokens: usize,
@@ -54,54 +61,133 @@ pub struct Args {
     /// Where to compute
     #[arg(long, default_value = "auto")]
     pub device: Device,
+    /// How answers are sampled.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+enum Task {
+    Answer(String),
+    AnswerLines(Vec<Line>),
+    Converse,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let prompts = prompts(args)?;
-    let model = Model::open(&hub::locate(&args.model)?)?;
-    let text = Text::from_gguf(&model.content)?;
-    let context = model.config.context_length;
-    let tokens = args.cache_tokens.min(context.saturating_mul(prompts.len()));
-    let pool = PageAllocator::new(tokens / PAGE_SIZE, PAGE_SIZE)?;
-    let max_tokens = args.max_tokens.get();
-    let ends = text.ends().clone();
-    let limits = Limits { step_tokens: STEP_TOKENS, max_tokens, context, draft: args.speculate, ends };
-    let mut scheduler = Scheduler::new(&pool, limits);
-    for (index, prompt) in prompts.iter().enumerate() {
-        let tokens = match args.raw {
-            true => text.encode(prompt)?,
-            false => text.encode_chat(args.system.as_deref(), prompt)?,
-        };
-        scheduler.push(tokens).map_err(|error| match &args.prompts {
-            Some(_) => format!("prompt {}: {error}", index + 1).into(),
-            None => error,
-        })?;
-    }
-    let (mut engine, backend) = device::load(args.device, &model, &pool)?;
-    let headings = args.prompts.as_ref().map(|_| prompts.as_slice());
-    let summary = answer(&mut *engine, &mut scheduler, &text, headings)?;
-    eprintln!("{backend}; {summary}");
+    let task = task(args)?;
+    let hub = Hub::from_env()?;
+    let files = hub.locate(&args.model)?;
+    let options = LlmOptions {
+        device: args.device,
+        cache_tokens: args.cache_tokens,
+        draft: args.speculate,
+        max_queued_tokens: usize::MAX,
+        ..LlmOptions::default()
+    };
+    let llm = Llm::load(&files, &options)?;
+    llm.text().warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
+    let asked = |(name, heading, prompt): (String, Option<String>, Result<String>)| {
+        let events = prompt.and_then(|prompt| submit(&llm, args, &prompt));
+        Asked { name, heading, events }
+    };
+    let summary = match task {
+        Task::Converse => return converse(args, llm, files, &hub),
+        Task::Answer(prompt) => {
+            let asked = [(String::new(), None, Ok(prompt))].into_iter().map(asked);
+            answer(llm.engine(), asked, &mut io::stdout().lock())?
+        }
+        Task::AnswerLines(lines) => {
+            let lines = lines.into_iter().map(|line| {
+                let heading = line.prompt.clone().unwrap_or_else(|reason| format!("({reason})"));
+                (format!("line {}", line.number), Some(heading), line.prompt.map_err(Into::into))
+            });
+            answer(llm.engine(), lines.map(asked), &mut io::stdout().lock())?
+        }
+    };
+    eprintln!("{}; {summary}", llm.place());
     summary.check()
 }
 
-/// What is to be answered.
-pub fn prompts(args: &Args) -> Result<Vec<String>> {
-    let Some(path) = &args.prompts else {
-        return match &args.prompt {
-            Some(prompt) => Ok(vec![prompt.clone()]),
-            None if io::stdin().is_terminal() => Err("no prompt is given".into()),
-            None => Ok(vec![io::read_to_string(io::stdin())?]),
-        };
-    };
-    let (lines, name) = match path.as_os_str() == "-" {
-        true => (io::read_to_string(io::stdin()), "the standard input".into()),
-        false => (fs::read_to_string(path), path.display().to_string()),
-    };
-    let lines = lines.map_err(|error| format!("cannot read the prompts from {name}: {error}"))?;
-    let prompts: Vec<_> = lines.lines().filter(|line| !line.trim().is_empty()).map(String::from).collect();
-    if prompts.is_empty() {
-        return Err(format!("{name} has no prompts; expected one a line").into());
+/// What the arguments ask for.
+fn task(args: &Args) -> Result<Task> {
+    match (&args.prompts, &args.prompt) {
+        (Some(path), _) => prompts::read(path).map(Task::AnswerLines),
+        (None, Some(prompt)) => Ok(Task::Answer(prompt.clone())),
+        (None, None) if io::stdin().is_terminal() => Ok(Task::Converse),
+        (None, None) => {
+            let prompt = io::read_to_string(io::stdin());
+            let prompt =
+                prompt.map_err(|error| format!("cannot read the prompt from the standard input: {error}"))?;
+            match prompt.trim().is_empty() {
+                true => Err("there is no prompt: neither an argument, nor on the standard input".into()),
+                false => Ok(Task::Answer(prompt)),
+            }
+        }
     }
-    Ok(prompts)
+}
+
+/// Gives a prompt to the engine.
+fn submit(llm: &Llm, args: &Args, prompt: &str) -> Result<Events> {
+    let prompt = if args.raw {
+        llm.text().encode(prompt)
+    } else {
+        let mut chat = Chat::new(args.system.clone());
+        chat.ask(prompt);
+        chat.encode(llm.text())?
+    };
+    Ok(llm.engine().submit(Request { prompt, params: args.sampling.params(Some(MAX_TOKENS)) })?)
+}
+
+fn converse(args: &Args, llm: Llm, files: Vec<PathBuf>, hub: &Hub) -> Result<()> {
+    let mut conversation = Conversation {
+        llm: Arc::new(llm),
+        name: args.model.clone(),
+        files,
+        chat: Chat::new(args.system.clone()),
+        raw: args.raw,
+        sampling: args.sampling.clone(),
+        verbose: false,
+        interrupt: Interrupt::install()?,
+    };
+    eprintln!("{} {}; /help shows what can be said beside questions", args.model, conversation.llm.place());
+    let mut line = PromptLine::new(hub.folder().join("history"))?;
+    conversation.run(&mut |prompt| line.read(prompt), &mut io::stdout())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(words: &[&str]) -> std::result::Result<Args, clap::Error> {
+        Program::try_parse_from([&["run", "smollm2"], words].concat()).map(|program| program.args)
+    }
+
+    #[test]
+    fn prompts_and_drafts_come_from_the_command_line() {
+        let args = parse(&["--speculate", "Hi"]).unwrap();
+        assert_eq!((args.speculate, task(&args).unwrap()), (4, Task::Answer("Hi".into())));
+        assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
+        assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
+        assert!(parse(&["Hi", "--prompts", "file"]).is_err());
+        assert!(parse(&["Hi", "--raw", "--system", "Be brief."]).is_err());
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("prompts.txt");
+        std::fs::write(&path, "One?\n\nThree").unwrap();
+        let args = parse(&["--prompts", path.to_str().unwrap()]).unwrap();
+        let line = |number, prompt: &str| Line { number, prompt: Ok(prompt.into()) };
+        assert_eq!(task(&args).unwrap(), Task::AnswerLines(vec![line(1, "One?"), line(3, "Three")]));
+        std::fs::remove_file(&path).unwrap();
+        assert!(task(&args).unwrap_err().to_string().contains("cannot read the prompts"));
+    }
 }

@@ -5,10 +5,14 @@
 //! | [`gguf`] | reads files: metadata, and where tensors are |
 //! | [`architecture`] | what the files of an architecture have in common, a file for each |
 //! | [`config`], [`rope`], [`keys`] | what one file's network computes |
-//! | [`weights`] | the tensors of a layer |
+//! | [`weights`], [`matrix`] | the tensors of a layer, and one of them |
 //! | [`synthetic`] | random weights, to measure |
 
-use std::{collections::HashMap, mem, path::Path};
+use std::{
+    collections::HashMap,
+    mem,
+    path::{Path, PathBuf},
+};
 
 use candle_core::quantized::gguf_file::{Content, VersionedMagic};
 
@@ -16,6 +20,7 @@ pub mod architecture;
 pub mod config;
 pub mod gguf;
 mod keys;
+mod matrix;
 pub mod rope;
 pub mod synthetic;
 pub mod weights;
@@ -47,9 +52,9 @@ impl Model {
         Self::of(Gguf::open(path)?)
     }
 
-    /// The same of the parts of a model, in order, whatever their names are.
-    pub fn open_parts(paths: &[&Path]) -> Result<Self> {
-        Self::of(Gguf::open_parts(paths)?)
+    /// The same of the files of a model: one, or all parts in order, whatever their names are.
+    pub fn open_files(files: &[PathBuf]) -> Result<Self> {
+        Self::of(Gguf::open_files(files)?)
     }
 
     fn of(mut gguf: Gguf) -> Result<Self> {
@@ -83,13 +88,5 @@ impl Model {
 
     fn named(&self, error: crate::Error) -> crate::Error {
         format!("{}: {error}", self.gguf.path().display()).into()
-    }
-}
-
-/// An error of candle without the backtrace that it may carry.
-pub fn plain(error: candle_core::Error) -> String {
-    match error {
-        candle_core::Error::WithBacktrace { inner, .. } => plain(*inner),
-        error => error.to_string(),
     }
 }

@@ -60,7 +60,8 @@ impl Rope {
         let factor = factor.unwrap_or(1.0);
         let beta = [keys.real("rope.scaling.yarn_beta_fast")?, keys.real("rope.scaling.yarn_beta_slow")?];
         let yarn_factor = keys.real("rope.scaling.yarn_attn_factor")?;
-        let scaling = match keys.text("rope.scaling.type")? {
+        let kind = keys.text("rope.scaling.type")?;
+        let scaling = match kind {
             None | Some("linear") => RopeScaling::Linear { factor },
             Some("none" | "longrope") => RopeScaling::None,
             Some("yarn") => {
@@ -92,13 +93,14 @@ impl Rope {
             None => RopeFrequencies::from_inv_freq(plain.inv_freq().into(), attention)?,
         };
         match (divided(SHORT)?, divided(LONG)?) {
+            (None, None) if kind == Some("longrope") => Err(format!("tensor {LONG}: it is missing").into()),
             (None, None) => Ok(Self::new(whole)),
             (Some(short), Some(frequencies)) => {
                 let beyond = original.unwrap_or(context_length);
                 Ok(Self { short, long: Some(Long { beyond, frequencies }) })
             }
-            (None, Some(_)) => Err(format!("tensor {SHORT} is missing; {LONG} is there").into()),
-            (Some(_), None) => Err(format!("tensor {LONG} is missing; {SHORT} is there").into()),
+            (None, Some(_)) => Err(format!("tensor {SHORT}: it is missing, and {LONG} is there").into()),
+            (Some(_), None) => Err(format!("tensor {LONG}: it is missing, and {SHORT} is there").into()),
         }
     }
 

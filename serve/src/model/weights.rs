@@ -1,18 +1,12 @@
 //! The weights of a model, in the types in which its file holds them.
 
-use std::{cell::RefCell, collections::HashSet, sync::Arc};
+use std::{cell::RefCell, collections::HashSet};
 
-use candle_core::{
-    DType, Device, Tensor,
-    quantized::{GgmlDType, QTensor},
-};
+use candle_core::{Tensor, quantized::GgmlDType};
 
+pub use super::matrix::Matrix;
 use super::{Config, gguf::Gguf, rope};
 use crate::Result;
-
-/// A matrix `[out, in]`, as the file holds it.
-#[derive(Clone, Debug)]
-pub struct Matrix(pub Arc<QTensor>);
 
 /// A matrix `[out, in]` in parts that lie one under the other, and what is added
 /// to its products, `[out]`.
@@ -88,28 +82,6 @@ pub struct Ends {
     pub head: Option<Matrix>,
 }
 
-impl Matrix {
-    /// A matrix of numbers, `[out, in]`, in `dtype`.
-    pub fn new(tensor: &Tensor, dtype: GgmlDType) -> Result<Self> {
-        Ok(Self(Arc::new(QTensor::quantize(tensor, dtype)?)))
-    }
-
-    /// Its height, `out`.
-    pub fn rows(&self) -> usize {
-        self.0.shape().dims()[0]
-    }
-
-    /// Its width, `in`.
-    pub fn columns(&self) -> usize {
-        self.0.shape().dims()[1]
-    }
-
-    /// Its numbers, `[out, in]`, in `f32`.
-    pub fn dequantize(&self) -> Result<Tensor> {
-        Ok(self.0.dequantize(&Device::Cpu)?.to_dtype(DType::F32)?)
-    }
-}
-
 impl From<Matrix> for Linear {
     fn from(matrix: Matrix) -> Self {
         Self { parts: vec![matrix], bias: None }
@@ -117,11 +89,43 @@ impl From<Matrix> for Linear {
 }
 
 impl Linear {
+    /// Its height, `out`.
+    pub fn rows(&self) -> usize {
+        self.parts.iter().map(Matrix::rows).sum()
+    }
+
+    /// `x · matrixᵀ + bias` for rows `x` of `in` numbers: `out` numbers for each.
+    pub fn multiply(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let products = self.parts.iter().map(|part| part.multiply(x)).collect::<Result<Vec<_>>>()?;
+        let mut product = side_by_side(products, &self.parts);
+        if let Some(bias) = &self.bias {
+            for row in product.chunks_exact_mut(bias.len()) {
+                row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+            }
+        }
+        Ok(product)
+    }
+
     /// Its numbers, `[out, in]`, in `f32`.
     pub fn dequantize(&self) -> Result<Tensor> {
         let parts = self.parts.iter().map(Matrix::dequantize).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&parts, 0)?)
     }
+}
+
+/// Rows of the products of parts, one part beside the other.
+fn side_by_side(mut products: Vec<Vec<f32>>, parts: &[Matrix]) -> Vec<f32> {
+    let rows = products[0].len() / parts[0].rows();
+    if products.len() == 1 || rows == 1 {
+        let rest = products.split_off(1);
+        let mut first = products.swap_remove(0);
+        first.extend(rest.into_iter().flatten());
+        return first;
+    }
+    let parts = || products.iter().zip(parts);
+    let row =
+        |row: usize| parts().flat_map(move |(product, part)| &product[row * part.rows()..][..part.rows()]);
+    (0..rows).flat_map(row).copied().collect()
 }
 
 /// Where weights come from: the tensors of a file, by name.
@@ -239,9 +243,7 @@ impl<'a> Tensors<'a> {
             return (0..count).map(|expert| self.matrix(&each(expert), [out, input])).collect();
         }
         let name = format!("blk.{index}.{name}_exps.weight");
-        let matrices = self.tensor(&name, &[count, out, input])?;
-        // None of a tensor that is not read.
-        Ok(matrices.into_iter().map(Matrix).collect())
+        self.tensor(&name, &[count, out, input])
     }
 
     /// Matrices of these names and heights in one, with zeros for a bias that is
@@ -260,12 +262,12 @@ impl<'a> Tensors<'a> {
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
-        Ok(Matrix(self.tensor(name, &shape)?.swap_remove(0)))
+        Ok(self.tensor(name, &shape)?.swap_remove(0))
     }
 
     /// A matrix of one row, which files have as a vector.
     fn row(&self, name: &str, len: usize) -> Result<Matrix> {
-        Ok(Matrix(self.tensor(name, &[len])?.swap_remove(0)))
+        Ok(self.tensor(name, &[len])?.swap_remove(0))
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
@@ -278,11 +280,10 @@ impl<'a> Tensors<'a> {
     }
 
     /// The matrices of a tensor; while nothing is read, one that is empty.
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<Arc<QTensor>>> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<Matrix>> {
         let info = self.gguf.find(name, shape)?;
         let Some(asked) = &self.asked else { return self.gguf.read(name, info) };
         asked.borrow_mut().insert(name.into());
-        let empty = Tensor::zeros((0, 1), DType::F32, &Device::Cpu)?;
-        Ok(vec![Arc::new(QTensor::quantize(&empty, GgmlDType::F32)?)])
+        Ok(vec![Matrix::from_bytes(&[], GgmlDType::F32, [0, 1])?])
     }
 }

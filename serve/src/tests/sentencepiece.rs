@@ -1,10 +1,15 @@
 //! Tokenizers of SentencePiece: pieces and their scores in a small file.
 
+use std::sync::Arc;
+
 use candle_core::quantized::gguf_file::Value;
 use proptest::{prop_assert_eq, proptest};
 
 use super::Tiny;
-use crate::{Result, model::Model, text::Text};
+use crate::{
+    Result,
+    text::{ChatOptions, EncodeOptions, Message, Role, Text},
+};
 
 /// Where pieces begin, behind the unknown token, BOS, EOS and the bytes.
 const FIRST: u32 = 259;
@@ -27,12 +32,12 @@ fn file(pieces: &[(&str, f32, i32)]) -> Tiny {
         ("tokenizer.ggml.eos_token_id", Value::U32(2)),
         ("tokenizer.ggml.add_bos_token", Value::Bool(false)),
     ]);
+    tiny.tensors.insert("token_embd.weight".into(), vec![all.len(), 64]);
     tiny
 }
 
-fn text(tiny: &Tiny) -> Result<Text> {
-    let folder = tempfile::tempdir()?;
-    Text::from_gguf(&Model::open(&tiny.write(&folder))?.content)
+fn text(tiny: &Tiny) -> Result<Arc<Text>> {
+    tiny.text()
 }
 
 /// Single characters, and what to add to them: `▁`, `a`, `b`, `c` from [`FIRST`] on.
@@ -43,7 +48,7 @@ pub fn with(pieces: &[(&'static str, f32, i32)]) -> Tiny {
 
 /// Ids, counted from [`FIRST`].
 fn ids(tiny: &Tiny, whole: &str) -> Vec<u32> {
-    text(tiny).unwrap().encode(whole).unwrap().iter().map(|id| id - FIRST).collect()
+    text(tiny).unwrap().encode(whole).iter().map(|id| id - FIRST).collect()
 }
 
 #[test]
@@ -75,9 +80,13 @@ fn spaces_bytes_and_bos_are_as_the_file_says() {
     assert_eq!(ids(&tiny, "a a"), [4, 4]);
     assert_eq!(ids(&tiny, " a"), [0, 4]);
     assert_eq!(ids(&tiny, "  b"), [5, 0, 2]);
-    let encode = |tiny: &Tiny, whole: &str| text(tiny).unwrap().encode(whole).unwrap();
+    let encode = |tiny: &Tiny, whole: &str| text(tiny).unwrap().encode(whole);
     assert_eq!(encode(&tiny, "aé\n"), [FIRST + 4, 3 + 0xc3, 3 + 0xa9, 3 + 0x0a]);
-    assert_eq!(encode(&tiny, "a</s>b"), [FIRST + 4, 2, FIRST, FIRST + 2]);
+    // Names of control tokens are text, unless they are asked for.
+    let spelled: Vec<_> = "</s>".bytes().map(|byte| 3 + u32::from(byte)).collect();
+    assert_eq!(encode(&tiny, "a</s>b"), [&[FIRST + 4], &*spelled, &[FIRST + 2]].concat());
+    let control = EncodeOptions { control: true, ..EncodeOptions::default() };
+    assert_eq!(text(&tiny).unwrap().encode_with("a</s>b", &control), [FIRST + 4, 2, FIRST, FIRST + 2]);
 
     tiny.metadata.insert("tokenizer.ggml.add_space_prefix", Value::Bool(false));
     assert_eq!(ids(&tiny, "a a"), [1, 4]);
@@ -99,7 +108,13 @@ fn spaces_bytes_and_bos_are_as_the_file_says() {
     assert_eq!(encode(&tiny, "a"), [1, FIRST + 4]);
     let text = text(&tiny).unwrap();
     assert!(text.ends().contains(&2) && !text.ends().contains(&1));
-    assert!(text.encode_chat(None, "a").unwrap_err().to_string().contains("--raw"));
+    // Without a template, text is continued, and the file is said to have none.
+    let ids = text.render_chat(&[Message::new(Role::User, "a")], &[], &ChatOptions::default());
+    assert_eq!(ids.unwrap(), [1, FIRST + 4]);
+    assert!(
+        !text.has_chat_template()
+            && text.warnings().iter().any(|warning| warning.contains("no chat template"))
+    );
 }
 
 #[test]
@@ -129,7 +144,7 @@ proptest! {
         let pieces = [("▁a", -1.0, 1), ("bc", -2.0, 1), ("▁▁", -3.0, 1), ("▁abc", -4.0, 1), ("é", -5.0, 1)];
         let text = text(&with(&pieces)).unwrap();
         let mut stream = text.stream();
-        let ids = text.encode(&whole).unwrap();
+        let ids = text.encode(&whole);
         let mut back: String = ids.iter().map(|&id| stream.push(id)).collect();
         back += &stream.finish();
         prop_assert_eq!(back, whole);

@@ -1,98 +1,133 @@
-//! Templates of chats: a question to the model, as it was trained to be asked.
-//!
-//! A file's template is a program, of which only the mark of a well-known format
-//! is looked for. Llama 3's and Mistral's formats are those of their model cards.
+//! Chats as a model was trained to read them.
 
-/// A well-known format.
-struct Format {
-    /// What templates of this format contain.
-    mark: &'static str,
-    /// The mark is a token, too.
-    token: bool,
-    /// What comes first, what is around a system prompt, and around a question.
-    open: &'static str,
-    system: [&'static str; 2],
-    user: [&'static str; 2],
+use std::{collections::HashSet, sync::Arc};
+
+use serde_json::{Map, Value};
+
+use super::{
+    marks::{Rendered, StandIns},
+    message::Message,
+    metadata::Metadata,
+    names::Names,
+    source,
+    template::Template,
+    vocabulary::Vocabulary,
+};
+use crate::Result;
+
+/// How a chat is written.
+#[derive(Clone, Debug)]
+pub struct ChatOptions {
+    /// The text ends where the model's answer begins. True by default.
+    pub add_generation_prompt: bool,
+    /// Further variables of the template, such as `enable_thinking`.
+    pub variables: Map<String, Value>,
+    /// The time that templates are told; that of the call by default.
+    pub now: Option<jiff::Zoned>,
 }
 
-const CHATML: Format = Format {
-    mark: "<|im_start|>",
-    token: true,
-    open: "",
-    system: ["<|im_start|>system\n", "<|im_end|>\n"],
-    user: ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"],
-};
-const LLAMA3: Format = Format {
-    mark: "<|start_header_id|>",
-    token: true,
-    open: "",
-    system: ["<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"],
-    user: [
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ],
-};
-const LLAMA2: Format = Format {
-    mark: "<<SYS>>",
-    token: false,
-    open: "[INST] ",
-    system: ["<<SYS>>\n", "\n<</SYS>>\n\n"],
-    user: ["", " [/INST]"],
-};
-/// Mistral's, which has spaces inside its marks, then only behind the first, then
-/// none, and then marks for the system prompt.
-const MISTRAL: Format = Format { mark: " [/INST]", system: ["", "\n\n"], ..LLAMA2 };
-const MISTRAL_V3: Format = Format { mark: "[INST] ", user: ["", "[/INST]"], ..MISTRAL };
-const MISTRAL_TEKKEN: Format = Format { mark: "[INST]", open: "[INST]", ..MISTRAL_V3 };
-const MISTRAL_V7: Format = Format {
-    mark: "[SYSTEM_PROMPT]",
-    open: "",
-    system: ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
-    user: ["[INST]", "[/INST]"],
-    ..LLAMA2
-};
-
-/// In this order: templates may have the marks of those behind theirs, too.
-static KNOWN: [&Format; 7] = [&CHATML, &LLAMA3, &LLAMA2, &MISTRAL_V7, &MISTRAL, &MISTRAL_V3, &MISTRAL_TEKKEN];
-
-/// Whether a part of a template is text as it is, and not put together.
-fn is_text(part: &str) -> bool {
-    // What follows a string that ends.
-    let mut behind_quotes = part.split(['\'', '"']).skip(1);
-    !part.contains(['{', '}']) && !behind_quotes.any(|rest| rest.trim_start().starts_with(['+', '~']))
+impl Default for ChatOptions {
+    fn default() -> Self {
+        Self { add_generation_prompt: true, variables: Map::new(), now: None }
+    }
 }
 
-/// How a model is asked.
+/// The chat templates of a file.
 pub struct Chat {
-    format: &'static Format,
-    /// The file's own system prompt.
-    system: Option<String>,
+    template: Source,
+    /// Used when there are tools, if the file has one.
+    tool_use: Option<Source>,
+    /// The names of control tokens.
+    names: Arc<Names>,
+    /// The variables `bos_token` and others, by the files' keys.
+    tokens: Vec<(&'static str, String)>,
+}
+
+/// A template, compiled with the stand-ins that are used unless messages have them.
+struct Source {
+    text: String,
+    stand_ins: StandIns,
+    compiled: std::result::Result<Template, String>,
+}
+
+impl Source {
+    fn new(text: &str, names: &Names) -> Result<Self> {
+        let stand_ins = StandIns::new(names, &HashSet::new())?;
+        let compiled = compile(text, &stand_ins, names).map_err(|error| error.to_string());
+        Ok(Self { text: text.into(), stand_ins, compiled })
+    }
+}
+
+fn compile(text: &str, stand_ins: &StandIns, names: &Names) -> Result<Template> {
+    Template::compile(source::rewrite(text, |literal| stand_ins.mark(literal, names)))
 }
 
 impl Chat {
-    /// The formats, for messages.
-    pub const NAMES: &str = "ChatML, Llama 3, Llama 2 or Mistral";
-
-    /// The format of a file's template, for a vocabulary.
-    pub fn find(template: &str, is_token: impl Fn(&str) -> bool) -> Option<Self> {
-        // Within strings, line ends may be written out.
-        let template = template.replace("\\n", "\n");
-        let fits =
-            |format: &&&Format| template.contains(format.mark) && (!format.token || is_token(format.mark));
-        let format = *KNOWN.iter().find(fits)?;
-        let [before, after] = format.system;
-        let found = template.split_once(before).filter(|_| format.token);
-        let system = found.and_then(|(_, rest)| rest.split_once(after)).map(|(system, _)| system);
-        let system = system.filter(|system| is_text(system)).map(String::from);
-        Some(Self { format, system })
+    /// The templates of a file, if there are any. One that cannot be compiled is added to
+    /// `warnings`, and an error when it is used.
+    pub fn read(
+        metadata: Metadata<'_>,
+        vocabulary: &Vocabulary,
+        control: &Arc<Names>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Self>> {
+        let Some(template) = metadata.string("chat_template")? else { return Ok(None) };
+        let template = Source::new(template, control)?;
+        let tool_use =
+            metadata.string("chat_template.tool_use")?.map(|text| Source::new(text, control)).transpose()?;
+        for source in [Some(&template), tool_use.as_ref()].into_iter().flatten() {
+            if let Err(problem) = &source.compiled {
+                warnings.push(problem.clone());
+            }
+        }
+        let mut tokens = Vec::new();
+        for (variable, key) in [
+            ("bos_token", "bos_token_id"),
+            ("eos_token", "eos_token_id"),
+            ("unk_token", "unknown_token_id"),
+            ("pad_token", "padding_token_id"),
+        ] {
+            let id = metadata.integers(&format!("ggml.{key}"))?.and_then(|ids| ids.first().copied());
+            let token = id.and_then(|id| vocabulary.tokens.get(usize::try_from(id).ok()?));
+            tokens.extend(token.map(|token| (variable, token.clone())));
+        }
+        Ok(Some(Self { template, tool_use, names: Arc::clone(control), tokens }))
     }
 
-    /// The text up to where the model's answer begins. The system prompt is the
-    /// file's own if none is given.
-    pub fn question(&self, system: Option<&str>, user: &str) -> String {
-        let around = |[before, after]: [&str; 2], text: &str| [before, text, after].concat();
-        let system = system.or(self.system.as_deref());
-        let system = system.map_or(String::new(), |system| around(self.format.system, system));
-        [self.format.open, &system, &around(self.format.user, user)].concat()
+    /// The chat as the template writes it.
+    ///
+    /// # Errors
+    /// What the template raises, and what goes wrong in it.
+    pub fn render(&self, messages: &[Message], tools: &[Value], options: &ChatOptions) -> Result<Rendered> {
+        let mut variables = options.variables.clone();
+        let messages = messages.iter().map(Message::for_template).collect::<Result<Vec<_>>>()?;
+        variables.insert("messages".into(), messages.into());
+        if !tools.is_empty() {
+            variables.insert("tools".into(), tools.into());
+        }
+        variables.insert("add_generation_prompt".into(), options.add_generation_prompt.into());
+        let used = private_characters(&serde_json::to_string(&variables)?);
+        let source = match &self.tool_use {
+            Some(source) if !tools.is_empty() => source,
+            _ => &self.template,
+        };
+        let (own_stand_ins, own_template);
+        let (stand_ins, template) = if source.stand_ins.are_free_of(&used) {
+            (&source.stand_ins, source.compiled.as_ref().map_err(String::as_str)?)
+        } else {
+            own_stand_ins = StandIns::new(&self.names, &used)?;
+            own_template = compile(&source.text, &own_stand_ins, &self.names)?;
+            (&own_stand_ins, &own_template)
+        };
+        for (variable, token) in &self.tokens {
+            variables.entry(*variable).or_insert_with(|| stand_ins.mark(token, &self.names).into());
+        }
+        let text = template.render(&variables, options.now.as_ref())?;
+        Ok(stand_ins.unmark(&text))
     }
+}
+
+/// The characters of a text that may be stand-ins.
+fn private_characters(text: &str) -> HashSet<char> {
+    text.chars().filter(|c| *c >= '\u{f0000}').collect()
 }

@@ -1,189 +1,205 @@
-//! Text to token ids and back, by the vocabulary and merges in a GGUF file.
+//! Text to token ids and back, and chats, by what a GGUF file says.
+//!
+//! | module | its job |
+//! |---|---|
+//! | `metadata`, `vocabulary` | what the file says, and its tokens |
+//! | `tokenizer` | text to ids, by `byte_level` (with `splits`) or `sentencepiece`, which share `bpe` |
+//! | `message`, `chat` | messages, and the text that a model reads for them |
+//! | `template`, `source`, `python` | Jinja, as templates for transformers expect it |
+//! | `marks`, `names` | which control tokens a template wrote; names of tokens in text |
+//! | `stream` | ids to text, while they come |
+//!
+//! **Text is text.** Names of control tokens in it (`<|im_end|>`, `<s>`) become ordinary tokens.
+//! Only a chat's template writes control tokens, and [`EncodeOptions::control`].
 
-use std::{collections::BTreeSet, mem};
+use std::{collections::BTreeSet, sync::Arc};
 
-use candle_core::quantized::{
-    gguf_file::{Content, Value},
-    tokenizer::TokenizerFromGguf,
-};
-use tokenizers::{ModelWrapper, Tokenizer, processors::template::TemplateProcessing};
+use candle_core::quantized::gguf_file::Content;
 
-pub mod chat;
+mod bpe;
+mod byte_level;
+mod chat;
+mod marks;
+mod message;
+mod metadata;
+mod names;
+mod python;
 mod sentencepiece;
-pub mod splits;
+mod source;
+pub(crate) mod splits;
+mod stream;
+mod template;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+mod vocabulary;
 
-use self::{chat::Chat, splits::Pre};
-use crate::{Result, model::plain};
+pub use self::message::{Content as MessageContent, FunctionCall, Message, Part, Role, ToolCall};
+use self::{
+    chat::Chat,
+    metadata::Metadata,
+    names::{Names, Piece},
+    tokenizer::Tokenizer,
+    vocabulary::Kind,
+};
+pub use self::{chat::ChatOptions, stream::Stream};
+use crate::Result;
 
-/// Tokens that end an answer, in templates for chats.
-const ENDS: [&str; 2] = ["<|im_end|>", "<|eot_id|>"];
+/// What becomes of a text, beside its own tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// The token that begins a text comes first, if the file says so. True by default.
+    pub bos: bool,
+    /// The token that ends a text comes last, if the file says so. False by default: what
+    /// the model is to continue has not ended.
+    pub eos: bool,
+    /// Names of control tokens are such tokens. False by default. Never for text that others
+    /// than the program's user may have written.
+    pub control: bool,
+}
 
-/// A tokenizer: byte-level BPE, or SentencePiece's.
+impl Default for EncodeOptions {
+    fn default() -> Self {
+        Self { bos: true, eos: false, control: false }
+    }
+}
+
+/// A tokenizer, byte-level BPE or SentencePiece's, and the chat template beside it.
 pub struct Text {
     tokenizer: Tokenizer,
-    /// The bytes of each token; special tokens have none.
-    pieces: Vec<Vec<u8>>,
-    /// Encoding puts a space before the text.
-    space_prefix: bool,
+    /// The names of control tokens.
+    control: Arc<Names>,
     chat: Option<Chat>,
-    ends: BTreeSet<u32>,
+    /// What encoding adds before and behind a text.
+    bos: Option<u32>,
+    eos: Option<u32>,
+    warnings: Vec<String>,
 }
 
 impl Text {
-    /// The tokenizer that a file describes.
+    /// The tokenizer and the chat template that a file describes.
+    ///
+    /// # Errors
+    /// A file without a tokenizer, with one that is not known, or with arrays that do not
+    /// belong together; the key is named.
     pub fn from_gguf(content: &Content) -> Result<Self> {
-        let metadata = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
-        let string = |key: &str| metadata(key).and_then(|value| value.to_string().ok());
-        let model = string("ggml.model").ok_or("the file has no tokenizer")?;
-        let tokens = metadata("ggml.tokens").and_then(|tokens| tokens.to_vec().ok());
-        let tokens: Option<Vec<String>> =
-            tokens.and_then(|tokens| tokens.iter().map(|token| token.to_string().ok().cloned()).collect());
-        let tokens = tokens.ok_or("tokenizer.ggml.tokens is missing, or no array of strings")?;
-        let pre = string("ggml.pre").map_or("default", String::as_str);
-        let (mut tokenizer, space_prefix, add_bos, bytes): (_, _, _, fn(&str) -> _) = match model.as_str() {
-            "gpt2" => {
-                let pre = Pre::of(pre)?;
-                (byte_level(content, pre)?, false, pre.add_bos, bytes_of_characters)
-            }
-            "llama" => {
-                let (tokenizer, space_prefix) =
-                    sentencepiece::tokenizer(content, &tokens).map_err(|e| format!("its tokenizer: {e}"))?;
-                (tokenizer, space_prefix, true, sentencepiece::bytes)
-            }
-            other => {
-                let expected = "expected gpt2 (byte-level BPE) or llama (SentencePiece)";
-                return Err(format!("its tokenizer is `{other}`; {expected}").into());
+        let metadata = Metadata::new(content);
+        let mut warnings = Vec::new();
+        let tokenizer = Tokenizer::read(metadata, &mut warnings)?;
+        let vocabulary = &tokenizer.vocabulary;
+        let added = |name: &str, default, id: Option<u32>| -> Result<Option<u32>> {
+            match metadata.flag(&format!("ggml.add_{name}_token"))?.unwrap_or(default) {
+                true if id.is_none() => {
+                    Err(format!("tokenizer.ggml.{name}_token_id is missing, or no token").into())
+                }
+                added => Ok(id.filter(|_| added)),
             }
         };
-        add_ends(&mut tokenizer, content, &tokens, add_bos).map_err(|e| format!("its tokenizer: {e}"))?;
-        let types = metadata("ggml.token_type").and_then(|types| types.to_vec().ok());
-        let special = |token: &str| tokenizer.get_added_vocabulary().is_special_token(token);
-        let kind = |id: usize| types.and_then(|types| sentencepiece::token_type(types.get(id)?));
-        let literal = |id| model == "gpt2" && kind(id) == Some(sentencepiece::USER_DEFINED);
-        let piece = |(id, token): (usize, &String)| match special(token) {
-            _ if literal(id) => token.clone().into(),
-            true => Vec::new(),
-            false => bytes(token),
+        let bos = added("bos", tokenizer.add_bos, vocabulary.bos)?;
+        let eos = added("eos", false, vocabulary.eos)?;
+        let control = vocabulary.of_kind(Kind::Control).chain(vocabulary.of_kind(Kind::Unknown));
+        let control = Arc::new(Names::new(control));
+        let chat = Chat::read(metadata, vocabulary, &control, &mut warnings)?;
+        if chat.is_none() {
+            warnings
+                .push("the model has no chat template: it continues texts, and knows no questions".into());
+        }
+        if vocabulary.ends.is_empty() {
+            warnings.push("the file names no token that ends an answer: answers end by their limits".into());
+        }
+        Ok(Self { control, chat, bos, eos, warnings, tokenizer })
+    }
+
+    /// What is odd about the file, and what is done about it, in sentences.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The ids of a text that the model is to continue.
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        self.encode_with(text, &EncodeOptions::default())
+    }
+
+    /// The ids of a text.
+    pub fn encode_with(&self, text: &str, options: &EncodeOptions) -> Vec<u32> {
+        let pieces = match options.control {
+            true => self.control.split(text, |_| true),
+            false => vec![Piece { text, token: None }],
         };
-        let ends = ["ggml.eos_token_id", "ggml.eot_token_id"].into_iter();
-        let ends = ends.filter_map(metadata).filter_map(|id| id.to_u32().ok());
-        let template = string("chat_template").map_or("", String::as_str);
-        Ok(Self {
-            ends: ends.chain(ENDS.iter().filter_map(|end| tokenizer.token_to_id(end))).collect(),
-            chat: Chat::find(template, |token| tokenizer.token_to_id(token).is_some()),
-            pieces: tokens.iter().enumerate().map(piece).collect(),
-            space_prefix,
-            tokenizer,
-        })
+        let mut ids = self.tokenizer.encode_pieces(&pieces);
+        if options.bos {
+            ids.splice(0..0, self.bos);
+        }
+        if options.eos {
+            ids.extend(self.eos);
+        }
+        ids
     }
 
-    /// The ids of plain text.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.tokenizer.encode(text, true)?.get_ids().into())
+    /// Whether the model has a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat.is_some()
     }
 
-    /// The ids of a question to the model, up to where its answer begins. The
-    /// system prompt is the file's own if none is given.
-    pub fn encode_chat(&self, system: Option<&str>, user: &str) -> Result<Vec<u32>> {
-        let chat = self.chat.as_ref().ok_or_else(|| {
-            let known = Chat::NAMES;
-            format!("the model has no chat template of {known}; use --raw to have it continue the text")
-        })?;
-        self.encode(&chat.question(system, user))
+    /// The ids of a chat, up to where the model's answer begins. `tools` are those of OpenAI's
+    /// API: `{"type": "function", "function": {"name": …}}`. Only the template writes control
+    /// tokens; a token that begins texts is there once. Without a template, the model continues
+    /// the messages' texts, between which are blank lines.
+    ///
+    /// # Errors
+    /// What the template raises about the messages, in its words; what goes wrong in it;
+    /// arguments of calls that are no object; tools for a model without a template.
+    pub fn render_chat(
+        &self,
+        messages: &[Message],
+        tools: &[serde_json::Value],
+        options: &ChatOptions,
+    ) -> Result<Vec<u32>> {
+        let Some(chat) = &self.chat else {
+            if !tools.is_empty() {
+                return Err(
+                    "the model has no chat template, so it cannot be told of tools; expected none".into()
+                );
+            }
+            let texts: Vec<_> = messages.iter().map(Message::text).collect();
+            return Ok(self.encode(&texts.join("\n\n")));
+        };
+        let rendered = chat.render(messages, tools, options)?;
+        let mut ids = self.tokenizer.encode_pieces(&rendered.pieces(&self.control));
+        if ids.first().copied() != self.bos {
+            ids.splice(0..0, self.bos);
+        }
+        Ok(ids)
     }
 
     /// The tokens with which the model ends its answer.
     pub fn ends(&self) -> &BTreeSet<u32> {
-        &self.ends
+        &self.tokenizer.vocabulary.ends
+    }
+
+    /// How many tokens there are.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.vocabulary.tokens.len()
+    }
+
+    /// The bytes that a token stands for, which may be a part of a character; of a control
+    /// token its name. Empty if there is no such token.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.tokenizer.bytes(id)
+    }
+
+    /// Whether a token is no text: a control token, or that for what is unknown.
+    pub fn is_control(&self, id: u32) -> bool {
+        matches!(self.tokenizer.vocabulary.kind(id), Some(Kind::Control | Kind::Unknown))
     }
 
     /// Text that comes token by token.
-    pub fn stream(&self) -> Stream<'_> {
-        Stream { text: self, pending: Vec::new(), strip: self.space_prefix }
-    }
-}
-
-/// Tokens on their way to text. A token may hold any bytes, so that a character
-/// of several bytes may take several tokens.
-pub struct Stream<'t> {
-    text: &'t Text,
-    /// The start of a character.
-    pending: Vec<u8>,
-    /// A space that comes first is left out.
-    strip: bool,
-}
-
-impl Stream<'_> {
-    /// The text that a further token completes, with marks for what is no text.
-    pub fn push(&mut self, id: u32) -> String {
-        let mut bytes = self.text.pieces.get(id as usize).map_or(&[][..], Vec::as_slice);
-        if self.strip && !bytes.is_empty() {
-            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
-            self.strip = false;
-        }
-        self.pending.extend(bytes);
-        let len = self.pending.len();
-        let starts_character = |rest: &[u8]| {
-            str::from_utf8(rest).is_err_and(|e| e.valid_up_to() == 0 && e.error_len().is_none())
-        };
-        let rest = (1..=len.min(3)).find(|count| starts_character(&self.pending[len - count..]));
-        let rest = self.pending.split_off(len - rest.unwrap_or(0));
-        String::from_utf8_lossy(&mem::replace(&mut self.pending, rest)).into_owned()
+    pub fn stream(self: &Arc<Self>) -> Stream {
+        Stream::new(Arc::clone(self))
     }
 
-    /// The rest, with a mark for what is no text.
-    pub fn finish(self) -> String {
-        String::from_utf8_lossy(&self.pending).into_owned()
+    /// Whether encoding puts a space before a text.
+    fn space_prefix(&self) -> bool {
+        self.tokenizer.space_prefix()
     }
-}
-
-/// A byte-level BPE tokenizer, which splits text as `pre` says before merges apply.
-fn byte_level(content: &Content, pre: &Pre) -> Result<Tokenizer> {
-    let mut tokenizer = Tokenizer::from_gguf(content).map_err(|e| format!("its tokenizer: {}", plain(e)))?;
-    if pre.ignore_merges
-        && let ModelWrapper::BPE(mut model) = tokenizer.get_model().clone()
-    {
-        model.ignore_merges = true;
-        tokenizer.with_model(model);
-    }
-    tokenizer.with_pre_tokenizer(Some(pre.tokenizer()?));
-    Ok(tokenizer)
-}
-
-/// Has BOS and EOS added as the file says; unless it does, no EOS.
-fn add_ends(tokenizer: &mut Tokenizer, content: &Content, tokens: &[String], add_bos: bool) -> Result<()> {
-    let metadata = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
-    let wanted = |name: &str, default| {
-        let flag = metadata(&format!("add_{name}_token")).map_or(Ok(default), Value::to_bool);
-        if !flag.map_err(|_| format!("tokenizer.ggml.add_{name}_token is not true or false"))? {
-            return Ok(None);
-        }
-        let id = metadata(&format!("{name}_token_id")).and_then(|id| id.to_u32().ok());
-        let token = id.and_then(|id| Some((tokens.get(id as usize)?.clone(), id)));
-        token.map(Some).ok_or_else(|| format!("tokenizer.ggml.{name}_token_id is missing, or no token"))
-    };
-    let (bos, eos) = (wanted("bos", add_bos)?, wanted("eos", false)?);
-    let name = |token: &Option<(String, u32)>| token.as_ref().map(|(token, _)| token.clone());
-    let parts = name(&bos).into_iter().chain(["$0".into()]).chain(name(&eos));
-    let template = TemplateProcessing::builder()
-        .try_single(parts.collect::<Vec<_>>())?
-        .special_tokens(bos.into_iter().chain(eos).collect::<Vec<_>>())
-        .build()?;
-    tokenizer.with_post_processor(Some(template));
-    Ok(())
-}
-
-/// The bytes that a token of byte-level BPE stands for. Its characters are
-/// bytes: those that can be printed are themselves, and the others are counted
-/// from 256 on.
-fn bytes_of_characters(token: &str) -> Vec<u8> {
-    let printed = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let byte = |character: char| {
-        let code = u32::from(character);
-        match u8::try_from(code) {
-            Ok(byte) => printed(&byte).then_some(byte),
-            Err(_) => (0..=255).filter(|byte| !printed(byte)).nth(code as usize - 256),
-        }
-    };
-    token.chars().map(byte).collect::<Option<_>>().unwrap_or_else(|| token.into())
 }

@@ -1,95 +1,107 @@
-//! SentencePiece's BPE tokenizers, which GGUF files describe by pieces and
-//! their scores, without merges.
+//! SentencePiece's BPE: pieces with scores, the best made first, and bytes for what is
+//! in no piece.
 
 use std::collections::HashMap;
 
-use candle_core::quantized::gguf_file::{Content, Value};
-use tokenizers::{
-    AddedToken, Tokenizer,
-    models::bpe::{BPE, Vocab},
-    normalizers::{NormalizerWrapper, Prepend, Replace, Sequence},
+use super::{
+    bpe::{Join, Symbol, merge},
+    metadata::Metadata,
+    vocabulary::{Kind, Vocabulary, other_length},
 };
-
 use crate::Result;
 
 /// What stands for a space in pieces.
-pub const SPACE: &str = "▁";
+const SPACE: char = '▁';
 
-/// Types of pieces, beside those that are never found in text.
-const NORMAL: i64 = 1;
-const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-/// Found in text before all others, and text as they are.
-pub const USER_DEFINED: i64 = 4;
-
-/// The tokenizer of these pieces, and whether it puts a space before text.
-pub fn tokenizer(content: &Content, pieces: &[String]) -> Result<(Tokenizer, bool)> {
-    let metadata = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
-    let numbers = |key: &str| match metadata(key) {
-        Some(Value::Array(all)) if all.len() == pieces.len() => Ok(all),
-        Some(_) => Err(format!("tokenizer.ggml.{key} is not an array of {} numbers", pieces.len())),
-        None => Err(format!("tokenizer.ggml.{key} is missing")),
-    };
-    let scores = numbers("scores")?.iter().map(Value::to_f32).collect::<std::result::Result<Vec<_>, _>>();
-    let scores = scores.map_err(|_| "tokenizer.ggml.scores are not all f32")?;
-    let types = numbers("token_type")?.iter().map(token_type).collect::<Option<Vec<_>>>();
-    let types = types.ok_or("tokenizer.ggml.token_type are not all 32-bit integers")?;
-    let of_type = |wanted: i64| pieces.iter().zip(&types).filter(move |(_, kind)| **kind == wanted);
-
-    let vocab: HashMap<&str, usize> = pieces.iter().map(String::as_str).zip(0..).collect();
-    let usable = |piece: &str| {
-        let id = *vocab.get(piece)?;
-        [NORMAL, USER_DEFINED].contains(&types[id]).then_some(id)
-    };
-    // All pairs that make a piece. The piece with the highest score is made first.
-    let mut merges = Vec::new();
-    for (whole, piece) in pieces.iter().enumerate().filter(|(_, piece)| usable(piece).is_some()) {
-        for (at, _) in piece.char_indices().skip(1) {
-            let (left, right) = piece.split_at(at);
-            if let (Some(left), Some(right)) = (usable(left), usable(right)) {
-                merges.push((whole, left, right));
-            }
-        }
-    }
-    merges.sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]).then(a.cmp(b)));
-    let merges = merges.into_iter().map(|(_, left, right)| (pieces[left].clone(), pieces[right].clone()));
-    let vocab = pieces.iter().cloned().zip(0u32..);
-    let mut model = BPE::builder()
-        .vocab_and_merges(vocab.collect::<Vocab>(), merges.collect())
-        .byte_fallback(true)
-        .fuse_unk(true);
-    if let Some((unknown, _)) = of_type(UNKNOWN).next() {
-        model = model.unk_token(unknown.clone());
-    }
-    let mut tokenizer = Tokenizer::new(model.build()?);
-
-    let prefix = metadata("add_space_prefix").map_or(Ok(true), Value::to_bool);
-    let prefix = prefix.map_err(|_| "tokenizer.ggml.add_space_prefix is not true or false")?;
-    let prepend = prefix.then(|| NormalizerWrapper::from(Prepend::new(SPACE.into())));
-    let steps = prepend.into_iter().chain([Replace::new(" ", SPACE)?.into()]);
-    tokenizer.with_normalizer(Some(Sequence::new(steps.collect())))?;
-    let whole = |kind, special| {
-        of_type(kind).map(move |(piece, _)| AddedToken::from(piece.clone(), special).normalized(false))
-    };
-    tokenizer.add_special_tokens(whole(UNKNOWN, true).chain(whole(CONTROL, true)))?;
-    tokenizer.add_tokens(whole(USER_DEFINED, false))?;
-    Ok((tokenizer, prefix))
+/// Pieces and what they are worth.
+pub struct SentencePiece {
+    /// Pieces that text is made of, as their bytes.
+    pieces: HashMap<Box<str>, Join>,
+    /// The tokens of bytes.
+    bytes: [Option<u32>; 256],
+    unknown: Option<u32>,
+    /// A space is put before text.
+    pub space_prefix: bool,
 }
 
-/// The type of a token.
-pub fn token_type(value: &Value) -> Option<i64> {
-    match value {
-        Value::I32(kind) => Some(i64::from(*kind)),
-        Value::U32(kind) => Some(i64::from(*kind)),
-        _ => None,
+impl SentencePiece {
+    /// # Errors
+    /// Arrays that are missing, of other elements or of other lengths.
+    pub fn read(metadata: Metadata<'_>, vocabulary: &Vocabulary) -> Result<Self> {
+        let count = vocabulary.tokens.len();
+        for (key, length) in [
+            ("scores", metadata.floats("ggml.scores")?.map(|all| all.len())),
+            ("token_type", metadata.integers("ggml.token_type")?.map(|all| all.len())),
+        ] {
+            match length {
+                None => return Err(format!("tokenizer.ggml.{key} is missing").into()),
+                Some(length) if length != count => return Err(other_length(key, length, count)),
+                Some(_) => {}
+            }
+        }
+        let scores = metadata.floats("ggml.scores")?.unwrap_or_default();
+        let text = (0..count as u32).filter(|&id| vocabulary.is_text(id));
+        let mut by_score: Vec<u32> = text.filter(|&id| !vocabulary.tokens[id as usize].is_empty()).collect();
+        by_score.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
+        let mut pieces = HashMap::with_capacity(by_score.len());
+        let (mut rank, mut last) = (0, None);
+        for id in by_score {
+            let (piece, score) = (vocabulary.tokens[id as usize].as_str(), scores[id as usize]);
+            rank += u32::from(last.is_some_and(|last| last != score));
+            last = Some(score);
+            pieces.entry(piece.into()).or_insert(Join { rank, id });
+        }
+        let mut bytes = [None; 256];
+        for (token, id) in vocabulary.of_kind(Kind::Byte).chain(vocabulary.of_kind(Kind::Normal)) {
+            if let Some(byte) = byte_of(token) {
+                bytes[usize::from(byte)].get_or_insert(id);
+            }
+        }
+        let unknown = vocabulary.of_kind(Kind::Unknown).next().map(|(_, id)| id);
+        let space_prefix = metadata.flag("ggml.add_space_prefix")?.unwrap_or(true);
+        Ok(Self { pieces, bytes, unknown, space_prefix })
+    }
+
+    /// The ids of a text, with a space before it if the file says so.
+    pub fn encode(&self, text: &str, ids: &mut Vec<u32>) {
+        if text.is_empty() {
+            return;
+        }
+        let space = |c: char| if c == ' ' { SPACE } else { c };
+        let prefix = self.space_prefix.then_some(SPACE);
+        let text: String = prefix.into_iter().chain(text.chars().map(space)).collect();
+        let symbol = |(at, c): (usize, char)| {
+            let bytes = at..at + c.len_utf8();
+            Symbol { id: self.pieces.get(&text[bytes.clone()]).map(|piece| piece.id), bytes }
+        };
+        let join = |left: &Symbol, right: &Symbol| {
+            self.pieces.get(&text[left.bytes.start..right.bytes.end]).copied()
+        };
+        let mut after_unknown = false;
+        for symbol in merge(text.char_indices().map(symbol).collect(), join) {
+            let by_bytes = || text[symbol.bytes.clone()].bytes().map(|byte| self.bytes[usize::from(byte)]);
+            let unknown = symbol.id.is_none() && by_bytes().any(|id| id.is_none());
+            match symbol.id {
+                Some(id) => ids.push(id),
+                None if !unknown => ids.extend(by_bytes().flatten()),
+                // One for all that is unknown in a row.
+                None => ids.extend(self.unknown.filter(|_| !after_unknown)),
+            }
+            after_unknown = unknown;
+        }
     }
 }
 
 /// The bytes that a piece stands for.
 pub fn bytes(piece: &str) -> Vec<u8> {
-    let byte = piece.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
-    match byte.filter(|hex| hex.len() == 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+    match byte_of(piece) {
         Some(byte) => vec![byte],
         None => piece.replace(SPACE, " ").into_bytes(),
     }
+}
+
+/// The byte of a piece like `<0x0A>`.
+fn byte_of(piece: &str) -> Option<u8> {
+    let hex = piece.strip_prefix("<0x")?.strip_suffix('>')?;
+    (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }

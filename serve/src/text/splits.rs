@@ -3,25 +3,22 @@
 //! The names, which of them share a rule, and what each of them implies are those
 //! of llama.cpp (`src/llama-vocab.cpp`). The rules are those of the tokenizers
 //! that the models were published with (`tokenizer.json`), or what llama.cpp has
-//! in their place. A rule is a list of patterns: each is looked for in what the
+//! in their place. A rule is a list of steps: each is looked for in what the
 //! ones before it left, and both what it finds and what lies between stand alone.
+//! The patterns' look ahead, `\s+(?!\S)|\s+`, is done by hand, so that no text takes more
+//! than linear time.
 
-use tokenizers::{
-    SplitDelimiterBehavior,
-    pre_tokenizers::{
-        PreTokenizerWrapper,
-        byte_level::ByteLevel,
-        sequence::Sequence,
-        split::{Split, SplitPattern},
-    },
-};
+mod step;
+
+pub use step::Splits;
+use step::Step::{self, Pattern, Thousands, Words};
 
 use crate::Result;
 
 /// What a name stands for.
 pub struct Pre {
     names: &'static [&'static str],
-    patterns: &'static [&'static str],
+    steps: &'static [Step],
     /// A part that is a token is taken whole, whatever merges would make of it.
     pub ignore_merges: bool,
     /// Text starts with BOS unless the file says otherwise.
@@ -29,8 +26,8 @@ pub struct Pre {
 }
 
 /// A rule that implies nothing else.
-const fn rule(names: &'static [&'static str], patterns: &'static [&'static str]) -> Pre {
-    Pre { names, patterns, ignore_merges: false, add_bos: false }
+const fn rule(names: &'static [&'static str], steps: &'static [Step]) -> Pre {
+    Pre { names, steps, ignore_merges: false, add_bos: false }
 }
 
 /// Endings of English words, in letters of either case.
@@ -66,11 +63,10 @@ macro_rules! cased_words {
     };
 }
 
-/// Words, digits and symbols, and then line ends and spaces; the last space
-/// before a word is left to it.
+/// Words, digits and symbols, and then line ends.
 macro_rules! text {
     ($words:expr, $digits:expr, $symbols:expr) => {
-        concat!($words, "|", $digits, "|", $symbols, r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+        Words(concat!($words, "|", $digits, "|", $symbols, r"|\s*[\r\n]+"))
     };
 }
 
@@ -88,21 +84,21 @@ macro_rules! symbols_slash {
     };
 }
 
-const GPT2: &str = r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const LLAMA3: &str = text!(words!(), r"\p{N}{1,3}", symbols!());
-const QWEN2: &str = text!(words!(), r"\p{N}", symbols!());
+const GPT2: Step = Words(r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+");
+const LLAMA3: Step = text!(words!(), r"\p{N}{1,3}", symbols!());
+const QWEN2: Step = text!(words!(), r"\p{N}", symbols!());
 /// Words up to a space or what ends a clause, in several scripts.
-const CLAUSES: &str = " ?[^\\s()|.,!?\u{2026}\u{3002}\u{ff0c}\u{3001}\u{964}\u{6d4}\u{60c}]+";
+const CLAUSES: Step = Pattern(" ?[^\\s()|.,!?\u{2026}\u{3002}\u{ff0c}\u{3001}\u{964}\u{6d4}\u{60c}]+");
 /// Chinese characters, kana and hangul, and what lies before and between them.
-const EAST_ASIAN: &str = r"[\u{800}-\u{9fa5}\u{ac00}-\u{d7ff}]+";
+const EAST_ASIAN: Step = Pattern(r"[\u{800}-\u{9fa5}\u{ac00}-\u{d7ff}]+");
 /// Chinese characters and kana.
-const HAN_KANA: &str = r"[\u{4e00}-\u{9fa5}\u{3040}-\u{30ff}]+";
+const HAN_KANA: Step = Pattern(r"[\u{4e00}-\u{9fa5}\u{3040}-\u{30ff}]+");
 /// What stands before letters, here also symbols of ASCII, and then text in which
 /// marks belong to letters.
-const DEEPSEEK3: &str =
+const DEEPSEEK3: Step =
     text!(r"[!-/:-@\[-`{-~][A-Za-z]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+", r" ?[\p{P}\p{S}]+[\r\n]*");
 /// Letters that have a case, of those that there were when it was written.
-const CASED: &str = concat!(
+const CASED: Step = Pattern(concat!(
     r"\s?[",
     r"\u{41}-\u{5a}\u{61}-\u{7a}\u{b5}\u{c0}-\u{d6}\u{d8}-\u{f6}\u{f8}-\u{1ba}\u{1bc}-\u{1bf}",
     r"\u{1c4}-\u{293}\u{295}-\u{2af}\u{370}-\u{373}\u{376}-\u{377}\u{37b}-\u{37d}\u{37f}",
@@ -121,10 +117,10 @@ const CASED: &str = concat!(
     r"\u{104b0}-\u{104d3}\u{104d8}-\u{104fb}\u{10c80}-\u{10cb2}\u{10cc0}-\u{10cf2}",
     r"\u{118a0}-\u{118df}\u{1e900}-\u{1e943}",
     r"]+"
-);
+));
 
 static KNOWN: &[Pre] = &[
-    rule(&["default"], &[r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
+    rule(&["default"], &[Pattern(r"[\p{P}$+<=>^~|]+"), GPT2, Pattern(r"\p{N}+"), Pattern("[0-9][0-9][0-9]")]),
     Pre {
         ignore_merges: true,
         add_bos: true,
@@ -148,7 +144,7 @@ static KNOWN: &[Pre] = &[
         add_bos: true,
         ..rule(&["tekken"], &[text!(cased_words!(""), r"\p{N}", symbols_slash!())])
     },
-    Pre { ignore_merges: true, ..rule(&["minicpm5"], &[r"\p{N}{1,3}", LLAMA3]) },
+    Pre { ignore_merges: true, ..rule(&["minicpm5"], &[Pattern(r"\p{N}{1,3}"), LLAMA3]) },
     rule(&["dbrx", "smaug-bpe", "glm4", "chatglm-bpe"], &[LLAMA3]),
     rule(
         &[
@@ -180,18 +176,18 @@ static KNOWN: &[Pre] = &[
     ),
     rule(
         &["bailingmoe", "bailingmoe2", "llada-moe"],
-        &[concat!(
+        &[Words(concat!(
             r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*",
-            r"|\s*[\r\n]|\s+(?!\S)|\s+"
-        )],
+            r"|\s*[\r\n]"
+        ))],
     ),
     rule(
         &["exaone-moe"],
-        &[concat!(
+        &[Words(concat!(
             endings!(),
             r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?",
-            r"|\s*[\r\n]|\s+(?!\S)|\s+"
-        )],
+            r"|\s*[\r\n]"
+        ))],
     ),
     rule(
         &[
@@ -219,26 +215,32 @@ static KNOWN: &[Pre] = &[
     ),
     rule(
         &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
-        &[r"\p{N}", GPT2],
+        &[Pattern(r"\p{N}"), GPT2],
     ),
-    rule(&["falcon"], &[r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"]),
+    rule(&["falcon"], &[Pattern(r"[\p{P}$+<=>^~|`]+"), GPT2, Pattern("[0-9][0-9][0-9]")]),
     rule(
         &["deepseek-llm"],
         &[
-            r"[\r\n]",
+            Pattern(r"[\r\n]"),
             CASED,
-            r"\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+",
-            r"\s+$",
+            Pattern(r"\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+"),
+            Pattern(r"\s+$"),
             EAST_ASIAN,
-            r"\p{N}+",
+            Pattern(r"\p{N}+"),
         ],
     ),
-    rule(&["deepseek-coder"], &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", EAST_ASIAN, r"\p{N}"]),
-    rule(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &[r"\p{N}{1,3}", HAN_KANA, DEEPSEEK3]),
+    rule(
+        &["deepseek-coder"],
+        &[Pattern(r"[\r\n]"), Pattern(r"\s?\p{L}+"), Pattern(r"\s?\p{P}+"), EAST_ASIAN, Pattern(r"\p{N}")],
+    ),
+    rule(
+        &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"],
+        &[Pattern(r"\p{N}{1,3}"), HAN_KANA, DEEPSEEK3],
+    ),
     rule(&["poro-chat", "bloom", "gpt3-finnish"], &[CLAUSES]),
-    rule(&["viking"], &[CLAUSES, r"\p{N}"]),
+    rule(&["viking"], &[CLAUSES, Pattern(r"\p{N}")]),
     // Numbers in groups of three from the right; all else is left to merges.
-    rule(&["superbpe"], &[r"\p{N}+", r"(?=(\d{3})+(?!\d))"]),
+    rule(&["superbpe"], &[Pattern(r"\p{N}+"), Thousands]),
 ];
 
 impl Pre {
@@ -255,15 +257,9 @@ impl Pre {
         KNOWN.iter().flat_map(|pre| pre.names).copied()
     }
 
-    /// Splits text, and gives each part as the characters that stand for its bytes.
-    pub fn tokenizer(&self) -> Result<Sequence> {
-        let split = |pattern: &&str| {
-            let pattern = SplitPattern::Regex((*pattern).into());
-            Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map(PreTokenizerWrapper::from)
-        };
-        let mut steps = self.patterns.iter().map(split).collect::<tokenizers::Result<Vec<_>>>()?;
-        steps.push(ByteLevel::new(false, true, false).into());
-        Ok(Sequence::new(steps))
+    /// The rule, ready to be used.
+    pub fn splits(&self) -> Result<Splits> {
+        Splits::new(self.steps)
     }
 }
 

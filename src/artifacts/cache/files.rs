@@ -107,7 +107,7 @@ impl Files {
         let _ = fs::remove_file(beside(path, STAMP));
     }
 
-    /// The lock of a file; waiting for it is told.
+    /// The lock of a file; waiting for it is reported.
     #[cfg(feature = "fetch")]
     pub(crate) fn lock(&self, file: &str, on_progress: OnProgress<'_>) -> Result<Lock, ArtifactError> {
         real_folder(&self.folder)?;

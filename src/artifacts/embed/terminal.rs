@@ -13,35 +13,36 @@ use std::time::{Duration, Instant};
 /// Tells of progress on the terminal, or in the log of the build.
 pub fn progress() -> ProgressFn {
     let terminal = File::options().write(true).open("/dev/tty").ok();
-    let teller = match terminal {
-        Some(terminal) => Teller::new(Box::new(terminal), true),
-        None => Teller::new(Box::new(io::stderr()), false),
+    let progress_lines = match terminal {
+        Some(terminal) => TerminalProgress::new(Box::new(terminal), true),
+        None => TerminalProgress::new(Box::new(io::stderr()), false),
     };
-    let teller = Mutex::new(teller);
+    let progress_lines = Mutex::new(progress_lines);
     Arc::new(move |progress| {
-        let mut teller = teller.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut progress_lines = progress_lines.lock().unwrap_or_else(PoisonError::into_inner);
         // A terminal that is gone must not end the build.
-        let _ = teller.tell(progress, Instant::now());
+        let _ = progress_lines.show(progress, Instant::now());
     })
 }
 
 /// Writes progress, not too often.
-struct Teller {
+struct TerminalProgress {
     out: Box<dyn Write + Send>,
     /// Whether a line may be overwritten by the next.
     terminal: bool,
     announced: Option<String>,
-    told: Option<Instant>,
-    /// Whether a line stands there that is to go.
+    /// When the last line was written.
+    last_line: Option<Instant>,
+    /// Whether the last line is to go.
     passing: bool,
 }
 
-impl Teller {
-    fn new(out: Box<dyn Write + Send>, terminal: bool) -> Teller {
-        Teller { out, terminal, announced: None, told: None, passing: false }
+impl TerminalProgress {
+    fn new(out: Box<dyn Write + Send>, terminal: bool) -> TerminalProgress {
+        TerminalProgress { out, terminal, announced: None, last_line: None, passing: false }
     }
 
-    fn tell(&mut self, progress: &Progress<'_>, now: Instant) -> io::Result<()> {
+    fn show(&mut self, progress: &Progress<'_>, now: Instant) -> io::Result<()> {
         let megabytes = |bytes: u64| bytes / 1_000_000;
         let of = |done: u64, total: Option<u64>| match total {
             Some(total) => format!("{} of {} MB", megabytes(done), megabytes(total)),
@@ -72,12 +73,12 @@ impl Teller {
             }
         };
         let pause = if self.terminal { Duration::from_millis(250) } else { Duration::from_secs(10) };
-        if self.told.is_some_and(|told| now.duration_since(told) < pause) {
+        if self.last_line.is_some_and(|last_line| now.duration_since(last_line) < pause) {
             return Ok(());
         }
         match self.terminal {
             true => {
-                (self.told, self.passing) = (Some(now), true);
+                (self.last_line, self.passing) = (Some(now), true);
                 // Cargo's own line begins where the cursor is, so that goes back to the start.
                 write!(self.out, "\r\x1b[K{line}\r")?;
                 self.out.flush()
@@ -88,14 +89,14 @@ impl Teller {
 
     /// A line that stays.
     fn line(&mut self, line: &str, now: Instant) -> io::Result<()> {
-        (self.told, self.passing) = (Some(now), false);
+        (self.last_line, self.passing) = (Some(now), false);
         let start = if self.terminal { "\r\x1b[K" } else { "" };
         writeln!(self.out, "{start}flashinfer-rs: {line}")?;
         self.out.flush()
     }
 }
 
-impl Drop for Teller {
+impl Drop for TerminalProgress {
     fn drop(&mut self) {
         if self.passing {
             let _ = write!(self.out, "\r\x1b[K").and_then(|()| self.out.flush());
@@ -134,16 +135,16 @@ mod tests {
     /// What is written of a download of 100 steps, one each 100 ms.
     fn download(terminal: bool) -> String {
         let written = Written::default();
-        let mut teller = Teller::new(Box::new(written.clone()), terminal);
+        let mut progress_lines = TerminalProgress::new(Box::new(written.clone()), terminal);
         let (start, total) = (Instant::now(), Some(1_700_000_000));
-        teller.tell(&Progress::Started { file: FILE, done: 0, total: None }, start).unwrap();
-        teller.tell(&Progress::Started { file: FILE, done: 0, total }, start).unwrap();
+        progress_lines.show(&Progress::Started { file: FILE, done: 0, total: None }, start).unwrap();
+        progress_lines.show(&Progress::Started { file: FILE, done: 0, total }, start).unwrap();
         for step in 1..=100 {
             let progress = Progress::Bytes { file: FILE, done: step * 17_000_000, total };
-            teller.tell(&progress, start + Duration::from_millis(100) * step as u32).unwrap();
+            progress_lines.show(&progress, start + Duration::from_millis(100) * step as u32).unwrap();
         }
         let done = Progress::Done { file: FILE, path: std::path::Path::new("/x") };
-        teller.tell(&done, start + Duration::from_secs(11)).unwrap();
+        progress_lines.show(&done, start + Duration::from_secs(11)).unwrap();
         String::from_utf8(written.0.lock().unwrap().clone()).unwrap()
     }
 

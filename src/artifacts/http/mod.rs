@@ -202,7 +202,7 @@ fn agent(options: &FetchOptions, proxy: Option<Proxy>) -> Agent {
 /// A request's error, by whether the host was reached at all.
 fn classify(error: ureq::Error, proxy: Option<&str>) -> Broken {
     use ureq::{Error, Timeout};
-    let mut text = told(&error);
+    let mut text = describe(&error);
     if let Some(variable) = proxy {
         text += &format!(" (through the proxy that {variable} names)");
     }
@@ -239,7 +239,7 @@ fn classify(error: ureq::Error, proxy: Option<&str>) -> Broken {
 }
 
 /// The text of an error, without those parts that repeat an address or a header.
-fn told(error: &ureq::Error) -> String {
+fn describe(error: &ureq::Error) -> String {
     match error {
         ureq::Error::BadUri(_) | ureq::Error::Http(_) => "the address cannot be asked for".into(),
         ureq::Error::Protocol(_) => "the answer is no proper HTTP".into(),
@@ -269,7 +269,7 @@ impl Read for Body {
             Some(slow) => Err(io::Error::other(slow)),
             None => read.map_err(|e| match e.kind() {
                 io::ErrorKind::Interrupted => e,
-                _ => io::Error::other(told(&e.into())),
+                _ => io::Error::other(describe(&e.into())),
             }),
         }
     }

@@ -205,8 +205,8 @@ mod tests {
             ..FetchOptions::default()
         };
         let cut = Arc::new(Mutex::new(false));
-        let told = Arc::clone(&cut);
-        let pace = Pace::watch(&options, move || *told.lock().unwrap() = true).unwrap();
+        let flag = Arc::clone(&cut);
+        let pace = Pace::watch(&options, move || *flag.lock().unwrap() = true).unwrap();
         // Whoever reads is busy with something else.
         thread::sleep(Duration::from_millis(300));
         assert!(!*cut.lock().unwrap());

@@ -276,15 +276,15 @@ fn cache(store: &Store) -> Finding {
 
 /// Whether nothing may be executed in a folder, or in the one that it will be made in.
 fn mounted_noexec(folder: &Path) -> bool {
-    let Some(there) = folder.ancestors().find(|folder| folder.exists()) else { return false };
-    let Ok(path) = CString::new(there.as_os_str().as_bytes()) else { return false };
-    let mut told = MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the path ends in a zero, and the system writes to `told` only.
-    if unsafe { libc::statvfs(path.as_ptr(), told.as_mut_ptr()) } != 0 {
+    let Some(existing) = folder.ancestors().find(|folder| folder.exists()) else { return false };
+    let Ok(path) = CString::new(existing.as_os_str().as_bytes()) else { return false };
+    let mut stats = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends in a zero, and the system writes to `stats` only.
+    if unsafe { libc::statvfs(path.as_ptr(), stats.as_mut_ptr()) } != 0 {
         return false;
     }
     // SAFETY: a call that succeeds has filled it in.
-    unsafe { told.assume_init() }.f_flag & libc::ST_NOEXEC != 0
+    unsafe { stats.assume_init() }.f_flag & libc::ST_NOEXEC != 0
 }
 
 /// The modules at hand.

@@ -46,7 +46,7 @@ pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
         let (sha256, _) = digest.map_err(|error| Failure::File(path.clone(), error))?;
         let record = Wheel::open(path)?.record_sha256();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let told = match &options.write {
+        let place = match &options.write {
             Some(manifest) => match write(manifest, sha256, record)? {
                 0 => return Err(Failure::NotPinned(name, sha256, manifest.display().to_string())),
                 rows => format!("{} rows of {} pin it", rows, manifest.display()),
@@ -54,7 +54,7 @@ pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
             None if Pins::is_pinned(sha256)? => format!("add this to the rows with sha256 = \"{sha256}\""),
             None => return Err(Failure::NotPinned(name, sha256, "this crate's pin table".into())),
         };
-        printed(writeln!(io::stdout(), "# {name}: {told}\n{KEY} = \"{record}\""))?;
+        printed(writeln!(io::stdout(), "# {name}: {place}\n{KEY} = \"{record}\""))?;
     }
     Ok(true)
 }

@@ -13,7 +13,7 @@ use candle_core::{
 };
 
 use super::{
-    super::{modules, tensor},
+    super::tensor,
     call::{Call, Keys},
     visible::Visible,
 };
@@ -136,8 +136,7 @@ impl OnStream {
         if let Some(module) = self.modules.iter().find(same) {
             return Ok(*module);
         }
-        let new = || BatchPrefill::new(&self.stream, spec, heads);
-        let module = modules::resolve("flash_attn", spec, new)?;
+        let module = BatchPrefill::new(&self.stream, spec, heads).map_err(tensor::error)?;
         if self.modules.len() == MAX_MODULES {
             self.modules.remove(0);
         }

@@ -1,6 +1,6 @@
 //! Which keys queries see, and the requests that a batch is for kernels.
 
-use crate::{MaskIndices, Result};
+use crate::{Result, indices::MaskIndices};
 
 /// The queries and keys of one sequence, or of one request.
 pub(super) type Lens = (usize, usize);

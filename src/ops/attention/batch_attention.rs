@@ -13,10 +13,11 @@ use super::{
     batch_attention_work::{MixedBatch, Work, blocks, float_bytes, int_bytes},
     empty_states,
     mask::{Mask, MaskTensors, requests_of},
+    modules::Family,
     options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
-        PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_output, check_workspace, host_indices,
-        make_plan,
+        PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_gpu, check_output, check_workspace,
+        host_indices, make_plan,
     },
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
@@ -70,10 +71,9 @@ const PLAN_LEN: usize = 28;
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, BatchAttention, Heads, PlanOptions, Workspace},
-///     cudarc::Tensor,
-///     kv::{KvLayout, PagedKv},
+///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, BatchAttention, Heads,
+///     PlanOptions, Workspace}, cudarc::Tensor, kv::{KvLayout, PagedKv}, indices::{RaggedIndices,
+///     RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -114,8 +114,9 @@ impl BatchAttention {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can work
     /// on such heads. [`Unsupported`](FlashInferError::Unsupported): no such
-    /// module can exist, or the spec names other kernels. Else the module cannot
-    /// be had or opened.
+    /// module can exist, or it is in no local source and FlashInfer publishes
+    /// none, or the spec names other kernels. Else the module cannot be had or
+    /// opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let group = heads.check("BatchAttention::new")?;
         if !matches!(spec.backend, Backend::Auto | Backend::Fa2) {
@@ -124,12 +125,10 @@ impl BatchAttention {
                 available: "there is Backend::Fa2, which Backend::Auto takes, too".into(),
             });
         }
-        let name = spec.batch_attention_module()?;
-        let runtime = FlashInferRuntime::get()?;
-        runtime.preload([&name])?;
-        let module = runtime.module(&name)?;
+        let (module, _) = spec.first_module(Family::Mixed, &[Backend::Fa2])?;
         let ordinal = stream.ordinal();
-        let multiprocessors = runtime.cuda().attribute(ordinal, DeviceAttribute::MultiprocessorCount)?;
+        let multiprocessors =
+            FlashInferRuntime::get()?.cuda().attribute(ordinal, DeviceAttribute::MultiprocessorCount)?;
         Ok(Self {
             spec: *spec,
             heads,
@@ -197,12 +196,7 @@ impl BatchAttention {
     ) -> Result<BatchAttentionPlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
-        if stream.ordinal() != self.ordinal {
-            return check.fail(
-                "table",
-                format!("it is on {}; the module is for cuda:{}", stream.device(), self.ordinal),
-            );
-        }
+        check_gpu(&check, "table", self.ordinal)?;
         check.on_stream("queries", queries.stream())?;
         let causal = options.is_causal("attention of mixed batches")?;
         options.split.refuse("attention of mixed batches")?;

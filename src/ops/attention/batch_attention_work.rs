@@ -2,7 +2,7 @@
 
 use super::{
     mask::{check_causal, requests_of},
-    planned::check_rows,
+    planned::{check_requests, check_rows},
     spec::{AttentionSpec, Heads},
 };
 use crate::{
@@ -78,16 +78,7 @@ impl<'a> Work<'a> {
     /// Compares queries with a page table.
     pub(super) fn of(check: &Check<'_>, spec: &AttentionSpec, batch: MixedBatch<'a>) -> Result<Self> {
         let MixedBatch { queries, pages: table, heads, group, causal, graph } = batch;
-        if queries.batch_size() != table.batch_size() {
-            return check.fail(
-                "queries",
-                format!(
-                    "they are of {} requests, the page table is of {}",
-                    queries.batch_size(),
-                    table.batch_size()
-                ),
-            );
-        }
+        check_requests(check, queries, table)?;
         let rows = check_rows(check, graph, queries.total(), 0)?;
         spec.check_output_size(check, rows, heads)?;
         let kv_lens = table.seq_lens();

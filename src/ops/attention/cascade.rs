@@ -43,10 +43,9 @@ const ALIGNMENT: usize = 256;
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, PageIndices, PageTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, CascadeLevel, CascadeWorkspace, Heads, MultiLevelCascade, PlanOptions},
-///     cudarc::Tensor,
-///     kv::{KvLayout, PagedKv},
+///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, CascadeLevel,
+///     CascadeWorkspace, Heads, MultiLevelCascade, PlanOptions}, cudarc::Tensor, kv::{KvLayout,
+///     PagedKv}, indices::{RaggedIndices, RaggedTable},
 /// };
 /// use half::f16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

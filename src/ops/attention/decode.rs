@@ -7,18 +7,20 @@
 //! `include/flashinfer/attention/{decode,scheduler}.cuh` of FlashInfer 0.6.13.
 
 use super::{
+    batch_run::BatchRun,
     decode_need::planned_indptr,
     empty_states,
     mask::MaskTensors,
-    modules::{first_module, flash_attention},
+    modules::Family,
     options::{PlanOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{
         PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, check_described,
-        check_output, check_workspace, host_indices, make_plan,
+        check_workspace, host_indices, make_plan,
     },
-    prefill_batch::PrefillBatch,
+    prefill_batch::{BatchShape, PrefillBatch},
     prefill_kernels::{Pages, PrefillKernels, RunTensors},
+    resolve::flash_attention,
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
 };
@@ -31,7 +33,7 @@ use crate::{
     indices::PageTable,
     kv::PagedKv,
     module::Module,
-    ops::{check::Check, enable_pdl, page::check_cache},
+    ops::{check::Check, enable_pdl},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -72,9 +74,8 @@ const PLAN_LEN: usize = 10;
 /// Paged batch decode: attention of one query per request to the request's
 /// pages.
 ///
-/// [`Backend::Auto`] decodes on CUDA cores with one or two query heads per KV
-/// head (of 8-bit keys, with one), and on tensor cores (FlashAttention 2) with
-/// more, where the module is at hand; [`backend`](Self::backend) says what was picked.
+/// What [`Backend::Auto`] picks, on CUDA cores or on tensor cores,
+/// [`backend`](Self::backend) says.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -134,12 +135,14 @@ impl BatchDecode {
     /// wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, it has no
-    /// kernel for the group size, or not for the stream's GPU. Else the module
-    /// cannot be had or opened.
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or it is in no
+    /// local source and FlashInfer publishes none; it has no kernel for the group
+    /// size, or not for the stream's GPU; values have another width than keys.
+    /// Else the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let runtime = FlashInferRuntime::get()?;
+        spec.check_paged()?;
         if spec.backend == Backend::Fa3 {
+            let runtime = FlashInferRuntime::get()?;
             flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?;
         }
         let group = heads.check(NEW_OP)?;
@@ -158,10 +161,7 @@ impl BatchDecode {
             Backend::Auto => &[Backend::Fa2],
             ref asked => std::slice::from_ref(asked),
         };
-        let (module, backend) = first_module(runtime, backends, |backend| match backend {
-            Backend::CudaCores => spec.decode_module(),
-            backend => spec.prefill_module(backend == Backend::Fa3),
-        })?;
+        let (module, backend) = spec.first_module(Family::Batch, backends)?;
         let kernels = match backend {
             Backend::CudaCores => Kernels::CudaCores(DecodeKernels::load(module)?),
             backend => Kernels::TensorCores(PrefillKernels::load(module, spec, backend == Backend::Fa3)?),
@@ -258,15 +258,17 @@ impl BatchDecode {
                 queries = Some(device_indptr);
                 let (indices, lens) = (table.host(), table.host().seq_lens());
                 let batch = PrefillBatch {
-                    qo_indptr: &indptr,
-                    kv_indptr: indices.indptr(),
-                    kv_lens: &lens,
-                    page_size: indices.page_size(),
-                    heads: self.heads,
-                    causal: false,
-                    rows: batch,
-                    cuda_graph: graph,
-                    split: options.split,
+                    qo_indptr: indptr.into(),
+                    kv_indptr: indices.indptr().into(),
+                    kv_lens: lens.into(),
+                    shape: BatchShape {
+                        page_size: indices.page_size(),
+                        heads: self.heads,
+                        causal: false,
+                        rows: batch,
+                        cuda_graph: graph,
+                        split: options.split,
+                    },
                 };
                 Some(kernels.make_plan(&check, workspace, &batch)?)
             }
@@ -405,10 +407,10 @@ impl DecodePlan<'_> {
         let (spec, heads, table) = (&self.decode.spec, self.decode.heads, self.table);
         let check = Check::new(RUN_OP, self.stream())?;
         let lse = lse.map(|lse| &lse.raw);
-        check_output(&check, spec, heads, table.host().batch_size(), &q.raw, &out.raw, lse)?;
-        let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, table, &[spec.dtype_kv])?;
-        heads.check_cache(&check, cache, spec.head_dim_qk)?;
-        options.check(&check, spec, heads)?;
+        let rows = table.host().batch_size();
+        let run = BatchRun { spec, heads, rows, q: &q.raw, out: &out.raw, lse, options };
+        run.check(&check)?;
+        run.check_pages(&check, kv, table)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
         let _covered = capture::runs(|| self.replay_key())?;
         match (&self.decode.kernels, &self.queries) {

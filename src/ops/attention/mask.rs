@@ -18,21 +18,22 @@ pub enum Mask<'p> {
     #[default]
     None,
     /// Those up to its position: query `r` of a request with `q` queries and
-    /// `k` keys sees the first `k − q + r + 1` keys.
+    /// `k` keys sees the first `k − q + r + 1` keys. The one query of a request in
+    /// decode sees all, as with no mask.
     Causal,
     /// Those whose bit is set in a packed mask; see
-    /// [`MaskIndices`](crate::MaskIndices). A query that sees no key gets
+    /// [`MaskIndices`](crate::indices::MaskIndices). A query that sees no key gets
     /// zeros, and −∞. FlashAttention 2 only. Values of hidden keys are multiplied by 0,
     /// so they must be finite.
     Custom {
         /// Where each request's part lies.
         indices: &'p MaskTable,
         /// The bits: a contiguous `u8` tensor of one dimension, with at least
-        /// [`num_bytes`](crate::MaskIndices::num_bytes) elements.
+        /// [`num_bytes`](crate::indices::MaskIndices::num_bytes) elements.
         bits: TensorRef<'p>,
     },
     /// The prefix, and the tokens of its own item up to its position, for
-    /// multi-item scoring; see [`ItemIndices`](crate::ItemIndices). Over paged
+    /// multi-item scoring; see [`ItemIndices`](crate::indices::ItemIndices). Over paged
     /// keys, without a sliding window; with FlashAttention 2 over at most 65535
     /// keys of a request.
     MultiItem(&'p ItemTable),

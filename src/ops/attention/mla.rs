@@ -11,9 +11,9 @@
 use super::{
     mla_spec::MlaSpec,
     mla_work::{Work, int_bytes},
-    modules::flash_attention,
     options::{PlanOptions, check_sm_scale},
-    planned::{PlanInfo, Planned, Planning, check_lse, check_workspace, host_indices, make_plan},
+    planned::{PlanInfo, Planned, Planning, check_gpu, check_lse, check_workspace, host_indices, make_plan},
+    resolve::flash_attention,
     spec::Backend,
     workspace::{Need, Workspace},
 };
@@ -86,10 +86,8 @@ impl<'a> MlaQuery<'a> {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, PageIndices, PageTable, RaggedIndices, Stream,
-///     attention::{BatchMla, MlaQuery, MlaSpec, PlanOptions, Workspace},
-///     cudarc::Tensor,
-///     kv::MlaCache,
+///     DType, PageIndices, PageTable, Stream, attention::{BatchMla, MlaQuery, MlaSpec, PlanOptions,
+///     Workspace}, cudarc::Tensor, kv::MlaCache, indices::RaggedIndices,
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -202,12 +200,7 @@ impl BatchMla {
     ) -> Result<MlaPlan<'p>> {
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
-        if stream.ordinal() != self.ordinal {
-            return check.fail(
-                "table",
-                format!("it is on {}; the module is for cuda:{}", stream.device(), self.ordinal),
-            );
-        }
+        check_gpu(&check, "table", self.ordinal)?;
         let causal = options.is_causal("latent attention")?;
         options.split.refuse("latent attention")?;
         if options.graph.is_some() {

@@ -1,7 +1,7 @@
 //! What a step of multi-head latent attention asks of its planner, and the
 //! limits of that.
 
-use super::workspace::arrays;
+use super::{planned::check_requests, workspace::arrays};
 use crate::{
     error::Result,
     indices::{PageIndices, RaggedIndices},
@@ -39,16 +39,7 @@ impl Work {
         num_heads: usize,
         causal: bool,
     ) -> Result<Self> {
-        if queries.batch_size() != table.batch_size() {
-            return check.fail(
-                "queries",
-                format!(
-                    "they are of {} requests, the page table is of {}",
-                    queries.batch_size(),
-                    table.batch_size()
-                ),
-            );
-        }
+        check_requests(check, queries, table)?;
         // Both are numbered in 32 bits together.
         if queries.total().checked_mul(num_heads).is_none_or(|rows| rows > i32::MAX as usize) {
             return check.fail(

@@ -42,10 +42,12 @@
 
 mod batch_attention;
 mod batch_attention_work;
+mod batch_run;
 mod cascade;
 mod decode;
 mod decode_need;
 mod empty_states;
+mod keys_apart;
 mod mask;
 mod mla;
 mod mla_spec;
@@ -57,6 +59,8 @@ mod planned;
 mod prefill;
 mod prefill_batch;
 mod prefill_kernels;
+mod published;
+mod resolve;
 mod single_decode;
 mod single_prefill;
 mod single_scratch;
@@ -66,6 +70,7 @@ mod testing;
 mod workspace;
 
 pub use batch_attention::{BatchAttention, BatchAttentionPlan};
+pub(crate) use batch_run::BatchRun;
 pub use cascade::{CascadeLevel, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;

@@ -1,13 +1,34 @@
 //! The modules of an attention: their names, and which there can be.
 
+use std::fmt;
+
 use super::spec::{AttentionSpec, Backend, PosEncodingMode};
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
-    module::{Module, ModuleName},
-    runtime::FlashInferRuntime,
-    stream::Stream,
+    module::ModuleName,
 };
+
+/// A family of attention modules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    /// Decode on CUDA cores, and prefill on tensor cores, of batches.
+    Batch,
+    /// The same of one request.
+    Single,
+    /// Prefill and decode of a batch together, on tensor cores.
+    Mixed,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Batch => "attention of batches",
+            Self::Single => "attention of one request",
+            Self::Mixed => "attention of mixed batches",
+        })
+    }
+}
 
 impl AttentionSpec {
     /// The module of paged batch decode on CUDA cores.
@@ -100,38 +121,16 @@ impl AttentionSpec {
         )))
     }
 
-    /// The first module at hand that serves prefill on a device, and whether it
-    /// is FlashAttention 3; `name` makes its name. [`Backend::Auto`] takes
-    /// FlashAttention 3 where the GPU has it and a module exists, else 2; for
-    /// values of another width than keys always 2, because 3 then cannot keep
-    /// the requests of a batch apart.
-    pub(super) fn first_prefill(
-        &self,
-        stream: &Stream,
-        name: fn(&Self, bool) -> Result<ModuleName>,
-    ) -> Result<(&'static Module, bool)> {
-        let runtime = FlashInferRuntime::get()?;
-        // FlashAttention 3 keeps requests apart where values are as wide as keys only.
-        let asked = match self.backend {
-            Backend::Auto if self.head_dim_qk != self.head_dim_vo => Backend::Fa2,
-            asked => asked,
-        };
-        let backends = flash_attention(asked, runtime.compute_capability(stream.ordinal())?)?;
-        let (module, backend) =
-            first_module(runtime, backends, |backend| name(self, backend == Backend::Fa3))?;
-        Ok((module, backend == Backend::Fa3))
-    }
-
-    /// Refuses modules that exist, but take other arguments than this crate
-    /// passes.
-    pub(super) fn check_called(&self) -> Result<()> {
-        if self.dtype_q.size() == 1 {
-            return unsupported(
-                format!("queries of dtype {}", self.dtype_q),
-                "this crate calls modules with f16 and bf16 queries only",
-            );
+    /// The module of a family with the kernels of a backend.
+    pub(super) fn module(&self, family: Family, backend: Backend) -> Result<ModuleName> {
+        let fa3 = backend == Backend::Fa3;
+        match (family, backend) {
+            (Family::Batch, Backend::CudaCores) => self.decode_module(),
+            (Family::Batch, _) => self.prefill_module(fa3),
+            (Family::Single, Backend::CudaCores) => self.single_decode_module(),
+            (Family::Single, _) => self.single_prefill_module(fa3),
+            (Family::Mixed, _) => self.batch_attention_module(),
         }
-        Ok(())
     }
 
     /// Element types and head dimensions, as all names have them.
@@ -260,51 +259,7 @@ const MIN_SOFT_CAP: f32 = 1e-3;
 /// What names of batch kernels have after the element types.
 const INDEXED: &str = "_dtype_idx_i32";
 
-/// The first module at hand, in order of preference, and its backend; `name`
-/// makes its name. Of several backends, those count for which a module can
-/// exist.
-pub(super) fn first_module(
-    runtime: &FlashInferRuntime,
-    backends: &[Backend],
-    name: impl Fn(Backend) -> Result<ModuleName>,
-) -> Result<(&'static Module, Backend)> {
-    let mut refusal = None;
-    let (mut possible, mut names) = (Vec::new(), Vec::new());
-    for &backend in backends {
-        match name(backend) {
-            Ok(name) => {
-                possible.push(backend);
-                names.push(name);
-            }
-            Err(error) => refusal = Some(error),
-        }
-    }
-    if let Some(error) = refusal.filter(|_| names.is_empty()) {
-        return Err(error);
-    }
-    let (place, module) = runtime.first_of(&names)?;
-    Ok((module, possible[place]))
-}
-
-/// The backends of FlashAttention that may serve on a GPU of this compute
-/// capability, the best first.
-pub(super) fn flash_attention(asked: Backend, (major, minor): (i32, i32)) -> Result<&'static [Backend]> {
-    match asked {
-        Backend::Fa2 => Ok(&[Backend::Fa2]),
-        Backend::Fa3 if major == 9 => Ok(&[Backend::Fa3]),
-        Backend::Fa3 => unsupported(
-            format!("FlashAttention 3 on compute capability {major}.{minor}"),
-            "it needs 9.0; use Backend::Fa2 or Backend::Auto",
-        ),
-        Backend::CudaCores => {
-            unsupported("FlashAttention on CUDA cores", "there are Backend::Fa2 and Backend::Fa3")
-        }
-        Backend::Auto if major == 9 => Ok(&[Backend::Fa3, Backend::Fa2]),
-        Backend::Auto => Ok(&[Backend::Fa2]),
-    }
-}
-
-fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {
+pub(super) fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {
     Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
 }
 
@@ -358,20 +313,6 @@ mod tests {
         assert!(spec.with_head_dim_vo(64).batch_attention_module().is_err());
         assert!(spec.with_logits_soft_cap(0.0).batch_attention_module().is_err());
         assert!(AttentionSpec::new(DType::F32, 128).batch_attention_module().is_err());
-    }
-
-    #[test]
-    fn flash_attention_3_needs_compute_capability_9() {
-        use Backend::{Auto, CudaCores, Fa2, Fa3};
-        assert_eq!(flash_attention(Auto, (9, 0)).unwrap(), [Fa3, Fa2]);
-        assert_eq!(flash_attention(Fa3, (9, 0)).unwrap(), [Fa3]);
-        for capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
-            assert_eq!(flash_attention(Auto, capability).unwrap(), [Fa2]);
-            assert_eq!(flash_attention(Fa2, capability).unwrap(), [Fa2]);
-            let error = flash_attention(Fa3, capability).unwrap_err();
-            assert!(error.to_string().contains("it needs 9.0"), "{error}");
-        }
-        assert!(flash_attention(CudaCores, (9, 0)).is_err());
     }
 
     #[test]

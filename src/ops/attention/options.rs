@@ -27,8 +27,7 @@ use crate::{
 pub struct PlanOptions<'p> {
     /// Which keys each query sees. Prefill has all masks; attention of mixed
     /// batches, latent attention, and the last level of a cascade
-    /// [`Mask::None`] and [`Mask::Causal`], which for decode are one and the
-    /// same.
+    /// [`Mask::None`] and [`Mask::Causal`].
     pub mask: Mask<'p>,
     /// `Some(rows)`: runs are captured into a CUDA graph, which is replayed
     /// while later plans on the same workspace and tables change what it works

@@ -13,6 +13,7 @@ use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
     ffi::{Object, Value},
+    indices::{PageIndices, RaggedIndices},
     ops::check::Check,
     runtime::FlashInferRuntime,
     tensor::RawTensor,
@@ -181,6 +182,24 @@ pub(super) fn check_workspace(check: &Check<'_>, workspace: &Workspace) -> Resul
         );
     }
     Ok(())
+}
+
+/// The stream that is checked is on the GPU that a module was resolved for.
+pub(super) fn check_gpu(check: &Check<'_>, argument: &'static str, ordinal: u32) -> Result<()> {
+    let device = check.device();
+    if device == Device::Cuda(ordinal) {
+        return Ok(());
+    }
+    check.fail(argument, format!("it is on {device}; the module is for cuda:{ordinal}"))
+}
+
+/// Queries and a page table are of as many requests.
+pub(super) fn check_requests(check: &Check<'_>, queries: &RaggedIndices, table: &PageIndices) -> Result<()> {
+    let [queries, table] = [queries.batch_size(), table.batch_size()];
+    if queries == table {
+        return Ok(());
+    }
+    check.fail("queries", format!("they are of {queries} requests, the page table is of {table}"))
 }
 
 /// Checks queries, outputs and sums of a plan for `rows` queries. What the

@@ -2,14 +2,14 @@
 //! keys and values.
 
 use super::{
+    batch_run::BatchRun,
     empty_states,
+    keys_apart::{KvBatch, as_pages, check_widths_of_pages},
     mask::{MaskTensors, requests_of},
-    options::{PlanOptions, RunOptions, check_sm_scale},
-    planned::{
-        PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_keys, check_output, check_rows,
-        check_workspace,
-    },
-    prefill_batch::{PrefillBatch, stand_in_width},
+    modules::Family,
+    options::{PlanOptions, RunOptions},
+    planned::{PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_rows, check_workspace},
+    prefill_batch::{BatchShape, PrefillBatch, stand_in_width},
     prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
@@ -17,11 +17,11 @@ use super::{
 use crate::{
     capture,
     dtype::DType,
-    error::{FlashInferError, Result},
+    error::Result,
     indices::{PageTable, RaggedTable},
     kv::{KvLayout, PagedKv},
     module::Module,
-    ops::{check::Check, page::check_cache},
+    ops::check::Check,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
 };
@@ -31,9 +31,8 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 
 /// Batch prefill over paged or ragged keys and values.
 ///
-/// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// keys and values have one width and a module exists (head dimensions 64 and
-/// 128), else FlashAttention 2.
+/// What [`Backend::Auto`] picks, FlashAttention 2 or 3, [`backend`](Self::backend)
+/// says.
 ///
 /// Requests do not see each other, also if one is full of NaN. FlashAttention 3
 /// cannot keep them apart where values have another width than keys (192/128), so
@@ -42,9 +41,8 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, MaskIndices, MaskTable, RaggedIndices, RaggedTable, Stream,
-///     attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, Workspace},
-///     cudarc::Tensor,
+///     DType, Stream, attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions,
+///     Workspace}, cudarc::Tensor, indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -87,13 +85,13 @@ impl BatchPrefill {
     /// pinned wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument): no kernel can work
-    /// on such heads. [`Unsupported`](FlashInferError::Unsupported): no such
-    /// module can exist, or not for this GPU. Else the module cannot be had or
-    /// opened.
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): no kernel can work
+    /// on such heads. [`Unsupported`](crate::FlashInferError::Unsupported): no such
+    /// module can exist, or not for this GPU; or it is in no local source, and
+    /// FlashInfer publishes none. Else the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         heads.check("BatchPrefill::new")?;
-        let (module, fa3) = spec.first_prefill(stream, AttentionSpec::prefill_module)?;
+        let (module, fa3) = spec.first_prefill(stream, Family::Batch)?;
         Ok(Self { kernels: PrefillKernels::load(module, spec, fa3)?, heads })
     }
 
@@ -120,13 +118,13 @@ impl BatchPrefill {
     /// Plans attention of `queries` to the pages of `table`.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument): batch sizes or
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): batch sizes or
     /// streams do not fit; with a causal mask, a request has more queries than
     /// keys, and keys; the workspace is too small and does not
     /// [grow](Workspace#growth); the stream is being captured;
     /// [`graph`](PlanOptions::graph) has fewer rows than queries or requests;
     /// [`split`](PlanOptions::split) is out of range.
-    /// [`Unsupported`](FlashInferError::Unsupported): the kernels do not have the
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): the kernels do not have the
     /// mask or the `split`. Else what the module or CUDA said.
     ///
     /// If the workspace was planned for an equal batch last, nothing is planned
@@ -138,16 +136,7 @@ impl BatchPrefill {
         table: &'p PageTable,
         options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, PageTable>> {
-        let spec = &self.kernels.spec;
-        if spec.head_dim_qk != spec.head_dim_vo {
-            return Err(FlashInferError::Unsupported {
-                what: format!(
-                    "a paged cache with head dimensions {} and {}",
-                    spec.head_dim_qk, spec.head_dim_vo
-                ),
-                available: "keys and values of different widths can be ragged; see plan_ragged".into(),
-            });
-        }
+        self.kernels.spec.check_paged()?;
         let indices = table.host();
         let lens = indices.seq_lens();
         let (indptr, page_size, extent) = (indices.indptr(), indices.page_size(), indices.num_pages());
@@ -161,7 +150,7 @@ impl BatchPrefill {
     ///
     /// # Errors
     /// As [`plan_paged`](Self::plan_paged); also
-    /// [`Unsupported`](FlashInferError::Unsupported): FlashAttention 3 for several
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): FlashAttention 3 for several
     /// requests, if values have another width than keys. Its tiles reach into the
     /// next request, which only keys and values of one width can be kept from.
     pub fn plan_ragged<'p>(
@@ -225,15 +214,17 @@ impl BatchPrefill {
             None
         } else {
             let batch = PrefillBatch {
-                qo_indptr: queries.host().indptr(),
-                kv_indptr: kv.indptr,
-                kv_lens: kv.lens,
-                page_size: kv.page_size,
-                heads,
-                causal: options.mask.is_causal(),
-                rows,
-                cuda_graph: graph,
-                split: options.split,
+                qo_indptr: queries.host().indptr().into(),
+                kv_indptr: kv.indptr.into(),
+                kv_lens: kv.lens.into(),
+                shape: BatchShape {
+                    page_size: kv.page_size,
+                    heads,
+                    causal: options.mask.is_causal(),
+                    rows,
+                    cuda_graph: graph,
+                    split: options.split,
+                },
             };
             Some(self.kernels.make_plan(&check, workspace, &batch)?)
         };
@@ -259,37 +250,6 @@ struct KvTable<'p, K> {
     table: &'p K,
     indptr: RawTensor,
     addresses: [usize; 3],
-}
-
-/// Keys and values of a batch, as planners see them.
-struct KvBatch<'a> {
-    op: &'static str,
-    indptr: &'a [i32],
-    lens: &'a [i32],
-    page_size: usize,
-    extent: usize,
-    paged: bool,
-}
-
-impl KvBatch<'_> {
-    /// Whether the tiles in which FlashAttention 3 copies ragged keys reach
-    /// into those of another request. The copy stops at the tensors' end, not
-    /// at the request's: values behind it get the weight 0, which makes NaN of
-    /// another's NaN. A batch that does not hold its requests apart is read as
-    /// pages of one key, which are copied one by one.
-    fn reaches_others(&self, graph: bool, mut requests: impl Iterator<Item = (usize, usize)>) -> bool {
-        if self.paged {
-            return false;
-        }
-        if graph {
-            return self.lens.len() > 1;
-        }
-        let mut ends = self.indptr[1..].iter();
-        requests.any(|(queries, keys)| {
-            let end = ends.next().is_some_and(|&end| end as usize == self.extent);
-            queries > 0 && keys > 0 && !end
-        })
-    }
 }
 
 /// One step's prefill plan, ready to run for each layer. `K` is the kind of
@@ -341,20 +301,21 @@ impl<K> PrefillPlan<'_, K> {
         self.planned.numbers()
     }
 
-    fn check_queries(
-        &self,
+    fn check_queries<'r>(
+        &'r self,
         check: &Check<'_>,
-        q: &TensorRef<'_>,
-        out: &TensorMut<'_>,
-        lse: Option<&TensorMut<'_>>,
-        options: &RunOptions<'_>,
-    ) -> Result<()> {
+        q: &'r TensorRef<'_>,
+        out: &'r TensorMut<'_>,
+        lse: Option<&'r TensorMut<'_>>,
+        options: &'r RunOptions<'_>,
+    ) -> Result<BatchRun<'r>> {
         let (spec, lse) = (&self.kernels.spec, lse.map(|lse| &lse.raw));
-        check_output(check, spec, self.heads, self.rows, &q.raw, &out.raw, lse)?;
+        let (heads, rows) = (self.heads, self.rows);
+        let run = BatchRun { spec, heads, rows, q: &q.raw, out: &out.raw, lse, options };
+        run.check_on_tensor_cores(check)?;
         check_described(check, self.kernels.fa3, &[("q", &q.raw)])?;
-        options.check(check, spec, self.heads)?;
-        check_sm_scale(check, options.logit_scale(spec))?;
-        self.kernels.check_scale(check, options)
+        self.kernels.check_scale(check, options)?;
+        Ok(run)
     }
 
     /// Enqueues what is to be said of queries that see no key.
@@ -431,11 +392,9 @@ impl PrefillPlan<'_, PageTable> {
         lse: Option<&mut TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
-        let (spec, stream) = (&self.kernels.spec, self.keys.stream());
+        let stream = self.keys.stream();
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
-        self.check_queries(&check, q, out, lse, options)?;
-        let cache = check_cache(&check, [&kv.k.raw, &kv.v.raw], kv.layout, self.keys, &[spec.dtype_kv])?;
-        self.heads.check_cache(&check, cache, spec.head_dim_qk)?;
+        self.check_queries(&check, q, out, lse, options)?.check_pages(&check, kv, self.keys)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
         let _covered = capture::runs(|| self.replay_key())?;
         let qo_indptr = self.queries.indptr()?;
@@ -482,8 +441,8 @@ impl PrefillPlan<'_, RaggedTable> {
     ) -> Result<()> {
         let (spec, stream) = (&self.kernels.spec, self.keys.stream());
         let (check, lse) = (Check::new(RUN_OP, stream)?, lse.as_deref());
-        self.check_queries(&check, q, out, lse, options)?;
-        check_keys(&check, spec, self.heads, self.keys.host().total(), [&k.raw, &v.raw])?;
+        let run = self.check_queries(&check, q, out, lse, options)?;
+        run.check_rows(&check, [&k.raw, &v.raw], self.keys.host().total())?;
         check_described(&check, self.kernels.fa3, &[("k", &k.raw), ("v", &v.raw)])?;
         let Some(info) = &self.planned.info else { return Ok(()) };
         let _covered = capture::runs(|| self.replay_key())?;
@@ -524,86 +483,6 @@ impl PrefillPlan<'_, RaggedTable> {
                 None => self.kernels.run_ragged(&run, [&k, &v], self.keys)?,
             }
             self.mark_empty(empty_states::Keys::Ragged { indptr: &indptr }, lse, options)
-        }
-    }
-}
-
-/// Refuses several requests to FlashAttention 3 where it has no kernel that
-/// keeps them apart.
-fn check_widths_of_pages(spec: &AttentionSpec) -> Result<()> {
-    if spec.head_dim_qk == spec.head_dim_vo {
-        return Ok(());
-    }
-    Err(FlashInferError::Unsupported {
-        what: format!(
-            "a plan of FlashAttention 3 for several requests with head dimensions {} and {}, among which it would \
-             let one see the next",
-            spec.head_dim_qk, spec.head_dim_vo
-        ),
-        available: "plan each request on its own, or use Backend::Fa2, if a wheel of yours has its module"
-            .into(),
-    })
-}
-
-/// Ragged keys and values as a cache of pages of one key.
-fn as_pages(check: &Check<'_>, kv: [&RawTensor; 2]) -> Result<[RawTensor; 2]> {
-    let [k_stride, v_stride] = kv.map(|tensor| tensor.strides()[0]);
-    if k_stride != v_stride && kv[0].shape()[0] > 1 {
-        return check.fail(
-            "v",
-            format!(
-                "its rows are {v_stride} elements apart, those of k {k_stride}; for several requests, whose keys \
-                 it reads as pages, FlashAttention 3 takes one number for both, so copy one of them, or use \
-                 Backend::Fa2"
-            ),
-        );
-    }
-    let [k, v] = kv.map(|tensor| {
-        let (&[rows, heads, width], &[row, head, _]) = (tensor.shape(), tensor.strides()) else {
-            return check.fail("k", format!("its shape is {:?}; expected 3 dimensions", tensor.shape()));
-        };
-        let [shape, strides] = [[rows, 1, heads, width], [row, row, head, 1]]
-            .map(|numbers| numbers.map(|number| number as usize));
-        let mut pages = RawTensor::new(tensor.data, tensor.device, tensor.dtype, &shape, Some(&strides))?;
-        pages.owner = tensor.owner;
-        Ok(pages)
-    });
-    Ok([k?, v?])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_last_keys_end_with_the_tensor() {
-        let reaches = |requests: &[(usize, i32)], graph: bool, paged: bool| {
-            let lens: Vec<i32> = requests.iter().map(|request| request.1).collect();
-            let ends = lens.iter().scan(0, |end, len| {
-                *end += len;
-                Some(*end)
-            });
-            let indptr: Vec<i32> = std::iter::once(0).chain(ends).collect();
-            let extent = indptr[lens.len()] as usize;
-            let kv = KvBatch { op: "test", indptr: &indptr, lens: &lens, page_size: 1, extent, paged };
-            kv.reaches_others(graph, requests.iter().map(|&(queries, keys)| (queries, keys as usize)))
-        };
-        let eager = |requests: &[(usize, i32)]| reaches(requests, false, false);
-        assert!(!eager(&[]) && !eager(&[(5, 9)]) && !eager(&[(3, 0), (5, 9), (2, 0)]));
-        assert!(!eager(&[(0, 7), (5, 9)]));
-        assert!(eager(&[(5, 9), (0, 7)]) && eager(&[(1, 1), (1, 1)]));
-        assert!(reaches(&[(5, 9), (0, 0)], true, false) && !reaches(&[(5, 9)], true, false));
-        assert!(!reaches(&[(1, 1), (1, 1)], false, true));
-    }
-
-    #[test]
-    fn requests_that_would_see_each_other_are_refused() {
-        let spec = AttentionSpec::new(DType::BF16, 128);
-        check_widths_of_pages(&spec).unwrap();
-        let error = check_widths_of_pages(&AttentionSpec { head_dim_qk: 192, ..spec }).unwrap_err();
-        let said = format!("{error}; {}", error.remedy().unwrap());
-        for part in ["several requests", "192 and 128", "each request on its own", "Backend::Fa2"] {
-            assert!(said.contains(part), "{said}");
         }
     }
 }

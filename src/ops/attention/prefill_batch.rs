@@ -1,6 +1,8 @@
 //! What a plan of batch prefill is made from, and what its planners take of a
 //! workspace for it.
 
+use std::borrow::Cow;
+
 use super::{
     options::Split,
     planned::LEAST_CHUNK,
@@ -11,14 +13,22 @@ use super::{
 /// Blocks per multiprocessor that FlashAttention 2 plans for.
 const FA2_BLOCKS_PER_SM: usize = 2;
 
-/// What a plan is made from.
+/// What a plan is made from. With owned arrays, it is what a workspace keeps
+/// of its last plan.
+#[derive(PartialEq)]
 pub(super) struct PrefillBatch<'a> {
     /// Query offsets of `batch + 1` entries.
-    pub(super) qo_indptr: &'a [i32],
+    pub(super) qo_indptr: Cow<'a, [i32]>,
     /// Offsets of pages, or of tokens with a page size of 1.
-    pub(super) kv_indptr: &'a [i32],
+    pub(super) kv_indptr: Cow<'a, [i32]>,
     /// Tokens of each request.
-    pub(super) kv_lens: &'a [i32],
+    pub(super) kv_lens: Cow<'a, [i32]>,
+    pub(super) shape: BatchShape,
+}
+
+/// What a plan is made from besides index arrays.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) struct BatchShape {
     pub(super) page_size: usize,
     pub(super) heads: Heads,
     pub(super) causal: bool,
@@ -29,13 +39,26 @@ pub(super) struct PrefillBatch<'a> {
     pub(super) split: Split,
 }
 
+impl PrefillBatch<'_> {
+    /// The same with arrays of its own.
+    pub(super) fn to_owned(&self) -> PrefillBatch<'static> {
+        let own = |array: &[i32]| Cow::Owned(array.to_vec());
+        PrefillBatch {
+            qo_indptr: own(&self.qo_indptr),
+            kv_indptr: own(&self.kv_indptr),
+            kv_lens: own(&self.kv_lens),
+            shape: self.shape,
+        }
+    }
+}
+
 /// Whether keys must not be divided. For a window without a causal mask, the
 /// planner takes the keys of the last query for those of all, and would leave out
 /// keys of the others.
 pub(super) fn must_stay_whole(spec: &AttentionSpec, batch: &PrefillBatch<'_>) -> bool {
     let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
-    let several = several || batch.cuda_graph && batch.rows > batch.kv_lens.len();
-    spec.window_left.is_some() && !batch.causal && several
+    let several = several || batch.shape.cuda_graph && batch.shape.rows > batch.kv_lens.len();
+    spec.window_left.is_some() && !batch.shape.causal && several
 }
 
 /// What the planner of FlashAttention 2 takes for a batch that is not empty, on a
@@ -52,26 +75,26 @@ pub(super) fn fa2_need(
     multiprocessors: usize,
     major: i32,
 ) -> Need {
-    let Heads { num_qo_heads, num_kv_heads } = batch.heads;
-    let (group, requests, rows) = (num_qo_heads / num_kv_heads, batch.kv_lens.len(), batch.rows);
-    let blocks = (FA2_BLOCKS_PER_SM * multiprocessors).saturating_sub(batch.split.num_colocated_ctas);
+    let Heads { num_qo_heads, num_kv_heads } = batch.shape.heads;
+    let (group, requests, rows) = (num_qo_heads / num_kv_heads, batch.kv_lens.len(), batch.shape.rows);
+    let blocks = (FA2_BLOCKS_PER_SM * multiprocessors).saturating_sub(batch.shape.split.num_colocated_ctas);
     let most = blocks / num_kv_heads;
     // Of the longest request that there can be, or of the mean one.
-    let length = if batch.cuda_graph { (rows - requests + 1) * group } else { rows * group / requests };
+    let length = if batch.shape.cuda_graph { (rows - requests + 1) * group } else { rows * group / requests };
     let tile = match length {
         65.. if spec.head_dim_vo < 256 => 128,
         17.. => 64,
         _ if major < 8 => 64,
         _ => 16,
     };
-    let (divided, work) = if batch.cuda_graph {
+    let (divided, work) = if batch.shape.cuda_graph {
         (!no_split, most.max((rows * group).div_ceil(tile) + requests - 1))
     } else {
         fa2_work(spec, batch, no_split, tile, most)
     };
     let ints = |count: usize| count * size_of::<i32>();
     let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
-    let indices = indices.into_iter().chain(batch.cuda_graph.then_some(ints(1)));
+    let indices = indices.into_iter().chain(batch.shape.cuda_graph.then_some(ints(1)));
     let to_merge = divided.then_some([ints(rows + 1), work]).into_iter().flatten();
     let sums = num_qo_heads * work * tile * size_of::<f32>();
     Need {
@@ -91,8 +114,8 @@ fn fa2_work(
     tile: usize,
     most: usize,
 ) -> (bool, usize) {
-    let group = batch.heads.num_qo_heads / batch.heads.num_kv_heads;
-    let seen = spec.window_left.map(|window| (window as usize + tile).div_ceil(batch.page_size));
+    let group = batch.shape.heads.num_qo_heads / batch.shape.heads.num_kv_heads;
+    let seen = spec.window_left.map(|window| (window as usize + tile).div_ceil(batch.shape.page_size));
     let requests = batch.qo_indptr.windows(2).zip(batch.kv_indptr.windows(2)).map(|(queries, pages)| {
         let pages = (pages[1] - pages[0]) as usize;
         let tiles = ((queries[1] - queries[0]) as usize * group).div_ceil(tile);
@@ -101,10 +124,10 @@ fn fa2_work(
     let requests: Vec<(usize, usize)> = requests.collect();
     let work = |chunk: usize| requests.iter().map(|(tiles, pages)| tiles * pages.div_ceil(chunk)).sum();
     let longest = requests.iter().map(|&(_, pages)| pages).max().unwrap_or(1);
-    if let Some(chunk) = batch.split.fixed_split_size.filter(|_| !no_split) {
+    if let Some(chunk) = batch.shape.split.fixed_split_size.filter(|_| !no_split) {
         return (chunk < longest, work(chunk));
     }
-    let (mut low, mut high) = ((LEAST_CHUNK / batch.page_size).max(1), longest);
+    let (mut low, mut high) = ((LEAST_CHUNK / batch.shape.page_size).max(1), longest);
     if no_split || low >= high || work(high) > most {
         return (false, work(high));
     }
@@ -124,11 +147,14 @@ fn fa2_work(
 /// multiprocessor. Of many tiles, all heads take the same.
 pub(super) fn fa3_need(spec: &AttentionSpec, batch: &PrefillBatch<'_>, multiprocessors: usize) -> Need {
     let tile = if spec.head_dim_vo == 64 { 192 } else { 128 };
-    let most = batch.rows.div_ceil(tile) + batch.kv_lens.len() - 1;
-    let heads = if most > 4096 { 1 } else { batch.heads.num_qo_heads };
+    let most = batch.shape.rows.div_ceil(tile) + batch.kv_lens.len() - 1;
+    let heads = if most > 4096 { 1 } else { batch.shape.heads.num_qo_heads };
     let queries = batch.qo_indptr.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
-    let tiles =
-        if batch.cuda_graph { most } else { queries.map(|queries| queries.div_ceil(tile)).sum::<usize>() };
+    let tiles = if batch.shape.cuda_graph {
+        most
+    } else {
+        queries.map(|queries| queries.div_ceil(tile)).sum::<usize>()
+    };
     let each = tiles * heads * size_of::<i32>();
     let offsets = (multiprocessors + 1) * size_of::<i32>();
     Need {
@@ -141,7 +167,7 @@ pub(super) fn fa3_need(spec: &AttentionSpec, batch: &PrefillBatch<'_>, multiproc
 /// cannot be described to the hardware that copies tiles.
 fn stand_in_bytes(spec: &AttentionSpec, batch: &PrefillBatch<'_>) -> usize {
     let row = stand_in_width(spec) * spec.dtype_kv.size();
-    if batch.kv_indptr.last() == Some(&0) { batch.heads.num_kv_heads * row } else { 0 }
+    if batch.kv_indptr.last() == Some(&0) { batch.shape.heads.num_kv_heads * row } else { 0 }
 }
 
 /// Elements of a head in keys, and in values, that stand for none.
@@ -174,15 +200,17 @@ mod tests {
         }
         let kv_lens: Vec<i32> = requests.iter().map(|request| request.1 * PAGE_SIZE as i32).collect();
         use_batch(&PrefillBatch {
-            qo_indptr: &queries,
-            kv_indptr: &pages,
-            kv_lens: &kv_lens,
-            page_size: PAGE_SIZE,
-            heads: HEADS,
-            causal: false,
-            rows: graph.unwrap_or(queries[requests.len()] as usize),
-            cuda_graph: graph.is_some(),
-            split,
+            qo_indptr: (&queries).into(),
+            kv_indptr: (&pages).into(),
+            kv_lens: (&kv_lens).into(),
+            shape: BatchShape {
+                page_size: PAGE_SIZE,
+                heads: HEADS,
+                causal: false,
+                rows: graph.unwrap_or(queries[requests.len()] as usize),
+                cuda_graph: graph.is_some(),
+                split,
+            },
         })
     }
 

@@ -11,11 +11,11 @@
 
 use super::{
     mask::MaskTensors,
-    options::{PlanOptions, RunOptions, Split},
+    options::{PlanOptions, RunOptions},
     output_scale::OutputScale,
     planned::{PlanInfo, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, host_indices, make_plan},
     prefill_batch::{PrefillBatch, fa2_need, fa3_need, must_stay_whole},
-    spec::{AttentionSpec, Backend, Heads},
+    spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
 use crate::{
@@ -141,65 +141,13 @@ pub(super) struct PrefillKernels {
 struct PrefillPlanKey {
     spec: AttentionSpec,
     module: &'static Module,
-    qo_indptr: Vec<i32>,
-    kv_indptr: Vec<i32>,
-    kv_lens: Vec<i32>,
-    page_size: usize,
-    heads: Heads,
-    causal: bool,
-    rows: usize,
-    cuda_graph: bool,
-    split: Split,
+    batch: PrefillBatch<'static>,
 }
 
 impl PrefillPlanKey {
-    fn new(kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> Self {
-        let &PrefillBatch {
-            qo_indptr,
-            kv_indptr,
-            kv_lens,
-            page_size,
-            heads,
-            causal,
-            rows,
-            cuda_graph,
-            split,
-        } = batch;
-        Self {
-            spec: kernels.spec,
-            module: kernels.module,
-            qo_indptr: qo_indptr.to_vec(),
-            kv_indptr: kv_indptr.to_vec(),
-            kv_lens: kv_lens.to_vec(),
-            page_size,
-            heads,
-            causal,
-            rows,
-            cuda_graph,
-            split,
-        }
-    }
-
     /// Whether these kernels' plan of this batch would be the same.
     fn is_of(&self, kernels: &PrefillKernels, batch: &PrefillBatch<'_>) -> bool {
-        let &PrefillBatch {
-            qo_indptr,
-            kv_indptr,
-            kv_lens,
-            page_size,
-            heads,
-            causal,
-            rows,
-            cuda_graph,
-            split,
-        } = batch;
-        std::ptr::eq(self.module, kernels.module)
-            && self.spec == kernels.spec
-            && (self.page_size, self.heads, self.causal) == (page_size, heads, causal)
-            && (self.rows, self.cuda_graph, self.split) == (rows, cuda_graph, split)
-            && self.qo_indptr == qo_indptr
-            && self.kv_indptr == kv_indptr
-            && self.kv_lens == kv_lens
+        std::ptr::eq(self.module, kernels.module) && self.spec == kernels.spec && self.batch == *batch
     }
 }
 
@@ -231,7 +179,6 @@ impl Pages {
 impl PrefillKernels {
     /// The functions of a module that serves the spec.
     pub(super) fn load(module: &'static Module, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
-        spec.check_called()?;
         Ok(Self {
             spec: *spec,
             fa3,
@@ -279,10 +226,10 @@ impl PrefillKernels {
         OutputScale::prepare(&self.spec)?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let multiprocessors = multiprocessors.unsigned_abs() as usize;
-        let (qo_indptr, kv_indptr) = (host_indices(batch.qo_indptr)?, host_indices(batch.kv_indptr)?);
-        let kv_lens = host_indices(batch.kv_lens)?;
+        let (qo_indptr, kv_indptr) = (host_indices(&batch.qo_indptr)?, host_indices(&batch.kv_indptr)?);
+        let kv_lens = host_indices(&batch.kv_lens)?;
         let whole = must_stay_whole(&self.spec, batch);
-        if let Some(pages) = batch.split.fixed_split_size.filter(|_| whole && !self.fa3) {
+        if let Some(pages) = batch.shape.split.fixed_split_size.filter(|_| whole && !self.fa3) {
             return Err(FlashInferError::Unsupported {
                 what: format!(
                     "fixed_split_size of {pages} pages for several queries of a request with a sliding window and \
@@ -291,7 +238,7 @@ impl PrefillKernels {
                 available: "keys stay whole there; use Split::disabled(), or a causal mask".into(),
             });
         }
-        let no_split = whole || batch.split.disable_split_kv;
+        let no_split = whole || batch.shape.split.disable_split_kv;
         let (need, numbers) = if self.fa3 {
             (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
         } else {
@@ -300,13 +247,13 @@ impl PrefillKernels {
         };
         // Kernels number the elements of partial results in 32 bits. Parts of the
         // planner's own choice are not as many.
-        if batch.split.fixed_split_size.is_some() && need.float / size_of::<f32>() > u32::MAX as usize {
+        if batch.shape.split.fixed_split_size.is_some() && need.float / size_of::<f32>() > u32::MAX as usize {
             return check.fail(
                 "split",
                 format!(
                     "parts of {:?} pages make {} bytes of partial results, and 2^32 elements are too many; use \
                      larger parts",
-                    batch.split.fixed_split_size, need.float
+                    batch.shape.split.fixed_split_size, need.float
                 ),
             );
         }
@@ -314,8 +261,8 @@ impl PrefillKernels {
         // undivided keys nothing tells those beyond it to stop, so that they go
         // by index arrays that the planner did not write: zeros make them
         // repeat the first tile.
-        let clear = batch.cuda_graph && no_split;
-        let planning = Planning { need, for_graph: batch.cuda_graph, clear, numbers };
+        let clear = batch.shape.cuda_graph && no_split;
+        let planning = Planning { need, for_graph: batch.shape.cuda_graph, clear, numbers };
         let info = make_plan(check, workspace, planning, |scratch, pinned| {
             // The two planners share their first sixteen arguments.
             macro_rules! plan {
@@ -327,15 +274,15 @@ impl PrefillKernels {
                         qo_indptr: DlTensor::new(&qo_indptr),
                         kv_indptr: DlTensor::new(&kv_indptr),
                         kv_len_arr: DlTensor::new(&kv_lens),
-                        total_num_rows: batch.rows as i64,
+                        total_num_rows: batch.shape.rows as i64,
                         batch_size: batch.kv_lens.len() as i64,
-                        num_qo_heads: batch.heads.num_qo_heads as i64,
-                        num_kv_heads: batch.heads.num_kv_heads as i64,
-                        page_size: batch.page_size as i64,
-                        enable_cuda_graph: batch.cuda_graph,
+                        num_qo_heads: batch.shape.heads.num_qo_heads as i64,
+                        num_kv_heads: batch.shape.heads.num_kv_heads as i64,
+                        page_size: batch.shape.page_size as i64,
+                        enable_cuda_graph: batch.shape.cuda_graph,
                         head_dim_qk: self.spec.head_dim_qk as i64,
                         head_dim_vo: self.spec.head_dim_vo as i64,
-                        causal: batch.causal,
+                        causal: batch.shape.causal,
                         window_left: self.spec.window_left_code(),
                         $($more: $value,)*
                     }
@@ -351,15 +298,16 @@ impl PrefillKernels {
                     plan!(Fa3Plan {}).call(&self.plan, &stream)
                 } else {
                     plan!(Fa2Plan {
-                        fixed_split_size: batch.split.fixed_split_size.map_or(-1, |pages| pages as i64),
+                        fixed_split_size: batch.shape.split.fixed_split_size.map_or(-1, |pages| pages as i64),
                         disable_split_kv: no_split,
-                        num_colocated_ctas: batch.split.num_colocated_ctas as i64
+                        num_colocated_ctas: batch.shape.split.num_colocated_ctas as i64
                     })
                     .call(&self.plan, &stream)
                 }
             }
         })?;
-        workspace.remember_plan((PrefillPlanKey::new(self, batch), info.clone()));
+        let key = PrefillPlanKey { spec: self.spec, module: self.module, batch: batch.to_owned() };
+        workspace.remember_plan((key, info.clone()));
         Ok(info)
     }
 

@@ -5,6 +5,7 @@
 
 use super::{
     decode::check_cuda_cores,
+    modules::Family,
     options::RunOptions,
     output_scale::OutputScale,
     planned::{ROPE_RCP_SCALE, ROPE_RCP_THETA, check_keys, check_output},
@@ -19,7 +20,6 @@ use crate::{
     kv::KvLayout,
     module::Module,
     ops::check::Check,
-    runtime::FlashInferRuntime,
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
 };
@@ -41,7 +41,7 @@ const OP: &str = "SingleDecode::run_with";
 ///
 /// It has kernels for 1, 2, 3, 4 and 8 query heads per KV head and equal head
 /// dimensions. For others, and for keys with other strides, there is
-/// [`SinglePrefill`] with one query.
+/// [`SinglePrefill`](super::SinglePrefill) with one query.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -76,8 +76,9 @@ impl SingleDecode {
     /// wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, or it has no
-    /// kernel for the group size; or the spec asks for
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or it is in no
+    /// local source and FlashInfer publishes none, or it has no kernel for the
+    /// group size; or the spec asks for
     /// [`Backend::Fa2`] or [`Backend::Fa3`]. Else the module cannot be had or
     /// opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
@@ -91,7 +92,7 @@ impl SingleDecode {
             });
         }
         check_cuda_cores(spec, group, INSTEAD)?;
-        let module = FlashInferRuntime::get()?.module(&spec.single_decode_module()?)?;
+        let (module, _) = spec.first_module(Family::Single, &[Backend::CudaCores])?;
         OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, heads, module, run: module.function("run")? })
     }

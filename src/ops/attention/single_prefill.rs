@@ -6,6 +6,7 @@
 
 use super::{
     empty_states,
+    modules::Family,
     options::{PrefillRunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output},
@@ -48,10 +49,9 @@ const OP: &str = "SinglePrefill::run_with";
 /// Prefill of one request: attention of any number of queries to the
 /// request's keys.
 ///
-/// [`Backend::Auto`] takes FlashAttention 3 on compute capability 9.0 where
-/// queries and keys have one width and a module exists, else FlashAttention 2,
-/// as [`BatchPrefill`](super::BatchPrefill) does. FlashInfer's wheel has modules
-/// of FlashAttention 2 only; one that you build may have others.
+/// What [`Backend::Auto`] picks, FlashAttention 2 or 3, [`backend`](Self::backend)
+/// says. FlashInfer's wheels have modules of FlashAttention 2 only; one that you
+/// build may have others.
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -88,11 +88,11 @@ impl SinglePrefill {
     /// pinned wheel if no local source holds it and that is allowed.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, or not for
-    /// this GPU. Else the module cannot be had or opened.
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): no such module can exist, or not for
+    /// this GPU; or it is in no local source, and FlashInfer publishes none. Else
+    /// the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
-        spec.check_called()?;
-        let (module, fa3) = spec.first_prefill(stream, AttentionSpec::single_prefill_module)?;
+        let (module, fa3) = spec.first_prefill(stream, Family::Single)?;
         OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, fa3, module, run: module.function("run")? })
     }
@@ -143,13 +143,13 @@ impl SinglePrefill {
     /// on an H200): the workspace's float part.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before anything is
     /// launched: a device, stream, dtype, shape, stride, alignment or mask does
     /// not fit the others or the spec; with [`Mask::Causal`](super::Mask::Causal) there are keys,
     /// but fewer than queries; with FlashAttention 3 a tensor names elements
     /// more than once; the workspace is too small and does not
     /// [grow](Workspace#growth), as during a capture.
-    /// [`Unsupported`](FlashInferError::Unsupported): a custom mask with
+    /// [`Unsupported`](crate::FlashInferError::Unsupported): a custom mask with
     /// FlashAttention 3, or a multi-item mask. Else what the module or CUDA
     /// said.
     pub fn run_with(

@@ -64,8 +64,9 @@ impl Heads {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Backend {
-    /// The fastest that the GPU and the spec allow; see each operation for
-    /// what it picks. What was picked can be asked for.
+    /// The fastest that the GPU and the spec allow, of the modules that are at
+    /// hand. `docs/attention.md` has the rule for each operation, and what was
+    /// measured; each has a `backend` that says what was picked.
     #[default]
     Auto,
     /// Dot products on CUDA cores: decode with few query heads per KV head.
@@ -225,6 +226,18 @@ impl AttentionSpec {
                 heads.num_qo_heads, self.head_dim_vo
             ),
         )
+    }
+
+    /// Pages hold keys and values of one width.
+    pub(super) fn check_paged(&self) -> Result<()> {
+        if self.head_dim_qk == self.head_dim_vo {
+            return Ok(());
+        }
+        Err(FlashInferError::Unsupported {
+            what: format!("a paged cache with head dimensions {} and {}", self.head_dim_qk, self.head_dim_vo),
+            available: "keys and values of different widths can be ragged; see BatchPrefill::plan_ragged"
+                .into(),
+        })
     }
 
     /// The window as kernels take it: −1 for none.

@@ -110,9 +110,8 @@ impl<'a> SegmentGemmInput<'a> {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     SegmentIndices, SegmentTable, Stream,
-///     cudarc::{TensorExt, TensorExtMut},
-///     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
+///     Stream, cudarc::{TensorExt, TensorExtMut}, gemm::{GemmBackend, SegmentGemm,
+///     SegmentGemmInput}, indices::{SegmentIndices, SegmentTable},
 /// };
 /// use half::bf16;
 /// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;

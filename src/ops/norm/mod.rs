@@ -30,16 +30,16 @@ use crate::{
 mod fused_dit_layernorm;
 mod fused_qk_rmsnorm_rope;
 mod layernorm;
+mod qkv;
 mod rmsnorm;
 
 pub(crate) use fused_dit_layernorm::check_fused_dit_layernorm;
 pub use fused_dit_layernorm::{Biased, DitInput, DitMode, DitOutput, fused_dit_layernorm};
-pub use fused_qk_rmsnorm_rope::{
-    FusedQkOptions, QkvInput, QkvOutput, Rope3d, RopeTable, fused_qk_rmsnorm_rope,
-};
-pub(crate) use fused_qk_rmsnorm_rope::{check_fused_qk_rmsnorm_rope, qkv_shape};
+pub use fused_qk_rmsnorm_rope::{RopeTable, fused_qk_rmsnorm_rope};
 pub(crate) use layernorm::check_layernorm;
 pub use layernorm::layernorm;
+pub use qkv::{FusedQkOptions, QkvInput, QkvOutput, Rope3d};
+pub(crate) use qkv::{check_fused_qk_rmsnorm_rope, qkv_shape};
 pub(crate) use rmsnorm::{
     check_fused_add_rmsnorm, check_fused_add_rmsnorm_quant, check_rmsnorm, check_rmsnorm_quant,
 };

@@ -21,7 +21,7 @@ use crate::{
 ///   cosines and sines themselves, for which no position is harmful.
 ///
 /// ```
-/// # use flashinfer_rs::{AppendTable, BoundedTable, TensorRef, rope::Positions};
+/// # use flashinfer_rs::{TensorRef, rope::Positions, indices::{AppendTable, BoundedTable}};
 /// fn positions<'a>(table: &'a BoundedTable, append: &'a AppendTable, made: TensorRef<'a>) -> [Positions<'a>; 3] {
 ///     [table.into(), append.into(), made.into()]
 /// }

@@ -1,6 +1,10 @@
 //! Rotary embeddings whose results are 8-bit floats.
 
-use super::{DTYPES, Rotation, check_grid_y, check_rotary_dim, function, launch};
+use super::{
+    DTYPES, Rotation,
+    checks::{check_grid_y, check_rope_dim},
+    function, launch,
+};
 use crate::{
     device::Device,
     dtype::DType,
@@ -39,10 +43,6 @@ static QUANTIZE_APPEND: FixedFunction = function(&RopeQuantizeAppend::SIGNATURE)
 
 /// Element types of the results.
 const OUTPUTS: [DType; 2] = [DType::E4M3, DType::E5M2];
-/// Elements that a thread of these kernels loads at a time.
-pub(super) const VECTOR: i64 = 16;
-/// The most threads of a block.
-const MAX_THREADS: i64 = 1024;
 
 /// Heads as two tensors: elements that are turned, and the others.
 ///
@@ -529,18 +529,4 @@ fn check_rotation<P>(check: &Check<'_>, rotation: &Rotation<'_, P>, q: &Parts) -
         );
     }
     check_rope_dim(check, "cos_sin_cache", rope_dim, rotation.interleave)
-}
-
-/// What the kernels here need of the number of elements that are turned.
-pub(super) fn check_rope_dim(
-    check: &Check<'_>,
-    argument: &'static str,
-    rope_dim: i64,
-    interleave: bool,
-) -> Result<()> {
-    check_rotary_dim(check, argument, rope_dim, VECTOR, interleave)?;
-    if rope_dim > VECTOR * MAX_THREADS {
-        return check.fail(argument, format!("{rope_dim} elements; a block turns {}", VECTOR * MAX_THREADS));
-    }
-    Ok(())
 }

@@ -17,14 +17,42 @@ use logits::Logits;
 pub use logits::Mask;
 pub(super) use logits::softmax;
 
-use super::host::Check;
+use super::{host::Check, strict};
 use crate::{
-    attention::{AttentionSpec, RunOptions},
+    attention::{AttentionSpec, BatchRun, Heads, RunOptions},
     error::Result,
     indices::{PageIndices, RaggedIndices},
-    kv::PagedKv,
+    kv::{KvLayout, PagedKv},
     tensor::{RawTensor, TensorMut, TensorRef},
 };
+
+/// A size of a tensor; 0 where there is no such axis.
+fn axis(tensor: &TensorRef<'_>, axis: usize) -> usize {
+    tensor.shape().get(axis).map_or(0, |&size| size as usize)
+}
+
+fn kv_heads(kv: &PagedKv<'_>) -> usize {
+    axis(&kv.k, if kv.layout == KvLayout::Nhd { 2 } else { 1 })
+}
+
+/// There may be more rows than queries.
+fn padded_rows(q: &TensorRef<'_>, queries: &RaggedIndices) -> usize {
+    axis(q, 0).max(queries.total())
+}
+
+/// What a plan would be told, for the heads that the tensors have.
+fn as_run<'a>(
+    spec: &'a AttentionSpec,
+    q: &'a TensorRef<'_>,
+    out: &'a TensorMut<'_>,
+    lse: Option<&'a TensorMut<'_>>,
+    num_kv_heads: usize,
+    rows: usize,
+    options: &'a RunOptions<'_>,
+) -> BatchRun<'a> {
+    let heads = Heads::new(axis(q, 1), num_kv_heads);
+    BatchRun { spec, heads, rows, q: &q.raw, out: &out.raw, lse: lse.map(|lse| &lse.raw), options }
+}
 
 /// [`DecodePlan::run_with`](crate::attention::DecodePlan::run_with) on the CPU:
 /// attention of one query per request to the request's pages.
@@ -49,6 +77,12 @@ pub fn batch_decode(
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_decode" };
+    strict::as_kernel("DecodePlan::run_with", |check| {
+        spec.check_decode()?;
+        let run = as_run(spec, q, out, lse.as_deref(), kv_heads(kv), table.batch_size(), options);
+        run.check(check)?;
+        run.check_pages(check, kv, table)
+    })?;
     let queries = RaggedIndices::from_lens(std::iter::repeat_n(1, table.batch_size()))?;
     // The only query of a request is its last token, so it sees all keys.
     let logits = Logits::new(check, spec, Mask::Causal, options)?;
@@ -83,6 +117,13 @@ pub fn batch_prefill_paged(
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_prefill_paged" };
+    strict::as_kernel("PrefillPlan::run_with", |check| {
+        spec.check_prefill()?;
+        let rows = padded_rows(q, queries);
+        let run = as_run(spec, q, out, lse.as_deref(), kv_heads(kv), rows, options);
+        run.check_on_tensor_cores(check)?;
+        run.check_pages(check, kv, table)
+    })?;
     let logits = Logits::new(check, spec, mask, options)?;
     let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
     attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
@@ -107,6 +148,13 @@ pub fn batch_prefill_ragged(
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_prefill_ragged" };
+    strict::as_kernel("PrefillPlan::run_with", |check| {
+        spec.check_prefill()?;
+        let rows = padded_rows(q, queries);
+        let run = as_run(spec, q, out, lse.as_deref(), axis(kv[0], 1), rows, options);
+        run.check_on_tensor_cores(check)?;
+        run.check_rows(check, kv.map(|tensor| &tensor.raw), keys.total())
+    })?;
     let logits = Logits::new(check, spec, mask, options)?;
     let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
     attention.over(&Keys::ragged(check, spec, kv, keys)?, &logits)

@@ -1,5 +1,7 @@
 //! A whole sampling step on the CPU.
 
+use std::f32::consts::{LN_2, LOG2_E};
+
 use super::parameters::floats;
 use crate::{
     dtype::DType,
@@ -140,13 +142,13 @@ fn weight(logit: f32, largest: f32, temperature: f32) -> f32 {
     if logit == largest {
         return 1.0;
     }
-    let power = (logit - largest) / temperature * std::f32::consts::LOG2_E;
+    let power = (logit - largest) / temperature * LOG2_E;
     if power.is_nan() || power <= -41.0 {
         return 0.0;
     }
     let whole = power.round_ties_even();
     let part = power - whole;
-    let series = [1.5403530e-4f32, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0];
+    let series = [1.540353e-4f32, 1.3333558e-3, 9.618129e-3, 5.550411e-2, 2.402265e-1, LN_2, 1.0];
     let sum = series.into_iter().reduce(|sum, term| sum * part + term).unwrap_or(1.0);
     f32::from_bits(sum.to_bits().wrapping_add((whole as i32 as u32) << 23))
 }
@@ -160,7 +162,7 @@ fn units(weight: f32) -> u64 {
 fn part(sum: u64, fraction: f32) -> u64 {
     let of_2_64 = (f64::from(fraction.min(1.0f32.next_down())) * 2f64.powi(64)) as u64;
     let fraction = if fraction.is_nan() { 0 } else { of_2_64 };
-    (u128::from(sum) * u128::from(fraction) >> 64) as u64
+    ((u128::from(sum) * u128::from(fraction)) >> 64) as u64
 }
 
 /// [`sampling::edit_logits`](crate::sampling::edit_logits) on the CPU, with the same results.

@@ -1,8 +1,7 @@
 //! What a layer has after attention: an MLP, or experts.
 
-use flashinfer_rs::{TensorMut, TensorRef, activation::ActivationOptions, reference};
+use std::f32::consts::FRAC_2_PI;
 
-use super::product::{linear, multiply, rows};
 use crate::{
     Result,
     model::{
@@ -13,7 +12,7 @@ use crate::{
 };
 
 /// What a layer's MLP or experts make of rows.
-pub fn run(config: &Config, mlp: &LayerMlp, x: Vec<f32>) -> Result<Vec<f32>> {
+pub fn run(config: &Config, mlp: &LayerMlp, x: &[f32]) -> Result<Vec<f32>> {
     match (mlp, config.experts) {
         (LayerMlp::Dense(mlp), _) => dense(config, mlp, x),
         (LayerMlp::Experts(mlps), Some(experts)) => routed(config, experts, mlps, x),
@@ -21,28 +20,25 @@ pub fn run(config: &Config, mlp: &LayerMlp, x: Vec<f32>) -> Result<Vec<f32>> {
     }
 }
 
-fn dense(config: &Config, mlp: &Mlp, x: Vec<f32>) -> Result<Vec<f32>> {
-    let gate_up = linear(&rows(x, config.hidden_size)?, &mlp.gate_up)?;
-    let inner = mlp.down.parts[0].columns();
-    let shape = [gate_up.len() / (2 * inner), inner];
-    let mut between = vec![0.0; shape[0] * inner];
+fn dense(config: &Config, mlp: &Mlp, x: &[f32]) -> Result<Vec<f32>> {
+    let gate_up = mlp.gate_up.multiply(x)?;
+    let inner = mlp.gate_up.rows() / 2;
     let activate = match config.activation {
-        Activation::Silu => reference::silu_and_mul,
-        Activation::GeluTanh => reference::gelu_tanh_and_mul,
+        Activation::Silu => |x: f32| x * sigmoid(x),
+        Activation::GeluTanh => gelu_tanh,
     };
-    activate(
-        &mut TensorMut::from_slice(&mut between, &shape)?,
-        &TensorRef::from_slice(&gate_up, &[shape[0], 2 * inner])?,
-        &ActivationOptions::default(),
-    )?;
-    linear(&rows(between, inner)?, &mlp.down)
+    let row = |row: &[f32]| {
+        let (gate, up) = row.split_at(inner);
+        gate.iter().zip(up).map(|(&gate, up)| activate(gate) * up).collect::<Vec<_>>()
+    };
+    mlp.down.multiply(&gate_up.chunks_exact(2 * inner).flat_map(row).collect::<Vec<_>>())
 }
 
 /// What experts make of the rows that the router gives them, and the one that
 /// every row has.
-fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: Vec<f32>) -> Result<Vec<f32>> {
+fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: &[f32]) -> Result<Vec<f32>> {
     let hidden = config.hidden_size;
-    let scores = multiply(&rows(x.clone(), hidden)?, &mlps.router)?;
+    let scores = mlps.router.multiply(x)?;
     let mut out = vec![0.0; x.len()];
     let mut add = |row: usize, share: f32, part: &[f32]| {
         let sums = &mut out[row * hidden..][..hidden];
@@ -51,13 +47,13 @@ fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: Vec<f32>) -> 
     let routes = route(experts, &scores);
     for (mlp, routes) in mlps.experts.iter().zip(routes).filter(|(_, routes)| !routes.is_empty()) {
         let mine = routes.iter().flat_map(|&(row, _)| &x[row * hidden..][..hidden]);
-        let parts = dense(config, mlp, mine.copied().collect())?;
+        let parts = dense(config, mlp, &mine.copied().collect::<Vec<_>>())?;
         for (&(row, share), part) in routes.iter().zip(parts.chunks_exact(hidden)) {
             add(row, share, part);
         }
     }
     if let Some(shared) = &mlps.shared {
-        let shares = multiply(&rows(x.clone(), hidden)?, &shared.gate)?;
+        let shares = shared.gate.multiply(x)?;
         let parts = dense(config, &shared.mlp, x)?;
         for (row, (share, part)) in shares.into_iter().zip(parts.chunks_exact(hidden)).enumerate() {
             add(row, sigmoid(share), part);
@@ -95,4 +91,9 @@ fn route(experts: Experts, scores: &[f32]) -> Vec<Vec<(usize, f32)>> {
 
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
+}
+
+/// GELU by its approximation with `tanh`.
+fn gelu_tanh(x: f32) -> f32 {
+    0.5 * x * (1.0 + (FRAC_2_PI.sqrt() * (x + 0.044715 * x * x * x)).tanh())
 }

@@ -1,23 +1,11 @@
 //! The layers of a model, one after the other.
 
-use candle_core::{Device, Tensor};
-use flashinfer_rs::{
-    DType, TensorMut, TensorRef,
-    attention::{AttentionSpec, RunOptions},
-    kv::PagedKvCache,
-    norm::NormOptions,
-    reference::{self, Mask},
-    rope::{RopeTensors, Rotation},
-};
+use flashinfer_rs::kv::Batch;
 
-use super::{
-    mlp,
-    product::{linear, multiply, rows},
-};
+use super::{attention::attend, cache::Cache, mlp};
 use crate::{
     Result,
-    backend::Step,
-    model::{Config, Ends, Layer, config::LayerConfig, weights::QkNorm},
+    model::{Config, Ends, Layer, config::LayerConfig},
 };
 
 /// What steps read and do not change.
@@ -37,34 +25,35 @@ impl Network {
         Self { cos_sin: rows.collect(), config: config.clone(), ends, layers }
     }
 
-    /// Computes a step, and gives the logits of its outputs.
-    pub fn run(&self, step: &Step<'_>, cache: &mut PagedKvCache) -> Result<Vec<f32>> {
-        let Config { hidden_size, residual_scale, embedding_scale, .. } = self.config;
-        let tokens = Tensor::new(step.tokens, &Device::Cpu)?;
-        let mut residual: Vec<f32> = self.ends.embedding.0.embedding(&tokens)?.flatten_all()?.to_vec1()?;
-        residual.iter_mut().for_each(|x| *x *= embedding_scale as f32);
-        let mut add = |x: Vec<f32>, post_norm: &Option<Vec<f32>>| -> Result<Vec<f32>> {
-            let x = match post_norm {
-                Some(weight) => self.norm(&x, weight)?,
-                None => x,
-            };
-            residual.iter_mut().zip(x).for_each(|(sum, x)| *sum += residual_scale as f32 * x);
-            Ok(residual.clone())
-        };
-        let mut sum = add(vec![0.0; step.tokens.len() * hidden_size], &None)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let x = self.attention(index, layer, self.norm(&sum, &layer.attention_norm)?, step, cache)?;
-            sum = add(x, &layer.attention_post_norm)?;
-            let x = mlp::run(&self.config, &layer.mlp, self.norm(&sum, &layer.mlp_norm)?)?;
-            sum = add(x, &layer.mlp_post_norm)?;
-        }
-        if step.outputs.is_empty() {
+    /// Computes new tokens of a batch, and gives the logits of these rows of them.
+    pub fn run(
+        &self,
+        batch: &Batch,
+        tokens: &[u32],
+        outputs: &[usize],
+        cache: &mut Cache,
+    ) -> Result<Vec<f32>> {
+        let Config { hidden_size, embedding_scale, .. } = self.config;
+        if tokens.is_empty() {
             return Ok(Vec::new());
         }
-        let wanted = step.outputs.iter().flat_map(|&row| &sum[row * hidden_size..][..hidden_size]);
-        let x = self.norm(&wanted.copied().collect::<Vec<_>>(), &self.ends.norm)?;
+        let mut residual = self.ends.embedding.gather(tokens)?;
+        residual.iter_mut().for_each(|x| *x *= embedding_scale as f32);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let x = self.norm(&residual, &layer.attention_norm);
+            let x = self.attention(index, layer, &x, batch, cache)?;
+            self.add(&mut residual, x, layer.attention_post_norm.as_deref());
+            let x = self.norm(&residual, &layer.mlp_norm);
+            let x = mlp::run(&self.config, &layer.mlp, &x)?;
+            self.add(&mut residual, x, layer.mlp_post_norm.as_deref());
+        }
+        if outputs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let wanted = outputs.iter().flat_map(|&row| &residual[row * hidden_size..][..hidden_size]);
+        let x = self.norm(&wanted.copied().collect::<Vec<_>>(), &self.ends.norm);
         let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
-        let mut logits = multiply(&rows(x, hidden_size)?, head)?;
+        let mut logits = head.multiply(&x)?;
         if let Some(cap) = self.config.final_soft_cap {
             let cap = cap as f32;
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
@@ -76,71 +65,66 @@ impl Network {
         &self,
         index: usize,
         layer: &Layer,
-        x: Vec<f32>,
-        step: &Step<'_>,
-        cache: &mut PagedKvCache,
+        x: &[f32],
+        batch: &Batch,
+        cache: &mut Cache,
     ) -> Result<Vec<f32>> {
-        let Config { hidden_size, heads, head_dim, attention_scale, .. } = self.config;
         let LayerConfig { window, rope } = self.config.layers[index];
-        let (batch, count) = (step.batch, step.tokens.len());
         let [qo, kv] = self.config.widths();
-        let q_shape = [count, heads.num_qo_heads, head_dim];
-        let kv_shape = [count, heads.num_kv_heads, head_dim];
-        let qkv = linear(&rows(x, hidden_size)?, &layer.qkv)?;
+        let qkv = layer.qkv.multiply(x)?;
         let columns = |start: usize, len: usize| -> Vec<f32> {
             qkv.chunks_exact(qo + 2 * kv).flat_map(|row| &row[start..start + len]).copied().collect()
         };
         let (mut q, mut k, v) = (columns(0, qo), columns(qo, kv), columns(qo + kv, kv));
-        if let Some(QkNorm { q: q_norm, k: k_norm }) = &layer.qk_norm {
-            (q, k) = (self.norm(&q, q_norm)?, self.norm(&k, k_norm)?);
+        if let Some(norms) = &layer.qk_norm {
+            (q, k) = (self.norm(&q, &norms.q), self.norm(&k, &norms.k));
         }
-        let rotary_dim = self.config.ropes[rope].rotary_dim();
-        let cos_sin = &self.cos_sin[rope];
-        let rotation = Rotation {
-            cos_sin_cache: TensorRef::from_slice(cos_sin, &[cos_sin.len() / rotary_dim, rotary_dim])?,
-            pos_ids: batch.append_indices().positions(),
-            interleave: self.config.architecture.interleave,
+        let positions = batch.append_indices().positions();
+        self.turn(rope, positions, &mut q);
+        self.turn(rope, positions, &mut k);
+        let cache = cache.append(index, batch, &k, &v);
+        layer.attention_output.multiply(&attend(&self.config, window, batch, &q, cache))
+    }
+
+    /// Turns the heads of rows by their positions.
+    fn turn(&self, rope: usize, positions: &[i32], x: &mut [f32]) {
+        let (head_dim, rotary_dim) = (self.config.head_dim, self.config.ropes[rope].rotary_dim());
+        let pairs = rotary_dim / 2;
+        let width = x.len() / positions.len();
+        for (row, &position) in x.chunks_exact_mut(width).zip(positions) {
+            let (cos, sin) =
+                self.cos_sin[rope][position as usize * rotary_dim..][..rotary_dim].split_at(pairs);
+            for head in row.chunks_exact_mut(head_dim) {
+                for (pair, (cos, sin)) in cos.iter().zip(sin).enumerate() {
+                    let [a, b] = match self.config.architecture.interleave {
+                        true => [2 * pair, 2 * pair + 1],
+                        false => [pair, pair + pairs],
+                    };
+                    let (x, y) = (head[a], head[b]);
+                    head[a] = x * cos - y * sin;
+                    head[b] = y * cos + x * sin;
+                }
+            }
+        }
+    }
+
+    /// Adds to the residual what attention or an MLP made.
+    fn add(&self, residual: &mut [f32], x: Vec<f32>, post_norm: Option<&[f32]>) {
+        let x = match post_norm {
+            Some(weight) => self.norm(&x, weight),
+            None => x,
         };
-        let mut turned = RopeTensors::InPlace {
-            q: TensorMut::from_slice(&mut q, &q_shape)?,
-            k: TensorMut::from_slice(&mut k, &kv_shape)?,
-        };
-        reference::apply_rope_pos_ids_cos_sin_cache(&mut turned, &rotation)?;
-        reference::append_paged_kv_cache(
-            &TensorRef::from_slice(&k, &kv_shape)?,
-            &TensorRef::from_slice(&v, &kv_shape)?,
-            batch.append_indices(),
-            &mut cache.layer_mut(0, index)?,
-            batch.pages(),
-        )?;
-        let mut spec = AttentionSpec::new(DType::F32, head_dim);
-        spec.window_left = window.map(|window| (window - 1) as u32);
-        spec.logits_soft_cap = self.config.attention_soft_cap.map(|cap| cap as f32);
-        let mut attention = vec![0.0; count * qo];
-        reference::batch_prefill_paged(
-            &spec,
-            &TensorRef::from_slice(&q, &q_shape)?,
-            &cache.layer(0, index)?,
-            batch.queries(),
-            batch.pages(),
-            &mut TensorMut::from_slice(&mut attention, &q_shape)?,
-            None,
-            Mask::Causal,
-            &RunOptions::with_sm_scale(attention_scale),
-        )?;
-        linear(&rows(attention, qo)?, &layer.attention_output)
+        let scale = self.config.residual_scale as f32;
+        residual.iter_mut().zip(x).for_each(|(sum, x)| *sum += scale * x);
     }
 
     /// The norm of rows of the weight's length.
-    fn norm(&self, x: &[f32], weight: &[f32]) -> Result<Vec<f32>> {
-        let shape = [x.len() / weight.len(), weight.len()];
-        let mut normed = vec![0.0; x.len()];
-        reference::rmsnorm(
-            &mut TensorMut::from_slice(&mut normed, &shape)?,
-            &TensorRef::from_slice(x, &shape)?,
-            &TensorRef::from_slice(weight, &[weight.len()])?,
-            &NormOptions::with_eps(self.config.rms_eps),
-        )?;
-        Ok(normed)
+    fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        let row = |row: &[f32]| {
+            let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            let scale = (squares / row.len() as f64 + self.config.rms_eps).sqrt().recip() as f32;
+            row.iter().zip(weight).map(|(x, weight)| x * scale * weight).collect::<Vec<_>>()
+        };
+        x.chunks_exact(weight.len()).flat_map(row).collect()
     }
 }

@@ -3,22 +3,22 @@
 //! before anything is allocated or read by them.
 
 mod reader;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
+    fmt::Display,
+    fs::{self, File},
     io::BufReader,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
-use candle_core::{
-    Device,
-    quantized::{GgmlDType, QStorage, QTensor, gguf_file::Value},
-};
+use candle_core::quantized::{GgmlDType, gguf_file::Value};
 
 use self::reader::{Header, TensorHeader};
+use super::matrix::Matrix;
 use crate::Result;
 
 /// A tensor of a file.
@@ -57,6 +57,15 @@ impl Gguf {
         drop(file);
         let parts: Vec<_> = parts.iter().map(PathBuf::as_path).collect();
         Self::open_parts(&parts)
+    }
+
+    /// Opens the files of a model: one, as [`open`](Self::open) does, or all parts in order,
+    /// whatever their names are.
+    pub fn open_files(files: &[PathBuf]) -> Result<Self> {
+        match files {
+            [file] => Self::open(file),
+            parts => Self::open_parts(&parts.iter().map(PathBuf::as_path).collect::<Vec<_>>()),
+        }
     }
 
     /// Opens the parts of a model, in order, whatever their names are.
@@ -121,12 +130,12 @@ impl Gguf {
     /// Reads a tensor of one dimension.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let vector = self.read(name, self.find(name, &[len])?)?.swap_remove(0);
-        Ok(vector.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+        Ok(vector.dequantize()?.flatten_all()?.to_vec1()?)
     }
 
     /// Reads the matrices of a tensor: one, or several if it has three
     /// dimensions.
-    pub fn read(&self, name: &str, info: &TensorInfo) -> Result<Vec<Arc<QTensor>>> {
+    pub fn read(&self, name: &str, info: &TensorInfo) -> Result<Vec<Matrix>> {
         let (count, rows, columns) = match *info.shape {
             [columns] => (1, 1, columns),
             [rows, columns] => (1, rows, columns),
@@ -138,14 +147,11 @@ impl Gguf {
         };
         let (path, file) = &self.files[info.file];
         let bytes = rows * columns / info.dtype.block_size() * info.dtype.type_size();
-        // Aligned for every type of block.
-        let mut buffer = vec![0u64; bytes.div_ceil(8)];
+        let mut buffer = vec![0; bytes];
         let matrix = |index: usize| {
-            let buffer = &mut bytemuck::cast_slice_mut(&mut buffer)[..bytes];
-            file.read_exact_at(buffer, info.start + (index * bytes) as u64)
+            file.read_exact_at(&mut buffer, info.start + (index * bytes) as u64)
                 .map_err(|e| format!("cannot read tensor {name} of {}: {e}", path.display()))?;
-            let storage = QStorage::from_data((&*buffer).into(), &Device::Cpu, info.dtype)?;
-            Ok(Arc::new(QTensor::new(storage, (rows, columns))?))
+            Matrix::from_bytes(&buffer, info.dtype, [rows, columns])
         };
         (0..count).map(matrix).collect()
     }
@@ -167,12 +173,13 @@ pub fn integer(value: &Value) -> Option<i128> {
 }
 
 fn open(path: &Path) -> Result<(File, Header)> {
-    let cannot = |e| format!("cannot open the model {}: {e}", path.display());
-    let file = File::open(path).map_err(cannot)?;
-    let metadata = file.metadata().map_err(cannot)?;
+    let cannot = |e: &dyn Display| format!("cannot open the model {}: {e}", path.display());
+    let metadata = fs::metadata(path).map_err(|e| cannot(&e))?;
+    // Before it is opened, which waits if it is a pipe.
     if !metadata.is_file() {
-        return Err(format!("cannot open the model {}: it is no file", path.display()).into());
+        return Err(cannot(&"it is no file").into());
     }
+    let file = File::open(path).map_err(|e| cannot(&e))?;
     let header = Header::read(BufReader::new(&file), metadata.len()).map_err(|e| unusable(path, e))?;
     Ok((file, header))
 }

@@ -202,7 +202,9 @@ impl<R: Read> Source<R> {
             4..=6 => 4,
             8 | 10..=12 => 8,
             _ => {
-                return Err(format!("{key} is an array of type {kind}; expected one up to 12, and no arrays"));
+                return Err(format!(
+                    "{key} is an array of type {kind}; expected one up to 12, and no arrays"
+                ));
             }
         };
         let len = self.u64(key)?;

@@ -1,16 +1,14 @@
 //! Splits that were worked out by hand.
 
-use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+use std::time::{Duration, Instant};
 
 use super::{KNOWN, Pre};
 
 /// The parts of a text; what lies between bars is what is expected.
 fn check(name: &str, expected: &str) {
     let text = expected.replace('|', "");
-    let mut parts = PreTokenizedString::from(text.as_str());
-    Pre::of(name).unwrap().tokenizer().unwrap().pre_tokenize(&mut parts).unwrap();
-    let parts = parts.get_splits(OffsetReferential::Original, OffsetType::Byte);
-    let parts: Vec<_> = parts.iter().map(|(_, (start, end), _)| &text[*start..*end]).collect();
+    let mut parts = Vec::new();
+    Pre::of(name).unwrap().splits().unwrap().each(&text, |part| parts.push(part));
     assert_eq!(parts.join("|"), expected, "{name}");
 }
 
@@ -94,16 +92,34 @@ fn scripts_are_told_apart() {
 fn all_names_can_be_used() {
     let mut names = std::collections::BTreeSet::new();
     for pre in KNOWN {
-        let mut parts = PreTokenizedString::from("naïve — 東京 🦀 1234\r\n\tend's  ");
-        pre.tokenizer().unwrap().pre_tokenize(&mut parts).unwrap();
+        let (text, mut parts) = ("naïve — 東京 🦀 1234\r\n\tend's  ", String::new());
+        pre.splits().unwrap().each(text, |part| parts += part);
+        assert_eq!(parts, text, "{:?}", pre.names);
         assert!(pre.names.iter().all(|name| names.insert(name)), "a name is there twice");
     }
     assert!(names.len() > 60);
-    let docs = include_str!("../../../../docs/generate.md");
+    let docs = include_str!("../../../../docs/serve.md");
     for name in names {
-        assert!(docs.contains(&format!("`{name}`")), "docs/generate.md does not name {name}");
+        assert!(docs.contains(&format!("`{name}`")), "docs/serve.md does not name {name}");
     }
     let problem = Pre::of("chaotic").err().expect("no such name").to_string();
     assert!(problem.contains("`chaotic`; expected one of default, llama-bpe, llama3"), "{problem}");
     assert!(problem.contains("superbpe"), "{problem}");
+}
+
+#[test]
+fn no_rule_takes_a_square_of_time() {
+    let runs = ["a", "A", "e\u{301}", "\u{301}", "東", "1", "½", " ", "\n", " \n", "!", "a ", "'"];
+    for pre in KNOWN {
+        let splits = pre.splits().unwrap();
+        for run in runs {
+            // In 200,000 characters, a square would take minutes.
+            let text = run.repeat(200_000 / run.chars().count()) + "x";
+            let (start, mut length) = (Instant::now(), 0);
+            splits.each(&text, |part| length += part.len());
+            assert_eq!(length, text.len());
+            let took = start.elapsed();
+            assert!(took < Duration::from_secs(20), "{:?}: {took:?} for a run of {run:?}", pre.names);
+        }
+    }
 }

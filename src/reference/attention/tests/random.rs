@@ -295,7 +295,7 @@ proptest! {
             let append_indptr: Vec<i32> = std::iter::once(0)
                 .chain(batch.lens.iter().scan(0, |end, &len| { *end += len as i32; Some(*end) }))
                 .collect();
-            let append = crate::AppendIndices::last_tokens(&table, &append_indptr).unwrap();
+            let append = crate::indices::AppendIndices::last_tokens(&table, &append_indptr).unwrap();
             let (key, value) = (batch.gather(&batch.k), batch.gather(&batch.v));
             let shape = [append.len(), batch.kv_heads, batch.width];
             let (mut k, mut v) = (vec![f64::NAN; batch.k.len()], vec![f64::NAN; batch.v.len()]);

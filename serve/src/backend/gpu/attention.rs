@@ -1,0 +1,152 @@
+//! Attention of all layers: those that differ in nothing share a plan.
+
+use flashinfer_rs::{
+    FlashInferError, Result, Stream, TensorMut, TensorRef,
+    attention::{
+        AttentionSpec, BatchDecode, BatchPrefill, DecodePlan, PlanOptions, PrefillPlan, ReplayKey,
+        RunOptions, Workspace,
+    },
+    indices::PageTable,
+    kv::{BatchTables, PagedKv},
+};
+
+use super::heads::HeadWidths;
+use crate::model::Config;
+
+/// Bytes for partial results, and for index arrays, that workspaces have at first.
+const FIRST_BYTES: [usize; 2] = [32 << 20, 8 << 20];
+/// Bytes for partial results beyond which they do not grow.
+const MAX_FLOAT_BYTES: usize = 4 << 30;
+
+/// Layers of one kind.
+struct Kind {
+    spec: AttentionSpec,
+    decode: BatchDecode,
+    prefill: BatchPrefill,
+    workspace: Workspace,
+}
+
+/// The kernels and scratch memory of attention.
+pub struct Attention {
+    kinds: Vec<Kind>,
+    /// The kind of each layer.
+    layers: Vec<usize>,
+    sm_scale: f64,
+}
+
+impl Attention {
+    /// Loads the modules of all layers, for sequences of up to so many tokens.
+    ///
+    /// If some layers have windows, the others have one that nothing is beyond: all
+    /// are served by the same modules then.
+    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, positions: usize) -> Result<Self> {
+        let mut attention = Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale };
+        let windowed = config.layers.iter().any(|layer| layer.window.is_some());
+        for layer in &config.layers {
+            let mut spec = AttentionSpec::new(config.dtype, widths.padded);
+            spec.logits_soft_cap = config.attention_soft_cap.map(|cap| cap as f32);
+            let window = layer.window.unwrap_or(positions).clamp(1, i32::MAX as usize);
+            spec.window_left = windowed.then_some(window as u32 - 1);
+            let known = attention.kinds.iter().position(|kind| kind.spec == spec);
+            attention.layers.push(known.unwrap_or(attention.kinds.len()));
+            if known.is_none() {
+                attention.kinds.push(Kind {
+                    spec,
+                    decode: BatchDecode::new(stream, &spec, config.heads)?,
+                    prefill: BatchPrefill::new(stream, &spec, config.heads)?,
+                    workspace: Workspace::with_sizes(stream, FIRST_BYTES[0], FIRST_BYTES[1])?,
+                });
+            }
+        }
+        Ok(attention)
+    }
+
+    /// Whether a plan failed because a workspace is too small, which cannot grow by
+    /// itself once a graph may hold its memory.
+    pub fn is_too_small(error: &FlashInferError) -> bool {
+        matches!(error, FlashInferError::InvalidArgument { argument: "workspace", .. })
+    }
+
+    /// Replaces the workspaces by larger ones, unless they are as large as they get.
+    /// Graphs that hold the old ones do not fit plans of the new ones.
+    pub fn grow(&mut self, stream: &Stream) -> Result<bool> {
+        let smaller = self.kinds.iter_mut().filter(|kind| kind.workspace.float_bytes() < MAX_FLOAT_BYTES);
+        let mut grown = false;
+        for Kind { workspace, .. } in smaller {
+            let (float, int) = (2 * workspace.float_bytes(), 2 * workspace.int_bytes());
+            *workspace = Workspace::with_sizes(stream, float, int)?;
+            grown = true;
+        }
+        Ok(grown)
+    }
+
+    /// Bytes for partial results that all workspaces have.
+    pub fn workspace_bytes(&self) -> usize {
+        self.kinds.iter().map(|kind| kind.workspace.float_bytes()).sum()
+    }
+
+    /// Plans a step in which each request has one new token; for a graph of so many
+    /// requests, if any.
+    pub fn plan_decode<'p>(&'p mut self, tables: &'p BatchTables, graph: Option<usize>) -> Result<Plans<'p>> {
+        let mut options = PlanOptions::default();
+        options.graph = graph;
+        let plan = |kind: &'p mut Kind| kind.decode.plan(&mut kind.workspace, &tables.pages, &options);
+        let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
+        Ok(Plans { plans: OfKinds::Decode(plans), layers: &self.layers, sm_scale: self.sm_scale })
+    }
+
+    /// Plans a step of any new tokens.
+    pub fn plan_prefill<'p>(&'p mut self, tables: &'p BatchTables) -> Result<Plans<'p>> {
+        let options = PlanOptions::causal();
+        let plan = |kind: &'p mut Kind| {
+            kind.prefill.plan_paged(&mut kind.workspace, &tables.queries, &tables.pages, &options)
+        };
+        let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
+        Ok(Plans { plans: OfKinds::Prefill(plans), layers: &self.layers, sm_scale: self.sm_scale })
+    }
+}
+
+/// A plan for each kind of layers.
+enum OfKinds<'p> {
+    Decode(Vec<DecodePlan<'p>>),
+    Prefill(Vec<PrefillPlan<'p, PageTable>>),
+}
+
+/// The plans of a step.
+pub struct Plans<'p> {
+    plans: OfKinds<'p>,
+    layers: &'p [usize],
+    sm_scale: f64,
+}
+
+impl<'p> Plans<'p> {
+    /// Attention of a layer: queries `[rows, num_qo_heads, head_dim]` over the
+    /// layer's cache.
+    pub fn run(
+        &self,
+        layer: usize,
+        q: &TensorRef<'_>,
+        kv: &PagedKv<'_>,
+        out: &mut TensorMut<'_>,
+    ) -> Result<()> {
+        let (kind, options) = (self.layers[layer], RunOptions::with_sm_scale(self.sm_scale));
+        match &self.plans {
+            OfKinds::Decode(plans) => plans[kind].run_with(q, kv, out, None, &options),
+            OfKinds::Prefill(plans) => plans[kind].run_with(q, kv, out, None, &options),
+        }
+    }
+
+    /// The plans that a captured step can be launched with: those of decode.
+    pub fn decode(&self) -> &[DecodePlan<'p>] {
+        match &self.plans {
+            OfKinds::Decode(plans) => plans,
+            OfKinds::Prefill(_) => &[],
+        }
+    }
+
+    /// What tells which graph they fit; none if they are not for a graph.
+    pub fn replay_keys(&self) -> Option<Vec<ReplayKey>> {
+        let keys = self.decode().iter().map(|plan| plan.replay_key().ok()).collect::<Option<Vec<_>>>()?;
+        (!keys.is_empty()).then_some(keys)
+    }
+}

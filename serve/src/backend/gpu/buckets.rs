@@ -1,0 +1,109 @@
+//! What is kept for steps of up to so many rows, a power of two: graphs, products, and
+//! the memory that has to be there for them.
+
+use flashinfer_rs::{attention::ReplayKey, graph::CapturedStep};
+
+use super::{
+    Gpu,
+    buffers::Outputs,
+    network::Network,
+    products::{HeadProduct, Products},
+    sampler::Sampler,
+};
+use crate::{Result, backend::Output};
+
+/// Edits of logits that there is room for at first.
+const FIRST_EDITS: usize = 1024;
+
+/// What is kept for steps of up to so many rows, a power of two.
+#[derive(Default)]
+pub struct Bucket {
+    /// Takes the largest logits.
+    pub greedy: Option<Graph>,
+    /// Samples.
+    pub sampled: Option<Graph>,
+    pub products: Option<Products>,
+    pub head: Option<HeadProduct>,
+}
+
+/// A captured step, and what tells the plans that it fits.
+pub struct Graph {
+    pub keys: Vec<ReplayKey>,
+    pub step: CapturedStep,
+}
+
+/// Which graph was launched.
+#[derive(Clone, Copy)]
+pub struct Launched {
+    pub bucket: usize,
+    pub sampled: bool,
+}
+
+impl Gpu {
+    /// Makes the products of so many rows, and has the fastest kernels for those of
+    /// graphs.
+    pub(super) fn prepare_products(&mut self, bucket: usize, graph: bool) -> Result<()> {
+        let Self { buckets, network, buffers, .. } = self;
+        let products = match &mut buckets[bucket].products {
+            Some(products) => products,
+            empty => {
+                let products = Products::new(&self.cublas, &network.config, network.widths, 1 << bucket)?;
+                empty.insert(products)
+            }
+        };
+        match graph {
+            true => products.tune(&network.weights, buffers),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes room for logits of so many rows, their product, and what is needed to
+    /// choose tokens: the rows of outputs among them are `self.at`. Returns whether
+    /// tokens are sampled.
+    pub(super) fn prepare_outputs(&mut self, bucket: usize, graph: bool, outputs: &[Output]) -> Result<bool> {
+        let rows = 1 << bucket;
+        if rows > self.outputs.capacity() {
+            self.forget_graphs();
+            self.outputs = Outputs::new(&self.network.stream, &self.network.config, rows)?;
+        }
+        let Self { buckets, network, buffers, outputs: memory, .. } = self;
+        let head = match &mut buckets[bucket].head {
+            Some(head) => head,
+            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows)?),
+        };
+        if graph {
+            head.tune(&network.weights, buffers, memory)?;
+        }
+        let is_greedy = |output: &Output| output.temperature == 0.0 && output.edits.is_empty();
+        if outputs.iter().all(is_greedy) {
+            return Ok(false);
+        }
+        let edits = outputs.iter().map(|output| output.edits.len()).sum();
+        self.reserve_sampler(rows, edits)?;
+        let Some(sampler) = &mut self.sampler else { return Ok(false) };
+        sampler.set(&self.cuda, outputs, &self.at, rows)?;
+        Ok(true)
+    }
+
+    /// Has a sampler with room for so many rows and edits.
+    fn reserve_sampler(&mut self, rows: usize, edits: usize) -> Result<()> {
+        let max_edits = self.sampler.as_ref().map_or(FIRST_EDITS, Sampler::max_edits);
+        if self.sampler.as_ref().is_none_or(|sampler| !sampler.fits(rows, edits)) {
+            self.forget_graphs();
+            let rows = rows.max(self.outputs.capacity());
+            let max_edits = max_edits.max(edits.next_power_of_two());
+            let Network { stream, config, .. } = &self.network;
+            let sampler = Sampler::new(&self.cuda, stream, rows, max_edits, config.vocab_size)?;
+            self.sampler = Some(sampler);
+        }
+        Ok(())
+    }
+
+    /// To be called before memory is replaced that graphs work on.
+    pub(super) fn forget_graphs(&mut self) {
+        self.launched = None;
+        for bucket in &mut self.buckets {
+            (bucket.greedy, bucket.sampled) = (None, None);
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What steps compute in.
+
+use flashinfer_rs::{Stream, cudarc::Tensor};
+
+use super::{half::HalfTensor, heads::HeadWidths, products::SCRATCH_BYTES};
+use crate::{Result, backend::experts::Routing, model::Config};
+
+/// Memory for as many rows as there may be.
+pub struct Buffers {
+    pub residual: HalfTensor,
+    /// What is normed, `[rows, hidden_size]`.
+    pub x: HalfTensor,
+    /// What attention or the MLP makes, where that is normed before it is added.
+    pub made: Option<HalfTensor>,
+    /// `[rows, num_qo_heads + 2 * num_kv_heads, head_dim]`.
+    pub qkv: HalfTensor,
+    /// Normed queries and keys, if they are.
+    pub qk: Option<HalfTensor>,
+    pub attention: HalfTensor,
+    /// `[rows * experts, 2 * intermediate_size]`.
+    pub gate_up: HalfTensor,
+    pub inner: HalfTensor,
+    pub routing: Option<Routing>,
+    pub shared: Option<SharedBuffers>,
+    pub scratch: Tensor<u8>,
+}
+
+/// Memory of an expert that every token has.
+pub struct SharedBuffers {
+    /// Its share of each row.
+    pub shares: Tensor<f32>,
+    pub gate_up: HalfTensor,
+    pub inner: HalfTensor,
+}
+
+impl Buffers {
+    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, rows: usize) -> Result<Self> {
+        let (heads, experts, inner) = (config.heads, config.num_experts(), config.intermediate_size);
+        let (hidden, head_dim) = (config.hidden_size, widths.padded);
+        let zeros = |shape: &[usize]| HalfTensor::zeros(stream, config.dtype, shape);
+        let optional = |wanted: bool, shape: &[usize]| wanted.then(|| zeros(shape)).transpose();
+        let qk = heads.num_qo_heads + heads.num_kv_heads;
+        let shared = config.experts.and_then(|experts| experts.shared).map(|inner| -> Result<_> {
+            Ok(SharedBuffers {
+                shares: Tensor::zeros(stream, &[rows])?,
+                gate_up: zeros(&[rows, 2 * inner])?,
+                inner: zeros(&[rows, inner])?,
+            })
+        });
+        Ok(Self {
+            residual: zeros(&[rows, hidden])?,
+            x: zeros(&[rows, hidden])?,
+            made: optional(config.architecture.post_norms, &[rows, hidden])?,
+            qkv: zeros(&[rows, qk + heads.num_kv_heads, head_dim])?,
+            qk: optional(config.architecture.qk_norm, &[rows, qk, head_dim])?,
+            attention: zeros(&[rows, heads.num_qo_heads, head_dim])?,
+            gate_up: zeros(&[rows * experts, 2 * inner])?,
+            inner: zeros(&[rows * experts, inner])?,
+            routing: config.experts.map(|experts| Routing::new(stream, experts, rows)).transpose()?,
+            shared: shared.transpose()?,
+            scratch: Tensor::zeros(stream, &[SCRATCH_BYTES])?,
+        })
+    }
+}
+
+/// Memory for the rows whose logits are wanted, and what is computed of them.
+pub struct Outputs {
+    /// Their hidden states.
+    pub hidden: HalfTensor,
+    pub logits: Tensor<f32>,
+    pub tokens: Tensor<i32>,
+}
+
+impl Outputs {
+    pub fn new(stream: &Stream, config: &Config, rows: usize) -> Result<Self> {
+        Ok(Self {
+            hidden: HalfTensor::zeros(stream, config.dtype, &[rows, config.hidden_size])?,
+            logits: Tensor::zeros(stream, &[rows, config.vocab_size])?,
+            tokens: Tensor::zeros(stream, &[rows])?,
+        })
+    }
+
+    /// How many rows there is room for.
+    pub fn capacity(&self) -> usize {
+        self.tokens.view().numel()
+    }
+}

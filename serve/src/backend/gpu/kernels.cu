@@ -1,0 +1,94 @@
+// Small kernels of the network, for `f16` and `bf16`. A block of 256 threads
+// for each row, but for `soft_cap`, whose grid covers all numbers.
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+struct F16 {
+    static __device__ float number(u16 bits) {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+    static __device__ u16 bits(float x) {
+        u16 bits;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+        return bits;
+    }
+};
+
+struct Bf16 {
+    static __device__ float number(u16 bits) { return __uint_as_float((u32)bits << 16); }
+    static __device__ u16 bits(float x) {
+        u16 bits;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+        return bits;
+    }
+};
+
+// Eight numbers, which a thread reads and writes at once; widths are in these.
+struct __align__(16) Eight {
+    u16 bits[8];
+};
+
+template <class Number>
+__device__ Eight scaled(Eight numbers, float factor) {
+    for (u16 &bits : numbers.bits)
+        bits = Number::bits(Number::number(bits) * factor);
+    return numbers;
+}
+
+// Rows of a table, each multiplied by a number; zeros where the index is negative.
+template <class Number>
+__device__ void gather_rows(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
+    const int index = indices[blockIdx.x];
+    Eight *to = out + (u64)blockIdx.x * width;
+    const Eight *from = table + (u64)(index < 0 ? 0 : index) * width;
+    for (u32 at = threadIdx.x; at < width; at += blockDim.x)
+        to[at] = index < 0 ? Eight{} : scale == 1.0f ? from[at] : scaled<Number>(from[at], scale);
+}
+
+// Multiplies rows by a factor each. A row whose factor is 0 becomes zeros, whatever is in it.
+template <class Number>
+__device__ void scale_rows(Eight *data, const float *factors, u32 width) {
+    const float factor = factors[blockIdx.x];
+    Eight *row = data + (u64)blockIdx.x * width;
+    for (u32 at = threadIdx.x; at < width; at += blockDim.x)
+        row[at] = factor == 0.0f ? Eight{} : scaled<Number>(row[at], factor);
+}
+
+extern "C" __global__ void gather_rows_f16(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
+    gather_rows<F16>(out, table, indices, width, scale);
+}
+extern "C" __global__ void gather_rows_bf16(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
+    gather_rows<Bf16>(out, table, indices, width, scale);
+}
+extern "C" __global__ void scale_rows_f16(Eight *data, const float *factors, u32 width) {
+    scale_rows<F16>(data, factors, width);
+}
+extern "C" __global__ void scale_rows_bf16(Eight *data, const float *factors, u32 width) {
+    scale_rows<Bf16>(data, factors, width);
+}
+
+// The shares of experts that were chosen, as they were before what is left of them was
+// made to add up to one: `shares` is 0 where one was not chosen.
+extern "C" __global__ void keep_chosen(float *shares, const float *probs, u64 count) {
+    const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count && shares[at] != 0.0f)
+        shares[at] = probs[at];
+}
+
+// `1 / (1 + exp(-x))` of each number.
+extern "C" __global__ void sigmoid(float *numbers, u64 count) {
+    const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count)
+        numbers[at] = 1.0f / (1.0f + expf(-numbers[at]));
+}
+
+// `cap · tanh(x / cap)` of each number.
+extern "C" __global__ void soft_cap(float *numbers, u64 count, float cap) {
+    const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count)
+        numbers[at] = cap * tanhf(numbers[at] / cap);
+}

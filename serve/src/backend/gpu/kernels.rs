@@ -1,0 +1,193 @@
+//! The small kernels of the network that FlashInfer has none for (`kernels.cu`).
+
+use std::sync::Arc;
+
+use cudarc::{
+    driver::{CudaFunction, CudaStream, DriverError, LaunchConfig, PushKernelArg, result},
+    nvrtc::Ptx,
+};
+use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
+
+use super::rows::Rows;
+use crate::Result;
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Numbers of 16 bits that a thread reads and writes at once.
+const VECTOR: usize = 8;
+
+/// The kernels of one element type, on one stream.
+pub struct Kernels {
+    cuda: Arc<CudaStream>,
+    dtype: DType,
+    gather_rows: CudaFunction,
+    scale_rows: CudaFunction,
+    keep_chosen: CudaFunction,
+    sigmoid: CudaFunction,
+    soft_cap: CudaFunction,
+}
+
+impl Kernels {
+    /// Has them compiled for `f16` or `bf16`.
+    pub fn new(cuda: &Arc<CudaStream>, dtype: DType) -> Result<Self> {
+        let module = cuda.context().load_module(Ptx::from_src(include_str!("kernels.ptx")))?;
+        let of_dtype = |name: &str| module.load_function(&format!("{name}_{dtype}"));
+        Ok(Self {
+            cuda: cuda.clone(),
+            dtype,
+            gather_rows: of_dtype("gather_rows")?,
+            scale_rows: of_dtype("scale_rows")?,
+            keep_chosen: module.load_function("keep_chosen")?,
+            sigmoid: module.load_function("sigmoid")?,
+            soft_cap: module.load_function("soft_cap")?,
+        })
+    }
+
+    /// `out[row] = scale · table[rows[row]]`, or zeros. Both are contiguous, of
+    /// equally wide rows.
+    pub fn gather_rows(
+        &self,
+        out: &mut TensorMut<'_>,
+        table: &TensorRef<'_>,
+        rows: &Rows,
+        scale: f32,
+    ) -> Result<()> {
+        let [count, width] = self.rows("out", &out.as_ref())?;
+        let [table_rows, table_width] = self.rows("table", table)?;
+        let indices = rows.view();
+        let fits = table_width == width && rows.bound() <= table_rows as usize;
+        if !fits || indices.numel() < count as usize || !self.is_here(&indices) {
+            return Err(format!("rows below {} of {table:?} in {out:?}", rows.bound()).into());
+        }
+        let addresses = [out.data_ptr(), table.data_ptr(), indices.data_ptr()].map(|data| data as u64);
+        let mut launch = self.cuda.launch_builder(&self.gather_rows);
+        launch.arg(&addresses[0]).arg(&addresses[1]).arg(&addresses[2]).arg(&width).arg(&scale);
+        // SAFETY: the kernel takes three addresses, a width in eights and a factor. It writes
+        // each row of `out`, and reads as many numbers, and rows that they say: whatever is set
+        // is below the bound, or negative for none.
+        self.launch(count, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// Multiplies each row of a contiguous tensor by a factor, `f32`. A row whose
+    /// factor is 0 becomes zeros, whatever is in it.
+    pub fn scale_rows(&self, data: &mut TensorMut<'_>, factors: &TensorRef<'_>) -> Result<()> {
+        let [rows, width] = self.rows("data", &data.as_ref())?;
+        let factors = self.numbers("factors", factors, rows as usize)?;
+        let data = data.data_ptr() as u64;
+        let mut launch = self.cuda.launch_builder(&self.scale_rows);
+        launch.arg(&data).arg(&factors).arg(&width);
+        // SAFETY: the kernel takes two addresses and a width in eights; rows and factors are there.
+        self.launch(rows, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// Where `shares` are not 0, they become `probs`. Both are `f32` and contiguous.
+    pub fn keep_chosen(&self, shares: &mut TensorMut<'_>, probs: &TensorRef<'_>) -> Result<()> {
+        let count = shares.numel();
+        let probs = self.numbers("probs", probs, count)?;
+        let shares = self.numbers("shares", &shares.as_ref(), count)?;
+        let mut launch = self.cuda.launch_builder(&self.keep_chosen);
+        let numbers = count as u64;
+        launch.arg(&shares).arg(&probs).arg(&numbers);
+        // SAFETY: the kernel takes two addresses and a count; so many numbers are at both.
+        self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// `1 / (1 + exp(-x))` in place of each number of a contiguous `f32` tensor.
+    pub fn sigmoid(&self, numbers: &mut TensorMut<'_>) -> Result<()> {
+        let count = numbers.numel();
+        let data = self.numbers("numbers", &numbers.as_ref(), count)?;
+        let mut launch = self.cuda.launch_builder(&self.sigmoid);
+        let numbers = count as u64;
+        launch.arg(&data).arg(&numbers);
+        // SAFETY: the kernel takes an address and a count; so many numbers are there.
+        self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// `cap · tanh(x / cap)` in place of each number of a contiguous `f32` tensor.
+    pub fn soft_cap(&self, numbers: &mut TensorMut<'_>, cap: f32) -> Result<()> {
+        let count = numbers.numel();
+        let data = self.numbers("numbers", &numbers.as_ref(), count)?;
+        let mut launch = self.cuda.launch_builder(&self.soft_cap);
+        let numbers = count as u64;
+        launch.arg(&data).arg(&numbers).arg(&cap);
+        // SAFETY: the kernel takes an address, a count and the cap; so many numbers are there.
+        self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// Copies the numbers of a contiguous tensor to one of the same shape and type.
+    pub fn copy(&self, from: &TensorRef<'_>, to: &mut TensorMut<'_>) -> Result<()> {
+        let fits = from.shape() == to.shape()
+            && from.dtype() == to.dtype()
+            && from.is_contiguous()
+            && to.is_contiguous()
+            && self.is_here(from)
+            && self.is_here(&to.as_ref());
+        if !fits {
+            return Err(format!("a copy of {from:?} to {to:?}").into());
+        }
+        let bytes = from.numel() * from.dtype().size();
+        let (from, to) = (from.data_ptr() as u64, to.data_ptr() as u64);
+        // SAFETY: both have so many bytes, on the stream's device.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.cuda.cu_stream())? };
+        Ok(())
+    }
+
+    /// Rows of a contiguous matrix of the kernels' type, and their width in eights.
+    fn rows(&self, name: &str, tensor: &TensorRef<'_>) -> Result<[u32; 2]> {
+        let width = tensor.shape().last().map_or(0, |&width| width as usize);
+        let fits = tensor.dtype() == self.dtype
+            && tensor.is_contiguous()
+            && width.is_multiple_of(VECTOR)
+            && tensor.data_ptr().addr().is_multiple_of(2 * VECTOR)
+            && self.is_here(tensor);
+        let rows = tensor.numel().checked_div(width).map(u32::try_from);
+        match (rows, u32::try_from(width / VECTOR)) {
+            (Some(Ok(rows)), Ok(width)) if fits => Ok([rows, width]),
+            _ => Err(format!("{name} is {tensor:?}; expected rows of {VECTOR}s of {}", self.dtype).into()),
+        }
+    }
+
+    /// The address of at least so many `f32` numbers.
+    fn numbers(&self, name: &str, tensor: &TensorRef<'_>, count: usize) -> Result<u64> {
+        let fits = tensor.dtype() == DType::F32 && tensor.is_contiguous() && tensor.numel() >= count;
+        match fits && self.is_here(tensor) {
+            true => Ok(tensor.data_ptr() as u64),
+            false => Err(format!("{name} is {tensor:?}; expected {count} numbers of f32").into()),
+        }
+    }
+
+    fn is_here(&self, tensor: &TensorRef<'_>) -> bool {
+        tensor.device() == Device::Cuda(self.cuda.context().ordinal() as u32)
+    }
+
+    fn launch(
+        &self,
+        blocks: u32,
+        launch: impl FnOnce(LaunchConfig) -> std::result::Result<(), DriverError>,
+    ) -> Result<()> {
+        if blocks == 0 {
+            return Ok(());
+        }
+        let shape =
+            LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+        Ok(launch(shape)?)
+    }
+}
+
+/// Blocks of a thread for each number.
+fn blocks(count: usize) -> Result<u32> {
+    Ok(u32::try_from(count.div_ceil(THREADS as usize))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use flashinfer_rs::artifacts::Digest;
+
+    /// The PTX is what `src/ops/ptx.sh` made of the source beside it.
+    #[test]
+    fn ptx_is_made_of_its_source() {
+        let digest = Digest::of(include_bytes!("kernels.cu"));
+        let line = format!("// Made of kernels.cu by ptx.sh: sha256 {digest}");
+        assert_eq!(include_str!("kernels.ptx").lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
+    }
+}

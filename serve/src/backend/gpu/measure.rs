@@ -1,0 +1,66 @@
+//! How long the last step's graph takes, and attention in it.
+
+use std::{sync::Arc, time::Duration};
+
+use cudarc::driver::CudaStream;
+
+use super::{
+    Gpu,
+    buckets::{Bucket, Graph, Launched},
+};
+use crate::{Result, backend::graph};
+
+impl Gpu {
+    /// The stream that everything is enqueued on.
+    pub fn cuda(&self) -> &Arc<CudaStream> {
+        &self.cuda
+    }
+
+    /// What the host took to enqueue the last step.
+    pub fn enqueued(&self) -> Duration {
+        self.enqueued
+    }
+
+    /// Bytes of the memory for attention's partial results.
+    pub fn workspace_bytes(&self) -> usize {
+        self.attention.workspace_bytes()
+    }
+
+    /// Replays the graph of the last step: the milliseconds that it takes, and
+    /// its kernels. Its index arrays are those of that step, and only of that.
+    ///
+    /// # Errors
+    /// The last step was not a graph's.
+    pub fn replay(&mut self) -> Result<(f32, usize)> {
+        let Self { buckets, attention, tables, cuda, launched, .. } = self;
+        let graph = launched.and_then(|Launched { bucket, sampled }| {
+            let Bucket { greedy, sampled: sampling, .. } = &buckets[bucket];
+            Some((bucket, if sampled { sampling } else { greedy }.as_ref()?))
+        });
+        let Some((bucket, Graph { step, .. })) = graph else {
+            return Err("the last step was not a graph's".into());
+        };
+        let plans = attention.plan_decode(&tables.tables, Some(1 << bucket))?;
+        Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes()))
+    }
+
+    /// The milliseconds that attention to the pages of the last step takes in
+    /// all layers, in a graph of nothing else.
+    pub fn attention(&mut self) -> Result<f32> {
+        let Self { network, attention, buffers, cache, tables, cuda, .. } = self;
+        let heads = network.config.heads;
+        let rows = tables.tables.pages.host().batch_size();
+        let plans = attention.plan_decode(&tables.tables, Some(rows))?;
+        let q = buffers.qkv.rows(rows)?.narrow(1, 0, heads.num_qo_heads)?;
+        let mut out = buffers.attention.rows_mut(rows)?;
+        let mut run = || -> Result<()> {
+            let layers = 0..network.config.num_layers();
+            Ok(layers
+                .into_iter()
+                .try_for_each(|layer| plans.run(layer, &q, &cache.layer(0, layer)?, &mut out))?)
+        };
+        // SAFETY: everything is the crate's, and outlives the graph.
+        let step = unsafe { graph::capture(&network.stream, &mut run)? };
+        graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))
+    }
+}

@@ -1,0 +1,237 @@
+//! The model on an NVIDIA GPU, in `f16` or `bf16`: cuBLASLt multiplies matrices, and
+//! everything else is FlashInfer's kernels, but for a few small ones.
+//!
+//! Steps in which each request has one new token are CUDA graphs, one for each
+//! power of two of requests, which are captured when they are first needed. A
+//! step writes its tokens and the index arrays to fixed addresses, plans attention,
+//! launches the graph, and copies one number per row back. Other steps, which read
+//! prompts, launch the same kernels one by one, with prefill in place of decode.
+//!
+//! | file | its job |
+//! |---|---|
+//! | `weights`, `heads` | the model's weights, and heads of any width |
+//! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
+//! | `network`, `layer` | what a step enqueues |
+//! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
+//! | `attention`, `tables` | plans, and index arrays |
+//! | `sampler` | the choice of tokens |
+//! | `measure` | how long things take |
+//! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
+
+mod attention;
+mod buckets;
+mod buffers;
+mod half;
+mod heads;
+pub(super) mod kernels;
+mod layer;
+mod measure;
+mod memory;
+mod network;
+mod products;
+mod rows;
+mod sampler;
+mod steps;
+mod tables;
+mod weights;
+
+use std::{
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use cudarc::driver::{CudaContext, CudaStream};
+use flashinfer_rs::{
+    FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
+    kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
+    rope::CosSinCache,
+};
+
+pub use self::heads::HeadWidths;
+use self::{
+    attention::Attention,
+    buckets::{Bucket, Launched},
+    buffers::{Buffers, Outputs},
+    kernels::Kernels,
+    memory::Pinned,
+    network::Network,
+    rows::Rows,
+    sampler::Sampler,
+    tables::Tables,
+    weights::Weights,
+};
+use crate::{
+    Result,
+    backend::{Backend, Output, Sample, Step, matmul::CublasLt},
+    model::{self, Config, Ends, architecture::Activation, rope::Rope},
+};
+
+/// The GPU's weights and cache.
+pub struct Gpu {
+    /// For 1, 2, 4, … rows; filled when they are first needed. Dropped first: graphs
+    /// work on what the others own.
+    buckets: Vec<Bucket>,
+    network: Network,
+    attention: Attention,
+    buffers: Buffers,
+    outputs: Outputs,
+    /// The tokens of a step.
+    tokens: Rows,
+    /// The rows whose logits are wanted.
+    selected: Rows,
+    /// Made when the first step samples.
+    sampler: Option<Sampler>,
+    /// What was chosen.
+    chosen: Pinned<i32>,
+    /// A row of logits, once one was wanted.
+    row: Option<Pinned<f32>>,
+    cache: PagedKvCache,
+    tables: Tables,
+    cublas: Rc<CublasLt>,
+    cuda: Arc<CudaStream>,
+    /// The graph that was the last step.
+    launched: Option<Launched>,
+    /// Whether steps may be graphs.
+    graphs: bool,
+    /// What the last step took until all was enqueued.
+    enqueued: Duration,
+    /// Where the last step's outputs are among the rows of logits.
+    at: Vec<usize>,
+}
+
+/// A stream of the first GPU, and the runtime with the modules that the model needs
+/// beside those of attention.
+fn start(config: &Config) -> Result<Arc<CudaStream>> {
+    // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+        return Err("there is no NVIDIA driver".into());
+    }
+    let mut runtime = RuntimeConfig::default();
+    runtime.progress = Some(flashinfer_rs::progress::terminal());
+    let runtime = FlashInferRuntime::initialize(runtime)?;
+    if runtime.device_count()? == 0 {
+        return Err("there is no NVIDIA GPU".into());
+    }
+    let activation = match config.activation {
+        Activation::Silu => ModuleName::SILU_AND_MUL,
+        Activation::GeluTanh => ModuleName::GELU_TANH_AND_MUL,
+    };
+    runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, activation])?;
+    runtime.preload_cublas()?;
+    Ok(CudaContext::new(0)?.new_stream()?)
+}
+
+impl Gpu {
+    /// Uploads the weights, and makes the memory of a pool and of steps of up to
+    /// `max_tokens` new tokens.
+    pub fn new(
+        config: &Config,
+        ends: Ends,
+        layers: impl Iterator<Item = Result<model::Layer>>,
+        pool: &PageAllocator,
+        max_tokens: usize,
+    ) -> Result<Self> {
+        let widths = HeadWidths::new(config)?;
+        let cuda = start(config)?;
+        let stream = Stream::from(&cuda);
+        let most = max_tokens.max(1).next_power_of_two();
+        let positions = config.context_length.min(pool.num_pages() * pool.page_size());
+        let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
+        let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(config.dtype, KvLayout::Nhd) };
+        let mut gpu = Self {
+            buckets: (0..=most.ilog2()).map(|_| Bucket::default()).collect(),
+            attention: Attention::new(&stream, config, widths, positions)?,
+            buffers: Buffers::new(&stream, config, widths, most)?,
+            outputs: Outputs::new(&stream, config, 1)?,
+            tokens: Rows::new(&cuda, &stream, most, config.vocab_size)?,
+            selected: Rows::new(&cuda, &stream, most, most)?,
+            sampler: None,
+            chosen: Pinned::zeros(&cuda, most)?,
+            row: None,
+            cache: PagedKvCache::new(&stream, pool, &[shape])?,
+            tables: Tables::new(&stream, pool, most)?,
+            cublas: CublasLt::new(&cuda)?,
+            launched: None,
+            graphs: true,
+            enqueued: Duration::ZERO,
+            at: Vec::new(),
+            network: Network {
+                widths,
+                weights: Weights::new(&stream, config, widths, &ends, layers)?,
+                ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
+                kernels: Kernels::new(&cuda, config.dtype)?,
+                config: config.clone(),
+                stream,
+            },
+            cuda,
+        };
+        gpu.warm_up(pool, most)?;
+        Ok(gpu)
+    }
+
+    /// Computes a prompt and a token, if the pool has room for them: loads
+    /// kernels, and captures the graph of one request.
+    fn warm_up(&mut self, pool: &PageAllocator, most: usize) -> Result<()> {
+        let mut batch = Batch::new(pool);
+        batch.push(Sequence::new(pool))?;
+        for tokens in [&[0; 2][..most.min(2)], &[0]] {
+            match batch.append([tokens.len()]) {
+                Ok(()) => {
+                    self.step(&Step { batch: &batch, tokens, outputs: &[Output::greedy(0)] })?;
+                }
+                Err(FlashInferError::OutOfPages { .. }) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // A step of nothing.
+        batch.append([0])?;
+        self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })?;
+        Ok(())
+    }
+
+    /// The GPU's name.
+    pub fn name(&self) -> Result<String> {
+        Ok(self.cuda.context().name()?)
+    }
+
+    /// Bytes of all weights that a step multiplies.
+    pub fn weight_bytes(&self) -> usize {
+        self.network.weights.bytes
+    }
+
+    /// Whether steps in which each request has one new token are graphs.
+    pub fn set_graphs(&mut self, graphs: bool) {
+        self.graphs = graphs;
+    }
+}
+
+impl Backend for Gpu {
+    fn vocab_size(&self) -> usize {
+        self.network.config.vocab_size
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+        self.at.clear();
+        self.launched = None;
+        let start = Instant::now();
+        self.check(step)?;
+        if step.tokens.is_empty() {
+            return Ok(Vec::new());
+        }
+        let computed = self.compute(step);
+        self.tables.tables.release_padding();
+        self.enqueued = start.elapsed();
+        let samples = computed.and_then(|()| self.samples(step.outputs));
+        if samples.is_err() {
+            self.at.clear();
+        }
+        samples
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        let vocab_size = self.vocab_size();
+        let all = if self.at.is_empty() { Vec::new() } else { self.outputs.logits.to_vec()? };
+        Ok(self.at.iter().flat_map(|&row| &all[row * vocab_size..][..vocab_size]).copied().collect())
+    }
+}

@@ -1,0 +1,124 @@
+//! The network of a model: what a step enqueues.
+
+use flashinfer_rs::{
+    Stream, TensorRef,
+    kv::{BatchTables, PagedKvCache},
+    norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
+    rope::CosSinCache,
+    sampling::argmax,
+};
+
+use super::{
+    attention::Plans,
+    buffers::{Buffers, Outputs},
+    half::HalfTensor,
+    heads::HeadWidths,
+    kernels::Kernels,
+    products::Products,
+    rows::Rows,
+    sampler::Sampler,
+    weights::{RESIDUAL_SCALE, Weights},
+};
+use crate::{Result, backend::matmul::Matmul, model::Config};
+
+/// What steps read and do not change.
+pub struct Network {
+    pub stream: Stream,
+    pub config: Config,
+    pub widths: HeadWidths,
+    pub weights: Weights,
+    /// The rotary embeddings that layers choose from.
+    pub ropes: Vec<CosSinCache>,
+    pub kernels: Kernels,
+}
+
+/// What a step works with.
+pub struct Pass<'a> {
+    /// The rows that it has.
+    pub rows: usize,
+    /// The rows that its products have, whose further ones mean nothing.
+    pub padded_rows: usize,
+    /// The tokens of all rows.
+    pub tokens: &'a Rows,
+    pub tables: &'a BatchTables,
+    pub plans: &'a Plans<'a>,
+    pub products: &'a Products,
+    pub cache: &'a mut PagedKvCache,
+    pub buffers: &'a mut Buffers,
+}
+
+/// Logits that a step is to give.
+pub struct Head<'a> {
+    /// So many, of which the first are wanted.
+    pub rows: usize,
+    /// The rows that they are of; `None` if they are those of the step.
+    pub selected: Option<&'a Rows>,
+    pub product: &'a Matmul,
+    pub outputs: &'a mut Outputs,
+    /// What chooses the tokens; `None` takes the largest logits.
+    pub sampler: Option<&'a mut Sampler>,
+}
+
+impl Network {
+    /// Enqueues a step up to the last norm, whose results are in `x`.
+    pub fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+        let Buffers { residual, x, .. } = &mut *pass.buffers;
+        let mut embedded = residual.rows_mut(pass.padded_rows)?;
+        let scale = self.config.embedding_scale as f32 * RESIDUAL_SCALE;
+        self.kernels.gather_rows(&mut embedded, &self.weights.embedding.view(), pass.tokens, scale)?;
+        let first = self.weights.layers.first().map_or(&self.weights.norm, |layer| &layer.attention_norm);
+        let (mut x, residual) = (x.rows_mut(pass.rows)?, residual.rows(pass.rows)?);
+        rmsnorm(&self.stream, &mut x, &residual, &first.view(), &self.residual_norm())?;
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            self.attention(pass, index, layer)?;
+            self.add(pass, layer.attention_post_norm.as_ref(), &layer.mlp_norm)?;
+            self.mlp(pass, layer)?;
+            let next = self.weights.layers.get(index + 1);
+            let next = next.map_or(&self.weights.norm, |next| &next.attention_norm);
+            self.add(pass, layer.mlp_post_norm.as_ref(), next)?;
+        }
+        Ok(())
+    }
+
+    /// Enqueues the logits of rows, and the choice of tokens.
+    pub fn head(&self, pass: &mut Pass<'_>, head: &mut Head<'_>) -> Result<()> {
+        let Buffers { x, scratch, .. } = &mut *pass.buffers;
+        let Outputs { hidden, logits, tokens } = &mut *head.outputs;
+        let hidden: TensorRef<'_> = match head.selected {
+            Some(rows) => {
+                let table = x.rows(rows.bound())?;
+                self.kernels.gather_rows(&mut hidden.rows_mut(head.rows)?, &table, rows, 1.0)?;
+                hidden.rows(head.rows)?
+            }
+            None => x.rows(head.rows)?,
+        };
+        let mut logits = logits.view_mut().narrow(0, 0, head.rows)?;
+        head.product.run(&mut logits, &hidden, &self.weights.head(), &mut scratch.view_mut())?;
+        if let Some(cap) = self.config.final_soft_cap {
+            self.kernels.soft_cap(&mut logits, cap as f32)?;
+        }
+        let mut tokens = tokens.view_mut().narrow(0, 0, head.rows)?;
+        match &mut head.sampler {
+            Some(sampler) => sampler.enqueue(&self.kernels, &self.stream, &mut tokens, &logits.as_ref()),
+            None => Ok(argmax(&self.stream, &mut tokens, &logits.as_ref())?),
+        }
+    }
+
+    /// Of norms of the residual.
+    fn residual_norm(&self) -> NormOptions {
+        let scale = f64::from(RESIDUAL_SCALE);
+        NormOptions::with_eps(self.config.rms_eps * scale * scale)
+    }
+
+    /// Adds what attention or the MLP made to the residual, normed if it is, and norms
+    /// the sum.
+    fn add(&self, pass: &mut Pass<'_>, post_norm: Option<&HalfTensor>, norm: &HalfTensor) -> Result<()> {
+        let Buffers { residual, x, made, .. } = &mut *pass.buffers;
+        let (mut x, mut residual) = (x.rows_mut(pass.rows)?, residual.rows_mut(pass.rows)?);
+        if let (Some(made), Some(weight)) = (made, post_norm) {
+            let options = NormOptions::with_eps(self.config.rms_eps);
+            rmsnorm(&self.stream, &mut x, &made.rows(pass.rows)?, &weight.view(), &options)?;
+        }
+        Ok(fused_add_rmsnorm(&self.stream, &mut x, &mut residual, &norm.view(), &self.residual_norm())?)
+    }
+}

@@ -1,0 +1,138 @@
+//! The products of activations and weights that a step has, and the fastest kernels for
+//! them.
+
+use std::{iter, rc::Rc};
+
+use flashinfer_rs::{DType, TensorMut, TensorRef};
+
+use super::{
+    buffers::{Buffers, Outputs, SharedBuffers},
+    heads::HeadWidths,
+    weights::{SharedExpert, Weights, added_factor},
+};
+use crate::{
+    Result,
+    backend::matmul::{Added, CublasLt, Matmul, Product, Weight},
+    model::Config,
+};
+
+/// Scratch memory of products: what cuBLASLt is recommended to have on Hopper.
+pub const SCRATCH_BYTES: usize = 32 << 20;
+
+/// The products of all layers, for one number of rows.
+pub struct Products {
+    rows: usize,
+    pub qkv: Matmul,
+    pub attention_output: Matmul,
+    pub router: Option<Matmul>,
+    pub gate_up: Matmul,
+    pub down: Matmul,
+    pub shared: Option<SharedProducts>,
+}
+
+/// Those of an expert that every token has.
+pub struct SharedProducts {
+    pub gate: Matmul,
+    pub gate_up: Matmul,
+    /// Added to what other experts make.
+    pub down: Matmul,
+}
+
+impl Products {
+    pub fn new(cublas: &Rc<CublasLt>, config: &Config, widths: HeadWidths, rows: usize) -> Result<Self> {
+        let (hidden, dtype, biases) = (config.hidden_size, config.dtype, config.biases);
+        let inner = config.num_experts() * config.intermediate_size;
+        let [qo, kv] =
+            [config.heads.num_qo_heads, config.heads.num_kv_heads].map(|heads| heads * widths.padded);
+        let product = |input, output, factor, added, out_dtype| {
+            let product = Product { rows, input, output, factor, added, dtype, out_dtype };
+            Matmul::new(cublas, product, SCRATCH_BYTES)
+        };
+        let bias = |biased: bool| if biased { Added::Bias } else { Added::Nothing };
+        let factor = added_factor(config);
+        let down_factor = factor * config.experts.map_or(1.0, |experts| experts.scale as f32);
+        let scores = |output| product(hidden, output, 1.0, Added::Nothing, DType::F32);
+        let shared = config.experts.and_then(|experts| experts.shared).map(|inner| -> Result<_> {
+            Ok(SharedProducts {
+                gate: scores(1)?,
+                gate_up: product(hidden, 2 * inner, 1.0, Added::Nothing, dtype)?,
+                down: product(inner, hidden, factor, Added::Output, dtype)?,
+            })
+        });
+        Ok(Self {
+            rows,
+            qkv: product(hidden, qo + 2 * kv, 1.0, bias(biases.qkv), dtype)?,
+            attention_output: product(qo, hidden, factor, bias(biases.attention_output), dtype)?,
+            router: config.experts.map(|experts| scores(experts.count)).transpose()?,
+            gate_up: product(hidden, 2 * inner, 1.0, bias(biases.gate_up), dtype)?,
+            down: product(inner, hidden, down_factor, bias(biases.down), dtype)?,
+            shared: shared.transpose()?,
+        })
+    }
+
+    /// Takes the fastest kernels, once. What is in the buffers is lost.
+    pub fn tune(&mut self, weights: &Weights, buffers: &mut Buffers) -> Result<()> {
+        let Buffers { x, qkv, attention, gate_up, inner, routing, shared, scratch, .. } = buffers;
+        let (rows, scratch, layers) = (self.rows, &mut scratch.view_mut(), weights.layers.iter());
+        let of_experts = rows * (gate_up.view().shape()[0] / x.view().shape()[0]) as usize;
+        let of = layers.clone().map(|layer| layer.qkv.view());
+        tune(&mut self.qkv, qkv.rows_mut(rows)?, &x.rows(rows)?, of, scratch)?;
+        let of = layers.clone().map(|layer| layer.attention_output.view());
+        tune(&mut self.attention_output, x.rows_mut(rows)?, &attention.rows(rows)?, of, scratch)?;
+        let of = layers.clone().map(|layer| layer.gate_up.view());
+        tune(&mut self.gate_up, gate_up.rows_mut(of_experts)?, &x.rows(rows)?, of, scratch)?;
+        let of = layers.clone().map(|layer| layer.down.view());
+        tune(&mut self.down, x.rows_mut(rows)?, &inner.rows(of_experts)?, of, scratch)?;
+        if let (Some(product), Some(routing)) = (&mut self.router, routing) {
+            let of = layers.clone().filter_map(|layer| layer.router.as_ref()).map(|router| router.view());
+            tune(product, routing.scores_mut(rows)?, &x.rows(rows)?, of, scratch)?;
+        }
+        if let (Some(products), Some(SharedBuffers { gate_up, inner, .. })) = (&mut self.shared, shared) {
+            let all = layers.filter_map(|layer| layer.shared.as_ref());
+            let of = all.clone().map(|shared: &SharedExpert| shared.gate_up.view());
+            tune(&mut products.gate_up, gate_up.rows_mut(rows)?, &x.rows(rows)?, of, scratch)?;
+            let of = all.map(|shared| shared.down.view());
+            tune(&mut products.down, x.rows_mut(rows)?, &inner.rows(rows)?, of, scratch)?;
+        }
+        Ok(())
+    }
+}
+
+/// The product that makes logits.
+pub struct HeadProduct {
+    rows: usize,
+    pub product: Matmul,
+}
+
+impl HeadProduct {
+    pub fn new(cublas: &Rc<CublasLt>, config: &Config, rows: usize) -> Result<Self> {
+        let product = Product {
+            rows,
+            input: config.hidden_size,
+            output: config.vocab_size,
+            factor: 1.0,
+            added: Added::Nothing,
+            dtype: config.dtype,
+            out_dtype: DType::F32,
+        };
+        Ok(Self { rows, product: Matmul::new(cublas, product, SCRATCH_BYTES)? })
+    }
+
+    /// Takes the fastest kernel, once. What is in the buffers is lost.
+    pub fn tune(&mut self, weights: &Weights, buffers: &mut Buffers, outputs: &mut Outputs) -> Result<()> {
+        let logits = outputs.logits.view_mut().narrow(0, 0, self.rows)?;
+        let (x, scratch) = (buffers.x.rows(self.rows)?, &mut buffers.scratch.view_mut());
+        tune(&mut self.product, logits, &x, iter::once(weights.head()), scratch)
+    }
+}
+
+/// Takes the fastest kernel for a product with each of these weights.
+fn tune<'w>(
+    product: &mut Matmul,
+    mut out: TensorMut<'_>,
+    x: &TensorRef<'_>,
+    weights: impl Iterator<Item = Weight<'w>> + Clone,
+    scratch: &mut TensorMut<'_>,
+) -> Result<()> {
+    product.tune(|product| weights.clone().try_for_each(|weight| product.run(&mut out, x, &weight, scratch)))
+}

@@ -1,0 +1,162 @@
+//! The course of a step: decode, which is a graph, or prefill.
+
+use super::{
+    Gpu,
+    attention::Attention,
+    buckets::{Bucket, Graph, Launched},
+    memory::Pinned,
+    network::{Head, Pass},
+    products::HeadProduct,
+    tables::Uploaded,
+};
+use crate::{
+    Result,
+    backend::{Output, Sample, Step, graph, sampler::logprobs},
+};
+
+impl Gpu {
+    /// Refuses what is no step.
+    pub(super) fn check(&self, step: &Step<'_>) -> Result<()> {
+        let rows = step.tokens.len();
+        if rows != step.batch.queries().total() || step.outputs.iter().any(|output| output.row >= rows) {
+            return Err("the tokens or outputs of a step are not those of its batch".into());
+        }
+        if step.outputs.windows(2).any(|pair| pair[0].row >= pair[1].row) {
+            return Err("the outputs of a step are not in ascending order of their rows".into());
+        }
+        let most = 1usize << (self.buckets.len() - 1);
+        if rows > most {
+            return Err(format!("a step of {rows} tokens; the engine was made for {most}").into());
+        }
+        let vocab_size = self.network.config.vocab_size;
+        match step.tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(token) => Err(format!("there is no token {token}").into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Enqueues a step that has tokens.
+    pub(super) fn compute(&mut self, step: &Step<'_>) -> Result<()> {
+        loop {
+            let computed = self.enqueue(step);
+            let Err(error) = &computed else { return computed };
+            if !error.downcast_ref().is_some_and(Attention::is_too_small) {
+                return computed;
+            }
+            self.forget_graphs();
+            if !self.attention.grow(&self.network.stream)? {
+                return computed;
+            }
+        }
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        self.at.clear();
+        let rows = step.tokens.len();
+        let padded_rows = rows.next_power_of_two();
+        let bucket = padded_rows.ilog2() as usize;
+        if self.tables.reserve(step.batch, padded_rows)? {
+            self.forget_graphs();
+        }
+        let uploaded = self.tables.upload(step.batch, &mut self.cache, padded_rows)?;
+        let tokens: Vec<_> = step.tokens.iter().map(|&token| token as usize).collect();
+        self.tokens.set(&self.cuda, &tokens, padded_rows)?;
+        self.prepare_products(bucket, uploaded == Uploaded::Decode)?;
+        match uploaded {
+            Uploaded::Decode => self.decode(bucket, step.outputs),
+            Uploaded::Prefill => self.prefill(rows, bucket, step.outputs),
+        }
+    }
+
+    /// A step of one new token for each request, filled up to a bucket: a graph.
+    fn decode(&mut self, bucket: usize, outputs: &[Output]) -> Result<()> {
+        self.at.extend(outputs.iter().map(|output| output.row));
+        let sampled = self.prepare_outputs(bucket, true, outputs)?;
+        let rows = 1 << bucket;
+        let Self { buckets, network, attention, buffers, outputs, tokens, cache, tables, sampler, .. } = self;
+        let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(head) } =
+            &mut buckets[bucket]
+        else {
+            return Err("the products of a step were not made".into());
+        };
+        let (captured, sampler) = if sampled { (sampling, sampler.as_mut()) } else { (greedy, None) };
+        let tables = &tables.tables;
+        let plans = attention.plan_decode(tables, self.graphs.then_some(rows))?;
+        let keys = plans.replay_keys();
+        if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
+            graph.step.launch(plans.decode())?;
+            self.launched = Some(Launched { bucket, sampled });
+            return Ok(());
+        }
+        let mut pass =
+            Pass { rows, padded_rows: rows, tokens, tables, plans: &plans, products, cache, buffers };
+        let mut head = Head { rows, selected: None, product: &head.product, outputs, sampler };
+        let mut run = || {
+            network.run(&mut pass)?;
+            network.head(&mut pass, &mut head)
+        };
+        // This step runs without a graph, which loads all kernels.
+        run()?;
+        if let Some(keys) = keys {
+            // SAFETY: what is not the crate's works on weights, buffers, outputs, rows and the
+            // sampler of `self`, which are dropped, or replaced, after the graphs.
+            let step = unsafe { graph::capture(&network.stream, run)? };
+            *captured = Some(Graph { keys, step });
+            self.launched = Some(Launched { bucket, sampled });
+        }
+        Ok(())
+    }
+
+    /// A step of any new tokens.
+    fn prefill(&mut self, rows: usize, bucket: usize, outputs: &[Output]) -> Result<()> {
+        self.at.extend(0..outputs.len());
+        let wanted = (!outputs.is_empty()).then(|| outputs.len().next_power_of_two());
+        let mut sampled = false;
+        if let Some(wanted) = wanted {
+            sampled = self.prepare_outputs(wanted.ilog2() as usize, false, outputs)?;
+            let selected: Vec<_> = outputs.iter().map(|output| output.row).collect();
+            self.selected.set(&self.cuda, &selected, wanted)?;
+        }
+        let Self { buckets, network, attention, buffers, tokens, cache, tables, selected, sampler, .. } =
+            self;
+        let Some(products) = &buckets[bucket].products else {
+            return Err("the products of a step were not made".into());
+        };
+        let tables = &tables.tables;
+        let plans = attention.plan_prefill(tables)?;
+        let padded_rows = 1 << bucket;
+        let mut pass = Pass { rows, padded_rows, tokens, tables, plans: &plans, products, cache, buffers };
+        network.run(&mut pass)?;
+        let Some(rows) = wanted else { return Ok(()) };
+        let Some(HeadProduct { product, .. }) = &buckets[rows.ilog2() as usize].head else {
+            return Err("the products of a step were not made".into());
+        };
+        let sampler = sampler.as_mut().filter(|_| sampled);
+        let selected = Some(&*selected);
+        network.head(&mut pass, &mut Head { rows, selected, product, outputs: &mut self.outputs, sampler })
+    }
+
+    /// What came of the outputs of a step, once it is computed.
+    pub(super) fn samples(&mut self, outputs: &[Output]) -> Result<Vec<Sample>> {
+        let Some(last) = self.at.last() else { return Ok(Vec::new()) };
+        self.chosen.download(&self.cuda, &self.outputs.tokens, 0, last + 1)?;
+        // Waits as fast as can be; what `as_slice` waits for is over then.
+        self.cuda.synchronize()?;
+        let (chosen, vocab_size) = (self.chosen.as_slice()?, self.network.config.vocab_size);
+        let mut samples = Vec::with_capacity(outputs.len());
+        for (output, &at) in outputs.iter().zip(&self.at) {
+            let token = u32::try_from(chosen[at]).ok();
+            let mut sample = Sample { token, logprobs: None };
+            if let (Some(token), Some(count)) = (token, output.logprobs) {
+                let row = match &mut self.row {
+                    Some(row) => row,
+                    empty => empty.insert(Pinned::zeros(&self.cuda, vocab_size)?),
+                };
+                row.download(&self.cuda, &self.outputs.logits, at * vocab_size, vocab_size)?;
+                sample.logprobs = Some(logprobs(row.as_slice()?, token, count));
+            }
+            samples.push(sample);
+        }
+        Ok(samples)
+    }
+}

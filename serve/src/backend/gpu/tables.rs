@@ -1,0 +1,67 @@
+//! The index arrays of steps, with room for the largest so far.
+
+use flashinfer_rs::{
+    FlashInferError, Result, Stream,
+    kv::{Batch, BatchCapacity, BatchTables, PageAllocator, PagedKvCache},
+};
+
+/// Index arrays whose addresses stay until a larger batch comes.
+pub struct Tables {
+    stream: Stream,
+    capacity: BatchCapacity,
+    pub tables: BatchTables,
+}
+
+/// What can compute a step whose index arrays were uploaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uploaded {
+    /// Decode, of as many requests as the graph has.
+    Decode,
+    /// Prefill.
+    Prefill,
+}
+
+impl Tables {
+    /// With room for steps of so many tokens.
+    pub fn new(stream: &Stream, pool: &PageAllocator, tokens: usize) -> Result<Self> {
+        let capacity = BatchCapacity { requests: tokens, pages: pool.num_pages() + tokens, tokens };
+        let tables = BatchTables::new(stream, &Batch::new(pool), capacity)?;
+        Ok(Self { stream: stream.clone(), capacity, tables })
+    }
+
+    /// Makes room for a batch, filled up to so many requests. Returns whether the
+    /// arrays have moved, which no graph follows.
+    pub fn reserve(&mut self, batch: &Batch, requests: usize) -> Result<bool> {
+        let now = self.capacity;
+        let needed = BatchCapacity {
+            requests: batch.len().max(requests),
+            pages: batch.pages().indices().len() + requests,
+            tokens: batch.queries().total().max(requests),
+        };
+        let grown = |now: usize, needed: usize| if needed > now { needed.max(2 * now) } else { now };
+        self.capacity = BatchCapacity {
+            requests: grown(now.requests, needed.requests),
+            pages: grown(now.pages, needed.pages),
+            tokens: grown(now.tokens, needed.tokens),
+        };
+        if self.capacity == now {
+            return Ok(false);
+        }
+        self.tables = BatchTables::new(&self.stream, &Batch::new(batch.allocator()), self.capacity)?;
+        Ok(true)
+    }
+
+    /// Uploads the index arrays of a step. It can be a graph's of `requests` if each
+    /// request has one new token, and if there is a page for the requests that the
+    /// graph has beyond them.
+    pub fn upload(&mut self, batch: &Batch, cache: &mut PagedKvCache, requests: usize) -> Result<Uploaded> {
+        if batch.queries().indptr().windows(2).all(|pair| pair[1] - pair[0] == 1) {
+            match self.tables.update_padded(batch, cache, requests) {
+                Err(FlashInferError::OutOfPages { .. }) => {}
+                updated => return updated.map(|()| Uploaded::Decode),
+            }
+        }
+        self.tables.update(batch, cache)?;
+        Ok(Uploaded::Prefill)
+    }
+}

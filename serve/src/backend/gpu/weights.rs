@@ -1,0 +1,244 @@
+//! The weights of a model on the GPU, rounded to the type that it computes in.
+
+use candle_core::{Device, Tensor};
+use flashinfer_rs::{DType, Stream};
+
+use super::{
+    half::{HalfTensor, overflow},
+    heads::HeadWidths,
+};
+use crate::{
+    Result,
+    backend::matmul::Weight,
+    model::{
+        self, Config, Ends,
+        weights::{self, ExpertMlps, LayerMlp, Matrix, Mlp},
+    },
+};
+
+/// What the residual is multiplied by.
+///
+/// Residuals of some models come close to the largest number of `f16`. A norm does
+/// not depend on the scale of its input, so the residual is kept scaled by a power
+/// of two, which changes no digit: embeddings and what is added in each layer are
+/// scaled by it, and `eps` by its square.
+pub const RESIDUAL_SCALE: f32 = 1.0 / 16.0;
+
+/// A matrix and a bias.
+pub struct Linear {
+    matrix: HalfTensor,
+    bias: Option<HalfTensor>,
+}
+
+impl Linear {
+    pub fn view(&self) -> Weight<'_> {
+        Weight { matrix: self.matrix.view(), bias: self.bias.as_ref().map(HalfTensor::view) }
+    }
+}
+
+/// The weights of one layer.
+pub struct Layer {
+    pub attention_norm: HalfTensor,
+    pub qkv: Linear,
+    /// The norms of heads of queries, and of keys.
+    pub qk_norm: Option<[HalfTensor; 2]>,
+    pub attention_output: Linear,
+    pub attention_post_norm: Option<HalfTensor>,
+    pub mlp_norm: HalfTensor,
+    /// The scores of experts.
+    pub router: Option<Linear>,
+    /// For each expert, rows for the gate, then for up.
+    pub gate_up: Linear,
+    /// Columns for each expert.
+    pub down: Linear,
+    pub shared: Option<SharedExpert>,
+    pub mlp_post_norm: Option<HalfTensor>,
+}
+
+/// An expert that every token has, whose share is the sigmoid of a product.
+pub struct SharedExpert {
+    pub gate: Linear,
+    pub gate_up: Linear,
+    pub down: Linear,
+}
+
+/// All weights that the device uses.
+pub struct Weights {
+    pub layers: Vec<Layer>,
+    pub norm: HalfTensor,
+    pub embedding: HalfTensor,
+    /// `None` if it is the embedding.
+    head: Option<HalfTensor>,
+    /// Of all that a step multiplies.
+    pub bytes: usize,
+}
+
+impl Weights {
+    /// Uploads them, a layer at a time.
+    pub fn new(
+        stream: &Stream,
+        config: &Config,
+        heads: HeadWidths,
+        ends: &Ends,
+        layers: impl Iterator<Item = Result<model::Layer>>,
+    ) -> Result<Self> {
+        let dtype = config.dtype;
+        let residual_scale = config.residual_scale as f32 * RESIDUAL_SCALE;
+        let mut upload = Upload { stream, dtype, heads, residual_scale, bytes: 0 };
+        let layers = layers.map(|layer| upload.layer(&layer?)).collect::<Result<_>>()?;
+        let norm = upload.vector(&ends.norm)?;
+        // What is not a number there makes only those requests fail that have such a token.
+        let embedding = ends.embedding.dequantize()?;
+        let embedding = HalfTensor::rounded(stream, dtype, embedding.dims(), &numbers(&embedding)?)?;
+        let head = ends.head.as_ref().map(|head| upload.matrix(&head.dequantize()?)).transpose()?;
+        if head.is_none() {
+            upload.bytes += embedding.view().numel() * dtype.size();
+        }
+        Ok(Self { layers, norm, embedding, head, bytes: upload.bytes })
+    }
+
+    /// What logits are made with.
+    pub fn head(&self) -> Weight<'_> {
+        Weight { matrix: self.head.as_ref().unwrap_or(&self.embedding).view(), bias: None }
+    }
+}
+
+/// What products are multiplied by that are added to the residual; those that are
+/// normed before have it in the norm.
+pub fn added_factor(config: &Config) -> f32 {
+    match config.architecture.post_norms {
+        true => 1.0,
+        false => config.residual_scale as f32 * RESIDUAL_SCALE,
+    }
+}
+
+/// Uploads weights, and counts their bytes.
+struct Upload<'a> {
+    stream: &'a Stream,
+    dtype: DType,
+    heads: HeadWidths,
+    /// What is added to the residual is multiplied by it.
+    residual_scale: f32,
+    bytes: usize,
+}
+
+impl Upload<'_> {
+    fn layer(&mut self, layer: &model::Layer) -> Result<Layer> {
+        let heads = self.heads;
+        let post_norm = |upload: &mut Self, norm: &Option<Vec<f32>>| {
+            let scaled = |norm: &Vec<f32>| norm.iter().map(|weight| weight * upload.residual_scale).collect();
+            let scaled: Option<Vec<_>> = norm.as_ref().map(scaled);
+            scaled.map(|norm| upload.vector(&norm)).transpose()
+        };
+        let attention_post_norm = post_norm(self, &layer.attention_post_norm)?;
+        let mlp_post_norm = post_norm(self, &layer.mlp_post_norm)?;
+        let factor = |norm: &Option<_>, scale: f32| if norm.is_some() { 1.0 } else { scale };
+        let attention_factor = factor(&attention_post_norm, self.residual_scale);
+        let output = &layer.attention_output;
+        let attention_output = Linear {
+            matrix: self.matrix(&heads.pad_columns(&output.dequantize()?)?)?,
+            bias: self.bias(output, attention_factor)?,
+        };
+        let qk_norm = layer.qk_norm.as_ref().map(|norm| -> Result<_> {
+            Ok([self.vector(&heads.pad_norm(&norm.q))?, self.vector(&heads.pad_norm(&norm.k))?])
+        });
+        let qk_norm = qk_norm.transpose()?;
+        let (router, gate_up, down, shared) = match &layer.mlp {
+            LayerMlp::Dense(mlp) => {
+                let factor = factor(&mlp_post_norm, self.residual_scale);
+                (None, self.linear(&mlp.gate_up, 1.0)?, self.linear(&mlp.down, factor)?, None)
+            }
+            LayerMlp::Experts(experts) => {
+                let [gate_up, down] = self.experts(&experts.experts)?;
+                (Some(self.plain(&experts.router)?), gate_up, down, self.shared(experts)?)
+            }
+        };
+        Ok(Layer {
+            attention_norm: self.vector(&layer.attention_norm)?,
+            qkv: self.qkv(&layer.qkv)?,
+            qk_norm,
+            attention_output,
+            attention_post_norm,
+            mlp_norm: self.vector(&layer.mlp_norm)?,
+            router,
+            gate_up,
+            down,
+            shared,
+            mlp_post_norm,
+        })
+    }
+
+    fn qkv(&mut self, qkv: &weights::Linear) -> Result<Linear> {
+        let matrix = self.matrix(&self.heads.pad_rows(&qkv.dequantize()?)?)?;
+        let bias = match &qkv.bias {
+            Some(bias) => {
+                let padded = self.heads.pad_rows(&Tensor::new(bias.as_slice(), &Device::Cpu)?)?;
+                Some(self.matrix(&padded.flatten_all()?)?)
+            }
+            None => None,
+        };
+        Ok(Linear { matrix, bias })
+    }
+
+    /// The matrices of all experts side by side.
+    fn experts(&mut self, experts: &[Mlp]) -> Result<[Linear; 2]> {
+        if experts.iter().any(|mlp| mlp.gate_up.bias.is_some() || mlp.down.bias.is_some()) {
+            return Err("its experts have biases, which the GPU does not compute".into());
+        }
+        let all = |of: fn(&Mlp) -> &weights::Linear| {
+            experts.iter().map(|mlp| of(mlp).dequantize()).collect::<Result<Vec<_>>>()
+        };
+        let gate_up = Tensor::cat(&all(|mlp| &mlp.gate_up)?, 0)?;
+        let down = Tensor::cat(&all(|mlp| &mlp.down)?, 1)?;
+        let mut linear =
+            |matrix: &Tensor| -> Result<_> { Ok(Linear { matrix: self.matrix(matrix)?, bias: None }) };
+        Ok([linear(&gate_up)?, linear(&down)?])
+    }
+
+    fn shared(&mut self, experts: &ExpertMlps) -> Result<Option<SharedExpert>> {
+        let Some(shared) = &experts.shared else { return Ok(None) };
+        Ok(Some(SharedExpert {
+            gate: self.plain(&shared.gate)?,
+            gate_up: self.linear(&shared.mlp.gate_up, 1.0)?,
+            down: self.linear(&shared.mlp.down, 1.0)?,
+        }))
+    }
+
+    /// A matrix, and a bias for products that are multiplied by a factor.
+    fn linear(&mut self, linear: &weights::Linear, factor: f32) -> Result<Linear> {
+        Ok(Linear { matrix: self.matrix(&linear.dequantize()?)?, bias: self.bias(linear, factor)? })
+    }
+
+    fn bias(&mut self, linear: &weights::Linear, factor: f32) -> Result<Option<HalfTensor>> {
+        let scaled = |bias: &Vec<f32>| bias.iter().map(|number| number * factor).collect();
+        let scaled: Option<Vec<_>> = linear.bias.as_ref().map(scaled);
+        scaled.map(|bias| self.vector(&bias)).transpose()
+    }
+
+    fn plain(&mut self, matrix: &Matrix) -> Result<Linear> {
+        Ok(Linear { matrix: self.matrix(&matrix.dequantize()?)?, bias: None })
+    }
+
+    fn matrix(&mut self, tensor: &Tensor) -> Result<HalfTensor> {
+        self.checked(tensor.dims(), &numbers(tensor)?)
+    }
+
+    fn vector(&mut self, numbers: &[f32]) -> Result<HalfTensor> {
+        self.checked(&[numbers.len()], numbers)
+    }
+
+    /// Numbers that are finite when they are rounded.
+    fn checked(&mut self, shape: &[usize], numbers: &[f32]) -> Result<HalfTensor> {
+        let limit = overflow(self.dtype);
+        if let Some(number) = numbers.iter().find(|number| number.is_nan() || number.abs() >= limit) {
+            let problem = format!("a weight is {number}, which is no number of {}", self.dtype);
+            return Err(format!("{problem}, which the GPU computes in").into());
+        }
+        self.bytes += numbers.len() * self.dtype.size();
+        Ok(HalfTensor::rounded(self.stream, self.dtype, shape, numbers)?)
+    }
+}
+
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}

@@ -1,0 +1,68 @@
+//! `flashinfer bench MODEL`: how fast a model is.
+
+mod steps;
+mod throughput;
+
+use std::num::NonZeroUsize;
+
+use crate::{
+    Llm, LlmOptions, Result,
+    backend::device::Device,
+    hub::{Hub, ModelName},
+    model::{Model, synthetic::Shape},
+};
+
+/// Measure how fast prompts are read and tokens generated
+#[derive(clap::Args)]
+pub struct Args {
+    /// As for `run`
+    #[arg(required_unless_present = "shape")]
+    model: Option<ModelName>,
+    /// Tokens of the prompts that are read
+    #[arg(long, short = 'p', value_name = "N,…", value_delimiter = ',', default_value = "512")]
+    prompt_tokens: Vec<NonZeroUsize>,
+    /// Tokens that are generated
+    #[arg(long, short = 'n', value_name = "N,…", value_delimiter = ',', default_value = "128")]
+    generate_tokens: Vec<NonZeroUsize>,
+    /// How often each is measured
+    #[arg(long, short, value_name = "N", default_value = "5")]
+    repetitions: NonZeroUsize,
+    /// Where to compute
+    #[arg(long, default_value = "auto")]
+    device: Device,
+    /// Measure single decode steps on the GPU instead, of so many requests
+    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    steps: Vec<NonZeroUsize>,
+    /// With `--steps`: a model of this shape with random weights
+    #[arg(long, requires = "steps", conflicts_with = "model")]
+    shape: Option<Shape>,
+    /// With `--steps`: tokens of each request before the first step
+    #[arg(long, requires = "steps", value_name = "N", default_value = "128")]
+    context: NonZeroUsize,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    if let Some(shape) = args.shape {
+        return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get());
+    }
+    let name = args.model.as_ref().ok_or("there is no model to measure")?;
+    let files = Hub::from_env()?.locate(name)?;
+    if !args.steps.is_empty() {
+        let model = Model::open_files(&files)?;
+        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get());
+    }
+    let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
+    let cache_tokens = most.unwrap_or(1) + 64;
+    let llm = Llm::load(&files, &LlmOptions { device: args.device, cache_tokens, ..LlmOptions::default() })?;
+    println!("{name}, {}; {} repetitions, after one that does not count", llm.place(), args.repetitions);
+    println!("| test | tokens/s | standard deviation |");
+    println!("|---|---|---|");
+    for tokens in &args.prompt_tokens {
+        throughput::Test::Prompt(tokens.get()).print(&llm, args.repetitions.get())?;
+    }
+    for tokens in &args.generate_tokens {
+        throughput::Test::Generate(tokens.get()).print(&llm, args.repetitions.get())?;
+    }
+    Ok(())
+}

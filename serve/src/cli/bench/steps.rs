@@ -1,0 +1,185 @@
+//! The time of a decode step on a GPU, and what of it is the graph's.
+
+use std::{ffi::CStr, num::NonZeroUsize, sync::Arc, time::Instant};
+
+use cudarc::driver::{CudaStream, result};
+use flashinfer_rs::{
+    Stream,
+    kv::{Batch, PageAllocator, Sequence},
+};
+
+use crate::{
+    Result,
+    backend::{
+        Backend, Output, Step,
+        device::{load_gpu, with_progress},
+        gpu::Gpu,
+        graph,
+    },
+    model::{
+        Config, Model,
+        synthetic::{self, Shape},
+    },
+    request::Finish,
+};
+
+/// Tokens of a page of the KV cache.
+const PAGE_SIZE: usize = 16;
+const WARM_UP: usize = 10;
+const STEPS: usize = 100;
+/// Bytes that an H200 reads from its memory in a second.
+const BANDWIDTH: f64 = 4.8e12;
+
+/// Measures steps of a model that answers so many requests at a time, each with so many tokens
+/// before the first step.
+///
+/// # Errors
+/// There is no GPU that can be used, or the model does not fit it.
+pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize) -> Result<()> {
+    match model {
+        Source::Shape(shape) => {
+            let config = shape.config()?;
+            table(&config, batches, context, |pool, most| {
+                let (ends, layers) = synthetic::weights(&config)?;
+                with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
+            })
+        }
+        Source::Model(model) => {
+            table(&model.config, batches, context, |pool, most| load_gpu(model, pool, most))
+        }
+    }
+}
+
+/// What is measured.
+pub enum Source<'a> {
+    /// A model.
+    Model(&'a Model),
+    /// Random weights of a shape.
+    Shape(Shape),
+}
+
+/// Prints a table with a row for each number of requests. `load` makes the engine,
+/// for a pool and the most tokens of a step.
+fn table(
+    config: &Config,
+    batches: &[NonZeroUsize],
+    context: usize,
+    load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
+) -> Result<()> {
+    let most = batches.iter().max().map_or(1, |batch| batch.get());
+    let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
+    // One more for requests that fill up a graph.
+    let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
+    let mut gpu = load(&pool, most)?;
+    let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
+    println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
+    println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
+    println!("the floor is that, and a graph of as many kernels that do nothing");
+    println!("host: what of a step the host takes to enqueue it; eager: without graphs");
+    println!(
+        "| batch | step ms | host ms | graph ms | step / graph | floor ms | tokens/s | kernels | per layer \
+         | attention ms | of graph | eager ms | eager host ms |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    for batch in batches {
+        row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
+    }
+    Ok(())
+}
+
+fn row(
+    config: &Config,
+    gpu: &mut Gpu,
+    pool: &PageAllocator,
+    (requests, context): (usize, usize),
+    reading: f64,
+) -> Result<()> {
+    let mut batch = Batch::new(pool);
+    for _ in 0..requests {
+        batch.push(Sequence::new(pool))?;
+    }
+    // Nobody looks at what is said, so the context is not computed. All that is
+    // compared starts from the same.
+    batch.append(vec![context; requests])?;
+    let start_again =
+        |batch: &mut Batch| (0..requests).try_for_each(|request| batch.truncate(request, context));
+    let mut tokens = vec![0; requests];
+    let outputs: Vec<_> = (0..requests).map(Output::greedy).collect();
+    // The milliseconds of a step, and those until it was enqueued.
+    let mut step = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
+        let start = Instant::now();
+        batch.append(vec![1; requests])?;
+        let appended = start.elapsed();
+        let samples = gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?.into_iter();
+        let next: Option<_> = samples.map(|sample| sample.token).collect();
+        tokens = next.ok_or(Finish::NoNumbers.to_string())?;
+        Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
+    };
+    let mut steps = |gpu: &mut Gpu, batch: &mut Batch| -> Result<[f64; 2]> {
+        start_again(batch)?;
+        for _ in 0..WARM_UP {
+            step(gpu, batch)?;
+        }
+        let times = (0..STEPS).map(|_| step(gpu, batch)).collect::<Result<Vec<_>>>()?;
+        Ok([0, 1].map(|which| median(times.iter().map(|times| times[which]).collect())))
+    };
+    let [time, host] = steps(gpu, &mut batch)?;
+    // Products were tuned for the graph.
+    gpu.set_graphs(false);
+    let [eager, eager_host] = steps(gpu, &mut batch)?;
+    gpu.set_graphs(true);
+    let (mut graphs, mut attention, mut kernels) = (Vec::new(), Vec::new(), 0);
+    start_again(&mut batch)?;
+    for index in 0..WARM_UP + STEPS {
+        step(gpu, &mut batch)?;
+        if index < WARM_UP {
+            continue;
+        }
+        let (replay, nodes) = gpu.replay()?;
+        graphs.push(f64::from(replay));
+        attention.push(f64::from(gpu.attention()?));
+        kernels = nodes;
+    }
+    let (graph, attention) = (median(graphs), median(attention));
+    println!(
+        "| {requests} | {time:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
+         | {attention:.3} | {:.0} % | {eager:.3} | {eager_host:.3} |",
+        time / graph,
+        reading + idle(gpu.cuda(), kernels)?,
+        requests as f64 / time * 1e3,
+        kernels as f64 / config.num_layers() as f64,
+        attention / graph * 1e2,
+    );
+    Ok(())
+}
+
+/// The milliseconds that a graph of so many kernels takes if they do nothing.
+fn idle(cuda: &Arc<CudaStream>, kernels: usize) -> Result<f64> {
+    const PTX: &CStr = c".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry empty() { ret; }\n";
+    // SAFETY: the image is PTX of a kernel without parameters, and ends in a NUL.
+    let (module, function) = unsafe {
+        let module = result::module::load_data(PTX.as_ptr().cast())?;
+        (module, result::module::get_function(module, c"empty".into())?)
+    };
+    let launches = || {
+        for _ in 0..kernels {
+            // SAFETY: the kernel takes no parameters and touches nothing.
+            unsafe { result::launch_kernel(function, (1, 1, 1), (32, 1, 1), 0, cuda.cu_stream(), &mut [])? };
+        }
+        Ok(())
+    };
+    // SAFETY: the kernel touches nothing, and the module goes after the graph.
+    let step = unsafe { graph::capture(&Stream::from(cuda), launches)? };
+    let launch = || Ok(step.launch(&())?);
+    let times = (0..WARM_UP + STEPS).map(|_| Ok(f64::from(graph::milliseconds(cuda, launch)?)));
+    let time = median(times.collect::<Result<_>>()?);
+    drop(step);
+    // SAFETY: every launch was waited for, and the graph is gone.
+    unsafe { result::module::unload(module)? };
+    Ok(time)
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}

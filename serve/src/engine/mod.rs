@@ -1,0 +1,292 @@
+//! The engine: one thread owns the scheduler, the pool and the backend, and answers
+//! requests that come, are cancelled and leave at any time.
+//!
+//! Callers meet the thread in two places: a channel of commands to it, which holds as
+//! many requests as [`EngineConfig::max_queued`] and [`EngineConfig::max_queued_tokens`]
+//! allow, and a channel back for each request, which holds an update for each of its
+//! tokens. Text is made of tokens where the [`Events`] are taken.
+//!
+//! A caller that leaves has its request cancelled before the next step. A step that
+//! fails ends the requests that cannot be computed alone either. If nothing can be
+//! computed any more, the engine is [`Unwell`](Health::Unwell) until a step succeeds. If the thread ends, all requests do,
+//! with an error.
+
+mod events;
+mod stops;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use flashinfer_rs::kv::PageAllocator;
+
+/// How long a drop waits for the step that is being computed.
+const SHUTDOWN: Duration = Duration::from_secs(30);
+
+pub use self::events::{End, Event, Events};
+use self::worker::Worker;
+use crate::{
+    Result,
+    backend::Backend,
+    request::{Bounds, Request, RequestId, SubmitError},
+    sampling::InvalidParameter,
+    scheduler::{Limits, Stats, Update},
+    text::Text,
+};
+
+/// What an engine may use.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// What bounds its steps and every request.
+    pub limits: Limits,
+    /// Tokens of a page of the KV cache.
+    pub page_size: usize,
+    /// Pages of the KV cache.
+    pub num_pages: usize,
+    /// The most answers that run or wait at a time.
+    pub max_queued: usize,
+    /// The most tokens of their prompts together. A request is taken when there is no
+    /// other, however long it is.
+    pub max_queued_tokens: usize,
+}
+
+impl EngineConfig {
+    /// Room for 8192 tokens in pages of 16, and for 1024 answers to prompts of four
+    /// million tokens.
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, page_size: 16, num_pages: 512, max_queued: 1024, max_queued_tokens: 1 << 22 }
+    }
+}
+
+/// How an engine is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Health {
+    /// It computes, or waits for requests.
+    #[default]
+    Well,
+    /// A step failed, and after it one of a single token, too, for this reason. It goes
+    /// on with what comes, and while nothing does, tries again each second.
+    Unwell(String),
+    /// Its thread has ended, for this reason. Everything is refused.
+    Dead(String),
+}
+
+/// What an engine does, for health checks and metrics.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Status {
+    /// How it is.
+    pub health: Health,
+    /// What was counted so far.
+    pub stats: Stats,
+    /// Since when the current step is computed, if one is. One that takes much longer
+    /// than others may never end.
+    pub step_since: Option<Instant>,
+    /// Answers that run.
+    pub running: usize,
+    /// Answers that wait.
+    pub waiting: usize,
+    /// Pages in use, those of cached prefixes included.
+    pub used_pages: usize,
+    /// Time of all steps, for the share of their tokens that read prompts.
+    pub reading: Duration,
+    /// The rest of the time of all steps.
+    pub decoding: Duration,
+    /// Requests of which a token has come.
+    pub answered: usize,
+    /// The time that this took, of all of them together.
+    pub time_to_first_token: Duration,
+}
+
+/// What is sent to the thread.
+enum Command {
+    Submit { id: RequestId, request: Request, updates: async_channel::Sender<Update> },
+    Cancel(RequestId, Option<usize>),
+    Shutdown,
+}
+
+/// What the thread and its callers share.
+#[derive(Debug, Default)]
+struct Shared {
+    status: Mutex<Status>,
+    queue: Mutex<Queue>,
+}
+
+/// Requests that have not ended.
+#[derive(Clone, Copy, Debug, Default)]
+struct Queue {
+    answers: usize,
+    tokens: usize,
+}
+
+impl Shared {
+    /// Nothing panics while the status is half changed.
+    fn status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`status`](Self::status).
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why the engine is gone.
+    fn reason(&self) -> String {
+        match &self.status().health {
+            Health::Dead(reason) => reason.clone(),
+            _ => "its thread has ended".into(),
+        }
+    }
+}
+
+/// An engine, which ends when this is dropped: after the step that is being computed,
+/// unless that takes half a minute. It can be shared by threads.
+pub struct Engine {
+    config: EngineConfig,
+    bounds: Bounds,
+    text: Arc<Text>,
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    next_id: AtomicU64,
+    thread: Option<JoinHandle<()>>,
+    /// Closes when the thread has ended.
+    ended: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Engine {
+    /// Starts an engine, and waits until `load` has made its backend, on the engine's
+    /// thread: for steps of [`Limits::step_capacity`], of limits that it may change
+    /// before.
+    ///
+    /// # Errors
+    /// A limit is 0, there are no pages, no thread can be started, or those of `load`.
+    pub fn start<B: Backend + 'static>(
+        config: EngineConfig,
+        text: Arc<Text>,
+        load: impl FnOnce(&PageAllocator, &mut Limits) -> Result<B> + Send + 'static,
+    ) -> Result<Self> {
+        let EngineConfig { page_size, num_pages, .. } = config;
+        for (name, value) in [
+            ("step_tokens", config.limits.step_tokens),
+            ("max_running", config.limits.max_running),
+            ("context", config.limits.context),
+            ("max_queued", config.max_queued),
+        ] {
+            if value == 0 {
+                return Err(format!("{name} is 0; expected at least 1").into());
+            }
+        }
+        let pool = PageAllocator::new(num_pages, page_size)?;
+        let (commands, receiver) = mpsc::channel();
+        let (ready, started) = mpsc::sync_channel(1);
+        let (running, ended) = mpsc::sync_channel(0);
+        let shared = Arc::<Shared>::default();
+        let (mut limits, of_thread) = (config.limits.clone(), shared.clone());
+        let thread = thread::Builder::new().name("engine".into()).spawn(move || {
+            let _running = running;
+            let load = move || -> Result<_> {
+                let backend = load(&pool, &mut limits)?;
+                Ok(Worker::new(&pool, limits, backend, of_thread))
+            };
+            match worker::catch(load) {
+                Ok(Ok(worker)) => {
+                    let _ = ready.send(Ok(worker.bounds()));
+                    worker.run(receiver);
+                }
+                Ok(Err(error)) | Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        })?;
+        let bounds = started.recv().map_err(|_| "the engine's thread ended while it was loading")??;
+        let next_id = AtomicU64::new(0);
+        let (thread, ended) = (Some(thread), Mutex::new(ended));
+        Ok(Self { config, bounds, text, commands, shared, next_id, thread, ended })
+    }
+
+    /// What every request has to fit.
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
+    /// What it was started with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// The model's tokenizer.
+    pub fn text(&self) -> &Arc<Text> {
+        &self.text
+    }
+
+    /// What it does.
+    pub fn status(&self) -> Status {
+        self.shared.status().clone()
+    }
+
+    /// Has a request answered. This waits for nothing.
+    ///
+    /// # Errors
+    /// The request could never be answered; the queue is full; or the engine is gone.
+    pub fn submit(&self, request: Request) -> Result<Events, SubmitError> {
+        self.bounds.check(&request)?;
+        if let Health::Dead(reason) = &self.shared.status().health {
+            return Err(SubmitError::Dead(reason.clone()));
+        }
+        self.enqueue(&request)?;
+        let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        // No more than an update for each token, so that the thread never waits.
+        let (sender, updates) = async_channel::unbounded();
+        let (commands, shared) = (self.commands.clone(), self.shared.clone());
+        let events = Events::new(id, &request, &self.text, updates, commands, shared);
+        let command = Command::Submit { id, request, updates: sender };
+        self.commands.send(command).map_err(|_| SubmitError::Dead(self.shared.reason()))?;
+        Ok(events)
+    }
+
+    /// Ends a request, whose answers then have [`Cancelled`](crate::request::Finish::Cancelled)
+    /// events, unless they have ended.
+    pub fn cancel(&self, id: RequestId) {
+        // An engine that is gone has nothing to cancel.
+        let _ = self.commands.send(Command::Cancel(id, None));
+    }
+
+    /// Takes a place in the queue.
+    fn enqueue(&self, request: &Request) -> Result<(), SubmitError> {
+        let EngineConfig { max_queued, max_queued_tokens: max_tokens, .. } = self.config;
+        let (answers, tokens) = (request.params.n, request.prompt.len());
+        if answers > max_queued {
+            let expected = format!("at most {max_queued}, which is all that may wait");
+            return Err(InvalidParameter { name: "n", given: answers.to_string(), expected }.into());
+        }
+        let mut queue = self.shared.queue();
+        let full = queue.answers + answers > max_queued || queue.tokens + tokens > max_tokens;
+        if full && queue.answers > 0 {
+            let Queue { answers, tokens } = *queue;
+            return Err(SubmitError::QueueFull { answers, tokens, max_answers: max_queued, max_tokens });
+        }
+        queue.answers += answers;
+        queue.tokens += tokens;
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Shutdown);
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let hangs = ended.recv_timeout(SHUTDOWN) == Err(mpsc::RecvTimeoutError::Timeout);
+        if let Some(thread) = self.thread.take().filter(|_| !hangs) {
+            // What it panicked with is its health.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! A model that is loaded and answers: the engine, its text, and where it runs.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
+
+use crate::{
+    Result,
+    backend::device::{self, Device, Loaded},
+    engine::{End, Engine, EngineConfig, Events},
+    hub::Hub,
+    model::Model,
+    request::{Finish, Request},
+    sampling::SamplingParams,
+    scheduler::{Limits, Token},
+    text::Text,
+};
+
+/// Tokens of a page of the KV cache.
+const PAGE_SIZE: usize = 16;
+/// The most tokens that one step computes on the CPU, unless it is said.
+const CPU_STEP_TOKENS: usize = 256;
+/// The same on a GPU.
+const GPU_STEP_TOKENS: usize = 2048;
+
+/// How a model is run.
+#[derive(Clone, Debug)]
+pub struct LlmOptions {
+    /// Where.
+    pub device: Device,
+    /// Tokens that the KV cache holds, of all requests that run.
+    pub cache_tokens: usize,
+    /// The most tokens that one step computes, so that longer prompts are read in parts;
+    /// `None` for 2048 on a GPU and 256 on the CPU.
+    pub step_tokens: Option<usize>,
+    /// The most answers that run at a time.
+    pub max_running: usize,
+    /// The most answers that run or wait at a time.
+    pub max_queued: usize,
+    /// The most tokens of their prompts.
+    pub max_queued_tokens: usize,
+    /// The most tokens that are guessed from what was said before; those that are right
+    /// are kept.
+    pub draft: usize,
+}
+
+impl Default for LlmOptions {
+    fn default() -> Self {
+        Self {
+            device: Device::Auto,
+            cache_tokens: 8192,
+            step_tokens: None,
+            max_running: 256,
+            max_queued: 1024,
+            max_queued_tokens: 1 << 22,
+            draft: 0,
+        }
+    }
+}
+
+/// An answer that has ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// Its text.
+    pub text: String,
+    /// Its tokens, but for one that ended it.
+    pub tokens: Vec<Token>,
+    /// How it ended.
+    pub end: End,
+}
+
+/// A language model, ready to answer.
+///
+/// ```no_run
+/// use flashinfer_serve::{Llm, SamplingParams};
+///
+/// let llm = Llm::open("smollm2")?;
+/// let params = SamplingParams { temperature: 0.8, max_tokens: Some(64), ..SamplingParams::default() };
+/// for answer in llm.generate("The capital of France is", &params)? {
+///     println!("{}", answer.text);
+/// }
+/// # Ok::<(), flashinfer_serve::Error>(())
+/// ```
+pub struct Llm {
+    engine: Engine,
+    place: String,
+}
+
+impl Llm {
+    /// Loads a model by its name or the path of its file, on a GPU if there is one.
+    ///
+    /// # Errors
+    /// There is no such model, its file is not one that can be run, or it cannot be
+    /// loaded.
+    pub fn open(model: &str) -> Result<Self> {
+        Self::load(&Hub::from_env()?.locate(&model.parse()?)?, &LlmOptions::default())
+    }
+
+    /// Loads a model from its files, in the order of its parts.
+    ///
+    /// # Errors
+    /// The file is not one that can be run, or the model cannot be loaded.
+    pub fn load(files: &[PathBuf], options: &LlmOptions) -> Result<Self> {
+        let model = Model::open_files(files)?;
+        let text = Arc::new(Text::from_gguf(&model.content)?);
+        let LlmOptions { device, step_tokens, max_running, max_queued, max_queued_tokens, draft, .. } =
+            *options;
+        let config = EngineConfig {
+            limits: Limits {
+                step_tokens: step_tokens.unwrap_or(GPU_STEP_TOKENS),
+                max_running,
+                context: model.config.context_length,
+                draft,
+                ends: text.ends().clone(),
+            },
+            page_size: PAGE_SIZE,
+            num_pages: options.cache_tokens.div_ceil(PAGE_SIZE),
+            max_queued,
+            max_queued_tokens,
+        };
+        let place = Arc::new(OnceLock::new());
+        let set = place.clone();
+        let engine = Engine::start(config, text, move |pool, limits| {
+            let Loaded { backend, on_gpu, place } =
+                device::load(device, &model, pool, limits.step_capacity())?;
+            if !on_gpu && step_tokens.is_none() {
+                limits.step_tokens = CPU_STEP_TOKENS;
+            }
+            let _ = set.set(place);
+            Ok(backend)
+        })?;
+        Ok(Self { engine, place: place.get().cloned().unwrap_or_default() })
+    }
+
+    /// Where the model runs, and why there.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// The engine, to which any number of requests can be given at a time.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The model's tokenizer.
+    pub fn text(&self) -> &Arc<Text> {
+        self.engine.text()
+    }
+
+    /// Has the model continue a text: [`n`](SamplingParams::n) times.
+    ///
+    /// # Errors
+    /// The request cannot be answered; a parameter is out of its range; or an answer
+    /// failed.
+    pub fn generate(&self, prompt: &str, params: &SamplingParams) -> Result<Vec<Completion>> {
+        complete(self.stream(prompt, params)?)
+    }
+
+    /// As [`generate`](Self::generate), while the answers come.
+    ///
+    /// ```no_run
+    /// # use flashinfer_serve::{Llm, SamplingParams};
+    /// # let llm = Llm::open("smollm2")?;
+    /// for event in llm.stream("Once upon a time", &SamplingParams::default())? {
+    ///     print!("{}", event.text);
+    /// }
+    /// # Ok::<(), flashinfer_serve::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The request cannot be answered, or a parameter is out of its range.
+    pub fn stream(&self, prompt: &str, params: &SamplingParams) -> Result<Events> {
+        let prompt = self.text().encode(prompt);
+        Ok(self.engine.submit(Request { prompt, params: params.clone() })?)
+    }
+}
+
+/// The answers to a request, once all of them have ended.
+///
+/// # Errors
+/// One of them failed.
+pub fn complete(events: Events) -> Result<Vec<Completion>> {
+    let mut open: Vec<(String, Vec<Token>)> = Vec::new();
+    let mut ended: Vec<(usize, Completion)> = Vec::new();
+    for event in events {
+        if open.len() <= event.choice {
+            open.resize_with(event.choice + 1, Default::default);
+        }
+        let (text, tokens) = &mut open[event.choice];
+        text.push_str(&event.text);
+        tokens.extend(event.tokens);
+        let Some(end) = event.end else { continue };
+        if let Finish::NoNumbers | Finish::Failed(_) = end.finish {
+            return Err(format!("the answer was ended by {}", end.finish).into());
+        }
+        let completion = Completion { text: std::mem::take(text), tokens: std::mem::take(tokens), end };
+        ended.push((event.choice, completion));
+    }
+    ended.sort_by_key(|(choice, _)| *choice);
+    Ok(ended.into_iter().map(|(_, completion)| completion).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        sampling::InvalidParameter,
+        tests::{bytes, forward},
+    };
+
+    /// A small model with random weights.
+    fn llm(options: &LlmOptions) -> Llm {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tiny = forward::BIASES.file();
+        bytes::add_tokenizer(&mut tiny, "gpt-2", forward::BIASES.vocab);
+        Llm::load(&[tiny.write(&folder)], &LlmOptions { device: Device::Cpu, ..options.clone() }).unwrap()
+    }
+
+    #[test]
+    fn a_model_continues_a_text() {
+        let llm = llm(&LlmOptions::default());
+        assert_eq!(llm.place(), "on the CPU (as asked)");
+        assert_eq!(llm.engine().status().stats.steps, 0);
+        let greedy = SamplingParams { max_tokens: Some(6), ignore_eos: true, ..SamplingParams::default() };
+        let alone = llm.generate("ok the", &greedy).unwrap();
+        assert_eq!((alone.len(), alone[0].tokens.len()), (1, 6));
+        assert_eq!(alone[0].end.finish, Finish::MaxTokens);
+        // The second forks the first, within a page.
+        let both = llm.generate("ok the", &SamplingParams { n: 2, ..greedy.clone() }).unwrap();
+        assert!(both.iter().all(|one| one.tokens == alone[0].tokens));
+        assert_eq!(llm.engine().status().stats.saved, 1);
+        // Several at a time, drawn ones among them, and again.
+        let drawn =
+            SamplingParams { temperature: 1.0, seed: Some(1), n: 3, logprobs: Some(1), ..greedy.clone() };
+        let others: Vec<_> = (0..3).map(|_| llm.stream("ok the", &drawn).unwrap()).collect();
+        assert_eq!(llm.generate("ok the", &greedy).unwrap()[0].tokens, alone[0].tokens);
+        let others: Vec<_> = others.into_iter().map(|events| complete(events).unwrap()).collect();
+        let ids = |all: &[Completion]| {
+            all.iter()
+                .map(|one| one.tokens.iter().map(|token| token.id).collect::<Vec<_>>())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(ids(&others[0]), ids(&others[1]));
+        assert_eq!(ids(&others[1]), ids(&others[2]));
+        assert_ne!(others[0][0].tokens, others[0][1].tokens);
+        assert!(others[0][2].tokens.iter().all(|token| token.logprobs.as_ref().unwrap().chosen < 0.0));
+    }
+
+    #[test]
+    fn the_whole_context_is_used_and_an_advice_helps() {
+        // A context of 64, which is no reason for fewer pages.
+        let small = llm(&LlmOptions { cache_tokens: 33, ..LlmOptions::default() });
+        let params = SamplingParams { ignore_eos: true, ..SamplingParams::default() };
+        let prompt = "x".repeat(60);
+        let error = small.generate(&prompt, &params).unwrap_err().to_string();
+        assert!(
+            error.contains("60 tokens, and the cache holds 48") && error.contains("--cache-tokens"),
+            "{error}"
+        );
+        let large = llm(&LlmOptions { cache_tokens: 64, ..LlmOptions::default() });
+        let answers = large.generate(&prompt, &params).unwrap();
+        assert_eq!((answers[0].tokens.len(), &answers[0].end.finish), (5, &Finish::Context));
+        let wrong = SamplingParams { n: 0, ..params };
+        let error = large.generate("x", &wrong).unwrap_err();
+        let error = error.downcast::<crate::request::SubmitError>().unwrap();
+        assert!(matches!(*error, crate::request::SubmitError::Parameter(InvalidParameter { name: "n", .. })));
+    }
+
+    /// Events and what they are of can go to other threads, and an engine can be shared.
+    #[test]
+    fn engines_are_for_threads() {
+        fn moves<T: Send>() {}
+        fn shared<T: Send + Sync>() {}
+        moves::<Events>();
+        shared::<Llm>();
+        shared::<Engine>();
+    }
+}

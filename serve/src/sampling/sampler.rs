@@ -1,0 +1,109 @@
+//! One answer's choice of tokens: its penalties and random numbers so far.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use flashinfer_rs::indices::LogitEdit;
+use rand::{Rng, SeedableRng, rngs::ChaCha8Rng};
+
+use super::SamplingParams;
+use crate::backend::Output;
+
+/// What is known of a token whose logit may be edited.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    bias: f32,
+    /// Whether it is in the prompt or the answer.
+    anywhere: bool,
+    /// How often it is in the answer.
+    in_answer: u32,
+}
+
+/// Makes the outputs of one answer.
+#[derive(Clone, Debug)]
+pub(crate) struct Sampler {
+    params: Arc<SamplingParams>,
+    seed: u64,
+    choice: u64,
+    /// Tokens with a bias, and those that penalties are for.
+    seen: BTreeMap<u32, Seen>,
+    /// Tokens that may not come before there are `min_tokens`.
+    banned: Vec<u32>,
+    /// Tokens of the answer.
+    len: usize,
+}
+
+impl Sampler {
+    /// The sampler of the answer with this number to a prompt. `ends` are the tokens
+    /// that end it.
+    pub fn new(
+        params: &Arc<SamplingParams>,
+        seed: u64,
+        choice: usize,
+        prompt: &[u32],
+        ends: impl Iterator<Item = u32>,
+    ) -> Self {
+        let bias = |(&token, &bias): (&u32, &f32)| (token, Seen { bias, ..Seen::default() });
+        let mut seen: BTreeMap<_, _> = params.logit_bias.iter().map(bias).collect();
+        if params.repetition_penalty != 1.0 {
+            prompt.iter().for_each(|&token| seen.entry(token).or_default().anywhere = true);
+        }
+        let banned = if params.min_tokens > 0 { ends.collect() } else { Vec::new() };
+        Self { params: params.clone(), seed, choice: choice as u64, seen, banned, len: 0 }
+    }
+
+    /// Takes in the answer's next token.
+    pub fn push(&mut self, token: u32) {
+        self.len += 1;
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = *self.params;
+        if (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0) {
+            let seen = self.seen.entry(token).or_default();
+            seen.anywhere = true;
+            seen.in_answer += 1;
+        }
+    }
+
+    /// How the token after the answer is chosen, from this row of logits.
+    pub fn output(&self, row: usize) -> Output {
+        let params = &*self.params;
+        Output {
+            row,
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            uniform: match params.temperature {
+                0.0 => 0.0,
+                _ => uniform(self.seed, self.choice, self.len),
+            },
+            edits: self.edits(),
+            logprobs: params.logprobs,
+        }
+    }
+
+    fn edits(&self) -> Vec<LogitEdit> {
+        let edit = |(&token, seen): (&u32, &Seen)| {
+            let params = &*self.params;
+            let times = seen.in_answer as f32;
+            let penalty = params.presence_penalty * times.min(1.0) + params.frequency_penalty * times;
+            let repetition_penalty = if seen.anywhere { params.repetition_penalty } else { 1.0 };
+            LogitEdit { token, repetition_penalty, bias: seen.bias - penalty }
+        };
+        if self.len >= self.params.min_tokens {
+            return self.seen.iter().map(edit).collect();
+        }
+        let mut edits: BTreeMap<_, _> = self.seen.iter().map(|seen| (*seen.0, edit(seen))).collect();
+        for &token in &self.banned {
+            edits.insert(token, LogitEdit::ban(token));
+        }
+        edits.into_values().collect()
+    }
+}
+
+/// The random number in [0, 1) that decides at a position of an answer.
+fn uniform(seed: u64, choice: u64, position: usize) -> f32 {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(choice);
+    random.set_word_pos(position as u128);
+    // As many bits as an `f32` below 1 has.
+    (random.next_u32() >> 8) as f32 / (1 << 24) as f32
+}

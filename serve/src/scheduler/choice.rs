@@ -1,0 +1,125 @@
+//! A choice: one of the answers to a request, and when it ends.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use super::{Limits, Token, Update};
+use crate::{
+    backend::Output,
+    request::{Finish, Request, RequestId},
+    sampling::{Sampler, SamplingParams},
+};
+
+/// A prompt, and what the model has added to it.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// The request that this is an answer to.
+    pub request: RequestId,
+    /// Which of its answers.
+    pub index: usize,
+    params: Arc<SamplingParams>,
+    sampler: Sampler,
+    tokens: Vec<u32>,
+    prompt: usize,
+    /// Tokens that the cache held at some time.
+    pub reached: usize,
+    /// Tokens of the prompt that were cached when it was first read.
+    pub cached: Option<usize>,
+    finish: Option<Finish>,
+}
+
+impl Choice {
+    /// The answers to a request, all of which are still empty.
+    pub fn of(id: RequestId, request: Request, limits: &Limits) -> impl Iterator<Item = Self> {
+        let Request { prompt, params } = request;
+        let (params, ends) = (Arc::new(params), limits.ends.clone());
+        let seed = params.seed.unwrap_or_else(rand::random);
+        (0..params.n).map(move |index| Self {
+            request: id,
+            index,
+            sampler: Sampler::new(&params, seed, index, &prompt, ends_of(&params, &ends)),
+            params: params.clone(),
+            prompt: prompt.len(),
+            tokens: prompt.clone(),
+            reached: 0,
+            cached: None,
+            finish: None,
+        })
+    }
+
+    /// The tokens of the prompt and of the answer.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The tokens of the prompt.
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt]
+    }
+
+    /// The tokens that the model has added.
+    pub fn answer(&self) -> &[u32] {
+        &self.tokens[self.prompt..]
+    }
+
+    /// Why the answer ended, if it did.
+    pub fn finish(&self) -> Option<&Finish> {
+        self.finish.as_ref()
+    }
+
+    /// Ends the answer, and says so.
+    pub fn end(&mut self, finish: Finish) -> Update {
+        self.finish = Some(finish);
+        self.update(None)
+    }
+
+    /// What is said of the last token, if there is one, and of the end.
+    pub fn update(&self, token: Option<Token>) -> Update {
+        Update {
+            request: self.request,
+            choice: self.index,
+            token,
+            finish: self.finish.clone(),
+            cached_tokens: self.cached.unwrap_or(0),
+        }
+    }
+
+    /// The most tokens that may still come.
+    pub fn room(&self) -> usize {
+        self.params.max_tokens.unwrap_or(usize::MAX) - self.answer().len()
+    }
+
+    /// How the next token, and those after each token of a draft, are chosen: from a
+    /// row of logits and those that follow it.
+    pub fn outputs(&self, row: usize, draft: &[u32]) -> Vec<Output> {
+        let mut outputs = vec![self.sampler.output(row)];
+        if !draft.is_empty() {
+            let mut sampler = self.sampler.clone();
+            outputs.extend((row + 1..).zip(draft).map(|(row, &token)| {
+                sampler.push(token);
+                sampler.output(row)
+            }));
+        }
+        outputs
+    }
+
+    /// Adds a token to the answer, which may end it. The cache holds so many tokens.
+    pub fn push(&mut self, token: u32, limits: &Limits, cache: usize) {
+        self.tokens.push(token);
+        self.sampler.push(token);
+        // What follows a token takes that token's place in the cache.
+        self.finish = match self.tokens.len() {
+            _ if !self.params.ignore_eos && limits.ends.contains(&token) => Some(Finish::EndToken(token)),
+            _ if self.params.stop_token_ids.contains(&token) => Some(Finish::StopToken(token)),
+            _ if self.room() == 0 => Some(Finish::MaxTokens),
+            len if len > limits.context => Some(Finish::Context),
+            len if len > cache => Some(Finish::Cache),
+            _ => None,
+        };
+    }
+}
+
+/// The tokens that end an answer.
+fn ends_of<'a>(params: &'a SamplingParams, ends: &'a BTreeSet<u32>) -> impl Iterator<Item = u32> {
+    let ends = ends.iter().filter(|_| !params.ignore_eos);
+    ends.chain(&params.stop_token_ids).copied()
+}

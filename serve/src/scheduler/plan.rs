@@ -1,0 +1,148 @@
+//! What the next step computes: who goes on, who stops, who starts, and drafts.
+
+use flashinfer_rs::kv::Sequence;
+
+use super::{
+    Choice, Scheduler,
+    part::{self, Part},
+};
+use crate::{Result, draft::draft};
+
+impl Scheduler {
+    /// What the next step computes of each choice that runs, for all of which
+    /// there are pages then. Choices stop and start running here.
+    pub(super) fn plan(&mut self) -> Result<Vec<Part>> {
+        let mut parts = self.going_on();
+        let mut pages = self.further_pages(&parts);
+        while !self.make_free(pages) && self.running.len() > 1 {
+            self.preempt()?;
+            parts = self.going_on();
+            pages = self.further_pages(&parts);
+        }
+        let mut budget = self.limits.step_tokens - parts.iter().map(Part::rows).sum::<usize>();
+        while budget > 0
+            && self.running.len() < self.limits.max_running
+            && let Some(sequence) = self.admissible(&parts, pages)
+            && let Some(mut choice) = self.waiting.pop_front()
+        {
+            let part = Part::next(&choice, &sequence, budget);
+            self.stats.saved += sequence.len().saturating_sub(choice.reached);
+            choice.reached = choice.reached.max(sequence.len());
+            choice.cached.get_or_insert(sequence.len());
+            pages += part.further_pages(&sequence);
+            budget -= part.len;
+            self.batch.push(sequence)?;
+            self.running.push(choice);
+            parts.push(part);
+        }
+        self.make_free(pages);
+        self.add_drafts(&mut parts, budget, self.pool.free_pages().saturating_sub(pages));
+        Ok(parts)
+    }
+
+    /// What comes next of the choices that run.
+    fn going_on(&self) -> Vec<Part> {
+        let mut budget = self.limits.step_tokens;
+        let running = self.running.iter().zip(self.batch.sequences());
+        let next = running.map(|(choice, sequence)| {
+            let part = Part::next(choice, sequence, budget);
+            budget -= part.len;
+            part
+        });
+        next.collect()
+    }
+
+    /// The pages that the pool has to have for a step.
+    fn further_pages(&self, parts: &[Part]) -> usize {
+        let sequences = parts.iter().zip(self.batch.sequences());
+        sequences.map(|(part, sequence)| part.further_pages(sequence)).sum()
+    }
+
+    /// Has so many pages free, if cached prefixes that nobody uses suffice.
+    pub(super) fn make_free(&mut self, pages: usize) -> bool {
+        let missing = pages.saturating_sub(self.pool.free_pages());
+        self.prefixes.evict(missing) == missing
+    }
+
+    /// Has the last choice that runs give its pages back.
+    fn preempt(&mut self) -> Result<()> {
+        let index = self.running.len() - 1;
+        let (choice, sequence) = (self.running.remove(index), self.batch.remove(index)?);
+        self.prefixes.insert(&choice.tokens()[..sequence.len()], &sequence)?;
+        self.waiting.push_front(choice);
+        self.stats.preemptions += 1;
+        Ok(())
+    }
+
+    /// What the cache has of the first choice that waits, if that may run now, when
+    /// the others' parts take so many pages.
+    fn admissible(&mut self, parts: &[Part], pages: usize) -> Option<Sequence> {
+        let choice = self.waiting.front()?;
+        let tokens = choice.tokens();
+        // The last token is computed in any case.
+        let most = tokens.len() - 1;
+        let mut sequence = self.prefixes.lookup(&tokens[..most]);
+        if let Some(forked) = self.fork(choice).filter(|forked| forked.len() > sequence.len()) {
+            sequence = forked;
+        }
+        // More of it may be there after this step.
+        let page_size = self.pool.page_size();
+        let reads_more = |(index, part): (usize, &Part)| {
+            if !part.reads {
+                return false;
+            }
+            let (end, other) = (self.batch.sequences()[index].len() + part.len, &self.running[index]);
+            let shared =
+                tokens.iter().zip(&other.tokens()[..end]).take_while(|(a, b)| a == b).count().min(most);
+            // Full pages, or all of its own request's prompt.
+            match other.request == choice.request {
+                true => shared > sequence.len(),
+                false => shared / page_size * page_size > sequence.len(),
+            }
+        };
+        if parts.iter().enumerate().any(reads_more) {
+            return None;
+        }
+        // It needs room for all its tokens, and leaves a page for each of the
+        // others, which would soon have it stop again.
+        let mut used = vec![false; self.pool.num_pages()];
+        for &page in self.batch.sequences().iter().chain([&sequence]).flat_map(Sequence::pages) {
+            used[page as usize] = true;
+        }
+        let unused = used.iter().filter(|used| !**used).count();
+        let own = part::further_pages(&sequence, tokens.len() - sequence.len());
+        (own + pages + self.running.len() <= unused).then_some(sequence)
+    }
+
+    /// The prompt of another answer to the same request, if that was read, but for the
+    /// last token.
+    fn fork(&self, choice: &Choice) -> Option<Sequence> {
+        let prompt = choice.prompt().len();
+        let mut running = self.running.iter().zip(self.batch.sequences());
+        let has_read = |(other, sequence): &(&Choice, &Sequence)| {
+            other.request == choice.request && sequence.len() >= prompt
+        };
+        let mut forked = running.find(has_read)?.1.fork();
+        forked.truncate(prompt.min(choice.tokens().len() - 1));
+        Some(forked)
+    }
+
+    /// Has choices that get a next token guess more, within the tokens and the
+    /// pages that are left.
+    fn add_drafts(&self, parts: &mut [Part], mut budget: usize, mut pages: usize) {
+        if self.limits.draft == 0 {
+            return;
+        }
+        let (page_size, most) = (self.pool.page_size(), self.limits.context.min(self.bounds.cache_tokens));
+        for (index, part) in parts.iter_mut().enumerate().filter(|(_, part)| part.whole) {
+            let (choice, sequence) = (&self.running[index], &self.batch.sequences()[index]);
+            let len = choice.tokens().len();
+            let before = part.further_pages(sequence);
+            let slots = len.next_multiple_of(page_size) - len + pages * page_size;
+            let most = self.limits.draft.min(budget).min(slots).min(most - len).min(choice.room() - 1);
+            part.draft = draft(choice.tokens(), most);
+            budget -= part.draft.len();
+            pages -= part.further_pages(sequence) - before;
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! For tests: requests to a scheduler, and all that came of them.
+
+use std::collections::BTreeMap;
+
+use flashinfer_rs::kv::PageAllocator;
+
+use super::{Limits, Report, Scheduler, Token};
+use crate::{
+    backend::Backend,
+    request::{Finish, Request, RequestId, SubmitError},
+    sampling::SamplingParams,
+};
+
+/// What came of one answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Answer {
+    pub tokens: Vec<Token>,
+    pub finish: Option<Finish>,
+    pub cached_tokens: usize,
+}
+
+impl Answer {
+    /// The ids of its tokens.
+    pub fn ids(&self) -> Vec<u32> {
+        self.tokens.iter().map(|token| token.id).collect()
+    }
+}
+
+/// Requests, numbered as they come.
+pub struct Requests {
+    pub scheduler: Scheduler,
+    pub answers: BTreeMap<(usize, usize), Answer>,
+    next: usize,
+}
+
+impl Requests {
+    pub fn new(pool: &PageAllocator, vocab_size: usize, limits: Limits) -> Self {
+        Self { scheduler: Scheduler::new(pool, vocab_size, limits), answers: BTreeMap::new(), next: 0 }
+    }
+
+    /// Adds a request, and gives its number.
+    pub fn submit(&mut self, prompt: &[u32], params: &SamplingParams) -> Result<usize, SubmitError> {
+        let request = Request { prompt: prompt.into(), params: params.clone() };
+        self.scheduler.submit(RequestId(self.next as u64), request)?;
+        for choice in 0..params.n {
+            self.answers.insert((self.next, choice), Answer::default());
+        }
+        self.next += 1;
+        Ok(self.next - 1)
+    }
+
+    /// Ends the answers to a request.
+    pub fn cancel(&mut self, request: usize, choice: Option<usize>) {
+        let updates = self.scheduler.cancel(RequestId(request as u64), choice).unwrap();
+        self.take(&Report { updates, failure: None });
+    }
+
+    /// Takes a step.
+    pub fn step(&mut self, backend: &mut dyn Backend) -> Report {
+        let report = self.scheduler.step(backend).unwrap();
+        self.take(&report);
+        report
+    }
+
+    /// Takes steps until all is answered.
+    pub fn finish(&mut self, backend: &mut dyn Backend) {
+        while !self.scheduler.is_done() {
+            self.step(backend);
+        }
+    }
+
+    /// The first answer to a request.
+    pub fn answer(&self, request: usize) -> &Answer {
+        &self.answers[&(request, 0)]
+    }
+
+    fn take(&mut self, report: &Report) {
+        for update in &report.updates {
+            let answer = self.answers.get_mut(&(update.request.0 as usize, update.choice)).unwrap();
+            assert_eq!(answer.finish, None, "an update after the end: {update:?}");
+            answer.tokens.extend(update.token.clone());
+            answer.finish = update.finish.clone();
+            answer.cached_tokens = update.cached_tokens;
+        }
+    }
+}
+
+/// Parameters of a greedy answer of so many tokens.
+pub fn greedy(max_tokens: usize) -> SamplingParams {
+    SamplingParams { max_tokens: Some(max_tokens), ..SamplingParams::default() }
+}

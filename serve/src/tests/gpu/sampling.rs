@@ -1,0 +1,150 @@
+//! Tokens that the GPU samples are those that the CPU samples from the same logits.
+
+use flashinfer_rs::indices::LogitEdit;
+
+use super::*;
+use crate::backend::{Sample, sampler::sample};
+
+/// Outputs of many kinds, one after the other.
+struct Kinds {
+    vocab: u32,
+    made: usize,
+}
+
+impl Kinds {
+    fn next(&mut self, row: usize) -> Output {
+        let made = self.made;
+        self.made += 1;
+        let uniform = (made as f32 * 0.618_034).fract();
+        let mut output = Output { temperature: 0.5 + uniform, uniform, ..Output::greedy(row) };
+        match made % 8 {
+            0 => output.temperature = 0.0,
+            1 => output.top_k = 5,
+            2 => output.top_p = 0.6,
+            3 => output.min_p = 0.1,
+            4 => output = Output { top_k: 40, top_p: 0.9, min_p: 0.01, logprobs: Some(3), ..output },
+            5 => {
+                output.temperature = 0.0;
+                output.edits =
+                    vec![LogitEdit { token: 3, repetition_penalty: 1.3, bias: -0.5 }, LogitEdit::ban(7)];
+            }
+            // Every second token is banned.
+            6 => output.edits = (0..self.vocab / 2).map(|at| LogitEdit::ban(2 * at)).collect(),
+            _ => output.logprobs = Some(0),
+        }
+        output
+    }
+}
+
+#[test]
+fn tokens_sampled_on_the_gpu_are_those_of_the_cpu() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = forward::BIASES.file();
+    let model = Model::open(&tiny.write(&folder)).unwrap();
+    let vocab = model.config.vocab_size;
+    let pool = PageAllocator::new(400, 4).unwrap();
+    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 64).unwrap();
+    let mut kinds = Kinds { vocab: vocab as u32, made: 0 };
+    for requests in [1, 3, 4, 17] {
+        let mut batch = Batch::new(&pool);
+        for _ in 0..requests {
+            batch.push(Sequence::new(&pool)).unwrap();
+        }
+        // Prompts first; graphs; steps that are greedy alone; one that only reads.
+        for step in 0..12 {
+            let len = if step == 0 || step == 6 { 3 } else { 1 };
+            batch.append(vec![len; requests]).unwrap();
+            let tokens: Vec<_> = (0..requests * len).map(|at| (at * 37 + step * 11) as u32 % 300).collect();
+            let mut outputs: Vec<_> = match step {
+                5 => (0..requests).map(|request| Output::greedy(request * len)).collect(),
+                _ => (0..requests).map(|request| kinds.next(request * len + len - 1)).collect(),
+            };
+            if step == 9 {
+                outputs.retain(|output| output.row % 2 == 0);
+            }
+            let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+            let expected = sample(&outputs, &gpu.logits().unwrap(), vocab).unwrap();
+            assert_eq!(samples, expected, "step {step} of {requests} requests");
+            if outputs.iter().any(|output| output.logprobs.is_some()) {
+                assert!(samples.iter().any(|sample| sample.logprobs.is_some()));
+            }
+            // One token for each request is a graph's.
+            assert_eq!(gpu.replay().is_ok(), len == 1, "step {step} of {requests} requests");
+        }
+    }
+}
+
+/// A row's token is the same wherever it stands, and whatever is beside it.
+#[test]
+fn a_seed_gives_the_same_token_in_any_batch() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
+    let pool = PageAllocator::new(64, 4).unwrap();
+    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 8).unwrap();
+    let mut batch = Batch::new(&pool);
+    for _ in 0..4 {
+        batch.push(Sequence::new(&pool)).unwrap();
+    }
+    // All say the same, so that their logits are equal, bit for bit.
+    for step in 0..20 {
+        batch.append([1; 4]).unwrap();
+        let uniform = step as f32 / 20.0;
+        let outputs: Vec<_> = (0..4)
+            .map(|row| match (step + row) % 4 {
+                0 => Output::greedy(row),
+                _ => Output { temperature: 1.2, top_p: 0.95, uniform, ..Output::greedy(row) },
+            })
+            .collect();
+        let samples =
+            gpu.step(&Step { batch: &batch, tokens: &[step as u32; 4], outputs: &outputs }).unwrap();
+        let logits = gpu.logits().unwrap();
+        let rows: Vec<_> = logits.chunks_exact(model.config.vocab_size).collect();
+        assert!(rows.iter().all(|row| row == &rows[0]), "step {step}");
+        let drawn = samples.iter().zip(&outputs).filter(|(_, output)| output.temperature > 0.0);
+        let drawn: Vec<_> = drawn.map(|(sample, _)| sample.token.unwrap()).collect();
+        assert!(drawn.len() == 3 && drawn.iter().all(|token| *token == drawn[0]), "step {step}: {drawn:?}");
+    }
+}
+
+#[test]
+fn rows_without_numbers_do_not_disturb_others_that_sample() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::open(&forward::with_an_infinite_token().write(&folder)).unwrap();
+    let pool = PageAllocator::new(32, 4).unwrap();
+    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 16).unwrap();
+    let mut batch = Batch::new(&pool);
+    for _ in 0..3 {
+        batch.push(Sequence::new(&pool)).unwrap();
+    }
+    for step in 0..3 {
+        batch.append([1; 3]).unwrap();
+        let sampled =
+            |row| Output { temperature: 1.0, uniform: 0.3, logprobs: Some(2), ..Output::greedy(row) };
+        let outputs = [sampled(0), sampled(1), Output::greedy(2)];
+        let tokens = [5, forward::INFINITE, 6];
+        let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+        assert_eq!(samples[1], Sample { token: None, logprobs: None }, "step {step}");
+        let expected = sample(&outputs, &gpu.logits().unwrap(), model.config.vocab_size).unwrap();
+        assert_eq!((&samples[0], &samples[2]), (&expected[0], &expected[2]), "step {step}");
+    }
+}
+
+#[test]
+fn edits_of_tokens_that_are_not_there_are_refused() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
+    let pool = PageAllocator::new(8, 4).unwrap();
+    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 4).unwrap();
+    let mut batch = Batch::new(&pool);
+    batch.push(Sequence::new(&pool)).unwrap();
+    batch.append([1]).unwrap();
+    let edits = vec![LogitEdit::bias(300, 1.0)];
+    let outputs = [Output { edits, ..Output::greedy(0) }];
+    let text = gpu.step(&Step { batch: &batch, tokens: &[1], outputs: &outputs }).unwrap_err().to_string();
+    assert!(text.contains("token 300: the vocabulary has 300 tokens"), "{text}");
+    assert!(gpu.logits().unwrap().is_empty());
+}

@@ -1,0 +1,67 @@
+//! Which modules are embedded: patterns of their names.
+
+use super::Env;
+
+/// The modules that are embedded unless `FLASHINFER_RS_EMBED_MODULES` names others: norm, page,
+/// and paged batch decode for f16 and bf16 with head dimension 64 and 128, without sliding
+/// window and without logits soft cap.
+pub const DEFAULT_MODULES: [&str; 6] = [
+    "norm",
+    "page",
+    "batch_decode_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_qk_64_head_dim_vo_64_posenc_0_use_swa_False_use_logits_cap_False",
+    "batch_decode_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_qk_128_head_dim_vo_128_posenc_0_use_swa_False_use_logits_cap_False",
+    "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_64_head_dim_vo_64_posenc_0_use_swa_False_use_logits_cap_False",
+    "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_128_head_dim_vo_128_posenc_0_use_swa_False_use_logits_cap_False",
+];
+
+/// Whether `name` fits `pattern`, in which `*` stands for any run of characters.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else {
+        return pattern == name;
+    };
+    let Some(name) = name.strip_prefix(start) else {
+        return false;
+    };
+    let ends = name.char_indices().map(|(at, _)| at).chain([name.len()]);
+    ends.into_iter().any(|at| matches(rest, &name[at..]))
+}
+
+/// The first patterns of a list, and how many more there are.
+pub(super) fn shown(patterns: &[String]) -> String {
+    match patterns {
+        [a, b, rest @ ..] if rest.len() > 1 => format!("{a}, {b} or {} more patterns", rest.len()),
+        all => all.join(", "),
+    }
+}
+
+/// The patterns of `FLASHINFER_RS_EMBED_MODULES`, or the default ones.
+pub(super) fn patterns(env: Env<'_>) -> Vec<String> {
+    let set = env("FLASHINFER_RS_EMBED_MODULES").unwrap_or_default();
+    let split = set.split(|c: char| c == ',' || c.is_whitespace());
+    let given: Vec<_> = split.filter(|p| !p.is_empty()).map(str::to_owned).collect();
+    match given.is_empty() {
+        true => DEFAULT_MODULES.map(str::to_owned).to_vec(),
+        false => given,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_runs_of_characters() {
+        for (pattern, name, want) in [
+            ("norm", "norm", true),
+            ("norm", "norms", false),
+            ("*", "anything", true),
+            ("batch_*_f16", "batch_decode_f16", true),
+            ("batch_*_f16", "batch_decode_bf16", false),
+            ("*decode*128*", "batch_decode_hd_128_x", true),
+            ("a**b", "ab", true),
+            ("a*b*c", "a_b_b", false),
+        ] {
+            assert_eq!(matches(pattern, name), want, "{pattern} {name}");
+        }
+    }
+}

@@ -1,0 +1,520 @@
+//! Selecting the largest of each row, in FlashInfer's module `topk`.
+//!
+//! [`radix_topk`] is what upstream's Python calls `top_k`. The two transforms
+//! are for sparse attention: they select among a request's keys by scores, and
+//! give where those keys lie in the cache instead of their positions.
+//!
+//! Scores are `f32`, `f16` or `bf16`, contiguous, and aligned to the largest
+//! power of two that divides a row's bytes, but no more than 16. A row has
+//! fewer than 2³⁰ of them. They are compared by their bits: −0 is below 0, and
+//! NaN above everything. (A NaN whose sign bit is set is below everything, or,
+//! with `f32`, above all numbers; which of the two depends on the kernel.)
+//!
+//! # Kernels
+//! One of two kernels is launched. *Filtered* gives each row a block of
+//! threads; it takes `k` up to 2048, and a GPU for which
+//! [`can_implement_filtered_topk`] is true. *Radix* holds a row in the shared
+//! memory of as many blocks as that takes; these blocks wait for each other, so
+//! they must all run at once, and a row must fit the shared memory of the whole
+//! GPU (7 million `f32` on an H200). [`TopKOptions::tie_break`] and
+//! [`TopKOptions::dsa_graph_safe`] ask for *filtered*; without them, upstream's
+//! rule decides by rows, their length, dtype and `k`. The environment variable
+//! `FLASHINFER_TOPK_ALGO`, which the module reads in every call, overrides that
+//! rule with `filtered` or `multi_cta`.
+//!
+//! Upstream has selection by clusters of blocks, too (`fast_topk_clusters_*`),
+//! which its Python uses on compute capability 10.x. It is not offered:
+//! `docs/modules.md` says why.
+//!
+//! Source of the contract: `csrc/topk.cu`, `include/flashinfer/topk.cuh`,
+//! `topk.py` of FlashInfer 0.6.13.
+//!
+//! ```no_run
+//! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use flashinfer_rs::{
+//!     Stream,
+//!     cudarc::{TensorExt, TensorExtMut},
+//!     topk::{self, RowStates, TopKOptions},
+//! };
+//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+//! let mut row_states = RowStates::new(&Stream::from(&cuda))?;
+//! let logits = cuda.clone_htod(&[0.5f32; 4 * 32000])?;
+//! let (mut values, mut indices) = (cuda.alloc_zeros::<f32>(4 * 50)?, cuda.alloc_zeros::<i32>(4 * 50)?);
+//! let mut options = TopKOptions::default();
+//! options.sorted = true;
+//! topk::radix_topk(
+//!     &mut row_states,
+//!     &mut values.tensor_mut(&cuda, &[4, 50])?.view_mut(),
+//!     &mut indices.tensor_mut(&cuda, &[4, 50])?.view_mut(),
+//!     &logits.tensor(&cuda, &[4, 32000])?.view(),
+//!     &options,
+//! )?;
+//! # Ok(()) }
+//! # #[cfg(not(feature = "cudarc"))] fn main() {}
+//! ```
+
+mod clusters;
+mod row_states;
+#[cfg(test)]
+mod tests;
+
+pub use row_states::RowStates;
+pub(crate) use row_states::check_row_bytes;
+
+use std::sync::{Mutex, PoisonError};
+
+use clusters::{CLUSTERS, CLUSTERS_PAGE_TABLE_TRANSFORM, CLUSTERS_RAGGED_TRANSFORM};
+
+use super::{FixedFunction, check::Check};
+use crate::{
+    dtype::DType,
+    error::{FlashInferError, Result},
+    ffi::{DlTensor, Kernel, Signature, Value, kernels},
+    indices::{RowIndices, RowTable},
+    module::ModuleName,
+    runtime::FlashInferRuntime,
+    stream::Stream,
+    tensor::{RawTensor, TensorMut, TensorRef},
+};
+
+kernels! {
+    struct RadixTopk = "radix_topk"(
+        input: Tensor, output_indices: Tensor, output_values: Tensor, maybe_row_states_buffer: OptTensor,
+        top_k: Int, sorted_output: Bool, deterministic: Bool, tie_break: Int, dsa_graph_safe: Bool,
+    ) -> "void";
+    struct PageTableTransform = "radix_topk_page_table_transform"(
+        input: Tensor, output_page_table: Tensor, src_page_table: Tensor, maybe_row_to_batch: OptTensor,
+        lengths: Tensor, maybe_row_states_buffer: OptTensor, top_k: Int, deterministic: Bool,
+        tie_break: Int, dsa_graph_safe: Bool, maybe_row_starts: OptTensor,
+    ) -> "void";
+    struct RaggedTransform = "radix_topk_ragged_transform"(
+        input: Tensor, output_indices: Tensor, offsets: Tensor, lengths: Tensor,
+        maybe_row_states_buffer: OptTensor, top_k: Int, deterministic: Bool, tie_break: Int,
+        dsa_graph_safe: Bool, maybe_row_starts: OptTensor,
+    ) -> "void";
+}
+
+const CAN_IMPLEMENT_FILTERED: Signature =
+    Signature { function: "can_implement_filtered_topk", args: &[], result: "bool" };
+
+impl ModuleName {
+    /// Selecting the largest.
+    pub const TOPK: Self = Self::fixed("topk");
+}
+
+pub(super) const SIGNATURES: &[(&str, Signature)] = &[
+    ("topk", RadixTopk::SIGNATURE),
+    ("topk", PageTableTransform::SIGNATURE),
+    ("topk", RaggedTransform::SIGNATURE),
+    ("topk", CAN_IMPLEMENT_FILTERED),
+    ("topk", CLUSTERS),
+    ("topk", CLUSTERS_PAGE_TABLE_TRANSFORM),
+    ("topk", CLUSTERS_RAGGED_TRANSFORM),
+];
+
+static RADIX_TOPK: FixedFunction = FixedFunction::of(ModuleName::TOPK, &RadixTopk::SIGNATURE);
+static PAGE_TABLE_TRANSFORM: FixedFunction =
+    FixedFunction::of(ModuleName::TOPK, &PageTableTransform::SIGNATURE);
+static RAGGED_TRANSFORM: FixedFunction = FixedFunction::of(ModuleName::TOPK, &RaggedTransform::SIGNATURE);
+static CAN_IMPLEMENT: FixedFunction = FixedFunction::of(ModuleName::TOPK, &CAN_IMPLEMENT_FILTERED);
+
+/// Element types of scores.
+pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+/// The most that *filtered* selects, and that kernels sort.
+const MAX_SORTED: i64 = 2048;
+/// The kernels count elements of a row in `int`, some steps beyond its end.
+const MAX_ROW_LEN: i64 = 1 << 30;
+
+/// Held during each launch. The launchers set a kernel's limit of shared
+/// memory, which is the process's, to what this launch needs, and then launch.
+static LAUNCH: Mutex<()> = Mutex::new(());
+
+/// Which of equal scores are selected, where not all of them are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TieBreak {
+    /// Any of them.
+    #[default]
+    None,
+    /// Those of smaller indices.
+    Small,
+    /// Those of larger indices.
+    Large,
+}
+
+/// Options of selection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TopKOptions {
+    /// Values come in descending order, for `k` up to 2048; the transforms do
+    /// not have this. Equal values come in the order that they would have had
+    /// unsorted. By default the order is not specified.
+    pub sorted: bool,
+    /// The same input gives the same output in the same order, on one GPU.
+    pub deterministic: bool,
+    /// Which of equal scores are selected. But for [`TieBreak::None`] the
+    /// output is deterministic and, where it is not sorted, in the order of
+    /// indices; `k` is at most 2048.
+    pub tie_break: TieBreak,
+    /// Always launches the same kernel, *filtered*, which reads scores one by
+    /// one, so that a captured graph serves other rows as well; `k` is at most
+    /// 2048.
+    pub dsa_graph_safe: bool,
+}
+
+impl TopKOptions {
+    /// Whether upstream's rule of which kernel to launch does not matter.
+    fn asks_for_filtered(&self) -> bool {
+        self.tie_break != TieBreak::None || self.dsa_graph_safe
+    }
+}
+
+/// Whether the stream's GPU has the shared memory that *filtered* needs, 128 KiB
+/// for each multiprocessor (compute capability 8.0, 9.0, 10.x; not 8.6, 8.9,
+/// 12.x). See the [module](self) for what needs *filtered*.
+///
+/// # Errors
+/// The module is missing; or what it said.
+pub fn can_implement_filtered_topk(stream: &Stream) -> Result<bool> {
+    stream.check_usable_here(CAN_IMPLEMENT.name())?;
+    let runtime = FlashInferRuntime::get()?;
+    let function = CAN_IMPLEMENT.get(runtime)?;
+    // It asks the current device.
+    let _device = runtime.cuda().on_device_of(stream)?;
+    // SAFETY: the function takes nothing and launches nothing.
+    match unsafe { function.call(&[]) }? {
+        Value::Bool(can) => Ok(can),
+        other => Err(FlashInferError::TvmFfiCall {
+            function: CAN_IMPLEMENT.name().into(),
+            kind: "TypeError".into(),
+            message: format!("expected a bool, the module returned {other:?}"),
+            traceback: String::new(),
+        }),
+    }
+}
+
+/// The `k` largest of each row: their `values`, of the dtype of `input`, and
+/// `indices`, `i32`, both `[rows, k]`. `input` is `[rows, d]` with `d ≥ k`. On
+/// the stream of `row_states`. No rows, or a `k` of 0, are nothing to do.
+///
+/// Call once before the first capture into a CUDA graph, because the first call
+/// loads the kernel. A graph keeps the address of `row_states`: replay it on
+/// their stream, while they live.
+///
+/// # Errors
+/// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
+/// launched: a device, stream, dtype, shape, stride or alignment does not fit,
+/// an option is not for that `k`, an output has more than 2³² elements, or rows are too
+/// long. Else what the module or CUDA said; `operation not supported` where
+/// `options` ask for *filtered* on a GPU that cannot implement it.
+pub fn radix_topk(
+    row_states: &mut RowStates,
+    values: &mut TensorMut<'_>,
+    indices: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    options: &TopKOptions,
+) -> Result<()> {
+    let stream = &row_states.stream().clone();
+    let check = Check::new(RADIX_TOPK.name(), stream)?;
+    let (values, indices, input) = (&values.raw, &indices.raw, &input.raw);
+    let k = check_topk(&check, [values, indices, input], options, row_states.max_row_bytes())?;
+    if indices.numel() == 0 {
+        return Ok(());
+    }
+    let deterministic = is_deterministic(options, row_states, input);
+    let states = row_states.as_bytes()?;
+    let kernel = RadixTopk {
+        input: DlTensor::new(input),
+        output_indices: DlTensor::new(indices),
+        output_values: DlTensor::new(values),
+        maybe_row_states_buffer: Some(DlTensor::new(&states)),
+        top_k: k,
+        sorted_output: options.sorted,
+        deterministic,
+        tie_break: options.tie_break as i64,
+        dsa_graph_safe: options.dsa_graph_safe,
+    };
+    // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
+    // the launch before left the row states zero.
+    unsafe { launch(stream, &RADIX_TOPK, &kernel) }
+}
+
+/// For each row of `input`, `[rows, max_len]`, the entries of a page table for
+/// the `k` largest scores of the row's part: `output_page_table` is `[rows, k]`,
+/// `src_page_table` `[requests, width]`, both `i32`. On the stream of
+/// `row_states`.
+///
+/// A row's part and its request are those of `rows`; an element of the part at
+/// place `i` of the row stands for entry `i` of the request. Of a part that has
+/// `k` elements or fewer all are selected, in order; what `k` has beyond that is
+/// −1. Entries are copied and not looked at.
+///
+/// A capture into a CUDA graph bakes in the shapes of the tensors, and whether
+/// there are `row_starts` and `row_to_batch`: a table that is updated before a
+/// replay must keep to them.
+///
+/// # Errors
+/// As [`radix_topk`]; also when `rows` are others in number than those of
+/// `input`, end beyond those of `input` or of `src_page_table`, are of a request
+/// that it does not have, or belong to another stream; and for
+/// [`TopKOptions::sorted`].
+///
+/// ```no_run
+/// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use flashinfer_rs::{
+///     Stream, cudarc::{TensorExt, TensorExtMut}, topk::{self, RowStates, TopKOptions},
+///     indices::{RowIndices, RowTable},
+/// };
+/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+/// let stream = Stream::from(&cuda);
+/// let scores = cuda.clone_htod(&[0.5f32; 2 * 4096])?;
+/// let table = cuda.clone_htod(&(0..2 * 4096).collect::<Vec<i32>>())?;
+/// let mut selected = cuda.alloc_zeros::<i32>(2 * 256)?;
+/// topk::radix_topk_page_table_transform(
+///     &mut RowStates::new(&stream)?,
+///     &mut selected.tensor_mut(&cuda, &[2, 256])?.view_mut(),
+///     &scores.tensor(&cuda, &[2, 4096])?.view(),
+///     &table.tensor(&cuda, &[2, 4096])?.view(),
+///     &RowTable::new(&stream, RowIndices::new([4000, 17])?)?,
+///     &TopKOptions::default(),
+/// )?;
+/// # Ok(()) }
+/// # #[cfg(not(feature = "cudarc"))] fn main() {}
+/// ```
+pub fn radix_topk_page_table_transform(
+    row_states: &mut RowStates,
+    output_page_table: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    src_page_table: &TensorRef<'_>,
+    rows: &RowTable,
+    options: &TopKOptions,
+) -> Result<()> {
+    let stream = &row_states.stream().clone();
+    let check = Check::new(PAGE_TABLE_TRANSFORM.name(), stream)?;
+    check.on_stream("rows", rows.stream())?;
+    let (output, input, table) = (&output_page_table.raw, &input.raw, &src_page_table.raw);
+    let max_row_bytes = row_states.max_row_bytes();
+    let k =
+        check_transform(&check, "output_page_table", [output, input], rows.host(), options, max_row_bytes)?;
+    check_page_table(&check, table, rows.host())?;
+    if output.numel() == 0 {
+        return Ok(());
+    }
+    let (lengths, row_starts, row_to_batch) = (rows.lengths()?, rows.row_starts()?, rows.row_to_batch()?);
+    let deterministic = is_deterministic(options, row_states, input);
+    if deterministic && !options.asks_for_filtered() {
+        // Places are selected, written to the output, and looked up from there.
+        // Where blocks saw different thresholds, some are not written.
+        let bytes = output.numel() as usize * output.dtype.size();
+        // SAFETY: the output is contiguous, exclusive, and on the stream's device.
+        unsafe { FlashInferRuntime::get()?.cuda().zero(stream, output.data, bytes) }?;
+    }
+    let states = row_states.as_bytes()?;
+    let kernel = PageTableTransform {
+        input: DlTensor::new(input),
+        output_page_table: DlTensor::new(output),
+        src_page_table: DlTensor::new(table),
+        maybe_row_to_batch: row_to_batch.as_ref().map(DlTensor::new),
+        lengths: DlTensor::new(&lengths),
+        maybe_row_states_buffer: Some(DlTensor::new(&states)),
+        top_k: k,
+        deterministic,
+        tie_break: options.tie_break as i64,
+        dsa_graph_safe: options.dsa_graph_safe,
+        maybe_row_starts: row_starts.as_ref().map(DlTensor::new),
+    };
+    // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
+    // the launch before left the row states zero.
+    unsafe { launch(stream, &PAGE_TABLE_TRANSFORM, &kernel) }
+}
+
+/// As [`radix_topk_page_table_transform`] for keys that lie one after the
+/// other: `output_indices`, `[rows, k]`, are the selected places, counted from
+/// the start of the row's part, plus the row's entry of `offsets`, `[rows]`;
+/// both `i32`. The requests of `rows` do not matter.
+///
+/// # Errors
+/// As [`radix_topk_page_table_transform`].
+pub fn radix_topk_ragged_transform(
+    row_states: &mut RowStates,
+    output_indices: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    offsets: &TensorRef<'_>,
+    rows: &RowTable,
+    options: &TopKOptions,
+) -> Result<()> {
+    let stream = &row_states.stream().clone();
+    let check = Check::new(RAGGED_TRANSFORM.name(), stream)?;
+    check.on_stream("rows", rows.stream())?;
+    let (output, input, offsets) = (&output_indices.raw, &input.raw, &offsets.raw);
+    let max_row_bytes = row_states.max_row_bytes();
+    let k = check_transform(&check, "output_indices", [output, input], rows.host(), options, max_row_bytes)?;
+    check_integers(&check, "offsets", offsets, &[input.shape()[0]])?;
+    if output.numel() == 0 {
+        return Ok(());
+    }
+    let (lengths, row_starts) = (rows.lengths()?, rows.row_starts()?);
+    let deterministic = is_deterministic(options, row_states, input);
+    let states = row_states.as_bytes()?;
+    let kernel = RaggedTransform {
+        input: DlTensor::new(input),
+        output_indices: DlTensor::new(output),
+        offsets: DlTensor::new(offsets),
+        lengths: DlTensor::new(&lengths),
+        maybe_row_states_buffer: Some(DlTensor::new(&states)),
+        top_k: k,
+        deterministic,
+        tie_break: options.tie_break as i64,
+        dsa_graph_safe: options.dsa_graph_safe,
+        maybe_row_starts: row_starts.as_ref().map(DlTensor::new),
+    };
+    // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
+    // the launch before left the row states zero.
+    unsafe { launch(stream, &RAGGED_TRANSFORM, &kernel) }
+}
+
+/// Scores that a selection of `k` can read.
+fn check_input(
+    check: &Check<'_>,
+    input: &RawTensor,
+    k: i64,
+    options: &TopKOptions,
+    max_row_bytes: i64,
+) -> Result<()> {
+    check.tensor("input", input, &DTYPES, &[2])?;
+    let (rows, len) = (input.shape()[0], input.shape()[1]);
+    if rows > i64::from(i32::MAX) || len >= MAX_ROW_LEN {
+        return check.fail(
+            "input",
+            format!(
+                "its shape is {:?}; at most {} rows of fewer than {MAX_ROW_LEN} elements",
+                input.shape(),
+                i32::MAX
+            ),
+        );
+    }
+    check.contiguous("input", input)?;
+    // The kernels load vectors of up to 16 bytes, as long as they divide a row.
+    let size = input.dtype.size();
+    let vector = size << (16 / size as u32).trailing_zeros().min(len.trailing_zeros());
+    check.aligned("input", input, vector)?;
+    if k > MAX_SORTED && (options.sorted || options.asks_for_filtered()) {
+        return check.fail(
+            "options",
+            format!("k is {k}; `sorted`, `tie_break` and `dsa_graph_safe` are for at most {MAX_SORTED}"),
+        );
+    }
+    if options.asks_for_filtered() {
+        return Ok(());
+    }
+    check_row_bytes(check, "input", input, max_row_bytes)
+}
+
+/// Whether a selection has to be deterministic: if it is to be, or if *radix*
+/// would else mix up rows, or write behind a row's `k` places: blocks that
+/// share a row may see different thresholds, and only the deterministic
+/// selection counts what it writes.
+fn is_deterministic(options: &TopKOptions, row_states: &RowStates, input: &RawTensor) -> bool {
+    options.deterministic || !options.asks_for_filtered() && row_states.has_races(input)
+}
+
+/// A contiguous `i32` tensor of this shape; the kernels address it in 32 bits.
+fn check_integers(
+    check: &Check<'_>,
+    argument: &'static str,
+    tensor: &RawTensor,
+    shape: &[i64],
+) -> Result<()> {
+    check.plain(argument, tensor, &[DType::I32], shape, size_of::<i32>())?;
+    check.offsets_in_32_bits(argument, tensor)
+}
+
+/// Everything about [`radix_topk`]; gives `k`.
+fn check_topk(
+    check: &Check<'_>,
+    [values, indices, input]: [&RawTensor; 3],
+    options: &TopKOptions,
+    max_row_bytes: i64,
+) -> Result<i64> {
+    check.tensor("input", input, &DTYPES, &[2])?;
+    check.tensor("values", values, &[input.dtype], &[2])?;
+    let shape = [input.shape()[0], values.shape()[1]];
+    let k = shape[1];
+    check_input(check, input, k, options, max_row_bytes)?;
+    check.shape("values", values, &shape)?;
+    if k > input.shape()[1] {
+        return check.fail("values", format!("k is {k}; rows have {} elements", input.shape()[1]));
+    }
+    check.contiguous("values", values)?;
+    check.aligned("values", values, values.dtype.size())?;
+    check_integers(check, "indices", indices, &shape)?;
+    Ok(k)
+}
+
+/// What both transforms need of scores, output and rows; gives `k`.
+fn check_transform(
+    check: &Check<'_>,
+    name: &'static str,
+    [output, input]: [&RawTensor; 2],
+    rows: &RowIndices,
+    options: &TopKOptions,
+    max_row_bytes: i64,
+) -> Result<i64> {
+    check.tensor("input", input, &DTYPES, &[2])?;
+    check.tensor(name, output, &[DType::I32], &[2])?;
+    let (k, len) = (output.shape()[1], input.shape()[1]);
+    check_input(check, input, k, options, max_row_bytes)?;
+    check_integers(check, name, output, &[input.shape()[0], k])?;
+    if options.sorted {
+        return check.fail("options", "`sorted` is for radix_topk; the transforms give no values".into());
+    }
+    if len == 0 {
+        return check.fail("input", format!("its shape is {:?}; rows must have an element", input.shape()));
+    }
+    if rows.len() as i64 != input.shape()[0] {
+        return check.fail("rows", format!("{} rows; the input has {}", rows.len(), input.shape()[0]));
+    }
+    if rows.end() as i64 > len {
+        return check.fail("rows", format!("a part ends at {}; rows of the input have {len}", rows.end()));
+    }
+    Ok(k)
+}
+
+/// A page table that has an entry for all that rows can select.
+fn check_page_table(check: &Check<'_>, table: &RawTensor, rows: &RowIndices) -> Result<()> {
+    const NAME: &str = "src_page_table";
+    check.tensor(NAME, table, &[DType::I32], &[2])?;
+    check.contiguous(NAME, table)?;
+    check.aligned(NAME, table, size_of::<i32>())?;
+    let (requests, width) = (table.shape()[0], table.shape()[1]);
+    if (rows.batch_size() as i64) > requests || (rows.end() as i64) > width {
+        return check.fail(
+            NAME,
+            format!(
+                "its shape is {:?}; rows are of {} requests, and end at {}",
+                table.shape(),
+                rows.batch_size(),
+                rows.end()
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// Calls a function of the module.
+///
+/// # Safety
+/// The kernel must be the function's. Its tensors must be all that the kernels
+/// assume: device, dtype, shape, contiguity, alignment, 32-bit offsets; `k`
+/// neither 0 nor more than a row of `radix_topk` or than the kernel asked for
+/// holds. Parts of rows must end within input and page table. The row states
+/// must be those of this stream: zeros, and large enough for any launch on its
+/// GPU.
+unsafe fn launch<K: Kernel>(stream: &Stream, function: &FixedFunction, kernel: &K) -> Result<()> {
+    let runtime = FlashInferRuntime::get()?;
+    let function = function.get(runtime)?;
+    // The launchers make the input's device current, and leave it so.
+    let _device = runtime.cuda().on_device_of(stream)?;
+    let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: promised by the caller.
+    unsafe { kernel.call(function, stream) }.map(drop)
+}
