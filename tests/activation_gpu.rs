@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, captured, leave_cuda_error, refused, say};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, captured, leave_cuda_error, refused, say};
 use cudarc::driver::result::ctx;
 use flashinfer_rs::{
     Result, Stream, TensorMut, TensorRef,
@@ -213,10 +213,13 @@ fn wrong_input() {
             refused(op(&gpu.stream, &mut odd.view_mut(), &input.device_view(), &options), "out");
         }
         assert_same_bits("untouched", &gpu.cuda.clone_dtoh(&storage).unwrap(), &numbers);
-        let call = op(&gpu.stream, &mut out.device_view_mut(), &input.copied_to(&other).device_view(), &options);
+        let call =
+            op(&gpu.stream, &mut out.device_view_mut(), &input.copied_to(&other).device_view(), &options);
         refused(call, "input");
-        let call = op(&gpu.stream, &mut out.device_view_mut(), &input.device_view(), &options);
+        let mut elsewhere = out.copied_to(&other);
+        let call = op(&gpu.stream, &mut elsewhere.device_view_mut(), &input.device_view(), &options);
         refused(call, "out");
+        elsewhere.assert_untouched();
         other.synchronize();
         out.assert_untouched();
     }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, attention::capture, refused};
+use common::{Gpu, Mirrored, Number, Rng, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{Element, Result, cudarc::TensorExtMut, reference, sampling::argmax};
 use half::{bf16, f16};
@@ -161,11 +161,11 @@ fn no_rows_and_other_streams() {
     let mut output = poisoned::<i32>(&gpu, 2);
     {
         let mut output = output.tensor_mut(&gpu.cuda, &[2]).unwrap();
-        let (here, elsewhere) = (logits.device_view(), logits.on(&other));
-        let none = here.view().narrow(0, 0, 0).unwrap();
+        let (here, elsewhere) = (logits.device_view(), logits.copied_to(&other));
+        let none = here.narrow(0, 0, 0).unwrap();
         argmax(&gpu.stream, &mut output.view_mut().narrow(0, 0, 0).unwrap(), &none).unwrap();
-        refused(argmax(&gpu.stream, &mut output.view_mut(), &elsewhere.view()), "logits");
-        refused(argmax(&other.stream, &mut output.view_mut(), &elsewhere.view()), "output");
+        refused(argmax(&gpu.stream, &mut output.view_mut(), &elsewhere.device_view()), "logits");
+        refused(argmax(&other.stream, &mut output.view_mut(), &elsewhere.device_view()), "output");
     }
     other.synchronize();
     assert_eq!(tokens(&gpu, &output), [-7; 2]);

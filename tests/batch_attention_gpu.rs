@@ -7,7 +7,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::{capture, refuse_caches, refuse_queries_and_outputs},
     cache::{Cache, LAYOUTS, repeating_table, table_among},
     prefill::{Case, KeyTable, Kind, Kv, On, Problem, Tables},
@@ -89,7 +89,6 @@ fn plan<'p>(
 }
 
 fn run<T: Number, K: Number>(
-    gpu: &Gpu,
     plan: &BatchAttentionPlan<'_>,
     problem: &Problem<T, K>,
     out: &mut Mirrored<T>,
@@ -113,8 +112,8 @@ fn check_run<T: Number, K: Number>(
     problem: &Problem<T, K>,
 ) -> (Vec<T>, Vec<f32>) {
     let (mut out, mut lse) = problem.outputs(gpu);
-    run(gpu, plan, problem, &mut out, Some(&mut lse)).unwrap();
-    problem.verify(gpu, &out, Some(&lse));
+    run(plan, problem, &mut out, Some(&mut lse)).unwrap();
+    problem.verify(&out, Some(&lse));
     (out.download(), lse.download())
 }
 
@@ -455,7 +454,7 @@ fn sm_scale_that_unmasks() {
         let (mut workspace, tables) = (workspace_of(&gpu, &attention), Tables::new(&gpu, &problem));
         let plan = plan(&attention, &mut workspace, &tables, &problem.case).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
-        refused(run(&gpu, &plan, &problem, &mut out, Some(&mut lse)), "sm_scale");
+        refused(run(&plan, &problem, &mut out, Some(&mut lse)), "sm_scale");
         out.assert_untouched();
         lse.assert_untouched();
     }
@@ -561,7 +560,7 @@ fn cache_of_32_bits() {
         refused(run(pages + 1), "kv.k");
         run(pages).unwrap();
     }
-    problem.verify(&gpu, &out, Some(&lse));
+    problem.verify(&out, Some(&lse));
 }
 
 /// Steps that follow each other without waiting, each planned on the
@@ -587,11 +586,11 @@ fn steps_share_a_workspace() {
             tables.update(&gpu, step);
             let plan = plan(&attention, &mut workspace, &tables, &case).unwrap();
             for (out, lse) in layers {
-                run(&gpu, &plan, step, out, Some(lse)).unwrap();
+                run(&plan, step, out, Some(lse)).unwrap();
             }
         }
         for (step, layers) in steps.iter().zip(&outputs) {
-            layers.iter().for_each(|(out, lse)| step.verify(&gpu, out, Some(lse)));
+            layers.iter().for_each(|(out, lse)| step.verify(out, Some(lse)));
         }
     }
 }
@@ -653,7 +652,7 @@ fn graph_replay<T: Number>() {
             let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
             assert_eq!(plan.replay_key().ok(), key);
             graph.launch().unwrap();
-            step.verify(&gpu, &out, Some(&lse));
+            step.verify(&out, Some(&lse));
             // The same plan, run directly.
             let (mut direct, mut direct_lse) = step.outputs_of(&gpu, ROWS);
             plan.run_with(
@@ -747,7 +746,7 @@ fn two_streams_at_once() {
             }
             let (mut out, mut lse) = problem.outputs(gpu);
             for _ in 0..4 {
-                run(gpu, &plan, problem, &mut out, Some(&mut lse)).unwrap();
+                run(&plan, problem, &mut out, Some(&mut lse)).unwrap();
             }
             let (want, want_lse) = &first[iteration % problems.len()];
             assert_same_bits("output", &out.download(), want);
@@ -812,7 +811,7 @@ fn wrong_queries_and_outputs() {
     let options = graph_options(case, problem.queries.total() + 1);
     let graph = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
     let (mut out, _) = problem.outputs(&gpu);
-    refused(run(&gpu, &graph, &problem, &mut out, None), "q");
+    refused(run(&graph, &problem, &mut out, None), "q");
     out.assert_untouched();
 }
 

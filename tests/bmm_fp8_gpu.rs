@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, attention::capture, refused, say};
+use common::{Gpu, Mirrored, Number, Rng, attention::capture, refused, say};
 use flashinfer_rs::{
     FlashInferError, ModuleName, Result,
     gemm::{Algorithm, BmmFp8Input, CublasLt, bmm_fp8, bmm_fp8_get_algos, bmm_fp8_run_with_algo},
@@ -50,28 +50,23 @@ impl<A: Number, B: Number, D: Number> Problem<A, B, D> {
     }
 
     /// Calls something with the tensors on the device.
-    fn with<R>(
-        &mut self,
-        gpu: &Gpu,
-        call: impl FnOnce(&mut flashinfer_rs::TensorMut<'_>, &BmmFp8Input<'_>) -> R,
-    ) -> R {
+    fn with<R>(&mut self, call: impl FnOnce(&mut flashinfer_rs::TensorMut<'_>, &BmmFp8Input<'_>) -> R) -> R {
         let (a, b) = (self.a.device_view(), self.b.device_view());
         let [a_scale, b_scale] = self.scales.each_ref().map(|scale| scale.device_view());
-        let input =
-            BmmFp8Input { a: a, b: b, a_scale: a_scale, b_scale: b_scale };
+        let input = BmmFp8Input { a: a, b: b, a_scale: a_scale, b_scale: b_scale };
         call(&mut self.out.device_view_mut(), &input)
     }
 
-    fn run(&mut self, gpu: &Gpu, cublas: &mut CublasLt) -> Result<()> {
-        self.with(gpu, |out, input| bmm_fp8(cublas, out, input))
+    fn run(&mut self, cublas: &mut CublasLt) -> Result<()> {
+        self.with(|out, input| bmm_fp8(cublas, out, input))
     }
 
-    fn algorithms(&mut self, gpu: &Gpu, cublas: &mut CublasLt) -> Result<Vec<Algorithm>> {
-        self.with(gpu, |out, input| bmm_fp8_get_algos(cublas, out, input))
+    fn algorithms(&mut self, cublas: &mut CublasLt) -> Result<Vec<Algorithm>> {
+        self.with(|out, input| bmm_fp8_get_algos(cublas, out, input))
     }
 
-    fn run_with(&mut self, gpu: &Gpu, cublas: &mut CublasLt, algorithm: &Algorithm) -> Result<()> {
-        self.with(gpu, |out, input| bmm_fp8_run_with_algo(cublas, out, input, algorithm))
+    fn run_with(&mut self, cublas: &mut CublasLt, algorithm: &Algorithm) -> Result<()> {
+        self.with(|out, input| bmm_fp8_run_with_algo(cublas, out, input, algorithm))
     }
 
     fn expected(&self) -> Vec<f64> {
@@ -86,7 +81,7 @@ impl<A: Number, B: Number, D: Number> Problem<A, B, D> {
         want
     }
 
-    fn poison(&mut self, gpu: &Gpu) {
+    fn poison(&mut self) {
         let poison = self.out.host.clone();
         self.out.upload(&poison);
     }
@@ -101,14 +96,14 @@ fn check<A: Number, B: Number, D: Number>(
 ) {
     let mut problem = Problem::<A, B, D>::random(gpu, rng, sizes);
     let (want, what) = (problem.expected(), format!("{} {} {sizes:?}", A::DTYPE, B::DTYPE));
-    problem.run(gpu, cublas).unwrap();
+    problem.run(cublas).unwrap();
     problem.out.assert_close(&what, &want, BOUND);
-    let algorithms = problem.algorithms(gpu, cublas).unwrap();
+    let algorithms = problem.algorithms(cublas).unwrap();
     assert!(!algorithms.is_empty() && algorithms.len() <= 100, "{what}: {} algorithms", algorithms.len());
     eprintln!("{what}: {} algorithms", algorithms.len());
     for (number, algorithm) in algorithms.iter().enumerate() {
-        problem.poison(gpu);
-        problem.run_with(gpu, cublas, algorithm).unwrap();
+        problem.poison();
+        problem.run_with(cublas, algorithm).unwrap();
         problem.out.assert_close(&format!("{what}, algorithm {number}"), &want, BOUND);
     }
 }
@@ -154,8 +149,8 @@ fn columns_that_cublas_may_refuse() {
     let rng = &mut Rng::new();
     for n in [8, 24, 72] {
         let mut problem = Problem::<F8E4M3, F8E4M3, bf16>::random(&gpu, rng, [1, 32, n, 64]);
-        let algorithms = problem.algorithms(&gpu, &mut cublas).unwrap();
-        match problem.run(&gpu, &mut cublas) {
+        let algorithms = problem.algorithms(&mut cublas).unwrap();
+        match problem.run(&mut cublas) {
             Ok(()) => {
                 assert!(!algorithms.is_empty());
                 let want = problem.expected();
@@ -206,7 +201,7 @@ fn graph_replay() {
     let rng = &mut Rng::new();
     let sizes = [2, 33, 64, 128];
     let mut resident = Problem::<F8E4M3, F8E5M2, bf16>::random(&gpu, rng, sizes);
-    let algorithms = resident.algorithms(&gpu, &mut cublas).unwrap();
+    let algorithms = resident.algorithms(&mut cublas).unwrap();
     for algorithm in [None, algorithms.first(), algorithms.last()] {
         let call =
             |cublas: &mut CublasLt, out: &mut flashinfer_rs::TensorMut<'_>, input: &BmmFp8Input<'_>| {
@@ -215,9 +210,9 @@ fn graph_replay() {
                     Some(algorithm) => bmm_fp8_run_with_algo(cublas, out, input, algorithm),
                 }
             };
-        resident.with(&gpu, |out, input| call(&mut cublas, out, input)).unwrap(); // loads the kernel
-        resident.poison(&gpu);
-        let (graph, (run, new)) = resident.with(&gpu, |out, input| {
+        resident.with(|out, input| call(&mut cublas, out, input)).unwrap(); // loads the kernel
+        resident.poison();
+        let (graph, (run, new)) = resident.with(|out, input| {
             capture(&gpu, || (call(&mut cublas, out, input), CublasLt::new(&gpu.stream).map(drop)))
         });
         run.unwrap();
@@ -231,7 +226,7 @@ fn graph_replay() {
             for (to, from) in resident.scales.iter_mut().zip(&step.scales) {
                 to.upload(&from.host);
             }
-            resident.poison(&gpu);
+            resident.poison();
             graph.launch().unwrap();
             resident.out.assert_close("replay", &step.expected(), BOUND);
         }
@@ -244,8 +239,8 @@ fn nothing_to_do() {
     let rng = &mut Rng::new();
     for sizes in [[0, 4, 16, 16], [2, 0, 16, 16], [2, 4, 0, 16]] {
         let mut problem = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, sizes);
-        problem.run(&gpu, &mut cublas).unwrap();
-        assert!(problem.algorithms(&gpu, &mut cublas).unwrap().is_empty());
+        problem.run(&mut cublas).unwrap();
+        assert!(problem.algorithms(&mut cublas).unwrap().is_empty());
         problem.out.assert_untouched();
     }
 }
@@ -257,34 +252,34 @@ fn wrong_input() {
     let Some((gpu, mut cublas)) = start(Gpu::start()) else { return };
     let rng = &mut Rng::new();
     let mut problem = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, [2, 16, 32, 64]);
-    let algorithm = problem.algorithms(&gpu, &mut cublas).unwrap()[0];
-    let other = gpu.fork();
-    refused(problem.run(&other, &mut cublas), "a");
+    let algorithm = problem.algorithms(&mut cublas).unwrap()[0];
+    let mut elsewhere = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu.fork(), rng, [2, 16, 32, 64]);
+    refused(elsewhere.run(&mut cublas), "a");
 
     // Algorithms of other sizes and types.
     for sizes in [[1, 16, 32, 64], [2, 17, 32, 64], [2, 16, 48, 64], [2, 16, 32, 80]] {
         let mut unlike = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, sizes);
-        refused(unlike.run_with(&gpu, &mut cublas, &algorithm), "algorithm");
+        refused(unlike.run_with(&mut cublas, &algorithm), "algorithm");
         unlike.out.assert_untouched();
     }
     let mut unlike = Problem::<F8E4M3, F8E4M3, bf16>::random(&gpu, rng, [2, 16, 32, 64]);
-    refused(unlike.run_with(&gpu, &mut cublas, &algorithm), "algorithm");
+    refused(unlike.run_with(&mut cublas, &algorithm), "algorithm");
     let mut unlike = Problem::<F8E4M3, F8E5M2, f16>::random(&gpu, rng, [2, 16, 32, 64]);
-    refused(unlike.run_with(&gpu, &mut cublas, &algorithm), "algorithm");
+    refused(unlike.run_with(&mut cublas, &algorithm), "algorithm");
 
     // Rows that start where cuBLASLt does not expect them.
     let mut shifted = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, [1, 16, 32, 64]);
     shifted.a = Mirrored::random(&gpu, rng, &[1, 17, 64]).narrowed(1, 1, 16);
-    refused(shifted.run(&gpu, &mut cublas), "a");
+    refused(shifted.run(&mut cublas), "a");
     // Both e5m2, and a row-major factor.
     let mut e5m2 = Problem::<F8E5M2, F8E5M2, f16>::random(&gpu, rng, [1, 16, 32, 64]);
-    refused(e5m2.run(&gpu, &mut cublas), "b");
+    refused(e5m2.run(&mut cublas), "b");
     let mut row_major = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, [1, 16, 32, 64]);
     row_major.b = Mirrored::random(&gpu, rng, &[1, 64, 32]);
-    refused(row_major.run(&gpu, &mut cublas), "b");
+    refused(row_major.run(&mut cublas), "b");
 
     problem.out.assert_untouched();
-    problem.run_with(&gpu, &mut cublas, &algorithm).unwrap();
+    problem.run_with(&mut cublas, &algorithm).unwrap();
     let want = problem.expected();
     problem.out.assert_close("after the refusals", &want, BOUND);
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     cache::{Cache, CacheShape, table_among},
     refused,
 };
@@ -71,7 +71,7 @@ impl<T: Number> Held<T> {
     }
 
     #[track_caller]
-    fn assert_close(&self, gpu: &Gpu, what: &str, want: &(Vec<f64>, Vec<f64>)) {
+    fn assert_close(&self, what: &str, want: &(Vec<f64>, Vec<f64>)) {
         self.v.assert_close(what, &want.0, T::BOUND);
         assert_sums(what, &self.s.download(), &want.1, S_BOUND);
     }
@@ -88,14 +88,13 @@ fn assert_sums(what: &str, got: &[f32], want: &[f64], bound: f64) {
 
 /// Calls an operation with a state to write and one to read.
 fn with<T: Number, R>(
-    gpu: &Gpu,
     target: &mut Held<T>,
     source: &Held<T>,
     op: impl FnOnce(&mut StateMut<'_>, &State<'_>) -> R,
 ) -> R {
     let (mut v, mut s) = (target.v.device_view_mut(), target.s.device_view_mut());
     let (source_v, source_s) = (source.v.device_view(), source.s.device_view());
-    op(&mut StateMut::new(v.view_mut(), s.view_mut()), &State::new(source_v.view(), source_s.view()))
+    op(&mut StateMut::new(v.reborrow(), s.reborrow()), &State::new(source_v, source_s))
 }
 
 /// Heads of many widths, also more of them than a block has threads for.
@@ -122,14 +121,14 @@ fn check_pair<T: Number>(gpu: &Gpu, a: &Held<T>, b: &Held<T>) {
     let shape = a.v.shape();
     let mut merged = Held::poisoned(gpu, &shape);
     let want = merged.solve(|merged| reference::merge_state(merged, &a.view(), &b.view()).unwrap());
-    with(gpu, &mut merged, a, |merged, a| {
+    with(&mut merged, a, |merged, a| {
         let (v, s) = (b.v.device_view(), b.s.device_view());
-        cascade::merge_state(&gpu.stream, merged, a, &State::new(v.view(), s.view())).unwrap();
+        cascade::merge_state(&gpu.stream, merged, a, &State::new(v, s)).unwrap();
     });
     merged.assert_close(&format!("merge_state {shape:?}"), &want);
 
     let mut in_place = a.copy(gpu);
-    with(gpu, &mut in_place, b, |state, other| {
+    with(&mut in_place, b, |state, other| {
         cascade::merge_state_in_place(&gpu.stream, state, other, None).unwrap();
     });
     in_place.assert_close(&format!("merge_state_in_place {shape:?}"), &want);
@@ -195,7 +194,7 @@ fn masks() {
         let device_mask = gpu.cuda.clone_htod(&mask).unwrap();
         let device_mask = device_mask.tensor(&gpu.cuda, &[rows]).unwrap();
         let mut merged = a.copy(&gpu);
-        with(&gpu, &mut merged, &b, |state, other| {
+        with(&mut merged, &b, |state, other| {
             cascade::merge_state_in_place(&gpu.stream, state, other, Some(&device_mask.view())).unwrap();
         });
         merged.assert_close(&format!("masked {shape:?}"), &wide);
@@ -228,7 +227,7 @@ fn check_states<T: Number>(gpu: &Gpu, states: &Held<T>) {
     let shape = states.v.shape();
     let mut merged = Held::<T>::poisoned(gpu, &[shape[0], shape[2], shape[3]]);
     let want = merged.solve(|merged| reference::merge_states(merged, &states.view()).unwrap());
-    with(gpu, &mut merged, states, |merged, states| {
+    with(&mut merged, states, |merged, states| {
         cascade::merge_states(&gpu.stream, merged, states).unwrap();
     });
     merged.assert_close(&format!("merge_states {shape:?}"), &want);
@@ -270,12 +269,12 @@ fn nothing_to_merge() {
     for [rows, heads] in [[0, 8], [4, 0]] {
         let mut target = Held::<f16>::poisoned(&gpu, &[rows, heads, 128]);
         let source = Held::<f16>::poisoned(&gpu, &[rows, heads, 128]);
-        with(&gpu, &mut target, &source, |state, other| {
+        with(&mut target, &source, |state, other| {
             cascade::merge_state_in_place(&gpu.stream, state, other, None).unwrap();
             cascade::merge_state(&gpu.stream, state, other, other).unwrap();
         });
         let states = Held::<f16>::poisoned(&gpu, &[rows, 3, heads, 128]);
-        with(&gpu, &mut target, &states, |merged, states| {
+        with(&mut target, &states, |merged, states| {
             cascade::merge_states(&gpu.stream, merged, states).unwrap();
         });
         gpu.synchronize();
@@ -335,7 +334,7 @@ fn shared_prefix<T: Number>() {
             state
         };
         let (mut merged, own, gpu_flat) = (run(prefix), run(own), run(flat.clone()));
-        with(&gpu, &mut merged, &own, |state, other| {
+        with(&mut merged, &own, |state, other| {
             cascade::merge_state_in_place(&gpu.stream, state, other, None).unwrap();
         });
         let want = merged.solve(|state| {
@@ -375,7 +374,7 @@ fn wrong_stream() {
     let other = gpu.fork();
     let mut state = Held::<f16>::poisoned(&gpu, &[2, 4, 64]);
     let source = Held::<f16>::empty(&gpu, &[2, 4, 64]);
-    let call = with(&gpu, &mut state, &source, |state, source| {
+    let call = with(&mut state, &source, |state, source| {
         cascade::merge_state_in_place(&other.stream, state, source, None)
     });
     refused(call, "state.v");
@@ -543,12 +542,12 @@ mod levels {
             {
                 let (q, cache) = (problem.q.device_view(), cache.device_view());
                 let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
-                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
+                let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+                plan.run_with(&q, &cache, &mut out, Some(&mut lse), &case.options()).unwrap();
                 let mut out = out_alone.device_view_mut();
-                plan.run_with(&q.view(), &cache.kv(), &mut out.view_mut(), None, &case.options()).unwrap();
+                plan.run_with(&q, &cache, &mut out.reborrow(), None, &case.options()).unwrap();
             }
-            problem.verify(&gpu, &out, Some(&lse));
+            problem.verify(&out, Some(&lse));
             assert_same_bits("without LSE", &out_alone.download(), &out.download());
         }
     }
@@ -708,10 +707,9 @@ mod levels {
             let plan = cascade.plan(&mut workspace, &tables.levels(), &graph_options).unwrap();
             let (q, cache) = (q.device_view(), cache.device_view());
             let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
-            let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-            let (graph, run) = capture(&gpu, || {
-                plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options())
-            });
+            let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+            let (graph, run) =
+                capture(&gpu, || plan.run_with(&q, &cache, &mut out, Some(&mut lse), &case.options()));
             run.unwrap();
             (graph.expect("a graph"), plan.replay_key().ok())
         };
@@ -749,13 +747,13 @@ mod levels {
                 (v, Mirrored::new(&gpu, &[used, heads.num_qo_heads], s))
             };
             let (replayed, replayed_lse) = of_batch(&out, &lse);
-            problem.verify(&gpu, &replayed, Some(&replayed_lse));
+            problem.verify(&replayed, Some(&replayed_lse));
             let (mut out, mut lse) = problem.outputs_of(&gpu, ROWS);
             {
                 let (q, cache) = (q.device_view(), cache.device_view());
                 let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
-                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                plan.run_with(&q.view(), &cache.kv(), &mut out, Some(&mut lse), &case.options()).unwrap();
+                let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+                plan.run_with(&q, &cache, &mut out, Some(&mut lse), &case.options()).unwrap();
             }
             let (direct, direct_lse) = of_batch(&out, &lse);
             assert_same_bits("replay and run", &replayed.host, &direct.host);
@@ -852,14 +850,14 @@ mod levels {
         let cache = cache.device_view();
         let options = RunOptions::default();
         refuse_queries_and_outputs(&gpu, &other, rng, &problem.q, &mut |q, out, lse| {
-            plan.run_with(q, &cache.kv(), out, lse, &options)
+            plan.run_with(q, &cache, out, lse, &options)
         });
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
             let q = problem.q.device_view();
             let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
             refuse_caches(&gpu, &other, rng, 12, &mut |kv| {
-                plan.run_with(&q.view(), kv, &mut out.view_mut(), Some(&mut lse.view_mut()), &options)
+                plan.run_with(&q, kv, &mut out.reborrow(), Some(&mut lse.reborrow()), &options)
             });
         }
         out.assert_untouched();

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored,
+    Gpu, Mirrored, Number, Rng,
     attention::capture,
     ops::{Batch, Op},
 };
@@ -129,7 +129,7 @@ fn rows_whose_keys_are_all_hidden() {
             .unwrap();
             let part = out.view().narrow(0, 0, n).unwrap();
             out.assert_part_close("hidden rows", &part, &want, bf16::BOUND);
-            common::attention::assert_lse(&gpu, "hidden rows", &lse, &want_lse);
+            common::attention::assert_lse("hidden rows", &lse, &want_lse);
         }
         // Each request alone.
         let single = match SinglePrefill::new(&gpu.stream, &spec) {
@@ -167,7 +167,7 @@ fn rows_whose_keys_are_all_hidden() {
                 .unwrap();
             let rows = row * 4..(row + shape.0) * 4;
             out.assert_close("one request", &want[rows.start * 128..rows.end * 128], bf16::BOUND);
-            common::attention::assert_lse(&gpu, "one request", &lse, &want_lse[rows]);
+            common::attention::assert_lse("one request", &lse, &want_lse[rows]);
         }
     }
 }
@@ -202,7 +202,7 @@ fn graphs_of_requests_that_lose_their_keys() {
         )
         .unwrap();
         out.assert_close(what, &want, f16::BOUND);
-        common::attention::assert_lse(&gpu, what, lse, &want_lse);
+        common::attention::assert_lse(what, lse, &want_lse);
     };
     // What is captured, by kind of plan.
     for kind in ["CUDA cores", "tensor cores", "prefill", "prefill, fa2", "mixed"] {
@@ -222,17 +222,16 @@ fn graphs_of_requests_that_lose_their_keys() {
             };
             let spec = spec.with_backend(backend);
             let (q, k, v) = (q.device_view(), k.device_view(), v.device_view());
-            let kv = PagedKv::new(k.view(), v.view(), KvLayout::Nhd);
+            let kv = PagedKv::new(k, v, KvLayout::Nhd);
             let options = RunOptions::default();
             macro_rules! take {
                 ($plan:expr) => {{
                     let plan = $plan.unwrap();
                     if graph.is_none() {
                         let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
-                        let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                        let (captured, run) = capture(&gpu, || {
-                            plan.run_with(&q.view(), &kv, &mut out, Some(&mut lse), &options)
-                        });
+                        let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+                        let (captured, run) =
+                            capture(&gpu, || plan.run_with(&q, &kv, &mut out, Some(&mut lse), &options));
                         run.unwrap();
                         graph = Some((captured.unwrap(), plan.replay_key().ok()));
                     }

@@ -9,7 +9,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored,
+    Gpu, Mirrored, Number, Rng,
     cache::{Cache, CacheShape, random_table},
     say,
 };
@@ -153,14 +153,8 @@ impl Problem {
             let Some(decode) = at_hand(BatchDecode::new(&gpu.stream, &spec, HEADS)) else { continue };
             let plan = decode.plan(&mut workspace, &self.device_table, &PlanOptions::default()).unwrap();
             let mut out = Mirrored::<T>::poisoned(gpu, &self.q_shape());
-            plan.run_with(
-                &q.device_view(),
-                &cache.device_view(),
-                &mut out.device_view_mut(),
-                None,
-                options,
-            )
-            .unwrap();
+            plan.run_with(&q.device_view(), &cache.device_view(), &mut out.device_view_mut(), None, options)
+                .unwrap();
             let what = format!("decode on {backend:?}");
             out.assert_close(&format!("{what}, over the cache"), &of_cache, T::BOUND);
             out.assert_close(&format!("{what}, over the model's numbers"), &of_model, QUANTIZED);
@@ -171,14 +165,8 @@ impl Problem {
             let causal = PlanOptions::causal();
             let plan = prefill.plan_paged(&mut workspace, &queries, &self.device_table, &causal).unwrap();
             let mut out = Mirrored::<T>::poisoned(gpu, &self.q_shape());
-            plan.run_with(
-                &q.device_view(),
-                &cache.device_view(),
-                &mut out.device_view_mut(),
-                None,
-                options,
-            )
-            .unwrap();
+            plan.run_with(&q.device_view(), &cache.device_view(), &mut out.device_view_mut(), None, options)
+                .unwrap();
             let what = format!("prefill on {:?}", prefill.backend());
             out.assert_close(&format!("{what}, over the cache"), &of_cache, T::BOUND);
             out.assert_close(&format!("{what}, over the model's numbers"), &of_model, QUANTIZED);

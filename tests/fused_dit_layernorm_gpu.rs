@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, captured, leave_cuda_error, refused};
+use common::{Gpu, Mirrored, Number, Rng, captured, leave_cuda_error, refused};
 use flashinfer_rs::{
     Result, TensorRef,
     norm::{Biased, DitInput, DitMode, DitOutput, NormOptions, fused_dit_layernorm},
@@ -76,11 +76,10 @@ impl Problem {
         }
     }
 
-    /// Does something with a call that is ready: on the first stream, with views
-    /// for the second.
+    /// Does something with a call that is ready, on the caller's stream.
     fn with_call<R>(
         &mut self,
-        [caller, gpu]: [&Gpu; 2],
+        caller: &Gpu,
         options: &NormOptions,
         with: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> R,
     ) -> R {
@@ -88,23 +87,18 @@ impl Problem {
         let vectors = self.vectors.each_ref().map(|vector| vector.device_view());
         let factor = self.factor.device_view();
         let (mut residual, mut norm) = (self.residual_out.device_view_mut(), self.norm_out.device_view_mut());
-        let input = dit_input(
-            self.case,
-            tensors.each_ref().map(|tensor| tensor),
-            vectors.each_ref().map(|vector| vector),
-            factor,
-        );
+        let input = dit_input(self.case, tensors, vectors, factor);
         let mut out = DitOutput { residual: residual.reborrow(), norm: norm.reborrow() };
         with(&mut || fused_dit_layernorm(&caller.stream, &mut out, &input, options))
     }
 
     fn run(&mut self, gpu: &Gpu, options: &NormOptions) -> Result<()> {
-        self.with_call([gpu; 2], options, |call| call())
+        self.with_call(gpu, options, |call| call())
     }
 
     /// Compares what came out with the reference for what was uploaded.
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, options: &NormOptions) {
+    fn verify(&self, options: &NormOptions) {
         let (mut want_residual, mut want_norm) = (self.residual_out.wide(), self.norm_out.wide());
         let input = dit_input(
             self.case,
@@ -132,7 +126,7 @@ impl Problem {
     #[track_caller]
     fn check(&mut self, gpu: &Gpu, options: &NormOptions) {
         self.run(gpu, options).unwrap();
-        self.verify(gpu, options);
+        self.verify(options);
     }
 }
 
@@ -188,7 +182,7 @@ fn graph_replay() {
         Problem::random(&gpu, rng, case).check(&gpu, &options); // loads the kernel
         let mut problem = Problem::random(&gpu, rng, case);
         gpu.synchronize();
-        let graph = problem.with_call([&gpu; 2], &options, |call| captured(&gpu, call));
+        let graph = problem.with_call(&gpu, &options, |call| captured(&gpu, call));
         problem.residual_out.assert_untouched(); // captured is not run
         problem.norm_out.assert_untouched();
         for _ in 0..2 {
@@ -202,7 +196,7 @@ fn graph_replay() {
                 tensor.host = next.host;
             }
             graph.launch().unwrap();
-            problem.verify(&gpu, &options);
+            problem.verify(&options);
         }
     }
 }
@@ -258,7 +252,7 @@ fn wrong_input() {
     // no kernel here, are refused in the unit tests.
     let other = gpu.fork();
     let mut problem = Problem::random(&gpu, rng, Case::new(2, 5, 1));
-    refused(problem.with_call([&gpu, &other], &options, |call| call()), "input");
+    refused(problem.with_call(&other, &options, |call| call()), "input");
     other.synchronize();
     problem.norm_out.assert_untouched();
 }

@@ -5,7 +5,8 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, captured, leave_cuda_error, refused, say,
+    Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, captured, leave_cuda_error, refused,
+    say,
 };
 use flashinfer_rs::{
     DType, FlashInferError, Result,
@@ -77,12 +78,7 @@ impl<Q: Number> Problem<Q> {
         let qkv = self.qkv.device_view();
         let [q_weight, k_weight] = self.weights.each_ref().map(|weight| weight.device_view());
         let [mut q, mut k, mut v] = self.out.each_mut().map(|out| out.device_view_mut());
-        let input = QkvInput {
-            qkv: qkv,
-            q_weight: q_weight,
-            k_weight: k_weight,
-            patches: self.case.patches,
-        };
+        let input = QkvInput { qkv: qkv, q_weight: q_weight, k_weight: k_weight, patches: self.case.patches };
         let mut out = QkvOutput { q: q.reborrow(), k: k.reborrow(), v: v.reborrow() };
         with(&mut || fused_qk_rmsnorm_rope(&gpu.stream, &mut out, &input, table, &self.case.options))
     }
@@ -93,7 +89,7 @@ impl<Q: Number> Problem<Q> {
 
     /// Compares what came out with the reference for what was uploaded.
     #[track_caller]
-    fn verify(&self, gpu: &Gpu) {
+    fn verify(&self) {
         let [mut q, mut k, mut v] = self.out.each_ref().map(|out| out.wide());
         reference::fused_qk_rmsnorm_rope(
             &mut QkvOutput {
@@ -120,7 +116,7 @@ impl<Q: Number> Problem<Q> {
     #[track_caller]
     fn check(&mut self, gpu: &Gpu, table: &RopeTable) {
         self.run(gpu, table).unwrap();
-        self.verify(gpu);
+        self.verify();
     }
 }
 
@@ -246,7 +242,7 @@ fn threads() {
                 for _ in 0..500 {
                     problem.run(&gpu, &table).unwrap();
                 }
-                problem.verify(&gpu);
+                problem.verify();
             });
         }
     });
@@ -268,7 +264,7 @@ fn graph_replay() {
         problem.qkv.upload(&next.qkv.host);
         problem.qkv.host = next.qkv.host;
         graph.launch().unwrap();
-        problem.verify(&gpu);
+        problem.verify();
         let replayed = problem.out.each_ref().map(|out| out.download());
         problem.run(&gpu, &table).unwrap();
         for (out, replayed) in problem.out.iter().zip(&replayed) {
@@ -363,7 +359,10 @@ fn wrong_input() {
         |problem, gpu, rng| problem.weights[1] = Mirrored::random(gpu, rng, &[257]).narrowed(0, 1, 256),
         "k_weight",
     );
-    refuse(|problem, gpu, rng| problem.qkv = Mirrored::random(gpu, rng, &[48, 800]).narrowed(1, 0, 768), "qkv");
+    refuse(
+        |problem, gpu, rng| problem.qkv = Mirrored::random(gpu, rng, &[48, 800]).narrowed(1, 0, 768),
+        "qkv",
+    );
     let other = gpu.fork();
     let mut problem = Problem::<bf16>::random(&gpu, rng, case);
     {
@@ -373,12 +372,7 @@ fn wrong_input() {
         let call = fused_qk_rmsnorm_rope(
             &gpu.stream,
             &mut QkvOutput { q: q.reborrow(), k: k.reborrow(), v: v.reborrow() },
-            &QkvInput {
-                qkv: qkv.device_view(),
-                q_weight: weight,
-                k_weight: k_weight,
-                patches: case.patches,
-            },
+            &QkvInput { qkv: qkv.device_view(), q_weight: weight, k_weight: k_weight, patches: case.patches },
             &table,
             &case.options,
         );

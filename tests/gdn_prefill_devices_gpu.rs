@@ -31,21 +31,21 @@ fn the_current_device_is_set_and_put_back() {
         {
             let (q, k, v) = (problem.q.device_view(), problem.k.device_view(), problem.v.device_view());
             let (mut output, mut state) = (results.output.device_view_mut(), results.state.device_view_mut());
-            let input = GdnInput::new(q.view(), k.view(), v.view());
-            let mut out = GdnOutput { output: output.view_mut(), state: state.view_mut() };
+            let input = GdnInput::new(q, k, v);
+            let mut out = GdnOutput { output: output.reborrow(), state: state.reborrow() };
             first.cuda.context().bind_to_thread().unwrap();
             gdn_prefill(&workspace, &mut out, &input, &table, &GdnOptions::default()).unwrap();
             assert_eq!(ctx::get_current().unwrap(), Some(first.cuda.context().cu_ctx()));
         }
-        problem.verify(second, "the second GPU", &results, &problem.expected());
+        problem.verify("the second GPU", &results, &problem.expected());
 
         // The same kernel on the first GPU is right, or an error.
         let problem = Problem::<f16>::random(first, rng, &case);
         let mut results = Results::<f16>::poisoned(first, &case);
         let (workspace, table) = (GdnWorkspace::new(&first.stream).unwrap(), case.table(first));
-        match problem.run(first, &workspace, &table, problem.start(), &mut results) {
+        match problem.run(&workspace, &table, problem.start(), &mut results) {
             Ok(()) => {
-                problem.verify(first, "then the first", &results, &problem.expected());
+                problem.verify("then the first", &results, &problem.expected());
                 say("a second device of one process works");
             }
             Err(error @ FlashInferError::TvmFfiCall { .. }) => {

@@ -6,7 +6,7 @@ mod common;
 use std::thread;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     gdn::{Case, D, Problem, Results, Start, watched},
     refused, say,
 };
@@ -101,7 +101,7 @@ fn in_place() {
             let mut results = Results::poisoned(gpu, &case);
             let initial = problem.state.as_ref().unwrap();
             results.state.upload(&initial.host);
-            problem.run(gpu, &workspace, &case.table(gpu), Start::InPlace, &mut results).unwrap();
+            problem.run(&workspace, &case.table(gpu), Start::InPlace, &mut results).unwrap();
             assert_same_bits("output", &results.output.download(), &apart.output.download());
             assert_same_bits("state", &results.state.download(), &apart.state.download());
             initial.assert_untouched();
@@ -120,8 +120,8 @@ fn updated_tables() {
             let problem = Problem::<f16>::random(gpu, rng, &Case::new(lens, [1, 1, 2]));
             table.update(problem.case.indices()).unwrap();
             let mut results = Results::poisoned(gpu, &problem.case);
-            problem.run(gpu, &workspace, &table, Start::Zeros, &mut results).unwrap();
-            problem.verify(gpu, &format!("{lens:?}"), &results, &problem.expected());
+            problem.run(&workspace, &table, Start::Zeros, &mut results).unwrap();
+            problem.verify(&format!("{lens:?}"), &results, &problem.expected());
         }
         refused(table.update(SequenceIndices::from_lens([1; 5]).unwrap()), "capacity");
         let large = SequenceTable::with_capacity(&gpu.stream, SequenceIndices::from_lens([1; 5]).unwrap(), 4);
@@ -143,7 +143,7 @@ fn graph_replay() {
     let mut results = Results::poisoned(&gpu, &case);
     gpu.synchronize();
     let start = problem.start();
-    let graph = problem.run_within(&gpu, &workspace, &table, start, &mut results, |run| {
+    let graph = problem.run_within(&workspace, &table, start, &mut results, |run| {
         gpu.cuda.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
         let run = run();
         let new_workspace = GdnWorkspace::new(&gpu.stream).map(drop);
@@ -165,7 +165,7 @@ fn graph_replay() {
         problem.beta.as_mut().unwrap().upload(&other.beta.as_ref().unwrap().host);
         problem.state.as_mut().unwrap().upload(&other.state.as_ref().unwrap().host);
         graph.launch().unwrap();
-        other.verify(&gpu, &format!("replay {lens:?}"), &results, &other.expected());
+        other.verify(&format!("replay {lens:?}"), &results, &other.expected());
     }
 }
 
@@ -200,7 +200,7 @@ fn a_nan_reaches_the_sequence_before_at_most() {
         keys[poisoned.start * D..poisoned.end * D].fill(f16::NAN);
         problem.k.upload(&keys);
         let mut results = Results::poisoned(gpu, &case);
-        problem.run(gpu, &workspace, &case.table(gpu), Start::Zeros, &mut results).unwrap();
+        problem.run(&workspace, &case.table(gpu), Start::Zeros, &mut results).unwrap();
         let (clean, dirty) = (clean.output.download(), results.output.download());
         let row = 2 * D;
         let tiles_before = 128 * row; // whole tiles before the one that reaches over
@@ -218,7 +218,7 @@ fn no_sequences() {
         let workspace = GdnWorkspace::new(&gpu.stream).unwrap();
         let problem = Problem::<f16>::random(gpu, rng, &case);
         let mut results = Results::poisoned(gpu, &case);
-        problem.run(gpu, &workspace, &case.table(gpu), Start::Zeros, &mut results).unwrap();
+        problem.run(&workspace, &case.table(gpu), Start::Zeros, &mut results).unwrap();
         results.output.assert_untouched();
         results.state.assert_untouched();
     });
@@ -234,7 +234,7 @@ fn wrong_input() {
         let problem = Problem::<f16>::random(gpu, rng, &case);
         let mut results = Results::poisoned(gpu, &case);
         let mut run = |workspace: &GdnWorkspace, table: &SequenceTable| {
-            problem.run(gpu, workspace, table, problem.start(), &mut results)
+            problem.run(workspace, table, problem.start(), &mut results)
         };
         let other = gpu.fork();
         let elsewhere = GdnWorkspace::new(&other.stream).unwrap();
@@ -246,11 +246,11 @@ fn wrong_input() {
 
         let (q, v) = (problem.q.device_view(), problem.v.device_view());
         let (mut output, mut state) = (results.output.device_view_mut(), results.state.device_view_mut());
-        let mut out = GdnOutput { output: output.view_mut(), state: state.view_mut() };
+        let mut out = GdnOutput { output: output.reborrow(), state: state.reborrow() };
         let table = case.table(gpu);
-        let input = GdnInput::new(q.view(), v.view(), v.view());
+        let input = GdnInput::new(q, v, v);
         refused(gdn_prefill(&workspace, &mut out, &input, &table, &GdnOptions::default()), "k");
-        let input = GdnInput::new(q.view(), q.view(), v.view());
+        let input = GdnInput::new(q, q, v);
         refused(gdn_prefill(&workspace, &mut out, &input, &table, &GdnOptions::with_scale(0.0)), "scale");
         drop((output, state));
         results.output.assert_untouched();
@@ -292,7 +292,7 @@ fn errors_of_the_module_are_decoded() {
     let (qkv, state) = (qkv.device_view(), state.device_view());
     let cu_seqlens = cu_seqlens.tensor(&gpu.cuda, &[2]).unwrap();
     let scratch = scratch.tensor(&gpu.cuda, &[144 * 128]).unwrap();
-    let views = [qkv.view(), state.view(), cu_seqlens.view(), scratch.view()];
+    let views = [qkv, state, cu_seqlens.view(), scratch.view()];
     let [qkv, state, cu_seqlens, scratch] = views.each_ref().map(DlTensor::from);
     let [qkv, state, cu_seqlens, scratch] = [&qkv, &state, &cu_seqlens, &scratch].map(Arg::from);
     let (none, scale, every) = (Arg::NONE, Arg::from(1.0), Arg::from(0i64));

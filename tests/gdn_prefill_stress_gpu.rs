@@ -62,12 +62,12 @@ fn stress_gdn_prefill_rapid_fire_no_sync() {
         gpu.synchronize();
         for (launch, results) in results.iter_mut().enumerate() {
             let at = launch % problems.len();
-            problems[at].run(gpu, &workspace, &tables[at], Start::Zeros, results).unwrap();
+            problems[at].run(&workspace, &tables[at], Start::Zeros, results).unwrap();
         }
         let expected = expected(&problems);
         for (launch, results) in results.iter().enumerate() {
             let at = launch % problems.len();
-            problems[at].verify(gpu, &format!("launch {launch}"), results, &expected[at]);
+            problems[at].verify(&format!("launch {launch}"), results, &expected[at]);
         }
     });
 }
@@ -94,13 +94,13 @@ fn stress_gdn_prefill_state_chain_with_gates() {
         for (problem, table) in problems.iter().zip(&tables) {
             let mut next = Results::poisoned(gpu, &problem.case);
             let start = results.last().map_or(Start::Zeros, |last| Start::From(&last.state));
-            problem.run(gpu, &workspace, table, start, &mut next).unwrap();
+            problem.run(&workspace, table, start, &mut next).unwrap();
             results.push(next);
         }
         let mut state = None;
         for (step, (problem, results)) in problems.iter().zip(&results).enumerate() {
             let expected = problem.expected_from(state);
-            problem.verify(gpu, &format!("step {step}"), results, &expected);
+            problem.verify(&format!("step {step}"), results, &expected);
             state = Some(expected.state);
         }
     });
@@ -125,12 +125,12 @@ fn stress_gdn_prefill_multi_stream() {
             (0..12).map(|launch| Results::poisoned(&gpus[launch % 4], &cases[launch % 4])).collect();
         for (launch, results) in results.iter_mut().enumerate() {
             let at = launch % 4;
-            problems[at].run(&gpus[at], &workspaces[at], &tables[at], problems[at].start(), results).unwrap();
+            problems[at].run(&workspaces[at], &tables[at], problems[at].start(), results).unwrap();
         }
         let expected = expected(&problems);
         for (launch, results) in results.iter().enumerate() {
             let at = launch % 4;
-            problems[at].verify(&gpus[at], &format!("stream {at}, launch {launch}"), results, &expected[at]);
+            problems[at].verify(&format!("stream {at}, launch {launch}"), results, &expected[at]);
         }
     });
 }
@@ -202,7 +202,7 @@ fn stress_gdn_prefill_qwen3_next_multi_stream_chained() {
                     }
                     None => Start::Zeros,
                 };
-                problem.run(gpu, &workspaces[stream], &tables[stream][step], start, &mut next).unwrap();
+                problem.run(&workspaces[stream], &tables[stream][step], start, &mut next).unwrap();
                 results[stream].push(next);
             }
         }
@@ -222,14 +222,14 @@ fn stress_gdn_prefill_qwen3_next_multi_stream_chained() {
                 .collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        for (stream, gpu) in gpus.iter().enumerate() {
+        for stream in 0..gpus.len() {
             for step in 0..STEPS {
                 let (problem, results) = (&problems[stream][step], &results[stream][step]);
                 let what = format!("stream {stream}, step {step}");
                 let expected = &expected[stream][step];
-                problem.verify_output(gpu, &what, results, expected);
+                problem.verify_output(&what, results, expected);
                 if step == STEPS - 1 {
-                    problem.verify_state(gpu, &what, results, expected);
+                    problem.verify_state(&what, results, expected);
                 }
             }
         }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gpu, Rng, Mirrored, norm as cases, refused};
+use common::{Gpu, Mirrored, Rng, norm as cases, refused};
 use flashinfer_rs::{norm, norm::NormOptions, reference};
 use half::f16;
 

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, cache::LAYOUTS, refused};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, cache::LAYOUTS, refused};
 use cudarc::driver::result::memcpy_dtoh_sync;
 use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
@@ -140,10 +140,10 @@ impl<'g> Pair<'g> {
     fn write_device<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Mirrored<T>; 2]) {
         let (stream, tables, cache) = (&self.gpu.stream, &self.tables[model], &mut self.device.cache);
         if let KvShape::Latent(_) = cache.shapes()[model] {
-            let (k, v, rows) = (k.device_view(), v.device_view(), &mut cache.latent_mut(model, layer).unwrap());
+            let (k, v, rows) =
+                (k.device_view(), v.device_view(), &mut cache.latent_mut(model, layer).unwrap());
             let (parts, pages) = ([&mut rows.ckv, &mut rows.kpe], &tables.pages);
-            page::append_paged_mla_kv_cache(stream, &k.view(), &v.view(), &tables.append, parts, pages)
-                .unwrap();
+            page::append_paged_mla_kv_cache(stream, &k, &v, &tables.append, parts, pages).unwrap();
             return;
         }
         page::append_paged_kv_cache(
@@ -302,7 +302,7 @@ fn latent_pages() {
         let mut out = flashinfer_rs::cudarc::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
         for layer in 0..3 {
             let (nope, pe) = (q[0].device_view(), q[1].device_view());
-            let query = MlaQuery::new(nope.view(), pe.view());
+            let query = MlaQuery::new(nope, pe);
             plan.run(&query, &pair.device.cache.latent(0, layer).unwrap(), &mut out.view_mut()).unwrap();
             let mut want = vec![0f64; 3 * 16 * 512];
             let query = MlaQuery::new(q[0].view(), q[1].view());
@@ -377,7 +377,7 @@ fn parts_of_a_page_that_are_far_apart() {
         let (k, v) = (new[0].device_view(), new[1].device_view());
         let mut kv = cache.layer_mut(0, 0).unwrap();
         let (append, pages) = (&tables.append, &tables.pages);
-        page::append_paged_kv_cache(&gpu.stream, &k.view(), &v.view(), append, &mut kv, pages).unwrap();
+        page::append_paged_kv_cache(&gpu.stream, &k, &v, append, &mut kv, pages).unwrap();
     }
     batch.push(batch.sequences()[0].fork()).unwrap();
     batch.append([1, 1]).unwrap();
@@ -481,8 +481,8 @@ fn graph_replay() {
             shown.iter().enumerate().try_for_each(|(layer, [k, v])| {
                 page::append_paged_kv_cache(
                     &gpu.stream,
-                    &k.view(),
-                    &v.view(),
+                    &k,
+                    &v,
                     &tables.append,
                     &mut cache.layer_mut(0, layer)?,
                     &tables.pages,

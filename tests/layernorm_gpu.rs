@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, captured, leave_cuda_error, refused};
+use common::{Gpu, Mirrored, Number, Rng, captured, leave_cuda_error, refused};
 use flashinfer_rs::{Result, norm, norm::NormOptions, reference};
 use half::bf16;
 
@@ -42,7 +42,7 @@ impl Case {
 
     /// Compares what came out with the reference for what was uploaded.
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, options: &NormOptions) {
+    fn verify(&self, options: &NormOptions) {
         let mut want = self.out.wide();
         reference::layernorm(
             &mut self.out.view_of(&mut want),
@@ -59,7 +59,7 @@ impl Case {
     #[track_caller]
     fn check(&mut self, gpu: &Gpu, options: &NormOptions) {
         self.run(gpu, options).unwrap();
-        self.verify(gpu, options);
+        self.verify(options);
     }
 }
 
@@ -110,7 +110,8 @@ fn graph_replay() {
         let mut case = Case::random(&gpu, rng, [5, d]);
         gpu.synchronize();
         let graph = {
-            let (input, gamma, beta) = (case.input.device_view(), case.gamma.device_view(), case.beta.device_view());
+            let (input, gamma, beta) =
+                (case.input.device_view(), case.gamma.device_view(), case.beta.device_view());
             let mut out = case.out.device_view_mut();
             captured(&gpu, || {
                 let (gamma, beta) = (gamma, beta);
@@ -123,7 +124,7 @@ fn graph_replay() {
             case.input.upload(&next.input.host);
             case.input.host = next.input.host;
             graph.launch().unwrap();
-            case.verify(&gpu, &options);
+            case.verify(&options);
         }
     }
 }
@@ -142,7 +143,7 @@ fn threads_with_different_sizes() {
                 for _ in 0..2000 {
                     case.run(&gpu, &NormOptions::default()).unwrap();
                 }
-                case.verify(&gpu, &NormOptions::default());
+                case.verify(&NormOptions::default());
             });
         }
     });

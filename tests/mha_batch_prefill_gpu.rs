@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored,
+    Gpu, Mirrored, Number, Rng,
     prefill::{Case, Kind, Kv, On, Problem, Tables, check_all, prefill_of},
     refused,
 };
@@ -138,7 +138,7 @@ impl On {
         let (want, _) = problem.check_run(&gpu, &plan);
         {
             let (q, mut out) = (problem.q.device_view(), out.device_view_mut());
-            plan.run(&gpu, &q, &spoiled, &mut out.reborrow(), None, &case.options()).unwrap();
+            plan.run(&q, &spoiled.device_view(), &mut out.reborrow(), None, &case.options()).unwrap();
         }
         let (got, row) = (out.download(), case.heads().num_qo_heads * 128);
         let same = |rows: std::ops::Range<usize>| {
@@ -158,7 +158,7 @@ impl On {
         let apart = Kv::Ragged { keys: keys.clone(), k: narrow, v: wide };
         let q = problem.q.device_view();
         let mut out = out.device_view_mut();
-        let call = plan.run(&gpu, &q, &apart, &mut out.reborrow(), None, &case.options());
+        let call = plan.run(&q, &apart.device_view(), &mut out.reborrow(), None, &case.options());
         refused(call, "v");
     }
 

@@ -173,7 +173,7 @@ impl On {
             &case.options(),
         )
         .unwrap();
-        problem.verify(&gpu, &out, Some(&lse));
+        problem.verify(&out, Some(&lse));
     }
 
     fn wrong_caches(self) {

@@ -7,7 +7,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::{assert_lse, capture as capture_graph, refuse_caches, refuse_queries_and_outputs},
     cache::{Cache, CacheShape, LAYOUTS, random_table, repeating_table, table_among},
     is_not_at_hand, refused, say,
@@ -180,22 +180,22 @@ impl<T: Number, K: Number> Problem<T, K> {
     #[track_caller]
     fn check_run(&self, gpu: &Gpu, plan: &DecodePlan<'_>) -> (Vec<T>, Vec<f32>) {
         let (mut out, mut lse) = self.outputs(gpu);
-        self.run(gpu, plan, &mut out, Some(&mut lse), &self.case.options());
-        self.verify(gpu, &out, Some(&lse));
+        self.run(plan, &mut out, Some(&mut lse), &self.case.options());
+        self.verify(&out, Some(&lse));
         (out.download(), lse.download())
     }
 
     #[track_caller]
     fn run(
         &self,
-        gpu: &Gpu,
         plan: &DecodePlan<'_>,
         out: &mut Mirrored<T>,
         lse: Option<&mut Mirrored<f32>>,
         options: &RunOptions<'_>,
     ) {
         let mut lse = lse.map(|lse| lse.device_view_mut());
-        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.device_view()));
+        let per_head =
+            self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.device_view()));
         let mut options = *options;
         [options.alibi_slopes, options.sinks] = per_head;
         plan.run_with(
@@ -209,13 +209,13 @@ impl<T: Number, K: Number> Problem<T, K> {
     }
 
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, out: &Mirrored<T>, lse: Option<&Mirrored<f32>>) {
+    fn verify(&self, out: &Mirrored<T>, lse: Option<&Mirrored<f32>>) {
         let what = format!("decode {:?}", self.case);
         // The reference reads the same keys and values, so their dtype does not
         // widen the bound.
         out.assert_close(&what, &self.want, T::BOUND);
         if let Some(lse) = lse {
-            assert_lse(gpu, &what, lse, &self.want_lse);
+            assert_lse(&what, lse, &self.want_lse);
         }
     }
 }
@@ -488,7 +488,7 @@ fn lse_and_pdl_change_nothing() {
             let (mut out, _) = problem.outputs(&gpu);
             let mut options = problem.case.options();
             options.enable_pdl = enable_pdl;
-            problem.run(&gpu, &plan, &mut out, None, &options);
+            problem.run(&plan, &mut out, None, &options);
             assert_same_bits("without LSE", &out.download(), &want);
         }
     }
@@ -704,7 +704,7 @@ fn cache_beyond_32_bits() {
         &problem.case.options(),
     )
     .unwrap();
-    problem.verify(&gpu, &out, Some(&lse));
+    problem.verify(&out, Some(&lse));
 }
 
 #[test]
@@ -754,10 +754,10 @@ fn layers_share_a_plan() {
         let mut outputs: Vec<_> = layers.iter().map(|layer| layer.outputs(&gpu)).collect();
         // All are enqueued before the first is looked at.
         for (layer, (out, lse)) in layers.iter().zip(&mut outputs) {
-            layer.run(&gpu, &plan, out, Some(lse), &case.options());
+            layer.run(&plan, out, Some(lse), &case.options());
         }
         for (layer, (out, lse)) in layers.iter().zip(&outputs) {
-            layer.verify(&gpu, out, Some(lse));
+            layer.verify(out, Some(lse));
         }
     }
 }
@@ -781,10 +781,10 @@ fn steps_share_a_workspace() {
         for (step, (out, lse)) in steps.iter().zip(&mut outputs) {
             table.update(step.table.clone()).unwrap();
             let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
-            step.run(&gpu, &plan, out, Some(lse), &case.options());
+            step.run(&plan, out, Some(lse), &case.options());
         }
         for (step, (out, lse)) in steps.iter().zip(&outputs) {
-            step.verify(&gpu, out, Some(lse));
+            step.verify(out, Some(lse));
         }
     }
 }
@@ -808,14 +808,14 @@ fn buffers_are_freed_after_their_last_use() {
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
-        problem.run(&gpu, &plan, out, Some(lse), &case.options());
+        problem.run(&plan, out, Some(lse), &case.options());
         drop((workspace, table));
         for stream in [&gpu.stream, &other.stream] {
             let table = PageTable::new(stream, indices.clone()).unwrap();
             decode.plan(&mut Workspace::new(stream).unwrap(), &table, &PlanOptions::default()).unwrap();
         }
     }
-    outputs.iter().for_each(|(out, lse)| problem.verify(&gpu, out, Some(lse)));
+    outputs.iter().for_each(|(out, lse)| problem.verify(out, Some(lse)));
 }
 
 /// A captured step: the graph, the plan's numbers, and the tensors that the
@@ -850,13 +850,7 @@ fn capture<T: Number>(
         let (q, cache) = (q.device_view(), cache.device_view());
         let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
         let (graph, run) = capture_graph(gpu, || {
-            plan.run_with(
-                &q,
-                &cache,
-                &mut out.reborrow(),
-                Some(&mut lse.reborrow()),
-                &case.options(),
-            )
+            plan.run_with(&q, &cache, &mut out.reborrow(), Some(&mut lse.reborrow()), &case.options())
         });
         run.unwrap();
         graph.expect("a graph")
@@ -888,7 +882,7 @@ impl<T: Number> Captured<T> {
         let plan = decode.plan(workspace, table, &for_graph(table)).unwrap();
         assert_eq!(plan.replay_key().ok(), self.key);
         self.graph.launch().unwrap();
-        problem.verify(gpu, &self.out, Some(&self.lse));
+        problem.verify(&self.out, Some(&self.lse));
         let (direct, direct_lse) = problem.check_run(gpu, &plan);
         assert_same_bits("replay and run", &self.out.download(), &direct);
         assert_same_bits("replay and run: LSE", &self.lse.download(), &direct_lse);
@@ -1064,7 +1058,7 @@ fn two_streams_at_once() {
             }
             let (mut out, mut lse) = problem.outputs(gpu);
             for _ in 0..4 {
-                problem.run(gpu, &plan, &mut out, Some(&mut lse), &case.options());
+                problem.run(&plan, &mut out, Some(&mut lse), &case.options());
             }
             assert_same_bits("output", &out.download(), &first[at].0);
             assert_same_bits("LSE", &lse.download(), &first[at].1);

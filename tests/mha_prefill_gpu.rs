@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored,
+    Gpu, Mirrored, Number, Rng,
     attention::refuse_unlike,
     prefill::{Case, DeviceMask, HostMask, Kind, Kv, Masked, On, Problem, check_all, check_problem},
     refused,
@@ -236,8 +236,9 @@ impl On {
         let problem = Problem::<f16, f16>::solve(case, q, kv);
         let (mut out, _) = problem.outputs(&gpu);
         let call = {
+            let [k, v] = [&k, &v].map(|one| gpu.cuda.clone_htod(&one.host).unwrap());
             let repeat = |one| TensorExt::tensor_strided(one, &gpu.cuda, &[300, 2, 128], Some(&[128, 0, 1]));
-            let (k, v) = (repeat(&k.device).unwrap(), repeat(&v.device).unwrap());
+            let (k, v) = (repeat(&k).unwrap(), repeat(&v).unwrap());
             single.run(
                 &mut workspace,
                 &problem.q.device_view(),
@@ -252,7 +253,7 @@ impl On {
             out.assert_untouched();
         } else {
             call.unwrap();
-            problem.verify(&gpu, &out, None);
+            problem.verify(&out, None);
         }
     }
 
@@ -320,7 +321,7 @@ impl On {
         {
             let Kv::Ragged { k, v, .. } = &problem.kv else { unreachable!("keys of one request") };
             let (k, v) = (k.device_view(), v.device_view());
-            let (kv, options) = ([&k.view(), &v.view()], (Mask::Causal, &RunOptions::default()));
+            let (kv, options) = ([&k, &v], (Mask::Causal, &RunOptions::default()));
             refuse_unlike(&gpu, &other, rng, &problem.q, "out", &mut |q, out, lse| {
                 single.run(&mut workspace, q, kv, out, lse, options)
             });
@@ -328,7 +329,7 @@ impl On {
             let (q, (mut out, _)) = (problem.q.device_view(), problem.outputs(&gpu));
             {
                 let mut out = out.device_view_mut();
-                refused(single.run(&mut elsewhere, &q.view(), kv, &mut out.view_mut(), None, options), "q");
+                refused(single.run(&mut elsewhere, &q, kv, &mut out.reborrow(), None, options), "q");
             }
             out.assert_untouched();
         }
@@ -344,14 +345,15 @@ impl On {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
-            let (q, mut out, mut lse) = (problem.q.device_view(), out.device_view_mut(), lse.device_view_mut());
+            let (q, mut out, mut lse) =
+                (problem.q.device_view(), out.device_view_mut(), lse.device_view_mut());
             let good = Mirrored::<f16>::random(&gpu, rng, &[20, 2, 128]);
             let good_guard = good.device_view();
-            let good_view = good_guard.view();
+            let good_view = good_guard;
             let mut call = |k: &TensorRef<'_>, v: &TensorRef<'_>, expected| {
                 let options = (Mask::Causal, &RunOptions::default());
-                let (mut out, mut lse) = (out.view_mut(), lse.view_mut());
-                let call = single.run(&mut workspace, &q.view(), [k, v], &mut out, Some(&mut lse), options);
+                let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
+                let call = single.run(&mut workspace, &q, [k, v], &mut out, Some(&mut lse), options);
                 refused(call, expected);
             };
             // As keys and as values; what is said of the number of keys, and of
@@ -377,16 +379,15 @@ impl On {
             refuse(good.copied_to(&other).device_view(), false);
             let three = Mirrored::<f16>::random(&gpu, rng, &[20, 3, 128]);
             let three = three.device_view();
-            call(&three.view(), &three.view(), "heads");
+            call(&three, &three, "heads");
             // So many keys that positions could not be added up.
             let (shape, strides) = ([(1 << 30) + 1, 2, 128], Some(&[0, 128, 1][..]));
             let (data, device) = (good_view.data_ptr(), good_view.device());
             // SAFETY: the first key, again and again.
             let many =
                 unsafe { TensorRef::from_raw_parts(data, device, DType::F16, &shape, strides) }.unwrap();
-            let (mask, mut out) = ((Mask::None, &RunOptions::default()), out.view_mut());
-            let error =
-                single.run(&mut workspace, &q.view(), [&many, &many], &mut out, None, mask).unwrap_err();
+            let (mask, mut out) = ((Mask::None, &RunOptions::default()), out.reborrow());
+            let error = single.run(&mut workspace, &q, [&many, &many], &mut out, None, mask).unwrap_err();
             assert!(error.to_string().contains("at most 2^30"), "{error}");
         }
         other.synchronize();
@@ -444,13 +445,14 @@ impl On {
         let (mut out, _) = problem.outputs(&gpu);
         {
             let Kv::Ragged { k, v, .. } = &problem.kv else { unreachable!("keys of one request") };
-            let (q, k, v, mut out) = (problem.q.device_view(), k.device_view(), v.device_view(), out.device_view_mut());
-            let (kv, numbers) = ([&k.view(), &v.view()], numbers.device_view());
+            let (q, k, v, mut out) =
+                (problem.q.device_view(), k.device_view(), v.device_view(), out.device_view_mut());
+            let (kv, numbers) = ([&k, &v], numbers.device_view());
             let mut refuse = |set: &dyn Fn(&mut RunOptions<'_>), expected| {
                 let mut options = RunOptions::default();
                 set(&mut options);
-                let mut out = out.view_mut();
-                let call = single.run(&mut workspace, &q.view(), kv, &mut out, None, (Mask::None, &options));
+                let mut out = out.reborrow();
+                let call = single.run(&mut workspace, &q, kv, &mut out, None, (Mask::None, &options));
                 refused(call, expected);
             };
             refuse(&|options| options.v_scale = Some(f32::NAN), "v_scale");
@@ -458,11 +460,11 @@ impl On {
             refuse(&|options| options.k_scale = Some(1e-4), "sm_scale");
             for (sinks, expected) in [(true, "sinks"), (false, "alibi_slopes")] {
                 let mut options = RunOptions::default();
-                let given = Some(numbers.view());
+                let given = Some(numbers);
                 (options.sinks, options.alibi_slopes) = if sinks { (given, None) } else { (None, given) };
-                let mut out = out.view_mut();
+                let mut out = out.reborrow();
                 let mask = (Mask::None, &options);
-                refused(single.run(&mut workspace, &q.view(), kv, &mut out, None, mask), expected);
+                refused(single.run(&mut workspace, &q, kv, &mut out, None, mask), expected);
             }
         }
         out.assert_untouched();

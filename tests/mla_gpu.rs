@@ -7,11 +7,11 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, cache::random_table, refused, say};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, cache::random_table, refused, say};
 use flashinfer_rs::{
-    DType, FlashInferError, ModuleName, PageIndices, PageTable, TensorMut,
+    DType, FlashInferError, ModuleName, PageIndices, PageTable, TensorMut, TensorRef,
     attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
-    cudarc::{TensorExt, TensorExtMut},
+    cudarc::TensorExtMut,
     indices::{AppendIndices, AppendTable, RaggedIndices},
     kv::MlaCache,
     page, reference,
@@ -177,14 +177,13 @@ impl<T: Number> Problem<T> {
     #[track_caller]
     fn check_run(&self, gpu: &Gpu, plan: &MlaPlan<'_>) -> (Vec<T>, Vec<f32>) {
         let (mut out, mut lse) = self.outputs(gpu);
-        self.run(gpu, plan, &mut out, Some(&mut lse)).unwrap();
-        self.verify(gpu, plan, &out, &lse);
+        self.run(plan, &mut out, Some(&mut lse)).unwrap();
+        self.verify(plan, &out, &lse);
         (out.download(), lse.download())
     }
 
     fn run(
         &self,
-        gpu: &Gpu,
         plan: &MlaPlan<'_>,
         out: &mut Mirrored<T>,
         lse: Option<&mut Mirrored<f32>>,
@@ -199,7 +198,7 @@ impl<T: Number> Problem<T> {
     }
 
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, plan: &MlaPlan<'_>, out: &Mirrored<T>, lse: &Mirrored<f32>) {
+    fn verify(&self, plan: &MlaPlan<'_>, out: &Mirrored<T>, lse: &Mirrored<f32>) {
         let what = format!("{:?} {:?}", plan.backend(), self.case);
         out.assert_close(&what, &self.want, T::BOUND);
         for (at, (&got, &want)) in lse.download().iter().zip(&self.want_lse).enumerate() {
@@ -406,7 +405,7 @@ fn strided_rows() {
         let storage = [heads, n, 576];
         let mut out = Mirrored::<f16>::poisoned(&gpu, &storage).narrowed(2, 64, 512).permuted(&[1, 0, 2]);
         let (_, mut lse) = problem.outputs(&gpu);
-        problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
+        problem.run(&plan, &mut out, Some(&mut lse)).unwrap();
         let mut want = vec![f64::NAN; storage.iter().product()];
         for (at, row) in problem.want.chunks(512).enumerate() {
             let (query, head) = (at / heads, at % heads);
@@ -432,7 +431,7 @@ fn runs_of_one_plan_agree() {
         let (want, _) = problem.check_run(&gpu, &plan);
         for with_lse in [false, true, false] {
             let (mut out, mut lse) = problem.outputs(&gpu);
-            problem.run(&gpu, &plan, &mut out, with_lse.then_some(&mut lse)).unwrap();
+            problem.run(&plan, &mut out, with_lse.then_some(&mut lse)).unwrap();
             assert_same_bits("another run", &out.download(), &want);
         }
     }
@@ -457,7 +456,7 @@ fn back_to_back_plans() {
             let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
             let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
             let (mut out, mut lse) = problem.outputs(&gpu);
-            problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
+            problem.run(&plan, &mut out, Some(&mut lse)).unwrap();
             done.push((problem, out));
         }
         for (problem, out) in done {
@@ -605,7 +604,7 @@ fn nothing_to_do() {
             let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
             assert!(plan.numbers().is_empty());
             let (mut out, mut lse) = problem.outputs(&gpu);
-            problem.run(&gpu, &plan, &mut out, Some(&mut lse)).unwrap();
+            problem.run(&plan, &mut out, Some(&mut lse)).unwrap();
             gpu.synchronize();
         }
     }

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     gdn::{Case, D, Problem, Results, watched},
     ops::{Batch, Op},
     say,
@@ -224,7 +224,7 @@ fn gdn_beside_nan(gpu: &Gpu, rng: &mut Rng, case: &Case, pad: usize) -> usize {
     }
     let workspace = GdnWorkspace::new(&gpu.stream).unwrap();
     let mut results = Results::poisoned(gpu, case);
-    problem.run(gpu, &workspace, &case.table(gpu), problem.start(), &mut results).unwrap();
+    problem.run(&workspace, &case.table(gpu), problem.start(), &mut results).unwrap();
     let (output, state) = (results.output.download(), results.state.download());
     // The same sequence alone, without what fills its last tile.
     let alone_case = Case { lens: vec![first - pad], ..case.clone() };
@@ -246,7 +246,7 @@ fn gdn_beside_nan(gpu: &Gpu, rng: &mut Rng, case: &Case, pad: usize) -> usize {
         .as_ref()
         .map(|state| Mirrored::new(gpu, &[1, heads, D, D], state.host[..heads * D * D].to_vec()));
     let mut expected = Results::poisoned(gpu, &alone_case);
-    alone.run(gpu, &workspace, &alone_case.table(gpu), alone.start(), &mut expected).unwrap();
+    alone.run(&workspace, &alone_case.table(gpu), alone.start(), &mut expected).unwrap();
     let own = &output[..(first - pad) * heads * D];
     let (want_out, want_state) = (expected.output.download(), expected.state.download());
     // NaN is not near.

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, captured, norm::HIDDEN, refused};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, captured, norm::HIDDEN, refused};
 use flashinfer_rs::{Result, norm, norm::NormOptions, reference};
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
@@ -30,7 +30,8 @@ impl<T: Number, Q: Number> Case<T, Q> {
     }
 
     fn run(&mut self, gpu: &Gpu, options: &NormOptions) -> Result<()> {
-        let (input, weight, scale) = (self.input.device_view(), self.weight.device_view(), self.scale.device_view());
+        let (input, weight, scale) =
+            (self.input.device_view(), self.weight.device_view(), self.scale.device_view());
         let mut out = self.out.device_view_mut();
         let (out, input, weight, scale) = (&mut out.reborrow(), &input, &weight, &scale);
         match &mut self.residual {
@@ -45,7 +46,7 @@ impl<T: Number, Q: Number> Case<T, Q> {
 
     /// Compares what came out with the reference for what was uploaded.
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, options: &NormOptions) {
+    fn verify(&self, options: &NormOptions) {
         let mut want = self.out.wide();
         let out = &mut self.out.view_of(&mut want);
         let (input, weight, scale) = (&self.input.view(), &self.weight.view(), &self.scale.view());
@@ -66,7 +67,7 @@ impl<T: Number, Q: Number> Case<T, Q> {
     #[track_caller]
     fn check(&mut self, gpu: &Gpu, options: &NormOptions) {
         self.run(gpu, options).unwrap();
-        self.verify(gpu, options);
+        self.verify(options);
     }
 }
 
@@ -187,7 +188,7 @@ fn pdl() {
         for _ in 0..10 {
             case.run(&gpu, &options).unwrap();
         }
-        case.verify(&gpu, &options);
+        case.verify(&options);
         case.out.download()
     };
     let default = bits(None);
@@ -207,12 +208,12 @@ fn graph_replay() {
         let mut case = random(rng, 1.0);
         gpu.synchronize();
         let graph = {
-            let (input, weight, scale) = (case.input.device_view(), case.weight.device_view(), case.scale.device_view());
+            let (input, weight, scale) =
+                (case.input.device_view(), case.weight.device_view(), case.scale.device_view());
             let mut out = case.out.device_view_mut();
             let mut residual = case.residual.as_mut().map(|residual| residual.device_view_mut());
             captured(&gpu, || {
-                let (out, input, weight, scale) =
-                    (&mut out.reborrow(), &input, &weight, &scale);
+                let (out, input, weight, scale) = (&mut out.reborrow(), &input, &weight, &scale);
                 match &mut residual {
                     None => norm::rmsnorm_quant(&gpu.stream, out, input, weight, scale, &options),
                     Some(residual) => {
@@ -242,7 +243,7 @@ fn graph_replay() {
                 residual.host = next.host;
             }
             graph.launch().unwrap();
-            case.verify(&gpu, &options);
+            case.verify(&options);
         }
     }
 }

@@ -6,7 +6,7 @@ mod common;
 
 use std::process::Command;
 
-use common::{Gpu, Number, Rng, Mirrored, attention::capture, say};
+use common::{Gpu, Mirrored, Number, Rng, attention::capture, say};
 use cudarc::{driver::LaunchConfig, nvrtc::Ptx};
 use flashinfer_rs::{
     FlashInferError, Module, ModuleName, Result, TensorMut, TensorRef, args,
@@ -41,7 +41,7 @@ impl<T: Number> Rows<T> {
         Self { input, out: Mirrored::poisoned(gpu, &[rows, dim]), expected }
     }
 
-    fn check(&self, gpu: &Gpu) {
+    fn check(&self) {
         self.out.assert_close("silu_and_mul", &self.expected, T::BOUND);
     }
 }
@@ -63,9 +63,9 @@ fn silu_and_mul<T: Number>(gpu: &Gpu, rng: &mut Rng) {
     for (rows, dim, enable_pdl) in [(1, 64, false), (7, 128, true), (33, 4096, false), (3, 11008, true)] {
         let mut rows = Rows::<T>::new(gpu, rng, rows, dim);
         let (input, mut out) = (rows.input.device_view(), rows.out.device_view_mut());
-        launch(gpu, module, &input.view(), &mut out.view_mut(), enable_pdl).unwrap();
+        launch(gpu, module, &input, &mut out.reborrow(), enable_pdl).unwrap();
         drop((input, out));
-        rows.check(gpu);
+        rows.check();
     }
 }
 
@@ -89,15 +89,14 @@ fn a_kernel_by_name_is_captured() {
     let mut rows = Rows::<f16>::new(&gpu, rng, 9, 512);
     let graph = {
         let (input, mut out) = (rows.input.device_view(), rows.out.device_view_mut());
-        let (graph, launched) =
-            capture(&gpu, || launch(&gpu, module, &input.view(), &mut out.view_mut(), false));
+        let (graph, launched) = capture(&gpu, || launch(&gpu, module, &input, &mut out.reborrow(), false));
         launched.unwrap();
         graph.expect("a graph")
     };
     rows.out.assert_untouched(); // captured is not run
     graph.launch().unwrap();
     gpu.synchronize();
-    rows.check(&gpu);
+    rows.check();
 }
 
 /// Strings reach a kernel's host code, and its refusals come back.

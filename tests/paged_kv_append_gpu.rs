@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     cache::{Cache, CacheShape, LAYOUTS, random_table, table_among},
     refused,
 };
@@ -234,15 +234,7 @@ fn growing_batch() {
             append.update(append_at(&host)).unwrap();
             table.update(host).unwrap();
             let new = new.device_view();
-            page::append_paged_kv_cache(
-                &gpu.stream,
-                &new.view(),
-                &new.view(),
-                &append,
-                &mut cache.kv_mut(),
-                &table,
-            )
-            .unwrap();
+            page::append_paged_kv_cache(&gpu.stream, &new, &new, &append, &mut cache, &table).unwrap();
         }
     }
     for (step, new) in rows.iter().enumerate() {
@@ -337,7 +329,7 @@ fn latent_caches() {
                 &ckv.device_view(),
                 &kpe.device_view(),
                 &device_append,
-                [&mut a.view_mut(), &mut b.view_mut()],
+                [&mut a.reborrow(), &mut b.reborrow()],
                 &device_table,
             )
             .unwrap();
@@ -353,7 +345,7 @@ fn latent_caches() {
             reference::append_paged_mla_kv_cache(&ckv.view(), &kpe.view(), &append, [&mut a, &mut b], &table)
                 .unwrap();
             let mut shown = whole.device_view_mut();
-            let [mut a, mut b] = latent_parts(shown.view_mut());
+            let [mut a, mut b] = latent_parts(shown.reborrow());
             page::append_paged_mla_kv_cache(
                 &gpu.stream,
                 &ckv.device_view(),
@@ -388,10 +380,10 @@ fn wrong_input() {
     let mut cache = Cache::<f16>::poisoned(&gpu, SMALL);
     {
         let new_guard = new.device_view();
-        let good = new_guard.view();
+        let good = new_guard;
         let mut shown = cache.device_view_mut();
         let mut run = |key: TensorRef<'_>, value: TensorRef<'_>| {
-            page::append_paged_kv_cache(&gpu.stream, &key, &value, &append, &mut shown.kv_mut(), &table)
+            page::append_paged_kv_cache(&gpu.stream, &key, &value, &append, &mut shown, &table)
         };
         let brains = Mirrored::<bf16>::random(&gpu, rng, &[5, 2, 64]);
         let bytes = Mirrored::<F8E4M3>::random(&gpu, rng, &[5, 2, 64]);
@@ -416,34 +408,20 @@ fn wrong_input() {
         let elsewhere = AppendTable::new(&other.stream, host_append.clone()).unwrap();
         let mut shown = cache.device_view_mut();
         let new = new.device_view();
-        let call = page::append_paged_kv_cache(
-            &gpu.stream,
-            &new.view(),
-            &new.view(),
-            &elsewhere,
-            &mut shown.kv_mut(),
-            &table,
-        );
+        let call = page::append_paged_kv_cache(&gpu.stream, &new, &new, &elsewhere, &mut shown, &table);
         refused(call, "append");
         let elsewhere = PageTable::new(&other.stream, host_table.clone()).unwrap();
-        let call = page::append_paged_kv_cache(
-            &gpu.stream,
-            &new.view(),
-            &new.view(),
-            &append,
-            &mut shown.kv_mut(),
-            &elsewhere,
-        );
+        let call = page::append_paged_kv_cache(&gpu.stream, &new, &new, &append, &mut shown, &elsewhere);
         refused(call, "table");
     }
     {
         let new = new.device_view();
         let call = page::append_paged_kv_cache(
             &gpu.stream,
-            &new.view(),
-            &new.view(),
+            &new,
+            &new,
             &append,
-            &mut cache.on_mut(&other).kv_mut(),
+            &mut cache.copied_to(&other).device_view_mut(),
             &table,
         );
         refused(call, "kv.k");
@@ -455,8 +433,8 @@ fn wrong_input() {
         let new = new.device_view();
         let call = page::append_paged_kv_cache(
             &gpu.stream,
-            &new.view(),
-            &new.view(),
+            &new,
+            &new,
             &append,
             &mut cache.device_view_mut(),
             &table,

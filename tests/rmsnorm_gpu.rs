@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, leave_cuda_error, norm as cases, refused};
+use common::{Gpu, Mirrored, Number, Rng, leave_cuda_error, norm as cases, refused};
 use flashinfer_rs::{norm, norm::NormOptions, reference};
 use half::{bf16, f16};
 

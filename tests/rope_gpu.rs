@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, cache::random_table, refused};
+use common::{
+    Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, cache::random_table, refused,
+};
 use flashinfer_rs::{
     Result, TensorMut, TensorRef,
     cudarc::TensorExt,
@@ -51,12 +53,11 @@ fn check<T: Number>(
     k_rope.assert_close(&format!("{what}: k_rope"), &want_k, bound);
     q.assert_untouched();
     k.assert_untouched();
-    check_in_place(gpu, what, [&mut q, &mut k], bound, op, reference);
+    check_in_place(what, [&mut q, &mut k], bound, op, reference);
 }
 
 #[track_caller]
 fn check_in_place<T: Number>(
-    gpu: &Gpu,
     what: &str,
     [q, k]: [&mut Mirrored<T>; 2],
     bound: f64,
@@ -219,7 +220,7 @@ fn sequences() {
                 let want: Apply<'_> = &|tensors| reference::apply_rope(tensors, &indptr, &offsets, &options);
                 check::<T>(gpu, &what, random(gpu, rng, tokens, heads, head_dim), T::BOUND, op, want);
                 let [mut q, mut k] = random::<T>(gpu, rng, tokens + 3, heads, head_dim);
-                check_in_place(gpu, &what, [&mut q, &mut k], T::BOUND, op, want);
+                check_in_place(&what, [&mut q, &mut k], T::BOUND, op, want);
                 check::<T>(
                     gpu,
                     &format!("llama 3.1: {what}"),
@@ -539,12 +540,8 @@ fn graph_replay() {
         let [q_computed, k_computed] = &mut computed;
         let (mut q_computed, mut k_computed) = (q_computed.device_view_mut(), k_computed.device_view_mut());
         let rotation = cache.on_device((&table).into(), false);
-        let mut looked_up = RopeTensors::OutOfPlace {
-            q: q,
-            k: k,
-            q_rope: q_rope.reborrow(),
-            k_rope: k_rope.reborrow(),
-        };
+        let mut looked_up =
+            RopeTensors::OutOfPlace { q: q, k: k, q_rope: q_rope.reborrow(), k_rope: k_rope.reborrow() };
         let mut by_angle = RopeTensors::OutOfPlace {
             q: q,
             k: k,

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::capture,
     cache::{Cache, CacheShape, LAYOUTS, random_table},
     refused,
@@ -89,10 +89,7 @@ fn run<T: Number, Q: Number>(
     let rotary_dim = angles.device.rotary_dim();
     rope::rope_quantize(
         &gpu.stream,
-        &mut [
-            parts_mut(q_out.device_view_mut(), rotary_dim),
-            parts_mut(k_out.device_view_mut(), rotary_dim),
-        ],
+        &mut [parts_mut(q_out.device_view_mut(), rotary_dim), parts_mut(k_out.device_view_mut(), rotary_dim)],
         &[parts(q.device_view(), rotary_dim), parts(k.device_view(), rotary_dim)],
         &angles.on_device(pos_ids),
         options,
@@ -210,7 +207,8 @@ fn strided() {
         let pos_ids = positions(rng, 13);
         let q = Mirrored::<bf16>::random(&gpu, rng, &[13, 9, 96]).narrowed(2, 0, 83).narrowed(1, 2, 4);
         let k = Mirrored::<bf16>::random(&gpu, rng, &[3, 13, 96]).narrowed(2, 8, 83).permuted(&[1, 0, 2]);
-        let mut q_out = Mirrored::<F8E4M3>::poisoned(&gpu, &[13, 5, 112]).narrowed(2, 16, 83).narrowed(1, 0, 4);
+        let mut q_out =
+            Mirrored::<F8E4M3>::poisoned(&gpu, &[13, 5, 112]).narrowed(2, 16, 83).narrowed(1, 0, 4);
         let mut k_out = Mirrored::poisoned(&gpu, &[13, 3, 96]).narrowed(2, 0, 83);
         let options = RopeQuantizeOptions::with_scales(2.0, 3.0);
         check(&gpu, "strided", [&q, &k], [&mut q_out, &mut k_out], (&angles, &pos_ids), &options);
@@ -342,7 +340,8 @@ fn append<T: Number, Q: Number>() {
                 };
                 let q = Mirrored::<T>::random(&gpu, rng, &[tokens.len(), q_heads, head_dim]);
                 let k = Mirrored::random(&gpu, rng, &[tokens.len(), heads, head_dim]);
-                let v = Mirrored::random(&gpu, rng, &[tokens.len(), heads + 1, head_dim]).narrowed(1, 1, heads);
+                let v =
+                    Mirrored::random(&gpu, rng, &[tokens.len(), heads + 1, head_dim]).narrowed(1, 1, heads);
                 let mut options = RopeQuantizeOptions::with_scales(3.0, 40.0);
                 options.enable_pdl =
                     layout == KvLayout::Hnd && gpu.runtime.compute_capability(0).unwrap().0 >= 9;
@@ -438,13 +437,13 @@ fn graph_replay() {
     let mut q_out = Mirrored::<F8E4M3>::poisoned(&gpu, &[3, 4, 128]);
     let graph = {
         let (q, k) = (q.device_view(), k.device_view());
-        let (mut cache, mut q_out) = (cache.device_view_mut(), q_out.device_view_mut());
+        let mut q_out = q_out.device_view_mut();
         let rotation = angles.on_device(&device_append);
         let mut run = || {
             rope::rope_quantize_append_paged_kv_cache(
                 &gpu.stream,
                 &mut parts_mut(q_out.reborrow(), 128),
-                &mut RopeAppend::Kv { cache: cache.reborrow(), value: k },
+                &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: k },
                 &[parts(q, 128), parts(k, 128)],
                 &rotation,
                 &device_append,

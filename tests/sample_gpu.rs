@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Gpu, Rng, Mirrored, assert_same_bits, captured, refused};
+use common::{Gpu, Mirrored, Rng, assert_same_bits, captured, refused};
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     TensorMut, TensorRef,
@@ -516,7 +516,8 @@ fn graph_replay() {
         let (floats, top_ks) = parameters.shown(&gpu);
         let [uniforms, temperatures, top_ps, min_ps] = floats.each_ref().map(SliceRef::view);
         let options = rows.options([uniforms, temperatures, top_ks.view(), top_ps, min_ps]);
-        let (mut logits, mut tokens) = (logits.device_view_mut(), tokens.tensor_mut(&gpu.cuda, &[count]).unwrap());
+        let (mut logits, mut tokens) =
+            (logits.device_view_mut(), tokens.tensor_mut(&gpu.cuda, &[count]).unwrap());
         let (mut logits, mut tokens) = (logits.reborrow(), tokens.view_mut());
         let mut step = || {
             edit_logits(&gpu.stream, &mut logits, &table)?;

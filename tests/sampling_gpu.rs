@@ -5,7 +5,7 @@ mod common;
 #[path = "common/sampling.rs"]
 mod rows;
 
-use common::{Gpu, Rng, Mirrored, attention::capture, refused};
+use common::{Gpu, Mirrored, Rng, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{
     Element, Result, TensorRef,
@@ -109,8 +109,8 @@ fn draw<T: Token>(
 ) -> Vec<Option<usize>> {
     let mut outputs = Outputs::<T>::new(gpu, rows);
     let probs = probs.device_view();
-    outputs.with(gpu, |samples| sample(gpu, samples, &probs.view(), filter, options)).unwrap();
-    outputs.download()
+    outputs.with(gpu, |samples| sample(gpu, samples, &probs, filter, options)).unwrap();
+    outputs.download(&gpu)
 }
 
 fn table(gpu: &Gpu, bound: usize, values: Vec<i32>) -> BoundedTable {
@@ -189,7 +189,7 @@ fn distributions_of_logits() {
         {
             let logits = logits.device_view();
             let call = outputs.with(&gpu, |samples| {
-                sampling_from_logits(&gpu.stream, &mut samples.output, &logits.view(), &options)
+                sampling_from_logits(&gpu.stream, &mut samples.output, &logits, &options)
             });
             call.unwrap();
         }
@@ -222,12 +222,12 @@ fn filters_of_logits() {
                 let (logits, mut probs) = (logits.device_view(), probs.device_view_mut());
                 let options = options(random.take(Draws::Filtered { rows: DRAWS }), Some(&all));
                 let call = outputs.with(&gpu, |samples| {
-                    let probs = &mut probs.view_mut();
+                    let probs = &mut probs.reborrow();
                     top_k_top_p_sampling_from_logits(
                         &mut workspace,
                         samples,
                         probs,
-                        &logits.view(),
+                        &logits,
                         &filter,
                         &options,
                     )
@@ -245,7 +245,7 @@ fn filters_of_logits() {
                     distribution(&first, &Filter::TopP(filter.top_p))
                 }
             };
-            let tokens = certain(outputs.download());
+            let tokens = certain(outputs.download(&gpu));
             assert_drawn_from(&format!("logits of {vocab}, {order:?}"), &tokens, &want);
         }
     }
@@ -516,7 +516,7 @@ fn senseless_rows_and_parameters() {
         {
             let logits = probs.device_view();
             let call = outputs.with(&gpu, |samples| {
-                sampling_from_logits(&gpu.stream, &mut samples.output, &logits.view(), &options)
+                sampling_from_logits(&gpu.stream, &mut samples.output, &logits, &options)
             });
             call.unwrap();
         }
@@ -547,8 +547,7 @@ fn graph_replay() {
         let eager = |random| {
             let mut outputs = Outputs::<i32>::new(&gpu, batch);
             let rows = probs.device_view();
-            outputs.with(&gpu, |samples| call(samples, &rows.view(), &options(random, None))).unwrap();
-            drop(rows);
+            outputs.with(&gpu, |samples| call(samples, &rows, &options(random, None))).unwrap();
             outputs.tokens(&gpu)
         };
         eager(Philox::default()); // loads the kernel
@@ -557,7 +556,7 @@ fn graph_replay() {
         let mut outputs = Outputs::<i32>::new(&gpu, batch);
         let (graph, result) = {
             let (pair, probs) = (pair.tensor(&gpu.cuda, &[2]).unwrap(), probs.device_view());
-            let (pair, probs) = (pair.view(), probs.view());
+            let (pair, probs) = (pair.view(), probs);
             outputs.with(&gpu, |samples| {
                 let options = SamplingOptions::with_random(Random::Device(pair));
                 capture(&gpu, || call(samples, &probs, &options))
@@ -633,7 +632,7 @@ impl ChainCase {
         let mut emitted = emitted.tensor_mut(&gpu.cuda, &[batch]).unwrap();
         work(
             &mut ChainSamples::new(tokens.view_mut(), accepted.view_mut(), emitted.view_mut()),
-            &ChainInput::new(draft.view(), &self.ids, target.view()),
+            &ChainInput::new(draft, &self.ids, target),
         )
     }
 
@@ -861,7 +860,7 @@ fn first_calls_are_not_captured() {
     let mut tokens = gpu.cuda.clone_htod(&[-7]).unwrap();
     {
         let (logits, mut tokens) = (logits.device_view(), tokens.tensor_mut(&gpu.cuda, &[1]).unwrap());
-        let (logits, mut tokens) = (logits.view(), tokens.view_mut());
+        let (logits, mut tokens) = (logits, tokens.view_mut());
         let (_, call) = capture(&gpu, || argmax(&gpu.stream, &mut tokens, &logits));
         refused(call, "logits");
         argmax(&gpu.stream, &mut tokens, &logits).unwrap();
@@ -883,8 +882,8 @@ fn no_rows() {
     let probs = probs.device_view();
     for filter in [Filter::None, Filter::TopK(1.into()), Filter::TopP(0.5.into()), Filter::MinP(0.5.into())] {
         for (probs, options) in [
-            (probs.view().narrow(0, 0, 0).unwrap(), options(Philox::default(), None)),
-            (probs.view(), options(Philox::default(), Some(&none))),
+            (probs.narrow(0, 0, 0).unwrap(), options(Philox::default(), None)),
+            (probs, options(Philox::default(), Some(&none))),
         ] {
             outputs.with(&gpu, |samples| sample(&gpu, samples, &probs, &filter, &options)).unwrap();
         }
@@ -902,16 +901,16 @@ fn wrong_input() {
     let mut outputs = Outputs::<i32>::new(&gpu, 4);
     let good = options(Philox::default(), None);
     {
-        let elsewhere = probs.on(&other);
-        let call =
-            outputs.with(&gpu, |samples| sample(&gpu, samples, &elsewhere.view(), &Filter::None, &good));
+        let elsewhere = probs.copied_to(&other);
+        let call = outputs
+            .with(&gpu, |samples| sample(&gpu, samples, &elsewhere.device_view(), &Filter::None, &good));
         refused(call, "probs");
         let probs = probs.device_view();
-        let call = outputs.with(&other, |samples| sample(&gpu, samples, &probs.view(), &Filter::None, &good));
+        let call = outputs.with(&other, |samples| sample(&gpu, samples, &probs, &Filter::None, &good));
         refused(call, "output");
         let mut run = |table: &BoundedTable| {
             let options = options(Philox::default(), Some(table));
-            outputs.with(&gpu, |samples| sample(&gpu, samples, &probs.view(), &Filter::None, &options))
+            outputs.with(&gpu, |samples| sample(&gpu, samples, &probs, &Filter::None, &options))
         };
         refused(run(&table(&gpu, 5, vec![0; 4])), "indices");
         refused(run(&table(&gpu, 4, vec![0; 3])), "indices");
@@ -920,7 +919,7 @@ fn wrong_input() {
         let pair = pair.tensor(&other.cuda, &[2]).unwrap();
         let call = outputs.with(&gpu, |samples| {
             let options = SamplingOptions::with_random(Random::Device(pair.view()));
-            sample(&gpu, samples, &probs.view(), &Filter::None, &options)
+            sample(&gpu, samples, &probs, &Filter::None, &options)
         });
         refused(call, "random");
     }
@@ -930,7 +929,7 @@ fn wrong_input() {
         sampling::sampling_from_probs(&gpu.stream, samples, &probs.device_view(), &good)
     });
     call.unwrap();
-    assert!(outputs.download().iter().all(Option::is_some));
+    assert!(outputs.download(&gpu).iter().all(Option::is_some));
 }
 
 /// The statistic itself, with draws of the reference.

@@ -5,7 +5,7 @@ mod common;
 #[path = "common/sampling.rs"]
 mod rows;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, leave_cuda_error, refused};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, TensorMut, TensorRef,
     cudarc::TensorExt,
@@ -120,10 +120,10 @@ fn softmax_options() {
                 let logits = logits.device_view();
                 let [first, second] = &mut buffers;
                 let (mut first, mut second) = (first.device_view_mut(), second.device_view_mut());
-                softmax(&mut workspace, &mut first.view_mut(), &logits.view(), &options).unwrap();
+                softmax(&mut workspace, &mut first.reborrow(), &logits, &options).unwrap();
                 for _ in 0..4 {
-                    softmax(&mut workspace, &mut second.view_mut(), &first.view(), &options).unwrap();
-                    softmax(&mut workspace, &mut first.view_mut(), &second.view(), &options).unwrap();
+                    softmax(&mut workspace, &mut second.reborrow(), &first.as_ref(), &options).unwrap();
+                    softmax(&mut workspace, &mut first.reborrow(), &second.as_ref(), &options).unwrap();
                 }
             }
             buffers[0].download()
@@ -444,7 +444,7 @@ fn rows_that_fill_shared_memory() {
         let mut out = Mirrored::<f32>::poisoned(&gpu, &[1, vocab]);
         let call = {
             let (mut out, probs) = (out.device_view_mut(), probs.device_view());
-            top_k_renorm_probs(&mut workspace, &mut out.view_mut(), &probs.view(), 20.into())
+            top_k_renorm_probs(&mut workspace, &mut out.reborrow(), &probs, 20.into())
         };
         if call.is_ok() {
             let filter = Filter::TopK(20.into());
@@ -494,8 +494,7 @@ fn threads_with_different_vocabularies() {
                 {
                     let (logits, mut out) = (logits.device_view(), out.device_view_mut());
                     for _ in 0..300 {
-                        top_k_mask_logits(&mut workspace, &mut out.view_mut(), &logits.view(), 9.into())
-                            .unwrap();
+                        top_k_mask_logits(&mut workspace, &mut out.reborrow(), &logits, 9.into()).unwrap();
                     }
                 }
                 assert_same_bits("masked", &out.download(), &want);
@@ -525,8 +524,8 @@ fn graph_replay() {
         {
             let logits = logits.device_view();
             let mut guards = outs.each_mut().map(|out| out.device_view_mut());
-            let mut views = guards.each_mut().map(|guard| guard.view_mut());
-            step(workspace, &logits.view(), &mut views).unwrap();
+            let mut views = guards.each_mut().map(|guard| guard.reborrow());
+            step(workspace, &logits, &mut views).unwrap();
         }
         outs.map(|out| out.download())
     };
@@ -534,8 +533,8 @@ fn graph_replay() {
     let (graph, call) = {
         let logits = logits.device_view();
         let mut guards = tensors.each_mut().map(|out| out.device_view_mut());
-        let mut views = guards.each_mut().map(|guard| guard.view_mut());
-        capture(&gpu, || step(&mut workspace, &logits.view(), &mut views))
+        let mut views = guards.each_mut().map(|guard| guard.reborrow());
+        capture(&gpu, || step(&mut workspace, &logits, &mut views))
     };
     call.unwrap();
     let graph = graph.expect("a graph");
@@ -566,7 +565,7 @@ fn no_rows() {
     let mut out = Mirrored::<f32>::poisoned(&gpu, &[2, 64]).narrowed(0, 0, 0);
     {
         let (input, mut out) = (input.device_view(), out.device_view_mut());
-        let (input, mut out) = (input.view(), out.view_mut());
+        let (input, mut out) = (input, out.reborrow());
         softmax(&mut workspace, &mut out, &input, &SoftmaxOptions::default()).unwrap();
         top_p_renorm_probs(&gpu.stream, &mut out, &input, 0.5.into()).unwrap();
         top_k_renorm_probs(&mut workspace, &mut out, &input, 5.into()).unwrap();
@@ -591,7 +590,7 @@ fn wrong_input() {
     let names = ["logits", "probs", "probs", "logits"];
     {
         let (good, mut target) = (input.device_view(), out.device_view_mut());
-        let good = good.view();
+        let good = good;
         let ops = |space: &mut SamplingWorkspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
             [
                 softmax(space, out, input, &SoftmaxOptions::default()),
@@ -601,7 +600,7 @@ fn wrong_input() {
             ]
         };
         let mut refuse_input = |input: TensorRef<'_>| {
-            for (call, name) in ops(&mut space, &mut target.view_mut(), &input).into_iter().zip(names) {
+            for (call, name) in ops(&mut space, &mut target.reborrow(), &input).into_iter().zip(names) {
                 refused(call, name);
             }
         };
@@ -632,24 +631,24 @@ fn wrong_input() {
         }
         // Top-k takes 16-bit numbers, the others do not.
         let halves = fake(1 << 20, device, DType::F16, &[4, 4096]);
-        let [soft, top_p, ..] = ops(&mut space, &mut target.view_mut(), &halves);
+        let [soft, top_p, ..] = ops(&mut space, &mut target.reborrow(), &halves);
         refused(soft, "logits");
         refused(top_p, "probs");
 
         // A workspace that is too small, in either direction.
         for (batch, vocab) in [(3, 4096), (4, 4095)] {
             let mut small = workspace(&gpu, batch, vocab);
-            let target = &mut target.view_mut();
+            let target = &mut target.reborrow();
             refused(softmax(&mut small, target, &good, &SoftmaxOptions::default()), "workspace");
         }
         let mut elsewhere = workspace(&other, 4, 4096);
-        ops(&mut elsewhere, &mut target.view_mut(), &good)
+        ops(&mut elsewhere, &mut target.reborrow(), &good)
             .into_iter()
             .zip(names)
             .for_each(|(call, name)| refused(call, name));
 
         // Parameters.
-        let mut target = target.view_mut();
+        let mut target = target.reborrow();
         for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-60] {
             let options = SoftmaxOptions::with_temperature(temperature);
             refused(softmax(&mut space, &mut target, &good, &options), "temperature");

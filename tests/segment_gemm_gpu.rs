@@ -5,7 +5,7 @@ mod common;
 
 use std::thread;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, leave_cuda_error, refused};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     FlashInferError, Result,
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
@@ -84,19 +84,15 @@ impl<X: Number, Y: Number> Problem<X, Y> {
         }
     }
 
-    fn run_with(&mut self, gpu: &Gpu, gemm: &mut SegmentGemm, table: &SegmentTable) -> Result<()> {
+    fn run_with(&mut self, gemm: &mut SegmentGemm, table: &SegmentTable) -> Result<()> {
         let (x, weights) = (self.x.device_view(), self.weights.device_view());
-        let input = SegmentGemmInput {
-            x: x.view(),
-            weights: weights.view(),
-            weight_column_major: self.case.column_major,
-        };
+        let input = SegmentGemmInput { x, weights, weight_column_major: self.case.column_major };
         gemm.run(&mut self.out.device_view_mut(), &input, table)
     }
 
     fn run(&mut self, gpu: &Gpu, gemm: &mut SegmentGemm) -> Result<()> {
         let table = SegmentTable::new(&gpu.stream, self.case.indices()).unwrap();
-        self.run_with(gpu, gemm, &table)
+        self.run_with(gemm, &table)
     }
 
     fn expected(&self) -> Vec<f64> {
@@ -112,7 +108,7 @@ impl<X: Number, Y: Number> Problem<X, Y> {
 
     /// The output that is on the device is the reference's.
     #[track_caller]
-    fn verify(&self, gpu: &Gpu, what: &str, out: &Mirrored<Y>) {
+    fn verify(&self, what: &str, out: &Mirrored<Y>) {
         let bound = if size_of::<X>() == 1 { BYTES_BOUND } else { Y::BOUND };
         out.assert_close(&format!("{what}: {} {:?}", X::DTYPE, self.case), &self.expected(), bound);
     }
@@ -120,7 +116,7 @@ impl<X: Number, Y: Number> Problem<X, Y> {
     #[track_caller]
     fn check(&mut self, gpu: &Gpu, gemm: &mut SegmentGemm) {
         self.run(gpu, gemm).unwrap();
-        self.verify(gpu, &format!("{:?}", gemm.backend()), &self.out);
+        self.verify(&format!("{:?}", gemm.backend()), &self.out);
     }
 }
 
@@ -245,9 +241,9 @@ fn runs_in_a_row() {
         first.run(&gpu, &mut gemm).unwrap();
         second.run(&gpu, &mut gemm).unwrap();
         third.run(&gpu, &mut gemm).unwrap();
-        first.verify(&gpu, "first", &first.out);
-        second.verify(&gpu, "second", &second.out);
-        third.verify(&gpu, "third", &third.out);
+        first.verify("first", &first.out);
+        second.verify("second", &second.out);
+        third.verify("third", &third.out);
         // The same again, over what the output holds now.
         let before = first.out.download();
         first.run(&gpu, &mut gemm).unwrap();
@@ -272,8 +268,8 @@ fn graph_replay() {
         let (graph, captured) = {
             let (x, weights) = (resident.x.device_view(), resident.weights.device_view());
             let mut out = resident.out.device_view_mut();
-            let mut out = out.view_mut();
-            let input = SegmentGemmInput::column_major(x.view(), weights.view());
+            let mut out = out.reborrow();
+            let input = SegmentGemmInput::column_major(x, weights);
             capture(&gpu, || {
                 let run = gemm.run(&mut out, &input, &table);
                 (run, SegmentGemm::new(&gpu.stream, 4, backend).map(drop))
@@ -301,7 +297,7 @@ fn graph_replay() {
             resident.weights.upload(&step.weights.host);
             resident.out.upload(&poison);
             graph.launch().unwrap();
-            step.verify(&gpu, "replay", &resident.out);
+            step.verify("replay", &resident.out);
         }
     }
 }
@@ -372,15 +368,16 @@ fn wrong_input() {
             let segments = SegmentIndices::from_lens(lens.iter().copied()).unwrap();
             SegmentTable::new(&gpu.stream, segments).unwrap()
         };
-        refused(problem.run_with(&gpu, &mut gemm, &table(&other, &[3, 4])), "segments");
-        refused(problem.run_with(&other, &mut gemm, &table(&gpu, &[3, 4])), "x");
-        refused(problem.run_with(&gpu, &mut gemm, &table(&gpu, &[3, 5])), "segments");
-        refused(problem.run_with(&gpu, &mut gemm, &table(&gpu, &[3, 3])), "segments");
+        refused(problem.run_with(&mut gemm, &table(&other, &[3, 4])), "segments");
+        let mut elsewhere = Problem::<f16, f16>::random(&other, rng, &case);
+        refused(elsewhere.run_with(&mut gemm, &table(&gpu, &[3, 4])), "x");
+        refused(problem.run_with(&mut gemm, &table(&gpu, &[3, 5])), "segments");
+        refused(problem.run_with(&mut gemm, &table(&gpu, &[3, 3])), "segments");
         let mut lens = vec![0; MAX_SEGMENTS + 1];
         lens[0] = 7;
-        refused(problem.run_with(&gpu, &mut gemm, &table(&gpu, &lens)), "segments");
+        refused(problem.run_with(&mut gemm, &table(&gpu, &lens)), "segments");
         // Three weights are there.
-        refused(problem.run_with(&gpu, &mut gemm, &table(&gpu, &[3, 2, 1, 1])), "segments");
+        refused(problem.run_with(&mut gemm, &table(&gpu, &[3, 2, 1, 1])), "segments");
         // Every second row of a matrix whose rows are no whole vectors apart.
         let x = problem.x;
         problem.x = Mirrored::random(&gpu, rng, &[7, 68]).narrowed(1, 0, 64);
@@ -394,8 +391,8 @@ fn wrong_input() {
         let large = SegmentTable::with_capacity(&gpu.stream, case.indices(), 1);
         refused(large, "capacity");
         // The refused update changed nothing.
-        problem.run_with(&gpu, &mut gemm, &table).unwrap();
-        problem.verify(&gpu, "after a refused update", &problem.out);
+        problem.run_with(&mut gemm, &table).unwrap();
+        problem.verify("after a refused update", &problem.out);
     }
     refused(SegmentGemm::new(&gpu.stream, usize::MAX, GemmBackend::Auto), "max_segments");
 }

@@ -5,7 +5,7 @@ mod common;
 
 use std::cmp::Ordering;
 
-use common::{Gpu, Number, Rng, Mirrored, assert_same_bits, attention::capture, refused, say};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
     ModuleName, Result, TensorMut, TensorRef,

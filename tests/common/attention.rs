@@ -11,7 +11,7 @@ use flashinfer_rs::{
 };
 use half::{bf16, f16};
 
-use super::{Gpu, Rng, Mirrored, assert_same_bits, refused};
+use super::{Gpu, Mirrored, Rng, assert_same_bits, refused};
 
 /// The largest absolute error of a base-2 LSE. Products are summed in f32 for
 /// every dtype, so it does not depend on it.

@@ -16,7 +16,7 @@ use flashinfer_rs::{
     reference,
 };
 
-use super::{Gpu, Number, Rng, Mirrored, say};
+use super::{Gpu, Mirrored, Number, Rng, say};
 
 /// The head dimension of the kernel.
 pub const D: usize = 128;
@@ -175,7 +175,6 @@ impl<T: Number> Problem<T> {
     /// Enqueues the run.
     pub fn run(
         &self,
-        gpu: &Gpu,
         workspace: &GdnWorkspace,
         table: &SequenceTable,
         start: Start<'_>,
@@ -240,7 +239,7 @@ impl<T: Number> Problem<T> {
 
     /// Waits, and compares output and final states with the reference's.
     #[track_caller]
-    pub fn verify(&self, gpu: &Gpu, what: &str, results: &Results<T>, expected: &Expected) {
+    pub fn verify(&self, what: &str, results: &Results<T>, expected: &Expected) {
         self.verify_output(what, results, expected);
         self.verify_state(what, results, expected);
     }
@@ -264,8 +263,7 @@ impl<T: Number> Problem<T> {
             let first = (sequence * heads + head) * D;
             (first..first + D).collect()
         };
-        let off =
-            compare(what, &results.state.download(), &expected.state, self.groups(rows), bounds::<T>());
+        let off = compare(what, &results.state.download(), &expected.state, self.groups(rows), bounds::<T>());
         eprintln!("{what}: {} {:?}: states off by {off:.1e}", T::DTYPE, self.case.heads);
     }
 
@@ -279,8 +277,8 @@ impl<T: Number> Problem<T> {
     #[track_caller]
     pub fn check(&self, gpu: &Gpu, workspace: &GdnWorkspace, what: &str) -> Results<T> {
         let mut results = Results::poisoned(gpu, &self.case);
-        self.run(gpu, workspace, &self.case.table(gpu), self.start(), &mut results).unwrap();
-        self.verify(gpu, what, &results, &self.expected());
+        self.run(workspace, &self.case.table(gpu), self.start(), &mut results).unwrap();
+        self.verify(what, &results, &self.expected());
         results
     }
 }

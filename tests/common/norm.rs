@@ -3,7 +3,7 @@
 use flashinfer_rs::{Result, Stream, TensorMut, TensorRef, norm::NormOptions};
 use half::{bf16, f16};
 
-use super::{Gpu, Number, Rng, Mirrored, assert_same_bits, captured, refused};
+use super::{Gpu, Mirrored, Number, Rng, assert_same_bits, captured, refused};
 
 /// An operation with an output of its own, and its reference.
 #[derive(Clone, Copy)]
@@ -150,10 +150,8 @@ pub fn pdl(norm: Norm) {
             let (mut first, mut second) = (first.device_view_mut(), second.device_view_mut());
             let weight = weight.device_view();
             for _ in 0..4 {
-                (norm.op)(&gpu.stream, &mut second.reborrow(), &first.as_ref(), &weight, &options)
-                    .unwrap();
-                (norm.op)(&gpu.stream, &mut first.reborrow(), &second.as_ref(), &weight, &options)
-                    .unwrap();
+                (norm.op)(&gpu.stream, &mut second.reborrow(), &first.as_ref(), &weight, &options).unwrap();
+                (norm.op)(&gpu.stream, &mut first.reborrow(), &second.as_ref(), &weight, &options).unwrap();
             }
         }
         buffers[0].download()
@@ -366,9 +364,7 @@ pub fn graph_replay(norm: Norm) {
     gpu.synchronize();
     let graph = {
         let (input, weight, mut out) = (input.device_view(), weight.device_view(), out.device_view_mut());
-        captured(&gpu, || {
-            (norm.op)(&gpu.stream, &mut out.reborrow(), &input, &weight, &options)
-        })
+        captured(&gpu, || (norm.op)(&gpu.stream, &mut out.reborrow(), &input, &weight, &options))
     };
     out.assert_untouched(); // captured is not run
     for _ in 0..3 {
@@ -392,7 +388,8 @@ pub fn fused_graph_replay(norm: FusedAdd) {
     let (mut input, mut residual) = (random(rng), random(rng));
     gpu.synchronize();
     let graph = {
-        let (weight, mut input, mut residual) = (weight.device_view(), input.device_view_mut(), residual.device_view_mut());
+        let (weight, mut input, mut residual) =
+            (weight.device_view(), input.device_view_mut(), residual.device_view_mut());
         captured(&gpu, || {
             (norm.op)(&gpu.stream, &mut input.reborrow(), &mut residual.reborrow(), &weight, &options)
         })

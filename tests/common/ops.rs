@@ -13,7 +13,7 @@ use flashinfer_rs::{
 };
 use half::bf16;
 
-use super::{Gpu, Rng, Mirrored};
+use super::{Gpu, Mirrored, Rng};
 
 /// An operation, and its kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -244,8 +244,7 @@ impl Batch {
                     let keys = RaggedTable::new(stream, lens).unwrap();
                     let plan = PlanOptions::default();
                     let plan = prefill.plan_ragged(&mut workspace, &rows_table, &keys, &plan).unwrap();
-                    plan.run_with(&q, [&k, &v], &mut out, Some(&mut lse), &options)
-                        .unwrap();
+                    plan.run_with(&q, [&k, &v], &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::SinglePrefill => {
                     let prefill = SinglePrefill::new(stream, &self.spec(Backend::Auto)).unwrap();

@@ -564,7 +564,7 @@ impl<T: Number, K: Number> Problem<T, K> {
     pub fn check_run(&self, gpu: &Gpu, plan: &Plan<'_>) -> (Vec<T>, Vec<f32>) {
         let (mut out, mut lse) = self.outputs(gpu);
         self.run(plan, &mut out, Some(&mut lse), &self.case.options()).unwrap();
-        self.verify(gpu, &out, Some(&lse));
+        self.verify(&out, Some(&lse));
         (out.download(), lse.download())
     }
 
@@ -576,7 +576,8 @@ impl<T: Number, K: Number> Problem<T, K> {
         options: &RunOptions<'_>,
     ) -> Result<()> {
         let mut lse = lse.map(|lse| lse.device_view_mut());
-        let per_head = self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.device_view()));
+        let per_head =
+            self.per_head.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.device_view()));
         let mut options = *options;
         [options.alibi_slopes, options.sinks] = per_head;
         let options = &options;
@@ -591,7 +592,7 @@ impl<T: Number, K: Number> Problem<T, K> {
 
     /// Compares the batch's rows with the reference; those beyond are poison.
     #[track_caller]
-    pub fn verify(&self, gpu: &Gpu, out: &Mirrored<T>, lse: Option<&Mirrored<f32>>) {
+    pub fn verify(&self, out: &Mirrored<T>, lse: Option<&Mirrored<f32>>) {
         let what = format!("prefill {:?}", self.case);
         // The reference reads the same keys and values, so their dtype does not
         // widen the bound.
@@ -734,15 +735,21 @@ impl<T: Number> Captured<T> {
         let plan = tables.plan(prefill, workspace, &options).unwrap();
         assert_eq!(plan.replay_key(), self.key);
         self.graph.launch().unwrap();
-        problem.verify(gpu, &self.out, Some(&self.lse));
+        problem.verify(&self.out, Some(&self.lse));
         let (mut out, mut lse) = problem.outputs_of(gpu, self.rows);
         {
             let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
             let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
-            plan.run(&self.q.device_view(), &self.kv.device_view(), &mut out, Some(&mut lse), &case.options())
-                .unwrap();
+            plan.run(
+                &self.q.device_view(),
+                &self.kv.device_view(),
+                &mut out,
+                Some(&mut lse),
+                &case.options(),
+            )
+            .unwrap();
         }
-        problem.verify(gpu, &out, Some(&lse));
+        problem.verify(&out, Some(&lse));
         assert_same_bits("replay and run", &self.out.download(), &out.download());
         assert_same_bits("replay and run: LSE", &self.lse.download(), &lse.download());
         problem.check(gpu, prefill, &mut Workspace::new(&gpu.stream).unwrap());

@@ -11,7 +11,7 @@ use float8::F8E4M3;
 use half::{bf16, f16};
 
 use super::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::{capture, refuse_queries_and_outputs},
     cache::{LAYOUTS, table_among},
     prefill::{
@@ -565,7 +565,7 @@ impl On {
             let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (mut out, mut lse) = problem.outputs(&gpu);
             match problem.run(&plan, &mut out, Some(&mut lse), &case.options()) {
-                Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
+                Ok(()) => problem.verify(&out, Some(&lse)),
                 Err(FlashInferError::InvalidArgument { .. }) => {
                     out.assert_untouched();
                     lse.assert_untouched();
@@ -679,7 +679,7 @@ impl On {
         let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         match problem.run(&plan, &mut out, Some(&mut lse), &case.options()) {
-            Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
+            Ok(()) => problem.verify(&out, Some(&lse)),
             refusal => refused(refusal, "q"),
         }
     }
@@ -712,7 +712,7 @@ impl On {
             plan.run(&q.view(), &problem.kv.device_view(), &mut out, Some(&mut lse), &case.options())
         };
         match result {
-            Ok(()) => problem.verify(&gpu, &out, Some(&lse)),
+            Ok(()) => problem.verify(&out, Some(&lse)),
             refusal => {
                 assert_eq!(self.backend, Backend::Fa3);
                 refused(refusal, "q");
@@ -779,7 +779,7 @@ impl On {
                 }
             }
             for (step, layers) in steps.iter().zip(&outputs) {
-                layers.iter().for_each(|(out, lse)| step.verify(&gpu, out, Some(lse)));
+                layers.iter().for_each(|(out, lse)| step.verify(out, Some(lse)));
             }
         }
     }

@@ -5,7 +5,7 @@
 
 use flashinfer_rs::{TensorRef, reference::Filter};
 
-use super::{Gpu, Rng, Mirrored};
+use super::{Gpu, Mirrored, Rng};
 
 /// A row of which few tokens have nine tenths, at random places, each 0.9
 /// times the one before, and the others the rest; and how many those few are.

@@ -13,9 +13,9 @@ use flashinfer_rs::{
 use half::f16;
 
 use super::{
-    Gpu, Number, Rng, Mirrored, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::capture,
-    prefill::{Case, DeviceMask, HostMask, Kv, Problem, DeviceKv, available},
+    prefill::{Case, DeviceKv, DeviceMask, HostMask, Kv, Problem, available},
 };
 
 /// What runs a case of [`Kind::Single`](super::prefill::Kind::Single).
@@ -100,7 +100,7 @@ impl Single {
         let mask = DeviceMask::new(gpu, &problem.mask, 0, 0);
         let (mut out, mut lse) = problem.outputs(gpu);
         self.run_problem(gpu, problem, workspace, &mask, &mut out, Some(&mut lse)).unwrap();
-        problem.verify(gpu, &out, Some(&lse));
+        problem.verify(&out, Some(&lse));
         (out.download(), lse.download())
     }
 }
@@ -226,7 +226,8 @@ pub fn graph_replay<T: Number>(cases: impl IntoIterator<Item = Case>) {
         let (mut out, mut lse) = captured.outputs(&gpu);
         let (graph, run) = {
             let DeviceKv::Ragged(kv) = captured.kv.device_view() else { unreachable!("keys of one request") };
-            let (q, mut out, mut lse) = (captured.q.device_view(), out.device_view_mut(), lse.device_view_mut());
+            let (q, mut out, mut lse) =
+                (captured.q.device_view(), out.device_view_mut(), lse.device_view_mut());
             let (q, k, v) = (q, kv[0], kv[1]);
             let (mut out, mut lse) = (out.reborrow(), lse.reborrow());
             let (mask, options) = (mask.or(&gpu, plain(&captured.mask)), case.options());
@@ -247,7 +248,7 @@ pub fn graph_replay<T: Number>(cases: impl IntoIterator<Item = Case>) {
             out.upload(&vec![T::POISON; out.host.len()]);
             lse.upload(&vec![f32::NAN; lse.host.len()]);
             graph.launch().unwrap();
-            step.verify(&gpu, &out, Some(&lse));
+            step.verify(&out, Some(&lse));
             let (want, want_lse) = single.check(&gpu, &step, &mut Workspace::new(&gpu.stream).unwrap());
             assert_same_bits("replay and run", &out.download(), &want);
             assert_same_bits("replay and run: LSE", &lse.download(), &want_lse);

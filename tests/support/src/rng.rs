@@ -17,6 +17,7 @@ pub struct Rng(u64);
 
 impl Rng {
     /// Seeded from `FLASHINFER_RS_TEST_SEED`, else from the clock.
+    #[expect(clippy::new_without_default, reason = "it prints")]
     pub fn new() -> Self {
         let seed = match std::env::var("FLASHINFER_RS_TEST_SEED") {
             Ok(seed) => seed.parse().expect("FLASHINFER_RS_TEST_SEED is a number"),
