@@ -7,12 +7,13 @@ use candle_core::{
     quantized::{GgmlDType, QTensor, QuantizedType},
 };
 use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
 
 use crate::Result;
 
-/// Numbers of `f16` and `bf16` that are made `f32` at a time, to multiply: those
-/// of a processor's cache.
-const WIDENED: usize = 1 << 17;
+/// Numbers that are made `f32` at a time, to multiply: those of a processor's
+/// cache.
+const WIDENED: usize = 1 << 16;
 
 /// A matrix `[out, in]`, row after row. Clones share it.
 #[derive(Clone)]
@@ -26,7 +27,6 @@ enum Values {
     F32(Tensor),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
-    /// Products round what is multiplied to 8 bits, as llama.cpp's do.
     Quantized(Box<dyn QuantizedType>),
 }
 
@@ -87,7 +87,7 @@ impl Matrix {
             Values::F16(numbers) => Tensor::from_vec(numbers.to_f32_vec(), shape, &Device::Cpu)?,
             Values::Bf16(numbers) => Tensor::from_vec(numbers.to_f32_vec(), shape, &Device::Cpu)?,
             Values::Quantized(blocks) => {
-                let numbers = numbers(blocks.dequantize(self.rows * self.columns)?)?;
+                let numbers = f32_numbers(blocks.dequantize(self.rows * self.columns)?)?;
                 Tensor::from_vec(numbers, shape, &Device::Cpu)?
             }
         })
@@ -108,7 +108,7 @@ impl Matrix {
             }
             Values::F16(numbers) => rows.iter().flat_map(|&row| numbers[range(row)].to_f32_vec()).collect(),
             Values::Bf16(numbers) => rows.iter().flat_map(|&row| numbers[range(row)].to_f32_vec()).collect(),
-            Values::Quantized(blocks) => numbers(blocks.embedding(rows, self.rows, self.columns)?)?,
+            Values::Quantized(blocks) => f32_numbers(blocks.embedding(rows, self.rows, self.columns)?)?,
         })
     }
 
@@ -120,29 +120,37 @@ impl Matrix {
                 let x = Tensor::from_slice(x, (count, self.columns), &Device::Cpu)?;
                 Ok(x.matmul(&tensor.t()?)?.flatten_all()?.to_vec1()?)
             }
-            Values::F16(numbers) => self.widened(x, |range| numbers[range].to_f32_vec()),
-            Values::Bf16(numbers) => self.widened(x, |range| numbers[range].to_f32_vec()),
-            Values::Quantized(blocks) => {
-                let mut product = vec![0.0; count * self.rows];
-                blocks.matmul_t((count, self.columns, self.rows), x, &mut product)?;
-                Ok(product)
-            }
+            Values::F16(numbers) => self.widened(x, |rows| Ok(numbers[self.range(rows)].to_f32_vec())),
+            Values::Bf16(numbers) => self.widened(x, |rows| Ok(numbers[self.range(rows)].to_f32_vec())),
+            // candle's own product would round `x` to 8 bits, which changes answers.
+            Values::Quantized(blocks) => self.widened(x, |rows| {
+                let rows: Vec<_> = rows.map(|row| row as u32).collect();
+                f32_numbers(blocks.embedding(&rows, self.rows, self.columns)?)
+            }),
         }
     }
 
+    /// Where the numbers of rows are.
+    fn range(&self, rows: Range<usize>) -> Range<usize> {
+        rows.start * self.columns..rows.end * self.columns
+    }
+
     /// A product with a few rows at a time, which `wide` gives in `f32`.
-    fn widened(&self, x: &[f32], wide: impl Fn(Range<usize>) -> Vec<f32>) -> Result<Vec<f32>> {
+    fn widened(&self, x: &[f32], wide: impl Fn(Range<usize>) -> Result<Vec<f32>> + Sync) -> Result<Vec<f32>> {
         let count = x.len() / self.columns;
         let x = Tensor::from_slice(x, (count, self.columns), &Device::Cpu)?;
         let step = (WIDENED / self.columns).max(1);
+        let part = |index: usize| -> Result<Vec<f32>> {
+            let rows = index * step..self.rows.min((index + 1) * step);
+            let part = Tensor::from_vec(wide(rows.clone())?, (rows.len(), self.columns), &Device::Cpu)?;
+            Ok(x.matmul(&part.t()?)?.flatten_all()?.to_vec1()?)
+        };
+        let parts: Vec<_> = (0..self.rows.div_ceil(step)).into_par_iter().map(part).collect::<Result<_>>()?;
         let mut product = vec![0.0; count * self.rows];
-        for start in (0..self.rows).step_by(step) {
-            let rows = step.min(self.rows - start);
-            let part = wide(start * self.columns..(start + rows) * self.columns);
-            let part = Tensor::from_vec(part, (rows, self.columns), &Device::Cpu)?;
-            let part: Vec<f32> = x.matmul(&part.t()?)?.flatten_all()?.to_vec1()?;
+        for (index, part) in parts.iter().enumerate() {
+            let rows = part.len() / count;
             for (to, from) in product.chunks_exact_mut(self.rows).zip(part.chunks_exact(rows)) {
-                to[start..start + rows].copy_from_slice(from);
+                to[index * step..][..rows].copy_from_slice(from);
             }
         }
         Ok(product)
@@ -162,7 +170,7 @@ impl fmt::Debug for Matrix {
 }
 
 /// The numbers of dequantized blocks.
-fn numbers(storage: CpuStorage) -> Result<Vec<f32>> {
+fn f32_numbers(storage: CpuStorage) -> Result<Vec<f32>> {
     match storage {
         CpuStorage::F32(numbers) => Ok(numbers),
         _ => Err("dequantized blocks are not in f32".into()),
