@@ -64,7 +64,6 @@ fn silu_and_mul<T: Number>(gpu: &Gpu, rng: &mut Rng) {
         let mut rows = Rows::<T>::new(gpu, rng, rows, dim);
         let (input, mut out) = (rows.input.device_view(), rows.out.device_view_mut());
         launch(gpu, module, &input, &mut out.reborrow(), enable_pdl).unwrap();
-        drop((input, out));
         rows.check();
     }
 }

@@ -590,7 +590,6 @@ fn wrong_input() {
     let names = ["logits", "probs", "probs", "logits"];
     {
         let (good, mut target) = (input.device_view(), out.device_view_mut());
-        let good = good;
         let ops = |space: &mut SamplingWorkspace, out: &mut TensorMut<'_>, input: &TensorRef<'_>| {
             [
                 softmax(space, out, input, &SoftmaxOptions::default()),

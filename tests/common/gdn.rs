@@ -199,8 +199,8 @@ impl<T: Number> Problem<T> {
         let from = if let Start::From(state) = &start { Some(state.device_view()) } else { None };
         let (mut output, mut state) = (results.output.device_view_mut(), results.state.device_view_mut());
         let input = GdnInput {
-            alpha: alpha,
-            beta: beta,
+            alpha,
+            beta,
             state: match (&start, &from) {
                 (Start::Zeros, _) => InitialState::Zeros,
                 (Start::InPlace, _) => InitialState::InPlace,

@@ -264,6 +264,7 @@ impl Case {
 }
 
 /// Keys and values, and which of them are each request's.
+#[expect(clippy::large_enum_variant, reason = "a test has one")]
 pub enum Kv<K> {
     Paged { table: PageIndices, cache: Cache<K> },
     Ragged { keys: RaggedIndices, k: Mirrored<K>, v: Mirrored<K> },

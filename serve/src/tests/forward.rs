@@ -426,7 +426,7 @@ fn files_with_odd_experts_are_refused() {
     let refused = |tiny: &Tiny, expected: &str| {
         let problem =
             Model::open(&tiny.write(&folder)).and_then(|model| model.layers().collect::<Result<Vec<_>, _>>());
-        let problem = problem.err().expect("no layers").to_string();
+        let problem = problem.expect_err("no layers").to_string();
         assert!(problem.contains(expected), "{expected:?} is not in: {problem}");
     };
     let mut tiny = EXPERTS.file();

@@ -15,7 +15,7 @@ use crate::model::{
 #[track_caller]
 fn refused(tiny: &Tiny, expected: &str) {
     let folder = tempfile::tempdir().unwrap();
-    let problem = Model::open(&tiny.write(&folder)).err().expect("no model").to_string();
+    let problem = Model::open(&tiny.write(&folder)).expect_err("no model").to_string();
     assert!(problem.contains(expected), "{expected:?} is not in: {problem}");
 }
 
@@ -210,7 +210,7 @@ fn tensors_are_checked_when_a_file_is_opened() {
             let mut bytes = bytes.clone();
             bytes[place + name.len()] = b'X';
             fs::write(&path, &bytes).unwrap();
-            let problem = Model::open(&path).err().expect("no model").to_string();
+            let problem = Model::open(&path).expect_err("no model").to_string();
             assert!(problem.contains("tensor blk.1."), "{architecture}: {problem}");
         }
     }

@@ -21,6 +21,7 @@ const MOST_PARTS: i128 = 9999;
 /// A problem, in words.
 type Result<T> = std::result::Result<T, String>;
 
+#[derive(Debug)]
 pub struct TensorHeader {
     pub name: String,
     pub dtype: GgmlDType,
@@ -31,6 +32,7 @@ pub struct TensorHeader {
 }
 
 /// What comes before the tensors' bytes.
+#[derive(Debug)]
 pub struct Header {
     pub metadata: HashMap<String, Value>,
     /// All of them lie within the file.

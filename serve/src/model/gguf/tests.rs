@@ -82,7 +82,7 @@ fn read(bytes: &[u8]) -> Result<Header, String> {
 
 #[track_caller]
 fn refused(bytes: &[u8], expected: &str) {
-    let problem = read(bytes).err().expect("no header");
+    let problem = read(bytes).expect_err("no header");
     assert!(problem.contains(expected), "{expected:?} is not in: {problem}");
 }
 
@@ -128,7 +128,7 @@ fn broken_files_are_refused_with_what_is_wrong() {
     for (alignment, shown) in [(Value::U32(0), "0"), (Value::U32(48), "48"), (Value::String("x".into()), "x")]
     {
         let bytes = file(&[("general.alignment", alignment)], &[], 0);
-        let problem = read(&bytes).err().expect("no header");
+        let problem = read(&bytes).expect_err("no header");
         assert!(problem.contains("general.alignment is") && problem.contains(shown), "{problem}");
     }
     // An alignment of any width of integer counts.
@@ -224,7 +224,7 @@ fn parts_of_a_model_are_one() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let [first, second] = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
-    let problem = |result: crate::Result<Gguf>| result.err().expect("no model").to_string();
+    let problem = |result: crate::Result<Gguf>| result.expect_err("no model").to_string();
 
     part(&folder, first, [0, 2, 2], "a");
     let error = problem(Gguf::open(&path(first)));
