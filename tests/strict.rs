@@ -286,7 +286,7 @@ fn rotary_embeddings_from_a_table() {
         let (q, k) = (on.out(DType::F16, &[8, 4, 128]), on.out(DType::F16, &[8, 2, 128]));
         let mut tensors = RopeTensors::InPlace { q, k };
         if on == CPU {
-            let pos_ids = vec![positions as i32 - 1; 8];
+            let pos_ids = [positions as i32 - 1; 8];
             let rotation = Rotation { cos_sin_cache: table, pos_ids: &pos_ids[..], interleave };
             return reference::apply_rope_pos_ids_cos_sin_cache(&mut tensors, &rotation);
         }
