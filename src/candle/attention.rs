@@ -218,6 +218,19 @@ impl PagedDecode {
     }
 }
 
+/// `run` of a plan, beside its `run_with`.
+macro_rules! run_of_layer {
+    () => {
+        /// Runs as `run_with`, with the default options.
+        ///
+        /// # Errors
+        /// Those of `run_with`.
+        pub fn run(&self, q: &Tensor, cache: &PagedKvCache, layer: usize) -> Result<Tensor> {
+            self.run_with(q, cache, layer, &RunOptions::default())
+        }
+    };
+}
+
 /// One step's plan of a [`PagedDecode`], to be run for each layer.
 #[derive(Debug)]
 pub struct PagedDecodePlan<'p> {
@@ -227,16 +240,9 @@ pub struct PagedDecodePlan<'p> {
 }
 
 impl PagedDecodePlan<'_> {
-    /// Attention of each request's query to all of its tokens, with the default
-    /// options.
-    ///
-    /// # Errors
-    /// As [`run_with`](Self::run_with).
-    pub fn run(&self, q: &Tensor, cache: &PagedKvCache, layer: usize) -> Result<Tensor> {
-        self.run_with(q, cache, layer, &RunOptions::default())
-    }
+    run_of_layer!();
 
-    /// As [`run`](Self::run), with options.
+    /// Attention of each request's query to all of its tokens.
     ///
     /// `q` is `(batch, num_qo_heads, head_dim)` of the spec's dtype; the result
     /// has its shape. On CUDA, strides of `q` that are multiples of 16 bytes are
@@ -343,15 +349,9 @@ pub struct PagedPrefillPlan<'p> {
 }
 
 impl PagedPrefillPlan<'_> {
-    /// Attention of each new token to its request's pages, with the default options.
-    ///
-    /// # Errors
-    /// As [`run_with`](Self::run_with).
-    pub fn run(&self, q: &Tensor, cache: &PagedKvCache, layer: usize) -> Result<Tensor> {
-        self.run_with(q, cache, layer, &RunOptions::default())
-    }
+    run_of_layer!();
 
-    /// As [`run`](Self::run), with options.
+    /// Attention of each new token to its request's pages.
     ///
     /// `q` is `(tokens, num_qo_heads, head_dim)`, the requests' tokens one after
     /// the other, as the rows of [`PagedKvCache::append`]; the rest is as in

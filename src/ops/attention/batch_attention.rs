@@ -17,7 +17,7 @@ use super::{
     options::{PlanOptions, RunOptions, check_sm_scale},
     planned::{
         PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_gpu, check_output, check_workspace,
-        host_indices, make_plan,
+        host_indices, make_plan, run_over_pages,
     },
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
@@ -281,16 +281,10 @@ pub struct BatchAttentionPlan<'p> {
 }
 
 impl BatchAttentionPlan<'_> {
-    /// `out = softmax(q · kᵀ · sm_scale) · v` for each query and head, over the
-    /// tokens that the query sees, with the default options.
-    ///
-    /// # Errors
-    /// As [`run_with`](Self::run_with).
-    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
-        self.run_with(q, kv, out, None, &RunOptions::default())
-    }
+    run_over_pages!();
 
-    /// As [`run`](Self::run), with an LSE and options.
+    /// `out = softmax(q · kᵀ · sm_scale) · v` for each query and head, over the
+    /// tokens that the query sees.
     ///
     /// With `n` queries in all, `q` and `out` are `[n, num_qo_heads, head_dim]`
     /// of the spec's dtypes, `out` contiguous; `kv` is the paged cache that the

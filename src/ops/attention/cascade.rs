@@ -13,7 +13,7 @@
 use super::{
     mask::Mask,
     options::{PlanOptions, RunOptions},
-    planned::ReplayKey,
+    planned::{ReplayKey, run_over_pages},
     prefill::{BatchPrefill, PrefillPlan},
     spec::{AttentionSpec, Backend, Heads, PosEncodingMode},
     workspace::{Workspace, grown},
@@ -329,16 +329,9 @@ pub struct CascadePlan<'p> {
 }
 
 impl<'p> CascadePlan<'p> {
-    /// Attention of each query to the pages of its requests on all levels, with
-    /// the default options.
-    ///
-    /// # Errors
-    /// As [`run_with`](Self::run_with).
-    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
-        self.run_with(q, kv, out, None, &RunOptions::default())
-    }
+    run_over_pages!();
 
-    /// As [`run`](Self::run), with an LSE and options.
+    /// Attention of each query to the pages of its requests on all levels.
     ///
     /// Arguments are those of prefill over pages
     /// ([`PrefillPlan::run_with`](super::PrefillPlan)). Outputs of levels are

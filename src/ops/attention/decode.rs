@@ -16,7 +16,7 @@ use super::{
     output_scale::OutputScale,
     planned::{
         PlanInfo, Planned, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, ReplayKey, ReplayShape, check_described,
-        check_workspace, host_indices, make_plan,
+        check_workspace, host_indices, make_plan, run_over_pages,
     },
     prefill_batch::{BatchShape, PrefillBatch},
     prefill_kernels::{Pages, PrefillKernels, RunTensors},
@@ -372,16 +372,10 @@ pub struct DecodePlan<'p> {
 }
 
 impl DecodePlan<'_> {
-    /// `out = softmax(q · kᵀ · sm_scale) · v` for each request and head, over
-    /// the request's tokens, with the default options.
-    ///
-    /// # Errors
-    /// As [`run_with`](Self::run_with).
-    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
-        self.run_with(q, kv, out, None, &RunOptions::default())
-    }
+    run_over_pages!();
 
-    /// As [`run`](Self::run), with an LSE and options.
+    /// `out = softmax(q · kᵀ · sm_scale) · v` for each request and head, over
+    /// the request's tokens.
     ///
     /// `q` and `out` are `[batch, num_qo_heads, head_dim]` of the spec's
     /// dtypes, `out` contiguous; `kv` is the paged cache that the page table

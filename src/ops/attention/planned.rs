@@ -338,3 +338,17 @@ pub(super) fn make_plan(
     }
     Ok(info)
 }
+
+/// `run` of a plan over pages, beside its `run_with`.
+macro_rules! run_over_pages {
+    () => {
+        /// Runs as `run_with`, without an LSE and with the default options.
+        ///
+        /// # Errors
+        /// Those of `run_with`.
+        pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+            self.run_with(q, kv, out, None, &RunOptions::default())
+        }
+    };
+}
+pub(super) use run_over_pages;

@@ -8,7 +8,10 @@ use super::{
     mask::{MaskTensors, requests_of},
     modules::Family,
     options::{PlanOptions, RunOptions},
-    planned::{PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_rows, check_workspace},
+    planned::{
+        PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_rows, check_workspace,
+        run_over_pages,
+    },
     prefill_batch::{BatchShape, PrefillBatch, stand_in_width},
     prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
@@ -364,15 +367,9 @@ impl<K> PrefillPlan<'_, K> {
 }
 
 impl PrefillPlan<'_, PageTable> {
-    /// Attention of each query to its request's pages, with the default options.
-    ///
-    /// # Errors
-    /// As [`run_with`](PrefillPlan::<PageTable>::run_with).
-    pub fn run(&self, q: &TensorRef<'_>, kv: &PagedKv<'_>, out: &mut TensorMut<'_>) -> Result<()> {
-        self.run_with(q, kv, out, None, &RunOptions::default())
-    }
+    run_over_pages!();
 
-    /// As [`run`](PrefillPlan::<PageTable>::run), with an LSE and options.
+    /// Attention of each query to its request's pages.
     ///
     /// `q` is `[queries, num_qo_heads, head_dim_qk]`, `out`
     /// `[queries, num_qo_heads, head_dim_vo]` and contiguous, `lse`, if given,
