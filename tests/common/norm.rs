@@ -292,12 +292,13 @@ pub fn fused_wrong_input(norm: FusedAdd) {
     fn refuse<T: Number, U: Number, W: Number>(
         gpus: [&Gpu; 3],
         norm: FusedAdd,
-        mut input: Mirrored<T>,
-        mut residual: Mirrored<U>,
+        input: Mirrored<T>,
+        residual: Mirrored<U>,
         weight: &Mirrored<W>,
         expected: &str,
     ) {
         let gpu = gpus[0];
+        let (mut input, mut residual) = (input.copied_to(gpus[1]), residual.copied_to(gpus[2]));
         let call = (norm.op)(
             &gpu.stream,
             &mut input.device_view_mut(),
