@@ -53,7 +53,7 @@ impl<A: Number, B: Number, D: Number> Problem<A, B, D> {
     fn with<R>(&mut self, call: impl FnOnce(&mut flashinfer_rs::TensorMut<'_>, &BmmFp8Input<'_>) -> R) -> R {
         let (a, b) = (self.a.device_view(), self.b.device_view());
         let [a_scale, b_scale] = self.scales.each_ref().map(|scale| scale.device_view());
-        let input = BmmFp8Input { a: a, b: b, a_scale: a_scale, b_scale: b_scale };
+        let input = BmmFp8Input { a, b, a_scale, b_scale };
         call(&mut self.out.device_view_mut(), &input)
     }
 

@@ -78,7 +78,7 @@ impl<Q: Number> Problem<Q> {
         let qkv = self.qkv.device_view();
         let [q_weight, k_weight] = self.weights.each_ref().map(|weight| weight.device_view());
         let [mut q, mut k, mut v] = self.out.each_mut().map(|out| out.device_view_mut());
-        let input = QkvInput { qkv: qkv, q_weight: q_weight, k_weight: k_weight, patches: self.case.patches };
+        let input = QkvInput { qkv, q_weight, k_weight, patches: self.case.patches };
         let mut out = QkvOutput { q: q.reborrow(), k: k.reborrow(), v: v.reborrow() };
         with(&mut || fused_qk_rmsnorm_rope(&gpu.stream, &mut out, &input, table, &self.case.options))
     }
@@ -372,7 +372,7 @@ fn wrong_input() {
         let call = fused_qk_rmsnorm_rope(
             &gpu.stream,
             &mut QkvOutput { q: q.reborrow(), k: k.reborrow(), v: v.reborrow() },
-            &QkvInput { qkv: qkv.device_view(), q_weight: weight, k_weight: k_weight, patches: case.patches },
+            &QkvInput { qkv: qkv.device_view(), q_weight: weight, k_weight, patches: case.patches },
             &table,
             &case.options,
         );

@@ -481,8 +481,8 @@ fn graph_replay() {
             shown.iter().enumerate().try_for_each(|(layer, [k, v])| {
                 page::append_paged_kv_cache(
                     &gpu.stream,
-                    &k,
-                    &v,
+                    k,
+                    v,
                     &tables.append,
                     &mut cache.layer_mut(0, layer)?,
                     &tables.pages,

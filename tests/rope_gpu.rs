@@ -69,7 +69,6 @@ fn check_in_place<T: Number>(
     reference(&mut RopeTensors::InPlace { q: q_view, k: k_view }).unwrap();
     let (mut q_shown, mut k_shown) = (q.device_view_mut(), k.device_view_mut());
     op(&mut RopeTensors::InPlace { q: q_shown.reborrow(), k: k_shown.reborrow() }).unwrap();
-    drop((q_shown, k_shown));
     q.assert_close(&format!("{what}: q in place"), &want_q, bound);
     k.assert_close(&format!("{what}: k in place"), &want_k, bound);
 }
@@ -541,13 +540,9 @@ fn graph_replay() {
         let (mut q_computed, mut k_computed) = (q_computed.device_view_mut(), k_computed.device_view_mut());
         let rotation = cache.on_device((&table).into(), false);
         let mut looked_up =
-            RopeTensors::OutOfPlace { q: q, k: k, q_rope: q_rope.reborrow(), k_rope: k_rope.reborrow() };
-        let mut by_angle = RopeTensors::OutOfPlace {
-            q: q,
-            k: k,
-            q_rope: q_computed.reborrow(),
-            k_rope: k_computed.reborrow(),
-        };
+            RopeTensors::OutOfPlace { q, k, q_rope: q_rope.reborrow(), k_rope: k_rope.reborrow() };
+        let mut by_angle =
+            RopeTensors::OutOfPlace { q, k, q_rope: q_computed.reborrow(), k_rope: k_computed.reborrow() };
         let options = RopeOptions::default();
         // Functions are resolved before the capture.
         rope::apply_rope_pos_ids_cos_sin_cache(&gpu.stream, &mut looked_up, &rotation).unwrap();

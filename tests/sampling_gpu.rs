@@ -110,7 +110,7 @@ fn draw<T: Token>(
     let mut outputs = Outputs::<T>::new(gpu, rows);
     let probs = probs.device_view();
     outputs.with(gpu, |samples| sample(gpu, samples, &probs, filter, options)).unwrap();
-    outputs.download(&gpu)
+    outputs.download(gpu)
 }
 
 fn table(gpu: &Gpu, bound: usize, values: Vec<i32>) -> BoundedTable {

@@ -793,7 +793,6 @@ fn wrong_input() {
         let mut output = output.tensor_mut(&gpu.cuda, &[4, 100]).unwrap();
         let mut output = output.view_mut();
         let input = sparse.input.device_view();
-        let input = input;
         let table = table.tensor(&gpu.cuda, &[3, 6003]).unwrap();
         let offsets = offsets.tensor(&gpu.cuda, &[4]).unwrap();
         let (table, offsets) = (table.view(), offsets.view());
