@@ -19,6 +19,13 @@ fn error(store: &Store, name: &str) -> String {
     format!("{:#}", locate(store, name).unwrap_err())
 }
 
+/// Writes a file, in folders that need not be there, and gives its path back.
+fn write(path: &Path, content: &[u8]) -> PathBuf {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, content).unwrap();
+    path.into()
+}
+
 fn nothing() -> flashinfer_rs::artifacts::Pins {
     url_pins("http://127.0.0.1:9/none", Digest::of(b"none"))
 }
@@ -181,12 +188,7 @@ fn symbolic_links_are_neither_trusted_nor_written_through() {
 #[test]
 fn sources_are_asked_in_order() {
     let dir = tempfile::tempdir().unwrap();
-    let write = |name: &str, wheel: &[u8]| {
-        let path = dir.path().join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, wheel).unwrap();
-        path
-    };
+    let write = |name: &str, wheel: &[u8]| write(&dir.path().join(name), wheel);
     let a = write("a.whl", &module_wheel(&[("one", b"config one")]));
     let b = write("env/b.whl", &module_wheel(&[("one", b"env one"), ("two", b"env two")]));
     let c = write("env/c.whl", &module_wheel(&[("three", b"env three")]));
@@ -517,12 +519,7 @@ fn a_linked_folder_of_wheels_is_not_followed() {
 #[test]
 fn a_wheel_for_another_machine_is_refused_by_its_name() {
     let dir = tempfile::tempdir().unwrap();
-    let write = |name: &str, wheel: &[u8]| {
-        let path = dir.path().join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, wheel).unwrap();
-        path
-    };
+    let write = |name: &str, wheel: &[u8]| write(&dir.path().join(name), wheel);
     let arm = "flashinfer_jit_cache-0.6.13+a-cp39-abi3-manylinux_2_28_aarch64.whl";
     let ours = "flashinfer_jit_cache-0.6.13+x-cp39-abi3-manylinux_2_28_x86_64.whl";
     let path = write(arm, &module_wheel(&[("norm", b"arm")]));
