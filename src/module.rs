@@ -13,6 +13,7 @@ use std::{
 };
 
 use crate::{
+    artifacts::FlashInferVersion,
     cuda::CudaRuntime,
     cuda_library::LibrarySource,
     error::{FlashInferError, Result},
@@ -95,6 +96,7 @@ pub struct Module {
     name: ModuleName,
     path: PathBuf,
     source: LibrarySource,
+    version: Option<FlashInferVersion>,
     library: Library,
     tvm_ffi: &'static TvmFfi,
     cuda: &'static CudaRuntime,
@@ -106,11 +108,12 @@ impl Module {
         name: ModuleName,
         path: PathBuf,
         source: LibrarySource,
+        version: Option<FlashInferVersion>,
         tvm_ffi: &'static TvmFfi,
         cuda: &'static CudaRuntime,
     ) -> Result<&'static Self> {
         let library = open_library(&path, loader::RTLD_NOW | loader::RTLD_LOCAL)?;
-        Ok(Box::leak(Box::new(Self { name, path, source, library, tvm_ffi, cuda })))
+        Ok(Box::leak(Box::new(Self { name, path, source, version, library, tvm_ffi, cuda })))
     }
 
     /// The module's name.
@@ -126,6 +129,12 @@ impl Module {
     /// Where the module came from.
     pub fn source(&self) -> &LibrarySource {
         &self.source
+    }
+
+    /// The version of FlashInfer that the module is of, by the wheel that it came
+    /// from; `None` where that does not say, and for a file of your own.
+    pub fn version(&self) -> Option<FlashInferVersion> {
+        self.version
     }
 
     /// The names of the functions that the module exports, sorted, without the
