@@ -13,6 +13,7 @@ use std::{
 };
 
 use crate::{
+    artifacts::FlashInferVersion,
     cuda::CudaRuntime,
     cuda_library::LibrarySource,
     error::{FlashInferError, Result},
@@ -112,6 +113,7 @@ pub struct Module {
     name: ModuleName,
     path: PathBuf,
     source: LibrarySource,
+    version: Option<FlashInferVersion>,
     library: Library,
     unbound: Vec<String>,
     tvm_ffi: &'static TvmFfi,
@@ -125,6 +127,7 @@ impl Module {
         name: ModuleName,
         path: PathBuf,
         source: LibrarySource,
+        version: Option<FlashInferVersion>,
         tvm_ffi: &'static TvmFfi,
         cuda: &'static CudaRuntime,
     ) -> Result<&'static Self> {
@@ -139,7 +142,7 @@ impl Module {
             }
             opened => (opened?, Vec::new()),
         };
-        Ok(Box::leak(Box::new(Self { name, path, source, library, unbound, tvm_ffi, cuda })))
+        Ok(Box::leak(Box::new(Self { name, path, source, version, library, unbound, tvm_ffi, cuda })))
     }
 
     /// The module's name.
@@ -162,6 +165,12 @@ impl Module {
     /// of FlashInfer 0.6.14 and later has some.
     pub fn unbound(&self) -> &[String] {
         &self.unbound
+    }
+
+    /// The version of FlashInfer that the module is of, by the wheel that it came
+    /// from; `None` where that does not say, and for a file of your own.
+    pub fn version(&self) -> Option<FlashInferVersion> {
+        self.version
     }
 
     /// The names of the functions that the module exports, sorted, without the

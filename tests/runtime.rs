@@ -11,7 +11,7 @@ use test_support::{c_library, required};
 
 use flashinfer_rs::{
     DType, FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig, Stream,
-    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
+    artifacts::{ArtifactError, Fetch, FlashInferVersion, Member, Store, StoreConfig},
     attention::{AttentionSpec, Backend, BatchAttention, BatchDecode, Heads, MlaSpec},
 };
 
@@ -300,6 +300,6 @@ fn head_dimensions_of_no_published_module() {
     // Only Mla's own dimensions have kernels at all.
     let mut latent = MlaSpec::new(DType::F16, 1.0);
     latent.head_dim_ckv = 256;
-    let error = latent.module(Backend::Fa2).unwrap_err().to_string();
+    let error = latent.module(FlashInferVersion::OLDEST, Backend::Fa2).unwrap_err().to_string();
     assert!(error.contains("there is 512 and 64"), "{error}");
 }

@@ -2,11 +2,15 @@
 
 use super::bundle::{self, BundledMember};
 use super::pins::Pins;
-use super::{ArtifactError, ProgressFn};
+use super::{ArtifactError, CudaArchitecture, ProgressFn};
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// Tells the architectures of the GPUs that kernels are for; none where no GPU is seen.
+pub type GpusFn = Arc<dyn Fn() -> Vec<CudaArchitecture> + Send + Sync>;
 
 /// Where a store looks, and what it may do.
 #[derive(Clone)]
@@ -28,6 +32,10 @@ pub struct StoreConfig {
     /// The simple index that is asked for registry packages; `None` stands for the machine's own
     /// settings.
     pub index_url: Option<String>,
+    /// Asked once, when a wheel with code for certain GPUs is met: such a wheel is passed over
+    /// unless it serves all of these, and of several the one that suits best comes first. Without an
+    /// answer, the first in order is taken.
+    pub gpus: Option<GpusFn>,
     /// Called with the progress of long operations.
     pub progress: Option<ProgressFn>,
     /// Limits of downloads.
@@ -45,6 +53,7 @@ impl StoreConfig {
             offline: true,
             pins,
             index_url: None,
+            gpus: None,
             progress: None,
             fetch_options: FetchOptions::default(),
         }

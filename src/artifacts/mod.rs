@@ -19,6 +19,9 @@
 //! |---|---|
 //! | `member` | which file of which package is wanted |
 //! | `pins` | the pin table and the choice of a row |
+//! | `version` | versions of FlashInfer |
+//! | `architecture` | architectures of GPUs, and which code runs where |
+//! | `kernels` | what a wheel says of its modules: version, architecture, provider or shim |
 //! | `wheel`, `record` | members of a wheel, and their digests in its `RECORD` |
 //! | `sink` | the pump to disk: hashed, written, published by rename |
 //! | `lock` | locks between processes |
@@ -45,6 +48,7 @@
 //!
 //! The build script compiles these same files.
 
+mod architecture;
 #[cfg(feature = "fetch")]
 mod blobs;
 mod bundle;
@@ -58,6 +62,7 @@ pub mod embed;
 mod error;
 #[cfg(feature = "fetch")]
 mod http;
+mod kernels;
 mod lock;
 mod member;
 #[cfg(feature = "fetch")]
@@ -81,12 +86,14 @@ mod sink;
 mod source;
 mod store;
 mod user_wheels;
+mod version;
 mod wheel;
 
+pub use architecture::CudaArchitecture;
 #[cfg(feature = "fetch")]
 pub use blobs::{Blob, BlobState, BlobStore, Page, read_page};
 pub use bundle::BundledMember;
-pub use config::{Fetch, FetchOptions, StoreConfig};
+pub use config::{Fetch, FetchOptions, GpusFn, StoreConfig};
 pub use digest::Digest;
 pub use error::{ArtifactError, SearchedSource};
 #[cfg(feature = "fetch")]
@@ -98,4 +105,5 @@ pub use progress::{Progress, ProgressFn};
 pub use report::SourceReport;
 pub use source::{Located, Source};
 pub use store::Store;
+pub use version::FlashInferVersion;
 pub use wheel::Wheel;

@@ -6,7 +6,7 @@
 //! once. A program's own manifest may hold one, too.
 
 use super::digest::Digest;
-use super::{ArtifactError, Package, program, redact};
+use super::{ArtifactError, CudaArchitecture, Package, kernels, program, redact};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
@@ -254,6 +254,14 @@ impl Pins {
                     self.cuda, self.arch
                 ),
             },
+        })
+    }
+
+    /// The packages of providers of kernels, each for one architecture.
+    pub(crate) fn providers(&self) -> impl Iterator<Item = (Package, CudaArchitecture)> {
+        self.pins.keys().filter_map(|key| {
+            let code = kernels::provider_of(key)?;
+            Some((Package::provider(code), code))
         })
     }
 

@@ -8,6 +8,7 @@ pub(crate) mod check;
 mod function;
 pub mod gdn;
 pub mod gemm;
+mod gone;
 pub mod norm;
 pub mod page;
 pub mod quantization;

@@ -7,7 +7,8 @@ use flashinfer_rs::ModuleName;
 #[derive(Debug)]
 pub struct Family {
     pub patterns: Vec<&'static str>,
-    pub count: usize,
+    /// Modules of 0.6.13 for all architectures, and of 0.7.4 for 9.0.
+    pub counts: [usize; 2],
     pub here: &'static str,
 }
 
@@ -41,8 +42,8 @@ pub fn families() -> Vec<Family> {
     let family = |row: &'static str| {
         let mut cells = row.split(" | ");
         let patterns = cells.next().unwrap().split('`').skip(1).step_by(2).collect();
-        let count = cells.next().unwrap().parse().expect("a number of modules");
-        Family { patterns, count, here: cells.next().unwrap() }
+        let counts = [(); 2].map(|()| cells.next().unwrap().parse().expect("a number of modules"));
+        Family { patterns, counts, here: cells.next().unwrap() }
     };
     rows.map(family).collect()
 }

@@ -18,6 +18,7 @@ use super::{
     workspace::{Need, Workspace},
 };
 use crate::{
+    artifacts::FlashInferVersion,
     capture,
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
@@ -159,9 +160,9 @@ impl BatchMla {
         }
         let runtime = FlashInferRuntime::get()?;
         let backend = flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?[0];
-        let name = spec.module(backend)?;
-        runtime.preload([&name])?;
-        let module = runtime.module(&name)?;
+        // What the oldest version refuses, no later one has.
+        spec.module(FlashInferVersion::OLDEST, backend)?;
+        let (_, module) = runtime.first_of(&[|version| spec.module(version, backend).ok()])?;
         let plan = module.kernel(Plan::SIGNATURES)?;
         let run = module.kernel(Run::SIGNATURES)?;
         Ok(Self { spec: *spec, num_heads, backend, ordinal: stream.ordinal(), module, plan, run })

@@ -155,8 +155,8 @@ impl SegmentGemm {
         let capability = runtime.compute_capability(stream.ordinal())?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let backends = backends(backend, capability, multiprocessors)?;
-        let names: Vec<_> = backends.iter().map(|&backend| Self::module_of(backend)).collect();
-        let (place, module) = runtime.first_of(&names)?;
+        let named: Vec<_> = backends.iter().map(|&backend| move |_| Some(Self::module_of(backend))).collect();
+        let (place, module) = runtime.first_of(&named)?;
         let backend = backends[place];
         let declared =
             if backend == GemmBackend::Sm90 { CutlassSm90::SIGNATURES } else { CutlassSm80::SIGNATURES };
