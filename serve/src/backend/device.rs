@@ -4,7 +4,11 @@ use clap::ValueEnum;
 use flashinfer_rs::kv::PageAllocator;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Backend, StepCapacity, cpu::Cpu, gpu::Gpu};
+use super::{
+    Backend, StepCapacity,
+    cpu::Cpu,
+    gpu::{Gpu, GpuOptions},
+};
 use crate::{
     Result,
     model::{Layer, Model},
@@ -32,14 +36,22 @@ pub struct Loaded {
     pub place: String,
 }
 
-/// Loads a model, for steps of up to `capacity`.
+/// Loads a model, for steps of up to `capacity`. As in [`GpuOptions::deterministic`] on a
+/// GPU; on the CPU it always is.
 ///
 /// # Errors
 /// The GPU is asked for and cannot be used, or a tensor cannot be read.
-pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Result<Loaded> {
+pub fn load(
+    device: Device,
+    model: &Model,
+    pool: &PageAllocator,
+    capacity: StepCapacity,
+    deterministic: bool,
+) -> Result<Loaded> {
+    let options = GpuOptions { max_tokens: capacity.tokens, deterministic };
     let reason = match device {
         Device::Cpu => "as asked".to_owned(),
-        Device::Auto | Device::Gpu => match load_gpu(model, pool, capacity.tokens) {
+        Device::Auto | Device::Gpu => match load_gpu(model, pool, options) {
             Ok(gpu) => {
                 let place = format!("on the GPU, {}", gpu.name()?);
                 return Ok(Loaded { backend: Box::new(gpu), on_gpu: true, place });
@@ -54,12 +66,12 @@ pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepC
     Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
 }
 
-/// Loads a model onto the GPU, for steps of so many tokens.
+/// Loads a model onto the GPU.
 ///
 /// # Errors
 /// There is none that can be used, or a tensor cannot be read.
-pub fn load_gpu(model: &Model, pool: &PageAllocator, max_tokens: usize) -> Result<Gpu> {
-    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
+pub fn load_gpu(model: &Model, pool: &PageAllocator, options: GpuOptions) -> Result<Gpu> {
+    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, options))
 }
 
 /// Shows how many of a model's layers were taken.
