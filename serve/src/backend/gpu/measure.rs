@@ -57,7 +57,7 @@ impl Gpu {
             let layers = 0..network.config.num_layers();
             Ok(layers
                 .into_iter()
-                .try_for_each(|layer| plans.run(layer, &q, &cache.layer(0, layer)?, &mut out))?)
+                .try_for_each(|layer| plans.run(layer, &q, &cache.layer(layer)?, &mut out))?)
         };
         // SAFETY: everything is the crate's, and outlives the graph.
         let step = unsafe { graph::capture(&network.stream, &mut run)? };
