@@ -91,7 +91,7 @@ impl Metrics {
             cache_usage: register(
                 &mut all,
                 "kv_cache_usage_perc",
-                "Share of the KV cache's pages that are in use, those of cached prefixes included; 1 is all",
+                "Share of the KV cache's pages that running answers hold; 1 is all",
                 Gauge::default(),
             ),
             preemptions: register(
@@ -221,10 +221,10 @@ impl Metrics {
     /// All of it as text.
     fn encode(&self, engine: Option<&Engine>) -> Result<String, std::fmt::Error> {
         if let Some(engine) = engine {
-            let Status { stats, running, waiting, used_pages, .. } = engine.status();
+            let Status { stats, running, waiting, held_pages, .. } = engine.status();
             self.running.set(running as i64);
             self.waiting.set(waiting as i64);
-            self.cache_usage.set(used_pages as f64 / engine.config().num_pages as f64);
+            self.cache_usage.set(held_pages as f64 / engine.config().num_pages as f64);
             self.preemptions.inner().store(stats.preemptions as u64, Ordering::Relaxed);
         }
         let mut text = String::new();
