@@ -145,6 +145,12 @@ impl Llm {
         Ok(Self { engine, place: place.get().cloned().unwrap_or_default() })
     }
 
+    /// An engine that was started otherwise.
+    #[cfg(test)]
+    pub(crate) fn of_engine(engine: Engine) -> Self {
+        Self { engine, place: String::new() }
+    }
+
     /// Where the model runs, and why there.
     pub fn place(&self) -> &str {
         &self.place
