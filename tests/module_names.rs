@@ -172,10 +172,7 @@ fn specs_name_what_upstream_builds() {
         let unbuilt: Vec<_> = named.difference(&built).collect();
         assert!(unbuilt.is_empty(), "{version}: upstream builds no {unbuilt:#?}");
         let unnamed: Vec<_> = built.difference(&named).collect();
-        assert!(
-            unnamed.iter().all(|name| is_refused(name)),
-            "{version}: no spec names one of {unnamed:#?}"
-        );
+        assert!(unnamed.iter().all(|name| is_refused(name)), "{version}: no spec names one of {unnamed:#?}");
         assert_eq!((named.len(), unnamed.len()), (list.named, list.refused), "{version}");
     }
 }
@@ -239,7 +236,8 @@ fn the_table_of_families_covers_every_module_once() {
             assert_eq!(fits[0].is_declared(), declared, "{name} is in {fits:?}");
         }
         for Family { patterns, counts, .. } in &families {
-            let fits = |pattern: &&str| list.names().filter(|&name| ModuleName::new(name).matches(pattern)).count();
+            let fits =
+                |pattern: &&str| list.names().filter(|&name| ModuleName::new(name).matches(pattern)).count();
             let each: Vec<_> = patterns.iter().map(fits).collect();
             assert_eq!(each.iter().sum::<usize>(), counts[at], "{}: {patterns:?}", list.version);
         }

@@ -370,7 +370,11 @@ mod tests {
             assert_eq!(spec.single_prefill_module(version(at), false).is_ok(), single, "{at}");
         }
         let gone = spec.single_decode_module(version("0.7.4")).unwrap_err().to_string();
-        for part in ["in FlashInfer 0.7.4, which has had none since 0.6.18", "BatchDecode", "a wheel of FlashInfer 0.6.13"] {
+        for part in [
+            "in FlashInfer 0.7.4, which has had none since 0.6.18",
+            "BatchDecode",
+            "a wheel of FlashInfer 0.6.13",
+        ] {
             assert!(gone.contains(part), "{gone}");
         }
     }
