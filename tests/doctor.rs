@@ -228,10 +228,16 @@ fn wheels_at_hand_are_listed_opened_and_compared() {
     let compared = report.section("Signatures");
     assert_eq!(text(&compared[0]["text"]), format!("{expected} functions compared, all as declared"));
     let lacking = modules.iter().find(|finding| finding.starts_with("no module opens of"));
+    let opens = |pattern: &str| open.iter().any(|module| module.matches(pattern));
     for (pattern, _) in declared {
+        // Under the name that another version gives the same modules, they may open.
+        let other = match pattern.strip_suffix("_kv_stride_equal") {
+            Some(other) => other.to_owned(),
+            None => format!("{pattern}_kv_stride_equal"),
+        };
         assert_eq!(
             lacking.is_some_and(|lacking| lacking.split([' ', ',', '\n']).any(|word| word == pattern)),
-            !open.iter().any(|module| module.matches(pattern)),
+            !opens(pattern) && !opens(&other),
             "{pattern}: {lacking:?}"
         );
     }

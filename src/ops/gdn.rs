@@ -62,7 +62,7 @@ impl ModuleName {
     pub const GDN_PREFILL_SM90: Self = Self::fixed("gdn_prefill_sm90");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] = &[("gdn_prefill_sm90", GdnPrefill::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] = &[("gdn_prefill_sm90", GdnPrefill::SIGNATURES)];
 
 const GONE: Gone = Gone {
     what: "gated delta networks",
@@ -71,7 +71,7 @@ const GONE: Gone = Gone {
               reference::gdn_prefill",
 };
 
-static GDN_PREFILL: FixedFunction = FixedFunction::of(ModuleName::GDN_PREFILL_SM90, &GdnPrefill::SIGNATURE);
+static GDN_PREFILL: FixedFunction = FixedFunction::of(ModuleName::GDN_PREFILL_SM90, GdnPrefill::SIGNATURES);
 
 const OP: &str = "gdn_prefill";
 /// Element types of queries, keys, values and output.

@@ -20,12 +20,12 @@ pub mod topk;
 use crate::ffi::Signature;
 use function::{FixedFunction, enable_pdl};
 
-/// The argument list of every function that this crate calls, with a pattern
-/// of the modules that export it; see [`ModuleName::matches`](crate::ModuleName::matches).
+/// Every function that this crate calls: a pattern of the modules that export it,
+/// see [`ModuleName::matches`](crate::ModuleName::matches), and the signatures that
+/// versions of it have, oldest first.
 ///
-/// [`Signature::compare`] holds a declaration against what a module prints of
-/// itself.
-pub fn signatures() -> Vec<(&'static str, Signature)> {
+/// [`Signature::find`] holds them against what a module prints of itself.
+pub fn signatures() -> Vec<(&'static str, &'static [Signature])> {
     [
         activation::SIGNATURES,
         &attention::signatures(),

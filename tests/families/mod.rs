@@ -24,6 +24,18 @@ impl Family {
     }
 }
 
+/// Whether the table of functions that are not called has this one.
+pub fn is_uncalled(module: &ModuleName, function: &str) -> bool {
+    let rows = include_str!("../../docs/modules.md").lines().filter(|line| line.starts_with("| 0."));
+    rows.map(|row| row.split(" | ").map(|cell| cell.split('`').skip(1).step_by(2)).collect::<Vec<_>>()).any(
+        |mut cells| {
+            let (functions, patterns) = (cells.remove(2), cells.remove(1));
+            patterns.into_iter().any(|pattern| module.matches(pattern))
+                && functions.into_iter().any(|uncalled| uncalled == function)
+        },
+    )
+}
+
 /// All rows.
 pub fn families() -> Vec<Family> {
     let rows = include_str!("../../docs/modules.md").lines().filter(|line| line.starts_with("| `"));

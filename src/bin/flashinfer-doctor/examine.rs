@@ -428,12 +428,14 @@ impl Modules {
     /// The modules that this crate calls and of which none opens.
     fn lacking(&self) -> Option<Finding> {
         let opens = |pattern: &str| self.open.iter().any(|module| module.name().matches(pattern));
-        let lacking: Vec<_> = called_modules().filter(|pattern| !opens(pattern)).collect();
+        let called = called_modules();
+        let lacking = called.iter().filter(|names| !names.iter().any(|pattern| opens(pattern)));
+        let lacking: Vec<_> = lacking.map(|names| names.join(" or ")).collect();
         let text = format!("no module opens of: {}", lacking.join(", "));
         let remedy = "mend the reasons above, or name a wheel that holds it in FLASHINFER_RS_WHEELS";
         if lacking.is_empty() {
             None
-        } else if lacking.len() == called_modules().count() {
+        } else if lacking.len() == called.len() {
             Some(Finding::problem(text, remedy))
         } else {
             Some(Finding::warning(text, remedy))
@@ -441,10 +443,21 @@ impl Modules {
     }
 }
 
-/// Patterns of the modules that this crate calls, each once.
-fn called_modules() -> impl Iterator<Item = &'static str> {
-    let patterns: BTreeSet<_> = signatures().into_iter().map(|(pattern, _)| pattern).collect();
-    patterns.into_iter()
+/// Patterns of the modules that this crate calls: together those of one kind of
+/// module, which has the same functions by whichever name a version gives it.
+fn called_modules() -> Vec<Vec<&'static str>> {
+    let mut functions: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+    for (pattern, declared) in signatures() {
+        functions.entry(pattern).or_default().push(declared);
+    }
+    let mut kinds: Vec<(Vec<_>, Vec<&str>)> = Vec::new();
+    for (pattern, functions) in functions {
+        match kinds.iter_mut().find(|(others, _)| *others == functions) {
+            Some((_, patterns)) => patterns.push(pattern),
+            None => kinds.push((functions, vec![pattern])),
+        }
+    }
+    kinds.into_iter().map(|(_, patterns)| patterns).collect()
 }
 
 /// What a module does, without what it was compiled for.

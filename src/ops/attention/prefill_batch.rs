@@ -66,8 +66,9 @@ pub(super) fn must_stay_whole(spec: &AttentionSpec, batch: &PrefillBatch<'_>) ->
 ///
 /// Work is a tile of queries (times heads of a group) and a chunk of keys. For a
 /// graph there is as much as any batch of its size can have. Each has three indices
-/// and, if keys are divided, a flag, and for each head of each row an output and
-/// its sum.
+/// and, if keys are divided or for a graph, a flag, and if they are, for each head of
+/// each row an output and its sum. From 0.7.4 on, outputs and sums are as many as
+/// there are queries in tiles, a group's size less than here.
 pub(super) fn fa2_need(
     spec: &AttentionSpec,
     batch: &PrefillBatch<'_>,
@@ -95,12 +96,15 @@ pub(super) fn fa2_need(
     let ints = |count: usize| count * size_of::<i32>();
     let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
     let indices = indices.into_iter().chain(batch.shape.cuda_graph.then_some(ints(1)));
-    let to_merge = divided.then_some([ints(rows + 1), work]).into_iter().flatten();
+    // From 0.7 on, graphs have the flags in any case, and launches of divided keys
+    // without a graph have none.
+    let offsets_to_merge = divided.then_some(ints(rows + 1));
+    let flags = (divided || batch.shape.cuda_graph).then_some(work);
     let sums = num_qo_heads * work * tile * size_of::<f32>();
     Need {
         float: if divided { arrays([sums * spec.head_dim_vo, sums]) } else { 0 }
             .max(stand_in_bytes(spec, batch)),
-        int: arrays(indices.chain(to_merge)),
+        int: arrays(indices.chain(offsets_to_merge).chain(flags)),
     }
 }
 
@@ -294,7 +298,7 @@ mod tests {
         assert_eq!(need(&[(1, 1000); 3], None, Split::disabled()), Need { float: 0, int: 3 * 16 + 20 });
         assert_eq!(
             need(&[(1, 1000); 3], Some(3), Split::disabled()),
-            Need { float: 0, int: 144 + 144 + 144 + 32 + 4 }
+            Need { float: 0, int: 144 + 144 + 144 + 32 + 16 + 33 }
         );
         // 264 blocks less 200 have 8 KV heads each 8 parts; with none left, nothing
         // is divided but for a graph, which has room for its tiles.

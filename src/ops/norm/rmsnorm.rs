@@ -26,26 +26,26 @@ kernels! {
 }
 
 /// Gemma's norms take what the plain ones take.
-const GEMMA_NORM: Signature = Signature { function: "gemma_rmsnorm", ..Norm::SIGNATURE };
-const GEMMA_FUSED_ADD_NORM: Signature =
-    Signature { function: "gemma_fused_add_rmsnorm", ..FusedAddNorm::SIGNATURE };
+const GEMMA_NORM: &[Signature] = &[Signature { function: "gemma_rmsnorm", ..Norm::SIGNATURES[0] }];
+const GEMMA_FUSED_ADD_NORM: &[Signature] =
+    &[Signature { function: "gemma_fused_add_rmsnorm", ..FusedAddNorm::SIGNATURES[0] }];
 
-pub(super) const SIGNATURES: &[Signature] = &[
-    Norm::SIGNATURE,
+pub(super) const SIGNATURES: &[&[Signature]] = &[
+    Norm::SIGNATURES,
     GEMMA_NORM,
-    FusedAddNorm::SIGNATURE,
+    FusedAddNorm::SIGNATURES,
     GEMMA_FUSED_ADD_NORM,
-    NormQuant::SIGNATURE,
-    FusedAddNormQuant::SIGNATURE,
+    NormQuant::SIGNATURES,
+    FusedAddNormQuant::SIGNATURES,
 ];
 
-static RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &Norm::SIGNATURE);
-static GEMMA_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &GEMMA_NORM);
-static FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &FusedAddNorm::SIGNATURE);
-static GEMMA_FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &GEMMA_FUSED_ADD_NORM);
-static RMSNORM_QUANT: FixedFunction = FixedFunction::of(ModuleName::NORM, &NormQuant::SIGNATURE);
+static RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, Norm::SIGNATURES);
+static GEMMA_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, GEMMA_NORM);
+static FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, FusedAddNorm::SIGNATURES);
+static GEMMA_FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, GEMMA_FUSED_ADD_NORM);
+static RMSNORM_QUANT: FixedFunction = FixedFunction::of(ModuleName::NORM, NormQuant::SIGNATURES);
 static FUSED_ADD_RMSNORM_QUANT: FixedFunction =
-    FixedFunction::of(ModuleName::NORM, &FusedAddNormQuant::SIGNATURE);
+    FixedFunction::of(ModuleName::NORM, FusedAddNormQuant::SIGNATURES);
 
 /// Element types of the norms.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];

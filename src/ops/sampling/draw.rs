@@ -43,14 +43,15 @@ kernels! {
 }
 
 /// Min-p takes what top-p takes.
-pub(super) const MIN_P: Signature = Signature { function: "min_p_sampling_from_probs", ..TopP::SIGNATURE };
+pub(super) const MIN_P: &[Signature] =
+    &[Signature { function: "min_p_sampling_from_probs", ..TopP::SIGNATURES[0] }];
 
-static FROM_LOGITS: FixedFunction = function(&FromLogits::SIGNATURE);
-static FROM_PROBS: FixedFunction = function(&FromProbs::SIGNATURE);
-static TOP_P: FixedFunction = function(&TopP::SIGNATURE);
-static TOP_K: FixedFunction = function(&TopK::SIGNATURE);
-static MIN_P_SAMPLING: FixedFunction = function(&MIN_P);
-static TOP_K_TOP_P: FixedFunction = function(&TopKTopPJoint::SIGNATURE);
+static FROM_LOGITS: FixedFunction = function(FromLogits::SIGNATURES);
+static FROM_PROBS: FixedFunction = function(FromProbs::SIGNATURES);
+static TOP_P: FixedFunction = function(TopP::SIGNATURES);
+static TOP_K: FixedFunction = function(TopK::SIGNATURES);
+static MIN_P_SAMPLING: FixedFunction = function(MIN_P);
+static TOP_K_TOP_P: FixedFunction = function(TopKTopPJoint::SIGNATURES);
 
 /// The checked arguments that all functions which draw have.
 struct Drawing {

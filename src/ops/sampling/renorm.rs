@@ -21,17 +21,22 @@ kernels! {
         workspace: Tensor, logits: Tensor, output: Tensor, maybe_temperature_arr: OptTensor, temperature: Float,
         enable_pdl: Bool,
     ) -> "void";
-    pub(super) struct TopKRenorm = "top_k_renorm_probs"(
-        input: Tensor, output: Tensor, maybe_top_k_arr: OptTensor, top_k: Int, row_states: Tensor,
-    ) -> "void";
+    pub(super) struct TopKRenorm = "top_k_renorm_probs" {
+        input: Tensor, output: Tensor, maybe_top_k_arr: OptTensor, top_k: Int, is_deterministic: Bool,
+        row_states: Tensor,
+    } {
+        "0.6.13": (input, output, maybe_top_k_arr, top_k, row_states) -> "void";
+        "0.7.1": (input, output, maybe_top_k_arr, top_k, is_deterministic, row_states) -> "void";
+    }
 }
 
-/// The mask takes what the renormalization takes.
-pub(super) const TOP_K_MASK: Signature = Signature { function: "top_k_mask_logits", ..TopKRenorm::SIGNATURE };
+/// The mask takes what the first renormalization takes.
+pub(super) const TOP_K_MASK: &[Signature] =
+    &[Signature { function: "top_k_mask_logits", ..TopKRenorm::SIGNATURES[0] }];
 
-static SOFTMAX: FixedFunction = function(&Softmax::SIGNATURE);
-static TOP_K_RENORM: FixedFunction = function(&TopKRenorm::SIGNATURE);
-static TOP_K_MASK_LOGITS: FixedFunction = function(&TOP_K_MASK);
+static SOFTMAX: FixedFunction = function(Softmax::SIGNATURES);
+static TOP_K_RENORM: FixedFunction = function(TopKRenorm::SIGNATURES);
+static TOP_K_MASK_LOGITS: FixedFunction = function(TOP_K_MASK);
 
 /// What a block of radix top-k has in its shared memory before its part of a
 /// row: histograms.
@@ -216,6 +221,7 @@ fn radix(
         output: DlTensor::new(out),
         maybe_top_k_arr: top_ks.as_ref().map(DlTensor::new),
         top_k,
+        is_deterministic: false,
         row_states: DlTensor::new(&row_states),
     };
     let function = function.get(runtime)?;
