@@ -61,8 +61,9 @@ impl StoreConfig {
 
     /// The configuration of the environment: `FLASHINFER_RS_WHEELS` (a list of paths, written
     /// like `PATH`), `FLASHINFER_RS_CACHE_DIR` (a relative path lies in the platform's cache
-    /// folder), `FLASHINFER_RS_OFFLINE` (`1` or `0`), `FLASHINFER_RS_INDEX_URL`, this crate's pins
-    /// and its embedded bundle.
+    /// folder), `FLASHINFER_RS_OFFLINE` (`1` or `0`), `FLASHINFER_RS_INDEX_URL`, this crate's pins,
+    /// those of `FLASHINFER_RS_PINS` (a manifest, as [`Pins::extend`] takes it), and its embedded
+    /// bundle.
     ///
     /// # Errors
     /// [`ArtifactError::Setting`] when a variable has a value that means nothing,
@@ -70,7 +71,9 @@ impl StoreConfig {
     /// [`ArtifactError::NoCacheDir`] when a relative cache folder has no place.
     pub fn from_env() -> Result<StoreConfig, ArtifactError> {
         let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let mut config = StoreConfig::new(Pins::built_in()?);
+        let mut pins = Pins::built_in()?;
+        pins.extend_by_setting(set("FLASHINFER_RS_PINS").map(PathBuf::from))?;
+        let mut config = StoreConfig::new(pins);
         if let Some(list) = set("FLASHINFER_RS_WHEELS") {
             let paths = std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty());
             config.env_wheels = paths.collect();

@@ -34,6 +34,7 @@
 //! | `source` | where a member came from |
 //! | `user_wheels` | the wheels that the user named |
 //! | `pinned` | the pinned wheels: whole or by member, in the cache and from the network |
+//! | `release` | wheels of releases that nobody has pinned yet |
 //! | `report` | what each source holds |
 //! | `origin` | how a pinned wheel is reached: its address, an index, pip |
 //! | `settings` | the package indexes that the machine's settings name |
@@ -78,6 +79,8 @@ mod progress;
 mod record;
 mod redact;
 #[cfg(feature = "fetch")]
+mod release;
+#[cfg(feature = "fetch")]
 mod remote;
 mod report;
 #[cfg(feature = "fetch")]
@@ -102,6 +105,8 @@ pub use member::{Member, Package};
 pub use pins::{CudaKey, Origin, Pin, Pins};
 pub(crate) use progress::OnProgress;
 pub use progress::{Progress, ProgressFn};
+#[cfg(feature = "fetch")]
+pub use release::Release;
 pub use report::SourceReport;
 pub use source::{Located, Source};
 pub use store::Store;

@@ -181,7 +181,7 @@ impl Store {
     }
 
     /// Why nothing may be downloaded, if so.
-    fn no_downloads(&self) -> Option<&'static str> {
+    pub(super) fn no_downloads(&self) -> Option<&'static str> {
         if self.config.offline {
             Some("the configuration or FLASHINFER_RS_OFFLINE forbids downloads")
         } else if cfg!(not(feature = "fetch")) {

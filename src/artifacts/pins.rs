@@ -226,6 +226,17 @@ impl Pins {
         Ok(())
     }
 
+    /// Adds the pins of the manifest that `FLASHINFER_RS_PINS` names, if it names one.
+    pub(crate) fn extend_by_setting(&mut self, named: Option<PathBuf>) -> Result<(), ArtifactError> {
+        let Some(manifest) = named else { return Ok(()) };
+        let text = std::fs::read_to_string(&manifest).map_err(|e| ArtifactError::Setting {
+            variable: "FLASHINFER_RS_PINS",
+            value: manifest.display().to_string(),
+            expected: format!("a manifest with a pin table: {e}"),
+        })?;
+        self.extend(&text)
+    }
+
     fn from_table(table: &Table, cuda: CudaKey, arch: &str) -> Pins {
         let mut pins = BTreeMap::new();
         for ((package, key, on), pin) in table {

@@ -72,9 +72,9 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::locate`].
-    pub(crate) fn locate_of_version(
+    pub fn locate_of_version(
         &self,
-        wanted: Wanted<'_>,
+        wanted: &dyn Fn(FlashInferVersion) -> Option<Member>,
         fetch: Fetch,
     ) -> Result<Located, ArtifactError> {
         let members = self.members(None, wanted);

@@ -268,6 +268,31 @@ impl Wheel {
         names
     }
 
+    /// Reads every member, and compares it with the digest that `RECORD` promises; `step` is told of
+    /// the bytes that are read and of all. Only what cannot be in `RECORD` is left out, itself and
+    /// its signatures.
+    pub(crate) fn verify(&self, step: impl Fn(u64, u64)) -> Result<(), ArtifactError> {
+        let record = format!("{}.dist-info/RECORD", self.distribution);
+        let members = || self.members.iter().filter(|member| !member.name.starts_with(&record));
+        let total = members().map(|member| member.size).sum();
+        let (mut archive, mut done) = (open(&self.path)?, 0);
+        for member in members() {
+            let expected = self.recorded(member)?.sha256;
+            let bad = |e: &dyn std::fmt::Display| {
+                ArtifactError::wheel(&self.path, format!("member {}: {e}", member.name))
+            };
+            let entry = entry(&mut archive, member.index).map_err(|e| bad(&e))?;
+            let read = Digest::of_reader(&mut entry.take(member.size + 1), |_| ()).map_err(|e| bad(&e))?;
+            if read != (expected, member.size) {
+                let file = format!("{} in {}", member.name, self.path.display());
+                return Err(ArtifactError::DigestMismatch { file, expected, found: read.0 });
+            }
+            done += member.size;
+            step(done, total);
+        }
+        Ok(())
+    }
+
     /// Streams a member into `sink`.
     pub(crate) fn copy(&self, recorded: Recorded<'_>, sink: &mut Sink) -> Result<(), ArtifactError> {
         self.copy_from(&mut open(&self.path)?, recorded, sink)
