@@ -71,7 +71,7 @@ pub(crate) fn check_defined(path: &Path, symbols: &[String]) -> Result<()> {
     missing.sort_unstable();
     Err(FlashInferError::Library {
         path: path.to_owned(),
-        reason: format!("{UNDEFINED_SYMBOL}: nothing defines {}, which it calls", missing.join(", ")),
+        reason: format!("{UNDEFINED_SYMBOL}: {}, which it calls and nothing defines", missing.join(", ")),
         remedy: "obtain the file again, or open the library that defines it beforehand",
     })
 }

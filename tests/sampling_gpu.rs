@@ -718,10 +718,13 @@ fn chains_of_the_reference() {
             random,
         )
         .unwrap();
+        // The reference is of 0.6, whose kernels ask the first refused draft again.
+        let asks_again = !common::is_0_7(gpu.runtime.module(&ModuleName::SAMPLING).unwrap());
         let same = (0..batch).filter(|&request| {
             let places = request * (drafts + 1)..(request + 1) * (drafts + 1);
+            let more = 100 + want.output_accepted_token_num[request] - accepted[request];
             tokens[places.clone()] == want.output_token_ids[places]
-                && accepted[request] == 100 + want.output_accepted_token_num[request]
+                && (more == 0 || !asks_again && more == 1)
                 && emitted[request] == 100 + want.output_emitted_draft_token_num[request]
         });
         let same = same.count();

@@ -416,19 +416,22 @@ fn for_graph(table: &PageTable) -> PlanOptions<'static> {
 }
 
 /// 512 requests of one page on 32 query heads and 8 KV heads, for a graph: more
-/// than a workspace has by default, which the planner used to find out.
+/// than a workspace has by default, which the planner used to find out. Partial results
+/// of FlashInfer 0.7 take a quarter, for groups of four heads: there, 2048 requests.
 #[test]
 fn the_first_plan_for_a_graph_lets_it_grow() {
     let Some(gpu) = Gpu::start() else { return };
     let heads = Heads::new(32, 8);
     let spec = AttentionSpec::new(DType::BF16, 128).with_backend(Backend::Fa2);
     let decode = BatchDecode::new(&gpu.stream, &spec, heads).expect("the module");
+    let group = if is_0_7(decode.module()) { 4 } else { 1 };
     let table = |requests: usize| {
         let pages: Vec<i32> = (0..requests as i32).collect();
-        let table = PageIndices::from_requests(1024, 16, pages.chunks(1).map(|page| (page, 1))).unwrap();
+        let table = PageIndices::from_requests(4096, 16, pages.chunks(1).map(|page| (page, 1))).unwrap();
         PageTable::new(&gpu.stream, table).unwrap()
     };
-    let (small, large, larger) = (table(256), table(512), table(1024));
+    let [few, some, many] = [256, 512, 1024].map(|requests| requests * group);
+    let (small, large, larger) = (table(few), table(some), table(many));
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let default = [Workspace::DEFAULT_FLOAT_BYTES, Workspace::DEFAULT_INT_BYTES];
     assert_eq!(sizes(&workspace), default);
@@ -436,8 +439,11 @@ fn the_first_plan_for_a_graph_lets_it_grow() {
     // By half of what it was.
     assert_eq!(sizes(&workspace), [192 << 20, 8 << 20]);
     // What a graph holds stays; what is no larger still fits.
-    let floats = |requests: usize| 32 * (requests * 4 / 16 + requests - 1) * 16 * (128 + 1) * 4;
-    let need = [floats(1024), 8 << 20];
+    let floats = |requests: usize| {
+        let rows = ((requests * 4 / 16 + requests - 1) * 16).div_ceil(group);
+        32 * rows * (128 + 1) * 4
+    };
+    let need = [floats(many), 8 << 20];
     let call = format!("Workspace::with_sizes(&stream, {}, {})", need[0], need[1]);
     refused_with_sizes(decode.plan(&mut workspace, &larger, &for_graph(&larger)), [need[0], 1], &call);
     assert_eq!(sizes(&workspace), [192 << 20, 8 << 20]);
@@ -459,7 +465,7 @@ fn the_first_plan_for_a_graph_lets_it_grow() {
         decode.plan(&mut eager, table, &PlanOptions::default()).unwrap();
     }
     key(&mut eager, &large);
-    assert!(eager.float_bytes() >= floats(512));
+    assert!(eager.float_bytes() >= floats(some));
     refused_with_sizes(decode.plan(&mut eager, &larger, &for_graph(&larger)), [need[0], 1], "with_sizes");
     gpu.synchronize();
 }

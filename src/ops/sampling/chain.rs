@@ -59,8 +59,9 @@ pub struct ChainSamples<'a> {
     /// token of the target, and -1.
     pub output_token_ids: TensorMut<'a>,
     /// `[batch]`: how many drafts were accepted, counting those behind the
-    /// first refused one (which is asked again) too, is **added** to it. For
-    /// statistics only.
+    /// first refused one too, is **added** to it. The refused one is asked again
+    /// by kernels of FlashInfer 0.6, and counts if it is accepted then; those of
+    /// 0.7 leave it out. For statistics only.
     pub output_accepted_token_num: TensorMut<'a>,
     /// `[batch]`: how many drafts are among the tokens is **added** to it.
     pub output_emitted_draft_token_num: TensorMut<'a>,

@@ -443,8 +443,12 @@ fn check_input(
 /// would else mix up rows, or write behind a row's `k` places: blocks that
 /// share a row may see different thresholds, and only the deterministic
 /// selection counts what it writes.
+///
+/// A tie break gives the order of indices by that alone. Launchers of 0.6 add it themselves.
 fn is_deterministic(options: &TopKOptions, row_states: &RowStates, input: &RawTensor) -> bool {
-    options.deterministic || !options.asks_for_filtered() && row_states.has_races(input)
+    options.deterministic
+        || options.tie_break != TieBreak::None
+        || !options.asks_for_filtered() && row_states.has_races(input)
 }
 
 /// A contiguous `i32` tensor of this shape; the kernels address it in 32 bits.
