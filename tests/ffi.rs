@@ -62,8 +62,8 @@ fn call(function: &Function, args: &[Arg<'_>]) -> flashinfer_rs::Result<Value> {
 /// All tests of this file once more, in a process of its own with a later library.
 #[test]
 fn a_later_library_serves_as_well() {
-    const WITH_LATER: &str = "FLASHINFER_RS_TEST_WITH_LATER";
-    if std::env::var_os(WITH_LATER).is_some() {
+    const PART: &str = "FLASHINFER_RS_TEST_PART";
+    if std::env::var_os(PART).is_some() {
         let runtime = runtime().expect("the later library");
         assert_eq!(runtime.tvm_ffi_version(), artifact_support::LATER_TVM_FFI);
         assert!(
@@ -75,7 +75,7 @@ fn a_later_library_serves_as_well() {
     }
     let Some(wheel) = artifact_support::later_tvm_ffi() else { return };
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.env(WITH_LATER, "1").env("FLASHINFER_RS_WHEELS", artifact_support::wheels_after(&wheel));
+    command.env(PART, "later").env("FLASHINFER_RS_WHEELS", artifact_support::wheels_after(&wheel));
     let output = command.output().unwrap();
     let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
     assert!(output.status.success() && !text.contains("skipped for want"), "{text}");

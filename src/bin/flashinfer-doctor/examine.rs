@@ -359,7 +359,10 @@ impl Modules {
         let mut modules = Self::default();
         for name in own.union(&pinned) {
             let module = ModuleName::new(name.as_str());
-            if !all && !own.contains(name) && called_modules().all(|pattern| !module.matches(pattern)) {
+            if !all
+                && !own.contains(name)
+                && !called_modules().iter().flatten().any(|pattern| module.matches(pattern))
+            {
                 modules.left_out.push(name.clone());
                 continue;
             }
