@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use crate::{
+    artifacts::FlashInferVersion,
     error::Result,
     ffi::{KernelFunction, Signature},
     module::ModuleName,
@@ -24,6 +25,11 @@ impl FixedFunction {
     /// The function's name, which is also that of the operation.
     pub(crate) fn name(&self) -> &'static str {
         self.declared[0].function
+    }
+
+    /// The version of FlashInfer that the module is of, if its source says so.
+    pub(crate) fn version(&self, runtime: &FlashInferRuntime) -> Result<Option<FlashInferVersion>> {
+        Ok(runtime.module(&self.module)?.version())
     }
 
     pub(crate) fn get(&self, runtime: &FlashInferRuntime) -> Result<&KernelFunction> {

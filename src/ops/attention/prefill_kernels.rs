@@ -14,7 +14,7 @@ use super::{
     options::{PlanOptions, RunOptions},
     output_scale::OutputScale,
     planned::{PlanInfo, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, host_indices, make_plan},
-    prefill_batch::{PrefillBatch, fa2_need, fa3_need, must_stay_whole},
+    prefill_batch::{Fa2Planner, PrefillBatch, fa2_need, fa3_need, must_stay_whole},
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
@@ -281,7 +281,8 @@ impl PrefillKernels {
             (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
         } else {
             let (major, _) = cuda.compute_capability(stream.ordinal())?;
-            (fa2_need(&self.spec, batch, no_split, multiprocessors, major), FA2_PLAN_LEN)
+            let planner = if self.plan.variant() == 0 { Fa2Planner::WholeTiles } else { Fa2Planner::Rows };
+            (fa2_need(&self.spec, batch, no_split, multiprocessors, major, planner), FA2_PLAN_LEN)
         };
         // Kernels number the elements of partial results in 32 bits. Parts of the
         // planner's own choice are not as many.

@@ -140,7 +140,8 @@ pub fn gemma_fused_add_rmsnorm(
 ///
 /// `input` is `[rows, d]`, `f16` or `bf16`; `out` has its shape and is `e4m3` or
 /// `e5m2`; `weight` is `[d]`, of the dtype of `input`; `scale` is `[1]`, `f32`.
-/// The cut is at ±448, the largest of `e4m3`, for `e5m2`, too, and NaN becomes 448.
+/// The cut is at ±448, the largest of `e4m3`, for `e5m2`, too, and NaN becomes 448. With
+/// FlashInfer 0.7, `e5m2` is cut off at its own largest number, ±57344, which NaN becomes.
 ///
 /// Programmatic dependent launch is off here unless asked for, unlike
 /// upstream's default: the kernel reads `scale` before it waits for the kernel

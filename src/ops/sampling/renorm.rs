@@ -100,7 +100,7 @@ pub fn softmax(
     softmax_of(workspace, &out.raw, &logits.raw, options)
 }
 
-/// [`softmax`], which may replace the logits: each thread reads what it writes.
+/// [`softmax`], which may replace the logits if the module [does](replaces_logits).
 pub(super) fn softmax_of(
     workspace: &mut SamplingWorkspace,
     out: &RawTensor,
@@ -135,6 +135,14 @@ pub(super) fn softmax_of(
     unsafe { kernel.call(function, stream) }.map(drop)
 }
 
+/// Whether [`softmax_of`] may replace the logits. With the kernels of 0.6 each thread
+/// reads what it writes. Those of 0.7 write parts of results into outputs first, and
+/// refuse it; both have come by the version in which `top_k_renorm_probs` takes
+/// `is_deterministic`.
+pub(super) fn replaces_logits(runtime: &FlashInferRuntime) -> Result<bool> {
+    Ok(TOP_K_RENORM.get(runtime)?.variant() == 0)
+}
+
 /// All that the kernels of [`softmax`] assume but the scratch memory.
 pub(crate) fn check_softmax(
     check: &Check<'_>,
@@ -166,7 +174,18 @@ pub fn top_k_renorm_probs(
     probs: &TensorRef<'_>,
     top_k: Parameter<'_, u32>,
 ) -> Result<()> {
-    radix((&TOP_K_RENORM, "probs", SUM_BYTES), workspace, &out.raw, &probs.raw, top_k)
+    top_k_renorm_of(workspace, &out.raw, &probs.raw, top_k)
+}
+
+/// [`top_k_renorm_probs`], which may replace the probabilities: each thread reads what
+/// it writes.
+pub(super) fn top_k_renorm_of(
+    workspace: &mut SamplingWorkspace,
+    out: &RawTensor,
+    probs: &RawTensor,
+    top_k: Parameter<'_, u32>,
+) -> Result<()> {
+    radix((&TOP_K_RENORM, "probs", SUM_BYTES), workspace, out, probs, top_k)
 }
 
 /// Keeps the `top_k` largest logits of each row, and all equal to the smallest

@@ -313,15 +313,20 @@ pub fn radix_topk_page_table_transform(
     let stream = &row_states.stream().clone();
     let check = Check::new(PAGE_TABLE_TRANSFORM.name(), stream)?;
     check.on_stream("rows", rows.stream())?;
-    let (output, input, table) = (&output_page_table.raw, &input.raw, &src_page_table.raw);
+    let (output, input) = (&output_page_table.raw, &input.raw);
     let max_row_bytes = row_states.max_row_bytes();
     let k =
         check_transform(&check, "output_page_table", [output, input], rows.host(), options, max_row_bytes)?;
-    check_page_table(&check, table, rows.host())?;
+    check_page_table(&check, &src_page_table.raw, rows.host())?;
     if output.numel() == 0 {
         return Ok(());
     }
     let (lengths, row_starts, row_to_batch) = (rows.lengths()?, rows.row_starts()?, rows.row_to_batch()?);
+    // Where each row is a request, modules of 0.7 want as many requests.
+    let table = match &row_to_batch {
+        None => src_page_table.narrow(0, 0, input.shape()[0] as usize)?,
+        Some(_) => *src_page_table,
+    };
     let deterministic = is_deterministic(options, row_states, input);
     if deterministic && !options.asks_for_filtered() {
         // Places are selected, written to the output, and looked up from there.
@@ -334,7 +339,7 @@ pub fn radix_topk_page_table_transform(
     let kernel = PageTableTransform {
         input: DlTensor::new(input),
         output_page_table: DlTensor::new(output),
-        src_page_table: DlTensor::new(table),
+        src_page_table: (&table).into(),
         maybe_row_to_batch: row_to_batch.as_ref().map(DlTensor::new),
         lengths: DlTensor::new(&lengths),
         maybe_row_states_buffer: Some(DlTensor::new(&states)),
