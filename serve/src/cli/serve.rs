@@ -63,7 +63,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     args.log_format.install()?;
-    let server = Arc::new(Server::new(options(args)?));
+    let server = Arc::new(Server::new(options(args)?)?);
     let listener = TcpListener::bind((args.host.as_str(), args.port))
         .map_err(|error| format!("cannot listen at {} port {}: {error}", args.host, args.port))?;
     println!("listening at http://{}", listener.local_addr()?);
@@ -78,9 +78,6 @@ pub fn run(args: &Args) -> Result<()> {
 fn options(args: &Args) -> Result<ServerOptions> {
     if let Some(origin) = args.cors.iter().find(|origin| !is_origin(origin)) {
         return Err(format!("`{origin}` is no origin; expected one as https://example.org, or *").into());
-    }
-    if args.max_connections == 0 {
-        return Err("--max-connections is 0; expected at least 1".into());
     }
     let names = match args.served_model_name.as_slice() {
         [] => vec![default_name(&args.model)],

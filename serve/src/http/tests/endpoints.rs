@@ -65,6 +65,7 @@ fn metrics_have_vllms_names() {
     }
     assert!(value("prompt_tokens_total") > 10.0);
     assert_eq!(value("prefix_cache_queries_total"), value("prompt_tokens_total"));
+    assert!(metrics.body.contains("block_size=\"4\",num_gpu_blocks=\"1600\"} 1\n"), "{}", metrics.body);
     assert!(metrics.body.contains("finished_reason=\"length\""));
     assert!(metrics.body.ends_with("# EOF\n"));
 }

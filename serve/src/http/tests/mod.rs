@@ -79,7 +79,7 @@ impl TestServer {
 
     /// A server that may not have its model yet.
     fn loading(options: ServerOptions, load: impl FnOnce() -> Result<Llm> + Send + 'static) -> Self {
-        let server = Arc::new(Server::new(options));
+        let server = Arc::new(Server::new(options).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let running = server.clone();

@@ -54,8 +54,6 @@ pub struct SamplingFields {
     /// Whether the model's own end tokens do not end an answer.
     pub ignore_eos: Option<bool>,
     pub response_format: Option<ResponseFormat>,
-    /// Who asks. It changes nothing.
-    pub user: Option<String>,
 }
 
 /// How a stream ends.

@@ -4,12 +4,10 @@ use serde_json::{Value, json};
 
 use crate::http::error::ApiError;
 
-/// Checks a field that has no effect here.
+/// Checks a field that has no effect here, and returns whether it is known elsewhere.
 ///
 /// # Errors
-/// It is known elsewhere, and asks for something: its value is not the one by default.
-///
-/// Returns whether the field is known.
+/// It is, and asks for something: its value is not the one by default.
 pub fn check(name: &str, value: &Value) -> Result<bool, ApiError> {
     let Some(defaults) = defaults(name) else { return Ok(false) };
     let Value::Array(defaults) = defaults else { return Ok(true) };
@@ -37,7 +35,7 @@ fn defaults(name: &str) -> Option<Value> {
         "store" => json!([false]),
         "verbosity" => json!(["medium"]),
         "metadata" | "service_tier" | "safety_identifier" | "prompt_cache_key"
-        | "prompt_cache_retention" => Value::Null,
+        | "prompt_cache_retention" | "user" => Value::Null,
         // vLLM's.
         "add_special_tokens" | "include_stop_str_in_output" | "return_token_ids"
         | "return_tokens_as_token_ids" | "use_beam_search" => json!([false]),
