@@ -52,6 +52,9 @@ pub struct Args {
     /// Guess up to K tokens from what was said before, and keep those that are right
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub speculate: usize,
+    /// Give answers that do not depend on what else is computed beside them
+    #[arg(long)]
+    pub deterministic: bool,
     /// Seconds that requests may still take after SIGTERM or Ctrl-C; a second one ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
@@ -101,6 +104,7 @@ fn llm_options(args: &Args) -> LlmOptions {
         max_queued: args.max_queued,
         max_queued_tokens: args.max_queued_tokens,
         draft: args.speculate,
+        deterministic: args.deterministic,
         ..LlmOptions::default()
     }
 }
