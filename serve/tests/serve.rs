@@ -26,7 +26,8 @@ struct Program {
 impl Program {
     /// `None`, after saying why, where the model cannot be reached.
     fn start(arguments: &[&str]) -> Option<Self> {
-        let pulled = Command::new(env!("CARGO_BIN_EXE_flashinfer")).args(["pull", "smollm2"]).output().unwrap();
+        let pulled =
+            Command::new(env!("CARGO_BIN_EXE_flashinfer")).args(["pull", "smollm2"]).output().unwrap();
         if !pulled.status.success() {
             required::skip(required::MODEL, String::from_utf8_lossy(&pulled.stderr));
             return None;
@@ -81,7 +82,8 @@ fn stream(program: &Program, tokens: usize) -> Stream {
 #[test]
 fn a_first_signal_lets_requests_end_and_a_second_does_not() {
     let Some(program) = Program::start(&["--served-model-name", "tiny"]) else { return };
-    let models = client::send(program.address, "GET", "/v1/models", &[("Authorization", "Bearer sk-test")], None);
+    let models =
+        client::send(program.address, "GET", "/v1/models", &[("Authorization", "Bearer sk-test")], None);
     assert_eq!(models.ok()["data"][0]["id"], "tiny");
     assert_eq!(client::send(program.address, "GET", "/v1/models", &[], None).status, 401);
     let mut running = stream(&program, 40);
@@ -109,7 +111,8 @@ fn a_first_signal_lets_requests_end_and_a_second_does_not() {
 #[test]
 fn what_cannot_be_served_is_an_error() {
     let fails = |arguments: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_flashinfer")).arg("serve").args(arguments).output().unwrap();
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_flashinfer")).arg("serve").args(arguments).output().unwrap();
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };

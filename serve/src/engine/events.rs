@@ -1,10 +1,7 @@
 //! What comes of a request, as text. This runs where it is asked for, not on the
 //! engine's thread.
 
-use std::{
-    collections::VecDeque,
-    sync::Arc,
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use async_channel::Receiver;
 

@@ -127,7 +127,12 @@ impl Metrics {
                 Counter::default(),
             ),
             prompt_tokens: register(&mut all, "prompt_tokens", "Tokens of prompts", Counter::default()),
-            generation_tokens: register(&mut all, "generation_tokens", "Tokens of answers", Counter::default()),
+            generation_tokens: register(
+                &mut all,
+                "generation_tokens",
+                "Tokens of answers",
+                Counter::default(),
+            ),
             success: register(&mut all, "request_success", "Answers that ended", Family::default()),
             first_token: register(
                 &mut all,
@@ -211,7 +216,14 @@ impl Metrics {
     }
 
     /// An answer ended; `first` of its prompt's.
-    pub fn ended(&self, reason: &'static str, usage: &Usage, first: bool, took: Duration, decoding: Duration) {
+    pub fn ended(
+        &self,
+        reason: &'static str,
+        usage: &Usage,
+        first: bool,
+        took: Duration,
+        decoding: Duration,
+    ) {
         self.finished(reason);
         if first {
             self.prompt_tokens.inc_by(usage.prompt_tokens as u64);

@@ -7,7 +7,8 @@ fn models_are_listed_by_their_names() {
     let names = vec!["test".into(), "org/other".into()];
     let server = TestServer::with(ServerOptions { names, ..options() }, llm(config(), |backend| backend));
     let list = server.get("/v1/models").ok();
-    let ids: Vec<_> = list["data"].as_array().unwrap().iter().map(|card| card["id"].as_str().unwrap()).collect();
+    let ids: Vec<_> =
+        list["data"].as_array().unwrap().iter().map(|card| card["id"].as_str().unwrap()).collect();
     assert_eq!((ids, &list["data"][0]["max_model_len"]), (vec!["test", "org/other"], &json!(CONTEXT)));
     for path in ["/v1/models/org/other", "/v1/models/org%2Fother"] {
         assert_eq!(server.get(path).ok()["id"], "org/other");
@@ -20,7 +21,10 @@ fn models_are_listed_by_their_names() {
 fn texts_become_tokens_and_come_back() {
     let server = TestServer::start();
     let tokens = server.post("/tokenize", &json!({"prompt": "ok the é", "return_token_strs": true})).ok();
-    assert_eq!((&tokens["count"], &tokens["max_model_len"]), (&json!(tokens["tokens"].as_array().unwrap().len()), &json!(CONTEXT)));
+    assert_eq!(
+        (&tokens["count"], &tokens["max_model_len"]),
+        (&json!(tokens["tokens"].as_array().unwrap().len()), &json!(CONTEXT))
+    );
     assert_eq!(tokens["token_strs"][0], "ok");
     let back = server.post("/detokenize", &json!({"tokens": tokens["tokens"]})).ok();
     assert_eq!(back["prompt"], "ok the é");

@@ -1,6 +1,9 @@
 //! Many clients at a time, of which a third leave midway.
 
-use std::{collections::HashMap, sync::atomic::{AtomicUsize, Ordering}};
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use serde_json::json;
 

@@ -111,7 +111,8 @@ impl SamplingFields {
     /// What has no such parameter. Ranges are checked by the engine.
     pub fn params(&self) -> Result<SamplingParams, ApiError> {
         if self.stream_options.is_some() && !self.streams() {
-            let message = "stream_options is given for an answer that is not streamed; expected `stream: true`";
+            let message =
+                "stream_options is given for an answer that is not streamed; expected `stream: true`";
             return Err(ApiError::parameter("stream_options", message));
         }
         if !matches!(self.response_format, None | Some(ResponseFormat::Text)) {
