@@ -26,6 +26,7 @@ use super::{
     },
 };
 use crate::{
+    request::Request,
     sampling::SamplingParams,
     scheduler::Token,
     text::{ChatOptions, Text},
@@ -51,7 +52,7 @@ pub async fn chat_completions(
     params.max_tokens = chat.max_completion_tokens.or(params.max_tokens);
     params.logprobs = chat.logprobs()?;
     chat.check_tools()?;
-    let tokens = chat.prompt(llm.text()).await?;
+    let tokens = chat.prompt(&server).await?;
     prompt::check_length(&tokens, &params, server.max_model_len(llm), "messages")
         .map_err(|error| chat.name_limit(error))?;
     let answers = submit(&server, &log, tokens, &params).map_err(|error| chat.name_limit(error))?;
@@ -75,7 +76,7 @@ fn submit(
     tokens: Vec<u32>,
     params: &SamplingParams,
 ) -> Result<Answers, ApiError> {
-    Answers::submit(server, log, vec![tokens], params)
+    Answers::submit(server, log, vec![Request { prompt: tokens, params: params.clone() }])
         .map_err(|error| error.renamed("prompt", "messages").renamed("logprobs", "top_logprobs"))
 }
 
@@ -102,13 +103,13 @@ impl ChatFields {
     }
 
     /// The tokens of the chat.
-    async fn prompt(&self, text: &Arc<Text>) -> Result<Vec<u32>, ApiError> {
+    async fn prompt(&self, server: &Arc<Server>) -> Result<Vec<u32>, ApiError> {
         let mut variables = self.chat_template_kwargs.clone().unwrap_or_default();
         if let Some(effort) = &self.reasoning_effort {
             variables.insert("reasoning_effort".into(), effort.clone().into());
         }
         let options = chat_options(self.add_generation_prompt, self.continue_final_message, variables)?;
-        prompt::chat(text, message::messages(&self.messages)?, self.tools(), options).await
+        prompt::chat(server, message::messages(&self.messages)?, self.tools(), options).await
     }
 
     /// The tools that the model is told of.
