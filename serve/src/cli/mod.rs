@@ -14,6 +14,8 @@ pub(crate) mod run;
 mod sampling;
 mod show;
 mod terminal;
+#[cfg(all(test, unix))]
+mod tests;
 
 use std::process::ExitCode;
 
