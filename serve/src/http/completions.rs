@@ -71,7 +71,8 @@ pub async fn completions(
         prompt::check_length(tokens, &params, server.max_model_len(llm), "prompt")?;
     }
     let (prompts, texts): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
-    let request = |prompt| Request { prompt, params: params.clone() };
+    let grammar = prompt::compile(&server, sampling.constraint(), "response_format").await?;
+    let request = |prompt| Request { grammar: grammar.clone(), ..Request::new(prompt, params.clone()) };
     let answers = Answers::submit(&server, &log, prompts.into_iter().map(request).collect())?;
     let n = params.n;
     let reply = Reply {

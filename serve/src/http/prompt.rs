@@ -7,6 +7,7 @@ use tokio::task::spawn_blocking;
 use super::{Server, error::ApiError};
 use crate::{
     Llm,
+    constraint::{Constraint, Grammar},
     sampling::SamplingParams,
     text::{ChatOptions, Message},
 };
@@ -23,6 +24,20 @@ pub async fn chat(
 ) -> Result<Vec<u32>, ApiError> {
     let rendered = compute(server, move |llm| llm.text().render_chat(&messages, &tools, &options)).await?;
     rendered.map_err(|error| ApiError::parameter("messages", format!("the chat template says: {error}")))
+}
+
+/// What answers have to be, compiled; `None` if they may be anything.
+///
+/// # Errors
+/// It cannot be used; `name` is the parameter that has it.
+pub async fn compile(
+    server: &Arc<Server>,
+    constraint: Option<Constraint>,
+    name: &str,
+) -> Result<Option<Grammar>, ApiError> {
+    let Some(constraint) = constraint else { return Ok(None) };
+    let compiled = compute(server, move |llm| llm.engine().compile(&constraint)).await?;
+    compiled.map(Some).map_err(|error| ApiError::parameter(name, error.to_string()))
 }
 
 /// Computes something where that holds up no connection.
