@@ -50,7 +50,7 @@ pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepC
             Err(error) => error.to_string().lines().next().unwrap_or_default().to_owned(),
         },
     };
-    let cpu = with_progress(model.layers(), |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
+    let cpu = with_progress(model, |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
     Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
 }
 
@@ -59,17 +59,17 @@ pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepC
 /// # Errors
 /// There is none that can be used, or a tensor cannot be read.
 pub fn load_gpu(model: &Model, pool: &PageAllocator, max_tokens: usize) -> Result<Gpu> {
-    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
+    with_progress(model, |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
 }
 
-/// Shows how many of a model's layers were taken.
-pub(crate) fn with_progress<E>(
-    layers: impl ExactSizeIterator<Item = Result<Layer>>,
+/// Shows how many of a model's bytes were read, while `load` takes its layers.
+fn with_progress<E>(
+    model: &Model,
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
 ) -> Result<E> {
-    let style = ProgressStyle::with_template("loading {wide_bar} {pos}/{len} layers")?;
-    let bar = ProgressBar::new(layers.len() as u64).with_style(style);
-    let engine = load(&mut bar.wrap_iter(layers));
+    let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}")?;
+    let bar = ProgressBar::new(model.bytes()).with_style(style);
+    let engine = load(&mut model.layers().inspect(|_| bar.set_position(model.bytes_read())));
     bar.finish_and_clear();
     engine
 }

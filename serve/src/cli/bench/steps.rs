@@ -10,12 +10,7 @@ use flashinfer_rs::{
 
 use crate::{
     Result,
-    backend::{
-        Backend, Output, Step,
-        device::{load_gpu, with_progress},
-        gpu::Gpu,
-        graph,
-    },
+    backend::{Backend, Output, Step, device::load_gpu, gpu::Gpu, graph},
     model::{
         Config, Model,
         synthetic::{self, Shape},
@@ -41,7 +36,7 @@ pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize) -> Resul
             let config = shape.config()?;
             table(&config, batches, context, |pool, most| {
                 let (ends, layers) = synthetic::weights(&config)?;
-                with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
+                Gpu::new(&config, ends, layers, pool, most)
             })
         }
         Source::Model(model) => {
