@@ -39,8 +39,8 @@ pub fn f16(block: &[u8], start: usize) -> f32 {
     // The exponent's bias is 127 instead of 15. Infinities and NaN have the largest exponent.
     let bias = if magnitude >= 0x7c00 { 224 << 23 } else { 112 << 23 };
     let normal = (magnitude << 13) + bias;
-    // 2^-24 is the step between subnormal numbers.
-    let subnormal = (magnitude as i32 as f32 * f32::from_bits(103 << 23)).to_bits();
+    // 2^-24 is the step between subnormal numbers, and that of `f32` from 0.5 on.
+    let subnormal = (f32::from_bits(magnitude + (126 << 23)) - 0.5).to_bits();
     f32::from_bits(sign | if magnitude < 0x400 { subnormal } else { normal })
 }
 

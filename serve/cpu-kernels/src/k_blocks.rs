@@ -1,5 +1,7 @@
 //! Blocks of 256 numbers, in groups with scales of their own.
 
+use std::array;
+
 use super::blocks::{Block, bytes, f16, scaled};
 
 pub struct Q2K;
@@ -36,6 +38,12 @@ fn four_bits(packed: &[u8], group: usize) -> [i8; 32] {
     bytes::<32>(packed, group / 2 * 32).map(|byte| (byte >> (4 * (group % 2)) & 15) as i8)
 }
 
+/// A bit of each of 32 bytes.
+#[inline(always)]
+fn bit(packed: &[u8; 32], bit: usize) -> [i8; 32] {
+    packed.map(|byte| (byte >> bit & 1) as i8)
+}
+
 /// The scale and the minimum of a group, 6 bits each, of eight groups in 12 bytes.
 #[inline(always)]
 fn scale_and_minimum(packed: &[u8; 12], group: usize) -> [u8; 2] {
@@ -67,11 +75,8 @@ impl Block<110, 256> for Q3K {
         by_halves(
             numbers,
             |group| {
-                let mut codes = two_bits(&block[32..], group);
-                for (code, high) in codes.iter_mut().zip(high) {
-                    *code += ((high >> group & 1) << 2) as i8 - 4;
-                }
-                codes
+                let (low, high) = (two_bits(&block[32..], group), bit(high, group));
+                array::from_fn(|index| low[index] + (high[index] << 2) - 4)
             },
             |half| {
                 let low = packed[half % 8] >> (half / 8 * 4) & 15;
@@ -100,10 +105,8 @@ impl Block<176, 256> for Q5K {
         let fifth = bytes::<32>(block, 16);
         for (group, numbers) in numbers.as_chunks_mut().0.iter_mut().enumerate() {
             let [d, m] = scale_and_minimum(packed, group).map(f32::from);
-            let mut codes = four_bits(&block[48..], group);
-            for (code, fifth) in codes.iter_mut().zip(fifth) {
-                *code |= ((fifth >> group & 1) << 4) as i8;
-            }
+            let (low, high) = (four_bits(&block[48..], group), bit(fifth, group));
+            let codes: [_; 32] = array::from_fn(|index| low[index] | high[index] << 4);
             *numbers = scaled(codes, scale * d, -(minimum * m));
         }
     }
@@ -118,13 +121,9 @@ impl Block<210, 256> for Q6K {
             |group| {
                 // The low halves of 64 bytes, then the high ones.
                 let low = bytes::<32>(block, group / 4 * 64 + group % 2 * 32);
+                let low = low.map(|byte| (byte >> (group % 4 / 2 * 4) & 15) as i8);
                 let high = two_bits(&block[128..], group);
-                let mut codes = [0; 32];
-                for (index, code) in codes.iter_mut().enumerate() {
-                    let low = low[index] >> (group % 4 / 2 * 4) & 15;
-                    *code = (low as i8 | high[index] << 4) - 32;
-                }
-                codes
+                array::from_fn(|index| (low[index] | high[index] << 4) - 32)
             },
             |half| [scale * f32::from(block[192 + half] as i8), 0.0],
         );

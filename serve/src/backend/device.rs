@@ -98,7 +98,9 @@ fn with_progress<E>(
 ) -> Result<E> {
     let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}")?;
     let bar = ProgressBar::new(model.bytes()).with_style(style);
-    let engine = load(&mut model.layers().inspect(|_| bar.set_position(model.bytes_read())));
+    // Some were read already, where a GPU could not be used.
+    let before = model.bytes_read();
+    let engine = load(&mut model.layers().inspect(|_| bar.set_position(model.bytes_read() - before)));
     bar.finish_and_clear();
     engine
 }
