@@ -176,8 +176,8 @@ impl Chunks for Reply {
         }
         let first = deltas.len();
         deltas.extend(choice.pieces(&event, self.parallel).into_iter().map(Delta::from));
-        let mut logprobs = (self.logprobs && !event.tokens.is_empty())
-            .then(|| logprobs::of_chat(&self.text, &event.tokens));
+        let mut logprobs =
+            (self.logprobs && !event.tokens.is_empty()).then(|| logprobs::of_chat(&self.text, &event.tokens));
         if logprobs.is_some() && deltas.len() == first {
             deltas.push(Delta { content: Some(String::new()), ..Delta::default() });
         }
