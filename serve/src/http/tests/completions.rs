@@ -39,11 +39,26 @@ fn prompts_come_in_four_forms() {
     let body = with(completion(json!(["Once", "Twice"]), 6), json!({"n": 2, "temperature": 1, "seed": 3}));
     let both = server.complete(&body).ok();
     let choices = both["choices"].as_array().unwrap();
-    assert_eq!(choices.iter().map(|choice| choice["index"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert_eq!(
+        choices.iter().map(|choice| choice["index"].as_u64().unwrap()).collect::<Vec<_>>(),
+        [0, 1, 2, 3]
+    );
     let second = server.complete(&with(body, json!({"prompt": "Twice"}))).ok();
-    assert_eq!([&choices[2]["text"], &choices[3]["text"]], [0, 1].map(|index| &second["choices"][index]["text"]));
+    assert_eq!(
+        [&choices[2]["text"], &choices[3]["text"]],
+        [0, 1].map(|index| &second["choices"][index]["text"])
+    );
     assert_eq!(both["usage"]["prompt_tokens"], 9);
-    for wrong in [json!([]), json!(""), json!(["x", ""]), json!([[]]), json!(["x", 1]), json!([-1]), json!({}), json!([4096])] {
+    for wrong in [
+        json!([]),
+        json!(""),
+        json!(["x", ""]),
+        json!([[]]),
+        json!(["x", 1]),
+        json!([-1]),
+        json!({}),
+        json!([4096]),
+    ] {
         let error = server.complete(&completion(wrong.clone(), 1)).error(400);
         assert_eq!(error["param"], "prompt", "{wrong}: {error}");
     }
@@ -68,7 +83,8 @@ fn log_probabilities_have_offsets() {
     let whole = server.complete(&body).ok();
     let logprobs = &whole["choices"][0]["logprobs"];
     assert_eq!(logprobs["text_offset"], json!([0, 1, 2, 3]));
-    let tokens: String = logprobs["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    let tokens: String =
+        logprobs["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
     assert_eq!(tokens, text(&whole["choices"][0]));
     for (at, top) in logprobs["top_logprobs"].as_array().unwrap().iter().enumerate() {
         let token = logprobs["tokens"][at].as_str().unwrap();

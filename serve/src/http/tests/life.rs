@@ -90,7 +90,11 @@ fn a_client_that_leaves_ends_its_request() {
     drop(waiting);
     server.until_idle();
     assert!(server.status().stats.decoded < 600, "{:?}", server.status());
-    assert!(server.get("/metrics").body.contains("finished_reason=\"abort\"} 2"), "{}", server.get("/metrics").body);
+    assert!(
+        server.get("/metrics").body.contains("finished_reason=\"abort\"} 2"),
+        "{}",
+        server.get("/metrics").body
+    );
 }
 
 #[test]
@@ -182,7 +186,8 @@ fn a_failure_in_a_stream_is_an_event_and_says_nothing_of_the_server() {
     let server = TestServer::with(options(), llm);
     let error = server.complete(&completion("a!", 5)).error(500);
     assert!(!error.to_string().contains("secret"), "{error}");
-    let chunks = server.stream("/v1/completions", &with(completion("a!", 5), json!({"stream": true}))).chunks();
+    let chunks =
+        server.stream("/v1/completions", &with(completion("a!", 5), json!({"stream": true}))).chunks();
     assert_eq!(chunks.last().unwrap()["error"]["type"], "server_error");
     assert!(!chunks.last().unwrap().to_string().contains("secret"));
     server.complete(&completion("a", 2)).ok();
