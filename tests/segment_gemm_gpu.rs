@@ -354,7 +354,7 @@ fn nothing_to_do() {
 }
 
 /// What concerns streams and real tensors; shapes, types and layouts are tested
-/// where no GPU is needed, in `src/ops/gemm/segment.rs`.
+/// where no GPU is needed, in `src/ops/gemm/sizes.rs`.
 #[test]
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
