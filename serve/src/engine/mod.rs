@@ -96,6 +96,8 @@ pub struct Status {
     pub waiting: usize,
     /// Pages in use, those of cached prefixes included.
     pub used_pages: usize,
+    /// Those of them that answers hold that run.
+    pub held_pages: usize,
     /// Time of all steps, for the share of their tokens that read prompts.
     pub reading: Duration,
     /// The rest of the time of all steps.

@@ -189,5 +189,6 @@ impl<B: Backend> Worker<B> {
         status.running = self.scheduler.running().len();
         status.waiting = self.scheduler.waiting();
         status.used_pages = self.pool.used_pages();
+        status.held_pages = self.scheduler.held_pages();
     }
 }

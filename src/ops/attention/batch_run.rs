@@ -9,6 +9,7 @@ use super::{
     spec::{AttentionSpec, Backend, Heads},
 };
 use crate::{
+    artifacts::FlashInferVersion,
     error::Result,
     indices::PageIndices,
     kv::PagedKv,
@@ -90,10 +91,11 @@ impl AttentionSpec {
     }
 
     fn check_published(&self, family: Family, backends: &[Backend]) -> Result<()> {
-        if backends.iter().any(|&backend| is_published(self, family, backend)) {
+        const VERSION: FlashInferVersion = FlashInferVersion::OLDEST;
+        if backends.iter().any(|&backend| is_published(self, VERSION, family, backend)) {
             return Ok(());
         }
-        let name = self.module(family, backends[0])?;
+        let name = self.module(VERSION, family, backends[0])?;
         Err(unpublished(self, family, backends.iter().copied(), name.as_str()))
     }
 }

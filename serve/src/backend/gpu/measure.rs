@@ -40,7 +40,7 @@ impl Gpu {
         let Some((bucket, Graph { step, .. })) = graph else {
             return Err("the last step was not a graph's".into());
         };
-        let plans = attention.plan_decode(&tables.tables, Some(1 << bucket))?;
+        let plans = attention.plan_decode(&tables.tables.pages, Some(1 << bucket))?;
         Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes()))
     }
 
@@ -50,7 +50,7 @@ impl Gpu {
         let Self { network, attention, buffers, cache, tables, cuda, .. } = self;
         let heads = network.config.heads;
         let rows = tables.tables.pages.host().batch_size();
-        let plans = attention.plan_decode(&tables.tables, Some(rows))?;
+        let plans = attention.plan_decode(&tables.tables.pages, Some(rows))?;
         let q = buffers.qkv.rows(rows)?.narrow(1, 0, heads.num_qo_heads)?;
         let mut out = buffers.attention.rows_mut(rows)?;
         let mut run = || -> Result<()> {
