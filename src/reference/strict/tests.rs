@@ -111,7 +111,7 @@ fn prefill_of_one_request() {
     let items = crate::indices::ItemIndices::new([(3, &[6][..])]).unwrap();
     assert!(refused(&spec, 3, reference::Mask::MultiItem(&items)).contains("keys that are not paged"));
     let fa3 = spec.with_backend(Backend::Fa3);
-    assert!(refused(&fa3, 3, reference::Mask::None).contains("no single_prefill"));
+    assert!(refused(&fa3, 3, reference::Mask::None).contains("no attention of one request"));
     assert!(refused(&AttentionSpec::new(F16, 96), 3, reference::Mask::None).contains("64, 128 and 256"));
     assert!(refused(&spec.with_backend(Backend::CudaCores), 3, reference::Mask::None).contains("CUDA cores"));
 }
