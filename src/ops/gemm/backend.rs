@@ -1,7 +1,9 @@
 //! Which kernels compute a segment GEMM on a GPU.
 
-use super::segment::OP;
 use crate::error::{FlashInferError, Result};
+
+/// The operation, in errors.
+pub(super) const OP: &str = "segment_gemm";
 
 /// Fewer multiprocessors than this need not be filled by clusters of four, and
 /// the launch would fail.

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::{
-    backend::{GemmBackend, backends},
+    backend::{GemmBackend, OP, backends},
     sizes::Sizes,
 };
 use crate::{
@@ -33,8 +33,6 @@ kernels! {
 
 pub(super) const SIGNATURES: &[(&str, &[Signature])] =
     &[("gemm", CutlassSm80::SIGNATURES), ("gemm_sm90", CutlassSm90::SIGNATURES)];
-
-pub(super) const OP: &str = "segment_gemm";
 
 /// Writes addresses, strides and sizes for each segment.
 static WRITE_ARGS: PtxKernel =

@@ -105,7 +105,7 @@ impl Sizes {
 mod tests {
     use std::ffi::c_void;
 
-    use super::{super::segment::OP, *};
+    use super::{super::backend::OP, *};
     use crate::{device::Device, error::FlashInferError, stream::Stream, tensor::TensorRef};
 
     const GPU: Device = Device::Cuda(0);
