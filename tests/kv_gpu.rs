@@ -241,19 +241,10 @@ fn one_model<T: Number>() {
     }
 }
 
-#[test]
-fn f16_pages() {
-    one_model::<f16>();
-}
-
-#[test]
-fn bf16_pages() {
-    one_model::<bf16>();
-}
-
-#[test]
-fn e4m3_pages() {
-    one_model::<F8E4M3>();
+typed_tests! {
+    f16_pages: one_model::<f16>();
+    bf16_pages: one_model::<bf16>();
+    e4m3_pages: one_model::<F8E4M3>();
 }
 
 /// Rows of latent attention: forks, copies and ends, beside a model of heads, too.
