@@ -38,9 +38,9 @@ pub fn multiply(x: &[f32], matrices: &[Matrix<'_>]) -> Vec<f32> {
             &padded
         }
     };
-    let rows_of_task = (TASK / columns).next_multiple_of(PANEL);
+    let rows_of_task = (TASK / columns).max(1).next_multiple_of(PANEL);
     let mut product = vec![0.0; count * rows];
-    if count == 0 {
+    if product.is_empty() {
         return product;
     }
     // Columns of the product, one after the other.
@@ -233,6 +233,10 @@ mod tests {
         let one = [1f32.to_le_bytes(); 3].concat();
         let one = Matrix::new(&one, GgmlDType::F32, 3).unwrap();
         assert_eq!(multiply(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[one, empty]), [6.0, 15.0]);
+        // Rows of more numbers than a task has.
+        let long = 1f32.to_le_bytes().repeat(5 * 2 * TASK);
+        let long = Matrix::new(&long, GgmlDType::F32, 2 * TASK).unwrap();
+        assert_eq!(multiply(&vec![1.0; 2 * 2 * TASK], &[long]), [2.0 * TASK as f32; 10]);
         assert!(multiply(&[], &[one]).is_empty());
     }
 }
