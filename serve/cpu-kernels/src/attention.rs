@@ -41,10 +41,12 @@ impl WithSimd for Run<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { attention: Attention { q, k, v, starts, scale, soft_cap }, out } = self;
-        let mut weights: Vec<_> =
-            starts.iter().map(|&at| dot(simd, q, &k[at..][..q.len()]) * scale).collect();
-        if let Some(cap) = soft_cap {
-            weights.iter_mut().for_each(|weight| *weight = cap * (*weight / cap).tanh());
+        let mut weights = vec![0.0; starts.len()];
+        for (weight, &at) in weights.iter_mut().zip(starts) {
+            *weight = dot(simd, q, &k[at..][..q.len()]) * scale;
+            if let Some(cap) = soft_cap {
+                *weight = cap * (*weight / cap).tanh();
+            }
         }
         softmax(&mut weights);
         out.fill(0.0);
@@ -57,9 +59,14 @@ impl WithSimd for Run<'_> {
 #[inline(always)]
 fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (S::as_simd_f32s(a), S::as_simd_f32s(b));
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    let zero = simd.splat_f32s(0.0);
-    simd.reduce_sum_f32s(a.iter().zip(b).fold(zero, |sum, (a, b)| simd.mul_add_e_f32s(*a, *b, sum))) + rest
+    let (mut sums, mut rest) = (simd.splat_f32s(0.0), 0.0);
+    for (a, b) in a.iter().zip(b) {
+        sums = simd.mul_add_e_f32s(*a, *b, sums);
+    }
+    for (a, b) in a_rest.iter().zip(b_rest) {
+        rest += a * b;
+    }
+    simd.reduce_sum_f32s(sums) + rest
 }
 
 /// `out + weight · v`.
@@ -67,8 +74,12 @@ fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
 fn add_scaled<S: Simd>(simd: S, out: &mut [f32], weight: f32, v: &[f32]) {
     let ((out, out_rest), (v, v_rest)) = (S::as_mut_simd_f32s(out), S::as_simd_f32s(v));
     let vector = simd.splat_f32s(weight);
-    out.iter_mut().zip(v).for_each(|(out, v)| *out = simd.mul_add_e_f32s(vector, *v, *out));
-    out_rest.iter_mut().zip(v_rest).for_each(|(out, v)| *out += weight * v);
+    for (out, v) in out.iter_mut().zip(v) {
+        *out = simd.mul_add_e_f32s(vector, *v, *out);
+    }
+    for (out, v) in out_rest.iter_mut().zip(v_rest) {
+        *out += weight * v;
+    }
 }
 
 fn softmax(logits: &mut [f32]) {

@@ -31,11 +31,10 @@ pub fn bytes<const N: usize>(block: &[u8], start: usize) -> &[u8; N] {
     block[start..].first_chunk().expect("a block of its type's size")
 }
 
-/// The `f16` at `start`. Without branches, so that many are converted side by side.
+/// The number of these bits of an `f16`. Without branches, so that many are converted side by side.
 #[inline(always)]
-pub fn f16(block: &[u8], start: usize) -> f32 {
-    let bits = u32::from(u16::from_le_bytes(*bytes(block, start)));
-    let (sign, magnitude) = ((bits & 0x8000) << 16, bits & 0x7fff);
+const fn f16(bits: u16) -> f32 {
+    let (sign, magnitude) = ((bits as u32 & 0x8000) << 16, bits as u32 & 0x7fff);
     // The exponent's bias is 127 instead of 15. Infinities and NaN have the largest exponent.
     let bias = if magnitude >= 0x7c00 { 224 << 23 } else { 112 << 23 };
     let normal = (magnitude << 13) + bias;
@@ -43,6 +42,26 @@ pub fn f16(block: &[u8], start: usize) -> f32 {
     let subnormal = (f32::from_bits(magnitude + (126 << 23)) - 0.5).to_bits();
     f32::from_bits(sign | if magnitude < 0x400 { subnormal } else { normal })
 }
+
+/// The numbers of all bits of an `f16`. Those of a model's scales are few, and stay in the cache.
+static HALVES: [f32; 1 << 16] = {
+    let mut numbers = [0.0; 1 << 16];
+    let mut bits = 0;
+    while bits < numbers.len() {
+        numbers[bits] = f16(bits as u16);
+        bits += 1;
+    }
+    numbers
+};
+
+/// The scale at `start`, an `f16`.
+#[inline(always)]
+pub fn scale(block: &[u8], start: usize) -> f32 {
+    HALVES[usize::from(u16::from_le_bytes(*bytes(block, start)))]
+}
+
+/// What can be added to any number and is not: the compiler leaves it out, as it does not 0.
+pub const NO_OFFSET: f32 = -0.0;
 
 /// `scale · code + offset` for each code.
 #[inline(always)]
@@ -97,7 +116,7 @@ impl Block<32, 16> for F16 {
     #[inline(always)]
     fn decode(block: &[u8; 32], numbers: &mut [f32; 16]) {
         for (index, number) in numbers.iter_mut().enumerate() {
-            *number = f16(block, 2 * index);
+            *number = f16(u16::from_le_bytes(*bytes(block, 2 * index)));
         }
     }
 }
@@ -114,14 +133,14 @@ impl Block<32, 16> for Bf16 {
 impl Block<18, 32> for Q4_0 {
     #[inline(always)]
     fn decode(block: &[u8; 18], numbers: &mut [f32; 32]) {
-        *numbers = scaled(nibbles(bytes(block, 2)).map(|code| code - 8), f16(block, 0), 0.0);
+        *numbers = scaled(nibbles(bytes(block, 2)).map(|code| code - 8), scale(block, 0), NO_OFFSET);
     }
 }
 
 impl Block<20, 32> for Q4_1 {
     #[inline(always)]
     fn decode(block: &[u8; 20], numbers: &mut [f32; 32]) {
-        *numbers = scaled(nibbles(bytes(block, 4)), f16(block, 0), f16(block, 2));
+        *numbers = scaled(nibbles(bytes(block, 4)), scale(block, 0), scale(block, 2));
     }
 }
 
@@ -129,21 +148,21 @@ impl Block<22, 32> for Q5_0 {
     #[inline(always)]
     fn decode(block: &[u8; 22], numbers: &mut [f32; 32]) {
         let codes = five_bits(bytes(block, 6), bytes(block, 2));
-        *numbers = scaled(codes.map(|code| code - 16), f16(block, 0), 0.0);
+        *numbers = scaled(codes.map(|code| code - 16), scale(block, 0), NO_OFFSET);
     }
 }
 
 impl Block<24, 32> for Q5_1 {
     #[inline(always)]
     fn decode(block: &[u8; 24], numbers: &mut [f32; 32]) {
-        *numbers = scaled(five_bits(bytes(block, 8), bytes(block, 4)), f16(block, 0), f16(block, 2));
+        *numbers = scaled(five_bits(bytes(block, 8), bytes(block, 4)), scale(block, 0), scale(block, 2));
     }
 }
 
 impl Block<34, 32> for Q8_0 {
     #[inline(always)]
     fn decode(block: &[u8; 34], numbers: &mut [f32; 32]) {
-        *numbers = scaled(bytes::<32>(block, 2).map(|code| code as i8), f16(block, 0), 0.0);
+        *numbers = scaled(bytes::<32>(block, 2).map(|code| code as i8), scale(block, 0), NO_OFFSET);
     }
 }
 
@@ -152,8 +171,7 @@ mod tests {
     #[test]
     fn halves_are_those_of_half() {
         for bits in 0..=u16::MAX {
-            let (number, expected) =
-                (super::f16(&bits.to_le_bytes(), 0), half::f16::from_bits(bits).to_f32());
+            let (number, expected) = (super::f16(bits), half::f16::from_bits(bits).to_f32());
             assert!(
                 number.to_bits() == expected.to_bits() || number.is_nan() && expected.is_nan(),
                 "{bits:#x}"

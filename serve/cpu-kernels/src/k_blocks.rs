@@ -2,7 +2,7 @@
 
 use std::array;
 
-use super::blocks::{Block, bytes, f16, scaled};
+use super::blocks::{Block, NO_OFFSET, bytes, scale, scaled};
 
 pub struct Q2K;
 pub struct Q3K;
@@ -59,11 +59,11 @@ fn scale_and_minimum(packed: &[u8; 12], group: usize) -> [u8; 2] {
 impl Block<84, 256> for Q2K {
     #[inline(always)]
     fn decode(block: &[u8; 84], numbers: &mut [f32; 256]) {
-        let (scale, minimum) = (f16(block, 80), f16(block, 82));
+        let (d, minimum) = (scale(block, 80), scale(block, 82));
         by_halves(
             numbers,
             |group| two_bits(&block[16..], group),
-            |half| [scale * f32::from(block[half] & 15), -(minimum * f32::from(block[half] >> 4))],
+            |half| [d * f32::from(block[half] & 15), -(minimum * f32::from(block[half] >> 4))],
         );
     }
 }
@@ -71,7 +71,7 @@ impl Block<84, 256> for Q2K {
 impl Block<110, 256> for Q3K {
     #[inline(always)]
     fn decode(block: &[u8; 110], numbers: &mut [f32; 256]) {
-        let (high, packed, scale) = (bytes::<32>(block, 0), bytes::<12>(block, 96), f16(block, 108));
+        let (high, packed, d) = (bytes::<32>(block, 0), bytes::<12>(block, 96), scale(block, 108));
         by_halves(
             numbers,
             |group| {
@@ -81,7 +81,7 @@ impl Block<110, 256> for Q3K {
             |half| {
                 let low = packed[half % 8] >> (half / 8 * 4) & 15;
                 let high = packed[8 + half % 4] >> (half / 4 * 2) & 3;
-                [scale * (f32::from(low | high << 4) - 32.0), 0.0]
+                [d * (f32::from(low | high << 4) - 32.0), NO_OFFSET]
             },
         );
     }
@@ -90,10 +90,10 @@ impl Block<110, 256> for Q3K {
 impl Block<144, 256> for Q4K {
     #[inline(always)]
     fn decode(block: &[u8; 144], numbers: &mut [f32; 256]) {
-        let (scale, minimum, packed) = (f16(block, 0), f16(block, 2), bytes(block, 4));
+        let (all, minimum, packed) = (scale(block, 0), scale(block, 2), bytes(block, 4));
         for (group, numbers) in numbers.as_chunks_mut().0.iter_mut().enumerate() {
             let [d, m] = scale_and_minimum(packed, group).map(f32::from);
-            *numbers = scaled(four_bits(&block[16..], group), scale * d, -(minimum * m));
+            *numbers = scaled(four_bits(&block[16..], group), all * d, -(minimum * m));
         }
     }
 }
@@ -101,13 +101,13 @@ impl Block<144, 256> for Q4K {
 impl Block<176, 256> for Q5K {
     #[inline(always)]
     fn decode(block: &[u8; 176], numbers: &mut [f32; 256]) {
-        let (scale, minimum, packed) = (f16(block, 0), f16(block, 2), bytes(block, 4));
+        let (all, minimum, packed) = (scale(block, 0), scale(block, 2), bytes(block, 4));
         let fifth = bytes::<32>(block, 16);
         for (group, numbers) in numbers.as_chunks_mut().0.iter_mut().enumerate() {
             let [d, m] = scale_and_minimum(packed, group).map(f32::from);
             let (low, high) = (four_bits(&block[48..], group), bit(fifth, group));
             let codes: [_; 32] = array::from_fn(|index| low[index] | high[index] << 4);
-            *numbers = scaled(codes, scale * d, -(minimum * m));
+            *numbers = scaled(codes, all * d, -(minimum * m));
         }
     }
 }
@@ -115,7 +115,7 @@ impl Block<176, 256> for Q5K {
 impl Block<210, 256> for Q6K {
     #[inline(always)]
     fn decode(block: &[u8; 210], numbers: &mut [f32; 256]) {
-        let scale = f16(block, 208);
+        let d = scale(block, 208);
         by_halves(
             numbers,
             |group| {
@@ -125,7 +125,7 @@ impl Block<210, 256> for Q6K {
                 let high = two_bits(&block[128..], group);
                 array::from_fn(|index| (low[index] | high[index] << 4) - 32)
             },
-            |half| [scale * f32::from(block[192 + half] as i8), 0.0],
+            |half| [d * f32::from(block[192 + half] as i8), NO_OFFSET],
         );
     }
 }

@@ -14,7 +14,9 @@
 //! changes answers: greedy tokens of SmolLM2 are others than those of its weights in `f32`. And
 //! candle has no vector instructions for `Q4_1`, `Q5_0` and `Q5_1`.
 //!
-//! Instructions (AVX2 with FMA, NEON) are chosen when the program runs, by [`pulp`].
+//! Instructions (AVX2 with FMA, NEON) are chosen when the program runs, by [`pulp`]. What is to
+//! use them is inlined into its `vectorize`: loops, not iterators that take closures, which the
+//! compiler makes functions of their own, without these instructions.
 
 pub mod attention;
 mod blocks;

@@ -5,8 +5,6 @@
 //! the sum of the same products in the same order: a request's answer does not depend on the
 //! batch that it is in.
 
-use std::array;
-
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -38,9 +36,9 @@ pub fn multiply(x: &[f32], matrices: &[Matrix<'_>]) -> Vec<f32> {
             &padded
         }
     };
-    let rows_of_task = (TASK / columns).next_multiple_of(PANEL);
+    let rows_of_task = (TASK / columns).max(1).next_multiple_of(PANEL);
     let mut product = vec![0.0; count * rows];
-    if count == 0 {
+    if product.is_empty() {
         return product;
     }
     // Columns of the product, one after the other.
@@ -95,51 +93,59 @@ impl WithSimd for Task<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { matrix, x, count, out } = self;
         let width = x.len() / count;
-        let vectors = |row: usize| S::as_simd_f32s(&x[row * width..][..width]).0;
         let mut panel = vec![0.0; PANEL * width];
         for (index, out) in out.chunks_mut(PANEL * count).enumerate() {
             for (row, numbers) in panel.chunks_exact_mut(width).take(out.len() / count).enumerate() {
                 matrix.decode(PANEL * index + row, &mut numbers[..matrix.columns()]);
             }
-            let weights: [_; PANEL] = array::from_fn(|row| S::as_simd_f32s(&panel[row * width..][..width]).0);
-            let mut write = |row: usize, sums: [S::f32s; PANEL]| {
-                for (out, sum) in out.chunks_exact_mut(count).zip(sums) {
-                    out[row] = simd.reduce_sum_f32s(sum);
-                }
-            };
             for row in (0..count - count % 2).step_by(2) {
-                let [first, second] = dots(simd, [vectors(row), vectors(row + 1)], weights);
-                write(row, first);
-                write(row + 1, second);
+                write(simd, out, count, row, dots::<S, 2>(simd, &x[row * width..], &panel, width));
             }
             if count % 2 == 1 {
-                let [last] = dots(simd, [vectors(count - 1)], weights);
-                write(count - 1, last);
+                let row = count - 1;
+                write(simd, out, count, row, dots::<S, 1>(simd, &x[row * width..], &panel, width));
             }
         }
     }
 }
 
-/// The products of each of `x` with each of the weights, before the numbers of a vector are added
-/// up.
+/// The products of the first rows of `x` with each row of a panel, before the numbers of a vector
+/// are added up.
 #[inline(always)]
-fn dots<S: Simd, const X: usize>(
-    simd: S,
-    x: [&[S::f32s]; X],
-    weights: [&[S::f32s]; PANEL],
-) -> [[S::f32s; PANEL]; X] {
-    let len = weights[0].len();
-    let (x, weights) = (x.map(|x| &x[..len]), weights.map(|weights| &weights[..len]));
+fn dots<S: Simd, const X: usize>(simd: S, x: &[f32], panel: &[f32], width: usize) -> [[S::f32s; PANEL]; X] {
+    let len = width / S::F32_LANES;
+    let (mut rows, mut weights) = ([&[][..]; X], [&[][..]; PANEL]);
+    for (index, row) in rows.iter_mut().enumerate() {
+        *row = &S::as_simd_f32s(&x[index * width..][..width]).0[..len];
+    }
+    for (index, row) in weights.iter_mut().enumerate() {
+        *row = &S::as_simd_f32s(&panel[index * width..][..width]).0[..len];
+    }
     let mut sums = [[simd.splat_f32s(0.0); PANEL]; X];
     for at in 0..len {
-        let weights = weights.map(|weights| weights[at]);
-        for (sums, x) in sums.iter_mut().zip(x) {
-            for (sum, weight) in sums.iter_mut().zip(weights) {
-                *sum = simd.mul_add_e_f32s(x[at], weight, *sum);
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            for (sum, weights) in sums.iter_mut().zip(weights) {
+                *sum = simd.mul_add_e_f32s(row[at], weights[at], *sum);
             }
         }
     }
     sums
+}
+
+/// Adds the numbers of vectors up, and writes them as the rows from `row` on of a panel's columns.
+#[inline(always)]
+fn write<S: Simd, const X: usize>(
+    simd: S,
+    columns: &mut [f32],
+    count: usize,
+    row: usize,
+    sums: [[S::f32s; PANEL]; X],
+) {
+    for (index, sums) in sums.into_iter().enumerate() {
+        for (column, sum) in columns.chunks_exact_mut(count).zip(sums) {
+            column[row + index] = simd.reduce_sum_f32s(sum);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -233,6 +239,10 @@ mod tests {
         let one = [1f32.to_le_bytes(); 3].concat();
         let one = Matrix::new(&one, GgmlDType::F32, 3).unwrap();
         assert_eq!(multiply(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[one, empty]), [6.0, 15.0]);
+        // Rows of more numbers than a task has.
+        let long = 1f32.to_le_bytes().repeat(5 * 2 * TASK);
+        let long = Matrix::new(&long, GgmlDType::F32, 2 * TASK).unwrap();
+        assert_eq!(multiply(&vec![1.0; 2 * 2 * TASK], &[long]), [2.0 * TASK as f32; 10]);
         assert!(multiply(&[], &[one]).is_empty());
     }
 }
