@@ -271,6 +271,27 @@ fn a_changed_module_is_caught_in_whichever_wheel_it_is() {
     }
 }
 
+/// Modules that name functions which nothing defines are those of FlashAttention 2 of later
+/// versions, and the functions are kernels for tiles that they do not have.
+#[test]
+fn nothing_but_kernels_of_missing_tiles_is_unbound() {
+    let (mut modules, mut functions) = (0, 0);
+    for found in at_hand() {
+        let Ok(module) = open(&found) else { continue };
+        for symbol in module.unbound() {
+            assert!(symbol.contains("KVCacheDispatchedI") && symbol.contains("Lj32E"), "{symbol}");
+            assert!(
+                found.name.matches("batch_prefill_with_*") && !found.name.matches("*_sm90"),
+                "{}",
+                found.name
+            );
+        }
+        modules += usize::from(!module.unbound().is_empty());
+        functions += module.unbound().len();
+    }
+    eprintln!("{modules} modules name {functions} kernels that they do not have");
+}
+
 /// Every change of one function of a real module, in the order of its arguments and in what it
 /// returns, is told from all that is declared of it.
 #[test]

@@ -58,6 +58,7 @@ mod output_scale;
 mod planned;
 mod prefill;
 mod prefill_batch;
+mod prefill_functions;
 mod prefill_kernels;
 mod published;
 mod resolve;
@@ -97,7 +98,7 @@ use crate::ffi::Signature;
 pub(super) fn signatures() -> Vec<(&'static str, &'static [Signature])> {
     [
         decode::SIGNATURES,
-        prefill_kernels::SIGNATURES,
+        prefill_functions::SIGNATURES,
         batch_attention::SIGNATURES,
         mla::SIGNATURES,
         single_prefill::SIGNATURES,

@@ -374,3 +374,31 @@ macro_rules! run_over_pages {
     };
 }
 pub(super) use run_over_pages;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ffi::Arg;
+
+    #[test]
+    fn planners_return_numbers_and_what_to_copy() {
+        // SAFETY: numbers only.
+        let numbers = unsafe { Object::array([3i64, 1, 4].map(Arg::from)) };
+        let of =
+            |value: &Value| PlanInfo::new(value, 3, 64).map(|(info, bytes)| (info.numbers.to_vec(), bytes));
+        assert_eq!(of(&Value::Object(numbers.clone())).unwrap(), (vec![3, 1, 4], None));
+        let with = |bytes: i64| {
+            // SAFETY: an object and a number.
+            Value::Object(unsafe { Object::array([Arg::from(&numbers), bytes.into()]) })
+        };
+        assert_eq!(of(&with(64)).unwrap(), (vec![3, 1, 4], Some(64)));
+        // More than was reserved, no number of bytes, other numbers.
+        for wrong in [with(65), with(-1), Value::Int(3), Value::None] {
+            let error = of(&wrong).unwrap_err();
+            assert!(error.to_string().contains("expected 3 integers"), "{error}");
+        }
+        assert!(PlanInfo::new(&with(8), 4, 64).is_err());
+        drop(with(8));
+        assert_eq!(numbers.strong_count(), 1);
+    }
+}

@@ -405,7 +405,9 @@ impl<'a> TopKTopP<'a> {
 ///
 /// `logits` and `probs` are `[rows, vocab]`, `f32`, contiguous; `probs` is
 /// written, with the probabilities that tokens are drawn from by `top_p` or by
-/// both. Advances by [`Draws::Filtered`](super::Draws::Filtered).
+/// both. With a module of FlashInfer 0.7, whose softmax does not replace logits,
+/// `top_k` is of probabilities, so that logits whose probabilities round to the
+/// same are kept together. Advances by [`Draws::Filtered`](super::Draws::Filtered).
 ///
 /// # Errors
 /// As [`softmax`](super::softmax), [`top_k_mask_logits`] and
