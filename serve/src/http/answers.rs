@@ -20,6 +20,7 @@ use crate::{
     engine::{End, Event, Events},
     request::{Finish, Request},
     sampling::InvalidParameter,
+    scheduler::Token,
 };
 
 /// The answers to several prompts while they come. Dropping it cancels those that have not ended.
@@ -163,6 +164,11 @@ fn stream(prompt: usize, events: Events) -> BoxStream<'static, (usize, Event)> {
         Some(((prompt, event), events))
     })
     .boxed()
+}
+
+/// The ids of tokens.
+pub fn ids(tokens: &[Token]) -> Vec<u32> {
+    tokens.iter().map(|token| token.id).collect()
 }
 
 /// What ended an answer, if it was not the model.

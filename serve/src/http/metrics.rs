@@ -50,6 +50,9 @@ const TOKENS: [f64; 17] = [
 /// Bounds of numbers of answers.
 const ANSWERS: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 
+/// The words of [`Finish::reason`](crate::request::Finish::reason).
+const REASONS: [&str; 4] = ["stop", "length", "abort", "error"];
+
 /// Why an answer ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Finished {
@@ -93,6 +96,11 @@ impl Metrics {
         let labels = [("model_name", model.to_owned()), ("engine", "0".to_owned())];
         let labels = labels.map(|(name, value)| (Cow::from(name), Cow::from(value)));
         let mut all = Registry::with_labels(labels.into_iter());
+        // Those that have not happened yet are 0.
+        let finished = Family::<Finished, Counter>::default();
+        for finished_reason in REASONS {
+            drop(finished.get_or_create(&Finished { finished_reason }));
+        }
         Self {
             running: register(&mut all, "num_requests_running", "Answers that run", Gauge::default()),
             waiting: register(&mut all, "num_requests_waiting", "Answers that wait", Gauge::default()),
@@ -133,7 +141,7 @@ impl Metrics {
                 "Tokens of answers",
                 Counter::default(),
             ),
-            success: register(&mut all, "request_success", "Answers that ended", Family::default()),
+            success: register(&mut all, "request_success", "Answers that ended", finished),
             first_token: register(
                 &mut all,
                 "time_to_first_token_seconds",

@@ -140,6 +140,15 @@ fn headers_that_do_not_come_end_the_connection() {
 }
 
 #[test]
+fn bodies_that_do_not_come_are_an_error() {
+    let options = ServerOptions { body_timeout: Duration::from_millis(200), ..options() };
+    let server = TestServer::with(options, llm(config(), |backend| backend));
+    let head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\
+                 Content-Type: application/json\r\n\r\n{";
+    client::send_raw(server.address, head).error(408);
+}
+
+#[test]
 fn connections_beyond_the_limit_wait() {
     let options = ServerOptions { max_connections: 1, ..options() };
     let server = TestServer::with(options, llm(config(), |backend| backend));
