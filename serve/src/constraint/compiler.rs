@@ -56,9 +56,9 @@ impl Compiler {
     pub fn compile(&self, constraint: &Constraint) -> Result<Grammar, InvalidConstraint> {
         let invalid = |problem| InvalidConstraint { kind: constraint.kind(), problem };
         let grammars = sources(constraint).map_err(invalid)?;
-        let factory = self.factory.get_or_init(|| factory(&self.text));
-        let factory = factory.as_ref().map_err(|problem| invalid(problem.clone()))?;
         let compile = || {
+            let factory = self.factory.get_or_init(|| factory(&self.text));
+            let factory = factory.as_ref().map_err(String::clone)?;
             let parser = factory.create_parser(TopLevelGrammar { grammars, max_tokens: None });
             Grammar::new(Matcher::new(Ok(parser.map_err(|error| reason(&error))?)))
         };

@@ -17,7 +17,7 @@ const MAX_TIME: Duration = Duration::from_secs(2);
 
 /// A compiled constraint, and how far an answer has come under it.
 pub struct Grammar {
-    matcher: Matcher,
+    matcher: Box<Matcher>,
     /// The tokens that may come next; `None` until they are asked for.
     allowed: Option<Arc<SimpleVob>>,
 }
@@ -25,7 +25,7 @@ pub struct Grammar {
 impl Grammar {
     /// Before the first token.
     pub(super) fn new(matcher: Matcher) -> Result<Self, String> {
-        let mut grammar = Self { matcher, allowed: None };
+        let mut grammar = Self { matcher: Box::new(matcher), allowed: None };
         grammar.advance()?;
         if grammar.allowed().is_none_or(|allowed| allowed.is_zero()) {
             return Err("it accepts nothing".into());
@@ -78,7 +78,7 @@ impl Grammar {
 /// A state of its own, which waits for no other.
 impl Clone for Grammar {
     fn clone(&self) -> Self {
-        Self { matcher: self.matcher.deep_clone(), allowed: self.allowed.clone() }
+        Self { matcher: Box::new(self.matcher.deep_clone()), allowed: self.allowed.clone() }
     }
 }
 
