@@ -8,6 +8,7 @@ pub(crate) mod check;
 mod function;
 pub mod gdn;
 pub mod gemm;
+mod gone;
 pub mod norm;
 pub mod page;
 pub mod quantization;
@@ -16,15 +17,29 @@ pub mod sampling;
 mod signatures;
 pub mod topk;
 
-use crate::ffi::Signature;
+use crate::{ffi::Signature, module::ModuleName};
 use function::{FixedFunction, enable_pdl};
 
-/// The argument list of every function that this crate calls, with a pattern
-/// of the modules that export it; see [`ModuleName::matches`](crate::ModuleName::matches).
+impl ModuleName {
+    /// The modules of what the layers of a language model call beside attention, and of sampling: for
+    /// [`preload`](crate::FlashInferRuntime::preload).
+    pub const LAYERS: [Self; 7] = [
+        Self::NORM,
+        Self::ROPE,
+        Self::PAGE,
+        Self::SILU_AND_MUL,
+        Self::GELU_AND_MUL,
+        Self::GELU_TANH_AND_MUL,
+        Self::SAMPLING,
+    ];
+}
+
+/// Every function that this crate calls: a pattern of the modules that export it,
+/// see [`ModuleName::matches`](crate::ModuleName::matches), and the signatures that
+/// versions of it have, oldest first.
 ///
-/// [`Signature::compare`] holds a declaration against what a module prints of
-/// itself.
-pub fn signatures() -> Vec<(&'static str, Signature)> {
+/// [`Signature::find`] holds them against what a module prints of itself.
+pub fn signatures() -> Vec<(&'static str, &'static [Signature])> {
     [
         activation::SIGNATURES,
         &attention::signatures(),

@@ -1,14 +1,24 @@
 //! Where a model runs: the GPU or the CPU.
 
+use std::time::Duration;
+
 use clap::ValueEnum;
 use flashinfer_rs::kv::PageAllocator;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Backend, StepCapacity, cpu::Cpu, gpu::Gpu};
+use super::{
+    Backend, StepCapacity,
+    cpu::Cpu,
+    gpu::{Gpu, GpuOptions},
+    simulated::{Costs, Language, Simulated},
+};
 use crate::{
     Result,
     model::{Layer, Model},
 };
+
+/// What steps of a simulated model take.
+const SIMULATED: Costs = Costs { step: Duration::from_millis(2), token: Duration::from_micros(10) };
 
 /// Where a model is to run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -20,6 +30,9 @@ pub enum Device {
     Cpu,
     /// The first NVIDIA GPU
     Gpu,
+    /// No model: numbers that look random, in about the time that a GPU takes
+    #[value(hide = true)]
+    Simulated,
 }
 
 /// A model that runs somewhere.
@@ -32,14 +45,23 @@ pub struct Loaded {
     pub place: String,
 }
 
-/// Loads a model, for steps of up to `capacity`.
+/// Loads a model, for steps of up to `capacity`. As in [`GpuOptions::deterministic`] on a
+/// GPU; on the CPU it always is.
 ///
 /// # Errors
 /// The GPU is asked for and cannot be used, or a tensor cannot be read.
-pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Result<Loaded> {
+pub fn load(
+    device: Device,
+    model: &Model,
+    pool: &PageAllocator,
+    capacity: StepCapacity,
+    deterministic: bool,
+) -> Result<Loaded> {
+    let options = GpuOptions { max_tokens: capacity.tokens, deterministic };
     let reason = match device {
         Device::Cpu => "as asked".to_owned(),
-        Device::Auto | Device::Gpu => match load_gpu(model, pool, capacity.tokens) {
+        Device::Simulated => return Ok(simulated(model, pool, capacity)),
+        Device::Auto | Device::Gpu => match load_gpu(model, pool, options) {
             Ok(gpu) => {
                 let place = format!("on the GPU, {}", gpu.name()?);
                 return Ok(Loaded { backend: Box::new(gpu), on_gpu: true, place });
@@ -50,26 +72,35 @@ pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepC
             Err(error) => error.to_string().lines().next().unwrap_or_default().to_owned(),
         },
     };
-    let cpu = with_progress(model.layers(), |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
+    let cpu = with_progress(model, |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
     Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
 }
 
-/// Loads a model onto the GPU, for steps of so many tokens.
+/// A stand-in for a model, with its vocabulary.
+fn simulated(model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Loaded {
+    let language = Language { vocab_size: model.config.vocab_size, nan: 0 };
+    let backend = Simulated::new(pool, capacity, language).with_costs(SIMULATED).in_real_time();
+    Loaded { backend: Box::new(backend), on_gpu: false, place: "simulated: no model is computed".into() }
+}
+
+/// Loads a model onto the GPU.
 ///
 /// # Errors
 /// There is none that can be used, or a tensor cannot be read.
-pub fn load_gpu(model: &Model, pool: &PageAllocator, max_tokens: usize) -> Result<Gpu> {
-    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
+pub fn load_gpu(model: &Model, pool: &PageAllocator, options: GpuOptions) -> Result<Gpu> {
+    with_progress(model, |layers| Gpu::new(&model.config, model.ends()?, layers, pool, options))
 }
 
-/// Shows how many of a model's layers were taken.
-pub(crate) fn with_progress<E>(
-    layers: impl ExactSizeIterator<Item = Result<Layer>>,
+/// Shows how many of a model's bytes were read, while `load` takes its layers.
+fn with_progress<E>(
+    model: &Model,
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
 ) -> Result<E> {
-    let style = ProgressStyle::with_template("loading {wide_bar} {pos}/{len} layers")?;
-    let bar = ProgressBar::new(layers.len() as u64).with_style(style);
-    let engine = load(&mut bar.wrap_iter(layers));
+    let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}")?;
+    let bar = ProgressBar::new(model.bytes()).with_style(style);
+    // Some were read already, where a GPU could not be used.
+    let before = model.bytes_read();
+    let engine = load(&mut model.layers().inspect(|_| bar.set_position(model.bytes_read() - before)));
     bar.finish_and_clear();
     engine
 }

@@ -1,14 +1,11 @@
 //! What comes of a request, as text. This runs where it is asked for, not on the
 //! engine's thread.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, mpsc},
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use async_channel::Receiver;
 
-use super::{Command, Shared};
+use super::{Cancel, Shared};
 use crate::{
     request::{Finish, Request, RequestId, Usage},
     scheduler::{Token, Update},
@@ -53,7 +50,7 @@ pub struct Events {
     answers: Vec<Answer>,
     open: usize,
     updates: Receiver<Update>,
-    commands: mpsc::Sender<Command>,
+    cancel: Cancel,
     shared: Arc<Shared>,
     ready: VecDeque<Event>,
 }
@@ -117,7 +114,7 @@ impl Events {
         request: &Request,
         text: &Arc<Text>,
         updates: Receiver<Update>,
-        commands: mpsc::Sender<Command>,
+        cancel: Cancel,
         shared: Arc<Shared>,
     ) -> Self {
         let n = request.params.n;
@@ -127,7 +124,7 @@ impl Events {
             answers: (0..n).map(|_| Answer::new(text, request)).collect(),
             open: n,
             updates,
-            commands,
+            cancel,
             shared,
             ready: VecDeque::new(),
         }
@@ -170,7 +167,7 @@ impl Events {
             (text, stop) = answer.piece(&piece);
             if let Some(stop) = stop.clone() {
                 if finish.is_none() {
-                    let _ = self.commands.send(Command::Cancel(self.id, Some(choice)));
+                    self.cancel.send(self.id, Some(choice));
                 }
                 finish = Some(Finish::StopString(stop));
             }
@@ -226,8 +223,7 @@ impl Iterator for Events {
 impl Drop for Events {
     fn drop(&mut self) {
         if self.open > 0 {
-            // An engine that is gone has nothing to cancel.
-            let _ = self.commands.send(Command::Cancel(self.id, None));
+            self.cancel.send(self.id, None);
         }
     }
 }
