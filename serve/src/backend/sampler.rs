@@ -52,7 +52,8 @@ pub fn sample(outputs: &[Output], logits: &[f32], vocab: usize) -> Result<Vec<Sa
 /// Has none but the allowed tokens be drawn from a row. NaN stays.
 fn keep_allowed(row: &mut [f32], allowed: &SimpleVob) {
     for (token, logit) in row.iter_mut().enumerate() {
-        if !logit.is_nan() && !(token < allowed.len() && allowed.get(token)) {
+        let is_allowed = token < allowed.len() && allowed.get(token);
+        if !is_allowed && !logit.is_nan() {
             *logit = f32::NEG_INFINITY;
         }
     }

@@ -1,6 +1,9 @@
 //! Constraints into grammars, for the tokens of one model.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    thread,
+};
 
 use llguidance::{
     Matcher, ParserFactory,
@@ -13,8 +16,15 @@ use toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, TokEnv, T
 use super::{Constraint, Grammar, InvalidConstraint, schema};
 use crate::text::Text;
 
-/// The most bytes of a constraint.
-const MAX_BYTES: usize = 256 << 10;
+/// The most bytes of all schemas of a constraint.
+const MAX_SCHEMA_BYTES: usize = 256 << 10;
+/// The most bytes of a regular expression, and of a line of rules. What is longer may take seconds
+/// for each token.
+const MAX_LINE_BYTES: usize = 4 << 10;
+/// The most bytes of rules.
+const MAX_RULE_BYTES: usize = 64 << 10;
+/// Rules are compiled one within the other, so that a stack has to have room for all of them.
+const COMPILER_STACK_BYTES: usize = 512 << 20;
 /// The most blanks in a row between what JSON needs: enough for any indentation, and no model
 /// writes blanks for ever.
 const JSON_BLANKS: &str = r"[\x20\x0A\x0D\x09]{1,64}";
@@ -22,6 +32,9 @@ const JSON_BLANKS: &str = r"[\x20\x0A\x0D\x09]{1,64}";
 const MAX_TOKEN_BYTES: usize = 512;
 /// The most states of a grammar's lexer, of about 2 kB.
 const MAX_LEXER_STATES: usize = 50_000;
+
+/// What is said of a constraint at which the library fails.
+const NOT_COMPILED: &str = "it is none that can be compiled";
 
 /// What compiles constraints: the model's tokens as a tree, which is made when the first
 /// constraint comes.
@@ -42,12 +55,20 @@ impl Compiler {
     /// It is too large, cannot be read, or accepts nothing.
     pub fn compile(&self, constraint: &Constraint) -> Result<Grammar, InvalidConstraint> {
         let invalid = |problem| InvalidConstraint { kind: constraint.kind(), problem };
-        let grammar = source(constraint).map_err(invalid)?;
-        let factory = self.factory.get_or_init(|| factory(&self.text));
-        let factory = factory.as_ref().map_err(|problem| invalid(problem.clone()))?;
-        let parser = factory.create_parser(TopLevelGrammar::from_grammar(grammar));
-        let parser = parser.map_err(|error| invalid(reason(&error)))?;
-        Grammar::new(Matcher::new(Ok(parser))).map_err(invalid)
+        let grammars = sources(constraint).map_err(invalid)?;
+        let compile = || {
+            let factory = self.factory.get_or_init(|| factory(&self.text));
+            let factory = factory.as_ref().map_err(String::clone)?;
+            let parser = factory.create_parser(TopLevelGrammar { grammars, max_tokens: None });
+            Grammar::new(Matcher::new(Ok(parser.map_err(|error| reason(&error))?)))
+        };
+        let compiled = thread::scope(|scope| {
+            let compiler = thread::Builder::new().stack_size(COMPILER_STACK_BYTES);
+            let compiler = compiler.name("constraint".into()).spawn_scoped(scope, compile);
+            let compiler = compiler.map_err(|error| format!("no thread can be started: {error}"))?;
+            compiler.join().unwrap_or_else(|_| Err(NOT_COMPILED.into()))
+        });
+        compiled.map_err(invalid)
     }
 
     /// Whether it is of the tokens of this compiler.
@@ -57,39 +78,53 @@ impl Compiler {
     }
 }
 
-/// The grammar of a constraint, as the library reads it.
-fn source(constraint: &Constraint) -> Result<GrammarWithLexer, String> {
-    let check_size = |bytes| match bytes {
-        ..=MAX_BYTES => Ok(()),
-        _ => Err(format!("it has {bytes} bytes; expected at most {MAX_BYTES}")),
-    };
-    Ok(match constraint {
-        Constraint::JsonObject => {
-            GrammarWithLexer::from_json_schema(with_few_blanks(json!({ "type": "object" })))
-        }
-        Constraint::JsonSchema(schema) => {
-            // Before anything walks over it.
-            schema::check(schema)?;
-            check_size(schema.to_string().len())?;
-            GrammarWithLexer::from_json_schema(with_few_blanks(schema.clone()))
-        }
+/// The grammars of a constraint, as the library reads them; the first is the answer's.
+fn sources(constraint: &Constraint) -> Result<Vec<GrammarWithLexer>, String> {
+    match constraint {
+        Constraint::JsonObject => json([&json!({ "type": "object" })]),
+        Constraint::JsonSchema(schema) => json([schema]),
         Constraint::Regex(regex) => {
-            check_size(regex.len())?;
-            GrammarWithLexer::from_regex(regex)
+            check_bytes(regex.len(), MAX_LINE_BYTES, "it")?;
+            Ok(vec![GrammarWithLexer::from_regex(regex)])
         }
-        Constraint::Lark(grammar) => {
-            check_size(grammar.len())?;
-            GrammarWithLexer::from_lark(grammar.clone())
+        Constraint::Lark { rules, schemas } => {
+            check_bytes(rules.len(), MAX_RULE_BYTES, "it")?;
+            let longest = rules.lines().map(str::len).max().unwrap_or(0);
+            check_bytes(longest, MAX_LINE_BYTES, "a line of it")?;
+            if rules.contains("%json") {
+                return Err("it has `%json`; expected `@name`, and the schema of that name".into());
+            }
+            let mut grammars = vec![GrammarWithLexer::from_lark(rules.clone())];
+            for (name, grammar) in schemas.keys().zip(json(schemas.values())?) {
+                grammars.push(GrammarWithLexer { name: Some(name.clone()), ..grammar });
+            }
+            Ok(grammars)
         }
-    })
+    }
 }
 
-/// A schema in whose JSON there are not too many blanks in a row.
-pub fn with_few_blanks(mut schema: Value) -> Value {
-    if let Value::Object(keywords) = &mut schema {
-        keywords.insert("x-guidance".into(), json!({ "whitespace_pattern": JSON_BLANKS }));
+/// The grammars of schemas, which are checked, and then have few blanks in a row.
+fn json<'a>(schemas: impl IntoIterator<Item = &'a Value>) -> Result<Vec<GrammarWithLexer>, String> {
+    let mut bytes = 0;
+    let grammar = |schema: &Value| {
+        // Before anything else walks over it.
+        schema::check(schema)?;
+        bytes += schema.to_string().len();
+        check_bytes(bytes, MAX_SCHEMA_BYTES, "it")?;
+        let mut schema = schema.clone();
+        if let Value::Object(keywords) = &mut schema {
+            keywords.insert("x-guidance".into(), json!({ "whitespace_pattern": JSON_BLANKS }));
+        }
+        Ok(GrammarWithLexer::from_json_schema(schema))
+    };
+    schemas.into_iter().map(grammar).collect()
+}
+
+fn check_bytes(bytes: usize, most: usize, what: &str) -> Result<(), String> {
+    match bytes <= most {
+        true => Ok(()),
+        false => Err(format!("{what} has {bytes} bytes; expected at most {most}")),
     }
-    schema
 }
 
 /// What makes parsers for the tokens of a model.
@@ -129,7 +164,7 @@ pub fn reason(error: &impl std::fmt::Display) -> String {
     const MAX_CHARS: usize = 400;
     let text = error.to_string();
     if text.starts_with("panic: ") {
-        return "it is none that can be compiled".into();
+        return NOT_COMPILED.into();
     }
     let text = text.split("\n<").next().unwrap_or_default();
     if text == "NoExtensionBias" {

@@ -1,15 +1,23 @@
 //! The state of one answer under a constraint.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use llguidance::{Matcher, api::StopReason};
 use toktrie::{SimpleVob, TokEnv};
 
 use super::compiler::reason;
 
+/// The longest that it may take to find the tokens that may come next: a thousand times what it
+/// usually does.
+const MAX_TIME: Duration = Duration::from_secs(2);
+
 /// A compiled constraint, and how far an answer has come under it.
 pub struct Grammar {
-    matcher: Matcher,
+    matcher: Box<Matcher>,
     /// The tokens that may come next; `None` until they are asked for.
     allowed: Option<Arc<SimpleVob>>,
 }
@@ -17,7 +25,7 @@ pub struct Grammar {
 impl Grammar {
     /// Before the first token.
     pub(super) fn new(matcher: Matcher) -> Result<Self, String> {
-        let mut grammar = Self { matcher, allowed: None };
+        let mut grammar = Self { matcher: Box::new(matcher), allowed: None };
         grammar.advance()?;
         if grammar.allowed().is_none_or(|allowed| allowed.is_zero()) {
             return Err("it accepts nothing".into());
@@ -43,10 +51,14 @@ impl Grammar {
     /// Finds the tokens that may come next.
     ///
     /// # Errors
-    /// Why none can be found.
+    /// Why none can be found; or that it takes too long, as others wait for it.
     pub(crate) fn advance(&mut self) -> Result<(), String> {
         if self.allowed.is_none() {
+            let begin = Instant::now();
             let allowed = self.matcher.compute_mask_or_eos().map_err(|error| reason(&error))?;
+            if begin.elapsed() > MAX_TIME {
+                return Err(format!("it takes longer than {MAX_TIME:?} to find the next tokens"));
+            }
             self.allowed = Some(Arc::new(allowed));
         }
         Ok(())
@@ -66,7 +78,7 @@ impl Grammar {
 /// A state of its own, which waits for no other.
 impl Clone for Grammar {
     fn clone(&self) -> Self {
-        Self { matcher: self.matcher.deep_clone(), allowed: self.allowed.clone() }
+        Self { matcher: Box::new(self.matcher.deep_clone()), allowed: self.allowed.clone() }
     }
 }
 

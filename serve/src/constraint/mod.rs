@@ -13,6 +13,10 @@ mod schema;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
 pub(crate) use self::compiler::Compiler;
 pub use self::grammar::Grammar;
 
@@ -22,34 +26,34 @@ pub enum Constraint {
     /// A JSON object.
     JsonObject,
     /// JSON of this schema. Keywords that are not checked are refused, and `x-guidance`.
-    JsonSchema(serde_json::Value),
+    JsonSchema(Value),
     /// All of it is accepted by this regular expression, in the syntax of the crate `regex`.
     Regex(String),
-    /// A grammar in Lark's syntax, as `llguidance` extends it: `<[5]>` is the token 5, and
-    /// [`json_rule`] writes what stands for JSON of a schema.
-    Lark(String),
+    /// A grammar in Lark's syntax, as `llguidance` extends it: `<[5]>` is the token 5, and `@name`
+    /// is JSON of a schema.
+    Lark {
+        /// The rules, which begin with `start`.
+        rules: String,
+        /// The schemas, by the names that rules have for them.
+        schemas: BTreeMap<String, Value>,
+    },
 }
 
 impl Constraint {
+    /// A grammar in Lark's syntax, without schemas.
+    pub fn lark(rules: impl Into<String>) -> Self {
+        Self::Lark { rules: rules.into(), schemas: BTreeMap::new() }
+    }
+
     /// What it is, in a word or two.
     fn kind(&self) -> &'static str {
         match self {
             Self::JsonObject => "JSON object",
             Self::JsonSchema(_) => "JSON schema",
             Self::Regex(_) => "regular expression",
-            Self::Lark(_) => "grammar",
+            Self::Lark { .. } => "grammar",
         }
     }
-}
-
-/// What stands for JSON of a schema in a rule of [`Constraint::Lark`].
-///
-/// # Errors
-/// What of the schema cannot be used, and where.
-pub fn json_rule(schema: &serde_json::Value) -> Result<String, InvalidConstraint> {
-    let problem = |problem| InvalidConstraint { kind: "JSON schema", problem };
-    schema::check(schema).map_err(problem)?;
-    Ok(format!("%json {}", compiler::with_few_blanks(schema.clone())))
 }
 
 /// A constraint that cannot be used.

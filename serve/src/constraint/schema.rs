@@ -5,6 +5,9 @@ use serde_json::Value;
 /// The most schemas within each other.
 const MAX_DEPTH: usize = 64;
 
+/// The most bytes of a regular expression. What is longer may take seconds for each token.
+const MAX_PATTERN_BYTES: usize = 4 << 10;
+
 /// Keywords that the grammar checks, whose values are no schemas.
 const CHECKED: [&str; 18] = [
     "$ref",
@@ -68,6 +71,13 @@ fn check_at(schema: &Value, place: &str, depth: usize) -> Result<(), String> {
         let [holds_list, holds_map] = [LISTS.contains(&keyword), MAPS.contains(&keyword)];
         match value {
             Value::Object(map) if holds_map => {
+                let long = map.keys().find(|name| name.len() > MAX_PATTERN_BYTES);
+                if let Some(name) = long {
+                    let bytes = name.len();
+                    return Err(format!(
+                        "{place}/{keyword}: a name has {bytes} bytes; expected at most {MAX_PATTERN_BYTES}"
+                    ));
+                }
                 map.iter().try_for_each(|(name, schema)| inner(schema, &format!("{keyword}/{name}")))?;
             }
             // `items` may be a list in older drafts.
@@ -82,6 +92,12 @@ fn check_at(schema: &Value, place: &str, depth: usize) -> Result<(), String> {
             Value::String(uri) if keyword == "$ref" && !uri.starts_with('#') => {
                 return Err(format!(
                     "{place}: `$ref` is {uri:?}; expected a place in this schema, which begins with #"
+                ));
+            }
+            Value::String(pattern) if keyword == "pattern" && pattern.len() > MAX_PATTERN_BYTES => {
+                let bytes = pattern.len();
+                return Err(format!(
+                    "{place}/pattern: it has {bytes} bytes; expected at most {MAX_PATTERN_BYTES}"
                 ));
             }
             value if CHECKED.contains(&keyword) => check_depth(value, place, keyword)?,

@@ -126,7 +126,7 @@ pub struct Status {
 
 /// What is sent to the thread.
 enum Command {
-    Submit(RequestId, Request),
+    Submit(RequestId, Box<Request>),
     Cancel(RequestId, Option<usize>),
     Shutdown,
 }
@@ -303,7 +303,7 @@ impl Engine {
         let updates = self.waiting.add(id, request.params.n);
         let cancel = Cancel { commands: self.commands.clone(), waiting: self.waiting.clone() };
         let events = Events::new(id, &request, &self.text, updates, cancel, self.shared.clone());
-        let command = Command::Submit(id, request);
+        let command = Command::Submit(id, Box::new(request));
         self.commands.send(command).map_err(|_| SubmitError::Dead(self.shared.reason()))?;
         Ok(events)
     }

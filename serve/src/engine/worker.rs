@@ -114,7 +114,7 @@ impl<B: Backend> Worker<B> {
 
     fn take(&mut self, command: Command) -> Result<()> {
         match command {
-            Command::Submit(id, request) => self.submit(id, request)?,
+            Command::Submit(id, request) => self.submit(id, *request)?,
             Command::Cancel(id, choice) => {
                 let updates = self.scheduler.cancel(id, choice)?;
                 self.tell(updates);

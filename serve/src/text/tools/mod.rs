@@ -6,12 +6,14 @@ mod parser;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
+
 use rand::distr::{Alphanumeric, SampleString};
 use serde_json::{Value, json};
 
 pub use self::parser::{ToolParser, ToolPiece};
 use super::Text;
-use crate::constraint::{Constraint, InvalidConstraint, json_rule};
+use crate::constraint::{Constraint, InvalidConstraint};
 
 /// How a model writes calls of tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +74,7 @@ impl ToolFormat {
     /// `{"type": "function", "function": {"name": …, "parameters": …}}`.
     ///
     /// # Errors
-    /// There is none, one has no name, or the schema of its parameters cannot be used.
+    /// There is none, or one has no name.
     pub fn constraint(
         self,
         text: &Text,
@@ -91,17 +93,16 @@ impl ToolFormat {
             Self::Llama => ("parameters", String::new(), String::new()),
             Self::Mistral => ("arguments", String::new(), String::new()),
         };
-        let mut rules = String::new();
+        let (mut rules, mut schemas) = (String::new(), BTreeMap::new());
         for (at, tool) in tools.iter().enumerate() {
             let function = &tool["function"];
             let name = function["name"].as_str().filter(|name| !name.is_empty());
             let name = name.ok_or_else(|| problem(format!("tool {at} has no `function` with a `name`")))?;
-            let parameters = function.get("parameters").filter(|schema| !schema.is_null());
-            let any = json!({ "type": "object" });
-            let parameters = json_rule(parameters.unwrap_or(&any))
-                .map_err(|error| problem(format!("the parameters of `{name}`: {}", error.problem)))?;
             let begin = literal(&format!("{{\"name\": {}, \"{key}\": ", Value::from(name)));
-            rules += &format!("tool_{at}: {begin} {parameters} \"}}\"\n");
+            rules += &format!("tool_{at}: {begin} @arguments_{at} \"}}\"\n");
+            let parameters = function.get("parameters").filter(|schema| !schema.is_null()).cloned();
+            let parameters = parameters.unwrap_or_else(|| json!({ "type": "object" }));
+            schemas.insert(format!("arguments_{at}"), parameters);
         }
         let any: Vec<_> = (0..tools.len()).map(|at| format!("tool_{at}")).collect();
         let call = format!("{open} call {close}");
@@ -113,7 +114,8 @@ impl ToolFormat {
                 format!(r#"{} "[" call {} "]""#, mark_rule(text, self.mark()), more("\", \""))
             }
         };
-        Ok(Constraint::Lark(format!("start: {start}\ncall: {}\n{rules}", any.join(" | "))))
+        let rules = format!("start: {start}\ncall: {}\n{rules}", any.join("\n | "));
+        Ok(Constraint::Lark { rules, schemas })
     }
 }
 
