@@ -10,7 +10,7 @@
 //!
 //! Weights become `f32` in the processor's cache, a few rows at a time, and are multiplied by
 //! activations in `f32`. llama.cpp, and candle's `QMatMul`, round activations to 8 bits instead,
-//! for products of integers. That is faster by up to two where the instructions are there, but
+//! for products of integers. That is about twice as fast where the instructions are there, but
 //! changes answers: greedy tokens of SmolLM2 are others than those of its weights in `f32`. And
 //! candle has no vector instructions for `Q4_1`, `Q5_0` and `Q5_1`.
 //!
