@@ -2,6 +2,7 @@
 #![cfg(unix)]
 
 #[path = "../src/http/tests/client.rs"]
+#[expect(dead_code, reason = "the library's tests use the rest")]
 mod client;
 
 use std::{
