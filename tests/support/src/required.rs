@@ -7,8 +7,10 @@ pub const LIBTVM_FFI: &str = "libtvm_ffi";
 pub const MODULES: &str = "modules";
 pub const MODEL: &str = "model";
 pub const CC: &str = "cc";
+/// Of `serve/tests/clients`.
+pub const CHROMIUM: &str = "chromium";
 
-const ALL: [&str; 4] = [LIBTVM_FFI, MODULES, MODEL, CC];
+const ALL: [&str; 5] = [LIBTVM_FFI, MODULES, MODEL, CC, CHROMIUM];
 
 /// Whether tests must fail for want of `what`.
 pub fn is_required(what: &str) -> bool {

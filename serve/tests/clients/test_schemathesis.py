@@ -1,0 +1,19 @@
+"""Schemathesis: requests of all kinds by what /openapi.json says, and answers held against it."""
+
+import pathlib
+import subprocess
+import sys
+
+# Answers end soon enough for many requests.
+OPTIONS = ["--max-examples", "40", "--seed", "1", "--request-timeout", "20", "--workers", "2", "--no-color"]
+
+
+def test_the_document_is_true(simulated, tmp_path):
+    program = pathlib.Path(sys.executable).with_name("schemathesis")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    ran = subprocess.run(
+        [program, "run", simulated.url + "/openapi.json", "--checks", checks, *OPTIONS],
+        cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    simulated.wait_until_idle()
