@@ -3,6 +3,7 @@
 //! | module | its job |
 //! |---|---|
 //! | `cli` | the command line |
+//! | [`http`] | OpenAI's API over the engine |
 //! | `hub` | names of models to files |
 //! | [`Llm`] | a model that is loaded and answers |
 //! | [`engine`] | the thread that answers requests, and what comes back of them |
@@ -16,6 +17,7 @@ pub mod backend;
 pub mod cli;
 mod draft;
 pub mod engine;
+pub mod http;
 mod hub;
 mod llm;
 mod model;

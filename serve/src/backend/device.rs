@@ -1,14 +1,24 @@
 //! Where a model runs: the GPU or the CPU.
 
+use std::time::Duration;
+
 use clap::ValueEnum;
 use flashinfer_rs::kv::PageAllocator;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Backend, StepCapacity, cpu::Cpu, gpu::Gpu};
+use super::{
+    Backend, StepCapacity,
+    cpu::Cpu,
+    gpu::Gpu,
+    simulated::{Costs, Language, Simulated},
+};
 use crate::{
     Result,
     model::{Layer, Model},
 };
+
+/// What steps of a simulated model take.
+const SIMULATED: Costs = Costs { step: Duration::from_millis(2), token: Duration::from_micros(10) };
 
 /// Where a model is to run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -20,6 +30,9 @@ pub enum Device {
     Cpu,
     /// The first NVIDIA GPU
     Gpu,
+    /// No model: numbers that look random, in about the time that a GPU takes
+    #[value(hide = true)]
+    Simulated,
 }
 
 /// A model that runs somewhere.
@@ -39,6 +52,7 @@ pub struct Loaded {
 pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Result<Loaded> {
     let reason = match device {
         Device::Cpu => "as asked".to_owned(),
+        Device::Simulated => return Ok(simulated(model, pool, capacity)),
         Device::Auto | Device::Gpu => match load_gpu(model, pool, capacity.tokens) {
             Ok(gpu) => {
                 let place = format!("on the GPU, {}", gpu.name()?);
@@ -52,6 +66,13 @@ pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepC
     };
     let cpu = with_progress(model.layers(), |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
     Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
+}
+
+/// A stand-in for a model, with its vocabulary.
+fn simulated(model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Loaded {
+    let language = Language { vocab_size: model.config.vocab_size, nan: 0 };
+    let backend = Simulated::new(pool, capacity, language).with_costs(SIMULATED).in_real_time();
+    Loaded { backend: Box::new(backend), on_gpu: false, place: "simulated: no model is computed".into() }
 }
 
 /// Loads a model onto the GPU, for steps of so many tokens.

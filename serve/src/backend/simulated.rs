@@ -5,7 +5,7 @@
 //! or before it is written, changes an answer. Its clock says what steps would have
 //! taken.
 
-use std::time::Duration;
+use std::{thread, time::Duration};
 
 use flashinfer_rs::kv::PageAllocator;
 
@@ -59,6 +59,7 @@ pub struct Simulated {
     capacity: StepCapacity,
     language: Language,
     costs: Costs,
+    in_real_time: bool,
     failure: Option<Failure>,
     /// The token of each slot of the pool.
     slots: Vec<u32>,
@@ -75,6 +76,7 @@ impl Simulated {
             capacity,
             language,
             costs: Costs::default(),
+            in_real_time: false,
             failure: None,
             slots: vec![u32::MAX; pool.num_pages() * pool.page_size()],
             logits: Vec::new(),
@@ -87,6 +89,13 @@ impl Simulated {
     #[must_use]
     pub fn with_costs(mut self, costs: Costs) -> Self {
         self.costs = costs;
+        self
+    }
+
+    /// Has steps take that time indeed, and not on the clock only.
+    #[must_use]
+    pub fn in_real_time(mut self) -> Self {
+        self.in_real_time = true;
         self
     }
 
@@ -140,7 +149,11 @@ impl Backend for Simulated {
     fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
         self.logits.clear();
         self.check(step)?;
-        self.clock += self.costs.step + self.costs.token * step.tokens.len() as u32;
+        let took = self.costs.step + self.costs.token * step.tokens.len() as u32;
+        self.clock += took;
+        if self.in_real_time {
+            thread::sleep(took);
+        }
         if let Some(problem) = self.failure.as_mut().and_then(|failure| failure(step)) {
             return Err(problem.into());
         }

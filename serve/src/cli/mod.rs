@@ -12,6 +12,7 @@ mod pull;
 mod rm;
 pub(crate) mod run;
 mod sampling;
+mod serve;
 mod show;
 mod terminal;
 
@@ -32,6 +33,7 @@ pub(crate) struct Cli {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     Run(run::Args),
+    Serve(serve::Args),
     Pull(pull::Args),
     List(list::Args),
     Show(show::Args),
@@ -43,6 +45,7 @@ impl Command {
     fn execute(&self) -> Result<()> {
         match self {
             Self::Run(args) => run::run(args),
+            Self::Serve(args) => serve::run(args),
             Self::Pull(args) => pull::run(args),
             Self::List(args) => list::run(args),
             Self::Show(args) => show::run(args),

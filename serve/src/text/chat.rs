@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{
     marks::{Rendered, StandIns},
-    message::Message,
+    message::{Message, Role},
     metadata::Metadata,
     names::Names,
     source,
@@ -20,6 +20,9 @@ use crate::Result;
 pub struct ChatOptions {
     /// The text ends where the model's answer begins. True by default.
     pub add_generation_prompt: bool,
+    /// The text ends with the last message's, which the model goes on with; not together with
+    /// [`add_generation_prompt`](Self::add_generation_prompt). False by default.
+    pub continue_final_message: bool,
     /// Further variables of the template, such as `enable_thinking`.
     pub variables: Map<String, Value>,
     /// The time that templates are told; that of the call by default.
@@ -28,7 +31,7 @@ pub struct ChatOptions {
 
 impl Default for ChatOptions {
     fn default() -> Self {
-        Self { add_generation_prompt: true, variables: Map::new(), now: None }
+        Self { add_generation_prompt: true, continue_final_message: false, variables: Map::new(), now: None }
     }
 }
 
@@ -97,10 +100,12 @@ impl Chat {
     /// The chat as the template writes it.
     ///
     /// # Errors
-    /// What the template raises, and what goes wrong in it.
+    /// What the template raises, and what goes wrong in it; a last message that cannot be
+    /// continued.
     pub fn render(&self, messages: &[Message], tools: &[Value], options: &ChatOptions) -> Result<Rendered> {
         let mut variables = options.variables.clone();
-        let messages = messages.iter().map(Message::for_template).collect::<Result<Vec<_>>>()?;
+        let mut messages = messages.iter().map(Message::for_template).collect::<Result<Vec<_>>>()?;
+        let end = if options.continue_final_message { Some(mark_end(&mut messages)?) } else { None };
         variables.insert("messages".into(), messages.into());
         if !tools.is_empty() {
             variables.insert("tools".into(), tools.into());
@@ -122,9 +127,29 @@ impl Chat {
         for (variable, token) in &self.tokens {
             variables.entry(*variable).or_insert_with(|| stand_ins.mark(token, &self.names).into());
         }
-        let text = template.render(&variables, options.now.as_ref())?;
+        let mut text = template.render(&variables, options.now.as_ref())?;
+        if let Some(end) = end {
+            let at = text.rfind(end).ok_or(
+                "the chat template does not write the last message as it is, so it cannot be continued",
+            )?;
+            text.truncate(at);
+        }
         Ok(stand_ins.unmark(&text))
     }
+}
+
+/// Adds a character that is in none of the messages to the end of the last one.
+fn mark_end(messages: &mut [Value]) -> Result<char> {
+    let used = private_characters(&serde_json::to_string(messages)?);
+    let end = ('\u{f0000}'..='\u{ffffd}').find(|c| !used.contains(c));
+    let end = end.ok_or("the messages use up Unicode's private characters")?;
+    let last = messages.last_mut().filter(|last| last["role"] == Role::Assistant.name());
+    let content = last.and_then(|last| last.get_mut("content"));
+    let Some(Value::String(content)) = content else {
+        return Err("only a last message of the assistant can be continued".into());
+    };
+    content.push(end);
+    Ok(end)
 }
 
 /// The characters of a text that may be stand-ins.

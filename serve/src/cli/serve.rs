@@ -1,0 +1,123 @@
+//! `flashinfer serve [MODEL]`: OpenAI's API.
+
+use std::{net::TcpListener, sync::Arc, time::Duration};
+
+use crate::{
+    Llm, LlmOptions, Result,
+    backend::device::Device,
+    http::{ApiKey, LogFormat, Server, ServerOptions},
+    hub::{Hub, ModelName},
+};
+
+/// Answer requests of OpenAI's API
+#[derive(clap::Args)]
+pub struct Args {
+    /// As of `run`
+    #[arg(default_value = "smollm2")]
+    pub model: ModelName,
+    /// The address to listen at; 0.0.0.0 and [::] are all of this machine's
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+    /// The port; 0 takes a free one, which is printed
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// Where to compute
+    #[arg(long, default_value = "auto")]
+    pub device: Device,
+    /// What clients call the model, instead of MODEL; the first of several names is in answers to
+    /// those who name none
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub served_model_name: Vec<String>,
+    /// What clients have to show as `Authorization: Bearer KEY`
+    #[arg(long, value_name = "KEY", env = "FLASHINFER_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// An origin whose pages may ask, as `https://example.org`; `*` for all
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors: Vec<String>,
+    /// Tokens that the KV cache holds, of all requests that run
+    #[arg(long, value_name = "N", default_value_t = 32_768)]
+    pub cache_tokens: usize,
+    /// The most answers that run at a time
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_running: usize,
+    /// The most answers that run or wait; what comes then is refused, with status 429
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub max_queued: usize,
+    /// The most tokens of their prompts
+    #[arg(long, value_name = "N", default_value_t = 1 << 22)]
+    pub max_queued_tokens: usize,
+    /// The most connections; further ones wait
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub max_connections: usize,
+    /// Guess up to K tokens from what was said before, and keep those that are right
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub speculate: usize,
+    /// Seconds that requests may still take after SIGTERM or Ctrl-C; a second one ends at once
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub drain_timeout: u64,
+    /// How the log is written
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    args.log_format.install()?;
+    let server = Arc::new(Server::new(options(args)?));
+    let listener = TcpListener::bind((args.host.as_str(), args.port))
+        .map_err(|error| format!("cannot listen at {} port {}: {error}", args.host, args.port))?;
+    println!("listening at http://{}", listener.local_addr()?);
+    let (model, llm_options) = (args.model.clone(), llm_options(args));
+    server.run(listener, move || {
+        let llm = Llm::load(&Hub::from_env()?.locate(&model)?, &llm_options)?;
+        llm.text().warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+        Ok(llm)
+    })
+}
+
+fn options(args: &Args) -> Result<ServerOptions> {
+    if let Some(origin) = args.cors.iter().find(|origin| !is_origin(origin)) {
+        return Err(format!("`{origin}` is no origin; expected one as https://example.org, or *").into());
+    }
+    if args.max_connections == 0 {
+        return Err("--max-connections is 0; expected at least 1".into());
+    }
+    let names = match args.served_model_name.as_slice() {
+        [] => vec![default_name(&args.model)],
+        names => names.to_vec(),
+    };
+    Ok(ServerOptions {
+        names,
+        api_key: args.api_key.clone().map(ApiKey::new).transpose()?,
+        cors: args.cors.clone(),
+        max_connections: args.max_connections,
+        drain_timeout: Duration::from_secs(args.drain_timeout),
+        ..ServerOptions::new("")
+    })
+}
+
+fn llm_options(args: &Args) -> LlmOptions {
+    LlmOptions {
+        device: args.device,
+        cache_tokens: args.cache_tokens,
+        max_running: args.max_running,
+        max_queued: args.max_queued,
+        max_queued_tokens: args.max_queued_tokens,
+        draft: args.speculate,
+        ..LlmOptions::default()
+    }
+}
+
+/// What clients call a model: its name, or of a path the file's without the folder.
+fn default_name(model: &ModelName) -> String {
+    let name = match model {
+        ModelName::Path(path) => path.file_stem().map(|stem| stem.to_string_lossy().into_owned()),
+        _ => None,
+    };
+    name.unwrap_or_else(|| model.to_string())
+}
+
+fn is_origin(origin: &str) -> bool {
+    let (scheme, host) = origin.split_once("://").unwrap_or_default();
+    origin == "*" || (matches!(scheme, "http" | "https") && !host.is_empty() && !host.contains(['/', ' ']))
+}

@@ -1,0 +1,193 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+
+use super::{
+    Server,
+    answers::{Answered, Answers, stop_reason},
+    error::{ApiError, BodyErrors},
+    extract::Body,
+    log::RequestLog,
+    prompt, seconds_since_1970,
+    sse::{self, Chunks},
+    types::{
+        completions::{
+            Completion, CompletionChoice, CompletionFields, CompletionLogprobs, CompletionRequest, Prompt,
+        },
+        usage::Usage,
+    },
+};
+use crate::text::{EncodeOptions, Text};
+
+/// The most tokens of an answer, unless it is said.
+const MAX_TOKENS: usize = 16;
+
+/// How texts go on.
+#[utoipa::path(
+    post, path = "/v1/completions", tag = "answers", request_body = CompletionRequest,
+    responses(
+        (status = 200, description = "The answers, or with `stream` events of such, the last of which is `[DONE]`",
+            content((Completion = "application/json"), (Completion = "text/event-stream"))),
+        BodyErrors,
+    )
+)]
+pub async fn completions(
+    State(server): State<Arc<Server>>,
+    Extension(log): Extension<Arc<RequestLog>>,
+    Body(CompletionRequest { sampling, completion }): Body<CompletionRequest>,
+) -> Result<Response, ApiError> {
+    let llm = server.llm()?;
+    let model = server.name(sampling.model.as_deref())?;
+    let mut params = sampling.params()?;
+    params.max_tokens.get_or_insert(MAX_TOKENS);
+    params.logprobs = completion.logprobs;
+    let echo = completion.echo.unwrap_or(false);
+    if echo && params.logprobs.is_some() {
+        let message = "echo is given with logprobs, and prompts have none; expected one of them";
+        return Err(ApiError::unsupported("echo", message));
+    }
+    let bounds = llm.engine().bounds();
+    let CompletionFields { prompt, add_special_tokens, .. } = completion;
+    let options = EncodeOptions { bos: add_special_tokens.unwrap_or(true), ..EncodeOptions::default() };
+    let prompts = prompt::compute(llm.text(), move |text| prompt.encode(text, &options)).await?;
+    if prompts.is_empty() {
+        return Err(ApiError::parameter("prompt", "prompt is an empty array; expected at least one prompt"));
+    }
+    for (tokens, _) in &prompts {
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= bounds.vocab_size) {
+            let message =
+                format!("prompt has the token {token}; the model knows those below {}", bounds.vocab_size);
+            return Err(ApiError::parameter("prompt", message));
+        }
+        prompt::check_length(tokens, &params, server.max_model_len(llm), "prompt")?;
+    }
+    let (prompts, texts): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
+    let answers = Answers::submit(&server, &log, prompts, &params)?;
+    let n = params.n;
+    let reply = Reply {
+        id: format!("cmpl-{}", log.id()),
+        created: seconds_since_1970(),
+        model,
+        text: llm.text().clone(),
+        logprobs: params.logprobs.is_some(),
+        echo: if echo { texts.into_iter().flat_map(|text| vec![text; n]).collect() } else { Vec::new() },
+        offsets: vec![0; answers.len()],
+    };
+    match sampling.streams() {
+        true => {
+            Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive))
+        }
+        false => reply.whole(answers).await.map(|completion| Json(completion).into_response()),
+    }
+}
+
+impl Prompt {
+    /// The tokens and the text of each prompt.
+    fn encode(self, text: &Arc<Text>, options: &EncodeOptions) -> Vec<(Vec<u32>, String)> {
+        let of_text = |prompt: String| (text.encode_with(&prompt, options), prompt);
+        let of_tokens = |tokens: Vec<u32>| {
+            let decoded = decode(text, &tokens);
+            (tokens, decoded)
+        };
+        match self {
+            Self::Text(prompt) => vec![of_text(prompt)],
+            Self::Texts(prompts) => prompts.into_iter().map(of_text).collect(),
+            Self::Tokens(tokens) => vec![of_tokens(tokens)],
+            Self::TokenLists(prompts) => prompts.into_iter().map(of_tokens).collect(),
+        }
+    }
+}
+
+/// The text of tokens.
+pub fn decode(text: &Arc<Text>, tokens: &[u32]) -> String {
+    let mut stream = text.stream();
+    let mut decoded: String = tokens.iter().map(|&token| stream.push(token)).collect();
+    decoded += &stream.finish();
+    decoded
+}
+
+/// Answers on their way to what is sent.
+struct Reply {
+    id: String,
+    created: u64,
+    model: String,
+    text: Arc<Text>,
+    logprobs: bool,
+    /// What each answer still has to begin with.
+    echo: Vec<String>,
+    /// Where the next token of each answer begins.
+    offsets: Vec<usize>,
+}
+
+impl Reply {
+    /// All answers at once.
+    async fn whole(mut self, mut answers: Answers) -> Result<Completion, ApiError> {
+        let mut choices: Vec<_> = (0..answers.len()).map(|index| self.choice(index)).collect();
+        while let Some(answered) = answers.next().await {
+            let Answered { choice: index, event } = answered?;
+            let choice = &mut choices[index];
+            choice.text += &event.text;
+            if let Some(logprobs) = &mut choice.logprobs {
+                let offset = &mut self.offsets[index];
+                *offset = logprobs.push(&self.text, &event.tokens, *offset);
+            }
+            if let Some(end) = event.end {
+                choice.finish_reason = Some(end.finish.reason());
+                choice.stop_reason = stop_reason(&end.finish);
+            }
+        }
+        Ok(self.chunk(choices, Some(answers.usage())))
+    }
+
+    /// An answer that begins.
+    fn choice(&mut self, index: usize) -> CompletionChoice {
+        CompletionChoice {
+            index,
+            text: self.echo.get_mut(index).map(std::mem::take).unwrap_or_default(),
+            logprobs: self.logprobs.then(CompletionLogprobs::default),
+            finish_reason: None,
+            stop_reason: None,
+        }
+    }
+
+    fn chunk(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> Completion {
+        Completion {
+            id: self.id.clone(),
+            object: "text_completion",
+            created: self.created,
+            model: self.model.clone(),
+            choices,
+            usage,
+        }
+    }
+}
+
+impl Chunks for Reply {
+    type Chunk = Completion;
+
+    fn answered(&mut self, Answered { choice: index, event }: Answered) -> Vec<Completion> {
+        let mut choice = self.choice(index);
+        choice.text += &event.text;
+        if let Some(logprobs) = &mut choice.logprobs {
+            let offset = &mut self.offsets[index];
+            *offset = logprobs.push(&self.text, &event.tokens, *offset);
+        }
+        if let Some(end) = &event.end {
+            choice.finish_reason = Some(end.finish.reason());
+            choice.stop_reason = stop_reason(&end.finish);
+        }
+        let says = !choice.text.is_empty() || event.end.is_some();
+        let has_logprobs = choice.logprobs.as_ref().is_some_and(|logprobs| !logprobs.tokens.is_empty());
+        if says || has_logprobs { vec![self.chunk(vec![choice], None)] } else { Vec::new() }
+    }
+
+    fn usage(&self, usage: Usage) -> Completion {
+        self.chunk(Vec::new(), Some(usage))
+    }
+}

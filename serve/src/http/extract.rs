@@ -1,0 +1,135 @@
+//! Bodies of requests: JSON, whose wrong fields are named.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use axum::{
+    body::Bytes,
+    extract::{FromRequest, Request},
+    http::{HeaderMap, StatusCode, header},
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::{Server, error::ApiError, types::unsupported};
+
+/// The most bytes of a body.
+pub const MAX_BODY_BYTES: usize = 16 << 20;
+/// How long a body may take to come.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A request's body.
+pub trait RequestBody: Sized {
+    /// Reads it from its fields.
+    ///
+    /// # Errors
+    /// A field is missing, or is not what it should be.
+    fn read(fields: &mut Fields) -> Result<Self, ApiError>;
+}
+
+/// The fields of a JSON object.
+pub struct Fields {
+    object: Value,
+    /// Those that no section has.
+    unknown: Option<BTreeSet<String>>,
+}
+
+impl Fields {
+    fn new(object: Map<String, Value>) -> Self {
+        Self { object: Value::Object(object), unknown: None }
+    }
+
+    /// Reads those that a type has.
+    ///
+    /// # Errors
+    /// One is missing, or is not what it should be; it is named.
+    pub fn section<T: DeserializeOwned>(&mut self) -> Result<T, ApiError> {
+        let (mut track, mut unknown) = (serde_path_to_error::Track::new(), BTreeSet::new());
+        let tracked = serde_path_to_error::Deserializer::new(&self.object, &mut track);
+        let section = serde_ignored::deserialize(tracked, |path| {
+            if let serde_ignored::Path::Map { parent: &serde_ignored::Path::Root, key } = path {
+                unknown.insert(key);
+            }
+        });
+        let section = section.map_err(|error| invalid(&track.path().to_string(), &error))?;
+        self.unknown = Some(match self.unknown.take() {
+            None => unknown,
+            Some(before) => &before & &unknown,
+        });
+        Ok(section)
+    }
+
+    /// Refuses fields that ask for what this server does not do, and returns those that
+    /// nobody knows.
+    fn rest(self) -> Result<Vec<String>, ApiError> {
+        let mut unknown = self.unknown.unwrap_or_default().into_iter().collect::<Vec<_>>();
+        let mut refused = Ok(());
+        unknown.retain(|name| {
+            let known = unsupported::check(name, &self.object[name.as_str()]);
+            known.unwrap_or_else(|error| {
+                refused = Err(error);
+                true
+            }) == false
+        });
+        refused.map(|()| unknown)
+    }
+}
+
+/// What is wrong about a field.
+fn invalid(path: &str, error: &serde_json::Error) -> ApiError {
+    let message = error.to_string();
+    let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
+    let name = match (path, missing) {
+        ("." | "", Some(field)) => field.to_owned(),
+        (path, Some(field)) => format!("{path}.{field}"),
+        (path, None) => path.to_owned(),
+    };
+    match name.as_str() {
+        "." | "" => ApiError::invalid(format!("the body is not what was expected: {message}")),
+        name => ApiError::parameter(name, format!("{name}: {message}")),
+    }
+}
+
+/// A request's body, read.
+pub struct Body<T>(pub T);
+
+impl<T: RequestBody> FromRequest<Arc<Server>> for Body<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, server: &Arc<Server>) -> Result<Self, ApiError> {
+        // Bodies are not read in vain.
+        server.llm()?;
+        check_content_type(request.headers())?;
+        let bytes = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, &())).await;
+        let bytes = bytes.map_err(|_| {
+            ApiError::of_status(StatusCode::REQUEST_TIMEOUT, "the body did not come in time; send it again")
+        })?;
+        let bytes = bytes.map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                let message = format!("the body is too large; expected at most {MAX_BODY_BYTES} bytes");
+                ApiError::of_status(StatusCode::PAYLOAD_TOO_LARGE, message)
+            }
+            _ => ApiError::invalid("the body broke off; send it again"),
+        })?;
+        let object: Value = serde_json::from_slice(&bytes)
+            .map_err(|error| ApiError::invalid(format!("the body is not JSON: {error}")))?;
+        let Value::Object(object) = object else {
+            return Err(ApiError::invalid("the body is not a JSON object; expected one"));
+        };
+        let mut fields = Fields::new(object);
+        let body = T::read(&mut fields)?;
+        server.ignored.note(fields.rest()?);
+        Ok(Self(body))
+    }
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let given = headers.get(header::CONTENT_TYPE).map(|value| value.to_str().unwrap_or_default());
+    let essence = given.unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    match essence.eq_ignore_ascii_case("application/json") {
+        true => Ok(()),
+        false => {
+            let message = "the header Content-Type is missing or another; expected application/json";
+            Err(ApiError::of_status(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
+        }
+    }
+}

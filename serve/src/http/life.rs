@@ -1,0 +1,140 @@
+//! A server's life: it starts to answer, its model is loaded, and it ends.
+
+use std::{future::pending, net::TcpListener, sync::Arc, thread, time::Duration};
+
+use tokio::{
+    sync::{oneshot, watch},
+    time,
+};
+
+use super::{Server, connections, router};
+use crate::{Llm, Result};
+
+/// What a program's exit code is that a signal ended.
+const EXIT_CODE: i32 = 130;
+
+/// What loads a model.
+pub type Load = Box<dyn FnOnce() -> Result<Llm> + Send>;
+
+/// Whether a server is about to end, and how many requests it still answers.
+pub struct Life {
+    draining: watch::Sender<bool>,
+    active: watch::Sender<usize>,
+}
+
+impl Default for Life {
+    fn default() -> Self {
+        Self { draining: watch::Sender::new(false), active: watch::Sender::new(0) }
+    }
+}
+
+/// A request that is answered, until this is dropped.
+pub struct Active(watch::Sender<usize>);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.send_modify(|active| *active -= 1);
+    }
+}
+
+impl Life {
+    /// Whether the server takes no more requests.
+    pub fn drains(&self) -> bool {
+        *self.draining.borrow()
+    }
+
+    /// Takes no more requests.
+    pub fn drain(&self) {
+        self.draining.send_replace(true);
+    }
+
+    /// Counts a request.
+    pub fn begin(&self) -> Active {
+        self.active.send_modify(|active| *active += 1);
+        Active(self.active.clone())
+    }
+
+    /// Waits until the server is told to end, and all requests are answered or have had
+    /// their time.
+    pub async fn ended(&self, drain_timeout: Duration) {
+        // The senders are here, so both waits end with what they wait for.
+        let _ = self.draining.subscribe().wait_for(|draining| *draining).await;
+        let mut active = self.active.subscribe();
+        tracing::info!(requests = *active.borrow(), "shutting down");
+        let done = time::timeout(drain_timeout, active.wait_for(|active| *active == 0)).await.is_ok();
+        if !done {
+            tracing::warn!(requests = *self.active.borrow(), "requests are given up");
+        }
+    }
+}
+
+/// See [`Server::run`].
+pub async fn run(server: &Arc<Server>, listener: TcpListener, load: Load) -> Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let loading = load_model(server, load)?;
+    let signals = tokio::spawn(end_on_signals(server.clone()));
+    let serving = connections::serve(listener, router::router(server), &server.life, &server.options);
+    let served = tokio::select! {
+        () = serving => Ok(()),
+        error = loading => Err(error),
+    };
+    signals.abort();
+    served
+}
+
+/// Loads the model on a thread of its own. What is returned ends if that fails.
+fn load_model(server: &Arc<Server>, load: Load) -> Result<impl Future<Output = crate::Error> + use<>> {
+    let (failed, failure) = oneshot::channel();
+    let server = server.clone();
+    thread::Builder::new().name("load".into()).spawn(move || match load() {
+        Ok(llm) => {
+            tracing::info!(model = server.options.names[0], place = llm.place(), "the model is loaded");
+            let _ = server.llm.set(llm);
+        }
+        // The server may have ended.
+        Err(error) => drop(failed.send(error)),
+    })?;
+    Ok(async {
+        match failure.await {
+            Ok(error) => error,
+            Err(_) => pending().await,
+        }
+    })
+}
+
+/// The first signal drains, and the second ends the program.
+async fn end_on_signals(server: Arc<Server>) {
+    signal().await;
+    server.drain();
+    signal().await;
+    tracing::warn!("a second signal ends the server at once");
+    std::process::exit(EXIT_CODE);
+}
+
+/// Waits for Ctrl-C, or what a service is ended by.
+async fn signal() {
+    let interrupted = async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = interrupted => {}
+        () = terminated() => {}
+    }
+}
+
+#[cfg(unix)]
+async fn terminated() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminated) => drop(terminated.recv().await),
+        Err(_) => pending().await,
+    }
+}
+
+#[cfg(not(unix))]
+async fn terminated() {
+    pending().await
+}

@@ -1,0 +1,253 @@
+//! `GET /metrics`: what is counted and measured, under vLLM's names.
+
+use std::{
+    borrow::Cow,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    extract::State,
+    http::header,
+    response::{IntoResponse, Response},
+};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Metric, Registry},
+};
+
+use super::{Server, error::ApiError};
+use crate::{
+    engine::{Engine, Status},
+    request::Usage,
+    sampling::SamplingParams,
+};
+
+/// The format of OpenMetrics, which Prometheus reads.
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Bounds of times to a first token, in seconds.
+const FIRST_TOKEN: [f64; 21] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0,
+];
+/// Bounds of times between tokens, in seconds.
+const NEXT_TOKEN: [f64; 18] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0,
+];
+/// Bounds of times of whole requests, in seconds.
+const REQUEST: [f64; 17] =
+    [0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 240.0, 960.0];
+/// Bounds of numbers of tokens.
+const TOKENS: [f64; 17] = [
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 20_000.0,
+    50_000.0, 100_000.0, 200_000.0,
+];
+/// Bounds of numbers of answers.
+const ANSWERS: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
+
+/// Why an answer ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Finished {
+    finished_reason: &'static str,
+}
+
+/// What is counted and measured.
+pub struct Metrics {
+    registry: Registry,
+    running: Gauge,
+    waiting: Gauge,
+    cache_usage: Gauge<f64, AtomicU64>,
+    preemptions: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
+    prompt_tokens: Counter,
+    generation_tokens: Counter,
+    success: Family<Finished, Counter>,
+    first_token: Histogram,
+    inter_token: Histogram,
+    time_per_token: Histogram,
+    end_to_end: Histogram,
+    decode: Histogram,
+    request_prompt_tokens: Histogram,
+    request_generation_tokens: Histogram,
+    params_n: Histogram,
+    params_max_tokens: Histogram,
+}
+
+impl Metrics {
+    /// Nothing yet, of a model of this name.
+    pub fn new(model: &str) -> Self {
+        let labels = [("model_name", model.to_owned()), ("engine", "0".to_owned())];
+        let labels = labels.map(|(name, value)| (Cow::from(name), Cow::from(value)));
+        let mut all = Registry::with_labels(labels.into_iter());
+        Self {
+            running: register(&mut all, "num_requests_running", "Answers that run", Gauge::default()),
+            waiting: register(&mut all, "num_requests_waiting", "Answers that wait", Gauge::default()),
+            cache_usage: register(
+                &mut all,
+                "kv_cache_usage_perc",
+                "Share of the KV cache's pages that are in use, those of cached prefixes included; 1 is all",
+                Gauge::default(),
+            ),
+            preemptions: register(
+                &mut all,
+                "num_preemptions",
+                "Times that an answer gave its pages back",
+                Counter::default(),
+            ),
+            prefix_queries: register(
+                &mut all,
+                "prefix_cache_queries",
+                "Tokens of prompts that were looked for in the prefix cache",
+                Counter::default(),
+            ),
+            prefix_hits: register(
+                &mut all,
+                "prefix_cache_hits",
+                "Tokens of prompts that the prefix cache had",
+                Counter::default(),
+            ),
+            prompt_tokens: register(&mut all, "prompt_tokens", "Tokens of prompts", Counter::default()),
+            generation_tokens: register(&mut all, "generation_tokens", "Tokens of answers", Counter::default()),
+            success: register(&mut all, "request_success", "Answers that ended", Family::default()),
+            first_token: register(
+                &mut all,
+                "time_to_first_token_seconds",
+                "From a request to its first token",
+                Histogram::new(FIRST_TOKEN),
+            ),
+            inter_token: register(
+                &mut all,
+                "inter_token_latency_seconds",
+                "From a token to the next",
+                Histogram::new(NEXT_TOKEN),
+            ),
+            time_per_token: register(
+                &mut all,
+                "request_time_per_output_token_seconds",
+                "The mean of that in an answer",
+                Histogram::new(NEXT_TOKEN),
+            ),
+            end_to_end: register(
+                &mut all,
+                "e2e_request_latency_seconds",
+                "From a request to an answer's end",
+                Histogram::new(REQUEST),
+            ),
+            decode: register(
+                &mut all,
+                "request_decode_time_seconds",
+                "From an answer's first token to its last",
+                Histogram::new(REQUEST),
+            ),
+            request_prompt_tokens: register(
+                &mut all,
+                "request_prompt_tokens",
+                "Tokens of a prompt",
+                Histogram::new(TOKENS),
+            ),
+            request_generation_tokens: register(
+                &mut all,
+                "request_generation_tokens",
+                "Tokens of an answer",
+                Histogram::new(TOKENS),
+            ),
+            params_n: register(
+                &mut all,
+                "request_params_n",
+                "Answers that a request asks for",
+                Histogram::new(ANSWERS),
+            ),
+            params_max_tokens: register(
+                &mut all,
+                "request_params_max_tokens",
+                "The most tokens that a request asks for",
+                Histogram::new(TOKENS),
+            ),
+            registry: all,
+        }
+    }
+
+    /// A request was taken.
+    pub fn asked(&self, params: &SamplingParams) {
+        self.params_n.observe(params.n as f64);
+        if let Some(most) = params.max_tokens {
+            self.params_max_tokens.observe(most as f64);
+        }
+    }
+
+    /// A request's first token came.
+    pub fn first_token(&self, took: Duration) {
+        self.first_token.observe(took.as_secs_f64());
+    }
+
+    /// So many further tokens of an answer came together.
+    pub fn further_tokens(&self, took: Duration, tokens: usize) {
+        self.inter_token.observe(took.as_secs_f64() / tokens as f64);
+    }
+
+    /// So many tokens of an answer came.
+    pub fn generated(&self, tokens: usize) {
+        self.generation_tokens.inc_by(tokens as u64);
+    }
+
+    /// An answer ended; `first` of its prompt's.
+    pub fn ended(&self, reason: &'static str, usage: &Usage, first: bool, took: Duration, decoding: Duration) {
+        self.finished(reason);
+        if first {
+            self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
+            self.prefix_queries.inc_by(usage.prompt_tokens as u64);
+            self.prefix_hits.inc_by(usage.cached_tokens as u64);
+            self.request_prompt_tokens.observe(usage.prompt_tokens as f64);
+        }
+        self.request_generation_tokens.observe(usage.completion_tokens as f64);
+        self.end_to_end.observe(took.as_secs_f64());
+        self.decode.observe(decoding.as_secs_f64());
+        if usage.completion_tokens > 1 {
+            self.time_per_token.observe(decoding.as_secs_f64() / (usage.completion_tokens - 1) as f64);
+        }
+    }
+
+    /// An answer ended, or nobody wanted it any more.
+    pub fn finished(&self, reason: &'static str) {
+        self.success.get_or_create(&Finished { finished_reason: reason }).inc();
+    }
+
+    /// All of it as text.
+    fn encode(&self, engine: Option<&Engine>) -> Result<String, std::fmt::Error> {
+        if let Some(engine) = engine {
+            let Status { stats, running, waiting, used_pages, .. } = engine.status();
+            self.running.set(running as i64);
+            self.waiting.set(waiting as i64);
+            self.cache_usage.set(used_pages as f64 / engine.config().num_pages as f64);
+            self.preemptions.inner().store(stats.preemptions as u64, Ordering::Relaxed);
+        }
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+/// Registers a metric under vLLM's prefix.
+fn register<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(format!("vllm:{name}"), help, metric.clone());
+    metric
+}
+
+/// What is counted and measured, in the format of OpenMetrics.
+#[utoipa::path(
+    get, path = "/metrics", tag = "server",
+    responses((status = 200, description = "Metrics", body = String, content_type = "application/openmetrics-text"))
+)]
+pub async fn metrics(State(server): State<Arc<Server>>) -> Result<Response, ApiError> {
+    let text = server.metrics.encode(server.llm.get().map(crate::Llm::engine)).map_err(|error| {
+        tracing::error!(%error, "the metrics cannot be written");
+        ApiError::internal()
+    })?;
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
+}

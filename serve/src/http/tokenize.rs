@@ -1,0 +1,77 @@
+//! `POST /tokenize` and `POST /detokenize`.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+
+use super::{
+    Server,
+    chat::chat_options,
+    completions::decode,
+    error::{ApiError, BodyErrors},
+    extract::Body,
+    logprobs::token_text,
+    prompt,
+    types::{
+        message,
+        tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse},
+    },
+};
+use crate::text::EncodeOptions;
+
+/// The tokens of a text or a chat.
+#[utoipa::path(
+    post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest,
+    responses((status = 200, body = TokenizeResponse), BodyErrors)
+)]
+pub async fn tokenize(
+    State(server): State<Arc<Server>>,
+    Body(request): Body<TokenizeRequest>,
+) -> Result<Json<TokenizeResponse>, ApiError> {
+    let llm = server.llm()?;
+    server.name(request.model.as_deref())?;
+    let tokens = match (request.prompt, &request.messages) {
+        (Some(prompt), None) => {
+            let bos = request.add_special_tokens.unwrap_or(true);
+            let options = EncodeOptions { bos, ..EncodeOptions::default() };
+            prompt::compute(llm.text(), move |text| text.encode_with(&prompt, &options)).await?
+        }
+        (None, Some(messages)) => {
+            let options = chat_options(
+                request.add_generation_prompt,
+                request.continue_final_message,
+                request.chat_template_kwargs.unwrap_or_default(),
+            )?;
+            let tools = request.tools.iter().flatten().filter_map(|tool| serde_json::to_value(tool).ok());
+            prompt::chat(llm.text(), message::messages(messages)?, tools.collect(), options).await?
+        }
+        _ => return Err(ApiError::parameter("prompt", "expected one of prompt and messages")),
+    };
+    let token_strs = request.return_token_strs.unwrap_or(false);
+    Ok(Json(TokenizeResponse {
+        count: tokens.len(),
+        max_model_len: server.max_model_len(llm),
+        token_strs: token_strs.then(|| tokens.iter().map(|&id| token_text(llm.text(), id)).collect()),
+        tokens,
+    }))
+}
+
+/// The text of tokens.
+#[utoipa::path(
+    post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest,
+    responses((status = 200, body = DetokenizeResponse), BodyErrors)
+)]
+pub async fn detokenize(
+    State(server): State<Arc<Server>>,
+    Body(DetokenizeRequest { model, tokens }): Body<DetokenizeRequest>,
+) -> Result<Json<DetokenizeResponse>, ApiError> {
+    let llm = server.llm()?;
+    server.name(model.as_deref())?;
+    let vocab_size = llm.text().vocab_size();
+    if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab_size) {
+        let message = format!("tokens has {token}; the model knows those below {vocab_size}");
+        return Err(ApiError::parameter("tokens", message));
+    }
+    let prompt = prompt::compute(llm.text(), move |text| decode(text, &tokens)).await?;
+    Ok(Json(DetokenizeResponse { prompt }))
+}
