@@ -123,9 +123,9 @@ fn on_gpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result
     let (pool, batch, shape) = prompts(DType::F16)?;
     let mut cache = PagedKvCache::new(stream, &pool, &[shape])?;
     let capacity = BatchCapacity { requests: PROMPTS.len(), pages: PAGES, tokens: ROWS };
-    let BatchTables { pages, queries, append, .. } = BatchTables::new(stream, &batch, capacity)?;
+    let tables = BatchTables::new(stream, &batch, capacity)?;
     let mut workspace = Workspace::new(stream)?;
-    let plan = prefill.plan_paged(&mut workspace, &queries, &pages, &PlanOptions::causal())?;
+    let plan = prefill.plan_paged(&mut workspace, &tables.queries, &tables.pages, &PlanOptions::causal())?;
 
     // Once for each layer, but for the first norm.
     let norm = NormOptions::with_eps(1e-5);
@@ -136,10 +136,10 @@ fn on_gpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result
     let (mut q, keys_and_values) = qkv.view_mut().split_at(1, QO)?;
     let (mut k, v) = keys_and_values.split_at(1, KV)?;
     let mut turned = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
-    apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &Rotation::new(cos_sin.view()?, &append))?;
-    append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &append, &mut cache.layer_mut(0, 0)?, &pages)?;
+    apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &Rotation::new(cos_sin.view()?, &tables.append))?;
+    append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &tables.slots(), &mut cache.layer_mut(0)?)?;
     let mut attention = Tensor::<f16>::zeros(stream, &[ROWS, QO, HEAD_DIM])?;
-    plan.run(&q.as_ref(), &cache.layer(0, 0)?, &mut attention.view_mut())?;
+    plan.run(&q.as_ref(), &cache.layer(0)?, &mut attention.view_mut())?;
     let mut x = multiply(attention, &attention_output?, &[ROWS, HIDDEN])?;
     fused_add_rmsnorm(stream, &mut x.view_mut(), &mut residual.view_mut(), &mlp_norm?.view(), &norm)?;
     let x = multiply(x, &gate_up?, &[ROWS, 2 * INTERMEDIATE])?;
@@ -185,15 +185,14 @@ fn on_cpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result
     reference::append_paged_kv_cache(
         &TensorRef::from_slice(&k, &kv_shape)?,
         &TensorRef::from_slice(&v, &kv_shape)?,
-        batch.append_indices(),
-        &mut cache.layer_mut(0, 0)?,
-        batch.pages(),
+        &batch.slots(),
+        &mut cache.layer_mut(0)?,
     )?;
     let mut attention = vec![0.0; q.len()];
     reference::batch_prefill_paged(
         &AttentionSpec::new(DType::F32, HEAD_DIM),
         &TensorRef::from_slice(&q, &q_shape)?,
-        &cache.layer(0, 0)?,
+        &cache.layer(0)?,
         batch.queries(),
         batch.pages(),
         &mut TensorMut::from_slice(&mut attention, &q_shape)?,

@@ -73,7 +73,7 @@ use crate::{
 ///     let plan = decode.plan(&mut workspace, &tables.pages, &options)?;
 ///     let mut run = || {
 ///         layers.clone().try_for_each(|layer| {
-///             let kv = cache.layer(0, layer)?;
+///             let kv = cache.layer(layer)?;
 ///             plan.run(&q.view(), &kv, &mut out.view_mut())
 ///         })
 ///     };

@@ -327,6 +327,9 @@ impl FlashInferRuntime {
     /// local source holds one of them; also that of cuBLAS (about 500 MB), if
     /// one links against it and the machine has none.
     ///
+    /// Constructors of attention do so for theirs; [`ModuleName::LAYERS`] are those of the
+    /// functions beside it.
+    ///
     /// # Errors
     /// A module cannot be had or opened; the ones before it stay loaded.
     pub fn preload<'n>(&self, names: impl IntoIterator<Item = &'n ModuleName>) -> Result<()> {

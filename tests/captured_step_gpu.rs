@@ -70,9 +70,8 @@ fn run(
     (q, [k, v], out): (&Tensor<f16>, &[Tensor<f16>; 2], &mut Tensor<f16>),
 ) -> Result<()> {
     (0..LAYERS).try_for_each(|layer| {
-        let kv = &mut cache.layer_mut(0, layer)?;
-        let (append, pages) = (&tables.append, &tables.pages);
-        page::append_paged_kv_cache(&gpu.stream, &k.view(), &v.view(), append, kv, pages)?;
+        let kv = &mut cache.layer_mut(layer)?;
+        page::append_paged_kv_cache(&gpu.stream, &k.view(), &v.view(), &tables.slots(), kv)?;
         plan.run(&q.view(), &kv.as_ref(), &mut out.view_mut())
     })
 }

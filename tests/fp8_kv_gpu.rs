@@ -18,7 +18,7 @@ use flashinfer_rs::{
     attention::{
         AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, PlanOptions, RunOptions, Workspace,
     },
-    indices::{AppendIndices, AppendTable, RaggedIndices, RaggedTable},
+    indices::{AppendIndices, AppendTable, RaggedIndices, RaggedTable, SlotMapping},
     kv::{KvLayout, PagedKv, PagedKvMut},
     page,
     reference::{self, Mask},
@@ -227,14 +227,18 @@ fn quantized_by_the_host<T: Number>() {
             &gpu.stream,
             &k.device_view(),
             &v.device_view(),
-            &problem.device_append,
+            &SlotMapping::new(&problem.device_append, &problem.device_table),
             &mut cache.device_view_mut(),
-            &problem.device_table,
         )
         .unwrap();
         let exact = problem.exact(|mut cache| {
             let [k, v] = numbers.each_ref().map(|numbers| TensorRef::from_slice(numbers, &shape).unwrap());
-            reference::append_paged_kv_cache(&k, &v, &problem.append, &mut cache, &problem.table)
+            reference::append_paged_kv_cache(
+                &k,
+                &v,
+                &SlotMapping::new(&problem.append, &problem.table),
+                &mut cache,
+            )
         });
         let q = queries::<T>(&gpu, rng, &problem);
         problem.attend(&gpu, (&q, &cache), (&q.view(), &exact), &scales());
@@ -276,8 +280,7 @@ fn turned_and_quantized<T: Number>() {
                 RopeParts { rope: k.device_view(), nope: None },
             ],
             &Rotation::new(angles.view().unwrap(), &problem.device_append),
-            &problem.device_append,
-            &problem.device_table,
+            &SlotMapping::new(&problem.device_append, &problem.device_table),
             &options,
         )
         .unwrap();
@@ -321,7 +324,12 @@ fn turned_and_quantized<T: Number>() {
             let exact_k = TensorRef::from_slice(&exact_k, &shape).unwrap();
             let exact_v = v.wide();
             let exact_v = TensorRef::from_slice(&exact_v, &shape).unwrap();
-            reference::append_paged_kv_cache(&exact_k, &exact_v, &problem.append, &mut cache, &problem.table)
+            reference::append_paged_kv_cache(
+                &exact_k,
+                &exact_v,
+                &SlotMapping::new(&problem.append, &problem.table),
+                &mut cache,
+            )
         });
         let exact_q = TensorRef::from_slice(&exact_q, &problem.q_shape()).unwrap();
         problem.attend(&gpu, (&q, &cache), (&exact_q, &exact), &scales());

@@ -11,9 +11,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, Result, TensorRef,
-    indices::{AppendIndices, RaggedIndices},
+    indices::{AppendIndices, RaggedIndices, SlotMapping},
     kv::{
-        Batch, BatchTables, HeadsShape, KvLayout, KvShape, LatentShape, PageAllocator, PagedKvCache,
+        Batch, BatchTables, HeadsShape, KvLayer, KvLayout, KvShape, LatentShape, PageAllocator, PagedKvCache,
         PrefixCache, Sequence,
     },
     reference,
@@ -194,15 +194,16 @@ impl World {
                 KvShape::Heads(shape) => {
                     let size = [append.len(), shape.num_kv_heads, shape.head_dim];
                     let [k, v] = [&k, &v].map(|rows| TensorRef::from_slice(rows, &size).unwrap());
-                    let kv = &mut self.cache.layer_mut(model, layer).unwrap();
-                    reference::append_paged_kv_cache(&k, &v, append, kv, table).unwrap();
+                    let kv = &mut self.cache.layer_mut(KvLayer::of_model(model, layer)).unwrap();
+                    reference::append_paged_kv_cache(&k, &v, &SlotMapping::new(append, table), kv).unwrap();
                 }
                 KvShape::Latent(_) => {
                     let ckv = TensorRef::from_slice(&k, &[append.len(), 512]).unwrap();
                     let kpe = TensorRef::from_slice(&v, &[append.len(), 64]).unwrap();
-                    let rows = &mut self.cache.latent_mut(model, layer).unwrap();
+                    let rows = &mut self.cache.latent_mut(KvLayer::of_model(model, layer)).unwrap();
                     let parts = [&mut rows.ckv, &mut rows.kpe];
-                    reference::append_paged_mla_kv_cache(&ckv, &kpe, append, parts, table).unwrap();
+                    reference::append_paged_mla_kv_cache(&ckv, &kpe, &SlotMapping::new(append, table), parts)
+                        .unwrap();
                 }
             }
         }
@@ -407,11 +408,11 @@ impl World {
         for layer in 0..shape.num_layers() {
             let views = match shape {
                 KvShape::Heads(_) => {
-                    let kv = self.cache.layer(index, layer).unwrap();
+                    let kv = self.cache.layer(KvLayer::of_model(index, layer)).unwrap();
                     [(kv.k, false), (kv.v, true)]
                 }
                 KvShape::Latent(_) => {
-                    let rows = self.cache.latent(index, layer).unwrap();
+                    let rows = self.cache.latent(KvLayer::of_model(index, layer)).unwrap();
                     [(rows.ckv, false), (rows.kpe, true)]
                 }
             };
@@ -627,9 +628,9 @@ fn copies_that_are_due() {
     parent.append(1).unwrap();
     let mut child = parent.fork();
     child.append(1).unwrap();
-    cache.layer(0, 0).unwrap();
+    cache.layer(0).unwrap();
     assert_eq!((pool.pending_copies(), pool.owners(parent.pages()[0])), (1, 2));
-    cache.layer_mut(0, 0).unwrap();
+    cache.layer_mut(0).unwrap();
     assert_eq!((pool.pending_copies(), pool.owners(parent.pages()[0])), (0, 1));
 }
 

@@ -13,8 +13,8 @@ use flashinfer_rs::{
         Workspace,
     },
     kv::{
-        Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, KvShape, LatentShape, PageAllocator,
-        PagedKvCache, Sequence,
+        Batch, BatchCapacity, BatchTables, HeadsShape, KvLayer, KvLayout, KvShape, LatentShape,
+        PageAllocator, PagedKvCache, Sequence,
     },
     page, reference,
 };
@@ -120,39 +120,34 @@ impl<'g> Pair<'g> {
     fn write_host<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Mirrored<T>; 2]) {
         let Side { cache, batches, .. } = &mut self.host;
         if let KvShape::Latent(_) = cache.shapes()[model] {
-            let (batch, rows) = (&batches[model], &mut cache.latent_mut(model, layer).unwrap());
+            let (batch, rows) =
+                (&batches[model], &mut cache.latent_mut(KvLayer::of_model(model, layer)).unwrap());
             let parts = [&mut rows.ckv, &mut rows.kpe];
-            reference::append_paged_mla_kv_cache(
-                &k.view(),
-                &v.view(),
-                batch.append_indices(),
-                parts,
-                batch.pages(),
-            )
-            .unwrap();
+            reference::append_paged_mla_kv_cache(&k.view(), &v.view(), &batch.slots(), parts).unwrap();
             return;
         }
-        let (batch, kv) = (&batches[model], &mut cache.layer_mut(model, layer).unwrap());
-        reference::append_paged_kv_cache(&k.view(), &v.view(), batch.append_indices(), kv, batch.pages())
-            .unwrap();
+        let (batch, kv) = (&batches[model], &mut cache.layer_mut(KvLayer::of_model(model, layer)).unwrap());
+        reference::append_paged_kv_cache(&k.view(), &v.view(), &batch.slots(), kv).unwrap();
     }
 
     fn write_device<T: Number>(&mut self, model: usize, layer: usize, [k, v]: &[Mirrored<T>; 2]) {
         let (stream, tables, cache) = (&self.gpu.stream, &self.tables[model], &mut self.device.cache);
         if let KvShape::Latent(_) = cache.shapes()[model] {
-            let (k, v, rows) =
-                (k.device_view(), v.device_view(), &mut cache.latent_mut(model, layer).unwrap());
-            let (parts, pages) = ([&mut rows.ckv, &mut rows.kpe], &tables.pages);
-            page::append_paged_mla_kv_cache(stream, &k, &v, &tables.append, parts, pages).unwrap();
+            let (k, v, rows) = (
+                k.device_view(),
+                v.device_view(),
+                &mut cache.latent_mut(KvLayer::of_model(model, layer)).unwrap(),
+            );
+            let parts = [&mut rows.ckv, &mut rows.kpe];
+            page::append_paged_mla_kv_cache(stream, &k, &v, &tables.slots(), parts).unwrap();
             return;
         }
         page::append_paged_kv_cache(
             stream,
             &k.device_view(),
             &v.device_view(),
-            &tables.append,
-            &mut cache.layer_mut(model, layer).unwrap(),
-            &tables.pages,
+            &tables.slots(),
+            &mut cache.layer_mut(KvLayer::of_model(model, layer)).unwrap(),
         )
         .unwrap();
     }
@@ -161,11 +156,11 @@ impl<'g> Pair<'g> {
     fn layer(side: &Side, model: usize, layer: usize) -> [flashinfer_rs::TensorRef<'_>; 2] {
         match side.cache.shapes()[model] {
             KvShape::Heads(_) => {
-                let kv = side.cache.layer(model, layer).unwrap();
+                let kv = side.cache.layer(KvLayer::of_model(model, layer)).unwrap();
                 [kv.k, kv.v]
             }
             KvShape::Latent(_) => {
-                let rows = side.cache.latent(model, layer).unwrap();
+                let rows = side.cache.latent(KvLayer::of_model(model, layer)).unwrap();
                 [rows.ckv, rows.kpe]
             }
         }
@@ -303,10 +298,10 @@ fn latent_pages() {
         for layer in 0..3 {
             let (nope, pe) = (q[0].device_view(), q[1].device_view());
             let query = MlaQuery::new(nope, pe);
-            plan.run(&query, &pair.device.cache.latent(0, layer).unwrap(), &mut out.view_mut()).unwrap();
+            plan.run(&query, &pair.device.cache.latent(layer).unwrap(), &mut out.view_mut()).unwrap();
             let mut want = vec![0f64; 3 * 16 * 512];
             let query = MlaQuery::new(q[0].view(), q[1].view());
-            let rows = &pair.host.cache.latent(0, layer).unwrap();
+            let rows = &pair.host.cache.latent(layer).unwrap();
             let want_view = &mut flashinfer_rs::TensorMut::from_slice(&mut want, &[3, 16, 512]).unwrap();
             reference::batch_mla(
                 &spec,
@@ -375,16 +370,15 @@ fn parts_of_a_page_that_are_far_apart() {
     let new = [(); 2].map(|()| Mirrored::<f16>::random(&gpu, rng, &[5, heads, head_dim]));
     {
         let (k, v) = (new[0].device_view(), new[1].device_view());
-        let mut kv = cache.layer_mut(0, 0).unwrap();
-        let (append, pages) = (&tables.append, &tables.pages);
-        page::append_paged_kv_cache(&gpu.stream, &k, &v, append, &mut kv, pages).unwrap();
+        let mut kv = cache.layer_mut(0).unwrap();
+        page::append_paged_kv_cache(&gpu.stream, &k, &v, &tables.slots(), &mut kv).unwrap();
     }
     batch.push(batch.sequences()[0].fork()).unwrap();
     batch.append([1, 1]).unwrap();
     assert_eq!(pool.pending_copies(), 1);
     cache.copy_pages().unwrap();
     gpu.synchronize();
-    let layer = cache.layer(0, 0).unwrap();
+    let layer = cache.layer(0).unwrap();
     assert!(layer.v.data_ptr() as usize - layer.k.data_ptr() as usize > i32::MAX as usize);
     for sequence in batch.sequences() {
         let first = sequence.pages()[0] as usize * page_size * row;
@@ -431,7 +425,7 @@ fn attention_over_layers() {
                 reference::batch_decode(
                     &spec,
                     &q.view(),
-                    &host.cache.layer(0, layer).unwrap(),
+                    &host.cache.layer(layer).unwrap(),
                     host.batches[0].pages(),
                     &mut TensorMut::from_slice(&mut want, &size).unwrap(),
                     None,
@@ -441,7 +435,7 @@ fn attention_over_layers() {
                 let mut out = Mirrored::<f16>::poisoned(&gpu, &size);
                 plan.run_with(
                     &q.device_view(),
-                    &pair.device.cache.layer(0, layer).unwrap(),
+                    &pair.device.cache.layer(layer).unwrap(),
                     &mut out.device_view_mut(),
                     None,
                     &options,
@@ -466,7 +460,7 @@ fn graph_replay() {
     pair.fork(0, 0);
     // Copies that are due are not captured, and stay due.
     pair.change(0, |_, batch| batch.append([1, 1]).unwrap());
-    let (_graph, during) = capture(&gpu, || pair.device.cache.layer_mut(0, 0).map(drop));
+    let (_graph, during) = capture(&gpu, || pair.device.cache.layer_mut(0).map(drop));
     refused(during, "stream");
     let batch = &pair.device.batches[0];
     let (_graph, during) = capture(&gpu, || pair.tables[0].update(batch, &mut pair.device.cache));
@@ -479,14 +473,7 @@ fn graph_replay() {
         let (cache, tables) = (&mut pair.device.cache, &pair.tables[0]);
         capture(&gpu, || {
             shown.iter().enumerate().try_for_each(|(layer, [k, v])| {
-                page::append_paged_kv_cache(
-                    &gpu.stream,
-                    k,
-                    v,
-                    &tables.append,
-                    &mut cache.layer_mut(0, layer)?,
-                    &tables.pages,
-                )
+                page::append_paged_kv_cache(&gpu.stream, k, v, &tables.slots(), &mut cache.layer_mut(layer)?)
             })
         })
     };
@@ -558,9 +545,8 @@ fn wrong_input() {
         &other.stream,
         &new.copied_to(&other).device_view(),
         &new.copied_to(&other).device_view(),
-        &elsewhere.append,
-        &mut pair.device.cache.layer_mut(0, 0).unwrap(),
-        &elsewhere.pages,
+        &elsewhere.slots(),
+        &mut pair.device.cache.layer_mut(0).unwrap(),
     );
     refused(call, "kv.k");
     // Arrays of another state of the batch are not used.
@@ -573,9 +559,8 @@ fn wrong_input() {
         &gpu.stream,
         &none,
         &none,
-        &pair.tables[0].append,
-        &mut pair.device.cache.layer_mut(0, 0).unwrap(),
-        &pair.tables[0].pages,
+        &pair.tables[0].slots(),
+        &mut pair.device.cache.layer_mut(0).unwrap(),
     );
     refused(call, "append");
 }

@@ -12,7 +12,7 @@ use flashinfer_rs::{
     DType, FlashInferError, ModuleName, PageIndices, PageTable, TensorMut, TensorRef,
     attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
     cudarc::TensorExtMut,
-    indices::{AppendIndices, AppendTable, RaggedIndices},
+    indices::{AppendIndices, AppendTable, RaggedIndices, SlotMapping},
     kv::MlaCache,
     page, reference,
 };
@@ -548,9 +548,8 @@ fn appended_tokens() {
             &gpu.stream,
             &new.narrow(1, 0, 512).unwrap(),
             &new.narrow(1, 512, 64).unwrap(),
-            &append,
+            &SlotMapping::new(&append, &table),
             [&mut ckv.reborrow(), &mut kpe.reborrow()],
-            &table,
         )
         .unwrap();
     }

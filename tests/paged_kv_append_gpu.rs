@@ -10,7 +10,7 @@ use common::{
 };
 use flashinfer_rs::{
     PageIndices, PageTable, Result, TensorMut, TensorRef,
-    indices::{AppendIndices, AppendTable},
+    indices::{AppendIndices, AppendTable, SlotMapping},
     kv::{KvLayout, PagedKvMut},
     page, reference,
 };
@@ -30,9 +30,8 @@ fn check<T: Number>(
     reference::append_paged_kv_cache(
         &key.view(),
         &value.view(),
-        append,
+        &SlotMapping::new(append, table),
         &mut cache.view_of(&mut want),
-        table,
     )
     .unwrap();
     let device_append = AppendTable::new(&gpu.stream, append.clone()).unwrap();
@@ -41,9 +40,8 @@ fn check<T: Number>(
         &gpu.stream,
         &key.device_view(),
         &value.device_view(),
-        &device_append,
+        &SlotMapping::new(&device_append, &device_table),
         &mut cache.device_view_mut(),
-        &device_table,
     )
     .unwrap();
     for (tensor, want) in cache.tensors.iter().zip(&want) {
@@ -182,9 +180,8 @@ fn head_limits() {
                     &gpu.stream,
                     &new.device_view(),
                     &new.device_view(),
-                    &device_append,
+                    &SlotMapping::new(&device_append, &device_table),
                     &mut cache.device_view_mut(),
-                    &device_table,
                 );
                 refused(call, "kv.k");
                 cache.assert_untouched();
@@ -234,7 +231,14 @@ fn growing_batch() {
             append.update(append_at(&host)).unwrap();
             table.update(host).unwrap();
             let new = new.device_view();
-            page::append_paged_kv_cache(&gpu.stream, &new, &new, &append, &mut cache, &table).unwrap();
+            page::append_paged_kv_cache(
+                &gpu.stream,
+                &new,
+                &new,
+                &SlotMapping::new(&append, &table),
+                &mut cache,
+            )
+            .unwrap();
         }
     }
     for (step, new) in rows.iter().enumerate() {
@@ -242,9 +246,8 @@ fn growing_batch() {
         reference::append_paged_kv_cache(
             &new.view(),
             &new.view(),
-            &append_at(&host),
+            &SlotMapping::new(&append_at(&host), &host),
             &mut cache.view_of(&mut want),
-            &host,
         )
         .unwrap();
     }
@@ -279,9 +282,11 @@ fn cache_beyond_32_bits() {
             &gpu.stream,
             &key.device_view(),
             &value.device_view(),
-            &AppendTable::new(&gpu.stream, append).unwrap(),
+            &SlotMapping::new(
+                &AppendTable::new(&gpu.stream, append).unwrap(),
+                &PageTable::new(&gpu.stream, table).unwrap(),
+            ),
             &mut PagedKvMut::joined(kv.view_mut(), KvLayout::Nhd).unwrap(),
-            &PageTable::new(&gpu.stream, table).unwrap(),
         )
         .unwrap();
     }
@@ -320,17 +325,21 @@ fn latent_caches() {
         {
             let [a, b] = &mut want;
             let (mut a, mut b) = (caches[0].view_of(a), caches[1].view_of(b));
-            reference::append_paged_mla_kv_cache(&ckv.view(), &kpe.view(), &append, [&mut a, &mut b], &table)
-                .unwrap();
+            reference::append_paged_mla_kv_cache(
+                &ckv.view(),
+                &kpe.view(),
+                &SlotMapping::new(&append, &table),
+                [&mut a, &mut b],
+            )
+            .unwrap();
             let [a, b] = &mut caches;
             let (mut a, mut b) = (a.device_view_mut(), b.device_view_mut());
             page::append_paged_mla_kv_cache(
                 &gpu.stream,
                 &ckv.device_view(),
                 &kpe.device_view(),
-                &device_append,
+                &SlotMapping::new(&device_append, &device_table),
                 [&mut a.reborrow(), &mut b.reborrow()],
-                &device_table,
             )
             .unwrap();
         }
@@ -342,17 +351,21 @@ fn latent_caches() {
         let mut want = whole.host.clone();
         {
             let [mut a, mut b] = latent_parts(whole.view_of(&mut want));
-            reference::append_paged_mla_kv_cache(&ckv.view(), &kpe.view(), &append, [&mut a, &mut b], &table)
-                .unwrap();
+            reference::append_paged_mla_kv_cache(
+                &ckv.view(),
+                &kpe.view(),
+                &SlotMapping::new(&append, &table),
+                [&mut a, &mut b],
+            )
+            .unwrap();
             let mut shown = whole.device_view_mut();
             let [mut a, mut b] = latent_parts(shown.reborrow());
             page::append_paged_mla_kv_cache(
                 &gpu.stream,
                 &ckv.device_view(),
                 &kpe.device_view(),
-                &device_append,
+                &SlotMapping::new(&device_append, &device_table),
                 [&mut a, &mut b],
-                &device_table,
             )
             .unwrap();
         }
@@ -383,7 +396,13 @@ fn wrong_input() {
         let good = new_guard;
         let mut shown = cache.device_view_mut();
         let mut run = |key: TensorRef<'_>, value: TensorRef<'_>| {
-            page::append_paged_kv_cache(&gpu.stream, &key, &value, &append, &mut shown, &table)
+            page::append_paged_kv_cache(
+                &gpu.stream,
+                &key,
+                &value,
+                &SlotMapping::new(&append, &table),
+                &mut shown,
+            )
         };
         let brains = Mirrored::<bf16>::random(&gpu, rng, &[5, 2, 64]);
         let bytes = Mirrored::<F8E4M3>::random(&gpu, rng, &[5, 2, 64]);
@@ -408,10 +427,22 @@ fn wrong_input() {
         let elsewhere = AppendTable::new(&other.stream, host_append.clone()).unwrap();
         let mut shown = cache.device_view_mut();
         let new = new.device_view();
-        let call = page::append_paged_kv_cache(&gpu.stream, &new, &new, &elsewhere, &mut shown, &table);
+        let call = page::append_paged_kv_cache(
+            &gpu.stream,
+            &new,
+            &new,
+            &SlotMapping::new(&elsewhere, &table),
+            &mut shown,
+        );
         refused(call, "append");
         let elsewhere = PageTable::new(&other.stream, host_table.clone()).unwrap();
-        let call = page::append_paged_kv_cache(&gpu.stream, &new, &new, &append, &mut shown, &elsewhere);
+        let call = page::append_paged_kv_cache(
+            &gpu.stream,
+            &new,
+            &new,
+            &SlotMapping::new(&append, &elsewhere),
+            &mut shown,
+        );
         refused(call, "table");
     }
     {
@@ -420,9 +451,8 @@ fn wrong_input() {
             &gpu.stream,
             &new,
             &new,
-            &append,
+            &SlotMapping::new(&append, &table),
             &mut cache.copied_to(&other).device_view_mut(),
-            &table,
         );
         refused(call, "kv.k");
     }
@@ -435,9 +465,8 @@ fn wrong_input() {
             &gpu.stream,
             &new,
             &new,
-            &append,
+            &SlotMapping::new(&append, &table),
             &mut cache.device_view_mut(),
-            &table,
         );
         refused(call, "append");
     }
@@ -468,9 +497,8 @@ fn wrong_caches() {
             &gpu.stream,
             &new.device_view(),
             &new.device_view(),
-            append,
+            &SlotMapping::new(append, table),
             &mut PagedKvMut::new(k.device_view_mut(), v.device_view_mut(), layout),
-            table,
         );
         refused(call, expected);
         k.assert_untouched();
@@ -534,9 +562,8 @@ fn wrong_latent_input() {
             &gpu.stream,
             &ckv.device_view(),
             &kpe.device_view(),
-            append,
+            &SlotMapping::new(append, table),
             [&mut ckv_cache.device_view_mut(), &mut kpe_cache.device_view_mut()],
-            table,
         );
         refused(call, expected);
         ckv_cache.assert_untouched();

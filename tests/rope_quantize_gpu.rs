@@ -12,7 +12,7 @@ use common::{
 };
 use flashinfer_rs::{
     PageIndices, PageTable, TensorMut, TensorRef,
-    indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable},
+    indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable, SlotMapping},
     kv::KvLayout,
     reference,
     rope::{
@@ -298,8 +298,7 @@ fn check_append<T: Number, Q: Number>(
         &mut RopeAppend::Kv { cache: cache.view_of(&mut want), value: v.view() },
         &[parts(q.view(), rotary_dim), parts(k.view(), rotary_dim)],
         &angles.on_host(tokens.append.positions()),
-        &tokens.append,
-        &tokens.table,
+        &SlotMapping::new(&tokens.append, &tokens.table),
         options,
     )
     .unwrap();
@@ -309,8 +308,7 @@ fn check_append<T: Number, Q: Number>(
         &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: v.device_view() },
         &[parts(q.device_view(), rotary_dim), parts(k.device_view(), rotary_dim)],
         &angles.on_device(&tokens.device_append),
-        &tokens.device_append,
-        &tokens.device_table,
+        &SlotMapping::new(&tokens.device_append, &tokens.device_table),
         options,
     )
     .unwrap();
@@ -390,8 +388,7 @@ fn append_latent() {
             &mut latent(cache.view_of(&mut want)),
             &[parts(q.view(), 64), parts(k.view(), 64)],
             &angles.on_host(tokens.append.positions()),
-            &tokens.append,
-            &tokens.table,
+            &SlotMapping::new(&tokens.append, &tokens.table),
             &options,
         )
         .unwrap();
@@ -401,8 +398,7 @@ fn append_latent() {
             &mut latent(cache.device_view_mut()),
             &[parts(q.device_view(), 64), parts(k.device_view(), 64)],
             &angles.on_device(&tokens.device_append),
-            &tokens.device_append,
-            &tokens.device_table,
+            &SlotMapping::new(&tokens.device_append, &tokens.device_table),
             &options,
         )
         .unwrap();
@@ -446,8 +442,7 @@ fn graph_replay() {
                 &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: k },
                 &[parts(q, 128), parts(k, 128)],
                 &rotation,
-                &device_append,
-                &device_table,
+                &SlotMapping::new(&device_append, &device_table),
                 &options,
             )
         };
@@ -472,8 +467,7 @@ fn graph_replay() {
             &mut RopeAppend::Kv { cache: cache.view_of(&mut want), value: k.view() },
             &[parts(q.view(), 128), parts(k.view(), 128)],
             &angles.on_host(append.positions()),
-            &append,
-            &table,
+            &SlotMapping::new(&append, &table),
             &options,
         )
         .unwrap();
@@ -523,8 +517,7 @@ fn wrong_input() {
             &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: v },
             &[parts(q, rotary_dim), parts(k, rotary_dim)],
             &angles.on_device(tables.0),
-            tables.0,
-            tables.1,
+            &SlotMapping::new(tables.0, tables.1),
             &RopeQuantizeOptions::default(),
         );
         refused(call, expected);
@@ -572,8 +565,7 @@ fn wrong_input() {
         &mut RopeAppend::Kv { cache: cache.device_view_mut(), value: none[1] },
         &[parts(none[0], 64), parts(none[1], 64)],
         &angles.on_device(&nobody),
-        &nobody,
-        &tokens.device_table,
+        &SlotMapping::new(&nobody, &tokens.device_table),
         &RopeQuantizeOptions::default(),
     )
     .unwrap();

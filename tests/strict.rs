@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use flashinfer_rs::{
     DType, Device, FlashInferError, PageIndices, Result, Stream, TensorMut, TensorRef,
     activation::{self, ActivationOptions},
-    indices::RaggedIndices,
+    indices::{RaggedIndices, SlotMapping},
     kv::{KvLayout, PagedKvMut},
     norm::{self, NormOptions},
     reference,
@@ -353,7 +353,9 @@ fn pages() {
         };
         let mut cache = PagedKvMut { k: cache(OUTPUT), v: cache(OUTPUT * 2), layout: KvLayout::Nhd };
         let new = CPU.tensor(dtype, &[1, 2, head_dim]);
-        reference::append_paged_kv_cache(&new, &new, &append, &mut cache, &table).unwrap_err().to_string()
+        reference::append_paged_kv_cache(&new, &new, &SlotMapping::new(&append, &table), &mut cache)
+            .unwrap_err()
+            .to_string()
     };
     let _strict = reference::strict();
     assert_eq!(

@@ -3,7 +3,7 @@
 use flashinfer_rs::{
     DType, ModuleName, PageIndices, PageTable,
     activation::{self, ActivationOptions},
-    indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable},
+    indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable, SlotMapping},
     kv::{KvLayout, PagedKvMut},
     norm, page,
     rope::{self, CosSinCache, RopeFrequencies, RopeOptions, RopeScaling, RopeTensors, Rotation},
@@ -193,7 +193,13 @@ fn append(bench: &mut Bench, batch: usize, tokens: usize) {
         held.extend(views.map(flashinfer_rs::ffi::Packed::from));
         held.extend(packed![0]);
         case.run(Some(4 * new.bytes()), Some(&Raw { function, held }), &mut || {
-            Ok(page::append_paged_kv_cache(&stream, new_view, new_view, &append, &mut cache, &table)?)
+            Ok(page::append_paged_kv_cache(
+                &stream,
+                new_view,
+                new_view,
+                &SlotMapping::new(&append, &table),
+                &mut cache,
+            )?)
         })
     });
 }

@@ -43,6 +43,9 @@ pub struct LlmOptions {
     /// The most tokens that are guessed from what was said before; those that are right
     /// are kept.
     pub draft: usize,
+    /// Whether an answer is the same, token by token, alone, in any batch, with drafts
+    /// and after preemption. It costs time on a GPU; the CPU's answers always are.
+    pub deterministic: bool,
 }
 
 impl Default for LlmOptions {
@@ -55,6 +58,7 @@ impl Default for LlmOptions {
             max_queued: 1024,
             max_queued_tokens: 1 << 22,
             draft: 0,
+            deterministic: false,
         }
     }
 }
@@ -104,8 +108,16 @@ impl Llm {
     pub fn load(files: &[PathBuf], options: &LlmOptions) -> Result<Self> {
         let model = Model::open_files(files)?;
         let text = Arc::new(Text::from_gguf(&model.content)?);
-        let LlmOptions { device, step_tokens, max_running, max_queued, max_queued_tokens, draft, .. } =
-            *options;
+        let LlmOptions {
+            device,
+            step_tokens,
+            max_running,
+            max_queued,
+            max_queued_tokens,
+            draft,
+            deterministic,
+            ..
+        } = *options;
         let config = EngineConfig {
             limits: Limits {
                 step_tokens: step_tokens.unwrap_or(GPU_STEP_TOKENS),
@@ -123,7 +135,7 @@ impl Llm {
         let set = place.clone();
         let engine = Engine::start(config, text, move |pool, limits| {
             let Loaded { backend, on_gpu, place } =
-                device::load(device, &model, pool, limits.step_capacity())?;
+                device::load(device, &model, pool, limits.step_capacity(), deterministic)?;
             if !on_gpu && step_tokens.is_none() {
                 limits.step_tokens = CPU_STEP_TOKENS;
             }
@@ -131,6 +143,12 @@ impl Llm {
             Ok(backend)
         })?;
         Ok(Self { engine, place: place.get().cloned().unwrap_or_default() })
+    }
+
+    /// An engine that was started otherwise.
+    #[cfg(test)]
+    pub(crate) fn of_engine(engine: Engine) -> Self {
+        Self { engine, place: String::new() }
     }
 
     /// Where the model runs, and why there.

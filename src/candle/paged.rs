@@ -251,9 +251,7 @@ impl InplaceOp3 for Append<'_> {
         let (k, v) = (tensor::on_cpu(k, k_layout)?, tensor::on_cpu(v, v_layout)?);
         let cache = PagedKvMut::joined(tensor::on_cpu_mut(cache, cache_layout)?, self.layout);
         let batch = self.step.batch;
-        let append = |mut cache| {
-            reference::append_paged_kv_cache(&k, &v, batch.append_indices(), &mut cache, batch.pages())
-        };
+        let append = |mut cache| reference::append_paged_kv_cache(&k, &v, &batch.slots(), &mut cache);
         cache.and_then(append).map_err(tensor::error)
     }
 
@@ -273,7 +271,7 @@ impl InplaceOp3 for Append<'_> {
         let append = |tables: &kv::BatchTables| {
             let mut kv = PagedKvMut::joined(cache.view_mut(), self.layout)?;
             let (stream, k, v) = (Stream::from(&cuda), k.view(), v.view());
-            page::append_paged_kv_cache(&stream, &k, &v, &tables.append, &mut kv, &tables.pages)
+            page::append_paged_kv_cache(&stream, &k, &v, &tables.slots(), &mut kv)
         };
         self.step.on_cuda().and_then(append).map_err(tensor::error)
     }

@@ -1,7 +1,7 @@
 //! Destinations of appended tokens.
 
 use super::{
-    PageIndices, check_indptr,
+    PageIndices, PageTable, check_indptr,
     table::{Array, Arrays, MAX_ARRAYS, OnDevice},
 };
 use crate::{
@@ -19,7 +19,7 @@ pub struct AppendIndices {
     /// All positions are below this.
     num_positions: usize,
     /// The page table that the entries were checked against.
-    pub(crate) table_stamp: u64,
+    table_stamp: u64,
 }
 
 impl AppendIndices {
@@ -161,6 +161,43 @@ impl Arrays for AppendIndices {
     const OP: &'static str = "AppendTable";
     fn arrays(&self) -> [Array<'_>; MAX_ARRAYS] {
         [Array::I32(&self.batch_indices), Array::I32(&self.positions), Array::EMPTY]
+    }
+}
+
+/// Where new tokens go in a paged cache: the pages of all requests, and the request and the
+/// position of each token that is new.
+///
+/// A step's tables are one: [`BatchTables::slots`](crate::kv::BatchTables::slots). The CPU
+/// reference takes it of values on the host: [`Batch::slots`](crate::kv::Batch::slots).
+#[derive(Debug)]
+pub struct SlotMapping<'a, A = AppendTable, P = PageTable> {
+    /// Each new token's request and position.
+    pub append: &'a A,
+    /// The pages, which already count the new tokens.
+    pub pages: &'a P,
+}
+
+/// A [`SlotMapping`] on the host.
+pub type HostSlotMapping<'a> = SlotMapping<'a, AppendIndices, PageIndices>;
+
+impl<'a, A, P> SlotMapping<'a, A, P> {
+    /// Of arrays of one's own. Operations refuse an `append` that was checked against other pages.
+    pub fn new(append: &'a A, pages: &'a P) -> Self {
+        Self { append, pages }
+    }
+}
+
+impl HostSlotMapping<'_> {
+    /// Refuses arrays of different states of a batch.
+    pub(crate) fn check(&self, op: &'static str) -> Result<()> {
+        if self.append.table_stamp == self.pages.stamp {
+            return Ok(());
+        }
+        Err(FlashInferError::invalid(
+            op,
+            "append",
+            "it was checked against another page table; make AppendIndices from the current PageIndices",
+        ))
     }
 }
 

@@ -24,7 +24,7 @@ mod table;
 
 use crate::error::{FlashInferError, Result};
 
-pub use append::{AppendIndices, AppendTable};
+pub use append::{AppendIndices, AppendTable, HostSlotMapping, SlotMapping};
 pub use bounded::{BoundedIndices, BoundedTable};
 pub use items::{ItemIndices, ItemTable};
 pub use logit_edits::{LogitEdit, LogitEditTable, LogitEdits};

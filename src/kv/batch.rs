@@ -6,7 +6,8 @@ use super::{PageAllocator, PagedKvCache, Sequence};
 use crate::{
     error::{FlashInferError, Result},
     indices::{
-        AppendIndices, AppendTable, PageIndices, PageTable, RaggedIndices, RaggedTable, check_table_size,
+        AppendIndices, AppendTable, HostSlotMapping, PageIndices, PageTable, RaggedIndices, RaggedTable,
+        SlotMapping, check_table_size,
     },
     stream::Stream,
 };
@@ -88,6 +89,11 @@ impl Batch {
     /// [`append`](Self::append). None after any other change.
     pub fn append_indices(&self) -> &AppendIndices {
         &self.append
+    }
+
+    /// Where the tokens of the last [`append`](Self::append) go, for the CPU reference.
+    pub fn slots(&self) -> HostSlotMapping<'_> {
+        SlotMapping::new(&self.append, &self.pages)
     }
 
     /// Adds a request, which becomes the last one.
@@ -225,6 +231,11 @@ impl BatchTables {
             append: AppendTable::with_capacity(stream, batch.append_indices().clone(), tokens)?,
             padding: None,
         })
+    }
+
+    /// Where a step's new tokens go.
+    pub fn slots(&self) -> SlotMapping<'_> {
+        SlotMapping::new(&self.append, &self.pages)
     }
 
     /// Makes everything on the device ready for a step: copies the pages that

@@ -45,7 +45,7 @@ const PAGE_ALIGNMENT: usize = 256;
 /// attention have a row for each token in their place ([`KvShape::Latent`]), which
 /// is one tensor `[pages, page_size, 576]` in each layer.
 ///
-/// Models are numbered as their shapes were given. A page that a sequence of
+/// Models are numbered as their shapes were given ([`KvLayer`] names a layer of one). A page that a sequence of
 /// one model gives back can serve any other, so memory goes where it is needed;
 /// each page is as large as the largest model needs. Models whose layers need
 /// equally many bytes, as one model's do, have a contiguous tensor
@@ -120,6 +120,27 @@ impl super::shape::HeadsShape {
     }
 }
 
+/// A layer of a [`PagedKvCache`]: a number alone where the cache is of one model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayer {
+    /// `None`: of the only one.
+    model: Option<usize>,
+    number: usize,
+}
+
+impl KvLayer {
+    /// A layer of one of several models, which are numbered as their shapes were given.
+    pub fn of_model(model: usize, layer: usize) -> Self {
+        Self { model: Some(model), number: layer }
+    }
+}
+
+impl From<usize> for KvLayer {
+    fn from(number: usize) -> Self {
+        Self { model: None, number }
+    }
+}
+
 enum Memory {
     Host(Vec<u128>),
     Device(DeviceBuffer),
@@ -189,33 +210,36 @@ impl PagedKvCache {
         }
     }
 
-    /// Keys and values of a model's layer, to read.
+    /// Keys and values of a layer, to read: `layer(3)` where the cache is of one model, else
+    /// [`KvLayer::of_model`].
     ///
     /// # Errors
-    /// There is no such model or layer, or it is of latent attention.
-    pub fn layer(&self, model: usize, layer: usize) -> Result<PagedKv<'_>> {
-        let (layout, [k, v]) = self.heads(self.start(), model, layer)?;
+    /// There is no such model or layer, it is of latent attention, or no model is named though
+    /// there are several.
+    pub fn layer(&self, layer: impl Into<KvLayer>) -> Result<PagedKv<'_>> {
+        let (layout, [k, v]) = self.heads(self.start(), layer.into())?;
         Ok(PagedKv::new(TensorRef::new(k), TensorRef::new(v), layout))
     }
 
-    /// Keys and values of a model's layer, to write. Makes the pending copies
+    /// Keys and values of a layer, to write. Makes the pending copies
     /// first.
     ///
     /// # Errors
     /// As [`layer`](Self::layer) and [`copy_pages`](Self::copy_pages).
-    pub fn layer_mut(&mut self, model: usize, layer: usize) -> Result<PagedKvMut<'_>> {
+    pub fn layer_mut(&mut self, layer: impl Into<KvLayer>) -> Result<PagedKvMut<'_>> {
         self.copy_pages()?;
         let start = self.start_mut();
-        let (layout, [k, v]) = self.heads(start, model, layer)?;
+        let (layout, [k, v]) = self.heads(start, layer.into())?;
         Ok(PagedKvMut::new(TensorMut::new(k), TensorMut::new(v), layout))
     }
 
     /// The rows of a layer of latent attention, to read.
     ///
     /// # Errors
-    /// There is no such model or layer, or it has heads.
-    pub fn latent(&self, model: usize, layer: usize) -> Result<MlaCache<'_>> {
-        MlaCache::joined(TensorRef::new(self.rows(self.start(), model, layer)?))
+    /// There is no such model or layer, it has heads, or no model is named though there are
+    /// several.
+    pub fn latent(&self, layer: impl Into<KvLayer>) -> Result<MlaCache<'_>> {
+        MlaCache::joined(TensorRef::new(self.rows(self.start(), layer.into())?))
     }
 
     /// The rows of a layer of latent attention, to write. Makes the pending
@@ -223,10 +247,10 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// As [`latent`](Self::latent) and [`copy_pages`](Self::copy_pages).
-    pub fn latent_mut(&mut self, model: usize, layer: usize) -> Result<MlaCacheMut<'_>> {
+    pub fn latent_mut(&mut self, layer: impl Into<KvLayer>) -> Result<MlaCacheMut<'_>> {
         self.copy_pages()?;
         let start = self.start_mut();
-        MlaCacheMut::joined(TensorMut::new(self.rows(start, model, layer)?))
+        MlaCacheMut::joined(TensorMut::new(self.rows(start, layer.into())?))
     }
 
     /// Makes the copies of pages that are due, for all layers; on a device, in
@@ -283,37 +307,44 @@ impl PagedKvCache {
     }
 
     /// Keys and values of a layer in memory that starts there.
-    fn heads(&self, start: *mut c_void, model: usize, layer: usize) -> Result<(KvLayout, [RawTensor; 2])> {
+    fn heads(&self, start: *mut c_void, layer: KvLayer) -> Result<(KvLayout, [RawTensor; 2])> {
         let (pages, page_size) = (self.allocator().num_pages(), self.allocator().page_size());
-        let KvShape::Heads(shape) = self.shape(model, layer)? else {
+        let KvShape::Heads(shape) = self.shape(layer)? else {
             return Err(wrong_kind("it keeps rows of latent attention; use latent and latent_mut"));
         };
         let [rows, columns, width] = shape.page_dims(page_size);
         let sizes = [pages, rows, columns, width];
         let strides = [self.pieces.step / shape.dtype.size(), columns * width, width, 1];
         let part = |part: usize| self.part(start, &shape.into(), part, &sizes, &strides);
-        Ok((shape.layout, [part(2 * layer)?, part(2 * layer + 1)?]))
+        Ok((shape.layout, [part(2 * layer.number)?, part(2 * layer.number + 1)?]))
     }
 
     /// The rows of a layer of latent attention in memory that starts there.
-    fn rows(&self, start: *mut c_void, model: usize, layer: usize) -> Result<RawTensor> {
+    fn rows(&self, start: *mut c_void, layer: KvLayer) -> Result<RawTensor> {
         let (pages, page_size) = (self.allocator().num_pages(), self.allocator().page_size());
-        let shape = self.shape(model, layer)?;
+        let shape = self.shape(layer)?;
         let KvShape::Latent(_) = shape else {
             return Err(wrong_kind("it keeps heads; use layer and layer_mut"));
         };
         let strides = [self.pieces.step / shape.dtype().size(), LATENT_WIDTH, 1];
-        self.part(start, &shape, layer, &[pages, page_size, LATENT_WIDTH], &strides)
+        self.part(start, &shape, layer.number, &[pages, page_size, LATENT_WIDTH], &strides)
     }
 
     /// The shape of a model that has such a layer.
-    fn shape(&self, model: usize, layer: usize) -> Result<KvShape> {
+    fn shape(&self, KvLayer { model, number }: KvLayer) -> Result<KvShape> {
         let missing = |argument, what: String| Err(FlashInferError::invalid(OP, argument, what));
+        let models = self.shapes.len();
+        if model.is_none() && models > 1 {
+            let problem =
+                format!("none is named; the cache has {models}: KvLayer::of_model(model, {number})");
+            return missing("model", problem);
+        }
+        let model = model.unwrap_or(0);
         let Some(shape) = self.shapes.get(model) else {
-            return missing("model", format!("{model}; the cache has {}", self.shapes.len()));
+            return missing("model", format!("{model}; the cache has {models}"));
         };
-        if layer >= shape.num_layers() {
-            return missing("layer", format!("{layer}; the model has {}", shape.num_layers()));
+        if number >= shape.num_layers() {
+            return missing("layer", format!("{number}; the model has {}", shape.num_layers()));
         }
         Ok(*shape)
     }
@@ -380,11 +411,13 @@ mod tests {
                 let layers = (0..shape.num_layers()).flat_map(|layer| {
                     let views = match shape {
                         KvShape::Heads(_) => {
-                            let kv = cache.layer(model, layer).unwrap();
+                            let kv = cache.layer(KvLayer::of_model(model, layer)).unwrap();
                             vec![kv.k, kv.v]
                         }
                         // Positions lie in the rows.
-                        KvShape::Latent(_) => vec![cache.latent(model, layer).unwrap().ckv],
+                        KvShape::Latent(_) => {
+                            vec![cache.latent(KvLayer::of_model(model, layer)).unwrap().ckv]
+                        }
                     };
                     views.into_iter().map(move |view| {
                         let step = view.strides()[0] as usize * shape.dtype().size();
@@ -450,7 +483,7 @@ mod tests {
         let pool = PageAllocator::new(4, 5).unwrap();
         let contiguous = |shapes: &[HeadsShape]| {
             let cache = PagedKvCache::on_host(&pool, shapes).unwrap();
-            let kv = cache.layer(0, 2).unwrap();
+            let kv = cache.layer(KvLayer::of_model(0, 2)).unwrap();
             kv.k.is_contiguous() && kv.v.is_contiguous()
         };
         assert!(contiguous(&[SHAPE]));
@@ -488,15 +521,27 @@ mod tests {
         // A refusal does not claim the pool; a cache does, while it lives.
         let cache = PagedKvCache::on_host(&pool, &[SHAPE]).unwrap();
         assert!(with(SHAPE).contains("has a cache already"));
-        assert!(cache.layer(1, 0).unwrap_err().to_string().contains("model: 1; the cache has 1"));
-        assert!(cache.layer(0, 3).unwrap_err().to_string().contains("layer: 3; the model has 3"));
-        assert!(cache.latent(0, 0).unwrap_err().to_string().contains("it keeps heads"));
+        assert!(
+            cache
+                .layer(KvLayer::of_model(1, 0))
+                .unwrap_err()
+                .to_string()
+                .contains("model: 1; the cache has 1")
+        );
+        assert!(cache.layer(3).unwrap_err().to_string().contains("layer: 3; the model has 3"));
+        assert!(cache.latent(0).unwrap_err().to_string().contains("it keeps heads"));
         drop(cache);
         let mut cache =
             PagedKvCache::on_host(&pool, &[LatentShape { num_layers: 2, dtype: DType::F32 }]).unwrap();
-        assert!(cache.layer(0, 0).unwrap_err().to_string().contains("latent attention"));
-        assert!(cache.layer_mut(0, 0).is_err() && cache.latent_mut(0, 1).is_ok());
-        assert!(cache.latent_mut(0, 2).unwrap_err().to_string().contains("layer: 2; the model has 2"));
+        assert!(cache.layer(0).unwrap_err().to_string().contains("latent attention"));
+        assert!(cache.layer_mut(0).is_err() && cache.latent_mut(1).is_ok());
+        assert!(cache.latent_mut(2).unwrap_err().to_string().contains("layer: 2; the model has 2"));
+        drop(cache);
+        // Of several models, one has to be named.
+        let mut cache = PagedKvCache::on_host(&pool, &[SHAPE, SHAPE]).unwrap();
+        let error = cache.layer(1).unwrap_err().to_string();
+        assert_eq!(error, "PagedKvCache: model: none is named; the cache has 2: KvLayer::of_model(model, 1)");
+        assert!(cache.layer_mut(1).is_err() && cache.layer(KvLayer::of_model(1, 1)).is_ok());
         drop(cache);
         assert_eq!(
             PagedKvCache::on_host(&pool, &[SHAPE]).unwrap().bytes(),

@@ -35,8 +35,8 @@
 //! let rows = [0.5f32; 6 * 2];
 //! for layer in 0..2 {
 //!     let rows = TensorRef::from_slice(&rows, &[6, 1, 2])?;
-//!     let kv = &mut cache.layer_mut(0, layer)?;
-//!     reference::append_paged_kv_cache(&rows, &rows, batch.append_indices(), kv, batch.pages())?;
+//!     let kv = &mut cache.layer_mut(layer)?;
+//!     reference::append_paged_kv_cache(&rows, &rows, &batch.slots(), kv)?;
 //! }
 //! prefixes.insert(&prompt, &batch.sequences()[0])?;
 //!
@@ -48,7 +48,7 @@
 //! assert_eq!((pool.used_pages(), pool.pending_copies()), (3, 1));
 //! assert_eq!(batch.pages().indptr(), [0, 2, 4]);
 //! assert_eq!(batch.append_indices().positions(), [6, 6]);
-//! cache.layer_mut(0, 0)?; // copies first
+//! cache.layer_mut(0)?; // copies first
 //! assert_eq!(pool.pending_copies(), 0);
 //!
 //! // A draft is rejected, and both end. The full page of the prompt stays cached.
@@ -82,8 +82,8 @@
 //! tables.update(&batch, &mut cache)?;
 //! for layer in 0..shape.num_layers {
 //!     // `k` and `v` are [100, num_kv_heads, head_dim].
-//!     append_paged_kv_cache(stream, &k, &v, &tables.append, &mut cache.layer_mut(0, layer)?, &tables.pages)?;
-//!     // Plans of attention take `tables.queries` and `tables.pages`, runs `cache.layer(0, layer)?`.
+//!     append_paged_kv_cache(stream, &k, &v, &tables.slots(), &mut cache.layer_mut(layer)?)?;
+//!     // Plans of attention take `tables.queries` and `tables.pages`, runs `cache.layer(layer)?`.
 //! }
 //! # Ok(())
 //! # }
@@ -98,7 +98,7 @@ mod sequence;
 mod shape;
 
 pub use batch::{Batch, BatchCapacity, BatchTables};
-pub use cache::PagedKvCache;
+pub use cache::{KvLayer, PagedKvCache};
 pub use layout::{KvLayout, MlaCache, MlaCacheMut, PagedKv, PagedKvMut};
 pub use pages::PageAllocator;
 pub use prefix::{PrefixCache, PrefixStats};

@@ -16,8 +16,22 @@ pub mod sampling;
 mod signatures;
 pub mod topk;
 
-use crate::ffi::Signature;
+use crate::{ffi::Signature, module::ModuleName};
 use function::{FixedFunction, enable_pdl};
+
+impl ModuleName {
+    /// The modules of what the layers of a language model call beside attention, and of sampling: for
+    /// [`preload`](crate::FlashInferRuntime::preload).
+    pub const LAYERS: [Self; 7] = [
+        Self::NORM,
+        Self::ROPE,
+        Self::PAGE,
+        Self::SILU_AND_MUL,
+        Self::GELU_AND_MUL,
+        Self::GELU_TANH_AND_MUL,
+        Self::SAMPLING,
+    ];
+}
 
 /// The argument list of every function that this crate calls, with a pattern
 /// of the modules that export it; see [`ModuleName::matches`](crate::ModuleName::matches).

@@ -8,7 +8,7 @@ use crate::{
     dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    indices::{AppendTable, PageIndices, PageTable},
+    indices::{HostSlotMapping, PageIndices, SlotMapping},
     kv::{KvLayout, PagedKvMut, layout::MLA_DIMS},
     module::ModuleName,
     runtime::FlashInferRuntime,
@@ -142,30 +142,28 @@ pub(crate) fn check_rows_in_32_bits(
 /// Writes new keys and values to their places in a paged cache.
 ///
 /// `key` and `value` are `[tokens, heads, head_dim]`, of the cache's dtype
-/// (`f16`, `bf16`, `e4m3`, `e5m2`; nothing is converted); `table` already
-/// counts the new tokens, and `append` says where each goes. Head dimensions
-/// are 64, 128, 256 and 512. No tokens are nothing to do.
+/// (`f16`, `bf16`, `e4m3`, `e5m2`; nothing is converted); `slots` says where each
+/// token goes. Head dimensions are 64, 128, 256 and 512. No tokens are nothing to do.
 ///
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before anything is
 /// launched: a device, stream, dtype, shape, stride or alignment does not fit;
-/// `append` was made for another state of the page table; a block would need
+/// the arrays of `slots` are of different states of a batch; a block would need
 /// more than 1024 threads. Else what the module or CUDA said.
 pub fn append_paged_kv_cache(
     stream: &Stream,
     key: &TensorRef<'_>,
     value: &TensorRef<'_>,
-    append: &AppendTable,
+    slots: &SlotMapping<'_>,
     cache: &mut PagedKvMut<'_>,
-    table: &PageTable,
 ) -> Result<()> {
     let check = Check::new("append_paged_kv_cache", stream)?;
-    check_tables(&check, append, table)?;
-    let shape = check_append(&check, [&key.raw, &value.raw], append.host().len(), cache, table.host())?;
-    if append.host().is_empty() || shape.heads == 0 {
+    let host = check_slots(&check, slots)?;
+    let shape = check_append(&check, [&key.raw, &value.raw], &host, cache)?;
+    if host.append.is_empty() || shape.heads == 0 {
         return Ok(());
     }
-    let arrays = DeviceArrays::of(append, table)?;
+    let arrays = DeviceArrays::of(slots)?;
     let kernel = AppendPagedKvCache {
         append_key: key.into(),
         append_value: value.into(),
@@ -188,18 +186,17 @@ pub fn append_paged_kv_cache(
 pub(crate) fn check_append(
     check: &Check<'_>,
     [key, value]: [&RawTensor; 2],
-    tokens: usize,
+    slots: &HostSlotMapping<'_>,
     cache: &PagedKvMut<'_>,
-    table: &PageIndices,
 ) -> Result<CacheShape> {
     let (k, v) = (&cache.k.raw, &cache.v.raw);
-    let shape = check_cache(check, [k, v], cache.layout, table, &DTYPES)?;
+    let shape = check_cache(check, [k, v], cache.layout, slots.pages, &DTYPES)?;
     if !HEAD_DIMS.contains(&shape.head_dim) {
         return check.fail("kv.k", format!("head_dim {}; the kernel has {HEAD_DIMS:?}", shape.head_dim));
     }
     for (name, tensor) in [("key", key), ("value", value)] {
         check.tensor(name, tensor, &[k.dtype], &[3])?;
-        check.shape(name, tensor, &[tokens as i64, shape.heads, shape.head_dim])?;
+        check.shape(name, tensor, &[slots.append.len() as i64, shape.heads, shape.head_dim])?;
         check.last_dim_contiguous(name, tensor)?;
         check.aligned(name, tensor, 16)?;
     }
@@ -233,19 +230,18 @@ pub fn append_paged_mla_kv_cache(
     stream: &Stream,
     ckv: &TensorRef<'_>,
     kpe: &TensorRef<'_>,
-    append: &AppendTable,
+    slots: &SlotMapping<'_>,
     caches: [&mut TensorMut<'_>; 2],
-    table: &PageTable,
 ) -> Result<()> {
     let check = Check::new("append_paged_mla_kv_cache", stream)?;
-    check_tables(&check, append, table)?;
+    let host = check_slots(&check, slots)?;
     let [ckv_cache, kpe_cache] = caches.map(|cache| cache.raw);
     let (new, caches) = ([&ckv.raw, &kpe.raw], [&ckv_cache, &kpe_cache]);
-    check_append_mla(&check, new, append.host().len(), caches, table.host())?;
-    if append.host().is_empty() {
+    check_append_mla(&check, new, &host, caches)?;
+    if host.append.is_empty() {
         return Ok(());
     }
-    let arrays = DeviceArrays::of(append, table)?;
+    let arrays = DeviceArrays::of(slots)?;
     let kernel = AppendPagedMlaKvCache {
         append_ckv: ckv.into(),
         append_kpe: kpe.into(),
@@ -266,30 +262,27 @@ pub fn append_paged_mla_kv_cache(
 pub(crate) fn check_append_mla(
     check: &Check<'_>,
     new: [&RawTensor; 2],
-    tokens: usize,
+    slots: &HostSlotMapping<'_>,
     caches: [&RawTensor; 2],
-    table: &PageIndices,
 ) -> Result<()> {
-    check_mla_cache(check, ["ckv_cache", "kpe_cache"], caches, table, &DTYPES)?;
+    check_mla_cache(check, ["ckv_cache", "kpe_cache"], caches, slots.pages, &DTYPES)?;
     for ((name, rows), dim) in ["ckv", "kpe"].into_iter().zip(new).zip(MLA_DIMS) {
         check.tensor(name, rows, &[caches[0].dtype], &[2])?;
-        check.shape(name, rows, &[tokens as i64, dim])?;
+        check.shape(name, rows, &[slots.append.len() as i64, dim])?;
         check.last_dim_contiguous(name, rows)?;
         check.aligned(name, rows, 16)?;
     }
     Ok(())
 }
 
-pub(super) fn check_tables(check: &Check<'_>, append: &AppendTable, table: &PageTable) -> Result<()> {
-    check.on_stream("append", append.stream())?;
-    check.on_stream("table", table.stream())?;
-    if append.host().table_stamp != table.host().stamp {
-        return check.fail(
-            "append",
-            "it was checked against another page table; make AppendIndices from the table's current PageIndices".into(),
-        );
-    }
-    Ok(())
+/// The values on the host, which are of one state of a batch, with their copies on the operation's
+/// stream.
+pub(super) fn check_slots<'a>(check: &Check<'_>, slots: &SlotMapping<'a>) -> Result<HostSlotMapping<'a>> {
+    check.on_stream("append", slots.append.stream())?;
+    check.on_stream("table", slots.pages.stream())?;
+    let host = HostSlotMapping::new(slots.append.host(), slots.pages.host());
+    host.check(check.op())?;
+    Ok(host)
 }
 
 /// The index arrays of an append on the device.
@@ -302,13 +295,14 @@ pub(super) struct DeviceArrays {
 }
 
 impl DeviceArrays {
-    pub(super) fn of(append: &AppendTable, table: &PageTable) -> Result<Self> {
+    pub(super) fn of(slots: &SlotMapping<'_>) -> Result<Self> {
+        let SlotMapping { append, pages } = slots;
         Ok(Self {
             batch_indices: append.batch_indices()?,
             positions: append.positions()?,
-            indptr: table.indptr()?,
-            indices: table.indices()?,
-            last_page_len: table.last_page_len()?,
+            indptr: pages.indptr()?,
+            indices: pages.indices()?,
+            last_page_len: pages.last_page_len()?,
         })
     }
 }
@@ -318,7 +312,11 @@ mod tests {
     use std::ffi::c_void;
 
     use super::*;
-    use crate::{FlashInferError, device::Device, indices::PageIndices};
+    use crate::{
+        FlashInferError,
+        device::Device,
+        indices::{PageIndices, PageTable},
+    };
 
     const ADDRESS: usize = 1 << 20;
 
@@ -380,6 +378,7 @@ mod tests {
         let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
         let table = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();
         let append = AppendIndices::new(&table, vec![0], vec![19]).unwrap();
+        let slots = SlotMapping::new(&append, &table);
         for (dtype, shape, new, new_dtype) in [
             (DType::F32, [8, 16, 2, 64], [1, 2, 64], DType::F32),
             (DType::F16, [7, 16, 2, 64], [1, 2, 64], DType::F16),
@@ -398,12 +397,12 @@ mod tests {
                 let new = TensorRef::new(at(device, new_dtype, &new));
                 if device == Device::Cpu {
                     let _strict = reference::strict();
-                    return reference::append_paged_kv_cache(&new, &new, &append, &mut cache, &table)
+                    return reference::append_paged_kv_cache(&new, &new, &slots, &mut cache)
                         .unwrap_err()
                         .to_string();
                 }
                 let check = Check::new("append_paged_kv_cache", &stream).unwrap();
-                check_append(&check, [&new.raw; 2], append.len(), &cache, &table).err().unwrap().to_string()
+                check_append(&check, [&new.raw; 2], &slots, &cache).err().unwrap().to_string()
             });
             assert_eq!(said[0], said[1]);
         }

@@ -3,7 +3,7 @@
 use super::host::{Check, FLOATS, Rows, RowsMut};
 use crate::{
     error::Result,
-    indices::{AppendIndices, PageIndices},
+    indices::{HostSlotMapping, PageIndices},
     kv::{KvLayout, PagedKvMut},
     page,
     tensor::{TensorMut, TensorRef},
@@ -58,13 +58,6 @@ pub(super) fn check_pages(
     Ok(())
 }
 
-pub(super) fn check_stamp(check: Check, append: &AppendIndices, table: &PageIndices) -> Result<()> {
-    if append.table_stamp == table.stamp {
-        return Ok(());
-    }
-    check.fail("append", "it was checked against another page table; make it from this one".into())
-}
-
 /// Page and slot of a request's token.
 pub(super) fn place(table: &PageIndices, request: usize, position: usize) -> (usize, usize) {
     let page = table.pages(request)[position / table.page_size()];
@@ -72,45 +65,43 @@ pub(super) fn place(table: &PageIndices, request: usize, position: usize) -> (us
 }
 
 /// Page and slot of each appended token, in order.
-pub(super) fn places(append: &AppendIndices, table: &PageIndices) -> impl Iterator<Item = (usize, usize)> {
-    let tokens = append.batch_indices().iter().zip(append.positions());
-    tokens.map(|(&request, &position)| place(table, request as usize, position as usize))
+pub(super) fn places(slots: &HostSlotMapping<'_>) -> impl Iterator<Item = (usize, usize)> {
+    let tokens = slots.append.batch_indices().iter().zip(slots.append.positions());
+    tokens.map(|(&request, &position)| place(slots.pages, request as usize, position as usize))
 }
 
 /// [`page::append_paged_kv_cache`](crate::page::append_paged_kv_cache) on the
 /// CPU: copies new keys and values to their places in a paged cache, bit by bit.
 ///
 /// `key` and `value` are `[tokens, heads, head_dim]`, of the cache's dtype
-/// (`f16`, `bf16`, `e4m3`, `e5m2`, `f32` or `f64`); `table` already counts the
-/// new tokens. Of two tokens for one place the later one stays.
+/// (`f16`, `bf16`, `e4m3`, `e5m2`, `f32` or `f64`). Of two tokens for one place the later one stays.
 ///
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): a device,
-/// dtype or shape does not fit, or `append` was made for another page table.
+/// dtype or shape does not fit, or the arrays of `slots` are of different states of a batch.
 /// Nothing was written.
 pub fn append_paged_kv_cache(
     key: &TensorRef<'_>,
     value: &TensorRef<'_>,
-    append: &AppendIndices,
+    slots: &HostSlotMapping<'_>,
     cache: &mut PagedKvMut<'_>,
-    table: &PageIndices,
 ) -> Result<()> {
     let check = Check { op: "reference::append_paged_kv_cache" };
-    check_stamp(check, append, table)?;
-    check.as_kernel(|check| page::check_append(check, [&key.raw, &value.raw], append.len(), cache, table))?;
+    slots.check(check.op)?;
+    check.as_kernel(|check| page::check_append(check, [&key.raw, &value.raw], slots, cache))?;
     let layout = cache.layout;
     let mut keys = check.rows_mut("kv.k", &mut cache.k, &FLOATS, &[4])?;
     let mut values = check.rows_mut("kv.v", &mut cache.v, &FLOATS, &[4])?;
     check_dtype(check, "kv.v", &values.rows, &keys.rows)?;
     check.shape("kv.v", &values.rows, keys.rows.shape())?;
-    let shape = CacheShape::new(check, &keys.rows, layout, table)?;
+    let shape = CacheShape::new(check, &keys.rows, layout, slots.pages)?;
     let key = check.rows("key", key, &FLOATS, &[3])?;
     let value = check.rows("value", value, &FLOATS, &[3])?;
     for (name, new) in [("key", &key), ("value", &value)] {
         check_dtype(check, name, new, &keys.rows)?;
-        check.shape(name, new, &[append.len() as i64, shape.heads as i64, keys.rows.width() as i64])?;
+        check.shape(name, new, &[slots.append.len() as i64, shape.heads as i64, keys.rows.width() as i64])?;
     }
-    for (token, (page, slot)) in places(append, table).enumerate() {
+    for (token, (page, slot)) in places(slots).enumerate() {
         for head in 0..shape.heads {
             let (to, from) = (shape.row(page, slot, head), token * shape.heads + head);
             keys.copy(to, &key, from);
@@ -132,16 +123,15 @@ pub fn append_paged_kv_cache(
 pub fn append_paged_mla_kv_cache(
     ckv: &TensorRef<'_>,
     kpe: &TensorRef<'_>,
-    append: &AppendIndices,
+    slots: &HostSlotMapping<'_>,
     caches: [&mut TensorMut<'_>; 2],
-    table: &PageIndices,
 ) -> Result<()> {
     let check = Check { op: "reference::append_paged_mla_kv_cache" };
-    check_stamp(check, append, table)?;
+    slots.check(check.op)?;
     let [ckv_cache, kpe_cache] = caches;
     check.as_kernel(|check| {
         let caches = [&ckv_cache.raw, &kpe_cache.raw];
-        page::check_append_mla(check, [&ckv.raw, &kpe.raw], append.len(), caches, table)
+        page::check_append_mla(check, [&ckv.raw, &kpe.raw], slots, caches)
     })?;
     let ckv_cache = check.rows_mut("ckv_cache", ckv_cache, &FLOATS, &[3])?;
     let kpe_cache = check.rows_mut("kpe_cache", kpe_cache, &FLOATS, &[3])?;
@@ -149,22 +139,22 @@ pub fn append_paged_mla_kv_cache(
     let kpe = check.rows("kpe", kpe, &FLOATS, &[2])?;
     let shape = ckv_cache.rows.shape();
     let (pages, page_size) = (shape[0], shape[1]);
-    check_pages(check, "ckv_cache", pages, page_size, table)?;
+    check_pages(check, "ckv_cache", pages, page_size, slots.pages)?;
     check_dtype(check, "kpe_cache", &kpe_cache.rows, &ckv_cache.rows)?;
     check.shape("kpe_cache", &kpe_cache.rows, &[pages, page_size, kpe_cache.rows.width() as i64])?;
     for (name, new, cache) in [("ckv", &ckv, &ckv_cache), ("kpe", &kpe, &kpe_cache)] {
         check_dtype(check, name, new, &cache.rows)?;
-        check.shape(name, new, &[append.len() as i64, cache.rows.width() as i64])?;
+        check.shape(name, new, &[slots.append.len() as i64, cache.rows.width() as i64])?;
     }
     for (mut cache, new) in [(ckv_cache, ckv), (kpe_cache, kpe)] {
-        copy_tokens(&mut cache, &new, append, table);
+        copy_tokens(&mut cache, &new, slots);
     }
     Ok(())
 }
 
-fn copy_tokens(cache: &mut RowsMut<'_>, new: &Rows<'_>, append: &AppendIndices, table: &PageIndices) {
-    for (token, (page, slot)) in places(append, table).enumerate() {
-        cache.copy(page * table.page_size() + slot, new, token);
+fn copy_tokens(cache: &mut RowsMut<'_>, new: &Rows<'_>, slots: &HostSlotMapping<'_>) {
+    for (token, (page, slot)) in places(slots).enumerate() {
+        cache.copy(page * slots.pages.page_size() + slot, new, token);
     }
 }
 
@@ -186,6 +176,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        indices::{AppendIndices, SlotMapping},
         kv::PagedKv,
         reference::testing::{refused, view, view_mut},
     };
@@ -206,7 +197,7 @@ mod tests {
         let mut cache =
             PagedKvMut::new(view_mut(&mut k, &[3, 2, 2, 1]), view_mut(&mut v, &[3, 2, 2, 1]), KvLayout::Nhd);
         let (key, value) = (view(&key, &[3, 2, 1]), view(&value, &[3, 2, 1]));
-        append_paged_kv_cache(&key, &value, &append, &mut cache, &table).unwrap();
+        append_paged_kv_cache(&key, &value, &SlotMapping::new(&append, &table), &mut cache).unwrap();
         // Page 0 slot 0: position 2. Page 1 slot 0: the second request.
         // Page 2 slot 1: position 1.
         assert_eq!(k, [3.0, 4.0, 0.0, 0.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0]);
@@ -215,7 +206,7 @@ mod tests {
         let (mut k, mut v) = ([0.0f32; 12], [0.0f32; 12]);
         let mut cache =
             PagedKvMut::new(view_mut(&mut k, &[3, 2, 2, 1]), view_mut(&mut v, &[3, 2, 2, 1]), KvLayout::Hnd);
-        append_paged_kv_cache(&key, &value, &append, &mut cache, &table).unwrap();
+        append_paged_kv_cache(&key, &value, &SlotMapping::new(&append, &table), &mut cache).unwrap();
         // Each page is [head, slot] now.
         assert_eq!(k, [3.0, 0.0, 4.0, 0.0, 5.0, 0.0, 6.0, 0.0, 0.0, 1.0, 0.0, 2.0]);
     }
@@ -233,9 +224,8 @@ mod tests {
         append_paged_mla_kv_cache(
             &view(&ckv, &[2, 2]),
             &view(&kpe, &[2, 1]),
-            &append,
+            &SlotMapping::new(&append, &table),
             [&mut ckv_cache, &mut kpe_cache],
-            &table,
         )
         .unwrap();
         let mut expected = [0.0f32; 18];
@@ -257,7 +247,7 @@ mod tests {
         let shape = [1, 4, 1, 1];
         let mut cache = PagedKvMut::new(view_mut(&mut k, &shape), view_mut(&mut v, &shape), KvLayout::Nhd);
         let new = view(&key, &[4, 1, 1]);
-        append_paged_kv_cache(&new, &new, &append, &mut cache, &table).unwrap();
+        append_paged_kv_cache(&new, &new, &SlotMapping::new(&append, &table), &mut cache).unwrap();
         assert_eq!(k.map(f16::to_bits), key.map(f16::to_bits));
         assert_eq!(v.map(f16::to_bits), key.map(f16::to_bits));
     }
@@ -274,7 +264,12 @@ mod tests {
                        [k_shape, v_shape]: [&[usize]; 2],
                        table: &PageIndices| {
             let (k, v) = (view_mut(&mut k, k_shape), view_mut(&mut v, v_shape));
-            append_paged_kv_cache(key, value, append, &mut PagedKvMut::new(k, v, KvLayout::Nhd), table)
+            append_paged_kv_cache(
+                key,
+                value,
+                &SlotMapping::new(append, table),
+                &mut PagedKvMut::new(k, v, KvLayout::Nhd),
+            )
         };
         let good = view(&new, &[3, 2, 1]);
         let shape: [&[usize]; 2] = [&[3, 2, 2, 1]; 2];
@@ -293,8 +288,24 @@ mod tests {
         let ckv = view(&ckv, &[3, 2]);
         let mut a_view = view_mut(&mut a, &[3, 2, 2]);
         let mut b_view = view_mut(&mut b, &[3, 2, 1]);
-        refused(append_paged_mla_kv_cache(&ckv, &ckv, &append, [&mut a_view, &mut b_view], &table), "kpe");
-        refused(append_paged_mla_kv_cache(&ckv, &ckv, &append, [&mut b_view, &mut a_view], &table), "ckv");
+        refused(
+            append_paged_mla_kv_cache(
+                &ckv,
+                &ckv,
+                &SlotMapping::new(&append, &table),
+                [&mut a_view, &mut b_view],
+            ),
+            "kpe",
+        );
+        refused(
+            append_paged_mla_kv_cache(
+                &ckv,
+                &ckv,
+                &SlotMapping::new(&append, &table),
+                [&mut b_view, &mut a_view],
+            ),
+            "ckv",
+        );
         assert_eq!((a, b), ([7.0; 12], [7.0; 6]));
     }
 
@@ -307,9 +318,8 @@ mod tests {
         append_paged_kv_cache(
             &view(&key, &[2, 1, 1]),
             &view(&value, &[2, 1, 1]),
-            &append,
+            &SlotMapping::new(&append, &table),
             &mut cache,
-            &table,
         )
         .unwrap();
         assert_eq!(kv, [2.0, 4.0, 1.0, 3.0]);

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{
     Backend, StepCapacity,
     cpu::Cpu,
-    gpu::Gpu,
+    gpu::{Gpu, GpuOptions},
     simulated::{Costs, Language, Simulated},
 };
 use crate::{
@@ -45,15 +45,23 @@ pub struct Loaded {
     pub place: String,
 }
 
-/// Loads a model, for steps of up to `capacity`.
+/// Loads a model, for steps of up to `capacity`. As in [`GpuOptions::deterministic`] on a
+/// GPU; on the CPU it always is.
 ///
 /// # Errors
 /// The GPU is asked for and cannot be used, or a tensor cannot be read.
-pub fn load(device: Device, model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Result<Loaded> {
+pub fn load(
+    device: Device,
+    model: &Model,
+    pool: &PageAllocator,
+    capacity: StepCapacity,
+    deterministic: bool,
+) -> Result<Loaded> {
+    let options = GpuOptions { max_tokens: capacity.tokens, deterministic };
     let reason = match device {
         Device::Cpu => "as asked".to_owned(),
         Device::Simulated => return Ok(simulated(model, pool, capacity)),
-        Device::Auto | Device::Gpu => match load_gpu(model, pool, capacity.tokens) {
+        Device::Auto | Device::Gpu => match load_gpu(model, pool, options) {
             Ok(gpu) => {
                 let place = format!("on the GPU, {}", gpu.name()?);
                 return Ok(Loaded { backend: Box::new(gpu), on_gpu: true, place });
@@ -75,12 +83,12 @@ fn simulated(model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Loa
     Loaded { backend: Box::new(backend), on_gpu: false, place: "simulated: no model is computed".into() }
 }
 
-/// Loads a model onto the GPU, for steps of so many tokens.
+/// Loads a model onto the GPU.
 ///
 /// # Errors
 /// There is none that can be used, or a tensor cannot be read.
-pub fn load_gpu(model: &Model, pool: &PageAllocator, max_tokens: usize) -> Result<Gpu> {
-    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, max_tokens))
+pub fn load_gpu(model: &Model, pool: &PageAllocator, options: GpuOptions) -> Result<Gpu> {
+    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, options))
 }
 
 /// Shows how many of a model's layers were taken.

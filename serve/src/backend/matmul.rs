@@ -3,6 +3,9 @@
 //! What cuBLASLt needs to be told about a product is made once for each shape:
 //! descriptors, and the algorithm, which is the first that it suggests or the
 //! fastest of several. A call then only enqueues kernels.
+//!
+//! An algorithm that adds up in one order, whatever the number of rows, gives a row the
+//! same results alone and among others. [`Choice::AnyRows`] is such a one.
 
 use std::{ffi::c_void, rc::Rc, sync::Arc};
 
@@ -24,9 +27,13 @@ const ALIGNMENT: usize = 256;
 static TRANSPOSED: i32 = 1;
 /// `CUBLASLT_EPILOGUE_BIAS`: a vector is added to each row of the results.
 static ADD_BIAS: u32 = 4;
+/// `CUBLASLT_REDUCTION_SCHEME_NONE`: sums are not made in parts.
+const NO_REDUCTION: u32 = 0;
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: parts of sums are kept in `f32`, and
 /// added in an order that does not change.
-static REDUCTION_IN_F32: u32 = 2;
+const REDUCTION_IN_F32: u32 = 2;
+/// Rows for which an algorithm of any number of rows is suggested.
+const USUAL_ROWS: usize = 64;
 
 /// cuBLASLt on one stream.
 pub struct CublasLt {
@@ -68,6 +75,7 @@ impl<T: Copy> Drop for Described<T> {
 }
 
 type Layout = Described<sys::cublasLtMatrixLayout_t>;
+type Algorithm = sys::cublasLtMatmulHeuristicResult_t;
 
 /// `[rows, columns]`, one row after the other. For cuBLASLt, columns are what
 /// lies together.
@@ -97,6 +105,34 @@ fn set_bias(descriptor: &Described<sys::cublasLtMatmulDesc_t>, bias: *const c_vo
     Ok(())
 }
 
+/// A description of products with what is added to their results.
+fn describe(added: Added) -> Result<Described<sys::cublasLtMatmulDesc_t>> {
+    let descriptor = Described {
+        raw: result::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType::CUDA_R_32F,
+        )?,
+        destroy: result::destroy_matmul_desc,
+    };
+    let transpose = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+    // SAFETY: the descriptor is alive, and the attribute is an `i32`.
+    unsafe {
+        let value = (&raw const TRANSPOSED).cast();
+        result::set_matmul_desc_attribute(descriptor.raw, transpose, value, size_of::<i32>())?;
+    }
+    if added == Added::Bias {
+        let epilogue = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE;
+        // SAFETY: the descriptor is alive, and the attribute is a `u32`.
+        unsafe {
+            let value = (&raw const ADD_BIAS).cast();
+            result::set_matmul_desc_attribute(descriptor.raw, epilogue, value, size_of::<u32>())?;
+        }
+        // Algorithms are sought for a bias that is somewhere; nothing reads it.
+        set_bias(&descriptor, std::ptr::without_provenance(ALIGNMENT))?;
+    }
+    Ok(descriptor)
+}
+
 /// What is multiplied: rows `[rows, input]` by a weight `[output, input]`, in `f32`.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
@@ -124,6 +160,17 @@ pub enum Added {
     Output,
 }
 
+/// How the algorithm of a product is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The first that is suggested for the number of rows, until it is
+    /// [tuned](Matmul::tune).
+    Fastest,
+    /// The same for all numbers of rows up to this one: a row's results are the same
+    /// whatever rows are beside it.
+    AnyRows(usize),
+}
+
 /// What rows are multiplied by.
 #[derive(Clone, Copy, Debug)]
 pub struct Weight<'t> {
@@ -141,7 +188,7 @@ pub struct Matmul {
     weight: Layout,
     x: Layout,
     out: Layout,
-    algorithms: Vec<sys::cublasLtMatmulHeuristicResult_t>,
+    algorithms: Vec<Algorithm>,
     chosen: usize,
     tuned: bool,
 }
@@ -149,48 +196,66 @@ pub struct Matmul {
 impl Matmul {
     /// Takes the algorithm that cuBLASLt suggests first, among those that need
     /// no more than `scratch` bytes.
-    pub fn new(cublas: &Rc<CublasLt>, product: Product, scratch: usize) -> Result<Self> {
+    pub fn new(cublas: &Rc<CublasLt>, product: Product, choice: Choice, scratch: usize) -> Result<Self> {
         let Product { rows, input, output, .. } = product;
         let (dtype, out_dtype) = (data_type(product.dtype)?, data_type(product.out_dtype)?);
-        let descriptor = Described {
-            raw: result::create_matmul_desc(
-                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                sys::cudaDataType::CUDA_R_32F,
-            )?,
-            destroy: result::destroy_matmul_desc,
+        let of_rows = |rows| -> Result<_> {
+            Ok(Self {
+                cublas: cublas.clone(),
+                product: Product { rows, ..product },
+                descriptor: describe(product.added)?,
+                weight: layout(dtype, output, input)?,
+                x: layout(dtype, rows, input)?,
+                out: layout(out_dtype, rows, output)?,
+                algorithms: Vec::with_capacity(CANDIDATES),
+                chosen: 0,
+                tuned: false,
+            })
         };
-        let transpose = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-        // SAFETY: the descriptor is alive, and the attribute is an `i32`.
-        unsafe {
-            let value = (&raw const TRANSPOSED).cast();
-            result::set_matmul_desc_attribute(descriptor.raw, transpose, value, size_of::<i32>())?;
-        }
-        if product.added == Added::Bias {
-            let epilogue = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE;
-            // SAFETY: the descriptor is alive, and the attribute is a `u32`.
-            unsafe {
-                let value = (&raw const ADD_BIAS).cast();
-                result::set_matmul_desc_attribute(descriptor.raw, epilogue, value, size_of::<u32>())?;
+        let mut matmul = of_rows(rows)?;
+        match choice {
+            Choice::Fastest => matmul.find_algorithms(REDUCTION_IN_F32, scratch)?,
+            Choice::AnyRows(most) => {
+                let mut usual = of_rows(USUAL_ROWS)?;
+                usual.find_algorithms(NO_REDUCTION, scratch)?;
+                let [one, most] = [of_rows(1)?, of_rows(most)?];
+                let fits = |found: &Algorithm| {
+                    [&one, &most, &matmul].iter().all(|product| product.check(found, scratch).is_some())
+                };
+                let found = usual.algorithms.iter().find(|found| fits(found));
+                let found = found.and_then(|found| matmul.check(found, scratch));
+                matmul.algorithms.push(found.ok_or_else(|| {
+                    format!("cuBLASLt has no kernel for {product:?} that serves any number of rows")
+                })?);
+                matmul.tuned = true;
             }
-            // Algorithms are sought for a bias that is somewhere; nothing reads it.
-            set_bias(&descriptor, std::ptr::without_provenance(ALIGNMENT))?;
         }
-        let mut matmul = Self {
-            cublas: cublas.clone(),
-            product,
-            descriptor,
-            weight: layout(dtype, output, input)?,
-            x: layout(dtype, rows, input)?,
-            out: layout(out_dtype, rows, output)?,
-            algorithms: Vec::with_capacity(CANDIDATES),
-            chosen: 0,
-            tuned: false,
-        };
-        matmul.find_algorithms(scratch)?;
         Ok(matmul)
     }
 
-    fn find_algorithms(&mut self, scratch: usize) -> Result<()> {
+    /// An algorithm as it serves this product, if it does with so much memory.
+    fn check(&self, algorithm: &Algorithm, scratch: usize) -> Option<Algorithm> {
+        let mut found = *algorithm;
+        // SAFETY: everything that is named is alive, and the result is written.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.cublas.handle,
+                self.descriptor.raw,
+                self.weight.raw,
+                self.x.raw,
+                self.out.raw,
+                self.out.raw,
+                &raw const algorithm.algo,
+                &raw mut found,
+            )
+        };
+        // The result says what is needed; the algorithm is the one that was asked for.
+        found.algo = algorithm.algo;
+        (status.result().is_ok() && found.state.result().is_ok() && found.workspaceSize <= scratch)
+            .then_some(found)
+    }
+
+    fn find_algorithms(&mut self, reduction_schemes: u32, scratch: usize) -> Result<()> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference =
             Described { raw: result::create_matmul_pref()?, destroy: result::destroy_matmul_pref };
@@ -205,7 +270,7 @@ impl Matmul {
             let bytes = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             set(bytes, (&raw const scratch).cast(), size_of::<u64>())?;
             let reduction = Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
-            set(reduction, (&raw const REDUCTION_IN_F32).cast(), size_of::<u32>())?;
+            set(reduction, (&raw const reduction_schemes).cast(), size_of::<u32>())?;
             sys::cublasLtMatmulAlgoGetHeuristic(
                 self.cublas.handle,
                 self.descriptor.raw,

@@ -61,6 +61,9 @@ pub struct Args {
     /// Where to compute
     #[arg(long, default_value = "auto")]
     pub device: Device,
+    /// Give an answer that does not depend on what else is computed beside it
+    #[arg(long)]
+    pub deterministic: bool,
     /// How answers are sampled.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -83,6 +86,7 @@ pub fn run(args: &Args) -> Result<()> {
         device: args.device,
         cache_tokens: args.cache_tokens,
         draft: args.speculate,
+        deterministic: args.deterministic,
         max_queued_tokens: usize::MAX,
         ..LlmOptions::default()
     };

@@ -52,6 +52,9 @@ pub struct Args {
     /// Guess up to K tokens from what was said before, and keep those that are right
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub speculate: usize,
+    /// Give answers that do not depend on what else is computed beside them
+    #[arg(long)]
+    pub deterministic: bool,
     /// Seconds that requests may still take after SIGTERM or Ctrl-C; a second one ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
@@ -63,7 +66,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     args.log_format.install()?;
-    let server = Arc::new(Server::new(options(args)?));
+    let server = Arc::new(Server::new(options(args)?)?);
     let listener = TcpListener::bind((args.host.as_str(), args.port))
         .map_err(|error| format!("cannot listen at {} port {}: {error}", args.host, args.port))?;
     println!("listening at http://{}", listener.local_addr()?);
@@ -78,9 +81,6 @@ pub fn run(args: &Args) -> Result<()> {
 fn options(args: &Args) -> Result<ServerOptions> {
     if let Some(origin) = args.cors.iter().find(|origin| !is_origin(origin)) {
         return Err(format!("`{origin}` is no origin; expected one as https://example.org, or *").into());
-    }
-    if args.max_connections == 0 {
-        return Err("--max-connections is 0; expected at least 1".into());
     }
     let names = match args.served_model_name.as_slice() {
         [] => vec![default_name(&args.model)],
@@ -104,6 +104,7 @@ fn llm_options(args: &Args) -> LlmOptions {
         max_queued: args.max_queued,
         max_queued_tokens: args.max_queued_tokens,
         draft: args.speculate,
+        deterministic: args.deterministic,
         ..LlmOptions::default()
     }
 }

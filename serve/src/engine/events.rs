@@ -1,14 +1,11 @@
 //! What comes of a request, as text. This runs where it is asked for, not on the
 //! engine's thread.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, mpsc},
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use async_channel::Receiver;
 
-use super::{Command, Shared, stops::Stops};
+use super::{Cancel, Shared, stops::Stops};
 use crate::{
     request::{Finish, Request, RequestId, Usage},
     sampling::SamplingParams,
@@ -54,7 +51,7 @@ pub struct Events {
     answers: Vec<Answer>,
     open: usize,
     updates: Receiver<Update>,
-    commands: mpsc::Sender<Command>,
+    cancel: Cancel,
     shared: Arc<Shared>,
     ready: VecDeque<Event>,
 }
@@ -113,7 +110,7 @@ impl Events {
         request: &Request,
         text: &Arc<Text>,
         updates: Receiver<Update>,
-        commands: mpsc::Sender<Command>,
+        cancel: Cancel,
         shared: Arc<Shared>,
     ) -> Self {
         let params = &request.params;
@@ -123,7 +120,7 @@ impl Events {
             answers: (0..params.n).map(|_| Answer::new(text, params)).collect(),
             open: params.n,
             updates,
-            commands,
+            cancel,
             shared,
             ready: VecDeque::new(),
         }
@@ -166,7 +163,7 @@ impl Events {
             (text, stop) = answer.piece(&piece);
             if let Some(stop) = stop.clone() {
                 if finish.is_none() {
-                    let _ = self.commands.send(Command::Cancel(self.id, Some(choice)));
+                    self.cancel.send(self.id, Some(choice));
                 }
                 finish = Some(Finish::StopString(stop));
             }
@@ -222,8 +219,7 @@ impl Iterator for Events {
 impl Drop for Events {
     fn drop(&mut self) {
         if self.open > 0 {
-            // An engine that is gone has nothing to cancel.
-            let _ = self.commands.send(Command::Cancel(self.id, None));
+            self.cancel.send(self.id, None);
         }
     }
 }

@@ -64,9 +64,7 @@ pub async fn chat_completions(
         begun: vec![false; answers.len()],
     };
     match sampling.streams() {
-        true => {
-            Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive))
-        }
+        true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
         false => reply.whole(answers).await.map(|chat| Json(chat).into_response()),
     }
 }
@@ -77,9 +75,8 @@ fn submit(
     tokens: Vec<u32>,
     params: &SamplingParams,
 ) -> Result<Answers, ApiError> {
-    Answers::submit(server, log, vec![tokens], params).map_err(|error| {
-        error.renamed("prompt", "messages").renamed("logprobs", "top_logprobs")
-    })
+    Answers::submit(server, log, vec![tokens], params)
+        .map_err(|error| error.renamed("prompt", "messages").renamed("logprobs", "top_logprobs"))
 }
 
 impl ChatFields {

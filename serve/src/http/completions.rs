@@ -80,9 +80,7 @@ pub async fn completions(
         offsets: vec![0; answers.len()],
     };
     match sampling.streams() {
-        true => {
-            Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive))
-        }
+        true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
         false => reply.whole(answers).await.map(|completion| Json(completion).into_response()),
     }
 }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use super::{Server, error::ApiError, types::unsupported};
 
 /// The most bytes of a body.
-pub const MAX_BODY_BYTES: usize = 16 << 20;
+pub const MAX_BODY_BYTES: usize = 8 << 20;
 /// How long a body may take to come.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -61,16 +61,13 @@ impl Fields {
     /// Refuses fields that ask for what this server does not do, and returns those that
     /// nobody knows.
     fn rest(self) -> Result<Vec<String>, ApiError> {
-        let mut unknown = self.unknown.unwrap_or_default().into_iter().collect::<Vec<_>>();
-        let mut refused = Ok(());
-        unknown.retain(|name| {
-            let known = unsupported::check(name, &self.object[name.as_str()]);
-            known.unwrap_or_else(|error| {
-                refused = Err(error);
-                true
-            }) == false
-        });
-        refused.map(|()| unknown)
+        let mut nobodys = Vec::new();
+        for name in self.unknown.unwrap_or_default() {
+            if !unsupported::check(&name, &self.object[name.as_str()])? {
+                nobodys.push(name);
+            }
+        }
+        Ok(nobodys)
     }
 }
 

@@ -89,7 +89,7 @@ fn load_model(server: &Arc<Server>, load: Load) -> Result<impl Future<Output = c
     let server = server.clone();
     thread::Builder::new().name("load".into()).spawn(move || match load() {
         Ok(llm) => {
-            tracing::info!(model = server.options.names[0], place = llm.place(), "the model is loaded");
+            tracing::info!(model = server.name, place = llm.place(), "the model is loaded");
             let _ = server.llm.set(llm);
         }
         // The server may have ended.

@@ -1,7 +1,7 @@
 //! A line of the log for each request, and the id that it shares with the answer.
 
 use std::{
-    io,
+    io::{self, IsTerminal},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -43,7 +43,8 @@ impl LogFormat {
     /// It has a log already.
     pub fn install(self) -> crate::Result<()> {
         let registry = tracing_subscriber::registry().with(LevelFilter::INFO);
-        let layer = fmt::layer().with_writer(io::stderr).with_target(false);
+        let colours = io::stderr().is_terminal();
+        let layer = fmt::layer().with_writer(io::stderr).with_target(false).with_ansi(colours);
         match self {
             Self::Text => registry.with(layer).try_init()?,
             Self::Json => registry.with(layer.json().flatten_event(true)).try_init()?,
@@ -56,7 +57,7 @@ impl LogFormat {
 pub struct RequestLog {
     id: String,
     begin: Instant,
-    outcome: Mutex<Outcome>,
+    outcome: Mutex<Option<Outcome>>,
 }
 
 /// What came of a request, as far as an engine was asked.
@@ -90,7 +91,7 @@ impl RequestLog {
 
     /// Notes what came of the request.
     pub fn note(&self, outcome: Outcome) {
-        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
     }
 }
 
@@ -134,7 +135,8 @@ struct Line {
 impl Drop for Line {
     fn drop(&mut self) {
         let Self { log, method, path, status, whole, .. } = self;
-        let outcome = log.outcome.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let outcome = log.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome = outcome.as_ref();
         let milliseconds = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
         tracing::info!(
             request_id = log.id,
@@ -143,11 +145,11 @@ impl Drop for Line {
             status,
             whole,
             ms = milliseconds(log.begin.elapsed()),
-            first_token_ms = outcome.first_token.map(milliseconds),
-            prompt_tokens = outcome.usage.prompt_tokens,
-            cached_tokens = outcome.usage.prompt_tokens_details.cached_tokens,
-            completion_tokens = outcome.usage.completion_tokens,
-            finish = outcome.finish.join(","),
+            first_token_ms = outcome.and_then(|outcome| outcome.first_token).map(milliseconds),
+            prompt_tokens = outcome.map(|outcome| outcome.usage.prompt_tokens),
+            cached_tokens = outcome.map(|outcome| outcome.usage.prompt_tokens_details.cached_tokens),
+            completion_tokens = outcome.map(|outcome| outcome.usage.completion_tokens),
+            finish = outcome.map(|outcome| outcome.finish.join(",")),
             "request"
         );
     }

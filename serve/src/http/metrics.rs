@@ -22,7 +22,7 @@ use prometheus_client::{
 
 use super::{Server, error::ApiError};
 use crate::{
-    engine::{Engine, Status},
+    engine::{Engine, EngineConfig, Status},
     request::Usage,
     sampling::SamplingParams,
 };
@@ -56,12 +56,20 @@ struct Finished {
     finished_reason: &'static str,
 }
 
+/// How large the KV cache is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CacheConfig {
+    block_size: u64,
+    num_gpu_blocks: u64,
+}
+
 /// What is counted and measured.
 pub struct Metrics {
     registry: Registry,
     running: Gauge,
     waiting: Gauge,
     cache_usage: Gauge<f64, AtomicU64>,
+    cache_config: Family<CacheConfig, Gauge>,
     preemptions: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
@@ -91,8 +99,14 @@ impl Metrics {
             cache_usage: register(
                 &mut all,
                 "kv_cache_usage_perc",
-                "Share of the KV cache's pages that are in use, those of cached prefixes included; 1 is all",
+                "Share of the KV cache's pages that running answers hold; 1 is all",
                 Gauge::default(),
+            ),
+            cache_config: register(
+                &mut all,
+                "cache_config_info",
+                "Tokens of a page of the KV cache, and its pages",
+                Family::default(),
             ),
             preemptions: register(
                 &mut all,
@@ -113,7 +127,12 @@ impl Metrics {
                 Counter::default(),
             ),
             prompt_tokens: register(&mut all, "prompt_tokens", "Tokens of prompts", Counter::default()),
-            generation_tokens: register(&mut all, "generation_tokens", "Tokens of answers", Counter::default()),
+            generation_tokens: register(
+                &mut all,
+                "generation_tokens",
+                "Tokens of answers",
+                Counter::default(),
+            ),
             success: register(&mut all, "request_success", "Answers that ended", Family::default()),
             first_token: register(
                 &mut all,
@@ -197,7 +216,14 @@ impl Metrics {
     }
 
     /// An answer ended; `first` of its prompt's.
-    pub fn ended(&self, reason: &'static str, usage: &Usage, first: bool, took: Duration, decoding: Duration) {
+    pub fn ended(
+        &self,
+        reason: &'static str,
+        usage: &Usage,
+        first: bool,
+        took: Duration,
+        decoding: Duration,
+    ) {
         self.finished(reason);
         if first {
             self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
@@ -221,10 +247,13 @@ impl Metrics {
     /// All of it as text.
     fn encode(&self, engine: Option<&Engine>) -> Result<String, std::fmt::Error> {
         if let Some(engine) = engine {
-            let Status { stats, running, waiting, used_pages, .. } = engine.status();
+            let Status { stats, running, waiting, held_pages, .. } = engine.status();
             self.running.set(running as i64);
             self.waiting.set(waiting as i64);
-            self.cache_usage.set(used_pages as f64 / engine.config().num_pages as f64);
+            let EngineConfig { page_size, num_pages, .. } = *engine.config();
+            self.cache_usage.set(held_pages as f64 / num_pages as f64);
+            let config = CacheConfig { block_size: page_size as u64, num_gpu_blocks: num_pages as u64 };
+            self.cache_config.get_or_create(&config).set(1);
             self.preemptions.inner().store(stats.preemptions as u64, Ordering::Relaxed);
         }
         let mut text = String::new();

@@ -96,6 +96,8 @@ impl ServerOptions {
 /// What all requests share.
 pub struct Server {
     options: ServerOptions,
+    /// The first of the model's names.
+    name: String,
     llm: OnceLock<Llm>,
     /// When it was made, in seconds since 1970.
     created: u64,
@@ -106,15 +108,23 @@ pub struct Server {
 
 impl Server {
     /// A server without a model.
-    pub fn new(options: ServerOptions) -> Self {
-        Self {
-            metrics: Metrics::new(&options.names[0]),
+    ///
+    /// # Errors
+    /// The model has no name, or there may be no connections.
+    pub fn new(options: ServerOptions) -> Result<Self> {
+        if options.max_connections == 0 {
+            return Err("the most connections are 0; expected at least 1".into());
+        }
+        let name = options.names.first().ok_or("the model has no name; expected at least one")?;
+        Ok(Self {
+            name: name.clone(),
+            metrics: Metrics::new(name),
             options,
             llm: OnceLock::new(),
             created: seconds_since_1970(),
             ignored: IgnoredFields::default(),
             life: Life::default(),
-        }
+        })
     }
 
     /// The model.
@@ -139,7 +149,7 @@ impl Server {
     /// # Errors
     /// There is none of that name.
     fn name(&self, asked: Option<&str>) -> Result<String, ApiError> {
-        let Some(asked) = asked else { return Ok(self.options.names[0].clone()) };
+        let Some(asked) = asked else { return Ok(self.name.clone()) };
         match self.options.names.iter().any(|name| name == asked) {
             true => Ok(asked.into()),
             false => Err(ApiError::no_model(asked)),

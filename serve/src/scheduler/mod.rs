@@ -180,6 +180,21 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// The pages of the choices that run, each once.
+    pub fn held_pages(&self) -> usize {
+        self.held(&[]).into_iter().filter(|held| *held).count()
+    }
+
+    /// For each page of the pool whether one of the choices that run has it, or one of
+    /// these sequences.
+    fn held(&self, further: &[Sequence]) -> Vec<bool> {
+        let mut held = vec![false; self.pool.num_pages()];
+        for &page in self.batch.sequences().iter().chain(further).flat_map(Sequence::pages) {
+            held[page as usize] = true;
+        }
+        held
+    }
+
     /// Whether all requests have ended.
     pub fn is_done(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()

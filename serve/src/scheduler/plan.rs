@@ -105,11 +105,8 @@ impl Scheduler {
         }
         // It needs room for all its tokens, and leaves a page for each of the
         // others, which would soon have it stop again.
-        let mut used = vec![false; self.pool.num_pages()];
-        for &page in self.batch.sequences().iter().chain([&sequence]).flat_map(Sequence::pages) {
-            used[page as usize] = true;
-        }
-        let unused = used.iter().filter(|used| !**used).count();
+        let held = self.held(std::slice::from_ref(&sequence));
+        let unused = held.iter().filter(|held| !**held).count();
         let own = part::further_pages(&sequence, tokens.len() - sequence.len());
         (own + pages + self.running.len() <= unused).then_some(sequence)
     }

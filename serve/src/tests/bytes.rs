@@ -53,10 +53,22 @@ pub fn add_tokenizer(tiny: &mut Tiny, pre: &str, size: usize) {
     ]);
 }
 
-pub fn text(pre: &str) -> Arc<Text> {
+/// A model of 270 tokens.
+fn tiny(pre: &str) -> Tiny {
     let mut tiny = Tiny::new();
     tiny.tensors.insert("token_embd.weight".into(), vec![270, 64]);
     add_tokenizer(&mut tiny, pre, 270);
+    tiny
+}
+
+pub fn text(pre: &str) -> Arc<Text> {
+    tiny(pre).text().unwrap()
+}
+
+/// The tokenizer of GPT 2, and a chat template.
+pub fn chat_text(template: &str) -> Arc<Text> {
+    let mut tiny = tiny("gpt-2");
+    tiny.metadata.insert("tokenizer.chat_template", Value::String(template.into()));
     tiny.text().unwrap()
 }
 

@@ -6,12 +6,13 @@ use std::{
 };
 
 mod architectures;
+mod deterministic;
 mod sampling;
 
 use super::*;
 use crate::backend::{
     device::{Device as Place, load},
-    gpu::Gpu,
+    gpu::{Gpu, GpuOptions},
 };
 
 /// The largest difference of a row of logits to the CPU's, relative to its norm.
@@ -36,8 +37,12 @@ fn turn() -> Option<MutexGuard<'static, ()>> {
 
 impl Loaded {
     fn gpu(&self, pool: &PageAllocator, max_tokens: usize) -> Gpu {
+        self.gpu_with(pool, GpuOptions::new(max_tokens))
+    }
+
+    fn gpu_with(&self, pool: &PageAllocator, options: GpuOptions) -> Gpu {
         let layers = self.layers.iter().cloned().map(Ok);
-        Gpu::new(&self.model.config, self.ends.clone(), layers, pool, max_tokens).unwrap()
+        Gpu::new(&self.model.config, self.ends.clone(), layers, pool, options).unwrap()
     }
 }
 
@@ -219,7 +224,9 @@ fn check_forced(name: &str, model: &Model, tokens: &[u32]) {
     let pool = || PageAllocator::new(FORCED_PAGES, 4).unwrap();
     let (cpu_pool, gpu_pool) = (pool(), pool());
     let mut cpu = Cpu::new(config, model.ends().unwrap(), model.layers(), &cpu_pool).unwrap();
-    let mut gpu = Gpu::new(config, model.ends().unwrap(), model.layers(), &gpu_pool, FORCED_STEP).unwrap();
+    let mut gpu =
+        Gpu::new(config, model.ends().unwrap(), model.layers(), &gpu_pool, GpuOptions::new(FORCED_STEP))
+            .unwrap();
     let (want, best) = force(&mut cpu, &cpu_pool, tokens);
     // The second round replays the graphs of the first.
     for round in 0..2 {
@@ -248,7 +255,8 @@ fn check_answer(name: &str, model: &Model, prompt: &str) {
     let text = Text::from_gguf(&model.content).unwrap();
     let (config, prompt) = (&model.config, text.encode(prompt));
     let pool = PageAllocator::new(16, 4).unwrap();
-    let mut gpu = Gpu::new(config, model.ends().unwrap(), model.layers(), &pool, 16).unwrap();
+    let mut gpu =
+        Gpu::new(config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(16)).unwrap();
     let limits = Limits { context: 64, ends: [].into(), ..limits(16, 0) };
     let (answer, _) = solo(&mut gpu, &pool, &prompt, 12, limits);
     assert_eq!(answer.len(), 12);
@@ -354,7 +362,9 @@ fn the_memory_of_attention_grows_with_batches() {
     let model = Model::open(&sizes.file().write(&folder)).unwrap();
     let vocab = model.config.vocab_size;
     let pool = PageAllocator::new(2 * REQUESTS, 4).unwrap();
-    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, REQUESTS).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(REQUESTS))
+            .unwrap();
     let before = gpu.workspace_bytes();
     let mut alone = Vec::new();
     for requests in [1, REQUESTS, 1, REQUESTS] {
@@ -387,7 +397,8 @@ fn requests_of_nan_end_and_the_others_go_on_on_the_gpu() {
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&forward::with_an_infinite_token().write(&folder)).unwrap();
     let pool = PageAllocator::new(32, 4).unwrap();
-    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 16).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(16)).unwrap();
     // The second round replays the graphs of the first.
     for _ in 0..2 {
         check_no_numbers(&mut gpu, &pool);
@@ -431,7 +442,7 @@ fn a_missing_gpu_is_told() {
     let model = Model::open(&Tiny::new().write(&folder)).unwrap();
     let pool = PageAllocator::new(4, 4).unwrap();
     let place = |device| {
-        load(device, &model, &pool, limits(16, 0).step_capacity())
+        load(device, &model, &pool, limits(16, 0).step_capacity(), false)
             .map(|loaded| loaded.place)
             .map_err(|e| e.to_string())
     };

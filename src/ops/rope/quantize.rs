@@ -10,12 +10,12 @@ use crate::{
     dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, kernels},
-    indices::{AppendTable, PageIndices, PageTable},
+    indices::{HostSlotMapping, SlotMapping},
     kv::{KvLayout, PagedKvMut},
     ops::{
         FixedFunction,
         check::Check,
-        page::{DeviceArrays, check_cache, check_mla_cache, check_rows_in_32_bits, check_tables},
+        page::{DeviceArrays, check_cache, check_mla_cache, check_rows_in_32_bits, check_slots},
     },
     stream::Stream,
     tensor::{RawTensor, TensorMut, TensorRef},
@@ -254,8 +254,7 @@ pub enum RopeAppend<'a> {
 /// values, in one kernel. This is upstream's
 /// `rope_quantize_fp8_append_paged_kv_cache`.
 ///
-/// `table` already counts the tokens, and `append` says where each goes; the
-/// positions of `rotation` may be `append`'s. What is not turned of a head is a
+/// `slots` says where each token goes; the positions of `rotation` may be `slots.append`'s. What is not turned of a head is a
 /// multiple of what is. Queries may have no heads (a size of 0), where only keys
 /// and values are wanted: their output is not read by attention over 16-bit
 /// queries.
@@ -283,22 +282,18 @@ pub enum RopeAppend<'a> {
 /// # Errors
 /// As [`rope_quantize`], and as
 /// [`page::append_paged_kv_cache`](crate::page::append_paged_kv_cache).
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs, and two tables")]
 pub fn rope_quantize_append_paged_kv_cache(
     stream: &Stream,
     q_out: &mut RopePartsMut<'_>,
     cache: &mut RopeAppend<'_>,
     [q, k]: &[RopeParts<'_>; 2],
     rotation: &Rotation<'_>,
-    append: &AppendTable,
-    table: &PageTable,
+    slots: &SlotMapping<'_>,
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
     let check = Check::new(QUANTIZE_APPEND.name(), stream)?;
-    check_tables(&check, append, table)?;
-    let tokens = append.host().len();
-    let [q_out, q, k] =
-        check_quantize_append(&check, q_out, cache, [q, k], rotation, tokens, table.host(), options)?;
+    let host = check_slots(&check, slots)?;
+    let [q_out, q, k] = check_quantize_append(&check, q_out, cache, [q, k], rotation, &host, options)?;
     let pos_ids = rotation.positions(&check, q.tokens())?;
     if q.tokens() == 0 || (q.heads() == 0 && k.heads() == 0) {
         return Ok(());
@@ -313,7 +308,7 @@ pub fn rope_quantize_append_paged_kv_cache(
             (caches[2], caches[3]) = (ckv_cache.raw, kpe_cache.raw);
         }
     }
-    let arrays = DeviceArrays::of(append, table)?;
+    let arrays = DeviceArrays::of(slots)?;
     // SAFETY: tensors, positions and caches were checked above.
     unsafe {
         launch(stream, &QUANTIZE_APPEND, || RopeQuantizeAppend {
@@ -335,7 +330,7 @@ pub fn rope_quantize_append_paged_kv_cache(
             batch_indices: DlTensor::new(&arrays.batch_indices),
             positions: DlTensor::new(&arrays.positions),
             kv_layout_code: layout.code(),
-            page_size: table.host().page_size() as i64,
+            page_size: host.pages.page_size() as i64,
             quant_scale_q: options.quant_scale_q,
             quant_scale_kv: options.quant_scale_kv,
             interleave: rotation.interleave,
@@ -346,15 +341,13 @@ pub fn rope_quantize_append_paged_kv_cache(
 
 /// All that the kernels of [`rope_quantize_append_paged_kv_cache`] assume of tensors. The output
 /// comes first.
-#[expect(clippy::too_many_arguments, reason = "those of the operation")]
 pub(crate) fn check_quantize_append<P>(
     check: &Check<'_>,
     q_out: &RopePartsMut<'_>,
     cache: &RopeAppend<'_>,
     [q, k]: [&RopeParts<'_>; 2],
     rotation: &Rotation<'_, P>,
-    tokens: usize,
-    table: &PageIndices,
+    slots: &HostSlotMapping<'_>,
     options: &RopeQuantizeOptions,
 ) -> Result<[Parts; 3]> {
     options.check(check)?;
@@ -368,7 +361,7 @@ pub(crate) fn check_quantize_append<P>(
     if q_out.heads() != heads {
         return check.fail("q_out.rope", format!("it has {} heads; expected {heads}", q_out.heads()));
     }
-    let k = k.with_heads()?;
+    let (k, tokens) = (k.with_heads()?, slots.append.len());
     if q.tokens() != tokens as i64 {
         return check.fail("append", format!("it is for {tokens} tokens, queries have {}", q.tokens()));
     }
@@ -385,7 +378,8 @@ pub(crate) fn check_quantize_append<P>(
     }
     match cache {
         RopeAppend::Kv { cache, value: v } => {
-            let shape = check_cache(check, [&cache.k.raw, &cache.v.raw], cache.layout, table, &[quantized])?;
+            let shape =
+                check_cache(check, [&cache.k.raw, &cache.v.raw], cache.layout, slots.pages, &[quantized])?;
             let kv_heads = k.heads();
             if (shape.heads, shape.head_dim) != (kv_heads, rope_dim + nope_dim) {
                 return check.fail(
@@ -404,7 +398,7 @@ pub(crate) fn check_quantize_append<P>(
         }
         RopeAppend::Mla { ckv_cache, kpe_cache } => {
             let parts = [&ckv_cache.raw, &kpe_cache.raw];
-            check_mla_cache(check, ["ckv_cache", "kpe_cache"], parts, table, &[quantized])?;
+            check_mla_cache(check, ["ckv_cache", "kpe_cache"], parts, slots.pages, &[quantized])?;
             let [ckv, kpe] = parts.map(|part| part.shape()[2]);
             if ([rope_dim, nope_dim], k.heads()) != ([kpe, ckv], 1) {
                 return check.fail(

@@ -11,12 +11,12 @@ use self::{
 };
 use super::{
     host::Check,
-    page::{CacheShape, check_dtype, check_pages, check_stamp, places},
+    page::{CacheShape, check_dtype, check_pages, places},
 };
 use crate::{
     dtype::DType,
     error::Result,
-    indices::{AppendIndices, PageIndices, RaggedIndices},
+    indices::{HostSlotMapping, RaggedIndices},
     rope::{
         self, Llama31RopeOptions, RopeAppend, RopeOptions, RopeParts, RopePartsMut, RopeQuantizeOptions,
         RopeScaling, RopeTensors, Rotation,
@@ -158,21 +158,19 @@ pub fn rope_quantize_append_paged_kv_cache(
     cache: &mut RopeAppend<'_>,
     [q, k]: &[RopeParts<'_>; 2],
     rotation: &Rotation<'_, &[i32]>,
-    append: &AppendIndices,
-    table: &PageIndices,
+    slots: &HostSlotMapping<'_>,
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::rope_quantize_append_paged_kv_cache" };
-    check_stamp(check, append, table)?;
+    slots.check(check.op)?;
     check.as_kernel(|check| {
-        let (parts, tokens) = ([q, k], append.len());
-        rope::check_quantize_append(check, q_out, cache, parts, rotation, tokens, table, options)?;
+        rope::check_quantize_append(check, q_out, cache, [q, k], rotation, slots, options)?;
         rope::check_host_positions(check, rotation)
     })?;
     let turns = Turns::table(check, rotation)?;
     let tokens = rotation.pos_ids.len();
-    if tokens != append.len() {
-        return check.fail("append", format!("it is for {} tokens, not {tokens}", append.len()));
+    if tokens != slots.append.len() {
+        return check.fail("append", format!("it is for {} tokens, not {tokens}", slots.append.len()));
     }
     let q = Heads::new(check, ["q.rope", "q.nope"], q, tokens, &turns)?;
     let k = Heads::new(check, ["k.rope", "k.nope"], k, tokens, &turns)?;
@@ -186,7 +184,7 @@ pub fn rope_quantize_append_paged_kv_cache(
             let mut values = check.rows_mut("kv.v", &mut cache.v, &QUANTIZED, &[4])?;
             check_dtype(check, "kv.v", &values.rows, &keys.rows)?;
             check.shape("kv.v", &values.rows, keys.rows.shape())?;
-            let shape = CacheShape::new(check, &keys.rows, layout, table)?;
+            let shape = CacheShape::new(check, &keys.rows, layout, slots.pages)?;
             let width = k.widths().iter().sum::<usize>();
             if (shape.heads, keys.rows.width()) != (k.heads, width) {
                 return check.fail(
@@ -196,7 +194,7 @@ pub fn rope_quantize_append_paged_kv_cache(
             }
             let value = check.rows("value", value, &DTYPES, &[3])?;
             check.shape("value", &value, &[tokens as i64, k.heads as i64, width as i64])?;
-            for (token, (page, slot)) in places(append, table).enumerate() {
+            for (token, (page, slot)) in places(slots).enumerate() {
                 for head in 0..k.heads {
                     let (to, from) = (shape.row(page, slot, head), token * k.heads + head);
                     keys.write(to, &key(from));
@@ -210,7 +208,7 @@ pub fn rope_quantize_append_paged_kv_cache(
             let mut kpe = check.rows_mut("kpe_cache", kpe_cache, &QUANTIZED, &[3])?;
             check_dtype(check, "kpe_cache", &kpe.rows, &ckv.rows)?;
             let (pages, page_size) = (ckv.rows.shape()[0], ckv.rows.shape()[1]);
-            check_pages(check, "ckv_cache", pages, page_size, table)?;
+            check_pages(check, "ckv_cache", pages, page_size, slots.pages)?;
             let widths = [k.widths()[1], k.widths()[0]];
             for ((name, part), width) in [("ckv_cache", &ckv), ("kpe_cache", &kpe)].into_iter().zip(widths) {
                 check.shape(name, &part.rows, &[pages, page_size, width as i64])?;
@@ -218,8 +216,8 @@ pub fn rope_quantize_append_paged_kv_cache(
             if k.heads != 1 {
                 return check.fail("k.rope", format!("it has {} heads; latent attention has one", k.heads));
             }
-            for (token, (page, slot)) in places(append, table).enumerate() {
-                let (to, key) = (page * table.page_size() + slot, key(token));
+            for (token, (page, slot)) in places(slots).enumerate() {
+                let (to, key) = (page * slots.pages.page_size() + slot, key(token));
                 let (turned, others) = key.split_at(k.rope.width());
                 kpe.write(to, turned);
                 ckv.write(to, others);

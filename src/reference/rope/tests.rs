@@ -1,5 +1,6 @@
 use super::*;
 use crate::{
+    indices::{AppendIndices, PageIndices, SlotMapping},
     kv::{KvLayout, PagedKvMut},
     reference::testing::{refused, view, view_mut},
     rope::Llama31Scaling,
@@ -139,8 +140,7 @@ fn quantized_heads_are_scaled_and_land_in_pages() {
         &mut target,
         &input,
         &rotation,
-        &append,
-        &pages,
+        &SlotMapping::new(&append, &pages),
         &options,
     )
     .unwrap();
@@ -156,8 +156,15 @@ fn quantized_heads_are_scaled_and_land_in_pages() {
     };
     let flat = [input[0], parts(view(&k, &[2, 3]))];
     let mut heads = out(&mut q_out);
-    rope_quantize_append_paged_kv_cache(&mut heads, &mut target, &flat, &rotation, &append, &pages, &options)
-        .unwrap();
+    rope_quantize_append_paged_kv_cache(
+        &mut heads,
+        &mut target,
+        &flat,
+        &rotation,
+        &SlotMapping::new(&append, &pages),
+        &options,
+    )
+    .unwrap();
     assert_eq!((ckv, kpe), ([60.0, 0.0, 0.0, 30.0], [-40.0, -50.0, 0.0, 0.0, 0.0, 0.0, -20.0, 10.0]));
 }
 

@@ -3,8 +3,8 @@
 use flashinfer_rs::{
     FlashInferError, Result, Stream, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, BatchDecode, BatchPrefill, DecodePlan, PlanOptions, PrefillPlan, ReplayKey,
-        RunOptions, Workspace,
+        AttentionSpec, Backend, BatchDecode, BatchPrefill, DecodePlan, PlanOptions, PrefillPlan, ReplayKey,
+        RunOptions, Split, Workspace,
     },
     indices::PageTable,
     kv::{BatchTables, PagedKv},
@@ -32,6 +32,8 @@ pub struct Attention {
     /// The kind of each layer.
     layers: Vec<usize>,
     sm_scale: f64,
+    /// How decode divides keys.
+    split: Split,
 }
 
 impl Attention {
@@ -39,14 +41,28 @@ impl Attention {
     ///
     /// If some layers have windows, the others have one that nothing is beyond: all
     /// are served by the same modules then.
-    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, positions: usize) -> Result<Self> {
-        let mut attention = Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale };
+    ///
+    /// If it is to be deterministic, decode gives a row the same results in any batch.
+    pub fn new(
+        stream: &Stream,
+        config: &Config,
+        widths: HeadWidths,
+        positions: usize,
+        deterministic: bool,
+    ) -> Result<Self> {
+        let split = if deterministic { Split::disabled() } else { Split::default() };
+        let mut attention =
+            Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale, split };
         let windowed = config.layers.iter().any(|layer| layer.window.is_some());
         for layer in &config.layers {
             let mut spec = AttentionSpec::new(config.dtype, widths.padded);
             spec.logits_soft_cap = config.attention_soft_cap.map(|cap| cap as f32);
             let window = layer.window.unwrap_or(positions).clamp(1, i32::MAX as usize);
             spec.window_left = windowed.then_some(window as u32 - 1);
+            if deterministic {
+                // The one whose planner can be told how to divide keys.
+                spec.backend = Backend::Fa2;
+            }
             let known = attention.kinds.iter().position(|kind| kind.spec == spec);
             attention.layers.push(known.unwrap_or(attention.kinds.len()));
             if known.is_none() {
@@ -85,12 +101,12 @@ impl Attention {
         self.kinds.iter().map(|kind| kind.workspace.float_bytes()).sum()
     }
 
-    /// Plans a step in which each request has one new token; for a graph of so many
+    /// Plans a step of one new token for each of these requests; for a graph of so many
     /// requests, if any.
-    pub fn plan_decode<'p>(&'p mut self, tables: &'p BatchTables, graph: Option<usize>) -> Result<Plans<'p>> {
-        let mut options = PlanOptions::default();
+    pub fn plan_decode<'p>(&'p mut self, pages: &'p PageTable, graph: Option<usize>) -> Result<Plans<'p>> {
+        let mut options = PlanOptions::default().with_split(self.split);
         options.graph = graph;
-        let plan = |kind: &'p mut Kind| kind.decode.plan(&mut kind.workspace, &tables.pages, &options);
+        let plan = |kind: &'p mut Kind| kind.decode.plan(&mut kind.workspace, pages, &options);
         let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
         Ok(Plans { plans: OfKinds::Decode(plans), layers: &self.layers, sm_scale: self.sm_scale })
     }

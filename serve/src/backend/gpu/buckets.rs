@@ -10,7 +10,10 @@ use super::{
     products::{HeadProduct, Products},
     sampler::Sampler,
 };
-use crate::{Result, backend::Output};
+use crate::{
+    Result,
+    backend::{Output, matmul::Choice},
+};
 
 /// Edits of logits that there is room for at first.
 const FIRST_EDITS: usize = 1024;
@@ -43,18 +46,24 @@ impl Gpu {
     /// Makes the products of so many rows, and has the fastest kernels for those of
     /// graphs.
     pub(super) fn prepare_products(&mut self, bucket: usize, graph: bool) -> Result<()> {
+        let choice = self.choice();
         let Self { buckets, network, buffers, .. } = self;
         let products = match &mut buckets[bucket].products {
             Some(products) => products,
             empty => {
-                let products = Products::new(&self.cublas, &network.config, network.widths, 1 << bucket)?;
-                empty.insert(products)
+                let (config, rows) = (&network.config, 1 << bucket);
+                empty.insert(Products::new(&self.cublas, config, network.widths, rows, choice)?)
             }
         };
         match graph {
             true => products.tune(&network.weights, buffers),
             false => Ok(()),
         }
+    }
+
+    /// How algorithms of products are chosen.
+    fn choice(&self) -> Choice {
+        if self.deterministic { Choice::AnyRows(self.max_rows()) } else { Choice::Fastest }
     }
 
     /// Makes room for logits of so many rows, their product, and what is needed to
@@ -66,10 +75,11 @@ impl Gpu {
             self.forget_graphs();
             self.outputs = Outputs::new(&self.network.stream, &self.network.config, rows)?;
         }
+        let choice = self.choice();
         let Self { buckets, network, buffers, outputs: memory, .. } = self;
         let head = match &mut buckets[bucket].head {
             Some(head) => head,
-            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows)?),
+            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows, choice)?),
         };
         if graph {
             head.tune(&network.weights, buffers, memory)?;

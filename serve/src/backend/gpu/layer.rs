@@ -39,9 +39,9 @@ impl Network {
         let mut rotation = Rotation::new(rope, &tables.append);
         rotation.interleave = self.config.architecture.interleave;
         apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &rotation)?;
-        let mut cache = pass.cache.layer_mut(0, index)?;
-        append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &tables.append, &mut cache, &tables.pages)?;
-        plans.run(index, &q.as_ref(), &pass.cache.layer(0, index)?, &mut attention.rows_mut(rows)?)?;
+        let mut cache = pass.cache.layer_mut(index)?;
+        append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &tables.slots(), &mut cache)?;
+        plans.run(index, &q.as_ref(), &pass.cache.layer(index)?, &mut attention.rows_mut(rows)?)?;
         let mut out = made.as_mut().unwrap_or(x).rows_mut(padded_rows)?;
         let attention = attention.rows(padded_rows)?;
         products.attention_output.run(&mut out, &attention, &layer.attention_output.view(), &mut scratch)

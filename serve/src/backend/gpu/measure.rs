@@ -40,7 +40,7 @@ impl Gpu {
         let Some((bucket, Graph { step, .. })) = graph else {
             return Err("the last step was not a graph's".into());
         };
-        let plans = attention.plan_decode(&tables.tables, Some(1 << bucket))?;
+        let plans = attention.plan_decode(&tables.tables.pages, Some(1 << bucket))?;
         Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes()))
     }
 
@@ -50,14 +50,14 @@ impl Gpu {
         let Self { network, attention, buffers, cache, tables, cuda, .. } = self;
         let heads = network.config.heads;
         let rows = tables.tables.pages.host().batch_size();
-        let plans = attention.plan_decode(&tables.tables, Some(rows))?;
+        let plans = attention.plan_decode(&tables.tables.pages, Some(rows))?;
         let q = buffers.qkv.rows(rows)?.narrow(1, 0, heads.num_qo_heads)?;
         let mut out = buffers.attention.rows_mut(rows)?;
         let mut run = || -> Result<()> {
             let layers = 0..network.config.num_layers();
             Ok(layers
                 .into_iter()
-                .try_for_each(|layer| plans.run(layer, &q, &cache.layer(0, layer)?, &mut out))?)
+                .try_for_each(|layer| plans.run(layer, &q, &cache.layer(layer)?, &mut out))?)
         };
         // SAFETY: everything is the crate's, and outlives the graph.
         let step = unsafe { graph::capture(&network.stream, &mut run)? };

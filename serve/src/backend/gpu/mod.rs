@@ -94,10 +94,36 @@ pub struct Gpu {
     launched: Option<Launched>,
     /// Whether steps may be graphs.
     graphs: bool,
+    /// As [`GpuOptions::deterministic`].
+    deterministic: bool,
     /// What the last step took until all was enqueued.
     enqueued: Duration,
     /// Where the last step's outputs are among the rows of logits.
     at: Vec<usize>,
+}
+
+/// How a model runs on a GPU.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuOptions {
+    /// The most new tokens of a step.
+    pub max_tokens: usize,
+    /// Whether a row's logits are the same, bit for bit, whatever else is in the step,
+    /// and whether it reads a prompt, decodes, or checks a draft. Attention reads the
+    /// keys of each new token by itself then, undivided, and products have one
+    /// algorithm for all numbers of rows.
+    pub deterministic: bool,
+}
+
+impl GpuOptions {
+    /// For steps of so many tokens, as fast as can be.
+    pub fn new(max_tokens: usize) -> Self {
+        Self { max_tokens, deterministic: false }
+    }
+
+    /// The most rows of products, a power of two.
+    fn max_rows(self) -> usize {
+        self.max_tokens.max(1).next_power_of_two()
+    }
 }
 
 /// A stream of the first GPU, and the runtime with the modules that the model needs
@@ -123,25 +149,24 @@ fn start(config: &Config) -> Result<Arc<CudaStream>> {
 }
 
 impl Gpu {
-    /// Uploads the weights, and makes the memory of a pool and of steps of up to
-    /// `max_tokens` new tokens.
+    /// Uploads the weights, and makes the memory of a pool and of steps.
     pub fn new(
         config: &Config,
         ends: Ends,
         layers: impl Iterator<Item = Result<model::Layer>>,
         pool: &PageAllocator,
-        max_tokens: usize,
+        options: GpuOptions,
     ) -> Result<Self> {
         let widths = HeadWidths::new(config)?;
         let cuda = start(config)?;
         let stream = Stream::from(&cuda);
-        let most = max_tokens.max(1).next_power_of_two();
+        let (most, deterministic) = (options.max_rows(), options.deterministic);
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
         let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(config.dtype, KvLayout::Nhd) };
         let mut gpu = Self {
             buckets: (0..=most.ilog2()).map(|_| Bucket::default()).collect(),
-            attention: Attention::new(&stream, config, widths, positions)?,
+            attention: Attention::new(&stream, config, widths, positions, deterministic)?,
             buffers: Buffers::new(&stream, config, widths, most)?,
             outputs: Outputs::new(&stream, config, 1)?,
             tokens: Rows::new(&cuda, &stream, most, config.vocab_size)?,
@@ -150,10 +175,11 @@ impl Gpu {
             chosen: Pinned::zeros(&cuda, most)?,
             row: None,
             cache: PagedKvCache::new(&stream, pool, &[shape])?,
-            tables: Tables::new(&stream, pool, most)?,
+            tables: Tables::new(&stream, pool, most, deterministic)?,
             cublas: CublasLt::new(&cuda)?,
             launched: None,
             graphs: true,
+            deterministic,
             enqueued: Duration::ZERO,
             at: Vec::new(),
             network: Network {
@@ -188,6 +214,11 @@ impl Gpu {
         batch.append([0])?;
         self.step(&Step { batch: &batch, tokens: &[], outputs: &[] })?;
         Ok(())
+    }
+
+    /// The most new tokens of a step.
+    fn max_rows(&self) -> usize {
+        1 << (self.buckets.len() - 1)
     }
 
     /// The GPU's name.

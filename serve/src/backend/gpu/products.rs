@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Result,
-    backend::matmul::{Added, CublasLt, Matmul, Product, Weight},
+    backend::matmul::{Added, Choice, CublasLt, Matmul, Product, Weight},
     model::Config,
 };
 
@@ -39,14 +39,20 @@ pub struct SharedProducts {
 }
 
 impl Products {
-    pub fn new(cublas: &Rc<CublasLt>, config: &Config, widths: HeadWidths, rows: usize) -> Result<Self> {
+    pub fn new(
+        cublas: &Rc<CublasLt>,
+        config: &Config,
+        widths: HeadWidths,
+        rows: usize,
+        choice: Choice,
+    ) -> Result<Self> {
         let (hidden, dtype, biases) = (config.hidden_size, config.dtype, config.biases);
         let inner = config.num_experts() * config.intermediate_size;
         let [qo, kv] =
             [config.heads.num_qo_heads, config.heads.num_kv_heads].map(|heads| heads * widths.padded);
         let product = |input, output, factor, added, out_dtype| {
             let product = Product { rows, input, output, factor, added, dtype, out_dtype };
-            Matmul::new(cublas, product, SCRATCH_BYTES)
+            Matmul::new(cublas, product, choice, SCRATCH_BYTES)
         };
         let bias = |biased: bool| if biased { Added::Bias } else { Added::Nothing };
         let factor = added_factor(config);
@@ -105,7 +111,7 @@ pub struct HeadProduct {
 }
 
 impl HeadProduct {
-    pub fn new(cublas: &Rc<CublasLt>, config: &Config, rows: usize) -> Result<Self> {
+    pub fn new(cublas: &Rc<CublasLt>, config: &Config, rows: usize, choice: Choice) -> Result<Self> {
         let product = Product {
             rows,
             input: config.hidden_size,
@@ -115,7 +121,7 @@ impl HeadProduct {
             dtype: config.dtype,
             out_dtype: DType::F32,
         };
-        Ok(Self { rows, product: Matmul::new(cublas, product, SCRATCH_BYTES)? })
+        Ok(Self { rows, product: Matmul::new(cublas, product, choice, SCRATCH_BYTES)? })
     }
 
     /// Takes the fastest kernel, once. What is in the buffers is lost.

@@ -24,7 +24,7 @@ impl Gpu {
         if step.outputs.windows(2).any(|pair| pair[0].row >= pair[1].row) {
             return Err("the outputs of a step are not in ascending order of their rows".into());
         }
-        let most = 1usize << (self.buckets.len() - 1);
+        let most = self.max_rows();
         if rows > most {
             return Err(format!("a step of {rows} tokens; the engine was made for {most}").into());
         }
@@ -81,7 +81,7 @@ impl Gpu {
         };
         let (captured, sampler) = if sampled { (sampling, sampler.as_mut()) } else { (greedy, None) };
         let tables = &tables.tables;
-        let plans = attention.plan_decode(tables, self.graphs.then_some(rows))?;
+        let plans = attention.plan_decode(&tables.pages, self.graphs.then_some(rows))?;
         let keys = plans.replay_keys();
         if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
             graph.step.launch(plans.decode())?;
@@ -122,8 +122,11 @@ impl Gpu {
         let Some(products) = &buckets[bucket].products else {
             return Err("the products of a step were not made".into());
         };
+        let plans = match &tables.rows {
+            Some(pages) => attention.plan_decode(pages, None)?,
+            None => attention.plan_prefill(&tables.tables)?,
+        };
         let tables = &tables.tables;
-        let plans = attention.plan_prefill(tables)?;
         let padded_rows = 1 << bucket;
         let mut pass = Pass { rows, padded_rows, tokens, tables, plans: &plans, products, cache, buffers };
         network.run(&mut pass)?;

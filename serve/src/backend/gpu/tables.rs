@@ -2,6 +2,7 @@
 
 use flashinfer_rs::{
     FlashInferError, Result, Stream,
+    indices::{PageIndices, PageTable},
     kv::{Batch, BatchCapacity, BatchTables, PageAllocator, PagedKvCache},
 };
 
@@ -10,6 +11,10 @@ pub struct Tables {
     stream: Stream,
     capacity: BatchCapacity,
     pub tables: BatchTables,
+    /// Whether prefill treats each new token as a request of its own.
+    by_row: bool,
+    /// The pages of each new token of a step of prefill that does.
+    pub rows: Option<PageTable>,
 }
 
 /// What can compute a step whose index arrays were uploaded.
@@ -22,11 +27,12 @@ pub enum Uploaded {
 }
 
 impl Tables {
-    /// With room for steps of so many tokens.
-    pub fn new(stream: &Stream, pool: &PageAllocator, tokens: usize) -> Result<Self> {
+    /// With room for steps of so many tokens. `by_row` has prefill treat each new token
+    /// as a request of its own.
+    pub fn new(stream: &Stream, pool: &PageAllocator, tokens: usize, by_row: bool) -> Result<Self> {
         let capacity = BatchCapacity { requests: tokens, pages: pool.num_pages() + tokens, tokens };
         let tables = BatchTables::new(stream, &Batch::new(pool), capacity)?;
-        Ok(Self { stream: stream.clone(), capacity, tables })
+        Ok(Self { stream: stream.clone(), capacity, tables, by_row, rows: None })
     }
 
     /// Makes room for a batch, filled up to so many requests. Returns whether the
@@ -62,6 +68,20 @@ impl Tables {
             }
         }
         self.tables.update(batch, cache)?;
+        if self.by_row {
+            self.rows = Some(PageTable::new(&self.stream, pages_by_row(batch)?)?);
+        }
         Ok(Uploaded::Prefill)
     }
+}
+
+/// The pages of each new token of a batch: those of its sequence up to itself.
+fn pages_by_row(batch: &Batch) -> Result<PageIndices> {
+    let (pages, tokens) = (batch.pages(), batch.append_indices());
+    let rows = tokens.batch_indices().iter().zip(tokens.positions());
+    let rows = rows.map(|(&request, &position)| {
+        let len = position as usize + 1;
+        (&pages.pages(request as usize)[..len.div_ceil(pages.page_size())], len)
+    });
+    PageIndices::from_requests(pages.num_pages(), pages.page_size(), rows)
 }

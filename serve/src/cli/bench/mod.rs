@@ -30,6 +30,9 @@ pub struct Args {
     /// Where to compute
     #[arg(long, default_value = "auto")]
     device: Device,
+    /// Measure answers that do not depend on what else is computed beside them
+    #[arg(long)]
+    deterministic: bool,
     /// Measure single decode steps on the GPU instead, of so many requests
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     steps: Vec<NonZeroUsize>,
@@ -44,17 +47,23 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     if let Some(shape) = args.shape {
-        return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get());
+        return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get(), args.deterministic);
     }
     let name = args.model.as_ref().ok_or("there is no model to measure")?;
     let files = Hub::from_env()?.locate(name)?;
     if !args.steps.is_empty() {
         let model = Model::open_files(&files)?;
-        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get());
+        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get(), args.deterministic);
     }
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;
-    let llm = Llm::load(&files, &LlmOptions { device: args.device, cache_tokens, ..LlmOptions::default() })?;
+    let options = LlmOptions {
+        device: args.device,
+        cache_tokens,
+        deterministic: args.deterministic,
+        ..LlmOptions::default()
+    };
+    let llm = Llm::load(&files, &options)?;
     println!("{name}, {}; {} repetitions, after one that does not count", llm.place(), args.repetitions);
     println!("| test | tokens/s | standard deviation |");
     println!("|---|---|---|");

@@ -13,7 +13,7 @@ use crate::{
     backend::{
         Backend, Output, Step,
         device::{load_gpu, with_progress},
-        gpu::Gpu,
+        gpu::{Gpu, GpuOptions},
         graph,
     },
     model::{
@@ -35,17 +35,18 @@ const BANDWIDTH: f64 = 4.8e12;
 ///
 /// # Errors
 /// There is no GPU that can be used, or the model does not fit it.
-pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize) -> Result<()> {
+pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, deterministic: bool) -> Result<()> {
+    let options = |max_tokens| GpuOptions { max_tokens, deterministic };
     match model {
         Source::Shape(shape) => {
             let config = shape.config()?;
             table(&config, batches, context, |pool, most| {
                 let (ends, layers) = synthetic::weights(&config)?;
-                with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, most))
+                with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, options(most)))
             })
         }
         Source::Model(model) => {
-            table(&model.config, batches, context, |pool, most| load_gpu(model, pool, most))
+            table(&model.config, batches, context, |pool, most| load_gpu(model, pool, options(most)))
         }
     }
 }

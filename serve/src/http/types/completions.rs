@@ -37,7 +37,10 @@ pub struct CompletionFields {
 
 /// A text or its tokens, or several.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a string, an array of strings, an array of tokens, or an array of such arrays")]
+#[serde(
+    untagged,
+    expecting = "expected a string, an array of strings, an array of tokens, or an array of such arrays"
+)]
 pub enum Prompt {
     Text(String),
     Texts(Vec<String>),

@@ -152,9 +152,8 @@ impl ChatMessage {
             None => None,
             Some(Content::Text(text)) => Some(MessageContent::Text(text.clone())),
             Some(Content::Parts(parts)) => {
-                let part = |(at, part): (usize, &Part)| {
-                    part.to_text(&format!("messages[{index}].content[{at}]"))
-                };
+                let part =
+                    |(at, part): (usize, &Part)| part.to_text(&format!("messages[{index}].content[{at}]"));
                 Some(MessageContent::Parts(parts.iter().enumerate().map(part).collect::<Result<_, _>>()?))
             }
         };

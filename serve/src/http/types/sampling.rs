@@ -54,8 +54,6 @@ pub struct SamplingFields {
     /// Whether the model's own end tokens do not end an answer.
     pub ignore_eos: Option<bool>,
     pub response_format: Option<ResponseFormat>,
-    /// Who asks. It changes nothing.
-    pub user: Option<String>,
 }
 
 /// How a stream ends.
@@ -113,7 +111,8 @@ impl SamplingFields {
     /// What has no such parameter. Ranges are checked by the engine.
     pub fn params(&self) -> Result<SamplingParams, ApiError> {
         if self.stream_options.is_some() && !self.streams() {
-            let message = "stream_options is given for an answer that is not streamed; expected `stream: true`";
+            let message =
+                "stream_options is given for an answer that is not streamed; expected `stream: true`";
             return Err(ApiError::parameter("stream_options", message));
         }
         if !matches!(self.response_format, None | Some(ResponseFormat::Text)) {

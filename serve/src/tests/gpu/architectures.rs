@@ -76,7 +76,9 @@ fn check(file: File, dtype: DType, head_dim: Option<usize>, change: impl FnOnce(
         Some(_) => widened(layer?, widths),
         None => layer,
     });
-    let mut gpu = Gpu::new(&gpu_config, model.ends().unwrap(), layers, &gpu_pool, FORCED_STEP).unwrap();
+    let mut gpu =
+        Gpu::new(&gpu_config, model.ends().unwrap(), layers, &gpu_pool, GpuOptions::new(FORCED_STEP))
+            .unwrap();
     let (want, _) = force(&mut cpu, &cpu_pool, &tokens);
     let bound = if dtype == DType::F16 { LOGITS_BOUND } else { BF16_BOUND };
     // The second round replays the graphs of the first.

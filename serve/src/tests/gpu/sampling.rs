@@ -44,7 +44,8 @@ fn tokens_sampled_on_the_gpu_are_those_of_the_cpu() {
     let model = Model::open(&tiny.write(&folder)).unwrap();
     let vocab = model.config.vocab_size;
     let pool = PageAllocator::new(400, 4).unwrap();
-    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 64).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(64)).unwrap();
     let mut kinds = Kinds { vocab: vocab as u32, made: 0 };
     for requests in [1, 3, 4, 17] {
         let mut batch = Batch::new(&pool);
@@ -82,7 +83,8 @@ fn a_seed_gives_the_same_token_in_any_batch() {
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
     let pool = PageAllocator::new(64, 4).unwrap();
-    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 8).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(8)).unwrap();
     let mut batch = Batch::new(&pool);
     for _ in 0..4 {
         batch.push(Sequence::new(&pool)).unwrap();
@@ -114,7 +116,8 @@ fn rows_without_numbers_do_not_disturb_others_that_sample() {
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&forward::with_an_infinite_token().write(&folder)).unwrap();
     let pool = PageAllocator::new(32, 4).unwrap();
-    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 16).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(16)).unwrap();
     let mut batch = Batch::new(&pool);
     for _ in 0..3 {
         batch.push(Sequence::new(&pool)).unwrap();
@@ -138,7 +141,8 @@ fn edits_of_tokens_that_are_not_there_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
     let pool = PageAllocator::new(8, 4).unwrap();
-    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 4).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(4)).unwrap();
     let mut batch = Batch::new(&pool);
     batch.push(Sequence::new(&pool)).unwrap();
     batch.append([1]).unwrap();
