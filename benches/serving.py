@@ -1,190 +1,77 @@
-"""How fast a server of OpenAI's API answers: requests and tokens per second, time to the first
-token, and inter-token latency, at several numbers of clients.
+"""How fast servers of OpenAI's API answer: requests and tokens per second, time to the first token,
+and inter-token latency, at several numbers of clients.
 
-    python3 benches/serving.py --name flashinfer --url http://127.0.0.1:8000 --json serving.json
+    python3 benches/serving.py --json serving.json --model MODEL.gguf \\
+        --flashinfer target/release/flashinfer --steps --llama-server PATH
 
-Each client sends one request after another to /v1/completions and reads the stream. Prompts are
-random words, so that no prefix is cached; answers have the same number of tokens each
-(`ignore_eos`). Clients are divided among processes, and events are counted, not parsed, so that
-the load generator is not what is measured. A request that fails ends the run.
+starts each server that is given by its path with the model, one after another, and ends it.
+`--url NAME=http://HOST:PORT` measures one that runs. `--steps` also takes the time of the engine's
+own steps (`flashinfer bench --steps`, on a GPU), which the report has beside the server's.
 
-A run adds its measurements to the file, or replaces those of the same name, so that several servers
-can stand in one. `benches/serving_report.py` makes tables and plots of it. Needs nothing but
-Python's standard library.
+The whole run takes at most `--seconds`; what is not measured by then is left out, and said. Results
+are added to the file, in place of those of the same name. `benches/serving_report.py` makes tables
+and plots of it. Needs nothing but Python's standard library.
 """
 
 import argparse
-import asyncio
-import dataclasses
 import json
-import multiprocessing
 import os
 import pathlib
-import random
+import subprocess
+import sys
+import tempfile
 import time
-import urllib.parse
 import urllib.request
 
-import http_stream
+from serving_load import Load, measure
 
-WORDS = """time year people way day man thing woman life child world school state family student group
-country problem hand part place case week company system program question work government number night
-point home water room mother area money story fact month lot right study book eye job word business
-issue side kind head house service friend father power hour game line end member law car city""".split()
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "serve" / "tests" / "clients"))
+from program import Program, free_port  # noqa: E402
 
-
-@dataclasses.dataclass
-class Load:
-    """What clients ask for."""
-
-    url: str
-    model: str
-    api_key: str
-    prompt_words: int
-    answer_tokens: int
-    timeout: float
-
-    def body(self, generator):
-        prompt = " ".join(generator.choices(WORDS, k=self.prompt_words))
-        return {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": self.answer_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+# Requests of all clients together, at least.
+LEAST_REQUESTS = 32
 
 
-@dataclasses.dataclass
-class Answer:
-    """Times of one request, in seconds."""
-
-    start: float
-    first: float
-    end: float
-    # Between reads that brought text: the time, and the events that were read.
-    gaps: list
-    prompt_tokens: int
-    answer_tokens: int
-
-
-async def ask(load, generator):
-    """One request, from sending it to the end of its stream."""
-    start = time.perf_counter()
-    first = last = usage = None
-    gaps, tail = [], b""
-    async for part in http_stream.post(load.url, "/v1/completions", load.body(generator), load.api_key):
-        now = time.perf_counter()
-        # An event may be divided among parts: what comes before its end is kept.
-        *events, tail = (tail + part).split(b"\n\n")
-        texts = 0
-        for event in events:
-            if b'"error"' in event:
-                raise RuntimeError(f"the server ended a stream: {event[:500]!r}")
-            if b'"prompt_tokens"' in event:
-                usage = json.loads(event.split(b"data:", 1)[1])["usage"]
-            texts += b'"text"' in event and b'"text":""' not in event and b'"text": ""' not in event
-        if not texts:
-            continue
-        if first is None:
-            first = now
-        else:
-            gaps.append((now - last, texts))
-        last = now
-    if first is None or usage is None:
-        raise RuntimeError("a stream ended without a token, or without usage")
-    if usage["completion_tokens"] != load.answer_tokens:
-        raise RuntimeError(f"an answer has {usage['completion_tokens']} tokens, not {load.answer_tokens}")
-    return Answer(start, first, last, gaps, usage["prompt_tokens"], usage["completion_tokens"])
+def started(args):
+    """The servers that are given by a path: name, path of a page that is there when it is ready, and
+    command."""
+    most, tokens = max(args.clients), args.prompt_words * 2 + args.answer_tokens
+    if args.flashinfer:
+        yield "flashinfer", "/ready", [
+            args.flashinfer, "serve", args.model, "--device", args.device, "--max-running", most,
+            "--cache-tokens", most * tokens,
+        ]  # fmt: skip
+    if args.llama_server:
+        yield "llama.cpp", "/health", [
+            args.llama_server, "-m", args.model, "-ngl", "99", "-np", most, "-c", most * tokens,
+        ]  # fmt: skip
 
 
-async def clients(load, count, requests, seed):
-    """Clients of one process, each with so many requests."""
-
-    async def client(number):
-        generator = random.Random(f"{seed}, {number}")
-        return [await asyncio.wait_for(ask(load, generator), load.timeout) for _ in range(requests)]
-
-    return [answer for answers in await asyncio.gather(*map(client, range(count))) for answer in answers]
-
-
-def process(load, count, requests, seed, barrier, results):
-    """Runs clients when all processes are ready."""
-    try:
-        barrier.wait(60)
-        results.put((asyncio.run(clients(load, count, requests, seed)), None))
-    except Exception as error:
-        barrier.abort()
-        results.put(([], f"{type(error).__name__}: {error}"))
+def serving(args, folder, left):
+    """Name and address of each server, in turn, while it runs."""
+    for name, ready, command in started(args):
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        program = Program([*command, "--host", "127.0.0.1", "--port", port], url, folder / f"{name}.log")
+        try:
+            program.wait_for(ready, max(left(), 1))
+            yield name, url
+        finally:
+            program.end(5)
+    for named in args.url:
+        name, url = named.split("=", 1)
+        yield name, url.rstrip("/")
 
 
-def run(load, count, requests, processes):
-    """All answers to so many clients."""
-    processes = min(processes, count)
-    shares = [count // processes + (index < count % processes) for index in range(processes)]
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(processes), context.Queue()
-    seed = random.SystemRandom().getrandbits(64)
-    started = [
-        context.Process(target=process, args=(load, share, requests, f"{seed}, {index}", barrier, results), daemon=True)
-        for index, share in enumerate(shares)
-    ]
-    for one in started:
-        one.start()
-    ended = [results.get(timeout=load.timeout * requests + 120) for _ in started]
-    for one in started:
-        one.join()
-    problems = [problem for _, problem in ended if problem and not problem.startswith("BrokenBarrierError")]
-    if problems:
-        raise SystemExit(f"{count} clients: {problems[0]}")
-    return [answer for answers, _ in ended for answer in answers]
-
-
-def quantile(values, share):
-    values = sorted(values)
-    return values[min(int(share * len(values)), len(values) - 1)]
-
-
-def summary(values):
-    """Of times in seconds, in milliseconds."""
-    return {
-        "mean": sum(values) / len(values) * 1e3,
-        "median": quantile(values, 0.5) * 1e3,
-        "p99": quantile(values, 0.99) * 1e3,
-    }
-
-
-def measure(load, count, requests, processes):
-    """A row of the result. Its clocks are those of one machine, which all processes share."""
-    answers = run(load, count, requests, processes)
-    took = max(answer.end for answer in answers) - min(answer.start for answer in answers)
-    # Events that came in one read share the time since the last one.
-    gaps = [gap / texts for answer in answers for gap, texts in answer.gaps for _ in range(texts)]
-    return {
-        "clients": count,
-        "requests": len(answers),
-        "seconds": took,
-        "prompt_tokens": sum(answer.prompt_tokens for answer in answers) / len(answers),
-        "answer_tokens": load.answer_tokens,
-        "requests_per_second": len(answers) / took,
-        "tokens_per_second": sum(answer.answer_tokens for answer in answers) / took,
-        "time_to_first_token_ms": summary([answer.first - answer.start for answer in answers]),
-        "inter_token_latency_ms": summary(gaps) if gaps else None,
-        "request_ms": summary([answer.end - answer.start for answer in answers]),
-    }
-
-
-def steps(path):
-    """The milliseconds of an engine's own step, by the number of requests, from the table that
-    `flashinfer bench MODEL --steps N,…` printed."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in path.read_text().splitlines() if "|" in line]
-    header, columns = rows[0], {}
-    for row in rows[1:]:
-        if row[0].isdigit():
-            columns[row[0]] = float(row[header.index("step ms")])
-    return columns
+def steps(args, left):
+    """The milliseconds of the engine's own steps, by the number of requests."""
+    batches = ",".join(map(str, args.clients))
+    command = [args.flashinfer, "bench", args.model, "--steps", batches, "--context", str(args.prompt_words)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=max(left(), 1)).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if "|" in line]
+    column = next(row for row in rows if "step ms" in row).index("step ms")
+    return {row[0]: float(row[column]) for row in rows if row[0].isdigit()}
 
 
 def served_model(url, api_key):
@@ -194,34 +81,73 @@ def served_model(url, api_key):
         return json.load(answer)["data"][0]["id"]
 
 
-def main():
+def rows(args, url, left):
+    """What is measured of a server, as long as there is time."""
+    load = Load(url, served_model(url, args.api_key), args.api_key, args.prompt_words, args.answer_tokens)
+    measure(load, 1, 2, 1, max(left(), 1))  # Does not count.
+    for count in args.clients:
+        requests = max(args.requests, -(-LEAST_REQUESTS // count))
+        row = measure(load, count, requests, args.processes, max(left(), 1))
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--name", required=True, help="what the server is called in tables")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", help="the first that the server lists, unless it is said")
+    parser.add_argument("--json", type=pathlib.Path, required=True, help="where measurements are added")
+    parser.add_argument("--model", help="for servers that are started: the path of a GGUF file")
+    parser.add_argument("--flashinfer", help="the path of the program")
+    parser.add_argument("--device", default="auto", help="of flashinfer")
+    parser.add_argument("--steps", action="store_true", help="also the engine's own steps, on a GPU")
+    parser.add_argument("--llama-server", help="the path of llama.cpp's server")
+    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", "none"))
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--requests", type=int, default=4, help="of each client")
+    parser.add_argument("--requests", type=int, default=4, help="of each client, at least")
     parser.add_argument("--prompt-words", type=int, default=128)
     parser.add_argument("--answer-tokens", type=int, default=110)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--timeout", type=float, default=300, help="seconds of one request")
-    parser.add_argument("--steps", type=pathlib.Path, help="what `flashinfer bench MODEL --steps …` printed")
-    parser.add_argument("--json", type=pathlib.Path, required=True, help="where measurements are added")
+    parser.add_argument("--seconds", type=float, default=200, help="of the whole run")
     args = parser.parse_args()
-    url = args.url.rstrip("/")
-    if urllib.parse.urlsplit(url).scheme != "http":
-        parser.error(f"--url is {url}; expected http://HOST:PORT")
-    model = args.model or served_model(url, args.api_key)
-    load = Load(url, model, args.api_key, args.prompt_words, args.answer_tokens, args.timeout)
-    measure(load, 1, 1, 1)  # Does not count.
-    rows = []
-    for count in args.clients:
-        rows.append(measure(load, count, args.requests, args.processes))
-        print(json.dumps(rows[-1]), flush=True)
-    results = json.loads(args.json.read_text()) if args.json.exists() else {}
-    results[args.name] = {"model": model, "date": time.strftime("%Y-%m-%d"), "rows": rows, "steps_ms": steps(args.steps) if args.steps else {}}
-    args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if (args.flashinfer or args.llama_server) and not args.model:
+        parser.error("--model is missing; expected the path of a GGUF file for the servers that are started")
+    if args.steps and not args.flashinfer:
+        parser.error("--steps needs --flashinfer, whose steps are measured")
+    if any("=http://" not in url for url in args.url):
+        parser.error("--url takes NAME=http://HOST:PORT")
+    return args
+
+
+def main():
+    args, begin = arguments(), time.monotonic()
+
+    def left():
+        return args.seconds - (time.monotonic() - begin)
+
+    def keep(name, result):
+        results = json.loads(args.json.read_text()) if args.json.exists() else {}
+        results[name] = {**results.get(name, {}), "date": time.strftime("%Y-%m-%d"), **result}
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, url in serving(args, pathlib.Path(folder), left):
+            print(name, flush=True)
+            measured = []
+            keep(name, {"rows": measured, "steps_ms": {}})
+            try:
+                for row in rows(args, url, left):
+                    measured.append(row)
+                    keep(name, {"rows": measured})
+            except (OSError, RuntimeError, EOFError) as error:
+                failed.append(f"{name}, after {len(measured)} of {len(args.clients)} numbers of clients: {error}")
+    if args.steps:
+        try:
+            keep("flashinfer", {"steps_ms": steps(args, left)})
+        except (OSError, subprocess.SubprocessError) as error:
+            failed.append(f"flashinfer bench: {error} {getattr(error, 'stderr', '')}")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def target(results):
     if not found:
         return f"The engine's step beside {TARGET_CLIENTS} clients was not measured."
     verdicts = [f"{name} {value:.3f}, {'met' if value <= MOST_OF_STEP else 'missed'}" for name, value in found]
-    return f"Target: with {TARGET_CLIENTS} clients, at most {MOST_OF_STEP:g} of the engine's step: {'; '.join(verdicts)}."
+    limit = f"with {TARGET_CLIENTS} clients, at most {MOST_OF_STEP:g} of the engine's step"
+    return f"Target: {limit}: {'; '.join(verdicts)}."
 
 
 def plot(results, title, unit, value):

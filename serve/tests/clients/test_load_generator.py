@@ -60,22 +60,23 @@ def test_llama_benchy(simulated, model, book, tmp_path):
     assert all(row["tg_throughput"]["mean"] > 0 for row in measured)
 
 
-def test_benchmark_of_this_repository(simulated, tmp_path):
-    result, steps = tmp_path / "serving-test.json", tmp_path / "steps.txt"
-    steps.write_text("| batch | step ms | host ms |\n|---|---|---|\n| 4 | 2.500 | 1 |\n")
-    for name in ("one", "two"):
-        run(
-            sys.executable, "benches/serving.py", "--name", name, "--url", simulated.url, "--clients", "1", "4",
-            "--requests", "2", "--prompt-words", "20", "--answer-tokens", "12", "--json", result, "--steps", steps,
-        )  # fmt: skip
+def test_benchmark_of_this_repository(simulated, request, tmp_path):
+    result, program = tmp_path / "serving-test.json", request.config.getoption("--flashinfer").resolve()
+    small = ["--clients", "1", "4", "--prompt-words", "20", "--answer-tokens", "12", "--json", result]
+    run(sys.executable, "benches/serving.py", "--url", f"other={simulated.url}", *small)
+    own = ["--flashinfer", program, "--model", "smollm2", "--device", "simulated"]
+    run(sys.executable, "benches/serving.py", *own, *small)
     measured = json.loads(result.read_text())
-    assert list(measured) == ["one", "two"]
-    for row in measured["one"]["rows"]:
-        assert row["requests"] == row["clients"] * 2
-        assert row["tokens_per_second"] == pytest.approx(row["requests"] * 12 / row["seconds"])
-        first, request = (row[key]["median"] for key in ("time_to_first_token_ms", "request_ms"))
-        assert 0 < first < request
+    assert list(measured) == ["other", "flashinfer"]
+    for row in measured["flashinfer"]["rows"]:
+        assert row["requests"] == 32
+        assert row["tokens_per_second"] == pytest.approx(32 * 12 / row["seconds"])
+        first, whole = (row[key]["median"] for key in ("time_to_first_token_ms", "request_ms"))
+        assert 0 < first < whole
+    # As `--steps` adds it on a GPU.
+    measured["flashinfer"]["steps_ms"] = {"4": 2.5}
+    result.write_text(json.dumps(measured))
     run(sys.executable, "benches/serving_report.py", result, "--folder", tmp_path)
     page = (tmp_path / "serving.md").read_text()
-    assert "| two | 4 | 8 |" in page and "2.500" in page
+    assert "| flashinfer | 4 | 32 |" in page and "| 2.500 |" in page
     assert (tmp_path / "serving-test-tokens.svg").read_text().startswith("<svg")

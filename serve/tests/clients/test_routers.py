@@ -78,7 +78,7 @@ def test_requests_are_divided_and_one_replica_may_die(routed):
     lengths = [20, 200]
     # Both replicas compute the same.
     whole = {tokens: outcome(client_of(replicas[0]), model, tokens, False) for tokens in lengths}
-    before = [replica.metric("vllm:request_success_total") for replica in replicas]
+    before = [replica.metric("vllm:prompt_tokens_total") for replica in replicas]
 
     def send(pool, count):
         return [
@@ -88,7 +88,7 @@ def test_requests_are_divided_and_one_replica_may_die(routed):
 
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
         assert all(sent.result() == whole[tokens] for tokens, sent in send(pool, 32))
-        divided = [replica.metric("vllm:request_success_total") for replica in replicas]
+        divided = [replica.metric("vllm:prompt_tokens_total") for replica in replicas]
         assert all(after > earlier for after, earlier in zip(divided, before)), divided
 
         sent = send(pool, 64)
