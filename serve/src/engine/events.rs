@@ -5,18 +5,17 @@ use std::{collections::VecDeque, sync::Arc};
 
 use async_channel::Receiver;
 
-use super::{Cancel, Shared, stops::Stops};
+use super::{Cancel, Shared};
 use crate::{
     request::{Finish, Request, RequestId, Usage},
-    sampling::SamplingParams,
     scheduler::{Token, Update},
-    text::{Stream, Text},
+    text::{Stops, Stream, Text},
 };
 
 /// What came of one of the answers to a request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
-    /// Which answer, below [`n`](SamplingParams::n).
+    /// Which answer, below [`n`](crate::sampling::SamplingParams::n).
     pub choice: usize,
     /// The text that follows what came before: whole characters, and nothing of a stop
     /// string. Often empty.
@@ -72,9 +71,14 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(text: &Arc<Text>, params: &SamplingParams) -> Self {
+    fn new(text: &Arc<Text>, request: &Request) -> Self {
+        let params = &request.params;
+        let mut stream = text.stream().showing(request.shown.clone());
+        if request.grammar.is_some() {
+            stream = stream.with_first_space();
+        }
         Self {
-            stream: Some(text.stream()),
+            stream: Some(stream),
             stops: Stops::new(params.stop.clone()),
             min_tokens: params.min_tokens,
             tokens: 0,
@@ -113,12 +117,12 @@ impl Events {
         cancel: Cancel,
         shared: Arc<Shared>,
     ) -> Self {
-        let params = &request.params;
+        let n = request.params.n;
         Self {
             id,
             prompt_tokens: request.prompt.len(),
-            answers: (0..params.n).map(|_| Answer::new(text, params)).collect(),
-            open: params.n,
+            answers: (0..n).map(|_| Answer::new(text, request)).collect(),
+            open: n,
             updates,
             cancel,
             shared,

@@ -14,7 +14,6 @@
 //! with an error.
 
 mod events;
-mod stops;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -35,14 +34,15 @@ use flashinfer_rs::kv::PageAllocator;
 /// The most commands that have room in the queue to the thread, so that a large
 /// [`EngineConfig::max_queued`] takes no memory by itself.
 const MAX_COMMANDS: usize = 1 << 14;
-/// How long a drop waits for the step that is being computed.
-const SHUTDOWN: Duration = Duration::from_secs(30);
+/// How long a drop waits for the step that is being computed, unless it is said.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub use self::events::{End, Event, Events};
 use self::{waiting::Waiting, worker::Worker};
 use crate::{
     Result,
     backend::Backend,
+    constraint::{Compiler, Constraint, Grammar, InvalidConstraint},
     request::{Bounds, Request, RequestId, SubmitError},
     sampling::InvalidParameter,
     scheduler::{Limits, Stats},
@@ -63,13 +63,23 @@ pub struct EngineConfig {
     /// The most tokens of their prompts together. A request is taken when there is no
     /// other, however long it is.
     pub max_queued_tokens: usize,
+    /// How long a drop waits for the step that is being computed. After that the thread is left
+    /// behind, and ends with its step.
+    pub shutdown_timeout: Duration,
 }
 
 impl EngineConfig {
     /// Room for 8192 tokens in pages of 16, and for 1024 answers to prompts of four
     /// million tokens.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, page_size: 16, num_pages: 512, max_queued: 1024, max_queued_tokens: 1 << 22 }
+        Self {
+            limits,
+            page_size: 16,
+            num_pages: 512,
+            max_queued: 1024,
+            max_queued_tokens: 1 << 22,
+            shutdown_timeout: SHUTDOWN_TIMEOUT,
+        }
     }
 }
 
@@ -172,11 +182,12 @@ impl Shared {
 }
 
 /// An engine, which ends when this is dropped: after the step that is being computed,
-/// unless that takes half a minute. It can be shared by threads.
+/// unless that takes longer than [`EngineConfig::shutdown_timeout`]. It can be shared by threads.
 pub struct Engine {
     config: EngineConfig,
     bounds: Bounds,
     text: Arc<Text>,
+    compiler: Compiler,
     commands: mpsc::SyncSender<Command>,
     waiting: Arc<Waiting>,
     shared: Arc<Shared>,
@@ -239,7 +250,8 @@ impl Engine {
         let bounds = started.recv().map_err(|_| "the engine's thread ended while it was loading")??;
         let next_id = AtomicU64::new(0);
         let (thread, ended) = (Some(thread), Mutex::new(ended));
-        Ok(Self { config, bounds, text, commands, waiting, shared, next_id, thread, ended })
+        let compiler = Compiler::new(&text);
+        Ok(Self { config, bounds, text, compiler, commands, waiting, shared, next_id, thread, ended })
     }
 
     /// What every request has to fit.
@@ -262,12 +274,25 @@ impl Engine {
         self.shared.status().clone()
     }
 
+    /// Compiles what answers have to be, for [`Request::grammar`]. This takes milliseconds, and
+    /// the first time longer, on the caller's thread.
+    ///
+    /// # Errors
+    /// What is wrong with it, and where.
+    pub fn compile(&self, constraint: &Constraint) -> Result<Grammar, InvalidConstraint> {
+        self.compiler.compile(constraint)
+    }
+
     /// Has a request answered. This does not wait for the engine's step.
     ///
     /// # Errors
     /// The request could never be answered; the queue is full; or the engine is gone.
     pub fn submit(&self, request: Request) -> Result<Events, SubmitError> {
         self.bounds.check(&request)?;
+        if request.grammar.as_ref().is_some_and(|grammar| !self.compiler.is_of(grammar)) {
+            let problem = "it was compiled by another engine; expected one of this".into();
+            return Err(InvalidConstraint { kind: "constraint", problem }.into());
+        }
         if let Health::Dead(reason) = &self.shared.status().health {
             return Err(SubmitError::Dead(reason.clone()));
         }
@@ -312,7 +337,7 @@ impl Drop for Engine {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::Shutdown);
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let hangs = ended.recv_timeout(SHUTDOWN) == Err(mpsc::RecvTimeoutError::Timeout);
+        let hangs = ended.recv_timeout(self.config.shutdown_timeout) == Err(mpsc::RecvTimeoutError::Timeout);
         if let Some(thread) = self.thread.take().filter(|_| !hangs) {
             // What it panicked with is its health.
             let _ = thread.join();

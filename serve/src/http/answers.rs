@@ -19,7 +19,7 @@ use super::{
 use crate::{
     engine::{End, Event, Events},
     request::{Finish, Request},
-    sampling::{InvalidParameter, SamplingParams},
+    sampling::InvalidParameter,
 };
 
 /// The answers to several prompts while they come. Dropping it cancels those that have not ended.
@@ -51,27 +51,27 @@ pub struct Answered {
 }
 
 impl Answers {
-    /// Gives prompts to the engine: all of them, or none.
+    /// Gives requests to the engine, all with the same parameters: all of them, or none.
     ///
     /// # Errors
     /// One could never be answered, or the queue is full.
     pub fn submit(
         server: &Arc<Server>,
         log: &Arc<RequestLog>,
-        prompts: Vec<Vec<u32>>,
-        params: &SamplingParams,
+        requests: Vec<Request>,
     ) -> Result<Self, ApiError> {
         let engine = server.llm()?.engine();
-        let (n, most) = (params.n, engine.config().max_queued);
-        let choices = prompts.len().saturating_mul(n);
+        let choices = requests.iter().map(|request| request.params.n).fold(0, usize::saturating_add);
+        let most = engine.config().max_queued;
         if choices > most {
             let expected = format!("at most {most}, which is all that may wait");
             return Err(InvalidParameter { name: "n", given: format!("{choices} in all"), expected }.into());
         }
-        let submit = |prompt| engine.submit(Request { prompt, params: params.clone() });
+        let n = requests.first().map_or(1, |request| request.params.n);
+        requests.iter().for_each(|request| server.metrics.asked(&request.params));
         // Those that were taken are cancelled if one is not.
-        let events = prompts.into_iter().map(submit).collect::<Result<Vec<_>, _>>()?;
-        server.metrics.asked(params);
+        let submit = |request| engine.submit(request);
+        let events = requests.into_iter().map(submit).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             server: server.clone(),
             log: log.clone(),

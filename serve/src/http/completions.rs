@@ -23,7 +23,10 @@ use super::{
         usage::Usage,
     },
 };
-use crate::text::{EncodeOptions, Text};
+use crate::{
+    request::Request,
+    text::{EncodeOptions, Text},
+};
 
 /// The most tokens of an answer, unless it is said.
 const MAX_TOKENS: usize = 16;
@@ -55,7 +58,7 @@ pub async fn completions(
     let bounds = llm.engine().bounds();
     let CompletionFields { prompt, add_special_tokens, .. } = completion;
     let options = EncodeOptions { bos: add_special_tokens.unwrap_or(true), ..EncodeOptions::default() };
-    let prompts = prompt::compute(llm.text(), move |text| prompt.encode(text, &options)).await?;
+    let prompts = prompt::compute(&server, move |llm| prompt.encode(llm.text(), &options)).await?;
     if prompts.is_empty() {
         return Err(ApiError::parameter("prompt", "prompt is an empty array; expected at least one prompt"));
     }
@@ -68,7 +71,9 @@ pub async fn completions(
         prompt::check_length(tokens, &params, server.max_model_len(llm), "prompt")?;
     }
     let (prompts, texts): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
-    let answers = Answers::submit(&server, &log, prompts, &params)?;
+    let grammar = prompt::compile(&server, sampling.constraint(), "response_format").await?;
+    let request = |prompt| Request { grammar: grammar.clone(), ..Request::new(prompt, params.clone()) };
+    let answers = Answers::submit(&server, &log, prompts.into_iter().map(request).collect())?;
     let n = params.n;
     let reply = Reply {
         id: format!("cmpl-{}", log.id()),

@@ -177,6 +177,7 @@ impl From<SubmitError> for ApiError {
         let message = error.to_string();
         match error {
             SubmitError::Parameter(parameter) => parameter.into(),
+            SubmitError::Constraint(_) => Self::parameter("response_format", message),
             SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => Self::parameter("prompt", message),
             SubmitError::Context { .. } | SubmitError::Cache { .. } => Self::context("prompt", message),
             SubmitError::QueueFull { .. } => Self {

@@ -2,6 +2,7 @@
 
 use std::{future::pending, net::TcpListener, sync::Arc, thread, time::Duration};
 
+use socket2::SockRef;
 use tokio::{
     sync::{oneshot, watch},
     time,
@@ -12,6 +13,9 @@ use crate::{Llm, Result};
 
 /// What a program's exit code is that a signal ended.
 const EXIT_CODE: i32 = 130;
+
+/// The most connections that wait to be accepted.
+const BACKLOG: i32 = 4096;
 
 /// What loads a model.
 pub type Load = Box<dyn FnOnce() -> Result<Llm> + Send>;
@@ -70,6 +74,8 @@ impl Life {
 
 /// See [`Server::run`].
 pub async fn run(server: &Arc<Server>, listener: TcpListener, load: Load) -> Result<()> {
+    // So that many clients may come at once; the system may have a lower limit.
+    SockRef::from(&listener).listen(BACKLOG)?;
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let loading = load_model(server, load)?;

@@ -8,6 +8,7 @@ mod endpoints;
 mod life;
 mod load;
 mod refused;
+mod tools;
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -45,6 +46,17 @@ fn config() -> EngineConfig {
 
 fn options() -> ServerOptions {
     ServerOptions { drain_timeout: Duration::from_secs(20), ..ServerOptions::new("test") }
+}
+
+/// A model with this chat template that knows all of its tokenizer's tokens.
+fn llm_with(template: &str) -> Llm {
+    let text = bytes::chat_text(template);
+    let language = Language { vocab_size: text.vocab_size(), nan: 0 };
+    let limits = Limits { context: 4000, ends: text.ends().clone(), ..config().limits };
+    let load = move |pool: &PageAllocator, limits: &mut Limits| {
+        Ok(Simulated::new(pool, limits.step_capacity(), language))
+    };
+    Llm::of_engine(Engine::start(EngineConfig { limits, ..config() }, text, load).unwrap())
 }
 
 /// A model on a backend that `change` makes of the simulated one.

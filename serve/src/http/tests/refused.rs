@@ -38,7 +38,8 @@ fn wrong_fields_are_named() {
         (json!({"logprobs": 1}), "logprobs"),
         (json!({"stream": "yes"}), "stream"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options"),
-        (json!({"response_format": {"type": "yaml"}}), "response_format"),
+        (json!({"response_format": {"type": "yaml"}}), "response_format.type"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format"),
         (json!({"messages": []}), "messages"),
         (json!({"messages": "Hello"}), "messages"),
         (json!({"messages": [{"content": "x"}]}), "messages[0].role"),
@@ -54,7 +55,6 @@ fn wrong_fields_are_named() {
         (json!({"modalities": ["text", "audio"]}), "modalities"),
         (json!({"audio": {"voice": "x"}}), "audio"),
         (json!({"store": true}), "store"),
-        (json!({"parallel_tool_calls": false}), "parallel_tool_calls"),
         (json!({"prompt_logprobs": 1}), "prompt_logprobs"),
         (json!({"guided_json": {}}), "guided_json"),
     ] {

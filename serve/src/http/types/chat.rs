@@ -40,7 +40,10 @@ pub struct ChatFields {
     #[schema(minimum = 0, maximum = 20)]
     pub top_logprobs: Option<usize>,
     pub tools: Option<Vec<Tool>>,
+    /// `auto` by default where there are tools.
     pub tool_choice: Option<ToolChoice>,
+    /// Whether an answer may call several tools; true by default.
+    pub parallel_tool_calls: Option<bool>,
     /// Whether the model's answer begins after the last message; true by default.
     pub add_generation_prompt: Option<bool>,
     /// Whether the last message, of the assistant, is continued; false by default.

@@ -31,7 +31,6 @@ fn defaults(name: &str) -> Option<Value> {
         "function_call" => json!(["none", "auto"]),
         "functions" => json!([[]]),
         "modalities" => json!([["text"]]),
-        "parallel_tool_calls" => json!([true]),
         "store" => json!([false]),
         "verbosity" => json!(["medium"]),
         "metadata"

@@ -1,0 +1,63 @@
+//! What an answer has to be: JSON, of a schema, or what a regular expression or a grammar
+//! accepts.
+//!
+//! A [`Constraint`] is compiled into a [`Grammar`] by [`Engine::compile`](crate::engine::Engine::compile),
+//! on the thread that asks for it. A request takes the grammar along. Each of its answers has a
+//! state of its own, which advances with its tokens and says which tokens may come next; so
+//! whatever the model computes, what comes is what the constraint accepts, or its beginning where
+//! a limit ends the answer.
+
+mod compiler;
+mod grammar;
+mod schema;
+#[cfg(test)]
+pub(crate) mod tests;
+
+pub(crate) use self::compiler::Compiler;
+pub use self::grammar::Grammar;
+
+/// What an answer has to be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Constraint {
+    /// A JSON object.
+    JsonObject,
+    /// JSON of this schema. Keywords that are not checked are refused, and `x-guidance`.
+    JsonSchema(serde_json::Value),
+    /// All of it is accepted by this regular expression, in the syntax of the crate `regex`.
+    Regex(String),
+    /// A grammar in Lark's syntax, as `llguidance` extends it: `<[5]>` is the token 5, and
+    /// [`json_rule`] writes what stands for JSON of a schema.
+    Lark(String),
+}
+
+impl Constraint {
+    /// What it is, in a word or two.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::JsonObject => "JSON object",
+            Self::JsonSchema(_) => "JSON schema",
+            Self::Regex(_) => "regular expression",
+            Self::Lark(_) => "grammar",
+        }
+    }
+}
+
+/// What stands for JSON of a schema in a rule of [`Constraint::Lark`].
+///
+/// # Errors
+/// What of the schema cannot be used, and where.
+pub fn json_rule(schema: &serde_json::Value) -> Result<String, InvalidConstraint> {
+    let problem = |problem| InvalidConstraint { kind: "JSON schema", problem };
+    schema::check(schema).map_err(problem)?;
+    Ok(format!("%json {}", compiler::with_few_blanks(schema.clone())))
+}
+
+/// A constraint that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the {kind} cannot be used: {problem}")]
+pub struct InvalidConstraint {
+    /// What it is, in a word or two.
+    pub kind: &'static str,
+    /// What is wrong with it, and where.
+    pub problem: String,
+}
