@@ -6,13 +6,10 @@ import pathlib
 
 import openai
 import pytest
-from server import Server
+import tiny_model
+from server import ROOT, Server
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-
-# The stand-in that computes no model.
-SIMULATED = ("--device", "simulated")
 
 
 def pytest_addoption(parser):
@@ -37,9 +34,20 @@ def serve(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def simulated(serve):
-    """A server of the stand-in: fast, and what it says is nonsense."""
-    return serve(*SIMULATED).ready()
+def serve_simulated(serve, tmp_path_factory):
+    """Starts servers of the stand-in that computes no model: they are fast, and say nonsense."""
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    tiny_model.write(path)
+
+    def start(*options):
+        return serve(path, "--device", "simulated", *options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def simulated(serve_simulated):
+    return serve_simulated().ready()
 
 
 @pytest.fixture(scope="session")

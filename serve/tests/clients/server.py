@@ -7,6 +7,8 @@ import time
 
 from program import Program, free_port, get
 
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
 # One line of /metrics: a name, labels, a value.
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 

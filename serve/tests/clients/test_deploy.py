@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from server import ROOT
 from test_routers import ROUTERS
 
 DEPLOY = ROOT / "deploy"

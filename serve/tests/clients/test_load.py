@@ -12,7 +12,6 @@ import time
 
 import aiohttp
 import pytest
-from conftest import SIMULATED
 
 CONNECTIONS = 512
 # Of prompts and their answers' lengths.
@@ -83,7 +82,7 @@ async def load(server, seconds):
     model = {"model": "simulated"}
     generator, seen, memory = random.Random(1), collections.Counter(), []
     connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=120)
+    timeout = aiohttp.ClientTimeout(total=240)
     async with aiohttp.ClientSession(server.url, connector=connector, timeout=timeout) as session:
         async with session.get("/v1/models") as models:
             model = {"model": (await models.json())["data"][0]["id"]}
@@ -101,9 +100,10 @@ async def load(server, seconds):
     return seen, memory
 
 
-def test_load(serve, request):
+@pytest.mark.timeout(600)
+def test_load(serve_simulated, request):
     seconds = request.config.getoption("--load-seconds")
-    server = serve(*SIMULATED).ready()
+    server = serve_simulated().ready()
     seen, memory = asyncio.run(load(server, seconds))
     print(f"{dict(seen)} in {seconds} s; memory from {memory[0] >> 20} to {memory[-1] >> 20} MiB")
     assert sum(seen.values()) >= CONNECTIONS

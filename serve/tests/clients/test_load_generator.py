@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import tokenizers
-from conftest import ROOT
+from server import ROOT
 
 BOOK = "It was a bright cold day, and the clocks of the town were striking. " * 200
 

@@ -175,8 +175,8 @@ def test_models_that_are_not_there(client, model):
         assert "gpt-6" in str(error.value) and error.value.code == "model_not_found"
 
 
-def test_keys(serve):
-    server = serve("--device", "simulated", "--api-key", "open-sesame").ready()
+def test_keys(serve_simulated):
+    server = serve_simulated("--api-key", "open-sesame").ready()
     with pytest.raises(openai.AuthenticationError):
         client_of(server).models.list()
     assert openai.OpenAI(base_url=server.v1, api_key="open-sesame").models.list().data

@@ -6,7 +6,7 @@ import sys
 
 import openai
 import pytest
-from conftest import SIMULATED, client_of
+from conftest import client_of
 from program import Program, free_port
 
 # As docs/deploy.md says them.
@@ -34,9 +34,9 @@ class Router(Program):
 
 
 @pytest.fixture(params=ROUTERS)
-def routed(request, serve, tmp_path):
+def routed(request, serve_simulated, tmp_path):
     """A router, and its two replicas."""
-    replicas = [serve(*SIMULATED) for _ in range(2)]
+    replicas = [serve_simulated() for _ in range(2)]
     for replica in replicas:
         replica.ready()
     router = Router(request.param, replicas, tmp_path / "router.log")

@@ -4,14 +4,13 @@ import pathlib
 import subprocess
 import sys
 
-from conftest import SIMULATED
 
 OPTIONS = ["--max-examples", "40", "--seed", "1", "--request-timeout", "20", "--workers", "2", "--no-color"]
 
 
-def test_the_document_is_true(serve, tmp_path):
+def test_the_document_is_true(serve_simulated, tmp_path):
     # What says no length of its answer ends soon enough, too.
-    server = serve(*SIMULATED, "--cache-tokens", "1024").ready()
+    server = serve_simulated("--cache-tokens", "1024").ready()
     program = pathlib.Path(sys.executable).with_name("schemathesis")
     checks = (
         "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"

@@ -6,10 +6,11 @@ import string
 
 import gguf
 import numpy as np
-from conftest import ROOT
+from server import ROOT
 
 TEMPLATE = ROOT / "serve" / "tests" / "data" / "templates" / "qwen2.5.jinja"
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+CONTROL = ["<|im_start|>", "<tool_call>", "</tool_call>"]
+END = "<|im_end|>"
 CONTEXT, WIDTH, HEADS, LAYERS = 8192, 32, 2, 1
 
 
@@ -20,11 +21,12 @@ def byte_tokens():
     return [chr(byte if byte in printed else next(others)) for byte in range(256)]
 
 
-def write(path):
-    """Writes the file."""
+def write(path, ends=True):
+    """Writes the file. Without a token that ends answers, only their length does."""
     pairs = list(itertools.product(string.ascii_lowercase, repeat=2))
-    tokens = byte_tokens() + ["".join(pair) for pair in pairs] + CONTROL
-    kinds = [gguf.TokenType.NORMAL] * (len(tokens) - len(CONTROL)) + [gguf.TokenType.CONTROL] * len(CONTROL)
+    texts, control = byte_tokens() + ["".join(pair) for pair in pairs], CONTROL + [END] * ends
+    tokens = texts + control
+    kinds = [gguf.TokenType.NORMAL] * len(texts) + [gguf.TokenType.CONTROL] * len(control)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
@@ -39,7 +41,8 @@ def write(path):
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in pairs])
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    if ends:
+        writer.add_eos_token_id(tokens.index(END))
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE.read_text())
     square, norm = np.zeros((WIDTH, WIDTH), np.float32), np.ones(WIDTH, np.float32)
