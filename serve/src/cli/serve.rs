@@ -122,3 +122,40 @@ fn is_origin(origin: &str) -> bool {
     let (scheme, host) = origin.split_once("://").unwrap_or_default();
     origin == "*" || (matches!(scheme, "http" | "https") && !host.is_empty() && !host.contains(['/', ' ']))
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(words: &[&str]) -> Args {
+        Program::parse_from([&["serve"], words].concat()).args
+    }
+
+    #[test]
+    fn the_model_is_called_by_its_names() {
+        let names = |words: &[&str]| options(&parse(words)).unwrap().names;
+        assert_eq!(names(&[]), ["smollm2"]);
+        assert_eq!(names(&["/models/some-model.gguf"]), ["some-model"]);
+        assert_eq!(names(&["hf.co/org/repo:Q8_0"]), ["hf.co/org/repo:Q8_0"]);
+        assert_eq!(names(&["--served-model-name", "a", "b"]), ["a", "b"]);
+    }
+
+    #[test]
+    fn addresses_are_local_unless_it_is_said() {
+        let args = parse(&[]);
+        assert_eq!((args.host.as_str(), args.port, args.device), ("127.0.0.1", 8000, Device::Auto));
+        assert_eq!(parse(&["--device", "simulated"]).device, Device::Simulated);
+        let origins = ["*", "https://example.org", "http://localhost:3000"];
+        assert!(origins.into_iter().all(is_origin));
+        let others = ["", "example.org", "https://", "https://example.org/", "ftp://example.org"];
+        assert!(!others.into_iter().any(is_origin));
+    }
+}

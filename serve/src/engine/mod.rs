@@ -138,9 +138,10 @@ struct Cancel {
 }
 
 impl Cancel {
-    /// Ends a request, or one of its answers, unless it has ended.
+    /// Ends a request, or one of its answers, unless it has ended. It is sent once, so that
+    /// there is room for it.
     fn send(&self, id: RequestId, choice: Option<usize>) {
-        if self.waiting.is_open(id) {
+        if self.waiting.cancel(id, choice) {
             // An engine that is gone has nothing to cancel.
             let _ = self.commands.send(Command::Cancel(id, choice));
         }

@@ -421,3 +421,17 @@ fn a_step_that_hangs_does_not_hold_up_who_drops_the_engine() {
     assert_eq!(end.finish, Finish::Failed("it was shut down".into()));
     assert!(events.next().is_none());
 }
+
+#[test]
+fn the_queue_has_room_for_all_cancellations() {
+    let gate = Gate::default();
+    let at = gate.clone();
+    let engine = start(EngineConfig { max_queued: 4, ..config() }, move |backend| at.before(backend));
+    let requests: Vec<_> = (0..4).map(|_| engine.submit(request("x", &greedy(9))).unwrap()).collect();
+    until(&engine, |status| status.step_since.is_some());
+    for _ in 0..1000 {
+        requests.iter().for_each(|events| engine.cancel(events.id()));
+    }
+    gate.open();
+    assert!(requests.into_iter().all(|events| collect(events).2.finish == Finish::Cancelled));
+}

@@ -1,7 +1,7 @@
 //! The way back: one queue of all that comes of the engine's steps, and who waits for what of it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
 };
@@ -22,6 +22,8 @@ struct Waiter {
     updates: Sender<Update>,
     /// Answers that have not ended.
     open: usize,
+    /// The answers that were cancelled, or all of them (`None`).
+    cancelled: BTreeSet<Option<usize>>,
 }
 
 impl Waiting {
@@ -44,13 +46,14 @@ impl Waiting {
     pub fn add(&self, id: RequestId, open: usize) -> Receiver<Update> {
         // No more than an update for each token, so that nobody waits to send one.
         let (updates, receiver) = async_channel::unbounded();
-        self.waiters().insert(id, Waiter { updates, open });
+        self.waiters().insert(id, Waiter { updates, open, cancelled: BTreeSet::new() });
         receiver
     }
 
-    /// Whether an answer to a request has not ended.
-    pub fn is_open(&self, id: RequestId) -> bool {
-        self.waiters().contains_key(&id)
+    /// Notes that an answer to a request is cancelled, or all are, and returns whether there is
+    /// something to cancel that was not before.
+    pub fn cancel(&self, id: RequestId, choice: Option<usize>) -> bool {
+        self.waiters().get_mut(&id).is_some_and(|waiter| waiter.cancelled.insert(choice))
     }
 
     /// Hands out what came of a step.

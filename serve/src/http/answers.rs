@@ -20,6 +20,7 @@ use crate::{
     engine::{End, Event, Events},
     request::{Finish, Request},
     sampling::InvalidParameter,
+    scheduler::Token,
 };
 
 /// The answers to several prompts while they come. Dropping it cancels those that have not ended.
@@ -29,6 +30,8 @@ pub struct Answers {
     events: SelectAll<BoxStream<'static, (usize, Event)>>,
     /// The answers to each prompt.
     n: usize,
+    /// Tokens of the prompts that were not read yet.
+    unread: Vec<Option<usize>>,
     choices: Vec<Choice>,
     usage: Usage,
     first_token: Option<Duration>,
@@ -69,6 +72,7 @@ impl Answers {
         }
         let n = requests.first().map_or(1, |request| request.params.n);
         requests.iter().for_each(|request| server.metrics.asked(&request.params));
+        let unread = requests.iter().map(|request| Some(request.prompt.len())).collect();
         // Those that were taken are cancelled if one is not.
         let submit = |request| engine.submit(request);
         let events = requests.into_iter().map(submit).collect::<Result<Vec<_>, _>>()?;
@@ -77,6 +81,7 @@ impl Answers {
             log: log.clone(),
             events: events.into_iter().enumerate().map(|(prompt, events)| stream(prompt, events)).collect(),
             n,
+            unread,
             choices: vec![Choice::default(); choices],
             usage: Usage::default(),
             first_token: None,
@@ -111,7 +116,8 @@ impl Answers {
 
     fn measure(&mut self, choice: usize, event: &Event) {
         let (now, metrics, begin) = (Instant::now(), &self.server.metrics, self.log.begin());
-        let (first, choice) = (choice.is_multiple_of(self.n), &mut self.choices[choice]);
+        let (prompt, first) = (choice / self.n, choice.is_multiple_of(self.n));
+        let choice = &mut self.choices[choice];
         let further = match &event.end {
             Some(end) => end.usage.completion_tokens - choice.tokens,
             None => event.tokens.len(),
@@ -121,6 +127,9 @@ impl Answers {
                 let took = now - begin;
                 self.first_token = Some(took);
                 metrics.first_token(took);
+            }
+            if let Some(tokens) = self.unread[prompt].take() {
+                metrics.read(tokens);
             }
             if let Some(last) = choice.last {
                 metrics.further_tokens(now - last, further);
@@ -137,7 +146,7 @@ impl Answers {
         choice.finish = Some(finish.reason());
         self.usage.add(usage, first);
         let decoding = choice.last.zip(choice.first).map(|(last, first)| last - first);
-        metrics.ended(finish.reason(), usage, first, now - begin, decoding.unwrap_or_default());
+        metrics.ended(finish.reason(), usage.completion_tokens, now - begin, decoding.unwrap_or_default());
     }
 }
 
@@ -163,6 +172,11 @@ fn stream(prompt: usize, events: Events) -> BoxStream<'static, (usize, Event)> {
         Some(((prompt, event), events))
     })
     .boxed()
+}
+
+/// The ids of tokens.
+pub fn ids(tokens: &[Token]) -> Vec<u32> {
+    tokens.iter().map(|token| token.id).collect()
 }
 
 /// What ended an answer, if it was not the model.

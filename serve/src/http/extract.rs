@@ -1,6 +1,6 @@
 //! Bodies of requests: JSON, whose wrong fields are named.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc};
 
 use axum::{
     body::Bytes,
@@ -14,8 +14,6 @@ use super::{Server, error::ApiError, types::unsupported};
 
 /// The most bytes of a body.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
-/// How long a body may take to come.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A request's body.
 pub trait RequestBody: Sized {
@@ -96,7 +94,8 @@ impl<T: RequestBody> FromRequest<Arc<Server>> for Body<T> {
         // Bodies are not read in vain.
         server.llm()?;
         check_content_type(request.headers())?;
-        let bytes = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, &())).await;
+        let bytes =
+            tokio::time::timeout(server.options.body_timeout, Bytes::from_request(request, &())).await;
         let bytes = bytes.map_err(|_| {
             ApiError::of_status(StatusCode::REQUEST_TIMEOUT, "the body did not come in time; send it again")
         })?;

@@ -71,6 +71,8 @@ pub struct ServerOptions {
     pub drain_timeout: Duration,
     /// How long the headers of a request may take, and how long a connection may be idle.
     pub header_timeout: Duration,
+    /// How long the body of a request may take.
+    pub body_timeout: Duration,
     /// How long a client may take nothing of an answer, before it is given up.
     pub write_timeout: Duration,
     /// How long a stream may be silent, before a comment is sent.
@@ -87,6 +89,7 @@ impl ServerOptions {
             max_connections: 4096,
             drain_timeout: Duration::from_secs(30),
             header_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(30),
             keep_alive: Duration::from_secs(15),
         }

@@ -44,32 +44,38 @@ pub async fn chat_completions(
 ) -> Result<Response, ApiError> {
     let model = server.name(sampling.model.as_deref())?;
     let tools = Tools::new(server.llm()?.text(), &chat)?;
-    let answers = submit(&server, &log, &sampling, &chat, &tools)
-        .await
-        .map_err(|error| error.renamed("prompt", "messages").renamed("logprobs", "top_logprobs"))
-        .map_err(|error| match chat.max_completion_tokens {
+    let named = |error: ApiError| {
+        let error = error.renamed("prompt", "messages").renamed("logprobs", "top_logprobs");
+        match chat.max_completion_tokens {
             Some(_) => error.renamed("max_tokens", "max_completion_tokens"),
             None => error,
-        })?;
+        }
+    };
+    let request = request(&server, &sampling, &chat, &tools).await.map_err(named)?;
+    let logprobs = request.params.logprobs.is_some();
+    let prompt = sampling.returns_token_ids().then(|| request.prompt.clone());
+    let answers = Answers::submit(&server, &log, vec![request]).map_err(named)?;
     let text = server.llm()?.text().clone();
-    let reply = Reply::new(log.id(), model, text, chat.logprobs()?.is_some(), &tools, answers.len());
+    let reply = Reply::new(log.id(), model, text, &tools, answers.len())
+        .with_logprobs(logprobs)
+        .with_token_ids(prompt);
     match sampling.streams() {
         true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
         false => reply.whole(answers).await.map(|chat| Json(chat).into_response()),
     }
 }
 
-/// Gives a chat to the engine.
-async fn submit(
+/// What a chat asks of the engine.
+async fn request(
     server: &Arc<Server>,
-    log: &Arc<RequestLog>,
     sampling: &SamplingFields,
     chat: &ChatFields,
     tools: &Tools,
-) -> Result<Answers, ApiError> {
+) -> Result<Request, ApiError> {
     let mut params = sampling.params()?;
     params.max_tokens = chat.max_completion_tokens.or(params.max_tokens);
     params.logprobs = chat.logprobs()?;
+    params.check(server.llm()?.engine().bounds().vocab_size)?;
     let format = sampling.constraint();
     if format.is_some() && tools.may_be_called() {
         let message = "response_format is given with tools that the model may call or not; expected one of \
@@ -90,8 +96,7 @@ async fn submit(
     let prompt = prompt::chat(server, messages, tools.told().to_vec(), options).await?;
     prompt::check_length(&prompt, &params, server.max_model_len(server.llm()?), "messages")?;
     let grammar = prompt::compile(server, constraint, parameter).await?;
-    let request = Request { grammar, shown: tools.shown().to_vec(), ..Request::new(prompt, params) };
-    Answers::submit(server, log, vec![request])
+    Ok(Request { grammar, shown: tools.shown().to_vec(), ..Request::new(prompt, params) })
 }
 
 impl ChatFields {

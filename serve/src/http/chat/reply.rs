@@ -6,7 +6,7 @@ use super::tools::Tools;
 use crate::{
     engine::Event,
     http::{
-        answers::{Answered, Answers, stop_reason},
+        answers::{Answered, Answers, ids, stop_reason},
         error::ApiError,
         logprobs, seconds_since_1970,
         sse::Chunks,
@@ -34,6 +34,10 @@ pub struct Reply {
     model: String,
     text: Arc<Text>,
     logprobs: bool,
+    /// Whether ids of tokens are given.
+    token_ids: bool,
+    /// Those of the prompt, until they were given.
+    prompt: Option<Vec<u32>>,
     /// Whether an answer may call several tools.
     parallel: bool,
     choices: Vec<Choice>,
@@ -108,24 +112,29 @@ impl Choice {
 
 impl Reply {
     /// So many answers, of which nothing was said.
-    pub fn new(
-        id: &str,
-        model: String,
-        text: Arc<Text>,
-        logprobs: bool,
-        tools: &Tools,
-        answers: usize,
-    ) -> Self {
+    pub fn new(id: &str, model: String, text: Arc<Text>, tools: &Tools, answers: usize) -> Self {
         let choice = || Choice { parser: tools.parser(), ..Choice::default() };
         Self {
             id: format!("chatcmpl-{id}"),
             created: seconds_since_1970(),
             model,
             text,
-            logprobs,
+            logprobs: false,
+            token_ids: false,
+            prompt: None,
             parallel: tools.are_parallel(),
             choices: (0..answers).map(|_| choice()).collect(),
         }
+    }
+
+    /// With log-probabilities, if they are wanted.
+    pub fn with_logprobs(self, logprobs: bool) -> Self {
+        Self { logprobs, ..self }
+    }
+
+    /// With ids of tokens, if there are those of the prompt.
+    pub fn with_token_ids(self, prompt: Option<Vec<u32>>) -> Self {
+        Self { token_ids: prompt.is_some(), prompt, ..self }
     }
 
     /// All answers at once.
@@ -145,14 +154,16 @@ impl Reply {
                 logprobs: self.logprobs.then(|| logprobs::of_chat(&self.text, &choice.tokens)),
                 finish_reason: choice.finish_reason(&end.finish),
                 stop_reason: stop_reason(&end.finish),
+                token_ids: self.token_ids.then(|| ids(&choice.tokens)),
             });
         }
         choices.sort_by_key(|choice| choice.index);
-        let Self { id, created, model, .. } = self;
-        Ok(ChatCompletion { id, object: "chat.completion", created, model, choices, usage: answers.usage() })
+        let Self { id, created, model, prompt: prompt_token_ids, .. } = self;
+        let (object, usage) = ("chat.completion", answers.usage());
+        Ok(ChatCompletion { id, object, created, model, choices, usage, prompt_token_ids })
     }
 
-    fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: Option<Usage>) -> ChatCompletionChunk {
+    fn chunk(&mut self, choices: Vec<ChatChunkChoice>, usage: Option<Usage>) -> ChatCompletionChunk {
         ChatCompletionChunk {
             id: self.id.clone(),
             object: "chat.completion.chunk",
@@ -160,6 +171,7 @@ impl Reply {
             model: self.model.clone(),
             choices,
             usage,
+            prompt_token_ids: self.prompt.take(),
         }
     }
 }
@@ -176,9 +188,10 @@ impl Chunks for Reply {
         }
         let first = deltas.len();
         deltas.extend(choice.pieces(&event, self.parallel).into_iter().map(Delta::from));
-        let mut logprobs = (self.logprobs && !event.tokens.is_empty())
-            .then(|| logprobs::of_chat(&self.text, &event.tokens));
-        if logprobs.is_some() && deltas.len() == first {
+        let mut logprobs =
+            (self.logprobs && !event.tokens.is_empty()).then(|| logprobs::of_chat(&self.text, &event.tokens));
+        let mut token_ids = (self.token_ids && !event.tokens.is_empty()).then(|| ids(&event.tokens));
+        if (logprobs.is_some() || token_ids.is_some()) && deltas.len() == first {
             deltas.push(Delta { content: Some(String::new()), ..Delta::default() });
         }
         let mut choices: Vec<_> = deltas
@@ -190,6 +203,7 @@ impl Chunks for Reply {
                 logprobs: if at == first { logprobs.take() } else { None },
                 finish_reason: None,
                 stop_reason: None,
+                token_ids: if at == first { token_ids.take() } else { None },
             })
             .collect();
         if let Some(end) = event.end {
@@ -199,12 +213,13 @@ impl Chunks for Reply {
                 logprobs: None,
                 finish_reason: Some(choice.finish_reason(&end.finish)),
                 stop_reason: stop_reason(&end.finish),
+                token_ids: None,
             });
         }
         choices.into_iter().map(|choice| self.chunk(vec![choice], None)).collect()
     }
 
-    fn usage(&self, usage: Usage) -> ChatCompletionChunk {
+    fn usage(&mut self, usage: Usage) -> ChatCompletionChunk {
         self.chunk(Vec::new(), Some(usage))
     }
 }

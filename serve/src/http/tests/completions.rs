@@ -77,6 +77,33 @@ fn the_prompt_is_echoed() {
 }
 
 #[test]
+fn ids_of_tokens_are_given_where_they_are_asked_for() {
+    let server = TestServer::start();
+    let ids = |text: &str| json!(text.bytes().collect::<Vec<_>>());
+    let body = with(completion("Once", 4), json!({"return_token_ids": true}));
+    let whole = server.complete(&body).ok()["choices"][0].clone();
+    assert_eq!((&whole["prompt_token_ids"], &whole["token_ids"]), (&ids("Once"), &ids(text(&whole))));
+    let chunks = server.stream("/v1/completions", &with(body, json!({"stream": true}))).chunks();
+    let choices: Vec<_> = chunks.iter().map(|chunk| &chunk["choices"][0]).collect();
+    assert_eq!(choices[0]["prompt_token_ids"], ids("Once"));
+    assert!(choices[1..].iter().all(|choice| choice.get("prompt_token_ids").is_none()));
+    let all = |choices: &[&Value]| -> Vec<Value> {
+        choices.iter().filter_map(|choice| choice["token_ids"].as_array().cloned()).flatten().collect()
+    };
+    assert_eq!(json!(all(&choices)), whole["token_ids"]);
+
+    let body = with(chat("x", 4), json!({"return_token_ids": true}));
+    let whole = server.chat(&body).ok();
+    assert_eq!(whole["prompt_token_ids"], ids("user: x\nassistant: "));
+    let chunks = server.stream("/v1/chat/completions", &with(body, json!({"stream": true}))).chunks();
+    assert_eq!(chunks[0]["prompt_token_ids"], whole["prompt_token_ids"]);
+    let choices: Vec<_> = chunks.iter().map(|chunk| &chunk["choices"][0]).collect();
+    assert_eq!(json!(all(&choices)), whole["choices"][0]["token_ids"]);
+    let plain = server.chat(&chat("x", 4)).ok();
+    assert!(plain.get("prompt_token_ids").is_none() && plain["choices"][0].get("token_ids").is_none());
+}
+
+#[test]
 fn log_probabilities_have_offsets() {
     let server = TestServer::start();
     let body = with(completion("Once", 4), json!({"logprobs": 2}));

@@ -58,7 +58,6 @@ fn metrics_have_vllms_names() {
         ("kv_cache_usage_perc", 0.0),
         ("num_preemptions_total", 0.0),
         ("generation_tokens_total", 14.0),
-        ("request_success_total", 2.0),
         ("time_to_first_token_seconds_count", 1.0),
         ("inter_token_latency_seconds_count", 12.0),
         ("e2e_request_latency_seconds_count", 2.0),
@@ -68,9 +67,15 @@ fn metrics_have_vllms_names() {
         assert_eq!(value(name), expected, "{name}");
     }
     assert!(value("prompt_tokens_total") > 10.0);
-    assert_eq!(value("prefix_cache_queries_total"), value("prompt_tokens_total"));
+    // Each of the answers has the prompt, and the second finds it.
+    assert_eq!(value("prefix_cache_queries_total"), 2.0 * value("prompt_tokens_total"));
+    assert!(value("prefix_cache_hits_total") > 10.0);
     assert!(metrics.body.contains("block_size=\"4\",num_gpu_blocks=\"1600\"} 1\n"), "{}", metrics.body);
-    assert!(metrics.body.contains("finished_reason=\"length\""));
+    let ended = |reason: &str, count: usize| {
+        let line = format!("finished_reason=\"{reason}\"}} {count}\n");
+        assert!(metrics.body.contains(&line), "{line} in {}", metrics.body);
+    };
+    [("length", 2), ("stop", 0), ("abort", 0), ("error", 0)].map(|(reason, count)| ended(reason, count));
     assert!(metrics.body.ends_with("# EOF\n"));
 }
 

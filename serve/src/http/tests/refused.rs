@@ -21,6 +21,7 @@ fn wrong_fields_are_named() {
         (json!({"n": 0}), "n"),
         (json!({"n": 129}), "n"),
         (json!({"n": -1}), "n"),
+        (json!({"n": u64::MAX}), "n"),
         (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": 1.5}), "max_tokens"),
         (json!({"max_tokens": u64::MAX}), "max_tokens"),
@@ -61,6 +62,10 @@ fn wrong_fields_are_named() {
         let error = server.chat(&with(chat("x", 4), fields.clone())).error(400);
         assert_eq!(error["param"], param, "{fields}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
+    }
+    for n in [json!(0), json!(129), json!(u64::MAX)] {
+        let body = with(completion(json!(["x", "y"]), 1), json!({"n": n, "echo": true}));
+        assert_eq!(server.complete(&body).error(400)["param"], "n");
     }
     assert_eq!(server.complete(&json!({"model": "test"})).error(400)["param"], "prompt");
     assert_eq!(server.chat(&json!({"model": "test"})).error(400)["param"], "messages");

@@ -38,7 +38,8 @@ fn answers_are_json_of_their_schema() {
         "type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": [1, 2]}}, "required": ["a", "b"],
         "additionalProperties": false,
     });
-    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}});
+    let format =
+        json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}});
     let body = drawn(json!({"response_format": format, "n": 4}));
     let whole = server.chat(&body).ok();
     for choice in whole["choices"].as_array().unwrap() {
@@ -76,7 +77,10 @@ fn tools_are_called_where_they_have_to_be() {
     for (choice, names) in [(json!("required"), &["first", "second"][..]), (named, &["second"])] {
         let body = drawn(json!({"tools": tools(), "tool_choice": choice, "parallel_tool_calls": false}));
         let whole = server.chat(&body).ok()["choices"][0].clone();
-        assert_eq!((&whole["finish_reason"], &whole["message"]["content"]), (&json!("tool_calls"), &Value::Null));
+        assert_eq!(
+            (&whole["finish_reason"], &whole["message"]["content"]),
+            (&json!("tool_calls"), &Value::Null)
+        );
         let calls = whole["message"]["tool_calls"].as_array().unwrap();
         assert_eq!((calls.len(), &calls[0]["type"]), (1, &json!("function")));
         let function = &calls[0]["function"];
@@ -93,7 +97,8 @@ fn tools_are_called_where_they_have_to_be() {
             .collect();
         assert_eq!((&deltas[0]["function"]["name"], &deltas[0]["index"]), (&function["name"], &json!(0)));
         assert!(deltas[0]["id"].is_string() && deltas[1..].iter().all(|delta| delta.get("id").is_none()));
-        let streamed: String = deltas.iter().filter_map(|delta| delta["function"]["arguments"].as_str()).collect();
+        let streamed: String =
+            deltas.iter().filter_map(|delta| delta["function"]["arguments"].as_str()).collect();
         assert_eq!(streamed, function["arguments"].as_str().unwrap());
         assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
         assert!(chunks.iter().all(|chunk| !chunk.to_string().contains("tool_call>")));
@@ -106,14 +111,19 @@ fn tools_that_cannot_be_called_are_refused() {
     for (fields, param) in [
         (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"tools": tools(), "tool_choice": "always"}), "tool_choice"),
-        (json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "third"}}}), "tool_choice"),
+        (
+            json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "third"}}}),
+            "tool_choice",
+        ),
         (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
         (json!({"tools": tools(), "response_format": {"type": "json_object"}}), "response_format"),
     ] {
         assert_eq!(server.chat(&drawn(fields.clone())).error(400)["param"], param, "{fields}");
     }
     // Tools that are not to be called are not told of.
-    let prompt = |fields| server.chat(&drawn(with(json!({"max_tokens": 1}), fields))).ok()["usage"]["prompt_tokens"].clone();
+    let prompt = |fields| {
+        server.chat(&drawn(with(json!({"max_tokens": 1}), fields))).ok()["usage"]["prompt_tokens"].clone()
+    };
     let none = prompt(json!({}));
     assert_eq!(prompt(json!({"tools": tools(), "tool_choice": "none"})), none);
     assert!(prompt(json!({"tools": tools()})).as_u64() > none.as_u64());

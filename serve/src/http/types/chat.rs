@@ -71,6 +71,9 @@ pub struct ChatCompletion {
     pub model: String,
     pub choices: Vec<ChatChoice>,
     pub usage: Usage,
+    /// The ids of the prompt's tokens, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// An answer.
@@ -84,6 +87,9 @@ pub struct ChatChoice {
     pub finish_reason: &'static str,
     #[schema(required)]
     pub stop_reason: Option<StopReason>,
+    /// The ids of its tokens, but for one that ended it, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
 }
 
 /// What ended an answer, if it was not the model.
@@ -154,6 +160,9 @@ pub struct ChatCompletionChunk {
     pub choices: Vec<ChatChunkChoice>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
+    /// The ids of the prompt's tokens, in the first piece, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// A piece of one answer.
@@ -168,6 +177,9 @@ pub struct ChatChunkChoice {
     pub finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<StopReason>,
+    /// The ids of the piece's tokens, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
 }
 
 /// What a piece adds to a message.

@@ -54,6 +54,8 @@ pub struct SamplingFields {
     /// Whether the model's own end tokens do not end an answer.
     pub ignore_eos: Option<bool>,
     pub response_format: Option<ResponseFormat>,
+    /// Whether ids of tokens are given beside texts; false by default.
+    pub return_token_ids: Option<bool>,
 }
 
 /// How a stream ends.
@@ -104,6 +106,11 @@ impl SamplingFields {
     /// Whether a stream ends with its usage.
     pub fn includes_usage(&self) -> bool {
         self.stream_options.and_then(|options| options.include_usage).unwrap_or(false)
+    }
+
+    /// Whether ids of tokens are given.
+    pub fn returns_token_ids(&self) -> bool {
+        self.return_token_ids.unwrap_or(false)
     }
 
     /// The engine's parameters, with OpenAI's defaults.

@@ -42,7 +42,6 @@ fn defaults(name: &str) -> Option<Value> {
         // vLLM's.
         "add_special_tokens"
         | "include_stop_str_in_output"
-        | "return_token_ids"
         | "return_tokens_as_token_ids"
         | "use_beam_search" => json!([false]),
         "allowed_token_ids"
