@@ -56,8 +56,8 @@ def smollm2(serve):
     return serve("smollm2", "--device", "cpu").ready()
 
 
-def client_of(server):
-    return openai.OpenAI(base_url=server.v1, api_key="none", max_retries=0, timeout=60)
+def client_of(server, key="none"):
+    return openai.OpenAI(base_url=server.v1, api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,7 @@ def test_keys(serve_simulated):
     server = serve_simulated("--api-key", "open-sesame").ready()
     with pytest.raises(openai.AuthenticationError):
         client_of(server).models.list()
-    assert openai.OpenAI(base_url=server.v1, api_key="open-sesame").models.list().data
+    assert client_of(server, "open-sesame").models.list().data
 
 
 def test_a_client_that_leaves_gives_its_pages_back(simulated, client, model):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import pathlib
 import sys
+import time
 
 import openai
 import pytest
@@ -14,6 +15,7 @@ ROUTERS = {
     "vllm-router": ["vllm-router", "--policy", "round_robin", "--worker-startup-timeout-secs", "60"],
     "smg": ["smg", "launch", "--policy", "round_robin", "--worker-startup-timeout-secs", "60"],
 }
+KEY = "open-sesame"
 HELLO = [{"role": "user", "content": "Say something."}]
 # What a router says of a replica that is gone: it could not reach one, or none could be reached.
 REFUSED = {429, 500, 502, 503, 504}
@@ -24,7 +26,7 @@ class Router(Program):
         port = free_port()
         command, *options = ROUTERS[name]
         program = pathlib.Path(sys.executable).with_name(command)
-        where = ["--host", "127.0.0.1", "--port", port, "--prometheus-port", free_port()]
+        where = ["--host", "127.0.0.1", "--port", port, "--prometheus-port", free_port(), "--api-key", KEY]
         workers = ["--worker-urls", *[replica.url for replica in replicas]]
         super().__init__([program, *options, *where, *workers], f"http://127.0.0.1:{port}", log)
 
@@ -35,19 +37,31 @@ class Router(Program):
 
 @pytest.fixture(params=ROUTERS)
 def routed(request, serve_simulated, tmp_path):
-    """A router, and its two replicas."""
-    replicas = [serve_simulated() for _ in range(2)]
+    """A router, and its two replicas. All of them want a key."""
+    replicas = [serve_simulated("--api-key", KEY) for _ in range(2)]
     for replica in replicas:
         replica.ready()
     router = Router(request.param, replicas, tmp_path / "router.log")
     try:
         router.wait_for("/health")
-        router.wait_for("/v1/models", until=lambda status, text: status == 200 and '"id"' in text)
+        wait_for_models(client_of(router, KEY))
         yield router, replicas
     finally:
         router.end(5)
         for replica in replicas:
             replica.end()
+
+
+def wait_for_models(client):
+    """Waits until the router knows what its replicas serve."""
+    for _ in range(200):
+        try:
+            if client.models.list().data:
+                return
+        except openai.APIError:
+            pass
+        time.sleep(0.1)
+    raise TimeoutError("the router lists no models")
 
 
 def chat(client, model, **options):
@@ -73,11 +87,12 @@ def outcome(client, model, tokens, stream):
 
 def test_requests_are_divided_and_one_replica_may_die(routed):
     router, replicas = routed
-    client = client_of(router).with_options(timeout=60)
-    model = client_of(replicas[0]).models.list().data[0].id
+    client = client_of(router, KEY)
+    model = client_of(replicas[0], KEY).models.list().data[0].id
+    assert outcome(client_of(router, "wrong"), model, 4, False) == 401
     lengths = [20, 200]
     # Both replicas compute the same.
-    whole = {tokens: outcome(client_of(replicas[0]), model, tokens, False) for tokens in lengths}
+    whole = {tokens: outcome(client_of(replicas[0], KEY), model, tokens, False) for tokens in lengths}
     before = [replica.metric("vllm:prompt_tokens_total") for replica in replicas]
 
     def send(pool, count):
@@ -111,8 +126,8 @@ def test_requests_are_divided_and_one_replica_may_die(routed):
 
 def test_a_client_that_leaves_ends_its_request_behind_a_router(routed):
     router, replicas = routed
-    client = client_of(router)
-    model = client_of(replicas[0]).models.list().data[0].id
+    client = client_of(router, KEY)
+    model = client_of(replicas[0], KEY).models.list().data[0].id
     streams = [chat(client, model, stream=True, max_tokens=4000, extra_body={"ignore_eos": True}) for _ in range(4)]
     for stream in streams:
         for _ in range(3):
