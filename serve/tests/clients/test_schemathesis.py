@@ -14,7 +14,7 @@ def test_the_document_is_true(serve_simulated, tmp_path):
     program = pathlib.Path(sys.executable).with_name("schemathesis")
     checks = (
         "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
-        "unsupported_method,allow_header_conformance"
+        "unsupported_method,allow_header_conformance,negative_data_rejection,ignored_auth"
     )
     ran = subprocess.run(
         [program, "run", server.url + "/openapi.json", "--checks", checks, *OPTIONS],
