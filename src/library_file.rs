@@ -1,4 +1,4 @@
-//! A shared library's file: opening it, and reading what it exports.
+//! A shared library's file: opening it, and reading what it exports and what it calls.
 
 use std::{fs::File, path::Path};
 
@@ -6,7 +6,7 @@ use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
 
 use crate::{
     error::{FlashInferError, Result},
-    loader::Library,
+    loader::{self, Library},
 };
 
 /// Opens a library, with the remedy for what commonly goes wrong.
@@ -19,12 +19,59 @@ pub(crate) fn open_library(path: &Path, flags: i32) -> Result<Library> {
             "this build needs a newer C library than the machine has; use a newer system or a wheel built for an older one"
         } else if reason.contains("cannot open shared object file") {
             "put the folder of the missing library on LD_LIBRARY_PATH"
+        } else if reason.contains(UNDEFINED_SYMBOL) {
+            "obtain the file again, or open the library that defines it beforehand; unset LD_BIND_NOW if it is set"
         } else if reason.contains("failed to map segment") {
             "its file system may be mounted `noexec`; set FLASHINFER_RS_CACHE_DIR to a folder on one that is not"
         } else {
             ""
         };
         FlashInferError::Library { path: path.to_owned(), reason, remedy }
+    })
+}
+
+/// What the dynamic loader says of a symbol that nothing defines.
+const UNDEFINED_SYMBOL: &str = "undefined symbol";
+
+/// Whether a library did not open because nothing defines a symbol of it.
+pub(crate) fn is_undefined_symbol(error: &FlashInferError) -> bool {
+    matches!(error, FlashInferError::Library { reason, .. } if reason.contains(UNDEFINED_SYMBOL))
+}
+
+/// The names of the functions that a library calls and does not define.
+pub(crate) fn undefined_functions(path: &Path) -> Result<Vec<String>> {
+    read(path, |file| {
+        let undefined = file.dynamic_symbols().filter(|symbol| symbol.is_undefined() && !symbol.is_weak());
+        let names = undefined.filter_map(|symbol| symbol.name().ok().map(str::to_owned));
+        Ok(names.filter(|name| !name.is_empty()).collect())
+    })
+}
+
+/// Sees to it that each symbol is defined, in the process or in a library that
+/// this one links against.
+///
+/// # Errors
+/// [`FlashInferError::Library`] names those that are not.
+pub(crate) fn check_defined(path: &Path, symbols: &[String]) -> Result<()> {
+    // SAFETY: the loader opens these itself when it opens the library.
+    let needed = needed_libraries(path)?
+        .into_iter()
+        .filter_map(|name| unsafe { Library::open(Some(name), loader::RTLD_LAZY | loader::RTLD_LOCAL) }.ok());
+    let places: Vec<Library> = loader::process().into_iter().chain(needed).collect();
+    // SAFETY: the symbol's address is not used.
+    let defines = |place: &Library, symbol: &str| unsafe { place.get::<*const ()>(symbol) }.is_ok();
+    let missing: Vec<&str> = symbols
+        .iter()
+        .map(String::as_str)
+        .filter(|symbol| !places.iter().any(|place| defines(place, symbol)))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(FlashInferError::Library {
+        path: path.to_owned(),
+        reason: format!("{UNDEFINED_SYMBOL}: nothing defines {}, which it calls", missing.join(", ")),
+        remedy: "obtain the file again, or open the library that defines it beforehand",
     })
 }
 

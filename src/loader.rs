@@ -30,7 +30,7 @@ pub(crate) fn check_platform(os: &str, arch: &str) -> Result<()> {
 mod linux {
     use std::{ffi::c_int, mem::MaybeUninit, ptr};
 
-    pub(crate) use libc::{RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOLOAD, RTLD_NOW};
+    pub(crate) use libc::{RTLD_GLOBAL, RTLD_LAZY, RTLD_LOCAL, RTLD_NOLOAD, RTLD_NOW};
     pub(crate) use libloading::os::unix::Library;
 
     /// The libraries that are in the process, as one.
@@ -71,6 +71,7 @@ mod other {
     use libloading::{AsSymbolName, Error};
 
     pub(crate) const RTLD_NOW: i32 = 0;
+    pub(crate) const RTLD_LAZY: i32 = 0;
     pub(crate) const RTLD_LOCAL: i32 = 0;
     pub(crate) const RTLD_GLOBAL: i32 = 0;
     pub(crate) const RTLD_NOLOAD: i32 = 0;

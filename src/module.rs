@@ -13,11 +13,14 @@ use std::{
 };
 
 use crate::{
+    artifacts::FlashInferVersion,
     cuda::CudaRuntime,
     cuda_library::LibrarySource,
     error::{FlashInferError, Result},
-    ffi::{Arg, Function, Value, abi::SafeCall, library::TvmFfi},
-    library_file::{exported_functions, open_library},
+    ffi::{Arg, Function, KernelFunction, Signature, Value, abi::SafeCall, library::TvmFfi},
+    library_file::{
+        check_defined, exported_functions, is_undefined_symbol, open_library, undefined_functions,
+    },
     loader::{self, Library},
     stream::Stream,
 };
@@ -55,6 +58,21 @@ impl fmt::Display for ModuleName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// Whether a module names a function that nothing defines and no call reaches.
+/// Since FlashInfer 0.6.14, batch prefill of FlashAttention 2 names kernels for
+/// tiles of 32 queries in every module, and has them where values are 512 wide;
+/// its planner takes such tiles there only (`FA2DetermineCtaTileQ` in `utils.cuh`,
+/// `get_batch_prefill_uri` in `jit/attention/modules.py`).
+fn is_never_called(module: &ModuleName, symbol: &str) -> bool {
+    /// Mangled names, up to the tile, which follows the kernel's name or a flag.
+    const TILES_OF_32: [&str; 3] = [
+        "_ZN10flashinfer38BatchPrefillWithPagedKVCacheDispatchedILb0ELj32E",
+        "_ZN10flashinfer38BatchPrefillWithPagedKVCacheDispatchedILb1ELj32E",
+        "_ZN10flashinfer39BatchPrefillWithRaggedKVCacheDispatchedILj32E",
+    ];
+    module.matches("batch_prefill_with_*") && TILES_OF_32.iter().any(|name| symbol.starts_with(name))
 }
 
 /// What the C symbols of exported functions start with.
@@ -95,22 +113,36 @@ pub struct Module {
     name: ModuleName,
     path: PathBuf,
     source: LibrarySource,
+    version: Option<FlashInferVersion>,
     library: Library,
+    unbound: Vec<String>,
     tvm_ffi: &'static TvmFfi,
     cuda: &'static CudaRuntime,
 }
 
 impl Module {
-    /// Opens a module's file.
+    /// Opens a module's file, with all that it calls. Where nothing defines some
+    /// of that, and no call reaches it, it is left unbound.
     pub(crate) fn load(
         name: ModuleName,
         path: PathBuf,
         source: LibrarySource,
+        version: Option<FlashInferVersion>,
         tvm_ffi: &'static TvmFfi,
         cuda: &'static CudaRuntime,
     ) -> Result<&'static Self> {
-        let library = open_library(&path, loader::RTLD_NOW | loader::RTLD_LOCAL)?;
-        Ok(Box::leak(Box::new(Self { name, path, source, library, tvm_ffi, cuda })))
+        let (library, unbound) = match open_library(&path, loader::RTLD_NOW | loader::RTLD_LOCAL) {
+            Err(error) if is_undefined_symbol(&error) => {
+                // A call of a function that nothing defines ends the process.
+                let (unbound, called): (Vec<_>, Vec<_>) = undefined_functions(&path)?
+                    .into_iter()
+                    .partition(|symbol| is_never_called(&name, symbol));
+                check_defined(&path, &called)?;
+                (open_library(&path, loader::RTLD_LAZY | loader::RTLD_LOCAL)?, unbound)
+            }
+            opened => (opened?, Vec::new()),
+        };
+        Ok(Box::leak(Box::new(Self { name, path, source, version, library, unbound, tvm_ffi, cuda })))
     }
 
     /// The module's name.
@@ -126,6 +158,19 @@ impl Module {
     /// Where the module came from.
     pub fn source(&self) -> &LibrarySource {
         &self.source
+    }
+
+    /// C symbols of functions that the module names, nothing defines, and no call of
+    /// this crate reaches. Most modules have none; FlashAttention 2's batch prefill
+    /// of FlashInfer 0.6.14 and later has some.
+    pub fn unbound(&self) -> &[String] {
+        &self.unbound
+    }
+
+    /// The version of FlashInfer that the module is of, by the wheel that it came
+    /// from; `None` where that does not say, and for a file of your own.
+    pub fn version(&self) -> Option<FlashInferVersion> {
+        self.version
     }
 
     /// The names of the functions that the module exports, sorted, without the
@@ -173,6 +218,37 @@ impl Module {
                 exports: self.exports().unwrap_or_default(),
             }),
         }
+    }
+
+    /// An exported function that is declared with these signatures, and which of
+    /// them it has: what it prints decides, if there are several. One that is
+    /// declared with a single signature refuses other arguments when it is called.
+    ///
+    /// # Errors
+    /// As [`function`](Self::function); [`FlashInferError::Signature`]: it has none
+    /// of them.
+    pub(crate) fn kernel(&self, declared: &'static [Signature]) -> Result<KernelFunction> {
+        let function = self.function(declared[0].function)?;
+        let variant = match declared {
+            [_] => 0,
+            _ => self.variant(declared)?.map_err(|difference| FlashInferError::Signature {
+                module: self.described(),
+                differences: vec![difference],
+            })?,
+        };
+        Ok(KernelFunction::new(function, variant))
+    }
+
+    /// The place of the signature that a function prints among those declared of
+    /// it, or how it differs.
+    pub(crate) fn variant(&self, declared: &[Signature]) -> Result<Result<usize, String>> {
+        let name = declared[0].function;
+        // SAFETY: the module is FlashInfer's, or whoever opened it promised
+        // that its functions of such names refuse this.
+        Ok(match unsafe { self.printed_signature(name) }? {
+            Some(printed) => Signature::find(declared, &printed),
+            None => Err(format!("{name}: it does not say what it takes")),
+        })
     }
 
     /// Calls an exported function, by its name without the prefix

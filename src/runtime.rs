@@ -15,7 +15,9 @@ use std::{
 };
 
 use crate::{
-    artifacts::{ArtifactError, Fetch, Member, ProgressFn, Store, StoreConfig},
+    artifacts::{
+        ArtifactError, CudaArchitecture, Fetch, FlashInferVersion, Member, ProgressFn, Store, StoreConfig,
+    },
     cublas::Cublas,
     cuda::CudaRuntime,
     cuda_library::{self, LibrarySource},
@@ -84,7 +86,10 @@ pub struct FlashInferRuntime {
     cuda_source: LibrarySource,
     tvm_ffi: &'static TvmFfi,
     tvm_ffi_source: LibrarySource,
-    modules: Mutex<HashMap<ModuleName, ModuleSlot>>,
+    /// By the names that a module has in the versions of FlashInfer.
+    wanted: Mutex<HashMap<Vec<ModuleName>, ModuleSlot>>,
+    /// By the name of the one that was found.
+    modules: Mutex<HashMap<ModuleName, &'static Module>>,
     /// Files that the user opened.
     opened: Mutex<HashMap<PathBuf, &'static Module>>,
     /// Locked while it is being loaded, so that it is loaded once.
@@ -151,9 +156,14 @@ impl FlashInferRuntime {
         }
         store_config.offline |= config.offline;
         store_config.progress = config.progress.clone();
+        // Asked when a module is looked for, which is after the CUDA runtime was opened.
+        let opened: Arc<OnceLock<&'static CudaRuntime>> = Arc::default();
+        let asked = Arc::clone(&opened);
+        store_config.gpus = Some(Arc::new(move || asked.get().map_or_else(Vec::new, |cuda| gpus(cuda))));
         let store = Store::open(store_config)?;
         let (cudart, cuda_source) = cuda_library::load(&Member::CudaRuntime, &store, Fetch::Allowed)?;
         let cuda = CudaRuntime::install(cudart, &Member::CudaRuntime.file_name())?;
+        let cuda = *opened.get_or_init(|| cuda);
         let (tvm_ffi, tvm_ffi_source) = match TvmFfi::adopt()? {
             Some(library) => (library, LibrarySource::Process),
             None => {
@@ -169,6 +179,7 @@ impl FlashInferRuntime {
             cuda_source,
             tvm_ffi,
             tvm_ffi_source,
+            wanted: Mutex::default(),
             modules: Mutex::default(),
             opened: Mutex::default(),
             cublas: Mutex::default(),
@@ -274,12 +285,13 @@ impl FlashInferRuntime {
         name: ModuleName,
         path: PathBuf,
         source: LibrarySource,
+        version: Option<FlashInferVersion>,
         fetch: Fetch,
     ) -> Result<&'static Module> {
         let needed = self.open_needed(&path, fetch);
         // The loader also looks where the file itself says, so it has the last
         // word; but where it fails, the list of places tells more.
-        Module::load(name, path, source, self.tvm_ffi, self.cuda)
+        Module::load(name, path, source, version, self.tvm_ffi, self.cuda)
             .map_err(|error| needed.err().unwrap_or(error))
     }
 
@@ -320,7 +332,7 @@ impl FlashInferRuntime {
     /// No local source holds the module, or cuBLAS if it links against that; or
     /// it cannot be opened.
     pub fn module(&self, name: &ModuleName) -> Result<&'static Module> {
-        self.load(name, Fetch::Forbidden)
+        self.load(&|_| Some(name.clone()), Fetch::Forbidden)
     }
 
     /// Loads modules ahead of their use, and downloads the pinned wheel if no
@@ -333,19 +345,23 @@ impl FlashInferRuntime {
     /// # Errors
     /// A module cannot be had or opened; the ones before it stay loaded.
     pub fn preload<'n>(&self, names: impl IntoIterator<Item = &'n ModuleName>) -> Result<()> {
-        names.into_iter().try_for_each(|name| self.fetched(name).map(drop))
+        names.into_iter().try_for_each(|name| self.load(&|_| Some(name.clone()), Fetch::Allowed).map(drop))
     }
 
-    /// The first of these modules, in order of preference, that a local source
+    /// The first of several modules, in order of preference, that a local source
     /// holds; if none does, the first that can be downloaded. Returns its
-    /// place in the list, too.
-    pub(crate) fn first_of(&self, names: &[ModuleName]) -> Result<(usize, &'static Module)> {
-        if let Some(found) = self.first_local(names)? {
+    /// place in the list, too. Each is given as its name by version of
+    /// FlashInfer, `None` where a version has none.
+    pub(crate) fn first_of(
+        &self,
+        wanted: &[impl Fn(FlashInferVersion) -> Option<ModuleName>],
+    ) -> Result<(usize, &'static Module)> {
+        if let Some(found) = self.first_local(wanted)? {
             return Ok(found);
         }
         let mut first_error = None;
-        for (place, name) in names.iter().enumerate() {
-            match self.fetched(name) {
+        for (place, named) in wanted.iter().enumerate() {
+            match self.load(named, Fetch::Allowed) {
                 Ok(module) => return Ok((place, module)),
                 Err(error) if is_missing(&error) => {
                     first_error.get_or_insert(error);
@@ -359,11 +375,14 @@ impl FlashInferRuntime {
         }))
     }
 
-    /// The first of these modules, in order of preference, that a local source
+    /// The first of several modules, in order of preference, that a local source
     /// holds, and its place in the list.
-    pub(crate) fn first_local(&self, names: &[ModuleName]) -> Result<Option<(usize, &'static Module)>> {
-        for (place, name) in names.iter().enumerate() {
-            match self.module(name) {
+    pub(crate) fn first_local(
+        &self,
+        wanted: &[impl Fn(FlashInferVersion) -> Option<ModuleName>],
+    ) -> Result<Option<(usize, &'static Module)>> {
+        for (place, named) in wanted.iter().enumerate() {
+            match self.load(named, Fetch::Forbidden) {
                 Ok(module) => return Ok(Some((place, module))),
                 Err(error) if is_missing(&error) => {}
                 Err(error) => return Err(error),
@@ -372,30 +391,47 @@ impl FlashInferRuntime {
         Ok(None)
     }
 
-    /// A module, for which the pinned wheel is downloaded if no local source
-    /// holds it.
-    pub(crate) fn fetched(&self, name: &ModuleName) -> Result<&'static Module> {
-        self.load(name, Fetch::Allowed)
-    }
-
-    fn load(&self, name: &ModuleName, fetch: Fetch) -> Result<&'static Module> {
+    /// A module out of the first source that holds it, by the name that it has
+    /// in the source's version of FlashInfer.
+    fn load(
+        &self,
+        named: &dyn Fn(FlashInferVersion) -> Option<ModuleName>,
+        fetch: Fetch,
+    ) -> Result<&'static Module> {
+        let names: Vec<_> = FlashInferVersion::CALLED.into_iter().filter_map(named).collect();
         let slot = {
-            let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-            match modules.get(name) {
-                Some(slot) => Arc::clone(slot),
-                None => Arc::clone(modules.entry(name.clone()).or_default()),
-            }
+            let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(wanted.entry(names).or_default())
         };
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = *slot {
             return Ok(module);
         }
-        let located = self.store.locate(&Member::module(name.as_str()), fetch)?;
-        let source = LibrarySource::Store(located.source);
-        let module = self.open_module(name.clone(), located.path, source, fetch)?;
+        let wanted = |version| named(version).map(|name| Member::module(name.as_str()));
+        let located = self.store.locate_of_version(&wanted, fetch)?;
+        let name = ModuleName::new(located.member.module_name().unwrap_or_default());
+        let modules = || self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = modules().get(&name).copied();
+        let module = match loaded {
+            Some(module) => module,
+            None => {
+                let source = LibrarySource::Store(located.source);
+                let module = self.open_module(name.clone(), located.path, source, located.version, fetch)?;
+                *modules().entry(name).or_insert(module)
+            }
+        };
         *slot = Some(module);
         Ok(module)
     }
+}
+
+/// The GPUs of the process. Without a driver there are none.
+fn gpus(cuda: &CudaRuntime) -> Vec<CudaArchitecture> {
+    let count = cuda.device_count().map_or(0, i32::unsigned_abs);
+    let capabilities = (0..count).filter_map(|ordinal| cuda.compute_capability(ordinal).ok());
+    capabilities
+        .map(|(major, minor)| CudaArchitecture::of_gpu(major.unsigned_abs(), minor.unsigned_abs()))
+        .collect()
 }
 
 /// Whether no source holds what was asked for.
@@ -444,7 +480,7 @@ impl Module {
         let source = LibrarySource::File(path.clone());
         // Not locked: initializers run, which may do anything. A thread that
         // opened the file meanwhile has the same library.
-        let module = runtime.open_module(name, path.clone(), source, Fetch::Forbidden)?;
+        let module = runtime.open_module(name, path.clone(), source, None, Fetch::Forbidden)?;
         Ok(opened().entry(path).or_insert(module))
     }
 }

@@ -9,8 +9,11 @@ mod artifacts {
     mod fetch;
     #[cfg(feature = "fetch")]
     mod index;
+    mod providers;
     #[cfg(feature = "fetch")]
     mod proxy;
+    #[cfg(feature = "fetch")]
+    mod release;
     #[cfg(feature = "fetch")]
     mod remote;
     mod store;

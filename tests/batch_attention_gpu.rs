@@ -16,6 +16,7 @@ use common::{
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, Result,
+    artifacts::FlashInferVersion,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchAttentionPlan, Heads, Mask, PlanOptions, Split,
         Workspace,
@@ -55,7 +56,10 @@ fn attention_of<T: Number, K: Number>(gpu: &Gpu, case: &Case) -> Option<BatchAtt
     match BatchAttention::new(&gpu.stream, &spec, case.heads()) {
         Ok(attention) => Some(attention),
         Err(FlashInferError::Artifact(reason)) => {
-            say(&format!("skipped: no source holds {}: {reason}", spec.batch_attention_module().unwrap()));
+            say(&format!(
+                "skipped: no source holds {}: {reason}",
+                spec.batch_attention_module(FlashInferVersion::OLDEST).unwrap()
+            ));
             None
         }
         Err(error) => panic!("{error}"),

@@ -6,7 +6,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use common::{Gpu, Rng, assert_same_bits, refused};
+use common::{Gpu, Rng, assert_same_bits, at_hand, refused};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, Result, activation,
@@ -267,8 +267,9 @@ fn all_kinds_of_plans() {
     let steps = [([9, 7], [2, 5]), ([60, 12], [3, 4]), ([5, 80], [5, 1])];
     for backend in [Backend::Fa2, Backend::Fa3] {
         let spec = AttentionSpec::new(DType::F16, HEAD_DIM).with_backend(backend);
-        let prefill = BatchPrefill::new(stream, &spec, HEADS).unwrap();
-        let mixed = BatchAttention::new(stream, &AttentionSpec::new(DType::F16, HEAD_DIM), HEADS).unwrap();
+        let Some(prefill) = at_hand(&gpu, BatchPrefill::new(stream, &spec, HEADS)) else { return };
+        let mixed = BatchAttention::new(stream, &AttentionSpec::new(DType::F16, HEAD_DIM), HEADS);
+        let Some(mixed) = at_hand(&gpu, mixed) else { return };
         let cascade = MultiLevelCascade::new(stream, &spec, HEADS).unwrap();
         let [mut first, mut second] = [(); 2].map(|()| Workspace::new(stream).unwrap());
         let mut levels = CascadeWorkspace::new(stream, 2).unwrap();
@@ -328,7 +329,7 @@ fn workspaces_are_kept() {
         let x = Tensor::from_slice(stream, &[24, 128], &halves(24 * 128)).unwrap();
         let weights = Tensor::from_slice(stream, &[2, 64, 128], &halves(2 * 64 * 128)).unwrap();
         let spec = AttentionSpec::new(DType::F16, HEAD_DIM);
-        let decode = SingleDecode::new(stream, &spec, HEADS).unwrap();
+        let Some(decode) = at_hand(&gpu, SingleDecode::new(stream, &spec, HEADS)) else { return };
         let mut workspace = Workspace::new(stream).unwrap();
         let q = Tensor::from_slice(stream, &[HEADS.num_qo_heads, HEAD_DIM], &halves(8 * HEAD_DIM)).unwrap();
         let shape = [5000, HEADS.num_kv_heads, HEAD_DIM];

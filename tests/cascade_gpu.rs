@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Mirrored, Number, Rng, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand,
     cache::{Cache, CacheShape, table_among},
     refused,
 };
@@ -287,8 +287,8 @@ fn shared_prefix<T: Number>() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
     let heads = Heads::new(16, 4);
-    let decode =
-        BatchDecode::new(&gpu.stream, &AttentionSpec::new(T::DTYPE, 128), heads).expect("the module");
+    let decode = BatchDecode::new(&gpu.stream, &AttentionSpec::new(T::DTYPE, 128), heads);
+    let Some(decode) = at_hand(&gpu, decode) else { return };
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     for (page_size, prefix_pages, own_lens) in
         [(16, 4, vec![1, 16, 17, 0, 77]), (1, 300, vec![5, 1]), (64, 1, vec![200, 3, 64])]

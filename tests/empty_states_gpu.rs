@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Gpu, Mirrored, Number, Rng,
+    Gpu, Mirrored, Number, Rng, at_hand,
     attention::capture,
     ops::{Batch, Op},
 };
@@ -242,18 +242,21 @@ fn graphs_of_requests_that_lose_their_keys() {
                 }};
             }
             if kind.ends_with("cores") {
-                let decode = BatchDecode::new(&gpu.stream, &spec, HEADS).unwrap();
+                let decode = BatchDecode::new(&gpu.stream, &spec, HEADS);
+                let Some(decode) = at_hand(&gpu, decode) else { continue };
                 take!(decode.plan(
                     &mut workspace,
                     &table,
                     &PlanOptions::default().with_graph(table.host().batch_size())
                 ));
             } else if kind == "mixed" {
-                let mixed = BatchAttention::new(&gpu.stream, &spec, HEADS).unwrap();
+                let mixed = BatchAttention::new(&gpu.stream, &spec, HEADS);
+                let Some(mixed) = at_hand(&gpu, mixed) else { continue };
                 let options = PlanOptions::default().with_graph(4);
                 take!(mixed.plan(&mut workspace, &rows, &table, &options));
             } else {
-                let prefill = BatchPrefill::new(&gpu.stream, &spec, HEADS).unwrap();
+                let prefill = BatchPrefill::new(&gpu.stream, &spec, HEADS);
+                let Some(prefill) = at_hand(&gpu, prefill) else { continue };
                 let options = PlanOptions::default().with_graph(4);
                 take!(prefill.plan_paged(&mut workspace, &rows, &table, &options));
             }

@@ -1,9 +1,12 @@
 //! The TVM-FFI layer against the real `libtvm_ffi.so` and its own testing
 //! library, both out of the pinned wheel. No GPU is needed.
 
+mod artifact_support;
+
 use std::{
     ffi::CString,
     os::unix::process::ExitStatusExt,
+    process::Command,
     ptr::{self, NonNull},
 };
 use test_support::{
@@ -54,6 +57,30 @@ fn function(runtime: &FlashInferRuntime, name: &str) -> Function {
 fn call(function: &Function, args: &[Arg<'_>]) -> flashinfer_rs::Result<Value> {
     // SAFETY: these functions accept any arguments and check their types.
     unsafe { function.call(args) }
+}
+
+/// All tests of this file once more, in a process of its own with a later library.
+#[test]
+fn a_later_library_serves_as_well() {
+    const WITH_LATER: &str = "FLASHINFER_RS_TEST_WITH_LATER";
+    if std::env::var_os(WITH_LATER).is_some() {
+        let runtime = runtime().expect("the later library");
+        assert_eq!(runtime.tvm_ffi_version(), artifact_support::LATER_TVM_FFI);
+        assert!(
+            runtime.tvm_ffi_source().to_string().contains("0.1.15.post2"),
+            "{}",
+            runtime.tvm_ffi_source()
+        );
+        return;
+    }
+    let Some(wheel) = artifact_support::later_tvm_ffi() else { return };
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.env(WITH_LATER, "1").env("FLASHINFER_RS_WHEELS", artifact_support::wheels_after(&wheel));
+    let output = command.output().unwrap();
+    let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+    assert!(output.status.success() && !text.contains("skipped for want"), "{text}");
+    // Else this very library was tested with itself.
+    assert!(runtime().is_none_or(|runtime| runtime.tvm_ffi_version() != artifact_support::LATER_TVM_FFI));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::thread;
 
 use common::{
     Gpu, Mirrored, Number, Rng, assert_same_bits,
-    gdn::{Case, D, Problem, Results, Start, watched},
+    gdn::{Case, D, Problem, Results, Start, is_at_hand, watched},
     refused, say,
 };
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -133,7 +133,7 @@ fn updated_tables() {
 /// sequences and tokens.
 #[test]
 fn graph_replay() {
-    let Some(gpu) = Gpu::start_alone() else { return };
+    let Some(gpu) = Gpu::start_alone().filter(is_at_hand) else { return };
     let rng = &mut Rng::new();
     let case = Case::all_options(&[70, 20, 10], [2, 2, 4]);
     let workspace = GdnWorkspace::new(&gpu.stream).unwrap();
@@ -279,7 +279,7 @@ fn only_compute_capability_9_0() {
 /// What the module itself refuses comes back as its own words.
 #[test]
 fn errors_of_the_module_are_decoded() {
-    let Some(gpu) = Gpu::start() else { return };
+    let Some(gpu) = Gpu::start().filter(is_at_hand) else { return };
     let function =
         gpu.runtime.module(&ModuleName::GDN_PREFILL_SM90).unwrap().function("gdn_prefill").unwrap();
     let qkv = Mirrored::<f16>::poisoned(&gpu, &[1, 1, 256]);

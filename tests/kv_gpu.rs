@@ -4,7 +4,9 @@
 
 mod common;
 
-use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, cache::LAYOUTS, refused};
+use common::{
+    Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand, attention::capture, cache::LAYOUTS, refused,
+};
 use cudarc::driver::result::memcpy_dtoh_sync;
 use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
@@ -288,7 +290,7 @@ fn latent_pages() {
         pair.fork(0, 0);
         assert!(pair.append::<bf16>(rng, 0, &[1, 1, 1]));
         let spec = MlaSpec::new(DType::BF16, 1.0 / 24.0);
-        let mla = BatchMla::new(&gpu.stream, &spec, 16).unwrap();
+        let Some(mla) = at_hand(&gpu, BatchMla::new(&gpu.stream, &spec, 16)) else { return };
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let (tables, batch) = (&pair.tables[0], &pair.host.batches[0]);
         let queries = tables.queries.host();
@@ -416,7 +418,8 @@ fn attention_over_layers() {
         let q = Mirrored::<f16>::random(&gpu, rng, &size);
         for backend in backends {
             let spec = AttentionSpec::new(DType::F16, 128).with_backend(backend);
-            let decode = BatchDecode::new(&gpu.stream, &spec, heads).unwrap();
+            let decode = BatchDecode::new(&gpu.stream, &spec, heads);
+            let Some(decode) = at_hand(&gpu, decode) else { continue };
             let mut workspace = Workspace::new(&gpu.stream).unwrap();
             let plan = decode.plan(&mut workspace, table, &PlanOptions::default()).unwrap();
             for layer in 0..shape.num_layers {

@@ -13,6 +13,7 @@ use common::{
 };
 use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
+    artifacts::FlashInferVersion,
     attention::{AttentionSpec, Backend, Heads, RunOptions, SingleDecode, Workspace},
     cudarc::TensorExtMut,
     kv::KvLayout,
@@ -181,7 +182,7 @@ fn backends() {
         SingleDecode::new(&gpu.stream, &spec, Heads { num_qo_heads, num_kv_heads })
     };
     let decode = new(spec, 32, 8).unwrap();
-    assert_eq!(decode.module().name(), &spec.single_decode_module().unwrap());
+    assert_eq!(decode.module().name(), &spec.single_decode_module(FlashInferVersion::OLDEST).unwrap());
     assert_eq!((decode.spec(), decode.heads().num_kv_heads), (&spec, 8));
     for (spec, num_qo_heads) in [
         (spec.with_backend(Backend::Fa2), 32),

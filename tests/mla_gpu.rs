@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, cache::random_table, refused, say};
+use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand, cache::random_table, refused, say};
 use flashinfer_rs::{
     DType, FlashInferError, ModuleName, PageIndices, PageTable, TensorMut, TensorRef,
     attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
@@ -222,8 +222,7 @@ fn backends<T: Number>(gpu: &Gpu, case: &Case) -> Vec<BatchMla> {
     }
     let spec = MlaSpec::new(T::DTYPE, case.sm_scale);
     let new = |backend| BatchMla::new(&gpu.stream, &spec.with_backend(backend), case.num_heads);
-    let mla = |backend| new(backend).expect("the module");
-    backends.into_iter().map(mla).collect()
+    backends.into_iter().filter_map(|backend| at_hand(gpu, new(backend))).collect()
 }
 
 fn check<T: Number>(gpu: &Gpu, rng: &mut Rng, workspace: &mut Workspace, case: Case) {
@@ -617,7 +616,8 @@ fn backends_are_chosen_and_named() {
     let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
     let expected = if hopper { Backend::Fa3 } else { Backend::Fa2 };
     assert_eq!(auto.backend(), expected);
-    assert_eq!(auto.module().name(), &spec.module(expected).unwrap());
+    let version = auto.module().version().unwrap();
+    assert_eq!(auto.module().name(), &spec.module(version, expected).unwrap());
     if !hopper {
         let named = BatchMla::new(&gpu.stream, &spec.with_backend(Backend::Fa3), 16);
         assert!(matches!(named, Err(FlashInferError::Unsupported { .. })));

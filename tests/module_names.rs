@@ -1,8 +1,9 @@
 //! The names of modules against those that FlashInfer's own build makes, and
 //! the table of families in `docs/modules.md` against the same names.
 //!
-//! `module_names.txt` was written by upstream's generators; its first line
-//! says how.
+//! The lists in `data` were written by upstream's generators; the first line of
+//! each says how. That of 0.6.13 is for all architectures, the others are for
+//! 9.0, and two of them have names of attention only.
 
 mod families;
 
@@ -13,16 +14,63 @@ use families::{Family, families};
 
 use flashinfer_rs::{
     DType, ModuleName,
-    artifacts::{Store, StoreConfig},
+    artifacts::{FlashInferVersion, Store, StoreConfig},
     attention::{AttentionSpec, Backend, MlaSpec},
     signatures,
 };
 
-const LIST: &str = include_str!("data/module_names.txt");
+/// Upstream's names of one version.
+#[derive(Clone, Copy)]
+struct List {
+    version: &'static str,
+    text: &'static str,
+    /// How many there are.
+    names: usize,
+    /// How many of attention a spec names.
+    named: usize,
+    /// How many of attention are left: those that [`is_refused`] tells.
+    refused: usize,
+}
 
-/// The names in the list.
-fn listed() -> impl Iterator<Item = &'static str> {
-    LIST.lines().skip(1)
+const LISTS: [List; 4] = [
+    List {
+        version: "0.6.13",
+        text: include_str!("data/module_names.txt"),
+        names: 955,
+        named: 276,
+        refused: 12,
+    },
+    List {
+        version: "0.6.18.post1",
+        text: include_str!("data/module_names_0.6.18.post1_sm90a.txt"),
+        names: 192,
+        named: 180,
+        refused: 12,
+    },
+    List {
+        version: "0.7.2.post1",
+        text: include_str!("data/module_names_0.7.2.post1_sm90a.txt"),
+        names: 192,
+        named: 180,
+        refused: 12,
+    },
+    List {
+        version: "0.7.4",
+        text: include_str!("data/module_names_0.7.4_sm90a.txt"),
+        names: 682,
+        named: 180,
+        refused: 12 + 24,
+    },
+];
+
+impl List {
+    fn version(&self) -> FlashInferVersion {
+        FlashInferVersion::parse(self.version).unwrap()
+    }
+
+    fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.text.lines().skip(1)
+    }
 }
 
 fn is_attention(name: &str) -> bool {
@@ -53,21 +101,21 @@ fn specs() -> Vec<AttentionSpec> {
 }
 
 /// Every module that a spec names.
-fn names(spec: &AttentionSpec) -> impl Iterator<Item = ModuleName> {
+fn names(spec: &AttentionSpec, version: FlashInferVersion) -> impl Iterator<Item = ModuleName> + use<> {
     let fa2 = [
         spec.decode_module(),
-        spec.single_decode_module(),
-        spec.prefill_module(false),
-        spec.single_prefill_module(false),
-        spec.batch_attention_module(),
+        spec.single_decode_module(version),
+        spec.prefill_module(version, false),
+        spec.single_prefill_module(version, false),
+        spec.batch_attention_module(version),
     ];
-    let fa3 = [spec.prefill_module(true), spec.single_prefill_module(true)];
+    let fa3 = [spec.prefill_module(version, true), spec.single_prefill_module(version, true)];
     fa2.into_iter().chain(fa3).flatten()
 }
 
-fn mla_names() -> impl Iterator<Item = ModuleName> {
-    let modules = [DType::F16, DType::BF16].into_iter().flat_map(|dtype| {
-        [Backend::Fa2, Backend::Fa3].map(|backend| MlaSpec::new(dtype, 1.0).module(backend))
+fn mla_names(version: FlashInferVersion) -> impl Iterator<Item = ModuleName> {
+    let modules = [DType::F16, DType::BF16].into_iter().flat_map(move |dtype| {
+        [Backend::Fa2, Backend::Fa3].map(|backend| MlaSpec::new(dtype, 1.0).module(version, backend))
     });
     modules.map(|module| module.expect("the dimensions of every MLA module"))
 }
@@ -87,39 +135,46 @@ fn is_left_out(spec: &AttentionSpec, name: &str) -> bool {
 
 /// Upstream builds these, and no spec names them: 16-bit keys of another type
 /// than the queries, whose bits the kernels take for those of the queries'
-/// type.
+/// type. Nor, since 0.7.4, 8-bit keys and values with a scale for each token and
+/// head, which other arguments carry.
 fn is_refused(name: &str) -> bool {
     let mixed = ["dtype_q_f16_dtype_kv_bf16", "dtype_q_bf16_dtype_kv_f16"];
     name.starts_with("batch_attention_") && mixed.iter().any(|mixed| name.contains(mixed))
+        || name.ends_with("_token_head_sf_kv_stride_equal")
 }
 
 #[test]
-fn the_list_is_sorted() {
-    let first = LIST.lines().next().unwrap();
-    assert!(first.starts_with("# flashinfer-python 0.6.13, flashinfer/aot.py"), "{first}");
-    let names: Vec<_> = listed().collect();
-    assert!(names.is_sorted_by(|a, b| a < b) && names.len() == 955, "{}", names.len());
+fn the_lists_are_sorted() {
+    for list in LISTS {
+        let first = list.text.lines().next().unwrap();
+        let made_by = format!("# flashinfer-python {}, flashinfer/aot.py", list.version);
+        assert!(first.starts_with(&made_by), "{first}");
+        let names: Vec<_> = list.names().collect();
+        assert!(names.is_sorted_by(|a, b| a < b), "{}", list.version);
+        assert_eq!(names.len(), list.names, "{}", list.version);
+    }
 }
 
 #[test]
 fn specs_name_what_upstream_builds() {
-    let mut named = BTreeSet::new();
-    for spec in specs() {
-        for name in names(&spec) {
-            if !is_left_out(&spec, name.as_str()) {
-                named.insert(name.as_str().to_owned());
+    for list in LISTS {
+        let version = list.version();
+        let mut named = BTreeSet::new();
+        for spec in specs() {
+            for name in names(&spec, version) {
+                if !is_left_out(&spec, name.as_str()) {
+                    named.insert(name.as_str().to_owned());
+                }
             }
         }
+        named.extend(mla_names(version).map(|name| name.as_str().to_owned()));
+        let built: BTreeSet<_> = list.names().filter(|name| is_attention(name)).map(str::to_owned).collect();
+        let unbuilt: Vec<_> = named.difference(&built).collect();
+        assert!(unbuilt.is_empty(), "{version}: upstream builds no {unbuilt:#?}");
+        let unnamed: Vec<_> = built.difference(&named).collect();
+        assert!(unnamed.iter().all(|name| is_refused(name)), "{version}: no spec names one of {unnamed:#?}");
+        assert_eq!((named.len(), unnamed.len()), (list.named, list.refused), "{version}");
     }
-    named.extend(mla_names().map(|name| name.as_str().to_owned()));
-    let built: BTreeSet<_> = listed().filter(|name| is_attention(name)).map(str::to_owned).collect();
-    let unbuilt: Vec<_> = named.difference(&built).collect();
-    assert!(unbuilt.is_empty(), "upstream builds no {unbuilt:#?}");
-    let unnamed: Vec<_> = built.difference(&named).collect();
-    assert!(unnamed.iter().all(|name| is_refused(name)), "no spec names one of {unnamed:#?}");
-    // Three head dimensions, two pairs of types, with and without a cap.
-    assert_eq!(unnamed.len(), 12);
-    assert_eq!(named.len(), 276);
 }
 
 /// Queries of 8 bits need FlashAttention 3, with keys of their type and head
@@ -127,6 +182,7 @@ fn specs_name_what_upstream_builds() {
 /// batches have less.
 #[test]
 fn impossible_combinations_are_refused() {
+    let version = FlashInferVersion::OLDEST;
     for spec in specs() {
         let (q, kv) = (spec.dtype_q, spec.dtype_kv);
         let convertible = q.size() == 2 && (kv == q || kv.size() == 1);
@@ -138,12 +194,12 @@ fn impossible_combinations_are_refused() {
         let sinks_fit = !spec.attention_sink || no_cap;
         for (what, module, possible) in [
             ("decode", spec.decode_module(), plain && square),
-            ("single decode", spec.single_decode_module(), plain && square),
-            ("fa2", spec.prefill_module(false), convertible && sinks_fit),
-            ("fa3", spec.prefill_module(true), fa3 && sinks_fit),
-            ("single fa2", spec.single_prefill_module(false), plain),
-            ("single fa3", spec.single_prefill_module(true), fa3 && !spec.attention_sink),
-            ("mixed", spec.batch_attention_module(), plain && square && spec.window_left.is_none()),
+            ("single decode", spec.single_decode_module(version), plain && square),
+            ("fa2", spec.prefill_module(version, false), convertible && sinks_fit),
+            ("fa3", spec.prefill_module(version, true), fa3 && sinks_fit),
+            ("single fa2", spec.single_prefill_module(version, false), plain),
+            ("single fa3", spec.single_prefill_module(version, true), fa3 && !spec.attention_sink),
+            ("mixed", spec.batch_attention_module(version), plain && square && spec.window_left.is_none()),
         ] {
             assert_eq!(module.is_ok(), possible, "{what}: {spec:?}");
         }
@@ -158,8 +214,11 @@ fn specs_name_the_attention_modules_at_hand() {
     if modules.is_empty() {
         return required::skip(required::MODULES, "no local source holds modules of attention");
     }
-    let named: BTreeSet<_> =
-        specs().iter().flat_map(names).chain(mla_names()).map(|name| name.as_str().to_owned()).collect();
+    let of_version = |version| {
+        let named = specs().into_iter().flat_map(move |spec| names(&spec, version).collect::<Vec<_>>());
+        named.chain(mla_names(version)).map(|name| name.as_str().to_owned()).collect::<Vec<_>>()
+    };
+    let named: BTreeSet<_> = FlashInferVersion::CALLED.into_iter().flat_map(of_version).collect();
     for name in &modules {
         assert!(named.contains(name) || is_refused(name), "no spec names {name}");
     }
@@ -169,16 +228,23 @@ fn specs_name_the_attention_modules_at_hand() {
 #[test]
 fn the_table_of_families_covers_every_module_once() {
     let families = families();
-    for name in listed().map(ModuleName::new) {
-        let fits: Vec<_> = families.iter().filter(|family| family.holds(&name)).collect();
-        assert_eq!(fits.len(), 1, "{name} is in {fits:?}");
-        let declared = signatures().iter().any(|(pattern, _)| name.matches(pattern));
-        assert_eq!(fits[0].is_declared(), declared, "{name} is in {fits:?}");
+    for (at, list) in [LISTS[0], LISTS[3]].iter().enumerate() {
+        for name in list.names().map(ModuleName::new) {
+            let fits: Vec<_> = families.iter().filter(|family| family.holds(&name)).collect();
+            assert_eq!(fits.len(), 1, "{}: {name} is in {fits:?}", list.version);
+            let declared = signatures().iter().any(|(pattern, _)| name.matches(pattern));
+            assert_eq!(fits[0].is_declared(), declared, "{name} is in {fits:?}");
+        }
+        for Family { patterns, counts, .. } in &families {
+            let fits =
+                |pattern: &&str| list.names().filter(|&name| ModuleName::new(name).matches(pattern)).count();
+            let each: Vec<_> = patterns.iter().map(fits).collect();
+            assert_eq!(each.iter().sum::<usize>(), counts[at], "{}: {patterns:?}", list.version);
+        }
     }
-    for Family { patterns, count, .. } in families {
-        let fits = |pattern: &str| listed().filter(|&name| ModuleName::new(name).matches(pattern)).count();
-        let each: Vec<_> = patterns.iter().map(|pattern| fits(pattern)).collect();
-        assert!(!each.contains(&0), "{patterns:?} fit {each:?} modules");
-        assert_eq!(each.iter().sum::<usize>(), count, "{patterns:?}");
+    // No pattern is for nothing.
+    for pattern in families.iter().flat_map(|family| &family.patterns) {
+        let holds = |list: &List| list.names().any(|name| ModuleName::new(name).matches(pattern));
+        assert!(holds(&LISTS[0]) || holds(&LISTS[3]), "{pattern} fits no module");
     }
 }

@@ -253,3 +253,62 @@ fn a_changed_module_is_caught_before_it_is_called() {
     assert!(error.contains("rmsnorm: it does not say what it takes"), "{error}");
     assert_eq!(open(&folder.path().join("unused.so")).unwrap().check().unwrap(), 0);
 }
+
+/// A function that nothing defines is found before the library is opened, so that neither its
+/// initializer nor a call ends the process.
+#[test]
+fn functions_that_nothing_defines_are_named_before_anything_runs() {
+    let code = r#"
+extern int no_such_function(void);
+extern int none_like_that_either(void);
+extern int puts(const char *);
+__attribute__((constructor)) static void start(void) { no_such_function(); }
+int __tvm_ffi_answer(void) { return none_like_that_either() + puts("called"); }
+"#;
+    let Some((_folder, path)) = library("lacking.so", code) else { return };
+    let error = open(&path).unwrap_err();
+    let FlashInferError::Library { reason, remedy, .. } = &error else { panic!("{error}") };
+    assert!(
+        reason.contains("no_such_function, none_like_that_either,") && !reason.contains("puts"),
+        "{error}"
+    );
+    assert!(!remedy.is_empty(), "{error}");
+}
+
+/// As modules of FlashAttention 2 are since 0.6.14: they name kernels for tiles of 32 queries,
+/// which they do not have and never call.
+#[test]
+fn kernels_that_are_never_called_may_be_missing() {
+    let kernel = "_ZN10flashinfer39BatchPrefillWithRaggedKVCacheDispatchedILj32ELj64ELj64E";
+    let other = "_ZN10flashinfer39BatchPrefillWithRaggedKVCacheDispatchedILj16ELj32ELj64E";
+    let code = |called: &str| {
+        format!(
+            "extern int {called}(void);\nint __tvm_ffi_run(void **f, void *a, int n) {{ return n ? {called}() : 0; (void)f; (void)a; }}\n"
+        )
+    };
+    let Some((folder, path)) = library("batch_prefill_with_kv_cache_made.so", &code(kernel)) else { return };
+    let module = open(&path).unwrap();
+    assert_eq!(module.unbound(), [kernel]);
+    <()>::try_from(call(module, "run", args![]).unwrap()).unwrap();
+
+    // Not another tile, and not in other modules.
+    for (name, called) in [("batch_prefill_with_kv_cache_other.so", other), ("norm_made.so", kernel)] {
+        let path = folder.path().join(name);
+        assert!(c_library::compile(&code(called), &path, &[]));
+        let error = open(&path).unwrap_err().to_string();
+        assert!(error.contains(called), "{error}");
+    }
+}
+
+/// A function with several signatures is called with the arguments of the one that the module
+/// says it has; if that is none of them, both are shown.
+#[test]
+fn an_unknown_signature_is_shown_with_those_that_are_known() {
+    let new = "top_k_renorm_probs(0: DLTensor*, 1: DLTensor*, 2: int) -> void";
+    let code = c_library::module_that_says(&[new]);
+    let Some((_folder, path)) = library("sampling.so", &code) else { return };
+    let error = open(&path).unwrap().check().unwrap_err().to_string();
+    for part in [new, "since 0.6.13 `top_k_renorm_probs(", "since 0.7.1 `top_k_renorm_probs("] {
+        assert!(error.contains(part), "no {part} in: {error}");
+    }
+}

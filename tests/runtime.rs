@@ -11,8 +11,8 @@ use test_support::{c_library, required};
 
 use flashinfer_rs::{
     DType, FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig, Stream,
-    artifacts::{ArtifactError, Fetch, Member, Store, StoreConfig},
-    attention::{AttentionSpec, Backend, BatchAttention, BatchDecode, Heads, MlaSpec},
+    artifacts::{ArtifactError, Fetch, FlashInferVersion, Member, Store, StoreConfig},
+    attention::{AttentionSpec, Backend, BatchAttention, BatchDecode, Heads, MlaSpec, SingleDecode},
 };
 
 /// Names the part that a child process is to run.
@@ -256,6 +256,70 @@ fn what_is_required_is_not_skipped() {
     }
 }
 
+/// With the wheels of one version, and with those of both, in whose order the first wins.
+#[test]
+fn the_first_source_of_a_module_decides_its_version() {
+    let test = "the_first_source_of_a_module_decides_its_version";
+    const ORDER: &str = "FLASHINFER_RS_TEST_ORDER";
+    if std::env::var(PART).is_err() {
+        let folders = ["0.6.13", "0.7.4"].map(required::test_wheels);
+        let [Some(old), Some(new)] = folders else { return };
+        for (order, folders) in [
+            ("new", vec![&new]),
+            ("old", vec![&old]),
+            ("new,old", vec![&new, &old]),
+            ("old,new", vec![&old, &new]),
+        ] {
+            let wheels = std::env::join_paths(folders).unwrap();
+            let variables = [("FLASHINFER_RS_WHEELS", Path::new(&wheels)), (ORDER, Path::new(order))];
+            assert_passed(&in_child(test, &variables).expect("a child"));
+        }
+        return;
+    }
+    if runtime().is_none() {
+        return;
+    }
+    let order = std::env::var(ORDER).unwrap();
+    let (old, new) = (FlashInferVersion::new(0, 6, 13), FlashInferVersion::new(0, 7, 4));
+    // SAFETY: the legacy default stream; nothing is enqueued on it.
+    let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
+    let decode = |head_dim| {
+        let spec = AttentionSpec::new(DType::BF16, head_dim).with_backend(Backend::CudaCores);
+        BatchDecode::new(&stream, &spec, Heads::new(8, 8)).map(|decode| decode.module())
+    };
+    let first = if order.starts_with("old") { old } else { new };
+    assert_eq!(decode(128).unwrap().version(), Some(first), "{order}");
+    assert_eq!(FlashInferRuntime::get().unwrap().module(&ModuleName::NORM).unwrap().version(), Some(first));
+    // The wheels of 0.7.4 at hand have no such module.
+    match decode(256) {
+        Ok(module) => assert_eq!((module.version(), order.contains("old")), (Some(old), true), "{order}"),
+        Err(error) => {
+            assert_eq!((error.to_string().contains("none of its"), &*order), (true, "new"), "{error}")
+        }
+    }
+    // Tensor cores have another name in each version.
+    let spec = AttentionSpec::new(DType::BF16, 128).with_backend(Backend::Fa2);
+    let prefill = BatchDecode::new(&stream, &spec, Heads::new(8, 8)).unwrap();
+    assert_eq!(prefill.module().version(), Some(first), "{order}");
+    assert_eq!(prefill.module().name(), &spec.prefill_module(first, false).unwrap());
+    // Attention of one request is gone.
+    let single = SingleDecode::new(&stream, &AttentionSpec::new(DType::BF16, 128), Heads::new(8, 8));
+    match single {
+        Ok(single) => assert_eq!((single.module().version(), order.contains("old")), (Some(old), true)),
+        Err(error) => {
+            assert_eq!(order, "new", "{error}");
+            let text = error.to_string();
+            for part in [
+                "FlashInfer 0.7.4: it has had no attention of one request since 0.6.18",
+                "use BatchDecode or BatchPrefill with a batch of one",
+                "a wheel of FlashInfer 0.6.13",
+            ] {
+                assert!(text.contains(part), "{part} is not in: {text}");
+            }
+        }
+    }
+}
+
 /// What no wheel of FlashInfer can hold is not looked for in one; that of the user may.
 #[test]
 fn head_dimensions_of_no_published_module() {
@@ -300,6 +364,6 @@ fn head_dimensions_of_no_published_module() {
     // Only Mla's own dimensions have kernels at all.
     let mut latent = MlaSpec::new(DType::F16, 1.0);
     latent.head_dim_ckv = 256;
-    let error = latent.module(Backend::Fa2).unwrap_err().to_string();
+    let error = latent.module(FlashInferVersion::OLDEST, Backend::Fa2).unwrap_err().to_string();
     assert!(error.contains("there is 512 and 64"), "{error}");
 }

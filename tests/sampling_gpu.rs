@@ -8,7 +8,7 @@ mod rows;
 use common::{Gpu, Mirrored, Rng, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{
-    Element, Result, TensorRef,
+    Element, ModuleName, Result, TensorRef,
     cudarc::{TensorExt, TensorExtMut},
     indices::{BoundedIndices, BoundedTable},
     reference::{self, Filter},
@@ -404,8 +404,19 @@ fn random_numbers() {
     }
 }
 
+/// A parameter of `top_k` or `min_p` for the first `each` rows of the output, which are of row
+/// 1, and one for as many of row 0. With kernels of 0.7, a number is for a row of probabilities.
+fn by_row<P: Copy>(gpu: &Gpu, [first, second]: [P; 2], each: usize) -> Vec<P> {
+    if common::is_0_7(gpu.runtime.module(&ModuleName::SAMPLING).unwrap()) {
+        return vec![second, first];
+    }
+    let mut numbers = vec![first; each];
+    numbers.resize(2 * each, second);
+    numbers
+}
+
 /// A number for each row: by rows of probabilities for `top_p` and both, by
-/// rows of the output for `top_k` and `min_p`.
+/// rows of the output for `top_k` and `min_p`, see [`by_row`].
 #[test]
 fn parameters_of_each_row() {
     const EACH: usize = 10_000;
@@ -435,16 +446,14 @@ fn parameters_of_each_row() {
         let both = Filter::TopKTopP(Parameter::PerRow(both.view()), top_ps);
         check(both, [Filter::TopP(top_p.into()), Filter::TopK(top_k.into())]);
 
-        let mut top_ks = vec![T::from_i32(top_k as i32); EACH];
-        top_ks.resize(2 * EACH, T::from_i32(2));
+        let top_ks = by_row(gpu, [T::from_i32(top_k as i32), T::from_i32(2)], EACH);
+        let len = top_ks.len();
         let top_ks = gpu.cuda.clone_htod(&top_ks).unwrap();
-        let top_ks = top_ks.tensor(&gpu.cuda, &[2 * EACH]).unwrap();
+        let top_ks = top_ks.tensor(&gpu.cuda, &[len]).unwrap();
         let parts = [Filter::TopK(top_k.into()), Filter::TopK(2.into())];
         check(Filter::TopK(Parameter::PerRow(top_ks.view())), parts);
-        let mut min_ps = vec![min_p as f32; EACH];
-        min_ps.resize(2 * EACH, 0.95);
-        let min_ps = upload(min_ps);
-        let min_ps = min_ps.tensor(&gpu.cuda, &[2 * EACH]).unwrap();
+        let min_ps = upload(by_row(gpu, [min_p as f32, 0.95], EACH));
+        let min_ps = min_ps.tensor(&gpu.cuda, &[len]).unwrap();
         let parts = [Filter::MinP(min_p.into()), Filter::MinP(0.95.into())];
         check(Filter::MinP(Parameter::PerRow(min_ps.view())), parts);
     }

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::{Gpu, Rng, attention::capture, cache::repeating_table, refused, say};
+use common::{Gpu, Rng, attention::capture, cache::repeating_table, is_0_7, refused, say};
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, Result,
     attention::{
@@ -21,6 +21,8 @@ use flashinfer_rs::{
 enum Planner {
     CudaCores,
     Fa2,
+    /// FlashAttention 2 of FlashInfer 0.7.
+    Fa2Later,
     Fa3,
     /// For heads of so many elements.
     Mixed(usize),
@@ -47,6 +49,15 @@ impl Planner {
                 let sums = heads.num_qo_heads * n[0] * n[3] * 4;
                 assert!(n[11] >= n[10] + sums * head_dim, "{n:?}");
                 [n[11] + sums, n[12] + n[0]]
+            }
+            // The offsets to merge by, of all rows; flags for graphs.
+            Self::Fa2Later => {
+                let sums =
+                    heads.num_qo_heads * (n[0] * n[3]).div_ceil(heads.num_qo_heads / heads.num_kv_heads) * 4;
+                assert!(n[14] == 0 || n[11] >= n[10] + sums * head_dim, "{n:?}");
+                let float = if n[14] == 0 { 0 } else { n[11] + sums };
+                let indices = if n[14] == 0 { n[9] + 4 } else { n[7] + 4 * (n[1] + 1) };
+                [float, if n[13] == 0 { indices } else { n[12] + n[0] }]
             }
             // Arrays of one size, which fill up to 12 bytes less than from one to the next.
             Self::Fa3 => [0, n[7] + (n[5] - n[4]) - 12],
@@ -138,7 +149,7 @@ struct Holder {
 
 impl Holder {
     fn new(gpu: &Gpu) -> Self {
-        let spec = AttentionSpec::new(DType::F16, 128).with_backend(Backend::Fa3);
+        let spec = AttentionSpec::new(DType::BF16, 128).with_backend(Backend::Fa3);
         let one = RaggedIndices::from_lens([1]).unwrap();
         let table = PageIndices::from_requests(1, 16, [(&[0][..], 1)]).unwrap();
         Self {
@@ -197,9 +208,10 @@ impl Checks<'_> {
     /// All that a spec serves but mixed batches.
     fn of_attention(&mut self, batch: &Batch, spec: &AttentionSpec, split: Split) {
         let (gpu, heads, head_dim, backend) = (self.gpu, batch.heads, spec.head_dim_vo, spec.backend);
-        let planner = match backend {
+        let planner = |module| match backend {
             Backend::CudaCores => Planner::CudaCores,
             Backend::Fa3 => Planner::Fa3,
+            _ if is_0_7(module) => Planner::Fa2Later,
             _ => Planner::Fa2,
         };
         let more = [(spec.window_left.is_some(), ", window"), (spec.attention_sink, ", sinks")];
@@ -212,31 +224,52 @@ impl Checks<'_> {
         let paged = spec.head_dim_qk == head_dim;
         let decode = paged.then(|| BatchDecode::new(&gpu.stream, spec, heads));
         if let Some(decode) = decode.and_then(|decode| self.made(decode)) {
-            self.check(&family("decode"), graphs, planner, batch, head_dim, &|workspace, graph| {
-                let options = batch.decode_options(graph).with_split(split);
-                Ok(decode.plan(workspace, &batch.table, &options)?.numbers().to_vec())
-            });
+            self.check(
+                &family("decode"),
+                graphs,
+                planner(decode.module()),
+                batch,
+                head_dim,
+                &|workspace, graph| {
+                    let options = batch.decode_options(graph).with_split(split);
+                    Ok(decode.plan(workspace, &batch.table, &options)?.numbers().to_vec())
+                },
+            );
         }
         if backend == Backend::CudaCores {
             return;
         }
         let Some(prefill) = self.made(BatchPrefill::new(&gpu.stream, spec, heads)) else { return };
         if paged {
-            self.check(&family("paged"), graphs, planner, batch, head_dim, &|workspace, graph| {
-                let (queries, options) = (&batch.queries, batch.plan_options(graph).with_split(split));
-                let plan = prefill.plan_paged(workspace, queries, &batch.table, &options);
-                Ok(plan?.numbers().to_vec())
-            });
+            self.check(
+                &family("paged"),
+                graphs,
+                planner(prefill.module()),
+                batch,
+                head_dim,
+                &|workspace, graph| {
+                    let (queries, options) = (&batch.queries, batch.plan_options(graph).with_split(split));
+                    let plan = prefill.plan_paged(workspace, queries, &batch.table, &options);
+                    Ok(plan?.numbers().to_vec())
+                },
+            );
         }
         // A page of ragged keys is one key.
         let page_size = batch.table.host().page_size();
         let mut of_keys = split;
         of_keys.fixed_split_size = split.fixed_split_size.map(|pages| pages * page_size);
-        self.check(&family("ragged"), graphs, planner, batch, head_dim, &|workspace, graph| {
-            let (queries, options) = (&batch.queries, batch.plan_options(graph).with_split(of_keys));
-            let plan = prefill.plan_ragged(workspace, queries, &batch.keys, &options);
-            Ok(plan?.numbers().to_vec())
-        });
+        self.check(
+            &family("ragged"),
+            graphs,
+            planner(prefill.module()),
+            batch,
+            head_dim,
+            &|workspace, graph| {
+                let (queries, options) = (&batch.queries, batch.plan_options(graph).with_split(of_keys));
+                let plan = prefill.plan_ragged(workspace, queries, &batch.keys, &options);
+                Ok(plan?.numbers().to_vec())
+            },
+        );
     }
 
     /// From nothing, a workspace grows to what a plan takes, which is what the

@@ -43,6 +43,7 @@ use std::{
 };
 
 use clap::Parser;
+use flashinfer_rs::ModuleName;
 use measure::{Bench, PlanTimes, Row};
 use serde_json::{Value, json};
 use test_support::counting::Counting;
@@ -104,13 +105,15 @@ fn environment(bench: &Bench) -> Result<Value> {
         Ok(python) => (python.versions.clone(), Value::Null),
         Err(reason) => (Value::Null, reason.clone().into()),
     };
+    let modules = bench.runtime.module(&ModuleName::NORM)?.version();
+    let modules = modules.map_or("unknown".into(), |version| version.to_string());
     Ok(json!({
         "machine": {
             "gpu": bench.cuda.context().name()?, "driver": driver(), "driver_cuda": driver_cuda,
             "cuda_runtime": cuda_runtime, "cpu": cpu(),
         },
         "versions": {
-            "crate": env!("CARGO_PKG_VERSION"), "modules": "FlashInfer 0.6.13",
+            "crate": env!("CARGO_PKG_VERSION"), "modules": format!("FlashInfer {modules}"),
             "tvm_ffi": bench.runtime.tvm_ffi_version(), "python": versions,
         },
         "no_python": no_python,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 use flashinfer_rs::{
     DType, Module, PageIndices, TensorRef,
+    artifacts::FlashInferVersion,
     attention::{Heads, Workspace},
     ffi::{Arg, Object, Packed},
 };
@@ -105,6 +106,9 @@ impl<'a> Attention<'a> {
         ];
         if !self.fa3 {
             held.extend(packed![-1, false, 0]);
+            if module.version().is_some_and(|version| version >= FlashInferVersion::new(0, 7, 4)) {
+                held.extend(packed![0, false]);
+            }
         }
         Ok(Raw { function: module.function("plan")?, held })
     }

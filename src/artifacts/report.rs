@@ -3,7 +3,8 @@
 use super::pins::Pin;
 use super::source::Source;
 use super::store::{NOTHING_EMBEDDED, Store};
-use super::user_wheels::{empty_folder, expand};
+use super::user_wheels::{OTHER_PROVIDER, empty_folder, expand};
+use super::version::{self, FlashInferVersion};
 use super::wheel::Wheel;
 use super::{ArtifactError, Member, Package};
 use std::collections::BTreeSet;
@@ -20,6 +21,10 @@ pub struct SourceReport {
     pub path: Option<PathBuf>,
     /// Whether it can serve at least one member now.
     pub usable: bool,
+    /// The version of FlashInfer whose modules it holds, where it says so.
+    pub version: Option<String>,
+    /// The architectures that its modules were compiled for, where it is a provider's wheel.
+    pub architectures: Vec<String>,
     /// The names of the modules it holds.
     pub modules: Vec<String>,
     /// The file names of the libraries it holds.
@@ -49,7 +54,7 @@ impl Store {
                 }
                 Ok(wheels) => reports.extend(wheels.into_iter().map(|wheel| {
                     let opened = self.check_machine(&wheel).and_then(|()| self.wheel(&wheel, None));
-                    SourceReport::wheel(source(wheel), opened)
+                    self.of_user_wheel(source(wheel), opened)
                 })),
                 Err(e) => {
                     let wheel = source(path.clone());
@@ -58,7 +63,8 @@ impl Store {
             }
         }
         reports.push(self.bundle_report());
-        for package in Package::KERNELS {
+        let providers = self.config.pins.providers().map(|(package, _)| package);
+        for package in providers.chain(Package::KERNELS).collect::<Vec<_>>() {
             let name = format!("pinned wheel of {package}");
             let pin = match self.config.pins.get(package.clone()) {
                 Ok(pin) => pin,
@@ -102,6 +108,25 @@ impl Store {
         names.into_iter().collect()
     }
 
+    /// A wheel that the user named: also why it serves nothing here.
+    fn of_user_wheel(&self, source: Source, wheel: Result<Arc<Wheel>, ArtifactError>) -> SourceReport {
+        let explained = wheel.as_ref().ok().and_then(|wheel| match wheel.version() {
+            Some(version) if !wheel.shim_of().is_empty() => Some(self.explain_shim(version, wheel)),
+            Some(version) if !version.is_called() && !wheel.modules().is_empty() => Some((
+                format!("it is of FlashInfer {version}, and this crate calls {}", version::called()),
+                "use a wheel of one of these".to_owned(),
+            )),
+            _ => self.unfit(wheel.architectures()).map(|unfit| (unfit, OTHER_PROVIDER.to_owned())),
+        });
+        let report = SourceReport::wheel(source, wheel);
+        match explained {
+            Some((problem, remedy)) => {
+                SourceReport { usable: false, problem: Some(problem), remedy: Some(remedy), ..report }
+            }
+            None => report,
+        }
+    }
+
     /// The members of a pinned wheel that are in the cache without it, if any are.
     fn members_report(&self, pin: &Pin, at: &Path) -> Result<Option<SourceReport>, ArtifactError> {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
@@ -132,6 +157,16 @@ impl Store {
             source,
             path: None,
             usable: true,
+            version: shown(self.config.bundle.iter().filter_map(|entry| entry.version)),
+            architectures: self
+                .config
+                .bundle
+                .iter()
+                .flat_map(|entry| entry.architectures)
+                .collect::<BTreeSet<_>>()
+                .into_iter()
+                .map(ToString::to_string)
+                .collect(),
             modules: modules.iter().map(|(_, file)| name(file)).collect(),
             libraries: libraries.iter().map(|(_, file)| (*file).into()).collect(),
             problem: None,
@@ -152,6 +187,8 @@ impl Store {
             source: "download of pinned wheels".into(),
             path: None,
             usable: problem.is_empty(),
+            version: None,
+            architectures: Vec::new(),
             modules: Vec::new(),
             libraries: Vec::new(),
             problem: some(problem),
@@ -160,12 +197,21 @@ impl Store {
     }
 }
 
+/// The versions, each once, in words.
+fn shown(versions: impl Iterator<Item = FlashInferVersion>) -> Option<String> {
+    let versions: BTreeSet<_> = versions.collect();
+    let names: Vec<_> = versions.iter().map(ToString::to_string).collect();
+    (!names.is_empty()).then(|| names.join(" and "))
+}
+
 impl SourceReport {
     fn absent(source: String, path: Option<PathBuf>, problem: String, remedy: String) -> SourceReport {
         SourceReport {
             source,
             path,
             usable: false,
+            version: None,
+            architectures: Vec::new(),
             modules: Vec::new(),
             libraries: Vec::new(),
             problem: Some(problem),
@@ -211,6 +257,8 @@ impl SourceReport {
             source: source.to_string(),
             path: None,
             usable,
+            version: wheel.version().map(|version| version.to_string()),
+            architectures: wheel.architectures().iter().map(ToString::to_string).collect(),
             modules,
             libraries,
             problem: (!usable).then(|| "it holds no module and no library".into()),

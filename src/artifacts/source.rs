@@ -1,5 +1,6 @@
 //! Where a member came from.
 
+use super::{CudaArchitecture, FlashInferVersion, Member};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -55,4 +56,10 @@ pub struct Located {
     pub path: PathBuf,
     /// The source that it came from.
     pub source: Source,
+    /// What it is.
+    pub member: Member,
+    /// The version of FlashInfer that the source is of, where it says so.
+    pub version: Option<FlashInferVersion>,
+    /// What its code was compiled for, where the source is a provider's wheel.
+    pub architectures: Vec<CudaArchitecture>,
 }

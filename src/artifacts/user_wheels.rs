@@ -2,28 +2,47 @@
 
 use super::error::SearchedSource;
 use super::source::{Located, Source};
-use super::store::{Store, lacks};
+use super::store::{Store, Wanted, lacks};
+use super::version::FlashInferVersion;
 use super::wheel::{Wheel, check_machine};
-use super::{ArtifactError, Member};
+use super::{ArtifactError, Member, architecture};
+use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 impl Store {
-    /// The first user wheel that holds a member.
+    /// A member of the first user wheel that holds what is wanted.
     ///
     /// Every wheel must be readable, also one whose turn does not come: a mistyped path is never
     /// passed over.
     pub(super) fn in_user_wheels(
         &self,
-        member: &Member,
+        wanted: Wanted<'_>,
         searched: &mut Vec<SearchedSource>,
     ) -> Result<Option<Located>, ArtifactError> {
         let user = self.user_wheels()?;
-        for (source, wheel) in user.wheels {
-            if let Some(path) = self.extract(&wheel, member)? {
-                return Ok(Some(Located { path, source }));
+        for (source, wheel) in self.ranked(user.wheels) {
+            let members = self.members(wheel.version(), wanted);
+            if let Some(module) = members.iter().find(|member| matches!(member, Member::Module(_)))
+                && let Some(unfit) = self.unfit(wheel.architectures())
+                && wheel.find(module)?.is_some()
+            {
+                searched.push(SearchedSource::new(source, unfit, OTHER_PROVIDER));
+                continue;
             }
-            searched.push(SearchedSource::new(source, lacks(member), ""));
+            for member in &members {
+                if let Some(path) = self.extract(&wheel, member)? {
+                    let (version, architectures) = (wheel.version(), wheel.architectures().to_vec());
+                    return Ok(Some(Located {
+                        path,
+                        source,
+                        member: member.clone(),
+                        version,
+                        architectures,
+                    }));
+                }
+            }
+            searched.push(self.in_vain(source, &wheel, members.first()));
         }
         searched.extend(user.useless);
         if self.user_paths().next().is_none() {
@@ -34,13 +53,76 @@ impl Store {
         Ok(None)
     }
 
+    /// What to say of a wheel that lacks what is wanted of it.
+    fn in_vain(&self, source: Source, wheel: &Wheel, member: Option<&Member>) -> SearchedSource {
+        match (member, wheel.version()) {
+            (Some(Member::Module(_)), Some(version)) if !wheel.shim_of().is_empty() => {
+                let (outcome, remedy) = self.explain_shim(version, wheel);
+                SearchedSource::new(source, outcome, remedy)
+            }
+            (Some(member), _) => SearchedSource::new(source, lacks(member), ""),
+            (None, version) => {
+                let version = version.map_or_else(String::new, |version| format!(" {version}"));
+                SearchedSource::new(source, format!("FlashInfer{version} has no such module"), "")
+            }
+        }
+    }
+
+    /// What a shim is, and which wheel to get instead.
+    pub(super) fn explain_shim(&self, version: FlashInferVersion, wheel: &Wheel) -> (String, String) {
+        let outcome =
+            format!("it is the shim of FlashInfer {version}, which holds no module and requires providers");
+        let fits = wheel.shim_of().iter().filter_map(|code| {
+            Some((architecture::fit(&[*code], self.gpus()).filter(|fits| !fits.is_empty())?, *code))
+        });
+        let remedy = match fits.max() {
+            Some((_, code)) => format!(
+                "name the provider for the GPU here, flashinfer_jit_cache_{code}-{version}; \
+                 `flashinfer-doctor pin {version} {code}` downloads it"
+            ),
+            None => format!(
+                "name the provider for the GPU, one of {}; `flashinfer-doctor pin {version} ARCHITECTURE` \
+                 downloads it",
+                architecture::listed(wheel.shim_of())
+            ),
+        };
+        (outcome, remedy)
+    }
+
+    /// The wheels in order. Providers of one version that are named in one list stand where the first
+    /// of them does, the one that suits the GPUs best before the others.
+    fn ranked(&self, mut wheels: Vec<(Source, Arc<Wheel>)>) -> Vec<(Source, Arc<Wheel>)> {
+        let kind = |(source, wheel): &(Source, Arc<Wheel>)| {
+            let provider = !wheel.architectures().is_empty();
+            provider.then(|| (matches!(source, Source::Env(_)), wheel.version()))
+        };
+        let mut ranked = Vec::with_capacity(wheels.len());
+        while let Some(first) = wheels.first().map(kind) {
+            let same = |named: &(Source, Arc<Wheel>)| first.is_some() && kind(named) == first;
+            let (mut group, others): (Vec<_>, Vec<_>) = match first {
+                Some(_) => wheels.into_iter().partition(same),
+                None => {
+                    let others = wheels.split_off(1);
+                    (wheels, others)
+                }
+            };
+            if group.len() > 1 && !self.gpus().is_empty() {
+                group
+                    .sort_by_key(|(_, wheel)| Reverse(architecture::fit(wheel.architectures(), self.gpus())));
+            }
+            ranked.append(&mut group);
+            wheels = others;
+        }
+        ranked
+    }
+
     /// The paths that were named, and whether the environment did.
     pub(super) fn user_paths(&self) -> impl Iterator<Item = (bool, &PathBuf)> {
         let config = self.config.wheels.iter().map(|path| (false, path));
         config.chain(self.config.env_wheels.iter().map(|path| (true, path)))
     }
 
-    fn user_wheels(&self) -> Result<UserWheels, ArtifactError> {
+    pub(super) fn user_wheels(&self) -> Result<UserWheels, ArtifactError> {
         let mut user = UserWheels::default();
         for (from_env, path) in self.user_paths() {
             let source = if from_env { Source::Env } else { Source::Config };
@@ -74,10 +156,14 @@ impl Store {
     }
 }
 
+/// What to do about a provider for other GPUs.
+pub(super) const OTHER_PROVIDER: &str =
+    "name the provider for the GPUs here, or leave others out by CUDA_VISIBLE_DEVICES";
+
 /// The user's wheels, opened.
 #[derive(Default)]
-struct UserWheels {
-    wheels: Vec<(Source, Arc<Wheel>)>,
+pub(super) struct UserWheels {
+    pub(super) wheels: Vec<(Source, Arc<Wheel>)>,
     /// Folders without wheels, and wheels in folders that are for other machines.
     useless: Vec<SearchedSource>,
 }

@@ -5,17 +5,20 @@
 //! hashed while they flow, and never exceed the size that both lists state. Whatever can be read
 //! and sought in will do, a file or a server that answers ranges.
 
+use super::architecture::CudaArchitecture;
 use super::digest::Digest;
+use super::kernels::{self, Kernels, ModulePath, module_path};
 use super::record::{self, MAX_RECORD, artifact_hash};
 use super::sink::Sink;
+use super::version::FlashInferVersion;
 use super::{ArtifactError, Member};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 
-/// Where modules lie.
-const MODULES: &str = "flashinfer_jit_cache/jit_cache/";
+/// No provider's manifest is larger, nor a shim's metadata.
+const MAX_DESCRIPTION: u64 = 4 << 20;
 
 /// An open wheel: its members and their digests.
 #[derive(Debug)]
@@ -26,6 +29,7 @@ pub struct Wheel {
     /// Name and version of the package, joined by `-`.
     distribution: String,
     members: Vec<WheelMember>,
+    kernels: Kernels,
 }
 
 /// A member of a wheel.
@@ -51,8 +55,10 @@ impl Wheel {
     /// Opens a wheel and validates its list of members.
     ///
     /// # Errors
-    /// [`ArtifactError::BadWheel`] when the file is missing, no zip archive, holds a name twice
-    /// or has no `RECORD`; [`ArtifactError::UnsafeMember`] when a name could leave its folder.
+    /// [`ArtifactError::BadWheel`] when the file is missing, no zip archive, holds a name twice,
+    /// has no `RECORD`, or is a provider of modules whose manifest does not describe it;
+    /// [`ArtifactError::DigestMismatch`] when that manifest is damaged;
+    /// [`ArtifactError::UnsafeMember`] when a name could leave its folder.
     pub fn open(path: &Path) -> Result<Wheel, ArtifactError> {
         Wheel::open_pinned(path, None)
     }
@@ -97,7 +103,9 @@ impl Wheel {
                 members[*at].record = Some((digest, size));
             }
         }
-        Ok((Wheel::new(path, found, distribution, members), record))
+        let mut wheel = Wheel::new(path, found, distribution, members);
+        wheel.kernels = wheel.described(archive)?;
+        Ok((wheel, record))
     }
 
     /// A wheel of which only the RECORD is at hand: its members can be found, and not be read.
@@ -111,12 +119,72 @@ impl Wheel {
         }
         let folders = members.iter().filter_map(|member| member.name.split_once(".dist-info/"));
         let distribution = folders.map(|(name, _)| name.to_owned()).next().unwrap_or_default();
-        Ok(Wheel::new(path, Digest::of(record), distribution, members))
+        let mut wheel = Wheel::new(path, Digest::of(record), distribution, members);
+        // The manifest is not at hand; the provider's name says the same.
+        if let Some(provider) = wheel.provider()? {
+            let architecture =
+                kernels::architecture_of(provider).map_err(|e| ArtifactError::wheel(path, e))?;
+            wheel.kernels.architectures = vec![architecture];
+        }
+        Ok(wheel)
     }
 
     fn new(path: &Path, record_sha256: Digest, distribution: String, members: Vec<WheelMember>) -> Wheel {
         let artifact_hash = artifact_hash(record_sha256);
-        Wheel { path: path.into(), record_sha256, artifact_hash, distribution, members }
+        let kernels = Kernels { version: kernels::version_of(&distribution), ..Kernels::default() };
+        Wheel { path: path.into(), record_sha256, artifact_hash, distribution, members, kernels }
+    }
+
+    /// The provider whose modules the wheel holds, if it is one's.
+    fn provider(&self) -> Result<Option<&str>, ArtifactError> {
+        kernels::provider(self.module_paths()).map_err(|reason| ArtifactError::wheel(&self.path, reason))
+    }
+
+    fn module_paths(&self) -> impl Iterator<Item = ModulePath<'_>> {
+        self.members.iter().filter_map(|member| module_path(&member.name))
+    }
+
+    /// What an open wheel says of its kernels.
+    fn described<R: Read + Seek>(&self, archive: &mut zip::ZipArchive<R>) -> Result<Kernels, ArtifactError> {
+        let version = self.kernels.version;
+        let (mut architectures, mut shim_of) = (Vec::new(), Vec::new());
+        if let Some(provider) = self.provider()? {
+            let bad = |reason: String| ArtifactError::wheel(&self.path, format!("manifest.json: {reason}"));
+            let manifest = self.text(archive, |name| kernels::is_manifest(name, provider))?;
+            let manifest =
+                manifest.ok_or_else(|| bad(format!("there is none of the provider {provider}")))?;
+            let modules: BTreeSet<_> = self.module_paths().map(|module| module.name).collect();
+            let read = kernels::read_manifest(&manifest, provider, &self.distribution, &modules);
+            architectures = read.map_err(bad)?;
+        } else if kernels::is_shim(&self.distribution) && self.module_paths().next().is_none() {
+            let place = format!("{}.dist-info/METADATA", self.distribution);
+            let metadata = self.text(archive, |name| name == place)?.unwrap_or_default();
+            shim_of = kernels::read_requirements(&String::from_utf8_lossy(&metadata));
+        }
+        Ok(Kernels { version, architectures, shim_of })
+    }
+
+    /// The content of a small member, which must have the digest that RECORD promises.
+    fn text<R: Read + Seek>(
+        &self,
+        archive: &mut zip::ZipArchive<R>,
+        is_it: impl Fn(&str) -> bool,
+    ) -> Result<Option<Vec<u8>>, ArtifactError> {
+        let Some(member) = self.members.iter().find(|member| is_it(&member.name)) else { return Ok(None) };
+        let bad = |reason: String| ArtifactError::wheel(&self.path, format!("{}: {reason}", member.name));
+        let recorded = self.recorded(member)?;
+        if member.size > MAX_DESCRIPTION {
+            return Err(bad(format!("it has {} bytes", member.size)));
+        }
+        let mut bytes = Vec::new();
+        let entry = entry(archive, member.index).map_err(bad)?;
+        entry.take(member.size + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
+        let found = Digest::of(&bytes);
+        if found != recorded.sha256 {
+            let file = format!("{} in {}", member.name, self.path.display());
+            return Err(ArtifactError::DigestMismatch { file, expected: recorded.sha256, found });
+        }
+        Ok(Some(bytes))
     }
 
     /// The digest of the wheel's `RECORD`, as a pin may state it.
@@ -139,38 +207,90 @@ impl Wheel {
         &self.distribution
     }
 
+    /// The version of FlashInfer whose modules the wheel holds, if it is one of FlashInfer's wheels
+    /// and has a released version.
+    pub fn version(&self) -> Option<FlashInferVersion> {
+        self.kernels.version
+    }
+
+    /// What the modules were compiled for, where the wheel is a provider; nothing where it is for all
+    /// GPUs.
+    pub fn architectures(&self) -> &[CudaArchitecture] {
+        &self.kernels.architectures
+    }
+
+    /// The architectures of the providers that the wheel requires, where it is a shim, which holds no
+    /// module itself.
+    pub fn shim_of(&self) -> &[CudaArchitecture] {
+        &self.kernels.shim_of
+    }
+
     /// The member, if the wheel holds it.
     ///
     /// # Errors
     /// [`ArtifactError::BadWheel`] when two members fit, when `RECORD` has no digest for it, or
     /// when its two sizes disagree.
     pub fn find(&self, member: &Member) -> Result<Option<Recorded<'_>>, ArtifactError> {
-        let bad = |reason: String| ArtifactError::wheel(&self.path, reason);
         let suffix = member.suffix();
-        let mut fitting = self.members.iter().filter(|m| has_suffix(&m.name, &suffix));
+        let is_it = |name: &str| match member {
+            Member::Module(module) => module_path(name).is_some_and(|path| path.name == module),
+            _ => has_suffix(name, &suffix),
+        };
+        let mut fitting = self.members.iter().filter(|member| is_it(&member.name));
         let Some(found) = fitting.next() else {
             return Ok(None);
         };
         if let Some(second) = fitting.next() {
-            return Err(bad(format!("both {} and {} are {member}", found.name, second.name)));
+            let reason = format!("both {} and {} are {member}", found.name, second.name);
+            return Err(ArtifactError::wheel(&self.path, reason));
         }
+        self.recorded(found).map(Some)
+    }
+
+    /// A member with its digest.
+    fn recorded<'a>(&self, member: &'a WheelMember) -> Result<Recorded<'a>, ArtifactError> {
+        let bad = |reason: String| ArtifactError::wheel(&self.path, reason);
         let (sha256, size) =
-            found.record.ok_or_else(|| bad(format!("RECORD has no SHA-256 of {}", found.name)))?;
-        if let Some(size) = size.filter(|size| *size != found.size) {
+            member.record.ok_or_else(|| bad(format!("RECORD has no SHA-256 of {}", member.name)))?;
+        if let Some(size) = size.filter(|size| *size != member.size) {
             return Err(bad(format!(
                 "{} has {} bytes by the central directory and {size} by RECORD",
-                found.name, found.size
+                member.name, member.size
             )));
         }
-        Ok(Some(Recorded { member: found, sha256, size: found.size }))
+        Ok(Recorded { member, sha256, size: member.size })
     }
 
     /// The names of the modules in the wheel, sorted.
     pub fn modules(&self) -> Vec<String> {
-        let mut names: Vec<_> =
-            self.members.iter().filter_map(|member| module_name(&member.name)).map(str::to_owned).collect();
+        let mut names: Vec<_> = self.module_paths().map(|module| module.name.to_owned()).collect();
         names.sort();
         names
+    }
+
+    /// Reads every member, and compares it with the digest that `RECORD` promises; `step` is told of
+    /// the bytes that are read and of all. Only what cannot be in `RECORD` is left out, itself and
+    /// its signatures.
+    pub(crate) fn verify(&self, step: impl Fn(u64, u64)) -> Result<(), ArtifactError> {
+        let record = format!("{}.dist-info/RECORD", self.distribution);
+        let members = || self.members.iter().filter(|member| !member.name.starts_with(&record));
+        let total = members().map(|member| member.size).sum();
+        let (mut archive, mut done) = (open(&self.path)?, 0);
+        for member in members() {
+            let expected = self.recorded(member)?.sha256;
+            let bad = |e: &dyn std::fmt::Display| {
+                ArtifactError::wheel(&self.path, format!("member {}: {e}", member.name))
+            };
+            let entry = entry(&mut archive, member.index).map_err(|e| bad(&e))?;
+            let read = Digest::of_reader(&mut entry.take(member.size + 1), |_| ()).map_err(|e| bad(&e))?;
+            if read != (expected, member.size) {
+                let file = format!("{} in {}", member.name, self.path.display());
+                return Err(ArtifactError::DigestMismatch { file, expected, found: read.0 });
+            }
+            done += member.size;
+            step(done, total);
+        }
+        Ok(())
     }
 
     /// Streams a member into `sink`.
@@ -193,16 +313,6 @@ impl Wheel {
         }
         sink.fill(&mut entry, |e| bad(&e))
     }
-}
-
-/// The module that a member path holds, if it is one.
-fn module_name(path: &str) -> Option<&str> {
-    let at = path.rfind(MODULES)?;
-    if at > 0 && !path[..at].ends_with('/') {
-        return None;
-    }
-    let (folder, file) = path[at + MODULES.len()..].split_once('/')?;
-    (file.strip_suffix(".so")? == folder).then_some(folder)
 }
 
 fn has_suffix(path: &str, suffix: &str) -> bool {
@@ -301,11 +411,6 @@ pub(crate) fn check_machine(wheel: &Path, arch: &str) -> Result<(), ArtifactErro
     Err(ArtifactError::OtherMachine { wheel: wheel.into(), found, expected })
 }
 
-/// The version in `name-version[-…]`, without its local label (`+…`).
-pub(crate) fn public_version(distribution: &str) -> Option<&str> {
-    distribution.split('-').nth(1)?.split('+').next()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,20 +422,6 @@ mod tests {
         assert!(has_suffix("x.data/purelib/tvm_ffi/lib/libtvm_ffi.so", &suffix));
         assert!(!has_suffix("not_tvm_ffi/lib/libtvm_ffi.so", &suffix));
         assert!(!has_suffix("tvm_ffi/lib/libtvm_ffi.so.bak", &suffix));
-    }
-
-    #[test]
-    fn module_names_come_from_paths() {
-        let path = "w.data/purelib/flashinfer_jit_cache/jit_cache/norm/norm.so";
-        assert_eq!(module_name(path), Some("norm"));
-        for path in [
-            "flashinfer_jit_cache/jit_cache/norm/other.so",
-            "xflashinfer_jit_cache/jit_cache/norm/norm.so",
-            "flashinfer_jit_cache/jit_cache/norm.so",
-            "norm/norm.so",
-        ] {
-            assert_eq!(module_name(path), None, "{path}");
-        }
     }
 
     #[test]

@@ -6,9 +6,9 @@
 //! `libtvm_ffi` itself ([`library`]), arguments packed on the stack
 //! ([`Arg`], [`DlTensor`]), owned references to its objects ([`Object`]), and
 //! the call with its stream and its errors ([`Function`]). A function's
-//! argument list is declared once, by the `kernels!` macro,
-//! which both packs the arguments and can be compared with what a library
-//! says of itself ([`Signature`]). Functions that this crate does not declare are
+//! argument lists, one for each version that has another, are declared by the
+//! `kernels!` macro, which packs the arguments of the one that a library
+//! says it has ([`Signature`]). Functions that this crate does not declare are
 //! called by name, with arguments from [`args!`](crate::args), through
 //! [`Module`](crate::Module).
 //!
@@ -19,6 +19,7 @@ pub mod abi;
 mod allocator;
 mod args;
 mod call;
+mod kernel;
 pub mod library;
 mod object;
 mod signature;
@@ -26,6 +27,7 @@ mod signature;
 pub(crate) use allocator::register as register_allocator;
 pub use args::{Arg, DlTensor, Packed, TensorObject};
 pub use call::Function;
+pub use kernel::{Kernel, KernelFunction};
+pub(crate) use kernel::{kernels, kind};
 pub use object::{Object, Value};
-pub use signature::{ArgKind, Kernel, Signature};
-pub(crate) use signature::{kernels, kind};
+pub use signature::{ArgKind, Signature};

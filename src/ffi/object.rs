@@ -153,23 +153,42 @@ impl Object {
 
     /// The elements, when this is an Array or a List of integers.
     pub fn to_ints(&self) -> Option<Vec<i64>> {
+        self.items()?
+            .iter()
+            // SAFETY: all 8 bytes of a payload are initialized.
+            .map(|item| (item.type_index == type_index::INT).then_some(unsafe { item.payload.int64 }))
+            .collect()
+    }
+
+    /// Object and integer, when this is an Array or a List of these two: TVM-FFI's
+    /// tuples are arrays.
+    pub(crate) fn to_object_and_int(&self) -> Option<(Self, i64)> {
+        let [object, int] = self.items()? else { return None };
+        if object.type_index < type_index::OBJECT_BEGIN || int.type_index != type_index::INT {
+            return None;
+        }
+        // SAFETY: the payload is what the tag says; the array keeps its own
+        // reference to the object, and the clone is another.
+        unsafe {
+            let borrowed = ManuallyDrop::new(Self(NonNull::new(object.payload.object)?));
+            Some(((*borrowed).clone(), int.payload.int64))
+        }
+    }
+
+    /// The elements, when this is an Array or a List.
+    fn items(&self) -> Option<&[Any]> {
         if !matches!(self.type_index(), type_index::ARRAY | type_index::LIST) {
             return None;
         }
         // SAFETY: an Array or List object's header is followed by a SeqCell,
         // whose `data` holds `size` values.
-        let items = unsafe {
+        Some(unsafe {
             let cell = &*self.cell::<SeqCell>();
             match usize::try_from(cell.size) {
                 Ok(size) if size > 0 => std::slice::from_raw_parts(cell.data, size),
                 _ => &[],
             }
-        };
-        items
-            .iter()
-            // SAFETY: all 8 bytes of a payload are initialized.
-            .map(|item| (item.type_index == type_index::INT).then_some(unsafe { item.payload.int64 }))
-            .collect()
+        })
     }
 
     /// The text, when this is a string object.
@@ -424,6 +443,13 @@ mod tests {
         // SAFETY: numbers only.
         let numbers = unsafe { Object::array([1i64, -2].map(Arg::from)) };
         assert_eq!(numbers.to_ints().unwrap(), [1, -2]);
+        // SAFETY: numbers and objects only.
+        let tuple = unsafe { Object::array([Arg::from(&numbers), 48i64.into()]) };
+        let (first, second) = tuple.to_object_and_int().unwrap();
+        assert_eq!((first.to_ints().unwrap(), second, tuple.to_ints()), (vec![1, -2], 48, None));
+        assert!(numbers.to_object_and_int().is_none() && text.to_object_and_int().is_none());
+        drop(tuple);
+        assert_eq!((first.strong_count(), numbers.strong_count()), (2, 2));
         // SAFETY: as above.
         assert_eq!(unsafe { Object::array([]) }.to_ints().unwrap(), Vec::<i64>::new());
     }

@@ -1,15 +1,10 @@
-//! What a function takes, declared once.
+//! What a function takes and returns, in words that can be compared.
 //!
-//! [`kernels!`] turns a declaration into a struct with one field per argument,
-//! which is how the crate's own code calls the function, and into a
-//! [`Signature`]. A module called with no arguments answers with its own
-//! signature, so the two can be compared on any machine, before a changed
-//! wheel meets a GPU.
+//! A module called with a wrong number of arguments answers with its own
+//! signature. Held against those that the crate declares, it tells on any
+//! machine, without a GPU, which of them it is, or that it is another.
 
 use std::fmt;
-
-use super::{Arg, DlTensor, Function, Object, Value};
-use crate::{error::Result, stream::Stream};
 
 /// The kind of one argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +49,14 @@ impl ArgKind {
     }
 }
 
-/// A function's name, the names and kinds of its arguments, and whether it
-/// returns anything.
+/// A function's name, the names and kinds of its arguments, and what it
+/// returns: all of it as one version of the library has it, and those after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signature {
     /// The function, without the prefix `__tvm_ffi_`.
     pub function: &'static str,
+    /// The first version known to have it so, as in `0.6.13`.
+    pub since: &'static str,
     /// Names and kinds, in order.
     pub args: &'static [(&'static str, ArgKind)],
     /// The result as TVM-FFI prints it: `void`, `Array<int>`, `bool`, ….
@@ -110,6 +107,23 @@ impl Signature {
         }
         Err(format!("{}: the module returns `{}`, declared is `{}`", self.function, theirs.2, ours.2))
     }
+
+    /// Which of the declared signatures of one function a module printed.
+    ///
+    /// # Errors
+    /// None of them: the first difference from the only one, or what was printed
+    /// and what is declared.
+    pub fn find(declared: &[Self], printed: &str) -> Result<usize, String> {
+        if let [only] = declared {
+            return only.compare(printed).map(|()| 0);
+        }
+        if let Some(place) = declared.iter().position(|signature| signature.compare(printed).is_ok()) {
+            return Ok(place);
+        }
+        let known: Vec<_> =
+            declared.iter().map(|signature| format!("since {} `{signature}`", signature.since)).collect();
+        Err(format!("the module has `{printed}`; declared are {}", known.join(", ")))
+    }
 }
 
 /// Prints as TVM-FFI does.
@@ -124,95 +138,13 @@ impl fmt::Display for Signature {
     }
 }
 
-/// The Rust side of each [`ArgKind`].
-pub(crate) mod kind {
-    use super::*;
-
-    /// How an argument of one kind is held and packed.
-    pub(crate) trait Kind {
-        const KIND: ArgKind;
-        type Value<'a>;
-        fn pack<'a>(value: &'a Self::Value<'_>) -> Arg<'a>;
-    }
-
-    macro_rules! kinds {
-        ($($name:ident: $value:ty, |$arg:ident| $pack:expr;)*) => {$(
-            pub(crate) enum $name {}
-            impl Kind for $name {
-                const KIND: ArgKind = ArgKind::$name;
-                type Value<'a> = $value;
-                fn pack<'a>($arg: &'a Self::Value<'_>) -> Arg<'a> { $pack }
-            }
-        )*};
-    }
-    kinds! {
-        Tensor: DlTensor<'a>, |value| value.into();
-        OptTensor: Option<DlTensor<'a>>, |value| value.as_ref().into();
-        TensorObject: crate::ffi::TensorObject<'a>, |value| value.into();
-        OptTensorObject: Option<crate::ffi::TensorObject<'a>>, |value| value.as_ref().into();
-        Int: i64, |value| (*value).into();
-        Bool: bool, |value| (*value).into();
-        Float: f64, |value| (*value).into();
-        Str: &'static std::ffi::CStr, |value| (*value).into();
-        IntArray: &'a Object, |value| (*value).into();
-    }
-}
-
-/// A declared function together with one call's arguments.
-pub trait Kernel {
-    /// What the function takes and returns.
-    const SIGNATURE: Signature;
-
-    /// Packs the arguments on the stack and calls the function.
-    ///
-    /// # Errors
-    /// What the function raised.
-    ///
-    /// # Safety
-    /// `function` must have this signature, and the arguments must be what it
-    /// assumes; see [`Function::call`].
-    unsafe fn call(&self, function: &Function, stream: &Stream) -> Result<Value>;
-}
-
-/// Declares functions of modules: a struct with a field for each argument, in
-/// order, which implements [`Kernel`].
-macro_rules! kernels {
-    ($($(#[$doc:meta])* $vis:vis struct $name:ident = $function:literal (
-        $($arg:ident: $kind:ident),* $(,)?
-    ) -> $result:literal;)*) => {$(
-        $(#[$doc])*
-        $vis struct $name<'a> {
-            $(pub(crate) $arg: <$crate::ffi::kind::$kind as $crate::ffi::kind::Kind>::Value<'a>,)*
-        }
-
-        impl $crate::ffi::Kernel for $name<'_> {
-            const SIGNATURE: $crate::ffi::Signature = $crate::ffi::Signature {
-                function: $function,
-                args: &[$((stringify!($arg), <$crate::ffi::kind::$kind as $crate::ffi::kind::Kind>::KIND)),*],
-                result: $result,
-            };
-
-            unsafe fn call(
-                &self,
-                function: &$crate::ffi::Function,
-                stream: &$crate::stream::Stream,
-            ) -> $crate::error::Result<$crate::ffi::Value> {
-                use $crate::ffi::kind::Kind;
-                let args = [$(<$crate::ffi::kind::$kind as Kind>::pack(&self.$arg)),*];
-                // SAFETY: promised by the caller.
-                unsafe { function.call_on(stream, &args) }
-            }
-        }
-    )*};
-}
-pub(crate) use kernels;
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const ADD: Signature = Signature {
         function: "add",
+        since: "1.0",
         args: &[("out", ArgKind::Tensor), ("scale", ArgKind::Float), ("plan", ArgKind::IntArray)],
         result: "void",
     };
@@ -235,8 +167,23 @@ mod tests {
         differs("sub(0: DLTensor*, 1: float, 2: Array<int>) -> void", "name is sub");
         differs("add(0: DLTensor*, 1: float, 2: Array<int>) -> bool", "returns `bool`");
         differs("nonsense", "is not a signature");
-        let nothing = Signature { function: "ask", args: &[], result: "bool" };
+        let nothing = Signature { function: "ask", since: "1.0", args: &[], result: "bool" };
         assert_eq!(nothing.compare("ask() -> bool"), Ok(()));
         assert!(nothing.compare("ask(0: int) -> bool").unwrap_err().contains("takes 1 arguments"));
+    }
+    #[test]
+    fn of_several_signatures_the_printed_one_is_found() {
+        let later = Signature { since: "1.2", args: &[("out", ArgKind::Tensor)], ..ADD };
+        let declared = [ADD, later];
+        assert_eq!(Signature::find(&declared, &ADD.to_string()), Ok(0));
+        assert_eq!(Signature::find(&declared, "add(0: DLTensor*) -> void"), Ok(1));
+        let unknown = "add(0: DLTensor*, 1: int) -> void";
+        let message = Signature::find(&declared, unknown).unwrap_err();
+        for part in [unknown, &ADD.to_string(), "since 1.2 `add(0: DLTensor*) -> void`"] {
+            assert!(message.contains(part), "no {part} in: {message}");
+        }
+        // Of one alone, the difference is named.
+        let message = Signature::find(&[ADD], unknown).unwrap_err();
+        assert!(message.contains("takes 2 arguments, declared are 3"), "{message}");
     }
 }

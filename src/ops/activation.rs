@@ -43,8 +43,8 @@ kernels! {
     struct ActAndMul = "silu_and_mul"(out: Tensor, input: Tensor, enable_pdl: Bool) -> "void";
 }
 
-const GELU: Signature = Signature { function: "gelu_and_mul", ..ActAndMul::SIGNATURE };
-const GELU_TANH: Signature = Signature { function: "gelu_tanh_and_mul", ..ActAndMul::SIGNATURE };
+const GELU: &[Signature] = &[Signature { function: "gelu_and_mul", ..ActAndMul::SIGNATURES[0] }];
+const GELU_TANH: &[Signature] = &[Signature { function: "gelu_tanh_and_mul", ..ActAndMul::SIGNATURES[0] }];
 
 impl ModuleName {
     /// `silu(a) · b`.
@@ -55,12 +55,12 @@ impl ModuleName {
     pub const GELU_TANH_AND_MUL: Self = Self::fixed("gelu_tanh_and_mul");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] =
-    &[("silu_and_mul", ActAndMul::SIGNATURE), ("gelu_and_mul", GELU), ("gelu_tanh_and_mul", GELU_TANH)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("silu_and_mul", ActAndMul::SIGNATURES), ("gelu_and_mul", GELU), ("gelu_tanh_and_mul", GELU_TANH)];
 
-static SILU_AND_MUL: FixedFunction = FixedFunction::of(ModuleName::SILU_AND_MUL, &ActAndMul::SIGNATURE);
-static GELU_AND_MUL: FixedFunction = FixedFunction::of(ModuleName::GELU_AND_MUL, &GELU);
-static GELU_TANH_AND_MUL: FixedFunction = FixedFunction::of(ModuleName::GELU_TANH_AND_MUL, &GELU_TANH);
+static SILU_AND_MUL: FixedFunction = FixedFunction::of(ModuleName::SILU_AND_MUL, ActAndMul::SIGNATURES);
+static GELU_AND_MUL: FixedFunction = FixedFunction::of(ModuleName::GELU_AND_MUL, GELU);
+static GELU_TANH_AND_MUL: FixedFunction = FixedFunction::of(ModuleName::GELU_TANH_AND_MUL, GELU_TANH);
 
 /// Options of the activations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,8 +3,9 @@
 use std::sync::OnceLock;
 
 use crate::{
+    artifacts::FlashInferVersion,
     error::Result,
-    ffi::{Function, Signature},
+    ffi::{KernelFunction, Signature},
     module::ModuleName,
     runtime::FlashInferRuntime,
 };
@@ -12,25 +13,30 @@ use crate::{
 /// A function of a module with a fixed name, resolved at its first call.
 pub(crate) struct FixedFunction {
     module: ModuleName,
-    name: &'static str,
-    resolved: OnceLock<Function>,
+    declared: &'static [Signature],
+    resolved: OnceLock<KernelFunction>,
 }
 
 impl FixedFunction {
-    pub(crate) const fn of(module: ModuleName, signature: &Signature) -> Self {
-        Self { module, name: signature.function, resolved: OnceLock::new() }
+    pub(crate) const fn of(module: ModuleName, declared: &'static [Signature]) -> Self {
+        Self { module, declared, resolved: OnceLock::new() }
     }
 
     /// The function's name, which is also that of the operation.
     pub(crate) fn name(&self) -> &'static str {
-        self.name
+        self.declared[0].function
     }
 
-    pub(crate) fn get(&self, runtime: &FlashInferRuntime) -> Result<&Function> {
+    /// The version of FlashInfer that the module is of, if its source says so.
+    pub(crate) fn version(&self, runtime: &FlashInferRuntime) -> Result<Option<FlashInferVersion>> {
+        Ok(runtime.module(&self.module)?.version())
+    }
+
+    pub(crate) fn get(&self, runtime: &FlashInferRuntime) -> Result<&KernelFunction> {
         if let Some(function) = self.resolved.get() {
             return Ok(function);
         }
-        let function = runtime.module(&self.module)?.function(self.name)?;
+        let function = runtime.module(&self.module)?.kernel(self.declared)?;
         Ok(self.resolved.get_or_init(|| function))
     }
 }

@@ -35,8 +35,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::{FixedFunction, check::Check};
+use super::{FixedFunction, check::Check, gone::Gone};
 use crate::{
+    artifacts::FlashInferVersion,
     cuda::{DeviceAttribute, DeviceBuffer},
     dtype::DType,
     error::{FlashInferError, Result},
@@ -61,9 +62,16 @@ impl ModuleName {
     pub const GDN_PREFILL_SM90: Self = Self::fixed("gdn_prefill_sm90");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] = &[("gdn_prefill_sm90", GdnPrefill::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] = &[("gdn_prefill_sm90", GdnPrefill::SIGNATURES)];
 
-static GDN_PREFILL: FixedFunction = FixedFunction::of(ModuleName::GDN_PREFILL_SM90, &GdnPrefill::SIGNATURE);
+const GONE: Gone = Gone {
+    what: "gated delta networks",
+    since: FlashInferVersion::new(0, 6, 14),
+    instead: "name a wheel of FlashInfer 0.6.13, beside those of later versions; on the CPU, there is \
+              reference::gdn_prefill",
+};
+
+static GDN_PREFILL: FixedFunction = FixedFunction::of(ModuleName::GDN_PREFILL_SM90, GdnPrefill::SIGNATURES);
 
 const OP: &str = "gdn_prefill";
 /// Element types of queries, keys, values and output.
@@ -293,7 +301,7 @@ pub fn gdn_prefill(
         checkpoint_every_n_tokens: 0,
     };
     let runtime = FlashInferRuntime::get()?;
-    let function = GDN_PREFILL.get(runtime)?;
+    let function = GDN_PREFILL.get(runtime).map_err(|error| GONE.explain(runtime, error))?;
     // The launcher asks the current device for its properties and launches there.
     let _device = runtime.cuda().on_device_of(stream)?;
     let _launch = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);

@@ -8,6 +8,7 @@ pub(crate) mod check;
 mod function;
 pub mod gdn;
 pub mod gemm;
+mod gone;
 pub mod norm;
 pub mod page;
 pub mod quantization;
@@ -33,12 +34,12 @@ impl ModuleName {
     ];
 }
 
-/// The argument list of every function that this crate calls, with a pattern
-/// of the modules that export it; see [`ModuleName::matches`](crate::ModuleName::matches).
+/// Every function that this crate calls: a pattern of the modules that export it,
+/// see [`ModuleName::matches`](crate::ModuleName::matches), and the signatures that
+/// versions of it have, oldest first.
 ///
-/// [`Signature::compare`] holds a declaration against what a module prints of
-/// itself.
-pub fn signatures() -> Vec<(&'static str, Signature)> {
+/// [`Signature::find`] holds them against what a module prints of itself.
+pub fn signatures() -> Vec<(&'static str, &'static [Signature])> {
     [
         activation::SIGNATURES,
         &attention::signatures(),

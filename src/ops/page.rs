@@ -34,11 +34,11 @@ impl ModuleName {
     pub const PAGE: Self = Self::fixed("page");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] =
-    &[("page", AppendPagedKvCache::SIGNATURE), ("page", AppendPagedMlaKvCache::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("page", AppendPagedKvCache::SIGNATURES), ("page", AppendPagedMlaKvCache::SIGNATURES)];
 
-static APPEND: FixedFunction = FixedFunction::of(ModuleName::PAGE, &AppendPagedKvCache::SIGNATURE);
-static APPEND_MLA: FixedFunction = FixedFunction::of(ModuleName::PAGE, &AppendPagedMlaKvCache::SIGNATURE);
+static APPEND: FixedFunction = FixedFunction::of(ModuleName::PAGE, AppendPagedKvCache::SIGNATURES);
+static APPEND_MLA: FixedFunction = FixedFunction::of(ModuleName::PAGE, AppendPagedMlaKvCache::SIGNATURES);
 
 /// Element types of a cache.
 const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::E4M3, DType::E5M2];

@@ -58,12 +58,12 @@ impl ModuleName {
     pub const QUANTIZATION: Self = Self::fixed("quantization");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] =
-    &[("quantization", Packbits::SIGNATURE), ("quantization", SegmentPackbits::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("quantization", Packbits::SIGNATURES), ("quantization", SegmentPackbits::SIGNATURES)];
 
-static PACKBITS: FixedFunction = FixedFunction::of(ModuleName::QUANTIZATION, &Packbits::SIGNATURE);
+static PACKBITS: FixedFunction = FixedFunction::of(ModuleName::QUANTIZATION, Packbits::SIGNATURES);
 static SEGMENT_PACKBITS: FixedFunction =
-    FixedFunction::of(ModuleName::QUANTIZATION, &SegmentPackbits::SIGNATURE);
+    FixedFunction::of(ModuleName::QUANTIZATION, SegmentPackbits::SIGNATURES);
 
 /// Element types of what is packed.
 const DTYPES: [DType; 2] = [DType::U8, DType::Bool];

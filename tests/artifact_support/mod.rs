@@ -1,7 +1,7 @@
 //! Small wheels, pins and HTTP servers for the tests of the artifacts layer.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-use flashinfer_rs::artifacts::{CudaKey, Digest, Pins, Store, StoreConfig};
+use flashinfer_rs::artifacts::{CudaKey, Digest, Package, Pins, Store, StoreConfig};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use test_support::required;
 use zip::write::SimpleFileOptions;
 
 /// The member path of a module.
@@ -77,6 +78,94 @@ pub fn module_wheel(modules: &[(&str, &[u8])]) -> Vec<u8> {
     let named: Vec<_> = modules.iter().map(|(name, b)| (module_path(name), *b)).collect();
     let members: Vec<_> = named.iter().map(|(name, b)| (name.as_str(), *b)).collect();
     good_wheel(&members)
+}
+
+/// A provider's wheel, as upstream lays it out.
+pub struct Provider {
+    pub id: &'static str,
+    pub version: &'static str,
+    pub modules: Vec<(&'static str, Vec<u8>)>,
+    /// Text of the manifest, and what stands there instead.
+    pub changed: Option<(&'static str, &'static str)>,
+}
+
+impl Provider {
+    pub fn new(id: &'static str, modules: &[(&'static str, &[u8])]) -> Provider {
+        let modules = modules.iter().map(|(name, content)| (*name, content.to_vec())).collect();
+        Provider { id, version: "0.7.4+cu130", modules, changed: None }
+    }
+
+    /// Its file name, as upstream has it.
+    pub fn file(&self) -> String {
+        format!("flashinfer_jit_cache_{}-{}-cp39-abi3-manylinux_2_28_x86_64.whl", self.id, self.version)
+    }
+
+    pub fn members(&self) -> Vec<(String, Vec<u8>)> {
+        let Provider { id, version, modules, .. } = self;
+        let folder =
+            format!("flashinfer_jit_cache_{id}-{version}.data/purelib/flashinfer_jit_cache/providers/{id}");
+        let names: Vec<_> = modules.iter().map(|(name, _)| format!("{name:?}")).collect();
+        let manifest = format!(
+            "{{\"schema_version\": 1, \"provider_id\": \"{id}\", \
+             \"distribution\": \"flashinfer-jit-cache-{id}\", \"version\": \"{version}\", \
+             \"cuda_architectures\": [\"{id}\"], \"modules\": [{}]}}",
+            names.join(", ")
+        );
+        let manifest = match self.changed {
+            Some((from, to)) => {
+                assert!(manifest.contains(from), "{from} is not in {manifest}");
+                manifest.replace(from, to)
+            }
+            None => manifest,
+        };
+        let modules = modules.iter();
+        let modules =
+            modules.map(|(name, content)| (format!("{folder}/jit_cache/{name}/{name}.so"), content.clone()));
+        modules.chain([(format!("{folder}/manifest.json"), manifest.into_bytes())]).collect()
+    }
+
+    pub fn wheel(&self) -> Vec<u8> {
+        let members = self.members();
+        let members: Vec<_> = members.iter().map(|(name, bytes)| (name.as_str(), &bytes[..])).collect();
+        flashinfer_wheel(&format!("flashinfer_jit_cache_{}-{}", self.id, self.version), &members)
+    }
+}
+
+/// A correct wheel of a package, by its name and version.
+pub fn flashinfer_wheel(distribution: &str, members: &[(&str, &[u8])]) -> Vec<u8> {
+    let lines = members.iter().map(|(name, bytes)| record_line(name, bytes));
+    let record: String = lines.chain([format!("{distribution}.dist-info/RECORD,,\n")]).collect();
+    let place = format!("{distribution}.dist-info/RECORD");
+    wheel_bytes(&[members, &[(place.as_str(), record.as_bytes())]].concat(), None)
+}
+
+/// What the later libtvm_ffi says of itself: not the package's version, which is 0.1.15.post2.
+pub const LATER_TVM_FFI: &str = "0.1.16";
+
+/// The wheel of a later libtvm_ffi than the pinned one, which serves as well; `None`, with the reason
+/// printed, where it cannot be had.
+pub fn later_tvm_ffi() -> Option<PathBuf> {
+    let fetched = || {
+        let mut config = StoreConfig::from_env()?;
+        let (cuda, arch) = (config.pins.cuda(), std::env::consts::ARCH);
+        let sha256 = match arch {
+            "aarch64" => "5c807217f134272d6e08ffdeeb9f1b2c1f366e096712b4e47b88ee9103f80113",
+            _ => "059eed9bfc94bcd41650fb8eefde74040a1bc7e7b1a6f0a8ff897b02b118875b",
+        };
+        config.pins.extend(&format!(
+            "[{TABLE}.later_tvm_ffi.{cuda}.{arch}]\n\
+             file = 'apache_tvm_ffi-0.1.15.post2-cp312-cp312-manylinux_2_24_{arch}.manylinux_2_28_{arch}.whl'\n\
+             sha256 = '{sha256}'\npackage = 'apache-tvm-ffi'\nversion = '0.1.15.post2'\n"
+        ))?;
+        Store::open(config)?.fetch(Package::Other("later_tvm_ffi".into()))
+    };
+    fetched().map_err(|e| required::skip(required::LIBTVM_FFI, e)).ok()
+}
+
+/// `FLASHINFER_RS_WHEELS` with a wheel before the others.
+pub fn wheels_after(wheel: &Path) -> std::ffi::OsString {
+    let others = std::env::var_os("FLASHINFER_RS_WHEELS").unwrap_or_default();
+    std::env::join_paths([wheel.to_owned()].into_iter().chain(std::env::split_paths(&others))).unwrap()
 }
 
 /// Marks a wheel in the cache as one that was found to have a digest.

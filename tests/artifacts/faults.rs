@@ -152,6 +152,8 @@ fn act(root: &Path, url: &str, what: &str) -> Result<String, ArtifactError> {
             config.bundle = vec![BundledMember {
                 suffix: norm.suffix().leak(),
                 artifact_hash: "0123456789abcdef01234567",
+                version: None,
+                architectures: &[],
                 sha256: Digest::of(&content()),
                 size: content().len() as u64,
                 zstd: zstd::encode_all(&content()[..], 1).unwrap().leak(),

@@ -700,7 +700,7 @@ fn a_registry_package_comes_by_member_where_an_index_is_set() {
 
 #[test]
 fn the_development_wheels_come_by_member() {
-    let Some(folder) = required::test_wheels() else { return };
+    let Some(folder) = required::test_wheels("0.6.13") else { return };
     let decode = |q: &str, kv: &str, cap: &str| {
         format!(
             "batch_decode_with_kv_cache_dtype_q_{q}_dtype_kv_{kv}_dtype_o_{q}_dtype_idx_i32_\

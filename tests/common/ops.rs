@@ -2,7 +2,7 @@
 //! has to hold of all of them.
 
 use flashinfer_rs::{
-    DType, PageIndices, PageTable,
+    DType, Module, PageIndices, PageTable, Result,
     attention::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
         CascadeWorkspace, Heads, Mask, MlaQuery, MlaSpec, MultiLevelCascade, PlanOptions, PrefillRunOptions,
@@ -13,7 +13,7 @@ use flashinfer_rs::{
 };
 use half::bf16;
 
-use super::{Gpu, Mirrored, Rng};
+use super::{Gpu, Mirrored, Rng, at_hand};
 
 /// An operation, and its kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +65,29 @@ impl Op {
                     | Op::Cascade(Backend::Fa3)
             )
         };
-        ALL.into_iter().filter(|op| hopper || !fa3(op)).collect()
+        let has = |op: &Op| hopper || !fa3(op);
+        ALL.into_iter().filter(|op| has(op) && at_hand(gpu, op.module(gpu)).is_some()).collect()
+    }
+
+    /// The module that serves its batches.
+    pub fn module(self, gpu: &Gpu) -> Result<&'static Module> {
+        let stream = &gpu.stream;
+        let spec = |backend| AttentionSpec::new(DType::BF16, 128).with_backend(backend);
+        let heads = self.heads();
+        Ok(match self {
+            Self::Decode(backend) => BatchDecode::new(stream, &spec(backend), heads)?.module(),
+            Self::Paged(backend) | Self::Ragged(backend) => {
+                BatchPrefill::new(stream, &spec(backend), heads)?.module()
+            }
+            Self::SinglePrefill => SinglePrefill::new(stream, &spec(Backend::Auto))?.module(),
+            Self::SingleDecode => SingleDecode::new(stream, &spec(Backend::Auto), heads)?.module(),
+            Self::Mixed => BatchAttention::new(stream, &spec(Backend::Auto), heads)?.module(),
+            Self::Mla(backend) => {
+                let spec = MlaSpec::new(DType::BF16, 1.0).with_backend(backend);
+                BatchMla::new(stream, &spec, heads.num_qo_heads)?.module()
+            }
+            Self::Cascade(backend) => MultiLevelCascade::new(stream, &spec(backend), heads)?.module(),
+        })
     }
 
     /// Whether each request has one query.

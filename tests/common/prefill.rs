@@ -14,7 +14,7 @@ use flashinfer_rs::{
 };
 
 use super::{
-    Gpu, Mirrored, Number, Rng, assert_same_bits,
+    Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand,
     attention::{assert_lse, capture},
     cache::{Cache, CacheShape, LAYOUTS, random_table},
     is_not_at_hand, say,
@@ -638,7 +638,7 @@ pub fn available<T: Number, K: Number, P>(gpu: &Gpu, case: &Case, made: Result<P
             say(&format!("skipped: {error}"));
             None
         }
-        Err(error) => panic!("{error}"),
+        Err(error) => at_hand(gpu, Err(error)),
     }
 }
 

@@ -78,6 +78,20 @@ fn files_that_cannot_be_run_are_refused() {
     refused(&path, "cannot open the model");
 }
 
+/// As the bar shows it that loading has.
+#[test]
+fn bytes_are_counted_as_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::open(&Tiny::new().write(&folder)).unwrap();
+    let numbers: usize = Tiny::new().tensors.values().map(|shape| shape.iter().product::<usize>()).sum();
+    assert_eq!((model.bytes(), model.bytes_read()), (4 * numbers as u64, 0));
+    let _ends = model.ends().unwrap();
+    let ends = model.bytes_read();
+    assert_eq!(ends, 4 * (32 * 64 + 64));
+    assert!(model.layers().all(|layer| layer.is_ok() && model.bytes_read() > ends));
+    assert_eq!(model.bytes_read(), model.bytes());
+}
+
 #[test]
 fn a_head_of_its_own_is_used() {
     let folder = tempfile::tempdir().unwrap();

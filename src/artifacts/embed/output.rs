@@ -1,7 +1,7 @@
 //! The files that a build generates.
 
 use super::super::digest::Digest;
-use super::super::{ArtifactError, Member};
+use super::super::{ArtifactError, Located};
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
@@ -32,7 +32,8 @@ impl Bundle {
     }
 
     /// Adds a member that lies in the cache.
-    pub(super) fn add(&mut self, member: &Member, path: &Path) -> Result<(), ArtifactError> {
+    pub(super) fn add(&mut self, located: &Located) -> Result<(), ArtifactError> {
+        let Located { path, member, version, architectures, .. } = located;
         let output = self.out_dir.join(format!("bundle/{}.zst", self.count));
         let (sha256, size) =
             compress(path, &output).map_err(|e| ArtifactError::cache(&output, "write", e))?;
@@ -42,9 +43,11 @@ impl Bundle {
         let _ = writeln!(
             self.code,
             "    BundledMember {{ suffix: {:?}, artifact_hash: {artifact_hash:?}, \
-             sha256: Digest::new({:?}), size: {size}, \
+             version: {}, architectures: &[{}], sha256: Digest::new({:?}), size: {size}, \
              zstd: include_bytes!(concat!(env!(\"OUT_DIR\"), \"/bundle/{}.zst\")) }},",
             member.suffix(),
+            version.map_or_else(|| "None".into(), |version| format!("Some({})", version.code())),
+            architectures.iter().map(|architecture| architecture.code() + ", ").collect::<String>(),
             sha256.as_bytes(),
             self.count
         );

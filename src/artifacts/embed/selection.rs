@@ -103,7 +103,7 @@ impl Selection {
         let members = modules.into_iter().map(Member::Module);
         for member in members.chain([Member::TvmFfi, Member::CudaRuntime]) {
             match self.ask(|selection| selection.store.locate(&member, selection.fetch())) {
-                Ok(located) => bundle.add(&member, &located.path)?,
+                Ok(located) => bundle.add(&located)?,
                 Err(e) => self.missing(member.to_string(), e)?,
             }
         }

@@ -7,11 +7,12 @@ use std::{
     mem::MaybeUninit,
     os::unix::ffi::OsStrExt,
     path::Path,
+    sync::Arc,
 };
 
 use flashinfer_rs::{
-    FlashInferError, FlashInferRuntime, Module, ModuleName, RuntimeConfig,
-    artifacts::{ArtifactError, Member, Package, SourceReport, Store, Wheel},
+    FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, RuntimeConfig,
+    artifacts::{ArtifactError, CudaArchitecture, Member, Package, Source, SourceReport, Store, Wheel},
     signatures,
 };
 use indicatif::HumanBytes;
@@ -34,7 +35,17 @@ const INSTALL_DRIVER: &str = "install NVIDIA's driver, version 580 or newer; in 
 pub fn examine(sources: &Sources, options: ReportOptions) -> Report {
     let mut report = Report::default();
     report.add("Platform", platform());
-    let store = match sources.store_config().and_then(Store::open) {
+    let mut config = RuntimeConfig::default();
+    config.wheels = sources.wheels.clone();
+    config.cache_dir = sources.cache_dir.clone();
+    config.offline = true;
+    let runtime = FlashInferRuntime::initialize(config);
+    let seen = runtime.as_ref().map_or_else(|_| Vec::new(), |runtime| seen_gpus(runtime));
+    let store = sources.store_config().and_then(|mut config| {
+        config.gpus = Some(Arc::new(move || seen.clone()));
+        Store::open(config)
+    });
+    let store = match store {
         Ok(store) => store,
         Err(error) => {
             let explained = Explained::new(&error.into());
@@ -44,11 +55,6 @@ pub fn examine(sources: &Sources, options: ReportOptions) -> Report {
         }
     };
     let inventory = store.inventory();
-    let mut config = RuntimeConfig::default();
-    config.wheels = sources.wheels.clone();
-    config.cache_dir = sources.cache_dir.clone();
-    config.offline = true;
-    let runtime = FlashInferRuntime::initialize(config);
     let modules = match &runtime {
         Ok(runtime) => Modules::open(runtime, &store, &inventory, options.all_modules),
         Err(_) => Modules::unopened(&inventory),
@@ -57,7 +63,7 @@ pub fn examine(sources: &Sources, options: ReportOptions) -> Report {
     match &runtime {
         Ok(runtime) => {
             report.add("NVIDIA driver", vec![driver(runtime)]);
-            report.add("GPUs", gpus(runtime));
+            report.add("GPUs", gpus(runtime, &inventory));
             report.add("CUDA runtime and libtvm_ffi", libraries(runtime));
         }
         Err(error) => {
@@ -129,9 +135,26 @@ fn driver_without_runtime() -> Finding {
     }
 }
 
-fn gpus(runtime: &FlashInferRuntime) -> Vec<Finding> {
+/// The GPUs that modules are for; none without a driver.
+fn seen_gpus(runtime: &FlashInferRuntime) -> Vec<CudaArchitecture> {
+    let capabilities = (0..runtime.device_count().unwrap_or(0))
+        .filter_map(|ordinal| runtime.compute_capability(ordinal).ok());
+    capabilities
+        .map(|(major, minor)| CudaArchitecture::of_gpu(major.unsigned_abs(), minor.unsigned_abs()))
+        .collect()
+}
+
+fn gpus(runtime: &FlashInferRuntime, inventory: &[SourceReport]) -> Vec<Finding> {
+    let provided = inventory.iter().any(|source| !source.architectures.is_empty());
     if matches!(runtime.driver_version(), Ok(None)) {
-        return vec![Finding::problem("none can be seen without the driver", "install the driver first")];
+        let mut findings =
+            vec![Finding::problem("none can be seen without the driver", "install the driver first")];
+        if provided {
+            findings.push(Finding::ok(
+                "so nothing tells which provider suits: the first in order stands for all in this report",
+            ));
+        }
+        return findings;
     }
     let count = match runtime.device_count() {
         Ok(0) => {
@@ -146,7 +169,13 @@ fn gpus(runtime: &FlashInferRuntime) -> Vec<Finding> {
         Err(error) => Explained::new(&error).problem(&format!("cuda:{ordinal} does not answer")),
     };
     let mut findings: Vec<_> = (0..count).map(device).collect();
-    let note = "whether a module holds code for these is known only when it runs";
+    let note = match provided {
+        true => {
+            "of providers, the one that suits these best is taken; whether another wheel's module holds code \
+                 for them is known only when it runs"
+        }
+        false => "whether a module holds code for these is known only when it runs",
+    };
     findings.push(Finding::ok(note));
     findings
 }
@@ -159,7 +188,25 @@ fn libraries(runtime: &FlashInferRuntime) -> Vec<Finding> {
         Err(error) => Explained::new(&error).problem("the CUDA runtime does not answer"),
     };
     let (version, source) = (runtime.tvm_ffi_version(), runtime.tvm_ffi_source());
-    vec![cuda, Finding::ok(format!("libtvm_ffi {version}: {source}")), cublas(runtime)]
+    let package = package_version(source).filter(|package| *package != version);
+    let package =
+        package.map_or_else(String::new, |package| format!(" (of the package's version {package})"));
+    vec![cuda, Finding::ok(format!("libtvm_ffi {version}{package}: {source}")), cublas(runtime)]
+}
+
+/// The version of the package that a library came in, by its wheel's name. A library may say another
+/// one of itself.
+fn package_version(source: &LibrarySource) -> Option<String> {
+    let LibrarySource::Store(source) = source else { return None };
+    let file = match source {
+        Source::CachedMember(file) => file.clone(),
+        Source::Config(path) | Source::Env(path) | Source::CachedWheel(path) | Source::Fetched(path) => {
+            path.file_name()?.to_str()?.to_owned()
+        }
+        Source::Embedded => return None,
+    };
+    let version = file.strip_suffix(".whl")?.split('-').nth(1)?;
+    version.starts_with(|c: char| c.is_ascii_digit()).then(|| version.to_owned())
 }
 
 /// Whether there is a cuBLAS, which most of the crate does without.
@@ -218,7 +265,11 @@ fn held(store: &Store, inventory: &[SourceReport]) -> Vec<Finding> {
     let finding = |source: &SourceReport| {
         let name = &source.source;
         if source.usable {
-            let mut parts = Vec::new();
+            let mut parts: Vec<String> =
+                source.version.iter().map(|version| format!("FlashInfer {version}")).collect();
+            if !source.architectures.is_empty() {
+                parts.push(format!("for {}", source.architectures.join(" and ")));
+            }
             if !source.modules.is_empty() {
                 parts.push(counted(source.modules.len(), "module"));
             }
@@ -308,7 +359,10 @@ impl Modules {
         let mut modules = Self::default();
         for name in own.union(&pinned) {
             let module = ModuleName::new(name.as_str());
-            if !all && !own.contains(name) && called_modules().all(|pattern| !module.matches(pattern)) {
+            if !all
+                && !own.contains(name)
+                && !called_modules().iter().flatten().any(|pattern| module.matches(pattern))
+            {
                 modules.left_out.push(name.clone());
                 continue;
             }
@@ -377,12 +431,14 @@ impl Modules {
     /// The modules that this crate calls and of which none opens.
     fn lacking(&self) -> Option<Finding> {
         let opens = |pattern: &str| self.open.iter().any(|module| module.name().matches(pattern));
-        let lacking: Vec<_> = called_modules().filter(|pattern| !opens(pattern)).collect();
+        let called = called_modules();
+        let lacking = called.iter().filter(|names| !names.iter().any(|pattern| opens(pattern)));
+        let lacking: Vec<_> = lacking.map(|names| names.join(" or ")).collect();
         let text = format!("no module opens of: {}", lacking.join(", "));
         let remedy = "mend the reasons above, or name a wheel that holds it in FLASHINFER_RS_WHEELS";
         if lacking.is_empty() {
             None
-        } else if lacking.len() == called_modules().count() {
+        } else if lacking.len() == called.len() {
             Some(Finding::problem(text, remedy))
         } else {
             Some(Finding::warning(text, remedy))
@@ -390,10 +446,21 @@ impl Modules {
     }
 }
 
-/// Patterns of the modules that this crate calls, each once.
-fn called_modules() -> impl Iterator<Item = &'static str> {
-    let patterns: BTreeSet<_> = signatures().into_iter().map(|(pattern, _)| pattern).collect();
-    patterns.into_iter()
+/// Patterns of the modules that this crate calls: together those of one kind of
+/// module, which has the same functions by whichever name a version gives it.
+fn called_modules() -> Vec<Vec<&'static str>> {
+    let mut functions: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+    for (pattern, declared) in signatures() {
+        functions.entry(pattern).or_default().push(declared);
+    }
+    let mut kinds: Vec<(Vec<_>, Vec<&str>)> = Vec::new();
+    for (pattern, functions) in functions {
+        match kinds.iter_mut().find(|(others, _)| *others == functions) {
+            Some((_, patterns)) => patterns.push(pattern),
+            None => kinds.push((functions, vec![pattern])),
+        }
+    }
+    kinds.into_iter().map(|(_, patterns)| patterns).collect()
 }
 
 /// What a module does, without what it was compiled for.

@@ -7,7 +7,7 @@
 //! | `report` | findings, printed as text or JSON |
 //! | `examine` | looks at the machine and reports |
 //! | `download` | the progress of downloads |
-//! | `pin` | the digest of a wheel's RECORD, for the pin table |
+//! | `pin` | rows of the pin table: the digest of a wheel's RECORD, a release |
 //! | `footprint` | bytes embedded, downloaded and cached, memory of a first use |
 
 mod examine;
@@ -87,7 +87,7 @@ enum Command {
         packages: Vec<Package>,
     },
     /// Print the digest of a wheel's RECORD, or write it into the pin table, so that its members
-    /// can be downloaded alone
+    /// can be downloaded alone; or download, verify and pin a release of FlashInfer
     Pin(pin::Pin),
     /// Print the bytes that are embedded and cached, and for MODULEs what a first use costs
     Footprint {
@@ -155,6 +155,11 @@ enum Failure {
     Runtime(#[from] FlashInferError),
     #[error("cannot use {}: {}; check the path", .0.display(), .1)]
     File(PathBuf, io::Error),
+    #[error(
+        "expected packages, or a version and an architecture, as in `pin 0.7.4 sm90a`, which alone --sha256 \
+         and --from belong to; --file goes with packages"
+    )]
+    WhatToPin,
     #[error("{0} has the SHA-256 {1}, which no row of {2} states; name the file that is pinned")]
     NotPinned(String, Digest, String),
     #[error("cannot write the output: {0}")]

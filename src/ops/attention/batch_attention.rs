@@ -26,7 +26,7 @@ use crate::{
     capture,
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, kernels},
+    ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
     indices::{PageTable, RaggedTable},
     kv::PagedKv,
     module::Module,
@@ -52,9 +52,16 @@ kernels! {
 }
 
 /// Those that measure themselves take a buffer for it, too.
+/// The second name is that of FlashInfer 0.7.4.
 const MODULES: &str = "batch_attention_with_kv_cache_*_use_profiler_false";
+const MODULES_0_7: &str = "batch_attention_with_kv_cache_*_use_profiler_false_kv_stride_equal";
 
-pub(super) const SIGNATURES: &[(&str, Signature)] = &[(MODULES, Plan::SIGNATURE), (MODULES, Run::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] = &[
+    (MODULES, Plan::SIGNATURES),
+    (MODULES, Run::SIGNATURES),
+    (MODULES_0_7, Plan::SIGNATURES),
+    (MODULES_0_7, Run::SIGNATURES),
+];
 
 const PLAN_OP: &str = "BatchAttention::plan";
 const RUN_OP: &str = "BatchAttentionPlan::run_with";
@@ -103,8 +110,8 @@ pub struct BatchAttention {
     /// Blocks of a launch.
     blocks: usize,
     module: &'static Module,
-    plan: Function,
-    run: Function,
+    plan: KernelFunction,
+    run: KernelFunction,
 }
 
 impl BatchAttention {
@@ -136,8 +143,8 @@ impl BatchAttention {
             ordinal,
             blocks: blocks(multiprocessors.unsigned_abs() as usize, spec.head_dim_vo),
             module,
-            plan: module.function(Plan::SIGNATURE.function)?,
-            run: module.function(Run::SIGNATURE.function)?,
+            plan: module.kernel(Plan::SIGNATURES)?,
+            run: module.kernel(Run::SIGNATURES)?,
         })
     }
 

@@ -8,6 +8,7 @@ use super::{
     spec::{AttentionSpec, Backend, Heads},
 };
 use crate::{
+    artifacts::FlashInferVersion,
     error::Result,
     indices::PageIndices,
     kv::PagedKv,
@@ -76,10 +77,13 @@ impl AttentionSpec {
     }
 
     fn check_published(&self, backends: &[Backend]) -> Result<()> {
-        if backends.iter().any(|&backend| is_published(self, Family::Batch, backend)) {
+        if backends
+            .iter()
+            .any(|&backend| is_published(self, FlashInferVersion::OLDEST, Family::Batch, backend))
+        {
             return Ok(());
         }
-        let name = self.module(Family::Batch, backends[0])?;
+        let name = self.module(FlashInferVersion::OLDEST, Family::Batch, backends[0])?;
         Err(unpublished(self, Family::Batch, backends.iter().copied(), name.as_str()))
     }
 }

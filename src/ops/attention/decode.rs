@@ -29,7 +29,7 @@ use crate::{
     cuda::DeviceAttribute,
     device::Device,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
+    ffi::{DlTensor, Kernel, KernelFunction, Signature, TensorObject, kernels},
     indices::PageTable,
     kv::PagedKv,
     module::Module,
@@ -55,8 +55,8 @@ kernels! {
     ) -> "void";
 }
 
-pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
-    &[("batch_decode_with_kv_cache_*", Plan::SIGNATURE), ("batch_decode_with_kv_cache_*", Run::SIGNATURE)];
+pub(in crate::ops) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("batch_decode_with_kv_cache_*", Plan::SIGNATURES), ("batch_decode_with_kv_cache_*", Run::SIGNATURES)];
 
 const PLAN_OP: &str = "BatchDecode::plan";
 const RUN_OP: &str = "DecodePlan::run_with";
@@ -120,13 +120,13 @@ enum Kernels {
 #[derive(Clone, Copy, Debug)]
 struct DecodeKernels {
     module: &'static Module,
-    plan: Function,
-    run: Function,
+    plan: KernelFunction,
+    run: KernelFunction,
 }
 
 impl DecodeKernels {
     fn load(module: &'static Module) -> Result<Self> {
-        Ok(Self { module, plan: module.function("plan")?, run: module.function("run")? })
+        Ok(Self { module, plan: module.kernel(Plan::SIGNATURES)?, run: module.kernel(Run::SIGNATURES)? })
     }
 }
 

@@ -18,10 +18,11 @@ use super::{
     workspace::{Need, Workspace},
 };
 use crate::{
+    artifacts::FlashInferVersion,
     capture,
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, kernels},
+    ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
     indices::{PageTable, RaggedIndices},
     kv::layout::{MLA_DIMS, MlaCache, split_latent},
     module::Module,
@@ -32,19 +33,41 @@ use crate::{
 };
 
 kernels! {
-    struct Plan = "plan"(
+    struct Plan = "plan" {
         float_workspace: Tensor, int_workspace: Tensor, pinned_int_workspace: Tensor,
         qo_indptr: Tensor, kv_indptr: Tensor, kv_len: Tensor, num_heads: Int, head_dim_o: Int, causal: Bool,
-    ) -> "Array<int>";
-    struct Run = "run"(
+    } {
+        "0.6.13": (
+            float_workspace, int_workspace, pinned_int_workspace,
+            qo_indptr, kv_indptr, kv_len, num_heads, head_dim_o, causal,
+        ) -> "Array<int>";
+        "0.7.0": (
+            float_workspace, int_workspace, pinned_int_workspace,
+            qo_indptr, kv_indptr, kv_len, num_heads, head_dim_o, causal,
+        ) -> "Tuple<Array<int>, int>";
+    }
+    struct Run = "run" {
         float_workspace: Tensor, int_workspace: Tensor, plan_info: IntArray, q_nope: Tensor, q_pe: Tensor,
         ckv_cache: Tensor, kpe_cache: Tensor, kv_indices: Tensor, o: Tensor, maybe_lse: OptTensor,
         mask_mode: Int, num_heads: Int, page_size: Int, sm_scale: Float, return_lse_base_on_e: Bool,
-    ) -> "void";
+        ckv_scale: Float, kpe_scale: Float, maybe_ckv_scale_arr: OptTensor,
+    } {
+        "0.6.13": (
+            float_workspace, int_workspace, plan_info, q_nope, q_pe,
+            ckv_cache, kpe_cache, kv_indices, o, maybe_lse,
+            mask_mode, num_heads, page_size, sm_scale, return_lse_base_on_e,
+        ) -> "void";
+        "0.6.18": (
+            float_workspace, int_workspace, plan_info, q_nope, q_pe,
+            ckv_cache, kpe_cache, kv_indices, o, maybe_lse,
+            mask_mode, num_heads, page_size, sm_scale, return_lse_base_on_e,
+            ckv_scale, kpe_scale, maybe_ckv_scale_arr,
+        ) -> "void";
+    }
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] =
-    &[("batch_mla_attention_*", Plan::SIGNATURE), ("batch_mla_attention_*", Run::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("batch_mla_attention_*", Plan::SIGNATURES), ("batch_mla_attention_*", Run::SIGNATURES)];
 
 const PLAN_OP: &str = "BatchMla::plan";
 const RUN_OP: &str = "MlaPlan::run_with";
@@ -115,8 +138,8 @@ pub struct BatchMla {
     backend: Backend,
     ordinal: u32,
     module: &'static Module,
-    plan: Function,
-    run: Function,
+    plan: KernelFunction,
+    run: KernelFunction,
 }
 
 impl BatchMla {
@@ -137,11 +160,11 @@ impl BatchMla {
         }
         let runtime = FlashInferRuntime::get()?;
         let backend = flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?[0];
-        let name = spec.module(backend)?;
-        runtime.preload([&name])?;
-        let module = runtime.module(&name)?;
-        let plan = module.function(Plan::SIGNATURE.function)?;
-        let run = module.function(Run::SIGNATURE.function)?;
+        // What the oldest version refuses, no later one has.
+        spec.module(FlashInferVersion::OLDEST, backend)?;
+        let (_, module) = runtime.first_of(&[|version| spec.module(version, backend).ok()])?;
+        let plan = module.kernel(Plan::SIGNATURES)?;
+        let run = module.kernel(Run::SIGNATURES)?;
         Ok(Self { spec: *spec, num_heads, backend, ordinal: stream.ordinal(), module, plan, run })
     }
 
@@ -362,6 +385,9 @@ impl MlaPlan<'_> {
             page_size: table.host().page_size() as i64,
             sm_scale: spec.sm_scale,
             return_lse_base_on_e: false,
+            ckv_scale: 1.0,
+            kpe_scale: 1.0,
+            maybe_ckv_scale_arr: None,
         };
         // SAFETY: all tensors have the dtypes, shapes, strides and alignment
         // of this module and plan; the page numbers are the device copy of

@@ -2,6 +2,7 @@
 
 use super::spec::Backend;
 use crate::{
+    artifacts::FlashInferVersion,
     dtype::DType,
     error::{FlashInferError, Result},
     kv::layout::MLA_DIMS,
@@ -11,8 +12,8 @@ use crate::{
 /// The properties of a latent attention.
 ///
 /// ```
-/// # use flashinfer_rs::{DType, attention::{Backend, MlaSpec}};
-/// let module = MlaSpec::new(DType::BF16, 0.07).module(Backend::Fa3)?;
+/// # use flashinfer_rs::{DType, artifacts::FlashInferVersion, attention::{Backend, MlaSpec}};
+/// let module = MlaSpec::new(DType::BF16, 0.07).module(FlashInferVersion::new(0, 6, 13), Backend::Fa3)?;
 /// assert!(module.as_str().starts_with("batch_mla_attention_") && module.as_str().ends_with("_sm90"));
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
 /// ```
@@ -37,6 +38,9 @@ pub struct MlaSpec {
     pub backend: Backend,
 }
 
+/// From this version on, names say how plans are returned.
+const PLAN_NAMED: FlashInferVersion = FlashInferVersion::new(0, 7, 0);
+
 impl MlaSpec {
     /// DeepSeek's dimensions, 512 and 64.
     pub const fn new(dtype: DType, sm_scale: f64) -> Self {
@@ -57,12 +61,13 @@ impl MlaSpec {
         self
     }
 
-    /// The module of this spec with the kernels of `backend`;
+    /// The module of this spec with the kernels of `backend`, as a version of
+    /// FlashInfer names it: the wheel that holds it tells which is meant.
     /// [`Backend::Auto`] is decided by the GPU, so it has no module.
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: there is no such module.
-    pub fn module(&self, backend: Backend) -> Result<ModuleName> {
+    pub fn module(&self, version: FlashInferVersion, backend: Backend) -> Result<ModuleName> {
         let unsupported = |what: String, available: &str| {
             Err(FlashInferError::Unsupported { what, available: available.into() })
         };
@@ -93,8 +98,11 @@ impl MlaSpec {
         };
         Ok(ModuleName::new(format!(
             "batch_mla_attention_dtype_q_{0}_dtype_kv_{0}_dtype_o_{0}_dtype_idx_i32_head_dim_ckv_{1}_head_dim_kpe_{2}_\
-             profiler_False{suffix}",
-            self.dtype, self.head_dim_ckv, self.head_dim_kpe
+             profiler_False{3}{suffix}",
+            self.dtype,
+            self.head_dim_ckv,
+            self.head_dim_kpe,
+            if version >= PLAN_NAMED { "_planabi2" } else { "" },
         )))
     }
 }
@@ -108,13 +116,17 @@ mod tests {
         let spec = MlaSpec::new(DType::F16, 1.0);
         let name = "batch_mla_attention_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_ckv_512_\
                     head_dim_kpe_64_profiler_False";
-        assert_eq!(spec.module(Backend::Fa2).unwrap().as_str(), name);
-        assert_eq!(spec.module(Backend::Fa3).unwrap().as_str(), format!("{name}_sm90"));
-        assert!(spec.module(Backend::Auto).is_err());
-        for dtype in [DType::F32, DType::E4M3, DType::E5M2, DType::I8] {
-            assert!(MlaSpec::new(dtype, 1.0).module(Backend::Fa2).is_err());
+        let old = FlashInferVersion::new(0, 6, 13);
+        for (version, plan) in [(old, ""), (FlashInferVersion::new(0, 7, 4), "_planabi2")] {
+            let module = |backend| spec.module(version, backend).unwrap().to_string();
+            assert_eq!(module(Backend::Fa2), format!("{name}{plan}"));
+            assert_eq!(module(Backend::Fa3), format!("{name}{plan}_sm90"));
         }
-        assert!(MlaSpec { head_dim_ckv: 256, ..spec }.module(Backend::Fa2).is_err());
-        assert!(MlaSpec { head_dim_kpe: 0, ..spec }.module(Backend::Fa2).is_err());
+        assert!(spec.module(old, Backend::Auto).is_err());
+        for dtype in [DType::F32, DType::E4M3, DType::E5M2, DType::I8] {
+            assert!(MlaSpec::new(dtype, 1.0).module(old, Backend::Fa2).is_err());
+        }
+        assert!(MlaSpec { head_dim_ckv: 256, ..spec }.module(old, Backend::Fa2).is_err());
+        assert!(MlaSpec { head_dim_kpe: 0, ..spec }.module(old, Backend::Fa2).is_err());
     }
 }

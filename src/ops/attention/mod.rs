@@ -88,7 +88,7 @@ use crate::ffi::Signature;
 
 /// The functions of all attention modules, each with a pattern of the modules
 /// that export it.
-pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
+pub(super) fn signatures() -> Vec<(&'static str, &'static [Signature])> {
     [
         decode::SIGNATURES,
         prefill_kernels::SIGNATURES,

@@ -4,9 +4,11 @@ use std::fmt;
 
 use super::spec::{AttentionSpec, Backend, PosEncodingMode};
 use crate::{
+    artifacts::FlashInferVersion,
     dtype::DType,
     error::{FlashInferError, Result},
     module::ModuleName,
+    ops::gone::Gone,
 };
 
 /// A family of attention modules.
@@ -30,8 +32,21 @@ impl fmt::Display for Family {
     }
 }
 
+/// Attention of one request.
+pub(super) const SINGLE: Gone = Gone {
+    what: "attention of one request",
+    since: FlashInferVersion::new(0, 6, 18),
+    instead: "use BatchDecode or BatchPrefill with a batch of one, or name a wheel of FlashInfer 0.6.13",
+};
+/// From this version on, names of FlashAttention 2 over pages, and of mixed
+/// batches, say that keys and values have the same strides.
+const STRIDES_NAMED: FlashInferVersion = FlashInferVersion::new(0, 7, 0);
+
+/// Names of modules, as FlashInfer's own build makes them. They differ by
+/// version: the wheel that holds a module tells which is meant.
 impl AttentionSpec {
-    /// The module of paged batch decode on CUDA cores.
+    /// The module of paged batch decode on CUDA cores, which has one name in all
+    /// versions.
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: no such module can exist, because its
@@ -44,9 +59,11 @@ impl AttentionSpec {
     /// The module of decode of one request on CUDA cores.
     ///
     /// # Errors
-    /// As [`decode_module`](Self::decode_module).
-    pub fn single_decode_module(&self) -> Result<ModuleName> {
+    /// As [`decode_module`](Self::decode_module); also, from 0.6.18 on there is
+    /// none.
+    pub fn single_decode_module(&self, version: FlashInferVersion) -> Result<ModuleName> {
         self.check_on_cuda_cores()?;
+        SINGLE.check(version)?;
         Ok(ModuleName::new(format!("single_decode_with_kv_cache_{}", self.combination(""))))
     }
 
@@ -54,7 +71,7 @@ impl AttentionSpec {
     ///
     /// # Errors
     /// [`FlashInferError::Unsupported`]: no such module can exist.
-    pub fn prefill_module(&self, fa3: bool) -> Result<ModuleName> {
+    pub fn prefill_module(&self, version: FlashInferVersion, fa3: bool) -> Result<ModuleName> {
         self.check_on_tensor_cores(fa3)?;
         let suffix = if fa3 { "_sm90" } else { "" };
         if self.attention_sink {
@@ -64,6 +81,7 @@ impl AttentionSpec {
                 python_bool(self.window_left.is_some()),
             )));
         }
+        let suffix = if fa3 { suffix } else { strides(version) };
         let combination = self.combination(INDEXED);
         Ok(ModuleName::new(format!("batch_prefill_with_kv_cache_{combination}_f16qk_False{suffix}")))
     }
@@ -71,8 +89,9 @@ impl AttentionSpec {
     /// The module of prefill of one request with FlashAttention 2, or 3 (`fa3`).
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist.
-    pub fn single_prefill_module(&self, fa3: bool) -> Result<ModuleName> {
+    /// [`FlashInferError::Unsupported`]: no such module can exist; from 0.6.18 on
+    /// there is none.
+    pub fn single_prefill_module(&self, version: FlashInferVersion, fa3: bool) -> Result<ModuleName> {
         self.check_on_tensor_cores(fa3)?;
         if self.attention_sink {
             return unsupported(
@@ -80,6 +99,7 @@ impl AttentionSpec {
                 "use BatchPrefill with a batch of one",
             );
         }
+        SINGLE.check(version)?;
         let suffix = if fa3 { "_sm90" } else { "" };
         let combination = self.combination("");
         Ok(ModuleName::new(format!("single_prefill_with_kv_cache_{combination}_f16qk_False{suffix}")))
@@ -91,7 +111,7 @@ impl AttentionSpec {
     /// [`FlashInferError::Unsupported`]: no such module can exist. There is
     /// none with a sliding window, and its kernels read keys and values with
     /// the same strides, so their head dimensions must be equal.
-    pub fn batch_attention_module(&self) -> Result<ModuleName> {
+    pub fn batch_attention_module(&self, version: FlashInferVersion) -> Result<ModuleName> {
         self.check_on_tensor_cores(false)?;
         if let Some(window) = self.window_left {
             return unsupported(
@@ -115,21 +135,27 @@ impl AttentionSpec {
             );
         }
         Ok(ModuleName::new(format!(
-            "batch_attention_with_kv_cache_{}_posenc_0_use_logits_soft_cap_{}_use_profiler_false",
+            "batch_attention_with_kv_cache_{}_posenc_0_use_logits_soft_cap_{}_use_profiler_false{}",
             self.types(INDEXED),
             self.logits_soft_cap.is_some(),
+            strides(version),
         )))
     }
 
     /// The module of a family with the kernels of a backend.
-    pub(super) fn module(&self, family: Family, backend: Backend) -> Result<ModuleName> {
+    pub(super) fn module(
+        &self,
+        version: FlashInferVersion,
+        family: Family,
+        backend: Backend,
+    ) -> Result<ModuleName> {
         let fa3 = backend == Backend::Fa3;
         match (family, backend) {
             (Family::Batch, Backend::CudaCores) => self.decode_module(),
-            (Family::Batch, _) => self.prefill_module(fa3),
-            (Family::Single, Backend::CudaCores) => self.single_decode_module(),
-            (Family::Single, _) => self.single_prefill_module(fa3),
-            (Family::Mixed, _) => self.batch_attention_module(),
+            (Family::Batch, _) => self.prefill_module(version, fa3),
+            (Family::Single, Backend::CudaCores) => self.single_decode_module(version),
+            (Family::Single, _) => self.single_prefill_module(version, fa3),
+            (Family::Mixed, _) => self.batch_attention_module(version),
         }
     }
 
@@ -259,6 +285,11 @@ const MIN_SOFT_CAP: f32 = 1e-3;
 /// What names of batch kernels have after the element types.
 const INDEXED: &str = "_dtype_idx_i32";
 
+/// What names say of strides.
+fn strides(version: FlashInferVersion) -> &'static str {
+    if version >= STRIDES_NAMED { "_kv_stride_equal" } else { "" }
+}
+
 pub(super) fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {
     Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
 }
@@ -271,6 +302,8 @@ const fn python_bool(value: bool) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const OLD: FlashInferVersion = FlashInferVersion::OLDEST;
 
     #[test]
     fn names_are_upstreams() {
@@ -295,7 +328,7 @@ mod tests {
     fn names_of_mixed_batches_are_upstreams() {
         let spec = AttentionSpec::new(DType::BF16, 128);
         assert_eq!(
-            spec.batch_attention_module().unwrap().as_str(),
+            spec.batch_attention_module(OLD).unwrap().as_str(),
             "batch_attention_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_128_\
              head_dim_vo_128_posenc_0_use_logits_soft_cap_false_use_profiler_false"
         );
@@ -303,16 +336,47 @@ mod tests {
             AttentionSpec::new(DType::F16, 64)
                 .with_kv_dtype(DType::E4M3)
                 .with_logits_soft_cap(30.0)
-                .batch_attention_module()
+                .batch_attention_module(OLD)
                 .unwrap()
                 .as_str(),
             "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_e4m3_dtype_o_f16_dtype_idx_i32_head_dim_qk_64_\
              head_dim_vo_64_posenc_0_use_logits_soft_cap_true_use_profiler_false"
         );
-        assert!(spec.with_window_left(7).batch_attention_module().is_err());
-        assert!(spec.with_head_dim_vo(64).batch_attention_module().is_err());
-        assert!(spec.with_logits_soft_cap(0.0).batch_attention_module().is_err());
-        assert!(AttentionSpec::new(DType::F32, 128).batch_attention_module().is_err());
+        assert!(spec.with_window_left(7).batch_attention_module(OLD).is_err());
+        assert!(spec.with_head_dim_vo(64).batch_attention_module(OLD).is_err());
+        assert!(spec.with_logits_soft_cap(0.0).batch_attention_module(OLD).is_err());
+        assert!(AttentionSpec::new(DType::F32, 128).batch_attention_module(OLD).is_err());
+    }
+
+    #[test]
+    fn names_follow_the_version() {
+        let version = |text| FlashInferVersion::parse(text).unwrap();
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        let sinks = AttentionSpec::new(DType::BF16, 64).with_attention_sink();
+        for (at, single, strides) in [
+            ("0.6.13", true, false),
+            ("0.6.16.post3", true, false),
+            ("0.6.18", false, false),
+            ("0.6.18.post1", false, false),
+            ("0.7.0", false, true),
+            ("0.7.4", false, true),
+        ] {
+            let ends = |name: Result<ModuleName>| name.unwrap().as_str().ends_with("_kv_stride_equal");
+            assert_eq!(ends(spec.prefill_module(version(at), false)), strides, "{at}");
+            assert_eq!(ends(spec.batch_attention_module(version(at))), strides, "{at}");
+            assert!(!ends(spec.prefill_module(version(at), true)));
+            assert!(!ends(sinks.prefill_module(version(at), false)));
+            assert_eq!(spec.single_decode_module(version(at)).is_ok(), single, "{at}");
+            assert_eq!(spec.single_prefill_module(version(at), false).is_ok(), single, "{at}");
+        }
+        let gone = spec.single_decode_module(version("0.7.4")).unwrap_err().to_string();
+        for part in [
+            "in FlashInfer 0.7.4, which has had none since 0.6.18",
+            "BatchDecode",
+            "a wheel of FlashInfer 0.6.13",
+        ] {
+            assert!(gone.contains(part), "{gone}");
+        }
     }
 
     #[test]
@@ -322,14 +386,14 @@ mod tests {
         assert!(spec.with_kv_dtype(DType::I8).decode_module().is_err());
         assert!(spec.with_kv_dtype(DType::BF16).decode_module().is_err());
         assert!(spec.with_attention_sink().decode_module().is_err());
-        assert!(spec.with_attention_sink().with_logits_soft_cap(30.0).prefill_module(false).is_err());
-        assert!(spec.with_attention_sink().single_prefill_module(true).is_err());
-        assert!(spec.with_pos_encoding_mode(PosEncodingMode::Alibi).prefill_module(true).is_err());
-        assert!(AttentionSpec::new(DType::E4M3, 128).prefill_module(false).is_err());
+        assert!(spec.with_attention_sink().with_logits_soft_cap(30.0).prefill_module(OLD, false).is_err());
+        assert!(spec.with_attention_sink().single_prefill_module(OLD, true).is_err());
+        assert!(spec.with_pos_encoding_mode(PosEncodingMode::Alibi).prefill_module(OLD, true).is_err());
+        assert!(AttentionSpec::new(DType::E4M3, 128).prefill_module(OLD, false).is_err());
         let eight_bits =
             |head_dim| AttentionSpec { dtype_o: DType::F16, ..AttentionSpec::new(DType::E4M3, head_dim) };
-        assert!(eight_bits(128).prefill_module(true).is_ok());
-        assert!(eight_bits(64).prefill_module(true).is_err());
+        assert!(eight_bits(128).prefill_module(OLD, true).is_ok());
+        assert!(eight_bits(64).prefill_module(OLD, true).is_err());
         assert!(AttentionSpec { head_dim_vo: 64, ..spec }.decode_module().is_err());
         for cap in [0.0, 1e-4, -1.0, f32::NAN, f32::INFINITY] {
             assert!(spec.with_logits_soft_cap(cap).decode_module().is_err());

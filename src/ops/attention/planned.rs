@@ -9,6 +9,7 @@ use super::{
     workspace::{Need, Workspace},
 };
 use crate::{
+    cuda,
     device::Device,
     dtype::DType,
     error::{FlashInferError, Result},
@@ -27,20 +28,34 @@ pub(super) struct PlanInfo {
 }
 
 impl PlanInfo {
-    /// Takes over what a planner returned: an array of `len` integers.
-    fn new(value: Value, len: usize) -> Result<Self> {
-        let numbers = match &value {
-            Value::Object(object) => object.to_ints().filter(|numbers| numbers.len() == len),
-            _ => None,
+    /// Takes over what a planner returned: an array of `len` integers. Planners
+    /// that leave the copy of the page-locked buffer to the caller return it with
+    /// the number of bytes to copy, of which there can be `room`.
+    fn new(value: &Value, len: usize, room: usize) -> Result<(Self, Option<usize>)> {
+        let Value::Object(object) = value else { return Err(Self::unexpected(value, len)) };
+        let (object, to_copy) = match object.to_object_and_int() {
+            Some((object, bytes)) => (object, Some(bytes)),
+            None => (object.clone(), None),
         };
-        match (value, numbers) {
-            (Value::Object(object), Some(numbers)) => Ok(Self { object, numbers: numbers.into() }),
-            (value, _) => Err(FlashInferError::TvmFfiCall {
-                function: "plan".into(),
-                kind: "TypeError".into(),
-                message: format!("expected {len} integers, the module returned {value:?}"),
-                traceback: String::new(),
-            }),
+        let numbers = object.to_ints().filter(|numbers| numbers.len() == len);
+        let to_copy = to_copy.map(|bytes| usize::try_from(bytes).ok().filter(|&bytes| bytes <= room));
+        match (numbers, to_copy) {
+            (Some(numbers), None) => Ok((Self { object, numbers: numbers.into() }, None)),
+            (Some(numbers), Some(Some(bytes))) => Ok((Self { object, numbers: numbers.into() }, Some(bytes))),
+            _ => Err(Self::unexpected(value, len)),
+        }
+    }
+
+    #[cold]
+    fn unexpected(value: &Value, len: usize) -> FlashInferError {
+        FlashInferError::TvmFfiCall {
+            function: "plan".into(),
+            kind: "TypeError".into(),
+            message: format!(
+                "expected {len} integers, or these and the bytes to copy of what was reserved; the module returned \
+                 {value:?}"
+            ),
+            traceback: String::new(),
         }
     }
 }
@@ -310,7 +325,8 @@ pub(super) struct Planning {
 }
 
 /// Lets `call` run a planner, which writes index arrays to the page-locked
-/// buffer it is given and enqueues their copy to the workspace.
+/// buffer it is given and enqueues their copy to the workspace, or says how much
+/// there is to copy.
 ///
 /// Before, the workspace has grown to what the planner needs, or the call is
 /// refused: no planner finds one that is too small.
@@ -331,7 +347,13 @@ pub(super) fn make_plan(
         }
         let pinned =
             RawTensor::new(staging.as_mut_ptr().cast(), Device::Cpu, DType::U8, &[staging.len()], None)?;
-        call(&scratch, &pinned).and_then(|value| PlanInfo::new(value, numbers))
+        let (info, to_copy) = PlanInfo::new(&call(&scratch, &pinned)?, numbers, need.int)?;
+        if let Some(bytes) = to_copy {
+            // SAFETY: the buffer is page-locked, and not written again before the
+            // copy is done.
+            unsafe { cuda::upload(&staging[..bytes], &workspace.int, 0) }?;
+        }
+        Ok(info)
     })?;
     if for_graph {
         workspace.hold();

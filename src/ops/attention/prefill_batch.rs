@@ -61,19 +61,30 @@ pub(super) fn must_stay_whole(spec: &AttentionSpec, batch: &PrefillBatch<'_>) ->
     spec.window_left.is_some() && !batch.shape.causal && several
 }
 
+/// How a planner of FlashAttention 2 allocates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fa2Planner {
+    /// Partial results of all rows of tiles, times the heads of a group that tiles hold;
+    /// flags where keys are divided. FlashInfer 0.6.13.
+    WholeTiles,
+    /// Partial results of as many rows as tiles hold; flags for graphs. FlashInfer 0.7.4.
+    Rows,
+}
+
 /// What the planner of FlashAttention 2 takes for a batch that is not empty, on a
 /// GPU of so many multiprocessors and major compute capability.
 ///
 /// Work is a tile of queries (times heads of a group) and a chunk of keys. For a
 /// graph there is as much as any batch of its size can have. Each has three indices
-/// and, if keys are divided, a flag, and for each head of each row an output and
-/// its sum.
+/// and may have a flag, and, if keys are divided, for each head of each row an output
+/// and its sum.
 pub(super) fn fa2_need(
     spec: &AttentionSpec,
     batch: &PrefillBatch<'_>,
     no_split: bool,
     multiprocessors: usize,
     major: i32,
+    planner: Fa2Planner,
 ) -> Need {
     let Heads { num_qo_heads, num_kv_heads } = batch.shape.heads;
     let (group, requests, rows) = (num_qo_heads / num_kv_heads, batch.kv_lens.len(), batch.shape.rows);
@@ -95,12 +106,17 @@ pub(super) fn fa2_need(
     let ints = |count: usize| count * size_of::<i32>();
     let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
     let indices = indices.into_iter().chain(batch.shape.cuda_graph.then_some(ints(1)));
-    let to_merge = divided.then_some([ints(rows + 1), work]).into_iter().flatten();
-    let sums = num_qo_heads * work * tile * size_of::<f32>();
+    let offsets_to_merge = divided.then_some(ints(rows + 1));
+    let (has_flags, partial_rows) = match planner {
+        Fa2Planner::WholeTiles => (divided, work * tile),
+        Fa2Planner::Rows => (batch.shape.cuda_graph, (work * tile).div_ceil(group)),
+    };
+    let flags = has_flags.then_some(work);
+    let sums = num_qo_heads * partial_rows * size_of::<f32>();
     Need {
         float: if divided { arrays([sums * spec.head_dim_vo, sums]) } else { 0 }
             .max(stand_in_bytes(spec, batch)),
-        int: arrays(indices.chain(to_merge)),
+        int: arrays(indices.chain(offsets_to_merge).chain(flags)),
     }
 }
 
@@ -221,8 +237,29 @@ mod tests {
     fn fa2_split(spec: &AttentionSpec, requests: &[(i32, i32)], graph: Option<usize>, split: Split) -> Need {
         with_batch(requests, graph, split, |batch| {
             let no_split = must_stay_whole(spec, batch) || split.disable_split_kv;
-            fa2_need(spec, batch, no_split, H200.0, H200.1)
+            fa2_need(spec, batch, no_split, H200.0, H200.1, Fa2Planner::WholeTiles)
         })
+    }
+
+    /// By hand, as `PrefillPlanImpl` of 0.7.4 allocates.
+    #[test]
+    fn sizes_are_those_of_later_planners() {
+        let spec = AttentionSpec::new(DType::BF16, 128);
+        let need = |requests: &[(i32, i32)], graph, split: Split| {
+            with_batch(requests, graph, split, |batch| {
+                fa2_need(&spec, batch, split.disable_split_kv, H200.0, H200.1, Fa2Planner::Rows)
+            })
+        };
+        // 639 tiles of 16, for groups of four heads; outputs, then sums.
+        let float = |work: usize| 32 * (work * 16).div_ceil(4) * (128 + 1) * 4;
+        let graph = need(&[(1, 1); 512], Some(512), BY_ITSELF);
+        assert_eq!(graph, Need { float: float(639), int: 12_463 });
+        // Without a graph there are no flags behind the offsets to merge by.
+        let fixed = need(&[(1, 1000), (1, 20)], None, Split::fixed(100));
+        assert_eq!(fixed, Need { float: float(11), int: 3 * 48 + 16 + 16 - 4 });
+        // With one there are, also where nothing is divided.
+        let whole = need(&[(1, 1000); 3], Some(3), Split::disabled());
+        assert_eq!(whole, Need { float: 0, int: 144 + 144 + 144 + 32 + 16 + 33 });
     }
 
     /// By hand, as `PrefillPlan` allocates.

@@ -14,14 +14,14 @@ use super::{
     options::{PlanOptions, RunOptions},
     output_scale::OutputScale,
     planned::{PlanInfo, Planning, ROPE_RCP_SCALE, ROPE_RCP_THETA, Scratch, host_indices, make_plan},
-    prefill_batch::{PrefillBatch, fa2_need, fa3_need, must_stay_whole},
+    prefill_batch::{Fa2Planner, PrefillBatch, fa2_need, fa3_need, must_stay_whole},
     spec::{AttentionSpec, Backend},
     workspace::Workspace,
 };
 use crate::{
     cuda::DeviceAttribute,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
+    ffi::{DlTensor, Kernel, KernelFunction, Signature, TensorObject, kernels},
     indices::{PageTable, RaggedTable},
     kv::{KvLayout, PagedKv},
     module::Module,
@@ -32,13 +32,33 @@ use crate::{
 };
 
 kernels! {
-    struct Fa2Plan = "plan"(
+    struct Fa2Plan = "plan" {
         float_workspace: Tensor, int_workspace: Tensor, pinned_int_workspace: Tensor,
         qo_indptr: Tensor, kv_indptr: Tensor, kv_len_arr: Tensor,
         total_num_rows: Int, batch_size: Int, num_qo_heads: Int, num_kv_heads: Int, page_size: Int,
         enable_cuda_graph: Bool, head_dim_qk: Int, head_dim_vo: Int, causal: Bool, window_left: Int,
         fixed_split_size: Int, disable_split_kv: Bool, num_colocated_ctas: Int,
-    ) -> "Array<int>";
+        uniform_q_len: Int, fixed_uniform_q_len: Bool,
+    } {
+        "0.6.13": (
+            float_workspace, int_workspace, pinned_int_workspace, qo_indptr, kv_indptr, kv_len_arr,
+            total_num_rows, batch_size, num_qo_heads, num_kv_heads, page_size,
+            enable_cuda_graph, head_dim_qk, head_dim_vo, causal, window_left,
+            fixed_split_size, disable_split_kv, num_colocated_ctas,
+        ) -> "Array<int>";
+        "0.6.16": (
+            float_workspace, int_workspace, pinned_int_workspace, qo_indptr, kv_indptr, kv_len_arr,
+            total_num_rows, batch_size, num_qo_heads, num_kv_heads, page_size,
+            enable_cuda_graph, head_dim_qk, head_dim_vo, causal, window_left,
+            fixed_split_size, disable_split_kv, num_colocated_ctas, uniform_q_len,
+        ) -> "Array<int>";
+        "0.7.4": (
+            float_workspace, int_workspace, pinned_int_workspace, qo_indptr, kv_indptr, kv_len_arr,
+            total_num_rows, batch_size, num_qo_heads, num_kv_heads, page_size,
+            enable_cuda_graph, head_dim_qk, head_dim_vo, causal, window_left,
+            fixed_split_size, disable_split_kv, num_colocated_ctas, uniform_q_len, fixed_uniform_q_len,
+        ) -> "Array<int>";
+    }
     struct Fa3Plan = "plan"(
         float_workspace: Tensor, int_workspace: Tensor, pinned_int_workspace: Tensor,
         qo_indptr: Tensor, kv_indptr: Tensor, kv_len_arr: Tensor,
@@ -100,31 +120,43 @@ kernels! {
     ) -> "void";
 }
 
-/// Modules with 16-bit queries; those with 8-bit ones take other arguments.
+/// Modules with 16-bit queries; those with 8-bit ones take other arguments. The
+/// second name of FlashAttention 2's is that of FlashInfer 0.7.4.
 const FA2_MODULES: &str = "batch_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False";
+const FA2_MODULES_0_7: &str =
+    "batch_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False_kv_stride_equal";
 const FA3_MODULES: &str = "batch_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False_sm90";
 const FA2_SINK_MODULES: &str = "batch_prefill_with_attention_sink_kv_cache_*_";
 const FA3_SINK_MODULES: &str = "batch_prefill_with_attention_sink_kv_cache_*_sm90";
 
-pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
-    (FA2_MODULES, Fa2Plan::SIGNATURE),
-    (FA2_MODULES, Fa2PagedRun::SIGNATURE),
-    (FA2_MODULES, Fa2RaggedRun::SIGNATURE),
-    (FA3_MODULES, Fa3Plan::SIGNATURE),
-    (FA3_MODULES, Fa3PagedRun::SIGNATURE),
-    (FA3_MODULES, Fa3RaggedRun::SIGNATURE),
-    (FA2_SINK_MODULES, Fa2Plan::SIGNATURE),
-    (FA2_SINK_MODULES, SinkPagedRun::SIGNATURE),
-    (FA2_SINK_MODULES, SinkRaggedRun::SIGNATURE),
-    (FA3_SINK_MODULES, Fa3Plan::SIGNATURE),
-    (FA3_SINK_MODULES, SinkPagedRun::SIGNATURE),
-    (FA3_SINK_MODULES, SinkRaggedRun::SIGNATURE),
+pub(in crate::ops) const SIGNATURES: &[(&str, &[Signature])] = &[
+    (FA2_MODULES, Fa2Plan::SIGNATURES),
+    (FA2_MODULES, Fa2PagedRun::SIGNATURES),
+    (FA2_MODULES, Fa2RaggedRun::SIGNATURES),
+    (FA2_MODULES_0_7, Fa2Plan::SIGNATURES),
+    (FA2_MODULES_0_7, Fa2PagedRun::SIGNATURES),
+    (FA2_MODULES_0_7, Fa2RaggedRun::SIGNATURES),
+    (FA3_MODULES, Fa3Plan::SIGNATURES),
+    (FA3_MODULES, Fa3PagedRun::SIGNATURES),
+    (FA3_MODULES, Fa3RaggedRun::SIGNATURES),
+    (FA2_SINK_MODULES, Fa2Plan::SIGNATURES),
+    (FA2_SINK_MODULES, SinkPagedRun::SIGNATURES),
+    (FA2_SINK_MODULES, SinkRaggedRun::SIGNATURES),
+    (FA3_SINK_MODULES, Fa3Plan::SIGNATURES),
+    (FA3_SINK_MODULES, SinkPagedRun::SIGNATURES),
+    (FA3_SINK_MODULES, SinkRaggedRun::SIGNATURES),
 ];
 
 pub(super) const RUN_OP: &str = "PrefillPlan::run_with";
+/// The planner is not told that all requests have as many queries.
+const NO_PROMISE: i64 = 0;
 /// Numbers in a plan.
 const FA2_PLAN_LEN: usize = 15;
 const FA3_PLAN_LEN: usize = 9;
+/// The place of the size of a tile of queries in a plan of FlashAttention 2, and
+/// the size for which [`Module::unbound`] names kernels.
+const FA2_TILE: usize = 3;
+const UNBOUND_TILE: i64 = 32;
 
 /// The functions of a prefill module.
 #[derive(Clone, Copy, Debug)]
@@ -132,9 +164,9 @@ pub(super) struct PrefillKernels {
     pub(super) spec: AttentionSpec,
     pub(super) fa3: bool,
     module: &'static Module,
-    plan: Function,
-    paged_run: Function,
-    ragged_run: Function,
+    plan: KernelFunction,
+    paged_run: KernelFunction,
+    ragged_run: KernelFunction,
 }
 
 /// Everything that a plan depends on, to tell whether another would be equal.
@@ -179,13 +211,19 @@ impl Pages {
 impl PrefillKernels {
     /// The functions of a module that serves the spec.
     pub(super) fn load(module: &'static Module, spec: &AttentionSpec, fa3: bool) -> Result<Self> {
+        let plan = if fa3 { Fa3Plan::SIGNATURES } else { Fa2Plan::SIGNATURES };
+        let [paged_run, ragged_run] = match (spec.attention_sink, fa3) {
+            (true, _) => [SinkPagedRun::SIGNATURES, SinkRaggedRun::SIGNATURES],
+            (false, true) => [Fa3PagedRun::SIGNATURES, Fa3RaggedRun::SIGNATURES],
+            (false, false) => [Fa2PagedRun::SIGNATURES, Fa2RaggedRun::SIGNATURES],
+        };
         Ok(Self {
             spec: *spec,
             fa3,
             module,
-            plan: module.function("plan")?,
-            paged_run: module.function("paged_run")?,
-            ragged_run: module.function("ragged_run")?,
+            plan: module.kernel(plan)?,
+            paged_run: module.kernel(paged_run)?,
+            ragged_run: module.kernel(ragged_run)?,
         })
     }
 
@@ -243,7 +281,8 @@ impl PrefillKernels {
             (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
         } else {
             let (major, _) = cuda.compute_capability(stream.ordinal())?;
-            (fa2_need(&self.spec, batch, no_split, multiprocessors, major), FA2_PLAN_LEN)
+            let planner = if self.plan.variant() == 0 { Fa2Planner::WholeTiles } else { Fa2Planner::Rows };
+            (fa2_need(&self.spec, batch, no_split, multiprocessors, major, planner), FA2_PLAN_LEN)
         };
         // Kernels number the elements of partial results in 32 bits. Parts of the
         // planner's own choice are not as many.
@@ -300,15 +339,30 @@ impl PrefillKernels {
                     plan!(Fa2Plan {
                         fixed_split_size: batch.shape.split.fixed_split_size.map_or(-1, |pages| pages as i64),
                         disable_split_kv: no_split,
-                        num_colocated_ctas: batch.shape.split.num_colocated_ctas as i64
+                        num_colocated_ctas: batch.shape.split.num_colocated_ctas as i64,
+                        uniform_q_len: NO_PROMISE,
+                        fixed_uniform_q_len: false
                     })
                     .call(&self.plan, &stream)
                 }
             }
         })?;
+        self.check_tile(&info)?;
         let key = PrefillPlanKey { spec: self.spec, module: self.module, batch: batch.to_owned() };
         workspace.remember_plan((key, info.clone()));
         Ok(info)
+    }
+
+    /// The module has the kernel of the plan's tile. One that names kernels it does
+    /// not have would end the process when it calls them.
+    fn check_tile(&self, info: &PlanInfo) -> Result<()> {
+        if self.fa3 || self.module.unbound().is_empty() || info.numbers[FA2_TILE] != UNBOUND_TILE {
+            return Ok(());
+        }
+        Err(FlashInferError::Unsupported {
+            what: format!("a plan of {} for tiles of {UNBOUND_TILE} queries", self.module.described()),
+            available: "the module has no kernel for them; obtain another build of it".into(),
+        })
     }
 
     /// Runs over a paged cache that has these pages.

@@ -4,15 +4,16 @@
 //! source holds need not be looked for in a download of 1.7 GB, if it cannot be
 //! there. A wheel that a user built may hold others.
 //!
-//! Source: `flashinfer/aot.py`; all versions from 0.6.13 to 0.7.4 have these.
+//! Source: `flashinfer/aot.py`; all versions from 0.6.13 to 0.7.4 have these, but
+//! for attention of one request, which is gone since 0.6.18.
 
 use std::cmp::Reverse;
 
 use super::{
-    modules::Family,
+    modules::{Family, SINGLE},
     spec::{AttentionSpec, Backend, PosEncodingMode},
 };
-use crate::{dtype::DType, error::FlashInferError};
+use crate::{artifacts::FlashInferVersion, dtype::DType, error::FlashInferError};
 
 /// Widths of queries and keys, and of values.
 type HeadDims = (usize, usize);
@@ -48,9 +49,15 @@ fn head_dims(spec: &AttentionSpec, family: Family, backend: Backend) -> &'static
     }
 }
 
-/// Whether FlashInfer's wheels have the module.
-pub(super) fn is_published(spec: &AttentionSpec, family: Family, backend: Backend) -> bool {
-    head_dims(spec, family, backend).contains(&(spec.head_dim_qk, spec.head_dim_vo))
+/// Whether FlashInfer's wheels of a version have the module.
+pub(super) fn is_published(
+    spec: &AttentionSpec,
+    version: FlashInferVersion,
+    family: Family,
+    backend: Backend,
+) -> bool {
+    (family != Family::Single || version < SINGLE.since)
+        && head_dims(spec, family, backend).contains(&(spec.head_dim_qk, spec.head_dim_vo))
 }
 
 /// Says that none of these backends has a published module, and what there is
@@ -125,7 +132,26 @@ mod tests {
 
     use super::*;
 
-    const LIST: &str = include_str!("../../../tests/data/module_names.txt");
+    /// Upstream's names, by version, and how many of them a spec gives; those
+    /// of latent attention are four more.
+    const LISTS: [(FlashInferVersion, &str, usize); 4] = [
+        (FlashInferVersion::new(0, 6, 13), include_str!("../../../tests/data/module_names.txt"), 272),
+        (
+            FlashInferVersion::new(0, 6, 18).post(1),
+            include_str!("../../../tests/data/module_names_0.6.18.post1_sm90a.txt"),
+            176,
+        ),
+        (
+            FlashInferVersion::new(0, 7, 2).post(1),
+            include_str!("../../../tests/data/module_names_0.7.2.post1_sm90a.txt"),
+            176,
+        ),
+        (
+            FlashInferVersion::new(0, 7, 4),
+            include_str!("../../../tests/data/module_names_0.7.4_sm90a.txt"),
+            176,
+        ),
+    ];
     const MODULES: [(Family, Backend); 7] = [
         (Family::Batch, Backend::CudaCores),
         (Family::Batch, Backend::Fa2),
@@ -160,18 +186,19 @@ mod tests {
 
     #[test]
     fn published_modules_are_those_of_upstreams_build() {
-        let list: BTreeSet<&str> = LIST.lines().skip(1).collect();
-        let mut count = 0;
-        for spec in specs() {
-            for (family, backend) in MODULES {
-                let Ok(name) = spec.module(family, backend) else { continue };
-                let published = is_published(&spec, family, backend);
-                assert_eq!(published, list.contains(name.as_str()), "{name}");
-                count += usize::from(published);
+        for (version, list, names) in LISTS {
+            let list: BTreeSet<&str> = list.lines().skip(1).collect();
+            let mut count = 0;
+            for spec in specs() {
+                for (family, backend) in MODULES {
+                    let Ok(name) = spec.module(version, family, backend) else { continue };
+                    let published = is_published(&spec, version, family, backend);
+                    assert_eq!(published, list.contains(name.as_str()), "{version}: {name}");
+                    count += usize::from(published);
+                }
             }
+            assert_eq!(count, names, "{version}");
         }
-        // All that a spec names; those of latent attention are four.
-        assert_eq!(count, 276 - 4);
     }
 
     #[test]

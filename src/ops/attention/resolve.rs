@@ -1,18 +1,25 @@
 //! Which module serves an attention: the first that can be had.
 
 use super::{
-    modules::{Family, unsupported},
+    modules::{Family, SINGLE, unsupported},
     published::{is_published, unpublished},
     spec::{AttentionSpec, Backend},
 };
-use crate::{error::Result, module::Module, runtime::FlashInferRuntime, stream::Stream};
+use crate::{
+    artifacts::FlashInferVersion,
+    error::Result,
+    module::{Module, ModuleName},
+    runtime::FlashInferRuntime,
+    stream::Stream,
+};
 
 impl AttentionSpec {
     /// The first module that can be had, in order of preference, and its
     /// backend. Of several backends, those count for which a module can exist.
     ///
     /// What a local source holds comes first, since it may be of a wheel that a
-    /// user built. Nothing is downloaded for a module that FlashInfer does not
+    /// user built. The module's version of FlashInfer is that of the first source
+    /// that holds it. Nothing is downloaded for a module that FlashInfer does not
     /// publish.
     pub(super) fn first_module(
         &self,
@@ -20,31 +27,43 @@ impl AttentionSpec {
         backends: &[Backend],
     ) -> Result<(&'static Module, Backend)> {
         self.check_called()?;
-        let (mut refusal, mut possible, mut names) = (None, Vec::new(), Vec::new());
+        let (mut refusal, mut possible, mut first) = (None, Vec::new(), None);
         for &backend in backends {
-            match self.module(family, backend) {
+            // What the oldest version refuses, no later one has.
+            match self.module(FlashInferVersion::OLDEST, family, backend) {
                 Ok(name) => {
                     possible.push(backend);
-                    names.push(name);
+                    first.get_or_insert(name);
                 }
                 Err(error) => refusal = Some(error),
             }
         }
-        if let Some(error) = refusal.filter(|_| names.is_empty()) {
+        if let Some(error) = refusal.filter(|_| first.is_none()) {
             return Err(error);
         }
+        let named = |backend: Backend| move |version| self.module(version, family, backend).ok();
         let runtime = FlashInferRuntime::get()?;
-        if let Some((place, module)) = runtime.first_local(&names)? {
+        let local: Vec<_> = possible.iter().map(|&backend| named(backend)).collect();
+        if let Some((place, module)) = runtime.first_local(&local)? {
             return Ok((module, possible[place]));
         }
-        let published = |&at: &usize| is_published(self, family, possible[at]);
-        let published: Vec<usize> = (0..names.len()).filter(published).collect();
+        let versions = runtime.store().pinned_versions();
+        let published =
+            |backend: &Backend| versions.iter().any(|&version| is_published(self, version, family, *backend));
+        let published: Vec<Backend> = possible.iter().copied().filter(published).collect();
         if published.is_empty() {
-            return Err(unpublished(self, family, possible, names[0].as_str()));
+            if family == Family::Single {
+                versions.iter().try_for_each(|&version| SINGLE.check(version))?;
+            }
+            let name = first.as_ref().map_or("", ModuleName::as_str);
+            return Err(unpublished(self, family, possible, name));
         }
-        let names: Vec<_> = published.iter().map(|&at| names[at].clone()).collect();
-        let (place, module) = runtime.first_of(&names)?;
-        Ok((module, possible[published[place]]))
+        let named: Vec<_> = published.iter().map(|&backend| named(backend)).collect();
+        match runtime.first_of(&named) {
+            Ok((place, module)) => Ok((module, published[place])),
+            Err(error) if family == Family::Single => Err(SINGLE.explain(runtime, error)),
+            Err(error) => Err(error),
+        }
     }
 
     /// The first module of prefill that can be had for a device, and whether it

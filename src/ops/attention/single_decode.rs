@@ -16,7 +16,7 @@ use super::{
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
+    ffi::{DlTensor, Kernel, KernelFunction, Signature, TensorObject, kernels},
     kv::KvLayout,
     module::Module,
     ops::check::Check,
@@ -32,8 +32,8 @@ kernels! {
     ) -> "void";
 }
 
-pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] =
-    &[("single_decode_with_kv_cache_*", Run::SIGNATURE)];
+pub(in crate::ops) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("single_decode_with_kv_cache_*", Run::SIGNATURES)];
 
 const OP: &str = "SingleDecode::run_with";
 
@@ -68,7 +68,7 @@ pub struct SingleDecode {
     spec: AttentionSpec,
     heads: Heads,
     module: &'static Module,
-    run: Function,
+    run: KernelFunction,
 }
 
 impl SingleDecode {
@@ -94,7 +94,7 @@ impl SingleDecode {
         check_cuda_cores(spec, group, INSTEAD)?;
         let (module, _) = spec.first_module(Family::Single, &[Backend::CudaCores])?;
         OutputScale::prepare(spec)?;
-        Ok(Self { spec: *spec, heads, module, run: module.function("run")? })
+        Ok(Self { spec: *spec, heads, module, run: module.kernel(Run::SIGNATURES)? })
     }
 
     /// The module that serves the spec.

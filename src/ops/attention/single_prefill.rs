@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    ffi::{DlTensor, Function, Kernel, Signature, TensorObject, kernels},
+    ffi::{DlTensor, Kernel, KernelFunction, Signature, TensorObject, kernels},
     kv::KvLayout,
     module::Module,
     ops::check::Check,
@@ -38,10 +38,10 @@ struct Fa3Run = "run"(
     maybe_scale_v: OptTensorObject, logits_soft_cap: Float, sm_scale: Float, scale_v_scalar: Float,
 ) -> "void";}
 
-pub(in crate::ops) const SIGNATURES: &[(&str, Signature)] = &[
+pub(in crate::ops) const SIGNATURES: &[(&str, &[Signature])] = &[
     // Modules with 8-bit queries take other arguments.
-    ("single_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False", Fa2Run::SIGNATURE),
-    ("single_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False_sm90", Fa3Run::SIGNATURE),
+    ("single_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False", Fa2Run::SIGNATURES),
+    ("single_prefill_with_kv_cache_dtype_q_*16_dtype_kv_*_f16qk_False_sm90", Fa3Run::SIGNATURES),
 ];
 
 const OP: &str = "SinglePrefill::run_with";
@@ -80,7 +80,7 @@ pub struct SinglePrefill {
     spec: AttentionSpec,
     fa3: bool,
     module: &'static Module,
-    run: Function,
+    run: KernelFunction,
 }
 
 impl SinglePrefill {
@@ -94,7 +94,8 @@ impl SinglePrefill {
     pub fn new(stream: &Stream, spec: &AttentionSpec) -> Result<Self> {
         let (module, fa3) = spec.first_prefill(stream, Family::Single)?;
         OutputScale::prepare(spec)?;
-        Ok(Self { spec: *spec, fa3, module, run: module.function("run")? })
+        let declared = if fa3 { Fa3Run::SIGNATURES } else { Fa2Run::SIGNATURES };
+        Ok(Self { spec: *spec, fa3, module, run: module.kernel(declared)? })
     }
 
     /// The module that serves the spec.

@@ -15,26 +15,37 @@ use crate::{
 };
 
 kernels! {
-    struct Bmm = "bmm_fp8"(
+    struct Bmm = "bmm_fp8" {
         a: Tensor, b: Tensor, d: Tensor, a_scale: Tensor, b_scale: Tensor, workspace_buffer: Tensor,
         cublas_handle: Int,
-    ) -> "void";
-    struct GetAlgos = "bmm_fp8_get_algos"(
+    } {
+        "0.6.13": (a, b, d, a_scale, b_scale, workspace_buffer, cublas_handle) -> "void";
+        "0.7.0": (a, b, d, a_scale, b_scale, workspace_buffer) -> "void";
+    }
+    struct GetAlgos = "bmm_fp8_get_algos" {
         a: Tensor, b: Tensor, d: Tensor, a_scale: Tensor, b_scale: Tensor, workspace_buffer: Tensor,
         cublas_handle: Int, algo_buffer: Tensor,
-    ) -> "int";
-    struct RunWithAlgo = "bmm_fp8_run_with_algo"(
+    } {
+        "0.6.13": (a, b, d, a_scale, b_scale, workspace_buffer, cublas_handle, algo_buffer) -> "int";
+        "0.7.0": (a, b, d, a_scale, b_scale, workspace_buffer, algo_buffer) -> "int";
+    }
+    struct RunWithAlgo = "bmm_fp8_run_with_algo" {
         a: Tensor, b: Tensor, d: Tensor, a_scale: Tensor, b_scale: Tensor, workspace_buffer: Tensor,
         cublas_handle: Int, algo_buffer: Tensor, algo_idx: Int,
-    ) -> "void";
+    } {
+        "0.6.13": (
+            a, b, d, a_scale, b_scale, workspace_buffer, cublas_handle, algo_buffer, algo_idx,
+        ) -> "void";
+        "0.7.0": (a, b, d, a_scale, b_scale, workspace_buffer, algo_buffer, algo_idx) -> "void";
+    }
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] =
-    &[("gemm", Bmm::SIGNATURE), ("gemm", GetAlgos::SIGNATURE), ("gemm", RunWithAlgo::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("gemm", Bmm::SIGNATURES), ("gemm", GetAlgos::SIGNATURES), ("gemm", RunWithAlgo::SIGNATURES)];
 
-static BMM: FixedFunction = FixedFunction::of(ModuleName::GEMM, &Bmm::SIGNATURE);
-static GET_ALGOS: FixedFunction = FixedFunction::of(ModuleName::GEMM, &GetAlgos::SIGNATURE);
-static RUN_WITH_ALGO: FixedFunction = FixedFunction::of(ModuleName::GEMM, &RunWithAlgo::SIGNATURE);
+static BMM: FixedFunction = FixedFunction::of(ModuleName::GEMM, Bmm::SIGNATURES);
+static GET_ALGOS: FixedFunction = FixedFunction::of(ModuleName::GEMM, GetAlgos::SIGNATURES);
+static RUN_WITH_ALGO: FixedFunction = FixedFunction::of(ModuleName::GEMM, RunWithAlgo::SIGNATURES);
 
 const OP: &str = "bmm_fp8";
 

@@ -28,6 +28,6 @@ impl ModuleName {
     pub const GEMM_SM90: Self = Self::fixed("gemm_sm90");
 }
 
-pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
+pub(super) fn signatures() -> Vec<(&'static str, &'static [Signature])> {
     [segment::SIGNATURES, bmm_fp8::SIGNATURES].concat()
 }

@@ -6,7 +6,7 @@ use crate::{
     cuda::{DeviceAttribute, DeviceBuffer, PtxKernel},
     dtype::DType,
     error::{FlashInferError, Result},
-    ffi::{DlTensor, Function, Kernel, Signature, kernels},
+    ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
     indices::{SegmentIndices, SegmentTable},
     module::ModuleName,
     ops::check::Check,
@@ -27,8 +27,8 @@ kernels! {
     ) -> "void";
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] =
-    &[("gemm", CutlassSm80::SIGNATURE), ("gemm_sm90", CutlassSm90::SIGNATURE)];
+pub(super) const SIGNATURES: &[(&str, &[Signature])] =
+    &[("gemm", CutlassSm80::SIGNATURES), ("gemm_sm90", CutlassSm90::SIGNATURES)];
 
 const OP: &str = "segment_gemm";
 
@@ -132,7 +132,7 @@ impl<'a> SegmentGemmInput<'a> {
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```
 pub struct SegmentGemm {
-    function: Function,
+    function: KernelFunction,
     backend: GemmBackend,
     max_segments: usize,
     /// Addresses, strides and sizes.
@@ -155,14 +155,11 @@ impl SegmentGemm {
         let capability = runtime.compute_capability(stream.ordinal())?;
         let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let backends = backends(backend, capability, multiprocessors)?;
-        let names: Vec<_> = backends.iter().map(|&backend| Self::module_of(backend)).collect();
-        let (place, module) = runtime.first_of(&names)?;
+        let named: Vec<_> = backends.iter().map(|&backend| move |_| Some(Self::module_of(backend))).collect();
+        let (place, module) = runtime.first_of(&named)?;
         let backend = backends[place];
-        let function = if backend == GemmBackend::Sm90 {
-            CutlassSm90::SIGNATURE.function
-        } else {
-            CutlassSm80::SIGNATURE.function
-        };
+        let declared =
+            if backend == GemmBackend::Sm90 { CutlassSm90::SIGNATURES } else { CutlassSm80::SIGNATURES };
         let Some(bytes) = max_segments.checked_mul(ARGS_BYTES).filter(|_| max_segments <= i32::MAX as usize)
         else {
             return Err(FlashInferError::invalid(
@@ -173,7 +170,7 @@ impl SegmentGemm {
         };
         let maps = usize::try_from(multiprocessors).unwrap_or(0) * TENSOR_MAP_BYTES;
         let new = Self {
-            function: module.function(function)?,
+            function: module.kernel(declared)?,
             backend,
             max_segments,
             args: DeviceBuffer::new(cuda, stream, bytes)?,

@@ -20,9 +20,9 @@ kernels! {
     ) -> "void";
 }
 
-pub(super) const SIGNATURE: Signature = FusedDitLayernorm::SIGNATURE;
+pub(super) const SIGNATURES: &[Signature] = FusedDitLayernorm::SIGNATURES;
 
-static FUSED_DIT_LAYERNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &SIGNATURE);
+static FUSED_DIT_LAYERNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, SIGNATURES);
 
 /// The only row length that the kernel is compiled for.
 const HIDDEN: i64 = 3072;

@@ -32,9 +32,9 @@ kernels! {
     ) -> "void";
 }
 
-pub(super) const SIGNATURE: Signature = FusedQkRmsnormRope::SIGNATURE;
+pub(super) const SIGNATURES: &[Signature] = FusedQkRmsnormRope::SIGNATURES;
 
-static FUSED_QK_RMSNORM_ROPE: FixedFunction = FixedFunction::of(ModuleName::NORM, &SIGNATURE);
+static FUSED_QK_RMSNORM_ROPE: FixedFunction = FixedFunction::of(ModuleName::NORM, SIGNATURES);
 
 /// The frequencies of a [`Rope3d`] on a device, for [`fused_qk_rmsnorm_rope`].
 ///

@@ -17,9 +17,9 @@ kernels! {
     ) -> "void";
 }
 
-pub(super) const SIGNATURE: Signature = LayerNorm::SIGNATURE;
+pub(super) const SIGNATURES: &[Signature] = LayerNorm::SIGNATURES;
 
-static LAYERNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &SIGNATURE);
+static LAYERNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, SIGNATURES);
 
 /// More shared memory than the kernel has of its own, beside the row.
 const OWN_SHARED_MEMORY: i64 = 1024;

@@ -53,9 +53,9 @@ impl ModuleName {
     pub const NORM: Self = Self::fixed("norm");
 }
 
-pub(super) fn signatures() -> Vec<(&'static str, Signature)> {
-    let others = [layernorm::SIGNATURE, fused_qk_rmsnorm_rope::SIGNATURE, fused_dit_layernorm::SIGNATURE];
-    rmsnorm::SIGNATURES.iter().chain(&others).map(|&signature| ("norm", signature)).collect()
+pub(super) fn signatures() -> Vec<(&'static str, &'static [Signature])> {
+    let others = [layernorm::SIGNATURES, fused_qk_rmsnorm_rope::SIGNATURES, fused_dit_layernorm::SIGNATURES];
+    rmsnorm::SIGNATURES.iter().chain(&others).map(|&declared| ("norm", declared)).collect()
 }
 
 /// Options of the norms.

@@ -26,26 +26,26 @@ kernels! {
 }
 
 /// Gemma's norms take what the plain ones take.
-const GEMMA_NORM: Signature = Signature { function: "gemma_rmsnorm", ..Norm::SIGNATURE };
-const GEMMA_FUSED_ADD_NORM: Signature =
-    Signature { function: "gemma_fused_add_rmsnorm", ..FusedAddNorm::SIGNATURE };
+const GEMMA_NORM: &[Signature] = &[Signature { function: "gemma_rmsnorm", ..Norm::SIGNATURES[0] }];
+const GEMMA_FUSED_ADD_NORM: &[Signature] =
+    &[Signature { function: "gemma_fused_add_rmsnorm", ..FusedAddNorm::SIGNATURES[0] }];
 
-pub(super) const SIGNATURES: &[Signature] = &[
-    Norm::SIGNATURE,
+pub(super) const SIGNATURES: &[&[Signature]] = &[
+    Norm::SIGNATURES,
     GEMMA_NORM,
-    FusedAddNorm::SIGNATURE,
+    FusedAddNorm::SIGNATURES,
     GEMMA_FUSED_ADD_NORM,
-    NormQuant::SIGNATURE,
-    FusedAddNormQuant::SIGNATURE,
+    NormQuant::SIGNATURES,
+    FusedAddNormQuant::SIGNATURES,
 ];
 
-static RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &Norm::SIGNATURE);
-static GEMMA_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &GEMMA_NORM);
-static FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &FusedAddNorm::SIGNATURE);
-static GEMMA_FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, &GEMMA_FUSED_ADD_NORM);
-static RMSNORM_QUANT: FixedFunction = FixedFunction::of(ModuleName::NORM, &NormQuant::SIGNATURE);
+static RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, Norm::SIGNATURES);
+static GEMMA_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, GEMMA_NORM);
+static FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, FusedAddNorm::SIGNATURES);
+static GEMMA_FUSED_ADD_RMSNORM: FixedFunction = FixedFunction::of(ModuleName::NORM, GEMMA_FUSED_ADD_NORM);
+static RMSNORM_QUANT: FixedFunction = FixedFunction::of(ModuleName::NORM, NormQuant::SIGNATURES);
 static FUSED_ADD_RMSNORM_QUANT: FixedFunction =
-    FixedFunction::of(ModuleName::NORM, &FusedAddNormQuant::SIGNATURE);
+    FixedFunction::of(ModuleName::NORM, FusedAddNormQuant::SIGNATURES);
 
 /// Element types of the norms.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
@@ -140,7 +140,8 @@ pub fn gemma_fused_add_rmsnorm(
 ///
 /// `input` is `[rows, d]`, `f16` or `bf16`; `out` has its shape and is `e4m3` or
 /// `e5m2`; `weight` is `[d]`, of the dtype of `input`; `scale` is `[1]`, `f32`.
-/// The cut is at ±448, the largest of `e4m3`, for `e5m2`, too, and NaN becomes 448.
+/// The cut is at ±448, the largest of `e4m3`, for `e5m2`, too, and NaN becomes 448. With
+/// FlashInfer 0.7, `e5m2` is cut off at its own largest number, ±57344, which NaN becomes.
 ///
 /// Programmatic dependent launch is off here unless asked for, unlike
 /// upstream's default: the kernel reads `scale` before it waits for the kernel

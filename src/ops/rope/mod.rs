@@ -105,25 +105,25 @@ impl ModuleName {
     pub const ROPE: Self = Self::fixed("rope");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] = &[
-    ("rope", ApplyRope::SIGNATURE),
-    ("rope", ApplyLlama31Rope::SIGNATURE),
-    ("rope", ApplyRopePosIds::SIGNATURE),
-    ("rope", ApplyLlama31RopePosIds::SIGNATURE),
-    ("rope", ApplyRopePosIdsCosSinCache::SIGNATURE),
-    ("rope", quantize::RopeQuantize::SIGNATURE),
-    ("rope", quantize::RopeQuantizeAppend::SIGNATURE),
+pub(super) const SIGNATURES: &[(&str, &[Signature])] = &[
+    ("rope", ApplyRope::SIGNATURES),
+    ("rope", ApplyLlama31Rope::SIGNATURES),
+    ("rope", ApplyRopePosIds::SIGNATURES),
+    ("rope", ApplyLlama31RopePosIds::SIGNATURES),
+    ("rope", ApplyRopePosIdsCosSinCache::SIGNATURES),
+    ("rope", quantize::RopeQuantize::SIGNATURES),
+    ("rope", quantize::RopeQuantizeAppend::SIGNATURES),
 ];
 
-const fn function(signature: &Signature) -> FixedFunction {
-    FixedFunction::of(ModuleName::ROPE, signature)
+const fn function(declared: &'static [Signature]) -> FixedFunction {
+    FixedFunction::of(ModuleName::ROPE, declared)
 }
 
-static APPLY: FixedFunction = function(&ApplyRope::SIGNATURE);
-static APPLY_LLAMA31: FixedFunction = function(&ApplyLlama31Rope::SIGNATURE);
-static APPLY_POS_IDS: FixedFunction = function(&ApplyRopePosIds::SIGNATURE);
-static APPLY_LLAMA31_POS_IDS: FixedFunction = function(&ApplyLlama31RopePosIds::SIGNATURE);
-static APPLY_CACHE: FixedFunction = function(&ApplyRopePosIdsCosSinCache::SIGNATURE);
+static APPLY: FixedFunction = function(ApplyRope::SIGNATURES);
+static APPLY_LLAMA31: FixedFunction = function(ApplyLlama31Rope::SIGNATURES);
+static APPLY_POS_IDS: FixedFunction = function(ApplyRopePosIds::SIGNATURES);
+static APPLY_LLAMA31_POS_IDS: FixedFunction = function(ApplyLlama31RopePosIds::SIGNATURES);
+static APPLY_CACHE: FixedFunction = function(ApplyRopePosIdsCosSinCache::SIGNATURES);
 
 /// Element types of queries and keys.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];

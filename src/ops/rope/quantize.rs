@@ -38,8 +38,8 @@ kernels! {
     ) -> "void";
 }
 
-static QUANTIZE: FixedFunction = function(&RopeQuantize::SIGNATURE);
-static QUANTIZE_APPEND: FixedFunction = function(&RopeQuantizeAppend::SIGNATURE);
+static QUANTIZE: FixedFunction = function(RopeQuantize::SIGNATURES);
+static QUANTIZE_APPEND: FixedFunction = function(RopeQuantizeAppend::SIGNATURES);
 
 /// Element types of the results.
 const OUTPUTS: [DType; 2] = [DType::E4M3, DType::E5M2];

@@ -22,7 +22,7 @@ kernels! {
     ) -> "void";
 }
 
-static CHAIN: FixedFunction = function(&Chain::SIGNATURE);
+static CHAIN: FixedFunction = function(Chain::SIGNATURES);
 
 /// Makes a token that the kernel did not draw −1.
 static CHECK_LAST_TOKENS: PtxKernel =

@@ -3,12 +3,13 @@
 use super::{
     Parameter, Samples, SamplingOptions, SamplingWorkspace, SoftmaxOptions, check_rows, function,
     options::{KernelRandom, MIN_P as MIN_P_RULE, TOP_P as TOP_P_RULE},
-    renorm::softmax_of,
+    renorm::{replaces_logits, softmax_of, top_k_renorm_of},
     top_k_mask_logits,
 };
 use crate::{
+    artifacts::FlashInferVersion,
     dtype::DType,
-    error::Result,
+    error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
@@ -43,14 +44,15 @@ kernels! {
 }
 
 /// Min-p takes what top-p takes.
-pub(super) const MIN_P: Signature = Signature { function: "min_p_sampling_from_probs", ..TopP::SIGNATURE };
+pub(super) const MIN_P: &[Signature] =
+    &[Signature { function: "min_p_sampling_from_probs", ..TopP::SIGNATURES[0] }];
 
-static FROM_LOGITS: FixedFunction = function(&FromLogits::SIGNATURE);
-static FROM_PROBS: FixedFunction = function(&FromProbs::SIGNATURE);
-static TOP_P: FixedFunction = function(&TopP::SIGNATURE);
-static TOP_K: FixedFunction = function(&TopK::SIGNATURE);
-static MIN_P_SAMPLING: FixedFunction = function(&MIN_P);
-static TOP_K_TOP_P: FixedFunction = function(&TopKTopPJoint::SIGNATURE);
+static FROM_LOGITS: FixedFunction = function(FromLogits::SIGNATURES);
+static FROM_PROBS: FixedFunction = function(FromProbs::SIGNATURES);
+static TOP_P: FixedFunction = function(TopP::SIGNATURES);
+static TOP_K: FixedFunction = function(TopK::SIGNATURES);
+static MIN_P_SAMPLING: FixedFunction = function(MIN_P);
+static TOP_K_TOP_P: FixedFunction = function(TopKTopPJoint::SIGNATURES);
 
 /// The checked arguments that all functions which draw have.
 struct Drawing {
@@ -108,6 +110,28 @@ impl Drawing {
         let drawing = Self::of(check, &samples.output.raw, ("probs", &probs.raw), options)?;
         check.plain("valid", &samples.valid.raw, &[DType::U8, DType::Bool], &[drawing.rows], 1)?;
         Ok(drawing)
+    }
+}
+
+impl Drawing {
+    /// How many numbers a tensor of `top_k` or `min_p` holds, and how many the module
+    /// wants to see. With indices, kernels of 0.6 take one for each row of the output,
+    /// and those of 0.7 one for each row of probabilities.
+    fn parameter_lens<T>(&self, function: &FixedFunction, parameter: &Parameter<'_, T>) -> Result<[i64; 2]> {
+        if self.indices.is_none() || matches!(parameter, Parameter::Value(_)) {
+            return Ok([self.rows, self.source_rows]);
+        }
+        match function.version(FlashInferRuntime::get()?)? {
+            Some(version) if version < FlashInferVersion::new(0, 7, 0) => Ok([self.rows, self.source_rows]),
+            Some(_) => Ok([self.source_rows; 2]),
+            None => Err(FlashInferError::Unsupported {
+                what: format!("{} with indices and a parameter for each row", function.name()),
+                available:
+                    "its module comes from a wheel that does not say of which version it is; give the \
+                            wheel's file the name that it was published with"
+                        .into(),
+            }),
+        }
     }
 }
 
@@ -247,7 +271,8 @@ pub fn top_p_sampling_from_probs(
 /// [`argmax`](super::argmax) takes the first.
 ///
 /// `top_k` is at least 1; a tensor has the dtype of the output, and one for
-/// each row **of the output**. Advances by
+/// each row **of the output**; with [`indices`](SamplingOptions::indices) and a
+/// module of FlashInfer 0.7, for each row of `probs`. Advances by
 /// [`Draws::Filtered`](super::Draws::Filtered).
 ///
 /// # Errors
@@ -261,7 +286,7 @@ pub fn top_k_sampling_from_probs(
 ) -> Result<()> {
     let check = Check::new("top_k_sampling_from_probs", stream)?;
     let drawing = Drawing::from_probs(&check, samples, probs, options)?;
-    let lens = [drawing.rows, drawing.source_rows];
+    let lens = drawing.parameter_lens(&TOP_K, &top_k)?;
     let (top_ks, top_k) = top_k.count(&check, "top_k", drawing.id, lens, drawing.vocab)?;
     let kernel = kernel!(
         TopK,
@@ -278,8 +303,9 @@ pub fn top_k_sampling_from_probs(
 /// Draws a token from those of each row whose probability is at least `min_p`
 /// times the largest.
 ///
-/// `min_p` is in `[0, 1]`; a tensor has one for each row **of the output**.
-/// Advances by [`Draws::Probs`](super::Draws::Probs).
+/// `min_p` is in `[0, 1]`; a tensor has one for each row **of the output**; with
+/// [`indices`](SamplingOptions::indices) and a module of FlashInfer 0.7, for each
+/// row of `probs`. Advances by [`Draws::Probs`](super::Draws::Probs).
 ///
 /// # Errors
 /// As [`sampling_from_probs`].
@@ -292,7 +318,7 @@ pub fn min_p_sampling_from_probs(
 ) -> Result<()> {
     let check = Check::new("min_p_sampling_from_probs", stream)?;
     let drawing = Drawing::from_probs(&check, samples, probs, options)?;
-    let lens = [drawing.rows, drawing.source_rows];
+    let lens = drawing.parameter_lens(&MIN_P_SAMPLING, &min_p)?;
     let (min_ps, min_p) = min_p.float(&check, "min_p", MIN_P_RULE, lens)?;
     let kernel = kernel!(
         TopP,
@@ -395,8 +421,13 @@ pub fn top_k_top_p_sampling_from_logits(
     let (stream, plain) = (workspace.stream().clone(), SoftmaxOptions::default());
     match filter.order {
         FilterOrder::TopKFirst => {
-            top_k_mask_logits(workspace, probs, logits, filter.top_k)?;
-            softmax_of(workspace, &probs.raw, &probs.raw, &plain)?;
+            if replaces_logits(FlashInferRuntime::get()?)? {
+                top_k_mask_logits(workspace, probs, logits, filter.top_k)?;
+                softmax_of(workspace, &probs.raw, &probs.raw, &plain)?;
+            } else {
+                softmax_of(workspace, &probs.raw, &logits.raw, &plain)?;
+                top_k_renorm_of(workspace, &probs.raw, &probs.raw, filter.top_k)?;
+            }
             top_p_sampling_from_probs(&stream, samples, &probs.as_ref(), filter.top_p, options)
         }
         FilterOrder::Joint => {

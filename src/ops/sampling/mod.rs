@@ -123,22 +123,22 @@ impl ModuleName {
     pub const SAMPLING: Self = Self::fixed("sampling");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] = &[
-    ("sampling", renorm::Softmax::SIGNATURE),
+pub(super) const SIGNATURES: &[(&str, &[Signature])] = &[
+    ("sampling", renorm::Softmax::SIGNATURES),
     ("sampling", top_p::UPSTREAM),
-    ("sampling", renorm::TopKRenorm::SIGNATURE),
+    ("sampling", renorm::TopKRenorm::SIGNATURES),
     ("sampling", renorm::TOP_K_MASK),
-    ("sampling", draw::FromLogits::SIGNATURE),
-    ("sampling", draw::FromProbs::SIGNATURE),
-    ("sampling", draw::TopP::SIGNATURE),
+    ("sampling", draw::FromLogits::SIGNATURES),
+    ("sampling", draw::FromProbs::SIGNATURES),
+    ("sampling", draw::TopP::SIGNATURES),
     ("sampling", draw::MIN_P),
-    ("sampling", draw::TopK::SIGNATURE),
-    ("sampling", draw::TopKTopPJoint::SIGNATURE),
-    ("sampling", chain::Chain::SIGNATURE),
+    ("sampling", draw::TopK::SIGNATURES),
+    ("sampling", draw::TopKTopPJoint::SIGNATURES),
+    ("sampling", chain::Chain::SIGNATURES),
 ];
 
-const fn function(signature: &Signature) -> FixedFunction {
-    FixedFunction::of(ModuleName::SAMPLING, signature)
+const fn function(declared: &'static [Signature]) -> FixedFunction {
+    FixedFunction::of(ModuleName::SAMPLING, declared)
 }
 
 /// Element types of the radix kernels of top-k.

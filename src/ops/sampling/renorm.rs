@@ -21,17 +21,22 @@ kernels! {
         workspace: Tensor, logits: Tensor, output: Tensor, maybe_temperature_arr: OptTensor, temperature: Float,
         enable_pdl: Bool,
     ) -> "void";
-    pub(super) struct TopKRenorm = "top_k_renorm_probs"(
-        input: Tensor, output: Tensor, maybe_top_k_arr: OptTensor, top_k: Int, row_states: Tensor,
-    ) -> "void";
+    pub(super) struct TopKRenorm = "top_k_renorm_probs" {
+        input: Tensor, output: Tensor, maybe_top_k_arr: OptTensor, top_k: Int, is_deterministic: Bool,
+        row_states: Tensor,
+    } {
+        "0.6.13": (input, output, maybe_top_k_arr, top_k, row_states) -> "void";
+        "0.7.1": (input, output, maybe_top_k_arr, top_k, is_deterministic, row_states) -> "void";
+    }
 }
 
-/// The mask takes what the renormalization takes.
-pub(super) const TOP_K_MASK: Signature = Signature { function: "top_k_mask_logits", ..TopKRenorm::SIGNATURE };
+/// The mask takes what the first renormalization takes.
+pub(super) const TOP_K_MASK: &[Signature] =
+    &[Signature { function: "top_k_mask_logits", ..TopKRenorm::SIGNATURES[0] }];
 
-static SOFTMAX: FixedFunction = function(&Softmax::SIGNATURE);
-static TOP_K_RENORM: FixedFunction = function(&TopKRenorm::SIGNATURE);
-static TOP_K_MASK_LOGITS: FixedFunction = function(&TOP_K_MASK);
+static SOFTMAX: FixedFunction = function(Softmax::SIGNATURES);
+static TOP_K_RENORM: FixedFunction = function(TopKRenorm::SIGNATURES);
+static TOP_K_MASK_LOGITS: FixedFunction = function(TOP_K_MASK);
 
 /// What a block of radix top-k has in its shared memory before its part of a
 /// row: histograms.
@@ -95,7 +100,7 @@ pub fn softmax(
     softmax_of(workspace, &out.raw, &logits.raw, options)
 }
 
-/// [`softmax`], which may replace the logits: each thread reads what it writes.
+/// [`softmax`], which may replace the logits if the module [does](replaces_logits).
 pub(super) fn softmax_of(
     workspace: &mut SamplingWorkspace,
     out: &RawTensor,
@@ -130,6 +135,14 @@ pub(super) fn softmax_of(
     unsafe { kernel.call(function, stream) }.map(drop)
 }
 
+/// Whether [`softmax_of`] may replace the logits. With the kernels of 0.6 each thread
+/// reads what it writes. Those of 0.7 write parts of results into outputs first, and
+/// refuse it; both have come by the version in which `top_k_renorm_probs` takes
+/// `is_deterministic`.
+pub(super) fn replaces_logits(runtime: &FlashInferRuntime) -> Result<bool> {
+    Ok(TOP_K_RENORM.get(runtime)?.variant() == 0)
+}
+
 /// All that the kernels of [`softmax`] assume but the scratch memory.
 pub(crate) fn check_softmax(
     check: &Check<'_>,
@@ -161,7 +174,18 @@ pub fn top_k_renorm_probs(
     probs: &TensorRef<'_>,
     top_k: Parameter<'_, u32>,
 ) -> Result<()> {
-    radix((&TOP_K_RENORM, "probs", SUM_BYTES), workspace, &out.raw, &probs.raw, top_k)
+    top_k_renorm_of(workspace, &out.raw, &probs.raw, top_k)
+}
+
+/// [`top_k_renorm_probs`], which may replace the probabilities: each thread reads what
+/// it writes.
+pub(super) fn top_k_renorm_of(
+    workspace: &mut SamplingWorkspace,
+    out: &RawTensor,
+    probs: &RawTensor,
+    top_k: Parameter<'_, u32>,
+) -> Result<()> {
+    radix((&TOP_K_RENORM, "probs", SUM_BYTES), workspace, out, probs, top_k)
 }
 
 /// Keeps the `top_k` largest logits of each row, and all equal to the smallest
@@ -216,6 +240,7 @@ fn radix(
         output: DlTensor::new(out),
         maybe_top_k_arr: top_ks.as_ref().map(DlTensor::new),
         top_k,
+        is_deterministic: false,
         row_states: DlTensor::new(&row_states),
     };
     let function = function.get(runtime)?;

@@ -25,8 +25,9 @@ use crate::{
 
 /// Upstream's function. It is declared so that a change of the wheel is seen, and
 /// not called.
-pub(super) const UPSTREAM: Signature = Signature {
+pub(super) const UPSTREAM: &[Signature] = &[Signature {
     function: "top_p_renorm_probs",
+    since: "0.6.13",
     args: &[
         ("probs", ArgKind::Tensor),
         ("renorm_probs", ArgKind::Tensor),
@@ -36,7 +37,7 @@ pub(super) const UPSTREAM: Signature = Signature {
         ("workspace", ArgKind::Tensor),
     ],
     result: "void",
-};
+}];
 
 static RENORM: PtxKernel = PtxKernel::new(concat!(include_str!("top_p.ptx"), "\0"), c"top_p_renorm");
 const THREADS: u32 = 1024;

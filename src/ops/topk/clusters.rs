@@ -3,8 +3,9 @@
 
 use crate::ffi::{ArgKind, Signature};
 
-pub(super) const CLUSTERS: Signature = Signature {
+pub(super) const CLUSTERS: &[Signature] = &[Signature {
     function: "fast_topk_clusters_exact",
+    since: "0.6.13",
     args: &[
         ("logits", ArgKind::Tensor),
         ("indices", ArgKind::Tensor),
@@ -17,10 +18,11 @@ pub(super) const CLUSTERS: Signature = Signature {
         ("pdl_enabled", ArgKind::Bool),
     ],
     result: "void",
-};
+}];
 
-pub(super) const CLUSTERS_PAGE_TABLE_TRANSFORM: Signature = Signature {
+pub(super) const CLUSTERS_PAGE_TABLE_TRANSFORM: &[Signature] = &[Signature {
     function: "fast_topk_clusters_exact_page_table_transform",
+    since: "0.6.13",
     args: &[
         ("logits", ArgKind::Tensor),
         ("indices", ArgKind::Tensor),
@@ -34,8 +36,10 @@ pub(super) const CLUSTERS_PAGE_TABLE_TRANSFORM: Signature = Signature {
         ("pdl_enabled", ArgKind::Bool),
     ],
     result: "void",
-};
+}];
 
 /// It takes offsets where the other takes a page table.
-pub(super) const CLUSTERS_RAGGED_TRANSFORM: Signature =
-    Signature { function: "fast_topk_clusters_exact_ragged_transform", ..CLUSTERS_PAGE_TABLE_TRANSFORM };
+pub(super) const CLUSTERS_RAGGED_TRANSFORM: &[Signature] = &[Signature {
+    function: "fast_topk_clusters_exact_ragged_transform",
+    ..CLUSTERS_PAGE_TABLE_TRANSFORM[0]
+}];

@@ -78,15 +78,37 @@ use crate::{
 };
 
 kernels! {
-    struct RadixTopk = "radix_topk"(
+    struct RadixTopk = "radix_topk" {
         input: Tensor, output_indices: Tensor, output_values: Tensor, maybe_row_states_buffer: OptTensor,
         top_k: Int, sorted_output: Bool, deterministic: Bool, tie_break: Int, dsa_graph_safe: Bool,
-    ) -> "void";
-    struct PageTableTransform = "radix_topk_page_table_transform"(
+    } {
+        "0.6.13": (
+            input, output_indices, output_values, maybe_row_states_buffer,
+            top_k, sorted_output, deterministic, tie_break, dsa_graph_safe,
+        ) -> "void";
+        "0.6.18": (
+            input, output_indices, output_values: OptTensor, maybe_row_states_buffer,
+            top_k, sorted_output, deterministic, tie_break, dsa_graph_safe,
+        ) -> "void";
+    }
+    struct PageTableTransform = "radix_topk_page_table_transform" {
         input: Tensor, output_page_table: Tensor, src_page_table: Tensor, maybe_row_to_batch: OptTensor,
         lengths: Tensor, maybe_row_states_buffer: OptTensor, top_k: Int, deterministic: Bool,
-        tie_break: Int, dsa_graph_safe: Bool, maybe_row_starts: OptTensor,
-    ) -> "void";
+        tie_break: Int, page_size: Int, dsa_graph_safe: Bool, maybe_row_starts: OptTensor,
+        maybe_page_table_row_starts: OptTensor, maybe_output_raw_indices: OptTensor,
+    } {
+        "0.6.13": (
+            input, output_page_table, src_page_table, maybe_row_to_batch,
+            lengths, maybe_row_states_buffer, top_k, deterministic,
+            tie_break, dsa_graph_safe, maybe_row_starts,
+        ) -> "void";
+        "0.6.18": (
+            input, output_page_table, src_page_table, maybe_row_to_batch,
+            lengths, maybe_row_states_buffer, top_k, deterministic,
+            tie_break, page_size, dsa_graph_safe, maybe_row_starts,
+            maybe_page_table_row_starts, maybe_output_raw_indices,
+        ) -> "void";
+    }
     struct RaggedTransform = "radix_topk_ragged_transform"(
         input: Tensor, output_indices: Tensor, offsets: Tensor, lengths: Tensor,
         maybe_row_states_buffer: OptTensor, top_k: Int, deterministic: Bool, tie_break: Int,
@@ -94,29 +116,29 @@ kernels! {
     ) -> "void";
 }
 
-const CAN_IMPLEMENT_FILTERED: Signature =
-    Signature { function: "can_implement_filtered_topk", args: &[], result: "bool" };
+const CAN_IMPLEMENT_FILTERED: &[Signature] =
+    &[Signature { function: "can_implement_filtered_topk", since: "0.6.13", args: &[], result: "bool" }];
 
 impl ModuleName {
     /// Selecting the largest.
     pub const TOPK: Self = Self::fixed("topk");
 }
 
-pub(super) const SIGNATURES: &[(&str, Signature)] = &[
-    ("topk", RadixTopk::SIGNATURE),
-    ("topk", PageTableTransform::SIGNATURE),
-    ("topk", RaggedTransform::SIGNATURE),
+pub(super) const SIGNATURES: &[(&str, &[Signature])] = &[
+    ("topk", RadixTopk::SIGNATURES),
+    ("topk", PageTableTransform::SIGNATURES),
+    ("topk", RaggedTransform::SIGNATURES),
     ("topk", CAN_IMPLEMENT_FILTERED),
     ("topk", CLUSTERS),
     ("topk", CLUSTERS_PAGE_TABLE_TRANSFORM),
     ("topk", CLUSTERS_RAGGED_TRANSFORM),
 ];
 
-static RADIX_TOPK: FixedFunction = FixedFunction::of(ModuleName::TOPK, &RadixTopk::SIGNATURE);
+static RADIX_TOPK: FixedFunction = FixedFunction::of(ModuleName::TOPK, RadixTopk::SIGNATURES);
 static PAGE_TABLE_TRANSFORM: FixedFunction =
-    FixedFunction::of(ModuleName::TOPK, &PageTableTransform::SIGNATURE);
-static RAGGED_TRANSFORM: FixedFunction = FixedFunction::of(ModuleName::TOPK, &RaggedTransform::SIGNATURE);
-static CAN_IMPLEMENT: FixedFunction = FixedFunction::of(ModuleName::TOPK, &CAN_IMPLEMENT_FILTERED);
+    FixedFunction::of(ModuleName::TOPK, PageTableTransform::SIGNATURES);
+static RAGGED_TRANSFORM: FixedFunction = FixedFunction::of(ModuleName::TOPK, RaggedTransform::SIGNATURES);
+static CAN_IMPLEMENT: FixedFunction = FixedFunction::of(ModuleName::TOPK, CAN_IMPLEMENT_FILTERED);
 
 /// Element types of scores.
 pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -181,7 +203,7 @@ pub fn can_implement_filtered_topk(stream: &Stream) -> Result<bool> {
     // It asks the current device.
     let _device = runtime.cuda().on_device_of(stream)?;
     // SAFETY: the function takes nothing and launches nothing.
-    match unsafe { function.call(&[]) }? {
+    match unsafe { function.function().call(&[]) }? {
         Value::Bool(can) => Ok(can),
         other => Err(FlashInferError::TvmFfiCall {
             function: CAN_IMPLEMENT.name().into(),
@@ -291,15 +313,20 @@ pub fn radix_topk_page_table_transform(
     let stream = &row_states.stream().clone();
     let check = Check::new(PAGE_TABLE_TRANSFORM.name(), stream)?;
     check.on_stream("rows", rows.stream())?;
-    let (output, input, table) = (&output_page_table.raw, &input.raw, &src_page_table.raw);
+    let (output, input) = (&output_page_table.raw, &input.raw);
     let max_row_bytes = row_states.max_row_bytes();
     let k =
         check_transform(&check, "output_page_table", [output, input], rows.host(), options, max_row_bytes)?;
-    check_page_table(&check, table, rows.host())?;
+    check_page_table(&check, &src_page_table.raw, rows.host())?;
     if output.numel() == 0 {
         return Ok(());
     }
     let (lengths, row_starts, row_to_batch) = (rows.lengths()?, rows.row_starts()?, rows.row_to_batch()?);
+    // Where each row is a request, modules of 0.7 want as many requests.
+    let table = match &row_to_batch {
+        None => src_page_table.narrow(0, 0, input.shape()[0] as usize)?,
+        Some(_) => *src_page_table,
+    };
     let deterministic = is_deterministic(options, row_states, input);
     if deterministic && !options.asks_for_filtered() {
         // Places are selected, written to the output, and looked up from there.
@@ -312,15 +339,18 @@ pub fn radix_topk_page_table_transform(
     let kernel = PageTableTransform {
         input: DlTensor::new(input),
         output_page_table: DlTensor::new(output),
-        src_page_table: DlTensor::new(table),
+        src_page_table: (&table).into(),
         maybe_row_to_batch: row_to_batch.as_ref().map(DlTensor::new),
         lengths: DlTensor::new(&lengths),
         maybe_row_states_buffer: Some(DlTensor::new(&states)),
         top_k: k,
         deterministic,
         tie_break: options.tie_break as i64,
+        page_size: 1,
         dsa_graph_safe: options.dsa_graph_safe,
         maybe_row_starts: row_starts.as_ref().map(DlTensor::new),
+        maybe_page_table_row_starts: None,
+        maybe_output_raw_indices: None,
     };
     // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
     // the launch before left the row states zero.

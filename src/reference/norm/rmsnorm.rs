@@ -84,7 +84,7 @@ const QUANTIZED_MAX: f64 = 448.0;
 /// of `[rows, d]`, divided by the number in `scale`, `[1]`, and cut off at ±448.
 ///
 /// `out` is `e4m3`, `e5m2`, `f32` or `f64`, `scale` is `f32` or `f64`. NaN becomes
-/// 448, as in the kernel.
+/// 448, as in the kernel of FlashInfer 0.6.13.
 ///
 /// # Errors
 /// As [`rmsnorm`].

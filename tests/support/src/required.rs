@@ -5,12 +5,13 @@ use std::{fmt::Display, path::PathBuf};
 /// What tests may lack, by the words of `FLASHINFER_RS_REQUIRE`.
 pub const LIBTVM_FFI: &str = "libtvm_ffi";
 pub const MODULES: &str = "modules";
+pub const MODULES_0_7: &str = "modules-0.7";
 pub const MODEL: &str = "model";
 pub const CC: &str = "cc";
 /// Of `serve/tests/clients`.
 pub const CHROMIUM: &str = "chromium";
 
-const ALL: [&str; 5] = [LIBTVM_FFI, MODULES, MODEL, CC, CHROMIUM];
+const ALL: [&str; 6] = [LIBTVM_FFI, MODULES, MODULES_0_7, MODEL, CC, CHROMIUM];
 
 /// Whether tests must fail for want of `what`.
 pub fn is_required(what: &str) -> bool {
@@ -33,14 +34,20 @@ pub fn skip(what: &str, why: impl Display) {
     eprintln!("skipped for want of {what}: {why}");
 }
 
-/// The folder of real kernel wheels that `FLASHINFER_RS_TEST_WHEELS` names; `None`, after saying so,
-/// where it names none.
+/// The folder of real kernel wheels of a version of FlashInfer, of those that
+/// `FLASHINFER_RS_TEST_WHEELS` lists; `None`, after saying so, where it lists none.
 #[track_caller]
-pub fn test_wheels() -> Option<PathBuf> {
-    let folder = std::env::var_os("FLASHINFER_RS_TEST_WHEELS").map(PathBuf::from);
-    match &folder {
-        Some(folder) => assert!(folder.is_dir(), "FLASHINFER_RS_TEST_WHEELS is no folder: {folder:?}"),
-        None => skip(MODULES, "FLASHINFER_RS_TEST_WHEELS names no folder of wheels"),
+pub fn test_wheels(version: &str) -> Option<PathBuf> {
+    let listed = std::env::var_os("FLASHINFER_RS_TEST_WHEELS").unwrap_or_default();
+    for folder in std::env::split_paths(&listed).filter(|folder| !folder.as_os_str().is_empty()) {
+        let wheels =
+            folder.read_dir().unwrap_or_else(|e| panic!("FLASHINFER_RS_TEST_WHEELS: {folder:?}: {e}"));
+        let names = wheels.map(|wheel| wheel.unwrap().file_name().to_string_lossy().into_owned());
+        if names.into_iter().any(|name| name.contains(&format!("-{version}+"))) {
+            return Some(folder);
+        }
     }
-    folder
+    let what = if version == "0.6.13" { MODULES } else { MODULES_0_7 };
+    skip(what, format!("FLASHINFER_RS_TEST_WHEELS lists no folder with wheels of {version}"));
+    None
 }

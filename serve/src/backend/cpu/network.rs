@@ -53,7 +53,7 @@ impl Network {
         let wanted = outputs.iter().flat_map(|&row| &residual[row * hidden_size..][..hidden_size]);
         let x = self.norm(&wanted.copied().collect::<Vec<_>>(), &self.ends.norm);
         let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
-        let mut logits = head.multiply(&x)?;
+        let mut logits = head.multiply(&x);
         if let Some(cap) = self.config.final_soft_cap {
             let cap = cap as f32;
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
@@ -71,7 +71,7 @@ impl Network {
     ) -> Result<Vec<f32>> {
         let LayerConfig { window, rope } = self.config.layers[index];
         let [qo, kv] = self.config.widths();
-        let qkv = layer.qkv.multiply(x)?;
+        let qkv = layer.qkv.multiply(x);
         let columns = |start: usize, len: usize| -> Vec<f32> {
             qkv.chunks_exact(qo + 2 * kv).flat_map(|row| &row[start..start + len]).copied().collect()
         };
@@ -83,7 +83,7 @@ impl Network {
         self.turn(rope, positions, &mut q);
         self.turn(rope, positions, &mut k);
         let cache = cache.append(index, batch, &k, &v);
-        layer.attention_output.multiply(&attend(&self.config, window, batch, &q, cache))
+        Ok(layer.attention_output.multiply(&attend(&self.config, window, batch, &q, cache)))
     }
 
     /// Turns the heads of rows by their positions.

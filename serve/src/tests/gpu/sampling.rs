@@ -162,7 +162,8 @@ fn rows_under_a_constraint_are_chosen_from_what_is_allowed() {
     let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
     let vocab = model.config.vocab_size;
     let pool = PageAllocator::new(32, 4).unwrap();
-    let mut gpu = Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, 8).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(8)).unwrap();
     let mut batch = Batch::new(&pool);
     for _ in 0..4 {
         batch.push(Sequence::new(&pool)).unwrap();
