@@ -75,7 +75,9 @@ fn metrics_have_vllms_names() {
         let line = format!("finished_reason=\"{reason}\"}} {count}\n");
         assert!(metrics.body.contains(&line), "{line} in {}", metrics.body);
     };
-    [("length", 2), ("stop", 0), ("abort", 0), ("error", 0)].map(|(reason, count)| ended(reason, count));
+    for (reason, count) in [("length", 2), ("stop", 0), ("abort", 0), ("error", 0)] {
+        ended(reason, count);
+    }
     assert!(metrics.body.ends_with("# EOF\n"));
 }
 

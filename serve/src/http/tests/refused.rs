@@ -40,7 +40,7 @@ fn wrong_fields_are_named() {
         (json!({"stream": "yes"}), "stream"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options"),
         (json!({"response_format": {"type": "yaml"}}), "response_format.type"),
-        (json!({"response_format": {"type": "json_schema"}}), "response_format"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
         (json!({"messages": []}), "messages"),
         (json!({"messages": "Hello"}), "messages"),
         (json!({"messages": [{"content": "x"}]}), "messages[0].role"),
