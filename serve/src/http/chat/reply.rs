@@ -50,6 +50,8 @@ struct Choice {
     begun: bool,
     /// Finds calls, if there are tools, until the answer ends.
     parser: Option<ToolParser>,
+    /// Whether the model is asked for a call of a certain tool.
+    named: bool,
     /// Whether a tool was called.
     calls: bool,
     content: String,
@@ -76,9 +78,10 @@ impl Choice {
         pieces
     }
 
+    /// A call that was asked for by its tool's name ends as any answer, as with OpenAI and vLLM.
     fn finish_reason(&self, finish: &Finish) -> &'static str {
         match finish.reason() {
-            "stop" if self.calls => "tool_calls",
+            "stop" if self.calls && !self.named => "tool_calls",
             reason => reason,
         }
     }
@@ -113,7 +116,7 @@ impl Choice {
 impl Reply {
     /// So many answers, of which nothing was said.
     pub fn new(id: &str, model: String, text: Arc<Text>, tools: &Tools, answers: usize) -> Self {
-        let choice = || Choice { parser: tools.parser(), ..Choice::default() };
+        let choice = || Choice { parser: tools.parser(), named: tools.are_named(), ..Choice::default() };
         Self {
             id: format!("chatcmpl-{id}"),
             created: seconds_since_1970(),

@@ -26,6 +26,8 @@ pub struct Tools {
     names: Vec<String>,
     /// Those of which one has to be called.
     forced: Vec<Value>,
+    /// Whether the request names the tool that is called.
+    named: bool,
     parallel: bool,
 }
 
@@ -52,6 +54,7 @@ impl Tools {
             shown: format.control_tokens(text),
             names: tools.iter().map(|tool| tool.function.name.clone()).collect(),
             forced: values(forced),
+            named: matches!(chat.tool_choice, Some(ToolChoice::Named(_))),
             parallel,
         })
     }
@@ -64,6 +67,11 @@ impl Tools {
     /// Control tokens that are marks of calls.
     pub fn shown(&self) -> &[u32] {
         &self.shown
+    }
+
+    /// Whether the request names the tool that is called.
+    pub fn are_named(&self) -> bool {
+        self.named
     }
 
     /// Whether an answer may call several tools.

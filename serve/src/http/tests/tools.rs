@@ -74,12 +74,14 @@ fn schemas_that_cannot_be_used_are_refused() {
 fn tools_are_called_where_they_have_to_be() {
     let server = server();
     let named = json!({"type": "function", "function": {"name": "second"}});
-    for (choice, names) in [(json!("required"), &["first", "second"][..]), (named, &["second"])] {
+    for (choice, names, finish_reason) in
+        [(json!("required"), &["first", "second"][..], "tool_calls"), (named, &["second"], "stop")]
+    {
         let body = drawn(json!({"tools": tools(), "tool_choice": choice, "parallel_tool_calls": false}));
         let whole = server.chat(&body).ok()["choices"][0].clone();
         assert_eq!(
             (&whole["finish_reason"], &whole["message"]["content"]),
-            (&json!("tool_calls"), &Value::Null)
+            (&json!(finish_reason), &Value::Null)
         );
         let calls = whole["message"]["tool_calls"].as_array().unwrap();
         assert_eq!((calls.len(), &calls[0]["type"]), (1, &json!("function")));
@@ -100,7 +102,7 @@ fn tools_are_called_where_they_have_to_be() {
         let streamed: String =
             deltas.iter().filter_map(|delta| delta["function"]["arguments"].as_str()).collect();
         assert_eq!(streamed, function["arguments"].as_str().unwrap());
-        assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+        assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], finish_reason);
         assert!(chunks.iter().all(|chunk| !chunk.to_string().contains("tool_call>")));
     }
 }
