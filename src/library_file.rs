@@ -60,7 +60,7 @@ pub(crate) fn check_defined(path: &Path, symbols: &[String]) -> Result<()> {
     let places: Vec<Library> = loader::process().into_iter().chain(needed).collect();
     // SAFETY: the symbol's address is not used.
     let defines = |place: &Library, symbol: &str| unsafe { place.get::<*const ()>(symbol) }.is_ok();
-    let missing: Vec<&str> = symbols
+    let mut missing: Vec<&str> = symbols
         .iter()
         .map(String::as_str)
         .filter(|symbol| !places.iter().any(|place| defines(place, symbol)))
@@ -68,6 +68,7 @@ pub(crate) fn check_defined(path: &Path, symbols: &[String]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
+    missing.sort_unstable();
     Err(FlashInferError::Library {
         path: path.to_owned(),
         reason: format!("{UNDEFINED_SYMBOL}: nothing defines {}, which it calls", missing.join(", ")),
