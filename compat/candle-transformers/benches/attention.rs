@@ -22,7 +22,7 @@ use candle_nn::ops::softmax_last_dim;
 use candle_transformers::utils::{build_additive_causal_mask, repeat_kv};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads},
-    candle::{StepTables, PagedDecode, PagedCache},
+    candle::{PagedCache, PagedDecode, StepTables},
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, Sequence},
 };
 
