@@ -288,7 +288,7 @@ fn latent_pages() {
         let plan = mla.plan(&mut workspace, queries, &tables.pages, &PlanOptions::default()).unwrap();
         let q = [512, 64].map(|width| Mirrored::<bf16>::random(&gpu, rng, &[3, 16, width]));
         let mut out = flashinfer_rs::cudarc::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
-        for layer in 0..3 {
+        for layer in (0..3).map(|layer| KvLayer::of_model(0, layer)) {
             let (nope, pe) = (q[0].device_view(), q[1].device_view());
             let query = MlaQuery::new(nope, pe);
             plan.run(&query, &pair.device.cache.latent(layer).unwrap(), &mut out.view_mut()).unwrap();
@@ -413,7 +413,7 @@ fn attention_over_layers() {
             let Some(decode) = at_hand(&gpu, decode) else { continue };
             let mut workspace = Workspace::new(&gpu.stream).unwrap();
             let plan = decode.plan(&mut workspace, table, &PlanOptions::default()).unwrap();
-            for layer in 0..shape.num_layers {
+            for layer in (0..shape.num_layers).map(|layer| KvLayer::of_model(0, layer)) {
                 let mut want = vec![f64::NAN; q.host.len()];
                 let host = &pair.host;
                 reference::batch_decode(
