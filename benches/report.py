@@ -185,7 +185,7 @@ def medians(result):
     return f"{blocks} blocks of {calls} calls"
 
 
-def bars(title, unit, groups, reference=None):
+def bars(title, unit, groups, reference=None, colours=COLOURS):
     """Bars side by side, for each of `groups`: a name, and values by their names. The widest is
     the largest value, or the reference, a value and what it is."""
     groups = [(name, {key: value for key, value in values.items() if value is not None}) for name, values in groups]
@@ -207,7 +207,7 @@ def bars(title, unit, groups, reference=None):
     ]
     x = 12
     for name in names:
-        out.append(f'<rect x="{x}" y="32" width="10" height="10" fill="{COLOURS.get(name, "#c8553d")}"/>')
+        out.append(f'<rect x="{x}" y="32" width="10" height="10" fill="{colours.get(name, "#c8553d")}"/>')
         out.append(f'<text x="{x + 14}" y="41">{html.escape(name)}</text>')
         x += 30 + 7 * len(name)
     y = top
@@ -217,7 +217,7 @@ def bars(title, unit, groups, reference=None):
         for key, value in values.items():
             length = max(value / most * plot, 1)
             out.append(
-                f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 1}" fill="{COLOURS.get(key, "#c8553d")}"/>'
+                f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 1}" fill="{colours.get(key, "#c8553d")}"/>'
             )
             out.append(f'<text x="{left + length + 4:.1f}" y="{y + bar - 2}" font-size="9">{value:.3g} {unit}</text>')
             y += bar

@@ -88,14 +88,9 @@ fn sizes<T: Number>() {
     }
 }
 
-#[test]
-fn sizes_f16() {
-    sizes::<f16>();
-}
-
-#[test]
-fn sizes_bf16() {
-    sizes::<bf16>();
+typed_tests! {
+    sizes_f16: sizes::<f16>();
+    sizes_bf16: sizes::<bf16>();
 }
 
 /// Large gates, where the activation is 0 or the gate itself.

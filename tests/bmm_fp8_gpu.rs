@@ -131,14 +131,9 @@ fn sizes<D: Number>() {
     }
 }
 
-#[test]
-fn sizes_f16() {
-    sizes::<f16>();
-}
-
-#[test]
-fn sizes_bf16() {
-    sizes::<bf16>();
+typed_tests! {
+    sizes_f16: sizes::<f16>();
+    sizes_bf16: sizes::<bf16>();
 }
 
 /// Columns that are a multiple of 8 but not of 16: cuBLASLt may have an

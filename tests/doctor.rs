@@ -457,6 +457,7 @@ fn a_release_is_downloaded_verified_and_pinned() {
         (&["sm90a"], 1, "expected packages, or a version and an architecture"),
         (&["0.7.4", "sm90a", "--file", "x.whl"], 1, "--file goes with packages"),
         (&["apache_tvm_ffi", "--from", &*from], 1, "--sha256 and --from belong to"),
+        (&["flashinfer_jit_cache_sm89"], 1, "flashinfer_jit_cache_sm89 has no pin"),
         (&["0.7"], 2, "or a version such as 0.7.4"),
         (&["0.7.4", "sm90a", "--sha256", "12"], 2, "64 hexadecimal digits"),
     ] {

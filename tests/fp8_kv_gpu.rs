@@ -245,14 +245,9 @@ fn quantized_by_the_host<T: Number>() {
     }
 }
 
-#[test]
-fn quantized_by_the_host_f16() {
-    quantized_by_the_host::<f16>();
-}
-
-#[test]
-fn quantized_by_the_host_bf16() {
-    quantized_by_the_host::<bf16>();
+typed_tests! {
+    quantized_by_the_host_f16: quantized_by_the_host::<f16>();
+    quantized_by_the_host_bf16: quantized_by_the_host::<bf16>();
 }
 
 /// Keys are turned, quantized and appended with values by one kernel, queries
@@ -336,12 +331,7 @@ fn turned_and_quantized<T: Number>() {
     }
 }
 
-#[test]
-fn turned_and_quantized_f16() {
-    turned_and_quantized::<f16>();
-}
-
-#[test]
-fn turned_and_quantized_bf16() {
-    turned_and_quantized::<bf16>();
+typed_tests! {
+    turned_and_quantized_f16: turned_and_quantized::<f16>();
+    turned_and_quantized_bf16: turned_and_quantized::<bf16>();
 }

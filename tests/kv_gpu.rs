@@ -241,19 +241,10 @@ fn one_model<T: Number>() {
     }
 }
 
-#[test]
-fn f16_pages() {
-    one_model::<f16>();
-}
-
-#[test]
-fn bf16_pages() {
-    one_model::<bf16>();
-}
-
-#[test]
-fn e4m3_pages() {
-    one_model::<F8E4M3>();
+typed_tests! {
+    f16_pages: one_model::<f16>();
+    bf16_pages: one_model::<bf16>();
+    e4m3_pages: one_model::<F8E4M3>();
 }
 
 /// Rows of latent attention: forks, copies and ends, beside a model of heads, too.
@@ -297,7 +288,7 @@ fn latent_pages() {
         let plan = mla.plan(&mut workspace, queries, &tables.pages, &PlanOptions::default()).unwrap();
         let q = [512, 64].map(|width| Mirrored::<bf16>::random(&gpu, rng, &[3, 16, width]));
         let mut out = flashinfer_rs::cudarc::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
-        for layer in 0..3 {
+        for layer in (0..3).map(|layer| KvLayer::of_model(0, layer)) {
             let (nope, pe) = (q[0].device_view(), q[1].device_view());
             let query = MlaQuery::new(nope, pe);
             plan.run(&query, &pair.device.cache.latent(layer).unwrap(), &mut out.view_mut()).unwrap();
@@ -422,7 +413,7 @@ fn attention_over_layers() {
             let Some(decode) = at_hand(&gpu, decode) else { continue };
             let mut workspace = Workspace::new(&gpu.stream).unwrap();
             let plan = decode.plan(&mut workspace, table, &PlanOptions::default()).unwrap();
-            for layer in 0..shape.num_layers {
+            for layer in (0..shape.num_layers).map(|layer| KvLayer::of_model(0, layer)) {
                 let mut want = vec![f64::NAN; q.host.len()];
                 let host = &pair.host;
                 reference::batch_decode(

@@ -36,29 +36,12 @@ fn shapes<T: Number>(head_dim: usize) {
     check_all::<T, T>(groups.into_iter().flat_map(layouts));
 }
 
-#[test]
-fn f16_64() {
-    shapes::<f16>(64);
-}
-
-#[test]
-fn f16_128() {
-    shapes::<f16>(128);
-}
-
-#[test]
-fn f16_256() {
-    shapes::<f16>(256);
-}
-
-#[test]
-fn bf16_64() {
-    shapes::<bf16>(64);
-}
-
-#[test]
-fn bf16_128() {
-    shapes::<bf16>(128);
+typed_tests! {
+    f16_64: shapes::<f16>(64);
+    f16_128: shapes::<f16>(128);
+    f16_256: shapes::<f16>(256);
+    bf16_64: shapes::<bf16>(64);
+    bf16_128: shapes::<bf16>(128);
 }
 
 /// So many keys that every block of the GPU has some.
@@ -112,10 +95,9 @@ fn logits_soft_cap() {
     check_all::<bf16, bf16>(caps.map(|cap| Case { soft_cap: Some(cap), ..case(&LENS) }));
 }
 
-/// No module of FlashInfer's wheels has ALiBi; one that is at hand is tested.
-#[test]
-fn alibi() {
-    check_all::<f16, f16>([1, 4].map(|group| Case { group, alibi: true, ..case(&LENS) }));
+typed_tests! {
+    /// No module of FlashInfer's wheels has ALiBi; one that is at hand is tested.
+    alibi: check_all::<f16, f16>([1, 4].map(|group| Case { group, alibi: true, ..case(&LENS) }));
 }
 
 #[test]

@@ -244,14 +244,9 @@ fn decode<T: Number>() {
     }
 }
 
-#[test]
-fn decode_f16() {
-    decode::<f16>();
-}
-
-#[test]
-fn decode_bf16() {
-    decode::<bf16>();
+typed_tests! {
+    decode_f16: decode::<f16>();
+    decode_bf16: decode::<bf16>();
 }
 
 /// Several queries at the end of each request, masked: with tiles of one block
@@ -273,14 +268,9 @@ fn chunked_prefill<T: Number>() {
     }
 }
 
-#[test]
-fn chunked_prefill_f16() {
-    chunked_prefill::<f16>();
-}
-
-#[test]
-fn chunked_prefill_bf16() {
-    chunked_prefill::<bf16>();
+typed_tests! {
+    chunked_prefill_f16: chunked_prefill::<f16>();
+    chunked_prefill_bf16: chunked_prefill::<bf16>();
 }
 
 /// Several queries that all see all tokens, also more queries than tokens.

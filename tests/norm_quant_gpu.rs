@@ -83,44 +83,15 @@ fn sizes<T: Number, Q: Number>(fused: bool) {
     }
 }
 
-#[test]
-fn sizes_f16_e4m3() {
-    sizes::<f16, F8E4M3>(false);
-}
-
-#[test]
-fn sizes_f16_e5m2() {
-    sizes::<f16, F8E5M2>(false);
-}
-
-#[test]
-fn sizes_bf16_e4m3() {
-    sizes::<bf16, F8E4M3>(false);
-}
-
-#[test]
-fn sizes_bf16_e5m2() {
-    sizes::<bf16, F8E5M2>(false);
-}
-
-#[test]
-fn fused_add_sizes_f16_e4m3() {
-    sizes::<f16, F8E4M3>(true);
-}
-
-#[test]
-fn fused_add_sizes_f16_e5m2() {
-    sizes::<f16, F8E5M2>(true);
-}
-
-#[test]
-fn fused_add_sizes_bf16_e4m3() {
-    sizes::<bf16, F8E4M3>(true);
-}
-
-#[test]
-fn fused_add_sizes_bf16_e5m2() {
-    sizes::<bf16, F8E5M2>(true);
+typed_tests! {
+    sizes_f16_e4m3: sizes::<f16, F8E4M3>(false);
+    sizes_f16_e5m2: sizes::<f16, F8E5M2>(false);
+    sizes_bf16_e4m3: sizes::<bf16, F8E4M3>(false);
+    sizes_bf16_e5m2: sizes::<bf16, F8E5M2>(false);
+    fused_add_sizes_f16_e4m3: sizes::<f16, F8E4M3>(true);
+    fused_add_sizes_f16_e5m2: sizes::<f16, F8E5M2>(true);
+    fused_add_sizes_bf16_e4m3: sizes::<bf16, F8E4M3>(true);
+    fused_add_sizes_bf16_e5m2: sizes::<bf16, F8E5M2>(true);
 }
 
 /// What does not fit is cut off at ±448, for both types; with FlashInfer 0.7, `e5m2` at its

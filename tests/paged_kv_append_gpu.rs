@@ -88,24 +88,11 @@ fn layouts_and_sizes<T: Number>() {
     }
 }
 
-#[test]
-fn f16_caches() {
-    layouts_and_sizes::<f16>();
-}
-
-#[test]
-fn bf16_caches() {
-    layouts_and_sizes::<bf16>();
-}
-
-#[test]
-fn e4m3_caches() {
-    layouts_and_sizes::<F8E4M3>();
-}
-
-#[test]
-fn e5m2_caches() {
-    layouts_and_sizes::<F8E5M2>();
+typed_tests! {
+    f16_caches: layouts_and_sizes::<f16>();
+    bf16_caches: layouts_and_sizes::<bf16>();
+    e4m3_caches: layouts_and_sizes::<F8E4M3>();
+    e5m2_caches: layouts_and_sizes::<F8E5M2>();
 }
 
 const SMALL: CacheShape =

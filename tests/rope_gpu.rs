@@ -148,14 +148,9 @@ fn pos_ids_sizes<T: Number>() {
     }
 }
 
-#[test]
-fn pos_ids_f16() {
-    pos_ids_sizes::<f16>();
-}
-
-#[test]
-fn pos_ids_bf16() {
-    pos_ids_sizes::<bf16>();
+typed_tests! {
+    pos_ids_f16: pos_ids_sizes::<f16>();
+    pos_ids_bf16: pos_ids_sizes::<bf16>();
 }
 
 /// Scales, bases and Llama 3.1's factors count.
@@ -328,14 +323,9 @@ fn cos_sin_cache<T: Number>() {
     }
 }
 
-#[test]
-fn cos_sin_cache_f16() {
-    cos_sin_cache::<f16>();
-}
-
-#[test]
-fn cos_sin_cache_bf16() {
-    cos_sin_cache::<bf16>();
+typed_tests! {
+    cos_sin_cache_f16: cos_sin_cache::<f16>();
+    cos_sin_cache_bf16: cos_sin_cache::<bf16>();
 }
 
 /// So many tokens that a block turns all heads of its tokens.

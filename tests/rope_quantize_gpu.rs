@@ -166,19 +166,10 @@ fn sizes<T: Number, Q: Number>() {
     }
 }
 
-#[test]
-fn f16_to_e4m3() {
-    sizes::<f16, F8E4M3>();
-}
-
-#[test]
-fn bf16_to_e4m3() {
-    sizes::<bf16, F8E4M3>();
-}
-
-#[test]
-fn f16_to_e5m2() {
-    sizes::<f16, F8E5M2>();
+typed_tests! {
+    f16_to_e4m3: sizes::<f16, F8E4M3>();
+    bf16_to_e4m3: sizes::<bf16, F8E4M3>();
+    f16_to_e5m2: sizes::<f16, F8E5M2>();
 }
 
 /// What does not fit becomes the largest number.
@@ -350,19 +341,10 @@ fn append<T: Number, Q: Number>() {
     }
 }
 
-#[test]
-fn append_f16_as_e4m3() {
-    append::<f16, F8E4M3>();
-}
-
-#[test]
-fn append_bf16_as_e4m3() {
-    append::<bf16, F8E4M3>();
-}
-
-#[test]
-fn append_bf16_as_e5m2() {
-    append::<bf16, F8E5M2>();
+typed_tests! {
+    append_f16_as_e4m3: append::<f16, F8E4M3>();
+    append_bf16_as_e4m3: append::<bf16, F8E4M3>();
+    append_bf16_as_e5m2: append::<bf16, F8E5M2>();
 }
 
 /// The caches of latent attention as parts of one tensor.

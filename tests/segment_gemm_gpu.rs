@@ -143,14 +143,9 @@ fn sizes<T: Number>() {
     }
 }
 
-#[test]
-fn sizes_f16() {
-    sizes::<f16>();
-}
-
-#[test]
-fn sizes_bf16() {
-    sizes::<bf16>();
+typed_tests! {
+    sizes_f16: sizes::<f16>();
+    sizes_bf16: sizes::<bf16>();
 }
 
 #[test]
@@ -354,7 +349,7 @@ fn nothing_to_do() {
 }
 
 /// What concerns streams and real tensors; shapes, types and layouts are tested
-/// where no GPU is needed, in `src/ops/gemm/segment.rs`.
+/// where no GPU is needed, in `src/ops/gemm/sizes.rs`.
 #[test]
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };

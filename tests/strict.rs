@@ -6,9 +6,11 @@ use std::ffi::c_void;
 use flashinfer_rs::{
     DType, Device, FlashInferError, PageIndices, Result, Stream, TensorMut, TensorRef,
     activation::{self, ActivationOptions},
+    cascade::{self, State, StateMut},
     indices::{RaggedIndices, SlotMapping},
     kv::{KvLayout, PagedKvMut},
     norm::{self, NormOptions},
+    quantization::{self, BitOrder},
     reference,
     rope::{
         self, Positions, RopeOptions, RopeParts, RopePartsMut, RopeQuantizeOptions, RopeTensors, Rotation,
@@ -331,8 +333,63 @@ fn quantizing_rotary_embeddings() {
     refused_alike("quant_scale_kv", |on| run(on, DType::E4M3, DType::F16, &[100, 64], f64::NAN));
 }
 
-/// Appending and attention need tables on a device, so their words are compared in `src/ops/page.rs`
-/// and `src/ops/attention/batch_run.rs`.
+#[test]
+fn merges() {
+    let run = |on: On, [a, b, merged]: [DType; 3], heads: usize, sums: DType| {
+        let shape = [3, heads, 64];
+        let state = |v: DType, s: DType| State::new(on.tensor(v, &shape), on.tensor(s, &shape[..2]));
+        let mut merged = StateMut::new(on.out(merged, &shape), on.out(DType::F32, &shape[..2]));
+        let (a, b) = (state(a, DType::F32), state(b, sums));
+        match on {
+            GPU => cascade::merge_state(&stream(), &mut merged, &a, &b),
+            _ => reference::merge_state(&mut merged, &a, &b),
+        }
+    };
+    let half = [DType::F16; 3];
+    refused_alike("a.v", |on| run(on, [DType::F32, DType::F16, DType::F16], 4, DType::F32));
+    refused_alike("b.v", |on| run(on, [DType::F16, DType::BF16, DType::F16], 4, DType::F32));
+    refused_alike("b.s", |on| run(on, half, 4, DType::F64));
+    refused_alike("merged.v", |on| run(on, [DType::F16, DType::F16, DType::F64], 4, DType::F32));
+    let in_place = |on: On, head_dim: usize, mask: DType| {
+        let shape = [3, 4, head_dim];
+        let mut state = StateMut::new(on.out(DType::F16, &shape), on.out(DType::F32, &[3, 4]));
+        let other = State::new(on.tensor(DType::F16, &shape), on.tensor(DType::F32, &[3, 4]));
+        let mask = on.tensor(mask, &[3]);
+        match on {
+            GPU => cascade::merge_state_in_place(&stream(), &mut state, &other, Some(&mask)),
+            _ => reference::merge_state_in_place(&mut state, &other, Some(&mask)),
+        }
+    };
+    refused_alike("state.v", |on| in_place(on, 100, DType::U8));
+    refused_alike("mask", |on| in_place(on, 64, DType::I32));
+    let all = |on: On, count: usize, dtype: DType| {
+        let mut merged = StateMut::new(on.out(DType::F16, &[3, 4, 64]), on.out(DType::F32, &[3, 4]));
+        let states = State::new(on.tensor(dtype, &[3, count, 4, 64]), on.tensor(DType::F32, &[3, count, 4]));
+        match on {
+            GPU => cascade::merge_states(&stream(), &mut merged, &states),
+            _ => reference::merge_states(&mut merged, &states),
+        }
+    };
+    refused_alike("states.v", |on| all(on, 0, DType::F16));
+    refused_alike("states.v", |on| all(on, 2, DType::F32));
+}
+
+#[test]
+fn packing_of_bits() {
+    let run = |on: On, y: &[usize], x: TensorRef<'_>| {
+        let mut y = on.out(DType::U8, y);
+        match on {
+            GPU => quantization::packbits(&stream(), &mut y, &x, BitOrder::Big),
+            _ => reference::packbits(&mut y, &x, BitOrder::Big),
+        }
+    };
+    refused_alike("x", |on| run(on, &[2], on.tensor(DType::I32, &[9])));
+    refused_alike("x", |on| run(on, &[2], on.at(ALIGNED, DType::U8, &[9], Some(&[2]))));
+    refused_alike("y", |on| run(on, &[3], on.tensor(DType::Bool, &[9])));
+}
+
+/// Appending and attention need tables on a device, and others a workspace, so their words are
+/// compared in `src/ops/page.rs`, `src/ops/attention/batch_run.rs` and `src/reference/strict`.
 #[test]
 fn pages() {
     let table = PageIndices::from_requests(8, 16, [(&[7, 0][..], 20)]).unwrap();

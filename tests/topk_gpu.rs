@@ -3,7 +3,11 @@
 
 mod common;
 
-use std::cmp::Ordering;
+mod topk_gpu {
+    mod streams;
+    mod transforms;
+    mod wrong_input;
+}
 
 use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
@@ -15,6 +19,7 @@ use flashinfer_rs::{
     topk::{self, RowStates, TieBreak, TopKOptions},
 };
 use half::{bf16, f16};
+use std::cmp::Ordering;
 
 /// What outputs of integers are filled with beforehand.
 const POISON: i32 = i32::MIN;
@@ -217,19 +222,10 @@ fn sizes<T: Number>() {
     }
 }
 
-#[test]
-fn sizes_f32() {
-    sizes::<f32>();
-}
-
-#[test]
-fn sizes_f16() {
-    sizes::<f16>();
-}
-
-#[test]
-fn sizes_bf16() {
-    sizes::<bf16>();
+typed_tests! {
+    sizes_f32: sizes::<f32>();
+    sizes_f16: sizes::<f16>();
+    sizes_bf16: sizes::<bf16>();
 }
 
 /// More rows than there are groups of blocks for, so that each group works off
@@ -282,19 +278,10 @@ fn ties<T: Number>() {
     }
 }
 
-#[test]
-fn ties_f32() {
-    ties::<f32>();
-}
-
-#[test]
-fn ties_f16() {
-    ties::<f16>();
-}
-
-#[test]
-fn ties_bf16() {
-    ties::<bf16>();
+typed_tests! {
+    ties_f32: ties::<f32>();
+    ties_f16: ties::<f16>();
+    ties_bf16: ties::<bf16>();
 }
 
 /// Where a NaN stands whose sign bit is set is not specified; that each place
@@ -353,14 +340,9 @@ fn repeats<T: Number>() {
     }
 }
 
-#[test]
-fn repeats_f32() {
-    repeats::<f32>();
-}
-
-#[test]
-fn repeats_f16() {
-    repeats::<f16>();
+typed_tests! {
+    repeats_f32: repeats::<f32>();
+    repeats_f16: repeats::<f16>();
 }
 
 /// Parts of rows of scores, and what the transforms make of places in them.
@@ -539,330 +521,4 @@ impl<T: Number> Sparse<T> {
             });
         }
     }
-}
-
-fn transforms<T: Number>() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
-    for sizes in [
-        [1, 1, 1],
-        [7, 40, 8],
-        [6, 5, 9],
-        [5, 1000, 100],
-        [33, 4096, 256],
-        [4, 8191, 2048],
-        [5, 8192, 2049],
-        [3, 3000, 5000],
-        [4, 100_000, 64],
-        [4, 100_000, 3000],
-        [3, 256_000, 512],
-    ] {
-        for (starts, requests) in [(false, false), (true, false), (false, true), (true, true)] {
-            Sparse::<T>::random(&gpu, rng, sizes, starts, requests).check(&gpu, row_states);
-        }
-    }
-}
-
-#[test]
-fn transforms_f32() {
-    transforms::<f32>();
-}
-
-#[test]
-fn transforms_f16() {
-    transforms::<f16>();
-}
-
-#[test]
-fn transforms_bf16() {
-    transforms::<bf16>();
-}
-
-/// Entries of the page table and offsets may be any numbers: they are copied
-/// and added to, and lead nowhere.
-#[test]
-fn entries_and_offsets_lead_nowhere() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
-    for sizes in [[5, 1000, 100], [4, 100_000, 64]] {
-        let mut sparse = Sparse::<f32>::random(&gpu, rng, sizes, true, true);
-        let options = options(|options| options.deterministic = true);
-        let mut run = |sparse: &Sparse<f32>| {
-            let poisoned = vec![POISON; sizes[0] * sizes[2]];
-            let [mut entries, mut indices] = [ints(&gpu, &poisoned), ints(&gpu, &poisoned)];
-            let (table, offsets) = (ints(&gpu, &sparse.table), ints(&gpu, &sparse.offsets));
-            sparse.page_table(&gpu, row_states, &mut entries, &table, &options).unwrap();
-            sparse.ragged(&gpu, row_states, &mut indices, &offsets, &options).unwrap();
-            [download(&gpu, &entries), download(&gpu, &indices)]
-        };
-        let [entries, indices] = run(&sparse);
-        let old = sparse.offsets.clone();
-        sparse.table.iter_mut().for_each(|entry| *entry ^= i32::MIN);
-        sparse.offsets.iter_mut().for_each(|offset| *offset = i32::MIN);
-        let [far_entries, far_indices] = run(&sparse);
-        for (at, row) in (0..sizes[0] * sizes[2]).map(|at| (at, at / sizes[2])) {
-            if at % sizes[2] >= sparse.length(row) {
-                assert_eq!([far_entries[at], far_indices[at]], [-1; 2], "beyond row {row}");
-                continue;
-            }
-            assert_eq!(far_entries[at], entries[at] ^ i32::MIN, "place {at}");
-            assert_eq!(far_indices[at], (indices[at] - old[row]).wrapping_add(i32::MIN), "place {at}");
-        }
-    }
-}
-
-/// Groups of blocks that work off several rows, some of which need no search.
-#[test]
-fn transforms_of_more_rows_than_groups() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
-    Sparse::<bf16>::random(&gpu, rng, [140, 120_000, 64], true, true).check(&gpu, row_states);
-}
-
-#[test]
-fn nothing_to_select() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    let (rng, row_states) = (&mut Rng::new(), &mut RowStates::new(&gpu.stream).unwrap());
-    for [rows, len, k] in [[0, 100, 5], [3, 100, 0], [0, 0, 0]] {
-        let input = Mirrored::<f32>::random(&gpu, rng, &[rows, len]);
-        let mut output = Output::poisoned(&gpu, rows, k);
-        for options in unsorted() {
-            output.select(&gpu, row_states, &input, &options).unwrap();
-        }
-        let (values, indices) = output.download(&gpu);
-        assert!(values.is_empty() && indices == [POISON]);
-    }
-    for [rows, len, k] in [[0, 100, 5], [3, 100, 0]] {
-        let sparse = Sparse::<f16>::random(&gpu, rng, [rows, len, k], false, false);
-        let (mut output, entries) = (ints(&gpu, &[]), ints(&gpu, &sparse.table));
-        let offsets = ints(&gpu, &sparse.offsets);
-        for options in unsorted() {
-            sparse.page_table(&gpu, row_states, &mut output, &entries, &options).unwrap();
-            sparse.ragged(&gpu, row_states, &mut output, &offsets, &options).unwrap();
-        }
-        assert_eq!(download(&gpu, &output), [POISON]);
-    }
-}
-
-/// Launches whose blocks wait for each other, on two streams at once.
-#[test]
-fn two_streams() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    let rng = &mut Rng::new();
-    let streams = [gpu.fork(), gpu.fork()];
-    let mut row_states = streams.each_ref().map(|gpu| RowStates::new(&gpu.stream).unwrap());
-    let inputs = streams.each_ref().map(|gpu| Mirrored::<f32>::random(gpu, rng, &[7, 256_000]));
-    let plain = [options(|_| ()), options(|options| options.deterministic = true)];
-    let mut outputs = streams
-        .each_ref()
-        .map(|gpu| std::array::from_fn::<_, 40, _>(|_| Output::<f32>::poisoned(gpu, 7, 300)));
-    for step in 0..40 {
-        for (at, gpu) in streams.iter().enumerate() {
-            let options = &plain[(step + at) % 2];
-            outputs[at][step].select(gpu, &mut row_states[at], &inputs[at], options).unwrap();
-        }
-    }
-    for step in [0, 1, 2, 20, 37, 38, 39] {
-        for (at, gpu) in streams.iter().enumerate() {
-            outputs[at][step].verify(gpu, &inputs[at], &plain[(step + at) % 2]);
-        }
-    }
-}
-
-/// Each launch sets the kernel's limit of shared memory to what it needs.
-#[test]
-fn threads_with_different_sizes() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    std::thread::scope(|scope| {
-        for len in [20_000, 40_000, 80_000, 110_000] {
-            let gpu = &gpu;
-            scope.spawn(move || {
-                let (gpu, rng) = (gpu.fork(), &mut Rng::new());
-                let mut row_states = RowStates::new(&gpu.stream).unwrap();
-                let input = Mirrored::<f16>::random(&gpu, rng, &[2, len]);
-                let mut output = Output::poisoned(&gpu, 2, 100);
-                let options = options(|_| ());
-                for _ in 0..500 {
-                    output.select(&gpu, &mut row_states, &input, &options).unwrap();
-                }
-                output.verify(&gpu, &input, &options);
-            });
-        }
-    });
-}
-
-/// A captured graph selects from what tensors and rows hold at its replay.
-fn graph_replay<T: Number>(sizes: [usize; 3]) {
-    let Some(gpu) = start(Gpu::start_alone) else { return };
-    let rng = &mut Rng::new();
-    let mut row_states = RowStates::new(&gpu.stream).unwrap();
-    let [rows, len, k] = sizes;
-    for options in unsorted() {
-        let mut sparse = Sparse::<T>::random(&gpu, rng, sizes, true, true);
-        let mut selected = Output::poisoned(&gpu, rows, k);
-        let (mut entries, table) = (ints(&gpu, &vec![POISON; rows * k]), ints(&gpu, &sparse.table));
-        let mut row_table = RowTable::new(&gpu.stream, sparse.rows.clone()).unwrap();
-        let graph = {
-            let input = sparse.input.device_view();
-            let mut values = selected.values.device_view_mut();
-            let mut indices = selected.indices.tensor_mut(&gpu.cuda, &[rows, k]).unwrap();
-            let mut entries = entries.tensor_mut(&gpu.cuda, &[rows, k]).unwrap();
-            let table = table.tensor(&gpu.cuda, &[sparse.requests, sparse.width]).unwrap();
-            let (input, table) = (input, table.view());
-            let (mut values, mut indices) = (values.reborrow(), indices.view_mut());
-            let mut entries = entries.view_mut();
-            let mut run = || {
-                topk::radix_topk(&mut row_states, &mut values, &mut indices, &input, &options)?;
-                topk::radix_topk_page_table_transform(
-                    &mut row_states,
-                    &mut entries,
-                    &input,
-                    &table,
-                    &row_table,
-                    &options,
-                )
-            };
-            run().unwrap();
-            gpu.synchronize();
-            let (graph, captured) = capture(&gpu, run);
-            captured.unwrap();
-            graph.expect("a graph")
-        };
-        for _ in 0..3 {
-            let next = Sparse::<T>::random(&gpu, rng, sizes, true, true);
-            row_table.update(next.rows.clone()).unwrap();
-            sparse.input.upload(&next.input.host);
-            graph.launch().unwrap();
-            selected.verify(&gpu, &next.input, &options);
-            // The table is that of the capture.
-            let next = Sparse { table: sparse.table.clone(), ..next };
-            let got = download(&gpu, &entries);
-            let [want, _] = next.expected(&options);
-            let mut place_of = vec![0; next.table.len()];
-            for (place, &entry) in next.table.iter().enumerate() {
-                place_of[entry as usize] = place;
-            }
-            next.verify(&format!("replay, rows of {len}"), &options, &got, &want, |row, entry| {
-                let request = next.rows.row_to_batch().unwrap()[row] as usize;
-                place_of[entry as usize].wrapping_sub(request * next.width + next.start(row))
-            });
-        }
-    }
-}
-
-#[test]
-fn graph_replay_of_filtered() {
-    graph_replay::<f32>([5, 3000, 100]);
-}
-
-#[test]
-fn graph_replay_of_radix() {
-    graph_replay::<f16>([3, 130_000, 700]);
-}
-
-#[test]
-fn wrong_input() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
-    let mut row_states = RowStates::new(&gpu.stream).unwrap();
-    let mut foreign = RowStates::new(&other.stream).unwrap();
-    let input = Mirrored::<f16>::random(&gpu, rng, &[4, 6000]);
-    let plain = options(|_| ());
-    let mut output = Output::<f16>::poisoned(&gpu, 4, 100);
-    refused(output.select(&gpu, &mut foreign, &input, &plain), "input");
-    let mut select = |input: &Mirrored<f16>, rows, k, options: &TopKOptions| {
-        Output::<f16>::poisoned(&gpu, rows, k).select(&gpu, &mut row_states, input, options)
-    };
-    refused(select(&input, 3, 100, &plain), "values");
-    refused(select(&input, 4, 6001, &plain), "values");
-    let padded = Mirrored::<f16>::random(&gpu, rng, &[4, 6008]).narrowed(1, 0, 6000);
-    refused(select(&padded, 4, 100, &plain), "input");
-    for change in [
-        (|options| options.sorted = true) as fn(&mut TopKOptions),
-        |options| options.dsa_graph_safe = true,
-        |options| options.tie_break = TieBreak::Small,
-    ] {
-        refused(select(&input, 4, 2049, &options(change)), "options");
-    }
-    output.values.assert_untouched();
-
-    let sparse = Sparse::<f16>::random(&gpu, rng, [4, 6000, 100], true, true);
-    let (table, offsets) = (ints(&gpu, &sparse.table), ints(&gpu, &sparse.offsets));
-    let mut output = ints(&gpu, &[POISON; 400]);
-    {
-        let mut output = output.tensor_mut(&gpu.cuda, &[4, 100]).unwrap();
-        let mut output = output.view_mut();
-        let input = sparse.input.device_view();
-        let table = table.tensor(&gpu.cuda, &[3, 6003]).unwrap();
-        let offsets = offsets.tensor(&gpu.cuda, &[4]).unwrap();
-        let (table, offsets) = (table.view(), offsets.view());
-        let mut both =
-            |rows: &RowTable, table: &TensorRef<'_>, offsets: &TensorRef<'_>, options: &TopKOptions| {
-                let states = &mut row_states;
-                [
-                    topk::radix_topk_page_table_transform(states, &mut output, &input, table, rows, options),
-                    topk::radix_topk_ragged_transform(states, &mut output, &input, offsets, rows, options),
-                ]
-            };
-        let mut refuse =
-            |rows: RowIndices, table: &TensorRef<'_>, offsets: &TensorRef<'_>, expected: [&str; 2]| {
-                let rows = RowTable::new(&gpu.stream, rows).unwrap();
-                for (call, expected) in both(&rows, table, offsets, &plain).into_iter().zip(expected) {
-                    refused(call, expected);
-                }
-            };
-        let rows = || sparse.rows.clone();
-        refuse(RowIndices::new([5; 3]).unwrap(), &table, &offsets, ["rows"; 2]);
-        refuse(RowIndices::new([0, 0, 6001, 0]).unwrap(), &table, &offsets, ["rows"; 2]);
-        let (narrow, few) = (table.narrow(1, 0, 10).unwrap(), offsets.narrow(0, 0, 3).unwrap());
-        refuse(rows(), &narrow, &few, ["src_page_table", "offsets"]);
-        let requests = rows().with_row_to_batch([0, 1, 3, 2]).unwrap();
-        refuse(requests, &table, &few, ["src_page_table", "offsets"]);
-        let elsewhere = RowTable::new(&other.stream, rows()).unwrap();
-        for call in both(&elsewhere, &table, &offsets, &plain) {
-            refused(call, "rows");
-        }
-        let here = RowTable::new(&gpu.stream, rows()).unwrap();
-        let sorted = options(|options| options.sorted = true);
-        for call in both(&here, &table, &offsets, &sorted) {
-            refused(call, "options");
-        }
-    }
-    assert_eq!(download(&gpu, &output), [POISON; 400]);
-}
-
-#[test]
-fn filtered_is_implemented() {
-    let Some(gpu) = start(Gpu::start) else { return };
-    let can = topk::can_implement_filtered_topk(&gpu.stream).unwrap();
-    match gpu.runtime.compute_capability(0).unwrap() {
-        (8, 0) | (9, 0) | (10, _) => assert!(can),
-        (8, 6 | 9) | (12, _) => assert!(!can),
-        other => say(&format!("compute capability {other:?}: {can}")),
-    }
-}
-
-/// The launchers make the tensors' device current; afterwards it is what it was
-/// before.
-#[test]
-fn the_current_device_is_put_back() {
-    let Some(first) = start(Gpu::start) else { return };
-    if first.runtime.device_count().unwrap() < 2 {
-        return say("skipped: there is one GPU only");
-    }
-    let second = first.on_device(1);
-    let mut row_states = RowStates::new(&second.stream).unwrap();
-    let input = Mirrored::<f32>::random(&second, &mut Rng::new(), &[3, 100_000]);
-    let (mut output, plain) = (Output::poisoned(&second, 3, 50), options(|_| ()));
-    {
-        let mut values = output.values.device_view_mut();
-        let mut indices = output.indices.tensor_mut(&second.cuda, &[3, 50]).unwrap();
-        let input = input.device_view();
-        first.cuda.context().bind_to_thread().unwrap();
-        let (mut values, mut indices) = (values.reborrow(), indices.view_mut());
-        topk::radix_topk(&mut row_states, &mut values, &mut indices, &input, &plain).unwrap();
-        assert!(topk::can_implement_filtered_topk(&second.stream).is_ok());
-        assert_eq!(ctx::get_current().unwrap(), Some(first.cuda.context().cu_ctx()));
-    }
-    output.verify(&second, &input, &plain);
 }

@@ -20,9 +20,9 @@ use crate::{
     cases::page_indices,
     gpu::median,
     measure::{Bench, Kind, PlanCalls, Raw},
+    operand::Operand,
     packed,
     raw::{Arrays, Attention, NONE, ROPE, Scratch},
-    tensor::Tensor,
 };
 
 const HEADS: Heads = Heads::new(QO_HEADS, KV_HEADS);
@@ -94,9 +94,9 @@ fn decode(
         let decode = BatchDecode::new(&stream, &spec, HEADS)?;
         let indices = page_indices(batch, tokens)?;
         let shape = [indices.num_pages(), PAGE_SIZE, KV_HEADS, HEAD_DIM];
-        let (k, v) = (Tensor::numbers(&cuda, dtype, &shape)?, Tensor::numbers(&cuda, dtype, &shape)?);
-        let q = Tensor::numbers(&cuda, dtype, &[batch, QO_HEADS, HEAD_DIM])?;
-        let out = Tensor::zeros(&cuda, dtype, &[batch, QO_HEADS, HEAD_DIM])?;
+        let (k, v) = (Operand::numbers(&cuda, dtype, &shape)?, Operand::numbers(&cuda, dtype, &shape)?);
+        let q = Operand::numbers(&cuda, dtype, &[batch, QO_HEADS, HEAD_DIM])?;
+        let out = Operand::zeros(&cuda, dtype, &[batch, QO_HEADS, HEAD_DIM])?;
 
         // The same calls without this crate.
         let arrays = Arrays::new(&cuda, &indices, 1)?;
@@ -106,7 +106,7 @@ fn decode(
         };
         let (causal, fa3, pdl) = (false, false, case.pdl()?);
         let attention = Attention { scratch, arrays: &arrays, heads: HEADS, causal, fa3, pdl };
-        let tensors = [&q, &k, &v, &out].map(Tensor::view);
+        let tensors = [&q, &k, &v, &out].map(Operand::view);
         let planner = if tensor_cores {
             attention.plan(decode.module())?
         } else {
@@ -134,7 +134,7 @@ fn decode(
             attention.run(decode.module(), &info, tensors)?
         } else {
             let ([q, k, v, out], [indptr, pages, last_page_len]) =
-                (tensors, arrays.pages.each_ref().map(Tensor::view));
+                (tensors, arrays.pages.each_ref().map(Operand::view));
             let held = packed![
                 scratch.float.view(),
                 scratch.int.view(),
@@ -228,15 +228,15 @@ fn prefill(
         let prefill = BatchPrefill::new(&stream, &spec, HEADS)?;
         let indices = page_indices(batch, tokens)?;
         let shape = [indices.num_pages(), PAGE_SIZE, KV_HEADS, HEAD_DIM];
-        let (k, v) = (Tensor::numbers(&cuda, dtype, &shape)?, Tensor::numbers(&cuda, dtype, &shape)?);
+        let (k, v) = (Operand::numbers(&cuda, dtype, &shape)?, Operand::numbers(&cuda, dtype, &shape)?);
         let rows = batch * queries;
-        let q = Tensor::numbers(&cuda, dtype, &[rows, QO_HEADS, HEAD_DIM])?;
-        let out = Tensor::zeros(&cuda, dtype, &[rows, QO_HEADS, HEAD_DIM])?;
+        let q = Operand::numbers(&cuda, dtype, &[rows, QO_HEADS, HEAD_DIM])?;
+        let out = Operand::zeros(&cuda, dtype, &[rows, QO_HEADS, HEAD_DIM])?;
 
         let arrays = Arrays::new(&cuda, &indices, queries)?;
         let (causal, pdl) = (true, case.pdl()?);
         let attention = Attention { scratch, arrays: &arrays, heads: HEADS, causal, fa3, pdl };
-        let tensors = [&q, &k, &v, &out].map(Tensor::view);
+        let tensors = [&q, &k, &v, &out].map(Operand::view);
         let planner = attention.plan(prefill.module())?;
         let info = plan_info(&planner)?;
         let raw = attention.run(prefill.module(), &info, tensors)?;
@@ -278,11 +278,11 @@ fn mla(bench: &mut Bench, scratch: &Scratch, backend: Backend, (batch, tokens): 
         let mla =
             BatchMla::new(&stream, &MlaSpec::new(dtype, MLA_SM_SCALE).with_backend(backend), MLA_HEADS)?;
         let indices = page_indices(batch, tokens)?;
-        let cache = |width| Tensor::numbers(&cuda, dtype, &[indices.num_pages(), PAGE_SIZE, width]);
+        let cache = |width| Operand::numbers(&cuda, dtype, &[indices.num_pages(), PAGE_SIZE, width]);
         let (ckv, kpe) = (cache(512)?, cache(64)?);
-        let query = |width| Tensor::numbers(&cuda, dtype, &[batch, MLA_HEADS, width]);
+        let query = |width| Operand::numbers(&cuda, dtype, &[batch, MLA_HEADS, width]);
         let (nope, pe) = (query(512)?, query(64)?);
-        let out = Tensor::zeros(&cuda, dtype, &[batch, MLA_HEADS, 512])?;
+        let out = Operand::zeros(&cuda, dtype, &[batch, MLA_HEADS, 512])?;
 
         let arrays = Arrays::new(&cuda, &indices, 1)?;
         let planner = Raw {
@@ -301,7 +301,7 @@ fn mla(bench: &mut Bench, scratch: &Scratch, backend: Backend, (batch, tokens): 
         };
         let info = plan_info(&planner)?;
         let [nope_view, pe_view, ckv_view, kpe_view, pages_view, out_view] =
-            [&nope, &pe, &ckv, &kpe, &arrays.pages[1], &out].map(Tensor::view);
+            [&nope, &pe, &ckv, &kpe, &arrays.pages[1], &out].map(Operand::view);
         let raw = Raw {
             function: mla.module().function("run")?,
             held: packed![
@@ -335,7 +335,7 @@ fn mla(bench: &mut Bench, scratch: &Scratch, backend: Backend, (batch, tokens): 
         let plan = mla.plan(&mut workspace, &queries, &table, &options)?;
         let (q, kv) = (MlaQuery::new(*nope_view, *pe_view), MlaCache::new(*ckv_view, *kpe_view));
         let mut output = out.view_mut();
-        let bytes = [&nope, &pe, &ckv, &kpe, &out].map(Tensor::bytes).iter().sum();
+        let bytes = [&nope, &pe, &ckv, &kpe, &out].map(Operand::bytes).iter().sum();
         case.run(Some(bytes), Some(&raw), &mut || Ok(plan.run(&q, &kv, &mut output)?))
     });
 }

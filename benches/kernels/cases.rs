@@ -14,8 +14,8 @@ use serde_json::json;
 use crate::{
     HEAD_DIM, KV_HEADS, PAGE_SIZE, QO_HEADS, Result,
     measure::{Bench, Case, Kind, Raw},
+    operand::Operand,
     packed,
-    tensor::Tensor,
 };
 
 const DTYPE: DType = DType::F16;
@@ -60,8 +60,9 @@ fn rmsnorm(bench: &mut Bench, rows: usize, d: usize) {
     bench.case(&format!("rmsnorm {rows}x{d}"), Kind::OneLaunch, order, |case| {
         let (cuda, stream) = (case.bench.cuda.clone(), case.bench.stream.clone());
         let function = case.function(&ModuleName::NORM, "rmsnorm")?;
-        let x = Tensor::numbers(&cuda, DTYPE, &[rows, d])?;
-        let (weight, out) = (Tensor::numbers(&cuda, DTYPE, &[d])?, Tensor::zeros(&cuda, DTYPE, &[rows, d])?);
+        let x = Operand::numbers(&cuda, DTYPE, &[rows, d])?;
+        let (weight, out) =
+            (Operand::numbers(&cuda, DTYPE, &[d])?, Operand::zeros(&cuda, DTYPE, &[rows, d])?);
         let (input, weights, options) = (x.view(), weight.view(), norm::NormOptions::default());
         let (mut output, raw_output) = (out.view_mut(), out.view());
         let held = packed![raw_output, input, weights, options.eps, case.pdl()?];
@@ -77,9 +78,9 @@ fn fused_add_rmsnorm(bench: &mut Bench, rows: usize, d: usize) {
     bench.case(&format!("fused_add_rmsnorm {rows}x{d}"), Kind::OneLaunch, order, |case| {
         let (cuda, stream) = (case.bench.cuda.clone(), case.bench.stream.clone());
         let function = case.function(&ModuleName::NORM, "fused_add_rmsnorm")?;
-        let x = Tensor::numbers(&cuda, DTYPE, &[rows, d])?;
-        let residual = Tensor::numbers(&cuda, DTYPE, &[rows, d])?;
-        let weight = Tensor::numbers(&cuda, DTYPE, &[d])?;
+        let x = Operand::numbers(&cuda, DTYPE, &[rows, d])?;
+        let residual = Operand::numbers(&cuda, DTYPE, &[rows, d])?;
+        let weight = Operand::numbers(&cuda, DTYPE, &[d])?;
         let (weights, options) = (weight.view(), norm::NormOptions::default());
         let (mut input, mut sum) = (x.view_mut(), residual.view_mut());
         let (raw_input, raw_sum) = (x.view(), residual.view());
@@ -96,8 +97,8 @@ fn silu_and_mul(bench: &mut Bench, rows: usize, d: usize) {
     bench.case(&format!("silu_and_mul {rows}x{d}"), Kind::OneLaunch, order, |case| {
         let (cuda, stream) = (case.bench.cuda.clone(), case.bench.stream.clone());
         let function = case.function(&ModuleName::SILU_AND_MUL, "silu_and_mul")?;
-        let x = Tensor::numbers(&cuda, DTYPE, &[rows, 2 * d])?;
-        let out = Tensor::zeros(&cuda, DTYPE, &[rows, d])?;
+        let x = Operand::numbers(&cuda, DTYPE, &[rows, 2 * d])?;
+        let out = Operand::zeros(&cuda, DTYPE, &[rows, d])?;
         let (input, options) = (x.view(), ActivationOptions::default());
         let (mut output, raw_output) = (out.view_mut(), out.view());
         let held = packed![raw_output, input, case.pdl()?];
@@ -120,10 +121,10 @@ fn rope(bench: &mut Bench, rows: usize, table: bool) {
         let frequencies = RopeFrequencies::new(HEAD_DIM, 1e4, &RopeScaling::default())?;
         let angles = CosSinCache::new(&stream, &frequencies, MAX_POSITION)?;
         let positions: Vec<i32> = (0..rows as i32).collect();
-        let raw_positions = Tensor::integers(&cuda, &positions)?;
+        let raw_positions = Operand::integers(&cuda, &positions)?;
         let positions = BoundedTable::new(&stream, BoundedIndices::new(MAX_POSITION, positions)?)?;
-        let q = Tensor::numbers(&cuda, DTYPE, &[rows, QO_HEADS, HEAD_DIM])?;
-        let k = Tensor::numbers(&cuda, DTYPE, &[rows, KV_HEADS, HEAD_DIM])?;
+        let q = Operand::numbers(&cuda, DTYPE, &[rows, QO_HEADS, HEAD_DIM])?;
+        let k = Operand::numbers(&cuda, DTYPE, &[rows, KV_HEADS, HEAD_DIM])?;
         let (raw_q, raw_k, raw_positions) = (q.view(), k.view(), raw_positions.view());
         let angles = angles.view()?;
         let rotation = Rotation::new(angles, &positions);
@@ -177,17 +178,17 @@ fn append(bench: &mut Bench, batch: usize, tokens: usize) {
             indices.indptr(),
             indices.last_page_len(),
         ];
-        let arrays = arrays.map(|array| Tensor::integers(&cuda, array));
+        let arrays = arrays.map(|array| Operand::integers(&cuda, array));
         let [requests, positions, pages, indptr, last_page_len] = arrays;
         let (requests, positions, pages) = (requests?, positions?, pages?);
         let (indptr, last_page_len) = (indptr?, last_page_len?);
         let append = AppendTable::new(&stream, last)?;
         let shape = [indices.num_pages(), PAGE_SIZE, KV_HEADS, HEAD_DIM];
         let table = PageTable::new(&stream, indices)?;
-        let (k, v) = (Tensor::numbers(&cuda, DTYPE, &shape)?, Tensor::numbers(&cuda, DTYPE, &shape)?);
-        let new = Tensor::numbers(&cuda, DTYPE, &[batch, KV_HEADS, HEAD_DIM])?;
+        let (k, v) = (Operand::numbers(&cuda, DTYPE, &shape)?, Operand::numbers(&cuda, DTYPE, &shape)?);
+        let new = Operand::numbers(&cuda, DTYPE, &[batch, KV_HEADS, HEAD_DIM])?;
         let mut cache = PagedKvMut::new(k.view_mut(), v.view_mut(), KvLayout::Nhd);
-        let views = [&requests, &positions, &k, &v, &pages, &indptr, &last_page_len].map(Tensor::view);
+        let views = [&requests, &positions, &k, &v, &pages, &indptr, &last_page_len].map(Operand::view);
         let new_view = new.view();
         let mut held = packed![new_view, new_view];
         held.extend(views.map(flashinfer_rs::ffi::Packed::from));
@@ -217,9 +218,9 @@ fn sampling(bench: &mut Bench, rows: usize) {
     bench.case(&format!("top_k_top_p_sampling {rows}x{VOCAB}"), Kind::OneLaunch, order, |case| {
         let (cuda, stream) = (case.bench.cuda.clone(), case.bench.stream.clone());
         let function = case.function(&ModuleName::SAMPLING, "top_k_top_p_sampling_from_probs")?;
-        let probs = Tensor::probabilities(&cuda, rows, VOCAB)?;
-        let output = Tensor::zeros(&cuda, DType::I32, &[rows])?;
-        let valid = Tensor::zeros(&cuda, DType::U8, &[rows])?;
+        let probs = Operand::probabilities(&cuda, rows, VOCAB)?;
+        let output = Operand::zeros(&cuda, DType::I32, &[rows])?;
+        let valid = Operand::zeros(&cuda, DType::U8, &[rows])?;
         let mut samples = Samples::new(output.view_mut(), valid.view_mut());
         let (view, raw_output, raw_valid) = (probs.view(), output.view(), valid.view());
         let options = SamplingOptions::default();

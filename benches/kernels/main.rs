@@ -31,11 +31,11 @@ mod cuda;
 #[path = "../gpu/mod.rs"]
 mod gpu;
 mod measure;
+mod operand;
 mod python;
 mod raw;
 #[path = "../gpu/replay.rs"]
 mod replay;
-mod tensor;
 
 use std::{
     path::PathBuf,

@@ -22,9 +22,9 @@ use crate::{
     Options, Result,
     cuda::{self, BareLaunch},
     gpu::median,
+    operand::Operand,
     python::Python,
     replay::Replay,
-    tensor::Tensor,
 };
 
 /// Calls of a block: few enough that the launch queue does not fill, and enough
@@ -267,7 +267,7 @@ impl Memory {
 
 /// Bytes per second that a copy reads and writes.
 fn copy_bandwidth(cuda: &Arc<CudaStream>) -> Result<f64> {
-    let memory = || Tensor::zeros(cuda, DType::U8, &[COPY_BYTES]);
+    let memory = || Operand::zeros(cuda, DType::U8, &[COPY_BYTES]);
     let (source, target) = (memory()?, memory()?);
     let [from, to] = [&source, &target].map(|tensor| tensor.view().data_ptr() as u64);
     // SAFETY: both have so many bytes, and stay until the last replay is done.

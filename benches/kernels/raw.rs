@@ -10,7 +10,7 @@ use flashinfer_rs::{
     ffi::{Arg, Object, Packed},
 };
 
-use crate::{HEAD_DIM, Result, measure::Raw, packed, tensor::Tensor};
+use crate::{HEAD_DIM, Result, measure::Raw, operand::Operand, packed};
 
 pub const NONE: Arg<'static> = Arg::NONE;
 /// What upstream passes for rotary embeddings that modules do not have.
@@ -18,17 +18,17 @@ pub const ROPE: (f64, f64) = (1.0, 1e-4);
 
 /// Scratch memory of plans.
 pub struct Scratch {
-    pub float: Tensor,
-    pub int: Tensor,
-    pub pinned: Tensor,
+    pub float: Operand,
+    pub int: Operand,
+    pub pinned: Operand,
 }
 
 impl Scratch {
     pub fn new(cuda: &Arc<CudaStream>) -> Result<Self> {
         Ok(Self {
-            float: Tensor::zeros(cuda, DType::U8, &[Workspace::DEFAULT_FLOAT_BYTES])?,
-            int: Tensor::zeros(cuda, DType::U8, &[Workspace::DEFAULT_INT_BYTES])?,
-            pinned: Tensor::pinned(cuda, Workspace::DEFAULT_INT_BYTES)?,
+            float: Operand::zeros(cuda, DType::U8, &[Workspace::DEFAULT_FLOAT_BYTES])?,
+            int: Operand::zeros(cuda, DType::U8, &[Workspace::DEFAULT_INT_BYTES])?,
+            pinned: Operand::pinned(cuda, Workspace::DEFAULT_INT_BYTES)?,
         })
     }
 }
@@ -39,12 +39,12 @@ pub struct Arrays {
     pub page_size: usize,
     queries: usize,
     /// For planners.
-    pub qo_indptr: Tensor,
-    pub kv_indptr: Tensor,
-    pub kv_lens: Tensor,
+    pub qo_indptr: Operand,
+    pub kv_indptr: Operand,
+    pub kv_lens: Operand,
     /// On the device: offsets of queries; offsets, numbers and last lengths of pages.
-    device_qo_indptr: Tensor,
-    pub pages: [Tensor; 3],
+    device_qo_indptr: Operand,
+    pub pages: [Operand; 3],
 }
 
 impl Arrays {
@@ -55,14 +55,14 @@ impl Arrays {
             batch,
             page_size: indices.page_size(),
             queries,
-            qo_indptr: Tensor::on_host(&offsets)?,
-            kv_indptr: Tensor::on_host(indices.indptr())?,
-            kv_lens: Tensor::on_host(&indices.seq_lens())?,
-            device_qo_indptr: Tensor::integers(cuda, &offsets)?,
+            qo_indptr: Operand::on_host(&offsets)?,
+            kv_indptr: Operand::on_host(indices.indptr())?,
+            kv_lens: Operand::on_host(&indices.seq_lens())?,
+            device_qo_indptr: Operand::integers(cuda, &offsets)?,
             pages: [
-                Tensor::integers(cuda, indices.indptr())?,
-                Tensor::integers(cuda, indices.indices())?,
-                Tensor::integers(cuda, indices.last_page_len())?,
+                Operand::integers(cuda, indices.indptr())?,
+                Operand::integers(cuda, indices.indices())?,
+                Operand::integers(cuda, indices.last_page_len())?,
             ],
         })
     }
@@ -123,7 +123,7 @@ impl<'a> Attention<'a> {
     where
         'a: 't,
     {
-        let [indptr, indices, last_page_len] = self.arrays.pages.each_ref().map(Tensor::view);
+        let [indptr, indices, last_page_len] = self.arrays.pages.each_ref().map(Operand::view);
         let mut held = packed![
             self.scratch.float.view(),
             self.scratch.int.view(),

@@ -8,6 +8,7 @@
 //! | [`Llm`] | a model that is loaded and answers |
 //! | [`engine`] | the thread that answers requests, and what comes back of them |
 //! | [`request`], [`sampling`] | what is asked, how tokens are chosen, and why an answer ends |
+//! | [`constraint`] | what an answer has to be: JSON of a schema, and others |
 //! | [`scheduler`], `draft` | who computes what in a step |
 //! | [`backend`] | what computes a step: the CPU, an NVIDIA GPU, or a stand-in for tests |
 //! | `model` | a GGUF file: configuration and weights |
@@ -15,6 +16,7 @@
 
 pub mod backend;
 pub mod cli;
+pub mod constraint;
 mod draft;
 pub mod engine;
 pub mod http;

@@ -8,13 +8,13 @@ use std::{
 use crate::{
     Result,
     backend::device::{self, Device, Loaded},
-    engine::{End, Engine, EngineConfig, Events},
+    engine::{End, Engine, EngineConfig, Events, SHUTDOWN_TIMEOUT},
     hub::Hub,
     model::Model,
     request::{Finish, Request},
     sampling::SamplingParams,
     scheduler::{Limits, Token},
-    text::Text,
+    text::{ChatOptions, Message, Text},
 };
 
 /// Tokens of a page of the KV cache.
@@ -130,6 +130,7 @@ impl Llm {
             num_pages: options.cache_tokens.div_ceil(PAGE_SIZE),
             max_queued,
             max_queued_tokens,
+            shutdown_timeout: SHUTDOWN_TIMEOUT,
         };
         let place = Arc::new(OnceLock::new());
         let set = place.clone();
@@ -175,6 +176,31 @@ impl Llm {
         complete(self.stream(prompt, params)?)
     }
 
+    /// Has the model answer a chat, as its template writes it: [`n`](SamplingParams::n) times.
+    ///
+    /// ```no_run
+    /// use flashinfer_serve::{
+    ///     Llm, SamplingParams,
+    ///     text::{Message, Role},
+    /// };
+    ///
+    /// let llm = Llm::open("smollm2")?;
+    /// let mut chat = vec![
+    ///     Message::new(Role::System, "Be brief."),
+    ///     Message::new(Role::User, "What is the capital of France?"),
+    /// ];
+    /// let answer = llm.chat(&chat, &SamplingParams::default())?.remove(0);
+    /// chat.push(Message::new(Role::Assistant, answer.text));
+    /// # Ok::<(), flashinfer_serve::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The template does not take the messages; and as [`generate`](Self::generate).
+    pub fn chat(&self, messages: &[Message], params: &SamplingParams) -> Result<Vec<Completion>> {
+        let prompt = self.text().render_chat(messages, &[], &ChatOptions::default())?;
+        complete(self.engine.submit(Request::new(prompt, params.clone()))?)
+    }
+
     /// As [`generate`](Self::generate), while the answers come.
     ///
     /// ```no_run
@@ -190,7 +216,7 @@ impl Llm {
     /// The request cannot be answered, or a parameter is out of its range.
     pub fn stream(&self, prompt: &str, params: &SamplingParams) -> Result<Events> {
         let prompt = self.text().encode(prompt);
-        Ok(self.engine.submit(Request { prompt, params: params.clone() })?)
+        Ok(self.engine.submit(Request::new(prompt, params.clone()))?)
     }
 }
 
@@ -220,7 +246,9 @@ pub fn complete(events: Events) -> Result<Vec<Completion>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use candle_core::quantized::gguf_file::Value;
+
     use super::*;
     use crate::{
         sampling::InvalidParameter,
@@ -263,6 +291,37 @@ mod tests {
         assert_eq!(ids(&others[1]), ids(&others[2]));
         assert_ne!(others[0][0].tokens, others[0][1].tokens);
         assert!(others[0][2].tokens.iter().all(|token| token.logprobs.as_ref().unwrap().chosen < 0.0));
+    }
+
+    /// Reads a prompt of two parts and a half.
+    pub fn check_parts(device: Device, part: usize) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tiny = forward::BIASES.file();
+        bytes::add_tokenizer(&mut tiny, "gpt-2", forward::BIASES.vocab);
+        let context = tiny.metadata.keys().find(|key| key.ends_with(".context_length")).copied().unwrap();
+        tiny.metadata.insert(context, Value::U32(3 * part as u32));
+        let options = LlmOptions { device, cache_tokens: 3 * part, ..LlmOptions::default() };
+        let llm = Llm::load(&[tiny.write(&folder)], &options).unwrap();
+        let params = SamplingParams { max_tokens: Some(1), ..SamplingParams::default() };
+        llm.generate(&"x".repeat(2 * part + part / 2), &params).unwrap();
+        let stats = llm.engine().status().stats;
+        assert_eq!((stats.steps, stats.read), (3, 2 * part + part / 2));
+    }
+
+    #[test]
+    fn prompts_are_read_in_parts_of_256_on_the_cpu() {
+        check_parts(Device::Cpu, 256);
+    }
+
+    #[test]
+    fn a_chat_is_what_its_template_writes() {
+        use crate::text::Role;
+        let llm = llm(&LlmOptions::default());
+        let greedy = SamplingParams { max_tokens: Some(6), ignore_eos: true, ..SamplingParams::default() };
+        let chat = [Message::new(Role::User, "ok"), Message::new(Role::User, "the")];
+        // Without a template, the texts are continued.
+        let answers = llm.chat(&chat, &greedy).unwrap();
+        assert_eq!(answers[0].tokens, llm.generate("ok\n\nthe", &greedy).unwrap()[0].tokens);
     }
 
     #[test]

@@ -2,15 +2,33 @@
 
 use std::fmt;
 
-use crate::sampling::{InvalidParameter, SamplingParams};
+use crate::{
+    constraint::{Grammar, InvalidConstraint},
+    sampling::{InvalidParameter, SamplingParams},
+};
 
 /// A prompt, and how it is to be answered.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct Request {
     /// The tokens of the prompt.
     pub prompt: Vec<u32>,
     /// How tokens of the answers are chosen, and when these end.
     pub params: SamplingParams,
+    /// What the answers have to be, as [`Engine::compile`](crate::engine::Engine::compile) makes
+    /// it of a [`Constraint`](crate::constraint::Constraint); `None` for any text. Their end
+    /// tokens come only where they are complete, and they end where nothing can follow, even
+    /// before [`min_tokens`](SamplingParams::min_tokens).
+    pub grammar: Option<Grammar>,
+    /// Control tokens that are shown in the answers' text by their names: marks that a caller
+    /// looks for, such as those of [`ToolFormat`](crate::text::ToolFormat). Others never are.
+    pub shown: Vec<u32>,
+}
+
+impl Request {
+    /// A prompt whose answers may be any text, without control tokens.
+    pub fn new(prompt: Vec<u32>, params: SamplingParams) -> Self {
+        Self { prompt, params, ..Self::default() }
+    }
 }
 
 /// A request's number, of one engine.
@@ -32,6 +50,8 @@ pub enum Finish {
     StopToken(u32),
     /// One of [`SamplingParams::stop`] came.
     StopString(String),
+    /// The answer is all that its constraint asks for, and nothing can follow.
+    Complete,
     /// At [`SamplingParams::max_tokens`].
     MaxTokens,
     /// At the model's context.
@@ -50,7 +70,7 @@ impl Finish {
     /// The reason in a word, as OpenAI's and vLLM's servers say it.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::EndToken(_) | Self::StopToken(_) | Self::StopString(_) => "stop",
+            Self::EndToken(_) | Self::StopToken(_) | Self::StopString(_) | Self::Complete => "stop",
             Self::MaxTokens | Self::Context | Self::Cache => "length",
             Self::Cancelled => "abort",
             Self::NoNumbers | Self::Failed(_) => "error",
@@ -69,6 +89,7 @@ impl fmt::Display for Finish {
             Self::EndToken(_) => f.write_str("the model"),
             Self::StopToken(token) => write!(f, "the stop token {token}"),
             Self::StopString(stop) => write!(f, "the stop string {stop:?}"),
+            Self::Complete => f.write_str("its constraint"),
             Self::MaxTokens => f.write_str("the limit of tokens"),
             Self::Context => f.write_str("the model's context"),
             Self::Cache => f.write_str("the cache's size"),
@@ -145,6 +166,9 @@ pub enum SubmitError {
     /// A parameter is out of its range.
     #[error(transparent)]
     Parameter(#[from] InvalidParameter),
+    /// The constraint cannot be used.
+    #[error(transparent)]
+    Constraint(#[from] InvalidConstraint),
     /// The prompt leaves no room for an answer in the model's context.
     #[error(
         "the prompt has {tokens} tokens, and the model's context {context}, those of the answer included; \

@@ -79,6 +79,7 @@ pub(crate) fn obtain(
             "--python-version=312",
             "--implementation=cp",
             "--abi=abi3",
+            "--abi=cp312",
             "--abi=none",
         ]);
         for platform in ["manylinux2014", "manylinux_2_17", "manylinux_2_27", "manylinux_2_28"] {

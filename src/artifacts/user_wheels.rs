@@ -21,9 +21,15 @@ impl Store {
         searched: &mut Vec<SearchedSource>,
     ) -> Result<Option<Located>, ArtifactError> {
         let user = self.user_wheels()?;
-        for (source, wheel) in self.ranked(user.wheels) {
+        // Libraries are for any GPU, and looked for before one can be seen.
+        let is_module = |member: &Member| matches!(member, Member::Module(_));
+        let wheels = match self.members(None, wanted).iter().any(is_module) {
+            true => self.ranked(user.wheels),
+            false => user.wheels,
+        };
+        for (source, wheel) in wheels {
             let members = self.members(wheel.version(), wanted);
-            if let Some(module) = members.iter().find(|member| matches!(member, Member::Module(_)))
+            if let Some(module) = members.iter().find(|member| is_module(member))
                 && let Some(unfit) = self.unfit(wheel.architectures())
                 && wheel.find(module)?.is_some()
             {
@@ -72,6 +78,7 @@ impl Store {
     pub(super) fn explain_shim(&self, version: FlashInferVersion, wheel: &Wheel) -> (String, String) {
         let outcome =
             format!("it is the shim of FlashInfer {version}, which holds no module and requires providers");
+        let version = if version.is_called() { version } else { FlashInferVersion::NEWEST };
         let fits = wheel.shim_of().iter().filter_map(|code| {
             Some((architecture::fit(&[*code], self.gpus()).filter(|fits| !fits.is_empty())?, *code))
         });

@@ -24,6 +24,9 @@ impl FlashInferVersion {
     /// The oldest of them, which has every family of modules.
     pub const OLDEST: FlashInferVersion = FlashInferVersion::CALLED[0];
 
+    /// The newest of them.
+    pub const NEWEST: FlashInferVersion = FlashInferVersion::CALLED[FlashInferVersion::CALLED.len() - 1];
+
     /// The version that wheels are split by architecture from: one provider for each.
     pub const PROVIDERS: FlashInferVersion = FlashInferVersion::new(0, 7, 0);
 

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
     op::{Apply, Op, check_dtype, check_like, fitting, invalid},
-    paged::{PagedKvCache, Step},
+    paged::{PagedCache, Step},
     tensor,
 };
 use crate::{
@@ -70,7 +70,7 @@ impl Attention {
         step: &Step<'_>,
         kernel: &dyn Kernel,
         q: &Tensor,
-        cache: &PagedKvCache,
+        cache: &PagedCache,
         layer: usize,
         options: &RunOptions<'_>,
     ) -> Result<Tensor> {
@@ -167,7 +167,7 @@ impl<K> OnCuda<K> {
 }
 
 /// Attention of one query per request to the request's pages, over a
-/// [`PagedKvCache`].
+/// [`PagedCache`].
 ///
 /// On CUDA it is [`attention::BatchDecode`](crate::attention::BatchDecode) with a
 /// [`Workspace`](crate::attention::Workspace) of its own (128 MiB, which grow where
@@ -225,7 +225,7 @@ macro_rules! run_of_layer {
         ///
         /// # Errors
         /// Those of `run_with`.
-        pub fn run(&self, q: &Tensor, cache: &PagedKvCache, layer: usize) -> Result<Tensor> {
+        pub fn run(&self, q: &Tensor, cache: &PagedCache, layer: usize) -> Result<Tensor> {
             self.run_with(q, cache, layer, &RunOptions::default())
         }
     };
@@ -257,7 +257,7 @@ impl PagedDecodePlan<'_> {
     pub fn run_with(
         &self,
         q: &Tensor,
-        cache: &PagedKvCache,
+        cache: &PagedCache,
         layer: usize,
         options: &RunOptions<'_>,
     ) -> Result<Tensor> {
@@ -293,7 +293,7 @@ impl Kernel for PagedDecodePlan<'_> {
 }
 
 /// Attention of the new tokens of each request to the request's pages, over a
-/// [`PagedKvCache`]: prompts, parts of prompts, and single tokens, of different
+/// [`PagedCache`]: prompts, parts of prompts, and single tokens, of different
 /// lengths in one call.
 ///
 /// On CUDA it is [`attention::BatchPrefill`](crate::attention::BatchPrefill); the
@@ -354,7 +354,7 @@ impl PagedPrefillPlan<'_> {
     /// Attention of each new token to its request's pages.
     ///
     /// `q` is `(tokens, num_qo_heads, head_dim)`, the requests' tokens one after
-    /// the other, as the rows of [`PagedKvCache::append`]; the rest is as in
+    /// the other, as the rows of [`PagedCache::append`]; the rest is as in
     /// [`PagedDecodePlan::run_with`].
     ///
     /// # Errors
@@ -362,7 +362,7 @@ impl PagedPrefillPlan<'_> {
     pub fn run_with(
         &self,
         q: &Tensor,
-        cache: &PagedKvCache,
+        cache: &PagedCache,
         layer: usize,
         options: &RunOptions<'_>,
     ) -> Result<Tensor> {

@@ -5,9 +5,9 @@
 //!
 //! # Paged attention
 //!
-//! A [`PagedKvCache`] holds keys and values of many sequences, which
+//! A [`PagedCache`] holds keys and values of many sequences, which
 //! [`kv`](crate::kv) keeps: forks, prefixes that sequences share, truncation. In
-//! each step [`BatchTables::update`] uploads the arrays of a
+//! each step [`StepTables::update`] uploads the arrays of a
 //! [`Batch`](crate::kv::Batch) once; [`PagedPrefill`] and [`PagedDecode`] plan it
 //! once, and run it in each layer. Query heads may be a multiple of KV heads, which
 //! are not repeated.
@@ -119,8 +119,8 @@ pub use flash_attn::{
     flash_attn_windowed, release_workspaces,
 };
 pub use layers::{rms_norm, silu_and_mul};
-pub use paged::{BatchTables, PagedKvCache, Step};
-pub use rope::{PositionTable, Positions, RotaryEmbedding, rope};
+pub use paged::{PagedCache, Step, StepTables};
+pub use rope::{PositionTable, RotaryEmbedding, TokenPositions, rope};
 
 /// The examples of `docs/candle.md` compile.
 #[cfg(doctest)]

@@ -19,9 +19,9 @@ use crate::{
     stream::Stream,
 };
 
-const CACHE: &str = "PagedKvCache";
-const APPEND: &str = "PagedKvCache::append";
-const TABLES: &str = "BatchTables";
+const CACHE: &str = "PagedCache";
+const APPEND: &str = "PagedCache::append";
+const TABLES: &str = "StepTables";
 
 /// The memory of the pages of a [`PageAllocator`] for one model: for each layer
 /// one candle tensor that holds keys and values, which is changed in place.
@@ -32,7 +32,7 @@ const TABLES: &str = "BatchTables";
 ///
 /// Sequences, batches and prefixes are those of [`kv`](crate::kv), as are the
 /// rules: a page that several sequences use is copied before one of them appends
-/// to it, by [`BatchTables::update`] and [`append`](Self::append).
+/// to it, by [`StepTables::update`] and [`append`](Self::append).
 ///
 /// Two sequences that share a prefix, a step of each, and the attention of both:
 ///
@@ -41,7 +41,7 @@ const TABLES: &str = "BatchTables";
 /// use flashinfer_rs::{
 ///     DType,
 ///     attention::{AttentionSpec, Heads},
-///     candle::{PagedDecode, PagedPrefill, BatchTables, PagedKvCache},
+///     candle::{PagedDecode, PagedPrefill, StepTables, PagedCache},
 ///     kv::{Batch, HeadsShape, PageAllocator, Sequence, KvLayout},
 /// };
 ///
@@ -50,8 +50,8 @@ const TABLES: &str = "BatchTables";
 /// let heads = Heads::new(4, 2);
 /// let shape = HeadsShape { num_layers: 2, num_kv_heads: 2, head_dim: 64, dtype, layout: KvLayout::Nhd };
 /// let pool = PageAllocator::new(8, 16)?;
-/// let mut cache = PagedKvCache::new(&device, &pool, shape)?;
-/// let mut tables = BatchTables::new(&device);
+/// let mut cache = PagedCache::new(&device, &pool, shape)?;
+/// let mut tables = StepTables::new(&device);
 /// let spec = AttentionSpec::new(dtype, 64);
 /// let mut prefill = PagedPrefill::new(&device, &spec, heads)?;
 /// let mut decode = PagedDecode::new(&device, &spec, heads)?;
@@ -83,14 +83,14 @@ const TABLES: &str = "BatchTables";
 /// assert_eq!(pool.used_pages(), 3);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct PagedKvCache {
+pub struct PagedCache {
     claim: StorageClaim,
     shape: HeadsShape,
     dtype: DType,
     layers: Vec<Tensor>,
 }
 
-impl PagedKvCache {
+impl PagedCache {
     /// Zeros for the pages of a pool, allocated by candle on `device`.
     ///
     /// Elements are `f16` or `bf16`, on the CPU also `f32` and `f64`.
@@ -186,9 +186,9 @@ impl PagedKvCache {
     }
 }
 
-impl std::fmt::Debug for PagedKvCache {
+impl std::fmt::Debug for PagedCache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PagedKvCache")
+        f.debug_struct("PagedCache")
             .field("allocator", self.allocator())
             .field("shape", &self.shape)
             .field("device", self.device())
@@ -284,19 +284,19 @@ impl InplaceOp3 for Append<'_> {
 /// thread's own default stream, they can be used only in the thread that made
 /// them; with `Device::new_cuda_with_stream` in any.
 #[derive(Debug)]
-pub struct BatchTables {
+pub struct StepTables {
     device: Device,
     on_cuda: Option<(kv::BatchTables, BatchCapacity)>,
 }
 
-/// A batch, ready to be computed: what [`BatchTables::update`] makes.
+/// A batch, ready to be computed: what [`StepTables::update`] makes.
 ///
 /// It borrows the batch and the arrays, so that neither can change while a plan
 /// is made from it and run:
 ///
 /// ```compile_fail,E0502
-/// # use flashinfer_rs::{candle::{PagedDecode, BatchTables, PagedKvCache}, kv::Batch};
-/// # fn step(mut batch: Batch, mut tables: BatchTables, mut cache: PagedKvCache, mut decode: PagedDecode) -> candle_core::Result<()> {
+/// # use flashinfer_rs::{candle::{PagedDecode, StepTables, PagedCache}, kv::Batch};
+/// # fn step(mut batch: Batch, mut tables: StepTables, mut cache: PagedCache, mut decode: PagedDecode) -> candle_core::Result<()> {
 /// let step = tables.update(&batch, &mut cache)?;
 /// batch.append([1]).unwrap(); // the step is of the batch as it was
 /// decode.plan(&step)?;
@@ -316,7 +316,7 @@ fn holds(capacity: &BatchCapacity, needed: &BatchCapacity) -> bool {
     capacity.requests >= needed.requests && capacity.pages >= needed.pages && capacity.tokens >= needed.tokens
 }
 
-impl BatchTables {
+impl StepTables {
     /// Tables for steps on a device. They grow with the batches they are given.
     pub fn new(device: &Device) -> Self {
         Self { device: device.clone(), on_cuda: None }
@@ -338,7 +338,7 @@ impl BatchTables {
     /// Batch, cache and tables are not of one pool and one device; the stream is
     /// being captured, or is another thread's; the device is neither the CPU nor
     /// a CUDA device; or what CUDA said.
-    pub fn update<'s>(&'s mut self, batch: &'s Batch, cache: &mut PagedKvCache) -> Result<Step<'s>> {
+    pub fn update<'s>(&'s mut self, batch: &'s Batch, cache: &mut PagedCache) -> Result<Step<'s>> {
         if batch.allocator() != cache.allocator() {
             return invalid(TABLES, "cache", "it is the memory of another pool than the batch's".into());
         }
@@ -380,7 +380,7 @@ fn upload(
 
 /// The cache is on this very device: of another one of the same GPU the stream
 /// may be another.
-fn check_device(op: &'static str, cache: &PagedKvCache, device: &Device) -> Result<()> {
+fn check_device(op: &'static str, cache: &PagedCache, device: &Device) -> Result<()> {
     if device.same_device(cache.device()) {
         return Ok(());
     }
@@ -399,7 +399,7 @@ impl Step<'_> {
     }
 
     /// The cache has the memory of the batch's pages, where the arrays are.
-    pub(super) fn check_cache(&self, op: &'static str, cache: &PagedKvCache) -> Result<()> {
+    pub(super) fn check_cache(&self, op: &'static str, cache: &PagedCache) -> Result<()> {
         if self.batch.allocator() != cache.allocator() {
             return invalid(op, "cache", "it is the memory of another pool than the step's".into());
         }

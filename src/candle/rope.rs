@@ -92,7 +92,7 @@ impl RotaryEmbedding {
 }
 
 /// The position of each token, where a [`RotaryEmbedding`] is. As
-/// [`BatchTables`](super::BatchTables), those on candle's default CUDA stream
+/// [`StepTables`](super::StepTables), those on candle's default CUDA stream
 /// are their thread's.
 #[derive(Debug)]
 pub struct PositionTable {
@@ -103,7 +103,7 @@ pub struct PositionTable {
 /// The position of each token: of a [`PositionTable`], or of the new tokens of a
 /// [`Step`], which takes no further upload.
 #[derive(Clone, Copy, Debug)]
-pub struct Positions<'a>(Source<'a>);
+pub struct TokenPositions<'a>(Source<'a>);
 
 #[derive(Clone, Copy, Debug)]
 enum Source<'a> {
@@ -111,19 +111,19 @@ enum Source<'a> {
     Step(&'a Step<'a>),
 }
 
-impl<'a> From<&'a PositionTable> for Positions<'a> {
+impl<'a> From<&'a PositionTable> for TokenPositions<'a> {
     fn from(table: &'a PositionTable) -> Self {
         Self(Source::Table(table))
     }
 }
 
-impl<'a> From<&'a Step<'a>> for Positions<'a> {
+impl<'a> From<&'a Step<'a>> for TokenPositions<'a> {
     fn from(step: &'a Step<'a>) -> Self {
         Self(Source::Step(step))
     }
 }
 
-impl Positions<'_> {
+impl TokenPositions<'_> {
     fn host(&self) -> &[i32] {
         match self.0 {
             Source::Table(table) => table.host.values(),
@@ -151,7 +151,7 @@ impl Positions<'_> {
 }
 
 struct Rope<'a> {
-    positions: Positions<'a>,
+    positions: TokenPositions<'a>,
     interleave: bool,
     output: (Shape, DType),
 }
@@ -202,7 +202,7 @@ impl Op<3> for Rope<'_> {
 /// [`rope::apply_rope_pos_ids_cos_sin_cache`](crate::rope::apply_rope_pos_ids_cos_sin_cache).
 /// The results are parts of one tensor `(tokens, num_qo_heads + num_kv_heads,
 /// head_dim)`: strided views, as attention and
-/// [`PagedKvCache::append`](super::PagedKvCache::append) take them. Nothing waits.
+/// [`PagedCache::append`](super::PagedCache::append) take them. Nothing waits.
 /// There is no gradient.
 ///
 /// `candle_nn::rotary_emb::rope` turns one tensor `(batch, heads, seq, head_dim)`,
@@ -234,7 +234,7 @@ pub fn rope<'p>(
     q: &Tensor,
     k: &Tensor,
     rotary: &RotaryEmbedding,
-    positions: impl Into<Positions<'p>>,
+    positions: impl Into<TokenPositions<'p>>,
 ) -> Result<(Tensor, Tensor)> {
     let positions = positions.into();
     check_dtype(ROPE, "q", q.dtype(), q.device())?;

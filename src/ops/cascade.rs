@@ -136,14 +136,25 @@ impl<'a> StateMut<'a> {
 /// compiles the kernel. Else what CUDA said.
 pub fn merge_state(stream: &Stream, merged: &mut StateMut<'_>, a: &State<'_>, b: &State<'_>) -> Result<()> {
     let check = Check::new("merge_state", stream)?;
-    let shape = Shape::of(&check, "a.v", &a.v.raw)?;
-    shape.check(&check, ["a.v", "a.s"], [&a.v.raw, &a.s.raw])?;
-    shape.check(&check, ["b.v", "b.s"], [&b.v.raw, &b.s.raw])?;
-    shape.check(&check, ["merged.v", "merged.s"], [&merged.v.raw, &merged.s.raw])?;
+    let shape = check_merge_state(&check, merged, a, b)?;
     let states = States { count: 1, of: [&a.v.raw, &a.s.raw], other: Some([&b.v.raw, &b.s.raw]), mask: None };
     // SAFETY: all states are contiguous and aligned, of this shape and dtype,
     // and below 2^32 elements.
     unsafe { shape.merge(&check, stream, &states, [&merged.v.raw, &merged.s.raw]) }
+}
+
+/// All that the kernel of [`merge_state`] assumes.
+pub(crate) fn check_merge_state(
+    check: &Check<'_>,
+    merged: &StateMut<'_>,
+    a: &State<'_>,
+    b: &State<'_>,
+) -> Result<Shape> {
+    let shape = Shape::of(check, "a.v", &a.v.raw)?;
+    shape.check(check, ["a.v", "a.s"], [&a.v.raw, &a.s.raw])?;
+    shape.check(check, ["b.v", "b.s"], [&b.v.raw, &b.s.raw])?;
+    shape.check(check, ["merged.v", "merged.s"], [&merged.v.raw, &merged.s.raw])?;
+    Ok(shape)
 }
 
 /// Turns `state` into the state of its keys and those of `other` together,
@@ -162,18 +173,29 @@ pub fn merge_state_in_place(
     mask: Option<&TensorRef<'_>>,
 ) -> Result<()> {
     let check = Check::new("merge_state_in_place", stream)?;
-    let shape = Shape::of(&check, "state.v", &state.v.raw)?;
-    shape.check(&check, ["state.v", "state.s"], [&state.v.raw, &state.s.raw])?;
-    shape.check(&check, ["other.v", "other.s"], [&other.v.raw, &other.s.raw])?;
-    if let Some(mask) = mask {
-        check.plain("mask", &mask.raw, &[DType::U8, DType::Bool], &[shape.rows], 1)?;
-    }
+    let shape = check_merge_state_in_place(&check, state, other, mask)?;
     let target = [&state.v.raw, &state.s.raw];
     let other = Some([&other.v.raw, &other.s.raw]);
     let states = States { count: 1, of: target, other, mask: mask.map(|mask| &mask.raw) };
     // SAFETY: as in `merge_state`; the mask has a byte for each row. The kernel
     // reads what it merges before it writes.
     unsafe { shape.merge(&check, stream, &states, target) }
+}
+
+/// All that the kernel of [`merge_state_in_place`] assumes.
+pub(crate) fn check_merge_state_in_place(
+    check: &Check<'_>,
+    state: &StateMut<'_>,
+    other: &State<'_>,
+    mask: Option<&TensorRef<'_>>,
+) -> Result<Shape> {
+    let shape = Shape::of(check, "state.v", &state.v.raw)?;
+    shape.check(check, ["state.v", "state.s"], [&state.v.raw, &state.s.raw])?;
+    shape.check(check, ["other.v", "other.s"], [&other.v.raw, &other.s.raw])?;
+    if let Some(mask) = mask {
+        check.plain("mask", &mask.raw, &[DType::U8, DType::Bool], &[shape.rows], 1)?;
+    }
+    Ok(shape)
 }
 
 /// Merges any number of states: `states.v` is `[rows, states, heads,
@@ -184,8 +206,22 @@ pub fn merge_state_in_place(
 /// As [`merge_state`]; also when there are no states.
 pub fn merge_states(stream: &Stream, merged: &mut StateMut<'_>, states: &State<'_>) -> Result<()> {
     let check = Check::new("merge_states", stream)?;
-    let shape = Shape::of(&check, "merged.v", &merged.v.raw)?;
-    shape.check(&check, ["merged.v", "merged.s"], [&merged.v.raw, &merged.s.raw])?;
+    let shape = check_merge_states(&check, merged, states)?;
+    let (v, s) = (&states.v.raw, &states.s.raw);
+    let count = v.shape()[1];
+    let states = States { count: count as u64, of: [v, s], other: None, mask: None };
+    // SAFETY: as in `merge_state`; there are `count` states in each row.
+    unsafe { shape.merge(&check, stream, &states, [&merged.v.raw, &merged.s.raw]) }
+}
+
+/// All that the kernel of [`merge_states`] assumes.
+pub(crate) fn check_merge_states(
+    check: &Check<'_>,
+    merged: &StateMut<'_>,
+    states: &State<'_>,
+) -> Result<Shape> {
+    let shape = Shape::of(check, "merged.v", &merged.v.raw)?;
+    shape.check(check, ["merged.v", "merged.s"], [&merged.v.raw, &merged.s.raw])?;
     let (v, s) = (&states.v.raw, &states.s.raw);
     check.tensor("states.v", v, &[shape.dtype], &[4])?;
     let count = v.shape()[1];
@@ -195,10 +231,8 @@ pub fn merge_states(stream: &Stream, merged: &mut StateMut<'_>, states: &State<'
     check.shape("states.v", v, &[shape.rows, count, shape.heads, shape.head_dim])?;
     check.tensor("states.s", s, &[DType::F32], &[3])?;
     check.shape("states.s", s, &[shape.rows, count, shape.heads])?;
-    check_storage(&check, ["states.v", "states.s"], [v, s])?;
-    let states = States { count: count as u64, of: [v, s], other: None, mask: None };
-    // SAFETY: as in `merge_state`; there are `count` states in each row.
-    unsafe { shape.merge(&check, stream, &states, [&merged.v.raw, &merged.s.raw]) }
+    check_storage(check, ["states.v", "states.s"], [v, s])?;
+    Ok(shape)
 }
 
 /// Has the kernel compiled, which a capture does not allow.
@@ -226,7 +260,7 @@ struct States<'a> {
 }
 
 /// The sizes that all states of a call share.
-struct Shape {
+pub(crate) struct Shape {
     dtype: DType,
     rows: i64,
     heads: i64,

@@ -272,7 +272,7 @@ pub fn gdn_prefill(
     let stream = workspace.stream();
     let check = Check::new(OP, stream)?;
     check.on_stream("sequences", sequences.stream())?;
-    check_all(&check, out, input, sequences.host(), options)?;
+    check_gdn_prefill(&check, out, input, sequences.host(), options)?;
     if sequences.host().batch_size() == 0 {
         return Ok(());
     }
@@ -316,7 +316,7 @@ pub fn gdn_prefill(
 }
 
 /// All that the kernel assumes of tensors, sequences and options.
-fn check_all(
+pub(crate) fn check_gdn_prefill(
     check: &Check<'_>,
     out: &GdnOutput<'_>,
     input: &GdnInput<'_>,
@@ -405,7 +405,7 @@ mod tests {
         // SAFETY: nothing is enqueued on the stream.
         let stream = unsafe { Stream::from_raw(std::ptr::null_mut(), 0) };
         let sequences = SequenceIndices::from_lens(lens.iter().copied()).unwrap();
-        match check_all(&Check::new(OP, &stream).unwrap(), &out, &input, &sequences, &options) {
+        match check_gdn_prefill(&Check::new(OP, &stream).unwrap(), &out, &input, &sequences, &options) {
             Ok(()) => None,
             Err(FlashInferError::InvalidArgument { argument, .. }) => Some(argument),
             Err(other) => panic!("{other}"),

@@ -39,7 +39,7 @@ use crate::{
     dtype::DType,
     error::Result,
     ffi::{DlTensor, Kernel, Signature, kernels},
-    indices::PackedTable,
+    indices::{PackedIndices, PackedTable},
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
@@ -102,15 +102,20 @@ fn name(bitorder: BitOrder) -> &'static CStr {
 /// ```
 pub fn packbits(stream: &Stream, y: &mut TensorMut<'_>, x: &TensorRef<'_>, bitorder: BitOrder) -> Result<()> {
     let check = Check::new(PACKBITS.name(), stream)?;
-    check.tensor("x", &x.raw, &DTYPES, &[1])?;
-    let elements = x.raw.numel();
-    check_tensors(&check, [&y.raw, &x.raw], [elements.unsigned_abs().div_ceil(8) as i64, elements])?;
-    if elements == 0 {
+    check_packbits(&check, &y.raw, &x.raw)?;
+    if x.raw.numel() == 0 {
         return Ok(());
     }
     let kernel = Packbits { x: x.into(), bitorder: name(bitorder), y: DlTensor::new(&y.raw) };
     // SAFETY: tensors and offsets were checked above.
     unsafe { launch(stream, &PACKBITS, &kernel) }
+}
+
+/// All that the kernel of [`packbits`] assumes.
+pub(crate) fn check_packbits(check: &Check<'_>, y: &RawTensor, x: &RawTensor) -> Result<()> {
+    check.tensor("x", x, &DTYPES, &[1])?;
+    let elements = x.numel();
+    check_tensors(check, [y, x], [elements.unsigned_abs().div_ceil(8) as i64, elements])
 }
 
 /// Packs each segment of `x` as [`packbits`] does, into whole bytes of its own;
@@ -132,9 +137,8 @@ pub fn segment_packbits(
 ) -> Result<()> {
     let check = Check::new(SEGMENT_PACKBITS.name(), stream)?;
     check.on_stream("segments", segments.stream())?;
-    let host = segments.host();
-    check_tensors(&check, [&y.raw, &x.raw], [host.num_bytes() as i64, host.num_elements() as i64])?;
-    if host.num_elements() == 0 {
+    check_segment_packbits(&check, &y.raw, &x.raw, segments.host())?;
+    if segments.host().num_elements() == 0 {
         return Ok(());
     }
     let (input_indptr, output_indptr) = (segments.input_indptr()?, segments.output_indptr()?);
@@ -147,6 +151,16 @@ pub fn segment_packbits(
     };
     // SAFETY: tensors and offsets were checked above.
     unsafe { launch(stream, &SEGMENT_PACKBITS, &kernel) }
+}
+
+/// All that the kernel of [`segment_packbits`] assumes.
+pub(crate) fn check_segment_packbits(
+    check: &Check<'_>,
+    y: &RawTensor,
+    x: &RawTensor,
+    segments: &PackedIndices,
+) -> Result<()> {
+    check_tensors(check, [y, x], [segments.num_bytes() as i64, segments.num_elements() as i64])
 }
 
 /// Bytes to write and elements to read. The launchers compare nothing with `y`.

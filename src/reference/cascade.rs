@@ -2,7 +2,7 @@
 
 use super::host::{Check, Rows};
 use crate::{
-    cascade::{State, StateMut},
+    cascade::{self, State, StateMut},
     dtype::DType,
     error::Result,
     tensor::TensorRef,
@@ -23,6 +23,7 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 /// dtype or shape does not fit. Nothing was written.
 pub fn merge_state(merged: &mut StateMut<'_>, a: &State<'_>, b: &State<'_>) -> Result<()> {
     let check = Check { op: "reference::merge_state" };
+    check.as_kernel(|check| cascade::check_merge_state(check, merged, a, b))?;
     let mut v_merged = check.rows_mut("merged.v", &mut merged.v, &DTYPES, &[3])?;
     let mut s_merged = check.rows_mut("merged.s", &mut merged.s, &[], &[2])?;
     let v = [check.rows("a.v", &a.v, &DTYPES, &[3])?, check.rows("b.v", &b.v, &DTYPES, &[3])?];
@@ -58,6 +59,7 @@ pub fn merge_state_in_place(
     mask: Option<&TensorRef<'_>>,
 ) -> Result<()> {
     let check = Check { op: "reference::merge_state_in_place" };
+    check.as_kernel(|check| cascade::check_merge_state_in_place(check, state, other, mask))?;
     let mut v = check.rows_mut("state.v", &mut state.v, &DTYPES, &[3])?;
     let mut s = check.rows_mut("state.s", &mut state.s, &[], &[2])?;
     let v_other = check.rows("other.v", &other.v, &DTYPES, &[3])?;
@@ -91,6 +93,7 @@ pub fn merge_state_in_place(
 /// As [`merge_state`].
 pub fn merge_states(merged: &mut StateMut<'_>, states: &State<'_>) -> Result<()> {
     let check = Check { op: "reference::merge_states" };
+    check.as_kernel(|check| cascade::check_merge_states(check, merged, states))?;
     let mut v_merged = check.rows_mut("merged.v", &mut merged.v, &DTYPES, &[3])?;
     let mut s_merged = check.rows_mut("merged.s", &mut merged.s, &[], &[2])?;
     let v = check.rows("states.v", &states.v, &DTYPES, &[4])?;

@@ -4,7 +4,7 @@ use super::host::{Check, Rows};
 use crate::{
     dtype::DType,
     error::Result,
-    gdn::{GdnInput, GdnOptions, GdnOutput, InitialState, heads_problem, state_heads},
+    gdn::{self, GdnInput, GdnOptions, GdnOutput, InitialState, heads_problem, state_heads},
     indices::SequenceIndices,
 };
 
@@ -29,6 +29,7 @@ pub fn gdn_prefill(
     options: &GdnOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::gdn_prefill" };
+    check.as_kernel(|check| gdn::check_gdn_prefill(check, out, input, sequences, options))?;
     let q = check.rows("q", &input.q, &DTYPES, &[3])?;
     let k = check.rows("k", &input.k, &DTYPES, &[3])?;
     let v = check.rows("v", &input.v, &DTYPES, &[3])?;

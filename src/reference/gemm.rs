@@ -4,7 +4,7 @@ use super::host::{Check, FLOATS, Rows};
 use crate::{
     dtype::DType,
     error::Result,
-    gemm::{BmmFp8Input, SegmentGemmInput},
+    gemm::{BmmFp8Input, GemmBackend, Problem, SegmentGemmInput, Sizes},
     indices::SegmentIndices,
     tensor::TensorMut,
 };
@@ -27,6 +27,8 @@ pub fn segment_gemm(
     segments: &SegmentIndices,
 ) -> Result<()> {
     let check = Check { op: "reference::segment_gemm" };
+    // Sm90 takes all that Sm80 takes.
+    check.as_kernel(|check| Sizes::check(check, GemmBackend::Sm90, &out.raw, input, segments))?;
     let x = check.rows("x", &input.x, &FLOATS, &[2])?;
     // One row for each column of a weight, whichever way it is stored.
     let weights = if input.weight_column_major { input.weights } else { swapped(check, input)? };
@@ -72,6 +74,7 @@ fn swapped<'a>(check: Check, input: &SegmentGemmInput<'a>) -> Result<crate::Tens
 /// or shape does not fit. Nothing was written.
 pub fn bmm_fp8(out: &mut TensorMut<'_>, input: &BmmFp8Input<'_>) -> Result<()> {
     let check = Check { op: "reference::bmm_fp8" };
+    check.as_kernel(|check| Problem::check(check, &out.raw, input))?;
     let a = check.rows("a", &input.a, &FLOATS, &[3])?;
     let b = check.rows("b", &input.b, &FLOATS, &[3])?;
     let (batch, m, k, n) = (a.shape()[0], a.shape()[1], a.shape()[2], b.shape()[2]);

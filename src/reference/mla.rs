@@ -4,9 +4,10 @@ use super::{
     attention::{Mask, softmax},
     host::Check,
     page::{check_pages, place},
+    strict,
 };
 use crate::{
-    attention::{MlaQuery, MlaSpec},
+    attention::{MlaQuery, MlaRun, MlaSpec, check_mla_plan, check_mla_spec},
     dtype::DType,
     error::Result,
     indices::{PageIndices, RaggedIndices},
@@ -55,6 +56,13 @@ pub fn batch_mla(
             return check.fail("mask", "latent attention has Mask::None and Mask::Causal".into());
         }
     };
+    let num_heads = q.nope.shape().get(1).map_or(0, |&heads| heads as usize);
+    strict::as_kernel("BatchMla::new", |check| check_mla_spec(check, spec, num_heads))?;
+    strict::as_kernel("BatchMla::plan", |check| check_mla_plan(check, queries, table, num_heads, causal))?;
+    strict::as_kernel("MlaPlan::run_with", |check| {
+        let (dtype, rows) = (spec.dtype, queries.total());
+        MlaRun { dtype, rows, num_heads, q, cache, out, lse: lse.as_deref() }.check(check, table)
+    })?;
     let views: [(&str, &TensorRef<'_>); 4] =
         [("q.nope", &q.nope), ("q.pe", &q.pe), ("cache.ckv", &cache.ckv), ("cache.kpe", &cache.kpe)];
     let mut rows = Vec::with_capacity(views.len());
@@ -73,7 +81,6 @@ pub fn batch_mla(
         }
     }
     let (n, heads) = (queries.total() as i64, nope.shape()[1]);
-    let num_heads = heads as usize;
     let (pages, page_size) = (ckv.shape()[0], ckv.shape()[1]);
     check.shape("q.nope", &nope, &[n, heads, ckv.width() as i64])?;
     check.shape("q.pe", &pe, &[n, heads, kpe.width() as i64])?;

@@ -5,6 +5,7 @@ use crate::{
     dtype::DType,
     error::Result,
     indices::{BitOrder, PackedIndices, pack},
+    quantization,
     tensor::{TensorMut, TensorRef},
 };
 
@@ -28,6 +29,7 @@ use crate::{
 /// ```
 pub fn packbits(y: &mut TensorMut<'_>, x: &TensorRef<'_>, bitorder: BitOrder) -> Result<()> {
     let check = Check { op: "reference::packbits" };
+    check.as_kernel(|check| quantization::check_packbits(check, &y.raw, &x.raw))?;
     let bits = check.flags("x", x)?;
     let mut y = check.rows_mut("y", y, &[DType::U8], &[1])?;
     check.shape("y", &y.rows, &[bits.len().div_ceil(8) as i64])?;
@@ -47,6 +49,7 @@ pub fn segment_packbits(
     bitorder: BitOrder,
 ) -> Result<()> {
     let check = Check { op: "reference::segment_packbits" };
+    check.as_kernel(|check| quantization::check_segment_packbits(check, &y.raw, &x.raw, segments))?;
     let bits = check.flags("x", x)?;
     if bits.len() != segments.num_elements() {
         return check

@@ -17,8 +17,7 @@ thread_local! {
 /// compute capability, how much shared memory a row may take, whether it has a module, and how
 /// large a workspace must be.
 ///
-/// It holds for activations, norms, rotary embeddings, sampling, pages of the KV cache, and the
-/// attention of batches.
+/// It holds for every operation here.
 ///
 /// ```
 /// use flashinfer_rs::{TensorMut, TensorRef, norm::NormOptions, reference};
@@ -61,3 +60,6 @@ impl Drop for Strict {
 pub(super) fn as_kernel<T>(op: &'static str, checks: impl FnOnce(&Check<'_>) -> Result<T>) -> Result<()> {
     if STRICT.get() { checks(&Check::on_host(op)).map(drop) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests;

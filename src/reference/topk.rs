@@ -8,11 +8,13 @@ use crate::{
     error::Result,
     indices::RowIndices,
     tensor::{TensorMut, TensorRef},
-    topk::{TieBreak, TopKOptions},
+    topk::{self, TieBreak, TopKOptions},
 };
 
 /// Element types of scores beside the wide ones.
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+/// How long a row may be for the blocks of a GPU is not known here.
+const MAX_ROW_BYTES: i64 = i64::MAX;
 
 /// [`topk::radix_topk`](crate::topk::radix_topk) on the CPU: `input` is
 /// `[rows, d]`, `values` and `indices` are `[rows, k]`.
@@ -48,6 +50,10 @@ pub fn radix_topk(
     options: &TopKOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::radix_topk" };
+    check.as_kernel(|check| {
+        let tensors = [&values.raw, &indices.raw, &input.raw];
+        topk::check_topk(check, tensors, options, MAX_ROW_BYTES)
+    })?;
     let input = check.rows("input", input, &DTYPES, &[2])?;
     let mut values = check.rows_mut("values", values, &DTYPES, &[2])?;
     let mut indices = check.rows_mut("indices", indices, &[DType::I32], &[2])?;
@@ -85,6 +91,10 @@ pub fn radix_topk_page_table_transform(
     options: &TopKOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::radix_topk_page_table_transform" };
+    check.as_kernel(|check| {
+        let tensors = [&output_page_table.raw, &input.raw, &src_page_table.raw];
+        topk::check_page_table_transform(check, tensors, rows, options, MAX_ROW_BYTES)
+    })?;
     let input = check.rows("input", input, &DTYPES, &[2])?;
     let mut output = check.rows_mut("output_page_table", output_page_table, &[DType::I32], &[2])?;
     let table = check.rows("src_page_table", src_page_table, &[DType::I32], &[2])?;
@@ -114,6 +124,10 @@ pub fn radix_topk_ragged_transform(
     options: &TopKOptions,
 ) -> Result<()> {
     let check = Check { op: "reference::radix_topk_ragged_transform" };
+    check.as_kernel(|check| {
+        let tensors = [&output_indices.raw, &input.raw, &offsets.raw];
+        topk::check_ragged_transform(check, tensors, rows, options, MAX_ROW_BYTES)
+    })?;
     let input = check.rows("input", input, &DTYPES, &[2])?;
     let mut output = check.rows_mut("output_indices", output_indices, &[DType::I32], &[2])?;
     let offsets = check.rows("offsets", offsets, &[DType::I32], &[1])?;

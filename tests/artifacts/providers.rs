@@ -1,6 +1,7 @@
 //! Wheels of several versions of FlashInfer, and providers of kernels for one architecture each.
 
 use crate::artifact_support::*;
+use flashinfer_rs::artifacts::embed::{Build, CargoCommand, build_from};
 use flashinfer_rs::artifacts::{
     ArtifactError, BundledMember, CudaArchitecture, Digest, Fetch, FlashInferVersion, Member, Pins, Source,
     Store, StoreConfig, Wheel,
@@ -106,6 +107,11 @@ fn the_gpu_chooses_among_providers() {
     }
     let text = error(&store_on(config.clone(), &[(10, 0)]), "norm");
     assert!(text.contains("its code is for sm90a, and the GPUs here are sm100a"), "{text}");
+    // Libraries are looked for before a GPU can be seen.
+    let mut unseen = config.clone();
+    unseen.gpus = Some(Arc::new(|| panic!("it was asked for the GPUs")));
+    let e = Store::open(unseen).unwrap().locate(&Member::TvmFfi, Fetch::Forbidden).unwrap_err();
+    assert!(matches!(e, ArtifactError::NotFound { .. }), "{e}");
     // Where no GPU is seen, the first in order stands for all.
     assert_eq!(found(&store_on(config.clone(), &[]), "norm").0, "sm120f");
     assert_eq!(found(&Store::open(config).unwrap(), "norm").0, "sm120f");
@@ -250,6 +256,18 @@ fn a_shim_is_recognized_and_explained() {
         assert!(!report.usable && report.problem.as_ref().unwrap().contains("the shim of FlashInfer 0.7.4"));
         assert!(report.remedy.as_ref().unwrap().contains(want), "{report:?}");
     }
+    // Of a version that is not called, the one to get is another.
+    let later = metadata.replace("0.7.4", "0.7.9");
+    let later = flashinfer_wheel(
+        "flashinfer_jit_cache-0.7.9+cu130",
+        &[("flashinfer_jit_cache-0.7.9+cu130.dist-info/METADATA", later.as_bytes())],
+    );
+    let text = {
+        let mut config = config.clone();
+        config.wheels = vec![write(dir.path(), "later.whl", &later)];
+        error(&store_on(config, &[(9, 0)]), "norm")
+    };
+    assert!(text.contains("the shim of FlashInfer 0.7.9") && text.contains("pin 0.7.4 sm90a"), "{text}");
     // The old wheel of that name is none, nor is somebody else's empty one.
     for (distribution, want) in [("flashinfer_jit_cache-0.6.13", "holds no"), ("mine-0.7.4", "holds no")] {
         let mut config = config.clone();
@@ -277,6 +295,32 @@ fn an_embedded_provider_serves_its_gpu_only() {
     assert_eq!(found(&store_on(config.clone(), &[]), "norm"), ("norm".into(), Some(NEW)));
     let text = error(&store_on(config.clone(), &[(8, 0)]), "norm");
     assert!(text.contains("embedded bundle: its code is for sm90a, and the GPUs here are sm80"), "{text}");
+}
+
+/// What a build embeds keeps its version and architecture.
+#[test]
+fn a_build_notes_where_modules_are_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let provider = Provider::new("sm90a", &[("norm", b"norm")]);
+    let wheel = write(dir.path(), &provider.file(), &provider.wheel());
+    let cache = dir.path().join("cache");
+    let env = |name: &str| match name {
+        "FLASHINFER_RS_WHEELS" => wheel.to_str().map(str::to_owned),
+        "FLASHINFER_RS_CACHE_DIR" => cache.to_str().map(str::to_owned),
+        "FLASHINFER_RS_EMBED_MODULES" => Some("norm".into()),
+        _ => None,
+    };
+    let (root, out_dir, target) = (dir.path(), &dir.path().join("out"), ("linux", "x86_64"));
+    let command = CargoCommand::new(["cargo", "check"].map(str::to_owned).to_vec(), root, &env);
+    let build = Build { env: &env, command, root, progress: None, out_dir, target, embed: true };
+    assert_eq!(build_from(&build, nothing()).unwrap().embedded, 1);
+    let code = fs::read_to_string(out_dir.join("bundle.rs")).unwrap();
+    for want in [
+        "version: Some(FlashInferVersion::new(0, 7, 4).post(0))",
+        "architectures: &[CudaArchitecture::new(9, 0, Features::Specific), ]",
+    ] {
+        assert!(code.contains(want), "{want} is not in: {code}");
+    }
 }
 
 #[test]

@@ -3,7 +3,9 @@
 //! tensors where `FLASHINFER_RS_RUN_GPU_TESTS=1` and the feature `candle-cuda`
 //! say so.
 
-use std::{sync::mpsc, time::Duration};
+mod dense;
+mod edges;
+mod varlen;
 
 use crate::candle_common::{Rng, gpus};
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -13,6 +15,7 @@ use flashinfer_rs::candle::{
     flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
     flash_attn_windowed, release_workspaces,
 };
+use std::{sync::mpsc, time::Duration};
 
 /// A device to test on.
 struct Place {
@@ -100,6 +103,7 @@ fn random(rng: &mut Rng, shape: &[usize], dtype: DType, device: &Device, part: P
         .to_device(device)
         .unwrap()
 }
+
 type Part = (usize, usize, usize);
 
 fn dense(rng: &mut Rng, shape: &[usize], dtype: DType, device: &Device) -> Tensor {
@@ -134,6 +138,7 @@ fn laid_out(rng: &mut Rng, [b, s, h, d]: [usize; 4], dtype: DType, device: &Devi
         _ => dense(rng, &[1, s, h, d], dtype, device).expand((b, s, h, d)).unwrap(),
     }
 }
+
 const WAYS: usize = 9;
 
 /// Attention of one sequence, `(s_q, heads, d)` to `(s_k, heads_k, d)`, in f64
@@ -216,407 +221,6 @@ fn assert_close(got: &Tensor, expected: &[f64], what: &str) {
         let error = norm(&mut got.iter().zip(expected).map(|(a, b)| a - b));
         let size = norm(&mut expected.iter().copied());
         assert!(error <= bound * size, "{what}: row {row} is off by {error:e} of {size:e}");
-    }
-}
-
-/// The sequences of a dense batch, each by itself.
-fn plain_dense(q: &Tensor, k: &Tensor, v: &Tensor, asked: &Asked) -> Vec<f64> {
-    let one = |sequence| {
-        let [q, k, v] = [q, k, v].map(|tensor| tensor.get(sequence).unwrap());
-        plain(&q, &k, &v, asked, k.dims()[0]).unwrap()
-    };
-    (0..q.dims()[0]).flat_map(one).collect()
-}
-
-/// The dense function that takes what is asked for.
-fn call_dense(q: &Tensor, k: &Tensor, v: &Tensor, asked: &Asked) -> Result<Tensor> {
-    let Asked { scale, left, right, softcap, .. } = *asked;
-    let slopes = asked.slopes.is_some().then(|| asked.slopes(q.device()));
-    let causal = right.is_some();
-    match (softcap, &slopes) {
-        (Some(cap), slopes) => {
-            flash_attn_alibi_windowed_softcap(q, k, v, slopes.as_ref(), scale, left, right, cap)
-        }
-        (None, Some(slopes)) if left.is_none() && matches!(right, None | Some(0)) => {
-            flash_attn_alibi(q, k, v, slopes, scale, causal)
-        }
-        (None, Some(slopes)) => flash_attn_alibi_windowed(q, k, v, slopes, scale, left, right),
-        (None, None) if left.is_none() && matches!(right, None | Some(0)) => {
-            flash_attn(q, k, v, scale, causal)
-        }
-        (None, None) => flash_attn_windowed(q, k, v, scale, left, right),
-    }
-}
-
-/// Shapes of one case, and its tensors in random layouts.
-fn dense_case(rng: &mut Rng, place: &Place, (window, cap): (bool, bool)) -> [Tensor; 3] {
-    let (dtype, d) = place.types(rng, window, cap);
-    let (b, heads_k, group) = (1 + rng.below(3), 1 + rng.below(3), [1, 2, 3, 8][rng.below(4)]);
-    let mut len = || 1 + [rng.below(place.longest), 0][usize::from(rng.below(4) == 0)];
-    let (s_q, s_k) = (len(), len());
-    let (q_way, k_way) = (rng.below(WAYS), rng.below(WAYS));
-    // Keys and values in one way, mostly.
-    let v_way = if rng.below(4) == 0 { rng.below(WAYS) } else { k_way };
-    let q = laid_out(rng, [b, s_q, heads_k * group, d], dtype, &place.device, q_way);
-    let mut keys = |way| laid_out(rng, [b, s_k, heads_k, d], dtype, &place.device, way);
-    [q, keys(k_way), keys(v_way)]
-}
-
-fn describe(tensors: &[Tensor; 3], asked: &Asked) -> String {
-    let [q, k, v] = tensors.each_ref().map(Tensor::layout);
-    format!("{} of {:?}: q {q:?}, k {k:?}, v {v:?}, {asked:?}", "attention", tensors[0].dtype())
-}
-
-#[test]
-fn dense_batches() {
-    let mut rng = Rng::new();
-    for place in places() {
-        for _ in 0..place.cases {
-            let mut asked = Asked::random(&mut rng, &place, place.longest);
-            if !place.is_cuda() && rng.below(3) == 0 {
-                asked.slopes = Some(Vec::new());
-            }
-            let case = dense_case(&mut rng, &place, (asked.left.is_some(), asked.softcap.is_some()));
-            let [q, k, v] = &case;
-            if asked.slopes.is_some() {
-                asked.slopes = Some((0..q.dims()[2]).map(|_| rng.below(100) as f32 / 200.0).collect());
-            }
-            let what = describe(&case, &asked);
-            let got = call_dense(q, k, v, &asked).unwrap_or_else(|error| panic!("{what}: {error}"));
-            assert_eq!((got.dims(), got.dtype()), (q.dims(), q.dtype()));
-            assert_close(&got, &plain_dense(q, k, v, &asked), &what);
-        }
-    }
-}
-
-/// Long enough for FlashAttention 3, and for keys to be divided.
-#[test]
-fn long_sequences() {
-    let mut rng = Rng::new();
-    for place in places().iter().filter(|place| place.is_cuda()) {
-        for (s_q, s_k, b) in
-            [(128, 128, 2), (200, 700, 1), (700, 200, 2), (1, 4000, 1), (3, 3000, 2), (257, 257, 3)]
-        {
-            for way in 0..5 {
-                for right in [None, Some(0)] {
-                    for left in [None, Some(50)] {
-                        let (dtype, d) = place.types(&mut rng, left.is_some(), false);
-                        let shape = |s, h| [b, s, h, d];
-                        let q = laid_out(&mut rng, shape(s_q, 4), dtype, &place.device, way % 2);
-                        let k = laid_out(&mut rng, shape(s_k, 2), dtype, &place.device, way);
-                        let v = laid_out(&mut rng, shape(s_k, 2), dtype, &place.device, way);
-                        let asked = Asked { scale: 0.1, left, right, ..Asked::default() };
-                        let case = [q, k, v];
-                        let got = call_dense(&case[0], &case[1], &case[2], &asked).unwrap();
-                        let expected = plain_dense(&case[0], &case[1], &case[2], &asked);
-                        assert_close(&got, &expected, &describe(&case, &asked));
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A window and a soft cap at once, as Gemma 2 has them, with its head dimension.
-#[test]
-fn window_and_soft_cap() {
-    let mut rng = Rng::new();
-    for place in places() {
-        let (dtype, d) = place.types(&mut rng, true, true);
-        for (s_q, s_k) in [(1, 30), (20, 30), (30, 30)] {
-            let mut tensor = |s, h| laid_out(&mut rng, [2, s, h, d], dtype, &place.device, 1);
-            let case = [tensor(s_q, 4), tensor(s_k, 2), tensor(s_k, 2)];
-            let (left, right) = (Some(5), Some(0));
-            let asked = Asked { scale: 0.2, left, right, softcap: Some(3.0), ..Asked::default() };
-            let got = call_dense(&case[0], &case[1], &case[2], &asked).unwrap();
-            assert_close(&got, &plain_dense(&case[0], &case[1], &case[2], &asked), &describe(&case, &asked));
-        }
-    }
-}
-
-/// Cumulative lengths, on the CPU or the device, of any integer type.
-fn cumulative(rng: &mut Rng, lens: &[usize], place: &Place) -> Tensor {
-    let mut ends = vec![0i64];
-    ends.extend(lens.iter().scan(0, |end, &len| {
-        *end += len as i64;
-        Some(*end)
-    }));
-    let device = [&Device::Cpu, &place.device][rng.below(2)];
-    let dtype = [DType::U32, DType::I32, DType::I64][rng.below(3)];
-    // candle's CUDA casts know no i32, so this is done on the host.
-    Tensor::new(ends, &Device::Cpu).unwrap().to_dtype(dtype).unwrap().to_device(device).unwrap()
-}
-
-fn random_lens(rng: &mut Rng, place: &Place) -> Vec<(usize, usize)> {
-    let mut len = || if rng.below(4) == 0 { 0 } else { rng.below(place.longest) };
-    let mut lens: Vec<_> = (0..5).map(|_| (len(), len())).collect();
-    // Never nothing at all.
-    lens.push((2, 3));
-    lens.truncate(6);
-    lens.rotate_left(rng.below(6));
-    lens
-}
-
-/// Sequences one after the other, each by itself.
-fn plain_varlen(
-    q: &Tensor,
-    keys: &[[Tensor; 2]],
-    lens: &[(usize, usize)],
-    asked: &Asked,
-    ranges: &[Vec<[i64; 2]>],
-) -> Vec<f64> {
-    let (mut first, mut expected) = (0, Vec::new());
-    let max_keys = lens.iter().map(|lens| lens.1).max().unwrap();
-    for (sequence, &(s_q, s_k)) in lens.iter().enumerate() {
-        let ranges = ranges.get(sequence).cloned().unwrap_or_default();
-        let [k, v] = &keys[sequence];
-        assert_eq!(k.dims()[0], s_k);
-        let q = q.narrow(0, first, s_q).unwrap();
-        expected.extend(plain(&q, k, v, &Asked { ranges, ..asked.clone() }, max_keys).unwrap());
-        first += s_q;
-    }
-    expected
-}
-
-#[test]
-fn sequences_of_several_lengths() {
-    let mut rng = Rng::new();
-    for place in places() {
-        for _ in 0..place.cases {
-            let lens = random_lens(&mut rng, &place);
-            let (queries, keys): (Vec<_>, Vec<_>) = lens.iter().copied().unzip();
-            let (max_q, max_k) = (*queries.iter().max().unwrap(), *keys.iter().max().unwrap());
-            let mut asked = Asked::random(&mut rng, &place, max_k);
-            let (dtype, d) = place.types(&mut rng, asked.left.is_some(), asked.softcap.is_some());
-            let (heads_k, group) = (1 + rng.below(3), [1, 2, 4][rng.below(3)]);
-            if !place.is_cuda() && rng.below(3) == 0 {
-                asked.slopes = Some((0..heads_k * group).map(|_| rng.below(100) as f32 / 200.0).collect());
-            }
-            let way = [0, 1, 4, 5][rng.below(4)];
-            let mut rows = |lens: &[usize], heads| {
-                let shape = [1, lens.iter().sum(), heads, d];
-                laid_out(&mut rng, shape, dtype, &place.device, way).squeeze(0).unwrap()
-            };
-            let case = [rows(&queries, heads_k * group), rows(&keys, heads_k), rows(&keys, heads_k)];
-            let [q, k, v] = &case;
-            let (cum_q, cum_k) =
-                (cumulative(&mut rng, &queries, &place), cumulative(&mut rng, &keys, &place));
-            let Asked { scale, left, right, softcap, .. } = asked;
-            let simple = left.is_none() && matches!(right, None | Some(0));
-            let slopes = asked.slopes.is_some().then(|| asked.slopes(&place.device));
-            let causal = right.is_some();
-            let got = match (softcap, &slopes) {
-                (Some(cap), slopes) => flash_attn_varlen_alibi_windowed_softcap(
-                    q,
-                    k,
-                    v,
-                    slopes.as_ref(),
-                    &cum_q,
-                    &cum_k,
-                    max_q,
-                    max_k,
-                    scale,
-                    left,
-                    right,
-                    cap,
-                ),
-                (None, Some(slopes)) if simple => {
-                    flash_attn_varlen_alibi(q, k, v, slopes, &cum_q, &cum_k, max_q, max_k, scale, causal)
-                }
-                (None, Some(slopes)) => flash_attn_varlen_alibi_windowed(
-                    q, k, v, slopes, &cum_q, &cum_k, max_q, max_k, scale, left, right,
-                ),
-                (None, None) if simple => {
-                    flash_attn_varlen(q, k, v, &cum_q, &cum_k, max_q, max_k, scale, causal)
-                }
-                (None, None) => {
-                    flash_attn_varlen_windowed(q, k, v, &cum_q, &cum_k, max_q, max_k, scale, left, right)
-                }
-            };
-            let what = format!("{lens:?}, {}", describe(&case, &asked));
-            let got = got.unwrap_or_else(|error| panic!("{what}: {error}"));
-            let mut first = 0;
-            let apart: Vec<[Tensor; 2]> = keys
-                .iter()
-                .map(|&len| {
-                    first += len;
-                    [k, v].map(|tensor| tensor.narrow(0, first - len, len).unwrap())
-                })
-                .collect();
-            assert_close(&got, &plain_varlen(q, &apart, &lens, &asked, &[]), &what);
-        }
-    }
-}
-
-#[test]
-fn pages_in_any_order() {
-    let mut rng = Rng::new();
-    for place in places() {
-        for _ in 0..place.cases {
-            let lens = random_lens(&mut rng, &place);
-            let (queries, keys): (Vec<_>, Vec<_>) = lens.iter().copied().unzip();
-            let (max_q, max_k) = (*queries.iter().max().unwrap(), *keys.iter().max().unwrap());
-            let mut asked = Asked::random(&mut rng, &place, max_k);
-            // Ranges go with a mask of bits, which needs no module of its own.
-            let with_ranges = rng.below(2) == 0;
-            let (dtype, d) = place.types(&mut rng, asked.left.is_some(), asked.softcap.is_some());
-            let page_size = [1, 3, 16, 32][rng.below(4)];
-            let (heads_k, group) = (1 + rng.below(3), [1, 2, 4][rng.below(3)]);
-            let needed: Vec<usize> = keys.iter().map(|len| len.div_ceil(page_size)).collect();
-            let (blocks, columns) = (needed.iter().sum::<usize>() + 3, needed.iter().max().unwrap() + 2);
-
-            // Blocks in random order; what is behind a sequence's last is senseless.
-            let mut order = rng.permutation(blocks).into_iter();
-            let mut table = Vec::new();
-            for &needed in &needed {
-                table.extend(order.by_ref().take(needed).map(i64::from));
-                table.extend((needed..columns).map(|_| 77777));
-            }
-            let pages: Vec<Vec<u32>> = table
-                .chunks(columns)
-                .zip(&needed)
-                .map(|(row, &needed)| row[..needed].iter().map(|&page| page as u32).collect())
-                .collect();
-            let device = [&Device::Cpu, &place.device][rng.below(2)];
-            let integers = [DType::U32, DType::I32, DType::I64][rng.below(3)];
-            let table = Tensor::from_vec(table, (lens.len(), columns), &Device::Cpu).unwrap();
-            let table = table.to_dtype(integers).unwrap().to_device(device).unwrap();
-
-            // Keys and values in one tensor, in two, or in two that differ.
-            let joined = dense(&mut rng, &[blocks, 2, page_size, heads_k, d], dtype, &place.device);
-            let [mut k, mut v] = [0, 1].map(|at| joined.narrow(1, at, 1).unwrap().squeeze(1).unwrap());
-            let way = rng.below(3);
-            k = if way > 0 { k.contiguous().unwrap() } else { k };
-            v = if way > 1 { v.contiguous().unwrap() } else { v };
-            let q_shape = [1, queries.iter().sum(), heads_k * group, d];
-            let q = laid_out(&mut rng, q_shape, dtype, &place.device, 1).squeeze(0).unwrap();
-
-            let ranges: Vec<Vec<[i64; 2]>> = if with_ranges {
-                let end = |rng: &mut Rng| rng.below(max_k + 3) as i64 - 1;
-                lens.iter().map(|_| (0..2).map(|_| [end(&mut rng), end(&mut rng)]).collect()).collect()
-            } else {
-                Vec::new()
-            };
-            let flat: Vec<i64> = ranges.iter().flatten().flatten().copied().collect();
-            let range_tensor = with_ranges.then(|| {
-                let tensor = Tensor::from_vec(flat, (lens.len(), 2, 2), &Device::Cpu).unwrap();
-                tensor.to_dtype(DType::I32).unwrap().to_device(device).unwrap()
-            });
-            let (cum_q, cum_k) =
-                (cumulative(&mut rng, &queries, &place), cumulative(&mut rng, &keys, &place));
-            let Asked { scale, left, right, ref mut softcap, .. } = asked;
-            if softcap.is_none() && rng.below(2) == 0 {
-                *softcap = Some(0.0);
-            }
-            let got = flash_attn_varlen_paged_windowed(
-                &q,
-                &k,
-                &v,
-                &cum_q,
-                &cum_k,
-                &table,
-                range_tensor.as_ref(),
-                max_q,
-                max_k,
-                scale,
-                left,
-                right,
-                page_size,
-                *softcap,
-            );
-            let what = format!(
-                "{lens:?} in pages of {page_size}, {ranges:?}, {}",
-                describe(&[q.clone(), k.clone(), v.clone()], &asked)
-            );
-            let got = got.unwrap_or_else(|error| panic!("{what}: {error}"));
-            let apart: Vec<[Tensor; 2]> = pages
-                .iter()
-                .zip(&keys)
-                .map(|(pages, &len)| {
-                    [&k, &v].map(|cache| {
-                        let cache = cache.to_device(&Device::Cpu).unwrap().contiguous().unwrap();
-                        if len == 0 {
-                            return Tensor::zeros((0, heads_k, d), dtype, &Device::Cpu).unwrap();
-                        }
-                        let pages = Tensor::new(pages.as_slice(), &Device::Cpu).unwrap();
-                        let all = cache.index_select(&pages, 0).unwrap();
-                        all.reshape(((), heads_k, d)).unwrap().narrow(0, 0, len).unwrap()
-                    })
-                })
-                .collect();
-            assert_close(&got, &plain_varlen(&q, &apart, &lens, &asked, &ranges), &what);
-        }
-    }
-}
-
-/// Layers with equal shapes and other numbers, step after step, with two kinds
-/// of layers in turn: each call finds its own plan.
-#[test]
-fn layers_of_several_steps() {
-    let mut rng = Rng::new();
-    for place in places() {
-        let (dtype, d) = place.types(&mut rng, true, false);
-        let (b, heads, heads_k, max) = (2, 4, 2, 24);
-        let mut caches: Vec<[Tensor; 2]> = Vec::new();
-        for _ in 0..3 {
-            let mut cache = || dense(&mut rng, &[b, heads_k, max, d], dtype, &place.device);
-            caches.push([cache(), cache()]);
-        }
-        for step in 5..12 {
-            for (layer, cache) in caches.iter().enumerate() {
-                let q = dense(&mut rng, &[b, heads, 1, d], dtype, &place.device).transpose(1, 2).unwrap();
-                let [k, v] =
-                    cache.each_ref().map(|cache| cache.narrow(2, 0, step).unwrap().transpose(1, 2).unwrap());
-                let left = (layer % 2 == 1).then_some(3);
-                let asked = Asked { scale: 0.3, left, right: Some(0), ..Asked::default() };
-                let got = call_dense(&q, &k, &v, &asked).unwrap();
-                assert_close(&got, &plain_dense(&q, &k, &v, &asked), &format!("step {step}, layer {layer}"));
-            }
-        }
-    }
-}
-
-/// Batches over rows and over blocks take turns, with one mask and the same
-/// queries, until each has the place that another one had.
-#[test]
-fn rows_and_blocks_in_turn() {
-    let mut rng = Rng::new();
-    for place in places() {
-        let (dtype, d) = place.types(&mut rng, false, false);
-        let q = dense(&mut rng, &[3, 4, d], dtype, &place.device);
-        let cache = dense(&mut rng, &[2, 16, 2, d], dtype, &place.device);
-        let rows = cache.reshape((32, 2, d)).unwrap();
-        let new = |end| Tensor::new(&[0u32, end], &Device::Cpu).unwrap();
-        let over_rows = |keys: usize| {
-            let (k, ends) = (rows.narrow(0, 0, keys).unwrap(), new(keys as u32));
-            flash_attn_varlen_windowed(&q, &k, &k, &new(3), &ends, 3, keys, 0.1, Some(2), Some(1)).unwrap()
-        };
-        let table = Tensor::new(&[[0u32, 1]], &Device::Cpu).unwrap();
-        let over_blocks = |keys: usize| {
-            let (queries, ends, sides) = (new(3), new(keys as u32), [Some(2), Some(1)]);
-            let [left, right] = sides;
-            flash_attn_varlen_paged_windowed(
-                &q, &cache, &cache, &queries, &ends, &table, None, 3, keys, 0.1, left, right, 16, None,
-            )
-            .unwrap()
-        };
-        let asked = Asked { scale: 0.1, left: Some(2), right: Some(1), ..Asked::default() };
-        let expected = |keys| {
-            let k = rows.narrow(0, 0, keys).unwrap();
-            plain_varlen(&q, &[[k.clone(), k]], &[(3, keys)], &asked, &[])
-        };
-        for round in 0..8 {
-            for keys in [8, 9, 10, 11] {
-                assert_close(&over_rows(keys), &expected(keys), &format!("{keys} rows, round {round}"));
-            }
-            for keys in [20 + round, 8] {
-                assert_close(
-                    &over_blocks(keys),
-                    &expected(keys),
-                    &format!("{keys} in blocks, round {round}"),
-                );
-            }
-        }
     }
 }
 
@@ -703,152 +307,50 @@ fn a_writer_meanwhile() {
     }
 }
 
-#[test]
-fn nothing_to_do() {
-    for place in places() {
-        let (dtype, d, device) = (DType::BF16, 64, &place.device);
-        // Parts of other tensors, because CUDA allocates nothing of no bytes.
-        let empty = |shape: &[usize]| {
-            let all: Vec<usize> = shape.iter().map(|&size| size.max(1)).collect();
-            let all = Tensor::ones(all, dtype, device).unwrap();
-            let axes = shape.iter().enumerate();
-            axes.fold(all, |tensor, (axis, &size)| tensor.narrow(axis, 0, size).unwrap())
-        };
-        for (b, s_q, s_k) in [(0, 3, 3), (2, 0, 3), (2, 3, 0)] {
-            let (q, k) = (empty(&[b, s_q, 4, d]), empty(&[b, s_k, 2, d]));
-            let out = flash_attn(&q, &k, &k, 0.1, true).unwrap();
-            assert_eq!((out.dims(), out.dtype()), (q.dims(), dtype));
-            if out.elem_count() == 0 {
-                continue;
-            }
-            let out = out.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-            assert!(out.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|&number| number == 0.0));
+/// The sequences of a dense batch, each by itself.
+fn plain_dense(q: &Tensor, k: &Tensor, v: &Tensor, asked: &Asked) -> Vec<f64> {
+    let one = |sequence| {
+        let [q, k, v] = [q, k, v].map(|tensor| tensor.get(sequence).unwrap());
+        plain(&q, &k, &v, asked, k.dims()[0]).unwrap()
+    };
+    (0..q.dims()[0]).flat_map(one).collect()
+}
+
+/// The dense function that takes what is asked for.
+fn call_dense(q: &Tensor, k: &Tensor, v: &Tensor, asked: &Asked) -> Result<Tensor> {
+    let Asked { scale, left, right, softcap, .. } = *asked;
+    let slopes = asked.slopes.is_some().then(|| asked.slopes(q.device()));
+    let causal = right.is_some();
+    match (softcap, &slopes) {
+        (Some(cap), slopes) => {
+            flash_attn_alibi_windowed_softcap(q, k, v, slopes.as_ref(), scale, left, right, cap)
         }
-        let (q, k) = (empty(&[0, 4, d]), empty(&[0, 2, d]));
-        for ends in [&[0u32][..], &[0, 0, 0]] {
-            let ends = Tensor::new(ends, &Device::Cpu).unwrap();
-            let out = flash_attn_varlen(&q, &k, &k, &ends, &ends, 0, 0, 0.1, false).unwrap();
-            assert_eq!(out.dims(), q.dims());
+        (None, Some(slopes)) if left.is_none() && matches!(right, None | Some(0)) => {
+            flash_attn_alibi(q, k, v, slopes, scale, causal)
         }
+        (None, Some(slopes)) => flash_attn_alibi_windowed(q, k, v, slopes, scale, left, right),
+        (None, None) if left.is_none() && matches!(right, None | Some(0)) => {
+            flash_attn(q, k, v, scale, causal)
+        }
+        (None, None) => flash_attn_windowed(q, k, v, scale, left, right),
     }
 }
 
-#[track_caller]
-fn refused(result: Result<Tensor>, problem: &str) {
-    let error = result.expect_err(problem).to_string();
-    assert!(error.contains(problem), "{error:?} does not say {problem:?}");
+/// Shapes of one case, and its tensors in random layouts.
+fn dense_case(rng: &mut Rng, place: &Place, (window, cap): (bool, bool)) -> [Tensor; 3] {
+    let (dtype, d) = place.types(rng, window, cap);
+    let (b, heads_k, group) = (1 + rng.below(3), 1 + rng.below(3), [1, 2, 3, 8][rng.below(4)]);
+    let mut len = || 1 + [rng.below(place.longest), 0][usize::from(rng.below(4) == 0)];
+    let (s_q, s_k) = (len(), len());
+    let (q_way, k_way) = (rng.below(WAYS), rng.below(WAYS));
+    // Keys and values in one way, mostly.
+    let v_way = if rng.below(4) == 0 { rng.below(WAYS) } else { k_way };
+    let q = laid_out(rng, [b, s_q, heads_k * group, d], dtype, &place.device, q_way);
+    let mut keys = |way| laid_out(rng, [b, s_k, heads_k, d], dtype, &place.device, way);
+    [q, keys(k_way), keys(v_way)]
 }
 
-#[test]
-fn wrong_input() {
-    for place in places() {
-        let (dtype, device) = (DType::BF16, &place.device);
-        let ones = |shape: &[usize]| Tensor::ones(shape, dtype, device).unwrap();
-        let (q, k) = (ones(&[2, 3, 4, 64]), ones(&[2, 5, 2, 64]));
-        let call = |q: &Tensor, k: &Tensor, v: &Tensor| flash_attn(q, k, v, 0.1, true);
-        refused(call(&q, &k, &ones(&[2, 6, 2, 64])), "must be alike");
-        refused(call(&q, &ones(&[1, 5, 2, 64]), &ones(&[1, 5, 2, 64])), "with the batch");
-        refused(call(&q, &ones(&[2, 5, 2, 32]), &ones(&[2, 5, 2, 32])), "head dimension of q");
-        refused(call(&q, &ones(&[2, 5, 3, 64]), &ones(&[2, 5, 3, 64])), "4 heads of q over 3");
-        let none = k.narrow(2, 0, 0).unwrap();
-        refused(call(&q, &none, &none), "4 heads of q over 0");
-        refused(call(&ones(&[3, 4, 64]), &k, &k), "expected 4 dimensions");
-        let zeros = |tensor: &Tensor, dtype| Tensor::zeros(tensor.shape(), dtype, device).unwrap();
-        refused(call(&q, &zeros(&k, DType::F16), &k), "k is f16, q is bf16");
-        let odd = |width| [ones(&[1, 3, 2, width]), ones(&[1, 3, 2, width])];
-        let [q_odd, k_odd] = odd(60);
-        refused(call(&q_odd, &k_odd, &k_odd), "a head dimension of 60");
-        let [q_odd, k_odd] = odd(520);
-        refused(call(&q_odd, &k_odd, &k_odd), "a head dimension of 520");
-        let keys = zeros(&k, DType::U8);
-        refused(call(&zeros(&q, DType::U8), &keys, &keys), "tensors of u8");
-
-        let (q, k) = (ones(&[6, 4, 64]), ones(&[8, 2, 64]));
-        let new =
-            |ends: &[u32]| Tensor::new(ends, if ends.is_empty() { &Device::Cpu } else { device }).unwrap();
-        let varlen = |queries: &[u32], keys: &[u32], max: usize| {
-            flash_attn_varlen(&q, &k, &k, &new(queries), &new(keys), max, max, 0.1, false)
-        };
-        assert!(varlen(&[0, 4, 6], &[0, 0, 8], 8).is_ok());
-        refused(varlen(&[1, 4, 6], &[0, 0, 8], 8), "begins with 1");
-        refused(varlen(&[0, 4, 3], &[0, 0, 8], 8), "decreases from 4 to 3");
-        refused(varlen(&[0, 4, 5], &[0, 0, 8], 8), "seqlens_q ends with 5");
-        refused(varlen(&[0, 4, 6], &[0, 0, 9], 9), "seqlens_k ends with 9");
-        refused(varlen(&[0, 4, 6], &[0, 8], 8), "of 2 sequences, seqlens_k of 1");
-        refused(varlen(&[0, 4, 6], &[0, 0, 8], 7), "sequence 1 has 8 rows");
-        refused(varlen(&[], &[], 7), "expected one dimension");
-        let (far, ends) = (Tensor::new(&[0, 6, i64::MIN], device).unwrap(), new(&[0, 0, 8]));
-        let max = usize::MAX;
-        refused(flash_attn_varlen(&q, &k, &k, &far, &ends, max, max, 0.1, false), "decreases from 6");
-        let floats = Tensor::new(&[0f32, 6.0], device).unwrap();
-        refused(
-            flash_attn_varlen(&q, &k, &k, &floats, &floats, 8, 8, 0.1, false),
-            "expected u32, i32 or i64",
-        );
-
-        let cache = ones(&[4, 16, 2, 64]);
-        let paged = |table: &[[u32; 2]], page_size, ranges: Option<&Tensor>| {
-            let table = Tensor::from_slice(table.as_flattened(), (table.len(), 2), device).unwrap();
-            let (cum_q, cum_k) = (new(&[0, 4, 6]), new(&[0, 17, 20]));
-            flash_attn_varlen_paged_windowed(
-                &q,
-                &cache,
-                &cache,
-                &cum_q,
-                &cum_k,
-                &table,
-                ranges,
-                8,
-                32,
-                0.1,
-                None,
-                Some(0),
-                page_size,
-                None,
-            )
-        };
-        assert!(paged(&[[3, 1], [0, 9]], 16, None).is_ok());
-        refused(paged(&[[3, 4], [0, 9]], 16, None), "4");
-        refused(paged(&[[3, 1], [0, 9]], 32, None), "page_block_size is 32");
-        refused(paged(&[[3, 1]], 16, None), "block_table has 1 rows");
-        refused(paged(&[[3, u32::MAX], [0, 0]], 16, None), "names block 4294967295");
-        let ranges = Tensor::zeros((3, 1, 2), DType::U32, device).unwrap();
-        refused(paged(&[[3, 1], [0, 9]], 16, Some(&ranges)), "expected (2, max_ranges, 2)");
-
-        let (q, k) = (ones(&[1, 3, 4, 64]), ones(&[1, 5, 2, 64]));
-        for slopes in [Tensor::zeros(3, DType::F32, device), Tensor::zeros(4, DType::F16, device)] {
-            refused(flash_attn_alibi(&q, &k, &k, &slopes.unwrap(), 0.1, true), "expected f32 and (4,)");
-        }
-    }
-}
-
-/// What there are no kernels for on CUDA is an error that names what there is.
-#[test]
-fn no_kernel_on_cuda() {
-    for place in places().iter().filter(|place| place.is_cuda()) {
-        let device = &place.device;
-        let ones = |dtype, width| Tensor::ones((1, 3, 2, width), dtype, device).unwrap();
-        let call = |x: &Tensor| flash_attn(x, x, x, 0.1, true);
-        refused(call(&ones(DType::F32, 64)), "on CUDA there are f16 and bf16");
-        refused(call(&ones(DType::F16, 96)), "head dimensions 64, 128 and 256");
-        let (x, slopes) = (ones(DType::F16, 64), Tensor::ones(2, DType::F32, device).unwrap());
-        refused(flash_attn_alibi(&x, &x, &x, &slopes, 0.1, true), "none with ALiBi");
-        refused(flash_attn_alibi(&x, &x, &x, &slopes, 0.1, false), "ALiBi needs window_size_right = Some(0)");
-        refused(
-            flash_attn_alibi_windowed_softcap(&x, &x, &x, Some(&slopes), 0.1, None, Some(0), 2.0),
-            "soft cap",
-        );
-        let on_host = x.to_device(&Device::Cpu).unwrap();
-        refused(flash_attn(&x, &on_host, &x, 0.1, true), "k is on Cpu");
-        refused(flash_attn(&on_host, &x, &x, 0.1, true), "k is on Cuda");
-        // And afterwards all is well.
-        assert!(call(&x).is_ok());
-    }
-}
-
-#[test]
-fn there_is_no_gradient() {
-    let x = Var::ones((1, 3, 2, 16), DType::F32, &Device::Cpu).unwrap();
-    let out = flash_attn(&x, &x, &x, 0.1, true).unwrap();
-    assert!(out.sum_all().unwrap().backward().is_err());
+fn describe(tensors: &[Tensor; 3], asked: &Asked) -> String {
+    let [q, k, v] = tensors.each_ref().map(Tensor::layout);
+    format!("{} of {:?}: q {q:?}, k {k:?}, v {v:?}, {asked:?}", "attention", tensors[0].dtype())
 }

@@ -4,7 +4,7 @@
 use crate::candle_common::{Rng, assert_close, devices, dtypes, gpus, laid_out, on_host, random, refused};
 use candle_core::{D, DType, Device, Tensor};
 use flashinfer_rs::{
-    candle::{BatchTables, PagedKvCache, RotaryEmbedding, rms_norm, rope, silu_and_mul},
+    candle::{PagedCache, RotaryEmbedding, StepTables, rms_norm, rope, silu_and_mul},
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, Sequence},
     rope::{RopeFrequencies, RopeScaling},
 };
@@ -236,8 +236,8 @@ fn embeddings_by_the_positions_of_a_step() {
         let ours = if dtype == DType::F32 { flashinfer_rs::DType::F32 } else { flashinfer_rs::DType::F16 };
         let shape =
             HeadsShape { num_layers: 1, num_kv_heads: 2, head_dim: 64, dtype: ours, layout: KvLayout::Nhd };
-        let mut cache = PagedKvCache::new(&device, &pool, shape).unwrap();
-        let (mut tables, mut batch) = (BatchTables::new(&device), Batch::new(&pool));
+        let mut cache = PagedCache::new(&device, &pool, shape).unwrap();
+        let (mut tables, mut batch) = (StepTables::new(&device), Batch::new(&pool));
         (0..2).for_each(|_| batch.push(Sequence::new(&pool)).unwrap());
         batch.append([5, 9]).unwrap();
         batch.append([2, 1]).unwrap();

@@ -6,7 +6,7 @@ use crate::candle_common::{
 use candle_core::{DType, Device, Tensor};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads, RunOptions},
-    candle::{BatchTables, PagedDecode, PagedKvCache, PagedPrefill},
+    candle::{PagedCache, PagedDecode, PagedPrefill, StepTables},
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PrefixCache, Sequence},
 };
 
@@ -69,8 +69,8 @@ struct Rig {
     case: Case,
     device: Device,
     pool: PageAllocator,
-    cache: PagedKvCache,
-    tables: BatchTables,
+    cache: PagedCache,
+    tables: StepTables,
     prefill: PagedPrefill,
     decode: PagedDecode,
     batch: Batch,
@@ -86,8 +86,8 @@ impl Rig {
         Self {
             case,
             device: device.clone(),
-            cache: PagedKvCache::new(device, &pool, case.shape()).unwrap(),
-            tables: BatchTables::new(device),
+            cache: PagedCache::new(device, &pool, case.shape()).unwrap(),
+            tables: StepTables::new(device),
             prefill: PagedPrefill::new(device, &case.spec(), case.heads).unwrap(),
             decode: PagedDecode::new(device, &case.spec(), case.heads).unwrap(),
             batch: Batch::new(&pool),
@@ -438,7 +438,7 @@ fn wrong_input_is_refused_and_nothing_written() {
         let mut other = Rig::new(&device, case);
         refused(other.tables.update(&rig.batch, &mut other.cache), &["cache", "another pool"]);
         let elsewhere = Device::Cpu;
-        let mut on_cpu = BatchTables::new(&elsewhere);
+        let mut on_cpu = StepTables::new(&elsewhere);
         if !device.is_cpu() {
             refused(on_cpu.update(&rig.batch, &mut rig.cache), &["cache", "one Device"]);
         }
@@ -484,7 +484,7 @@ fn wrong_input_is_refused_and_nothing_written() {
             plan.run_with(&rows(&[1, 4, 128], dtype), &rig.cache, 0, &options),
             &["cache", "2 heads of 64"],
         );
-        refused(PagedKvCache::new(&device, &rig.pool, case.shape()), &["the pool has a cache already"]);
+        refused(PagedCache::new(&device, &rig.pool, case.shape()), &["the pool has a cache already"]);
     }
 }
 
@@ -495,9 +495,9 @@ fn what_no_device_has_is_refused() {
         let pool = PageAllocator::new(4, 16).unwrap();
         let shape = case.shape();
         let no_layers = HeadsShape { num_layers: 0, ..shape };
-        refused(PagedKvCache::new(&device, &pool, no_layers), &["num_layers"]);
+        refused(PagedCache::new(&device, &pool, no_layers), &["num_layers"]);
         let integers = HeadsShape { dtype: flashinfer_rs::DType::I64, ..shape };
-        refused(PagedKvCache::new(&device, &pool, integers), &["dtype"]);
+        refused(PagedCache::new(&device, &pool, integers), &["dtype"]);
         let heads = Heads::new(3, 2);
         refused(PagedDecode::new(&device, &case.spec(), heads), &["heads"]);
         refused(PagedPrefill::new(&device, &case.spec(), heads), &["heads"]);
@@ -505,7 +505,7 @@ fn what_no_device_has_is_refused() {
         refused(PagedPrefill::new(&device, &uneven, case.heads), &["spec", "one width"]);
         if !device.is_cpu() {
             let wide = HeadsShape { dtype: flashinfer_rs::DType::F32, ..shape };
-            refused(PagedKvCache::new(&device, &pool, wide), &["f32", "f16 and bf16"]);
+            refused(PagedCache::new(&device, &pool, wide), &["f32", "f16 and bf16"]);
             let spec = AttentionSpec::new(flashinfer_rs::DType::F32, 64);
             refused(PagedDecode::new(&device, &spec, case.heads), &["f32", "f16 and bf16"]);
             // No published module has this width, so nothing is downloaded.

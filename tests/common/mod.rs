@@ -14,6 +14,18 @@ pub mod prefill;
 pub mod prefill_tests;
 pub mod single;
 
+/// Tests of one function for several types: a line `name: function::<types>(arguments);` for each.
+#[macro_export]
+macro_rules! typed_tests {
+    ($($(#[$attribute:meta])* $name:ident: $call:expr;)*) => {
+        $($(#[$attribute])*
+        #[test]
+        fn $name() {
+            $call;
+        })*
+    };
+}
+
 pub use compare::assert_same_bits;
 pub use test_support::{Rng, say};
 

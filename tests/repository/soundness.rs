@@ -1,6 +1,6 @@
 //! Every row of `docs/soundness.md` names tests that there are.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, io, path::Path};
 
 const SOUNDNESS: &str = include_str!("../../docs/soundness.md");
 
@@ -29,8 +29,8 @@ fn problems_of(column: &str) -> Vec<String> {
     // Every second part is between backticks.
     for name in column.split('`').skip(1).step_by(2) {
         if name.contains('/') {
-            match fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)) {
-                Ok(text) => file = Some((name, tests_in(&text))),
+            match tests_of(&Path::new(env!("CARGO_MANIFEST_DIR")).join(name)) {
+                Ok(tests) => file = Some((name, tests)),
                 Err(error) => problems.push(format!("`{name}`: {error}")),
             }
             continue;
@@ -48,14 +48,26 @@ fn problems_of(column: &str) -> Vec<String> {
     problems
 }
 
+/// The tests of a file, and of its modules in the folder of its name.
+fn tests_of(file: &Path) -> io::Result<BTreeSet<String>> {
+    let mut tests = tests_in(&fs::read_to_string(file)?);
+    let folder = file.with_extension("");
+    if file.starts_with(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")) && folder.is_dir() {
+        for module in fs::read_dir(folder)? {
+            tests.append(&mut tests_of(&module?.path())?);
+        }
+    }
+    Ok(tests)
+}
+
 /// A line, without what stands before the code of an example.
 fn example(line: &str) -> &str {
     let line = line.trim();
     line.strip_prefix("/// ").unwrap_or(line).trim_start_matches("# ")
 }
 
-/// The tests of a source file: functions under `#[test]`, those that a macro
-/// makes of lines such as `name: method();` or of `prefill_tests!(Kind: name,
+/// The tests of a source file: functions under `#[test]`, those that macros
+/// make of lines such as `name: method();` or of `prefill_tests!(Kind: name,
 /// name);`, and examples that must not compile.
 fn tests_in(text: &str) -> BTreeSet<String> {
     let mut tests = BTreeSet::new();

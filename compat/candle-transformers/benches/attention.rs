@@ -22,7 +22,7 @@ use candle_nn::ops::softmax_last_dim;
 use candle_transformers::utils::{build_additive_causal_mask, repeat_kv};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads},
-    candle::{BatchTables, PagedDecode, PagedKvCache},
+    candle::{PagedCache, PagedDecode, StepTables},
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, Sequence},
 };
 
@@ -116,12 +116,12 @@ fn several(sequences: usize, device: &Device) -> Result<[f64; 3]> {
         dtype: flashinfer_rs::DType::F16,
         layout: KvLayout::Nhd,
     };
-    let mut cache = PagedKvCache::new(device, &pool, shape)?;
+    let mut cache = PagedCache::new(device, &pool, shape)?;
     let mut batch = Batch::new(&pool);
     for _ in 0..sequences {
         batch.push(Sequence::new(&pool)).map_err(wrap)?;
     }
-    let mut tables = BatchTables::new(device);
+    let mut tables = StepTables::new(device);
     batch.append(lens).map_err(wrap)?;
     let step = tables.update(&batch, &mut cache)?;
     cache.append(&step, 0, &joined(1)?, &joined(2)?)?;

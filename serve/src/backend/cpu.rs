@@ -1,5 +1,5 @@
-//! The model on the CPU, in `f32`: candle multiplies by weights in the types in
-//! which the file holds them.
+//! The model on the CPU, in `f32`, with weights in the types in which the file holds
+//! them.
 
 mod attention;
 mod cache;
@@ -48,7 +48,9 @@ impl Backend for Cpu {
         self.logits.clear();
         self.cache.copy_pages()?;
         let outputs: Vec<_> = step.outputs.iter().map(|output| output.row).collect();
-        self.logits = self.network.run(step.batch, step.tokens, &outputs, &mut self.cache)?;
+        let Self { network, cache, .. } = self;
+        // On a thread of the pool, which takes part in what it starts there.
+        self.logits = rayon::scope(|_| network.run(step.batch, step.tokens, &outputs, cache))?;
         sampler::sample(step.outputs, &self.logits, self.vocab_size())
     }
 

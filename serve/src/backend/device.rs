@@ -72,7 +72,7 @@ pub fn load(
             Err(error) => error.to_string().lines().next().unwrap_or_default().to_owned(),
         },
     };
-    let cpu = with_progress(model.layers(), |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
+    let cpu = with_progress(model, |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
     Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
 }
 
@@ -88,17 +88,19 @@ fn simulated(model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Loa
 /// # Errors
 /// There is none that can be used, or a tensor cannot be read.
 pub fn load_gpu(model: &Model, pool: &PageAllocator, options: GpuOptions) -> Result<Gpu> {
-    with_progress(model.layers(), |layers| Gpu::new(&model.config, model.ends()?, layers, pool, options))
+    with_progress(model, |layers| Gpu::new(&model.config, model.ends()?, layers, pool, options))
 }
 
-/// Shows how many of a model's layers were taken.
-pub(crate) fn with_progress<E>(
-    layers: impl ExactSizeIterator<Item = Result<Layer>>,
+/// Shows how many of a model's bytes were read, while `load` takes its layers.
+fn with_progress<E>(
+    model: &Model,
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
 ) -> Result<E> {
-    let style = ProgressStyle::with_template("loading {wide_bar} {pos}/{len} layers")?;
-    let bar = ProgressBar::new(layers.len() as u64).with_style(style);
-    let engine = load(&mut bar.wrap_iter(layers));
+    let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}")?;
+    let bar = ProgressBar::new(model.bytes()).with_style(style);
+    // Some were read already, where a GPU could not be used.
+    let before = model.bytes_read();
+    let engine = load(&mut model.layers().inspect(|_| bar.set_position(model.bytes_read() - before)));
     bar.finish_and_clear();
     engine
 }

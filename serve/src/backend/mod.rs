@@ -10,7 +10,11 @@ mod matmul;
 pub mod sampler;
 pub mod simulated;
 
+use std::sync::Arc;
+
 use flashinfer_rs::{indices::LogitEdit, kv::Batch};
+
+use toktrie::SimpleVob;
 
 use crate::Result;
 
@@ -52,6 +56,8 @@ pub struct Output {
     /// How many of the likeliest tokens come back with their log-probabilities,
     /// beside the chosen one; `None` for no log-probabilities at all.
     pub logprobs: Option<usize>,
+    /// The only tokens that may be chosen, as bits; `None` for all.
+    pub allowed: Option<Arc<SimpleVob>>,
 }
 
 impl Output {
@@ -66,19 +72,20 @@ impl Output {
             uniform: 0.0,
             edits: Vec::new(),
             logprobs: None,
+            allowed: None,
         }
     }
 
-    /// Whether this asks for the largest of the logits as they are, and nothing else.
-    pub fn is_plain(&self) -> bool {
-        self.temperature == 0.0 && self.edits.is_empty() && self.logprobs.is_none()
+    /// Whether this asks for the largest of the logits as they are.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0 && self.edits.is_empty() && self.allowed.is_none()
     }
 }
 
 /// What came of an [`Output`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// The token; `None` where a logit is NaN, or all are minus infinity.
+    /// The token; `None` where a logit is NaN, or all that may be chosen are minus infinity.
     pub token: Option<u32>,
     /// As [`Output::logprobs`] asks; `None` also where there is no token.
     pub logprobs: Option<Logprobs>,

@@ -1,4 +1,5 @@
-//! Tokens from logits on the host: for the CPU, and log-probabilities for a GPU, too.
+//! Tokens from logits on the host: for the CPU, and for rows of a GPU under a constraint; and
+//! log-probabilities for both.
 
 use flashinfer_rs::{
     TensorMut, TensorRef,
@@ -6,6 +7,7 @@ use flashinfer_rs::{
     reference,
     sampling::{Parameter, SampleOptions},
 };
+use toktrie::SimpleVob;
 
 use crate::{
     Result,
@@ -24,6 +26,9 @@ pub fn sample(outputs: &[Output], logits: &[f32], vocab: usize) -> Result<Vec<Sa
     let mut edited = logits.to_vec();
     let edits = LogitEdits::new(vocab, outputs.iter().map(|output| output.edits.iter().copied()))?;
     reference::edit_logits(&mut TensorMut::from_slice(&mut edited, &shape)?, &edits)?;
+    for (output, row) in outputs.iter().zip(edited.chunks_exact_mut(vocab)) {
+        output.allowed.iter().for_each(|allowed| keep_allowed(row, allowed));
+    }
     let numbers = |of: fn(&Output) -> f32| outputs.iter().map(of).collect::<Vec<_>>();
     let (uniforms, temperatures) = (numbers(|output| output.uniform), numbers(|output| output.temperature));
     let (top_ps, min_ps) = (numbers(|output| output.top_p), numbers(|output| output.min_p));
@@ -42,6 +47,16 @@ pub fn sample(outputs: &[Output], logits: &[f32], vocab: usize) -> Result<Vec<Sa
             Sample { token, logprobs: wanted.map(|(token, count)| logprobs(row, token, count)) }
         })
         .collect())
+}
+
+/// Has none but the allowed tokens be drawn from a row. NaN stays.
+fn keep_allowed(row: &mut [f32], allowed: &SimpleVob) {
+    for (token, logit) in row.iter_mut().enumerate() {
+        let is_allowed = token < allowed.len() && allowed.get(token);
+        if !is_allowed && !logit.is_nan() {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
 }
 
 /// The log-probabilities of a token and of the `count` likeliest ones.

@@ -115,7 +115,8 @@ impl Conversation {
             self.chat.encode(self.llm.text())
         };
         let params = self.sampling.params(None);
-        let submitted = prompt.and_then(|prompt| Ok(self.llm.engine().submit(Request { prompt, params })?));
+        let submitted =
+            prompt.and_then(|prompt| Ok(self.llm.engine().submit(Request::new(prompt, params))?));
         let events = match submitted {
             Ok(events) => events,
             Err(error) => {

@@ -15,6 +15,8 @@ mod sampling;
 mod serve;
 mod show;
 mod terminal;
+#[cfg(all(test, unix))]
+mod tests;
 
 use std::process::ExitCode;
 

@@ -8,7 +8,7 @@ use crate::{
 /// Fetch a model, or what has changed of it
 #[derive(clap::Args)]
 pub struct Args {
-    /// `smollm2`, `hf.co/ORG/REPO[:FILE or QUANTIZATION]`, or `https://HOST/FILE#sha256=DIGEST`
+    /// `smollm2`, `hf.co/ORG/REPO[@REVISION][:FILE or QUANTIZATION]`, or `https://HOST/FILE#sha256=DIGEST`
     model: ModelName,
 }
 

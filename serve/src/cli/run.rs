@@ -35,7 +35,7 @@ const MAX_TOKENS: usize = 256;
 /// Answer a prompt, or talk
 #[derive(clap::Args)]
 pub struct Args {
-    /// `smollm2`, `hf.co/ORG/REPO[:FILE or QUANTIZATION]`, `ollama/NAME[:TAG]`,
+    /// `smollm2`, `hf.co/ORG/REPO[@REVISION][:FILE or QUANTIZATION]`, `ollama/NAME[:TAG]`,
     /// `https://HOST/FILE#sha256=DIGEST`, or the path of a GGUF file
     pub model: ModelName,
     /// The question; without one it is what is piped in, or a conversation begins
@@ -141,7 +141,7 @@ fn submit(llm: &Llm, args: &Args, prompt: &str) -> Result<Events> {
         chat.ask(prompt);
         chat.encode(llm.text())?
     };
-    Ok(llm.engine().submit(Request { prompt, params: args.sampling.params(Some(MAX_TOKENS)) })?)
+    Ok(llm.engine().submit(Request::new(prompt, args.sampling.params(Some(MAX_TOKENS))))?)
 }
 
 fn converse(args: &Args, llm: Llm, files: Vec<PathBuf>, hub: &Hub) -> Result<()> {

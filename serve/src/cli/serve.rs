@@ -52,6 +52,9 @@ pub struct Args {
     /// Guess up to K tokens from what was said before, and keep those that are right
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub speculate: usize,
+    /// Give answers that do not depend on what else is computed beside them
+    #[arg(long)]
+    pub deterministic: bool,
     /// Seconds that requests may still take after SIGTERM or Ctrl-C; a second one ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
@@ -63,7 +66,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     args.log_format.install()?;
-    let server = Arc::new(Server::new(options(args)?));
+    let server = Arc::new(Server::new(options(args)?)?);
     let listener = TcpListener::bind((args.host.as_str(), args.port))
         .map_err(|error| format!("cannot listen at {} port {}: {error}", args.host, args.port))?;
     println!("listening at http://{}", listener.local_addr()?);
@@ -78,9 +81,6 @@ pub fn run(args: &Args) -> Result<()> {
 fn options(args: &Args) -> Result<ServerOptions> {
     if let Some(origin) = args.cors.iter().find(|origin| !is_origin(origin)) {
         return Err(format!("`{origin}` is no origin; expected one as https://example.org, or *").into());
-    }
-    if args.max_connections == 0 {
-        return Err("--max-connections is 0; expected at least 1".into());
     }
     let names = match args.served_model_name.as_slice() {
         [] => vec![default_name(&args.model)],
@@ -104,6 +104,7 @@ fn llm_options(args: &Args) -> LlmOptions {
         max_queued: args.max_queued,
         max_queued_tokens: args.max_queued_tokens,
         draft: args.speculate,
+        deterministic: args.deterministic,
         ..LlmOptions::default()
     }
 }
@@ -120,4 +121,41 @@ fn default_name(model: &ModelName) -> String {
 fn is_origin(origin: &str) -> bool {
     let (scheme, host) = origin.split_once("://").unwrap_or_default();
     origin == "*" || (matches!(scheme, "http" | "https") && !host.is_empty() && !host.contains(['/', ' ']))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(words: &[&str]) -> Args {
+        Program::parse_from([&["serve"], words].concat()).args
+    }
+
+    #[test]
+    fn the_model_is_called_by_its_names() {
+        let names = |words: &[&str]| options(&parse(words)).unwrap().names;
+        assert_eq!(names(&[]), ["smollm2"]);
+        assert_eq!(names(&["/models/some-model.gguf"]), ["some-model"]);
+        assert_eq!(names(&["hf.co/org/repo:Q8_0"]), ["hf.co/org/repo:Q8_0"]);
+        assert_eq!(names(&["--served-model-name", "a", "b"]), ["a", "b"]);
+    }
+
+    #[test]
+    fn addresses_are_local_unless_it_is_said() {
+        let args = parse(&[]);
+        assert_eq!((args.host.as_str(), args.port, args.device), ("127.0.0.1", 8000, Device::Auto));
+        assert_eq!(parse(&["--device", "simulated"]).device, Device::Simulated);
+        let origins = ["*", "https://example.org", "http://localhost:3000"];
+        assert!(origins.into_iter().all(is_origin));
+        let others = ["", "example.org", "https://", "https://example.org/", "ftp://example.org"];
+        assert!(!others.into_iter().any(is_origin));
+    }
 }

@@ -1,25 +1,21 @@
 //! What comes of a request, as text. This runs where it is asked for, not on the
 //! engine's thread.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, mpsc},
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use async_channel::Receiver;
 
-use super::{Command, Shared, stops::Stops};
+use super::{Cancel, Shared};
 use crate::{
     request::{Finish, Request, RequestId, Usage},
-    sampling::SamplingParams,
     scheduler::{Token, Update},
-    text::{Stream, Text},
+    text::{Stops, Stream, Text},
 };
 
 /// What came of one of the answers to a request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
-    /// Which answer, below [`n`](SamplingParams::n).
+    /// Which answer, below [`n`](crate::sampling::SamplingParams::n).
     pub choice: usize,
     /// The text that follows what came before: whole characters, and nothing of a stop
     /// string. Often empty.
@@ -54,7 +50,7 @@ pub struct Events {
     answers: Vec<Answer>,
     open: usize,
     updates: Receiver<Update>,
-    commands: mpsc::Sender<Command>,
+    cancel: Cancel,
     shared: Arc<Shared>,
     ready: VecDeque<Event>,
 }
@@ -75,9 +71,14 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(text: &Arc<Text>, params: &SamplingParams) -> Self {
+    fn new(text: &Arc<Text>, request: &Request) -> Self {
+        let params = &request.params;
+        let mut stream = text.stream().showing(request.shown.clone());
+        if request.grammar.is_some() {
+            stream = stream.with_first_space();
+        }
         Self {
-            stream: Some(text.stream()),
+            stream: Some(stream),
             stops: Stops::new(params.stop.clone()),
             min_tokens: params.min_tokens,
             tokens: 0,
@@ -113,17 +114,17 @@ impl Events {
         request: &Request,
         text: &Arc<Text>,
         updates: Receiver<Update>,
-        commands: mpsc::Sender<Command>,
+        cancel: Cancel,
         shared: Arc<Shared>,
     ) -> Self {
-        let params = &request.params;
+        let n = request.params.n;
         Self {
             id,
             prompt_tokens: request.prompt.len(),
-            answers: (0..params.n).map(|_| Answer::new(text, params)).collect(),
-            open: params.n,
+            answers: (0..n).map(|_| Answer::new(text, request)).collect(),
+            open: n,
             updates,
-            commands,
+            cancel,
             shared,
             ready: VecDeque::new(),
         }
@@ -166,7 +167,7 @@ impl Events {
             (text, stop) = answer.piece(&piece);
             if let Some(stop) = stop.clone() {
                 if finish.is_none() {
-                    let _ = self.commands.send(Command::Cancel(self.id, Some(choice)));
+                    self.cancel.send(self.id, Some(choice));
                 }
                 finish = Some(Finish::StopString(stop));
             }
@@ -222,8 +223,7 @@ impl Iterator for Events {
 impl Drop for Events {
     fn drop(&mut self) {
         if self.open > 0 {
-            // An engine that is gone has nothing to cancel.
-            let _ = self.commands.send(Command::Cancel(self.id, None));
+            self.cancel.send(self.id, None);
         }
     }
 }

@@ -1,10 +1,12 @@
 //! The engine: one thread owns the scheduler, the pool and the backend, and answers
 //! requests that come, are cancelled and leave at any time.
 //!
-//! Callers meet the thread in two places: a channel of commands to it, which holds as
-//! many requests as [`EngineConfig::max_queued`] and [`EngineConfig::max_queued_tokens`]
-//! allow, and a channel back for each request, which holds an update for each of its
-//! tokens. Text is made of tokens where the [`Events`] are taken.
+//! Callers meet the thread in two bounded queues, as in a ring. One leads to it: requests, as
+//! many as [`EngineConfig::max_queued`] and [`EngineConfig::max_queued_tokens`] allow, and
+//! cancellations of these. The other leads back: what came of each step, in one piece,
+//! tagged with requests and their answers. A thread hands it out to those who wait, so that
+//! the engine sends once for each step, however many requests run. Text is made of tokens
+//! where the [`Events`] are taken.
 //!
 //! A caller that leaves has its request cancelled before the next step. A step that
 //! fails ends the requests that cannot be computed alone either. If nothing can be
@@ -12,9 +14,9 @@
 //! with an error.
 
 mod events;
-mod stops;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod worker;
 
 use std::{
@@ -29,17 +31,21 @@ use std::{
 
 use flashinfer_rs::kv::PageAllocator;
 
-/// How long a drop waits for the step that is being computed.
-const SHUTDOWN: Duration = Duration::from_secs(30);
+/// The most commands that have room in the queue to the thread, so that a large
+/// [`EngineConfig::max_queued`] takes no memory by itself.
+const MAX_COMMANDS: usize = 1 << 14;
+/// How long a drop waits for the step that is being computed, unless it is said.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub use self::events::{End, Event, Events};
-use self::worker::Worker;
+use self::{waiting::Waiting, worker::Worker};
 use crate::{
     Result,
     backend::Backend,
+    constraint::{Compiler, Constraint, Grammar, InvalidConstraint},
     request::{Bounds, Request, RequestId, SubmitError},
     sampling::InvalidParameter,
-    scheduler::{Limits, Stats, Update},
+    scheduler::{Limits, Stats},
     text::Text,
 };
 
@@ -57,13 +63,23 @@ pub struct EngineConfig {
     /// The most tokens of their prompts together. A request is taken when there is no
     /// other, however long it is.
     pub max_queued_tokens: usize,
+    /// How long a drop waits for the step that is being computed. After that the thread is left
+    /// behind, and ends with its step.
+    pub shutdown_timeout: Duration,
 }
 
 impl EngineConfig {
     /// Room for 8192 tokens in pages of 16, and for 1024 answers to prompts of four
     /// million tokens.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, page_size: 16, num_pages: 512, max_queued: 1024, max_queued_tokens: 1 << 22 }
+        Self {
+            limits,
+            page_size: 16,
+            num_pages: 512,
+            max_queued: 1024,
+            max_queued_tokens: 1 << 22,
+            shutdown_timeout: SHUTDOWN_TIMEOUT,
+        }
     }
 }
 
@@ -110,9 +126,26 @@ pub struct Status {
 
 /// What is sent to the thread.
 enum Command {
-    Submit { id: RequestId, request: Request, updates: async_channel::Sender<Update> },
+    Submit(RequestId, Box<Request>),
     Cancel(RequestId, Option<usize>),
     Shutdown,
+}
+
+/// Ends requests.
+struct Cancel {
+    commands: mpsc::SyncSender<Command>,
+    waiting: Arc<Waiting>,
+}
+
+impl Cancel {
+    /// Ends a request, or one of its answers, unless it has ended. It is sent once, so that
+    /// there is room for it.
+    fn send(&self, id: RequestId, choice: Option<usize>) {
+        if self.waiting.cancel(id, choice) {
+            // An engine that is gone has nothing to cancel.
+            let _ = self.commands.send(Command::Cancel(id, choice));
+        }
+    }
 }
 
 /// What the thread and its callers share.
@@ -150,12 +183,14 @@ impl Shared {
 }
 
 /// An engine, which ends when this is dropped: after the step that is being computed,
-/// unless that takes half a minute. It can be shared by threads.
+/// unless that takes longer than [`EngineConfig::shutdown_timeout`]. It can be shared by threads.
 pub struct Engine {
     config: EngineConfig,
     bounds: Bounds,
     text: Arc<Text>,
-    commands: mpsc::Sender<Command>,
+    compiler: Compiler,
+    commands: mpsc::SyncSender<Command>,
+    waiting: Arc<Waiting>,
     shared: Arc<Shared>,
     next_id: AtomicU64,
     thread: Option<JoinHandle<()>>,
@@ -187,7 +222,12 @@ impl Engine {
             }
         }
         let pool = PageAllocator::new(num_pages, page_size)?;
-        let (commands, receiver) = mpsc::channel();
+        // For each answer a request and two cancellations: where it is told to stop, and where its
+        // caller leaves.
+        let room = config.max_queued.saturating_mul(3).min(MAX_COMMANDS);
+        let (commands, receiver) = mpsc::sync_channel(room);
+        let waiting = Arc::<Waiting>::default();
+        let updates = waiting.hand_out()?;
         let (ready, started) = mpsc::sync_channel(1);
         let (running, ended) = mpsc::sync_channel(0);
         let shared = Arc::<Shared>::default();
@@ -196,7 +236,7 @@ impl Engine {
             let _running = running;
             let load = move || -> Result<_> {
                 let backend = load(&pool, &mut limits)?;
-                Ok(Worker::new(&pool, limits, backend, of_thread))
+                Ok(Worker::new(&pool, limits, backend, updates, of_thread))
             };
             match worker::catch(load) {
                 Ok(Ok(worker)) => {
@@ -211,7 +251,8 @@ impl Engine {
         let bounds = started.recv().map_err(|_| "the engine's thread ended while it was loading")??;
         let next_id = AtomicU64::new(0);
         let (thread, ended) = (Some(thread), Mutex::new(ended));
-        Ok(Self { config, bounds, text, commands, shared, next_id, thread, ended })
+        let compiler = Compiler::new(&text);
+        Ok(Self { config, bounds, text, compiler, commands, waiting, shared, next_id, thread, ended })
     }
 
     /// What every request has to fit.
@@ -234,22 +275,35 @@ impl Engine {
         self.shared.status().clone()
     }
 
-    /// Has a request answered. This waits for nothing.
+    /// Compiles what answers have to be, for [`Request::grammar`]. This takes milliseconds, and
+    /// the first time longer, on the caller's thread.
+    ///
+    /// # Errors
+    /// What is wrong with it, and where.
+    pub fn compile(&self, constraint: &Constraint) -> Result<Grammar, InvalidConstraint> {
+        self.compiler.compile(constraint)
+    }
+
+    /// Has a request answered. This does not wait for the engine's step.
     ///
     /// # Errors
     /// The request could never be answered; the queue is full; or the engine is gone.
     pub fn submit(&self, request: Request) -> Result<Events, SubmitError> {
         self.bounds.check(&request)?;
+        if request.grammar.as_ref().is_some_and(|grammar| !self.compiler.is_of(grammar)) {
+            let problem = "it was compiled by another engine; expected one of this".into();
+            return Err(InvalidConstraint { kind: "constraint", problem }.into());
+        }
         if let Health::Dead(reason) = &self.shared.status().health {
             return Err(SubmitError::Dead(reason.clone()));
         }
         self.enqueue(&request)?;
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        // No more than an update for each token, so that the thread never waits.
-        let (sender, updates) = async_channel::unbounded();
-        let (commands, shared) = (self.commands.clone(), self.shared.clone());
-        let events = Events::new(id, &request, &self.text, updates, commands, shared);
-        let command = Command::Submit { id, request, updates: sender };
+        // Before the thread knows of it. Should that have ended meanwhile, nothing can be sent.
+        let updates = self.waiting.add(id, request.params.n);
+        let cancel = Cancel { commands: self.commands.clone(), waiting: self.waiting.clone() };
+        let events = Events::new(id, &request, &self.text, updates, cancel, self.shared.clone());
+        let command = Command::Submit(id, Box::new(request));
         self.commands.send(command).map_err(|_| SubmitError::Dead(self.shared.reason()))?;
         Ok(events)
     }
@@ -257,8 +311,7 @@ impl Engine {
     /// Ends a request, whose answers then have [`Cancelled`](crate::request::Finish::Cancelled)
     /// events, unless they have ended.
     pub fn cancel(&self, id: RequestId) {
-        // An engine that is gone has nothing to cancel.
-        let _ = self.commands.send(Command::Cancel(id, None));
+        Cancel { commands: self.commands.clone(), waiting: self.waiting.clone() }.send(id, None);
     }
 
     /// Takes a place in the queue.
@@ -285,7 +338,7 @@ impl Drop for Engine {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::Shutdown);
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let hangs = ended.recv_timeout(SHUTDOWN) == Err(mpsc::RecvTimeoutError::Timeout);
+        let hangs = ended.recv_timeout(self.config.shutdown_timeout) == Err(mpsc::RecvTimeoutError::Timeout);
         if let Some(thread) = self.thread.take().filter(|_| !hangs) {
             // What it panicked with is its health.
             let _ = thread.join();

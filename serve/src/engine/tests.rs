@@ -46,7 +46,7 @@ fn start<B: Backend + 'static>(
 }
 
 fn request(prompt: &str, params: &SamplingParams) -> Request {
-    Request { prompt: prompt.bytes().map(u32::from).collect(), params: params.clone() }
+    Request::new(prompt.bytes().map(u32::from).collect(), params.clone())
 }
 
 fn seeded(seed: u64, max_tokens: usize) -> SamplingParams {
@@ -244,7 +244,7 @@ fn what_can_never_be_answered_is_refused_when_it_comes() {
     assert!(text.contains("400 tokens, and the model's context 400"), "{text}");
     let params = SamplingParams { top_p: 7.0, ..greedy(1) };
     assert!(refused(request("x", &params)).contains("top_p is 7"));
-    let unknown = Request { prompt: vec![128], params: greedy(1) };
+    let unknown = Request::new(vec![128], greedy(1));
     assert!(refused(unknown).contains("the token 128"));
     assert_eq!(engine.status(), Status::default());
 }
@@ -401,4 +401,37 @@ fn slow_callers_hold_nobody_up() {
     });
     until(&engine, |status| status.running == 0);
     assert_eq!(collect(slow).1.len(), 300);
+}
+
+#[test]
+fn a_step_that_hangs_does_not_hold_up_who_drops_the_engine() {
+    let gate = Gate::default();
+    let at_gate = gate.clone();
+    let timeout = Duration::from_millis(200);
+    let engine = start(EngineConfig { shutdown_timeout: timeout, ..config() }, move |it| at_gate.before(it));
+    let mut events = engine.submit(request("abc", &greedy(2))).unwrap();
+    let since = until(&engine, |status| status.step_since.is_some()).step_since.unwrap();
+    assert!(since.elapsed() < Duration::from_secs(60));
+    let begin = Instant::now();
+    drop(engine);
+    assert!(begin.elapsed() >= timeout && begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    // Whoever waits hears of the end when the step is over at last.
+    gate.open();
+    let end = events.by_ref().find_map(|event| event.end).unwrap();
+    assert_eq!(end.finish, Finish::Failed("it was shut down".into()));
+    assert!(events.next().is_none());
+}
+
+#[test]
+fn the_queue_has_room_for_all_cancellations() {
+    let gate = Gate::default();
+    let at = gate.clone();
+    let engine = start(EngineConfig { max_queued: 4, ..config() }, move |backend| at.before(backend));
+    let requests: Vec<_> = (0..4).map(|_| engine.submit(request("x", &greedy(9))).unwrap()).collect();
+    until(&engine, |status| status.step_since.is_some());
+    for _ in 0..1000 {
+        requests.iter().for_each(|events| engine.cancel(events.id()));
+    }
+    gate.open();
+    assert!(requests.into_iter().all(|events| collect(events).2.finish == Finish::Cancelled));
 }

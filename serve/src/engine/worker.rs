@@ -7,12 +7,11 @@ use std::{
     panic::{self, AssertUnwindSafe},
     sync::{
         Arc,
-        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError},
     },
     time::{Duration, Instant},
 };
 
-use async_channel::Sender;
 use flashinfer_rs::kv::PageAllocator;
 
 use super::{Command, Health, Shared};
@@ -41,7 +40,6 @@ pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T> {
 
 /// A request that has not ended.
 struct Live {
-    updates: Sender<Update>,
     came: Instant,
     /// Whether a token has come.
     answered: bool,
@@ -57,14 +55,21 @@ pub struct Worker<B> {
     pool: PageAllocator,
     backend: B,
     live: HashMap<RequestId, Live>,
+    updates: SyncSender<Vec<Update>>,
     shared: Arc<Shared>,
 }
 
 impl<B: Backend> Worker<B> {
     /// No requests yet.
-    pub fn new(pool: &PageAllocator, limits: Limits, backend: B, shared: Arc<Shared>) -> Self {
+    pub fn new(
+        pool: &PageAllocator,
+        limits: Limits,
+        backend: B,
+        updates: SyncSender<Vec<Update>>,
+        shared: Arc<Shared>,
+    ) -> Self {
         let scheduler = Scheduler::new(pool, backend.vocab_size(), limits);
-        Self { scheduler, pool: pool.clone(), backend, live: HashMap::new(), shared }
+        Self { scheduler, pool: pool.clone(), backend, live: HashMap::new(), updates, shared }
     }
 
     /// What every request has to fit.
@@ -81,6 +86,8 @@ impl<B: Backend> Worker<B> {
         };
         // Before the channels close, whose callers look here.
         self.shared.status().health = Health::Dead(reason);
+        // Nothing can be asked any more, before those who wait hear that nothing comes.
+        drop(commands);
     }
 
     fn work(&mut self, commands: &Receiver<Command>) -> Result<()> {
@@ -107,7 +114,7 @@ impl<B: Backend> Worker<B> {
 
     fn take(&mut self, command: Command) -> Result<()> {
         match command {
-            Command::Submit { id, request, updates } => self.submit(id, request, updates)?,
+            Command::Submit(id, request) => self.submit(id, *request)?,
             Command::Cancel(id, choice) => {
                 let updates = self.scheduler.cancel(id, choice)?;
                 self.tell(updates);
@@ -118,11 +125,11 @@ impl<B: Backend> Worker<B> {
         Ok(())
     }
 
-    fn submit(&mut self, id: RequestId, request: Request, updates: Sender<Update>) -> Result<()> {
+    fn submit(&mut self, id: RequestId, request: Request) -> Result<()> {
         let (open, tokens) = (request.params.n, request.prompt.len());
         // It was checked when it came.
         self.scheduler.submit(id, request)?;
-        self.live.insert(id, Live { updates, came: Instant::now(), answered: false, open, tokens });
+        self.live.insert(id, Live { came: Instant::now(), answered: false, open, tokens });
         Ok(())
     }
 
@@ -160,7 +167,7 @@ impl<B: Backend> Worker<B> {
 
     /// Sends updates to those who wait for them.
     fn tell(&mut self, updates: Vec<Update>) {
-        for update in updates {
+        for update in &updates {
             let id = update.request;
             let Some(live) = self.live.get_mut(&id) else { continue };
             if update.token.is_some() && !mem::replace(&mut live.answered, true) {
@@ -174,11 +181,13 @@ impl<B: Backend> Worker<B> {
                 queue.answers -= 1;
                 queue.tokens -= if live.open == 0 { live.tokens } else { 0 };
             }
-            // Who has left has cancelled.
-            let _ = live.updates.try_send(update);
             if live.open == 0 {
                 self.live.remove(&id);
             }
+        }
+        if !updates.is_empty() {
+            // They are handed out as long as this can be sent.
+            let _ = self.updates.send(updates);
         }
     }
 

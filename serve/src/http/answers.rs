@@ -19,7 +19,8 @@ use super::{
 use crate::{
     engine::{End, Event, Events},
     request::{Finish, Request},
-    sampling::{InvalidParameter, SamplingParams},
+    sampling::InvalidParameter,
+    scheduler::Token,
 };
 
 /// The answers to several prompts while they come. Dropping it cancels those that have not ended.
@@ -29,6 +30,8 @@ pub struct Answers {
     events: SelectAll<BoxStream<'static, (usize, Event)>>,
     /// The answers to each prompt.
     n: usize,
+    /// Tokens of the prompts that were not read yet.
+    unread: Vec<Option<usize>>,
     choices: Vec<Choice>,
     usage: Usage,
     first_token: Option<Duration>,
@@ -51,32 +54,34 @@ pub struct Answered {
 }
 
 impl Answers {
-    /// Gives prompts to the engine: all of them, or none.
+    /// Gives requests to the engine, all with the same parameters: all of them, or none.
     ///
     /// # Errors
     /// One could never be answered, or the queue is full.
     pub fn submit(
         server: &Arc<Server>,
         log: &Arc<RequestLog>,
-        prompts: Vec<Vec<u32>>,
-        params: &SamplingParams,
+        requests: Vec<Request>,
     ) -> Result<Self, ApiError> {
         let engine = server.llm()?.engine();
-        let (n, most) = (params.n, engine.config().max_queued);
-        let choices = prompts.len().saturating_mul(n);
+        let choices = requests.iter().map(|request| request.params.n).fold(0, usize::saturating_add);
+        let most = engine.config().max_queued;
         if choices > most {
             let expected = format!("at most {most}, which is all that may wait");
             return Err(InvalidParameter { name: "n", given: format!("{choices} in all"), expected }.into());
         }
-        let submit = |prompt| engine.submit(Request { prompt, params: params.clone() });
+        let n = requests.first().map_or(1, |request| request.params.n);
+        requests.iter().for_each(|request| server.metrics.asked(&request.params));
+        let unread = requests.iter().map(|request| Some(request.prompt.len())).collect();
         // Those that were taken are cancelled if one is not.
-        let events = prompts.into_iter().map(submit).collect::<Result<Vec<_>, _>>()?;
-        server.metrics.asked(params);
+        let submit = |request| engine.submit(request);
+        let events = requests.into_iter().map(submit).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             server: server.clone(),
             log: log.clone(),
             events: events.into_iter().enumerate().map(|(prompt, events)| stream(prompt, events)).collect(),
             n,
+            unread,
             choices: vec![Choice::default(); choices],
             usage: Usage::default(),
             first_token: None,
@@ -111,7 +116,8 @@ impl Answers {
 
     fn measure(&mut self, choice: usize, event: &Event) {
         let (now, metrics, begin) = (Instant::now(), &self.server.metrics, self.log.begin());
-        let (first, choice) = (choice.is_multiple_of(self.n), &mut self.choices[choice]);
+        let (prompt, first) = (choice / self.n, choice.is_multiple_of(self.n));
+        let choice = &mut self.choices[choice];
         let further = match &event.end {
             Some(end) => end.usage.completion_tokens - choice.tokens,
             None => event.tokens.len(),
@@ -121,6 +127,9 @@ impl Answers {
                 let took = now - begin;
                 self.first_token = Some(took);
                 metrics.first_token(took);
+            }
+            if let Some(tokens) = self.unread[prompt].take() {
+                metrics.read(tokens);
             }
             if let Some(last) = choice.last {
                 metrics.further_tokens(now - last, further);
@@ -137,7 +146,7 @@ impl Answers {
         choice.finish = Some(finish.reason());
         self.usage.add(usage, first);
         let decoding = choice.last.zip(choice.first).map(|(last, first)| last - first);
-        metrics.ended(finish.reason(), usage, first, now - begin, decoding.unwrap_or_default());
+        metrics.ended(finish.reason(), usage.completion_tokens, now - begin, decoding.unwrap_or_default());
     }
 }
 
@@ -163,6 +172,11 @@ fn stream(prompt: usize, events: Events) -> BoxStream<'static, (usize, Event)> {
         Some(((prompt, event), events))
     })
     .boxed()
+}
+
+/// The ids of tokens.
+pub fn ids(tokens: &[Token]) -> Vec<u32> {
+    tokens.iter().map(|token| token.id).collect()
 }
 
 /// What ended an answer, if it was not the model.

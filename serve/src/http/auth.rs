@@ -23,9 +23,11 @@ impl ApiKey {
         let key = key.into();
         match !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic()) {
             true => Ok(Self(key)),
-            false => Err("the API key is empty or has characters that no header can have; expected letters, \
+            false => {
+                Err("the API key is empty or has characters that no header can have; expected letters, \
                           digits and signs of ASCII"
-                .into()),
+                    .into())
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use axum::{
 
 use super::{
     Server,
-    answers::{Answered, Answers, stop_reason},
+    answers::{Answered, Answers, ids, stop_reason},
     error::{ApiError, BodyErrors},
     extract::Body,
     log::RequestLog,
@@ -23,7 +23,11 @@ use super::{
         usage::Usage,
     },
 };
-use crate::text::{EncodeOptions, Text};
+use crate::{
+    engine::Event,
+    request::Request,
+    text::{EncodeOptions, Text},
+};
 
 /// The most tokens of an answer, unless it is said.
 const MAX_TOKENS: usize = 16;
@@ -53,9 +57,10 @@ pub async fn completions(
         return Err(ApiError::unsupported("echo", message));
     }
     let bounds = llm.engine().bounds();
+    params.check(bounds.vocab_size)?;
     let CompletionFields { prompt, add_special_tokens, .. } = completion;
     let options = EncodeOptions { bos: add_special_tokens.unwrap_or(true), ..EncodeOptions::default() };
-    let prompts = prompt::compute(llm.text(), move |text| prompt.encode(text, &options)).await?;
+    let prompts = prompt::compute(&server, move |llm| prompt.encode(llm.text(), &options)).await?;
     if prompts.is_empty() {
         return Err(ApiError::parameter("prompt", "prompt is an empty array; expected at least one prompt"));
     }
@@ -67,22 +72,30 @@ pub async fn completions(
         }
         prompt::check_length(tokens, &params, server.max_model_len(llm), "prompt")?;
     }
-    let (prompts, texts): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
-    let answers = Answers::submit(&server, &log, prompts, &params)?;
-    let n = params.n;
+    let (prompts, texts): (Vec<Vec<u32>>, Vec<String>) = prompts.into_iter().unzip();
+    let token_ids = sampling.returns_token_ids();
+    let begin = |(prompt, text): (&Vec<u32>, String)| Beginning {
+        echo: if echo { text } else { String::new() },
+        prompt: token_ids.then(|| prompt.clone()),
+    };
+    let beginnings = prompts.iter().zip(texts).map(begin).collect();
+    let grammar = prompt::compile(&server, sampling.constraint(), "response_format").await?;
+    let request = |prompt| Request { grammar: grammar.clone(), ..Request::new(prompt, params.clone()) };
+    let answers = Answers::submit(&server, &log, prompts.into_iter().map(request).collect())?;
     let reply = Reply {
         id: format!("cmpl-{}", log.id()),
         created: seconds_since_1970(),
         model,
         text: llm.text().clone(),
         logprobs: params.logprobs.is_some(),
-        echo: if echo { texts.into_iter().flat_map(|text| vec![text; n]).collect() } else { Vec::new() },
+        token_ids,
+        n: params.n,
+        beginnings,
+        begun: vec![false; answers.len()],
         offsets: vec![0; answers.len()],
     };
     match sampling.streams() {
-        true => {
-            Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive))
-        }
+        true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
         false => reply.whole(answers).await.map(|completion| Json(completion).into_response()),
     }
 }
@@ -119,10 +132,25 @@ struct Reply {
     model: String,
     text: Arc<Text>,
     logprobs: bool,
-    /// What each answer still has to begin with.
-    echo: Vec<String>,
+    /// Whether ids of tokens are given.
+    token_ids: bool,
+    /// The answers to each prompt.
+    n: usize,
+    /// What those to each prompt begin with.
+    beginnings: Vec<Beginning>,
+    /// The answers of which that was given.
+    begun: Vec<bool>,
     /// Where the next token of each answer begins.
     offsets: Vec<usize>,
+}
+
+/// What comes before an answer's own text.
+#[derive(Clone, Default)]
+struct Beginning {
+    /// The prompt, if it is echoed.
+    echo: String,
+    /// Its tokens, if ids are given.
+    prompt: Option<Vec<u32>>,
 }
 
 impl Reply {
@@ -131,28 +159,41 @@ impl Reply {
         let mut choices: Vec<_> = (0..answers.len()).map(|index| self.choice(index)).collect();
         while let Some(answered) = answers.next().await {
             let Answered { choice: index, event } = answered?;
-            let choice = &mut choices[index];
-            choice.text += &event.text;
-            if let Some(logprobs) = &mut choice.logprobs {
-                let offset = &mut self.offsets[index];
-                *offset = logprobs.push(&self.text, &event.tokens, *offset);
-            }
-            if let Some(end) = event.end {
-                choice.finish_reason = Some(end.finish.reason());
-                choice.stop_reason = stop_reason(&end.finish);
-            }
+            self.add(&mut choices[index], event);
         }
         Ok(self.chunk(choices, Some(answers.usage())))
     }
 
-    /// An answer that begins.
-    fn choice(&mut self, index: usize) -> CompletionChoice {
+    /// An answer, or a piece of one.
+    fn choice(&self, index: usize) -> CompletionChoice {
+        let Beginning { echo, prompt } = match self.begun[index] {
+            true => Beginning::default(),
+            false => self.beginnings[index / self.n].clone(),
+        };
         CompletionChoice {
             index,
-            text: self.echo.get_mut(index).map(std::mem::take).unwrap_or_default(),
+            text: echo,
             logprobs: self.logprobs.then(CompletionLogprobs::default),
             finish_reason: None,
             stop_reason: None,
+            token_ids: self.token_ids.then(Vec::new),
+            prompt_token_ids: prompt,
+        }
+    }
+
+    /// Adds what came of it.
+    fn add(&mut self, choice: &mut CompletionChoice, event: Event) {
+        choice.text += &event.text;
+        if let Some(logprobs) = &mut choice.logprobs {
+            let offset = &mut self.offsets[choice.index];
+            *offset = logprobs.push(&self.text, &event.tokens, *offset);
+        }
+        if let Some(token_ids) = &mut choice.token_ids {
+            token_ids.extend(ids(&event.tokens));
+        }
+        if let Some(end) = event.end {
+            choice.finish_reason = Some(end.finish.reason());
+            choice.stop_reason = stop_reason(&end.finish);
         }
     }
 
@@ -173,21 +214,17 @@ impl Chunks for Reply {
 
     fn answered(&mut self, Answered { choice: index, event }: Answered) -> Vec<Completion> {
         let mut choice = self.choice(index);
-        choice.text += &event.text;
-        if let Some(logprobs) = &mut choice.logprobs {
-            let offset = &mut self.offsets[index];
-            *offset = logprobs.push(&self.text, &event.tokens, *offset);
+        let has_tokens = (self.logprobs || self.token_ids) && !event.tokens.is_empty();
+        self.add(&mut choice, event);
+        let says = !choice.text.is_empty() || choice.finish_reason.is_some() || has_tokens;
+        if !says {
+            return Vec::new();
         }
-        if let Some(end) = &event.end {
-            choice.finish_reason = Some(end.finish.reason());
-            choice.stop_reason = stop_reason(&end.finish);
-        }
-        let says = !choice.text.is_empty() || event.end.is_some();
-        let has_logprobs = choice.logprobs.as_ref().is_some_and(|logprobs| !logprobs.tokens.is_empty());
-        if says || has_logprobs { vec![self.chunk(vec![choice], None)] } else { Vec::new() }
+        self.begun[index] = true;
+        vec![self.chunk(vec![choice], None)]
     }
 
-    fn usage(&self, usage: Usage) -> Completion {
+    fn usage(&mut self, usage: Usage) -> Completion {
         self.chunk(Vec::new(), Some(usage))
     }
 }

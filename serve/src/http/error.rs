@@ -142,11 +142,6 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
-    /// The status that is answered.
-    pub fn status(&self) -> StatusCode {
-        self.status
-    }
-
     /// The same error, with another parameter's name if it has one.
     pub fn renamed(self, from: &str, to: &str) -> Self {
         match self.param.as_deref() == Some(from) {
@@ -182,6 +177,7 @@ impl From<SubmitError> for ApiError {
         let message = error.to_string();
         match error {
             SubmitError::Parameter(parameter) => parameter.into(),
+            SubmitError::Constraint(_) => Self::parameter("response_format", message),
             SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => Self::parameter("prompt", message),
             SubmitError::Context { .. } | SubmitError::Cache { .. } => Self::context("prompt", message),
             SubmitError::QueueFull { .. } => Self {

@@ -1,6 +1,6 @@
 //! Bodies of requests: JSON, whose wrong fields are named.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc};
 
 use axum::{
     body::Bytes,
@@ -13,9 +13,7 @@ use serde_json::{Map, Value};
 use super::{Server, error::ApiError, types::unsupported};
 
 /// The most bytes of a body.
-pub const MAX_BODY_BYTES: usize = 16 << 20;
-/// How long a body may take to come.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+pub const MAX_BODY_BYTES: usize = 8 << 20;
 
 /// A request's body.
 pub trait RequestBody: Sized {
@@ -61,16 +59,13 @@ impl Fields {
     /// Refuses fields that ask for what this server does not do, and returns those that
     /// nobody knows.
     fn rest(self) -> Result<Vec<String>, ApiError> {
-        let mut unknown = self.unknown.unwrap_or_default().into_iter().collect::<Vec<_>>();
-        let mut refused = Ok(());
-        unknown.retain(|name| {
-            let known = unsupported::check(name, &self.object[name.as_str()]);
-            known.unwrap_or_else(|error| {
-                refused = Err(error);
-                true
-            }) == false
-        });
-        refused.map(|()| unknown)
+        let mut nobodys = Vec::new();
+        for name in self.unknown.unwrap_or_default() {
+            if !unsupported::check(&name, &self.object[name.as_str()])? {
+                nobodys.push(name);
+            }
+        }
+        Ok(nobodys)
     }
 }
 
@@ -99,7 +94,8 @@ impl<T: RequestBody> FromRequest<Arc<Server>> for Body<T> {
         // Bodies are not read in vain.
         server.llm()?;
         check_content_type(request.headers())?;
-        let bytes = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, &())).await;
+        let bytes =
+            tokio::time::timeout(server.options.body_timeout, Bytes::from_request(request, &())).await;
         let bytes = bytes.map_err(|_| {
             ApiError::of_status(StatusCode::REQUEST_TIMEOUT, "the body did not come in time; send it again")
         })?;

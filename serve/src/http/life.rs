@@ -1,7 +1,10 @@
 //! A server's life: it starts to answer, its model is loaded, and it ends.
 
-use std::{future::pending, net::TcpListener, sync::Arc, thread, time::Duration};
+use std::{future::pending, io, net::TcpListener, sync::Arc, thread, time::Duration};
 
+use socket2::SockRef;
+#[cfg(unix)]
+use tokio::signal::unix;
 use tokio::{
     sync::{oneshot, watch},
     time,
@@ -12,6 +15,9 @@ use crate::{Llm, Result};
 
 /// What a program's exit code is that a signal ended.
 const EXIT_CODE: i32 = 130;
+
+/// The most connections that wait to be accepted.
+const BACKLOG: i32 = 4096;
 
 /// What loads a model.
 pub type Load = Box<dyn FnOnce() -> Result<Llm> + Send>;
@@ -70,10 +76,12 @@ impl Life {
 
 /// See [`Server::run`].
 pub async fn run(server: &Arc<Server>, listener: TcpListener, load: Load) -> Result<()> {
+    // So that many clients may come at once; the system may have a lower limit.
+    SockRef::from(&listener).listen(BACKLOG)?;
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let loading = load_model(server, load)?;
-    let signals = tokio::spawn(end_on_signals(server.clone()));
+    let signals = tokio::spawn(end_on_signals(Signals::new()?, server.clone()));
     let serving = connections::serve(listener, router::router(server), &server.life, &server.options);
     let served = tokio::select! {
         () = serving => Ok(()),
@@ -86,55 +94,69 @@ pub async fn run(server: &Arc<Server>, listener: TcpListener, load: Load) -> Res
 /// Loads the model on a thread of its own. What is returned ends if that fails.
 fn load_model(server: &Arc<Server>, load: Load) -> Result<impl Future<Output = crate::Error> + use<>> {
     let (failed, failure) = oneshot::channel();
-    let server = server.clone();
+    let (server, loaded) = (server.clone(), server.clone());
     thread::Builder::new().name("load".into()).spawn(move || match load() {
         Ok(llm) => {
-            tracing::info!(model = server.options.names[0], place = llm.place(), "the model is loaded");
+            tracing::info!(model = server.name, place = llm.place(), "the model is loaded");
             let _ = server.llm.set(llm);
         }
         // The server may have ended.
         Err(error) => drop(failed.send(error)),
     })?;
-    Ok(async {
+    Ok(async move {
         match failure.await {
             Ok(error) => error,
-            Err(_) => pending().await,
+            Err(_) if loaded.llm.get().is_some() => pending().await,
+            Err(_) => "the thread that loads the model panicked; the reason is above".into(),
         }
     })
 }
 
 /// The first signal drains, and the second ends the program.
-async fn end_on_signals(server: Arc<Server>) {
-    signal().await;
+async fn end_on_signals(mut signals: Signals, server: Arc<Server>) {
+    signals.next().await;
     server.drain();
-    signal().await;
+    signals.next().await;
     tracing::warn!("a second signal ends the server at once");
     std::process::exit(EXIT_CODE);
 }
 
-/// Waits for Ctrl-C, or what a service is ended by.
-async fn signal() {
-    let interrupted = async {
-        if tokio::signal::ctrl_c().await.is_err() {
-            pending::<()>().await;
-        }
-    };
-    tokio::select! {
-        () = interrupted => {}
-        () = terminated() => {}
-    }
+/// Ctrl-C, and what a service is ended by.
+#[cfg(unix)]
+struct Signals {
+    interrupt: unix::Signal,
+    terminate: unix::Signal,
 }
 
 #[cfg(unix)]
-async fn terminated() {
-    use tokio::signal::unix::{SignalKind, signal};
-    match signal(SignalKind::terminate()) {
-        Ok(mut terminated) => drop(terminated.recv().await),
-        Err(_) => pending().await,
+impl Signals {
+    fn new() -> io::Result<Self> {
+        let [interrupt, terminate] =
+            [unix::SignalKind::interrupt(), unix::SignalKind::terminate()].map(unix::signal);
+        Ok(Self { interrupt: interrupt?, terminate: terminate? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
     }
 }
 
+/// Ctrl-C.
 #[cfg(not(unix))]
-async fn terminated() {
-    pending().await
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
+        if tokio::signal::ctrl_c().await.is_err() {
+            pending::<()>().await;
+        }
+    }
 }

@@ -23,6 +23,8 @@ use super::{Server, life::Active, types::usage::Usage};
 
 /// The header of a request's id.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Paths that are asked again and again, of which only failures are logged.
+const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 /// The longest id that is taken from a request.
 const MAX_ID: usize = 128;
 
@@ -135,6 +137,9 @@ struct Line {
 impl Drop for Line {
     fn drop(&mut self) {
         let Self { log, method, path, status, whole, .. } = self;
+        if *status == 200 && PROBES.contains(&path.as_str()) {
+            return;
+        }
         let outcome = log.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = outcome.as_ref();
         let milliseconds = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;

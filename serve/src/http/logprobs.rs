@@ -41,7 +41,8 @@ impl CompletionLogprobs {
             self.text_offset.push(offset);
             offset += token.chars().count();
             self.token_logprobs.push(logprobs.chosen.max(NEVER));
-            let mut top: std::collections::BTreeMap<_, _> = [(token.clone(), logprobs.chosen.max(NEVER))].into();
+            let mut top: std::collections::BTreeMap<_, _> =
+                [(token.clone(), logprobs.chosen.max(NEVER))].into();
             for other in &logprobs.top {
                 // Of tokens of the same text the likeliest comes first.
                 top.entry(token_text(text, other.token)).or_insert(other.logprob.max(NEVER));

@@ -22,8 +22,7 @@ use prometheus_client::{
 
 use super::{Server, error::ApiError};
 use crate::{
-    engine::{Engine, Status},
-    request::Usage,
+    engine::{Engine, EngineConfig, Status},
     sampling::SamplingParams,
 };
 
@@ -50,10 +49,20 @@ const TOKENS: [f64; 17] = [
 /// Bounds of numbers of answers.
 const ANSWERS: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 
+/// The words of [`Finish::reason`](crate::request::Finish::reason).
+const REASONS: [&str; 4] = ["stop", "length", "abort", "error"];
+
 /// Why an answer ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Finished {
     finished_reason: &'static str,
+}
+
+/// How large the KV cache is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CacheConfig {
+    block_size: u64,
+    num_gpu_blocks: u64,
 }
 
 /// What is counted and measured.
@@ -62,6 +71,7 @@ pub struct Metrics {
     running: Gauge,
     waiting: Gauge,
     cache_usage: Gauge<f64, AtomicU64>,
+    cache_config: Family<CacheConfig, Gauge>,
     preemptions: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
@@ -85,6 +95,11 @@ impl Metrics {
         let labels = [("model_name", model.to_owned()), ("engine", "0".to_owned())];
         let labels = labels.map(|(name, value)| (Cow::from(name), Cow::from(value)));
         let mut all = Registry::with_labels(labels.into_iter());
+        // Those that have not happened yet are 0.
+        let finished = Family::<Finished, Counter>::default();
+        for finished_reason in REASONS {
+            drop(finished.get_or_create(&Finished { finished_reason }));
+        }
         Self {
             running: register(&mut all, "num_requests_running", "Answers that run", Gauge::default()),
             waiting: register(&mut all, "num_requests_waiting", "Answers that wait", Gauge::default()),
@@ -93,6 +108,12 @@ impl Metrics {
                 "kv_cache_usage_perc",
                 "Share of the KV cache's pages that running answers hold; 1 is all",
                 Gauge::default(),
+            ),
+            cache_config: register(
+                &mut all,
+                "cache_config_info",
+                "Tokens of a page of the KV cache, and its pages",
+                Family::default(),
             ),
             preemptions: register(
                 &mut all,
@@ -103,18 +124,23 @@ impl Metrics {
             prefix_queries: register(
                 &mut all,
                 "prefix_cache_queries",
-                "Tokens of prompts that were looked for in the prefix cache",
+                "Tokens of prompts that were computed or found, for each answer",
                 Counter::default(),
             ),
             prefix_hits: register(
                 &mut all,
                 "prefix_cache_hits",
-                "Tokens of prompts that the prefix cache had",
+                "Those that the prefix cache, or another answer, had",
                 Counter::default(),
             ),
             prompt_tokens: register(&mut all, "prompt_tokens", "Tokens of prompts", Counter::default()),
-            generation_tokens: register(&mut all, "generation_tokens", "Tokens of answers", Counter::default()),
-            success: register(&mut all, "request_success", "Answers that ended", Family::default()),
+            generation_tokens: register(
+                &mut all,
+                "generation_tokens",
+                "Tokens of answers",
+                Counter::default(),
+            ),
+            success: register(&mut all, "request_success", "Answers that ended", finished),
             first_token: register(
                 &mut all,
                 "time_to_first_token_seconds",
@@ -196,20 +222,20 @@ impl Metrics {
         self.generation_tokens.inc_by(tokens as u64);
     }
 
-    /// An answer ended; `first` of its prompt's.
-    pub fn ended(&self, reason: &'static str, usage: &Usage, first: bool, took: Duration, decoding: Duration) {
+    /// A prompt of so many tokens was read.
+    pub fn read(&self, tokens: usize) {
+        self.prompt_tokens.inc_by(tokens as u64);
+        self.request_prompt_tokens.observe(tokens as f64);
+    }
+
+    /// An answer of so many tokens ended.
+    pub fn ended(&self, reason: &'static str, tokens: usize, took: Duration, decoding: Duration) {
         self.finished(reason);
-        if first {
-            self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
-            self.prefix_queries.inc_by(usage.prompt_tokens as u64);
-            self.prefix_hits.inc_by(usage.cached_tokens as u64);
-            self.request_prompt_tokens.observe(usage.prompt_tokens as f64);
-        }
-        self.request_generation_tokens.observe(usage.completion_tokens as f64);
+        self.request_generation_tokens.observe(tokens as f64);
         self.end_to_end.observe(took.as_secs_f64());
         self.decode.observe(decoding.as_secs_f64());
-        if usage.completion_tokens > 1 {
-            self.time_per_token.observe(decoding.as_secs_f64() / (usage.completion_tokens - 1) as f64);
+        if tokens > 1 {
+            self.time_per_token.observe(decoding.as_secs_f64() / (tokens - 1) as f64);
         }
     }
 
@@ -224,8 +250,17 @@ impl Metrics {
             let Status { stats, running, waiting, held_pages, .. } = engine.status();
             self.running.set(running as i64);
             self.waiting.set(waiting as i64);
-            self.cache_usage.set(held_pages as f64 / engine.config().num_pages as f64);
-            self.preemptions.inner().store(stats.preemptions as u64, Ordering::Relaxed);
+            let EngineConfig { page_size, num_pages, .. } = *engine.config();
+            self.cache_usage.set(held_pages as f64 / num_pages as f64);
+            let config = CacheConfig { block_size: page_size as u64, num_gpu_blocks: num_pages as u64 };
+            self.cache_config.get_or_create(&config).set(1);
+            for (counter, count) in [
+                (&self.preemptions, stats.preemptions),
+                (&self.prefix_queries, stats.read + stats.saved),
+                (&self.prefix_hits, stats.saved),
+            ] {
+                counter.inner().store(count as u64, Ordering::Relaxed);
+            }
         }
         let mut text = String::new();
         encode(&mut text, &self.registry)?;

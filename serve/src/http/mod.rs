@@ -71,6 +71,8 @@ pub struct ServerOptions {
     pub drain_timeout: Duration,
     /// How long the headers of a request may take, and how long a connection may be idle.
     pub header_timeout: Duration,
+    /// How long the body of a request may take.
+    pub body_timeout: Duration,
     /// How long a client may take nothing of an answer, before it is given up.
     pub write_timeout: Duration,
     /// How long a stream may be silent, before a comment is sent.
@@ -87,6 +89,7 @@ impl ServerOptions {
             max_connections: 4096,
             drain_timeout: Duration::from_secs(30),
             header_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(30),
             keep_alive: Duration::from_secs(15),
         }
@@ -96,6 +99,8 @@ impl ServerOptions {
 /// What all requests share.
 pub struct Server {
     options: ServerOptions,
+    /// The first of the model's names.
+    name: String,
     llm: OnceLock<Llm>,
     /// When it was made, in seconds since 1970.
     created: u64,
@@ -106,15 +111,23 @@ pub struct Server {
 
 impl Server {
     /// A server without a model.
-    pub fn new(options: ServerOptions) -> Self {
-        Self {
-            metrics: Metrics::new(&options.names[0]),
+    ///
+    /// # Errors
+    /// The model has no name, or there may be no connections.
+    pub fn new(options: ServerOptions) -> Result<Self> {
+        if options.max_connections == 0 {
+            return Err("the most connections are 0; expected at least 1".into());
+        }
+        let name = options.names.first().ok_or("the model has no name; expected at least one")?;
+        Ok(Self {
+            name: name.clone(),
+            metrics: Metrics::new(name),
             options,
             llm: OnceLock::new(),
             created: seconds_since_1970(),
             ignored: IgnoredFields::default(),
             life: Life::default(),
-        }
+        })
     }
 
     /// The model.
@@ -139,7 +152,7 @@ impl Server {
     /// # Errors
     /// There is none of that name.
     fn name(&self, asked: Option<&str>) -> Result<String, ApiError> {
-        let Some(asked) = asked else { return Ok(self.options.names[0].clone()) };
+        let Some(asked) = asked else { return Ok(self.name.clone()) };
         match self.options.names.iter().any(|name| name == asked) {
             true => Ok(asked.into()),
             false => Err(ApiError::no_model(asked)),

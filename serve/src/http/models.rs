@@ -55,7 +55,7 @@ impl Server {
             object: "model",
             created: self.created,
             owned_by: "flashinfer-rs",
-            root: self.options.names[0].clone(),
+            root: self.name.clone(),
             max_model_len: self.max_model_len(llm),
         })
     }

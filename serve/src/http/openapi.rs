@@ -27,7 +27,9 @@ use super::{chat, completions, health, metrics, models, tokenize};
         health::version,
         metrics::metrics,
     ),
-    modifiers(&Keys)
+    modifiers(&Keys),
+    // A key is needed where the server was started with one.
+    security((), ("key" = []))
 )]
 pub struct Api;
 

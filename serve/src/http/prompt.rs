@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use tokio::task::spawn_blocking;
 
-use super::error::ApiError;
+use super::{Server, error::ApiError};
 use crate::{
+    Llm,
+    constraint::{Constraint, Grammar},
     sampling::SamplingParams,
-    text::{ChatOptions, Message, Text},
+    text::{ChatOptions, Message},
 };
 
 /// The tokens of a chat.
@@ -15,27 +17,38 @@ use crate::{
 /// # Errors
 /// What the template says of such a chat.
 pub async fn chat(
-    text: &Arc<Text>,
+    server: &Arc<Server>,
     messages: Vec<Message>,
     tools: Vec<serde_json::Value>,
     options: ChatOptions,
 ) -> Result<Vec<u32>, ApiError> {
-    compute(text, move |text| {
-        text.render_chat(&messages, &tools, &options)
-            .map_err(|error| ApiError::parameter("messages", format!("the chat template says: {error}")))
-    })
-    .await?
+    let rendered = compute(server, move |llm| llm.text().render_chat(&messages, &tools, &options)).await?;
+    rendered.map_err(|error| ApiError::parameter("messages", format!("the chat template says: {error}")))
 }
 
-/// Computes something of a text where that holds up no connection.
+/// What answers have to be, compiled; `None` if they may be anything.
+///
+/// # Errors
+/// It cannot be used; `name` is the parameter that has it.
+pub async fn compile(
+    server: &Arc<Server>,
+    constraint: Option<Constraint>,
+    name: &str,
+) -> Result<Option<Grammar>, ApiError> {
+    let Some(constraint) = constraint else { return Ok(None) };
+    let compiled = compute(server, move |llm| llm.engine().compile(&constraint)).await?;
+    compiled.map(Some).map_err(|error| ApiError::parameter(name, error.to_string()))
+}
+
+/// Computes something where that holds up no connection.
 pub async fn compute<T: Send + 'static>(
-    text: &Arc<Text>,
-    work: impl FnOnce(&Arc<Text>) -> T + Send + 'static,
+    server: &Arc<Server>,
+    work: impl FnOnce(&Llm) -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    let text = text.clone();
-    spawn_blocking(move || work(&text)).await.map_err(|error| {
+    let server = server.clone();
+    spawn_blocking(move || server.llm().map(work)).await.unwrap_or_else(|error| {
         tracing::error!(%error, "a text was not computed");
-        ApiError::internal()
+        Err(ApiError::internal())
     })
 }
 

@@ -29,7 +29,7 @@ pub trait Chunks: Send + 'static {
     fn answered(&mut self, answered: Answered) -> Vec<Self::Chunk>;
 
     /// A chunk that says what all answers took.
-    fn usage(&self, usage: Usage) -> Self::Chunk;
+    fn usage(&mut self, usage: Usage) -> Self::Chunk;
 }
 
 /// What is still to be sent.

@@ -34,7 +34,7 @@ pub async fn tokenize(
         (Some(prompt), None) => {
             let bos = request.add_special_tokens.unwrap_or(true);
             let options = EncodeOptions { bos, ..EncodeOptions::default() };
-            prompt::compute(llm.text(), move |text| text.encode_with(&prompt, &options)).await?
+            prompt::compute(&server, move |llm| llm.text().encode_with(&prompt, &options)).await?
         }
         (None, Some(messages)) => {
             let options = chat_options(
@@ -43,7 +43,7 @@ pub async fn tokenize(
                 request.chat_template_kwargs.unwrap_or_default(),
             )?;
             let tools = request.tools.iter().flatten().filter_map(|tool| serde_json::to_value(tool).ok());
-            prompt::chat(llm.text(), message::messages(messages)?, tools.collect(), options).await?
+            prompt::chat(&server, message::messages(messages)?, tools.collect(), options).await?
         }
         _ => return Err(ApiError::parameter("prompt", "expected one of prompt and messages")),
     };
@@ -72,6 +72,6 @@ pub async fn detokenize(
         let message = format!("tokens has {token}; the model knows those below {vocab_size}");
         return Err(ApiError::parameter("tokens", message));
     }
-    let prompt = prompt::compute(llm.text(), move |text| decode(text, &tokens)).await?;
+    let prompt = prompt::compute(&server, move |llm| decode(llm.text(), &tokens)).await?;
     Ok(Json(DetokenizeResponse { prompt }))
 }

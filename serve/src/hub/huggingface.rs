@@ -64,8 +64,9 @@ impl HuggingFace {
 
     /// Asks which files the model has now.
     pub fn resolve(&self, repository: &Repository, config: &StoreConfig) -> Result<Manifest> {
-        let Repository { organization, name, .. } = repository;
-        let mut url = self.url(["api", "models", organization, name])?;
+        let Repository { organization, name, revision, .. } = repository;
+        let revision = revision.iter().flat_map(|revision| ["revision", revision.as_str()]);
+        let mut url = self.url(["api", "models", organization, name].into_iter().chain(revision))?;
         url.set_query(Some("blobs=true"));
         let page = read_page(&self.address(url)?, MAX_LISTING, config)?;
         if page.status != 200 {
@@ -138,11 +139,11 @@ impl HuggingFace {
         let hub = self.shown();
         let remedy = match (status, &self.token) {
             (401 | 404, None) => {
-                "there is none of this name, or it is private: check the name, or set HF_TOKEN to a token that \
-                 may read it"
+                "there is none of this name, or no such revision, or it is private: check the name, or set \
+                 HF_TOKEN to a token that may read it"
             }
             (401, Some(_)) => "it does not accept HF_TOKEN, or there is no such repository: check both",
-            (404, Some(_)) => "there is none of this name that HF_TOKEN may read: check both",
+            (404, Some(_)) => "there is none of this name and revision that HF_TOKEN may read: check both",
             (403, _) => "HF_TOKEN may not read it: use the token of an account that may",
             (429, _) => "too many questions were asked: wait, or set HF_TOKEN",
             _ => "try again later",

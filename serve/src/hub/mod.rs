@@ -88,7 +88,12 @@ impl Hub {
         let manifest = match name {
             ModelName::Smollm2 => return Ok(vec![self.store.locate(&smollm2(), Fetch::Allowed)?.path]),
             ModelName::Path(path) => return Ok(vec![path.clone()]),
-            ModelName::Ollama(name) => return self.ollama()?.locate(name),
+            ModelName::Ollama(name) => {
+                let ollama = self.ollama()?;
+                let files = ollama.locate(name)?;
+                ollama.verify(&files, &self.folder().join("ollama"))?;
+                return Ok(files);
+            }
             ModelName::HuggingFace(_) | ModelName::Url(_) => self.manifests.get(&name.to_string())?,
         };
         match manifest {

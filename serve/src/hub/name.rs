@@ -11,7 +11,7 @@ use flashinfer_rs::artifacts::{Address, Digest};
 use crate::{Error, Result};
 
 /// What a name may be, for messages.
-const EXPECTED: &str = "smollm2, hf.co/ORG/REPO[:FILE or QUANTIZATION], ollama/NAME[:TAG], \
+const EXPECTED: &str = "smollm2, hf.co/ORG/REPO[@REVISION][:FILE or QUANTIZATION], ollama/NAME[:TAG], \
                         https://HOST/FILE#sha256=DIGEST, or the path of a GGUF file";
 /// What addresses of files of Hugging Face begin with, other than the prefix of names.
 const HUGGING_FACE: [&str; 2] = ["https://huggingface.co/", "https://hf.co/"];
@@ -21,7 +21,7 @@ const HUGGING_FACE: [&str; 2] = ["https://huggingface.co/", "https://hf.co/"];
 pub enum ModelName {
     /// `smollm2`: SmolLM2-135M-Instruct, which this package pins.
     Smollm2,
-    /// `hf.co/org/repo[:file or quantization]`: a repository of Hugging Face's hub.
+    /// `hf.co/org/repo[@revision][:file or quantization]`: a repository of Hugging Face's hub.
     HuggingFace(Repository),
     /// `ollama/name[:tag]`: a model in the store of an ollama on this machine.
     Ollama(OllamaName),
@@ -38,6 +38,8 @@ pub struct Repository {
     pub organization: String,
     /// The repository of theirs.
     pub name: String,
+    /// A branch, a tag or a commit of it; `None` for its main branch.
+    pub revision: Option<String>,
     /// A file's path in it, or the name of a quantization; `None` for the usual one.
     pub selector: Option<String>,
 }
@@ -131,16 +133,27 @@ impl FromStr for Repository {
             Some((repository, selector)) => (repository, Some(selector)),
             None => (text, None),
         };
+        let (repository, revision) = match repository.split_once('@') {
+            Some((repository, revision)) => (repository, Some(revision)),
+            None => (repository, None),
+        };
         let Some((organization, name)) = repository.split_once('/').filter(|(_, name)| !name.contains('/'))
         else {
-            return Err("expected hf.co/ORG/REPO, and behind a colon a file of it, or a quantization".into());
+            return Err(
+                "expected hf.co/ORG/REPO, behind an @ a revision, and behind a colon a file or a quantization"
+                    .into());
         };
         if selector.is_some_and(|selector| selector.is_empty() || selector.contains(char::is_control)) {
             return Err("what follows its colon is no file and no quantization".into());
         }
+        // `refs/pr/1` is one, too.
+        for part in revision.iter().flat_map(|revision| revision.split('/')) {
+            check_part("the revision", part)?;
+        }
         Ok(Self {
             organization: check_part("the organization", organization)?.into(),
             name: check_part("the repository", name)?.into(),
+            revision: revision.map(String::from),
             selector: selector.map(String::from),
         })
     }
@@ -149,6 +162,7 @@ impl FromStr for Repository {
 impl fmt::Display for Repository {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "hf.co/{}/{}", self.organization, self.name)?;
+        self.revision.iter().try_for_each(|revision| write!(f, "@{revision}"))?;
         self.selector.iter().try_for_each(|selector| write!(f, ":{selector}"))
     }
 }
@@ -229,6 +243,8 @@ mod tests {
             ("hf.co/org/re-po.v1", "hf.co/org/re-po.v1"),
             ("huggingface.co/org/repo:Q4_K_M", "hf.co/org/repo:Q4_K_M"),
             ("hf.co/org/repo:folder/x:y.gguf", "hf.co/org/repo:folder/x:y.gguf"),
+            ("hf.co/org/repo@v1.0", "hf.co/org/repo@v1.0"),
+            ("hf.co/org/repo@refs/pr/1:x@y.gguf", "hf.co/org/repo@refs/pr/1:x@y.gguf"),
             ("ollama/llama3.2", "ollama/llama3.2:latest"),
             ("ollama/registry.ollama.ai/library/llama3.2:1b", "ollama/llama3.2:1b"),
             ("ollama/me/model", "ollama/me/model:latest"),
@@ -250,6 +266,9 @@ mod tests {
             ("../x", "no model is called"),
             ("hf.co/repo", "hf.co/ORG/REPO"),
             ("hf.co/org/repo/file.gguf", "hf.co/ORG/REPO"),
+            ("hf.co/org/repo@", "the revision is ``"),
+            ("hf.co/org/repo@../main", "the revision is `..`"),
+            ("hf.co/org/repo@a b", "the revision is `a b`"),
             ("hf.co/../repo", "the organization is `..`"),
             ("hf.co/org/..", "the repository is `..`"),
             ("hf.co/org/.git", "the repository is `.git`"),

@@ -1,7 +1,9 @@
 //! The store of an ollama on this machine, which is only read.
 
 use std::{
-    env, fs, io,
+    env,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -81,6 +83,13 @@ impl Ollama {
         }
     }
 
+    /// Reads files of the store whole, once, and refuses those whose SHA-256 is not what they are
+    /// called by. `records` is a folder of the program's own, which remembers those that were
+    /// read, by their sizes and when they were changed.
+    pub fn verify(&self, files: &[PathBuf], records: &Path) -> Result<()> {
+        files.iter().try_for_each(|file| verify(file, records))
+    }
+
     /// The names of all models.
     pub fn list(&self) -> Vec<OllamaName> {
         let mut names = vec![Vec::new()];
@@ -130,6 +139,27 @@ impl Ollama {
     }
 }
 
+/// See [`Ollama::verify`].
+fn verify(path: &Path, records: &Path) -> Result<()> {
+    let unread = |error: io::Error| -> Error { format!("{} cannot be read: {error}", path.display()).into() };
+    let name = path.file_name().unwrap_or_default();
+    let file = File::open(path).map_err(unread)?;
+    let metadata = file.metadata().map_err(unread)?;
+    let state = format!("{} {:?}", metadata.len(), metadata.modified().map_err(unread)?);
+    let record = records.join(name);
+    if fs::read_to_string(&record).is_ok_and(|known| known == state) {
+        return Ok(());
+    }
+    let (found, _) = Digest::of_file(&file).map_err(unread)?;
+    if name.to_str() != Some(&format!("sha256-{found}")) {
+        let path = path.display();
+        return Err(format!("{path} is damaged: its SHA-256 is {found}; fetch it again with ollama").into());
+    }
+    // What cannot be remembered is read again the next time.
+    let _ = fs::create_dir_all(records).and_then(|()| fs::write(record, state));
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,6 +192,28 @@ mod tests {
         let error = ollama.locate(&"llama3.2:1b".parse().unwrap()).unwrap_err().to_string();
         assert!(error.contains("has no ollama/llama3.2:1b") && error.contains("OLLAMA_MODELS"), "{error}");
         assert_eq!(Ollama::new(folder.path().join("none")).list(), []);
+    }
+
+    #[test]
+    fn weights_are_verified_once() {
+        let digest = format!("sha256:{}", Digest::of(b"weights"));
+        let (folder, ollama) = store(&layer("model", &digest, 7));
+        let files = ollama.locate(&"llama3.2".parse().unwrap()).unwrap();
+        let records = folder.path().join("records");
+        ollama.verify(&files, &records).unwrap();
+        let record = records.join(files[0].file_name().unwrap());
+        assert!(record.exists());
+        // What was changed is read again, and a record of another state counts for nothing.
+        let verified = File::open(&files[0]).unwrap().metadata().unwrap().modified().unwrap();
+        fs::write(&files[0], "Weights").unwrap();
+        let error = ollama.verify(&files, &records).unwrap_err().to_string();
+        assert!(error.contains("is damaged") && error.contains("fetch it again"), "{error}");
+        // It is not read while it is as it was.
+        File::options().write(true).open(&files[0]).unwrap().set_modified(verified).unwrap();
+        ollama.verify(&files, &records).unwrap();
+        fs::remove_dir_all(&records).unwrap();
+        ollama.verify(&files, &records).unwrap_err();
+        assert!(!record.exists());
     }
 
     #[test]

@@ -16,6 +16,8 @@ use std::{
 use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+/// That of the revision `refs/pr/1`.
+const OTHER_COMMIT: &str = "89abcdef0123456789abcdef0123456789abcdef";
 
 /// A question to a server.
 #[derive(Clone, Debug, Default)]
@@ -131,16 +133,23 @@ impl FakeHub {
         send: impl Fn(&Asked, &[u8]) -> Answer + Send + Sync + 'static,
     ) -> Self {
         let cdn = Server::start(move |asked| {
-            let content = files.iter().find(|(path, _)| asked.path == format!("/blobs/{path}"));
+            let path = asked.path.trim_start_matches("/blobs/").trim_start_matches("other/");
+            let content = files.iter().find(|(of, _)| *of == path);
             content.map_or_else(|| Answer::status("404 Not Found"), |(_, content)| send(asked, content))
         });
         let moved = cdn.url.clone();
         let hub = Server::start(move |asked| match asked.path.as_str() {
             "/api/models/org/repo?blobs=true" => Answer::new("200 OK", String::new(), listing(files)),
-            path => match path.strip_prefix(&format!("/org/repo/resolve/{COMMIT}/")) {
-                Some(file) => Answer::new("302 Found", format!("location: {moved}/blobs/{file}\r\n"), ""),
-                None => Answer::status("404 Not Found"),
-            },
+            "/api/models/org/repo/revision/refs%2Fpr%2F1?blobs=true" => {
+                Answer::new("200 OK", String::new(), listing(files).replace(COMMIT, OTHER_COMMIT))
+            }
+            path => {
+                let of = |commit| path.strip_prefix(&format!("/org/repo/resolve/{commit}/"));
+                match of(COMMIT).map(String::from).or(of(OTHER_COMMIT).map(|file| format!("other/{file}"))) {
+                    Some(file) => Answer::new("302 Found", format!("location: {moved}/blobs/{file}\r\n"), ""),
+                    None => Answer::status("404 Not Found"),
+                }
+            }
         });
         Self { hub, cdn }
     }
@@ -234,6 +243,22 @@ fn models_of_a_hub_are_fetched_once_listed_and_removed() {
 }
 
 #[test]
+fn a_revision_is_a_model_of_its_own() {
+    let (folder, fake) = (tempfile::tempdir().unwrap(), FakeHub::start(REPOSITORY, Answer::file));
+    let hub = open(folder.path(), &fake);
+    let revision = name("hf.co/org/repo@refs/pr/1:Q4_K_M");
+    let path = hub.locate(&revision).unwrap().remove(0);
+    assert_eq!(fs::read(&path).unwrap(), b"four bits");
+    // What is fetched is of the commit that was listed.
+    assert_eq!(fake.cdn.asked()[0].path, "/blobs/other/folder/x-Q4_K_M.gguf");
+    assert_eq!(names(&hub), [("hf.co/org/repo@refs/pr/1:Q4_K_M".into(), 9, true)]);
+    let error = hub.locate(&name("hf.co/org/repo@v9")).unwrap_err().to_string();
+    assert!(error.contains("does not list hf.co/org/repo@v9") && error.contains("revision"), "{error}");
+    hub.remove(&revision).unwrap();
+    assert!(!path.exists());
+}
+
+#[test]
 fn only_what_the_program_wrote_is_removed() {
     let (folder, fake) = (tempfile::tempdir().unwrap(), FakeHub::start(REPOSITORY, Answer::file));
     let hub = open(folder.path(), &fake);
@@ -323,7 +348,7 @@ fn refusals_say_what_to_do() {
         ("401 Unauthorized", None, &["HTTP status 401", "set HF_TOKEN"][..]),
         ("404 Not Found", None, &["HTTP status 404", "check the name", "set HF_TOKEN"]),
         ("401 Unauthorized", Some("hf_secret"), &["it does not accept HF_TOKEN"]),
-        ("404 Not Found", Some("hf_secret"), &["none of this name that HF_TOKEN may read"]),
+        ("404 Not Found", Some("hf_secret"), &["none of this name and revision that HF_TOKEN may read"]),
         ("403 Forbidden", Some("hf_secret"), &["HF_TOKEN may not read it"]),
         ("429 Too Many", None, &["HTTP status 429", "wait"]),
         ("503 Busy", None, &["HTTP status 503", "try again later"]),

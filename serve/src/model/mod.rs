@@ -82,6 +82,16 @@ impl Model {
         layers.map(|index| self.tensors().layer(index).map_err(|e| self.named(e)))
     }
 
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.gguf.bytes()
+    }
+
+    /// Bytes of tensors that were read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.gguf.bytes_read()
+    }
+
     fn tensors(&self) -> Tensors<'_> {
         Tensors::new(&self.gguf, &self.config)
     }

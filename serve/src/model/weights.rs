@@ -3,6 +3,7 @@
 use std::{cell::RefCell, collections::HashSet};
 
 use candle_core::{Tensor, quantized::GgmlDType};
+use flashinfer_cpu_kernels as kernels;
 
 pub use super::matrix::Matrix;
 use super::{Config, gguf::Gguf, rope};
@@ -95,15 +96,14 @@ impl Linear {
     }
 
     /// `x · matrixᵀ + bias` for rows `x` of `in` numbers: `out` numbers for each.
-    pub fn multiply(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let products = self.parts.iter().map(|part| part.multiply(x)).collect::<Result<Vec<_>>>()?;
-        let mut product = side_by_side(products, &self.parts);
+    pub fn multiply(&self, x: &[f32]) -> Vec<f32> {
+        let mut product = kernels::multiply(x, &self.parts.iter().map(Matrix::view).collect::<Vec<_>>());
         if let Some(bias) = &self.bias {
             for row in product.chunks_exact_mut(bias.len()) {
                 row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
             }
         }
-        Ok(product)
+        product
     }
 
     /// Its numbers, `[out, in]`, in `f32`.
@@ -111,21 +111,6 @@ impl Linear {
         let parts = self.parts.iter().map(Matrix::dequantize).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&parts, 0)?)
     }
-}
-
-/// Rows of the products of parts, one part beside the other.
-fn side_by_side(mut products: Vec<Vec<f32>>, parts: &[Matrix]) -> Vec<f32> {
-    let rows = products[0].len() / parts[0].rows();
-    if products.len() == 1 || rows == 1 {
-        let rest = products.split_off(1);
-        let mut first = products.swap_remove(0);
-        first.extend(rest.into_iter().flatten());
-        return first;
-    }
-    let parts = || products.iter().zip(parts);
-    let row =
-        |row: usize| parts().flat_map(move |(product, part)| &product[row * part.rows()..][..part.rows()]);
-    (0..rows).flat_map(row).copied().collect()
 }
 
 /// Where weights come from: the tensors of a file, by name.
@@ -284,6 +269,6 @@ impl<'a> Tensors<'a> {
         let info = self.gguf.find(name, shape)?;
         let Some(asked) = &self.asked else { return self.gguf.read(name, info) };
         asked.borrow_mut().insert(name.into());
-        Ok(vec![Matrix::from_bytes(&[], GgmlDType::F32, [0, 1])?])
+        Ok(vec![Matrix::from_bytes(Vec::new(), GgmlDType::F32, [0, 1])?])
     }
 }

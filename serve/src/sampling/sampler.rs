@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use flashinfer_rs::indices::LogitEdit;
 use rand::{Rng, SeedableRng, rngs::ChaCha8Rng};
 
+use toktrie::SimpleVob;
+
 use super::SamplingParams;
 use crate::backend::Output;
 
@@ -62,8 +64,9 @@ impl Sampler {
         }
     }
 
-    /// How the token after the answer is chosen, from this row of logits.
-    pub fn output(&self, row: usize) -> Output {
+    /// How the token after the answer is chosen, from this row of logits: one that is allowed,
+    /// if not all are.
+    pub fn output(&self, row: usize, allowed: Option<Arc<SimpleVob>>) -> Output {
         let params = &*self.params;
         Output {
             row,
@@ -75,12 +78,14 @@ impl Sampler {
                 0.0 => 0.0,
                 _ => uniform(self.seed, self.choice, self.len),
             },
-            edits: self.edits(),
+            edits: self.edits(allowed.as_deref()),
             logprobs: params.logprobs,
+            allowed,
         }
     }
 
-    fn edits(&self) -> Vec<LogitEdit> {
+    /// The edits of a row. Tokens that may not come yet do where no others are allowed.
+    fn edits(&self, allowed: Option<&SimpleVob>) -> Vec<LogitEdit> {
         let edit = |(&token, seen): (&u32, &Seen)| {
             let params = &*self.params;
             let times = seen.in_answer as f32;
@@ -88,7 +93,9 @@ impl Sampler {
             let repetition_penalty = if seen.anywhere { params.repetition_penalty } else { 1.0 };
             LogitEdit { token, repetition_penalty, bias: seen.bias - penalty }
         };
-        if self.len >= self.params.min_tokens {
+        let is_banned = |token: u32| self.banned.contains(&token);
+        let only_banned = allowed.is_some_and(|allowed| allowed.iter().all(is_banned));
+        if self.len >= self.params.min_tokens || only_banned {
             return self.seen.iter().map(edit).collect();
         }
         let mut edits: BTreeMap<_, _> = self.seen.iter().map(|seen| (*seen.0, edit(seen))).collect();

@@ -81,20 +81,20 @@ fn penalties_count_tokens_as_vllm_does() {
     let mut sampler = sampler(params, &[4, 3, 4], &[]);
     let edit = |token, repetition_penalty, bias| LogitEdit { token, repetition_penalty, bias };
     // The prompt is repeated, and is no part of the answer.
-    assert_eq!(sampler.output(0).edits, [edit(3, 2.0, 1.0), edit(4, 2.0, 0.0), edit(9, 1.0, -7.0)]);
+    assert_eq!(sampler.output(0, None).edits, [edit(3, 2.0, 1.0), edit(4, 2.0, 0.0), edit(9, 1.0, -7.0)]);
     for token in [5, 3, 5] {
         sampler.push(token);
     }
     let expected = [edit(3, 2.0, 0.25), edit(4, 2.0, 0.0), edit(5, 2.0, -1.0), edit(9, 1.0, -7.0)];
-    assert_eq!(sampler.output(0).edits, expected);
+    assert_eq!(sampler.output(0, None).edits, expected);
 }
 
 #[test]
 fn without_penalties_nothing_is_edited() {
     let mut sampler = sampler(SamplingParams::default(), &[1, 2], &[0]);
     sampler.push(3);
-    assert_eq!(sampler.output(7), Output::greedy(7));
-    assert!(sampler.output(7).is_plain());
+    assert_eq!(sampler.output(7, None), Output::greedy(7));
+    assert!(sampler.output(7, None).is_greedy());
 }
 
 #[test]
@@ -102,10 +102,10 @@ fn end_tokens_are_banned_until_there_are_enough_tokens() {
     let params = SamplingParams { min_tokens: 2, logit_bias: [(8, 1.0)].into(), ..SamplingParams::default() };
     let mut sampler = sampler(params, &[], &[7, 8]);
     for _ in 0..2 {
-        assert_eq!(sampler.output(0).edits, [LogitEdit::ban(7), LogitEdit::ban(8)]);
+        assert_eq!(sampler.output(0, None).edits, [LogitEdit::ban(7), LogitEdit::ban(8)]);
         sampler.push(5);
     }
-    assert_eq!(sampler.output(0).edits, [LogitEdit::bias(8, 1.0)]);
+    assert_eq!(sampler.output(0, None).edits, [LogitEdit::bias(8, 1.0)]);
 }
 
 /// The random numbers of the positions of some answers.
@@ -114,7 +114,7 @@ fn uniforms(seed: u64, choice: usize, len: usize) -> Vec<f32> {
     let mut sampler = Sampler::new(&Arc::new(params), seed, choice, &[], [].into_iter());
     (0..len)
         .map(|_| {
-            let uniform = sampler.output(0).uniform;
+            let uniform = sampler.output(0, None).uniform;
             sampler.push(0);
             uniform
         })
@@ -206,7 +206,7 @@ fn what_is_drawn_has_the_exact_distribution() {
                 let mut sampler = Sampler::new(&params, seed, 0, &[2, 1], [].into_iter());
                 sampler.push(4);
                 sampler.push(4);
-                sampler.output(seed as usize)
+                sampler.output(seed as usize, None)
             })
             .collect();
         let samples = sampler::sample(&outputs, &LOGITS.repeat(outputs.len()), LOGITS.len()).unwrap();

@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use super::{Limits, Token, Update};
 use crate::{
     backend::Output,
+    constraint::Grammar,
     request::{Finish, Request, RequestId},
     sampling::{Sampler, SamplingParams},
 };
@@ -18,6 +19,8 @@ pub struct Choice {
     pub index: usize,
     params: Arc<SamplingParams>,
     sampler: Sampler,
+    /// What the answer has to be, and how far it has come.
+    grammar: Option<Grammar>,
     tokens: Vec<u32>,
     prompt: usize,
     /// Tokens that the cache held at some time.
@@ -30,13 +33,14 @@ pub struct Choice {
 impl Choice {
     /// The answers to a request, all of which are still empty.
     pub fn of(id: RequestId, request: Request, limits: &Limits) -> impl Iterator<Item = Self> {
-        let Request { prompt, params } = request;
+        let Request { prompt, params, grammar, .. } = request;
         let (params, ends) = (Arc::new(params), limits.ends.clone());
         let seed = params.seed.unwrap_or_else(rand::random);
         (0..params.n).map(move |index| Self {
             request: id,
             index,
             sampler: Sampler::new(&params, seed, index, &prompt, ends_of(&params, &ends)),
+            grammar: grammar.clone(),
             params: params.clone(),
             prompt: prompt.len(),
             tokens: prompt.clone(),
@@ -88,15 +92,28 @@ impl Choice {
         self.params.max_tokens.unwrap_or(usize::MAX) - self.answer().len()
     }
 
+    /// Whether the answer has to be what a constraint asks for. Then it has no drafts.
+    pub fn is_constrained(&self) -> bool {
+        self.grammar.is_some()
+    }
+
+    /// Finds the tokens that the constraint allows next, if there is one. If none can be found,
+    /// the answer ends, which is said.
+    pub fn advance_grammar(&mut self) -> Option<Update> {
+        let problem = self.grammar.as_mut()?.advance().err()?;
+        Some(self.end(Finish::Failed(format!("its constraint cannot be followed: {problem}"))))
+    }
+
     /// How the next token, and those after each token of a draft, are chosen: from a
     /// row of logits and those that follow it.
     pub fn outputs(&self, row: usize, draft: &[u32]) -> Vec<Output> {
-        let mut outputs = vec![self.sampler.output(row)];
+        let allowed = self.grammar.as_ref().and_then(Grammar::allowed).cloned();
+        let mut outputs = vec![self.sampler.output(row, allowed)];
         if !draft.is_empty() {
             let mut sampler = self.sampler.clone();
             outputs.extend((row + 1..).zip(draft).map(|(row, &token)| {
                 sampler.push(token);
-                sampler.output(row)
+                sampler.output(row, None)
             }));
         }
         outputs
@@ -106,15 +123,26 @@ impl Choice {
     pub fn push(&mut self, token: u32, limits: &Limits, cache: usize) {
         self.tokens.push(token);
         self.sampler.push(token);
+        let of_constraint = self.push_to_grammar(token);
         // What follows a token takes that token's place in the cache.
         self.finish = match self.tokens.len() {
             _ if !self.params.ignore_eos && limits.ends.contains(&token) => Some(Finish::EndToken(token)),
             _ if self.params.stop_token_ids.contains(&token) => Some(Finish::StopToken(token)),
+            _ if of_constraint.is_some() => of_constraint,
             _ if self.room() == 0 => Some(Finish::MaxTokens),
             len if len > limits.context => Some(Finish::Context),
             len if len > cache => Some(Finish::Cache),
             _ => None,
         };
+    }
+
+    /// Tells the constraint of a token, and gives the end if it asks for no more.
+    fn push_to_grammar(&mut self, token: u32) -> Option<Finish> {
+        let grammar = self.grammar.as_mut()?;
+        match grammar.push(token) {
+            Ok(()) => grammar.is_complete().then_some(Finish::Complete),
+            Err(problem) => Some(Finish::Failed(format!("its constraint cannot be followed: {problem}"))),
+        }
     }
 }
 

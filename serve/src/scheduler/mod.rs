@@ -40,6 +40,7 @@ use std::{
 };
 
 use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache, Sequence};
+use rayon::prelude::*;
 
 use self::part::Part;
 pub use self::{choice::Choice, stats::Stats};
@@ -213,8 +214,9 @@ impl Scheduler {
     /// A fault of this scheduler, which is of no use afterwards. What the backend
     /// fails at is in the report.
     pub fn step(&mut self, backend: &mut dyn Backend) -> Result<Report> {
-        let parts = self.plan()?;
         let mut report = Report::default();
+        self.advance_grammars(&mut report)?;
+        let parts = self.plan()?;
         if parts.is_empty() {
             return Ok(report);
         }
@@ -229,6 +231,16 @@ impl Scheduler {
         }
         self.remove_ended()?;
         Ok(report)
+    }
+
+    /// Finds the tokens that constraints allow next, of all choices that run at once, and ends
+    /// those for which there are none.
+    fn advance_grammars(&mut self, report: &mut Report) -> Result<()> {
+        if self.running.iter().any(Choice::is_constrained) {
+            report.updates.par_extend(self.running.par_iter_mut().filter_map(Choice::advance_grammar));
+            self.remove_ended()?;
+        }
+        Ok(())
     }
 
     /// Computes one token that is of no request: whether the backend computes anything.

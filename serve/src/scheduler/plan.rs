@@ -133,6 +133,9 @@ impl Scheduler {
         let (page_size, most) = (self.pool.page_size(), self.limits.context.min(self.bounds.cache_tokens));
         for (index, part) in parts.iter_mut().enumerate().filter(|(_, part)| part.whole) {
             let (choice, sequence) = (&self.running[index], &self.batch.sequences()[index]);
+            if choice.is_constrained() {
+                continue;
+            }
             let len = choice.tokens().len();
             let before = part.further_pages(sequence);
             let slots = len.next_multiple_of(page_size) - len + pages * page_size;

@@ -40,7 +40,7 @@ impl Requests {
 
     /// Adds a request, and gives its number.
     pub fn submit(&mut self, prompt: &[u32], params: &SamplingParams) -> Result<usize, SubmitError> {
-        let request = Request { prompt: prompt.into(), params: params.clone() };
+        let request = Request::new(prompt.into(), params.clone());
         self.scheduler.submit(RequestId(self.next as u64), request)?;
         for choice in 0..params.n {
             self.answers.insert((self.next, choice), Answer::default());

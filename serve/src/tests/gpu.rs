@@ -78,6 +78,12 @@ fn drafts_on_the_gpu_save_steps_and_change_no_id() {
     check_drafts(&mut loaded.gpu(&pool, 64), &pool, &loaded.text);
 }
 
+#[test]
+fn prompts_are_read_in_parts_of_2048_on_a_gpu() {
+    let Some(_turn) = turn() else { return };
+    crate::llm::tests::check_parts(Place::Gpu, 2048);
+}
+
 /// What greedy decoding adds to prompts that take every step together: the
 /// first reads all of them, the others are graphs.
 fn decode(engine: &mut dyn Backend, pool: &PageAllocator, prompts: &[&[u32]], steps: usize) -> Vec<Vec<u32>> {

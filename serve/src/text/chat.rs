@@ -97,6 +97,11 @@ impl Chat {
         Ok(Some(Self { template, tool_use, names: Arc::clone(control), tokens }))
     }
 
+    /// The template for chats with tools.
+    pub fn tool_template(&self) -> &str {
+        &self.tool_use.as_ref().unwrap_or(&self.template).text
+    }
+
     /// The chat as the template writes it.
     ///
     /// # Errors

@@ -9,9 +9,13 @@ use crate::Result;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
+    /// Who says how the model is to answer.
     System,
+    /// As the system, in the names of newer APIs.
     Developer,
+    /// Who asks.
     User,
+    /// The model.
     Assistant,
     /// The result of a tool.
     Tool,
@@ -37,14 +41,20 @@ impl Role {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Part {
-    Text { text: String },
+    /// Text.
+    Text {
+        /// What it says.
+        text: String,
+    },
 }
 
 /// What is said.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Content {
+    /// Text.
     Text(String),
+    /// Several parts, one after the other.
     Parts(Vec<Part>),
 }
 
@@ -64,6 +74,7 @@ impl Content {
 /// A function and its arguments, as the model called it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FunctionCall {
+    /// The function's name.
     pub name: String,
     /// An object, or the text of one as OpenAI's API has it.
     pub arguments: Value,
@@ -72,14 +83,17 @@ pub struct FunctionCall {
 /// A call of a tool.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ToolCall {
+    /// What the tool's result names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// What was called, and with what.
     pub function: FunctionCall,
 }
 
 /// A message.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Message {
+    /// Who says it.
     pub role: Role,
     /// Calls of tools may have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -87,6 +101,7 @@ pub struct Message {
     /// What a model thought before it answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// The tools that the model called.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
     /// The call that a tool's result answers.

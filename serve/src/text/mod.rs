@@ -7,7 +7,8 @@
 //! | `message`, `chat` | messages, and the text that a model reads for them |
 //! | `template`, `source`, `python` | Jinja, as templates for transformers expect it |
 //! | `marks`, `names` | which control tokens a template wrote; names of tokens in text |
-//! | `stream` | ids to text, while they come |
+//! | `stream`, `stops` | ids to text while they come, and stop strings in it |
+//! | `tools` | calls of tools in what a model says |
 //!
 //! **Text is text.** Names of control tokens in it (`<|im_end|>`, `<s>`) become ordinary tokens.
 //! Only a chat's template writes control tokens, and [`EncodeOptions::control`].
@@ -27,14 +28,17 @@ mod python;
 mod sentencepiece;
 mod source;
 pub(crate) mod splits;
+mod stops;
 mod stream;
 mod template;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+pub mod tools;
 mod vocabulary;
 
 pub use self::message::{Content as MessageContent, FunctionCall, Message, Part, Role, ToolCall};
+pub(crate) use self::stops::Stops;
 use self::{
     chat::Chat,
     metadata::Metadata,
@@ -42,7 +46,7 @@ use self::{
     tokenizer::Tokenizer,
     vocabulary::Kind,
 };
-pub use self::{chat::ChatOptions, stream::Stream};
+pub use self::{chat::ChatOptions, stream::Stream, tools::ToolFormat};
 use crate::Result;
 
 /// What becomes of a text, beside its own tokens.
@@ -170,6 +174,16 @@ impl Text {
             ids.splice(0..0, self.bos);
         }
         Ok(ids)
+    }
+
+    /// How the model calls tools, if its template says so in a way that is known.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        ToolFormat::of(self.chat.as_ref()?.tool_template())
+    }
+
+    /// The control token of this name.
+    pub fn control_id(&self, name: &str) -> Option<u32> {
+        self.tokenizer.vocabulary.id(name).filter(|id| self.is_control(*id))
     }
 
     /// The tokens with which the model ends its answer.

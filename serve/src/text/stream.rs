@@ -12,23 +12,28 @@ pub struct Stream {
     pending: Vec<u8>,
     /// A space that comes first is left out.
     strip: bool,
-    /// Control tokens are shown.
-    control: bool,
+    /// Control tokens that are shown.
+    shown: Vec<u32>,
 }
 
 impl Stream {
     pub(super) fn new(text: Arc<Text>) -> Self {
-        Self { strip: text.space_prefix(), text, pending: Vec::new(), control: false }
+        Self { strip: text.space_prefix(), text, pending: Vec::new(), shown: Vec::new() }
     }
 
-    /// Shows control tokens by their names, too, for those who look for calls of tools.
-    pub fn with_control(self) -> Self {
-        Self { control: true, ..self }
+    /// Shows these control tokens by their names, for those who look for calls of tools.
+    pub fn showing(self, tokens: Vec<u32>) -> Self {
+        Self { shown: tokens, ..self }
+    }
+
+    /// Keeps a space that comes first, which is text and not how a text begins.
+    pub fn with_first_space(self) -> Self {
+        Self { strip: false, ..self }
     }
 
     /// The text that a further token completes, with marks for what is no text.
     pub fn push(&mut self, id: u32) -> String {
-        let shown = self.control || !self.text.is_control(id);
+        let shown = !self.text.is_control(id) || self.shown.contains(&id);
         let mut bytes = if shown { self.text.token_bytes(id) } else { &[] };
         if self.strip && !bytes.is_empty() {
             bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);

@@ -2,7 +2,7 @@
 
 mod control;
 mod files;
-mod templates;
+pub mod templates;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,7 +13,7 @@ use crate::Result;
 
 /// What a file says.
 #[derive(Clone)]
-struct File(HashMap<String, Value>);
+pub struct File(HashMap<String, Value>);
 
 fn strings<T: AsRef<str>>(all: &[T]) -> Value {
     Value::Array(all.iter().map(|text| Value::String(text.as_ref().into())).collect())
@@ -62,7 +62,7 @@ impl File {
         self
     }
 
-    fn text(&self) -> Result<Arc<Text>> {
+    pub fn text(&self) -> Result<Arc<Text>> {
         let content = Content {
             magic: VersionedMagic::GgufV3,
             metadata: self.0.clone(),
@@ -142,6 +142,6 @@ fn tokens_have_bytes() {
     assert!(text.is_control(258) && !text.is_control(257) && !text.is_control(259));
     let mut stream = text.stream();
     assert_eq!([stream.push(0xe6), stream.push(258)], ["", ""]);
-    let mut stream = text.stream().with_control();
+    let mut stream = text.stream().showing(vec![258]);
     assert_eq!([stream.push(u32::from(b'a')), stream.push(258)], ["a", "<|im_end|>"]);
 }

@@ -24,7 +24,7 @@ use std::{
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 use flashinfer_rs::{
     FlashInferError, ModuleName,
-    artifacts::{ArtifactError, Digest, Package, Store, StoreConfig},
+    artifacts::{ArtifactError, CudaArchitecture, Digest, Package, Store, StoreConfig},
 };
 use indicatif::HumanBytes;
 
@@ -102,10 +102,15 @@ enum Command {
 /// Reads a package's name, written with `_` or `-`.
 fn package(name: &str) -> Result<Package, String> {
     let key = name.replace('-', "_");
-    Package::PINNED
-        .into_iter()
-        .find(|package| package.key() == key)
-        .ok_or_else(|| format!("expected one of {}", Package::PINNED.each_ref().map(Package::key).join(", ")))
+    let provider = || {
+        let code = key.strip_prefix(Package::JitCache.key())?.strip_prefix('_')?;
+        CudaArchitecture::parse(code).map(Package::provider)
+    };
+    let pinned = Package::PINNED.into_iter().find(|package| package.key() == key);
+    pinned.or_else(provider).ok_or_else(|| {
+        let names = Package::PINNED.each_ref().map(Package::key).join(", ");
+        format!("expected one of {names}, or a provider that is pinned, such as flashinfer_jit_cache_sm90a")
+    })
 }
 
 impl Sources {

@@ -5,6 +5,7 @@ use super::{
     options::{RunOptions, check_sm_scale},
     planned::{check_keys, check_output},
     published::{is_published, unpublished},
+    resolve::flash_attention,
     spec::{AttentionSpec, Backend, Heads},
 };
 use crate::{
@@ -15,6 +16,9 @@ use crate::{
     ops::{check::Check, page::check_cache},
     tensor::RawTensor,
 };
+
+/// A compute capability that has all of FlashAttention.
+pub(super) const ANY_BACKEND: (i32, i32) = (9, 0);
 
 /// The arguments of a run, and what its plan is for.
 pub(crate) struct BatchRun<'a> {
@@ -62,29 +66,37 @@ impl AttentionSpec {
     /// FlashInfer's wheels have a module of batch decode for this spec.
     pub(crate) fn check_decode(&self) -> Result<()> {
         self.check_paged()?;
-        self.check_published(match &self.backend {
-            Backend::Auto => &[Backend::Fa2, Backend::CudaCores],
-            asked => std::slice::from_ref(asked),
-        })
+        self.check_published(
+            Family::Batch,
+            match &self.backend {
+                Backend::Auto => &[Backend::Fa2, Backend::CudaCores],
+                asked => std::slice::from_ref(asked),
+            },
+        )
     }
 
     /// FlashInfer's wheels have a module of batch prefill for this spec.
     pub(crate) fn check_prefill(&self) -> Result<()> {
-        self.check_published(match &self.backend {
-            Backend::Auto => &[Backend::Fa2, Backend::Fa3],
-            asked => std::slice::from_ref(asked),
-        })
+        self.check_published(Family::Batch, flash_attention(self.backend, ANY_BACKEND)?)
     }
 
-    fn check_published(&self, backends: &[Backend]) -> Result<()> {
-        if backends
-            .iter()
-            .any(|&backend| is_published(self, FlashInferVersion::OLDEST, Family::Batch, backend))
-        {
+    /// FlashInfer's wheels have a module of prefill of one request for this spec.
+    pub(crate) fn check_single_prefill(&self) -> Result<()> {
+        self.check_published(Family::Single, flash_attention(self.backend, ANY_BACKEND)?)
+    }
+
+    /// FlashInfer's wheels have a module of decode of one request for this spec.
+    pub(crate) fn check_single_decode(&self) -> Result<()> {
+        self.check_published(Family::Single, &[Backend::CudaCores])
+    }
+
+    fn check_published(&self, family: Family, backends: &[Backend]) -> Result<()> {
+        const VERSION: FlashInferVersion = FlashInferVersion::OLDEST;
+        if backends.iter().any(|&backend| is_published(self, VERSION, family, backend)) {
             return Ok(());
         }
-        let name = self.module(FlashInferVersion::OLDEST, Family::Batch, backends[0])?;
-        Err(unpublished(self, Family::Batch, backends.iter().copied(), name.as_str()))
+        let name = self.module(VERSION, family, backends[0])?;
+        Err(unpublished(self, family, backends.iter().copied(), name.as_str()))
     }
 }
 

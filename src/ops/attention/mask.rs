@@ -39,6 +39,15 @@ pub enum Mask<'p> {
     MultiItem(&'p ItemTable),
 }
 
+/// Which mask it is, wherever its arrays are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MaskKind {
+    None,
+    Causal,
+    Custom,
+    MultiItem,
+}
+
 /// The largest number of a `u16`, which stands for "skip nothing".
 const FA2_MAX_ITEM_KEYS: usize = u16::MAX as usize;
 
@@ -97,10 +106,71 @@ pub(super) fn check_causal(
     Ok(())
 }
 
+impl MaskKind {
+    /// Whether no query sees a key after its position.
+    fn is_causal(self) -> bool {
+        matches!(self, Self::Causal | Self::MultiItem)
+    }
+
+    /// Refuses masks without a kernel, and those that do not fit the queries and keys of the
+    /// requests.
+    pub(crate) fn check(
+        self,
+        check: &Check<'_>,
+        spec: &AttentionSpec,
+        fa3: bool,
+        requests: impl IntoIterator<Item = (usize, usize)> + Clone,
+        paged: bool,
+    ) -> Result<()> {
+        let unsupported = |what: &str, available: &str| {
+            Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
+        };
+        if self.is_causal() {
+            check_causal(check, requests.clone())?;
+        }
+        match self {
+            Self::None | Self::Causal => Ok(()),
+            _ if spec.attention_sink => unsupported(
+                "custom and multi-item masks with attention sinks",
+                "there are Mask::None and Mask::Causal",
+            ),
+            Self::Custom if fa3 => {
+                unsupported("custom masks with FlashAttention 3", "use a spec with Backend::Fa2")
+            }
+            Self::Custom => Ok(()),
+            Self::MultiItem if !paged => unsupported(
+                "multi-item scoring over keys that are not paged",
+                "it reads paged keys; see BatchPrefill::plan_paged",
+            ),
+            Self::MultiItem if spec.window_left.is_some() => {
+                unsupported("multi-item scoring with a sliding window", "use a spec without a window")
+            }
+            Self::MultiItem
+                if !fa3 && requests.clone().into_iter().any(|(_, keys)| keys > FA2_MAX_ITEM_KEYS) =>
+            {
+                unsupported(
+                    "multi-item scoring over more than 65535 keys with FlashAttention 2",
+                    "use Backend::Fa3 on compute capability 9.0, or split the items among requests",
+                )
+            }
+            Self::MultiItem => Ok(()),
+        }
+    }
+}
+
 impl Mask<'_> {
+    fn kind(&self) -> MaskKind {
+        match self {
+            Self::None => MaskKind::None,
+            Self::Causal => MaskKind::Causal,
+            Self::Custom { .. } => MaskKind::Custom,
+            Self::MultiItem(_) => MaskKind::MultiItem,
+        }
+    }
+
     /// Whether no query sees a key after its position.
     pub(super) fn is_causal(&self) -> bool {
-        matches!(self, Self::Causal | Self::MultiItem(_))
+        self.kind().is_causal()
     }
 
     /// Whether bits on the device decide what is seen.
@@ -118,21 +188,9 @@ impl Mask<'_> {
         requests: impl ExactSizeIterator<Item = (usize, usize)> + Clone,
         paged: bool,
     ) -> Result<()> {
-        let unsupported = |what: &str, available: &str| {
-            Err(FlashInferError::Unsupported { what: what.into(), available: available.into() })
-        };
-        if self.is_causal() {
-            check_causal(check, requests.clone())?;
-        }
+        self.kind().check(check, spec, fa3, requests.clone(), paged)?;
         match self {
             Self::None | Self::Causal => Ok(()),
-            _ if spec.attention_sink => unsupported(
-                "custom and multi-item masks with attention sinks",
-                "there are Mask::None and Mask::Causal",
-            ),
-            Self::Custom { .. } if fa3 => {
-                unsupported("custom masks with FlashAttention 3", "use a spec with Backend::Fa2")
-            }
             Self::Custom { indices, bits } => {
                 check.on_stream("mask", indices.stream())?;
                 if let Err(problem) = check_shapes(indices.host().shapes(), requests) {
@@ -145,19 +203,6 @@ impl Mask<'_> {
                     return check.fail("mask", format!("it has {has} bytes; the batch needs {needed}"));
                 }
                 Ok(())
-            }
-            Self::MultiItem(_) if !paged => unsupported(
-                "multi-item scoring over keys that are not paged",
-                "it reads paged keys; see BatchPrefill::plan_paged",
-            ),
-            Self::MultiItem(_) if spec.window_left.is_some() => {
-                unsupported("multi-item scoring with a sliding window", "use a spec without a window")
-            }
-            Self::MultiItem(_) if !fa3 && requests.clone().any(|(_, keys)| keys > FA2_MAX_ITEM_KEYS) => {
-                unsupported(
-                    "multi-item scoring over more than 65535 keys with FlashAttention 2",
-                    "use Backend::Fa3 on compute capability 9.0, or split the items among requests",
-                )
             }
             Self::MultiItem(items) => {
                 check.on_stream("items", items.stream())?;

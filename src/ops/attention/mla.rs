@@ -9,6 +9,7 @@
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
 use super::{
+    batch_run::ANY_BACKEND,
     mla_spec::MlaSpec,
     mla_work::{Work, int_bytes},
     options::{PlanOptions, check_sm_scale},
@@ -21,9 +22,10 @@ use crate::{
     artifacts::FlashInferVersion,
     capture,
     cuda::DeviceAttribute,
+    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
-    indices::{PageTable, RaggedIndices},
+    indices::{PageIndices, PageTable, RaggedIndices},
     kv::layout::{MLA_DIMS, MlaCache, split_latent},
     module::Module,
     ops::{check::Check, page::check_mla_cache},
@@ -153,11 +155,7 @@ impl BatchMla {
     /// [`Unsupported`](FlashInferError::Unsupported): there is no such module, or
     /// not for this GPU. Else the module cannot be had or opened.
     pub fn new(stream: &Stream, spec: &MlaSpec, num_heads: usize) -> Result<Self> {
-        let check = Check::new("BatchMla::new", stream)?;
-        check_sm_scale(&check, spec.sm_scale)?;
-        if num_heads == 0 {
-            return check.fail("num_heads", "there must be a head".into());
-        }
+        check_new(&Check::new("BatchMla::new", stream)?, spec, num_heads)?;
         let runtime = FlashInferRuntime::get()?;
         let backend = flash_attention(spec.backend, runtime.compute_capability(stream.ordinal())?)?[0];
         // What the oldest version refuses, no later one has.
@@ -341,23 +339,9 @@ impl MlaPlan<'_> {
     ) -> Result<()> {
         let (spec, table, stream) = (&self.mla.spec, self.table, self.stream());
         let check = Check::new(RUN_OP, stream)?;
-        let (rows, heads) = (self.rows as i64, self.mla.num_heads as i64);
-        let [ckv, kpe] = MLA_DIMS;
-        for (name, tensor, dim) in
-            [("q.nope", &q.nope.raw, ckv), ("q.pe", &q.pe.raw, kpe), ("out", &out.raw, ckv)]
-        {
-            check.tensor(name, tensor, &[spec.dtype], &[3])?;
-            check.shape(name, tensor, &[rows, heads, dim])?;
-            check.last_dim_contiguous(name, tensor)?;
-            check.aligned(name, tensor, 16)?;
-            check.offsets_in_32_bits(name, tensor)?;
-        }
-        let parts = [("cache.ckv", &cache.ckv.raw), ("cache.kpe", &cache.kpe.raw)];
-        check_mla_cache(&check, parts.map(|part| part.0), parts.map(|part| part.1), table, &[spec.dtype])?;
-        for (name, part) in parts {
-            check_page_span(&check, name, part)?;
-        }
-        check_lse(&check, lse.as_ref().map(|lse| &lse.raw), rows, heads)?;
+        let (rows, num_heads) = (self.rows, self.mla.num_heads);
+        let run = MlaRun { dtype: spec.dtype, rows, num_heads, q, cache, out, lse: lse.as_deref() };
+        run.check(&check, table)?;
         let Some(info) = &self.planned.info else { return Ok(()) };
         if capture::is_active() {
             return check.fail(
@@ -381,7 +365,7 @@ impl MlaPlan<'_> {
             o: DlTensor::new(&o),
             maybe_lse: lse.as_ref().map(|lse| DlTensor::new(&lse.raw)),
             mask_mode: self.causal.into(),
-            num_heads: heads,
+            num_heads: num_heads as i64,
             page_size: table.host().page_size() as i64,
             sm_scale: spec.sm_scale,
             return_lse_base_on_e: false,
@@ -414,6 +398,68 @@ impl MlaPlan<'_> {
     }
 }
 
+/// What [`BatchMla::new`] refuses whatever the GPU is.
+fn check_new(check: &Check<'_>, spec: &MlaSpec, num_heads: usize) -> Result<()> {
+    check_sm_scale(check, spec.sm_scale)?;
+    if num_heads == 0 {
+        return check.fail("num_heads", "there must be a head".into());
+    }
+    Ok(())
+}
+
+/// As [`BatchMla::new`], where no GPU is known.
+pub(crate) fn check_mla_spec(check: &Check<'_>, spec: &MlaSpec, num_heads: usize) -> Result<()> {
+    check_new(check, spec, num_heads)?;
+    spec.module(FlashInferVersion::OLDEST, flash_attention(spec.backend, ANY_BACKEND)?[0]).map(drop)
+}
+
+/// As [`BatchMla::plan`], where no GPU is known.
+pub(crate) fn check_mla_plan(
+    check: &Check<'_>,
+    queries: &RaggedIndices,
+    table: &PageIndices,
+    num_heads: usize,
+    causal: bool,
+) -> Result<()> {
+    let work = Work::of(check, queries, table, num_heads, causal)?;
+    if work.kv_lens.is_empty() { Ok(()) } else { work.check_tiles(check) }
+}
+
+/// The arguments of a run, and what its plan is for.
+pub(crate) struct MlaRun<'a> {
+    pub(crate) dtype: DType,
+    /// Rows of queries.
+    pub(crate) rows: usize,
+    pub(crate) num_heads: usize,
+    pub(crate) q: &'a MlaQuery<'a>,
+    pub(crate) cache: &'a MlaCache<'a>,
+    pub(crate) out: &'a TensorMut<'a>,
+    pub(crate) lse: Option<&'a TensorMut<'a>>,
+}
+
+impl MlaRun<'_> {
+    /// All that the kernels assume of tensors.
+    pub(crate) fn check(&self, check: &Check<'_>, table: &impl AsRef<PageIndices>) -> Result<()> {
+        let Self { dtype, q, cache, out, .. } = *self;
+        let (rows, heads, [ckv, kpe]) = (self.rows as i64, self.num_heads as i64, MLA_DIMS);
+        for (name, tensor, dim) in
+            [("q.nope", &q.nope.raw, ckv), ("q.pe", &q.pe.raw, kpe), ("out", &out.raw, ckv)]
+        {
+            check.tensor(name, tensor, &[dtype], &[3])?;
+            check.shape(name, tensor, &[rows, heads, dim])?;
+            check.last_dim_contiguous(name, tensor)?;
+            check.aligned(name, tensor, 16)?;
+            check.offsets_in_32_bits(name, tensor)?;
+        }
+        let parts = [("cache.ckv", &cache.ckv.raw), ("cache.kpe", &cache.kpe.raw)];
+        check_mla_cache(check, parts.map(|part| part.0), parts.map(|part| part.1), table, &[dtype])?;
+        for (name, part) in parts {
+            check_page_span(check, name, part)?;
+        }
+        check_lse(check, self.lse.map(|lse| &lse.raw), rows, heads)
+    }
+}
+
 /// The kernels compute a token's offset inside its page in 32 bits.
 fn check_page_span(check: &Check<'_>, argument: &'static str, part: &RawTensor) -> Result<()> {
     let (page_size, stride) = (part.shape()[1], part.strides()[1]);
@@ -433,7 +479,6 @@ mod tests {
         super::testing::{on_a_stream, refused},
         *,
     };
-    use crate::dtype::DType;
 
     #[test]
     fn pages_span_less_than_32_bits() {

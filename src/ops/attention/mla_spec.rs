@@ -33,8 +33,7 @@ pub struct MlaSpec {
     /// positions asks for. The dimensions here do not tell, so there is no
     /// default.
     pub sm_scale: f64,
-    /// Which kernels serve it. [`Backend::Auto`] takes FlashAttention 3 on
-    /// compute capability 9.x, else 2, as upstream does.
+    /// Which kernels serve it: FlashAttention 2 or 3.
     pub backend: Backend,
 }
 

@@ -121,6 +121,12 @@ impl Work {
                 ),
             );
         }
+        self.check_tiles(check)
+    }
+
+    /// Refuses tiles with which the kernels would leave keys out.
+    pub(super) fn check_tiles(&self, check: &Check<'_>) -> Result<()> {
+        let tile = self.cluster() * BLOCK_TILE;
         // The kernels round down where a tile ends inside a query, and then
         // may leave out the last key that this query sees. The last tile of a
         // request ends after all of its queries.

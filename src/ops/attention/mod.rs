@@ -71,7 +71,6 @@ mod testing;
 mod workspace;
 
 pub use batch_attention::{BatchAttention, BatchAttentionPlan};
-pub(crate) use batch_run::BatchRun;
 pub use cascade::{CascadeLevel, CascadePlan, CascadeReplayKey, CascadeWorkspace, MultiLevelCascade};
 pub use decode::{BatchDecode, DecodePlan};
 pub use mask::Mask;
@@ -84,6 +83,13 @@ pub use single_decode::SingleDecode;
 pub use single_prefill::SinglePrefill;
 pub use spec::{AttentionSpec, Backend, Heads, PosEncodingMode};
 pub use workspace::Workspace;
+pub(crate) use {
+    batch_run::BatchRun,
+    mask::MaskKind,
+    mla::{MlaRun, check_mla_plan, check_mla_spec},
+    single_decode::{check_single_decode, check_single_decode_spec},
+    single_prefill::check_single_prefill,
+};
 
 use crate::ffi::Signature;
 

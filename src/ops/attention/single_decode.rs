@@ -4,6 +4,7 @@
 //! `include/flashinfer/attention/decode.cuh` of FlashInfer 0.6.13.
 
 use super::{
+    batch_run::BatchRun,
     decode::check_cuda_cores,
     modules::Family,
     options::RunOptions,
@@ -35,6 +36,7 @@ kernels! {
 pub(in crate::ops) const SIGNATURES: &[(&str, &[Signature])] =
     &[("single_decode_with_kv_cache_*", Run::SIGNATURES)];
 
+const NEW_OP: &str = "SingleDecode::new";
 const OP: &str = "SingleDecode::run_with";
 
 /// Decode of one request: attention of one query to all keys, on CUDA cores.
@@ -82,16 +84,8 @@ impl SingleDecode {
     /// [`Backend::Fa2`] or [`Backend::Fa3`]. Else the module cannot be had or
     /// opened.
     pub fn new(stream: &Stream, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        stream.check_usable_here("SingleDecode::new")?;
-        const INSTEAD: &str = "use SinglePrefill with one query";
-        let group = heads.check("SingleDecode::new")?;
-        if !matches!(spec.backend, Backend::Auto | Backend::CudaCores) {
-            return Err(FlashInferError::Unsupported {
-                what: format!("decode of one request with Backend::{:?}", spec.backend),
-                available: format!("it is on CUDA cores; {INSTEAD}"),
-            });
-        }
-        check_cuda_cores(spec, group, INSTEAD)?;
+        stream.check_usable_here(NEW_OP)?;
+        check_single_decode_spec(spec, heads)?;
         let (module, _) = spec.first_module(Family::Single, &[Backend::CudaCores])?;
         OutputScale::prepare(spec)?;
         Ok(Self { spec: *spec, heads, module, run: module.kernel(Run::SIGNATURES)? })
@@ -151,7 +145,7 @@ impl SingleDecode {
         &self,
         workspace: &mut Workspace,
         q: &TensorRef<'_>,
-        [k, v]: [&TensorRef<'_>; 2],
+        kv: [&TensorRef<'_>; 2],
         out: &mut TensorMut<'_>,
         lse: Option<&mut TensorMut<'_>>,
         options: &RunOptions<'_>,
@@ -159,18 +153,9 @@ impl SingleDecode {
         let (spec, heads, stream) = (&self.spec, self.heads, &workspace.stream().clone());
         let check = Check::new(OP, stream)?;
         let (q, out, lse) = (&q.raw, &out.raw, lse.map(|lse| &lse.raw));
-        let row = |name, tensor: &RawTensor, dtype, rank| {
-            check.tensor(name, tensor, &[dtype], &[rank]).and_then(|()| tensor.as_one_row())
-        };
-        let (q_row, out_row) = (row("q", q, spec.dtype_q, 2)?, row("out", out, spec.dtype_o, 2)?);
-        let lse_row = lse.map(|lse| row("lse", lse, DType::F32, 1)).transpose()?;
-        check_output(&check, spec, heads, 1, &q_row, &out_row, lse_row.as_ref())?;
-        check.contiguous("q", q)?;
-        check.tensor("k", &k.raw, &[spec.dtype_kv], &[3])?;
-        let keys = k.shape()[0] as usize;
-        check_keys(&check, spec, heads, keys, [&k.raw, &v.raw])?;
-        let (layout, [k, v]) = stored(&check, [k, v])?;
-        options.check(&check, spec, heads)?;
+        let run = BatchRun { spec, heads, rows: 1, q, out, lse, options };
+        let (layout, [k, v]) = check_single_decode(&check, &run, kv)?;
+        let keys = kv[0].shape()[0] as usize;
         OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
         if keys == 0 {
             // SAFETY: output and sums were checked.
@@ -202,6 +187,42 @@ impl SingleDecode {
             OutputScale::apply(stream, out, options.v_scale)
         }
     }
+}
+
+/// Refuses what decode of one request has no kernel for.
+pub(crate) fn check_single_decode_spec(spec: &AttentionSpec, heads: Heads) -> Result<()> {
+    const INSTEAD: &str = "use SinglePrefill with one query";
+    let group = heads.check(NEW_OP)?;
+    if !matches!(spec.backend, Backend::Auto | Backend::CudaCores) {
+        return Err(FlashInferError::Unsupported {
+            what: format!("decode of one request with Backend::{:?}", spec.backend),
+            available: format!("it is on CUDA cores; {INSTEAD}"),
+        });
+    }
+    check_cuda_cores(spec, group, INSTEAD)
+}
+
+/// All that the kernel assumes of a run of one request, whose query has no axis of its own. Gives
+/// how keys and values are stored.
+pub(crate) fn check_single_decode(
+    check: &Check<'_>,
+    run: &BatchRun<'_>,
+    kv: [&TensorRef<'_>; 2],
+) -> Result<(KvLayout, [RawTensor; 2])> {
+    let BatchRun { spec, heads, q, out, lse, options, .. } = *run;
+    let row = |name, tensor: &RawTensor, dtype, rank| {
+        check.tensor(name, tensor, &[dtype], &[rank]).and_then(|()| tensor.as_one_row())
+    };
+    let (q_row, out_row) = (row("q", q, spec.dtype_q, 2)?, row("out", out, spec.dtype_o, 2)?);
+    let lse_row = lse.map(|lse| row("lse", lse, DType::F32, 1)).transpose()?;
+    check_output(check, spec, heads, 1, &q_row, &out_row, lse_row.as_ref())?;
+    check.contiguous("q", q)?;
+    let [k, v] = kv.map(|tensor| &tensor.raw);
+    check.tensor("k", k, &[spec.dtype_kv], &[3])?;
+    check_keys(check, spec, heads, k.shape()[0] as usize, [k, v])?;
+    let stored = stored(check, kv)?;
+    options.check(check, spec, heads)?;
+    Ok(stored)
 }
 
 /// The layout in which keys and values are stored contiguously, and what they

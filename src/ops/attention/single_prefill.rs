@@ -7,7 +7,7 @@
 use super::{
     empty_states,
     modules::Family,
-    options::{PrefillRunOptions, check_sm_scale},
+    options::{PrefillRunOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output},
     single_scratch::{MAX_KEYS, Work, scratch, write_empty_states},
@@ -21,7 +21,7 @@ use crate::{
     module::Module,
     ops::check::Check,
     stream::Stream,
-    tensor::{TensorMut, TensorRef},
+    tensor::{RawTensor, TensorMut, TensorRef},
 };
 
 kernels! {
@@ -166,20 +166,8 @@ impl SinglePrefill {
         let (spec, stream) = (&self.spec, &workspace.stream().clone());
         let check = Check::new(OP, stream)?;
         let (q, k, v, out, lse) = (&q.raw, &k.raw, &v.raw, &out.raw, lse.map(|lse| &lse.raw));
-        check.tensor("q", q, &[spec.dtype_q], &[3])?;
-        check.tensor("k", k, &[spec.dtype_kv], &[3])?;
-        let [rows, num_qo_heads] = [0, 1].map(|axis| q.shape()[axis] as usize);
-        let [keys, num_kv_heads] = [0, 1].map(|axis| k.shape()[axis] as usize);
-        let work = Work { spec, heads: Heads { num_qo_heads, num_kv_heads }, rows, keys };
-        work.heads.check(OP)?;
-        check_output(&check, spec, work.heads, rows, q, out, lse)?;
-        check_keys(&check, spec, work.heads, keys, [k, v])?;
-        if keys > MAX_KEYS {
-            return check.fail("k", format!("{keys} keys; at most 2^30"));
-        }
-        check_described(&check, self.fa3, &[("q", q), ("k", k), ("v", v)])?;
-        options.check(&check, spec, work.heads)?;
-        check_sm_scale(&check, options.logit_scale(spec))?;
+        let work = check_single_prefill(&check, spec, self.fa3, [q, k, v, out], lse, options)?;
+        let Work { rows, keys, .. } = work;
         let scale = options.v_scale.filter(|_| !self.fa3);
         OutputScale::check_ready(&check, spec.dtype_o, scale)?;
         mask.check(&check, spec, self.fa3, std::iter::once((rows, keys)), false)?;
@@ -244,4 +232,30 @@ impl SinglePrefill {
                 .mark(stream, lse)
         }
     }
+}
+
+/// All that the kernels assume of tensors and options, but for the mask.
+pub(crate) fn check_single_prefill<'s>(
+    check: &Check<'_>,
+    spec: &'s AttentionSpec,
+    fa3: bool,
+    [q, k, v, out]: [&RawTensor; 4],
+    lse: Option<&RawTensor>,
+    options: &RunOptions<'_>,
+) -> Result<Work<'s>> {
+    check.tensor("q", q, &[spec.dtype_q], &[3])?;
+    check.tensor("k", k, &[spec.dtype_kv], &[3])?;
+    let [rows, num_qo_heads] = [0, 1].map(|axis| q.shape()[axis] as usize);
+    let [keys, num_kv_heads] = [0, 1].map(|axis| k.shape()[axis] as usize);
+    let work = Work { spec, heads: Heads { num_qo_heads, num_kv_heads }, rows, keys };
+    work.heads.check(OP)?;
+    check_output(check, spec, work.heads, rows, q, out, lse)?;
+    check_keys(check, spec, work.heads, keys, [k, v])?;
+    if keys > MAX_KEYS {
+        return check.fail("k", format!("{keys} keys; at most 2^30"));
+    }
+    check_described(check, fa3, &[("q", q), ("k", k), ("v", v)])?;
+    options.check(check, spec, work.heads)?;
+    check_sm_scale(check, options.logit_scale(spec))?;
+    Ok(work)
 }

@@ -71,7 +71,7 @@ pub(super) fn scratch(check: &Check<'_>, workspace: &mut Workspace, needed: usiz
 
 /// One run, as launchers see it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Work<'a> {
+pub(crate) struct Work<'a> {
     pub(super) spec: &'a AttentionSpec,
     pub(super) heads: Heads,
     pub(super) rows: usize,

@@ -135,7 +135,7 @@ pub struct BmmFp8Input<'a> {
 
 /// The sizes and types that an algorithm is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Problem {
+pub(crate) struct Problem {
     device: Device,
     batch: i64,
     sizes: [i64; 3],
@@ -316,7 +316,7 @@ fn algo_buffer(raw: &mut [u64]) -> Result<RawTensor> {
 
 impl Problem {
     /// All that cuBLASLt is told of the tensors, and takes on trust.
-    fn check(check: &Check<'_>, out: &RawTensor, input: &BmmFp8Input<'_>) -> Result<Self> {
+    pub(crate) fn check(check: &Check<'_>, out: &RawTensor, input: &BmmFp8Input<'_>) -> Result<Self> {
         let (a, b) = (&input.a.raw, &input.b.raw);
         check.tensor("a", a, &FACTORS, &[3])?;
         check.tensor("b", b, &FACTORS, &[3])?;

@@ -13,11 +13,15 @@
 //! `csrc/bmm_fp8.cu`, `include/flashinfer/gemm/` and `gemm/gemm_base.py` of
 //! FlashInfer 0.6.13.
 
+mod backend;
 mod bmm_fp8;
 mod segment;
+mod sizes;
 
+pub use backend::GemmBackend;
 pub use bmm_fp8::{Algorithm, BmmFp8Input, CublasLt, bmm_fp8, bmm_fp8_get_algos, bmm_fp8_run_with_algo};
-pub use segment::{GemmBackend, SegmentGemm, SegmentGemmInput};
+pub use segment::{SegmentGemm, SegmentGemmInput};
+pub(crate) use {bmm_fp8::Problem, sizes::Sizes};
 
 use crate::{ffi::Signature, module::ModuleName};
 

@@ -315,9 +315,8 @@ pub fn radix_topk_page_table_transform(
     check.on_stream("rows", rows.stream())?;
     let (output, input) = (&output_page_table.raw, &input.raw);
     let max_row_bytes = row_states.max_row_bytes();
-    let k =
-        check_transform(&check, "output_page_table", [output, input], rows.host(), options, max_row_bytes)?;
-    check_page_table(&check, &src_page_table.raw, rows.host())?;
+    let tensors = [output, input, &src_page_table.raw];
+    let k = check_page_table_transform(&check, tensors, rows.host(), options, max_row_bytes)?;
     if output.numel() == 0 {
         return Ok(());
     }
@@ -377,8 +376,8 @@ pub fn radix_topk_ragged_transform(
     check.on_stream("rows", rows.stream())?;
     let (output, input, offsets) = (&output_indices.raw, &input.raw, &offsets.raw);
     let max_row_bytes = row_states.max_row_bytes();
-    let k = check_transform(&check, "output_indices", [output, input], rows.host(), options, max_row_bytes)?;
-    check_integers(&check, "offsets", offsets, &[input.shape()[0]])?;
+    let tensors = [output, input, offsets];
+    let k = check_ragged_transform(&check, tensors, rows.host(), options, max_row_bytes)?;
     if output.numel() == 0 {
         return Ok(());
     }
@@ -463,7 +462,7 @@ fn check_integers(
 }
 
 /// Everything about [`radix_topk`]; gives `k`.
-fn check_topk(
+pub(crate) fn check_topk(
     check: &Check<'_>,
     [values, indices, input]: [&RawTensor; 3],
     options: &TopKOptions,
@@ -481,6 +480,32 @@ fn check_topk(
     check.contiguous("values", values)?;
     check.aligned("values", values, values.dtype.size())?;
     check_integers(check, "indices", indices, &shape)?;
+    Ok(k)
+}
+
+/// Everything about [`radix_topk_page_table_transform`]; gives `k`.
+pub(crate) fn check_page_table_transform(
+    check: &Check<'_>,
+    [output, input, table]: [&RawTensor; 3],
+    rows: &RowIndices,
+    options: &TopKOptions,
+    max_row_bytes: i64,
+) -> Result<i64> {
+    let k = check_transform(check, "output_page_table", [output, input], rows, options, max_row_bytes)?;
+    check_page_table(check, table, rows)?;
+    Ok(k)
+}
+
+/// Everything about [`radix_topk_ragged_transform`]; gives `k`.
+pub(crate) fn check_ragged_transform(
+    check: &Check<'_>,
+    [output, input, offsets]: [&RawTensor; 3],
+    rows: &RowIndices,
+    options: &TopKOptions,
+    max_row_bytes: i64,
+) -> Result<i64> {
+    let k = check_transform(check, "output_indices", [output, input], rows, options, max_row_bytes)?;
+    check_integers(check, "offsets", offsets, &[input.shape()[0]])?;
     Ok(k)
 }
 

@@ -2,7 +2,7 @@
 
 use super::super::host::Check;
 use crate::{
-    attention::{AttentionSpec, PosEncodingMode, RunOptions},
+    attention::{AttentionSpec, MaskKind, PosEncodingMode, RunOptions},
     error::Result,
     indices::{ItemIndices, MaskIndices, RaggedIndices, check_shapes},
     tensor::TensorRef,
@@ -21,6 +21,17 @@ pub enum Mask<'a> {
     Custom(&'a MaskIndices, &'a [u8]),
     /// The prefix, and its own item up to its position.
     MultiItem(&'a ItemIndices),
+}
+
+impl Mask<'_> {
+    pub(super) fn kind(&self) -> MaskKind {
+        match self {
+            Self::None => MaskKind::None,
+            Self::Causal => MaskKind::Causal,
+            Self::Custom(..) => MaskKind::Custom,
+            Self::MultiItem(_) => MaskKind::MultiItem,
+        }
+    }
 }
 
 /// What ALiBi adds to a logit for each unit of a head's slope.

@@ -19,7 +19,10 @@ pub(super) use logits::softmax;
 
 use super::{host::Check, strict};
 use crate::{
-    attention::{AttentionSpec, BatchRun, Heads, RunOptions},
+    attention::{
+        AttentionSpec, Backend, BatchRun, Heads, RunOptions, check_single_decode, check_single_decode_spec,
+        check_single_prefill,
+    },
     error::Result,
     indices::{PageIndices, RaggedIndices},
     kv::{KvLayout, PagedKv},
@@ -52,6 +55,20 @@ fn as_run<'a>(
 ) -> BatchRun<'a> {
     let heads = Heads::new(axis(q, 1), num_kv_heads);
     BatchRun { spec, heads, rows, q: &q.raw, out: &out.raw, lse: lse.map(|lse| &lse.raw), options }
+}
+
+/// What planning a batch of requests with so many queries and keys refuses, where the thread is strict.
+fn check_plan(
+    op: &'static str,
+    spec: &AttentionSpec,
+    mask: Mask<'_>,
+    requests: impl Iterator<Item = (usize, usize)> + Clone,
+    paged: bool,
+) -> Result<()> {
+    strict::as_kernel(op, |check| {
+        spec.check_prefill()?;
+        mask.kind().check(check, spec, spec.backend == Backend::Fa3, requests, paged)
+    })
 }
 
 /// [`DecodePlan::run_with`](crate::attention::DecodePlan::run_with) on the CPU:
@@ -117,8 +134,10 @@ pub fn batch_prefill_paged(
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_prefill_paged" };
+    let requests =
+        (0..table.batch_size().min(queries.batch_size())).map(|at| (queries.len(at), table.seq_len(at)));
+    check_plan("BatchPrefill::plan_paged", spec, mask, requests, true)?;
     strict::as_kernel("PrefillPlan::run_with", |check| {
-        spec.check_prefill()?;
         let rows = padded_rows(q, queries);
         let run = as_run(spec, q, out, lse.as_deref(), kv_heads(kv), rows, options);
         run.check_on_tensor_cores(check)?;
@@ -148,8 +167,9 @@ pub fn batch_prefill_ragged(
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::batch_prefill_ragged" };
+    let requests = (0..keys.batch_size().min(queries.batch_size())).map(|at| (queries.len(at), keys.len(at)));
+    check_plan("BatchPrefill::plan_ragged", spec, mask, requests, false)?;
     strict::as_kernel("PrefillPlan::run_with", |check| {
-        spec.check_prefill()?;
         let rows = padded_rows(q, queries);
         let run = as_run(spec, q, out, lse.as_deref(), axis(kv[0], 1), rows, options);
         run.check_on_tensor_cores(check)?;
@@ -179,6 +199,14 @@ pub fn single_prefill(
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::single_prefill" };
+    strict::as_kernel("SinglePrefill::run_with", |check| {
+        spec.check_single_prefill()?;
+        let fa3 = spec.backend == Backend::Fa3;
+        let tensors = [&q.raw, &kv[0].raw, &kv[1].raw, &out.raw];
+        let lse = lse.as_ref().map(|lse| &lse.raw);
+        check_single_prefill(check, spec, fa3, tensors, lse, options)?;
+        mask.kind().check(check, spec, fa3, [(axis(q, 0), axis(kv[0], 0))], false)
+    })?;
     let [queries, keys] = [rows_of(q)?, rows_of(kv[0])?];
     let logits = Logits::new(check, spec, mask, options)?;
     let mut attention = Attention::new(check, spec, q, (&queries, false), out, lse)?;
@@ -203,6 +231,14 @@ pub fn single_decode(
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = Check { op: "reference::single_decode" };
+    strict::as_kernel("SingleDecode::run_with", |check| {
+        let heads = Heads::new(axis(q, 0), axis(kv[0], 1));
+        check_single_decode_spec(spec, heads)?;
+        spec.check_single_decode()?;
+        let lse = lse.as_ref().map(|lse| &lse.raw);
+        let run = BatchRun { spec, heads, rows: 1, q: &q.raw, out: &out.raw, lse, options };
+        check_single_decode(check, &run, kv)
+    })?;
     let row = |name, tensor: &RawTensor, rank| {
         if tensor.shape().len() == rank {
             return tensor.as_one_row();

@@ -8,8 +8,10 @@ pub const MODULES: &str = "modules";
 pub const MODULES_0_7: &str = "modules-0.7";
 pub const MODEL: &str = "model";
 pub const CC: &str = "cc";
+/// Of `serve/tests/clients`.
+pub const CHROMIUM: &str = "chromium";
 
-const ALL: [&str; 5] = [LIBTVM_FFI, MODULES, MODULES_0_7, MODEL, CC];
+const ALL: [&str; 6] = [LIBTVM_FFI, MODULES, MODULES_0_7, MODEL, CC, CHROMIUM];
 
 /// Whether tests must fail for want of `what`.
 pub fn is_required(what: &str) -> bool {

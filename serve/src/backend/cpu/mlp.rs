@@ -2,6 +2,8 @@
 
 use std::f32::consts::FRAC_2_PI;
 
+use rayon::prelude::*;
+
 use crate::{
     Result,
     model::{
@@ -14,31 +16,35 @@ use crate::{
 /// What a layer's MLP or experts make of rows.
 pub fn run(config: &Config, mlp: &LayerMlp, x: &[f32]) -> Result<Vec<f32>> {
     match (mlp, config.experts) {
-        (LayerMlp::Dense(mlp), _) => dense(config, mlp, x),
-        (LayerMlp::Experts(mlps), Some(experts)) => routed(config, experts, mlps, x),
+        (LayerMlp::Dense(mlp), _) => Ok(dense(config, mlp, x)),
+        (LayerMlp::Experts(mlps), Some(experts)) => Ok(routed(config, experts, mlps, x)),
         (LayerMlp::Experts(_), None) => Err("a layer has experts, and its model none".into()),
     }
 }
 
-fn dense(config: &Config, mlp: &Mlp, x: &[f32]) -> Result<Vec<f32>> {
-    let gate_up = mlp.gate_up.multiply(x)?;
+fn dense(config: &Config, mlp: &Mlp, x: &[f32]) -> Vec<f32> {
+    let gate_up = mlp.gate_up.multiply(x);
     let inner = mlp.gate_up.rows() / 2;
     let activate = match config.activation {
         Activation::Silu => |x: f32| x * sigmoid(x),
         Activation::GeluTanh => gelu_tanh,
     };
-    let row = |row: &[f32]| {
+    let mut activated = vec![0.0; gate_up.len() / 2];
+    let rows = activated.par_chunks_exact_mut(inner).zip(gate_up.par_chunks_exact(2 * inner));
+    rows.for_each(|(out, row)| {
         let (gate, up) = row.split_at(inner);
-        gate.iter().zip(up).map(|(&gate, up)| activate(gate) * up).collect::<Vec<_>>()
-    };
-    mlp.down.multiply(&gate_up.chunks_exact(2 * inner).flat_map(row).collect::<Vec<_>>())
+        for (out, (&gate, up)) in out.iter_mut().zip(gate.iter().zip(up)) {
+            *out = activate(gate) * up;
+        }
+    });
+    mlp.down.multiply(&activated)
 }
 
 /// What experts make of the rows that the router gives them, and the one that
 /// every row has.
-fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: &[f32]) -> Result<Vec<f32>> {
+fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: &[f32]) -> Vec<f32> {
     let hidden = config.hidden_size;
-    let scores = mlps.router.multiply(x)?;
+    let scores = mlps.router.multiply(x);
     let mut out = vec![0.0; x.len()];
     let mut add = |row: usize, share: f32, part: &[f32]| {
         let sums = &mut out[row * hidden..][..hidden];
@@ -47,19 +53,19 @@ fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: &[f32]) -> Re
     let routes = route(experts, &scores);
     for (mlp, routes) in mlps.experts.iter().zip(routes).filter(|(_, routes)| !routes.is_empty()) {
         let mine = routes.iter().flat_map(|&(row, _)| &x[row * hidden..][..hidden]);
-        let parts = dense(config, mlp, &mine.copied().collect::<Vec<_>>())?;
+        let parts = dense(config, mlp, &mine.copied().collect::<Vec<_>>());
         for (&(row, share), part) in routes.iter().zip(parts.chunks_exact(hidden)) {
             add(row, share, part);
         }
     }
     if let Some(shared) = &mlps.shared {
-        let shares = shared.gate.multiply(x)?;
-        let parts = dense(config, &shared.mlp, x)?;
+        let shares = shared.gate.multiply(x);
+        let parts = dense(config, &shared.mlp, x);
         for (row, (share, part)) in shares.into_iter().zip(parts.chunks_exact(hidden)).enumerate() {
             add(row, sigmoid(share), part);
         }
     }
-    Ok(out)
+    out
 }
 
 /// The rows of each expert, and its share of each.

@@ -53,7 +53,7 @@ impl Network {
         let wanted = outputs.iter().flat_map(|&row| &residual[row * hidden_size..][..hidden_size]);
         let x = self.norm(&wanted.copied().collect::<Vec<_>>(), &self.ends.norm);
         let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
-        let mut logits = head.multiply(&x)?;
+        let mut logits = head.multiply(&x);
         if let Some(cap) = self.config.final_soft_cap {
             let cap = cap as f32;
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
@@ -71,11 +71,13 @@ impl Network {
     ) -> Result<Vec<f32>> {
         let LayerConfig { window, rope } = self.config.layers[index];
         let [qo, kv] = self.config.widths();
-        let qkv = layer.qkv.multiply(x)?;
-        let columns = |start: usize, len: usize| -> Vec<f32> {
-            qkv.chunks_exact(qo + 2 * kv).flat_map(|row| &row[start..start + len]).copied().collect()
-        };
-        let (mut q, mut k, v) = (columns(0, qo), columns(qo, kv), columns(qo + kv, kv));
+        let qkv = layer.qkv.multiply(x);
+        let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
+        for row in qkv.chunks_exact(qo + 2 * kv) {
+            q.extend_from_slice(&row[..qo]);
+            k.extend_from_slice(&row[qo..qo + kv]);
+            v.extend_from_slice(&row[qo + kv..]);
+        }
         if let Some(norms) = &layer.qk_norm {
             (q, k) = (self.norm(&q, &norms.q), self.norm(&k, &norms.k));
         }
@@ -83,7 +85,7 @@ impl Network {
         self.turn(rope, positions, &mut q);
         self.turn(rope, positions, &mut k);
         let cache = cache.append(index, batch, &k, &v);
-        layer.attention_output.multiply(&attend(&self.config, window, batch, &q, cache))
+        Ok(layer.attention_output.multiply(&attend(&self.config, window, batch, &q, cache)))
     }
 
     /// Turns the heads of rows by their positions.
@@ -120,11 +122,12 @@ impl Network {
 
     /// The norm of rows of the weight's length.
     fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
-        let row = |row: &[f32]| {
+        let mut out = Vec::with_capacity(x.len());
+        for row in x.chunks_exact(weight.len()) {
             let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             let scale = (squares / row.len() as f64 + self.config.rms_eps).sqrt().recip() as f32;
-            row.iter().zip(weight).map(|(x, weight)| x * scale * weight).collect::<Vec<_>>()
-        };
-        x.chunks_exact(weight.len()).flat_map(row).collect()
+            out.extend(row.iter().zip(weight).map(|(x, weight)| x * scale * weight));
+        }
+        out
     }
 }

@@ -1,5 +1,7 @@
 //! The course of a step: decode, which is a graph, or prefill.
 
+use std::slice;
+
 use super::{
     Gpu,
     attention::Attention,
@@ -11,7 +13,7 @@ use super::{
 };
 use crate::{
     Result,
-    backend::{Output, Sample, Step, graph, sampler::logprobs},
+    backend::{Output, Sample, Step, graph, sampler},
 };
 
 impl Gpu {
@@ -149,16 +151,23 @@ impl Gpu {
         let mut samples = Vec::with_capacity(outputs.len());
         for (output, &at) in outputs.iter().zip(&self.at) {
             let token = u32::try_from(chosen[at]).ok();
-            let mut sample = Sample { token, logprobs: None };
-            if let (Some(token), Some(count)) = (token, output.logprobs) {
-                let row = match &mut self.row {
-                    Some(row) => row,
-                    empty => empty.insert(Pinned::zeros(&self.cuda, vocab_size)?),
-                };
-                row.download(&self.cuda, &self.outputs.logits, at * vocab_size, vocab_size)?;
-                sample.logprobs = Some(logprobs(row.as_slice()?, token, count));
+            if output.logprobs.is_none() && output.allowed.is_none() {
+                samples.push(Sample { token, logprobs: None });
+                continue;
             }
-            samples.push(sample);
+            let row = match &mut self.row {
+                Some(row) => row,
+                empty => empty.insert(Pinned::zeros(&self.cuda, vocab_size)?),
+            };
+            row.download(&self.cuda, &self.outputs.logits, at * vocab_size, vocab_size)?;
+            let row = row.as_slice()?;
+            if output.allowed.is_some() {
+                samples.extend(sampler::sample(slice::from_ref(output), row, vocab_size)?);
+            } else {
+                let wanted = token.zip(output.logprobs);
+                let logprobs = wanted.map(|(token, count)| sampler::logprobs(row, token, count));
+                samples.push(Sample { token, logprobs });
+            }
         }
         Ok(samples)
     }

@@ -12,7 +12,7 @@ use crate::{
     Result,
     backend::{
         Backend, Output, Step,
-        device::{load_gpu, with_progress},
+        device::load_gpu,
         gpu::{Gpu, GpuOptions},
         graph,
     },
@@ -42,7 +42,7 @@ pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, determin
             let config = shape.config()?;
             table(&config, batches, context, |pool, most| {
                 let (ends, layers) = synthetic::weights(&config)?;
-                with_progress(layers, |layers| Gpu::new(&config, ends, layers, pool, options(most)))
+                Gpu::new(&config, ends, layers, pool, options(most))
             })
         }
         Source::Model(model) => {

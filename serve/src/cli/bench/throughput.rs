@@ -51,7 +51,7 @@ impl Test {
             SamplingParams { max_tokens: Some(generated), ignore_eos: true, ..SamplingParams::default() };
         let start = Instant::now();
         let (mut first, mut tokens, mut end) = (None, 0, None);
-        for event in llm.engine().submit(Request { prompt, params })? {
+        for event in llm.engine().submit(Request::new(prompt, params))? {
             first.get_or_insert_with(|| start.elapsed());
             tokens += event.tokens.len();
             end = event.end.or(end);

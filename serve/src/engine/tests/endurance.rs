@@ -40,7 +40,7 @@ fn memory_does_not_grow_over_a_million_requests() {
             prompt.push(7);
         }
         let params = if number % 9 == 0 { seeded(number as u64, 2) } else { greedy(1) };
-        match engine.submit(Request { prompt, params }) {
+        match engine.submit(Request::new(prompt, params)) {
             Ok(events) => open.push(events),
             Err(SubmitError::QueueFull { .. }) => {}
             Err(error) => panic!("{error}"),

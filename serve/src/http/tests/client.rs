@@ -1,7 +1,7 @@
 //! As much of an HTTP client as the tests need.
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     time::Duration,
 };
@@ -136,8 +136,13 @@ pub struct Stream {
 
 impl Stream {
     pub fn open(address: SocketAddr, path: &str, body: &Value) -> Self {
+        Self::open_with(address, path, &[], body)
+    }
+
+    /// With further headers.
+    pub fn open_with(address: SocketAddr, path: &str, headers: &[(&str, &str)], body: &Value) -> Self {
         let (mut stream, body) = (connect(address), body.to_string());
-        stream.write_all((head("POST", path, &[], Some(body.len())) + &body).as_bytes()).unwrap();
+        stream.write_all((head("POST", path, headers, Some(body.len())) + &body).as_bytes()).unwrap();
         let mut reader = BufReader::new(stream);
         Self { head: read_head(&mut reader), reader, text: String::new() }
     }

@@ -39,11 +39,26 @@ fn prompts_come_in_four_forms() {
     let body = with(completion(json!(["Once", "Twice"]), 6), json!({"n": 2, "temperature": 1, "seed": 3}));
     let both = server.complete(&body).ok();
     let choices = both["choices"].as_array().unwrap();
-    assert_eq!(choices.iter().map(|choice| choice["index"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert_eq!(
+        choices.iter().map(|choice| choice["index"].as_u64().unwrap()).collect::<Vec<_>>(),
+        [0, 1, 2, 3]
+    );
     let second = server.complete(&with(body, json!({"prompt": "Twice"}))).ok();
-    assert_eq!([&choices[2]["text"], &choices[3]["text"]], [0, 1].map(|index| &second["choices"][index]["text"]));
+    assert_eq!(
+        [&choices[2]["text"], &choices[3]["text"]],
+        [0, 1].map(|index| &second["choices"][index]["text"])
+    );
     assert_eq!(both["usage"]["prompt_tokens"], 9);
-    for wrong in [json!([]), json!(""), json!(["x", ""]), json!([[]]), json!(["x", 1]), json!([-1]), json!({}), json!([4096])] {
+    for wrong in [
+        json!([]),
+        json!(""),
+        json!(["x", ""]),
+        json!([[]]),
+        json!(["x", 1]),
+        json!([-1]),
+        json!({}),
+        json!([4096]),
+    ] {
         let error = server.complete(&completion(wrong.clone(), 1)).error(400);
         assert_eq!(error["param"], "prompt", "{wrong}: {error}");
     }
@@ -62,13 +77,41 @@ fn the_prompt_is_echoed() {
 }
 
 #[test]
+fn ids_of_tokens_are_given_where_they_are_asked_for() {
+    let server = TestServer::start();
+    let ids = |text: &str| json!(text.bytes().collect::<Vec<_>>());
+    let body = with(completion("Once", 4), json!({"return_token_ids": true}));
+    let whole = server.complete(&body).ok()["choices"][0].clone();
+    assert_eq!((&whole["prompt_token_ids"], &whole["token_ids"]), (&ids("Once"), &ids(text(&whole))));
+    let chunks = server.stream("/v1/completions", &with(body, json!({"stream": true}))).chunks();
+    let choices: Vec<_> = chunks.iter().map(|chunk| &chunk["choices"][0]).collect();
+    assert_eq!(choices[0]["prompt_token_ids"], ids("Once"));
+    assert!(choices[1..].iter().all(|choice| choice.get("prompt_token_ids").is_none()));
+    let all = |choices: &[&Value]| -> Vec<Value> {
+        choices.iter().filter_map(|choice| choice["token_ids"].as_array().cloned()).flatten().collect()
+    };
+    assert_eq!(json!(all(&choices)), whole["token_ids"]);
+
+    let body = with(chat("x", 4), json!({"return_token_ids": true}));
+    let whole = server.chat(&body).ok();
+    assert_eq!(whole["prompt_token_ids"], ids("user: x\nassistant: "));
+    let chunks = server.stream("/v1/chat/completions", &with(body, json!({"stream": true}))).chunks();
+    assert_eq!(chunks[0]["prompt_token_ids"], whole["prompt_token_ids"]);
+    let choices: Vec<_> = chunks.iter().map(|chunk| &chunk["choices"][0]).collect();
+    assert_eq!(json!(all(&choices)), whole["choices"][0]["token_ids"]);
+    let plain = server.chat(&chat("x", 4)).ok();
+    assert!(plain.get("prompt_token_ids").is_none() && plain["choices"][0].get("token_ids").is_none());
+}
+
+#[test]
 fn log_probabilities_have_offsets() {
     let server = TestServer::start();
     let body = with(completion("Once", 4), json!({"logprobs": 2}));
     let whole = server.complete(&body).ok();
     let logprobs = &whole["choices"][0]["logprobs"];
     assert_eq!(logprobs["text_offset"], json!([0, 1, 2, 3]));
-    let tokens: String = logprobs["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    let tokens: String =
+        logprobs["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
     assert_eq!(tokens, text(&whole["choices"][0]));
     for (at, top) in logprobs["top_logprobs"].as_array().unwrap().iter().enumerate() {
         let token = logprobs["tokens"][at].as_str().unwrap();

@@ -36,6 +36,9 @@ fn requests_while_the_model_is_loaded_are_refused() {
 fn a_model_that_cannot_be_loaded_ends_the_server() {
     let mut server = TestServer::loading(options(), || Err("no such file".into()));
     assert_eq!(server.thread.take().unwrap().join().unwrap(), Err("no such file".into()));
+    let mut server = TestServer::loading(options(), || panic!("a fault"));
+    let error = server.thread.take().unwrap().join().unwrap().unwrap_err();
+    assert!(error.contains("panicked"), "{error}");
 }
 
 #[test]
@@ -78,6 +81,9 @@ fn a_client_that_leaves_ends_its_request() {
     stream.leave();
     server.until_idle();
     assert!(server.status().stats.decoded < 300, "{:?}", server.status());
+    // Its prompt was read.
+    let metrics = server.get("/metrics").body;
+    assert!(metrics.contains("vllm:prompt_tokens_total{model_name=\"test\",engine=\"0\"} 4\n"), "{metrics}");
     // One that waits for a whole answer, too.
     let mut waiting = TcpStream::connect(server.address).unwrap();
     let body = with(endless("waits"), json!({"stream": false})).to_string();
@@ -90,7 +96,11 @@ fn a_client_that_leaves_ends_its_request() {
     drop(waiting);
     server.until_idle();
     assert!(server.status().stats.decoded < 600, "{:?}", server.status());
-    assert!(server.get("/metrics").body.contains("finished_reason=\"abort\"} 2"), "{}", server.get("/metrics").body);
+    assert!(
+        server.get("/metrics").body.contains("finished_reason=\"abort\"} 2"),
+        "{}",
+        server.get("/metrics").body
+    );
 }
 
 #[test]
@@ -133,6 +143,15 @@ fn headers_that_do_not_come_end_the_connection() {
     let mut rest = Vec::new();
     slow.read_to_end(&mut rest).unwrap();
     assert!(!rest.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&rest));
+}
+
+#[test]
+fn bodies_that_do_not_come_are_an_error() {
+    let options = ServerOptions { body_timeout: Duration::from_millis(200), ..options() };
+    let server = TestServer::with(options, llm(config(), |backend| backend));
+    let head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\
+                 Content-Type: application/json\r\n\r\n{";
+    client::send_raw(server.address, head).error(408);
 }
 
 #[test]
@@ -182,7 +201,8 @@ fn a_failure_in_a_stream_is_an_event_and_says_nothing_of_the_server() {
     let server = TestServer::with(options(), llm);
     let error = server.complete(&completion("a!", 5)).error(500);
     assert!(!error.to_string().contains("secret"), "{error}");
-    let chunks = server.stream("/v1/completions", &with(completion("a!", 5), json!({"stream": true}))).chunks();
+    let chunks =
+        server.stream("/v1/completions", &with(completion("a!", 5), json!({"stream": true}))).chunks();
     assert_eq!(chunks.last().unwrap()["error"]["type"], "server_error");
     assert!(!chunks.last().unwrap().to_string().contains("secret"));
     server.complete(&completion("a", 2)).ok();

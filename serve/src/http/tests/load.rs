@@ -1,6 +1,9 @@
 //! Many clients at a time, of which a third leave midway.
 
-use std::{collections::HashMap, sync::atomic::{AtomicUsize, Ordering}};
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use serde_json::json;
 
@@ -11,7 +14,8 @@ const CLIENTS: usize = 512;
 /// The prompt and the length of an answer; there are few different ones.
 fn request(number: usize) -> (String, usize) {
     let number = number % 23;
-    (format!("{} {number}", "shared ".repeat(number % 7)), 3 + number * 2)
+    let last = char::from(b'A' + number as u8);
+    (format!("{}{last}", "word ".repeat(number % 7)), 3 + number * 2)
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod endpoints;
 mod life;
 mod load;
 mod refused;
+mod tools;
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -47,6 +48,17 @@ fn options() -> ServerOptions {
     ServerOptions { drain_timeout: Duration::from_secs(20), ..ServerOptions::new("test") }
 }
 
+/// A model with this chat template that knows all of its tokenizer's tokens.
+fn llm_with(template: &str) -> Llm {
+    let text = bytes::chat_text(template);
+    let language = Language { vocab_size: text.vocab_size(), nan: 0 };
+    let limits = Limits { context: 4000, ends: text.ends().clone(), ..config().limits };
+    let load = move |pool: &PageAllocator, limits: &mut Limits| {
+        Ok(Simulated::new(pool, limits.step_capacity(), language))
+    };
+    Llm::of_engine(Engine::start(EngineConfig { limits, ..config() }, text, load).unwrap())
+}
+
 /// A model on a backend that `change` makes of the simulated one.
 fn llm<B: Backend + 'static>(
     config: EngineConfig,
@@ -79,7 +91,7 @@ impl TestServer {
 
     /// A server that may not have its model yet.
     fn loading(options: ServerOptions, load: impl FnOnce() -> Result<Llm> + Send + 'static) -> Self {
-        let server = Arc::new(Server::new(options));
+        let server = Arc::new(Server::new(options).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let running = server.clone();

@@ -21,6 +21,7 @@ fn wrong_fields_are_named() {
         (json!({"n": 0}), "n"),
         (json!({"n": 129}), "n"),
         (json!({"n": -1}), "n"),
+        (json!({"n": u64::MAX}), "n"),
         (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": 1.5}), "max_tokens"),
         (json!({"max_tokens": u64::MAX}), "max_tokens"),
@@ -38,20 +39,23 @@ fn wrong_fields_are_named() {
         (json!({"logprobs": 1}), "logprobs"),
         (json!({"stream": "yes"}), "stream"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options"),
-        (json!({"response_format": {"type": "yaml"}}), "response_format"),
+        (json!({"response_format": {"type": "yaml"}}), "response_format.type"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
         (json!({"messages": []}), "messages"),
         (json!({"messages": "Hello"}), "messages"),
         (json!({"messages": [{"content": "x"}]}), "messages[0].role"),
         (json!({"messages": [{"role": "boss", "content": "x"}]}), "messages[0].role"),
         (json!({"messages": [{"role": "user", "content": 1}]}), "messages[0].content"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), "messages[0].content[0].text"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+            "messages[0].content[0].text",
+        ),
         (json!({"chat_template_kwargs": []}), "chat_template_kwargs"),
         (json!({"best_of": 2}), "best_of"),
         (json!({"functions": [{"name": "f"}]}), "functions"),
         (json!({"modalities": ["text", "audio"]}), "modalities"),
         (json!({"audio": {"voice": "x"}}), "audio"),
         (json!({"store": true}), "store"),
-        (json!({"parallel_tool_calls": false}), "parallel_tool_calls"),
         (json!({"prompt_logprobs": 1}), "prompt_logprobs"),
         (json!({"guided_json": {}}), "guided_json"),
     ] {
@@ -59,9 +63,16 @@ fn wrong_fields_are_named() {
         assert_eq!(error["param"], param, "{fields}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
     }
+    for n in [json!(0), json!(129), json!(u64::MAX)] {
+        let body = with(completion(json!(["x", "y"]), 1), json!({"n": n, "echo": true}));
+        assert_eq!(server.complete(&body).error(400)["param"], "n");
+    }
     assert_eq!(server.complete(&json!({"model": "test"})).error(400)["param"], "prompt");
     assert_eq!(server.chat(&json!({"model": "test"})).error(400)["param"], "messages");
-    assert_eq!(server.complete(&with(completion("x", 1), json!({"suffix": "y"}))).error(400)["param"], "suffix");
+    assert_eq!(
+        server.complete(&with(completion("x", 1), json!({"suffix": "y"}))).error(400)["param"],
+        "suffix"
+    );
     assert_eq!(server.status().stats.steps, 0);
 }
 
@@ -130,8 +141,9 @@ fn a_full_queue_says_when_to_come_back() {
     let at = gate.clone();
     let config = EngineConfig { max_queued: 2, ..config() };
     let server = TestServer::with(options(), llm(config, move |backend| at.before(backend)));
-    let streams: Vec<_> =
-        (0..2).map(|_| server.stream("/v1/completions", &with(completion("x", 4), json!({"stream": true})))).collect();
+    let streams: Vec<_> = (0..2)
+        .map(|_| server.stream("/v1/completions", &with(completion("x", 4), json!({"stream": true}))))
+        .collect();
     let refused = server.complete(&completion("x", 4));
     assert_eq!(refused.error(429)["code"], "rate_limit_exceeded");
     assert_eq!(refused.header("retry-after"), Some("1"));

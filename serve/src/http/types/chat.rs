@@ -40,7 +40,10 @@ pub struct ChatFields {
     #[schema(minimum = 0, maximum = 20)]
     pub top_logprobs: Option<usize>,
     pub tools: Option<Vec<Tool>>,
+    /// `auto` by default where there are tools.
     pub tool_choice: Option<ToolChoice>,
+    /// Whether an answer may call several tools; true by default.
+    pub parallel_tool_calls: Option<bool>,
     /// Whether the model's answer begins after the last message; true by default.
     pub add_generation_prompt: Option<bool>,
     /// Whether the last message, of the assistant, is continued; false by default.
@@ -68,6 +71,9 @@ pub struct ChatCompletion {
     pub model: String,
     pub choices: Vec<ChatChoice>,
     pub usage: Usage,
+    /// The ids of the prompt's tokens, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// An answer.
@@ -81,6 +87,9 @@ pub struct ChatChoice {
     pub finish_reason: &'static str,
     #[schema(required)]
     pub stop_reason: Option<StopReason>,
+    /// The ids of its tokens, but for one that ended it, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
 }
 
 /// What ended an answer, if it was not the model.
@@ -151,6 +160,9 @@ pub struct ChatCompletionChunk {
     pub choices: Vec<ChatChunkChoice>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
+    /// The ids of the prompt's tokens, in the first piece, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// A piece of one answer.
@@ -165,6 +177,9 @@ pub struct ChatChunkChoice {
     pub finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<StopReason>,
+    /// The ids of the piece's tokens, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
 }
 
 /// What a piece adds to a message.

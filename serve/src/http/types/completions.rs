@@ -37,7 +37,10 @@ pub struct CompletionFields {
 
 /// A text or its tokens, or several.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a string, an array of strings, an array of tokens, or an array of such arrays")]
+#[serde(
+    untagged,
+    expecting = "expected a string, an array of strings, an array of tokens, or an array of such arrays"
+)]
 pub enum Prompt {
     Text(String),
     Texts(Vec<String>),
@@ -78,6 +81,12 @@ pub struct CompletionChoice {
     pub finish_reason: Option<&'static str>,
     #[schema(required)]
     pub stop_reason: Option<StopReason>,
+    /// The ids of its tokens, but for one that ended it, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// The ids of the prompt's tokens, where they are asked for; in a stream once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// Log-probabilities of tokens, one after the other.

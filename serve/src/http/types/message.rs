@@ -58,6 +58,7 @@ pub struct Part {
 
 /// A call of a tool.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[expect(dead_code, reason = "there is one kind of tool")]
 pub struct ToolCall {
     pub id: Option<String>,
     #[serde(rename = "type", default)]
@@ -123,6 +124,7 @@ pub enum ToolMode {
 
 /// The function that is called.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[expect(dead_code, reason = "there is one kind of tool")]
 pub struct NamedTool {
     #[serde(rename = "type")]
     pub kind: ToolKind,
@@ -152,9 +154,8 @@ impl ChatMessage {
             None => None,
             Some(Content::Text(text)) => Some(MessageContent::Text(text.clone())),
             Some(Content::Parts(parts)) => {
-                let part = |(at, part): (usize, &Part)| {
-                    part.to_text(&format!("messages[{index}].content[{at}]"))
-                };
+                let part =
+                    |(at, part): (usize, &Part)| part.to_text(&format!("messages[{index}].content[{at}]"));
                 Some(MessageContent::Parts(parts.iter().enumerate().map(part).collect::<Result<_, _>>()?))
             }
         };

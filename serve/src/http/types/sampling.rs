@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::{http::error::ApiError, sampling::SamplingParams};
+use crate::{constraint::Constraint, http::error::ApiError, sampling::SamplingParams};
 
 /// How answers are chosen, how many, and how they are sent.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -54,8 +54,8 @@ pub struct SamplingFields {
     /// Whether the model's own end tokens do not end an answer.
     pub ignore_eos: Option<bool>,
     pub response_format: Option<ResponseFormat>,
-    /// Who asks. It changes nothing.
-    pub user: Option<String>,
+    /// Whether ids of tokens are given beside texts; false by default.
+    pub return_token_ids: Option<bool>,
 }
 
 /// How a stream ends.
@@ -86,6 +86,7 @@ pub enum ResponseFormat {
 }
 
 /// A JSON schema, and its name.
+#[expect(dead_code, reason = "an answer depends on the schema only, which always holds")]
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct JsonSchemaFormat {
     pub name: String,
@@ -107,18 +108,20 @@ impl SamplingFields {
         self.stream_options.and_then(|options| options.include_usage).unwrap_or(false)
     }
 
+    /// Whether ids of tokens are given.
+    pub fn returns_token_ids(&self) -> bool {
+        self.return_token_ids.unwrap_or(false)
+    }
+
     /// The engine's parameters, with OpenAI's defaults.
     ///
     /// # Errors
     /// What has no such parameter. Ranges are checked by the engine.
     pub fn params(&self) -> Result<SamplingParams, ApiError> {
         if self.stream_options.is_some() && !self.streams() {
-            let message = "stream_options is given for an answer that is not streamed; expected `stream: true`";
+            let message =
+                "stream_options is given for an answer that is not streamed; expected `stream: true`";
             return Err(ApiError::parameter("stream_options", message));
-        }
-        if !matches!(self.response_format, None | Some(ResponseFormat::Text)) {
-            let message = "response_format is not supported; expected the type `text`, or nothing";
-            return Err(ApiError::unsupported("response_format", message));
         }
         let top_k = match self.top_k.unwrap_or(0) {
             -1 => 0,
@@ -149,6 +152,17 @@ impl SamplingFields {
             n: self.n.unwrap_or(1),
             ignore_eos: self.ignore_eos.unwrap_or(false),
         })
+    }
+
+    /// What an answer has to be, if it may not be any text.
+    pub fn constraint(&self) -> Option<Constraint> {
+        match self.response_format.as_ref()? {
+            ResponseFormat::Text => None,
+            ResponseFormat::JsonObject => Some(Constraint::JsonObject),
+            ResponseFormat::JsonSchema { json_schema } => {
+                Some(Constraint::JsonSchema(Value::Object(json_schema.schema.clone())))
+            }
+        }
     }
 
     fn logit_bias(&self) -> Result<BTreeMap<u32, f32>, ApiError> {

@@ -4,12 +4,10 @@ use serde_json::{Value, json};
 
 use crate::http::error::ApiError;
 
-/// Checks a field that has no effect here.
+/// Checks a field that has no effect here, and returns whether it is known elsewhere.
 ///
 /// # Errors
-/// It is known elsewhere, and asks for something: its value is not the one by default.
-///
-/// Returns whether the field is known.
+/// It is, and asks for something: its value is not the one by default.
 pub fn check(name: &str, value: &Value) -> Result<bool, ApiError> {
     let Some(defaults) = defaults(name) else { return Ok(false) };
     let Value::Array(defaults) = defaults else { return Ok(true) };
@@ -33,18 +31,37 @@ fn defaults(name: &str) -> Option<Value> {
         "function_call" => json!(["none", "auto"]),
         "functions" => json!([[]]),
         "modalities" => json!([["text"]]),
-        "parallel_tool_calls" => json!([true]),
         "store" => json!([false]),
         "verbosity" => json!(["medium"]),
-        "metadata" | "service_tier" | "safety_identifier" | "prompt_cache_key"
-        | "prompt_cache_retention" => Value::Null,
+        "metadata"
+        | "service_tier"
+        | "safety_identifier"
+        | "prompt_cache_key"
+        | "prompt_cache_retention"
+        | "user" => Value::Null,
         // vLLM's.
-        "add_special_tokens" | "include_stop_str_in_output" | "return_token_ids"
-        | "return_tokens_as_token_ids" | "use_beam_search" => json!([false]),
-        "allowed_token_ids" | "cache_salt" | "chat_template" | "guided_choice" | "guided_grammar"
-        | "guided_json" | "guided_regex" | "kv_transfer_params" | "logits_processors" | "media_io_kwargs"
-        | "mm_processor_kwargs" | "prompt_embeds" | "prompt_logprobs" | "structured_outputs"
-        | "structural_tag" | "thinking_token_budget" | "truncate_prompt_tokens" | "vllm_xargs" => json!([]),
+        "add_special_tokens"
+        | "include_stop_str_in_output"
+        | "return_tokens_as_token_ids"
+        | "use_beam_search" => json!([false]),
+        "allowed_token_ids"
+        | "cache_salt"
+        | "chat_template"
+        | "guided_choice"
+        | "guided_grammar"
+        | "guided_json"
+        | "guided_regex"
+        | "kv_transfer_params"
+        | "logits_processors"
+        | "media_io_kwargs"
+        | "mm_processor_kwargs"
+        | "prompt_embeds"
+        | "prompt_logprobs"
+        | "structured_outputs"
+        | "structural_tag"
+        | "thinking_token_budget"
+        | "truncate_prompt_tokens"
+        | "vllm_xargs" => json!([]),
         "bad_words" | "documents" => json!([[]]),
         "include_reasoning" | "skip_special_tokens" | "spaces_between_special_tokens" => json!([true]),
         "length_penalty" => json!([1.0, 1]),

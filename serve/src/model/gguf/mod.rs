@@ -13,6 +13,7 @@ use std::{
     io::BufReader,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use candle_core::quantized::{GgmlDType, gguf_file::Value};
@@ -39,6 +40,14 @@ pub struct Gguf {
     pub metadata: HashMap<String, Value>,
     pub tensors: BTreeMap<String, TensorInfo>,
     files: Vec<(PathBuf, File)>,
+    bytes_read: AtomicU64,
+}
+
+impl TensorInfo {
+    /// How many bytes it has in its file.
+    fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() / self.dtype.block_size() * self.dtype.type_size()
+    }
 }
 
 impl Gguf {
@@ -109,12 +118,22 @@ impl Gguf {
             let problem = format!("its parts have {} tensors; expected {expected}", tensors.len());
             return Err(unusable(path, problem));
         }
-        Ok(Self { metadata, tensors, files })
+        Ok(Self { metadata, tensors, files, bytes_read: AtomicU64::new(0) })
     }
 
     /// The first file.
     pub fn path(&self) -> &Path {
         &self.files[0].0
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(|tensor| tensor.bytes() as u64).sum()
+    }
+
+    /// Bytes of tensors that were read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     /// A tensor that must be there and have this shape.
@@ -146,12 +165,13 @@ impl Gguf {
             }
         };
         let (path, file) = &self.files[info.file];
-        let bytes = rows * columns / info.dtype.block_size() * info.dtype.type_size();
-        let mut buffer = vec![0; bytes];
+        let bytes = info.bytes() / count;
         let matrix = |index: usize| {
+            let mut buffer = vec![0; bytes];
             file.read_exact_at(&mut buffer, info.start + (index * bytes) as u64)
                 .map_err(|e| format!("cannot read tensor {name} of {}: {e}", path.display()))?;
-            Matrix::from_bytes(&buffer, info.dtype, [rows, columns])
+            self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+            Matrix::from_bytes(buffer, info.dtype, [rows, columns])
         };
         (0..count).map(matrix).collect()
     }

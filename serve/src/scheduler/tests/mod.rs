@@ -62,7 +62,7 @@ fn solo(
     cache: usize,
     language: Language,
 ) -> Vec<Answer> {
-    let request = Request { prompt: prompt.into(), params: params.clone() };
+    let request = Request::new(prompt.into(), params.clone());
     let choices = Choice::of(RequestId(0), request, limits);
     let answers = choices.map(|mut choice| {
         let mut answer = Answer::default();

@@ -2,6 +2,8 @@
 
 use flashinfer_rs::indices::LogitEdit;
 
+use toktrie::SimpleVob;
+
 use super::*;
 use crate::backend::{Sample, sampler::sample};
 
@@ -151,4 +153,45 @@ fn edits_of_tokens_that_are_not_there_are_refused() {
     let text = gpu.step(&Step { batch: &batch, tokens: &[1], outputs: &outputs }).unwrap_err().to_string();
     assert!(text.contains("token 300: the vocabulary has 300 tokens"), "{text}");
     assert!(gpu.logits().unwrap().is_empty());
+}
+
+#[test]
+fn rows_under_a_constraint_are_chosen_from_what_is_allowed() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
+    let vocab = model.config.vocab_size;
+    let pool = PageAllocator::new(32, 4).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(8)).unwrap();
+    let mut batch = Batch::new(&pool);
+    for _ in 0..4 {
+        batch.push(Sequence::new(&pool)).unwrap();
+    }
+    // The first step reads, and the others are graphs.
+    for step in 0..6 {
+        batch.append(if step == 0 { [2; 4] } else { [1; 4] }).unwrap();
+        let mut allowed = SimpleVob::alloc(vocab);
+        [7, 8, 40 + step, 299].iter().for_each(|token| allowed.allow_token(*token));
+        let last = |request: usize| if step == 0 { 2 * request + 1 } else { request };
+        let under = |request| Output {
+            allowed: Some(Arc::new(allowed.clone())),
+            logprobs: Some(2),
+            ..Output::greedy(last(request))
+        };
+        let outputs = [
+            under(0),
+            Output::greedy(last(1)),
+            Output { temperature: 2.0, uniform: 0.7, ..under(2) },
+            Output { temperature: 1.0, uniform: 0.3, ..Output::greedy(last(3)) },
+        ];
+        let tokens: Vec<u32> = (0..batch.queries().total() as u32).map(|row| 20 + row + step).collect();
+        let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+        let expected = sample(&outputs, &gpu.logits().unwrap(), vocab).unwrap();
+        for row in [0, 1, 2] {
+            assert_eq!(samples[row], expected[row], "step {step}, row {row}");
+        }
+        assert!([0, 2].iter().all(|row| allowed.is_allowed(samples[*row].token.unwrap())));
+        assert!(samples[3].token.is_some());
+    }
 }

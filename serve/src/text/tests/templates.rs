@@ -73,6 +73,7 @@ fn options(chat: &Chat) -> ChatOptions {
         add_generation_prompt: chat.add_generation_prompt,
         variables: chat.variables.clone(),
         now: Some(date(2026, 7, 6).at(9, 5, 3, 0).to_zoned(TimeZone::UTC).unwrap()),
+        continue_final_message: false,
     }
 }
 

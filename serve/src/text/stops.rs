@@ -2,7 +2,7 @@
 
 /// Text on its way out, of which nothing is let through that is, or may become, a stop
 /// string.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Stops {
     strings: Vec<String>,
     /// What may be the beginning of a stop string.

@@ -1,9 +1,9 @@
-//! Tensors, with numbers that the Python side computes alike.
+//! What operations are given: numbers that the Python side computes alike.
 
 use std::{any::Any, ffi::c_void, sync::Arc};
 
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
+use cudarc::driver::{CudaStream, DeviceRepr};
+use flashinfer_rs::{DType, Device, Element, Stream, TensorMut, TensorRef, cudarc::Tensor};
 use half::{bf16, f16};
 
 use crate::Result;
@@ -11,9 +11,9 @@ use crate::Result;
 /// Numbers after which they repeat.
 const PERIOD: usize = 1 << 20;
 
-/// A tensor, which may be viewed for reading and writing at once: everything
+/// A tensor of any element type, which may be viewed for reading and writing at once: everything
 /// here runs on one stream, and nobody looks at results.
-pub struct Tensor {
+pub struct Operand {
     /// Of `memory`, and given out for as long as that is there.
     whole: TensorRef<'static>,
     _memory: Box<dyn Any>,
@@ -25,7 +25,19 @@ fn number(index: usize) -> f32 {
     hashed as f32 / 32768.0 - 1.0
 }
 
-impl Tensor {
+impl<T: Element + DeviceRepr + 'static> From<Tensor<T>> for Operand {
+    fn from(tensor: Tensor<T>) -> Self {
+        let view = tensor.view();
+        let (data, device, shape) = (view.data_ptr(), view.device(), sizes(&view));
+        Self::new(tensor, data, device, T::DTYPE, &shape).expect("a shape that the tensor has")
+    }
+}
+
+fn sizes(view: &TensorRef<'_>) -> Vec<usize> {
+    view.shape().iter().map(|&size| size as usize).collect()
+}
+
+impl Operand {
     /// Of memory that does not move when its owner does.
     fn new(
         memory: impl Any,
@@ -40,51 +52,36 @@ impl Tensor {
         Ok(Self { whole, _memory: Box::new(memory) })
     }
 
-    fn on_device(
-        cuda: &Arc<CudaStream>,
-        slice: CudaSlice<u8>,
-        dtype: DType,
-        shape: &[usize],
-    ) -> Result<Self> {
-        let (data, device) = (slice.device_ptr(cuda).0, Device::Cuda(slice.ordinal() as u32));
-        Self::new(slice, data as *const _, device, dtype, shape)
-    }
-
     pub fn zeros(cuda: &Arc<CudaStream>, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let bytes = shape.iter().product::<usize>() * dtype.size();
-        Self::on_device(cuda, cuda.alloc_zeros(bytes)?, dtype, shape)
+        let stream = &Stream::from(cuda);
+        Ok(match dtype {
+            DType::BF16 => Tensor::<bf16>::zeros(stream, shape)?.into(),
+            DType::F16 => Tensor::<f16>::zeros(stream, shape)?.into(),
+            DType::I32 => Tensor::<i32>::zeros(stream, shape)?.into(),
+            DType::U8 => Tensor::<u8>::zeros(stream, shape)?.into(),
+            other => return Err(format!("no case has outputs of {other}").into()),
+        })
     }
 
     /// Numbers between −1 and 1.
     pub fn numbers(cuda: &Arc<CudaStream>, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let bytes: Vec<u8> = (0..PERIOD)
-            .map(number)
-            .flat_map(|x| match dtype {
-                DType::BF16 => bf16::from_f32(x).to_le_bytes(),
-                _ => f16::from_f32(x).to_le_bytes(),
-            })
-            .collect();
-        let period = cuda.clone_htod(&bytes)?;
-        let len = shape.iter().product::<usize>() * dtype.size();
-        let mut slice = cuda.alloc_zeros::<u8>(len)?;
-        for start in (0..len).step_by(bytes.len()) {
-            let end = len.min(start + bytes.len());
-            cuda.memcpy_dtod(&period.slice(..end - start), &mut slice.slice_mut(start..end))?;
+        match dtype {
+            DType::BF16 => repeated(cuda, bf16::from_f32, shape),
+            DType::F16 => repeated(cuda, f16::from_f32, shape),
+            other => Err(format!("no case has inputs of {other}").into()),
         }
-        Self::on_device(cuda, slice, dtype, shape)
     }
 
     /// Rows of probabilities.
     pub fn probabilities(cuda: &Arc<CudaStream>, rows: usize, vocab: usize) -> Result<Self> {
         let row: Vec<f32> = (0..vocab).map(|index| (number(index) + 1.0).powi(8)).collect();
         let sum: f64 = row.iter().copied().map(f64::from).sum();
-        let row: Vec<u8> = row.iter().flat_map(|&p| ((f64::from(p) / sum) as f32).to_le_bytes()).collect();
-        Self::on_device(cuda, cuda.clone_htod(&row.repeat(rows))?, DType::F32, &[rows, vocab])
+        let row: Vec<f32> = row.iter().map(|&p| (f64::from(p) / sum) as f32).collect();
+        Ok(Tensor::from_slice(&Stream::from(cuda), &[rows, vocab], &row.repeat(rows))?.into())
     }
 
     pub fn integers(cuda: &Arc<CudaStream>, values: &[i32]) -> Result<Self> {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self::on_device(cuda, cuda.clone_htod(&bytes)?, DType::I32, &[values.len()])
+        Ok(Tensor::from_slice(&Stream::from(cuda), &[values.len()], values)?.into())
     }
 
     /// Integers on the host.
@@ -112,10 +109,26 @@ impl Tensor {
     }
 
     pub fn view_mut(&self) -> TensorMut<'_> {
-        let shape: Vec<usize> = self.whole.shape().iter().map(|&size| size as usize).collect();
         let (device, dtype) = (self.whole.device(), self.whole.dtype());
         // SAFETY: as in `new`; nobody looks at what is written.
-        unsafe { TensorMut::from_raw_parts(self.whole.data_ptr(), device, dtype, &shape, None) }
+        unsafe { TensorMut::from_raw_parts(self.whole.data_ptr(), device, dtype, &sizes(&self.whole), None) }
             .expect("a shape that was taken before")
     }
+}
+
+/// The sequence of numbers again and again, copied on the device.
+fn repeated<T: Element + DeviceRepr + cudarc::driver::ValidAsZeroBits + 'static>(
+    cuda: &Arc<CudaStream>,
+    of: fn(f32) -> T,
+    shape: &[usize],
+) -> Result<Operand> {
+    let period: Vec<T> = (0..PERIOD).map(|index| of(number(index))).collect();
+    let period = cuda.clone_htod(&period)?;
+    let len = shape.iter().product::<usize>();
+    let mut slice = cuda.alloc_zeros::<T>(len)?;
+    for start in (0..len).step_by(PERIOD) {
+        let end = len.min(start + PERIOD);
+        cuda.memcpy_dtod(&period.slice(..end - start), &mut slice.slice_mut(start..end))?;
+    }
+    Ok(Tensor::from_cudarc(slice, shape)?.into())
 }

@@ -1,0 +1,136 @@
+//! `POST /v1/chat/completions`.
+
+mod reply;
+mod tools;
+
+use std::sync::Arc;
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use serde_json::{Map, Value};
+
+use self::{reply::Reply, tools::Tools};
+use super::{
+    Server,
+    answers::Answers,
+    error::{ApiError, BodyErrors},
+    extract::Body,
+    log::RequestLog,
+    prompt, sse,
+    types::{
+        chat::{ChatCompletion, ChatCompletionChunk, ChatFields, ChatRequest},
+        message,
+        sampling::SamplingFields,
+    },
+};
+use crate::{request::Request, text::ChatOptions};
+
+/// What the model says next in a chat.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", tag = "answers", request_body = ChatRequest,
+    responses(
+        (status = 200, description = "The answers, or with `stream` events of chunks, the last of which is `[DONE]`",
+            content((ChatCompletion = "application/json"), (ChatCompletionChunk = "text/event-stream"))),
+        BodyErrors,
+    )
+)]
+pub async fn chat_completions(
+    State(server): State<Arc<Server>>,
+    Extension(log): Extension<Arc<RequestLog>>,
+    Body(ChatRequest { sampling, chat }): Body<ChatRequest>,
+) -> Result<Response, ApiError> {
+    let model = server.name(sampling.model.as_deref())?;
+    let tools = Tools::new(server.llm()?.text(), &chat)?;
+    let named = |error: ApiError| {
+        let error = error.renamed("prompt", "messages").renamed("logprobs", "top_logprobs");
+        match chat.max_completion_tokens {
+            Some(_) => error.renamed("max_tokens", "max_completion_tokens"),
+            None => error,
+        }
+    };
+    let request = request(&server, &sampling, &chat, &tools).await.map_err(named)?;
+    let logprobs = request.params.logprobs.is_some();
+    let prompt = sampling.returns_token_ids().then(|| request.prompt.clone());
+    let answers = Answers::submit(&server, &log, vec![request]).map_err(named)?;
+    let text = server.llm()?.text().clone();
+    let reply = Reply::new(log.id(), model, text, &tools, answers.len())
+        .with_logprobs(logprobs)
+        .with_token_ids(prompt);
+    match sampling.streams() {
+        true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
+        false => reply.whole(answers).await.map(|chat| Json(chat).into_response()),
+    }
+}
+
+/// What a chat asks of the engine.
+async fn request(
+    server: &Arc<Server>,
+    sampling: &SamplingFields,
+    chat: &ChatFields,
+    tools: &Tools,
+) -> Result<Request, ApiError> {
+    let mut params = sampling.params()?;
+    params.max_tokens = chat.max_completion_tokens.or(params.max_tokens);
+    params.logprobs = chat.logprobs()?;
+    params.check(server.llm()?.engine().bounds().vocab_size)?;
+    let format = sampling.constraint();
+    if format.is_some() && tools.may_be_called() {
+        let message = "response_format is given with tools that the model may call or not; expected one of \
+                       them, or another tool_choice";
+        return Err(ApiError::unsupported("response_format", message));
+    }
+    // An answer that has to be a call says nothing else.
+    let (constraint, parameter) = match tools.constraint(server.llm()?.text())? {
+        Some(calls) => (Some(calls), "tools"),
+        None => (format, "response_format"),
+    };
+    let mut variables = chat.chat_template_kwargs.clone().unwrap_or_default();
+    if let Some(effort) = &chat.reasoning_effort {
+        variables.insert("reasoning_effort".into(), effort.clone().into());
+    }
+    let options = chat_options(chat.add_generation_prompt, chat.continue_final_message, variables)?;
+    let messages = message::messages(&chat.messages)?;
+    let prompt = prompt::chat(server, messages, tools.told().to_vec(), options).await?;
+    prompt::check_length(&prompt, &params, server.max_model_len(server.llm()?), "messages")?;
+    let grammar = prompt::compile(server, constraint, parameter).await?;
+    Ok(Request { grammar, shown: tools.shown().to_vec(), ..Request::new(prompt, params) })
+}
+
+impl ChatFields {
+    /// The log-probabilities that are wanted.
+    fn logprobs(&self) -> Result<Option<usize>, ApiError> {
+        match (self.logprobs.unwrap_or(false), self.top_logprobs) {
+            (false, None | Some(0)) => Ok(None),
+            (false, Some(_)) => {
+                let message = "top_logprobs is given without logprobs; expected `logprobs: true` beside it";
+                Err(ApiError::parameter("top_logprobs", message))
+            }
+            (true, top) => Ok(Some(top.unwrap_or(0))),
+        }
+    }
+}
+
+/// How a chat is written.
+///
+/// # Errors
+/// The model is to begin an answer and to continue one.
+pub fn chat_options(
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    variables: Map<String, Value>,
+) -> Result<ChatOptions, ApiError> {
+    let continues = continue_final_message.unwrap_or(false);
+    if continues && add_generation_prompt == Some(true) {
+        let message = "continue_final_message and add_generation_prompt are both true; expected one of them";
+        return Err(ApiError::parameter("continue_final_message", message));
+    }
+    Ok(ChatOptions {
+        add_generation_prompt: add_generation_prompt.unwrap_or(!continues),
+        continue_final_message: continues,
+        variables,
+        ..ChatOptions::default()
+    })
+}
