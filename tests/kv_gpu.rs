@@ -310,7 +310,7 @@ fn latent_pages() {
             let got = out.to_vec().unwrap();
             let far =
                 got.iter().zip(&want).map(|(got, want)| (got.to_f64() - want).abs()).fold(0.0, f64::max);
-            assert!(far < 2e-2, "layer {layer}: {far}");
+            assert!(far < 2e-2, "{layer:?}: {far}");
         }
     }
 }
