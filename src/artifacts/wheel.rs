@@ -271,6 +271,7 @@ impl Wheel {
     /// Reads every member, and compares it with the digest that `RECORD` promises; `step` is told of
     /// the bytes that are read and of all. Only what cannot be in `RECORD` is left out, itself and
     /// its signatures.
+    #[cfg(feature = "fetch")]
     pub(crate) fn verify(&self, step: impl Fn(u64, u64)) -> Result<(), ArtifactError> {
         let record = format!("{}.dist-info/RECORD", self.distribution);
         let members = || self.members.iter().filter(|member| !member.name.starts_with(&record));
