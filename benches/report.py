@@ -299,8 +299,9 @@ Times do not carry over to another machine. Quote ratios, which are of one run: 
 is compared was measured in turn, block by block.
 
 Beside these: [the time to a first result](cold-start.md), [a decode step of Llama 3 8B's
-shape](llama-8b.md), [a step of a small model beside PyTorch](../serve.md), [candle](../candle.md)
-and [what is downloaded and embedded](../footprint.md). `cargo bench --bench host` measures
+shape](llama-8b.md), [servers under load](serving.md), [FlashInfer 0.7.4](versions.md), [the CPU](cpu.md),
+[a step of a small model beside PyTorch](../serve.md), [candle](../candle.md) and [what is downloaded and
+embedded](../footprint.md). `cargo bench --bench host` measures
 what this crate does on the host alone, on any machine.
 
 ## Targets

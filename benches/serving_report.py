@@ -27,6 +27,10 @@ section.
 it to the end. *Engine's step* is what `flashinfer bench --steps` says of as many requests with no
 server above, and */ step* the median inter-token latency beside it: what HTTP, text and scheduling
 add.
+
+llama.cpp's server divides its cache among as many slots as a section has clients at most (`-np`), and
+is slower with more of them: sections of one number of clients show it with as many slots as it
+needs.
 """
 
 
@@ -88,6 +92,8 @@ def section(path, folder):
     prompt, answer = first["rows"][0]["prompt_tokens"], first["rows"][0]["answer_tokens"]
     text = f"\n## {path.stem}\n\n{first['date']}. Prompts of about {prompt:.0f} tokens, answers of {answer}.\n"
     text += f"{target(results)}\n\n{measurements(results)}\n"
+    if len({row["clients"] for _, row, _ in rows(results)}) == 1:
+        return text
     for kind, title, unit, value in [
         ("tokens", "Tokens per second", "tokens/s", lambda row: row["tokens_per_second"]),
         ("first-token", "Median time to first token", "ms", lambda row: median(row, "time_to_first_token_ms")),
