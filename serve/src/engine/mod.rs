@@ -15,6 +15,8 @@
 
 mod events;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 mod waiting;
 mod worker;

@@ -4,7 +4,7 @@ mod endurance;
 
 use std::{
     sync::{
-        Arc, Condvar, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, RecvTimeoutError},
     },
@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::*;
+use super::{
+    testing::{ASCII, Gate},
+    *,
+};
 use crate::{
     backend::{
         sampler,
@@ -23,8 +26,6 @@ use crate::{
     scheduler::{Choice, testing::greedy},
     tests::bytes,
 };
-
-const ASCII: Language = Language { vocab_size: 128, nan: 0 };
 
 fn limits() -> Limits {
     Limits { step_tokens: 32, max_running: 16, context: 400, draft: 0, ends: [0].into() }
@@ -91,27 +92,6 @@ fn until(engine: &Engine, what: impl Fn(&Status) -> bool) -> Status {
         }
         assert!(begin.elapsed() < Duration::from_secs(60), "{status:?}");
         thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// A door that steps wait at.
-#[derive(Clone, Default)]
-struct Gate(Arc<(Mutex<bool>, Condvar)>);
-
-impl Gate {
-    fn open(&self) {
-        *self.0.0.lock().unwrap() = true;
-        self.0.1.notify_all();
-    }
-
-    /// A backend whose steps wait until the gate is open.
-    fn before(&self, backend: Simulated) -> Simulated {
-        let gate = self.clone();
-        backend.with_failure(move |_| {
-            let (open, changed) = &*gate.0;
-            drop(changed.wait_while(open.lock().unwrap(), |open| !*open).unwrap());
-            None
-        })
     }
 }
 
@@ -294,8 +274,7 @@ fn a_dead_engine_gives_errors_to_all() {
         let mut steps = 0;
         let gate = at.clone();
         backend.with_failure(move |_| {
-            let (open, changed) = &*gate.0;
-            drop(changed.wait_while(open.lock().unwrap(), |open| !*open).unwrap());
+            gate.pass();
             steps += 1;
             assert!(steps < 3, "a fault of the backend");
             None

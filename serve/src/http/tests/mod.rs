@@ -12,7 +12,7 @@ mod tools;
 
 use std::{
     net::{SocketAddr, TcpListener},
-    sync::{Arc, Condvar, Mutex},
+    sync::Arc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -28,12 +28,14 @@ use crate::{
         Backend,
         simulated::{Language, Simulated},
     },
-    engine::{Engine, EngineConfig, Status},
+    engine::{
+        Engine, EngineConfig, Status,
+        testing::{ASCII, Gate},
+    },
     scheduler::Limits,
     tests::bytes,
 };
 
-const ASCII: Language = Language { vocab_size: 128, nan: 0 };
 /// Writes `role: content` in a line for each message.
 const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}\
                         {% if add_generation_prompt %}assistant: {% endif %}";
@@ -153,27 +155,6 @@ fn until(holds: impl Fn() -> bool) {
     while !holds() {
         assert!(begin.elapsed() < Duration::from_secs(60), "it does not come to hold");
         thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// A door that steps wait at.
-#[derive(Clone, Default)]
-struct Gate(Arc<(Mutex<bool>, Condvar)>);
-
-impl Gate {
-    fn open(&self) {
-        *self.0.0.lock().unwrap() = true;
-        self.0.1.notify_all();
-    }
-
-    /// A backend whose steps wait until the gate is open.
-    fn before(&self, backend: Simulated) -> Simulated {
-        let gate = self.clone();
-        backend.with_failure(move |_| {
-            let (open, changed) = &*gate.0;
-            drop(changed.wait_while(open.lock().unwrap(), |open| !*open).unwrap());
-            None
-        })
     }
 }
 
