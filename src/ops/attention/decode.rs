@@ -214,9 +214,10 @@ impl BatchDecode {
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
-        table: &'p PageTable,
+        table: impl Into<&'p PageTable>,
         options: &PlanOptions<'_>,
     ) -> Result<DecodePlan<'p>> {
+        let table = table.into();
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
         let batch = table.host().batch_size();
