@@ -25,7 +25,6 @@ use super::{
 };
 use crate::{
     capture,
-    cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
     indices::PageTable,
@@ -135,14 +134,13 @@ impl BatchAttention {
         }
         let (module, _) = spec.first_module(Family::Mixed, &[Backend::Fa2])?;
         let ordinal = stream.ordinal();
-        let multiprocessors =
-            FlashInferRuntime::get()?.cuda().attribute(ordinal, DeviceAttribute::MultiprocessorCount)?;
+        let multiprocessors = FlashInferRuntime::get()?.cuda().multiprocessors(ordinal)?;
         Ok(Self {
             spec: *spec,
             heads,
             group,
             ordinal,
-            blocks: blocks(multiprocessors.unsigned_abs() as usize, spec.head_dim_vo),
+            blocks: blocks(multiprocessors, spec.head_dim_vo),
             module,
             plan: module.kernel(Plan::SIGNATURES)?,
             run: module.kernel(Run::SIGNATURES)?,

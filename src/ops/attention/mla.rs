@@ -22,7 +22,6 @@ use super::{
 use crate::{
     artifacts::FlashInferVersion,
     capture,
-    cuda::DeviceAttribute,
     dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
@@ -259,8 +258,7 @@ impl BatchMla {
         stream: &Stream,
     ) -> Result<PlanInfo> {
         let cuda = FlashInferRuntime::get()?.cuda();
-        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let multiprocessors = multiprocessors.unsigned_abs() as usize;
+        let multiprocessors = cuda.multiprocessors(stream.ordinal())?;
         work.check_limits(check, multiprocessors)?;
         let need = Need { float: work.float_bytes(multiprocessors), int: int_bytes(multiprocessors) };
         let planning = Planning { need, for_graph: false, clear: false, numbers: PLAN_LEN };

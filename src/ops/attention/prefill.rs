@@ -230,7 +230,7 @@ impl BatchPrefill {
                     split: options.split,
                 },
             };
-            Some(self.kernels.make_plan(&check, workspace, &batch)?)
+            Some(self.kernels.make_plan(&check, workspace, batch)?)
         };
         Ok(PrefillPlan {
             kernels: self.kernels,
