@@ -36,7 +36,7 @@ impl Network {
         }
         let mut turned = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
         let rope = self.ropes[self.config.layers[index].rope].view()?;
-        let mut rotation = Rotation::new(rope, &tables.append);
+        let mut rotation = Rotation::new(rope, tables);
         rotation.interleave = self.config.architecture.interleave;
         apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &rotation)?;
         let mut cache = pass.cache.layer_mut(index)?;
