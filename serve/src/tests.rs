@@ -37,7 +37,7 @@ use test_support::required;
 
 use crate::{
     Result,
-    backend::{Backend, Output, Sample, Step, cpu::Cpu},
+    backend::{Backend, Output, Sample, Step, StepToken, cpu::Cpu},
     cli::answers::{Asked, answer},
     engine::{Engine, EngineConfig},
     hub,

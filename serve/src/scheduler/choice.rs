@@ -101,6 +101,16 @@ impl Choice {
         self.grammar.is_some()
     }
 
+    /// Whether it is known how the token after the next one is chosen, whatever the next one is.
+    pub fn runs_ahead(&self) -> bool {
+        !self.is_constrained() && !self.sampler.has_penalties() && self.params.logprobs.is_none()
+    }
+
+    /// How the token after the next one is chosen, where [`runs_ahead`](Self::runs_ahead).
+    pub fn output_ahead(&self, row: usize) -> Output {
+        self.sampler.output_ahead(row)
+    }
+
     /// Finds the tokens that the constraint allows next, if there is one. If none can be found,
     /// the answer ends, which is said.
     pub fn advance_grammar(&mut self) -> Option<Update> {

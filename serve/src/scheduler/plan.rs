@@ -56,7 +56,7 @@ impl Scheduler {
     }
 
     /// The pages that the pool has to have for a step.
-    fn further_pages(&self, parts: &[Part]) -> usize {
+    pub(super) fn further_pages(&self, parts: &[Part]) -> usize {
         let sequences = parts.iter().zip(self.batch.sequences());
         sequences.map(|(part, sequence)| part.further_pages(sequence)).sum()
     }

@@ -7,14 +7,19 @@
 //! launches the graph, and copies one number per row back. Other steps, which read
 //! prompts, launch the same kernels one by one, with prefill in place of decode.
 //!
+//! The host does all that while the GPU computes the step before: what that chooses is copied to
+//! the tokens of this one on the GPU, and reaches the host through the ring meanwhile. One stream
+//! orders everything; page-locked memory is written again when the copies out of it are over,
+//! which an event tells.
+//!
 //! | file | its job |
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
-//! | `attention`, `tables` | plans, and index arrays |
-//! | `sampler` | the choice of tokens |
+//! | `attention`, `tables`, `tokens` | plans, index arrays, and tokens |
+//! | `sampler`, `ring` | the choice of tokens, and their way to the host |
 //! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
@@ -29,10 +34,12 @@ mod measure;
 mod memory;
 mod network;
 mod products;
+mod ring;
 mod rows;
 mod sampler;
 mod steps;
 mod tables;
+mod tokens;
 mod weights;
 
 use std::{
@@ -54,16 +61,19 @@ use self::{
     buckets::{Bucket, Launched},
     buffers::{Buffers, Outputs},
     kernels::Kernels,
+    measure::GraphTime,
     memory::Pinned,
     network::Network,
+    ring::Ring,
     rows::Rows,
     sampler::Sampler,
     tables::Tables,
+    tokens::Tokens,
     weights::Weights,
 };
 use crate::{
     Result,
-    backend::{Backend, Output, Sample, Step, matmul::CublasLt},
+    backend::{Backend, Output, Sample, Step, StepToken, matmul::CublasLt},
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
 
@@ -77,13 +87,13 @@ pub struct Gpu {
     buffers: Buffers,
     outputs: Outputs,
     /// The tokens of a step.
-    tokens: Rows,
+    tokens: Tokens,
     /// The rows whose logits are wanted.
     selected: Rows,
     /// Made when the first step samples.
     sampler: Option<Sampler>,
-    /// What was chosen.
-    chosen: Pinned<i32>,
+    /// What was chosen, on its way to the host.
+    ring: Ring,
     /// A row of logits, once one was wanted.
     row: Option<Pinned<f32>>,
     cache: PagedKvCache,
@@ -92,6 +102,8 @@ pub struct Gpu {
     cuda: Arc<CudaStream>,
     /// The graph that was the last step.
     launched: Option<Launched>,
+    /// The times of graphs, if they are taken.
+    graph_times: Option<Vec<GraphTime>>,
     /// Whether steps may be graphs.
     graphs: bool,
     /// As [`GpuOptions::deterministic`].
@@ -169,15 +181,16 @@ impl Gpu {
             attention: Attention::new(&stream, config, widths, positions, deterministic)?,
             buffers: Buffers::new(&stream, config, widths, most)?,
             outputs: Outputs::new(&stream, config, 1)?,
-            tokens: Rows::new(&cuda, &stream, most, config.vocab_size)?,
+            tokens: Tokens::new(&cuda, &stream, most, config.vocab_size)?,
             selected: Rows::new(&cuda, &stream, most, most)?,
             sampler: None,
-            chosen: Pinned::zeros(&cuda, most)?,
+            ring: Ring::new(&cuda, most)?,
             row: None,
             cache: PagedKvCache::new(&stream, pool, &[shape])?,
             tables: Tables::new(&stream, pool, most, deterministic)?,
             cublas: CublasLt::new(&cuda)?,
             launched: None,
+            graph_times: None,
             graphs: true,
             deterministic,
             enqueued: Duration::ZERO,
@@ -204,7 +217,11 @@ impl Gpu {
         for tokens in [&[0; 2][..most.min(2)], &[0]] {
             match batch.append([tokens.len()]) {
                 Ok(()) => {
-                    self.step(&Step { batch: &batch, tokens, outputs: &[Output::greedy(0)] })?;
+                    self.step(&Step {
+                        batch: &batch,
+                        tokens: &StepToken::known(tokens),
+                        outputs: &[Output::greedy(0)],
+                    })?;
                 }
                 Err(FlashInferError::OutOfPages { .. }) => break,
                 Err(error) => return Err(error.into()),
@@ -242,18 +259,29 @@ impl Backend for Gpu {
         self.network.config.vocab_size
     }
 
-    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
-        self.at.clear();
-        self.launched = None;
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
         let start = Instant::now();
+        self.ring.check()?;
+        self.launched = None;
         self.check(step)?;
-        if step.tokens.is_empty() {
-            return Ok(Vec::new());
+        self.at.clear();
+        if !step.tokens.is_empty() {
+            let computed = self.compute(step);
+            self.tables.tables.release_padding();
+            computed?;
         }
-        let computed = self.compute(step);
-        self.tables.tables.release_padding();
         self.enqueued = start.elapsed();
-        let samples = computed.and_then(|()| self.samples(step.outputs));
+        self.ring.push(&self.cuda, &self.outputs.tokens, &self.at, step.outputs)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        let step = self.ring.pop()?;
+        let samples = self.samples(&step);
+        self.ring.give_back(step);
         if samples.is_err() {
             self.at.clear();
         }
@@ -262,7 +290,16 @@ impl Backend for Gpu {
 
     fn logits(&self) -> Result<Vec<f32>> {
         let vocab_size = self.vocab_size();
-        let all = if self.at.is_empty() { Vec::new() } else { self.outputs.logits.to_vec()? };
-        Ok(self.at.iter().flat_map(|&row| &all[row * vocab_size..][..vocab_size]).copied().collect())
+        let none = self.at.is_empty() || self.ring.last().is_some();
+        let all = if none { Vec::new() } else { self.outputs.logits.to_vec()? };
+        let at = if none { &[][..] } else { &self.at };
+        Ok(at.iter().flat_map(|&row| &all[row * vocab_size..][..vocab_size]).copied().collect())
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // A step may be in flight, which works on what goes now. Who drops it wants no error.
+        let _ = self.cuda.synchronize();
     }
 }

@@ -35,7 +35,7 @@ fn logits(
         let others = (0..first).map(|at| (at as u32 * 29 + 7) % vocab as u32);
         let rows: Vec<_> = others.chain(tokens[at..at + part].iter().copied()).collect();
         let outputs: Vec<_> = (0..rows.len()).map(Output::greedy).collect();
-        engine.step(&Step { batch: &batch, tokens: &rows, outputs: &outputs }).unwrap();
+        engine.step(&Step { batch: &batch, tokens: &StepToken::known(&rows), outputs: &outputs }).unwrap();
         all.extend_from_slice(&engine.logits().unwrap()[first * vocab..]);
         at += part;
     }
