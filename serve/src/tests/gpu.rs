@@ -448,7 +448,8 @@ fn a_missing_gpu_is_told() {
     let model = Model::open(&Tiny::new().write(&folder)).unwrap();
     let pool = PageAllocator::new(4, 4).unwrap();
     let place = |device| {
-        load(device, &model, &pool, limits(16, 0).step_capacity(), false)
+        let capacity = limits(16, 0).step_capacity();
+        load(device, &model, &pool, capacity, GpuOptions::new(capacity.tokens))
             .map(|loaded| loaded.place)
             .map_err(|e| e.to_string())
     };

@@ -3,11 +3,12 @@
 
 use std::{iter, rc::Rc};
 
-use flashinfer_rs::{DType, TensorMut, TensorRef};
+use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, cudarc::Tensor};
 
 use super::{
     buffers::{Buffers, Outputs, SharedBuffers},
     heads::HeadWidths,
+    quantize::{QuantizedRows, Quantizer},
     weights::{SharedExpert, Weights, added_factor},
 };
 use crate::{
@@ -17,7 +18,55 @@ use crate::{
 };
 
 /// Scratch memory of products: what cuBLASLt is recommended to have on Hopper.
-pub const SCRATCH_BYTES: usize = 32 << 20;
+const SCRATCH_BYTES: usize = 32 << 20;
+
+/// What products of steps need beside their factors.
+pub struct Multiplier {
+    scratch: Tensor<u8>,
+    /// What rounds rows to `e4m3`, and where they go, if weights are of it.
+    quantizer: Option<(Quantizer, QuantizedRows)>,
+}
+
+impl Multiplier {
+    /// For products of up to so many rows.
+    pub fn new(
+        stream: &Stream,
+        config: &Config,
+        widths: HeadWidths,
+        rows: usize,
+        quantizer: Option<Quantizer>,
+    ) -> Result<Self> {
+        let inner = config.num_experts() * config.intermediate_size;
+        let shared = config.experts.and_then(|experts| experts.shared).unwrap_or(0);
+        let width = config.hidden_size.max(config.heads.num_qo_heads * widths.padded).max(inner).max(shared);
+        let quantizer = match quantizer {
+            Some(quantizer) => Some((quantizer, QuantizedRows::zeros(stream, rows, rows * width)?)),
+            None => None,
+        };
+        Ok(Self { scratch: Tensor::zeros(stream, &[SCRATCH_BYTES])?, quantizer })
+    }
+
+    /// What rounds to `e4m3`, if weights are of it.
+    pub fn quantizer(&self) -> Option<&Quantizer> {
+        self.quantizer.as_ref().map(|(quantizer, _)| quantizer)
+    }
+
+    /// [`Matmul::run`] of 16-bit rows, which become `e4m3` first if the product is of it.
+    pub fn run(
+        &mut self,
+        product: &Matmul,
+        out: &mut TensorMut<'_>,
+        x: &TensorRef<'_>,
+        weight: &Weight<'_>,
+    ) -> Result<()> {
+        let Product { rows, dtype, .. } = *product.product();
+        let x = match &mut self.quantizer {
+            Some((quantizer, quantized)) if dtype == DType::E4M3 => quantizer.quantize(quantized, x, rows)?,
+            _ => (*x).into(),
+        };
+        product.run(out, &x, weight, &mut self.scratch.view_mut())
+    }
+}
 
 /// The products of all layers, for one number of rows.
 pub struct Products {
@@ -39,66 +88,77 @@ pub struct SharedProducts {
 }
 
 impl Products {
+    /// With matrices of `weights`, but for those that score experts.
     pub fn new(
         cublas: &Rc<CublasLt>,
         config: &Config,
         widths: HeadWidths,
+        weights: DType,
         rows: usize,
         choice: Choice,
     ) -> Result<Self> {
-        let (hidden, dtype, biases) = (config.hidden_size, config.dtype, config.biases);
+        let (hidden, out_dtype, biases) = (config.hidden_size, config.dtype, config.biases);
         let inner = config.num_experts() * config.intermediate_size;
         let [qo, kv] =
             [config.heads.num_qo_heads, config.heads.num_kv_heads].map(|heads| heads * widths.padded);
-        let product = |input, output, factor, added, out_dtype| {
-            let product = Product { rows, input, output, factor, added, dtype, out_dtype };
-            Matmul::new(cublas, product, choice, SCRATCH_BYTES)
+        let matmul = |product| Matmul::new(cublas, product, choice, SCRATCH_BYTES);
+        let product = |input, output, factor, added| {
+            matmul(Product { rows, input, output, factor, added, dtype: weights, out_dtype })
         };
         let bias = |biased: bool| if biased { Added::Bias } else { Added::Nothing };
         let factor = added_factor(config);
         let down_factor = factor * config.experts.map_or(1.0, |experts| experts.scale as f32);
-        let scores = |output| product(hidden, output, 1.0, Added::Nothing, DType::F32);
+        let scores = |output| {
+            let (dtype, out_dtype) = (config.dtype, DType::F32);
+            let (factor, added) = (1.0, Added::Nothing);
+            matmul(Product { rows, input: hidden, output, factor, added, dtype, out_dtype })
+        };
         let shared = config.experts.and_then(|experts| experts.shared).map(|inner| -> Result<_> {
             Ok(SharedProducts {
                 gate: scores(1)?,
-                gate_up: product(hidden, 2 * inner, 1.0, Added::Nothing, dtype)?,
-                down: product(inner, hidden, factor, Added::Output, dtype)?,
+                gate_up: product(hidden, 2 * inner, 1.0, Added::Nothing)?,
+                down: product(inner, hidden, factor, Added::Output)?,
             })
         });
         Ok(Self {
             rows,
-            qkv: product(hidden, qo + 2 * kv, 1.0, bias(biases.qkv), dtype)?,
-            attention_output: product(qo, hidden, factor, bias(biases.attention_output), dtype)?,
+            qkv: product(hidden, qo + 2 * kv, 1.0, bias(biases.qkv))?,
+            attention_output: product(qo, hidden, factor, bias(biases.attention_output))?,
             router: config.experts.map(|experts| scores(experts.count)).transpose()?,
-            gate_up: product(hidden, 2 * inner, 1.0, bias(biases.gate_up), dtype)?,
-            down: product(inner, hidden, down_factor, bias(biases.down), dtype)?,
+            gate_up: product(hidden, 2 * inner, 1.0, bias(biases.gate_up))?,
+            down: product(inner, hidden, down_factor, bias(biases.down))?,
             shared: shared.transpose()?,
         })
     }
 
     /// Takes the fastest kernels, once. What is in the buffers is lost.
-    pub fn tune(&mut self, weights: &Weights, buffers: &mut Buffers) -> Result<()> {
-        let Buffers { x, qkv, attention, gate_up, inner, routing, shared, scratch, .. } = buffers;
-        let (rows, scratch, layers) = (self.rows, &mut scratch.view_mut(), weights.layers.iter());
+    pub fn tune(
+        &mut self,
+        weights: &Weights,
+        buffers: &mut Buffers,
+        multiplier: &mut Multiplier,
+    ) -> Result<()> {
+        let Buffers { x, qkv, attention, gate_up, inner, routing, shared, .. } = buffers;
+        let (rows, layers) = (self.rows, weights.layers.iter());
         let of_experts = rows * (gate_up.view().shape()[0] / x.view().shape()[0]) as usize;
         let of = layers.clone().map(|layer| layer.qkv.view());
-        tune(&mut self.qkv, qkv.rows_mut(rows)?, &x.rows(rows)?, of, scratch)?;
+        tune(&mut self.qkv, qkv.rows_mut(rows)?, &x.rows(rows)?, of, multiplier)?;
         let of = layers.clone().map(|layer| layer.attention_output.view());
-        tune(&mut self.attention_output, x.rows_mut(rows)?, &attention.rows(rows)?, of, scratch)?;
+        tune(&mut self.attention_output, x.rows_mut(rows)?, &attention.rows(rows)?, of, multiplier)?;
         let of = layers.clone().map(|layer| layer.gate_up.view());
-        tune(&mut self.gate_up, gate_up.rows_mut(of_experts)?, &x.rows(rows)?, of, scratch)?;
+        tune(&mut self.gate_up, gate_up.rows_mut(of_experts)?, &x.rows(rows)?, of, multiplier)?;
         let of = layers.clone().map(|layer| layer.down.view());
-        tune(&mut self.down, x.rows_mut(rows)?, &inner.rows(of_experts)?, of, scratch)?;
+        tune(&mut self.down, x.rows_mut(rows)?, &inner.rows(of_experts)?, of, multiplier)?;
         if let (Some(product), Some(routing)) = (&mut self.router, routing) {
             let of = layers.clone().filter_map(|layer| layer.router.as_ref()).map(|router| router.view());
-            tune(product, routing.scores_mut(rows)?, &x.rows(rows)?, of, scratch)?;
+            tune(product, routing.scores_mut(rows)?, &x.rows(rows)?, of, multiplier)?;
         }
         if let (Some(products), Some(SharedBuffers { gate_up, inner, .. })) = (&mut self.shared, shared) {
             let all = layers.filter_map(|layer| layer.shared.as_ref());
             let of = all.clone().map(|shared: &SharedExpert| shared.gate_up.view());
-            tune(&mut products.gate_up, gate_up.rows_mut(rows)?, &x.rows(rows)?, of, scratch)?;
+            tune(&mut products.gate_up, gate_up.rows_mut(rows)?, &x.rows(rows)?, of, multiplier)?;
             let of = all.map(|shared| shared.down.view());
-            tune(&mut products.down, x.rows_mut(rows)?, &inner.rows(rows)?, of, scratch)?;
+            tune(&mut products.down, x.rows_mut(rows)?, &inner.rows(rows)?, of, multiplier)?;
         }
         Ok(())
     }
@@ -125,10 +185,16 @@ impl HeadProduct {
     }
 
     /// Takes the fastest kernel, once. What is in the buffers is lost.
-    pub fn tune(&mut self, weights: &Weights, buffers: &mut Buffers, outputs: &mut Outputs) -> Result<()> {
+    pub fn tune(
+        &mut self,
+        weights: &Weights,
+        buffers: &Buffers,
+        outputs: &mut Outputs,
+        multiplier: &mut Multiplier,
+    ) -> Result<()> {
         let logits = outputs.logits.view_mut().narrow(0, 0, self.rows)?;
-        let (x, scratch) = (buffers.x.rows(self.rows)?, &mut buffers.scratch.view_mut());
-        tune(&mut self.product, logits, &x, iter::once(weights.head()), scratch)
+        let x = buffers.x.rows(self.rows)?;
+        tune(&mut self.product, logits, &x, iter::once(weights.head()), multiplier)
     }
 }
 
@@ -138,7 +204,8 @@ fn tune<'w>(
     mut out: TensorMut<'_>,
     x: &TensorRef<'_>,
     weights: impl Iterator<Item = Weight<'w>> + Clone,
-    scratch: &mut TensorMut<'_>,
+    multiplier: &mut Multiplier,
 ) -> Result<()> {
-    product.tune(|product| weights.clone().try_for_each(|weight| product.run(&mut out, x, &weight, scratch)))
+    product
+        .tune(|product| weights.clone().try_for_each(|weight| multiplier.run(product, &mut out, x, &weight)))
 }
