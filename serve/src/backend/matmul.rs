@@ -43,6 +43,8 @@ const NO_REDUCTION: u32 = 0;
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: parts of sums are kept in `f32`, and
 /// added in an order that does not change.
 const REDUCTION_IN_F32: u32 = 2;
+/// What widths of products of 8 bits are multiples of.
+const E4M3_MULTIPLE: usize = 16;
 /// Rows for which an algorithm of any number of rows is suggested.
 const USUAL_ROWS: usize = 64;
 
@@ -243,6 +245,10 @@ impl Matmul {
     /// no more than `scratch` bytes.
     pub fn new(cublas: &Rc<CublasLt>, product: Product, choice: Choice, scratch: usize) -> Result<Self> {
         let Product { rows, input, output, .. } = product;
+        if product.dtype == DType::E4M3 && !(input | output).is_multiple_of(E4M3_MULTIPLE) {
+            let problem = format!("products of e4m3 have sizes that are multiples of {E4M3_MULTIPLE}");
+            return Err(format!("{problem}; the model has one of {input} by {output}").into());
+        }
         let (dtype, out_dtype) = (data_type(product.dtype)?, data_type(product.out_dtype)?);
         let of_rows = |rows| -> Result<_> {
             Ok(Self {

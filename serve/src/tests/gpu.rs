@@ -7,6 +7,7 @@ use std::{
 
 mod architectures;
 mod deterministic;
+mod precision;
 mod sampling;
 
 use super::*;
@@ -25,7 +26,7 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// The GPU's turn; `None`, said on stderr, unless `FLASHINFER_RS_RUN_GPU_TESTS=1`.
 /// With it, whatever is missing fails the test.
-fn turn() -> Option<MutexGuard<'static, ()>> {
+pub fn turn() -> Option<MutexGuard<'static, ()>> {
     if std::env::var_os("FLASHINFER_RS_RUN_GPU_TESTS").is_none_or(|value| value != "1") {
         let name = std::thread::current().name().unwrap_or("test").to_owned();
         let hint = "skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU to run it";

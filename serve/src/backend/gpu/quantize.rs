@@ -11,6 +11,9 @@ use float8::F8E4M3;
 
 use crate::{Result, backend::matmul::Factor};
 
+#[cfg(test)]
+mod tests;
+
 /// Threads of a block, which has a row.
 const THREADS: u32 = 512;
 /// Numbers of 16 bits that a thread reads at once.
@@ -100,18 +103,5 @@ impl Quantizer {
             unsafe { launch.launch(shape)? };
         }
         Ok(quantized)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use flashinfer_rs::artifacts::Digest;
-
-    /// The PTX is what `src/ops/ptx.sh` made of the source beside it.
-    #[test]
-    fn ptx_is_made_of_its_source() {
-        let digest = Digest::of(include_bytes!("quantize.cu"));
-        let line = format!("// Made of quantize.cu by ptx.sh: sha256 {digest}");
-        assert_eq!(include_str!("quantize.ptx").lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
     }
 }
