@@ -182,6 +182,25 @@ pub struct Product {
     pub out_dtype: DType,
 }
 
+impl Product {
+    /// Refuses a tensor that is not what the product has there.
+    pub fn check_tensor(
+        &self,
+        name: &str,
+        tensor: &TensorRef<'_>,
+        dtype: DType,
+        numel: usize,
+        device: Device,
+    ) -> Result<()> {
+        let aligned = (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
+        let fits = tensor.dtype() == dtype && tensor.numel() == numel && tensor.device() == device;
+        match fits && aligned && tensor.is_contiguous() {
+            true => Ok(()),
+            false => Err(format!("{name} of {self:?} is {tensor:?}").into()),
+        }
+    }
+}
+
 /// What results are added to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Added {
@@ -397,14 +416,18 @@ impl Matmul {
     ) -> Result<()> {
         let Product { rows, input, output, factor, added, dtype, out_dtype } = self.product;
         let algorithm = &self.algorithms[self.chosen];
+        let device = Device::Cuda(self.cublas.cuda.context().ordinal() as u32);
+        let check = |name, tensor: &TensorRef<'_>, dtype, numel| {
+            self.product.check_tensor(name, tensor, dtype, numel, device)
+        };
         if weight.bias.is_some() != (added == Added::Bias) {
             return Err(format!("the bias of {:?} is {:?}", self.product, weight.bias).into());
         }
-        self.check_operand("out", &out.as_ref(), out_dtype, rows * output)?;
-        self.check_operand("x", &x.numbers, dtype, rows * input)?;
-        self.check_operand("weight", &weight.matrix.numbers, dtype, input * output)?;
+        check("out", &out.as_ref(), out_dtype, rows * output)?;
+        check("x", &x.numbers, dtype, rows * input)?;
+        check("weight", &weight.matrix.numbers, dtype, input * output)?;
         if let Some(bias) = weight.bias {
-            self.check_operand("bias", &bias, out_dtype, output)?;
+            check("bias", &bias, out_dtype, output)?;
             set_pointer(&self.descriptor, BIAS, bias.data_ptr())?;
         }
         let scaled =
@@ -414,7 +437,7 @@ impl Matmul {
                 return Err(format!("the scales of {of} of {:?} are {scales:?}", self.product).into());
             }
             if let Some(scales) = scales {
-                self.check_operand("scales", &scales, DType::F32, numel)?;
+                check("scales", &scales, DType::F32, numel)?;
                 set_pointer(&self.descriptor, pointer, scales.data_ptr())?;
             }
         }
@@ -448,16 +471,5 @@ impl Matmul {
             )?;
         }
         Ok(())
-    }
-
-    /// Refuses a tensor that is not what a product has.
-    fn check_operand(&self, name: &str, tensor: &TensorRef<'_>, dtype: DType, numel: usize) -> Result<()> {
-        let device = Device::Cuda(self.cublas.cuda.context().ordinal() as u32);
-        let aligned = (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
-        let fits = tensor.dtype() == dtype && tensor.numel() == numel && tensor.device() == device;
-        match fits && aligned && tensor.is_contiguous() {
-            true => Ok(()),
-            false => Err(format!("{name} of {:?} is {tensor:?}", self.product).into()),
-        }
     }
 }

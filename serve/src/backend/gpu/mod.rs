@@ -10,7 +10,8 @@
 //! | file | its job |
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
-//! | `buffers`, `products`, `quantize` | what steps compute in, and products by cuBLASLt |
+//! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
+//! | `quantize`, `gemv` | 8-bit numbers, and products of one row by them |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
 //! | `append`, `attention`, `tables` | what the cache gets, plans, and index arrays |
@@ -22,6 +23,7 @@ mod append;
 mod attention;
 mod buckets;
 mod buffers;
+mod gemv;
 mod half;
 mod heads;
 pub(super) mod kernels;
@@ -60,7 +62,6 @@ use self::{
     memory::Pinned,
     network::Network,
     products::{Multiplier, Products},
-    quantize::Quantizer,
     rows::Rows,
     sampler::Sampler,
     tables::Tables,
@@ -193,8 +194,7 @@ impl Gpu {
         let cublas = CublasLt::new(&cuda)?;
         let choice = options.choice();
         let products = Products::new(&cublas, config, widths, weights, 1, choice)?;
-        let quantizer = (weights == DType::E4M3).then(|| Quantizer::new(&cuda, config.dtype)).transpose()?;
-        let multiplier = Multiplier::new(&stream, config, widths, most, quantizer)?;
+        let multiplier = Multiplier::new(&cuda, config, widths, weights, most, choice)?;
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
         let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(kv, KvLayout::Nhd) };
         let mut gpu = Self {

@@ -1,12 +1,14 @@
 //! The products of activations and weights that a step has, and the fastest kernels for
 //! them.
 
-use std::{iter, rc::Rc};
+use std::{iter, rc::Rc, sync::Arc};
 
+use cudarc::driver::CudaStream;
 use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, cudarc::Tensor};
 
 use super::{
     buffers::{Buffers, Outputs, SharedBuffers},
+    gemv::Gemv,
     heads::HeadWidths,
     quantize::{QuantizedRows, Quantizer},
     weights::{SharedExpert, Weights, added_factor},
@@ -20,51 +22,75 @@ use crate::{
 /// Scratch memory of products: what cuBLASLt is recommended to have on Hopper.
 const SCRATCH_BYTES: usize = 32 << 20;
 
-/// What products of steps need beside their factors.
+/// What computes the products of steps, and the memory for it.
 pub struct Multiplier {
     scratch: Tensor<u8>,
-    /// What rounds rows to `e4m3`, and where they go, if weights are of it.
-    quantizer: Option<(Quantizer, QuantizedRows)>,
+    /// If weights are of `e4m3`.
+    e4m3: Option<E4m3Multiplier>,
+}
+
+/// What weights of `e4m3` are multiplied by.
+struct E4m3Multiplier {
+    quantizer: Quantizer,
+    /// The rows of a product, rounded.
+    quantized: QuantizedRows,
+    /// Computes one row as it is, unless it is to be as it is among others.
+    gemv: Option<Gemv>,
 }
 
 impl Multiplier {
-    /// For products of up to so many rows.
+    /// For products of up to so many rows, with matrices of `weights`.
     pub fn new(
-        stream: &Stream,
+        cuda: &Arc<CudaStream>,
         config: &Config,
         widths: HeadWidths,
+        weights: DType,
         rows: usize,
-        quantizer: Option<Quantizer>,
+        choice: Choice,
     ) -> Result<Self> {
-        let inner = config.num_experts() * config.intermediate_size;
-        let shared = config.experts.and_then(|experts| experts.shared).unwrap_or(0);
-        let width = config.hidden_size.max(config.heads.num_qo_heads * widths.padded).max(inner).max(shared);
-        let quantizer = match quantizer {
-            Some(quantizer) => Some((quantizer, QuantizedRows::zeros(stream, rows, rows * width)?)),
-            None => None,
+        let stream = Stream::from(cuda);
+        let e4m3 = || -> Result<_> {
+            let inner = config.num_experts() * config.intermediate_size;
+            let shared = config.experts.and_then(|experts| experts.shared).unwrap_or(0);
+            let qo = config.heads.num_qo_heads * widths.padded;
+            let width = config.hidden_size.max(qo).max(inner).max(shared);
+            Ok(E4m3Multiplier {
+                quantizer: Quantizer::new(cuda, config.dtype)?,
+                quantized: QuantizedRows::zeros(&stream, rows, rows * width)?,
+                gemv: (choice == Choice::Fastest).then(|| Gemv::new(cuda, config.dtype)).transpose()?,
+            })
         };
-        Ok(Self { scratch: Tensor::zeros(stream, &[SCRATCH_BYTES])?, quantizer })
+        Ok(Self {
+            scratch: Tensor::zeros(&stream, &[SCRATCH_BYTES])?,
+            e4m3: (weights == DType::E4M3).then(e4m3).transpose()?,
+        })
     }
 
     /// What rounds to `e4m3`, if weights are of it.
     pub fn quantizer(&self) -> Option<&Quantizer> {
-        self.quantizer.as_ref().map(|(quantizer, _)| quantizer)
+        self.e4m3.as_ref().map(|e4m3| &e4m3.quantizer)
     }
 
-    /// [`Matmul::run`] of 16-bit rows, which become `e4m3` first if the product is of it.
+    /// [`Matmul::run`] of 16-bit rows. If the product is of `e4m3`, they are rounded to it first,
+    /// but for a single one.
     pub fn run(
         &mut self,
-        product: &Matmul,
+        matmul: &Matmul,
         out: &mut TensorMut<'_>,
         x: &TensorRef<'_>,
         weight: &Weight<'_>,
     ) -> Result<()> {
-        let Product { rows, dtype, .. } = *product.product();
-        let x = match &mut self.quantizer {
-            Some((quantizer, quantized)) if dtype == DType::E4M3 => quantizer.quantize(quantized, x, rows)?,
-            _ => (*x).into(),
-        };
-        product.run(out, &x, weight, &mut self.scratch.view_mut())
+        let (product, scratch) = (matmul.product(), &mut self.scratch.view_mut());
+        match &mut self.e4m3 {
+            Some(e4m3) if product.dtype == DType::E4M3 => match &e4m3.gemv {
+                Some(gemv) if product.rows == 1 => gemv.run(product, out, x, weight),
+                _ => {
+                    let x = e4m3.quantizer.quantize(&mut e4m3.quantized, x, product.rows)?;
+                    matmul.run(out, &x, weight, scratch)
+                }
+            },
+            _ => matmul.run(out, &(*x).into(), weight, scratch),
+        }
     }
 }
 
