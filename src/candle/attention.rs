@@ -209,7 +209,7 @@ impl PagedDecode {
             Some(OnCuda { kernels, workspace }) => {
                 let tables = step.on_cuda();
                 let options = PlanOptions::default();
-                let plan = tables.and_then(|tables| kernels.plan(workspace, &tables.pages, &options));
+                let plan = tables.and_then(|tables| kernels.plan(workspace, tables, &options));
                 Some(plan.map_err(tensor::error)?)
             }
             None => None,
@@ -328,9 +328,7 @@ impl PagedPrefill {
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
                 let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
-                let plan = step.on_cuda().and_then(|tables| {
-                    kernels.plan_paged(workspace, &tables.queries, &tables.pages, &options)
-                });
+                let plan = step.on_cuda().and_then(|tables| kernels.plan_paged(workspace, tables, &options));
                 Some(plan.map_err(tensor::error)?)
             }
             None => None,

@@ -2,7 +2,7 @@
 
 use flashinfer_rs::{
     DType, FlashInferError, TensorRef,
-    attention::{Backend, CascadeLevel, CascadeWorkspace, MultiLevelCascade, PlanOptions},
+    attention::{Backend, CascadeWorkspace, MultiLevelCascade, PagedBatch, PlanOptions},
     indices::{RaggedIndices, RaggedTable},
     kv::PagedKv,
 };
@@ -102,8 +102,8 @@ impl Tables {
         }
     }
 
-    fn levels(&self) -> Vec<CascadeLevel<'_>> {
-        self.0.iter().map(|(queries, table)| CascadeLevel { queries, table }).collect()
+    fn levels(&self) -> Vec<PagedBatch<'_>> {
+        self.0.iter().map(|(queries, table)| PagedBatch::new(queries, table)).collect()
     }
 }
 
@@ -408,7 +408,7 @@ fn wrong_plans() {
     let larger_pages = tables(Tree::shared(64, &[(1, 5), (3, 20)]), 20, 32);
     let short = tables(Tree::shared(64, &[(1, 5), (3, 2)]), 20, 16);
     let (good, own) = (right.levels(), right.levels()[1]);
-    let mut plan = |levels: &[CascadeLevel<'_>], options: &PlanOptions<'_>| {
+    let mut plan = |levels: &[PagedBatch<'_>], options: &PlanOptions<'_>| {
         cascade.plan(&mut workspace, levels, options).map(drop)
     };
     plan(&good, &eager).unwrap();

@@ -5,8 +5,8 @@ use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use flashinfer_rs::{
     DType, Device, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, PosEncodingMode, PrefillPlan,
-        ReplayKey, RunOptions, Workspace,
+        AttentionSpec, Backend, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, PosEncodingMode,
+        PrefillPlan, ReplayKey, RunOptions, Workspace,
     },
     indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv},
@@ -382,7 +382,7 @@ impl Tables {
     ) -> Result<Plan<'p>> {
         match &self.keys {
             KeyTable::Paged(table) => {
-                prefill.plan_paged(workspace, &self.queries, table, options).map(Plan::Paged)
+                prefill.plan_paged(workspace, PagedBatch::new(&self.queries, table), options).map(Plan::Paged)
             }
             KeyTable::Ragged(keys) => {
                 prefill.plan_ragged(workspace, &self.queries, keys, options).map(Plan::Ragged)

@@ -1,6 +1,6 @@
 //! A choice: one of the answers to a request, and when it ends.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
 use super::{Limits, Token, Update};
 use crate::{
@@ -27,6 +27,8 @@ pub struct Choice {
     pub reached: usize,
     /// Tokens of the prompt that were cached when it was first read.
     pub cached: Option<usize>,
+    /// When it first ran.
+    pub started: Option<Instant>,
     finish: Option<Finish>,
 }
 
@@ -46,6 +48,7 @@ impl Choice {
             tokens: prompt.clone(),
             reached: 0,
             cached: None,
+            started: None,
             finish: None,
         })
     }
@@ -84,6 +87,7 @@ impl Choice {
             token,
             finish: self.finish.clone(),
             cached_tokens: self.cached.unwrap_or(0),
+            started: self.started,
         }
     }
 

@@ -37,6 +37,7 @@ mod tests;
 use std::{
     collections::{BTreeSet, VecDeque},
     ops::Range,
+    time::Instant,
 };
 
 use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache, Sequence};
@@ -97,6 +98,8 @@ pub struct Update {
     pub finish: Option<Finish>,
     /// See [`Usage::cached_tokens`](crate::request::Usage::cached_tokens).
     pub cached_tokens: usize,
+    /// When the choice first ran; `None` if it only waited.
+    pub started: Option<Instant>,
 }
 
 /// What came of a step.

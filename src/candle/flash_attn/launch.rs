@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     FlashInferError, Stream,
-    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PlanOptions, Workspace},
+    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, Workspace},
     cudarc::{exclusive, shared},
     dtype::Element,
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
@@ -291,7 +291,8 @@ impl Step {
             }
             (Keys::Paged(_), Some(queries), _, Some(table)) => {
                 let kv = PagedKv::new(*k, *v, KvLayout::Nhd);
-                module.plan_paged(workspace, queries, table, &options)?.run_with(q, &kv, out, None, &run)
+                let batch = PagedBatch::new(queries, table);
+                module.plan_paged(workspace, batch, &options)?.run_with(q, &kv, out, None, &run)
             }
             _ => Err(FlashInferError::invalid("flash_attn", "batch", "it is of another call")),
         }

@@ -26,7 +26,6 @@ use super::{
 };
 use crate::{
     capture,
-    cuda::DeviceAttribute,
     device::Device,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, Signature, TensorObject, kernels},
@@ -214,9 +213,10 @@ impl BatchDecode {
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
-        table: &'p PageTable,
+        table: impl Into<&'p PageTable>,
         options: &PlanOptions<'_>,
     ) -> Result<DecodePlan<'p>> {
+        let table = table.into();
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
         let batch = table.host().batch_size();
@@ -270,7 +270,7 @@ impl BatchDecode {
                         split: options.split,
                     },
                 };
-                Some(kernels.make_plan(&check, workspace, &batch)?)
+                Some(kernels.make_plan(&check, workspace, batch)?)
             }
         };
         Ok(DecodePlan {
@@ -295,7 +295,6 @@ impl BatchDecode {
         let batch = indices.batch_size();
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
-        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let planned = planned_indptr(indices.indptr());
         let need = Need::of_decode(
             &planned,
@@ -303,7 +302,7 @@ impl BatchDecode {
             self.heads,
             self.spec.head_dim_vo,
             for_graph,
-            multiprocessors.unsigned_abs() as usize,
+            cuda.multiprocessors(stream.ordinal())?,
         );
         let planning = Planning { need, for_graph, clear: false, numbers: PLAN_LEN };
         let indptr = host_indices(&planned)?;

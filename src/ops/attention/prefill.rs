@@ -8,6 +8,7 @@ use super::{
     mask::{MaskTensors, requests_of},
     modules::Family,
     options::{PlanOptions, RunOptions},
+    paged_batch::PagedBatch,
     planned::{
         PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_rows, check_workspace,
         run_over_pages,
@@ -118,7 +119,7 @@ impl BatchPrefill {
         self.kernels.backend()
     }
 
-    /// Plans attention of `queries` to the pages of `table`.
+    /// Plans attention of the queries of a batch to its pages.
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): batch sizes or
@@ -135,10 +136,10 @@ impl BatchPrefill {
     pub fn plan_paged<'p>(
         &self,
         workspace: &'p mut Workspace,
-        queries: &'p RaggedTable,
-        table: &'p PageTable,
+        batch: impl Into<PagedBatch<'p>>,
         options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, PageTable>> {
+        let PagedBatch { queries, table } = batch.into();
         self.kernels.spec.check_paged()?;
         let indices = table.host();
         let lens = indices.seq_lens();
@@ -229,7 +230,7 @@ impl BatchPrefill {
                     split: options.split,
                 },
             };
-            Some(self.kernels.make_plan(&check, workspace, &batch)?)
+            Some(self.kernels.make_plan(&check, workspace, batch)?)
         };
         Ok(PrefillPlan {
             kernels: self.kernels,

@@ -4,6 +4,7 @@ use crate::{
     dtype::DType,
     error::Result,
     indices::{AppendTable, BoundedTable},
+    kv::BatchTables,
     ops::check::Check,
     tensor::{RawTensor, TensorRef},
 };
@@ -14,7 +15,8 @@ use crate::{
 /// wherever that is. So operations must know that all positions are below the
 /// number of rows, and the host cannot look at them on the device:
 ///
-/// - a [`BoundedTable`] and an [`AppendTable`] were checked on the host;
+/// - a [`BoundedTable`] and an [`AppendTable`], also that of [`BatchTables`], were
+///   checked on the host;
 /// - for positions made on the device, [`from_device_unchecked`](Self::from_device_unchecked)
 ///   takes the caller's word;
 /// - a plain tensor may hold anything, and serves operations that compute
@@ -47,6 +49,13 @@ impl<'a> From<&'a BoundedTable> for Positions<'a> {
 impl<'a> From<&'a AppendTable> for Positions<'a> {
     fn from(append: &'a AppendTable) -> Self {
         Self(Source::Append(append))
+    }
+}
+
+/// The positions of a batch's new tokens.
+impl<'a> From<&'a BatchTables> for Positions<'a> {
+    fn from(tables: &'a BatchTables) -> Self {
+        (&tables.append).into()
     }
 }
 

@@ -36,7 +36,7 @@ impl Network {
     ) -> Result<()> {
         let (stream, slots) = (&self.stream, tables.slots());
         let rope = self.ropes[self.config.layers[index].rope].view()?;
-        let mut rotation = Rotation::new(rope, &tables.append);
+        let mut rotation = Rotation::new(rope, tables);
         rotation.interleave = self.config.architecture.interleave;
         let mut cache = cache.layer_mut(index)?;
         let NewTokens { q, k, v, no_queries } = new;

@@ -115,9 +115,7 @@ impl Attention {
     /// Plans a step of any new tokens.
     pub fn plan_prefill<'p>(&'p mut self, tables: &'p BatchTables) -> Result<Plans<'p>> {
         let options = PlanOptions::causal();
-        let plan = |kind: &'p mut Kind| {
-            kind.prefill.plan_paged(&mut kind.workspace, &tables.queries, &tables.pages, &options)
-        };
+        let plan = |kind: &'p mut Kind| kind.prefill.plan_paged(&mut kind.workspace, tables, &options);
         let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
         Ok(Plans { plans: OfKinds::Prefill(plans), layers: &self.layers, sm_scale: self.sm_scale })
     }
