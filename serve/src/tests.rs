@@ -4,7 +4,7 @@ mod architectures;
 pub mod bytes;
 mod files;
 pub mod forward;
-mod gpu;
+pub mod gpu;
 mod keys;
 mod no_numbers;
 pub mod sentencepiece;

@@ -7,6 +7,7 @@ mod experts;
 pub mod gpu;
 pub mod graph;
 mod matmul;
+pub mod precision;
 pub mod sampler;
 pub mod simulated;
 

@@ -8,6 +8,7 @@ use std::{
 mod architectures;
 mod deterministic;
 mod flight;
+mod precision;
 mod sampling;
 
 use super::*;
@@ -26,7 +27,7 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// The GPU's turn; `None`, said on stderr, unless `FLASHINFER_RS_RUN_GPU_TESTS=1`.
 /// With it, whatever is missing fails the test.
-fn turn() -> Option<MutexGuard<'static, ()>> {
+pub fn turn() -> Option<MutexGuard<'static, ()>> {
     if std::env::var_os("FLASHINFER_RS_RUN_GPU_TESTS").is_none_or(|value| value != "1") {
         let name = std::thread::current().name().unwrap_or("test").to_owned();
         let hint = "skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU to run it";
@@ -457,7 +458,8 @@ fn a_missing_gpu_is_told() {
     let model = Model::open(&Tiny::new().write(&folder)).unwrap();
     let pool = PageAllocator::new(4, 4).unwrap();
     let place = |device| {
-        load(device, &model, &pool, limits(16, 0).step_capacity(), false)
+        let capacity = limits(16, 0).step_capacity();
+        load(device, &model, &pool, capacity, GpuOptions::new(capacity.tokens))
             .map(|loaded| loaded.place)
             .map_err(|e| e.to_string())
     };

@@ -16,16 +16,19 @@
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
+//! | `quantize`, `gemv` | 8-bit numbers, and products of one row by them |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
-//! | `attention`, `tables`, `tokens` | plans, index arrays, and tokens |
+//! | `append`, `attention`, `tables`, `tokens` | what the cache gets, plans, index arrays, and tokens |
 //! | `sampler`, `ring` | the choice of tokens, and their way to the host |
 //! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
+mod append;
 mod attention;
 mod buckets;
 mod buffers;
+mod gemv;
 mod half;
 mod heads;
 pub(super) mod kernels;
@@ -34,6 +37,7 @@ mod measure;
 mod memory;
 mod network;
 mod products;
+mod quantize;
 mod ring;
 mod rows;
 mod sampler;
@@ -50,13 +54,14 @@ use std::{
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::{
-    FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
+    DType, FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     rope::CosSinCache,
 };
 
 pub use self::heads::HeadWidths;
 use self::{
+    append::check_quantized_keys,
     attention::Attention,
     buckets::{Bucket, Launched},
     buffers::{Buffers, Outputs},
@@ -64,6 +69,7 @@ use self::{
     measure::GraphTime,
     memory::Pinned,
     network::Network,
+    products::{Multiplier, Products},
     ring::Ring,
     rows::Rows,
     sampler::Sampler,
@@ -73,7 +79,11 @@ use self::{
 };
 use crate::{
     Result,
-    backend::{Backend, Output, Sample, Step, StepToken, matmul::CublasLt},
+    backend::{
+        Backend, Output, Sample, Step, StepToken,
+        matmul::{Choice, CublasLt},
+        precision::Precision,
+    },
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
 
@@ -85,6 +95,7 @@ pub struct Gpu {
     network: Network,
     attention: Attention,
     buffers: Buffers,
+    multiplier: Multiplier,
     outputs: Outputs,
     /// The tokens of a step.
     tokens: Tokens,
@@ -106,8 +117,8 @@ pub struct Gpu {
     graph_times: Option<Vec<GraphTime>>,
     /// Whether steps may be graphs.
     graphs: bool,
-    /// As [`GpuOptions::deterministic`].
-    deterministic: bool,
+    /// How algorithms of products are chosen.
+    choice: Choice,
     /// What the last step took until all was enqueued.
     enqueued: Duration,
     /// Where the last step's outputs are among the rows of logits.
@@ -124,17 +135,29 @@ pub struct GpuOptions {
     /// keys of each new token by itself then, undivided, and products have one
     /// algorithm for all numbers of rows.
     pub deterministic: bool,
+    /// The type of the matrices of layers. `e4m3` has a scale for each row, and rows that are
+    /// multiplied by them are rounded to it, too. The embedding, the product that makes logits and
+    /// those that score experts stay as they are.
+    pub weights: Precision,
+    /// The type of the KV cache. Keys and values that are rounded to `e4m3` have no scale: beyond
+    /// 448 they become that.
+    pub kv: Precision,
 }
 
 impl GpuOptions {
     /// For steps of so many tokens, as fast as can be.
     pub fn new(max_tokens: usize) -> Self {
-        Self { max_tokens, deterministic: false }
+        Self { max_tokens, deterministic: false, weights: Precision::Auto, kv: Precision::Auto }
     }
 
     /// The most rows of products, a power of two.
     fn max_rows(self) -> usize {
         self.max_tokens.max(1).next_power_of_two()
+    }
+
+    /// How algorithms of products are chosen.
+    fn choice(self) -> Choice {
+        if self.deterministic { Choice::AnyRows(self.max_rows()) } else { Choice::Fastest }
     }
 }
 
@@ -173,13 +196,23 @@ impl Gpu {
         let cuda = start(config)?;
         let stream = Stream::from(&cuda);
         let (most, deterministic) = (options.max_rows(), options.deterministic);
+        let [weights, kv] = [options.weights, options.kv].map(|precision| precision.dtype(config.dtype));
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
+        if kv == DType::E4M3 {
+            check_quantized_keys(config, widths)?;
+        }
+        let attention = Attention::new(&stream, config, widths, positions, options)?;
+        // What has no product for one row has none at all, which is better known at once.
+        let cublas = CublasLt::new(&cuda)?;
+        let choice = options.choice();
+        let products = Products::new(&cublas, config, widths, weights, 1, choice)?;
+        let multiplier = Multiplier::new(&cuda, config, widths, weights, most, choice)?;
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
-        let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(config.dtype, KvLayout::Nhd) };
+        let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(kv, KvLayout::Nhd) };
         let mut gpu = Self {
             buckets: (0..=most.ilog2()).map(|_| Bucket::default()).collect(),
-            attention: Attention::new(&stream, config, widths, positions, deterministic)?,
-            buffers: Buffers::new(&stream, config, widths, most)?,
+            attention,
+            buffers: Buffers::new(&stream, config, widths, kv, most)?,
             outputs: Outputs::new(&stream, config, 1)?,
             tokens: Tokens::new(&cuda, &stream, most, config.vocab_size)?,
             selected: Rows::new(&cuda, &stream, most, most)?,
@@ -188,23 +221,25 @@ impl Gpu {
             row: None,
             cache: PagedKvCache::new(&stream, pool, &[shape])?,
             tables: Tables::new(&stream, pool, most, deterministic)?,
-            cublas: CublasLt::new(&cuda)?,
+            cublas,
             launched: None,
             graph_times: None,
             graphs: true,
-            deterministic,
+            choice,
             enqueued: Duration::ZERO,
             at: Vec::new(),
             network: Network {
                 widths,
-                weights: Weights::new(&stream, config, widths, &ends, layers)?,
+                weights: Weights::new(&stream, config, widths, multiplier.quantizer(), &ends, layers)?,
                 ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
                 kernels: Kernels::new(&cuda, config.dtype)?,
                 config: config.clone(),
                 stream,
             },
+            multiplier,
             cuda,
         };
+        gpu.buckets[0].products = Some(products);
         gpu.warm_up(pool, most)?;
         Ok(gpu)
     }

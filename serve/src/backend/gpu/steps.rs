@@ -91,7 +91,19 @@ impl Gpu {
         self.at.extend(outputs.iter().map(|output| output.row));
         let sampled = self.prepare_outputs(bucket, true, outputs)?;
         let rows = 1 << bucket;
-        let Self { buckets, network, attention, buffers, outputs, tokens, cache, tables, sampler, .. } = self;
+        let Self {
+            buckets,
+            network,
+            attention,
+            buffers,
+            multiplier,
+            outputs,
+            tokens,
+            cache,
+            tables,
+            sampler,
+            ..
+        } = self;
         let (cuda, graph_times) = (&self.cuda, &mut self.graph_times);
         let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(head) } =
             &mut buckets[bucket]
@@ -111,16 +123,9 @@ impl Gpu {
             self.launched = Some(Launched { bucket, sampled });
             return Ok(());
         }
-        let mut pass = Pass {
-            rows,
-            padded_rows: rows,
-            tokens: tokens.rows(),
-            tables,
-            plans: &plans,
-            products,
-            cache,
-            buffers,
-        };
+        let (padded_rows, plans, tokens) = (rows, &plans, tokens.rows());
+        let mut pass =
+            Pass { rows, padded_rows, tokens, tables, plans, products, cache, buffers, multiplier };
         let mut head = Head { rows, selected: None, product: &head.product, outputs, sampler };
         let mut run = || {
             network.run(&mut pass)?;
@@ -148,8 +153,19 @@ impl Gpu {
             let selected: Vec<_> = outputs.iter().map(|output| output.row).collect();
             self.selected.set(&self.cuda, &selected, wanted)?;
         }
-        let Self { buckets, network, attention, buffers, tokens, cache, tables, selected, sampler, .. } =
-            self;
+        let Self {
+            buckets,
+            network,
+            attention,
+            buffers,
+            multiplier,
+            tokens,
+            cache,
+            tables,
+            selected,
+            sampler,
+            ..
+        } = self;
         let Some(products) = &buckets[bucket].products else {
             return Err("the products of a step were not made".into());
         };
@@ -159,8 +175,9 @@ impl Gpu {
         };
         let tables = &tables.tables;
         let padded_rows = 1 << bucket;
-        let tokens = tokens.rows();
-        let mut pass = Pass { rows, padded_rows, tokens, tables, plans: &plans, products, cache, buffers };
+        let (plans, tokens) = (&plans, tokens.rows());
+        let mut pass =
+            Pass { rows, padded_rows, tokens, tables, plans, products, cache, buffers, multiplier };
         network.run(&mut pass)?;
         let Some(rows) = wanted else { return Ok(()) };
         let Some(HeadProduct { product, .. }) = &buckets[rows.ilog2() as usize].head else {

@@ -31,12 +31,13 @@ const STEPS: usize = 100;
 const BANDWIDTH: f64 = 4.8e12;
 
 /// Measures steps of a model that answers so many requests at a time, each with so many tokens
-/// before the first step.
+/// before the first step. The most tokens of a step are those that are measured, whatever the
+/// options say.
 ///
 /// # Errors
 /// There is no GPU that can be used, or the model does not fit it.
-pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, deterministic: bool) -> Result<()> {
-    let options = |max_tokens| GpuOptions { max_tokens, deterministic };
+pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, options: GpuOptions) -> Result<()> {
+    let options = |max_tokens| GpuOptions { max_tokens, ..options };
     match model {
         Source::Shape(shape) => {
             let config = shape.config()?;

@@ -43,7 +43,7 @@ fn logits(
 }
 
 /// The logits of a model's rows are equal in every bit, however its steps are made.
-fn check_rows_are_equal(name: &str, gpu: &mut Gpu, pool: &PageAllocator, tokens: &[u32]) {
+pub fn check_rows_are_equal(name: &str, gpu: &mut Gpu, pool: &PageAllocator, tokens: &[u32]) {
     let alone = logits(gpu, pool, tokens, &vec![1; tokens.len()], &[]);
     let steps: &[(&[usize], &[usize])] = &[
         (&[17], &[]),
