@@ -95,7 +95,7 @@ fn rows_whose_keys_are_all_hidden() {
             &keys,
             &mut TensorMut::from_slice(&mut want, &[n, 4, 128]).unwrap(),
             Some(&mut TensorMut::from_slice(&mut want_lse, &[n, 4]).unwrap()),
-            reference::Mask::Custom(&indices, &packed),
+            reference::HostMask::Custom(&indices, &packed),
             &RunOptions::default(),
         )
         .unwrap();

@@ -304,7 +304,7 @@ fn latent_pages() {
                 batch.pages(),
                 want_view,
                 None,
-                reference::Mask::None,
+                reference::HostMask::None,
             )
             .unwrap();
             let got = out.to_vec().unwrap();

@@ -139,7 +139,7 @@ impl<T: Number> Problem<T> {
         let (n, heads) = (queries.total(), case.num_heads);
         let mut want = vec![f64::NAN; n * heads * 512];
         let mut want_lse = vec![f64::NAN; n * heads];
-        let mask = if case.causal { reference::Mask::Causal } else { reference::Mask::None };
+        let mask = if case.causal { reference::HostMask::Causal } else { reference::HostMask::None };
         reference::batch_mla(
             &MlaSpec::new(T::DTYPE, case.sm_scale),
             &query_of(&q.iter().map(Mirrored::view).collect::<Vec<_>>()),

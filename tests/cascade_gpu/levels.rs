@@ -238,13 +238,13 @@ fn levels_merge_into_the_whole() {
                 .unwrap();
                 (out, lse)
             };
-            let last_mask = if causal { reference::Mask::Causal } else { reference::Mask::None };
+            let last_mask = if causal { reference::HostMask::Causal } else { reference::HostMask::None };
             let queries = RaggedIndices::from_lens(tree.queries.iter().copied()).unwrap();
             let (want, want_lse) = run(&queries, &flat, last_mask);
             let ((queries, table), others) = levels.split_last().unwrap();
             let (mut out, mut lse) = run(queries, table, last_mask);
             for (queries, table) in others {
-                let (other, other_lse) = run(queries, table, reference::Mask::None);
+                let (other, other_lse) = run(queries, table, reference::HostMask::None);
                 let mut state = StateMut::new(
                     TensorMut::from_slice(&mut out, &[rows, 2, 8]).unwrap(),
                     TensorMut::from_slice(&mut lse, &[rows, 2]).unwrap(),

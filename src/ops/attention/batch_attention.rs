@@ -10,7 +10,7 @@
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
 use super::{
-    batch_attention_work::{MixedBatch, Work, blocks, float_bytes, int_bytes},
+    batch_attention_work::{MixedBatch, MixedWork, blocks, float_bytes, int_bytes},
     empty_states,
     mask::{Mask, MaskTensors, requests_of},
     modules::Family,
@@ -209,7 +209,7 @@ impl BatchAttention {
         let (heads, group) = (self.heads, self.group);
         let (queries, pages) = (queries.host(), table.host());
         let batch = MixedBatch { queries, pages, heads, group, causal, graph: options.graph };
-        let work = Work::of(&check, &self.spec, batch)?;
+        let work = MixedWork::of(&check, &self.spec, batch)?;
         work.check_limits(&check, self.blocks)?;
         check_workspace(&check, workspace)?;
         let info = if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &work)?) };
@@ -229,7 +229,12 @@ impl BatchAttention {
         })
     }
 
-    fn plan_work(&self, check: &Check<'_>, workspace: &mut Workspace, work: &Work<'_>) -> Result<PlanInfo> {
+    fn plan_work(
+        &self,
+        check: &Check<'_>,
+        workspace: &mut Workspace,
+        work: &MixedWork<'_>,
+    ) -> Result<PlanInfo> {
         let Heads { num_qo_heads, num_kv_heads } = work.heads;
         let float = float_bytes(self.blocks, num_kv_heads, self.spec.head_dim_vo);
         let need = Need { float, int: int_bytes(self.blocks) };

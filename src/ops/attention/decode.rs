@@ -19,7 +19,7 @@ use super::{
         check_workspace, host_indices, make_plan, run_over_pages,
     },
     prefill_batch::{BatchShape, PrefillBatch},
-    prefill_kernels::{Pages, PrefillKernels, RunTensors},
+    prefill_kernels::{PageArrays, PrefillKernels, RunTensors},
     resolve::flash_attention,
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
@@ -419,7 +419,7 @@ impl DecodePlan<'_> {
                 // device copies of those that the plan was made from, checked
                 // against a cache of at most this many pages; the workspace is
                 // the plan's, on its stream.
-                unsafe { kernels.run_paged(&run, table.stream(), kv, &Pages::of(table)?) }?;
+                unsafe { kernels.run_paged(&run, table.stream(), kv, &PageArrays::of(table)?) }?;
             }
             (Kernels::CudaCores(kernels), _) => {
                 OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
@@ -432,8 +432,12 @@ impl DecodePlan<'_> {
         let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
         let (indptr, last_page_len) = (table.indptr()?, table.last_page_len()?);
         let page_size = table.host().page_size();
-        let rows = empty_states::Rows {
-            keys: empty_states::Keys::Paged { indptr: &indptr, last_page_len: &last_page_len, page_size },
+        let rows = empty_states::EmptyRows {
+            keys: empty_states::KeyLengths::Paged {
+                indptr: &indptr,
+                last_page_len: &last_page_len,
+                page_size,
+            },
             qo_indptr: None,
             batch: table.host().batch_size(),
             mask: &MaskTensors::NONE,

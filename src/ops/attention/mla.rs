@@ -11,7 +11,7 @@
 use super::{
     batch_run::ANY_BACKEND,
     mla_spec::MlaSpec,
-    mla_work::{Work, int_bytes},
+    mla_work::{MlaWork, int_bytes},
     options::{PlanOptions, check_sm_scale},
     paged_batch::PagedBatch,
     planned::{PlanInfo, Planned, Planning, check_gpu, check_lse, check_workspace, host_indices, make_plan},
@@ -235,7 +235,7 @@ impl BatchMla {
                         .into(),
             });
         }
-        let work = Work::of(&check, queries, table.host(), self.num_heads, causal)?;
+        let work = MlaWork::of(&check, queries, table.host(), self.num_heads, causal)?;
         check_workspace(&check, workspace)?;
         let info = match work.kv_lens.len() {
             0 => None,
@@ -254,7 +254,7 @@ impl BatchMla {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        work: &Work,
+        work: &MlaWork,
         stream: &Stream,
     ) -> Result<PlanInfo> {
         let cuda = FlashInferRuntime::get()?.cuda();
@@ -422,7 +422,7 @@ pub(crate) fn check_mla_plan(
     num_heads: usize,
     causal: bool,
 ) -> Result<()> {
-    let work = Work::of(check, queries, table, num_heads, causal)?;
+    let work = MlaWork::of(check, queries, table, num_heads, causal)?;
     if work.kv_lens.is_empty() { Ok(()) } else { work.check_tiles(check) }
 }
 

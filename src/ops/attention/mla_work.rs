@@ -20,7 +20,7 @@ const BLOCK_TILE: usize = 64;
 /// Requests without queries make no work. Left in, they would lower the
 /// average from which the planner picks its tile.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct MlaWork {
     pub(super) qo_indptr: Vec<i32>,
     /// Where each request's pages start, and where the last one's end.
     pub(super) kv_indptr: Vec<i32>,
@@ -32,7 +32,7 @@ pub(super) struct Work {
     pub(super) causal: bool,
 }
 
-impl Work {
+impl MlaWork {
     /// Compares queries with a page table.
     pub(super) fn of(
         check: &Check<'_>,
@@ -181,13 +181,13 @@ mod tests {
     const MULTIPROCESSORS: usize = 132;
 
     /// The work of requests with these queries and tokens, all tokens in one page.
-    fn work(requests: &[(usize, usize)], num_heads: usize, causal: bool) -> Result<Work> {
+    fn work(requests: &[(usize, usize)], num_heads: usize, causal: bool) -> Result<MlaWork> {
         let page_size = requests.iter().map(|&(_, tokens)| tokens).max().unwrap_or(1).max(1);
         let pages =
             requests.iter().map(|&(_, tokens)| (if tokens == 0 { &[][..] } else { &[0][..] }, tokens));
         let table = PageIndices::from_requests(1, page_size, pages)?;
         let queries = RaggedIndices::from_lens(requests.iter().map(|&(queries, _)| queries))?;
-        on_a_stream(|check| Work::of(check, &queries, &table, num_heads, causal))
+        on_a_stream(|check| MlaWork::of(check, &queries, &table, num_heads, causal))
     }
 
     fn limits(requests: &[(usize, usize)], num_heads: usize, causal: bool) -> Result<()> {
@@ -211,12 +211,12 @@ mod tests {
             PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[3][..], 1), (&[][..], 0), (&[2][..], 4)])
                 .unwrap();
         let queries = RaggedIndices::from_lens([2, 0, 3, 1]).unwrap();
-        let work = on_a_stream(|check| Work::of(check, &queries, &table, 16, false)).unwrap();
+        let work = on_a_stream(|check| MlaWork::of(check, &queries, &table, 16, false)).unwrap();
         assert_eq!(work.qo_indptr, [0, 2, 5, 6]);
         assert_eq!(work.kv_indptr, [0, 3, 3, 4]);
         assert_eq!(work.kv_lens, [5, 0, 4]);
         let none = RaggedIndices::from_lens([0; 4]).unwrap();
-        let work = on_a_stream(|check| Work::of(check, &none, &table, 16, false)).unwrap();
+        let work = on_a_stream(|check| MlaWork::of(check, &none, &table, 16, false)).unwrap();
         assert!(work.kv_lens.is_empty());
     }
 
@@ -237,7 +237,7 @@ mod tests {
         refused(work(&[(2, 9)], usize::MAX, false), "num_heads");
         let table = PageIndices::from_requests(1, 4, [(&[0][..], 1)]).unwrap();
         let queries = RaggedIndices::from_lens([1, 1]).unwrap();
-        refused(on_a_stream(|check| Work::of(check, &queries, &table, 16, false)), "queries");
+        refused(on_a_stream(|check| MlaWork::of(check, &queries, &table, 16, false)), "queries");
     }
 
     #[test]

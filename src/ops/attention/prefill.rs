@@ -14,7 +14,7 @@ use super::{
         run_over_pages,
     },
     prefill_batch::{BatchShape, PrefillBatch, stand_in_width},
-    prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
+    prefill_kernels::{PageArrays, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
 };
@@ -328,12 +328,12 @@ impl<K> PrefillPlan<'_, K> {
     /// The sums must have been checked for this plan, whose keys these are.
     unsafe fn mark_empty(
         &self,
-        keys: empty_states::Keys<'_>,
+        keys: empty_states::KeyLengths<'_>,
         lse: Option<&TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
         let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
-        let rows = empty_states::Rows {
+        let rows = empty_states::EmptyRows {
             keys,
             qo_indptr: Some(&self.queries.indptr()?),
             batch: self.queries.host().batch_size(),
@@ -401,11 +401,16 @@ impl PrefillPlan<'_, PageTable> {
         // those that the plan was made from, checked against a cache of at
         // most this many pages; the workspace is the plan's, on its stream.
         unsafe {
-            let (run, pages) = (self.tensors(info, &qo_indptr, q, out, lse, options), Pages::of(self.keys)?);
+            let (run, pages) =
+                (self.tensors(info, &qo_indptr, q, out, lse, options), PageArrays::of(self.keys)?);
             self.kernels.run_paged(&run, stream, kv, &pages)?;
             let (indptr, last_page_len) = (&pages.indptr, &pages.last_page_len);
             let page_size = self.keys.host().page_size();
-            self.mark_empty(empty_states::Keys::Paged { indptr, last_page_len, page_size }, lse, options)
+            self.mark_empty(
+                empty_states::KeyLengths::Paged { indptr, last_page_len, page_size },
+                lse,
+                options,
+            )
         }
     }
 }
@@ -475,12 +480,12 @@ impl PrefillPlan<'_, RaggedTable> {
                     let [k, v] = as_pages(&check, [&k, &v])?;
                     let kv = PagedKv::new(TensorRef::new(k), TensorRef::new(v), KvLayout::Nhd);
                     // FlashAttention 3 does not look at lengths of last pages.
-                    let pages = Pages { indptr, indices: *numbers, last_page_len: *numbers };
+                    let pages = PageArrays { indptr, indices: *numbers, last_page_len: *numbers };
                     self.kernels.run_paged(&run, stream, &kv, &pages)?;
                 }
                 None => self.kernels.run_ragged(&run, [&k, &v], self.keys)?,
             }
-            self.mark_empty(empty_states::Keys::Ragged { indptr: &indptr }, lse, options)
+            self.mark_empty(empty_states::KeyLengths::Ragged { indptr: &indptr }, lse, options)
         }
     }
 }

@@ -81,13 +81,13 @@ pub(super) struct RunTensors<'a> {
 }
 
 /// Which pages are each request's: the arrays of a page table.
-pub(super) struct Pages {
+pub(super) struct PageArrays {
     pub(super) indptr: RawTensor,
     pub(super) indices: RawTensor,
     pub(super) last_page_len: RawTensor,
 }
 
-impl Pages {
+impl PageArrays {
     pub(super) fn of(table: &PageTable) -> Result<Self> {
         Ok(Self { indptr: table.indptr()?, indices: table.indices()?, last_page_len: table.last_page_len()? })
     }
@@ -258,7 +258,7 @@ impl PrefillKernels {
         run: &RunTensors<'_>,
         stream: &Stream,
         kv: &PagedKv<'_>,
-        pages: &Pages,
+        pages: &PageArrays,
     ) -> Result<()> {
         let (paged_k_cache, paged_v_cache) = (DlTensor::new(&kv.k.raw), DlTensor::new(&kv.v.raw));
         let paged_kv_indptr = DlTensor::new(&pages.indptr);
