@@ -6,7 +6,7 @@ and inter-token latency, at several numbers of clients.
 
 starts each server that is given by its path with the model, one after another, and ends it.
 `--url NAME=http://HOST:PORT` measures one that runs. `--steps` also takes the time of the engine's
-own steps (`flashinfer bench --steps`, on a GPU), which the report has beside the server's; `--torch
+own steps (`flashinfer bench --steps`, on a GPU), which the report has beside the server's, and `--torch
 SHAPE` what PyTorch needs for batches of as many requests (`torch_batch.py`). `random_gguf.py` writes
 models of known shapes.
 
@@ -35,6 +35,8 @@ from program import Program, free_port  # noqa: E402
 
 # Requests of all clients together, at least.
 LEAST_REQUESTS = 32
+# What `--steps` without a shape is of.
+MODEL = "model"
 
 
 def started(args):
@@ -80,7 +82,8 @@ def measured(args, left):
 def steps(args, left):
     """The milliseconds of the engine's own steps, by the number of requests."""
     batches = ",".join(map(str, args.clients))
-    command = [args.flashinfer, "bench", args.model, "--steps", batches, "--context", str(args.prompt_words)]
+    model = [args.model] if args.steps == MODEL else ["--shape", args.steps]
+    command = [args.flashinfer, "bench", *model, "--steps", batches, "--context", str(args.prompt_words)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=max(left(), 1)).stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if "|" in line]
     column = next(row for row in rows if "step ms" in row).index("step ms")
@@ -125,7 +128,10 @@ def arguments():
     parser.add_argument("--model", help="for servers that are started: the path of a GGUF file")
     parser.add_argument("--flashinfer", help="the path of the program")
     parser.add_argument("--device", default="auto", help="of flashinfer")
-    parser.add_argument("--steps", action="store_true", help="also the engine's own steps, on a GPU")
+    parser.add_argument(
+        "--steps", nargs="?", const=MODEL, metavar="SHAPE",
+        help="also the engine's own steps, on a GPU: of the model, or of a shape that `flashinfer bench` knows",
+    )  # fmt: skip
     parser.add_argument("--llama-server", help="the path of llama.cpp's server")
     parser.add_argument("--torch", choices=SHAPES, help="also batches of a model of this shape in PyTorch")
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs")

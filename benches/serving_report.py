@@ -33,8 +33,9 @@ is slower with more of them: sections of one number of clients show it with as m
 needs.
 
 *PyTorch* is no server (`benches/torch_batch.py`) but a batch of as many requests, which begin together
-and are equally long: layers compiled, a step one CUDA graph over a static cache, random weights of the
-model's shape in `f16`.
+and are equally long, so that none waits while another's prompt is read: layers compiled, a step one
+CUDA graph over a static cache, random weights of the model's shape in `f16`. The Llama's weights are
+random everywhere (`benches/random_gguf.py`).
 """
 
 
