@@ -12,10 +12,16 @@ const BOTH: GpuOptions = GpuOptions { weights: Precision::E4m3, ..KV };
 const SIXTEEN: GpuOptions =
     GpuOptions { max_tokens: 512, deterministic: false, weights: Precision::Auto, kv: Precision::Auto };
 
-/// Rows of logits of small models may be off by so much of their norm: each product by about
-/// 4 % of its own, and the cache's numbers by 3 % each.
-const WEIGHTS_BOUND: f32 = 0.2;
+/// Rows of logits of small models may be off by so much of their norm, in the mean of all: each
+/// product by about 4 % of its own, and the cache's numbers by 3 % each. Single rows may be off by
+/// more, where a router chooses another expert.
+const WEIGHTS_BOUND: f32 = 0.15;
 const KV_BOUND: f32 = 0.1;
+
+/// How far a row is off, of its norm.
+fn error(got: &[f32], want: &[f32]) -> f32 {
+    norm(got.iter().zip(want).map(|(a, b)| a - b)) / norm(want.iter().copied())
+}
 
 /// A small model on the GPU, in steps of prompts and graphs, against the CPU with all bits.
 fn check_small(name: &str, sizes: forward::Sizes, dtype: DType, options: GpuOptions, bound: f32) {
@@ -33,7 +39,11 @@ fn check_small(name: &str, sizes: forward::Sizes, dtype: DType, options: GpuOpti
     // The second round replays the graphs of the first.
     for round in 0..2 {
         let (got, _) = force(&mut gpu, &gpu_pool, &tokens);
-        check_rows(&format!("{name}, {dtype}, round {round}"), &got, &want, vocab, bound);
+        let rows = got.chunks_exact(vocab).zip(want.chunks_exact(vocab));
+        let errors: Vec<_> = rows.map(|(got, want)| error(got, want)).collect();
+        let mean = errors.iter().sum::<f32>() / errors.len() as f32;
+        eprintln!("{name}, {dtype}, round {round}: rows are off by {mean:.1e} in the mean");
+        assert!(mean <= bound, "{name}, {dtype}, round {round}: {errors:?}");
     }
 }
 
@@ -41,7 +51,7 @@ fn check_small(name: &str, sizes: forward::Sizes, dtype: DType, options: GpuOpti
 const WIDE_EXPERTS: forward::Sizes = forward::Sizes { head_dim: 128, ..forward::EXPERTS };
 
 #[test]
-fn small_models_of_8_bit_weights_are_near() {
+fn small_models_with_8_bit_weights_are_near() {
     let Some(_turn) = turn() else { return };
     for dtype in [DType::F16, DType::BF16] {
         check_small("biases", forward::BIASES, dtype, WEIGHTS, WEIGHTS_BOUND);
@@ -142,7 +152,7 @@ fn what_8_bits_do_to_smollm2() {
     let want: Vec<_> = said.iter().map(|said| logits(&mut gpu, &of_16, said)).collect();
     drop(gpu);
     eprintln!(
-        "| 8 bits | mean error of logits | mean divergence, nats | largest | same likeliest token | same answer's first tokens |"
+        "| 8 bits | mean error of logits | mean divergence, nats | largest | same likeliest token | tokens until an answer differs |"
     );
     eprintln!("|---|---|---|---|---|---|");
     for (name, options, divergence, same) in
@@ -154,8 +164,7 @@ fn what_8_bits_do_to_smollm2() {
         for (said, want) in said.iter().zip(&want) {
             let got = logits(&mut gpu, &pool, said);
             for (got, want) in got.chunks_exact(vocab).zip(want.chunks_exact(vocab)) {
-                let off = norm(got.iter().zip(want).map(|(a, b)| a - b)) / norm(want.iter().copied());
-                errors.push(f64::from(off));
+                errors.push(f64::from(error(got, want)));
                 let (p, q) = (logprobs(want), logprobs(got));
                 divergences.push(p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>());
                 equal += usize::from(best(got) == best(want));
@@ -250,7 +259,7 @@ fn an_8_bit_cache_is_shared_and_preempted() {
     let Some(_turn) = turn() else { return };
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
-    let pool = PageAllocator::new(30, 4).unwrap();
+    let pool = PageAllocator::new(14, 4).unwrap();
     let (ends, layers) = (model.ends().unwrap(), model.layers());
     let options = GpuOptions { max_tokens: 64, deterministic: true, ..KV };
     let mut gpu = Gpu::new(&model.config, ends, layers, &pool, options).unwrap();
