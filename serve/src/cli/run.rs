@@ -8,6 +8,7 @@
 
 use std::{
     io::{self, IsTerminal},
+    num::NonZeroUsize,
     path::PathBuf,
     sync::Arc,
 };
@@ -22,7 +23,7 @@ use super::{
     terminal::PromptLine,
 };
 use crate::{
-    Llm, LlmOptions, Result,
+    Llm, LlmOptions, Result, SamplingParams,
     backend::device::Device,
     engine::Events,
     hub::{Hub, ModelName},
@@ -64,6 +65,12 @@ pub struct Args {
     /// Give an answer that does not depend on what else is computed beside it
     #[arg(long)]
     pub deterministic: bool,
+    /// Give N answers to each prompt
+    #[arg(short, value_name = "N", default_value = "1")]
+    pub n: NonZeroUsize,
+    /// Show the log-probability of each token, and those of the N likeliest in its place
+    #[arg(long, value_name = "N")]
+    pub logprobs: Option<usize>,
     /// How answers are sampled.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -119,7 +126,12 @@ fn task(args: &Args) -> Result<Task> {
     match (&args.prompts, &args.prompt) {
         (Some(path), _) => prompts::read(path).map(Task::AnswerLines),
         (None, Some(prompt)) => Ok(Task::Answer(prompt.clone())),
-        (None, None) if io::stdin().is_terminal() => Ok(Task::Converse),
+        (None, None) if io::stdin().is_terminal() => match args.n.get() == 1 && args.logprobs.is_none() {
+            true => Ok(Task::Converse),
+            false => {
+                Err("-n and --logprobs are for a prompt or --prompts; a conversation has neither".into())
+            }
+        },
         (None, None) => {
             let prompt = io::read_to_string(io::stdin());
             let prompt =
@@ -141,7 +153,9 @@ fn submit(llm: &Llm, args: &Args, prompt: &str) -> Result<Events> {
         chat.ask(prompt);
         chat.encode(llm.text())?
     };
-    Ok(llm.engine().submit(Request::new(prompt, args.sampling.params(Some(MAX_TOKENS))))?)
+    let params = args.sampling.params(Some(MAX_TOKENS));
+    let params = SamplingParams { n: args.n.get(), logprobs: args.logprobs, ..params };
+    Ok(llm.engine().submit(Request::new(prompt, params))?)
 }
 
 fn converse(args: &Args, llm: Llm, files: Vec<PathBuf>, hub: &Hub) -> Result<()> {
