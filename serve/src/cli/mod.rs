@@ -8,6 +8,7 @@ mod commands;
 mod conversation;
 mod interrupt;
 mod list;
+mod precision;
 mod prompts;
 mod pull;
 mod rm;

@@ -18,6 +18,7 @@ use super::{
     chat::Chat,
     conversation::Conversation,
     interrupt::Interrupt,
+    precision::PrecisionArgs,
     prompts::{self, Line},
     sampling::SamplingArgs,
     terminal::PromptLine,
@@ -71,6 +72,9 @@ pub struct Args {
     /// Show the log-probability of each token, and those of the N likeliest in its place
     #[arg(long, value_name = "N")]
     pub logprobs: Option<usize>,
+    /// The bits of what a GPU keeps.
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
     /// How answers are sampled.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -94,6 +98,8 @@ pub fn run(args: &Args) -> Result<()> {
         cache_tokens: args.cache_tokens,
         draft: args.speculate,
         deterministic: args.deterministic,
+        weights: args.precision.weights,
+        kv: args.precision.kv,
         max_queued_tokens: usize::MAX,
         ..LlmOptions::default()
     };
@@ -198,6 +204,9 @@ mod tests {
         assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
         assert!(parse(&["Hi", "--prompts", "file"]).is_err());
         assert!(parse(&["Hi", "--raw", "--system", "Be brief."]).is_err());
+        let args = parse(&["Hi", "-n", "3", "--logprobs", "2"]).unwrap();
+        assert_eq!((args.n.get(), args.logprobs), (3, Some(2)));
+        assert!(parse(&["Hi", "-n", "0"]).is_err());
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.txt");
