@@ -6,11 +6,13 @@ and inter-token latency, at several numbers of clients.
 
 starts each server that is given by its path with the model, one after another, and ends it.
 `--url NAME=http://HOST:PORT` measures one that runs. `--steps` also takes the time of the engine's
-own steps (`flashinfer bench --steps`, on a GPU), which the report has beside the server's.
+own steps (`flashinfer bench --steps`, on a GPU), which the report has beside the server's, and `--torch
+SHAPE` what PyTorch needs for batches of as many requests (`torch_batch.py`). `random_gguf.py` writes
+models of known shapes.
 
 The whole run takes at most `--seconds`; what is not measured by then is left out, and said. Results
 are added to the file, in place of those of the same name. `benches/serving_report.py` makes tables
-and plots of it. Needs nothing but Python's standard library.
+and plots of it. Needs nothing but Python's standard library, and PyTorch for `--torch`.
 """
 
 import argparse
@@ -20,10 +22,12 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 
 from serving_load import Load, measure
+from shapes import SHAPES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "serve" / "tests" / "clients"))
@@ -31,6 +35,8 @@ from program import Program, free_port  # noqa: E402
 
 # Requests of all clients together, at least.
 LEAST_REQUESTS = 32
+# What `--steps` without a shape is of.
+MODEL = "model"
 
 
 def started(args):
@@ -48,30 +54,56 @@ def started(args):
         ]  # fmt: skip
 
 
-def serving(args, folder, left):
-    """Name and address of each server, in turn, while it runs."""
-    for name, ready, command in started(args):
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        program = Program([*command, "--host", "127.0.0.1", "--port", port], url, folder / f"{name}.log")
+def started_rows(args, name, ready, command, left):
+    """Rows of a server, which runs as long."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        log = pathlib.Path(folder) / f"{name}.log"
+        program = Program([*command, "--host", "127.0.0.1", "--port", port], url, log)
         try:
             program.wait_for(ready, max(left(), 1))
-            yield name, url
+            yield from server_rows(args, url, left)
         finally:
             program.end(5)
+
+
+def measured(args, left):
+    """The name of all that is measured, in turn, and its rows."""
+    for name, ready, command in started(args):
+        yield name, started_rows(args, name, ready, command, left)
     for named in args.url:
         name, url = named.split("=", 1)
-        yield name, url.rstrip("/")
+        yield name, server_rows(args, url.rstrip("/"), left)
+    if args.torch:
+        yield "PyTorch", torch_rows(args, left)
 
 
 def steps(args, left):
     """The milliseconds of the engine's own steps, by the number of requests."""
     batches = ",".join(map(str, args.clients))
-    command = [args.flashinfer, "bench", args.model, "--steps", batches, "--context", str(args.prompt_words)]
+    model = [args.model] if args.steps == MODEL else ["--shape", args.steps]
+    command = [args.flashinfer, "bench", *model, "--steps", batches, "--context", str(args.prompt_words)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=max(left(), 1)).stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if "|" in line]
     column = next(row for row in rows if "step ms" in row).index("step ms")
     return {row[0]: float(row[column]) for row in rows if row[0].isdigit()}
+
+
+def torch_rows(args, left):
+    """PyTorch's rows, as long as there is time."""
+    command = [
+        sys.executable, ROOT / "benches" / "torch_batch.py", args.torch, "--batch", *args.clients,
+        "--prompt-tokens", args.prompt_words, "--answer-tokens", args.answer_tokens,
+    ]  # fmt: skip
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        limit = threading.Timer(max(left(), 1), process.kill)
+        limit.start()
+        yield from map(json.loads, process.stdout)
+        process.wait()
+        limit.cancel()
+    if process.returncode:
+        raise RuntimeError(f"torch_batch.py ended with {process.returncode}")
 
 
 def served_model(url, api_key):
@@ -81,15 +113,13 @@ def served_model(url, api_key):
         return json.load(answer)["data"][0]["id"]
 
 
-def rows(args, url, left):
+def server_rows(args, url, left):
     """What is measured of a server, as long as there is time."""
     load = Load(url, served_model(url, args.api_key), args.api_key, args.prompt_words, args.answer_tokens)
     measure(load, 1, 2, 1, max(left(), 1))  # Does not count.
     for count in args.clients:
         requests = max(args.requests, -(-LEAST_REQUESTS // count))
-        row = measure(load, count, requests, args.processes, max(left(), 1))
-        print(json.dumps(row), flush=True)
-        yield row
+        yield measure(load, count, requests, args.processes, max(left(), 1))
 
 
 def arguments():
@@ -98,8 +128,12 @@ def arguments():
     parser.add_argument("--model", help="for servers that are started: the path of a GGUF file")
     parser.add_argument("--flashinfer", help="the path of the program")
     parser.add_argument("--device", default="auto", help="of flashinfer")
-    parser.add_argument("--steps", action="store_true", help="also the engine's own steps, on a GPU")
+    parser.add_argument(
+        "--steps", nargs="?", const=MODEL, metavar="SHAPE",
+        help="also the engine's own steps, on a GPU: of the model, or of a shape that `flashinfer bench` knows",
+    )  # fmt: skip
     parser.add_argument("--llama-server", help="the path of llama.cpp's server")
+    parser.add_argument("--torch", choices=SHAPES, help="also batches of a model of this shape in PyTorch")
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", "none"))
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 256])
@@ -130,17 +164,17 @@ def main():
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
     failed = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, url in serving(args, pathlib.Path(folder), left):
-            print(name, flush=True)
-            measured = []
-            keep(name, {"rows": measured, "steps_ms": {}})
-            try:
-                for row in rows(args, url, left):
-                    measured.append(row)
-                    keep(name, {"rows": measured})
-            except (OSError, RuntimeError, EOFError) as error:
-                failed.append(f"{name}, after {len(measured)} of {len(args.clients)} numbers of clients: {error}")
+    for name, rows in measured(args, left):
+        print(name, flush=True)
+        kept = []
+        keep(name, {"rows": kept, "steps_ms": {}})
+        try:
+            for row in rows:
+                print(json.dumps(row), flush=True)
+                kept.append(row)
+                keep(name, {"rows": kept})
+        except (OSError, RuntimeError, EOFError) as error:
+            failed.append(f"{name}, after {len(kept)} of {len(args.clients)} numbers of clients: {error}")
     if args.steps:
         try:
             keep("flashinfer", {"steps_ms": steps(args, left)})

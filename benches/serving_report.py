@@ -31,6 +31,11 @@ add.
 llama.cpp's server divides its cache among as many slots as a section has clients at most (`-np`), and
 is slower with more of them: sections of one number of clients show it with as many slots as it
 needs.
+
+*PyTorch* is no server (`benches/torch_batch.py`) but a batch of as many requests, which begin together
+and are equally long, so that none waits while another's prompt is read: layers compiled, a step one
+CUDA graph over a static cache, random weights of the model's shape in `f16`. The Llama's weights are
+random everywhere (`benches/random_gguf.py`).
 """
 
 

@@ -1,7 +1,7 @@
 //! What comes of a request, as text. This runs where it is asked for, not on the
 //! engine's thread.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use async_channel::Receiver;
 
@@ -34,6 +34,8 @@ pub struct End {
     pub finish: Finish,
     /// What it took.
     pub usage: Usage,
+    /// When the engine began with it; `None` if it only waited.
+    pub started: Option<Instant>,
 }
 
 /// The answers to a request while they come.
@@ -62,6 +64,8 @@ struct Answer {
     stops: Stops,
     min_tokens: usize,
     tokens: usize,
+    cached_tokens: usize,
+    started: Option<Instant>,
     /// Bytes of text that were made of tokens, those held back included.
     made: usize,
     /// Bytes of text that went out.
@@ -82,6 +86,8 @@ impl Answer {
             stops: Stops::new(params.stop.clone()),
             min_tokens: params.min_tokens,
             tokens: 0,
+            cached_tokens: 0,
+            started: None,
             made: 0,
             out: 0,
             held: VecDeque::new(),
@@ -149,12 +155,13 @@ impl Events {
         let Some(update) = update else {
             let reason = self.shared.reason();
             for choice in 0..self.answers.len() {
-                self.end(choice, Vec::new(), String::new(), Finish::Failed(reason.clone()), 0);
+                self.end(choice, Vec::new(), String::new(), Finish::Failed(reason.clone()));
             }
             return;
         };
-        let Update { choice, token, mut finish, cached_tokens, .. } = update;
+        let Update { choice, token, mut finish, cached_tokens, started, .. } = update;
         let answer = &mut self.answers[choice];
+        (answer.cached_tokens, answer.started) = (cached_tokens, started);
         let Some(stream) = &mut answer.stream else { return };
         let (mut text, mut stop) = (String::new(), None);
         if let Some(token) = token {
@@ -175,23 +182,15 @@ impl Events {
         let all = stop.is_none() && answer.stops.held() == 0;
         let tokens = answer.release(&text, all);
         match finish {
-            Some(finish) => self.end(choice, tokens, text, finish, cached_tokens),
+            Some(finish) => self.end(choice, tokens, text, finish),
             None => self.ready.push_back(Event { choice, text, tokens, end: None }),
         }
     }
 
     /// Makes the last event of an answer, if there was none, with what was held back.
-    fn end(
-        &mut self,
-        choice: usize,
-        mut tokens: Vec<Token>,
-        mut text: String,
-        finish: Finish,
-        cached_tokens: usize,
-    ) {
+    fn end(&mut self, choice: usize, mut tokens: Vec<Token>, mut text: String, mut finish: Finish) {
         let answer = &mut self.answers[choice];
         let Some(stream) = answer.stream.take() else { return };
-        let mut finish = finish;
         if !matches!(finish, Finish::StopString(_)) {
             let (mut rest, stop) = answer.piece(&stream.finish());
             match stop.clone() {
@@ -202,9 +201,13 @@ impl Events {
             text += &rest;
         }
         self.open -= 1;
-        let usage =
-            Usage { prompt_tokens: self.prompt_tokens, cached_tokens, completion_tokens: answer.tokens };
-        self.ready.push_back(Event { choice, text, tokens, end: Some(End { finish, usage }) });
+        let usage = Usage {
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: answer.cached_tokens,
+            completion_tokens: answer.tokens,
+        };
+        let end = End { finish, usage, started: answer.started };
+        self.ready.push_back(Event { choice, text, tokens, end: Some(end) });
     }
 }
 

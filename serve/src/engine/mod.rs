@@ -14,6 +14,7 @@
 //! with an error.
 
 mod events;
+mod step_tokens;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -39,7 +40,10 @@ const MAX_COMMANDS: usize = 1 << 14;
 /// How long a drop waits for the step that is being computed, unless it is said.
 pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
-pub use self::events::{End, Event, Events};
+pub use self::{
+    events::{End, Event, Events},
+    step_tokens::StepTokens,
+};
 use self::{waiting::Waiting, worker::Worker};
 use crate::{
     Result,
@@ -116,6 +120,8 @@ pub struct Status {
     pub used_pages: usize,
     /// Those of them that answers hold that run.
     pub held_pages: usize,
+    /// How many tokens steps computed.
+    pub step_tokens: StepTokens,
     /// Time of all steps, for the share of their tokens that read prompts.
     pub reading: Duration,
     /// The rest of the time of all steps.

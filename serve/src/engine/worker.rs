@@ -143,6 +143,7 @@ impl<B: Backend> Worker<B> {
             let (read, decoded) = (after.read - before.read, after.decoded - before.decoded);
             let reading = took.mul_f64(read as f64 / (read + decoded).max(1) as f64);
             let mut status = self.shared.status();
+            status.step_tokens.observe(read + decoded);
             status.reading += reading;
             status.decoding += took.saturating_sub(reading);
             if failure.is_none() {

@@ -14,6 +14,7 @@ use super::{
     Server,
     error::ApiError,
     log::{Outcome, RequestLog},
+    metrics::AnswerTimes,
     types::{chat::StopReason, usage::Usage},
 };
 use crate::{
@@ -34,6 +35,8 @@ pub struct Answers {
     unread: Vec<Option<usize>>,
     choices: Vec<Choice>,
     usage: Usage,
+    /// When the engine was given them.
+    submitted: Instant,
     first_token: Option<Duration>,
 }
 
@@ -73,6 +76,7 @@ impl Answers {
         let n = requests.first().map_or(1, |request| request.params.n);
         requests.iter().for_each(|request| server.metrics.asked(&request.params));
         let unread = requests.iter().map(|request| Some(request.prompt.len())).collect();
+        let submitted = Instant::now();
         // Those that were taken are cancelled if one is not.
         let submit = |request| engine.submit(request);
         let events = requests.into_iter().map(submit).collect::<Result<Vec<_>, _>>()?;
@@ -84,6 +88,7 @@ impl Answers {
             unread,
             choices: vec![Choice::default(); choices],
             usage: Usage::default(),
+            submitted,
             first_token: None,
         })
     }
@@ -139,14 +144,21 @@ impl Answers {
             choice.first.get_or_insert(now);
             choice.last = Some(now);
         }
-        let Some(End { finish, usage }) = &event.end else { return };
+        let Some(End { finish, usage, started }) = &event.end else { return };
         if let Finish::NoNumbers | Finish::Failed(_) = finish {
             tracing::error!(request_id = self.log.id(), reason = %finish, "an answer failed");
         }
         choice.finish = Some(finish.reason());
         self.usage.add(usage, first);
-        let decoding = choice.last.zip(choice.first).map(|(last, first)| last - first);
-        metrics.ended(finish.reason(), usage.completion_tokens, now - begin, decoding.unwrap_or_default());
+        let started = started.unwrap_or(now);
+        let (first, last) = (choice.first.unwrap_or(now), choice.last.unwrap_or(now));
+        let times = AnswerTimes {
+            all: now - begin,
+            queued: started - self.submitted,
+            prefill: first - started,
+            decode: last - first,
+        };
+        metrics.ended(finish.reason(), usage.completion_tokens, &times);
     }
 }
 

@@ -14,7 +14,9 @@ use super::{
     error::{ApiError, BodyErrors},
     extract::Body,
     log::RequestLog,
-    prompt, seconds_since_1970,
+    prompt,
+    reply::ReplyHead,
+    seconds_since_1970,
     sse::{self, Chunks},
     types::{
         completions::{
@@ -24,6 +26,7 @@ use super::{
     },
 };
 use crate::{
+    constraint::Constraint,
     engine::Event,
     request::Request,
     text::{EncodeOptions, Text},
@@ -79,16 +82,20 @@ pub async fn completions(
         prompt: token_ids.then(|| prompt.clone()),
     };
     let beginnings = prompts.iter().zip(texts).map(begin).collect();
-    let grammar = prompt::compile(&server, sampling.constraint(), "response_format").await?;
+    let grammar =
+        prompt::compile(&server, sampling.schema().map(Constraint::JsonSchema), "response_format").await?;
     let request = |prompt| Request { grammar: grammar.clone(), ..Request::new(prompt, params.clone()) };
     let answers = Answers::submit(&server, &log, prompts.into_iter().map(request).collect())?;
-    let reply = Reply {
+    let head = ReplyHead {
         id: format!("cmpl-{}", log.id()),
         created: seconds_since_1970(),
         model,
         text: llm.text().clone(),
         logprobs: params.logprobs.is_some(),
         token_ids,
+    };
+    let reply = Reply {
+        head,
         n: params.n,
         beginnings,
         begun: vec![false; answers.len()],
@@ -127,13 +134,7 @@ pub fn decode(text: &Arc<Text>, tokens: &[u32]) -> String {
 
 /// Answers on their way to what is sent.
 struct Reply {
-    id: String,
-    created: u64,
-    model: String,
-    text: Arc<Text>,
-    logprobs: bool,
-    /// Whether ids of tokens are given.
-    token_ids: bool,
+    head: ReplyHead,
     /// The answers to each prompt.
     n: usize,
     /// What those to each prompt begin with.
@@ -173,10 +174,10 @@ impl Reply {
         CompletionChoice {
             index,
             text: echo,
-            logprobs: self.logprobs.then(CompletionLogprobs::default),
+            logprobs: self.head.logprobs.then(CompletionLogprobs::default),
             finish_reason: None,
             stop_reason: None,
-            token_ids: self.token_ids.then(Vec::new),
+            token_ids: self.head.token_ids.then(Vec::new),
             prompt_token_ids: prompt,
         }
     }
@@ -186,7 +187,7 @@ impl Reply {
         choice.text += &event.text;
         if let Some(logprobs) = &mut choice.logprobs {
             let offset = &mut self.offsets[choice.index];
-            *offset = logprobs.push(&self.text, &event.tokens, *offset);
+            *offset = logprobs.push(&self.head.text, &event.tokens, *offset);
         }
         if let Some(token_ids) = &mut choice.token_ids {
             token_ids.extend(ids(&event.tokens));
@@ -199,10 +200,10 @@ impl Reply {
 
     fn chunk(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> Completion {
         Completion {
-            id: self.id.clone(),
+            id: self.head.id.clone(),
             object: "text_completion",
-            created: self.created,
-            model: self.model.clone(),
+            created: self.head.created,
+            model: self.head.model.clone(),
             choices,
             usage,
         }
@@ -214,7 +215,7 @@ impl Chunks for Reply {
 
     fn answered(&mut self, Answered { choice: index, event }: Answered) -> Vec<Completion> {
         let mut choice = self.choice(index);
-        let has_tokens = (self.logprobs || self.token_ids) && !event.tokens.is_empty();
+        let has_tokens = (self.head.logprobs || self.head.token_ids) && !event.tokens.is_empty();
         self.add(&mut choice, event);
         let says = !choice.text.is_empty() || choice.finish_reason.is_some() || has_tokens;
         if !says {

@@ -3,7 +3,7 @@
 use std::{
     borrow::Cow,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -15,32 +15,37 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet, text::encode},
+    metrics::{MetricType, counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::{Metric, Registry},
 };
 
 use super::{Server, error::ApiError};
 use crate::{
-    engine::{Engine, EngineConfig, Status},
+    engine::{Engine, EngineConfig, Status, StepTokens},
     sampling::SamplingParams,
 };
 
 /// The format of OpenMetrics, which Prometheus reads.
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+// Bounds are vLLM's, and further ones below these, as small models are faster.
+
 /// Bounds of times to a first token, in seconds.
-const FIRST_TOKEN: [f64; 21] = [
+const FIRST_TOKEN: [f64; 22] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
-    80.0, 160.0, 640.0,
+    80.0, 160.0, 640.0, 2560.0,
 ];
 /// Bounds of times between tokens, in seconds.
-const NEXT_TOKEN: [f64; 18] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0,
+const NEXT_TOKEN: [f64; 22] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0, 20.0, 40.0, 80.0,
 ];
-/// Bounds of times of whole requests, in seconds.
-const REQUEST: [f64; 17] =
-    [0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 240.0, 960.0];
+/// Bounds of times of whole requests and their parts, in seconds.
+const REQUEST: [f64; 25] = [
+    0.005, 0.02, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
+    120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+];
 /// Bounds of numbers of tokens.
 const TOKENS: [f64; 17] = [
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 20_000.0,
@@ -65,6 +70,42 @@ struct CacheConfig {
     num_gpu_blocks: u64,
 }
 
+/// How many tokens steps computed, as the engine counted them.
+#[derive(Clone, Debug, Default)]
+struct Iterations(Arc<Mutex<StepTokens>>);
+
+impl Iterations {
+    fn set(&self, tokens: StepTokens) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = tokens;
+    }
+}
+
+impl EncodeMetric for Iterations {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let tokens = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let bounds = StepTokens::BOUNDS.map(|bound| bound as f64).into_iter().chain([f64::MAX]);
+        let buckets: Vec<_> = bounds.zip(tokens.steps().iter().copied()).collect();
+        let steps = tokens.steps().iter().sum();
+        encoder.encode_histogram::<NoLabelSet>(tokens.sum() as f64, steps, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
+}
+
+/// How long an answer took that has ended.
+pub struct AnswerTimes {
+    /// From the request to the answer's end.
+    pub all: Duration,
+    /// Until the engine began with it.
+    pub queued: Duration,
+    /// From then to its first token.
+    pub prefill: Duration,
+    /// From its first token to its last.
+    pub decode: Duration,
+}
+
 /// What is counted and measured.
 pub struct Metrics {
     registry: Registry,
@@ -82,7 +123,11 @@ pub struct Metrics {
     inter_token: Histogram,
     time_per_token: Histogram,
     end_to_end: Histogram,
+    queue: Histogram,
+    prefill: Histogram,
     decode: Histogram,
+    inference: Histogram,
+    iterations: Iterations,
     request_prompt_tokens: Histogram,
     request_generation_tokens: Histogram,
     params_n: Histogram,
@@ -165,6 +210,30 @@ impl Metrics {
                 "From a request to an answer's end",
                 Histogram::new(REQUEST),
             ),
+            queue: register(
+                &mut all,
+                "request_queue_time_seconds",
+                "From when the engine was given a request to when it began with an answer",
+                Histogram::new(REQUEST),
+            ),
+            prefill: register(
+                &mut all,
+                "request_prefill_time_seconds",
+                "From when the engine began with an answer to its first token",
+                Histogram::new(REQUEST),
+            ),
+            inference: register(
+                &mut all,
+                "request_inference_time_seconds",
+                "From when the engine began with an answer to its last token",
+                Histogram::new(REQUEST),
+            ),
+            iterations: register(
+                &mut all,
+                "iteration_tokens_total",
+                "Tokens that a step computed",
+                Iterations::default(),
+            ),
             decode: register(
                 &mut all,
                 "request_decode_time_seconds",
@@ -229,13 +298,17 @@ impl Metrics {
     }
 
     /// An answer of so many tokens ended.
-    pub fn ended(&self, reason: &'static str, tokens: usize, took: Duration, decoding: Duration) {
+    pub fn ended(&self, reason: &'static str, tokens: usize, times: &AnswerTimes) {
+        let AnswerTimes { all, queued, prefill, decode } = *times;
         self.finished(reason);
         self.request_generation_tokens.observe(tokens as f64);
-        self.end_to_end.observe(took.as_secs_f64());
-        self.decode.observe(decoding.as_secs_f64());
+        self.end_to_end.observe(all.as_secs_f64());
+        self.queue.observe(queued.as_secs_f64());
+        self.prefill.observe(prefill.as_secs_f64());
+        self.decode.observe(decode.as_secs_f64());
+        self.inference.observe((prefill + decode).as_secs_f64());
         if tokens > 1 {
-            self.time_per_token.observe(decoding.as_secs_f64() / (tokens - 1) as f64);
+            self.time_per_token.observe(decode.as_secs_f64() / (tokens - 1) as f64);
         }
     }
 
@@ -247,7 +320,8 @@ impl Metrics {
     /// All of it as text.
     fn encode(&self, engine: Option<&Engine>) -> Result<String, std::fmt::Error> {
         if let Some(engine) = engine {
-            let Status { stats, running, waiting, held_pages, .. } = engine.status();
+            let Status { stats, running, waiting, held_pages, step_tokens, .. } = engine.status();
+            self.iterations.set(step_tokens);
             self.running.set(running as i64);
             self.waiting.set(waiting as i64);
             let EngineConfig { page_size, num_pages, .. } = *engine.config();

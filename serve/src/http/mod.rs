@@ -32,6 +32,7 @@ mod models;
 mod openapi;
 mod page;
 mod prompt;
+mod reply;
 mod router;
 mod sse;
 #[cfg(test)]

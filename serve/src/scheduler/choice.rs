@@ -1,6 +1,6 @@
 //! A choice: one of the answers to a request, and when it ends.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
 use super::{Limits, Token, Update};
 use crate::{
@@ -27,6 +27,8 @@ pub struct Choice {
     pub reached: usize,
     /// Tokens of the prompt that were cached when it was first read.
     pub cached: Option<usize>,
+    /// When it first ran.
+    pub started: Option<Instant>,
     finish: Option<Finish>,
 }
 
@@ -46,6 +48,7 @@ impl Choice {
             tokens: prompt.clone(),
             reached: 0,
             cached: None,
+            started: None,
             finish: None,
         })
     }
@@ -84,6 +87,7 @@ impl Choice {
             token,
             finish: self.finish.clone(),
             cached_tokens: self.cached.unwrap_or(0),
+            started: self.started,
         }
     }
 
@@ -95,6 +99,16 @@ impl Choice {
     /// Whether the answer has to be what a constraint asks for. Then it has no drafts.
     pub fn is_constrained(&self) -> bool {
         self.grammar.is_some()
+    }
+
+    /// Whether it is known how the token after the next one is chosen, whatever the next one is.
+    pub fn runs_ahead(&self) -> bool {
+        !self.is_constrained() && !self.sampler.has_penalties() && self.params.logprobs.is_none()
+    }
+
+    /// How the token after the next one is chosen, where [`runs_ahead`](Self::runs_ahead).
+    pub fn output_ahead(&self, row: usize) -> Output {
+        self.sampler.output_ahead(row)
     }
 
     /// Finds the tokens that the constraint allows next, if there is one. If none can be found,

@@ -5,8 +5,11 @@ use flashinfer_rs::kv::Sequence;
 use super::Choice;
 
 /// Tokens of a choice that a step computes.
+#[derive(Debug)]
 pub struct Part {
-    /// Tokens of the choice that follow those in the cache.
+    /// Tokens of the choice that the cache has.
+    pub from: usize,
+    /// Tokens of the choice that follow these.
     pub len: usize,
     /// Whether they are all that the cache does not have.
     pub whole: bool,
@@ -22,7 +25,12 @@ impl Part {
         let rest = choice.tokens().len() - sequence.len();
         let len = rest.min(budget);
         let reads = rest > 1 || choice.answer().is_empty();
-        Self { len, whole: len == rest, reads, draft: Vec::new() }
+        Self { from: sequence.len(), len, whole: len == rest, reads, draft: Vec::new() }
+    }
+
+    /// The token that comes of a whole part.
+    pub fn after(part: &Self) -> Self {
+        Self { from: part.from + part.len, len: 1, whole: true, reads: false, draft: Vec::new() }
     }
 
     /// Tokens to compute.

@@ -1,5 +1,7 @@
 //! What the next step computes: who goes on, who stops, who starts, and drafts.
 
+use std::time::Instant;
+
 use flashinfer_rs::kv::Sequence;
 
 use super::{
@@ -29,6 +31,7 @@ impl Scheduler {
             self.stats.saved += sequence.len().saturating_sub(choice.reached);
             choice.reached = choice.reached.max(sequence.len());
             choice.cached.get_or_insert(sequence.len());
+            choice.started.get_or_insert_with(Instant::now);
             pages += part.further_pages(&sequence);
             budget -= part.len;
             self.batch.push(sequence)?;
@@ -53,7 +56,7 @@ impl Scheduler {
     }
 
     /// The pages that the pool has to have for a step.
-    fn further_pages(&self, parts: &[Part]) -> usize {
+    pub(super) fn further_pages(&self, parts: &[Part]) -> usize {
         let sequences = parts.iter().zip(self.batch.sequences());
         sequences.map(|(part, sequence)| part.further_pages(sequence)).sum()
     }

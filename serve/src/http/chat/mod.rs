@@ -19,7 +19,9 @@ use super::{
     error::{ApiError, BodyErrors},
     extract::Body,
     log::RequestLog,
-    prompt, sse,
+    prompt,
+    reply::ReplyHead,
+    seconds_since_1970, sse,
     types::{
         chat::{ChatCompletion, ChatCompletionChunk, ChatFields, ChatRequest},
         message,
@@ -52,13 +54,17 @@ pub async fn chat_completions(
         }
     };
     let request = request(&server, &sampling, &chat, &tools).await.map_err(named)?;
-    let logprobs = request.params.logprobs.is_some();
-    let prompt = sampling.returns_token_ids().then(|| request.prompt.clone());
+    let head = ReplyHead {
+        id: format!("chatcmpl-{}", log.id()),
+        created: seconds_since_1970(),
+        model,
+        text: server.llm()?.text().clone(),
+        logprobs: request.params.logprobs.is_some(),
+        token_ids: sampling.returns_token_ids(),
+    };
+    let prompt = request.prompt.clone();
     let answers = Answers::submit(&server, &log, vec![request]).map_err(named)?;
-    let text = server.llm()?.text().clone();
-    let reply = Reply::new(log.id(), model, text, &tools, answers.len())
-        .with_logprobs(logprobs)
-        .with_token_ids(prompt);
+    let reply = Reply::new(head, prompt, &tools, answers.len());
     match sampling.streams() {
         true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
         false => reply.whole(answers).await.map(|chat| Json(chat).into_response()),
@@ -76,17 +82,8 @@ async fn request(
     params.max_tokens = chat.max_completion_tokens.or(params.max_tokens);
     params.logprobs = chat.logprobs()?;
     params.check(server.llm()?.engine().bounds().vocab_size)?;
-    let format = sampling.constraint();
-    if format.is_some() && tools.may_be_called() {
-        let message = "response_format is given with tools that the model may call or not; expected one of \
-                       them, or another tool_choice";
-        return Err(ApiError::unsupported("response_format", message));
-    }
-    // An answer that has to be a call says nothing else.
-    let (constraint, parameter) = match tools.constraint(server.llm()?.text())? {
-        Some(calls) => (Some(calls), "tools"),
-        None => (format, "response_format"),
-    };
+    let parameter = if tools.have_to_be_called() { "tools" } else { "response_format" };
+    let constraint = tools.constraint(server.llm()?.text(), sampling.schema())?;
     let mut variables = chat.chat_template_kwargs.clone().unwrap_or_default();
     if let Some(effort) = &chat.reasoning_effort {
         variables.insert("reasoning_effort".into(), effort.clone().into());

@@ -1,6 +1,6 @@
 //! Answers to a chat on their way to what is sent.
 
-use std::{mem, sync::Arc};
+use std::mem;
 
 use super::tools::Tools;
 use crate::{
@@ -8,7 +8,8 @@ use crate::{
     http::{
         answers::{Answered, Answers, ids, stop_reason},
         error::ApiError,
-        logprobs, seconds_since_1970,
+        logprobs,
+        reply::ReplyHead,
         sse::Chunks,
         types::{
             chat::{
@@ -21,22 +22,13 @@ use crate::{
     },
     request::Finish,
     scheduler::Token,
-    text::{
-        Text,
-        tools::{ToolParser, ToolPiece},
-    },
+    text::tools::{ToolParser, ToolPiece},
 };
 
 /// All answers to a chat.
 pub struct Reply {
-    id: String,
-    created: u64,
-    model: String,
-    text: Arc<Text>,
-    logprobs: bool,
-    /// Whether ids of tokens are given.
-    token_ids: bool,
-    /// Those of the prompt, until they were given.
+    head: ReplyHead,
+    /// The prompt's tokens, where ids are given, until they were.
     prompt: Option<Vec<u32>>,
     /// Whether an answer may call several tools.
     parallel: bool,
@@ -115,29 +107,14 @@ impl Choice {
 
 impl Reply {
     /// So many answers, of which nothing was said.
-    pub fn new(id: &str, model: String, text: Arc<Text>, tools: &Tools, answers: usize) -> Self {
+    pub fn new(head: ReplyHead, prompt: Vec<u32>, tools: &Tools, answers: usize) -> Self {
         let choice = || Choice { parser: tools.parser(), named: tools.are_named(), ..Choice::default() };
         Self {
-            id: format!("chatcmpl-{id}"),
-            created: seconds_since_1970(),
-            model,
-            text,
-            logprobs: false,
-            token_ids: false,
-            prompt: None,
+            prompt: head.token_ids.then_some(prompt),
+            head,
             parallel: tools.are_parallel(),
             choices: (0..answers).map(|_| choice()).collect(),
         }
-    }
-
-    /// With log-probabilities, if they are wanted.
-    pub fn with_logprobs(self, logprobs: bool) -> Self {
-        Self { logprobs, ..self }
-    }
-
-    /// With ids of tokens, if there are those of the prompt.
-    pub fn with_token_ids(self, prompt: Option<Vec<u32>>) -> Self {
-        Self { token_ids: prompt.is_some(), prompt, ..self }
     }
 
     /// All answers at once.
@@ -154,24 +131,24 @@ impl Reply {
             choices.push(ChatChoice {
                 index,
                 message: choice.message(),
-                logprobs: self.logprobs.then(|| logprobs::of_chat(&self.text, &choice.tokens)),
+                logprobs: self.head.logprobs.then(|| logprobs::of_chat(&self.head.text, &choice.tokens)),
                 finish_reason: choice.finish_reason(&end.finish),
                 stop_reason: stop_reason(&end.finish),
-                token_ids: self.token_ids.then(|| ids(&choice.tokens)),
+                token_ids: self.head.token_ids.then(|| ids(&choice.tokens)),
             });
         }
         choices.sort_by_key(|choice| choice.index);
-        let Self { id, created, model, prompt: prompt_token_ids, .. } = self;
+        let Self { head: ReplyHead { id, created, model, .. }, prompt: prompt_token_ids, .. } = self;
         let (object, usage) = ("chat.completion", answers.usage());
         Ok(ChatCompletion { id, object, created, model, choices, usage, prompt_token_ids })
     }
 
     fn chunk(&mut self, choices: Vec<ChatChunkChoice>, usage: Option<Usage>) -> ChatCompletionChunk {
         ChatCompletionChunk {
-            id: self.id.clone(),
+            id: self.head.id.clone(),
             object: "chat.completion.chunk",
-            created: self.created,
-            model: self.model.clone(),
+            created: self.head.created,
+            model: self.head.model.clone(),
             choices,
             usage,
             prompt_token_ids: self.prompt.take(),
@@ -183,7 +160,7 @@ impl Chunks for Reply {
     type Chunk = ChatCompletionChunk;
 
     fn answered(&mut self, Answered { choice: index, event }: Answered) -> Vec<ChatCompletionChunk> {
-        let choice = &mut self.choices[index];
+        let (head, choice) = (&self.head, &mut self.choices[index]);
         let mut deltas = Vec::new();
         if !mem::replace(&mut choice.begun, true) {
             let content = Some(String::new());
@@ -191,9 +168,10 @@ impl Chunks for Reply {
         }
         let first = deltas.len();
         deltas.extend(choice.pieces(&event, self.parallel).into_iter().map(Delta::from));
+        let has_tokens = !event.tokens.is_empty();
         let mut logprobs =
-            (self.logprobs && !event.tokens.is_empty()).then(|| logprobs::of_chat(&self.text, &event.tokens));
-        let mut token_ids = (self.token_ids && !event.tokens.is_empty()).then(|| ids(&event.tokens));
+            (head.logprobs && has_tokens).then(|| logprobs::of_chat(&head.text, &event.tokens));
+        let mut token_ids = (head.token_ids && has_tokens).then(|| ids(&event.tokens));
         if (logprobs.is_some() || token_ids.is_some()) && deltas.len() == first {
             deltas.push(Delta { content: Some(String::new()), ..Delta::default() });
         }

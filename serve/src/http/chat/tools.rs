@@ -84,19 +84,26 @@ impl Tools {
         Some(ToolParser::new(self.format?, self.names.iter().map(String::as_str)))
     }
 
-    /// What has the model call a tool, if it has to.
+    /// What an answer has to be: calls, and nothing else, if the model has to call a tool; else JSON
+    /// of a schema, if there is one, or calls in its place.
     ///
     /// # Errors
-    /// The schema of a tool's parameters cannot be used.
-    pub fn constraint(&self, text: &Text) -> Result<Option<Constraint>, ApiError> {
-        let Some(format) = self.format.filter(|_| !self.forced.is_empty()) else { return Ok(None) };
-        let constraint = format.constraint(text, &self.forced, self.parallel);
+    /// A tool has no name.
+    pub fn constraint(&self, text: &Text, schema: Option<Value>) -> Result<Option<Constraint>, ApiError> {
+        let (tools, otherwise) = match self.have_to_be_called() {
+            true => (&self.forced, None),
+            false => (&self.told, schema),
+        };
+        let Some(format) = self.format.filter(|_| self.have_to_be_called() || otherwise.is_some()) else {
+            return Ok(otherwise.map(Constraint::JsonSchema));
+        };
+        let constraint = format.constraint(text, tools, self.parallel, otherwise);
         constraint.map(Some).map_err(|error| ApiError::parameter("tools", error.to_string()))
     }
 
-    /// Whether the model decides between text and calls.
-    pub fn may_be_called(&self) -> bool {
-        self.format.is_some() && self.forced.is_empty()
+    /// Whether the model has to call a tool.
+    pub fn have_to_be_called(&self) -> bool {
+        !self.forced.is_empty()
     }
 }
 

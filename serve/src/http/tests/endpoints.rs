@@ -61,6 +61,10 @@ fn metrics_have_vllms_names() {
         ("time_to_first_token_seconds_count", 1.0),
         ("inter_token_latency_seconds_count", 12.0),
         ("e2e_request_latency_seconds_count", 2.0),
+        ("request_queue_time_seconds_count", 2.0),
+        ("request_prefill_time_seconds_count", 2.0),
+        ("request_decode_time_seconds_count", 2.0),
+        ("request_inference_time_seconds_count", 2.0),
         ("request_generation_tokens_sum", 14.0),
         ("request_params_n_sum", 2.0),
     ] {
@@ -70,6 +74,18 @@ fn metrics_have_vllms_names() {
     // Each of the answers has the prompt, and the second finds it.
     assert_eq!(value("prefix_cache_queries_total"), 2.0 * value("prompt_tokens_total"));
     assert!(value("prefix_cache_hits_total") > 10.0);
+    // An answer's times are parts of the whole.
+    let (prefill, decode) =
+        (value("request_prefill_time_seconds_sum"), value("request_decode_time_seconds_sum"));
+    assert!((value("request_inference_time_seconds_sum") - prefill - decode).abs() < 1e-6);
+    let engine = value("request_queue_time_seconds_sum") + prefill + decode;
+    assert!(prefill > 0.0 && engine <= value("e2e_request_latency_seconds_sum"));
+    // What was computed is counted step by step: each token but the last of each answer is.
+    let computed = value("prefix_cache_queries_total") - value("prefix_cache_hits_total") + 2.0 * 6.0;
+    assert_eq!(value("iteration_tokens_total_sum"), computed);
+    assert!(value("iteration_tokens_total_count") >= 7.0);
+    assert!(metrics.body.contains("# TYPE vllm:iteration_tokens_total histogram\n"), "{}", metrics.body);
+    assert!(metrics.body.contains("le=\"16384.0\"} "), "{}", metrics.body);
     assert!(metrics.body.contains("block_size=\"4\",num_gpu_blocks=\"1600\"} 1\n"), "{}", metrics.body);
     let ended = |reason: &str, count: usize| {
         let line = format!("finished_reason=\"{reason}\"}} {count}\n");

@@ -108,6 +108,37 @@ fn tools_are_called_where_they_have_to_be() {
 }
 
 #[test]
+fn an_answer_is_json_or_calls_where_both_are_asked_for() {
+    let server = server();
+    let schema = json!({
+        "type": "object", "properties": {"c": {"type": "boolean"}}, "required": ["c"], "additionalProperties": false,
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
+    // The model would rather begin with `{` than with `<`.
+    let asked = drawn(json!({"tools": tools(), "response_format": format, "n": 4}));
+    let likes_calls = with(asked.clone(), json!({"logit_bias": {"60": 100}}));
+    let texts = server.chat(&asked).ok()["choices"].clone();
+    let calls = server.chat(&likes_calls).ok()["choices"].clone();
+    for choice in texts.as_array().unwrap() {
+        let answer: Value = serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
+        assert!(answer["c"].is_boolean() && choice["finish_reason"] == "stop", "{choice}");
+    }
+    for choice in calls.as_array().unwrap() {
+        let calls = choice["message"]["tool_calls"].as_array().unwrap();
+        assert!(!calls.is_empty() && choice["finish_reason"] == "tool_calls", "{choice}");
+        for call in calls {
+            let arguments: Value =
+                serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+            let key = if call["function"]["name"] == "first" { "a" } else { "b" };
+            assert!(["one", "two"].contains(&arguments[key].as_str().unwrap()), "{call}");
+        }
+    }
+    // Tools of which one has to be called come before.
+    let body = drawn(json!({"tools": tools(), "response_format": format, "tool_choice": "required"}));
+    assert!(server.chat(&body).ok()["choices"][0]["message"]["tool_calls"].is_array());
+}
+
+#[test]
 fn tools_that_cannot_be_called_are_refused() {
     let server = server();
     for (fields, param) in [
@@ -118,7 +149,6 @@ fn tools_that_cannot_be_called_are_refused() {
             "tool_choice",
         ),
         (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
-        (json!({"tools": tools(), "response_format": {"type": "json_object"}}), "response_format"),
     ] {
         assert_eq!(server.chat(&drawn(fields.clone())).error(400)["param"], param, "{fields}");
     }

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
-use crate::{constraint::Constraint, http::error::ApiError, sampling::SamplingParams};
+use crate::{http::error::ApiError, sampling::SamplingParams};
 
 /// How answers are chosen, how many, and how they are sent.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -154,14 +154,12 @@ impl SamplingFields {
         })
     }
 
-    /// What an answer has to be, if it may not be any text.
-    pub fn constraint(&self) -> Option<Constraint> {
+    /// The schema of an answer that has to be JSON.
+    pub fn schema(&self) -> Option<Value> {
         match self.response_format.as_ref()? {
             ResponseFormat::Text => None,
-            ResponseFormat::JsonObject => Some(Constraint::JsonObject),
-            ResponseFormat::JsonSchema { json_schema } => {
-                Some(Constraint::JsonSchema(Value::Object(json_schema.schema.clone())))
-            }
+            ResponseFormat::JsonObject => Some(json!({ "type": "object" })),
+            ResponseFormat::JsonSchema { json_schema } => Some(Value::Object(json_schema.schema.clone())),
         }
     }
 

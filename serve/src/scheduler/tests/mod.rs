@@ -4,6 +4,7 @@
 mod cancel;
 mod drafts;
 mod failures;
+mod flight;
 mod forks;
 mod random;
 mod steps;

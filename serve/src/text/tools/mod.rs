@@ -70,7 +70,8 @@ impl ToolFormat {
     }
 
     /// A constraint by which a model calls one of these tools, or, if `parallel`, one after the
-    /// other, and says nothing else. The tools are those of OpenAI's API:
+    /// other, and says nothing else, but for JSON of the schema `otherwise`, if there is one, in
+    /// place of calls. The tools are those of OpenAI's API:
     /// `{"type": "function", "function": {"name": …, "parameters": …}}`.
     ///
     /// # Errors
@@ -80,6 +81,7 @@ impl ToolFormat {
         text: &Text,
         tools: &[Value],
         parallel: bool,
+        otherwise: Option<Value>,
     ) -> Result<Constraint, InvalidConstraint> {
         let problem = |problem| InvalidConstraint { kind: "list of tools", problem };
         if tools.is_empty() {
@@ -107,14 +109,19 @@ impl ToolFormat {
         let any: Vec<_> = (0..tools.len()).map(|at| format!("tool_{at}")).collect();
         let call = format!("{open} call {close}");
         let more = |between: &str| if parallel { format!("({between} {call})*") } else { String::new() };
-        let start = match self {
+        let calls = match self {
             Self::Hermes => format!("{call} {}", more(r#""\n""#)),
             Self::Llama => call,
             Self::Mistral => {
                 format!(r#"{} "[" call {} "]""#, mark_rule(text, self.mark()), more("\", \""))
             }
         };
-        let rules = format!("start: {start}\ncall: {}\n{rules}", any.join("\n | "));
+        let mut start = "start: calls".to_owned();
+        if let Some(schema) = otherwise {
+            start += " | @answer";
+            schemas.insert("answer".into(), schema);
+        }
+        let rules = format!("{start}\ncalls: {calls}\ncall: {}\n{rules}", any.join("\n | "));
         Ok(Constraint::Lark { rules, schemas })
     }
 }

@@ -222,7 +222,7 @@ fn random_models_call_what_they_have_to() {
         for format in [ToolFormat::Hermes, ToolFormat::Llama, ToolFormat::Mistral] {
             // One that must be called, and any.
             for (offered, parallel) in [(&tools[1..], false), (&tools[1..], true), (&tools[..], true)] {
-                let constraint = format.constraint(&text, offered, parallel).unwrap();
+                let constraint = format.constraint(&text, offered, parallel, None).unwrap();
                 let grammar = engine.compile(&constraint).unwrap();
                 let mut complete = 0;
                 for seed in 0..8 {
@@ -259,11 +259,12 @@ fn random_models_call_what_they_have_to() {
 #[test]
 fn tools_that_cannot_be_called_are_named() {
     let [text, _] = texts();
-    let error = |tools: &[Value]| ToolFormat::Hermes.constraint(&text, tools, true).unwrap_err().to_string();
+    let error =
+        |tools: &[Value]| ToolFormat::Hermes.constraint(&text, tools, true, None).unwrap_err().to_string();
     assert!(error(&[]).contains("it is empty"));
     assert!(error(&[json!({ "function": {} })]).contains("tool 0 has no `function` with a `name`"));
     let tool = json!({ "function": { "name": "f", "parameters": { "not": {} } } });
-    let constraint = ToolFormat::Hermes.constraint(&text, &[tool], true).unwrap();
+    let constraint = ToolFormat::Hermes.constraint(&text, &[tool], true, None).unwrap();
     let error = engine(&text, 30).compile(&constraint).unwrap_err().to_string();
     assert!(error.contains("#: the keyword `not` is not supported"), "{error}");
 }
