@@ -100,6 +100,9 @@ pub struct Update {
     pub cached_tokens: usize,
     /// When the choice first ran; `None` if it only waited.
     pub started: Option<Instant>,
+    /// With the first token of the first answer, as
+    /// [`prompt_logprobs`](crate::sampling::SamplingParams::prompt_logprobs) asks.
+    pub prompt_logprobs: Vec<Logprobs>,
 }
 
 /// What came of a step.
@@ -274,6 +277,7 @@ impl Scheduler {
         for index in of.clone() {
             let (choice, part) = (&self.running[index], &parts[index]);
             let computed = self.batch.sequences()[index].len();
+            outputs.extend(choice.scores(tokens.len(), computed, part.scores.clone()));
             tokens.extend_from_slice(&choice.tokens()[computed..][..part.len]);
             if part.whole {
                 outputs.extend(choice.outputs(tokens.len() - 1, &part.draft));
@@ -325,12 +329,18 @@ impl Scheduler {
 
     /// Takes in what the backend computed of a choice: the token after its last one
     /// and after each of the draft.
-    fn finish(&mut self, index: usize, part: &Part, samples: Vec<Sample>, report: &mut Report) -> Result<()> {
+    fn finish(
+        &mut self,
+        index: usize,
+        part: &Part,
+        mut samples: Vec<Sample>,
+        report: &mut Report,
+    ) -> Result<()> {
         let (choice, sequence) = (&mut self.running[index], &self.batch.sequences()[index]);
         let computed = sequence.len() - part.draft.len();
         if part.reads {
             // Nobody is to read NaN.
-            if samples.first().is_none_or(|sample| sample.token.is_some()) {
+            if samples.iter().all(|sample| sample.token.is_some()) {
                 self.prefixes.insert(&choice.tokens()[..computed], sequence)?;
             }
             self.stats.read += part.len;
@@ -341,6 +351,10 @@ impl Scheduler {
         self.stats.drafted += part.draft.len();
         self.stats.recomputed += choice.reached.min(computed).saturating_sub(computed - part.len);
         let begins = choice.answer().is_empty();
+        let next = samples.split_off(part.scores.len());
+        let wrong = choice.score(samples);
+        let samples = if wrong.is_some() { Vec::new() } else { next };
+        report.updates.extend(wrong);
         let agrees = |(draft, sample): &(&u32, &Sample)| Some(**draft) == sample.token;
         let right = part.draft.iter().zip(&samples).take_while(agrees).count();
         for Sample { token, logprobs } in samples.into_iter().take(right + 1) {
