@@ -101,7 +101,7 @@ fn logits(gpu: &mut Gpu, pool: &PageAllocator, said: &Said) -> Vec<f32> {
     let tokens = &said.tokens[..said.tokens.len() - 1];
     batch.append([tokens.len()]).unwrap();
     let outputs: Vec<_> = (said.question - 1..tokens.len()).map(Output::greedy).collect();
-    gpu.step(&Step { batch: &batch, tokens, outputs: &outputs }).unwrap();
+    gpu.step(&Step { batch: &batch, tokens: &StepToken::known(tokens), outputs: &outputs }).unwrap();
     gpu.logits().unwrap()
 }
 
