@@ -116,14 +116,11 @@ type Attribute = sys::cublasLtMatmulDescAttributes_t;
 /// The attribute is of type `T`.
 unsafe fn set<T>(descriptor: &Descriptor, attribute: Attribute, value: T) -> Result<()> {
     // SAFETY: the descriptor is alive, and so much is read of the value before this returns.
-    Ok(unsafe {
-        result::set_matmul_desc_attribute(
-            descriptor.raw,
-            attribute,
-            (&raw const value).cast(),
-            size_of::<T>(),
-        )?
-    })
+    unsafe {
+        let data = (&raw const value).cast();
+        result::set_matmul_desc_attribute(descriptor.raw, attribute, data, size_of::<T>())?;
+    }
+    Ok(())
 }
 
 /// Has products of this description find a vector at an address.
