@@ -92,11 +92,11 @@ impl Ring {
         outputs: &[Output],
     ) -> Result<()> {
         let mut slot = self.free.pop().ok_or("two steps are in flight")?;
-        if let Some(last) = at.last() {
-            if let Err(error) = slot.copy(cuda, &self.copies, chosen, last + 1) {
-                self.free.push(slot);
-                return Err(error);
-            }
+        if let Some(last) = at.last()
+            && let Err(error) = slot.copy(cuda, &self.copies, chosen, last + 1)
+        {
+            self.free.push(slot);
+            return Err(error);
         }
         let looked_at = outputs.iter().enumerate().filter(|(_, output)| output.needs_logits());
         let looked_at = looked_at.map(|(index, output)| LookedAt { index, output: output.clone() });
