@@ -14,12 +14,12 @@ use super::{
     half::HalfTensor,
     heads::HeadWidths,
     kernels::Kernels,
-    products::{Multiplier, Products},
+    products::{Multiplier, Products, StepProduct},
     rows::Rows,
     sampler::Sampler,
     weights::{RESIDUAL_SCALE, Weights},
 };
-use crate::{Result, backend::matmul::Matmul, model::Config};
+use crate::{Result, model::Config};
 
 /// What steps read and do not change.
 pub struct Network {
@@ -54,7 +54,7 @@ pub struct Head<'a> {
     pub rows: usize,
     /// The rows that they are of; `None` if they are those of the step.
     pub selected: Option<&'a Rows>,
-    pub product: &'a Matmul,
+    pub product: &'a StepProduct,
     pub outputs: &'a mut Outputs,
     /// What chooses the tokens; `None` takes the largest logits.
     pub sampler: Option<&'a mut Sampler>,
