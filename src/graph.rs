@@ -70,7 +70,7 @@ use crate::{
 ///     let (size, layers, mut workspace) = (batch.len(), 0..2, Workspace::new(stream)?);
 ///     let options = PlanOptions::default().with_graph(size);
 ///     tables.update(batch, cache)?;
-///     let plan = decode.plan(&mut workspace, &tables, &options)?;
+///     let plan = decode.plan(&mut workspace, &*tables, &options)?;
 ///     let mut run = || {
 ///         layers.clone().try_for_each(|layer| {
 ///             let kv = cache.layer(layer)?;
@@ -83,7 +83,7 @@ use crate::{
 ///         batch.append(vec![1; batch.len()])?;
 ///         tables.update_padded(batch, cache, size)?;
 ///         // New queries: q.write(…)
-///         step.launch(&decode.plan(&mut workspace, &tables, &options)?)?;
+///         step.launch(&decode.plan(&mut workspace, &*tables, &options)?)?;
 ///         // Results: out.to_vec()
 ///     }
 ///     Ok(())

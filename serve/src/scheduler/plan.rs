@@ -22,34 +22,39 @@ impl Scheduler {
             pages = self.further_pages(&parts);
         }
         let mut budget = self.limits.step_tokens - parts.iter().map(Part::rows).sum::<usize>();
+        let mut outputs =
+            self.limits.step_capacity().outputs - parts.iter().map(Part::outputs).sum::<usize>();
         while budget > 0
+            && outputs > 0
             && self.running.len() < self.limits.max_running
             && let Some(sequence) = self.admissible(&parts, pages)
             && let Some(mut choice) = self.waiting.pop_front()
         {
-            let part = Part::next(&choice, &sequence, budget);
+            let part = Part::next(&choice, &sequence, budget, outputs);
             self.stats.saved += sequence.len().saturating_sub(choice.reached);
             choice.reached = choice.reached.max(sequence.len());
             choice.cached.get_or_insert(sequence.len());
             choice.started.get_or_insert_with(Instant::now);
             pages += part.further_pages(&sequence);
             budget -= part.len;
+            outputs -= part.outputs();
             self.batch.push(sequence)?;
             self.running.push(choice);
             parts.push(part);
         }
         self.make_free(pages);
-        self.add_drafts(&mut parts, budget, self.pool.free_pages().saturating_sub(pages));
+        self.add_drafts(&mut parts, budget.min(outputs), self.pool.free_pages().saturating_sub(pages));
         Ok(parts)
     }
 
     /// What comes next of the choices that run.
     fn going_on(&self) -> Vec<Part> {
-        let mut budget = self.limits.step_tokens;
+        let (mut budget, mut outputs) = (self.limits.step_tokens, self.limits.step_capacity().outputs);
         let running = self.running.iter().zip(self.batch.sequences());
         let next = running.map(|(choice, sequence)| {
-            let part = Part::next(choice, sequence, budget);
+            let part = Part::next(choice, sequence, budget, outputs);
             budget -= part.len;
+            outputs -= part.outputs();
             part
         });
         next.collect()
@@ -82,8 +87,7 @@ impl Scheduler {
     fn admissible(&mut self, parts: &[Part], pages: usize) -> Option<Sequence> {
         let choice = self.waiting.front()?;
         let tokens = choice.tokens();
-        // The last token is computed in any case.
-        let most = tokens.len() - 1;
+        let most = choice.most_cached();
         let mut sequence = self.prefixes.lookup(&tokens[..most]);
         if let Some(forked) = self.fork(choice).filter(|forked| forked.len() > sequence.len()) {
             sequence = forked;
@@ -123,7 +127,7 @@ impl Scheduler {
             other.request == choice.request && sequence.len() >= prompt
         };
         let mut forked = running.find(has_read)?.1.fork();
-        forked.truncate(prompt.min(choice.tokens().len() - 1));
+        forked.truncate(prompt.min(choice.most_cached()));
         Some(forked)
     }
 

@@ -1,8 +1,9 @@
 //! The weights of a model on the GPU: rounded to the type that it computes in, or its matrices
 //! to `e4m3`.
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Storage, Tensor};
 use flashinfer_rs::{DType, Stream, TensorRef};
+use rayon::prelude::*;
 
 use super::{
     half::{HalfTensor, overflow},
@@ -105,7 +106,9 @@ impl Weights {
         let norm = upload.vector(&ends.norm)?;
         // What is not a number there makes only those requests fail that have such a token.
         let embedding = ends.embedding.dequantize()?;
-        let embedding = HalfTensor::rounded(stream, dtype, embedding.dims(), &numbers(&embedding)?)?;
+        let embedding = with_numbers(&embedding, |numbers| {
+            Ok(HalfTensor::rounded(stream, dtype, embedding.dims(), numbers)?)
+        })?;
         let head = ends.head.as_ref().map(|head| upload.half(&head.dequantize()?)).transpose()?;
         if head.is_none() {
             upload.count(&embedding.view());
@@ -241,9 +244,9 @@ impl Upload<'_> {
     /// A matrix as it is kept.
     fn matrix(&mut self, tensor: &Tensor) -> Result<Matrix> {
         let Some(quantizer) = self.quantizer else { return Ok(Matrix::Half(self.half(tensor)?)) };
-        let (rows, numbers) = (tensor.dim(0)?, tensor.elem_count());
-        let rounded = self.checked(tensor.dims(), &self::numbers(tensor)?)?;
-        let mut quantized = QuantizedRows::zeros(self.stream, rows, numbers)?;
+        let rows = tensor.dim(0)?;
+        let rounded = with_numbers(tensor, |numbers| self.checked(tensor.dims(), numbers))?;
+        let mut quantized = QuantizedRows::zeros(self.stream, rows, tensor.elem_count())?;
         let Factor { numbers, scales } = quantizer.quantize(&mut quantized, &rounded.view(), rows)?;
         self.count(&numbers);
         scales.iter().for_each(|scales| self.count(scales));
@@ -251,7 +254,7 @@ impl Upload<'_> {
     }
 
     fn half(&mut self, tensor: &Tensor) -> Result<HalfTensor> {
-        let rounded = self.checked(tensor.dims(), &numbers(tensor)?)?;
+        let rounded = with_numbers(tensor, |numbers| self.checked(tensor.dims(), numbers))?;
         self.count(&rounded.view());
         Ok(rounded)
     }
@@ -270,7 +273,8 @@ impl Upload<'_> {
     /// Numbers that are finite when they are rounded.
     fn checked(&self, shape: &[usize], numbers: &[f32]) -> Result<HalfTensor> {
         let limit = overflow(self.dtype);
-        if let Some(number) = numbers.iter().find(|number| number.is_nan() || number.abs() >= limit) {
+        let is_bad = |number: &&f32| number.is_nan() || number.abs() >= limit;
+        if let Some(number) = numbers.par_iter().find_first(is_bad) {
             let problem = format!("a weight is {number}, which is no number of {}", self.dtype);
             return Err(format!("{problem}, which the GPU computes in").into());
         }
@@ -278,6 +282,12 @@ impl Upload<'_> {
     }
 }
 
-fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.flatten_all()?.to_vec1()?)
+/// What `work` makes of a tensor's numbers, in row-major order.
+fn with_numbers<T>(tensor: &Tensor, work: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => work(&storage.as_slice()?[start..end]),
+        _ => Err(format!("{tensor:?} is no tensor of the CPU").into()),
+    }
 }
