@@ -98,7 +98,7 @@ impl Linear {
         if let Some(other) = self.parts.iter().find(|part| part.columns() != columns) {
             return Err(format!("{other:?} is below a matrix of {columns} columns").into());
         }
-        let rows = self.parts.iter().map(Matrix::rows).sum();
+        let rows: usize = self.parts.iter().map(Matrix::rows).sum();
         let mut numbers = vec![0.0; rows * columns];
         let mut left = &mut numbers[..];
         for part in &self.parts {

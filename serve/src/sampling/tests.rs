@@ -27,6 +27,7 @@ fn parameters_out_of_range_are_named() {
         frequency_penalty: 2.0,
         logit_bias: [(0, -100.0), (99, 100.0)].into(),
         logprobs: Some(20),
+        prompt_logprobs: Some(20),
         stop: vec!["x".into(); 1024],
         stop_token_ids: vec![0, 99],
         min_tokens: 7,
