@@ -34,7 +34,7 @@
 //! use flashinfer_rs::{
 //!     DType, PageIndices, PageTable, Stream,
 //!     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, Workspace},
-//!     cudarc::Tensor,
+//!     gpu::Tensor,
 //!     kv::{KvLayout, PagedKv},
 //! };
 //! use half::f16;
@@ -94,7 +94,7 @@ mod cublas;
 mod cuda;
 mod cuda_library;
 #[cfg(feature = "cudarc")]
-pub mod cudarc;
+pub mod gpu;
 mod device;
 mod dtype;
 mod error;

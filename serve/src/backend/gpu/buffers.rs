@@ -1,6 +1,6 @@
 //! What steps compute in.
 
-use flashinfer_rs::{DType, Stream, cudarc::Tensor};
+use flashinfer_rs::{DType, Stream, gpu::Tensor};
 use float8::F8E4M3;
 
 use super::{half::HalfTensor, heads::HeadWidths};

@@ -1,7 +1,7 @@
 //! Page-locked memory of the host, which the GPU reads and writes while the host goes on.
 
 use cudarc::driver::{CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, ValidAsZeroBits, result};
-use flashinfer_rs::{Element, cudarc::Tensor};
+use flashinfer_rs::{Element, gpu::Tensor};
 
 use crate::Result;
 

@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
-//! | `quantize`, `gemv` | 8-bit numbers, and products of one row by them |
+//! | `quantize`, `few_rows` | 8-bit numbers, and products of few rows by them |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
 //! | `append`, `attention`, `tables`, `tokens` | what the cache gets, plans, index arrays, and tokens |
@@ -28,7 +28,7 @@ mod append;
 mod attention;
 mod buckets;
 mod buffers;
-mod gemv;
+mod few_rows;
 mod half;
 mod heads;
 pub(super) mod kernels;
@@ -55,7 +55,7 @@ use std::{
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::{
     DType, FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
-    cudarc::Tensor,
+    gpu::Tensor,
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     rope::CosSinCache,
 };

@@ -2,7 +2,7 @@
 
 use flashinfer_rs::{
     Stream, TensorRef,
-    cudarc::Tensor,
+    gpu::Tensor,
     kv::{BatchTables, PagedKvCache},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     rope::CosSinCache,
@@ -15,13 +15,13 @@ use super::{
     half::HalfTensor,
     heads::HeadWidths,
     kernels::Kernels,
-    products::{Multiplier, Products},
+    products::{Multiplier, Products, StepProduct},
     rows::Rows,
     sampler::Sampler,
     tokens::Tokens,
     weights::{RESIDUAL_SCALE, Weights},
 };
-use crate::{Result, backend::matmul::Matmul, model::Config};
+use crate::{Result, model::Config};
 
 /// What steps read and do not change.
 pub struct Network {
@@ -58,7 +58,7 @@ pub struct Head<'a> {
     pub rows: usize,
     /// The rows that they are of; `None` if they are those of the step.
     pub selected: Option<&'a Rows>,
-    pub product: &'a Matmul,
+    pub product: &'a StepProduct,
     pub outputs: &'a mut Outputs,
     /// What chooses the tokens; `None` takes the largest logits.
     pub sampler: Option<&'a mut Sampler>,

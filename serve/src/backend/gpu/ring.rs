@@ -4,7 +4,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use cudarc::driver::{CudaEvent, CudaStream};
-use flashinfer_rs::cudarc::Tensor;
+use flashinfer_rs::gpu::Tensor;
 
 use super::memory::Pinned;
 use crate::{Result, backend::Output};

@@ -1,7 +1,7 @@
 //! Numbers of rows that a kernel gathers, on the GPU.
 
 use cudarc::driver::CudaStream;
-use flashinfer_rs::{Stream, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{Stream, TensorRef, gpu::Tensor};
 
 use super::memory::Pinned;
 use crate::Result;

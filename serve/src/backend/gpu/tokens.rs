@@ -1,7 +1,7 @@
 //! The tokens of a step, some of which the step before chooses on the GPU.
 
 use cudarc::driver::CudaStream;
-use flashinfer_rs::{Stream, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{Stream, TensorRef, gpu::Tensor};
 
 use super::memory::Pinned;
 use crate::{Result, backend::StepToken};

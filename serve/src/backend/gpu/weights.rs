@@ -28,22 +28,22 @@ use crate::{
 pub const RESIDUAL_SCALE: f32 = 1.0 / 16.0;
 
 /// A matrix that rows are multiplied by.
-enum Matrix {
+enum StoredMatrix {
     Half(HalfTensor),
     E4m3(QuantizedRows),
 }
 
 /// A matrix and a bias.
 pub struct Linear {
-    matrix: Matrix,
+    matrix: StoredMatrix,
     bias: Option<HalfTensor>,
 }
 
 impl Linear {
     pub fn view(&self) -> Weight<'_> {
         let matrix = match &self.matrix {
-            Matrix::Half(matrix) => matrix.view().into(),
-            Matrix::E4m3(matrix) => matrix.view(),
+            StoredMatrix::Half(matrix) => matrix.view().into(),
+            StoredMatrix::E4m3(matrix) => matrix.view(),
         };
         Weight { matrix, bias: self.bias.as_ref().map(HalfTensor::view) }
     }
@@ -238,19 +238,19 @@ impl Upload<'_> {
 
     /// A matrix that makes scores, which is small, and decides.
     fn scores(&mut self, matrix: &weights::Matrix) -> Result<Linear> {
-        Ok(Linear { matrix: Matrix::Half(self.half(&matrix.dequantize()?)?), bias: None })
+        Ok(Linear { matrix: StoredMatrix::Half(self.half(&matrix.dequantize()?)?), bias: None })
     }
 
     /// A matrix as it is kept.
-    fn matrix(&mut self, tensor: &Tensor) -> Result<Matrix> {
-        let Some(quantizer) = self.quantizer else { return Ok(Matrix::Half(self.half(tensor)?)) };
+    fn matrix(&mut self, tensor: &Tensor) -> Result<StoredMatrix> {
+        let Some(quantizer) = self.quantizer else { return Ok(StoredMatrix::Half(self.half(tensor)?)) };
         let rows = tensor.dim(0)?;
         let rounded = with_numbers(tensor, |numbers| self.checked(tensor.dims(), numbers))?;
         let mut quantized = QuantizedRows::zeros(self.stream, rows, tensor.elem_count())?;
         let Factor { numbers, scales } = quantizer.quantize(&mut quantized, &rounded.view(), rows)?;
         self.count(&numbers);
         scales.iter().for_each(|scales| self.count(scales));
-        Ok(Matrix::E4m3(quantized))
+        Ok(StoredMatrix::E4m3(quantized))
     }
 
     fn half(&mut self, tensor: &Tensor) -> Result<HalfTensor> {
