@@ -125,7 +125,7 @@ fn on_gpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result
     let capacity = BatchCapacity { requests: PROMPTS.len(), pages: PAGES, tokens: ROWS };
     let tables = BatchTables::new(stream, &batch, capacity)?;
     let mut workspace = Workspace::new(stream)?;
-    let plan = prefill.plan_paged(&mut workspace, &tables.queries, &tables.pages, &PlanOptions::causal())?;
+    let plan = prefill.plan_paged(&mut workspace, &tables, &PlanOptions::causal())?;
 
     // Once for each layer, but for the first norm.
     let norm = NormOptions::with_eps(1e-5);
@@ -136,7 +136,7 @@ fn on_gpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result
     let (mut q, keys_and_values) = qkv.view_mut().split_at(1, QO)?;
     let (mut k, v) = keys_and_values.split_at(1, KV)?;
     let mut turned = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
-    apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &Rotation::new(cos_sin.view()?, &tables.append))?;
+    apply_rope_pos_ids_cos_sin_cache(stream, &mut turned, &Rotation::new(cos_sin.view()?, &tables))?;
     append_paged_kv_cache(stream, &k.as_ref(), &v.as_ref(), &tables.slots(), &mut cache.layer_mut(0)?)?;
     let mut attention = Tensor::<f16>::zeros(stream, &[ROWS, QO, HEAD_DIM])?;
     plan.run(&q.as_ref(), &cache.layer(0)?, &mut attention.view_mut())?;

@@ -45,7 +45,7 @@ impl fmt::Display for LibrarySource {
 }
 
 /// Reads an environment variable.
-type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+type ReadEnv<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// A kind of place that libraries are installed in.
 struct Place {
@@ -116,7 +116,7 @@ fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySourc
 }
 
 /// Where libraries are installed, in order of preference.
-fn places(env: Env<'_>) -> [Place; 2] {
+fn places(env: ReadEnv<'_>) -> [Place; 2] {
     [
         Place {
             name: "CUDA installations",
@@ -131,7 +131,7 @@ fn places(env: Env<'_>) -> [Place; 2] {
     ]
 }
 
-fn toolkit_folders(env: Env<'_>) -> Vec<PathBuf> {
+fn toolkit_folders(env: ReadEnv<'_>) -> Vec<PathBuf> {
     let target = if cfg!(target_arch = "aarch64") { "sbsa-linux" } else { "x86_64-linux" };
     let targets = format!("targets/{target}/lib");
     ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"]
@@ -147,7 +147,7 @@ fn toolkit_folders(env: Env<'_>) -> Vec<PathBuf> {
 /// have any: `<environment>/lib/python3.*/site-packages/nvidia/cu13/lib`. The
 /// environments are the active one, those whose programs are on the path, and
 /// the user's own.
-fn python_folders(env: Env<'_>) -> Vec<PathBuf> {
+fn python_folders(env: ReadEnv<'_>) -> Vec<PathBuf> {
     let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(env).map(PathBuf::from);
     let path = env("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&path)

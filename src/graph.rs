@@ -70,7 +70,7 @@ use crate::{
 ///     let (size, layers, mut workspace) = (batch.len(), 0..2, Workspace::new(stream)?);
 ///     let options = PlanOptions::default().with_graph(size);
 ///     tables.update(batch, cache)?;
-///     let plan = decode.plan(&mut workspace, &tables.pages, &options)?;
+///     let plan = decode.plan(&mut workspace, &tables, &options)?;
 ///     let mut run = || {
 ///         layers.clone().try_for_each(|layer| {
 ///             let kv = cache.layer(layer)?;
@@ -83,7 +83,7 @@ use crate::{
 ///         batch.append(vec![1; batch.len()])?;
 ///         tables.update_padded(batch, cache, size)?;
 ///         // New queries: q.write(…)
-///         step.launch(&decode.plan(&mut workspace, &tables.pages, &options)?)?;
+///         step.launch(&decode.plan(&mut workspace, &tables, &options)?)?;
 ///         // Results: out.to_vec()
 ///     }
 ///     Ok(())
@@ -205,59 +205,59 @@ impl std::fmt::Debug for CapturedStep {
 
 /// Plans that a step is launched with. Implemented by plans that can be captured, and by
 /// references, tuples and slices of them.
-pub trait Plans: sealed::Plans {}
-impl<P: sealed::Plans + ?Sized> Plans for P {}
+pub trait Plans: sealed::Keyed {}
+impl<P: sealed::Keyed + ?Sized> Plans for P {}
 
 mod sealed {
     use super::ReplayKey;
 
-    pub trait Plans {
+    pub trait Keyed {
         /// Gives the keys of the plans to `put`.
         fn keys(&self, put: &mut dyn FnMut(ReplayKey));
     }
 }
 
-impl sealed::Plans for () {
+impl sealed::Keyed for () {
     fn keys(&self, _: &mut dyn FnMut(ReplayKey)) {}
 }
 
-impl sealed::Plans for DecodePlan<'_> {
+impl sealed::Keyed for DecodePlan<'_> {
     fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
         self.replay_key().into_iter().for_each(put);
     }
 }
 
-impl sealed::Plans for PrefillPlan<'_, PageTable> {
+impl sealed::Keyed for PrefillPlan<'_, PageTable> {
     fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
         self.replay_key().into_iter().for_each(put);
     }
 }
 
-impl sealed::Plans for PrefillPlan<'_, RaggedTable> {
+impl sealed::Keyed for PrefillPlan<'_, RaggedTable> {
     fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
         self.replay_key().into_iter().for_each(put);
     }
 }
 
-impl sealed::Plans for BatchAttentionPlan<'_> {
+impl sealed::Keyed for BatchAttentionPlan<'_> {
     fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
         self.replay_key().into_iter().for_each(put);
     }
 }
 
-impl sealed::Plans for CascadePlan<'_> {
+impl sealed::Keyed for CascadePlan<'_> {
     fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
         self.levels().iter().for_each(|level| level.keys(put));
     }
 }
 
-impl<P: sealed::Plans + ?Sized> sealed::Plans for &P {
+impl<P: sealed::Keyed + ?Sized> sealed::Keyed for &P {
     fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
         (**self).keys(put);
     }
 }
 
-impl<P: sealed::Plans> sealed::Plans for [P] {
+impl<P: sealed::Keyed> sealed::Keyed for [P] {
     fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
         self.iter().for_each(|plan| plan.keys(put));
     }
@@ -265,7 +265,7 @@ impl<P: sealed::Plans> sealed::Plans for [P] {
 
 macro_rules! tuples {
     ($(($($name:ident $place:tt),+))*) => {$(
-        impl<$($name: sealed::Plans),+> sealed::Plans for ($($name,)+) {
+        impl<$($name: sealed::Keyed),+> sealed::Keyed for ($($name,)+) {
             fn keys(&self, put: &mut dyn FnMut(ReplayKey)) {
                 $(self.$place.keys(put);)+
             }

@@ -94,7 +94,6 @@ pub struct FlashInferRuntime {
     opened: Mutex<HashMap<PathBuf, &'static Module>>,
     /// Locked while it is being loaded, so that it is loaded once.
     cublas: Mutex<Option<&'static Cublas>>,
-    capabilities: [OnceLock<(i32, i32)>; 32],
 }
 
 static RUNTIME: OnceLock<FlashInferRuntime> = OnceLock::new();
@@ -183,7 +182,6 @@ impl FlashInferRuntime {
             modules: Mutex::default(),
             opened: Mutex::default(),
             cublas: Mutex::default(),
-            capabilities: [const { OnceLock::new() }; 32],
         })
     }
 
@@ -244,14 +242,7 @@ impl FlashInferRuntime {
     /// # Errors
     /// [`FlashInferError::Cuda`]: there is no such device.
     pub fn compute_capability(&self, ordinal: u32) -> Result<(i32, i32)> {
-        let Some(cell) = self.capabilities.get(ordinal as usize) else {
-            return self.cuda.compute_capability(ordinal);
-        };
-        if let Some(&capability) = cell.get() {
-            return Ok(capability);
-        }
-        let capability = self.cuda.compute_capability(ordinal)?;
-        Ok(*cell.get_or_init(|| capability))
+        self.cuda.compute_capability(ordinal)
     }
 
     /// The version of cuBLASLt and where it came from. It is opened if it was

@@ -25,8 +25,8 @@ use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, Result,
     artifacts::FlashInferVersion,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchAttentionPlan, Heads, Mask, PlanOptions, Split,
-        Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchAttentionPlan, Heads, Mask, PagedBatch, PlanOptions,
+        Split, Workspace,
     },
     cudarc::TensorExt,
     indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
@@ -96,7 +96,7 @@ fn plan<'p>(
     tables: &'p Tables,
     case: &Case,
 ) -> Result<BatchAttentionPlan<'p>> {
-    attention.plan(workspace, &tables.queries, pages(tables), &options_of(case))
+    attention.plan(workspace, PagedBatch::new(&tables.queries, pages(tables)), &options_of(case))
 }
 
 fn run<T: Number, K: Number>(

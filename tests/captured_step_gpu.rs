@@ -11,8 +11,8 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, Result, activation,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, CascadeLevel, CascadeWorkspace,
-        DecodePlan, Heads, MultiLevelCascade, PlanOptions, SingleDecode, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, CascadeWorkspace, DecodePlan,
+        Heads, MultiLevelCascade, PagedBatch, PlanOptions, SingleDecode, Workspace,
     },
     cudarc::{Tensor, TensorExt},
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
@@ -282,10 +282,10 @@ fn all_kinds_of_plans() {
             table.update(pages(tokens)).unwrap();
             queries.update(RaggedIndices::from_lens(new).unwrap()).unwrap();
             let graph = PlanOptions::causal().with_graph(ROWS);
-            let a = prefill.plan_paged(&mut first, &queries, &table, &graph).unwrap();
-            let b = mixed.plan(&mut second, &queries, &table, &graph).unwrap();
+            let a = prefill.plan_paged(&mut first, PagedBatch::new(&queries, &table), &graph).unwrap();
+            let b = mixed.plan(&mut second, PagedBatch::new(&queries, &table), &graph).unwrap();
             let graph = PlanOptions::default().with_graph(ROWS);
-            let level = CascadeLevel { queries: &queries, table: &table };
+            let level = PagedBatch::new(&queries, &table);
             let c = cascade.plan(&mut levels, &[level, level], &graph).unwrap();
             let run = |outs: &mut [Tensor<f16>; 3]| {
                 let [x, y, z] = outs;

@@ -12,8 +12,8 @@ use common::{
 use flashinfer_rs::{
     DType, PageIndices, PageTable, TensorMut,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, Heads, Mask, PlanOptions,
-        PrefillRunOptions, RunOptions, SinglePrefill, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, Heads, Mask, PagedBatch,
+        PlanOptions, PrefillRunOptions, RunOptions, SinglePrefill, Workspace,
     },
     cascade::{self, State, StateMut},
     cudarc::TensorExt,
@@ -95,7 +95,7 @@ fn rows_whose_keys_are_all_hidden() {
             &keys,
             &mut TensorMut::from_slice(&mut want, &[n, 4, 128]).unwrap(),
             Some(&mut TensorMut::from_slice(&mut want_lse, &[n, 4]).unwrap()),
-            reference::Mask::Custom(&indices, &packed),
+            reference::HostMask::Custom(&indices, &packed),
             &RunOptions::default(),
         )
         .unwrap();
@@ -253,12 +253,12 @@ fn graphs_of_requests_that_lose_their_keys() {
                 let mixed = BatchAttention::new(&gpu.stream, &spec, HEADS);
                 let Some(mixed) = at_hand(&gpu, mixed) else { continue };
                 let options = PlanOptions::default().with_graph(4);
-                take!(mixed.plan(&mut workspace, &rows, &table, &options));
+                take!(mixed.plan(&mut workspace, PagedBatch::new(&rows, &table), &options));
             } else {
                 let prefill = BatchPrefill::new(&gpu.stream, &spec, HEADS);
                 let Some(prefill) = at_hand(&gpu, prefill) else { continue };
                 let options = PlanOptions::default().with_graph(4);
-                take!(prefill.plan_paged(&mut workspace, &rows, &table, &options));
+                take!(prefill.plan_paged(&mut workspace, PagedBatch::new(&rows, &table), &options));
             }
             verify(kind, lens, &out, &lse);
         }

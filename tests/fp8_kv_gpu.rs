@@ -16,7 +16,8 @@ use common::{
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, PlanOptions, RunOptions, Workspace,
+        AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, PagedBatch, PlanOptions, RunOptions,
+        Workspace,
     },
     indices::{AppendIndices, AppendTable, RaggedIndices, RaggedTable, SlotMapping},
     kv::{KvLayout, PagedKv, PagedKvMut},
@@ -163,7 +164,9 @@ impl Problem {
         if let Some(prefill) = at_hand(BatchPrefill::new(&gpu.stream, &spec, HEADS)) {
             let queries = RaggedTable::new(&gpu.stream, self.queries.clone()).unwrap();
             let causal = PlanOptions::causal();
-            let plan = prefill.plan_paged(&mut workspace, &queries, &self.device_table, &causal).unwrap();
+            let plan = prefill
+                .plan_paged(&mut workspace, PagedBatch::new(&queries, &self.device_table), &causal)
+                .unwrap();
             let mut out = Mirrored::<T>::poisoned(gpu, &self.q_shape());
             plan.run_with(&q.device_view(), &cache.device_view(), &mut out.device_view_mut(), None, options)
                 .unwrap();

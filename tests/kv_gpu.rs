@@ -285,7 +285,7 @@ fn latent_pages() {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let (tables, batch) = (&pair.tables[0], &pair.host.batches[0]);
         let queries = tables.queries.host();
-        let plan = mla.plan(&mut workspace, queries, &tables.pages, &PlanOptions::default()).unwrap();
+        let plan = mla.plan(&mut workspace, tables, &PlanOptions::default()).unwrap();
         let q = [512, 64].map(|width| Mirrored::<bf16>::random(&gpu, rng, &[3, 16, width]));
         let mut out = flashinfer_rs::cudarc::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
         for layer in (0..3).map(|layer| KvLayer::of_model(0, layer)) {
@@ -304,7 +304,7 @@ fn latent_pages() {
                 batch.pages(),
                 want_view,
                 None,
-                reference::Mask::None,
+                reference::HostMask::None,
             )
             .unwrap();
             let got = out.to_vec().unwrap();

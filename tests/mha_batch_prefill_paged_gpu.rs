@@ -16,7 +16,7 @@ use common::{
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable,
-    attention::{AttentionSpec, Backend, BatchPrefill, Heads, Workspace},
+    attention::{AttentionSpec, Backend, BatchPrefill, Heads, PagedBatch, Workspace},
     cudarc::TensorExt,
     kv::{KvLayout, PagedKv},
 };
@@ -167,7 +167,9 @@ impl On {
         let table = PageTable::new(&gpu.stream, table).unwrap();
         let queries = Tables::new(&gpu, &problem).queries;
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = prefill.plan_paged(&mut workspace, &queries, &table, &case.plan_options()).unwrap();
+        let plan = prefill
+            .plan_paged(&mut workspace, PagedBatch::new(&queries, &table), &case.plan_options())
+            .unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         let storage = storage.tensor(&gpu.cuda, &[pages, 2, 16, 8, 128]).unwrap();
         plan.run_with(
@@ -191,7 +193,9 @@ impl On {
         let queries = Tables::new(&gpu, &problem).queries;
         let on_device = PageTable::new(&gpu.stream, table.clone()).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let plan = prefill.plan_paged(&mut workspace, &queries, &on_device, &case.plan_options()).unwrap();
+        let plan = prefill
+            .plan_paged(&mut workspace, PagedBatch::new(&queries, &on_device), &case.plan_options())
+            .unwrap();
         let (mut out, mut lse) = problem.outputs(&gpu);
         {
             let q = problem.q.device_view();

@@ -7,7 +7,7 @@ mod common;
 use common::{
     Gpu, Mirrored, Number, Rng,
     attention::refuse_unlike,
-    prefill::{Case, DeviceMask, HostMask, Kind, Kv, Masked, On, Problem, check_all, check_problem},
+    prefill::{Case, CaseMask, DeviceMask, Kind, Kv, Masked, On, Problem, check_all, check_problem},
     refused,
     single::{self, Single},
 };
@@ -433,7 +433,7 @@ impl On {
         out.assert_untouched();
         lse.assert_untouched();
         // The refused calls left everything usable.
-        assert!(matches!(problem.mask, HostMask::Plain { causal: true }));
+        assert!(matches!(problem.mask, CaseMask::Plain { causal: true }));
         single.check(&gpu, &problem, &mut workspace);
     }
 

@@ -10,9 +10,9 @@ mod common;
 use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand, cache::random_table, refused, say};
 use flashinfer_rs::{
     DType, FlashInferError, ModuleName, PageIndices, PageTable, TensorMut, TensorRef,
-    attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PlanOptions, Split, Workspace},
+    attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PagedBatch, PlanOptions, Split, Workspace},
     cudarc::TensorExtMut,
-    indices::{AppendIndices, AppendTable, RaggedIndices, SlotMapping},
+    indices::{AppendIndices, AppendTable, RaggedIndices, RaggedTable, SlotMapping},
     kv::MlaCache,
     page, reference,
 };
@@ -72,7 +72,7 @@ fn widths(joined: bool) -> &'static [usize] {
 struct Problem<T> {
     case: Case,
     table: PageIndices,
-    queries: RaggedIndices,
+    queries: RaggedTable,
     q: Vec<Mirrored<T>>,
     cache: Vec<Mirrored<T>>,
     want: Vec<f64>,
@@ -124,16 +124,22 @@ impl<T: Number> Problem<T> {
                 Mirrored::new(gpu, &[table.num_pages(), case.page_size, width], host)
             })
             .collect();
-        Self::solve(case, table, q, cache)
+        Self::solve(gpu, case, table, q, cache)
     }
 
     /// Fills in what the reference says.
-    fn solve(case: Case, table: PageIndices, q: Vec<Mirrored<T>>, cache: Vec<Mirrored<T>>) -> Self {
+    fn solve(
+        gpu: &Gpu,
+        case: Case,
+        table: PageIndices,
+        q: Vec<Mirrored<T>>,
+        cache: Vec<Mirrored<T>>,
+    ) -> Self {
         let queries = case.queries();
         let (n, heads) = (queries.total(), case.num_heads);
         let mut want = vec![f64::NAN; n * heads * 512];
         let mut want_lse = vec![f64::NAN; n * heads];
-        let mask = if case.causal { reference::Mask::Causal } else { reference::Mask::None };
+        let mask = if case.causal { reference::HostMask::Causal } else { reference::HostMask::None };
         reference::batch_mla(
             &MlaSpec::new(T::DTYPE, case.sm_scale),
             &query_of(&q.iter().map(Mirrored::view).collect::<Vec<_>>()),
@@ -145,21 +151,22 @@ impl<T: Number> Problem<T> {
             mask,
         )
         .unwrap();
+        let queries = RaggedTable::new(&gpu.stream, queries).unwrap();
         Self { case, table, queries, q, cache, want, want_lse }
     }
 
     /// Plans the step.
     fn plan<'p>(
-        &self,
+        &'p self,
         mla: &BatchMla,
         workspace: &'p mut Workspace,
         table: &'p PageTable,
     ) -> flashinfer_rs::Result<MlaPlan<'p>> {
-        mla.plan(workspace, &self.queries, table, &self.case.options())
+        mla.plan(workspace, PagedBatch::new(&self.queries, table), &self.case.options())
     }
 
     fn outputs(&self, gpu: &Gpu) -> (Mirrored<T>, Mirrored<f32>) {
-        let (n, heads) = (self.queries.total(), self.case.num_heads);
+        let (n, heads) = (self.queries.host().total(), self.case.num_heads);
         (Mirrored::poisoned(gpu, &[n, heads, 512]), Mirrored::poisoned(gpu, &[n, heads]))
     }
 
@@ -386,7 +393,7 @@ fn strided_rows() {
         .iter()
         .map(|&width| Mirrored::random(&gpu, rng, &[n, heads + 5, width]).narrowed(1, 2, heads))
         .collect();
-    let problem = Problem::solve(case, table, q, cache);
+    let problem = Problem::solve(&gpu, case, table, q, cache);
     for mla in backends::<f16>(&gpu, &problem.case) {
         let table = PageTable::new(&gpu.stream, problem.table.clone()).unwrap();
         let plan = problem.plan(&mla, &mut workspace, &table).unwrap();
@@ -627,10 +634,11 @@ fn wrong_input_to_plan() {
     let table = PageTable::new(&gpu.stream, random_table(rng, 16, &[3, 40])).unwrap();
     for mla in backends::<f16>(&gpu, &Case::default()) {
         let mut plan = |lens: &[usize], num_heads, causal| {
-            let queries = RaggedIndices::from_lens(lens.iter().copied()).unwrap();
+            let queries = RaggedIndices::from_lens(lens.iter().copied())?;
+            let queries = RaggedTable::new(&gpu.stream, queries)?;
             let mla = BatchMla::new(&gpu.stream, mla.spec(), num_heads)?;
             let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
-            mla.plan(&mut workspace, &queries, &table, &options).map(drop)
+            mla.plan(&mut workspace, PagedBatch::new(&queries, &table), &options).map(drop)
         };
         plan(&[3, 1], 16, true).unwrap();
         refused(plan(&[1], 16, false), "queries");
@@ -643,18 +651,18 @@ fn wrong_input_to_plan() {
         refused(plan(&[1 << 24, 1], 16, false), "queries");
         refused(plan(&[1 << 14, 1], 128, false), "queries");
 
-        let queries = RaggedIndices::from_lens([1, 1]).unwrap();
+        let queries = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([1, 1]).unwrap()).unwrap();
         let options = PlanOptions::default();
         let mut foreign = Workspace::new(&other.stream).unwrap();
-        refused(mla.plan(&mut foreign, &queries, &table, &options), "workspace");
+        refused(mla.plan(&mut foreign, PagedBatch::new(&queries, &table), &options), "workspace");
         // It grows from nothing, to about this.
         let mut grows = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
-        mla.plan(&mut grows, &queries, &table, &options).unwrap();
+        mla.plan(&mut grows, PagedBatch::new(&queries, &table), &options).unwrap();
         // What these kernels cannot do.
         let splits = [Split::fixed(8), Split::disabled(), Split::beside(1)];
         for wrong in splits.map(|split| options.with_split(split)).into_iter().chain([options.with_graph(2)])
         {
-            let error = mla.plan(&mut grows, &queries, &table, &wrong).unwrap_err();
+            let error = mla.plan(&mut grows, PagedBatch::new(&queries, &table), &wrong).unwrap_err();
             assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
         }
         assert!(grows.float_bytes() <= 20 << 20 && grows.int_bytes() <= 600_000, "{grows:?}");
@@ -673,8 +681,12 @@ fn as_much_work_as_a_plan_holds() {
     check::<f16>(&gpu, rng, &mut workspace, Case { requests, num_heads: 1, page_size: 1, ..Case::default() });
     let table = PageTable::new(&gpu.stream, random_table(rng, 1, &vec![1; 16_500])).unwrap();
     let queries = RaggedIndices::from_lens(vec![1; 16_500]).unwrap();
+    let queries = RaggedTable::new(&gpu.stream, queries).unwrap();
     for mla in backends::<f16>(&gpu, &Case { num_heads: 1, ..Case::default() }) {
-        refused(mla.plan(&mut workspace, &queries, &table, &PlanOptions::default()), "queries");
+        refused(
+            mla.plan(&mut workspace, PagedBatch::new(&queries, &table), &PlanOptions::default()),
+            "queries",
+        );
     }
 }
 

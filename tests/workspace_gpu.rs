@@ -10,8 +10,8 @@ use common::{Gpu, Rng, attention::capture, cache::repeating_table, is_0_7, refus
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable, Result,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
-        CascadeWorkspace, Heads, MlaSpec, MultiLevelCascade, PlanOptions, Split, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeWorkspace, Heads,
+        MlaSpec, MultiLevelCascade, PagedBatch, PlanOptions, Split, Workspace,
     },
     indices::{RaggedIndices, RaggedTable},
 };
@@ -161,7 +161,7 @@ impl Holder {
     fn hold(&self, workspace: &mut Workspace) {
         let options = PlanOptions::default().with_graph(1);
         let (queries, table) = &self.one;
-        self.prefill.plan_paged(workspace, queries, table, &options).unwrap();
+        self.prefill.plan_paged(workspace, PagedBatch::new(queries, table), &options).unwrap();
     }
 }
 
@@ -249,7 +249,8 @@ impl Checks<'_> {
                 head_dim,
                 &|workspace, graph| {
                     let (queries, options) = (&batch.queries, batch.plan_options(graph).with_split(split));
-                    let plan = prefill.plan_paged(workspace, queries, &batch.table, &options);
+                    let plan =
+                        prefill.plan_paged(workspace, PagedBatch::new(queries, &batch.table), &options);
                     Ok(plan?.numbers().to_vec())
                 },
             );
@@ -366,13 +367,13 @@ fn planners_find_what_they_take() {
         if let Some(attention) = checks.made(BatchAttention::new(&gpu.stream, &plain(128), heads)) {
             checks.check("mixed", &[false, true], Planner::Mixed(128), &batch, 128, &|workspace, graph| {
                 let options = batch.plan_options(graph);
-                let plan = attention.plan(workspace, &batch.queries, &batch.table, &options);
+                let plan = attention.plan(workspace, PagedBatch::new(&batch.queries, &batch.table), &options);
                 Ok(plan?.numbers().to_vec())
             });
         }
         for backend in [Backend::Fa2, Backend::Fa3] {
             let spec = MlaSpec::new(DType::BF16, 1.0).with_backend(backend);
-            let (queries, num_heads) = (batch.queries.host(), [16, 128][rng.below(2)]);
+            let (queries, num_heads) = (&batch.queries, [16, 128][rng.below(2)]);
             let Some(mla) = checks.made(BatchMla::new(&gpu.stream, &spec, num_heads)) else { continue };
             checks.check(
                 &format!("MLA {backend:?}"),
@@ -382,7 +383,10 @@ fn planners_find_what_they_take() {
                 512,
                 &|workspace, _| {
                     let options = PlanOptions::default();
-                    Ok(mla.plan(workspace, queries, &batch.table, &options)?.numbers().to_vec())
+                    Ok(mla
+                        .plan(workspace, PagedBatch::new(queries, &batch.table), &options)?
+                        .numbers()
+                        .to_vec())
                 },
             );
         }
@@ -506,8 +510,7 @@ fn cascades() {
     };
     let plan = |workspace: &mut CascadeWorkspace, requests: usize, levels: usize, graph: bool| {
         let (all, shared, each, own) = tables(requests);
-        let of =
-            [CascadeLevel { queries: &all, table: &shared }, CascadeLevel { queries: &each, table: &own }];
+        let of = [PagedBatch::new(&all, &shared), PagedBatch::new(&each, &own)];
         let mut options = PlanOptions::default();
         options.graph = graph.then_some(requests);
         cascade.plan(workspace, &of[2 - levels..], &options).map(drop)

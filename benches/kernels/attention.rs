@@ -5,8 +5,8 @@ use std::{cell::RefCell, time::Instant};
 use flashinfer_rs::{
     DType, PageTable, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaQuery, MlaSpec, PlanOptions,
-        Workspace,
+        AttentionSpec, Backend, BatchDecode, BatchMla, BatchPrefill, Heads, MlaQuery, MlaSpec, PagedBatch,
+        PlanOptions, Workspace,
     },
     ffi::{Object, Value},
     indices::{RaggedIndices, RaggedTable},
@@ -250,13 +250,13 @@ fn prefill(
         let plan = |changed: bool| -> Result<()> {
             let (workspace, tables, last) = &mut *parts.borrow_mut();
             *last ^= usize::from(changed);
-            prefill.plan_paged(workspace, &ragged, tables[*last], &options)?;
+            prefill.plan_paged(workspace, PagedBatch::new(&ragged, tables[*last]), &options)?;
             Ok(())
         };
         let calls =
             PlanCalls { plan: &mut || plan(true), with_table: None, again: Some(&mut || plan(false)) };
         case.plan(Some(&planner), calls)?;
-        let plan = prefill.plan_paged(&mut workspace, &ragged, &table, &options)?;
+        let plan = prefill.plan_paged(&mut workspace, PagedBatch::new(&ragged, &table), &options)?;
         let [q_view, k_view, v_view, _] = tensors;
         let kv = PagedKv::new(*k_view, *v_view, KvLayout::Nhd);
         let mut output = out.view_mut();
@@ -323,16 +323,16 @@ fn mla(bench: &mut Bench, scratch: &Scratch, backend: Backend, (batch, tokens): 
             ],
         };
 
-        let queries = RaggedIndices::from_lens(std::iter::repeat_n(1, batch))?;
+        let queries = RaggedTable::new(&stream, RaggedIndices::from_lens(std::iter::repeat_n(1, batch))?)?;
         let options = PlanOptions::default();
         let table = PageTable::new(&stream, indices.clone())?;
         let mut workspace = Workspace::new(&stream)?;
         let mut plan = || {
-            mla.plan(&mut workspace, &queries, &table, &options)?;
+            mla.plan(&mut workspace, PagedBatch::new(&queries, &table), &options)?;
             Ok(())
         };
         case.plan(Some(&planner), PlanCalls { plan: &mut plan, with_table: None, again: None })?;
-        let plan = mla.plan(&mut workspace, &queries, &table, &options)?;
+        let plan = mla.plan(&mut workspace, PagedBatch::new(&queries, &table), &options)?;
         let (q, kv) = (MlaQuery::new(*nope_view, *pe_view), MlaCache::new(*ckv_view, *kpe_view));
         let mut output = out.view_mut();
         let bytes = [&nope, &pe, &ckv, &kpe, &out].map(Operand::bytes).iter().sum();

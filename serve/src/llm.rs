@@ -7,7 +7,11 @@ use std::{
 
 use crate::{
     Result,
-    backend::device::{self, Device, Loaded},
+    backend::{
+        device::{self, Device, Loaded},
+        gpu::GpuOptions,
+        precision::Precision,
+    },
     engine::{End, Engine, EngineConfig, Events, SHUTDOWN_TIMEOUT},
     hub::Hub,
     model::Model,
@@ -46,6 +50,10 @@ pub struct LlmOptions {
     /// Whether an answer is the same, token by token, alone, in any batch, with drafts
     /// and after preemption. It costs time on a GPU; the CPU's answers always are.
     pub deterministic: bool,
+    /// The type of weights on a GPU, as in [`GpuOptions::weights`].
+    pub weights: Precision,
+    /// The type of the KV cache on a GPU, as in [`GpuOptions::kv`].
+    pub kv: Precision,
 }
 
 impl Default for LlmOptions {
@@ -59,6 +67,8 @@ impl Default for LlmOptions {
             max_queued_tokens: 1 << 22,
             draft: 0,
             deterministic: false,
+            weights: Precision::Auto,
+            kv: Precision::Auto,
         }
     }
 }
@@ -116,6 +126,8 @@ impl Llm {
             max_queued_tokens,
             draft,
             deterministic,
+            weights,
+            kv,
             ..
         } = *options;
         let config = EngineConfig {
@@ -135,8 +147,9 @@ impl Llm {
         let place = Arc::new(OnceLock::new());
         let set = place.clone();
         let engine = Engine::start(config, text, move |pool, limits| {
-            let Loaded { backend, on_gpu, place } =
-                device::load(device, &model, pool, limits.step_capacity(), deterministic)?;
+            let capacity = limits.step_capacity();
+            let gpu = GpuOptions { deterministic, weights, kv, ..GpuOptions::new(capacity.tokens) };
+            let Loaded { backend, on_gpu, place } = device::load(device, &model, pool, capacity, gpu)?;
             if !on_gpu && step_tokens.is_none() {
                 limits.step_tokens = CPU_STEP_TOKENS;
             }

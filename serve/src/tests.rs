@@ -4,7 +4,7 @@ mod architectures;
 pub mod bytes;
 mod files;
 pub mod forward;
-mod gpu;
+pub mod gpu;
 mod keys;
 mod no_numbers;
 pub mod sentencepiece;
@@ -37,7 +37,7 @@ use test_support::required;
 
 use crate::{
     Result,
-    backend::{Backend, Output, Sample, Step, cpu::Cpu},
+    backend::{Backend, Output, Sample, Step, StepToken, cpu::Cpu},
     cli::answers::{Asked, answer},
     engine::{Engine, EngineConfig},
     hub,

@@ -3,7 +3,7 @@
 
 use super::cache::Files;
 use super::digest::Digest;
-use super::download::{self, Wanted};
+use super::download::{self, RemoteFile};
 use super::http::{self, Address, Client};
 use super::{ArtifactError, Progress, StoreConfig};
 use std::collections::BTreeSet;
@@ -85,7 +85,7 @@ impl BlobStore {
         }
         let max_size = blob.size.unwrap_or(MAX_SIZE);
         let sha256 = Some(blob.sha256);
-        let wanted = Wanted { file: &file, shown: blob.name, sha256, address, max_size };
+        let wanted = RemoteFile { file: &file, shown: blob.name, sha256, address, max_size };
         let path = download::download(&self.files, wanted, &self.config.fetch_options, &on_progress)?;
         on_progress(&Progress::Done { file: &file, path: &path });
         Ok(path)

@@ -20,7 +20,7 @@ pub(crate) const MAX_WHEEL: u64 = 16 << 30;
 
 /// A file of a server.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Wanted<'a> {
+pub(crate) struct RemoteFile<'a> {
     /// What it is called on disk.
     pub(crate) file: &'a str,
     /// What it is called in errors.
@@ -32,7 +32,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) max_size: u64,
 }
 
-impl Wanted<'_> {
+impl RemoteFile<'_> {
     /// The error of a download.
     fn failed(&self, reason: String) -> ArtifactError {
         failed(self.shown, self.address, reason)
@@ -48,11 +48,11 @@ pub(crate) fn failed(shown: &str, address: &Address, reason: String) -> Artifact
 /// where that is not known.
 pub(crate) fn download(
     files: &Files,
-    wanted: Wanted<'_>,
+    wanted: RemoteFile<'_>,
     options: &FetchOptions,
     on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ArtifactError> {
-    let Wanted { file, shown, sha256, address, .. } = wanted;
+    let RemoteFile { file, shown, sha256, address, .. } = wanted;
     let mut client = Client::new(options);
     let mut patience = Patience::new(options);
     let mut partial = files.partial(file, on_progress)?;
@@ -105,10 +105,10 @@ enum Complete {
 fn attempt(
     client: &mut Client,
     partial: &mut Sink,
-    wanted: Wanted<'_>,
+    wanted: RemoteFile<'_>,
     on_progress: OnProgress<'_>,
 ) -> Result<Complete, Broken> {
-    let Wanted { file, address, max_size, .. } = wanted;
+    let RemoteFile { file, address, max_size, .. } = wanted;
     let from = partial.len();
     let response = client.ask(address, (from > 0).then(|| format!("bytes={from}-")))?;
     let total = match response.status() {

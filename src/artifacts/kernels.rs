@@ -20,7 +20,7 @@ const SCHEMA: u64 = 1;
 
 /// What a wheel says of its kernels.
 #[derive(Debug, Default)]
-pub(crate) struct Kernels {
+pub(crate) struct WheelKernels {
     /// The version of FlashInfer, where the wheel is one of FlashInfer's and has a released one.
     pub(crate) version: Option<FlashInferVersion>,
     /// What a provider's code was compiled for; nothing where it is for all GPUs.

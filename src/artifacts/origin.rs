@@ -5,7 +5,7 @@
 //! accepted.
 
 use super::cache::Files;
-use super::download::{self, MAX_WHEEL, Wanted};
+use super::download::{self, MAX_WHEEL, RemoteFile};
 use super::http::Address;
 use super::pins::{Origin, Pin};
 use super::settings::{self, Index};
@@ -77,7 +77,7 @@ fn get(
     on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ArtifactError> {
     let (file, sha256) = (&pin.file, Some(pin.sha256));
-    let wanted = Wanted { file, shown: file, sha256, address, max_size: MAX_WHEEL };
+    let wanted = RemoteFile { file, shown: file, sha256, address, max_size: MAX_WHEEL };
     download::download(wheels, wanted, options, on_progress)
 }
 

@@ -78,7 +78,7 @@ fn read(text: &str, at: &Url) -> Result<(Vec<Link>, Url), String> {
 
 fn json_links(text: &str) -> Result<Vec<Link>, String> {
     #[derive(serde::Deserialize)]
-    struct Page {
+    struct IndexPage {
         files: Vec<Entry>,
     }
     #[derive(serde::Deserialize)]
@@ -89,7 +89,7 @@ fn json_links(text: &str) -> Result<Vec<Link>, String> {
         hashes: HashMap<String, String>,
     }
     // The parser's own message may repeat what the page holds.
-    let page: Page = serde_json::from_str(text).map_err(|e| {
+    let page: IndexPage = serde_json::from_str(text).map_err(|e| {
         format!("the page is no JSON simple index, by its line {}, column {}", e.line(), e.column())
     })?;
     let link = |mut entry: Entry| Link {

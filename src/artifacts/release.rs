@@ -7,7 +7,7 @@
 //! that were asked for. Whether it is the file that upstream published, only its server can say.
 
 use super::digest::Digest;
-use super::download::{self, MAX_WHEEL, Wanted};
+use super::download::{self, MAX_WHEEL, RemoteFile};
 use super::http::Address;
 use super::pins::{Origin, Pin};
 use super::store::Store;
@@ -103,7 +103,8 @@ impl Store {
         let held = path.is_file();
         if !held {
             let sha256 = release.sha256;
-            let wanted = Wanted { file: &file, shown: &file, sha256, address: &address, max_size: MAX_WHEEL };
+            let wanted =
+                RemoteFile { file: &file, shown: &file, sha256, address: &address, max_size: MAX_WHEEL };
             download::download(files, wanted, &self.config.fetch_options, &on_progress)?;
         }
         let verified = self.verify(release, &file, &path);

@@ -7,7 +7,7 @@
 
 use super::architecture::CudaArchitecture;
 use super::digest::Digest;
-use super::kernels::{self, Kernels, ModulePath, module_path};
+use super::kernels::{self, ModulePath, WheelKernels, module_path};
 use super::record::{self, MAX_RECORD, artifact_hash};
 use super::sink::Sink;
 use super::version::FlashInferVersion;
@@ -29,7 +29,7 @@ pub struct Wheel {
     /// Name and version of the package, joined by `-`.
     distribution: String,
     members: Vec<WheelMember>,
-    kernels: Kernels,
+    kernels: WheelKernels,
 }
 
 /// A member of a wheel.
@@ -131,7 +131,7 @@ impl Wheel {
 
     fn new(path: &Path, record_sha256: Digest, distribution: String, members: Vec<WheelMember>) -> Wheel {
         let artifact_hash = artifact_hash(record_sha256);
-        let kernels = Kernels { version: kernels::version_of(&distribution), ..Kernels::default() };
+        let kernels = WheelKernels { version: kernels::version_of(&distribution), ..WheelKernels::default() };
         Wheel { path: path.into(), record_sha256, artifact_hash, distribution, members, kernels }
     }
 
@@ -145,7 +145,10 @@ impl Wheel {
     }
 
     /// What an open wheel says of its kernels.
-    fn described<R: Read + Seek>(&self, archive: &mut zip::ZipArchive<R>) -> Result<Kernels, ArtifactError> {
+    fn described<R: Read + Seek>(
+        &self,
+        archive: &mut zip::ZipArchive<R>,
+    ) -> Result<WheelKernels, ArtifactError> {
         let version = self.kernels.version;
         let (mut architectures, mut shim_of) = (Vec::new(), Vec::new());
         if let Some(provider) = self.provider()? {
@@ -161,7 +164,7 @@ impl Wheel {
             let metadata = self.text(archive, |name| name == place)?.unwrap_or_default();
             shim_of = kernels::read_requirements(&String::from_utf8_lossy(&metadata));
         }
-        Ok(Kernels { version, architectures, shim_of })
+        Ok(WheelKernels { version, architectures, shim_of })
     }
 
     /// The content of a small member, which must have the digest that RECORD promises.

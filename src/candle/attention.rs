@@ -18,7 +18,7 @@ use crate::{
 
 /// What the two operations have in common: an attention on a device.
 #[derive(Clone, Debug)]
-struct Attention {
+struct PagedAttention {
     op: &'static str,
     spec: AttentionSpec,
     heads: Heads,
@@ -28,7 +28,7 @@ struct Attention {
     dtype_o: DType,
 }
 
-impl Attention {
+impl PagedAttention {
     fn new(op: &'static str, device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let dtypes = [("dtype_q", spec.dtype_q), ("dtype_kv", spec.dtype_kv), ("dtype_o", spec.dtype_o)];
         let candle_dtype = |(name, dtype): (&'static str, crate::DType)| match tensor::of_ours(dtype) {
@@ -68,7 +68,7 @@ impl Attention {
     fn run(
         &self,
         step: &Step<'_>,
-        kernel: &dyn Kernel,
+        kernel: &dyn PagedKernel,
         q: &Tensor,
         cache: &PagedCache,
         layer: usize,
@@ -99,13 +99,13 @@ impl Attention {
             return q.to_dtype(self.dtype_o);
         }
         let output = (Shape::from(&dims[..]), self.dtype_o);
-        let call = Call { kernel, layout: shape.layout, options, output };
+        let call = PagedCall { kernel, layout: shape.layout, options, output };
         kv.apply_op2_no_bwd(&fitting(q)?, &Apply(call))
     }
 }
 
 /// Attention of queries to a layer's pages.
-trait Kernel {
+trait PagedKernel {
     /// Queries of the step.
     fn rows(&self) -> usize;
 
@@ -126,14 +126,14 @@ trait Kernel {
     ) -> crate::Result<()>;
 }
 
-struct Call<'a> {
-    kernel: &'a dyn Kernel,
+struct PagedCall<'a> {
+    kernel: &'a dyn PagedKernel,
     layout: KvLayout,
     options: &'a RunOptions<'a>,
     output: (Shape, DType),
 }
 
-impl Op<2> for Call<'_> {
+impl Op<2> for PagedCall<'_> {
     const NAME: &'static str = "paged attention";
 
     fn output(&self) -> (Shape, DType) {
@@ -159,7 +159,10 @@ struct OnCuda<K> {
 
 impl<K> OnCuda<K> {
     /// `None` on the CPU.
-    fn new(attention: &Attention, kernels: impl FnOnce(&Stream) -> crate::Result<K>) -> Result<Option<Self>> {
+    fn new(
+        attention: &PagedAttention,
+        kernels: impl FnOnce(&Stream) -> crate::Result<K>,
+    ) -> Result<Option<Self>> {
         let Some(stream) = tensor::stream(&attention.device) else { return Ok(None) };
         let kernels = kernels(&stream).map_err(tensor::error)?;
         Ok(Some(Self { kernels, workspace: Workspace::new(&stream).map_err(tensor::error)? }))
@@ -175,7 +178,7 @@ impl<K> OnCuda<K> {
 /// is [`reference::batch_decode`](crate::reference::batch_decode), in `f64`.
 #[derive(Debug)]
 pub struct PagedDecode {
-    attention: Attention,
+    attention: PagedAttention,
     on_cuda: Option<OnCuda<attention::BatchDecode>>,
 }
 
@@ -191,7 +194,7 @@ impl PagedDecode {
     /// CPU also `f32` and `f64`); heads of queries are no multiple of those of keys;
     /// there is no such module, or it cannot be had.
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let attention = Attention::new("PagedDecode", device, spec, heads)?;
+        let attention = PagedAttention::new("PagedDecode", device, spec, heads)?;
         let kernels = |stream: &Stream| attention::BatchDecode::new(stream, spec, heads);
         let on_cuda = OnCuda::new(&attention, kernels)?;
         Ok(Self { attention, on_cuda })
@@ -209,7 +212,7 @@ impl PagedDecode {
             Some(OnCuda { kernels, workspace }) => {
                 let tables = step.on_cuda();
                 let options = PlanOptions::default();
-                let plan = tables.and_then(|tables| kernels.plan(workspace, &tables.pages, &options));
+                let plan = tables.and_then(|tables| kernels.plan(workspace, tables, &options));
                 Some(plan.map_err(tensor::error)?)
             }
             None => None,
@@ -234,7 +237,7 @@ macro_rules! run_of_layer {
 /// One step's plan of a [`PagedDecode`], to be run for each layer.
 #[derive(Debug)]
 pub struct PagedDecodePlan<'p> {
-    attention: &'p Attention,
+    attention: &'p PagedAttention,
     step: &'p Step<'p>,
     on_cuda: Option<attention::DecodePlan<'p>>,
 }
@@ -265,7 +268,7 @@ impl PagedDecodePlan<'_> {
     }
 }
 
-impl Kernel for PagedDecodePlan<'_> {
+impl PagedKernel for PagedDecodePlan<'_> {
     fn rows(&self) -> usize {
         self.step.batch.len()
     }
@@ -300,7 +303,7 @@ impl Kernel for PagedDecodePlan<'_> {
 /// rest is as for [`PagedDecode`].
 #[derive(Debug)]
 pub struct PagedPrefill {
-    attention: Attention,
+    attention: PagedAttention,
     on_cuda: Option<OnCuda<attention::BatchPrefill>>,
 }
 
@@ -310,7 +313,7 @@ impl PagedPrefill {
     /// # Errors
     /// As [`PagedDecode::new`].
     pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let attention = Attention::new("PagedPrefill", device, spec, heads)?;
+        let attention = PagedAttention::new("PagedPrefill", device, spec, heads)?;
         let kernels = |stream: &Stream| attention::BatchPrefill::new(stream, spec, heads);
         let on_cuda = OnCuda::new(&attention, kernels)?;
         Ok(Self { attention, on_cuda })
@@ -328,9 +331,7 @@ impl PagedPrefill {
         let on_cuda = match &mut self.on_cuda {
             Some(OnCuda { kernels, workspace }) => {
                 let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
-                let plan = step.on_cuda().and_then(|tables| {
-                    kernels.plan_paged(workspace, &tables.queries, &tables.pages, &options)
-                });
+                let plan = step.on_cuda().and_then(|tables| kernels.plan_paged(workspace, tables, &options));
                 Some(plan.map_err(tensor::error)?)
             }
             None => None,
@@ -342,7 +343,7 @@ impl PagedPrefill {
 /// One step's plan of a [`PagedPrefill`], to be run for each layer.
 #[derive(Debug)]
 pub struct PagedPrefillPlan<'p> {
-    attention: &'p Attention,
+    attention: &'p PagedAttention,
     step: &'p Step<'p>,
     causal: bool,
     on_cuda: Option<attention::PrefillPlan<'p, PageTable>>,
@@ -370,7 +371,7 @@ impl PagedPrefillPlan<'_> {
     }
 }
 
-impl Kernel for PagedPrefillPlan<'_> {
+impl PagedKernel for PagedPrefillPlan<'_> {
     fn rows(&self) -> usize {
         self.step.batch.queries().total()
     }
@@ -383,7 +384,7 @@ impl Kernel for PagedPrefillPlan<'_> {
         options: &RunOptions<'_>,
     ) -> crate::Result<()> {
         let (batch, spec) = (self.step.batch, &self.attention.spec);
-        let mask = if self.causal { reference::Mask::Causal } else { reference::Mask::None };
+        let mask = if self.causal { reference::HostMask::Causal } else { reference::HostMask::None };
         let (queries, pages) = (batch.queries(), batch.pages());
         reference::batch_prefill_paged(spec, q, kv, queries, pages, out, None, mask, options)
     }

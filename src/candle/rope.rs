@@ -103,46 +103,46 @@ pub struct PositionTable {
 /// The position of each token: of a [`PositionTable`], or of the new tokens of a
 /// [`Step`], which takes no further upload.
 #[derive(Clone, Copy, Debug)]
-pub struct TokenPositions<'a>(Source<'a>);
+pub struct TokenPositions<'a>(TokenSource<'a>);
 
 #[derive(Clone, Copy, Debug)]
-enum Source<'a> {
+enum TokenSource<'a> {
     Table(&'a PositionTable),
     Step(&'a Step<'a>),
 }
 
 impl<'a> From<&'a PositionTable> for TokenPositions<'a> {
     fn from(table: &'a PositionTable) -> Self {
-        Self(Source::Table(table))
+        Self(TokenSource::Table(table))
     }
 }
 
 impl<'a> From<&'a Step<'a>> for TokenPositions<'a> {
     fn from(step: &'a Step<'a>) -> Self {
-        Self(Source::Step(step))
+        Self(TokenSource::Step(step))
     }
 }
 
 impl TokenPositions<'_> {
     fn host(&self) -> &[i32] {
         match self.0 {
-            Source::Table(table) => table.host.values(),
-            Source::Step(step) => step.batch.append_indices().positions(),
+            TokenSource::Table(table) => table.host.values(),
+            TokenSource::Step(step) => step.batch.append_indices().positions(),
         }
     }
 
     /// What all are below.
     fn bound(&self) -> usize {
         match self.0 {
-            Source::Table(table) => table.host.bound(),
-            Source::Step(step) => step.batch.append_indices().num_positions(),
+            TokenSource::Table(table) => table.host.bound(),
+            TokenSource::Step(step) => step.batch.append_indices().num_positions(),
         }
     }
 
     fn on_cuda(&self) -> crate::Result<rope::Positions<'_>> {
         match self.0 {
-            Source::Step(step) => Ok((&step.on_cuda()?.append).into()),
-            Source::Table(table) => match &table.on_cuda {
+            TokenSource::Step(step) => Ok((&step.on_cuda()?.append).into()),
+            TokenSource::Table(table) => match &table.on_cuda {
                 Some(table) => Ok(table.into()),
                 None => Err(crate::FlashInferError::invalid(ROPE, "positions", "they are not on CUDA")),
             },

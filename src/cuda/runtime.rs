@@ -13,22 +13,42 @@ use crate::{
     stream::Stream,
 };
 
-/// A property of a device, by its number in `cudaDeviceAttr`.
+/// A property of a device, which never changes.
 #[derive(Clone, Copy, Debug)]
-#[repr(i32)]
 pub(crate) enum DeviceAttribute {
-    MultiprocessorCount = 16,
-    ComputeCapabilityMajor = 75,
-    ComputeCapabilityMinor = 76,
-    MaxSharedMemoryPerMultiprocessor = 81,
-    MaxSharedMemoryPerBlockOptin = 97,
+    MultiprocessorCount,
+    ComputeCapabilityMajor,
+    ComputeCapabilityMinor,
+    MaxSharedMemoryPerMultiprocessor,
+    MaxSharedMemoryPerBlockOptin,
 }
+
+impl DeviceAttribute {
+    /// How many there are.
+    const COUNT: usize = 5;
+
+    /// Its number in `cudaDeviceAttr`.
+    fn code(self) -> c_int {
+        match self {
+            Self::MultiprocessorCount => 16,
+            Self::ComputeCapabilityMajor => 75,
+            Self::ComputeCapabilityMinor => 76,
+            Self::MaxSharedMemoryPerMultiprocessor => 81,
+            Self::MaxSharedMemoryPerBlockOptin => 97,
+        }
+    }
+}
+
+/// Devices whose properties are asked for once; of further ones, each time.
+const KEPT_DEVICES: usize = 32;
 
 /// The process's CUDA runtime library.
 #[derive(Debug)]
 pub(crate) struct CudaRuntime {
     pub(super) symbols: Symbols,
     error_string: unsafe extern "C" fn(CudaError) -> *const c_char,
+    /// What was asked for, by device.
+    attributes: [[OnceLock<i32>; DeviceAttribute::COUNT]; KEPT_DEVICES],
 }
 
 static CUDA_RUNTIME: OnceLock<CudaRuntime> = OnceLock::new();
@@ -43,6 +63,7 @@ impl CudaRuntime {
             error_string: unsafe {
                 *library.get("cudaGetErrorString").map_err(|_| missing(name, "cudaGetErrorString"))?
             },
+            attributes: [const { [const { OnceLock::new() }; DeviceAttribute::COUNT] }; KEPT_DEVICES],
         };
         // Never unloaded: kernel modules and the pointers above depend on it.
         std::mem::forget(library);
@@ -103,14 +124,23 @@ impl CudaRuntime {
         self.integer("cudaGetDeviceCount", self.symbols.get_device_count)
     }
 
-    /// A property of a device. Cheap: the runtime answers from memory.
+    /// A property of a device, which is asked for once.
     pub(crate) fn attribute(&self, ordinal: u32, attribute: DeviceAttribute) -> Result<i32> {
+        let kept = self.attributes.get(ordinal as usize).map(|kept| &kept[attribute as usize]);
+        if let Some(&value) = kept.and_then(OnceLock::get) {
+            return Ok(value);
+        }
         let mut value = 0;
         // SAFETY: writes one int through the pointer.
         let code =
-            unsafe { (self.symbols.device_get_attribute)(&mut value, attribute as c_int, ordinal as c_int) };
+            unsafe { (self.symbols.device_get_attribute)(&mut value, attribute.code(), ordinal as c_int) };
         self.check("cudaDeviceGetAttribute", code)?;
-        Ok(value)
+        Ok(kept.map_or(value, |kept| *kept.get_or_init(|| value)))
+    }
+
+    /// The multiprocessors of a device.
+    pub(crate) fn multiprocessors(&self, ordinal: u32) -> Result<usize> {
+        Ok(self.attribute(ordinal, DeviceAttribute::MultiprocessorCount)?.unsigned_abs() as usize)
     }
 
     /// Major and minor compute capability of a device.

@@ -153,11 +153,15 @@ impl Object {
 
     /// The elements, when this is an Array or a List of integers.
     pub fn to_ints(&self) -> Option<Vec<i64>> {
-        self.items()?
-            .iter()
-            // SAFETY: all 8 bytes of a payload are initialized.
-            .map(|item| (item.type_index == type_index::INT).then_some(unsafe { item.payload.int64 }))
-            .collect()
+        self.ints()
+    }
+
+    /// The same, in a collection of any kind.
+    pub(crate) fn ints<C: FromIterator<i64>>(&self) -> Option<C> {
+        let items = self.items()?;
+        let all = items.iter().all(|item| item.type_index == type_index::INT);
+        // SAFETY: all 8 bytes of a payload are initialized.
+        all.then(|| items.iter().map(|item| unsafe { item.payload.int64 }).collect())
     }
 
     /// Object and integer, when this is an Array or a List of these two: TVM-FFI's

@@ -268,7 +268,9 @@ impl PageIndices {
 
     /// The number of tokens of each request.
     pub fn seq_lens(&self) -> Vec<i32> {
-        (0..self.batch_size()).map(|request| self.seq_len(request) as i32).collect()
+        let full_pages = self.indptr.windows(2).map(|pair| (pair[1] - pair[0] - 1).max(0));
+        let page_size = self.page_size as i32;
+        full_pages.zip(&self.last_page_len).map(|(full, last)| full * page_size + last).collect()
     }
 
     /// The number of tokens of one request.

@@ -103,10 +103,10 @@ pub struct OnDevice<T> {
     /// Where each array is on the device, and stays.
     starts: [*mut c_void; MAX_ARRAYS],
     /// `None` if the device arrays belong to somebody else.
-    storage: Option<Storage>,
+    storage: Option<TableStorage>,
 }
 
-struct Storage {
+struct TableStorage {
     buffer: DeviceBuffer,
     staging: StagingBuffer,
     /// Of what the device has, or will have.
@@ -168,7 +168,7 @@ impl<T: IndexArrays> OnDevice<T> {
         let buffer = DeviceBuffer::new(cuda, stream, bytes)?;
         let starts = starts.map(|start| buffer.as_ptr().cast::<u8>().wrapping_add(start).cast());
         let facts = Arc::new(Mutex::new(host.facts()));
-        let storage = Some(Storage { buffer, staging: StagingBuffer::new(cuda, stream, bytes)?, facts });
+        let storage = Some(TableStorage { buffer, staging: StagingBuffer::new(cuda, stream, bytes)?, facts });
         let mut table = Self { host, stream: stream.clone(), capacity, starts, storage };
         table.upload(&mut false)?;
         Ok(table)
@@ -207,7 +207,7 @@ impl<T: IndexArrays> OnDevice<T> {
 
     /// Enqueues the copy of the host arrays, and says so as soon as it is.
     fn upload(&mut self, enqueued: &mut bool) -> Result<()> {
-        let Some(Storage { buffer, staging, facts }) = &mut self.storage else {
+        let Some(TableStorage { buffer, staging, facts }) = &mut self.storage else {
             return Err(FlashInferError::invalid(
                 T::OP,
                 "update",

@@ -204,6 +204,9 @@ pub struct BatchCapacity {
 
 /// The index arrays of a [`Batch`] on the device, at addresses that stay, as
 /// captured graphs need.
+///
+/// Plans over pages take them as they are, as do rotary embeddings, which turn
+/// the new tokens by their positions.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct BatchTables {
@@ -337,5 +340,12 @@ impl BatchTables {
             self.queries.update(queries.clone())?;
         }
         self.append.update(append)
+    }
+}
+
+/// The pages of a batch, for plans of one query for each request.
+impl<'t> From<&'t BatchTables> for &'t PageTable {
+    fn from(tables: &'t BatchTables) -> Self {
+        &tables.pages
     }
 }

@@ -83,7 +83,7 @@
 //! for layer in 0..shape.num_layers {
 //!     // `k` and `v` are [100, num_kv_heads, head_dim].
 //!     append_paged_kv_cache(stream, &k, &v, &tables.slots(), &mut cache.layer_mut(layer)?)?;
-//!     // Plans of attention take `tables.queries` and `tables.pages`, runs `cache.layer(layer)?`.
+//!     // Plans of attention take `&tables`, runs `cache.layer(layer)?`.
 //! }
 //! # Ok(())
 //! # }

@@ -33,10 +33,10 @@ pub struct PageAllocator {
 struct Pool {
     num_pages: usize,
     page_size: usize,
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
 }
 
-struct State {
+struct PoolState {
     /// How many own each page.
     owners: Vec<usize>,
     /// The pages without owners; the last is taken first.
@@ -54,7 +54,7 @@ struct PageCopy {
     target: i32,
 }
 
-impl State {
+impl PoolState {
     /// Owners of a page that may look at it after all copies are made.
     fn users(&self, page: i32) -> usize {
         self.owners[page as usize] - self.copies.iter().filter(|copy| copy.source == page).count()
@@ -82,7 +82,7 @@ impl PageAllocator {
     /// A page holds no token, or one of the numbers does not fit 31 bits.
     pub fn new(num_pages: usize, page_size: usize) -> Result<Self> {
         check_cache_size("PageAllocator", num_pages, page_size)?;
-        let state = State {
+        let state = PoolState {
             owners: vec![0; num_pages],
             free: (0..num_pages as i32).rev().collect(),
             copies: VecDeque::new(),
@@ -193,7 +193,7 @@ impl PageAllocator {
         Ok(StorageClaim(self.clone()))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PoolState> {
         // Nothing panics while the state is half changed.
         self.pool.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

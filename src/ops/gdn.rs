@@ -38,7 +38,7 @@ use std::sync::{Mutex, PoisonError};
 use super::{FixedFunction, check::Check, gone::Gone};
 use crate::{
     artifacts::FlashInferVersion,
-    cuda::{DeviceAttribute, DeviceBuffer},
+    cuda::DeviceBuffer,
     dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, kernels},
@@ -197,8 +197,7 @@ impl GdnWorkspace {
             });
         }
         let cuda = runtime.cuda();
-        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let maps = MIN_TENSOR_MAPS.max(usize::try_from(multiprocessors).unwrap_or(0));
+        let maps = MIN_TENSOR_MAPS.max(cuda.multiprocessors(stream.ordinal())?);
         Ok(Self { tensor_maps: DeviceBuffer::new(cuda, stream, maps * TENSOR_MAP_BYTES)? })
     }
 

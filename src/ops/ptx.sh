@@ -7,12 +7,16 @@ cd "$(dirname "$0")/../.."
 find src/ops serve/src -name '*.cu' | while read -r source; do
     target=${source%.cu}.ptx
     headers=$(sed -n "s,^#include \"\(.*\)\",$(dirname "$source")/\1,p" "$source")
-    "${1:-nvcc}" -std=c++17 -ptx -arch=compute_80 -o "$target.new" "$source"
+    # Instructions that older GPUs lack are told by a line of the source.
+    architecture=$(sed -n 's,^// Architecture: ,,p' "$source")
+    version=8.1
+    [ -n "$architecture" ] || { architecture=compute_80 version=7.0; }
+    "${1:-nvcc}" -std=c++17 -ptx "-arch=$architecture" -o "$target.new" "$source"
     {
         # shellcheck disable=SC2086 # one word for each header
         echo "// Made of $(basename "$source") by ptx.sh: sha256 $(cat $headers "$source" | sha256sum | cut -d' ' -f1)"
         # Nothing in it is newer.
-        sed -e '/^\/\//d' -e 's/^\.version .*/.version 7.0/' "$target.new"
+        sed -e '/^\/\//d' -e "s/^\.version .*/.version $version/" "$target.new"
     } >"$target"
     rm "$target.new"
 done

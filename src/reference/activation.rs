@@ -1,6 +1,6 @@
 //! Gated activations on the CPU.
 
-use super::host::Check;
+use super::host::HostCheck;
 use crate::{
     activation::{ActivationOptions, check_act_and_mul, halved},
     dtype::DType,
@@ -64,7 +64,7 @@ fn act_and_mul(
 ) -> Result<()> {
     const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
     const RANKS: [usize; 5] = [1, 2, 3, 4, 5];
-    let check = Check { op };
+    let check = HostCheck { op };
     check.as_kernel(|check| check_act_and_mul(check, &out.raw, &input.raw))?;
     let input = check.rows("input", input, &DTYPES, &RANKS)?;
     let mut out = check.rows_mut("out", out, &DTYPES, &RANKS)?;

@@ -1,6 +1,6 @@
 //! Merging partial attention results on the CPU.
 
-use super::host::{Check, Rows};
+use super::host::{HostCheck, Rows};
 use crate::{
     cascade::{self, State, StateMut},
     dtype::DType,
@@ -22,7 +22,7 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): a device,
 /// dtype or shape does not fit. Nothing was written.
 pub fn merge_state(merged: &mut StateMut<'_>, a: &State<'_>, b: &State<'_>) -> Result<()> {
-    let check = Check { op: "reference::merge_state" };
+    let check = HostCheck { op: "reference::merge_state" };
     check.as_kernel(|check| cascade::check_merge_state(check, merged, a, b))?;
     let mut v_merged = check.rows_mut("merged.v", &mut merged.v, &DTYPES, &[3])?;
     let mut s_merged = check.rows_mut("merged.s", &mut merged.s, &[], &[2])?;
@@ -58,7 +58,7 @@ pub fn merge_state_in_place(
     other: &State<'_>,
     mask: Option<&TensorRef<'_>>,
 ) -> Result<()> {
-    let check = Check { op: "reference::merge_state_in_place" };
+    let check = HostCheck { op: "reference::merge_state_in_place" };
     check.as_kernel(|check| cascade::check_merge_state_in_place(check, state, other, mask))?;
     let mut v = check.rows_mut("state.v", &mut state.v, &DTYPES, &[3])?;
     let mut s = check.rows_mut("state.s", &mut state.s, &[], &[2])?;
@@ -92,7 +92,7 @@ pub fn merge_state_in_place(
 /// # Errors
 /// As [`merge_state`].
 pub fn merge_states(merged: &mut StateMut<'_>, states: &State<'_>) -> Result<()> {
-    let check = Check { op: "reference::merge_states" };
+    let check = HostCheck { op: "reference::merge_states" };
     check.as_kernel(|check| cascade::check_merge_states(check, merged, states))?;
     let mut v_merged = check.rows_mut("merged.v", &mut merged.v, &DTYPES, &[3])?;
     let mut s_merged = check.rows_mut("merged.s", &mut merged.s, &[], &[2])?;
@@ -125,7 +125,12 @@ pub fn merge_states(merged: &mut StateMut<'_>, states: &State<'_>) -> Result<()>
 }
 
 /// `v` has this shape, and `s` the same without the last dimension.
-fn check_shapes(check: Check, names: [&'static str; 2], shape: &[i64], [v, s]: [&Rows<'_>; 2]) -> Result<()> {
+fn check_shapes(
+    check: HostCheck,
+    names: [&'static str; 2],
+    shape: &[i64],
+    [v, s]: [&Rows<'_>; 2],
+) -> Result<()> {
     check.shape(names[0], v, shape)?;
     check.shape(names[1], s, &shape[..shape.len() - 1])
 }

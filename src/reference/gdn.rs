@@ -1,6 +1,6 @@
 //! The gated delta rule on the CPU, token by token.
 
-use super::host::{Check, Rows};
+use super::host::{HostCheck, Rows};
 use crate::{
     dtype::DType,
     error::Result,
@@ -28,7 +28,7 @@ pub fn gdn_prefill(
     sequences: &SequenceIndices,
     options: &GdnOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::gdn_prefill" };
+    let check = HostCheck { op: "reference::gdn_prefill" };
     check.as_kernel(|check| gdn::check_gdn_prefill(check, out, input, sequences, options))?;
     let q = check.rows("q", &input.q, &DTYPES, &[3])?;
     let k = check.rows("k", &input.k, &DTYPES, &[3])?;

@@ -1,6 +1,6 @@
 //! Matrix products on the CPU.
 
-use super::host::{Check, FLOATS, Rows};
+use super::host::{FLOATS, HostCheck, Rows};
 use crate::{
     dtype::DType,
     error::Result,
@@ -26,7 +26,7 @@ pub fn segment_gemm(
     input: &SegmentGemmInput<'_>,
     segments: &SegmentIndices,
 ) -> Result<()> {
-    let check = Check { op: "reference::segment_gemm" };
+    let check = HostCheck { op: "reference::segment_gemm" };
     // Sm90 takes all that Sm80 takes.
     check.as_kernel(|check| Sizes::check(check, GemmBackend::Sm90, &out.raw, input, segments))?;
     let x = check.rows("x", &input.x, &FLOATS, &[2])?;
@@ -56,7 +56,7 @@ pub fn segment_gemm(
 }
 
 /// The weights with their last two dimensions exchanged.
-fn swapped<'a>(check: Check, input: &SegmentGemmInput<'a>) -> Result<crate::TensorRef<'a>> {
+fn swapped<'a>(check: HostCheck, input: &SegmentGemmInput<'a>) -> Result<crate::TensorRef<'a>> {
     if input.weights.rank() != 3 {
         let problem = format!("its shape is {:?}; expected three dimensions", input.weights.shape());
         return check.fail("weights", problem);
@@ -73,7 +73,7 @@ fn swapped<'a>(check: Check, input: &SegmentGemmInput<'a>) -> Result<crate::Tens
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): a device, dtype
 /// or shape does not fit. Nothing was written.
 pub fn bmm_fp8(out: &mut TensorMut<'_>, input: &BmmFp8Input<'_>) -> Result<()> {
-    let check = Check { op: "reference::bmm_fp8" };
+    let check = HostCheck { op: "reference::bmm_fp8" };
     check.as_kernel(|check| Problem::check(check, &out.raw, input))?;
     let a = check.rows("a", &input.a, &FLOATS, &[3])?;
     let b = check.rows("b", &input.b, &FLOATS, &[3])?;

@@ -15,7 +15,7 @@ use crate::{
     device::Device,
     dtype::DType,
     error::{FlashInferError, Result},
-    ops::check::Check as KernelCheck,
+    ops::check::Check,
     tensor::{RawTensor, TensorMut, TensorRef},
 };
 
@@ -31,17 +31,17 @@ const WIDE: [DType; 2] = [DType::F32, DType::F64];
 
 /// Checks the arguments of one operation.
 #[derive(Clone, Copy)]
-pub(super) struct Check {
+pub(super) struct HostCheck {
     pub(super) op: &'static str,
 }
 
-impl Check {
+impl HostCheck {
     pub(super) fn fail<T>(self, argument: &'static str, problem: String) -> Result<T> {
         Err(FlashInferError::invalid(self.op, argument, problem))
     }
 
     /// Runs the checks of the operation's kernel where the thread is strict.
-    pub(super) fn as_kernel<T>(self, checks: impl FnOnce(&KernelCheck<'_>) -> Result<T>) -> Result<()> {
+    pub(super) fn as_kernel<T>(self, checks: impl FnOnce(&Check<'_>) -> Result<T>) -> Result<()> {
         strict::as_kernel(self.op.trim_start_matches("reference::"), checks)
     }
 
@@ -212,7 +212,7 @@ impl Rows<'_> {
             DType::E5M2 => read!(F8E5M2, |element: F8E5M2| element.to_f64()),
             DType::I32 => read!(i32, f64::from),
             DType::U8 => read!(u8, f64::from),
-            other => unreachable!("{other} is not one of the dtypes that `Check::rows` lets through"),
+            other => unreachable!("{other} is not one of the dtypes that `HostCheck::rows` lets through"),
         }
     }
 
@@ -253,7 +253,7 @@ impl RowsMut<'_> {
             DType::E5M2 => write!(F8E5M2, F8E5M2::from_f64),
             DType::I32 => write!(i32, |number| number as i32),
             DType::U8 => write!(u8, |number| number as u8),
-            other => unreachable!("{other} is not one of the dtypes that `Check::rows` lets through"),
+            other => unreachable!("{other} is not one of the dtypes that `HostCheck::rows` lets through"),
         }
     }
 
@@ -293,7 +293,7 @@ mod tests {
     fn rows_follow_shape_and_strides() {
         let numbers: Vec<f32> = (0..24u8).map(f32::from).collect();
         let view = TensorRef::from_slice(&numbers, &[2, 3, 4]).unwrap().permute(&[1, 0, 2]).unwrap();
-        let check = Check { op: "test" };
+        let check = HostCheck { op: "test" };
         let rows = check.rows("x", &view, &[], &[3]).unwrap();
         assert_eq!((rows.count(), rows.width()), (6, 4));
         // Row 3 is [1, 1], which is [1, 1] of the storage.
@@ -308,7 +308,7 @@ mod tests {
         fn through<T: crate::Element + Default>(number: f64) -> f64 {
             let mut storage = [T::default(); 1];
             let mut view = TensorMut::from_slice(&mut storage, &[1]).unwrap();
-            let mut rows = Check { op: "test" }.rows_mut("x", &mut view, &FLOATS, &[1]).unwrap();
+            let mut rows = HostCheck { op: "test" }.rows_mut("x", &mut view, &FLOATS, &[1]).unwrap();
             rows.write(0, &[number]);
             rows.rows.numbers(0)[0]
         }
@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_refused() {
-        let check = Check { op: "test" };
+        let check = HostCheck { op: "test" };
         let integers = [1i32; 4];
         let view = TensorRef::from_slice(&integers, &[4]).unwrap();
         assert!(check.rows("x", &view, &FLOATS, &[1]).is_err());

@@ -1,8 +1,8 @@
 //! Multi-head latent attention on the CPU.
 
 use super::{
-    attention::{Mask, softmax},
-    host::Check,
+    attention::{HostMask, softmax},
+    host::HostCheck,
     page::{check_pages, place},
     strict,
 };
@@ -28,8 +28,8 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 /// free (the kernels' are 512 and 64). Each tensor is `f16`, `bf16`, `f32` or
 /// `f64`; the two 16-bit types do not mix; `lse` is `f32` or `f64`. Any number
 /// of heads and any `sm_scale` is fine; nothing else of the spec is looked at.
-/// With [`Mask::Causal`], each query sees the tokens up to its own; there is no
-/// other mask but [`Mask::None`]. A query whose request has no tokens
+/// With [`HostMask::Causal`], each query sees the tokens up to its own; there is no
+/// other mask but [`HostMask::None`]. A query whose request has no tokens
 /// gets zeros, and −∞.
 ///
 /// # Errors
@@ -46,14 +46,14 @@ pub fn batch_mla(
     table: &PageIndices,
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    mask: Mask<'_>,
+    mask: HostMask<'_>,
 ) -> Result<()> {
-    let check = Check { op: "reference::batch_mla" };
+    let check = HostCheck { op: "reference::batch_mla" };
     let causal = match mask {
-        Mask::None => false,
-        Mask::Causal => true,
-        Mask::Custom { .. } | Mask::MultiItem(_) => {
-            return check.fail("mask", "latent attention has Mask::None and Mask::Causal".into());
+        HostMask::None => false,
+        HostMask::Causal => true,
+        HostMask::Custom { .. } | HostMask::MultiItem(_) => {
+            return check.fail("mask", "latent attention has HostMask::None and HostMask::Causal".into());
         }
     };
     let num_heads = q.nope.shape().get(1).map_or(0, |&heads| heads as usize);
@@ -181,7 +181,7 @@ mod tests {
         let ckv = [3f64.ln(), 7.0, 0.0, 0.0, 0.0, 0.0];
         let kpe = [0.0, 7.0, 0.0, 0.0, 0.0, 2f64.ln()];
         let run = |causal, sm_scale| {
-            let mask = if causal { Mask::Causal } else { Mask::None };
+            let mask = if causal { HostMask::Causal } else { HostMask::None };
             let (mut out, mut lse) = ([f64::NAN; 2], [f64::NAN; 2]);
             batch_mla(
                 &MlaSpec::new(DType::F16, sm_scale),
@@ -230,7 +230,7 @@ mod tests {
                 &table,
                 &mut view_mut(&mut out, &[2, 2, 4]),
                 Some(&mut view_mut(&mut lse, lse_shape)),
-                Mask::Causal,
+                HostMask::Causal,
             )
         };
         let q = [wide(&[2, 2, 4]), wide(&[2, 2, 3])];
@@ -255,7 +255,7 @@ mod tests {
             &table,
             &mut view_mut(&mut [7.0f64; 24], &[3, 2, 4]),
             None,
-            Mask::Causal,
+            HostMask::Causal,
         );
         refused(hidden, "queries");
         assert_eq!((out, lse), ([7.0; 16], [7.0; 4]));
@@ -311,7 +311,7 @@ mod tests {
                 &table,
                 &mut view_mut(&mut out, &[n, num_heads, ckv_width]),
                 Some(&mut view_mut(&mut lse, &[n, num_heads])),
-                if causal { Mask::Causal } else { Mask::None },
+                if causal { HostMask::Causal } else { HostMask::None },
             ).unwrap();
 
             let sights: Vec<_> = lens.iter().zip(&pages).flat_map(|(&(q, kv), pages)| {

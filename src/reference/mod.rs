@@ -44,11 +44,11 @@ mod testing;
 mod topk;
 
 pub use activation::{gelu_and_mul, gelu_tanh_and_mul, silu_and_mul};
+pub use attention::{
+    HostMask, batch_decode, batch_prefill_paged, batch_prefill_ragged, single_decode, single_prefill,
+};
 #[cfg(feature = "candle")]
 pub(crate) use attention::{KeysAndValues, flash_attention};
-pub use attention::{
-    Mask, batch_decode, batch_prefill_paged, batch_prefill_ragged, single_decode, single_prefill,
-};
 pub use cascade::{merge_state, merge_state_in_place, merge_states};
 pub use gdn::gdn_prefill;
 pub use gemm::{bmm_fp8, segment_gemm};

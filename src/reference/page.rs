@@ -1,6 +1,6 @@
 //! Appending to a paged KV cache on the CPU.
 
-use super::host::{Check, FLOATS, Rows, RowsMut};
+use super::host::{FLOATS, HostCheck, Rows, RowsMut};
 use crate::{
     error::Result,
     indices::{HostSlotMapping, PageIndices},
@@ -11,15 +11,20 @@ use crate::{
 
 /// Where the rows of a paged cache lie.
 #[derive(Clone, Copy)]
-pub(super) struct CacheShape {
+pub(super) struct HostCacheShape {
     pub(super) heads: usize,
     page_size: usize,
     layout: KvLayout,
 }
 
-impl CacheShape {
+impl HostCacheShape {
     /// The sizes of a 4-dimensional cache, compared with a page table.
-    pub(super) fn new(check: Check, keys: &Rows<'_>, layout: KvLayout, table: &PageIndices) -> Result<Self> {
+    pub(super) fn new(
+        check: HostCheck,
+        keys: &Rows<'_>,
+        layout: KvLayout,
+        table: &PageIndices,
+    ) -> Result<Self> {
         let (page_size, heads) = layout.page_size_and_heads(keys.shape());
         check_pages(check, "kv.k", keys.shape()[0], page_size, table)?;
         Ok(Self { heads: heads as usize, page_size: page_size as usize, layout })
@@ -37,7 +42,7 @@ impl CacheShape {
 /// The cache has the page size and at least the pages that the table was
 /// checked for.
 pub(super) fn check_pages(
-    check: Check,
+    check: HostCheck,
     argument: &'static str,
     pages: i64,
     page_size: i64,
@@ -86,7 +91,7 @@ pub fn append_paged_kv_cache(
     slots: &HostSlotMapping<'_>,
     cache: &mut PagedKvMut<'_>,
 ) -> Result<()> {
-    let check = Check { op: "reference::append_paged_kv_cache" };
+    let check = HostCheck { op: "reference::append_paged_kv_cache" };
     slots.check(check.op)?;
     check.as_kernel(|check| page::check_append(check, [&key.raw, &value.raw], slots, cache))?;
     let layout = cache.layout;
@@ -94,7 +99,7 @@ pub fn append_paged_kv_cache(
     let mut values = check.rows_mut("kv.v", &mut cache.v, &FLOATS, &[4])?;
     check_dtype(check, "kv.v", &values.rows, &keys.rows)?;
     check.shape("kv.v", &values.rows, keys.rows.shape())?;
-    let shape = CacheShape::new(check, &keys.rows, layout, slots.pages)?;
+    let shape = HostCacheShape::new(check, &keys.rows, layout, slots.pages)?;
     let key = check.rows("key", key, &FLOATS, &[3])?;
     let value = check.rows("value", value, &FLOATS, &[3])?;
     for (name, new) in [("key", &key), ("value", &value)] {
@@ -126,7 +131,7 @@ pub fn append_paged_mla_kv_cache(
     slots: &HostSlotMapping<'_>,
     caches: [&mut TensorMut<'_>; 2],
 ) -> Result<()> {
-    let check = Check { op: "reference::append_paged_mla_kv_cache" };
+    let check = HostCheck { op: "reference::append_paged_mla_kv_cache" };
     slots.check(check.op)?;
     let [ckv_cache, kpe_cache] = caches;
     check.as_kernel(|check| {
@@ -159,7 +164,7 @@ fn copy_tokens(cache: &mut RowsMut<'_>, new: &Rows<'_>, slots: &HostSlotMapping<
 }
 
 pub(super) fn check_dtype(
-    check: Check,
+    check: HostCheck,
     argument: &'static str,
     tensor: &Rows<'_>,
     like: &Rows<'_>,

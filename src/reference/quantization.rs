@@ -1,6 +1,6 @@
 //! Packing of bits on the CPU.
 
-use super::host::{Check, RowsMut};
+use super::host::{HostCheck, RowsMut};
 use crate::{
     dtype::DType,
     error::Result,
@@ -28,7 +28,7 @@ use crate::{
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
 /// ```
 pub fn packbits(y: &mut TensorMut<'_>, x: &TensorRef<'_>, bitorder: BitOrder) -> Result<()> {
-    let check = Check { op: "reference::packbits" };
+    let check = HostCheck { op: "reference::packbits" };
     check.as_kernel(|check| quantization::check_packbits(check, &y.raw, &x.raw))?;
     let bits = check.flags("x", x)?;
     let mut y = check.rows_mut("y", y, &[DType::U8], &[1])?;
@@ -48,7 +48,7 @@ pub fn segment_packbits(
     segments: &PackedIndices,
     bitorder: BitOrder,
 ) -> Result<()> {
-    let check = Check { op: "reference::segment_packbits" };
+    let check = HostCheck { op: "reference::segment_packbits" };
     check.as_kernel(|check| quantization::check_segment_packbits(check, &y.raw, &x.raw, segments))?;
     let bits = check.flags("x", x)?;
     if bits.len() != segments.num_elements() {

@@ -2,7 +2,7 @@
 
 use std::{cmp::Ordering, ops::Range};
 
-use super::host::{Check, Rows, RowsMut};
+use super::host::{HostCheck, Rows, RowsMut};
 use crate::{
     dtype::DType,
     error::Result,
@@ -49,7 +49,7 @@ pub fn radix_topk(
     input: &TensorRef<'_>,
     options: &TopKOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::radix_topk" };
+    let check = HostCheck { op: "reference::radix_topk" };
     check.as_kernel(|check| {
         let tensors = [&values.raw, &indices.raw, &input.raw];
         topk::check_topk(check, tensors, options, MAX_ROW_BYTES)
@@ -90,7 +90,7 @@ pub fn radix_topk_page_table_transform(
     rows: &RowIndices,
     options: &TopKOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::radix_topk_page_table_transform" };
+    let check = HostCheck { op: "reference::radix_topk_page_table_transform" };
     check.as_kernel(|check| {
         let tensors = [&output_page_table.raw, &input.raw, &src_page_table.raw];
         topk::check_page_table_transform(check, tensors, rows, options, MAX_ROW_BYTES)
@@ -123,7 +123,7 @@ pub fn radix_topk_ragged_transform(
     rows: &RowIndices,
     options: &TopKOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::radix_topk_ragged_transform" };
+    let check = HostCheck { op: "reference::radix_topk_ragged_transform" };
     check.as_kernel(|check| {
         let tensors = [&output_indices.raw, &input.raw, &offsets.raw];
         topk::check_ragged_transform(check, tensors, rows, options, MAX_ROW_BYTES)
@@ -142,7 +142,7 @@ pub fn radix_topk_ragged_transform(
 }
 
 fn check_rows(
-    check: Check,
+    check: HostCheck,
     name: &'static str,
     output: &RowsMut<'_>,
     input: &Rows<'_>,

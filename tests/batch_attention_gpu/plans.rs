@@ -55,7 +55,9 @@ fn graph_replay<T: Number>() {
         let mut q = Mirrored::<T>::poisoned(&gpu, &case.q_shape(ROWS));
         let (mut out, mut lse) = first.outputs_of(&gpu, ROWS);
         let options = graph_options(&case, ROWS);
-        let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
+        let plan = attention
+            .plan(&mut workspace, PagedBatch::new(&tables.queries, pages(&tables)), &options)
+            .unwrap();
         let (graph, captured) = {
             let (q, kv) = (q.device_view(), cache(&first.kv).device_view());
             let (mut out, mut lse) = (out.device_view_mut(), lse.device_view_mut());
@@ -88,7 +90,9 @@ fn graph_replay<T: Number>() {
             }
             out.upload(&vec![T::POISON; out.host.len()]);
             lse.upload(&vec![f32::NAN; lse.host.len()]);
-            let plan = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
+            let plan = attention
+                .plan(&mut workspace, PagedBatch::new(&tables.queries, pages(&tables)), &options)
+                .unwrap();
             assert_eq!(plan.replay_key().ok(), key);
             graph.launch().unwrap();
             step.verify(&out, Some(&lse));
@@ -125,7 +129,7 @@ fn can_replay() {
     let mut tables = Tables::with_capacity(&gpu, &problem, 4, 50);
     let mut key = |tables: &Tables, case: &Case, options: &PlanOptions<'_>| {
         let attention = attention_of::<f16, f16>(&gpu, case).expect("the module");
-        let plan = attention.plan(&mut workspace, &tables.queries, pages(tables), options);
+        let plan = attention.plan(&mut workspace, PagedBatch::new(&tables.queries, pages(tables)), options);
         plan.unwrap().replay_key().ok()
     };
     let captured = key(&tables, &case, &graph_options(&case, 40));

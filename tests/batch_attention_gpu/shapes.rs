@@ -145,7 +145,7 @@ fn as_much_work_as_a_plan_holds() {
         let table = repeating_table(rng, 40, case.page_size, &case.key_lens());
         let table = PageTable::new(&gpu.stream, table).unwrap();
         let queries = RaggedTable::new(&gpu.stream, case.queries()).unwrap();
-        let call = attention.plan(&mut workspace, &queries, &table, &options_of(&case));
+        let call = attention.plan(&mut workspace, PagedBatch::new(&queries, &table), &options_of(&case));
         refused(call, "queries");
     }
 }
@@ -190,7 +190,9 @@ fn nothing_to_do() {
         refused(call, "q");
         // In a graph there may be rows for queries that are not there.
         let queries = &tables.queries;
-        let idle = attention.plan(&mut workspace, queries, pages(&tables), &graph_options(case, 4)).unwrap();
+        let idle = attention
+            .plan(&mut workspace, PagedBatch::new(queries, pages(&tables)), &graph_options(case, 4))
+            .unwrap();
         let q = Mirrored::<f16>::random(&gpu, rng, &case.q_shape(4));
         let (mut out, mut lse) = problem.outputs_of(&gpu, 4);
         idle.run_with(
@@ -245,7 +247,7 @@ fn cache_of_32_bits() {
     let table = PageTable::new(&gpu.stream, table).unwrap();
     let queries = RaggedTable::new(&gpu.stream, case.queries()).unwrap();
     let mut workspace = workspace_of(&gpu, &attention);
-    let plan = attention.plan(&mut workspace, &queries, &table, &options_of(&case)).unwrap();
+    let plan = attention.plan(&mut workspace, PagedBatch::new(&queries, &table), &options_of(&case)).unwrap();
     let (mut out, mut lse) = problem.outputs(&gpu);
     {
         let storage = storage.tensor(&gpu.cuda, &[pages + 1, 2, 16, 8, 128]).unwrap();

@@ -40,7 +40,8 @@ fn wrong_queries_and_outputs() {
     check_run(&gpu, &eager, &problem);
     // Planned for a graph, tensors have the graph's rows.
     let options = graph_options(case, problem.queries.total() + 1);
-    let graph = attention.plan(&mut workspace, &tables.queries, pages(&tables), &options).unwrap();
+    let graph =
+        attention.plan(&mut workspace, PagedBatch::new(&tables.queries, pages(&tables)), &options).unwrap();
     let (mut out, _) = problem.outputs(&gpu);
     refused(run(&graph, &problem, &mut out, None), "q");
     out.assert_untouched();
@@ -96,17 +97,21 @@ fn wrong_plans() {
     }
     for rows in [0, total - 1] {
         let options = graph_options(case, rows);
-        refused(attention.plan(&mut workspace, queries, keys, &options), "graph");
+        refused(attention.plan(&mut workspace, PagedBatch::new(queries, keys), &options), "graph");
     }
     let options_of_a_huge_graph = graph_options(case, usize::MAX);
-    refused(attention.plan(&mut workspace, queries, keys, &options_of_a_huge_graph), "graph");
+    refused(
+        attention.plan(&mut workspace, PagedBatch::new(queries, keys), &options_of_a_huge_graph),
+        "graph",
+    );
     let fewer = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([total]).unwrap()).unwrap();
-    refused(attention.plan(&mut workspace, &fewer, keys, &options), "queries");
+    refused(attention.plan(&mut workspace, PagedBatch::new(&fewer, keys), &options), "queries");
     // Of another stream.
     let elsewhere = Tables::new(&other, &problem);
-    refused(attention.plan(&mut workspace, &elsewhere.queries, keys, &options), "queries");
-    refused(attention.plan(&mut workspace, queries, pages(&elsewhere), &options), "queries");
-    let foreign = attention.plan(&mut workspace, &elsewhere.queries, pages(&elsewhere), &options);
+    refused(attention.plan(&mut workspace, PagedBatch::new(&elsewhere.queries, keys), &options), "queries");
+    refused(attention.plan(&mut workspace, PagedBatch::new(queries, pages(&elsewhere)), &options), "queries");
+    let foreign =
+        attention.plan(&mut workspace, PagedBatch::new(&elsewhere.queries, pages(&elsewhere)), &options);
     refused(foreign, "workspace");
     // A workspace grows to what is needed, and from nothing to no more.
     let mut grows = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
@@ -121,12 +126,14 @@ fn wrong_plans() {
     let mask = Mask::Custom { indices: &indices, bits: bits.view() };
     let splits = [Split::fixed(8), Split::disabled(), Split::beside(1)];
     for wrong in splits.map(|split| options.with_split(split)).into_iter().chain([options.with_mask(mask)]) {
-        let error = attention.plan(&mut workspace, queries, keys, &wrong).unwrap_err();
+        let error = attention.plan(&mut workspace, PagedBatch::new(queries, keys), &wrong).unwrap_err();
         assert!(matches!(error, FlashInferError::Unsupported { .. }), "{error}");
     }
     // During a capture, which goes on.
     let (_, call) = capture(&gpu, || {
-        attention.plan(&mut workspace, queries, keys, &options).map(|plan| plan.numbers().to_vec())
+        attention
+            .plan(&mut workspace, PagedBatch::new(queries, keys), &options)
+            .map(|plan| plan.numbers().to_vec())
     });
     refused(call, "workspace");
     // The refused calls left everything usable.

@@ -2,7 +2,7 @@
 
 use flashinfer_rs::{
     DType, FlashInferError, TensorRef,
-    attention::{Backend, CascadeLevel, CascadeWorkspace, MultiLevelCascade, PlanOptions},
+    attention::{Backend, CascadeWorkspace, MultiLevelCascade, PagedBatch, PlanOptions},
     indices::{RaggedIndices, RaggedTable},
     kv::PagedKv,
 };
@@ -102,8 +102,8 @@ impl Tables {
         }
     }
 
-    fn levels(&self) -> Vec<CascadeLevel<'_>> {
-        self.0.iter().map(|(queries, table)| CascadeLevel { queries, table }).collect()
+    fn levels(&self) -> Vec<PagedBatch<'_>> {
+        self.0.iter().map(|(queries, table)| PagedBatch::new(queries, table)).collect()
     }
 }
 
@@ -238,13 +238,13 @@ fn levels_merge_into_the_whole() {
                 .unwrap();
                 (out, lse)
             };
-            let last_mask = if causal { reference::Mask::Causal } else { reference::Mask::None };
+            let last_mask = if causal { reference::HostMask::Causal } else { reference::HostMask::None };
             let queries = RaggedIndices::from_lens(tree.queries.iter().copied()).unwrap();
             let (want, want_lse) = run(&queries, &flat, last_mask);
             let ((queries, table), others) = levels.split_last().unwrap();
             let (mut out, mut lse) = run(queries, table, last_mask);
             for (queries, table) in others {
-                let (other, other_lse) = run(queries, table, reference::Mask::None);
+                let (other, other_lse) = run(queries, table, reference::HostMask::None);
                 let mut state = StateMut::new(
                     TensorMut::from_slice(&mut out, &[rows, 2, 8]).unwrap(),
                     TensorMut::from_slice(&mut lse, &[rows, 2]).unwrap(),
@@ -408,7 +408,7 @@ fn wrong_plans() {
     let larger_pages = tables(Tree::shared(64, &[(1, 5), (3, 20)]), 20, 32);
     let short = tables(Tree::shared(64, &[(1, 5), (3, 2)]), 20, 16);
     let (good, own) = (right.levels(), right.levels()[1]);
-    let mut plan = |levels: &[CascadeLevel<'_>], options: &PlanOptions<'_>| {
+    let mut plan = |levels: &[PagedBatch<'_>], options: &PlanOptions<'_>| {
         cascade.plan(&mut workspace, levels, options).map(drop)
     };
     plan(&good, &eager).unwrap();

@@ -4,9 +4,9 @@
 use flashinfer_rs::{
     DType, Module, PageIndices, PageTable, Result,
     attention::{
-        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeLevel,
-        CascadeWorkspace, Heads, Mask, MlaQuery, MlaSpec, MultiLevelCascade, PlanOptions, PrefillRunOptions,
-        RunOptions, SingleDecode, SinglePrefill, Workspace,
+        AttentionSpec, Backend, BatchAttention, BatchDecode, BatchMla, BatchPrefill, CascadeWorkspace, Heads,
+        Mask, MlaQuery, MlaSpec, MultiLevelCascade, PagedBatch, PlanOptions, PrefillRunOptions, RunOptions,
+        SingleDecode, SinglePrefill, Workspace,
     },
     indices::{RaggedIndices, RaggedTable},
     kv::{KvLayout, MlaCache, PagedKv},
@@ -256,7 +256,9 @@ impl Batch {
                 Op::Paged(backend) => {
                     let prefill = BatchPrefill::new(stream, &self.spec(backend), heads).unwrap();
                     let plan = PlanOptions::default();
-                    let plan = prefill.plan_paged(&mut workspace, &rows_table, &table, &plan).unwrap();
+                    let plan = prefill
+                        .plan_paged(&mut workspace, PagedBatch::new(&rows_table, &table), &plan)
+                        .unwrap();
                     plan.run_with(&q, &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Ragged(backend) => {
@@ -309,14 +311,15 @@ impl Batch {
                 Op::Mixed => {
                     let mixed = BatchAttention::new(stream, &self.spec(Backend::Auto), heads).unwrap();
                     let plan = PlanOptions::default();
-                    let plan = mixed.plan(&mut workspace, &rows_table, &table, &plan).unwrap();
+                    let plan =
+                        mixed.plan(&mut workspace, PagedBatch::new(&rows_table, &table), &plan).unwrap();
                     plan.run_with(&q, &kv, &mut out, Some(&mut lse), &options).unwrap();
                 }
                 Op::Mla(backend) => {
                     let spec = MlaSpec::new(DType::BF16, self.sm_scale).with_backend(backend);
                     let mla = BatchMla::new(stream, &spec, num_qo_heads).unwrap();
                     let plan = PlanOptions::default();
-                    let plan = mla.plan(&mut workspace, &rows, &table, &plan).unwrap();
+                    let plan = mla.plan(&mut workspace, PagedBatch::new(&rows_table, &table), &plan).unwrap();
                     let query = MlaQuery::joined(q).unwrap();
                     let cache = MlaCache::joined(k_cache.select(2, 0).unwrap()).unwrap();
                     plan.run_with(&query, &cache, &mut out, Some(&mut lse)).unwrap();
@@ -326,7 +329,7 @@ impl Batch {
                     let half = |len: usize| len / 2 / PAGE * PAGE;
                     let first = PageTable::new(stream, self.table(|len| 0..half(len)).0).unwrap();
                     let second = PageTable::new(stream, self.table(|len| half(len)..len).0).unwrap();
-                    let levels = [&first, &second].map(|table| CascadeLevel { queries: &rows_table, table });
+                    let levels = [&first, &second].map(|table| PagedBatch::new(&rows_table, table));
                     let mut workspace = CascadeWorkspace::new(stream, 2).unwrap();
                     let plan = PlanOptions::default();
                     let plan = cascade.plan(&mut workspace, &levels, &plan).unwrap();

@@ -5,8 +5,8 @@ use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use flashinfer_rs::{
     DType, Device, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
     attention::{
-        AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions, PosEncodingMode, PrefillPlan,
-        ReplayKey, RunOptions, Workspace,
+        AttentionSpec, Backend, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, PosEncodingMode,
+        PrefillPlan, ReplayKey, RunOptions, Workspace,
     },
     indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv},
@@ -74,13 +74,13 @@ pub enum Masked {
 }
 
 /// A mask on the host.
-pub enum HostMask {
+pub enum CaseMask {
     Plain { causal: bool },
     Custom(MaskIndices, Vec<u8>),
     Items(ItemIndices),
 }
 
-impl HostMask {
+impl CaseMask {
     fn random(rng: &mut Rng, case: &Case) -> Self {
         match &case.masked {
             Masked::No => Self::Plain { causal: case.causal },
@@ -98,12 +98,12 @@ impl HostMask {
         }
     }
 
-    fn reference(&self) -> reference::Mask<'_> {
+    fn reference(&self) -> reference::HostMask<'_> {
         match self {
-            Self::Plain { causal: true } => reference::Mask::Causal,
-            Self::Plain { causal: false } => reference::Mask::None,
-            Self::Custom(indices, bits) => reference::Mask::Custom(indices, bits),
-            Self::Items(items) => reference::Mask::MultiItem(items),
+            Self::Plain { causal: true } => reference::HostMask::Causal,
+            Self::Plain { causal: false } => reference::HostMask::None,
+            Self::Custom(indices, bits) => reference::HostMask::Custom(indices, bits),
+            Self::Items(items) => reference::HostMask::MultiItem(items),
         }
     }
 }
@@ -117,10 +117,10 @@ pub enum DeviceMask {
 
 impl DeviceMask {
     /// With room for this many more requests and bytes.
-    pub fn new(gpu: &Gpu, host: &HostMask, requests: usize, bytes: usize) -> Self {
+    pub fn new(gpu: &Gpu, host: &CaseMask, requests: usize, bytes: usize) -> Self {
         match host {
-            HostMask::Plain { .. } => Self::Plain,
-            HostMask::Custom(indices, bits) => {
+            CaseMask::Plain { .. } => Self::Plain,
+            CaseMask::Custom(indices, bits) => {
                 let batch = indices.batch_size() + requests;
                 // The bytes after the last are not read.
                 let bits: Vec<u8> = bits.iter().copied().chain(vec![0; 3 + bytes]).collect();
@@ -129,14 +129,14 @@ impl DeviceMask {
                     bits: gpu.cuda.clone_htod(&bits).unwrap(),
                 }
             }
-            HostMask::Items(items) => Self::Items(ItemTable::new(&gpu.stream, items.clone()).unwrap()),
+            CaseMask::Items(items) => Self::Items(ItemTable::new(&gpu.stream, items.clone()).unwrap()),
         }
     }
 
-    pub fn update(&mut self, gpu: &Gpu, host: &HostMask) {
+    pub fn update(&mut self, gpu: &Gpu, host: &CaseMask) {
         match (self, host) {
-            (Self::Plain, HostMask::Plain { .. }) => {}
-            (Self::Custom { indices, bits }, HostMask::Custom(new, new_bits)) => {
+            (Self::Plain, CaseMask::Plain { .. }) => {}
+            (Self::Custom { indices, bits }, CaseMask::Custom(new, new_bits)) => {
                 indices.update(new.clone()).unwrap();
                 gpu.cuda.memcpy_htod(&[&new_bits[..], &[0]].concat(), bits).unwrap();
             }
@@ -382,7 +382,7 @@ impl Tables {
     ) -> Result<Plan<'p>> {
         match &self.keys {
             KeyTable::Paged(table) => {
-                prefill.plan_paged(workspace, &self.queries, table, options).map(Plan::Paged)
+                prefill.plan_paged(workspace, PagedBatch::new(&self.queries, table), options).map(Plan::Paged)
             }
             KeyTable::Ragged(keys) => {
                 prefill.plan_ragged(workspace, &self.queries, keys, options).map(Plan::Ragged)
@@ -456,7 +456,7 @@ pub struct Problem<T, K> {
     pub queries: RaggedIndices,
     pub q: Mirrored<T>,
     pub kv: Kv<K>,
-    pub mask: HostMask,
+    pub mask: CaseMask,
     /// Slopes and sinks of the heads, if the case has them.
     pub(super) per_head: [Option<Mirrored<f32>>; 2],
     want: Vec<f64>,
@@ -471,7 +471,7 @@ impl<T: Number, K: Number> Problem<T, K> {
 
     pub fn with_kv(gpu: &Gpu, rng: &mut Rng, case: Case, kv: Kv<K>) -> Self {
         let q = Mirrored::random(gpu, rng, &case.q_shape(case.queries().total()));
-        let mask = HostMask::random(rng, &case);
+        let mask = CaseMask::random(rng, &case);
         let per_head = [(case.alibi, 0.1), (case.sinks, 2.0)].map(|(given, scale)| {
             given.then(|| Mirrored::random_scaled(gpu, rng, &[case.heads().num_qo_heads], scale))
         });
@@ -481,7 +481,7 @@ impl<T: Number, K: Number> Problem<T, K> {
     /// Fills in what the reference says.
     pub fn solve(case: Case, q: Mirrored<T>, kv: Kv<K>) -> Self {
         assert!(matches!(case.masked, Masked::No) && !case.sinks && !case.alibi);
-        let mask = HostMask::Plain { causal: case.causal };
+        let mask = CaseMask::Plain { causal: case.causal };
         Self::solve_with(case, q, kv, mask, [None, None])
     }
 
@@ -489,7 +489,7 @@ impl<T: Number, K: Number> Problem<T, K> {
         case: Case,
         q: Mirrored<T>,
         kv: Kv<K>,
-        mask: HostMask,
+        mask: CaseMask,
         per_head: [Option<Mirrored<f32>>; 2],
     ) -> Self {
         let (queries, heads) = (case.queries(), case.heads().num_qo_heads);

@@ -15,7 +15,7 @@ use half::f16;
 use super::{
     Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::capture,
-    prefill::{Case, DeviceKv, DeviceMask, HostMask, Kv, Problem, available},
+    prefill::{Case, CaseMask, DeviceKv, DeviceMask, Kv, Problem, available},
 };
 
 /// What runs a case of [`Kind::Single`](super::prefill::Kind::Single).
@@ -106,8 +106,8 @@ impl Single {
 }
 
 /// A mask that needs nothing on the device.
-fn plain(mask: &HostMask) -> Mask<'static> {
-    if matches!(mask, HostMask::Plain { causal: true }) { Mask::Causal } else { Mask::None }
+fn plain(mask: &CaseMask) -> Mask<'static> {
+    if matches!(mask, CaseMask::Plain { causal: true }) { Mask::Causal } else { Mask::None }
 }
 
 /// What the reference makes of tensors of prefill, or of their first rows.
@@ -118,7 +118,7 @@ pub fn reference(
     kv: [&TensorRef<'_>; 2],
     out: &mut TensorMut<'_>,
     lse: &mut TensorMut<'_>,
-    (mask, options): (reference::Mask<'_>, &RunOptions<'_>),
+    (mask, options): (reference::HostMask<'_>, &RunOptions<'_>),
 ) -> Result<()> {
     if backend != Backend::CudaCores {
         return reference::single_prefill(spec, q, kv, out, Some(lse), mask, options);

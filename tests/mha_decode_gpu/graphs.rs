@@ -70,7 +70,7 @@ impl<T: Number> Captured<T> {
         }
         self.out.upload(&vec![T::POISON; self.out.host.len()]);
         self.lse.upload(&vec![f32::NAN; self.lse.host.len()]);
-        let plan = decode.plan(workspace, table, &for_graph(table)).unwrap();
+        let plan = decode.plan(workspace, &*table, &for_graph(table)).unwrap();
         assert_eq!(plan.replay_key().ok(), self.key);
         self.graph.launch().unwrap();
         problem.verify(&self.out, Some(&self.lse));

@@ -20,6 +20,8 @@ pub struct Cpu {
     network: Network,
     cache: Cache,
     logits: Vec<f32>,
+    /// What came of the step that was not collected.
+    samples: Option<Vec<Sample>>,
 }
 
 impl Cpu {
@@ -35,6 +37,7 @@ impl Cpu {
             network: Network::new(config, ends, layers.collect::<Result<_>>()?, positions),
             cache: Cache::new(config, pool)?,
             logits: Vec::new(),
+            samples: None,
         })
     }
 }
@@ -44,14 +47,23 @@ impl Backend for Cpu {
         self.network.config.vocab_size
     }
 
-    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        if self.samples.is_some() {
+            return Err("a step was enqueued before the one before it was collected".into());
+        }
+        let tokens = step.known_tokens()?;
         self.logits.clear();
         self.cache.copy_pages()?;
         let outputs: Vec<_> = step.outputs.iter().map(|output| output.row).collect();
         let Self { network, cache, .. } = self;
         // On a thread of the pool, which takes part in what it starts there.
-        self.logits = rayon::scope(|_| network.run(step.batch, step.tokens, &outputs, cache))?;
-        sampler::sample(step.outputs, &self.logits, self.vocab_size())
+        self.logits = rayon::scope(|_| network.run(step.batch, &tokens, &outputs, cache))?;
+        self.samples = Some(sampler::sample(step.outputs, &self.logits, self.vocab_size())?);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        Ok(self.samples.take().ok_or("no step was enqueued")?)
     }
 
     fn logits(&self) -> Result<Vec<f32>> {

@@ -10,6 +10,7 @@ use super::{
     Backend, StepCapacity,
     cpu::Cpu,
     gpu::{Gpu, GpuOptions},
+    precision::Precision,
     simulated::{Costs, Language, Simulated},
 };
 use crate::{
@@ -45,20 +46,24 @@ pub struct Loaded {
     pub place: String,
 }
 
-/// Loads a model, for steps of up to `capacity`. As in [`GpuOptions::deterministic`] on a
-/// GPU; on the CPU it always is.
+/// Loads a model, for steps of up to `capacity`, on a GPU with these options. On the CPU it is
+/// always deterministic.
 ///
 /// # Errors
-/// The GPU is asked for and cannot be used, or a tensor cannot be read.
+/// The GPU is asked for, or a [`Precision`] that only it has, and cannot be used; or a tensor
+/// cannot be read.
 pub fn load(
     device: Device,
     model: &Model,
     pool: &PageAllocator,
     capacity: StepCapacity,
-    deterministic: bool,
+    options: GpuOptions,
 ) -> Result<Loaded> {
-    let options = GpuOptions { max_tokens: capacity.tokens, deterministic };
+    let reduced = [options.weights, options.kv] != [Precision::Auto; 2];
     let reason = match device {
+        Device::Cpu if reduced => {
+            return Err("weights or a KV cache of e4m3 need a GPU; expected `auto` on the CPU".into());
+        }
         Device::Cpu => "as asked".to_owned(),
         Device::Simulated => return Ok(simulated(model, pool, capacity)),
         Device::Auto | Device::Gpu => match load_gpu(model, pool, options) {
@@ -66,7 +71,7 @@ pub fn load(
                 let place = format!("on the GPU, {}", gpu.name()?);
                 return Ok(Loaded { backend: Box::new(gpu), on_gpu: true, place });
             }
-            Err(error) if device == Device::Gpu => {
+            Err(error) if device == Device::Gpu || reduced => {
                 return Err(format!("no GPU can be used: {error}").into());
             }
             Err(error) => error.to_string().lines().next().unwrap_or_default().to_owned(),

@@ -6,6 +6,9 @@
 //!
 //! An algorithm that adds up in one order, whatever the number of rows, gives a row the
 //! same results alone and among others. [`Choice::AnyRows`] is such a one.
+//!
+//! Factors of `e4m3` have a scale for each row of activations, and for each row of the
+//! weight, by which the results are multiplied. Hopper's GPUs have such products.
 
 use std::{ffi::c_void, rc::Rc, sync::Arc};
 
@@ -23,15 +26,25 @@ const CANDIDATES: usize = 16;
 const LAUNCHES: usize = 3;
 /// What cuBLASLt assumes of addresses unless told otherwise.
 const ALIGNMENT: usize = 256;
+/// Where a bias lies.
+const BIAS: Attribute = Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+/// Where the scales of a weight lie, which is cuBLASLt's first factor.
+const WEIGHT_SCALES: Attribute = Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER;
+/// Where the scales of rows lie.
+const X_SCALES: Attribute = Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER;
 /// `CUBLAS_OP_T`.
-static TRANSPOSED: i32 = 1;
+const TRANSPOSED: i32 = 1;
 /// `CUBLASLT_EPILOGUE_BIAS`: a vector is added to each row of the results.
-static ADD_BIAS: u32 = 4;
+const ADD_BIAS: u32 = 4;
+/// `CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F`: a number of `f32` for each row.
+const SCALE_OF_EACH_ROW: u32 = 3;
 /// `CUBLASLT_REDUCTION_SCHEME_NONE`: sums are not made in parts.
 const NO_REDUCTION: u32 = 0;
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: parts of sums are kept in `f32`, and
 /// added in an order that does not change.
 const REDUCTION_IN_F32: u32 = 2;
+/// What widths of products of 8 bits are multiples of.
+const E4M3_MULTIPLE: usize = 16;
 /// Rows for which an algorithm of any number of rows is suggested.
 const USUAL_ROWS: usize = 64;
 
@@ -89,46 +102,64 @@ fn data_type(dtype: DType) -> Result<sys::cudaDataType> {
         DType::F16 => Ok(sys::cudaDataType::CUDA_R_16F),
         DType::BF16 => Ok(sys::cudaDataType::CUDA_R_16BF),
         DType::F32 => Ok(sys::cudaDataType::CUDA_R_32F),
+        DType::E4M3 => Ok(sys::cudaDataType::CUDA_R_8F_E4M3),
         other => Err(format!("products of {other} are not computed").into()),
     }
 }
 
-/// Has products of this description add what lies at an address.
-fn set_bias(descriptor: &Described<sys::cublasLtMatmulDesc_t>, bias: *const c_void) -> Result<()> {
-    let pointer = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-    // SAFETY: the descriptor is alive, and the attribute is a pointer, which is
-    // only read when the product runs.
-    unsafe {
-        let value = (&raw const bias).cast();
-        result::set_matmul_desc_attribute(descriptor.raw, pointer, value, size_of::<*const c_void>())?;
-    }
-    Ok(())
+type Descriptor = Described<sys::cublasLtMatmulDesc_t>;
+type Attribute = sys::cublasLtMatmulDescAttributes_t;
+
+/// Sets an attribute of a description.
+///
+/// # Safety
+/// The attribute is of type `T`.
+unsafe fn set<T>(descriptor: &Descriptor, attribute: Attribute, value: T) -> Result<()> {
+    // SAFETY: the descriptor is alive, and so much is read of the value before this returns.
+    Ok(unsafe {
+        result::set_matmul_desc_attribute(
+            descriptor.raw,
+            attribute,
+            (&raw const value).cast(),
+            size_of::<T>(),
+        )?
+    })
 }
 
-/// A description of products with what is added to their results.
-fn describe(added: Added) -> Result<Described<sys::cublasLtMatmulDesc_t>> {
-    let descriptor = Described {
+/// Has products of this description find a vector at an address.
+fn set_pointer(descriptor: &Descriptor, attribute: Attribute, data: *const c_void) -> Result<()> {
+    // SAFETY: the attributes that are set here are pointers, which are only read when the
+    // product runs.
+    unsafe { set(descriptor, attribute, data) }
+}
+
+/// A description of products of factors of this type, with what is added to their results.
+fn describe(dtype: DType, added: Added) -> Result<Descriptor> {
+    let descriptor = Descriptor {
         raw: result::create_matmul_desc(
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cudaDataType::CUDA_R_32F,
         )?,
         destroy: result::destroy_matmul_desc,
     };
-    let transpose = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-    // SAFETY: the descriptor is alive, and the attribute is an `i32`.
-    unsafe {
-        let value = (&raw const TRANSPOSED).cast();
-        result::set_matmul_desc_attribute(descriptor.raw, transpose, value, size_of::<i32>())?;
-    }
+    // Algorithms are sought for vectors that are somewhere; nothing reads them.
+    let somewhere = std::ptr::without_provenance(ALIGNMENT);
+    // SAFETY: this attribute is an `i32`; those below are `u32`.
+    unsafe { set(&descriptor, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, TRANSPOSED)? };
     if added == Added::Bias {
-        let epilogue = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE;
-        // SAFETY: the descriptor is alive, and the attribute is a `u32`.
-        unsafe {
-            let value = (&raw const ADD_BIAS).cast();
-            result::set_matmul_desc_attribute(descriptor.raw, epilogue, value, size_of::<u32>())?;
+        // SAFETY: as above.
+        unsafe { set(&descriptor, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, ADD_BIAS)? };
+        set_pointer(&descriptor, BIAS, somewhere)?;
+    }
+    if dtype == DType::E4M3 {
+        for (mode, pointer) in [
+            (Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, WEIGHT_SCALES),
+            (Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, X_SCALES),
+        ] {
+            // SAFETY: as above.
+            unsafe { set(&descriptor, mode, SCALE_OF_EACH_ROW)? };
+            set_pointer(&descriptor, pointer, somewhere)?;
         }
-        // Algorithms are sought for a bias that is somewhere; nothing reads it.
-        set_bias(&descriptor, std::ptr::without_provenance(ALIGNMENT))?;
     }
     Ok(descriptor)
 }
@@ -144,10 +175,30 @@ pub struct Product {
     pub factor: f32,
     /// What the results are added to, if anything.
     pub added: Added,
-    /// The type of rows and weights, `f16` or `bf16`.
+    /// The type of rows and weights: `f16`, `bf16`, or `e4m3` with scales, for which `input`
+    /// and `output` are multiples of 16.
     pub dtype: DType,
-    /// The type of results and bias: the same, or `f32`.
+    /// The type of results and bias: `f16`, `bf16`, or without a bias `f32`.
     pub out_dtype: DType,
+}
+
+impl Product {
+    /// Refuses a tensor that is not what the product has there.
+    pub fn check_tensor(
+        &self,
+        name: &str,
+        tensor: &TensorRef<'_>,
+        dtype: DType,
+        numel: usize,
+        device: Device,
+    ) -> Result<()> {
+        let aligned = (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
+        let fits = tensor.dtype() == dtype && tensor.numel() == numel && tensor.device() == device;
+        match fits && aligned && tensor.is_contiguous() {
+            true => Ok(()),
+            false => Err(format!("{name} of {self:?} is {tensor:?}").into()),
+        }
+    }
 }
 
 /// What results are added to.
@@ -171,11 +222,26 @@ pub enum Choice {
     AnyRows(usize),
 }
 
+/// A factor of a product: a matrix of any shape, row after row.
+#[derive(Clone, Copy, Debug)]
+pub struct Factor<'t> {
+    /// Its elements.
+    pub numbers: TensorRef<'t>,
+    /// If they are `e4m3`, what those of each row are multiplied by, `f32`.
+    pub scales: Option<TensorRef<'t>>,
+}
+
+impl<'t> From<TensorRef<'t>> for Factor<'t> {
+    fn from(numbers: TensorRef<'t>) -> Self {
+        Self { numbers, scales: None }
+    }
+}
+
 /// What rows are multiplied by.
 #[derive(Clone, Copy, Debug)]
 pub struct Weight<'t> {
-    /// `input · output` elements.
-    pub matrix: TensorRef<'t>,
+    /// `[output, input]`.
+    pub matrix: Factor<'t>,
     /// `output` elements of the results' type.
     pub bias: Option<TensorRef<'t>>,
 }
@@ -184,7 +250,7 @@ pub struct Weight<'t> {
 pub struct Matmul {
     cublas: Rc<CublasLt>,
     product: Product,
-    descriptor: Described<sys::cublasLtMatmulDesc_t>,
+    descriptor: Descriptor,
     weight: Layout,
     x: Layout,
     out: Layout,
@@ -198,12 +264,16 @@ impl Matmul {
     /// no more than `scratch` bytes.
     pub fn new(cublas: &Rc<CublasLt>, product: Product, choice: Choice, scratch: usize) -> Result<Self> {
         let Product { rows, input, output, .. } = product;
+        if product.dtype == DType::E4M3 && !(input | output).is_multiple_of(E4M3_MULTIPLE) {
+            let problem = format!("products of e4m3 have sizes that are multiples of {E4M3_MULTIPLE}");
+            return Err(format!("{problem}; the model has one of {input} by {output}").into());
+        }
         let (dtype, out_dtype) = (data_type(product.dtype)?, data_type(product.out_dtype)?);
         let of_rows = |rows| -> Result<_> {
             Ok(Self {
                 cublas: cublas.clone(),
                 product: Product { rows, ..product },
-                descriptor: describe(product.added)?,
+                descriptor: describe(product.dtype, product.added)?,
                 weight: layout(dtype, output, input)?,
                 x: layout(dtype, rows, input)?,
                 out: layout(out_dtype, rows, output)?,
@@ -256,7 +326,7 @@ impl Matmul {
     }
 
     fn find_algorithms(&mut self, reduction_schemes: u32, scratch: usize) -> Result<()> {
-        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let preference =
             Described { raw: result::create_matmul_pref()?, destroy: result::destroy_matmul_pref };
         let (scratch, mut found) = (scratch as u64, 0);
@@ -267,9 +337,9 @@ impl Matmul {
             let set = |attribute, value: *const c_void, size| {
                 result::set_matmul_pref_attribute(preference.raw, attribute, value, size)
             };
-            let bytes = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             set(bytes, (&raw const scratch).cast(), size_of::<u64>())?;
-            let reduction = Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
+            let reduction = Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
             set(reduction, (&raw const reduction_schemes).cast(), size_of::<u32>())?;
             sys::cublasLtMatmulAlgoGetHeuristic(
                 self.cublas.handle,
@@ -328,43 +398,53 @@ impl Matmul {
         Ok(best)
     }
 
+    /// What is multiplied.
+    pub fn product(&self) -> &Product {
+        &self.product
+    }
+
     /// `out = factor · x · matrixᵀ`, and what is added. All are contiguous, with
     /// addresses that are multiples of 256 bytes, and may have any shape. There is a
-    /// bias if the product has one. `scratch` is what other products on the stream
-    /// use, too.
+    /// bias if the product has one, and scales if it is of `e4m3`. `scratch` is what
+    /// other products on the stream use, too.
     pub fn run(
         &self,
         out: &mut TensorMut<'_>,
-        x: &TensorRef<'_>,
+        x: &Factor<'_>,
         weight: &Weight<'_>,
         scratch: &mut TensorMut<'_>,
     ) -> Result<()> {
         let Product { rows, input, output, factor, added, dtype, out_dtype } = self.product;
         let algorithm = &self.algorithms[self.chosen];
+        let device = Device::Cuda(self.cublas.cuda.context().ordinal() as u32);
+        let check = |name, tensor: &TensorRef<'_>, dtype, numel| {
+            self.product.check_tensor(name, tensor, dtype, numel, device)
+        };
         if weight.bias.is_some() != (added == Added::Bias) {
             return Err(format!("the bias of {:?} is {:?}", self.product, weight.bias).into());
         }
-        let operands = [
-            ("out", out.as_ref(), out_dtype, rows * output),
-            ("x", *x, dtype, rows * input),
-            ("weight", weight.matrix, dtype, input * output),
-        ];
-        let bias = weight.bias.map(|bias| ("bias", bias, out_dtype, output));
-        for (name, tensor, dtype, numel) in operands.into_iter().chain(bias) {
-            let device = Device::Cuda(self.cublas.cuda.context().ordinal() as u32);
-            let aligned = (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
-            let fits = tensor.dtype() == dtype && tensor.numel() == numel && tensor.device() == device;
-            if !fits || !aligned || !tensor.is_contiguous() {
-                return Err(format!("{name} of {:?} is {tensor:?}", self.product).into());
+        check("out", &out.as_ref(), out_dtype, rows * output)?;
+        check("x", &x.numbers, dtype, rows * input)?;
+        check("weight", &weight.matrix.numbers, dtype, input * output)?;
+        if let Some(bias) = weight.bias {
+            check("bias", &bias, out_dtype, output)?;
+            set_pointer(&self.descriptor, BIAS, bias.data_ptr())?;
+        }
+        let scaled =
+            [("x", x.scales, rows, X_SCALES), ("weight", weight.matrix.scales, output, WEIGHT_SCALES)];
+        for (of, scales, numel, pointer) in scaled {
+            if scales.is_some() != (dtype == DType::E4M3) {
+                return Err(format!("the scales of {of} of {:?} are {scales:?}", self.product).into());
+            }
+            if let Some(scales) = scales {
+                check("scales", &scales, DType::F32, numel)?;
+                set_pointer(&self.descriptor, pointer, scales.data_ptr())?;
             }
         }
         if scratch.dtype() != DType::U8 || scratch.numel() < algorithm.workspaceSize {
             return Err(
                 format!("the product needs {} bytes of scratch memory", algorithm.workspaceSize).into()
             );
-        }
-        if let Some(bias) = weight.bias {
-            set_bias(&self.descriptor, bias.data_ptr())?;
         }
         let kept = if added == Added::Output { 1f32 } else { 0.0 };
         // SAFETY: the descriptions are alive, and the tensors are what they
@@ -376,9 +456,9 @@ impl Matmul {
                 self.descriptor.raw,
                 (&raw const factor).cast(),
                 (&raw const kept).cast(),
-                weight.matrix.data_ptr(),
+                weight.matrix.numbers.data_ptr(),
                 self.weight.raw,
-                x.data_ptr(),
+                x.numbers.data_ptr(),
                 self.x.raw,
                 out.data_ptr(),
                 self.out.raw,

@@ -7,6 +7,7 @@ mod experts;
 pub mod gpu;
 pub mod graph;
 mod matmul;
+pub mod precision;
 pub mod sampler;
 pub mod simulated;
 
@@ -26,9 +27,40 @@ pub struct Step<'a> {
     /// part of a prompt, a draft, or none.
     pub batch: &'a Batch,
     /// The new tokens, request after request: the rows of `batch.queries()`.
-    pub tokens: &'a [u32],
+    pub tokens: &'a [StepToken],
     /// The rows whose next token is wanted, in ascending order of rows.
     pub outputs: &'a [Output],
+}
+
+impl Step<'_> {
+    /// The new tokens, if all are known.
+    ///
+    /// # Errors
+    /// One is still to be chosen.
+    pub fn known_tokens(&self) -> Result<Vec<u32>> {
+        let known = |token: &StepToken| match *token {
+            StepToken::Known(token) => Ok(token),
+            StepToken::Chosen(_) => Err("a token of the step is not known; expected a step after the other"),
+        };
+        Ok(self.tokens.iter().map(known).collect::<Result<_, _>>()?)
+    }
+}
+
+/// A new token of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepToken {
+    /// This one.
+    Known(u32),
+    /// The one that the step before chooses for this of its outputs, which the host need not know
+    /// yet. Only where that step was enqueued and not collected.
+    Chosen(usize),
+}
+
+impl StepToken {
+    /// Tokens that are known.
+    pub fn known(tokens: &[u32]) -> Vec<Self> {
+        tokens.iter().copied().map(Self::Known).collect()
+    }
 }
 
 /// A row that is to have a next token, and how that is chosen from the row's
@@ -80,6 +112,11 @@ impl Output {
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0 && self.edits.is_empty() && self.allowed.is_none()
     }
+
+    /// Whether the host looks at the row's logits.
+    pub fn needs_logits(&self) -> bool {
+        self.logprobs.is_some() || self.allowed.is_some()
+    }
 }
 
 /// What came of an [`Output`].
@@ -129,17 +166,43 @@ pub trait Backend {
     /// The tokens that the model knows: those below this.
     fn vocab_size(&self) -> usize;
 
-    /// Computes a step: makes the copies of pages that are due
-    /// ([`copy_pages`](flashinfer_rs::kv::PagedKvCache::copy_pages)), writes keys
-    /// and values to the cache, and gives a sample for each output, in their order.
+    /// Whether a step may be enqueued while the one before it is computed, unless that has an
+    /// output that [needs its logits](Output::needs_logits). Two are in flight then at most. Else
+    /// each step is collected before the next.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    /// Has a step computed: makes the copies of pages that are due
+    /// ([`copy_pages`](flashinfer_rs::kv::PagedKvCache::copy_pages)), and writes keys
+    /// and values to the cache, all of it after what was enqueued before. What the step says
+    /// of sequences is read before this returns, and these can change then.
     ///
     /// # Errors
-    /// Nothing can be said of the new tokens' keys and values then; those of the
-    /// tokens before them are as they were.
-    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>>;
+    /// The step is not in flight. Nothing can be said of the new tokens' keys and values; those
+    /// of the tokens before them are as they were.
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()>;
 
-    /// The logits of the last step's outputs as the model gave them,
-    /// `[outputs, vocab_size]`: for tests. None after a step that failed.
+    /// Waits for the oldest step in flight, and gives a sample for each of its outputs, in their
+    /// order.
+    ///
+    /// # Errors
+    /// As for [`enqueue`](Self::enqueue), for a step that follows this one, too; or none is in
+    /// flight.
+    fn collect(&mut self) -> Result<Vec<Sample>>;
+
+    /// Computes a step while none is in flight.
+    ///
+    /// # Errors
+    /// Those of [`enqueue`](Self::enqueue) and [`collect`](Self::collect).
+    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
+        self.enqueue(step)?;
+        self.collect()
+    }
+
+    /// The logits of the outputs of the step that was collected last, as the model gave them,
+    /// `[outputs, vocab_size]`: for tests. None after a step that failed, or if another was
+    /// enqueued since.
     fn logits(&self) -> Result<Vec<f32>>;
 }
 
@@ -148,8 +211,16 @@ impl<B: Backend + ?Sized> Backend for Box<B> {
         (**self).vocab_size()
     }
 
-    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
-        (**self).step(step)
+    fn is_asynchronous(&self) -> bool {
+        (**self).is_asynchronous()
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        (**self).enqueue(step)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        (**self).collect()
     }
 
     fn logits(&self) -> Result<Vec<f32>> {

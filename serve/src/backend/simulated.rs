@@ -4,12 +4,19 @@
 //! token that the page table names, so that a page that is read by the wrong choice,
 //! or before it is written, changes an answer. Its clock says what steps would have
 //! taken.
+//!
+//! It is asynchronous, as a GPU is: what comes of a step, and that it failed, is known when it
+//! is collected.
 
-use std::{thread, time::Duration};
+use std::{
+    collections::VecDeque,
+    thread,
+    time::{Duration, Instant},
+};
 
 use flashinfer_rs::kv::PageAllocator;
 
-use super::{Backend, Sample, Step, StepCapacity, sampler};
+use super::{Backend, Output, Sample, Step, StepCapacity, StepToken, sampler};
 use crate::Result;
 
 /// What follows some tokens, by numbers that look random.
@@ -50,8 +57,17 @@ pub struct Costs {
     pub token: Duration,
 }
 
-/// Why a step fails, if it is to.
-type Failure = Box<dyn FnMut(&Step<'_>) -> Option<String> + Send>;
+/// Why a step of these tokens fails, if it is to.
+type Failure = Box<dyn FnMut(&[u32]) -> Option<String> + Send>;
+
+/// A step that was not collected.
+struct InFlight {
+    outcome: Result<Vec<Sample>>,
+    logits: Vec<f32>,
+    looks_at_logits: bool,
+    /// When it is computed, in real time.
+    ends: Instant,
+}
 
 /// See the [module](self).
 pub struct Simulated {
@@ -60,9 +76,13 @@ pub struct Simulated {
     language: Language,
     costs: Costs,
     in_real_time: bool,
+    asynchronous: bool,
     failure: Option<Failure>,
     /// The token of each slot of the pool.
     slots: Vec<u32>,
+    /// In the order in which they are computed.
+    in_flight: VecDeque<InFlight>,
+    /// Those of the step that was collected last.
     logits: Vec<f32>,
     clock: Duration,
     rows: usize,
@@ -77,8 +97,10 @@ impl Simulated {
             language,
             costs: Costs::default(),
             in_real_time: false,
+            asynchronous: true,
             failure: None,
             slots: vec![u32::MAX; pool.num_pages() * pool.page_size()],
+            in_flight: VecDeque::new(),
             logits: Vec::new(),
             clock: Duration::ZERO,
             rows: 0,
@@ -99,9 +121,16 @@ impl Simulated {
         self
     }
 
-    /// Has steps fail for which `failure` gives a reason.
+    /// Has each step be collected before the next.
     #[must_use]
-    pub fn with_failure(mut self, failure: impl FnMut(&Step<'_>) -> Option<String> + Send + 'static) -> Self {
+    pub fn synchronous(mut self) -> Self {
+        self.asynchronous = false;
+        self
+    }
+
+    /// Has steps fail for whose tokens `failure` gives a reason.
+    #[must_use]
+    pub fn with_failure(mut self, failure: impl FnMut(&[u32]) -> Option<String> + Send + 'static) -> Self {
         self.failure = Some(Box::new(failure));
         self
     }
@@ -134,27 +163,35 @@ impl Simulated {
         if !ascend || last.is_some_and(|row| row >= step.tokens.len()) {
             return Err("the outputs of a step are no ascending rows of it".into());
         }
-        match step.tokens.len() == step.batch.queries().total() {
-            true => Ok(()),
-            false => Err("the tokens of a step are not those of its batch".into()),
+        if step.tokens.len() != step.batch.queries().total() {
+            return Err("the tokens of a step are not those of its batch".into());
+        }
+        let before = self.in_flight.back();
+        let logits = before.is_some_and(|before| before.looks_at_logits);
+        if self.in_flight.len() >= if self.asynchronous && !logits { 2 } else { 1 } {
+            return Err("a step was enqueued before the one before it was collected".into());
+        }
+        match step.tokens.iter().find(|token| self.token(**token).is_none()) {
+            Some(token) => Err(format!("{token:?} is of no output of the step before").into()),
+            None => Ok(()),
         }
     }
-}
 
-impl Backend for Simulated {
-    fn vocab_size(&self) -> usize {
-        self.language.vocab_size
+    /// A token of a step. After NaN, or a step that failed, it is the first one, and nothing that
+    /// comes of it counts.
+    fn token(&self, token: StepToken) -> Option<u32> {
+        match token {
+            StepToken::Known(token) => Some(token),
+            StepToken::Chosen(output) => match &self.in_flight.back()?.outcome {
+                Ok(samples) => Some(samples.get(output)?.token.unwrap_or(0)),
+                Err(_) => Some(0),
+            },
+        }
     }
 
-    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
-        self.logits.clear();
-        self.check(step)?;
-        let took = self.costs.step + self.costs.token * step.tokens.len() as u32;
-        self.clock += took;
-        if self.in_real_time {
-            thread::sleep(took);
-        }
-        if let Some(problem) = self.failure.as_mut().and_then(|failure| failure(step)) {
+    /// What comes of the outputs of a step that has these tokens: their logits.
+    fn compute(&mut self, step: &Step<'_>, tokens: &[u32]) -> Result<Vec<f32>> {
+        if let Some(problem) = self.failure.as_mut().and_then(|failure| failure(tokens)) {
             return Err(problem.into());
         }
         let size = self.pool.page_size();
@@ -165,16 +202,53 @@ impl Backend for Simulated {
             |request, position| pages.pages(request)[position / size] as usize * size + position % size;
         let append = step.batch.append_indices();
         let rows: Vec<_> = append.batch_indices().iter().zip(append.positions()).collect();
-        for (&(&request, &position), &token) in rows.iter().zip(step.tokens) {
+        for (&(&request, &position), &token) in rows.iter().zip(tokens) {
             slots[slot(request as usize, position as usize)] = token;
         }
+        let mut logits = Vec::new();
         for output in step.outputs {
             let (&request, &position) = rows[output.row];
             let before = (0..=position as usize).map(|position| slots[slot(request as usize, position)]);
-            self.logits.extend(self.language.logits(before));
+            logits.extend(self.language.logits(before));
         }
-        self.rows += step.tokens.len();
-        sampler::sample(step.outputs, &self.logits, self.language.vocab_size)
+        self.rows += tokens.len();
+        Ok(logits)
+    }
+}
+
+impl Backend for Simulated {
+    fn vocab_size(&self) -> usize {
+        self.language.vocab_size
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.asynchronous
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        self.check(step)?;
+        let tokens: Vec<_> = step.tokens.iter().filter_map(|&token| self.token(token)).collect();
+        let took = self.costs.step + self.costs.token * tokens.len() as u32;
+        self.clock += took;
+        let begins =
+            self.in_flight.back().map_or_else(Instant::now, |before| before.ends.max(Instant::now()));
+        let (outcome, logits) = match self.compute(step, &tokens) {
+            Ok(logits) => (sampler::sample(step.outputs, &logits, self.language.vocab_size), logits),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        let looks_at_logits = step.outputs.iter().any(Output::needs_logits);
+        self.in_flight.push_back(InFlight { outcome, logits, looks_at_logits, ends: begins + took });
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        let InFlight { outcome, logits, ends, .. } =
+            self.in_flight.pop_front().ok_or("no step is in flight")?;
+        if self.in_real_time {
+            thread::sleep(ends.saturating_duration_since(Instant::now()));
+        }
+        self.logits = logits;
+        outcome
     }
 
     fn logits(&self) -> Result<Vec<f32>> {

@@ -7,6 +7,7 @@ mod commands;
 mod conversation;
 mod interrupt;
 mod list;
+mod precision;
 mod prompts;
 mod pull;
 mod rm;

@@ -17,6 +17,7 @@ use super::{
     chat::Chat,
     conversation::Conversation,
     interrupt::Interrupt,
+    precision::PrecisionArgs,
     prompts::{self, Line},
     sampling::SamplingArgs,
     terminal::PromptLine,
@@ -64,6 +65,9 @@ pub struct Args {
     /// Give an answer that does not depend on what else is computed beside it
     #[arg(long)]
     pub deterministic: bool,
+    /// The bits of what a GPU keeps.
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
     /// How answers are sampled.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -87,6 +91,8 @@ pub fn run(args: &Args) -> Result<()> {
         cache_tokens: args.cache_tokens,
         draft: args.speculate,
         deterministic: args.deterministic,
+        weights: args.precision.weights,
+        kv: args.precision.kv,
         max_queued_tokens: usize::MAX,
         ..LlmOptions::default()
     };

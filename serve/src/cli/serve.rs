@@ -2,6 +2,7 @@
 
 use std::{net::TcpListener, sync::Arc, time::Duration};
 
+use super::precision::PrecisionArgs;
 use crate::{
     Llm, LlmOptions, Result,
     backend::device::Device,
@@ -55,6 +56,9 @@ pub struct Args {
     /// Give answers that do not depend on what else is computed beside them
     #[arg(long)]
     pub deterministic: bool,
+    /// The bits of what a GPU keeps.
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
     /// Seconds that requests may still take after SIGTERM or Ctrl-C; a second one ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
@@ -105,6 +109,8 @@ fn llm_options(args: &Args) -> LlmOptions {
         max_queued_tokens: args.max_queued_tokens,
         draft: args.speculate,
         deterministic: args.deterministic,
+        weights: args.precision.weights,
+        kv: args.precision.kv,
         ..LlmOptions::default()
     }
 }

@@ -56,17 +56,32 @@ impl Sampler {
     /// Takes in the answer's next token.
     pub fn push(&mut self, token: u32) {
         self.len += 1;
-        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = *self.params;
-        if (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0) {
+        if self.has_penalties() {
             let seen = self.seen.entry(token).or_default();
             seen.anywhere = true;
             seen.in_answer += 1;
         }
     }
 
+    /// Whether the choice of a token depends on those of the answer.
+    pub fn has_penalties(&self) -> bool {
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = *self.params;
+        (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0)
+    }
+
     /// How the token after the answer is chosen, from this row of logits: one that is allowed,
     /// if not all are.
     pub fn output(&self, row: usize, allowed: Option<Arc<SimpleVob>>) -> Output {
+        self.output_at(self.len, row, allowed)
+    }
+
+    /// How the token after the next one is chosen, whatever that is: without penalties.
+    pub fn output_ahead(&self, row: usize) -> Output {
+        self.output_at(self.len + 1, row, None)
+    }
+
+    /// How the token at this position of the answer is chosen.
+    fn output_at(&self, position: usize, row: usize, allowed: Option<Arc<SimpleVob>>) -> Output {
         let params = &*self.params;
         Output {
             row,
@@ -76,16 +91,17 @@ impl Sampler {
             min_p: params.min_p,
             uniform: match params.temperature {
                 0.0 => 0.0,
-                _ => uniform(self.seed, self.choice, self.len),
+                _ => uniform(self.seed, self.choice, position),
             },
-            edits: self.edits(allowed.as_deref()),
+            edits: self.edits(position, allowed.as_deref()),
             logprobs: params.logprobs,
             allowed,
         }
     }
 
-    /// The edits of a row. Tokens that may not come yet do where no others are allowed.
-    fn edits(&self, allowed: Option<&SimpleVob>) -> Vec<LogitEdit> {
+    /// The edits of the row for a position. Tokens that may not come yet do where no others are
+    /// allowed.
+    fn edits(&self, position: usize, allowed: Option<&SimpleVob>) -> Vec<LogitEdit> {
         let edit = |(&token, seen): (&u32, &Seen)| {
             let params = &*self.params;
             let times = seen.in_answer as f32;
@@ -95,7 +111,7 @@ impl Sampler {
         };
         let is_banned = |token: u32| self.banned.contains(&token);
         let only_banned = allowed.is_some_and(|allowed| allowed.iter().all(is_banned));
-        if self.len >= self.params.min_tokens || only_banned {
+        if position >= self.params.min_tokens || only_banned {
             return self.seen.iter().map(edit).collect();
         }
         let mut edits: BTreeMap<_, _> = self.seen.iter().map(|seen| (*seen.0, edit(seen))).collect();

@@ -121,6 +121,12 @@ impl Choice {
         if unscored.is_empty() { self.tokens.len() - 1 } else { unscored.start }
     }
 
+    /// Whether others may use what it has read. Not where it has read again what was cached, as then
+    /// the cache would need its pages and those of others for the same tokens.
+    pub fn is_cached(&self) -> bool {
+        self.params.prompt_logprobs.is_none()
+    }
+
     /// What is asked of rows of the prompt, the first of which is `row`, after so many tokens: how
     /// likely the tokens are that follow.
     pub fn scores(&self, row: usize, from: usize, scores: Range<usize>) -> impl Iterator<Item = Output> {
@@ -149,6 +155,16 @@ impl Choice {
     /// Whether the answer has to be what a constraint asks for. Then it has no drafts.
     pub fn is_constrained(&self) -> bool {
         self.grammar.is_some()
+    }
+
+    /// Whether it is known how the token after the next one is chosen, whatever the next one is.
+    pub fn runs_ahead(&self) -> bool {
+        !self.is_constrained() && !self.sampler.has_penalties() && self.params.logprobs.is_none()
+    }
+
+    /// How the token after the next one is chosen, where [`runs_ahead`](Self::runs_ahead).
+    pub fn output_ahead(&self, row: usize) -> Output {
+        self.sampler.output_ahead(row)
     }
 
     /// Finds the tokens that the constraint allows next, if there is one. If none can be found,

@@ -22,13 +22,21 @@
 //! first reads the prompt; those that start later fork its sequence, and compute
 //! the prompt's last token only.
 //!
-//! When a step fails, nothing of it counts: the sequences are as before. Each
-//! choice is then computed alone, and one that fails again ends.
+//! While a step is computed, the next one is planned and enqueued, where all that it has to be
+//! told is known already: all choices decode, and nobody waits who could start. The tokens that
+//! it begins with are chosen meanwhile, on the device. An end is seen one step later then, and
+//! what the step in flight computes of that choice is dropped. The pages of the choice go back at
+//! once: whatever uses them next is computed after that step.
+//!
+//! When a step fails, nothing of it counts, nor of the one that was enqueued after it: the
+//! sequences are as before. Each choice is then computed alone, and one that fails again ends.
 
 mod choice;
+mod flight;
 mod part;
 mod plan;
 mod stats;
+mod steps;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -36,18 +44,16 @@ mod tests;
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    ops::Range,
     time::Instant,
 };
 
 use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache, Sequence};
-use rayon::prelude::*;
 
-use self::part::Part;
 pub use self::{choice::Choice, stats::Stats};
+use self::{flight::Flight, part::Part};
 use crate::{
     Result,
-    backend::{Backend, Logprobs, Output, Sample, Step, StepCapacity},
+    backend::{Logprobs, StepCapacity},
     request::{Bounds, Finish, Request, RequestId, SubmitError},
 };
 
@@ -127,6 +133,8 @@ pub struct Scheduler {
     running: Vec<Choice>,
     /// The sequences of those that run.
     batch: Batch,
+    /// The steps in flight, the oldest first: at most one between calls.
+    in_flight: VecDeque<Flight>,
     stats: Stats,
 }
 
@@ -142,6 +150,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: Vec::new(),
             batch: Batch::new(pool),
+            in_flight: VecDeque::new(),
             stats: Stats::default(),
         }
     }
@@ -202,9 +211,9 @@ impl Scheduler {
         held
     }
 
-    /// Whether all requests have ended.
+    /// Whether all requests have ended, and nothing is in flight.
     pub fn is_done(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.waiting.is_empty() && self.running.is_empty() && self.in_flight.is_empty()
     }
 
     /// What was counted so far.
@@ -212,183 +221,13 @@ impl Scheduler {
         self.stats
     }
 
-    /// Computes a step. Each choice whose last token was computed gets its next one,
-    /// and those that follow as far as its draft was right. One for which the model
-    /// computed NaN ends, and the others go on.
-    ///
-    /// # Errors
-    /// A fault of this scheduler, which is of no use afterwards. What the backend
-    /// fails at is in the report.
-    pub fn step(&mut self, backend: &mut dyn Backend) -> Result<Report> {
-        let mut report = Report::default();
-        self.advance_grammars(&mut report)?;
-        let parts = self.plan()?;
-        if parts.is_empty() {
-            return Ok(report);
-        }
-        self.stats.steps += 1;
-        match self.compute(backend, &parts, 0..parts.len())? {
-            Ok(samples) => self.take(&parts, samples, &mut report)?,
-            Err(failure) => {
-                self.stats.failed_steps += 1;
-                report.failure = Some(failure);
-                self.compute_alone(backend, &parts, &mut report)?;
-            }
-        }
-        self.remove_ended()?;
-        Ok(report)
-    }
-
-    /// Finds the tokens that constraints allow next, of all choices that run at once, and ends
-    /// those for which there are none.
-    fn advance_grammars(&mut self, report: &mut Report) -> Result<()> {
-        if self.running.iter().any(Choice::is_constrained) {
-            report.updates.par_extend(self.running.par_iter_mut().filter_map(Choice::advance_grammar));
-            self.remove_ended()?;
-        }
-        Ok(())
-    }
-
-    /// Computes one token that is of no request: whether the backend computes anything.
-    ///
-    /// # Errors
-    /// A fault of this scheduler. Inside is what the backend fails at, or that no page is
-    /// free.
-    pub fn probe(&mut self, backend: &mut dyn Backend) -> Result<Result<(), String>> {
-        if !self.make_free(1) {
-            return Ok(Err("no page is free to try whether anything can be computed".into()));
-        }
-        let mut batch = Batch::new(&self.pool);
-        batch.push(Sequence::new(&self.pool))?;
-        batch.append([1])?;
-        let step = Step { batch: &batch, tokens: &[0], outputs: &[Output::greedy(0)] };
-        Ok(backend.step(&step).map(drop).map_err(|error| error.to_string()))
-    }
-
-    /// Computes the parts of some of the choices that run. Of a step that the backend
-    /// fails at, says why, and no sequence has changed.
-    fn compute(
-        &mut self,
-        backend: &mut dyn Backend,
-        parts: &[Part],
-        of: Range<usize>,
-    ) -> Result<Result<Vec<Sample>, String>> {
-        let (mut tokens, mut outputs) = (Vec::new(), Vec::new());
-        for index in of.clone() {
-            let (choice, part) = (&self.running[index], &parts[index]);
-            let computed = self.batch.sequences()[index].len();
-            outputs.extend(choice.scores(tokens.len(), computed, part.scores.clone()));
-            tokens.extend_from_slice(&choice.tokens()[computed..][..part.len]);
-            if part.whole {
-                outputs.extend(choice.outputs(tokens.len() - 1, &part.draft));
-            }
-            tokens.extend_from_slice(&part.draft);
-        }
-        let rows = |index: usize| if of.contains(&index) { parts[index].rows() } else { 0 };
-        self.batch.append((0..parts.len()).map(rows))?;
-        self.stats.pages = self.stats.pages.max(self.pool.used_pages());
-        let samples = backend.step(&Step { batch: &self.batch, tokens: &tokens, outputs: &outputs });
-        let failure = match samples {
-            Ok(samples) if samples.len() == outputs.len() => return Ok(Ok(samples)),
-            Ok(samples) => format!("the backend gave {} samples for {}", samples.len(), outputs.len()),
-            Err(error) => error.to_string(),
-        };
-        for index in of.clone() {
-            let before = self.batch.sequences()[index].len() - parts[index].rows();
-            self.batch.truncate(index, before)?;
-        }
-        Ok(Err(failure))
-    }
-
-    /// After a step that failed: computes each part alone, and ends the choices for
-    /// which that fails, too.
-    fn compute_alone(
-        &mut self,
-        backend: &mut dyn Backend,
-        parts: &[Part],
-        report: &mut Report,
-    ) -> Result<()> {
-        for (index, part) in parts.iter().enumerate() {
-            match self.compute(backend, parts, index..index + 1)? {
-                Ok(samples) => self.finish(index, part, samples, report)?,
-                Err(failure) => report.updates.push(self.running[index].end(Finish::Failed(failure))),
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes in the samples of all parts.
-    fn take(&mut self, parts: &[Part], samples: Vec<Sample>, report: &mut Report) -> Result<()> {
-        let mut samples = samples.into_iter();
-        for (index, part) in parts.iter().enumerate() {
-            let next = samples.by_ref().take(part.outputs()).collect();
-            self.finish(index, part, next, report)?;
-        }
-        Ok(())
-    }
-
-    /// Takes in what the backend computed of a choice: the token after its last one
-    /// and after each of the draft.
-    fn finish(
-        &mut self,
-        index: usize,
-        part: &Part,
-        mut samples: Vec<Sample>,
-        report: &mut Report,
-    ) -> Result<()> {
-        let (choice, sequence) = (&mut self.running[index], &self.batch.sequences()[index]);
-        let computed = sequence.len() - part.draft.len();
-        if part.reads {
-            // Nobody is to read NaN.
-            if samples.iter().all(|sample| sample.token.is_some()) {
-                self.prefixes.insert(&choice.tokens()[..computed], sequence)?;
-            }
-            self.stats.read += part.len;
-        } else {
-            self.stats.decoded += part.len;
-        }
-        self.stats.decoded += part.draft.len();
-        self.stats.drafted += part.draft.len();
-        self.stats.recomputed += choice.reached.min(computed).saturating_sub(computed - part.len);
-        let begins = choice.answer().is_empty();
-        let next = samples.split_off(part.scores.len());
-        let wrong = choice.score(samples);
-        let samples = if wrong.is_some() { Vec::new() } else { next };
-        report.updates.extend(wrong);
-        let agrees = |(draft, sample): &(&u32, &Sample)| Some(**draft) == sample.token;
-        let right = part.draft.iter().zip(&samples).take_while(agrees).count();
-        for Sample { token, logprobs } in samples.into_iter().take(right + 1) {
-            let Some(id) = token else {
-                report.updates.push(choice.end(Finish::NoNumbers));
-                break;
-            };
-            choice.push(id, &self.limits, self.bounds.cache_tokens);
-            report.updates.push(choice.update(Some(Token { id, logprobs })));
-            if choice.finish().is_some() {
-                break;
-            }
-        }
-        self.stats.begun += usize::from(begins && !choice.answer().is_empty());
-        if part.whole {
-            // The last token is not computed yet, unless none came; what was wrong goes.
-            let len = choice.tokens().len() - usize::from(choice.finish() != Some(&Finish::NoNumbers));
-            self.stats.accepted += len - computed;
-            if len < sequence.len() {
-                self.batch.truncate(index, len)?;
-            }
-            choice.reached = choice.reached.max(len);
-        } else {
-            choice.reached = choice.reached.max(computed);
-        }
-        Ok(())
-    }
-
     /// Takes the choices that ran and have ended out.
-    fn remove_ended(&mut self) -> Result<()> {
+    pub(super) fn remove_ended(&mut self) -> Result<()> {
         for index in (0..self.running.len()).rev() {
             if self.running[index].finish().is_some() {
                 self.batch.remove(index)?;
                 self.running.remove(index);
+                self.in_flight.iter_mut().for_each(|flight| flight.remove(index));
                 self.stats.ended += 1;
             }
         }

@@ -7,8 +7,11 @@ use flashinfer_rs::kv::Sequence;
 use super::Choice;
 
 /// Tokens of a choice that a step computes.
+#[derive(Debug)]
 pub struct Part {
-    /// Tokens of the choice that follow those in the cache.
+    /// Tokens of the choice that the cache has.
+    pub from: usize,
+    /// Tokens of the choice that follow these.
     pub len: usize,
     /// Whether they are all that the cache does not have.
     pub whole: bool,
@@ -32,7 +35,13 @@ impl Part {
         let len = rest.min(budget).min(most);
         let scores = begin..unscored.end.saturating_sub(from).min(len);
         let reads = rest > 1 || choice.answer().is_empty();
-        Self { len, whole: len == rest, reads, scores, draft: Vec::new() }
+        Self { from, len, whole: len == rest, reads, scores, draft: Vec::new() }
+    }
+
+    /// The token that comes of a whole part.
+    pub fn after(part: &Self) -> Self {
+        let from = part.from + part.len;
+        Self { from, len: 1, whole: true, reads: false, scores: 0..0, draft: Vec::new() }
     }
 
     /// Tokens to compute.

@@ -17,6 +17,8 @@ pub struct Stats {
     pub read: usize,
     /// Tokens that were computed otherwise: one for each that follows, and drafts.
     pub decoded: usize,
+    /// Tokens that were computed for nothing: by the time, their answer had ended.
+    pub surplus: usize,
     /// Tokens that were found in the prefix cache, or in another answer to the same
     /// prompt, and never computed for their answer.
     pub saved: usize,

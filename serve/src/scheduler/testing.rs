@@ -6,7 +6,8 @@ use flashinfer_rs::kv::PageAllocator;
 
 use super::{Limits, Report, Scheduler, Token};
 use crate::{
-    backend::Backend,
+    Result,
+    backend::{Backend, Logprobs, Sample, Step, simulated::mix},
     request::{Finish, Request, RequestId, SubmitError},
     sampling::SamplingParams,
 };
@@ -17,6 +18,7 @@ pub struct Answer {
     pub tokens: Vec<Token>,
     pub finish: Option<Finish>,
     pub cached_tokens: usize,
+    pub prompt_logprobs: Vec<Logprobs>,
 }
 
 impl Answer {
@@ -81,6 +83,7 @@ impl Requests {
             answer.tokens.extend(update.token.clone());
             answer.finish = update.finish.clone();
             answer.cached_tokens = update.cached_tokens;
+            answer.prompt_logprobs.extend(update.prompt_logprobs.clone());
         }
     }
 }
@@ -88,4 +91,47 @@ impl Requests {
 /// Parameters of a greedy answer of so many tokens.
 pub fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams { max_tokens: Some(max_tokens), ..SamplingParams::default() }
+}
+
+/// A backend that fails once in a while: when a step is enqueued, or when it is collected.
+pub struct Faulty<B> {
+    pub backend: B,
+    /// One in so many calls fails; 0 for none.
+    pub one_in: u64,
+    pub calls: u64,
+}
+
+impl<B> Faulty<B> {
+    fn fail(&mut self) -> Result<()> {
+        self.calls += 1;
+        match self.one_in > 0 && mix(self.calls).is_multiple_of(self.one_in) {
+            true => Err("a fault".into()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl<B: Backend> Backend for Faulty<B> {
+    fn vocab_size(&self) -> usize {
+        self.backend.vocab_size()
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.backend.is_asynchronous()
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        self.fail()?;
+        self.backend.enqueue(step)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        let samples = self.backend.collect()?;
+        self.fail()?;
+        Ok(samples)
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        self.backend.logits()
+    }
 }

@@ -7,7 +7,7 @@ use candle_core::quantized::gguf_file::Value;
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
 use crate::{
-    backend::{Backend, Output, Step, cpu::Cpu},
+    backend::{Backend, Output, Step, StepToken, cpu::Cpu},
     model::{Model, gguf::integer},
 };
 
@@ -50,7 +50,7 @@ pub fn logits(backend: &mut dyn Backend, pool: &PageAllocator, tokens: &[u32]) -
     for tokens in [first].into_iter().chain(rest.chunks(1)) {
         batch.append([tokens.len()]).unwrap();
         let outputs: Vec<_> = (0..tokens.len()).map(Output::greedy).collect();
-        backend.step(&Step { batch: &batch, tokens, outputs: &outputs }).unwrap();
+        backend.step(&Step { batch: &batch, tokens: &StepToken::known(tokens), outputs: &outputs }).unwrap();
         all.extend(backend.logits().unwrap());
     }
     all

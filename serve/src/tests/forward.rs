@@ -5,7 +5,7 @@ use candle_core::quantized::gguf_file::Value;
 
 use super::{Tiny, engine};
 use crate::{
-    backend::{Backend, Output, Step, cpu::Cpu},
+    backend::{Backend, Output, Step, StepToken, cpu::Cpu},
     model::Model,
 };
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
@@ -296,7 +296,7 @@ fn logits(mut cpu: Cpu, tokens: &[u32]) -> Vec<f32> {
     for tokens in [first, rest] {
         batch.append([tokens.len()]).unwrap();
         let outputs: Vec<_> = (0..tokens.len()).map(Output::greedy).collect();
-        cpu.step(&Step { batch: &batch, tokens, outputs: &outputs }).unwrap();
+        cpu.step(&Step { batch: &batch, tokens: &StepToken::known(tokens), outputs: &outputs }).unwrap();
         all.extend(cpu.logits().unwrap());
     }
     all

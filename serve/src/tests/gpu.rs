@@ -7,6 +7,8 @@ use std::{
 
 mod architectures;
 mod deterministic;
+mod flight;
+mod precision;
 mod sampling;
 
 use super::*;
@@ -25,7 +27,7 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// The GPU's turn; `None`, said on stderr, unless `FLASHINFER_RS_RUN_GPU_TESTS=1`.
 /// With it, whatever is missing fails the test.
-fn turn() -> Option<MutexGuard<'static, ()>> {
+pub fn turn() -> Option<MutexGuard<'static, ()>> {
     if std::env::var_os("FLASHINFER_RS_RUN_GPU_TESTS").is_none_or(|value| value != "1") {
         let name = std::thread::current().name().unwrap_or("test").to_owned();
         let hint = "skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU to run it";
@@ -98,7 +100,9 @@ fn decode(engine: &mut dyn Backend, pool: &PageAllocator, prompts: &[&[u32]], st
         batch.append(lens).unwrap();
         let ends = batch.queries().indptr()[1..].iter();
         let outputs: Vec<_> = ends.map(|&end| Output::greedy(end as usize - 1)).collect();
-        let samples = engine.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+        let samples = engine
+            .step(&Step { batch: &batch, tokens: &StepToken::known(&tokens), outputs: &outputs })
+            .unwrap();
         tokens = self::tokens(&samples);
         assert_eq!(tokens.len(), prompts.len());
         for (answer, &token) in answers.iter_mut().zip(&tokens) {
@@ -153,7 +157,9 @@ fn logits_on_the_gpu_are_those_of_the_cpu() {
         let mut step = |lens: [usize; 3], tokens: &[u32], outputs: &[usize]| {
             batch.append(lens).unwrap();
             let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
-            engine.step(&Step { batch: &batch, tokens, outputs: &outputs }).unwrap();
+            engine
+                .step(&Step { batch: &batch, tokens: &StepToken::known(tokens), outputs: &outputs })
+                .unwrap();
             let logits = engine.logits().unwrap();
             assert_eq!(logits.len(), outputs.len() * vocab);
             all.extend(logits);
@@ -208,7 +214,9 @@ fn force(engine: &mut dyn Backend, pool: &PageAllocator, tokens: &[u32]) -> (Vec
         let parts: Vec<_> = at.iter().zip(lens).map(|(&at, len)| &tokens[at..at + len]).collect();
         let rows = parts.concat();
         let outputs: Vec<_> = (0..rows.len()).map(Output::greedy).collect();
-        let samples = engine.step(&Step { batch: &batch, tokens: &rows, outputs: &outputs }).unwrap();
+        let samples = engine
+            .step(&Step { batch: &batch, tokens: &StepToken::known(&rows), outputs: &outputs })
+            .unwrap();
         logits.extend(engine.logits().unwrap());
         best.extend(self::tokens(&samples));
         at.iter_mut().zip(lens).for_each(|(at, len)| *at += len);
@@ -273,7 +281,7 @@ fn check_answer(name: &str, model: &Model, prompt: &str) {
     let tokens = [prompt.as_slice(), &answer].concat();
     batch.append([tokens.len()]).unwrap();
     let outputs: Vec<_> = (prompt.len() - 1..tokens.len() - 1).map(Output::greedy).collect();
-    cpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+    cpu.step(&Step { batch: &batch, tokens: &StepToken::known(&tokens), outputs: &outputs }).unwrap();
     let logits = cpu.logits().unwrap();
     for (at, (row, &token)) in logits.chunks_exact(config.vocab_size).zip(&answer).enumerate() {
         let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -383,7 +391,7 @@ fn the_memory_of_attention_grows_with_batches() {
             batch.append(vec![1; requests]).unwrap();
             let (tokens, outputs) =
                 (vec![token; requests], (0..requests).map(Output::greedy).collect::<Vec<_>>());
-            gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+            gpu.step(&Step { batch: &batch, tokens: &StepToken::known(&tokens), outputs: &outputs }).unwrap();
             let logits = gpu.logits().unwrap();
             all.extend_from_slice(&logits[..vocab]);
             all.extend_from_slice(&logits[logits.len() - vocab..]);
@@ -422,7 +430,7 @@ fn steps_that_the_gpu_cannot_compute_are_refused() {
     let mut refused = |tokens: &[u32], outputs: &[usize], expected: &str| {
         batch.append([5]).unwrap();
         let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
-        let step = Step { batch: &batch, tokens, outputs: &outputs };
+        let step = Step { batch: &batch, tokens: &StepToken::known(tokens), outputs: &outputs };
         let text = gpu.step(&step).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
         assert!(gpu.logits().unwrap().is_empty());
@@ -433,7 +441,9 @@ fn steps_that_the_gpu_cannot_compute_are_refused() {
     refused(&[1; 5], &[3, 3], "not in ascending order");
     refused(&[1; 5], &[4], "a step of 5 tokens; the engine was made for 4");
     batch.append([2]).unwrap();
-    let text = gpu.step(&Step { batch: &batch, tokens: &[1, 1 << 20], outputs: &[] }).unwrap_err();
+    let text = gpu
+        .step(&Step { batch: &batch, tokens: &StepToken::known(&[1, 1 << 20]), outputs: &[] })
+        .unwrap_err();
     assert!(text.to_string().contains("there is no token 1048576"), "{text}");
 }
 
@@ -448,7 +458,8 @@ fn a_missing_gpu_is_told() {
     let model = Model::open(&Tiny::new().write(&folder)).unwrap();
     let pool = PageAllocator::new(4, 4).unwrap();
     let place = |device| {
-        load(device, &model, &pool, limits(16, 0).step_capacity(), false)
+        let capacity = limits(16, 0).step_capacity();
+        load(device, &model, &pool, capacity, GpuOptions::new(capacity.tokens))
             .map(|loaded| loaded.place)
             .map_err(|e| e.to_string())
     };

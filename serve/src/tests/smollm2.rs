@@ -208,7 +208,7 @@ fn logits_of_several_tokens_are_those_of_single_steps() {
     let mut compute = |tokens: &[u32], outputs: &[usize], batch: &mut Batch| {
         batch.append([tokens.len()]).unwrap();
         let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
-        let best = cpu.step(&Step { batch, tokens, outputs: &outputs }).unwrap();
+        let best = cpu.step(&Step { batch, tokens: &StepToken::known(tokens), outputs: &outputs }).unwrap();
         (cpu.logits().unwrap(), self::tokens(&best))
     };
     batch.push(Sequence::new(&pool)).unwrap();

@@ -89,7 +89,7 @@ impl Tiny {
         batch.push(Sequence::new(&pool)).unwrap();
         batch.append([3]).unwrap();
         let outputs = [0, 2].map(Output::greedy);
-        cpu.step(&Step { batch: &batch, tokens: &[5, 0, 31], outputs: &outputs }).unwrap();
+        cpu.step(&Step { batch: &batch, tokens: &StepToken::known(&[5, 0, 31]), outputs: &outputs }).unwrap();
         cpu.logits().unwrap()
     }
 }

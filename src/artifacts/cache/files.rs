@@ -130,7 +130,7 @@ impl Files {
 
     /// An empty folder for pip to bring a file to. The file's lock is held.
     #[cfg(feature = "fetch")]
-    pub(crate) fn scratch(&self, file: &str) -> Result<Scratch, ArtifactError> {
+    pub(crate) fn scratch(&self, file: &str) -> Result<ScratchFolder, ArtifactError> {
         let to = self.path(file);
         let path = beside(&to, PIP);
         let made = if self.locks.lockless() {
@@ -140,7 +140,7 @@ impl Files {
             let _ = fs::remove_dir_all(&path);
             fs::create_dir(&path).map(|()| path.clone())
         };
-        made.map(Scratch).map_err(|e| ArtifactError::cache(&path, "create the folder", e))
+        made.map(ScratchFolder).map_err(|e| ArtifactError::cache(&path, "create the folder", e))
     }
 
     /// Publishes what is complete, if it has the file's digest; anything else is removed.
@@ -205,17 +205,17 @@ impl Files {
 
 /// A folder that is removed with its content.
 #[cfg(feature = "fetch")]
-pub(crate) struct Scratch(PathBuf);
+pub(crate) struct ScratchFolder(PathBuf);
 
 #[cfg(feature = "fetch")]
-impl Scratch {
+impl ScratchFolder {
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
 
 #[cfg(feature = "fetch")]
-impl Drop for Scratch {
+impl Drop for ScratchFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }

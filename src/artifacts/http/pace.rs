@@ -16,12 +16,12 @@ pub(super) struct Pace {
 
 struct Shared {
     options: FetchOptions,
-    state: Mutex<State>,
+    state: Mutex<PaceState>,
     ended: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct PaceState {
     /// When the read began that waits now.
     reading: Option<Instant>,
     /// What reads have waited in this window, and what they brought.
@@ -31,7 +31,7 @@ struct State {
     slow: bool,
 }
 
-impl State {
+impl PaceState {
     fn stop(&mut self, now: Instant) {
         if let Some(since) = self.reading.take() {
             self.waited += now.saturating_duration_since(since);
@@ -81,7 +81,7 @@ impl Drop for Pace {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PaceState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -18,10 +18,10 @@ use flashinfer_rs::{
 };
 use indicatif::HumanBytes;
 
-use crate::{Failure, Sources, printed, report::counted};
+use crate::{CommandError, Sources, printed, report::counted};
 
 /// Prints it; `modules` are used first, which may download.
-pub fn footprint(sources: &Sources, modules: &[ModuleName]) -> Result<bool, Failure> {
+pub fn footprint(sources: &Sources, modules: &[ModuleName]) -> Result<bool, CommandError> {
     let config = sources.store_config()?;
     let embedded = config.bundle;
     let store = Store::open(config)?;
@@ -77,7 +77,7 @@ struct FirstUse {
 }
 
 impl FirstUse {
-    fn measure(sources: &Sources, store: &Store, names: &[ModuleName]) -> Result<FirstUse, Failure> {
+    fn measure(sources: &Sources, store: &Store, names: &[ModuleName]) -> Result<FirstUse, CommandError> {
         let downloaded = Arc::new(AtomicU64::new(0));
         let mut config = RuntimeConfig::default();
         config.wheels = sources.wheels.clone();
@@ -94,7 +94,7 @@ impl FirstUse {
             Ok((name.to_string(), size, module.source().to_string()))
         });
         Ok(FirstUse {
-            modules: modules.collect::<Result<_, Failure>>()?,
+            modules: modules.collect::<Result<_, CommandError>>()?,
             downloaded: downloaded.load(Ordering::Relaxed),
             took,
             memory: peak_memory(),

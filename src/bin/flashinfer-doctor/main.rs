@@ -88,7 +88,7 @@ enum Command {
     },
     /// Print the digest of a wheel's RECORD, or write it into the pin table, so that its members
     /// can be downloaded alone; or download, verify and pin a release of FlashInfer
-    Pin(pin::Pin),
+    PinArgs(pin::PinArgs),
     /// Print the bytes that are embedded and cached, and for MODULEs what a first use costs
     Footprint {
         /// Modules to open, which are downloaded if need be; with a new --cache-dir this is a first use
@@ -134,7 +134,7 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         None => report(&cli.sources, cli.options),
         Some(Command::Fetch { packages }) => fetch(&cli.sources, packages),
-        Some(Command::Pin(options)) => pin::pin(&cli.sources, options),
+        Some(Command::PinArgs(options)) => pin::pin(&cli.sources, options),
         Some(Command::Footprint { modules }) => {
             let modules: Vec<_> = modules.iter().map(|name| ModuleName::new(name.as_str())).collect();
             footprint::footprint(&cli.sources, &modules)
@@ -153,7 +153,7 @@ fn main() -> ExitCode {
 
 /// Why a command could not do its work.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+enum CommandError {
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
     #[error(transparent)]
@@ -172,7 +172,7 @@ enum Failure {
 }
 
 /// Whoever closes our output has read enough, which is no failure.
-fn printed(result: io::Result<()>) -> Result<(), Failure> {
+fn printed(result: io::Result<()>) -> Result<(), CommandError> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),
@@ -180,7 +180,7 @@ fn printed(result: io::Result<()>) -> Result<(), Failure> {
 }
 
 /// Whether kernels could run.
-fn report(sources: &Sources, options: ReportOptions) -> Result<bool, Failure> {
+fn report(sources: &Sources, options: ReportOptions) -> Result<bool, CommandError> {
     let report = examine::examine(sources, options);
     let mut out = io::stdout().lock();
     printed(match options.json {
@@ -191,7 +191,7 @@ fn report(sources: &Sources, options: ReportOptions) -> Result<bool, Failure> {
 }
 
 /// Whether every package is in the cache now.
-fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, Failure> {
+fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, CommandError> {
     let mut config = sources.store_config()?;
     config.progress = Some(flashinfer_rs::progress::terminal());
     let store = Store::open(config)?;
@@ -225,7 +225,7 @@ fn fetch_remedy(store: &Store, package: &Package, error: &ArtifactError) -> Stri
     }
 }
 
-fn clean(sources: &Sources) -> Result<bool, Failure> {
+fn clean(sources: &Sources) -> Result<bool, CommandError> {
     let store = Store::open(sources.store_config()?)?;
     let freed = store.clean()?;
     let folder = store.cache_dir().display();

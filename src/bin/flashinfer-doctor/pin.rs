@@ -13,7 +13,7 @@ use flashinfer_rs::artifacts::{
 };
 use toml_edit::{DocumentMut, Item, Table, TableLike, TomlError, value};
 
-use crate::{Failure, Sources, printed};
+use crate::{CommandError, Sources, printed};
 
 const KEY: &str = "record_sha256";
 /// Where the pin table is in a manifest.
@@ -39,7 +39,7 @@ fn what(text: &str) -> Result<What, String> {
 
 /// Which wheels, and where to write.
 #[derive(Args)]
-pub struct Pin {
+pub struct PinArgs {
     /// The packages whose pinned wheel is looked into, and downloaded whole unless it is in the
     /// cache; if nothing is named, flashinfer_jit_cache. Or VERSION ARCHITECTURE, as in `0.7.4
     /// sm90a`: that release is downloaded and verified, and its row printed or written
@@ -65,7 +65,7 @@ fn digest(text: &str) -> Result<Digest, String> {
 }
 
 /// Prints or writes a line for each wheel, or the row of a release.
-pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
+pub fn pin(sources: &Sources, options: &PinArgs) -> Result<bool, CommandError> {
     let mut config = sources.store_config()?;
     config.progress = Some(flashinfer_rs::progress::terminal());
     let store = Store::open(config)?;
@@ -81,7 +81,7 @@ pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
             };
             let packages = what.iter().map(package).collect::<Option<Vec<_>>>();
             let alone = options.sha256.is_none() && options.from.is_none();
-            let packages = packages.filter(|_| alone).ok_or(Failure::WhatToPin)?;
+            let packages = packages.filter(|_| alone).ok_or(CommandError::WhatToPin)?;
             pin_records(&store, options, packages)?;
         }
     }
@@ -91,17 +91,17 @@ pub fn pin(sources: &Sources, options: &Pin) -> Result<bool, Failure> {
 /// The row of a release, which is downloaded and verified.
 fn pin_release(
     store: &Store,
-    options: &Pin,
+    options: &PinArgs,
     version: FlashInferVersion,
     architecture: Option<CudaArchitecture>,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     if !options.file.is_empty() {
-        return Err(Failure::WhatToPin);
+        return Err(CommandError::WhatToPin);
     }
     let folder = options.from.clone();
     let release = Release { version, architecture, folder, sha256: options.sha256 };
     let (path, pin) = store.obtain(&release)?;
-    let Origin::Url(url) = &pin.origin else { return Err(Failure::WhatToPin) };
+    let Origin::Url(url) = &pin.origin else { return Err(CommandError::WhatToPin) };
     let pins = &store.config().pins;
     let mut row = Table::new();
     let record = pin.record_sha256.map(|record| record.to_string()).unwrap_or_default();
@@ -128,8 +128,8 @@ fn pin_release(
 }
 
 /// Writes a row into a manifest, which need not be there, in the place of the one that has its keys.
-fn write_row(manifest: &Path, keys: &[&str], row: Table) -> Result<(), Failure> {
-    let failed = |error| Failure::File(manifest.into(), error);
+fn write_row(manifest: &Path, keys: &[&str], row: Table) -> Result<(), CommandError> {
+    let failed = |error| CommandError::File(manifest.into(), error);
     let text = match fs::read_to_string(manifest) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         text => text.map_err(failed)?,
@@ -139,7 +139,7 @@ fn write_row(manifest: &Path, keys: &[&str], row: Table) -> Result<(), Failure> 
     fs::write(manifest, document.to_string()).map_err(failed)
 }
 
-fn insert(document: &mut DocumentMut, keys: &[&str], row: Table) -> Result<(), Failure> {
+fn insert(document: &mut DocumentMut, keys: &[&str], row: Table) -> Result<(), CommandError> {
     let Some((last, above)) = keys.split_last() else { return Ok(()) };
     let mut at = document.as_table_mut();
     for key in TABLE.iter().chain(above) {
@@ -150,22 +150,22 @@ fn insert(document: &mut DocumentMut, keys: &[&str], row: Table) -> Result<(), F
             Item::Table(table)
         });
         let reason = format!("`{key}` is no table with a header of its own");
-        at = inner.as_table_mut().ok_or(Failure::Artifact(ArtifactError::Pins { reason }))?;
+        at = inner.as_table_mut().ok_or(CommandError::Artifact(ArtifactError::Pins { reason }))?;
     }
     at.insert(last, Item::Table(row));
     Ok(())
 }
 
-fn parse(manifest: &Path, text: &str) -> Result<DocumentMut, Failure> {
+fn parse(manifest: &Path, text: &str) -> Result<DocumentMut, CommandError> {
     text.parse().map_err(|error: TomlError| {
         // Its message alone: the line that it shows may be an address with a password.
         let reason = format!("{} cannot be parsed: {}", manifest.display(), error.message());
-        Failure::Artifact(ArtifactError::Pins { reason })
+        CommandError::Artifact(ArtifactError::Pins { reason })
     })
 }
 
 /// A line for each wheel.
-fn pin_records(store: &Store, options: &Pin, packages: Vec<Package>) -> Result<(), Failure> {
+fn pin_records(store: &Store, options: &PinArgs, packages: Vec<Package>) -> Result<(), CommandError> {
     let packages = match (packages.as_slice(), options.file.as_slice()) {
         ([], []) => &[Package::JitCache][..],
         (packages, _) => packages,
@@ -175,16 +175,16 @@ fn pin_records(store: &Store, options: &Pin, packages: Vec<Package>) -> Result<(
     for path in fetched.iter().chain(&options.file) {
         // A wheel in the cache, too: its stamp is no ground for a new pin.
         let digest = fs::File::open(path).and_then(|file| Digest::of_file(&file));
-        let (sha256, _) = digest.map_err(|error| Failure::File(path.clone(), error))?;
+        let (sha256, _) = digest.map_err(|error| CommandError::File(path.clone(), error))?;
         let record = Wheel::open(path)?.record_sha256();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let place = match &options.write {
             Some(manifest) => match write(manifest, sha256, record)? {
-                0 => return Err(Failure::NotPinned(name, sha256, manifest.display().to_string())),
+                0 => return Err(CommandError::NotPinned(name, sha256, manifest.display().to_string())),
                 rows => format!("{} rows of {} pin it", rows, manifest.display()),
             },
             None if Pins::is_pinned(sha256)? => format!("add this to the rows with sha256 = \"{sha256}\""),
-            None => return Err(Failure::NotPinned(name, sha256, "this crate's pin table".into())),
+            None => return Err(CommandError::NotPinned(name, sha256, "this crate's pin table".into())),
         };
         printed(writeln!(io::stdout(), "# {name}: {place}\n{KEY} = \"{record}\""))?;
     }
@@ -193,10 +193,10 @@ fn pin_records(store: &Store, options: &Pin, packages: Vec<Package>) -> Result<(
 
 /// Adds the digest to each row of a manifest's pin table that has this SHA-256, and returns how
 /// many there are. Nothing else in the manifest changes.
-fn write(manifest: &Path, sha256: Digest, record: Digest) -> Result<usize, Failure> {
-    let failed = |error| Failure::File(manifest.into(), error);
+fn write(manifest: &Path, sha256: Digest, record: Digest) -> Result<usize, CommandError> {
+    let failed = |error| CommandError::File(manifest.into(), error);
     let text = fs::read_to_string(manifest).map_err(failed)?;
-    let bad = |reason: String| Failure::Artifact(ArtifactError::Pins { reason });
+    let bad = |reason: String| CommandError::Artifact(ArtifactError::Pins { reason });
     let mut document = parse(manifest, &text)?;
     let mut at: &mut dyn TableLike = document.as_table_mut();
     for key in TABLE {

@@ -27,17 +27,17 @@ const MAX_HEAD_DIM: usize = 512;
 const FA3_TILE: usize = 128;
 
 /// Attention as a caller describes it.
-pub(super) struct Attention<'a> {
+pub(super) struct AttentionParams<'a> {
     pub(super) softmax_scale: f32,
     /// To the left and to the right.
     pub(super) window: [Option<usize>; 2],
     pub(super) softcap: Option<f32>,
     pub(super) alibi_slopes: Option<&'a Tensor>,
-    pub(super) batch: Batch<'a>,
+    pub(super) batch: BatchLayout<'a>,
 }
 
 /// How the sequences of a batch lie.
-pub(super) enum Batch<'a> {
+pub(super) enum BatchLayout<'a> {
     /// All as long as each other, in a dimension of their own.
     Dense,
     /// One after the other.
@@ -55,27 +55,27 @@ pub(super) struct Lengths<'a> {
 }
 
 /// Keys of a call, and where requests have them.
-pub(super) enum Keys {
+pub(super) enum CallKeys {
     Ragged(RaggedIndices),
     Paged(PageIndices),
 }
 
 /// One call, in the kernels' terms.
-pub(super) struct Call {
+pub(super) struct FlashAttnCall {
     pub(super) spec: AttentionSpec,
     pub(super) heads: Heads,
     pub(super) softmax_scale: f64,
     pub(super) visible: Visible,
     pub(super) requests: Vec<Request>,
     pub(super) queries: RaggedIndices,
-    pub(super) keys: Keys,
+    pub(super) keys: CallKeys,
     pub(super) slopes: Option<Vec<f32>>,
     /// Queries, keys and values as the kernels see them.
     pub(super) views: [Layout; 3],
     pub(super) out: Shape,
 }
 
-impl Attention<'_> {
+impl AttentionParams<'_> {
     pub(super) fn of(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (heads, width) = self.check(q, k, v)?;
         let (sequences, max_keys) = self.sequences(q, k)?;
@@ -87,7 +87,7 @@ impl Attention<'_> {
             return Tensor::zeros(q.shape(), q.dtype(), q.device());
         }
         let ranges = match &self.batch {
-            Batch::Paged { ranges: Some(ranges), .. } => lengths::ranges(ranges, sequences.len())?,
+            BatchLayout::Paged { ranges: Some(ranges), .. } => lengths::ranges(ranges, sequences.len())?,
             _ => Vec::new(),
         };
         let visible = Visible::new(Window::new(self.window, max_keys), &sequences, ranges);
@@ -130,9 +130,9 @@ impl Attention<'_> {
             ),
         }
         let (rank, kv_rank) = match self.batch {
-            Batch::Dense => (4, 4),
-            Batch::Ragged(_) => (3, 3),
-            Batch::Paged { .. } => (3, 4),
+            BatchLayout::Dense => (4, 4),
+            BatchLayout::Ragged(_) => (3, 3),
+            BatchLayout::Paged { .. } => (3, 4),
         };
         for (name, tensor, rank) in [("q", q, rank), ("k", k, kv_rank), ("v", v, kv_rank)] {
             if tensor.rank() != rank {
@@ -169,12 +169,12 @@ impl Attention<'_> {
     /// have no effect from.
     fn sequences(&self, q: &Tensor, k: &Tensor) -> Result<(Vec<Lens>, usize)> {
         let (lengths, total_keys) = match &self.batch {
-            Batch::Dense => {
+            BatchLayout::Dense => {
                 let (batch, queries, keys) = (q.dims()[0], q.dims()[1], k.dims()[1]);
                 return Ok((vec![(queries, keys); batch], keys));
             }
-            Batch::Ragged(lengths) => (lengths, Some(k.dims()[0])),
-            Batch::Paged { lengths, page_size, .. } => {
+            BatchLayout::Ragged(lengths) => (lengths, Some(k.dims()[0])),
+            BatchLayout::Paged { lengths, page_size, .. } => {
                 let pages_of = k.dims()[1];
                 if *page_size != pages_of || pages_of == 0 {
                     bail!(
@@ -224,37 +224,39 @@ impl Attention<'_> {
         (mut spec, heads): (AttentionSpec, Heads),
         (visible, sequences): (Visible, Vec<Lens>),
         slopes: Option<Vec<f32>>,
-    ) -> Result<(Call, [Tensor; 3])> {
+    ) -> Result<(FlashAttnCall, [Tensor; 3])> {
         let (dtype, out) = (q.dtype(), q.shape().clone());
         let (q, q_view) = views::viewed(q, views::queries)?;
         let ([k, v], kv_views, gap, pages) = match &self.batch {
-            Batch::Paged { block_table, page_size, .. } => {
+            BatchLayout::Paged { block_table, page_size, .. } => {
                 let keys: Vec<usize> = sequences.iter().map(|&(_, keys)| keys).collect();
                 let pages = lengths::pages(block_table, &keys, *page_size)?;
                 let (tensors, views) = views::blocks(k, v)?;
                 (tensors, views, 0, Some((pages, *page_size)))
             }
-            Batch::Dense | Batch::Ragged(_) => {
+            BatchLayout::Dense | BatchLayout::Ragged(_) => {
                 let (tensors, views, apart) = views::keys_and_values(k, v)?;
-                let gap = if let Batch::Dense = self.batch { apart - sequences[0].1 } else { 0 };
+                let gap = if let BatchLayout::Dense = self.batch { apart - sequences[0].1 } else { 0 };
                 (tensors, views, gap, None)
             }
         };
         let requests = visible.requests(&sequences, gap);
         let queries = RaggedIndices::from_lens(requests.iter().map(|request| request.queries));
         let keys = match pages {
-            None => RaggedIndices::from_lens(requests.iter().map(|request| request.keys)).map(Keys::Ragged),
+            None => {
+                RaggedIndices::from_lens(requests.iter().map(|request| request.keys)).map(CallKeys::Ragged)
+            }
             Some((pages, page_size)) => {
                 let of = |request: &Request| request.sequence.map_or(&[][..], |at| &pages[at]);
                 let requests = requests.iter().map(|request| (of(request), request.keys));
-                PageIndices::from_requests(k.dims()[0], page_size, requests).map(Keys::Paged)
+                PageIndices::from_requests(k.dims()[0], page_size, requests).map(CallKeys::Paged)
             }
         };
         let [k_view, v_view] = kv_views;
         let views = [q_view, k_view, v_view];
         spec.backend =
             if self.is_for_fa3(&visible, &requests, &views, dtype)? { Backend::Auto } else { Backend::Fa2 };
-        let call = Call {
+        let call = FlashAttnCall {
             spec,
             heads,
             softmax_scale: self.softmax_scale.into(),
@@ -286,7 +288,7 @@ impl Attention<'_> {
             return Ok(false);
         }
         let several = requests.iter().filter(|request| request.keys > 0).count() > 1;
-        let paged = matches!(self.batch, Batch::Paged { .. });
+        let paged = matches!(self.batch, BatchLayout::Paged { .. });
         if several && !paged && views[1].stride()[0] != views[2].stride()[0] {
             return Ok(false);
         }
@@ -311,7 +313,7 @@ fn zeros(dtype: DType, len: usize) -> Result<CpuStorage> {
     })
 }
 
-impl Call {
+impl FlashAttnCall {
     /// The output's rows, heads and width.
     pub(super) fn rows(&self) -> [usize; 3] {
         [self.queries.total(), self.heads.num_qo_heads, self.spec.head_dim_vo]
@@ -329,16 +331,16 @@ impl Call {
         let mut out = tensor::on_cpu_mut(&mut storage, &Layout::contiguous((rows, heads, width)))?;
         let packed = self.visible.pack(&self.requests).map_err(tensor::error)?;
         let mask = match (&self.visible, &packed) {
-            (_, Some((indices, bits))) => reference::Mask::Custom(indices, bits),
-            (Visible::Causal { .. }, _) => reference::Mask::Causal,
-            _ => reference::Mask::None,
+            (_, Some((indices, bits))) => reference::HostMask::Custom(indices, bits),
+            (Visible::Causal { .. }, _) => reference::HostMask::Causal,
+            _ => reference::HostMask::None,
         };
         let slopes = self.slopes.as_ref().map(|slopes| TensorRef::from_slice(slopes, &[slopes.len()]));
         let options = self.options(slopes.transpose().map_err(tensor::error)?);
         let (paged, ragged) = (PagedKv::new(k, v, KvLayout::Nhd), [&k, &v]);
         let kv = match &self.keys {
-            Keys::Paged(table) => reference::KeysAndValues::Paged(&paged, table),
-            Keys::Ragged(keys) => reference::KeysAndValues::Ragged(ragged, keys),
+            CallKeys::Paged(table) => reference::KeysAndValues::Paged(&paged, table),
+            CallKeys::Ragged(keys) => reference::KeysAndValues::Ragged(ragged, keys),
         };
         reference::flash_attention(&self.spec, &q, &kv, &self.queries, &mut out, mask, &options)
             .map_err(tensor::error)?;
@@ -346,7 +348,7 @@ impl Call {
     }
 }
 
-impl CustomOp3 for Call {
+impl CustomOp3 for FlashAttnCall {
     fn name(&self) -> &'static str {
         "flash_attn"
     }

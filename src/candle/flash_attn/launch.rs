@@ -14,12 +14,12 @@ use candle_core::{
 
 use super::{
     super::tensor,
-    call::{Call, Keys},
+    call::{CallKeys, FlashAttnCall},
     visible::Visible,
 };
 use crate::{
     FlashInferError, Stream,
-    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PlanOptions, Workspace},
+    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, Workspace},
     cudarc::{exclusive, shared},
     dtype::Element,
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
@@ -48,7 +48,7 @@ pub(super) fn release_workspaces() {
 }
 
 /// Attention of CUDA tensors whose views are the call's.
-pub(super) fn attention(call: &Call, storages: [&CudaStorage; 3]) -> Result<CudaStorage> {
+pub(super) fn attention(call: &FlashAttnCall, storages: [&CudaStorage; 3]) -> Result<CudaStorage> {
     match storages[0].dtype() {
         DType::F16 => typed::<half::f16>(call, storages),
         DType::BF16 => typed::<half::bf16>(call, storages),
@@ -56,7 +56,7 @@ pub(super) fn attention(call: &Call, storages: [&CudaStorage; 3]) -> Result<Cuda
     }
 }
 
-fn typed<T>(call: &Call, storages: [&CudaStorage; 3]) -> Result<CudaStorage>
+fn typed<T>(call: &FlashAttnCall, storages: [&CudaStorage; 3]) -> Result<CudaStorage>
 where
     T: CudaDType + DeviceRepr + Element,
 {
@@ -86,7 +86,7 @@ struct OnStream {
     cuda: Arc<CudaStream>,
     modules: Vec<BatchPrefill>,
     /// The one that was used last comes last.
-    steps: Vec<Step>,
+    steps: Vec<DeviceBatch>,
 }
 
 impl OnStream {
@@ -108,7 +108,7 @@ impl OnStream {
 
     fn run(
         &mut self,
-        call: &Call,
+        call: &FlashAttnCall,
         q: &TensorRef<'_>,
         kv: [&TensorRef<'_>; 2],
         out: &mut TensorMut<'_>,
@@ -120,7 +120,7 @@ impl OnStream {
                 if self.steps.len() == MAX_STEPS {
                     self.steps.rotate_left(1);
                 } else {
-                    self.steps.push(Step::new(&self.stream, self.steps.first())?);
+                    self.steps.push(DeviceBatch::new(&self.stream, self.steps.first())?);
                 }
                 let last = self.steps.len() - 1;
                 self.steps[last].become_of(call, &self.stream, &self.cuda)?;
@@ -156,7 +156,7 @@ struct Key {
 }
 
 /// A batch on the device, and the workspace with its plan.
-struct Step {
+struct DeviceBatch {
     /// `None` until all of the rest belongs to it.
     key: Option<Key>,
     workspace: Workspace,
@@ -190,7 +190,7 @@ fn same_pages(one: &PageIndices, other: &PageIndices) -> bool {
         && one.indices() == other.indices()
 }
 
-impl Step {
+impl DeviceBatch {
     /// For a batch to come. Steps of a stream share the memory for partial
     /// results: they are one thread's, which enqueues one run after the other.
     fn new(stream: &Stream, other: Option<&Self>) -> Result<Self> {
@@ -211,22 +211,26 @@ impl Step {
     }
 
     /// Whether this is the call's batch.
-    fn is_of(&self, call: &Call) -> bool {
+    fn is_of(&self, call: &FlashAttnCall) -> bool {
         let of = |key: &Key| {
             (key.spec, key.heads) == (call.spec, call.heads)
                 && (&key.visible, &key.slopes) == (&call.visible, &call.slopes)
-                && key.paged == matches!(call.keys, Keys::Paged(_))
+                && key.paged == matches!(call.keys, CallKeys::Paged(_))
         };
         let queries = || self.queries.as_ref().is_some_and(|q| q.host().indptr() == call.queries.indptr());
         let keys = || match &call.keys {
-            Keys::Ragged(keys) => self.ragged.as_ref().is_some_and(|k| k.host().indptr() == keys.indptr()),
-            Keys::Paged(pages) => self.paged.as_ref().is_some_and(|table| same_pages(table.host(), pages)),
+            CallKeys::Ragged(keys) => {
+                self.ragged.as_ref().is_some_and(|k| k.host().indptr() == keys.indptr())
+            }
+            CallKeys::Paged(pages) => {
+                self.paged.as_ref().is_some_and(|table| same_pages(table.host(), pages))
+            }
         };
         self.key.as_ref().is_some_and(of) && queries() && keys()
     }
 
     /// Puts the call's batch in the place of the last one.
-    fn become_of(&mut self, call: &Call, stream: &Stream, cuda: &Arc<CudaStream>) -> Result<()> {
+    fn become_of(&mut self, call: &FlashAttnCall, stream: &Stream, cuda: &Arc<CudaStream>) -> Result<()> {
         self.key = None;
         let room = |requests: usize| requests.next_power_of_two().max(MIN_REQUESTS);
         put(&mut self.queries, call.queries.clone(), |host| {
@@ -234,11 +238,11 @@ impl Step {
             RaggedTable::with_capacity(stream, host, requests)
         })?;
         match &call.keys {
-            Keys::Ragged(keys) => put(&mut self.ragged, keys.clone(), |host| {
+            CallKeys::Ragged(keys) => put(&mut self.ragged, keys.clone(), |host| {
                 let requests = room(host.batch_size());
                 RaggedTable::with_capacity(stream, host, requests)
             })?,
-            Keys::Paged(pages) => put(&mut self.paged, pages.clone(), |host| {
+            CallKeys::Paged(pages) => put(&mut self.paged, pages.clone(), |host| {
                 let pages = host.indices().len().next_power_of_two().max(MIN_PAGES);
                 let requests = room(host.batch_size());
                 PageTable::with_capacity(stream, host, requests, pages)
@@ -259,7 +263,7 @@ impl Step {
             heads: call.heads,
             visible: call.visible.clone(),
             slopes: call.slopes.clone(),
-            paged: matches!(call.keys, Keys::Paged(_)),
+            paged: matches!(call.keys, CallKeys::Paged(_)),
         });
         Ok(())
     }
@@ -269,7 +273,7 @@ impl Step {
     fn run(
         &mut self,
         module: &BatchPrefill,
-        call: &Call,
+        call: &FlashAttnCall,
         cuda: &Arc<CudaStream>,
         q: &TensorRef<'_>,
         [k, v]: [&TensorRef<'_>; 2],
@@ -286,12 +290,13 @@ impl Step {
             (PlanOptions::default().with_mask(mask), call.options(slopes.as_ref().map(|s| s.view())));
         let workspace = &mut self.workspace;
         match (&call.keys, &self.queries, &self.ragged, &self.paged) {
-            (Keys::Ragged(_), Some(queries), Some(keys), _) => {
+            (CallKeys::Ragged(_), Some(queries), Some(keys), _) => {
                 module.plan_ragged(workspace, queries, keys, &options)?.run_with(q, [k, v], out, None, &run)
             }
-            (Keys::Paged(_), Some(queries), _, Some(table)) => {
+            (CallKeys::Paged(_), Some(queries), _, Some(table)) => {
                 let kv = PagedKv::new(*k, *v, KvLayout::Nhd);
-                module.plan_paged(workspace, queries, table, &options)?.run_with(q, &kv, out, None, &run)
+                let batch = PagedBatch::new(queries, table);
+                module.plan_paged(workspace, batch, &options)?.run_with(q, &kv, out, None, &run)
             }
             _ => Err(FlashInferError::invalid("flash_attn", "batch", "it is of another call")),
         }

@@ -7,7 +7,7 @@ mod launch;
 mod lengths;
 mod views;
 mod visible;
-use call::{Attention, Batch, Lengths};
+use call::{AttentionParams, BatchLayout, Lengths};
 use candle_core::{Result, Tensor};
 
 /// Either side of a causal mask.
@@ -51,7 +51,8 @@ pub fn release_workspaces() {
 /// ```
 pub fn flash_attn(q: &Tensor, k: &Tensor, v: &Tensor, softmax_scale: f32, causal: bool) -> Result<Tensor> {
     let window = causal_window(causal);
-    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch: Batch::Dense }.of(q, k, v)
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: None, batch: BatchLayout::Dense }
+        .of(q, k, v)
 }
 
 /// [`flash_attn`] with a window; the [rules](crate::candle#attention) have its
@@ -68,7 +69,8 @@ pub fn flash_attn_windowed(
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
     let window = [window_size_left, window_size_right];
-    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch: Batch::Dense }.of(q, k, v)
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: None, batch: BatchLayout::Dense }
+        .of(q, k, v)
 }
 
 /// [`flash_attn`] with ALiBi; the [rules](crate::candle#attention) have its
@@ -85,7 +87,8 @@ pub fn flash_attn_alibi(
     causal: bool,
 ) -> Result<Tensor> {
     let (window, alibi_slopes) = (causal_window(causal), Some(alibi_slopes));
-    Attention { softmax_scale, window, softcap: None, alibi_slopes, batch: Batch::Dense }.of(q, k, v)
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes, batch: BatchLayout::Dense }
+        .of(q, k, v)
 }
 
 /// [`flash_attn_alibi`] with a window.
@@ -102,7 +105,8 @@ pub fn flash_attn_alibi_windowed(
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
     let (window, alibi_slopes) = ([window_size_left, window_size_right], Some(alibi_slopes));
-    Attention { softmax_scale, window, softcap: None, alibi_slopes, batch: Batch::Dense }.of(q, k, v)
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes, batch: BatchLayout::Dense }
+        .of(q, k, v)
 }
 
 /// [`flash_attn_windowed`] with a soft cap, and with ALiBi if there are slopes.
@@ -121,7 +125,7 @@ pub fn flash_attn_alibi_windowed_softcap(
     softcap: f32,
 ) -> Result<Tensor> {
     let (window, softcap) = ([window_size_left, window_size_right], Some(softcap));
-    Attention { softmax_scale, window, softcap, alibi_slopes, batch: Batch::Dense }.of(q, k, v)
+    AttentionParams { softmax_scale, window, softcap, alibi_slopes, batch: BatchLayout::Dense }.of(q, k, v)
 }
 
 /// Attention of sequences of several lengths, which lie one after the other.
@@ -153,8 +157,8 @@ pub fn flash_attn_varlen(
     causal: bool,
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = (causal_window(causal), Batch::Ragged(lengths));
-    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch }.of(q, k, v)
+    let (window, batch) = (causal_window(causal), BatchLayout::Ragged(lengths));
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: None, batch }.of(q, k, v)
 }
 
 /// [`flash_attn_varlen`] with a window.
@@ -175,8 +179,8 @@ pub fn flash_attn_varlen_windowed(
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = ([window_size_left, window_size_right], Batch::Ragged(lengths));
-    Attention { softmax_scale, window, softcap: None, alibi_slopes: None, batch }.of(q, k, v)
+    let (window, batch) = ([window_size_left, window_size_right], BatchLayout::Ragged(lengths));
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: None, batch }.of(q, k, v)
 }
 
 /// [`flash_attn_varlen_windowed`] over keys and values in pages, called blocks
@@ -217,9 +221,10 @@ pub fn flash_attn_varlen_paged_windowed(
     softcap: Option<f32>,
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let batch = Batch::Paged { lengths, block_table, page_size: page_block_size, ranges: mm_prefix_ranges };
+    let batch =
+        BatchLayout::Paged { lengths, block_table, page_size: page_block_size, ranges: mm_prefix_ranges };
     let window = [window_size_left, window_size_right];
-    Attention { softmax_scale, window, softcap, alibi_slopes: None, batch }.of(q, k, v)
+    AttentionParams { softmax_scale, window, softcap, alibi_slopes: None, batch }.of(q, k, v)
 }
 
 /// [`flash_attn_varlen`] with ALiBi; see [`flash_attn_alibi`].
@@ -240,8 +245,9 @@ pub fn flash_attn_varlen_alibi(
     causal: bool,
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = (causal_window(causal), Batch::Ragged(lengths));
-    Attention { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }.of(q, k, v)
+    let (window, batch) = (causal_window(causal), BatchLayout::Ragged(lengths));
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }
+        .of(q, k, v)
 }
 
 /// [`flash_attn_varlen_alibi`] with a window.
@@ -263,8 +269,9 @@ pub fn flash_attn_varlen_alibi_windowed(
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = ([window_size_left, window_size_right], Batch::Ragged(lengths));
-    Attention { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }.of(q, k, v)
+    let (window, batch) = ([window_size_left, window_size_right], BatchLayout::Ragged(lengths));
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }
+        .of(q, k, v)
 }
 
 /// [`flash_attn_varlen_windowed`] with a soft cap, and with ALiBi if there are
@@ -288,6 +295,6 @@ pub fn flash_attn_varlen_alibi_windowed_softcap(
     softcap: f32,
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = ([window_size_left, window_size_right], Batch::Ragged(lengths));
-    Attention { softmax_scale, window, softcap: Some(softcap), alibi_slopes, batch }.of(q, k, v)
+    let (window, batch) = ([window_size_left, window_size_right], BatchLayout::Ragged(lengths));
+    AttentionParams { softmax_scale, window, softcap: Some(softcap), alibi_slopes, batch }.of(q, k, v)
 }

@@ -10,11 +10,12 @@
 //! `attention/scheduler.cuh` of FlashInfer 0.6.13.
 
 use super::{
-    batch_attention_work::{MixedBatch, Work, blocks, float_bytes, int_bytes},
+    batch_attention_work::{MixedBatch, MixedWork, blocks, float_bytes, int_bytes},
     empty_states,
     mask::{Mask, MaskTensors, requests_of},
     modules::Family,
     options::{PlanOptions, RunOptions, check_sm_scale},
+    paged_batch::PagedBatch,
     planned::{
         PlanInfo, Planned, Planning, ReplayKey, ReplayShape, check_gpu, check_output, check_workspace,
         host_indices, make_plan, run_over_pages,
@@ -24,10 +25,9 @@ use super::{
 };
 use crate::{
     capture,
-    cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
-    indices::{PageTable, RaggedTable},
+    indices::PageTable,
     kv::PagedKv,
     module::Module,
     ops::{check::Check, page::check_cache},
@@ -79,7 +79,7 @@ const PLAN_LEN: usize = 28;
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, BatchAttention, Heads,
-///     PlanOptions, Workspace}, cudarc::Tensor, kv::{KvLayout, PagedKv}, indices::{RaggedIndices,
+///     PagedBatch, PlanOptions, Workspace}, cudarc::Tensor, kv::{KvLayout, PagedKv}, indices::{RaggedIndices,
 ///     RaggedTable},
 /// };
 /// use half::bf16;
@@ -92,7 +92,7 @@ const PLAN_LEN: usize = 28;
 /// let queries = RaggedTable::new(&stream, RaggedIndices::from_lens([1, 8])?)?;
 /// let bytes = attention.float_bytes();
 /// let mut workspace = Workspace::with_sizes(&stream, bytes, Workspace::DEFAULT_INT_BYTES)?;
-/// let plan = attention.plan(&mut workspace, &queries, &table, &PlanOptions::causal())?;
+/// let plan = attention.plan(&mut workspace, PagedBatch::new(&queries, &table), &PlanOptions::causal())?;
 ///
 /// let q = Tensor::<bf16>::zeros(&stream, &[9, 32, 128])?;
 /// let kv = Tensor::<bf16>::zeros(&stream, &[8, 2, 16, 8, 128])?;
@@ -134,14 +134,13 @@ impl BatchAttention {
         }
         let (module, _) = spec.first_module(Family::Mixed, &[Backend::Fa2])?;
         let ordinal = stream.ordinal();
-        let multiprocessors =
-            FlashInferRuntime::get()?.cuda().attribute(ordinal, DeviceAttribute::MultiprocessorCount)?;
+        let multiprocessors = FlashInferRuntime::get()?.cuda().multiprocessors(ordinal)?;
         Ok(Self {
             spec: *spec,
             heads,
             group,
             ordinal,
-            blocks: blocks(multiprocessors.unsigned_abs() as usize, spec.head_dim_vo),
+            blocks: blocks(multiprocessors, spec.head_dim_vo),
             module,
             plan: module.kernel(Plan::SIGNATURES)?,
             run: module.kernel(Run::SIGNATURES)?,
@@ -176,7 +175,7 @@ impl BatchAttention {
     /// about 6 MiB, to the workspace.
     ///
     /// The plan serves every layer of the step. A step without queries gives a
-    /// plan whose runs do nothing. `queries` can change once it is planned.
+    /// plan whose runs do nothing.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument):
@@ -197,10 +196,10 @@ impl BatchAttention {
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
-        queries: &RaggedTable,
-        table: &'p PageTable,
+        batch: impl Into<PagedBatch<'p>>,
         options: &PlanOptions<'_>,
     ) -> Result<BatchAttentionPlan<'p>> {
+        let PagedBatch { queries, table } = batch.into();
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
         check_gpu(&check, "table", self.ordinal)?;
@@ -210,7 +209,7 @@ impl BatchAttention {
         let (heads, group) = (self.heads, self.group);
         let (queries, pages) = (queries.host(), table.host());
         let batch = MixedBatch { queries, pages, heads, group, causal, graph: options.graph };
-        let work = Work::of(&check, &self.spec, batch)?;
+        let work = MixedWork::of(&check, &self.spec, batch)?;
         work.check_limits(&check, self.blocks)?;
         check_workspace(&check, workspace)?;
         let info = if work.is_empty() { None } else { Some(self.plan_work(&check, workspace, &work)?) };
@@ -230,7 +229,12 @@ impl BatchAttention {
         })
     }
 
-    fn plan_work(&self, check: &Check<'_>, workspace: &mut Workspace, work: &Work<'_>) -> Result<PlanInfo> {
+    fn plan_work(
+        &self,
+        check: &Check<'_>,
+        workspace: &mut Workspace,
+        work: &MixedWork<'_>,
+    ) -> Result<PlanInfo> {
         let Heads { num_qo_heads, num_kv_heads } = work.heads;
         let float = float_bytes(self.blocks, num_kv_heads, self.spec.head_dim_vo);
         let need = Need { float, int: int_bytes(self.blocks) };

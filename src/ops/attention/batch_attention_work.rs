@@ -62,7 +62,7 @@ pub(super) struct MixedBatch<'a> {
 
 /// What the planner is given.
 #[derive(Debug)]
-pub(super) struct Work<'a> {
+pub(super) struct MixedWork<'a> {
     pub(super) queries: &'a RaggedIndices,
     pub(super) table: &'a PageIndices,
     pub(super) kv_lens: Vec<i32>,
@@ -74,7 +74,7 @@ pub(super) struct Work<'a> {
     pub(super) graph: bool,
 }
 
-impl<'a> Work<'a> {
+impl<'a> MixedWork<'a> {
     /// Compares queries with a page table.
     pub(super) fn of(check: &Check<'_>, spec: &AttentionSpec, batch: MixedBatch<'a>) -> Result<Self> {
         let MixedBatch { queries, pages: table, heads, group, causal, graph } = batch;
@@ -169,7 +169,7 @@ mod tests {
         requests: &[(usize, usize)],
         heads: Heads,
         (causal, graph): (bool, Option<usize>),
-        use_work: impl FnOnce(&Check<'_>, &Work<'_>) -> Result<R>,
+        use_work: impl FnOnce(&Check<'_>, &MixedWork<'_>) -> Result<R>,
     ) -> Result<R> {
         let page_size = requests.iter().map(|&(_, tokens)| tokens).max().unwrap_or(1).max(1);
         let pages =
@@ -179,7 +179,7 @@ mod tests {
         let spec = AttentionSpec::new(DType::BF16, 128);
         let group = heads.check("test")?;
         let batch = MixedBatch { queries: &queries, pages: &table, heads, group, causal, graph };
-        on_a_stream(|check| use_work(check, &Work::of(check, &spec, batch)?))
+        on_a_stream(|check| use_work(check, &MixedWork::of(check, &spec, batch)?))
     }
 
     fn limits(requests: &[(usize, usize)], heads: Heads, options: (bool, Option<usize>)) -> Result<()> {
@@ -231,7 +231,7 @@ mod tests {
                 causal: true,
                 graph: None,
             };
-            Work::of(check, &AttentionSpec::new(DType::BF16, 128), batch).map(drop)
+            MixedWork::of(check, &AttentionSpec::new(DType::BF16, 128), batch).map(drop)
         });
         refused(other, "queries");
     }
@@ -258,7 +258,7 @@ mod tests {
         assert!(limits(&[(128, (1 << 31) - 1)], one, UNMASKED).is_ok());
         let long = RaggedIndices::from_lens([128 * 300]).unwrap();
         let tokens = with_work(&[(1, (1 << 31) - 1)], one, UNMASKED, |check, work| {
-            Work { queries: &long, kv_lens: work.kv_lens.clone(), ..*work }.check_limits(check, BLOCKS)
+            MixedWork { queries: &long, kv_lens: work.kv_lens.clone(), ..*work }.check_limits(check, BLOCKS)
         });
         refused(tokens, "table");
     }

@@ -156,7 +156,7 @@ mod tests {
                 let call = if decode {
                     reference::batch_decode(&spec, &q, &kv, &table, &mut out, lse, &options)
                 } else {
-                    let mask = reference::Mask::Causal;
+                    let mask = reference::HostMask::Causal;
                     reference::batch_prefill_paged(
                         &spec, &q, &kv, &queries, &table, &mut out, lse, mask, &options,
                     )

@@ -13,6 +13,7 @@
 use super::{
     mask::Mask,
     options::{PlanOptions, RunOptions},
+    paged_batch::PagedBatch,
     planned::{ReplayKey, run_over_pages},
     prefill::{BatchPrefill, PrefillPlan},
     spec::{AttentionSpec, Backend, Heads, PosEncodingMode},
@@ -23,7 +24,7 @@ use crate::{
     cuda::DeviceBuffer,
     dtype::DType,
     error::{FlashInferError, Result},
-    indices::{PageTable, RaggedTable},
+    indices::PageTable,
     kv::PagedKv,
     module::Module,
     ops::check::Check,
@@ -43,8 +44,8 @@ const ALIGNMENT: usize = 256;
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, CascadeLevel,
-///     CascadeWorkspace, Heads, MultiLevelCascade, PlanOptions}, cudarc::Tensor, kv::{KvLayout,
+///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, CascadeWorkspace,
+///     Heads, MultiLevelCascade, PagedBatch, PlanOptions}, cudarc::Tensor, kv::{KvLayout,
 ///     PagedKv}, indices::{RaggedIndices, RaggedTable},
 /// };
 /// use half::f16;
@@ -60,7 +61,7 @@ const ALIGNMENT: usize = 256;
 /// let own = PageIndices::from_requests(9, 16, [(&[4][..], 5), (&[5, 6][..], 20), (&[7][..], 1)])?;
 /// let (shared, own) = (PageTable::new(&stream, shared)?, PageTable::new(&stream, own)?);
 /// let levels =
-///     [CascadeLevel { queries: &all, table: &shared }, CascadeLevel { queries: &each, table: &own }];
+///     [PagedBatch::new(&all, &shared), PagedBatch::new(&each, &own)];
 /// let plan = attention.plan(&mut workspace, &levels, &PlanOptions::default())?;
 ///
 /// // For each layer:
@@ -76,16 +77,6 @@ pub struct MultiLevelCascade {
     prefill: BatchPrefill,
     dtype_o: DType,
     head_dim: usize,
-}
-
-/// One level: which queries are together, and over which pages.
-#[derive(Clone, Copy, Debug)]
-pub struct CascadeLevel<'p> {
-    /// The queries of each request of the level. All levels have the same
-    /// queries in the same order.
-    pub queries: &'p RaggedTable,
-    /// The pages of each request of the level.
-    pub table: &'p PageTable,
 }
 
 /// The workspaces of a cascade, one for each level, and memory for the state
@@ -171,7 +162,8 @@ impl MultiLevelCascade {
         self.prefill.backend()
     }
 
-    /// Plans each level. Levels come in any order but for the last, which
+    /// Plans each level: which queries are together, and over which pages. All levels
+    /// have the same queries in the same order. Levels come in any order but for the last, which
     /// alone has the mask: with [`Mask::Causal`](super::Mask::Causal), its queries
     /// see its keys up to their position. All keys of the other levels are seen in
     /// any case. In a plan for a graph, each level's number of requests must stay.
@@ -184,7 +176,7 @@ impl MultiLevelCascade {
     pub fn plan<'p>(
         &self,
         workspace: &'p mut CascadeWorkspace,
-        levels: &[CascadeLevel<'p>],
+        levels: &[PagedBatch<'p>],
         options: &PlanOptions<'_>,
     ) -> Result<CascadePlan<'p>> {
         let Some(last) = levels.last() else {
@@ -203,8 +195,7 @@ impl MultiLevelCascade {
                 format!("it is for {available} levels; the cascade has {}", levels.len()),
             );
         }
-        let cache =
-            |level: &CascadeLevel<'_>| (level.table.host().num_pages(), level.table.host().page_size());
+        let cache = |level: &PagedBatch<'_>| (level.table.host().num_pages(), level.table.host().page_size());
         let total = last.queries.host().total();
         for (at, level) in levels.iter().enumerate() {
             let rows = level.queries.host().total();
@@ -224,11 +215,11 @@ impl MultiLevelCascade {
             }
         }
         let CascadeWorkspace { levels: workspaces, states, held } = workspace;
-        let plan = |((at, level), workspace): ((usize, &CascadeLevel<'p>), &'p mut Workspace)| {
+        let plan = |((at, level), workspace): ((usize, &PagedBatch<'p>), &'p mut Workspace)| {
             let mask = if causal && at + 1 == levels.len() { Mask::Causal } else { Mask::None };
             let own = PlanOptions { mask, graph: options.graph, split: options.split };
             self.prefill
-                .plan_paged(workspace, level.queries, level.table, &own)
+                .plan_paged(workspace, *level, &own)
                 .map_err(|error| error.in_part(&format!("level {at}")))
         };
         let plans: Vec<_> =

@@ -19,14 +19,13 @@ use super::{
         check_workspace, host_indices, make_plan, run_over_pages,
     },
     prefill_batch::{BatchShape, PrefillBatch},
-    prefill_kernels::{Pages, PrefillKernels, RunTensors},
+    prefill_kernels::{PageArrays, PrefillKernels, RunTensors},
     resolve::flash_attention,
     spec::{AttentionSpec, Backend, Heads},
     workspace::{Need, Workspace},
 };
 use crate::{
     capture,
-    cuda::DeviceAttribute,
     device::Device,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, Signature, TensorObject, kernels},
@@ -214,9 +213,10 @@ impl BatchDecode {
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
-        table: &'p PageTable,
+        table: impl Into<&'p PageTable>,
         options: &PlanOptions<'_>,
     ) -> Result<DecodePlan<'p>> {
+        let table = table.into();
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
         let batch = table.host().batch_size();
@@ -270,7 +270,7 @@ impl BatchDecode {
                         split: options.split,
                     },
                 };
-                Some(kernels.make_plan(&check, workspace, &batch)?)
+                Some(kernels.make_plan(&check, workspace, batch)?)
             }
         };
         Ok(DecodePlan {
@@ -295,7 +295,6 @@ impl BatchDecode {
         let batch = indices.batch_size();
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
-        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
         let planned = planned_indptr(indices.indptr());
         let need = Need::of_decode(
             &planned,
@@ -303,7 +302,7 @@ impl BatchDecode {
             self.heads,
             self.spec.head_dim_vo,
             for_graph,
-            multiprocessors.unsigned_abs() as usize,
+            cuda.multiprocessors(stream.ordinal())?,
         );
         let planning = Planning { need, for_graph, clear: false, numbers: PLAN_LEN };
         let indptr = host_indices(&planned)?;
@@ -420,7 +419,7 @@ impl DecodePlan<'_> {
                 // device copies of those that the plan was made from, checked
                 // against a cache of at most this many pages; the workspace is
                 // the plan's, on its stream.
-                unsafe { kernels.run_paged(&run, table.stream(), kv, &Pages::of(table)?) }?;
+                unsafe { kernels.run_paged(&run, table.stream(), kv, &PageArrays::of(table)?) }?;
             }
             (Kernels::CudaCores(kernels), _) => {
                 OutputScale::check_ready(&check, spec.dtype_o, options.v_scale)?;
@@ -433,8 +432,12 @@ impl DecodePlan<'_> {
         let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
         let (indptr, last_page_len) = (table.indptr()?, table.last_page_len()?);
         let page_size = table.host().page_size();
-        let rows = empty_states::Rows {
-            keys: empty_states::Keys::Paged { indptr: &indptr, last_page_len: &last_page_len, page_size },
+        let rows = empty_states::EmptyRows {
+            keys: empty_states::KeyLengths::Paged {
+                indptr: &indptr,
+                last_page_len: &last_page_len,
+                page_size,
+            },
             qo_indptr: None,
             batch: table.host().batch_size(),
             mask: &MaskTensors::NONE,

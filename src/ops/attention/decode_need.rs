@@ -30,13 +30,17 @@ impl Need {
         let requests = indptr.len() - 1;
         let most = MAX_BLOCKS_PER_SM * multiprocessors / heads.num_kv_heads;
         let least = (LEAST_CHUNK / page_size).max(1);
-        let pages = indptr.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+        let mut pages = indptr.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
         let chunks = if requests >= most {
             requests
         } else if for_graph {
             most
         } else {
-            pages.map(|pages| pages.div_ceil(least)).sum::<usize>().min(most)
+            // As soon as there are as many, more do not matter.
+            let add = |chunks: usize, pages: usize| {
+                Some(chunks + pages.div_ceil(least)).filter(|&chunks| chunks < most)
+            };
+            pages.try_fold(0, add).unwrap_or(most)
         };
         let divided = requests < most && (for_graph || chunks > requests);
         let each = chunks * size_of::<i32>();

@@ -61,7 +61,7 @@ pub(super) fn check_ready(check: &Check<'_>, stream: &Stream) -> Result<()> {
 }
 
 /// The keys of each request, as index arrays on the device say.
-pub(super) enum Keys<'a> {
+pub(super) enum KeyLengths<'a> {
     Paged {
         indptr: &'a RawTensor,
         last_page_len: &'a RawTensor,
@@ -75,8 +75,8 @@ pub(super) enum Keys<'a> {
 }
 
 /// The queries of a run, and what they see.
-pub(super) struct Rows<'a> {
-    pub(super) keys: Keys<'a>,
+pub(super) struct EmptyRows<'a> {
+    pub(super) keys: KeyLengths<'a>,
     /// Offsets of queries; without them, each request has one, or the only
     /// request has all.
     pub(super) qo_indptr: Option<&'a RawTensor>,
@@ -86,7 +86,7 @@ pub(super) struct Rows<'a> {
     pub(super) sinks: Option<&'a TensorRef<'a>>,
 }
 
-impl Rows<'_> {
+impl EmptyRows<'_> {
     /// Enqueues the writing of −∞, or of the sink, as the LSE of each row that
     /// sees no key.
     ///
@@ -100,11 +100,11 @@ impl Rows<'_> {
         }
         let address = |tensor: Option<&RawTensor>| tensor.map_or(0, |tensor| tensor.data as u64);
         let (indptr, last_page_len, page_size, keys) = match self.keys {
-            Keys::Paged { indptr, last_page_len, page_size } => {
+            KeyLengths::Paged { indptr, last_page_len, page_size } => {
                 (Some(indptr), Some(last_page_len), page_size as u32, 0)
             }
-            Keys::Ragged { indptr } => (Some(indptr), None, 1, 0),
-            Keys::One(keys) => (None, None, 1, keys as u32),
+            KeyLengths::Ragged { indptr } => (Some(indptr), None, 1, 0),
+            KeyLengths::One(keys) => (None, None, 1, keys as u32),
         };
         let [bits, mask_indptr] = [0, 1].map(|at| self.mask.custom.as_ref().map(|mask| &mask[at]));
         let sinks = self.sinks.map(|sinks| &sinks.raw);
@@ -118,7 +118,7 @@ impl Rows<'_> {
     }
 }
 
-/// As [`Rows::mark`], for a mixed batch, by the planner's arrays of work items.
+/// As [`EmptyRows::mark`], for a mixed batch, by the planner's arrays of work items.
 ///
 /// # Safety
 /// `info` must be of a plan of `BatchAttention` that is in `int`, the LSE have

@@ -11,8 +11,9 @@
 use super::{
     batch_run::ANY_BACKEND,
     mla_spec::MlaSpec,
-    mla_work::{Work, int_bytes},
+    mla_work::{MlaWork, int_bytes},
     options::{PlanOptions, check_sm_scale},
+    paged_batch::PagedBatch,
     planned::{PlanInfo, Planned, Planning, check_gpu, check_lse, check_workspace, host_indices, make_plan},
     resolve::flash_attention,
     spec::Backend,
@@ -21,7 +22,6 @@ use super::{
 use crate::{
     artifacts::FlashInferVersion,
     capture,
-    cuda::DeviceAttribute,
     dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, Signature, kernels},
@@ -111,8 +111,8 @@ impl<'a> MlaQuery<'a> {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     DType, PageIndices, PageTable, Stream, attention::{BatchMla, MlaQuery, MlaSpec, PlanOptions,
-///     Workspace}, cudarc::Tensor, kv::MlaCache, indices::RaggedIndices,
+///     DType, PageIndices, PageTable, Stream, attention::{BatchMla, MlaQuery, MlaSpec, PagedBatch,
+///     PlanOptions, Workspace}, cudarc::Tensor, kv::MlaCache, indices::{RaggedIndices, RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -122,9 +122,9 @@ impl<'a> MlaQuery<'a> {
 /// // One request decodes its 50th token; one has prefilled 20, of which the last 8 now.
 /// let requests = [(&[0, 1, 2, 3][..], 50), (&[5, 4][..], 20)];
 /// let table = PageTable::new(&stream, PageIndices::from_requests(8, 16, requests)?)?;
-/// let queries = RaggedIndices::from_lens([1, 8])?;
+/// let queries = RaggedTable::new(&stream, RaggedIndices::from_lens([1, 8])?)?;
 /// let mut workspace = Workspace::new(&stream)?;
-/// let plan = mla.plan(&mut workspace, &queries, &table, &PlanOptions::causal())?;
+/// let plan = mla.plan(&mut workspace, PagedBatch::new(&queries, &table), &PlanOptions::causal())?;
 ///
 /// let q = Tensor::<bf16>::zeros(&stream, &[9, 16, 576])?;
 /// let cache = Tensor::<bf16>::zeros(&stream, &[8, 16, 576])?;
@@ -215,13 +215,15 @@ impl BatchMla {
     pub fn plan<'p>(
         &self,
         workspace: &'p mut Workspace,
-        queries: &RaggedIndices,
-        table: &'p PageTable,
+        batch: impl Into<PagedBatch<'p>>,
         options: &PlanOptions<'_>,
     ) -> Result<MlaPlan<'p>> {
+        let PagedBatch { queries, table } = batch.into();
         let stream = table.stream();
         let check = Check::new(PLAN_OP, stream)?;
         check_gpu(&check, "table", self.ordinal)?;
+        check.on_stream("queries", queries.stream())?;
+        let queries = queries.host();
         let causal = options.is_causal("latent attention")?;
         options.split.refuse("latent attention")?;
         if options.graph.is_some() {
@@ -233,7 +235,7 @@ impl BatchMla {
                         .into(),
             });
         }
-        let work = Work::of(&check, queries, table.host(), self.num_heads, causal)?;
+        let work = MlaWork::of(&check, queries, table.host(), self.num_heads, causal)?;
         check_workspace(&check, workspace)?;
         let info = match work.kv_lens.len() {
             0 => None,
@@ -252,12 +254,11 @@ impl BatchMla {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        work: &Work,
+        work: &MlaWork,
         stream: &Stream,
     ) -> Result<PlanInfo> {
         let cuda = FlashInferRuntime::get()?.cuda();
-        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let multiprocessors = multiprocessors.unsigned_abs() as usize;
+        let multiprocessors = cuda.multiprocessors(stream.ordinal())?;
         work.check_limits(check, multiprocessors)?;
         let need = Need { float: work.float_bytes(multiprocessors), int: int_bytes(multiprocessors) };
         let planning = Planning { need, for_graph: false, clear: false, numbers: PLAN_LEN };
@@ -421,7 +422,7 @@ pub(crate) fn check_mla_plan(
     num_heads: usize,
     causal: bool,
 ) -> Result<()> {
-    let work = Work::of(check, queries, table, num_heads, causal)?;
+    let work = MlaWork::of(check, queries, table, num_heads, causal)?;
     if work.kv_lens.is_empty() { Ok(()) } else { work.check_tiles(check) }
 }
 

@@ -20,17 +20,19 @@ const BLOCK_TILE: usize = 64;
 /// Requests without queries make no work. Left in, they would lower the
 /// average from which the planner picks its tile.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct MlaWork {
     pub(super) qo_indptr: Vec<i32>,
     /// Where each request's pages start, and where the last one's end.
     pub(super) kv_indptr: Vec<i32>,
     pub(super) kv_lens: Vec<i32>,
     pub(super) num_heads: usize,
+    /// Blocks that work together.
+    cluster: usize,
     /// Whether a mask is needed: a single query sees all tokens anyway.
     pub(super) causal: bool,
 }
 
-impl Work {
+impl MlaWork {
     /// Compares queries with a page table.
     pub(super) fn of(
         check: &Check<'_>,
@@ -50,8 +52,12 @@ impl Work {
                 ),
             );
         }
-        let mut work =
-            Self { qo_indptr: vec![0], kv_indptr: vec![0], kv_lens: Vec::new(), num_heads, causal: false };
+        let room = queries.batch_size();
+        let [mut qo_indptr, mut kv_indptr] = [(); 2].map(|()| Vec::with_capacity(room + 1));
+        qo_indptr.push(0);
+        kv_indptr.push(0);
+        let kv_lens = Vec::with_capacity(room);
+        let mut work = Self { qo_indptr, kv_indptr, kv_lens, num_heads, cluster: 1, causal: false };
         for request in 0..queries.batch_size() {
             let (qo_len, kv_len) = (queries.len(request), table.seq_len(request));
             if causal && qo_len > kv_len {
@@ -71,6 +77,10 @@ impl Work {
                 work.kv_lens.push(kv_len as i32);
             }
         }
+        let rows = queries.total() * num_heads;
+        if rows.checked_div(work.kv_lens.len()).is_some_and(|mean| mean > BLOCK_TILE) {
+            work.cluster = 2;
+        }
         Ok(work)
     }
 
@@ -79,16 +89,10 @@ impl Work {
         self.qo_indptr.windows(2).map(|queries| (queries[1] - queries[0]) as usize * self.num_heads)
     }
 
-    /// Blocks that work together.
-    fn cluster(&self) -> usize {
-        let rows: usize = self.rows().sum();
-        if rows / self.kv_lens.len() > BLOCK_TILE { 2 } else { 1 }
-    }
-
     /// Refuses what the planner or the kernels get wrong without a word.
     pub(super) fn check_limits(&self, check: &Check<'_>, multiprocessors: usize) -> Result<()> {
-        let tile = self.cluster() * BLOCK_TILE;
-        let clusters = multiprocessors / self.cluster();
+        let tile = self.cluster * BLOCK_TILE;
+        let clusters = multiprocessors / self.cluster;
         if clusters == 0 {
             return check.fail("stream", format!("the GPU has {multiprocessors} multiprocessors"));
         }
@@ -96,7 +100,11 @@ impl Work {
         // which its tokens are cut. A part has at least the tokens of all
         // tiles divided by the number of clusters, so there are at most as
         // many further parts as clusters.
-        let tiles: usize = self.rows().map(|rows| rows.div_ceil(tile)).sum();
+        let of_request =
+            self.rows().zip(&self.kv_lens).map(|(rows, &len)| (rows.div_ceil(tile), len as usize));
+        let (tiles, tokens, longest) = of_request.fold((0, 0, 0), |(sum, tokens, longest), (tiles, len)| {
+            (sum + tiles, tokens + tiles * len, len.max(longest))
+        });
         if tiles + clusters > MAX_WORKS {
             return check.fail(
                 "queries",
@@ -109,9 +117,6 @@ impl Work {
         }
         // The planner keeps these in 32 bits: the tokens of a request, twice,
         // and the share of a cluster, rounded up to a multiple of 256.
-        let tokens: usize =
-            self.rows().zip(&self.kv_lens).map(|(rows, &len)| rows.div_ceil(tile) * len as usize).sum();
-        let longest = self.kv_lens.iter().copied().max().unwrap_or_default() as usize;
         if longest * 2 > i32::MAX as usize || tokens / clusters > i32::MAX as usize - 512 {
             return check.fail(
                 "table",
@@ -126,7 +131,7 @@ impl Work {
 
     /// Refuses tiles with which the kernels would leave keys out.
     pub(super) fn check_tiles(&self, check: &Check<'_>) -> Result<()> {
-        let tile = self.cluster() * BLOCK_TILE;
+        let tile = self.cluster * BLOCK_TILE;
         // The kernels round down where a tile ends inside a query, and then
         // may leave out the last key that this query sees. The last tile of a
         // request ends after all of its queries.
@@ -147,7 +152,7 @@ impl Work {
     /// Bytes of partial results: for two tiles of each cluster, outputs of 16
     /// bits and their sums.
     pub(super) fn float_bytes(&self, multiprocessors: usize) -> usize {
-        let cluster = self.cluster();
+        let cluster = self.cluster;
         let rows = 2 * (multiprocessors / cluster) * cluster * BLOCK_TILE;
         arrays([rows * MLA_DIMS[0] as usize * 2, rows * size_of::<f32>()])
     }
@@ -157,7 +162,7 @@ impl Work {
 /// are five of all multiprocessors.
 pub(super) fn int_bytes(multiprocessors: usize) -> usize {
     let (works, merges) = (MAX_WORKS * size_of::<i32>(), multiprocessors * size_of::<i32>());
-    arrays([[works; 3].as_slice(), &[merges; 5], &[works; 6]].concat())
+    arrays([works; 3].into_iter().chain([merges; 5]).chain([works; 6]))
 }
 
 #[cfg(test)]
@@ -176,13 +181,13 @@ mod tests {
     const MULTIPROCESSORS: usize = 132;
 
     /// The work of requests with these queries and tokens, all tokens in one page.
-    fn work(requests: &[(usize, usize)], num_heads: usize, causal: bool) -> Result<Work> {
+    fn work(requests: &[(usize, usize)], num_heads: usize, causal: bool) -> Result<MlaWork> {
         let page_size = requests.iter().map(|&(_, tokens)| tokens).max().unwrap_or(1).max(1);
         let pages =
             requests.iter().map(|&(_, tokens)| (if tokens == 0 { &[][..] } else { &[0][..] }, tokens));
         let table = PageIndices::from_requests(1, page_size, pages)?;
         let queries = RaggedIndices::from_lens(requests.iter().map(|&(queries, _)| queries))?;
-        on_a_stream(|check| Work::of(check, &queries, &table, num_heads, causal))
+        on_a_stream(|check| MlaWork::of(check, &queries, &table, num_heads, causal))
     }
 
     fn limits(requests: &[(usize, usize)], num_heads: usize, causal: bool) -> Result<()> {
@@ -206,12 +211,12 @@ mod tests {
             PageIndices::from_requests(9, 4, [(&[8, 1][..], 5), (&[3][..], 1), (&[][..], 0), (&[2][..], 4)])
                 .unwrap();
         let queries = RaggedIndices::from_lens([2, 0, 3, 1]).unwrap();
-        let work = on_a_stream(|check| Work::of(check, &queries, &table, 16, false)).unwrap();
+        let work = on_a_stream(|check| MlaWork::of(check, &queries, &table, 16, false)).unwrap();
         assert_eq!(work.qo_indptr, [0, 2, 5, 6]);
         assert_eq!(work.kv_indptr, [0, 3, 3, 4]);
         assert_eq!(work.kv_lens, [5, 0, 4]);
         let none = RaggedIndices::from_lens([0; 4]).unwrap();
-        let work = on_a_stream(|check| Work::of(check, &none, &table, 16, false)).unwrap();
+        let work = on_a_stream(|check| MlaWork::of(check, &none, &table, 16, false)).unwrap();
         assert!(work.kv_lens.is_empty());
     }
 
@@ -232,7 +237,7 @@ mod tests {
         refused(work(&[(2, 9)], usize::MAX, false), "num_heads");
         let table = PageIndices::from_requests(1, 4, [(&[0][..], 1)]).unwrap();
         let queries = RaggedIndices::from_lens([1, 1]).unwrap();
-        refused(on_a_stream(|check| Work::of(check, &queries, &table, 16, false)), "queries");
+        refused(on_a_stream(|check| MlaWork::of(check, &queries, &table, 16, false)), "queries");
     }
 
     #[test]
@@ -274,7 +279,7 @@ mod tests {
             {
                 continue;
             }
-            let (cluster, tile) = (work.cluster(), work.cluster() * BLOCK_TILE);
+            let (cluster, tile) = (work.cluster, work.cluster * BLOCK_TILE);
             let clusters = multiprocessors / cluster;
             let tiles = || {
                 work.rows().zip(&work.kv_lens).flat_map(|(rows, &len)| {

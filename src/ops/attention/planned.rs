@@ -37,11 +37,11 @@ impl PlanInfo {
             Some((object, bytes)) => (object, Some(bytes)),
             None => (object.clone(), None),
         };
-        let numbers = object.to_ints().filter(|numbers| numbers.len() == len);
+        let numbers = object.ints().filter(|numbers: &Arc<[i64]>| numbers.len() == len);
         let to_copy = to_copy.map(|bytes| usize::try_from(bytes).ok().filter(|&bytes| bytes <= room));
         match (numbers, to_copy) {
-            (Some(numbers), None) => Ok((Self { object, numbers: numbers.into() }, None)),
-            (Some(numbers), Some(Some(bytes))) => Ok((Self { object, numbers: numbers.into() }, Some(bytes))),
+            (Some(numbers), None) => Ok((Self { object, numbers }, None)),
+            (Some(numbers), Some(Some(bytes))) => Ok((Self { object, numbers }, Some(bytes))),
             _ => Err(Self::unexpected(value, len)),
         }
     }

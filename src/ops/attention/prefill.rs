@@ -8,12 +8,13 @@ use super::{
     mask::{MaskTensors, requests_of},
     modules::Family,
     options::{PlanOptions, RunOptions},
+    paged_batch::PagedBatch,
     planned::{
         PlanInfo, Planned, ReplayKey, ReplayShape, check_described, check_rows, check_workspace,
         run_over_pages,
     },
     prefill_batch::{BatchShape, PrefillBatch, stand_in_width},
-    prefill_kernels::{Pages, PrefillKernels, RUN_OP, RunTensors},
+    prefill_kernels::{PageArrays, PrefillKernels, RUN_OP, RunTensors},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
 };
@@ -118,7 +119,7 @@ impl BatchPrefill {
         self.kernels.backend()
     }
 
-    /// Plans attention of `queries` to the pages of `table`.
+    /// Plans attention of the queries of a batch to its pages.
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument): batch sizes or
@@ -135,10 +136,10 @@ impl BatchPrefill {
     pub fn plan_paged<'p>(
         &self,
         workspace: &'p mut Workspace,
-        queries: &'p RaggedTable,
-        table: &'p PageTable,
+        batch: impl Into<PagedBatch<'p>>,
         options: &PlanOptions<'p>,
     ) -> Result<PrefillPlan<'p, PageTable>> {
+        let PagedBatch { queries, table } = batch.into();
         self.kernels.spec.check_paged()?;
         let indices = table.host();
         let lens = indices.seq_lens();
@@ -229,7 +230,7 @@ impl BatchPrefill {
                     split: options.split,
                 },
             };
-            Some(self.kernels.make_plan(&check, workspace, &batch)?)
+            Some(self.kernels.make_plan(&check, workspace, batch)?)
         };
         Ok(PrefillPlan {
             kernels: self.kernels,
@@ -327,12 +328,12 @@ impl<K> PrefillPlan<'_, K> {
     /// The sums must have been checked for this plan, whose keys these are.
     unsafe fn mark_empty(
         &self,
-        keys: empty_states::Keys<'_>,
+        keys: empty_states::KeyLengths<'_>,
         lse: Option<&TensorMut<'_>>,
         options: &RunOptions<'_>,
     ) -> Result<()> {
         let Some(lse) = lse.filter(|_| self.empty) else { return Ok(()) };
-        let rows = empty_states::Rows {
+        let rows = empty_states::EmptyRows {
             keys,
             qo_indptr: Some(&self.queries.indptr()?),
             batch: self.queries.host().batch_size(),
@@ -400,11 +401,16 @@ impl PrefillPlan<'_, PageTable> {
         // those that the plan was made from, checked against a cache of at
         // most this many pages; the workspace is the plan's, on its stream.
         unsafe {
-            let (run, pages) = (self.tensors(info, &qo_indptr, q, out, lse, options), Pages::of(self.keys)?);
+            let (run, pages) =
+                (self.tensors(info, &qo_indptr, q, out, lse, options), PageArrays::of(self.keys)?);
             self.kernels.run_paged(&run, stream, kv, &pages)?;
             let (indptr, last_page_len) = (&pages.indptr, &pages.last_page_len);
             let page_size = self.keys.host().page_size();
-            self.mark_empty(empty_states::Keys::Paged { indptr, last_page_len, page_size }, lse, options)
+            self.mark_empty(
+                empty_states::KeyLengths::Paged { indptr, last_page_len, page_size },
+                lse,
+                options,
+            )
         }
     }
 }
@@ -474,12 +480,12 @@ impl PrefillPlan<'_, RaggedTable> {
                     let [k, v] = as_pages(&check, [&k, &v])?;
                     let kv = PagedKv::new(TensorRef::new(k), TensorRef::new(v), KvLayout::Nhd);
                     // FlashAttention 3 does not look at lengths of last pages.
-                    let pages = Pages { indptr, indices: *numbers, last_page_len: *numbers };
+                    let pages = PageArrays { indptr, indices: *numbers, last_page_len: *numbers };
                     self.kernels.run_paged(&run, stream, &kv, &pages)?;
                 }
                 None => self.kernels.run_ragged(&run, [&k, &v], self.keys)?,
             }
-            self.mark_empty(empty_states::Keys::Ragged { indptr: &indptr }, lse, options)
+            self.mark_empty(empty_states::KeyLengths::Ragged { indptr: &indptr }, lse, options)
         }
     }
 }

@@ -41,12 +41,12 @@ pub(super) struct BatchShape {
 
 impl PrefillBatch<'_> {
     /// The same with arrays of its own.
-    pub(super) fn to_owned(&self) -> PrefillBatch<'static> {
-        let own = |array: &[i32]| Cow::Owned(array.to_vec());
+    pub(super) fn into_owned(self) -> PrefillBatch<'static> {
+        let own = |array: Cow<'_, [i32]>| Cow::Owned(array.into_owned());
         PrefillBatch {
-            qo_indptr: own(&self.qo_indptr),
-            kv_indptr: own(&self.kv_indptr),
-            kv_lens: own(&self.kv_lens),
+            qo_indptr: own(self.qo_indptr),
+            kv_indptr: own(self.kv_indptr),
+            kv_lens: own(self.kv_lens),
             shape: self.shape,
         }
     }
@@ -56,9 +56,11 @@ impl PrefillBatch<'_> {
 /// planner takes the keys of the last query for those of all, and would leave out
 /// keys of the others.
 pub(super) fn must_stay_whole(spec: &AttentionSpec, batch: &PrefillBatch<'_>) -> bool {
-    let several = batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1);
-    let several = several || batch.shape.cuda_graph && batch.shape.rows > batch.kv_lens.len();
-    spec.window_left.is_some() && !batch.shape.causal && several
+    let several = || {
+        batch.shape.cuda_graph && batch.shape.rows > batch.kv_lens.len()
+            || batch.qo_indptr.windows(2).any(|pair| pair[1] - pair[0] > 1)
+    };
+    spec.window_left.is_some() && !batch.shape.causal && several()
 }
 
 /// How a planner of FlashAttention 2 allocates.
@@ -132,20 +134,24 @@ fn fa2_work(
 ) -> (bool, usize) {
     let group = batch.shape.heads.num_qo_heads / batch.shape.heads.num_kv_heads;
     let seen = spec.window_left.map(|window| (window as usize + tile).div_ceil(batch.shape.page_size));
-    let requests = batch.qo_indptr.windows(2).zip(batch.kv_indptr.windows(2)).map(|(queries, pages)| {
-        let pages = (pages[1] - pages[0]) as usize;
-        let tiles = ((queries[1] - queries[0]) as usize * group).div_ceil(tile);
-        (tiles, seen.map_or(pages, |seen| seen.min(pages)).max(1))
-    });
-    let requests: Vec<(usize, usize)> = requests.collect();
-    let work = |chunk: usize| requests.iter().map(|(tiles, pages)| tiles * pages.div_ceil(chunk)).sum();
-    let longest = requests.iter().map(|&(_, pages)| pages).max().unwrap_or(1);
+    // Divisions are what this costs: by the size of a tile, a power of two, there is none.
+    let tiles_of = |queries: usize| (queries * group + tile - 1) >> tile.trailing_zeros();
+    let requests = || {
+        batch.qo_indptr.windows(2).zip(batch.kv_indptr.windows(2)).map(|(queries, pages)| {
+            let pages = (pages[1] - pages[0]) as usize;
+            let tiles = tiles_of((queries[1] - queries[0]) as usize);
+            (tiles, seen.map_or(pages, |seen| seen.min(pages)).max(1))
+        })
+    };
+    let work = |chunk: usize| requests().map(|(tiles, pages)| tiles * pages.div_ceil(chunk)).sum();
+    let (undivided, longest) =
+        requests().fold((0, 1), |(sum, longest), (tiles, pages)| (sum + tiles, pages.max(longest)));
     if let Some(chunk) = batch.shape.split.fixed_split_size.filter(|_| !no_split) {
         return (chunk < longest, work(chunk));
     }
     let (mut low, mut high) = ((LEAST_CHUNK / batch.shape.page_size).max(1), longest);
-    if no_split || low >= high || work(high) > most {
-        return (false, work(high));
+    if no_split || low >= high || undivided > most {
+        return (false, undivided);
     }
     while low < high {
         let middle = (low + high) / 2;

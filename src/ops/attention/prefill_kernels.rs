@@ -21,7 +21,6 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
-    cuda::DeviceAttribute,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, KernelFunction, TensorObject},
     indices::{PageTable, RaggedTable},
@@ -82,13 +81,13 @@ pub(super) struct RunTensors<'a> {
 }
 
 /// Which pages are each request's: the arrays of a page table.
-pub(super) struct Pages {
+pub(super) struct PageArrays {
     pub(super) indptr: RawTensor,
     pub(super) indices: RawTensor,
     pub(super) last_page_len: RawTensor,
 }
 
-impl Pages {
+impl PageArrays {
     pub(super) fn of(table: &PageTable) -> Result<Self> {
         Ok(Self { indptr: table.indptr()?, indices: table.indices()?, last_page_len: table.last_page_len()? })
     }
@@ -139,20 +138,19 @@ impl PrefillKernels {
         &self,
         check: &Check<'_>,
         workspace: &mut Workspace,
-        batch: &PrefillBatch<'_>,
+        batch: PrefillBatch<'_>,
     ) -> Result<PlanInfo> {
         let last = workspace.planned::<(PrefillPlanKey, PlanInfo)>();
-        if let Some((_, info)) = last.filter(|(key, _)| key.is_of(self, batch)) {
+        if let Some((_, info)) = last.filter(|(key, _)| key.is_of(self, &batch)) {
             return Ok(info.clone());
         }
         let stream = workspace.stream().clone();
         let cuda = FlashInferRuntime::get()?.cuda();
         OutputScale::prepare(&self.spec)?;
-        let multiprocessors = cuda.attribute(stream.ordinal(), DeviceAttribute::MultiprocessorCount)?;
-        let multiprocessors = multiprocessors.unsigned_abs() as usize;
+        let multiprocessors = cuda.multiprocessors(stream.ordinal())?;
         let (qo_indptr, kv_indptr) = (host_indices(&batch.qo_indptr)?, host_indices(&batch.kv_indptr)?);
         let kv_lens = host_indices(&batch.kv_lens)?;
-        let whole = must_stay_whole(&self.spec, batch);
+        let whole = must_stay_whole(&self.spec, &batch);
         if let Some(pages) = batch.shape.split.fixed_split_size.filter(|_| whole && !self.fa3) {
             return Err(FlashInferError::Unsupported {
                 what: format!(
@@ -164,11 +162,11 @@ impl PrefillKernels {
         }
         let no_split = whole || batch.shape.split.disable_split_kv;
         let (need, numbers) = if self.fa3 {
-            (fa3_need(&self.spec, batch, multiprocessors), FA3_PLAN_LEN)
+            (fa3_need(&self.spec, &batch, multiprocessors), FA3_PLAN_LEN)
         } else {
             let (major, _) = cuda.compute_capability(stream.ordinal())?;
             let planner = if self.plan.variant() == 0 { Fa2Planner::WholeTiles } else { Fa2Planner::Rows };
-            (fa2_need(&self.spec, batch, no_split, multiprocessors, major, planner), FA2_PLAN_LEN)
+            (fa2_need(&self.spec, &batch, no_split, multiprocessors, major, planner), FA2_PLAN_LEN)
         };
         // Kernels number the elements of partial results in 32 bits. Parts of the
         // planner's own choice are not as many.
@@ -234,7 +232,7 @@ impl PrefillKernels {
             }
         })?;
         self.check_tile(&info)?;
-        let key = PrefillPlanKey { spec: self.spec, module: self.module, batch: batch.to_owned() };
+        let key = PrefillPlanKey { spec: self.spec, module: self.module, batch: batch.into_owned() };
         workspace.remember_plan((key, info.clone()));
         Ok(info)
     }
@@ -260,7 +258,7 @@ impl PrefillKernels {
         run: &RunTensors<'_>,
         stream: &Stream,
         kv: &PagedKv<'_>,
-        pages: &Pages,
+        pages: &PageArrays,
     ) -> Result<()> {
         let (paged_k_cache, paged_v_cache) = (DlTensor::new(&kv.k.raw), DlTensor::new(&kv.v.raw));
         let paged_kv_indptr = DlTensor::new(&pages.indptr);

@@ -10,7 +10,7 @@ use super::{
     options::RunOptions,
     output_scale::OutputScale,
     planned::{ROPE_RCP_SCALE, ROPE_RCP_THETA, check_keys, check_output},
-    single_scratch::{Work, scratch, write_empty_states},
+    single_scratch::{SingleWork, scratch, write_empty_states},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
 };
@@ -161,7 +161,7 @@ impl SingleDecode {
             // SAFETY: output and sums were checked.
             return unsafe { write_empty_states(stream, out, lse) };
         }
-        let needed = Work { spec, heads, rows: 1, keys }.on_gpu(stream, Work::decode_scratch)?;
+        let needed = SingleWork { spec, heads, rows: 1, keys }.on_gpu(stream, SingleWork::decode_scratch)?;
         let tmp = scratch(&check, workspace, needed)?;
         let kernel = Run {
             q: DlTensor::new(q),

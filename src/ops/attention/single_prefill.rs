@@ -10,7 +10,7 @@ use super::{
     options::{PrefillRunOptions, RunOptions, check_sm_scale},
     output_scale::OutputScale,
     planned::{ROPE_RCP_SCALE, ROPE_RCP_THETA, check_described, check_keys, check_output},
-    single_scratch::{MAX_KEYS, Work, scratch, write_empty_states},
+    single_scratch::{MAX_KEYS, SingleWork, scratch, write_empty_states},
     spec::{AttentionSpec, Backend, Heads},
     workspace::Workspace,
 };
@@ -167,7 +167,7 @@ impl SinglePrefill {
         let check = Check::new(OP, stream)?;
         let (q, k, v, out, lse) = (&q.raw, &k.raw, &v.raw, &out.raw, lse.map(|lse| &lse.raw));
         let work = check_single_prefill(&check, spec, self.fa3, [q, k, v, out], lse, options)?;
-        let Work { rows, keys, .. } = work;
+        let SingleWork { rows, keys, .. } = work;
         let scale = options.v_scale.filter(|_| !self.fa3);
         OutputScale::check_ready(&check, spec.dtype_o, scale)?;
         mask.check(&check, spec, self.fa3, std::iter::once((rows, keys)), false)?;
@@ -178,7 +178,7 @@ impl SinglePrefill {
             // SAFETY: output and sums were checked.
             return unsafe { write_empty_states(stream, out, lse) };
         }
-        let needed = if self.fa3 { 0 } else { work.on_gpu(stream, Work::fa2_scratch)? };
+        let needed = if self.fa3 { 0 } else { work.on_gpu(stream, SingleWork::fa2_scratch)? };
         let tmp = scratch(&check, workspace, needed)?;
         if mask.is_custom() && lse.is_some() {
             empty_states::check_ready(&check, stream)?;
@@ -227,8 +227,8 @@ impl SinglePrefill {
             // Without a custom mask, every query sees a key.
             let Some(lse) = lse.filter(|_| mask.custom.is_some()) else { return Ok(()) };
             let window_left = spec.window_left_code();
-            let keys = empty_states::Keys::One(keys);
-            empty_states::Rows { keys, qo_indptr: None, batch: 1, mask: &mask, window_left, sinks: None }
+            let keys = empty_states::KeyLengths::One(keys);
+            empty_states::EmptyRows { keys, qo_indptr: None, batch: 1, mask: &mask, window_left, sinks: None }
                 .mark(stream, lse)
         }
     }
@@ -242,12 +242,12 @@ pub(crate) fn check_single_prefill<'s>(
     [q, k, v, out]: [&RawTensor; 4],
     lse: Option<&RawTensor>,
     options: &RunOptions<'_>,
-) -> Result<Work<'s>> {
+) -> Result<SingleWork<'s>> {
     check.tensor("q", q, &[spec.dtype_q], &[3])?;
     check.tensor("k", k, &[spec.dtype_kv], &[3])?;
     let [rows, num_qo_heads] = [0, 1].map(|axis| q.shape()[axis] as usize);
     let [keys, num_kv_heads] = [0, 1].map(|axis| k.shape()[axis] as usize);
-    let work = Work { spec, heads: Heads { num_qo_heads, num_kv_heads }, rows, keys };
+    let work = SingleWork { spec, heads: Heads { num_qo_heads, num_kv_heads }, rows, keys };
     work.heads.check(OP)?;
     check_output(check, spec, work.heads, rows, q, out, lse)?;
     check_keys(check, spec, work.heads, keys, [k, v])?;

@@ -71,7 +71,7 @@ pub(super) fn scratch(check: &Check<'_>, workspace: &mut Workspace, needed: usiz
 
 /// One run, as launchers see it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Work<'a> {
+pub(crate) struct SingleWork<'a> {
     pub(super) spec: &'a AttentionSpec,
     pub(super) heads: Heads,
     pub(super) rows: usize,
@@ -86,7 +86,7 @@ pub(super) struct Capacity {
     shared_memory: usize,
 }
 
-impl Work<'_> {
+impl SingleWork<'_> {
     /// The scratch memory that is needed on the stream's GPU.
     pub(super) fn on_gpu(&self, stream: &Stream, bytes: fn(&Self, Capacity) -> usize) -> Result<usize> {
         if self.keys <= MIN_CHUNK {
@@ -165,13 +165,13 @@ mod tests {
     const H200: Capacity = Capacity { multiprocessors: 132, shared_memory: 228 << 10 };
     const SMALL: Capacity = Capacity { multiprocessors: 16, shared_memory: 100 << 10 };
 
-    fn works(spec: &AttentionSpec) -> impl Iterator<Item = Work<'_>> {
+    fn works(spec: &AttentionSpec) -> impl Iterator<Item = SingleWork<'_>> {
         let heads = [(1, 1), (8, 1), (8, 8), (32, 8), (35, 7), (128, 128), (140, 140), (65535, 65535)];
         let rows = [1, 2, 3, 15, 16, 17, 64, 65, 127, 129, 1000, 8192];
         let keys = [1, 255, 256, 257, 511, 513, 5_000, 131_072, MAX_KEYS];
         let all = heads.into_iter().flat_map(move |heads| rows.map(|rows| (heads, rows)));
         all.flat_map(move |((num_qo_heads, num_kv_heads), rows)| {
-            keys.map(|keys| Work { spec, heads: Heads { num_qo_heads, num_kv_heads }, rows, keys })
+            keys.map(|keys| SingleWork { spec, heads: Heads { num_qo_heads, num_kv_heads }, rows, keys })
         })
     }
 
@@ -242,7 +242,7 @@ mod tests {
         let needs = |head_dim, heads, rows| {
             let spec = AttentionSpec::new(DType::F16, head_dim);
             let heads = Heads::new(heads, 1);
-            Work { spec: &spec, heads, rows, keys: 100_000 }.fa2_scratch(H200)
+            SingleWork { spec: &spec, heads, rows, keys: 100_000 }.fa2_scratch(H200)
         };
         for (head_dim, most) in [(64, 128), (128, 64), (256, 32)] {
             assert!(needs(head_dim, most, 2) > 0 && needs(head_dim, most + 1, 1) > 0);

@@ -4,6 +4,7 @@ use crate::{
     dtype::DType,
     error::Result,
     indices::{AppendTable, BoundedTable},
+    kv::BatchTables,
     ops::check::Check,
     tensor::{RawTensor, TensorRef},
 };
@@ -14,7 +15,8 @@ use crate::{
 /// wherever that is. So operations must know that all positions are below the
 /// number of rows, and the host cannot look at them on the device:
 ///
-/// - a [`BoundedTable`] and an [`AppendTable`] were checked on the host;
+/// - a [`BoundedTable`] and an [`AppendTable`], also that of [`BatchTables`], were
+///   checked on the host;
 /// - for positions made on the device, [`from_device_unchecked`](Self::from_device_unchecked)
 ///   takes the caller's word;
 /// - a plain tensor may hold anything, and serves operations that compute
@@ -27,10 +29,10 @@ use crate::{
 /// }
 /// ```
 #[derive(Clone, Copy, Debug)]
-pub struct Positions<'a>(Source<'a>);
+pub struct Positions<'a>(PositionSource<'a>);
 
 #[derive(Clone, Copy, Debug)]
-enum Source<'a> {
+enum PositionSource<'a> {
     Table(&'a BoundedTable),
     Append(&'a AppendTable),
     /// A tensor, and the number that its positions are below, if that is known.
@@ -39,21 +41,28 @@ enum Source<'a> {
 
 impl<'a> From<&'a BoundedTable> for Positions<'a> {
     fn from(table: &'a BoundedTable) -> Self {
-        Self(Source::Table(table))
+        Self(PositionSource::Table(table))
     }
 }
 
 /// The positions of appended tokens in their requests.
 impl<'a> From<&'a AppendTable> for Positions<'a> {
     fn from(append: &'a AppendTable) -> Self {
-        Self(Source::Append(append))
+        Self(PositionSource::Append(append))
+    }
+}
+
+/// The positions of a batch's new tokens.
+impl<'a> From<&'a BatchTables> for Positions<'a> {
+    fn from(tables: &'a BatchTables) -> Self {
+        (&tables.append).into()
     }
 }
 
 /// Positions that the host knows nothing of: contiguous, `i32` or `i64`.
 impl<'a> From<TensorRef<'a>> for Positions<'a> {
     fn from(tensor: TensorRef<'a>) -> Self {
-        Self(Source::Tensor(tensor, None))
+        Self(PositionSource::Tensor(tensor, None))
     }
 }
 
@@ -63,22 +72,22 @@ impl<'a> Positions<'a> {
     /// # Safety
     /// Whenever work that uses them runs, each must be in `0..num_positions`.
     pub unsafe fn from_device_unchecked(tensor: TensorRef<'a>, num_positions: usize) -> Self {
-        Self(Source::Tensor(tensor, Some(num_positions)))
+        Self(PositionSource::Tensor(tensor, Some(num_positions)))
     }
 
     /// The number that all positions are below, if it is known.
     pub fn num_positions(&self) -> Option<usize> {
         match self.0 {
-            Source::Table(table) => Some(table.host().bound()),
-            Source::Append(append) => Some(append.host().num_positions()),
-            Source::Tensor(_, num_positions) => num_positions,
+            PositionSource::Table(table) => Some(table.host().bound()),
+            PositionSource::Append(append) => Some(append.host().num_positions()),
+            PositionSource::Tensor(_, num_positions) => num_positions,
         }
     }
 
     /// Later positions, too, have to be below this, if work that uses them is
     /// being captured.
     pub(super) fn limit(&self, below: usize) {
-        if let Source::Append(append) = self.0 {
+        if let PositionSource::Append(append) = self.0 {
             append.limit(below);
         }
     }
@@ -92,9 +101,9 @@ impl<'a> Positions<'a> {
         len: i64,
     ) -> Result<RawTensor> {
         let raw = match self.0 {
-            Source::Table(table) => table.values(false)?,
-            Source::Append(append) => append.positions()?,
-            Source::Tensor(tensor, _) => tensor.raw,
+            PositionSource::Table(table) => table.values(false)?,
+            PositionSource::Append(append) => append.positions()?,
+            PositionSource::Tensor(tensor, _) => tensor.raw,
         };
         check.plain(argument, &raw, dtypes, &[len], raw.dtype.size())?;
         Ok(raw)

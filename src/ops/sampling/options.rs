@@ -239,19 +239,19 @@ impl Random<'_> {
 /// Device numbers below a bound, by which a kernel looks something up.
 #[derive(Clone, Copy, Debug)]
 pub struct Indices<'a> {
-    source: Source<'a>,
+    source: ValueSource<'a>,
     bound: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Source<'a> {
+enum ValueSource<'a> {
     Table(&'a BoundedTable),
     Tensor(TensorRef<'a>),
 }
 
 impl<'a> From<&'a BoundedTable> for Indices<'a> {
     fn from(table: &'a BoundedTable) -> Self {
-        Self { source: Source::Table(table), bound: table.host().bound() }
+        Self { source: ValueSource::Table(table), bound: table.host().bound() }
     }
 }
 
@@ -261,7 +261,7 @@ impl<'a> Indices<'a> {
     /// # Safety
     /// When work that uses them runs, all numbers must be in `0..bound`.
     pub unsafe fn from_device_unchecked(tensor: TensorRef<'a>, bound: usize) -> Self {
-        Self { source: Source::Tensor(tensor), bound }
+        Self { source: ValueSource::Tensor(tensor), bound }
     }
 
     /// Checks that there are as many as the shape says, and none that is not
@@ -281,8 +281,8 @@ impl<'a> Indices<'a> {
             );
         }
         let raw = match &self.source {
-            Source::Tensor(tensor) => tensor.raw,
-            Source::Table(table) => {
+            ValueSource::Tensor(tensor) => tensor.raw,
+            ValueSource::Table(table) => {
                 let flat = table.values(dtype == DType::I64)?;
                 if flat.shape()[0] != shape.iter().product::<i64>() {
                     return check.fail(argument, format!("{} numbers; expected {shape:?}", flat.shape()[0]));

@@ -1,7 +1,7 @@
 //! Attention of the queries of a batch.
 
 use super::{
-    super::host::{Check, Rows, RowsMut},
+    super::host::{HostCheck, Rows, RowsMut},
     keys::Keys,
     logits::{Logits, position, softmax},
 };
@@ -13,8 +13,8 @@ use crate::{
 };
 
 /// The queries of a batch, and where results go.
-pub(super) struct Attention<'a> {
-    check: Check,
+pub(super) struct QueryBatch<'a> {
+    check: HostCheck,
     queries: &'a RaggedIndices,
     heads: usize,
     q: Rows<'a>,
@@ -22,10 +22,10 @@ pub(super) struct Attention<'a> {
     lse: Option<RowsMut<'a>>,
 }
 
-impl<'a> Attention<'a> {
+impl<'a> QueryBatch<'a> {
     /// `padded` tensors may have more rows than there are queries.
     pub(super) fn new(
-        check: Check,
+        check: HostCheck,
         spec: &AttentionSpec,
         q: &'a TensorRef<'_>,
         (queries, padded): (&'a RaggedIndices, bool),

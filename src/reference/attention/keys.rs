@@ -1,8 +1,8 @@
 //! Keys and values of a batch, by how they lie.
 
 use super::super::{
-    host::{Check, Rows},
-    page::{CacheShape, place},
+    host::{HostCheck, Rows},
+    page::{HostCacheShape, place},
 };
 use crate::{
     attention::AttentionSpec,
@@ -22,13 +22,13 @@ pub(super) struct Keys<'a> {
 
 /// Where the keys of each request lie.
 enum Places<'a> {
-    Paged(CacheShape, &'a PageIndices),
+    Paged(HostCacheShape, &'a PageIndices),
     Ragged(&'a RaggedIndices),
 }
 
 impl<'a> Keys<'a> {
     pub(super) fn paged(
-        check: Check,
+        check: HostCheck,
         spec: &AttentionSpec,
         kv: &'a PagedKv<'_>,
         table: &'a PageIndices,
@@ -38,7 +38,7 @@ impl<'a> Keys<'a> {
         let mut v_shape = k.shape().to_vec();
         v_shape[3] += spec.head_dim_vo as i64 - spec.head_dim_qk as i64;
         check.shape("kv.v", &v, &v_shape)?;
-        let shape = CacheShape::new(check, &k, kv.layout, table)?;
+        let shape = HostCacheShape::new(check, &k, kv.layout, table)?;
         if k.width() != spec.head_dim_qk {
             return check
                 .fail("kv.k", format!("its head_dim is {}; the spec's is {}", k.width(), spec.head_dim_qk));
@@ -47,7 +47,7 @@ impl<'a> Keys<'a> {
     }
 
     pub(super) fn ragged(
-        check: Check,
+        check: HostCheck,
         spec: &AttentionSpec,
         [k, v]: [&'a TensorRef<'_>; 2],
         keys: &'a RaggedIndices,

@@ -1,6 +1,6 @@
 //! How products of queries and keys become weights.
 
-use super::super::host::Check;
+use super::super::host::HostCheck;
 use crate::{
     attention::{AttentionSpec, MaskKind, PosEncodingMode, RunOptions},
     error::Result,
@@ -11,7 +11,7 @@ use crate::{
 /// [`attention::Mask`](crate::attention::Mask) on the CPU: which keys each
 /// query sees, besides what a sliding window hides.
 #[derive(Clone, Copy, Debug, Default)]
-pub enum Mask<'a> {
+pub enum HostMask<'a> {
     /// All keys.
     #[default]
     None,
@@ -23,7 +23,7 @@ pub enum Mask<'a> {
     MultiItem(&'a ItemIndices),
 }
 
-impl Mask<'_> {
+impl HostMask<'_> {
     pub(super) fn kind(&self) -> MaskKind {
         match self {
             Self::None => MaskKind::None,
@@ -49,7 +49,7 @@ pub(super) struct Logits<'a> {
     sm_scale: f64,
     soft_cap: Option<f64>,
     window_left: Option<usize>,
-    mask: Mask<'a>,
+    mask: HostMask<'a>,
     /// For each head, or empty.
     slopes: Vec<f64>,
     pub(super) alibi: Alibi,
@@ -59,9 +59,9 @@ pub(super) struct Logits<'a> {
 
 impl<'a> Logits<'a> {
     pub(super) fn new(
-        check: Check,
+        check: HostCheck,
         spec: &AttentionSpec,
-        mask: Mask<'a>,
+        mask: HostMask<'a>,
         options: &RunOptions<'_>,
     ) -> Result<Self> {
         if spec.head_dim_qk == 0 || spec.head_dim_vo == 0 {
@@ -97,7 +97,7 @@ impl<'a> Logits<'a> {
     /// Mask, slopes and sinks are those of a batch.
     pub(super) fn check(
         &self,
-        check: Check,
+        check: HostCheck,
         queries: &RaggedIndices,
         kv_len: impl Fn(usize) -> usize,
         heads: usize,
@@ -108,8 +108,8 @@ impl<'a> Logits<'a> {
             }
         }
         match self.mask {
-            Mask::None | Mask::Causal => Ok(()),
-            Mask::Custom(indices, bits) => {
+            HostMask::None | HostMask::Causal => Ok(()),
+            HostMask::Custom(indices, bits) => {
                 let batch = (0..queries.batch_size()).map(|request| (queries.len(request), kv_len(request)));
                 match check_shapes(indices.shapes(), batch) {
                     Err(problem) => check.fail("mask", problem),
@@ -120,7 +120,7 @@ impl<'a> Logits<'a> {
                     Ok(()) => Ok(()),
                 }
             }
-            Mask::MultiItem(items) => {
+            HostMask::MultiItem(items) => {
                 let batch = queries.batch_size();
                 if items.batch_size() != batch || (0..batch).any(|at| kv_len(at) > items.seq_len(at)) {
                     return check.fail("items", "they are of other requests than the batch".into());
@@ -146,15 +146,16 @@ impl<'a> Logits<'a> {
     pub(super) fn seen(&self, request: usize, query: usize, count: usize, len: usize) -> Vec<usize> {
         let position = position(query, count, len);
         let start = self.window_left.map_or(0, |left| position - left as i64);
-        let end = if let Mask::Causal | Mask::MultiItem(_) = self.mask { position + 1 } else { len as i64 };
+        let end =
+            if let HostMask::Causal | HostMask::MultiItem(_) = self.mask { position + 1 } else { len as i64 };
         let place = |position: i64| position.clamp(0, len as i64) as usize;
         let keys = place(start)..place(end);
         match self.mask {
-            Mask::None | Mask::Causal => keys.collect(),
-            Mask::Custom(indices, bits) => {
+            HostMask::None | HostMask::Causal => keys.collect(),
+            HostMask::Custom(indices, bits) => {
                 keys.filter(|&key| indices.sees(bits, request, query, key)).collect()
             }
-            Mask::MultiItem(items) => {
+            HostMask::MultiItem(items) => {
                 keys.filter(|&key| items.sees(request, position as usize, key)).collect()
             }
         }

@@ -9,15 +9,15 @@ mod logits;
 #[cfg(test)]
 mod tests;
 
-use batch::Attention;
+use batch::QueryBatch;
 use keys::Keys;
 #[cfg(feature = "candle")]
 use logits::Alibi;
+pub use logits::HostMask;
 use logits::Logits;
-pub use logits::Mask;
 pub(super) use logits::softmax;
 
-use super::{host::Check, strict};
+use super::{host::HostCheck, strict};
 use crate::{
     attention::{
         AttentionSpec, Backend, BatchRun, Heads, RunOptions, check_single_decode, check_single_decode_spec,
@@ -61,7 +61,7 @@ fn as_run<'a>(
 fn check_plan(
     op: &'static str,
     spec: &AttentionSpec,
-    mask: Mask<'_>,
+    mask: HostMask<'_>,
     requests: impl Iterator<Item = (usize, usize)> + Clone,
     paged: bool,
 ) -> Result<()> {
@@ -93,7 +93,7 @@ pub fn batch_decode(
     lse: Option<&mut TensorMut<'_>>,
     options: &RunOptions<'_>,
 ) -> Result<()> {
-    let check = Check { op: "reference::batch_decode" };
+    let check = HostCheck { op: "reference::batch_decode" };
     strict::as_kernel("DecodePlan::run_with", |check| {
         spec.check_decode()?;
         let run = as_run(spec, q, out, lse.as_deref(), kv_heads(kv), table.batch_size(), options);
@@ -102,8 +102,8 @@ pub fn batch_decode(
     })?;
     let queries = RaggedIndices::from_lens(std::iter::repeat_n(1, table.batch_size()))?;
     // The only query of a request is its last token, so it sees all keys.
-    let logits = Logits::new(check, spec, Mask::Causal, options)?;
-    let mut attention = Attention::new(check, spec, q, (&queries, false), out, lse)?;
+    let logits = Logits::new(check, spec, HostMask::Causal, options)?;
+    let mut attention = QueryBatch::new(check, spec, q, (&queries, false), out, lse)?;
     attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
 }
 
@@ -130,10 +130,10 @@ pub fn batch_prefill_paged(
     table: &PageIndices,
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    mask: Mask<'_>,
+    mask: HostMask<'_>,
     options: &RunOptions<'_>,
 ) -> Result<()> {
-    let check = Check { op: "reference::batch_prefill_paged" };
+    let check = HostCheck { op: "reference::batch_prefill_paged" };
     let requests =
         (0..table.batch_size().min(queries.batch_size())).map(|at| (queries.len(at), table.seq_len(at)));
     check_plan("BatchPrefill::plan_paged", spec, mask, requests, true)?;
@@ -144,7 +144,7 @@ pub fn batch_prefill_paged(
         run.check_pages(check, kv, table)
     })?;
     let logits = Logits::new(check, spec, mask, options)?;
-    let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
+    let mut attention = QueryBatch::new(check, spec, q, (queries, true), out, lse)?;
     attention.over(&Keys::paged(check, spec, kv, table)?, &logits)
 }
 
@@ -163,10 +163,10 @@ pub fn batch_prefill_ragged(
     keys: &RaggedIndices,
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    mask: Mask<'_>,
+    mask: HostMask<'_>,
     options: &RunOptions<'_>,
 ) -> Result<()> {
-    let check = Check { op: "reference::batch_prefill_ragged" };
+    let check = HostCheck { op: "reference::batch_prefill_ragged" };
     let requests = (0..keys.batch_size().min(queries.batch_size())).map(|at| (queries.len(at), keys.len(at)));
     check_plan("BatchPrefill::plan_ragged", spec, mask, requests, false)?;
     strict::as_kernel("PrefillPlan::run_with", |check| {
@@ -176,7 +176,7 @@ pub fn batch_prefill_ragged(
         run.check_rows(check, kv.map(|tensor| &tensor.raw), keys.total())
     })?;
     let logits = Logits::new(check, spec, mask, options)?;
-    let mut attention = Attention::new(check, spec, q, (queries, true), out, lse)?;
+    let mut attention = QueryBatch::new(check, spec, q, (queries, true), out, lse)?;
     attention.over(&Keys::ragged(check, spec, kv, keys)?, &logits)
 }
 
@@ -195,10 +195,10 @@ pub fn single_prefill(
     kv: [&TensorRef<'_>; 2],
     out: &mut TensorMut<'_>,
     lse: Option<&mut TensorMut<'_>>,
-    mask: Mask<'_>,
+    mask: HostMask<'_>,
     options: &RunOptions<'_>,
 ) -> Result<()> {
-    let check = Check { op: "reference::single_prefill" };
+    let check = HostCheck { op: "reference::single_prefill" };
     strict::as_kernel("SinglePrefill::run_with", |check| {
         spec.check_single_prefill()?;
         let fa3 = spec.backend == Backend::Fa3;
@@ -209,7 +209,7 @@ pub fn single_prefill(
     })?;
     let [queries, keys] = [rows_of(q)?, rows_of(kv[0])?];
     let logits = Logits::new(check, spec, mask, options)?;
-    let mut attention = Attention::new(check, spec, q, (&queries, false), out, lse)?;
+    let mut attention = QueryBatch::new(check, spec, q, (&queries, false), out, lse)?;
     attention.over(&Keys::ragged(check, spec, kv, &keys)?, &logits)
 }
 
@@ -230,7 +230,7 @@ pub fn single_decode(
     lse: Option<&mut TensorMut<'_>>,
     options: &RunOptions<'_>,
 ) -> Result<()> {
-    let check = Check { op: "reference::single_decode" };
+    let check = HostCheck { op: "reference::single_decode" };
     strict::as_kernel("SingleDecode::run_with", |check| {
         let heads = Heads::new(axis(q, 0), axis(kv[0], 1));
         check_single_decode_spec(spec, heads)?;
@@ -249,8 +249,8 @@ pub fn single_decode(
     let mut lse = lse.map(|lse| row("lse", &lse.raw, 1).map(TensorMut::new)).transpose()?;
     let (query, keys) = (RaggedIndices::from_lens([1])?, rows_of(kv[0])?);
     // The query is the last token, so it sees all keys.
-    let logits = Logits::new(check, spec, Mask::Causal, options)?;
-    let mut attention = Attention::new(check, spec, &q, (&query, false), &mut out, lse.as_mut())?;
+    let logits = Logits::new(check, spec, HostMask::Causal, options)?;
+    let mut attention = QueryBatch::new(check, spec, &q, (&query, false), &mut out, lse.as_mut())?;
     attention.over(&Keys::ragged(check, spec, kv, &keys)?, &logits)
 }
 
@@ -270,13 +270,13 @@ pub(crate) fn flash_attention(
     kv: &KeysAndValues<'_>,
     queries: &RaggedIndices,
     out: &mut TensorMut<'_>,
-    mask: Mask<'_>,
+    mask: HostMask<'_>,
     options: &RunOptions<'_>,
 ) -> Result<()> {
-    let check = Check { op: "flash_attn" };
+    let check = HostCheck { op: "flash_attn" };
     let mut logits = Logits::new(check, spec, mask, options)?;
     logits.alibi = Alibi::FlashAttention;
-    let mut attention = Attention::new(check, spec, q, (queries, true), out, None)?;
+    let mut attention = QueryBatch::new(check, spec, q, (queries, true), out, None)?;
     let keys = match *kv {
         KeysAndValues::Paged(kv, table) => Keys::paged(check, spec, kv, table)?,
         KeysAndValues::Ragged(kv, keys) => Keys::ragged(check, spec, kv, keys)?,

@@ -5,7 +5,7 @@ use crate::{
     dtype::DType,
     error::Result,
     norm::{Biased, DitInput, DitOutput, NormOptions, check_fused_dit_layernorm},
-    reference::host::{Check, Rows},
+    reference::host::{HostCheck, Rows},
     tensor::TensorRef,
 };
 
@@ -22,7 +22,7 @@ pub fn fused_dit_layernorm(
     input: &DitInput<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::fused_dit_layernorm" };
+    let check = HostCheck { op: "reference::fused_dit_layernorm" };
     check.as_kernel(|check| check_fused_dit_layernorm(check, out, input))?;
     let rows = check.rows("input", &input.input, &[DType::BF16], &[3])?;
     if rows.width() == 0 {
@@ -94,7 +94,7 @@ struct Modulation<'a> {
 
 impl<'a> Modulation<'a> {
     fn new(
-        check: Check,
+        check: HostCheck,
         [name, bias_name]: [&'static str; 2],
         pair: &'a Biased<'_>,
         like: &Rows<'_>,
@@ -109,7 +109,7 @@ impl<'a> Modulation<'a> {
 }
 
 fn alike<'a>(
-    check: Check,
+    check: HostCheck,
     name: &'static str,
     tensor: &'a TensorRef<'_>,
     like: &Rows<'_>,

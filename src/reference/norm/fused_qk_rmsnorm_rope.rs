@@ -5,7 +5,7 @@ use crate::{
     dtype::DType,
     error::Result,
     norm::{FusedQkOptions, QkvInput, QkvOutput, Rope3d, check_fused_qk_rmsnorm_rope, qkv_shape},
-    reference::host::Check,
+    reference::host::HostCheck,
 };
 
 /// The largest `e4m3`, at which results are cut off.
@@ -27,7 +27,7 @@ pub fn fused_qk_rmsnorm_rope(
     rope: &Rope3d,
     options: &FusedQkOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::fused_qk_rmsnorm_rope" };
+    let check = HostCheck { op: "reference::fused_qk_rmsnorm_rope" };
     let shape = rope
         .check()
         .and_then(|()| qkv_shape(out, input, rope))

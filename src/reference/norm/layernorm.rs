@@ -5,7 +5,7 @@ use crate::{
     dtype::DType,
     error::Result,
     norm::{NormOptions, check_layernorm},
-    reference::host::Check,
+    reference::host::HostCheck,
     tensor::{TensorMut, TensorRef},
 };
 
@@ -24,7 +24,7 @@ pub fn layernorm(
     beta: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::layernorm" };
+    let check = HostCheck { op: "reference::layernorm" };
     check.as_kernel(|check| check_layernorm(check, &out.raw, &input.raw, [&gamma.raw, &beta.raw]))?;
     let input = check.rows("input", input, &[DType::BF16], &[2])?;
     let mut out = check.rows_mut("out", out, &[DType::BF16], &[2])?;

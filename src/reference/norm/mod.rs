@@ -13,11 +13,11 @@ pub use rmsnorm::{
     rmsnorm_quant,
 };
 
-use crate::{dtype::DType, error::Result, reference::host::Check, tensor::TensorRef};
+use crate::{dtype::DType, error::Result, reference::host::HostCheck, tensor::TensorRef};
 
 /// The numbers of a vector that all rows share.
 fn vector(
-    check: Check,
+    check: HostCheck,
     name: &'static str,
     tensor: &TensorRef<'_>,
     dtypes: &[DType],

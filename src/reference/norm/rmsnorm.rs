@@ -5,7 +5,7 @@ use crate::{
     dtype::DType,
     error::Result,
     norm::{self, NormOptions},
-    reference::host::{Check, Rows},
+    reference::host::{HostCheck, Rows},
     tensor::{TensorMut, TensorRef},
 };
 
@@ -28,7 +28,7 @@ pub fn rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    norm(Check { op: "reference::rmsnorm" }, &[2, 3], 0.0, out, input, weight, options)
+    norm(HostCheck { op: "reference::rmsnorm" }, &[2, 3], 0.0, out, input, weight, options)
 }
 
 /// [`norm::gemma_rmsnorm`](crate::norm::gemma_rmsnorm) on the CPU: [`rmsnorm`]
@@ -42,7 +42,7 @@ pub fn gemma_rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    norm(Check { op: "reference::gemma_rmsnorm" }, &[2], 1.0, out, input, weight, options)
+    norm(HostCheck { op: "reference::gemma_rmsnorm" }, &[2], 1.0, out, input, weight, options)
 }
 
 /// [`norm::fused_add_rmsnorm`](crate::norm::fused_add_rmsnorm) on the CPU:
@@ -60,7 +60,7 @@ pub fn fused_add_rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    fused_add(Check { op: "reference::fused_add_rmsnorm" }, 0.0, input, residual, weight, options)
+    fused_add(HostCheck { op: "reference::fused_add_rmsnorm" }, 0.0, input, residual, weight, options)
 }
 
 /// [`norm::gemma_fused_add_rmsnorm`](crate::norm::gemma_fused_add_rmsnorm) on
@@ -74,7 +74,7 @@ pub fn gemma_fused_add_rmsnorm(
     weight: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    fused_add(Check { op: "reference::gemma_fused_add_rmsnorm" }, 1.0, input, residual, weight, options)
+    fused_add(HostCheck { op: "reference::gemma_fused_add_rmsnorm" }, 1.0, input, residual, weight, options)
 }
 
 /// The largest `e4m3`, at which quantized results are cut off.
@@ -95,7 +95,7 @@ pub fn rmsnorm_quant(
     scale: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::rmsnorm_quant" };
+    let check = HostCheck { op: "reference::rmsnorm_quant" };
     check
         .as_kernel(|check| norm::check_rmsnorm_quant(check, &out.raw, &input.raw, &weight.raw, &scale.raw))?;
     let input = check.rows("input", input, &DTYPES, &[2])?;
@@ -126,7 +126,7 @@ pub fn fused_add_rmsnorm_quant(
     scale: &TensorRef<'_>,
     options: &NormOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::fused_add_rmsnorm_quant" };
+    let check = HostCheck { op: "reference::fused_add_rmsnorm_quant" };
     check.as_kernel(|check| {
         let rows = [&input.raw, &residual.raw];
         norm::check_fused_add_rmsnorm_quant(check, &out.raw, rows, &weight.raw, &scale.raw)
@@ -156,7 +156,7 @@ fn quantize(row: &mut [f64], scale: f64) {
 }
 
 fn norm(
-    check: Check,
+    check: HostCheck,
     ranks: &[usize],
     bias: f64,
     out: &mut TensorMut<'_>,
@@ -180,7 +180,7 @@ fn norm(
 }
 
 fn fused_add(
-    check: Check,
+    check: HostCheck,
     bias: f64,
     input: &mut TensorMut<'_>,
     residual: &mut TensorMut<'_>,
@@ -213,7 +213,7 @@ fn sum(input: &Rows<'_>, residual: &Rows<'_>, at: usize) -> Vec<f64> {
 /// The first tensor decides the shape; the weight has its width; not both
 /// 16-bit types occur.
 fn check_all(
-    check: Check,
+    check: HostCheck,
     (name, first): (&'static str, &Rows<'_>),
     second: (&'static str, &Rows<'_>),
     weight: &Rows<'_>,

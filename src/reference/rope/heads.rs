@@ -4,22 +4,22 @@ use super::{DTYPES, QUANTIZED, turns::Turns};
 use crate::{
     error::Result,
     reference::{
-        host::{Check, Rows, RowsMut},
+        host::{HostCheck, Rows, RowsMut},
         page::check_dtype,
     },
     rope::{RopeParts, RopePartsMut},
 };
 
 /// Heads in two parts.
-pub(super) struct Heads<'a> {
+pub(super) struct RotaryHeads<'a> {
     pub(super) rope: Rows<'a>,
     pub(super) nope: Option<Rows<'a>>,
     pub(super) heads: usize,
 }
 
-impl<'a> Heads<'a> {
+impl<'a> RotaryHeads<'a> {
     pub(super) fn new(
-        check: Check,
+        check: HostCheck,
         names: [&'static str; 2],
         parts: &'a RopeParts<'_>,
         tokens: usize,
@@ -59,18 +59,18 @@ impl<'a> Heads<'a> {
 }
 
 /// Heads in two parts, to write.
-pub(super) struct HeadsMut<'a> {
+pub(super) struct RotaryHeadsMut<'a> {
     pub(super) rope: RowsMut<'a>,
     pub(super) nope: Option<RowsMut<'a>>,
 }
 
-impl<'a> HeadsMut<'a> {
+impl<'a> RotaryHeadsMut<'a> {
     /// Of the shapes of the input.
     pub(super) fn new(
-        check: Check,
+        check: HostCheck,
         names: [&'static str; 2],
         parts: &'a mut RopePartsMut<'_>,
-        like: &Heads<'_>,
+        like: &RotaryHeads<'_>,
     ) -> Result<Self> {
         let rope = check.rows_mut(names[0], &mut parts.rope, &QUANTIZED, &[2, 3])?;
         check.shape(names[0], &rope.rows, like.rope.shape())?;

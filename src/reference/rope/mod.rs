@@ -6,12 +6,12 @@ mod tests;
 mod turns;
 
 use self::{
-    heads::{Heads, HeadsMut},
+    heads::{RotaryHeads, RotaryHeadsMut},
     turns::{Turns, check_rotary_dim, linear},
 };
 use super::{
-    host::Check,
-    page::{CacheShape, check_dtype, check_pages, places},
+    host::HostCheck,
+    page::{HostCacheShape, check_dtype, check_pages, places},
 };
 use crate::{
     dtype::DType,
@@ -39,7 +39,7 @@ pub fn apply_rope(
     offsets: &[i32],
     options: &RopeOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::apply_rope" };
+    let check = HostCheck { op: "reference::apply_rope" };
     check.as_kernel(|check| rope::check_ragged(check, tensors, indptr, options))?;
     let turns = Turns::computed(check, tensors, options, &linear(options))?;
     ragged(check, tensors, indptr, offsets, &turns)
@@ -55,7 +55,7 @@ pub fn apply_llama31_rope(
     offsets: &[i32],
     options: &Llama31RopeOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::apply_llama31_rope" };
+    let check = HostCheck { op: "reference::apply_llama31_rope" };
     check.as_kernel(|check| {
         rope::check_ragged(check, tensors, indptr, &options.rope)?;
         options.scaling().check(check.op())
@@ -73,7 +73,7 @@ pub fn apply_rope_pos_ids(
     pos_ids: &[i32],
     options: &RopeOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::apply_rope_pos_ids" };
+    let check = HostCheck { op: "reference::apply_rope_pos_ids" };
     check.as_kernel(|check| rope::check_by_position(check, tensors, options))?;
     let turns = Turns::computed(check, tensors, options, &linear(options))?;
     by_position(check, tensors, pos_ids, &turns)
@@ -89,7 +89,7 @@ pub fn apply_llama31_rope_pos_ids(
     pos_ids: &[i32],
     options: &Llama31RopeOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::apply_llama31_rope_pos_ids" };
+    let check = HostCheck { op: "reference::apply_llama31_rope_pos_ids" };
     check.as_kernel(|check| {
         rope::check_by_position(check, tensors, &options.rope)?;
         options.scaling().check(check.op())
@@ -107,7 +107,7 @@ pub fn apply_rope_pos_ids_cos_sin_cache(
     tensors: &mut RopeTensors<'_>,
     rotation: &Rotation<'_, &[i32]>,
 ) -> Result<()> {
-    let check = Check { op: "reference::apply_rope_pos_ids_cos_sin_cache" };
+    let check = HostCheck { op: "reference::apply_rope_pos_ids_cos_sin_cache" };
     check.as_kernel(|check| {
         rope::check_by_table(check, tensors, rotation)?;
         rope::check_host_positions(check, rotation)
@@ -127,17 +127,17 @@ pub fn rope_quantize(
     rotation: &Rotation<'_, &[i32]>,
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::rope_quantize" };
+    let check = HostCheck { op: "reference::rope_quantize" };
     check.as_kernel(|check| {
         rope::check_quantize(check, [q_out, k_out], [q, k], rotation, options)?;
         rope::check_host_positions(check, rotation)
     })?;
     let turns = Turns::table(check, rotation)?;
     let tokens = rotation.pos_ids.len();
-    let q = Heads::new(check, ["q.rope", "q.nope"], q, tokens, &turns)?;
-    let k = Heads::new(check, ["k.rope", "k.nope"], k, tokens, &turns)?;
-    let mut q_out = HeadsMut::new(check, ["q_out.rope", "q_out.nope"], q_out, &q)?;
-    let mut k_out = HeadsMut::new(check, ["k_out.rope", "k_out.nope"], k_out, &k)?;
+    let q = RotaryHeads::new(check, ["q.rope", "q.nope"], q, tokens, &turns)?;
+    let k = RotaryHeads::new(check, ["k.rope", "k.nope"], k, tokens, &turns)?;
+    let mut q_out = RotaryHeadsMut::new(check, ["q_out.rope", "q_out.nope"], q_out, &q)?;
+    let mut k_out = RotaryHeadsMut::new(check, ["k_out.rope", "k_out.nope"], k_out, &k)?;
     for (out, heads, scale) in
         [(&mut q_out, &q, options.quant_scale_q), (&mut k_out, &k, options.quant_scale_kv)]
     {
@@ -161,7 +161,7 @@ pub fn rope_quantize_append_paged_kv_cache(
     slots: &HostSlotMapping<'_>,
     options: &RopeQuantizeOptions,
 ) -> Result<()> {
-    let check = Check { op: "reference::rope_quantize_append_paged_kv_cache" };
+    let check = HostCheck { op: "reference::rope_quantize_append_paged_kv_cache" };
     slots.check(check.op)?;
     check.as_kernel(|check| {
         rope::check_quantize_append(check, q_out, cache, [q, k], rotation, slots, options)?;
@@ -172,9 +172,9 @@ pub fn rope_quantize_append_paged_kv_cache(
     if tokens != slots.append.len() {
         return check.fail("append", format!("it is for {} tokens, not {tokens}", slots.append.len()));
     }
-    let q = Heads::new(check, ["q.rope", "q.nope"], q, tokens, &turns)?;
-    let k = Heads::new(check, ["k.rope", "k.nope"], k, tokens, &turns)?;
-    let mut q_out = HeadsMut::new(check, ["q_out.rope", "q_out.nope"], q_out, &q)?;
+    let q = RotaryHeads::new(check, ["q.rope", "q.nope"], q, tokens, &turns)?;
+    let k = RotaryHeads::new(check, ["k.rope", "k.nope"], k, tokens, &turns)?;
+    let mut q_out = RotaryHeadsMut::new(check, ["q_out.rope", "q_out.nope"], q_out, &q)?;
     let kv_scale = options.quant_scale_kv;
     let key = |row| k.turned(row, rotation.pos_ids, &turns, kv_scale);
     match cache {
@@ -184,7 +184,7 @@ pub fn rope_quantize_append_paged_kv_cache(
             let mut values = check.rows_mut("kv.v", &mut cache.v, &QUANTIZED, &[4])?;
             check_dtype(check, "kv.v", &values.rows, &keys.rows)?;
             check.shape("kv.v", &values.rows, keys.rows.shape())?;
-            let shape = CacheShape::new(check, &keys.rows, layout, slots.pages)?;
+            let shape = HostCacheShape::new(check, &keys.rows, layout, slots.pages)?;
             let width = k.widths().iter().sum::<usize>();
             if (shape.heads, keys.rows.width()) != (k.heads, width) {
                 return check.fail(
@@ -231,7 +231,7 @@ pub fn rope_quantize_append_paged_kv_cache(
 }
 
 fn ragged(
-    check: Check,
+    check: HostCheck,
     tensors: &mut RopeTensors<'_>,
     indptr: &RaggedIndices,
     offsets: &[i32],
@@ -248,7 +248,7 @@ fn ragged(
 }
 
 fn by_position(
-    check: Check,
+    check: HostCheck,
     tensors: &mut RopeTensors<'_>,
     pos_ids: &[i32],
     turns: &Turns<'_>,
@@ -258,7 +258,7 @@ fn by_position(
 
 /// Turns the rows of the first tokens, each of which has a position.
 fn apply(
-    check: Check,
+    check: HostCheck,
     tensors: &mut RopeTensors<'_>,
     (argument, positions): (&'static str, &[i32]),
     fits: impl Fn(usize) -> bool,

@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    reference::host::{Check, Rows},
+    reference::host::{HostCheck, Rows},
     rope::{RopeFrequencies, RopeOptions, RopeScaling, RopeTensors, Rotation},
 };
 
@@ -22,7 +22,7 @@ pub(super) enum Angles<'a> {
 impl<'a> Turns<'a> {
     /// By frequencies, for the `rotary_dim` of the options or all of a head.
     pub(super) fn computed(
-        check: Check,
+        check: HostCheck,
         tensors: &RopeTensors<'_>,
         options: &RopeOptions,
         scaling: &RopeScaling,
@@ -39,7 +39,7 @@ impl<'a> Turns<'a> {
     }
 
     /// By a table, which has a row for each position.
-    pub(super) fn table(check: Check, rotation: &'a Rotation<'_, &[i32]>) -> Result<Self> {
+    pub(super) fn table(check: HostCheck, rotation: &'a Rotation<'_, &[i32]>) -> Result<Self> {
         let rows = check.rows("cos_sin_cache", &rotation.cos_sin_cache, &[], &[2])?;
         let outside = |&at: &i32| usize::try_from(at).map_or(true, |at| at >= rows.count());
         if let Some(token) = rotation.pos_ids.iter().position(outside) {
@@ -75,7 +75,7 @@ pub(super) fn linear(options: &RopeOptions) -> RopeScaling {
 }
 
 pub(super) fn check_rotary_dim(
-    check: Check,
+    check: HostCheck,
     argument: &'static str,
     rotary_dim: usize,
     head_dim: usize,

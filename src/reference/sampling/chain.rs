@@ -1,10 +1,10 @@
 //! Accepting or replacing a chain of drafted tokens.
 
-use super::{DTYPES, draw::pick, philox::Sequence};
+use super::{DTYPES, draw::pick, philox::PhiloxSequence};
 use crate::{
     error::Result,
     indices::BoundedIndices,
-    reference::host::Check,
+    reference::host::HostCheck,
     sampling::{Philox, check_chain},
     tensor::TensorRef,
 };
@@ -35,7 +35,7 @@ pub fn chain_speculative_sampling(
     target_probs: &TensorRef<'_>,
     random: Philox,
 ) -> Result<ChainDraws> {
-    let check = Check { op: "reference::chain_speculative_sampling" };
+    let check = HostCheck { op: "reference::chain_speculative_sampling" };
     check.as_kernel(|check| check_chain(check, &draft_probs.raw, &target_probs.raw))?;
     let draft = check.rows("draft_probs", draft_probs, &DTYPES, &[3])?;
     let target = check.rows("target_probs", target_probs, &DTYPES, &[3])?;
@@ -59,7 +59,7 @@ pub fn chain_speculative_sampling(
     };
     let (mut p, mut q) = (vec![0.0; vocab], vec![0.0; vocab]);
     for request in 0..batch {
-        let mut numbers = Sequence::new(random, request as u64);
+        let mut numbers = PhiloxSequence::new(random, request as u64);
         let mut accepts = |place: usize, p: &mut [f64], q: &mut [f64]| {
             draft.read(request * drafts + place, p);
             target.read(request * (drafts + 1) + place, q);

@@ -3,14 +3,14 @@
 use super::{
     DTYPES,
     filter::{Filter, Limits, Rules},
-    philox::Sequence,
+    philox::PhiloxSequence,
     renorm::softmax_row,
 };
 use crate::{
     dtype::DType,
     error::Result,
     indices::BoundedIndices,
-    reference::{host::Check, strict},
+    reference::{host::HostCheck, strict},
     sampling::{KERNEL_DTYPES, Philox, check_rows},
     tensor::TensorRef,
 };
@@ -30,7 +30,7 @@ use crate::{
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
 /// ```
 pub fn argmax(logits: &TensorRef<'_>) -> Result<Vec<Option<i32>>> {
-    let check = Check { op: "reference::argmax" };
+    let check = HostCheck { op: "reference::argmax" };
     check.as_kernel(|check| check_rows(check, "logits", &logits.raw, &KERNEL_DTYPES, 2))?;
     let rows = check.rows("logits", logits, &DTYPES, &[2])?;
     if rows.width() == 0 {
@@ -55,7 +55,7 @@ pub fn sampling_from_logits(
     indices: Option<&BoundedIndices>,
     random: Philox,
 ) -> Result<Vec<Option<i32>>> {
-    let check = Check { op: "reference::sampling_from_logits" };
+    let check = HostCheck { op: "reference::sampling_from_logits" };
     check.as_kernel(|check| check_rows(check, "logits", &logits.raw, &[DType::F32], 2))?;
     draw_rows(check, "logits", logits, &Filter::None, indices, random, |row| softmax_row(row, 1.0))
 }
@@ -75,14 +75,14 @@ pub fn sampling_from_probs(
     indices: Option<&BoundedIndices>,
     random: Philox,
 ) -> Result<Vec<Option<i32>>> {
-    let check = Check { op: "reference::sampling_from_probs" };
+    let check = HostCheck { op: "reference::sampling_from_probs" };
     let rows_of_output = indices.map(|indices| indices.values().len() as i64);
     strict::as_kernel(filter.kernel(), |check| filter.check_as_kernel(check, &probs.raw, rows_of_output))?;
     draw_rows(check, "probs", probs, filter, indices, random, |_| ())
 }
 
 fn draw_rows(
-    check: Check,
+    check: HostCheck,
     name: &'static str,
     source: &TensorRef<'_>,
     filter: &Filter<'_>,
@@ -112,7 +112,7 @@ fn draw_rows(
         }
         // Without a filter, kernels take a row for a distribution.
         let scale = if limits == Limits::NONE { 1.0 } else { sum };
-        pick(&row, Sequence::new(random, at as u64).uniform() * scale)
+        pick(&row, PhiloxSequence::new(random, at as u64).uniform() * scale)
     });
     Ok(draws.collect())
 }

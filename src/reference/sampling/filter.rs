@@ -4,8 +4,8 @@ use super::parameters::{counts, floats};
 use crate::{
     dtype::DType,
     error::Result,
-    ops::check::Check as KernelCheck,
-    reference::host::Check,
+    ops::check::Check,
+    reference::host::HostCheck,
     sampling::{MIN_P, Parameter, TOP_P, check_rows},
     tensor::RawTensor,
 };
@@ -40,7 +40,7 @@ impl Filter<'_> {
     /// What that function checks of probabilities and parameters.
     pub(super) fn check_as_kernel(
         &self,
-        check: &KernelCheck<'_>,
+        check: &Check<'_>,
         probs: &RawTensor,
         rows_of_output: Option<i64>,
     ) -> Result<()> {
@@ -109,7 +109,7 @@ pub(super) struct Rules {
 
 impl Rules {
     pub(super) fn of(
-        check: Check,
+        check: HostCheck,
         filter: &Filter<'_>,
         source_rows: usize,
         output_rows: usize,

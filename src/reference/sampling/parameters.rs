@@ -2,13 +2,13 @@
 
 use crate::{
     error::Result,
-    reference::host::Check,
+    reference::host::HostCheck,
     sampling::{Parameter, Rule},
 };
 
 /// A parameter's number for each of `len` rows, as the `f32` that kernels take.
 pub(super) fn floats(
-    check: Check,
+    check: HostCheck,
     name: &'static str,
     (allowed, rule): Rule,
     parameter: Parameter<'_>,
@@ -28,7 +28,7 @@ pub(super) fn floats(
 }
 
 /// As [`floats`], for a `top_k` of at least 1. Kernels take the lower 32 bits without a sign.
-pub(super) fn counts(check: Check, parameter: Parameter<'_, u32>, len: usize) -> Result<Vec<u32>> {
+pub(super) fn counts(check: HostCheck, parameter: Parameter<'_, u32>, len: usize) -> Result<Vec<u32>> {
     match parameter {
         Parameter::Value(0) => check.fail("top_k", "0; it must be at least 1".into()),
         Parameter::Value(value) => Ok(vec![value; len]),

@@ -4,14 +4,14 @@ use crate::sampling::Philox;
 
 /// The random numbers of one row: Philox 4×32 with 10 rounds, as cuRAND counts
 /// them.
-pub(super) struct Sequence {
+pub(super) struct PhiloxSequence {
     seed: u64,
     row: u64,
     /// The number that comes next.
     next: u64,
 }
 
-impl Sequence {
+impl PhiloxSequence {
     pub(super) fn new(random: Philox, row: u64) -> Self {
         Self { seed: random.seed, row, next: random.offset }
     }

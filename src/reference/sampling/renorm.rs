@@ -8,7 +8,7 @@ use super::{
 use crate::{
     error::Result,
     reference::{
-        host::{Check, Rows},
+        host::{HostCheck, Rows},
         strict,
     },
     sampling::{Parameter, TEMPERATURE, check_softmax, check_top_k, check_top_p_renorm_probs},
@@ -17,7 +17,7 @@ use crate::{
 
 /// Reads, changes and writes each row.
 fn map_rows(
-    check: Check,
+    check: HostCheck,
     name: &'static str,
     out: &mut TensorMut<'_>,
     input: &TensorRef<'_>,
@@ -55,7 +55,7 @@ pub(super) fn softmax_row(row: &mut [f64], temperature: f64) {
 /// dtype or shape does not fit, or a parameter is out of its range. Nothing was
 /// written.
 pub fn softmax(out: &mut TensorMut<'_>, logits: &TensorRef<'_>, temperature: Parameter<'_>) -> Result<()> {
-    let check = Check { op: "reference::softmax" };
+    let check = HostCheck { op: "reference::softmax" };
     check.as_kernel(|check| check_softmax(check, &out.raw, &logits.raw, temperature))?;
     map_rows(check, "logits", out, logits, |rows| {
         let temperatures = floats(check, "temperature", TEMPERATURE, temperature, rows.count())?;
@@ -72,7 +72,7 @@ pub fn softmax(out: &mut TensorMut<'_>, logits: &TensorRef<'_>, temperature: Par
 /// # Errors
 /// As [`softmax`].
 pub fn filtered_probs(out: &mut TensorMut<'_>, probs: &TensorRef<'_>, filter: &Filter<'_>) -> Result<()> {
-    let check = Check { op: "reference::filtered_probs" };
+    let check = HostCheck { op: "reference::filtered_probs" };
     match *filter {
         Filter::TopK(top_k) => strict::as_kernel("top_k_renorm_probs", |check| {
             check_top_k(check, "probs", &out.raw, &probs.raw, top_k)
@@ -104,7 +104,7 @@ pub fn top_k_mask_logits(
     logits: &TensorRef<'_>,
     top_k: Parameter<'_, u32>,
 ) -> Result<()> {
-    let check = Check { op: "reference::top_k_mask_logits" };
+    let check = HostCheck { op: "reference::top_k_mask_logits" };
     check.as_kernel(|check| check_top_k(check, "logits", &out.raw, &logits.raw, top_k))?;
     map_rows(check, "logits", out, logits, |rows| {
         let top_k = counts(check, top_k, rows.count())?;

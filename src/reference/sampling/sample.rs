@@ -7,7 +7,7 @@ use crate::{
     dtype::DType,
     error::Result,
     indices::LogitEdits,
-    reference::host::Check,
+    reference::host::HostCheck,
     sampling::{MIN_P, Parameter, SampleOptions, TEMPERATURE_OR_0, TOP_P, check_rows, check_sample},
     tensor::{TensorMut, TensorRef},
 };
@@ -30,7 +30,7 @@ use crate::{
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
 /// ```
 pub fn sample(logits: &TensorRef<'_>, options: &SampleOptions<'_>) -> Result<Vec<Option<i32>>> {
-    let check = Check { op: "reference::sample" };
+    let check = HostCheck { op: "reference::sample" };
     check.as_kernel(|check| check_sample(check, &logits.raw, options))?;
     let rows = check.rows("logits", logits, &[], &[2])?;
     if rows.width() == 0 {
@@ -50,7 +50,7 @@ pub fn sample(logits: &TensorRef<'_>, options: &SampleOptions<'_>) -> Result<Vec
     let draws = (0..count).map(|at| {
         rows.read(at, &mut numbers);
         row.iter_mut().zip(&numbers).for_each(|(to, &number)| *to = number as f32);
-        let step = Step {
+        let step = RowParams {
             temperature: temperatures[at] as f32,
             top_k: top_ks[at],
             top_p: top_ps[at] as f32,
@@ -63,7 +63,7 @@ pub fn sample(logits: &TensorRef<'_>, options: &SampleOptions<'_>) -> Result<Vec
 }
 
 /// How many tokens each row keeps; 0 and less for all.
-fn top_ks(check: Check, parameter: Parameter<'_, u32>, len: usize) -> Result<Vec<i64>> {
+fn top_ks(check: HostCheck, parameter: Parameter<'_, u32>, len: usize) -> Result<Vec<i64>> {
     match parameter {
         Parameter::Value(value) => Ok(vec![value.into(); len]),
         Parameter::PerRow(tensor) => {
@@ -77,7 +77,7 @@ fn top_ks(check: Check, parameter: Parameter<'_, u32>, len: usize) -> Result<Vec
 }
 
 /// The parameters of one row.
-struct Step {
+struct RowParams {
     temperature: f32,
     top_k: i64,
     top_p: f32,
@@ -85,7 +85,7 @@ struct Step {
     uniform: f32,
 }
 
-impl Step {
+impl RowParams {
     /// The token of a row, whose logits become weights.
     fn draw(&self, row: &mut [f32]) -> Option<i32> {
         let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -180,7 +180,7 @@ fn part(sum: u64, fraction: f32) -> u64 {
 /// # Ok::<(), flashinfer_rs::FlashInferError>(())
 /// ```
 pub fn edit_logits(logits: &mut TensorMut<'_>, edits: &LogitEdits) -> Result<()> {
-    let check = Check { op: "reference::edit_logits" };
+    let check = HostCheck { op: "reference::edit_logits" };
     check.as_kernel(|check| check_rows(check, "logits", &logits.raw, &[DType::F32], 2))?;
     let mut logits = check.rows_mut("logits", logits, &[], &[2])?;
     let shape = [logits.rows.count() as i64, logits.rows.width() as i64];

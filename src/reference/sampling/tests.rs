@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::{
-    philox::{Sequence, philox},
+    philox::{PhiloxSequence, philox},
     *,
 };
 use crate::{
@@ -15,9 +15,9 @@ use crate::{
 fn philox_is_philox() {
     assert_eq!(philox(0, [0, 0]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
     assert_eq!(philox(u64::MAX, [u64::MAX, u64::MAX]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
-    let mut numbers = Sequence::new(Philox::new(0, 0), 0);
+    let mut numbers = PhiloxSequence::new(Philox::new(0, 0), 0);
     assert_eq!(numbers.uniform(), f64::from(0x6627_e8d5u32 as f32 / 2f32.powi(32) + 2f32.powi(-33)));
-    let mut later = Sequence::new(Philox::new(0, 5), 0);
+    let mut later = PhiloxSequence::new(Philox::new(0, 5), 0);
     for _ in 0..4 {
         numbers.uniform();
     }

@@ -82,7 +82,7 @@ fn prefill_of_one_request() {
             |on| {
                 let [q, k, v] = [0, 1, 2].map(|at| on.at(tensors[at]));
                 let (mut out, mut lse) = (on.out(tensors[3]), lse.map(|lse| on.out(lse)));
-                let mask = reference::Mask::Causal;
+                let mask = reference::HostMask::Causal;
                 reference::single_prefill(&spec, &q, [&k, &v], &mut out, lse.as_mut(), mask, &options)
             },
         );
@@ -99,7 +99,7 @@ fn prefill_of_one_request() {
     run("lse: its dtype is f64", spec, [q, kv, kv, out], Some(Of(F64, &[3, 4], 0)), 0.125);
     run("sm_scale", spec, [q, kv, kv, out], None, 1e-4);
     // Masks and specs that no kernel has; what is said of a batch's is in `src/ops/attention`.
-    let refused = |spec: &AttentionSpec, queries: usize, mask: reference::Mask<'_>| {
+    let refused = |spec: &AttentionSpec, queries: usize, mask: reference::HostMask<'_>| {
         let on = On(Device::Cpu);
         let (q, kv) = (on.at(Of(F16, &[queries, 4, 64], 0)), on.at(kv));
         let (mut out, options) = (on.out(Of(F16, &[queries, 4, 64], 0)), RunOptions::default());
@@ -107,13 +107,15 @@ fn prefill_of_one_request() {
         let call = reference::single_prefill(spec, &q, [&kv, &kv], &mut out, None, mask, &options);
         call.unwrap_err().to_string()
     };
-    assert!(refused(&spec, 10, reference::Mask::Causal).contains("10 queries over 9 keys"));
+    assert!(refused(&spec, 10, reference::HostMask::Causal).contains("10 queries over 9 keys"));
     let items = crate::indices::ItemIndices::new([(3, &[6][..])]).unwrap();
-    assert!(refused(&spec, 3, reference::Mask::MultiItem(&items)).contains("keys that are not paged"));
+    assert!(refused(&spec, 3, reference::HostMask::MultiItem(&items)).contains("keys that are not paged"));
     let fa3 = spec.with_backend(Backend::Fa3);
-    assert!(refused(&fa3, 3, reference::Mask::None).contains("no attention of one request"));
-    assert!(refused(&AttentionSpec::new(F16, 96), 3, reference::Mask::None).contains("64, 128 and 256"));
-    assert!(refused(&spec.with_backend(Backend::CudaCores), 3, reference::Mask::None).contains("CUDA cores"));
+    assert!(refused(&fa3, 3, reference::HostMask::None).contains("no attention of one request"));
+    assert!(refused(&AttentionSpec::new(F16, 96), 3, reference::HostMask::None).contains("64, 128 and 256"));
+    assert!(
+        refused(&spec.with_backend(Backend::CudaCores), 3, reference::HostMask::None).contains("CUDA cores")
+    );
 }
 
 #[test]
@@ -173,7 +175,7 @@ fn masks_of_batches() {
     let (q, kv) = (on.at(Of(F16, &[3, 4, 64], 0)), on.at(Of(F16, &[2, 2, 64], 0)));
     let [queries, keys] = [3, 2].map(|len| RaggedIndices::from_lens([len]).unwrap());
     let (mut out, options) = (on.out(Of(F16, &[3, 4, 64], 0)), RunOptions::default());
-    let (strict, mask) = (reference::strict(), reference::Mask::Causal);
+    let (strict, mask) = (reference::strict(), reference::HostMask::Causal);
     let said = reference::batch_prefill_ragged(
         &spec,
         &q,
@@ -213,7 +215,7 @@ fn latent_attention() {
             |on| {
                 let ((nope, pe), (ckv, kpe), mut out) = (of(on, q), of(on, cache), on.out(out));
                 let (q, cache) = (MlaQuery::new(nope, pe), MlaCache::new(ckv, kpe));
-                let (spec, mask) = (MlaSpec::new(F16, 0.1), reference::Mask::Causal);
+                let (spec, mask) = (MlaSpec::new(F16, 0.1), reference::HostMask::Causal);
                 reference::batch_mla(&spec, &q, &cache, &queries, &table, &mut out, None, mask)
             },
         );
@@ -235,7 +237,7 @@ fn latent_attention() {
         );
         let cache = MlaCache::new(on.at(ckv), on.at(kpe));
         let mut out = on.out(Of(F16, &[queries, num_heads, 512], 0));
-        let (queries, mask) = (RaggedIndices::from_lens([queries]).unwrap(), reference::Mask::Causal);
+        let (queries, mask) = (RaggedIndices::from_lens([queries]).unwrap(), reference::HostMask::Causal);
         let _strict = reference::strict();
         let call = reference::batch_mla(&spec, &q, &cache, &queries, &table, &mut out, None, mask);
         call.unwrap_err().to_string()

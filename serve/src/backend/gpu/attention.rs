@@ -10,7 +10,7 @@ use flashinfer_rs::{
     kv::{BatchTables, PagedKv},
 };
 
-use super::heads::HeadWidths;
+use super::{GpuOptions, heads::HeadWidths};
 use crate::model::Config;
 
 /// Bytes for partial results, and for index arrays, that workspaces have at first.
@@ -48,14 +48,15 @@ impl Attention {
         config: &Config,
         widths: HeadWidths,
         positions: usize,
-        deterministic: bool,
+        GpuOptions { deterministic, kv, .. }: GpuOptions,
     ) -> Result<Self> {
         let split = if deterministic { Split::disabled() } else { Split::default() };
         let mut attention =
             Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale, split };
         let windowed = config.layers.iter().any(|layer| layer.window.is_some());
         for layer in &config.layers {
-            let mut spec = AttentionSpec::new(config.dtype, widths.padded);
+            let mut spec =
+                AttentionSpec::new(config.dtype, widths.padded).with_kv_dtype(kv.dtype(config.dtype));
             spec.logits_soft_cap = config.attention_soft_cap.map(|cap| cap as f32);
             let window = layer.window.unwrap_or(positions).clamp(1, i32::MAX as usize);
             spec.window_left = windowed.then_some(window as u32 - 1);
@@ -114,9 +115,7 @@ impl Attention {
     /// Plans a step of any new tokens.
     pub fn plan_prefill<'p>(&'p mut self, tables: &'p BatchTables) -> Result<Plans<'p>> {
         let options = PlanOptions::causal();
-        let plan = |kind: &'p mut Kind| {
-            kind.prefill.plan_paged(&mut kind.workspace, &tables.queries, &tables.pages, &options)
-        };
+        let plan = |kind: &'p mut Kind| kind.prefill.plan_paged(&mut kind.workspace, tables, &options);
         let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
         Ok(Plans { plans: OfKinds::Prefill(plans), layers: &self.layers, sm_scale: self.sm_scale })
     }

@@ -10,10 +10,7 @@ use super::{
     products::{HeadProduct, Products},
     sampler::Sampler,
 };
-use crate::{
-    Result,
-    backend::{Output, matmul::Choice},
-};
+use crate::{Result, backend::Output};
 
 /// Edits of logits that there is room for at first.
 const FIRST_EDITS: usize = 1024;
@@ -46,24 +43,19 @@ impl Gpu {
     /// Makes the products of so many rows, and has the fastest kernels for those of
     /// graphs.
     pub(super) fn prepare_products(&mut self, bucket: usize, graph: bool) -> Result<()> {
-        let choice = self.choice();
-        let Self { buckets, network, buffers, .. } = self;
+        let Self { buckets, network, buffers, multiplier, choice, .. } = self;
         let products = match &mut buckets[bucket].products {
             Some(products) => products,
             empty => {
-                let (config, rows) = (&network.config, 1 << bucket);
-                empty.insert(Products::new(&self.cublas, config, network.widths, rows, choice)?)
+                let Network { config, widths, weights, .. } = &*network;
+                let rows = 1 << bucket;
+                empty.insert(Products::new(&self.cublas, config, *widths, weights.dtype, rows, *choice)?)
             }
         };
         match graph {
-            true => products.tune(&network.weights, buffers),
+            true => products.tune(&network.weights, buffers, multiplier),
             false => Ok(()),
         }
-    }
-
-    /// How algorithms of products are chosen.
-    fn choice(&self) -> Choice {
-        if self.deterministic { Choice::AnyRows(self.max_rows()) } else { Choice::Fastest }
     }
 
     /// Makes room for logits of so many rows, their product, and what is needed to
@@ -75,14 +67,13 @@ impl Gpu {
             self.forget_graphs();
             self.outputs = Outputs::new(&self.network.stream, &self.network.config, rows)?;
         }
-        let choice = self.choice();
-        let Self { buckets, network, buffers, outputs: memory, .. } = self;
+        let Self { buckets, network, buffers, multiplier, choice, outputs: memory, .. } = self;
         let head = match &mut buckets[bucket].head {
             Some(head) => head,
-            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows, choice)?),
+            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows, *choice)?),
         };
         if graph {
-            head.tune(&network.weights, buffers, memory)?;
+            head.tune(&network.weights, buffers, memory, multiplier)?;
         }
         // Under a constraint the host chooses.
         if outputs.iter().all(|output| output.is_greedy() || output.allowed.is_some()) {

@@ -1,8 +1,9 @@
 //! What steps compute in.
 
-use flashinfer_rs::{Stream, cudarc::Tensor};
+use flashinfer_rs::{DType, Stream, cudarc::Tensor};
+use float8::F8E4M3;
 
-use super::{half::HalfTensor, heads::HeadWidths, products::SCRATCH_BYTES};
+use super::{half::HalfTensor, heads::HeadWidths};
 use crate::{Result, backend::experts::Routing, model::Config};
 
 /// Memory for as many rows as there may be.
@@ -22,7 +23,8 @@ pub struct Buffers {
     pub inner: HalfTensor,
     pub routing: Option<Routing>,
     pub shared: Option<SharedBuffers>,
-    pub scratch: Tensor<u8>,
+    /// Queries of no heads, for a cache of `e4m3`.
+    pub no_queries: Option<Tensor<F8E4M3>>,
 }
 
 /// Memory of an expert that every token has.
@@ -34,7 +36,7 @@ pub struct SharedBuffers {
 }
 
 impl Buffers {
-    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, rows: usize) -> Result<Self> {
+    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, kv: DType, rows: usize) -> Result<Self> {
         let (heads, experts, inner) = (config.heads, config.num_experts(), config.intermediate_size);
         let (hidden, head_dim) = (config.hidden_size, widths.padded);
         let zeros = |shape: &[usize]| HalfTensor::zeros(stream, config.dtype, shape);
@@ -58,7 +60,9 @@ impl Buffers {
             inner: zeros(&[rows * experts, inner])?,
             routing: config.experts.map(|experts| Routing::new(stream, experts, rows)).transpose()?,
             shared: shared.transpose()?,
-            scratch: Tensor::zeros(stream, &[SCRATCH_BYTES])?,
+            no_queries: (kv == DType::E4M3)
+                .then(|| Tensor::zeros(stream, &[rows, 0, head_dim]))
+                .transpose()?,
         })
     }
 }

@@ -1,5 +1,5 @@
 // Small kernels of the network, for `f16` and `bf16`. A block of 256 threads
-// for each row, but for `soft_cap`, whose grid covers all numbers.
+// for each row, but for those whose grid covers all numbers.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -56,6 +56,20 @@ __device__ void scale_rows(Eight *data, const float *factors, u32 width) {
     Eight *row = data + (u64)blockIdx.x * width;
     for (u32 at = threadIdx.x; at < width; at += blockDim.x)
         row[at] = factor == 0.0f ? Eight{} : scaled<Number>(row[at], factor);
+}
+
+// The tokens of a step: those of `sources` that are not negative; for -2 - row, what was chosen of
+// that row; else none, -1. There is none beyond `bound`.
+extern "C" __global__ void choose_tokens(int *out, const int *sources, u32 count, const int *chosen, u32 rows, u32 bound) {
+    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= count)
+        return;
+    int token = sources[at];
+    if (token < -1) {
+        const u32 row = (u32)(-2 - token);
+        token = row < rows ? chosen[row] : -1;
+    }
+    out[at] = (u32)token < bound ? token : -1;
 }
 
 extern "C" __global__ void gather_rows_f16(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {

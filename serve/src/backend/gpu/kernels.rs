@@ -22,6 +22,7 @@ pub struct Kernels {
     dtype: DType,
     gather_rows: CudaFunction,
     scale_rows: CudaFunction,
+    choose_tokens: CudaFunction,
     keep_chosen: CudaFunction,
     sigmoid: CudaFunction,
     soft_cap: CudaFunction,
@@ -37,6 +38,7 @@ impl Kernels {
             dtype,
             gather_rows: of_dtype("gather_rows")?,
             scale_rows: of_dtype("scale_rows")?,
+            choose_tokens: module.load_function("choose_tokens")?,
             keep_chosen: module.load_function("keep_chosen")?,
             sigmoid: module.load_function("sigmoid")?,
             soft_cap: module.load_function("soft_cap")?,
@@ -66,6 +68,33 @@ impl Kernels {
         // each row of `out`, and reads as many numbers, and rows that they say: whatever is set
         // is below the bound, or negative for none.
         self.launch(count, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// `out[at] = sources[at]`, or `chosen[row]` where that is `-2 - row`. What is no token below
+    /// `bound`, and no row, becomes -1. All are contiguous and `i32`; there are as many `sources`
+    /// as `out` has room for.
+    pub fn choose_tokens(
+        &self,
+        out: &mut TensorMut<'_>,
+        sources: &TensorRef<'_>,
+        chosen: &TensorRef<'_>,
+        bound: usize,
+    ) -> Result<()> {
+        let [count, rows, bound] = [out.numel(), chosen.numel(), bound].map(u32::try_from);
+        let (count, rows, bound) = (count?, rows?, bound?);
+        let fits = |tensor: &TensorRef<'_>| {
+            tensor.dtype() == DType::I32 && tensor.is_contiguous() && self.is_here(tensor)
+        };
+        let enough = sources.numel() >= count as usize;
+        if !(enough && fits(&out.as_ref()) && fits(sources) && fits(chosen)) {
+            return Err(format!("tokens of {sources:?} and {chosen:?} in {out:?}").into());
+        }
+        let addresses = [out.data_ptr(), sources.data_ptr(), chosen.data_ptr()].map(|data| data as u64);
+        let mut launch = self.cuda.launch_builder(&self.choose_tokens);
+        launch.arg(&addresses[0]).arg(&addresses[1]).arg(&count).arg(&addresses[2]).arg(&rows).arg(&bound);
+        // SAFETY: the kernel takes addresses and counts in this order. It writes `count` numbers,
+        // reads as many sources, and of `chosen` none but its rows.
+        self.launch(blocks(count as usize)?, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
     /// Multiplies each row of a contiguous tensor by a factor, `f32`. A row whose

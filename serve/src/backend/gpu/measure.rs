@@ -1,8 +1,9 @@
-//! How long the last step's graph takes, and attention in it.
+//! How long the last step's graph takes, and attention in it; and how long the GPU idles between
+//! graphs.
 
 use std::{sync::Arc, time::Duration};
 
-use cudarc::driver::CudaStream;
+use cudarc::driver::{CudaEvent, CudaStream, sys::CUevent_flags};
 
 use super::{
     Gpu,
@@ -10,7 +11,36 @@ use super::{
 };
 use crate::{Result, backend::graph};
 
+/// When a graph began and ended.
+pub struct GraphTime {
+    began: CudaEvent,
+    ended: CudaEvent,
+}
+
+impl GraphTime {
+    /// Takes the time of what `launch` enqueues.
+    pub fn of(cuda: &CudaStream, launch: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let timed = Some(CUevent_flags::CU_EVENT_DEFAULT);
+        let began = cuda.record_event(timed)?;
+        launch()?;
+        Ok(Self { began, ended: cuda.record_event(timed)? })
+    }
+}
+
 impl Gpu {
+    /// Has the times of graphs be taken from now on.
+    pub fn time_graphs(&mut self) {
+        self.graph_times = Some(Vec::new());
+    }
+
+    /// The microseconds between each graph and the next, on the device, since
+    /// [`time_graphs`](Self::time_graphs). Times are not taken any more.
+    pub fn gaps(&mut self) -> Result<Vec<f64>> {
+        let times = self.graph_times.take().unwrap_or_default();
+        let gap = |pair: &[GraphTime]| Ok(f64::from(pair[0].ended.elapsed_ms(&pair[1].began)?) * 1e3);
+        times.windows(2).map(gap).collect()
+    }
+
     /// The stream that everything is enqueued on.
     pub fn cuda(&self) -> &Arc<CudaStream> {
         &self.cuda

@@ -7,20 +7,28 @@
 //! launches the graph, and copies one number per row back. Other steps, which read
 //! prompts, launch the same kernels one by one, with prefill in place of decode.
 //!
+//! The host does all that while the GPU computes the step before: what that chooses is copied to
+//! the tokens of this one on the GPU, and reaches the host through the ring meanwhile. One stream
+//! orders everything; page-locked memory is written again when the copies out of it are over,
+//! which an event tells.
+//!
 //! | file | its job |
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
+//! | `quantize`, `gemv` | 8-bit numbers, and products of one row by them |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
-//! | `attention`, `tables` | plans, and index arrays |
-//! | `sampler` | the choice of tokens |
+//! | `append`, `attention`, `tables`, `tokens` | what the cache gets, plans, index arrays, and tokens |
+//! | `sampler`, `ring` | the choice of tokens, and their way to the host |
 //! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
+mod append;
 mod attention;
 mod buckets;
 mod buffers;
+mod gemv;
 mod half;
 mod heads;
 pub(super) mod kernels;
@@ -29,10 +37,13 @@ mod measure;
 mod memory;
 mod network;
 mod products;
+mod quantize;
+mod ring;
 mod rows;
 mod sampler;
 mod steps;
 mod tables;
+mod tokens;
 mod weights;
 
 use std::{
@@ -43,27 +54,36 @@ use std::{
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::{
-    FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
+    DType, FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     rope::CosSinCache,
 };
 
 pub use self::heads::HeadWidths;
 use self::{
+    append::check_quantized_keys,
     attention::Attention,
     buckets::{Bucket, Launched},
     buffers::{Buffers, Outputs},
     kernels::Kernels,
+    measure::GraphTime,
     memory::Pinned,
     network::Network,
+    products::{Multiplier, Products},
+    ring::Ring,
     rows::Rows,
     sampler::Sampler,
     tables::Tables,
+    tokens::Tokens,
     weights::Weights,
 };
 use crate::{
     Result,
-    backend::{Backend, Output, Sample, Step, matmul::CublasLt},
+    backend::{
+        Backend, Output, Sample, Step, StepToken,
+        matmul::{Choice, CublasLt},
+        precision::Precision,
+    },
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
 
@@ -75,15 +95,16 @@ pub struct Gpu {
     network: Network,
     attention: Attention,
     buffers: Buffers,
+    multiplier: Multiplier,
     outputs: Outputs,
     /// The tokens of a step.
-    tokens: Rows,
+    tokens: Tokens,
     /// The rows whose logits are wanted.
     selected: Rows,
     /// Made when the first step samples.
     sampler: Option<Sampler>,
-    /// What was chosen.
-    chosen: Pinned<i32>,
+    /// What was chosen, on its way to the host.
+    ring: Ring,
     /// A row of logits, once one was wanted.
     row: Option<Pinned<f32>>,
     cache: PagedKvCache,
@@ -92,10 +113,12 @@ pub struct Gpu {
     cuda: Arc<CudaStream>,
     /// The graph that was the last step.
     launched: Option<Launched>,
+    /// The times of graphs, if they are taken.
+    graph_times: Option<Vec<GraphTime>>,
     /// Whether steps may be graphs.
     graphs: bool,
-    /// As [`GpuOptions::deterministic`].
-    deterministic: bool,
+    /// How algorithms of products are chosen.
+    choice: Choice,
     /// What the last step took until all was enqueued.
     enqueued: Duration,
     /// Where the last step's outputs are among the rows of logits.
@@ -112,17 +135,29 @@ pub struct GpuOptions {
     /// keys of each new token by itself then, undivided, and products have one
     /// algorithm for all numbers of rows.
     pub deterministic: bool,
+    /// The type of the matrices of layers. `e4m3` has a scale for each row, and rows that are
+    /// multiplied by them are rounded to it, too. The embedding, the product that makes logits and
+    /// those that score experts stay as they are.
+    pub weights: Precision,
+    /// The type of the KV cache. Keys and values that are rounded to `e4m3` have no scale: beyond
+    /// 448 they become that.
+    pub kv: Precision,
 }
 
 impl GpuOptions {
     /// For steps of so many tokens, as fast as can be.
     pub fn new(max_tokens: usize) -> Self {
-        Self { max_tokens, deterministic: false }
+        Self { max_tokens, deterministic: false, weights: Precision::Auto, kv: Precision::Auto }
     }
 
     /// The most rows of products, a power of two.
     fn max_rows(self) -> usize {
         self.max_tokens.max(1).next_power_of_two()
+    }
+
+    /// How algorithms of products are chosen.
+    fn choice(self) -> Choice {
+        if self.deterministic { Choice::AnyRows(self.max_rows()) } else { Choice::Fastest }
     }
 }
 
@@ -161,37 +196,50 @@ impl Gpu {
         let cuda = start(config)?;
         let stream = Stream::from(&cuda);
         let (most, deterministic) = (options.max_rows(), options.deterministic);
+        let [weights, kv] = [options.weights, options.kv].map(|precision| precision.dtype(config.dtype));
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
+        if kv == DType::E4M3 {
+            check_quantized_keys(config, widths)?;
+        }
+        let attention = Attention::new(&stream, config, widths, positions, options)?;
+        // What has no product for one row has none at all, which is better known at once.
+        let cublas = CublasLt::new(&cuda)?;
+        let choice = options.choice();
+        let products = Products::new(&cublas, config, widths, weights, 1, choice)?;
+        let multiplier = Multiplier::new(&cuda, config, widths, weights, most, choice)?;
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
-        let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(config.dtype, KvLayout::Nhd) };
+        let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(kv, KvLayout::Nhd) };
         let mut gpu = Self {
             buckets: (0..=most.ilog2()).map(|_| Bucket::default()).collect(),
-            attention: Attention::new(&stream, config, widths, positions, deterministic)?,
-            buffers: Buffers::new(&stream, config, widths, most)?,
+            attention,
+            buffers: Buffers::new(&stream, config, widths, kv, most)?,
             outputs: Outputs::new(&stream, config, 1)?,
-            tokens: Rows::new(&cuda, &stream, most, config.vocab_size)?,
+            tokens: Tokens::new(&cuda, &stream, most, config.vocab_size)?,
             selected: Rows::new(&cuda, &stream, most, most)?,
             sampler: None,
-            chosen: Pinned::zeros(&cuda, most)?,
+            ring: Ring::new(&cuda, most)?,
             row: None,
             cache: PagedKvCache::new(&stream, pool, &[shape])?,
             tables: Tables::new(&stream, pool, most, deterministic)?,
-            cublas: CublasLt::new(&cuda)?,
+            cublas,
             launched: None,
+            graph_times: None,
             graphs: true,
-            deterministic,
+            choice,
             enqueued: Duration::ZERO,
             at: Vec::new(),
             network: Network {
                 widths,
-                weights: Weights::new(&stream, config, widths, &ends, layers)?,
+                weights: Weights::new(&stream, config, widths, multiplier.quantizer(), &ends, layers)?,
                 ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
                 kernels: Kernels::new(&cuda, config.dtype)?,
                 config: config.clone(),
                 stream,
             },
+            multiplier,
             cuda,
         };
+        gpu.buckets[0].products = Some(products);
         gpu.warm_up(pool, most)?;
         Ok(gpu)
     }
@@ -204,7 +252,11 @@ impl Gpu {
         for tokens in [&[0; 2][..most.min(2)], &[0]] {
             match batch.append([tokens.len()]) {
                 Ok(()) => {
-                    self.step(&Step { batch: &batch, tokens, outputs: &[Output::greedy(0)] })?;
+                    self.step(&Step {
+                        batch: &batch,
+                        tokens: &StepToken::known(tokens),
+                        outputs: &[Output::greedy(0)],
+                    })?;
                 }
                 Err(FlashInferError::OutOfPages { .. }) => break,
                 Err(error) => return Err(error.into()),
@@ -242,18 +294,29 @@ impl Backend for Gpu {
         self.network.config.vocab_size
     }
 
-    fn step(&mut self, step: &Step<'_>) -> Result<Vec<Sample>> {
-        self.at.clear();
-        self.launched = None;
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
         let start = Instant::now();
+        self.ring.check()?;
+        self.launched = None;
         self.check(step)?;
-        if step.tokens.is_empty() {
-            return Ok(Vec::new());
+        self.at.clear();
+        if !step.tokens.is_empty() {
+            let computed = self.compute(step);
+            self.tables.tables.release_padding();
+            computed?;
         }
-        let computed = self.compute(step);
-        self.tables.tables.release_padding();
         self.enqueued = start.elapsed();
-        let samples = computed.and_then(|()| self.samples(step.outputs));
+        self.ring.push(&self.cuda, &self.outputs.tokens, &self.at, step.outputs)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        let step = self.ring.pop()?;
+        let samples = self.samples(&step);
+        self.ring.give_back(step);
         if samples.is_err() {
             self.at.clear();
         }
@@ -262,7 +325,16 @@ impl Backend for Gpu {
 
     fn logits(&self) -> Result<Vec<f32>> {
         let vocab_size = self.vocab_size();
-        let all = if self.at.is_empty() { Vec::new() } else { self.outputs.logits.to_vec()? };
-        Ok(self.at.iter().flat_map(|&row| &all[row * vocab_size..][..vocab_size]).copied().collect())
+        let none = self.at.is_empty() || self.ring.last().is_some();
+        let all = if none { Vec::new() } else { self.outputs.logits.to_vec()? };
+        let at = if none { &[][..] } else { &self.at };
+        Ok(at.iter().flat_map(|&row| &all[row * vocab_size..][..vocab_size]).copied().collect())
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // A step may be in flight, which works on what goes now. Who drops it wants no error.
+        let _ = self.cuda.synchronize();
     }
 }

@@ -14,7 +14,7 @@ use super::{
     half::HalfTensor,
     heads::HeadWidths,
     kernels::Kernels,
-    products::Products,
+    products::{Multiplier, Products},
     rows::Rows,
     sampler::Sampler,
     weights::{RESIDUAL_SCALE, Weights},
@@ -45,6 +45,7 @@ pub struct Pass<'a> {
     pub products: &'a Products,
     pub cache: &'a mut PagedKvCache,
     pub buffers: &'a mut Buffers,
+    pub multiplier: &'a mut Multiplier,
 }
 
 /// Logits that a step is to give.
@@ -82,7 +83,7 @@ impl Network {
 
     /// Enqueues the logits of rows, and the choice of tokens.
     pub fn head(&self, pass: &mut Pass<'_>, head: &mut Head<'_>) -> Result<()> {
-        let Buffers { x, scratch, .. } = &mut *pass.buffers;
+        let Buffers { x, .. } = &mut *pass.buffers;
         let Outputs { hidden, logits, tokens } = &mut *head.outputs;
         let hidden: TensorRef<'_> = match head.selected {
             Some(rows) => {
@@ -93,7 +94,7 @@ impl Network {
             None => x.rows(head.rows)?,
         };
         let mut logits = logits.view_mut().narrow(0, 0, head.rows)?;
-        head.product.run(&mut logits, &hidden, &self.weights.head(), &mut scratch.view_mut())?;
+        pass.multiplier.run(head.product, &mut logits, &hidden, &self.weights.head())?;
         if let Some(cap) = self.config.final_soft_cap {
             self.kernels.soft_cap(&mut logits, cap as f32)?;
         }

@@ -72,9 +72,8 @@ impl Sampler {
     pub fn set(&mut self, cuda: &CudaStream, outputs: &[Output], at: &[usize], rows: usize) -> Result<()> {
         let mut edits = vec![&[][..]; rows];
         let numbers = self.numbers_on_host.as_mut_slice()?;
-        let top_k = self.top_k_on_host.as_mut_slice()?;
+        let mut top_k = vec![0; self.rows];
         numbers.fill(0.0);
-        top_k.fill(0);
         for (output, &row) in outputs.iter().zip(at) {
             let Output { uniform, temperature, top_p, min_p, .. } = *output;
             for (of, number) in
@@ -87,9 +86,16 @@ impl Sampler {
             edits[row] = &output.edits;
         }
         let edits = edits.into_iter().map(|row: &[LogitEdit]| row.iter().copied());
-        self.edits.update(LogitEdits::new(self.vocab_size, edits)?)?;
-        self.numbers_on_host.upload(cuda, &mut self.numbers, NUMBERS * self.rows)?;
-        self.top_k_on_host.upload(cuda, &mut self.top_k, self.rows)
+        let edits = LogitEdits::new(self.vocab_size, edits)?;
+        // These stay as they are from step to step, mostly.
+        if *self.edits.host() != edits {
+            self.edits.update(edits)?;
+        }
+        if self.top_k_on_host.as_slice()? != top_k {
+            self.top_k_on_host.as_mut_slice()?.copy_from_slice(&top_k);
+            self.top_k_on_host.upload(cuda, &mut self.top_k, self.rows)?;
+        }
+        self.numbers_on_host.upload(cuda, &mut self.numbers, NUMBERS * self.rows)
     }
 
     /// Enqueues the choice of a token for each row of logits, with what was set.

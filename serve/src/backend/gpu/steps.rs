@@ -6,14 +6,16 @@ use super::{
     Gpu,
     attention::Attention,
     buckets::{Bucket, Graph, Launched},
+    measure::GraphTime,
     memory::Pinned,
     network::{Head, Pass},
     products::HeadProduct,
+    ring::{InFlight, LookedAt},
     tables::Uploaded,
 };
 use crate::{
     Result,
-    backend::{Output, Sample, Step, graph, sampler},
+    backend::{Output, Sample, Step, StepToken, graph, sampler},
 };
 
 impl Gpu {
@@ -31,16 +33,32 @@ impl Gpu {
             return Err(format!("a step of {rows} tokens; the engine was made for {most}").into());
         }
         let vocab_size = self.network.config.vocab_size;
-        match step.tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            Some(token) => Err(format!("there is no token {token}").into()),
-            None => Ok(()),
+        let chosen = self.ring.last().map_or(0, |last| last.at.len());
+        for token in step.tokens {
+            match *token {
+                StepToken::Known(token) if token as usize >= vocab_size => {
+                    return Err(format!("there is no token {token}").into());
+                }
+                StepToken::Chosen(output) if output >= chosen => {
+                    return Err(
+                        format!("the step before, of {chosen} outputs, has no output {output}").into()
+                    );
+                }
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// Enqueues a step that has tokens.
     pub(super) fn compute(&mut self, step: &Step<'_>) -> Result<()> {
+        // First of all: what the step before chose may move.
+        let padded_rows = step.tokens.len().next_power_of_two();
+        let Self { tokens, cuda, network, outputs, ring, .. } = self;
+        let at = ring.last().map_or(&[][..], |last| &last.at);
+        tokens.set(cuda, &network.kernels, step.tokens, padded_rows, &outputs.tokens.view(), at)?;
         loop {
-            let computed = self.enqueue(step);
+            let computed = self.enqueue_kernels(step);
             let Err(error) = &computed else { return computed };
             if !error.downcast_ref().is_some_and(Attention::is_too_small) {
                 return computed;
@@ -52,7 +70,7 @@ impl Gpu {
         }
     }
 
-    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+    fn enqueue_kernels(&mut self, step: &Step<'_>) -> Result<()> {
         self.at.clear();
         let rows = step.tokens.len();
         let padded_rows = rows.next_power_of_two();
@@ -61,8 +79,6 @@ impl Gpu {
             self.forget_graphs();
         }
         let uploaded = self.tables.upload(step.batch, &mut self.cache, padded_rows)?;
-        let tokens: Vec<_> = step.tokens.iter().map(|&token| token as usize).collect();
-        self.tokens.set(&self.cuda, &tokens, padded_rows)?;
         self.prepare_products(bucket, uploaded == Uploaded::Decode)?;
         match uploaded {
             Uploaded::Decode => self.decode(bucket, step.outputs),
@@ -75,7 +91,20 @@ impl Gpu {
         self.at.extend(outputs.iter().map(|output| output.row));
         let sampled = self.prepare_outputs(bucket, true, outputs)?;
         let rows = 1 << bucket;
-        let Self { buckets, network, attention, buffers, outputs, tokens, cache, tables, sampler, .. } = self;
+        let Self {
+            buckets,
+            network,
+            attention,
+            buffers,
+            multiplier,
+            outputs,
+            tokens,
+            cache,
+            tables,
+            sampler,
+            ..
+        } = self;
+        let (cuda, graph_times) = (&self.cuda, &mut self.graph_times);
         let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(head) } =
             &mut buckets[bucket]
         else {
@@ -86,12 +115,17 @@ impl Gpu {
         let plans = attention.plan_decode(&tables.pages, self.graphs.then_some(rows))?;
         let keys = plans.replay_keys();
         if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
-            graph.step.launch(plans.decode())?;
+            let launch = || Ok(graph.step.launch(plans.decode())?);
+            match graph_times {
+                Some(times) => times.push(GraphTime::of(cuda, launch)?),
+                None => launch()?,
+            }
             self.launched = Some(Launched { bucket, sampled });
             return Ok(());
         }
+        let (padded_rows, plans, tokens) = (rows, &plans, tokens.rows());
         let mut pass =
-            Pass { rows, padded_rows: rows, tokens, tables, plans: &plans, products, cache, buffers };
+            Pass { rows, padded_rows, tokens, tables, plans, products, cache, buffers, multiplier };
         let mut head = Head { rows, selected: None, product: &head.product, outputs, sampler };
         let mut run = || {
             network.run(&mut pass)?;
@@ -119,8 +153,19 @@ impl Gpu {
             let selected: Vec<_> = outputs.iter().map(|output| output.row).collect();
             self.selected.set(&self.cuda, &selected, wanted)?;
         }
-        let Self { buckets, network, attention, buffers, tokens, cache, tables, selected, sampler, .. } =
-            self;
+        let Self {
+            buckets,
+            network,
+            attention,
+            buffers,
+            multiplier,
+            tokens,
+            cache,
+            tables,
+            selected,
+            sampler,
+            ..
+        } = self;
         let Some(products) = &buckets[bucket].products else {
             return Err("the products of a step were not made".into());
         };
@@ -130,7 +175,9 @@ impl Gpu {
         };
         let tables = &tables.tables;
         let padded_rows = 1 << bucket;
-        let mut pass = Pass { rows, padded_rows, tokens, tables, plans: &plans, products, cache, buffers };
+        let (plans, tokens) = (&plans, tokens.rows());
+        let mut pass =
+            Pass { rows, padded_rows, tokens, tables, plans, products, cache, buffers, multiplier };
         network.run(&mut pass)?;
         let Some(rows) = wanted else { return Ok(()) };
         let Some(HeadProduct { product, .. }) = &buckets[rows.ilog2() as usize].head else {
@@ -142,31 +189,23 @@ impl Gpu {
     }
 
     /// What came of the outputs of a step, once it is computed.
-    pub(super) fn samples(&mut self, outputs: &[Output]) -> Result<Vec<Sample>> {
-        let Some(last) = self.at.last() else { return Ok(Vec::new()) };
-        self.chosen.download(&self.cuda, &self.outputs.tokens, 0, last + 1)?;
-        // Waits as fast as can be; what `as_slice` waits for is over then.
-        self.cuda.synchronize()?;
-        let (chosen, vocab_size) = (self.chosen.as_slice()?, self.network.config.vocab_size);
-        let mut samples = Vec::with_capacity(outputs.len());
-        for (output, &at) in outputs.iter().zip(&self.at) {
-            let token = u32::try_from(chosen[at]).ok();
-            if output.logprobs.is_none() && output.allowed.is_none() {
-                samples.push(Sample { token, logprobs: None });
-                continue;
-            }
+    pub(super) fn samples(&mut self, step: &InFlight) -> Result<Vec<Sample>> {
+        let (chosen, vocab_size) = (step.chosen()?, self.network.config.vocab_size);
+        let sample = |at: &usize| Sample { token: u32::try_from(chosen[*at]).ok(), logprobs: None };
+        let mut samples: Vec<_> = step.at.iter().map(sample).collect();
+        for LookedAt { index, output } in &step.looked_at {
             let row = match &mut self.row {
                 Some(row) => row,
                 empty => empty.insert(Pinned::zeros(&self.cuda, vocab_size)?),
             };
-            row.download(&self.cuda, &self.outputs.logits, at * vocab_size, vocab_size)?;
-            let row = row.as_slice()?;
+            row.download(&self.cuda, &self.outputs.logits, step.at[*index] * vocab_size, vocab_size)?;
+            let (row, sample) = (row.as_slice()?, &mut samples[*index]);
             if output.allowed.is_some() {
-                samples.extend(sampler::sample(slice::from_ref(output), row, vocab_size)?);
+                let chosen = sampler::sample(slice::from_ref(output), row, vocab_size)?;
+                chosen.into_iter().for_each(|chosen| *sample = chosen);
             } else {
-                let wanted = token.zip(output.logprobs);
-                let logprobs = wanted.map(|(token, count)| sampler::logprobs(row, token, count));
-                samples.push(Sample { token, logprobs });
+                let wanted = sample.token.zip(output.logprobs);
+                sample.logprobs = wanted.map(|(token, count)| sampler::logprobs(row, token, count));
             }
         }
         Ok(samples)

@@ -1,18 +1,20 @@
-//! The weights of a model on the GPU, rounded to the type that it computes in.
+//! The weights of a model on the GPU: rounded to the type that it computes in, or its matrices
+//! to `e4m3`.
 
 use candle_core::{Device, Tensor};
-use flashinfer_rs::{DType, Stream};
+use flashinfer_rs::{DType, Stream, TensorRef};
 
 use super::{
     half::{HalfTensor, overflow},
     heads::HeadWidths,
+    quantize::{QuantizedRows, Quantizer},
 };
 use crate::{
     Result,
-    backend::matmul::Weight,
+    backend::matmul::{Factor, Weight},
     model::{
         self, Config, Ends,
-        weights::{self, ExpertMlps, LayerMlp, Matrix, Mlp},
+        weights::{self, ExpertMlps, LayerMlp, Mlp},
     },
 };
 
@@ -24,15 +26,25 @@ use crate::{
 /// scaled by it, and `eps` by its square.
 pub const RESIDUAL_SCALE: f32 = 1.0 / 16.0;
 
+/// A matrix that rows are multiplied by.
+enum Matrix {
+    Half(HalfTensor),
+    E4m3(QuantizedRows),
+}
+
 /// A matrix and a bias.
 pub struct Linear {
-    matrix: HalfTensor,
+    matrix: Matrix,
     bias: Option<HalfTensor>,
 }
 
 impl Linear {
     pub fn view(&self) -> Weight<'_> {
-        Weight { matrix: self.matrix.view(), bias: self.bias.as_ref().map(HalfTensor::view) }
+        let matrix = match &self.matrix {
+            Matrix::Half(matrix) => matrix.view().into(),
+            Matrix::E4m3(matrix) => matrix.view(),
+        };
+        Weight { matrix, bias: self.bias.as_ref().map(HalfTensor::view) }
     }
 }
 
@@ -64,6 +76,8 @@ pub struct SharedExpert {
 
 /// All weights that the device uses.
 pub struct Weights {
+    /// The type of the matrices of layers, but for those that score experts.
+    pub dtype: DType,
     pub layers: Vec<Layer>,
     pub norm: HalfTensor,
     pub embedding: HalfTensor,
@@ -74,32 +88,35 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Uploads them, a layer at a time.
+    /// Uploads them, a layer at a time. With a quantizer, matrices of layers are quantized one by
+    /// one, so that there are never more 16-bit ones than one.
     pub fn new(
         stream: &Stream,
         config: &Config,
         heads: HeadWidths,
+        quantizer: Option<&Quantizer>,
         ends: &Ends,
         layers: impl Iterator<Item = Result<model::Layer>>,
     ) -> Result<Self> {
         let dtype = config.dtype;
         let residual_scale = config.residual_scale as f32 * RESIDUAL_SCALE;
-        let mut upload = Upload { stream, dtype, heads, residual_scale, bytes: 0 };
+        let mut upload = Upload { stream, dtype, heads, quantizer, residual_scale, bytes: 0 };
         let layers = layers.map(|layer| upload.layer(&layer?)).collect::<Result<_>>()?;
         let norm = upload.vector(&ends.norm)?;
         // What is not a number there makes only those requests fail that have such a token.
         let embedding = ends.embedding.dequantize()?;
         let embedding = HalfTensor::rounded(stream, dtype, embedding.dims(), &numbers(&embedding)?)?;
-        let head = ends.head.as_ref().map(|head| upload.matrix(&head.dequantize()?)).transpose()?;
+        let head = ends.head.as_ref().map(|head| upload.half(&head.dequantize()?)).transpose()?;
         if head.is_none() {
-            upload.bytes += embedding.view().numel() * dtype.size();
+            upload.count(&embedding.view());
         }
-        Ok(Self { layers, norm, embedding, head, bytes: upload.bytes })
+        let dtype = if quantizer.is_some() { DType::E4M3 } else { dtype };
+        Ok(Self { dtype, layers, norm, embedding, head, bytes: upload.bytes })
     }
 
     /// What logits are made with.
     pub fn head(&self) -> Weight<'_> {
-        Weight { matrix: self.head.as_ref().unwrap_or(&self.embedding).view(), bias: None }
+        Weight { matrix: self.head.as_ref().unwrap_or(&self.embedding).view().into(), bias: None }
     }
 }
 
@@ -117,6 +134,7 @@ struct Upload<'a> {
     stream: &'a Stream,
     dtype: DType,
     heads: HeadWidths,
+    quantizer: Option<&'a Quantizer>,
     /// What is added to the residual is multiplied by it.
     residual_scale: f32,
     bytes: usize,
@@ -150,7 +168,7 @@ impl Upload<'_> {
             }
             LayerMlp::Experts(experts) => {
                 let [gate_up, down] = self.experts(&experts.experts)?;
-                (Some(self.plain(&experts.router)?), gate_up, down, self.shared(experts)?)
+                (Some(self.scores(&experts.router)?), gate_up, down, self.shared(experts)?)
             }
         };
         Ok(Layer {
@@ -173,7 +191,7 @@ impl Upload<'_> {
         let bias = match &qkv.bias {
             Some(bias) => {
                 let padded = self.heads.pad_rows(&Tensor::new(bias.as_slice(), &Device::Cpu)?)?;
-                Some(self.matrix(&padded.flatten_all()?)?)
+                Some(self.half(&padded.flatten_all()?)?)
             }
             None => None,
         };
@@ -198,7 +216,7 @@ impl Upload<'_> {
     fn shared(&mut self, experts: &ExpertMlps) -> Result<Option<SharedExpert>> {
         let Some(shared) = &experts.shared else { return Ok(None) };
         Ok(Some(SharedExpert {
-            gate: self.plain(&shared.gate)?,
+            gate: self.scores(&shared.gate)?,
             gate_up: self.linear(&shared.mlp.gate_up, 1.0)?,
             down: self.linear(&shared.mlp.down, 1.0)?,
         }))
@@ -215,26 +233,47 @@ impl Upload<'_> {
         scaled.map(|bias| self.vector(&bias)).transpose()
     }
 
-    fn plain(&mut self, matrix: &Matrix) -> Result<Linear> {
-        Ok(Linear { matrix: self.matrix(&matrix.dequantize()?)?, bias: None })
+    /// A matrix that makes scores, which is small, and decides.
+    fn scores(&mut self, matrix: &weights::Matrix) -> Result<Linear> {
+        Ok(Linear { matrix: Matrix::Half(self.half(&matrix.dequantize()?)?), bias: None })
     }
 
-    fn matrix(&mut self, tensor: &Tensor) -> Result<HalfTensor> {
-        self.checked(tensor.dims(), &numbers(tensor)?)
+    /// A matrix as it is kept.
+    fn matrix(&mut self, tensor: &Tensor) -> Result<Matrix> {
+        let Some(quantizer) = self.quantizer else { return Ok(Matrix::Half(self.half(tensor)?)) };
+        let (rows, numbers) = (tensor.dim(0)?, tensor.elem_count());
+        let rounded = self.checked(tensor.dims(), &self::numbers(tensor)?)?;
+        let mut quantized = QuantizedRows::zeros(self.stream, rows, numbers)?;
+        let Factor { numbers, scales } = quantizer.quantize(&mut quantized, &rounded.view(), rows)?;
+        self.count(&numbers);
+        scales.iter().for_each(|scales| self.count(scales));
+        Ok(Matrix::E4m3(quantized))
+    }
+
+    fn half(&mut self, tensor: &Tensor) -> Result<HalfTensor> {
+        let rounded = self.checked(tensor.dims(), &numbers(tensor)?)?;
+        self.count(&rounded.view());
+        Ok(rounded)
     }
 
     fn vector(&mut self, numbers: &[f32]) -> Result<HalfTensor> {
-        self.checked(&[numbers.len()], numbers)
+        let rounded = self.checked(&[numbers.len()], numbers)?;
+        self.count(&rounded.view());
+        Ok(rounded)
+    }
+
+    /// Counts what a step reads.
+    fn count(&mut self, tensor: &TensorRef<'_>) {
+        self.bytes += tensor.numel() * tensor.dtype().size();
     }
 
     /// Numbers that are finite when they are rounded.
-    fn checked(&mut self, shape: &[usize], numbers: &[f32]) -> Result<HalfTensor> {
+    fn checked(&self, shape: &[usize], numbers: &[f32]) -> Result<HalfTensor> {
         let limit = overflow(self.dtype);
         if let Some(number) = numbers.iter().find(|number| number.is_nan() || number.abs() >= limit) {
             let problem = format!("a weight is {number}, which is no number of {}", self.dtype);
             return Err(format!("{problem}, which the GPU computes in").into());
         }
-        self.bytes += numbers.len() * self.dtype.size();
         Ok(HalfTensor::rounded(self.stream, self.dtype, shape, numbers)?)
     }
 }

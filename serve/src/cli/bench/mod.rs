@@ -7,7 +7,8 @@ use std::num::NonZeroUsize;
 
 use crate::{
     Llm, LlmOptions, Result,
-    backend::device::Device,
+    backend::{device::Device, gpu::GpuOptions},
+    cli::precision::PrecisionArgs,
     hub::{Hub, ModelName},
     model::{Model, synthetic::Shape},
 };
@@ -33,6 +34,9 @@ pub struct Args {
     /// Measure answers that do not depend on what else is computed beside them
     #[arg(long)]
     deterministic: bool,
+    /// The bits of what a GPU keeps.
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Measure single decode steps on the GPU instead, of so many requests
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     steps: Vec<NonZeroUsize>,
@@ -46,14 +50,16 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
+    let PrecisionArgs { weights, kv } = args.precision;
+    let gpu = GpuOptions { deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
     if let Some(shape) = args.shape {
-        return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get(), args.deterministic);
+        return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get(), gpu);
     }
     let name = args.model.as_ref().ok_or("there is no model to measure")?;
     let files = Hub::from_env()?.locate(name)?;
     if !args.steps.is_empty() {
         let model = Model::open_files(&files)?;
-        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get(), args.deterministic);
+        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get(), gpu);
     }
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;
@@ -61,6 +67,8 @@ pub fn run(args: &Args) -> Result<()> {
         device: args.device,
         cache_tokens,
         deterministic: args.deterministic,
+        weights,
+        kv,
         ..LlmOptions::default()
     };
     let llm = Llm::load(&files, &options)?;

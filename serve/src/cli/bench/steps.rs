@@ -11,7 +11,7 @@ use flashinfer_rs::{
 use crate::{
     Result,
     backend::{
-        Backend, Output, Step,
+        Backend, Output, Step, StepToken,
         device::load_gpu,
         gpu::{Gpu, GpuOptions},
         graph,
@@ -31,12 +31,13 @@ const STEPS: usize = 100;
 const BANDWIDTH: f64 = 4.8e12;
 
 /// Measures steps of a model that answers so many requests at a time, each with so many tokens
-/// before the first step.
+/// before the first step. The most tokens of a step are those that are measured, whatever the
+/// options say.
 ///
 /// # Errors
 /// There is no GPU that can be used, or the model does not fit it.
-pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, deterministic: bool) -> Result<()> {
-    let options = |max_tokens| GpuOptions { max_tokens, deterministic };
+pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, options: GpuOptions) -> Result<()> {
+    let options = |max_tokens| GpuOptions { max_tokens, ..options };
     match model {
         Source::Shape(shape) => {
             let config = shape.config()?;
@@ -76,12 +77,16 @@ fn table(
     println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
     println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
     println!("the floor is that, and a graph of as many kernels that do nothing");
+    println!("step: each is enqueued while the one before is computed, as in the engine; waiting: when that");
+    println!(
+        "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with drawn ones"
+    );
     println!("host: what of a step the host takes to enqueue it; eager: without graphs");
     println!(
-        "| batch | step ms | host ms | graph ms | step / graph | floor ms | tokens/s | kernels | per layer \
-         | attention ms | of graph | eager ms | eager host ms |"
+        "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
+         | tokens/s | kernels | per layer | attention ms | of graph | eager ms | eager host ms |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for batch in batches {
         row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
     }
@@ -111,7 +116,8 @@ fn row(
         let start = Instant::now();
         batch.append(vec![1; requests])?;
         let appended = start.elapsed();
-        let samples = gpu.step(&Step { batch, tokens: &tokens, outputs: &outputs })?.into_iter();
+        let samples =
+            gpu.step(&Step { batch, tokens: &StepToken::known(&tokens), outputs: &outputs })?.into_iter();
         let next: Option<_> = samples.map(|sample| sample.token).collect();
         tokens = next.ok_or(Finish::NoNumbers.to_string())?;
         Ok([start.elapsed(), appended + gpu.enqueued()].map(|time| time.as_secs_f64() * 1e3))
@@ -124,7 +130,13 @@ fn row(
         let times = (0..STEPS).map(|_| step(gpu, batch)).collect::<Result<Vec<_>>>()?;
         Ok([0, 1].map(|which| median(times.iter().map(|times| times[which]).collect())))
     };
-    let [time, host] = steps(gpu, &mut batch)?;
+    let [waiting, host] = steps(gpu, &mut batch)?;
+    start_again(&mut batch)?;
+    let Loop { time, gap } = endless(gpu, &mut batch, &outputs)?;
+    start_again(&mut batch)?;
+    let drawn =
+        outputs.iter().map(|output| Output { temperature: 1.0, top_p: 0.9, uniform: 0.5, ..output.clone() });
+    let drawn = endless(gpu, &mut batch, &drawn.collect::<Vec<_>>())?;
     // Products were tuned for the graph.
     gpu.set_graphs(false);
     let [eager, eager_host] = steps(gpu, &mut batch)?;
@@ -143,8 +155,9 @@ fn row(
     }
     let (graph, attention) = (median(graphs), median(attention));
     println!(
-        "| {requests} | {time:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
+        "| {requests} | {time:.3} | {gap:.1} | {:.1} | {waiting:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
          | {attention:.3} | {:.0} % | {eager:.3} | {eager_host:.3} |",
+        drawn.gap,
         time / graph,
         reading + idle(gpu.cuda(), kernels)?,
         requests as f64 / time * 1e3,
@@ -152,6 +165,36 @@ fn row(
         attention / graph * 1e2,
     );
     Ok(())
+}
+
+/// Steps of which each is enqueued while the one before is computed.
+struct Loop {
+    /// The milliseconds of a step.
+    time: f64,
+    /// The microseconds from one graph to the next.
+    gap: f64,
+}
+
+/// Takes such steps, with these outputs.
+fn endless(gpu: &mut Gpu, batch: &mut Batch, outputs: &[Output]) -> Result<Loop> {
+    let ones = vec![1; batch.len()];
+    batch.append(ones.iter().copied())?;
+    let first = vec![StepToken::Known(0); batch.len()];
+    gpu.enqueue(&Step { batch, tokens: &first, outputs })?;
+    let chosen: Vec<_> = (0..batch.len()).map(StepToken::Chosen).collect();
+    let mut times = Vec::new();
+    for index in 1..WARM_UP + STEPS {
+        if index == WARM_UP {
+            gpu.time_graphs();
+        }
+        let start = Instant::now();
+        batch.append(ones.iter().copied())?;
+        gpu.enqueue(&Step { batch, tokens: &chosen, outputs })?;
+        gpu.collect()?;
+        times.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    gpu.collect()?;
+    Ok(Loop { time: median(times.split_off(WARM_UP)), gap: median(gpu.gaps()?) })
 }
 
 /// The milliseconds that a graph of so many kernels takes if they do nothing.

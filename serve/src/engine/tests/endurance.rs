@@ -30,7 +30,7 @@ fn memory_does_not_grow_over_a_million_requests() {
     let config = EngineConfig { num_pages: 100, page_size: 4, max_queued: 2000, ..EngineConfig::new(limits) };
     let engine = Engine::start(config, bytes::text("gpt-2"), |pool, limits| {
         let backend = Simulated::new(pool, limits.step_capacity(), Language { vocab_size: 8, nan: 0 });
-        Ok(backend.with_failure(|step| step.tokens.contains(&7).then(|| "no 7".into())))
+        Ok(backend.with_failure(|tokens| tokens.contains(&7).then(|| "no 7".into())))
     });
     let engine = engine.unwrap();
     let (mut open, mut sizes) = (Vec::new(), Vec::new());

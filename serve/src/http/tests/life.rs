@@ -196,7 +196,7 @@ fn a_key_is_needed_where_there_is_one() {
 #[test]
 fn a_failure_in_a_stream_is_an_event_and_says_nothing_of_the_server() {
     let llm = llm(config(), |backend| {
-        backend.with_failure(|step| step.tokens.contains(&33).then(|| "cannot read /secret/path".into()))
+        backend.with_failure(|tokens| tokens.contains(&33).then(|| "cannot read /secret/path".into()))
     });
     let server = TestServer::with(options(), llm);
     let error = server.complete(&completion("a!", 5)).error(500);
@@ -211,8 +211,8 @@ fn a_failure_in_a_stream_is_an_event_and_says_nothing_of_the_server() {
 #[test]
 fn a_dead_engine_is_told_to_who_asks_for_health() {
     let llm = llm(config(), |backend| {
-        backend.with_failure(|step| {
-            assert!(!step.tokens.contains(&33), "a fault of the backend");
+        backend.with_failure(|tokens| {
+            assert!(!tokens.contains(&33), "a fault of the backend");
             None
         })
     });

@@ -61,7 +61,9 @@ fn the_last_request_gives_its_pages_back_and_resumes() {
 
 #[test]
 fn prompts_are_read_in_parts_while_others_decode() {
-    let (_, mut requests, mut backend) = setup(100, 4, limits(8, 0));
+    let (_, mut requests, backend) = setup(100, 4, limits(8, 0));
+    // No step is in flight when a request comes.
+    let mut backend = backend.synchronous();
     let mut work = |requests: &mut Requests| {
         let before = requests.scheduler.stats();
         requests.step(&mut backend);

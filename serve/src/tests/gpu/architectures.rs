@@ -47,7 +47,7 @@ fn open((name, bytes): File) -> Model {
 
 /// A layer whose heads are filled up with zeros, which changes nothing: so that a small
 /// model has heads as wide as the kernels that tests have.
-fn widened(layer: Layer, widths: HeadWidths) -> Result<Layer> {
+pub fn widened(layer: Layer, widths: HeadWidths) -> Result<Layer> {
     let whole = |tensor, bias| -> Result<_> {
         Ok(Linear { parts: vec![Matrix::new(&tensor, GgmlDType::F32)?], bias })
     };

@@ -35,7 +35,7 @@ fn logits(
         let others = (0..first).map(|at| (at as u32 * 29 + 7) % vocab as u32);
         let rows: Vec<_> = others.chain(tokens[at..at + part].iter().copied()).collect();
         let outputs: Vec<_> = (0..rows.len()).map(Output::greedy).collect();
-        engine.step(&Step { batch: &batch, tokens: &rows, outputs: &outputs }).unwrap();
+        engine.step(&Step { batch: &batch, tokens: &StepToken::known(&rows), outputs: &outputs }).unwrap();
         all.extend_from_slice(&engine.logits().unwrap()[first * vocab..]);
         at += part;
     }
@@ -43,7 +43,7 @@ fn logits(
 }
 
 /// The logits of a model's rows are equal in every bit, however its steps are made.
-fn check_rows_are_equal(name: &str, gpu: &mut Gpu, pool: &PageAllocator, tokens: &[u32]) {
+pub fn check_rows_are_equal(name: &str, gpu: &mut Gpu, pool: &PageAllocator, tokens: &[u32]) {
     let alone = logits(gpu, pool, tokens, &vec![1; tokens.len()], &[]);
     let steps: &[(&[usize], &[usize])] = &[
         (&[17], &[]),

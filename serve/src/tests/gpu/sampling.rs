@@ -66,7 +66,9 @@ fn tokens_sampled_on_the_gpu_are_those_of_the_cpu() {
             if step == 9 {
                 outputs.retain(|output| output.row % 2 == 0);
             }
-            let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+            let samples = gpu
+                .step(&Step { batch: &batch, tokens: &StepToken::known(&tokens), outputs: &outputs })
+                .unwrap();
             let expected = sample(&outputs, &gpu.logits().unwrap(), vocab).unwrap();
             assert_eq!(samples, expected, "step {step} of {requests} requests");
             if outputs.iter().any(|output| output.logprobs.is_some()) {
@@ -101,8 +103,9 @@ fn a_seed_gives_the_same_token_in_any_batch() {
                 _ => Output { temperature: 1.2, top_p: 0.95, uniform, ..Output::greedy(row) },
             })
             .collect();
-        let samples =
-            gpu.step(&Step { batch: &batch, tokens: &[step as u32; 4], outputs: &outputs }).unwrap();
+        let samples = gpu
+            .step(&Step { batch: &batch, tokens: &StepToken::known(&[step as u32; 4]), outputs: &outputs })
+            .unwrap();
         let logits = gpu.logits().unwrap();
         let rows: Vec<_> = logits.chunks_exact(model.config.vocab_size).collect();
         assert!(rows.iter().all(|row| row == &rows[0]), "step {step}");
@@ -130,7 +133,8 @@ fn rows_without_numbers_do_not_disturb_others_that_sample() {
             |row| Output { temperature: 1.0, uniform: 0.3, logprobs: Some(2), ..Output::greedy(row) };
         let outputs = [sampled(0), sampled(1), Output::greedy(2)];
         let tokens = [5, forward::INFINITE, 6];
-        let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+        let samples =
+            gpu.step(&Step { batch: &batch, tokens: &StepToken::known(&tokens), outputs: &outputs }).unwrap();
         assert_eq!(samples[1], Sample { token: None, logprobs: None }, "step {step}");
         let expected = sample(&outputs, &gpu.logits().unwrap(), model.config.vocab_size).unwrap();
         assert_eq!((&samples[0], &samples[2]), (&expected[0], &expected[2]), "step {step}");
@@ -150,7 +154,10 @@ fn edits_of_tokens_that_are_not_there_are_refused() {
     batch.append([1]).unwrap();
     let edits = vec![LogitEdit::bias(300, 1.0)];
     let outputs = [Output { edits, ..Output::greedy(0) }];
-    let text = gpu.step(&Step { batch: &batch, tokens: &[1], outputs: &outputs }).unwrap_err().to_string();
+    let text = gpu
+        .step(&Step { batch: &batch, tokens: &StepToken::known(&[1]), outputs: &outputs })
+        .unwrap_err()
+        .to_string();
     assert!(text.contains("token 300: the vocabulary has 300 tokens"), "{text}");
     assert!(gpu.logits().unwrap().is_empty());
 }
@@ -186,7 +193,8 @@ fn rows_under_a_constraint_are_chosen_from_what_is_allowed() {
             Output { temperature: 1.0, uniform: 0.3, ..Output::greedy(last(3)) },
         ];
         let tokens: Vec<u32> = (0..batch.queries().total() as u32).map(|row| 20 + row + step).collect();
-        let samples = gpu.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+        let samples =
+            gpu.step(&Step { batch: &batch, tokens: &StepToken::known(&tokens), outputs: &outputs }).unwrap();
         let expected = sample(&outputs, &gpu.logits().unwrap(), vocab).unwrap();
         for row in [0, 1, 2] {
             assert_eq!(samples[row], expected[row], "step {step}, row {row}");

@@ -125,26 +125,26 @@ fn prefill_by_hand() {
     };
     let spec = spec(2);
     let nothing = f64::NEG_INFINITY;
-    let (out, lse) = run(&spec, Mask::None);
+    let (out, lse) = run(&spec, HostMask::None);
     close(&out, &[5.0, 5.0, 30.0, 30.0, 30.0]);
     close(&lse, &[2.0, 2.0, 1.0, 1.0, 1.0]);
     // Positions are 2 and 3 of four, and −1, 0 and 1 of two.
-    let (out, lse) = run(&spec, Mask::Causal);
+    let (out, lse) = run(&spec, HostMask::Causal);
     close(&out, &[3.0, 5.0, 0.0, 20.0, 30.0]);
     close(&lse, &[3f64.log2(), 2.0, nothing, 0.0, 1.0]);
     // One key before the position.
-    let (out, lse) = run(&spec.with_window_left(1), Mask::Causal);
+    let (out, lse) = run(&spec.with_window_left(1), HostMask::Causal);
     close(&out, &[4.0, 8.0, 0.0, 20.0, 30.0]);
     close(&lse, &[1.0, 1.0, nothing, 0.0, 1.0]);
     // Without a mask also all keys after it.
-    let (out, lse) = run(&spec.with_window_left(0), Mask::None);
+    let (out, lse) = run(&spec.with_window_left(0), HostMask::None);
     close(&out, &[8.0, 11.0, 30.0, 30.0, 40.0]);
     close(&lse, &[1.0, 0.0, 1.0, 1.0, 0.0]);
 }
 
 /// One head of two requests: two queries over four keys, one over two. All
 /// products are zero.
-fn masked(spec: &AttentionSpec, mask: Mask<'_>, options: &RunOptions<'_>) -> ([f64; 3], [f64; 3]) {
+fn masked(spec: &AttentionSpec, mask: HostMask<'_>, options: &RunOptions<'_>) -> ([f64; 3], [f64; 3]) {
     let queries = RaggedIndices::from_lens([2, 1]).unwrap();
     let keys = RaggedIndices::from_lens([4, 2]).unwrap();
     let (q, k, v) = ([0.0f64; 3], [1.0f64; 6], [1.0f64, 3.0, 5.0, 11.0, 20.0, 40.0]);
@@ -169,7 +169,7 @@ fn masks_by_hand() {
     let (spec, options) = (spec(1), RunOptions::default());
     let indices = MaskIndices::new([(2, 4), (1, 2)]).unwrap();
     let bits = indices.pack(&[true, false, false, true, false, false, false, false, false, true]).unwrap();
-    let custom = Mask::Custom(&indices, &bits);
+    let custom = HostMask::Custom(&indices, &bits);
     let nothing = f64::NEG_INFINITY;
     let (out, lse) = masked(&spec, custom, &options);
     close(&out, &[6.0, 0.0, 40.0]);
@@ -181,7 +181,7 @@ fn masks_by_hand() {
     // queries are the item and the last delimiter, and the delimiter of the
     // other request.
     let items = ItemIndices::new([(1, &[1][..]), (1, &[][..])]).unwrap();
-    let (out, lse) = masked(&spec, Mask::MultiItem(&items), &options);
+    let (out, lse) = masked(&spec, HostMask::MultiItem(&items), &options);
     close(&out, &[3.0, 1.0, 20.0]);
     close(&lse, &[1.0, 0.0, 0.0]);
 }
@@ -196,12 +196,12 @@ fn slopes_sinks_and_scales_by_hand() {
     // Exponentials 1, 2, 4 and 8 for query 0, half of them for query 1.
     let options = RunOptions { alibi_slopes: Some(view(&slopes, &[1])), ..RunOptions::default() };
     let mean = (1.0 + 6.0 + 20.0 + 88.0) / 15.0;
-    let got = masked(&spec(1).with_pos_encoding_mode(PosEncodingMode::Alibi), Mask::None, &options);
+    let got = masked(&spec(1).with_pos_encoding_mode(PosEncodingMode::Alibi), HostMask::None, &options);
     near(got, ([mean, mean, 100.0 / 3.0], [15f64.log2(), 7.5f64.log2(), 3f64.log2()]));
     // A sink of exponential 4 beside four and two keys of exponential 1.
     let sinks = Some(view(&sinks, &[1]));
     let options = RunOptions { sinks, v_scale: Some(0.5), ..RunOptions::default() };
-    let got = masked(&spec(1).with_attention_sink(), Mask::None, &options);
+    let got = masked(&spec(1).with_attention_sink(), HostMask::None, &options);
     near(got, ([20.0 / 8.0 / 2.0, 20.0 / 8.0 / 2.0, 60.0 / 6.0 / 2.0], [3.0, 3.0, 6f64.log2()]));
     // The scale of keys multiplies the scale of products.
     let options = RunOptions { k_scale: Some(3.0), sm_scale: Some(0.5), ..RunOptions::default() };

@@ -130,8 +130,8 @@ impl Prefill {
         self.batch.kv_heads * self.batch.group
     }
 
-    fn mask(&self) -> Mask<'static> {
-        if self.causal { Mask::Causal } else { Mask::None }
+    fn mask(&self) -> HostMask<'static> {
+        if self.causal { HostMask::Causal } else { HostMask::None }
     }
 
     fn paged(&self, spec: &AttentionSpec) -> (Vec<f64>, Vec<f64>) {

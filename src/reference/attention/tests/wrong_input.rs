@@ -14,7 +14,7 @@ use crate::{
 #[test]
 fn wrong_masks_slopes_and_sinks_are_refused() {
     let q = [0.0f64; 3];
-    let run = |spec: &AttentionSpec, mask: Mask<'_>, options: &RunOptions<'_>| {
+    let run = |spec: &AttentionSpec, mask: HostMask<'_>, options: &RunOptions<'_>| {
         let queries = RaggedIndices::from_lens([2, 1]).unwrap();
         let (k, mut out) = (view(&q, &[3, 1, 1]), [7.0f64; 3]);
         let result = batch_prefill_ragged(
@@ -33,18 +33,21 @@ fn wrong_masks_slopes_and_sinks_are_refused() {
     };
     let (spec, plain) = (spec(1), RunOptions::default());
     let indices = MaskIndices::new([(2, 2), (1, 1)]).unwrap();
-    refused(run(&spec, Mask::Custom(&indices, &[0]), &plain), "mask");
+    refused(run(&spec, HostMask::Custom(&indices, &[0]), &plain), "mask");
     let other = MaskIndices::new([(2, 2), (1, 2)]).unwrap();
-    refused(run(&spec, Mask::Custom(&other, &[0; 9]), &plain), "mask");
+    refused(run(&spec, HostMask::Custom(&other, &[0; 9]), &plain), "mask");
     let items = ItemIndices::new([(1, &[][..]), (1, &[][..]), (1, &[][..])]).unwrap();
-    refused(run(&spec, Mask::MultiItem(&items), &plain), "items");
+    refused(run(&spec, HostMask::MultiItem(&items), &plain), "items");
     let two = [1f32; 2];
     let mut options = plain;
     options.sinks = Some(view(&two, &[2]));
-    refused(run(&spec, Mask::None, &options), "sinks");
-    refused(run(&spec.with_attention_sink(), Mask::None, &options), "sinks");
-    refused(run(&spec.with_attention_sink(), Mask::None, &plain), "sinks");
-    refused(run(&spec.with_pos_encoding_mode(PosEncodingMode::Alibi), Mask::None, &plain), "alibi_slopes");
+    refused(run(&spec, HostMask::None, &options), "sinks");
+    refused(run(&spec.with_attention_sink(), HostMask::None, &options), "sinks");
+    refused(run(&spec.with_attention_sink(), HostMask::None, &plain), "sinks");
+    refused(
+        run(&spec.with_pos_encoding_mode(PosEncodingMode::Alibi), HostMask::None, &plain),
+        "alibi_slopes",
+    );
 }
 
 #[test]
@@ -67,16 +70,16 @@ fn wrong_input_of_one_request_is_refused_and_nothing_written() {
     let (x, y, z): (&[usize], &[usize], &[usize]) = (&[2, 4, 2], &[3, 2, 2], &[2, 4]);
     let masks: [&[(usize, usize)]; 3] = [&[(2, 2)], &[(2, 3), (0, 0)], &[(2, 3)]];
     let [other, two, right] = masks.map(|shapes| MaskIndices::new(shapes.iter().copied()).unwrap());
-    prefill([&[16], y, y, x, z], Mask::None, "q");
-    prefill([&[2, 4, 1], y, y, x, z], Mask::None, "q");
-    prefill([&[1, 4, 2], y, y, x, z], Mask::None, "out");
-    prefill([&[2, 3, 2], y, y, &[2, 3, 2], &[2, 3]], Mask::None, "q");
-    prefill([x, &[6, 2], y, x, z], Mask::None, "k");
-    prefill([x, y, &[2, 2, 2], x, z], Mask::None, "v");
-    prefill([x, y, y, x, &[8]], Mask::None, "lse");
-    prefill([x, y, y, x, z], Mask::Custom(&other, &bits), "mask");
-    prefill([x, y, y, x, z], Mask::Custom(&two, &bits), "mask");
-    prefill([x, y, y, x, z], Mask::Custom(&right, &[]), "mask");
+    prefill([&[16], y, y, x, z], HostMask::None, "q");
+    prefill([&[2, 4, 1], y, y, x, z], HostMask::None, "q");
+    prefill([&[1, 4, 2], y, y, x, z], HostMask::None, "out");
+    prefill([&[2, 3, 2], y, y, &[2, 3, 2], &[2, 3]], HostMask::None, "q");
+    prefill([x, &[6, 2], y, x, z], HostMask::None, "k");
+    prefill([x, y, &[2, 2, 2], x, z], HostMask::None, "v");
+    prefill([x, y, y, x, &[8]], HostMask::None, "lse");
+    prefill([x, y, y, x, z], HostMask::Custom(&other, &bits), "mask");
+    prefill([x, y, y, x, z], HostMask::Custom(&two, &bits), "mask");
+    prefill([x, y, y, x, z], HostMask::Custom(&right, &[]), "mask");
     let mut decode = |shapes: [&[usize]; 5], expected: &str| {
         let result = single_decode(
             &spec,
@@ -114,7 +117,7 @@ fn wrong_prefills_are_refused_and_nothing_written() {
             &lens(keys),
             &mut view_mut(&mut out, shapes[3]),
             Some(&mut view_mut(&mut lse, shapes[4])),
-            Mask::Causal,
+            HostMask::Causal,
             &RunOptions::default(),
         );
         match result {

@@ -1,0 +1,209 @@
+//! Steps that are enqueued while the one before them is computed.
+
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::backend::{Backend, Sample, Step, StepToken};
+
+/// What a backend was asked, in order: a step of so many rows, with tokens that are still to be
+/// chosen or without, or to collect one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Enqueue { rows: usize, ahead: bool },
+    Collect,
+}
+
+/// Tells what it was asked.
+struct Listening {
+    backend: Simulated,
+    calls: Arc<Mutex<Vec<Call>>>,
+}
+
+impl Backend for Listening {
+    fn vocab_size(&self) -> usize {
+        self.backend.vocab_size()
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.backend.is_asynchronous()
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        let ahead = step.tokens.iter().any(|token| matches!(token, StepToken::Chosen(_)));
+        self.calls.lock().unwrap().push(Call::Enqueue { rows: step.tokens.len(), ahead });
+        self.backend.enqueue(step)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        self.calls.lock().unwrap().push(Call::Collect);
+        self.backend.collect()
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        self.backend.logits()
+    }
+}
+
+/// Requests to a backend that tells what it is asked.
+fn listening(limits: Limits) -> (Requests, Listening, Arc<Mutex<Vec<Call>>>) {
+    let (_, requests, backend) = setup(100, 4, limits);
+    let calls = Arc::<Mutex<Vec<Call>>>::default();
+    (requests, Listening { backend, calls: calls.clone() }, calls)
+}
+
+const fn enqueue(rows: usize, ahead: bool) -> Call {
+    Call::Enqueue { rows, ahead }
+}
+
+use Call::Collect;
+
+/// The prompt, and then each step before the one before it is collected. The last one is known.
+#[test]
+fn a_step_is_enqueued_before_the_one_before_it_is_collected() {
+    let (mut requests, mut backend, calls) = listening(limits(16, 0));
+    requests.submit(&tokens(1, 6), &greedy(4)).unwrap();
+    requests.finish(&mut backend);
+    let want = [
+        enqueue(6, false),
+        enqueue(1, true),
+        Collect,
+        enqueue(1, true),
+        Collect,
+        enqueue(1, true),
+        Collect,
+        Collect,
+    ];
+    assert_eq!(calls.lock().unwrap()[..], want);
+    assert_eq!(requests.scheduler.stats().surplus, 0);
+}
+
+/// An end that only the token tells is seen one step later, and its row is dropped; one that is
+/// known keeps its row as long as another goes on.
+#[test]
+fn what_follows_an_end_is_dropped() {
+    let (mut requests, mut backend, calls) = listening(limits(16, 0));
+    let alone = &solo(&tokens(1, 6), &greedy(9), &limits(16, 0), 400, vocab(1000))[0];
+    let stop = SamplingParams { stop_token_ids: vec![alone.ids()[2]], ..greedy(9) };
+    requests.submit(&tokens(1, 6), &stop).unwrap();
+    requests.step(&mut backend);
+    requests.finish(&mut backend);
+    let last = calls.lock().unwrap().len();
+    assert_eq!(requests.answer(0).ids(), alone.ids()[..3]);
+    assert_eq!(calls.lock().unwrap()[last - 3..], [enqueue(1, true), Collect, Collect]);
+    let stats = requests.scheduler.stats();
+    assert_eq!((stats.surplus, stats.decoded, stats.steps, stats.ended), (1, 2, 4, 1));
+    // Two, of which one has a token less.
+    for max_tokens in [3, 4] {
+        requests.submit(&tokens(2, 6), &greedy(max_tokens)).unwrap();
+        requests.step(&mut backend);
+    }
+    requests.finish(&mut backend);
+    assert_eq!(requests.answer(1).ids(), requests.answer(2).ids()[..3]);
+}
+
+/// Who comes waits for the step in flight, and no longer.
+#[test]
+fn a_request_is_admitted_after_the_step_in_flight() {
+    let (mut requests, mut backend, calls) = listening(limits(16, 0));
+    requests.submit(&tokens(1, 6), &greedy(20)).unwrap();
+    requests.step(&mut backend);
+    requests.submit(&tokens(2, 6), &greedy(20)).unwrap();
+    requests.step(&mut backend);
+    requests.step(&mut backend);
+    let want =
+        [enqueue(6, false), enqueue(1, true), Collect, Collect, enqueue(7, false), enqueue(2, true), Collect];
+    assert_eq!(calls.lock().unwrap()[..], want);
+    assert_eq!(requests.answer(1).tokens.len(), 1);
+}
+
+/// One that may not run does not have the others wait.
+#[test]
+fn who_cannot_start_holds_up_nobody() {
+    let (mut requests, mut backend, calls) = listening(Limits { max_running: 1, ..limits(16, 0) });
+    for request in 0..2 {
+        requests.submit(&tokens(request, 6), &greedy(3)).unwrap();
+    }
+    requests.step(&mut backend);
+    assert_eq!(calls.lock().unwrap()[1], enqueue(1, true));
+    requests.finish(&mut backend);
+    assert_eq!(requests.scheduler.stats().surplus, 0);
+}
+
+/// What the host has to know first is waited for: tokens under penalties and constraints, logits,
+/// drafts.
+#[test]
+fn a_step_that_depends_on_the_last_token_waits_for_it() {
+    let penalties = [
+        SamplingParams { repetition_penalty: 1.1, ..greedy(5) },
+        SamplingParams { presence_penalty: 0.1, ..greedy(5) },
+        SamplingParams { frequency_penalty: 0.1, ..greedy(5) },
+        SamplingParams { logprobs: Some(1), ..greedy(5) },
+    ];
+    for params in penalties {
+        let (mut requests, mut backend, calls) = listening(limits(16, 0));
+        requests.submit(&tokens(1, 6), &params).unwrap();
+        requests.submit(&tokens(2, 6), &greedy(5)).unwrap();
+        requests.finish(&mut backend);
+        assert!(calls.lock().unwrap().iter().all(|call| !matches!(call, Call::Enqueue { ahead: true, .. })));
+    }
+    let (mut requests, mut backend, calls) = listening(limits(16, 2));
+    requests.submit(&tokens(1, 6), &greedy(5)).unwrap();
+    requests.finish(&mut backend);
+    assert!(calls.lock().unwrap().iter().all(|call| !matches!(call, Call::Enqueue { ahead: true, .. })));
+}
+
+/// Random numbers, biases and bans are those of the position, known or not.
+#[test]
+fn answers_that_are_drawn_are_the_same() {
+    let params = SamplingParams {
+        temperature: 0.9,
+        top_p: 0.95,
+        seed: Some(4),
+        logit_bias: [(5, 3.0)].into(),
+        stop_token_ids: vec![5],
+        min_tokens: 7,
+        ..greedy(40)
+    };
+    let (mut requests, mut backend, calls) = listening(limits(16, 0));
+    requests.submit(&tokens(1, 6), &params).unwrap();
+    requests.finish(&mut backend);
+    let alone = &solo(&tokens(1, 6), &params, &limits(16, 0), 400, vocab(1000))[0];
+    compare(requests.answer(0), alone, "solo");
+    assert!(calls.lock().unwrap().contains(&enqueue(1, true)));
+}
+
+/// A page that the next step needs and that is not free has it wait, and then somebody stops.
+#[test]
+fn a_step_for_which_no_page_is_free_is_not_enqueued_ahead() {
+    let (_, mut requests, backend) = setup(6, 4, limits(16, 0));
+    let calls = Arc::<Mutex<Vec<Call>>>::default();
+    let mut backend = Listening { backend, calls: calls.clone() };
+    for request in 0..2 {
+        requests.submit(&tokens(request, 7), &greedy(9)).unwrap();
+    }
+    requests.finish(&mut backend);
+    for request in 0..2 {
+        let alone = &solo(&tokens(request, 7), &greedy(9), &limits(16, 0), 24, vocab(1000))[0];
+        compare(requests.answer(request as usize), alone, "solo");
+    }
+    assert!(requests.scheduler.stats().preemptions > 0);
+}
+
+/// A request that leaves while two steps know of it: its rows are dropped, others' are not.
+#[test]
+fn who_leaves_is_dropped_from_the_step_in_flight() {
+    let (mut requests, mut backend, _) = listening(limits(32, 0));
+    for request in 0..3 {
+        requests.submit(&tokens(request, 6), &greedy(10)).unwrap();
+    }
+    requests.step(&mut backend);
+    requests.step(&mut backend);
+    requests.cancel(1, None);
+    requests.finish(&mut backend);
+    assert_eq!(requests.answer(1).tokens.len(), 2);
+    assert_eq!(requests.scheduler.stats().surplus, 1);
+    for request in [0, 2] {
+        let alone = &solo(&tokens(request, 6), &greedy(10), &limits(32, 0), 400, vocab(1000))[0];
+        compare(requests.answer(request as usize), alone, "solo");
+    }
+}
