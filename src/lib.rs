@@ -68,7 +68,7 @@
 //! |---|---|---|
 //! | `embed` | yes | modules embedded at build time; implies `fetch` |
 //! | `fetch` | yes | downloads of the pinned wheels |
-//! | `cudarc` | yes | [views of cudarc slices](cudarc) and its streams |
+//! | `cudarc` | yes | [tensors of a GPU](gpu), views of cudarc's slices, and its streams |
 //! | `candle` | no | [the same for candle's tensors](candle), on the CPU through the reference |
 //! | `candle-cuda` | no | `candle` for CUDA tensors; candle's own kernels need nvcc to build |
 //! | `progress` | no | [the progress of downloads](progress) on a terminal |
