@@ -20,6 +20,17 @@
 //! `cudarc::driver::CudaGraph::launch` is safe to call all the same, so it is for
 //! you to keep them, and tables, workspaces and plans as they were, for as long as
 //! the graph is launched.
+//!
+//! `cudarc` is that crate also where all names of this one are imported:
+//!
+//! ```
+//! use cudarc::driver::CudaSlice;
+//! use flashinfer_rs::{gpu::*, *};
+//!
+//! fn view(slice: &CudaSlice<f32>, stream: &std::sync::Arc<cudarc::driver::CudaStream>) -> Result<()> {
+//!     slice.tensor(stream, &[slice.len()]).map(drop)
+//! }
+//! ```
 
 use std::sync::Arc;
 
