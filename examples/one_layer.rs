@@ -17,7 +17,7 @@ use flashinfer_rs::{
     kv::{Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     page::append_paged_kv_cache,
-    reference::{self, Mask},
+    reference::{self, HostMask},
     rope::{
         CosSinCache, RopeFrequencies, RopeScaling, RopeTensors, Rotation, apply_rope_pos_ids_cos_sin_cache,
     },
@@ -197,7 +197,7 @@ fn on_cpu(layer: &Layer, frequencies: &RopeFrequencies, input: &[f16]) -> Result
         batch.pages(),
         &mut TensorMut::from_slice(&mut attention, &q_shape)?,
         None,
-        Mask::Causal,
+        HostMask::Causal,
         &RunOptions::default(),
     )?;
     let mut x = multiply(&attention, &layer.attention_output, QO * HEAD_DIM);
