@@ -22,7 +22,7 @@ use flashinfer_rs::{
     indices::{AppendIndices, AppendTable, RaggedIndices, RaggedTable, SlotMapping},
     kv::{KvLayout, PagedKv, PagedKvMut},
     page,
-    reference::{self, Mask},
+    reference::{self, HostMask},
     rope::{
         self, CosSinCache, RopeAppend, RopeFrequencies, RopeOptions, RopeParts, RopePartsMut,
         RopeQuantizeOptions, RopeScaling, RopeTensors, Rotation,
@@ -117,7 +117,7 @@ impl Problem {
             &self.table,
             &mut TensorMut::from_slice(&mut want, &self.q_shape()).unwrap(),
             None,
-            Mask::Causal,
+            HostMask::Causal,
             options,
         )
         .unwrap();
