@@ -6,9 +6,7 @@
 use std::{path::Path, process::Command};
 
 use cudarc::driver::CudaContext;
-use flashinfer_rs::{
-    FlashInferRuntime, Module, ModuleName, Stream, TensorMut, TensorRef, args, gpu::Tensor,
-};
+use flashinfer_rs::{FlashInferRuntime, Module, ModuleName, Stream, TensorMut, TensorRef, args, gpu::Tensor};
 use rand::RngExt;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;

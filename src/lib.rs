@@ -93,12 +93,12 @@ mod capture;
 mod cublas;
 mod cuda;
 mod cuda_library;
-#[cfg(feature = "cudarc")]
-pub mod gpu;
 mod device;
 mod dtype;
 mod error;
 pub mod ffi;
+#[cfg(feature = "cudarc")]
+pub mod gpu;
 pub mod graph;
 pub mod indices;
 pub mod kv;

@@ -14,8 +14,8 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, CascadeWorkspace, DecodePlan,
         Heads, MultiLevelCascade, PagedBatch, PlanOptions, SingleDecode, Workspace,
     },
-    gpu::{Tensor, TensorExt},
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
+    gpu::{Tensor, TensorExt},
     graph::CapturedStep,
     indices::{RaggedIndices, RaggedTable, SegmentIndices, SegmentTable},
     kv::{

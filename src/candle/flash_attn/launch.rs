@@ -20,8 +20,8 @@ use super::{
 use crate::{
     FlashInferError, Stream,
     attention::{AttentionSpec, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, Workspace},
-    gpu::{exclusive, shared},
     dtype::Element,
+    gpu::{exclusive, shared},
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
     kv::{KvLayout, PagedKv},
     tensor::{TensorMut, TensorRef},
