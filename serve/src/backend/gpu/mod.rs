@@ -306,15 +306,20 @@ impl Backend for Gpu {
         let start = Instant::now();
         self.ring.check()?;
         self.launched = None;
-        self.check(step)?;
         self.at.clear();
+        self.check(step)?;
+        let mut enqueued = Ok(());
         if !step.tokens.is_empty() {
-            let computed = self.compute(step);
+            enqueued = self.compute(step);
             self.tables.tables.release_padding();
-            computed?;
         }
         self.enqueued = start.elapsed();
-        self.ring.push(&self.cuda, &self.chosen, &self.at, step.outputs)
+        let enqueued =
+            enqueued.and_then(|()| self.ring.push(&self.cuda, &self.chosen, &self.at, step.outputs));
+        if enqueued.is_err() {
+            self.at.clear();
+        }
+        enqueued
     }
 
     fn collect(&mut self) -> Result<Vec<Sample>> {
