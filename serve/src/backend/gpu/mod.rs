@@ -15,7 +15,7 @@
 //! | file | its job |
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
-//! | `buffers`, `products` | what steps compute in, and products by cuBLASLt |
+//! | `buffers`, `products`, `multiplier` | what steps compute in, their products, and by what |
 //! | `quantize`, `few_rows` | 8-bit numbers, and products of few rows by them |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
@@ -35,6 +35,7 @@ pub(super) mod kernels;
 mod layer;
 mod measure;
 mod memory;
+mod multiplier;
 mod network;
 mod products;
 mod quantize;
@@ -69,8 +70,9 @@ use self::{
     kernels::Kernels,
     measure::GraphTime,
     memory::Pinned,
+    multiplier::Multiplier,
     network::Network,
-    products::{Multiplier, Products},
+    products::Products,
     ring::Ring,
     rows::Rows,
     sampler::Sampler,
@@ -139,7 +141,7 @@ pub struct GpuOptions {
     /// algorithm for all numbers of rows.
     pub deterministic: bool,
     /// The type of the matrices of layers. `e4m3` has a scale for each row, and rows that are
-    /// multiplied by them are rounded to it, too. The embedding, the product that makes logits and
+    /// multiplied by them are rounded to it, too, unless they are few. The embedding, the product that makes logits and
     /// those that score experts stay as they are.
     pub weights: Precision,
     /// The type of the KV cache. Keys and values that are rounded to `e4m3` have no scale: beyond
