@@ -1,12 +1,13 @@
 //! What comes of a request, as text. This runs where it is asked for, not on the
 //! engine's thread.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{collections::VecDeque, mem, sync::Arc, time::Instant};
 
 use async_channel::Receiver;
 
 use super::{Cancel, Shared};
 use crate::{
+    backend::Logprobs,
     request::{Finish, Request, RequestId, Usage},
     scheduler::{Token, Update},
     text::{Stops, Stream, Text},
@@ -23,6 +24,9 @@ pub struct Event {
     /// The tokens whose text this is, or begins with this. Those of a stop string never
     /// come.
     pub tokens: Vec<Token>,
+    /// How likely the prompt's tokens were, but for the first: once, of the first answer, where it
+    /// is asked for.
+    pub prompt_logprobs: Vec<Logprobs>,
     /// How the answer ended: its last event.
     pub end: Option<End>,
 }
@@ -66,6 +70,8 @@ struct Answer {
     tokens: usize,
     cached_tokens: usize,
     started: Option<Instant>,
+    /// What is said of the prompt's tokens with the next event.
+    prompt_logprobs: Vec<Logprobs>,
     /// Bytes of text that were made of tokens, those held back included.
     made: usize,
     /// Bytes of text that went out.
@@ -88,6 +94,7 @@ impl Answer {
             tokens: 0,
             cached_tokens: 0,
             started: None,
+            prompt_logprobs: Vec::new(),
             made: 0,
             out: 0,
             held: VecDeque::new(),
@@ -164,8 +171,9 @@ impl Events {
             }
             return;
         };
-        let Update { choice, token, mut finish, cached_tokens, started, .. } = update;
+        let Update { choice, token, mut finish, cached_tokens, started, prompt_logprobs, .. } = update;
         let answer = &mut self.answers[choice];
+        answer.prompt_logprobs.extend(prompt_logprobs);
         (answer.cached_tokens, answer.started) = (cached_tokens, started);
         let Some(stream) = &mut answer.stream else { return };
         let (mut text, mut stop) = (String::new(), None);
@@ -188,7 +196,10 @@ impl Events {
         let tokens = answer.release(&text, all);
         match finish {
             Some(finish) => self.end(choice, tokens, text, finish),
-            None => self.ready.push_back(Event { choice, text, tokens, end: None }),
+            None => {
+                let prompt_logprobs = mem::take(&mut answer.prompt_logprobs);
+                self.ready.push_back(Event { choice, text, tokens, prompt_logprobs, end: None });
+            }
         }
     }
 
@@ -212,7 +223,8 @@ impl Events {
             completion_tokens: answer.tokens,
         };
         let end = End { finish, usage, started: answer.started };
-        self.ready.push_back(Event { choice, text, tokens, end: Some(end) });
+        let prompt_logprobs = mem::take(&mut answer.prompt_logprobs);
+        self.ready.push_back(Event { choice, text, tokens, prompt_logprobs, end: Some(end) });
     }
 }
 

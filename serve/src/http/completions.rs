@@ -1,6 +1,6 @@
 //! `POST /v1/completions`.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 use axum::{
     Extension, Json,
@@ -26,6 +26,7 @@ use super::{
     },
 };
 use crate::{
+    backend::Logprobs,
     constraint::Constraint,
     engine::Event,
     request::Request,
@@ -55,10 +56,10 @@ pub async fn completions(
     params.max_tokens.get_or_insert(MAX_TOKENS);
     params.logprobs = completion.logprobs;
     let echo = completion.echo.unwrap_or(false);
-    if echo && params.logprobs.is_some() {
-        let message = "echo is given with logprobs, and prompts have none; expected one of them";
-        return Err(ApiError::unsupported("echo", message));
-    }
+    params.prompt_logprobs = params.logprobs.filter(|_| echo);
+    // As with vLLM, a token is computed, and not given.
+    let echo_only = echo && params.max_tokens == Some(0);
+    params.max_tokens = params.max_tokens.map(|most| if echo_only { 1 } else { most });
     let bounds = llm.engine().bounds();
     params.check(bounds.vocab_size)?;
     let CompletionFields { prompt, add_special_tokens, .. } = completion;
@@ -78,8 +79,9 @@ pub async fn completions(
     let (prompts, texts): (Vec<Vec<u32>>, Vec<String>) = prompts.into_iter().unzip();
     let token_ids = sampling.returns_token_ids();
     let begin = |(prompt, text): (&Vec<u32>, String)| Beginning {
-        echo: if echo { text } else { String::new() },
-        prompt: token_ids.then(|| prompt.clone()),
+        echo: echo.then_some(text),
+        prompt: prompt.clone(),
+        logprobs: Vec::new(),
     };
     let beginnings = prompts.iter().zip(texts).map(begin).collect();
     let grammar =
@@ -98,6 +100,7 @@ pub async fn completions(
         head,
         n: params.n,
         beginnings,
+        echo_only,
         begun: vec![false; answers.len()],
         offsets: vec![0; answers.len()],
     };
@@ -137,6 +140,8 @@ struct Reply {
     head: ReplyHead,
     /// The answers to each prompt.
     n: usize,
+    /// Whether nothing follows the prompt.
+    echo_only: bool,
     /// What those to each prompt begin with.
     beginnings: Vec<Beginning>,
     /// The answers of which that was given.
@@ -146,12 +151,13 @@ struct Reply {
 }
 
 /// What comes before an answer's own text.
-#[derive(Clone, Default)]
 struct Beginning {
     /// The prompt, if it is echoed.
-    echo: String,
-    /// Its tokens, if ids are given.
-    prompt: Option<Vec<u32>>,
+    echo: Option<String>,
+    /// Its tokens.
+    prompt: Vec<u32>,
+    /// How likely these were, but for the first; empty until it is known.
+    logprobs: Vec<Logprobs>,
 }
 
 impl Reply {
@@ -165,25 +171,42 @@ impl Reply {
         Ok(self.chunk(choices, Some(answers.usage())))
     }
 
-    /// An answer, or a piece of one.
+    /// An answer, or a piece of one, of which nothing was said.
     fn choice(&self, index: usize) -> CompletionChoice {
-        let Beginning { echo, prompt } = match self.begun[index] {
-            true => Beginning::default(),
-            false => self.beginnings[index / self.n].clone(),
-        };
         CompletionChoice {
             index,
-            text: echo,
+            text: String::new(),
             logprobs: self.head.logprobs.then(CompletionLogprobs::default),
             finish_reason: None,
             stop_reason: None,
             token_ids: self.head.token_ids.then(Vec::new),
-            prompt_token_ids: prompt,
+            prompt_token_ids: None,
+        }
+    }
+
+    /// Begins an answer, of which something came.
+    fn begin(&mut self, choice: &mut CompletionChoice) {
+        if mem::replace(&mut self.begun[choice.index], true) {
+            return;
+        }
+        let Beginning { echo, prompt, logprobs } = &self.beginnings[choice.index / self.n];
+        choice.prompt_token_ids = self.head.token_ids.then(|| prompt.clone());
+        let Some(echo) = echo else { return };
+        choice.text += echo;
+        if let Some(of_choice) = &mut choice.logprobs {
+            self.offsets[choice.index] = of_choice.push_prompt(&self.head.text, prompt, logprobs);
         }
     }
 
     /// Adds what came of it.
-    fn add(&mut self, choice: &mut CompletionChoice, event: Event) {
+    fn add(&mut self, choice: &mut CompletionChoice, mut event: Event) {
+        if !event.prompt_logprobs.is_empty() {
+            self.beginnings[choice.index / self.n].logprobs = mem::take(&mut event.prompt_logprobs);
+        }
+        self.begin(choice);
+        if self.echo_only {
+            (event.text, event.tokens) = Default::default();
+        }
         choice.text += &event.text;
         if let Some(logprobs) = &mut choice.logprobs {
             let offset = &mut self.offsets[choice.index];
@@ -214,14 +237,13 @@ impl Chunks for Reply {
     type Chunk = Completion;
 
     fn answered(&mut self, Answered { choice: index, event }: Answered) -> Vec<Completion> {
-        let mut choice = self.choice(index);
+        let begins = !self.begun[index] && self.beginnings[index / self.n].echo.is_some();
         let has_tokens = (self.head.logprobs || self.head.token_ids) && !event.tokens.is_empty();
-        self.add(&mut choice, event);
-        let says = !choice.text.is_empty() || choice.finish_reason.is_some() || has_tokens;
-        if !says {
+        if !begins && !has_tokens && event.text.is_empty() && event.end.is_none() {
             return Vec::new();
         }
-        self.begun[index] = true;
+        let mut choice = self.choice(index);
+        self.add(&mut choice, event);
         vec![self.chunk(vec![choice], None)]
     }
 

@@ -1,5 +1,7 @@
 //! Log-probabilities, as chats and as completions have them.
 
+use std::{collections::BTreeMap, iter};
+
 use super::types::{
     chat::{ChatLogprobs, ChatTokenLogprob, TokenLogprob},
     completions::CompletionLogprobs,
@@ -35,21 +37,34 @@ pub fn of_chat(text: &Text, tokens: &[Token]) -> ChatLogprobs {
 impl CompletionLogprobs {
     /// Adds those of tokens, the first of which begins after so many characters. Returns where
     /// the next one begins.
-    pub fn push(&mut self, text: &Text, tokens: &[Token], mut offset: usize) -> usize {
-        for (id, logprobs) in known(tokens) {
-            let token = token_text(text, id);
-            self.text_offset.push(offset);
-            offset += token.chars().count();
-            self.token_logprobs.push(logprobs.chosen.max(NEVER));
-            let mut top: std::collections::BTreeMap<_, _> =
-                [(token.clone(), logprobs.chosen.max(NEVER))].into();
+    pub fn push(&mut self, text: &Text, tokens: &[Token], offset: usize) -> usize {
+        known(tokens).fold(offset, |offset, (id, logprobs)| self.push_one(text, id, Some(logprobs), offset))
+    }
+
+    /// Adds those of a prompt, which begins here; there are none of its first token. Returns where
+    /// the next token begins.
+    pub fn push_prompt(&mut self, text: &Text, prompt: &[u32], logprobs: &[Logprobs]) -> usize {
+        let logprobs = iter::once(None).chain(logprobs.iter().map(Some));
+        prompt
+            .iter()
+            .zip(logprobs)
+            .fold(0, |offset, (&id, logprobs)| self.push_one(text, id, logprobs, offset))
+    }
+
+    fn push_one(&mut self, text: &Text, id: u32, logprobs: Option<&Logprobs>, offset: usize) -> usize {
+        let token = token_text(text, id);
+        self.text_offset.push(offset);
+        self.token_logprobs.push(logprobs.map(|logprobs| logprobs.chosen.max(NEVER)));
+        self.top_logprobs.push(logprobs.map(|logprobs| {
+            let mut top: BTreeMap<_, _> = [(token.clone(), logprobs.chosen.max(NEVER))].into();
             for other in &logprobs.top {
                 // Of tokens of the same text the likeliest comes first.
                 top.entry(token_text(text, other.token)).or_insert(other.logprob.max(NEVER));
             }
-            self.tokens.push(token);
-            self.top_logprobs.push(top);
-        }
-        offset
+            top
+        }));
+        let end = offset + token.chars().count();
+        self.tokens.push(token);
+        end
     }
 }

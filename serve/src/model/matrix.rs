@@ -58,10 +58,16 @@ impl Matrix {
 
     /// Its numbers, `[out, in]`, in `f32`.
     pub fn dequantize(&self) -> Result<Tensor> {
-        let (view, mut numbers) = (self.view(), vec![0.0; self.rows * self.columns]);
+        let mut numbers = vec![0.0; self.rows * self.columns];
+        self.dequantize_to(&mut numbers);
+        Ok(Tensor::from_vec(numbers, (self.rows, self.columns), &Device::Cpu)?)
+    }
+
+    /// Writes its numbers, `out · in` of them, to `numbers`.
+    pub fn dequantize_to(&self, numbers: &mut [f32]) {
+        let view = self.view();
         let rows = numbers.par_chunks_exact_mut(self.columns).enumerate();
         rows.for_each(|(row, numbers)| view.dequantize_row(row, numbers));
-        Ok(Tensor::from_vec(numbers, (self.rows, self.columns), &Device::Cpu)?)
     }
 
     /// The matrix to multiply with on the CPU.

@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, collections::HashSet};
 
-use candle_core::{Tensor, quantized::GgmlDType};
+use candle_core::{Device, Tensor, quantized::GgmlDType};
 
 pub use super::matrix::Matrix;
 use super::{Config, gguf::Gguf, rope};
@@ -90,9 +90,23 @@ impl From<Matrix> for Linear {
 
 impl Linear {
     /// Its numbers, `[out, in]`, in `f32`.
+    ///
+    /// # Errors
+    /// Its parts are not equally wide.
     pub fn dequantize(&self) -> Result<Tensor> {
-        let parts = self.parts.iter().map(Matrix::dequantize).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&parts, 0)?)
+        let columns = self.parts.first().map_or(0, Matrix::columns);
+        if let Some(other) = self.parts.iter().find(|part| part.columns() != columns) {
+            return Err(format!("{other:?} is below a matrix of {columns} columns").into());
+        }
+        let rows: usize = self.parts.iter().map(Matrix::rows).sum();
+        let mut numbers = vec![0.0; rows * columns];
+        let mut left = &mut numbers[..];
+        for part in &self.parts {
+            let (here, below) = left.split_at_mut(part.rows() * columns);
+            part.dequantize_to(here);
+            left = below;
+        }
+        Ok(Tensor::from_vec(numbers, (rows, columns), &Device::Cpu)?)
     }
 }
 

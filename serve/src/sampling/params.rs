@@ -50,6 +50,9 @@ pub struct SamplingParams {
     /// How many of the likeliest tokens are given with their log-probabilities, up to
     /// 20, beside the chosen one; `None` for no log-probabilities.
     pub logprobs: Option<usize>,
+    /// As [`logprobs`](Self::logprobs), of each token of the prompt but the first. No cached prefix
+    /// is used then.
+    pub prompt_logprobs: Option<usize>,
     /// Texts that end the answer, and are no part of it.
     pub stop: Vec<String>,
     /// Tokens that end the answer, and are no part of its text.
@@ -77,6 +80,7 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             logit_bias: BTreeMap::new(),
             logprobs: None,
+            prompt_logprobs: None,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             min_tokens: 0,
@@ -146,8 +150,10 @@ impl SamplingParams {
         let bytes: usize = self.stop.iter().map(String::len).sum();
         let expected = format_args!("at most {MAX_STOP_BYTES}");
         fits(bytes <= MAX_STOP_BYTES, "stop", &format_args!("{bytes} bytes"), &expected)?;
-        let logprobs = self.logprobs.unwrap_or(0);
-        fits(logprobs <= MAX_LOGPROBS, "logprobs", &logprobs, &format_args!("at most {MAX_LOGPROBS}"))?;
+        for (name, logprobs) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            let logprobs = logprobs.unwrap_or(0);
+            fits(logprobs <= MAX_LOGPROBS, name, &logprobs, &format_args!("at most {MAX_LOGPROBS}"))?;
+        }
         fits(self.max_tokens != Some(0), "max_tokens", &0, &"at least 1")?;
         let (min, max) = (self.min_tokens, self.max_tokens.unwrap_or(usize::MAX));
         fits(min <= max, "min_tokens", &min, &format_args!("at most max_tokens, which is {max}"))?;

@@ -1,14 +1,19 @@
 //! A choice: one of the answers to a request, and when it ends.
 
-use std::{collections::BTreeSet, sync::Arc, time::Instant};
+use std::{collections::BTreeSet, mem, ops::Range, sync::Arc, time::Instant};
+
+use flashinfer_rs::indices::LogitEdit;
 
 use super::{Limits, Token, Update};
 use crate::{
-    backend::Output,
+    backend::{Logprobs, Output, Sample},
     constraint::Grammar,
     request::{Finish, Request, RequestId},
     sampling::{Sampler, SamplingParams},
 };
+
+/// What is added to a logit for its token to be the likeliest, whatever the others are.
+const CERTAIN: f32 = 1e30;
 
 /// A prompt, and what the model has added to it.
 #[derive(Clone, Debug)]
@@ -29,6 +34,10 @@ pub struct Choice {
     pub cached: Option<usize>,
     /// When it first ran.
     pub started: Option<Instant>,
+    /// Rows of the prompt of which it is known how likely the token was that follows.
+    scored: usize,
+    /// How likely these were, as far as nobody was told.
+    prompt_logprobs: Vec<Logprobs>,
     finish: Option<Finish>,
 }
 
@@ -49,6 +58,8 @@ impl Choice {
             reached: 0,
             cached: None,
             started: None,
+            scored: 0,
+            prompt_logprobs: Vec::new(),
             finish: None,
         })
     }
@@ -80,7 +91,7 @@ impl Choice {
     }
 
     /// What is said of the last token, if there is one, and of the end.
-    pub fn update(&self, token: Option<Token>) -> Update {
+    pub fn update(&mut self, token: Option<Token>) -> Update {
         Update {
             request: self.request,
             choice: self.index,
@@ -88,12 +99,57 @@ impl Choice {
             finish: self.finish.clone(),
             cached_tokens: self.cached.unwrap_or(0),
             started: self.started,
+            prompt_logprobs: mem::take(&mut self.prompt_logprobs),
         }
     }
 
     /// The most tokens that may still come.
     pub fn room(&self) -> usize {
         self.params.max_tokens.unwrap_or(usize::MAX) - self.answer().len()
+    }
+
+    /// Rows of the prompt of which it is still to be found how likely the next token was: of the
+    /// first answer only.
+    pub fn unscored(&self) -> Range<usize> {
+        let scores = self.params.prompt_logprobs.is_some() && self.index == 0;
+        self.scored..if scores { self.prompt - 1 } else { self.scored }
+    }
+
+    /// The most of its tokens that need not be computed: all but the last, and what is scored.
+    pub fn most_cached(&self) -> usize {
+        let unscored = self.unscored();
+        if unscored.is_empty() { self.tokens.len() - 1 } else { unscored.start }
+    }
+
+    /// Whether others may use what it has read. Not where it has read again what was cached, as then
+    /// the cache would need its pages and those of others for the same tokens.
+    pub fn is_cached(&self) -> bool {
+        self.params.prompt_logprobs.is_none()
+    }
+
+    /// What is asked of rows of the prompt, the first of which is `row`, after so many tokens: how
+    /// likely the tokens are that follow.
+    pub fn scores(&self, row: usize, from: usize, scores: Range<usize>) -> impl Iterator<Item = Output> {
+        scores.map(move |at| Output {
+            edits: vec![LogitEdit::bias(self.tokens[from + at + 1], CERTAIN)],
+            logprobs: self.params.prompt_logprobs,
+            ..Output::greedy(row + at)
+        })
+    }
+
+    /// Takes in what came of rows of the prompt. If the model computed NaN, the answer ends, which
+    /// is said.
+    pub fn score(&mut self, samples: Vec<Sample>) -> Option<Update> {
+        for sample in samples {
+            let Some(mut logprobs) = sample.logprobs else { return Some(self.end(Finish::NoNumbers)) };
+            self.scored += 1;
+            if sample.token != Some(self.tokens[self.scored]) {
+                // Not even with all that was added.
+                logprobs.chosen = f32::NEG_INFINITY;
+            }
+            self.prompt_logprobs.push(logprobs);
+        }
+        None
     }
 
     /// Whether the answer has to be what a constraint asks for. Then it has no drafts.

@@ -60,6 +60,7 @@ impl Flight {
         let known = |token: &u32| StepToken::Known(*token);
         for (place, part) in self.running() {
             let choice = &choices[place];
+            rows.outputs.extend(choice.scores(rows.tokens.len(), part.from, part.scores.clone()));
             rows.tokens.extend(choice.tokens()[part.from..][..part.len].iter().map(known));
             if part.whole {
                 rows.outputs.extend(choice.outputs(rows.tokens.len() - 1, &part.draft));
@@ -81,7 +82,7 @@ impl Flight {
             outputs += part.outputs();
             let Some(place) = *place else { continue };
             let choice = &choices[place];
-            if !part.whole || !part.draft.is_empty() || !choice.runs_ahead() {
+            if !part.whole || part.outputs() > 1 || !choice.runs_ahead() {
                 return None;
             }
             rows.outputs.push(choice.output_ahead(rows.tokens.len()));

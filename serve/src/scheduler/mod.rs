@@ -106,6 +106,9 @@ pub struct Update {
     pub cached_tokens: usize,
     /// When the choice first ran; `None` if it only waited.
     pub started: Option<Instant>,
+    /// With the first token of the first answer, as
+    /// [`prompt_logprobs`](crate::sampling::SamplingParams::prompt_logprobs) asks.
+    pub prompt_logprobs: Vec<Logprobs>,
 }
 
 /// What came of a step.

@@ -1,5 +1,7 @@
 //! What a step computes of one choice.
 
+use std::ops::Range;
+
 use flashinfer_rs::kv::Sequence;
 
 use super::Choice;
@@ -15,22 +17,31 @@ pub struct Part {
     pub whole: bool,
     /// Whether they are of a prompt, or computed again.
     pub reads: bool,
+    /// Rows of it after which the prompt goes on, and the log-probabilities of how are wanted.
+    pub scores: Range<usize>,
     /// Tokens that may follow.
     pub draft: Vec<u32>,
 }
 
 impl Part {
-    /// What comes next of a choice, at most `budget` tokens.
-    pub fn next(choice: &Choice, sequence: &Sequence, budget: usize) -> Self {
-        let rest = choice.tokens().len() - sequence.len();
-        let len = rest.min(budget);
+    /// What comes next of a choice, at most `budget` tokens, and of them at most `outputs` rows
+    /// of which something is wanted.
+    pub fn next(choice: &Choice, sequence: &Sequence, budget: usize, outputs: usize) -> Self {
+        let from = sequence.len();
+        let rest = choice.tokens().len() - from;
+        let unscored = choice.unscored();
+        let begin = unscored.start.saturating_sub(from);
+        let most = if unscored.is_empty() { rest } else { begin + outputs };
+        let len = rest.min(budget).min(most);
+        let scores = begin..unscored.end.saturating_sub(from).min(len);
         let reads = rest > 1 || choice.answer().is_empty();
-        Self { from: sequence.len(), len, whole: len == rest, reads, draft: Vec::new() }
+        Self { from, len, whole: len == rest, reads, scores, draft: Vec::new() }
     }
 
     /// The token that comes of a whole part.
     pub fn after(part: &Self) -> Self {
-        Self { from: part.from + part.len, len: 1, whole: true, reads: false, draft: Vec::new() }
+        let from = part.from + part.len;
+        Self { from, len: 1, whole: true, reads: false, scores: 0..0, draft: Vec::new() }
     }
 
     /// Tokens to compute.
@@ -38,9 +49,9 @@ impl Part {
         self.len + self.draft.len()
     }
 
-    /// Rows whose next token is wanted: the last one, and those of the draft.
+    /// Rows of which something is wanted: those of the prompt, the last one, and the draft's.
     pub fn outputs(&self) -> usize {
-        if self.whole { 1 + self.draft.len() } else { 0 }
+        self.scores.len() + if self.whole { 1 + self.draft.len() } else { 0 }
     }
 
     /// Pages that a sequence takes from the pool for it, or one more: that of a last

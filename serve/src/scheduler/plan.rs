@@ -22,34 +22,39 @@ impl Scheduler {
             pages = self.further_pages(&parts);
         }
         let mut budget = self.limits.step_tokens - parts.iter().map(Part::rows).sum::<usize>();
+        let mut outputs =
+            self.limits.step_capacity().outputs - parts.iter().map(Part::outputs).sum::<usize>();
         while budget > 0
+            && outputs > 0
             && self.running.len() < self.limits.max_running
             && let Some(sequence) = self.admissible(&parts, pages)
             && let Some(mut choice) = self.waiting.pop_front()
         {
-            let part = Part::next(&choice, &sequence, budget);
+            let part = Part::next(&choice, &sequence, budget, outputs);
             self.stats.saved += sequence.len().saturating_sub(choice.reached);
             choice.reached = choice.reached.max(sequence.len());
             choice.cached.get_or_insert(sequence.len());
             choice.started.get_or_insert_with(Instant::now);
             pages += part.further_pages(&sequence);
             budget -= part.len;
+            outputs -= part.outputs();
             self.batch.push(sequence)?;
             self.running.push(choice);
             parts.push(part);
         }
         self.make_free(pages);
-        self.add_drafts(&mut parts, budget, self.pool.free_pages().saturating_sub(pages));
+        self.add_drafts(&mut parts, budget.min(outputs), self.pool.free_pages().saturating_sub(pages));
         Ok(parts)
     }
 
     /// What comes next of the choices that run.
     fn going_on(&self) -> Vec<Part> {
-        let mut budget = self.limits.step_tokens;
+        let (mut budget, mut outputs) = (self.limits.step_tokens, self.limits.step_capacity().outputs);
         let running = self.running.iter().zip(self.batch.sequences());
         let next = running.map(|(choice, sequence)| {
-            let part = Part::next(choice, sequence, budget);
+            let part = Part::next(choice, sequence, budget, outputs);
             budget -= part.len;
+            outputs -= part.outputs();
             part
         });
         next.collect()
@@ -71,7 +76,9 @@ impl Scheduler {
     fn preempt(&mut self) -> Result<()> {
         let index = self.running.len() - 1;
         let (choice, sequence) = (self.running.remove(index), self.batch.remove(index)?);
-        self.prefixes.insert(&choice.tokens()[..sequence.len()], &sequence)?;
+        if choice.is_cached() {
+            self.prefixes.insert(&choice.tokens()[..sequence.len()], &sequence)?;
+        }
         self.waiting.push_front(choice);
         self.stats.preemptions += 1;
         Ok(())
@@ -82,8 +89,7 @@ impl Scheduler {
     fn admissible(&mut self, parts: &[Part], pages: usize) -> Option<Sequence> {
         let choice = self.waiting.front()?;
         let tokens = choice.tokens();
-        // The last token is computed in any case.
-        let most = tokens.len() - 1;
+        let most = choice.most_cached();
         let mut sequence = self.prefixes.lookup(&tokens[..most]);
         if let Some(forked) = self.fork(choice).filter(|forked| forked.len() > sequence.len()) {
             sequence = forked;
@@ -91,10 +97,10 @@ impl Scheduler {
         // More of it may be there after this step.
         let page_size = self.pool.page_size();
         let reads_more = |(index, part): (usize, &Part)| {
-            if !part.reads {
+            let (end, other) = (self.batch.sequences()[index].len() + part.len, &self.running[index]);
+            if !part.reads || !(other.is_cached() || other.request == choice.request) {
                 return false;
             }
-            let (end, other) = (self.batch.sequences()[index].len() + part.len, &self.running[index]);
             let shared =
                 tokens.iter().zip(&other.tokens()[..end]).take_while(|(a, b)| a == b).count().min(most);
             // Full pages, or all of its own request's prompt.
@@ -123,7 +129,7 @@ impl Scheduler {
             other.request == choice.request && sequence.len() >= prompt
         };
         let mut forked = running.find(has_read)?.1.fork();
-        forked.truncate(prompt.min(choice.tokens().len() - 1));
+        forked.truncate(prompt.min(choice.most_cached()));
         Some(forked)
     }
 

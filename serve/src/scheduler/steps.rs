@@ -185,14 +185,20 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Takes in what the backend computed of a choice: the token after its last one
-    /// and after each of the draft.
-    fn finish(&mut self, index: usize, part: &Part, samples: Vec<Sample>, report: &mut Report) -> Result<()> {
+    /// Takes in what the backend computed of a choice: how likely tokens of the prompt were, and
+    /// the token after its last one and after each of the draft.
+    fn finish(
+        &mut self,
+        index: usize,
+        part: &Part,
+        mut samples: Vec<Sample>,
+        report: &mut Report,
+    ) -> Result<()> {
         let (choice, sequence) = (&mut self.running[index], &self.batch.sequences()[index]);
         let computed = part.from + part.len;
         if part.reads {
             // Nobody is to read NaN.
-            if samples.first().is_none_or(|sample| sample.token.is_some()) {
+            if choice.is_cached() && samples.iter().all(|sample| sample.token.is_some()) {
                 self.prefixes.insert(&choice.tokens()[..computed], sequence)?;
             }
             self.stats.read += part.len;
@@ -203,6 +209,10 @@ impl Scheduler {
         self.stats.drafted += part.draft.len();
         self.stats.recomputed += choice.reached.min(computed).saturating_sub(computed - part.len);
         let begins = choice.answer().is_empty();
+        let next = samples.split_off(part.scores.len());
+        let wrong = choice.score(samples);
+        let samples = if wrong.is_some() { Vec::new() } else { next };
+        report.updates.extend(wrong);
         let agrees = |(draft, sample): &(&u32, &Sample)| Some(**draft) == sample.token;
         let right = part.draft.iter().zip(&samples).take_while(agrees).count();
         for Sample { token, logprobs } in samples.into_iter().take(right + 1) {

@@ -73,7 +73,43 @@ fn the_prompt_is_echoed() {
     assert_eq!(text(&server.complete(&echoed).ok()["choices"][0]), expected);
     let chunks = server.stream("/v1/completions", &with(echoed.clone(), json!({"stream": true}))).chunks();
     assert_eq!(chunks.iter().map(|chunk| text(&chunk["choices"][0])).collect::<String>(), expected);
-    assert_eq!(server.complete(&with(echoed, json!({"logprobs": 1}))).error(400)["param"], "echo");
+    // The prompt alone.
+    let alone = server.complete(&with(echoed, json!({"max_tokens": 0}))).ok();
+    assert_eq!(text(&alone["choices"][0]), "Once");
+    assert_eq!(server.complete(&completion("Once", 0)).error(400)["param"], "max_tokens");
+}
+
+#[test]
+fn an_echo_has_the_prompts_log_probabilities() {
+    let server = TestServer::start();
+    let logprobs = |body: &Value| server.complete(body).ok()["choices"][0]["logprobs"].clone();
+    let ask = |prompt: &[u8], fields| with(completion(prompt, 3), with(json!({"logprobs": 2}), fields));
+    let prompt = "Once upon a time, there was a prompt. ".repeat(9).into_bytes();
+    let echoed = logprobs(&ask(&prompt, json!({"echo": true})));
+    let array = |logprobs: &Value, key: &str| logprobs[key].as_array().unwrap().clone();
+    assert_eq!(array(&echoed, "tokens").len(), prompt.len() + 3);
+    assert_eq!(array(&echoed, "text_offset"), (0..prompt.len() + 3).map(Value::from).collect::<Vec<_>>());
+    let (chosen, top) = (array(&echoed, "token_logprobs"), array(&echoed, "top_logprobs"));
+    assert!(chosen[0].is_null() && top[0].is_null());
+    // Each is what the model says of the next token, where the prompt ends before it.
+    for at in [1, 2, 17, 300, prompt.len() - 1] {
+        let next = logprobs(&ask(&prompt[..at], json!({"logit_bias": {(prompt[at].to_string()): 100}})));
+        assert_eq!(next["token_logprobs"][0], chosen[at], "{at}");
+        assert_eq!(next["top_logprobs"][0], top[at], "{at}");
+    }
+    let answer = logprobs(&ask(&prompt, json!({})));
+    assert_eq!(array(&answer, "token_logprobs"), chosen[prompt.len()..]);
+    // The same again, where the prompt is cached, of the prompt alone, and in a stream.
+    assert_eq!(logprobs(&ask(&prompt, json!({"echo": true}))), echoed);
+    let alone = logprobs(&ask(&prompt, json!({"echo": true, "max_tokens": 0})));
+    assert_eq!(array(&alone, "token_logprobs"), chosen[..prompt.len()]);
+    let body = ask(&prompt, json!({"echo": true, "stream": true, "n": 2, "temperature": 1}));
+    let chunks = server.stream("/v1/completions", &body).chunks();
+    for index in 0..2 {
+        let of = chunks.iter().map(|chunk| &chunk["choices"][0]).filter(|choice| choice["index"] == index);
+        let streamed: Vec<_> = of.flat_map(|choice| array(&choice["logprobs"], "token_logprobs")).collect();
+        assert_eq!((streamed.len(), &streamed[..prompt.len()]), (prompt.len() + 3, &chosen[..prompt.len()]));
+    }
 }
 
 #[test]

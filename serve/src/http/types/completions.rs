@@ -29,7 +29,8 @@ pub struct CompletionFields {
     /// How many of the likeliest tokens come with their log-probabilities.
     #[schema(minimum = 0, maximum = 20)]
     pub logprobs: Option<usize>,
-    /// Whether answers begin with their prompt.
+    /// Whether answers begin with their prompt, and log-probabilities with those of its tokens. With
+    /// it, `max_tokens` may be 0.
     pub echo: Option<bool>,
     /// Whether a prompt of text begins with the token that begins texts; true by default.
     pub add_special_tokens: Option<bool>,
@@ -94,9 +95,10 @@ pub struct CompletionChoice {
 pub struct CompletionLogprobs {
     /// Where each token begins, in characters of the answer.
     pub text_offset: Vec<usize>,
-    /// The natural logarithms of their probabilities; -9999 for none.
-    pub token_logprobs: Vec<f32>,
+    /// The natural logarithms of their probabilities; -9999 for none, and null for the first token of
+    /// a prompt.
+    pub token_logprobs: Vec<Option<f32>>,
     pub tokens: Vec<String>,
     /// The likeliest tokens in the place of each, and the one that is there.
-    pub top_logprobs: Vec<BTreeMap<String, f32>>,
+    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
 }

@@ -141,6 +141,7 @@ impl SamplingFields {
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias: self.logit_bias()?,
             logprobs: None,
+            prompt_logprobs: None,
             stop: match &self.stop {
                 None => Vec::new(),
                 Some(Stop::One(stop)) => vec![stop.clone()],
