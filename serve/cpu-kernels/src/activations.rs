@@ -4,8 +4,9 @@ use rayon::prelude::*;
 
 use super::{exp::ROUND, packed::COLUMNS};
 
-/// The largest code. Sums of 32 products with codes of weights are no larger than an `i32`.
-const MOST: f32 = 32767.0;
+/// The largest code: of what is above, the high byte would be none. Sums of 32 products with codes
+/// of weights fit an `i32`.
+const MOST: f32 = 32639.0;
 
 /// Rows, in blocks of 32 columns with a scale each.
 #[derive(Debug)]
@@ -18,11 +19,20 @@ pub struct Activations {
 /// 32 numbers: `scale · code` each.
 #[derive(Clone, Copy, Debug)]
 pub struct Block {
-    /// Codes, four in each: the first is in the lowest bits.
-    pub codes: [i64; COLUMNS / 4],
+    pub codes: [Four; COLUMNS / 4],
     pub scale: f32,
     /// The sums of the codes of each half.
     pub sums: [i32; 2],
+}
+
+/// Four codes, in the forms that instructions take. The first is in the lowest bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Four {
+    /// 16 bits each.
+    pub codes: i64,
+    /// 8 bits each, with a sign: codes are `256 · high + low`.
+    pub low: i32,
+    pub high: i32,
 }
 
 impl Activations {
@@ -54,10 +64,14 @@ impl Block {
         for (code, number) in codes.iter_mut().zip(numbers) {
             *code = (number * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i16;
         }
-        let mut block = Self { codes: [0; COLUMNS / 4], scale, sums: [0; 2] };
+        let mut block = Self { codes: [Four::default(); COLUMNS / 4], scale, sums: [0; 2] };
         for (four, codes) in block.codes.iter_mut().zip(codes.as_chunks::<4>().0) {
             for code in codes.iter().rev() {
-                *four = *four << 16 | i64::from(*code as u16);
+                let low = *code as i8;
+                let high = (code - i16::from(low)) >> 8;
+                four.codes = four.codes << 16 | i64::from(*code as u16);
+                four.low = four.low << 8 | i32::from(low as u8);
+                four.high = four.high << 8 | i32::from(high as u8);
             }
         }
         for (sum, codes) in block.sums.iter_mut().zip(codes.as_chunks::<{ COLUMNS / 2 }>().0) {
@@ -79,9 +93,13 @@ mod tests {
     fn numbers_are_off_by_half_a_step_at_most() {
         let number = |at: usize| (at as f32 * 0.7).sin() * 3.0;
         let Block { codes, scale, sums } = block(number);
-        let codes: Vec<_> =
-            codes.iter().flat_map(|four| [0, 16, 32, 48].map(|bit| (four >> bit) as i16)).collect();
-        assert_eq!(codes.iter().map(|code| code.unsigned_abs()).max(), Some(32767));
+        let byte = |bytes: i32, at: u32| i16::from((bytes >> (8 * at)) as i8);
+        let four = |four: &Four| [0, 1, 2, 3].map(|at| 256 * byte(four.high, at) + byte(four.low, at));
+        let of_bytes: Vec<_> = codes.iter().flat_map(four).collect();
+        let four = |four: &Four| [0, 16, 32, 48].map(|bit| (four.codes >> bit) as i16);
+        let codes: Vec<_> = codes.iter().flat_map(four).collect();
+        assert_eq!(of_bytes, codes);
+        assert_eq!(codes.iter().map(|code| code.unsigned_abs()).max(), Some(32639));
         for (at, &code) in codes.iter().enumerate() {
             assert!((f32::from(code) * scale - number(at)).abs() <= scale * 0.51, "number {at}");
         }
@@ -96,7 +114,7 @@ mod tests {
         }
         for small in [0.0, -0.0, 1e-45, -1e-37] {
             let Block { codes, scale, sums } = block(|_| small);
-            assert_eq!((codes, scale, sums), ([0; 8], 0.0, [0; 2]));
+            assert_eq!((codes, scale, sums), ([Four::default(); 8], 0.0, [0; 2]));
         }
         assert!(block(|_| f32::MAX).scale.is_finite());
     }

@@ -7,7 +7,11 @@ mod plain;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::packed::{ROWS, VECTOR};
+pub use self::plain::Plain;
+use super::{
+    activations::Four,
+    packed::{ROWS, VECTOR},
+};
 
 /// What a set of instructions can do with a part of a panel's rows.
 pub trait Instructions: Copy {
@@ -22,11 +26,13 @@ pub trait Instructions: Copy {
 
     /// Calls `task` where the instructions may be used.
     fn run(self, task: impl Task);
+    /// The numbers of `f16`s.
+    fn halves(self, halves: &[u8; 2 * ROWS]) -> [f32; ROWS];
     fn codes(self, codes: &[u8; VECTOR], part: usize) -> Self::Codes;
     fn sums(self, start: i32) -> Self::Sums;
     /// Adds to each row's sum the products of its four codes, which are unsigned, with four of
-    /// activations, which are signed: 16 bits of `x` each, the lowest first.
-    fn add_products(self, sums: Self::Sums, codes: Self::Codes, x: i64) -> Self::Sums;
+    /// activations, which are signed.
+    fn add_products(self, sums: Self::Sums, codes: Self::Codes, x: Four) -> Self::Sums;
     fn numbers(self, sums: Self::Sums) -> Self::Numbers;
     fn load(self, numbers: &[f32; ROWS], part: usize) -> Self::Numbers;
     fn splat(self, number: f32) -> Self::Numbers;
@@ -48,13 +54,13 @@ pub enum Available {
     Avx512(x86::Avx512),
     #[cfg(target_arch = "x86_64")]
     Avx2(x86::Avx2),
-    Plain(plain::Plain),
+    Plain(Plain),
 }
 
 impl Available {
     /// Those that there are, the best one first.
     pub fn all() -> impl Iterator<Item = Self> {
-        let plain = [Some(Self::Plain(plain::Plain))];
+        let plain = [Some(Self::Plain(Plain))];
         #[cfg(target_arch = "x86_64")]
         let vectors = [x86::Avx512::detect().map(Self::Avx512), x86::Avx2::detect().map(Self::Avx2)];
         #[cfg(not(target_arch = "x86_64"))]
@@ -64,7 +70,7 @@ impl Available {
 
     /// The best.
     pub fn best() -> Self {
-        Self::all().next().unwrap_or(Self::Plain(plain::Plain))
+        Self::all().next().unwrap_or(Self::Plain(Plain))
     }
 
     /// Runs a task with them.

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::{
     Matrix,
     format::{Block, Format},
-    half::f16,
+    instructions::{Instructions, Plain},
 };
 
 /// Rows of a panel.
@@ -76,7 +76,7 @@ impl Packed {
 
     /// Reads a panel.
     #[inline(always)]
-    pub fn read(&self, panel: usize, into: &mut Panel) {
+    pub fn read<I: Instructions>(&self, instructions: I, panel: usize, into: &mut Panel) {
         let format = &self.format;
         into.codes.resize(self.columns / COLUMNS, [0; CODES]);
         let none = Factors { scale: [0.0; ROWS], offset: [0.0; ROWS] };
@@ -86,7 +86,7 @@ impl Packed {
         let factors = into.factors.chunks_exact_mut(format.groups);
         let blocks = bytes.chunks_exact(block_bytes(format));
         for ((bytes, codes), factors) in blocks.zip(codes).zip(factors) {
-            let planes = read_factors(format, bytes, factors);
+            let planes = read_factors(instructions, format, bytes, factors);
             for (planes, codes) in planes.chunks_exact(format.bits * VECTOR).zip(codes) {
                 read_codes(format.bits, planes, codes);
             }
@@ -96,7 +96,7 @@ impl Packed {
     /// The numbers of a row.
     pub fn dequantize_row(&self, row: usize, numbers: &mut [f32]) {
         let (mut panel, lane) = (Panel::default(), row % ROWS);
-        self.read(row / ROWS, &mut panel);
+        self.read(Plain, row / ROWS, &mut panel);
         for (column, number) in numbers.iter_mut().enumerate() {
             let code = panel.codes[column / COLUMNS][at(lane, column % COLUMNS)];
             let Factors { scale, offset } = &panel.factors[column / self.format.group];
@@ -125,6 +125,10 @@ fn block_bytes(format: &Format) -> usize {
 /// Writes a block of each row.
 fn write(format: &Format, blocks: &[Block; ROWS], bytes: &mut [u8]) {
     let mut rest = &mut bytes[..];
+    put_halves(&mut rest, blocks.iter().map(|block| block.scale));
+    if format.offset {
+        put_halves(&mut rest, blocks.iter().map(|block| block.offset));
+    }
     let mut put = |value: &dyn Fn(&Block) -> u8| {
         for (byte, block) in
             rest.split_off_mut(..ROWS).expect("room for a row of bytes").iter_mut().zip(blocks)
@@ -132,12 +136,6 @@ fn write(format: &Format, blocks: &[Block; ROWS], bytes: &mut [u8]) {
             *byte = value(block);
         }
     };
-    for index in 0..2 {
-        put(&|block| block.scale.to_le_bytes()[index]);
-    }
-    for index in 0..if format.offset { 2 } else { 0 } {
-        put(&|block| block.offset.to_le_bytes()[index]);
-    }
     let groups = if format.group_scales { format.groups } else { 0 };
     for group in 0..groups {
         put(&|block| block.group_scales[group] as u8);
@@ -153,6 +151,14 @@ fn write(format: &Format, blocks: &[Block; ROWS], bytes: &mut [u8]) {
             }
         }
         write_codes(format.bits, &codes, planes);
+    }
+}
+
+/// Writes an `f16` of each row.
+fn put_halves(to: &mut &mut [u8], halves: impl Iterator<Item = u16>) {
+    let to = to.split_off_mut(..2 * ROWS).expect("room for a half of each row");
+    for (to, half) in to.as_chunks_mut().0.iter_mut().zip(halves) {
+        *to = half.to_le_bytes();
     }
 }
 
@@ -195,59 +201,69 @@ fn read_codes(bits: usize, from: &[u8], codes: &mut [u8; CODES]) {
     }
 }
 
-/// Adds a plane of bits to codes, or begins them.
+/// Adds a plane of bits to codes, or begins them. Vectors are copied before they are computed
+/// with: of references the compiler would check each time whether they overlap.
 #[inline(always)]
 fn read_plane<const BITS: usize>(from: &[u8], low: usize, codes: &mut [u8; CODES]) {
-    let plane = &from[..BITS * VECTOR];
-    for (part, codes) in codes.chunks_exact_mut(BITS * VECTOR).enumerate() {
-        for (code, byte) in codes.iter_mut().zip(plane) {
-            let bits = (byte >> (part * BITS) & ((1 << BITS) - 1)) << low;
-            *code = if low == 0 { bits } else { *code | bits };
+    let codes = codes.as_chunks_mut::<VECTOR>().0;
+    for (index, bytes) in from[..BITS * VECTOR].as_chunks::<VECTOR>().0.iter().enumerate() {
+        let bytes = *bytes;
+        for part in 0..8 / BITS {
+            let codes = &mut codes[part * BITS + index];
+            let mut sums = if low == 0 { [0; VECTOR] } else { *codes };
+            for (sum, byte) in sums.iter_mut().zip(bytes) {
+                *sum |= (byte >> (part * BITS) & ((1 << BITS) - 1)) << low;
+            }
+            *codes = sums;
         }
     }
 }
 
 /// The scales and offsets of a block's groups, and what comes after them.
 #[inline(always)]
-fn read_factors<'a>(format: &Format, bytes: &'a [u8], factors: &mut [Factors]) -> &'a [u8] {
-    let (scale, mut rest) = read_halves(bytes);
+fn read_factors<'a, I: Instructions>(
+    instructions: I,
+    format: &Format,
+    bytes: &'a [u8],
+    factors: &mut [Factors],
+) -> &'a [u8] {
+    let (scale, mut rest) = read_halves(instructions, bytes);
     let mut offset = [0.0; ROWS];
     if format.offset {
-        (offset, rest) = read_halves(rest);
+        (offset, rest) = read_halves(instructions, rest);
     }
     for factors in &mut *factors {
         *factors = Factors { scale, offset };
     }
     if format.group_scales {
-        let (scales, after) = rest.split_at(ROWS * format.groups);
-        rest = after;
-        for (factors, scales) in factors.iter_mut().zip(scales.as_chunks::<ROWS>().0) {
-            for (factor, scale) in factors.scale.iter_mut().zip(scales) {
-                *factor *= f32::from(*scale as i8);
-            }
-        }
-        if format.offset {
-            let (offsets, after) = rest.split_at(ROWS * format.groups);
+        for factors in &mut *factors {
+            let (bytes, after) = rest.split_first_chunk().expect("a scale of each row");
+            factors.scale = scaled(scale, bytes.map(|byte: u8| f32::from(byte as i8)));
             rest = after;
-            for (factors, offsets) in factors.iter_mut().zip(offsets.as_chunks::<ROWS>().0) {
-                for (factor, offset) in factors.offset.iter_mut().zip(offsets) {
-                    *factor *= f32::from(*offset);
-                }
-            }
+        }
+        let with_offset = if format.offset { factors } else { &mut [] };
+        for factors in with_offset {
+            let (bytes, after) = rest.split_first_chunk().expect("an offset of each row");
+            factors.offset = scaled(offset, bytes.map(|byte: u8| f32::from(byte)));
+            rest = after;
         }
     }
     rest
 }
 
-/// An `f16` of each row: the low bytes of all, and then the high ones.
 #[inline(always)]
-fn read_halves(bytes: &[u8]) -> ([f32; ROWS], &[u8]) {
-    let (halves, rest) = bytes.split_at(2 * ROWS);
-    let mut numbers = [0.0; ROWS];
-    for (row, number) in numbers.iter_mut().enumerate() {
-        *number = f16(u16::from_le_bytes([halves[row], halves[ROWS + row]]));
+fn scaled(mut numbers: [f32; ROWS], factors: [f32; ROWS]) -> [f32; ROWS] {
+    for (number, factor) in numbers.iter_mut().zip(factors) {
+        *number *= factor;
     }
-    (numbers, rest)
+    numbers
+}
+
+/// An `f16` of each row.
+#[inline(always)]
+fn read_halves<I: Instructions>(instructions: I, bytes: &[u8]) -> ([f32; ROWS], &[u8]) {
+    let (halves, rest) = bytes.split_first_chunk().expect("a scale of each row");
+    (instructions.halves(halves), rest)
 }
 
 #[cfg(test)]

@@ -96,7 +96,8 @@ mod tests {
             let mut out = Vec::new();
             let ends = print(engine.text(), submit(), &mut out).unwrap();
             let answers = complete(submit()).unwrap();
-            assert_eq!(ends, answers.iter().map(|answer| answer.end.clone()).collect::<Vec<_>>());
+            let usages: Vec<_> = ends.iter().map(|end| &end.usage).collect();
+            assert_eq!(usages, answers.iter().map(|answer| &answer.end.usage).collect::<Vec<_>>());
             (String::from_utf8(out).unwrap(), answers)
         };
         let (alone, answers) = shown(1, None);

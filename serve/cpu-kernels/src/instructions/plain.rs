@@ -1,7 +1,11 @@
 //! No instructions but those that the compiler finds.
 
 use super::{Instructions, Task};
-use crate::packed::{ROWS, VECTOR};
+use crate::{
+    activations::Four,
+    half::f16,
+    packed::{ROWS, VECTOR},
+};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Plain;
@@ -17,6 +21,15 @@ impl Instructions for Plain {
     }
 
     #[inline(always)]
+    fn halves(self, halves: &[u8; 2 * ROWS]) -> [f32; ROWS] {
+        let mut numbers = [0.0; ROWS];
+        for (number, half) in numbers.iter_mut().zip(halves.as_chunks().0) {
+            *number = f16(u16::from_le_bytes(*half));
+        }
+        numbers
+    }
+
+    #[inline(always)]
     fn codes(self, codes: &[u8; VECTOR], _: usize) -> Self::Codes {
         *codes
     }
@@ -27,8 +40,8 @@ impl Instructions for Plain {
     }
 
     #[inline(always)]
-    fn add_products(self, mut sums: Self::Sums, codes: Self::Codes, x: i64) -> Self::Sums {
-        let x = [0, 16, 32, 48].map(|bit| (x >> bit) as i16);
+    fn add_products(self, mut sums: Self::Sums, codes: Self::Codes, x: Four) -> Self::Sums {
+        let x = [0, 16, 32, 48].map(|bit| (x.codes >> bit) as i16);
         for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<4>().0) {
             for (code, x) in codes.iter().zip(x) {
                 *sum += i32::from(i16::from(*code)) * i32::from(x);

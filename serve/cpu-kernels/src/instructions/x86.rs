@@ -3,18 +3,18 @@
 use std::arch::x86_64::*;
 
 use super::{Instructions, Task};
-use crate::packed::{ROWS, VECTOR};
+use crate::{
+    activations::Four,
+    packed::{ROWS, VECTOR},
+};
 
 /// AVX-512 with VNNI. A value of it says that the processor has them.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx512(());
 
-/// AVX2. A value of it says that the processor has it.
+/// AVX2 with F16C. A value of it says that the processor has them.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx2(());
-
-// Codes become 16 bits wide, four columns of a row side by side. A product adds up two neighbours,
-// so a row has two sums until all products are there.
 
 /// A call of intrinsics by a type of which there is a value only where the processor has their
 /// instructions, with pointers into arrays that are as long as what is read or written.
@@ -41,7 +41,8 @@ impl Avx512 {
 
 /// Sixteen rows at a time.
 impl Instructions for Avx512 {
-    type Codes = [__m512i; 2];
+    type Codes = __m512i;
+    /// Of the low bytes of activations, and of the high ones.
     type Sums = [__m512i; 2];
     type Numbers = __m512;
     const PARTS: usize = 1;
@@ -51,37 +52,36 @@ impl Instructions for Avx512 {
     }
 
     #[inline(always)]
-    fn codes(self, codes: &[u8; VECTOR], _: usize) -> [__m512i; 2] {
-        let halves = codes.as_chunks::<32>().0;
-        let [low, high] = [&halves[0], &halves[1]];
-        intrinsics!([
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256(low.as_ptr().cast())),
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256(high.as_ptr().cast())),
-        ])
+    fn halves(self, halves: &[u8; 2 * ROWS]) -> [f32; ROWS] {
+        let mut numbers = [0.0; ROWS];
+        intrinsics!({
+            let halves = _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()));
+            _mm512_storeu_ps(numbers.as_mut_ptr(), halves);
+        });
+        numbers
+    }
+
+    #[inline(always)]
+    fn codes(self, codes: &[u8; VECTOR], _: usize) -> __m512i {
+        intrinsics!(_mm512_loadu_si512(codes.as_ptr().cast()))
     }
 
     #[inline(always)]
     fn sums(self, start: i32) -> [__m512i; 2] {
-        intrinsics!([_mm512_set1_epi64(i64::from(start as u32)); 2])
+        intrinsics!([_mm512_set1_epi32(start), _mm512_setzero_si512()])
     }
 
     #[inline(always)]
-    fn add_products(self, [a, b]: [__m512i; 2], [low, high]: [__m512i; 2], x: i64) -> [__m512i; 2] {
-        intrinsics!({
-            let x = _mm512_set1_epi64(x);
-            [_mm512_dpwssd_epi32(a, low, x), _mm512_dpwssd_epi32(b, high, x)]
-        })
+    fn add_products(self, [low, high]: [__m512i; 2], codes: __m512i, x: Four) -> [__m512i; 2] {
+        intrinsics!([
+            _mm512_dpbusd_epi32(low, codes, _mm512_set1_epi32(x.low)),
+            _mm512_dpbusd_epi32(high, codes, _mm512_set1_epi32(x.high)),
+        ])
     }
 
     #[inline(always)]
-    fn numbers(self, [a, b]: [__m512i; 2]) -> __m512 {
-        intrinsics!({
-            let first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-            let second = _mm512_or_si512(first, _mm512_set1_epi32(1));
-            let [first, second] =
-                [_mm512_permutex2var_epi32(a, first, b), _mm512_permutex2var_epi32(a, second, b)];
-            _mm512_cvtepi32_ps(_mm512_add_epi32(first, second))
-        })
+    fn numbers(self, [low, high]: [__m512i; 2]) -> __m512 {
+        intrinsics!(_mm512_cvtepi32_ps(_mm512_add_epi32(low, _mm512_slli_epi32::<8>(high))))
     }
 
     #[inline(always)]
@@ -112,24 +112,39 @@ impl Instructions for Avx512 {
 
 impl Avx2 {
     pub fn detect() -> Option<Self> {
-        is_x86_feature_detected!("avx2").then_some(Self(()))
+        let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
     }
 
-    #[target_feature(enable = "avx2")]
+    #[target_feature(enable = "avx2,f16c")]
     fn enabled(self, task: impl Task) {
         task.run(self);
     }
 }
 
-/// Eight rows at a time.
+/// Eight rows at a time, four columns of each side by side.
 impl Instructions for Avx2 {
+    /// In 16 bits each.
     type Codes = [__m256i; 2];
+    /// A product adds up two neighbours, so each row has two.
     type Sums = [__m256i; 2];
     type Numbers = __m256;
     const PARTS: usize = 2;
 
     fn run(self, task: impl Task) {
         intrinsics!(self.enabled(task))
+    }
+
+    #[inline(always)]
+    fn halves(self, halves: &[u8; 2 * ROWS]) -> [f32; ROWS] {
+        let mut numbers = [0.0; ROWS];
+        for (numbers, halves) in numbers.as_chunks_mut::<8>().0.iter_mut().zip(halves.as_chunks::<16>().0) {
+            intrinsics!({
+                let halves = _mm256_cvtph_ps(_mm_loadu_si128(halves.as_ptr().cast()));
+                _mm256_storeu_ps(numbers.as_mut_ptr(), halves);
+            });
+        }
+        numbers
     }
 
     #[inline(always)]
@@ -147,9 +162,9 @@ impl Instructions for Avx2 {
     }
 
     #[inline(always)]
-    fn add_products(self, [a, b]: [__m256i; 2], [low, high]: [__m256i; 2], x: i64) -> [__m256i; 2] {
+    fn add_products(self, [a, b]: [__m256i; 2], [low, high]: [__m256i; 2], x: Four) -> [__m256i; 2] {
         intrinsics!({
-            let x = _mm256_set1_epi64x(x);
+            let x = _mm256_set1_epi64x(x.codes);
             [_mm256_add_epi32(a, _mm256_madd_epi16(low, x)), _mm256_add_epi32(b, _mm256_madd_epi16(high, x))]
         })
     }

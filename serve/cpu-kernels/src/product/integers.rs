@@ -35,7 +35,7 @@ impl IntegerProduct<'_> {
         let zero = i32::from(weights.format.zero);
         let mut panel = Panel::default();
         for (index, tiles) in tiles.chunks_exact_mut(count).enumerate() {
-            weights.read(first + index, &mut panel);
+            weights.read(instructions, first + index, &mut panel);
             let (four, rest) = tiles.as_chunks_mut::<4>();
             let mut row = 0;
             for tiles in four {
