@@ -21,7 +21,7 @@
 //! 1. **Warm up**: run the same work once as it is. First calls load kernels, which a capture may
 //!    not allow, and compile the crate's own, which it does not.
 //! 2. **Plan for a graph**, and [`capture`](CapturedStep::capture) the runs. Tensors are
-//!    [`cudarc::Tensor`](crate::cudarc::Tensor)s. Nothing is computed yet.
+//!    [`gpu::Tensor`](crate::gpu::Tensor)s. Nothing is computed yet.
 //! 3. For each step, update the tables, plan again, and [`launch`](CapturedStep::launch) with the
 //!    new plan.
 //!
@@ -55,7 +55,7 @@ use crate::{
 /// use flashinfer_rs::{
 ///     Result, Stream,
 ///     attention::{BatchDecode, PlanOptions, Workspace},
-///     cudarc::Tensor,
+///     gpu::Tensor,
 ///     graph::CapturedStep,
 ///     kv::{Batch, BatchTables, PagedKvCache},
 /// };
@@ -70,7 +70,7 @@ use crate::{
 ///     let (size, layers, mut workspace) = (batch.len(), 0..2, Workspace::new(stream)?);
 ///     let options = PlanOptions::default().with_graph(size);
 ///     tables.update(batch, cache)?;
-///     let plan = decode.plan(&mut workspace, &tables, &options)?;
+///     let plan = decode.plan(&mut workspace, &*tables, &options)?;
 ///     let mut run = || {
 ///         layers.clone().try_for_each(|layer| {
 ///             let kv = cache.layer(layer)?;
@@ -83,7 +83,7 @@ use crate::{
 ///         batch.append(vec![1; batch.len()])?;
 ///         tables.update_padded(batch, cache, size)?;
 ///         // New queries: q.write(…)
-///         step.launch(&decode.plan(&mut workspace, &tables, &options)?)?;
+///         step.launch(&decode.plan(&mut workspace, &*tables, &options)?)?;
 ///         // Results: out.to_vec()
 ///     }
 ///     Ok(())
@@ -121,7 +121,7 @@ impl CapturedStep {
     /// kernels of your own; and with views of slices that were made before.
     ///
     /// # Safety
-    /// All memory that `body` uses otherwise than through [`cudarc::Tensor`](crate::cudarc::Tensor)
+    /// All memory that `body` uses otherwise than through [`gpu::Tensor`](crate::gpu::Tensor)
     /// and values of this crate must stay alive as long as the step, in stream order, and whatever
     /// that work takes for granted must be so at each launch.
     pub unsafe fn capture_unchecked(stream: &Stream, body: impl FnOnce() -> Result<()>) -> Result<Self> {

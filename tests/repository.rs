@@ -1,6 +1,8 @@
-//! What the repository says of itself: its layers, the names of its types, its README, its document on soundness.
+//! What the repository says of itself: its dependencies, layers and names, its README, its document on
+//! soundness.
 
 mod repository {
+    mod dependencies;
     mod layers;
     mod names;
     mod readme;

@@ -12,18 +12,14 @@
 //! use flashinfer_rs::{
 //!     Stream,
 //!     activation::{self, ActivationOptions},
-//!     cudarc::{TensorExt, TensorExtMut},
+//!     gpu::Tensor,
 //! };
 //! use half::bf16;
-//! let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
-//! let gate_and_up = cuda.clone_htod(&[bf16::ONE; 4 * 2 * 256])?;
-//! let mut out = cuda.alloc_zeros::<bf16>(4 * 256)?;
-//! activation::silu_and_mul(
-//!     &Stream::from(&cuda),
-//!     &mut out.tensor_mut(&cuda, &[4, 256])?.view_mut(),
-//!     &gate_and_up.tensor(&cuda, &[4, 512])?.view(),
-//!     &ActivationOptions::default(),
-//! )?;
+//! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+//! let gate_and_up = Tensor::from_slice(&stream, &[4, 2 * 256], &[bf16::ONE; 4 * 2 * 256])?;
+//! let mut out = Tensor::<bf16>::zeros(&stream, &[4, 256])?;
+//! let options = ActivationOptions::default();
+//! activation::silu_and_mul(&stream, &mut out.view_mut(), &gate_and_up.view(), &options)?;
 //! # Ok(()) }
 //! # #[cfg(not(feature = "cudarc"))] fn main() {}
 //! ```

@@ -239,18 +239,15 @@ impl std::fmt::Debug for GdnWorkspace {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     Stream, cudarc::{TensorExt, TensorExtMut}, gdn::*, indices::{SequenceIndices, SequenceTable},
+///     Stream, gpu::Tensor, gdn::*, indices::{SequenceIndices, SequenceTable},
 /// };
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
-/// let stream = Stream::from(&cuda);
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// // Two sequences of 100 and 28 tokens; 2 query and key heads, 4 value heads.
-/// let (qk, v) = (cuda.clone_htod(&[bf16::ZERO; 128 * 2 * 128])?, cuda.clone_htod(&[bf16::ONE; 128 * 4 * 128])?);
-/// let mut output = cuda.alloc_zeros::<bf16>(128 * 4 * 128)?;
-/// let mut state = cuda.alloc_zeros::<f32>(2 * 4 * 128 * 128)?;
-/// let (qk, v) = (qk.tensor(&cuda, &[128, 2, 128])?, v.tensor(&cuda, &[128, 4, 128])?);
-/// let mut output = output.tensor_mut(&cuda, &[128, 4, 128])?;
-/// let mut state = state.tensor_mut(&cuda, &[2, 4, 128, 128])?;
+/// let qk = Tensor::<bf16>::zeros(&stream, &[128, 2, 128])?;
+/// let v = Tensor::from_slice(&stream, &[128, 4, 128], &[bf16::ONE; 128 * 4 * 128])?;
+/// let mut output = Tensor::<bf16>::zeros(&stream, &[128, 4, 128])?;
+/// let mut state = Tensor::<f32>::zeros(&stream, &[2, 4, 128, 128])?;
 /// gdn_prefill(
 ///     &GdnWorkspace::new(&stream)?,
 ///     &mut GdnOutput { output: output.view_mut(), state: state.view_mut() },

@@ -10,23 +10,17 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     Stream, cudarc::{TensorExt, TensorExtMut}, quantization::{self, BitOrder},
+//!     Stream, gpu::Tensor, quantization::{self, BitOrder},
 //!     indices::{MaskIndices, PackedIndices, PackedTable},
 //! };
-//! let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
-//! let stream = Stream::from(&cuda);
+//! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 //! // One request of 2 queries and 5 keys, one of 1 query and 3 keys.
 //! let mask = MaskIndices::new([(2, 5), (1, 3)])?;
 //! let segments = PackedTable::new(&stream, PackedIndices::of_mask(&mask)?)?;
-//! let visible = cuda.clone_htod(&[1u8; 13])?;
-//! let mut bits = cuda.alloc_zeros::<u8>(mask.num_bytes())?;
-//! quantization::segment_packbits(
-//!     &stream,
-//!     &mut bits.tensor_mut(&cuda, &[mask.num_bytes()])?.view_mut(),
-//!     &visible.tensor(&cuda, &[13])?.view(),
-//!     &segments,
-//!     BitOrder::Little,
-//! )?;
+//! let visible = Tensor::from_slice(&stream, &[13], &[1u8; 13])?;
+//! let mut bits = Tensor::<u8>::zeros(&stream, &[mask.num_bytes()])?;
+//! let order = BitOrder::Little;
+//! quantization::segment_packbits(&stream, &mut bits.view_mut(), &visible.view(), &segments, order)?;
 //! # Ok(()) }
 //! # #[cfg(not(feature = "cudarc"))] fn main() {}
 //! ```
@@ -86,17 +80,12 @@ fn name(bitorder: BitOrder) -> &'static CStr {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::{TensorExt, TensorExtMut}, quantization::{self, BitOrder}};
-/// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
-/// let x = cuda.clone_htod(&[1u8, 0, 1, 1, 0, 0, 1, 1, 1])?;
-/// let mut y = cuda.alloc_zeros::<u8>(2)?;
-/// quantization::packbits(
-///     &Stream::from(&cuda),
-///     &mut y.tensor_mut(&cuda, &[2])?.view_mut(),
-///     &x.tensor(&cuda, &[9])?.view(),
-///     BitOrder::Big,
-/// )?;
-/// assert_eq!(cuda.clone_dtoh(&y)?, [0b1011_0011, 0b1000_0000]);
+/// use flashinfer_rs::{Stream, gpu::Tensor, quantization::{self, BitOrder}};
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let x = Tensor::from_slice(&stream, &[9], &[1u8, 0, 1, 1, 0, 0, 1, 1, 1])?;
+/// let mut y = Tensor::<u8>::zeros(&stream, &[2])?;
+/// quantization::packbits(&stream, &mut y.view_mut(), &x.view(), BitOrder::Big)?;
+/// assert_eq!(y.to_vec()?, [0b1011_0011, 0b1000_0000]);
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```

@@ -2,6 +2,8 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
+use crate::exp::exp;
+
 /// A query's head, and the keys and values that it attends to.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention<'a> {
@@ -49,9 +51,21 @@ impl WithSimd for Run<'_> {
             }
         }
         softmax(&mut weights);
-        out.fill(0.0);
-        for (&weight, &at) in weights.iter().zip(starts) {
-            add_scaled(simd, out, weight, &v[at..][..q.len()]);
+        let mut first = 0;
+        // Sums stay in registers, for as many numbers as there is room there.
+        while let Some(out) = out[first..].first_chunk_mut::<64>() {
+            add_values::<S, 64>(simd, out, &weights, starts, &v[first..]);
+            first += 64;
+        }
+        while let Some(out) = out[first..].first_chunk_mut::<16>() {
+            add_values::<S, 16>(simd, out, &weights, starts, &v[first..]);
+            first += 16;
+        }
+        for (index, out) in out.iter_mut().enumerate().skip(first) {
+            *out = 0.0;
+            for (&weight, &at) in weights.iter().zip(starts) {
+                *out += weight * v[at + index];
+            }
         }
     }
 }
@@ -69,27 +83,50 @@ fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     simd.reduce_sum_f32s(sums) + rest
 }
 
-/// `out + weight · v`.
+/// The sum of `N` numbers of each value, a whole number of vectors, times its weight.
 #[inline(always)]
-fn add_scaled<S: Simd>(simd: S, out: &mut [f32], weight: f32, v: &[f32]) {
-    let ((out, out_rest), (v, v_rest)) = (S::as_mut_simd_f32s(out), S::as_simd_f32s(v));
-    let vector = simd.splat_f32s(weight);
-    for (out, v) in out.iter_mut().zip(v) {
-        *out = simd.mul_add_e_f32s(vector, *v, *out);
+fn add_values<S: Simd, const N: usize>(
+    simd: S,
+    out: &mut [f32; N],
+    weights: &[f32],
+    starts: &[usize],
+    v: &[f32],
+) {
+    // As many as there are in the narrowest vectors; the rest is left out.
+    let (len, mut sums) = (N / S::F32_LANES, [simd.splat_f32s(0.0); 64]);
+    for (&weight, &at) in weights.iter().zip(starts) {
+        let (v, weight) = (S::as_simd_f32s(&v[at..][..N]).0, simd.splat_f32s(weight));
+        for (sum, v) in sums[..len].iter_mut().zip(v) {
+            *sum = simd.mul_add_e_f32s(weight, *v, *sum);
+        }
     }
-    for (out, v) in out_rest.iter_mut().zip(v_rest) {
-        *out += weight * v;
-    }
+    S::as_mut_simd_f32s(out).0.copy_from_slice(&sums[..len]);
 }
 
+/// Numbers that are added up, or compared, side by side.
+const SIDE: usize = 16;
+
+#[inline(always)]
 fn softmax(logits: &mut [f32]) {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for logit in logits.iter_mut() {
-        *logit = (*logit - most).exp();
-        sum += *logit;
+    let (mut most, mut sums) = ([f32::NEG_INFINITY; SIDE], [0.0; SIDE]);
+    for logits in logits.chunks(SIDE) {
+        for (most, &logit) in most.iter_mut().zip(logits) {
+            *most = if logit > *most { logit } else { *most };
+        }
     }
-    logits.iter_mut().for_each(|logit| *logit /= sum);
+    let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    for logit in &mut *logits {
+        *logit = exp(*logit - most);
+    }
+    for logits in logits.chunks(SIDE) {
+        for (sum, logit) in sums.iter_mut().zip(logits) {
+            *sum += logit;
+        }
+    }
+    let scale = 1.0 / sums.iter().sum::<f32>();
+    for logit in logits {
+        *logit *= scale;
+    }
 }
 
 #[cfg(test)]
@@ -98,16 +135,23 @@ mod tests {
 
     #[test]
     fn attention_is_that_of_its_definition() {
-        // Eleven numbers, which are no whole number of vectors; tokens in any order.
-        let numbers = |seed: f64| -> Vec<f32> { (0..77).map(|at| (seed * at as f64).sin() as f32).collect() };
+        // Numbers that are no whole number of vectors; tokens in any order.
+        for dim in [11, 64, 93] {
+            check(dim);
+        }
+    }
+
+    fn check(dim: usize) {
+        let numbers =
+            |seed: f64| -> Vec<f32> { (0..7 * dim).map(|at| (seed * at as f64).sin() as f32).collect() };
         let (q, k, v) = (numbers(0.3), numbers(0.7), numbers(1.1));
-        let starts = [44, 0, 66, 11];
+        let starts = [4 * dim, 0, 6 * dim, dim];
         for soft_cap in [None, Some(2.0)] {
-            let attention = Attention { q: &q[..11], k: &k, v: &v, starts: &starts, scale: 1.5, soft_cap };
-            let mut out = [f32::NAN; 11];
+            let attention = Attention { q: &q[..dim], k: &k, v: &v, starts: &starts, scale: 1.5, soft_cap };
+            let mut out = vec![f32::NAN; dim];
             attention.run(&mut out);
             let product = |&at: &usize| -> f64 {
-                let dot: f64 = (0..11).map(|i| f64::from(q[i]) * f64::from(k[at + i])).sum();
+                let dot: f64 = (0..dim).map(|i| f64::from(q[i]) * f64::from(k[at + i])).sum();
                 soft_cap.map_or(1.5 * dot, |cap| f64::from(cap) * (1.5 * dot / f64::from(cap)).tanh())
             };
             let weights: Vec<f64> = starts.iter().map(|at| product(at).exp()).collect();

@@ -3,7 +3,10 @@
 use candle_core::quantized::GgmlDType;
 use pulp::{Arch, Simd, WithSimd};
 
-use super::{blocks, k_blocks};
+use super::{
+    format::{Block, Format},
+    half::{bf16, f16},
+};
 
 /// A matrix `[rows, columns]`, row after row, in the bytes that a GGUF file has of it.
 #[derive(Clone, Copy, Debug)]
@@ -32,14 +35,19 @@ impl<'a> Matrix<'a> {
         self.columns
     }
 
-    /// Bytes of a row.
-    pub(crate) fn row_bytes(&self) -> usize {
-        self.columns / self.dtype.block_size() * self.dtype.type_size()
+    /// What its blocks are, if it has some.
+    pub(crate) fn format(&self) -> Option<Format> {
+        Format::of(self.dtype)
     }
 
-    /// The same of some of its rows, as many at a time as are given.
-    pub(crate) fn chunks(self, rows: usize) -> impl ExactSizeIterator<Item = Self> {
-        self.bytes.chunks(rows * self.row_bytes()).map(move |bytes| Self { bytes, ..self })
+    /// The bytes of a row.
+    pub(crate) fn row(&self, row: usize) -> &'a [u8] {
+        &self.bytes[row * self.row_bytes()..][..self.row_bytes()]
+    }
+
+    /// Bytes of a row.
+    fn row_bytes(&self) -> usize {
+        self.columns / self.dtype.block_size() * self.dtype.type_size()
     }
 
     /// The numbers of a row.
@@ -47,15 +55,14 @@ impl<'a> Matrix<'a> {
     /// # Panics
     /// There is no such row, or `numbers` are not as many as a row has.
     pub fn dequantize_row(&self, row: usize, numbers: &mut [f32]) {
-        let bytes = &self.bytes[row * self.row_bytes()..][..self.row_bytes()];
         assert_eq!(numbers.len(), self.columns);
-        Arch::new().dispatch(Row { bytes, dtype: self.dtype, numbers });
+        Arch::new().dispatch(Row { bytes: self.row(row), dtype: self.dtype, numbers });
     }
 
     /// [`dequantize_row`](Self::dequantize_row), where vector instructions are chosen already.
     #[inline(always)]
     pub(crate) fn decode(&self, row: usize, numbers: &mut [f32]) {
-        decode(self.dtype, &self.bytes[row * self.row_bytes()..][..self.row_bytes()], numbers);
+        decode(self.dtype, self.row(row), numbers);
     }
 
     fn has_numbers(&self) -> bool {
@@ -83,20 +90,30 @@ impl WithSimd for Row<'_> {
 #[inline(always)]
 fn decode(dtype: GgmlDType, row: &[u8], numbers: &mut [f32]) {
     match dtype {
-        GgmlDType::F32 => blocks::decode::<_, _, blocks::F32>(row, numbers),
-        GgmlDType::F16 => blocks::decode::<_, _, blocks::F16>(row, numbers),
-        GgmlDType::BF16 => blocks::decode::<_, _, blocks::Bf16>(row, numbers),
-        GgmlDType::Q4_0 => blocks::decode::<_, _, blocks::Q4_0>(row, numbers),
-        GgmlDType::Q4_1 => blocks::decode::<_, _, blocks::Q4_1>(row, numbers),
-        GgmlDType::Q5_0 => blocks::decode::<_, _, blocks::Q5_0>(row, numbers),
-        GgmlDType::Q5_1 => blocks::decode::<_, _, blocks::Q5_1>(row, numbers),
-        GgmlDType::Q8_0 => blocks::decode::<_, _, blocks::Q8_0>(row, numbers),
-        GgmlDType::Q2K => blocks::decode::<_, _, k_blocks::Q2K>(row, numbers),
-        GgmlDType::Q3K => blocks::decode::<_, _, k_blocks::Q3K>(row, numbers),
-        GgmlDType::Q4K => blocks::decode::<_, _, k_blocks::Q4K>(row, numbers),
-        GgmlDType::Q5K => blocks::decode::<_, _, k_blocks::Q5K>(row, numbers),
-        GgmlDType::Q6K => blocks::decode::<_, _, k_blocks::Q6K>(row, numbers),
-        // Types of activations: `new` refuses them.
-        GgmlDType::Q8_1 | GgmlDType::Q8K => unreachable!("no type of matrices"),
+        GgmlDType::F32 => {
+            for (number, bytes) in numbers.iter_mut().zip(row.as_chunks().0) {
+                *number = f32::from_le_bytes(*bytes);
+            }
+        }
+        GgmlDType::F16 => {
+            for (number, bytes) in numbers.iter_mut().zip(row.as_chunks().0) {
+                *number = f16(u16::from_le_bytes(*bytes));
+            }
+        }
+        GgmlDType::BF16 => {
+            for (number, bytes) in numbers.iter_mut().zip(row.as_chunks().0) {
+                *number = bf16(u16::from_le_bytes(*bytes));
+            }
+        }
+        _ => {
+            // `new` refuses types without a format.
+            let Some(format) = Format::of(dtype) else { unreachable!("no type of matrices") };
+            let mut block = Block::new();
+            let blocks = row.chunks_exact(dtype.type_size());
+            for (bytes, numbers) in blocks.zip(numbers.chunks_exact_mut(format.len())) {
+                format.read(bytes, &mut block);
+                block.dequantize(&format, numbers);
+            }
+        }
     }
 }

@@ -1,10 +1,11 @@
-//! The model on the CPU, in `f32`, with weights in the types in which the file holds
-//! them.
+//! The model on the CPU, in `f32` but for products with quantized weights, which keep the bits of
+//! their file.
 
 mod attention;
 mod cache;
 mod mlp;
 mod network;
+mod weights;
 
 use flashinfer_rs::kv::PageAllocator;
 
@@ -34,7 +35,7 @@ impl Cpu {
     ) -> Result<Self> {
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         Ok(Self {
-            network: Network::new(config, ends, layers.collect::<Result<_>>()?, positions),
+            network: Network::new(config, weights::pack_ends(ends), weights::pack_layers(layers)?, positions),
             cache: Cache::new(config, pool)?,
             logits: Vec::new(),
             samples: None,

@@ -1,6 +1,6 @@
 //! Where a model runs: the GPU or the CPU.
 
-use std::time::Duration;
+use std::{sync::mpsc, thread, time::Duration};
 
 use clap::ValueEnum;
 use flashinfer_rs::kv::PageAllocator;
@@ -96,7 +96,8 @@ pub fn load_gpu(model: &Model, pool: &PageAllocator, options: GpuOptions) -> Res
     with_progress(model, |layers| Gpu::new(&model.config, model.ends()?, layers, pool, options))
 }
 
-/// Shows how many of a model's bytes were read, while `load` takes its layers.
+/// Shows how many of a model's bytes were read, while `load` takes its layers. The next one is read
+/// meanwhile.
 fn with_progress<E>(
     model: &Model,
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
@@ -105,7 +106,17 @@ fn with_progress<E>(
     let bar = ProgressBar::new(model.bytes()).with_style(style);
     // Some were read already, where a GPU could not be used.
     let before = model.bytes_read();
-    let engine = load(&mut model.layers().inspect(|_| bar.set_position(model.bytes_read() - before)));
+    let engine = thread::scope(|scope| {
+        let (sender, layers) = mpsc::sync_channel(0);
+        scope.spawn(move || {
+            for layer in model.layers() {
+                if sender.send(layer).is_err() {
+                    break;
+                }
+            }
+        });
+        load(&mut layers.into_iter().inspect(|_| bar.set_position(model.bytes_read() - before)))
+    });
     bar.finish_and_clear();
     engine
 }

@@ -116,14 +116,11 @@ type Attribute = sys::cublasLtMatmulDescAttributes_t;
 /// The attribute is of type `T`.
 unsafe fn set<T>(descriptor: &Descriptor, attribute: Attribute, value: T) -> Result<()> {
     // SAFETY: the descriptor is alive, and so much is read of the value before this returns.
-    Ok(unsafe {
-        result::set_matmul_desc_attribute(
-            descriptor.raw,
-            attribute,
-            (&raw const value).cast(),
-            size_of::<T>(),
-        )?
-    })
+    unsafe {
+        let data = (&raw const value).cast();
+        result::set_matmul_desc_attribute(descriptor.raw, attribute, data, size_of::<T>())?;
+    }
+    Ok(())
 }
 
 /// Has products of this description find a vector at an address.
@@ -365,10 +362,11 @@ impl Matmul {
 
     /// Takes the fastest algorithm. `work` is timed as a CUDA graph, and should
     /// multiply by as many weights as a step does, since those that were just
-    /// used are in the GPU's cache. It is done once.
-    pub fn tune(&mut self, mut work: impl FnMut(&Self) -> Result<()>) -> Result<()> {
+    /// used are in the GPU's cache. It is done once: `None` if it was before; else the
+    /// milliseconds that `work` takes now.
+    pub fn tune(&mut self, mut work: impl FnMut(&Self) -> Result<()>) -> Result<Option<f32>> {
         if self.tuned {
-            return Ok(());
+            return Ok(None);
         }
         let mut best = (f32::INFINITY, 0);
         for chosen in 0..self.algorithms.len() {
@@ -382,10 +380,11 @@ impl Matmul {
         }
         self.chosen = best.1;
         self.tuned = true;
-        Ok(())
+        Ok(Some(best.0))
     }
 
-    fn time(&self, work: &mut impl FnMut(&Self) -> Result<()>) -> Result<f32> {
+    /// The milliseconds that `work` takes as a CUDA graph.
+    pub fn time(&self, work: &mut impl FnMut(&Self) -> Result<()>) -> Result<f32> {
         let cuda = &self.cublas.cuda;
         // The first call loads the kernel.
         work(self)?;

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use super::choices;
 use crate::{
     Result,
     engine::{End, Engine, Events, Status},
@@ -41,8 +42,8 @@ pub fn answer(
         }
         match events {
             Ok(events) => {
-                if let Some(end) = print(events, out)? {
-                    summary.count(name, end);
+                for end in choices::print(engine.text(), events, out)? {
+                    summary.count(name.clone(), end);
                 }
                 writeln!(out)?;
             }
@@ -56,17 +57,6 @@ pub fn answer(
     }
     summary.status = engine.status();
     Ok(summary)
-}
-
-/// Prints an answer while it comes; returns how it ended.
-pub fn print(events: Events, out: &mut dyn Write) -> Result<Option<End>> {
-    let mut last = None;
-    for event in events {
-        out.write_all(event.text.as_bytes())?;
-        out.flush()?;
-        last = event.end.or(last);
-    }
-    Ok(last)
 }
 
 /// Why an answer is none, if it is none.

@@ -3,8 +3,9 @@
 use std::{io::Write, path::PathBuf, sync::Arc};
 
 use super::{
-    answers::{failure, print},
+    answers::failure,
     chat::Chat,
+    choices,
     commands::{self, Command, HELP},
     interrupt::Interrupt,
     sampling::SamplingArgs,
@@ -128,10 +129,11 @@ impl Conversation {
         let (llm, id) = (self.llm.clone(), events.id());
         let mut answer = Copied { out, text: Vec::new() };
         let stop = move || llm.engine().cancel(id);
-        let end = self.interrupt.during(stop, || print(events, &mut answer))?;
+        let text = self.llm.text().clone();
+        let ends = self.interrupt.during(stop, || choices::print(&text, events, &mut answer))?;
         let Copied { out, text } = answer;
         writeln!(out)?;
-        let Some(end) = end else { return Ok(()) };
+        let Some(end) = ends.into_iter().next() else { return Ok(()) };
         if let Some(reason) = failure(&end.finish) {
             self.take_back();
             return Ok(writeln!(out, "error: {reason}")?);

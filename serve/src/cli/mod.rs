@@ -3,6 +3,7 @@
 pub(crate) mod answers;
 mod bench;
 mod chat;
+mod choices;
 mod commands;
 mod conversation;
 mod interrupt;

@@ -8,6 +8,7 @@
 
 use std::{
     io::{self, IsTerminal},
+    num::NonZeroUsize,
     path::PathBuf,
     sync::Arc,
 };
@@ -23,7 +24,7 @@ use super::{
     terminal::PromptLine,
 };
 use crate::{
-    Llm, LlmOptions, Result,
+    Llm, LlmOptions, Result, SamplingParams,
     backend::device::Device,
     engine::Events,
     hub::{Hub, ModelName},
@@ -65,6 +66,12 @@ pub struct Args {
     /// Give an answer that does not depend on what else is computed beside it
     #[arg(long)]
     pub deterministic: bool,
+    /// Give N answers to each prompt
+    #[arg(short, value_name = "N", default_value = "1")]
+    pub n: NonZeroUsize,
+    /// Show the log-probability of each token, and those of the N likeliest in its place
+    #[arg(long, value_name = "N")]
+    pub logprobs: Option<usize>,
     /// The bits of what a GPU keeps.
     #[command(flatten)]
     pub precision: PrecisionArgs,
@@ -125,7 +132,12 @@ fn task(args: &Args) -> Result<Task> {
     match (&args.prompts, &args.prompt) {
         (Some(path), _) => prompts::read(path).map(Task::AnswerLines),
         (None, Some(prompt)) => Ok(Task::Answer(prompt.clone())),
-        (None, None) if io::stdin().is_terminal() => Ok(Task::Converse),
+        (None, None) if io::stdin().is_terminal() => match args.n.get() == 1 && args.logprobs.is_none() {
+            true => Ok(Task::Converse),
+            false => {
+                Err("-n and --logprobs are for a prompt or --prompts; a conversation has neither".into())
+            }
+        },
         (None, None) => {
             let prompt = io::read_to_string(io::stdin());
             let prompt =
@@ -147,7 +159,9 @@ fn submit(llm: &Llm, args: &Args, prompt: &str) -> Result<Events> {
         chat.ask(prompt);
         chat.encode(llm.text())?
     };
-    Ok(llm.engine().submit(Request::new(prompt, args.sampling.params(Some(MAX_TOKENS))))?)
+    let params = args.sampling.params(Some(MAX_TOKENS));
+    let params = SamplingParams { n: args.n.get(), logprobs: args.logprobs, ..params };
+    Ok(llm.engine().submit(Request::new(prompt, params))?)
 }
 
 fn converse(args: &Args, llm: Llm, files: Vec<PathBuf>, hub: &Hub) -> Result<()> {
@@ -190,6 +204,9 @@ mod tests {
         assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
         assert!(parse(&["Hi", "--prompts", "file"]).is_err());
         assert!(parse(&["Hi", "--raw", "--system", "Be brief."]).is_err());
+        let args = parse(&["Hi", "-n", "3", "--logprobs", "2"]).unwrap();
+        assert_eq!((args.n.get(), args.logprobs), (3, Some(2)));
+        assert!(parse(&["Hi", "-n", "0"]).is_err());
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.txt");

@@ -1,6 +1,6 @@
 //! Options of how answers are sampled, which `run` takes and a conversation can change.
 
-use std::num::NonZeroUsize;
+use std::{fmt, num::NonZeroUsize, str::FromStr};
 
 use crate::{Result, SamplingParams};
 
@@ -35,6 +35,12 @@ pub struct SamplingArgs {
     /// End the answer before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+    /// End the answer at this token; may be given several times
+    #[arg(long, value_name = "ID")]
+    pub stop_token_id: Vec<u32>,
+    /// Add this to the logit of a token; may be given several times
+    #[arg(long, value_name = "ID=X", value_parser = TokenBias::from_str)]
+    pub logit_bias: Vec<TokenBias>,
     /// The most tokens of an answer; 256 by default, and in a conversation as many as there is
     /// room for
     #[arg(long, value_name = "N")]
@@ -60,6 +66,8 @@ impl SamplingArgs {
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             stop: self.stop.clone(),
+            stop_token_ids: self.stop_token_id.clone(),
+            logit_bias: self.logit_bias.iter().map(|bias| (bias.token, bias.bias)).collect(),
             max_tokens: self.max_tokens.map(NonZeroUsize::get).or(max_tokens),
             min_tokens: self.min_tokens,
             ignore_eos: self.ignore_eos,
@@ -90,14 +98,9 @@ impl SamplingArgs {
             "max_tokens" => parse_option(value, &mut self.max_tokens),
             "min_tokens" => parse(value, &mut self.min_tokens),
             "ignore_eos" => parse(value, &mut self.ignore_eos),
-            "stop" if value == "none" => {
-                self.stop.clear();
-                Ok(())
-            }
-            "stop" => {
-                self.stop.push(value.into());
-                Ok(())
-            }
+            "stop" => parse_list(value, &mut self.stop),
+            "stop_token_id" => parse_list(value, &mut self.stop_token_id),
+            "logit_bias" => parse_list(value, &mut self.logit_bias),
             _ => {
                 return Err(
                     format!("there is no option `{name}`; expected one of those that `/set` shows").into()
@@ -108,9 +111,13 @@ impl SamplingArgs {
     }
 
     /// Every option and its value, as [`set`](Self::set) takes it.
-    pub fn shown(&self) -> [(&'static str, String); 12] {
+    pub fn shown(&self) -> [(&'static str, String); 14] {
         fn or_none<T: ToString>(value: Option<T>) -> String {
             value.map_or_else(|| "none".into(), |value| value.to_string())
+        }
+        fn listed<T: ToString>(values: &[T]) -> String {
+            let values: Vec<_> = values.iter().map(T::to_string).collect();
+            if values.is_empty() { "none".into() } else { values.join(" ") }
         }
         [
             ("temperature", self.temperature.to_string()),
@@ -122,6 +129,8 @@ impl SamplingArgs {
             ("presence_penalty", self.presence_penalty.to_string()),
             ("frequency_penalty", self.frequency_penalty.to_string()),
             ("stop", if self.stop.is_empty() { "none".into() } else { format!("{:?}", self.stop) }),
+            ("stop_token_id", listed(&self.stop_token_id)),
+            ("logit_bias", listed(&self.logit_bias)),
             ("max_tokens", or_none(self.max_tokens)),
             ("min_tokens", self.min_tokens.to_string()),
             ("ignore_eos", self.ignore_eos.to_string()),
@@ -129,12 +138,46 @@ impl SamplingArgs {
     }
 }
 
-fn parse<T: std::str::FromStr<Err: ToString>>(value: &str, into: &mut T) -> std::result::Result<(), String> {
+/// What is added to the logit of a token, as in `7=-100`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenBias {
+    token: u32,
+    bias: f32,
+}
+
+impl FromStr for TokenBias {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts = text.split_once('=').and_then(|(token, bias)| {
+            Some(Self { token: token.trim().parse().ok()?, bias: bias.trim().parse().ok()? })
+        });
+        parts
+            .ok_or_else(|| format!("expected a token's number and what is added, as in 7=-100, not {text:?}"))
+    }
+}
+
+impl fmt::Display for TokenBias {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.token, self.bias)
+    }
+}
+
+fn parse<T: FromStr<Err: ToString>>(value: &str, into: &mut T) -> std::result::Result<(), String> {
     *into = value.parse().map_err(|error: T::Err| error.to_string())?;
     Ok(())
 }
 
-fn parse_option<T: std::str::FromStr<Err: ToString>>(
+/// Adds a value to a list, or takes all out.
+fn parse_list<T: FromStr<Err: ToString>>(value: &str, into: &mut Vec<T>) -> std::result::Result<(), String> {
+    match value {
+        "none" => into.clear(),
+        value => into.push(value.parse().map_err(|error: T::Err| error.to_string())?),
+    }
+    Ok(())
+}
+
+fn parse_option<T: FromStr<Err: ToString>>(
     value: &str,
     into: &mut Option<T>,
 ) -> std::result::Result<(), String> {
@@ -164,7 +207,8 @@ mod tests {
     #[test]
     fn every_option_can_be_given_and_set() {
         assert_eq!(args(&[]).params(None), SamplingParams::default());
-        let values = ["0.5", "7", "0.9", "0.1", "3", "1.5", "-0.5", "0.25", "end", "9", "2", "true"];
+        let values =
+            ["0.5", "7", "0.9", "0.1", "3", "1.5", "-0.5", "0.25", "end", "5", "7=-1.5", "9", "2", "true"];
         let (mut set, mut words) = (args(&[]), Vec::new());
         for ((name, _), value) in args(&[]).shown().into_iter().zip(values) {
             set.set(&format!("{name} {value}")).unwrap();
@@ -176,7 +220,9 @@ mod tests {
         assert_eq!(set.params(None), given.params(None));
         assert_eq!((given.params(None).frequency_penalty, given.params(Some(1)).max_tokens), (0.25, Some(9)));
         assert_eq!(args(&[]).params(Some(256)).max_tokens, Some(256));
-        for name in ["seed", "stop", "max_tokens"] {
+        assert_eq!(given.params(None).logit_bias, [(7, -1.5)].into());
+        assert_eq!(given.params(None).stop_token_ids, [5]);
+        for name in ["seed", "stop", "stop_token_id", "logit_bias", "max_tokens"] {
             set.set(&format!("{name} none")).unwrap();
         }
         assert_eq!((set.seed, set.stop.len(), set.max_tokens), (None, 0, None));
@@ -190,6 +236,8 @@ mod tests {
             ("temperature hot", "cannot be `hot`"),
             ("top_k -1", "cannot be `-1`"),
             ("max-tokens 0", "max_tokens cannot be `0`"),
+            ("logit_bias 7", "as in 7=-100"),
+            ("stop_token_id -1", "cannot be `-1`"),
             ("heat 1", "no option `heat`"),
             ("", "has no value"),
         ] {

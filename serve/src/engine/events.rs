@@ -148,6 +148,11 @@ impl Events {
         self.id
     }
 
+    /// How many answers there are to be.
+    pub fn choices(&self) -> usize {
+        self.answers.len()
+    }
+
     /// The next event, as soon as it is there; `None` after the last.
     pub async fn recv(&mut self) -> Option<Event> {
         while self.ready.is_empty() && self.open > 0 {

@@ -108,21 +108,22 @@ impl<B: Backend> Worker<B> {
                     Err(TryRecvError::Empty) => break,
                 }
             }
+            // Once for all of them: it looks at all pages.
+            self.publish();
             self.step()?;
         }
     }
 
     fn take(&mut self, command: Command) -> Result<()> {
         match command {
-            Command::Submit(id, request) => self.submit(id, *request)?,
+            Command::Submit(id, request) => self.submit(id, *request),
             Command::Cancel(id, choice) => {
                 let updates = self.scheduler.cancel(id, choice)?;
                 self.tell(updates);
+                Ok(())
             }
-            Command::Shutdown => {}
+            Command::Shutdown => Ok(()),
         }
-        self.publish();
-        Ok(())
     }
 
     fn submit(&mut self, id: RequestId, request: Request) -> Result<()> {

@@ -51,37 +51,28 @@ impl Matrix {
         self.columns
     }
 
-    /// The matrix as the CPU's kernels have it.
-    pub fn view(&self) -> kernels::Matrix<'_> {
+    /// The matrix as it is in its file.
+    fn view(&self) -> kernels::Matrix<'_> {
         kernels::Matrix::new(&self.bytes, self.dtype, self.columns).expect("its bytes were checked")
     }
 
     /// Its numbers, `[out, in]`, in `f32`.
     pub fn dequantize(&self) -> Result<Tensor> {
-        let (view, mut numbers) = (self.view(), vec![0.0; self.rows * self.columns]);
-        let rows = numbers.par_chunks_exact_mut(self.columns).enumerate();
-        rows.for_each(|(row, numbers)| view.dequantize_row(row, numbers));
+        let mut numbers = vec![0.0; self.rows * self.columns];
+        self.dequantize_to(&mut numbers);
         Ok(Tensor::from_vec(numbers, (self.rows, self.columns), &Device::Cpu)?)
     }
 
-    /// Some of its rows, in this order.
-    ///
-    /// # Errors
-    /// There is no such row.
-    pub fn gather(&self, rows: &[u32]) -> Result<Vec<f32>> {
-        if let Some(row) = rows.iter().find(|&&row| row as usize >= self.rows) {
-            return Err(format!("there is no token {row}; expected one below {}", self.rows).into());
-        }
-        let (view, mut numbers) = (self.view(), vec![0.0; rows.len() * self.columns]);
-        for (&row, numbers) in rows.iter().zip(numbers.chunks_exact_mut(self.columns)) {
-            view.dequantize_row(row as usize, numbers);
-        }
-        Ok(numbers)
+    /// Writes its numbers, `out · in` of them, to `numbers`.
+    pub fn dequantize_to(&self, numbers: &mut [f32]) {
+        let view = self.view();
+        let rows = numbers.par_chunks_exact_mut(self.columns).enumerate();
+        rows.for_each(|(row, numbers)| view.dequantize_row(row, numbers));
     }
 
-    /// `x · matrixᵀ` for rows `x` of `in` numbers: `out` numbers for each.
-    pub fn multiply(&self, x: &[f32]) -> Vec<f32> {
-        kernels::multiply(x, &[self.view()])
+    /// The matrix to multiply with on the CPU.
+    pub fn pack(&self) -> kernels::Weights {
+        kernels::Weights::new(self.bytes.clone(), self.dtype, self.columns).expect("its bytes were checked")
     }
 }
 

@@ -2,13 +2,16 @@
 
 use std::iter;
 
-use candle_core::{Device, Tensor, quantized::GgmlDType};
+use candle_core::quantized::GgmlDType;
 use clap::ValueEnum;
 use flashinfer_rs::{
     DType,
     attention::Heads,
     rope::{RopeFrequencies, RopeScaling},
 };
+use half::f16;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rayon::prelude::*;
 
 use super::{
     architecture::{Activation, Architecture},
@@ -55,15 +58,23 @@ impl Shape {
     }
 }
 
+/// Random numbers of `f16`, as large as keeps products of normed rows near 1.
+fn matrix(rows: usize, columns: usize) -> Result<Matrix> {
+    let bound = (3.0 / columns as f32).sqrt();
+    let mut numbers = vec![0; rows * columns * size_of::<f16>()];
+    numbers.par_chunks_exact_mut(columns * size_of::<f16>()).enumerate().for_each(|(row, numbers)| {
+        let mut random = StdRng::seed_from_u64(row as u64);
+        for number in numbers.chunks_exact_mut(size_of::<f16>()) {
+            number.copy_from_slice(&f16::from_f32(random.random_range(-bound..bound)).to_le_bytes());
+        }
+    });
+    Matrix::from_bytes(numbers, GgmlDType::F16, [rows, columns])
+}
+
 /// Weights of a shape. All layers have equal ones, each in a place of its own.
 pub fn weights(config: &Config) -> Result<(Ends, impl ExactSizeIterator<Item = Result<Layer>> + use<>)> {
     let Config { hidden_size: hidden, intermediate_size: inner, vocab_size, .. } = *config;
     let [qo, kv] = config.widths();
-    // As large as keeps products of normed rows near 1. The GPU computes in `f16`.
-    let matrix = |rows: usize, columns: usize| {
-        let bound = (3.0 / columns as f32).sqrt();
-        Matrix::new(&Tensor::rand(-bound, bound, (rows, columns), &Device::Cpu)?, GgmlDType::F16)
-    };
     let linear = |rows, columns| matrix(rows, columns).map(Linear::from);
     let layer = Layer {
         attention_norm: vec![1.0; hidden],

@@ -2,8 +2,7 @@
 
 use std::{cell::RefCell, collections::HashSet};
 
-use candle_core::{Tensor, quantized::GgmlDType};
-use flashinfer_cpu_kernels as kernels;
+use candle_core::{Device, Tensor, quantized::GgmlDType};
 
 pub use super::matrix::Matrix;
 use super::{Config, gguf::Gguf, rope};
@@ -12,24 +11,24 @@ use crate::Result;
 /// A matrix `[out, in]` in parts that lie one under the other, and what is added
 /// to its products, `[out]`.
 #[derive(Clone, Debug)]
-pub struct Linear {
-    pub parts: Vec<Matrix>,
+pub struct Linear<M = Matrix> {
+    pub parts: Vec<M>,
     pub bias: Option<Vec<f32>>,
 }
 
 /// The weights of one layer.
 #[derive(Clone, Debug)]
-pub struct Layer {
+pub struct Layer<M = Matrix> {
     pub attention_norm: Vec<f32>,
     /// Rows for queries, then keys, then values.
-    pub qkv: Linear,
+    pub qkv: Linear<M>,
     /// The norms of each head's queries and keys, before they are turned.
     pub qk_norm: Option<QkNorm>,
-    pub attention_output: Linear,
+    pub attention_output: Linear<M>,
     /// The norm of what attention makes, before it is added.
     pub attention_post_norm: Option<Vec<f32>>,
     pub mlp_norm: Vec<f32>,
-    pub mlp: LayerMlp,
+    pub mlp: LayerMlp<M>,
     /// The norm of what the MLP makes, before it is added.
     pub mlp_post_norm: Option<Vec<f32>>,
 }
@@ -43,44 +42,44 @@ pub struct QkNorm {
 
 /// An MLP with a gate.
 #[derive(Clone, Debug)]
-pub struct Mlp {
+pub struct Mlp<M = Matrix> {
     /// Rows for the gate, then for up.
-    pub gate_up: Linear,
-    pub down: Linear,
+    pub gate_up: Linear<M>,
+    pub down: Linear<M>,
 }
 
 /// What a layer has after attention.
 #[derive(Clone, Debug)]
-pub enum LayerMlp {
-    Dense(Mlp),
-    Experts(ExpertMlps),
+pub enum LayerMlp<M = Matrix> {
+    Dense(Mlp<M>),
+    Experts(ExpertMlps<M>),
 }
 
 /// Experts, and what chooses them.
 #[derive(Clone, Debug)]
-pub struct ExpertMlps {
+pub struct ExpertMlps<M = Matrix> {
     /// The scores of experts, `[experts, hidden_size]`.
-    pub router: Matrix,
-    pub experts: Vec<Mlp>,
-    pub shared: Option<SharedExpert>,
+    pub router: M,
+    pub experts: Vec<Mlp<M>>,
+    pub shared: Option<SharedExpert<M>>,
 }
 
 /// An expert that every token has.
 #[derive(Clone, Debug)]
-pub struct SharedExpert {
+pub struct SharedExpert<M = Matrix> {
     /// `[1, hidden_size]`: its share is the sigmoid of the product.
-    pub gate: Matrix,
-    pub mlp: Mlp,
+    pub gate: M,
+    pub mlp: Mlp<M>,
 }
 
 /// What comes before the first layer and after the last.
 #[derive(Clone, Debug)]
-pub struct Ends {
+pub struct Ends<M = Matrix> {
     /// `[vocab_size, hidden_size]`.
-    pub embedding: Matrix,
+    pub embedding: M,
     pub norm: Vec<f32>,
     /// `[vocab_size, hidden_size]`; `None` if it is the embedding.
-    pub head: Option<Matrix>,
+    pub head: Option<M>,
 }
 
 impl From<Matrix> for Linear {
@@ -90,26 +89,74 @@ impl From<Matrix> for Linear {
 }
 
 impl Linear {
-    /// Its height, `out`.
-    pub fn rows(&self) -> usize {
-        self.parts.iter().map(Matrix::rows).sum()
-    }
-
-    /// `x · matrixᵀ + bias` for rows `x` of `in` numbers: `out` numbers for each.
-    pub fn multiply(&self, x: &[f32]) -> Vec<f32> {
-        let mut product = kernels::multiply(x, &self.parts.iter().map(Matrix::view).collect::<Vec<_>>());
-        if let Some(bias) = &self.bias {
-            for row in product.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-            }
-        }
-        product
-    }
-
     /// Its numbers, `[out, in]`, in `f32`.
+    ///
+    /// # Errors
+    /// Its parts are not equally wide.
     pub fn dequantize(&self) -> Result<Tensor> {
-        let parts = self.parts.iter().map(Matrix::dequantize).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&parts, 0)?)
+        let columns = self.parts.first().map_or(0, Matrix::columns);
+        if let Some(other) = self.parts.iter().find(|part| part.columns() != columns) {
+            return Err(format!("{other:?} is below a matrix of {columns} columns").into());
+        }
+        let rows: usize = self.parts.iter().map(Matrix::rows).sum();
+        let mut numbers = vec![0.0; rows * columns];
+        let mut left = &mut numbers[..];
+        for part in &self.parts {
+            let (here, below) = left.split_at_mut(part.rows() * columns);
+            part.dequantize_to(here);
+            left = below;
+        }
+        Ok(Tensor::from_vec(numbers, (rows, columns), &Device::Cpu)?)
+    }
+}
+
+impl<M> Linear<M> {
+    fn map<N>(self, pack: &impl Fn(M) -> N) -> Linear<N> {
+        Linear { parts: self.parts.into_iter().map(pack).collect(), bias: self.bias }
+    }
+}
+
+impl<M> Mlp<M> {
+    fn map<N>(self, pack: &impl Fn(M) -> N) -> Mlp<N> {
+        Mlp { gate_up: self.gate_up.map(pack), down: self.down.map(pack) }
+    }
+}
+
+impl<M> ExpertMlps<M> {
+    fn map<N>(self, pack: &impl Fn(M) -> N) -> ExpertMlps<N> {
+        ExpertMlps {
+            router: pack(self.router),
+            experts: self.experts.into_iter().map(|mlp| mlp.map(pack)).collect(),
+            shared: self
+                .shared
+                .map(|SharedExpert { gate, mlp }| SharedExpert { gate: pack(gate), mlp: mlp.map(pack) }),
+        }
+    }
+}
+
+impl<M> Layer<M> {
+    /// The same layer, with matrices that `pack` makes of these.
+    pub fn map<N>(self, pack: &impl Fn(M) -> N) -> Layer<N> {
+        Layer {
+            attention_norm: self.attention_norm,
+            qkv: self.qkv.map(pack),
+            qk_norm: self.qk_norm,
+            attention_output: self.attention_output.map(pack),
+            attention_post_norm: self.attention_post_norm,
+            mlp_norm: self.mlp_norm,
+            mlp: match self.mlp {
+                LayerMlp::Dense(mlp) => LayerMlp::Dense(mlp.map(pack)),
+                LayerMlp::Experts(mlps) => LayerMlp::Experts(mlps.map(pack)),
+            },
+            mlp_post_norm: self.mlp_post_norm,
+        }
+    }
+}
+
+impl<M> Ends<M> {
+    /// As [`Layer::map`].
+    pub fn map<N>(self, pack: &impl Fn(M) -> N) -> Ends<N> {
+        Ends { embedding: pack(self.embedding), norm: self.norm, head: self.head.map(pack) }
     }
 }
 

@@ -156,9 +156,8 @@ pub fn flash_attn_varlen(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = (causal_window(causal), BatchLayout::Ragged(lengths));
-    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: None, batch }.of(q, k, v)
+    let (max_q, max_k, [left, right]) = (max_seqlen_q, max_seqlen_k, causal_window(causal));
+    flash_attn_varlen_windowed(q, k, v, seqlens_q, seqlens_k, max_q, max_k, softmax_scale, left, right)
 }
 
 /// [`flash_attn_varlen`] with a window.
@@ -244,10 +243,20 @@ pub fn flash_attn_varlen_alibi(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = (causal_window(causal), BatchLayout::Ragged(lengths));
-    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }
-        .of(q, k, v)
+    let [left, right] = causal_window(causal);
+    flash_attn_varlen_alibi_windowed(
+        q,
+        k,
+        v,
+        alibi_slopes,
+        seqlens_q,
+        seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        left,
+        right,
+    )
 }
 
 /// [`flash_attn_varlen_alibi`] with a window.
@@ -268,10 +277,10 @@ pub fn flash_attn_varlen_alibi_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
+    let (window, alibi_slopes) = ([window_size_left, window_size_right], Some(alibi_slopes));
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let (window, batch) = ([window_size_left, window_size_right], BatchLayout::Ragged(lengths));
-    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes: Some(alibi_slopes), batch }
-        .of(q, k, v)
+    let batch = BatchLayout::Ragged(lengths);
+    AttentionParams { softmax_scale, window, softcap: None, alibi_slopes, batch }.of(q, k, v)
 }
 
 /// [`flash_attn_varlen_windowed`] with a soft cap, and with ALiBi if there are

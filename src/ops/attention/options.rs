@@ -35,9 +35,9 @@ pub struct PlanOptions<'p> {
     /// batch has queries. For decode, it is the number of requests of the table.
     ///
     /// Heads must stay, and but for [`BatchAttention`](super::BatchAttention)
-    /// the number of requests, of which each takes a row at least; pad the batch
-    /// with [`PageIndices::pad_to`](crate::PageIndices::pad_to). The workspace
-    /// does not [grow](super::Workspace#growth) any more. Latent attention has no
+    /// the number of requests, of which each takes a row at least: fill the batch
+    /// up with [`BatchTables::update_padded`](crate::kv::BatchTables::update_padded).
+    /// The workspace does not [grow](super::Workspace#growth) any more. Latent attention has no
     /// such plans.
     pub graph: Option<usize>,
     /// How the keys of a request are divided among blocks, where

@@ -172,29 +172,25 @@ pub struct Algorithm {
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     FlashInferRuntime, ModuleName, Stream,
-///     cudarc::{TensorExt, TensorExtMut},
+///     gpu::Tensor,
 ///     gemm::*,
 /// };
 /// use float8::F8E4M3;
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// FlashInferRuntime::get()?.preload([&ModuleName::GEMM])?;
 /// let mut cublas = CublasLt::new(&stream)?;
 /// // 48 rows of 64, times a linear layer's weight of 80 × 64.
-/// let rows = cuda.clone_htod(&[F8E4M3::from_f64(1.0); 48 * 64])?;
-/// let weight = cuda.clone_htod(&[F8E4M3::from_f64(2.0); 80 * 64])?;
-/// let scale = cuda.clone_htod(&[0.5f32])?;
-/// let mut out = cuda.alloc_zeros::<bf16>(48 * 80)?;
-/// let (rows, weight) = (rows.tensor(&cuda, &[1, 48, 64])?, weight.tensor(&cuda, &[1, 80, 64])?);
-/// let scale = scale.tensor(&cuda, &[1])?;
+/// let rows = Tensor::from_slice(&stream, &[1, 48, 64], &[F8E4M3::from_f64(1.0); 48 * 64])?;
+/// let weight = Tensor::from_slice(&stream, &[1, 80, 64], &[F8E4M3::from_f64(2.0); 80 * 64])?;
+/// let scale = Tensor::from_slice(&stream, &[1], &[0.5f32])?;
+/// let mut out = Tensor::<bf16>::zeros(&stream, &[1, 48, 80])?;
 /// let input = BmmFp8Input {
 ///     a: rows.view(),
 ///     b: weight.view().permute(&[0, 2, 1])?,
 ///     a_scale: scale.view(),
 ///     b_scale: scale.view(),
 /// };
-/// let mut out = out.tensor_mut(&cuda, &[1, 48, 80])?;
 /// bmm_fp8(&mut cublas, &mut out.view_mut(), &input)?;
 /// // Or with one of the algorithms; which is fastest, only measuring tells.
 /// let algorithms = bmm_fp8_get_algos(&mut cublas, &mut out.view_mut(), &input)?;

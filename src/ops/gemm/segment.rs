@@ -83,24 +83,19 @@ impl<'a> SegmentGemmInput<'a> {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     Stream, cudarc::{TensorExt, TensorExtMut}, gemm::{GemmBackend, SegmentGemm,
+///     Stream, gpu::Tensor, gemm::{GemmBackend, SegmentGemm,
 ///     SegmentGemmInput}, indices::{SegmentIndices, SegmentTable},
 /// };
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// // 10 rows in four segments, which use two weights of 256 × 128 in turn.
 /// let segments = SegmentIndices::from_lens([1, 2, 3, 4])?.with_weight_indices(&[0, 1, 0, 1])?;
 /// let table = SegmentTable::new(&stream, segments)?;
 /// let mut gemm = SegmentGemm::new(&stream, 4, GemmBackend::Auto)?;
-/// let (x, weights) = (cuda.clone_htod(&[bf16::ONE; 10 * 128])?, cuda.alloc_zeros::<bf16>(2 * 256 * 128)?);
-/// let mut out = cuda.alloc_zeros::<bf16>(10 * 256)?;
-/// let (x, weights) = (x.tensor(&cuda, &[10, 128])?, weights.tensor(&cuda, &[2, 256, 128])?);
-/// gemm.run(
-///     &mut out.tensor_mut(&cuda, &[10, 256])?.view_mut(),
-///     &SegmentGemmInput::column_major(x.view(), weights.view()),
-///     &table,
-/// )?;
+/// let x = Tensor::from_slice(&stream, &[10, 128], &[bf16::ONE; 10 * 128])?;
+/// let weights = Tensor::<bf16>::zeros(&stream, &[2, 256, 128])?;
+/// let mut out = Tensor::<bf16>::zeros(&stream, &[10, 256])?;
+/// gemm.run(&mut out.view_mut(), &SegmentGemmInput::column_major(x.view(), weights.view()), &table)?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```

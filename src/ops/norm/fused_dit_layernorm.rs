@@ -178,24 +178,18 @@ pub struct DitOutput<'a> {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::{TensorExt, TensorExtMut}, norm::*, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm::*, Stream};
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
-/// let (shape, len) = ([1, 10, 3072], 10 * 3072);
-/// let (input, modulation) = (cuda.alloc_zeros::<bf16>(len)?, cuda.alloc_zeros::<bf16>(6 * len)?);
-/// let bias = cuda.alloc_zeros::<f32>(3072)?;
-/// let (mut residual, mut norm) = (cuda.alloc_zeros::<bf16>(len)?, cuda.alloc_zeros::<bf16>(len)?);
-/// let input = input.tensor(&cuda, &shape)?;
-/// let modulation = modulation.tensor(&cuda, &[1, 10, 6, 3072])?;
-/// let bias = bias.tensor(&cuda, &[3072])?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let rows = || Tensor::<bf16>::zeros(&stream, &[1, 10, 3072]);
+/// let (input, mut residual, mut norm) = (rows()?, rows()?, rows()?);
+/// let modulation = Tensor::<bf16>::zeros(&stream, &[1, 10, 6, 3072])?;
+/// let bias = Tensor::<f32>::zeros(&stream, &[3072])?;
 /// let part = |part| Ok::<_, flashinfer_rs::FlashInferError>(Biased::new(modulation.view().select(2, part)?, bias.view()));
 /// let mode = DitMode::ResidualScaleShift { scale: part(1)?, shift: part(0)? };
 /// fused_dit_layernorm(
-///     &Stream::from(&cuda),
-///     &mut DitOutput {
-///         residual: residual.tensor_mut(&cuda, &shape)?.view_mut(),
-///         norm: norm.tensor_mut(&cuda, &shape)?.view_mut(),
-///     },
+///     &stream,
+///     &mut DitOutput { residual: residual.view_mut(), norm: norm.view_mut() },
 ///     &DitInput::new(input.view(), None, mode),
 ///     &NormOptions::default(),
 /// )?;

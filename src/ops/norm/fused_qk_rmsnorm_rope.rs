@@ -191,26 +191,21 @@ fn write_table(stream: &Stream, rope: &Rope3d, scratch: &DeviceBuffer) -> Result
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::{TensorExt, TensorExtMut}, norm::*, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm::*, Stream};
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let table = RopeTable::new(&stream, &Rope3d::new([44, 42, 42]))?;
 /// // 2 frames of 3 × 4 patches; 24 heads of 128 elements.
 /// let (tokens, heads) = (24, 24);
-/// let qkv = cuda.alloc_zeros::<bf16>(tokens * 3 * heads * 128)?;
-/// let weight = cuda.clone_htod(&[bf16::ONE; 24 * 128])?;
-/// let mut outputs = [0; 3].map(|_| cuda.alloc_zeros::<bf16>(tokens * heads * 128));
-/// let [Ok(q), Ok(k), Ok(v)] = &mut outputs else { return Err("no memory".into()) };
-/// let shape = [tokens, heads, 128];
-/// let (mut q, mut k) = (q.tensor_mut(&cuda, &shape)?, k.tensor_mut(&cuda, &shape)?);
-/// let mut v = v.tensor_mut(&cuda, &shape)?;
-/// let weight = weight.tensor(&cuda, &[heads * 128])?;
+/// let qkv = Tensor::<bf16>::zeros(&stream, &[tokens, 3 * heads * 128])?;
+/// let weight = Tensor::from_slice(&stream, &[heads * 128], &[bf16::ONE; 24 * 128])?;
+/// let output = || Tensor::<bf16>::zeros(&stream, &[tokens, heads, 128]);
+/// let (mut q, mut k, mut v) = (output()?, output()?, output()?);
 /// fused_qk_rmsnorm_rope(
 ///     &stream,
 ///     &mut QkvOutput { q: q.view_mut(), k: k.view_mut(), v: v.view_mut() },
 ///     &QkvInput {
-///         qkv: qkv.tensor(&cuda, &[tokens, 3 * heads * 128])?.view(),
+///         qkv: qkv.view(),
 ///         q_weight: weight.view(),
 ///         k_weight: weight.view(),
 ///         patches: [2, 3, 4],

@@ -41,18 +41,19 @@ const OWN_SHARED_MEMORY: i64 = 1024;
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::{TensorExt, TensorExtMut}, norm, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm, Stream};
 /// use half::bf16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
-/// let input = cuda.clone_htod(&[bf16::ONE; 4 * 128])?;
-/// let (gamma, beta) = (cuda.clone_htod(&[1f32; 128])?, cuda.clone_htod(&[0f32; 128])?);
-/// let mut out = cuda.alloc_zeros::<bf16>(4 * 128)?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let input = Tensor::from_slice(&stream, &[4, 128], &[bf16::ONE; 4 * 128])?;
+/// let gamma = Tensor::from_slice(&stream, &[128], &[1f32; 128])?;
+/// let beta = Tensor::<f32>::zeros(&stream, &[128])?;
+/// let mut out = Tensor::<bf16>::zeros(&stream, &[4, 128])?;
 /// norm::layernorm(
-///     &Stream::from(&cuda),
-///     &mut out.tensor_mut(&cuda, &[4, 128])?.view_mut(),
-///     &input.tensor(&cuda, &[4, 128])?.view(),
-///     &gamma.tensor(&cuda, &[128])?.view(),
-///     &beta.tensor(&cuda, &[128])?.view(),
+///     &stream,
+///     &mut out.view_mut(),
+///     &input.view(),
+///     &gamma.view(),
+///     &beta.view(),
 ///     &norm::NormOptions::default(),
 /// )?;
 /// # Ok(()) }

@@ -64,19 +64,14 @@ const QUANTIZED: [DType; 2] = [DType::E4M3, DType::E5M2];
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::{TensorExt, TensorExtMut}, norm, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm, Stream};
 /// use half::f16;
-/// let cuda = cudarc::driver::CudaContext::new(0)?.default_stream();
-/// let stream = Stream::from(&cuda);
-/// let (input, weight) = (cuda.clone_htod(&[f16::ONE; 4 * 128])?, cuda.clone_htod(&[f16::ONE; 128])?);
-/// let mut out = cuda.alloc_zeros::<f16>(4 * 128)?;
-/// norm::rmsnorm(
-///     &stream,
-///     &mut out.tensor_mut(&cuda, &[4, 128])?.view_mut(),
-///     &input.tensor(&cuda, &[4, 128])?.view(),
-///     &weight.tensor(&cuda, &[128])?.view(),
-///     &norm::NormOptions::default(),
-/// )?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let input = Tensor::from_slice(&stream, &[4, 128], &[f16::ONE; 4 * 128])?;
+/// let weight = Tensor::from_slice(&stream, &[128], &[f16::ONE; 128])?;
+/// let mut out = Tensor::<f16>::zeros(&stream, &[4, 128])?;
+/// let options = norm::NormOptions::default();
+/// norm::rmsnorm(&stream, &mut out.view_mut(), &input.view(), &weight.view(), &options)?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```

@@ -23,20 +23,19 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     Stream, cudarc::TensorExtMut, rope::{self, CosSinCache, RopeFrequencies, RopeScaling,
+//!     Stream, gpu::Tensor, rope::{self, CosSinCache, RopeFrequencies, RopeScaling,
 //!     RopeTensors, Rotation, YarnScaling}, indices::{BoundedIndices, BoundedTable},
 //! };
 //! use half::bf16;
-//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-//! let stream = Stream::from(&cuda);
+//! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 //! // Once for a model:
 //! let scaling = RopeScaling::Yarn(YarnScaling::new(4.0, 32768.0));
 //! let cache = CosSinCache::new(&stream, &RopeFrequencies::new(128, 1e6, &scaling)?, 131072)?;
 //! // Once for a batch: two tokens of one sequence, one of another.
 //! let positions = BoundedTable::new(&stream, BoundedIndices::new(131072, vec![7, 8, 4000])?)?;
 //! // In each layer, 32 query and 8 key heads in place:
-//! let (mut q, mut k) = (cuda.alloc_zeros::<bf16>(3 * 32 * 128)?, cuda.alloc_zeros::<bf16>(3 * 8 * 128)?);
-//! let (mut q, mut k) = (q.tensor_mut(&cuda, &[3, 32, 128])?, k.tensor_mut(&cuda, &[3, 8, 128])?);
+//! let mut q = Tensor::<bf16>::zeros(&stream, &[3, 32, 128])?;
+//! let mut k = Tensor::<bf16>::zeros(&stream, &[3, 8, 128])?;
 //! rope::apply_rope_pos_ids_cos_sin_cache(
 //!     &stream,
 //!     &mut RopeTensors::InPlace { q: q.view_mut(), k: k.view_mut() },

@@ -39,15 +39,11 @@ const THREADS: u32 = 1024;
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::{TensorExt, TensorExtMut}, sampling::argmax};
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let logits = cuda.alloc_zeros::<f32>(8 * 32000)?;
-/// let mut tokens = cuda.alloc_zeros::<i32>(8)?;
-/// argmax(
-///     &Stream::from(&cuda),
-///     &mut tokens.tensor_mut(&cuda, &[8])?.view_mut(),
-///     &logits.tensor(&cuda, &[8, 32000])?.view(),
-/// )?;
+/// use flashinfer_rs::{Stream, gpu::Tensor, sampling::argmax};
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let logits = Tensor::<f32>::zeros(&stream, &[8, 32000])?;
+/// let mut tokens = Tensor::<i32>::zeros(&stream, &[8])?;
+/// argmax(&stream, &mut tokens.view_mut(), &logits.view())?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```

@@ -150,6 +150,20 @@ macro_rules! kernel {
     };
 }
 
+/// The same of a kernel that draws from probabilities, and says whether tokens are any.
+macro_rules! kernel_of_probs {
+    ($kernel:ident, $drawing:ident, $samples:ident, $probs:ident $(, $field:ident $(: $value:expr)?)* $(,)?) => {
+        kernel!(
+            $kernel,
+            $drawing,
+            probs: $probs.into(),
+            output: DlTensor::new(&$samples.output.raw),
+            valid: DlTensor::new(&$samples.valid.raw),
+            $($field $(: $value)?,)*
+        )
+    };
+}
+
 /// Calls a kernel unless there is nothing to draw.
 macro_rules! launch {
     ($function:expr, $stream:ident, $drawing:ident, $kernel:expr) => {{
@@ -225,13 +239,7 @@ pub fn sampling_from_probs(
 ) -> Result<()> {
     let check = Check::new("sampling_from_probs", stream)?;
     let drawing = Drawing::from_probs(&check, samples, probs, options)?;
-    let kernel = kernel!(
-        FromProbs,
-        drawing,
-        probs: probs.into(),
-        output: DlTensor::new(&samples.output.raw),
-        valid: DlTensor::new(&samples.valid.raw),
-    );
+    let kernel = kernel_of_probs!(FromProbs, drawing, samples, probs);
     launch!(FROM_PROBS, stream, drawing, kernel)
 }
 
@@ -254,12 +262,11 @@ pub fn top_p_sampling_from_probs(
     let check = Check::new("top_p_sampling_from_probs", stream)?;
     let drawing = Drawing::from_probs(&check, samples, probs, options)?;
     let (top_ps, top_p) = top_p.float(&check, "top_p", TOP_P_RULE, [drawing.source_rows; 2])?;
-    let kernel = kernel!(
+    let kernel = kernel_of_probs!(
         TopP,
         drawing,
-        probs: probs.into(),
-        output: DlTensor::new(&samples.output.raw),
-        valid: DlTensor::new(&samples.valid.raw),
+        samples,
+        probs,
         maybe_p_arr: top_ps.as_ref().map(DlTensor::new),
         p: top_p,
     );
@@ -288,12 +295,11 @@ pub fn top_k_sampling_from_probs(
     let drawing = Drawing::from_probs(&check, samples, probs, options)?;
     let lens = drawing.parameter_lens(&TOP_K, &top_k)?;
     let (top_ks, top_k) = top_k.count(&check, "top_k", drawing.id, lens, drawing.vocab)?;
-    let kernel = kernel!(
+    let kernel = kernel_of_probs!(
         TopK,
         drawing,
-        probs: probs.into(),
-        output: DlTensor::new(&samples.output.raw),
-        valid: DlTensor::new(&samples.valid.raw),
+        samples,
+        probs,
         maybe_top_k_arr: top_ks.as_ref().map(DlTensor::new),
         top_k,
     );
@@ -320,12 +326,11 @@ pub fn min_p_sampling_from_probs(
     let drawing = Drawing::from_probs(&check, samples, probs, options)?;
     let lens = drawing.parameter_lens(&MIN_P_SAMPLING, &min_p)?;
     let (min_ps, min_p) = min_p.float(&check, "min_p", MIN_P_RULE, lens)?;
-    let kernel = kernel!(
+    let kernel = kernel_of_probs!(
         TopP,
         drawing,
-        probs: probs.into(),
-        output: DlTensor::new(&samples.output.raw),
-        valid: DlTensor::new(&samples.valid.raw),
+        samples,
+        probs,
         maybe_p_arr: min_ps.as_ref().map(DlTensor::new),
         p: min_p,
     );
@@ -357,12 +362,11 @@ pub fn top_k_top_p_sampling_from_probs(
     let lens = [drawing.source_rows; 2];
     let (top_ks, top_k) = top_k.count(&check, "top_k", drawing.id, lens, drawing.vocab)?;
     let (top_ps, top_p) = top_p.float(&check, "top_p", TOP_P_RULE, lens)?;
-    let kernel = kernel!(
+    let kernel = kernel_of_probs!(
         TopKTopPJoint,
         drawing,
-        probs: probs.into(),
-        output: DlTensor::new(&samples.output.raw),
-        valid: DlTensor::new(&samples.valid.raw),
+        samples,
+        probs,
         maybe_top_k_arr: top_ks.as_ref().map(DlTensor::new),
         top_k: top_k as f64,
         maybe_top_p_arr: top_ps.as_ref().map(DlTensor::new),

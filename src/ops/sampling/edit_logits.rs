@@ -30,17 +30,16 @@ const THREADS: u32 = 256;
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::TensorExtMut, sampling::edit_logits};
+/// use flashinfer_rs::{Stream, gpu::Tensor, sampling::edit_logits};
 /// use flashinfer_rs::indices::{LogitEdit, LogitEditTable, LogitEdits};
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let (rows, vocab) = (2, 32000);
-/// let mut logits = cuda.alloc_zeros::<f32>(rows * vocab)?;
+/// let mut logits = Tensor::<f32>::zeros(&stream, &[rows, vocab])?;
 /// // Token 2 must not come in the first row; 17 was there before.
 /// let edits = [vec![LogitEdit::ban(2), LogitEdit { token: 17, repetition_penalty: 1.1, bias: -0.5 }], vec![]];
 /// let edits = LogitEdits::new(vocab, edits)?;
 /// let table = LogitEditTable::new(&stream, edits)?;
-/// edit_logits(&stream, &mut logits.tensor_mut(&cuda, &[rows, vocab])?.view_mut(), &table)?;
+/// edit_logits(&stream, &mut logits.view_mut(), &table)?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```

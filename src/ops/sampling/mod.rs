@@ -51,24 +51,20 @@
 //!
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use flashinfer_rs::{Stream, cudarc::{TensorExt, TensorExtMut}, sampling::*};
-//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-//! let stream = Stream::from(&cuda);
+//! use flashinfer_rs::{Stream, gpu::Tensor, sampling::*};
+//! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 //! let (batch, vocab) = (8, 32000);
-//! let logits = cuda.alloc_zeros::<f32>(batch * vocab)?;
-//! let mut probs = cuda.alloc_zeros::<f32>(batch * vocab)?;
-//! let (mut tokens, mut valid) = (cuda.alloc_zeros::<i32>(batch)?, cuda.alloc_zeros::<u8>(batch)?);
+//! let logits = Tensor::<f32>::zeros(&stream, &[batch, vocab])?;
+//! let mut probs = Tensor::<f32>::zeros(&stream, &[batch, vocab])?;
+//! let mut tokens = Tensor::<i32>::zeros(&stream, &[batch])?;
+//! let mut valid = Tensor::<u8>::zeros(&stream, &[batch])?;
 //!
 //! // Once: scratch memory, and where random numbers start.
 //! let mut workspace = SamplingWorkspace::new(&stream, batch, vocab)?;
 //! let mut random = Philox::new(42, 0);
 //!
 //! // For each step:
-//! let logits = logits.tensor(&cuda, &[batch, vocab])?;
-//! let mut probs = probs.tensor_mut(&cuda, &[batch, vocab])?;
 //! softmax(&mut workspace, &mut probs.view_mut(), &logits.view(), &SoftmaxOptions::with_temperature(0.7))?;
-//! let mut tokens = tokens.tensor_mut(&cuda, &[batch])?;
-//! let mut valid = valid.tensor_mut(&cuda, &[batch])?;
 //! top_p_sampling_from_probs(
 //!     &stream,
 //!     &mut Samples::new(tokens.view_mut(), valid.view_mut()),

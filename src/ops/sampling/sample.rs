@@ -93,26 +93,20 @@ impl<'a> SampleOptions<'a> {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::{TensorExt, TensorExtMut}, sampling::*};
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+/// use flashinfer_rs::{Stream, gpu::Tensor, sampling::*};
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let (rows, vocab) = (3, 32000);
-/// let mut logits = cuda.alloc_zeros::<f32>(rows * vocab)?;
-/// let mut tokens = cuda.alloc_zeros::<i32>(rows)?;
+/// let mut logits = Tensor::<f32>::zeros(&stream, &[rows, vocab])?;
+/// let mut tokens = Tensor::<i32>::zeros(&stream, &[rows])?;
 ///
 /// // Of each request: a random number, and here a temperature. The last one is greedy.
-/// let uniforms = cuda.clone_htod(&[0.25f32, 0.875, 0.0])?;
-/// let temperatures = cuda.clone_htod(&[0.7f32, 1.0, 0.0])?;
+/// let uniforms = Tensor::from_slice(&stream, &[rows], &[0.25f32, 0.875, 0.0])?;
+/// let temperatures = Tensor::from_slice(&stream, &[rows], &[0.7f32, 1.0, 0.0])?;
 ///
-/// let (uniforms, temperatures) = (uniforms.tensor(&cuda, &[rows])?, temperatures.tensor(&cuda, &[rows])?);
 /// let mut options = SampleOptions::new(uniforms.view());
 /// options.temperature = Parameter::PerRow(temperatures.view());
 /// options.top_p = 0.9.into();
-/// sample(
-///     &Stream::from(&cuda),
-///     &mut tokens.tensor_mut(&cuda, &[rows])?.view_mut(),
-///     &mut logits.tensor_mut(&cuda, &[rows, vocab])?.view_mut(),
-///     &options,
-/// )?;
+/// sample(&stream, &mut tokens.view_mut(), &mut logits.view_mut(), &options)?;
 /// # Ok(()) }
 /// # #[cfg(not(feature = "cudarc"))] fn main() {}
 /// ```

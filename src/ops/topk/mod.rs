@@ -33,31 +33,31 @@
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     Stream,
-//!     cudarc::{TensorExt, TensorExtMut},
+//!     gpu::Tensor,
 //!     topk::{self, RowStates, TopKOptions},
 //! };
-//! let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-//! let mut row_states = RowStates::new(&Stream::from(&cuda))?;
-//! let logits = cuda.clone_htod(&[0.5f32; 4 * 32000])?;
-//! let (mut values, mut indices) = (cuda.alloc_zeros::<f32>(4 * 50)?, cuda.alloc_zeros::<i32>(4 * 50)?);
+//! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+//! let mut row_states = RowStates::new(&stream)?;
+//! let logits = Tensor::from_slice(&stream, &[4, 32000], &[0.5f32; 4 * 32000])?;
+//! let mut values = Tensor::<f32>::zeros(&stream, &[4, 50])?;
+//! let mut indices = Tensor::<i32>::zeros(&stream, &[4, 50])?;
 //! let mut options = TopKOptions::default();
 //! options.sorted = true;
-//! topk::radix_topk(
-//!     &mut row_states,
-//!     &mut values.tensor_mut(&cuda, &[4, 50])?.view_mut(),
-//!     &mut indices.tensor_mut(&cuda, &[4, 50])?.view_mut(),
-//!     &logits.tensor(&cuda, &[4, 32000])?.view(),
-//!     &options,
-//! )?;
+//! let (mut values, mut indices) = (values.view_mut(), indices.view_mut());
+//! topk::radix_topk(&mut row_states, &mut values, &mut indices, &logits.view(), &options)?;
 //! # Ok(()) }
 //! # #[cfg(not(feature = "cudarc"))] fn main() {}
 //! ```
 
+mod checks;
 mod clusters;
+mod options;
 mod row_states;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use checks::{check_page_table_transform, check_ragged_transform, check_topk};
+pub use options::{TieBreak, TopKOptions};
 pub use row_states::RowStates;
 pub(crate) use row_states::check_row_bytes;
 
@@ -67,10 +67,9 @@ use clusters::{CLUSTERS, CLUSTERS_PAGE_TABLE_TRANSFORM, CLUSTERS_RAGGED_TRANSFOR
 
 use super::{FixedFunction, check::Check};
 use crate::{
-    dtype::DType,
     error::{FlashInferError, Result},
     ffi::{DlTensor, Kernel, Signature, Value, kernels},
-    indices::{RowIndices, RowTable},
+    indices::RowTable,
     module::ModuleName,
     runtime::FlashInferRuntime,
     stream::Stream,
@@ -140,55 +139,9 @@ static PAGE_TABLE_TRANSFORM: FixedFunction =
 static RAGGED_TRANSFORM: FixedFunction = FixedFunction::of(ModuleName::TOPK, RaggedTransform::SIGNATURES);
 static CAN_IMPLEMENT: FixedFunction = FixedFunction::of(ModuleName::TOPK, CAN_IMPLEMENT_FILTERED);
 
-/// Element types of scores.
-pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-/// The most that *filtered* selects, and that kernels sort.
-const MAX_SORTED: i64 = 2048;
-/// The kernels count elements of a row in `int`, some steps beyond its end.
-const MAX_ROW_LEN: i64 = 1 << 30;
-
 /// Held during each launch. The launchers set a kernel's limit of shared
 /// memory, which is the process's, to what this launch needs, and then launch.
 static LAUNCH: Mutex<()> = Mutex::new(());
-
-/// Which of equal scores are selected, where not all of them are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum TieBreak {
-    /// Any of them.
-    #[default]
-    None,
-    /// Those of smaller indices.
-    Small,
-    /// Those of larger indices.
-    Large,
-}
-
-/// Options of selection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct TopKOptions {
-    /// Values come in descending order, for `k` up to 2048; the transforms do
-    /// not have this. Equal values come in the order that they would have had
-    /// unsorted. By default the order is not specified.
-    pub sorted: bool,
-    /// The same input gives the same output in the same order, on one GPU.
-    pub deterministic: bool,
-    /// Which of equal scores are selected. But for [`TieBreak::None`] the
-    /// output is deterministic and, where it is not sorted, in the order of
-    /// indices; `k` is at most 2048.
-    pub tie_break: TieBreak,
-    /// Always launches the same kernel, *filtered*, which reads scores one by
-    /// one, so that a captured graph serves other rows as well; `k` is at most
-    /// 2048.
-    pub dsa_graph_safe: bool,
-}
-
-impl TopKOptions {
-    /// Whether upstream's rule of which kernel to launch does not matter.
-    fn asks_for_filtered(&self) -> bool {
-        self.tie_break != TieBreak::None || self.dsa_graph_safe
-    }
-}
 
 /// Whether the stream's GPU has the shared memory that *filtered* needs, 128 KiB
 /// for each multiprocessor (compute capability 8.0, 9.0, 10.x; not 8.6, 8.9,
@@ -283,19 +236,18 @@ pub fn radix_topk(
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     Stream, cudarc::{TensorExt, TensorExtMut}, topk::{self, RowStates, TopKOptions},
+///     Stream, gpu::Tensor, topk::{self, RowStates, TopKOptions},
 ///     indices::{RowIndices, RowTable},
 /// };
-/// let cuda = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-/// let stream = Stream::from(&cuda);
-/// let scores = cuda.clone_htod(&[0.5f32; 2 * 4096])?;
-/// let table = cuda.clone_htod(&(0..2 * 4096).collect::<Vec<i32>>())?;
-/// let mut selected = cuda.alloc_zeros::<i32>(2 * 256)?;
+/// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
+/// let scores = Tensor::from_slice(&stream, &[2, 4096], &[0.5f32; 2 * 4096])?;
+/// let table = Tensor::from_slice(&stream, &[2, 4096], &(0..2 * 4096).collect::<Vec<i32>>())?;
+/// let mut selected = Tensor::<i32>::zeros(&stream, &[2, 256])?;
 /// topk::radix_topk_page_table_transform(
 ///     &mut RowStates::new(&stream)?,
-///     &mut selected.tensor_mut(&cuda, &[2, 256])?.view_mut(),
-///     &scores.tensor(&cuda, &[2, 4096])?.view(),
-///     &table.tensor(&cuda, &[2, 4096])?.view(),
+///     &mut selected.view_mut(),
+///     &scores.view(),
+///     &table.view(),
 ///     &RowTable::new(&stream, RowIndices::new([4000, 17])?)?,
 ///     &TopKOptions::default(),
 /// )?;
@@ -401,43 +353,6 @@ pub fn radix_topk_ragged_transform(
     unsafe { launch(stream, &RAGGED_TRANSFORM, &kernel) }
 }
 
-/// Scores that a selection of `k` can read.
-fn check_input(
-    check: &Check<'_>,
-    input: &RawTensor,
-    k: i64,
-    options: &TopKOptions,
-    max_row_bytes: i64,
-) -> Result<()> {
-    check.tensor("input", input, &DTYPES, &[2])?;
-    let (rows, len) = (input.shape()[0], input.shape()[1]);
-    if rows > i64::from(i32::MAX) || len >= MAX_ROW_LEN {
-        return check.fail(
-            "input",
-            format!(
-                "its shape is {:?}; at most {} rows of fewer than {MAX_ROW_LEN} elements",
-                input.shape(),
-                i32::MAX
-            ),
-        );
-    }
-    check.contiguous("input", input)?;
-    // The kernels load vectors of up to 16 bytes, as long as they divide a row.
-    let size = input.dtype.size();
-    let vector = size << (16 / size as u32).trailing_zeros().min(len.trailing_zeros());
-    check.aligned("input", input, vector)?;
-    if k > MAX_SORTED && (options.sorted || options.asks_for_filtered()) {
-        return check.fail(
-            "options",
-            format!("k is {k}; `sorted`, `tie_break` and `dsa_graph_safe` are for at most {MAX_SORTED}"),
-        );
-    }
-    if options.asks_for_filtered() {
-        return Ok(());
-    }
-    check_row_bytes(check, "input", input, max_row_bytes)
-}
-
 /// Whether a selection has to be deterministic: if it is to be, or if *radix*
 /// would else mix up rows, or write behind a row's `k` places: blocks that
 /// share a row may see different thresholds, and only the deterministic
@@ -448,115 +363,6 @@ fn is_deterministic(options: &TopKOptions, row_states: &RowStates, input: &RawTe
     options.deterministic
         || options.tie_break != TieBreak::None
         || !options.asks_for_filtered() && row_states.has_races(input)
-}
-
-/// A contiguous `i32` tensor of this shape; the kernels address it in 32 bits.
-fn check_integers(
-    check: &Check<'_>,
-    argument: &'static str,
-    tensor: &RawTensor,
-    shape: &[i64],
-) -> Result<()> {
-    check.plain(argument, tensor, &[DType::I32], shape, size_of::<i32>())?;
-    check.offsets_in_32_bits(argument, tensor)
-}
-
-/// Everything about [`radix_topk`]; gives `k`.
-pub(crate) fn check_topk(
-    check: &Check<'_>,
-    [values, indices, input]: [&RawTensor; 3],
-    options: &TopKOptions,
-    max_row_bytes: i64,
-) -> Result<i64> {
-    check.tensor("input", input, &DTYPES, &[2])?;
-    check.tensor("values", values, &[input.dtype], &[2])?;
-    let shape = [input.shape()[0], values.shape()[1]];
-    let k = shape[1];
-    check_input(check, input, k, options, max_row_bytes)?;
-    check.shape("values", values, &shape)?;
-    if k > input.shape()[1] {
-        return check.fail("values", format!("k is {k}; rows have {} elements", input.shape()[1]));
-    }
-    check.contiguous("values", values)?;
-    check.aligned("values", values, values.dtype.size())?;
-    check_integers(check, "indices", indices, &shape)?;
-    Ok(k)
-}
-
-/// Everything about [`radix_topk_page_table_transform`]; gives `k`.
-pub(crate) fn check_page_table_transform(
-    check: &Check<'_>,
-    [output, input, table]: [&RawTensor; 3],
-    rows: &RowIndices,
-    options: &TopKOptions,
-    max_row_bytes: i64,
-) -> Result<i64> {
-    let k = check_transform(check, "output_page_table", [output, input], rows, options, max_row_bytes)?;
-    check_page_table(check, table, rows)?;
-    Ok(k)
-}
-
-/// Everything about [`radix_topk_ragged_transform`]; gives `k`.
-pub(crate) fn check_ragged_transform(
-    check: &Check<'_>,
-    [output, input, offsets]: [&RawTensor; 3],
-    rows: &RowIndices,
-    options: &TopKOptions,
-    max_row_bytes: i64,
-) -> Result<i64> {
-    let k = check_transform(check, "output_indices", [output, input], rows, options, max_row_bytes)?;
-    check_integers(check, "offsets", offsets, &[input.shape()[0]])?;
-    Ok(k)
-}
-
-/// What both transforms need of scores, output and rows; gives `k`.
-fn check_transform(
-    check: &Check<'_>,
-    name: &'static str,
-    [output, input]: [&RawTensor; 2],
-    rows: &RowIndices,
-    options: &TopKOptions,
-    max_row_bytes: i64,
-) -> Result<i64> {
-    check.tensor("input", input, &DTYPES, &[2])?;
-    check.tensor(name, output, &[DType::I32], &[2])?;
-    let (k, len) = (output.shape()[1], input.shape()[1]);
-    check_input(check, input, k, options, max_row_bytes)?;
-    check_integers(check, name, output, &[input.shape()[0], k])?;
-    if options.sorted {
-        return check.fail("options", "`sorted` is for radix_topk; the transforms give no values".into());
-    }
-    if len == 0 {
-        return check.fail("input", format!("its shape is {:?}; rows must have an element", input.shape()));
-    }
-    if rows.len() as i64 != input.shape()[0] {
-        return check.fail("rows", format!("{} rows; the input has {}", rows.len(), input.shape()[0]));
-    }
-    if rows.end() as i64 > len {
-        return check.fail("rows", format!("a part ends at {}; rows of the input have {len}", rows.end()));
-    }
-    Ok(k)
-}
-
-/// A page table that has an entry for all that rows can select.
-fn check_page_table(check: &Check<'_>, table: &RawTensor, rows: &RowIndices) -> Result<()> {
-    const NAME: &str = "src_page_table";
-    check.tensor(NAME, table, &[DType::I32], &[2])?;
-    check.contiguous(NAME, table)?;
-    check.aligned(NAME, table, size_of::<i32>())?;
-    let (requests, width) = (table.shape()[0], table.shape()[1]);
-    if (rows.batch_size() as i64) > requests || (rows.end() as i64) > width {
-        return check.fail(
-            NAME,
-            format!(
-                "its shape is {:?}; rows are of {} requests, and end at {}",
-                table.shape(),
-                rows.batch_size(),
-                rows.end()
-            ),
-        );
-    }
-    Ok(())
 }
 
 /// Calls a function of the module.

@@ -1,15 +1,14 @@
 //! What a layer has after attention: an MLP, or experts.
 
-use std::f32::consts::FRAC_2_PI;
-
+use flashinfer_cpu_kernels::{Gate, multiply};
 use rayon::prelude::*;
 
+use super::weights::{ExpertMlps, LayerMlp, Mlp};
 use crate::{
     Result,
     model::{
         architecture::Activation,
         config::{Config, Experts, Gating},
-        weights::{ExpertMlps, LayerMlp, Mlp},
     },
 };
 
@@ -25,18 +24,13 @@ pub fn run(config: &Config, mlp: &LayerMlp, x: &[f32]) -> Result<Vec<f32>> {
 fn dense(config: &Config, mlp: &Mlp, x: &[f32]) -> Vec<f32> {
     let gate_up = mlp.gate_up.multiply(x);
     let inner = mlp.gate_up.rows() / 2;
-    let activate = match config.activation {
-        Activation::Silu => |x: f32| x * sigmoid(x),
-        Activation::GeluTanh => gelu_tanh,
+    let gate = match config.activation {
+        Activation::Silu => Gate::Silu,
+        Activation::GeluTanh => Gate::GeluTanh,
     };
     let mut activated = vec![0.0; gate_up.len() / 2];
     let rows = activated.par_chunks_exact_mut(inner).zip(gate_up.par_chunks_exact(2 * inner));
-    rows.for_each(|(out, row)| {
-        let (gate, up) = row.split_at(inner);
-        for (out, (&gate, up)) in out.iter_mut().zip(gate.iter().zip(up)) {
-            *out = activate(gate) * up;
-        }
-    });
+    rows.for_each(|(out, row)| gate.multiply(&row[..inner], &row[inner..], out));
     mlp.down.multiply(&activated)
 }
 
@@ -44,7 +38,7 @@ fn dense(config: &Config, mlp: &Mlp, x: &[f32]) -> Vec<f32> {
 /// every row has.
 fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: &[f32]) -> Vec<f32> {
     let hidden = config.hidden_size;
-    let scores = mlps.router.multiply(x);
+    let scores = multiply(x, &[&mlps.router]);
     let mut out = vec![0.0; x.len()];
     let mut add = |row: usize, share: f32, part: &[f32]| {
         let sums = &mut out[row * hidden..][..hidden];
@@ -59,7 +53,7 @@ fn routed(config: &Config, experts: Experts, mlps: &ExpertMlps, x: &[f32]) -> Ve
         }
     }
     if let Some(shared) = &mlps.shared {
-        let shares = shared.gate.multiply(x);
+        let shares = multiply(x, &[&shared.gate]);
         let parts = dense(config, &shared.mlp, x);
         for (row, (share, part)) in shares.into_iter().zip(parts.chunks_exact(hidden)).enumerate() {
             add(row, sigmoid(share), part);
@@ -97,9 +91,4 @@ fn route(experts: Experts, scores: &[f32]) -> Vec<Vec<(usize, f32)>> {
 
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
-}
-
-/// GELU by its approximation with `tanh`.
-fn gelu_tanh(x: f32) -> f32 {
-    0.5 * x * (1.0 + (FRAC_2_PI.sqrt() * (x + 0.044715 * x * x * x)).tanh())
 }

@@ -1,11 +1,17 @@
 //! The layers of a model, one after the other.
 
+use flashinfer_cpu_kernels::multiply;
 use flashinfer_rs::kv::Batch;
 
-use super::{attention::attend, cache::Cache, mlp};
+use super::{
+    attention::attend,
+    cache::Cache,
+    mlp,
+    weights::{Ends, Layer},
+};
 use crate::{
     Result,
-    model::{Config, Ends, Layer, config::LayerConfig},
+    model::{Config, config::LayerConfig},
 };
 
 /// What steps read and do not change.
@@ -37,7 +43,7 @@ impl Network {
         if tokens.is_empty() {
             return Ok(Vec::new());
         }
-        let mut residual = self.ends.embedding.gather(tokens)?;
+        let mut residual = self.ends.embed(tokens)?;
         residual.iter_mut().for_each(|x| *x *= embedding_scale as f32);
         for (index, layer) in self.layers.iter().enumerate() {
             let x = self.norm(&residual, &layer.attention_norm);
@@ -52,8 +58,7 @@ impl Network {
         }
         let wanted = outputs.iter().flat_map(|&row| &residual[row * hidden_size..][..hidden_size]);
         let x = self.norm(&wanted.copied().collect::<Vec<_>>(), &self.ends.norm);
-        let head = self.ends.head.as_ref().unwrap_or(&self.ends.embedding);
-        let mut logits = head.multiply(&x);
+        let mut logits = multiply(&x, &[self.ends.head()]);
         if let Some(cap) = self.config.final_soft_cap {
             let cap = cap as f32;
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());

@@ -1,7 +1,8 @@
 //! Tensors of the 16-bit floats that a model computes in: `f16`, or `bf16`.
 
-use flashinfer_rs::{DType, FlashInferError, Result, Stream, TensorMut, TensorRef, cudarc::Tensor};
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use flashinfer_rs::{DType, FlashInferError, Result, Stream, TensorMut, TensorRef, gpu::Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// A tensor on the GPU of one of the two.
 pub enum HalfTensor {
@@ -23,13 +24,11 @@ impl HalfTensor {
     pub fn rounded(stream: &Stream, dtype: DType, shape: &[usize], numbers: &[f32]) -> Result<Self> {
         match dtype {
             DType::F16 => {
-                let mut rounded = vec![f16::ZERO; numbers.len()];
-                rounded.convert_from_f32_slice(numbers);
+                let rounded: Vec<_> = numbers.par_iter().map(|&number| f16::from_f32(number)).collect();
                 Tensor::from_slice(stream, shape, &rounded).map(Self::F16)
             }
             DType::BF16 => {
-                let mut rounded = vec![bf16::ZERO; numbers.len()];
-                rounded.convert_from_f32_slice(numbers);
+                let rounded: Vec<_> = numbers.par_iter().map(|&number| bf16::from_f32(number)).collect();
                 Tensor::from_slice(stream, shape, &rounded).map(Self::Bf16)
             }
             other => Err(unsupported(other)),

@@ -4,11 +4,11 @@
 use std::{iter, rc::Rc, sync::Arc};
 
 use cudarc::driver::CudaStream;
-use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, gpu::Tensor};
 
 use super::{
     buffers::{Buffers, Outputs, SharedBuffers},
-    gemv::Gemv,
+    few_rows::FewRows,
     heads::HeadWidths,
     quantize::{QuantizedRows, Quantizer},
     weights::{SharedExpert, Weights, added_factor},
@@ -34,8 +34,15 @@ struct E4m3Multiplier {
     quantizer: Quantizer,
     /// The rows of a product, rounded.
     quantized: QuantizedRows,
-    /// Computes one row as it is, unless it is to be as it is among others.
-    gemv: Option<Gemv>,
+    /// Computes few rows as they are, unless each is to be as it is among many.
+    few_rows: Option<FewRows>,
+}
+
+/// A product of steps, and which kernels compute it.
+pub struct StepProduct {
+    matmul: Matmul,
+    /// Those of [`FewRows`], which are faster.
+    few_rows: bool,
 }
 
 impl Multiplier {
@@ -57,7 +64,9 @@ impl Multiplier {
             Ok(E4m3Multiplier {
                 quantizer: Quantizer::new(cuda, config.dtype)?,
                 quantized: QuantizedRows::zeros(&stream, rows, rows * width)?,
-                gemv: (choice == Choice::Fastest).then(|| Gemv::new(cuda, config.dtype)).transpose()?,
+                few_rows: (choice == Choice::Fastest)
+                    .then(|| FewRows::new(cuda, config.dtype))
+                    .transpose()?,
             })
         };
         Ok(Self {
@@ -72,45 +81,62 @@ impl Multiplier {
     }
 
     /// [`Matmul::run`] of 16-bit rows. If the product is of `e4m3`, they are rounded to it first,
-    /// but for a single one.
+    /// unless they are few.
     pub fn run(
         &mut self,
+        StepProduct { matmul, few_rows }: &StepProduct,
+        out: &mut TensorMut<'_>,
+        x: &TensorRef<'_>,
+        weight: &Weight<'_>,
+    ) -> Result<()> {
+        self.run_with(matmul, *few_rows, out, x, weight)
+    }
+
+    fn run_with(
+        &mut self,
         matmul: &Matmul,
+        few_rows: bool,
         out: &mut TensorMut<'_>,
         x: &TensorRef<'_>,
         weight: &Weight<'_>,
     ) -> Result<()> {
         let (product, scratch) = (matmul.product(), &mut self.scratch.view_mut());
         match &mut self.e4m3 {
-            Some(e4m3) if product.dtype == DType::E4M3 => match &e4m3.gemv {
-                Some(gemv) if product.rows == 1 => gemv.run(product, out, x, weight),
-                _ => {
-                    let x = e4m3.quantizer.quantize(&mut e4m3.quantized, x, product.rows)?;
-                    matmul.run(out, &x, weight, scratch)
-                }
-            },
+            Some(E4m3Multiplier { few_rows: Some(kernels), .. }) if few_rows => {
+                kernels.run(product, out, x, weight)
+            }
+            Some(e4m3) if product.dtype == DType::E4M3 => {
+                let x = e4m3.quantizer.quantize(&mut e4m3.quantized, x, product.rows)?;
+                matmul.run(out, &x, weight, scratch)
+            }
             _ => matmul.run(out, &(*x).into(), weight, scratch),
         }
+    }
+
+    /// Whether [`FewRows`] can compute a product.
+    fn has_few_rows(&self, product: &Product) -> bool {
+        let few_rows = self.e4m3.as_ref().and_then(|e4m3| e4m3.few_rows.as_ref());
+        few_rows.is_some_and(|few_rows| few_rows.serves(product))
     }
 }
 
 /// The products of all layers, for one number of rows.
 pub struct Products {
     rows: usize,
-    pub qkv: Matmul,
-    pub attention_output: Matmul,
-    pub router: Option<Matmul>,
-    pub gate_up: Matmul,
-    pub down: Matmul,
+    pub qkv: StepProduct,
+    pub attention_output: StepProduct,
+    pub router: Option<StepProduct>,
+    pub gate_up: StepProduct,
+    pub down: StepProduct,
     pub shared: Option<SharedProducts>,
 }
 
 /// Those of an expert that every token has.
 pub struct SharedProducts {
-    pub gate: Matmul,
-    pub gate_up: Matmul,
+    pub gate: StepProduct,
+    pub gate_up: StepProduct,
     /// Added to what other experts make.
-    pub down: Matmul,
+    pub down: StepProduct,
 }
 
 impl Products {
@@ -127,7 +153,7 @@ impl Products {
         let inner = config.num_experts() * config.intermediate_size;
         let [qo, kv] =
             [config.heads.num_qo_heads, config.heads.num_kv_heads].map(|heads| heads * widths.padded);
-        let matmul = |product| Matmul::new(cublas, product, choice, SCRATCH_BYTES);
+        let matmul = |product| Matmul::new(cublas, product, choice, SCRATCH_BYTES).map(StepProduct::from);
         let product = |input, output, factor, added| {
             matmul(Product { rows, input, output, factor, added, dtype: weights, out_dtype })
         };
@@ -193,7 +219,7 @@ impl Products {
 /// The product that makes logits.
 pub struct HeadProduct {
     rows: usize,
-    pub product: Matmul,
+    pub product: StepProduct,
 }
 
 impl HeadProduct {
@@ -207,7 +233,7 @@ impl HeadProduct {
             dtype: config.dtype,
             out_dtype: DType::F32,
         };
-        Ok(Self { rows, product: Matmul::new(cublas, product, choice, SCRATCH_BYTES)? })
+        Ok(Self { rows, product: Matmul::new(cublas, product, choice, SCRATCH_BYTES)?.into() })
     }
 
     /// Takes the fastest kernel, once. What is in the buffers is lost.
@@ -224,14 +250,28 @@ impl HeadProduct {
     }
 }
 
-/// Takes the fastest kernel for a product with each of these weights.
+impl From<Matmul> for StepProduct {
+    fn from(matmul: Matmul) -> Self {
+        Self { matmul, few_rows: false }
+    }
+}
+
+/// Takes the fastest kernels for a product with each of these weights.
 fn tune<'w>(
-    product: &mut Matmul,
+    product: &mut StepProduct,
     mut out: TensorMut<'_>,
     x: &TensorRef<'_>,
     weights: impl Iterator<Item = Weight<'w>> + Clone,
     multiplier: &mut Multiplier,
 ) -> Result<()> {
-    product
-        .tune(|product| weights.clone().try_for_each(|weight| multiplier.run(product, &mut out, x, &weight)))
+    let has_few_rows = multiplier.has_few_rows(product.matmul.product());
+    let mut run = |matmul: &Matmul, few_rows: bool| {
+        let mut weights = weights.clone();
+        weights.try_for_each(|weight| multiplier.run_with(matmul, few_rows, &mut out, x, &weight))
+    };
+    let Some(time) = product.matmul.tune(|matmul| run(matmul, false))? else { return Ok(()) };
+    if has_few_rows {
+        product.few_rows = product.matmul.time(&mut |matmul| run(matmul, true))? < time;
+    }
+    Ok(())
 }

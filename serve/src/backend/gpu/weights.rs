@@ -1,8 +1,9 @@
 //! The weights of a model on the GPU: rounded to the type that it computes in, or its matrices
 //! to `e4m3`.
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Storage, Tensor};
 use flashinfer_rs::{DType, Stream, TensorRef};
+use rayon::prelude::*;
 
 use super::{
     half::{HalfTensor, overflow},
@@ -27,22 +28,22 @@ use crate::{
 pub const RESIDUAL_SCALE: f32 = 1.0 / 16.0;
 
 /// A matrix that rows are multiplied by.
-enum Matrix {
+enum StoredMatrix {
     Half(HalfTensor),
     E4m3(QuantizedRows),
 }
 
 /// A matrix and a bias.
 pub struct Linear {
-    matrix: Matrix,
+    matrix: StoredMatrix,
     bias: Option<HalfTensor>,
 }
 
 impl Linear {
     pub fn view(&self) -> Weight<'_> {
         let matrix = match &self.matrix {
-            Matrix::Half(matrix) => matrix.view().into(),
-            Matrix::E4m3(matrix) => matrix.view(),
+            StoredMatrix::Half(matrix) => matrix.view().into(),
+            StoredMatrix::E4m3(matrix) => matrix.view(),
         };
         Weight { matrix, bias: self.bias.as_ref().map(HalfTensor::view) }
     }
@@ -105,7 +106,9 @@ impl Weights {
         let norm = upload.vector(&ends.norm)?;
         // What is not a number there makes only those requests fail that have such a token.
         let embedding = ends.embedding.dequantize()?;
-        let embedding = HalfTensor::rounded(stream, dtype, embedding.dims(), &numbers(&embedding)?)?;
+        let embedding = with_numbers(&embedding, |numbers| {
+            Ok(HalfTensor::rounded(stream, dtype, embedding.dims(), numbers)?)
+        })?;
         let head = ends.head.as_ref().map(|head| upload.half(&head.dequantize()?)).transpose()?;
         if head.is_none() {
             upload.count(&embedding.view());
@@ -235,23 +238,23 @@ impl Upload<'_> {
 
     /// A matrix that makes scores, which is small, and decides.
     fn scores(&mut self, matrix: &weights::Matrix) -> Result<Linear> {
-        Ok(Linear { matrix: Matrix::Half(self.half(&matrix.dequantize()?)?), bias: None })
+        Ok(Linear { matrix: StoredMatrix::Half(self.half(&matrix.dequantize()?)?), bias: None })
     }
 
     /// A matrix as it is kept.
-    fn matrix(&mut self, tensor: &Tensor) -> Result<Matrix> {
-        let Some(quantizer) = self.quantizer else { return Ok(Matrix::Half(self.half(tensor)?)) };
-        let (rows, numbers) = (tensor.dim(0)?, tensor.elem_count());
-        let rounded = self.checked(tensor.dims(), &self::numbers(tensor)?)?;
-        let mut quantized = QuantizedRows::zeros(self.stream, rows, numbers)?;
+    fn matrix(&mut self, tensor: &Tensor) -> Result<StoredMatrix> {
+        let Some(quantizer) = self.quantizer else { return Ok(StoredMatrix::Half(self.half(tensor)?)) };
+        let rows = tensor.dim(0)?;
+        let rounded = with_numbers(tensor, |numbers| self.checked(tensor.dims(), numbers))?;
+        let mut quantized = QuantizedRows::zeros(self.stream, rows, tensor.elem_count())?;
         let Factor { numbers, scales } = quantizer.quantize(&mut quantized, &rounded.view(), rows)?;
         self.count(&numbers);
         scales.iter().for_each(|scales| self.count(scales));
-        Ok(Matrix::E4m3(quantized))
+        Ok(StoredMatrix::E4m3(quantized))
     }
 
     fn half(&mut self, tensor: &Tensor) -> Result<HalfTensor> {
-        let rounded = self.checked(tensor.dims(), &numbers(tensor)?)?;
+        let rounded = with_numbers(tensor, |numbers| self.checked(tensor.dims(), numbers))?;
         self.count(&rounded.view());
         Ok(rounded)
     }
@@ -270,7 +273,8 @@ impl Upload<'_> {
     /// Numbers that are finite when they are rounded.
     fn checked(&self, shape: &[usize], numbers: &[f32]) -> Result<HalfTensor> {
         let limit = overflow(self.dtype);
-        if let Some(number) = numbers.iter().find(|number| number.is_nan() || number.abs() >= limit) {
+        let is_bad = |number: &&f32| number.is_nan() || number.abs() >= limit;
+        if let Some(number) = numbers.par_iter().find_first(is_bad) {
             let problem = format!("a weight is {number}, which is no number of {}", self.dtype);
             return Err(format!("{problem}, which the GPU computes in").into());
         }
@@ -278,6 +282,12 @@ impl Upload<'_> {
     }
 }
 
-fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.flatten_all()?.to_vec1()?)
+/// What `work` makes of a tensor's numbers, in row-major order.
+fn with_numbers<T>(tensor: &Tensor, work: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => work(&storage.as_slice()?[start..end]),
+        _ => Err(format!("{tensor:?} is no tensor of the CPU").into()),
+    }
 }

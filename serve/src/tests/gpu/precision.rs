@@ -1,5 +1,6 @@
 //! Weights and the KV cache in 8 bits: what that does to logits and answers.
 
+use cudarc::driver::sys;
 use flashinfer_rs::{DType, FlashInferError};
 
 use super::{architectures::widened, *};
@@ -11,10 +12,16 @@ const BOTH: GpuOptions = GpuOptions { weights: Precision::E4m3, ..KV };
 const SIXTEEN: GpuOptions =
     GpuOptions { max_tokens: 512, deterministic: false, weights: Precision::Auto, kv: Precision::Auto };
 
-/// Rows of logits of small models may be off by so much of their norm: each product by about
-/// 4 % of its own, and the cache's numbers by 3 % each.
-const WEIGHTS_BOUND: f32 = 0.2;
+/// Rows of logits of small models may be off by so much of their norm, in the mean of all: each
+/// product by about 4 % of its own, and the cache's numbers by 3 % each. Single rows may be off by
+/// more, where a router chooses another expert.
+const WEIGHTS_BOUND: f32 = 0.15;
 const KV_BOUND: f32 = 0.1;
+
+/// How far a row is off, of its norm.
+fn error(got: &[f32], want: &[f32]) -> f32 {
+    norm(got.iter().zip(want).map(|(a, b)| a - b)) / norm(want.iter().copied())
+}
 
 /// A small model on the GPU, in steps of prompts and graphs, against the CPU with all bits.
 fn check_small(name: &str, sizes: forward::Sizes, dtype: DType, options: GpuOptions, bound: f32) {
@@ -32,7 +39,11 @@ fn check_small(name: &str, sizes: forward::Sizes, dtype: DType, options: GpuOpti
     // The second round replays the graphs of the first.
     for round in 0..2 {
         let (got, _) = force(&mut gpu, &gpu_pool, &tokens);
-        check_rows(&format!("{name}, {dtype}, round {round}"), &got, &want, vocab, bound);
+        let rows = got.chunks_exact(vocab).zip(want.chunks_exact(vocab));
+        let errors: Vec<_> = rows.map(|(got, want)| error(got, want)).collect();
+        let mean = errors.iter().sum::<f32>() / errors.len() as f32;
+        eprintln!("{name}, {dtype}, round {round}: rows are off by {mean:.1e} in the mean");
+        assert!(mean <= bound, "{name}, {dtype}, round {round}: {errors:?}");
     }
 }
 
@@ -40,7 +51,7 @@ fn check_small(name: &str, sizes: forward::Sizes, dtype: DType, options: GpuOpti
 const WIDE_EXPERTS: forward::Sizes = forward::Sizes { head_dim: 128, ..forward::EXPERTS };
 
 #[test]
-fn small_models_of_8_bit_weights_are_near() {
+fn small_models_with_8_bit_weights_are_near() {
     let Some(_turn) = turn() else { return };
     for dtype in [DType::F16, DType::BF16] {
         check_small("biases", forward::BIASES, dtype, WEIGHTS, WEIGHTS_BOUND);
@@ -141,7 +152,7 @@ fn what_8_bits_do_to_smollm2() {
     let want: Vec<_> = said.iter().map(|said| logits(&mut gpu, &of_16, said)).collect();
     drop(gpu);
     eprintln!(
-        "| 8 bits | mean error of logits | mean divergence, nats | largest | same likeliest token | same answer's first tokens |"
+        "| 8 bits | mean error of logits | mean divergence, nats | largest | same likeliest token | tokens until an answer differs |"
     );
     eprintln!("|---|---|---|---|---|---|");
     for (name, options, divergence, same) in
@@ -153,8 +164,7 @@ fn what_8_bits_do_to_smollm2() {
         for (said, want) in said.iter().zip(&want) {
             let got = logits(&mut gpu, &pool, said);
             for (got, want) in got.chunks_exact(vocab).zip(want.chunks_exact(vocab)) {
-                let off = norm(got.iter().zip(want).map(|(a, b)| a - b)) / norm(want.iter().copied());
-                errors.push(f64::from(off));
+                errors.push(f64::from(error(got, want)));
                 let (p, q) = (logprobs(want), logprobs(got));
                 divergences.push(p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>());
                 equal += usize::from(best(got) == best(want));
@@ -181,18 +191,52 @@ fn what_8_bits_do_to_smollm2() {
     }
 }
 
-/// 8 bits need no 16 on the way: with 8-bit weights, a step reads half.
+/// The most bytes that the GPU's memory pool has held at once since its mark was set to zero.
+fn high_water_mark(gpu: &Gpu) -> u64 {
+    let mut bytes = 0u64;
+    with_pool(gpu, |pool, mark| {
+        // SAFETY: the pool is the device's, and the attribute is a `u64`.
+        unsafe { sys::cuMemPoolGetAttribute(pool, mark, (&raw mut bytes).cast()) }
+    });
+    bytes
+}
+
+fn with_pool(gpu: &Gpu, call: impl FnOnce(sys::CUmemoryPool, sys::CUmemPool_attribute) -> sys::CUresult) {
+    gpu.cuda().context().synchronize().unwrap();
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: the device is there, and the pool's address is written.
+    let found = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, gpu.cuda().context().cu_device()) };
+    found.result().unwrap();
+    call(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH).result().unwrap();
+}
+
+/// 8 bits need no 16 on the way: half the bytes are read in a step, and loading needs no more
+/// memory than they do.
 #[test]
-fn weights_of_8_bits_are_half_of_16() {
+fn weights_of_8_bits_need_half_the_memory() {
     let Some(_turn) = turn() else { return };
     let loaded = loaded().expect("the pinned model");
-    let bytes = |options| {
+    let load = |options, before: &Gpu| {
+        with_pool(before, |pool, mark| {
+            let mut zero = 0u64;
+            // SAFETY: as above.
+            unsafe { sys::cuMemPoolSetAttribute(pool, mark, (&raw mut zero).cast()) }
+        });
         let pool = PageAllocator::new(8, 16).unwrap();
-        loaded.gpu_with(&pool, options).weight_bytes()
+        let gpu = loaded.gpu_with(&pool, options);
+        (gpu.weight_bytes(), high_water_mark(&gpu))
     };
-    let (half, quantized) = (bytes(SIXTEEN), bytes(WEIGHTS));
+    // An engine that is there all the time: modules and kernels are loaded.
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = Model::open(&forward::EXPERTS.file().write(&folder)).unwrap();
+    let pool = PageAllocator::new(8, 16).unwrap();
+    let before = Gpu::new(&tiny.config, tiny.ends().unwrap(), tiny.layers(), &pool, WEIGHTS).unwrap();
+    let ((half, half_mark), (quantized, quantized_mark)) = (load(SIXTEEN, &before), load(WEIGHTS, &before));
     let embedding = 2 * loaded.model.config.vocab_size * loaded.model.config.hidden_size;
-    assert!(quantized - embedding <= (half - embedding) * 51 / 100, "{quantized} of {half}");
+    let layers = half - embedding;
+    assert!(quantized - embedding <= layers * 51 / 100, "{quantized} of {half}");
+    let saved = half_mark.saturating_sub(quantized_mark) as usize;
+    assert!(saved >= layers * 45 / 100, "{saved} bytes are saved of {layers}");
 }
 
 /// The same bits alone and beside others, with both.
@@ -215,7 +259,7 @@ fn an_8_bit_cache_is_shared_and_preempted() {
     let Some(_turn) = turn() else { return };
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
-    let pool = PageAllocator::new(30, 4).unwrap();
+    let pool = PageAllocator::new(14, 4).unwrap();
     let (ends, layers) = (model.ends().unwrap(), model.layers());
     let options = GpuOptions { max_tokens: 64, deterministic: true, ..KV };
     let mut gpu = Gpu::new(&model.config, ends, layers, &pool, options).unwrap();

@@ -4,7 +4,7 @@ use flashinfer_rs::artifacts::Digest;
 use test_support::Rng;
 
 use super::{
-    super::{gemv::Gemv, half::HalfTensor, start},
+    super::{few_rows::FewRows, half::HalfTensor, start},
     *,
 };
 use crate::{
@@ -68,7 +68,7 @@ fn rows_are_rounded_to_their_scale() {
 #[derive(Clone, Copy, Debug)]
 enum With {
     CublasLt(Choice),
-    Gemv,
+    FewRows,
 }
 
 fn to_f64(tensor: &HalfTensor) -> Vec<f64> {
@@ -93,9 +93,9 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
         (out, numbers)
     };
     let ((x, x_numbers), (weight, weight_numbers)) = (quantized(rows), quantized(output));
-    // One row of 16 bits, which is multiplied as it is.
-    let row: Vec<_> = (0..input).map(|_| rng.unit() as f32).collect();
-    let row = HalfTensor::rounded(&stream, half, &[input], &row).unwrap();
+    // Rows of 16 bits, which are multiplied as they are.
+    let few: Vec<_> = (0..rows * input).map(|_| rng.unit() as f32).collect();
+    let few = HalfTensor::rounded(&stream, half, &[rows, input], &few).unwrap();
     let bias = HalfTensor::rounded(&stream, half, &[output], &vec![3.0; output]).unwrap();
     let before = vec![3.0; rows * output];
     let mut out = HalfTensor::rounded(&stream, half, &[rows, output], &before).unwrap();
@@ -110,9 +110,9 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
             matmul.run(&mut out_view, &x.view(), &weight, &mut scratch.view_mut()).unwrap();
             x_numbers
         }
-        With::Gemv => {
-            Gemv::new(cuda, half).unwrap().run(&product, &mut out_view, &row.view(), &weight).unwrap();
-            to_f64(&row)
+        With::FewRows => {
+            FewRows::new(cuda, half).unwrap().run(&product, &mut out_view, &few.view(), &weight).unwrap();
+            to_f64(&few)
         }
     };
     let got: Vec<f64> = match out_dtype {
@@ -156,9 +156,12 @@ fn products_of_8_bits_are_those_of_their_factors() {
             (8, With::CublasLt(Choice::Fastest)),
             (64, With::CublasLt(Choice::Fastest)),
             (4, With::CublasLt(Choice::AnyRows(256))),
-            (1, With::Gemv),
+            (1, With::FewRows),
+            (2, With::FewRows),
+            (4, With::FewRows),
+            (8, With::FewRows),
         ] {
-            if out_dtype == DType::F32 && matches!(with, With::Gemv) {
+            if out_dtype == DType::F32 && matches!(with, With::FewRows) {
                 continue;
             }
             for [input, output] in [[576, 960], [1536, 576], [96, 272], [5120, 48]] {

@@ -1,5 +1,5 @@
-//! Products of one row by weights of `e4m3` (`gemv.cu`). They read the weight once, as fast as
-//! the memory is, and leave the row as it is: it is not rounded to 8 bits.
+//! Products of few rows by weights of `e4m3` (`few_rows.cu`). The weight is read once, and the rows
+//! stay as they are: they are not rounded to 8 bits.
 
 use std::{ptr, sync::Arc};
 
@@ -16,30 +16,44 @@ use crate::{
 
 /// Threads of a block.
 const THREADS: u32 = 256;
+/// Rows that there are kernels for.
+const ROWS: [usize; 4] = [1, 2, 4, 8];
 /// Rows of the weight that a block reads: two for each warp.
-const ROWS: usize = 2 * THREADS as usize / 32;
+const OUTPUTS: usize = 2 * THREADS as usize / 32;
 /// Numbers that a thread reads at once.
 const VECTOR: usize = 16;
 
-/// The kernel of one element type, on one stream.
-pub struct Gemv {
+/// The kernels of one element type, on one stream.
+pub struct FewRows {
     cuda: Arc<CudaStream>,
     dtype: DType,
-    kernel: CudaFunction,
+    /// For each of [`ROWS`].
+    kernels: Vec<CudaFunction>,
 }
 
-impl Gemv {
-    /// Has it compiled for a row and results of `f16` or `bf16`.
+impl FewRows {
+    /// Has them compiled for rows and results of `f16` or `bf16`.
     ///
     /// # Errors
     /// The GPU has no 8-bit floats: its compute capability is below 8.9.
     pub fn new(cuda: &Arc<CudaStream>, dtype: DType) -> Result<Self> {
-        let module = cuda.context().load_module(Ptx::from_src(include_str!("gemv.ptx")))?;
-        Ok(Self { cuda: cuda.clone(), dtype, kernel: module.load_function(&format!("gemv_{dtype}"))? })
+        let module = cuda.context().load_module(Ptx::from_src(include_str!("few_rows.ptx")))?;
+        let kernel = |rows| module.load_function(&format!("few_rows_{dtype}_{rows}"));
+        let kernels = ROWS.iter().map(kernel).collect::<Result<_, _>>()?;
+        Ok(Self { cuda: cuda.clone(), dtype, kernels })
     }
 
-    /// As [`Matmul::run`](crate::backend::matmul::Matmul::run) of a product of one row, which is
-    /// of the kernel's type, as the results are.
+    /// Whether there is a kernel for a product.
+    pub fn serves(&self, product: &Product) -> bool {
+        let multiple = product.input.is_multiple_of(VECTOR);
+        product.dtype == DType::E4M3
+            && product.out_dtype == self.dtype
+            && multiple
+            && ROWS.contains(&product.rows)
+    }
+
+    /// As [`Matmul::run`](crate::backend::matmul::Matmul::run) of a product that this
+    /// [serves](Self::serves), but with rows of the kernel's type, as the results are.
     pub fn run(
         &self,
         product: &Product,
@@ -52,14 +66,15 @@ impl Gemv {
         let check = |name, tensor: &TensorRef<'_>, dtype, numel| {
             product.check_tensor(name, tensor, dtype, numel, device)
         };
-        let (Some(scales), 1, true) = (weight.matrix.scales, rows, input.is_multiple_of(VECTOR)) else {
-            return Err(format!("{product:?} is not one of a row by a weight with scales").into());
+        let kernel = ROWS.iter().position(|&of| of == rows).filter(|_| self.serves(product));
+        let (Some(kernel), Some(scales)) = (kernel, weight.matrix.scales) else {
+            return Err(format!("{product:?} is not one of few rows by a weight with scales").into());
         };
         if weight.bias.is_some() != (added == Added::Bias) {
             return Err(format!("the bias of {product:?} is {:?}", weight.bias).into());
         }
-        check("out", &out.as_ref(), self.dtype, output)?;
-        check("x", x, self.dtype, input)?;
+        check("out", &out.as_ref(), self.dtype, rows * output)?;
+        check("x", x, self.dtype, rows * input)?;
         check("weight", &weight.matrix.numbers, DType::E4M3, input * output)?;
         check("scales", &scales, DType::F32, output)?;
         weight.bias.iter().try_for_each(|bias| check("bias", bias, self.dtype, output))?;
@@ -72,10 +87,10 @@ impl Gemv {
             Added::Bias => 1,
             Added::Output => 2,
         };
-        let blocks = u32::try_from(output.div_ceil(ROWS))?;
+        let blocks = u32::try_from(output.div_ceil(OUTPUTS))?;
         let shape =
             LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
-        let mut launch = self.cuda.launch_builder(&self.kernel);
+        let mut launch = self.cuda.launch_builder(&self.kernels[kernel]);
         for address in &data {
             launch.arg(address);
         }
@@ -98,8 +113,8 @@ mod tests {
     /// The PTX is what `src/ops/ptx.sh` made of the source beside it.
     #[test]
     fn ptx_is_made_of_its_source() {
-        let digest = Digest::of(include_bytes!("gemv.cu"));
-        let line = format!("// Made of gemv.cu by ptx.sh: sha256 {digest}");
-        assert_eq!(include_str!("gemv.ptx").lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
+        let digest = Digest::of(include_bytes!("few_rows.cu"));
+        let line = format!("// Made of few_rows.cu by ptx.sh: sha256 {digest}");
+        assert_eq!(include_str!("few_rows.ptx").lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
     }
 }
