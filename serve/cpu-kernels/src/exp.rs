@@ -6,7 +6,7 @@ use std::f32::consts::{LN_2, LOG2_E};
 pub const ROUND: f32 = 12_582_912.0;
 /// The first bits of the logarithm of 2, of which products with integers are exact.
 const LN_2_HIGH: f32 = 0.693_359_4;
-const LN_2_LOW: f32 = (0.693_147_180_559_945_3 - LN_2_HIGH as f64) as f32;
+const LN_2_LOW: f32 = (std::f64::consts::LN_2 - LN_2_HIGH as f64) as f32;
 /// Where powers of 2 are normal numbers.
 const RANGE: [f32; 2] = [-126.0 * LN_2, 127.0 * LN_2];
 
