@@ -11,14 +11,14 @@ const MOST: f32 = 32639.0;
 /// Rows, in blocks of 32 columns with a scale each.
 #[derive(Debug)]
 pub struct Activations {
-    blocks: Vec<Block>,
+    blocks: Vec<ActivationBlock>,
     /// Blocks of a row.
     width: usize,
 }
 
 /// 32 numbers: `scale · code` each.
 #[derive(Clone, Copy, Debug)]
-pub struct Block {
+pub struct ActivationBlock {
     pub codes: [Four; COLUMNS / 4],
     pub scale: f32,
     /// The sums of the codes of each half.
@@ -38,18 +38,18 @@ pub struct Four {
 impl Activations {
     /// Of rows of so many columns, a multiple of 32.
     pub fn new(x: &[f32], columns: usize) -> Self {
-        let quantize = |numbers: &[f32; COLUMNS]| Block::new(numbers);
+        let quantize = |numbers: &[f32; COLUMNS]| ActivationBlock::new(numbers);
         let blocks = x.as_chunks().0.par_iter().with_min_len(64).map(quantize).collect();
         Self { blocks, width: columns / COLUMNS }
     }
 
     /// The blocks of a row.
-    pub fn row(&self, row: usize) -> &[Block] {
+    pub fn row(&self, row: usize) -> &[ActivationBlock] {
         &self.blocks[row * self.width..][..self.width]
     }
 }
 
-impl Block {
+impl ActivationBlock {
     fn new(numbers: &[f32; COLUMNS]) -> Self {
         // Numbers without sign are in the order of their bits, and NaN is the largest of all.
         let mut most = 0;
@@ -85,14 +85,14 @@ impl Block {
 mod tests {
     use super::*;
 
-    fn block(numbers: impl Fn(usize) -> f32) -> Block {
-        Block::new(&std::array::from_fn(numbers))
+    fn block(numbers: impl Fn(usize) -> f32) -> ActivationBlock {
+        ActivationBlock::new(&std::array::from_fn(numbers))
     }
 
     #[test]
     fn numbers_are_off_by_half_a_step_at_most() {
         let number = |at: usize| (at as f32 * 0.7).sin() * 3.0;
-        let Block { codes, scale, sums } = block(number);
+        let ActivationBlock { codes, scale, sums } = block(number);
         let byte = |bytes: i32, at: u32| i16::from((bytes >> (8 * at)) as i8);
         let four = |four: &Four| [0, 1, 2, 3].map(|at| 256 * byte(four.high, at) + byte(four.low, at));
         let of_bytes: Vec<_> = codes.iter().flat_map(four).collect();
@@ -113,7 +113,7 @@ mod tests {
             assert!(!block(|at| if at == 7 { odd } else { 1.0 }).scale.is_finite());
         }
         for small in [0.0, -0.0, 1e-45, -1e-37] {
-            let Block { codes, scale, sums } = block(|_| small);
+            let ActivationBlock { codes, scale, sums } = block(|_| small);
             assert_eq!((codes, scale, sums), ([Four::default(); 8], 0.0, [0; 2]));
         }
         assert!(block(|_| f32::MAX).scale.is_finite());

@@ -37,17 +37,16 @@ impl WithSimd for Multiply<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let Self { gate, a, b, out } = self;
-        let len = out.len();
-        let (a, b) = (&a[..len], &b[..len]);
+        let numbers = out.iter_mut().zip(a.iter().zip(b));
         match gate {
             Gate::Silu => {
-                for index in 0..len {
-                    out[index] = a[index] / (1.0 + exp(-a[index])) * b[index];
+                for (out, (a, b)) in numbers {
+                    *out = a / (1.0 + exp(-a)) * b;
                 }
             }
             Gate::GeluTanh => {
-                for index in 0..len {
-                    out[index] = gelu_tanh(a[index]) * b[index];
+                for (out, (a, b)) in numbers {
+                    *out = gelu_tanh(*a) * b;
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Products of codes and activations in 16 bits.
 
 use crate::{
-    activations::{Activations, Block},
+    activations::{ActivationBlock, Activations},
     instructions::{Instructions, Task},
     packed::{Factors, Packed, Panel, ROWS, VECTOR},
 };
@@ -57,7 +57,7 @@ fn multiply<I: Instructions, const X: usize, const GROUP: usize, const OFFSET: b
     instructions: I,
     panel: &Panel,
     zero: i32,
-    mut x: [&[Block]; X],
+    mut x: [&[ActivationBlock]; X],
     tiles: &mut [[f32; ROWS]; X],
 ) {
     let groups = 32 / GROUP;
