@@ -109,6 +109,11 @@ def test_completions_continue_texts_and_tokens(client, model):
     scored = client.completions.create(prompt="One", logprobs=2, **asked).choices[0]
     assert len(scored.logprobs.tokens) == len(scored.logprobs.token_logprobs) == len(scored.logprobs.text_offset)
     assert all(len(top) >= 1 for top in scored.logprobs.top_logprobs)
+    # As evaluations of models score texts.
+    prompt = client.completions.create(prompt="One", echo=True, logprobs=2, **{**asked, "max_tokens": 0}).choices[0]
+    assert prompt.text == "One" and prompt.logprobs.token_logprobs[0] is None
+    assert len(prompt.logprobs.tokens) == len(prompt.logprobs.token_logprobs)
+    assert all(logprob <= 0 for logprob in prompt.logprobs.token_logprobs[1:])
     tokens = client.completions.create(prompt=[5, 6, 7], **asked)
     assert tokens.usage.prompt_tokens == 3
 
