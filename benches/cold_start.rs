@@ -20,7 +20,7 @@ use cudarc::driver::CudaContext;
 use flashinfer_rs::{
     DType, FlashInferRuntime, PageIndices, PageTable, RuntimeConfig, Stream,
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, Workspace},
-    cudarc::{TensorExt, TensorExtMut},
+    gpu::{TensorExt, TensorExtMut},
     kv::{KvLayout, PagedKv},
 };
 use half::bf16;

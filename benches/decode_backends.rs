@@ -17,7 +17,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use flashinfer_rs::{
     Element, FlashInferError, PageIndices, PageTable, Stream,
     attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, Workspace},
-    cudarc::{TensorExt, TensorExtMut},
+    gpu::{TensorExt, TensorExtMut},
     kv::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;

@@ -7,7 +7,7 @@ use std::{path::Path, process::Command};
 
 use cudarc::driver::CudaContext;
 use flashinfer_rs::{
-    FlashInferRuntime, Module, ModuleName, Stream, TensorMut, TensorRef, args, cudarc::Tensor,
+    FlashInferRuntime, Module, ModuleName, Stream, TensorMut, TensorRef, args, gpu::Tensor,
 };
 use rand::RngExt;
 

@@ -13,7 +13,7 @@ use flashinfer_rs::{
     DType, FlashInferRuntime, Stream, TensorMut, TensorRef,
     activation::{ActivationOptions, silu_and_mul},
     attention::{AttentionSpec, BatchPrefill, Heads, PlanOptions, RunOptions, Workspace},
-    cudarc::Tensor,
+    gpu::Tensor,
     kv::{Batch, BatchCapacity, BatchTables, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     page::append_paged_kv_cache,

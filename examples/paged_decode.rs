@@ -5,7 +5,7 @@
 use flashinfer_rs::{
     DType, FlashInferRuntime, PageIndices, PageTable, Stream, TensorMut, TensorRef,
     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
-    cudarc::Tensor,
+    gpu::Tensor,
     kv::{KvLayout, PagedKv},
     reference,
 };

@@ -145,7 +145,7 @@ pub(crate) fn uses_foreign() {
             OP,
             "body",
             "it uses memory that cannot be kept alive: a view of a slice (TensorExt) or of a raw pointer; use \
-             cudarc::Tensor, or CapturedStep::capture_unchecked",
+             gpu::Tensor, or CapturedStep::capture_unchecked",
         )
     });
 }

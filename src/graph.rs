@@ -21,7 +21,7 @@
 //! 1. **Warm up**: run the same work once as it is. First calls load kernels, which a capture may
 //!    not allow, and compile the crate's own, which it does not.
 //! 2. **Plan for a graph**, and [`capture`](CapturedStep::capture) the runs. Tensors are
-//!    [`cudarc::Tensor`](crate::cudarc::Tensor)s. Nothing is computed yet.
+//!    [`gpu::Tensor`](crate::gpu::Tensor)s. Nothing is computed yet.
 //! 3. For each step, update the tables, plan again, and [`launch`](CapturedStep::launch) with the
 //!    new plan.
 //!
@@ -55,7 +55,7 @@ use crate::{
 /// use flashinfer_rs::{
 ///     Result, Stream,
 ///     attention::{BatchDecode, PlanOptions, Workspace},
-///     cudarc::Tensor,
+///     gpu::Tensor,
 ///     graph::CapturedStep,
 ///     kv::{Batch, BatchTables, PagedKvCache},
 /// };
@@ -121,7 +121,7 @@ impl CapturedStep {
     /// kernels of your own; and with views of slices that were made before.
     ///
     /// # Safety
-    /// All memory that `body` uses otherwise than through [`cudarc::Tensor`](crate::cudarc::Tensor)
+    /// All memory that `body` uses otherwise than through [`gpu::Tensor`](crate::gpu::Tensor)
     /// and values of this crate must stay alive as long as the step, in stream order, and whatever
     /// that work takes for granted must be so at each launch.
     pub unsafe fn capture_unchecked(stream: &Stream, body: impl FnOnce() -> Result<()>) -> Result<Self> {

@@ -34,7 +34,7 @@
 //! use flashinfer_rs::{
 //!     DType, PageIndices, PageTable, Stream,
 //!     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, Workspace},
-//!     cudarc::Tensor,
+//!     gpu::Tensor,
 //!     kv::{KvLayout, PagedKv},
 //! };
 //! use half::f16;
@@ -68,7 +68,7 @@
 //! |---|---|---|
 //! | `embed` | yes | modules embedded at build time; implies `fetch` |
 //! | `fetch` | yes | downloads of the pinned wheels |
-//! | `cudarc` | yes | [views of cudarc slices](cudarc) and its streams |
+//! | `cudarc` | yes | [tensors of a GPU](gpu), views of cudarc's slices, and its streams |
 //! | `candle` | no | [the same for candle's tensors](candle), on the CPU through the reference |
 //! | `candle-cuda` | no | `candle` for CUDA tensors; candle's own kernels need nvcc to build |
 //! | `progress` | no | [the progress of downloads](progress) on a terminal |
@@ -94,7 +94,7 @@ mod cublas;
 mod cuda;
 mod cuda_library;
 #[cfg(feature = "cudarc")]
-pub mod cudarc;
+pub mod gpu;
 mod device;
 mod dtype;
 mod error;

@@ -8,7 +8,7 @@ use cudarc::driver::result::ctx;
 use flashinfer_rs::{
     Result, Stream, TensorMut, TensorRef,
     activation::{self, ActivationOptions},
-    cudarc::{TensorExt, TensorExtMut},
+    gpu::{TensorExt, TensorExtMut},
     reference,
 };
 use half::{bf16, f16};

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Gpu, Mirrored, Number, Rng, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
-use flashinfer_rs::{Element, Result, cudarc::TensorExtMut, reference, sampling::argmax};
+use flashinfer_rs::{Element, Result, gpu::TensorExtMut, reference, sampling::argmax};
 use half::{bf16, f16};
 
 /// Integers that tokens are written as.

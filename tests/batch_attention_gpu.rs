@@ -28,7 +28,7 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchAttention, BatchAttentionPlan, Heads, Mask, PagedBatch, PlanOptions,
         Split, Workspace,
     },
-    cudarc::TensorExt,
+    gpu::TensorExt,
     indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv},
 };

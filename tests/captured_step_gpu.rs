@@ -14,7 +14,7 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchAttention, BatchDecode, BatchPrefill, CascadeWorkspace, DecodePlan,
         Heads, MultiLevelCascade, PagedBatch, PlanOptions, SingleDecode, Workspace,
     },
-    cudarc::{Tensor, TensorExt},
+    gpu::{Tensor, TensorExt},
     gemm::{GemmBackend, SegmentGemm, SegmentGemmInput},
     graph::CapturedStep,
     indices::{RaggedIndices, RaggedTable, SegmentIndices, SegmentTable},
@@ -431,7 +431,7 @@ fn a_body_that_fails_leaves_the_stream_usable() {
     fails(CapturedStep::capture(stream, &mut first), "before the capture");
     fails(CapturedStep::capture(stream, || Tensor::<f16>::zeros(stream, &[4]).map(drop)), "being captured");
     fails(CapturedStep::capture(stream, || logits.to_vec().map(drop)), "being captured");
-    fails(CapturedStep::capture(stream, || slice.tensor(&gpu.cuda, &[512]).map(drop)), "cudarc::Tensor");
+    fails(CapturedStep::capture(stream, || slice.tensor(&gpu.cuda, &[512]).map(drop)), "gpu::Tensor");
     fails(
         CapturedStep::capture(stream, || CapturedStep::capture(stream, || Ok(())).map(drop)),
         "another step",

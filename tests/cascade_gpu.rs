@@ -17,7 +17,7 @@ use flashinfer_rs::{
     PageIndices, PageTable, TensorMut,
     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
     cascade::{self, State, StateMut},
-    cudarc::TensorExt,
+    gpu::TensorExt,
     kv::KvLayout,
     reference,
 };

@@ -16,7 +16,7 @@ use flashinfer_rs::{
         PlanOptions, PrefillRunOptions, RunOptions, SinglePrefill, Workspace,
     },
     cascade::{self, State, StateMut},
-    cudarc::TensorExt,
+    gpu::TensorExt,
     indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::{KvLayout, PagedKv},
     reference,

@@ -287,7 +287,7 @@ fn errors_of_the_module_are_decoded() {
     let cu_seqlens = gpu.cuda.clone_htod(&[0i64, 1]).unwrap();
     let scratch = gpu.cuda.alloc_zeros::<u8>(144 * 128).unwrap();
     gpu.synchronize();
-    use flashinfer_rs::cudarc::TensorExt;
+    use flashinfer_rs::gpu::TensorExt;
     let (qkv, state) = (qkv.device_view(), state.device_view());
     let cu_seqlens = cu_seqlens.tensor(&gpu.cuda, &[2]).unwrap();
     let scratch = scratch.tensor(&gpu.cuda, &[144 * 128]).unwrap();

@@ -287,7 +287,7 @@ fn latent_pages() {
         let queries = tables.queries.host();
         let plan = mla.plan(&mut workspace, tables, &PlanOptions::default()).unwrap();
         let q = [512, 64].map(|width| Mirrored::<bf16>::random(&gpu, rng, &[3, 16, width]));
-        let mut out = flashinfer_rs::cudarc::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
+        let mut out = flashinfer_rs::gpu::Tensor::<bf16>::zeros(&gpu.stream, &[3, 16, 512]).unwrap();
         for layer in (0..3).map(|layer| KvLayer::of_model(0, layer)) {
             let (nope, pe) = (q[0].device_view(), q[1].device_view());
             let query = MlaQuery::new(nope, pe);

@@ -17,7 +17,7 @@ use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     DType, FlashInferError, PageIndices, PageTable,
     attention::{AttentionSpec, Backend, BatchPrefill, Heads, PagedBatch, Workspace},
-    cudarc::TensorExt,
+    gpu::TensorExt,
     kv::{KvLayout, PagedKv},
 };
 use float8::F8E4M3;

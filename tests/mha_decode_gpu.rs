@@ -27,7 +27,7 @@ use flashinfer_rs::{
         AttentionSpec, Backend, BatchDecode, DecodePlan, Heads, Mask, PlanOptions, PosEncodingMode,
         ReplayKey, RunOptions, Split, Workspace,
     },
-    cudarc::TensorExt,
+    gpu::TensorExt,
     indices::{MaskIndices, MaskTable},
     kv::{KvLayout, PagedKv},
     reference,

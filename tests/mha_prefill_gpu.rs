@@ -14,7 +14,7 @@ use common::{
 use flashinfer_rs::{
     DType, FlashInferError, TensorRef,
     attention::{AttentionSpec, Backend, Mask, PosEncodingMode, RunOptions, SinglePrefill, Workspace},
-    cudarc::TensorExt,
+    gpu::TensorExt,
     indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices},
     kv::KvLayout,
 };

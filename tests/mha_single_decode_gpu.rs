@@ -15,7 +15,7 @@ use flashinfer_rs::{
     DType, FlashInferError, TensorMut, TensorRef,
     artifacts::FlashInferVersion,
     attention::{AttentionSpec, Backend, Heads, RunOptions, SingleDecode, Workspace},
-    cudarc::TensorExtMut,
+    gpu::TensorExtMut,
     kv::KvLayout,
 };
 use float8::F8E4M3;

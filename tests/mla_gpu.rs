@@ -11,7 +11,7 @@ use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand, cache::rando
 use flashinfer_rs::{
     DType, FlashInferError, ModuleName, PageIndices, PageTable, TensorMut, TensorRef,
     attention::{Backend, BatchMla, MlaPlan, MlaQuery, MlaSpec, PagedBatch, PlanOptions, Split, Workspace},
-    cudarc::TensorExtMut,
+    gpu::TensorExtMut,
     indices::{AppendIndices, AppendTable, RaggedIndices, RaggedTable, SlotMapping},
     kv::MlaCache,
     page, reference,

@@ -178,7 +178,7 @@ fn selections() {
             let mut values = Mirrored::<f32>::poisoned(&gpu, &[2, k]);
             let mut places = gpu.cuda.alloc_zeros::<i32>(2 * k).unwrap();
             {
-                use flashinfer_rs::cudarc::TensorExtMut;
+                use flashinfer_rs::gpu::TensorExtMut;
                 topk::radix_topk(
                     &mut states,
                     &mut values.device_view_mut(),

@@ -11,7 +11,7 @@ use cudarc::{driver::LaunchConfig, nvrtc::Ptx};
 use flashinfer_rs::{
     FlashInferError, Module, ModuleName, Result, TensorMut, TensorRef, args,
     artifacts::{Fetch, Member},
-    cudarc::{TensorExt, TensorExtMut},
+    gpu::{TensorExt, TensorExtMut},
     indices::{PackedIndices, PackedTable},
     norm::{self, NormOptions},
     quantization::{self, BitOrder},

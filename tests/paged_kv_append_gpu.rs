@@ -263,7 +263,7 @@ fn cache_beyond_32_bits() {
     let key = Mirrored::<F8E4M3>::random(&gpu, rng, &[32, heads, head_dim]);
     let value = Mirrored::random(&gpu, rng, &[32, heads, head_dim]);
     {
-        use flashinfer_rs::cudarc::TensorExtMut;
+        use flashinfer_rs::gpu::TensorExtMut;
         let mut kv = storage.tensor_mut(&gpu.cuda, &[pages, 2, page_size, heads, head_dim]).unwrap();
         page::append_paged_kv_cache(
             &gpu.stream,

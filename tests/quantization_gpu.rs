@@ -7,7 +7,7 @@ use common::{Gpu, Rng, attention::capture, leave_cuda_error, refused, say};
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
     ModuleName, TensorMut, TensorRef,
-    cudarc::{TensorExt, TensorExtMut},
+    gpu::{TensorExt, TensorExtMut},
     indices::{MaskIndices, PackedIndices, PackedTable},
     quantization::{self, BitOrder},
     reference,

@@ -8,7 +8,7 @@ use common::{
 };
 use flashinfer_rs::{
     Result, TensorMut, TensorRef,
-    cudarc::TensorExt,
+    gpu::TensorExt,
     indices::{AppendIndices, AppendTable, BoundedIndices, BoundedTable, RaggedIndices, RaggedTable},
     reference,
     rope::{

@@ -8,7 +8,7 @@ use common::{Gpu, Mirrored, Rng, assert_same_bits, captured, refused};
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     TensorMut, TensorRef,
-    cudarc::{SliceRef, TensorExt, TensorExtMut},
+    gpu::{SliceRef, TensorExt, TensorExtMut},
     graph::CapturedStep,
     indices::{LogitEdit, LogitEditTable, LogitEdits},
     reference::{self, Filter},
@@ -545,7 +545,7 @@ fn graph_replay() {
 #[test]
 fn captured_steps_look_at_the_edits() {
     let Some(gpu) = Gpu::start_alone() else { return };
-    use flashinfer_rs::cudarc::Tensor;
+    use flashinfer_rs::gpu::Tensor;
     let stream = &gpu.stream;
     let mut logits = Tensor::from_slice(stream, &[2, 4], &[1.0f32; 8]).unwrap();
     let mut table = LogitEditTable::with_capacity(

@@ -16,7 +16,7 @@ use common::{Gpu, Mirrored, Rng, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{
     Element, ModuleName, Result, TensorRef,
-    cudarc::{TensorExt, TensorExtMut},
+    gpu::{TensorExt, TensorExtMut},
     indices::{BoundedIndices, BoundedTable},
     reference::{self, Filter},
     sampling::{self, *},

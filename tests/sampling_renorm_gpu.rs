@@ -8,7 +8,7 @@ mod rows;
 use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, leave_cuda_error, refused};
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, TensorMut, TensorRef,
-    cudarc::TensorExt,
+    gpu::TensorExt,
     reference::{self, Filter},
     sampling::*,
 };

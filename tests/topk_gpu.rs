@@ -13,7 +13,7 @@ use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, r
 use cudarc::driver::{CudaSlice, result::ctx};
 use flashinfer_rs::{
     ModuleName, Result, TensorMut, TensorRef,
-    cudarc::{TensorExt, TensorExtMut},
+    gpu::{TensorExt, TensorExtMut},
     indices::{RowIndices, RowTable},
     reference,
     topk::{self, RowStates, TieBreak, TopKOptions},

@@ -3,7 +3,7 @@
 use std::{any::Any, ffi::c_void, sync::Arc};
 
 use cudarc::driver::{CudaStream, DeviceRepr};
-use flashinfer_rs::{DType, Device, Element, Stream, TensorMut, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{DType, Device, Element, Stream, TensorMut, TensorRef, gpu::Tensor};
 use half::{bf16, f16};
 
 use crate::Result;

@@ -6,7 +6,7 @@
 use candle_core::{CpuStorage, Device, Layout, Result};
 #[cfg(feature = "candle-cuda")]
 use {
-    crate::cudarc::{SliceMut, SliceRef, exclusive, shared},
+    crate::gpu::{SliceMut, SliceRef, exclusive, shared},
     candle_core::{
         CudaStorage,
         cuda_backend::{

@@ -143,7 +143,7 @@ impl CudaRuntime {
                 capture::OP,
                 "body",
                 "something in it broke the capture or ended it: a first call, which loads a kernel (run the same work \
-                 once before), a view of a cudarc slice (make it before, or use cudarc::Tensor), an allocation, or a \
+                 once before), a view of a cudarc slice (make it before, or use gpu::Tensor), an allocation, or a \
                  wait",
             ));
         }

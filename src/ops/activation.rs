@@ -12,7 +12,7 @@
 //! use flashinfer_rs::{
 //!     Stream,
 //!     activation::{self, ActivationOptions},
-//!     cudarc::Tensor,
+//!     gpu::Tensor,
 //! };
 //! use half::bf16;
 //! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

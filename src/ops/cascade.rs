@@ -26,7 +26,7 @@
 //!     DType, PageIndices, PageTable, Stream,
 //!     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, RunOptions, Workspace},
 //!     cascade::{self, State, StateMut},
-//!     cudarc::Tensor,
+//!     gpu::Tensor,
 //!     kv::{KvLayout, PagedKv},
 //! };
 //! use half::f16;

@@ -239,7 +239,7 @@ impl std::fmt::Debug for GdnWorkspace {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     Stream, cudarc::Tensor, gdn::*, indices::{SequenceIndices, SequenceTable},
+///     Stream, gpu::Tensor, gdn::*, indices::{SequenceIndices, SequenceTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

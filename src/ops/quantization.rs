@@ -10,7 +10,7 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     Stream, cudarc::Tensor, quantization::{self, BitOrder},
+//!     Stream, gpu::Tensor, quantization::{self, BitOrder},
 //!     indices::{MaskIndices, PackedIndices, PackedTable},
 //! };
 //! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -80,7 +80,7 @@ fn name(bitorder: BitOrder) -> &'static CStr {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::Tensor, quantization::{self, BitOrder}};
+/// use flashinfer_rs::{Stream, gpu::Tensor, quantization::{self, BitOrder}};
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let x = Tensor::from_slice(&stream, &[9], &[1u8, 0, 1, 1, 0, 0, 1, 1, 1])?;
 /// let mut y = Tensor::<u8>::zeros(&stream, &[2])?;

@@ -4,7 +4,7 @@
 //! type, a shape and strides (in elements), held inline for up to
 //! [`MAX_RANK`] dimensions, so that making one allocates nothing. The lifetime
 //! is that of the storage they look into. Safe constructors exist for host
-//! slices (here) and for cudarc slices (`flashinfer_rs::cudarc`); a raw pointer
+//! slices (here) and for cudarc slices (`flashinfer_rs::gpu`); a raw pointer
 //! takes `unsafe`.
 
 mod raw;

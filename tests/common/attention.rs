@@ -6,7 +6,7 @@ use cudarc::driver::{
 };
 use flashinfer_rs::{
     Result, TensorMut, TensorRef,
-    cudarc::TensorExtMut,
+    gpu::TensorExtMut,
     kv::{KvLayout, PagedKv},
 };
 use half::{bf16, f16};

@@ -37,7 +37,7 @@ use std::{
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
 use flashinfer_rs::{
     Element, FlashInferError, FlashInferRuntime, Module, ModuleName, Result, Stream, TensorMut, TensorRef,
-    artifacts::FlashInferVersion, cudarc::Tensor,
+    artifacts::FlashInferVersion, gpu::Tensor,
 };
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};

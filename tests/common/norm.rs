@@ -231,7 +231,7 @@ pub fn wrong_input(norm: Norm) {
 
 /// An output that starts at an odd element, which must stay as it is.
 fn misaligned_out(gpu: &Gpu, norm: Norm, input: &TensorRef<'_>, weight: &TensorRef<'_>) -> Result<()> {
-    use flashinfer_rs::cudarc::TensorExtMut;
+    use flashinfer_rs::gpu::TensorExtMut;
     let poison = [f16::NAN; 8 * 64 + 1];
     let mut storage = gpu.cuda.clone_htod(&poison).unwrap();
     let result = {

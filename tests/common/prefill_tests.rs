@@ -8,7 +8,7 @@ mod shapes;
 use flashinfer_rs::{
     FlashInferError, PageTable,
     attention::{Backend, BatchPrefill, Heads, Mask, PlanOptions, RunOptions, Workspace},
-    cudarc::TensorExt,
+    gpu::TensorExt,
     indices::{ItemIndices, ItemTable, MaskIndices, MaskTable, RaggedIndices, RaggedTable},
     kv::KvLayout,
 };

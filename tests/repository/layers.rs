@@ -19,7 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["kv"],
     &["ops", "reference"],
     &["graph"],
-    &["cudarc", "candle"],
+    &["gpu", "candle"],
 ];
 
 /// Which names each name mentions.

@@ -9,7 +9,7 @@
 
 use flashinfer_rs::{
     Stream, TensorMut, TensorRef,
-    cudarc::Tensor,
+    gpu::Tensor,
     sampling::{SamplingWorkspace, SoftmaxOptions, softmax, top_k_renorm_probs},
 };
 

@@ -53,6 +53,7 @@ fn parameters_out_of_range_are_named() {
         (refused(|p| p.logit_bias = [(100, 1.0)].into()), "logit_bias is 100; expected tokens below 100"),
         (refused(|p| p.logit_bias = [(1, f32::NEG_INFINITY)].into()), "logit_bias is -inf"),
         (refused(|p| p.logprobs = Some(21)), "logprobs is 21; expected at most 20"),
+        (refused(|p| p.prompt_logprobs = Some(21)), "prompt_logprobs is 21; expected at most 20"),
         (refused(|p| p.stop = vec![String::new()]), "stop is an empty string"),
         (refused(|p| p.stop = vec!["x".into(); 1025]), "stop is a list of 1025; expected at most 1024"),
         (refused(|p| p.stop = vec!["x".repeat(20_000)]), "stop is 20000 bytes"),

@@ -121,6 +121,12 @@ impl Choice {
         if unscored.is_empty() { self.tokens.len() - 1 } else { unscored.start }
     }
 
+    /// Whether others may use what it has read. Not where it has read again what was cached, as then
+    /// the cache would need its pages and those of others for the same tokens.
+    pub fn is_cached(&self) -> bool {
+        self.params.prompt_logprobs.is_none()
+    }
+
     /// What is asked of rows of the prompt, the first of which is `row`, after so many tokens: how
     /// likely the tokens are that follow.
     pub fn scores(&self, row: usize, from: usize, scores: Range<usize>) -> impl Iterator<Item = Output> {

@@ -82,8 +82,7 @@ impl Flight {
             outputs += part.outputs();
             let Some(place) = *place else { continue };
             let choice = &choices[place];
-            let alone = part.draft.is_empty() && part.scores.is_empty();
-            if !part.whole || !alone || !choice.runs_ahead() {
+            if !part.whole || part.outputs() > 1 || !choice.runs_ahead() {
                 return None;
             }
             rows.outputs.push(choice.output_ahead(rows.tokens.len()));

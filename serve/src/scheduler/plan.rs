@@ -76,7 +76,9 @@ impl Scheduler {
     fn preempt(&mut self) -> Result<()> {
         let index = self.running.len() - 1;
         let (choice, sequence) = (self.running.remove(index), self.batch.remove(index)?);
-        self.prefixes.insert(&choice.tokens()[..sequence.len()], &sequence)?;
+        if choice.is_cached() {
+            self.prefixes.insert(&choice.tokens()[..sequence.len()], &sequence)?;
+        }
         self.waiting.push_front(choice);
         self.stats.preemptions += 1;
         Ok(())
@@ -95,10 +97,10 @@ impl Scheduler {
         // More of it may be there after this step.
         let page_size = self.pool.page_size();
         let reads_more = |(index, part): (usize, &Part)| {
-            if !part.reads {
+            let (end, other) = (self.batch.sequences()[index].len() + part.len, &self.running[index]);
+            if !part.reads || !(other.is_cached() || other.request == choice.request) {
                 return false;
             }
-            let (end, other) = (self.batch.sequences()[index].len() + part.len, &self.running[index]);
             let shared =
                 tokens.iter().zip(&other.tokens()[..end]).take_while(|(a, b)| a == b).count().min(most);
             // Full pages, or all of its own request's prompt.

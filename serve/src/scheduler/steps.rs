@@ -185,8 +185,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Takes in what the backend computed of a choice: the token after its last one
-    /// and after each of the draft.
+    /// Takes in what the backend computed of a choice: how likely tokens of the prompt were, and
+    /// the token after its last one and after each of the draft.
     fn finish(
         &mut self,
         index: usize,
@@ -198,7 +198,7 @@ impl Scheduler {
         let computed = part.from + part.len;
         if part.reads {
             // Nobody is to read NaN.
-            if samples.iter().all(|sample| sample.token.is_some()) {
+            if choice.is_cached() && samples.iter().all(|sample| sample.token.is_some()) {
                 self.prefixes.insert(&choice.tokens()[..computed], sequence)?;
             }
             self.stats.read += part.len;

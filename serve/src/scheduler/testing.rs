@@ -7,7 +7,7 @@ use flashinfer_rs::kv::PageAllocator;
 use super::{Limits, Report, Scheduler, Token};
 use crate::{
     Result,
-    backend::{Backend, Sample, Step, simulated::mix},
+    backend::{Backend, Logprobs, Sample, Step, simulated::mix},
     request::{Finish, Request, RequestId, SubmitError},
     sampling::SamplingParams,
 };
@@ -18,6 +18,7 @@ pub struct Answer {
     pub tokens: Vec<Token>,
     pub finish: Option<Finish>,
     pub cached_tokens: usize,
+    pub prompt_logprobs: Vec<Logprobs>,
 }
 
 impl Answer {
@@ -82,6 +83,7 @@ impl Requests {
             answer.tokens.extend(update.token.clone());
             answer.finish = update.finish.clone();
             answer.cached_tokens = update.cached_tokens;
+            answer.prompt_logprobs.extend(update.prompt_logprobs.clone());
         }
     }
 }

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     FlashInferError, Stream,
     attention::{AttentionSpec, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, Workspace},
-    cudarc::{exclusive, shared},
+    gpu::{exclusive, shared},
     dtype::Element,
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
     kv::{KvLayout, PagedKv},

@@ -79,7 +79,7 @@ const PLAN_LEN: usize = 28;
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, BatchAttention, Heads,
-///     PagedBatch, PlanOptions, Workspace}, cudarc::Tensor, kv::{KvLayout, PagedKv}, indices::{RaggedIndices,
+///     PagedBatch, PlanOptions, Workspace}, gpu::Tensor, kv::{KvLayout, PagedKv}, indices::{RaggedIndices,
 ///     RaggedTable},
 /// };
 /// use half::bf16;

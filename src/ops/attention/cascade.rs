@@ -45,7 +45,7 @@ const ALIGNMENT: usize = 256;
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, PageIndices, PageTable, Stream, attention::{AttentionSpec, CascadeWorkspace,
-///     Heads, MultiLevelCascade, PagedBatch, PlanOptions}, cudarc::Tensor, kv::{KvLayout,
+///     Heads, MultiLevelCascade, PagedBatch, PlanOptions}, gpu::Tensor, kv::{KvLayout,
 ///     PagedKv}, indices::{RaggedIndices, RaggedTable},
 /// };
 /// use half::f16;

@@ -81,7 +81,7 @@ const PLAN_LEN: usize = 10;
 /// use flashinfer_rs::{
 ///     DType, PageIndices, PageTable, Stream,
 ///     attention::{AttentionSpec, BatchDecode, Heads, PlanOptions, Workspace},
-///     cudarc::Tensor,
+///     gpu::Tensor,
 ///     kv::{KvLayout, PagedKv},
 /// };
 /// use half::f16;

@@ -112,7 +112,7 @@ impl<'a> MlaQuery<'a> {
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, PageIndices, PageTable, Stream, attention::{BatchMla, MlaQuery, MlaSpec, PagedBatch,
-///     PlanOptions, Workspace}, cudarc::Tensor, kv::MlaCache, indices::{RaggedIndices, RaggedTable},
+///     PlanOptions, Workspace}, gpu::Tensor, kv::MlaCache, indices::{RaggedIndices, RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

@@ -46,7 +46,7 @@ const RAGGED_OP: &str = "BatchPrefill::plan_ragged";
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     DType, Stream, attention::{AttentionSpec, Backend, BatchPrefill, Heads, Mask, PlanOptions,
-///     Workspace}, cudarc::Tensor, indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
+///     Workspace}, gpu::Tensor, indices::{MaskIndices, MaskTable, RaggedIndices, RaggedTable},
 /// };
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

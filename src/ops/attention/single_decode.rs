@@ -50,7 +50,7 @@ const OP: &str = "SingleDecode::run_with";
 /// use flashinfer_rs::{
 ///     DType, Stream,
 ///     attention::{AttentionSpec, Heads, SingleDecode, Workspace},
-///     cudarc::Tensor,
+///     gpu::Tensor,
 /// };
 /// use half::f16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

@@ -58,7 +58,7 @@ const OP: &str = "SinglePrefill::run_with";
 /// use flashinfer_rs::{
 ///     DType, Stream,
 ///     attention::{AttentionSpec, PrefillRunOptions, SinglePrefill, Workspace},
-///     cudarc::Tensor,
+///     gpu::Tensor,
 /// };
 /// use half::f16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

@@ -172,7 +172,7 @@ pub struct Algorithm {
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
 ///     FlashInferRuntime, ModuleName, Stream,
-///     cudarc::Tensor,
+///     gpu::Tensor,
 ///     gemm::*,
 /// };
 /// use float8::F8E4M3;

@@ -83,7 +83,7 @@ impl<'a> SegmentGemmInput<'a> {
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     Stream, cudarc::Tensor, gemm::{GemmBackend, SegmentGemm,
+///     Stream, gpu::Tensor, gemm::{GemmBackend, SegmentGemm,
 ///     SegmentGemmInput}, indices::{SegmentIndices, SegmentTable},
 /// };
 /// use half::bf16;

@@ -178,7 +178,7 @@ pub struct DitOutput<'a> {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::Tensor, norm::*, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm::*, Stream};
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let rows = || Tensor::<bf16>::zeros(&stream, &[1, 10, 3072]);

@@ -191,7 +191,7 @@ fn write_table(stream: &Stream, rope: &Rope3d, scratch: &DeviceBuffer) -> Result
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::Tensor, norm::*, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm::*, Stream};
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let table = RopeTable::new(&stream, &Rope3d::new([44, 42, 42]))?;

@@ -41,7 +41,7 @@ const OWN_SHARED_MEMORY: i64 = 1024;
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::Tensor, norm, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm, Stream};
 /// use half::bf16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let input = Tensor::from_slice(&stream, &[4, 128], &[bf16::ONE; 4 * 128])?;

@@ -64,7 +64,7 @@ const QUANTIZED: [DType; 2] = [DType::E4M3, DType::E5M2];
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{cudarc::Tensor, norm, Stream};
+/// use flashinfer_rs::{gpu::Tensor, norm, Stream};
 /// use half::f16;
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let input = Tensor::from_slice(&stream, &[4, 128], &[f16::ONE; 4 * 128])?;

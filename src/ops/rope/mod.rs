@@ -23,7 +23,7 @@
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
-//!     Stream, cudarc::Tensor, rope::{self, CosSinCache, RopeFrequencies, RopeScaling,
+//!     Stream, gpu::Tensor, rope::{self, CosSinCache, RopeFrequencies, RopeScaling,
 //!     RopeTensors, Rotation, YarnScaling}, indices::{BoundedIndices, BoundedTable},
 //! };
 //! use half::bf16;

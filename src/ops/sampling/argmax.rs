@@ -39,7 +39,7 @@ const THREADS: u32 = 1024;
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::Tensor, sampling::argmax};
+/// use flashinfer_rs::{Stream, gpu::Tensor, sampling::argmax};
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let logits = Tensor::<f32>::zeros(&stream, &[8, 32000])?;
 /// let mut tokens = Tensor::<i32>::zeros(&stream, &[8])?;

@@ -30,7 +30,7 @@ const THREADS: u32 = 256;
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::Tensor, sampling::edit_logits};
+/// use flashinfer_rs::{Stream, gpu::Tensor, sampling::edit_logits};
 /// use flashinfer_rs::indices::{LogitEdit, LogitEditTable, LogitEdits};
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let (rows, vocab) = (2, 32000);

@@ -51,7 +51,7 @@
 //!
 //! ```no_run
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use flashinfer_rs::{Stream, cudarc::Tensor, sampling::*};
+//! use flashinfer_rs::{Stream, gpu::Tensor, sampling::*};
 //! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 //! let (batch, vocab) = (8, 32000);
 //! let logits = Tensor::<f32>::zeros(&stream, &[batch, vocab])?;

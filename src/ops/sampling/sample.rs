@@ -93,7 +93,7 @@ impl<'a> SampleOptions<'a> {
 ///
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::Tensor, sampling::*};
+/// use flashinfer_rs::{Stream, gpu::Tensor, sampling::*};
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
 /// let (rows, vocab) = (3, 32000);
 /// let mut logits = Tensor::<f32>::zeros(&stream, &[rows, vocab])?;

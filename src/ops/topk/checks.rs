@@ -4,7 +4,7 @@ use super::{TopKOptions, row_states::check_row_bytes};
 use crate::{dtype::DType, error::Result, indices::RowIndices, ops::check::Check, tensor::RawTensor};
 
 /// Element types of scores.
-pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 /// The most that *filtered* selects, and that kernels sort.
 const MAX_SORTED: i64 = 2048;
 /// The kernels count elements of a row in `int`, some steps beyond its end.
@@ -107,7 +107,7 @@ pub(crate) fn check_ragged_transform(
 }
 
 /// What both transforms need of scores, output and rows; gives `k`.
-fn check_transform(
+pub(super) fn check_transform(
     check: &Check<'_>,
     name: &'static str,
     [output, input]: [&RawTensor; 2],
@@ -136,7 +136,7 @@ fn check_transform(
 }
 
 /// A page table that has an entry for all that rows can select.
-fn check_page_table(check: &Check<'_>, table: &RawTensor, rows: &RowIndices) -> Result<()> {
+pub(super) fn check_page_table(check: &Check<'_>, table: &RawTensor, rows: &RowIndices) -> Result<()> {
     const NAME: &str = "src_page_table";
     check.tensor(NAME, table, &[DType::I32], &[2])?;
     check.contiguous(NAME, table)?;

@@ -33,7 +33,7 @@
 //! # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use flashinfer_rs::{
 //!     Stream,
-//!     cudarc::Tensor,
+//!     gpu::Tensor,
 //!     topk::{self, RowStates, TopKOptions},
 //! };
 //! let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -236,7 +236,7 @@ pub fn radix_topk(
 /// ```no_run
 /// # #[cfg(feature = "cudarc")] fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use flashinfer_rs::{
-///     Stream, cudarc::Tensor, topk::{self, RowStates, TopKOptions},
+///     Stream, gpu::Tensor, topk::{self, RowStates, TopKOptions},
 ///     indices::{RowIndices, RowTable},
 /// };
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);

@@ -2,8 +2,11 @@
 
 use std::ffi::c_void;
 
-use super::*;
-use crate::device::Device;
+use super::{
+    checks::{check_page_table, check_transform},
+    *,
+};
+use crate::{device::Device, dtype::DType, indices::RowIndices};
 
 const GPU: Device = Device::Cuda(0);
 /// As an H200 has it.

@@ -1,6 +1,6 @@
 //! What steps compute in.
 
-use flashinfer_rs::{DType, Stream, cudarc::Tensor};
+use flashinfer_rs::{DType, Stream, gpu::Tensor};
 use float8::F8E4M3;
 
 use super::{half::HalfTensor, heads::HeadWidths};
@@ -72,7 +72,6 @@ pub struct Outputs {
     /// Their hidden states.
     pub hidden: HalfTensor,
     pub logits: Tensor<f32>,
-    pub tokens: Tensor<i32>,
 }
 
 impl Outputs {
@@ -80,12 +79,11 @@ impl Outputs {
         Ok(Self {
             hidden: HalfTensor::zeros(stream, config.dtype, &[rows, config.hidden_size])?,
             logits: Tensor::zeros(stream, &[rows, config.vocab_size])?,
-            tokens: Tensor::zeros(stream, &[rows])?,
         })
     }
 
     /// How many rows there is room for.
     pub fn capacity(&self) -> usize {
-        self.tokens.view().numel()
+        self.logits.view().shape()[0] as usize
     }
 }

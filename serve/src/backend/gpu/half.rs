@@ -1,6 +1,6 @@
 //! Tensors of the 16-bit floats that a model computes in: `f16`, or `bf16`.
 
-use flashinfer_rs::{DType, FlashInferError, Result, Stream, TensorMut, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{DType, FlashInferError, Result, Stream, TensorMut, TensorRef, gpu::Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 

@@ -39,14 +39,32 @@ __device__ Eight scaled(Eight numbers, float factor) {
     return numbers;
 }
 
-// Rows of a table, each multiplied by a number; zeros where the index is negative.
+// A row of a table, multiplied by a number; zeros where the index is negative.
 template <class Number>
-__device__ void gather_rows(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
-    const int index = indices[blockIdx.x];
+__device__ void copy_row(Eight *out, const Eight *table, int index, u32 width, float scale) {
     Eight *to = out + (u64)blockIdx.x * width;
     const Eight *from = table + (u64)(index < 0 ? 0 : index) * width;
     for (u32 at = threadIdx.x; at < width; at += blockDim.x)
         to[at] = index < 0 ? Eight{} : scale == 1.0f ? from[at] : scaled<Number>(from[at], scale);
+}
+
+// Rows of a table.
+template <class Number>
+__device__ void gather_rows(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
+    copy_row<Number>(out, table, indices[blockIdx.x], width, scale);
+}
+
+// The rows of tokens: those of `sources` that are not negative; for -2 - row, what was chosen of
+// that row; else none. There is none beyond `vocab`.
+template <class Number>
+__device__ void embed(Eight *out, const Eight *table, u32 vocab, const int *sources, const int *chosen, u32 rows,
+                      u32 width, float scale) {
+    int token = sources[blockIdx.x];
+    if (token < -1) {
+        const u32 row = (u32)(-2 - token);
+        token = row < rows ? chosen[row] : -1;
+    }
+    copy_row<Number>(out, table, (u32)token < vocab ? token : -1, width, scale);
 }
 
 // Multiplies rows by a factor each. A row whose factor is 0 becomes zeros, whatever is in it.
@@ -58,25 +76,19 @@ __device__ void scale_rows(Eight *data, const float *factors, u32 width) {
         row[at] = factor == 0.0f ? Eight{} : scaled<Number>(row[at], factor);
 }
 
-// The tokens of a step: those of `sources` that are not negative; for -2 - row, what was chosen of
-// that row; else none, -1. There is none beyond `bound`.
-extern "C" __global__ void choose_tokens(int *out, const int *sources, u32 count, const int *chosen, u32 rows, u32 bound) {
-    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= count)
-        return;
-    int token = sources[at];
-    if (token < -1) {
-        const u32 row = (u32)(-2 - token);
-        token = row < rows ? chosen[row] : -1;
-    }
-    out[at] = (u32)token < bound ? token : -1;
-}
-
 extern "C" __global__ void gather_rows_f16(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
     gather_rows<F16>(out, table, indices, width, scale);
 }
 extern "C" __global__ void gather_rows_bf16(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
     gather_rows<Bf16>(out, table, indices, width, scale);
+}
+extern "C" __global__ void embed_f16(Eight *out, const Eight *table, u32 vocab, const int *sources, const int *chosen,
+                                     u32 rows, u32 width, float scale) {
+    embed<F16>(out, table, vocab, sources, chosen, rows, width, scale);
+}
+extern "C" __global__ void embed_bf16(Eight *out, const Eight *table, u32 vocab, const int *sources, const int *chosen,
+                                      u32 rows, u32 width, float scale) {
+    embed<Bf16>(out, table, vocab, sources, chosen, rows, width, scale);
 }
 extern "C" __global__ void scale_rows_f16(Eight *data, const float *factors, u32 width) {
     scale_rows<F16>(data, factors, width);

@@ -8,7 +8,7 @@ use cudarc::{
 };
 use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 
-use super::rows::Rows;
+use super::{rows::Rows, tokens::Tokens};
 use crate::Result;
 
 /// Threads of a block.
@@ -22,7 +22,7 @@ pub struct Kernels {
     dtype: DType,
     gather_rows: CudaFunction,
     scale_rows: CudaFunction,
-    choose_tokens: CudaFunction,
+    embed: CudaFunction,
     keep_chosen: CudaFunction,
     sigmoid: CudaFunction,
     soft_cap: CudaFunction,
@@ -38,7 +38,7 @@ impl Kernels {
             dtype,
             gather_rows: of_dtype("gather_rows")?,
             scale_rows: of_dtype("scale_rows")?,
-            choose_tokens: module.load_function("choose_tokens")?,
+            embed: of_dtype("embed")?,
             keep_chosen: module.load_function("keep_chosen")?,
             sigmoid: module.load_function("sigmoid")?,
             soft_cap: module.load_function("soft_cap")?,
@@ -70,31 +70,43 @@ impl Kernels {
         self.launch(count, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
-    /// `out[at] = sources[at]`, or `chosen[row]` where that is `-2 - row`. What is no token below
-    /// `bound`, and no row, becomes -1. All are contiguous and `i32`; there are as many `sources`
-    /// as `out` has room for.
-    pub fn choose_tokens(
+    /// The rows of tokens in a table, times `scale`; zeros where there is no token. `chosen` is
+    /// what the step before chose, row by row, `i32`. Both matrices are contiguous, of equally wide
+    /// rows.
+    pub fn embed(
         &self,
         out: &mut TensorMut<'_>,
-        sources: &TensorRef<'_>,
+        table: &TensorRef<'_>,
+        tokens: &Tokens,
         chosen: &TensorRef<'_>,
-        bound: usize,
+        scale: f32,
     ) -> Result<()> {
-        let [count, rows, bound] = [out.numel(), chosen.numel(), bound].map(u32::try_from);
-        let (count, rows, bound) = (count?, rows?, bound?);
+        let [count, width] = self.rows("out", &out.as_ref())?;
+        let [vocab, table_width] = self.rows("table", table)?;
+        let (sources, rows) = (tokens.sources(), u32::try_from(chosen.numel())?);
         let fits = |tensor: &TensorRef<'_>| {
             tensor.dtype() == DType::I32 && tensor.is_contiguous() && self.is_here(tensor)
         };
-        let enough = sources.numel() >= count as usize;
-        if !(enough && fits(&out.as_ref()) && fits(sources) && fits(chosen)) {
-            return Err(format!("tokens of {sources:?} and {chosen:?} in {out:?}").into());
+        let enough = table_width == width && sources.numel() >= count as usize;
+        if !(enough && fits(&sources) && fits(chosen)) {
+            return Err(format!("tokens {sources:?} and {chosen:?} of {table:?} in {out:?}").into());
         }
-        let addresses = [out.data_ptr(), sources.data_ptr(), chosen.data_ptr()].map(|data| data as u64);
-        let mut launch = self.cuda.launch_builder(&self.choose_tokens);
-        launch.arg(&addresses[0]).arg(&addresses[1]).arg(&count).arg(&addresses[2]).arg(&rows).arg(&bound);
-        // SAFETY: the kernel takes addresses and counts in this order. It writes `count` numbers,
-        // reads as many sources, and of `chosen` none but its rows.
-        self.launch(blocks(count as usize)?, |shape| unsafe { launch.launch(shape).map(drop) })
+        let addresses = [out.data_ptr(), table.data_ptr(), sources.data_ptr(), chosen.data_ptr()];
+        let [out, table, sources, chosen] = addresses.map(|data| data as u64);
+        let mut launch = self.cuda.launch_builder(&self.embed);
+        launch
+            .arg(&out)
+            .arg(&table)
+            .arg(&vocab)
+            .arg(&sources)
+            .arg(&chosen)
+            .arg(&rows)
+            .arg(&width)
+            .arg(&scale);
+        // SAFETY: the kernel takes these in this order, the width in eights. It writes each row of
+        // `out`, reads as many sources, of `chosen` none but its rows, and rows of the table
+        // below `vocab`.
+        self.launch(count, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
     /// Multiplies each row of a contiguous tensor by a factor, `f32`. A row whose

@@ -1,7 +1,7 @@
 //! Page-locked memory of the host, which the GPU reads and writes while the host goes on.
 
 use cudarc::driver::{CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, ValidAsZeroBits, result};
-use flashinfer_rs::{Element, cudarc::Tensor};
+use flashinfer_rs::{Element, gpu::Tensor};
 
 use crate::Result;
 
@@ -52,11 +52,12 @@ impl<T: Element + DeviceRepr + ValidAsZeroBits> Pinned<T> {
         Ok(())
     }
 
-    /// Enqueues a copy of `len` numbers of a tensor, from one on, to the first.
+    /// Enqueues a copy of `len` numbers of a tensor, from one on, to the first. On a stream that
+    /// is not the tensor's, the caller has each wait for the other.
     pub fn download(&mut self, cuda: &CudaStream, tensor: &Tensor<T>, from: usize, len: usize) -> Result<()> {
         let source = tensor.view();
         check(len, self.len(), source.numel().saturating_sub(from))?;
-        // SAFETY: as above.
+        // SAFETY: as above; on another stream, the caller keeps the tensor, and orders its uses.
         unsafe {
             let (memory, _recorded) = self.memory.stream_synced_mut_slice(cuda);
             let source = source.data_ptr() as u64 + (from * size_of::<T>()) as u64;

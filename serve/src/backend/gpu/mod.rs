@@ -7,8 +7,8 @@
 //! launches the graph, and copies one number per row back. Other steps, which read
 //! prompts, launch the same kernels one by one, with prefill in place of decode.
 //!
-//! The host does all that while the GPU computes the step before: what that chooses is copied to
-//! the tokens of this one on the GPU, and reaches the host through the ring meanwhile. One stream
+//! The host does all that while the GPU computes the step before: what that chooses is read
+//! on the GPU, and reaches the host through the ring meanwhile. One stream
 //! orders everything; page-locked memory is written again when the copies out of it are over,
 //! which an event tells.
 //!
@@ -56,6 +56,7 @@ use std::{
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::{
     DType, FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
+    gpu::Tensor,
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     rope::CosSinCache,
 };
@@ -101,11 +102,13 @@ pub struct Gpu {
     outputs: Outputs,
     /// The tokens of a step.
     tokens: Tokens,
+    /// What was chosen last, row by row of logits.
+    chosen: Tensor<i32>,
     /// The rows whose logits are wanted.
     selected: Rows,
     /// Made when the first step samples.
     sampler: Option<Sampler>,
-    /// What was chosen, on its way to the host.
+    /// What is chosen, on its way to the host.
     ring: Ring,
     /// A row of logits, once one was wanted.
     row: Option<Pinned<f32>>,
@@ -216,7 +219,8 @@ impl Gpu {
             attention,
             buffers: Buffers::new(&stream, config, widths, kv, most)?,
             outputs: Outputs::new(&stream, config, 1)?,
-            tokens: Tokens::new(&cuda, &stream, most, config.vocab_size)?,
+            tokens: Tokens::new(&cuda, &stream, most)?,
+            chosen: Tensor::zeros(&stream, &[most])?,
             selected: Rows::new(&cuda, &stream, most, most)?,
             sampler: None,
             ring: Ring::new(&cuda, most)?,
@@ -312,7 +316,7 @@ impl Backend for Gpu {
             computed?;
         }
         self.enqueued = start.elapsed();
-        self.ring.push(&self.cuda, &self.outputs.tokens, &self.at, step.outputs)
+        self.ring.push(&self.cuda, &self.chosen, &self.at, step.outputs)
     }
 
     fn collect(&mut self) -> Result<Vec<Sample>> {
@@ -337,6 +341,6 @@ impl Backend for Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         // A step may be in flight, which works on what goes now. Who drops it wants no error.
-        let _ = self.cuda.synchronize();
+        let _ = self.cuda.context().synchronize();
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
-use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, gpu::Tensor};
 
 use super::{
     few_rows::FewRows,

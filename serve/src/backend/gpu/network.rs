@@ -2,6 +2,7 @@
 
 use flashinfer_rs::{
     Stream, TensorRef,
+    gpu::Tensor,
     kv::{BatchTables, PagedKvCache},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
     rope::CosSinCache,
@@ -18,6 +19,7 @@ use super::{
     products::Products,
     rows::Rows,
     sampler::Sampler,
+    tokens::Tokens,
     weights::{RESIDUAL_SCALE, Weights},
 };
 use crate::{Result, model::Config};
@@ -40,7 +42,9 @@ pub struct Pass<'a> {
     /// The rows that its products have, whose further ones mean nothing.
     pub padded_rows: usize,
     /// The tokens of all rows.
-    pub tokens: &'a Rows,
+    pub tokens: &'a Tokens,
+    /// What the step before chose, row by row, and then what this one does.
+    pub chosen: &'a mut Tensor<i32>,
     pub tables: &'a BatchTables,
     pub plans: &'a Plans<'a>,
     pub products: &'a Products,
@@ -67,7 +71,8 @@ impl Network {
         let Buffers { residual, x, .. } = &mut *pass.buffers;
         let mut embedded = residual.rows_mut(pass.padded_rows)?;
         let scale = self.config.embedding_scale as f32 * RESIDUAL_SCALE;
-        self.kernels.gather_rows(&mut embedded, &self.weights.embedding.view(), pass.tokens, scale)?;
+        let (table, chosen) = (self.weights.embedding.view(), pass.chosen.view());
+        self.kernels.embed(&mut embedded, &table, pass.tokens, &chosen, scale)?;
         let first = self.weights.layers.first().map_or(&self.weights.norm, |layer| &layer.attention_norm);
         let (mut x, residual) = (x.rows_mut(pass.rows)?, residual.rows(pass.rows)?);
         rmsnorm(&self.stream, &mut x, &residual, &first.view(), &self.residual_norm())?;
@@ -85,7 +90,7 @@ impl Network {
     /// Enqueues the logits of rows, and the choice of tokens.
     pub fn head(&self, pass: &mut Pass<'_>, head: &mut Head<'_>) -> Result<()> {
         let Buffers { x, .. } = &mut *pass.buffers;
-        let Outputs { hidden, logits, tokens } = &mut *head.outputs;
+        let Outputs { hidden, logits } = &mut *head.outputs;
         let hidden: TensorRef<'_> = match head.selected {
             Some(rows) => {
                 let table = x.rows(rows.bound())?;
@@ -99,7 +104,7 @@ impl Network {
         if let Some(cap) = self.config.final_soft_cap {
             self.kernels.soft_cap(&mut logits, cap as f32)?;
         }
-        let mut tokens = tokens.view_mut().narrow(0, 0, head.rows)?;
+        let mut tokens = pass.chosen.view_mut().narrow(0, 0, head.rows)?;
         match &mut head.sampler {
             Some(sampler) => sampler.enqueue(&self.kernels, &self.stream, &mut tokens, &logits.as_ref()),
             None => Ok(argmax(&self.stream, &mut tokens, &logits.as_ref())?),

@@ -6,7 +6,7 @@ use cudarc::{
     driver::{CudaFunction, CudaStream, LaunchConfig, PushKernelArg},
     nvrtc::Ptx,
 };
-use flashinfer_rs::{DType, Device, Stream, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{DType, Device, Stream, TensorRef, gpu::Tensor};
 use float8::F8E4M3;
 
 use crate::{Result, backend::matmul::Factor};

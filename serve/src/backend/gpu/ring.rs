@@ -4,7 +4,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use cudarc::driver::{CudaEvent, CudaStream};
-use flashinfer_rs::cudarc::Tensor;
+use flashinfer_rs::gpu::Tensor;
 
 use super::memory::Pinned;
 use crate::{Result, backend::Output};
@@ -14,6 +14,8 @@ const SLOTS: usize = 2;
 
 /// See the [module](self).
 pub struct Ring {
+    /// Where copies are made, beside what is computed.
+    copies: Arc<CudaStream>,
     free: Vec<Slot>,
     in_flight: VecDeque<InFlight>,
 }
@@ -21,7 +23,9 @@ pub struct Ring {
 /// Memory for what a step chooses.
 struct Slot {
     chosen: Pinned<i32>,
-    /// When that is there.
+    /// When that is chosen.
+    computed: CudaEvent,
+    /// When it is here.
     copied: CudaEvent,
 }
 
@@ -44,9 +48,11 @@ impl Ring {
     /// For steps of so many rows of logits.
     pub fn new(cuda: &Arc<CudaStream>, rows: usize) -> Result<Self> {
         let slot = |_| -> Result<_> {
-            Ok(Slot { chosen: Pinned::zeros(cuda, rows)?, copied: cuda.context().new_event(None)? })
+            let event = || cuda.context().new_event(None);
+            Ok(Slot { chosen: Pinned::zeros(cuda, rows)?, computed: event()?, copied: event()? })
         };
-        Ok(Self { free: (0..SLOTS).map(slot).collect::<Result<_>>()?, in_flight: VecDeque::new() })
+        let free = (0..SLOTS).map(slot).collect::<Result<_>>()?;
+        Ok(Self { copies: cuda.context().new_stream()?, free, in_flight: VecDeque::new() })
     }
 
     /// The step that was enqueued last, if it was not collected.
@@ -67,7 +73,17 @@ impl Ring {
         }
     }
 
-    /// Enqueues the copy of what a step chooses, whose outputs are at these rows.
+    /// Has what is enqueued next, which chooses other tokens, wait until those of the last step
+    /// are copied.
+    pub fn wait_for_copies(&self, cuda: &CudaStream) -> Result<()> {
+        match self.last() {
+            Some(last) if !last.at.is_empty() => Ok(cuda.wait(&last.slot.copied)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Enqueues the copy of what a step chooses, whose outputs are at these rows. See
+    /// [`wait_for_copies`](Self::wait_for_copies).
     pub fn push(
         &mut self,
         cuda: &CudaStream,
@@ -76,12 +92,11 @@ impl Ring {
         outputs: &[Output],
     ) -> Result<()> {
         let mut slot = self.free.pop().ok_or("two steps are in flight")?;
-        if let Some(last) = at.last() {
-            let copied = slot.chosen.download(cuda, chosen, 0, last + 1);
-            if let Err(error) = copied.and_then(|()| Ok(slot.copied.record(cuda)?)) {
-                self.free.push(slot);
-                return Err(error);
-            }
+        if let Some(last) = at.last()
+            && let Err(error) = slot.copy(cuda, &self.copies, chosen, last + 1)
+        {
+            self.free.push(slot);
+            return Err(error);
         }
         let looked_at = outputs.iter().enumerate().filter(|(_, output)| output.needs_logits());
         let looked_at = looked_at.map(|(index, output)| LookedAt { index, output: output.clone() });
@@ -100,6 +115,21 @@ impl Ring {
     /// Takes the slot of a step back.
     pub fn give_back(&mut self, step: InFlight) {
         self.free.push(step.slot);
+    }
+}
+
+impl Slot {
+    fn copy(
+        &mut self,
+        cuda: &CudaStream,
+        copies: &CudaStream,
+        chosen: &Tensor<i32>,
+        len: usize,
+    ) -> Result<()> {
+        self.computed.record(cuda)?;
+        copies.wait(&self.computed)?;
+        self.chosen.download(copies, chosen, 0, len)?;
+        Ok(self.copied.record(copies)?)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Numbers of rows that a kernel gathers, on the GPU.
 
 use cudarc::driver::CudaStream;
-use flashinfer_rs::{Stream, TensorMut, TensorRef, cudarc::Tensor};
+use flashinfer_rs::{Stream, TensorRef, gpu::Tensor};
 
 use super::memory::Pinned;
 use crate::Result;
@@ -43,11 +43,6 @@ impl Rows {
         host[..len].fill(-1);
         host.iter_mut().zip(rows).for_each(|(to, &row)| *to = row as i32);
         self.host.upload(cuda, &mut self.device, len)
-    }
-
-    /// The numbers, for a kernel that writes none but those below the bound and -1.
-    pub fn view_mut(&mut self) -> TensorMut<'_> {
-        self.device.view_mut()
     }
 
     /// The numbers, of as many rows as there is room for.

@@ -3,7 +3,7 @@
 use cudarc::driver::CudaStream;
 use flashinfer_rs::{
     Stream, TensorMut, TensorRef,
-    cudarc::Tensor,
+    gpu::Tensor,
     indices::{LogitEdit, LogitEditTable, LogitEdits},
     sampling::{Parameter, SampleOptions, edit_logits, sample},
 };

@@ -52,11 +52,8 @@ impl Gpu {
 
     /// Enqueues a step that has tokens.
     pub(super) fn compute(&mut self, step: &Step<'_>) -> Result<()> {
-        // First of all: what the step before chose may move.
-        let padded_rows = step.tokens.len().next_power_of_two();
-        let Self { tokens, cuda, network, outputs, ring, .. } = self;
-        let at = ring.last().map_or(&[][..], |last| &last.at);
-        tokens.set(cuda, &network.kernels, step.tokens, padded_rows, &outputs.tokens.view(), at)?;
+        let at = self.ring.last().map_or(&[][..], |last| &last.at);
+        self.tokens.set(&self.cuda, step.tokens, step.tokens.len().next_power_of_two(), at)?;
         loop {
             let computed = self.enqueue_kernels(step);
             let Err(error) = &computed else { return computed };
@@ -99,6 +96,8 @@ impl Gpu {
             multiplier,
             outputs,
             tokens,
+            chosen,
+            ring,
             cache,
             tables,
             sampler,
@@ -114,6 +113,7 @@ impl Gpu {
         let tables = &tables.tables;
         let plans = attention.plan_decode(&tables.pages, self.graphs.then_some(rows))?;
         let keys = plans.replay_keys();
+        ring.wait_for_copies(cuda)?;
         if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
             let launch = || Ok(graph.step.launch(plans.decode())?);
             match graph_times {
@@ -123,9 +123,9 @@ impl Gpu {
             self.launched = Some(Launched { bucket, sampled });
             return Ok(());
         }
-        let (padded_rows, plans, tokens) = (rows, &plans, tokens.rows());
+        let (padded_rows, plans, tokens) = (rows, &plans, &*tokens);
         let mut pass =
-            Pass { rows, padded_rows, tokens, tables, plans, products, cache, buffers, multiplier };
+            Pass { rows, padded_rows, tokens, chosen, tables, plans, products, cache, buffers, multiplier };
         let mut head = Head { rows, selected: None, product: &head.product, outputs, sampler };
         let mut run = || {
             network.run(&mut pass)?;
@@ -134,8 +134,8 @@ impl Gpu {
         // This step runs without a graph, which loads all kernels.
         run()?;
         if let Some(keys) = keys {
-            // SAFETY: what is not the crate's works on weights, buffers, outputs, rows and the
-            // sampler of `self`, which are dropped, or replaced, after the graphs.
+            // SAFETY: what is not the crate's works on weights, buffers, outputs, tokens and
+            // the sampler of `self`, which are dropped, or replaced, after the graphs.
             let step = unsafe { graph::capture(&network.stream, run)? };
             *captured = Some(Graph { keys, step });
             self.launched = Some(Launched { bucket, sampled });
@@ -160,6 +160,8 @@ impl Gpu {
             buffers,
             multiplier,
             tokens,
+            chosen,
+            ring,
             cache,
             tables,
             selected,
@@ -175,9 +177,10 @@ impl Gpu {
         };
         let tables = &tables.tables;
         let padded_rows = 1 << bucket;
-        let (plans, tokens) = (&plans, tokens.rows());
+        let (plans, tokens) = (&plans, &*tokens);
+        ring.wait_for_copies(&self.cuda)?;
         let mut pass =
-            Pass { rows, padded_rows, tokens, tables, plans, products, cache, buffers, multiplier };
+            Pass { rows, padded_rows, tokens, chosen, tables, plans, products, cache, buffers, multiplier };
         network.run(&mut pass)?;
         let Some(rows) = wanted else { return Ok(()) };
         let Some(HeadProduct { product, .. }) = &buckets[rows.ilog2() as usize].head else {

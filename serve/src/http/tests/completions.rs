@@ -83,8 +83,8 @@ fn the_prompt_is_echoed() {
 fn an_echo_has_the_prompts_log_probabilities() {
     let server = TestServer::start();
     let logprobs = |body: &Value| server.complete(body).ok()["choices"][0]["logprobs"].clone();
-    let ask = |prompt: &str, fields| with(completion(prompt, 3), with(json!({"logprobs": 2}), fields));
-    let prompt = "Once upon a time, there was a prompt. ".repeat(9);
+    let ask = |prompt: &[u8], fields| with(completion(prompt, 3), with(json!({"logprobs": 2}), fields));
+    let prompt = "Once upon a time, there was a prompt. ".repeat(9).into_bytes();
     let echoed = logprobs(&ask(&prompt, json!({"echo": true})));
     let array = |logprobs: &Value, key: &str| logprobs[key].as_array().unwrap().clone();
     assert_eq!(array(&echoed, "tokens").len(), prompt.len() + 3);
@@ -93,8 +93,7 @@ fn an_echo_has_the_prompts_log_probabilities() {
     assert!(chosen[0].is_null() && top[0].is_null());
     // Each is what the model says of the next token, where the prompt ends before it.
     for at in [1, 2, 17, 300, prompt.len() - 1] {
-        let next =
-            logprobs(&ask(&prompt[..at], json!({"logit_bias": {(prompt.as_bytes()[at].to_string()): 100}})));
+        let next = logprobs(&ask(&prompt[..at], json!({"logit_bias": {(prompt[at].to_string()): 100}})));
         assert_eq!(next["token_logprobs"][0], chosen[at], "{at}");
         assert_eq!(next["top_logprobs"][0], top[at], "{at}");
     }

@@ -41,6 +41,31 @@ fn a_step_that_fails_ends_only_what_cannot_be_computed_alone() {
 /// Forks write to copies of pages. A step that fails before copies are made does not
 /// lose them.
 #[test]
+fn a_prompt_of_nan_has_no_log_probabilities() {
+    let language = Language { vocab_size: 4, nan: 20 };
+    let prompts: Vec<Vec<u32>> =
+        (0..400).map(|seed| tokens(seed, 20).iter().map(|id| id % 4).collect()).collect();
+    let (mut ended, mut answered) = (0, 0);
+    for prompt in prompts {
+        let (pool, mut requests, mut backend) = speaking(40, 4, limits(8, 0), language);
+        let params = SamplingParams { prompt_logprobs: Some(1), ..greedy(1) };
+        let request = requests.submit(&prompt, &params).unwrap();
+        requests.finish(&mut backend);
+        let is_nan =
+            |len: usize| language.logits(prompt[..len].iter().copied()).iter().any(|logit| logit.is_nan());
+        let answer = requests.answer(request);
+        match (1..=prompt.len()).any(is_nan) {
+            true => assert_eq!((&answer.finish, &answer.tokens[..]), (&Some(Finish::NoNumbers), &[][..])),
+            false => assert_eq!((answer.tokens.len(), answer.prompt_logprobs.len()), (1, prompt.len() - 1)),
+        }
+        ended += usize::from(answer.tokens.is_empty());
+        answered += answer.tokens.len();
+        assert!(requests.scheduler.make_free(pool.num_pages()));
+    }
+    assert!(ended > 20 && answered > 20, "{ended} {answered}");
+}
+
+#[test]
 fn copies_outlive_a_failed_step() {
     let mut steps = 0;
     let fails = move |_: &[u32]| {

@@ -67,6 +67,11 @@ fn solo(
     let choices = Choice::of(RequestId(0), request, limits);
     let answers = choices.map(|mut choice| {
         let mut answer = Answer::default();
+        for at in choice.unscored() {
+            let logits = language.logits(prompt[..=at].iter().copied());
+            let count = params.prompt_logprobs.unwrap_or(0);
+            answer.prompt_logprobs.push(sampler::logprobs(&logits, prompt[at + 1], count));
+        }
         while choice.finish().is_none() {
             let logits = language.logits(choice.tokens().iter().copied());
             let sample = sampler::sample(&choice.outputs(0, &[]), &logits, language.vocab_size).unwrap();
@@ -87,4 +92,5 @@ fn solo(
 /// Answers without what depends on other requests.
 fn compare(got: &Answer, want: &Answer, what: &str) {
     assert_eq!((&got.tokens, &got.finish), (&want.tokens, &want.finish), "{what}");
+    assert_eq!(got.prompt_logprobs, want.prompt_logprobs, "{what}");
 }

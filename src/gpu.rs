@@ -1,4 +1,4 @@
-//! Views of cudarc slices, and cudarc's streams.
+//! Memory of a GPU: tensors, views of cudarc's slices, and cudarc's streams.
 //!
 //! [`TensorExt`] gives a slice the methods [`tensor`](TensorExt::tensor) and
 //! [`tensor_mut`](TensorExtMut::tensor_mut). The element type of the view is
@@ -20,10 +20,6 @@
 //! `cudarc::driver::CudaGraph::launch` is safe to call all the same, so it is for
 //! you to keep them, and tables, workspaces and plans as they were, for as long as
 //! the graph is launched.
-//!
-//! This module has the name of the crate that it is for. So where all of `flashinfer_rs` is imported
-//! (`use flashinfer_rs::*`), `cudarc` alone is ambiguous: write `::cudarc` for the crate, or import
-//! names one by one.
 
 use std::sync::Arc;
 
@@ -144,7 +140,7 @@ impl Drop for Order {
 ///
 /// ```no_run
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use flashinfer_rs::{Stream, cudarc::Tensor, norm};
+/// use flashinfer_rs::{Stream, gpu::Tensor, norm};
 /// use half::f16;
 ///
 /// let stream = Stream::from(&cudarc::driver::CudaContext::new(0)?.new_stream()?);
@@ -450,7 +446,7 @@ fn check_context(storage: &Arc<CudaStream>, stream: &Arc<CudaStream>) -> Result<
     if capture::is_active() {
         return invalid(
             "a step is being captured, and a slice's view waits for events, which breaks the capture; make it \
-             before, or use cudarc::Tensor"
+             before, or use gpu::Tensor"
                 .into(),
         );
     }
