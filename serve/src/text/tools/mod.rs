@@ -24,18 +24,23 @@ pub enum ToolFormat {
     Llama,
     /// `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`: Mistral.
     Mistral,
+    /// `[TOOL_CALLS]name[ARGS]{…}` for each, with `[CALL_ID]…` behind the name in some: later
+    /// Mistral.
+    MistralArgs,
 }
 
 impl ToolFormat {
     const HERMES_END: &str = "</tool_call>";
+    const ARGS: &str = "[ARGS]";
+    const CALL_ID: &str = "[CALL_ID]";
 
     /// That of a chat template, if it is one of these.
     pub(super) fn of(template: &str) -> Option<Self> {
         let has = |mark: &str| template.contains(mark);
         if !has("tools") {
             None
-        } else if has("[TOOL_CALLS]") && !has("[ARGS]") {
-            Some(Self::Mistral)
+        } else if has("[TOOL_CALLS]") {
+            Some(if has(Self::ARGS) { Self::MistralArgs } else { Self::Mistral })
         } else if has("<tool_call>") && has("arguments") && !has("<function=") && !has("<arg_key>") {
             Some(Self::Hermes)
         } else if has("\"parameters\": ") && has("<|start_header_id|>") {
@@ -50,21 +55,22 @@ impl ToolFormat {
         match self {
             Self::Hermes => "<tool_call>",
             Self::Llama => "<|python_tag|>",
-            Self::Mistral => "[TOOL_CALLS]",
+            Self::Mistral | Self::MistralArgs => "[TOOL_CALLS]",
         }
     }
 
     /// The control tokens that are marks of calls, for
     /// [`Request::shown`](crate::request::Request::shown).
     pub fn control_tokens(self, text: &Text) -> Vec<u32> {
-        [self.mark(), Self::HERMES_END].iter().filter_map(|mark| text.control_id(mark)).collect()
+        let marks = [self.mark(), Self::HERMES_END, Self::ARGS, Self::CALL_ID];
+        marks.iter().filter_map(|mark| text.control_id(mark)).collect()
     }
 
     /// A name for a call: for Mistral's templates of nine letters and digits, as they want it.
     fn new_id(self) -> String {
         let random = |len| Alphanumeric.sample_string(&mut rand::rng(), len);
         match self {
-            Self::Mistral => random(9),
+            Self::Mistral | Self::MistralArgs => random(9),
             Self::Hermes | Self::Llama => format!("call_{}", random(24)),
         }
     }
@@ -93,15 +99,24 @@ impl ToolFormat {
                 ("arguments", format!(r#"{open} "\n""#), format!(r#""\n" {close}"#))
             }
             Self::Llama => ("parameters", String::new(), String::new()),
-            Self::Mistral => ("arguments", String::new(), String::new()),
+            Self::Mistral | Self::MistralArgs => ("arguments", String::new(), String::new()),
         };
         let (mut rules, mut schemas) = (String::new(), BTreeMap::new());
         for (at, tool) in tools.iter().enumerate() {
             let function = &tool["function"];
             let name = function["name"].as_str().filter(|name| !name.is_empty());
             let name = name.ok_or_else(|| problem(format!("tool {at} has no `function` with a `name`")))?;
-            let begin = literal(&format!("{{\"name\": {}, \"{key}\": ", Value::from(name)));
-            rules += &format!("tool_{at}: {begin} @arguments_{at} \"}}\"\n");
+            let [begin, end] = match self {
+                Self::MistralArgs => {
+                    let [mark, args] = [self.mark(), Self::ARGS].map(|mark| mark_rule(text, mark));
+                    [format!("{mark} {} {args}", literal(name)), String::new()]
+                }
+                _ => {
+                    let begin = format!("{{\"name\": {}, \"{key}\": ", Value::from(name));
+                    [literal(&begin), literal("}")]
+                }
+            };
+            rules += &format!("tool_{at}: {begin} @arguments_{at} {end}\n");
             let parameters = function.get("parameters").filter(|schema| !schema.is_null()).cloned();
             let parameters = parameters.unwrap_or_else(|| json!({ "type": "object" }));
             schemas.insert(format!("arguments_{at}"), parameters);
@@ -112,6 +127,7 @@ impl ToolFormat {
         let calls = match self {
             Self::Hermes => format!("{call} {}", more(r#""\n""#)),
             Self::Llama => call,
+            Self::MistralArgs => format!("{call} {}", more("")),
             Self::Mistral => {
                 format!(r#"{} "[" call {} "]""#, mark_rule(text, self.mark()), more("\", \""))
             }

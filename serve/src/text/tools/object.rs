@@ -64,6 +64,11 @@ impl CallObject {
         self.has_arguments
     }
 
+    /// Whether the last value is over.
+    pub fn is_value_over(&self) -> bool {
+        self.state == State::Comma
+    }
+
     /// The text of the arguments that came since this was last called.
     pub fn take_arguments(&mut self) -> String {
         mem::take(&mut self.arguments)

@@ -2,6 +2,8 @@
 
 use std::{collections::HashSet, mem};
 
+use serde_json::Value;
+
 use super::{
     ToolFormat,
     object::{CallObject, Step},
@@ -36,7 +38,7 @@ pub enum ToolPiece {
 enum State {
     /// Outside of calls.
     Text,
-    /// Before an object: behind a mark, or between the calls of a list.
+    /// Before an object: behind a mark, in the name behind it, or between the calls of a list.
     Before,
     /// In an object of which it is not sure that it is a call.
     Candidate(Box<CallObject>),
@@ -136,7 +138,9 @@ impl ToolParser {
 
     /// Before an object.
     fn push_before(&mut self, c: char) {
-        if c == '{' {
+        if self.format == ToolFormat::MistralArgs {
+            self.push_name(c);
+        } else if c == '{' {
             self.push_candidate(Box::default(), c);
         } else if c.is_whitespace() || (c == '[' && self.format == ToolFormat::Mistral) {
             self.raw.push(c);
@@ -147,9 +151,43 @@ impl ToolParser {
         }
     }
 
+    /// Behind a mark that a tool's name follows, and `[ARGS]`.
+    fn push_name(&mut self, c: char) {
+        self.raw.push(c);
+        let said = &self.raw[self.format.mark().len()..];
+        let (name, behind) = said.split_at(said.find('[').unwrap_or(said.len()));
+        let args = match behind.strip_prefix(ToolFormat::CALL_ID) {
+            Some(id) => id.trim_start_matches(|c| c != '['),
+            None => behind,
+        };
+        let is_name = !name.contains(['{', '}', '\n']) && (behind.is_empty() || !name.trim().is_empty());
+        if is_name && args == ToolFormat::ARGS {
+            let begin = format!("{{\"name\": {}, \"arguments\": ", Value::from(name.trim()));
+            let mut object = Box::<CallObject>::default();
+            begin.chars().for_each(|c| _ = object.push(c));
+            self.state = State::Candidate(object);
+        } else if is_name && (ToolFormat::ARGS.starts_with(args) || ToolFormat::CALL_ID.starts_with(behind)) {
+            self.state = State::Before;
+        } else {
+            let behind = self.raw.split_off(self.raw.len() - behind.len());
+            self.give_up();
+            behind.chars().for_each(|c| self.push_char(c));
+        }
+    }
+
+    /// Gives a character to an object. Where the arguments only are written, their end is its own.
+    fn push_to(&self, object: &mut CallObject, c: char) -> Step {
+        match object.push(c) {
+            Step::Inside if self.format == ToolFormat::MistralArgs && object.is_value_over() => {
+                object.push('}')
+            }
+            step => step,
+        }
+    }
+
     /// In an object that may be a call.
     fn push_candidate(&mut self, mut object: Box<CallObject>, c: char) {
-        let step = object.push(c);
+        let step = self.push_to(&mut object, c);
         if step == Step::Wrong {
             self.give_up();
             return self.push_char(c);
@@ -174,7 +212,7 @@ impl ToolParser {
 
     /// In the object of a call.
     fn push_call(&mut self, mut object: Box<CallObject>, c: char) {
-        match object.push(c) {
+        match self.push_to(&mut object, c) {
             // What is broken ends here.
             Step::Wrong => self.push_char(c),
             step => self.tell(object, step),

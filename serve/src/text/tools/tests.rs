@@ -12,6 +12,9 @@ use crate::{
     text::tests::templates,
 };
 
+const FORMATS: [ToolFormat; 4] =
+    [ToolFormat::Hermes, ToolFormat::Llama, ToolFormat::Mistral, ToolFormat::MistralArgs];
+
 /// What was said: text, and the names and arguments of calls.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Said {
@@ -140,6 +143,43 @@ fn calls_of_mistral_are_found_wherever_the_text_is_cut() {
 }
 
 #[test]
+fn calls_of_later_mistral_are_found_wherever_the_text_is_cut() {
+    let check =
+        |text: &str, said: &str, calls: &[(&str, &str)]| check(ToolFormat::MistralArgs, text, said, calls);
+    let sum = r#"{"a": 1, "b": {"c": ["}", "\"]"]}}"#;
+    check(
+        &format!("[TOOL_CALLS]add[ARGS]{sum}[TOOL_CALLS]now[ARGS]{{}}"),
+        "",
+        &[("add", sum), ("now", "{}")],
+    );
+    check(
+        "I look. [TOOL_CALLS] add \"é\"[CALL_ID]abcdefghi[ARGS] {\"x\": 1}\n",
+        "I look.",
+        &[("add \"é\"", "{\"x\": 1}")],
+    );
+    check("[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]add[AR", "", &[("now", "{}")]);
+    // A second mark counts.
+    check("[TOOL_CALLS]no [TOOL_CALLS]now[ARGS]{}", "[TOOL_CALLS]no", &[("now", "{}")]);
+    for text in [
+        "[TOOL_CALLS]add[ARGS]1",
+        "[TOOL_CALLS]add[ARGS]",
+        "[TOOL_CALLS][ARGS]{}",
+        "[TOOL_CALLS]a\nb[ARGS]{}",
+        "[TOOL_CALLS]add[CALL_ID]abc",
+        "[TOOL_CALLS]add[CALL_ID]abc[X",
+        "add[ARGS]{}",
+    ] {
+        check(text, text, &[]);
+    }
+    let template =
+        "{% for tool in tools %}…{% endfor %}[TOOL_CALLS]{{ call.name }}[ARGS]{{ call.arguments }}";
+    assert_eq!(ToolFormat::of(template), Some(ToolFormat::MistralArgs));
+    let parser = ToolParser::new(ToolFormat::MistralArgs, []).push("[TOOL_CALLS]f[ARGS]{}");
+    let ToolPiece::Call { id, .. } = &parser[0] else { panic!("{parser:?}") };
+    assert!(id.len() == 9 && id.chars().all(|c| c.is_ascii_alphanumeric()));
+}
+
+#[test]
 fn what_is_no_call_comes_back_as_it_was() {
     for text in [
         "",
@@ -158,7 +198,7 @@ fn what_is_no_call_comes_back_as_it_was() {
         "[TOOL_CALLS] none",
         "[TOOL_CALLS] [1, 2]",
     ] {
-        for format in [ToolFormat::Hermes, ToolFormat::Llama, ToolFormat::Mistral] {
+        for format in FORMATS {
             check(format, text, text, &[]);
         }
     }
@@ -171,14 +211,14 @@ proptest! {
     #[test]
     fn cuts_make_no_difference(
         parts in prop::collection::vec(prop_oneof![
-            Just("<tool_call>"), Just("</tool_call>"), Just("[TOOL_CALLS]"), Just("<|python_tag|>"), Just("{"), Just("}"),
+            Just("<tool_call>"), Just("</tool_call>"), Just("[TOOL_CALLS]"), Just("[ARGS]"), Just("[CALL_ID]"), Just("<|python_tag|>"), Just("{"), Just("}"),
             Just("["), Just("]"), Just(","), Just(";"), Just(":"), Just("\"name\""), Just("\"arguments\""), Just("\"now\""),
             Just("{\"name\": \"now\", \"arguments\": {"), Just("}}"), Just(" "), Just("\n"), Just("a"), Just("\\"), Just("1"),
         ], 0..14),
         cuts in prop::collection::vec(0..200usize, 0..6),
     ) {
         let text = parts.concat();
-        for format in [ToolFormat::Hermes, ToolFormat::Llama, ToolFormat::Mistral] {
+        for format in FORMATS {
             let mut cuts: Vec<_> = cuts.iter().map(|cut| cut % (text.len() + 1)).chain([0, text.len()]).collect();
             cuts.sort_unstable();
             let pieces = cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]);
@@ -219,7 +259,7 @@ fn random_models_call_what_they_have_to() {
     ];
     for text in texts() {
         let engine = engine(&text, 600);
-        for format in [ToolFormat::Hermes, ToolFormat::Llama, ToolFormat::Mistral] {
+        for format in FORMATS {
             // One that must be called, and any.
             for (offered, parallel) in [(&tools[1..], false), (&tools[1..], true), (&tools[..], true)] {
                 let constraint = format.constraint(&text, offered, parallel, None).unwrap();
