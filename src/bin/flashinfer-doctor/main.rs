@@ -88,7 +88,7 @@ enum Command {
     },
     /// Print the digest of a wheel's RECORD, or write it into the pin table, so that its members
     /// can be downloaded alone; or download, verify and pin a release of FlashInfer
-    PinArgs(pin::PinArgs),
+    Pin(pin::PinArgs),
     /// Print the bytes that are embedded and cached, and for MODULEs what a first use costs
     Footprint {
         /// Modules to open, which are downloaded if need be; with a new --cache-dir this is a first use
@@ -134,7 +134,7 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         None => report(&cli.sources, cli.options),
         Some(Command::Fetch { packages }) => fetch(&cli.sources, packages),
-        Some(Command::PinArgs(options)) => pin::pin(&cli.sources, options),
+        Some(Command::Pin(options)) => pin::pin(&cli.sources, options),
         Some(Command::Footprint { modules }) => {
             let modules: Vec<_> = modules.iter().map(|name| ModuleName::new(name.as_str())).collect();
             footprint::footprint(&cli.sources, &modules)
