@@ -2,33 +2,7 @@
 // for every two of the matrix, which are read once.
 // Architecture: compute_89
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-__device__ float f16(u16 bits) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-    return x;
-}
-
-struct F16 {
-    static __device__ float number(u16 bits) { return f16(bits); }
-    static __device__ u16 bits(float x) {
-        u16 bits;
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-        return bits;
-    }
-};
-
-struct Bf16 {
-    static __device__ float number(u16 bits) { return __uint_as_float((u32)bits << 16); }
-    static __device__ u16 bits(float x) {
-        u16 bits;
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-        return bits;
-    }
-};
+#include "half.cuh"
 
 // Sixteen numbers, which a thread reads at once; widths are in these.
 struct __align__(16) Sixteen {
@@ -62,8 +36,8 @@ __device__ Numbers numbers(const SixteenE4m3 &weight) {
     for (int two = 0; two < 8; ++two) {
         u32 pair;
         asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(weight.pairs[two]));
-        numbers.of[2 * two] = f16((u16)pair);
-        numbers.of[2 * two + 1] = f16((u16)(pair >> 16));
+        numbers.of[2 * two] = F16::number((u16)pair);
+        numbers.of[2 * two + 1] = F16::number((u16)(pair >> 16));
     }
     return numbers;
 }

@@ -1,31 +1,7 @@
 // Small kernels of the network, for `f16` and `bf16`. A block of 256 threads
 // for each row, but for those whose grid covers all numbers.
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-struct F16 {
-    static __device__ float number(u16 bits) {
-        float x;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-        return x;
-    }
-    static __device__ u16 bits(float x) {
-        u16 bits;
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-        return bits;
-    }
-};
-
-struct Bf16 {
-    static __device__ float number(u16 bits) { return __uint_as_float((u32)bits << 16); }
-    static __device__ u16 bits(float x) {
-        u16 bits;
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-        return bits;
-    }
-};
+#include "half.cuh"
 
 // Eight numbers, which a thread reads and writes at once; widths are in these.
 struct __align__(16) Eight {

@@ -219,16 +219,3 @@ impl Kernels {
 fn blocks(count: usize) -> Result<u32> {
     Ok(u32::try_from(count.div_ceil(THREADS as usize))?)
 }
-
-#[cfg(test)]
-mod tests {
-    use flashinfer_rs::artifacts::Digest;
-
-    /// The PTX is what `src/ops/ptx.sh` made of the source beside it.
-    #[test]
-    fn ptx_is_made_of_its_source() {
-        let digest = Digest::of(include_bytes!("kernels.cu"));
-        let line = format!("// Made of kernels.cu by ptx.sh: sha256 {digest}");
-        assert_eq!(include_str!("kernels.ptx").lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
-    }
-}

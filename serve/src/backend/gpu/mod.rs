@@ -349,3 +349,23 @@ impl Drop for Gpu {
         let _ = self.cuda.context().synchronize();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use flashinfer_rs::artifacts::Digest;
+
+    /// The PTX is what `src/ops/ptx.sh` made of the sources beside it.
+    #[test]
+    fn ptx_is_made_of_its_source() {
+        macro_rules! source {
+            ($name:literal) => {{
+                let source = concat!(include_str!("half.cuh"), include_str!(concat!($name, ".cu")));
+                ($name, source, include_str!(concat!($name, ".ptx")))
+            }};
+        }
+        for (name, source, ptx) in [source!("few_rows"), source!("kernels"), source!("quantize")] {
+            let line = format!("// Made of {name}.cu by ptx.sh: sha256 {}", Digest::of(source.as_bytes()));
+            assert_eq!(ptx.lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
+        }
+    }
+}

@@ -1,21 +1,7 @@
 // Quantization of rows to `e4m3` with a scale each, for `f16` and `bf16`. A block for each row.
 // Architecture: compute_89
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-struct F16 {
-    static __device__ float number(u16 bits) {
-        float x;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-        return x;
-    }
-};
-
-struct Bf16 {
-    static __device__ float number(u16 bits) { return __uint_as_float((u32)bits << 16); }
-};
+#include "half.cuh"
 
 // Eight numbers, which a thread reads at once; widths are in these.
 struct __align__(16) Eight {

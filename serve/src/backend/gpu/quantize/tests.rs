@@ -1,6 +1,5 @@
 //! The kernel and cuBLASLt's products of what it makes, on the GPU.
 
-use flashinfer_rs::artifacts::Digest;
 use test_support::Rng;
 
 use super::{
@@ -12,14 +11,6 @@ use crate::{
     model::synthetic::Shape,
     tests::gpu::turn,
 };
-
-/// The PTX is what `src/ops/ptx.sh` made of the source beside it.
-#[test]
-fn ptx_is_made_of_its_source() {
-    let digest = Digest::of(include_bytes!("../quantize.cu"));
-    let line = format!("// Made of quantize.cu by ptx.sh: sha256 {digest}");
-    assert_eq!(include_str!("../quantize.ptx").lines().next(), Some(line.as_str()), "run src/ops/ptx.sh");
-}
 
 /// Rows on the host: their numbers, each times its scale.
 fn numbers(rows: &QuantizedRows, width: usize) -> Vec<f64> {
