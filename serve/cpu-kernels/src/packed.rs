@@ -52,8 +52,9 @@ impl Packed {
     pub fn new(matrix: Matrix<'_>) -> Option<Self> {
         let (rows, columns, format) = (matrix.rows(), matrix.columns(), matrix.format()?);
         let mut packed = Self { format, rows, columns, bytes: Vec::new() };
-        packed.bytes = vec![0; rows.div_ceil(ROWS) * packed.panel_bytes()];
-        let panels = packed.bytes.par_chunks_exact_mut(columns / format.len() * block_bytes(&format));
+        let panel_bytes = packed.panel_bytes();
+        packed.bytes = vec![0; rows.div_ceil(ROWS) * panel_bytes];
+        let panels = packed.bytes.par_chunks_exact_mut(panel_bytes);
         panels.enumerate().for_each(|(panel, bytes)| {
             let first = panel * ROWS;
             let rows: Vec<_> = (first..rows.min(first + ROWS)).map(|row| matrix.row(row)).collect();

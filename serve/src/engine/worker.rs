@@ -55,6 +55,8 @@ pub struct Worker<B> {
     pool: PageAllocator,
     backend: B,
     live: HashMap<RequestId, Live>,
+    /// Whether commands were taken since their effects were published.
+    commanded: bool,
     updates: SyncSender<Vec<Update>>,
     shared: Arc<Shared>,
 }
@@ -69,7 +71,8 @@ impl<B: Backend> Worker<B> {
         shared: Arc<Shared>,
     ) -> Self {
         let scheduler = Scheduler::new(pool, backend.vocab_size(), limits);
-        Self { scheduler, pool: pool.clone(), backend, live: HashMap::new(), updates, shared }
+        let (pool, live) = (pool.clone(), HashMap::new());
+        Self { scheduler, pool, backend, live, commanded: false, updates, shared }
     }
 
     /// What every request has to fit.
@@ -108,13 +111,16 @@ impl<B: Backend> Worker<B> {
                     Err(TryRecvError::Empty) => break,
                 }
             }
-            // Once for all of them: it looks at all pages.
-            self.publish();
+            // Once for all commands, as it looks at all pages; the last step said the rest.
+            if mem::take(&mut self.commanded) {
+                self.publish();
+            }
             self.step()?;
         }
     }
 
     fn take(&mut self, command: Command) -> Result<()> {
+        self.commanded = true;
         match command {
             Command::Submit(id, request) => self.submit(id, *request),
             Command::Cancel(id, choice) => {

@@ -72,8 +72,7 @@ fn multiply<I: Instructions, const X: usize, const GROUP: usize, const OFFSET: b
             for group in 0..groups {
                 let mut sums = [instructions.sums(0); X];
                 for (sums, x) in sums.iter_mut().zip(x) {
-                    let sum = if GROUP == 32 { x[at].sums[0] + x[at].sums[1] } else { x[at].sums[group] };
-                    *sums = instructions.sums(-zero * sum);
+                    *sums = instructions.sums(-zero * sum::<GROUP>(&x[at], group));
                 }
                 for four in group * GROUP / 4..(group + 1) * GROUP / 4 {
                     let codes = instructions.codes(&codes.as_chunks::<VECTOR>().0[four], part);
@@ -86,7 +85,7 @@ fn multiply<I: Instructions, const X: usize, const GROUP: usize, const OFFSET: b
                 for ((total, sums), x) in totals.iter_mut().zip(sums).zip(x) {
                     let mut number = instructions.multiply(instructions.numbers(sums), scale);
                     if OFFSET {
-                        let sum = if GROUP == 32 { x[at].sums[0] + x[at].sums[1] } else { x[at].sums[group] };
+                        let sum = sum::<GROUP>(&x[at], group);
                         let offset = instructions.load(&factors.offset, part);
                         let offset = instructions.multiply(offset, instructions.splat(sum as f32));
                         number = instructions.add(number, offset);
@@ -100,4 +99,10 @@ fn multiply<I: Instructions, const X: usize, const GROUP: usize, const OFFSET: b
             instructions.store(total, tile, part);
         }
     }
+}
+
+/// The sum of the codes of a group of a block.
+#[inline(always)]
+fn sum<const GROUP: usize>(block: &ActivationBlock, group: usize) -> i32 {
+    if GROUP == 32 { block.sums[0] + block.sums[1] } else { block.sums[group] }
 }

@@ -62,7 +62,7 @@ pub async fn chat_completions(
         logprobs: request.params.logprobs.is_some(),
         token_ids: sampling.returns_token_ids(),
     };
-    let prompt = request.prompt.clone();
+    let prompt = head.token_ids.then(|| request.prompt.clone());
     let answers = Answers::submit(&server, &log, vec![request]).map_err(named)?;
     let reply = Reply::new(head, prompt, &tools, answers.len());
     match sampling.streams() {

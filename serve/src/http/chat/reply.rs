@@ -106,12 +106,12 @@ impl Choice {
 }
 
 impl Reply {
-    /// So many answers, of which nothing was said.
-    pub fn new(head: ReplyHead, prompt: Vec<u32>, tools: &Tools, answers: usize) -> Self {
+    /// So many answers, of which nothing was said. `prompt` are its tokens, where ids are given.
+    pub fn new(head: ReplyHead, prompt: Option<Vec<u32>>, tools: &Tools, answers: usize) -> Self {
         let choice = || Choice { parser: tools.parser(), named: tools.are_named(), ..Choice::default() };
         Self {
-            prompt: head.token_ids.then_some(prompt),
             head,
+            prompt,
             parallel: tools.are_parallel(),
             choices: (0..answers).map(|_| choice()).collect(),
         }
