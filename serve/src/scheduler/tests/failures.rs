@@ -38,8 +38,6 @@ fn a_step_that_fails_ends_only_what_cannot_be_computed_alone() {
     assert_eq!(pool.free_pages(), 60);
 }
 
-/// Forks write to copies of pages. A step that fails before copies are made does not
-/// lose them.
 #[test]
 fn a_prompt_of_nan_has_no_log_probabilities() {
     let language = Language { vocab_size: 4, nan: 20 };
@@ -65,6 +63,8 @@ fn a_prompt_of_nan_has_no_log_probabilities() {
     assert!(ended > 20 && answered > 20, "{ended} {answered}");
 }
 
+/// Forks write to copies of pages. A step that fails before copies are made does not
+/// lose them.
 #[test]
 fn copies_outlive_a_failed_step() {
     let mut steps = 0;
