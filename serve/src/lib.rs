@@ -9,7 +9,7 @@
 //! | [`engine`] | the thread that answers requests, and what comes back of them |
 //! | [`request`], [`sampling`] | what is asked, how tokens are chosen, and why an answer ends |
 //! | [`constraint`] | what an answer has to be: JSON of a schema, and others |
-//! | [`scheduler`], `draft` | who computes what in a step |
+//! | [`scheduler`] | who computes what in a step, and drafts |
 //! | [`backend`] | what computes a step: the CPU, an NVIDIA GPU, or a stand-in for tests |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `text` | text to token ids and back, and templates of chats |
@@ -17,7 +17,6 @@
 pub mod backend;
 pub mod cli;
 pub mod constraint;
-mod draft;
 pub mod engine;
 pub mod http;
 mod hub;

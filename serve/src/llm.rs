@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use flashinfer_rs::kv::PageAllocator;
+
 use crate::{
     Result,
     backend::{
@@ -12,12 +14,12 @@ use crate::{
         gpu::GpuOptions,
         precision::Precision,
     },
-    engine::{End, Engine, EngineConfig, Events, SHUTDOWN_TIMEOUT},
+    engine::{End, Engine, EngineConfig, Events, Models, SHUTDOWN_TIMEOUT},
     hub::Hub,
     model::Model,
     request::{Finish, Request},
     sampling::SamplingParams,
-    scheduler::{Limits, Token},
+    scheduler::{DraftModel, Limits, Token},
     text::{ChatOptions, Message, Text},
 };
 
@@ -27,6 +29,9 @@ const PAGE_SIZE: usize = 16;
 const CPU_STEP_TOKENS: usize = 256;
 /// The same on a GPU.
 const GPU_STEP_TOKENS: usize = 2048;
+
+/// The most tokens of a model's drafts, unless it is said.
+const DRAFT_TOKENS: usize = 4;
 
 /// How a model is run.
 #[derive(Clone, Debug)]
@@ -44,9 +49,13 @@ pub struct LlmOptions {
     pub max_queued: usize,
     /// The most tokens of their prompts.
     pub max_queued_tokens: usize,
-    /// The most tokens that are guessed from what was said before; those that are right
-    /// are kept.
-    pub draft: usize,
+    /// The most tokens of an answer that are guessed; those that are right are kept. `None` for 4 if
+    /// there is a draft model, and 0 if not.
+    pub draft: Option<usize>,
+    /// The files of a model that guesses them, in place of what was said before. It has the same
+    /// vocabulary, and a KV cache of its own for [`cache_tokens`](Self::cache_tokens) tokens, where the other
+    /// model is.
+    pub draft_model: Option<Vec<PathBuf>>,
     /// Whether an answer is the same, token by token, alone, in any batch, with drafts
     /// and after preemption. It costs time on a GPU; the CPU's answers always are.
     pub deterministic: bool,
@@ -65,7 +74,8 @@ impl Default for LlmOptions {
             max_running: 256,
             max_queued: 1024,
             max_queued_tokens: 1 << 22,
-            draft: 0,
+            draft: None,
+            draft_model: None,
             deterministic: false,
             weights: Precision::Auto,
             kv: Precision::Auto,
@@ -124,12 +134,14 @@ impl Llm {
             max_running,
             max_queued,
             max_queued_tokens,
-            draft,
             deterministic,
             weights,
             kv,
             ..
         } = *options;
+        let draft = options.draft.unwrap_or(if options.draft_model.is_some() { DRAFT_TOKENS } else { 0 });
+        let files = options.draft_model.as_ref().filter(|_| draft > 0);
+        let draft_model = files.map(|files| open_draft(files, &model, &text)).transpose()?;
         let config = EngineConfig {
             limits: Limits {
                 step_tokens: step_tokens.unwrap_or(GPU_STEP_TOKENS),
@@ -153,8 +165,14 @@ impl Llm {
             if !on_gpu && step_tokens.is_none() {
                 limits.step_tokens = CPU_STEP_TOKENS;
             }
+            let device = match device {
+                Device::Auto if on_gpu => Device::Gpu,
+                Device::Auto => Device::Cpu,
+                asked => asked,
+            };
+            let draft = draft_model.map(|model| load_draft(&model, device, pool, limits)).transpose()?;
             let _ = set.set(place);
-            Ok(backend)
+            Ok(Models::from(backend).with_draft(draft))
         })?;
         Ok(Self { engine, place: place.get().cloned().unwrap_or_default() })
     }
@@ -233,6 +251,37 @@ impl Llm {
     }
 }
 
+/// Opens a model that is to draft for another.
+///
+/// # Errors
+/// Its file is not one that can be run, or its tokens are others.
+fn open_draft(files: &[PathBuf], model: &Model, text: &Text) -> Result<Model> {
+    let draft = Model::open_files(files)?;
+    let (ours, theirs) = (model.config.vocab_size, draft.config.vocab_size);
+    let sizes =
+        || (ours != theirs).then(|| format!("its network has {theirs} tokens, and the model's {ours}"));
+    match text.difference(&Text::from_gguf(&draft.content)?).or_else(sizes) {
+        None => Ok(draft),
+        Some(difference) => Err(format!(
+            "the draft model has another vocabulary: {difference}; expected a model of the same family"
+        )
+        .into()),
+    }
+}
+
+/// Loads a model that drafts, with as many pages as the other one has.
+///
+/// # Errors
+/// It does not fit beside the other model, or a tensor cannot be read.
+fn load_draft(model: &Model, device: Device, pool: &PageAllocator, limits: &Limits) -> Result<DraftModel> {
+    let pool = PageAllocator::new(pool.num_pages(), pool.page_size())?;
+    let capacity = limits.step_capacity();
+    let loaded = device::load(device, model, &pool, capacity, GpuOptions::new(capacity.tokens));
+    let Loaded { backend, .. } =
+        loaded.map_err(|error| format!("the draft model cannot be loaded beside the model: {error}"))?;
+    Ok(DraftModel::new(backend, &pool, limits.step_tokens, model.config.context_length))
+}
+
 /// The answers to a request, once all of them have ended.
 ///
 /// # Errors
@@ -304,6 +353,60 @@ pub(crate) mod tests {
         assert_eq!(ids(&others[1]), ids(&others[2]));
         assert_ne!(others[0][0].tokens, others[0][1].tokens);
         assert!(others[0][2].tokens.iter().all(|token| token.logprobs.as_ref().unwrap().chosen < 0.0));
+    }
+
+    /// The file of a small model, with the tokens of another one if its first is renamed.
+    fn tiny_file(folder: &tempfile::TempDir, first: Option<&str>, size: usize) -> PathBuf {
+        let mut tiny = forward::BIASES.file();
+        bytes::add_tokenizer(&mut tiny, "gpt-2", size);
+        if let (Some(name), Some(Value::Array(tokens))) =
+            (first, tiny.metadata.get_mut("tokenizer.ggml.tokens"))
+        {
+            tokens[0] = Value::String(name.into());
+        }
+        tiny.write(folder)
+    }
+
+    #[test]
+    fn a_model_drafts_for_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = tiny_file(&folder, None, forward::BIASES.vocab);
+        let options = LlmOptions { draft_model: Some(vec![file]), ..LlmOptions::default() };
+        let (drafted, plain) = (llm(&options), llm(&LlmOptions::default()));
+        for temperature in [0.0, 1.0] {
+            let params = SamplingParams {
+                temperature,
+                seed: Some(1),
+                max_tokens: Some(30),
+                ignore_eos: true,
+                n: 2,
+                ..SamplingParams::default()
+            };
+            let tokens = |llm: &Llm| llm.generate("ok the", &params).unwrap().into_iter().map(|it| it.tokens);
+            assert!(tokens(&drafted).eq(tokens(&plain)));
+        }
+        // Whether they pay is another question.
+        let stats = drafted.engine().status().stats;
+        assert!(stats.drafted > 8 && stats.accepted == stats.drafted, "{stats:?}");
+        let none = llm(&LlmOptions { draft: Some(0), ..options });
+        none.generate("ok the", &SamplingParams { max_tokens: Some(9), ..SamplingParams::default() })
+            .unwrap();
+        assert_eq!(none.engine().status().stats.drafted, 0);
+    }
+
+    #[test]
+    fn a_draft_model_of_other_tokens_is_refused() {
+        let vocab = forward::BIASES.vocab;
+        let refusal = |first: Option<&str>, size: usize| {
+            let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let draft_model = Some(vec![tiny_file(&other, first, size)]);
+            let options = LlmOptions { device: Device::Cpu, draft_model, ..LlmOptions::default() };
+            Llm::load(&[tiny_file(&folder, None, vocab)], &options).err().unwrap().to_string()
+        };
+        let problem = refusal(Some("other"), vocab);
+        assert!(problem.contains("its token 0 is \"other\", and the model's \"Ā\""), "{problem}");
+        let problem = refusal(None, vocab - 1);
+        assert!(problem.contains(&format!("{} tokens", vocab - 1)), "{problem}");
     }
 
     /// Reads a prompt of two parts and a half.

@@ -37,14 +37,15 @@ use test_support::required;
 
 use crate::{
     Result,
-    backend::{Backend, Output, Sample, Step, StepToken, cpu::Cpu},
+    backend::{Backend, Output, Sample, Step, StepCapacity, StepToken, cpu::Cpu},
     cli::answers::{Asked, answer},
     engine::{Engine, EngineConfig},
     hub,
     model::{Ends, Layer, Model},
     request::{Finish, Request},
+    sampling::SamplingParams,
     scheduler::{
-        Limits, Stats,
+        DraftModel, Limits, Stats,
         testing::{Requests, greedy},
     },
     text::{ChatOptions, EncodeOptions, Message, Role, Text},
@@ -70,6 +71,18 @@ fn solo(
     requests.submit(prompt, &greedy(max_tokens)).unwrap();
     requests.finish(engine);
     (requests.answer(0).ids(), requests.scheduler.stats())
+}
+
+/// A model that drafts, in so many pages of its own, for steps of such limits.
+pub fn draft_model<B: Backend + 'static>(
+    num_pages: usize,
+    page_size: usize,
+    limits: &Limits,
+    backend: impl FnOnce(&PageAllocator, StepCapacity) -> B,
+) -> DraftModel {
+    let pool = PageAllocator::new(num_pages, page_size).unwrap();
+    let backend = backend(&pool, limits.step_capacity());
+    DraftModel::new(Box::new(backend), &pool, limits.step_tokens, limits.context)
 }
 
 /// The tokens after the outputs of a step, all of which have one.

@@ -19,7 +19,8 @@ use crate::{
 };
 
 /// What steps of a simulated model take.
-const SIMULATED: Costs = Costs { step: Duration::from_millis(2), token: Duration::from_micros(10) };
+const SIMULATED: Costs =
+    Costs { step: Duration::from_millis(2), token: Duration::from_micros(10), host: Duration::ZERO };
 
 /// Where a model is to run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -55,6 +55,9 @@ pub struct Costs {
     pub step: Duration,
     /// Each of its tokens.
     pub token: Duration,
+    /// What the host does while nothing is computed, where a step is enqueued after the one before
+    /// it was collected.
+    pub host: Duration,
 }
 
 /// Why a step of these tokens fails, if it is to.
@@ -65,6 +68,8 @@ struct InFlight {
     outcome: Result<Vec<Sample>>,
     logits: Vec<f32>,
     looks_at_logits: bool,
+    /// What it takes.
+    took: Duration,
     /// When it is computed, in real time.
     ends: Instant,
 }
@@ -135,7 +140,7 @@ impl Simulated {
         self
     }
 
-    /// What all steps took together.
+    /// What all steps that were collected took together.
     pub fn clock(&self) -> Duration {
         self.clock
     }
@@ -228,8 +233,8 @@ impl Backend for Simulated {
     fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
         self.check(step)?;
         let tokens: Vec<_> = step.tokens.iter().filter_map(|&token| self.token(token)).collect();
-        let took = self.costs.step + self.costs.token * tokens.len() as u32;
-        self.clock += took;
+        let host = if self.in_flight.is_empty() { self.costs.host } else { Duration::ZERO };
+        let took = host + self.costs.step + self.costs.token * tokens.len() as u32;
         let begins =
             self.in_flight.back().map_or_else(Instant::now, |before| before.ends.max(Instant::now()));
         let (outcome, logits) = match self.compute(step, &tokens) {
@@ -237,13 +242,14 @@ impl Backend for Simulated {
             Err(error) => (Err(error), Vec::new()),
         };
         let looks_at_logits = step.outputs.iter().any(Output::needs_logits);
-        self.in_flight.push_back(InFlight { outcome, logits, looks_at_logits, ends: begins + took });
+        self.in_flight.push_back(InFlight { outcome, logits, looks_at_logits, took, ends: begins + took });
         Ok(())
     }
 
     fn collect(&mut self) -> Result<Vec<Sample>> {
-        let InFlight { outcome, logits, ends, .. } =
+        let InFlight { outcome, logits, took, ends, .. } =
             self.in_flight.pop_front().ok_or("no step is in flight")?;
+        self.clock += took;
         if self.in_real_time {
             thread::sleep(ends.saturating_duration_since(Instant::now()));
         }

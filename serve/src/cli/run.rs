@@ -1,7 +1,8 @@
 //! `flashinfer run MODEL [PROMPT]`: one answer, those to the lines of a file, or a conversation.
 //!
 //! All lines of a file (`--prompts`) share the steps of one engine and its KV cache. With
-//! `--speculate` it guesses what comes next, and computes several tokens of an answer in a step.
+//! `--speculate` or `--draft-model` it guesses what comes next, and computes several tokens of an answer
+//! in a step.
 //! Neither changes what the model is given for a prompt; but a step with another number of rows
 //! rounds in another way, so where two tokens are nearly as likely, an answer may go on otherwise
 //! than the one that its prompt gets alone.
@@ -54,12 +55,13 @@ pub struct Args {
     /// Tokens that the KV cache holds, of all prompts that are answered at a time
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub cache_tokens: usize,
-    /// Guess up to K tokens from what was said before, and keep those that are right
-    #[arg(
-        long, value_name = "K", num_args = 0..=1, require_equals = true, default_missing_value = "4",
-        default_value = "0", hide_default_value = true
-    )]
-    pub speculate: usize,
+    /// Guess up to K tokens, and keep those that are right: by what was said before, or by
+    /// --draft-model
+    #[arg(long, value_name = "K", num_args = 0..=1, require_equals = true, default_missing_value = "4")]
+    pub speculate: Option<usize>,
+    /// A smaller model of the same vocabulary that guesses them; K is 4 then, unless it is said
+    #[arg(long, value_name = "MODEL")]
+    pub draft_model: Option<ModelName>,
     /// Where to compute
     #[arg(long, default_value = "auto")]
     pub device: Device,
@@ -97,6 +99,7 @@ pub fn run(args: &Args) -> Result<()> {
         device: args.device,
         cache_tokens: args.cache_tokens,
         draft: args.speculate,
+        draft_model: args.draft_model.as_ref().map(|name| hub.locate(name)).transpose()?,
         deterministic: args.deterministic,
         weights: args.precision.weights,
         kv: args.precision.kv,
@@ -199,9 +202,11 @@ mod tests {
     #[test]
     fn prompts_and_drafts_come_from_the_command_line() {
         let args = parse(&["--speculate", "Hi"]).unwrap();
-        assert_eq!((args.speculate, task(&args).unwrap()), (4, Task::Answer("Hi".into())));
-        assert_eq!(parse(&["Hi"]).unwrap().speculate, 0);
-        assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, 7);
+        assert_eq!((args.speculate, task(&args).unwrap()), (Some(4), Task::Answer("Hi".into())));
+        assert_eq!(parse(&["Hi"]).unwrap().speculate, None);
+        assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, Some(7));
+        let args = parse(&["Hi", "--draft-model", "ollama/small"]).unwrap();
+        assert_eq!((args.speculate, args.draft_model.unwrap().to_string()), (None, "ollama/small".into()));
         assert!(parse(&["Hi", "--prompts", "file"]).is_err());
         assert!(parse(&["Hi", "--raw", "--system", "Be brief."]).is_err());
         let args = parse(&["Hi", "-n", "3", "--logprobs", "2"]).unwrap();

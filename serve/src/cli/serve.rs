@@ -50,9 +50,13 @@ pub struct Args {
     /// The most connections; further ones wait
     #[arg(long, value_name = "N", default_value_t = 4096)]
     pub max_connections: usize,
-    /// Guess up to K tokens from what was said before, and keep those that are right
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub speculate: usize,
+    /// Guess up to K tokens, and keep those that are right: by what was said before, or by
+    /// --draft-model
+    #[arg(long, value_name = "K")]
+    pub speculate: Option<usize>,
+    /// A smaller model of the same vocabulary that guesses them; K is 4 then, unless it is said
+    #[arg(long, value_name = "MODEL")]
+    pub draft_model: Option<ModelName>,
     /// Give answers that do not depend on what else is computed beside them
     #[arg(long)]
     pub deterministic: bool,
@@ -74,9 +78,11 @@ pub fn run(args: &Args) -> Result<()> {
     let listener = TcpListener::bind((args.host.as_str(), args.port))
         .map_err(|error| format!("cannot listen at {} port {}: {error}", args.host, args.port))?;
     println!("listening at http://{}", listener.local_addr()?);
-    let (model, llm_options) = (args.model.clone(), llm_options(args));
+    let (model, draft_model, llm_options) = (args.model.clone(), args.draft_model.clone(), llm_options(args));
     server.run(listener, move || {
-        let llm = Llm::load(&Hub::from_env()?.locate(&model)?, &llm_options)?;
+        let hub = Hub::from_env()?;
+        let draft_model = draft_model.map(|name| hub.locate(&name)).transpose()?;
+        let llm = Llm::load(&hub.locate(&model)?, &LlmOptions { draft_model, ..llm_options })?;
         llm.text().warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
         Ok(llm)
     })

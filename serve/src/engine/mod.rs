@@ -14,6 +14,7 @@
 //! with an error.
 
 mod events;
+mod models;
 mod step_tokens;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -42,12 +43,12 @@ pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub use self::{
     events::{End, Event, Events},
+    models::Models,
     step_tokens::StepTokens,
 };
 use self::{waiting::Waiting, worker::Worker};
 use crate::{
     Result,
-    backend::Backend,
     constraint::{Compiler, Constraint, Grammar, InvalidConstraint},
     request::{Bounds, Request, RequestId, SubmitError},
     sampling::InvalidParameter,
@@ -207,16 +208,16 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts an engine, and waits until `load` has made its backend, on the engine's
-    /// thread: for steps of [`Limits::step_capacity`], of limits that it may change
+    /// Starts an engine, and waits until `load` has made its backend, or [`Models`], on the
+    /// engine's thread: for steps of [`Limits::step_capacity`], of limits that it may change
     /// before.
     ///
     /// # Errors
     /// A limit is 0, there are no pages, no thread can be started, or those of `load`.
-    pub fn start<B: Backend + 'static>(
+    pub fn start<M: Into<Models>>(
         config: EngineConfig,
         text: Arc<Text>,
-        load: impl FnOnce(&PageAllocator, &mut Limits) -> Result<B> + Send + 'static,
+        load: impl FnOnce(&PageAllocator, &mut Limits) -> Result<M> + Send + 'static,
     ) -> Result<Self> {
         let EngineConfig { page_size, num_pages, .. } = config;
         for (name, value) in [
@@ -243,8 +244,8 @@ impl Engine {
         let thread = thread::Builder::new().name("engine".into()).spawn(move || {
             let _running = running;
             let load = move || -> Result<_> {
-                let backend = load(&pool, &mut limits)?;
-                Ok(Worker::new(&pool, limits, backend, updates, of_thread))
+                let models = load(&pool, &mut limits)?.into();
+                Ok(Worker::new(&pool, limits, models, updates, of_thread))
             };
             match worker::catch(load) {
                 Ok(Ok(worker)) => {

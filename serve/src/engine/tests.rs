@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     backend::{
-        sampler,
+        Backend, sampler,
         simulated::{Language, Simulated},
     },
     request::{Finish, Usage},

@@ -14,7 +14,7 @@ use std::{
 
 use flashinfer_rs::kv::PageAllocator;
 
-use super::{Command, Health, Shared};
+use super::{Command, Health, Models, Shared};
 use crate::{
     Error, Result,
     backend::Backend,
@@ -50,10 +50,10 @@ struct Live {
 }
 
 /// What the thread owns.
-pub struct Worker<B> {
+pub struct Worker {
     scheduler: Scheduler,
     pool: PageAllocator,
-    backend: B,
+    backend: Box<dyn Backend>,
     live: HashMap<RequestId, Live>,
     /// Whether commands were taken since their effects were published.
     commanded: bool,
@@ -61,16 +61,21 @@ pub struct Worker<B> {
     shared: Arc<Shared>,
 }
 
-impl<B: Backend> Worker<B> {
+impl Worker {
     /// No requests yet.
     pub fn new(
         pool: &PageAllocator,
         limits: Limits,
-        backend: B,
+        models: Models,
         updates: SyncSender<Vec<Update>>,
         shared: Arc<Shared>,
     ) -> Self {
+        let Models { model: backend, draft } = models;
         let scheduler = Scheduler::new(pool, backend.vocab_size(), limits);
+        let scheduler = match draft {
+            Some(draft) => scheduler.with_draft_model(draft),
+            None => scheduler,
+        };
         let (pool, live) = (pool.clone(), HashMap::new());
         Self { scheduler, pool, backend, live, commanded: false, updates, shared }
     }
@@ -143,9 +148,10 @@ impl<B: Backend> Worker<B> {
     fn step(&mut self) -> Result<()> {
         let (before, begin) = (self.scheduler.stats(), Instant::now());
         self.shared.status().step_since = Some(begin);
-        let Report { updates, failure } = self.scheduler.step(&mut self.backend)?;
+        let Report { updates, failure } = self.scheduler.step(&mut *self.backend)?;
         self.shared.status().step_since = None;
         let (after, took) = (self.scheduler.stats(), begin.elapsed());
+        self.scheduler.observe_time(took);
         if after.steps > before.steps {
             let (read, decoded) = (after.read - before.read, after.decoded - before.decoded);
             let reading = took.mul_f64(read as f64 / (read + decoded).max(1) as f64);
@@ -168,7 +174,7 @@ impl<B: Backend> Worker<B> {
 
     /// Finds out whether the engine is well after a step that failed.
     fn probe(&mut self) -> Result<()> {
-        let outcome = self.scheduler.probe(&mut self.backend)?;
+        let outcome = self.scheduler.probe(&mut *self.backend)?;
         self.shared.status().health = outcome.map_or_else(Health::Unwell, |()| Health::Well);
         Ok(())
     }

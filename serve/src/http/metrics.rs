@@ -116,6 +116,9 @@ pub struct Metrics {
     preemptions: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
+    drafts: Counter,
+    draft_tokens: Counter,
+    accepted_tokens: Counter,
     prompt_tokens: Counter,
     generation_tokens: Counter,
     success: Family<Finished, Counter>,
@@ -176,6 +179,19 @@ impl Metrics {
                 &mut all,
                 "prefix_cache_hits",
                 "Those that the prefix cache, or another answer, had",
+                Counter::default(),
+            ),
+            drafts: register(&mut all, "spec_decode_num_drafts", "Drafts", Counter::default()),
+            draft_tokens: register(
+                &mut all,
+                "spec_decode_num_draft_tokens",
+                "Tokens of drafts",
+                Counter::default(),
+            ),
+            accepted_tokens: register(
+                &mut all,
+                "spec_decode_num_accepted_tokens",
+                "Tokens of drafts that became part of an answer",
                 Counter::default(),
             ),
             prompt_tokens: register(&mut all, "prompt_tokens", "Tokens of prompts", Counter::default()),
@@ -332,6 +348,9 @@ impl Metrics {
                 (&self.preemptions, stats.preemptions),
                 (&self.prefix_queries, stats.read + stats.saved),
                 (&self.prefix_hits, stats.saved),
+                (&self.drafts, stats.drafts),
+                (&self.draft_tokens, stats.drafted),
+                (&self.accepted_tokens, stats.accepted),
             ] {
                 counter.inner().store(count as u64, Ordering::Relaxed);
             }

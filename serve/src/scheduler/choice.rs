@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, mem, ops::Range, sync::Arc, time::Instant};
 
 use flashinfer_rs::indices::LogitEdit;
 
-use super::{Limits, Token, Update};
+use super::{Limits, Token, Update, drafts::AnswerDrafts};
 use crate::{
     backend::{Logprobs, Output, Sample},
     constraint::Grammar,
@@ -39,6 +39,8 @@ pub struct Choice {
     /// How likely these were, as far as nobody was told.
     prompt_logprobs: Vec<Logprobs>,
     finish: Option<Finish>,
+    /// Its drafts.
+    pub drafts: AnswerDrafts,
 }
 
 impl Choice {
@@ -61,6 +63,7 @@ impl Choice {
             scored: 0,
             prompt_logprobs: Vec::new(),
             finish: None,
+            drafts: AnswerDrafts::default(),
         })
     }
 
@@ -165,6 +168,29 @@ impl Choice {
     /// How the token after the next one is chosen, where [`runs_ahead`](Self::runs_ahead).
     pub fn output_ahead(&self, row: usize) -> Output {
         self.sampler.output_ahead(row)
+    }
+
+    /// How the token is drafted that comes after these, which come next: as the model is to choose
+    /// it, with the same random number.
+    pub fn draft_output(&self, row: usize, draft: &[u32]) -> Output {
+        let mut sampler = self.sampler.clone();
+        draft.iter().for_each(|&token| sampler.push(token));
+        Output { logprobs: None, ..sampler.output(row, None) }
+    }
+
+    /// What n-grams say comes next, at most `most` tokens.
+    pub fn ngram_draft(&mut self, most: usize) -> Vec<u32> {
+        self.drafts.ngrams(&self.tokens, most)
+    }
+
+    /// Whether n-grams say what comes next.
+    pub fn has_ngram(&mut self) -> bool {
+        self.drafts.guess(&self.tokens).is_some()
+    }
+
+    /// Takes in that nothing was drafted by n-grams, and that this token comes next.
+    pub fn compare_ngram(&mut self, next: u32) {
+        self.drafts.compare(&self.tokens, next);
     }
 
     /// Finds the tokens that the constraint allows next, if there is one. If none can be found,

@@ -49,6 +49,16 @@ impl Flight {
         }
     }
 
+    /// Whether it has drafts.
+    pub fn is_drafted(&self) -> bool {
+        self.parts.iter().any(|part| !part.draft.is_empty())
+    }
+
+    /// Whether all of its answers decode.
+    pub fn decodes(&self) -> bool {
+        self.parts.iter().all(|part| !part.reads)
+    }
+
     /// How many outputs it has.
     pub fn outputs(&self) -> usize {
         self.parts.iter().map(Part::outputs).sum()

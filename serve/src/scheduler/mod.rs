@@ -3,7 +3,7 @@
 //! A step computes at most [`Limits::step_tokens`] tokens. Each choice that
 //! runs gets at least one of them: its last token, if it decodes, or the next
 //! part of its prompt. What is left goes to prompts that wait, in the order in
-//! which they came, and then to drafts. While no prompt waits or is read, and
+//! which they came, and then to [drafts]. While no prompt waits or is read, and
 //! without drafts, a step is one token of each choice.
 //!
 //! Those that run came before all that wait, and only the last of them may have
@@ -32,6 +32,7 @@
 //! sequences are as before. Each choice is then computed alone, and one that fails again ends.
 
 mod choice;
+mod drafts;
 mod flight;
 mod part;
 mod plan;
@@ -44,13 +45,17 @@ mod tests;
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache, Sequence};
 
-pub use self::{choice::Choice, stats::Stats};
-use self::{flight::Flight, part::Part};
+pub use self::{choice::Choice, drafts::DraftModel, stats::Stats};
+use self::{
+    drafts::{DraftedBy, StepTimes, Timed},
+    flight::Flight,
+    part::Part,
+};
 use crate::{
     Result,
     backend::{Logprobs, StepCapacity},
@@ -135,6 +140,15 @@ pub struct Scheduler {
     batch: Batch,
     /// The steps in flight, the oldest first: at most one between calls.
     in_flight: VecDeque<Flight>,
+    drafted_by: DraftedBy,
+    /// What steps take.
+    times: StepTimes,
+    /// What the time of the last step tells.
+    timed: Option<Timed>,
+    /// How many tokens should be right of the last drafts.
+    expected: f64,
+    /// Whether the next step is not enqueued because of drafts.
+    waits: bool,
     stats: Stats,
 }
 
@@ -151,8 +165,19 @@ impl Scheduler {
             running: Vec::new(),
             batch: Batch::new(pool),
             in_flight: VecDeque::new(),
+            drafted_by: DraftedBy::Ngrams,
+            times: StepTimes::default(),
+            timed: None,
+            expected: 0.0,
+            waits: false,
             stats: Stats::default(),
         }
+    }
+
+    /// Has a model make the drafts, in place of n-grams.
+    #[must_use]
+    pub fn with_draft_model(self, model: DraftModel) -> Self {
+        Self { drafted_by: DraftedBy::Model(Box::new(model)), ..self }
     }
 
     /// What a request has to fit.
@@ -214,6 +239,15 @@ impl Scheduler {
     /// Whether all requests have ended, and nothing is in flight.
     pub fn is_done(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// Says how long the last step took, so that there are drafts only where tokens come faster
+    /// by them. Nothing else depends on it. If it is never said, a draft is as long as its tokens are
+    /// likely to be right.
+    pub fn observe_time(&mut self, took: Duration) {
+        if let Some(timed) = self.timed.take() {
+            self.times.observe(timed, took);
+        }
     }
 
     /// What was counted so far.

@@ -8,7 +8,7 @@ use super::{
     Choice, Scheduler,
     part::{self, Part},
 };
-use crate::{Result, draft::draft};
+use crate::Result;
 
 impl Scheduler {
     /// What the next step computes of each choice that runs, for all of which
@@ -131,27 +131,5 @@ impl Scheduler {
         let mut forked = running.find(has_read)?.1.fork();
         forked.truncate(prompt.min(choice.most_cached()));
         Some(forked)
-    }
-
-    /// Has choices that get a next token guess more, within the tokens and the
-    /// pages that are left.
-    fn add_drafts(&self, parts: &mut [Part], mut budget: usize, mut pages: usize) {
-        if self.limits.draft == 0 {
-            return;
-        }
-        let (page_size, most) = (self.pool.page_size(), self.limits.context.min(self.bounds.cache_tokens));
-        for (index, part) in parts.iter_mut().enumerate().filter(|(_, part)| part.whole) {
-            let (choice, sequence) = (&self.running[index], &self.batch.sequences()[index]);
-            if choice.is_constrained() {
-                continue;
-            }
-            let len = choice.tokens().len();
-            let before = part.further_pages(sequence);
-            let slots = len.next_multiple_of(page_size) - len + pages * page_size;
-            let most = self.limits.draft.min(budget).min(slots).min(most - len).min(choice.room() - 1);
-            part.draft = draft(choice.tokens(), most);
-            budget -= part.draft.len();
-            pages -= part.further_pages(sequence) - before;
-        }
     }
 }

@@ -26,6 +26,8 @@ pub struct Stats {
     pub recomputed: usize,
     /// Times that an answer gave its pages back.
     pub preemptions: usize,
+    /// Drafts.
+    pub drafts: usize,
     /// Tokens of drafts.
     pub drafted: usize,
     /// Tokens of drafts that became part of an answer.

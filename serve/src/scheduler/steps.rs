@@ -1,10 +1,13 @@
 //! The course of a step: it is planned, enqueued, followed by the next, and collected.
 
+use std::mem;
+
 use flashinfer_rs::kv::{Batch, Sequence};
 use rayon::prelude::*;
 
 use super::{
     Choice, Report, Scheduler, Token,
+    drafts::{Drafts, Right, Timed},
     flight::{Flight, Rows},
     part::Part,
 };
@@ -24,6 +27,7 @@ impl Scheduler {
     /// fails at is in the report.
     pub fn step(&mut self, backend: &mut dyn Backend) -> Result<Report> {
         let mut report = Report::default();
+        self.timed = None;
         if self.in_flight.front().is_some_and(Flight::is_dropped) {
             self.collect(backend, &mut report)?;
         }
@@ -41,10 +45,31 @@ impl Scheduler {
                 return Ok(report);
             }
         }
-        self.enqueue_next(backend)?;
+        let next = self.enqueue_next(backend)?;
+        let (timed, accepted) = (self.timed(next), self.stats.accepted);
         self.collect(backend, &mut report)?;
+        if report.failure.is_none() {
+            self.timed = timed;
+        }
+        if let Some(Timed { drafts: Drafts::Some(right), .. }) = &mut self.timed {
+            right.counted = (self.stats.accepted - accepted) as f64;
+        }
         self.remove_ended()?;
         Ok(report)
+    }
+
+    /// What the time of the step in flight will tell, once it is known what of its drafts is
+    /// right.
+    fn timed(&mut self, next: Next) -> Option<Timed> {
+        let flight = self.in_flight.front()?;
+        let (is_drafted, waits) = (flight.is_drafted(), next == Next::WaitsForDrafts);
+        let waited = mem::replace(&mut self.waits, is_drafted || waits);
+        let drafts = match is_drafted {
+            true => Drafts::Some(Right { expected: self.expected, counted: 0.0 }),
+            false if waited => Drafts::WaitedFor,
+            false => Drafts::None,
+        };
+        flight.decodes().then(|| Timed { answers: flight.parts.len(), drafts })
     }
 
     /// Finds the tokens that constraints allow next, of all choices that run at once, and ends
@@ -100,10 +125,11 @@ impl Scheduler {
         }
     }
 
-    /// Enqueues what follows the step in flight, if it is known and there are pages for it.
-    fn enqueue_next(&mut self, backend: &mut dyn Backend) -> Result<()> {
+    /// Enqueues what follows the step in flight, if it is known, is to have no drafts, and there
+    /// are pages for it.
+    fn enqueue_next(&mut self, backend: &mut dyn Backend) -> Result<Next> {
         let Some(flight) = self.in_flight.front().filter(|_| backend.is_asynchronous()) else {
-            return Ok(());
+            return Ok(Next::IsPlanned);
         };
         // Who waits is not held up by a step, unless nobody leaves.
         let most = self.limits.max_running.min(self.limits.step_tokens);
@@ -111,16 +137,20 @@ impl Scheduler {
         let all_run = self.waiting.is_empty() || (self.running.len() == most && ending == 0);
         let context = self.limits.context.min(self.bounds.cache_tokens);
         let fits = self.running.iter().all(|choice| choice.tokens().len() < context);
-        if self.limits.draft > 0 || !all_run || ending == self.running.len() || !fits {
-            return Ok(());
+        if !all_run || ending == self.running.len() || !fits {
+            return Ok(Next::IsPlanned);
         }
-        let Some((next, rows)) = flight.next(&self.running) else { return Ok(()) };
+        let Some((next, rows)) = flight.next(&self.running) else { return Ok(Next::IsPlanned) };
+        if self.draft_lens(|_| true).is_some() {
+            return Ok(Next::WaitsForDrafts);
+        }
         let pages = self.further_pages(&next.parts);
-        if self.make_free(pages) {
-            // One that is refused is planned again when this one is collected.
-            let _refused = self.enqueue(backend, next, &rows)?;
+        if !self.make_free(pages) {
+            return Ok(Next::IsPlanned);
         }
-        Ok(())
+        // One that is refused is planned again when this one is collected.
+        let enqueued = self.enqueue(backend, next, &rows)?;
+        Ok(if enqueued.is_ok() { Next::IsInFlight } else { Next::IsPlanned })
     }
 
     /// Collects the oldest step in flight, and takes in what came of it.
@@ -206,6 +236,7 @@ impl Scheduler {
             self.stats.decoded += part.len;
         }
         self.stats.decoded += part.draft.len();
+        self.stats.drafts += usize::from(!part.draft.is_empty());
         self.stats.drafted += part.draft.len();
         self.stats.recomputed += choice.reached.min(computed).saturating_sub(computed - part.len);
         let begins = choice.answer().is_empty();
@@ -215,6 +246,9 @@ impl Scheduler {
         report.updates.extend(wrong);
         let agrees = |(draft, sample): &(&u32, &Sample)| Some(**draft) == sample.token;
         let right = part.draft.iter().zip(&samples).take_while(agrees).count();
+        if part.whole {
+            self.drafted_by.learn(choice, part.draft.len(), right, samples.first());
+        }
         for Sample { token, logprobs } in samples.into_iter().take(right + 1) {
             let Some(id) = token else {
                 report.updates.push(choice.end(Finish::NoNumbers));
@@ -240,6 +274,17 @@ impl Scheduler {
         }
         Ok(())
     }
+}
+
+/// What becomes of the step after the one in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// It was enqueued.
+    IsInFlight,
+    /// It is planned when the other was collected.
+    IsPlanned,
+    /// The same, only because it may have drafts.
+    WaitsForDrafts,
 }
 
 /// A step that failed.

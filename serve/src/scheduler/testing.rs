@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flashinfer_rs::kv::PageAllocator;
 
-use super::{Limits, Report, Scheduler, Token};
+use super::{DraftModel, Limits, Report, Scheduler, Token};
 use crate::{
     Result,
     backend::{Backend, Logprobs, Sample, Step, simulated::mix},
@@ -38,6 +38,11 @@ pub struct Requests {
 impl Requests {
     pub fn new(pool: &PageAllocator, vocab_size: usize, limits: Limits) -> Self {
         Self { scheduler: Scheduler::new(pool, vocab_size, limits), answers: BTreeMap::new(), next: 0 }
+    }
+
+    /// Has a model make the drafts.
+    pub fn with_draft_model(self, model: DraftModel) -> Self {
+        Self { scheduler: self.scheduler.with_draft_model(model), ..self }
     }
 
     /// Adds a request, and gives its number.
@@ -108,6 +113,40 @@ impl<B> Faulty<B> {
             true => Err("a fault".into()),
             false => Ok(()),
         }
+    }
+}
+
+/// A backend that chooses another token than its model would once in a while.
+pub struct Mistaken<B> {
+    pub backend: B,
+    /// One in so many tokens is another; 0 for none.
+    pub one_in: u64,
+    pub tokens: u64,
+}
+
+impl<B: Backend> Backend for Mistaken<B> {
+    fn vocab_size(&self) -> usize {
+        self.backend.vocab_size()
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        self.backend.enqueue(step)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        let mut samples = self.backend.collect()?;
+        let vocab_size = self.vocab_size() as u32;
+        for token in samples.iter_mut().filter_map(|sample| sample.token.as_mut()) {
+            self.tokens += 1;
+            if self.one_in > 0 && mix(self.tokens).is_multiple_of(self.one_in) {
+                *token = (*token + 1) % vocab_size;
+            }
+        }
+        Ok(samples)
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        self.backend.logits()
     }
 }
 

@@ -199,6 +199,39 @@ pub fn check_drafts(engine: &mut dyn Backend, pool: &PageAllocator, text: &Text)
     assert!(stats.steps <= 8, "{stats:?}");
 }
 
+/// A model that drafts for itself has every draft right, greedy or drawn: both draw with the same
+/// random numbers.
+#[test]
+fn a_model_that_drafts_for_itself_is_right() {
+    let Some(loaded) = loaded() else { return };
+    let pool = PageAllocator::new(16, 16).unwrap();
+    check_draft_model(&mut loaded.cpu(&pool), &pool, |pool| loaded.cpu(pool));
+}
+
+/// Answers with drafts of the model itself.
+pub fn check_draft_model<B: Backend + 'static>(
+    engine: &mut dyn Backend,
+    pool: &PageAllocator,
+    load: impl FnOnce(&PageAllocator) -> B,
+) {
+    let drawn = SamplingParams { temperature: 0.8, top_p: 0.9, seed: Some(7), ..greedy(24) };
+    let answers = |requests: &mut Requests, engine: &mut dyn Backend| {
+        for params in [&greedy(24), &drawn] {
+            requests.submit(STORY.0, params).unwrap();
+        }
+        requests.finish(engine);
+        [0, 1].map(|request| requests.answer(request).ids())
+    };
+    let mut plain = Requests::new(pool, engine.vocab_size(), limits(64, 0));
+    let want = answers(&mut plain, engine);
+    assert_eq!(want[0], STORY.1[..24]);
+    let model = draft_model(16, 16, &limits(64, 4), |pool, _| load(pool));
+    let mut drafted = Requests::new(pool, engine.vocab_size(), limits(64, 4)).with_draft_model(model);
+    assert_eq!(answers(&mut drafted, engine), want);
+    let stats = drafted.scheduler.stats();
+    assert!(stats.accepted * 10 > stats.drafted * 9 && stats.steps <= 8, "{stats:?}");
+}
+
 #[test]
 fn logits_of_several_tokens_are_those_of_single_steps() {
     let Some(loaded) = loaded() else { return };

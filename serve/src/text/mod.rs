@@ -196,6 +196,11 @@ impl Text {
         self.tokenizer.vocabulary.tokens.len()
     }
 
+    /// How another model's tokens differ, if they do.
+    pub(crate) fn difference(&self, other: &Self) -> Option<String> {
+        self.tokenizer.vocabulary.difference(&other.tokenizer.vocabulary)
+    }
+
     /// The bytes that a token stands for, which may be a part of a character; of a control
     /// token its name. Empty if there is no such token.
     pub fn token_bytes(&self, id: u32) -> &[u8] {

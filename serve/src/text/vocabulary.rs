@@ -145,6 +145,16 @@ impl Vocabulary {
         }
     }
 
+    /// How another model's tokens differ, if they do: in their number, or the first one.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        let (ours, theirs) = (self.tokens.len(), other.tokens.len());
+        if ours != theirs {
+            return Some(format!("it has {theirs} tokens, and the model {ours}"));
+        }
+        let id = (0..ours).find(|&id| self.tokens[id] != other.tokens[id])?;
+        Some(format!("its token {id} is {:?}, and the model's {:?}", other.tokens[id], self.tokens[id]))
+    }
+
     /// The token of this name; the last of several.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.ids.get(token).copied()

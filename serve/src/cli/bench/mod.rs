@@ -12,6 +12,7 @@ use crate::{
     hub::{Hub, ModelName},
     model::{Model, synthetic::Shape},
 };
+use throughput::Test;
 
 /// Measure how fast prompts are read and tokens generated
 #[derive(clap::Args)]
@@ -31,6 +32,13 @@ pub struct Args {
     /// Where to compute
     #[arg(long, default_value = "auto")]
     device: Device,
+    /// Measure answers with drafts of up to K tokens, too: by what was said before, or by
+    /// --draft-model
+    #[arg(long, value_name = "K", conflicts_with = "steps")]
+    speculate: Option<usize>,
+    /// A smaller model of the same vocabulary that drafts; K is 4 then, unless it is said
+    #[arg(long, value_name = "MODEL", conflicts_with = "steps")]
+    draft_model: Option<ModelName>,
     /// Measure answers that do not depend on what else is computed beside them
     #[arg(long)]
     deterministic: bool,
@@ -56,7 +64,8 @@ pub fn run(args: &Args) -> Result<()> {
         return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get(), gpu);
     }
     let name = args.model.as_ref().ok_or("there is no model to measure")?;
-    let files = Hub::from_env()?.locate(name)?;
+    let hub = Hub::from_env()?;
+    let files = hub.locate(name)?;
     if !args.steps.is_empty() {
         let model = Model::open_files(&files)?;
         return steps::run(steps::Source::Model(&model), &args.steps, args.context.get(), gpu);
@@ -73,13 +82,24 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let llm = Llm::load(&files, &options)?;
     println!("{name}, {}; {} repetitions, after one that does not count", llm.place(), args.repetitions);
-    println!("| test | tokens/s | standard deviation |");
-    println!("|---|---|---|");
+    println!("| test | tokens/s | standard deviation | tokens drafted | right |");
+    println!("|---|---|---|---|---|");
     for tokens in &args.prompt_tokens {
-        throughput::Test::Prompt(tokens.get()).print(&llm, args.repetitions.get())?;
+        Test::Prompt(tokens.get()).print(&llm, args.repetitions.get(), "")?;
     }
-    for tokens in &args.generate_tokens {
-        throughput::Test::Generate(tokens.get()).print(&llm, args.repetitions.get())?;
+    let generate = |llm: &Llm, suffix: &str| {
+        let mut tests = args.generate_tokens.iter().map(|tokens| Test::Generate(tokens.get()));
+        tests.try_for_each(|test| test.print(llm, args.repetitions.get(), suffix))
+    };
+    generate(&llm, "")?;
+    if args.speculate.is_none() && args.draft_model.is_none() {
+        return Ok(());
     }
-    Ok(())
+    // One at a time has room.
+    drop(llm);
+    let draft_model = args.draft_model.as_ref().map(|name| hub.locate(name)).transpose()?;
+    generate(
+        &Llm::load(&files, &LlmOptions { draft: args.speculate, draft_model, ..options })?,
+        " with drafts",
+    )
 }

@@ -3,7 +3,7 @@
 
 use std::{fmt, time::Instant};
 
-use rand::RngExt;
+use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 use crate::{Llm, Result, SamplingParams, cli::answers::failure, request::Request};
 
@@ -26,26 +26,33 @@ impl fmt::Display for Test {
 }
 
 impl Test {
-    /// Prints a row of a table.
+    /// Prints a row of a table, with a suffix of the test's name.
     ///
     /// # Errors
     /// The model's context has no room for so many tokens, or it computes no numbers.
-    pub fn print(self, llm: &Llm, repetitions: usize) -> Result<()> {
-        self.rate(llm)?;
-        let rates = (0..repetitions).map(|_| self.rate(llm)).collect::<Result<Vec<_>>>()?;
+    pub fn print(self, llm: &Llm, repetitions: usize, suffix: &str) -> Result<()> {
+        self.rate(llm, 0)?;
+        let before = llm.engine().status().stats;
+        let rates = (1..=repetitions).map(|seed| self.rate(llm, seed)).collect::<Result<Vec<_>>>()?;
+        let after = llm.engine().status().stats;
         let (mean, deviation) = mean_and_deviation(&rates);
-        println!("| {self} | {mean:.2} | {deviation:.2} |");
+        let (drafted, right) = (after.drafted - before.drafted, after.accepted - before.accepted);
+        let share =
+            if drafted > 0 { format!("{:.0} %", 1e2 * right as f64 / drafted as f64) } else { "".into() };
+        println!("| {self}{suffix} | {mean:.2} | {deviation:.2} | {drafted} | {share} |");
         Ok(())
     }
 
-    /// Tokens per second, once. Prompts are random, so that none is cached.
-    fn rate(self, llm: &Llm) -> Result<f64> {
+    /// Tokens per second, once. Prompts are random, so that none is cached, and the same for the
+    /// same seed, so that answers are.
+    fn rate(self, llm: &Llm, seed: usize) -> Result<f64> {
         // The answer's first token belongs to the prompt.
         let (read, generated) = match self {
             Self::Prompt(tokens) => (tokens, 1),
             Self::Generate(tokens) => (1, tokens + 1),
         };
-        let (mut random, vocab_size) = (rand::rng(), llm.engine().bounds().vocab_size as u32);
+        let mut random = ChaCha8Rng::seed_from_u64((read as u64) << 32 | seed as u64);
+        let vocab_size = llm.engine().bounds().vocab_size as u32;
         let prompt = (0..read).map(|_| random.random_range(0..vocab_size)).collect();
         let params =
             SamplingParams { max_tokens: Some(generated), ignore_eos: true, ..SamplingParams::default() };

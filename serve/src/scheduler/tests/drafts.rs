@@ -1,6 +1,9 @@
 //! Drafts in steps.
 
+use std::time::Duration;
+
 use super::*;
+use crate::backend::simulated::Costs;
 
 #[test]
 fn drafts_save_steps_and_change_nothing() {
@@ -38,4 +41,44 @@ fn drafts_of_drawn_tokens_change_nothing() {
     let ((plain, _), (drafted, stats)) = (answer(0), answer(4));
     assert_eq!(plain, drafted);
     assert!(stats.accepted > 20 && stats.accepted < stats.drafted, "{stats:?}");
+}
+
+/// The time that answers take, and how many tokens of drafts were right.
+fn time(draft: usize, requests: u32, language: Language, costs: Costs) -> (Duration, usize) {
+    let (_, mut all, backend) = speaking(2000, 4, Limits { context: 4000, ..limits(64, draft) }, language);
+    let mut backend = backend.with_costs(costs);
+    for request in 0..requests {
+        let prompt: Vec<_> =
+            tokens(request.into(), 8).iter().map(|id| id % language.vocab_size as u32).collect();
+        all.submit(&prompt, &greedy(800)).unwrap();
+    }
+    while !all.scheduler.is_done() {
+        let before = backend.clock();
+        all.step(&mut backend);
+        all.scheduler.observe_time(backend.clock() - before);
+    }
+    (backend.clock(), all.scheduler.stats().accepted)
+}
+
+/// On the clock, answers take no longer with drafts, whatever they are and a step costs, but for what
+/// the few steps in which that is found out; and less where drafts are right and cheap.
+#[test]
+fn drafts_never_take_longer_than_none() {
+    let us = Duration::from_micros;
+    let cheap = Costs { step: us(1000), token: us(2), host: us(50) };
+    let waiting = Costs { host: us(900), ..cheap };
+    let rows = Costs { step: us(100), token: us(500), host: us(20) };
+    for costs in [cheap, waiting, rows] {
+        for language in [1, 2, 3, 6, 20, 100].map(vocab) {
+            for requests in [1, 2, 7] {
+                let (without, _) = time(0, requests, language, costs);
+                let (with, accepted) = time(4, requests, language, costs);
+                let ratio = with.as_secs_f64() / without.as_secs_f64();
+                assert!(ratio < 1.04, "{ratio} with {costs:?} {language:?}, {requests} requests");
+                if language.vocab_size == 1 && costs != rows {
+                    assert!(ratio < 0.5 && accepted > 500, "{ratio} {accepted} with {costs:?}");
+                }
+            }
+        }
+    }
 }

@@ -129,8 +129,7 @@ fn who_cannot_start_holds_up_nobody() {
     assert_eq!(requests.scheduler.stats().surplus, 0);
 }
 
-/// What the host has to know first is waited for: tokens under penalties and constraints, logits,
-/// drafts.
+/// What the host has to know first is waited for: tokens under penalties and constraints, logits.
 #[test]
 fn a_step_that_depends_on_the_last_token_waits_for_it() {
     let penalties = [
@@ -146,10 +145,36 @@ fn a_step_that_depends_on_the_last_token_waits_for_it() {
         requests.finish(&mut backend);
         assert!(calls.lock().unwrap().iter().all(|call| !matches!(call, Call::Enqueue { ahead: true, .. })));
     }
+}
+
+/// The step after a draft waits for what of it was right. Where n-grams have nothing to say, or
+/// what they say is wrong, steps are enqueued ahead as without drafts.
+#[test]
+fn a_step_waits_for_drafts_that_are_right() {
+    let (_, mut requests, backend) = speaking(100, 4, limits(16, 2), vocab(1));
+    let calls = Arc::<Mutex<Vec<Call>>>::default();
+    let mut repeating = Listening { backend, calls: calls.clone() };
+    requests.submit(&[0, 0, 0], &greedy(30)).unwrap();
+    requests.finish(&mut repeating);
+    let ahead = |call: &&Call| matches!(call, Call::Enqueue { ahead: true, .. });
+    // Only the last token is none of a draft.
+    assert_eq!(calls.lock().unwrap().iter().filter(ahead).count(), 0);
+    assert_eq!(requests.scheduler.stats().accepted, 20);
+
     let (mut requests, mut backend, calls) = listening(limits(16, 2));
-    requests.submit(&tokens(1, 6), &greedy(5)).unwrap();
+    requests.submit(&tokens(1, 6), &greedy(30)).unwrap();
     requests.finish(&mut backend);
-    assert!(calls.lock().unwrap().iter().all(|call| !matches!(call, Call::Enqueue { ahead: true, .. })));
+    assert_eq!(calls.lock().unwrap().iter().filter(ahead).count(), 29);
+
+    // Of two tokens, pairs come all the time, and what followed them does not tell.
+    let (_, mut requests, backend) = speaking(200, 4, limits(16, 2), vocab(6));
+    let calls = Arc::<Mutex<Vec<Call>>>::default();
+    let mut confused = Listening { backend, calls: calls.clone() };
+    requests.submit(&[0, 1, 2], &greedy(500)).unwrap();
+    requests.finish(&mut confused);
+    let drafts = requests.scheduler.stats().drafts;
+    assert!((1..100).contains(&drafts), "{drafts}");
+    assert!(calls.lock().unwrap().iter().filter(ahead).count() > 300);
 }
 
 /// Random numbers, biases and bans are those of the position, known or not.

@@ -9,7 +9,11 @@ use proptest::{
     test_runner::{Config, TestRunner},
 };
 
-use super::{super::testing::Faulty, *};
+use super::{
+    super::testing::{Faulty, Mistaken},
+    *,
+};
+use crate::tests::draft_model;
 
 /// A request that comes while others run.
 #[derive(Clone, Debug)]
@@ -30,6 +34,7 @@ struct Schedule {
     language: Language,
     limits: Limits,
     backend: Kind,
+    drafter: Option<Drafter>,
     /// Whether what nobody uses is evicted after every step.
     evicts: bool,
     arrivals: Vec<Arrival>,
@@ -39,6 +44,16 @@ struct Schedule {
 #[derive(Clone, Copy, Debug)]
 struct Kind {
     asynchronous: bool,
+    /// One in so many calls fails; 0 for none.
+    faults: u64,
+}
+
+/// A model that drafts.
+#[derive(Clone, Copy, Debug)]
+struct Drafter {
+    num_pages: usize,
+    /// One token in so many is another than the model's; 0 for none.
+    mistakes: u64,
     /// One in so many calls fails; 0 for none.
     faults: u64,
 }
@@ -103,15 +118,18 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     let evicts = prop::bool::weighted(0.3);
     let nan = prop_oneof![Just(0), Just(20)];
     let language = (3..5usize, nan).prop_map(|(vocab_size, nan)| Language { vocab_size, nan });
+    let drafter = (1..24usize, 0..4u64, prop_oneof![3 => Just(0), 1 => 3..60u64])
+        .prop_map(|(num_pages, mistakes, faults)| Drafter { num_pages, mistakes, faults });
+    let drafter = prop::option::weighted(0.4, drafter);
     let backend = (any::<bool>(), prop_oneof![2 => Just(0), 1 => 3..30u64])
         .prop_map(|(asynchronous, faults)| Kind { asynchronous, faults });
-    (1..6usize, 1..24usize, language, limits, backend, evicts, arrivals).prop_map(
-        |(page_size, num_pages, language, limits, backend, evicts, mut arrivals)| {
+    (1..6usize, 1..24usize, language, limits, (backend, drafter), evicts, arrivals).prop_map(
+        |(page_size, num_pages, language, limits, (backend, drafter), evicts, mut arrivals)| {
             if language.nan > 0 {
                 // An answer could end while its prompt is read, which is not counted here.
                 arrivals.iter_mut().for_each(|arrival| arrival.params.prompt_logprobs = None);
             }
-            Schedule { page_size, num_pages, language, limits, backend, evicts, arrivals }
+            Schedule { page_size, num_pages, language, limits, backend, drafter, evicts, arrivals }
         },
     )
 }
@@ -127,10 +145,18 @@ struct Outcome {
 
 /// Runs a schedule to its end, and compares every answer.
 fn run(schedule: &Schedule) -> Outcome {
-    let Schedule { page_size, num_pages, language, ref limits, backend: kind, evicts, ref arrivals } =
+    let Schedule { page_size, num_pages, language, ref limits, backend: kind, drafter, evicts, ref arrivals } =
         *schedule;
     let (cache, most) = (num_pages * page_size, (num_pages * page_size).min(limits.context));
     let (pool, mut requests, backend) = speaking(num_pages, page_size, limits.clone(), language);
+    if let Some(Drafter { num_pages, mistakes, faults }) = drafter {
+        let model = draft_model(num_pages, page_size, limits, |pool, capacity| {
+            let backend = Simulated::new(pool, capacity, language);
+            let backend = Mistaken { backend, one_in: mistakes, tokens: arrivals.len() as u64 };
+            Faulty { backend, one_in: faults, calls: arrivals.len() as u64 }
+        });
+        requests = requests.with_draft_model(model);
+    }
     let backend = if kind.asynchronous { backend } else { backend.synchronous() };
     let mut backend = Faulty { backend, one_in: kind.faults, calls: arrivals.len() as u64 };
     let mut leaving: Vec<(usize, usize)> = Vec::new();
@@ -218,7 +244,7 @@ fn run(schedule: &Schedule) -> Outcome {
 #[test]
 fn random_schedules_answer_as_if_each_request_were_alone() {
     let (preemptions, recomputed, saved, accepted, failures, cancelled) = Default::default();
-    let (surplus, failed_steps, broken) = Default::default();
+    let (surplus, failed_steps, broken, by_model) = Default::default();
     let add = |sum: &Cell<usize>, more: usize| sum.set(sum.get() + more);
     let mut runner = TestRunner::new(Config { cases: 4500, failure_persistence: None, ..Config::default() });
     runner
@@ -232,7 +258,7 @@ fn random_schedules_answer_as_if_each_request_were_alone() {
             add(&preemptions, outcome.stats.preemptions);
             add(&recomputed, outcome.stats.recomputed);
             add(&saved, outcome.stats.saved);
-            add(&accepted, outcome.stats.accepted);
+            add(if schedule.drafter.is_some() { &by_model } else { &accepted }, outcome.stats.accepted);
             Ok(())
         })
         .unwrap();
@@ -240,7 +266,8 @@ fn random_schedules_answer_as_if_each_request_were_alone() {
         ("preemptions", preemptions),
         ("tokens computed again", recomputed),
         ("tokens saved", saved),
-        ("drafts accepted", accepted),
+        ("tokens of n-grams accepted", accepted),
+        ("tokens of a draft model accepted", by_model),
         ("requests failed", failures),
         ("requests cancelled", cancelled),
         ("steps failed", failed_steps),
@@ -266,6 +293,7 @@ fn a_long_schedule_ends_with_no_page_lost() {
         language: vocab(3),
         limits: Limits { context: 80, ..limits(16, 3) },
         backend: Kind { asynchronous: true, faults: 0 },
+        drafter: None,
         evicts: false,
         arrivals: arrivals.collect(),
     });

@@ -109,7 +109,8 @@ fn no_more_run_than_may() {
 /// clock no token of theirs takes longer than a full step.
 #[test]
 fn a_long_prompt_delays_nobody_by_more_than_a_part() {
-    let costs = Costs { step: Duration::from_millis(2), token: Duration::from_micros(100) };
+    let costs =
+        Costs { step: Duration::from_millis(2), token: Duration::from_micros(100), ..Costs::default() };
     let (_, mut requests, backend) = setup(400, 4, Limits { context: 2000, ..limits(32, 0) });
     let mut backend = backend.with_costs(costs);
     requests.submit(&tokens(1, 4), &greedy(60)).unwrap();
