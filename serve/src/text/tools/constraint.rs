@@ -10,7 +10,7 @@ use super::{
     types::{Types, referred},
 };
 use crate::{
-    constraint::{Constraint, InvalidConstraint},
+    constraint::{Constraint, InvalidConstraint, check_schema},
     text::Text,
 };
 
@@ -102,6 +102,7 @@ impl Rules<'_> {
                 format!("{} {} {arguments}", literal(name), self.words(behind_name))
             }
             Form::NamedParameters { behind_name, words } => {
+                check_schema(&parameters).map_err(|problem| format!("tool {at}: {problem}"))?;
                 let arguments = self.parameters(at, words, &parameters);
                 let arguments = arguments.map_err(|problem| {
                     format!("tool {at}: {problem}, as the model writes each argument for itself, and strings without quotes")
@@ -121,8 +122,11 @@ impl Rules<'_> {
         if !Types::of(schema, schema).have(Types::OBJECT) {
             return Err("its `parameters` have another type than `object`".into());
         }
-        let required: Vec<_> =
-            schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let required = match &schema["required"] {
+            Value::Null => Some(Vec::new()),
+            required => required.as_array().and_then(|names| names.iter().map(Value::as_str).collect()),
+        };
+        let required: Vec<_> = required.ok_or("its `required` is no list of names")?;
         let mut properties = schema["properties"].as_object().cloned().unwrap_or_default();
         for name in &required {
             properties.entry(*name).or_insert(Value::Bool(true));
@@ -221,8 +225,12 @@ enum Alternative {
 /// What strings of a schema may be, and `null`.
 fn texts(schema: &Value, root: &Value, depth: usize) -> Result<Vec<Alternative>, String> {
     const MAX_DEPTH: usize = 16;
-    let any = || Ok(vec![Alternative::Length(0, None)]);
-    let Some(keywords) = schema.as_object().filter(|keywords| !keywords.is_empty()) else { return any() };
+    let Some(keywords) = schema.as_object() else {
+        return match schema {
+            Value::Bool(true) => Ok(vec![Alternative::Length(0, None)]),
+            _ => Err("its schema accepts nothing".into()),
+        };
+    };
     if depth > MAX_DEPTH {
         return Err(format!("its schemas are nested deeper than {MAX_DEPTH}"));
     }
@@ -234,6 +242,9 @@ fn texts(schema: &Value, root: &Value, depth: usize) -> Result<Vec<Alternative>,
         check_keywords(keywords, &["anyOf", "oneOf"])?;
         let schemas = schemas.iter().map(|schema| texts(schema, root, depth + 1));
         return Ok(schemas.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect());
+    }
+    if let Some(place) = keywords.get("$ref") {
+        return Err(format!("its `$ref` is {place}, which is no place in the schema"));
     }
     check_keywords(keywords, &STRING)?;
     let null = || Alternative::Literal("null".into());
@@ -247,6 +258,9 @@ fn texts(schema: &Value, root: &Value, depth: usize) -> Result<Vec<Alternative>,
         };
         return values.iter().map(literal).collect();
     }
+    if let Some(name) = Types::unknown(schema) {
+        return Err(format!("the type {name} is not known"));
+    }
     let types = Types::of(schema, root);
     if types == Types::NULL {
         return Ok(vec![null()]);
@@ -257,8 +271,15 @@ fn texts(schema: &Value, root: &Value, depth: usize) -> Result<Vec<Alternative>,
     if types != Types::ANY && !types.is_within(Types::STRING, Types::NULL) {
         return Err(format!("of {} some cannot be told from strings", schema["type"]));
     }
-    let length = |keyword: &str| schema[keyword].as_u64();
-    Ok(vec![Alternative::Length(length("minLength").unwrap_or(0), length("maxLength"))])
+    let length = |keyword: &str| match &schema[keyword] {
+        Value::Null => Ok(None),
+        length => length.as_u64().map(Some).ok_or_else(|| format!("its `{keyword}` is no length")),
+    };
+    let (from, to) = (length("minLength")?.unwrap_or(0), length("maxLength")?);
+    match to {
+        Some(to) if to < from => Err(format!("no text has at least {from} and at most {to} characters")),
+        to => Ok(vec![Alternative::Length(from, to)]),
+    }
 }
 
 /// Says which of a schema's keywords is none of those that hold.

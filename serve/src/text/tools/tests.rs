@@ -339,6 +339,8 @@ fn templates_say_how_tools_are_called() {
     assert_eq!(of(Ok(ToolFormat::Hermes)), ["qwen2.5", "qwen3", "hermes2-tools"]);
     assert_eq!(of(Ok(ToolFormat::Llama)), ["llama3.1", "llama3.2"]);
     assert_eq!(of(Ok(ToolFormat::Mistral)), ["mistral-nemo", "mistral-v3"]);
+    assert_eq!(of(Ok(ToolFormat::Granite)), ["granite3.3"]);
+    assert_eq!(of(Err(NoToolFormat::NotRead)), ["gpt-oss"]);
     // What templates have in common that are as these models' are.
     let each = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ call.arguments }}";
     for (marks, format) in [

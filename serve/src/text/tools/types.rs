@@ -90,6 +90,16 @@ impl Types {
         }
     }
 
+    /// A type of a schema that is none of JSON's.
+    pub fn unknown(schema: &Value) -> Option<&Value> {
+        let types = match &schema["type"] {
+            Value::Array(types) => types.as_slice(),
+            Value::Null => &[],
+            one => std::slice::from_ref(one),
+        };
+        types.iter().find(|name| name.as_str().map(Self::named).is_none_or(|types| types == Self::ANY))
+    }
+
     fn named(name: &str) -> Self {
         match name {
             "null" => Self::NULL,

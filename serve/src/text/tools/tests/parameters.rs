@@ -219,13 +219,24 @@ fn schemas_that_do_not_hold_argument_by_argument_are_refused() {
     for (parameters, problem) in [
         (json!({ "anyOf": [] }), "tool 0: the keyword `anyOf` cannot be kept"),
         (json!({ "type": "array" }), "another type than `object`"),
-        (json!(1), "no object"),
+        (json!(1), "#: a number"),
+        (json!(true), "no object"),
         (object(json!({ "type": "string", "pattern": "^a$" })), "its parameter `a`: the keyword `pattern`"),
         (object(json!({ "type": ["string", "integer"] })), "cannot be told from strings"),
         (object(json!({ "enum": ["a", 1] })), "1 beside strings"),
         (object(json!({ "anyOf": [{ "type": "string" }, { "type": "array" }] })), "beside strings"),
         (object(json!({ "enum": ["</arg_value>"] })), "mark of the model's own"),
         (json!({ "type": "object", "properties": { "<a>": {} } }), "cannot be named"),
+        (json!({ "properties": [] }), "tool 0: #/properties: an array; expected an object"),
+        (json!({ "required": 1 }), "no list of names"),
+        (json!({ "required": [1] }), "no list of names"),
+        (object(json!(5)), "#/properties/a: a number"),
+        (object(json!({ "type": "strin" })), "the type \"strin\" is not known"),
+        (object(json!({ "type": ["string", 1] })), "the type 1 is not known"),
+        (object(json!({ "$ref": "#/nowhere" })), "no place in the schema"),
+        (object(json!({ "$ref": "#/properties/a" })), "nested deeper than 16"),
+        (object(json!({ "type": "string", "maxLength": -1 })), "its `maxLength` is no length"),
+        (object(json!({ "type": "string", "minLength": 5, "maxLength": 2 })), "at least 5 and at most 2"),
     ] {
         let error = of_tool("f", parameters.clone()).unwrap_err().to_string();
         assert!(error.contains(problem), "{parameters}: {error}");
