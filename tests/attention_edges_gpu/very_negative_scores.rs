@@ -1,10 +1,7 @@
 //! Scores far below zero, in every attention: what is promised is right, and
 //! beyond it the limit is where the documentation of `attention` says.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{
+use crate::common::{
     Gpu, Rng,
     ops::{Batch, Op},
 };
@@ -57,7 +54,7 @@ fn scores_down_to_the_limit_and_below() {
     let rng = &mut Rng::new();
     let mut wrong = Vec::new();
     for op in Op::all(&gpu) {
-        let limit = (!common::is_0_7(op.module(&gpu).unwrap())).then_some(LIMIT_OF_0_6);
+        let limit = (!crate::common::is_0_7(op.module(&gpu).unwrap())).then_some(LIMIT_OF_0_6);
         for keys in [1, 40, 384, 9000] {
             // Products of −38400, −59904 and −524288, as all others exact in
             // bf16 and f32.

@@ -1,9 +1,6 @@
 //! The largest logit, against the CPU reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{Gpu, Mirrored, Number, Rng, attention::capture, refused};
+use crate::common::{Gpu, Mirrored, Number, Rng, attention::capture, refused};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use flashinfer_rs::{Element, Result, gpu::TensorExtMut, reference, sampling::argmax};
 use half::{bf16, f16};

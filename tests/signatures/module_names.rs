@@ -5,12 +5,10 @@
 //! each says how. That of 0.6.13 is for all architectures, the others are for
 //! 9.0, and two of them have names of attention only.
 
-mod families;
-
 use std::collections::BTreeSet;
 use test_support::required;
 
-use families::{Family, families};
+use crate::families::{Family, families};
 
 use flashinfer_rs::{
     DType, ModuleName,
@@ -35,28 +33,28 @@ struct List {
 const LISTS: [List; 4] = [
     List {
         version: "0.6.13",
-        text: include_str!("data/module_names.txt"),
+        text: include_str!("../data/module_names.txt"),
         names: 955,
         named: 276,
         refused: 12,
     },
     List {
         version: "0.6.18.post1",
-        text: include_str!("data/module_names_0.6.18.post1_sm90a.txt"),
+        text: include_str!("../data/module_names_0.6.18.post1_sm90a.txt"),
         names: 192,
         named: 180,
         refused: 12,
     },
     List {
         version: "0.7.2.post1",
-        text: include_str!("data/module_names_0.7.2.post1_sm90a.txt"),
+        text: include_str!("../data/module_names_0.7.2.post1_sm90a.txt"),
         names: 192,
         named: 180,
         refused: 12,
     },
     List {
         version: "0.7.4",
-        text: include_str!("data/module_names_0.7.4_sm90a.txt"),
+        text: include_str!("../data/module_names_0.7.4_sm90a.txt"),
         names: 682,
         named: 180,
         refused: 12 + 24,

@@ -1,10 +1,7 @@
 //! States of nothing, (0, −∞): what each attention gives where a query sees no
 //! key, and what merges make of it.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{
+use crate::common::{
     Gpu, Mirrored, Number, Rng, at_hand,
     attention::capture,
     ops::{Batch, Op},
@@ -62,7 +59,7 @@ fn rows_whose_keys_are_all_hidden() {
         let prefill = match BatchPrefill::new(&gpu.stream, &spec, HEADS) {
             Ok(prefill) => prefill,
             Err(error) if window.is_some() => {
-                common::say(&format!("windows skipped: {error}"));
+                crate::common::say(&format!("windows skipped: {error}"));
                 continue;
             }
             Err(error) => panic!("{error}"),
@@ -129,13 +126,13 @@ fn rows_whose_keys_are_all_hidden() {
             .unwrap();
             let part = out.view().narrow(0, 0, n).unwrap();
             out.assert_part_close("hidden rows", &part, &want, bf16::BOUND);
-            common::attention::assert_lse("hidden rows", &lse, &want_lse);
+            crate::common::attention::assert_lse("hidden rows", &lse, &want_lse);
         }
         // Each request alone.
         let single = match SinglePrefill::new(&gpu.stream, &spec) {
             Ok(single) => single,
             Err(error) => {
-                common::say(&format!("one request skipped: {error}"));
+                crate::common::say(&format!("one request skipped: {error}"));
                 continue;
             }
         };
@@ -167,7 +164,7 @@ fn rows_whose_keys_are_all_hidden() {
                 .unwrap();
             let rows = row * 4..(row + shape.0) * 4;
             out.assert_close("one request", &want[rows.start * 128..rows.end * 128], bf16::BOUND);
-            common::attention::assert_lse("one request", &lse, &want_lse[rows]);
+            crate::common::attention::assert_lse("one request", &lse, &want_lse[rows]);
         }
     }
 }
@@ -202,7 +199,7 @@ fn graphs_of_requests_that_lose_their_keys() {
         )
         .unwrap();
         out.assert_close(what, &want, f16::BOUND);
-        common::attention::assert_lse(what, lse, &want_lse);
+        crate::common::attention::assert_lse(what, lse, &want_lse);
     };
     // What is captured, by kind of plan.
     for kind in ["CUDA cores", "tensor cores", "prefill", "prefill, fa2", "mixed"] {

@@ -1,9 +1,6 @@
 //! `rmsnorm` and `fused_add_rmsnorm` on the GPU against the CPU reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{Gpu, Mirrored, Number, Rng, leave_cuda_error, norm as cases, refused};
+use crate::common::{Gpu, Mirrored, Number, Rng, leave_cuda_error, norm as cases, refused};
 use flashinfer_rs::{norm, norm::NormOptions, reference};
 use half::{bf16, f16};
 

@@ -1,10 +1,7 @@
 //! Gemma's norms, which multiply by `weight + 1`, on the GPU against the CPU
 //! reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{Gpu, Mirrored, Rng, norm as cases, refused};
+use crate::common::{Gpu, Mirrored, Rng, norm as cases, refused};
 use flashinfer_rs::{norm, norm::NormOptions, reference};
 use half::f16;
 

@@ -1,9 +1,6 @@
 //! Appending to paged caches on the GPU, bit by bit against the CPU reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{
+use crate::common::{
     Gpu, Mirrored, Number, Rng, assert_same_bits,
     cache::{Cache, CacheShape, LAYOUTS, random_table, table_among},
     refused,
@@ -88,7 +85,7 @@ fn layouts_and_sizes<T: Number>() {
     }
 }
 
-typed_tests! {
+crate::typed_tests! {
     f16_caches: layouts_and_sizes::<f16>();
     bf16_caches: layouts_and_sizes::<bf16>();
     e4m3_caches: layouts_and_sizes::<F8E4M3>();

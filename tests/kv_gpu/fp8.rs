@@ -4,11 +4,8 @@
 //! that the cache holds, which is what the kernels are to compute, and with the
 //! reference over the keys and values before they were quantized, which is what
 //! a model wants.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{
+use crate::common::{
     Gpu, Mirrored, Number, Rng,
     cache::{Cache, CacheShape, random_table},
     say,
@@ -248,7 +245,7 @@ fn quantized_by_the_host<T: Number>() {
     }
 }
 
-typed_tests! {
+crate::typed_tests! {
     quantized_by_the_host_f16: quantized_by_the_host::<f16>();
     quantized_by_the_host_bf16: quantized_by_the_host::<bf16>();
 }
@@ -334,7 +331,7 @@ fn turned_and_quantized<T: Number>() {
     }
 }
 
-typed_tests! {
+crate::typed_tests! {
     turned_and_quantized_f16: turned_and_quantized::<f16>();
     turned_and_quantized_bf16: turned_and_quantized::<bf16>();
 }

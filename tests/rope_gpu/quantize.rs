@@ -1,10 +1,7 @@
 //! Rotary embeddings rounded to 8-bit floats, on the GPU against the CPU
 //! reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{
+use crate::common::{
     Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::capture,
     cache::{Cache, CacheShape, LAYOUTS, random_table},
@@ -166,7 +163,7 @@ fn sizes<T: Number, Q: Number>() {
     }
 }
 
-typed_tests! {
+crate::typed_tests! {
     f16_to_e4m3: sizes::<f16, F8E4M3>();
     bf16_to_e4m3: sizes::<bf16, F8E4M3>();
     f16_to_e5m2: sizes::<f16, F8E5M2>();
@@ -341,7 +338,7 @@ fn append<T: Number, Q: Number>() {
     }
 }
 
-typed_tests! {
+crate::typed_tests! {
     append_f16_as_e4m3: append::<f16, F8E4M3>();
     append_bf16_as_e4m3: append::<bf16, F8E4M3>();
     append_bf16_as_e5m2: append::<bf16, F8E5M2>();
@@ -398,7 +395,7 @@ fn graph_replay() {
     let one_each = [0, 1, 2, 3];
     let step = |rng: &mut Rng| {
         let lens: Vec<usize> = (0..3).map(|_| 1 + rng.below(30)).collect();
-        let table = common::cache::table_among(rng, pages, page_size, &lens);
+        let table = crate::common::cache::table_among(rng, pages, page_size, &lens);
         let append = AppendIndices::last_tokens(&table, &one_each).unwrap();
         (table, append)
     };

@@ -1,10 +1,7 @@
 //! `rmsnorm_quant` and `fused_add_rmsnorm_quant` on the GPU against the CPU
 //! reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, captured, is_0_7, norm::HIDDEN, refused};
+use crate::common::{Gpu, Mirrored, Number, Rng, assert_same_bits, captured, is_0_7, norm::HIDDEN, refused};
 use flashinfer_rs::{DType, ModuleName, Result, norm, norm::NormOptions, reference};
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
@@ -83,7 +80,7 @@ fn sizes<T: Number, Q: Number>(fused: bool) {
     }
 }
 
-typed_tests! {
+crate::typed_tests! {
     sizes_f16_e4m3: sizes::<f16, F8E4M3>(false);
     sizes_f16_e5m2: sizes::<f16, F8E5M2>(false);
     sizes_bf16_e4m3: sizes::<bf16, F8E4M3>(false);

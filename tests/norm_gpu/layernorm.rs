@@ -1,9 +1,6 @@
 //! `layernorm` on the GPU against the CPU reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{Gpu, Mirrored, Number, Rng, captured, leave_cuda_error, refused};
+use crate::common::{Gpu, Mirrored, Number, Rng, captured, leave_cuda_error, refused};
 use flashinfer_rs::{Result, norm, norm::NormOptions, reference};
 use half::bf16;
 

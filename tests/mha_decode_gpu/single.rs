@@ -1,10 +1,7 @@
 //! Decode of one request on CUDA cores against the CPU reference. Outputs are
 //! NaN beforehand.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{
+use crate::common::{
     Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand,
     cache::LAYOUTS,
     prefill::{Case, Kind, Kv, On, Problem, check_all, check_problem},
@@ -36,7 +33,7 @@ fn shapes<T: Number>(head_dim: usize) {
     check_all::<T, T>(groups.into_iter().flat_map(layouts));
 }
 
-typed_tests! {
+crate::typed_tests! {
     f16_64: shapes::<f16>(64);
     f16_128: shapes::<f16>(128);
     f16_256: shapes::<f16>(256);
@@ -95,7 +92,7 @@ fn logits_soft_cap() {
     check_all::<bf16, bf16>(caps.map(|cap| Case { soft_cap: Some(cap), ..case(&LENS) }));
 }
 
-typed_tests! {
+crate::typed_tests! {
     /// No module of FlashInfer's wheels has ALiBi; one that is at hand is tested.
     alibi: check_all::<f16, f16>([1, 4].map(|group| Case { group, alibi: true, ..case(&LENS) }));
 }
@@ -147,7 +144,7 @@ fn part_of_a_cache() {
             continue;
         }
         let (mut out, mut lse) = problem.outputs(&gpu);
-        let plain = common::prefill::DeviceMask::Plain;
+        let plain = crate::common::prefill::DeviceMask::Plain;
         let call = single.run_problem(&gpu, &problem, &mut workspace, &plain, &mut out, Some(&mut lse));
         refused(call, "k");
         out.assert_untouched();

@@ -1,11 +1,9 @@
 //! Softmax and the filters that write matrices, against the CPU reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-#[path = "common/sampling.rs"]
-mod rows;
-
-use common::{Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, leave_cuda_error, refused};
+use crate::common::{
+    Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, leave_cuda_error, refused,
+};
+use crate::rows::{half as half_of, peaked, softmax_rows};
 use flashinfer_rs::{
     DType, Device, FlashInferError, Result, TensorMut, TensorRef,
     gpu::TensorExt,
@@ -13,7 +11,6 @@ use flashinfer_rs::{
     sampling::*,
 };
 use half::{bf16, f16};
-use rows::{half as half_of, peaked, softmax_rows};
 
 fn workspace(gpu: &Gpu, batch: usize, vocab: usize) -> SamplingWorkspace {
     SamplingWorkspace::new(&gpu.stream, batch, vocab).unwrap()

@@ -1,10 +1,7 @@
 //! A sampling step in one call: the reference against exact distributions, and the kernel against
 //! the reference, token by token. The tests of the reference need no GPU.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{Gpu, Mirrored, Rng, assert_same_bits, captured, refused};
+use crate::common::{Gpu, Mirrored, Rng, assert_same_bits, captured, refused};
 use cudarc::driver::CudaSlice;
 use flashinfer_rs::{
     TensorMut, TensorRef,

@@ -1,13 +1,10 @@
 //! GDN prefill under load: batches, streams and chains that made other
 //! callers of this kernel hang. Each test compares output and states with the
 //! CPU reference, under a watchdog.
-#![cfg(feature = "cudarc")]
-
-mod common;
 
 use std::thread;
 
-use common::{
+use crate::common::{
     Gpu, Number, Rng,
     gdn::{Case, Expected, Problem, Results, Start, watched},
 };

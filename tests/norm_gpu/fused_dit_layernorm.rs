@@ -1,9 +1,6 @@
 //! `fused_dit_layernorm` on the GPU against the CPU reference.
-#![cfg(feature = "cudarc")]
 
-mod common;
-
-use common::{Gpu, Mirrored, Number, Rng, captured, leave_cuda_error, refused};
+use crate::common::{Gpu, Mirrored, Number, Rng, captured, leave_cuda_error, refused};
 use flashinfer_rs::{
     Result, TensorRef,
     norm::{Biased, DitInput, DitMode, DitOutput, NormOptions, fused_dit_layernorm},
