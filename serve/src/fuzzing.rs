@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     fs,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, OnceLock},
 };
 
 use candle_core::quantized::gguf_file::{Content, Value, VersionedMagic};
@@ -46,10 +46,14 @@ pub fn gguf(bytes: &[u8]) {
 
 /// Text, to tokens and back: which tokenizer is in the first byte.
 pub fn tokenizer(bytes: &[u8]) {
-    static ALL: LazyLock<Vec<Arc<Text>>> =
-        LazyLock::new(|| Pre::names().map(byte_level).chain([pieces()]).collect());
+    // Made when they are asked for: with a sanitizer, all of them take longer than an input may.
+    static ALL: [OnceLock<Arc<Text>>; 256] = [const { OnceLock::new() }; 256];
     let Some((&which, bytes)) = bytes.split_first() else { return };
-    let text = &ALL[usize::from(which) % ALL.len()];
+    let which = usize::from(which) % (Pre::names().count() + 1);
+    let text = ALL[which].get_or_init(|| match Pre::names().nth(which) {
+        Some(pre) => byte_level(pre),
+        None => Arc::new(Text::from_gguf(&content(pieces())).expect("a tokenizer")),
+    });
     let whole = String::from_utf8_lossy(bytes);
     for control in [false, true] {
         let options = EncodeOptions { bos: false, eos: false, control };
@@ -70,7 +74,7 @@ pub fn chat_template(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     let mut parts = text.split('\0');
     let template = parts.next().unwrap_or_default();
-    let mut metadata = byte_level_metadata("gpt-2");
+    let mut metadata = pieces();
     metadata.insert("tokenizer.chat_template".into(), Value::String(template.into()));
     let Ok(text) = Text::from_gguf(&content(metadata)) else { return };
     let roles = [Role::User, Role::Assistant].into_iter().cycle();
@@ -132,7 +136,7 @@ fn byte_level_metadata(pre: &str) -> HashMap<String, Value> {
 }
 
 /// SentencePiece with all bytes, and no space before a text.
-fn pieces() -> Arc<Text> {
+fn pieces() -> HashMap<String, Value> {
     let mut tokens = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
     tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
     tokens.extend(["▁", "▁▁", "▁t", "he", "▁the", "é", "12", "a", "aa"].map(String::from));
@@ -153,8 +157,7 @@ fn pieces() -> Arc<Text> {
         ("bos_token_id", Value::U32(1)),
         ("eos_token_id", Value::U32(2)),
     ];
-    let metadata = all.map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).into();
-    Arc::new(Text::from_gguf(&content(metadata)).expect("a tokenizer"))
+    all.map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).into()
 }
 
 #[cfg(test)]
