@@ -97,6 +97,9 @@ mod device;
 mod dtype;
 mod error;
 pub mod ffi;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "cudarc")]
 pub mod gpu;
 pub mod graph;

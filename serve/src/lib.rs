@@ -19,6 +19,9 @@ pub mod cli;
 pub mod constraint;
 mod draft;
 pub mod engine;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 mod hub;
 mod llm;

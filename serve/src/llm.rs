@@ -160,7 +160,7 @@ impl Llm {
     }
 
     /// An engine that was started otherwise.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn of_engine(engine: Engine) -> Self {
         Self { engine, place: String::new() }
     }

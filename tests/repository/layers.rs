@@ -19,7 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["kv"],
     &["ops", "reference"],
     &["graph"],
-    &["gpu", "candle"],
+    &["gpu", "candle", "fuzzing"],
 ];
 
 /// Which names each name mentions.
