@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products`, `multiplier` | what steps compute in, their products, and by what |
-//! | `quantize`, `few_rows` | 8-bit numbers, and products of few rows by them |
+//! | `quantize`, `few_rows`, `programmatic` | 8-bit numbers, products of few rows, and launches that overlap |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
 //! | `append`, `attention`, `tables`, `tokens` | what the cache gets, plans, index arrays, and tokens |
@@ -38,6 +38,7 @@ mod memory;
 mod multiplier;
 mod network;
 mod products;
+mod programmatic;
 mod quantize;
 mod ring;
 mod rows;
