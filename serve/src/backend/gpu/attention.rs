@@ -10,7 +10,7 @@ use flashinfer_rs::{
     kv::{BatchTables, PagedKv},
 };
 
-use super::{GpuOptions, heads::HeadWidths};
+use super::{GpuOptions, heads::HeadWidths, split::Parts};
 use crate::model::Config;
 
 /// Bytes for partial results, and for index arrays, that workspaces have at first.
@@ -32,8 +32,8 @@ pub struct Attention {
     /// The kind of each layer.
     layers: Vec<usize>,
     sm_scale: f64,
-    /// How decode divides keys.
-    split: Split,
+    /// What decode can divide keys into; `None` if it is not to.
+    parts: Option<Parts>,
 }
 
 impl Attention {
@@ -49,10 +49,11 @@ impl Attention {
         widths: HeadWidths,
         positions: usize,
         GpuOptions { deterministic, kv, .. }: GpuOptions,
+        multiprocessors: usize,
     ) -> Result<Self> {
-        let split = if deterministic { Split::disabled() } else { Split::default() };
+        let parts = (!deterministic).then(|| Parts::new(multiprocessors, config.heads.num_kv_heads));
         let mut attention =
-            Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale, split };
+            Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale, parts };
         let windowed = config.layers.iter().any(|layer| layer.window.is_some());
         for layer in &config.layers {
             let mut spec =
@@ -105,9 +106,21 @@ impl Attention {
     /// Plans a step of one new token for each of these requests; for a graph of so many
     /// requests, if any.
     pub fn plan_decode<'p>(&'p mut self, pages: &'p PageTable, graph: Option<usize>) -> Result<Plans<'p>> {
-        let mut options = PlanOptions::default().with_split(self.split);
-        options.graph = graph;
-        let plan = |kind: &'p mut Kind| kind.decode.plan(&mut kind.workspace, pages, &options);
+        let parts = self.parts;
+        let plan = |kind: &'p mut Kind| {
+            let mut options = PlanOptions::default();
+            options.graph = graph;
+            // Only the planner of FlashAttention 2 can be told.
+            if kind.decode.backend() == Backend::Fa2 {
+                let window = kind.spec.window_left.map_or(usize::MAX, |left| left as usize + 1);
+                let lens = pages.host().seq_lens().into_iter().map(|len| (len as usize).min(window));
+                options.split = match parts {
+                    Some(parts) if parts.divides(lens) => Split::default(),
+                    _ => Split::disabled(),
+                };
+            }
+            kind.decode.plan(&mut kind.workspace, pages, &options)
+        };
         let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
         Ok(Plans { plans: OfKinds::Decode(plans), layers: &self.layers, sm_scale: self.sm_scale })
     }

@@ -18,12 +18,40 @@ const FIRST_EDITS: usize = 1024;
 /// What is kept for steps of up to so many rows, a power of two.
 #[derive(Default)]
 pub struct Bucket {
-    /// Takes the largest logits.
-    pub greedy: Option<Graph>,
-    /// Samples.
-    pub sampled: Option<Graph>,
+    /// Take the largest logits.
+    pub greedy: Graphs,
+    /// Sample.
+    pub sampled: Graphs,
     pub products: Option<Products>,
     pub head: Option<HeadProduct>,
+}
+
+/// Graphs of the same kernels but those of attention, which differ where keys are divided.
+#[derive(Default)]
+pub struct Graphs(Vec<Graph>);
+
+/// Graphs that are kept of each.
+const MAX_GRAPHS: usize = 4;
+
+impl Graphs {
+    /// The place of the one that fits plans with these keys.
+    pub fn position(&self, keys: &[ReplayKey]) -> Option<usize> {
+        self.0.iter().position(|graph| graph.keys == keys)
+    }
+
+    /// The one at a place.
+    pub fn get(&self, place: usize) -> Option<&CapturedStep> {
+        self.0.get(place).map(|graph| &graph.step)
+    }
+
+    /// Keeps a further one, instead of the oldest if there are many, and returns its place.
+    pub fn push(&mut self, graph: Graph) -> usize {
+        if self.0.len() >= MAX_GRAPHS {
+            self.0.remove(0);
+        }
+        self.0.push(graph);
+        self.0.len() - 1
+    }
 }
 
 /// A captured step, and what tells the plans that it fits.
@@ -37,6 +65,8 @@ pub struct Graph {
 pub struct Launched {
     pub bucket: usize,
     pub sampled: bool,
+    /// Its place among those.
+    pub place: usize,
 }
 
 impl Gpu {
@@ -104,7 +134,7 @@ impl Gpu {
     pub(super) fn forget_graphs(&mut self) {
         self.launched = None;
         for bucket in &mut self.buckets {
-            (bucket.greedy, bucket.sampled) = (None, None);
+            (bucket.greedy, bucket.sampled) = (Graphs::default(), Graphs::default());
         }
     }
 }

@@ -4,12 +4,12 @@
 use std::{ffi::c_void, ptr, sync::Arc};
 
 use cudarc::{
-    driver::{CudaFunction, CudaStream, LaunchConfig, sys::CUdevice_attribute},
+    driver::{CudaFunction, CudaStream, LaunchConfig},
     nvrtc::Ptx,
 };
 use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 
-use super::programmatic;
+use super::{MULTIPROCESSORS, programmatic};
 use crate::{
     Result,
     backend::matmul::{Added, Product, Weight},
@@ -46,11 +46,10 @@ impl FewRows {
             let kernel = |rows| module.load_function(&format!("few_rows_{dtype}_by_{weights}_{rows}"));
             ROWS.iter().map(kernel).collect::<std::result::Result<_, _>>()
         };
-        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         Ok(Self {
             cuda: cuda.clone(),
             dtype,
-            multiprocessors: usize::try_from(cuda.context().attribute(count)?)?,
+            multiprocessors: usize::try_from(cuda.context().attribute(MULTIPROCESSORS)?)?,
             kernels: kernels(dtype)?,
             e4m3_kernels: kernels(DType::E4M3)?,
         })
@@ -103,13 +102,15 @@ impl FewRows {
             x.data_ptr(),
             address(weight.bias),
         ];
-        let [mut outputs, mut width] =
-            [u32::try_from(output)?, u32::try_from(input * dtype.size() / READ)?];
-        let (mut factor, mut added) = (factor, match added {
-            Added::Nothing => 0u32,
-            Added::Bias => 1,
-            Added::Output => 2,
-        });
+        let [mut outputs, mut width] = [u32::try_from(output)?, u32::try_from(input * dtype.size() / READ)?];
+        let (mut factor, mut added) = (
+            factor,
+            match added {
+                Added::Nothing => 0u32,
+                Added::Bias => 1,
+                Added::Output => 2,
+            },
+        );
         let mut arguments: [*mut c_void; 9] = [
             (&raw mut out).cast(),
             (&raw mut numbers).cast(),

@@ -7,7 +7,7 @@ use cudarc::driver::{CudaEvent, CudaStream, sys::CUevent_flags};
 
 use super::{
     Gpu,
-    buckets::{Bucket, Graph, Launched},
+    buckets::{Bucket, Launched},
 };
 use crate::{Result, backend::graph};
 
@@ -63,11 +63,11 @@ impl Gpu {
     /// The last step was not a graph's.
     pub fn replay(&mut self) -> Result<(f32, usize)> {
         let Self { buckets, attention, tables, cuda, launched, .. } = self;
-        let graph = launched.and_then(|Launched { bucket, sampled }| {
+        let graph = launched.and_then(|Launched { bucket, sampled, place }| {
             let Bucket { greedy, sampled: sampling, .. } = &buckets[bucket];
-            Some((bucket, if sampled { sampling } else { greedy }.as_ref()?))
+            Some((bucket, if sampled { sampling } else { greedy }.get(place)?))
         });
-        let Some((bucket, Graph { step, .. })) = graph else {
+        let Some((bucket, step)) = graph else {
             return Err("the last step was not a graph's".into());
         };
         let plans = attention.plan_decode(&tables.tables.pages, Some(1 << bucket))?;

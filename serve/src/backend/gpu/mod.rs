@@ -19,7 +19,8 @@
 //! | `quantize`, `few_rows`, `programmatic` | 8-bit numbers, products of few rows, and launches that overlap |
 //! | `network`, `layer` | what a step enqueues |
 //! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
-//! | `append`, `attention`, `tables`, `tokens` | what the cache gets, plans, index arrays, and tokens |
+//! | `append`, `attention`, `split` | what the cache gets, and plans |
+//! | `tables`, `tokens` | index arrays, and tokens |
 //! | `sampler`, `ring` | the choice of tokens, and their way to the host |
 //! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
@@ -43,6 +44,7 @@ mod quantize;
 mod ring;
 mod rows;
 mod sampler;
+mod split;
 mod steps;
 mod tables;
 mod tokens;
@@ -54,7 +56,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaStream, sys::CUdevice_attribute};
 use flashinfer_rs::{
     DType, FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
     gpu::Tensor,
@@ -90,6 +92,9 @@ use crate::{
     },
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
+
+/// How many multiprocessors a GPU has.
+const MULTIPROCESSORS: CUdevice_attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 
 /// The GPU's weights and cache.
 pub struct Gpu {
@@ -207,7 +212,9 @@ impl Gpu {
         if kv == DType::E4M3 {
             check_quantized_keys(config, widths)?;
         }
-        let attention = Attention::new(&stream, config, widths, positions, options)?;
+        let multiprocessors = cuda.context().attribute(MULTIPROCESSORS)?;
+        let multiprocessors = usize::try_from(multiprocessors)?;
+        let attention = Attention::new(&stream, config, widths, positions, options, multiprocessors)?;
         // What has no product for one row has none at all, which is better known at once.
         let cublas = CublasLt::new(&cuda)?;
         let choice = options.choice();

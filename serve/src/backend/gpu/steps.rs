@@ -114,13 +114,14 @@ impl Gpu {
         let plans = attention.plan_decode(&tables.pages, self.graphs.then_some(rows))?;
         let keys = plans.replay_keys();
         ring.wait_for_copies(cuda)?;
-        if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
-            let launch = || Ok(graph.step.launch(plans.decode())?);
+        let place = keys.as_ref().and_then(|keys| captured.position(keys));
+        if let Some((place, step)) = place.and_then(|place| Some((place, captured.get(place)?))) {
+            let launch = || Ok(step.launch(plans.decode())?);
             match graph_times {
                 Some(times) => times.push(GraphTime::of(cuda, launch)?),
                 None => launch()?,
             }
-            self.launched = Some(Launched { bucket, sampled });
+            self.launched = Some(Launched { bucket, sampled, place });
             return Ok(());
         }
         let (padded_rows, plans, tokens) = (rows, &plans, &*tokens);
@@ -137,8 +138,8 @@ impl Gpu {
             // SAFETY: what is not the crate's works on weights, buffers, outputs, tokens and
             // the sampler of `self`, which are dropped, or replaced, after the graphs.
             let step = unsafe { graph::capture(&network.stream, run)? };
-            *captured = Some(Graph { keys, step });
-            self.launched = Some(Launched { bucket, sampled });
+            let place = captured.push(Graph { keys, step });
+            self.launched = Some(Launched { bucket, sampled, place });
         }
         Ok(())
     }

@@ -180,7 +180,8 @@ fn products_of_few_rows_by_16_bits_are_those_of_their_factors() {
             for rows in [1, 2, 4, 8] {
                 // Widths of less than a read of a warp, of several of its turns, and odd rows.
                 for [input, output] in [[576, 960], [1536, 576], [88, 273], [5120, 49], [4096, 6144]] {
-                    let product = Product { rows, input, output, factor: 0.25, added, dtype, out_dtype: dtype };
+                    let product =
+                        Product { rows, input, output, factor: 0.25, added, dtype, out_dtype: dtype };
                     check_product(&cuda, &mut rng, product, With::FewRows);
                 }
             }
