@@ -19,7 +19,7 @@
 //! | `buffers`, `products`, `multiplier` | what steps compute in, their products, and by what |
 //! | `quantize`, `few_rows`, `programmatic` | 8-bit numbers, products of few rows, and launches that overlap |
 //! | `network`, `layer` | what a step enqueues |
-//! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
+//! | `steps`, `buckets`, `capture` | the course of a step, the graphs that are kept, and early ones |
 //! | `append`, `attention`, `split` | what the cache gets, and plans |
 //! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
 //! | `sampler`, `ring` | the choice of tokens, and their way to the host |
@@ -30,6 +30,7 @@ mod append;
 mod attention;
 mod buckets;
 mod buffers;
+mod capture;
 mod few_rows;
 mod half;
 mod heads;

@@ -4,7 +4,7 @@
 /// Blocks of FlashAttention 2 that its planner counts on for each multiprocessor.
 const BLOCKS: usize = 2;
 /// Keys that a block reads sooner than two could merge what they made of halves.
-const UNDIVIDED: usize = 256;
+pub const UNDIVIDED: usize = 256;
 
 /// What a GPU can divide keys into.
 #[derive(Clone, Copy, Debug)]
