@@ -115,6 +115,7 @@ pub mod reference;
 mod runtime;
 mod stream;
 mod tensor;
+pub mod uploads;
 
 pub use cuda_library::LibrarySource;
 pub use device::Device;

@@ -18,7 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["indices"],
     &["kv"],
     &["ops", "reference"],
-    &["graph"],
+    &["graph", "uploads"],
     &["gpu", "candle", "fuzzing"],
 ];
 
