@@ -97,6 +97,9 @@ mod device;
 mod dtype;
 mod error;
 pub mod ffi;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "cudarc")]
 pub mod gpu;
 pub mod graph;
@@ -112,6 +115,7 @@ pub mod reference;
 mod runtime;
 mod stream;
 mod tensor;
+pub mod uploads;
 
 pub use cuda_library::LibrarySource;
 pub use device::Device;

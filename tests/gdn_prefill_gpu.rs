@@ -2,6 +2,9 @@
 #![cfg(feature = "cudarc")]
 
 mod common;
+mod gdn_prefill_gpu {
+    mod stress;
+}
 
 use std::thread;
 

@@ -3,6 +3,10 @@
 #![cfg(feature = "cudarc")]
 
 mod common;
+mod kv_gpu {
+    mod append;
+    mod fp8;
+}
 
 use common::{
     Gpu, Mirrored, Number, Rng, assert_same_bits, at_hand, attention::capture, cache::LAYOUTS, refused,

@@ -11,6 +11,7 @@ mod mha_decode_gpu {
     mod options;
     mod plans;
     mod shapes;
+    mod single;
     mod wrong_input;
 }
 

@@ -3,7 +3,9 @@
 
 mod repository {
     mod dependencies;
+    mod fuzzing;
     mod layers;
+    mod licences;
     mod names;
     mod readme;
     mod soundness;

@@ -2,6 +2,9 @@
 #![cfg(feature = "cudarc")]
 
 mod common;
+mod rope_gpu {
+    mod quantize;
+}
 
 use common::{
     Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, cache::random_table, refused,

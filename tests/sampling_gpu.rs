@@ -7,8 +7,11 @@ mod common;
 mod rows;
 
 mod sampling_gpu {
+    mod argmax;
     mod chains;
     mod edges;
+    mod renorm;
+    mod sample;
     mod statistic;
 }
 

@@ -8,6 +8,9 @@
 
 mod artifact_support;
 mod families;
+mod signatures {
+    mod module_names;
+}
 
 use std::{
     collections::{BTreeMap, BTreeSet},

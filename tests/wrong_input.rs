@@ -5,6 +5,7 @@ mod wrong_input {
     mod norms;
     mod rotary_embeddings;
     mod samplers;
+    mod strict;
 }
 
 use flashinfer_rs::{

@@ -18,6 +18,9 @@ pub mod backend;
 pub mod cli;
 pub mod constraint;
 pub mod engine;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 mod hub;
 mod llm;

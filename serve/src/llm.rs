@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use flashinfer_rs::kv::PageAllocator;
@@ -63,6 +64,10 @@ pub struct LlmOptions {
     pub weights: Precision,
     /// The type of the KV cache on a GPU, as in [`GpuOptions::kv`].
     pub kv: Precision,
+    /// How long the graphs of a GPU's steps are captured before the first request, the smallest
+    /// first. Others are captured when they are needed, which the requests of that
+    /// step wait for; `None` for all.
+    pub graphs_within: Option<Duration>,
 }
 
 impl Default for LlmOptions {
@@ -79,6 +84,7 @@ impl Default for LlmOptions {
             deterministic: false,
             weights: Precision::Auto,
             kv: Precision::Auto,
+            graphs_within: None,
         }
     }
 }
@@ -137,6 +143,7 @@ impl Llm {
             deterministic,
             weights,
             kv,
+            graphs_within,
             ..
         } = *options;
         let draft = options.draft.unwrap_or(if options.draft_model.is_some() { DRAFT_TOKENS } else { 0 });
@@ -161,7 +168,8 @@ impl Llm {
         let engine = Engine::start(config, text, move |pool, limits| {
             let capacity = limits.step_capacity();
             let gpu = GpuOptions { deterministic, weights, kv, ..GpuOptions::new(capacity.tokens) };
-            let Loaded { backend, on_gpu, place } = device::load(device, &model, pool, capacity, gpu)?;
+            let Loaded { backend, on_gpu, place } =
+                device::load(device, &model, pool, capacity, gpu, graphs_within)?;
             if !on_gpu && step_tokens.is_none() {
                 limits.step_tokens = CPU_STEP_TOKENS;
             }
@@ -178,7 +186,7 @@ impl Llm {
     }
 
     /// An engine that was started otherwise.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn of_engine(engine: Engine) -> Self {
         Self { engine, place: String::new() }
     }

@@ -46,6 +46,7 @@
 //! | `program` | programs of the machine, never of the working folder |
 //! | `redact` | texts without the secrets in them |
 //! | `embed` | what the build script embeds, and when it may download |
+//! | `fuzzing` | what `fuzz/` tries with bytes of any kind |
 //!
 //! The build script compiles these same files.
 
@@ -61,6 +62,8 @@ mod download;
 #[doc(hidden)]
 pub mod embed;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 #[cfg(feature = "fetch")]
 mod http;
 mod kernels;

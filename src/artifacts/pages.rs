@@ -13,16 +13,16 @@ use url::Url;
 
 const MAX_PAGE: u64 = 4 << 20;
 /// No address is longer. A page of millions of links to a long one would take long to resolve.
-const MAX_ADDRESS: usize = 8 << 10;
+pub(super) const MAX_ADDRESS: usize = 8 << 10;
 const ACCEPT: &str = "application/vnd.pypi.simple.v1+json, \
                       application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1";
 
 /// A file that a page lists.
 #[derive(Debug, PartialEq, Eq)]
-struct Link {
-    file: String,
+pub(super) struct Link {
+    pub(super) file: String,
     /// Where it is, as the page writes it.
-    reference: String,
+    pub(super) reference: String,
     sha256: Option<String>,
 }
 
@@ -69,7 +69,7 @@ fn normalized(package: &str) -> String {
 }
 
 /// The links of a page, whichever form it has, and the address that they refer to.
-fn read(text: &str, at: &Url) -> Result<(Vec<Link>, Url), String> {
+pub(super) fn read(text: &str, at: &Url) -> Result<(Vec<Link>, Url), String> {
     if text.trim_start().starts_with('{') {
         return Ok((json_links(text)?, at.clone()));
     }

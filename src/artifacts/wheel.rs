@@ -276,16 +276,26 @@ impl Wheel {
     /// its signatures.
     #[cfg(feature = "fetch")]
     pub(crate) fn verify(&self, step: impl Fn(u64, u64)) -> Result<(), ArtifactError> {
+        self.verify_in(&mut open(&self.path)?, step)
+    }
+
+    /// As [`Wheel::verify`], of an open wheel.
+    #[cfg(any(feature = "fetch", test, fuzzing))]
+    pub(crate) fn verify_in<R: Read + Seek>(
+        &self,
+        archive: &mut zip::ZipArchive<R>,
+        step: impl Fn(u64, u64),
+    ) -> Result<(), ArtifactError> {
         let record = format!("{}.dist-info/RECORD", self.distribution);
         let members = || self.members.iter().filter(|member| !member.name.starts_with(&record));
-        let total = members().map(|member| member.size).sum();
-        let (mut archive, mut done) = (open(&self.path)?, 0);
+        let total = members().fold(0u64, |all, member| all.saturating_add(member.size));
+        let mut done = 0;
         for member in members() {
             let expected = self.recorded(member)?.sha256;
             let bad = |e: &dyn std::fmt::Display| {
                 ArtifactError::wheel(&self.path, format!("member {}: {e}", member.name))
             };
-            let entry = entry(&mut archive, member.index).map_err(|e| bad(&e))?;
+            let entry = entry(archive, member.index).map_err(|e| bad(&e))?;
             let read = Digest::of_reader(&mut entry.take(member.size + 1), |_| ()).map_err(|e| bad(&e))?;
             if read != (expected, member.size) {
                 let file = format!("{} in {}", member.name, self.path.display());

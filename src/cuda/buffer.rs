@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::runtime::CudaRuntime;
+use super::{runtime::CudaRuntime, staging::is_beside};
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},
@@ -62,7 +62,20 @@ impl DeviceBuffer {
             message: "a null pointer came back".into(),
         })?;
         let allocation = Allocation { runtime, data, bytes, stream: stream.clone() };
-        Ok(Self { allocation: Arc::new(allocation) })
+        let buffer = Self { allocation: Arc::new(allocation) };
+        buffer.settle()?;
+        Ok(buffer)
+    }
+
+    /// Where uploads are made on another stream, waits until the memory, which is there in the order
+    /// of its own, is ready for them.
+    fn settle(&self) -> Result<()> {
+        if !is_beside(self.stream()) {
+            return Ok(());
+        }
+        // SAFETY: no arguments.
+        let code = unsafe { (self.runtime().symbols.device_synchronize)() };
+        self.runtime().check("cudaDeviceSynchronize", code)
     }
 
     /// As [`new`](Self::new), filled with zeros in the order of the stream.
@@ -70,6 +83,7 @@ impl DeviceBuffer {
         let buffer = Self::new(runtime, stream, bytes)?;
         // SAFETY: the buffer has that many bytes, on the stream's device.
         unsafe { runtime.zero(stream, buffer.as_ptr(), buffer.len()) }?;
+        buffer.settle()?;
         Ok(buffer)
     }
 

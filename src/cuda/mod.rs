@@ -23,4 +23,4 @@ pub(crate) use buffer::DeviceBuffer;
 pub(crate) use graph::{Capture, Graph};
 pub(crate) use ptx::PtxKernel;
 pub(crate) use runtime::{CudaRuntime, DeviceAttribute};
-pub(crate) use staging::{StagingBuffer, upload};
+pub(crate) use staging::{StagingBuffer, upload, upload_beside, upload_stream};

@@ -1,5 +1,7 @@
 //! Disks that fail, fill up, refuse to sync, have no locks or cannot be written. A library that is
 //! preloaded stands between the system and a process of its own, in which the store works.
+mod kills;
+
 use crate::artifact_support::*;
 use flashinfer_rs::artifacts::{ArtifactError, BundledMember, Digest, Fetch, Member, Package, Store, Wheel};
 use std::fs;

@@ -8,13 +8,18 @@
 // FAULT_FLOCK   "errno"                   every flock
 // FAULT_OPEN    "part:errno"              opening such paths in order to write
 // FAULT_CUT     "part:errno"              truncating them
+// FAULT_RENAME  "part:errno"              renaming to such paths: it is done, and said to have failed
+// FAULT_KILL    "part:n"                  the process is killed at the n-th change of such paths: before
+//               a write, a sync, a cut, a rename, a removal, or a folder or file is made
 // FAULT_NOEXEC  "1"                       statvfs tells that nothing may be executed there
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,17 +49,40 @@ static int within(const char *path, const char *part) {
     return length >= end && memcmp(path + length - end, part, end) == 0;
 }
 
-static int concerns(int fd, const char *part) {
-    char link[64], path[PATH_MAX];
+static int named(int fd, char *path) {
+    char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
+    ssize_t length = readlink(link, path, PATH_MAX - 1);
     if (length < 0) return 0;
     path[length] = 0;
-    return within(path, part);
+    return 1;
+}
+
+static int concerns(int fd, const char *part) {
+    char path[PATH_MAX];
+    return named(fd, path) && within(path, part);
+}
+
+// Counts a change, and may be the end.
+static void change(const char *path) {
+    static atomic_long changes;
+    char part[PATH_MAX];
+    long numbers[3];
+    if (setting("FAULT_KILL", part, numbers) != 1 || !within(path, part)) return;
+    if (++changes == numbers[0]) {
+        kill(getpid(), SIGKILL);
+        pause();
+    }
+}
+
+static void change_of(int fd) {
+    char path[PATH_MAX];
+    if (getenv("FAULT_KILL") && named(fd, path)) change(path);
 }
 
 ssize_t write(int fd, const void *bytes, size_t count) {
     REAL(ssize_t, "write", int, const void *, size_t);
+    change_of(fd);
     static long written, failed;
     char part[PATH_MAX];
     long numbers[3];
@@ -73,6 +101,7 @@ ssize_t write(int fd, const void *bytes, size_t count) {
 
 int fsync(int fd) {
     REAL(int, "fsync", int);
+    change_of(fd);
     static long failed;
     char part[PATH_MAX];
     long numbers[3];
@@ -96,6 +125,7 @@ int flock(int fd, int operation) {
 
 static int cut(int fd, off64_t length) {
     REAL(int, "ftruncate64", int, off64_t);
+    change_of(fd);
     char part[PATH_MAX];
     long numbers[3];
     if (setting("FAULT_CUT", part, numbers) == 1 && concerns(fd, part)) {
@@ -125,7 +155,39 @@ int open64(const char *path, int flags, ...) {
     va_start(rest, flags);
     int mode = va_arg(rest, int);
     va_end(rest);
+    if (flags & O_CREAT) change(path);
     return refused(path, flags) ? -1 : real(path, flags, mode);
+}
+
+int rename(const char *from, const char *to) {
+    REAL(int, "rename", const char *, const char *);
+    char part[PATH_MAX];
+    long numbers[3];
+    change(to);
+    int done = real(from, to);
+    if (done == 0 && setting("FAULT_RENAME", part, numbers) == 1 && within(to, part)) {
+        errno = (int)numbers[0];
+        return -1;
+    }
+    return done;
+}
+
+int unlink(const char *path) {
+    REAL(int, "unlink", const char *);
+    change(path);
+    return real(path);
+}
+
+int rmdir(const char *path) {
+    REAL(int, "rmdir", const char *);
+    change(path);
+    return real(path);
+}
+
+int mkdir(const char *path, mode_t mode) {
+    REAL(int, "mkdir", const char *, mode_t);
+    change(path);
+    return real(path, mode);
 }
 
 static int no_programs(int done, unsigned long *flags) {

@@ -31,6 +31,7 @@ pub use test_support::{Rng, say};
 
 use std::{
     fmt::Debug,
+    process::Command,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
@@ -331,6 +332,21 @@ pub fn at_hand<T>(gpu: &Gpu, made: Result<T>) -> Option<T> {
         }
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Whether this process has nothing but this test. If not, runs it in one of its own, which must
+/// pass and say these words. `test` is its path in the program.
+#[track_caller]
+pub fn is_own_process(test: &str, words: &str) -> bool {
+    const TEST: &str = "FLASHINFER_RS_TEST_PART";
+    if std::env::var_os(TEST).is_some_and(|part| part == test) {
+        return true;
+    }
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    let output = command.args([test, "--exact", "--nocapture"]).env(TEST, test).output().expect("a process");
+    let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+    assert!(output.status.success() && text.contains(words), "{text}");
+    false
 }
 
 /// The call was refused because of this argument.

@@ -18,8 +18,8 @@ const LAYERS: &[&[&str]] = &[
     &["indices"],
     &["kv"],
     &["ops", "reference"],
-    &["graph"],
-    &["gpu", "candle"],
+    &["graph", "uploads"],
+    &["gpu", "candle", "fuzzing"],
 ];
 
 /// Which names each name mentions.

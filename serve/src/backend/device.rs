@@ -1,6 +1,10 @@
 //! Where a model runs: the GPU or the CPU.
 
-use std::{sync::mpsc, thread, time::Duration};
+use std::{
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use clap::ValueEnum;
 use flashinfer_rs::kv::PageAllocator;
@@ -48,7 +52,8 @@ pub struct Loaded {
 }
 
 /// Loads a model, for steps of up to `capacity`, on a GPU with these options. On the CPU it is
-/// always deterministic.
+/// always deterministic. Graphs are captured before they are needed as far as that is done in
+/// `graphs_within`.
 ///
 /// # Errors
 /// The GPU is asked for, or a [`Precision`] that only it has, and cannot be used; or a tensor
@@ -59,6 +64,7 @@ pub fn load(
     pool: &PageAllocator,
     capacity: StepCapacity,
     options: GpuOptions,
+    graphs_within: Option<Duration>,
 ) -> Result<Loaded> {
     let reduced = [options.weights, options.kv] != [Precision::Auto; 2];
     let reason = match device {
@@ -68,7 +74,10 @@ pub fn load(
         Device::Cpu => "as asked".to_owned(),
         Device::Simulated => return Ok(simulated(model, pool, capacity)),
         Device::Auto | Device::Gpu => match load_gpu(model, pool, options) {
-            Ok(gpu) => {
+            Ok(mut gpu) => {
+                if let Some(limit) = graphs_within {
+                    capture_graphs(&mut gpu, pool, capacity.requests, limit)?;
+                }
                 let place = format!("on the GPU, {}", gpu.name()?);
                 return Ok(Loaded { backend: Box::new(gpu), on_gpu: true, place });
             }
@@ -80,6 +89,15 @@ pub fn load(
     };
     let cpu = with_progress(model, |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
     Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
+}
+
+/// Captures graphs, and says how many.
+fn capture_graphs(gpu: &mut Gpu, pool: &PageAllocator, requests: usize, limit: Duration) -> Result<()> {
+    let start = Instant::now();
+    let captured = gpu.capture_graphs(pool, requests, limit)?;
+    let seconds = start.elapsed().as_secs_f64();
+    tracing::info!(requests = captured, of = requests, seconds, "graphs are captured");
+    Ok(())
 }
 
 /// A stand-in for a model, with its vocabulary.

@@ -10,6 +10,9 @@ use crate::{
     hub::{Hub, ModelName},
 };
 
+/// How long graphs are captured before the first request.
+const GRAPHS_WITHIN: Duration = Duration::from_secs(60);
+
 /// Answer requests of OpenAI's API
 #[derive(clap::Args)]
 pub struct Args {
@@ -117,6 +120,7 @@ fn llm_options(args: &Args) -> LlmOptions {
         deterministic: args.deterministic,
         weights: args.precision.weights,
         kv: args.precision.kv,
+        graphs_within: Some(GRAPHS_WITHIN),
         ..LlmOptions::default()
     }
 }

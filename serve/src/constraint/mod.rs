@@ -17,8 +17,8 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-pub(crate) use self::compiler::Compiler;
 pub use self::grammar::Grammar;
+pub(crate) use self::{compiler::Compiler, schema::check as check_schema};
 
 /// What an answer has to be.
 #[derive(Clone, Debug, PartialEq)]

@@ -71,7 +71,7 @@ impl Fields {
 
 /// What is wrong about a field.
 fn invalid(path: &str, error: &serde_json::Error) -> ApiError {
-    let message = error.to_string();
+    let message = in_words_of_json(error.to_string());
     let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
     let name = match (path, missing) {
         ("." | "", Some(field)) => field.to_owned(),
@@ -82,6 +82,26 @@ fn invalid(path: &str, error: &serde_json::Error) -> ApiError {
         "." | "" => ApiError::invalid(format!("the body is not what was expected: {message}")),
         name => ApiError::parameter(name, format!("{name}: {message}")),
     }
+}
+
+/// What serde says, with JSON's names of types for Rust's.
+fn in_words_of_json(message: String) -> String {
+    let Some((given, expected)) = message.rsplit_once(", expected ") else { return message };
+    let given = given.replace("invalid type: map", "invalid type: object");
+    let given = given.replace("invalid type: sequence", "invalid type: array");
+    let expected = match expected {
+        "a map" => "an object",
+        // The name of one of an enum's values.
+        "string or map" => "a string",
+        "a sequence" => "an array",
+        "f32" | "f64" => "a number",
+        "u8" | "u16" | "u32" | "u64" | "usize" => "an integer that is not negative",
+        "i8" | "i16" | "i32" | "i64" | "isize" => "an integer",
+        struct_or_enum if struct_or_enum.starts_with("struct ") => "an object",
+        struct_or_enum if struct_or_enum.contains(" tagged enum ") => "an object with a `type`",
+        other => other,
+    };
+    format!("{given}, expected {expected}")
 }
 
 /// A request's body, read.

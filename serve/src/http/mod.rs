@@ -23,6 +23,8 @@ mod completions;
 mod connections;
 mod error;
 mod extract;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod health;
 mod life;
 mod log;

@@ -15,7 +15,7 @@ use crate::{
 /// The tokens of a chat.
 ///
 /// # Errors
-/// What the template says of such a chat.
+/// The template does not take such a chat.
 pub async fn chat(
     server: &Arc<Server>,
     messages: Vec<Message>,
@@ -23,7 +23,7 @@ pub async fn chat(
     options: ChatOptions,
 ) -> Result<Vec<u32>, ApiError> {
     let rendered = compute(server, move |llm| llm.text().render_chat(&messages, &tools, &options)).await?;
-    rendered.map_err(|error| ApiError::parameter("messages", format!("the chat template says: {error}")))
+    rendered.map_err(|error| ApiError::parameter("messages", error.to_string()))
 }
 
 /// What answers have to be, compiled; `None` if they may be anything.

@@ -3,6 +3,7 @@
 use std::{
     io::Write,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 mod architectures;
@@ -54,6 +55,22 @@ fn the_gpu_gives_the_known_ids() {
     let loaded = loaded().expect("the pinned model");
     let pool = PageAllocator::new(8, 16).unwrap();
     check_known_ids(&mut loaded.gpu(&pool, 64), &pool);
+}
+
+#[test]
+fn graphs_that_are_captured_early_change_no_id() {
+    let Some(_turn) = turn() else { return };
+    let loaded = loaded().expect("the pinned model");
+    let pool = PageAllocator::new(32, 16).unwrap();
+    let mut gpu = loaded.gpu(&pool, 64);
+    assert_eq!(gpu.capture_graphs(&pool, 6, Duration::ZERO).unwrap(), 0, "without time");
+    assert_eq!(gpu.capture_graphs(&pool, 6, Duration::from_secs(600)).unwrap(), 6);
+    assert_eq!(
+        gpu.capture_graphs(&pool, 64, Duration::from_secs(600)).unwrap(),
+        8,
+        "until pages are used up"
+    );
+    check_known_ids(&mut gpu, &pool);
 }
 
 #[test]
@@ -459,7 +476,7 @@ fn a_missing_gpu_is_told() {
     let pool = PageAllocator::new(4, 4).unwrap();
     let place = |device| {
         let capacity = limits(16, 0).step_capacity();
-        load(device, &model, &pool, capacity, GpuOptions::new(capacity.tokens))
+        load(device, &model, &pool, capacity, GpuOptions::new(capacity.tokens), None)
             .map(|loaded| loaded.place)
             .map_err(|e| e.to_string())
     };

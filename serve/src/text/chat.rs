@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{
     marks::{Rendered, StandIns},
-    message::{Message, Role},
+    message::{ArgumentsAs, Message, Role},
     metadata::Metadata,
     names::Names,
     source,
@@ -108,8 +108,27 @@ impl Chat {
     /// What the template raises, and what goes wrong in it; a last message that cannot be
     /// continued.
     pub fn render(&self, messages: &[Message], tools: &[Value], options: &ChatOptions) -> Result<Rendered> {
+        let rendered = self.render_calls(ArgumentsAs::Object, messages, tools, options);
+        let has_calls = messages.iter().any(|message| !message.tool_calls.is_empty());
+        match rendered {
+            Err(error) if has_calls => {
+                self.render_calls(ArgumentsAs::Text, messages, tools, options).map_err(|_| error)
+            }
+            rendered => rendered,
+        }
+    }
+
+    /// The same, where the template takes calls' arguments so.
+    fn render_calls(
+        &self,
+        arguments: ArgumentsAs,
+        messages: &[Message],
+        tools: &[Value],
+        options: &ChatOptions,
+    ) -> Result<Rendered> {
         let mut variables = options.variables.clone();
-        let mut messages = messages.iter().map(Message::for_template).collect::<Result<Vec<_>>>()?;
+        let messages = messages.iter().map(|message| message.for_template(arguments));
+        let mut messages = messages.collect::<Result<Vec<_>>>()?;
         let end = if options.continue_final_message { Some(mark_end(&mut messages)?) } else { None };
         variables.insert("messages".into(), messages.into());
         if !tools.is_empty() {

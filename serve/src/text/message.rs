@@ -130,12 +130,11 @@ impl Message {
         self.content.as_ref().map_or_else(String::new, Content::to_text)
     }
 
-    /// What a template sees: content is text, arguments are objects, and what is not
-    /// there has no key.
+    /// What a template sees: content is text, and what is not there has no key.
     ///
     /// # Errors
     /// Arguments that are no object.
-    pub(super) fn for_template(&self) -> Result<Value> {
+    pub(super) fn for_template(&self, arguments: ArgumentsAs) -> Result<Value> {
         let mut map = Map::new();
         map.insert("role".into(), self.role.name().into());
         map.insert("content".into(), self.text().into());
@@ -150,23 +149,38 @@ impl Message {
             }
         }
         if !self.tool_calls.is_empty() {
-            let calls = self.tool_calls.iter().map(ToolCall::for_template).collect::<Result<_>>()?;
+            let calls =
+                self.tool_calls.iter().map(|call| call.for_template(arguments)).collect::<Result<_>>()?;
             map.insert("tool_calls".into(), Value::Array(calls));
         }
         Ok(map.into())
     }
 }
 
+/// What a call's arguments are for a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ArgumentsAs {
+    /// An object, as most have it.
+    Object,
+    /// The text of one, which some join to other text.
+    Text,
+}
+
 impl ToolCall {
-    fn for_template(&self) -> Result<Value> {
+    fn for_template(&self, arguments_as: ArgumentsAs) -> Result<Value> {
         let FunctionCall { name, arguments } = &self.function;
         let parsed = match arguments {
             Value::String(text) => serde_json::from_str(text).ok(),
             other => Some(other.clone()),
         };
-        let arguments = parsed.filter(Value::is_object).ok_or_else(|| {
+        let object: Value = parsed.filter(Value::is_object).ok_or_else(|| {
             format!("the arguments of the call of `{name}` are {arguments}; expected a JSON object")
         })?;
+        let arguments = match (arguments_as, arguments) {
+            (ArgumentsAs::Object, _) => object,
+            (ArgumentsAs::Text, Value::String(text)) => text.clone().into(),
+            (ArgumentsAs::Text, _) => object.to_string().into(),
+        };
         let mut map = Map::new();
         if let Some(id) = &self.id {
             map.insert("id".into(), id.clone().into());

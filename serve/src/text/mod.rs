@@ -46,7 +46,11 @@ use self::{
     tokenizer::Tokenizer,
     vocabulary::Kind,
 };
-pub use self::{chat::ChatOptions, stream::Stream, tools::ToolFormat};
+pub use self::{
+    chat::ChatOptions,
+    stream::Stream,
+    tools::{NoToolFormat, ToolFormat},
+};
 use crate::Result;
 
 /// What becomes of a text, beside its own tokens.
@@ -176,9 +180,12 @@ impl Text {
         Ok(ids)
     }
 
-    /// How the model calls tools, if its template says so in a way that is known.
-    pub fn tool_format(&self) -> Option<ToolFormat> {
-        ToolFormat::of(self.chat.as_ref()?.tool_template())
+    /// How the model calls tools, as its template says.
+    ///
+    /// # Errors
+    /// The template does not tell the model of tools, or has them called in a form that is not known.
+    pub fn tool_format(&self) -> std::result::Result<ToolFormat, NoToolFormat> {
+        ToolFormat::of(self.chat.as_ref().ok_or(NoToolFormat::NotTold)?.tool_template())
     }
 
     /// The control token of this name.

@@ -33,9 +33,9 @@ pub(crate) fn real_folder(path: &Path) -> Result<(), ArtifactError> {
     }
 }
 
-/// Whether nobody has written to it for long.
+/// Whether nobody has written to it for long, or the clock was set back by as much.
 pub(crate) fn abandoned(metadata: &Metadata) -> bool {
-    metadata.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > ABANDONED))
+    metadata.modified().is_ok_and(|time| time.elapsed().unwrap_or_else(|ahead| ahead.duration()) > ABANDONED)
 }
 
 /// Removes unfinished files and folders that no process can be working on any more.

@@ -239,11 +239,10 @@ impl BatchAttention {
         let float = float_bytes(self.blocks, num_kv_heads, self.spec.head_dim_vo);
         let need = Need { float, int: int_bytes(self.blocks) };
         let planning = Planning { need, for_graph: work.graph, clear: false, numbers: PLAN_LEN };
-        let stream = workspace.stream().clone();
         let (qo_indptr, kv_indptr) =
             (host_indices(work.queries.indptr())?, host_indices(work.table.indptr())?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, planning, |scratch, pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned, stream| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),
@@ -262,7 +261,7 @@ impl BatchAttention {
             // host buffer is page-locked, as large as the device one and as
             // what the planner writes, and not written again before the copy
             // out of it is done.
-            unsafe { kernel.call(&self.plan, &stream) }
+            unsafe { kernel.call(&self.plan, stream) }
         })
     }
 }

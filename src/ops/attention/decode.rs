@@ -308,7 +308,7 @@ impl BatchDecode {
         let indptr = host_indices(&planned)?;
         let empty = |dtype| RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, &[0], None);
         let (empty_q, empty_kv) = (empty(self.spec.dtype_q)?, empty(self.spec.dtype_kv)?);
-        make_plan(check, workspace, planning, |scratch, pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned, stream| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),

@@ -264,7 +264,7 @@ impl BatchMla {
         let planning = Planning { need, for_graph: false, clear: false, numbers: PLAN_LEN };
         let (qo_indptr, kv_indptr) = (host_indices(&work.qo_indptr)?, host_indices(&work.kv_indptr)?);
         let kv_len = host_indices(&work.kv_lens)?;
-        make_plan(check, workspace, planning, |scratch, pinned| {
+        make_plan(check, workspace, planning, |scratch, pinned, stream| {
             let kernel = Plan {
                 float_workspace: DlTensor::new(&scratch.float),
                 int_workspace: DlTensor::new(&scratch.int),

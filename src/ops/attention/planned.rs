@@ -17,6 +17,7 @@ use crate::{
     indices::{PageIndices, RaggedIndices},
     ops::check::Check,
     runtime::FlashInferRuntime,
+    stream::Stream,
     tensor::RawTensor,
 };
 
@@ -325,8 +326,8 @@ pub(super) struct Planning {
 }
 
 /// Lets `call` run a planner, which writes index arrays to the page-locked
-/// buffer it is given and enqueues their copy to the workspace, or says how much
-/// there is to copy.
+/// buffer it is given and enqueues their copy to the workspace on the stream that it is
+/// given, or says how much there is to copy.
 ///
 /// Before, the workspace has grown to what the planner needs, or the call is
 /// refused: no planner finds one that is too small.
@@ -334,20 +335,21 @@ pub(super) fn make_plan(
     check: &Check<'_>,
     workspace: &mut Workspace,
     planning: Planning,
-    call: impl FnOnce(&Scratch, &RawTensor) -> Result<Value>,
+    call: impl FnOnce(&Scratch, &RawTensor, &Stream) -> Result<Value>,
 ) -> Result<PlanInfo> {
     let Planning { need, for_graph, clear, numbers } = planning;
     workspace.reserve(check, need)?;
     workspace.forget_plan();
     let scratch = Scratch::of(workspace)?;
     let stream = workspace.stream().clone();
+    let copies = cuda::upload_stream(&stream);
     let info = workspace.staging.stage(&stream, |staging| {
         if clear {
             staging[..need.int].fill(0);
         }
         let pinned =
             RawTensor::new(staging.as_mut_ptr().cast(), Device::Cpu, DType::U8, &[staging.len()], None)?;
-        let (info, to_copy) = PlanInfo::new(&call(&scratch, &pinned)?, numbers, need.int)?;
+        let (info, to_copy) = PlanInfo::new(&call(&scratch, &pinned, &copies)?, numbers, need.int)?;
         if let Some(bytes) = to_copy {
             // SAFETY: the buffer is page-locked, and not written again before the
             // copy is done.

@@ -186,7 +186,7 @@ impl PrefillKernels {
         // repeat the first tile.
         let clear = batch.shape.cuda_graph && no_split;
         let planning = Planning { need, for_graph: batch.shape.cuda_graph, clear, numbers };
-        let info = make_plan(check, workspace, planning, |scratch, pinned| {
+        let info = make_plan(check, workspace, planning, |scratch, pinned, stream| {
             // The two planners share their first sixteen arguments.
             macro_rules! plan {
                 ($kernel:ident { $($more:ident: $value:expr),* }) => {
@@ -218,7 +218,7 @@ impl PrefillKernels {
             // module's.
             unsafe {
                 if self.fa3 {
-                    plan!(Fa3Plan {}).call(&self.plan, &stream)
+                    plan!(Fa3Plan {}).call(&self.plan, stream)
                 } else {
                     plan!(Fa2Plan {
                         fixed_split_size: batch.shape.split.fixed_split_size.map_or(-1, |pages| pages as i64),
@@ -227,7 +227,7 @@ impl PrefillKernels {
                         uniform_q_len: NO_PROMISE,
                         fixed_uniform_q_len: false
                     })
-                    .call(&self.plan, &stream)
+                    .call(&self.plan, stream)
                 }
             }
         })?;

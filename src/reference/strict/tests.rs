@@ -1,5 +1,5 @@
 //! The strict CPU path refuses in the words of the kernels' checks, where an operation needs more
-//! of a device than a stream. The others are compared in `tests/strict.rs`.
+//! of a device than a stream. The others are compared in `tests/wrong_input/strict.rs`.
 
 use std::ffi::c_void;
 

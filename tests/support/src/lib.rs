@@ -1,9 +1,10 @@
 //! What tests and benchmarks share: random numbers from a printed seed, what a machine must have,
-//! libraries of C, counted allocations, and whether draws follow a distribution.
+//! libraries of C, counted allocations, whether draws follow a distribution, and seeds of fuzzing.
 
 pub mod c_library;
 pub mod chi_square;
 pub mod counting;
+pub mod replay;
 pub mod required;
 mod rng;
 

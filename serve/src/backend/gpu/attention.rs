@@ -10,7 +10,7 @@ use flashinfer_rs::{
     kv::{BatchTables, PagedKv},
 };
 
-use super::{GpuOptions, heads::HeadWidths};
+use super::{GpuOptions, heads::HeadWidths, lanes::LANES, split::Parts};
 use crate::model::Config;
 
 /// Bytes for partial results, and for index arrays, that workspaces have at first.
@@ -23,7 +23,8 @@ struct Kind {
     spec: AttentionSpec,
     decode: BatchDecode,
     prefill: BatchPrefill,
-    workspace: Workspace,
+    /// For each lane.
+    workspaces: [Workspace; LANES],
 }
 
 /// The kernels and scratch memory of attention.
@@ -32,8 +33,8 @@ pub struct Attention {
     /// The kind of each layer.
     layers: Vec<usize>,
     sm_scale: f64,
-    /// How decode divides keys.
-    split: Split,
+    /// What decode can divide keys into; `None` if it is not to.
+    parts: Option<Parts>,
 }
 
 impl Attention {
@@ -49,10 +50,11 @@ impl Attention {
         widths: HeadWidths,
         positions: usize,
         GpuOptions { deterministic, kv, .. }: GpuOptions,
+        multiprocessors: usize,
     ) -> Result<Self> {
-        let split = if deterministic { Split::disabled() } else { Split::default() };
+        let parts = (!deterministic).then(|| Parts::new(multiprocessors, config.heads.num_kv_heads));
         let mut attention =
-            Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale, split };
+            Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale, parts };
         let windowed = config.layers.iter().any(|layer| layer.window.is_some());
         for layer in &config.layers {
             let mut spec =
@@ -67,11 +69,12 @@ impl Attention {
             let known = attention.kinds.iter().position(|kind| kind.spec == spec);
             attention.layers.push(known.unwrap_or(attention.kinds.len()));
             if known.is_none() {
+                let workspace = || Workspace::with_sizes(stream, FIRST_BYTES[0], FIRST_BYTES[1]);
                 attention.kinds.push(Kind {
                     spec,
                     decode: BatchDecode::new(stream, &spec, config.heads)?,
                     prefill: BatchPrefill::new(stream, &spec, config.heads)?,
-                    workspace: Workspace::with_sizes(stream, FIRST_BYTES[0], FIRST_BYTES[1])?,
+                    workspaces: [workspace()?, workspace()?],
                 });
             }
         }
@@ -87,9 +90,9 @@ impl Attention {
     /// Replaces the workspaces by larger ones, unless they are as large as they get.
     /// Graphs that hold the old ones do not fit plans of the new ones.
     pub fn grow(&mut self, stream: &Stream) -> Result<bool> {
-        let smaller = self.kinds.iter_mut().filter(|kind| kind.workspace.float_bytes() < MAX_FLOAT_BYTES);
+        let workspaces = self.kinds.iter_mut().flat_map(|kind| &mut kind.workspaces);
         let mut grown = false;
-        for Kind { workspace, .. } in smaller {
+        for workspace in workspaces.filter(|workspace| workspace.float_bytes() < MAX_FLOAT_BYTES) {
             let (float, int) = (2 * workspace.float_bytes(), 2 * workspace.int_bytes());
             *workspace = Workspace::with_sizes(stream, float, int)?;
             grown = true;
@@ -99,23 +102,40 @@ impl Attention {
 
     /// Bytes for partial results that all workspaces have.
     pub fn workspace_bytes(&self) -> usize {
-        self.kinds.iter().map(|kind| kind.workspace.float_bytes()).sum()
+        self.kinds.iter().flat_map(|kind| &kind.workspaces).map(Workspace::float_bytes).sum()
     }
 
-    /// Plans a step of one new token for each of these requests; for a graph of so many
+    /// Plans a lane's step of one new token for each of these requests; for a graph of so many
     /// requests, if any.
-    pub fn plan_decode<'p>(&'p mut self, pages: &'p PageTable, graph: Option<usize>) -> Result<Plans<'p>> {
-        let mut options = PlanOptions::default().with_split(self.split);
-        options.graph = graph;
-        let plan = |kind: &'p mut Kind| kind.decode.plan(&mut kind.workspace, pages, &options);
+    pub fn plan_decode<'p>(
+        &'p mut self,
+        lane: usize,
+        pages: &'p PageTable,
+        graph: Option<usize>,
+    ) -> Result<Plans<'p>> {
+        let parts = self.parts;
+        let plan = |kind: &'p mut Kind| {
+            let mut options = PlanOptions::default();
+            options.graph = graph;
+            // Only the planner of FlashAttention 2 can be told.
+            if kind.decode.backend() == Backend::Fa2 {
+                let window = kind.spec.window_left.map_or(usize::MAX, |left| left as usize + 1);
+                let lens = pages.host().seq_lens().into_iter().map(|len| (len as usize).min(window));
+                options.split = match parts {
+                    Some(parts) if parts.divides(lens) => Split::default(),
+                    _ => Split::disabled(),
+                };
+            }
+            kind.decode.plan(&mut kind.workspaces[lane], pages, &options)
+        };
         let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
         Ok(Plans { plans: OfKinds::Decode(plans), layers: &self.layers, sm_scale: self.sm_scale })
     }
 
-    /// Plans a step of any new tokens.
-    pub fn plan_prefill<'p>(&'p mut self, tables: &'p BatchTables) -> Result<Plans<'p>> {
+    /// Plans a lane's step of any new tokens.
+    pub fn plan_prefill<'p>(&'p mut self, lane: usize, tables: &'p BatchTables) -> Result<Plans<'p>> {
         let options = PlanOptions::causal();
-        let plan = |kind: &'p mut Kind| kind.prefill.plan_paged(&mut kind.workspace, tables, &options);
+        let plan = |kind: &'p mut Kind| kind.prefill.plan_paged(&mut kind.workspaces[lane], tables, &options);
         let plans = self.kinds.iter_mut().map(plan).collect::<Result<_>>()?;
         Ok(Plans { plans: OfKinds::Prefill(plans), layers: &self.layers, sm_scale: self.sm_scale })
     }

@@ -6,6 +6,7 @@ use flashinfer_rs::{attention::ReplayKey, graph::CapturedStep};
 use super::{
     Gpu,
     buffers::Outputs,
+    lanes::{LANES, Lane},
     network::Network,
     products::{HeadProduct, Products},
     sampler::Sampler,
@@ -18,12 +19,40 @@ const FIRST_EDITS: usize = 1024;
 /// What is kept for steps of up to so many rows, a power of two.
 #[derive(Default)]
 pub struct Bucket {
-    /// Takes the largest logits.
-    pub greedy: Option<Graph>,
-    /// Samples.
-    pub sampled: Option<Graph>,
+    /// Take the largest logits; for each lane.
+    pub greedy: [Graphs; LANES],
+    /// Sample.
+    pub sampled: [Graphs; LANES],
     pub products: Option<Products>,
     pub head: Option<HeadProduct>,
+}
+
+/// Graphs of the same kernels but those of attention, which differ where keys are divided.
+#[derive(Default)]
+pub struct Graphs(Vec<Graph>);
+
+/// Graphs that are kept of each.
+const MAX_GRAPHS: usize = 4;
+
+impl Graphs {
+    /// The place of the one that fits plans with these keys.
+    pub fn position(&self, keys: &[ReplayKey]) -> Option<usize> {
+        self.0.iter().position(|graph| graph.keys == keys)
+    }
+
+    /// The one at a place.
+    pub fn get(&self, place: usize) -> Option<&CapturedStep> {
+        self.0.get(place).map(|graph| &graph.step)
+    }
+
+    /// Keeps a further one, instead of the oldest if there are many, and returns its place.
+    pub fn push(&mut self, graph: Graph) -> usize {
+        if self.0.len() >= MAX_GRAPHS {
+            self.0.remove(0);
+        }
+        self.0.push(graph);
+        self.0.len() - 1
+    }
 }
 
 /// A captured step, and what tells the plans that it fits.
@@ -37,6 +66,8 @@ pub struct Graph {
 pub struct Launched {
     pub bucket: usize,
     pub sampled: bool,
+    /// Its place among those.
+    pub place: usize,
 }
 
 impl Gpu {
@@ -59,8 +90,7 @@ impl Gpu {
     }
 
     /// Makes room for logits of so many rows, their product, and what is needed to
-    /// choose tokens: the rows of outputs among them are `self.at`. Returns whether
-    /// tokens are sampled.
+    /// choose tokens. Returns whether tokens are sampled.
     pub(super) fn prepare_outputs(&mut self, bucket: usize, graph: bool, outputs: &[Output]) -> Result<bool> {
         let rows = 1 << bucket;
         if rows > self.outputs.capacity() {
@@ -80,22 +110,22 @@ impl Gpu {
             return Ok(false);
         }
         let edits = outputs.iter().map(|output| output.edits.len()).sum();
-        self.reserve_sampler(rows, edits)?;
-        let Some(sampler) = &mut self.sampler else { return Ok(false) };
-        sampler.set(&self.cuda, outputs, &self.at, rows)?;
+        self.reserve_samplers(rows, edits)?;
         Ok(true)
     }
 
-    /// Has a sampler with room for so many rows and edits.
-    fn reserve_sampler(&mut self, rows: usize, edits: usize) -> Result<()> {
-        let max_edits = self.sampler.as_ref().map_or(FIRST_EDITS, Sampler::max_edits);
-        if self.sampler.as_ref().is_none_or(|sampler| !sampler.fits(rows, edits)) {
+    /// Has a sampler in each lane, with room for so many rows and edits.
+    fn reserve_samplers(&mut self, rows: usize, edits: usize) -> Result<()> {
+        let samplers = || self.lanes.iter().map(|lane| lane.sampler.as_ref());
+        let max_edits = samplers().flatten().map(Sampler::max_edits).max().unwrap_or(FIRST_EDITS);
+        if samplers().any(|sampler| sampler.is_none_or(|sampler| !sampler.fits(rows, edits))) {
             self.forget_graphs();
             let rows = rows.max(self.outputs.capacity());
             let max_edits = max_edits.max(edits.next_power_of_two());
             let Network { stream, config, .. } = &self.network;
-            let sampler = Sampler::new(&self.cuda, stream, rows, max_edits, config.vocab_size)?;
-            self.sampler = Some(sampler);
+            for Lane { sampler, .. } in &mut self.lanes {
+                *sampler = Some(Sampler::new(&self.cuda, stream, rows, max_edits, config.vocab_size)?);
+            }
         }
         Ok(())
     }
@@ -103,8 +133,9 @@ impl Gpu {
     /// To be called before memory is replaced that graphs work on.
     pub(super) fn forget_graphs(&mut self) {
         self.launched = None;
+        self.uploads.set_moved();
         for bucket in &mut self.buckets {
-            (bucket.greedy, bucket.sampled) = (None, None);
+            (bucket.greedy, bucket.sampled) = Default::default();
         }
     }
 }

@@ -1,14 +1,15 @@
-//! Products of few rows by weights of `e4m3` (`few_rows.cu`). The weight is read once, and the rows
-//! stay as they are: they are not rounded to 8 bits.
+//! Products of few rows (`few_rows.cu`). The weight is read once, and the rows stay as they are: by
+//! weights of `e4m3`, too, they are not rounded to 8 bits.
 
-use std::{ptr, sync::Arc};
+use std::{ffi::c_void, ptr, sync::Arc};
 
 use cudarc::{
-    driver::{CudaFunction, CudaStream, LaunchConfig, PushKernelArg},
+    driver::{CudaFunction, CudaStream, LaunchConfig},
     nvrtc::Ptx,
 };
 use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 
+use super::programmatic;
 use crate::{
     Result,
     backend::matmul::{Added, Product, Weight},
@@ -16,40 +17,41 @@ use crate::{
 
 /// Threads of a block.
 const THREADS: u32 = 256;
-/// Rows that there are kernels for.
-const ROWS: [usize; 4] = [1, 2, 4, 8];
-/// Rows of the weight that a block reads: two for each warp.
-const OUTPUTS: usize = 2 * THREADS as usize / 32;
-/// Numbers that a thread reads at once.
-const VECTOR: usize = 16;
+/// The most rows.
+const ROWS: usize = 8;
+/// Rows of the weight that a block reads.
+const TILE: usize = 16;
+/// Bytes of a weight's row that a thread reads at once.
+const READ: usize = 16;
 
 /// The kernels of one element type, on one stream.
 pub struct FewRows {
     cuda: Arc<CudaStream>,
     dtype: DType,
-    /// For each of [`ROWS`].
-    kernels: Vec<CudaFunction>,
+    /// By weights of the same type.
+    by_same: CudaFunction,
+    /// By weights of `e4m3`.
+    by_e4m3: CudaFunction,
 }
 
 impl FewRows {
     /// Has them compiled for rows and results of `f16` or `bf16`.
     ///
     /// # Errors
-    /// The GPU has no 8-bit floats: its compute capability is below 8.9.
+    /// The GPU has no [programmatic dependent launch](programmatic::is_available).
     pub fn new(cuda: &Arc<CudaStream>, dtype: DType) -> Result<Self> {
         let module = cuda.context().load_module(Ptx::from_src(include_str!("few_rows.ptx")))?;
-        let kernel = |rows| module.load_function(&format!("few_rows_{dtype}_{rows}"));
-        let kernels = ROWS.iter().map(kernel).collect::<Result<_, _>>()?;
-        Ok(Self { cuda: cuda.clone(), dtype, kernels })
+        let kernel = |weights: DType| module.load_function(&format!("few_rows_{dtype}_by_{weights}"));
+        Ok(Self { cuda: cuda.clone(), dtype, by_same: kernel(dtype)?, by_e4m3: kernel(DType::E4M3)? })
     }
 
     /// Whether there is a kernel for a product.
     pub fn serves(&self, product: &Product) -> bool {
-        let multiple = product.input.is_multiple_of(VECTOR);
-        product.dtype == DType::E4M3
+        let of_weights = product.dtype == self.dtype || product.dtype == DType::E4M3;
+        of_weights
             && product.out_dtype == self.dtype
-            && multiple
-            && ROWS.contains(&product.rows)
+            && (product.input * product.dtype.size()).is_multiple_of(READ)
+            && (1..=ROWS).contains(&product.rows)
     }
 
     /// As [`Matmul::run`](crate::backend::matmul::Matmul::run) of a product that this
@@ -61,47 +63,63 @@ impl FewRows {
         x: &TensorRef<'_>,
         weight: &Weight<'_>,
     ) -> Result<()> {
-        let Product { rows, input, output, factor, added, .. } = *product;
+        let Product { rows, input, output, factor, added, dtype, .. } = *product;
         let device = Device::Cuda(self.cuda.context().ordinal() as u32);
         let check = |name, tensor: &TensorRef<'_>, dtype, numel| {
             product.check_tensor(name, tensor, dtype, numel, device)
         };
-        let kernel = ROWS.iter().position(|&of| of == rows).filter(|_| self.serves(product));
-        let (Some(kernel), Some(scales)) = (kernel, weight.matrix.scales) else {
-            return Err(format!("{product:?} is not one of few rows by a weight with scales").into());
-        };
+        if !self.serves(product) {
+            return Err(format!("{product:?} is not one of few rows").into());
+        }
+        let scales = weight.matrix.scales;
+        if scales.is_some() != (dtype == DType::E4M3) {
+            return Err(format!("the scales of {product:?} are {scales:?}").into());
+        }
         if weight.bias.is_some() != (added == Added::Bias) {
             return Err(format!("the bias of {product:?} is {:?}", weight.bias).into());
         }
         check("out", &out.as_ref(), self.dtype, rows * output)?;
         check("x", x, self.dtype, rows * input)?;
-        check("weight", &weight.matrix.numbers, DType::E4M3, input * output)?;
-        check("scales", &scales, DType::F32, output)?;
+        check("weight", &weight.matrix.numbers, dtype, input * output)?;
+        scales.iter().try_for_each(|scales| check("scales", scales, DType::F32, output))?;
         weight.bias.iter().try_for_each(|bias| check("bias", bias, self.dtype, output))?;
-        let bias = weight.bias.map_or(ptr::null_mut(), |bias| bias.data_ptr());
-        let data = [out.data_ptr(), weight.matrix.numbers.data_ptr(), scales.data_ptr(), x.data_ptr(), bias];
-        let data = data.map(|data| data as u64);
-        let sizes = [u32::try_from(output)?, u32::try_from(input / VECTOR)?];
-        let added = match added {
-            Added::Nothing => 0u32,
-            Added::Bias => 1,
-            Added::Output => 2,
-        };
-        let blocks = u32::try_from(output.div_ceil(OUTPUTS))?;
-        let shape =
-            LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
-        let mut launch = self.cuda.launch_builder(&self.kernels[kernel]);
-        for address in &data {
-            launch.arg(address);
-        }
-        for size in &sizes {
-            launch.arg(size);
-        }
-        launch.arg(&factor).arg(&added);
-        // SAFETY: the kernel takes five addresses, rows of the weight, a width in sixteens, a
+        let address = |tensor: Option<TensorRef<'_>>| tensor.map_or(ptr::null_mut(), |it| it.data_ptr());
+        let [mut out, mut numbers, mut scales, mut x, mut bias] = [
+            out.data_ptr(),
+            weight.matrix.numbers.data_ptr(),
+            address(scales),
+            x.data_ptr(),
+            address(weight.bias),
+        ];
+        let [mut rows, mut outputs, mut width] =
+            [u32::try_from(rows)?, u32::try_from(output)?, u32::try_from(input * dtype.size() / READ)?];
+        let (mut factor, mut added) = (
+            factor,
+            match added {
+                Added::Nothing => 0u32,
+                Added::Bias => 1,
+                Added::Output => 2,
+            },
+        );
+        let mut arguments: [*mut c_void; 10] = [
+            (&raw mut out).cast(),
+            (&raw mut numbers).cast(),
+            (&raw mut scales).cast(),
+            (&raw mut x).cast(),
+            (&raw mut bias).cast(),
+            (&raw mut rows).cast(),
+            (&raw mut outputs).cast(),
+            (&raw mut width).cast(),
+            (&raw mut factor).cast(),
+            (&raw mut added).cast(),
+        ];
+        let kernel = if dtype == DType::E4M3 { &self.by_e4m3 } else { &self.by_same };
+        let grid_dim = (u32::try_from(output.div_ceil(TILE))?, 1, 1);
+        let shape = LaunchConfig { grid_dim, block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+        // SAFETY: the kernel takes five addresses, rows, rows of the weight, their width in reads, a
         // factor and what is added. All that it reads and writes was checked to be there; without
-        // a bias it reads none.
-        unsafe { launch.launch(shape)? };
-        Ok(())
+        // a bias or scales it reads none. Before it waits, it reads the weight and no more, which
+        // nothing writes.
+        unsafe { programmatic::launch(&self.cuda, kernel, shape, &mut arguments) }
     }
 }

@@ -7,7 +7,7 @@ use cudarc::driver::{CudaEvent, CudaStream, sys::CUevent_flags};
 
 use super::{
     Gpu,
-    buckets::{Bucket, Graph, Launched},
+    buckets::{Bucket, Launched},
 };
 use crate::{Result, backend::graph};
 
@@ -62,25 +62,26 @@ impl Gpu {
     /// # Errors
     /// The last step was not a graph's.
     pub fn replay(&mut self) -> Result<(f32, usize)> {
-        let Self { buckets, attention, tables, cuda, launched, .. } = self;
-        let graph = launched.and_then(|Launched { bucket, sampled }| {
+        let Self { buckets, attention, lanes, lane, cuda, launched, .. } = self;
+        let graph = launched.and_then(|Launched { bucket, sampled, place }| {
             let Bucket { greedy, sampled: sampling, .. } = &buckets[bucket];
-            Some((bucket, if sampled { sampling } else { greedy }.as_ref()?))
+            Some((bucket, if sampled { sampling } else { greedy }[*lane].get(place)?))
         });
-        let Some((bucket, Graph { step, .. })) = graph else {
+        let Some((bucket, step)) = graph else {
             return Err("the last step was not a graph's".into());
         };
-        let plans = attention.plan_decode(&tables.tables.pages, Some(1 << bucket))?;
+        let plans = attention.plan_decode(*lane, &lanes[*lane].tables.tables.pages, Some(1 << bucket))?;
         Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes()))
     }
 
     /// The milliseconds that attention to the pages of the last step takes in
     /// all layers, in a graph of nothing else.
     pub fn attention(&mut self) -> Result<f32> {
-        let Self { network, attention, buffers, cache, tables, cuda, .. } = self;
+        let Self { network, attention, buffers, cache, lanes, lane, cuda, .. } = self;
+        let pages = &lanes[*lane].tables.tables.pages;
         let heads = network.config.heads;
-        let rows = tables.tables.pages.host().batch_size();
-        let plans = attention.plan_decode(&tables.tables.pages, Some(rows))?;
+        let rows = pages.host().batch_size();
+        let plans = attention.plan_decode(*lane, pages, Some(rows))?;
         let q = buffers.qkv.rows(rows)?.narrow(1, 0, heads.num_qo_heads)?;
         let mut out = buffers.attention.rows_mut(rows)?;
         let mut run = || -> Result<()> {

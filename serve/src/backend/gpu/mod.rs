@@ -8,18 +8,20 @@
 //! prompts, launch the same kernels one by one, with prefill in place of decode.
 //!
 //! The host does all that while the GPU computes the step before: what that chooses is read
-//! on the GPU, and reaches the host through the ring meanwhile. One stream
-//! orders everything; page-locked memory is written again when the copies out of it are over,
-//! which an event tells.
+//! on the GPU, and reaches the host through the ring meanwhile. One stream orders all that is
+//! computed. Uploads are made on another, to memory that every other step reads, so that none lies
+//! between two graphs; page-locked memory is written again when the copies out of it are over, which
+//! an event tells.
 //!
 //! | file | its job |
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products`, `multiplier` | what steps compute in, their products, and by what |
-//! | `quantize`, `few_rows` | 8-bit numbers, and products of few rows by them |
+//! | `quantize`, `few_rows`, `programmatic` | 8-bit numbers, products of few rows, and launches that overlap |
 //! | `network`, `layer` | what a step enqueues |
-//! | `steps`, `buckets` | the course of a step, and the graphs that are kept |
-//! | `append`, `attention`, `tables`, `tokens` | what the cache gets, plans, index arrays, and tokens |
+//! | `steps`, `buckets`, `capture` | the course of a step, the graphs that are kept, and early ones |
+//! | `append`, `attention`, `split` | what the cache gets, and plans |
+//! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
 //! | `sampler`, `ring` | the choice of tokens, and their way to the host |
 //! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
@@ -28,20 +30,24 @@ mod append;
 mod attention;
 mod buckets;
 mod buffers;
+mod capture;
 mod few_rows;
 mod half;
 mod heads;
 pub(super) mod kernels;
+mod lanes;
 mod layer;
 mod measure;
 mod memory;
 mod multiplier;
 mod network;
 mod products;
+mod programmatic;
 mod quantize;
 mod ring;
 mod rows;
 mod sampler;
+mod split;
 mod steps;
 mod tables;
 mod tokens;
@@ -53,10 +59,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaStream, sys::CUdevice_attribute};
 use flashinfer_rs::{
     DType, FlashInferError, FlashInferRuntime, ModuleName, RuntimeConfig, Stream,
-    gpu::Tensor,
     kv::{Batch, HeadsShape, KvLayout, PageAllocator, PagedKvCache, Sequence},
     rope::CosSinCache,
 };
@@ -68,16 +73,13 @@ use self::{
     buckets::{Bucket, Launched},
     buffers::{Buffers, Outputs},
     kernels::Kernels,
+    lanes::{LANES, Lane, Uploads},
     measure::GraphTime,
     memory::Pinned,
     multiplier::Multiplier,
     network::Network,
     products::Products,
     ring::Ring,
-    rows::Rows,
-    sampler::Sampler,
-    tables::Tables,
-    tokens::Tokens,
     weights::Weights,
 };
 use crate::{
@@ -90,6 +92,9 @@ use crate::{
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
 
+/// How many multiprocessors a GPU has.
+const MULTIPROCESSORS: CUdevice_attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+
 /// The GPU's weights and cache.
 pub struct Gpu {
     /// For 1, 2, 4, … rows; filled when they are first needed. Dropped first: graphs
@@ -100,20 +105,15 @@ pub struct Gpu {
     buffers: Buffers,
     multiplier: Multiplier,
     outputs: Outputs,
-    /// The tokens of a step.
-    tokens: Tokens,
-    /// What was chosen last, row by row of logits.
-    chosen: Tensor<i32>,
-    /// The rows whose logits are wanted.
-    selected: Rows,
-    /// Made when the first step samples.
-    sampler: Option<Sampler>,
+    lanes: [Lane; LANES],
+    /// That of the last step.
+    lane: usize,
+    uploads: Uploads,
     /// What is chosen, on its way to the host.
     ring: Ring,
     /// A row of logits, once one was wanted.
     row: Option<Pinned<f32>>,
     cache: PagedKvCache,
-    tables: Tables,
     cublas: Rc<CublasLt>,
     cuda: Arc<CudaStream>,
     /// The graph that was the last step.
@@ -206,7 +206,9 @@ impl Gpu {
         if kv == DType::E4M3 {
             check_quantized_keys(config, widths)?;
         }
-        let attention = Attention::new(&stream, config, widths, positions, options)?;
+        let multiprocessors = cuda.context().attribute(MULTIPROCESSORS)?;
+        let multiprocessors = usize::try_from(multiprocessors)?;
+        let attention = Attention::new(&stream, config, widths, positions, options, multiprocessors)?;
         // What has no product for one row has none at all, which is better known at once.
         let cublas = CublasLt::new(&cuda)?;
         let choice = options.choice();
@@ -214,19 +216,18 @@ impl Gpu {
         let multiplier = Multiplier::new(&cuda, config, widths, weights, most, choice)?;
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
         let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(kv, KvLayout::Nhd) };
+        let lane = || Lane::new(&cuda, &stream, pool, most, deterministic);
         let mut gpu = Self {
             buckets: (0..=most.ilog2()).map(|_| Bucket::default()).collect(),
             attention,
             buffers: Buffers::new(&stream, config, widths, kv, most)?,
             outputs: Outputs::new(&stream, config, 1)?,
-            tokens: Tokens::new(&cuda, &stream, most)?,
-            chosen: Tensor::zeros(&stream, &[most])?,
-            selected: Rows::new(&cuda, &stream, most, most)?,
-            sampler: None,
+            lanes: [lane()?, lane()?],
+            lane: 0,
+            uploads: Uploads::new(&cuda)?,
             ring: Ring::new(&cuda, most)?,
             row: None,
             cache: PagedKvCache::new(&stream, pool, &[shape])?,
-            tables: Tables::new(&stream, pool, most, deterministic)?,
             cublas,
             launched: None,
             graph_times: None,
@@ -274,6 +275,11 @@ impl Gpu {
         Ok(())
     }
 
+    /// That of the next step.
+    fn next_lane(&self) -> usize {
+        (self.lane + 1) % LANES
+    }
+
     /// The most new tokens of a step.
     fn max_rows(&self) -> usize {
         1 << (self.buckets.len() - 1)
@@ -310,16 +316,20 @@ impl Backend for Gpu {
         self.launched = None;
         self.at.clear();
         self.check(step)?;
-        let mut enqueued = Ok(());
+        let (mut enqueued, mut lane) = (Ok(()), self.lane);
         if !step.tokens.is_empty() {
-            enqueued = self.compute(step);
-            self.tables.tables.release_padding();
+            lane = self.next_lane();
+            enqueued = self.compute(step, lane);
+            let Lane { tables, computed, .. } = &mut self.lanes[lane];
+            tables.tables.release_padding();
+            enqueued = enqueued.and(computed.record(&self.cuda).map_err(Into::into));
         }
         self.enqueued = start.elapsed();
-        let enqueued =
-            enqueued.and_then(|()| self.ring.push(&self.cuda, &self.chosen, &self.at, step.outputs));
-        if enqueued.is_err() {
-            self.at.clear();
+        let chosen = &self.lanes[lane].chosen;
+        let enqueued = enqueued.and_then(|()| self.ring.push(&self.cuda, chosen, &self.at, step.outputs));
+        match &enqueued {
+            Ok(()) => self.lane = lane,
+            Err(_) => self.at.clear(),
         }
         enqueued
     }

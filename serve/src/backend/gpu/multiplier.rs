@@ -1,5 +1,4 @@
-//! What multiplies rows by weights: cuBLASLt, and kernels of our own for few rows by weights of
-//! `e4m3`.
+//! What multiplies rows by weights: cuBLASLt, and kernels of our own for few rows.
 
 use std::sync::Arc;
 
@@ -9,6 +8,7 @@ use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, gpu::Tensor};
 use super::{
     few_rows::FewRows,
     heads::HeadWidths,
+    programmatic,
     quantize::{QuantizedRows, Quantizer},
 };
 use crate::{
@@ -23,6 +23,8 @@ pub const SCRATCH_BYTES: usize = 32 << 20;
 /// What computes the products of steps, and the memory for it.
 pub struct Multiplier {
     scratch: Tensor<u8>,
+    /// Computes few rows as they are, unless each is to be as it is among many.
+    few_rows: Option<FewRows>,
     /// If weights are of `e4m3`.
     e4m3: Option<E4m3Multiplier>,
 }
@@ -32,8 +34,6 @@ struct E4m3Multiplier {
     quantizer: Quantizer,
     /// The rows of a product, rounded.
     quantized: QuantizedRows,
-    /// Computes few rows as they are, unless each is to be as it is among many.
-    few_rows: Option<FewRows>,
 }
 
 impl Multiplier {
@@ -55,13 +55,12 @@ impl Multiplier {
             Ok(E4m3Multiplier {
                 quantizer: Quantizer::new(cuda, config.dtype)?,
                 quantized: QuantizedRows::zeros(&stream, rows, rows * width)?,
-                few_rows: (choice == Choice::Fastest)
-                    .then(|| FewRows::new(cuda, config.dtype))
-                    .transpose()?,
             })
         };
+        let few_rows = choice == Choice::Fastest && programmatic::is_available(cuda)?;
         Ok(Self {
             scratch: Tensor::zeros(&stream, &[SCRATCH_BYTES])?,
+            few_rows: few_rows.then(|| FewRows::new(cuda, config.dtype)).transpose()?,
             e4m3: (weights == DType::E4M3).then(e4m3).transpose()?,
         })
     }
@@ -92,11 +91,9 @@ impl Multiplier {
         weight: &Weight<'_>,
     ) -> Result<()> {
         let (product, scratch) = (matmul.product(), &mut self.scratch.view_mut());
-        match &mut self.e4m3 {
-            Some(E4m3Multiplier { few_rows: Some(kernels), .. }) if few_rows => {
-                kernels.run(product, out, x, weight)
-            }
-            Some(e4m3) if product.dtype == DType::E4M3 => {
+        match (&self.few_rows, &mut self.e4m3) {
+            (Some(kernels), _) if few_rows => kernels.run(product, out, x, weight),
+            (_, Some(e4m3)) if product.dtype == DType::E4M3 => {
                 let x = e4m3.quantizer.quantize(&mut e4m3.quantized, x, product.rows)?;
                 matmul.run(out, &x, weight, scratch)
             }
@@ -106,8 +103,7 @@ impl Multiplier {
 
     /// Whether [`FewRows`] can compute a product.
     fn has_few_rows(&self, product: &Product) -> bool {
-        let few_rows = self.e4m3.as_ref().and_then(|e4m3| e4m3.few_rows.as_ref());
-        few_rows.is_some_and(|few_rows| few_rows.serves(product))
+        self.few_rows.as_ref().is_some_and(|few_rows| few_rows.serves(product))
     }
 }
 

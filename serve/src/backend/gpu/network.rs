@@ -43,7 +43,9 @@ pub struct Pass<'a> {
     pub padded_rows: usize,
     /// The tokens of all rows.
     pub tokens: &'a Tokens,
-    /// What the step before chose, row by row, and then what this one does.
+    /// What the step before chose, row by row.
+    pub chosen_before: &'a Tensor<i32>,
+    /// What this one chooses.
     pub chosen: &'a mut Tensor<i32>,
     pub tables: &'a BatchTables,
     pub plans: &'a Plans<'a>,
@@ -71,7 +73,7 @@ impl Network {
         let Buffers { residual, x, .. } = &mut *pass.buffers;
         let mut embedded = residual.rows_mut(pass.padded_rows)?;
         let scale = self.config.embedding_scale as f32 * RESIDUAL_SCALE;
-        let (table, chosen) = (self.weights.embedding.view(), pass.chosen.view());
+        let (table, chosen) = (self.weights.embedding.view(), pass.chosen_before.view());
         self.kernels.embed(&mut embedded, &table, pass.tokens, &chosen, scale)?;
         let first = self.weights.layers.first().map_or(&self.weights.norm, |layer| &layer.attention_norm);
         let (mut x, residual) = (x.rows_mut(pass.rows)?, residual.rows(pass.rows)?);

@@ -73,17 +73,8 @@ impl Ring {
         }
     }
 
-    /// Has what is enqueued next, which chooses other tokens, wait until those of the last step
-    /// are copied.
-    pub fn wait_for_copies(&self, cuda: &CudaStream) -> Result<()> {
-        match self.last() {
-            Some(last) if !last.at.is_empty() => Ok(cuda.wait(&last.slot.copied)?),
-            _ => Ok(()),
-        }
-    }
-
-    /// Enqueues the copy of what a step chooses, whose outputs are at these rows. See
-    /// [`wait_for_copies`](Self::wait_for_copies).
+    /// Enqueues the copy of what a step chooses, whose outputs are at these rows. Only the step
+    /// after the next may choose others there: it is enqueued when this one is collected.
     pub fn push(
         &mut self,
         cuda: &CudaStream,

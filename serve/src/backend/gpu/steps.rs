@@ -2,20 +2,23 @@
 
 use std::slice;
 
+use flashinfer_rs::gpu::Tensor;
+
 use super::{
     Gpu,
     attention::Attention,
     buckets::{Bucket, Graph, Launched},
+    lanes::{LANES, Lane},
     measure::GraphTime,
     memory::Pinned,
     network::{Head, Pass},
     products::HeadProduct,
     ring::{InFlight, LookedAt},
-    tables::Uploaded,
+    tables::{Tables, Uploaded},
 };
 use crate::{
     Result,
-    backend::{Output, Sample, Step, StepToken, graph, sampler},
+    backend::{Sample, Step, StepToken, graph, sampler},
 };
 
 impl Gpu {
@@ -50,13 +53,13 @@ impl Gpu {
         Ok(())
     }
 
-    /// Enqueues a step that has tokens.
-    pub(super) fn compute(&mut self, step: &Step<'_>) -> Result<()> {
-        let at = self.ring.last().map_or(&[][..], |last| &last.at);
-        self.tokens.set(&self.cuda, step.tokens, step.tokens.len().next_power_of_two(), at)?;
+    /// Enqueues a step that has tokens, with the memory of a lane.
+    pub(super) fn compute(&mut self, step: &Step<'_>, lane: usize) -> Result<()> {
         loop {
-            let computed = self.enqueue_kernels(step);
+            let computed = self.enqueue_kernels(step, lane);
             let Err(error) = &computed else { return computed };
+            // Some may have been begun.
+            self.uploads.finish(&self.cuda)?;
             if !error.downcast_ref().is_some_and(Attention::is_too_small) {
                 return computed;
             }
@@ -67,26 +70,37 @@ impl Gpu {
         }
     }
 
-    fn enqueue_kernels(&mut self, step: &Step<'_>) -> Result<()> {
+    fn enqueue_kernels(&mut self, step: &Step<'_>, lane: usize) -> Result<()> {
         self.at.clear();
         let rows = step.tokens.len();
         let padded_rows = rows.next_power_of_two();
         let bucket = padded_rows.ilog2() as usize;
-        if self.tables.reserve(step.batch, padded_rows)? {
+        if self.lanes[lane].tables.reserve(step.batch, padded_rows)? {
             self.forget_graphs();
         }
-        let uploaded = self.tables.upload(step.batch, &mut self.cache, padded_rows)?;
+        let mut uploaded = Uploaded::Prefill;
+        if Tables::may_decode(step.batch) {
+            self.cache.copy_pages()?;
+            let Self { uploads, lanes, cache, .. } = self;
+            let Lane { tables, computed, .. } = &mut lanes[lane];
+            uploads.begin(&self.cuda, computed)?;
+            uploaded = uploads.make(|_| tables.upload_decode(step.batch, cache, padded_rows))?;
+        }
         self.prepare_products(bucket, uploaded == Uploaded::Decode)?;
         match uploaded {
-            Uploaded::Decode => self.decode(bucket, step.outputs),
-            Uploaded::Prefill => self.prefill(rows, bucket, step.outputs),
+            Uploaded::Decode => self.decode(step, lane, bucket),
+            Uploaded::Prefill => {
+                self.uploads.finish(&self.cuda)?;
+                self.lanes[lane].tables.upload_prefill(step.batch, &mut self.cache)?;
+                self.prefill(step, lane, bucket)
+            }
         }
     }
 
     /// A step of one new token for each request, filled up to a bucket: a graph.
-    fn decode(&mut self, bucket: usize, outputs: &[Output]) -> Result<()> {
-        self.at.extend(outputs.iter().map(|output| output.row));
-        let sampled = self.prepare_outputs(bucket, true, outputs)?;
+    fn decode(&mut self, step: &Step<'_>, lane: usize, bucket: usize) -> Result<()> {
+        self.at.extend(step.outputs.iter().map(|output| output.row));
+        let sampled = self.prepare_outputs(bucket, true, step.outputs)?;
         let rows = 1 << bucket;
         let Self {
             buckets,
@@ -95,37 +109,58 @@ impl Gpu {
             buffers,
             multiplier,
             outputs,
-            tokens,
-            chosen,
+            lanes,
+            uploads,
             ring,
             cache,
-            tables,
-            sampler,
+            at,
             ..
         } = self;
-        let (cuda, graph_times) = (&self.cuda, &mut self.graph_times);
+        let (cuda, graph_times, graphs) = (&self.cuda, &mut self.graph_times, self.graphs);
         let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(head) } =
             &mut buckets[bucket]
         else {
             return Err("the products of a step were not made".into());
         };
-        let (captured, sampler) = if sampled { (sampling, sampler.as_mut()) } else { (greedy, None) };
+        let captured = if sampled { &mut sampling[lane] } else { &mut greedy[lane] };
+        let (Lane { tokens, chosen, sampler, tables, computed, .. }, chosen_before) = of_lane(lanes, lane);
+        let mut sampler = sampler.as_mut().filter(|_| sampled);
         let tables = &tables.tables;
-        let plans = attention.plan_decode(&tables.pages, self.graphs.then_some(rows))?;
+        // What was made just now is there then.
+        uploads.begin(cuda, computed)?;
+        let plans = uploads.make(|beside| -> Result<_> {
+            tokens.set(beside, step.tokens, rows, ring.last().map_or(&[], |last| &last.at))?;
+            if let Some(sampler) = &mut sampler {
+                sampler.set(beside, step.outputs, at, rows)?;
+            }
+            Ok(attention.plan_decode(lane, &tables.pages, graphs.then_some(rows))?)
+        })?;
+        uploads.finish(cuda)?;
         let keys = plans.replay_keys();
-        ring.wait_for_copies(cuda)?;
-        if let Some(graph) = captured.as_ref().filter(|graph| Some(&graph.keys) == keys.as_ref()) {
-            let launch = || Ok(graph.step.launch(plans.decode())?);
+        let place = keys.as_ref().and_then(|keys| captured.position(keys));
+        if let Some((place, step)) = place.and_then(|place| Some((place, captured.get(place)?))) {
+            let launch = || Ok(step.launch(plans.decode())?);
             match graph_times {
                 Some(times) => times.push(GraphTime::of(cuda, launch)?),
                 None => launch()?,
             }
-            self.launched = Some(Launched { bucket, sampled });
+            self.launched = Some(Launched { bucket, sampled, place });
             return Ok(());
         }
         let (padded_rows, plans, tokens) = (rows, &plans, &*tokens);
-        let mut pass =
-            Pass { rows, padded_rows, tokens, chosen, tables, plans, products, cache, buffers, multiplier };
+        let mut pass = Pass {
+            rows,
+            padded_rows,
+            tokens,
+            chosen_before,
+            chosen,
+            tables,
+            plans,
+            products,
+            cache,
+            buffers,
+            multiplier,
+        };
         let mut head = Head { rows, selected: None, product: &head.product, outputs, sampler };
         let mut run = || {
             network.run(&mut pass)?;
@@ -134,59 +169,62 @@ impl Gpu {
         // This step runs without a graph, which loads all kernels.
         run()?;
         if let Some(keys) = keys {
-            // SAFETY: what is not the crate's works on weights, buffers, outputs, tokens and
-            // the sampler of `self`, which are dropped, or replaced, after the graphs.
+            // SAFETY: what is not the crate's works on weights, buffers, outputs, and tokens and
+            // samplers of lanes of `self`, which are dropped, or replaced, after the graphs.
             let step = unsafe { graph::capture(&network.stream, run)? };
-            *captured = Some(Graph { keys, step });
-            self.launched = Some(Launched { bucket, sampled });
+            let place = captured.push(Graph { keys, step });
+            self.launched = Some(Launched { bucket, sampled, place });
         }
         Ok(())
     }
 
-    /// A step of any new tokens.
-    fn prefill(&mut self, rows: usize, bucket: usize, outputs: &[Output]) -> Result<()> {
+    /// A step of any new tokens. Its uploads are made in the order of the stream.
+    fn prefill(&mut self, step: &Step<'_>, lane: usize, bucket: usize) -> Result<()> {
+        let (outputs, rows, padded_rows) = (step.outputs, step.tokens.len(), 1 << bucket);
         self.at.extend(0..outputs.len());
         let wanted = (!outputs.is_empty()).then(|| outputs.len().next_power_of_two());
         let mut sampled = false;
         if let Some(wanted) = wanted {
             sampled = self.prepare_outputs(wanted.ilog2() as usize, false, outputs)?;
-            let selected: Vec<_> = outputs.iter().map(|output| output.row).collect();
-            self.selected.set(&self.cuda, &selected, wanted)?;
         }
-        let Self {
-            buckets,
-            network,
-            attention,
-            buffers,
-            multiplier,
-            tokens,
-            chosen,
-            ring,
-            cache,
-            tables,
-            selected,
-            sampler,
-            ..
-        } = self;
+        let Self { buckets, network, attention, buffers, multiplier, lanes, ring, cache, at, .. } = self;
         let Some(products) = &buckets[bucket].products else {
             return Err("the products of a step were not made".into());
         };
+        let (Lane { tokens, chosen, selected, sampler, tables, .. }, chosen_before) = of_lane(lanes, lane);
+        let mut sampler = sampler.as_mut().filter(|_| sampled);
+        tokens.set(&self.cuda, step.tokens, padded_rows, ring.last().map_or(&[], |last| &last.at))?;
+        if let Some(wanted) = wanted {
+            let rows: Vec<_> = outputs.iter().map(|output| output.row).collect();
+            selected.set(&self.cuda, &rows, wanted)?;
+            if let Some(sampler) = &mut sampler {
+                sampler.set(&self.cuda, outputs, at, wanted)?;
+            }
+        }
         let plans = match &tables.rows {
-            Some(pages) => attention.plan_decode(pages, None)?,
-            None => attention.plan_prefill(&tables.tables)?,
+            Some(pages) => attention.plan_decode(lane, pages, None)?,
+            None => attention.plan_prefill(lane, &tables.tables)?,
         };
         let tables = &tables.tables;
-        let padded_rows = 1 << bucket;
         let (plans, tokens) = (&plans, &*tokens);
-        ring.wait_for_copies(&self.cuda)?;
-        let mut pass =
-            Pass { rows, padded_rows, tokens, chosen, tables, plans, products, cache, buffers, multiplier };
+        let mut pass = Pass {
+            rows,
+            padded_rows,
+            tokens,
+            chosen_before,
+            chosen,
+            tables,
+            plans,
+            products,
+            cache,
+            buffers,
+            multiplier,
+        };
         network.run(&mut pass)?;
         let Some(rows) = wanted else { return Ok(()) };
         let Some(HeadProduct { product, .. }) = &buckets[rows.ilog2() as usize].head else {
             return Err("the products of a step were not made".into());
         };
-        let sampler = sampler.as_mut().filter(|_| sampled);
         let selected = Some(&*selected);
         network.head(&mut pass, &mut Head { rows, selected, product, outputs: &mut self.outputs, sampler })
     }
@@ -212,5 +250,14 @@ impl Gpu {
             }
         }
         Ok(samples)
+    }
+}
+
+/// A lane, and what the step before, which was the other's, chose.
+fn of_lane(lanes: &mut [Lane; LANES], lane: usize) -> (&mut Lane, &Tensor<i32>) {
+    let [first, second] = lanes;
+    match lane {
+        0 => (first, &second.chosen),
+        _ => (second, &first.chosen),
     }
 }

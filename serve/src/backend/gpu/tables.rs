@@ -17,10 +17,10 @@ pub struct Tables {
     pub rows: Option<PageTable>,
 }
 
-/// What can compute a step whose index arrays were uploaded.
+/// What can compute a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Uploaded {
-    /// Decode, of as many requests as the graph has.
+    /// Decode, of as many requests as the graph has, whose index arrays were uploaded.
     Decode,
     /// Prefill.
     Prefill,
@@ -57,21 +57,32 @@ impl Tables {
         Ok(true)
     }
 
-    /// Uploads the index arrays of a step. It can be a graph's of `requests` if each
-    /// request has one new token, and if there is a page for the requests that the
-    /// graph has beyond them.
-    pub fn upload(&mut self, batch: &Batch, cache: &mut PagedKvCache, requests: usize) -> Result<Uploaded> {
-        if batch.queries().indptr().windows(2).all(|pair| pair[1] - pair[0] == 1) {
-            match self.tables.update_padded(batch, cache, requests) {
-                Err(FlashInferError::OutOfPages { .. }) => {}
-                updated => return updated.map(|()| Uploaded::Decode),
-            }
+    /// Whether a step can be decode: each request has one new token.
+    pub fn may_decode(batch: &Batch) -> bool {
+        batch.queries().indptr().windows(2).all(|pair| pair[1] - pair[0] == 1)
+    }
+
+    /// Uploads the index arrays of a step that [may be decode](Self::may_decode), for a graph of
+    /// `requests`, unless no page is free for the requests that the graph has beyond the step's.
+    pub fn upload_decode(
+        &mut self,
+        batch: &Batch,
+        cache: &mut PagedKvCache,
+        requests: usize,
+    ) -> Result<Uploaded> {
+        match self.tables.update_padded(batch, cache, requests) {
+            Err(FlashInferError::OutOfPages { .. }) => Ok(Uploaded::Prefill),
+            updated => updated.map(|()| Uploaded::Decode),
         }
+    }
+
+    /// Uploads the index arrays of any step.
+    pub fn upload_prefill(&mut self, batch: &Batch, cache: &mut PagedKvCache) -> Result<()> {
         self.tables.update(batch, cache)?;
         if self.by_row {
             self.rows = Some(PageTable::new(&self.stream, pages_by_row(batch)?)?);
         }
-        Ok(Uploaded::Prefill)
+        Ok(())
     }
 }
 

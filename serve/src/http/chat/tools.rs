@@ -23,7 +23,6 @@ pub struct Tools {
     format: Option<ToolFormat>,
     /// Control tokens that are marks of calls.
     shown: Vec<u32>,
-    names: Vec<String>,
     /// Those of which one has to be called.
     forced: Vec<Value>,
     /// Whether the request names the tool that is called.
@@ -35,7 +34,8 @@ impl Tools {
     /// The tools of a chat.
     ///
     /// # Errors
-    /// The model's template does not know tools; one is to be called that is not there.
+    /// The model's template knows no tools, or calls them in a form that is not read; one is to be called
+    /// that is not there.
     pub fn new(text: &Text, chat: &ChatFields) -> Result<Self, ApiError> {
         let tools = chat.tools.as_deref().unwrap_or_default();
         let parallel = chat.parallel_tool_calls.unwrap_or(true);
@@ -44,15 +44,13 @@ impl Tools {
         if tools.is_empty() || none {
             return Ok(Self { parallel, ..Self::default() });
         }
-        let format = text.tool_format().ok_or_else(|| {
-            let message = "the model's chat template does not say how tools are called; leave them out";
-            ApiError::unsupported("tools", message)
-        })?;
+        let format = text.tool_format();
+        let format =
+            format.map_err(|why| ApiError::unsupported("tools", format!("{why}; leave them out")))?;
         Ok(Self {
             told: values(tools),
             format: Some(format),
             shown: format.control_tokens(text),
-            names: tools.iter().map(|tool| tool.function.name.clone()).collect(),
             forced: values(forced),
             named: matches!(chat.tool_choice, Some(ToolChoice::Named(_))),
             parallel,
@@ -81,7 +79,7 @@ impl Tools {
 
     /// What finds calls in an answer, if there may be some.
     pub fn parser(&self) -> Option<ToolParser> {
-        Some(ToolParser::new(self.format?, self.names.iter().map(String::as_str)))
+        Some(ToolParser::new(self.format?, &self.told))
     }
 
     /// What an answer has to be: calls, and nothing else, if the model has to call a tool; else JSON

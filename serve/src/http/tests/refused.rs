@@ -63,6 +63,31 @@ fn wrong_fields_are_named() {
         assert_eq!(error["param"], param, "{fields}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
     }
+    // In the words of JSON, not of Rust.
+    for (fields, message) in [
+        (json!({"tools": {}}), "tools: invalid type: object, expected an array"),
+        (json!({"tools": [null]}), "tools[0]: invalid type: null, expected an object"),
+        (
+            json!({"messages": [{"role": 1}]}),
+            "messages[0].role: invalid type: integer `1`, expected a string",
+        ),
+        (
+            json!({"response_format": "json"}),
+            "response_format: invalid type: string \"json\", expected an object with a `type`",
+        ),
+        (json!({"temperature": [1]}), "temperature: invalid type: array, expected a number"),
+        (
+            json!({"stop_token_ids": [-1]}),
+            "stop_token_ids[0]: invalid value: integer `-1`, expected an integer that is not negative",
+        ),
+        (json!({"seed": 1.5}), "seed: invalid type: floating point `1.5`, expected an integer"),
+        (
+            json!({"continue_final_message": true, "add_generation_prompt": false}),
+            "only a last message of the assistant can be continued",
+        ),
+    ] {
+        assert_eq!(server.chat(&with(chat("x", 4), fields)).error(400)["message"], message);
+    }
     for n in [json!(0), json!(129), json!(u64::MAX)] {
         let body = with(completion(json!(["x", "y"]), 1), json!({"n": n, "echo": true}));
         assert_eq!(server.complete(&body).error(400)["param"], "n");

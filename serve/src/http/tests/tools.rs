@@ -8,6 +8,22 @@ use super::*;
 const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }} <tool_call>arguments{% endif %}\
                         {% for message in messages %}{{ message.content }}\n{% endfor %}";
 
+/// What other templates write of calls.
+const QWEN3_CODER: &str =
+    "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>";
+const OTHERS: [&str; 5] = [
+    QWEN3_CODER,
+    "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "<|tool_call|>[{}]",
+];
+
+/// A template that writes this of calls.
+fn template(calls: &str) -> String {
+    TEMPLATE.replace("<tool_call>", calls)
+}
+
 fn server() -> TestServer {
     TestServer::with(options(), llm_with(TEMPLATE))
 }
@@ -72,7 +88,13 @@ fn schemas_that_cannot_be_used_are_refused() {
 
 #[test]
 fn tools_are_called_where_they_have_to_be() {
-    let server = server();
+    let templates = OTHERS.iter().map(|calls| template(calls)).chain([TEMPLATE.into()]);
+    for template in templates {
+        tools_are_called_by(&TestServer::with(options(), llm_with(&template)));
+    }
+}
+
+fn tools_are_called_by(server: &TestServer) {
     let named = json!({"type": "function", "function": {"name": "second"}});
     for (choice, names, finish_reason) in
         [(json!("required"), &["first", "second"][..], "tool_calls"), (named, &["second"], "stop")]
@@ -103,7 +125,9 @@ fn tools_are_called_where_they_have_to_be() {
             deltas.iter().filter_map(|delta| delta["function"]["arguments"].as_str()).collect();
         assert_eq!(streamed, function["arguments"].as_str().unwrap());
         assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], finish_reason);
-        assert!(chunks.iter().all(|chunk| !chunk.to_string().contains("tool_call>")));
+        let marks = ["tool_call>", "<function", "<arg_", "｜", "tool_call|>"];
+        let is_shown = |mark: &&str| chunks.iter().any(|chunk| chunk.to_string().contains(*mark));
+        assert_eq!(marks.iter().find(|mark| is_shown(mark)), None);
     }
 }
 
@@ -159,7 +183,22 @@ fn tools_that_cannot_be_called_are_refused() {
     let none = prompt(json!({}));
     assert_eq!(prompt(json!({"tools": tools(), "tool_choice": "none"})), none);
     assert!(prompt(json!({"tools": tools()})).as_u64() > none.as_u64());
-    // A template that does not say how.
-    let other = TestServer::start();
-    assert_eq!(other.chat(&with(chat("x", 1), json!({"tools": tools()}))).error(400)["param"], "tools");
+    // A template that does not tell of tools, and one that has them called in another form.
+    let python = "{% if tools %}{{ tools | tojson }} [f(x=1)]{% endif %}{{ messages[0].content }}";
+    let other = TestServer::with(options(), llm_with(python));
+    for (server, why) in
+        [(TestServer::start(), "does not tell it of tools"), (other, "form that is not read")]
+    {
+        let error = server.chat(&with(chat("x", 1), json!({"tools": tools()}))).error(400);
+        assert_eq!(error["param"], "tools");
+        assert!(error["message"].as_str().unwrap().contains(why), "{error}");
+    }
+    // Where strings have no quotes, not all that is said of them holds.
+    let server = TestServer::with(options(), llm_with(&template(QWEN3_CODER)));
+    let mut dates = tools();
+    dates[0]["function"]["parameters"]["properties"]["a"] = json!({"type": "string", "format": "date"});
+    let error = server.chat(&drawn(json!({"tools": dates, "tool_choice": "required"}))).error(400);
+    assert_eq!(error["param"], "tools");
+    assert!(error["message"].as_str().unwrap().contains("`a`: the keyword `format`"), "{error}");
+    server.chat(&drawn(json!({"tools": dates, "max_tokens": 1}))).ok();
 }

@@ -303,11 +303,11 @@ fn the_cpu_has_no_8_bits() {
     let pool = PageAllocator::new(4, 4).unwrap();
     let capacity = limits(16, 0).step_capacity();
     for options in [WEIGHTS, KV] {
-        let error = load(Place::Cpu, &model, &pool, capacity, options).err().unwrap().to_string();
+        let error = load(Place::Cpu, &model, &pool, capacity, options, None).err().unwrap().to_string();
         assert_eq!(error, "weights or a KV cache of e4m3 need a GPU; expected `auto` on the CPU");
         // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
         if !unsafe { cudarc::driver::sys::is_culib_present() } {
-            let error = load(Place::Auto, &model, &pool, capacity, options).err().unwrap().to_string();
+            let error = load(Place::Auto, &model, &pool, capacity, options, None).err().unwrap().to_string();
             assert_eq!(error, "no GPU can be used: there is no NVIDIA driver");
         }
     }

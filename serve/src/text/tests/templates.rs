@@ -191,6 +191,11 @@ fn arguments_of_calls_are_objects() {
     for arguments in [r#"{"b":1,"a":2}"#, r#""{\"b\":1,\"a\":2}""#] {
         assert_eq!(render(template, &[message(arguments)]).as_deref(), Ok(r#"{"b": 1, "a": 2}"#));
     }
+    // Or their text, where a template joins it to other text.
+    let joined = "{{ 'f: ' + messages[0].tool_calls[0].function.arguments }}";
+    for arguments in [r#"{"b":1,"a":2}"#, r#""{\"b\":1,\"a\":2}""#] {
+        assert_eq!(render(joined, &[message(arguments)]).as_deref(), Ok(r#"f: {"b":1,"a":2}"#));
+    }
     let error = render(template, &[message(r#""[1]""#)]).unwrap_err();
     assert!(error.contains("the call of `f`") && error.contains("expected a JSON object"), "{error}");
     let parts =

@@ -1,5 +1,5 @@
 //! The object in which a model calls a tool, while its characters come:
-//! `{"name": "f", "arguments": {"x": 1}}`.
+//! `{"name": "f", "arguments": {"x": 1}}`, or that of the arguments only.
 
 use std::mem;
 
@@ -51,9 +51,22 @@ pub struct CallObject {
     has_arguments: bool,
     /// Text of the arguments that was not taken.
     arguments: String,
+    /// Whether the arguments only are written, whose end is the object's.
+    is_bare: bool,
 }
 
 impl CallObject {
+    /// Of a tool whose arguments only are written.
+    pub fn of_arguments(name: &str) -> Self {
+        Self {
+            state: State::Value,
+            key: "\"arguments\"".into(),
+            name: Some(name.into()),
+            is_bare: true,
+            ..Self::default()
+        }
+    }
+
     /// The tool's name, once it is there.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
@@ -64,11 +77,6 @@ impl CallObject {
         self.has_arguments
     }
 
-    /// Whether the last value is over.
-    pub fn is_value_over(&self) -> bool {
-        self.state == State::Comma
-    }
-
     /// The text of the arguments that came since this was last called.
     pub fn take_arguments(&mut self) -> String {
         mem::take(&mut self.arguments)
@@ -76,7 +84,6 @@ impl CallObject {
 
     /// Takes a character.
     pub fn push(&mut self, c: char) -> Step {
-        let blank = matches!(c, ' ' | '\n' | '\r' | '\t');
         match (self.state, c) {
             (State::InKey, _) => {
                 self.key.push(c);
@@ -88,7 +95,7 @@ impl CallObject {
                 }
             }
             (State::InValue, _) => return self.push_to_value(c),
-            _ if blank => {}
+            _ if is_blank(c) => {}
             (State::Open, '{') => self.state = State::KeyOrEnd,
             (State::KeyOrEnd | State::Key, '"') => {
                 (self.key, self.in_string) = (c.into(), true);
@@ -131,6 +138,7 @@ impl CallObject {
                 // A number or a word ends before what follows.
                 ',' | '}' | ' ' | '\n' | '\r' | '\t' if self.open.is_empty() => {
                     return match self.end_value() {
+                        true if self.is_bare && is_blank(c) => Step::End,
                         true => self.push(c),
                         false => Step::Wrong,
                     };
@@ -148,9 +156,10 @@ impl CallObject {
             // It is given as it comes.
             self.value.truncate(1);
         }
-        match ends && !self.end_value() {
-            true => Step::Wrong,
-            false => Step::Inside,
+        match ends {
+            true if !self.end_value() => Step::Wrong,
+            true if self.is_bare => Step::End,
+            _ => Step::Inside,
         }
     }
 
@@ -175,4 +184,9 @@ impl CallObject {
         self.arguments.extend(inner);
         self.has_arguments
     }
+}
+
+/// Whether it may stand anywhere between the parts of JSON.
+const fn is_blank(c: char) -> bool {
+    matches!(c, ' ' | '\n' | '\r' | '\t')
 }

@@ -93,7 +93,13 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
     let mut wide = Tensor::<f32>::from_slice(&stream, &[rows, output], &before).unwrap();
     let mut out_view = if out_dtype == DType::F32 { wide.view_mut() } else { out.view_mut() };
     let mut scratch = Tensor::<u8>::zeros(&stream, &[32 << 20]).unwrap();
-    let weight = Weight { matrix: weight.view(), bias: (added == Added::Bias).then(|| bias.view()) };
+    let half_weight: Vec<_> = (0..output * input).map(|_| rng.unit() as f32).collect();
+    let half_weight = HalfTensor::rounded(&stream, half, &[output, input], &half_weight).unwrap();
+    let (matrix, weight_numbers) = match product.dtype {
+        DType::E4M3 => (weight.view(), weight_numbers),
+        _ => (half_weight.view().into(), to_f64(&half_weight)),
+    };
+    let weight = Weight { matrix, bias: (added == Added::Bias).then(|| bias.view()) };
     let x_numbers = match with {
         With::CublasLt(choice) => {
             let cublas = CublasLt::new(cuda).unwrap();
@@ -159,6 +165,25 @@ fn products_of_8_bits_are_those_of_their_factors() {
                 let (dtype, factor) = (DType::E4M3, 0.25);
                 let product = Product { rows, input, output, factor, added, dtype, out_dtype };
                 check_product(&cuda, &mut rng, product, with);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_few_rows_by_16_bits_are_those_of_their_factors() {
+    let Some(_turn) = turn() else { return };
+    let cuda = start(&Shape::Llama8b.config().unwrap()).unwrap();
+    let mut rng = Rng::new();
+    for dtype in [DType::F16, DType::BF16] {
+        for added in [Added::Nothing, Added::Bias, Added::Output] {
+            for rows in [1, 2, 4, 8] {
+                // Widths of less than a read of a warp, of several of its turns, and odd rows.
+                for [input, output] in [[576, 960], [1536, 576], [88, 273], [5120, 49], [4096, 6144]] {
+                    let product =
+                        Product { rows, input, output, factor: 0.25, added, dtype, out_dtype: dtype };
+                    check_product(&cuda, &mut rng, product, With::FewRows);
+                }
             }
         }
     }
