@@ -284,7 +284,7 @@ fn open_draft(files: &[PathBuf], model: &Model, text: &Text) -> Result<Model> {
 fn load_draft(model: &Model, device: Device, pool: &PageAllocator, limits: &Limits) -> Result<DraftModel> {
     let pool = PageAllocator::new(pool.num_pages(), pool.page_size())?;
     let capacity = limits.step_capacity();
-    let loaded = device::load(device, model, &pool, capacity, GpuOptions::new(capacity.tokens));
+    let loaded = device::load(device, model, &pool, capacity, GpuOptions::new(capacity.tokens), None);
     let Loaded { backend, .. } =
         loaded.map_err(|error| format!("the draft model cannot be loaded beside the model: {error}"))?;
     Ok(DraftModel::new(backend, &pool, limits.step_tokens, model.config.context_length))

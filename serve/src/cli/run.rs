@@ -206,7 +206,10 @@ mod tests {
         assert_eq!(parse(&["Hi"]).unwrap().speculate, None);
         assert_eq!(parse(&["Hi", "--speculate=7"]).unwrap().speculate, Some(7));
         let args = parse(&["Hi", "--draft-model", "ollama/small"]).unwrap();
-        assert_eq!((args.speculate, args.draft_model.unwrap().to_string()), (None, "ollama/small:latest".into()));
+        assert_eq!(
+            (args.speculate, args.draft_model.unwrap().to_string()),
+            (None, "ollama/small:latest".into())
+        );
         assert!(parse(&["Hi", "--prompts", "file"]).is_err());
         assert!(parse(&["Hi", "--raw", "--system", "Be brief."]).is_err());
         let args = parse(&["Hi", "-n", "3", "--logprobs", "2"]).unwrap();

@@ -69,7 +69,7 @@ impl Scheduler {
             false if waited => Drafts::WaitedFor,
             false => Drafts::None,
         };
-        flight.decodes().then(|| Timed { answers: flight.parts.len(), drafts })
+        flight.decodes().then_some(Timed { answers: flight.parts.len(), drafts })
     }
 
     /// Finds the tokens that constraints allow next, of all choices that run at once, and ends
