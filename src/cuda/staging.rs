@@ -205,6 +205,8 @@ pub(crate) unsafe fn upload(source: &[u8], target: &DeviceBuffer, offset: usize)
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     #[test]
@@ -220,7 +222,7 @@ mod tests {
             });
             assert_eq!(copies(&own), (0x6000, true));
         });
-        let panicked = std::panic::catch_unwind(|| upload_beside(&beside, || panic!("in the work")));
+        let panicked = catch_unwind(AssertUnwindSafe(|| upload_beside(&beside, || panic!("in the work"))));
         assert!(panicked.is_err());
         assert_eq!(copies(&own), (0x5000, false));
     }
