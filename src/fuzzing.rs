@@ -50,7 +50,7 @@ mod tests {
             ("printed_signature", super::printed_signature),
             ("module_name", super::module_name),
         ] {
-            replay(&format!("{}/fuzz/seeds/{name}", env!("CARGO_MANIFEST_DIR")), 2000, target);
+            replay(format!("{}/fuzz/seeds/{name}", env!("CARGO_MANIFEST_DIR")), 2000, target);
         }
     }
 }

@@ -100,6 +100,15 @@ impl Attention {
         Ok(grown)
     }
 
+    /// Has workspaces that are too small for all that is divided.
+    #[cfg(test)]
+    pub fn shrink(&mut self, stream: &Stream) -> Result<()> {
+        for workspace in self.kinds.iter_mut().flat_map(|kind| &mut kind.workspaces) {
+            *workspace = Workspace::with_sizes(stream, 1 << 10, FIRST_BYTES[1])?;
+        }
+        Ok(())
+    }
+
     /// Bytes for partial results that all workspaces have.
     pub fn workspace_bytes(&self) -> usize {
         self.kinds.iter().flat_map(|kind| &kind.workspaces).map(Workspace::float_bytes).sum()

@@ -51,6 +51,14 @@ impl Gpu {
         self.enqueued
     }
 
+    /// Leaves attention hardly any memory for partial results: how many bytes.
+    #[cfg(test)]
+    pub fn shrink_workspaces(&mut self) -> Result<usize> {
+        self.forget_graphs();
+        self.attention.shrink(&self.network.stream)?;
+        Ok(self.workspace_bytes())
+    }
+
     /// Bytes of the memory for attention's partial results.
     pub fn workspace_bytes(&self) -> usize {
         self.attention.workspace_bytes()
