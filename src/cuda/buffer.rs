@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{runtime::CudaRuntime, staging::is_beside};
+use super::{beside::is_beside, runtime::CudaRuntime};
 use crate::{
     dtype::DType,
     error::{FlashInferError, Result},

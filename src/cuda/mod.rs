@@ -10,8 +10,10 @@
 //! | `graph` | a stream's capture, and the graph that it gives |
 //! | `ptx` | kernels of this crate |
 //! | `buffer` | device memory |
+//! | `beside` | on which stream a thread's uploads are made |
 //! | `staging` | page-locked memory, and uploads out of it |
 
+mod beside;
 mod buffer;
 mod graph;
 mod ptx;
@@ -19,8 +21,9 @@ mod runtime;
 mod staging;
 mod symbols;
 
+pub(crate) use beside::{upload_beside, upload_stream};
 pub(crate) use buffer::DeviceBuffer;
 pub(crate) use graph::{Capture, Graph};
 pub(crate) use ptx::PtxKernel;
 pub(crate) use runtime::{CudaRuntime, DeviceAttribute};
-pub(crate) use staging::{StagingBuffer, upload, upload_beside, upload_stream};
+pub(crate) use staging::{StagingBuffer, upload};

@@ -3,7 +3,7 @@
 //! A step computes at most [`Limits::step_tokens`] tokens. Each choice that
 //! runs gets at least one of them: its last token, if it decodes, or the next
 //! part of its prompt. What is left goes to prompts that wait, in the order in
-//! which they came, and then to [drafts]. While no prompt waits or is read, and
+//! which they came, and then to drafts. While no prompt waits or is read, and
 //! without drafts, a step is one token of each choice.
 //!
 //! Those that run came before all that wait, and only the last of them may have
