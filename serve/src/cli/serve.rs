@@ -55,7 +55,7 @@ pub struct Args {
     pub max_connections: usize,
     /// Guess up to K tokens, and keep those that are right: by what was said before, or by
     /// --draft-model
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", num_args = 0..=1, require_equals = true, default_missing_value = "4")]
     pub speculate: Option<usize>,
     /// A smaller model of the same vocabulary that guesses them; K is 4 then, unless it is said
     #[arg(long, value_name = "MODEL")]

@@ -34,7 +34,9 @@ pub struct Args {
     device: Device,
     /// Measure answers with drafts of up to K tokens, too: by what was said before, or by
     /// --draft-model
-    #[arg(long, value_name = "K", conflicts_with = "steps")]
+    #[arg(
+        long, value_name = "K", num_args = 0..=1, require_equals = true, default_missing_value = "4", conflicts_with = "steps"
+    )]
     speculate: Option<usize>,
     /// A smaller model of the same vocabulary that drafts; K is 4 then, unless it is said
     #[arg(long, value_name = "MODEL", conflicts_with = "steps")]
