@@ -156,6 +156,7 @@ impl Scheduler {
     /// No requests yet, to a model of so many tokens.
     pub fn new(pool: &PageAllocator, vocab_size: usize, limits: Limits) -> Self {
         let cache_tokens = pool.num_pages() * pool.page_size();
+        let drafted_by = if limits.draft > 0 { DraftedBy::Ngrams } else { DraftedBy::Nothing };
         Self {
             bounds: Bounds { vocab_size, context: limits.context, cache_tokens },
             limits,
@@ -165,7 +166,7 @@ impl Scheduler {
             running: Vec::new(),
             batch: Batch::new(pool),
             in_flight: VecDeque::new(),
-            drafted_by: DraftedBy::Ngrams,
+            drafted_by,
             times: StepTimes::default(),
             timed: None,
             expected: 0.0,

@@ -38,7 +38,7 @@ pub enum DraftedBy {
     Ngrams,
     /// A smaller model of the same vocabulary.
     Model(Box<DraftModel>),
-    /// None, after a model that failed.
+    /// None: nobody asked for drafts, or the model failed.
     Nothing,
 }
 
@@ -107,6 +107,9 @@ impl Scheduler {
     /// How many tokens are drafted of each choice that runs, of those that may have drafts by
     /// their place; `None` if a step is better without.
     pub(super) fn draft_lens(&mut self, may: impl Fn(usize) -> bool) -> Option<Vec<usize>> {
+        if matches!(self.drafted_by, DraftedBy::Nothing) {
+            return None;
+        }
         let context = self.limits.context.min(self.bounds.cache_tokens);
         let mut expected = 0.0;
         let mut lens = Vec::new();
