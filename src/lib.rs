@@ -117,7 +117,7 @@ mod stream;
 mod tensor;
 pub mod uploads;
 
-pub use cuda_library::LibrarySource;
+pub use cuda_library::{CudaLibrary, LibrarySource};
 pub use device::Device;
 pub use dtype::{DType, Element};
 pub use error::{FlashInferError, Result};
