@@ -102,9 +102,9 @@ fn table(
     println!("host: what of a step the host takes to enqueue it; eager: without graphs");
     println!(
         "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
-         | tokens/s | kernels | per layer | attention ms | of graph | eager ms | eager host ms |"
+         | tokens/s | kernels | per layer | attention ms | of graph | all-reduce ms | eager ms | eager host ms |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for batch in batches {
         row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
     }
@@ -159,7 +159,7 @@ fn row(
     gpu.set_graphs(false);
     let [eager, eager_host] = steps(gpu, &mut batch)?;
     gpu.set_graphs(true);
-    let (mut graphs, mut attention, mut kernels) = (Vec::new(), Vec::new(), 0);
+    let (mut graphs, mut attention, mut sums, mut kernels) = (Vec::new(), Vec::new(), Vec::new(), 0);
     start_again(&mut batch)?;
     for index in 0..WARM_UP + STEPS {
         step(gpu, &mut batch)?;
@@ -169,12 +169,14 @@ fn row(
         let (replay, nodes) = gpu.replay()?;
         graphs.push(f64::from(replay));
         attention.push(f64::from(gpu.attention()?));
+        sums.extend(gpu.sums(requests)?.map(f64::from));
         kernels = nodes;
     }
     let (graph, attention) = (median(graphs), median(attention));
+    let sums = if sums.is_empty() { "".into() } else { format!("{:.3}", median(sums)) };
     println!(
         "| {requests} | {time:.3} | {gap:.1} | {:.1} | {waiting:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
-         | {attention:.3} | {:.0} % | {eager:.3} | {eager_host:.3} |",
+         | {attention:.3} | {:.0} % | {sums} | {eager:.3} | {eager_host:.3} |",
         drawn.gap,
         time / graph,
         reading + idle(gpu.cuda(), kernels)?,
