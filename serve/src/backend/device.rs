@@ -160,7 +160,9 @@ fn with_progress<E>(
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
 ) -> Result<E> {
     let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}")?;
-    let bar = ProgressBar::new(model.bytes()).with_style(style);
+    // Of several ranks the first shows its own.
+    let bar = if model.is_first_rank() { ProgressBar::new(model.bytes()) } else { ProgressBar::hidden() };
+    let bar = bar.with_style(style);
     // Some were read already, where a GPU could not be used.
     let before = model.bytes_read();
     let engine = thread::scope(|scope| {

@@ -94,6 +94,11 @@ impl Model {
         Ok(Self { shard, bytes, ..self })
     }
 
+    /// Whether it is the whole model, or the part of rank 0.
+    pub fn is_first_rank(&self) -> bool {
+        self.shard.adds_biases
+    }
+
     /// What the network of the part that is read computes.
     pub fn shard_config(&self) -> Config {
         self.shard.config(&self.config)
