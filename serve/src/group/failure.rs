@@ -2,14 +2,11 @@
 
 use std::{
     net::{Shutdown, TcpStream},
-    process,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    thread,
-    time::Duration,
 };
 
 use crate::Result;
@@ -18,17 +15,22 @@ use crate::Result;
 /// that a program [ends its process](end_process).
 pub type OnFailure = fn(&str);
 
-/// How long a process may take to end before it is aborted.
-const ENDING: Duration = Duration::from_secs(2);
-
 /// Says why, and ends this process with status 1, whatever its threads and its GPU wait for.
 pub fn end_process(reason: &str) {
     eprintln!("error: {reason}");
-    thread::spawn(|| {
-        thread::sleep(ENDING);
-        process::abort()
-    });
-    process::exit(1)
+    end()
+}
+
+#[cfg(unix)]
+fn end() -> ! {
+    // What runs at a usual exit waits for the GPU, which waits for other ranks.
+    // SAFETY: it takes any status; nothing of the process is used afterwards.
+    unsafe { libc::_exit(1) }
+}
+
+#[cfg(not(unix))]
+fn end() -> ! {
+    std::process::exit(1)
 }
 
 /// Why ranks ended.
@@ -57,10 +59,13 @@ impl Failure {
 
     /// Ends all ranks, unless they are ending.
     pub fn fail(&self, reason: &str) {
-        if self.is_ending() || lock(&self.first).is_some() {
-            return;
+        {
+            let mut first = lock(&self.first);
+            if self.is_ending() || first.is_some() {
+                return;
+            }
+            *first = Some(reason.to_owned());
         }
-        lock(&self.first).get_or_insert_with(|| reason.to_owned());
         for connection in lock(&self.connections).iter() {
             // It may be closed.
             let _ = connection.shutdown(Shutdown::Both);

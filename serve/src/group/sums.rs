@@ -33,7 +33,7 @@ impl Sums {
     /// A rank has another number of them, or has ended.
     pub fn all_reduce(&mut self, numbers: &mut [f32]) -> Result<()> {
         if self.rank.rank > 0 {
-            let to = self.to_first()?;
+            let to = self.first_rank()?;
             write(to, numbers)?;
             return read_to(to, numbers);
         }
@@ -52,7 +52,7 @@ impl Sums {
     pub fn all_gather(&mut self, numbers: &[f32]) -> Result<Vec<Vec<f32>>> {
         if self.rank.rank > 0 {
             let size = self.rank.size;
-            let to = self.to_first()?;
+            let to = self.first_rank()?;
             write(to, numbers)?;
             return (0..size).map(|_| read(to)).collect();
         }
@@ -66,7 +66,7 @@ impl Sums {
         Ok(all)
     }
 
-    fn to_first(&mut self) -> Result<&mut TcpStream> {
+    fn first_rank(&mut self) -> Result<&mut TcpStream> {
         Ok(self.connections.first_mut().ok_or("there is no connection to rank 0")?)
     }
 }

@@ -170,7 +170,7 @@ fn ranks_that_were_started_otherwise_are_refused() {
         let mut other = rendezvous(1, 2, port, TIMEOUT);
         change(&mut other);
         meet_pair((&rendezvous(0, 2, port, TIMEOUT), first), (&other, theirs), listener)
-            .map(|met| met.err().expect("they are refused").to_string())
+            .map(|met| met.expect_err("they are refused").to_string())
     };
     let [ours, theirs] = problems(settings("1"), |_| {}, settings("2"));
     assert_eq!(ours, "--cache-tokens of rank 1 is 2, and of rank 0 1; expected the same");

@@ -10,6 +10,7 @@ mod architectures;
 mod deterministic;
 mod flight;
 mod precision;
+mod ranks;
 mod sampling;
 
 use super::*;

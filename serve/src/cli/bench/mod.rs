@@ -80,7 +80,7 @@ pub fn run(args: &Args) -> Result<()> {
     let files = hub.locate(name)?;
     if !args.steps.is_empty() {
         let model = Model::open_files(&files)?;
-        return steps(steps::Source::Model(model));
+        return steps(steps::Source::Model(Box::new(model)));
     }
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;

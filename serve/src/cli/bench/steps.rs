@@ -70,7 +70,7 @@ pub fn run(
 /// What is measured.
 pub enum Source {
     /// A model.
-    Model(Model),
+    Model(Box<Model>),
     /// Random weights of a shape.
     Shape(Shape),
 }

@@ -11,6 +11,7 @@ use std::{
     fmt::Display,
     fs::{self, File},
     io::BufReader,
+    iter,
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -171,7 +172,7 @@ impl Gguf {
         let matrix = |index: usize| {
             let first = index * rows * row_bytes;
             let ranges = match part {
-                Part::All => vec![0..rows],
+                Part::All => iter::once(0..rows).collect::<Vec<_>>(),
                 Part::Rows(ranges) => ranges.clone(),
                 Part::Columns(range) => {
                     return columns_of(info.dtype, rows, range, |row, at, buffer| {
