@@ -65,18 +65,16 @@ impl Server {
         server
     }
 
-    /// Greedy and drawn answers, with the log-probabilities of their tokens.
+    /// Greedy answers, with the log-probabilities of their tokens.
     fn answers(&self) -> Vec<Value> {
-        let ask = |temperature: f32, prompt: &str| {
+        let ask = |prompt: &str| {
             let body = json!({
-                "prompt": prompt, "max_tokens": 12, "temperature": temperature, "seed": 3, "n": 2,
+                "prompt": prompt, "max_tokens": 12, "temperature": 0, "n": 2,
                 "ignore_eos": true, "logprobs": 2,
             });
             client::send(self.address, "POST", "/v1/completions", &[], Some(&body.to_string())).ok()
         };
-        [(0.0, "Once upon a time"), (0.9, "Once upon a"), (0.0, "Once upon a time there was")]
-            .map(|(temperature, prompt)| ask(temperature, prompt))
-            .to_vec()
+        ["Once upon a time", "The capital of France is", "Once upon a time, the"].map(ask).to_vec()
     }
 
     /// The processes that it started.
