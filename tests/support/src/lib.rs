@@ -1,5 +1,5 @@
 //! What tests and benchmarks share: random numbers from a printed seed, what a machine must have,
-//! libraries of C, counted allocations, whether draws follow a distribution, and seeds of fuzzing.
+//! libraries of C, counted allocations, whether draws follow a distribution, seeds of fuzzing, and a server that speaks TLS.
 
 pub mod c_library;
 pub mod chi_square;
@@ -7,5 +7,6 @@ pub mod counting;
 pub mod replay;
 pub mod required;
 mod rng;
+pub mod tls;
 
 pub use rng::{Rng, say};
