@@ -263,6 +263,9 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
         ("FLASHINFER_RS_INDEX_URL", &proxy.url),
         ("FLASHINFER_RS_CUDA", "cu130"),
     ];
+    // No network is used by a build that is told to use none, whatever the machine can run.
+    project.cargo("build", &able).expect(true, &["warning: ", "not embedded", "cargo is offline"]);
+    assert_eq!(proxy.count(), 0);
     // A check does not wait.
     let wants = ["warning: ", "not embedded: kernel modules", "checks and editors do not wait"];
     project.cargo_on_a_terminal("check", &able).expect(true, &wants);

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use test_support::tls::TlsServer;
 
 /// The address that a process of its own asks, and the folder of its cache.
-const URL: &str = "FLASHINFER_RS_TEST_URL";
-const ROOT: &str = "FLASHINFER_RS_TEST_ROOT";
+const URL: &str = "TEST_URL";
+const ROOT: &str = "TEST_ROOT";
 
 fn body() -> Vec<u8> {
     module_wheel(&[("norm", &noise(3, 5_000))])

@@ -35,6 +35,14 @@ use std::{
 
 use flashinfer_rs::kv::PageAllocator;
 
+/// What threads meet in. `tests/schedules.rs` puts others in its place, which try schedules.
+mod sync {
+    pub use std::{
+        sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+        thread,
+    };
+}
+
 /// The most commands that have room in the queue to the thread, so that a large
 /// [`EngineConfig::max_queued`] takes no memory by itself.
 const MAX_COMMANDS: usize = 1 << 14;

@@ -1,6 +1,7 @@
 //! The engine on the simulated backend, whose tokens are the bytes of ASCII.
 
 mod endurance;
+mod schedules;
 
 use std::{
     sync::{

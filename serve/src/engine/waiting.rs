@@ -1,13 +1,10 @@
 //! The way back: one queue of all that comes of the engine's steps, and who waits for what of it.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
-    thread,
-};
+use std::collections::{BTreeSet, HashMap};
 
 use async_channel::{Receiver, Sender};
 
+use super::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc, thread};
 use crate::{Result, request::RequestId, scheduler::Update};
 
 /// The most steps of which nothing was handed out, before the engine waits.
