@@ -54,7 +54,10 @@ pub use self::{
     models::Models,
     step_tokens::StepTokens,
 };
-use self::{waiting::Waiting, worker::Worker};
+use self::{
+    waiting::{MAX_STEPS, Waiting},
+    worker::Worker,
+};
 use crate::{
     Result,
     constraint::{Compiler, Constraint, Grammar, InvalidConstraint},
@@ -116,6 +119,8 @@ pub enum Health {
 pub struct Status {
     /// How it is.
     pub health: Health,
+    /// Since when it is [`Unwell`](Health::Unwell), if it is.
+    pub unwell_since: Option<Instant>,
     /// What was counted so far.
     pub stats: Stats,
     /// Since when the current step is computed, if one is. One that takes much longer
@@ -139,6 +144,16 @@ pub struct Status {
     pub answered: usize,
     /// The time that this took, of all of them together.
     pub time_to_first_token: Duration,
+}
+
+impl Status {
+    /// Notes whether anything can be computed, or why not.
+    fn found(&mut self, outcome: std::result::Result<(), String>) {
+        (self.health, self.unwell_since) = match outcome {
+            Ok(()) => (Health::Well, None),
+            Err(reason) => (Health::Unwell(reason), self.unwell_since.or_else(|| Some(Instant::now()))),
+        };
+    }
 }
 
 /// What is sent to the thread.
@@ -210,7 +225,8 @@ pub struct Engine {
     waiting: Arc<Waiting>,
     shared: Arc<Shared>,
     next_id: AtomicU64,
-    thread: Option<JoinHandle<()>>,
+    /// The one that computes, and the one that hands out what it says, which ends after it.
+    threads: Vec<JoinHandle<()>>,
     /// Closes when the thread has ended.
     ended: Mutex<mpsc::Receiver<()>>,
 }
@@ -244,7 +260,8 @@ impl Engine {
         let room = config.max_queued.saturating_mul(3).min(MAX_COMMANDS);
         let (commands, receiver) = mpsc::sync_channel(room);
         let waiting = Arc::<Waiting>::default();
-        let updates = waiting.hand_out()?;
+        let (updates, steps) = mpsc::sync_channel(MAX_STEPS);
+        let hands_out = waiting.hand_out(steps)?;
         let (ready, started) = mpsc::sync_channel(1);
         let (running, ended) = mpsc::sync_channel(0);
         let shared = Arc::<Shared>::default();
@@ -265,11 +282,22 @@ impl Engine {
                 }
             }
         })?;
-        let bounds = started.recv().map_err(|_| "the engine's thread ended while it was loading")??;
+        let bounds = match started.recv() {
+            Ok(Ok(bounds)) => bounds,
+            failed => {
+                for thread in [thread, hands_out] {
+                    let _ = thread.join();
+                }
+                return Err(match failed {
+                    Ok(Err(error)) => error,
+                    _ => "the engine's thread ended while it was loading".into(),
+                });
+            }
+        };
         let next_id = AtomicU64::new(0);
-        let (thread, ended) = (Some(thread), Mutex::new(ended));
+        let (threads, ended) = (vec![thread, hands_out], Mutex::new(ended));
         let compiler = Compiler::new(&text);
-        Ok(Self { config, bounds, text, compiler, commands, waiting, shared, next_id, thread, ended })
+        Ok(Self { config, bounds, text, compiler, commands, waiting, shared, next_id, threads, ended })
     }
 
     /// What every request has to fit.
@@ -356,7 +384,7 @@ impl Drop for Engine {
         let _ = self.commands.send(Command::Shutdown);
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
         let hangs = ended.recv_timeout(self.config.shutdown_timeout) == Err(mpsc::RecvTimeoutError::Timeout);
-        if let Some(thread) = self.thread.take().filter(|_| !hangs) {
+        for thread in self.threads.drain(..).filter(|_| !hangs) {
             // What it panicked with is its health.
             let _ = thread.join();
         }

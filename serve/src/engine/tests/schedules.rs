@@ -6,13 +6,14 @@ use shuttle::future::block_on;
 
 use self::{
     sync::{Arc, mpsc, thread},
-    waiting::Waiting,
+    waiting::{MAX_STEPS, Waiting},
 };
 use crate::{
     request::{Finish, RequestId},
     scheduler::{Token, Update},
 };
 
+#[expect(clippy::duplicate_mod, reason = "with other locks and channels")]
 #[path = "../waiting.rs"]
 mod waiting;
 
@@ -68,7 +69,8 @@ fn every_caller_hears_an_end_or_that_none_comes() {
         || {
             const CALLERS: u64 = 3;
             let waiting = Arc::<Waiting>::default();
-            let updates = waiting.hand_out().unwrap();
+            let (updates, steps) = mpsc::sync_channel(2);
+            let hands_out = waiting.hand_out(steps).unwrap();
             let (commands, receiver) = mpsc::sync_channel(1);
             let engine = thread::spawn(move || engine(receiver, updates, 2));
             let callers: Vec<_> = (0..CALLERS)
@@ -82,6 +84,7 @@ fn every_caller_hears_an_end_or_that_none_comes() {
                 .collect();
             let heard: Vec<_> = callers.into_iter().map(|caller| caller.join().unwrap()).collect();
             engine.join().unwrap();
+            hands_out.join().unwrap();
             // Two were taken; the third was refused, or hears that the engine is gone.
             let ended = heard.iter().filter(|heard| **heard == Some(Some(Finish::MaxTokens))).count();
             assert_eq!(ended, 2, "{heard:?}");
@@ -95,7 +98,8 @@ fn a_cancellation_is_sent_once_whoever_asks_for_it() {
     shuttle::check_random(
         || {
             let waiting = Arc::<Waiting>::default();
-            let updates = waiting.hand_out().unwrap();
+            let (updates, steps) = mpsc::sync_channel(MAX_STEPS);
+            let hands_out = waiting.hand_out(steps).unwrap();
             let (mine, other) = (waiting.add(RequestId(0), 1), waiting.add(RequestId(1), 1));
             let cancel = |choice| {
                 let waiting = waiting.clone();
@@ -110,6 +114,7 @@ fn a_cancellation_is_sent_once_whoever_asks_for_it() {
             assert_eq!(listen(0, &mine), Some(Finish::Cancelled));
             assert_eq!(listen(1, &other), Some(Finish::MaxTokens), "of the other request nothing is lost");
             engine.join().unwrap();
+            hands_out.join().unwrap();
             let [all, again, _] = cancelling.map(|thread| thread.join().unwrap());
             assert!(!(all && again), "sent twice");
             assert!(!waiting.cancel(RequestId(0), None));
@@ -123,7 +128,8 @@ fn nobody_waits_for_an_engine_that_dies_while_they_ask() {
     shuttle::check_random(
         || {
             let waiting = Arc::<Waiting>::default();
-            let updates = waiting.hand_out().unwrap();
+            let (updates, steps) = mpsc::sync_channel(2);
+            let hands_out = waiting.hand_out(steps).unwrap();
             let (commands, receiver) = mpsc::sync_channel(4);
             let dying = thread::spawn(move || engine(receiver, updates, 0));
             let updates = waiting.add(RequestId(7), 2);
@@ -131,6 +137,7 @@ fn nobody_waits_for_an_engine_that_dies_while_they_ask() {
                 assert_eq!(listen(7, &updates), None);
             }
             dying.join().unwrap();
+            hands_out.join().unwrap();
         },
         SCHEDULES,
     );

@@ -20,8 +20,8 @@ const HOURS: usize = 24;
 const HOUR: Duration = Duration::from_secs(3600);
 /// So slow that a day has no more steps than a test has time for.
 const COSTS: Costs =
-    Costs { step: Duration::from_secs(8), token: Duration::from_millis(80), host: Duration::ZERO };
-const NUM_PAGES: usize = 60;
+    Costs { step: Duration::from_secs(5), token: Duration::from_millis(50), host: Duration::ZERO };
+const NUM_PAGES: usize = 44;
 const PAGE_SIZE: usize = 4;
 const NAME: &str = "scheduler::tests::day::a_day_of_requests_loses_no_page_and_no_memory";
 

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use cudarc::driver::{CudaContext, LaunchConfig, result, sys::CUdeviceptr};
-use test_support::alone::is_alone;
+use cudarc::driver::{CudaContext, LaunchConfig};
+use test_support::{alone::is_alone, ballast::Ballast};
 
 use super::*;
 use crate::{Llm, LlmOptions, engine::Health};
@@ -12,37 +12,6 @@ use crate::{Llm, LlmOptions, engine::Health};
 const STEP: usize = 48 << 20;
 /// The most rounds: with as much memory as the last one leaves, everything succeeds.
 const ROUNDS: usize = 80;
-
-/// Memory of the GPU that nothing else gets.
-struct Ballast(Vec<CUdeviceptr>);
-
-impl Ballast {
-    /// Takes all but so many bytes, to the accuracy of a large page.
-    fn leaving(context: &CudaContext, left: usize) -> Self {
-        // What was freed goes back to the device.
-        context.synchronize().unwrap();
-        let mut taken = Vec::new();
-        let mut size = 64 << 30;
-        while size >= 2 << 20 {
-            let (free, _) = result::mem_get_info().unwrap();
-            // SAFETY: the address is only freed again.
-            match (free >= left + size).then(|| unsafe { result::malloc_sync(size) }) {
-                Some(Ok(address)) => taken.push(address),
-                _ => size /= 2,
-            }
-        }
-        Self(taken)
-    }
-}
-
-impl Drop for Ballast {
-    fn drop(&mut self) {
-        for address in self.0.drain(..) {
-            // SAFETY: allocated above, used by nothing, and freed once.
-            unsafe { result::free_sync(address) }.unwrap();
-        }
-    }
-}
 
 /// What a model says where the GPU has so much memory, or how it fails; and what it says once there is more.
 fn answers(loaded: &Loaded, context: &CudaContext, left: usize) -> Result<[Option<Finish>; 2]> {
