@@ -282,20 +282,16 @@ impl Engine {
                 }
             }
         })?;
-        let bounds = match started.recv() {
-            Ok(Ok(bounds)) => bounds,
-            failed => {
-                for thread in [thread, hands_out] {
-                    let _ = thread.join();
-                }
-                return Err(match failed {
-                    Ok(Err(error)) => error,
-                    _ => "the engine's thread ended while it was loading".into(),
-                });
+        let threads = vec![thread, hands_out];
+        let ended_early = |_| Err("the engine's thread ended while it was loading".into());
+        let bounds = match started.recv().unwrap_or_else(ended_early) {
+            Ok(bounds) => bounds,
+            Err(error) => {
+                threads.into_iter().for_each(|thread| drop(thread.join()));
+                return Err(error);
             }
         };
-        let next_id = AtomicU64::new(0);
-        let (threads, ended) = (vec![thread, hands_out], Mutex::new(ended));
+        let (next_id, ended) = (AtomicU64::new(0), Mutex::new(ended));
         let compiler = Compiler::new(&text);
         Ok(Self { config, bounds, text, compiler, commands, waiting, shared, next_id, threads, ended })
     }
