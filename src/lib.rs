@@ -108,12 +108,14 @@ pub mod kv;
 mod library_file;
 mod loader;
 mod module;
+mod once_table;
 mod ops;
 #[cfg(feature = "progress")]
 pub mod progress;
 pub mod reference;
 mod runtime;
 mod stream;
+mod sync;
 mod tensor;
 pub mod uploads;
 

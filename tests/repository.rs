@@ -7,6 +7,7 @@ mod repository {
     mod layers;
     mod licences;
     mod names;
+    mod package;
     mod readme;
     mod soundness;
 }

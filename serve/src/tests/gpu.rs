@@ -8,7 +8,9 @@ use std::{
 
 mod architectures;
 mod deterministic;
+mod faults;
 mod flight;
+mod long_run;
 mod precision;
 mod ranks;
 mod sampling;
