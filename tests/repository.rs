@@ -3,6 +3,7 @@
 
 mod repository {
     mod dependencies;
+    mod engines;
     mod fuzzing;
     mod layers;
     mod licences;
