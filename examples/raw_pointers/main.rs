@@ -88,5 +88,7 @@ fn main() -> Result<()> {
     }
     let tokens = on_gpu::sample(&cuda, &host, &logits)?;
     println!("GPU: the tokens {tokens:?}; expected the same, and errors of at most {BOUND:.0e}");
+    let modules: Vec<_> = FlashInferRuntime::get()?.used_modules().iter().map(ToString::to_string).collect();
+    println!("It used the modules {}", modules.join(","));
     if agree && tokens == expected_tokens { Ok(()) } else { Err("the GPU and the CPU disagree".into()) }
 }
