@@ -324,6 +324,36 @@ fn a_cache_serves_where_nothing_can_be_written() {
     assert!(!done && error.contains("rope") && error.contains("make it writable"), "{error}");
 }
 
+/// What the image of a program runs is a command of this program, for modules that there are.
+#[test]
+fn the_command_of_the_image_is_one() {
+    let file = include_str!("../deploy/kernels.Containerfile");
+    let modules =
+        file.lines().find_map(|line| line.strip_prefix("ARG MODULES=\"")?.strip_suffix('"')).unwrap();
+    let known: Vec<_> = include_str!("data/module_names.txt").lines().collect();
+    for pattern in modules.split(' ') {
+        let fits = |name: &&str| ModuleName::new(*name).matches(pattern);
+        assert!(known.iter().any(fits), "no module fits {pattern}");
+    }
+    let command =
+        file.lines().find_map(|line| line.strip_prefix("RUN target/release/flashinfer-doctor ")).unwrap();
+    let command = command.replace("\"$MODULES\"", "MODULES").replace("/cache", "CACHE");
+    let doctor = Doctor::new();
+    let arguments: Vec<_> = command
+        .split(' ')
+        .map(|word| match word {
+            "MODULES" => modules,
+            "CACHE" => doctor.cache.path().to_str().unwrap(),
+            word => word,
+        })
+        .collect();
+    // There is no network here, and nothing wrong with the command.
+    let output = doctor.run(&arguments);
+    let (_, err) = output_text(&output);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("flashinfer_jit_cache: ") && err.contains("is not downloaded"), "{err}");
+}
+
 #[test]
 fn the_cache_is_emptied() {
     let doctor = Doctor::new();

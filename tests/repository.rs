@@ -10,4 +10,5 @@ mod repository {
     mod names;
     mod readme;
     mod soundness;
+    mod versions;
 }
