@@ -337,6 +337,26 @@ impl FlashInferRuntime {
         names.into_iter().try_for_each(|name| self.load(&|_| Some(name.clone()), Fetch::Allowed).map(drop))
     }
 
+    /// The modules of FlashInfer that this process has opened so far, sorted: what operations needed, and
+    /// what was preloaded.
+    ///
+    /// Run a program once with all that it does, and have these embedded or fetched ahead:
+    ///
+    /// ```no_run
+    /// # use flashinfer_rs::FlashInferRuntime;
+    /// let names = FlashInferRuntime::get()?.used_modules();
+    /// let list: Vec<_> = names.iter().map(|name| name.as_str()).collect();
+    /// // As FLASHINFER_RS_EMBED_MODULES takes it, and `flashinfer-doctor fetch --modules`.
+    /// println!("{}", list.join(","));
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn used_modules(&self) -> Vec<ModuleName> {
+        let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names: Vec<_> = modules.keys().cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
     /// The first of several modules, in order of preference, that a local source
     /// holds; if none does, the first that can be downloaded. Returns its
     /// place in the list, too. Each is given as its name by version of

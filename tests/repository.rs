@@ -3,6 +3,7 @@
 
 mod repository {
     mod dependencies;
+    mod engines;
     mod fuzzing;
     mod layers;
     mod licences;
@@ -10,4 +11,5 @@ mod repository {
     mod package;
     mod readme;
     mod soundness;
+    mod versions;
 }

@@ -39,7 +39,8 @@ mod terminal;
 
 pub use command::CargoCommand;
 pub use mode::Mode;
-pub use modules::{DEFAULT_MODULES, matches};
+pub(super) use modules::shown;
+pub use modules::{DEFAULT_MODULES, matches, split_patterns};
 
 use output::Bundle;
 use selection::Selection;
