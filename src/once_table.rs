@@ -35,4 +35,17 @@ impl<K: Eq + Hash, V: Copy> OnceTable<K, V> {
         }
         Ok(*slot.insert(make()?))
     }
+
+    /// The keys that have a value, in no order, once those that are being made are there.
+    pub(crate) fn keys(&self) -> Vec<K>
+    where
+        K: Clone,
+    {
+        let slots: Vec<_> = {
+            let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            table.iter().map(|(key, slot)| (key.clone(), Arc::clone(slot))).collect()
+        };
+        let is_made = |slot: &Slot<V>| slot.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        slots.into_iter().filter(|(_, slot)| is_made(slot)).map(|(key, _)| key).collect()
+    }
 }

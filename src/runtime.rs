@@ -351,8 +351,7 @@ impl FlashInferRuntime {
     /// # Ok::<(), flashinfer_rs::FlashInferError>(())
     /// ```
     pub fn used_modules(&self) -> Vec<ModuleName> {
-        let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut names: Vec<_> = modules.keys().cloned().collect();
+        let mut names = self.modules.keys();
         names.sort_unstable();
         names
     }

@@ -58,6 +58,7 @@ fn two_threads_make_a_value_once_under_all_schedules() {
                 })
             };
             assert_eq!(together(vec![thread(), thread()]), [0, 0]);
+            assert_eq!(table.keys(), [7]);
             assert_eq!(made.load(Ordering::SeqCst), 1);
         },
         None,
