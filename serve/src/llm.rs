@@ -19,7 +19,7 @@ use crate::{
         precision::Precision,
     },
     engine::{End, Engine, EngineConfig, Events, Models, SHUTDOWN_TIMEOUT},
-    group::{Group, Launched, Parallel, Settings, end_process},
+    group::{Group, Launched, Parallel, Settings, end_process, end_soon},
     hub::Hub,
     model::Model,
     request::{Finish, Request},
@@ -134,7 +134,7 @@ impl LlmOptions {
         let Self { cache_tokens, step_tokens, max_running, deterministic, weights, kv, .. } = self;
         BTreeMap::from([
             ("the model".into(), model.digest()),
-            ("--device".into(), format!("{device:?}").to_lowercase()),
+            ("where it computes (--device)".into(), format!("{device:?}").to_lowercase()),
             ("--cache-tokens".into(), cache_tokens.to_string()),
             ("the most tokens of a step".into(), format!("{step_tokens:?}")),
             ("--max-running".into(), max_running.to_string()),
@@ -146,21 +146,21 @@ impl LlmOptions {
     }
 }
 
-/// A model, and where a rank of a group computes it.
-struct Rank {
+/// A model, or the part of it that a rank computes, and where.
+struct RankModel {
     model: Model,
     device: Device,
     group: Option<Arc<Group>>,
     launched: Option<Launched>,
 }
 
-impl Rank {
+impl RankModel {
     /// Meets the others, if there are any.
     fn meet(model: Model, options: &LlmOptions) -> Result<Self> {
         let Some(parallel) = &options.parallel else {
             return Ok(Self { model, device: options.device, group: None, launched: None });
         };
-        let device = device::of_rank(options.device, parallel.local_rank());
+        let device = device::of_ranks(options.device, parallel)?;
         // What cannot be divided is known before others wait.
         let settings = options.settings(&model, device);
         let model = model.divide(parallel.rank())?;
@@ -195,6 +195,7 @@ pub struct Completion {
 pub struct Llm {
     engine: Engine,
     place: String,
+    group: Option<Arc<Group>>,
     /// After the engine, which tells them that this is over.
     _launched: Option<Launched>,
 }
@@ -226,15 +227,16 @@ impl Llm {
             max_queued_tokens: options.max_queued_tokens,
             shutdown_timeout: SHUTDOWN_TIMEOUT,
         };
-        let Rank { model, device, group, launched } = Rank::meet(model, options)?;
+        let RankModel { model, device, group, launched } = RankModel::meet(model, options)?;
         let place = Arc::new(OnceLock::new());
-        let (set, of_thread) = (place.clone(), options.clone());
+        let (set, of_thread, of_engine) = (place.clone(), options.clone(), group.clone());
         let engine = Engine::start(config, text, move |pool, limits| {
             let LlmOptions { step_tokens, graphs_within, .. } = of_thread;
             let capacity = limits.step_capacity();
-            let (gpu, group) = (of_thread.gpu(capacity), group.as_ref());
+            let (gpu, group) = (of_thread.gpu(capacity), of_engine.as_ref());
             let loaded = device::load(device, &model, pool, capacity, gpu, graphs_within, group);
-            let Loaded { backend, on_gpu, place } = loaded.inspect_err(|error| say_failed(group, error))?;
+            let Loaded { backend, on_gpu, place } =
+                loaded.inspect_err(|error| device::say_failed(group, error))?;
             if !on_gpu && step_tokens.is_none() {
                 limits.step_tokens = CPU_STEP_TOKENS;
             }
@@ -248,30 +250,46 @@ impl Llm {
             Ok(Models::from(backend).with_draft(draft))
         })?;
         let place = place.get().cloned().unwrap_or_default();
-        Ok(Self { engine, place, _launched: launched })
+        Ok(Self { engine, place, group, _launched: launched })
     }
 
     /// Computes a part of a model, as one of the ranks of [`LlmOptions::parallel`] beside the first,
-    /// until that one is done.
+    /// until that one is done. `met` is called when all ranks are there.
     ///
     /// # Errors
-    /// As for [`load`](Self::load); or the ranks fail.
-    pub fn follow(files: &[PathBuf], options: &LlmOptions) -> Result<()> {
+    /// As for [`load`](Self::load); those of `met`; or the ranks fail.
+    pub fn follow(files: &[PathBuf], options: &LlmOptions, met: impl FnOnce() -> Result<()>) -> Result<()> {
         let model = Model::open_files(files)?;
         let text = Text::from_gguf(&model.content)?;
         let capacity = options.limits(&model, &text).step_capacity();
-        let Rank { model, device, group, .. } = Rank::meet(model, options)?;
+        let RankModel { model, device, group, .. } = RankModel::meet(model, options)?;
         let group = group.ok_or("this process is alone; expected a rank of several")?;
-        let pool = PageAllocator::new(options.num_pages(), PAGE_SIZE)?;
-        let loaded = device::load(device, &model, &pool, capacity, options.gpu(capacity), None, Some(&group));
-        let mut loaded = loaded.inspect_err(|error| say_failed(Some(&group), error))?;
-        parallel::follow(&mut *loaded.backend, &pool, &group)
+        let follow = || -> Result<()> {
+            met()?;
+            let pool = PageAllocator::new(options.num_pages(), PAGE_SIZE)?;
+            let gpu = options.gpu(capacity);
+            let mut loaded = device::load(device, &model, &pool, capacity, gpu, None, Some(&group))?;
+            parallel::follow(&mut *loaded.backend, &pool, &group)?;
+            end_soon();
+            Ok(())
+        };
+        follow().inspect_err(|error| device::say_failed(Some(&group), error))
     }
 
     /// An engine that was started otherwise.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn of_engine(engine: Engine) -> Self {
-        Self { engine, place: String::new(), _launched: None }
+        Self { engine, place: String::new(), group: None, _launched: None }
+    }
+
+    /// Tells the other ranks, if there are any, that this is over, and has the process end within seconds.
+    /// Dropping it does so, too, once its last answer's step is computed.
+    pub(crate) fn end_ranks(&self) {
+        if let Some(group) = &self.group {
+            // Rank 0 waits for nothing.
+            let _ = group.end();
+            end_soon();
+        }
     }
 
     /// Where the model runs, and why there.
@@ -339,13 +357,6 @@ impl Llm {
     pub fn stream(&self, prompt: &str, params: &SamplingParams) -> Result<Events> {
         let prompt = self.text().encode(prompt);
         Ok(self.engine.submit(Request::new(prompt, params.clone()))?)
-    }
-}
-
-/// Tells the other ranks, if there are any, that this one cannot go on.
-fn say_failed(group: Option<&Arc<Group>>, error: &crate::Error) {
-    if let Some(group) = group {
-        group.say_failed(&error.to_string());
     }
 }
 

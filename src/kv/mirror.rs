@@ -88,7 +88,8 @@ impl BatchMirror {
         self.held.hold_all_but(snapshot.free_page);
         allocator.set_copies(&snapshot.copies);
         for RequestSnapshot { pages, len, .. } in &snapshot.requests {
-            self.batch.push(Sequence::of_pages(Pages::shared(&allocator, pages), *len))?;
+            let pushed = self.batch.push(Sequence::of_pages(Pages::shared(&allocator, pages), *len));
+            pushed.inspect_err(|_| self.batch = Batch::new(&allocator))?;
         }
         self.batch.set_new_tokens(snapshot.requests.iter().map(|request| request.new_tokens));
         Ok(&self.batch)

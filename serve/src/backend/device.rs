@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     Result,
-    group::Group,
+    group::{Group, Parallel},
     model::{Layer, Model},
 };
 
@@ -76,6 +76,9 @@ pub fn load(
             return Err("weights or a KV cache of e4m3 need a GPU; expected `auto` on the CPU".into());
         }
         Device::Cpu => "as asked".to_owned(),
+        Device::Simulated if group.is_some() => {
+            return Err("no ranks simulate a model; expected --device auto, cpu or gpu".into());
+        }
         Device::Simulated => return Ok(simulated(model, pool, capacity)),
         Device::Auto | Device::Gpu => match load_gpu(model, pool, options, group) {
             Ok(gpu) => {
@@ -83,7 +86,8 @@ pub fn load(
                 let mut backend = led(gpu, group)?;
                 let follows = group.is_some_and(|group| group.rank().rank > 0);
                 if let Some(limit) = graphs_within.filter(|_| !follows) {
-                    capture_graphs(&mut *backend, pool, capacity, limit)?;
+                    let captured = capture_graphs(&mut *backend, pool, capacity, limit);
+                    captured.inspect_err(|error| say_failed(group, error))?;
                 }
                 return Ok(Loaded { backend, on_gpu: true, place });
             }
@@ -99,13 +103,31 @@ pub fn load(
     Ok(Loaded { backend: led(cpu, group)?, on_gpu: false, place: format!("on the CPU ({reason})") })
 }
 
-/// Where a rank computes, which all decide for themselves before they meet: [`Device::Auto`] is the
-/// GPU if there is one for it, else the CPU.
-pub fn of_rank(device: Device, local_rank: usize) -> Device {
+/// Where ranks compute, which all decide for themselves before they meet: [`Device::Auto`] is the
+/// GPU if there is one, else the CPU.
+///
+/// # Errors
+/// There is no GPU for this rank, or for those that it starts.
+pub fn of_ranks(device: Device, parallel: &Parallel) -> Result<Device> {
+    let last = match parallel {
+        Parallel::Launch(size) => size - 1,
+        Parallel::Rank(placement) => placement.local_rank,
+    };
     match device {
-        Device::Auto if gpu::is_there(local_rank) => Device::Gpu,
-        Device::Auto => Device::Cpu,
-        asked => asked,
+        Device::Auto if !gpu::is_there(0) => Ok(Device::Cpu),
+        Device::Auto | Device::Gpu if gpu::is_there(last) => Ok(Device::Gpu),
+        Device::Auto | Device::Gpu => Err(format!(
+            "there is no GPU {last} on this machine; expected one for each rank on it, or --device cpu"
+        )
+        .into()),
+        asked => Ok(asked),
+    }
+}
+
+/// Tells the other ranks, if there are any, that this one cannot go on.
+pub fn say_failed(group: Option<&Arc<Group>>, error: &crate::Error) {
+    if let Some(group) = group {
+        group.say_failed(&error.to_string());
     }
 }
 
@@ -148,7 +170,7 @@ pub fn load_gpu(
     options: GpuOptions,
     group: Option<&Arc<Group>>,
 ) -> Result<Gpu> {
-    let config = model.shard_config();
+    let config = model.even_config();
     let group = group.map(|group| &**group);
     with_progress(model, |layers| Gpu::of_rank(&config, model.ends()?, layers, pool, options, group))
 }

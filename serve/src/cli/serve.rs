@@ -84,9 +84,8 @@ pub fn run(args: &Args) -> Result<()> {
     args.log_format.install()?;
     let parallel = Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?;
     if parallel.as_ref().is_some_and(|parallel| parallel.rank().rank > 0) {
-        ranks::ignore_signals()?;
         let options = LlmOptions { parallel, ..llm_options(args) };
-        return Llm::follow(&Hub::from_env()?.locate(&args.model)?, &options);
+        return Llm::follow(&Hub::from_env()?.locate(&args.model)?, &options, ranks::ignore_signals);
     }
     let server = Arc::new(Server::new(options(args)?)?);
     let listener = TcpListener::bind((args.host.as_str(), args.port))

@@ -65,7 +65,10 @@ impl Placement {
     /// What variables say.
     pub(super) fn of(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         let started = |launcher: &&Launcher| get(launcher.rank).is_some() && get(launcher.size).is_some();
-        let Some(launcher) = LAUNCHERS.iter().find(started) else { return Ok(None) };
+        let local = |launcher: &Launcher| launcher.local_rank.iter().find(|name| get(name).is_some());
+        // Slurm sets some of PMI's, too.
+        let whole = LAUNCHERS.iter().filter(started).find(|launcher| local(launcher).is_some());
+        let Some(launcher) = whole.or_else(|| LAUNCHERS.iter().find(started)) else { return Ok(None) };
         let number = |name: &str| -> Result<usize> {
             let value = get(name).unwrap_or_default();
             let number = value.trim().parse();
@@ -79,8 +82,7 @@ impl Placement {
         if size == 1 {
             return Ok(None);
         }
-        let local_rank = launcher.local_rank.iter().find(|name| get(name).is_some());
-        let local_rank = match local_rank {
+        let local_rank = match local(launcher) {
             Some(name) => number(name)?,
             None => {
                 let names = launcher.local_rank.join(" or ");
@@ -169,6 +171,8 @@ mod tests {
             ("SLURM_STEP_NODELIST", "gpu[07-08]"),
         ];
         assert_eq!(of(&slurm).unwrap(), Some(placement(3, 4, 1, "gpu07", DEFAULT_PORT)));
+        let pmi2 = [&slurm[..], &[("PMI_RANK", "3"), ("PMI_SIZE", "4")]].concat();
+        assert_eq!(of(&pmi2).unwrap(), of(&slurm).unwrap());
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! What ends all ranks: the first of them that fails.
 
 use std::{
+    io::{self, Write},
     net::{Shutdown, TcpStream},
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
+    thread,
+    time::Duration,
 };
 
 use crate::Result;
@@ -15,22 +18,35 @@ use crate::Result;
 /// that a program [ends its process](end_process).
 pub type OnFailure = fn(&str);
 
+/// How long a process that is done may take to end.
+const ENDING: Duration = Duration::from_secs(5);
+
 /// Says why, and ends this process with status 1, whatever its threads and its GPU wait for.
 pub fn end_process(reason: &str) {
-    eprintln!("error: {reason}");
-    end()
+    // Nobody may read it any more.
+    let _ = writeln!(io::stderr(), "error: {reason}");
+    end(1)
+}
+
+/// Sees to it that this process, which is done, ends within seconds: its GPU may wait for one that
+/// ended before.
+pub fn end_soon() {
+    thread::spawn(|| {
+        thread::sleep(ENDING);
+        end(0)
+    });
 }
 
 #[cfg(unix)]
-fn end() -> ! {
+fn end(status: i32) -> ! {
     // What runs at a usual exit waits for the GPU, which waits for other ranks.
     // SAFETY: it takes any status; nothing of the process is used afterwards.
-    unsafe { libc::_exit(1) }
+    unsafe { libc::_exit(status) }
 }
 
 #[cfg(not(unix))]
-fn end() -> ! {
-    std::process::exit(1)
+fn end(status: i32) -> ! {
+    std::process::exit(status)
 }
 
 /// Why ranks ended.
@@ -57,8 +73,8 @@ impl Failure {
         Ok(())
     }
 
-    /// Ends all ranks, unless they are ending.
-    pub fn fail(&self, reason: &str) {
+    /// Ends all ranks, unless they are ending: `tell` is called before connections are closed.
+    pub(super) fn fail_after(&self, reason: &str, tell: impl FnOnce()) {
         {
             let mut first = lock(&self.first);
             if self.is_ending() || first.is_some() {
@@ -66,11 +82,17 @@ impl Failure {
             }
             *first = Some(reason.to_owned());
         }
+        tell();
         for connection in lock(&self.connections).iter() {
             // It may be closed.
             let _ = connection.shutdown(Shutdown::Both);
         }
         (self.on_failure)(reason);
+    }
+
+    /// As [`fail_after`](Self::fail_after), without a word.
+    pub fn fail(&self, reason: &str) {
+        self.fail_after(reason, || {});
     }
 
     /// Why the ranks ended.

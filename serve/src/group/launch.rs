@@ -15,6 +15,8 @@ use crate::{Result, model::shard::Rank};
 
 /// What ranks that are started here know each other by.
 pub const SECRET: &str = "FLASHINFER_GROUP_SECRET";
+/// How long they look for rank 0, which listens before they start, in seconds.
+const LOOKING: &str = "10";
 /// How long they may take to end.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -49,6 +51,7 @@ impl Launched {
                 .env("MASTER_PORT", port.to_string())
                 .env_remove("TORCHELASTIC_USE_AGENT_STORE")
                 .env(SECRET, &secret)
+                .env(super::TIMEOUT, LOOKING)
                 .stdin(Stdio::null())
                 .stdout(Stdio::null());
             #[cfg(unix)]
@@ -59,7 +62,18 @@ impl Launched {
         let placement =
             Placement { rank: Rank { rank: 0, size }, local_rank: 0, address: "127.0.0.1".into(), port };
         let rendezvous = Rendezvous { placement, secret, timeout };
-        Ok((rendezvous.meet_at(listener, settings, on_failure)?, started))
+        let group = rendezvous.meet_at(listener, settings, on_failure, &mut || started.check())?;
+        Ok((group, started))
+    }
+
+    /// Whether all are still there.
+    fn check(&mut self) -> Result<()> {
+        for (rank, child) in (1..).zip(&mut self.0) {
+            if let Some(status) = child.try_wait()? {
+                return Err(format!("rank {rank} ended before the ranks had met: {status}").into());
+            }
+        }
+        Ok(())
     }
 }
 

@@ -2,8 +2,8 @@
 //! decides and the others follow.
 //!
 //! Each of the others has two connections to rank 0: one for messages, on which both sides say every
-//! second that they live, and one for numbers of the CPU. When a rank ends, says that it failed, or
-//! is silent, the others end within seconds, and say which rank it was.
+//! second that they live, and one for numbers of the CPU. When a rank ends before rank 0 is done, says
+//! that it failed, or is silent, the others end within seconds, and say which rank it was.
 //!
 //! | file | its job |
 //! |---|---|
@@ -39,7 +39,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 pub use self::{
     environment::Placement,
-    failure::{Failure, OnFailure, end_process},
+    failure::{Failure, OnFailure, end_process, end_soon},
     launch::Launched,
     rendezvous::{Rendezvous, Settings},
     sums::Sums,
@@ -47,8 +47,20 @@ pub use self::{
 use self::{failure::Stopper, peer::Peer};
 use crate::{Result, model::shard::Rank};
 
-/// How long ranks wait for each other before the model is loaded.
-const MEETING: Duration = Duration::from_secs(300);
+/// How long ranks wait for each other before the model is loaded, in seconds.
+const TIMEOUT: &str = "FLASHINFER_GROUP_TIMEOUT";
+const MEETING: u64 = 300;
+
+fn timeout() -> Result<Duration> {
+    let seconds = match env::var(TIMEOUT) {
+        Err(_) => MEETING,
+        Ok(value) => match value.trim().parse() {
+            Ok(seconds) if seconds > 0 => seconds,
+            _ => return Err(format!("{TIMEOUT} is `{value}`; expected a number of seconds above 0").into()),
+        },
+    };
+    Ok(Duration::from_secs(seconds))
+}
 
 /// Which processes compute a model together.
 #[derive(Clone, Debug)]
@@ -96,18 +108,19 @@ impl Parallel {
     }
 
     /// Waits until all ranks are there, which have to be started with the same settings.
+    /// `FLASHINFER_GROUP_TIMEOUT` says for how many seconds: 300, if it does not.
     ///
     /// # Errors
     /// Not all came; one was started with other settings; or one cannot be started.
     pub fn meet(&self, settings: Settings, on_failure: OnFailure) -> Result<(Arc<Group>, Option<Launched>)> {
         match self {
             Self::Launch(size) => {
-                let (group, launched) = Launched::start(*size, MEETING, settings, on_failure)?;
+                let (group, launched) = Launched::start(*size, timeout()?, settings, on_failure)?;
                 Ok((Arc::new(group), Some(launched)))
             }
             Self::Rank(placement) => {
                 let secret = env::var(launch::SECRET).unwrap_or_default();
-                let rendezvous = Rendezvous { placement: placement.clone(), secret, timeout: MEETING };
+                let rendezvous = Rendezvous { placement: placement.clone(), secret, timeout: timeout()? };
                 Ok((Arc::new(rendezvous.meet(settings, on_failure)?), None))
             }
         }
@@ -117,7 +130,8 @@ impl Parallel {
 /// A message, and the rank that it came from.
 type Received = (usize, Vec<u8>);
 
-/// The ranks, as one of them sees them. When it is dropped, the others hear that this one is done.
+/// The ranks, as one of them sees them. Rank 0 says when they are [done](Self::end); if one is dropped
+/// before, all fail.
 pub struct Group {
     rank: Rank,
     local_rank: usize,
@@ -179,16 +193,19 @@ impl Group {
         self.peers.iter().try_for_each(|peer| peer.send(&bytes))
     }
 
-    /// Waits for the next message, and says from which rank it is.
+    /// Waits for the next message, and says from which rank it is; `None` when rank 0 is done.
     ///
     /// # Errors
-    /// The ranks have ended, or it is another message.
-    pub fn receive<T: DeserializeOwned>(&self) -> Result<(usize, T)> {
+    /// The ranks have failed, or it is another message.
+    pub fn receive<T: DeserializeOwned>(&self) -> Result<Option<(usize, T)>> {
         let received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
-        self.parse(received.recv().map_err(|_| self.failure.reason())?)
+        match received.recv() {
+            Ok(received) => self.parse(received).map(Some),
+            Err(_) => self.ended(),
+        }
     }
 
-    /// As [`receive`](Self::receive), for a while; `None` if there is none.
+    /// As [`receive`](Self::receive), for a while; `None`, too, if there is none.
     ///
     /// # Errors
     /// As there.
@@ -197,8 +214,30 @@ impl Group {
         match received.recv_timeout(limit) {
             Ok(received) => self.parse(received).map(Some),
             Err(RecvTimeoutError::Timeout) => Ok(None),
-            Err(RecvTimeoutError::Disconnected) => Err(self.failure.reason().into()),
+            Err(RecvTimeoutError::Disconnected) => self.ended(),
         }
+    }
+
+    /// Why nothing comes any more.
+    fn ended<T>(&self) -> Result<Option<T>> {
+        match self.failure.is_ending() {
+            true => Ok(None),
+            false => Err(self.failure.reason().into()),
+        }
+    }
+
+    /// As rank 0, tells the others that this is over; as another one, waits until it is.
+    ///
+    /// # Errors
+    /// The ranks have failed.
+    pub fn end(&self) -> Result<()> {
+        if self.rank.rank == 0 {
+            self.failure.set_ending();
+            self.peers.iter().for_each(Peer::say_done);
+            return Ok(());
+        }
+        while self.receive::<()>()?.is_some() {}
+        Ok(())
     }
 
     fn parse<T: DeserializeOwned>(&self, (rank, bytes): Received) -> Result<(usize, T)> {
@@ -211,9 +250,16 @@ impl Group {
         self.sums.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Tells the others that this rank cannot go on.
+    /// Ends all ranks, which hear why.
+    pub fn fail(&self, reason: &str) {
+        self.failure.fail_after(reason, || self.peers.iter().for_each(|peer| peer.say_failed(reason)));
+    }
+
+    /// Tells the others that this rank cannot go on, unless they are done.
     pub fn say_failed(&self, reason: &str) {
-        self.peers.iter().for_each(|peer| peer.say_failed(reason));
+        if !self.failure.is_ending() {
+            self.peers.iter().for_each(|peer| peer.say_failed(reason));
+        }
     }
 }
 
@@ -225,8 +271,8 @@ impl fmt::Debug for Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        self.say_failed("it ended before rank 0 was done");
         self.failure.set_ending();
-        self.peers.iter().for_each(Peer::say_done);
     }
 }
 

@@ -47,8 +47,11 @@ impl Peer {
         let of_thread = (name.clone(), failure.clone());
         thread::Builder::new().name(format!("rank-{rank}")).spawn(move || {
             let (name, failure) = of_thread;
-            if let Err(reason) = listen(reader, rank, &messages) {
-                failure.fail(&format!("{name} {reason}"));
+            match listen(reader, rank, &messages) {
+                // The others go on until rank 0 says that this is over.
+                Ok(()) if rank == 0 || failure.is_ending() => failure.set_ending(),
+                Ok(()) => failure.fail(&format!("{name} ended before rank 0 was done")),
+                Err(reason) => failure.fail(&format!("{name} {reason}")),
             }
         })?;
         Ok(Self { name, writer: Arc::new(Mutex::new(connection)), failure })

@@ -2,9 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    io::ErrorKind,
+    io::{self, ErrorKind, Read},
     net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
-    process, thread,
+    process,
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -65,18 +67,25 @@ impl Rendezvous {
     /// Not all came in time; one was started with other settings; or rank 0 cannot listen.
     pub fn meet(&self, settings: Settings, on_failure: OnFailure) -> Result<Group> {
         let connections = match self.placement.rank.rank {
-            0 => self.gather(self.listen()?, &settings)?,
+            0 => self.gather(self.listen()?, &settings, &mut || Ok(()))?,
             _ => vec![self.join(&settings)?],
         };
         Group::new(&self.placement, connections, on_failure)
     }
 
-    /// As [`meet`](Self::meet) of rank 0, with a listener that is bound.
+    /// As [`meet`](Self::meet) of rank 0, with a listener that is bound. `check` says whether there is
+    /// still somebody to wait for.
     ///
     /// # Errors
-    /// As there.
-    pub fn meet_at(&self, listener: TcpListener, settings: Settings, on_failure: OnFailure) -> Result<Group> {
-        let connections = self.gather(listener, &settings)?;
+    /// As there, and those of `check`.
+    pub fn meet_at(
+        &self,
+        listener: TcpListener,
+        settings: Settings,
+        on_failure: OnFailure,
+        check: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Group> {
+        let connections = self.gather(listener, &settings, check)?;
         Group::new(&self.placement, connections, on_failure)
     }
 
@@ -91,8 +100,14 @@ impl Rendezvous {
     }
 
     /// Takes the connections of all other ranks.
-    fn gather(&self, listener: TcpListener, settings: &Settings) -> Result<Vec<Connection>> {
+    fn gather(
+        &self,
+        listener: TcpListener,
+        settings: &Settings,
+        check: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<Connection>> {
         listener.set_nonblocking(true)?;
+        let (greeted, greetings) = mpsc::channel();
         let (begin, size) = (Instant::now(), self.placement.rank.size);
         // By rank: the connections for messages and for numbers, and what the rank said.
         let mut came: BTreeMap<usize, [Option<TcpStream>; 2]> = BTreeMap::new();
@@ -108,16 +123,23 @@ impl Rendezvous {
                     format!("of {size} ranks, {} did not come in {seconds} s", missing.join(", ")).into()
                 );
             }
-            let (mut connection, address) = match listener.accept() {
-                Ok(accepted) => accepted,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    thread::sleep(INTERVAL);
-                    continue;
+            check()?;
+            match listener.accept() {
+                // Each says who it is on a thread of its own, so that none holds the others.
+                Ok((connection, address)) => {
+                    let greeted = greeted.clone();
+                    thread::Builder::new().name("greeting".into()).spawn(move || {
+                        // Who says nothing that can be understood is none of ours.
+                        if let Some((hello, connection)) = greeting(connection) {
+                            // It may be too late.
+                            let _ = greeted.send((hello, connection, address));
+                        }
+                    })?;
                 }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => return Err(format!("no rank can connect: {error}").into()),
-            };
-            // Who says nothing that can be understood is none of ours.
-            let Some(hello) = greeting(&mut connection) else { continue };
+            }
+            let Ok((hello, mut connection, address)) = greetings.recv_timeout(INTERVAL) else { continue };
             if let Err(Refusal { reason, ends }) = self.check(&hello, settings, &came) {
                 let _ = send(&mut connection, &Answer::Refused(reason.clone()));
                 if ends {
@@ -193,8 +215,8 @@ impl Rendezvous {
             let mut connection = loop {
                 match first_that_answers(address, *port) {
                     Ok(connection) => break connection,
-                    // It may not listen yet.
-                    Err(_) if begin.elapsed() < self.timeout => thread::sleep(INTERVAL),
+                    // It may not listen yet; once it did, it does.
+                    Err(_) if !for_numbers && begin.elapsed() < self.timeout => thread::sleep(INTERVAL),
                     Err(error) => {
                         let place = format!("{address} port {port} (MASTER_ADDR, MASTER_PORT)");
                         return Err(
@@ -239,11 +261,29 @@ struct Refusal {
 }
 
 /// What somebody who connected says, if it is one of ours.
-fn greeting(connection: &mut TcpStream) -> Option<Hello> {
+fn greeting(connection: TcpStream) -> Option<(Hello, TcpStream)> {
     connection.set_nonblocking(false).ok()?;
-    connection.set_read_timeout(Some(GREETING)).ok()?;
     connection.set_write_timeout(Some(GREETING)).ok()?;
-    receive(connection).ok()
+    let mut until = Until { connection, end: Instant::now() + GREETING };
+    let (_, bytes) = frame::read(&mut until, LONGEST).ok()?;
+    Some((postcard::from_bytes(&bytes).ok()?, until.connection))
+}
+
+/// A connection that is read until a time, however little comes of it at once.
+struct Until {
+    connection: TcpStream,
+    end: Instant,
+}
+
+impl Read for Until {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        self.connection.set_read_timeout(Some(left))?;
+        self.connection.read(buffer)
+    }
 }
 
 /// From now on, a connection waits as long as it takes.
@@ -273,6 +313,6 @@ fn first_that_answers(address: &str, port: u16) -> Result<TcpStream> {
     Err(failed)
 }
 
-fn connect(address: &SocketAddr) -> std::io::Result<TcpStream> {
+fn connect(address: &SocketAddr) -> io::Result<TcpStream> {
     TcpStream::connect_timeout(address, GREETING)
 }

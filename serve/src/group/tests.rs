@@ -43,7 +43,9 @@ pub fn with_ranks<T: Send>(size: usize, work: impl Fn(Arc<Group>) -> T + Sync) -
             })
         });
         let others: Vec<_> = others.collect();
-        let first = rendezvous(0, size, port, TIMEOUT).meet_at(listener, Settings::new(), |_| {}).unwrap();
+        let first = rendezvous(0, size, port, TIMEOUT)
+            .meet_at(listener, Settings::new(), |_| {}, &mut || Ok(()))
+            .unwrap();
         let first = work(first);
         std::iter::once(first).chain(others.into_iter().map(|other| other.join().unwrap())).collect()
     })
@@ -88,7 +90,7 @@ fn messages_go_to_rank_0_and_from_it_to_all() {
         let rank = group.rank().rank;
         if rank > 0 {
             group.send(&format!("of {rank}")).unwrap();
-            return vec![group.receive::<String>().unwrap()];
+            return vec![group.receive::<String>().unwrap().unwrap()];
         }
         let mut heard = Vec::from_iter(group.receive_within::<String>(Duration::ZERO).unwrap());
         while heard.len() < 2 {
@@ -138,16 +140,68 @@ fn a_rank_that_fails_says_why() {
 
 #[test]
 fn ranks_that_are_done_have_not_failed() {
-    let reasons = with_ranks(2, |group| {
+    let ends = with_ranks(3, |group| {
         if group.rank().rank == 0 {
-            group.send(&"done").unwrap();
-            let (failure, ended) = (group.failure().clone(), group.receive::<String>().is_err());
-            return (failure.reason(), ended);
+            group.send(&"the last").unwrap();
+            group.end().unwrap();
+        } else {
+            assert_eq!(group.receive().unwrap(), Some((0, "the last".to_owned())));
+            assert_eq!(group.receive::<String>().unwrap(), None);
+            group.end().unwrap();
         }
-        group.receive::<String>().unwrap();
-        (group.failure().reason(), true)
+        // What it says now, nobody heeds.
+        group.say_failed("late");
+        group.failure().clone()
     });
-    assert!(reasons.iter().all(|(reason, ended)| reason == "the ranks have ended" && *ended), "{reasons:?}");
+    assert!(ends.iter().all(|failure| failure.reason() == "the ranks have ended"));
+}
+
+#[test]
+fn a_rank_that_is_done_before_rank_0_has_failed() {
+    let reasons = with_ranks(3, |group| {
+        match group.rank().rank {
+            // Without a word, as one that panics.
+            1 => String::new(),
+            _ => group.receive::<String>().unwrap_err().to_string(),
+        }
+    });
+    assert!(
+        reasons[0].starts_with("rank 1 ") && reasons[0].ends_with("it ended before rank 0 was done"),
+        "{reasons:?}"
+    );
+    assert!(reasons[2].starts_with("rank 0 "), "{reasons:?}");
+}
+
+/// Somebody who says a little at a time keeps nobody from meeting, and is not waited for.
+#[test]
+fn who_dawdles_is_not_waited_for() {
+    let (listener, port) = listener();
+    let begin = Instant::now();
+    let dawdlers: Vec<_> = (0..8).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
+    thread::scope(|scope| {
+        let joined =
+            scope.spawn(move || rendezvous(1, 2, port, TIMEOUT).meet(Settings::new(), |_| {}).unwrap());
+        for mut dawdler in &dawdlers {
+            dawdler.write_all(&[1]).unwrap();
+        }
+        let first = rendezvous(0, 2, port, TIMEOUT);
+        let group = first.meet_at(listener, Settings::new(), |_| {}, &mut || Ok(())).unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        group.end().unwrap();
+        joined.join().unwrap();
+    });
+}
+
+#[test]
+fn rank_0_stops_waiting_where_a_rank_cannot_come() {
+    let (listener, port) = listener();
+    let mut rounds = 0;
+    let mut check = || {
+        rounds += 1;
+        if rounds == 3 { Err("rank 1 ended before the ranks had met: exit status: 1".into()) } else { Ok(()) }
+    };
+    let met = rendezvous(0, 2, port, TIMEOUT).meet_at(listener, Settings::new(), |_| {}, &mut check);
+    assert_eq!(met.unwrap_err().to_string(), "rank 1 ended before the ranks had met: exit status: 1");
 }
 
 /// What became of rank 0 and of another rank.
@@ -158,7 +212,7 @@ fn meet_pair(
 ) -> [Result<Group>; 2] {
     thread::scope(|scope| {
         let joined = scope.spawn(|| other.0.meet(other.1, |_| {}));
-        let first = first.0.meet_at(listener, first.1, |_| {});
+        let first = first.0.meet_at(listener, first.1, |_| {}, &mut || Ok(()));
         [first, joined.join().unwrap()]
     })
 }
@@ -197,7 +251,7 @@ fn strangers_do_not_take_the_place_of_a_rank() {
             assert!(problem.contains("secret"), "{problem}");
             drop(rendezvous(1, 2, port, TIMEOUT).meet(Settings::new(), |_| {}).unwrap());
         });
-        rendezvous(0, 2, port, TIMEOUT).meet_at(listener, Settings::new(), |_| {}).unwrap();
+        rendezvous(0, 2, port, TIMEOUT).meet_at(listener, Settings::new(), |_| {}, &mut || Ok(())).unwrap();
     });
 }
 
@@ -205,7 +259,8 @@ fn strangers_do_not_take_the_place_of_a_rank() {
 fn ranks_that_do_not_come_are_named() {
     let short = Duration::from_millis(200);
     let (listener, port) = listener();
-    let problem = rendezvous(0, 3, port, short).meet_at(listener, Settings::new(), |_| {}).unwrap_err();
+    let problem =
+        rendezvous(0, 3, port, short).meet_at(listener, Settings::new(), |_| {}, &mut || Ok(())).unwrap_err();
     assert_eq!(problem.to_string(), "of 3 ranks, 1, 2 did not come in 0 s");
     let problem = rendezvous(1, 2, port, short).meet(Settings::new(), |_| {}).unwrap_err().to_string();
     assert!(problem.contains(&format!("rank 1 cannot reach rank 0 at 127.0.0.1 port {port}")), "{problem}");

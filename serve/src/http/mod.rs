@@ -183,6 +183,10 @@ impl Server {
         let served = runtime.block_on(life::run(self, listener, Box::new(load)));
         // What is still open was given its time.
         runtime.shutdown_background();
+        // Something of it may keep the model for longer than this process lives.
+        if let Some(llm) = self.llm.get() {
+            llm.end_ranks();
+        }
         served
     }
 }

@@ -115,6 +115,11 @@ impl Model {
         layers.map(|index| self.tensors().layer(index).map_err(|e| self.named(e)))
     }
 
+    /// As [`shard_config`](Self::shard_config), with as many heads as the rank that has most.
+    pub fn even_config(&self) -> Config {
+        self.shard.even_config(&self.config)
+    }
+
     /// Bytes of all tensors, or of a rank's parts of them.
     pub fn bytes(&self) -> u64 {
         self.bytes

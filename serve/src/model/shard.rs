@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use flashinfer_rs::attention::Heads;
+
 use super::Config;
 use crate::Result;
 
@@ -67,6 +69,8 @@ pub struct Shard {
     pub shared: Option<Range<usize>>,
     /// Tokens.
     pub vocab: VocabPart,
+    /// The heads of the rank that has most.
+    pub most_heads: Heads,
     /// Whether this rank adds the biases of what is summed over ranks.
     pub adds_biases: bool,
 }
@@ -86,6 +90,7 @@ impl Shard {
             inner: 0..config.intermediate_size,
             shared: config.experts.and_then(|experts| experts.shared).map(|width| 0..width),
             vocab: VocabPart::whole(config.vocab_size),
+            most_heads: config.heads,
             adds_biases: true,
         }
     }
@@ -98,7 +103,11 @@ impl Shard {
         if rank.size <= 1 {
             return Ok(Self::whole(config));
         }
-        let [queries, keys] = heads(config, rank)?;
+        let all = (0..rank.size).map(|other| heads(config, Rank { rank: other, ..rank }));
+        let all = all.collect::<Result<Vec<_>>>()?;
+        let most = |of: usize| all.iter().map(|heads| heads[of].len()).max().unwrap_or(0);
+        let most_heads = Heads::new(most(0), most(1));
+        let [queries, keys] = all[rank.rank].clone();
         let [queries, keys] =
             [queries, keys].map(|heads| heads.start * config.head_dim..heads.end * config.head_dim);
         let shared = config.experts.and_then(|experts| experts.shared);
@@ -108,8 +117,15 @@ impl Shard {
             inner: width(config.intermediate_size, rank)?,
             shared: shared.map(|shared| width(shared, rank)).transpose()?,
             vocab: VocabPart::of(config.vocab_size, rank)?,
+            most_heads,
             adds_biases: rank.rank == 0,
         })
+    }
+
+    /// As [`config`](Self::config), with as many heads as the rank that has most, so that all ranks take
+    /// their steps in the same way. What a rank has not is zeros.
+    pub fn even_config(&self, config: &Config) -> Config {
+        Config { heads: self.most_heads, ..self.config(config) }
     }
 
     /// What the rank's network computes. The vocabulary stays that of the model.
@@ -171,8 +187,6 @@ fn width(width: usize, rank: Rank) -> Result<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use flashinfer_rs::attention::Heads;
-
     use super::*;
     use crate::model::synthetic::Shape;
 
@@ -237,7 +251,8 @@ mod tests {
         let parts: Vec<_> = shards(&config, 4).unwrap().into_iter().map(|shard| shard.inner).collect();
         assert_eq!(parts, [0..384, 384..768, 768..1152, 1152..1536]);
         let parts: Vec<_> = shards(&config, 2).unwrap().into_iter().map(|shard| shard.queries).collect();
-        // Of three groups the first has one, and the second two.
+        // Of three groups the first has one, and the second two, of which both compute as many.
+        assert!(shards(&config, 2).unwrap().iter().all(|shard| shard.most_heads == Heads::new(6, 2)));
         assert_eq!(parts, [0..3 * 128, 3 * 128..9 * 128]);
     }
 

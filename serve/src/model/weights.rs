@@ -96,12 +96,17 @@ impl From<Matrix> for Linear {
 }
 
 impl Linear {
+    /// Its width, `in`.
+    pub fn columns(&self) -> usize {
+        self.parts.first().map_or(0, Matrix::columns)
+    }
+
     /// Its numbers, `[out, in]`, in `f32`.
     ///
     /// # Errors
     /// Its parts are not equally wide.
     pub fn dequantize(&self) -> Result<Tensor> {
-        let columns = self.parts.first().map_or(0, Matrix::columns);
+        let columns = self.columns();
         if let Some(other) = self.parts.iter().find(|part| part.columns() != columns) {
             return Err(format!("{other:?} is below a matrix of {columns} columns").into());
         }

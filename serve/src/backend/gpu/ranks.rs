@@ -100,7 +100,7 @@ impl Ranks {
             nccl.check("ncclGetUniqueId", unsafe { (nccl.get_unique_id)(&mut id) })?;
             group.send(&id.0.to_vec())?;
         } else {
-            let (_, sent) = group.receive::<Vec<u8>>()?;
+            let (_, sent) = group.receive::<Vec<u8>>()?.ok_or("rank 0 is done")?;
             id.0 = sent.try_into().map_err(|_| "rank 0 sent no id of NCCL's")?;
         }
         cuda.context().bind_to_thread()?;

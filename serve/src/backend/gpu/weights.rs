@@ -104,7 +104,7 @@ impl Weights {
     ) -> Result<Self> {
         let dtype = config.dtype;
         let residual_scale = config.residual_scale as f32 * RESIDUAL_SCALE;
-        let mut upload = Upload { stream, dtype, heads, quantizer, residual_scale, bytes: 0 };
+        let mut upload = Upload { stream, config, heads, quantizer, residual_scale, bytes: 0 };
         let layers = layers.map(|layer| upload.layer(&layer?)).collect::<Result<_>>()?;
         let norm = upload.vector(&ends.norm)?;
         // What is not a number there makes only those requests fail that have such a token.
@@ -144,7 +144,7 @@ pub fn added_factor(config: &Config) -> f32 {
 /// Uploads weights, and counts their bytes.
 struct Upload<'a> {
     stream: &'a Stream,
-    dtype: DType,
+    config: &'a Config,
     heads: HeadWidths,
     quantizer: Option<&'a Quantizer>,
     /// What is added to the residual is multiplied by it.
@@ -166,7 +166,7 @@ impl Upload<'_> {
         let attention_factor = factor(&attention_post_norm, self.residual_scale);
         let output = &layer.attention_output;
         let attention_output = Linear {
-            matrix: self.matrix(&heads.pad_columns(&output.dequantize()?)?)?,
+            matrix: self.matrix(&self.all_queries(&heads.pad_columns(&output.dequantize()?)?)?)?,
             bias: self.bias(output, attention_factor)?,
         };
         let qk_norm = layer.qk_norm.as_ref().map(|norm| -> Result<_> {
@@ -185,7 +185,7 @@ impl Upload<'_> {
         };
         Ok(Layer {
             attention_norm: self.vector(&layer.attention_norm)?,
-            qkv: self.qkv(&layer.qkv)?,
+            qkv: self.qkv(layer)?,
             qk_norm,
             attention_output,
             attention_post_norm,
@@ -198,16 +198,40 @@ impl Upload<'_> {
         })
     }
 
-    fn qkv(&mut self, qkv: &weights::Linear) -> Result<Linear> {
-        let matrix = self.matrix(&self.heads.pad_rows(&qkv.dequantize()?)?)?;
+    fn qkv(&mut self, layer: &model::Layer) -> Result<Linear> {
+        let (qkv, heads) = (&layer.qkv, self.heads);
+        let queries = layer.attention_output.columns() / heads.model;
+        let matrix = self.all_heads(&heads.pad_rows(&qkv.dequantize()?)?, queries)?;
+        let matrix = self.matrix(&matrix)?;
         let bias = match &qkv.bias {
             Some(bias) => {
-                let padded = self.heads.pad_rows(&Tensor::new(bias.as_slice(), &Device::Cpu)?)?;
-                Some(self.half(&padded.flatten_all()?)?)
+                let padded = heads.pad_rows(&Tensor::new(bias.as_slice(), &Device::Cpu)?)?;
+                Some(self.half(&self.all_heads(&padded, queries)?.flatten_all()?)?)
             }
             None => None,
         };
         Ok(Linear { matrix, bias })
+    }
+
+    /// Rows of so many heads of queries, and of keys and values, with zeros for those that only other
+    /// ranks have.
+    fn all_heads(&self, rows: &Tensor, queries: usize) -> Result<Tensor> {
+        let (width, heads) = (self.heads.padded, self.config.heads);
+        let keys = (rows.dim(0)? / width - queries) / 2;
+        let part = |from: usize, count: usize, all: usize| -> Result<Tensor> {
+            let part = rows.narrow(0, from * width, count * width)?;
+            Ok(part.pad_with_zeros(0, 0, (all - count) * width)?)
+        };
+        let q = part(0, queries, heads.num_qo_heads)?;
+        let k = part(queries, keys, heads.num_kv_heads)?;
+        let v = part(queries + keys, keys, heads.num_kv_heads)?;
+        Ok(Tensor::cat(&[q, k, v], 0)?)
+    }
+
+    /// Columns for heads of queries, with zeros for those that only other ranks have.
+    fn all_queries(&self, columns: &Tensor) -> Result<Tensor> {
+        let missing = self.config.heads.num_qo_heads * self.heads.padded - columns.dim(1)?;
+        Ok(columns.pad_with_zeros(1, 0, missing)?)
     }
 
     /// The matrices of all experts side by side.
@@ -281,13 +305,13 @@ impl Upload<'_> {
 
     /// Numbers that are finite when they are rounded.
     fn checked(&self, shape: &[usize], numbers: &[f32]) -> Result<HalfTensor> {
-        let limit = overflow(self.dtype);
+        let limit = overflow(self.config.dtype);
         let is_bad = |number: &&f32| number.is_nan() || number.abs() >= limit;
         if let Some(number) = numbers.par_iter().find_first(is_bad) {
-            let problem = format!("a weight is {number}, which is no number of {}", self.dtype);
+            let problem = format!("a weight is {number}, which is no number of {}", self.config.dtype);
             return Err(format!("{problem}, which the GPU computes in").into());
         }
-        Ok(HalfTensor::rounded(self.stream, self.dtype, shape, numbers)?)
+        Ok(HalfTensor::rounded(self.stream, self.config.dtype, shape, numbers)?)
     }
 }
 

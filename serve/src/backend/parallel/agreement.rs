@@ -48,12 +48,13 @@ impl Agreement {
                 match group.receive_within(INTERVAL) {
                     Ok(None) => {}
                     Ok(Some((rank, outcome))) => of_thread.add(rank, outcome),
-                    Err(_) if of_thread.ended.load(Ordering::Acquire) => return,
                     Err(error) => return group.failure().fail(&error.to_string()),
                 }
+                if of_thread.ended.load(Ordering::Acquire) {
+                    return;
+                }
                 if let Some(reason) = of_thread.compare() {
-                    group.say_failed(&reason);
-                    return group.failure().fail(&reason);
+                    return group.fail(&reason);
                 }
             }
         })?;

@@ -16,8 +16,8 @@ use crate::{
 /// The ranks have failed.
 pub fn follow(local: &mut dyn Backend, pool: &PageAllocator, group: &Group) -> Result<()> {
     let mut mirror = BatchMirror::new(pool)?;
-    loop {
-        let outcome = match group.receive()?.1 {
+    while let Some((_, command)) = group.receive()? {
+        let outcome = match command {
             Command::Enqueue(step) => {
                 let (snapshot, outputs) = (step.snapshot(), step.outputs());
                 let enqueued = mirror.update(&snapshot).map_err(Into::into).and_then(|batch| {
@@ -26,8 +26,8 @@ pub fn follow(local: &mut dyn Backend, pool: &PageAllocator, group: &Group) -> R
                 Outcome::of(&enqueued, |()| Outcome::Enqueued)
             }
             Command::Collect => Outcome::of(&local.collect(), |samples| Outcome::chosen(samples)),
-            Command::End => return Ok(()),
         };
         group.send(&outcome)?;
     }
+    Ok(())
 }

@@ -19,7 +19,6 @@ use crate::{
 pub enum Command {
     Enqueue(StepMessage),
     Collect,
-    End,
 }
 
 /// What came of it.

@@ -25,13 +25,15 @@ pub struct Leader<B> {
     local: B,
     group: Arc<Group>,
     agreement: Agreement,
+    /// Whether the others do something that this rank has not come to the end of.
+    at_work: bool,
 }
 
 impl<B: Backend> Leader<B> {
     /// # Errors
     /// No thread can be started.
     pub fn new(local: B, group: Arc<Group>) -> Result<Self> {
-        Ok(Self { local, agreement: Agreement::new(&group)?, group })
+        Ok(Self { local, agreement: Agreement::new(&group)?, group, at_work: false })
     }
 
     /// Has all ranks do something, and remembers what came of it here.
@@ -41,8 +43,10 @@ impl<B: Backend> Leader<B> {
         work: impl FnOnce(&mut B) -> Result<T>,
         outcome: impl FnOnce(&T) -> Outcome,
     ) -> Result<T> {
+        self.at_work = true;
         self.group.send(command)?;
         let done = work(&mut self.local);
+        self.at_work = false;
         self.agreement.add(0, Outcome::of(&done, outcome));
         done
     }
@@ -74,7 +78,10 @@ impl<B: Backend> Backend for Leader<B> {
 impl<B> Drop for Leader<B> {
     fn drop(&mut self) {
         self.agreement.end();
-        // Others hear of a rank that is gone anyway.
-        let _ = self.group.send(&Command::End);
+        if self.at_work {
+            return self.group.fail("rank 0 ended in the midst of a step");
+        }
+        // Rank 0 waits for nothing.
+        let _ = self.group.end();
     }
 }

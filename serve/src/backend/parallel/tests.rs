@@ -154,6 +154,48 @@ fn a_rank_that_chooses_another_token_ends_all() {
 }
 
 #[test]
+fn an_engine_that_panics_within_a_step_ends_the_others() {
+    /// Panics when a step is enqueued.
+    struct Panics;
+
+    impl Backend for Panics {
+        fn vocab_size(&self) -> usize {
+            1
+        }
+
+        fn enqueue(&mut self, _: &Step<'_>) -> Result<()> {
+            panic!("as it is asked")
+        }
+
+        fn collect(&mut self) -> Result<Vec<Sample>> {
+            Ok(Vec::new())
+        }
+
+        fn logits(&self) -> Result<Vec<f32>> {
+            Ok(Vec::new())
+        }
+    }
+
+    let reasons = with_ranks(2, |group| {
+        let pool = PageAllocator::new(4, PAGE_SIZE).unwrap();
+        let capacity = crate::backend::StepCapacity { tokens: 8, requests: 4, outputs: 4 };
+        if group.rank().rank > 0 {
+            let mut local = Simulated::new(&pool, capacity, Language { vocab_size: 50, nan: 0 });
+            return follow(&mut local, &pool, &group).unwrap_err().to_string();
+        }
+        let failure = group.failure().clone();
+        let stepped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let mut leader = Leader::new(Panics, group).unwrap();
+            leader.step(&Step { batch: &Batch::new(&pool), tokens: &[], outputs: &[] })
+        }));
+        assert!(stepped.is_err());
+        failure.reason()
+    });
+    assert_eq!(reasons[0], "rank 0 ended in the midst of a step");
+    assert!(reasons[1].ends_with("failed: rank 0 ended in the midst of a step"), "{reasons:?}");
+}
+
+#[test]
 fn an_error_of_all_ranks_ends_none() {
     let tiny = forward::BIASES.file();
     led(&tiny, 2, 16, |backend, pool| {

@@ -12,11 +12,11 @@ use crate::{
     Result,
     backend::{
         Backend, Output, Step, StepToken,
-        device::load_gpu,
+        device::{load_gpu, say_failed},
         gpu::{Gpu, GpuOptions},
         graph,
     },
-    group::{Parallel, Settings, end_process},
+    group::{Group, Parallel, Settings, end_process},
     model::{
         Config, Model,
         shard::{Rank, Shard},
@@ -46,22 +46,45 @@ pub fn run(
     options: GpuOptions,
 ) -> Result<()> {
     let rank = parallel.map_or(Rank::ALONE, Parallel::rank);
-    let met = parallel.map(|parallel| parallel.meet(Settings::new(), end_process)).transpose()?;
+    let what = [
+        ("the model".to_owned(), model.digest()?),
+        ("--steps".to_owned(), format!("{batches:?}")),
+        ("--context".to_owned(), context.to_string()),
+        ("options".to_owned(), format!("{:?}", GpuOptions { ordinal: 0, ..options })),
+    ];
+    let met = parallel.map(|parallel| parallel.meet(Settings::from(what), end_process)).transpose()?;
     let group = met.as_ref().map(|(group, _)| group);
+    let measured = measure(model, rank, group, batches, context, options);
+    match group {
+        Some(group) => {
+            measured.inspect_err(|error| say_failed(Some(group), error)).and_then(|()| group.end())
+        }
+        None => measured,
+    }
+}
+
+fn measure(
+    model: Source,
+    rank: Rank,
+    group: Option<&Arc<Group>>,
+    batches: &[NonZeroUsize],
+    context: usize,
+    options: GpuOptions,
+) -> Result<()> {
     let options = |max_tokens| GpuOptions { max_tokens, ..options };
     match model {
         Source::Shape(shape) => {
             let whole = shape.config()?;
             let shard = Shard::of(&whole, rank)?;
-            let config = shard.config(&whole);
+            let config = shard.even_config(&whole);
             table(&config, rank, batches, context, |pool, most| {
-                let (ends, layers) = synthetic::weights(&config, shard.vocab)?;
+                let (ends, layers) = synthetic::weights(&shard.config(&whole), shard.vocab.clone())?;
                 Gpu::of_rank(&config, ends, layers, pool, options(most), group.map(|group| &**group))
             })
         }
         Source::Model(model) => {
             let model = model.divide(rank)?;
-            let config = model.shard_config();
+            let config = model.even_config();
             table(&config, rank, batches, context, |pool, most| load_gpu(&model, pool, options(most), group))
         }
     }
@@ -73,6 +96,16 @@ pub enum Source {
     Model(Box<Model>),
     /// Random weights of a shape.
     Shape(Shape),
+}
+
+impl Source {
+    /// What tells it from others.
+    fn digest(&self) -> Result<String> {
+        match self {
+            Self::Model(model) => Ok(model.digest()),
+            Self::Shape(shape) => Ok(format!("{:?}", shape.config()?)),
+        }
+    }
 }
 
 /// Prints a table with a row for each number of requests. `load` makes the engine,

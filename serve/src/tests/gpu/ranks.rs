@@ -32,7 +32,7 @@ fn with_two_gpus(
         let options = GpuOptions { ordinal: rank.rank, ..options };
         let layers = model.layers();
         let mut gpu =
-            Gpu::of_rank(&model.shard_config(), model.ends().unwrap(), layers, &pool, options, Some(&group))
+            Gpu::of_rank(&model.even_config(), model.ends().unwrap(), layers, &pool, options, Some(&group))
                 .unwrap();
         match rank.rank {
             0 => work(&mut Leader::new(gpu, group).unwrap(), &pool),
