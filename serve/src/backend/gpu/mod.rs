@@ -18,20 +18,22 @@
 //! | `weights`, `heads` | the model's weights, and heads of any width |
 //! | `buffers`, `products`, `multiplier` | what steps compute in, their products, and by what |
 //! | `quantize`, `few_rows`, `programmatic` | 8-bit numbers, products of few rows, and launches that overlap |
-//! | `network`, `layer` | what a step enqueues |
+//! | `network`, `layer`, `fused` | what a step enqueues |
 //! | `steps`, `buckets`, `capture` | the course of a step, the graphs that are kept, and early ones |
 //! | `append`, `attention`, `split` | what the cache gets, and plans |
 //! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
 //! | `sampler`, `ring` | the choice of tokens, and their way to the host |
-//! | `measure` | how long things take |
+//! | `measure`, `breakdown` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
 mod append;
 mod attention;
+mod breakdown;
 mod buckets;
 mod buffers;
 mod capture;
 mod few_rows;
+mod fused;
 mod half;
 mod heads;
 pub(super) mod kernels;
@@ -66,7 +68,6 @@ use flashinfer_rs::{
     rope::CosSinCache,
 };
 
-pub use self::heads::HeadWidths;
 use self::{
     append::check_quantized_keys,
     attention::Attention,
@@ -82,6 +83,7 @@ use self::{
     ring::Ring,
     weights::Weights,
 };
+pub use self::{breakdown::Breakdown, heads::HeadWidths};
 use crate::{
     Result,
     backend::{
@@ -120,6 +122,10 @@ pub struct Gpu {
     launched: Option<Launched>,
     /// The times of graphs, if they are taken.
     graph_times: Option<Vec<GraphTime>>,
+    /// Whether what is captured is broken down.
+    breaks_down: bool,
+    /// What the last captured step's kernels cost, if it was broken down.
+    breakdown: Option<Breakdown>,
     /// Whether steps may be graphs.
     graphs: bool,
     /// How algorithms of products are chosen.
@@ -231,6 +237,8 @@ impl Gpu {
             cublas,
             launched: None,
             graph_times: None,
+            breaks_down: false,
+            breakdown: None,
             graphs: true,
             choice,
             enqueued: Duration::ZERO,

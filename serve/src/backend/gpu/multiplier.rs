@@ -6,9 +6,8 @@ use cudarc::driver::CudaStream;
 use flashinfer_rs::{DType, Stream, TensorMut, TensorRef, gpu::Tensor};
 
 use super::{
-    few_rows::FewRows,
+    few_rows::{FewRows, Fused},
     heads::HeadWidths,
-    programmatic,
     quantize::{QuantizedRows, Quantizer},
 };
 use crate::{
@@ -57,10 +56,13 @@ impl Multiplier {
                 quantized: QuantizedRows::zeros(&stream, rows, rows * width)?,
             })
         };
-        let few_rows = choice == Choice::Fastest && programmatic::is_available(cuda)?;
+        let few_rows = match choice {
+            Choice::Fastest => FewRows::new(cuda, config.dtype)?,
+            Choice::AnyRows(_) => None,
+        };
         Ok(Self {
             scratch: Tensor::zeros(&stream, &[SCRATCH_BYTES])?,
-            few_rows: few_rows.then(|| FewRows::new(cuda, config.dtype)).transpose()?,
+            few_rows,
             e4m3: (weights == DType::E4M3).then(e4m3).transpose()?,
         })
     }
@@ -74,7 +76,7 @@ impl Multiplier {
     /// unless they are few.
     pub fn run(
         &mut self,
-        StepProduct { matmul, few_rows }: &StepProduct,
+        StepProduct { matmul, few_rows, .. }: &StepProduct,
         out: &mut TensorMut<'_>,
         x: &TensorRef<'_>,
         weight: &Weight<'_>,
@@ -92,7 +94,7 @@ impl Multiplier {
     ) -> Result<()> {
         let (product, scratch) = (matmul.product(), &mut self.scratch.view_mut());
         match (&self.few_rows, &mut self.e4m3) {
-            (Some(kernels), _) if few_rows => kernels.run(product, out, x, weight),
+            (Some(kernels), _) if few_rows => kernels.run(product, &Fused::default(), out, x, weight),
             (_, Some(e4m3)) if product.dtype == DType::E4M3 => {
                 let x = e4m3.quantizer.quantize(&mut e4m3.quantized, x, product.rows)?;
                 matmul.run(out, &x, weight, scratch)
@@ -101,9 +103,26 @@ impl Multiplier {
         }
     }
 
-    /// Whether [`FewRows`] can compute a product.
-    fn has_few_rows(&self, product: &Product) -> bool {
-        self.few_rows.as_ref().is_some_and(|few_rows| few_rows.serves(product))
+    /// A product of few rows, and what is fused with it.
+    ///
+    /// # Errors
+    /// Those of [`FewRows::run`]; there are no kernels for the product.
+    pub fn run_fused(
+        &self,
+        product: &StepProduct,
+        fused: &Fused<'_>,
+        out: &mut TensorMut<'_>,
+        x: &TensorRef<'_>,
+        weight: &Weight<'_>,
+    ) -> Result<()> {
+        let product = product.product();
+        let few_rows = self.few_rows(product).ok_or_else(|| format!("{product:?} cannot be fused"))?;
+        few_rows.run(product, fused, out, x, weight)
+    }
+
+    /// What computes few rows as they are, if it serves a product.
+    pub fn few_rows(&self, product: &Product) -> Option<&FewRows> {
+        self.few_rows.as_ref().filter(|few_rows| few_rows.serves(product))
     }
 }
 
@@ -112,11 +131,13 @@ pub struct StepProduct {
     matmul: Matmul,
     /// Those of [`FewRows`], which are faster.
     few_rows: bool,
+    /// The milliseconds that those of [`FewRows`] take less for all layers, once that was measured.
+    gain: Option<f32>,
 }
 
 impl From<Matmul> for StepProduct {
     fn from(matmul: Matmul) -> Self {
-        Self { matmul, few_rows: false }
+        Self { matmul, few_rows: false, gain: None }
     }
 }
 
@@ -130,15 +151,27 @@ impl StepProduct {
         x: &TensorRef<'_>,
         weights: impl Iterator<Item = Weight<'w>> + Clone,
     ) -> Result<()> {
-        let has_few_rows = multiplier.has_few_rows(self.matmul.product());
+        let has_few_rows = multiplier.few_rows(self.product()).is_some();
         let mut run = |matmul: &Matmul, few_rows: bool| {
             let mut weights = weights.clone();
             weights.try_for_each(|weight| multiplier.run_with(matmul, few_rows, &mut out, x, &weight))
         };
         let Some(time) = self.matmul.tune(|matmul| run(matmul, false))? else { return Ok(()) };
         if has_few_rows {
-            self.few_rows = self.matmul.time(&mut |matmul| run(matmul, true))? < time;
+            let gain = time - self.matmul.time(&mut |matmul| run(matmul, true))?;
+            (self.few_rows, self.gain) = (gain > 0.0, Some(gain));
         }
         Ok(())
+    }
+
+    /// What is multiplied.
+    pub fn product(&self) -> &Product {
+        self.matmul.product()
+    }
+
+    /// The milliseconds that kernels for few rows take less for all layers; `None` if there are
+    /// none for it, or that was not measured.
+    pub fn gain(&self) -> Option<f32> {
+        self.gain
     }
 }

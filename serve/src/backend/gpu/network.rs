@@ -75,6 +75,9 @@ impl Network {
         let scale = self.config.embedding_scale as f32 * RESIDUAL_SCALE;
         let (table, chosen) = (self.weights.embedding.view(), pass.chosen_before.view());
         self.kernels.embed(&mut embedded, &table, pass.tokens, &chosen, scale)?;
+        if pass.products.fused {
+            return self.fused_layers(pass);
+        }
         let first = self.weights.layers.first().map_or(&self.weights.norm, |layer| &layer.attention_norm);
         let (mut x, residual) = (x.rows_mut(pass.rows)?, residual.rows(pass.rows)?);
         rmsnorm(&self.stream, &mut x, &residual, &first.view(), &self.residual_norm())?;
@@ -114,7 +117,7 @@ impl Network {
     }
 
     /// Of norms of the residual.
-    fn residual_norm(&self) -> NormOptions {
+    pub fn residual_norm(&self) -> NormOptions {
         let scale = f64::from(RESIDUAL_SCALE);
         NormOptions::with_eps(self.config.rms_eps * scale * scale)
     }

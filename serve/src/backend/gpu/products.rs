@@ -26,6 +26,8 @@ pub struct Products {
     pub gate_up: StepProduct,
     pub down: StepProduct,
     pub shared: Option<SharedProducts>,
+    /// Whether norms, activations and sums of layers are parts of their products.
+    pub fused: bool,
 }
 
 /// Those of an expert that every token has.
@@ -77,6 +79,7 @@ impl Products {
             gate_up: product(hidden, 2 * inner, 1.0, bias(biases.gate_up))?,
             down: product(inner, hidden, down_factor, bias(biases.down))?,
             shared: shared.transpose()?,
+            fused: false,
         })
     }
 
@@ -109,7 +112,19 @@ impl Products {
             let of = all.map(|shared| shared.down.view());
             products.down.tune(multiplier, x.rows_mut(rows)?, &inner.rows(rows)?, of)?;
         }
+        self.fused = weights.have_plain_layers() && self.gains_when_fused(multiplier);
         Ok(())
+    }
+
+    /// Whether the kernels that products can be fused with others by are no slower in all.
+    fn gains_when_fused(&self, multiplier: &Multiplier) -> bool {
+        let normed = [&self.qkv, &self.gate_up].into_iter().all(|product| {
+            let product = product.product();
+            multiplier.few_rows(product).is_some_and(|few_rows| few_rows.norms(product))
+        });
+        let products = [&self.qkv, &self.attention_output, &self.gate_up, &self.down];
+        let gain = products.into_iter().map(StepProduct::gain).sum::<Option<f32>>();
+        normed && gain.is_some_and(|gain| gain >= 0.0)
     }
 }
 

@@ -1,5 +1,6 @@
 //! `flashinfer bench MODEL`: how fast a model is.
 
+mod kernels;
 mod steps;
 mod throughput;
 
@@ -12,6 +13,7 @@ use crate::{
     hub::{Hub, ModelName},
     model::{Model, synthetic::Shape},
 };
+use steps::{Source, Steps};
 use throughput::Test;
 
 /// Measure how fast prompts are read and tokens generated
@@ -50,6 +52,9 @@ pub struct Args {
     /// Measure single decode steps on the GPU instead, of so many requests
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     steps: Vec<NonZeroUsize>,
+    /// With `--steps`: what the kernels of each step cost, too
+    #[arg(long, requires = "steps")]
+    kernels: bool,
     /// With `--steps`: a model of this shape with random weights
     #[arg(long, requires = "steps", conflicts_with = "model")]
     shape: Option<Shape>,
@@ -62,15 +67,16 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let PrecisionArgs { weights, kv } = args.precision;
     let gpu = GpuOptions { deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
+    let steps = Steps { requests: &args.steps, context: args.context.get(), kernels: args.kernels };
     if let Some(shape) = args.shape {
-        return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get(), gpu);
+        return steps.run(Source::Shape(shape), gpu);
     }
     let name = args.model.as_ref().ok_or("there is no model to measure")?;
     let hub = Hub::from_env()?;
     let files = hub.locate(name)?;
     if !args.steps.is_empty() {
         let model = Model::open_files(&files)?;
-        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get(), gpu);
+        return steps.run(Source::Model(&model), gpu);
     }
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;

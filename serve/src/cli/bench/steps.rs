@@ -8,6 +8,7 @@ use flashinfer_rs::{
     kv::{Batch, PageAllocator, Sequence},
 };
 
+use super::kernels;
 use crate::{
     Result,
     backend::{
@@ -30,26 +31,14 @@ const STEPS: usize = 100;
 /// Bytes that an H200 reads from its memory in a second.
 const BANDWIDTH: f64 = 4.8e12;
 
-/// Measures steps of a model that answers so many requests at a time, each with so many tokens
-/// before the first step. The most tokens of a step are those that are measured, whatever the
-/// options say.
-///
-/// # Errors
-/// There is no GPU that can be used, or the model does not fit it.
-pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, options: GpuOptions) -> Result<()> {
-    let options = |max_tokens| GpuOptions { max_tokens, ..options };
-    match model {
-        Source::Shape(shape) => {
-            let config = shape.config()?;
-            table(&config, batches, context, |pool, most| {
-                let (ends, layers) = synthetic::weights(&config)?;
-                Gpu::new(&config, ends, layers, pool, options(most))
-            })
-        }
-        Source::Model(model) => {
-            table(&model.config, batches, context, |pool, most| load_gpu(model, pool, options(most)))
-        }
-    }
+/// What is measured of a model.
+pub struct Steps<'a> {
+    /// How many requests it answers at a time: a row of the table for each.
+    pub requests: &'a [NonZeroUsize],
+    /// Tokens of each request before the first step.
+    pub context: usize,
+    /// Whether it is said what the kernels of a step cost.
+    pub kernels: bool,
 }
 
 /// What is measured.
@@ -60,37 +49,60 @@ pub enum Source<'a> {
     Shape(Shape),
 }
 
-/// Prints a table with a row for each number of requests. `load` makes the engine,
-/// for a pool and the most tokens of a step.
-fn table(
-    config: &Config,
-    batches: &[NonZeroUsize],
-    context: usize,
-    load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
-) -> Result<()> {
-    let most = batches.iter().max().map_or(1, |batch| batch.get());
-    let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
-    // One more for requests that fill up a graph.
-    let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
-    let mut gpu = load(&pool, most)?;
-    let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
-    println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
-    println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
-    println!("the floor is that, and a graph of as many kernels that do nothing");
-    println!("step: each is enqueued while the one before is computed, as in the engine; waiting: when that");
-    println!(
-        "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with drawn ones"
-    );
-    println!("host: what of a step the host takes to enqueue it; eager: without graphs");
-    println!(
-        "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
-         | tokens/s | kernels | per layer | attention ms | of graph | eager ms | eager host ms |"
-    );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
-    for batch in batches {
-        row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
+impl Steps<'_> {
+    /// Prints a table. The most tokens of a step are those that are measured, whatever the options
+    /// say.
+    ///
+    /// # Errors
+    /// There is no GPU that can be used, or the model does not fit it.
+    pub fn run(&self, model: Source<'_>, options: GpuOptions) -> Result<()> {
+        let options = |max_tokens| GpuOptions { max_tokens, ..options };
+        match model {
+            Source::Shape(shape) => {
+                let config = shape.config()?;
+                self.table(&config, |pool, most| {
+                    let (ends, layers) = synthetic::weights(&config)?;
+                    Gpu::new(&config, ends, layers, pool, options(most))
+                })
+            }
+            Source::Model(model) => {
+                self.table(&model.config, |pool, most| load_gpu(model, pool, options(most)))
+            }
+        }
     }
-    Ok(())
+
+    /// `load` makes the engine, for a pool and the most tokens of a step.
+    fn table(&self, config: &Config, load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>) -> Result<()> {
+        let (batches, context) = (self.requests, self.context);
+        let most = batches.iter().max().map_or(1, |batch| batch.get());
+        let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
+        // One more for requests that fill up a graph.
+        let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
+        let mut gpu = load(&pool, most)?;
+        let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
+        println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
+        println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
+        println!("the floor is that, and a graph of as many kernels that do nothing");
+        println!(
+            "step: each is enqueued while the one before is computed, as in the engine; waiting: when that"
+        );
+        println!(
+            "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with drawn ones"
+        );
+        println!("host: what of a step the host takes to enqueue it; eager: without graphs");
+        println!(
+            "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
+         | tokens/s | kernels | per layer | attention ms | of graph | eager ms | eager host ms |"
+        );
+        println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+        for batch in batches {
+            row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
+        }
+        if !self.kernels {
+            return Ok(());
+        }
+        batches.iter().try_for_each(|batch| kernels::table(&mut gpu, &pool, batch.get(), context))
+    }
 }
 
 fn row(
