@@ -10,14 +10,14 @@
 
 // A warp multiplies a tile of so many rows of the matrix by eight rows of `x`.
 const u32 TILE = 16, ROWS = 8;
-// The warps of a block share a tile: each sums up other columns.
-const u32 WARPS = 8, THREADS = 32 * WARPS;
-// Reads of a thread from each of its two rows of the matrix, which are asked for together.
-const u32 READS = 4;
-// Such groups that are under way at once.
-const u32 GROUPS = 3;
-// Vectors of a row of the matrix that a block takes in one read, and in a group.
-const u32 READ_WIDTH = 4 * WARPS, GROUP_WIDTH = READS * READ_WIDTH;
+// How a block reads the matrix. Its warps share a tile: each sums up other columns. A thread reads so many
+// vectors of each of its two rows together; and so many of these groups are under way at once.
+template <u32 WARPS_, u32 READS_, u32 GROUPS_>
+struct Shape {
+    static const u32 WARPS = WARPS_, THREADS = 32 * WARPS, READS = READS_, GROUPS = GROUPS_;
+    // Vectors of a row of the matrix that a block takes in one read, and in a group.
+    static const u32 READ_WIDTH = 4 * WARPS, GROUP_WIDTH = READS * READ_WIDTH;
+};
 // Vectors between rows of `x` in shared memory, so that two of them are in other banks.
 const u32 X_PADDING = 4;
 
@@ -112,11 +112,11 @@ __device__ float number(const Vector &vector, u32 index) {
 
 // Norms of rows of `count` vectors by their roots of mean squares, in shared memory with `stride`
 // vectors between rows. As many warps as there can be share a row.
-template <class Number>
+template <class Number, u32 WARPS>
 __device__ void norm_rows(Vector *to, const Arguments &of, u32 count, u32 stride) {
     __shared__ float squares[ROWS][WARPS];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 of_row = of.rows == 1 ? WARPS : of.rows == 2 ? WARPS / 2 : of.rows <= 4 ? WARPS / 4 : 1;
+    const u32 of_row = of.rows == 1 ? WARPS : of.rows == 2 ? WARPS / 2 : of.rows <= 4 ? WARPS / 4 : WARPS / 8;
     const u32 row = warp / of_row, part = warp % of_row;
     const bool exists = row < of.rows;
     Vector *mine = to + row * stride;
@@ -170,8 +170,9 @@ __device__ float activated(u32 activation, float x) {
 
 // Tiles of the matrix, whose rows have `width` vectors. A row's results do not depend on the other
 // rows of `x`.
-template <class Number, class Weight>
+template <class Number, class Weight, class Shape>
 __device__ void few_rows(const Arguments &of) {
+    const u32 WARPS = Shape::WARPS, THREADS = Shape::THREADS, READS = Shape::READS, GROUPS = Shape::GROUPS;
     // Vectors of `x` for each of the matrix.
     const u32 WIDER = Weight::PAIRS / 4;
     extern __shared__ Vector shared[];
@@ -197,12 +198,12 @@ __device__ void few_rows(const Arguments &of) {
             for (u32 read = 0; read < READS; ++read)
 #pragma unroll
                 for (u32 which = 0; which < 2; ++which) {
-                    const u32 at = next_at + READ_WIDTH * read;
+                    const u32 at = next_at + Shape::READ_WIDTH * read;
                     const bool exists = at < width;
                     fetch(&ring[slot][read][which][threadIdx.x],
                           of.weight + (u64)rows[which] * width + (exists ? at : 0), exists);
                 }
-            next_at += GROUP_WIDTH;
+            next_at += Shape::GROUP_WIDTH;
             if (next_at - start >= width)
                 next_at = start, next_tile += gridDim.x;
             slot = slot + 1 < GROUPS ? slot + 1 : 0;
@@ -218,21 +219,41 @@ __device__ void few_rows(const Arguments &of) {
     u32 stride = width * WIDER;
     if (of.norm) {
         Vector *normed = shared + GROUPS * READS * 2 * THREADS;
-        norm_rows<Number>(normed, of, width * WIDER, stride + X_PADDING);
+        norm_rows<Number, WARPS>(normed, of, width * WIDER, stride + X_PADDING);
         x = normed, stride += X_PADDING;
     }
     x += (u64)row * stride;
 
+    // The result of a tile that a thread writes, if it does: of which row of `x`, and which.
+    const u32 of_x = threadIdx.x / results, in_tile = threadIdx.x % results;
     u32 taken = 0, parity = 0;
     for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
+        const u32 output = tile * results + in_tile;
+        const bool writes = of_x < of.rows && output < of.outputs;
+        const u64 at = (u64)of_x * of.outputs + output;
+        // What results are scaled by and added to is asked for before it is needed.
+        float scales[2] = {of.factor, of.factor}, biases[2] = {}, before = 0.0f;
+        if (writes) {
+#pragma unroll
+            for (u32 second = 0; second < 2; ++second)
+                if (!second || gated) {
+                    const u32 of_matrix = output + second * of.outputs;
+                    if (of.scales)
+                        scales[second] *= of.scales[of_matrix];
+                    if (of.bias)
+                        biases[second] = Number::number(of.bias[of_matrix]);
+                }
+            if (of.added)
+                before = Number::number(((const u16 *)of.out)[at]);
+        }
         Sums sums = {};
-        for (u32 begin = start; begin - start < width; begin += GROUP_WIDTH) {
+        for (u32 begin = start; begin - start < width; begin += Shape::GROUP_WIDTH) {
             Vector columns[READS][WIDER];
 #pragma unroll
             for (u32 read = 0; read < READS; ++read)
 #pragma unroll
                 for (u32 part = 0; part < WIDER; ++part) {
-                    const u32 at = begin + READ_WIDTH * read;
+                    const u32 at = begin + Shape::READ_WIDTH * read;
                     columns[read][part] = at < width && row < of.rows ? x[at * WIDER + part] : Vector{};
                 }
             asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS - 1) : "memory");
@@ -261,36 +282,36 @@ __device__ void few_rows(const Arguments &of) {
                 parts[parity][warp][row + 8 * second][2 * quad + which] = sums.of[2 * second + which];
         // What the tile before left is read before another such barrier.
         __syncthreads();
-        const u32 of_x = threadIdx.x / results, in_tile = threadIdx.x % results;
-        const u32 output = tile * results + in_tile;
-        if (of_x < of.rows && output < of.outputs) {
-            const auto result = [&](u32 at, u32 of_matrix) {
-                float sum = 0.0f;
+        if (!writes)
+            continue;
+        const auto result = [&](u32 second) {
+            float sum = 0.0f;
 #pragma unroll
-                for (u32 part = 0; part < WARPS; ++part)
-                    sum += parts[parity][part][at][of_x];
-                sum *= (of.scales ? of.scales[of_matrix] : 1.0f) * of.factor;
-                return of.bias ? sum + Number::number(of.bias[of_matrix]) : sum;
-            };
-            float value = result(in_tile, output);
-            if (gated)
-                value = activated(of.activation, value) * result(in_tile + TILE / 2, output + of.outputs);
-            const u64 at = (u64)of_x * of.outputs + output;
-            if (of.wide) {
-                ((float *)of.out)[at] = value;
-            } else {
-                u16 *to = (u16 *)of.out + at;
-                *to = Number::bits(of.added ? value + Number::number(*to) : value);
-            }
-        }
+            for (u32 part = 0; part < WARPS; ++part)
+                sum += parts[parity][part][in_tile + second * (TILE / 2)][of_x];
+            return fmaf(sum, scales[second], biases[second]);
+        };
+        float value = result(0);
+        if (gated)
+            value = activated(of.activation, value) * result(1);
+        if (of.wide)
+            ((float *)of.out)[at] = value;
+        else
+            ((u16 *)of.out)[at] = Number::bits(value + before);
     }
 }
 
-#define KERNEL(name, Number, Weight)                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Arguments of) {             \
-        few_rows<Number, Weight>(of);                                                                              \
+// Their names and shapes are those of `SHAPES` on the host.
+#define KERNEL(name, Number, Weight, WARPS, READS, GROUPS)                                                         \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                       \
+        name##_##WARPS##x##READS##x##GROUPS(const __grid_constant__ Arguments of) {                                \
+        few_rows<Number, Weight, Shape<WARPS, READS, GROUPS>>(of);                                                 \
     }
-KERNEL(few_rows_f16_by_f16, F16, Same)
-KERNEL(few_rows_bf16_by_bf16, Bf16, Same)
-KERNEL(few_rows_f16_by_e4m3, F16, E4m3)
-KERNEL(few_rows_bf16_by_e4m3, Bf16, E4m3)
+#define SHAPE(WARPS, READS, GROUPS)                                                                                \
+    KERNEL(few_rows_f16_by_f16, F16, Same, WARPS, READS, GROUPS)                                                   \
+    KERNEL(few_rows_bf16_by_bf16, Bf16, Same, WARPS, READS, GROUPS)                                                \
+    KERNEL(few_rows_f16_by_e4m3, F16, E4m3, WARPS, READS, GROUPS)                                                  \
+    KERNEL(few_rows_bf16_by_e4m3, Bf16, E4m3, WARPS, READS, GROUPS)
+SHAPE(16, 4, 2)
+SHAPE(8, 4, 3)
+SHAPE(16, 2, 2)

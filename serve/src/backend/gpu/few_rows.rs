@@ -20,16 +20,14 @@ use crate::{
 #[cfg(test)]
 mod tests;
 
-/// Threads of a block.
-const THREADS: usize = 256;
 /// The most rows.
 const ROWS: usize = 8;
 /// Rows of the weight that a block reads.
 const TILE: usize = 16;
 /// Bytes of a weight's row that a thread reads at once.
 const READ: usize = 16;
-/// Bytes of a block's shared memory for what is read of the weight: groups, reads, and two rows of it.
-const RING_BYTES: usize = 3 * 4 * 2 * THREADS * READ;
+/// Bytes of normed rows up to which it pays that every block norms them for itself.
+const MAX_NORMED_BYTES: usize = 20 << 10;
 /// Bytes between rows of normed `x` in shared memory that nothing is in.
 const PADDING_BYTES: usize = 4 * READ;
 
@@ -72,21 +70,62 @@ struct Arguments {
     eps: f32,
 }
 
-/// The kernels of one element type, on one stream.
-pub struct FewRows {
-    cuda: Arc<CudaStream>,
-    dtype: DType,
+/// How the blocks of a kernel read a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    /// Warps of a block.
+    warps: usize,
+    /// Vectors that a thread asks for together of each of its rows, and how often at once.
+    reads: usize,
+    groups: usize,
+    /// Blocks of a multiprocessor.
+    blocks: usize,
+}
+
+/// The shapes of `few_rows.cu`: which is the fastest depends on the product.
+const SHAPES: [Shape; 3] = [
+    Shape { warps: 16, reads: 4, groups: 2, blocks: 1 },
+    Shape { warps: 8, reads: 4, groups: 3, blocks: 2 },
+    Shape { warps: 16, reads: 2, groups: 2, blocks: 2 },
+];
+
+impl Shape {
+    fn threads(self) -> usize {
+        32 * self.warps
+    }
+
+    /// Bytes of a block's shared memory for what is read of the weight: vectors of two rows of it.
+    fn ring_bytes(self) -> usize {
+        self.groups * self.reads * 2 * self.threads() * READ
+    }
+
+    fn kernel(self, dtype: DType, weights: DType) -> String {
+        let Self { warps, reads, groups, .. } = self;
+        format!("few_rows_{dtype}_by_{weights}_{warps}x{reads}x{groups}")
+    }
+}
+
+/// The kernels of one shape.
+struct Kernels {
+    shape: Shape,
     /// By weights of the same type.
     by_same: CudaFunction,
     /// By weights of `e4m3`.
     by_e4m3: CudaFunction,
-    /// The most blocks of a launch: one for each multiprocessor.
-    blocks: usize,
-    /// Bytes of shared memory that a block can have beside what the kernels always have.
-    shared_bytes: usize,
+}
+
+/// The kernels of one element type, on one stream.
+pub struct FewRows {
+    cuda: Arc<CudaStream>,
+    dtype: DType,
+    kernels: Vec<Kernels>,
+    multiprocessors: usize,
 }
 
 impl FewRows {
+    /// Their code.
+    pub const PTX: &str = include_str!("few_rows.ptx");
+
     /// Has them compiled for rows and results of `f16` or `bf16`; `None` if the GPU has no
     /// [programmatic dependent launch](programmatic::is_available), or too little shared memory.
     pub fn new(cuda: &Arc<CudaStream>, dtype: DType) -> Result<Option<Self>> {
@@ -96,27 +135,35 @@ impl FewRows {
         }
         let attribute = |which| -> Result<usize> { Ok(cuda.context().attribute(which)?.try_into()?) };
         let most = attribute(OfDevice::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let module = cuda.context().load_module(Ptx::from_src(include_str!("few_rows.ptx")))?;
-        let kernel = |weights: DType| module.load_function(&format!("few_rows_{dtype}_by_{weights}"));
-        let kernels = [kernel(dtype)?, kernel(DType::E4M3)?];
-        let mut shared_bytes = most;
-        for kernel in &kernels {
-            let fixed = kernel.get_attribute(OfFunction::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
-            shared_bytes = shared_bytes.min(most.saturating_sub(fixed.try_into()?));
+        let module = cuda.context().load_module(Ptx::from_src(Self::PTX))?;
+        let mut kernels = Vec::new();
+        for shape in SHAPES {
+            let [by_same, by_e4m3] = [dtype, DType::E4M3].map(|weights| -> Result<_> {
+                let kernel = module.load_function(&shape.kernel(dtype, weights))?;
+                let fixed = kernel.get_attribute(OfFunction::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+                let dynamic = shape.ring_bytes() + MAX_NORMED_BYTES;
+                if dynamic + usize::try_from(fixed)? > most {
+                    return Ok(None);
+                }
+                let which = OfFunction::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                kernel.set_attribute(which, dynamic.try_into()?)?;
+                // The blocks of two launches that overlap share a multiprocessor.
+                let which = OfFunction::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                kernel.set_attribute(which, 100)?;
+                Ok(Some(kernel))
+            });
+            if let (Some(by_same), Some(by_e4m3)) = (by_same?, by_e4m3?) {
+                kernels.push(Kernels { shape, by_same, by_e4m3 });
+            }
         }
-        if shared_bytes < RING_BYTES {
-            return Ok(None);
-        }
-        for kernel in &kernels {
-            let dynamic = OfFunction::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            kernel.set_attribute(dynamic, shared_bytes.try_into()?)?;
-            // The blocks of two launches that overlap share a multiprocessor.
-            let carveout = OfFunction::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-            kernel.set_attribute(carveout, 100)?;
-        }
-        let [by_same, by_e4m3] = kernels;
-        let blocks = attribute(OfDevice::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        Ok(Some(Self { cuda: cuda.clone(), dtype, by_same, by_e4m3, blocks, shared_bytes }))
+        let multiprocessors = attribute(OfDevice::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let cuda = cuda.clone();
+        Ok((!kernels.is_empty()).then_some(Self { cuda, dtype, kernels, multiprocessors }))
+    }
+
+    /// How many kernels there are for each product, which differ in how they read the weight.
+    pub fn kernels(&self) -> usize {
+        self.kernels.len()
     }
 
     /// Whether there is a kernel for a product.
@@ -130,17 +177,18 @@ impl FewRows {
             && (1..=ROWS).contains(&rows)
     }
 
-    /// Whether there is room for normed rows of a product that this [serves](Self::serves).
+    /// Whether rows of a product can be normed, and that pays.
     pub fn norms(&self, product: &Product) -> bool {
-        RING_BYTES + normed_bytes(product) <= self.shared_bytes
+        normed_bytes(product) <= MAX_NORMED_BYTES
     }
 
     /// As [`Matmul::run`](crate::backend::matmul::Matmul::run) of a product that this
     /// [serves](Self::serves), but with rows of the kernel's type, and with what is fused. With an
     /// activation a row of `out` has half as many numbers as the product has. What `out` was is added
-    /// if the product or `fused` says so.
+    /// if the product or `fused` says so. `kernel` is one of [`kernels`](Self::kernels), from 0.
     pub fn run(
         &self,
+        kernel: usize,
         product: &Product,
         fused: &Fused<'_>,
         out: &mut TensorMut<'_>,
@@ -152,9 +200,11 @@ impl FewRows {
         let check = |name, tensor: &TensorRef<'_>, dtype, numel| {
             product.check_tensor(name, tensor, dtype, numel, device)
         };
-        if !self.serves(product) {
+        let Some(Kernels { shape, by_same, by_e4m3 }) =
+            self.kernels.get(kernel).filter(|_| self.serves(product))
+        else {
             return Err(format!("{product:?} is not one of few rows").into());
-        }
+        };
         let scales = weight.matrix.scales;
         if scales.is_some() != (dtype == DType::E4M3) {
             return Err(format!("the scales of {product:?} are {scales:?}").into());
@@ -199,20 +249,20 @@ impl FewRows {
             eps: fused.norm.map_or(0.0, |norm| norm.eps as f32),
         };
         let mut arguments: [*mut c_void; 1] = [(&raw mut arguments).cast()];
-        let kernel = if dtype == DType::E4M3 { &self.by_e4m3 } else { &self.by_same };
+        let kernel = if dtype == DType::E4M3 { by_e4m3 } else { by_same };
         let results = if halved { TILE / 2 } else { TILE };
-        let blocks = outputs.div_ceil(results).min(self.blocks);
+        let blocks = outputs.div_ceil(results).min(shape.blocks * self.multiprocessors);
         let normed = if fused.norm.is_some() { normed_bytes(product) } else { 0 };
-        let shape = LaunchConfig {
+        let launch = LaunchConfig {
             grid_dim: (blocks.try_into()?, 1, 1),
-            block_dim: (THREADS as u32, 1, 1),
-            shared_mem_bytes: (RING_BYTES + normed).try_into()?,
+            block_dim: (shape.threads().try_into()?, 1, 1),
+            shared_mem_bytes: (shape.ring_bytes() + normed).try_into()?,
         };
         // SAFETY: the kernel takes these arguments. All that it reads and writes was checked to be
         // there; without a norm, a bias or scales it reads none; its shared memory is as large as
         // it takes for granted. Before it waits, it reads the weight and no more, which nothing
         // writes.
-        unsafe { programmatic::launch(&self.cuda, kernel, shape, &mut arguments) }
+        unsafe { programmatic::launch(&self.cuda, kernel, launch, &mut arguments) }
     }
 }
 

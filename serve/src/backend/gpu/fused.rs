@@ -5,10 +5,12 @@ use flashinfer_rs::norm::rmsnorm;
 use super::{
     buffers::Buffers,
     few_rows::{Fused, RowNorm},
+    half::HalfTensor,
+    multiplier::StepProduct,
     network::{Network, Pass},
-    weights::Layer,
+    weights::{Layer, Linear},
 };
-use crate::Result;
+use crate::{Result, model::architecture::Activation};
 
 impl Network {
     /// All layers and the last norm, whose results are in `x`; the residual is what the layers begin
@@ -24,34 +26,43 @@ impl Network {
 
     fn fused_layer(&self, pass: &mut Pass<'_>, index: usize, layer: &Layer) -> Result<()> {
         let Pass { padded_rows: rows, products, .. } = *pass;
-        let eps = self.residual_norm().eps;
-        let [attention_norm, mlp_norm] =
-            [&layer.attention_norm, &layer.mlp_norm].map(|norm| Some(RowNorm { weight: norm.view(), eps }));
         let sum = Fused { sum: true, ..Fused::default() };
 
-        let Buffers { residual, qkv, .. } = &mut *pass.buffers;
-        let fused = Fused { norm: attention_norm, ..Fused::default() };
-        let (mut out, x) = (qkv.rows_mut(rows)?, residual.rows(rows)?);
-        pass.multiplier.run_fused(&products.qkv, &fused, &mut out, &x, &layer.qkv.view())?;
-
+        self.normed_product(pass, &products.qkv, None, &layer.attention_norm, &layer.qkv)?;
         self.attend(pass, index, layer)?;
         let Buffers { residual, attention, .. } = &mut *pass.buffers;
         let (mut out, x) = (residual.rows_mut(rows)?, attention.rows(rows)?);
-        pass.multiplier.run_fused(
-            &products.attention_output,
-            &sum,
-            &mut out,
-            &x,
-            &layer.attention_output.view(),
-        )?;
+        let weight = layer.attention_output.view();
+        pass.multiplier.run_fused(&products.attention_output, &sum, &mut out, &x, &weight)?;
 
-        let Buffers { residual, inner, .. } = &mut *pass.buffers;
         let activation = Some(self.config.activation);
-        let fused = Fused { norm: mlp_norm, activation, ..Fused::default() };
-        let (mut out, x) = (inner.rows_mut(rows)?, residual.rows(rows)?);
-        pass.multiplier.run_fused(&products.gate_up, &fused, &mut out, &x, &layer.gate_up.view())?;
-
+        self.normed_product(pass, &products.gate_up, activation, &layer.mlp_norm, &layer.gate_up)?;
+        let Buffers { residual, inner, .. } = &mut *pass.buffers;
         let (mut out, x) = (residual.rows_mut(rows)?, inner.rows(rows)?);
         pass.multiplier.run_fused(&products.down, &sum, &mut out, &x, &layer.down.view())
+    }
+
+    /// A product of the normed residual: queries, keys and values, or with an activation what it makes of
+    /// gates. The norm is a kernel of its own where rows are so many that it is better done once.
+    fn normed_product(
+        &self,
+        pass: &mut Pass<'_>,
+        product: &StepProduct,
+        activation: Option<Activation>,
+        norm: &HalfTensor,
+        weight: &Linear,
+    ) -> Result<()> {
+        let (rows, options) = (pass.padded_rows, self.residual_norm());
+        let Buffers { residual, x, qkv, inner, .. } = &mut *pass.buffers;
+        let mut out = if activation.is_some() { inner } else { qkv }.rows_mut(rows)?;
+        let residual = residual.rows(rows)?;
+        if pass.multiplier.norms(product) {
+            let norm = Some(RowNorm { weight: norm.view(), eps: options.eps });
+            let fused = Fused { norm, activation, sum: false };
+            return pass.multiplier.run_fused(product, &fused, &mut out, &residual, &weight.view());
+        }
+        rmsnorm(&self.stream, &mut x.rows_mut(rows)?, &residual, &norm.view(), &options)?;
+        let fused = Fused { activation, ..Fused::default() };
+        pass.multiplier.run_fused(product, &fused, &mut out, &x.rows(rows)?, &weight.view())
     }
 }

@@ -16,7 +16,7 @@
 //! | file | its job |
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
-//! | `buffers`, `products`, `multiplier` | what steps compute in, their products, and by what |
+//! | `buffers`, `products`, `multiplier`, `choices` | what steps compute in, their products, by what, and what was the fastest |
 //! | `quantize`, `few_rows`, `programmatic` | 8-bit numbers, products of few rows, and launches that overlap |
 //! | `network`, `layer`, `fused` | what a step enqueues |
 //! | `steps`, `buckets`, `capture` | the course of a step, the graphs that are kept, and early ones |
@@ -32,6 +32,7 @@ mod breakdown;
 mod buckets;
 mod buffers;
 mod capture;
+mod choices;
 mod few_rows;
 mod fused;
 mod half;
@@ -69,7 +70,7 @@ use flashinfer_rs::{
 };
 
 use self::{
-    append::check_quantized_keys,
+    append::{appends_at_once, check_quantized_keys},
     attention::Attention,
     buckets::{Bucket, Launched},
     buffers::{Buffers, Outputs},
@@ -247,6 +248,7 @@ impl Gpu {
                 widths,
                 weights: Weights::new(&stream, config, widths, multiplier.quantizer(), &ends, layers)?,
                 ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
+                appends_at_once: appends_at_once(&cuda, config)?,
                 kernels: Kernels::new(&cuda, config.dtype)?,
                 config: config.clone(),
                 stream,

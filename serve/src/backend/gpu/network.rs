@@ -32,6 +32,8 @@ pub struct Network {
     pub weights: Weights,
     /// The rotary embeddings that layers choose from.
     pub ropes: Vec<CosSinCache>,
+    /// Whether [one kernel](super::append::appends_at_once) turns and appends.
+    pub appends_at_once: bool,
     pub kernels: Kernels,
 }
 

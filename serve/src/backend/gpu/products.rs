@@ -28,6 +28,7 @@ pub struct Products {
     pub shared: Option<SharedProducts>,
     /// Whether norms, activations and sums of layers are parts of their products.
     pub fused: bool,
+    tuned: bool,
 }
 
 /// Those of an expert that every token has.
@@ -80,6 +81,7 @@ impl Products {
             down: product(inner, hidden, down_factor, bias(biases.down))?,
             shared: shared.transpose()?,
             fused: false,
+            tuned: false,
         })
     }
 
@@ -90,6 +92,9 @@ impl Products {
         buffers: &mut Buffers,
         multiplier: &mut Multiplier,
     ) -> Result<()> {
+        if self.tuned {
+            return Ok(());
+        }
         let Buffers { x, qkv, attention, gate_up, inner, routing, shared, .. } = buffers;
         let (rows, layers) = (self.rows, weights.layers.iter());
         let of_experts = rows * (gate_up.view().shape()[0] / x.view().shape()[0]) as usize;
@@ -112,19 +117,17 @@ impl Products {
             let of = all.map(|shared| shared.down.view());
             products.down.tune(multiplier, x.rows_mut(rows)?, &inner.rows(rows)?, of)?;
         }
-        self.fused = weights.have_plain_layers() && self.gains_when_fused(multiplier);
+        multiplier.save_choices();
+        self.tuned = true;
+        self.fused = weights.have_plain_layers() && self.gains_when_fused();
         Ok(())
     }
 
     /// Whether the kernels that products can be fused with others by are no slower in all.
-    fn gains_when_fused(&self, multiplier: &Multiplier) -> bool {
-        let normed = [&self.qkv, &self.gate_up].into_iter().all(|product| {
-            let product = product.product();
-            multiplier.few_rows(product).is_some_and(|few_rows| few_rows.norms(product))
-        });
+    fn gains_when_fused(&self) -> bool {
         let products = [&self.qkv, &self.attention_output, &self.gate_up, &self.down];
         let gain = products.into_iter().map(StepProduct::gain).sum::<Option<f32>>();
-        normed && gain.is_some_and(|gain| gain >= 0.0)
+        gain.is_some_and(|gain| gain >= 0.0)
     }
 }
 
@@ -158,6 +161,8 @@ impl HeadProduct {
     ) -> Result<()> {
         let logits = outputs.logits.view_mut().narrow(0, 0, self.rows)?;
         let x = buffers.x.rows(self.rows)?;
-        self.product.tune(multiplier, logits, &x, iter::once(weights.head()))
+        self.product.tune(multiplier, logits, &x, iter::once(weights.head()))?;
+        multiplier.save_choices();
+        Ok(())
     }
 }

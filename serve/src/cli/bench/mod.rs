@@ -1,6 +1,8 @@
 //! `flashinfer bench MODEL`: how fast a model is.
 
 mod kernels;
+mod prompts;
+mod source;
 mod steps;
 mod throughput;
 
@@ -13,7 +15,9 @@ use crate::{
     hub::{Hub, ModelName},
     model::{Model, synthetic::Shape},
 };
-use steps::{Source, Steps};
+use prompts::Prompts;
+use source::Source;
+use steps::Steps;
 use throughput::Test;
 
 /// Measure how fast prompts are read and tokens generated
@@ -52,11 +56,17 @@ pub struct Args {
     /// Measure single decode steps on the GPU instead, of so many requests
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     steps: Vec<NonZeroUsize>,
+    /// Measure prompts of so many tokens on the GPU instead, alone and beside answers that go on
+    #[arg(long, value_delimiter = ',', value_name = "N,…", conflicts_with = "steps")]
+    prompts: Vec<NonZeroUsize>,
+    /// With `--prompts`: the most tokens of a step
+    #[arg(long, requires = "prompts", value_name = "N", default_value = "2048")]
+    step_tokens: NonZeroUsize,
     /// With `--steps`: what the kernels of each step cost, too
     #[arg(long, requires = "steps")]
     kernels: bool,
-    /// With `--steps`: a model of this shape with random weights
-    #[arg(long, requires = "steps", conflicts_with = "model")]
+    /// With `--steps` or `--prompts`: a model of this shape with random weights
+    #[arg(long, conflicts_with = "model")]
     shape: Option<Shape>,
     /// With `--steps`: tokens of each request before the first step
     #[arg(long, requires = "steps", value_name = "N", default_value = "128")]
@@ -67,17 +77,25 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let PrecisionArgs { weights, kv } = args.precision;
     let gpu = GpuOptions { deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
-    let steps = Steps { requests: &args.steps, context: args.context.get(), kernels: args.kernels };
-    if let Some(shape) = args.shape {
-        return steps.run(Source::Shape(shape), gpu);
-    }
-    let name = args.model.as_ref().ok_or("there is no model to measure")?;
     let hub = Hub::from_env()?;
-    let files = hub.locate(name)?;
-    if !args.steps.is_empty() {
-        let model = Model::open_files(&files)?;
-        return steps.run(Source::Model(&model), gpu);
+    let locate = || -> Result<_> {
+        let name = args.model.as_ref().ok_or("there is no model to measure")?;
+        Ok((name, hub.locate(name)?))
+    };
+    if !args.steps.is_empty() || !args.prompts.is_empty() {
+        let model = if args.shape.is_some() { None } else { Some(Model::open_files(&locate()?.1)?) };
+        let source = match (&model, args.shape) {
+            (Some(model), _) => Source::Model(model),
+            (None, Some(shape)) => Source::Shape(shape),
+            (None, None) => return Err("there is no model to measure".into()),
+        };
+        if args.steps.is_empty() {
+            return Prompts { tokens: &args.prompts, step_tokens: args.step_tokens.get() }.run(source, gpu);
+        }
+        let Args { steps, context, kernels, .. } = args;
+        return Steps { requests: steps, context: context.get(), kernels: *kernels }.run(source, gpu);
     }
+    let (name, files) = locate()?;
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;
     let options = LlmOptions {

@@ -8,24 +8,20 @@ use flashinfer_rs::{
     kv::{Batch, PageAllocator, Sequence},
 };
 
-use super::kernels;
+use super::{kernels, source::Source};
 use crate::{
     Result,
     backend::{
         Backend, Output, Step, StepToken,
-        device::load_gpu,
         gpu::{Gpu, GpuOptions},
         graph,
     },
-    model::{
-        Config, Model,
-        synthetic::{self, Shape},
-    },
+    model::Config,
     request::Finish,
 };
 
 /// Tokens of a page of the KV cache.
-const PAGE_SIZE: usize = 16;
+pub const PAGE_SIZE: usize = 16;
 const WARM_UP: usize = 10;
 const STEPS: usize = 100;
 /// Bytes that an H200 reads from its memory in a second.
@@ -41,44 +37,19 @@ pub struct Steps<'a> {
     pub kernels: bool,
 }
 
-/// What is measured.
-pub enum Source<'a> {
-    /// A model.
-    Model(&'a Model),
-    /// Random weights of a shape.
-    Shape(Shape),
-}
-
 impl Steps<'_> {
     /// Prints a table. The most tokens of a step are those that are measured, whatever the options
     /// say.
     ///
     /// # Errors
     /// There is no GPU that can be used, or the model does not fit it.
-    pub fn run(&self, model: Source<'_>, options: GpuOptions) -> Result<()> {
-        let options = |max_tokens| GpuOptions { max_tokens, ..options };
-        match model {
-            Source::Shape(shape) => {
-                let config = shape.config()?;
-                self.table(&config, |pool, most| {
-                    let (ends, layers) = synthetic::weights(&config)?;
-                    Gpu::new(&config, ends, layers, pool, options(most))
-                })
-            }
-            Source::Model(model) => {
-                self.table(&model.config, |pool, most| load_gpu(model, pool, options(most)))
-            }
-        }
-    }
-
-    /// `load` makes the engine, for a pool and the most tokens of a step.
-    fn table(&self, config: &Config, load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>) -> Result<()> {
-        let (batches, context) = (self.requests, self.context);
+    pub fn run(&self, source: Source<'_>, options: GpuOptions) -> Result<()> {
+        let (batches, context, config) = (self.requests, self.context, source.config()?);
         let most = batches.iter().max().map_or(1, |batch| batch.get());
         let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
         // One more for requests that fill up a graph.
         let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
-        let mut gpu = load(&pool, most)?;
+        let mut gpu = source.load(&config, &pool, GpuOptions { max_tokens: most, ..options })?;
         let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
         println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
         println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
@@ -96,7 +67,7 @@ impl Steps<'_> {
         );
         println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
         for batch in batches {
-            row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
+            row(&config, &mut gpu, &pool, (batch.get(), context), floor)?;
         }
         if !self.kernels {
             return Ok(());
@@ -235,7 +206,7 @@ fn idle(cuda: &Arc<CudaStream>, kernels: usize) -> Result<f64> {
     Ok(time)
 }
 
-fn median(mut times: Vec<f64>) -> f64 {
+pub fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
 }

@@ -64,7 +64,7 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
     let (norm_weight, norm_numbers) = random(&stream, rng, out_dtype, &[input]);
     let (bias, bias_numbers) = random(&stream, rng, out_dtype, &[output]);
     let outputs = if activation.is_some() { output / 2 } else { output };
-    let (mut out, before) = random(&stream, rng, out_dtype, &[rows, outputs]);
+    let (_, before) = random(&stream, rng, out_dtype, &[rows, outputs]);
     let mut quantized = QuantizedRows::zeros(&stream, output, output * input).unwrap();
     let mut matrix = weight.view().into();
     if dtype == DType::E4M3 {
@@ -75,11 +75,11 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
     let weight = Weight { matrix, bias: (added == Added::Bias).then(|| bias.view()) };
     let norm = norm.then(|| RowNorm { weight: norm_weight.view(), eps: EPS });
     let fused = Fused { norm, activation, sum };
-    few_rows.run(&product, &fused, &mut out.view_mut(), &x.view(), &weight).unwrap();
-    let got = to_f64(&out);
-    let mut worst = 0f64;
+    let norm = norm.is_some();
+    let mut want = Vec::new();
+    let before32: Vec<_> = before.iter().map(|&x| x as f32).collect();
     for (row, x) in x_numbers.chunks_exact(input).enumerate() {
-        let x = if norm.is_some() { normed(x, &norm_numbers) } else { x.to_vec() };
+        let x = if norm { normed(x, &norm_numbers) } else { x.to_vec() };
         let made: Vec<f64> = weight_numbers
             .chunks_exact(input)
             .zip(&bias_numbers)
@@ -88,24 +88,26 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
                 sum * f64::from(factor) + if added == Added::Bias { *bias } else { 0.0 }
             })
             .collect();
-        let want: Vec<f64> = (0..outputs)
-            .map(|at| {
-                let result = match activation {
-                    Some(activation) => activated(activation, made[at]) * made[outputs + at],
-                    None => made[at],
-                };
-                result + if sum { before[row * outputs + at] } else { 0.0 }
-            })
-            .collect();
-        let got = &got[row * outputs..][..outputs];
-        let norm = |row: &mut dyn Iterator<Item = f64>| row.map(|x| x * x).sum::<f64>().sqrt();
-        let off = norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
-        worst = worst.max(off);
+        want.extend((0..outputs).map(|at| {
+            let result = match activation {
+                Some(activation) => activated(activation, made[at]) * made[outputs + at],
+                None => made[at],
+            };
+            result + if sum { before[row * outputs + at] } else { 0.0 }
+        }));
     }
-    eprintln!("{case:?}: worst row off by {worst:.1e}");
     let bound = if out_dtype == DType::BF16 { 2e-2 } else { 3e-3 };
-    // What is not a number is not within a bound.
-    assert!(worst <= bound, "{case:?}: a row is off by {worst:.1e}");
+    for kernel in 0..few_rows.kernels() {
+        let mut out = HalfTensor::rounded(&stream, out_dtype, &[rows, outputs], &before32).unwrap();
+        few_rows.run(kernel, &product, &fused, &mut out.view_mut(), &x.view(), &weight).unwrap();
+        let norm = |row: &mut dyn Iterator<Item = f64>| row.map(|x| x * x).sum::<f64>().sqrt();
+        let got = to_f64(&out);
+        for (got, want) in got.chunks_exact(outputs).zip(want.chunks_exact(outputs)) {
+            let off = norm(&mut got.iter().zip(want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
+            // What is not a number is not within a bound.
+            assert!(off <= bound, "{case:?}, kernel {kernel}: a row is off by {off:.1e}");
+        }
+    }
 }
 
 #[test]
@@ -130,8 +132,8 @@ fn what_is_fused_is_what_would_be_computed_one_by_one() {
             for rows in [1, 2, 3, 5, 8] {
                 // Widths of less than a read of a warp, and of several groups; halves that end within a
                 // tile; more tiles than blocks.
-                let many_tiles = (rows == 1 || rows == 8).then_some([1536, 2306]);
-                for [input, output] in [[96, 42], [576, 330], [2304, 50]].into_iter().chain(many_tiles) {
+                let many_tiles = (rows == 1 || rows == 8).then_some([1200, 2306]);
+                for [input, output] in [[96, 42], [576, 330], [1200, 50]].into_iter().chain(many_tiles) {
                     let added = if rows == 2 { Added::Bias } else { Added::Nothing };
                     let product = Product { rows, input, output, factor: 0.25, added, dtype, out_dtype };
                     check(&cuda, &mut rng, Case { product, norm, activation, sum });
@@ -152,7 +154,7 @@ fn what_cannot_be_fused_is_refused() {
         let Product { rows, input, output, .. } = product;
         let (mut out, x, weight) = (zeros(&[rows, output]), zeros(&[rows, input]), zeros(&[output, input]));
         let weight = Weight { matrix: weight.view().into(), bias: None };
-        let ran = few_rows.run(&product, fused, &mut out.view_mut(), &x.view(), &weight);
+        let ran = few_rows.run(0, &product, fused, &mut out.view_mut(), &x.view(), &weight);
         ran.map_err(|error| error.to_string())
     };
     let product = |rows, input, output| Product {

@@ -115,7 +115,7 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
         }
         With::FewRows => {
             let Some(few_rows) = FewRows::new(cuda, half).unwrap() else { return };
-            few_rows.run(&product, &Fused::default(), &mut out_view, &few.view(), &weight).unwrap();
+            few_rows.run(0, &product, &Fused::default(), &mut out_view, &few.view(), &weight).unwrap();
             to_f64(&few)
         }
     };
