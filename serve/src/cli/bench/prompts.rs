@@ -57,7 +57,14 @@ impl Prompts<'_> {
     pub fn run(&self, source: Source<'_>, options: GpuOptions) -> Result<()> {
         let config = source.config()?;
         let longest = self.tokens.iter().max().map_or(1, |tokens| tokens.get());
-        let room = ANSWERS * (CONTEXT + longest + STEPS_ALONE) + 2 * longest;
+        if self.step_tokens <= ANSWERS {
+            let problem =
+                format!("{} tokens of a step leave no room beside {ANSWERS} answers", self.step_tokens);
+            return Err(problem.into());
+        }
+        // While a prompt is read, each step has a token of each answer.
+        let steps = longest.div_ceil(self.step_tokens - ANSWERS);
+        let room = ANSWERS * (CONTEXT + 2 * STEPS_ALONE + steps) + 2 * longest;
         let pool = PageAllocator::new(room.div_ceil(PAGE_SIZE), PAGE_SIZE)?;
         let options = GpuOptions { max_tokens: self.step_tokens, ..options };
         let gpu = source.load(&config, &pool, options)?;
