@@ -91,12 +91,12 @@ impl Multiplier {
     /// unless they are few.
     pub fn run(
         &mut self,
-        StepProduct { matmul, few_rows, .. }: &StepProduct,
+        product: &StepProduct,
         out: &mut TensorMut<'_>,
         x: &TensorRef<'_>,
         weight: &Weight<'_>,
     ) -> Result<()> {
-        self.run_with(matmul, *few_rows, out, x, weight)
+        self.run_with(&product.matmul, product.few_rows(), out, x, weight)
     }
 
     fn run_with(
@@ -151,15 +151,13 @@ impl Multiplier {
 /// A product of steps, and which kernels compute it.
 pub struct StepProduct {
     matmul: Matmul,
-    /// That of [`FewRows`], if it is faster.
-    few_rows: Option<usize>,
     /// What the fastest of [`FewRows`] gains, once that was measured.
     gain: Option<Gain>,
 }
 
 impl From<Matmul> for StepProduct {
     fn from(matmul: Matmul) -> Self {
-        Self { matmul, few_rows: None, gain: None }
+        Self { matmul, gain: None }
     }
 }
 
@@ -182,7 +180,7 @@ impl StepProduct {
         if let Some(ProductChoice { algorithm, gain }) = known
             && self.matmul.choose(algorithm)
         {
-            self.set_gain(gain);
+            self.gain = gain;
             return Ok(());
         }
         let mut run = |matmul: &Matmul, few_rows: Option<usize>| {
@@ -198,15 +196,15 @@ impl StepProduct {
             }
             best = best.min(taken);
         }
-        self.set_gain(gain);
+        self.gain = gain;
         let choice = ProductChoice { algorithm: self.matmul.algorithm(), gain };
         multiplier.choices.insert(key, choice);
         Ok(())
     }
 
-    fn set_gain(&mut self, gain: Option<Gain>) {
-        self.gain = gain;
-        self.few_rows = gain.filter(|gain| gain.milliseconds > 0.0).map(|gain| gain.kernel);
+    /// The kernel for few rows, if it is faster than cuBLASLt's.
+    fn few_rows(&self) -> Option<usize> {
+        self.gain.filter(|gain| gain.milliseconds > 0.0).map(|gain| gain.kernel)
     }
 
     /// What is multiplied.
