@@ -114,8 +114,11 @@ impl Captured {
 
     /// The microseconds of a replay.
     fn time(&self, cuda: &Arc<CudaStream>) -> Result<f64> {
-        // SAFETY: graph and stream are alive, and so is the memory that the kernels use.
-        let launch = || Ok(unsafe { sys::cuGraphLaunch(self.exec, cuda.cu_stream()).result()? });
+        let launch = || -> Result<()> {
+            // SAFETY: graph and stream are alive, and so is the memory that the kernels use.
+            unsafe { sys::cuGraphLaunch(self.exec, cuda.cu_stream()).result()? };
+            Ok(())
+        };
         let times = iter::repeat_with(|| milliseconds(cuda, launch)).take(REPLAYS);
         let times = times.collect::<Result<Vec<_>>>()?;
         Ok(f64::from(times.into_iter().fold(f32::INFINITY, f32::min)) * 1e3)
@@ -136,9 +139,8 @@ impl Breakdown {
         for node in captured.kernels()? {
             let kind = describe(node)?;
             let same = |(known, _): &&mut (KernelCost, _)| {
-                let [known, kind] =
-                    [&*known, &kind].map(|cost: &KernelCost| (&cost.name, cost.blocks, cost.threads));
-                known == kind
+                let of = |cost: &KernelCost| (cost.name.clone(), cost.blocks, cost.threads);
+                of(known) == of(&kind)
             };
             match kinds.iter_mut().find(same) {
                 Some((known, nodes)) => {
@@ -150,8 +152,10 @@ impl Breakdown {
         }
         let microseconds = captured.time(cuda)?;
         let without = |(mut kind, nodes): (KernelCost, Vec<_>)| {
+            // The GPU's clock may be another one by now.
+            let whole = captured.time(cuda)?;
             captured.set_enabled(&nodes, false)?;
-            kind.microseconds = microseconds - captured.time(cuda)?;
+            kind.microseconds = whole - captured.time(cuda)?;
             captured.set_enabled(&nodes, true)?;
             Ok(kind)
         };
