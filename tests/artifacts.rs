@@ -3,6 +3,8 @@
 mod artifact_support;
 
 mod artifacts {
+    #[cfg(feature = "fetch")]
+    mod chosen;
     #[cfg(all(feature = "fetch", target_os = "linux"))]
     mod faults;
     #[cfg(feature = "fetch")]
@@ -17,4 +19,6 @@ mod artifacts {
     #[cfg(feature = "fetch")]
     mod remote;
     mod store;
+    #[cfg(feature = "fetch")]
+    mod tls;
 }

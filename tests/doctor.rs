@@ -297,6 +297,63 @@ fn a_cache_that_is_mounted_noexec_is_the_cause() {
     }
 }
 
+/// As in an image whose file system is mounted read-only.
+#[test]
+fn a_cache_serves_where_nothing_can_be_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let shim = folder.path().join("libfaults.so");
+    let Some(wheels) = required::test_wheels("0.6.13") else { return };
+    let (doctor, libraries) = Doctor::with_libraries();
+    if !libraries || !c_library::compile(include_str!("artifacts/shim.c"), &shim, &[]) {
+        return;
+    }
+    let first_use = |modules: &[&str], read_only: bool| {
+        let arguments = [&["footprint", "--wheels", wheels.to_str().unwrap()], modules].concat();
+        let mut command = doctor.command(&arguments);
+        if read_only {
+            command.env("LD_PRELOAD", &shim).env("FAULT_OPEN", "/:30");
+        }
+        let output = command.output().unwrap();
+        (output.status.success(), output_text(&output).1)
+    };
+    let (done, error) = first_use(&["norm"], true);
+    assert!(!done && error.contains("make it writable"), "{error}");
+    assert_eq!(first_use(&["norm", "page"], false), (true, String::new()));
+    assert_eq!(first_use(&["norm", "page"], true), (true, String::new()));
+    let (done, error) = first_use(&["rope"], true);
+    assert!(!done && error.contains("rope") && error.contains("make it writable"), "{error}");
+}
+
+/// What the image of a program runs is a command of this program, for modules that there are.
+#[test]
+fn the_command_of_the_image_is_one() {
+    let file = include_str!("../deploy/kernels.Containerfile");
+    let modules =
+        file.lines().find_map(|line| line.strip_prefix("ARG MODULES=\"")?.strip_suffix('"')).unwrap();
+    let known: Vec<_> = include_str!("data/module_names.txt").lines().collect();
+    for pattern in modules.split(' ') {
+        let fits = |name: &&str| ModuleName::new(*name).matches(pattern);
+        assert!(known.iter().any(fits), "no module fits {pattern}");
+    }
+    let command =
+        file.lines().find_map(|line| line.strip_prefix("RUN target/release/flashinfer-doctor ")).unwrap();
+    let command = command.replace("\"$MODULES\"", "MODULES").replace("/cache", "CACHE");
+    let doctor = Doctor::new();
+    let arguments: Vec<_> = command
+        .split(' ')
+        .map(|word| match word {
+            "MODULES" => modules,
+            "CACHE" => doctor.cache.path().to_str().unwrap(),
+            word => word,
+        })
+        .collect();
+    // There is no network here, and nothing wrong with the command.
+    let output = doctor.run(&arguments);
+    let (_, err) = output_text(&output);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("flashinfer_jit_cache: ") && err.contains("is not downloaded"), "{err}");
+}
+
 #[test]
 fn the_cache_is_emptied() {
     let doctor = Doctor::new();
@@ -317,14 +374,18 @@ fn the_cache_is_emptied() {
 #[test]
 fn a_download_that_is_not_allowed_says_so() {
     let doctor = Doctor::new();
-    for args in [&["fetch"][..], &["fetch", "apache-tvm-ffi", "nvidia_cuda_runtime"]] {
+    for args in [
+        &["fetch"][..],
+        &["fetch", "apache-tvm-ffi", "nvidia_cuda_runtime"],
+        &["fetch", "--modules", "norm,page", "--modules", "batch_decode_*"],
+    ] {
         let output = doctor.run(args);
         let (out, err) = output_text(&output);
         assert_eq!(output.status.code(), Some(1));
         assert!(out.is_empty(), "{out}");
         assert!(err.contains("error: apache_tvm_ffi: ") && err.contains("is not downloaded"), "{err}");
         assert!(err.contains("unset FLASHINFER_RS_OFFLINE, or put the file at "), "{err}");
-        assert_eq!(err.contains("flashinfer_jit_cache"), args.len() == 1, "{err}");
+        assert_eq!(err.contains("flashinfer_jit_cache"), args.len() != 3, "{err}");
     }
 }
 
@@ -574,6 +635,7 @@ fn a_wrong_command_line_is_refused() {
     for args in [
         &["--no-such-option"][..],
         &["fetch", "no_such_package"],
+        &["fetch", "--modules", " ,"],
         &["clean", "--json"],
         &["--json", "clean"],
         &["--wheels"],

@@ -3,10 +3,13 @@
 
 mod repository {
     mod dependencies;
+    mod engines;
     mod fuzzing;
     mod layers;
     mod licences;
     mod names;
+    mod package;
     mod readme;
     mod soundness;
+    mod versions;
 }

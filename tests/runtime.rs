@@ -108,6 +108,26 @@ fn the_runtime_starts_once_with_one_configuration() {
     assert!(FlashInferRuntime::initialize(offline).unwrap_err().to_string().contains("offline"));
 }
 
+#[test]
+fn the_modules_that_a_program_uses_are_told() {
+    let test = "the_modules_that_a_program_uses_are_told";
+    if let Some(output) = in_child(test, &[]) {
+        return assert_passed(&output);
+    }
+    let Some(runtime) = runtime() else { return };
+    assert!(runtime.used_modules().is_empty());
+    let names = [ModuleName::PAGE, ModuleName::NORM];
+    if names.iter().any(|name| module(runtime, name).is_none()) {
+        return;
+    }
+    assert!(runtime.module(&ModuleName::new("no_such_module")).is_err());
+    runtime.preload(&names).unwrap();
+    assert_eq!(runtime.used_modules(), [ModuleName::NORM, ModuleName::PAGE]);
+    // As a build and `flashinfer-doctor fetch --modules` read them.
+    let list: Vec<_> = runtime.used_modules().iter().map(ToString::to_string).collect();
+    assert_eq!(flashinfer_rs::artifacts::embed::split_patterns(&list.join(",")), ["norm", "page"]);
+}
+
 /// A cache with the wheels of the libraries that this machine's has, and no modules.
 fn cache_with_libraries() -> tempfile::TempDir {
     let cache = tempfile::tempdir().unwrap();

@@ -6,6 +6,7 @@ mod wrong_input {
     mod rotary_embeddings;
     mod samplers;
     mod strict;
+    mod strides;
 }
 
 use flashinfer_rs::{

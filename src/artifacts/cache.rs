@@ -14,6 +14,9 @@
 //! lock nor the right to write. Symbolic links are neither trusted nor written through. Only what
 //! a pin, a stamp or the file of a lock shows to be ours is ever removed.
 //!
+//! Beside a wheel, or where it was, lies what the digest of its RECORD is, if members are to be found
+//! without it: noted by whoever had the verified wheel, as a stamp is.
+//!
 //! A stamp says that a file is the one that was hashed, as far as the system tells: who writes to
 //! the cache without its notice, or writes stamps, is believed. So a cache must belong to whoever
 //! uses it, and members of a wheel whose RECORD is pinned are compared with that besides.
@@ -130,7 +133,6 @@ impl Cache {
     }
 
     /// Puts a RECORD that has its digest into the cache.
-    #[cfg(feature = "fetch")]
     pub(crate) fn publish_record(
         &self,
         sha256: Digest,

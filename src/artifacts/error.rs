@@ -202,7 +202,7 @@ pub enum ArtifactError {
     },
     /// Patterns of modules to embed fit no module of any source.
     #[error(
-        "no module matches {patterns} of FLASHINFER_RS_EMBED_MODULES (`*` stands for any run of characters); {known} modules are at hand{}", .why.as_ref().map(|why| format!(", and {why}")).unwrap_or_default()
+        "no module matches {patterns} (`*` stands for any run of characters); {known} modules are at hand{}", .why.as_ref().map(|why| format!(", and {why}")).unwrap_or_default()
     )]
     NoSuchModule {
         /// The patterns.

@@ -55,6 +55,7 @@ mod architecture;
 mod blobs;
 mod bundle;
 mod cache;
+mod chosen;
 mod config;
 mod digest;
 #[cfg(feature = "fetch")]

@@ -192,7 +192,7 @@ impl Store {
     }
 
     /// Downloads a member: alone where that is possible and the `whole` wheel is not wanted.
-    fn download(
+    pub(super) fn download(
         &self,
         pin: &Pin,
         member: &Member,
@@ -210,7 +210,7 @@ impl Store {
     }
 
     /// Uses the pinned wheel, which is fetched unless it is in the cache.
-    fn fetched<T>(
+    pub(super) fn fetched<T>(
         &self,
         pin: &Pin,
         work: impl Fn(&Wheel) -> Result<T, ArtifactError>,
@@ -250,15 +250,16 @@ impl Store {
 
     /// What the pinned wheel holds, by its RECORD in the cache.
     pub(super) fn listed(&self, pin: &Pin) -> Result<Option<Wheel>, ArtifactError> {
-        let Some(sha256) = pin.record_sha256 else { return Ok(None) };
+        let noted = || self.cache.wheels().noted_record(&pin.file, pin.sha256);
+        let Some(sha256) = pin.record_sha256.or_else(noted) else { return Ok(None) };
         match self.cache.record(sha256)? {
             Some((path, record)) => Wheel::listed(&path, &record).map(Some),
             None => Ok(None),
         }
     }
 
-    /// A member that was downloaded alone before.
-    fn cached_member(&self, pin: &Pin, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
+    /// A member that is in the cache without its wheel.
+    pub(super) fn cached_member(&self, pin: &Pin, member: &Member) -> Result<Option<PathBuf>, ArtifactError> {
         let Some(listed) = self.listed(pin)? else { return Ok(None) };
         let Some(recorded) = listed.find(member)? else { return Ok(None) };
         self.check_version(&listed, member)?;
@@ -268,7 +269,7 @@ impl Store {
 
     /// What the pinned wheel holds, by its RECORD, which is downloaded unless it is in the cache;
     /// `None` where it cannot be had alone.
-    fn list(&self, pin: &Pin) -> Result<Option<Wheel>, ArtifactError> {
+    pub(super) fn list(&self, pin: &Pin) -> Result<Option<Wheel>, ArtifactError> {
         let listed = self.listed(pin)?;
         #[cfg(feature = "fetch")]
         if listed.is_none() && self.no_downloads().is_none() {

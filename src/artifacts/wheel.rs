@@ -190,6 +190,11 @@ impl Wheel {
         Ok(Some(bytes))
     }
 
+    /// Its RECORD.
+    pub(crate) fn record(&self) -> Result<Vec<u8>, ArtifactError> {
+        Ok(Wheel::read(&self.path, &mut open(&self.path)?, Some(self.record_sha256))?.1)
+    }
+
     /// The digest of the wheel's `RECORD`, as a pin may state it.
     pub fn record_sha256(&self) -> Digest {
         self.record_sha256

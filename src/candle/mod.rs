@@ -20,6 +20,8 @@
 //! | [`silu_and_mul`] | `silu` of one tensor, times another | one tensor with both, one kernel |
 //! | [`rope`] | `rotary_emb::rope` and `rope_i`, for each of `q` and `k` | one kernel for both, each token at its own position |
 //!
+//! An engine with block tables of its own calls [`paged_attention`] with them.
+//!
 //! # Attention
 //!
 //! [`flash_attn`] and the functions beside it have the names, parameters and
@@ -113,10 +115,11 @@ mod tensor;
 
 pub use attention::{PagedDecode, PagedDecodePlan, PagedPrefill, PagedPrefillPlan};
 pub use flash_attn::{
-    flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
-    flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
-    flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
-    flash_attn_windowed, release_workspaces,
+    PagedAttentionOptions, flash_attn, flash_attn_alibi, flash_attn_alibi_windowed,
+    flash_attn_alibi_windowed_softcap, flash_attn_varlen, flash_attn_varlen_alibi,
+    flash_attn_varlen_alibi_windowed, flash_attn_varlen_alibi_windowed_softcap,
+    flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed, flash_attn_windowed, paged_attention,
+    release_workspaces,
 };
 pub use layers::{rms_norm, silu_and_mul};
 pub use paged::{PagedCache, Step, StepTables};

@@ -143,7 +143,12 @@ impl<'s> Check<'s> {
         }
         self.fail(
             argument,
-            format!("shape {:?} with strides {:?}; it must be contiguous", tensor.shape(), tensor.strides()),
+            format!(
+                "shape {:?} with strides {:?}; it must be contiguous: copy it, and what is written, to rows without \
+                 gaps",
+                tensor.shape(),
+                tensor.strides()
+            ),
         )
     }
 

@@ -6,7 +6,7 @@
 //               fail, so often; what fits before is written
 // FAULT_FSYNC   "part:errno:times"        fsync of paths that contain `part`
 // FAULT_FLOCK   "errno"                   every flock
-// FAULT_OPEN    "part:errno"              opening such paths in order to write
+// FAULT_OPEN    "part:errno"              opening such paths in order to write, and making such folders
 // FAULT_CUT     "part:errno"              truncating them
 // FAULT_RENAME  "part:errno"              renaming to such paths: it is done, and said to have failed
 // FAULT_KILL    "part:n"                  the process is killed at the n-th change of such paths: before
@@ -187,7 +187,7 @@ int rmdir(const char *path) {
 int mkdir(const char *path, mode_t mode) {
     REAL(int, "mkdir", const char *, mode_t);
     change(path);
-    return real(path, mode);
+    return refused(path, O_CREAT) ? -1 : real(path, mode);
 }
 
 static int no_programs(int done, unsigned long *flags) {

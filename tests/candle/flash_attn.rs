@@ -3,6 +3,7 @@
 //! tensors where `FLASHINFER_RS_RUN_GPU_TESTS=1` and the feature `candle-cuda`
 //! say so.
 
+mod block_tables;
 mod dense;
 mod edges;
 mod varlen;

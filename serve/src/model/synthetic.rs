@@ -17,6 +17,7 @@ use super::{
     architecture::{Activation, Architecture},
     config::{Biases, Config, LayerConfig},
     rope::Rope,
+    shard::VocabPart,
     weights::{Ends, Layer, LayerMlp, Linear, Matrix, Mlp},
 };
 use crate::Result;
@@ -30,6 +31,9 @@ pub enum Shape {
     /// Llama 3 8B
     #[value(name = "llama-8b")]
     Llama8b,
+    /// Llama 3 70B
+    #[value(name = "llama-70b")]
+    Llama70b,
 }
 
 /// In what shapes differ.
@@ -66,6 +70,13 @@ impl Shape {
                 vocab: 128_256,
                 context: 1 << 17,
                 theta: 5e5,
+            },
+            Self::Llama70b => Sizes {
+                hidden: 8192,
+                inner: 28_672,
+                layers: 80,
+                heads: Heads::new(64, 8),
+                ..Self::Llama8b.sizes()
             },
         }
     }
@@ -110,9 +121,12 @@ fn matrix(rows: usize, columns: usize) -> Result<Matrix> {
     Matrix::from_bytes(numbers, GgmlDType::F16, [rows, columns])
 }
 
-/// Weights of a shape. All layers have equal ones, each in a place of its own.
-pub fn weights(config: &Config) -> Result<(Ends, impl ExactSizeIterator<Item = Result<Layer>> + use<>)> {
-    let Config { hidden_size: hidden, intermediate_size: inner, vocab_size, .. } = *config;
+/// Weights of a shape, with rows for these tokens. All layers have equal ones, each in a place of its own.
+pub fn weights(
+    config: &Config,
+    vocab: VocabPart,
+) -> Result<(Ends, impl ExactSizeIterator<Item = Result<Layer>> + use<>)> {
+    let Config { hidden_size: hidden, intermediate_size: inner, .. } = *config;
     let [qo, kv] = config.widths();
     let linear = |rows, columns| matrix(rows, columns).map(Linear::from);
     let layer = Layer {
@@ -126,9 +140,10 @@ pub fn weights(config: &Config) -> Result<(Ends, impl ExactSizeIterator<Item = R
         mlp_post_norm: None,
     };
     let ends = Ends {
-        embedding: matrix(vocab_size, hidden)?,
+        embedding: matrix(vocab.tokens.len(), hidden)?,
         norm: vec![1.0; hidden],
-        head: Some(matrix(vocab_size, hidden)?),
+        head: Some(matrix(vocab.tokens.len(), hidden)?),
+        vocab,
     };
     Ok((ends, iter::repeat_n(layer, config.layers.len()).map(Ok)))
 }

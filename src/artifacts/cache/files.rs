@@ -4,6 +4,7 @@
 //! ```text
 //! <folder>/<file>             the file, published by rename
 //! <folder>/<file>.verified    its stamp: digest, size, times, device and inode
+//! <folder>/<file>.record      the digests of a wheel and of its RECORD; stays when the wheel goes
 //! <folder>/<file>.partial     a download that is not complete
 //! <folder>/<file>.pip/        where pip puts it
 //! <folder>/<file>.lock        held by whoever downloads or removes it
@@ -23,6 +24,7 @@ use std::time::Duration;
 
 const LOCK: &str = ".lock";
 const STAMP: &str = ".verified";
+const RECORD: &str = ".record";
 const PARTIAL: &str = ".partial";
 const PIP: &str = ".pip";
 
@@ -107,6 +109,27 @@ impl Files {
         let _ = fs::remove_file(beside(path, STAMP));
     }
 
+    /// Notes the digest of a verified wheel's RECORD, by which members are found without the wheel.
+    pub(crate) fn note_record(
+        &self,
+        file: &str,
+        sha256: Digest,
+        record: Digest,
+    ) -> Result<(), ArtifactError> {
+        if self.noted_record(file, sha256) == Some(record) {
+            return Ok(());
+        }
+        let mut note = Sink::new(&beside(&self.path(file), RECORD), u64::MAX)?;
+        note.write(format!("{sha256} {record}\n").as_bytes())?;
+        note.publish().map(drop)
+    }
+
+    /// The digest of the RECORD of the wheel with this name and digest, if it was noted.
+    pub(crate) fn noted_record(&self, file: &str, sha256: Digest) -> Option<Digest> {
+        let (wheel, record) = noted(&beside(&self.path(file), RECORD))?;
+        (wheel == sha256).then_some(record)
+    }
+
     /// The lock of a file; waiting for it is reported.
     #[cfg(feature = "fetch")]
     pub(crate) fn lock(&self, file: &str, on_progress: OnProgress<'_>) -> Result<Lock, ArtifactError> {
@@ -174,6 +197,9 @@ impl Files {
             if let Some(file) = name.strip_suffix(STAMP).filter(|_| is_stamp(&path)) {
                 names.insert(file.into());
             }
+            if name.ends_with(RECORD) && noted(&path).is_some() {
+                names.insert(name.clone());
+            }
             found.insert(name);
         }
         let mut freed = 0;
@@ -219,6 +245,14 @@ impl Drop for ScratchFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// The digests of a wheel and of its RECORD in a note of ours.
+fn noted(path: &Path) -> Option<(Digest, Digest)> {
+    let small = fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.len() < 500);
+    let text = small.then(|| fs::read_to_string(path).ok())??;
+    let (wheel, record) = text.trim_end().split_once(' ')?;
+    Some((Digest::from_hex(wheel)?, Digest::from_hex(record)?))
 }
 
 /// A path with `end` behind its name.

@@ -39,7 +39,8 @@ mod terminal;
 
 pub use command::CargoCommand;
 pub use mode::Mode;
-pub use modules::{DEFAULT_MODULES, matches};
+pub(super) use modules::shown;
+pub use modules::{DEFAULT_MODULES, matches, split_patterns};
 
 use output::Bundle;
 use selection::Selection;
@@ -49,7 +50,7 @@ use super::{ArtifactError, ProgressFn};
 use std::path::{Path, PathBuf};
 
 /// Every environment variable that decides what a build embeds.
-pub const VARIABLES: [&str; 26] = [
+pub const VARIABLES: [&str; 27] = [
     "FLASHINFER_RS_EMBED",
     "FLASHINFER_RS_EMBED_MODULES",
     "FLASHINFER_RS_WHEELS",
@@ -76,6 +77,7 @@ pub const VARIABLES: [&str; 26] = [
     "NO_PROXY",
     "no_proxy",
     "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
 ];
 
 /// The operating systems and architectures that FlashInfer has kernels for.

@@ -26,8 +26,14 @@ pub fn matches(pattern: &str, name: &str) -> bool {
     parts.try_fold(middle, |rest, part| rest.split_once(part).map(|(_, behind)| behind)).is_some()
 }
 
+/// The patterns of a list, separated by commas or spaces.
+pub fn split_patterns(list: &str) -> Vec<String> {
+    let split = list.split(|c: char| c == ',' || c.is_whitespace());
+    split.filter(|pattern| !pattern.is_empty()).map(str::to_owned).collect()
+}
+
 /// The first patterns of a list, and how many more there are.
-pub(super) fn shown(patterns: &[String]) -> String {
+pub(in super::super) fn shown(patterns: &[String]) -> String {
     match patterns {
         [a, b, rest @ ..] if rest.len() > 1 => format!("{a}, {b} or {} more patterns", rest.len()),
         all => all.join(", "),
@@ -36,9 +42,7 @@ pub(super) fn shown(patterns: &[String]) -> String {
 
 /// The patterns of `FLASHINFER_RS_EMBED_MODULES`, or the default ones.
 pub(super) fn patterns(env: Env<'_>) -> Vec<String> {
-    let set = env("FLASHINFER_RS_EMBED_MODULES").unwrap_or_default();
-    let split = set.split(|c: char| c == ',' || c.is_whitespace());
-    let given: Vec<_> = split.filter(|p| !p.is_empty()).map(str::to_owned).collect();
+    let given = split_patterns(&env("FLASHINFER_RS_EMBED_MODULES").unwrap_or_default());
     match given.is_empty() {
         true => DEFAULT_MODULES.map(str::to_owned).to_vec(),
         false => given,

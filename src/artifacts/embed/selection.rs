@@ -144,7 +144,7 @@ impl Selection {
             };
             if !missing.is_empty() {
                 let patterns = shown(&missing);
-                let what = format!("kernel modules ({patterns})");
+                let what = format!("kernel modules ({patterns}) of FLASHINFER_RS_EMBED_MODULES");
                 self.missing(what, ArtifactError::NoSuchModule { patterns, known: known.len(), why })?;
             }
         }

@@ -24,7 +24,9 @@ use std::{
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 use flashinfer_rs::{
     FlashInferError, ModuleName,
-    artifacts::{ArtifactError, CudaArchitecture, Digest, Package, Store, StoreConfig},
+    artifacts::{
+        ArtifactError, CudaArchitecture, Digest, Member, Package, Store, StoreConfig, embed::split_patterns,
+    },
 };
 use indicatif::HumanBytes;
 
@@ -85,6 +87,11 @@ enum Command {
         /// The packages to download; if none is named, those that every kernel needs
         #[arg(value_name = "PACKAGE", value_parser = package)]
         packages: Vec<Package>,
+        /// Only the modules that fit these patterns, and the libraries, ready to be opened: the cache then
+        /// needs neither the wheels nor anything that can be written. Separated by commas or spaces; `*`
+        /// stands for any run of characters; may be repeated
+        #[arg(long, value_name = "PATTERN")]
+        modules: Vec<String>,
     },
     /// Print the digest of a wheel's RECORD, or write it into the pin table, so that its members
     /// can be downloaded alone; or download, verify and pin a release of FlashInfer
@@ -133,7 +140,7 @@ fn main() -> ExitCode {
     }
     let done = match &cli.command {
         None => report(&cli.sources, cli.options),
-        Some(Command::Fetch { packages }) => fetch(&cli.sources, packages),
+        Some(Command::Fetch { packages, modules }) => fetch(&cli.sources, packages, modules),
         Some(Command::Pin(options)) => pin::pin(&cli.sources, options),
         Some(Command::Footprint { modules }) => {
             let modules: Vec<_> = modules.iter().map(|name| ModuleName::new(name.as_str())).collect();
@@ -190,15 +197,27 @@ fn report(sources: &Sources, options: ReportOptions) -> Result<bool, CommandErro
     Ok(report.kernels_can_run())
 }
 
-/// Whether every package is in the cache now.
-fn fetch(sources: &Sources, packages: &[Package]) -> Result<bool, CommandError> {
+/// Whether every package is in the cache now, or of each what was chosen.
+fn fetch(sources: &Sources, packages: &[Package], modules: &[String]) -> Result<bool, CommandError> {
     let mut config = sources.store_config()?;
     config.progress = Some(flashinfer_rs::progress::terminal());
     let store = Store::open(config)?;
+    let patterns: Vec<_> = modules.iter().flat_map(|list| split_patterns(list)).collect();
+    if patterns.is_empty() && !modules.is_empty() {
+        let what = "--modules names no pattern; `*` stands for all modules";
+        Cli::command().error(ErrorKind::InvalidValue, what).exit();
+    }
     let mut complete = true;
     for package in if packages.is_empty() { &Package::KERNELS[..] } else { packages } {
-        match store.fetch(package.clone()) {
-            Ok(path) => printed(writeln!(io::stdout(), "{package}: {}", path.display()))?,
+        let fetched = match patterns.is_empty() {
+            true => store.fetch(package.clone()).map(|path| path.display().to_string()),
+            false => store.fetch_members(package, &patterns).map(|members| {
+                let names: Vec<_> = members.iter().map(Member::file_name).collect();
+                names.join(", ")
+            }),
+        };
+        match fetched {
+            Ok(what) => printed(writeln!(io::stdout(), "{package}: {what}"))?,
             Err(error) => {
                 complete = false;
                 let remedy = fetch_remedy(&store, package, &error);

@@ -314,6 +314,15 @@ fn zeros(dtype: DType, len: usize) -> Result<CpuStorage> {
 }
 
 impl FlashAttnCall {
+    /// One query for each request, which sees its keys in pages up to the last.
+    #[cfg(feature = "candle-cuda")]
+    pub(super) fn is_decode(&self) -> bool {
+        matches!(self.keys, CallKeys::Paged(_))
+            && !matches!(self.visible, Visible::Bits { .. })
+            && self.slopes.is_none()
+            && self.requests.iter().all(|request| request.queries == 1)
+    }
+
     /// The output's rows, heads and width.
     pub(super) fn rows(&self) -> [usize; 3] {
         [self.queries.total(), self.heads.num_qo_heads, self.spec.head_dim_vo]

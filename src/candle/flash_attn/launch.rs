@@ -19,7 +19,9 @@ use super::{
 };
 use crate::{
     FlashInferError, Stream,
-    attention::{AttentionSpec, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, Workspace},
+    attention::{
+        AttentionSpec, Backend, BatchDecode, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, Workspace,
+    },
     dtype::Element,
     gpu::{exclusive, shared},
     indices::{IndexArrays, MaskTable, OnDevice, PageIndices, PageTable, RaggedTable},
@@ -80,11 +82,43 @@ where
     Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
 }
 
+/// What serves calls.
+#[derive(Clone, Copy)]
+enum Kernels {
+    Prefill(BatchPrefill),
+    /// Calls of one query for each request over pages, where there is no module of prefill.
+    Decode(BatchDecode),
+}
+
+impl Kernels {
+    fn serves(&self, call: &FlashAttnCall) -> bool {
+        let backendless = |spec: &AttentionSpec| AttentionSpec { backend: Backend::Auto, ..*spec };
+        match self {
+            Self::Prefill(prefill) => (prefill.spec(), prefill.heads()) == (&call.spec, call.heads),
+            Self::Decode(decode) => {
+                call.is_decode() && (*decode.spec(), decode.heads()) == (backendless(&call.spec), call.heads)
+            }
+        }
+    }
+
+    fn load(stream: &Stream, call: &FlashAttnCall) -> crate::Result<Self> {
+        let missing = match BatchPrefill::new(stream, &call.spec, call.heads) {
+            Ok(prefill) => return Ok(Self::Prefill(prefill)),
+            Err(error) => error,
+        };
+        if !call.is_decode() {
+            return Err(missing);
+        }
+        let decode = BatchDecode::new(stream, &call.spec.with_backend(Backend::Auto), call.heads);
+        decode.map(Self::Decode).map_err(|_| missing)
+    }
+}
+
 /// What a thread keeps for a stream.
 struct OnStream {
     stream: Stream,
     cuda: Arc<CudaStream>,
-    modules: Vec<BatchPrefill>,
+    modules: Vec<Kernels>,
     /// The one that was used last comes last.
     steps: Vec<DeviceBatch>,
 }
@@ -113,7 +147,7 @@ impl OnStream {
         kv: [&TensorRef<'_>; 2],
         out: &mut TensorMut<'_>,
     ) -> Result<()> {
-        let module = self.module(&call.spec, call.heads)?;
+        let module = self.module(call)?;
         match self.steps.iter().rposition(|step| step.is_of(call)) {
             Some(at) => self.steps[at..].rotate_left(1),
             None => {
@@ -130,13 +164,12 @@ impl OnStream {
         self.steps[last].run(&module, call, &self.cuda, q, kv, out).map_err(tensor::error)
     }
 
-    /// The module of a spec, for these heads.
-    fn module(&mut self, spec: &AttentionSpec, heads: Heads) -> Result<BatchPrefill> {
-        let same = |module: &&BatchPrefill| (module.spec(), module.heads()) == (spec, heads);
-        if let Some(module) = self.modules.iter().find(same) {
+    /// What serves a call.
+    fn module(&mut self, call: &FlashAttnCall) -> Result<Kernels> {
+        if let Some(module) = self.modules.iter().find(|module| module.serves(call)) {
             return Ok(*module);
         }
-        let module = BatchPrefill::new(&self.stream, spec, heads).map_err(tensor::error)?;
+        let module = Kernels::load(&self.stream, call).map_err(tensor::error)?;
         if self.modules.len() == MAX_MODULES {
             self.modules.remove(0);
         }
@@ -272,7 +305,7 @@ impl DeviceBatch {
     /// this is the first time.
     fn run(
         &mut self,
-        module: &BatchPrefill,
+        module: &Kernels,
         call: &FlashAttnCall,
         cuda: &Arc<CudaStream>,
         q: &TensorRef<'_>,
@@ -289,14 +322,17 @@ impl DeviceBatch {
         let (options, run) =
             (PlanOptions::default().with_mask(mask), call.options(slopes.as_ref().map(|s| s.view())));
         let workspace = &mut self.workspace;
-        match (&call.keys, &self.queries, &self.ragged, &self.paged) {
-            (CallKeys::Ragged(_), Some(queries), Some(keys), _) => {
-                module.plan_ragged(workspace, queries, keys, &options)?.run_with(q, [k, v], out, None, &run)
+        let paged = PagedKv::new(*k, *v, KvLayout::Nhd);
+        match (&call.keys, module, &self.queries, &self.ragged, &self.paged) {
+            (CallKeys::Ragged(_), Kernels::Prefill(prefill), Some(queries), Some(keys), _) => {
+                prefill.plan_ragged(workspace, queries, keys, &options)?.run_with(q, [k, v], out, None, &run)
             }
-            (CallKeys::Paged(_), Some(queries), _, Some(table)) => {
-                let kv = PagedKv::new(*k, *v, KvLayout::Nhd);
+            (CallKeys::Paged(_), Kernels::Prefill(prefill), Some(queries), _, Some(table)) => {
                 let batch = PagedBatch::new(queries, table);
-                module.plan_paged(workspace, batch, &options)?.run_with(q, &kv, out, None, &run)
+                prefill.plan_paged(workspace, batch, &options)?.run_with(q, &paged, out, None, &run)
+            }
+            (CallKeys::Paged(_), Kernels::Decode(decode), _, _, Some(table)) => {
+                decode.plan(workspace, table, &options)?.run_with(q, &paged, out, None, &run)
             }
             _ => Err(FlashInferError::invalid("flash_attn", "batch", "it is of another call")),
         }

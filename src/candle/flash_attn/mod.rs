@@ -1,12 +1,14 @@
 //! The functions of `candle-flash-attn`, with FlashInfer's kernels. Their rules are
 //! documented in [`candle`](super).
 
+mod block_tables;
 mod call;
 #[cfg(feature = "candle-cuda")]
 mod launch;
 mod lengths;
 mod views;
 mod visible;
+pub use block_tables::{PagedAttentionOptions, paged_attention};
 use call::{AttentionParams, BatchLayout, Lengths};
 use candle_core::{Result, Tensor};
 

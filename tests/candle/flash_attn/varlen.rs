@@ -26,7 +26,7 @@ fn random_lens(rng: &mut Rng, place: &Place) -> Vec<(usize, usize)> {
 }
 
 /// Sequences one after the other, each by itself.
-fn plain_varlen(
+pub(super) fn plain_varlen(
     q: &Tensor,
     keys: &[[Tensor; 2]],
     lens: &[(usize, usize)],

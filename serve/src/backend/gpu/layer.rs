@@ -27,7 +27,8 @@ impl Network {
         let mut out = made.as_mut().unwrap_or(x).rows_mut(padded_rows)?;
         let attention = attention.rows(padded_rows)?;
         let weight = layer.attention_output.view();
-        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)
+        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)?;
+        self.sum(&mut out.narrow(0, 0, pass.rows)?)
     }
 
     /// Attention of the queries, keys and values in `qkv`.
@@ -85,7 +86,7 @@ impl Network {
             let inner = shared.inner.rows(padded_rows)?;
             multiplier.run(&products.down, &mut out, &inner, &weights.down.view())?;
         }
-        Ok(())
+        self.sum(&mut out.narrow(0, 0, rows)?)
     }
 
     /// What an expert that every token has makes of `x` between its two products, by

@@ -12,6 +12,7 @@ use crate::{
     Llm, LlmOptions, Result,
     backend::{device::Device, gpu::GpuOptions},
     cli::precision::PrecisionArgs,
+    group::Parallel,
     hub::{Hub, ModelName},
     model::{Model, synthetic::Shape},
 };
@@ -63,11 +64,14 @@ pub struct Args {
     #[arg(long, requires = "prompts", value_name = "N", default_value = "2048")]
     step_tokens: NonZeroUsize,
     /// With `--steps`: what the kernels of each step cost, too
-    #[arg(long, requires = "steps")]
+    #[arg(long, requires = "steps", conflicts_with = "tensor_parallel")]
     kernels: bool,
     /// With `--steps` or `--prompts`: a model of this shape with random weights
     #[arg(long, conflicts_with = "model")]
     shape: Option<Shape>,
+    /// With `--steps`: so many GPUs compute the model together, as of `serve`
+    #[arg(long, requires = "steps", value_name = "N")]
+    tensor_parallel: Option<NonZeroUsize>,
     /// With `--steps`: tokens of each request before the first step
     #[arg(long, requires = "steps", value_name = "N", default_value = "128")]
     context: NonZeroUsize,
@@ -76,24 +80,28 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let PrecisionArgs { weights, kv } = args.precision;
-    let gpu = GpuOptions { deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
     let hub = Hub::from_env()?;
     let locate = || -> Result<_> {
         let name = args.model.as_ref().ok_or("there is no model to measure")?;
         Ok((name, hub.locate(name)?))
     };
-    if !args.steps.is_empty() || !args.prompts.is_empty() {
-        let model = if args.shape.is_some() { None } else { Some(Model::open_files(&locate()?.1)?) };
-        let source = match (&model, args.shape) {
-            (Some(model), _) => Source::Model(model),
-            (None, Some(shape)) => Source::Shape(shape),
-            (None, None) => return Err("there is no model to measure".into()),
-        };
-        if args.steps.is_empty() {
-            return Prompts { tokens: &args.prompts, step_tokens: args.step_tokens.get() }.run(source, gpu);
-        }
+    let source = || -> Result<_> {
+        Ok(match args.shape {
+            Some(shape) => Source::Shape(shape),
+            None => Source::Model(Box::new(Model::open_files(&locate()?.1)?)),
+        })
+    };
+    let gpu = GpuOptions { deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
+    if !args.steps.is_empty() {
+        let parallel = Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?;
+        let ordinal = parallel.as_ref().map_or(0, Parallel::local_rank);
         let Args { steps, context, kernels, .. } = args;
-        return Steps { requests: steps, context: context.get(), kernels: *kernels }.run(source, gpu);
+        let steps = Steps { requests: steps, context: context.get(), kernels: *kernels };
+        return steps.run(source()?, parallel.as_ref(), GpuOptions { ordinal, ..gpu });
+    }
+    if !args.prompts.is_empty() {
+        let step_tokens = args.step_tokens.get();
+        return Prompts { tokens: &args.prompts, step_tokens }.run(source()?, gpu);
     }
     let (name, files) = locate()?;
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     Result,
     backend::gpu::{Gpu, GpuOptions},
-    model::Config,
+    model::{Config, shard::Rank},
     request::{Request, RequestId},
     sampling::SamplingParams,
     scheduler::{Limits, Scheduler},
@@ -54,8 +54,9 @@ impl Prompts<'_> {
     /// # Errors
     /// There is no GPU that can be used, the model does not fit it, or its context has no room for a
     /// prompt.
-    pub fn run(&self, source: Source<'_>, options: GpuOptions) -> Result<()> {
-        let config = source.config()?;
+    pub fn run(&self, source: Source, options: GpuOptions) -> Result<()> {
+        let part = source.divide(Rank::ALONE)?;
+        let config = part.config.clone();
         let longest = self.tokens.iter().max().map_or(1, |tokens| tokens.get());
         if self.step_tokens <= ANSWERS {
             let problem =
@@ -67,7 +68,7 @@ impl Prompts<'_> {
         let room = ANSWERS * (CONTEXT + 2 * STEPS_ALONE + steps) + 2 * longest;
         let pool = PageAllocator::new(room.div_ceil(PAGE_SIZE), PAGE_SIZE)?;
         let options = GpuOptions { max_tokens: self.step_tokens, ..options };
-        let gpu = source.load(&config, &pool, options)?;
+        let gpu = part.load(&pool, options, None)?;
         println!("{}; steps of up to {} tokens", gpu.name()?, self.step_tokens);
         let limits = Limits {
             step_tokens: self.step_tokens,

@@ -16,7 +16,8 @@ use crate::{
         gpu::{Gpu, GpuOptions},
         graph,
     },
-    model::Config,
+    group::{Parallel, Settings, end_process},
+    model::{Config, shard::Rank},
     request::Finish,
 };
 
@@ -39,19 +40,31 @@ pub struct Steps<'a> {
 
 impl Steps<'_> {
     /// Prints a table. The most tokens of a step are those that are measured, whatever the options
-    /// say.
+    /// say. All ranks take the same steps, each by itself, and each prints its table, of which rank 0's
+    /// is seen.
     ///
     /// # Errors
     /// There is no GPU that can be used, or the model does not fit it.
-    pub fn run(&self, source: Source<'_>, options: GpuOptions) -> Result<()> {
-        let (batches, context, config) = (self.requests, self.context, source.config()?);
+    pub fn run(&self, source: Source, parallel: Option<&Parallel>, options: GpuOptions) -> Result<()> {
+        let rank = parallel.map_or(Rank::ALONE, Parallel::rank);
+        if self.kernels && rank.size > 1 {
+            // Ranks would wait for sums that another one leaves out.
+            return Err(
+                "what kernels cost is measured on one GPU; leave --kernels or --tensor-parallel out".into()
+            );
+        }
+        let met = parallel.map(|parallel| parallel.meet(Settings::new(), end_process)).transpose()?;
+        let group = met.as_ref().map(|(group, _)| group);
+        let (batches, context, part) = (self.requests, self.context, source.divide(rank)?);
+        let config = part.config.clone();
         let most = batches.iter().max().map_or(1, |batch| batch.get());
         let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
         // One more for requests that fill up a graph.
         let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
-        let mut gpu = source.load(&config, &pool, GpuOptions { max_tokens: most, ..options })?;
+        let mut gpu = part.load(&pool, GpuOptions { max_tokens: most, ..options }, group)?;
         let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
-        println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
+        let ranks = if rank.size > 1 { format!("one of {} times ", rank.size) } else { String::new() };
+        println!("{ranks}{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
         println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
         println!("the floor is that, and a graph of as many kernels that do nothing");
         println!(
@@ -63,9 +76,9 @@ impl Steps<'_> {
         println!("host: what of a step the host takes to enqueue it; eager: without graphs");
         println!(
             "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
-         | tokens/s | kernels | per layer | attention ms | of graph | eager ms | eager host ms |"
+         | tokens/s | kernels | per layer | attention ms | of graph | all-reduce ms | eager ms | eager host ms |"
         );
-        println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+        println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
         for batch in batches {
             row(&config, &mut gpu, &pool, (batch.get(), context), floor)?;
         }
@@ -124,7 +137,7 @@ fn row(
     gpu.set_graphs(false);
     let [eager, eager_host] = steps(gpu, &mut batch)?;
     gpu.set_graphs(true);
-    let (mut graphs, mut attention, mut kernels) = (Vec::new(), Vec::new(), 0);
+    let (mut graphs, mut attention, mut sums, mut kernels) = (Vec::new(), Vec::new(), Vec::new(), 0);
     start_again(&mut batch)?;
     for index in 0..WARM_UP + STEPS {
         step(gpu, &mut batch)?;
@@ -134,12 +147,14 @@ fn row(
         let (replay, nodes) = gpu.replay()?;
         graphs.push(f64::from(replay));
         attention.push(f64::from(gpu.attention()?));
+        sums.extend(gpu.sums(requests)?.map(f64::from));
         kernels = nodes;
     }
     let (graph, attention) = (median(graphs), median(attention));
+    let sums = if sums.is_empty() { "".into() } else { format!("{:.3}", median(sums)) };
     println!(
         "| {requests} | {time:.3} | {gap:.1} | {:.1} | {waiting:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
-         | {attention:.3} | {:.0} % | {eager:.3} | {eager_host:.3} |",
+         | {attention:.3} | {:.0} % | {sums} | {eager:.3} | {eager_host:.3} |",
         drawn.gap,
         time / graph,
         reading + idle(gpu.cuda(), kernels)?,

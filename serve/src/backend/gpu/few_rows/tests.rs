@@ -113,7 +113,7 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
 #[test]
 fn what_is_fused_is_what_would_be_computed_one_by_one() {
     let Some(_turn) = turn() else { return };
-    let cuda = start(&Shape::Llama8b.config().unwrap()).unwrap();
+    let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let mut rng = Rng::new();
     let (silu, gelu) = (Some(Activation::Silu), Some(Activation::GeluTanh));
     for (out_dtype, dtype) in [
@@ -146,7 +146,7 @@ fn what_is_fused_is_what_would_be_computed_one_by_one() {
 #[test]
 fn what_cannot_be_fused_is_refused() {
     let Some(_turn) = turn() else { return };
-    let cuda = start(&Shape::Llama8b.config().unwrap()).unwrap();
+    let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let stream = Stream::from(&cuda);
     let Some(few_rows) = FewRows::new(&cuda, DType::F16).unwrap() else { return };
     let zeros = |shape: &[usize]| HalfTensor::zeros(&stream, DType::F16, shape).unwrap();

@@ -1,0 +1,124 @@
+//! `paged_attention`: block tables as engines of vLLM's kind have them.
+
+use super::{varlen::plain_varlen, *};
+use flashinfer_rs::{
+    candle::{PagedAttentionOptions, paged_attention},
+    kv::KvLayout,
+};
+
+/// Integers of any type, on the CPU or the device.
+fn integers(rng: &mut Rng, numbers: Vec<i64>, shape: &[usize], place: &Place) -> Tensor {
+    let device = [&Device::Cpu, &place.device][rng.below(2)];
+    let dtype = [DType::U32, DType::I32, DType::I64][rng.below(3)];
+    let tensor = Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap();
+    tensor.to_dtype(dtype).unwrap().to_device(device).unwrap()
+}
+
+/// Decode and prefill, in both layouts, against keys that are gathered block by block.
+#[test]
+fn any_requests() {
+    let mut rng = Rng::new();
+    for place in places() {
+        for _ in 0..place.cases {
+            let (hnd, decode, block) = (rng.below(2) == 0, rng.below(2) == 0, [16, 32][rng.below(2)]);
+            let requests = 1 + rng.below(5);
+            let lens: Vec<(usize, usize)> = (0..requests)
+                .map(|_| {
+                    let keys = 1 + rng.below(place.longest);
+                    (if decode { 1 } else { rng.below(keys + 1).max(usize::from(requests == 1)) }, keys)
+                })
+                .collect();
+            let longest = lens.iter().map(|&(_, keys)| keys).max().unwrap();
+            let left = (rng.below(3) == 0).then(|| rng.below(longest));
+            let softcap = (left.is_none() && rng.below(3) == 0).then_some(3.0);
+            let asked = Asked { scale: 0.2, left, right: Some(0), softcap, ..Asked::default() };
+            let (dtype, d) = place.types(&mut rng, left.is_some(), softcap.is_some());
+            let (heads_k, group) = (1 + rng.below(3), [1, 2, 4][rng.below(3)]);
+
+            // Blocks in random order; what is behind a request's last does not exist.
+            let needed: Vec<_> = lens.iter().map(|&(_, keys)| keys.div_ceil(block)).collect();
+            let (blocks, columns) = (needed.iter().sum::<usize>() + 2, needed.iter().max().unwrap() + 1);
+            let mut order = rng.permutation(blocks).into_iter();
+            let pages: Vec<Vec<u32>> = needed
+                .iter()
+                .map(|&needed| order.by_ref().take(needed).map(|page| page as u32).collect())
+                .collect();
+            let table = pages.iter().flat_map(|row| {
+                let row = row.iter().map(|&page| i64::from(page));
+                row.chain(std::iter::repeat(99999)).take(columns)
+            });
+            let table = integers(&mut rng, table.collect(), &[requests, columns], &place);
+            let context =
+                integers(&mut rng, lens.iter().map(|len| len.1 as i64).collect(), &[requests], &place);
+            let new = integers(&mut rng, lens.iter().map(|len| len.0 as i64).collect(), &[requests], &place);
+
+            let tokens: usize = lens.iter().map(|len| len.0).sum();
+            if tokens == 0 {
+                continue;
+            }
+            let q = dense(&mut rng, &[tokens, heads_k * group, d], dtype, &place.device);
+            let shape = if hnd { [blocks, 2, heads_k, block, d] } else { [blocks, 2, block, heads_k, d] };
+            let joined = dense(&mut rng, &shape, dtype, &place.device);
+            let [mut k, mut v] = [0, 1].map(|at| joined.narrow(1, at, 1).unwrap().squeeze(1).unwrap());
+            if rng.below(2) == 0 {
+                (k, v) = (k.contiguous().unwrap(), v.contiguous().unwrap());
+            }
+            let mut options = PagedAttentionOptions::new(asked.scale);
+            options.layout = if hnd { KvLayout::Hnd } else { KvLayout::Nhd };
+            (options.window_size_left, options.softcap) = (left, softcap);
+            options.query_lens = (!decode).then_some(&new);
+            let what = format!(
+                "{lens:?} in blocks of {block}, hnd {hnd}, {}",
+                describe(&[q.clone(), k.clone(), v.clone()], &asked)
+            );
+            let got = paged_attention(&q, &k, &v, &table, &context, &options);
+            let got = got.unwrap_or_else(|error| panic!("{what}: {error}"));
+
+            let gathered = |cache: &Tensor, pages: &[u32], keys: usize| {
+                let cache = cache.to_device(&Device::Cpu).unwrap();
+                let cache = if hnd { cache.transpose(1, 2).unwrap() } else { cache };
+                let pages = Tensor::new(pages, &Device::Cpu).unwrap();
+                let all = cache.contiguous().unwrap().index_select(&pages, 0).unwrap();
+                all.reshape(((), heads_k, d)).unwrap().narrow(0, 0, keys).unwrap()
+            };
+            let apart: Vec<[Tensor; 2]> = pages
+                .iter()
+                .zip(&lens)
+                .map(|(pages, &(_, keys))| [&k, &v].map(|cache| gathered(cache, pages, keys)))
+                .collect();
+            assert_close(&got, &plain_varlen(&q, &apart, &lens, &asked, &[]), &what);
+        }
+    }
+}
+
+#[test]
+fn wrong_tables() {
+    for place in places() {
+        let (device, dtype) = (&place.device, DType::F16);
+        let q = Tensor::ones((2, 4, 64), dtype, device).unwrap();
+        let cache = Tensor::ones((8, 16, 2, 64), dtype, device).unwrap();
+        let call = |cache: &Tensor, table: &[[u32; 2]], lens: &[i64], new: Option<&[i64]>| {
+            let table = Tensor::from_slice(table.as_flattened(), (table.len(), 2), device).unwrap();
+            let [lens, new] =
+                [Some(lens), new].map(|lens| lens.map(|lens| Tensor::new(lens, &Device::Cpu).unwrap()));
+            let mut options = PagedAttentionOptions::new(0.125);
+            options.query_lens = new.as_ref();
+            paged_attention(&q, cache, cache, &table, &lens.unwrap(), &options)
+        };
+        let refused = |call: Result<Tensor>, words: &str| {
+            let error = call.unwrap_err().to_string();
+            assert!(error.contains(words), "{words} is not in: {error}");
+        };
+        assert!(call(&cache, &[[7, 2], [5, 99]], &[20, 3], None).is_ok());
+        refused(call(&cache, &[[7, 8], [5, 0]], &[20, 3], None), "page 8");
+        refused(call(&cache, &[[7, 2], [5, 0]], &[33, 3], None), "33 keys in 3 blocks of 16");
+        refused(call(&cache, &[[7, 2]], &[20, 3], None), "block_table has 1 rows");
+        refused(call(&cache, &[[7, 2], [5, 0]], &[20, -3], None), "request 1 has -3 tokens");
+        refused(call(&cache, &[[7, 2], [5, 0]], &[20, 3], Some(&[2])), "query_lens is of 1 requests");
+        refused(call(&cache, &[[7, 2], [5, 0]], &[20, 3], Some(&[2, 1])), "ends with 3");
+        refused(
+            call(&cache.flatten(0, 1).unwrap(), &[[7, 2], [5, 0]], &[20, 3], None),
+            "expected 4 dimensions",
+        );
+    }
+}
