@@ -3,6 +3,7 @@
 
 mod common;
 mod rope_gpu {
+    mod append;
     mod quantize;
 }
 

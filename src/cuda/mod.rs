@@ -24,6 +24,6 @@ mod symbols;
 pub(crate) use beside::{upload_beside, upload_stream};
 pub(crate) use buffer::DeviceBuffer;
 pub(crate) use graph::{Capture, Graph};
-pub(crate) use ptx::PtxKernel;
+pub(crate) use ptx::{Launch, PtxKernel};
 pub(crate) use runtime::{CudaRuntime, DeviceAttribute};
 pub(crate) use staging::{StagingBuffer, upload};

@@ -6,7 +6,10 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use super::{runtime::CudaRuntime, symbols::Dim3};
+use super::{
+    runtime::CudaRuntime,
+    symbols::{Dim3, LaunchAttribute, LaunchConfig},
+};
 use crate::{capture, error::Result, stream::Stream, tensor::RawTensor};
 
 /// A kernel of this crate: a function of a PTX module, which the driver
@@ -17,6 +20,22 @@ pub(crate) struct PtxKernel {
     name: &'static CStr,
     /// The `cudaKernel_t`, of the whole process; 0 until it is loaded.
     handle: Mutex<usize>,
+}
+
+/// How a kernel is launched, in one dimension.
+#[derive(Clone, Copy)]
+pub(crate) struct Launch {
+    pub(crate) blocks: u32,
+    pub(crate) threads: u32,
+    /// Whether it may begin before the kernel before it is over (programmatic dependent launch).
+    pub(crate) overlaps: bool,
+}
+
+/// Blocks and threads of a launch that overlaps none.
+impl From<[u32; 2]> for Launch {
+    fn from([blocks, threads]: [u32; 2]) -> Self {
+        Self { blocks, threads, overlaps: false }
+    }
 }
 
 impl PtxKernel {
@@ -59,38 +78,37 @@ impl PtxKernel {
         Ok(*handle as *const c_void)
     }
 
-    /// Enqueues the kernel with `[blocks, threads]` in one dimension. `tensors`
-    /// are those whose memory it is given.
+    /// Enqueues the kernel. `tensors` are those whose memory it is given.
     ///
     /// # Safety
     /// `args` must point to values of the kernel's parameters, which must be
-    /// what it assumes.
+    /// what it assumes. If the launch overlaps the one before it, the kernel waits for that
+    /// (`griddepcontrol.wait`) before it touches memory that any other kernel may write.
     pub(crate) unsafe fn launch(
         &self,
         cuda: &'static CudaRuntime,
         stream: &Stream,
-        [blocks, threads]: [u32; 2],
+        launch: impl Into<Launch>,
         args: &mut [*mut c_void],
         tensors: &[Option<&RawTensor>],
     ) -> Result<()> {
-        let kernel = self.load(cuda)?;
+        let (kernel, Launch { blocks, threads, overlaps }) = (self.load(cuda)?, launch.into());
         tensors.iter().flatten().for_each(|tensor| capture::uses(tensor));
         let _device = cuda.on_device_of(stream)?;
         let line = |x| Dim3 { x, y: 1, z: 1 };
+        let config = LaunchConfig {
+            grid: line(blocks),
+            block: line(threads),
+            dynamic_shared_bytes: 0,
+            stream: stream.as_raw(),
+            attributes: &LaunchAttribute::OVERLAPS,
+            num_attributes: overlaps.into(),
+        };
         capture::enqueue(stream, || {
-            // SAFETY: the runtime takes a `cudaKernel_t` in place of a function;
-            // the rest is promised by the caller.
-            let code = unsafe {
-                (cuda.symbols.launch_kernel)(
-                    kernel,
-                    line(blocks),
-                    line(threads),
-                    args.as_mut_ptr(),
-                    0,
-                    stream.as_raw(),
-                )
-            };
-            cuda.check("cudaLaunchKernel", code)
+            // SAFETY: the runtime takes a `cudaKernel_t` in place of a function; the configuration
+            // is read before it returns; the rest is promised by the caller.
+            let code = unsafe { (cuda.symbols.launch_kernel)(&raw const config, kernel, args.as_mut_ptr()) };
+            cuda.check("cudaLaunchKernelExC", code)
         })
     }
 }

@@ -84,7 +84,7 @@ cudart! {
         *mut *mut c_void, *const c_void, *mut c_int, *mut *mut c_void, c_uint, *mut c_int, *mut *mut c_void, c_uint
     );
     library_get_kernel = "cudaLibraryGetKernel": fn(*mut *const c_void, *mut c_void, *const c_char);
-    launch_kernel = "cudaLaunchKernel": fn(*const c_void, Dim3, Dim3, *mut *mut c_void, usize, *mut c_void);
+    launch_kernel = "cudaLaunchKernelExC": fn(*const LaunchConfig, *const c_void, *mut *mut c_void);
 }
 
 /// `dim3`.
@@ -98,4 +98,29 @@ pub(super) struct Dim3 {
 
 pub(super) fn missing(library: &str, symbol: &str) -> FlashInferError {
     FlashInferError::MissingSymbol { library: library.into(), symbol: symbol.into() }
+}
+
+/// `cudaLaunchConfig_t`.
+#[repr(C)]
+pub(super) struct LaunchConfig {
+    pub(super) grid: Dim3,
+    pub(super) block: Dim3,
+    pub(super) dynamic_shared_bytes: usize,
+    pub(super) stream: *mut c_void,
+    pub(super) attributes: *const LaunchAttribute,
+    pub(super) num_attributes: c_uint,
+}
+
+/// `cudaLaunchAttribute`, whose value is a union of 64 bytes.
+#[repr(C)]
+pub(super) struct LaunchAttribute {
+    id: c_uint,
+    padding: c_uint,
+    value: [u64; 8],
+}
+
+impl LaunchAttribute {
+    /// `cudaLaunchAttributeProgrammaticStreamSerialization`, allowed: the launch may begin before the one
+    /// before it is over.
+    pub(super) const OVERLAPS: Self = Self { id: 6, padding: 0, value: [1, 0, 0, 0, 0, 0, 0, 0] };
 }

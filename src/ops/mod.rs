@@ -77,6 +77,7 @@ mod tests {
         for (name, source, ptx) in sources![
             "" "merge_states",
             "attention/" "empty_states",
+            "rope/" "append",
             "sampling/" "argmax" "rows.cuh",
             "sampling/" "chain",
             "sampling/" "edit_logits",

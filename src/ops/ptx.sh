@@ -9,7 +9,7 @@ find src/ops serve/src -name '*.cu' | while read -r source; do
     headers=$(sed -n "s,^#include \"\(.*\)\",$(dirname "$source")/\1,p" "$source")
     # Instructions that older GPUs lack are told by a line of the source.
     architecture=$(sed -n 's,^// Architecture: ,,p' "$source")
-    version=8.1
+    version=8.3
     [ -n "$architecture" ] || { architecture=compute_80 version=7.0; }
     "${1:-nvcc}" -std=c++17 -ptx "-arch=$architecture" -o "$target.new" "$source"
     {
@@ -19,4 +19,6 @@ find src/ops serve/src -name '*.cu' | while read -r source; do
         sed -e '/^\/\//d' -e "s/^\.version .*/.version $version/" "$target.new"
     } >"$target"
     rm "$target.new"
+    # What the driver will do.
+    "$(dirname "$(command -v "${1:-nvcc}")")/ptxas" "-arch=sm_${architecture#compute_}" -o /dev/null "$target"
 done

@@ -61,7 +61,8 @@ pub use page::{append_paged_kv_cache, append_paged_mla_kv_cache};
 pub use quantization::{packbits, segment_packbits};
 pub use rope::{
     apply_llama31_rope, apply_llama31_rope_pos_ids, apply_rope, apply_rope_pos_ids,
-    apply_rope_pos_ids_cos_sin_cache, rope_quantize, rope_quantize_append_paged_kv_cache,
+    apply_rope_pos_ids_cos_sin_cache, rope_append_paged_kv_cache, rope_quantize,
+    rope_quantize_append_paged_kv_cache,
 };
 pub use sampling::{
     ChainDraws, Filter, argmax, chain_speculative_sampling, edit_logits, filtered_probs, sample,

@@ -23,26 +23,26 @@ use half::{bf16, f16};
 const MAX_POS: usize = 700;
 
 /// A table on both sides.
-struct Angles {
+pub(super) struct Angles {
     host: Vec<f32>,
     device: CosSinCache,
     interleave: bool,
 }
 
 impl Angles {
-    fn new(gpu: &Gpu, rotary_dim: usize, interleave: bool) -> Self {
+    pub(super) fn new(gpu: &Gpu, rotary_dim: usize, interleave: bool) -> Self {
         let frequencies = RopeFrequencies::new(rotary_dim, 1e4, &RopeScaling::None).unwrap();
         let device = CosSinCache::new(&gpu.stream, &frequencies, MAX_POS).unwrap();
         Self { host: frequencies.cos_sin_rows(MAX_POS), device, interleave }
     }
 
-    fn on_host<'a>(&'a self, pos_ids: &'a [i32]) -> Rotation<'a, &'a [i32]> {
+    pub(super) fn on_host<'a>(&'a self, pos_ids: &'a [i32]) -> Rotation<'a, &'a [i32]> {
         let shape = [MAX_POS, self.device.rotary_dim()];
         let cos_sin_cache = TensorRef::from_slice(&self.host, &shape).unwrap();
         Rotation { cos_sin_cache, pos_ids, interleave: self.interleave }
     }
 
-    fn on_device<'a>(&'a self, pos_ids: impl Into<rope::Positions<'a>>) -> Rotation<'a> {
+    pub(super) fn on_device<'a>(&'a self, pos_ids: impl Into<rope::Positions<'a>>) -> Rotation<'a> {
         Rotation { interleave: self.interleave, ..Rotation::new(self.device.view().unwrap(), pos_ids) }
     }
 }
@@ -50,7 +50,7 @@ impl Angles {
 /// The numbers agree but for few, which are neighbours: the kernel computes in
 /// f32 what the reference computes in f64, so rounding may differ at a tie.
 #[track_caller]
-fn assert_rounded_alike<T: Number>(what: &str, got: &[T], want: &[T]) {
+pub(super) fn assert_rounded_alike<T: Number>(what: &str, got: &[T], want: &[T]) {
     assert_eq!(got.len(), want.len(), "{what}");
     let mut differ = 0;
     for (at, (&got, &want)) in got.iter().zip(want).enumerate() {
@@ -245,15 +245,15 @@ fn ragged(page_size: usize) -> (Vec<usize>, Vec<i32>) {
 }
 
 /// What is appended, on both sides.
-struct Tokens {
-    table: PageIndices,
-    append: AppendIndices,
-    device_table: PageTable,
-    device_append: AppendTable,
+pub(super) struct Tokens {
+    pub(super) table: PageIndices,
+    pub(super) append: AppendIndices,
+    pub(super) device_table: PageTable,
+    pub(super) device_append: AppendTable,
 }
 
 impl Tokens {
-    fn new(gpu: &Gpu, rng: &mut Rng, page_size: usize) -> Self {
+    pub(super) fn new(gpu: &Gpu, rng: &mut Rng, page_size: usize) -> Self {
         let (lens, append_indptr) = ragged(page_size);
         let table = random_table(rng, page_size, &lens);
         let append = AppendIndices::last_tokens(&table, &append_indptr).unwrap();
@@ -262,7 +262,7 @@ impl Tokens {
         Self { table, append, device_table, device_append }
     }
 
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.append.len()
     }
 }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, sys::CUevent_flags};
+use cudarc::driver::{
+    CudaStream,
+    sys::{CUdevice_attribute, CUevent_flags},
+};
 use flashinfer_rs::{FlashInferError, Stream, graph::CapturedStep};
 
 use crate::Result;
@@ -37,4 +40,17 @@ pub fn milliseconds(cuda: &Arc<CudaStream>, mut work: impl FnMut() -> Result<()>
     let start = cuda.record_event(timed)?;
     work()?;
     Ok(start.elapsed_ms(&cuda.record_event(timed)?)?)
+}
+
+/// Enqueues work and waits; the milliseconds that it took the device, of whose cache other memory was
+/// written all over before.
+pub fn cold_milliseconds(cuda: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result<f32> {
+    let timed = Some(CUevent_flags::CU_EVENT_DEFAULT);
+    let cache_bytes = cuda.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
+    let written = cuda.alloc_zeros::<u8>(2 * usize::try_from(cache_bytes)?)?;
+    let start = cuda.record_event(timed)?;
+    work()?;
+    let end = cuda.record_event(timed)?;
+    drop(written);
+    Ok(start.elapsed_ms(&end)?)
 }

@@ -21,9 +21,11 @@ use flashinfer_rs::{DType, Device, Stream, TensorMut, TensorRef};
 use crate::{Result, backend::graph};
 
 /// Algorithms of a product that are tried.
-const CANDIDATES: usize = 16;
-/// Launches of each, of which the fastest counts.
-const LAUNCHES: usize = 3;
+const CANDIDATES: usize = 48;
+/// Launches of each, of which the fastest counts; but one alone if that takes so many times as long as
+/// the best.
+const LAUNCHES: usize = 5;
+const HOPELESS: f32 = 1.1;
 /// What cuBLASLt assumes of addresses unless told otherwise.
 const ALIGNMENT: usize = 256;
 /// Where a bias lies.
@@ -360,19 +362,33 @@ impl Matmul {
         Ok(())
     }
 
-    /// Takes the fastest algorithm. `work` is timed as a CUDA graph, and should
-    /// multiply by as many weights as a step does, since those that were just
-    /// used are in the GPU's cache. It is done once: `None` if it was before; else the
-    /// milliseconds that `work` takes now.
-    pub fn tune(&mut self, mut work: impl FnMut(&Self) -> Result<()>) -> Result<Option<f32>> {
-        if self.tuned {
-            return Ok(None);
+    /// Whether an algorithm was chosen for good.
+    pub fn is_tuned(&self) -> bool {
+        self.tuned
+    }
+
+    /// The algorithm that is taken, as cuBLASLt has it.
+    pub fn algorithm(&self) -> [u64; 8] {
+        self.algorithms[self.chosen].algo.data
+    }
+
+    /// Takes an algorithm for good, if it is one of those that cuBLASLt suggests.
+    pub fn choose(&mut self, algorithm: [u64; 8]) -> bool {
+        let known = self.algorithms.iter().position(|found| found.algo.data == algorithm);
+        if let Some(chosen) = known {
+            (self.chosen, self.tuned) = (chosen, true);
         }
+        known.is_some()
+    }
+
+    /// Takes the fastest algorithm for good. `work` is timed as a CUDA graph, and multiplies by as many
+    /// weights as a step does. Returns the milliseconds that it takes now.
+    pub fn tune(&mut self, mut work: impl FnMut(&Self) -> Result<()>) -> Result<f32> {
         let mut best = (f32::INFINITY, 0);
         for chosen in 0..self.algorithms.len() {
             self.chosen = chosen;
             // One that fails is no candidate.
-            if let Ok(time) = self.time(&mut work)
+            if let Ok(time) = self.time(best.0, &mut work)
                 && time < best.0
             {
                 best = (time, chosen);
@@ -380,21 +396,25 @@ impl Matmul {
         }
         self.chosen = best.1;
         self.tuned = true;
-        Ok(Some(best.0))
+        Ok(best.0)
     }
 
-    /// The milliseconds that `work` takes as a CUDA graph.
-    pub fn time(&self, work: &mut impl FnMut(&Self) -> Result<()>) -> Result<f32> {
+    /// The milliseconds that `work` takes as a CUDA graph, with nothing in the GPU's cache, as it is in a
+    /// step; measured once only if that is much more than the best.
+    pub fn time(&self, best: f32, work: &mut impl FnMut(&Self) -> Result<()>) -> Result<f32> {
         let cuda = &self.cublas.cuda;
         // The first call loads the kernel.
         work(self)?;
         // SAFETY: `work` borrows the memory that it uses, and the graph goes before it.
         let step = unsafe { graph::capture(&Stream::from(cuda), || work(self))? };
-        let mut best = f32::INFINITY;
+        let mut shortest = f32::INFINITY;
         for _ in 0..LAUNCHES {
-            best = best.min(graph::milliseconds(cuda, || Ok(step.launch(&())?))?);
+            shortest = shortest.min(graph::cold_milliseconds(cuda, || Ok(step.launch(&())?))?);
+            if shortest > HOPELESS * best {
+                break;
+            }
         }
-        Ok(best)
+        Ok(shortest)
     }
 
     /// What is multiplied.

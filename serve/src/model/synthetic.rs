@@ -25,6 +25,9 @@ use crate::Result;
 /// Shapes by name.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Shape {
+    /// SmolLM2 135M
+    #[value(name = "smollm2-135m")]
+    SmolLm2,
     /// Llama 3 8B
     #[value(name = "llama-8b")]
     Llama8b,
@@ -33,28 +36,68 @@ pub enum Shape {
     Llama70b,
 }
 
+/// In what shapes differ.
+struct Sizes {
+    hidden: usize,
+    inner: usize,
+    layers: usize,
+    heads: Heads,
+    head_dim: usize,
+    vocab: usize,
+    context: usize,
+    theta: f64,
+}
+
 impl Shape {
+    fn sizes(self) -> Sizes {
+        match self {
+            Self::SmolLm2 => Sizes {
+                hidden: 576,
+                inner: 1536,
+                layers: 30,
+                heads: Heads::new(9, 3),
+                head_dim: 64,
+                vocab: 49_152,
+                context: 1 << 13,
+                theta: 1e5,
+            },
+            Self::Llama8b => Sizes {
+                hidden: 4096,
+                inner: 14_336,
+                layers: 32,
+                heads: Heads::new(32, 8),
+                head_dim: 128,
+                vocab: 128_256,
+                context: 1 << 17,
+                theta: 5e5,
+            },
+            Self::Llama70b => Sizes {
+                hidden: 8192,
+                inner: 28_672,
+                layers: 80,
+                heads: Heads::new(64, 8),
+                ..Self::Llama8b.sizes()
+            },
+        }
+    }
+
     pub fn config(self) -> Result<Config> {
-        let [layers, hidden_size, qo, intermediate_size] = match self {
-            Self::Llama8b => [32, 4096, 32, 14_336],
-            Self::Llama70b => [80, 8192, 64, 28_672],
-        };
-        let head_dim = 128;
-        let rope = RopeFrequencies::new(head_dim, 5e5, &RopeScaling::None)?;
+        let Sizes { hidden, inner, layers, heads, head_dim, vocab, context, theta } = self.sizes();
+        let rope = RopeFrequencies::new(head_dim, theta, &RopeScaling::None)?;
         Ok(Config {
             architecture: Architecture::of("llama").ok_or("there is no architecture llama")?,
             dtype: DType::F16,
-            hidden_size,
-            vocab_size: 128_256,
-            context_length: 1 << 17,
+            hidden_size: hidden,
+            vocab_size: vocab,
+            context_length: context,
             rms_eps: 1e-5,
-            heads: Heads::new(qo, 8),
+            heads,
             head_dim,
             attention_scale: (head_dim as f64).sqrt().recip(),
             attention_soft_cap: None,
             layers: vec![LayerConfig { window: None, rope: 0 }; layers],
             ropes: vec![Rope::new(rope)],
-            intermediate_size,
+            intermediate_size: inner,
             activation: Activation::Silu,
             experts: None,
             biases: Biases::default(),

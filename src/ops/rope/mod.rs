@@ -12,6 +12,8 @@
 //! - [`apply_rope_pos_ids_cos_sin_cache`] looks cosines and sines up, in a
 //!   [`CosSinCache`] or the caller's own table. [`RopeFrequencies`] computes
 //!   them in `f64`, for YaRN, too. It is the one for long contexts.
+//! - [`rope_append_paged_kv_cache`] also writes keys and values to a paged cache, from compute
+//!   capability 9.0 on.
 //! - [`rope_quantize`] also rounds to 8-bit floats, and
 //!   [`rope_quantize_append_paged_kv_cache`] writes these to a paged cache.
 //!
@@ -45,12 +47,15 @@
 //! # #[cfg(not(feature = "cudarc"))] fn main() {}
 //! ```
 
+mod append;
 mod checks;
 mod frequencies;
 mod options;
 mod positions;
 mod quantize;
 
+pub(crate) use append::check_rope_append;
+pub use append::rope_append_paged_kv_cache;
 pub(crate) use checks::{check_by_position, check_by_table, check_host_positions, check_ragged};
 pub use frequencies::{CosSinCache, Llama31Scaling, RopeFrequencies, RopeScaling, YarnScaling};
 pub use options::{Llama31RopeOptions, RopeOptions, RopeTensors, Rotation};

@@ -17,10 +17,12 @@ use crate::{
     dtype::DType,
     error::Result,
     indices::{HostSlotMapping, RaggedIndices},
+    kv::PagedKvMut,
     rope::{
         self, Llama31RopeOptions, RopeAppend, RopeOptions, RopeParts, RopePartsMut, RopeQuantizeOptions,
         RopeScaling, RopeTensors, Rotation,
     },
+    tensor::{TensorMut, TensorRef},
 };
 
 /// Element types beside the wide ones.
@@ -114,6 +116,60 @@ pub fn apply_rope_pos_ids_cos_sin_cache(
     })?;
     let turns = Turns::table(check, rotation)?;
     by_position(check, tensors, rotation.pos_ids, &turns)
+}
+
+/// [`rope::rope_append_paged_kv_cache`](crate::rope::rope_append_paged_kv_cache) on the CPU. All rows of the
+/// table may be used; the tensors may also be `f32` or `f64`.
+///
+/// # Errors
+/// As [`apply_rope`].
+pub fn rope_append_paged_kv_cache(
+    q: &mut TensorMut<'_>,
+    [key, value]: [&TensorRef<'_>; 2],
+    rotation: &Rotation<'_, &[i32]>,
+    slots: &HostSlotMapping<'_>,
+    cache: &mut PagedKvMut<'_>,
+) -> Result<()> {
+    let check = HostCheck { op: "reference::rope_append_paged_kv_cache" };
+    slots.check(check.op)?;
+    check.as_kernel(|check| {
+        rope::check_rope_append(check, [&q.raw, &key.raw, &value.raw], rotation, slots, cache)?;
+        rope::check_host_positions(check, rotation)
+    })?;
+    let (turns, tokens) = (Turns::table(check, rotation)?, rotation.pos_ids.len());
+    if tokens != slots.append.len() {
+        return check.fail("append", format!("it is for {} tokens, not {tokens}", slots.append.len()));
+    }
+    let rotary_dim = rotation.cos_sin_cache.shape()[1] as usize;
+    let turned = |name: &'static str, heads: TensorRef<'_>| -> Result<Vec<Vec<f64>>> {
+        let heads = RopeParts::of_heads(heads, rotary_dim)?;
+        let heads = RotaryHeads::new(check, [name; 2], &heads, tokens, &turns)?;
+        let rows = 0..heads.rope.count();
+        Ok(rows.map(|row| heads.turned(row, rotation.pos_ids, &turns, 1.0)).collect())
+    };
+    let [queries, new_keys] = [turned("q", q.as_ref())?, turned("key", *key)?];
+    let layout = cache.layout;
+    let mut keys = check.rows_mut("kv.k", &mut cache.k, &DTYPES, &[4])?;
+    let mut values = check.rows_mut("kv.v", &mut cache.v, &DTYPES, &[4])?;
+    check_dtype(check, "kv.v", &values.rows, &keys.rows)?;
+    check.shape("kv.v", &values.rows, keys.rows.shape())?;
+    let shape = HostCacheShape::new(check, &keys.rows, layout, slots.pages)?;
+    let mut q = check.rows_mut("q", q, &DTYPES, &[3])?;
+    let (key, value) = (check.rows("key", key, &DTYPES, &[3])?, check.rows("value", value, &DTYPES, &[3])?);
+    for (name, new) in [("key", &key), ("value", &value)] {
+        check_dtype(check, name, new, &keys.rows)?;
+        check.shape(name, new, &[tokens as i64, shape.heads as i64, keys.rows.width() as i64])?;
+    }
+    check_dtype(check, "q", &q.rows, &keys.rows)?;
+    queries.iter().enumerate().for_each(|(row, query)| q.write(row, query));
+    for (token, (page, slot)) in places(slots).enumerate() {
+        for head in 0..shape.heads {
+            let (to, from) = (shape.row(page, slot, head), token * shape.heads + head);
+            keys.write(to, &new_keys[from]);
+            values.copy(to, &value, from);
+        }
+    }
+    Ok(())
 }
 
 /// [`rope::rope_quantize`](crate::rope::rope_quantize) on the CPU. Outputs may

@@ -1,18 +1,22 @@
 //! What attention has of new tokens: queries and keys that are turned, and keys and values in
 //! the cache.
 
+use cudarc::driver::CudaStream;
 use flashinfer_rs::{
     TensorMut, TensorRef,
     kv::{BatchTables, PagedKvCache},
     page::append_paged_kv_cache,
     rope::{
         RopeAppend, RopeParts, RopePartsMut, RopeQuantizeOptions, RopeTensors, Rotation,
-        apply_rope_pos_ids_cos_sin_cache, rope_quantize_append_paged_kv_cache,
+        apply_rope_pos_ids_cos_sin_cache, rope_append_paged_kv_cache, rope_quantize_append_paged_kv_cache,
     },
 };
 
-use super::{heads::HeadWidths, network::Network};
-use crate::{Result, model::Config};
+use super::{heads::HeadWidths, network::Network, programmatic};
+use crate::{
+    Result,
+    model::{Config, rope::Rope},
+};
 
 /// Queries, keys and values of new tokens, `[rows, heads, head_dim]` each.
 pub struct NewTokens<'a> {
@@ -24,9 +28,9 @@ pub struct NewTokens<'a> {
 }
 
 impl Network {
-    /// Turns the queries in place, and writes turned keys, and values, to a layer's cache. Keys
-    /// are turned in place, too, unless the cache is of `e4m3`: one kernel turns, rounds and
-    /// writes them then.
+    /// Turns the queries in place, and writes turned keys, and values, to a layer's cache: in one
+    /// kernel where the GPU has it; else keys are turned in place, too. Those of a cache of `e4m3` are
+    /// turned, rounded and written by one kernel.
     pub fn append(
         &self,
         index: usize,
@@ -41,6 +45,16 @@ impl Network {
         let mut cache = cache.layer_mut(index)?;
         let NewTokens { q, k, v, no_queries } = new;
         let Some(no_queries) = no_queries else {
+            if self.appends_at_once {
+                return Ok(rope_append_paged_kv_cache(
+                    stream,
+                    q,
+                    [&k.as_ref(), v],
+                    &rotation,
+                    &slots,
+                    &mut cache,
+                )?);
+            }
             let mut both = RopeTensors::InPlace { q: q.reborrow(), k: k.reborrow() };
             apply_rope_pos_ids_cos_sin_cache(stream, &mut both, &rotation)?;
             return Ok(append_paged_kv_cache(stream, &k.as_ref(), v, &slots, &mut cache)?);
@@ -61,6 +75,12 @@ impl Network {
             &RopeQuantizeOptions::default(),
         )?)
     }
+}
+
+/// Whether queries can be turned, and keys turned and written, by one kernel.
+pub fn appends_at_once(cuda: &CudaStream, config: &Config) -> Result<bool> {
+    let fits = |rope: &Rope| rope.rotary_dim().is_multiple_of(16);
+    Ok(programmatic::is_available(cuda)? && config.ropes.iter().all(fits))
 }
 
 /// Refuses models whose keys the kernel of an `e4m3` cache cannot turn: it does so in parts of a

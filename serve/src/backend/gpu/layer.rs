@@ -18,12 +18,25 @@ use crate::{Result, model::architecture::Activation};
 impl Network {
     /// What attention makes of `x`: in `made` if that is normed, else in `x`.
     pub fn attention(&self, pass: &mut Pass<'_>, index: usize, layer: &Layer) -> Result<()> {
-        let Pass { rows, padded_rows, tables, plans, products, .. } = *pass;
-        let Buffers { x, made, qkv, qk, attention, no_queries, .. } = &mut *pass.buffers;
-        let (stream, heads) = (&self.stream, self.config.heads);
+        let Pass { padded_rows, products, .. } = *pass;
+        let Buffers { x, qkv, .. } = &mut *pass.buffers;
         let mut qkv = qkv.rows_mut(padded_rows)?;
         pass.multiplier.run(&products.qkv, &mut qkv, &x.rows(padded_rows)?, &layer.qkv.view())?;
-        let (mut q, kv) = qkv.narrow(0, 0, rows)?.split_at(1, heads.num_qo_heads)?;
+        self.attend(pass, index, layer)?;
+        let Buffers { x, made, attention, .. } = &mut *pass.buffers;
+        let mut out = made.as_mut().unwrap_or(x).rows_mut(padded_rows)?;
+        let attention = attention.rows(padded_rows)?;
+        let weight = layer.attention_output.view();
+        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)?;
+        self.sum(&mut out.narrow(0, 0, pass.rows)?)
+    }
+
+    /// Attention of the queries, keys and values in `qkv`.
+    pub fn attend(&self, pass: &mut Pass<'_>, index: usize, layer: &Layer) -> Result<()> {
+        let Pass { rows, tables, plans, .. } = *pass;
+        let Buffers { qkv, qk, attention, no_queries, .. } = &mut *pass.buffers;
+        let (stream, heads) = (&self.stream, self.config.heads);
+        let (mut q, kv) = qkv.rows_mut(rows)?.split_at(1, heads.num_qo_heads)?;
         let (mut k, v) = kv.split_at(1, heads.num_kv_heads)?;
         if let (Some(qk), Some([q_norm, k_norm])) = (qk, &layer.qk_norm) {
             let options = self.widths.norm_options(self.config.rms_eps);
@@ -35,13 +48,8 @@ impl Network {
         let no_queries = no_queries.as_mut().map(|none| none.view_mut().narrow(0, 0, rows)).transpose()?;
         let mut new = NewTokens { q, k, v: v.as_ref(), no_queries };
         self.append(index, tables, pass.cache, &mut new)?;
-        let q = new.q.as_ref();
-        plans.run(index, &q, &pass.cache.layer(index)?, &mut attention.rows_mut(rows)?)?;
-        let mut out = made.as_mut().unwrap_or(x).rows_mut(padded_rows)?;
-        let attention = attention.rows(padded_rows)?;
-        let weight = layer.attention_output.view();
-        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)?;
-        self.sum(&mut out.narrow(0, 0, rows)?)
+        let (q, cache) = (new.q.as_ref(), pass.cache.layer(index)?);
+        Ok(plans.run(index, &q, &cache, &mut attention.rows_mut(rows)?)?)
     }
 
     /// What the MLP, or experts, make of `x`: in `made` if that is normed, else in `x`.

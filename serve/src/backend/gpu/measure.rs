@@ -6,10 +6,13 @@ use std::{sync::Arc, time::Duration};
 use cudarc::driver::{CudaEvent, CudaStream, sys::CUevent_flags};
 
 use super::{
-    Gpu,
+    Breakdown, Gpu,
     buckets::{Bucket, Launched},
 };
-use crate::{Result, backend::graph};
+use crate::{
+    Result,
+    backend::{Backend, Step, graph},
+};
 
 /// When a graph began and ended.
 pub struct GraphTime {
@@ -39,6 +42,17 @@ impl Gpu {
         let times = self.graph_times.take().unwrap_or_default();
         let gap = |pair: &[GraphTime]| Ok(f64::from(pair[0].ended.elapsed_ms(&pair[1].began)?) * 1e3);
         times.windows(2).map(gap).collect()
+    }
+
+    /// Takes a step of one token for each request, whose graph is captured anew, and says what its
+    /// kernels cost.
+    pub fn break_down(&mut self, step: &Step<'_>) -> Result<Breakdown> {
+        self.forget_graphs();
+        self.breaks_down = true;
+        let taken = self.step(step);
+        self.breaks_down = false;
+        taken?;
+        self.breakdown.take().ok_or_else(|| "the step was not one of single tokens".into())
     }
 
     /// The stream that everything is enqueued on.

@@ -16,23 +16,26 @@
 //! | file | its job |
 //! |---|---|
 //! | `weights`, `heads` | the model's weights, and heads of any width |
-//! | `buffers`, `products`, `multiplier` | what steps compute in, their products, and by what |
+//! | `buffers`, `products`, `multiplier`, `choices` | what steps compute in, their products, by what, and what was the fastest |
 //! | `quantize`, `few_rows`, `programmatic` | 8-bit numbers, products of few rows, and launches that overlap |
-//! | `network`, `layer` | what a step enqueues |
+//! | `network`, `layer`, `fused` | what a step enqueues |
 //! | `steps`, `buckets`, `capture` | the course of a step, the graphs that are kept, and early ones |
 //! | `append`, `attention`, `split` | what the cache gets, and plans |
 //! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
 //! | `sampler`, `ring` | the choice of tokens, and their way to the host |
 //! | `ranks` | sums and logits of several GPUs |
-//! | `measure` | how long things take |
+//! | `measure`, `breakdown` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
 mod append;
 mod attention;
+mod breakdown;
 mod buckets;
 mod buffers;
 mod capture;
+mod choices;
 mod few_rows;
+mod fused;
 mod half;
 mod heads;
 pub(super) mod kernels;
@@ -69,7 +72,7 @@ use flashinfer_rs::{
 };
 
 use self::{
-    append::check_quantized_keys,
+    append::{appends_at_once, check_quantized_keys},
     attention::Attention,
     buckets::{Bucket, Launched},
     buffers::{Buffers, Outputs},
@@ -84,7 +87,7 @@ use self::{
     ring::Ring,
     weights::Weights,
 };
-pub use self::{capture::capture_graphs, heads::HeadWidths};
+pub use self::{breakdown::Breakdown, capture::capture_graphs, heads::HeadWidths};
 use crate::{
     Result,
     backend::{
@@ -124,6 +127,10 @@ pub struct Gpu {
     launched: Option<Launched>,
     /// The times of graphs, if they are taken.
     graph_times: Option<Vec<GraphTime>>,
+    /// Whether what is captured is broken down.
+    breaks_down: bool,
+    /// What the last captured step's kernels cost, if it was broken down.
+    breakdown: Option<Breakdown>,
     /// Whether steps may be graphs.
     graphs: bool,
     /// How algorithms of products are chosen.
@@ -254,6 +261,7 @@ impl Gpu {
             widths,
             weights: Weights::new(&stream, config, widths, multiplier.quantizer(), &ends, layers)?,
             ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
+            appends_at_once: appends_at_once(&cuda, config)?,
             kernels: Kernels::new(&cuda, config.dtype)?,
             ranks,
             config: config.clone(),
@@ -273,6 +281,8 @@ impl Gpu {
             cublas,
             launched: None,
             graph_times: None,
+            breaks_down: false,
+            breakdown: None,
             graphs: true,
             choice,
             enqueued: Duration::ZERO,

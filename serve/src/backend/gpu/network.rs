@@ -33,6 +33,8 @@ pub struct Network {
     pub weights: Weights,
     /// The rotary embeddings that layers choose from.
     pub ropes: Vec<CosSinCache>,
+    /// Whether [one kernel](super::append::appends_at_once) turns and appends.
+    pub appends_at_once: bool,
     pub kernels: Kernels,
     /// The other ranks, if this is one of several.
     pub ranks: Option<Ranks>,
@@ -91,6 +93,10 @@ impl Network {
         let first_token = self.weights.vocab.tokens.start;
         self.kernels.embed(&mut embedded, &table, first_token, pass.tokens, &chosen, scale)?;
         self.sum(&mut embedded)?;
+        // Sums over ranks lie between a product and what it is added to.
+        if pass.products.fused && self.ranks.is_none() {
+            return self.fused_layers(pass);
+        }
         let first = self.weights.layers.first().map_or(&self.weights.norm, |layer| &layer.attention_norm);
         let (mut x, residual) = (x.rows_mut(pass.rows)?, residual.rows(pass.rows)?);
         rmsnorm(&self.stream, &mut x, &residual, &first.view(), &self.residual_norm())?;
@@ -137,7 +143,7 @@ impl Network {
     }
 
     /// Of norms of the residual.
-    fn residual_norm(&self) -> NormOptions {
+    pub fn residual_norm(&self) -> NormOptions {
         let scale = f64::from(RESIDUAL_SCALE);
         NormOptions::with_eps(self.config.rms_eps * scale * scale)
     }

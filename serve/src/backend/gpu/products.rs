@@ -26,6 +26,9 @@ pub struct Products {
     pub gate_up: StepProduct,
     pub down: StepProduct,
     pub shared: Option<SharedProducts>,
+    /// Whether norms, activations and sums of layers are parts of their products.
+    pub fused: bool,
+    tuned: bool,
 }
 
 /// Those of an expert that every token has.
@@ -77,6 +80,8 @@ impl Products {
             gate_up: product(hidden, 2 * inner, 1.0, bias(biases.gate_up))?,
             down: product(inner, hidden, down_factor, bias(biases.down))?,
             shared: shared.transpose()?,
+            fused: false,
+            tuned: false,
         })
     }
 
@@ -87,6 +92,9 @@ impl Products {
         buffers: &mut Buffers,
         multiplier: &mut Multiplier,
     ) -> Result<()> {
+        if self.tuned {
+            return Ok(());
+        }
         let Buffers { x, qkv, attention, gate_up, inner, routing, shared, .. } = buffers;
         let (rows, layers) = (self.rows, weights.layers.iter());
         let of_experts = rows * (gate_up.view().shape()[0] / x.view().shape()[0]) as usize;
@@ -109,7 +117,17 @@ impl Products {
             let of = all.map(|shared| shared.down.view());
             products.down.tune(multiplier, x.rows_mut(rows)?, &inner.rows(rows)?, of)?;
         }
+        multiplier.save_choices();
+        self.tuned = true;
+        self.fused = weights.have_plain_layers() && self.gains_when_fused();
         Ok(())
+    }
+
+    /// Whether the kernels that products can be fused with others by are no slower in all.
+    fn gains_when_fused(&self) -> bool {
+        let products = [&self.qkv, &self.attention_output, &self.gate_up, &self.down];
+        let gain = products.into_iter().map(StepProduct::gain).sum::<Option<f32>>();
+        gain.is_some_and(|gain| gain >= 0.0)
     }
 }
 
@@ -151,6 +169,8 @@ impl HeadProduct {
         let (_, logits) = outputs.product_mut();
         let logits = logits.view_mut().narrow(0, 0, self.rows)?;
         let x = buffers.x.rows(self.rows)?;
-        self.product.tune(multiplier, logits, &x, iter::once(weights.head()))
+        self.product.tune(multiplier, logits, &x, iter::once(weights.head()))?;
+        multiplier.save_choices();
+        Ok(())
     }
 }

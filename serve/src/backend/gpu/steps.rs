@@ -7,6 +7,7 @@ use flashinfer_rs::gpu::Tensor;
 use super::{
     Gpu,
     attention::Attention,
+    breakdown::Breakdown,
     buckets::{Bucket, Graph, Launched},
     lanes::{LANES, Lane},
     measure::GraphTime,
@@ -117,6 +118,7 @@ impl Gpu {
             ..
         } = self;
         let (cuda, graph_times, graphs) = (&self.cuda, &mut self.graph_times, self.graphs);
+        let breakdown = self.breaks_down.then_some(&mut self.breakdown);
         let Bucket { greedy, sampled: sampling, products: Some(products), head: Some(head) } =
             &mut buckets[bucket]
         else {
@@ -168,6 +170,11 @@ impl Gpu {
         };
         // This step runs without a graph, which loads all kernels.
         run()?;
+        if let Some(breakdown) = breakdown {
+            // SAFETY: as below; no kernel here takes an address, or the end of a loop, from numbers that
+            // another one computes without looking at its bounds.
+            *breakdown = Some(unsafe { Breakdown::of(cuda, &mut run)? });
+        }
         if let Some(keys) = keys {
             // SAFETY: what is not the crate's works on weights, buffers, outputs, and tokens and
             // samplers of lanes of `self`, which are dropped, or replaced, after the graphs.

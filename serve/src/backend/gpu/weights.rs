@@ -126,6 +126,15 @@ impl Weights {
         Ok(Self { dtype, layers, norm, vocab, embedding, head, bytes })
     }
 
+    /// Whether layers have one MLP each, and add what they make to the residual as it is.
+    pub fn have_plain_layers(&self) -> bool {
+        let is_plain = |layer: &Layer| {
+            let post_norms = [&layer.attention_post_norm, &layer.mlp_post_norm];
+            layer.router.is_none() && post_norms.iter().all(|norm| norm.is_none())
+        };
+        self.layers.iter().all(is_plain)
+    }
+
     /// What logits are made with.
     pub fn head(&self) -> Weight<'_> {
         Weight { matrix: self.head.as_ref().unwrap_or(&self.embedding).view().into(), bias: None }

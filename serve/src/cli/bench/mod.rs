@@ -1,5 +1,8 @@
 //! `flashinfer bench MODEL`: how fast a model is.
 
+mod kernels;
+mod prompts;
+mod source;
 mod steps;
 mod throughput;
 
@@ -13,6 +16,9 @@ use crate::{
     hub::{Hub, ModelName},
     model::{Model, synthetic::Shape},
 };
+use prompts::Prompts;
+use source::Source;
+use steps::Steps;
 use throughput::Test;
 
 /// Measure how fast prompts are read and tokens generated
@@ -51,8 +57,17 @@ pub struct Args {
     /// Measure single decode steps on the GPU instead, of so many requests
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     steps: Vec<NonZeroUsize>,
-    /// With `--steps`: a model of this shape with random weights
-    #[arg(long, requires = "steps", conflicts_with = "model")]
+    /// Measure prompts of so many tokens on the GPU instead, alone and beside answers that go on
+    #[arg(long, value_delimiter = ',', value_name = "N,…", conflicts_with = "steps")]
+    prompts: Vec<NonZeroUsize>,
+    /// With `--prompts`: the most tokens of a step
+    #[arg(long, requires = "prompts", value_name = "N", default_value = "2048")]
+    step_tokens: NonZeroUsize,
+    /// With `--steps`: what the kernels of each step cost, too
+    #[arg(long, requires = "steps", conflicts_with = "tensor_parallel")]
+    kernels: bool,
+    /// With `--steps` or `--prompts`: a model of this shape with random weights
+    #[arg(long, conflicts_with = "model")]
     shape: Option<Shape>,
     /// With `--steps`: so many GPUs compute the model together, as of `serve`
     #[arg(long, requires = "steps", value_name = "N")]
@@ -65,23 +80,30 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let PrecisionArgs { weights, kv } = args.precision;
-    let parallel = match args.steps.is_empty() {
-        true => None,
-        false => Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?,
-    };
-    let ordinal = parallel.as_ref().map_or(0, Parallel::local_rank);
-    let gpu = GpuOptions { ordinal, deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
-    let steps = |source| steps::run(source, parallel.as_ref(), &args.steps, args.context.get(), gpu);
-    if let Some(shape) = args.shape {
-        return steps(steps::Source::Shape(shape));
-    }
-    let name = args.model.as_ref().ok_or("there is no model to measure")?;
     let hub = Hub::from_env()?;
-    let files = hub.locate(name)?;
+    let locate = || -> Result<_> {
+        let name = args.model.as_ref().ok_or("there is no model to measure")?;
+        Ok((name, hub.locate(name)?))
+    };
+    let source = || -> Result<_> {
+        Ok(match args.shape {
+            Some(shape) => Source::Shape(shape),
+            None => Source::Model(Box::new(Model::open_files(&locate()?.1)?)),
+        })
+    };
+    let gpu = GpuOptions { deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
     if !args.steps.is_empty() {
-        let model = Model::open_files(&files)?;
-        return steps(steps::Source::Model(Box::new(model)));
+        let parallel = Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?;
+        let ordinal = parallel.as_ref().map_or(0, Parallel::local_rank);
+        let Args { steps, context, kernels, .. } = args;
+        let steps = Steps { requests: steps, context: context.get(), kernels: *kernels };
+        return steps.run(source()?, parallel.as_ref(), GpuOptions { ordinal, ..gpu });
     }
+    if !args.prompts.is_empty() {
+        let step_tokens = args.step_tokens.get();
+        return Prompts { tokens: &args.prompts, step_tokens }.run(source()?, gpu);
+    }
+    let (name, files) = locate()?;
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;
     let options = LlmOptions {

@@ -8,140 +8,108 @@ use flashinfer_rs::{
     kv::{Batch, PageAllocator, Sequence},
 };
 
+use super::{kernels, source::Source};
 use crate::{
     Result,
     backend::{
         Backend, Output, Step, StepToken,
-        device::{load_gpu, say_failed},
+        device::say_failed,
         gpu::{Gpu, GpuOptions},
         graph,
     },
     group::{Group, Parallel, Settings, end_process},
-    model::{
-        Config, Model,
-        shard::{Rank, Shard},
-        synthetic::{self, Shape},
-    },
+    model::{Config, shard::Rank},
     request::Finish,
 };
 
 /// Tokens of a page of the KV cache.
-const PAGE_SIZE: usize = 16;
+pub const PAGE_SIZE: usize = 16;
 const WARM_UP: usize = 10;
 const STEPS: usize = 100;
 /// Bytes that an H200 reads from its memory in a second.
 const BANDWIDTH: f64 = 4.8e12;
 
-/// Measures steps of a model that answers so many requests at a time, each with so many tokens
-/// before the first step. The most tokens of a step are those that are measured, whatever the
-/// options say.
-///
-/// # Errors
-/// There is no GPU that can be used, or the model does not fit it.
-pub fn run(
-    model: Source,
-    parallel: Option<&Parallel>,
-    batches: &[NonZeroUsize],
-    context: usize,
-    options: GpuOptions,
-) -> Result<()> {
-    let rank = parallel.map_or(Rank::ALONE, Parallel::rank);
-    let what = [
-        ("the model".to_owned(), model.digest()?),
-        ("--steps".to_owned(), format!("{batches:?}")),
-        ("--context".to_owned(), context.to_string()),
-        ("options".to_owned(), format!("{:?}", GpuOptions { ordinal: 0, ..options })),
-    ];
-    let met = parallel.map(|parallel| parallel.meet(Settings::from(what), end_process)).transpose()?;
-    let group = met.as_ref().map(|(group, _)| group);
-    let measured = measure(model, rank, group, batches, context, options);
-    match group {
-        Some(group) => {
-            measured.inspect_err(|error| say_failed(Some(group), error)).and_then(|()| group.end())
+/// What is measured of a model.
+pub struct Steps<'a> {
+    /// How many requests it answers at a time: a row of the table for each.
+    pub requests: &'a [NonZeroUsize],
+    /// Tokens of each request before the first step.
+    pub context: usize,
+    /// Whether it is said what the kernels of a step cost.
+    pub kernels: bool,
+}
+
+impl Steps<'_> {
+    /// Prints a table. The most tokens of a step are those that are measured, whatever the options
+    /// say. All ranks take the same steps, each by itself, and each prints its table, of which rank 0's
+    /// is seen.
+    ///
+    /// # Errors
+    /// There is no GPU that can be used, or the model does not fit it.
+    pub fn run(&self, source: Source, parallel: Option<&Parallel>, options: GpuOptions) -> Result<()> {
+        let rank = parallel.map_or(Rank::ALONE, Parallel::rank);
+        if self.kernels && rank.size > 1 {
+            // Ranks would wait for sums that another one leaves out.
+            return Err(
+                "what kernels cost is measured on one GPU; leave --kernels or --tensor-parallel out".into()
+            );
         }
-        None => measured,
+        let Some(parallel) = parallel else { return self.measure(source, rank, None, options) };
+        let settings = self.settings(&source, options)?;
+        let (group, _launched) = parallel.meet(settings, end_process)?;
+        let measured = self.measure(source, rank, Some(&group), options);
+        measured.inspect_err(|error| say_failed(Some(&group), error)).and_then(|()| group.end())
     }
-}
 
-fn measure(
-    model: Source,
-    rank: Rank,
-    group: Option<&Arc<Group>>,
-    batches: &[NonZeroUsize],
-    context: usize,
-    options: GpuOptions,
-) -> Result<()> {
-    let options = |max_tokens| GpuOptions { max_tokens, ..options };
-    match model {
-        Source::Shape(shape) => {
-            let whole = shape.config()?;
-            let shard = Shard::of(&whole, rank)?;
-            let config = shard.even_config(&whole);
-            table(&config, rank, batches, context, |pool, most| {
-                let (ends, layers) = synthetic::weights(&shard.config(&whole), shard.vocab.clone())?;
-                Gpu::of_rank(&config, ends, layers, pool, options(most), group.map(|group| &**group))
-            })
-        }
-        Source::Model(model) => {
-            let model = model.divide(rank)?;
-            let config = model.even_config();
-            table(&config, rank, batches, context, |pool, most| load_gpu(&model, pool, options(most), group))
-        }
+    /// What all ranks measure.
+    fn settings(&self, source: &Source, options: GpuOptions) -> Result<Settings> {
+        Ok(Settings::from([
+            ("the model".into(), source.digest()?),
+            ("--steps".into(), format!("{:?}", self.requests)),
+            ("--context".into(), self.context.to_string()),
+            ("--weights, --kv, --deterministic".into(), format!("{:?}", GpuOptions { ordinal: 0, ..options })),
+        ]))
     }
-}
 
-/// What is measured.
-pub enum Source {
-    /// A model.
-    Model(Box<Model>),
-    /// Random weights of a shape.
-    Shape(Shape),
-}
-
-impl Source {
-    /// What tells it from others.
-    fn digest(&self) -> Result<String> {
-        match self {
-            Self::Model(model) => Ok(model.digest()),
-            Self::Shape(shape) => Ok(format!("{:?}", shape.config()?)),
-        }
-    }
-}
-
-/// Prints a table with a row for each number of requests. `load` makes the engine,
-/// for a pool and the most tokens of a step. All ranks take the same steps, each by itself, and each
-/// prints its table, of which rank 0's is seen.
-fn table(
-    config: &Config,
-    rank: Rank,
-    batches: &[NonZeroUsize],
-    context: usize,
-    load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
-) -> Result<()> {
-    let most = batches.iter().max().map_or(1, |batch| batch.get());
-    let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
-    // One more for requests that fill up a graph.
-    let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
-    let mut gpu = load(&pool, most)?;
-    let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
-    let ranks = if rank.size > 1 { format!("one of {} times ", rank.size) } else { String::new() };
-    println!("{ranks}{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
-    println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
-    println!("the floor is that, and a graph of as many kernels that do nothing");
-    println!("step: each is enqueued while the one before is computed, as in the engine; waiting: when that");
-    println!(
-        "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with drawn ones"
-    );
-    println!("host: what of a step the host takes to enqueue it; eager: without graphs");
-    println!(
-        "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
+    fn measure(
+        &self,
+        source: Source,
+        rank: Rank,
+        group: Option<&Arc<Group>>,
+        options: GpuOptions,
+    ) -> Result<()> {
+        let (batches, context, part) = (self.requests, self.context, source.divide(rank)?);
+        let config = part.config.clone();
+        let most = batches.iter().max().map_or(1, |batch| batch.get());
+        let pages = (context + WARM_UP + STEPS).div_ceil(PAGE_SIZE);
+        // One more for requests that fill up a graph.
+        let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
+        let mut gpu = part.load(&pool, GpuOptions { max_tokens: most, ..options }, group)?;
+        let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
+        let ranks = if rank.size > 1 { format!("one of {} times ", rank.size) } else { String::new() };
+        println!("{ranks}{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
+        println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
+        println!("the floor is that, and a graph of as many kernels that do nothing");
+        println!(
+            "step: each is enqueued while the one before is computed, as in the engine; waiting: when that"
+        );
+        println!(
+            "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with drawn ones"
+        );
+        println!("host: what of a step the host takes to enqueue it; eager: without graphs");
+        println!(
+            "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
          | tokens/s | kernels | per layer | attention ms | of graph | all-reduce ms | eager ms | eager host ms |"
-    );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
-    for batch in batches {
-        row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
+        );
+        println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+        for batch in batches {
+            row(&config, &mut gpu, &pool, (batch.get(), context), floor)?;
+        }
+        if !self.kernels {
+            return Ok(());
+        }
+        batches.iter().try_for_each(|batch| kernels::table(&mut gpu, &pool, batch.get(), context))
     }
-    Ok(())
 }
 
 fn row(
@@ -276,7 +244,7 @@ fn idle(cuda: &Arc<CudaStream>, kernels: usize) -> Result<f64> {
     Ok(time)
 }
 
-fn median(mut times: Vec<f64>) -> f64 {
+pub fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
 }
