@@ -81,7 +81,9 @@ impl CudaLibrary {
         // SAFETY: as the caller says; the library is never closed.
         match unsafe { self.library.get::<F>(symbol) } {
             Ok(function) => Ok(*function),
-            Err(_) => Err(FlashInferError::MissingSymbol { library: self.name.clone(), symbol: symbol.into() }),
+            Err(_) => {
+                Err(FlashInferError::MissingSymbol { library: self.name.clone(), symbol: symbol.into() })
+            }
         }
     }
 }

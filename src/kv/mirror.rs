@@ -13,9 +13,9 @@ const OP: &str = "BatchMirror";
 
 /// A batch in plain numbers, with what is to be done before its step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BatchLayout {
+pub struct BatchSnapshot {
     /// By request.
-    pub requests: Vec<RequestLayout>,
+    pub requests: Vec<RequestSnapshot>,
     /// The copies of pages that are to be made, in order.
     pub copies: Vec<PageCopy>,
     /// A page that nobody owns, to which requests that fill up a graph are written; `None` if
@@ -25,7 +25,7 @@ pub struct BatchLayout {
 
 /// A request in plain numbers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RequestLayout {
+pub struct RequestSnapshot {
     /// The pages of all its tokens.
     pub pages: Vec<i32>,
     /// Its tokens, the new ones included.
@@ -37,14 +37,12 @@ pub struct RequestLayout {
 impl Batch {
     /// What this batch is, for a [`BatchMirror`] of a pool of as many pages. To be taken before the
     /// copies of pages are made that the step needs.
-    pub fn layout(&self) -> BatchLayout {
+    pub fn snapshot(&self) -> BatchSnapshot {
         let new_tokens = self.queries().indptr().windows(2).map(|pair| (pair[1] - pair[0]) as usize);
-        let requests = self.sequences().iter().zip(new_tokens).map(|(sequence, new_tokens)| RequestLayout {
-            pages: sequence.pages().to_vec(),
-            len: sequence.len(),
-            new_tokens,
+        let requests = self.sequences().iter().zip(new_tokens).map(|(sequence, new_tokens)| {
+            RequestSnapshot { pages: sequence.pages().to_vec(), len: sequence.len(), new_tokens }
         });
-        BatchLayout {
+        BatchSnapshot {
             requests: requests.collect(),
             copies: self.allocator().copies(),
             free_page: self.allocator().next_free_page(),
@@ -76,41 +74,43 @@ impl BatchMirror {
         Ok(Self { batch: Batch::new(allocator), held })
     }
 
-    /// Becomes the batch that a layout is of.
+    /// Becomes the batch that a snapshot is of.
     ///
     /// # Errors
     /// A page is not in the pool, or the free one is in use; a request has not as many pages as its
     /// tokens need, or fewer tokens than new ones; or the batch would have 2³¹ token slots or more.
     /// There are no requests then.
-    pub fn update(&mut self, layout: &BatchLayout) -> Result<&Batch> {
+    pub fn update(&mut self, snapshot: &BatchSnapshot) -> Result<&Batch> {
         let allocator = self.batch.allocator().clone();
         self.batch = Batch::new(&allocator);
-        check(&allocator, layout)?;
+        check(&allocator, snapshot)?;
         allocator.set_copies(&[]);
-        self.held.hold_all_but(layout.free_page);
-        allocator.set_copies(&layout.copies);
-        for RequestLayout { pages, len, .. } in &layout.requests {
+        self.held.hold_all_but(snapshot.free_page);
+        allocator.set_copies(&snapshot.copies);
+        for RequestSnapshot { pages, len, .. } in &snapshot.requests {
             self.batch.push(Sequence::of_pages(Pages::shared(&allocator, pages), *len))?;
         }
-        self.batch.set_new_tokens(layout.requests.iter().map(|request| request.new_tokens));
+        self.batch.set_new_tokens(snapshot.requests.iter().map(|request| request.new_tokens));
         Ok(&self.batch)
     }
 }
 
-fn check(allocator: &PageAllocator, layout: &BatchLayout) -> Result<()> {
+fn check(allocator: &PageAllocator, snapshot: &BatchSnapshot) -> Result<()> {
     let (num_pages, page_size) = (allocator.num_pages(), allocator.page_size());
     let exists = |page: i32| usize::try_from(page).is_ok_and(|page| page < num_pages);
-    let invalid = |problem: String| Err(FlashInferError::invalid(OP, "layout", problem));
-    if let Some(page) = layout.free_page.filter(|&page| !exists(page)) {
+    let invalid = |problem: String| Err(FlashInferError::invalid(OP, "snapshot", problem));
+    if let Some(page) = snapshot.free_page.filter(|&page| !exists(page)) {
         return invalid(format!("its free page is {page}; the pool has {num_pages}"));
     }
-    let usable = |page: i32| exists(page) && layout.free_page != Some(page);
-    for PageCopy { source, target } in &layout.copies {
+    let usable = |page: i32| exists(page) && snapshot.free_page != Some(page);
+    for PageCopy { source, target } in &snapshot.copies {
         if !usable(*source) || !usable(*target) || source == target {
-            return invalid(format!("a copy of page {source} to {target}; expected two of {num_pages} in use"));
+            return invalid(format!(
+                "a copy of page {source} to {target}; expected two of {num_pages} in use"
+            ));
         }
     }
-    for (request, RequestLayout { pages, len, new_tokens }) in layout.requests.iter().enumerate() {
+    for (request, RequestSnapshot { pages, len, new_tokens }) in snapshot.requests.iter().enumerate() {
         if let Some(page) = pages.iter().find(|&&page| !usable(page)) {
             return invalid(format!("request {request} has page {page}; expected one of {num_pages} in use"));
         }
@@ -136,7 +136,7 @@ mod tests {
     }
 
     fn check_equal(batch: &Batch, mirror: &mut BatchMirror) {
-        let mirrored = mirror.update(&batch.layout()).unwrap();
+        let mirrored = mirror.update(&batch.snapshot()).unwrap();
         let arrays = |batch: &Batch| {
             let pages = batch.pages();
             let lens = (0..batch.len()).map(|request| pages.seq_len(request)).collect::<Vec<_>>();
@@ -200,43 +200,44 @@ mod tests {
         let fork = batch.sequences()[0].fork();
         batch.push(fork).unwrap();
         batch.append([1, 1]).unwrap();
-        let layout = batch.layout();
-        assert_eq!(layout.copies.len(), 1);
+        let snapshot = batch.snapshot();
+        assert_eq!(snapshot.copies.len(), 1);
         // As after a step that failed before its copies were made.
-        mirror.update(&layout).unwrap();
-        assert_eq!(mirror.update(&layout).unwrap().allocator().pending_copies(), 1);
+        mirror.update(&snapshot).unwrap();
+        assert_eq!(mirror.update(&snapshot).unwrap().allocator().pending_copies(), 1);
         check_equal(&batch, &mut mirror);
-        assert_eq!(mirror.update(&batch.layout()).unwrap().allocator().pending_copies(), 0);
+        assert_eq!(mirror.update(&batch.snapshot()).unwrap().allocator().pending_copies(), 0);
     }
 
     #[test]
     fn what_is_no_batch_is_refused() {
         let (_, mut mirror) = pair(4);
         let request =
-            |pages: &[i32], len, new_tokens| RequestLayout { pages: pages.to_vec(), len, new_tokens };
-        let layout = |request| BatchLayout { requests: vec![request], free_page: Some(3), copies: Vec::new() };
-        mirror.update(&layout(request(&[0, 2], 5, 1))).unwrap();
+            |pages: &[i32], len, new_tokens| RequestSnapshot { pages: pages.to_vec(), len, new_tokens };
+        let snapshot =
+            |request| BatchSnapshot { requests: vec![request], free_page: Some(3), copies: Vec::new() };
+        mirror.update(&snapshot(request(&[0, 2], 5, 1))).unwrap();
         let copy = |source, target| {
             let copies = vec![PageCopy { source, target }];
-            BatchLayout { copies, ..layout(request(&[0], 1, 1)) }
+            BatchSnapshot { copies, ..snapshot(request(&[0], 1, 1)) }
         };
         let wrong = [
-            (layout(request(&[4], 1, 1)), "request 0 has page 4"),
-            (layout(request(&[-1], 1, 1)), "request 0 has page -1"),
-            (layout(request(&[3], 1, 1)), "request 0 has page 3"),
-            (layout(request(&[0], 5, 1)), "1 pages for 5 tokens, 1 of them new; expected 2 pages"),
-            (layout(request(&[0], 1, 2)), "1 tokens, 2 of them new"),
-            (layout(request(&[0], usize::MAX, 1)), "expected"),
+            (snapshot(request(&[4], 1, 1)), "request 0 has page 4"),
+            (snapshot(request(&[-1], 1, 1)), "request 0 has page -1"),
+            (snapshot(request(&[3], 1, 1)), "request 0 has page 3"),
+            (snapshot(request(&[0], 5, 1)), "1 pages for 5 tokens, 1 of them new; expected 2 pages"),
+            (snapshot(request(&[0], 1, 2)), "1 tokens, 2 of them new"),
+            (snapshot(request(&[0], usize::MAX, 1)), "expected"),
             (copy(0, 4), "a copy of page 0 to 4"),
             (copy(3, 1), "a copy of page 3 to 1"),
             (copy(1, 1), "a copy of page 1 to 1"),
-            (BatchLayout { free_page: Some(9), ..BatchLayout::default() }, "its free page is 9"),
+            (BatchSnapshot { free_page: Some(9), ..BatchSnapshot::default() }, "its free page is 9"),
         ];
-        for (layout, problem) in wrong {
-            let error = mirror.update(&layout).unwrap_err().to_string();
+        for (snapshot, problem) in wrong {
+            let error = mirror.update(&snapshot).unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");
         }
-        mirror.update(&layout(request(&[0, 1, 2], 12, 12))).unwrap();
+        mirror.update(&snapshot(request(&[0, 1, 2], 12, 12))).unwrap();
         let used = PageAllocator::new(2, 4).unwrap();
         let mut sequence = Sequence::new(&used);
         sequence.append(1).unwrap();

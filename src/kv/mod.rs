@@ -101,7 +101,7 @@ mod shape;
 pub use batch::{Batch, BatchCapacity, BatchTables};
 pub use cache::{KvLayer, PagedKvCache};
 pub use layout::{KvLayout, MlaCache, MlaCacheMut, PagedKv, PagedKvMut};
-pub use mirror::{BatchLayout, BatchMirror, RequestLayout};
+pub use mirror::{BatchMirror, BatchSnapshot, RequestSnapshot};
 pub use pages::{PageAllocator, PageCopy};
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;

@@ -19,8 +19,8 @@ pub fn follow(local: &mut dyn Backend, pool: &PageAllocator, group: &Group) -> R
     loop {
         let outcome = match group.receive()?.1 {
             Command::Enqueue(step) => {
-                let (layout, outputs) = (step.layout(), step.outputs());
-                let enqueued = mirror.update(&layout).map_err(Into::into).and_then(|batch| {
+                let (snapshot, outputs) = (step.snapshot(), step.outputs());
+                let enqueued = mirror.update(&snapshot).map_err(Into::into).and_then(|batch| {
                     local.enqueue(&Step { batch, tokens: step.tokens(), outputs: &outputs })
                 });
                 Outcome::of(&enqueued, |()| Outcome::Enqueued)

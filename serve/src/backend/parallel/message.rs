@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use flashinfer_rs::{
     indices::LogitEdit,
-    kv::{BatchLayout, PageCopy, RequestLayout},
+    kv::{BatchSnapshot, PageCopy, RequestSnapshot},
 };
 use serde::{Deserialize, Serialize};
 use toktrie::SimpleVob;
@@ -85,7 +85,7 @@ type Bits = (usize, Vec<u32>);
 
 impl StepMessage {
     pub fn new(step: &Step<'_>) -> Self {
-        let BatchLayout { requests, copies, free_page } = step.batch.layout();
+        let BatchSnapshot { requests, copies, free_page } = step.batch.snapshot();
         let requests = requests.into_iter().map(|request| (request.pages, request.len, request.new_tokens));
         Self {
             requests: requests.collect(),
@@ -97,13 +97,13 @@ impl StepMessage {
     }
 
     /// What it says of pages.
-    pub fn layout(&self) -> BatchLayout {
-        let request = |(pages, len, new_tokens): &(Vec<i32>, usize, usize)| RequestLayout {
+    pub fn snapshot(&self) -> BatchSnapshot {
+        let request = |(pages, len, new_tokens): &(Vec<i32>, usize, usize)| RequestSnapshot {
             pages: pages.clone(),
             len: *len,
             new_tokens: *new_tokens,
         };
-        BatchLayout {
+        BatchSnapshot {
             requests: self.requests.iter().map(request).collect(),
             copies: self.copies.iter().map(|&(source, target)| PageCopy { source, target }).collect(),
             free_page: self.free_page,
@@ -199,8 +199,8 @@ mod tests {
         let Ok(Command::Enqueue(message)) = postcard::from_bytes(&bytes) else {
             panic!("it is a step");
         };
-        assert_eq!(message.layout(), batch.layout());
-        assert_eq!(message.layout().copies.len(), 1);
+        assert_eq!(message.snapshot(), batch.snapshot());
+        assert_eq!(message.snapshot().copies.len(), 1);
         assert_eq!((message.tokens(), &message.outputs()[..]), (&tokens[..], &outputs[..]));
     }
 }
