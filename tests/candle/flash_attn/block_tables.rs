@@ -108,7 +108,7 @@ fn caches_of_8_bits() {
             let mut options = PagedAttentionOptions::new(0.3);
             options.layout = if hnd { KvLayout::Hnd } else { KvLayout::Nhd };
 
-            // By way of f32: candle's conversion of some `f8e4m3` to f64 does not end.
+            // By way of f32: candle's conversion straight to f64 did not end here.
             let f64s = |cache: &Tensor| cache.to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap();
             let whole = |cache: &Tensor, scale: f64| (f64s(cache) * scale).unwrap();
             let (whole_k, whole_v, whole_q) = (whole(&k, 0.5), whole(&v, 2.0), whole(&q, 1.0));
