@@ -173,6 +173,8 @@ def texts():
     for which, of in enumerate(["Hello, world! It's 12345.\n\n\tfn x()", "東京 🦀é½ ²³\u0301", "<s></s> a  b   c",
                                 "a" * 40 + " " * 40, "\r\n\u200b\ufeff\u00a0x"]):
         seed("tokenizer", f"text_{which}", bytes([which * 7]) + of.encode())
+    # The last tokenizer, to which the mark of spaces is one.
+    seed("tokenizer", "mark_of_spaces", b"\xe6" + "a \u2581b".encode())
     seed("tokenizer", "bytes", b"\x05\xff\xfe\x80a\xc3")
     for name, template in {
         "loop": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>{% endfor %}",

@@ -8,12 +8,13 @@
 use std::{
     ffi::{OsStr, OsString},
     fmt,
+    mem::ManuallyDrop,
     path::{Path, PathBuf},
 };
 
 use crate::{
     artifacts::{ArtifactError, Fetch, Member, SearchedSource, Source, Store},
-    error::Result,
+    error::{FlashInferError, Result},
     library_file::{loader_reason, open_library},
     loader::{self, Library},
 };
@@ -44,6 +45,49 @@ impl fmt::Display for LibrarySource {
     }
 }
 
+/// A library of NVIDIA's, for calls of one's own. It stays open for the life of the process.
+#[derive(Debug)]
+pub struct CudaLibrary {
+    library: ManuallyDrop<Library>,
+    name: String,
+    source: LibrarySource,
+}
+
+impl CudaLibrary {
+    /// Opens it from the first place that has it: the process, the dynamic loader's path, CUDA
+    /// installations, Python environments, and the sources of a store, which may fetch it.
+    ///
+    /// # Errors
+    /// [`FlashInferError::Artifact`]: it is nowhere; the error lists
+    /// the places. [`FlashInferError::Library`]: it does not open.
+    pub fn open(member: &Member, store: &Store) -> Result<Self> {
+        let (library, source) = load(member, store, Fetch::Allowed)?;
+        Ok(Self { library: ManuallyDrop::new(library), name: member.file_name(), source })
+    }
+
+    /// Where it came from.
+    pub fn source(&self) -> &LibrarySource {
+        &self.source
+    }
+
+    /// A function of it.
+    ///
+    /// # Safety
+    /// `F` is the type of a pointer to that function.
+    ///
+    /// # Errors
+    /// [`FlashInferError::MissingSymbol`].
+    pub unsafe fn function<F: Copy>(&self, symbol: &str) -> Result<F> {
+        // SAFETY: as the caller says; the library is never closed.
+        match unsafe { self.library.get::<F>(symbol) } {
+            Ok(function) => Ok(*function),
+            Err(_) => {
+                Err(FlashInferError::MissingSymbol { library: self.name.clone(), symbol: symbol.into() })
+            }
+        }
+    }
+}
+
 /// Reads an environment variable.
 type ReadEnv<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
@@ -60,7 +104,10 @@ struct Place {
 /// # Errors
 /// It is nowhere; the error lists the places. Or the store's copy is damaged.
 pub(crate) fn load(member: &Member, store: &Store, fetch: Fetch) -> Result<(Library, LibrarySource)> {
-    let mut searched = match load_installed(&member.file_name(), &places(&|name| std::env::var_os(name))) {
+    let suffix = member.suffix();
+    let in_packages = Path::new(&suffix).parent().unwrap_or(Path::new(""));
+    let places = places(&|name| std::env::var_os(name), in_packages);
+    let mut searched = match load_installed(&member.file_name(), &places) {
         Ok(found) => return Ok(found),
         Err(searched) => searched,
     };
@@ -115,8 +162,9 @@ fn load_installed(file: &str, places: &[Place]) -> Result<(Library, LibrarySourc
     Err(searched)
 }
 
-/// Where libraries are installed, in order of preference.
-fn places(env: ReadEnv<'_>) -> [Place; 2] {
+/// Where libraries are installed, in order of preference; `in_packages` is the folder among Python's
+/// packages.
+fn places(env: ReadEnv<'_>, in_packages: &Path) -> [Place; 2] {
     [
         Place {
             name: "CUDA installations",
@@ -126,7 +174,7 @@ fn places(env: ReadEnv<'_>) -> [Place; 2] {
         Place {
             name: "Python environments",
             remedy: "activate the one that has NVIDIA's package, or set VIRTUAL_ENV to its folder",
-            folders: python_folders(env),
+            folders: python_folders(env, in_packages),
         },
     ]
 }
@@ -143,11 +191,11 @@ fn toolkit_folders(env: ReadEnv<'_>) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Where pip puts NVIDIA's libraries for CUDA 13, of those environments that
-/// have any: `<environment>/lib/python3.*/site-packages/nvidia/cu13/lib`. The
+/// Where pip puts NVIDIA's libraries, of those environments that have any:
+/// `<environment>/lib/python3.*/site-packages/nvidia/cu13/lib` for those of CUDA 13. The
 /// environments are the active one, those whose programs are on the path, and
 /// the user's own.
-fn python_folders(env: ReadEnv<'_>) -> Vec<PathBuf> {
+fn python_folders(env: ReadEnv<'_>, in_packages: &Path) -> Vec<PathBuf> {
     let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(env).map(PathBuf::from);
     let path = env("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&path)
@@ -164,7 +212,7 @@ fn python_folders(env: ReadEnv<'_>) -> Vec<PathBuf> {
             .collect();
         pythons.sort();
         for packages in ["site-packages", "dist-packages"] {
-            let libraries = pythons.iter().map(|python| python.join(packages).join("nvidia/cu13/lib"));
+            let libraries = pythons.iter().map(|python| python.join(packages).join(in_packages));
             folders.extend(libraries.filter(|folder| folder.is_dir()));
         }
     }
@@ -212,7 +260,7 @@ mod tests {
             };
             Some(root.join(folder).into_os_string())
         };
-        let [toolkits, environments] = places(&env);
+        let [toolkits, environments] = places(&env, Path::new("nvidia/cu13/lib"));
         assert_eq!(environments.folders, expected);
         assert_eq!(toolkits.folders.len(), 6);
         assert_eq!(toolkits.folders[0], root.join("toolkit/lib64"));

@@ -213,6 +213,10 @@ fn cuda_remedy(code: i32) -> &'static str {
         2 => "free device memory or use smaller workspaces",
         35 => "the NVIDIA driver is missing or older than CUDA 13 needs (580 or newer); install or update it",
         100 => "no NVIDIA GPU is visible; check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+        700 | 702 | 709 | 710 | 714..=719 => {
+            "a kernel failed that was launched before, perhaps by other code in the process, and no call that \
+             needs the GPU succeeds in this process any more: start another; `compute-sanitizer` finds the kernel"
+        }
         209 => "the module holds no code for this GPU; use a wheel built for its architecture",
         _ => "",
     }
@@ -228,7 +232,13 @@ mod tests {
             let message = "CUDA's words".into();
             FlashInferError::Cuda { call: "cudaLaunchKernel", code, message }.to_string()
         };
-        for (code, remedy) in [(2, "free device memory"), (35, "update it"), (209, "no code for this GPU")] {
+        for (code, remedy) in [
+            (2, "free device memory"),
+            (35, "update it"),
+            (209, "no code for this GPU"),
+            (700, "launched before"),
+            (719, "start another"),
+        ] {
             let text = text(code);
             assert!(text.contains("CUDA's words") && text.contains(remedy), "{text}");
         }

@@ -108,16 +108,18 @@ pub mod kv;
 mod library_file;
 mod loader;
 mod module;
+mod once_table;
 mod ops;
 #[cfg(feature = "progress")]
 pub mod progress;
 pub mod reference;
 mod runtime;
 mod stream;
+mod sync;
 mod tensor;
 pub mod uploads;
 
-pub use cuda_library::LibrarySource;
+pub use cuda_library::{CudaLibrary, LibrarySource};
 pub use device::Device;
 pub use dtype::{DType, Element};
 pub use error::{FlashInferError, Result};

@@ -26,6 +26,7 @@ use crate::{
     library_file::needed_libraries,
     loader::check_platform,
     module::{Module, ModuleName},
+    once_table::OnceTable,
 };
 
 /// How to start the runtime. The default takes everything from the
@@ -70,9 +71,6 @@ impl fmt::Debug for RuntimeConfig {
     }
 }
 
-/// A module's place: locked while it is being loaded, so that it is loaded once.
-type ModuleSlot = Arc<Mutex<Option<&'static Module>>>;
-
 /// The process's runtime: `libcudart`, `libtvm_ffi` and the loaded modules.
 ///
 /// There is one per process. Starting it downloads `libtvm_ffi` and
@@ -87,9 +85,9 @@ pub struct FlashInferRuntime {
     tvm_ffi: &'static TvmFfi,
     tvm_ffi_source: LibrarySource,
     /// By the names that a module has in the versions of FlashInfer.
-    wanted: Mutex<HashMap<Vec<ModuleName>, ModuleSlot>>,
+    wanted: OnceTable<Vec<ModuleName>, &'static Module>,
     /// By the name of the one that was found.
-    modules: Mutex<HashMap<ModuleName, &'static Module>>,
+    modules: OnceTable<ModuleName, &'static Module>,
     /// Files that the user opened.
     opened: Mutex<HashMap<PathBuf, &'static Module>>,
     /// Locked while it is being loaded, so that it is loaded once.
@@ -178,8 +176,8 @@ impl FlashInferRuntime {
             cuda_source,
             tvm_ffi,
             tvm_ffi_source,
-            wanted: Mutex::default(),
-            modules: Mutex::default(),
+            wanted: OnceTable::default(),
+            modules: OnceTable::default(),
             opened: Mutex::default(),
             cublas: Mutex::default(),
         })
@@ -353,8 +351,7 @@ impl FlashInferRuntime {
     /// # Ok::<(), flashinfer_rs::FlashInferError>(())
     /// ```
     pub fn used_modules(&self) -> Vec<ModuleName> {
-        let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut names: Vec<_> = modules.keys().cloned().collect();
+        let mut names = self.modules.keys();
         names.sort_unstable();
         names
     }
@@ -410,29 +407,16 @@ impl FlashInferRuntime {
         fetch: Fetch,
     ) -> Result<&'static Module> {
         let names: Vec<_> = FlashInferVersion::CALLED.into_iter().filter_map(named).collect();
-        let slot = {
-            let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(wanted.entry(names).or_default())
-        };
-        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = *slot {
-            return Ok(module);
-        }
-        let wanted = |version| named(version).map(|name| Member::module(name.as_str()));
-        let located = self.store.locate_of_version(&wanted, fetch)?;
-        let name = ModuleName::new(located.member.module_name().unwrap_or_default());
-        let modules = || self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let loaded = modules().get(&name).copied();
-        let module = match loaded {
-            Some(module) => module,
-            None => {
+        self.wanted.get_or_try_make(names, || {
+            let wanted = |version| named(version).map(|name| Member::module(name.as_str()));
+            let located = self.store.locate_of_version(&wanted, fetch)?;
+            let name = ModuleName::new(located.member.module_name().unwrap_or_default());
+            // Several lists of names may lead to one module.
+            self.modules.get_or_try_make(name.clone(), || {
                 let source = LibrarySource::Store(located.source);
-                let module = self.open_module(name.clone(), located.path, source, located.version, fetch)?;
-                *modules().entry(name).or_insert(module)
-            }
-        };
-        *slot = Some(module);
-        Ok(module)
+                self.open_module(name, located.path, source, located.version, fetch)
+            })
+        })
     }
 }
 

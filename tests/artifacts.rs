@@ -19,4 +19,6 @@ mod artifacts {
     #[cfg(feature = "fetch")]
     mod remote;
     mod store;
+    #[cfg(feature = "fetch")]
+    mod tls;
 }

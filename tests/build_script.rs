@@ -288,6 +288,10 @@ fn the_build_script_embeds_warns_and_fails_as_told() {
     let bare = &able[1..];
     project.cargo_on_a_terminal("build", bare).expect(true, &["neither NVIDIA's driver nor a CUDA toolkit"]);
     assert_eq!(proxy.count(), asked);
+    // No network is used by a build that is told to use none, whatever the machine can run.
+    let other = [&able[..], &[("PIP_INDEX_URL", proxy.url.as_str())]].concat();
+    project.cargo("build", &other).expect(true, &["not embedded: kernel modules", "cargo is offline"]);
+    assert_eq!(proxy.count(), asked);
 
     // A pinned wheel in the cache, with the stamp of a verified download. It is not what its pin
     // says, so whoever hashes it refuses it.

@@ -10,6 +10,7 @@ use std::{
     ptr::{self, NonNull},
 };
 use test_support::{
+    alone::resident,
     counting::{Counting, allocations},
     required,
 };
@@ -473,12 +474,6 @@ fn a_successful_call_allocates_nothing() {
         assert!(matches!(call(&echo, &args).unwrap(), Value::Int(back) if back == round));
     }
     assert_eq!(allocations() - before, 0);
-}
-
-/// Resident memory of the process, in bytes.
-fn resident() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
 #[test]

@@ -4,6 +4,8 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Barrier,
+    thread,
 };
 use test_support::{c_library, required};
 
@@ -67,6 +69,45 @@ fn functions_are_called_by_name() {
     assert_eq!(resolved.name(), "add_one");
 }
 
+/// Each has its own results, and its own errors.
+#[test]
+fn sixty_four_threads_open_and_call() {
+    const THREADS: usize = 64;
+    const LIBRARIES: usize = 4;
+    const CALLS: usize = 300;
+    // The folders are kept until all is over.
+    let libraries: Vec<_> = (0..LIBRARIES)
+        .map_while(|at| library(&format!("lib{at}.so"), &ADD_ONE.replace("= 42", &format!("= {at}"))))
+        .collect();
+    if libraries.len() < LIBRARIES {
+        return;
+    }
+    let begin = Barrier::new(THREADS);
+    let work = |thread: usize| {
+        begin.wait();
+        for round in 0..CALLS {
+            let at = (thread + round) % LIBRARIES;
+            let module = open(&libraries[at].1).unwrap();
+            assert_eq!(i64::try_from(call(module, "answer", args![]).unwrap()).unwrap(), at as i64);
+            let x = [thread as f32, round as f32, -1.0];
+            let mut out = [f32::NAN; 3];
+            let x = TensorRef::from_slice(&x, &[3]).unwrap();
+            call(module, "add_one", args![&mut TensorMut::from_slice(&mut out, &[3]).unwrap(), &x]).unwrap();
+            assert_eq!(out, [thread as f32 + 1.0, round as f32 + 1.0, 0.0]);
+            let (error, words) = match thread % 2 {
+                0 => (call(module, "add_one", args![&x]), "Expected 2"),
+                _ => (call(module, "add_one", args![&x, None]), "two tensors"),
+            };
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains(words), "{words}: {error}");
+        }
+    };
+    thread::scope(|scope| {
+        let work = &work;
+        (0..THREADS).for_each(|thread| drop(scope.spawn(move || work(thread))));
+    });
+}
+
 #[test]
 fn what_a_library_raises_is_decoded() {
     let Some((_folder, path)) = library("libraises.so", ADD_ONE) else { return };
@@ -116,7 +157,7 @@ fn a_file_is_opened_once() {
     let threads: Vec<_> = (0..8)
         .map(|_| {
             let path = path.clone();
-            std::thread::spawn(move || open(&path).unwrap() as *const Module as usize)
+            thread::spawn(move || open(&path).unwrap() as *const Module as usize)
         })
         .collect();
     assert!(threads.into_iter().all(|thread| thread.join().unwrap() == first as *const Module as usize));

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::{Gpu, Mirrored, Number, Rng, attention::capture, is_own_process, say};
 use cudarc::{driver::LaunchConfig, nvrtc::Ptx};
 use flashinfer_rs::{
@@ -135,18 +137,29 @@ fn strings_and_refusals() {
     say("packbits: all as on the CPU");
 }
 
-/// After a kernel that failed, in a process of its own, every call is an error,
-/// be its launcher one that asks CUDA or not.
 #[test]
 fn nothing_works_after_a_failed_kernel() {
+    nothing_works_after("nothing_works_after_a_failed_kernel", "trap;", "launch failure");
+}
+
+#[test]
+fn nothing_works_after_an_illegal_address() {
+    let writes = ".reg .u64 %a; .reg .u32 %b; mov.u64 %a, 16; mov.u32 %b, 1; st.global.u32 [%a], %b; ret;";
+    nothing_works_after("nothing_works_after_an_illegal_address", writes, "illegal memory access");
+}
+
+/// After a kernel of other code that failed, in a process of its own, every call is an error,
+/// be its launcher one that asks CUDA or not, which comes at once and says what happened.
+fn nothing_works_after(test: &str, kernel: &str, reason: &str) {
     // It waits until no other test is on the GPU.
     let Some(gpu) = Gpu::start_alone() else { return };
-    if !is_own_process("nothing_works_after_a_failed_kernel", "4 calls failed") {
+    if !is_own_process(test, "4 calls failed") {
         return;
     }
-    let trap = ".version 7.0\n.target sm_70\n.address_size 64\n.visible .entry fails() { trap; }";
+    let kernel =
+        format!(".version 7.0\n.target sm_70\n.address_size 64\n.visible .entry fails() {{ {kernel} }}");
     let context = gpu.cuda.context();
-    let kernel = context.load_module(Ptx::from_src(trap)).unwrap().load_function("fails").unwrap();
+    let kernel = context.load_module(Ptx::from_src(kernel)).unwrap().load_function("fails").unwrap();
     let (row, weight) = (gpu.cuda.alloc_zeros::<bf16>(64).unwrap(), gpu.cuda.alloc_zeros::<f32>(64).unwrap());
     let mut out = gpu.cuda.alloc_zeros::<bf16>(64).unwrap();
     let (bits, mut bytes) = (gpu.cuda.alloc_zeros::<u8>(64).unwrap(), gpu.cuda.alloc_zeros::<u8>(8).unwrap());
@@ -174,12 +187,19 @@ fn nothing_works_after_a_failed_kernel() {
     // SAFETY: it takes no arguments.
     unsafe { gpu.cuda.launch_builder(&kernel).launch(LaunchConfig::for_num_elems(1)) }.unwrap();
     gpu.cuda.synchronize().unwrap_err();
+    let begin = Instant::now();
     for call in calls() {
         match call {
-            Err(FlashInferError::TvmFfiCall { .. } | FlashInferError::Cuda { .. }) => {}
+            Err(error @ (FlashInferError::TvmFfiCall { .. } | FlashInferError::Cuda { .. })) => {
+                let text = error.to_string();
+                assert!(text.contains(reason), "{text}");
+                let cuda = matches!(error, FlashInferError::Cuda { .. });
+                assert!(!cuda || text.contains("launched before"), "{text}");
+            }
             other => panic!("after a kernel that failed: {other:?}"),
         }
     }
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
     say("4 calls failed, as they must");
     // What is still there cannot be freed.
     std::process::exit(0);

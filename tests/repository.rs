@@ -8,6 +8,7 @@ mod repository {
     mod layers;
     mod licences;
     mod names;
+    mod package;
     mod readme;
     mod soundness;
     mod versions;

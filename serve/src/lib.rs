@@ -9,6 +9,7 @@
 //! | [`engine`] | the thread that answers requests, and what comes back of them |
 //! | [`request`], [`sampling`] | what is asked, how tokens are chosen, and why an answer ends |
 //! | [`constraint`] | what an answer has to be: JSON of a schema, and others |
+//! | [`group`] | processes that compute one model together |
 //! | [`scheduler`] | who computes what in a step, and drafts |
 //! | [`backend`] | what computes a step: the CPU, an NVIDIA GPU, or a stand-in for tests |
 //! | `model` | a GGUF file: configuration and weights |
@@ -21,6 +22,7 @@ pub mod engine;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod group;
 pub mod http;
 mod hub;
 mod llm;

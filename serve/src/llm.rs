@@ -1,6 +1,7 @@
 //! A model that is loaded and answers: the engine, its text, and where it runs.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -11,11 +12,14 @@ use flashinfer_rs::kv::PageAllocator;
 use crate::{
     Result,
     backend::{
+        StepCapacity,
         device::{self, Device, Loaded},
         gpu::GpuOptions,
+        parallel,
         precision::Precision,
     },
     engine::{End, Engine, EngineConfig, Events, Models, SHUTDOWN_TIMEOUT},
+    group::{Group, Launched, Parallel, Settings, end_process},
     hub::Hub,
     model::Model,
     request::{Finish, Request},
@@ -64,6 +68,9 @@ pub struct LlmOptions {
     pub weights: Precision,
     /// The type of the KV cache on a GPU, as in [`GpuOptions::kv`].
     pub kv: Precision,
+    /// The processes that compute the model together, one for each GPU; `None` for this one. When one
+    /// of them fails, all [end](end_process).
+    pub parallel: Option<Parallel>,
     /// How long the graphs of a GPU's steps are captured before the first request, the smallest
     /// first. Others are captured when they are needed, which the requests of that
     /// step wait for; `None` for all.
@@ -84,8 +91,81 @@ impl Default for LlmOptions {
             deterministic: false,
             weights: Precision::Auto,
             kv: Precision::Auto,
+            parallel: None,
             graphs_within: None,
         }
+    }
+}
+
+impl LlmOptions {
+    /// What a GPU's steps are limited to.
+    fn limits(&self, model: &Model, text: &Text) -> Limits {
+        Limits {
+            step_tokens: self.step_tokens.unwrap_or(GPU_STEP_TOKENS),
+            max_running: self.max_running,
+            context: model.config.context_length,
+            draft: self.draft_tokens(),
+            ends: text.ends().clone(),
+        }
+    }
+
+    /// The most tokens of a draft.
+    fn draft_tokens(&self) -> usize {
+        self.draft.unwrap_or(if self.draft_model.is_some() { DRAFT_TOKENS } else { 0 })
+    }
+
+    /// Pages of the KV cache.
+    fn num_pages(&self) -> usize {
+        self.cache_tokens.div_ceil(PAGE_SIZE)
+    }
+
+    fn gpu(&self, capacity: StepCapacity) -> GpuOptions {
+        GpuOptions {
+            ordinal: self.parallel.as_ref().map_or(0, Parallel::local_rank),
+            deterministic: self.deterministic,
+            weights: self.weights,
+            kv: self.kv,
+            ..GpuOptions::new(capacity.tokens)
+        }
+    }
+
+    /// What the ranks of a group have to have in common.
+    fn settings(&self, model: &Model, device: Device) -> Settings {
+        let Self { cache_tokens, step_tokens, max_running, deterministic, weights, kv, .. } = self;
+        BTreeMap::from([
+            ("the model".into(), model.digest()),
+            ("--device".into(), format!("{device:?}").to_lowercase()),
+            ("--cache-tokens".into(), cache_tokens.to_string()),
+            ("the most tokens of a step".into(), format!("{step_tokens:?}")),
+            ("--max-running".into(), max_running.to_string()),
+            ("--speculate".into(), self.draft_tokens().to_string()),
+            ("--deterministic".into(), deterministic.to_string()),
+            ("--weights".into(), format!("{weights:?}").to_lowercase()),
+            ("--kv".into(), format!("{kv:?}").to_lowercase()),
+        ])
+    }
+}
+
+/// A model, and where a rank of a group computes it.
+struct Rank {
+    model: Model,
+    device: Device,
+    group: Option<Arc<Group>>,
+    launched: Option<Launched>,
+}
+
+impl Rank {
+    /// Meets the others, if there are any.
+    fn meet(model: Model, options: &LlmOptions) -> Result<Self> {
+        let Some(parallel) = &options.parallel else {
+            return Ok(Self { model, device: options.device, group: None, launched: None });
+        };
+        let device = device::of_rank(options.device, parallel.local_rank());
+        // What cannot be divided is known before others wait.
+        let settings = options.settings(&model, device);
+        let model = model.divide(parallel.rank())?;
+        let (group, launched) = parallel.meet(settings, end_process)?;
+        Ok(Self { model, device, group: Some(group), launched })
     }
 }
 
@@ -115,6 +195,8 @@ pub struct Completion {
 pub struct Llm {
     engine: Engine,
     place: String,
+    /// After the engine, which tells them that this is over.
+    _launched: Option<Launched>,
 }
 
 impl Llm {
@@ -134,42 +216,25 @@ impl Llm {
     pub fn load(files: &[PathBuf], options: &LlmOptions) -> Result<Self> {
         let model = Model::open_files(files)?;
         let text = Arc::new(Text::from_gguf(&model.content)?);
-        let LlmOptions {
-            device,
-            step_tokens,
-            max_running,
-            max_queued,
-            max_queued_tokens,
-            deterministic,
-            weights,
-            kv,
-            graphs_within,
-            ..
-        } = *options;
-        let draft = options.draft.unwrap_or(if options.draft_model.is_some() { DRAFT_TOKENS } else { 0 });
-        let files = options.draft_model.as_ref().filter(|_| draft > 0);
+        let files = options.draft_model.as_ref().filter(|_| options.draft_tokens() > 0);
         let draft_model = files.map(|files| open_draft(files, &model, &text)).transpose()?;
         let config = EngineConfig {
-            limits: Limits {
-                step_tokens: step_tokens.unwrap_or(GPU_STEP_TOKENS),
-                max_running,
-                context: model.config.context_length,
-                draft,
-                ends: text.ends().clone(),
-            },
+            limits: options.limits(&model, &text),
             page_size: PAGE_SIZE,
-            num_pages: options.cache_tokens.div_ceil(PAGE_SIZE),
-            max_queued,
-            max_queued_tokens,
+            num_pages: options.num_pages(),
+            max_queued: options.max_queued,
+            max_queued_tokens: options.max_queued_tokens,
             shutdown_timeout: SHUTDOWN_TIMEOUT,
         };
+        let Rank { model, device, group, launched } = Rank::meet(model, options)?;
         let place = Arc::new(OnceLock::new());
-        let set = place.clone();
+        let (set, of_thread) = (place.clone(), options.clone());
         let engine = Engine::start(config, text, move |pool, limits| {
+            let LlmOptions { step_tokens, graphs_within, .. } = of_thread;
             let capacity = limits.step_capacity();
-            let gpu = GpuOptions { deterministic, weights, kv, ..GpuOptions::new(capacity.tokens) };
-            let Loaded { backend, on_gpu, place } =
-                device::load(device, &model, pool, capacity, gpu, graphs_within)?;
+            let (gpu, group) = (of_thread.gpu(capacity), group.as_ref());
+            let loaded = device::load(device, &model, pool, capacity, gpu, graphs_within, group);
+            let Loaded { backend, on_gpu, place } = loaded.inspect_err(|error| say_failed(group, error))?;
             if !on_gpu && step_tokens.is_none() {
                 limits.step_tokens = CPU_STEP_TOKENS;
             }
@@ -182,13 +247,31 @@ impl Llm {
             let _ = set.set(place);
             Ok(Models::from(backend).with_draft(draft))
         })?;
-        Ok(Self { engine, place: place.get().cloned().unwrap_or_default() })
+        let place = place.get().cloned().unwrap_or_default();
+        Ok(Self { engine, place, _launched: launched })
+    }
+
+    /// Computes a part of a model, as one of the ranks of [`LlmOptions::parallel`] beside the first,
+    /// until that one is done.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load); or the ranks fail.
+    pub fn follow(files: &[PathBuf], options: &LlmOptions) -> Result<()> {
+        let model = Model::open_files(files)?;
+        let text = Text::from_gguf(&model.content)?;
+        let capacity = options.limits(&model, &text).step_capacity();
+        let Rank { model, device, group, .. } = Rank::meet(model, options)?;
+        let group = group.ok_or("this process is alone; expected a rank of several")?;
+        let pool = PageAllocator::new(options.num_pages(), PAGE_SIZE)?;
+        let loaded = device::load(device, &model, &pool, capacity, options.gpu(capacity), None, Some(&group));
+        let mut loaded = loaded.inspect_err(|error| say_failed(Some(&group), error))?;
+        parallel::follow(&mut *loaded.backend, &pool, &group)
     }
 
     /// An engine that was started otherwise.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn of_engine(engine: Engine) -> Self {
-        Self { engine, place: String::new() }
+        Self { engine, place: String::new(), _launched: None }
     }
 
     /// Where the model runs, and why there.
@@ -259,6 +342,13 @@ impl Llm {
     }
 }
 
+/// Tells the other ranks, if there are any, that this one cannot go on.
+fn say_failed(group: Option<&Arc<Group>>, error: &crate::Error) {
+    if let Some(group) = group {
+        group.say_failed(&error.to_string());
+    }
+}
+
 /// Opens a model that is to draft for another.
 ///
 /// # Errors
@@ -284,7 +374,8 @@ fn open_draft(files: &[PathBuf], model: &Model, text: &Text) -> Result<Model> {
 fn load_draft(model: &Model, device: Device, pool: &PageAllocator, limits: &Limits) -> Result<DraftModel> {
     let pool = PageAllocator::new(pool.num_pages(), pool.page_size())?;
     let capacity = limits.step_capacity();
-    let loaded = device::load(device, model, &pool, capacity, GpuOptions::new(capacity.tokens), None);
+    let gpu = GpuOptions::new(capacity.tokens);
+    let loaded = device::load(device, model, &pool, capacity, gpu, None, None);
     let Loaded { backend, .. } =
         loaded.map_err(|error| format!("the draft model cannot be loaded beside the model: {error}"))?;
     Ok(DraftModel::new(backend, &pool, limits.step_tokens, model.config.context_length))

@@ -172,7 +172,12 @@ impl Batch {
     }
 
     fn no_new_tokens(&mut self) {
-        self.queries.refill(self.sequences.iter().map(|_| 0));
+        self.set_new_tokens(repeat_n(0, self.len()));
+    }
+
+    /// Says how many of each request's tokens are new: no more than it has.
+    pub(super) fn set_new_tokens(&mut self, new_tokens: impl Iterator<Item = usize>) {
+        self.queries.refill(new_tokens);
         self.append.refill(&self.pages, self.queries.indptr());
     }
 

@@ -92,6 +92,7 @@
 mod batch;
 mod cache;
 pub(crate) mod layout;
+mod mirror;
 mod pages;
 mod prefix;
 mod sequence;
@@ -100,7 +101,8 @@ mod shape;
 pub use batch::{Batch, BatchCapacity, BatchTables};
 pub use cache::{KvLayer, PagedKvCache};
 pub use layout::{KvLayout, MlaCache, MlaCacheMut, PagedKv, PagedKvMut};
-pub use pages::PageAllocator;
+pub use mirror::{BatchMirror, BatchSnapshot, RequestSnapshot};
+pub use pages::{PageAllocator, PageCopy};
 pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;
 pub use shape::{HeadsShape, KvShape, LatentShape};

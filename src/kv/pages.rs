@@ -48,10 +48,12 @@ struct PoolState {
 
 /// A page whose content another is to get. It owns the source until then, and
 /// is dropped with the target.
-#[derive(Clone, Copy)]
-struct PageCopy {
-    source: i32,
-    target: i32,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageCopy {
+    /// Copied from.
+    pub source: i32,
+    /// Copied to.
+    pub target: i32,
 }
 
 impl PoolState {
@@ -166,6 +168,28 @@ impl PageAllocator {
         writers.map(|writers| writers.len().min(state.users(writers[0]) - 1)).sum()
     }
 
+    /// The pending copies, in order.
+    pub(super) fn copies(&self) -> Vec<PageCopy> {
+        self.lock().copies.iter().copied().collect()
+    }
+
+    /// Replaces the pending copies. All pages of the new ones have owners.
+    pub(super) fn set_copies(&self, copies: &[PageCopy]) {
+        let mut state = self.lock();
+        while let Some(PageCopy { source, .. }) = state.copies.pop_front() {
+            state.release(source);
+        }
+        for copy in copies {
+            state.owners[copy.source as usize] += 1;
+            state.copies.push_back(*copy);
+        }
+    }
+
+    /// The page that is taken next.
+    pub(super) fn next_free_page(&self) -> Option<i32> {
+        self.lock().free.last().copied()
+    }
+
     /// Makes the pending copies, in order, up to the first that fails.
     pub(crate) fn make_copies<E>(
         &self,
@@ -261,6 +285,30 @@ impl Pages {
             state.owners[page as usize] += 1;
         }
         self.numbers.extend_from_slice(shared);
+    }
+
+    /// Pages by their numbers, all of which have an owner, and get one more.
+    pub(super) fn shared(allocator: &PageAllocator, numbers: &[i32]) -> Self {
+        let mut state = allocator.lock();
+        for &page in numbers {
+            state.owners[page as usize] += 1;
+        }
+        drop(state);
+        Self { allocator: allocator.clone(), numbers: numbers.to_vec() }
+    }
+
+    /// Takes all pages that are free, and then gives this one back, if it is here.
+    pub(super) fn hold_all_but(&mut self, page: Option<i32>) {
+        let mut state = self.allocator.lock();
+        while let Some(free) = state.free.pop() {
+            state.owners[free as usize] = 1;
+            self.numbers.push(free);
+        }
+        let at = page.and_then(|page| self.numbers.iter().position(|&held| held == page));
+        if let Some(at) = at {
+            let page = self.numbers.swap_remove(at);
+            state.release(page);
+        }
     }
 
     /// Takes the last page out of the list, with its ownership.

@@ -31,6 +31,11 @@ impl Sequence {
     /// A sequence of full pages.
     pub(super) fn of_full_pages(pages: Pages) -> Self {
         let len = pages.numbers().len() * pages.allocator().page_size();
+        Self::of_pages(pages, len)
+    }
+
+    /// A sequence of so many tokens in pages, of which there are as many as these need.
+    pub(super) fn of_pages(pages: Pages, len: usize) -> Self {
         Self { pages, len }
     }
 

@@ -9,7 +9,8 @@ use std::{
 
 /// From the lowest to the highest. A name is a file or a folder of `src`.
 const LAYERS: &[&[&str]] = &[
-    &["artifacts"],
+    &["artifacts", "sync"],
+    &["once_table"],
     &["progress"],
     &["error", "dtype", "device", "stream", "tensor", "capture"],
     &["loader", "library_file", "cuda", "ffi"],

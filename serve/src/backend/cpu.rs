@@ -13,6 +13,7 @@ use self::{cache::Cache, network::Network};
 use crate::{
     Result,
     backend::{Backend, Sample, Step, sampler},
+    group::Sums,
     model::{Config, Ends, Layer},
 };
 
@@ -33,9 +34,26 @@ impl Cpu {
         layers: impl Iterator<Item = Result<Layer>>,
         pool: &PageAllocator,
     ) -> Result<Self> {
+        Self::of_rank(config, ends, layers, pool, None)
+    }
+
+    /// The same of a rank's part of a model, with what adds over ranks.
+    pub fn of_rank(
+        config: &Config,
+        ends: Ends,
+        layers: impl Iterator<Item = Result<Layer>>,
+        pool: &PageAllocator,
+        sums: Option<Sums>,
+    ) -> Result<Self> {
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
         Ok(Self {
-            network: Network::new(config, weights::pack_ends(ends), weights::pack_layers(layers)?, positions),
+            network: Network::new(
+                config,
+                weights::pack_ends(ends),
+                weights::pack_layers(layers)?,
+                positions,
+                sums,
+            ),
             cache: Cache::new(config, pool)?,
             logits: Vec::new(),
             samples: None,

@@ -1,7 +1,7 @@
 //! Where a model runs: the GPU or the CPU.
 
 use std::{
-    sync::mpsc,
+    sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -13,12 +13,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{
     Backend, StepCapacity,
     cpu::Cpu,
-    gpu::{Gpu, GpuOptions},
+    gpu::{self, Gpu, GpuOptions},
+    parallel::Leader,
     precision::Precision,
     simulated::{Costs, Language, Simulated},
 };
 use crate::{
     Result,
+    group::Group,
     model::{Layer, Model},
 };
 
@@ -53,7 +55,8 @@ pub struct Loaded {
 
 /// Loads a model, for steps of up to `capacity`, on a GPU with these options. On the CPU it is
 /// always deterministic. Graphs are captured before they are needed as far as that is done in
-/// `graphs_within`.
+/// `graphs_within`. Of a group, this loads the part that the model was divided into; rank 0's tells
+/// the others of its steps, of which those that capture graphs are the first.
 ///
 /// # Errors
 /// The GPU is asked for, or a [`Precision`] that only it has, and cannot be used; or a tensor
@@ -65,6 +68,7 @@ pub fn load(
     capacity: StepCapacity,
     options: GpuOptions,
     graphs_within: Option<Duration>,
+    group: Option<&Arc<Group>>,
 ) -> Result<Loaded> {
     let reduced = [options.weights, options.kv] != [Precision::Auto; 2];
     let reason = match device {
@@ -73,28 +77,55 @@ pub fn load(
         }
         Device::Cpu => "as asked".to_owned(),
         Device::Simulated => return Ok(simulated(model, pool, capacity)),
-        Device::Auto | Device::Gpu => match load_gpu(model, pool, options) {
-            Ok(mut gpu) => {
-                if let Some(limit) = graphs_within {
-                    capture_graphs(&mut gpu, pool, capacity.requests, limit)?;
-                }
+        Device::Auto | Device::Gpu => match load_gpu(model, pool, options, group) {
+            Ok(gpu) => {
                 let place = format!("on the GPU, {}", gpu.name()?);
-                return Ok(Loaded { backend: Box::new(gpu), on_gpu: true, place });
+                let mut backend = led(gpu, group)?;
+                let follows = group.is_some_and(|group| group.rank().rank > 0);
+                if let Some(limit) = graphs_within.filter(|_| !follows) {
+                    capture_graphs(&mut *backend, pool, capacity, limit)?;
+                }
+                return Ok(Loaded { backend, on_gpu: true, place });
             }
-            Err(error) if device == Device::Gpu || reduced => {
+            Err(error) if device == Device::Gpu || reduced || group.is_some() => {
                 return Err(format!("no GPU can be used: {error}").into());
             }
             Err(error) => error.to_string().lines().next().unwrap_or_default().to_owned(),
         },
     };
-    let cpu = with_progress(model, |layers| Cpu::new(&model.config, model.ends()?, layers, pool))?;
-    Ok(Loaded { backend: Box::new(cpu), on_gpu: false, place: format!("on the CPU ({reason})") })
+    let sums = group.and_then(|group| group.take_sums());
+    let config = model.shard_config();
+    let cpu = with_progress(model, |layers| Cpu::of_rank(&config, model.ends()?, layers, pool, sums))?;
+    Ok(Loaded { backend: led(cpu, group)?, on_gpu: false, place: format!("on the CPU ({reason})") })
+}
+
+/// Where a rank computes, which all decide for themselves before they meet: [`Device::Auto`] is the
+/// GPU if there is one for it, else the CPU.
+pub fn of_rank(device: Device, local_rank: usize) -> Device {
+    match device {
+        Device::Auto if gpu::is_there(local_rank) => Device::Gpu,
+        Device::Auto => Device::Cpu,
+        asked => asked,
+    }
+}
+
+/// The backend of a rank, if it is one; rank 0's leads the others.
+fn led<B: Backend + 'static>(backend: B, group: Option<&Arc<Group>>) -> Result<Box<dyn Backend>> {
+    match group {
+        Some(group) if group.rank().rank == 0 => Ok(Box::new(Leader::new(backend, group.clone())?)),
+        _ => Ok(Box::new(backend)),
+    }
 }
 
 /// Captures graphs, and says how many.
-fn capture_graphs(gpu: &mut Gpu, pool: &PageAllocator, requests: usize, limit: Duration) -> Result<()> {
-    let start = Instant::now();
-    let captured = gpu.capture_graphs(pool, requests, limit)?;
+fn capture_graphs(
+    backend: &mut dyn Backend,
+    pool: &PageAllocator,
+    capacity: StepCapacity,
+    limit: Duration,
+) -> Result<()> {
+    let (start, requests) = (Instant::now(), capacity.requests);
+    let captured = gpu::capture_graphs(backend, pool, requests.min(capacity.tokens), limit)?;
     let seconds = start.elapsed().as_secs_f64();
     tracing::info!(requests = captured, of = requests, seconds, "graphs are captured");
     Ok(())
@@ -107,12 +138,19 @@ fn simulated(model: &Model, pool: &PageAllocator, capacity: StepCapacity) -> Loa
     Loaded { backend: Box::new(backend), on_gpu: false, place: "simulated: no model is computed".into() }
 }
 
-/// Loads a model onto the GPU.
+/// Loads a model, or a rank's part of it, onto the GPU.
 ///
 /// # Errors
 /// There is none that can be used, or a tensor cannot be read.
-pub fn load_gpu(model: &Model, pool: &PageAllocator, options: GpuOptions) -> Result<Gpu> {
-    with_progress(model, |layers| Gpu::new(&model.config, model.ends()?, layers, pool, options))
+pub fn load_gpu(
+    model: &Model,
+    pool: &PageAllocator,
+    options: GpuOptions,
+    group: Option<&Arc<Group>>,
+) -> Result<Gpu> {
+    let config = model.shard_config();
+    let group = group.map(|group| &**group);
+    with_progress(model, |layers| Gpu::of_rank(&config, model.ends()?, layers, pool, options, group))
 }
 
 /// Shows how many of a model's bytes were read, while `load` takes its layers. The next one is read
@@ -122,7 +160,9 @@ fn with_progress<E>(
     load: impl FnOnce(&mut dyn Iterator<Item = Result<Layer>>) -> Result<E>,
 ) -> Result<E> {
     let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}")?;
-    let bar = ProgressBar::new(model.bytes()).with_style(style);
+    // Of several ranks the first shows its own.
+    let bar = if model.is_first_rank() { ProgressBar::new(model.bytes()) } else { ProgressBar::hidden() };
+    let bar = bar.with_style(style);
     // Some were read already, where a GPU could not be used.
     let before = model.bytes_read();
     let engine = thread::scope(|scope| {

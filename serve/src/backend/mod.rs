@@ -7,6 +7,7 @@ mod experts;
 pub mod gpu;
 pub mod graph;
 mod matmul;
+pub mod parallel;
 pub mod precision;
 pub mod sampler;
 pub mod simulated;
@@ -14,6 +15,7 @@ pub mod simulated;
 use std::sync::Arc;
 
 use flashinfer_rs::{indices::LogitEdit, kv::Batch};
+use serde::{Deserialize, Serialize};
 
 use toktrie::SimpleVob;
 
@@ -47,7 +49,7 @@ impl Step<'_> {
 }
 
 /// A new token of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StepToken {
     /// This one.
     Known(u32),

@@ -11,6 +11,7 @@ mod list;
 mod precision;
 mod prompts;
 mod pull;
+mod ranks;
 mod rm;
 pub(crate) mod run;
 mod sampling;

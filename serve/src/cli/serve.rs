@@ -1,11 +1,12 @@
 //! `flashinfer serve [MODEL]`: OpenAI's API.
 
-use std::{net::TcpListener, sync::Arc, time::Duration};
+use std::{net::TcpListener, num::NonZeroUsize, sync::Arc, time::Duration};
 
-use super::precision::PrecisionArgs;
+use super::{precision::PrecisionArgs, ranks};
 use crate::{
     Llm, LlmOptions, Result,
     backend::device::Device,
+    group::Parallel,
     http::{ApiKey, LogFormat, Server, ServerOptions},
     hub::{Hub, ModelName},
 };
@@ -66,6 +67,10 @@ pub struct Args {
     /// The bits of what a GPU keeps.
     #[command(flatten)]
     pub precision: PrecisionArgs,
+    /// Have N GPUs compute the model together, each in a process of its own, which this one starts; or
+    /// the processes of torchrun, mpirun or srun, if it is one of them. 1 takes no notice of those
+    #[arg(long, value_name = "N")]
+    pub tensor_parallel: Option<NonZeroUsize>,
     /// Seconds that requests may still take after SIGTERM or Ctrl-C; a second one ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
@@ -77,11 +82,18 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     args.log_format.install()?;
+    let parallel = Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?;
+    if parallel.as_ref().is_some_and(|parallel| parallel.rank().rank > 0) {
+        ranks::ignore_signals()?;
+        let options = LlmOptions { parallel, ..llm_options(args) };
+        return Llm::follow(&Hub::from_env()?.locate(&args.model)?, &options);
+    }
     let server = Arc::new(Server::new(options(args)?)?);
     let listener = TcpListener::bind((args.host.as_str(), args.port))
         .map_err(|error| format!("cannot listen at {} port {}: {error}", args.host, args.port))?;
     println!("listening at http://{}", listener.local_addr()?);
-    let (model, draft_model, llm_options) = (args.model.clone(), args.draft_model.clone(), llm_options(args));
+    let llm_options = LlmOptions { parallel, ..llm_options(args) };
+    let (model, draft_model) = (args.model.clone(), args.draft_model.clone());
     server.run(listener, move || {
         let hub = Hub::from_env()?;
         let draft_model = draft_model.map(|name| hub.locate(&name)).transpose()?;

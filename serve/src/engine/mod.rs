@@ -35,6 +35,14 @@ use std::{
 
 use flashinfer_rs::kv::PageAllocator;
 
+/// What threads meet in. `tests/schedules.rs` puts others in its place, which try schedules.
+mod sync {
+    pub use std::{
+        sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+        thread,
+    };
+}
+
 /// The most commands that have room in the queue to the thread, so that a large
 /// [`EngineConfig::max_queued`] takes no memory by itself.
 const MAX_COMMANDS: usize = 1 << 14;
@@ -46,7 +54,10 @@ pub use self::{
     models::Models,
     step_tokens::StepTokens,
 };
-use self::{waiting::Waiting, worker::Worker};
+use self::{
+    waiting::{MAX_STEPS, Waiting},
+    worker::Worker,
+};
 use crate::{
     Result,
     constraint::{Compiler, Constraint, Grammar, InvalidConstraint},
@@ -108,6 +119,8 @@ pub enum Health {
 pub struct Status {
     /// How it is.
     pub health: Health,
+    /// Since when it is [`Unwell`](Health::Unwell), if it is.
+    pub unwell_since: Option<Instant>,
     /// What was counted so far.
     pub stats: Stats,
     /// Since when the current step is computed, if one is. One that takes much longer
@@ -131,6 +144,16 @@ pub struct Status {
     pub answered: usize,
     /// The time that this took, of all of them together.
     pub time_to_first_token: Duration,
+}
+
+impl Status {
+    /// Notes whether anything can be computed, or why not.
+    fn found(&mut self, outcome: std::result::Result<(), String>) {
+        (self.health, self.unwell_since) = match outcome {
+            Ok(()) => (Health::Well, None),
+            Err(reason) => (Health::Unwell(reason), self.unwell_since.or_else(|| Some(Instant::now()))),
+        };
+    }
 }
 
 /// What is sent to the thread.
@@ -202,7 +225,8 @@ pub struct Engine {
     waiting: Arc<Waiting>,
     shared: Arc<Shared>,
     next_id: AtomicU64,
-    thread: Option<JoinHandle<()>>,
+    /// The one that computes, and the one that hands out what it says, which ends after it.
+    threads: Vec<JoinHandle<()>>,
     /// Closes when the thread has ended.
     ended: Mutex<mpsc::Receiver<()>>,
 }
@@ -236,7 +260,8 @@ impl Engine {
         let room = config.max_queued.saturating_mul(3).min(MAX_COMMANDS);
         let (commands, receiver) = mpsc::sync_channel(room);
         let waiting = Arc::<Waiting>::default();
-        let updates = waiting.hand_out()?;
+        let (updates, steps) = mpsc::sync_channel(MAX_STEPS);
+        let hands_out = waiting.hand_out(steps)?;
         let (ready, started) = mpsc::sync_channel(1);
         let (running, ended) = mpsc::sync_channel(0);
         let shared = Arc::<Shared>::default();
@@ -257,11 +282,18 @@ impl Engine {
                 }
             }
         })?;
-        let bounds = started.recv().map_err(|_| "the engine's thread ended while it was loading")??;
-        let next_id = AtomicU64::new(0);
-        let (thread, ended) = (Some(thread), Mutex::new(ended));
+        let threads = vec![thread, hands_out];
+        let ended_early = |_| Err("the engine's thread ended while it was loading".into());
+        let bounds = match started.recv().unwrap_or_else(ended_early) {
+            Ok(bounds) => bounds,
+            Err(error) => {
+                threads.into_iter().for_each(|thread| drop(thread.join()));
+                return Err(error);
+            }
+        };
+        let (next_id, ended) = (AtomicU64::new(0), Mutex::new(ended));
         let compiler = Compiler::new(&text);
-        Ok(Self { config, bounds, text, compiler, commands, waiting, shared, next_id, thread, ended })
+        Ok(Self { config, bounds, text, compiler, commands, waiting, shared, next_id, threads, ended })
     }
 
     /// What every request has to fit.
@@ -348,7 +380,7 @@ impl Drop for Engine {
         let _ = self.commands.send(Command::Shutdown);
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
         let hangs = ended.recv_timeout(self.config.shutdown_timeout) == Err(mpsc::RecvTimeoutError::Timeout);
-        if let Some(thread) = self.thread.take().filter(|_| !hangs) {
+        for thread in self.threads.drain(..).filter(|_| !hangs) {
             // What it panicked with is its health.
             let _ = thread.join();
         }

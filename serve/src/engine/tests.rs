@@ -1,6 +1,7 @@
 //! The engine on the simulated backend, whose tokens are the bytes of ASCII.
 
 mod endurance;
+mod schedules;
 
 use std::{
     sync::{
@@ -257,10 +258,12 @@ fn an_engine_that_computes_nothing_is_unwell_until_it_does() {
     for events in requests {
         assert_eq!(collect(events).2.finish, Finish::Failed("no device".into()));
     }
-    until(&engine, |status| status.health == Health::Unwell("no device".into()));
+    let unwell = until(&engine, |status| status.health == Health::Unwell("no device".into()));
+    assert!(unwell.unwell_since.is_some());
     // It finds out by itself, as nobody may ask it anything any more.
     broken.store(false, Ordering::Relaxed);
-    until(&engine, |status| status.health == Health::Well);
+    let well = until(&engine, |status| status.health == Health::Well);
+    assert_eq!(well.unwell_since, None);
     assert_eq!(collect(engine.submit(request("x", &greedy(5))).unwrap()).2.usage.prompt_tokens, 1);
     let used = until(&engine, |status| status.running == 0).used_pages;
     assert!(used <= 2, "{used} pages");

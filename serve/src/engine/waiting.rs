@@ -1,17 +1,14 @@
 //! The way back: one queue of all that comes of the engine's steps, and who waits for what of it.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
-    thread,
-};
+use std::collections::{BTreeSet, HashMap};
 
 use async_channel::{Receiver, Sender};
 
+use super::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc, thread};
 use crate::{Result, request::RequestId, scheduler::Update};
 
 /// The most steps of which nothing was handed out, before the engine waits.
-const MAX_STEPS: usize = 64;
+pub const MAX_STEPS: usize = 64;
 
 /// Who waits for updates, by the request that these are tagged with.
 #[derive(Debug, Default)]
@@ -27,19 +24,17 @@ struct Waiter {
 }
 
 impl Waiting {
-    /// Starts a thread that hands out what is sent. When no more can come, everybody's channel
-    /// closes.
+    /// Starts a thread that hands out what came of each step. When no more can come, everybody's channel
+    /// closes, and the thread ends.
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn hand_out(self: &Arc<Self>) -> Result<mpsc::SyncSender<Vec<Update>>> {
-        let (updates, steps) = mpsc::sync_channel::<Vec<Update>>(MAX_STEPS);
+    pub fn hand_out(self: &Arc<Self>, steps: mpsc::Receiver<Vec<Update>>) -> Result<thread::JoinHandle<()>> {
         let waiting = self.clone();
-        thread::Builder::new().name("updates".into()).spawn(move || {
+        Ok(thread::Builder::new().name("updates".into()).spawn(move || {
             steps.into_iter().for_each(|updates| waiting.tell(updates));
             waiting.waiters().clear();
-        })?;
-        Ok(updates)
+        })?)
     }
 
     /// The updates of so many answers to a request, from now on.

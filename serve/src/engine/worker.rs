@@ -160,7 +160,7 @@ impl Worker {
             status.reading += reading;
             status.decoding += took.saturating_sub(reading);
             if failure.is_none() {
-                status.health = Health::Well;
+                status.found(Ok(()));
             }
         }
         if failure.is_some() {
@@ -175,7 +175,7 @@ impl Worker {
     /// Finds out whether the engine is well after a step that failed.
     fn probe(&mut self) -> Result<()> {
         let outcome = self.scheduler.probe(&mut *self.backend)?;
-        self.shared.status().health = outcome.map_or_else(Health::Unwell, |()| Health::Well);
+        self.shared.status().found(outcome);
         Ok(())
     }
 

@@ -1,6 +1,9 @@
 //! Whether a server is well.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{Json, extract::State};
 use serde::Serialize;
@@ -10,9 +13,13 @@ use super::{
     Server,
     error::{ApiError, ErrorBody},
 };
-use crate::{Llm, engine::Health};
+use crate::{
+    Llm,
+    engine::{Health, Status},
+};
 
-/// A step that takes longer than this is taken for one that never ends.
+/// A step that takes longer than this is taken for one that never ends, and an engine that computes nothing for
+/// so long for one that never will, as after a failure of its GPU.
 const STALLED: Duration = Duration::from_secs(300);
 
 /// How a server is.
@@ -73,11 +80,49 @@ fn ok() -> Json<HealthStatus> {
 }
 
 fn alive(llm: &Llm) -> Result<(), ApiError> {
-    let status = llm.engine().status();
-    let stalled = status.step_since.is_some_and(|since| since.elapsed() > STALLED);
+    match trouble(&llm.engine().status(), Instant::now()) {
+        Some(trouble) => Err(ApiError::unavailable(trouble)),
+        None => Ok(()),
+    }
+}
+
+/// Why an engine is not taken for one that lives.
+fn trouble(status: &Status, now: Instant) -> Option<&'static str> {
+    let for_long = |since: Option<Instant>| since.is_some_and(|since| now > since + STALLED);
     match status.health {
-        Health::Dead(_) => Err(ApiError::unavailable("the engine has died; start the server again")),
-        _ if stalled => Err(ApiError::unavailable("a step does not end; start the server again")),
-        _ => Ok(()),
+        Health::Dead(_) => Some("the engine has died; start the server again"),
+        _ if for_long(status.step_since) => Some("a step does not end; start the server again"),
+        _ if for_long(status.unwell_since) => {
+            Some("the engine has computed nothing for minutes; start the server again")
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_that_computes_nothing_for_minutes_is_not_alive() {
+        let now = Instant::now();
+        let well = Status::default();
+        let unwell =
+            Status { health: Health::Unwell("x".into()), unwell_since: Some(now), ..Status::default() };
+        let stalled = Status { step_since: Some(now), ..Status::default() };
+        let dead = Status { health: Health::Dead("x".into()), ..Status::default() };
+        for (status, soon, late) in [
+            (well, None, None),
+            (unwell, None, Some("computed nothing")),
+            (stalled, None, Some("does not end")),
+            (dead, Some("has died"), Some("has died")),
+        ] {
+            for (waited, want) in [(STALLED, soon), (STALLED + Duration::from_secs(1), late)] {
+                let trouble = trouble(&status, now + waited);
+                let same =
+                    trouble.zip(want).map_or(trouble == want, |(trouble, want)| trouble.contains(want));
+                assert!(same, "{trouble:?}, not {want:?}");
+            }
+        }
     }
 }

@@ -13,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+use test_support::tls::TlsServer;
+
 use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -372,6 +374,17 @@ fn refusals_say_what_to_do() {
         open_with(folder.path(), &server.url, None).pull(&name("hf.co/org/repo")).unwrap_err().to_string();
     let page = format!("{}/org/repo", server.url);
     assert!(error.contains("403") && error.contains(&page) && error.contains("HF_TOKEN"), "{error}");
+}
+
+#[test]
+fn a_hub_whose_certificate_nobody_signed_is_not_asked() {
+    let (folder, server) = (tempfile::tempdir().unwrap(), TlsServer::start("127.0.0.1", false, Vec::new()));
+    let hub = open_with(folder.path(), &server.url, Some("hf_secret"));
+    let error = hub.pull(&name("hf.co/org/repo")).unwrap_err().to_string();
+    for part in [server.url.as_str(), "TLS fails", "UnknownIssuer", "SSL_CERT_FILE"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert!(!error.contains("hf_secret"), "{error}");
 }
 
 #[test]

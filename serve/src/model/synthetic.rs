@@ -17,6 +17,7 @@ use super::{
     architecture::{Activation, Architecture},
     config::{Biases, Config, LayerConfig},
     rope::Rope,
+    shard::VocabPart,
     weights::{Ends, Layer, LayerMlp, Linear, Matrix, Mlp},
 };
 use crate::Result;
@@ -27,27 +28,33 @@ pub enum Shape {
     /// Llama 3 8B
     #[value(name = "llama-8b")]
     Llama8b,
+    /// Llama 3 70B
+    #[value(name = "llama-70b")]
+    Llama70b,
 }
 
 impl Shape {
     pub fn config(self) -> Result<Config> {
-        let Self::Llama8b = self;
+        let [layers, hidden_size, qo, intermediate_size] = match self {
+            Self::Llama8b => [32, 4096, 32, 14_336],
+            Self::Llama70b => [80, 8192, 64, 28_672],
+        };
         let head_dim = 128;
         let rope = RopeFrequencies::new(head_dim, 5e5, &RopeScaling::None)?;
         Ok(Config {
             architecture: Architecture::of("llama").ok_or("there is no architecture llama")?,
             dtype: DType::F16,
-            hidden_size: 4096,
+            hidden_size,
             vocab_size: 128_256,
             context_length: 1 << 17,
             rms_eps: 1e-5,
-            heads: Heads::new(32, 8),
+            heads: Heads::new(qo, 8),
             head_dim,
             attention_scale: (head_dim as f64).sqrt().recip(),
             attention_soft_cap: None,
-            layers: vec![LayerConfig { window: None, rope: 0 }; 32],
+            layers: vec![LayerConfig { window: None, rope: 0 }; layers],
             ropes: vec![Rope::new(rope)],
-            intermediate_size: 14336,
+            intermediate_size,
             activation: Activation::Silu,
             experts: None,
             biases: Biases::default(),
@@ -71,9 +78,12 @@ fn matrix(rows: usize, columns: usize) -> Result<Matrix> {
     Matrix::from_bytes(numbers, GgmlDType::F16, [rows, columns])
 }
 
-/// Weights of a shape. All layers have equal ones, each in a place of its own.
-pub fn weights(config: &Config) -> Result<(Ends, impl ExactSizeIterator<Item = Result<Layer>> + use<>)> {
-    let Config { hidden_size: hidden, intermediate_size: inner, vocab_size, .. } = *config;
+/// Weights of a shape, with rows for these tokens. All layers have equal ones, each in a place of its own.
+pub fn weights(
+    config: &Config,
+    vocab: VocabPart,
+) -> Result<(Ends, impl ExactSizeIterator<Item = Result<Layer>> + use<>)> {
+    let Config { hidden_size: hidden, intermediate_size: inner, .. } = *config;
     let [qo, kv] = config.widths();
     let linear = |rows, columns| matrix(rows, columns).map(Linear::from);
     let layer = Layer {
@@ -87,9 +97,10 @@ pub fn weights(config: &Config) -> Result<(Ends, impl ExactSizeIterator<Item = R
         mlp_post_norm: None,
     };
     let ends = Ends {
-        embedding: matrix(vocab_size, hidden)?,
+        embedding: matrix(vocab.tokens.len(), hidden)?,
         norm: vec![1.0; hidden],
-        head: Some(matrix(vocab_size, hidden)?),
+        head: Some(matrix(vocab.tokens.len(), hidden)?),
+        vocab,
     };
     Ok((ends, iter::repeat_n(layer, config.layers.len()).map(Ok)))
 }

@@ -1,11 +1,16 @@
 //! The weights of a model, in the types in which its file holds them.
 
-use std::{cell::RefCell, collections::HashSet};
+use std::{cell::RefCell, collections::HashSet, ops::Range};
 
 use candle_core::{Device, Tensor, quantized::GgmlDType};
 
 pub use super::matrix::Matrix;
-use super::{Config, gguf::Gguf, rope};
+use super::{
+    Config,
+    gguf::{Gguf, Part},
+    rope,
+    shard::{Shard, VocabPart},
+};
 use crate::Result;
 
 /// A matrix `[out, in]` in parts that lie one under the other, and what is added
@@ -75,10 +80,12 @@ pub struct SharedExpert<M = Matrix> {
 /// What comes before the first layer and after the last.
 #[derive(Clone, Debug)]
 pub struct Ends<M = Matrix> {
-    /// `[vocab_size, hidden_size]`.
+    /// The tokens that these matrices have rows for: all, or a rank's.
+    pub vocab: VocabPart,
+    /// `[tokens, hidden_size]`.
     pub embedding: M,
     pub norm: Vec<f32>,
-    /// `[vocab_size, hidden_size]`; `None` if it is the embedding.
+    /// `[tokens, hidden_size]`; `None` if it is the embedding.
     pub head: Option<M>,
 }
 
@@ -156,49 +163,65 @@ impl<M> Layer<M> {
 impl<M> Ends<M> {
     /// As [`Layer::map`].
     pub fn map<N>(self, pack: &impl Fn(M) -> N) -> Ends<N> {
-        Ends { embedding: pack(self.embedding), norm: self.norm, head: self.head.map(pack) }
+        let Self { vocab, embedding, norm, head } = self;
+        Ends { vocab, embedding: pack(embedding), norm, head: head.map(pack) }
     }
 }
 
-/// Where weights come from: the tensors of a file, by name.
+/// Where weights come from: the tensors of a file, by name, of which a rank has parts.
 pub struct Tensors<'a> {
     gguf: &'a Gguf,
     config: &'a Config,
+    shard: &'a Shard,
     /// What was asked for, while nothing is read.
-    asked: Option<RefCell<HashSet<String>>>,
+    asked: Option<RefCell<Asked>>,
+}
+
+/// Tensors that were asked for.
+#[derive(Default)]
+struct Asked {
+    names: HashSet<String>,
+    /// Of their parts.
+    bytes: u64,
 }
 
 impl<'a> Tensors<'a> {
-    pub fn new(gguf: &'a Gguf, config: &'a Config) -> Self {
-        Self { gguf, config, asked: None }
+    /// `config` is that of the whole model.
+    pub fn new(gguf: &'a Gguf, config: &'a Config, shard: &'a Shard) -> Self {
+        Self { gguf, config, shard, asked: None }
     }
 
     /// Refuses a file in which a tensor is missing, has a wrong shape, or is not
-    /// used: answers would not be the model's. Reads none of them.
-    pub fn check(gguf: &Gguf, config: &Config) -> Result<()> {
-        let asked = [rope::FREQS, rope::LONG, rope::SHORT].map(String::from);
-        let tensors = Tensors { gguf, config, asked: Some(RefCell::new(asked.into())) };
+    /// used: answers would not be the model's. Reads none of them, and returns how many bytes the
+    /// shard has of them.
+    pub fn check(gguf: &Gguf, config: &Config, shard: &Shard) -> Result<u64> {
+        let tensors = Tensors { gguf, config, shard, asked: Some(RefCell::default()) };
         tensors.ends()?;
         (0..config.layers.len()).try_for_each(|index| tensors.layer(index).map(drop))?;
-        let asked = tensors.asked.unwrap_or_default().into_inner();
-        match gguf.tensors.keys().find(|name| !asked.contains(*name)) {
+        let Asked { mut names, bytes } = tensors.asked.unwrap_or_default().into_inner();
+        names.extend([rope::FREQS, rope::LONG, rope::SHORT].map(String::from));
+        match gguf.tensors.keys().find(|name| !names.contains(*name)) {
             Some(name) => Err(format!("it has a tensor {name}, which this program does not support").into()),
-            None => Ok(()),
+            None => Ok(bytes),
         }
     }
 
     pub fn ends(&self) -> Result<Ends> {
         let shape = [self.config.vocab_size, self.config.hidden_size];
+        let vocab = &self.shard.vocab;
+        let rows = Part::Rows(vec![vocab.tokens.clone()]);
         let tied = !self.has("output.weight");
         Ok(Ends {
-            embedding: self.matrix("token_embd.weight", shape)?,
+            vocab: vocab.clone(),
+            embedding: self.matrix("token_embd.weight", shape, &rows)?,
             norm: self.vector("output_norm.weight", self.config.hidden_size)?,
-            head: (!tied).then(|| self.matrix("output.weight", shape)).transpose()?,
+            head: (!tied).then(|| self.matrix("output.weight", shape, &rows)).transpose()?,
         })
     }
 
     pub fn layer(&self, index: usize) -> Result<Layer> {
         let Config { hidden_size: hidden, head_dim, architecture, biases, .. } = *self.config;
+        let Shard { queries, keys, .. } = self.shard;
         let [qo, kv] = self.config.widths();
         let name = |name: &str| format!("blk.{index}.{name}");
         let norm = |norm: &str, len| self.vector(&name(&format!("{norm}.weight")), len);
@@ -206,16 +229,29 @@ impl<'a> Tensors<'a> {
         let qk_norm = || -> Result<_> {
             Ok(QkNorm { q: norm("attn_q_norm", head_dim)?, k: norm("attn_k_norm", head_dim)? })
         };
-        let parts = [("attn_q", qo), ("attn_k", kv), ("attn_v", kv)];
+        let below = |rows: &Range<usize>, above: usize| rows.start + above..rows.end + above;
         let qkv = match self.has(&name("attn_qkv.weight")) {
-            true => self.linear(index, &[("attn_qkv", qo + 2 * kv)], hidden, biases.qkv)?,
-            false => self.linear(index, &parts, hidden, biases.qkv)?,
+            true => {
+                let rows = vec![queries.clone(), below(keys, qo), below(keys, qo + kv)];
+                self.stacked(index, &[("attn_qkv", qo + 2 * kv, rows)], hidden, biases.qkv)?
+            }
+            false => {
+                let [queries, keys] = [queries, keys].map(|rows| vec![rows.clone()]);
+                let parts = [("attn_q", qo, queries), ("attn_k", kv, keys.clone()), ("attn_v", kv, keys)];
+                self.stacked(index, &parts, hidden, biases.qkv)?
+            }
         };
         Ok(Layer {
             attention_norm: norm("attn_norm", hidden)?,
             qkv,
             qk_norm: architecture.qk_norm.then(qk_norm).transpose()?,
-            attention_output: self.linear(index, &[("attn_output", hidden)], qo, biases.attention_output)?,
+            attention_output: self.summed(
+                index,
+                "attn_output",
+                [hidden, qo],
+                queries,
+                biases.attention_output,
+            )?,
             attention_post_norm: post_norm("post_attention_norm")?,
             mlp_norm: norm("ffn_norm", hidden)?,
             mlp: match self.config.experts {
@@ -228,78 +264,129 @@ impl<'a> Tensors<'a> {
 
     fn mlp(&self, index: usize) -> Result<Mlp> {
         let Config { hidden_size: hidden, intermediate_size: inner, biases, .. } = *self.config;
+        let rows = vec![self.shard.inner.clone()];
         // Where there is no gate, its rows come before those of up.
         let gate_up = match self.has(&format!("blk.{index}.ffn_gate.weight")) {
-            true => self.linear(index, &[("ffn_gate", inner), ("ffn_up", inner)], hidden, biases.gate_up)?,
-            false => self.linear(index, &[("ffn_up", 2 * inner)], hidden, biases.gate_up)?,
+            true => {
+                let parts = [("ffn_gate", inner, rows.clone()), ("ffn_up", inner, rows)];
+                self.stacked(index, &parts, hidden, biases.gate_up)?
+            }
+            false => {
+                let parts = [("ffn_up", 2 * inner, gate_and_up(&self.shard.inner, inner))];
+                self.stacked(index, &parts, hidden, biases.gate_up)?
+            }
         };
-        Ok(Mlp { gate_up, down: self.linear(index, &[("ffn_down", hidden)], inner, biases.down)? })
+        let down = self.summed(index, "ffn_down", [hidden, inner], &self.shard.inner, biases.down)?;
+        Ok(Mlp { gate_up, down })
     }
 
     fn experts(&self, index: usize) -> Result<ExpertMlps> {
         let Config { hidden_size: hidden, intermediate_size: inner, experts, .. } = *self.config;
         let experts = experts.ok_or("the model has no experts")?;
         let count = experts.count;
-        let of_each = |name, shape| self.each(index, name, count, shape);
+        let mine = &self.shard.inner;
+        let of_each = |name, shape, part: &Part| self.each(index, name, count, shape, part);
+        let rows = Part::Rows(vec![mine.clone()]);
         let gate_up: Vec<_> = match self.has(&format!("blk.{index}.ffn_gate_up_exps.weight")) {
-            true => of_each("ffn_gate_up", [2 * inner, hidden])?.into_iter().map(|both| vec![both]).collect(),
+            true => {
+                let rows = Part::Rows(gate_and_up(mine, inner));
+                let both = of_each("ffn_gate_up", [2 * inner, hidden], &rows)?;
+                both.into_iter().map(|both| vec![both]).collect()
+            }
             false => {
-                let up = of_each("ffn_up", [inner, hidden])?;
-                let both = of_each("ffn_gate", [inner, hidden])?.into_iter().zip(up);
+                let up = of_each("ffn_up", [inner, hidden], &rows)?;
+                let both = of_each("ffn_gate", [inner, hidden], &rows)?.into_iter().zip(up);
                 both.map(|(gate, up)| vec![gate, up]).collect()
             }
         };
-        let down = of_each("ffn_down", [hidden, inner])?;
+        let down = of_each("ffn_down", [hidden, inner], &Part::Columns(mine.clone()))?;
         let mlp =
             |(parts, down): (_, Matrix)| Mlp { gate_up: Linear { parts, bias: None }, down: down.into() };
         let name = |name: &str| format!("blk.{index}.{name}.weight");
         let shared = |width: usize| -> Result<SharedExpert> {
-            let matrix = |of: &str, shape| self.matrix(&name(of), shape);
-            let parts = ["ffn_gate_shexp", "ffn_up_shexp"].map(|of| matrix(of, [width, hidden]));
+            let mine = self.shard.shared.clone().unwrap_or(0..width);
+            let rows = Part::Rows(vec![mine.clone()]);
+            let parts =
+                ["ffn_gate_shexp", "ffn_up_shexp"].map(|of| self.matrix(&name(of), [width, hidden], &rows));
             let parts = parts.into_iter().collect::<Result<_>>()?;
-            let down = matrix("ffn_down_shexp", [hidden, width])?;
+            let down = self.matrix(&name("ffn_down_shexp"), [hidden, width], &Part::Columns(mine))?;
             Ok(SharedExpert { gate: self.row(&name("ffn_gate_inp_shexp"), hidden)?, mlp: mlp((parts, down)) })
         };
         Ok(ExpertMlps {
-            router: self.matrix(&name("ffn_gate_inp"), [count, hidden])?,
+            router: self.matrix(&name("ffn_gate_inp"), [count, hidden], &Part::All)?,
             shared: experts.shared.map(shared).transpose()?,
             experts: gate_up.into_iter().zip(down).map(mlp).collect(),
         })
     }
 
-    /// The matrices of all experts, in one tensor or, in files that were made
+    /// Parts of the matrices of all experts, in one tensor or, in files that were made
     /// early, in one each.
-    fn each(&self, index: usize, name: &str, count: usize, [out, input]: [usize; 2]) -> Result<Vec<Matrix>> {
+    fn each(
+        &self,
+        index: usize,
+        name: &str,
+        count: usize,
+        [out, input]: [usize; 2],
+        part: &Part,
+    ) -> Result<Vec<Matrix>> {
         let each = |expert: usize| format!("blk.{index}.{name}.{expert}.weight");
         if self.has(&each(0)) {
-            return (0..count).map(|expert| self.matrix(&each(expert), [out, input])).collect();
+            return (0..count).map(|expert| self.matrix(&each(expert), [out, input], part)).collect();
         }
         let name = format!("blk.{index}.{name}_exps.weight");
-        self.tensor(&name, &[count, out, input])
+        self.tensor(&name, &[count, out, input], part)
     }
 
-    /// Matrices of these names and heights in one, with zeros for a bias that is
+    /// Rows of matrices of these names and heights in one, with zeros for a bias that is
     /// missing, if there are any.
-    fn linear(&self, index: usize, parts: &[(&str, usize)], input: usize, biased: bool) -> Result<Linear> {
+    fn stacked(
+        &self,
+        index: usize,
+        parts: &[(&str, usize, Vec<Range<usize>>)],
+        input: usize,
+        biased: bool,
+    ) -> Result<Linear> {
         let (mut matrices, mut biases) = (Vec::new(), Vec::new());
-        for &(name, out) in parts {
-            matrices.push(self.matrix(&format!("blk.{index}.{name}.weight"), [out, input])?);
-            let bias = format!("blk.{index}.{name}.bias");
-            biases.extend(match self.has(&bias) {
-                true => self.vector(&bias, out)?,
-                false => vec![0.0; out],
-            });
+        for (name, out, rows) in parts {
+            let part = Part::Rows(rows.clone());
+            matrices.push(self.matrix(&format!("blk.{index}.{name}.weight"), [*out, input], &part)?);
+            let bias = self.bias(index, name, *out)?;
+            rows.iter().for_each(|range| biases.extend(bias.iter().skip(range.start).take(range.len())));
         }
         Ok(Linear { parts: matrices, bias: biased.then_some(biases) })
     }
 
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
-        Ok(self.tensor(name, &shape)?.swap_remove(0))
+    /// Columns of a matrix whose products are summed over ranks, one of which adds the bias.
+    fn summed(
+        &self,
+        index: usize,
+        name: &str,
+        [out, input]: [usize; 2],
+        columns: &Range<usize>,
+        biased: bool,
+    ) -> Result<Linear> {
+        let part = Part::Columns(columns.clone());
+        let matrix = self.matrix(&format!("blk.{index}.{name}.weight"), [out, input], &part)?;
+        let bias = self.bias(index, name, out)?;
+        Ok(Linear { parts: vec![matrix], bias: (biased && self.shard.adds_biases).then_some(bias) })
+    }
+
+    /// A bias, or zeros.
+    fn bias(&self, index: usize, name: &str, len: usize) -> Result<Vec<f32>> {
+        let name = format!("blk.{index}.{name}.bias");
+        match self.has(&name) {
+            true => self.vector(&name, len),
+            false => Ok(vec![0.0; len]),
+        }
+    }
+
+    fn matrix(&self, name: &str, shape: [usize; 2], part: &Part) -> Result<Matrix> {
+        Ok(self.tensor(name, &shape, part)?.swap_remove(0))
     }
 
     /// A matrix of one row, which files have as a vector.
     fn row(&self, name: &str, len: usize) -> Result<Matrix> {
-        Ok(self.tensor(name, &[len])?.swap_remove(0))
+        Ok(self.tensor(name, &[len], &Part::All)?.swap_remove(0))
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
@@ -311,11 +398,18 @@ impl<'a> Tensors<'a> {
         self.gguf.tensors.contains_key(name)
     }
 
-    /// The matrices of a tensor; while nothing is read, one that is empty.
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<Matrix>> {
+    /// Parts of the matrices of a tensor; while nothing is read, one that is empty.
+    fn tensor(&self, name: &str, shape: &[usize], part: &Part) -> Result<Vec<Matrix>> {
         let info = self.gguf.find(name, shape)?;
-        let Some(asked) = &self.asked else { return self.gguf.read(name, info) };
-        asked.borrow_mut().insert(name.into());
+        let Some(asked) = &self.asked else { return self.gguf.read(name, info, part) };
+        let mut asked = asked.borrow_mut();
+        asked.names.insert(name.into());
+        asked.bytes += part.bytes(name, info)?;
         Ok(vec![Matrix::from_bytes(Vec::new(), GgmlDType::F32, [0, 1])?])
     }
+}
+
+/// Rows of a matrix that has the gate's above those of up, both `width` high.
+fn gate_and_up(rows: &Range<usize>, width: usize) -> Vec<Range<usize>> {
+    vec![rows.clone(), rows.start + width..rows.end + width]
 }

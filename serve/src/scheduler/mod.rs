@@ -42,6 +42,8 @@ mod steps;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod traffic;
 
 use std::{
     collections::{BTreeSet, VecDeque},

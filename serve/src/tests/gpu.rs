@@ -8,14 +8,17 @@ use std::{
 
 mod architectures;
 mod deterministic;
+mod faults;
 mod flight;
+mod long_run;
 mod precision;
+mod ranks;
 mod sampling;
 
 use super::*;
 use crate::backend::{
     device::{Device as Place, load},
-    gpu::{Gpu, GpuOptions},
+    gpu::{Gpu, GpuOptions, capture_graphs},
 };
 
 /// The largest difference of a row of logits to the CPU's, relative to its norm.
@@ -63,10 +66,10 @@ fn graphs_that_are_captured_early_change_no_id() {
     let loaded = loaded().expect("the pinned model");
     let pool = PageAllocator::new(32, 16).unwrap();
     let mut gpu = loaded.gpu(&pool, 64);
-    assert_eq!(gpu.capture_graphs(&pool, 6, Duration::ZERO).unwrap(), 0, "without time");
-    assert_eq!(gpu.capture_graphs(&pool, 6, Duration::from_secs(600)).unwrap(), 6);
+    assert_eq!(capture_graphs(&mut gpu, &pool, 6, Duration::ZERO).unwrap(), 0, "without time");
+    assert_eq!(capture_graphs(&mut gpu, &pool, 6, Duration::from_secs(600)).unwrap(), 6);
     assert_eq!(
-        gpu.capture_graphs(&pool, 64, Duration::from_secs(600)).unwrap(),
+        capture_graphs(&mut gpu, &pool, 64, Duration::from_secs(600)).unwrap(),
         16,
         "until pages are used up"
     );
@@ -488,7 +491,7 @@ fn a_missing_gpu_is_told() {
     let pool = PageAllocator::new(4, 4).unwrap();
     let place = |device| {
         let capacity = limits(16, 0).step_capacity();
-        load(device, &model, &pool, capacity, GpuOptions::new(capacity.tokens), None)
+        load(device, &model, &pool, capacity, GpuOptions::new(capacity.tokens), None, None)
             .map(|loaded| loaded.place)
             .map_err(|e| e.to_string())
     };

@@ -50,7 +50,7 @@ use super::{ArtifactError, ProgressFn};
 use std::path::{Path, PathBuf};
 
 /// Every environment variable that decides what a build embeds.
-pub const VARIABLES: [&str; 26] = [
+pub const VARIABLES: [&str; 27] = [
     "FLASHINFER_RS_EMBED",
     "FLASHINFER_RS_EMBED_MODULES",
     "FLASHINFER_RS_WHEELS",
@@ -77,6 +77,7 @@ pub const VARIABLES: [&str; 26] = [
     "NO_PROXY",
     "no_proxy",
     "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
 ];
 
 /// The operating systems and architectures that FlashInfer has kernels for.

@@ -11,6 +11,7 @@ pub(crate) use pace::Patience;
 use super::{ArtifactError, FetchOptions};
 use pace::Pace;
 use proxy::Proxies;
+use std::fmt::Display;
 use std::io::{self, Read};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -243,8 +244,23 @@ fn describe(error: &ureq::Error) -> String {
     match error {
         ureq::Error::BadUri(_) | ureq::Error::Http(_) => "the address cannot be asked for".into(),
         ureq::Error::Protocol(_) => "the answer is no proper HTTP".into(),
+        ureq::Error::Io(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+            "the server ended the connection".into()
+        }
+        // What goes wrong in TLS comes as data that is not as it should be.
+        ureq::Error::Io(e) if e.kind() == io::ErrorKind::InvalidData => tls_fails(e),
+        ureq::Error::Rustls(e) => tls_fails(e),
+        ureq::Error::Tls(e) => tls_fails(e),
         error => error.to_string(),
     }
+}
+
+/// That the server cannot be trusted, or understood, and what to do.
+fn tls_fails(reason: impl Display) -> String {
+    format!(
+        "TLS fails: {reason}; check the address and the machine's clock, and where the certificate is of an \
+         authority of your own, or of a proxy's, name a file of trusted certificates in SSL_CERT_FILE"
+    )
 }
 
 /// What a server sends, at the pace that [`FetchOptions`] asks for.

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     Result,
+    group::Sums,
     model::{Config, config::LayerConfig},
 };
 
@@ -22,18 +23,26 @@ pub struct Network {
     /// Cosines and sines of all positions, `[positions, rotary_dim]`, of each of
     /// the rotary embeddings.
     cos_sin: Vec<Vec<f32>>,
+    /// What adds over ranks, of which this is one.
+    sums: Option<Sums>,
 }
 
 impl Network {
     /// For sequences of up to so many tokens.
-    pub fn new(config: &Config, ends: Ends, layers: Vec<Layer>, positions: usize) -> Self {
+    pub fn new(
+        config: &Config,
+        ends: Ends,
+        layers: Vec<Layer>,
+        positions: usize,
+        sums: Option<Sums>,
+    ) -> Self {
         let rows = config.ropes.iter().map(|rope| rope.for_length(positions).cos_sin_rows(positions));
-        Self { cos_sin: rows.collect(), config: config.clone(), ends, layers }
+        Self { cos_sin: rows.collect(), config: config.clone(), ends, layers, sums }
     }
 
     /// Computes new tokens of a batch, and gives the logits of these rows of them.
     pub fn run(
-        &self,
+        &mut self,
         batch: &Batch,
         tokens: &[u32],
         outputs: &[usize],
@@ -43,22 +52,26 @@ impl Network {
         if tokens.is_empty() {
             return Ok(Vec::new());
         }
-        let mut residual = self.ends.embed(tokens)?;
+        let mut residual = self.ends.embed(tokens, self.config.vocab_size)?;
+        self.sum(&mut residual)?;
         residual.iter_mut().for_each(|x| *x *= embedding_scale as f32);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let x = self.norm(&residual, &layer.attention_norm);
-            let x = self.attention(index, layer, &x, batch, cache)?;
-            self.add(&mut residual, x, layer.attention_post_norm.as_deref());
-            let x = self.norm(&residual, &layer.mlp_norm);
-            let x = mlp::run(&self.config, &layer.mlp, &x)?;
-            self.add(&mut residual, x, layer.mlp_post_norm.as_deref());
+        for index in 0..self.layers.len() {
+            let x = self.norm(&residual, &self.layers[index].attention_norm);
+            let mut x = self.attention(index, &x, batch, cache)?;
+            self.sum(&mut x)?;
+            self.add(&mut residual, x, self.layers[index].attention_post_norm.as_deref());
+            let x = self.norm(&residual, &self.layers[index].mlp_norm);
+            let mut x = mlp::run(&self.config, &self.layers[index].mlp, &x)?;
+            self.sum(&mut x)?;
+            self.add(&mut residual, x, self.layers[index].mlp_post_norm.as_deref());
         }
         if outputs.is_empty() {
             return Ok(Vec::new());
         }
         let wanted = outputs.iter().flat_map(|&row| &residual[row * hidden_size..][..hidden_size]);
         let x = self.norm(&wanted.copied().collect::<Vec<_>>(), &self.ends.norm);
-        let mut logits = multiply(&x, &[self.ends.head()]);
+        let logits = multiply(&x, &[self.ends.head()]);
+        let mut logits = self.of_all_tokens(logits, outputs.len())?;
         if let Some(cap) = self.config.final_soft_cap {
             let cap = cap as f32;
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
@@ -66,15 +79,26 @@ impl Network {
         Ok(logits)
     }
 
-    fn attention(
-        &self,
-        index: usize,
-        layer: &Layer,
-        x: &[f32],
-        batch: &Batch,
-        cache: &mut Cache,
-    ) -> Result<Vec<f32>> {
-        let LayerConfig { window, rope } = self.config.layers[index];
+    /// Adds what all ranks made.
+    fn sum(&mut self, x: &mut [f32]) -> Result<()> {
+        self.sums.as_mut().map_or(Ok(()), |sums| sums.all_reduce(x))
+    }
+
+    /// The logits of all tokens, of which each rank made some.
+    fn of_all_tokens(&mut self, mine: Vec<f32>, rows: usize) -> Result<Vec<f32>> {
+        let Some(sums) = &mut self.sums else { return Ok(mine) };
+        let parts = sums.all_gather(&mine)?;
+        let row = |row: usize| parts.iter().flat_map(move |part| part.chunks(part.len() / rows).nth(row));
+        let logits: Vec<_> = (0..rows).flat_map(|at| row(at).flatten().copied()).collect();
+        let expected = rows * self.config.vocab_size;
+        match logits.len() == expected {
+            true => Ok(logits),
+            false => Err(format!("the ranks made {} logits; expected {expected}", logits.len()).into()),
+        }
+    }
+
+    fn attention(&self, index: usize, x: &[f32], batch: &Batch, cache: &mut Cache) -> Result<Vec<f32>> {
+        let (layer, LayerConfig { window, rope }) = (&self.layers[index], self.config.layers[index]);
         let [qo, kv] = self.config.widths();
         let qkv = layer.qkv.multiply(x);
         let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());

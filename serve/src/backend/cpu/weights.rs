@@ -43,18 +43,20 @@ impl Linear {
 }
 
 impl Ends {
-    /// The embeddings of tokens, `[tokens, hidden_size]`.
+    /// The embeddings of tokens, `[tokens, hidden_size]`; zeros for those of other ranks.
     ///
     /// # Errors
     /// There is no such token.
-    pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let [rows, columns] = [self.embedding.rows(), self.embedding.columns()];
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= rows) {
-            return Err(format!("there is no token {token}; expected one below {rows}").into());
+    pub fn embed(&self, tokens: &[u32], vocab_size: usize) -> Result<Vec<f32>> {
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(format!("there is no token {token}; expected one below {vocab_size}").into());
         }
+        let (tokens_here, columns) = (&self.vocab.tokens, self.embedding.columns());
         let mut numbers = vec![0.0; tokens.len() * columns];
         for (&token, numbers) in tokens.iter().zip(numbers.chunks_exact_mut(columns)) {
-            self.embedding.dequantize_row(token as usize, numbers);
+            if tokens_here.contains(&(token as usize)) {
+                self.embedding.dequantize_row(token as usize - tokens_here.start, numbers);
+            }
         }
         Ok(numbers)
     }

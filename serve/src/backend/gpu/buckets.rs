@@ -5,7 +5,6 @@ use flashinfer_rs::{attention::ReplayKey, graph::CapturedStep};
 
 use super::{
     Gpu,
-    buffers::Outputs,
     lanes::{LANES, Lane},
     network::Network,
     products::{HeadProduct, Products},
@@ -95,12 +94,15 @@ impl Gpu {
         let rows = 1 << bucket;
         if rows > self.outputs.capacity() {
             self.forget_graphs();
-            self.outputs = Outputs::new(&self.network.stream, &self.network.config, rows)?;
+            self.outputs = self.network.outputs(rows)?;
         }
         let Self { buckets, network, buffers, multiplier, choice, outputs: memory, .. } = self;
         let head = match &mut buckets[bucket].head {
             Some(head) => head,
-            empty => empty.insert(HeadProduct::new(&self.cublas, &network.config, rows, *choice)?),
+            empty => {
+                let Network { config, weights, .. } = &*network;
+                empty.insert(HeadProduct::new(&self.cublas, config, weights.vocab.rows, rows, *choice)?)
+            }
         };
         if graph {
             head.tune(&network.weights, buffers, memory, multiplier)?;

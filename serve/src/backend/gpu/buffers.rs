@@ -4,7 +4,11 @@ use flashinfer_rs::{DType, Stream, gpu::Tensor};
 use float8::F8E4M3;
 
 use super::{half::HalfTensor, heads::HeadWidths};
-use crate::{Result, backend::experts::Routing, model::Config};
+use crate::{
+    Result,
+    backend::experts::Routing,
+    model::{Config, shard::VocabPart},
+};
 
 /// Memory for as many rows as there may be.
 pub struct Buffers {
@@ -72,14 +76,44 @@ pub struct Outputs {
     /// Their hidden states.
     pub hidden: HalfTensor,
     pub logits: Tensor<f32>,
+    /// What ranks make of the logits.
+    pub parts: Option<LogitParts>,
+}
+
+/// Logits of the tokens of one rank, and of all ranks.
+pub struct LogitParts {
+    /// `[rows, tokens]`.
+    pub mine: Tensor<f32>,
+    /// `[ranks * rows, tokens]`.
+    pub all: Tensor<f32>,
 }
 
 impl Outputs {
-    pub fn new(stream: &Stream, config: &Config, rows: usize) -> Result<Self> {
+    /// For so many rows, of a model that so many ranks have.
+    pub fn new(
+        stream: &Stream,
+        config: &Config,
+        vocab: &VocabPart,
+        ranks: usize,
+        rows: usize,
+    ) -> Result<Self> {
+        let parts = (ranks > 1).then(|| -> Result<_> {
+            Ok(LogitParts {
+                mine: Tensor::zeros(stream, &[rows, vocab.rows])?,
+                all: Tensor::zeros(stream, &[ranks * rows, vocab.rows])?,
+            })
+        });
         Ok(Self {
             hidden: HalfTensor::zeros(stream, config.dtype, &[rows, config.hidden_size])?,
             logits: Tensor::zeros(stream, &[rows, config.vocab_size])?,
+            parts: parts.transpose()?,
         })
+    }
+
+    /// The hidden states, and where the product puts its rows.
+    pub fn product_mut(&mut self) -> (&mut HalfTensor, &mut Tensor<f32>) {
+        let Self { hidden, logits, parts } = self;
+        (hidden, parts.as_mut().map_or(logits, |parts| &mut parts.mine))
     }
 
     /// How many rows there is room for.

@@ -10,60 +10,63 @@ use flashinfer_rs::{
     kv::{Batch, PageAllocator, Sequence},
 };
 
-use super::{Gpu, lanes::LANES, split::UNDIVIDED};
+use super::{lanes::LANES, split::UNDIVIDED};
 use crate::{
     Result,
     backend::{Backend, Output, Step, StepToken},
 };
 
-impl Gpu {
-    /// Captures the graphs of up to so many requests, those of few first, until so much time has
-    /// passed or the pool has no pages left. What is not captured then is when it is needed. Returns
-    /// up to how many requests have theirs.
-    pub fn capture_graphs(
-        &mut self,
-        pool: &PageAllocator,
-        requests: usize,
-        limit: Duration,
-    ) -> Result<usize> {
-        let (start, most, mut captured) = (Instant::now(), requests.min(self.max_rows()), 0);
-        while captured < most {
-            let next = (2 * captured).max(1).min(most);
-            // Keys that are not divided, and keys that may be.
-            for context in [0, UNDIVIDED] {
-                if start.elapsed() >= limit {
-                    return Ok(captured);
-                }
-                match self.capture_bucket(pool, next, context) {
-                    Err(error) if is_out_of_pages(&error) => return Ok(captured),
-                    done => done?,
-                }
+/// Captures the graphs of up to so many requests, those of few first, until so much time has
+/// passed or the pool has no pages left. What is not captured then is when it is needed. Returns
+/// up to how many requests have theirs.
+pub fn capture_graphs(
+    backend: &mut dyn Backend,
+    pool: &PageAllocator,
+    most: usize,
+    limit: Duration,
+) -> Result<usize> {
+    let (start, mut captured) = (Instant::now(), 0);
+    while captured < most {
+        let next = (2 * captured).max(1).min(most);
+        // Keys that are not divided, and keys that may be.
+        for context in [0, UNDIVIDED] {
+            if start.elapsed() >= limit {
+                return Ok(captured);
             }
-            captured = next;
+            match capture_bucket(backend, pool, next, context) {
+                Err(error) if is_out_of_pages(&error) => return Ok(captured),
+                done => done?,
+            }
         }
-        Ok(captured)
+        captured = next;
     }
+    Ok(captured)
+}
 
-    /// Takes steps of so many requests, of which the first has said so much before: greedy ones, and
-    /// ones that sample, with each lane.
-    fn capture_bucket(&mut self, pool: &PageAllocator, requests: usize, context: usize) -> Result<()> {
-        let mut batch = Batch::new(pool);
-        for _ in 0..requests {
-            batch.push(Sequence::new(pool))?;
-        }
-        // That is not computed, as nobody looks at what is chosen.
-        batch.append(once(context).chain(repeat_n(0, requests - 1)))?;
-        let tokens = vec![StepToken::Known(0); requests];
-        for temperature in [0.0, 1.0] {
-            let output = |row| Output { temperature, ..Output::greedy(row) };
-            let outputs: Vec<_> = (0..requests).map(output).collect();
-            for _ in 0..LANES {
-                batch.append(repeat_n(1, requests))?;
-                self.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs })?;
-            }
-        }
-        Ok(())
+/// Takes steps of so many requests, of which the first has said so much before: greedy ones, and
+/// ones that sample, with each lane.
+fn capture_bucket(
+    backend: &mut dyn Backend,
+    pool: &PageAllocator,
+    requests: usize,
+    context: usize,
+) -> Result<()> {
+    let mut batch = Batch::new(pool);
+    for _ in 0..requests {
+        batch.push(Sequence::new(pool))?;
     }
+    // That is not computed, as nobody looks at what is chosen.
+    batch.append(once(context).chain(repeat_n(0, requests - 1)))?;
+    let tokens = vec![StepToken::Known(0); requests];
+    for temperature in [0.0, 1.0] {
+        let output = |row| Output { temperature, ..Output::greedy(row) };
+        let outputs: Vec<_> = (0..requests).map(output).collect();
+        for _ in 0..LANES {
+            batch.append(repeat_n(1, requests))?;
+            backend.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs })?;
+        }
+    }
+    Ok(())
 }
 
 fn is_out_of_pages(error: &crate::Error) -> bool {

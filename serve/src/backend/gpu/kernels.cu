@@ -31,16 +31,17 @@ __device__ void gather_rows(Eight *out, const Eight *table, const int *indices, 
 }
 
 // The rows of tokens: those of `sources` that are not negative; for -2 - row, what was chosen of
-// that row; else none. There is none beyond `vocab`.
+// that row; else none. The table has `vocab` tokens, from `first` on; others have zeros.
 template <class Number>
-__device__ void embed(Eight *out, const Eight *table, u32 vocab, const int *sources, const int *chosen, u32 rows,
-                      u32 width, float scale) {
+__device__ void embed(Eight *out, const Eight *table, u32 vocab, u32 first, const int *sources, const int *chosen,
+                      u32 rows, u32 width, float scale) {
     int token = sources[blockIdx.x];
     if (token < -1) {
         const u32 row = (u32)(-2 - token);
         token = row < rows ? chosen[row] : -1;
     }
-    copy_row<Number>(out, table, (u32)token < vocab ? token : -1, width, scale);
+    const u32 index = token < 0 ? vocab : (u32)token - first;
+    copy_row<Number>(out, table, index < vocab ? (int)index : -1, width, scale);
 }
 
 // Multiplies rows by a factor each. A row whose factor is 0 becomes zeros, whatever is in it.
@@ -58,13 +59,13 @@ extern "C" __global__ void gather_rows_f16(Eight *out, const Eight *table, const
 extern "C" __global__ void gather_rows_bf16(Eight *out, const Eight *table, const int *indices, u32 width, float scale) {
     gather_rows<Bf16>(out, table, indices, width, scale);
 }
-extern "C" __global__ void embed_f16(Eight *out, const Eight *table, u32 vocab, const int *sources, const int *chosen,
-                                     u32 rows, u32 width, float scale) {
-    embed<F16>(out, table, vocab, sources, chosen, rows, width, scale);
+extern "C" __global__ void embed_f16(Eight *out, const Eight *table, u32 vocab, u32 first, const int *sources,
+                                     const int *chosen, u32 rows, u32 width, float scale) {
+    embed<F16>(out, table, vocab, first, sources, chosen, rows, width, scale);
 }
-extern "C" __global__ void embed_bf16(Eight *out, const Eight *table, u32 vocab, const int *sources, const int *chosen,
-                                      u32 rows, u32 width, float scale) {
-    embed<Bf16>(out, table, vocab, sources, chosen, rows, width, scale);
+extern "C" __global__ void embed_bf16(Eight *out, const Eight *table, u32 vocab, u32 first, const int *sources,
+                                      const int *chosen, u32 rows, u32 width, float scale) {
+    embed<Bf16>(out, table, vocab, first, sources, chosen, rows, width, scale);
 }
 extern "C" __global__ void scale_rows_f16(Eight *data, const float *factors, u32 width) {
     scale_rows<F16>(data, factors, width);
@@ -79,6 +80,16 @@ extern "C" __global__ void keep_chosen(float *shares, const float *probs, u64 co
     const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (at < count && shares[at] != 0.0f)
         shares[at] = probs[at];
+}
+
+// Rows of `width` numbers, out of parts of them that lie one behind the other: `part` columns of each row,
+// of which the last parts have some too many.
+extern "C" __global__ void join_columns(float *out, const float *parts, u32 rows, u32 width, u32 part) {
+    const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (u64)rows * width)
+        return;
+    const u32 row = (u32)(at / width), column = (u32)(at % width);
+    out[at] = parts[((u64)(column / part) * rows + row) * part + column % part];
 }
 
 // `1 / (1 + exp(-x))` of each number.

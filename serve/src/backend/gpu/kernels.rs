@@ -24,6 +24,7 @@ pub struct Kernels {
     scale_rows: CudaFunction,
     embed: CudaFunction,
     keep_chosen: CudaFunction,
+    join_columns: CudaFunction,
     sigmoid: CudaFunction,
     soft_cap: CudaFunction,
 }
@@ -40,6 +41,7 @@ impl Kernels {
             scale_rows: of_dtype("scale_rows")?,
             embed: of_dtype("embed")?,
             keep_chosen: module.load_function("keep_chosen")?,
+            join_columns: module.load_function("join_columns")?,
             sigmoid: module.load_function("sigmoid")?,
             soft_cap: module.load_function("soft_cap")?,
         })
@@ -70,20 +72,22 @@ impl Kernels {
         self.launch(count, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
-    /// The rows of tokens in a table, times `scale`; zeros where there is no token. `chosen` is
-    /// what the step before chose, row by row, `i32`. Both matrices are contiguous, of equally wide
-    /// rows.
+    /// The rows of tokens in a table, which begins with token `first`, times `scale`; zeros where there
+    /// is no token, or none of the table's. `chosen` is what the step before chose, row by row, `i32`.
+    /// Both matrices are contiguous, of equally wide rows.
     pub fn embed(
         &self,
         out: &mut TensorMut<'_>,
         table: &TensorRef<'_>,
+        first: usize,
         tokens: &Tokens,
         chosen: &TensorRef<'_>,
         scale: f32,
     ) -> Result<()> {
         let [count, width] = self.rows("out", &out.as_ref())?;
         let [vocab, table_width] = self.rows("table", table)?;
-        let (sources, rows) = (tokens.sources(), u32::try_from(chosen.numel())?);
+        let (sources, rows, first) =
+            (tokens.sources(), u32::try_from(chosen.numel())?, u32::try_from(first)?);
         let fits = |tensor: &TensorRef<'_>| {
             tensor.dtype() == DType::I32 && tensor.is_contiguous() && self.is_here(tensor)
         };
@@ -98,6 +102,7 @@ impl Kernels {
             .arg(&out)
             .arg(&table)
             .arg(&vocab)
+            .arg(&first)
             .arg(&sources)
             .arg(&chosen)
             .arg(&rows)
@@ -130,6 +135,25 @@ impl Kernels {
         let numbers = count as u64;
         launch.arg(&shares).arg(&probs).arg(&numbers);
         // SAFETY: the kernel takes two addresses and a count; so many numbers are at both.
+        self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// Rows of a matrix, out of parts of its columns that lie one behind the other, `[parts * rows,
+    /// columns]`, of which the last has columns too many if need be. Both are `f32` and contiguous.
+    pub fn join_columns(&self, out: &mut TensorMut<'_>, parts: &TensorRef<'_>) -> Result<()> {
+        let ([rows, width], [all, part]) = (matrix(&out.as_ref())?, matrix(parts)?);
+        let fits = rows > 0 && all % rows == 0 && u64::from(all / rows) * u64::from(part) >= u64::from(width);
+        if !fits {
+            return Err(format!("columns of {out:?} out of {parts:?}").into());
+        }
+        let count = out.numel();
+        let to = self.numbers("out", &out.as_ref(), count)?;
+        let from = self.numbers("parts", parts, parts.numel())?;
+        let mut launch = self.cuda.launch_builder(&self.join_columns);
+        launch.arg(&to).arg(&from).arg(&rows).arg(&width).arg(&part);
+        // SAFETY: the kernel takes two addresses, rows and widths; it writes each number of `out`, and
+        // reads of each part the columns that this has, which are there as all parts together are as
+        // wide at least.
         self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
@@ -212,6 +236,14 @@ impl Kernels {
         let shape =
             LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
         Ok(launch(shape)?)
+    }
+}
+
+/// Rows and columns of a matrix.
+fn matrix(tensor: &TensorRef<'_>) -> Result<[u32; 2]> {
+    match *tensor.shape() {
+        [rows, columns] if columns > 0 => Ok([u32::try_from(rows)?, u32::try_from(columns)?]),
+        _ => Err(format!("{tensor:?} is no matrix").into()),
     }
 }
 

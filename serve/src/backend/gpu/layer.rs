@@ -40,7 +40,8 @@ impl Network {
         let mut out = made.as_mut().unwrap_or(x).rows_mut(padded_rows)?;
         let attention = attention.rows(padded_rows)?;
         let weight = layer.attention_output.view();
-        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)
+        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)?;
+        self.sum(&mut out.narrow(0, 0, rows)?)
     }
 
     /// What the MLP, or experts, make of `x`: in `made` if that is normed, else in `x`.
@@ -77,7 +78,7 @@ impl Network {
             let inner = shared.inner.rows(padded_rows)?;
             multiplier.run(&products.down, &mut out, &inner, &weights.down.view())?;
         }
-        Ok(())
+        self.sum(&mut out.narrow(0, 0, rows)?)
     }
 
     /// What an expert that every token has makes of `x` between its two products, by

@@ -82,6 +82,22 @@ impl Gpu {
         Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes()))
     }
 
+    /// The milliseconds that the sums over ranks take in a step of so many rows, in a graph of nothing
+    /// else; none if this is no rank of several.
+    pub fn sums(&mut self, rows: usize) -> Result<Option<f32>> {
+        let Self { network, buffers, cuda, .. } = self;
+        if network.ranks.is_none() {
+            return Ok(None);
+        }
+        let mut x = buffers.x.rows_mut(rows)?;
+        // One of embeddings, and two in each layer.
+        let mut run = || (0..=2 * network.config.num_layers()).try_for_each(|_| network.sum(&mut x));
+        run()?;
+        // SAFETY: NCCL's work on the buffer and on its own, which outlive the graph.
+        let step = unsafe { graph::capture(&network.stream, &mut run)? };
+        graph::milliseconds(cuda, || Ok(step.launch(&())?)).map(Some)
+    }
+
     /// The milliseconds that attention to the pages of the last step takes in
     /// all layers, in a graph of nothing else.
     pub fn attention(&mut self) -> Result<f32> {

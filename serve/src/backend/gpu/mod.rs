@@ -23,6 +23,7 @@
 //! | `append`, `attention`, `split` | what the cache gets, and plans |
 //! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
 //! | `sampler`, `ring` | the choice of tokens, and their way to the host |
+//! | `ranks` | sums and logits of several GPUs |
 //! | `measure` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
@@ -44,6 +45,7 @@ mod network;
 mod products;
 mod programmatic;
 mod quantize;
+mod ranks;
 mod ring;
 mod rows;
 mod sampler;
@@ -66,7 +68,6 @@ use flashinfer_rs::{
     rope::CosSinCache,
 };
 
-pub use self::heads::HeadWidths;
 use self::{
     append::check_quantized_keys,
     attention::Attention,
@@ -79,9 +80,11 @@ use self::{
     multiplier::Multiplier,
     network::Network,
     products::Products,
+    ranks::Ranks,
     ring::Ring,
     weights::Weights,
 };
+pub use self::{capture::capture_graphs, heads::HeadWidths};
 use crate::{
     Result,
     backend::{
@@ -89,6 +92,7 @@ use crate::{
         matmul::{Choice, CublasLt},
         precision::Precision,
     },
+    group::Group,
     model::{self, Config, Ends, architecture::Activation, rope::Rope},
 };
 
@@ -133,6 +137,8 @@ pub struct Gpu {
 /// How a model runs on a GPU.
 #[derive(Clone, Copy, Debug)]
 pub struct GpuOptions {
+    /// The number of the GPU among those of this machine.
+    pub ordinal: usize,
     /// The most new tokens of a step.
     pub max_tokens: usize,
     /// Whether a row's logits are the same, bit for bit, whatever else is in the step,
@@ -150,9 +156,9 @@ pub struct GpuOptions {
 }
 
 impl GpuOptions {
-    /// For steps of so many tokens, as fast as can be.
+    /// For steps of so many tokens on the first GPU, as fast as can be.
     pub fn new(max_tokens: usize) -> Self {
-        Self { max_tokens, deterministic: false, weights: Precision::Auto, kv: Precision::Auto }
+        Self { ordinal: 0, max_tokens, deterministic: false, weights: Precision::Auto, kv: Precision::Auto }
     }
 
     /// The most rows of products, a power of two.
@@ -166,9 +172,18 @@ impl GpuOptions {
     }
 }
 
-/// A stream of the first GPU, and the runtime with the modules that the model needs
+/// Whether this machine has a GPU of this number, and a driver.
+pub fn is_there(ordinal: usize) -> bool {
+    // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
+    let has_driver = unsafe { cudarc::driver::sys::is_culib_present() };
+    has_driver
+        && CudaContext::device_count()
+            .is_ok_and(|count| usize::try_from(count).is_ok_and(|count| ordinal < count))
+}
+
+/// A stream of a GPU, and the runtime with the modules that the model needs
 /// beside those of attention.
-fn start(config: &Config) -> Result<Arc<CudaStream>> {
+fn start(config: &Config, ordinal: usize) -> Result<Arc<CudaStream>> {
     // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err("there is no NVIDIA driver".into());
@@ -176,8 +191,12 @@ fn start(config: &Config) -> Result<Arc<CudaStream>> {
     let mut runtime = RuntimeConfig::default();
     runtime.progress = Some(flashinfer_rs::progress::terminal());
     let runtime = FlashInferRuntime::initialize(runtime)?;
-    if runtime.device_count()? == 0 {
-        return Err("there is no NVIDIA GPU".into());
+    match runtime.device_count()? as usize {
+        0 => return Err("there is no NVIDIA GPU".into()),
+        count if ordinal >= count => {
+            return Err(format!("there is no NVIDIA GPU {ordinal}: this machine has {count}").into());
+        }
+        _ => {}
     }
     let activation = match config.activation {
         Activation::Silu => ModuleName::SILU_AND_MUL,
@@ -185,7 +204,7 @@ fn start(config: &Config) -> Result<Arc<CudaStream>> {
     };
     runtime.preload(&[ModuleName::NORM, ModuleName::ROPE, ModuleName::PAGE, activation])?;
     runtime.preload_cublas()?;
-    Ok(CudaContext::new(0)?.new_stream()?)
+    Ok(CudaContext::new(ordinal)?.new_stream()?)
 }
 
 impl Gpu {
@@ -197,9 +216,22 @@ impl Gpu {
         pool: &PageAllocator,
         options: GpuOptions,
     ) -> Result<Self> {
+        Self::of_rank(config, ends, layers, pool, options, None)
+    }
+
+    /// The same of a rank's part of a model. All ranks of the group do so at a time.
+    pub fn of_rank(
+        config: &Config,
+        ends: Ends,
+        layers: impl Iterator<Item = Result<model::Layer>>,
+        pool: &PageAllocator,
+        options: GpuOptions,
+        group: Option<&Group>,
+    ) -> Result<Self> {
         let widths = HeadWidths::new(config)?;
-        let cuda = start(config)?;
+        let cuda = start(config, options.ordinal)?;
         let stream = Stream::from(&cuda);
+        let ranks = group.map(|group| Ranks::meet(group, &cuda)).transpose()?;
         let (most, deterministic) = (options.max_rows(), options.deterministic);
         let [weights, kv] = [options.weights, options.kv].map(|precision| precision.dtype(config.dtype));
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());
@@ -217,11 +249,21 @@ impl Gpu {
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
         let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(kv, KvLayout::Nhd) };
         let lane = || Lane::new(&cuda, &stream, pool, most, deterministic);
+        let buffers = Buffers::new(&stream, config, widths, kv, most)?;
+        let network = Network {
+            widths,
+            weights: Weights::new(&stream, config, widths, multiplier.quantizer(), &ends, layers)?,
+            ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
+            kernels: Kernels::new(&cuda, config.dtype)?,
+            ranks,
+            config: config.clone(),
+            stream: stream.clone(),
+        };
         let mut gpu = Self {
             buckets: (0..=most.ilog2()).map(|_| Bucket::default()).collect(),
             attention,
-            buffers: Buffers::new(&stream, config, widths, kv, most)?,
-            outputs: Outputs::new(&stream, config, 1)?,
+            buffers,
+            outputs: network.outputs(1)?,
             lanes: [lane()?, lane()?],
             lane: 0,
             uploads: Uploads::new(&cuda)?,
@@ -235,14 +277,7 @@ impl Gpu {
             choice,
             enqueued: Duration::ZERO,
             at: Vec::new(),
-            network: Network {
-                widths,
-                weights: Weights::new(&stream, config, widths, multiplier.quantizer(), &ends, layers)?,
-                ropes: config.ropes.iter().map(rope).collect::<std::result::Result<_, _>>()?,
-                kernels: Kernels::new(&cuda, config.dtype)?,
-                config: config.clone(),
-                stream,
-            },
+            network,
             multiplier,
             cuda,
         };

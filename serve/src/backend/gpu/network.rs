@@ -1,7 +1,7 @@
 //! The network of a model: what a step enqueues.
 
 use flashinfer_rs::{
-    Stream, TensorRef,
+    Stream, TensorMut, TensorRef,
     gpu::Tensor,
     kv::{BatchTables, PagedKvCache},
     norm::{NormOptions, fused_add_rmsnorm, rmsnorm},
@@ -11,12 +11,13 @@ use flashinfer_rs::{
 
 use super::{
     attention::Plans,
-    buffers::{Buffers, Outputs},
+    buffers::{Buffers, LogitParts, Outputs},
     half::HalfTensor,
     heads::HeadWidths,
     kernels::Kernels,
     multiplier::{Multiplier, StepProduct},
     products::Products,
+    ranks::Ranks,
     rows::Rows,
     sampler::Sampler,
     tokens::Tokens,
@@ -33,6 +34,8 @@ pub struct Network {
     /// The rotary embeddings that layers choose from.
     pub ropes: Vec<CosSinCache>,
     pub kernels: Kernels,
+    /// The other ranks, if this is one of several.
+    pub ranks: Option<Ranks>,
 }
 
 /// What a step works with.
@@ -68,13 +71,26 @@ pub struct Head<'a> {
 }
 
 impl Network {
+    /// Memory for the outputs of so many rows.
+    pub fn outputs(&self, rows: usize) -> Result<Outputs> {
+        let ranks = self.ranks.as_ref().map_or(1, Ranks::size);
+        Outputs::new(&self.stream, &self.config, &self.weights.vocab, ranks, rows)
+    }
+
+    /// Adds what all ranks made.
+    pub fn sum(&self, x: &mut TensorMut<'_>) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.all_reduce(x))
+    }
+
     /// Enqueues a step up to the last norm, whose results are in `x`.
     pub fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
         let Buffers { residual, x, .. } = &mut *pass.buffers;
         let mut embedded = residual.rows_mut(pass.padded_rows)?;
         let scale = self.config.embedding_scale as f32 * RESIDUAL_SCALE;
         let (table, chosen) = (self.weights.embedding.view(), pass.chosen_before.view());
-        self.kernels.embed(&mut embedded, &table, pass.tokens, &chosen, scale)?;
+        let first_token = self.weights.vocab.tokens.start;
+        self.kernels.embed(&mut embedded, &table, first_token, pass.tokens, &chosen, scale)?;
+        self.sum(&mut embedded)?;
         let first = self.weights.layers.first().map_or(&self.weights.norm, |layer| &layer.attention_norm);
         let (mut x, residual) = (x.rows_mut(pass.rows)?, residual.rows(pass.rows)?);
         rmsnorm(&self.stream, &mut x, &residual, &first.view(), &self.residual_norm())?;
@@ -92,7 +108,7 @@ impl Network {
     /// Enqueues the logits of rows, and the choice of tokens.
     pub fn head(&self, pass: &mut Pass<'_>, head: &mut Head<'_>) -> Result<()> {
         let Buffers { x, .. } = &mut *pass.buffers;
-        let Outputs { hidden, logits } = &mut *head.outputs;
+        let (hidden, of_product) = head.outputs.product_mut();
         let hidden: TensorRef<'_> = match head.selected {
             Some(rows) => {
                 let table = x.rows(rows.bound())?;
@@ -101,8 +117,15 @@ impl Network {
             }
             None => x.rows(head.rows)?,
         };
+        let mut of_product = of_product.view_mut().narrow(0, 0, head.rows)?;
+        pass.multiplier.run(head.product, &mut of_product, &hidden, &self.weights.head())?;
+        let Outputs { logits, parts, .. } = &mut *head.outputs;
         let mut logits = logits.view_mut().narrow(0, 0, head.rows)?;
-        pass.multiplier.run(head.product, &mut logits, &hidden, &self.weights.head())?;
+        if let (Some(ranks), Some(LogitParts { mine, all })) = (&self.ranks, parts) {
+            let mut all = all.view_mut().narrow(0, 0, ranks.size() * head.rows)?;
+            ranks.all_gather(&mut all, &mine.view().narrow(0, 0, head.rows)?)?;
+            self.kernels.join_columns(&mut logits, &all.as_ref())?;
+        }
         if let Some(cap) = self.config.final_soft_cap {
             self.kernels.soft_cap(&mut logits, cap as f32)?;
         }

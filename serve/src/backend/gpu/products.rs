@@ -120,11 +120,18 @@ pub struct HeadProduct {
 }
 
 impl HeadProduct {
-    pub fn new(cublas: &Rc<CublasLt>, config: &Config, rows: usize, choice: Choice) -> Result<Self> {
+    /// For the logits of so many tokens.
+    pub fn new(
+        cublas: &Rc<CublasLt>,
+        config: &Config,
+        tokens: usize,
+        rows: usize,
+        choice: Choice,
+    ) -> Result<Self> {
         let product = Product {
             rows,
             input: config.hidden_size,
-            output: config.vocab_size,
+            output: tokens,
             factor: 1.0,
             added: Added::Nothing,
             dtype: config.dtype,
@@ -141,7 +148,8 @@ impl HeadProduct {
         outputs: &mut Outputs,
         multiplier: &mut Multiplier,
     ) -> Result<()> {
-        let logits = outputs.logits.view_mut().narrow(0, 0, self.rows)?;
+        let (_, logits) = outputs.product_mut();
+        let logits = logits.view_mut().narrow(0, 0, self.rows)?;
         let x = buffers.x.rows(self.rows)?;
         self.product.tune(multiplier, logits, &x, iter::once(weights.head()))
     }

@@ -15,6 +15,7 @@ use crate::{
     backend::matmul::{Factor, Weight},
     model::{
         self, Config, Ends,
+        shard::VocabPart,
         weights::{self, ExpertMlps, LayerMlp, Mlp},
     },
 };
@@ -81,6 +82,8 @@ pub struct Weights {
     pub dtype: DType,
     pub layers: Vec<Layer>,
     pub norm: HalfTensor,
+    /// The tokens that the embedding and the head have rows for.
+    pub vocab: VocabPart,
     pub embedding: HalfTensor,
     /// `None` if it is the embedding.
     head: Option<HalfTensor>,
@@ -105,16 +108,22 @@ impl Weights {
         let layers = layers.map(|layer| upload.layer(&layer?)).collect::<Result<_>>()?;
         let norm = upload.vector(&ends.norm)?;
         // What is not a number there makes only those requests fail that have such a token.
-        let embedding = ends.embedding.dequantize()?;
+        let vocab = ends.vocab.clone();
+        // Ranks gather as many logits from each.
+        let padded = |matrix: &weights::Matrix| -> Result<Tensor> {
+            Ok(matrix.dequantize()?.pad_with_zeros(0, 0, vocab.rows - vocab.tokens.len())?)
+        };
+        let embedding = padded(&ends.embedding)?;
         let embedding = with_numbers(&embedding, |numbers| {
             Ok(HalfTensor::rounded(stream, dtype, embedding.dims(), numbers)?)
         })?;
-        let head = ends.head.as_ref().map(|head| upload.half(&head.dequantize()?)).transpose()?;
+        let head = ends.head.as_ref().map(|head| upload.half(&padded(head)?)).transpose()?;
         if head.is_none() {
             upload.count(&embedding.view());
         }
         let dtype = if quantizer.is_some() { DType::E4M3 } else { dtype };
-        Ok(Self { dtype, layers, norm, embedding, head, bytes: upload.bytes })
+        let bytes = upload.bytes;
+        Ok(Self { dtype, layers, norm, vocab, embedding, head, bytes })
     }
 
     /// What logits are made with.

@@ -9,6 +9,7 @@ use crate::{
     Llm, LlmOptions, Result,
     backend::{device::Device, gpu::GpuOptions},
     cli::precision::PrecisionArgs,
+    group::Parallel,
     hub::{Hub, ModelName},
     model::{Model, synthetic::Shape},
 };
@@ -53,6 +54,9 @@ pub struct Args {
     /// With `--steps`: a model of this shape with random weights
     #[arg(long, requires = "steps", conflicts_with = "model")]
     shape: Option<Shape>,
+    /// With `--steps`: so many GPUs compute the model together, as of `serve`
+    #[arg(long, requires = "steps", value_name = "N")]
+    tensor_parallel: Option<NonZeroUsize>,
     /// With `--steps`: tokens of each request before the first step
     #[arg(long, requires = "steps", value_name = "N", default_value = "128")]
     context: NonZeroUsize,
@@ -61,16 +65,22 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let PrecisionArgs { weights, kv } = args.precision;
-    let gpu = GpuOptions { deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
+    let parallel = match args.steps.is_empty() {
+        true => None,
+        false => Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?,
+    };
+    let ordinal = parallel.as_ref().map_or(0, Parallel::local_rank);
+    let gpu = GpuOptions { ordinal, deterministic: args.deterministic, weights, kv, ..GpuOptions::new(1) };
+    let steps = |source| steps::run(source, parallel.as_ref(), &args.steps, args.context.get(), gpu);
     if let Some(shape) = args.shape {
-        return steps::run(steps::Source::Shape(shape), &args.steps, args.context.get(), gpu);
+        return steps(steps::Source::Shape(shape));
     }
     let name = args.model.as_ref().ok_or("there is no model to measure")?;
     let hub = Hub::from_env()?;
     let files = hub.locate(name)?;
     if !args.steps.is_empty() {
         let model = Model::open_files(&files)?;
-        return steps::run(steps::Source::Model(&model), &args.steps, args.context.get(), gpu);
+        return steps(steps::Source::Model(Box::new(model)));
     }
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();
     let cache_tokens = most.unwrap_or(1) + 64;

@@ -16,8 +16,10 @@ use crate::{
         gpu::{Gpu, GpuOptions},
         graph,
     },
+    group::{Parallel, Settings, end_process},
     model::{
         Config, Model,
+        shard::{Rank, Shard},
         synthetic::{self, Shape},
     },
     request::Finish,
@@ -36,34 +38,49 @@ const BANDWIDTH: f64 = 4.8e12;
 ///
 /// # Errors
 /// There is no GPU that can be used, or the model does not fit it.
-pub fn run(model: Source<'_>, batches: &[NonZeroUsize], context: usize, options: GpuOptions) -> Result<()> {
+pub fn run(
+    model: Source,
+    parallel: Option<&Parallel>,
+    batches: &[NonZeroUsize],
+    context: usize,
+    options: GpuOptions,
+) -> Result<()> {
+    let rank = parallel.map_or(Rank::ALONE, Parallel::rank);
+    let met = parallel.map(|parallel| parallel.meet(Settings::new(), end_process)).transpose()?;
+    let group = met.as_ref().map(|(group, _)| group);
     let options = |max_tokens| GpuOptions { max_tokens, ..options };
     match model {
         Source::Shape(shape) => {
-            let config = shape.config()?;
-            table(&config, batches, context, |pool, most| {
-                let (ends, layers) = synthetic::weights(&config)?;
-                Gpu::new(&config, ends, layers, pool, options(most))
+            let whole = shape.config()?;
+            let shard = Shard::of(&whole, rank)?;
+            let config = shard.config(&whole);
+            table(&config, rank, batches, context, |pool, most| {
+                let (ends, layers) = synthetic::weights(&config, shard.vocab)?;
+                Gpu::of_rank(&config, ends, layers, pool, options(most), group.map(|group| &**group))
             })
         }
         Source::Model(model) => {
-            table(&model.config, batches, context, |pool, most| load_gpu(model, pool, options(most)))
+            let model = model.divide(rank)?;
+            let config = model.shard_config();
+            table(&config, rank, batches, context, |pool, most| load_gpu(&model, pool, options(most), group))
         }
     }
 }
 
 /// What is measured.
-pub enum Source<'a> {
+pub enum Source {
     /// A model.
-    Model(&'a Model),
+    Model(Box<Model>),
     /// Random weights of a shape.
     Shape(Shape),
 }
 
 /// Prints a table with a row for each number of requests. `load` makes the engine,
-/// for a pool and the most tokens of a step.
+/// for a pool and the most tokens of a step. All ranks take the same steps, each by itself, and each
+/// prints its table, of which rank 0's is seen.
 fn table(
     config: &Config,
+    rank: Rank,
     batches: &[NonZeroUsize],
     context: usize,
     load: impl FnOnce(&PageAllocator, usize) -> Result<Gpu>,
@@ -74,7 +91,8 @@ fn table(
     let pool = PageAllocator::new(most * pages + 1, PAGE_SIZE)?;
     let mut gpu = load(&pool, most)?;
     let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
-    println!("{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
+    let ranks = if rank.size > 1 { format!("one of {} times ", rank.size) } else { String::new() };
+    println!("{ranks}{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
     println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
     println!("the floor is that, and a graph of as many kernels that do nothing");
     println!("step: each is enqueued while the one before is computed, as in the engine; waiting: when that");
@@ -84,9 +102,9 @@ fn table(
     println!("host: what of a step the host takes to enqueue it; eager: without graphs");
     println!(
         "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
-         | tokens/s | kernels | per layer | attention ms | of graph | eager ms | eager host ms |"
+         | tokens/s | kernels | per layer | attention ms | of graph | all-reduce ms | eager ms | eager host ms |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for batch in batches {
         row(config, &mut gpu, &pool, (batch.get(), context), floor)?;
     }
@@ -141,7 +159,7 @@ fn row(
     gpu.set_graphs(false);
     let [eager, eager_host] = steps(gpu, &mut batch)?;
     gpu.set_graphs(true);
-    let (mut graphs, mut attention, mut kernels) = (Vec::new(), Vec::new(), 0);
+    let (mut graphs, mut attention, mut sums, mut kernels) = (Vec::new(), Vec::new(), Vec::new(), 0);
     start_again(&mut batch)?;
     for index in 0..WARM_UP + STEPS {
         step(gpu, &mut batch)?;
@@ -151,12 +169,14 @@ fn row(
         let (replay, nodes) = gpu.replay()?;
         graphs.push(f64::from(replay));
         attention.push(f64::from(gpu.attention()?));
+        sums.extend(gpu.sums(requests)?.map(f64::from));
         kernels = nodes;
     }
     let (graph, attention) = (median(graphs), median(attention));
+    let sums = if sums.is_empty() { "".into() } else { format!("{:.3}", median(sums)) };
     println!(
         "| {requests} | {time:.3} | {gap:.1} | {:.1} | {waiting:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
-         | {attention:.3} | {:.0} % | {eager:.3} | {eager_host:.3} |",
+         | {attention:.3} | {:.0} % | {sums} | {eager:.3} | {eager_host:.3} |",
         drawn.gap,
         time / graph,
         reading + idle(gpu.cuda(), kernels)?,

@@ -1,29 +1,17 @@
 //! A million requests.
 
-use std::{env, fs, process::Command};
+use test_support::alone::{is_alone, resident};
 
 use super::*;
 
 const REQUESTS: usize = 1_000_000;
-/// Set in the process whose memory is looked at, which runs nothing else.
-const ALONE: &str = "FLASHINFER_SERVE_TEST_ENDURANCE";
 const NAME: &str = "engine::tests::endurance::memory_does_not_grow_over_a_million_requests";
-
-/// Bytes of this process's memory.
-fn resident() -> usize {
-    let statm = fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
-}
 
 /// Requests that end, fail, are cancelled, dropped and refused.
 #[test]
 #[cfg(target_os = "linux")]
 fn memory_does_not_grow_over_a_million_requests() {
-    if env::var_os(ALONE).is_none() {
-        let mut test = Command::new(env::current_exe().unwrap());
-        let output = test.args([NAME, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    if !is_alone(NAME) {
         return;
     }
     let limits = Limits { step_tokens: 128, max_running: 32, context: 64, draft: 0, ends: [0].into() };

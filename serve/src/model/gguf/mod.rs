@@ -11,6 +11,8 @@ use std::{
     fmt::Display,
     fs::{self, File},
     io::BufReader,
+    iter,
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -44,9 +46,17 @@ pub struct Gguf {
 }
 
 impl TensorInfo {
-    /// How many bytes it has in its file.
-    fn bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() / self.dtype.block_size() * self.dtype.type_size()
+    /// How many matrices it has, and their rows and columns.
+    fn matrices(&self, name: &str) -> Result<[usize; 3]> {
+        match *self.shape {
+            [columns] => Ok([1, 1, columns]),
+            [rows, columns] => Ok([1, rows, columns]),
+            [count, rows, columns] => Ok([count, rows, columns]),
+            _ => {
+                let problem = format!("its shape is {:?}; expected up to 3 dimensions", self.shape);
+                Err(format!("tensor {name}: {problem}").into())
+            }
+        }
     }
 }
 
@@ -126,11 +136,6 @@ impl Gguf {
         &self.files[0].0
     }
 
-    /// Bytes of all tensors.
-    pub fn bytes(&self) -> u64 {
-        self.tensors.values().map(|tensor| tensor.bytes() as u64).sum()
-    }
-
     /// Bytes of tensors that were read so far.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Ordering::Relaxed)
@@ -148,33 +153,103 @@ impl Gguf {
 
     /// Reads a tensor of one dimension.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let vector = self.read(name, self.find(name, &[len])?)?.swap_remove(0);
+        let vector = self.read(name, self.find(name, &[len])?, &Part::All)?.swap_remove(0);
         Ok(vector.dequantize()?.flatten_all()?.to_vec1()?)
     }
 
-    /// Reads the matrices of a tensor: one, or several if it has three
-    /// dimensions.
-    pub fn read(&self, name: &str, info: &TensorInfo) -> Result<Vec<Matrix>> {
-        let (count, rows, columns) = match *info.shape {
-            [columns] => (1, 1, columns),
-            [rows, columns] => (1, rows, columns),
-            [count, rows, columns] => (count, rows, columns),
-            _ => {
-                let problem = format!("its shape is {:?}; expected up to 3 dimensions", info.shape);
-                return Err(format!("tensor {name}: {problem}").into());
-            }
-        };
+    /// Reads a part of the matrices of a tensor: one, or several if it has three
+    /// dimensions. Nothing else of it is read, but for the rest of a quantized block.
+    pub fn read(&self, name: &str, info: &TensorInfo, part: &Part) -> Result<Vec<Matrix>> {
+        let [count, rows, columns] = info.matrices(name)?;
         let (path, file) = &self.files[info.file];
-        let bytes = info.bytes() / count;
-        let matrix = |index: usize| {
-            let mut buffer = vec![0; bytes];
-            file.read_exact_at(&mut buffer, info.start + (index * bytes) as u64)
+        let row_bytes = bytes(info.dtype, columns);
+        let read = |start: usize, buffer: &mut [u8]| -> Result<()> {
+            file.read_exact_at(buffer, info.start + start as u64)
                 .map_err(|e| format!("cannot read tensor {name} of {}: {e}", path.display()))?;
-            self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
-            Matrix::from_bytes(buffer, info.dtype, [rows, columns])
+            self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+            Ok(())
+        };
+        let matrix = |index: usize| {
+            let first = index * rows * row_bytes;
+            let ranges = match part {
+                Part::All => iter::once(0..rows).collect::<Vec<_>>(),
+                Part::Rows(ranges) => ranges.clone(),
+                Part::Columns(range) => {
+                    return columns_of(info.dtype, rows, range, |row, at, buffer| {
+                        read(first + row * row_bytes + at, buffer)
+                    });
+                }
+            };
+            let height = ranges.iter().map(ExactSizeIterator::len).sum();
+            let mut buffer = vec![0; height * row_bytes];
+            let mut left = &mut buffer[..];
+            for range in ranges {
+                let (here, behind) = left.split_at_mut(range.len() * row_bytes);
+                read(first + range.start * row_bytes, here)?;
+                left = behind;
+            }
+            Matrix::from_bytes(buffer, info.dtype, [height, columns])
         };
         (0..count).map(matrix).collect()
     }
+}
+
+/// A part of a matrix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    All,
+    /// Rows, range after range.
+    Rows(Vec<Range<usize>>),
+    Columns(Range<usize>),
+}
+
+impl Part {
+    /// The bytes of it in matrices of a tensor.
+    pub fn bytes(&self, name: &str, info: &TensorInfo) -> Result<u64> {
+        let [count, rows, columns] = info.matrices(name)?;
+        let [rows, columns] = match self {
+            Self::All => [rows, columns],
+            Self::Rows(ranges) => [ranges.iter().map(ExactSizeIterator::len).sum(), columns],
+            Self::Columns(range) => [rows, blocks(info.dtype, range).len()],
+        };
+        Ok((count * rows * bytes(info.dtype, columns)) as u64)
+    }
+}
+
+/// Columns in whole blocks that hold these.
+fn blocks(dtype: GgmlDType, columns: &Range<usize>) -> Range<usize> {
+    let block = dtype.block_size();
+    columns.start / block * block..columns.end.next_multiple_of(block)
+}
+
+/// Columns of a matrix, as they are in the file; in `f32` if they begin or end within a block.
+/// `read` reads bytes of a row, from one on.
+fn columns_of(
+    dtype: GgmlDType,
+    rows: usize,
+    range: &Range<usize>,
+    read: impl Fn(usize, usize, &mut [u8]) -> Result<()>,
+) -> Result<Matrix> {
+    let whole = blocks(dtype, range);
+    let width = bytes(dtype, whole.len());
+    let mut buffer = vec![0; rows * width];
+    let start = bytes(dtype, whole.start);
+    for (row, of_row) in buffer.chunks_exact_mut(width).enumerate() {
+        read(row, start, of_row)?;
+    }
+    let matrix = Matrix::from_bytes(buffer, dtype, [rows, whole.len()])?;
+    match whole == *range {
+        true => Ok(matrix),
+        false => {
+            let numbers = matrix.dequantize()?.narrow(1, range.start - whole.start, range.len())?;
+            Matrix::new(&numbers.contiguous()?, GgmlDType::F32)
+        }
+    }
+}
+
+/// Bytes of so many numbers, in whole blocks.
+fn bytes(dtype: GgmlDType, numbers: usize) -> usize {
+    numbers / dtype.block_size() * dtype.type_size()
 }
 
 /// An integer of any width.

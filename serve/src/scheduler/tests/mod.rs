@@ -2,6 +2,7 @@
 //! choice, or before it is written, changes an answer.
 
 mod cancel;
+mod day;
 mod draft_models;
 mod drafts;
 mod failures;

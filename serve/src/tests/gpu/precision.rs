@@ -9,8 +9,13 @@ use crate::backend::{gpu::HeadWidths, precision::Precision};
 const WEIGHTS: GpuOptions = GpuOptions { weights: Precision::E4m3, ..SIXTEEN };
 const KV: GpuOptions = GpuOptions { kv: Precision::E4m3, ..SIXTEEN };
 const BOTH: GpuOptions = GpuOptions { weights: Precision::E4m3, ..KV };
-const SIXTEEN: GpuOptions =
-    GpuOptions { max_tokens: 512, deterministic: false, weights: Precision::Auto, kv: Precision::Auto };
+const SIXTEEN: GpuOptions = GpuOptions {
+    ordinal: 0,
+    max_tokens: 512,
+    deterministic: false,
+    weights: Precision::Auto,
+    kv: Precision::Auto,
+};
 
 /// Rows of logits of small models may be off by so much of their norm, in the mean of all: each
 /// product by about 4 % of its own, and the cache's numbers by 3 % each. Single rows may be off by
@@ -303,11 +308,12 @@ fn the_cpu_has_no_8_bits() {
     let pool = PageAllocator::new(4, 4).unwrap();
     let capacity = limits(16, 0).step_capacity();
     for options in [WEIGHTS, KV] {
-        let error = load(Place::Cpu, &model, &pool, capacity, options, None).err().unwrap().to_string();
+        let error = load(Place::Cpu, &model, &pool, capacity, options, None, None).err().unwrap().to_string();
         assert_eq!(error, "weights or a KV cache of e4m3 need a GPU; expected `auto` on the CPU");
         // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
         if !unsafe { cudarc::driver::sys::is_culib_present() } {
-            let error = load(Place::Auto, &model, &pool, capacity, options, None).err().unwrap().to_string();
+            let error =
+                load(Place::Auto, &model, &pool, capacity, options, None, None).err().unwrap().to_string();
             assert_eq!(error, "no GPU can be used: there is no NVIDIA driver");
         }
     }

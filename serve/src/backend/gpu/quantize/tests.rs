@@ -23,7 +23,7 @@ fn numbers(rows: &QuantizedRows, width: usize) -> Vec<f64> {
 fn rows_are_rounded_to_their_scale() {
     const WIDTH: usize = 1040;
     let Some(_turn) = turn() else { return };
-    let cuda = start(&Shape::Llama8b.config().unwrap()).unwrap();
+    let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let (stream, mut rng) = (Stream::from(&cuda), Rng::new());
     for dtype in [DType::F16, DType::BF16] {
         let quantizer = Quantizer::new(&cuda, dtype).unwrap();
@@ -137,7 +137,7 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
 #[test]
 fn products_of_8_bits_are_those_of_their_factors() {
     let Some(_turn) = turn() else { return };
-    let cuda = start(&Shape::Llama8b.config().unwrap()).unwrap();
+    let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let mut rng = Rng::new();
     for (added, out_dtype) in [
         (Added::Nothing, DType::F16),
@@ -173,7 +173,7 @@ fn products_of_8_bits_are_those_of_their_factors() {
 #[test]
 fn products_of_few_rows_by_16_bits_are_those_of_their_factors() {
     let Some(_turn) = turn() else { return };
-    let cuda = start(&Shape::Llama8b.config().unwrap()).unwrap();
+    let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let mut rng = Rng::new();
     for dtype in [DType::F16, DType::BF16] {
         for added in [Added::Nothing, Added::Bias, Added::Output] {
@@ -192,7 +192,7 @@ fn products_of_few_rows_by_16_bits_are_those_of_their_factors() {
 #[test]
 fn products_of_8_bits_that_there_are_none_of_are_refused() {
     let Some(_turn) = turn() else { return };
-    let cuda = start(&Shape::Llama8b.config().unwrap()).unwrap();
+    let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let cublas = CublasLt::new(&cuda).unwrap();
     for [input, output] in [[24, 64], [64, 24]] {
         let product = Product {

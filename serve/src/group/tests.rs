@@ -1,0 +1,216 @@
+use std::{
+    io::Write,
+    net::{Shutdown, TcpListener, TcpStream},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::*;
+
+/// How long ranks of tests wait for each other.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+fn settings(cache_tokens: &str) -> Settings {
+    [("--cache-tokens".to_owned(), cache_tokens.to_owned())].into()
+}
+
+/// How a rank of so many meets the others at a port.
+fn rendezvous(rank: usize, size: usize, port: u16, timeout: Duration) -> Rendezvous {
+    let placement =
+        Placement { rank: Rank { rank, size }, local_rank: rank, address: "127.0.0.1".into(), port };
+    Rendezvous { placement, secret: "secret".into(), timeout }
+}
+
+/// A listener of rank 0, and its port.
+fn listener() -> (TcpListener, u16) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port)
+}
+
+/// Has a thread do something with each of so many ranks, and gives what came of it, by rank.
+pub fn with_ranks<T: Send>(size: usize, work: impl Fn(Arc<Group>) -> T + Sync) -> Vec<T> {
+    let (listener, port) = listener();
+    // Ranks wait for each other on threads that compute.
+    let threads = || rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let work = &|group: Group| threads().install(|| work(Arc::new(group)));
+    thread::scope(|scope| {
+        let others = (1..size).map(|rank| {
+            scope.spawn(move || {
+                let group = rendezvous(rank, size, port, TIMEOUT).meet(Settings::new(), |_| {}).unwrap();
+                work(group)
+            })
+        });
+        let others: Vec<_> = others.collect();
+        let first = rendezvous(0, size, port, TIMEOUT).meet_at(listener, Settings::new(), |_| {}).unwrap();
+        let first = work(first);
+        std::iter::once(first).chain(others.into_iter().map(|other| other.join().unwrap())).collect()
+    })
+}
+
+#[test]
+fn ranks_add_and_gather_numbers() {
+    let all = with_ranks(3, |group| {
+        let rank = group.rank().rank;
+        let mut sums = group.take_sums().unwrap();
+        assert!(group.take_sums().is_none());
+        // More than is sent at once.
+        let mut numbers: Vec<_> = (0..100_000).map(|at| (at * (rank + 1)) as f32).collect();
+        sums.all_reduce(&mut numbers).unwrap();
+        let mut none = [];
+        sums.all_reduce(&mut none).unwrap();
+        (numbers, sums.all_gather(&vec![rank as f32; 2 - rank]).unwrap())
+    });
+    for (numbers, gathered) in all {
+        assert!(numbers.iter().enumerate().all(|(at, number)| *number == (6 * at) as f32));
+        assert_eq!(gathered, [vec![0.0, 0.0], vec![1.0], vec![]]);
+    }
+}
+
+#[test]
+fn what_ranks_add_has_to_be_as_long() {
+    let all = with_ranks(2, |group| {
+        let mut numbers = vec![0.0; 3 + group.rank().rank];
+        let problem =
+            group.take_sums().unwrap().all_reduce(&mut numbers).err().map(|error| error.to_string());
+        // Its connection goes with it.
+        group.failure().fail("enough");
+        problem
+    });
+    assert!(all[0].as_ref().unwrap().contains("a rank adds 4 numbers to 3"), "{all:?}");
+    assert!(all[1].is_some());
+}
+
+#[test]
+fn messages_go_to_rank_0_and_from_it_to_all() {
+    let all = with_ranks(3, |group| {
+        let rank = group.rank().rank;
+        if rank > 0 {
+            group.send(&format!("of {rank}")).unwrap();
+            return vec![group.receive::<String>().unwrap()];
+        }
+        let mut heard = Vec::from_iter(group.receive_within::<String>(Duration::ZERO).unwrap());
+        while heard.len() < 2 {
+            heard.extend(group.receive_within::<String>(TIMEOUT).unwrap());
+        }
+        group.send(&"to all").unwrap();
+        heard.sort();
+        heard
+    });
+    let to_all = vec![(0, "to all".to_owned())];
+    assert_eq!(all, [vec![(1, "of 1".into()), (2, "of 2".into())], to_all.clone(), to_all]);
+}
+
+#[test]
+fn when_a_rank_ends_all_hear_which_it_was() {
+    let all = with_ranks(3, |group| {
+        match group.rank().rank {
+            // Without a word, as a process that is killed.
+            2 => group.failure().connections_for_tests().iter().for_each(|connection| {
+                connection.shutdown(Shutdown::Both).unwrap();
+            }),
+            _ => assert!(group.receive::<String>().is_err()),
+        }
+        let begin = Instant::now();
+        while group.failure().reason() == "the ranks have ended" && begin.elapsed() < TIMEOUT {
+            thread::sleep(Duration::from_millis(1));
+        }
+        group.failure().reason()
+    });
+    assert!(all[0].starts_with("rank 2 (127.0.0.1, process ") && all[0].ends_with(") has ended"), "{all:?}");
+    // It hears of rank 0, which ends, too.
+    assert!(all[1].starts_with("rank 0 (127.0.0.1)"), "{all:?}");
+}
+
+#[test]
+fn a_rank_that_fails_says_why() {
+    let reasons = with_ranks(2, |group| {
+        if group.rank().rank == 1 {
+            group.say_failed("there is no GPU");
+            // Until rank 0 has heard it.
+            return group.receive::<String>().unwrap_err().to_string();
+        }
+        group.receive::<String>().unwrap_err().to_string()
+    });
+    assert!(reasons[0].contains("rank 1") && reasons[0].ends_with("failed: there is no GPU"), "{reasons:?}");
+}
+
+#[test]
+fn ranks_that_are_done_have_not_failed() {
+    let reasons = with_ranks(2, |group| {
+        if group.rank().rank == 0 {
+            group.send(&"done").unwrap();
+            let (failure, ended) = (group.failure().clone(), group.receive::<String>().is_err());
+            return (failure.reason(), ended);
+        }
+        group.receive::<String>().unwrap();
+        (group.failure().reason(), true)
+    });
+    assert!(reasons.iter().all(|(reason, ended)| reason == "the ranks have ended" && *ended), "{reasons:?}");
+}
+
+/// What became of rank 0 and of another rank.
+fn meet_pair(
+    first: (&Rendezvous, Settings),
+    other: (&Rendezvous, Settings),
+    listener: TcpListener,
+) -> [Result<Group>; 2] {
+    thread::scope(|scope| {
+        let joined = scope.spawn(|| other.0.meet(other.1, |_| {}));
+        let first = first.0.meet_at(listener, first.1, |_| {});
+        [first, joined.join().unwrap()]
+    })
+}
+
+#[test]
+fn ranks_that_were_started_otherwise_are_refused() {
+    let problems = |first: Settings, change: fn(&mut Rendezvous), theirs: Settings| {
+        let (listener, port) = listener();
+        let mut other = rendezvous(1, 2, port, TIMEOUT);
+        change(&mut other);
+        meet_pair((&rendezvous(0, 2, port, TIMEOUT), first), (&other, theirs), listener)
+            .map(|met| met.expect_err("they are refused").to_string())
+    };
+    let [ours, theirs] = problems(settings("1"), |_| {}, settings("2"));
+    assert_eq!(ours, "--cache-tokens of rank 1 is 2, and of rank 0 1; expected the same");
+    assert!(theirs.contains("rank 0 refused rank 1") && theirs.ends_with(&ours), "{theirs}");
+    let [ours, _] = problems(settings("1"), |_| {}, Settings::new());
+    assert!(ours.starts_with("--cache-tokens of rank 1 is none, and of rank 0 1"), "{ours}");
+    let [ours, _] = problems(Settings::new(), |other| other.placement.rank.size = 3, Settings::new());
+    assert_eq!(ours, "rank 1 is one of 3, and rank 0 one of 2");
+    let [ours, _] = problems(Settings::new(), |other| other.placement.rank.rank = 2, Settings::new());
+    assert!(ours.contains("a process is rank 2 of 2; expected 1 to 1"), "{ours}");
+}
+
+#[test]
+fn strangers_do_not_take_the_place_of_a_rank() {
+    let (listener, port) = listener();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            // Another program, one that says nothing, and a rank of others.
+            let mut http = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            http.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+            drop(TcpStream::connect(("127.0.0.1", port)).unwrap());
+            let stranger = Rendezvous { secret: String::new(), ..rendezvous(1, 2, port, TIMEOUT) };
+            let problem = stranger.meet(Settings::new(), |_| {}).unwrap_err().to_string();
+            assert!(problem.contains("secret"), "{problem}");
+            drop(rendezvous(1, 2, port, TIMEOUT).meet(Settings::new(), |_| {}).unwrap());
+        });
+        rendezvous(0, 2, port, TIMEOUT).meet_at(listener, Settings::new(), |_| {}).unwrap();
+    });
+}
+
+#[test]
+fn ranks_that_do_not_come_are_named() {
+    let short = Duration::from_millis(200);
+    let (listener, port) = listener();
+    let problem = rendezvous(0, 3, port, short).meet_at(listener, Settings::new(), |_| {}).unwrap_err();
+    assert_eq!(problem.to_string(), "of 3 ranks, 1, 2 did not come in 0 s");
+    let problem = rendezvous(1, 2, port, short).meet(Settings::new(), |_| {}).unwrap_err().to_string();
+    assert!(problem.contains(&format!("rank 1 cannot reach rank 0 at 127.0.0.1 port {port}")), "{problem}");
+    let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let problem = rendezvous(0, 2, port, short).meet(Settings::new(), |_| {}).unwrap_err().to_string();
+    assert!(problem.contains("cannot listen") && problem.contains("MASTER_PORT"), "{problem}");
+}

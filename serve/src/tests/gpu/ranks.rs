@@ -1,0 +1,69 @@
+//! Two GPUs say what one says.
+
+use super::*;
+use crate::{
+    backend::parallel::{Leader, follow},
+    group::tests::with_ranks,
+};
+
+/// Whether there are two; says so, if not.
+fn has_two() -> bool {
+    let two = crate::backend::gpu::is_there(1);
+    if !two {
+        let name = std::thread::current().name().unwrap_or("test").to_owned();
+        let _ = writeln!(std::io::stderr(), "skipped: this machine has one GPU, and two are wanted ({name})");
+    }
+    two
+}
+
+/// Has two GPUs compute the pinned model, and gives rank 0's to `work`.
+fn with_two_gpus(
+    options: GpuOptions,
+    num_pages: usize,
+    page_size: usize,
+    work: fn(&mut dyn Backend, &PageAllocator),
+) {
+    let store = Store::open(hub::store_config().unwrap()).unwrap();
+    let path = store.locate(&hub::smollm2(), Fetch::Allowed).expect("the pinned model").path;
+    with_ranks(2, |group| {
+        let rank = group.rank();
+        let model = Model::open(&path).unwrap().divide(rank).unwrap();
+        let pool = PageAllocator::new(num_pages, page_size).unwrap();
+        let options = GpuOptions { ordinal: rank.rank, ..options };
+        let layers = model.layers();
+        let mut gpu =
+            Gpu::of_rank(&model.shard_config(), model.ends().unwrap(), layers, &pool, options, Some(&group))
+                .unwrap();
+        match rank.rank {
+            0 => work(&mut Leader::new(gpu, group).unwrap(), &pool),
+            _ => follow(&mut gpu, &pool, &group).unwrap(),
+        }
+    });
+}
+
+#[test]
+fn two_gpus_give_the_known_ids() {
+    let Some(_turn) = turn() else { return };
+    if has_two() {
+        with_two_gpus(GpuOptions::new(64), 8, 16, check_known_ids);
+    }
+}
+
+#[test]
+fn two_gpus_give_the_known_ids_in_a_mixed_batch() {
+    let Some(_turn) = turn() else { return };
+    if has_two() {
+        with_two_gpus(GpuOptions::new(64), 26, 5, check_mixed_batch);
+    }
+}
+
+#[test]
+fn two_gpus_capture_graphs_early() {
+    let Some(_turn) = turn() else { return };
+    if has_two() {
+        with_two_gpus(GpuOptions::new(64), 32, 16, |gpu, pool| {
+            assert_eq!(capture_graphs(gpu, pool, 6, Duration::from_secs(600)).unwrap(), 6);
+            check_known_ids(gpu, pool);
+        });
+    }
+}
