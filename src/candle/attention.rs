@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
-    op::{Apply, Op, check_dtype, check_like, fitting, invalid},
+    op::{Apply, Op, check_cache_dtype, check_dtype, check_like, fitting, invalid},
     paged::{PagedCache, Step},
     tensor,
 };
@@ -30,13 +30,15 @@ struct PagedAttention {
 
 impl PagedAttention {
     fn new(op: &'static str, device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let dtypes = [("dtype_q", spec.dtype_q), ("dtype_kv", spec.dtype_kv), ("dtype_o", spec.dtype_o)];
-        let candle_dtype = |(name, dtype): (&'static str, crate::DType)| match tensor::of_ours(dtype) {
-            Some(dtype) => check_dtype(op, name, dtype, device).map(|()| dtype),
+        let candle_dtype = |name: &'static str, dtype: crate::DType| match tensor::of_ours(dtype) {
+            Some(dtype) => Ok(dtype),
             None => invalid(op, name, format!("{dtype}; candle has no such elements")),
         };
-        let [dtype_q, dtype_kv, dtype_o] = dtypes.map(candle_dtype);
-        let (dtype_q, _, dtype_o) = (dtype_q?, dtype_kv?, dtype_o?);
+        let (dtype_q, dtype_o) =
+            (candle_dtype("dtype_q", spec.dtype_q)?, candle_dtype("dtype_o", spec.dtype_o)?);
+        check_dtype(op, "dtype_q", dtype_q, device)?;
+        check_cache_dtype(op, "dtype_kv", candle_dtype("dtype_kv", spec.dtype_kv)?, device)?;
+        check_dtype(op, "dtype_o", dtype_o, device)?;
         if spec.head_dim_qk != spec.head_dim_vo {
             let problem = format!(
                 "head dimensions {} and {}; a cache of one tensor has keys and values of one width",

@@ -137,6 +137,19 @@ pub(super) fn check_dtype(
     }
 }
 
+/// As [`check_dtype`] for keys and values of a cache, which may have 8 bits.
+pub(super) fn check_cache_dtype(
+    op: &'static str,
+    argument: &'static str,
+    dtype: DType,
+    device: &candle_core::Device,
+) -> Result<()> {
+    match (device, dtype) {
+        (candle_core::Device::Cpu | candle_core::Device::Cuda(_), DType::F8E4M3) => Ok(()),
+        _ => check_dtype(op, argument, dtype, device),
+    }
+}
+
 /// A tensor has this dtype and shape, and is where another is.
 pub(super) fn check_like(
     op: &'static str,

@@ -5,7 +5,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp3, Layout, Result, Tensor};
 
 use super::{
-    op::{check_dtype, check_like, fitting, invalid},
+    op::{check_cache_dtype, check_like, fitting, invalid},
     tensor,
 };
 #[cfg(feature = "candle-cuda")]
@@ -103,7 +103,7 @@ impl PagedCache {
         let Some(dtype) = tensor::of_ours(shape.dtype) else {
             return invalid(CACHE, "dtype", format!("{}; candle has no such elements", shape.dtype));
         };
-        check_dtype(CACHE, "dtype", dtype, device)?;
+        check_cache_dtype(CACHE, "dtype", dtype, device)?;
         let [rows, columns, width] = shape.page_dims(allocator.page_size());
         let claim = allocator.claim_storage().map_err(tensor::error)?;
         let layer = |_| Tensor::zeros((allocator.num_pages(), 2, rows, columns, width), dtype, device);

@@ -405,6 +405,42 @@ fn options_are_applied() {
     }
 }
 
+/// A cache of `f8e4m3`: what is appended has its dtype, and scales are options of a run.
+#[test]
+fn a_cache_of_8_bits() {
+    let mut rng = Rng::new();
+    for device in devices() {
+        let (heads, ours) = (Heads::new(4, 2), flashinfer_rs::DType::BF16);
+        let kv_dtype = flashinfer_rs::DType::E4M3;
+        let pool = PageAllocator::new(8, 4).unwrap();
+        let (num_layers, num_kv_heads, head_dim, layout) = (1, 2, 64, KvLayout::Nhd);
+        let shape = HeadsShape { num_layers, num_kv_heads, head_dim, dtype: kv_dtype, layout };
+        let mut cache = PagedCache::new(&device, &pool, shape).unwrap();
+        let spec = AttentionSpec::new(ours, head_dim).with_kv_dtype(kv_dtype);
+        let mut prefill = PagedPrefill::new(&device, &spec, heads).unwrap();
+        let mut batch = Batch::new(&pool);
+        batch.push(Sequence::new(&pool)).unwrap();
+        batch.append([6]).unwrap();
+        let mut tables = StepTables::new(&device);
+        let step = tables.update(&batch, &mut cache).unwrap();
+        let [k, v] = [(); 2].map(|()| {
+            let rows = random(&mut rng, &[6, 2, 64], DType::F32, &Device::Cpu);
+            rows.to_dtype(DType::F8E4M3).unwrap()
+        });
+        let q = random(&mut rng, &[6, 4, 64], DType::BF16, &device);
+        let on_device = |rows: &Tensor| rows.to_device(&device).unwrap();
+        cache.append(&step, 0, &on_device(&k), &on_device(&v)).unwrap();
+        let mut options = RunOptions::default();
+        (options.k_scale, options.v_scale) = (Some(0.5), Some(2.0));
+        let got = prefill.plan(&step, true).unwrap().run_with(&q, &cache, 0, &options).unwrap();
+        let whole = |rows: &Tensor, scale: f64| (rows.to_dtype(DType::F32).unwrap() * scale).unwrap();
+        let plain = Plain { causal: true, window_left: None, soft_cap: None, scale: None };
+        let expected = plain.attention(&on_host(&q), &whole(&k, 0.5), &whole(&v, 2.0));
+        assert_close(&got, &expected, &format!("8 bits on {device:?}"));
+        refused(cache.append(&step, 0, &q.narrow(1, 0, 2).unwrap(), &on_device(&v)), &["bf16", "f8e4m3"]);
+    }
+}
+
 #[test]
 fn nothing_to_do() {
     for device in devices() {

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 
 use super::{
-    call::{AttentionParams, BatchLayout, Lengths},
+    call::{AttentionParams, BatchLayout, CacheScales, Lengths},
     lengths,
 };
 use crate::kv::KvLayout;
@@ -23,12 +23,24 @@ pub struct PagedAttentionOptions<'a> {
     pub window_size_left: Option<usize>,
     /// Logits become `softcap · tanh(logits / softcap)`. `None`, the default, changes nothing.
     pub softcap: Option<f32>,
+    /// What 8-bit keys were divided by when they were quantized; 1 by default.
+    pub k_scale: f64,
+    /// What 8-bit values were divided by; 1 by default.
+    pub v_scale: f32,
 }
 
 impl PagedAttentionOptions<'_> {
     /// A decode step over `NHD` caches, without window and soft cap.
     pub const fn new(softmax_scale: f32) -> Self {
-        Self { softmax_scale, layout: KvLayout::Nhd, query_lens: None, window_size_left: None, softcap: None }
+        Self {
+            softmax_scale,
+            layout: KvLayout::Nhd,
+            query_lens: None,
+            window_size_left: None,
+            softcap: None,
+            k_scale: 1.0,
+            v_scale: 1.0,
+        }
     }
 }
 
@@ -41,7 +53,8 @@ impl PagedAttentionOptions<'_> {
 /// | `block_tables` | `(requests, max_blocks)`: a request's blocks, in order; what is behind those that its tokens need is not read |
 /// | `context_lens` | `(requests)`: tokens of each request in the cache, the new ones among them |
 ///
-/// Integers are `u32`, `i32` or `i64`. The result has the shape of `q`. A block holds any number of tokens.
+/// Caches have the dtype of `q`, or are `f8e4m3`, with a scale of keys and one of values. Integers are `u32`,
+/// `i32` or `i64`. The result has the shape of `q`. A block holds any number of tokens.
 /// Caches are read by their strides and are not copied, if heads lie alike in both and at multiples of 16
 /// bytes.
 ///
@@ -103,6 +116,7 @@ pub fn paged_attention(
         block_table: block_tables,
         page_size: k.dims()[1],
         ranges: None,
+        scales: Some(CacheScales { k: options.k_scale, v: options.v_scale }),
     };
     let (softmax_scale, softcap) = (options.softmax_scale, options.softcap);
     let window = [options.window_size_left, Some(0)];

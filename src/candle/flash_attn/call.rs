@@ -43,7 +43,21 @@ pub(super) enum BatchLayout<'a> {
     /// One after the other.
     Ragged(Lengths<'a>),
     /// The keys in pages.
-    Paged { lengths: Lengths<'a>, block_table: &'a Tensor, page_size: usize, ranges: Option<&'a Tensor> },
+    Paged {
+        lengths: Lengths<'a>,
+        block_table: &'a Tensor,
+        page_size: usize,
+        ranges: Option<&'a Tensor>,
+        /// What 8-bit keys and values were divided by; `None` where those are not taken.
+        scales: Option<CacheScales>,
+    },
+}
+
+/// What keys and values were divided by when they were quantized.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct CacheScales {
+    pub(super) k: f64,
+    pub(super) v: f32,
 }
 
 /// Cumulative lengths, and the longest.
@@ -70,6 +84,8 @@ pub(super) struct FlashAttnCall {
     pub(super) queries: RaggedIndices,
     pub(super) keys: CallKeys,
     pub(super) slopes: Option<Vec<f32>>,
+    /// Of 8-bit keys and values.
+    pub(super) scales: Option<CacheScales>,
     /// Queries, keys and values as the kernels see them.
     pub(super) views: [Layout; 3],
     pub(super) out: Shape,
@@ -77,7 +93,7 @@ pub(super) struct FlashAttnCall {
 
 impl AttentionParams<'_> {
     pub(super) fn of(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (heads, width) = self.check(q, k, v)?;
+        let heads = self.check(q, k, v)?;
         let (sequences, max_keys) = self.sequences(q, k)?;
         if q.elem_count() == 0 {
             // The same, without an allocation of nothing.
@@ -100,16 +116,19 @@ impl AttentionParams<'_> {
                  its query; the CPU has both"
             )
         }
-        let spec = self.spec(q, width, &visible, slopes.is_some())?;
+        let spec = self.spec(q, k, &visible, slopes.is_some())?;
         let (call, [q, k, v]) = self.call([q, k, v], (spec, heads), (visible, sequences), slopes)?;
         q.apply_op3(&k, &v, call)
     }
 
-    /// Devices, dtypes and shapes; returns heads and their width.
-    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Heads, usize)> {
+    /// Devices, dtypes and shapes; returns the heads.
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Heads> {
+        let quantized = self.scales(k).is_some();
         for (name, tensor) in [("k", k), ("v", v)] {
-            if tensor.dtype() != q.dtype() {
-                bail!("flash_attn: {name} is {}, q is {}", tensor.dtype().as_str(), q.dtype().as_str())
+            let expected = if quantized { k.dtype() } else { q.dtype() };
+            if tensor.dtype() != expected {
+                let other = if quantized { "k" } else { "q" };
+                bail!("flash_attn: {name} is {}, {other} is {}", tensor.dtype().as_str(), expected.as_str())
             }
             if !tensor.device().same_device(q.device()) {
                 bail!(
@@ -162,7 +181,7 @@ impl AttentionParams<'_> {
                  and at least one"
             )
         }
-        Ok((heads, width))
+        Ok(heads)
     }
 
     /// Queries and keys of each sequence, and the number that wider windows
@@ -202,8 +221,18 @@ impl AttentionParams<'_> {
         Ok((queries.into_iter().zip(keys).collect(), lengths.max[1]))
     }
 
-    fn spec(&self, q: &Tensor, width: usize, visible: &Visible, alibi: bool) -> Result<AttentionSpec> {
-        let mut spec = AttentionSpec::new(tensor::dtype(q.dtype())?, width);
+    /// The scales of keys and values that have 8 bits, if they may.
+    fn scales(&self, k: &Tensor) -> Option<CacheScales> {
+        match self.batch {
+            BatchLayout::Paged { scales, .. } => scales.filter(|_| k.dtype() == DType::F8E4M3),
+            BatchLayout::Dense | BatchLayout::Ragged(_) => None,
+        }
+    }
+
+    fn spec(&self, q: &Tensor, k: &Tensor, visible: &Visible, alibi: bool) -> Result<AttentionSpec> {
+        let width = q.dims()[q.rank() - 1];
+        let mut spec =
+            AttentionSpec::new(tensor::dtype(q.dtype())?, width).with_kv_dtype(tensor::dtype(k.dtype())?);
         if let Some(left) = visible.left() {
             // A window never reaches beyond the keys, of which there are fewer.
             spec = spec.with_window_left(u32::try_from(left).unwrap_or(u32::MAX));
@@ -225,7 +254,7 @@ impl AttentionParams<'_> {
         (visible, sequences): (Visible, Vec<Lens>),
         slopes: Option<Vec<f32>>,
     ) -> Result<(FlashAttnCall, [Tensor; 3])> {
-        let (dtype, out) = (q.dtype(), q.shape().clone());
+        let (dtype, out, scales) = (q.dtype(), q.shape().clone(), self.scales(k));
         let (q, q_view) = views::viewed(q, views::queries)?;
         let ([k, v], kv_views, gap, pages) = match &self.batch {
             BatchLayout::Paged { block_table, page_size, .. } => {
@@ -254,8 +283,9 @@ impl AttentionParams<'_> {
         };
         let [k_view, v_view] = kv_views;
         let views = [q_view, k_view, v_view];
-        spec.backend =
-            if self.is_for_fa3(&visible, &requests, &views, dtype)? { Backend::Auto } else { Backend::Fa2 };
+        // FlashAttention 3 has no 8-bit keys.
+        let fa3 = scales.is_none() && self.is_for_fa3(&visible, &requests, &views, dtype)?;
+        spec.backend = if fa3 { Backend::Auto } else { Backend::Fa2 };
         let call = FlashAttnCall {
             spec,
             heads,
@@ -265,6 +295,7 @@ impl AttentionParams<'_> {
             queries: queries.map_err(tensor::error)?,
             keys: keys.map_err(tensor::error)?,
             slopes,
+            scales,
             views,
             out,
         };
@@ -329,7 +360,12 @@ impl FlashAttnCall {
     }
 
     pub(super) fn options<'a>(&self, slopes: Option<TensorRef<'a>>) -> RunOptions<'a> {
-        RunOptions { alibi_slopes: slopes, ..RunOptions::with_sm_scale(self.softmax_scale) }
+        RunOptions {
+            alibi_slopes: slopes,
+            k_scale: self.scales.map(|scales| scales.k),
+            v_scale: self.scales.map(|scales| scales.v),
+            ..RunOptions::with_sm_scale(self.softmax_scale)
+        }
     }
 
     fn on_cpu(&self, storages: [&CpuStorage; 3]) -> Result<CpuStorage> {

@@ -222,8 +222,8 @@ pub fn flash_attn_varlen_paged_windowed(
     softcap: Option<f32>,
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
-    let batch =
-        BatchLayout::Paged { lengths, block_table, page_size: page_block_size, ranges: mm_prefix_ranges };
+    let (page_size, ranges) = (page_block_size, mm_prefix_ranges);
+    let batch = BatchLayout::Paged { lengths, block_table, page_size, ranges, scales: None };
     let window = [window_size_left, window_size_right];
     AttentionParams { softmax_scale, window, softcap, alibi_slopes: None, batch }.of(q, k, v)
 }

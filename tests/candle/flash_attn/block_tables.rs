@@ -91,6 +91,45 @@ fn any_requests() {
     }
 }
 
+/// Keys and values of 8 bits, in both layouts, against what they stand for.
+#[test]
+fn caches_of_8_bits() {
+    let mut rng = Rng::new();
+    for place in places() {
+        for hnd in [false, true] {
+            let shape = if hnd { [4, 2, 16, 64] } else { [4, 16, 2, 64] };
+            let [k, v] = [(); 2].map(|()| {
+                let cache = random(&mut rng, &shape, DType::F32, &Device::Cpu, (0, 0, shape[0]));
+                cache.to_dtype(DType::F8E4M3).unwrap()
+            });
+            let q = dense(&mut rng, &[2, 8, 64], DType::BF16, &Device::Cpu);
+            let table = Tensor::new(&[[3u32, 1], [2, 0]], &Device::Cpu).unwrap();
+            let lens = Tensor::new(&[20u32, 7], &Device::Cpu).unwrap();
+            let mut options = PagedAttentionOptions::new(0.3);
+            options.layout = if hnd { KvLayout::Hnd } else { KvLayout::Nhd };
+
+            // By way of f32: candle's conversion straight to f64 did not end here.
+            let f64s = |cache: &Tensor| cache.to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap();
+            let whole = |cache: &Tensor, scale: f64| (f64s(cache) * scale).unwrap();
+            let (whole_k, whole_v, whole_q) = (whole(&k, 0.5), whole(&v, 2.0), whole(&q, 1.0));
+            let expected = paged_attention(&whole_q, &whole_k, &whole_v, &table, &lens, &options).unwrap();
+            let expected: Vec<f64> = expected.flatten_all().unwrap().to_vec1().unwrap();
+
+            let [q, k, v] = [q, k, v].map(|tensor| tensor.to_device(&place.device).unwrap());
+            (options.k_scale, options.v_scale) = (0.5, 2.0);
+            let got = paged_attention(&q, &k, &v, &table, &lens, &options).unwrap();
+            assert_close(&got, &expected, &format!("hnd {hnd} on {:?}", place.device));
+            // Both have 8 bits, or neither.
+            let error = paged_attention(&q, &k, &q, &table, &lens, &options);
+            assert!(error.is_err());
+            let mixed = v.to_device(&Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+            let mixed = mixed.to_device(&place.device).unwrap();
+            let error = paged_attention(&q, &k, &mixed, &table, &lens, &options).unwrap_err().to_string();
+            assert!(error.contains("v is bf16, k is f8e4m3"), "{error}");
+        }
+    }
+}
+
 #[test]
 fn wrong_tables() {
     for place in places() {
