@@ -83,7 +83,7 @@ impl Gpu {
             }
         };
         match graph {
-            true => products.tune(&network.weights, buffers, multiplier),
+            true => products.tune(&network.weights, buffers, multiplier, network.ranks.is_none()),
             false => Ok(()),
         }
     }

@@ -85,12 +85,14 @@ impl Products {
         })
     }
 
-    /// Takes the fastest kernels, once. What is in the buffers is lost.
+    /// Takes the fastest kernels, once. What is in the buffers is lost. One of several ranks leaves the
+    /// router as it is: all are to choose the same experts, out of scores that are equal bit by bit.
     pub fn tune(
         &mut self,
         weights: &Weights,
         buffers: &mut Buffers,
         multiplier: &mut Multiplier,
+        alone: bool,
     ) -> Result<()> {
         if self.tuned {
             return Ok(());
@@ -106,7 +108,7 @@ impl Products {
         self.gate_up.tune(multiplier, gate_up.rows_mut(of_experts)?, &x.rows(rows)?, of)?;
         let of = layers.clone().map(|layer| layer.down.view());
         self.down.tune(multiplier, x.rows_mut(rows)?, &inner.rows(of_experts)?, of)?;
-        if let (Some(product), Some(routing)) = (&mut self.router, routing) {
+        if let (Some(product), Some(routing), true) = (&mut self.router, routing, alone) {
             let of = layers.clone().filter_map(|layer| layer.router.as_ref()).map(|router| router.view());
             product.tune(multiplier, routing.scores_mut(rows)?, &x.rows(rows)?, of)?;
         }

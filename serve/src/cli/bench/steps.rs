@@ -67,7 +67,10 @@ impl Steps<'_> {
             ("the model".into(), source.digest()?),
             ("--steps".into(), format!("{:?}", self.requests)),
             ("--context".into(), self.context.to_string()),
-            ("--weights, --kv, --deterministic".into(), format!("{:?}", GpuOptions { ordinal: 0, ..options })),
+            (
+                "--weights, --kv, --deterministic".into(),
+                format!("{:?}", GpuOptions { ordinal: 0, ..options }),
+            ),
         ]))
     }
 
