@@ -159,7 +159,8 @@ fn graphs_of_all_sizes_give_the_known_ids() {
         assert_eq!(gpu.replay().is_err(), !requests.is_power_of_two());
         decode(&mut gpu, &pool, &prompts, 3);
         let (milliseconds, kernels) = gpu.replay().unwrap();
-        assert!(milliseconds > 0.0 && kernels >= 10 * loaded.model.config.num_layers(), "{kernels}");
+        // Six of a layer of few rows, and of others more.
+        assert!(milliseconds > 0.0 && kernels >= 6 * loaded.model.config.num_layers(), "{kernels}");
     }
 }
 

@@ -37,8 +37,8 @@ struct __align__(16) Vector {
     u16 bits[VECTOR];
 };
 
-// Rows `[tokens, heads, head_dim]`; strides are in elements.
-struct Rows {
+// HeadRows `[tokens, heads, head_dim]`; strides are in elements.
+struct HeadRows {
     u16 *data;
     u64 token, head;
     u32 heads;
@@ -46,7 +46,7 @@ struct Rows {
 
 // Its copy on the host is `Arguments`.
 struct Arguments {
-    Rows q, k, v;
+    HeadRows q, k, v;
     // Pages of keys and of values, whose strides are equal.
     u16 *pages[2];
     u64 page, slot, head;
@@ -85,7 +85,7 @@ __device__ void rope_append(const Arguments &of) {
     const bool turns = (is_query || is_key) && part < of.rotary_dim / ELEMENTS;
     if (is_query && !turns)
         return;
-    const Rows &rows = is_query ? of.q : is_key ? of.k : of.v;
+    const HeadRows &rows = is_query ? of.q : is_key ? of.k : of.v;
     head -= is_query ? 0 : is_key ? of.q.heads : of.q.heads + of.k.heads;
     // The two vectors of pairs in two halves, or neighbours.
     const bool halves = turns && !of.interleave;

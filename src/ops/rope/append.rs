@@ -29,16 +29,16 @@ const ELEMENTS: i64 = 16;
 /// The compute capability from which on a launch may overlap the one before.
 const MIN_COMPUTE_CAPABILITY: (i32, i32) = (9, 0);
 
-/// Rows as the kernel takes them.
+/// HeadRows as the kernel takes them.
 #[repr(C)]
-struct Rows {
+struct HeadRows {
     data: *mut c_void,
     token: u64,
     head: u64,
     heads: u32,
 }
 
-impl Rows {
+impl HeadRows {
     fn of(tensor: &RawTensor) -> Self {
         let [token, head] = [0, 1].map(|dim| tensor.strides()[dim] as u64);
         Self { data: tensor.data, token, head, heads: tensor.shape()[1] as u32 }
@@ -48,9 +48,9 @@ impl Rows {
 /// What the kernel takes.
 #[repr(C)]
 struct Arguments {
-    q: Rows,
-    k: Rows,
-    v: Rows,
+    q: HeadRows,
+    k: HeadRows,
+    v: HeadRows,
     pages: [*mut c_void; 2],
     page: u64,
     slot: u64,
@@ -118,9 +118,9 @@ pub fn rope_append_paged_kv_cache(
     let [slot, head] =
         <[i64; 2]>::from(cache.layout.page_size_and_heads(k.strides())).map(|stride| stride as u64);
     let mut arguments = Arguments {
-        q: Rows::of(&q.raw),
-        k: Rows::of(&key.raw),
-        v: Rows::of(&value.raw),
+        q: HeadRows::of(&q.raw),
+        k: HeadRows::of(&key.raw),
+        v: HeadRows::of(&value.raw),
         pages: [k.data, v.data],
         page: k.strides()[0] as u64,
         slot,

@@ -18,7 +18,7 @@ use crate::scheduler::{
 /// Requests of which each arrival is one.
 const KINDS: usize = 160;
 /// Few, so that requests preempt each other.
-const NUM_PAGES: usize = 160;
+const NUM_PAGES: usize = 80;
 /// What is looked at in between.
 const PART: Duration = Duration::from_secs(10);
 
