@@ -90,7 +90,7 @@ impl Failure {
         (self.on_failure)(reason);
     }
 
-    /// As [`fail_after`](Self::fail_after), without a word.
+    /// Ends all ranks, unless they are ending. The others hear that this one has ended.
     pub fn fail(&self, reason: &str) {
         self.fail_after(reason, || {});
     }
