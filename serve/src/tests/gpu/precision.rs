@@ -237,7 +237,9 @@ fn weights_of_8_bits_need_half_the_memory() {
     let pool = PageAllocator::new(8, 16).unwrap();
     let before = Gpu::new(&tiny.config, tiny.ends().unwrap(), tiny.layers(), &pool, WEIGHTS).unwrap();
     // Choosing products takes memory of its own, once.
-    [SIXTEEN, WEIGHTS].map(|options| load(options, &before));
+    for options in [SIXTEEN, WEIGHTS] {
+        load(options, &before);
+    }
     let ((half, half_mark), (quantized, quantized_mark)) = (load(SIXTEEN, &before), load(WEIGHTS, &before));
     let embedding = 2 * loaded.model.config.vocab_size * loaded.model.config.hidden_size;
     let layers = half - embedding;
