@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
 use super::{
-    Connection, Group, OnFailure, Placement,
+    Connection, Group, MEETING, OnFailure, Placement,
     frame::{self, Kind},
 };
 use crate::Result;
@@ -240,8 +240,9 @@ impl Rendezvous {
         let (mut messages, mut numbers) = (connect(false)?, connect(true)?);
         let place = messages.peer_addr()?.ip().to_string();
         for connection in [&mut messages, &mut numbers] {
-            // Others may come later.
-            connection.set_read_timeout(Some(self.timeout + GREETING))?;
+            // Others may come later, however soon rank 0 was to be found.
+            let all = self.timeout.max(Duration::from_secs(MEETING));
+            connection.set_read_timeout(Some(all + GREETING))?;
             match receive(connection) {
                 Ok(Answer::Welcome) => settle(connection)?,
                 Ok(Answer::Refused(reason)) => {

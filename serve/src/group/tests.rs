@@ -62,7 +62,9 @@ fn ranks_add_and_gather_numbers() {
         sums.all_reduce(&mut numbers).unwrap();
         let mut none = [];
         sums.all_reduce(&mut none).unwrap();
-        (numbers, sums.all_gather(&vec![rank as f32; 2 - rank]).unwrap())
+        let gathered = sums.all_gather(&vec![rank as f32; 2 - rank]).unwrap();
+        group.end().unwrap();
+        (numbers, gathered)
     });
     for (numbers, gathered) in all {
         assert!(numbers.iter().enumerate().all(|(at, number)| *number == (6 * at) as f32));
@@ -90,13 +92,16 @@ fn messages_go_to_rank_0_and_from_it_to_all() {
         let rank = group.rank().rank;
         if rank > 0 {
             group.send(&format!("of {rank}")).unwrap();
-            return vec![group.receive::<String>().unwrap().unwrap()];
+            let heard = group.receive::<String>().unwrap().unwrap();
+            group.end().unwrap();
+            return vec![heard];
         }
         let mut heard = Vec::from_iter(group.receive_within::<String>(Duration::ZERO).unwrap());
         while heard.len() < 2 {
             heard.extend(group.receive_within::<String>(TIMEOUT).unwrap());
         }
         group.send(&"to all").unwrap();
+        group.end().unwrap();
         heard.sort();
         heard
     });
