@@ -116,8 +116,8 @@ impl Failure {
     }
 }
 
-/// Nothing panics while these are half changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Nothing panics while what ranks share is half changed; a connection is written whole, or is of no use.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -29,7 +29,7 @@ use std::{
     env, fmt,
     net::TcpStream,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     time::Duration,
@@ -44,7 +44,10 @@ pub use self::{
     rendezvous::{Rendezvous, Settings},
     sums::Sums,
 };
-use self::{failure::Stopper, peer::Peer};
+use self::{
+    failure::{Stopper, lock},
+    peer::Peer,
+};
 use crate::{Result, model::shard::Rank};
 
 /// How long ranks wait for each other before the model is loaded, in seconds.
@@ -134,7 +137,6 @@ type Received = (usize, Vec<u8>);
 /// before, all fail.
 pub struct Group {
     rank: Rank,
-    local_rank: usize,
     /// Of rank 0 the others, of the others rank 0.
     peers: Vec<Peer>,
     received: Mutex<Receiver<Received>>,
@@ -146,8 +148,7 @@ pub struct Group {
 
 impl Group {
     /// Of connections for messages and for numbers, in the order of ranks.
-    fn new(placement: &Placement, connections: Vec<Connection>, on_failure: OnFailure) -> Result<Self> {
-        let rank = placement.rank;
+    fn new(rank: Rank, connections: Vec<Connection>, on_failure: OnFailure) -> Result<Self> {
         let failure = Arc::new(Failure::new(on_failure));
         let (sender, received) = mpsc::channel();
         let (mut peers, mut numbers) = (Vec::new(), Vec::new());
@@ -160,7 +161,6 @@ impl Group {
         let alive = peer::say_alive(&peers)?;
         Ok(Self {
             rank,
-            local_rank: placement.local_rank,
             peers,
             received: Mutex::new(received),
             sums: Mutex::new(Some(Sums::new(rank, numbers))),
@@ -172,11 +172,6 @@ impl Group {
     /// Which of how many this process is.
     pub fn rank(&self) -> Rank {
         self.rank
-    }
-
-    /// Its number among the processes of this machine: that of its GPU.
-    pub fn local_rank(&self) -> usize {
-        self.local_rank
     }
 
     /// What ends all ranks.
@@ -198,7 +193,7 @@ impl Group {
     /// # Errors
     /// The ranks have failed, or it is another message.
     pub fn receive<T: DeserializeOwned>(&self) -> Result<Option<(usize, T)>> {
-        let received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        let received = lock(&self.received);
         match received.recv() {
             Ok(received) => self.parse(received).map(Some),
             Err(_) => self.ended(),
@@ -210,7 +205,7 @@ impl Group {
     /// # Errors
     /// As there.
     pub fn receive_within<T: DeserializeOwned>(&self, limit: Duration) -> Result<Option<(usize, T)>> {
-        let received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        let received = lock(&self.received);
         match received.recv_timeout(limit) {
             Ok(received) => self.parse(received).map(Some),
             Err(RecvTimeoutError::Timeout) => Ok(None),
@@ -247,7 +242,7 @@ impl Group {
 
     /// The connections for numbers, which one has at a time.
     pub fn take_sums(&self) -> Option<Sums> {
-        self.sums.lock().unwrap_or_else(PoisonError::into_inner).take()
+        lock(&self.sums).take()
     }
 
     /// Ends all ranks, which hear why.

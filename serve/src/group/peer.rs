@@ -4,7 +4,7 @@ use std::{
     io::{self, ErrorKind},
     net::TcpStream,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         mpsc::{self, RecvTimeoutError, Sender},
     },
     thread,
@@ -13,7 +13,7 @@ use std::{
 
 use super::{
     Received,
-    failure::{Failure, Stopper},
+    failure::{Failure, Stopper, lock},
     frame::{self, Kind},
 };
 use crate::Result;
@@ -121,9 +121,4 @@ pub fn say_alive(peers: &[Peer]) -> Result<Stopper> {
         }
     })?;
     Ok(Stopper(stop))
-}
-
-/// Messages are written whole, or the connection is of no use.
-fn lock(writer: &Mutex<TcpStream>) -> MutexGuard<'_, TcpStream> {
-    writer.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -17,7 +17,7 @@ use super::{
     Connection, Group, MEETING, OnFailure, Placement,
     frame::{self, Kind},
 };
-use crate::Result;
+use crate::{Result, model::shard::Rank};
 
 /// How often rank 0 is looked for, or asks whether somebody came.
 const INTERVAL: Duration = Duration::from_millis(20);
@@ -29,8 +29,8 @@ const LONGEST: u32 = 1 << 16;
 /// What all ranks have to be started with, by name.
 pub type Settings = BTreeMap<String, String>;
 
-/// What ranks find each other by.
-#[derive(Clone, Debug)]
+/// What ranks find each other by. It is not printed, as the secret is in it.
+#[derive(Clone)]
 pub struct Rendezvous {
     /// Which rank this process is.
     pub placement: Placement,
@@ -66,11 +66,10 @@ impl Rendezvous {
     /// # Errors
     /// Not all came in time; one was started with other settings; or rank 0 cannot listen.
     pub fn meet(&self, settings: Settings, on_failure: OnFailure) -> Result<Group> {
-        let connections = match self.placement.rank.rank {
-            0 => self.gather(self.listen()?, &settings, &mut || Ok(()))?,
-            _ => vec![self.join(&settings)?],
-        };
-        Group::new(&self.placement, connections, on_failure)
+        match self.placement.rank {
+            Rank { rank: 0, .. } => self.meet_at(self.listen()?, settings, on_failure, &mut || Ok(())),
+            rank => Group::new(rank, vec![self.join(&settings)?], on_failure),
+        }
     }
 
     /// As [`meet`](Self::meet) of rank 0, with a listener that is bound. `check` says whether there is
@@ -86,7 +85,7 @@ impl Rendezvous {
         check: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Group> {
         let connections = self.gather(listener, &settings, check)?;
-        Group::new(&self.placement, connections, on_failure)
+        Group::new(self.placement.rank, connections, on_failure)
     }
 
     fn listen(&self) -> Result<TcpListener> {

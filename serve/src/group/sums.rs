@@ -22,11 +22,6 @@ impl Sums {
         Self { rank, connections }
     }
 
-    /// How many ranks there are.
-    pub fn size(&self) -> usize {
-        self.rank.size
-    }
-
     /// Replaces numbers by their sums over all ranks, of which each has as many.
     ///
     /// # Errors

@@ -179,11 +179,15 @@ impl GpuOptions {
     }
 }
 
+/// Whether this machine has NVIDIA's driver.
+fn has_driver() -> bool {
+    // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
+    unsafe { cudarc::driver::sys::is_culib_present() }
+}
+
 /// Whether this machine has a GPU of this number, and a driver.
 pub fn is_there(ordinal: usize) -> bool {
-    // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
-    let has_driver = unsafe { cudarc::driver::sys::is_culib_present() };
-    has_driver
+    has_driver()
         && CudaContext::device_count()
             .is_ok_and(|count| usize::try_from(count).is_ok_and(|count| ordinal < count))
 }
@@ -191,8 +195,7 @@ pub fn is_there(ordinal: usize) -> bool {
 /// A stream of a GPU, and the runtime with the modules that the model needs
 /// beside those of attention.
 fn start(config: &Config, ordinal: usize) -> Result<Arc<CudaStream>> {
-    // SAFETY: opening a library of NVIDIA's runs nothing but its initializers.
-    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+    if !has_driver() {
         return Err("there is no NVIDIA driver".into());
     }
     let mut runtime = RuntimeConfig::default();

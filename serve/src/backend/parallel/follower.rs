@@ -18,8 +18,8 @@ pub fn follow(local: &mut dyn Backend, pool: &PageAllocator, group: &Group) -> R
     let mut mirror = BatchMirror::new(pool)?;
     while let Some((_, command)) = group.receive()? {
         let outcome = match command {
-            Command::Enqueue(step) => {
-                let (snapshot, outputs) = (step.snapshot(), step.outputs());
+            Command::Enqueue(mut step) => {
+                let (snapshot, outputs) = (step.take_snapshot(), step.outputs());
                 let enqueued = mirror.update(&snapshot).map_err(Into::into).and_then(|batch| {
                     local.enqueue(&Step { batch, tokens: step.tokens(), outputs: &outputs })
                 });

@@ -1,6 +1,6 @@
 //! What rank 0 tells the others, and they tell it.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 use flashinfer_rs::{
     indices::LogitEdit,
@@ -95,15 +95,12 @@ impl StepMessage {
         }
     }
 
-    /// What it says of pages.
-    pub fn snapshot(&self) -> BatchSnapshot {
-        let request = |(pages, len, new_tokens): &(Vec<i32>, usize, usize)| RequestSnapshot {
-            pages: pages.clone(),
-            len: *len,
-            new_tokens: *new_tokens,
-        };
+    /// What it says of pages, which are taken out of it.
+    pub fn take_snapshot(&mut self) -> BatchSnapshot {
+        let requests = mem::take(&mut self.requests).into_iter();
+        let requests = requests.map(|(pages, len, new_tokens)| RequestSnapshot { pages, len, new_tokens });
         BatchSnapshot {
-            requests: self.requests.iter().map(request).collect(),
+            requests: requests.collect(),
             copies: self.copies.iter().map(|&(source, target)| PageCopy { source, target }).collect(),
             free_page: self.free_page,
         }
@@ -195,11 +192,12 @@ mod tests {
         let tokens = [StepToken::Known(5), StepToken::Chosen(0), StepToken::Known(70_000)];
         let step = Step { batch: &batch, tokens: &tokens, outputs: &outputs };
         let bytes = postcard::to_stdvec(&Command::Enqueue(StepMessage::new(&step))).unwrap();
-        let Ok(Command::Enqueue(message)) = postcard::from_bytes(&bytes) else {
+        let Ok(Command::Enqueue(mut message)) = postcard::from_bytes(&bytes) else {
             panic!("it is a step");
         };
-        assert_eq!(message.snapshot(), batch.snapshot());
-        assert_eq!(message.snapshot().copies.len(), 1);
+        let snapshot = message.take_snapshot();
+        assert_eq!(snapshot, batch.snapshot());
+        assert_eq!(snapshot.copies.len(), 1);
         assert_eq!((message.tokens(), &message.outputs()[..]), (&tokens[..], &outputs[..]));
     }
 }
