@@ -19,7 +19,7 @@ mod views;
 
 use cudarc::driver::CudaContext;
 use flashinfer_rs::FlashInferRuntime;
-use half::f16;
+use half::bf16;
 use memory::Memory;
 use model::{REQUESTS, Step};
 use rand::RngExt;
@@ -28,8 +28,8 @@ use sample::Logits;
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const VOCAB: usize = 1000;
-/// The relative error up to which two results in `f16` agree.
-const BOUND: f64 = 2e-3;
+/// The relative error up to which two results in `bf16` agree.
+const BOUND: f64 = 1e-2;
 
 /// Random logits; the last request takes the likeliest token.
 fn random_logits(memory: &mut Memory) -> Result<Logits> {
@@ -56,7 +56,7 @@ fn random_logits(memory: &mut Memory) -> Result<Logits> {
 }
 
 /// The norm of the difference, by the norm of what was expected. NaN where a number is.
-fn relative_error(found: &[f16], expected: &[f16]) -> f64 {
+fn relative_error(found: &[bf16], expected: &[bf16]) -> f64 {
     let squares = found.iter().zip(expected).map(|(found, expected)| {
         let (found, expected) = (f64::from(*found), f64::from(*expected));
         [(found - expected).powi(2), expected.powi(2)]

@@ -7,7 +7,7 @@ use flashinfer_rs::{
     attention::{AttentionSpec, Heads},
     indices::AppendIndices,
 };
-use half::f16;
+use half::bf16;
 use rand::RngExt;
 
 use crate::{
@@ -30,7 +30,7 @@ const ROWS: usize = 128;
 
 /// What the layers compute with: the second sees the last 41 tokens, the third has narrower heads.
 pub fn specs() -> [AttentionSpec; LAYERS] {
-    let spec = |layer: usize| AttentionSpec::new(DType::F16, HEAD_DIMS[layer]);
+    let spec = |layer: usize| AttentionSpec::new(DType::BF16, HEAD_DIMS[layer]);
     [spec(0), spec(1).with_window_left(40), spec(2)]
 }
 
@@ -47,8 +47,8 @@ pub struct Step {
     pub new: [usize; REQUESTS],
     /// Tokens of each request, with the new ones.
     pub lens: [usize; REQUESTS],
-    q: [Vec<f16>; LAYERS],
-    kv: [[Vec<f16>; 2]; LAYERS],
+    q: [Vec<bf16>; LAYERS],
+    kv: [[Vec<bf16>; 2]; LAYERS],
 }
 
 impl Step {
@@ -92,9 +92,9 @@ impl Step {
     }
 }
 
-fn random(len: usize) -> Vec<f16> {
+fn random(len: usize) -> Vec<bf16> {
     let mut rng = rand::rng();
-    (0..len).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect()
+    (0..len).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0))).collect()
 }
 
 /// Where all of it lies; the same addresses in every step.
@@ -135,7 +135,7 @@ impl Buffers {
     /// Puts a step's numbers in their places, and NaN where outputs go.
     pub fn write(&self, memory: &Memory, step: &Step) -> Result<()> {
         for layer in 0..LAYERS {
-            let nan = vec![f16::NAN; step.q[layer].len()];
+            let nan = vec![bf16::NAN; step.q[layer].len()];
             // SAFETY: there is room for `ROWS` rows, which no step exceeds, and nothing else runs.
             unsafe {
                 memory.write(self.q[layer], &step.q[layer])?;
@@ -148,7 +148,7 @@ impl Buffers {
     }
 
     /// The outputs of all layers.
-    pub fn outputs(&self, memory: &Memory, rows: usize) -> Result<Vec<Vec<f16>>> {
+    pub fn outputs(&self, memory: &Memory, rows: usize) -> Result<Vec<Vec<bf16>>> {
         let len = |layer: usize| rows * HEADS.num_qo_heads * HEAD_DIMS[layer];
         // SAFETY: the buffer has as many, and whoever writes it goes before.
         (0..LAYERS).map(|layer| unsafe { memory.read(self.out[layer], len(layer)) }).collect()

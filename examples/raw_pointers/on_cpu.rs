@@ -6,7 +6,7 @@ use flashinfer_rs::{
     indices::{RaggedIndices, SlotMapping},
     reference::{self, HostMask},
 };
-use half::f16;
+use half::bf16;
 
 use crate::{
     Result,
@@ -16,13 +16,13 @@ use crate::{
 };
 
 /// The outputs of each step's layers.
-pub fn steps(steps: &[Step]) -> Result<Vec<Vec<Vec<f16>>>> {
+pub fn steps(steps: &[Step]) -> Result<Vec<Vec<Vec<bf16>>>> {
     let mut memory = Memory::host();
     let buffers = Buffers::new(&mut memory)?;
     // What the kernels would refuse of dtypes, shapes, strides and addresses is refused here.
     let _strict = reference::strict();
     let (specs, options) = (specs(), RunOptions::default());
-    let step = |step: &Step| -> Result<Vec<Vec<f16>>> {
+    let step = |step: &Step| -> Result<Vec<Vec<bf16>>> {
         buffers.write(&memory, step)?;
         let pages = step.pages()?;
         let append = step.append(&pages)?;

@@ -9,7 +9,7 @@ use flashinfer_rs::{
     graph::CapturedStep,
     indices::{AppendTable, RaggedIndices, RaggedTable, SlotMapping},
 };
-use half::f16;
+use half::bf16;
 
 use crate::{
     Result,
@@ -115,7 +115,7 @@ impl Engine {
 }
 
 /// The outputs of each step's layers.
-pub fn steps(cuda: &Arc<CudaStream>, steps: &[Step]) -> Result<Vec<Vec<Vec<f16>>>> {
+pub fn steps(cuda: &Arc<CudaStream>, steps: &[Step]) -> Result<Vec<Vec<Vec<bf16>>>> {
     // SAFETY: a stream of the device's primary context, which outlives the engine.
     let stream = unsafe { Stream::from_raw(cuda.cu_stream().cast(), cuda.context().ordinal() as u32) };
     let mut memory = Memory::gpu(cuda.clone(), 16 << 20)?;

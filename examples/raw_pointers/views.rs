@@ -34,7 +34,7 @@ impl Rows {
     pub unsafe fn read<'a>(self) -> Result<TensorRef<'a>> {
         let strides = Some(&self.strides[..]);
         // SAFETY: promised by the caller.
-        unsafe { TensorRef::from_raw_parts(self.data, self.device, DType::F16, &self.shape, strides) }
+        unsafe { TensorRef::from_raw_parts(self.data, self.device, DType::BF16, &self.shape, strides) }
     }
 
     /// # Safety
@@ -42,7 +42,7 @@ impl Rows {
     pub unsafe fn write<'a>(self) -> Result<TensorMut<'a>> {
         let strides = Some(&self.strides[..]);
         // SAFETY: promised by the caller.
-        unsafe { TensorMut::from_raw_parts(self.data, self.device, DType::F16, &self.shape, strides) }
+        unsafe { TensorMut::from_raw_parts(self.data, self.device, DType::BF16, &self.shape, strides) }
     }
 }
 
@@ -91,7 +91,7 @@ impl LayerCache {
     ) -> Self {
         let CacheShape { pages, page_size, heads, head_dim } = shape;
         let half = page_size * heads * head_dim;
-        let part = |index: usize| cache.wrapping_byte_add(index * half * DType::F16.size());
+        let part = |index: usize| cache.wrapping_byte_add(index * half * DType::BF16.size());
         Self {
             k: part(2 * layer),
             v: part(2 * layer + 1),
@@ -107,7 +107,7 @@ impl LayerCache {
     pub unsafe fn read<'a>(self) -> Result<PagedKv<'a>> {
         // SAFETY: promised by the caller.
         let [k, v] = [self.k, self.v].map(|part| unsafe {
-            TensorRef::from_raw_parts(part, self.device, DType::F16, &self.shape, Some(&self.strides))
+            TensorRef::from_raw_parts(part, self.device, DType::BF16, &self.shape, Some(&self.strides))
         });
         Ok(PagedKv::new(k?, v?, self.layout))
     }
@@ -117,7 +117,7 @@ impl LayerCache {
     pub unsafe fn write<'a>(self) -> Result<PagedKvMut<'a>> {
         // SAFETY: promised by the caller.
         let [k, v] = [self.k, self.v].map(|part| unsafe {
-            TensorMut::from_raw_parts(part, self.device, DType::F16, &self.shape, Some(&self.strides))
+            TensorMut::from_raw_parts(part, self.device, DType::BF16, &self.shape, Some(&self.strides))
         });
         Ok(PagedKvMut::new(k?, v?, self.layout))
     }
