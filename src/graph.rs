@@ -208,7 +208,7 @@ impl std::fmt::Debug for CapturedStep {
 pub trait Plans: sealed::Keyed {}
 impl<P: sealed::Keyed + ?Sized> Plans for P {}
 
-mod sealed {
+pub(crate) mod sealed {
     use super::ReplayKey;
 
     pub trait Keyed {

@@ -4,7 +4,9 @@
 mod candle_common;
 
 mod candle {
+    mod captured;
     mod flash_attn;
+    mod mla;
     mod ops;
     mod paged;
 }

@@ -1,35 +1,38 @@
-//! Decode and prefill over a paged cache, with plan and run apart.
+//! What decode and prefill over a paged cache have in common.
+
+use std::cell::RefCell;
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
+    lse::{self, Lse},
     op::{Apply, Op, check_cache_dtype, check_dtype, check_like, fitting, invalid},
-    paged::{PagedCache, Step},
+    paged::PagedCache,
+    run::RunOptions,
+    step::Step,
     tensor,
 };
 use crate::{
-    attention::{self, AttentionSpec, Heads, PlanOptions, RunOptions, Workspace},
-    indices::PageTable,
-    kv::{KvLayout, PagedKv},
-    reference,
+    attention::{self, AttentionSpec, Heads, Workspace},
+    kv::{HeadsShape, KvLayout, PagedKv},
     stream::Stream,
     tensor::{TensorMut, TensorRef},
 };
 
-/// What the two operations have in common: an attention on a device.
+/// An attention on a device.
 #[derive(Clone, Debug)]
-struct PagedAttention {
+pub(super) struct PagedAttention {
     op: &'static str,
-    spec: AttentionSpec,
+    pub(super) spec: AttentionSpec,
     heads: Heads,
-    device: Device,
+    pub(super) device: Device,
     /// candle's names of the spec's dtypes.
     dtype_q: DType,
     dtype_o: DType,
 }
 
 impl PagedAttention {
-    fn new(op: &'static str, device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
+    pub(super) fn new(op: &'static str, device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
         let candle_dtype = |name: &'static str, dtype: crate::DType| match tensor::of_ours(dtype) {
             Some(dtype) => Ok(dtype),
             None => invalid(op, name, format!("{dtype}; candle has no such elements")),
@@ -58,56 +61,65 @@ impl PagedAttention {
     }
 
     /// The step is on this device.
-    fn check_step(&self, step: &Step<'_>) -> Result<()> {
-        if self.device.same_device(step.device) {
-            return Ok(());
-        }
-        let (at, expected) = (step.device, &self.device);
-        invalid(self.op, "step", format!("it is on {at:?}; expected {expected:?}: make both from one Device"))
+    pub(super) fn check_step(&self, step: &Step<'_>) -> Result<()> {
+        step.check_on(self.op, &self.device)
     }
 
     /// Attention of the kernel's queries to a layer.
-    fn run(
+    pub(super) fn run(
         &self,
         step: &Step<'_>,
         kernel: &dyn PagedKernel,
         q: &Tensor,
-        cache: &PagedCache,
-        layer: usize,
+        (cache, layer): (&PagedCache, usize),
         options: &RunOptions<'_>,
+        lse: Option<&Lse>,
     ) -> Result<Tensor> {
         let (op, spec, heads) = (self.op, &self.spec, self.heads);
         step.check_cache(op, cache)?;
         let kv = cache.layer(layer)?;
-        let shape = cache.shape();
-        if (shape.num_kv_heads, shape.head_dim, shape.dtype)
-            != (heads.num_kv_heads, spec.head_dim_qk, spec.dtype_kv)
-        {
+        let &HeadsShape { num_kv_heads, head_dim, dtype, layout, .. } = cache.heads(op)?;
+        if (num_kv_heads, head_dim, dtype) != (heads.num_kv_heads, spec.head_dim_qk, spec.dtype_kv) {
             let problem = format!(
-                "it has {} heads of {} {}; the plan is for {} of {} {}",
-                shape.num_kv_heads,
-                shape.head_dim,
-                shape.dtype,
-                heads.num_kv_heads,
-                spec.head_dim_qk,
-                spec.dtype_kv
+                "it has {num_kv_heads} heads of {head_dim} {dtype}; the plan is for {} of {} {}",
+                heads.num_kv_heads, spec.head_dim_qk, spec.dtype_kv
             );
             return invalid(op, "cache", problem);
         }
-        let rows = kernel.rows();
-        let dims = [rows, heads.num_qo_heads, spec.head_dim_qk];
+        let dims = [kernel.rows(), heads.num_qo_heads, head_dim];
         check_like(op, "q", q, &dims, self.dtype_q, &self.device)?;
-        if rows == 0 {
+        if dims[0] == 0 {
             return q.to_dtype(self.dtype_o);
         }
         let output = (Shape::from(&dims[..]), self.dtype_o);
-        let call = PagedCall { kernel, layout: shape.layout, options, output };
-        kv.apply_op2_no_bwd(&fitting(q)?, &Apply(call))
+        options.with_views(op, heads.num_qo_heads, &self.device, |options| {
+            Lse::with_view(lse, [dims[0], dims[1]], &self.device, |lse| {
+                let call = PagedCall { kernel, layout, options, lse: RefCell::new(lse), output };
+                kv.apply_op2_no_bwd(&fitting(q)?, &Apply(call))
+            })
+        })
+    }
+
+    /// As [`run`](Self::run), with an LSE.
+    pub(super) fn run_with_lse(
+        &self,
+        step: &Step<'_>,
+        kernel: &dyn PagedKernel,
+        q: &Tensor,
+        (cache, layer): (&PagedCache, usize),
+        options: &RunOptions<'_>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (kept, shape) = (Lse::default(), [kernel.rows(), self.heads.num_qo_heads]);
+        let out = self.run(step, kernel, q, (cache, layer), options, Some(&kept))?;
+        match kept.of(q, shape)? {
+            Some(lse) => Ok((out, lse)),
+            None => Ok((out, lse::without_keys(shape, &self.device, None)?)),
+        }
     }
 }
 
 /// Attention of queries to a layer's pages.
-trait PagedKernel {
+pub(super) trait PagedKernel {
     /// Queries of the step.
     fn rows(&self) -> usize;
 
@@ -116,7 +128,8 @@ trait PagedKernel {
         q: &TensorRef<'_>,
         kv: &PagedKv<'_>,
         out: &mut TensorMut<'_>,
-        options: &RunOptions<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        options: &attention::RunOptions<'_>,
     ) -> crate::Result<()>;
 
     fn on_cuda(
@@ -124,18 +137,20 @@ trait PagedKernel {
         q: &TensorRef<'_>,
         kv: &PagedKv<'_>,
         out: &mut TensorMut<'_>,
-        options: &RunOptions<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        options: &attention::RunOptions<'_>,
     ) -> crate::Result<()>;
 }
 
-struct PagedCall<'a> {
+struct PagedCall<'a, 'v> {
     kernel: &'a dyn PagedKernel,
     layout: KvLayout,
-    options: &'a RunOptions<'a>,
+    options: &'a attention::RunOptions<'a>,
+    lse: RefCell<Option<&'a mut TensorMut<'v>>>,
     output: (Shape, DType),
 }
 
-impl Op<2> for PagedCall<'_> {
+impl Op<2> for PagedCall<'_, '_> {
     const NAME: &'static str = "paged attention";
 
     fn output(&self) -> (Shape, DType) {
@@ -143,88 +158,44 @@ impl Op<2> for PagedCall<'_> {
     }
 
     fn on_cpu(&self, out: &mut TensorMut<'_>, [kv, q]: [TensorRef<'_>; 2]) -> crate::Result<()> {
-        self.kernel.on_cpu(&q, &PagedKv::joined(kv, self.layout)?, out, self.options)
+        let (kv, lse) = (PagedKv::joined(kv, self.layout)?, self.lse.take());
+        self.kernel.on_cpu(&q, &kv, out, lse, self.options)
     }
 
     fn on_cuda(&self, _: &Stream, out: &mut TensorMut<'_>, [kv, q]: [TensorRef<'_>; 2]) -> crate::Result<()> {
         // The plan knows its stream, and refuses views for another.
-        self.kernel.on_cuda(&q, &PagedKv::joined(kv, self.layout)?, out, self.options)
+        let (kv, lse) = (PagedKv::joined(kv, self.layout)?, self.lse.take());
+        self.kernel.on_cuda(&q, &kv, out, lse, self.options)
     }
 }
 
 /// Kernels, and what plans need, on CUDA.
 #[derive(Debug)]
-struct OnCuda<K> {
-    kernels: K,
-    workspace: Workspace,
+pub(super) struct OnCuda<K> {
+    pub(super) kernels: K,
+    pub(super) workspace: Workspace,
 }
 
 impl<K> OnCuda<K> {
     /// `None` on the CPU.
-    fn new(
-        attention: &PagedAttention,
+    pub(super) fn new(
+        device: &Device,
         kernels: impl FnOnce(&Stream) -> crate::Result<K>,
     ) -> Result<Option<Self>> {
-        let Some(stream) = tensor::stream(&attention.device) else { return Ok(None) };
+        let Some(stream) = tensor::stream(device) else { return Ok(None) };
         let kernels = kernels(&stream).map_err(tensor::error)?;
         Ok(Some(Self { kernels, workspace: Workspace::new(&stream).map_err(tensor::error)? }))
     }
 }
 
-/// Attention of one query per request to the request's pages, over a
-/// [`PagedCache`].
-///
-/// On CUDA it is [`attention::BatchDecode`](crate::attention::BatchDecode) with a
-/// [`Workspace`](crate::attention::Workspace) of its own (128 MiB, which grow where
-/// a step takes more), on the stream of the device; with candle's default stream it is then its thread's. On the CPU it
-/// is [`reference::batch_decode`](crate::reference::batch_decode), in `f64`.
-#[derive(Debug)]
-pub struct PagedDecode {
-    attention: PagedAttention,
-    on_cuda: Option<OnCuda<attention::BatchDecode>>,
+/// A plan for CUDA.
+pub(super) fn planned<P>(plan: &Option<P>) -> crate::Result<&P> {
+    let missing = || crate::FlashInferError::invalid("plan", "device", "it is not on CUDA");
+    plan.as_ref().ok_or_else(missing)
 }
 
-impl PagedDecode {
-    /// Decode of a model's layers of one kind: element types, head dimension,
-    /// window and soft cap are the spec's.
-    ///
-    /// Resolves the kernel module on CUDA, and downloads the pinned wheel if no
-    /// local source holds it and that is allowed.
-    ///
-    /// # Errors
-    /// The device has no such elements (on CUDA there are `f16` and `bf16`, on the
-    /// CPU also `f32` and `f64`); heads of queries are no multiple of those of keys;
-    /// there is no such module, or it cannot be had.
-    pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let attention = PagedAttention::new("PagedDecode", device, spec, heads)?;
-        let kernels = |stream: &Stream| attention::BatchDecode::new(stream, spec, heads);
-        let on_cuda = OnCuda::new(&attention, kernels)?;
-        Ok(Self { attention, on_cuda })
-    }
-
-    /// Plans a step, for all layers, on the host. The plan borrows this value,
-    /// whose workspace it fills, and the step.
-    ///
-    /// # Errors
-    /// The step is on another device; the stream is being captured, or is another
-    /// thread's; or what the module or CUDA said.
-    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>) -> Result<PagedDecodePlan<'p>> {
-        self.attention.check_step(step)?;
-        let on_cuda = match &mut self.on_cuda {
-            Some(OnCuda { kernels, workspace }) => {
-                let tables = step.on_cuda();
-                let options = PlanOptions::default();
-                let plan = tables.and_then(|tables| kernels.plan(workspace, tables, &options));
-                Some(plan.map_err(tensor::error)?)
-            }
-            None => None,
-        };
-        Ok(PagedDecodePlan { attention: &self.attention, step, on_cuda })
-    }
-}
-
-/// `run` of a plan, beside its `run_with`.
-macro_rules! run_of_layer {
+/// `run` and `run_with_lse` of a plan, beside its `run_with`.
+macro_rules! runs_of_layer {
     () => {
         /// Runs as `run_with`, with the default options.
         ///
@@ -233,177 +204,23 @@ macro_rules! run_of_layer {
         pub fn run(&self, q: &Tensor, cache: &PagedCache, layer: usize) -> Result<Tensor> {
             self.run_with(q, cache, layer, &RunOptions::default())
         }
+
+        /// Runs as `run_with`; beside the result, the LSE: `f32` `(rows, num_qo_heads)`, for each
+        /// query and head the base-2 logarithm of the sum of `exp` of its scores. With it, results
+        /// over parts of the keys can be merged. A query without keys has −∞, or the logarithm of
+        /// its sink.
+        ///
+        /// # Errors
+        /// Those of `run_with`.
+        pub fn run_with_lse(
+            &self,
+            q: &Tensor,
+            cache: &PagedCache,
+            layer: usize,
+            options: &RunOptions<'_>,
+        ) -> Result<(Tensor, Tensor)> {
+            self.attention.run_with_lse(self.step, self, q, (cache, layer), options)
+        }
     };
 }
-
-/// One step's plan of a [`PagedDecode`], to be run for each layer.
-#[derive(Debug)]
-pub struct PagedDecodePlan<'p> {
-    attention: &'p PagedAttention,
-    step: &'p Step<'p>,
-    on_cuda: Option<attention::DecodePlan<'p>>,
-}
-
-impl PagedDecodePlan<'_> {
-    run_of_layer!();
-
-    /// Attention of each request's query to all of its tokens.
-    ///
-    /// `q` is `(batch, num_qo_heads, head_dim)` of the spec's dtype; the result
-    /// has its shape. On CUDA, strides of `q` that are multiples of 16 bytes are
-    /// read as they are, others copied. A request without tokens gets zeros.
-    /// Nothing waits. There is no gradient. Of scores below −50000, on CUDA, see
-    /// [`attention`](mod@crate::attention#very-negative-scores).
-    ///
-    /// # Errors
-    /// Cache, layer or `q` do not fit the plan, by pool, device, dtype or shape;
-    /// an option is out of its range; the plan's stream is another thread's.
-    /// Nothing was launched. Else what the module or CUDA said.
-    pub fn run_with(
-        &self,
-        q: &Tensor,
-        cache: &PagedCache,
-        layer: usize,
-        options: &RunOptions<'_>,
-    ) -> Result<Tensor> {
-        self.attention.run(self.step, self, q, cache, layer, options)
-    }
-}
-
-impl PagedKernel for PagedDecodePlan<'_> {
-    fn rows(&self) -> usize {
-        self.step.batch.len()
-    }
-
-    fn on_cpu(
-        &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        options: &RunOptions<'_>,
-    ) -> crate::Result<()> {
-        let pages = self.step.batch.pages();
-        reference::batch_decode(&self.attention.spec, q, kv, pages, out, None, options)
-    }
-
-    fn on_cuda(
-        &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        options: &RunOptions<'_>,
-    ) -> crate::Result<()> {
-        planned(&self.on_cuda)?.run_with(q, kv, out, None, options)
-    }
-}
-
-/// Attention of the new tokens of each request to the request's pages, over a
-/// [`PagedCache`]: prompts, parts of prompts, and single tokens, of different
-/// lengths in one call.
-///
-/// On CUDA it is [`attention::BatchPrefill`](crate::attention::BatchPrefill); the
-/// rest is as for [`PagedDecode`].
-#[derive(Debug)]
-pub struct PagedPrefill {
-    attention: PagedAttention,
-    on_cuda: Option<OnCuda<attention::BatchPrefill>>,
-}
-
-impl PagedPrefill {
-    /// Prefill of a model's layers of one kind. See [`PagedDecode::new`].
-    ///
-    /// # Errors
-    /// As [`PagedDecode::new`].
-    pub fn new(device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let attention = PagedAttention::new("PagedPrefill", device, spec, heads)?;
-        let kernels = |stream: &Stream| attention::BatchPrefill::new(stream, spec, heads);
-        let on_cuda = OnCuda::new(&attention, kernels)?;
-        Ok(Self { attention, on_cuda })
-    }
-
-    /// Plans a step, for all layers, on the host: attention of the tokens that
-    /// [`Batch::queries`](crate::kv::Batch::queries) counts, the last ones of each
-    /// request. With `causal`, each sees the tokens up to its own, else all tokens
-    /// of its request.
-    ///
-    /// # Errors
-    /// As [`PagedDecode::plan`].
-    pub fn plan<'p>(&'p mut self, step: &'p Step<'_>, causal: bool) -> Result<PagedPrefillPlan<'p>> {
-        self.attention.check_step(step)?;
-        let on_cuda = match &mut self.on_cuda {
-            Some(OnCuda { kernels, workspace }) => {
-                let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
-                let plan = step.on_cuda().and_then(|tables| kernels.plan_paged(workspace, tables, &options));
-                Some(plan.map_err(tensor::error)?)
-            }
-            None => None,
-        };
-        Ok(PagedPrefillPlan { attention: &self.attention, step, causal, on_cuda })
-    }
-}
-
-/// One step's plan of a [`PagedPrefill`], to be run for each layer.
-#[derive(Debug)]
-pub struct PagedPrefillPlan<'p> {
-    attention: &'p PagedAttention,
-    step: &'p Step<'p>,
-    causal: bool,
-    on_cuda: Option<attention::PrefillPlan<'p, PageTable>>,
-}
-
-impl PagedPrefillPlan<'_> {
-    run_of_layer!();
-
-    /// Attention of each new token to its request's pages.
-    ///
-    /// `q` is `(tokens, num_qo_heads, head_dim)`, the requests' tokens one after
-    /// the other, as the rows of [`PagedCache::append`]; the rest is as in
-    /// [`PagedDecodePlan::run_with`].
-    ///
-    /// # Errors
-    /// As [`PagedDecodePlan::run_with`].
-    pub fn run_with(
-        &self,
-        q: &Tensor,
-        cache: &PagedCache,
-        layer: usize,
-        options: &RunOptions<'_>,
-    ) -> Result<Tensor> {
-        self.attention.run(self.step, self, q, cache, layer, options)
-    }
-}
-
-impl PagedKernel for PagedPrefillPlan<'_> {
-    fn rows(&self) -> usize {
-        self.step.batch.queries().total()
-    }
-
-    fn on_cpu(
-        &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        options: &RunOptions<'_>,
-    ) -> crate::Result<()> {
-        let (batch, spec) = (self.step.batch, &self.attention.spec);
-        let mask = if self.causal { reference::HostMask::Causal } else { reference::HostMask::None };
-        let (queries, pages) = (batch.queries(), batch.pages());
-        reference::batch_prefill_paged(spec, q, kv, queries, pages, out, None, mask, options)
-    }
-
-    fn on_cuda(
-        &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        options: &RunOptions<'_>,
-    ) -> crate::Result<()> {
-        planned(&self.on_cuda)?.run_with(q, kv, out, None, options)
-    }
-}
-
-/// A plan for CUDA.
-fn planned<P>(plan: &Option<P>) -> crate::Result<&P> {
-    let missing = || crate::FlashInferError::invalid("plan", "device", "it is not on CUDA");
-    plan.as_ref().ok_or_else(missing)
-}
+pub(super) use runs_of_layer;

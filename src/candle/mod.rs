@@ -106,24 +106,36 @@
 #![cfg_attr(not(feature = "candle-cuda"), allow(dead_code))]
 
 mod attention;
+mod capture;
+mod decode;
 mod flash_attn;
 mod layers;
+mod lse;
+mod mla;
 mod op;
 mod paged;
+mod prefill;
 mod rope;
+mod run;
+mod step;
 mod tensor;
 
-pub use attention::{PagedDecode, PagedDecodePlan, PagedPrefill, PagedPrefillPlan};
+pub use capture::capture_step;
+pub use decode::{PagedDecode, PagedDecodePlan};
 pub use flash_attn::{
     PagedAttentionOptions, flash_attn, flash_attn_alibi, flash_attn_alibi_windowed,
     flash_attn_alibi_windowed_softcap, flash_attn_varlen, flash_attn_varlen_alibi,
     flash_attn_varlen_alibi_windowed, flash_attn_varlen_alibi_windowed_softcap,
     flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed, flash_attn_windowed, paged_attention,
-    release_workspaces,
+    paged_attention_with_lse, release_workspaces,
 };
 pub use layers::{rms_norm, silu_and_mul};
-pub use paged::{PagedCache, Step, StepTables};
+pub use mla::{PagedMla, PagedMlaPlan};
+pub use paged::PagedCache;
+pub use prefill::{PagedPrefill, PagedPrefillPlan};
 pub use rope::{PositionTable, RotaryEmbedding, TokenPositions, rope};
+pub use run::RunOptions;
+pub use step::{Step, StepTables};
 
 /// The examples of `docs/candle.md` compile.
 #[cfg(doctest)]

@@ -1,34 +1,37 @@
-//! A paged KV cache of candle tensors, and the index arrays of a step.
+//! A paged KV cache of candle tensors.
 
 #[cfg(feature = "candle-cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp3, Layout, Result, Tensor};
 
 use super::{
-    op::{check_cache_dtype, check_like, fitting, invalid},
+    op::{check_cache_dtype, check_dtype, check_like, fitting, invalid},
+    step::Step,
     tensor,
 };
-#[cfg(feature = "candle-cuda")]
-use crate::page;
 use crate::{
     kv::{
-        self, Batch, BatchCapacity, HeadsShape, KvLayout, PageAllocator, PagedKvMut, StorageClaim,
-        check_copies,
+        HeadsShape, KvLayout, KvShape, LATENT_WIDTH, MLA_DIMS, MlaCacheMut, PageAllocator, PagedKvMut,
+        StorageClaim, check_copies,
     },
     reference,
-    stream::Stream,
+    tensor::{TensorMut, TensorRef},
 };
+#[cfg(feature = "candle-cuda")]
+use crate::{page, stream::Stream};
 
 const CACHE: &str = "PagedCache";
 const APPEND: &str = "PagedCache::append";
-const TABLES: &str = "StepTables";
+const APPEND_LATENT: &str = "PagedCache::append_latent";
 
 /// The memory of the pages of a [`PageAllocator`] for one model: for each layer
 /// one candle tensor that holds keys and values, which is changed in place.
 ///
 /// A layer's tensor is `[num_pages, 2, page_size, num_kv_heads, head_dim]`, or
 /// with [`KvLayout::Hnd`] `[num_pages, 2, num_kv_heads, page_size, head_dim]`:
-/// keys at 0 of the second dimension, values at 1. It starts as zeros.
+/// keys at 0 of the second dimension, values at 1. Of latent attention
+/// ([`KvShape::Latent`]) it is `[num_pages, page_size, 576]`: in each row 512
+/// compressed elements, and 64 for the position. It starts as zeros.
 ///
 /// Sequences, batches and prefixes are those of [`kv`](crate::kv), as are the
 /// rules: a page that several sequences use is copied before one of them appends
@@ -85,7 +88,7 @@ const TABLES: &str = "StepTables";
 /// ```
 pub struct PagedCache {
     claim: StorageClaim,
-    shape: HeadsShape,
+    shape: KvShape,
     dtype: DType,
     layers: Vec<Tensor>,
 }
@@ -93,21 +96,33 @@ pub struct PagedCache {
 impl PagedCache {
     /// Zeros for the pages of a pool, allocated by candle on `device`.
     ///
-    /// Elements are `f16` or `bf16`, on the CPU also `f32` and `f64`.
+    /// Elements are `f16` or `bf16`, on the CPU also `f32` and `f64`; those of heads also
+    /// `e4m3`.
     ///
     /// # Errors
     /// The shape is impossible, the device has no such elements, the pool has a
     /// cache already, or memory is short.
-    pub fn new(device: &Device, allocator: &PageAllocator, shape: HeadsShape) -> Result<Self> {
+    pub fn new(device: &Device, allocator: &PageAllocator, shape: impl Into<KvShape>) -> Result<Self> {
+        let shape = shape.into();
         shape.check(allocator).map_err(tensor::error)?;
-        let Some(dtype) = tensor::of_ours(shape.dtype) else {
-            return invalid(CACHE, "dtype", format!("{}; candle has no such elements", shape.dtype));
+        let Some(dtype) = tensor::of_ours(shape.dtype()) else {
+            return invalid(CACHE, "dtype", format!("{}; candle has no such elements", shape.dtype()));
         };
-        check_cache_dtype(CACHE, "dtype", dtype, device)?;
-        let [rows, columns, width] = shape.page_dims(allocator.page_size());
+        let (pages, page_size) = (allocator.num_pages(), allocator.page_size());
+        let dims = match shape {
+            KvShape::Heads(heads) => {
+                check_cache_dtype(CACHE, "dtype", dtype, device)?;
+                let [rows, columns, width] = heads.page_dims(page_size);
+                vec![pages, 2, rows, columns, width]
+            }
+            KvShape::Latent(_) => {
+                check_dtype(CACHE, "dtype", dtype, device)?;
+                vec![pages, page_size, LATENT_WIDTH]
+            }
+        };
         let claim = allocator.claim_storage().map_err(tensor::error)?;
-        let layer = |_| Tensor::zeros((allocator.num_pages(), 2, rows, columns, width), dtype, device);
-        let layers = (0..shape.num_layers).map(layer).collect::<Result<_>>()?;
+        let layer = |_| Tensor::zeros(&dims[..], dtype, device);
+        let layers = (0..shape.num_layers()).map(layer).collect::<Result<_>>()?;
         Ok(Self { claim, shape, dtype, layers })
     }
 
@@ -117,13 +132,31 @@ impl PagedCache {
     }
 
     /// What the model keeps for each token.
-    pub fn shape(&self) -> &HeadsShape {
+    pub fn shape(&self) -> &KvShape {
         &self.shape
+    }
+
+    /// The shape of a cache of heads.
+    pub(super) fn heads(&self, op: &'static str) -> Result<&HeadsShape> {
+        match &self.shape {
+            KvShape::Heads(shape) => Ok(shape),
+            KvShape::Latent(_) => {
+                invalid(op, "cache", "it has rows of latent attention, and no heads".into())
+            }
+        }
+    }
+
+    /// Refuses a cache of heads.
+    pub(super) fn check_latent(&self, op: &'static str) -> Result<()> {
+        match &self.shape {
+            KvShape::Latent(_) => Ok(()),
+            KvShape::Heads(_) => invalid(op, "cache", "it has heads, and no rows of latent attention".into()),
+        }
     }
 
     /// The device of all layers.
     pub fn device(&self) -> &Device {
-        // There is a layer: `HeadsShape` refuses none.
+        // There is a layer: `KvShape::check` refuses none.
         self.layers[0].device()
     }
 
@@ -153,18 +186,52 @@ impl PagedCache {
     /// dimension (64, 128, 256, 512); `k` or `v` is a view of the layer itself.
     /// Nothing was written. Else what the module or CUDA said.
     pub fn append(&mut self, step: &Step<'_>, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        step.check_cache(APPEND, self)?;
+        let HeadsShape { num_kv_heads, head_dim, layout, .. } = *self.heads(APPEND)?;
+        let shape = [num_kv_heads, head_dim];
+        let new =
+            [NewRows { name: "k", rows: k, shape: &shape }, NewRows { name: "v", rows: v, shape: &shape }];
+        self.write(APPEND, step, layer, new, Append { step, parts: Parts::KeysAndValues(layout) })
+    }
+
+    /// Writes a step's new rows of latent attention to their pages. Makes the pending
+    /// copies of pages first.
+    ///
+    /// `ckv` is `(tokens, 512)`, `kpe` `(tokens, 64)`; they may be the parts of one
+    /// tensor. The rest is as in [`append`](Self::append).
+    ///
+    /// # Errors
+    /// As [`append`](Self::append); also when the cache has heads.
+    pub fn append_latent(&mut self, step: &Step<'_>, layer: usize, ckv: &Tensor, kpe: &Tensor) -> Result<()> {
+        self.check_latent(APPEND_LATENT)?;
+        let [ckv_dim, kpe_dim] = MLA_DIMS.map(|dim| [dim as usize]);
+        let new = [
+            NewRows { name: "ckv", rows: ckv, shape: &ckv_dim },
+            NewRows { name: "kpe", rows: kpe, shape: &kpe_dim },
+        ];
+        self.write(APPEND_LATENT, step, layer, new, Append { step, parts: Parts::Latent })
+    }
+
+    /// Checks a step's new rows, and writes them.
+    fn write(
+        &mut self,
+        op: &'static str,
+        step: &Step<'_>,
+        layer: usize,
+        new: [NewRows<'_>; 2],
+        append: Append<'_>,
+    ) -> Result<()> {
+        step.check_cache(op, self)?;
         let tensor = self.layer(layer)?.clone();
         let tokens = step.batch.append_indices().len();
-        let shape = [tokens, self.shape.num_kv_heads, self.shape.head_dim];
-        for (name, rows) in [("k", k), ("v", v)] {
-            check_like(APPEND, name, rows, &shape, self.dtype, self.device())?;
+        for NewRows { name, rows, shape } in &new {
+            let shape: Vec<_> = std::iter::once(tokens).chain(shape.iter().copied()).collect();
+            check_like(op, name, rows, &shape, self.dtype, self.device())?;
         }
         self.copy_pages()?;
         if tokens == 0 {
             return Ok(());
         }
-        tensor.inplace_op3(&fitting(k)?, &fitting(v)?, &Append { step, layout: self.shape.layout })
+        tensor.inplace_op3(&fitting(new[0].rows)?, &fitting(new[1].rows)?, &append)
     }
 
     /// Makes the copies of pages that are due, in all layers; on a device, in
@@ -228,31 +295,80 @@ impl InplaceOp1 for CopyPage {
     }
 }
 
-/// The keys and values of a step's new tokens, to a layer.
+/// What a step's new tokens bring: a row for each, of this shape.
+struct NewRows<'a> {
+    name: &'static str,
+    rows: &'a Tensor,
+    shape: &'a [usize],
+}
+
+/// What the two parts of a row are.
+enum Parts {
+    KeysAndValues(KvLayout),
+    /// `ckv` and `kpe`.
+    Latent,
+}
+
+/// The rows of a step's new tokens, to a layer.
 struct Append<'a> {
     step: &'a Step<'a>,
-    layout: KvLayout,
+    parts: Parts,
+}
+
+impl Append<'_> {
+    fn on_cpu(&self, cache: TensorMut<'_>, [a, b]: [&TensorRef<'_>; 2]) -> crate::Result<()> {
+        let slots = self.step.batch.slots();
+        match self.parts {
+            Parts::KeysAndValues(layout) => {
+                let mut cache = PagedKvMut::joined(cache, layout)?;
+                reference::append_paged_kv_cache(a, b, &slots, &mut cache)
+            }
+            Parts::Latent => {
+                let MlaCacheMut { mut ckv, mut kpe } = MlaCacheMut::joined(cache)?;
+                reference::append_paged_mla_kv_cache(a, b, &slots, [&mut ckv, &mut kpe])
+            }
+        }
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn on_cuda(
+        &self,
+        stream: &Stream,
+        cache: TensorMut<'_>,
+        [a, b]: [&TensorRef<'_>; 2],
+    ) -> crate::Result<()> {
+        let slots = self.step.on_cuda()?.slots();
+        match self.parts {
+            Parts::KeysAndValues(layout) => {
+                page::append_paged_kv_cache(stream, a, b, &slots, &mut PagedKvMut::joined(cache, layout)?)
+            }
+            Parts::Latent => {
+                let MlaCacheMut { mut ckv, mut kpe } = MlaCacheMut::joined(cache)?;
+                page::append_paged_mla_kv_cache(stream, a, b, &slots, [&mut ckv, &mut kpe])
+            }
+        }
+    }
 }
 
 impl InplaceOp3 for Append<'_> {
     fn name(&self) -> &'static str {
-        "append_paged_kv_cache"
+        match self.parts {
+            Parts::KeysAndValues(_) => "append_paged_kv_cache",
+            Parts::Latent => "append_paged_mla_kv_cache",
+        }
     }
 
     fn cpu_fwd(
         &self,
         cache: &mut CpuStorage,
         cache_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
     ) -> Result<()> {
-        let (k, v) = (tensor::on_cpu(k, k_layout)?, tensor::on_cpu(v, v_layout)?);
-        let cache = PagedKvMut::joined(tensor::on_cpu_mut(cache, cache_layout)?, self.layout);
-        let batch = self.step.batch;
-        let append = |mut cache| reference::append_paged_kv_cache(&k, &v, &batch.slots(), &mut cache);
-        cache.and_then(append).map_err(tensor::error)
+        let (a, b) = (tensor::on_cpu(a, a_layout)?, tensor::on_cpu(b, b_layout)?);
+        self.on_cpu(tensor::on_cpu_mut(cache, cache_layout)?, [&a, &b]).map_err(tensor::error)
     }
 
     #[cfg(feature = "candle-cuda")]
@@ -260,155 +376,15 @@ impl InplaceOp3 for Append<'_> {
         &self,
         cache: &mut CudaStorage,
         cache_layout: &Layout,
-        k: &CudaStorage,
-        k_layout: &Layout,
-        v: &CudaStorage,
-        v_layout: &Layout,
+        a: &CudaStorage,
+        a_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
     ) -> Result<()> {
         let cuda = cache.device.cuda_stream();
-        let (k, v) = (tensor::on_cuda(k, k_layout, &cuda)?, tensor::on_cuda(v, v_layout, &cuda)?);
+        let (a, b) = (tensor::on_cuda(a, a_layout, &cuda)?, tensor::on_cuda(b, b_layout, &cuda)?);
         let mut cache = tensor::on_cuda_mut(cache, cache_layout, &cuda)?;
-        let append = |tables: &kv::BatchTables| {
-            let mut kv = PagedKvMut::joined(cache.view_mut(), self.layout)?;
-            let (stream, k, v) = (Stream::from(&cuda), k.view(), v.view());
-            page::append_paged_kv_cache(&stream, &k, &v, &tables.slots(), &mut kv)
-        };
-        self.step.on_cuda().and_then(append).map_err(tensor::error)
-    }
-}
-
-/// The index arrays of a [`Batch`] on a candle device: nothing on the CPU, where
-/// the batch's own are used, else arrays that are uploaded once for a step.
-///
-/// They belong to the stream of the device. With candle's default, which is each
-/// thread's own default stream, they can be used only in the thread that made
-/// them; with `Device::new_cuda_with_stream` in any.
-#[derive(Debug)]
-pub struct StepTables {
-    device: Device,
-    on_cuda: Option<(kv::BatchTables, BatchCapacity)>,
-}
-
-/// A batch, ready to be computed: what [`StepTables::update`] makes.
-///
-/// It borrows the batch and the arrays, so that neither can change while a plan
-/// is made from it and run:
-///
-/// ```compile_fail,E0502
-/// # use flashinfer_rs::{candle::{PagedDecode, StepTables, PagedCache}, kv::Batch};
-/// # fn step(mut batch: Batch, mut tables: StepTables, mut cache: PagedCache, mut decode: PagedDecode) -> candle_core::Result<()> {
-/// let step = tables.update(&batch, &mut cache)?;
-/// batch.append([1]).unwrap(); // the step is of the batch as it was
-/// decode.plan(&step)?;
-/// # Ok(()) }
-/// ```
-#[derive(Clone, Copy, Debug)]
-pub struct Step<'s> {
-    pub(super) batch: &'s Batch,
-    pub(super) device: &'s Device,
-    tables: Option<&'s kv::BatchTables>,
-}
-
-/// Room that tables have at least.
-const MIN_CAPACITY: BatchCapacity = BatchCapacity { requests: 64, pages: 4096, tokens: 1024 };
-
-fn holds(capacity: &BatchCapacity, needed: &BatchCapacity) -> bool {
-    capacity.requests >= needed.requests && capacity.pages >= needed.pages && capacity.tokens >= needed.tokens
-}
-
-impl StepTables {
-    /// Tables for steps on a device. They grow with the batches they are given.
-    pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), on_cuda: None }
-    }
-
-    /// The device.
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// Makes everything ready for a step: copies the pages that are to be
-    /// copied, then uploads the arrays, all in the order of the device's stream.
-    /// To be called after the batch changed.
-    ///
-    /// Nothing waits, but for an upload if the one before the last has not
-    /// finished. When a batch is larger than all before it, arrays are allocated.
-    ///
-    /// # Errors
-    /// Batch, cache and tables are not of one pool and one device; the stream is
-    /// being captured, or is another thread's; the device is neither the CPU nor
-    /// a CUDA device; or what CUDA said.
-    pub fn update<'s>(&'s mut self, batch: &'s Batch, cache: &mut PagedCache) -> Result<Step<'s>> {
-        if batch.allocator() != cache.allocator() {
-            return invalid(TABLES, "cache", "it is the memory of another pool than the batch's".into());
-        }
-        check_device(TABLES, cache, &self.device)?;
-        cache.copy_pages()?;
-        if let Some(stream) = tensor::stream(&self.device) {
-            upload(&mut self.on_cuda, batch, &stream).map_err(tensor::error)?;
-        }
-        Ok(Step { batch, device: &self.device, tables: self.on_cuda.as_ref().map(|(tables, _)| tables) })
-    }
-}
-
-/// Uploads a batch, to larger tables if it has to be.
-fn upload(
-    on_cuda: &mut Option<(kv::BatchTables, BatchCapacity)>,
-    batch: &Batch,
-    stream: &Stream,
-) -> crate::Result<()> {
-    let needed = BatchCapacity {
-        requests: batch.len(),
-        pages: batch.pages().indices().len(),
-        tokens: batch.append_indices().len(),
-    };
-    match on_cuda {
-        Some((tables, capacity)) if holds(capacity, &needed) => tables.upload(batch),
-        _ => {
-            let old = on_cuda.as_ref().map_or(MIN_CAPACITY, |&(_, capacity)| capacity);
-            let room = |needed: usize, old: usize| needed.max(1).next_power_of_two().max(old);
-            let capacity = BatchCapacity {
-                requests: room(needed.requests, old.requests),
-                pages: room(needed.pages, old.pages),
-                tokens: room(needed.tokens, old.tokens),
-            };
-            *on_cuda = Some((kv::BatchTables::new(stream, batch, capacity)?, capacity));
-            Ok(())
-        }
-    }
-}
-
-/// The cache is on this very device: of another one of the same GPU the stream
-/// may be another.
-fn check_device(op: &'static str, cache: &PagedCache, device: &Device) -> Result<()> {
-    if device.same_device(cache.device()) {
-        return Ok(());
-    }
-    let (at, expected) = (cache.device(), device);
-    invalid(
-        op,
-        "cache",
-        format!("it is on {at:?}, the tables are on {expected:?}; make both from one Device"),
-    )
-}
-
-impl Step<'_> {
-    /// The batch.
-    pub fn batch(&self) -> &Batch {
-        self.batch
-    }
-
-    /// The cache has the memory of the batch's pages, where the arrays are.
-    pub(super) fn check_cache(&self, op: &'static str, cache: &PagedCache) -> Result<()> {
-        if self.batch.allocator() != cache.allocator() {
-            return invalid(op, "cache", "it is the memory of another pool than the step's".into());
-        }
-        check_device(op, cache, self.device)
-    }
-
-    /// The arrays on a CUDA device.
-    pub(super) fn on_cuda(&self) -> crate::Result<&kv::BatchTables> {
-        let missing = || crate::FlashInferError::invalid(TABLES, "device", "its arrays are not on CUDA");
-        self.tables.ok_or_else(missing)
+        let (stream, a, b) = (Stream::from(&cuda), a.view(), b.view());
+        self.on_cuda(&stream, cache.view_mut(), [&a, &b]).map_err(tensor::error)
     }
 }

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
     op::{Apply, Op, check_dtype, check_like, fitting, invalid},
-    paged::Step,
+    step::Step,
     tensor,
 };
 use crate::{

@@ -3,7 +3,7 @@
 //! candle hands storage to custom operations with its lock held, so a view
 //! lives no longer than that lock.
 
-use candle_core::{CpuStorage, Device, Layout, Result};
+use candle_core::{CpuStorage, Device, Layout, Result, Storage, Tensor};
 #[cfg(feature = "candle-cuda")]
 use {
     crate::gpu::{SliceMut, SliceRef, exclusive, shared},
@@ -146,6 +146,45 @@ pub(super) fn on_cuda_mut<'a>(
     with_elements!(CudaStorageSlice, &mut storage.slice, dtype, elements => {
         exclusive(elements, stream, layout.start_offset(), layout.dims(), Some(layout.stride())).map_err(error)
     })
+}
+
+/// Calls `run` with a view of a tensor, if there is one, for work on the stream of `device`. The
+/// tensor's storage is locked meanwhile.
+pub(super) fn with_view<R>(
+    tensor: Option<&Tensor>,
+    device: &Device,
+    run: impl FnOnce(Option<TensorRef<'_>>) -> Result<R>,
+) -> Result<R> {
+    let Some(tensor) = tensor else { return run(None) };
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, device) {
+        (Storage::Cpu(storage), Device::Cpu) => run(Some(on_cpu(storage, layout)?)),
+        #[cfg(feature = "candle-cuda")]
+        (Storage::Cuda(storage), Device::Cuda(device)) => {
+            let stream = device.cuda_stream();
+            run(Some(on_cuda(storage, layout, &stream)?.view()))
+        }
+        _ => candle_core::bail!("a tensor on {:?} for work on {:?}", tensor.device(), device.location()),
+    }
+}
+
+/// Calls `run` with a view of a storage, to write, for work on the stream of `device`.
+pub(super) fn with_view_mut<R>(
+    storage: &mut Storage,
+    layout: &Layout,
+    device: &Device,
+    run: impl FnOnce(&mut TensorMut<'_>) -> Result<R>,
+) -> Result<R> {
+    match (storage, device) {
+        (Storage::Cpu(storage), Device::Cpu) => run(&mut on_cpu_mut(storage, layout)?),
+        #[cfg(feature = "candle-cuda")]
+        (Storage::Cuda(storage), Device::Cuda(device)) => {
+            let stream = device.cuda_stream();
+            let mut view = on_cuda_mut(storage, layout, &stream)?;
+            run(&mut view.view_mut())
+        }
+        _ => candle_core::bail!("a storage for work on {:?}, which is elsewhere", device.location()),
+    }
 }
 
 /// Copies `len` elements to another place of a storage, which they do not

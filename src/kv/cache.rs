@@ -112,11 +112,11 @@ impl Pieces {
 }
 
 #[cfg(feature = "candle")]
-impl super::shape::HeadsShape {
+impl KvShape {
     /// Refuses an impossible shape, and one of which a pool's pages do not fit the
     /// address space.
     pub(crate) fn check(&self, pool: &PageAllocator) -> Result<()> {
-        Pieces::new(pool.num_pages(), pool.page_size(), &[(*self).into()]).map(drop)
+        Pieces::new(pool.num_pages(), pool.page_size(), &[*self]).map(drop)
     }
 }
 

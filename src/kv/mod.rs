@@ -107,4 +107,8 @@ pub use prefix::{PrefixCache, PrefixStats};
 pub use sequence::Sequence;
 pub use shape::{HeadsShape, KvShape, LatentShape};
 #[cfg(feature = "candle")]
-pub(crate) use {cache::check_copies, pages::StorageClaim};
+pub(crate) use {
+    cache::check_copies,
+    layout::{LATENT_WIDTH, MLA_DIMS},
+    pages::StorageClaim,
+};

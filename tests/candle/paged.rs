@@ -1,14 +1,16 @@
 //! Paged attention for candle's tensors against plain softmax attention: on the
 //! CPU always, on a GPU with `FLASHINFER_RS_RUN_GPU_TESTS=1`.
 use crate::candle_common::{
-    Plain, Rng, assert_close, devices, dtypes, gpus, laid_out, on_host, random, refused,
+    Plain, Rng, assert_close, assert_lse, devices, dtypes, gpus, laid_out, on_host, random, refused,
 };
 use candle_core::{DType, Device, Tensor};
 use flashinfer_rs::{
-    attention::{AttentionSpec, Heads, RunOptions},
-    candle::{PagedCache, PagedDecode, PagedPrefill, StepTables},
-    kv::{Batch, HeadsShape, KvLayout, PageAllocator, PrefixCache, Sequence},
+    attention::{AttentionSpec, Heads},
+    candle::{PagedCache, PagedDecode, PagedPrefill, RunOptions, StepTables},
+    kv::{Batch, HeadsShape, KvLayout, LatentShape, PageAllocator, PrefixCache, Sequence},
 };
+
+mod options;
 
 fn ours(dtype: DType) -> flashinfer_rs::DType {
     match dtype {
@@ -170,6 +172,10 @@ impl Rig {
             cache.append(&step, layer, &k, &v).unwrap();
             let mut got = vec![prefill.run(&q, cache, layer).unwrap()];
             got.extend(decode.as_ref().map(|plan| plan.run(&q, cache, layer).unwrap()));
+            let options = RunOptions::default();
+            let mut with_lse = vec![prefill.run_with_lse(&q, cache, layer, &options).unwrap()];
+            with_lse
+                .extend(decode.as_ref().map(|plan| plan.run_with_lse(&q, cache, layer, &options).unwrap()));
             let [q, k, v] = [q, k, v].map(|rows| on_host(&rows));
             let mut start = 0;
             for (request, &len) in new.iter().enumerate().filter(|(_, len)| **len > 0) {
@@ -178,10 +184,12 @@ impl Rig {
                     *all = Tensor::cat(&[&*all, &rows(new)], 0).unwrap();
                 }
                 let [all_k, all_v] = &expected[request][layer];
-                let plain = case.plain(causal).attention(&rows(&q), all_k, all_v);
-                for (got, what) in got.iter().zip(["prefill", "decode"]) {
+                let [plain, lse] = case.plain(causal).attention_and_lse(&rows(&q), all_k, all_v);
+                for ((got, with_lse), what) in got.iter().zip(&with_lse).zip(["prefill", "decode"]) {
                     let what = format!("{what}, request {request}, layer {layer}, {case:?} on {device:?}");
                     assert_close(&rows(got), &plain, &what);
+                    assert_close(&rows(&with_lse.0), &plain, &what);
+                    assert_lse(&rows(&with_lse.1), &lse, &what);
                 }
                 start += len;
             }
@@ -384,64 +392,6 @@ fn tables_grow() {
 }
 
 #[test]
-fn options_are_applied() {
-    let mut rng = Rng::new();
-    for device in devices() {
-        let case = Case::new(dtypes(&device)[0], 64, 16, [2, 1]);
-        let mut rig = Rig::new(&device, case);
-        rig.push();
-        rig.step(&mut rng, &[30], true);
-        rig.batch.append([1]).unwrap();
-        let step = rig.tables.update(&rig.batch, &mut rig.cache).unwrap();
-        let plan = rig.decode.plan(&step).unwrap();
-        let rows = |rng: &mut Rng, heads| random(rng, &[1, heads, 64], case.dtype, &device);
-        let (q, k, v) = (rows(&mut rng, 2), rows(&mut rng, 1), rows(&mut rng, 1));
-        rig.cache.append(&step, 0, &k, &v).unwrap();
-        let got = plan.run_with(&q, &rig.cache, 0, &RunOptions::with_sm_scale(0.3)).unwrap();
-        let [all_k, all_v] = &rig.expected[0][0];
-        let all = |all: &Tensor, new: &Tensor| Tensor::cat(&[all, &on_host(new)], 0).unwrap();
-        let plain = Plain { scale: Some(0.3), ..Plain::default() };
-        assert_close(&got, &plain.attention(&q, &all(all_k, &k), &all(all_v, &v)), "a scale");
-    }
-}
-
-/// A cache of `f8e4m3`: what is appended has its dtype, and scales are options of a run.
-#[test]
-fn a_cache_of_8_bits() {
-    let mut rng = Rng::new();
-    for device in devices() {
-        let (heads, ours) = (Heads::new(4, 2), flashinfer_rs::DType::BF16);
-        let kv_dtype = flashinfer_rs::DType::E4M3;
-        let pool = PageAllocator::new(8, 4).unwrap();
-        let (num_layers, num_kv_heads, head_dim, layout) = (1, 2, 64, KvLayout::Nhd);
-        let shape = HeadsShape { num_layers, num_kv_heads, head_dim, dtype: kv_dtype, layout };
-        let mut cache = PagedCache::new(&device, &pool, shape).unwrap();
-        let spec = AttentionSpec::new(ours, head_dim).with_kv_dtype(kv_dtype);
-        let mut prefill = PagedPrefill::new(&device, &spec, heads).unwrap();
-        let mut batch = Batch::new(&pool);
-        batch.push(Sequence::new(&pool)).unwrap();
-        batch.append([6]).unwrap();
-        let mut tables = StepTables::new(&device);
-        let step = tables.update(&batch, &mut cache).unwrap();
-        let [k, v] = [(); 2].map(|()| {
-            let rows = random(&mut rng, &[6, 2, 64], DType::F32, &Device::Cpu);
-            rows.to_dtype(DType::F8E4M3).unwrap()
-        });
-        let q = random(&mut rng, &[6, 4, 64], DType::BF16, &device);
-        let on_device = |rows: &Tensor| rows.to_device(&device).unwrap();
-        cache.append(&step, 0, &on_device(&k), &on_device(&v)).unwrap();
-        let mut options = RunOptions::default();
-        (options.k_scale, options.v_scale) = (Some(0.5), Some(2.0));
-        let got = prefill.plan(&step, true).unwrap().run_with(&q, &cache, 0, &options).unwrap();
-        let whole = |rows: &Tensor, scale: f64| (rows.to_dtype(DType::F32).unwrap() * scale).unwrap();
-        let plain = Plain { causal: true, window_left: None, soft_cap: None, scale: None };
-        let expected = plain.attention(&on_host(&q), &whole(&k, 0.5), &whole(&v, 2.0));
-        assert_close(&got, &expected, &format!("8 bits on {device:?}"));
-        refused(cache.append(&step, 0, &q.narrow(1, 0, 2).unwrap(), &on_device(&v)), &["bf16", "f8e4m3"]);
-    }
-}
-
-#[test]
 fn nothing_to_do() {
     for device in devices() {
         let case = Case::new(dtypes(&device)[0], 64, 16, [2, 1]);
@@ -456,6 +406,16 @@ fn nothing_to_do() {
         let q = random(&mut rng, &[1, 2, 64], case.dtype, &device);
         let got = plan.run(&q, &rig.cache, 0).unwrap();
         assert_eq!(on_host(&got).abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
+        let (_, lse) = plan.run_with_lse(&q, &rig.cache, 0, &RunOptions::default()).unwrap();
+        assert_eq!(lse.to_vec2::<f32>().unwrap(), [[f32::NEG_INFINITY; 2]]);
+        // Nor queries.
+        let none = Rig::new(&device, case);
+        let (mut tables, mut cache, mut decode) = (none.tables, none.cache, none.decode);
+        let step = tables.update(&none.batch, &mut cache).unwrap();
+        let q = q.narrow(0, 0, 0).unwrap();
+        let plan = decode.plan(&step).unwrap();
+        let (out, lse) = plan.run_with_lse(&q, &cache, 0, &RunOptions::default()).unwrap();
+        assert_eq!((out.dims(), lse.dims()), (&[0, 2, 64][..], &[0, 2][..]));
     }
 }
 
@@ -521,6 +481,17 @@ fn wrong_input_is_refused_and_nothing_written() {
             &["cache", "2 heads of 64"],
         );
         refused(PagedCache::new(&device, &rig.pool, case.shape()), &["the pool has a cache already"]);
+        // One of latent attention.
+        let latent = LatentShape { num_layers: 1, dtype: ours(dtype) };
+        let pool = PageAllocator::new(4, 16).unwrap();
+        let mut latent = PagedCache::new(&device, &pool, latent).unwrap();
+        let mut batch = Batch::new(&pool);
+        batch.push(Sequence::new(&pool)).unwrap();
+        batch.append([3]).unwrap();
+        let step = rig.tables.update(&batch, &mut latent).unwrap();
+        let plan = rig.prefill.plan(&step, true).unwrap();
+        refused(plan.run(&q, &latent, 0), &["cache", "rows of latent attention"]);
+        refused(latent.append(&step, 0, &k, &k), &["cache", "rows of latent attention"]);
     }
 }
 

@@ -120,16 +120,22 @@ impl Plain {
     /// `(queries, heads, width)`, the last tokens of the sequence, and `k` and
     /// `v` are `(keys, kv_heads, width)`.
     pub fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        self.attention_and_lse(q, k, v)[0].clone()
+    }
+
+    /// Beside it, its LSE in base 2, `(queries, heads)`.
+    pub fn attention_and_lse(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> [Tensor; 2] {
         self.try_attention(&on_host(q), &on_host(k), &on_host(v)).unwrap()
     }
 
-    fn try_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn try_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<[Tensor; 2]> {
         let ((queries, heads, width), (keys, kv_heads, _)) = (q.dims3()?, k.dims3()?);
         if queries == 0 || keys == 0 {
-            return q.zeros_like();
+            return Ok([q.zeros_like()?, Tensor::full(f32::NEG_INFINITY, (queries, heads), &Device::Cpu)?]);
         }
         let group = heads / kv_heads;
         let per_head = |x: &Tensor| {
+            let width = x.dim(2)?;
             let repeated = x.unsqueeze(2)?.broadcast_as((keys, kv_heads, group, width))?;
             repeated.reshape((keys, heads, width))?.transpose(0, 1)?.contiguous()
         };
@@ -150,8 +156,39 @@ impl Plain {
         });
         let mask = Tensor::from_iter(hidden, &Device::Cpu)?.reshape((1, queries, keys))?;
         let logits = logits.broadcast_add(&mask)?;
-        let weights = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        weights.matmul(&v)?.transpose(0, 1)?.contiguous()
+        let max = logits.max_keepdim(D::Minus1)?;
+        let weights = logits.broadcast_sub(&max)?.exp()?;
+        let sums = weights.sum_keepdim(D::Minus1)?;
+        let lse = ((max + sums.log()?)? * std::f64::consts::LOG2_E)?;
+        let out = weights.broadcast_div(&sums)?.matmul(&v)?.transpose(0, 1)?.contiguous()?;
+        Ok([out, lse.squeeze(D::Minus1)?.t()?.contiguous()?])
+    }
+}
+
+/// Attention and LSE with a sink for each head: a key whose logit is the sink, and which has no value.
+pub fn with_sinks([out, lse]: [Tensor; 2], sinks: &[f32]) -> [Tensor; 2] {
+    let heads = sinks.len();
+    let [mut outs, mut lses] = [&out, &lse].map(|all| all.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    let width = out.dims()[2];
+    for (row, lse) in lses.iter_mut().enumerate() {
+        let with_sink = (lse.exp2() + sinks[row % heads].exp()).log2();
+        let share = (*lse - with_sink).exp2();
+        outs[row * width..][..width].iter_mut().for_each(|number| *number *= share);
+        *lse = with_sink;
+    }
+    let of = |numbers, like: &Tensor| Tensor::from_vec(numbers, like.shape(), &Device::Cpu).unwrap();
+    [of(outs, &out), of(lses, &lse)]
+}
+
+/// An LSE is as near the expected one as kernels' approximations of `exp` and `tanh` allow.
+#[track_caller]
+pub fn assert_lse(got: &Tensor, expected: &Tensor, what: &str) {
+    let bound = if got.device().is_cpu() { 1e-4 } else { 1e-2 };
+    assert_eq!((got.dims(), got.dtype()), (expected.dims(), DType::F32), "{what}");
+    let [got, expected] =
+        [got, expected].map(|all| on_host(all).flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    for (at, (got, expected)) in got.iter().zip(&expected).enumerate() {
+        let near = got == expected || (got - expected).abs() <= bound;
+        assert!(near, "{what}: the LSE at {at} is {got}; expected {expected}");
     }
 }

@@ -27,10 +27,12 @@ pub struct PagedAttentionOptions<'a> {
     pub k_scale: f64,
     /// What 8-bit values were divided by; 1 by default.
     pub v_scale: f32,
+    /// `f32` `(num_heads_q)`: each head's logit of a key that has no value. `None`, the default, is none.
+    pub sinks: Option<&'a Tensor>,
 }
 
 impl PagedAttentionOptions<'_> {
-    /// A decode step over `NHD` caches, without window and soft cap.
+    /// A decode step over `NHD` caches, without window, soft cap and sinks.
     pub const fn new(softmax_scale: f32) -> Self {
         Self {
             softmax_scale,
@@ -40,6 +42,7 @@ impl PagedAttentionOptions<'_> {
             softcap: None,
             k_scale: 1.0,
             v_scale: 1.0,
+            sinks: None,
         }
     }
 }
@@ -88,6 +91,36 @@ pub fn paged_attention(
     context_lens: &Tensor,
     options: &PagedAttentionOptions<'_>,
 ) -> Result<Tensor> {
+    over_blocks([k_cache, v_cache], block_tables, context_lens, options, |params, [k, v]| params.of(q, k, v))
+}
+
+/// As [`paged_attention`]; beside the result, the LSE: `f32` `(tokens, num_heads_q)`, for each token and
+/// head the base-2 logarithm of the sum of `exp` of its scores, with which results over parts of the keys
+/// can be merged. A token that sees no key has −∞, or the logarithm of its sink.
+///
+/// # Errors
+/// As [`paged_attention`].
+pub fn paged_attention_with_lse(
+    q: &Tensor,
+    k_cache: &Tensor,
+    v_cache: &Tensor,
+    block_tables: &Tensor,
+    context_lens: &Tensor,
+    options: &PagedAttentionOptions<'_>,
+) -> Result<(Tensor, Tensor)> {
+    over_blocks([k_cache, v_cache], block_tables, context_lens, options, |params, [k, v]| {
+        params.with_lse(q, k, v)
+    })
+}
+
+/// Calls `run` with what block tables say, and the caches in the order that it takes.
+fn over_blocks<R>(
+    [k_cache, v_cache]: [&Tensor; 2],
+    block_tables: &Tensor,
+    context_lens: &Tensor,
+    options: &PagedAttentionOptions<'_>,
+    run: impl FnOnce(&AttentionParams<'_>, [&Tensor; 2]) -> Result<R>,
+) -> Result<R> {
     for (name, cache) in [("k_cache", k_cache), ("v_cache", v_cache)] {
         if cache.rank() != 4 {
             bail!("paged_attention: {name} has shape {:?}; expected 4 dimensions", cache.shape())
@@ -117,10 +150,11 @@ pub fn paged_attention(
         page_size: k.dims()[1],
         ranges: None,
         scales: Some(CacheScales { k: options.k_scale, v: options.v_scale }),
+        sinks: options.sinks,
     };
     let (softmax_scale, softcap) = (options.softmax_scale, options.softcap);
     let window = [options.window_size_left, Some(0)];
-    AttentionParams { softmax_scale, window, softcap, alibi_slopes: None, batch }.of(q, &k, &v)
+    run(&AttentionParams { softmax_scale, window, softcap, alibi_slopes: None, batch }, [&k, &v])
 }
 
 /// Lengths, one for each request, as cumulative ones on the host, and the longest.

@@ -8,7 +8,11 @@ use candle_core::{
 #[cfg(feature = "candle-cuda")]
 use super::launch;
 use super::{
-    super::tensor,
+    super::{
+        lse::{self, Lse},
+        run::per_head,
+        tensor,
+    },
     lengths, views,
     visible::{Lens, Request, Visible, Window},
 };
@@ -17,7 +21,7 @@ use crate::{
     indices::{PageIndices, RaggedIndices},
     kv::{KvLayout, PagedKv},
     reference,
-    tensor::TensorRef,
+    tensor::{TensorMut, TensorRef},
 };
 
 /// The most elements of a head, as candle-flash-attn has it.
@@ -50,6 +54,8 @@ pub(super) enum BatchLayout<'a> {
         ranges: Option<&'a Tensor>,
         /// What 8-bit keys and values were divided by; `None` where those are not taken.
         scales: Option<CacheScales>,
+        /// Each query head's logit of a key that has no value.
+        sinks: Option<&'a Tensor>,
     },
 }
 
@@ -86,6 +92,9 @@ pub(super) struct FlashAttnCall {
     pub(super) slopes: Option<Vec<f32>>,
     /// Of 8-bit keys and values.
     pub(super) scales: Option<CacheScales>,
+    pub(super) sinks: Option<Tensor>,
+    /// Where the LSE goes, if it is asked for.
+    pub(super) lse: Option<Lse>,
     /// Queries, keys and values as the kernels see them.
     pub(super) views: [Layout; 3],
     pub(super) out: Shape,
@@ -93,7 +102,25 @@ pub(super) struct FlashAttnCall {
 
 impl AttentionParams<'_> {
     pub(super) fn of(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        self.keeping(None, q, k, v)
+    }
+
+    /// The result, and the LSE: `f32` `(rows, heads)`.
+    pub(super) fn with_lse(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let kept = Lse::default();
+        let out = self.keeping(Some(&kept), q, k, v)?;
+        let (rows, heads, _) = q.dims3()?;
+        let lse = match kept.of(q, [rows, heads])? {
+            Some(lse) => lse,
+            None => lse::without_keys([rows, heads], q.device(), self.sinks())?,
+        };
+        Ok((out, lse))
+    }
+
+    fn keeping(&self, lse: Option<&Lse>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let heads = self.check(q, k, v)?;
+        let per_head = |sinks| per_head("paged_attention", "sinks", sinks, heads.num_qo_heads, q.device());
+        let sinks = self.sinks().map(per_head).transpose()?;
         let (sequences, max_keys) = self.sequences(q, k)?;
         if q.elem_count() == 0 {
             // The same, without an allocation of nothing.
@@ -117,7 +144,8 @@ impl AttentionParams<'_> {
             )
         }
         let spec = self.spec(q, k, &visible, slopes.is_some())?;
-        let (call, [q, k, v]) = self.call([q, k, v], (spec, heads), (visible, sequences), slopes)?;
+        let (mut call, [q, k, v]) = self.call([q, k, v], (spec, heads), (visible, sequences), slopes)?;
+        (call.sinks, call.lse) = (sinks, lse.cloned());
         q.apply_op3(&k, &v, call)
     }
 
@@ -229,6 +257,13 @@ impl AttentionParams<'_> {
         }
     }
 
+    fn sinks(&self) -> Option<&Tensor> {
+        match self.batch {
+            BatchLayout::Paged { sinks, .. } => sinks,
+            BatchLayout::Dense | BatchLayout::Ragged(_) => None,
+        }
+    }
+
     fn spec(&self, q: &Tensor, k: &Tensor, visible: &Visible, alibi: bool) -> Result<AttentionSpec> {
         let width = q.dims()[q.rank() - 1];
         let mut spec =
@@ -242,6 +277,9 @@ impl AttentionParams<'_> {
         }
         if alibi {
             spec = spec.with_pos_encoding_mode(PosEncodingMode::Alibi);
+        }
+        if self.sinks().is_some() {
+            spec = spec.with_attention_sink();
         }
         Ok(spec)
     }
@@ -296,6 +334,8 @@ impl AttentionParams<'_> {
             keys: keys.map_err(tensor::error)?,
             slopes,
             scales,
+            sinks: None,
+            lse: None,
             views,
             out,
         };
@@ -359,13 +399,32 @@ impl FlashAttnCall {
         [self.queries.total(), self.heads.num_qo_heads, self.spec.head_dim_vo]
     }
 
-    pub(super) fn options<'a>(&self, slopes: Option<TensorRef<'a>>) -> RunOptions<'a> {
+    pub(super) fn options<'a>(
+        &self,
+        slopes: Option<TensorRef<'a>>,
+        sinks: Option<TensorRef<'a>>,
+    ) -> RunOptions<'a> {
         RunOptions {
             alibi_slopes: slopes,
+            sinks,
+            // They may come from the kernel just before.
+            enable_pdl: sinks.is_some().then_some(false),
             k_scale: self.scales.map(|scales| scales.k),
             v_scale: self.scales.map(|scales| scales.v),
             ..RunOptions::with_sm_scale(self.softmax_scale)
         }
+    }
+
+    /// Calls `run` with the sinks, and with room for the LSE.
+    pub(super) fn beside(
+        &self,
+        device: &Device,
+        run: impl FnOnce(Option<TensorRef<'_>>, Option<&mut TensorMut<'_>>) -> Result<()>,
+    ) -> Result<()> {
+        let [rows, heads, _] = self.rows();
+        tensor::with_view(self.sinks.as_ref(), device, |sinks| {
+            Lse::with_view(self.lse.as_ref(), [rows, heads], device, |lse| run(sinks, lse))
+        })
     }
 
     fn on_cpu(&self, storages: [&CpuStorage; 3]) -> Result<CpuStorage> {
@@ -381,14 +440,17 @@ impl FlashAttnCall {
             _ => reference::HostMask::None,
         };
         let slopes = self.slopes.as_ref().map(|slopes| TensorRef::from_slice(slopes, &[slopes.len()]));
-        let options = self.options(slopes.transpose().map_err(tensor::error)?);
+        let slopes = slopes.transpose().map_err(tensor::error)?;
         let (paged, ragged) = (PagedKv::new(k, v, KvLayout::Nhd), [&k, &v]);
         let kv = match &self.keys {
             CallKeys::Paged(table) => reference::KeysAndValues::Paged(&paged, table),
             CallKeys::Ragged(keys) => reference::KeysAndValues::Ragged(ragged, keys),
         };
-        reference::flash_attention(&self.spec, &q, &kv, &self.queries, &mut out, mask, &options)
-            .map_err(tensor::error)?;
+        self.beside(&Device::Cpu, |sinks, lse| {
+            let (options, queries) = (self.options(slopes, sinks), &self.queries);
+            reference::flash_attention(&self.spec, &q, &kv, queries, &mut out, lse, mask, &options)
+                .map_err(tensor::error)
+        })?;
         Ok(storage)
     }
 }

@@ -3,7 +3,7 @@
 use std::{cell::RefCell, sync::Arc};
 
 use candle_core::{
-    CudaStorage, DType, Error, Result,
+    CudaStorage, DType, Device, Error, Result,
     backend::BackendStorage,
     bail,
     cuda_backend::{
@@ -72,7 +72,10 @@ where
     let mut out = exclusive(&mut slice, &stream, 0, &[rows, heads, width], None).map_err(tensor::error)?;
     let run = |streams: &RefCell<Vec<OnStream>>| {
         let (mut streams, kv) = (streams.borrow_mut(), [&k.view(), &v.view()]);
-        OnStream::of(&mut streams, &stream).run(call, &q.view(), kv, &mut out.view_mut())
+        call.beside(&Device::Cuda(device.clone()), |sinks, lse| {
+            let (q, out) = (&q.view(), &mut out.view_mut());
+            OnStream::of(&mut streams, &stream).run(call, Operands { q, kv, sinks, out, lse })
+        })
     };
     match STREAMS.try_with(run) {
         Ok(result) => result?,
@@ -80,6 +83,15 @@ where
     }
     drop(out);
     Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
+}
+
+/// What a call reads and writes.
+struct Operands<'a, 'o, 'l> {
+    q: &'a TensorRef<'a>,
+    kv: [&'a TensorRef<'a>; 2],
+    sinks: Option<TensorRef<'a>>,
+    out: &'a mut TensorMut<'o>,
+    lse: Option<&'a mut TensorMut<'l>>,
 }
 
 /// What serves calls.
@@ -140,13 +152,7 @@ impl OnStream {
         &mut streams[last]
     }
 
-    fn run(
-        &mut self,
-        call: &FlashAttnCall,
-        q: &TensorRef<'_>,
-        kv: [&TensorRef<'_>; 2],
-        out: &mut TensorMut<'_>,
-    ) -> Result<()> {
+    fn run(&mut self, call: &FlashAttnCall, operands: Operands<'_, '_, '_>) -> Result<()> {
         let module = self.module(call)?;
         match self.steps.iter().rposition(|step| step.is_of(call)) {
             Some(at) => self.steps[at..].rotate_left(1),
@@ -161,7 +167,7 @@ impl OnStream {
             }
         }
         let last = self.steps.len() - 1;
-        self.steps[last].run(&module, call, &self.cuda, q, kv, out).map_err(tensor::error)
+        self.steps[last].run(&module, call, &self.cuda, operands).map_err(tensor::error)
     }
 
     /// What serves a call.
@@ -308,9 +314,7 @@ impl DeviceBatch {
         module: &Kernels,
         call: &FlashAttnCall,
         cuda: &Arc<CudaStream>,
-        q: &TensorRef<'_>,
-        [k, v]: [&TensorRef<'_>; 2],
-        out: &mut TensorMut<'_>,
+        Operands { q, kv: [k, v], sinks, out, lse }: Operands<'_, '_, '_>,
     ) -> crate::Result<()> {
         let bits = self.bits.as_ref().map(|bits| shared(bits, cuda, 0, &[bits.len()], None)).transpose()?;
         let slopes = self.slopes.as_ref().map(|all| shared(all, cuda, 0, &[all.len()], None)).transpose()?;
@@ -319,20 +323,20 @@ impl DeviceBatch {
             _ if matches!(call.visible, Visible::Causal { .. }) => Mask::Causal,
             _ => Mask::None,
         };
-        let (options, run) =
-            (PlanOptions::default().with_mask(mask), call.options(slopes.as_ref().map(|s| s.view())));
+        let options = PlanOptions::default().with_mask(mask);
+        let run = call.options(slopes.as_ref().map(|slopes| slopes.view()), sinks);
         let workspace = &mut self.workspace;
         let paged = PagedKv::new(*k, *v, KvLayout::Nhd);
         match (&call.keys, module, &self.queries, &self.ragged, &self.paged) {
             (CallKeys::Ragged(_), Kernels::Prefill(prefill), Some(queries), Some(keys), _) => {
-                prefill.plan_ragged(workspace, queries, keys, &options)?.run_with(q, [k, v], out, None, &run)
+                prefill.plan_ragged(workspace, queries, keys, &options)?.run_with(q, [k, v], out, lse, &run)
             }
             (CallKeys::Paged(_), Kernels::Prefill(prefill), Some(queries), _, Some(table)) => {
                 let batch = PagedBatch::new(queries, table);
-                prefill.plan_paged(workspace, batch, &options)?.run_with(q, &paged, out, None, &run)
+                prefill.plan_paged(workspace, batch, &options)?.run_with(q, &paged, out, lse, &run)
             }
             (CallKeys::Paged(_), Kernels::Decode(decode), _, _, Some(table)) => {
-                decode.plan(workspace, table, &options)?.run_with(q, &paged, out, None, &run)
+                decode.plan(workspace, table, &options)?.run_with(q, &paged, out, lse, &run)
             }
             _ => Err(FlashInferError::invalid("flash_attn", "batch", "it is of another call")),
         }

@@ -8,7 +8,7 @@ mod launch;
 mod lengths;
 mod views;
 mod visible;
-pub use block_tables::{PagedAttentionOptions, paged_attention};
+pub use block_tables::{PagedAttentionOptions, paged_attention, paged_attention_with_lse};
 use call::{AttentionParams, BatchLayout, Lengths};
 use candle_core::{Result, Tensor};
 
@@ -223,7 +223,7 @@ pub fn flash_attn_varlen_paged_windowed(
 ) -> Result<Tensor> {
     let lengths = Lengths { queries: seqlens_q, keys: seqlens_k, max: [max_seqlen_q, max_seqlen_k] };
     let (page_size, ranges) = (page_block_size, mm_prefix_ranges);
-    let batch = BatchLayout::Paged { lengths, block_table, page_size, ranges, scales: None };
+    let batch = BatchLayout::Paged { lengths, block_table, page_size, ranges, scales: None, sinks: None };
     let window = [window_size_left, window_size_right];
     AttentionParams { softmax_scale, window, softcap, alibi_slopes: None, batch }.of(q, k, v)
 }

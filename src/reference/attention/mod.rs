@@ -264,19 +264,21 @@ pub(crate) enum KeysAndValues<'a> {
 /// [`batch_prefill_paged`] or [`batch_prefill_ragged`] with FlashAttention's
 /// ALiBi, which takes the same options.
 #[cfg(feature = "candle")]
+#[expect(clippy::too_many_arguments, reason = "those of plan and run together")]
 pub(crate) fn flash_attention(
     spec: &AttentionSpec,
     q: &TensorRef<'_>,
     kv: &KeysAndValues<'_>,
     queries: &RaggedIndices,
     out: &mut TensorMut<'_>,
+    lse: Option<&mut TensorMut<'_>>,
     mask: HostMask<'_>,
     options: &RunOptions<'_>,
 ) -> Result<()> {
     let check = HostCheck { op: "flash_attn" };
     let mut logits = Logits::new(check, spec, mask, options)?;
     logits.alibi = Alibi::FlashAttention;
-    let mut attention = QueryBatch::new(check, spec, q, (queries, true), out, None)?;
+    let mut attention = QueryBatch::new(check, spec, q, (queries, true), out, lse)?;
     let keys = match *kv {
         KeysAndValues::Paged(kv, table) => Keys::paged(check, spec, kv, table)?,
         KeysAndValues::Ragged(kv, keys) => Keys::ragged(check, spec, kv, keys)?,

@@ -2,9 +2,11 @@
 
 use super::{varlen::plain_varlen, *};
 use flashinfer_rs::{
-    candle::{PagedAttentionOptions, paged_attention},
+    candle::{PagedAttentionOptions, paged_attention, paged_attention_with_lse},
     kv::KvLayout,
 };
+
+use crate::candle_common::{Plain, assert_close as assert_rows_close, assert_lse, with_sinks};
 
 /// Integers of any type, on the CPU or the device.
 fn integers(rng: &mut Rng, numbers: Vec<i64>, shape: &[usize], place: &Place) -> Tensor {
@@ -97,12 +99,12 @@ fn caches_of_8_bits() {
     let mut rng = Rng::new();
     for place in places() {
         for hnd in [false, true] {
-            let shape = if hnd { [4, 2, 16, 64] } else { [4, 16, 2, 64] };
+            let shape = if hnd { [4, 2, 16, 128] } else { [4, 16, 2, 128] };
             let [k, v] = [(); 2].map(|()| {
                 let cache = random(&mut rng, &shape, DType::F32, &Device::Cpu, (0, 0, shape[0]));
                 cache.to_dtype(DType::F8E4M3).unwrap()
             });
-            let q = dense(&mut rng, &[2, 8, 64], DType::BF16, &Device::Cpu);
+            let q = dense(&mut rng, &[2, 8, 128], DType::BF16, &Device::Cpu);
             let table = Tensor::new(&[[3u32, 1], [2, 0]], &Device::Cpu).unwrap();
             let lens = Tensor::new(&[20u32, 7], &Device::Cpu).unwrap();
             let mut options = PagedAttentionOptions::new(0.3);
@@ -159,5 +161,122 @@ fn wrong_tables() {
             call(&cache.flatten(0, 1).unwrap(), &[[7, 2], [5, 0]], &[20, 3], None),
             "expected 4 dimensions",
         );
+    }
+}
+
+/// LSE and sinks, of decode and prefill, with a request that has no tokens.
+#[test]
+fn lse_and_sinks() {
+    let mut rng = Rng::new();
+    for place in places() {
+        let dtype = if place.is_cuda() { DType::BF16 } else { DType::F32 };
+        for (new, window_left, with) in [
+            (Some([1u32, 0, 5]), None, true),
+            (Some([4, 0, 21]), Some(6), true),
+            (None, None, true),
+            (Some([3, 0, 2]), None, false),
+            (None, None, false),
+        ] {
+            let keys = if new.is_some() { [20u32, 0, 33] } else { [20, 1, 33] };
+            let device = &place.device;
+            let [k, v] = [(); 2].map(|()| dense(&mut rng, &[8, 16, 2, 64], dtype, device));
+            let table = Tensor::new(&[[3u32, 1, 0], [6, 0, 0], [2, 7, 5]], &Device::Cpu).unwrap();
+            let lens = Tensor::new(&keys, &Device::Cpu).unwrap();
+            let query_lens = new.map(|new| Tensor::new(&new, &Device::Cpu).unwrap());
+            let counts = new.unwrap_or([1; 3]).map(|count| count as usize);
+            let q = dense(&mut rng, &[counts.iter().sum(), 8, 64], dtype, device);
+            let numbers: Vec<f32> = (0..8).map(|_| 2.0 * rng.unit() as f32).collect();
+            let sinks = Tensor::new(&numbers[..], device).unwrap();
+            let mut options = PagedAttentionOptions::new(0.2);
+            options.query_lens = query_lens.as_ref();
+            options.window_size_left = window_left;
+            options.sinks = with.then_some(&sinks);
+            let (out, lse) = paged_attention_with_lse(&q, &k, &v, &table, &lens, &options).unwrap();
+            let alone = paged_attention(&q, &k, &v, &table, &lens, &options).unwrap();
+            let mut start = 0;
+            for (request, &count) in counts.iter().enumerate() {
+                let part = |all: &Tensor| all.narrow(0, start, count).unwrap();
+                let pages = table.narrow(0, request, 1).unwrap().flatten_all().unwrap();
+                let gathered = |cache: &Tensor| {
+                    let cache = cache.to_device(&Device::Cpu).unwrap();
+                    let rows = cache.index_select(&pages, 0).unwrap().reshape((48, 2, 64)).unwrap();
+                    rows.narrow(0, 0, keys[request] as usize).unwrap()
+                };
+                let (causal, window_left) = (true, window_left.map(|left| left as u32));
+                let plain = Plain { causal, window_left, scale: Some(f64::from(0.2f32)), ..Plain::default() };
+                if count > 0 {
+                    let plain = plain.attention_and_lse(&part(&q), &gathered(&k), &gathered(&v));
+                    let [expected, expected_lse] = if with { with_sinks(plain, &numbers) } else { plain };
+                    let what = format!("request {request} of {counts:?}, sinks {with} on {device:?}");
+                    assert_rows_close(&part(&out), &expected, &what);
+                    assert_rows_close(&part(&alone), &expected, &what);
+                    assert_lse(&part(&lse), &expected_lse, &what);
+                }
+                start += count;
+            }
+        }
+    }
+}
+
+/// Queries of requests without tokens: zeros, and an LSE of −∞ or of the sinks alone.
+#[test]
+fn lse_without_keys() {
+    for place in places() {
+        let (device, dtype) = (&place.device, DType::BF16);
+        let cache = Tensor::ones((4, 16, 2, 64), dtype, device).unwrap();
+        let table = Tensor::new(&[[0u32]], &Device::Cpu).unwrap();
+        let [none, two] = [0u32, 2].map(|len| Tensor::new(&[len], &Device::Cpu).unwrap());
+        let sinks = Tensor::new(&[0f32, 1.0], device).unwrap();
+        let mut options = PagedAttentionOptions::new(0.2);
+        for (tokens, query_lens) in [(2, &two), (0, &none)] {
+            let q = Tensor::ones((2, 2, 64), dtype, device).unwrap().narrow(0, 0, tokens).unwrap();
+            options.query_lens = Some(query_lens);
+            for (sinks, expected) in
+                [(None, [f32::NEG_INFINITY; 2]), (Some(&sinks), [0.0, std::f32::consts::LOG2_E])]
+            {
+                options.sinks = sinks;
+                let (out, lse) =
+                    paged_attention_with_lse(&q, &cache, &cache, &table, &none, &options).unwrap();
+                assert_eq!((out.dims(), lse.dims()), (&[tokens, 2, 64][..], &[tokens, 2][..]));
+                if tokens > 0 {
+                    let sum = out.to_dtype(DType::F32).unwrap().abs().unwrap().sum_all().unwrap();
+                    assert_eq!(sum.to_scalar::<f32>().unwrap(), 0.0);
+                    assert_eq!(lse.to_vec2::<f32>().unwrap(), vec![expected; tokens]);
+                }
+            }
+        }
+    }
+}
+
+/// There is no gradient of the LSE, as there is none of the result: `backward` says so.
+#[test]
+fn lse_has_no_gradient() {
+    let q = candle_core::Var::ones((1, 2, 64), DType::F32, &Device::Cpu).unwrap();
+    let cache = Tensor::ones((4, 16, 2, 64), DType::F32, &Device::Cpu).unwrap();
+    let (table, lens) = (Tensor::new(&[[0u32]], &Device::Cpu), Tensor::new(&[3u32], &Device::Cpu));
+    let (table, lens, options) = (table.unwrap(), lens.unwrap(), PagedAttentionOptions::new(0.2));
+    let (out, lse) = paged_attention_with_lse(&q, &cache, &cache, &table, &lens, &options).unwrap();
+    assert!(out.sum_all().unwrap().backward().is_err() && lse.sum_all().unwrap().backward().is_err());
+}
+
+#[test]
+fn wrong_sinks() {
+    for place in places() {
+        let (device, dtype) = (&place.device, DType::BF16);
+        let q = Tensor::ones((1, 2, 64), dtype, device).unwrap();
+        let cache = Tensor::ones((4, 16, 2, 64), dtype, device).unwrap();
+        let table = Tensor::new(&[[0u32]], &Device::Cpu).unwrap();
+        let lens = Tensor::new(&[3u32], &Device::Cpu).unwrap();
+        let wrong = |sinks: Tensor, words: [&str; 2]| {
+            let mut options = PagedAttentionOptions::new(0.2);
+            options.sinks = Some(&sinks);
+            let error = paged_attention(&q, &cache, &cache, &table, &lens, &options).unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        };
+        wrong(Tensor::zeros(3, DType::F32, device).unwrap(), ["sinks", "shape"]);
+        wrong(Tensor::zeros(2, dtype, device).unwrap(), ["sinks", "dtype"]);
+        if place.is_cuda() {
+            wrong(Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap(), ["sinks", "Cpu"]);
+        }
     }
 }
