@@ -61,10 +61,14 @@ pub(super) fn of_ours(dtype: DType) -> Option<candle_core::DType> {
     })
 }
 
-/// The element type of a candle tensor.
-pub(super) fn dtype(dtype: candle_core::DType) -> Result<DType> {
-    let same = DType::ALL.into_iter().find(|&ours| of_ours(ours) == Some(dtype));
-    same.map_or_else(|| unsupported(dtype), Ok)
+impl TryFrom<candle_core::DType> for DType {
+    type Error = candle_core::Error;
+
+    /// The element type of a candle tensor; an error where there is no such type here.
+    fn try_from(dtype: candle_core::DType) -> Result<Self> {
+        let same = Self::ALL.into_iter().find(|&ours| of_ours(ours) == Some(dtype));
+        same.map_or_else(|| unsupported(dtype), Ok)
+    }
 }
 
 /// Calls `$view` with the typed elements of a storage.

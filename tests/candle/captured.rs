@@ -103,18 +103,16 @@ fn launches_with_other_lengths() {
     let mut rng = Rng::new();
     for device in devices() {
         for &dtype in dtypes(&device) {
-            let ours =
-                if dtype == DType::F16 { flashinfer_rs::DType::F16 } else { flashinfer_rs::DType::BF16 };
             let pool = PageAllocator::new(64, 16).unwrap();
             let shape = HeadsShape {
                 num_layers: LAYERS,
                 num_kv_heads: HEADS.num_kv_heads,
                 head_dim: HEAD_DIM,
-                dtype: ours,
+                dtype: dtype.try_into().unwrap(),
                 layout: KvLayout::Nhd,
             };
             let mut cache = PagedCache::new(&device, &pool, shape).unwrap();
-            let spec = AttentionSpec::new(ours, HEAD_DIM);
+            let spec = AttentionSpec::new(dtype.try_into().unwrap(), HEAD_DIM);
             let mut decode = PagedDecode::new(&device, &spec, HEADS).unwrap();
             let mut eager = PagedDecode::new(&device, &spec, HEADS).unwrap();
             let mut tables = StepTables::with_capacity(&device, CAPACITY);

@@ -12,15 +12,6 @@ const LAYERS: usize = 2;
 const HEADS: usize = 16;
 const SCALE: f64 = 0.07;
 
-fn ours(dtype: DType) -> flashinfer_rs::DType {
-    match dtype {
-        DType::F32 => flashinfer_rs::DType::F32,
-        DType::F16 => flashinfer_rs::DType::F16,
-        DType::BF16 => flashinfer_rs::DType::BF16,
-        other => panic!("{other:?}"),
-    }
-}
-
 /// A cache of latent rows, what computes on it, and what each request's rows are on the host.
 struct Rig {
     device: Device,
@@ -35,13 +26,13 @@ struct Rig {
 impl Rig {
     fn new(device: &Device, dtype: DType, page_size: usize) -> Self {
         let pool = PageAllocator::new(64, page_size).unwrap();
-        let shape = LatentShape { num_layers: LAYERS, dtype: ours(dtype) };
+        let shape = LatentShape { num_layers: LAYERS, dtype: dtype.try_into().unwrap() };
         Self {
             device: device.clone(),
             dtype,
             cache: PagedCache::new(device, &pool, shape).unwrap(),
             tables: StepTables::new(device),
-            mla: PagedMla::new(device, &MlaSpec::new(ours(dtype), SCALE), HEADS).unwrap(),
+            mla: PagedMla::new(device, &MlaSpec::new(dtype.try_into().unwrap(), SCALE), HEADS).unwrap(),
             batch: Batch::new(&pool),
             expected: Vec::new(),
         }
@@ -135,7 +126,13 @@ fn wrong_input_is_refused() {
         // A cache of heads.
         let pool = PageAllocator::new(4, 16).unwrap();
         let layout = KvLayout::Nhd;
-        let heads = HeadsShape { num_layers: 1, num_kv_heads: 1, head_dim: 64, dtype: ours(dtype), layout };
+        let heads = HeadsShape {
+            num_layers: 1,
+            num_kv_heads: 1,
+            head_dim: 64,
+            dtype: dtype.try_into().unwrap(),
+            layout,
+        };
         let mut heads = PagedCache::new(&device, &pool, heads).unwrap();
         let mut batch = Batch::new(&pool);
         batch.push(Sequence::new(&pool)).unwrap();
@@ -145,7 +142,7 @@ fn wrong_input_is_refused() {
         refused(plan.run(&nope, &pe, &heads, 0), &["cache", "it has heads"]);
         refused(heads.append_latent(&step, 0, &ckv, &kpe), &["cache", "it has heads"]);
 
-        let spec = MlaSpec::new(ours(dtype), SCALE);
+        let spec = MlaSpec::new(dtype.try_into().unwrap(), SCALE);
         refused(PagedMla::new(&device, &spec, 0), &["num_heads"]);
         let mut other = spec;
         other.head_dim_ckv = 256;

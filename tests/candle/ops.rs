@@ -233,7 +233,7 @@ fn embeddings_by_the_positions_of_a_step() {
     for device in devices() {
         let dtype = dtypes(&device)[0];
         let pool = PageAllocator::new(16, 4).unwrap();
-        let ours = if dtype == DType::F32 { flashinfer_rs::DType::F32 } else { flashinfer_rs::DType::F16 };
+        let ours = dtype.try_into().unwrap();
         let shape =
             HeadsShape { num_layers: 1, num_kv_heads: 2, head_dim: 64, dtype: ours, layout: KvLayout::Nhd };
         let mut cache = PagedCache::new(&device, &pool, shape).unwrap();

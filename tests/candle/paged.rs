@@ -12,15 +12,6 @@ use flashinfer_rs::{
 
 mod options;
 
-fn ours(dtype: DType) -> flashinfer_rs::DType {
-    match dtype {
-        DType::F32 => flashinfer_rs::DType::F32,
-        DType::F16 => flashinfer_rs::DType::F16,
-        DType::BF16 => flashinfer_rs::DType::BF16,
-        other => panic!("{other:?}"),
-    }
-}
-
 /// What a test model is.
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -44,13 +35,13 @@ impl Case {
             num_layers: LAYERS,
             num_kv_heads: self.heads.num_kv_heads,
             head_dim: self.head_dim,
-            dtype: ours(self.dtype),
+            dtype: self.dtype.try_into().unwrap(),
             layout: self.layout,
         }
     }
 
     fn spec(&self) -> AttentionSpec {
-        let mut spec = AttentionSpec::new(ours(self.dtype), self.head_dim);
+        let mut spec = AttentionSpec::new(self.dtype.try_into().unwrap(), self.head_dim);
         (spec.window_left, spec.logits_soft_cap) = (self.window_left, self.soft_cap);
         spec
     }
@@ -482,7 +473,7 @@ fn wrong_input_is_refused_and_nothing_written() {
         );
         refused(PagedCache::new(&device, &rig.pool, case.shape()), &["the pool has a cache already"]);
         // One of latent attention.
-        let latent = LatentShape { num_layers: 1, dtype: ours(dtype) };
+        let latent = LatentShape { num_layers: 1, dtype: dtype.try_into().unwrap() };
         let pool = PageAllocator::new(4, 16).unwrap();
         let mut latent = PagedCache::new(&device, &pool, latent).unwrap();
         let mut batch = Batch::new(&pool);

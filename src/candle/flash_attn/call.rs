@@ -266,8 +266,7 @@ impl AttentionParams<'_> {
 
     fn spec(&self, q: &Tensor, k: &Tensor, visible: &Visible, alibi: bool) -> Result<AttentionSpec> {
         let width = q.dims()[q.rank() - 1];
-        let mut spec =
-            AttentionSpec::new(tensor::dtype(q.dtype())?, width).with_kv_dtype(tensor::dtype(k.dtype())?);
+        let mut spec = AttentionSpec::new(q.dtype().try_into()?, width).with_kv_dtype(k.dtype().try_into()?);
         if let Some(left) = visible.left() {
             // A window never reaches beyond the keys, of which there are fewer.
             spec = spec.with_window_left(u32::try_from(left).unwrap_or(u32::MAX));

@@ -40,7 +40,7 @@ pub(super) fn keys(layout: &Layout, size: usize) -> Option<(Layout, usize)> {
 
 /// Whether two indices of a view name one element.
 pub(super) fn overlaps(view: &Layout, dtype: candle_core::DType) -> Result<bool> {
-    let (dtype, dims, strides) = (tensor::dtype(dtype)?, view.dims(), Some(view.stride()));
+    let (dtype, dims, strides) = (dtype.try_into()?, view.dims(), Some(view.stride()));
     let raw = RawTensor::new(std::ptr::null_mut(), Device::Cpu, dtype, dims, strides);
     Ok(raw.map_err(tensor::error)?.may_overlap())
 }
