@@ -8,7 +8,7 @@ use super::{
     lse::{self, Lse},
     op::{Apply, Op, check_cache_dtype, check_dtype, check_like, fitting, invalid},
     paged::PagedCache,
-    run::RunOptions,
+    run::PagedRunOptions,
     step::Step,
     tensor,
 };
@@ -72,7 +72,7 @@ impl PagedAttention {
         kernel: &dyn PagedKernel,
         q: &Tensor,
         (cache, layer): (&PagedCache, usize),
-        options: &RunOptions<'_>,
+        options: &PagedRunOptions<'_>,
         lse: Option<&Lse>,
     ) -> Result<Tensor> {
         let (op, spec, heads) = (self.op, &self.spec, self.heads);
@@ -107,7 +107,7 @@ impl PagedAttention {
         kernel: &dyn PagedKernel,
         q: &Tensor,
         (cache, layer): (&PagedCache, usize),
-        options: &RunOptions<'_>,
+        options: &PagedRunOptions<'_>,
     ) -> Result<(Tensor, Tensor)> {
         let (kept, shape) = (Lse::default(), [kernel.rows(), self.heads.num_qo_heads]);
         let out = self.run(step, kernel, q, (cache, layer), options, Some(&kept))?;
@@ -202,7 +202,7 @@ macro_rules! runs_of_layer {
         /// # Errors
         /// Those of `run_with`.
         pub fn run(&self, q: &Tensor, cache: &PagedCache, layer: usize) -> Result<Tensor> {
-            self.run_with(q, cache, layer, &RunOptions::default())
+            self.run_with(q, cache, layer, &PagedRunOptions::default())
         }
 
         /// Runs as `run_with`; beside the result, the LSE: `f32` `(rows, num_qo_heads)`, for each
@@ -217,7 +217,7 @@ macro_rules! runs_of_layer {
             q: &Tensor,
             cache: &PagedCache,
             layer: usize,
-            options: &RunOptions<'_>,
+            options: &PagedRunOptions<'_>,
         ) -> Result<(Tensor, Tensor)> {
             self.attention.run_with_lse(self.step, self, q, (cache, layer), options)
         }

@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor};
 use super::{
     attention::{OnCuda, PagedAttention, PagedKernel, planned, runs_of_layer},
     paged::PagedCache,
-    run::RunOptions,
+    run::PagedRunOptions,
     step::Step,
     tensor,
 };
@@ -113,7 +113,7 @@ impl PagedDecodePlan<'_> {
         q: &Tensor,
         cache: &PagedCache,
         layer: usize,
-        options: &RunOptions<'_>,
+        options: &PagedRunOptions<'_>,
     ) -> Result<Tensor> {
         self.attention.run(self.step, self, q, (cache, layer), options, None)
     }

@@ -21,6 +21,10 @@
 //! | [`rope`] | `rotary_emb::rope` and `rope_i`, for each of `q` and `k` | one kernel for both, each token at its own position |
 //!
 //! An engine with block tables of its own calls [`paged_attention`] with them.
+//! [`PagedMla`] is latent attention over the same kind of cache. Runs give an LSE where
+//! it is asked for, and take scales, attention sinks and slopes ([`PagedRunOptions`]).
+//! [`capture_step`] captures a decode step, candle's own operations included, into a
+//! CUDA graph.
 //!
 //! # Attention
 //!
@@ -95,7 +99,7 @@
 //! [`AttentionSpec::prefill_module`].
 //!
 //! A call plans, so that it is refused while the stream is being captured into a
-//! CUDA graph. There is no gradient: `backward` through the result fails.
+//! CUDA graph; plans over a paged cache can be captured. There is no gradient: `backward` through the result fails.
 //!
 //! [`FlashInferRuntime`]: crate::FlashInferRuntime
 //! [`FlashInferRuntime::initialize`]: crate::FlashInferRuntime::initialize
@@ -105,6 +109,7 @@
 // Without CUDA, what launches kernels is not called.
 #![cfg_attr(not(feature = "candle-cuda"), allow(dead_code))]
 
+mod append;
 mod attention;
 mod capture;
 mod decode;
@@ -134,7 +139,7 @@ pub use mla::{PagedMla, PagedMlaPlan};
 pub use paged::PagedCache;
 pub use prefill::{PagedPrefill, PagedPrefillPlan};
 pub use rope::{PositionTable, RotaryEmbedding, TokenPositions, rope};
-pub use run::RunOptions;
+pub use run::PagedRunOptions;
 pub use step::{Step, StepTables};
 
 /// The examples of `docs/candle.md` compile.

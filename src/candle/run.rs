@@ -12,7 +12,7 @@ use crate::attention;
 /// [`PagedPrefillPlan`](super::PagedPrefillPlan).
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
-pub struct RunOptions<'a> {
+pub struct PagedRunOptions<'a> {
     /// The factor on query-key products, `1/√head_dim` if `None`. On tensor cores it
     /// must be at least 1e-3, together with [`k_scale`](Self::k_scale).
     pub sm_scale: Option<f64>,
@@ -30,7 +30,7 @@ pub struct RunOptions<'a> {
     pub sinks: Option<&'a Tensor>,
 }
 
-impl RunOptions<'_> {
+impl PagedRunOptions<'_> {
     /// The default options with another `sm_scale`.
     pub fn with_sm_scale(sm_scale: f64) -> Self {
         Self { sm_scale: Some(sm_scale), ..Self::default() }

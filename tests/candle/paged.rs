@@ -6,7 +6,7 @@ use crate::candle_common::{
 use candle_core::{DType, Device, Tensor};
 use flashinfer_rs::{
     attention::{AttentionSpec, Heads},
-    candle::{PagedCache, PagedDecode, PagedPrefill, RunOptions, StepTables},
+    candle::{PagedCache, PagedDecode, PagedPrefill, PagedRunOptions, StepTables},
     kv::{Batch, HeadsShape, KvLayout, LatentShape, PageAllocator, PrefixCache, Sequence},
 };
 
@@ -163,7 +163,7 @@ impl Rig {
             cache.append(&step, layer, &k, &v).unwrap();
             let mut got = vec![prefill.run(&q, cache, layer).unwrap()];
             got.extend(decode.as_ref().map(|plan| plan.run(&q, cache, layer).unwrap()));
-            let options = RunOptions::default();
+            let options = PagedRunOptions::default();
             let mut with_lse = vec![prefill.run_with_lse(&q, cache, layer, &options).unwrap()];
             with_lse
                 .extend(decode.as_ref().map(|plan| plan.run_with_lse(&q, cache, layer, &options).unwrap()));
@@ -397,7 +397,7 @@ fn nothing_to_do() {
         let q = random(&mut rng, &[1, 2, 64], case.dtype, &device);
         let got = plan.run(&q, &rig.cache, 0).unwrap();
         assert_eq!(on_host(&got).abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
-        let (_, lse) = plan.run_with_lse(&q, &rig.cache, 0, &RunOptions::default()).unwrap();
+        let (_, lse) = plan.run_with_lse(&q, &rig.cache, 0, &PagedRunOptions::default()).unwrap();
         assert_eq!(lse.to_vec2::<f32>().unwrap(), [[f32::NEG_INFINITY; 2]]);
         // Nor queries.
         let none = Rig::new(&device, case);
@@ -405,7 +405,7 @@ fn nothing_to_do() {
         let step = tables.update(&none.batch, &mut cache).unwrap();
         let q = q.narrow(0, 0, 0).unwrap();
         let plan = decode.plan(&step).unwrap();
-        let (out, lse) = plan.run_with_lse(&q, &cache, 0, &RunOptions::default()).unwrap();
+        let (out, lse) = plan.run_with_lse(&q, &cache, 0, &PagedRunOptions::default()).unwrap();
         assert_eq!((out.dims(), lse.dims()), (&[0, 2, 64][..], &[0, 2][..]));
     }
 }
@@ -413,7 +413,7 @@ fn nothing_to_do() {
 #[test]
 fn wrong_input_is_refused_and_nothing_written() {
     let mut rng = Rng::new();
-    let options = RunOptions::default();
+    let options = PagedRunOptions::default();
     for device in devices() {
         let dtype = dtypes(&device)[0];
         let other_dtype = if dtype == DType::F16 { DType::BF16 } else { DType::F16 };

@@ -19,7 +19,7 @@ fn options_are_applied() {
         let rows = |rng: &mut Rng, heads| random(rng, &[1, heads, 64], case.dtype, &device);
         let (q, k, v) = (rows(&mut rng, 2), rows(&mut rng, 1), rows(&mut rng, 1));
         rig.cache.append(&step, 0, &k, &v).unwrap();
-        let got = plan.run_with(&q, &rig.cache, 0, &RunOptions::with_sm_scale(0.3)).unwrap();
+        let got = plan.run_with(&q, &rig.cache, 0, &PagedRunOptions::with_sm_scale(0.3)).unwrap();
         let [all_k, all_v] = &rig.expected[0][0];
         let all = |all: &Tensor, new: &Tensor| Tensor::cat(&[all, &on_host(new)], 0).unwrap();
         let plain = Plain { scale: Some(0.3), ..Plain::default() };
@@ -53,7 +53,7 @@ fn a_cache_of_8_bits() {
         let q = random(&mut rng, &[6, 4, 128], DType::BF16, &device);
         let on_device = |rows: &Tensor| rows.to_device(&device).unwrap();
         cache.append(&step, 0, &on_device(&k), &on_device(&v)).unwrap();
-        let mut options = RunOptions::default();
+        let mut options = PagedRunOptions::default();
         (options.k_scale, options.v_scale) = (Some(0.5), Some(2.0));
         let (got, lse) = prefill.plan(&step, true).unwrap().run_with_lse(&q, &cache, 0, &options).unwrap();
         let whole = |rows: &Tensor, scale: f64| (rows.to_dtype(DType::F32).unwrap() * scale).unwrap();
@@ -101,7 +101,7 @@ fn sinks_take_their_share() {
                 // A column, of which kernels read a copy.
                 let column = Tensor::stack(&[&sinks, &sinks], 1).unwrap().narrow(1, 1, 1).unwrap();
                 for sinks in [sinks, column.squeeze(1).unwrap()] {
-                    let mut options = RunOptions::default();
+                    let mut options = PagedRunOptions::default();
                     options.sinks = Some(&sinks);
                     let plan = prefill.plan(&step, true).unwrap();
                     let by_prefill = plan.run_with_lse(&q, &rig.cache, 0, &options).unwrap();
@@ -143,7 +143,7 @@ fn wrong_sinks_and_slopes_are_refused() {
         let q = Tensor::ones((3, 8, 64), dtype, &device).unwrap();
         let zeros = |len: usize, dtype| Tensor::zeros(len, dtype, &device).unwrap();
         let sinks = zeros(8, DType::F32);
-        let mut options = RunOptions::default();
+        let mut options = PagedRunOptions::default();
         refused(with.run_with(&q, &rig.cache, 0, &options), &["sinks", "missing"]);
         options.sinks = Some(&sinks);
         assert!(with.run_with(&q, &rig.cache, 0, &options).is_ok());
@@ -181,7 +181,7 @@ fn slopes_are_applied() {
     let v = v.broadcast_as((3, 1, 64)).unwrap();
     rig.cache.append(&step, 0, &k, &v).unwrap();
     let slopes = Tensor::new(&[0f32, std::f32::consts::LN_2], &device).unwrap();
-    let mut options = RunOptions::default();
+    let mut options = PagedRunOptions::default();
     options.alibi_slopes = Some(&slopes);
     let mut decode = PagedPrefill::new(&device, &spec, case.heads).unwrap();
     let q = Tensor::ones((3, 2, 64), DType::F32, &device).unwrap();
@@ -211,7 +211,7 @@ fn parts_are_merged_by_their_lse() {
         let query = part(&q, (47, 48));
         let queries = Tensor::cat(&[&query, &query, &query], 0).unwrap();
         let plan = rig.decode.plan(&step).unwrap();
-        let (out, lse) = plan.run_with_lse(&queries, &rig.cache, 0, &RunOptions::default()).unwrap();
+        let (out, lse) = plan.run_with_lse(&queries, &rig.cache, 0, &PagedRunOptions::default()).unwrap();
         let [out, weights] =
             [out, (lse * std::f64::consts::LN_2).unwrap().exp().unwrap()].map(|all| on_host(&all));
         let of = |all: &Tensor, request| all.narrow(0, request, 1).unwrap();

@@ -6,7 +6,7 @@ use flashinfer_rs::{
     DType,
     attention::AttentionSpec,
     candle::{
-        PagedCache, PagedDecode, PagedDecodePlan, PagedPrefill, PagedPrefillPlan, RunOptions, Step,
+        PagedCache, PagedDecode, PagedDecodePlan, PagedPrefill, PagedPrefillPlan, PagedRunOptions, Step,
         StepTables,
     },
     kv::{Batch, HeadsShape, KvLayout, PageAllocator},
@@ -70,7 +70,7 @@ impl PagedGemma2 {
         let decodes = queries.total() == batch.len();
         let [windowed, full] = kinds.each_mut().map(|kind| kind.plan(&step, decodes));
         let plans = [windowed?, full?];
-        let options = RunOptions::with_sm_scale(model.sm_scale());
+        let options = PagedRunOptions::with_sm_scale(model.sm_scale());
         let [tokens, last] = [tokens, &last[..]].map(|numbers| Tensor::new(numbers, device));
         model.forward(&tokens?, &step, &last?, |layer, [q, k, v]| {
             cache.append(&step, layer, k, v)?;
@@ -115,7 +115,13 @@ enum Plan<'p> {
 }
 
 impl Plan<'_> {
-    fn run(&self, q: &Tensor, cache: &PagedCache, layer: usize, options: &RunOptions<'_>) -> Result<Tensor> {
+    fn run(
+        &self,
+        q: &Tensor,
+        cache: &PagedCache,
+        layer: usize,
+        options: &PagedRunOptions<'_>,
+    ) -> Result<Tensor> {
         match self {
             Self::Prefill(plan) => plan.run_with(q, cache, layer, options),
             Self::Decode(plan) => plan.run_with(q, cache, layer, options),
