@@ -30,6 +30,19 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 const KV_HEADS: usize = 8;
 const HEAD_DIM: usize = 128;
 const PAGE_SIZE: usize = 16;
+/// Requests, and tokens of each.
+const CASES: [(usize, usize); 10] = [
+    (1, 128),
+    (1, 1024),
+    (1, 32768),
+    (16, 1024),
+    (64, 128),
+    (64, 512),
+    (64, 1024),
+    (64, 8192),
+    (256, 128),
+    (256, 2048),
+];
 const RUNS: usize = 10;
 const REPLAYS: usize = 20;
 
@@ -99,7 +112,7 @@ fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {
     println!("|---|---|---|---|---|---|---|---|");
     for group in [1, 2, 3, 4, 8] {
         let heads = Heads::new(KV_HEADS * group, KV_HEADS);
-        for (batch, tokens) in [(1, 1024), (1, 32768), (16, 1024), (64, 1024), (64, 8192), (256, 2048)] {
+        for (batch, tokens) in CASES {
             let pages = tokens / PAGE_SIZE;
             let numbers: Vec<i32> = (0..(batch * pages) as i32).collect();
             let requests = numbers.chunks(pages).map(|pages| (pages, tokens));

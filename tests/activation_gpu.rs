@@ -132,7 +132,7 @@ fn pdl() {
         };
         let default = chain(None);
         assert_same_bits("PDL off", &chain(Some(false)), &default);
-        if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
+        if gpu.compute_capability().0 >= 9 {
             assert_same_bits("PDL on", &chain(Some(true)), &default);
         }
         check(&gpu, activation, &input, &ActivationOptions::default());
@@ -176,7 +176,7 @@ fn graph_replay() {
 #[test]
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let options = ActivationOptions::default();
     let input = Mirrored::<f16>::random(&gpu, rng, &[8, 128]);
     let mut out = Mirrored::<f16>::poisoned(&gpu, &[8, 64]);
@@ -240,7 +240,7 @@ fn the_current_device_is_put_back() {
     if gpu.runtime.device_count().unwrap() < 2 {
         return say("skipped: there is one GPU only");
     }
-    let (rng, second) = (&mut Rng::new(), gpu.on_device(1));
+    let (rng, second) = (&mut Rng::new(), gpu.on_another());
     for activation in ALL {
         let input = Mirrored::<f16>::random(&second, rng, &[5, 512]);
         let mut out = Mirrored::<f16>::poisoned(&second, &[5, 256]);

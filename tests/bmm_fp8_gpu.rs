@@ -22,7 +22,7 @@ fn start(gpu: Option<Gpu>) -> Option<(Gpu, CublasLt)> {
     match CublasLt::new(&gpu.stream) {
         Ok(cublas) => Some((gpu, cublas)),
         Err(error @ FlashInferError::Unsupported { .. }) => {
-            assert!(gpu.runtime.compute_capability(0).unwrap() < (8, 9), "{error}");
+            assert!(gpu.compute_capability() < (8, 9), "{error}");
             say(&format!("skipped: {error}"));
             None
         }
@@ -248,7 +248,7 @@ fn wrong_input() {
     let rng = &mut Rng::new();
     let mut problem = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu, rng, [2, 16, 32, 64]);
     let algorithm = problem.algorithms(&mut cublas).unwrap()[0];
-    let mut elsewhere = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu.fork(), rng, [2, 16, 32, 64]);
+    let mut elsewhere = Problem::<F8E4M3, F8E4M3, f16>::random(&gpu.elsewhere(), rng, [2, 16, 32, 64]);
     refused(elsewhere.run(&mut cublas), "a");
 
     // Algorithms of other sizes and types.

@@ -360,7 +360,7 @@ typed_tests! {
 #[test]
 fn wrong_stream() {
     let Some(gpu) = Gpu::start() else { return };
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut state = Held::<f16>::poisoned(&gpu, &[2, 4, 64]);
     let source = Held::<f16>::empty(&gpu, &[2, 4, 64]);
     let call = with(&mut state, &source, |state, source| {

@@ -363,7 +363,7 @@ fn wrong_input() {
         |problem, gpu, rng| problem.qkv = Mirrored::random(gpu, rng, &[48, 800]).narrowed(1, 0, 768),
         "qkv",
     );
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut problem = Problem::<bf16>::random(&gpu, rng, case);
     {
         let weight = problem.weights[0].device_view();
@@ -384,7 +384,7 @@ fn wrong_input() {
     if gpu.runtime.device_count().unwrap() < 2 {
         return say("skipped in part: there is one GPU only");
     }
-    let second = gpu.on_device(1);
+    let second = gpu.on_another();
     let mut there = Problem::<bf16>::random(&second, rng, case);
     refused(there.run(&second, &table), "table");
     there.check(&second, &RopeTable::new(&second.stream, &case.rope).unwrap());

@@ -23,7 +23,7 @@ fn the_current_device_is_set_and_put_back() {
         if first.runtime.device_count().unwrap() < 2 {
             return say("skipped: there is one GPU only");
         }
-        let second = &first.on_device(1);
+        let second = &first.on_another();
         let case = Case { alpha: false, beta: false, ..Case::new(&[70, 5], [2, 1, 1]) };
         let problem = Problem::<f16>::random(second, rng, &case);
         let mut results = Results::<f16>::poisoned(second, &case);

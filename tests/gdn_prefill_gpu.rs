@@ -239,7 +239,7 @@ fn wrong_input() {
         let mut run = |workspace: &GdnWorkspace, table: &SequenceTable| {
             problem.run(workspace, table, problem.start(), &mut results)
         };
-        let other = gpu.fork();
+        let other = gpu.elsewhere();
         let elsewhere = GdnWorkspace::new(&other.stream).unwrap();
         refused(run(&elsewhere, &case.table(gpu)), "sequences");
         refused(run(&workspace, &case.table(&other)), "sequences");

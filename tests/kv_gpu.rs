@@ -524,7 +524,7 @@ fn wrong_input() {
     refused(PagedKvCache::new(&gpu.stream, &pair.device.pool, &[shape]).map(drop), "allocator");
     PagedKvCache::on_host(&PageAllocator::new(4, 4).unwrap(), &[shape]).unwrap();
     // Caches, tables and batches that do not belong together.
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let batch = &pair.device.batches[0];
     let mut elsewhere = BatchTables::new(&other.stream, batch, CAPACITY).unwrap();
     refused(elsewhere.update(batch, &mut pair.device.cache), "cache");

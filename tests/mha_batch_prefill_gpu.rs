@@ -24,7 +24,7 @@ const FA2: On = On { kind: Kind::Ragged, backend: Backend::Fa2 };
 #[test]
 fn backends() {
     let Some(gpu) = Gpu::start() else { return };
-    let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
+    let hopper = gpu.compute_capability().0 == 9;
     for (qk, vo) in [(64, 64), (128, 128), (192, 128)] {
         let case = |backend| {
             let case = On { backend, ..FA2 }.case();
@@ -164,7 +164,7 @@ impl On {
 
     fn wrong_keys_and_values(self) {
         let Some(gpu) = Gpu::start() else { return };
-        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
         let case = self.case();
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());

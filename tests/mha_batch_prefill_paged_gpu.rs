@@ -62,7 +62,7 @@ fn multi_item_scoring_of_parts_fa3() {
 fn backends() {
     let Some(gpu) = Gpu::start() else { return };
     let auto = On { backend: Backend::Auto, ..FA2 };
-    let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
+    let hopper = gpu.compute_capability().0 == 9;
     fn picked<T: Number>(gpu: &Gpu, case: &Case, hopper: bool) {
         let fa3 = Case { on: On { backend: Backend::Fa3, ..FA2 }, ..case.clone() };
         // Without the module of FlashAttention 3, 2 is picked.
@@ -185,7 +185,7 @@ impl On {
 
     fn wrong_caches(self) {
         let Some(gpu) = Gpu::start() else { return };
-        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
         let case = self.case();
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());

@@ -257,7 +257,7 @@ fn ragged(page_size: usize) -> Vec<usize> {
 fn has_fa3() -> bool {
     let Some(gpu) = Gpu::start() else { return false };
     let case = Case { backend: Backend::Fa3, ..Case::default() };
-    let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
+    let hopper = gpu.compute_capability().0 == 9;
     if !hopper {
         say("skipped: FlashAttention 3 needs compute capability 9.0");
     }
@@ -290,7 +290,7 @@ impl Bench {
     }
 
     fn on(gpu: Gpu) -> Self {
-        let (mut rng, other) = (Rng::new(), gpu.fork());
+        let (mut rng, other) = (Rng::new(), gpu.elsewhere());
         let problem = Problem::new(&gpu, &mut rng, Case { lens: vec![5, 20, 0], ..Case::default() });
         Self { gpu, other, rng, problem }
     }

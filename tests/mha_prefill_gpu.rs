@@ -74,7 +74,7 @@ prefill_tests! { @fa2 Single:
 #[test]
 fn backends() {
     let Some(gpu) = Gpu::start() else { return };
-    let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
+    let hopper = gpu.compute_capability().0 == 9;
     let case = |backend| On { kind: Kind::Single, backend }.case();
     for head_dim in [64, 128] {
         let of = |backend| Single::of::<bf16, bf16>(&gpu, &case(backend).head_dim(head_dim));
@@ -315,7 +315,7 @@ impl On {
 
     fn wrong_tensors(self) {
         let Some(gpu) = Gpu::start() else { return };
-        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
         let Some(single) = Single::of::<f16, f16>(&gpu, &self.right()) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, self.right());
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
@@ -341,7 +341,7 @@ impl On {
 
     fn wrong_keys(self) {
         let Some(gpu) = Gpu::start() else { return };
-        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
         let Some(single) = Single::of::<f16, f16>(&gpu, &self.right()) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, self.right());
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
@@ -401,7 +401,7 @@ impl On {
 
     fn masks_that_do_not_fit(self) {
         let Some(gpu) = Gpu::start() else { return };
-        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
         let Some(single) = Single::of::<f16, f16>(&gpu, &self.right()) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, self.right());
         let mut workspace = Workspace::new(&gpu.stream).unwrap();

@@ -223,7 +223,7 @@ fn device_views<T: Number>(tensors: &[Mirrored<T>]) -> Vec<TensorRef<'_>> {
 /// Latent attention on FlashAttention 2, and on 3 where the GPU has it.
 fn backends<T: Number>(gpu: &Gpu, case: &Case) -> Vec<BatchMla> {
     let mut backends = vec![Backend::Fa2];
-    match gpu.runtime.compute_capability(0).unwrap() {
+    match gpu.compute_capability() {
         (9, 0) => backends.push(Backend::Fa3),
         (major, minor) => say(&format!("FlashAttention 3 skipped: it has no code for {major}.{minor}")),
     }
@@ -610,7 +610,7 @@ fn backends_are_chosen_and_named() {
     let Some(gpu) = Gpu::start() else { return };
     let spec = MlaSpec::new(DType::BF16, SM_SCALE);
     let auto = BatchMla::new(&gpu.stream, &spec, 16).unwrap();
-    let hopper = gpu.runtime.compute_capability(0).unwrap().0 == 9;
+    let hopper = gpu.compute_capability().0 == 9;
     let expected = if hopper { Backend::Fa3 } else { Backend::Fa2 };
     assert_eq!(auto.backend(), expected);
     let version = auto.module().version().unwrap();
@@ -629,7 +629,7 @@ fn backends_are_chosen_and_named() {
 fn wrong_input_to_plan() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let table = PageTable::new(&gpu.stream, random_table(rng, 16, &[3, 40])).unwrap();
     for mla in backends::<f16>(&gpu, &Case::default()) {
@@ -694,7 +694,7 @@ fn as_much_work_as_a_plan_holds() {
 fn wrong_input_to_run() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut workspace = Workspace::new(&gpu.stream).unwrap();
     let case = Case { requests: vec![(2, 40), (1, 3)], ..Case::default() };
     let problem = Problem::<f16>::new(&gpu, rng, case);

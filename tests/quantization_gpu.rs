@@ -235,7 +235,7 @@ fn errors_of_others() {
 #[test]
 fn wrong_input() {
     let Some(gpu) = start(Gpu::start) else { return };
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let (x, mut y) = (upload(&gpu, &[1; 64]), upload(&gpu, &[POISON; 8]));
     let table = PackedTable::new(&gpu.stream, PackedIndices::from_lens([40, 24]).unwrap()).unwrap();
     {
@@ -276,7 +276,7 @@ fn the_current_device_is_set_and_put_back() {
     if first.runtime.device_count().unwrap() < 2 {
         return say("skipped: there is one GPU only");
     }
-    let second = first.on_device(1);
+    let second = first.on_another();
     let bits = random_bits(&mut Rng::new(), 1001);
     let mut want = vec![0; 126];
     reference::packbits(&mut view_mut(&mut want), &view(&bits), BitOrder::Big).unwrap();

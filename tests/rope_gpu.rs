@@ -611,7 +611,7 @@ fn nothing_to_do() {
 #[test]
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let cache = Cache::new(&gpu, 64, 10);
     let foreign_cache = Cache::new(&other, 64, 10);
     let positions = |gpu: &Gpu, positions: Vec<i32>| {

@@ -23,7 +23,7 @@ const BYTES_BOUND: f64 = 1e-2;
 
 /// The backends that the GPU has.
 fn backends(gpu: &Gpu) -> &'static [GemmBackend] {
-    match gpu.runtime.compute_capability(0).unwrap() {
+    match gpu.compute_capability() {
         (9, 0) => &[GemmBackend::Sm80, GemmBackend::Sm90],
         _ => &[GemmBackend::Sm80],
     }
@@ -354,7 +354,7 @@ fn nothing_to_do() {
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
     let rng = &mut Rng::new();
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     for &backend in backends(&gpu) {
         let mut gemm = gemm(&gpu, backend);
         let case = Case::new(&[3, 4], 64, 48, true);

@@ -34,6 +34,9 @@ const PAGE_SIZE: usize = 16;
 const CPU_STEP_TOKENS: usize = 256;
 /// The same on a GPU.
 const GPU_STEP_TOKENS: usize = 2048;
+/// The most tokens of prompts that a step reads beside answers, unless it is said: about where an H200
+/// is as fast for each token as with more.
+const CHUNK_TOKENS: usize = 512;
 
 /// The most tokens of a model's drafts, unless it is said.
 const DRAFT_TOKENS: usize = 4;
@@ -48,6 +51,9 @@ pub struct LlmOptions {
     /// The most tokens that one step computes, so that longer prompts are read in parts;
     /// `None` for 2048 on a GPU and 256 on the CPU.
     pub step_tokens: Option<usize>,
+    /// The most tokens of prompts that a step reads beside answers that go on: smaller chunks have
+    /// their tokens come more evenly, and take longer to read. No more than a step's.
+    pub chunk_tokens: usize,
     /// The most answers that run at a time.
     pub max_running: usize,
     /// The most answers that run or wait at a time.
@@ -83,6 +89,7 @@ impl Default for LlmOptions {
             device: Device::Auto,
             cache_tokens: 8192,
             step_tokens: None,
+            chunk_tokens: CHUNK_TOKENS,
             max_running: 256,
             max_queued: 1024,
             max_queued_tokens: 1 << 22,
@@ -102,6 +109,7 @@ impl LlmOptions {
     fn limits(&self, model: &Model, text: &Text) -> Limits {
         Limits {
             step_tokens: self.step_tokens.unwrap_or(GPU_STEP_TOKENS),
+            chunk_tokens: self.chunk_tokens.max(1),
             max_running: self.max_running,
             context: model.config.context_length,
             draft: self.draft_tokens(),

@@ -56,7 +56,7 @@ use self::{no_numbers::*, smollm2::*};
 
 /// Limits for the known answers, of which only the first ends by itself.
 fn limits(step_tokens: usize, draft: usize) -> Limits {
-    Limits { step_tokens, max_running: 64, context: 8192, draft, ends: [2].into() }
+    Limits { step_tokens, chunk_tokens: step_tokens, max_running: 64, context: 8192, draft, ends: [2].into() }
 }
 
 /// What a request is answered when it is alone.

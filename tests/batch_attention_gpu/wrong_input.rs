@@ -24,7 +24,7 @@ fn impossible_specs() {
 #[test]
 fn wrong_queries_and_outputs() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let Some(attention) = attention_of::<f16, f16>(&gpu, &case()) else { return };
     let problem = Problem::<f16, f16>::new(&gpu, rng, case());
     let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
@@ -50,7 +50,7 @@ fn wrong_queries_and_outputs() {
 #[test]
 fn wrong_caches() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let Some(attention) = attention_of::<f16, f16>(&gpu, &case()) else { return };
     let problem = Problem::<f16, f16>::new(&gpu, rng, case());
     let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));
@@ -84,7 +84,7 @@ fn wrong_caches() {
 #[test]
 fn wrong_plans() {
     let Some(gpu) = Gpu::start_alone() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let Some(attention) = attention_of::<f16, f16>(&gpu, &case()) else { return };
     let problem = Problem::<f16, f16>::new(&gpu, rng, case());
     let (case, tables) = (&problem.case, Tables::new(&gpu, &problem));

@@ -395,7 +395,7 @@ fn fa3_graph_replay() {
 #[test]
 fn wrong_plans() {
     let Some(gpu) = Gpu::start_alone() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let case = FA2.case();
     let Some(cascade) = cascade_of::<f16>(&gpu, &case) else { return };
     let eager = PlanOptions::causal();
@@ -451,7 +451,7 @@ fn wrong_plans() {
 #[test]
 fn wrong_input_to_run() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let case = FA2.case();
     let Some(cascade) = cascade_of::<f16>(&gpu, &case) else { return };
     let tree = Tree::shared(64, &[(1, 5), (3, 20), (1, 0)]);

@@ -32,7 +32,7 @@ pub use test_support::{Rng, say};
 use std::{
     fmt::Debug,
     process::Command,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, LazyLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
@@ -53,7 +53,27 @@ enum Turn {
     Alone { _guard: RwLockWriteGuard<'static, ()> },
 }
 
-/// A stream of its own on the first GPU, and the runtime.
+/// The GPU that tests use, and another one that is current whenever an operation is called:
+/// `FLASHINFER_RS_TEST_DEVICES=1,0`. Without it, the first and none.
+fn devices() -> (usize, Option<usize>) {
+    let Ok(text) = std::env::var("FLASHINFER_RS_TEST_DEVICES") else { return (0, None) };
+    let ordinals: Option<Vec<usize>> = text.split(',').map(|ordinal| ordinal.parse().ok()).collect();
+    match ordinals.as_deref() {
+        Some(&[used, current]) if used != current => (used, Some(current)),
+        _ => panic!("FLASHINFER_RS_TEST_DEVICES={text}: two numbers are expected, as in 1,0"),
+    }
+}
+
+/// Makes the other GPU current, if there is to be one.
+fn leave_device() {
+    static OTHER: LazyLock<Option<Arc<CudaContext>>> =
+        LazyLock::new(|| devices().1.map(|other| CudaContext::new(other).expect("another NVIDIA GPU")));
+    if let Some(other) = &*OTHER {
+        other.bind_to_thread().expect("a current GPU");
+    }
+}
+
+/// A stream of its own on a GPU, and the runtime.
 pub struct Gpu {
     pub cuda: Arc<CudaStream>,
     pub stream: Stream,
@@ -80,25 +100,39 @@ impl Gpu {
             return None;
         }
         let turn = turn();
-        let context = CudaContext::new(0).expect("an NVIDIA GPU");
+        let context = CudaContext::new(devices().0).expect("an NVIDIA GPU");
         let runtime = FlashInferRuntime::get().expect("libcudart and libtvm_ffi");
         runtime.preload([&ModuleName::NORM, &ModuleName::PAGE]).expect("the modules norm and page");
-        Some(Self::on(context.new_stream().expect("a stream"), runtime, Some(turn)))
+        Some(Self::of(context.new_stream().expect("a stream"), runtime, Some(turn)))
     }
 
-    fn on(cuda: Arc<CudaStream>, runtime: &'static FlashInferRuntime, turn: Option<Turn>) -> Self {
+    fn of(cuda: Arc<CudaStream>, runtime: &'static FlashInferRuntime, turn: Option<Turn>) -> Self {
         Self { stream: Stream::from(&cuda), cuda, runtime, _turn: turn }
     }
 
     /// Another stream of the same GPU.
     pub fn fork(&self) -> Self {
-        Self::on(self.cuda.context().new_stream().expect("a stream"), self.runtime, None)
+        Self::of(self.cuda.context().new_stream().expect("a stream"), self.runtime, None)
     }
 
     /// A stream of another GPU.
-    pub fn on_device(&self, ordinal: usize) -> Self {
+    pub fn on_another(&self) -> Self {
+        self.on(usize::from(self.stream.ordinal() == 0))
+    }
+
+    fn on(&self, ordinal: usize) -> Self {
         let context = CudaContext::new(ordinal).expect("another NVIDIA GPU");
-        Self::on(context.new_stream().expect("a stream"), self.runtime, None)
+        Self::of(context.new_stream().expect("a stream"), self.runtime, None)
+    }
+
+    /// A stream whose tensors are refused here: of the other GPU if there is to be one.
+    pub fn elsewhere(&self) -> Self {
+        devices().1.map_or_else(|| self.fork(), |other| self.on(other))
+    }
+
+    /// The GPU's.
+    pub fn compute_capability(&self) -> (i32, i32) {
+        self.runtime.compute_capability(self.stream.ordinal()).expect("the compute capability")
     }
 
     /// Waits until the stream is idle, and reports what failed on the device.
@@ -258,11 +292,13 @@ impl<T: Number> Mirrored<T> {
 
     /// The device copy, for operations.
     pub fn device_view(&self) -> TensorRef<'_> {
+        leave_device();
         self.part.of(self.device.view())
     }
 
     /// The device copy, for operations that write.
     pub fn device_view_mut(&mut self) -> TensorMut<'_> {
+        leave_device();
         self.part.of_mut(self.device.view_mut())
     }
 

@@ -158,7 +158,7 @@ pub fn pdl(norm: Norm) {
     };
     let default = chain(None);
     assert_same_bits("PDL off", &chain(Some(false)), &default);
-    if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
+    if gpu.compute_capability().0 >= 9 {
         assert_same_bits("PDL on", &chain(Some(true)), &default);
     }
 }
@@ -166,7 +166,7 @@ pub fn pdl(norm: Norm) {
 /// Everything that a norm with an output must refuse.
 pub fn wrong_input(norm: Norm) {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let options = NormOptions::default();
     let input = Mirrored::<f16>::random(&gpu, rng, &[8, 64]);
     let weight = Mirrored::<f16>::random(&gpu, rng, &[64]);
@@ -285,7 +285,7 @@ pub fn fused_strided_rows(norm: FusedAdd) {
 /// Everything that a fused addition must refuse.
 pub fn fused_wrong_input(norm: FusedAdd) {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let weight = Mirrored::<f16>::random(&gpu, rng, &[64]);
 
     #[track_caller]

@@ -51,7 +51,7 @@ const PAGE: usize = 16;
 impl Op {
     /// Those that the GPU has.
     pub fn all(gpu: &Gpu) -> Vec<Self> {
-        let hopper = gpu.runtime.compute_capability(0).unwrap() == (9, 0);
+        let hopper = gpu.compute_capability() == (9, 0);
         if !hopper {
             super::say("FlashAttention 3 skipped: the GPU is not of compute capability 9.0");
         }

@@ -3,7 +3,7 @@
 
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
+    DType, FlashInferError, PageIndices, PageTable, Result, TensorMut, TensorRef,
     attention::{
         AttentionSpec, Backend, BatchPrefill, Heads, Mask, PagedBatch, PlanOptions, PosEncodingMode,
         PrefillPlan, ReplayKey, RunOptions, Workspace,
@@ -152,7 +152,13 @@ impl DeviceMask {
                 let (address, len) = (bits.device_ptr(&gpu.cuda).0, bits.len());
                 // SAFETY: the slice lives as long as the view.
                 let bits = unsafe {
-                    TensorRef::from_raw_parts(address as *const _, Device::Cuda(0), DType::U8, &[len], None)
+                    TensorRef::from_raw_parts(
+                        address as *const _,
+                        gpu.stream.device(),
+                        DType::U8,
+                        &[len],
+                        None,
+                    )
                 };
                 Mask::Custom { indices, bits: bits.unwrap() }
             }
@@ -632,9 +638,7 @@ pub fn available<T: Number, K: Number, P>(gpu: &Gpu, case: &Case, made: Result<P
             say(&format!("skipped: no source holds the module of {:?}: {reason}", case.spec::<T, K>()));
             None
         }
-        Err(error @ FlashInferError::Unsupported { .. })
-            if fa3 && gpu.runtime.compute_capability(0).unwrap().0 != 9 =>
-        {
+        Err(error @ FlashInferError::Unsupported { .. }) if fa3 && gpu.compute_capability().0 != 9 => {
             say(&format!("skipped: {error}"));
             None
         }

@@ -279,7 +279,7 @@ pub fn two_streams_at_once(cases: [Case; 2]) {
         }
     }
     let Some(gpu) = Gpu::start() else { return };
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     std::thread::scope(|scope| {
         let threads = [&gpu, &other].into_iter().zip(cases).map(|(gpu, case)| {
             let rng = Rng::new();

@@ -368,7 +368,7 @@ fn latent_caches() {
 #[test]
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let host_table = table_among(rng, SMALL.pages, SMALL.page_size, &[9, 3]);
     let host_append = AppendIndices::last_tokens(&host_table, &[0, 4, 5]).unwrap();
     let mut table = PageTable::new(&gpu.stream, host_table.clone()).unwrap();

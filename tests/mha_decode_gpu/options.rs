@@ -16,7 +16,7 @@ fn lse_and_pdl_change_nothing() {
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let plan = decode.plan(&mut workspace, &table, &PlanOptions::default()).unwrap();
         let (want, _) = problem.check_run(&gpu, &plan);
-        let dependent = gpu.runtime.compute_capability(0).unwrap().0 >= 9;
+        let dependent = gpu.compute_capability().0 >= 9;
         for enable_pdl in [Some(false), dependent.then_some(true)] {
             let (mut out, _) = problem.outputs(&gpu);
             let mut options = problem.case.options();

@@ -60,7 +60,7 @@ fn steps_share_a_workspace() {
 #[test]
 fn buffers_are_freed_after_their_last_use() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let case = Case { lens: vec![3000, 1, 0, 700], kv_heads: 8, ..Case::default() };
     let Some(decode) = decode_of::<f16, f16>(&gpu, &case) else { return };
     let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
@@ -113,7 +113,7 @@ fn two_streams_at_once() {
         }
     }
     let Some(gpu) = Gpu::start() else { return };
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let (rng, other_rng) = (Rng::new(), Rng::new());
     std::thread::scope(|scope| {
         let threads = [scope.spawn(|| work(&gpu, rng, 4)), scope.spawn(|| work(&other, other_rng, 1))];

@@ -185,7 +185,7 @@ fn backends() {
 #[test]
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let problem = Problem::<f16, f16>::new(&gpu, rng, case(&[300]));
     let Some(single) = Single::of::<f16, f16>(&gpu, &problem.case) else { return };
     let Single::Decode(decode) = single else { unreachable!("a decode") };

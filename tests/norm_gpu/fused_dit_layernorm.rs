@@ -247,7 +247,7 @@ fn wrong_input() {
 
     // All views of another stream than the call's. Packed results, which have
     // no kernel here, are refused in the unit tests.
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut problem = Problem::random(&gpu, rng, Case::new(2, 5, 1));
     refused(problem.with_call(&other, &options, |call| call()), "input");
     other.synchronize();

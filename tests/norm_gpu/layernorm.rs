@@ -182,7 +182,7 @@ fn wrong_input() {
     for d in [24065, 24575, 1 << 18] {
         refuse([2, d], |_, _, _| {}, "input");
     }
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut case = Case::random(&gpu, rng, small);
     let call = norm::layernorm(
         &gpu.stream,

@@ -169,7 +169,7 @@ fn pdl() {
     };
     let default = bits(None);
     assert_same_bits("PDL off", &bits(Some(false)), &default);
-    if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
+    if gpu.compute_capability().0 >= 9 {
         assert_same_bits("PDL on", &bits(Some(true)), &default);
     }
 }
@@ -260,7 +260,7 @@ fn wrong_input() {
     // A result that is no 8-bit float, and views of another stream.
     let mut case = Case::<f16, f16>::random(&gpu, rng, [8, 64], 1.0, false);
     refused(case.run(&gpu, &options), "out");
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut case = Case::<f16, F8E4M3>::random(&gpu, rng, [8, 64], 1.0, false);
     let call = norm::rmsnorm_quant(
         &gpu.stream,

@@ -12,7 +12,7 @@ use super::quantize::{Angles, Tokens, assert_rounded_alike};
 
 /// A GPU that has the kernel.
 fn start() -> Option<Gpu> {
-    Gpu::start().filter(|gpu| gpu.runtime.compute_capability(0).unwrap().0 >= 9)
+    Gpu::start().filter(|gpu| gpu.compute_capability().0 >= 9)
 }
 
 fn append<T: Number>() {

@@ -229,7 +229,7 @@ fn pdl() {
         check(&gpu, "pdl", [&q, &k], [q_out, k_out], (&angles, &pos_ids), &options);
         outs.map(|out| out.download())
     };
-    if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
+    if gpu.compute_capability().0 >= 9 {
         for (with, without) in bits(true).iter().zip(&bits(false)) {
             assert_same_bits("PDL", with, without);
         }
@@ -333,8 +333,7 @@ fn append<T: Number, Q: Number>() {
                 let v =
                     Mirrored::random(&gpu, rng, &[tokens.len(), heads + 1, head_dim]).narrowed(1, 1, heads);
                 let mut options = RopeQuantizeOptions::with_scales(3.0, 40.0);
-                options.enable_pdl =
-                    layout == KvLayout::Hnd && gpu.runtime.compute_capability(0).unwrap().0 >= 9;
+                options.enable_pdl = layout == KvLayout::Hnd && gpu.compute_capability().0 >= 9;
                 let mut cache = Cache::<Q>::poisoned(&gpu, shape);
                 check_append(&gpu, [&q, &k, &v], &mut cache, &angles, &tokens, &options);
             }

@@ -153,7 +153,7 @@ fn graph_replay() {
 #[test]
 fn no_rows_and_other_streams() {
     let Some(gpu) = Gpu::start() else { return };
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let logits = Mirrored::<f32>::new(&gpu, &[2, 64], vec![0.5; 128]);
     let mut output = poisoned::<i32>(&gpu, 2);
     {

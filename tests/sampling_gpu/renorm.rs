@@ -128,7 +128,7 @@ fn softmax_options() {
         let default = chain(None);
         assert!(default.iter().all(|x| x.is_finite()));
         assert_same_bits("PDL off", &chain(Some(false)), &default);
-        if gpu.runtime.compute_capability(0).unwrap().0 >= 9 {
+        if gpu.compute_capability().0 >= 9 {
             assert_same_bits("PDL on", &chain(Some(true)), &default);
         }
     }
@@ -575,7 +575,7 @@ fn no_rows() {
 #[test]
 fn wrong_input() {
     let Some(gpu) = Gpu::start() else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let mut space = workspace(&gpu, 4, 4096);
     let input = softmax_rows(&gpu, rng, [4, 4096], 1.0);
     let mut out = Mirrored::<f32>::poisoned(&gpu, &[4, 4096]);
@@ -583,7 +583,7 @@ fn wrong_input() {
     let fake = |address: usize, device, dtype, shape: &[usize]| unsafe {
         TensorRef::from_raw_parts(address as *const _, device, dtype, shape, None).unwrap()
     };
-    let device = Device::Cuda(0);
+    let device = gpu.stream.device();
     let names = ["logits", "probs", "probs", "logits"];
     {
         let (good, mut target) = (input.device_view(), out.device_view_mut());

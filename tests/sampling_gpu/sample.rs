@@ -569,7 +569,7 @@ fn captured_steps_look_at_the_edits() {
 #[test]
 fn wrong_input_and_no_rows() {
     let Some(gpu) = Gpu::start_alone() else { return };
-    let other = gpu.fork();
+    let other = gpu.elsewhere();
     let mut logits = Mirrored::<f32>::new(&gpu, &[2, 64], vec![0.5; 128]);
     let uniforms = Mirrored::<f32>::new(&gpu, &[2], vec![0.5; 2]);
     let mut tokens = gpu.cuda.clone_htod(&[-7i32; 2]).unwrap();

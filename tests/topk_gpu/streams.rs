@@ -121,7 +121,7 @@ fn the_current_device_is_put_back() {
     if first.runtime.device_count().unwrap() < 2 {
         return say("skipped: there is one GPU only");
     }
-    let second = first.on_device(1);
+    let second = first.on_another();
     let mut row_states = RowStates::new(&second.stream).unwrap();
     let input = Mirrored::<f32>::random(&second, &mut Rng::new(), &[3, 100_000]);
     let (mut output, plain) = (Output::poisoned(&second, 3, 50), options(|_| ()));

@@ -30,7 +30,7 @@ fn nothing_to_select() {
 #[test]
 fn wrong_input() {
     let Some(gpu) = start(Gpu::start) else { return };
-    let (rng, other) = (&mut Rng::new(), gpu.fork());
+    let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
     let mut row_states = RowStates::new(&gpu.stream).unwrap();
     let mut foreign = RowStates::new(&other.stream).unwrap();
     let input = Mirrored::<f16>::random(&gpu, rng, &[4, 6000]);
@@ -102,7 +102,7 @@ fn wrong_input() {
 fn filtered_is_implemented() {
     let Some(gpu) = start(Gpu::start) else { return };
     let can = topk::can_implement_filtered_topk(&gpu.stream).unwrap();
-    match gpu.runtime.compute_capability(0).unwrap() {
+    match gpu.compute_capability() {
         (8, 0) | (9, 0) | (10, _) => assert!(can),
         (8, 6 | 9) | (12, _) => assert!(!can),
         other => say(&format!("compute capability {other:?}: {can}")),

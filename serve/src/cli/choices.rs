@@ -77,7 +77,14 @@ mod tests {
 
     #[test]
     fn answers_stand_one_after_the_other_with_their_log_probabilities() {
-        let limits = Limits { step_tokens: 32, max_running: 16, context: 400, draft: 0, ends: [0].into() };
+        let limits = Limits {
+            step_tokens: 32,
+            chunk_tokens: 32,
+            max_running: 16,
+            context: 400,
+            draft: 0,
+            ends: [0].into(),
+        };
         let engine = Engine::start(EngineConfig::new(limits), bytes::text("gpt-2"), |pool, limits| {
             Ok(Simulated::new(pool, limits.step_capacity(), ASCII))
         });

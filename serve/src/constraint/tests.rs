@@ -37,8 +37,14 @@ pub fn texts() -> [Arc<Text>; 2] {
 /// An engine on random numbers, with few pages, and drafts for those who may have them.
 pub fn engine(text: &Arc<Text>, pages: usize) -> Engine {
     let language = Language { vocab_size: text.vocab_size(), nan: 0 };
-    let limits =
-        Limits { step_tokens: 32, max_running: 16, context: 4000, draft: 3, ends: text.ends().clone() };
+    let limits = Limits {
+        step_tokens: 32,
+        chunk_tokens: 32,
+        max_running: 16,
+        context: 4000,
+        draft: 3,
+        ends: text.ends().clone(),
+    };
     let config = EngineConfig { page_size: 4, num_pages: pages, ..EngineConfig::new(limits) };
     let load = move |pool: &PageAllocator, limits: &mut Limits| {
         Ok(Simulated::new(pool, limits.step_capacity(), language))

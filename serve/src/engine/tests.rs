@@ -29,7 +29,7 @@ use crate::{
 };
 
 fn limits() -> Limits {
-    Limits { step_tokens: 32, max_running: 16, context: 400, draft: 0, ends: [0].into() }
+    Limits { step_tokens: 32, chunk_tokens: 32, max_running: 16, context: 400, draft: 0, ends: [0].into() }
 }
 
 fn config() -> EngineConfig {

@@ -36,7 +36,8 @@ impl Endpoints {
         let text = fuzzing::byte_level("gpt-2");
         let language = Language { vocab_size: text.vocab_size(), nan: 0 };
         let ends = text.ends().clone();
-        let limits = Limits { step_tokens: 64, max_running: 32, context: CONTEXT, draft: 0, ends };
+        let limits =
+            Limits { step_tokens: 64, chunk_tokens: 64, max_running: 32, context: CONTEXT, draft: 0, ends };
         let config = EngineConfig { page_size: 4, num_pages: 8 * CONTEXT, ..EngineConfig::new(limits) };
         let engine = Engine::start(config, text, move |pool, limits| {
             Ok(Simulated::new(pool, limits.step_capacity(), language))

@@ -34,8 +34,13 @@ impl Part {
         let most = if unscored.is_empty() { rest } else { begin + outputs };
         let len = rest.min(budget).min(most);
         let scores = begin..unscored.end.saturating_sub(from).min(len);
-        let reads = rest > 1 || choice.answer().is_empty();
+        let reads = Self::reads(choice, sequence);
         Self { from, len, whole: len == rest, reads, scores, draft: Vec::new() }
+    }
+
+    /// Whether what comes next of a choice is of a prompt, or computed again.
+    pub fn reads(choice: &Choice, sequence: &Sequence) -> bool {
+        choice.tokens().len() - sequence.len() > 1 || choice.answer().is_empty()
     }
 
     /// The token that comes of a whole part.

@@ -22,21 +22,25 @@ impl Scheduler {
             pages = self.further_pages(&parts);
         }
         let mut budget = self.limits.step_tokens - parts.iter().map(Part::rows).sum::<usize>();
+        let mut chunk =
+            self.chunk() - parts.iter().filter(|part| part.reads).map(|part| part.len).sum::<usize>();
         let mut outputs =
             self.limits.step_capacity().outputs - parts.iter().map(Part::outputs).sum::<usize>();
         while budget > 0
+            && chunk > 0
             && outputs > 0
             && self.running.len() < self.limits.max_running
             && let Some(sequence) = self.admissible(&parts, pages)
             && let Some(mut choice) = self.waiting.pop_front()
         {
-            let part = Part::next(&choice, &sequence, budget, outputs);
+            let part = Part::next(&choice, &sequence, budget.min(chunk), outputs);
             self.stats.saved += sequence.len().saturating_sub(choice.reached);
             choice.reached = choice.reached.max(sequence.len());
             choice.cached.get_or_insert(sequence.len());
             choice.started.get_or_insert_with(Instant::now);
             pages += part.further_pages(&sequence);
             budget -= part.len;
+            chunk -= part.len;
             outputs -= part.outputs();
             self.batch.push(sequence)?;
             self.running.push(choice);
@@ -50,14 +54,24 @@ impl Scheduler {
     /// What comes next of the choices that run.
     fn going_on(&self) -> Vec<Part> {
         let (mut budget, mut outputs) = (self.limits.step_tokens, self.limits.step_capacity().outputs);
+        let mut chunk = self.chunk();
         let running = self.running.iter().zip(self.batch.sequences());
         let next = running.map(|(choice, sequence)| {
-            let part = Part::next(choice, sequence, budget, outputs);
+            let reads = Part::reads(choice, sequence);
+            let part = Part::next(choice, sequence, if reads { budget.min(chunk) } else { budget }, outputs);
             budget -= part.len;
+            chunk -= if reads { part.len } else { 0 };
             outputs -= part.outputs();
             part
         });
         next.collect()
+    }
+
+    /// The most tokens of prompts that a step reads now.
+    fn chunk(&self) -> usize {
+        let mut running = self.running.iter().zip(self.batch.sequences());
+        let goes_on = running.any(|(choice, sequence)| !Part::reads(choice, sequence));
+        if goes_on { self.limits.chunk_tokens } else { self.limits.step_tokens }
     }
 
     /// The pages that the pool has to have for a step.

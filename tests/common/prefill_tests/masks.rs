@@ -109,7 +109,7 @@ impl On {
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let (tables, other) = (Tables::new(&gpu, &problem), gpu.fork());
+        let (tables, other) = (Tables::new(&gpu, &problem), gpu.elsewhere());
         let shapes: [&[(usize, usize)]; 4] =
             [&[(2, 9)], &[(2, 9), (3, 4)], &[(2, 9), (2, 5)], &[(2, 9), (3, 5)]];
         let bits = gpu.cuda.alloc_zeros::<u8>(5).unwrap();

@@ -96,7 +96,7 @@ impl On {
             let mut workspace = Workspace::new(&gpu.stream).unwrap();
             let plan = tables.plan(&prefill, &mut workspace, &case.plan_options()).unwrap();
             let (want, _) = problem.check_run(&gpu, &plan);
-            let dependent = gpu.runtime.compute_capability(0).unwrap().0 >= 9;
+            let dependent = gpu.compute_capability().0 >= 9;
             for enable_pdl in [Some(false), dependent.then_some(true)] {
                 let (mut out, _) = problem.outputs(&gpu);
                 let mut options = case.options();

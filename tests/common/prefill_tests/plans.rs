@@ -194,7 +194,7 @@ impl On {
         let cases = [self.case(), Case { group: 1, causal: false, ..self.case() }];
         let prefills = cases.each_ref().map(|case| prefill_of::<f16, f16>(&gpu, case));
         let [Some(one), Some(two)] = &prefills else { return };
-        let other = gpu.fork();
+        let other = gpu.elsewhere();
         std::thread::scope(|scope| {
             let threads =
                 [(&gpu, one), (&other, two)].into_iter().zip(&cases).map(|((gpu, prefill), case)| {
@@ -211,7 +211,7 @@ impl On {
 
     pub fn wrong_queries_and_outputs(self) {
         let Some(gpu) = Gpu::start() else { return };
-        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
         let case = self.case();
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());
@@ -233,7 +233,7 @@ impl On {
 
     pub fn wrong_plans(self) {
         let Some(gpu) = Gpu::start_alone() else { return };
-        let (rng, other) = (&mut Rng::new(), gpu.fork());
+        let (rng, other) = (&mut Rng::new(), gpu.elsewhere());
         let case = self.case();
         let Some(prefill) = prefill_of::<f16, f16>(&gpu, &case) else { return };
         let problem = Problem::<f16, f16>::new(&gpu, rng, case.clone());

@@ -94,7 +94,8 @@ fn ranks_make_the_logits_of_one() {
 /// What requests are answered whose pages run out, so that some are preempted, which share prefixes
 /// and have drafts.
 fn answers(backend: &mut dyn Backend, pool: &PageAllocator) -> (Vec<Vec<u32>>, Stats) {
-    let limits = Limits { step_tokens: 16, max_running: 8, context: 64, draft: 3, ends: [2].into() };
+    let limits =
+        Limits { step_tokens: 16, chunk_tokens: 16, max_running: 8, context: 64, draft: 3, ends: [2].into() };
     let mut requests = Requests::new(pool, backend.vocab_size(), limits);
     let mut ids = Vec::new();
     for index in 0..9u32 {

@@ -63,6 +63,9 @@ pub struct Args {
     /// With `--prompts`: the most tokens of a step
     #[arg(long, requires = "prompts", value_name = "N", default_value = "2048")]
     step_tokens: NonZeroUsize,
+    /// With `--prompts`: the most of them that are of a prompt, beside answers
+    #[arg(long, requires = "prompts", value_name = "N", default_value = "512")]
+    chunk_tokens: NonZeroUsize,
     /// With `--steps`: what the kernels of each step cost, too
     #[arg(long, requires = "steps", conflicts_with = "tensor_parallel")]
     kernels: bool,
@@ -101,7 +104,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if !args.prompts.is_empty() {
         let step_tokens = args.step_tokens.get();
-        return Prompts { tokens: &args.prompts, step_tokens }.run(source()?, gpu);
+        let chunk_tokens = args.chunk_tokens.get();
+        return Prompts { tokens: &args.prompts, step_tokens, chunk_tokens }.run(source()?, gpu);
     }
     let (name, files) = locate()?;
     let most = args.prompt_tokens.iter().chain(&args.generate_tokens).map(|tokens| tokens.get()).max();

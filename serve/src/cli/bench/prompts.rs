@@ -38,6 +38,8 @@ pub struct Prompts<'a> {
     pub tokens: &'a [NonZeroUsize],
     /// The most tokens of a step.
     pub step_tokens: usize,
+    /// The most of them that are of prompts, beside answers.
+    pub chunk_tokens: usize,
 }
 
 /// A scheduler, and what it computes on.
@@ -64,7 +66,7 @@ impl Prompts<'_> {
             return Err(problem.into());
         }
         // While a prompt is read, each step has a token of each answer.
-        let steps = longest.div_ceil(self.step_tokens - ANSWERS);
+        let steps = longest.div_ceil(self.chunk_tokens.min(self.step_tokens - ANSWERS));
         let room = ANSWERS * (CONTEXT + 2 * STEPS_ALONE + steps) + 2 * longest;
         let pool = PageAllocator::new(room.div_ceil(PAGE_SIZE), PAGE_SIZE)?;
         let options = GpuOptions { max_tokens: self.step_tokens, ..options };
@@ -72,6 +74,7 @@ impl Prompts<'_> {
         println!("{}; steps of up to {} tokens", gpu.name()?, self.step_tokens);
         let limits = Limits {
             step_tokens: self.step_tokens,
+            chunk_tokens: self.chunk_tokens,
             max_running: ANSWERS + 1,
             context: config.context_length,
             draft: 0,
@@ -91,7 +94,11 @@ impl Prompts<'_> {
             println!("| {tokens} | {:.2} | {rate:.0} | {:.0} | {share:.0} % |", time * 1e3, flops / 1e12);
         }
         println!();
-        println!("{ANSWERS} answers go on while a prompt is read: milliseconds from a token to the next");
+        println!(
+            "{ANSWERS} answers go on while a prompt is read, up to {} tokens of it in a step: milliseconds \
+             from a token to the next",
+            self.chunk_tokens
+        );
         println!(
             "| prompt | first token ms | median | 99 of 100 | longest | median alone | 99 of 100 alone |"
         );

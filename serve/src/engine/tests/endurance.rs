@@ -14,7 +14,14 @@ fn memory_does_not_grow_over_a_million_requests() {
     if !is_alone(NAME) {
         return;
     }
-    let limits = Limits { step_tokens: 128, max_running: 32, context: 64, draft: 0, ends: [0].into() };
+    let limits = Limits {
+        step_tokens: 128,
+        chunk_tokens: 128,
+        max_running: 32,
+        context: 64,
+        draft: 0,
+        ends: [0].into(),
+    };
     let config = EngineConfig { num_pages: 100, page_size: 4, max_queued: 2000, ..EngineConfig::new(limits) };
     let engine = Engine::start(config, bytes::text("gpt-2"), |pool, limits| {
         let backend = Simulated::new(pool, limits.step_capacity(), Language { vocab_size: 8, nan: 0 });

@@ -42,7 +42,14 @@ const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}: {{ mess
 const CONTEXT: usize = 400;
 
 fn config() -> EngineConfig {
-    let limits = Limits { step_tokens: 64, max_running: 32, context: CONTEXT, draft: 0, ends: [0].into() };
+    let limits = Limits {
+        step_tokens: 64,
+        chunk_tokens: 64,
+        max_running: 32,
+        context: CONTEXT,
+        draft: 0,
+        ends: [0].into(),
+    };
     EngineConfig { page_size: 4, num_pages: 1600, ..EngineConfig::new(limits) }
 }
 

@@ -54,7 +54,14 @@ fn a_day_of_requests_loses_no_page_and_no_memory() {
         return;
     }
     let language = Language { vocab_size: 16, nan: 0 };
-    let limits = Limits { step_tokens: 24, max_running: 12, context: 80, draft: 3, ends: [0].into() };
+    let limits = Limits {
+        step_tokens: 24,
+        chunk_tokens: 24,
+        max_running: 12,
+        context: 80,
+        draft: 3,
+        ends: [0].into(),
+    };
     let (pool, requests, backend) = speaking(NUM_PAGES, PAGE_SIZE, limits.clone(), language);
     let backend = Faulty { backend: backend.with_costs(COSTS), one_in: 150, calls: 0 };
     let mut traffic = Traffic::new(requests, backend, &pool);

@@ -31,7 +31,14 @@ fn vocab(vocab_size: usize) -> Language {
 }
 
 fn limits(step_tokens: usize, draft: usize) -> Limits {
-    Limits { step_tokens, max_running: usize::MAX, context: 1000, draft, ends: [].into() }
+    Limits {
+        step_tokens,
+        chunk_tokens: step_tokens,
+        max_running: usize::MAX,
+        context: 1000,
+        draft,
+        ends: [].into(),
+    }
 }
 
 /// Tokens below 1000 that differ from those of another seed.

@@ -93,10 +93,10 @@ fn params() -> impl Strategy<Value = SamplingParams> {
 
 fn schedule() -> impl Strategy<Value = Schedule> {
     let draft = prop_oneof![1 => Just(0), 1 => 0..5usize];
-    let limits = (1..14usize, 1..14usize, 6..60usize, draft, any::<bool>()).prop_map(
-        |(step_tokens, max_running, context, draft, ends)| {
+    let limits = (1..14usize, 1..14usize, 1..14usize, 6..60usize, draft, any::<bool>()).prop_map(
+        |(step_tokens, chunk_tokens, max_running, context, draft, ends)| {
             let ends = if ends { [0].into() } else { [].into() };
-            Limits { step_tokens, max_running, context, draft, ends }
+            Limits { step_tokens, chunk_tokens, max_running, context, draft, ends }
         },
     );
     // Prompts that begin alike, or are the beginnings of each other.

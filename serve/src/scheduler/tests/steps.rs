@@ -105,6 +105,31 @@ fn no_more_run_than_may() {
     assert!((0..7).all(|request| requests.answer(request).tokens.len() == 4));
 }
 
+/// Beside answers that go on, prompts have no more than the chunk of a step; without, all of it.
+#[test]
+fn prompts_are_read_in_chunks_beside_answers() {
+    let limits = Limits { chunk_tokens: 5, ..limits(16, 0) };
+    let (_, mut requests, mut backend) = setup(200, 4, limits.clone());
+    let mut read = |requests: &mut Requests| {
+        let before = requests.scheduler.stats().read;
+        requests.step(&mut backend);
+        requests.scheduler.stats().read - before
+    };
+    // Nobody waits for these.
+    requests.submit(&tokens(0, 20), &greedy(12)).unwrap();
+    assert_eq!([16, 4], [(); 2].map(|()| read(&mut requests)));
+    for prompt in 1..=2 {
+        requests.submit(&tokens(prompt, 7), &greedy(3)).unwrap();
+    }
+    // Two prompts share the chunk.
+    assert_eq!([5, 5, 4, 0], [(); 4].map(|()| read(&mut requests)));
+    requests.finish(&mut backend);
+    for (request, (len, answer)) in [(20, 12), (7, 3), (7, 3)].into_iter().enumerate() {
+        let alone = &solo(&tokens(request as u64, len), &greedy(answer), &limits, 800, vocab(1000))[0];
+        compare(requests.answer(request), alone, "solo");
+    }
+}
+
 /// A long prompt does not hold up those that decode by more than a part of it: on the
 /// clock no token of theirs takes longer than a full step.
 #[test]

@@ -54,7 +54,14 @@ fn random_requests_are_answered_as_if_each_were_alone() {
     }
     let (time, loaded) = (seconds(60), loaded().expect("the pinned model"));
     let pool = PageAllocator::new(NUM_PAGES, 16).unwrap();
-    let limits = Limits { step_tokens: 256, max_running: 48, context: 2000, draft: 3, ends: [2].into() };
+    let limits = Limits {
+        step_tokens: 256,
+        chunk_tokens: 256,
+        max_running: 48,
+        context: 2000,
+        draft: 3,
+        ends: [2].into(),
+    };
     let mut gpu = loaded.gpu_with(&pool, GpuOptions { deterministic: true, ..GpuOptions::new(256) });
     let kinds = kinds(loaded, &mut gpu, &pool, &limits, &mut Rng::new());
     let requests = Requests::new(&pool, gpu.vocab_size(), limits);
