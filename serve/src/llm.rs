@@ -34,8 +34,8 @@ const PAGE_SIZE: usize = 16;
 const CPU_STEP_TOKENS: usize = 256;
 /// The same on a GPU.
 const GPU_STEP_TOKENS: usize = 2048;
-/// The most tokens of prompts that a step reads beside answers, unless it is said: about where an H200
-/// is as fast for each token as with more.
+/// The most tokens of a step that reads prompts beside answers, unless it is said: about where an H200 is
+/// as fast for each token as with more.
 const CHUNK_TOKENS: usize = 512;
 
 /// The most tokens of a model's drafts, unless it is said.
@@ -51,8 +51,8 @@ pub struct LlmOptions {
     /// The most tokens that one step computes, so that longer prompts are read in parts;
     /// `None` for 2048 on a GPU and 256 on the CPU.
     pub step_tokens: Option<usize>,
-    /// The most tokens of prompts that a step reads beside answers that go on: smaller chunks have
-    /// their tokens come more evenly, and take longer to read. No more than a step's.
+    /// The most tokens of a step that reads prompts beside answers that go on: with fewer their tokens
+    /// come more evenly, and prompts take longer.
     pub chunk_tokens: usize,
     /// The most answers that run at a time.
     pub max_running: usize,

@@ -70,8 +70,9 @@ pub struct Limits {
     /// The most tokens that one step computes, so that longer prompts are read in
     /// parts. At least 1.
     pub step_tokens: usize,
-    /// The most tokens of prompts that a step reads beside answers that go on, which wait for it:
-    /// smaller chunks have their tokens come more evenly, and take longer to read. At least 1.
+    /// The most tokens of a step that reads prompts beside answers that go on, which wait for it: with
+    /// fewer their tokens come more evenly, and prompts take longer. At least 1. Where answers are so
+    /// many, prompts have as many tokens as they.
     pub chunk_tokens: usize,
     /// The most choices that run at a time. At least 1; no more than `step_tokens` do.
     pub max_running: usize,

@@ -69,9 +69,11 @@ impl Scheduler {
 
     /// The most tokens of prompts that a step reads now.
     fn chunk(&self) -> usize {
-        let mut running = self.running.iter().zip(self.batch.sequences());
-        let goes_on = running.any(|(choice, sequence)| !Part::reads(choice, sequence));
-        if goes_on { self.limits.chunk_tokens } else { self.limits.step_tokens }
+        let running = self.running.iter().zip(self.batch.sequences());
+        match running.filter(|(choice, sequence)| !Part::reads(choice, sequence)).count() {
+            0 => self.limits.step_tokens,
+            answers => self.limits.chunk_tokens.saturating_sub(answers).max(answers),
+        }
     }
 
     /// The pages that the pool has to have for a step.

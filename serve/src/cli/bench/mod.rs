@@ -63,7 +63,7 @@ pub struct Args {
     /// With `--prompts`: the most tokens of a step
     #[arg(long, requires = "prompts", value_name = "N", default_value = "2048")]
     step_tokens: NonZeroUsize,
-    /// With `--prompts`: the most of them that are of a prompt, beside answers
+    /// With `--prompts`: the most of a step that reads beside answers
     #[arg(long, requires = "prompts", value_name = "N", default_value = "512")]
     chunk_tokens: NonZeroUsize,
     /// With `--steps`: what the kernels of each step cost, too

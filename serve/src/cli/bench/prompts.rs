@@ -38,7 +38,7 @@ pub struct Prompts<'a> {
     pub tokens: &'a [NonZeroUsize],
     /// The most tokens of a step.
     pub step_tokens: usize,
-    /// The most of them that are of prompts, beside answers.
+    /// The most of a step that reads beside answers.
     pub chunk_tokens: usize,
 }
 
@@ -66,7 +66,8 @@ impl Prompts<'_> {
             return Err(problem.into());
         }
         // While a prompt is read, each step has a token of each answer.
-        let steps = longest.div_ceil(self.chunk_tokens.min(self.step_tokens - ANSWERS));
+        let steps = longest
+            .div_ceil(self.chunk_tokens.saturating_sub(ANSWERS).max(ANSWERS).min(self.step_tokens - ANSWERS));
         let room = ANSWERS * (CONTEXT + 2 * STEPS_ALONE + steps) + 2 * longest;
         let pool = PageAllocator::new(room.div_ceil(PAGE_SIZE), PAGE_SIZE)?;
         let options = GpuOptions { max_tokens: self.step_tokens, ..options };
@@ -95,8 +96,8 @@ impl Prompts<'_> {
         }
         println!();
         println!(
-            "{ANSWERS} answers go on while a prompt is read, up to {} tokens of it in a step: milliseconds \
-             from a token to the next",
+            "{ANSWERS} answers go on while a prompt is read, in steps of up to {} tokens: milliseconds from a \
+             token to the next",
             self.chunk_tokens
         );
         println!(

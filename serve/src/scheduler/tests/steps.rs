@@ -105,7 +105,8 @@ fn no_more_run_than_may() {
     assert!((0..7).all(|request| requests.answer(request).tokens.len() == 4));
 }
 
-/// Beside answers that go on, prompts have no more than the chunk of a step; without, all of it.
+/// Beside answers that go on, a step that reads has no more tokens than a chunk; without, all that it
+/// may have.
 #[test]
 fn prompts_are_read_in_chunks_beside_answers() {
     let limits = Limits { chunk_tokens: 5, ..limits(16, 0) };
@@ -121,8 +122,8 @@ fn prompts_are_read_in_chunks_beside_answers() {
     for prompt in 1..=2 {
         requests.submit(&tokens(prompt, 7), &greedy(3)).unwrap();
     }
-    // Two prompts share the chunk.
-    assert_eq!([5, 5, 4, 0], [(); 4].map(|()| read(&mut requests)));
+    // The step in flight is without them; then two prompts share the chunk.
+    assert_eq!([0, 4, 4, 3, 3], [(); 5].map(|()| read(&mut requests)));
     requests.finish(&mut backend);
     for (request, (len, answer)) in [(20, 12), (7, 3), (7, 3)].into_iter().enumerate() {
         let alone = &solo(&tokens(request as u64, len), &greedy(answer), &limits, 800, vocab(1000))[0];
