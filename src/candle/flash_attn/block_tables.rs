@@ -3,8 +3,9 @@
 use candle_core::{Device, Result, Tensor, bail};
 
 use super::{
-    call::{AttentionParams, BatchLayout, CacheScales, Lengths},
+    call::{AttentionParams, BatchLayout, Lengths},
     lengths,
+    operation::CacheScales,
 };
 use crate::kv::KvLayout;
 

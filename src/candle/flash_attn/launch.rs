@@ -14,7 +14,7 @@ use candle_core::{
 
 use super::{
     super::tensor,
-    call::{CallKeys, FlashAttnCall},
+    operation::{CallKeys, FlashAttnCall},
     visible::Visible,
 };
 use crate::{

@@ -6,6 +6,7 @@ mod call;
 #[cfg(feature = "candle-cuda")]
 mod launch;
 mod lengths;
+mod operation;
 mod views;
 mod visible;
 pub use block_tables::{PagedAttentionOptions, paged_attention, paged_attention_with_lse};
