@@ -350,7 +350,8 @@ pub trait TensorExt<T: Element>: DevicePtr<T> + sealed::Storage {
     /// A contiguous view for work on `stream`.
     ///
     /// Not to be made while the stream is captured into a CUDA graph: it waits
-    /// for events, which breaks the capture. A [`Tensor`]'s views can be.
+    /// for events, which breaks the capture, unless cudarc tracks none. A
+    /// [`Tensor`]'s views can be made then.
     ///
     /// # Errors
     /// The shape needs more elements than the slice has, the stream is of
@@ -454,7 +455,7 @@ fn raw<T: Element>(
 /// Kernel modules work in primary contexts, and views on one device.
 fn check_context(storage: &Arc<CudaStream>, stream: &Arc<CudaStream>) -> Result<()> {
     let invalid = |problem: String| Err(FlashInferError::invalid("tensor view", "stream", problem));
-    if capture::is_active() {
+    if capture::is_active() && stream.context().is_managing_stream_synchronization() {
         return invalid(
             "a step is being captured, and a slice's view waits for events, which breaks the capture; make it \
              before, or use gpu::Tensor"

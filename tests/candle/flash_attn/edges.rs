@@ -131,7 +131,7 @@ fn no_kernel_on_cuda() {
         refused(call(&ones(DType::F32, 64)), "on CUDA there are f16 and bf16");
         refused(call(&ones(DType::F16, 96)), "head dimensions 64, 128 and 256");
         let (x, slopes) = (ones(DType::F16, 64), Tensor::ones(2, DType::F32, device).unwrap());
-        refused(flash_attn_alibi(&x, &x, &x, &slopes, 0.1, true), "none with ALiBi");
+        refused(flash_attn_alibi(&x, &x, &x, &slopes, 0.1, true), "with ALiBi; there are none");
         refused(flash_attn_alibi(&x, &x, &x, &slopes, 0.1, false), "ALiBi needs window_size_right = Some(0)");
         refused(
             flash_attn_alibi_windowed_softcap(&x, &x, &x, Some(&slopes), 0.1, None, Some(0), 2.0),
