@@ -2,6 +2,7 @@
 
 use indicatif::DecimalBytes;
 
+use super::out::say;
 use crate::{Result, hub::Hub};
 
 /// Show the models on this machine, and their sizes
@@ -12,10 +13,10 @@ pub struct Args {}
 pub fn run(_: &Args) -> Result<()> {
     let models = Hub::from_env()?.list()?;
     let width = models.iter().map(|model| model.name.chars().count()).max().unwrap_or(0).max("NAME".len());
-    println!("{:width$}  SIZE", "NAME");
+    say!("{:width$}  SIZE", "NAME");
     for model in models {
         let rest = if model.complete { "" } else { ", incomplete" };
-        println!("{:width$}  {}{rest}", model.name, DecimalBytes(model.size));
+        say!("{:width$}  {}{rest}", model.name, DecimalBytes(model.size));
     }
     Ok(())
 }

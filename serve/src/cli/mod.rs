@@ -8,6 +8,7 @@ mod commands;
 mod conversation;
 mod interrupt;
 mod list;
+mod out;
 mod precision;
 mod prompts;
 mod pull;
@@ -25,6 +26,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use self::out::note;
 use crate::Result;
 
 /// Runs language models on FlashInfer's kernels, or on the CPU.
@@ -64,8 +66,9 @@ impl Command {
 pub fn main() -> ExitCode {
     match Cli::parse().command.execute() {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if out::is_closed(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            note!("error: {error}");
             ExitCode::FAILURE
         }
     }

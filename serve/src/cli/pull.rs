@@ -1,5 +1,6 @@
 //! `flashinfer pull MODEL`: fetches a model.
 
+use super::out::say;
 use crate::{
     Result,
     hub::{Hub, ModelName},
@@ -15,7 +16,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     for path in Hub::from_env()?.pull(&args.model)? {
-        println!("{}", path.display());
+        say!("{}", path.display());
     }
     Ok(())
 }

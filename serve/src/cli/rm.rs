@@ -2,6 +2,7 @@
 
 use indicatif::DecimalBytes;
 
+use super::out::say;
 use crate::{
     Result,
     hub::{Hub, ModelName},
@@ -20,7 +21,7 @@ pub fn run(args: &Args) -> Result<()> {
     let hub = Hub::from_env()?;
     for model in &args.models {
         let freed = hub.remove(model)?;
-        println!("removed {model}, {} freed", DecimalBytes(freed));
+        say!("removed {model}, {} freed", DecimalBytes(freed));
     }
     Ok(())
 }

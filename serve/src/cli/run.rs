@@ -19,6 +19,7 @@ use super::{
     chat::Chat,
     conversation::Conversation,
     interrupt::Interrupt,
+    out::{Output, note},
     precision::PrecisionArgs,
     prompts::{self, Line},
     sampling::SamplingArgs,
@@ -107,7 +108,7 @@ pub fn run(args: &Args) -> Result<()> {
         ..LlmOptions::default()
     };
     let llm = Llm::load(&files, &options)?;
-    llm.text().warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
+    llm.text().warnings().iter().for_each(|warning| note!("warning: {warning}"));
     let asked = |(name, heading, prompt): (String, Option<String>, Result<String>)| {
         let events = prompt.and_then(|prompt| submit(&llm, args, &prompt));
         Asked { name, heading, events }
@@ -116,17 +117,17 @@ pub fn run(args: &Args) -> Result<()> {
         Task::Converse => return converse(args, llm, files, &hub),
         Task::Answer(prompt) => {
             let asked = [(String::new(), None, Ok(prompt))].into_iter().map(asked);
-            answer(llm.engine(), asked, &mut io::stdout().lock())?
+            answer(llm.engine(), asked, &mut Output)?
         }
         Task::AnswerLines(lines) => {
             let lines = lines.into_iter().map(|line| {
                 let heading = line.prompt.clone().unwrap_or_else(|reason| format!("({reason})"));
                 (format!("line {}", line.number), Some(heading), line.prompt.map_err(Into::into))
             });
-            answer(llm.engine(), lines.map(asked), &mut io::stdout().lock())?
+            answer(llm.engine(), lines.map(asked), &mut Output)?
         }
     };
-    eprintln!("{}; {summary}", llm.place());
+    note!("{}; {summary}", llm.place());
     summary.check()
 }
 
@@ -178,9 +179,9 @@ fn converse(args: &Args, llm: Llm, files: Vec<PathBuf>, hub: &Hub) -> Result<()>
         verbose: false,
         interrupt: Interrupt::install()?,
     };
-    eprintln!("{} {}; /help shows what can be said beside questions", args.model, conversation.llm.place());
+    note!("{} {}; /help shows what can be said beside questions", args.model, conversation.llm.place());
     let mut line = PromptLine::new(hub.folder().join("history"))?;
-    conversation.run(&mut |prompt| line.read(prompt), &mut io::stdout())
+    conversation.run(&mut |prompt| line.read(prompt), &mut Output)
 }
 
 #[cfg(test)]

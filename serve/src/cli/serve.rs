@@ -1,8 +1,8 @@
 //! `flashinfer serve [MODEL]`: OpenAI's API.
 
-use std::{net::TcpListener, num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{io::Write, net::TcpListener, num::NonZeroUsize, sync::Arc, time::Duration};
 
-use super::{precision::PrecisionArgs, ranks};
+use super::{out::Output, precision::PrecisionArgs, ranks};
 use crate::{
     Llm, LlmOptions, Result,
     backend::device::Device,
@@ -90,7 +90,8 @@ pub fn run(args: &Args) -> Result<()> {
     let server = Arc::new(Server::new(options(args)?)?);
     let listener = TcpListener::bind((args.host.as_str(), args.port))
         .map_err(|error| format!("cannot listen at {} port {}: {error}", args.host, args.port))?;
-    println!("listening at http://{}", listener.local_addr()?);
+    // It serves, whether anybody reads this or not.
+    let _ = writeln!(Output, "listening at http://{}", listener.local_addr()?);
     let llm_options = LlmOptions { parallel, ..llm_options(args) };
     let (model, draft_model) = (args.model.clone(), args.draft_model.clone());
     server.run(listener, move || {

@@ -5,6 +5,7 @@ use std::{cmp::Reverse, collections::BTreeMap, fmt::Write, fs, path::PathBuf};
 use candle_core::quantized::gguf_file::Value;
 use indicatif::DecimalBytes;
 
+use super::out::say;
 use crate::{
     Result,
     hub::{Hub, ModelName},
@@ -24,7 +25,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let files = Hub::from_env()?.locate(&args.model)?;
-    println!("{}", describe(&args.model, &files)?);
+    say!("{}", describe(&args.model, &files)?);
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
+use super::super::out::say;
 use crate::{
     Result,
     backend::{
@@ -24,18 +25,18 @@ pub fn table(gpu: &mut Gpu, pool: &PageAllocator, requests: usize, context: usiz
     let Breakdown { microseconds, overlapping, kernels } =
         gpu.break_down(&Step { batch: &batch, tokens: &tokens, outputs: &outputs })?;
     let launches: usize = kernels.iter().map(|kernel| kernel.launches).sum();
-    println!();
-    println!(
+    say!("");
+    say!(
         "{requests} requests: {microseconds:.1} µs, {launches} kernels, of which {overlapping} may begin early"
     );
-    println!("saved: by how much the step is shorter without the kernels of a row");
-    println!("| kernel | blocks × threads | launches | saved µs | each µs | of the step |");
-    println!("|---|---|---|---|---|---|");
+    say!("saved: by how much the step is shorter without the kernels of a row");
+    say!("| kernel | blocks × threads | launches | saved µs | each µs | of the step |");
+    say!("|---|---|---|---|---|---|");
     let mut all = 0.0;
     for kernel in &kernels {
         let saved = kernel.microseconds;
         all += saved;
-        println!(
+        say!(
             "| {} | {} × {} | {} | {saved:.1} | {:.2} | {:.1} % |",
             short(&kernel.name),
             kernel.blocks,
@@ -45,7 +46,7 @@ pub fn table(gpu: &mut Gpu, pool: &PageAllocator, requests: usize, context: usiz
             1e2 * saved / microseconds,
         );
     }
-    println!("| what is hidden behind others, or waited for | | | {:.1} | | |", microseconds - all);
+    say!("| what is hidden behind others, or waited for | | | {:.1} | | |", microseconds - all);
     Ok(())
 }
 

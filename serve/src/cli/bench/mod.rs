@@ -8,6 +8,7 @@ mod throughput;
 
 use std::num::NonZeroUsize;
 
+use super::out::say;
 use crate::{
     Llm, LlmOptions, Result,
     backend::{device::Device, gpu::GpuOptions},
@@ -119,9 +120,9 @@ pub fn run(args: &Args) -> Result<()> {
         ..LlmOptions::default()
     };
     let llm = Llm::load(&files, &options)?;
-    println!("{name}, {}; {} repetitions, after one that does not count", llm.place(), args.repetitions);
-    println!("| test | tokens/s | standard deviation | tokens drafted | right |");
-    println!("|---|---|---|---|---|");
+    say!("{name}, {}; {} repetitions, after one that does not count", llm.place(), args.repetitions);
+    say!("| test | tokens/s | standard deviation | tokens drafted | right |");
+    say!("|---|---|---|---|---|");
     for tokens in &args.prompt_tokens {
         Test::Prompt(tokens.get()).print(&llm, args.repetitions.get(), "")?;
     }

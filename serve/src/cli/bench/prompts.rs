@@ -10,6 +10,7 @@ use flashinfer_rs::kv::PageAllocator;
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 use super::{
+    super::out::say,
     source::Source,
     steps::{PAGE_SIZE, median},
 };
@@ -72,7 +73,7 @@ impl Prompts<'_> {
         let pool = PageAllocator::new(room.div_ceil(PAGE_SIZE), PAGE_SIZE)?;
         let options = GpuOptions { max_tokens: self.step_tokens, ..options };
         let gpu = part.load(&pool, options, None)?;
-        println!("{}; steps of up to {} tokens", gpu.name()?, self.step_tokens);
+        say!("{}; steps of up to {} tokens", gpu.name()?, self.step_tokens);
         let limits = Limits {
             step_tokens: self.step_tokens,
             chunk_tokens: self.chunk_tokens,
@@ -83,8 +84,8 @@ impl Prompts<'_> {
         };
         let scheduler = Scheduler::new(&pool, config.vocab_size, limits);
         let mut served = Served { scheduler, gpu, vocab_size: config.vocab_size as u32, requests: 0 };
-        println!("| prompt | first token ms | tokens/s | TFLOP/s | of {:.0} |", PEAK / 1e12);
-        println!("|---|---|---|---|---|");
+        say!("| prompt | first token ms | tokens/s | TFLOP/s | of {:.0} |", PEAK / 1e12);
+        say!("|---|---|---|---|---|");
         for tokens in self.tokens {
             let tokens = tokens.get();
             served.read(tokens)?;
@@ -92,18 +93,16 @@ impl Prompts<'_> {
             let (time, operations) = (median(times), operations(&config, tokens));
             let (rate, flops) = (tokens as f64 / time, operations / time);
             let share = 1e2 * flops / PEAK;
-            println!("| {tokens} | {:.2} | {rate:.0} | {:.0} | {share:.0} % |", time * 1e3, flops / 1e12);
+            say!("| {tokens} | {:.2} | {rate:.0} | {:.0} | {share:.0} % |", time * 1e3, flops / 1e12);
         }
-        println!();
-        println!(
+        say!("");
+        say!(
             "{ANSWERS} answers go on while a prompt is read, in steps of up to {} tokens: milliseconds from a \
              token to the next",
             self.chunk_tokens
         );
-        println!(
-            "| prompt | first token ms | median | 99 of 100 | longest | median alone | 99 of 100 alone |"
-        );
-        println!("|---|---|---|---|---|---|---|");
+        say!("| prompt | first token ms | median | 99 of 100 | longest | median alone | 99 of 100 alone |");
+        say!("|---|---|---|---|---|---|---|");
         self.tokens.iter().try_for_each(|tokens| served.row_beside(tokens.get()))
     }
 }
@@ -175,9 +174,13 @@ impl Served {
             let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
             [at(0.5), at(0.99), at(1.0)]
         });
-        println!(
+        say!(
             "| {tokens} | {first:.1} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} |",
-            beside[0], beside[1], beside[2], alone[0], alone[1]
+            beside[0],
+            beside[1],
+            beside[2],
+            alone[0],
+            alone[1]
         );
         Ok(())
     }

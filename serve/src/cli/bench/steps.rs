@@ -8,7 +8,7 @@ use flashinfer_rs::{
     kv::{Batch, PageAllocator, Sequence},
 };
 
-use super::{kernels, source::Source};
+use super::{super::out::say, kernels, source::Source};
 use crate::{
     Result,
     backend::{
@@ -90,21 +90,19 @@ impl Steps<'_> {
         let mut gpu = part.load(&pool, GpuOptions { max_tokens: most, ..options }, group)?;
         let floor = gpu.weight_bytes() as f64 / BANDWIDTH * 1e3;
         let ranks = if rank.size > 1 { format!("one of {} times ", rank.size) } else { String::new() };
-        println!("{ranks}{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
-        println!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
-        println!("the floor is that, and a graph of as many kernels that do nothing");
-        println!(
-            "step: each is enqueued while the one before is computed, as in the engine; waiting: when that"
-        );
-        println!(
+        say!("{ranks}{}; {context} tokens of context; medians of {STEPS} steps", gpu.name()?);
+        say!("reading {} MB of weights takes {floor:.3} ms at 4.8 TB/s", gpu.weight_bytes() / 1_000_000);
+        say!("the floor is that, and a graph of as many kernels that do nothing");
+        say!("step: each is enqueued while the one before is computed, as in the engine; waiting: when that");
+        say!(
             "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with drawn ones"
         );
-        println!("host: what of a step the host takes to enqueue it; eager: without graphs");
-        println!(
+        say!("host: what of a step the host takes to enqueue it; eager: without graphs");
+        say!(
             "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
          | tokens/s | kernels | per layer | attention ms | of graph | all-reduce ms | eager ms | eager host ms |"
         );
-        println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+        say!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
         for batch in batches {
             row(&config, &mut gpu, &pool, (batch.get(), context), floor)?;
         }
@@ -178,7 +176,7 @@ fn row(
     }
     let (graph, attention) = (median(graphs), median(attention));
     let sums = if sums.is_empty() { "".into() } else { format!("{:.3}", median(sums)) };
-    println!(
+    say!(
         "| {requests} | {time:.3} | {gap:.1} | {:.1} | {waiting:.3} | {host:.3} | {graph:.3} | {:.2} | {:.3} | {:.0} | {kernels} | {:.1} \
          | {attention:.3} | {:.0} % | {sums} | {eager:.3} | {eager_host:.3} |",
         drawn.gap,

@@ -5,6 +5,7 @@ use std::{fmt, time::Instant};
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
+use super::super::out::say;
 use crate::{Llm, Result, SamplingParams, cli::answers::failure, request::Request};
 
 /// What is measured, of so many tokens.
@@ -39,7 +40,7 @@ impl Test {
         let (drafted, right) = (after.drafted - before.drafted, after.accepted - before.accepted);
         let share =
             if drafted > 0 { format!("{:.0} %", 1e2 * right as f64 / drafted as f64) } else { "".into() };
-        println!("| {self}{suffix} | {mean:.2} | {deviation:.2} | {drafted} | {share} |");
+        say!("| {self}{suffix} | {mean:.2} | {deviation:.2} | {drafted} | {share} |");
         Ok(())
     }
 
