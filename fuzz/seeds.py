@@ -167,6 +167,8 @@ def models():
     rope = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0,
             "llama.rope.dimension_count": 4, "llama.attention.sliding_window": 4}
     seed("gguf", "long", model("llama", byte_level, **rope))
+    seed("gguf", "layers", model("llama", pieces, **{"llama.block_count": 2**31 + 1}))
+    seed("gguf", "wide_heads", model("llama", pieces, **{"llama.attention.key_length": 2**31}))
 
 
 def texts():

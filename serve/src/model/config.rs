@@ -16,6 +16,9 @@ use super::{
 };
 use crate::Result;
 
+/// The most dimensions of a head: twice those of any model that is known.
+const MAX_HEAD_DIM: usize = 1024;
+
 /// What a network computes, apart from its weights.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -147,7 +150,7 @@ impl Config {
 
     fn of_keys(architecture: &'static Architecture, keys: &Keys<'_>, gguf: &Gguf) -> Result<Self> {
         let hidden_size = keys.need("embedding_length")?;
-        let num_layers = keys.need("block_count")?;
+        let num_layers = num_layers(keys, gguf)?;
         let context_length = keys.need("context_length")?;
         let heads = heads(keys)?;
         let head_dim = head_dim(keys, hidden_size, heads)?;
@@ -201,6 +204,18 @@ impl Config {
     }
 }
 
+/// The layers, each of which has tensors.
+fn num_layers(keys: &Keys<'_>, gguf: &Gguf) -> Result<usize> {
+    let (num_layers, tensors) = (keys.need("block_count")?, gguf.tensors.len());
+    if num_layers > tensors {
+        let name = keys.name("block_count");
+        return Err(
+            format!("{name} is {num_layers}; expected at most one for each of {tensors} tensors").into()
+        );
+    }
+    Ok(num_layers)
+}
+
 fn heads(keys: &Keys<'_>) -> Result<Heads> {
     let num_qo_heads = keys.need("attention.head_count")?;
     let num_kv_heads = keys.count("attention.head_count_kv")?.unwrap_or(num_qo_heads);
@@ -219,8 +234,9 @@ fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: Heads) -> Result<usize> 
             );
         }
     }
-    if head_dim == 0 || !head_dim.is_multiple_of(2) {
-        return Err(format!("its heads have {head_dim} dimensions; expected an even number").into());
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
+        let expected = format!("expected an even number up to {MAX_HEAD_DIM}");
+        return Err(format!("its heads have {head_dim} dimensions; {expected}").into());
     }
     Ok(head_dim)
 }

@@ -39,6 +39,16 @@ fn files_that_cannot_be_run_are_refused() {
         ("llama.rope.scaling.factor", Value::F32(f32::NAN), "scaling.factor is NaN; expected a number"),
         ("llama.feed_forward_length", Value::U32(97), "blk.0.ffn_gate.weight: its shape is [96, 64]"),
         ("llama.block_count", Value::U32(2), "blk.1.attn_q.weight: it is missing"),
+        (
+            "llama.block_count",
+            Value::U32(u32::MAX),
+            "is 4294967295; expected at most one for each of 11 tensors",
+        ),
+        (
+            "llama.attention.key_length",
+            Value::U32(1 << 31),
+            "2147483648 dimensions; expected an even number up to",
+        ),
     ] {
         let mut tiny = Tiny::new();
         tiny.metadata.insert(key, value);
