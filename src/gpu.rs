@@ -455,7 +455,8 @@ fn raw<T: Element>(
 /// Kernel modules work in primary contexts, and views on one device.
 fn check_context(storage: &Arc<CudaStream>, stream: &Arc<CudaStream>) -> Result<()> {
     let invalid = |problem: String| Err(FlashInferError::invalid("tensor view", "stream", problem));
-    if capture::is_active() && stream.context().is_managing_stream_synchronization() {
+    let waits = |of: &Arc<CudaStream>| of.context().is_managing_stream_synchronization();
+    if capture::is_active() && (waits(storage) || waits(stream)) {
         return invalid(
             "a step is being captured, and a slice's view waits for events, which breaks the capture; make it \
              before, or use gpu::Tensor"

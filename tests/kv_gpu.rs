@@ -530,6 +530,9 @@ fn wrong_input() {
     refused(elsewhere.update(batch, &mut pair.device.cache), "cache");
     refused(pair.tables[0].update(batch, &mut pair.host.cache), "cache");
     refused(pair.tables[0].update(&pair.host.batches[0], &mut pair.host.cache), "cache");
+    let pool = PageAllocator::new(8, 4).unwrap();
+    let mut cache = PagedKvCache::new(&gpu.stream, &pool, &[shape]).unwrap();
+    refused(pair.tables[0].update(&Batch::new(&pool), &mut cache), "batch");
     let small = |requests, pages, tokens| {
         BatchTables::new(&gpu.stream, batch, BatchCapacity { requests, pages, tokens }).map(drop)
     };

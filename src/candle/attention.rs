@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
-    lse::{self, Lse},
+    lse::Lse,
     op::{Apply, Op, check_cache_dtype, check_dtype, check_like, fitting, invalid},
     paged::PagedCache,
     run::PagedRunOptions,
@@ -88,11 +88,11 @@ impl PagedAttention {
         }
         let dims = [kernel.rows(), heads.num_qo_heads, head_dim];
         check_like(op, "q", q, &dims, self.dtype_q, &self.device)?;
-        if dims[0] == 0 {
-            return q.to_dtype(self.dtype_o);
-        }
         let output = (Shape::from(&dims[..]), self.dtype_o);
         options.with_views(op, heads.num_qo_heads, &self.device, |options| {
+            if dims[0] == 0 {
+                return q.to_dtype(self.dtype_o);
+            }
             Lse::with_view(lse, [dims[0], dims[1]], &self.device, |lse| {
                 let call = PagedCall { kernel, layout, options, lse: RefCell::new(lse), output };
                 kv.apply_op2_no_bwd(&fitting(q)?, &Apply(call))
@@ -109,12 +109,9 @@ impl PagedAttention {
         (cache, layer): (&PagedCache, usize),
         options: &PagedRunOptions<'_>,
     ) -> Result<(Tensor, Tensor)> {
-        let (kept, shape) = (Lse::default(), [kernel.rows(), self.heads.num_qo_heads]);
+        let kept = Lse::default();
         let out = self.run(step, kernel, q, (cache, layer), options, Some(&kept))?;
-        match kept.of(q, shape)? {
-            Some(lse) => Ok((out, lse)),
-            None => Ok((out, lse::without_keys(shape, &self.device, None)?)),
-        }
+        Ok((out, kept.of(&q.detach(), [kernel.rows(), self.heads.num_qo_heads], None)?))
     }
 }
 
@@ -207,8 +204,8 @@ macro_rules! runs_of_layer {
 
         /// Runs as `run_with`; beside the result, the LSE: `f32` `(rows, num_qo_heads)`, for each
         /// query and head the base-2 logarithm of the sum of `exp` of its scores. With it, results
-        /// over parts of the keys can be merged. A query without keys has −∞, or the logarithm of
-        /// its sink.
+        /// over parts of the keys can be merged, of which one has the sinks. A query without keys has
+        /// −∞, or its sink times log2 e.
         ///
         /// # Errors
         /// Those of `run_with`.

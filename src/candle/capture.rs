@@ -3,7 +3,7 @@
 use candle_core::{Device, Result};
 
 use super::{op::invalid, tensor};
-use crate::{FlashInferError, graph::CapturedStep};
+use crate::{FlashInferError, capture, graph::CapturedStep};
 
 const OP: &str = "capture_step";
 
@@ -18,8 +18,9 @@ const OP: &str = "capture_step";
 /// in the same way.
 ///
 /// What candle allocates in `body` belongs to the graph, and is freed in it where the tensor is
-/// dropped. What it uploads (dimensions and strides for some of its operations) is kept on the
-/// device by its cache for graphs, which this function turns on.
+/// dropped. What it uploads, up to 4096 bytes at a time, is kept on the device by its cache for
+/// graphs, which this function turns on: dimensions and strides for some of its operations, and numbers
+/// that `body` makes on the host, which are in each launch what they were in the capture.
 ///
 /// [`PagedDecode::plan_for_graph`]: super::PagedDecode::plan_for_graph
 /// [`Tensor::slice_set`]: candle_core::Tensor::slice_set
@@ -29,8 +30,13 @@ const OP: &str = "capture_step";
 /// launched:
 ///
 /// - Tensors that `body` reads or writes and were made before it stay: weights, inputs, outputs,
-///   [`RotaryEmbedding`](super::RotaryEmbedding), and the [`PagedCache`](super::PagedCache).
+///   [`RotaryEmbedding`](super::RotaryEmbedding), and the [`PagedCache`](super::PagedCache). They are
+///   dropped in the order of the stream, which with candle's default stream means in this thread.
 ///   Index arrays and workspaces of this crate the step keeps itself.
+/// - Before each launch, tables that `body` reads are updated for the batch as it is then, also
+///   where no plan is passed, and it does not change before the launch is enqueued.
+/// - No other thread multiplies matrices with the same [`Device`] while a launch runs: threads share
+///   the scratch memory of cuBLAS.
 /// - The thread that captured lives: what candle uploaded for graphs is that thread's.
 /// - Each run of `body` enqueues the same work, and each launch is in the order of the stream with
 ///   whatever else uses those tensors.
@@ -40,8 +46,10 @@ const OP: &str = "capture_step";
 ///
 /// # Errors
 /// The device is not CUDA; its driver has no memory pools, from which candle allocates during a
-/// capture; cudarc orders streams by events, which breaks a capture; what `body` returns, and what
-/// [`CapturedStep::capture_unchecked`] refuses. Then nothing is captured.
+/// capture; cudarc orders streams by events, which breaks a capture; the thread is capturing already, or
+/// the stream is another thread's. Then nothing was run. What `body` returns, and what
+/// [`CapturedStep::capture_unchecked`] refuses, such as plans that are not for a graph: then it has
+/// run once, and nothing is captured.
 ///
 /// ```no_run
 /// # use candle_core::{Device, Result, Tensor};
@@ -75,6 +83,10 @@ pub unsafe fn capture_step(device: &Device, mut body: impl FnMut() -> Result<()>
     let Some(stream) = tensor::stream(device) else {
         return invalid(OP, "device", format!("it is {:?}; CUDA has graphs", device.location()));
     };
+    if capture::is_active() {
+        return invalid(OP, "body", "this thread is capturing another step".into());
+    }
+    stream.check_usable_here(OP).map_err(tensor::error)?;
     #[cfg(feature = "candle-cuda")]
     let _uploads = {
         let device = device.as_cuda_device()?;
@@ -93,6 +105,12 @@ pub unsafe fn capture_step(device: &Device, mut body: impl FnMut() -> Result<()>
     };
     // SAFETY: as the caller says.
     let step = unsafe { CapturedStep::capture_unchecked(&stream, captured) };
+    #[cfg(feature = "candle-cuda")]
+    if step.is_err() {
+        // What cudarc could not free in a capture that broke was the graph's. The next call is not to fail
+        // for it.
+        let _ = device.as_cuda_device()?.cuda_stream().context().check_err();
+    }
     match failed {
         Some(error) => Err(error),
         None => step.map_err(tensor::error),

@@ -35,13 +35,13 @@ impl Lse {
         Ok(result)
     }
 
-    /// The LSE of queries, whose gradient, as theirs, there is none of. `None` if nothing was
-    /// computed.
-    pub(super) fn of(self, q: &Tensor, shape: [usize; 2]) -> Result<Option<Tensor>> {
+    /// The LSE of queries, whose gradient, as theirs, there is none of; if nothing was computed, that of
+    /// queries without keys.
+    pub(super) fn of(self, q: &Tensor, shape: [usize; 2], sinks: Option<&Tensor>) -> Result<Tensor> {
         if self.storage().is_none() {
-            return Ok(None);
+            return without_keys(shape, q.device(), sinks);
         }
-        q.apply_op1(Kept { lse: self, shape: Shape::from(&shape[..]) }).map(Some)
+        q.apply_op1(Kept { lse: self, shape: Shape::from(&shape[..]) })
     }
 
     fn storage(&self) -> MutexGuard<'_, Option<Storage>> {
@@ -50,7 +50,7 @@ impl Lse {
 }
 
 /// The LSE of queries that see no keys: −∞, or each head's sink.
-pub(super) fn without_keys(shape: [usize; 2], device: &Device, sinks: Option<&Tensor>) -> Result<Tensor> {
+fn without_keys(shape: [usize; 2], device: &Device, sinks: Option<&Tensor>) -> Result<Tensor> {
     let [rows, heads] = shape;
     // CUDA allocates no empty tensors.
     let allocated = (rows.max(1), heads);

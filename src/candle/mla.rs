@@ -6,9 +6,10 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
     attention::{OnCuda, planned},
-    lse::{self, Lse},
+    lse::Lse,
     op::{Apply, Op, check_dtype, check_like, fitting, invalid},
     paged::PagedCache,
+    run::finite,
     step::Step,
     tensor,
 };
@@ -89,6 +90,7 @@ impl PagedMla {
         if num_heads == 0 {
             return invalid(OP, "num_heads", "0; there must be a head".into());
         }
+        finite(OP, "sm_scale", spec.sm_scale)?;
         let on_cuda = OnCuda::new(device, |stream| attention::BatchMla::new(stream, spec, num_heads))?;
         Ok(Self { spec: *spec, num_heads, device: device.clone(), dtype, on_cuda })
     }
@@ -132,7 +134,7 @@ impl PagedMlaPlan<'_> {
     /// `q_nope` is `(tokens, num_heads, 512)` and `q_pe` `(tokens, num_heads, 64)`, of the
     /// spec's dtype; they may be the parts of one tensor. The result is `(tokens, num_heads,
     /// 512)`. On CUDA, strides that are multiples of 16 bytes are read as they are, others
-    /// copied. A request without tokens gets zeros. Nothing waits. There is no gradient. Of
+    /// copied. Nothing waits. There is no gradient. Of
     /// scores below −50000, on CUDA, see
     /// [`attention`](mod@crate::attention#very-negative-scores).
     ///
@@ -156,12 +158,9 @@ impl PagedMlaPlan<'_> {
         cache: &PagedCache,
         layer: usize,
     ) -> Result<(Tensor, Tensor)> {
-        let (kept, shape) = (Lse::default(), [self.rows(), self.num_heads]);
+        let kept = Lse::default();
         let out = self.run_keeping(q_nope, q_pe, (cache, layer), Some(&kept))?;
-        match kept.of(q_nope, shape)? {
-            Some(lse) => Ok((out, lse)),
-            None => Ok((out, lse::without_keys(shape, self.device, None)?)),
-        }
+        Ok((out, kept.of(&q_nope.detach(), [self.rows(), self.num_heads], None)?))
     }
 
     fn rows(&self) -> usize {

@@ -99,7 +99,8 @@
 //! [`AttentionSpec::prefill_module`].
 //!
 //! A call plans, so that it is refused while the stream is being captured into a
-//! CUDA graph; plans over a paged cache can be captured. There is no gradient: `backward` through the result fails.
+//! CUDA graph; plans of [`PagedDecode::plan_for_graph`] can be captured. There is no gradient: `backward` through
+//! the result of `flash_attn` and its kin fails, and ends at those of plans.
 //!
 //! [`FlashInferRuntime`]: crate::FlashInferRuntime
 //! [`FlashInferRuntime::initialize`]: crate::FlashInferRuntime::initialize

@@ -21,8 +21,8 @@ pub struct PagedRunOptions<'a> {
     /// What values were divided by; 1 if `None`.
     pub v_scale: Option<f32>,
     /// `f32` `(num_qo_heads)`: with
-    /// [`PosEncodingMode::Alibi`](attention::PosEncodingMode::Alibi), what is added to
-    /// a logit for each position that the key lies after the query.
+    /// [`PosEncodingMode::Alibi`](attention::PosEncodingMode::Alibi), what is added to a logit times
+    /// the place of the key among its request's, less that of the query among the new ones.
     pub alibi_slopes: Option<&'a Tensor>,
     /// `f32` `(num_qo_heads)`, with a spec of
     /// [`attention_sink`](attention::AttentionSpec::attention_sink): each head's logit
@@ -44,6 +44,14 @@ impl PagedRunOptions<'_> {
         device: &Device,
         run: impl FnOnce(&attention::RunOptions<'_>) -> Result<R>,
     ) -> Result<R> {
+        let scales = [
+            ("sm_scale", self.sm_scale),
+            ("k_scale", self.k_scale),
+            ("v_scale", self.v_scale.map(f64::from)),
+        ];
+        for (argument, scale) in scales {
+            finite(op, argument, scale.unwrap_or(1.0))?;
+        }
         if self.alibi_slopes.is_some() && self.sinks.is_some() {
             return invalid(op, "sinks", "given with alibi_slopes; no spec reads both".into());
         }
@@ -63,6 +71,14 @@ impl PagedRunOptions<'_> {
     }
 }
 
+/// Refuses what is no number.
+pub(super) fn finite(op: &'static str, argument: &'static str, number: f64) -> Result<()> {
+    if number.is_finite() {
+        return Ok(());
+    }
+    invalid(op, argument, format!("{number}; expected a finite number"))
+}
+
 /// A number for each query head, as kernels read them.
 pub(super) fn per_head(
     op: &'static str,
@@ -73,4 +89,31 @@ pub(super) fn per_head(
 ) -> Result<Tensor> {
     check_like(op, argument, numbers, &[num_qo_heads], DType::F32, device)?;
     numbers.contiguous()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel that begins before the one before it is over could read sinks or slopes that are not there.
+    #[test]
+    fn what_is_read_beside_queries_is_waited_for() {
+        let device = Device::Cpu;
+        let numbers = Tensor::ones(4, DType::F32, &device).unwrap();
+        let plain = PagedRunOptions::default();
+        let sinks = PagedRunOptions { sinks: Some(&numbers), ..plain };
+        let slopes = PagedRunOptions { alibi_slopes: Some(&numbers), ..plain };
+        for (options, expected) in [(plain, None), (sinks, Some(false)), (slopes, Some(false))] {
+            let enable_pdl = options.with_views("test", 4, &device, |options| Ok(options.enable_pdl));
+            assert_eq!(enable_pdl.unwrap(), expected);
+        }
+        for options in [
+            PagedRunOptions { sm_scale: Some(f64::NAN), ..plain },
+            PagedRunOptions { k_scale: Some(f64::INFINITY), ..plain },
+            PagedRunOptions { v_scale: Some(f32::NAN), ..plain },
+        ] {
+            let error = options.with_views("test", 4, &device, |_| Ok(())).unwrap_err().to_string();
+            assert!(error.contains("expected a finite number"), "{error}");
+        }
+    }
 }

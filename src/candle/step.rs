@@ -4,7 +4,7 @@ use candle_core::{Device, Result};
 
 use super::{op::invalid, paged::PagedCache, tensor};
 use crate::{
-    kv::{self, Batch, BatchCapacity},
+    kv::{self, Batch, BatchCapacity, PageAllocator},
     stream::Stream,
 };
 
@@ -21,6 +21,8 @@ pub struct StepTables {
     device: Device,
     /// Room that there is, or will be.
     capacity: BatchCapacity,
+    /// The pool of the batches, from the first on: a captured step has the memory of its cache in it.
+    pool: Option<PageAllocator>,
     on_cuda: Option<kv::BatchTables>,
 }
 
@@ -56,7 +58,7 @@ impl StepTables {
     /// Tables with room for batches of a size, which stay where they are until one is larger: a
     /// captured step ([`capture_step`](super::capture_step)) has their addresses in it.
     pub fn with_capacity(device: &Device, capacity: BatchCapacity) -> Self {
-        Self { device: device.clone(), capacity, on_cuda: None }
+        Self { device: device.clone(), capacity, pool: None, on_cuda: None }
     }
 
     /// The device.
@@ -79,7 +81,12 @@ impl StepTables {
         if batch.allocator() != cache.allocator() {
             return invalid(TABLES, "cache", "it is the memory of another pool than the batch's".into());
         }
+        if self.pool.as_ref().is_some_and(|pool| pool != batch.allocator()) {
+            let problem = "it is of another pool than the batches before; each pool has tables of its own";
+            return invalid(TABLES, "batch", problem.into());
+        }
         check_device(TABLES, cache, &self.device)?;
+        self.pool.get_or_insert_with(|| batch.allocator().clone());
         cache.copy_pages()?;
         if let Some(stream) = tensor::stream(&self.device) {
             self.upload(batch, &stream).map_err(tensor::error)?;

@@ -221,6 +221,8 @@ pub struct BatchTables {
     pub queries: RaggedTable,
     /// [`Batch::append_indices`].
     pub append: AppendTable,
+    /// The pool of the batches: a captured step has the memory of its cache in it.
+    pool: PageAllocator,
     /// What requests beyond the batch's are of.
     padding: Option<Sequence>,
 }
@@ -237,6 +239,7 @@ impl BatchTables {
             pages: PageTable::with_capacity(stream, batch.pages().clone(), requests, pages)?,
             queries: RaggedTable::with_capacity(stream, batch.queries().clone(), requests)?,
             append: AppendTable::with_capacity(stream, batch.append_indices().clone(), tokens)?,
+            pool: batch.allocator.clone(),
             padding: None,
         })
     }
@@ -290,8 +293,7 @@ impl BatchTables {
             batch.pages().indices().len().saturating_add(further),
             batch.allocator.page_size(),
         )?;
-        // Of another pool it may be, if the tables served one.
-        let padding = match self.padding.take().filter(|padding| *padding.allocator() == batch.allocator) {
+        let padding = match self.padding.take() {
             Some(padding) => padding,
             None => {
                 let mut padding = Sequence::new(&batch.allocator);
@@ -324,6 +326,12 @@ impl BatchTables {
         }
         if cache.stream() != Some(self.pages.stream()) {
             return invalid("cache", "it is not on the stream of the tables");
+        }
+        if batch.allocator != self.pool {
+            return invalid(
+                "batch",
+                "it is of another pool than the batches before; each pool has tables of its own",
+            );
         }
         cache.copy_pages()
     }

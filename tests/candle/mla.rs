@@ -137,13 +137,16 @@ fn wrong_input_is_refused() {
         let mut batch = Batch::new(&pool);
         batch.push(Sequence::new(&pool)).unwrap();
         batch.append([3]).unwrap();
-        let step = rig.tables.update(&batch, &mut heads).unwrap();
+        let mut tables = StepTables::new(&device);
+        let step = tables.update(&batch, &mut heads).unwrap();
         let plan = rig.mla.plan(&step, true).unwrap();
         refused(plan.run(&nope, &pe, &heads, 0), &["cache", "it has heads"]);
         refused(heads.append_latent(&step, 0, &ckv, &kpe), &["cache", "it has heads"]);
 
         let spec = MlaSpec::new(dtype.try_into().unwrap(), SCALE);
         refused(PagedMla::new(&device, &spec, 0), &["num_heads"]);
+        let no_number = MlaSpec::new(dtype.try_into().unwrap(), f64::NAN);
+        refused(PagedMla::new(&device, &no_number, HEADS), &["sm_scale", "NaN"]);
         let mut other = spec;
         other.head_dim_ckv = 256;
         refused(PagedMla::new(&device, &other, HEADS), &["256 and 64", "512 and 64"]);

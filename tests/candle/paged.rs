@@ -424,6 +424,11 @@ fn wrong_input_is_refused_and_nothing_written() {
         // Another pool, and what is made for it.
         let mut other = Rig::new(&device, case);
         refused(other.tables.update(&rig.batch, &mut other.cache), &["cache", "another pool"]);
+        let mut batch = Batch::new(&other.pool);
+        batch.push(Sequence::new(&other.pool)).unwrap();
+        batch.append([3]).unwrap();
+        rig.tables.update(&rig.batch, &mut rig.cache).unwrap();
+        refused(rig.tables.update(&batch, &mut other.cache), &["batch", "another pool"]);
         let elsewhere = Device::Cpu;
         let mut on_cpu = StepTables::new(&elsewhere);
         if !device.is_cpu() {
@@ -479,7 +484,8 @@ fn wrong_input_is_refused_and_nothing_written() {
         let mut batch = Batch::new(&pool);
         batch.push(Sequence::new(&pool)).unwrap();
         batch.append([3]).unwrap();
-        let step = rig.tables.update(&batch, &mut latent).unwrap();
+        let mut tables = StepTables::new(&device);
+        let step = tables.update(&batch, &mut latent).unwrap();
         let plan = rig.prefill.plan(&step, true).unwrap();
         refused(plan.run(&q, &latent, 0), &["cache", "rows of latent attention"]);
         refused(latent.append(&step, 0, &k, &k), &["cache", "rows of latent attention"]);

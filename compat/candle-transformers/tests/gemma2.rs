@@ -170,7 +170,8 @@ fn wrong_batches_are_refused() {
     let weights = VarBuilder::zeros(DType::F32, &Device::Cpu);
     let mut model = PagedGemma2::new(&config(Some(WINDOW), None), weights, &pool).unwrap();
     let mut batch = Batch::new(&pool);
-    assert!(model.forward(&batch, &[]).is_err());
+    let error = model.forward(&batch, &[]).unwrap_err().to_string();
+    assert!(error.contains("the batch has no request"), "{error}");
     (0..2).for_each(|_| batch.push(Sequence::new(&pool)).unwrap());
     batch.append([3, 1]).unwrap();
     let error = model.forward(&batch, &[1, 2, 3]).unwrap_err().to_string();

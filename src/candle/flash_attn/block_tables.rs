@@ -24,9 +24,9 @@ pub struct PagedAttentionOptions<'a> {
     pub window_size_left: Option<usize>,
     /// Logits become `softcap · tanh(logits / softcap)`. `None`, the default, changes nothing.
     pub softcap: Option<f32>,
-    /// What 8-bit keys were divided by when they were quantized; 1 by default.
+    /// What 8-bit keys were divided by when they were quantized; 1 by default, and for keys of other types.
     pub k_scale: f64,
-    /// What 8-bit values were divided by; 1 by default.
+    /// What 8-bit values were divided by; 1 by default, and for others.
     pub v_scale: f32,
     /// `f32` `(num_heads_q)`: each head's logit of a key that has no value. `None`, the default, is none.
     pub sinks: Option<&'a Tensor>,
@@ -68,7 +68,8 @@ impl PagedAttentionOptions<'_> {
 ///
 /// # Errors
 /// Dtypes, devices or shapes do not fit; a block that a request needs does not exist; a request has more new
-/// tokens than tokens, and tokens; no module serves the call; what the kernels, CUDA or candle said.
+/// tokens than tokens (but for one without any, which gets zeros); scales for caches of 16 bits; no module serves
+/// the call; what the kernels, CUDA or candle said.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -97,7 +98,7 @@ pub fn paged_attention(
 
 /// As [`paged_attention`]; beside the result, the LSE: `f32` `(tokens, num_heads_q)`, for each token and
 /// head the base-2 logarithm of the sum of `exp` of its scores, with which results over parts of the keys
-/// can be merged. A token that sees no key has −∞, or the logarithm of its sink.
+/// can be merged, of which one has the sinks. A token that sees no key has −∞, or its sink times log2 e.
 ///
 /// # Errors
 /// As [`paged_attention`].
@@ -138,6 +139,16 @@ fn over_blocks<R>(
             "paged_attention: query_lens is of {} requests, context_lens of {requests}",
             queries.dims1()? - 1
         )
+    }
+    let (new, all) = (queries.to_vec1::<i64>()?, keys.to_vec1::<i64>()?);
+    for (request, (new, all)) in new.windows(2).zip(all.windows(2)).enumerate() {
+        let (new, all) = (new[1] - new[0], all[1] - all[0]);
+        if new > all && all > 0 {
+            bail!(
+                "paged_attention: request {request} has {new} new tokens by query_lens, and {all} in all by \
+                 context_lens, which the new ones are among"
+            )
+        }
     }
     // A view by strides, which kernels take.
     let blocks = |cache: &Tensor| match options.layout {

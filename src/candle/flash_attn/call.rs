@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Layout, Result, Tensor, bail};
 
 use super::{
     super::{
-        lse::{self, Lse},
-        run::per_head,
+        lse::Lse,
+        run::{finite, per_head},
         tensor,
     },
     lengths,
@@ -71,16 +71,16 @@ impl AttentionParams<'_> {
         let kept = Lse::default();
         let out = self.keeping(Some(&kept), q, k, v)?;
         let (rows, heads, _) = q.dims3()?;
-        let lse = match kept.of(q, [rows, heads])? {
-            Some(lse) => lse,
-            None => lse::without_keys([rows, heads], q.device(), self.sinks())?,
-        };
-        Ok((out, lse))
+        Ok((out, kept.of(q, [rows, heads], self.sinks())?))
     }
 
     fn keeping(&self, lse: Option<&Lse>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let heads = self.check(q, k, v)?;
-        let per_head = |sinks| per_head("paged_attention", "sinks", sinks, heads.num_qo_heads, q.device());
+        // A copy: its lock is taken while candle holds those of the queries, keys and values, and it may
+        // be a view of them.
+        let per_head = |sinks: &Tensor| {
+            per_head("paged_attention", "sinks", sinks, heads.num_qo_heads, q.device())?.copy()
+        };
         let sinks = self.sinks().map(per_head).transpose()?;
         let (sequences, max_keys) = self.sequences(q, k)?;
         if q.elem_count() == 0 {
@@ -110,9 +110,21 @@ impl AttentionParams<'_> {
         q.apply_op3(&k, &v, call)
     }
 
-    /// Devices, dtypes and shapes; returns the heads.
+    /// Devices, dtypes, shapes and scales; returns the heads.
     fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Heads> {
         let quantized = self.scales(k).is_some();
+        if let BatchLayout::Paged { scales: Some(CacheScales { k: of_keys, v: of_values }), .. } = self.batch
+        {
+            for (name, scale) in [("k_scale", of_keys), ("v_scale", of_values.into())] {
+                finite("paged_attention", name, scale)?;
+                if scale != 1.0 && !quantized {
+                    let dtype = k.dtype().as_str();
+                    bail!(
+                        "paged_attention: {name} is {scale} for caches of {dtype}; only those of f8e4m3 have scales"
+                    )
+                }
+            }
+        }
         for (name, tensor) in [("k", k), ("v", v)] {
             let expected = if quantized { k.dtype() } else { q.dtype() };
             if tensor.dtype() != expected {

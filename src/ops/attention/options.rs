@@ -207,8 +207,8 @@ pub struct RunOptions<'a> {
     /// one request do not have it.
     pub enable_pdl: Option<bool>,
     /// Contiguous `f32` `[num_qo_heads]`: with
-    /// [`PosEncodingMode::Alibi`](super::PosEncodingMode::Alibi), what is
-    /// added to a logit for each position that the key lies after the query.
+    /// [`PosEncodingMode::Alibi`](super::PosEncodingMode::Alibi), what is added to a logit times the
+    /// place of the key among its request's, less that of the query among its request's queries.
     pub alibi_slopes: Option<TensorRef<'a>>,
     /// Contiguous `f32` `[num_qo_heads]`: with
     /// [`attention_sink`](AttentionSpec::attention_sink), each head's logit of

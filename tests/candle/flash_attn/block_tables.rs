@@ -1,5 +1,10 @@
 //! `paged_attention`: block tables as engines of vLLM's kind have them.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
 use super::{varlen::plain_varlen, *};
 use flashinfer_rs::{
     candle::{PagedAttentionOptions, paged_attention, paged_attention_with_lse},
@@ -161,6 +166,16 @@ fn wrong_tables() {
             call(&cache.flatten(0, 1).unwrap(), &[[7, 2], [5, 0]], &[20, 3], None),
             "expected 4 dimensions",
         );
+        refused(call(&cache, &[[7, 2], [5, 0]], &[1, 3], Some(&[2, 0])), "request 0 has 2 new tokens");
+        let (table, lens) = (Tensor::new(&[[7u32, 2], [5, 0]], device), Tensor::new(&[20u32, 3], device));
+        let (table, lens) = (table.unwrap(), lens.unwrap());
+        for (k_scale, v_scale, words) in
+            [(0.5, 1.0, "k_scale is 0.5"), (1.0, 0.5, "v_scale is 0.5"), (1.0, f32::NAN, "v_scale")]
+        {
+            let mut options = PagedAttentionOptions::new(0.125);
+            (options.k_scale, options.v_scale) = (k_scale, v_scale);
+            refused(paged_attention(&q, &cache, &cache, &table, &lens, &options), words);
+        }
     }
 }
 
@@ -279,4 +294,34 @@ fn wrong_sinks() {
             wrong(Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap(), ["sinks", "Cpu"]);
         }
     }
+}
+
+/// Sinks may be a part of the cache, which another thread writes: nobody waits for ever.
+#[test]
+fn sinks_that_lie_in_the_cache() {
+    let cache = Tensor::ones((4, 16, 2, 64), DType::F32, &Device::Cpu).unwrap();
+    let row = Tensor::zeros((1, 16, 2, 64), DType::F32, &Device::Cpu).unwrap();
+    let (done, finished) = mpsc::channel();
+    let (writer, stop) = (cache.clone(), Arc::new(AtomicBool::new(false)));
+    let stops = stop.clone();
+    let writing = std::thread::spawn(move || {
+        while !stops.load(Ordering::Relaxed) {
+            writer.slice_set(&row, 0, 0).unwrap();
+        }
+    });
+    std::thread::spawn(move || {
+        let q = Tensor::ones((1, 2, 64), DType::F32, &Device::Cpu).unwrap();
+        let (table, lens) = (Tensor::new(&[[0u32]], &Device::Cpu), Tensor::new(&[3u32], &Device::Cpu));
+        let (table, lens) = (table.unwrap(), lens.unwrap());
+        let sinks = cache.flatten_all().unwrap().narrow(0, 0, 2).unwrap();
+        let mut options = PagedAttentionOptions::new(0.2);
+        options.sinks = Some(&sinks);
+        for _ in 0..5000 {
+            paged_attention(&q, &cache, &cache, &table, &lens, &options).unwrap();
+        }
+        done.send(()).unwrap();
+    });
+    finished.recv_timeout(Duration::from_secs(60)).expect("a deadlock, or a thread that failed");
+    stop.store(true, Ordering::Relaxed);
+    writing.join().unwrap();
 }

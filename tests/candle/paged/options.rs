@@ -183,9 +183,9 @@ fn slopes_are_applied() {
     let slopes = Tensor::new(&[0f32, std::f32::consts::LN_2], &device).unwrap();
     let mut options = PagedRunOptions::default();
     options.alibi_slopes = Some(&slopes);
-    let mut decode = PagedPrefill::new(&device, &spec, case.heads).unwrap();
+    let mut prefill = PagedPrefill::new(&device, &spec, case.heads).unwrap();
     let q = Tensor::ones((3, 2, 64), DType::F32, &device).unwrap();
-    let out = decode.plan(&step, true).unwrap().run_with(&q, &rig.cache, 0, &options).unwrap();
+    let out = prefill.plan(&step, true).unwrap().run_with(&q, &rig.cache, 0, &options).unwrap();
     // The last query: weights 1, 1, 1 of the first head, ¼, ½, 1 of the second.
     let numbers = out.narrow(0, 2, 1).unwrap().narrow(2, 0, 1).unwrap().flatten_all().unwrap();
     let numbers = numbers.to_vec1::<f32>().unwrap();

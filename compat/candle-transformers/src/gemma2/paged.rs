@@ -62,7 +62,10 @@ impl PagedGemma2 {
             }
             last.push(queries.indptr()[request + 1] as u32 - 1);
         }
-        if tokens.len() != queries.total() || batch.is_empty() {
+        if batch.is_empty() {
+            bail!("the batch has no request; push one")
+        }
+        if tokens.len() != queries.total() {
             bail!("{} tokens for a batch with {} new ones; expected as many", tokens.len(), queries.total())
         }
         let Self { model, device, cache, tables, kinds } = self;
