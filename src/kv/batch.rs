@@ -260,7 +260,8 @@ impl BatchTables {
     /// [`Cuda`](FlashInferError::Cuda). Arrays that belong to different states
     /// of the batch are not used together: operations refuse them.
     pub fn update(&mut self, batch: &Batch, cache: &mut PagedKvCache) -> Result<()> {
-        self.prepare(batch, cache)?;
+        self.check(batch, cache)?;
+        cache.copy_pages()?;
         self.upload(batch)?;
         self.release_padding();
         Ok(())
@@ -287,6 +288,7 @@ impl BatchTables {
         if further == 0 {
             return self.update(batch, cache);
         }
+        self.check(batch, cache)?;
         check_table_size(
             "BatchTables",
             requests.saturating_add(1),
@@ -307,7 +309,7 @@ impl BatchTables {
         let tokens = batch.queries().indptr().windows(2).map(|pair| (pair[1] - pair[0]) as usize);
         let queries = RaggedIndices::from_lens(tokens.chain(repeat_n(1, further)))?;
         let append = AppendIndices::last_tokens(&pages, queries.indptr())?;
-        self.prepare(batch, cache)?;
+        cache.copy_pages()?;
         self.upload_arrays(pages, &queries, append)
     }
 
@@ -318,8 +320,8 @@ impl BatchTables {
         self.padding = None;
     }
 
-    /// Looks at what an update is given, and makes the copies that are due.
-    fn prepare(&self, batch: &Batch, cache: &mut PagedKvCache) -> Result<()> {
+    /// Refuses what belongs to other tables.
+    fn check(&self, batch: &Batch, cache: &PagedKvCache) -> Result<()> {
         let invalid = |argument, problem| Err(FlashInferError::invalid("BatchTables", argument, problem));
         if *cache.allocator() != batch.allocator {
             return invalid("cache", "it is the memory of another pool than the batch's");
@@ -333,7 +335,7 @@ impl BatchTables {
                 "it is of another pool than the batches before; each pool has tables of its own",
             );
         }
-        cache.copy_pages()
+        Ok(())
     }
 
     /// Replaces the arrays by those of a batch.
