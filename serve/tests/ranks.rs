@@ -29,17 +29,21 @@ fn has_model() -> bool {
     pulled.status.success()
 }
 
-/// `flashinfer serve` on the CPU, of a model whose 9 heads, in 3 groups, are not divided equally.
-fn command(arguments: &[&str]) -> Command {
+/// `flashinfer`, as no launcher's rank.
+fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_flashinfer"));
-    command
-        .args(["serve", "smollm2", "--device", "cpu", "--port", "0", "--cache-tokens", "512"])
-        .args(arguments)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
     for variable in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"] {
         command.env_remove(variable);
     }
+    command
+}
+
+/// `flashinfer serve` on the CPU, of a model whose 9 heads, in 3 groups, are not divided equally.
+fn command(arguments: &[&str]) -> Command {
+    let mut command =
+        program(&["serve", "smollm2", "--device", "cpu", "--port", "0", "--cache-tokens", "512"]);
+    command.args(arguments);
     command
 }
 
@@ -225,6 +229,34 @@ fn processes_of_a_launcher_find_each_other() {
     let log = String::from_utf8(first.stderr).unwrap();
     assert!(!first.status.success() && log.contains("--deterministic of rank 1 is true"), "{log}");
     assert!(!other.wait().unwrap().success());
+}
+
+/// `flashinfer run`, too: an answer, and those to the lines of a file.
+#[test]
+fn two_processes_answer_prompts_as_one_does() {
+    if !has_model() {
+        return;
+    }
+    let lines = tempfile::NamedTempFile::new().unwrap();
+    fs::write(lines.path(), "Once upon a time\nThe capital of France is\n").unwrap();
+    let lines = lines.path().to_str().unwrap();
+    for prompt in [&["Once upon a time"][..], &["--prompts", lines]] {
+        let say = |ranks: &str| {
+            let mut command = program(&["run", "smollm2", "--device", "cpu", "--raw", "--max-tokens", "12"]);
+            let output = command.args(["--tensor-parallel", ranks]).args(prompt).output().unwrap();
+            let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{errors}");
+            (String::from_utf8(output.stdout).unwrap(), errors)
+        };
+        let (one, two) = (say("1"), say("2"));
+        assert_eq!(one.0, two.0, "{}", two.1);
+        assert!(!one.0.trim().is_empty());
+    }
+    // A prompt is missing before anything is started.
+    let output =
+        program(&["run", "smollm2", "--tensor-parallel", "2"]).stdin(Stdio::null()).output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no prompt"));
 }
 
 #[test]

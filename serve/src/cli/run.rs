@@ -22,6 +22,7 @@ use super::{
     out::{Output, note},
     precision::PrecisionArgs,
     prompts::{self, Line},
+    ranks,
     sampling::SamplingArgs,
     terminal::PromptLine,
 };
@@ -29,6 +30,7 @@ use crate::{
     Llm, LlmOptions, Result, SamplingParams,
     backend::device::Device,
     engine::Events,
+    group::Parallel,
     hub::{Hub, ModelName},
     request::Request,
 };
@@ -78,6 +80,9 @@ pub struct Args {
     /// The bits of what a GPU keeps.
     #[command(flatten)]
     pub precision: PrecisionArgs,
+    /// Have N GPUs compute the model together, as of `serve`
+    #[arg(long, value_name = "N")]
+    pub tensor_parallel: Option<NonZeroUsize>,
     /// How answers are sampled.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -93,7 +98,10 @@ enum Task {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let task = task(args)?;
+    let parallel = Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?;
+    // Rank 0 has the prompts.
+    let follows = parallel.as_ref().is_some_and(|parallel| parallel.rank().rank > 0);
+    let task = if follows { None } else { Some(task(args)?) };
     let hub = Hub::from_env()?;
     let files = hub.locate(&args.model)?;
     let options = LlmOptions {
@@ -105,8 +113,10 @@ pub fn run(args: &Args) -> Result<()> {
         weights: args.precision.weights,
         kv: args.precision.kv,
         max_queued_tokens: usize::MAX,
+        parallel,
         ..LlmOptions::default()
     };
+    let Some(task) = task else { return Llm::follow(&files, &options, ranks::ignore_signals) };
     let llm = Llm::load(&files, &options)?;
     llm.text().warnings().iter().for_each(|warning| note!("warning: {warning}"));
     let asked = |(name, heading, prompt): (String, Option<String>, Result<String>)| {
