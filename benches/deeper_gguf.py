@@ -41,8 +41,8 @@ def main():
         if key.startswith(OF_FILE):
             continue
         value = args.layers if key == count else field.contents()
-        element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, value, field.types[0], element)
+        kind, *element = field.types
+        writer.add_key_value(key, value, kind, *element)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for layer in range(own, args.layers):

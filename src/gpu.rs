@@ -356,7 +356,7 @@ pub trait TensorExt<T: Element>: DevicePtr<T> + sealed::Storage {
     /// # Errors
     /// The shape needs more elements than the slice has, the stream is of
     /// another device or not of the device's primary context, or this thread is
-    /// capturing a [`CapturedStep`](crate::graph::CapturedStep).
+    /// capturing a [`CapturedStep`](crate::graph::CapturedStep) and it would wait for events.
     fn tensor<'a>(&'a self, stream: &'a Arc<CudaStream>, shape: &[usize]) -> Result<SliceRef<'a>> {
         self.tensor_strided(stream, shape, None)
     }

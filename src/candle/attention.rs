@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{
     lse::Lse,
-    op::{Apply, Op, check_cache_dtype, check_dtype, check_like, fitting, invalid},
+    op::{Apply, Op, candle_dtype, check_cache_dtype, check_dtype, check_like, fitting, invalid},
     paged::PagedCache,
     run::PagedRunOptions,
     step::Step,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     attention::{self, AttentionSpec, Heads, Workspace},
-    kv::{HeadsShape, KvLayout, PagedKv},
+    kv::{BatchTables, HeadsShape, KvLayout, PagedKv},
     stream::Stream,
     tensor::{TensorMut, TensorRef},
 };
@@ -33,14 +33,10 @@ pub(super) struct PagedAttention {
 
 impl PagedAttention {
     pub(super) fn new(op: &'static str, device: &Device, spec: &AttentionSpec, heads: Heads) -> Result<Self> {
-        let candle_dtype = |name: &'static str, dtype: crate::DType| match tensor::of_ours(dtype) {
-            Some(dtype) => Ok(dtype),
-            None => invalid(op, name, format!("{dtype}; candle has no such elements")),
-        };
-        let (dtype_q, dtype_o) =
-            (candle_dtype("dtype_q", spec.dtype_q)?, candle_dtype("dtype_o", spec.dtype_o)?);
+        let dtype_q = candle_dtype(op, "dtype_q", spec.dtype_q)?;
+        let dtype_o = candle_dtype(op, "dtype_o", spec.dtype_o)?;
         check_dtype(op, "dtype_q", dtype_q, device)?;
-        check_cache_dtype(op, "dtype_kv", candle_dtype("dtype_kv", spec.dtype_kv)?, device)?;
+        check_cache_dtype(op, "dtype_kv", candle_dtype(op, "dtype_kv", spec.dtype_kv)?, device)?;
         check_dtype(op, "dtype_o", dtype_o, device)?;
         if spec.head_dim_qk != spec.head_dim_vo {
             let problem = format!(
@@ -120,23 +116,18 @@ pub(super) trait PagedKernel {
     /// Queries of the step.
     fn rows(&self) -> usize;
 
-    fn on_cpu(
-        &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        lse: Option<&mut TensorMut<'_>>,
-        options: &attention::RunOptions<'_>,
-    ) -> crate::Result<()>;
+    fn on_cpu(&self, operands: PagedOperands<'_, '_, '_>) -> crate::Result<()>;
 
-    fn on_cuda(
-        &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        lse: Option<&mut TensorMut<'_>>,
-        options: &attention::RunOptions<'_>,
-    ) -> crate::Result<()>;
+    fn on_cuda(&self, operands: PagedOperands<'_, '_, '_>) -> crate::Result<()>;
+}
+
+/// What attention reads and writes.
+pub(super) struct PagedOperands<'a, 'o, 'l> {
+    pub(super) q: &'a TensorRef<'a>,
+    pub(super) kv: &'a PagedKv<'a>,
+    pub(super) out: &'a mut TensorMut<'o>,
+    pub(super) lse: Option<&'a mut TensorMut<'l>>,
+    pub(super) options: &'a attention::RunOptions<'a>,
 }
 
 struct PagedCall<'a, 'v> {
@@ -147,6 +138,18 @@ struct PagedCall<'a, 'v> {
     output: (Shape, DType),
 }
 
+impl PagedCall<'_, '_> {
+    fn with_operands(
+        &self,
+        out: &mut TensorMut<'_>,
+        [kv, q]: [TensorRef<'_>; 2],
+        run: impl FnOnce(PagedOperands<'_, '_, '_>) -> crate::Result<()>,
+    ) -> crate::Result<()> {
+        let (kv, lse) = (PagedKv::joined(kv, self.layout)?, self.lse.take());
+        run(PagedOperands { q: &q, kv: &kv, out, lse, options: self.options })
+    }
+}
+
 impl Op<2> for PagedCall<'_, '_> {
     const NAME: &'static str = "paged attention";
 
@@ -154,15 +157,13 @@ impl Op<2> for PagedCall<'_, '_> {
         self.output.clone()
     }
 
-    fn on_cpu(&self, out: &mut TensorMut<'_>, [kv, q]: [TensorRef<'_>; 2]) -> crate::Result<()> {
-        let (kv, lse) = (PagedKv::joined(kv, self.layout)?, self.lse.take());
-        self.kernel.on_cpu(&q, &kv, out, lse, self.options)
+    fn on_cpu(&self, out: &mut TensorMut<'_>, inputs: [TensorRef<'_>; 2]) -> crate::Result<()> {
+        self.with_operands(out, inputs, |operands| self.kernel.on_cpu(operands))
     }
 
-    fn on_cuda(&self, _: &Stream, out: &mut TensorMut<'_>, [kv, q]: [TensorRef<'_>; 2]) -> crate::Result<()> {
+    fn on_cuda(&self, _: &Stream, out: &mut TensorMut<'_>, inputs: [TensorRef<'_>; 2]) -> crate::Result<()> {
         // The plan knows its stream, and refuses views for another.
-        let (kv, lse) = (PagedKv::joined(kv, self.layout)?, self.lse.take());
-        self.kernel.on_cuda(&q, &kv, out, lse, self.options)
+        self.with_operands(out, inputs, |operands| self.kernel.on_cuda(operands))
     }
 }
 
@@ -182,6 +183,16 @@ impl<K> OnCuda<K> {
         let Some(stream) = tensor::stream(device) else { return Ok(None) };
         let kernels = kernels(&stream).map_err(tensor::error)?;
         Ok(Some(Self { kernels, workspace: Workspace::new(&stream).map_err(tensor::error)? }))
+    }
+
+    /// The plan of a step, where there are kernels.
+    pub(super) fn plan<'p, P>(
+        on_cuda: &'p mut Option<Self>,
+        step: &'p Step<'_>,
+        plan: impl FnOnce(&K, &'p mut Workspace, &'p BatchTables) -> crate::Result<P>,
+    ) -> Result<Option<P>> {
+        let Some(Self { kernels, workspace }) = on_cuda else { return Ok(None) };
+        step.on_cuda().and_then(|tables| plan(kernels, workspace, tables)).map(Some).map_err(tensor::error)
     }
 }
 

@@ -3,19 +3,16 @@
 use candle_core::{Device, Result, Tensor};
 
 use super::{
-    attention::{OnCuda, PagedAttention, PagedKernel, planned, runs_of_layer},
+    attention::{OnCuda, PagedAttention, PagedKernel, PagedOperands, planned, runs_of_layer},
     paged::PagedCache,
     run::PagedRunOptions,
     step::Step,
-    tensor,
 };
 use crate::{
     attention::{self, AttentionSpec, Heads, PlanOptions, ReplayKey},
     graph::sealed::Keyed,
-    kv::PagedKv,
     reference,
     stream::Stream,
-    tensor::{TensorMut, TensorRef},
 };
 
 /// Attention of one query per request to the request's pages, over a
@@ -74,13 +71,9 @@ impl PagedDecode {
         options: &PlanOptions<'_>,
     ) -> Result<PagedDecodePlan<'p>> {
         self.attention.check_step(step)?;
-        let on_cuda = match &mut self.on_cuda {
-            Some(OnCuda { kernels, workspace }) => {
-                let plan = step.on_cuda().and_then(|tables| kernels.plan(workspace, tables, options));
-                Some(plan.map_err(tensor::error)?)
-            }
-            None => None,
-        };
+        let on_cuda = OnCuda::plan(&mut self.on_cuda, step, |kernels, workspace, tables| {
+            kernels.plan(workspace, tables, options)
+        })?;
         Ok(PagedDecodePlan { attention: &self.attention, step, on_cuda })
     }
 }
@@ -132,11 +125,7 @@ impl PagedKernel for PagedDecodePlan<'_> {
 
     fn on_cpu(
         &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        lse: Option<&mut TensorMut<'_>>,
-        options: &attention::RunOptions<'_>,
+        PagedOperands { q, kv, out, lse, options }: PagedOperands<'_, '_, '_>,
     ) -> crate::Result<()> {
         let pages = self.step.batch.pages();
         reference::batch_decode(&self.attention.spec, q, kv, pages, out, lse, options)
@@ -144,11 +133,7 @@ impl PagedKernel for PagedDecodePlan<'_> {
 
     fn on_cuda(
         &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        lse: Option<&mut TensorMut<'_>>,
-        options: &attention::RunOptions<'_>,
+        PagedOperands { q, kv, out, lse, options }: PagedOperands<'_, '_, '_>,
     ) -> crate::Result<()> {
         planned(&self.on_cuda)?.run_with(q, kv, out, lse, options)
     }

@@ -7,11 +7,10 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 use super::{
     attention::{OnCuda, planned},
     lse::Lse,
-    op::{Apply, Op, check_dtype, check_like, fitting, invalid},
+    op::{Apply, Op, candle_dtype, check_dtype, check_like, fitting, invalid},
     paged::PagedCache,
     run::finite,
     step::Step,
-    tensor,
 };
 use crate::{
     attention::{self, MlaQuery, MlaSpec, PlanOptions},
@@ -75,9 +74,7 @@ impl PagedMla {
     /// The device has no such elements; the spec's widths are not 512 and 64; there are no
     /// heads; `sm_scale` is out of its range; there is no such module, or it cannot be had.
     pub fn new(device: &Device, spec: &MlaSpec, num_heads: usize) -> Result<Self> {
-        let Some(dtype) = tensor::of_ours(spec.dtype) else {
-            return invalid(OP, "dtype", format!("{}; candle has no such elements", spec.dtype));
-        };
+        let dtype = candle_dtype(OP, "dtype", spec.dtype)?;
         check_dtype(OP, "dtype", dtype, device)?;
         let [ckv, kpe] = MLA_DIMS.map(|dim| dim as usize);
         if [spec.head_dim_ckv, spec.head_dim_kpe] != [ckv, kpe] {
@@ -104,14 +101,10 @@ impl PagedMla {
     pub fn plan<'p>(&'p mut self, step: &'p Step<'_>, causal: bool) -> Result<PagedMlaPlan<'p>> {
         step.check_on(OP, &self.device)?;
         let Self { spec, num_heads, device, dtype, on_cuda } = self;
-        let on_cuda = match on_cuda {
-            Some(OnCuda { kernels, workspace }) => {
-                let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
-                let plan = step.on_cuda().and_then(|tables| kernels.plan(workspace, tables, &options));
-                Some(plan.map_err(tensor::error)?)
-            }
-            None => None,
-        };
+        let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
+        let on_cuda = OnCuda::plan(on_cuda, step, |kernels, workspace, tables| {
+            kernels.plan(workspace, tables, &options)
+        })?;
         Ok(PagedMlaPlan { spec, num_heads: *num_heads, device, dtype: *dtype, step, causal, on_cuda })
     }
 }

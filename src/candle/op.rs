@@ -111,6 +111,14 @@ pub(super) fn invalid<T>(op: &'static str, argument: &'static str, problem: Stri
     Err(tensor::error(FlashInferError::invalid(op, argument, problem)))
 }
 
+/// candle's name of an element type.
+pub(super) fn candle_dtype(op: &'static str, argument: &'static str, dtype: crate::DType) -> Result<DType> {
+    match tensor::of_ours(dtype) {
+        Some(dtype) => Ok(dtype),
+        None => invalid(op, argument, format!("{dtype}; candle has no such elements")),
+    }
+}
+
 /// Refuses element types that the operations do not have on a device.
 pub(super) fn check_dtype(
     op: &'static str,

@@ -5,7 +5,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor};
 
 use super::{
-    op::{check_cache_dtype, check_dtype, invalid},
+    op::{candle_dtype, check_cache_dtype, check_dtype, invalid},
     tensor,
 };
 use crate::kv::{HeadsShape, KvShape, LATENT_WIDTH, PageAllocator, StorageClaim, check_copies};
@@ -92,9 +92,7 @@ impl PagedCache {
     pub fn new(device: &Device, allocator: &PageAllocator, shape: impl Into<KvShape>) -> Result<Self> {
         let shape = shape.into();
         shape.check(allocator).map_err(tensor::error)?;
-        let Some(dtype) = tensor::of_ours(shape.dtype()) else {
-            return invalid(CACHE, "dtype", format!("{}; candle has no such elements", shape.dtype()));
-        };
+        let dtype = candle_dtype(CACHE, "dtype", shape.dtype())?;
         let (pages, page_size) = (allocator.num_pages(), allocator.page_size());
         let dims = match shape {
             KvShape::Heads(heads) => {

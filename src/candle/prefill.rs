@@ -3,19 +3,16 @@
 use candle_core::{Device, Result, Tensor};
 
 use super::{
-    attention::{OnCuda, PagedAttention, PagedKernel, planned, runs_of_layer},
+    attention::{OnCuda, PagedAttention, PagedKernel, PagedOperands, planned, runs_of_layer},
     paged::PagedCache,
     run::PagedRunOptions,
     step::Step,
-    tensor,
 };
 use crate::{
     attention::{self, AttentionSpec, Heads, PlanOptions},
     indices::PageTable,
-    kv::PagedKv,
     reference,
     stream::Stream,
-    tensor::{TensorMut, TensorRef},
 };
 
 /// Attention of the new tokens of each request to the request's pages, over a
@@ -52,14 +49,10 @@ impl PagedPrefill {
     /// As [`PagedDecode::plan`](super::PagedDecode::plan).
     pub fn plan<'p>(&'p mut self, step: &'p Step<'_>, causal: bool) -> Result<PagedPrefillPlan<'p>> {
         self.attention.check_step(step)?;
-        let on_cuda = match &mut self.on_cuda {
-            Some(OnCuda { kernels, workspace }) => {
-                let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
-                let plan = step.on_cuda().and_then(|tables| kernels.plan_paged(workspace, tables, &options));
-                Some(plan.map_err(tensor::error)?)
-            }
-            None => None,
-        };
+        let options = if causal { PlanOptions::causal() } else { PlanOptions::default() };
+        let on_cuda = OnCuda::plan(&mut self.on_cuda, step, |kernels, workspace, tables| {
+            kernels.plan_paged(workspace, tables, &options)
+        })?;
         Ok(PagedPrefillPlan { attention: &self.attention, step, causal, on_cuda })
     }
 }
@@ -102,11 +95,7 @@ impl PagedKernel for PagedPrefillPlan<'_> {
 
     fn on_cpu(
         &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        lse: Option<&mut TensorMut<'_>>,
-        options: &attention::RunOptions<'_>,
+        PagedOperands { q, kv, out, lse, options }: PagedOperands<'_, '_, '_>,
     ) -> crate::Result<()> {
         let (batch, spec) = (self.step.batch, &self.attention.spec);
         let mask = if self.causal { reference::HostMask::Causal } else { reference::HostMask::None };
@@ -116,11 +105,7 @@ impl PagedKernel for PagedPrefillPlan<'_> {
 
     fn on_cuda(
         &self,
-        q: &TensorRef<'_>,
-        kv: &PagedKv<'_>,
-        out: &mut TensorMut<'_>,
-        lse: Option<&mut TensorMut<'_>>,
-        options: &attention::RunOptions<'_>,
+        PagedOperands { q, kv, out, lse, options }: PagedOperands<'_, '_, '_>,
     ) -> crate::Result<()> {
         planned(&self.on_cuda)?.run_with(q, kv, out, lse, options)
     }

@@ -100,7 +100,7 @@ enum Task {
 pub fn run(args: &Args) -> Result<()> {
     let parallel = Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?;
     // Rank 0 has the prompts.
-    let follows = parallel.as_ref().is_some_and(|parallel| parallel.rank().rank > 0);
+    let follows = parallel.as_ref().is_some_and(Parallel::follows);
     let task = if follows { None } else { Some(task(args)?) };
     let hub = Hub::from_env()?;
     let files = hub.locate(&args.model)?;

@@ -83,7 +83,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     args.log_format.install()?;
     let parallel = Parallel::of(args.tensor_parallel.map(NonZeroUsize::get))?;
-    if parallel.as_ref().is_some_and(|parallel| parallel.rank().rank > 0) {
+    if parallel.as_ref().is_some_and(Parallel::follows) {
         let options = LlmOptions { parallel, ..llm_options(args) };
         return Llm::follow(&Hub::from_env()?.locate(&args.model)?, &options, ranks::ignore_signals);
     }

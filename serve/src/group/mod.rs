@@ -102,6 +102,11 @@ impl Parallel {
         }
     }
 
+    /// Whether another process is rank 0.
+    pub fn follows(&self) -> bool {
+        self.rank().rank > 0
+    }
+
     /// Its number among those of its machine.
     pub fn local_rank(&self) -> usize {
         match self {

@@ -85,6 +85,14 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// The most tokens of prompts that a step reads beside so many answers that go on.
+    pub fn prompt_tokens(&self, answers: usize) -> usize {
+        match answers {
+            0 => self.step_tokens,
+            _ => self.chunk_tokens.saturating_sub(answers).max(answers),
+        }
+    }
+
     /// The largest step that there may be.
     pub fn step_capacity(&self) -> StepCapacity {
         let requests = self.max_running.min(self.step_tokens);

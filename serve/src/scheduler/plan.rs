@@ -10,70 +10,80 @@ use super::{
 };
 use crate::Result;
 
+/// What a step has room for.
+struct Budget {
+    tokens: usize,
+    /// Of them, those of prompts.
+    prompts: usize,
+    /// Rows of which something is wanted.
+    outputs: usize,
+}
+
+impl Budget {
+    /// What comes next of a choice, for which there is room.
+    fn next(&mut self, choice: &Choice, sequence: &Sequence) -> Part {
+        let reads = Part::reads(choice, sequence);
+        let tokens = if reads { self.tokens.min(self.prompts) } else { self.tokens };
+        let part = Part::next(choice, sequence, tokens, self.outputs);
+        self.tokens -= part.len;
+        self.prompts -= if reads { part.len } else { 0 };
+        self.outputs -= part.outputs();
+        part
+    }
+
+    /// Whether there is room for a part of another prompt.
+    fn reads_more(&self) -> bool {
+        self.tokens > 0 && self.prompts > 0 && self.outputs > 0
+    }
+
+    /// The tokens of drafts that there is room for.
+    fn drafts(&self) -> usize {
+        self.tokens.min(self.outputs)
+    }
+}
+
 impl Scheduler {
     /// What the next step computes of each choice that runs, for all of which
     /// there are pages then. Choices stop and start running here.
     pub(super) fn plan(&mut self) -> Result<Vec<Part>> {
-        let mut parts = self.going_on();
+        let (mut parts, mut budget) = self.going_on();
         let mut pages = self.further_pages(&parts);
         while !self.make_free(pages) && self.running.len() > 1 {
             self.preempt()?;
-            parts = self.going_on();
+            (parts, budget) = self.going_on();
             pages = self.further_pages(&parts);
         }
-        let mut budget = self.limits.step_tokens - parts.iter().map(Part::rows).sum::<usize>();
-        let mut chunk =
-            self.chunk() - parts.iter().filter(|part| part.reads).map(|part| part.len).sum::<usize>();
-        let mut outputs =
-            self.limits.step_capacity().outputs - parts.iter().map(Part::outputs).sum::<usize>();
-        while budget > 0
-            && chunk > 0
-            && outputs > 0
+        while budget.reads_more()
             && self.running.len() < self.limits.max_running
             && let Some(sequence) = self.admissible(&parts, pages)
             && let Some(mut choice) = self.waiting.pop_front()
         {
-            let part = Part::next(&choice, &sequence, budget.min(chunk), outputs);
+            let part = budget.next(&choice, &sequence);
             self.stats.saved += sequence.len().saturating_sub(choice.reached);
             choice.reached = choice.reached.max(sequence.len());
             choice.cached.get_or_insert(sequence.len());
             choice.started.get_or_insert_with(Instant::now);
             pages += part.further_pages(&sequence);
-            budget -= part.len;
-            chunk -= part.len;
-            outputs -= part.outputs();
             self.batch.push(sequence)?;
             self.running.push(choice);
             parts.push(part);
         }
         self.make_free(pages);
-        self.add_drafts(&mut parts, budget.min(outputs), self.pool.free_pages().saturating_sub(pages));
+        self.add_drafts(&mut parts, budget.drafts(), self.pool.free_pages().saturating_sub(pages));
         Ok(parts)
     }
 
-    /// What comes next of the choices that run.
-    fn going_on(&self) -> Vec<Part> {
-        let (mut budget, mut outputs) = (self.limits.step_tokens, self.limits.step_capacity().outputs);
-        let mut chunk = self.chunk();
-        let running = self.running.iter().zip(self.batch.sequences());
-        let next = running.map(|(choice, sequence)| {
-            let reads = Part::reads(choice, sequence);
-            let part = Part::next(choice, sequence, if reads { budget.min(chunk) } else { budget }, outputs);
-            budget -= part.len;
-            chunk -= if reads { part.len } else { 0 };
-            outputs -= part.outputs();
-            part
-        });
-        next.collect()
-    }
-
-    /// The most tokens of prompts that a step reads now.
-    fn chunk(&self) -> usize {
-        let running = self.running.iter().zip(self.batch.sequences());
-        match running.filter(|(choice, sequence)| !Part::reads(choice, sequence)).count() {
-            0 => self.limits.step_tokens,
-            answers => self.limits.chunk_tokens.saturating_sub(answers).max(answers),
-        }
+    /// What comes next of the choices that run, and what the step has room for beside.
+    fn going_on(&self) -> (Vec<Part>, Budget) {
+        let running = || self.running.iter().zip(self.batch.sequences());
+        let answers = running().filter(|(choice, sequence)| !Part::reads(choice, sequence)).count();
+        let mut budget = Budget {
+            tokens: self.limits.step_tokens,
+            prompts: self.limits.prompt_tokens(answers),
+            outputs: self.limits.step_capacity().outputs,
+        };
+        let parts = running().map(|(choice, sequence)| budget.next(choice, sequence)).collect();
+        (parts, budget)
     }
 
     /// The pages that the pool has to have for a step.

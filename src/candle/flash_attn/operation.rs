@@ -1,8 +1,11 @@
 //! A call as an operation of candle's, and the work on the CPU.
 
+#[cfg(not(feature = "candle-cuda"))]
+use candle_core::bail;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
-    backend::BackendStorage, bail,
+    CpuStorage, CudaStorage, CustomOp3, Device, Layout, Result, Shape, Tensor,
+    backend::{BackendDevice, BackendStorage},
+    cpu_backend::CpuDevice,
 };
 
 #[cfg(feature = "candle-cuda")]
@@ -52,17 +55,6 @@ pub(super) struct FlashAttnCall {
     pub(super) out: Shape,
 }
 
-/// Zeros on the CPU.
-fn zeros(dtype: DType, len: usize) -> Result<CpuStorage> {
-    Ok(match dtype {
-        DType::F16 => CpuStorage::F16(vec![half::f16::ZERO; len]),
-        DType::BF16 => CpuStorage::BF16(vec![half::bf16::ZERO; len]),
-        DType::F32 => CpuStorage::F32(vec![0.0; len]),
-        DType::F64 => CpuStorage::F64(vec![0.0; len]),
-        other => bail!("flash_attn: tensors of {}", other.as_str()),
-    })
-}
-
 impl FlashAttnCall {
     /// One query for each request, which sees its keys in pages up to the last.
     #[cfg(feature = "candle-cuda")]
@@ -110,7 +102,7 @@ impl FlashAttnCall {
         let [q, k, v] = [0, 1, 2].map(|at| tensor::on_cpu(storages[at], &self.views[at]));
         let (q, k, v) = (q?, k?, v?);
         let [rows, heads, width] = self.rows();
-        let mut storage = zeros(storages[0].dtype(), rows * heads * width)?;
+        let mut storage = CpuDevice.zeros_impl(&self.out, storages[0].dtype())?;
         let mut out = tensor::on_cpu_mut(&mut storage, &Layout::contiguous((rows, heads, width)))?;
         let packed = self.visible.pack(&self.requests).map_err(tensor::error)?;
         let mask = match (&self.visible, &packed) {

@@ -66,14 +66,6 @@ impl Prompts<'_> {
                 format!("{} tokens of a step leave no room beside {ANSWERS} answers", self.step_tokens);
             return Err(problem.into());
         }
-        // While a prompt is read, each step has a token of each answer.
-        let steps = longest
-            .div_ceil(self.chunk_tokens.saturating_sub(ANSWERS).max(ANSWERS).min(self.step_tokens - ANSWERS));
-        let room = ANSWERS * (CONTEXT + 2 * STEPS_ALONE + steps) + 2 * longest;
-        let pool = PageAllocator::new(room.div_ceil(PAGE_SIZE), PAGE_SIZE)?;
-        let options = GpuOptions { max_tokens: self.step_tokens, ..options };
-        let gpu = part.load(&pool, options, None)?;
-        say!("{}; steps of up to {} tokens", gpu.name()?, self.step_tokens);
         let limits = Limits {
             step_tokens: self.step_tokens,
             chunk_tokens: self.chunk_tokens,
@@ -82,6 +74,13 @@ impl Prompts<'_> {
             draft: 0,
             ends: BTreeSet::new(),
         };
+        // While a prompt is read, each step has a token of each answer.
+        let steps = longest.div_ceil(limits.prompt_tokens(ANSWERS).min(self.step_tokens - ANSWERS));
+        let room = ANSWERS * (CONTEXT + 2 * STEPS_ALONE + steps) + 2 * longest;
+        let pool = PageAllocator::new(room.div_ceil(PAGE_SIZE), PAGE_SIZE)?;
+        let options = GpuOptions { max_tokens: self.step_tokens, ..options };
+        let gpu = part.load(&pool, options, None)?;
+        say!("{}; steps of up to {} tokens", gpu.name()?, self.step_tokens);
         let scheduler = Scheduler::new(&pool, config.vocab_size, limits);
         let mut served = Served { scheduler, gpu, vocab_size: config.vocab_size as u32, requests: 0 };
         say!("| prompt | first token ms | tokens/s | TFLOP/s | of {:.0} |", PEAK / 1e12);
