@@ -314,6 +314,33 @@ impl FlashInferRuntime {
         ffi::Function::global(self.tvm_ffi, name)
     }
 
+    /// Makes a closure a function of libtvm_ffi's global table, which modules and Python call by its name,
+    /// from any thread. It stays there as long as the process lives.
+    ///
+    /// What it returns, or fails with, is the call's result, or error: of
+    /// [`TvmFfiCall`](FlashInferError::TvmFfiCall) kind and message, of others their words as a
+    /// `RuntimeError`. If it panics, the call has a `RustPanic` with the panic's words.
+    ///
+    /// ```no_run
+    /// # use flashinfer_rs::{FlashInferRuntime, ffi::Value};
+    /// let runtime = FlashInferRuntime::get()?;
+    /// runtime.register_function("my_engine.double", |args| match args {
+    ///     [number] => Ok(Value::Int(2 * i64::try_from(number.value())?)),
+    ///     _ => Ok(Value::None),
+    /// })?;
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The table has a function of that name.
+    pub fn register_function(
+        &self,
+        name: &str,
+        function: impl Fn(&[ffi::Given<'_>]) -> Result<ffi::Value> + Send + Sync + 'static,
+    ) -> Result<()> {
+        ffi::register_function(self.tvm_ffi, name, Box::new(function))
+    }
+
     /// A module, loaded at the first request. Local sources only: nothing is
     /// downloaded.
     ///

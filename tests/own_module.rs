@@ -2,16 +2,17 @@
 //! No GPU is needed.
 
 use std::{
+    ffi::CStr,
     fs,
     path::{Path, PathBuf},
-    sync::Barrier,
+    sync::{Arc, Barrier},
     thread,
 };
 use test_support::{c_library, required};
 
 use flashinfer_rs::{
     FlashInferError, FlashInferRuntime, LibrarySource, Module, ModuleName, TensorMut, TensorRef, args,
-    ffi::{Arg, Object, Value},
+    ffi::{Arg, Given, Object, Packed, TensorObject, Value},
 };
 use tempfile::TempDir;
 
@@ -352,4 +353,117 @@ fn an_unknown_signature_is_shown_with_those_that_are_known() {
     for part in [new, "since 0.6.13 `top_k_renorm_probs(", "since 0.7.1 `top_k_renorm_probs("] {
         assert!(error.contains(part), "no {part} in: {error}");
     }
+}
+
+/// Calls the function of the global table that its first argument names, with the others.
+const CALLS_BACK: &str = r#"
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+typedef struct { int32_t type_index; uint32_t small_len; union { int64_t i; double f; const char *s; void *p; } value; } Any;
+typedef struct { const char *data; size_t size; } Bytes;
+extern int TVMFFIFunctionGetGlobal(const Bytes *name, void **out);
+extern int TVMFFIFunctionCall(void *function, const Any *args, int32_t count, Any *result);
+extern int TVMFFIObjectDecRef(void *object);
+extern void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message);
+int __tvm_ffi_call_back(void *self, const Any *args, int32_t count, Any *result) {
+    (void)self;
+    void *function = NULL;
+    Bytes name = {args[0].value.s, strlen(args[0].value.s)};
+    if (TVMFFIFunctionGetGlobal(&name, &function) != 0 || !function) {
+        TVMFFIErrorSetRaisedFromCStr("KeyError", "there is no such function");
+        return -1;
+    }
+    int code = TVMFFIFunctionCall(function, args + 1, count - 1, result);
+    TVMFFIObjectDecRef(function);
+    return code;
+}
+"#;
+
+#[test]
+fn modules_call_functions_of_rust() {
+    let Some((_folder, path)) = library("libcalls_back.so", CALLS_BACK) else { return };
+    let (module, runtime) = (open(&path).unwrap(), FlashInferRuntime::get().unwrap());
+    let kept = Arc::new(());
+    let held = kept.clone();
+    runtime
+        .register_function("own_module.echo", move |args| {
+            let _held = &held;
+            Ok(args.first().map_or(Value::None, Given::value))
+        })
+        .unwrap();
+    let sum = |args: &[Given<'_>]| {
+        // SAFETY: the caller's tensor lives for the call, and nobody writes to it.
+        let x = unsafe { args[0].tensor()? };
+        // SAFETY: a contiguous tensor of the host, of so many `f32`.
+        let x = unsafe { std::slice::from_raw_parts(x.data_ptr().cast::<f32>(), x.numel()) };
+        Ok(Value::Float(x.iter().copied().map(f64::from).sum()))
+    };
+    runtime.register_function("own_module.sum", sum).unwrap();
+    runtime.register_function("own_module.fails", |args| args[0].value().try_into().map(Value::Int)).unwrap();
+    runtime.register_function("own_module.panics", |_| panic!("in a function of Rust")).unwrap();
+    let call = |name: &CStr, arg: Packed<'_>| call(module, "call_back", &[Arg::from(name), arg.as_arg()]);
+
+    // What comes is what went, and its references are given back.
+    let echo = c"own_module.echo";
+    assert_eq!(i64::try_from(call(echo, 7.into()).unwrap()).unwrap(), 7);
+    assert_eq!(f64::try_from(call(echo, 0.5.into()).unwrap()).unwrap(), 0.5);
+    assert!(bool::try_from(call(echo, true.into()).unwrap()).unwrap());
+    <()>::try_from(call(echo, Arg::NONE.into()).unwrap()).unwrap();
+    for text in ["short", "a text of more than seven bytes"] {
+        assert_eq!(String::try_from(call(echo, text.into()).unwrap()).unwrap(), text);
+    }
+    assert_eq!(
+        String::try_from(call(echo, c"of C, and rather long".into()).unwrap()).unwrap(),
+        "of C, and rather long"
+    );
+    let array = Object::try_from(call(echo, (&[1i64, 2, 3]).into()).unwrap()).unwrap();
+    assert_eq!((array.strong_count(), array.to_ints()), (1, Some(vec![1, 2, 3])));
+
+    // Tensors by address, and as objects.
+    let x = [1.0f32, -2.5, 3.25];
+    let x = TensorRef::from_slice(&x, &[3]).unwrap();
+    assert_eq!(f64::try_from(call(c"own_module.sum", (&x).into()).unwrap()).unwrap(), 1.75);
+    let object = TensorObject::from(&x);
+    assert_eq!(f64::try_from(call(c"own_module.sum", (&object).into()).unwrap()).unwrap(), 1.75);
+
+    // Errors have their words.
+    for (name, kind, message) in [
+        (c"own_module.sum", "RuntimeError", "the function returned Int(3), not a tensor"),
+        (c"own_module.fails", "RuntimeError", "the function returned Bool(true), not an integer"),
+        (c"own_module.panics", "RustPanic", "in a function of Rust"),
+        (c"own_module.unknown", "KeyError", "there is no such function"),
+    ] {
+        let arg =
+            if kind == "RuntimeError" && message.contains("Bool") { true.into() } else { Packed::from(3) };
+        match call(name, arg).unwrap_err() {
+            FlashInferError::TvmFfiCall { kind: found, message: words, .. } => {
+                assert_eq!((found.as_str(), words.as_str()), (kind, message), "{name:?}");
+            }
+            other => panic!("{name:?}: {other}"),
+        }
+    }
+    // An error that comes back from another function stays as it is.
+    runtime
+        .register_function("own_module.nested", {
+            move |_| {
+                let nested = FlashInferRuntime::get()?.global_function("own_module.panics");
+                // SAFETY: it takes any arguments.
+                unsafe { nested.expect("it was registered").call(&[]) }
+            }
+        })
+        .unwrap();
+    let nested = call(c"own_module.nested", Arg::NONE.into()).unwrap_err();
+    assert!(matches!(nested, FlashInferError::TvmFfiCall { kind, .. } if kind == "RustPanic"));
+
+    // A name is taken once, and what is refused is dropped.
+    let refused = Arc::new(());
+    let held = refused.clone();
+    let again = runtime.register_function("own_module.echo", move |_| {
+        let _held = &held;
+        Ok(Value::None)
+    });
+    assert!(again.unwrap_err().to_string().contains("own_module.echo"));
+    assert_eq!((Arc::strong_count(&refused), Arc::strong_count(&kept)), (1, 2));
+    assert_eq!(i64::try_from(call(echo, 8.into()).unwrap()).unwrap(), 8);
 }

@@ -1,14 +1,14 @@
 //! `libtvm_ffi` itself: one per process, with its symbols looked up once.
 
 use std::{
-    ffi::{c_int, c_void},
+    ffi::{c_char, c_int, c_void},
     path::Path,
     ptr::{self, NonNull},
     sync::OnceLock,
 };
 
 use super::{
-    abi::{Any, ByteArray, ObjectHeader, TensorAllocator, Version},
+    abi::{Any, ByteArray, ObjectHeader, SafeCall, TensorAllocator, Version},
     object::Object,
 };
 use crate::{
@@ -44,6 +44,10 @@ macro_rules! tvm_ffi {
 tvm_ffi! {
     object_dec_ref = "TVMFFIObjectDecRef": fn(*mut ObjectHeader) -> c_int;
     error_move_from_raised = "TVMFFIErrorMoveFromRaised": fn(*mut *mut ObjectHeader);
+    error_set_raised = "TVMFFIErrorSetRaisedFromCStr": fn(*const c_char, *const c_char);
+    function_create = "TVMFFIFunctionCreate":
+        fn(*mut c_void, SafeCall, Option<unsafe extern "C" fn(*mut c_void)>, *mut *mut ObjectHeader) -> c_int;
+    function_set_global = "TVMFFIFunctionSetGlobal": fn(*const ByteArray, *mut ObjectHeader, c_int) -> c_int;
     function_get_global = "TVMFFIFunctionGetGlobal": fn(*const ByteArray, *mut *mut ObjectHeader) -> c_int;
     function_call = "TVMFFIFunctionCall": fn(*mut ObjectHeader, *const Any, i32, *mut Any) -> c_int;
     env_set_stream = "TVMFFIEnvSetStream": fn(i32, i32, *mut c_void, *mut *mut c_void) -> c_int;

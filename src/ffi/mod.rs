@@ -10,7 +10,9 @@
 //! `kernels!` macro, which packs the arguments of the one that a library
 //! says it has ([`Signature`]). Functions that this crate does not declare are
 //! called by name, with arguments from [`args!`](crate::args), through
-//! [`Module`](crate::Module).
+//! [`Module`](crate::Module). The other way round, functions call closures of Rust
+//! that were registered by name
+//! ([`FlashInferRuntime::register_function`](crate::FlashInferRuntime::register_function)).
 //!
 //! Source of the contract: `tvm/ffi/c_api.h`, `tvm/ffi/extra/c_env_api.h` and
 //! `dlpack/dlpack.h` of apache-tvm-ffi 0.1.12.
@@ -19,6 +21,7 @@ pub mod abi;
 mod allocator;
 mod args;
 mod call;
+mod callback;
 mod kernel;
 pub mod library;
 mod object;
@@ -27,6 +30,8 @@ mod signature;
 pub(crate) use allocator::register as register_allocator;
 pub use args::{Arg, DlTensor, Packed, TensorObject};
 pub use call::Function;
+pub use callback::Given;
+pub(crate) use callback::register as register_function;
 pub use kernel::{Kernel, KernelFunction};
 pub(crate) use kernel::{kernels, kind};
 pub use object::{Object, Value};

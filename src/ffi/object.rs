@@ -47,6 +47,14 @@ impl Object {
         object
     }
 
+    /// Takes another reference to somebody's object.
+    ///
+    /// # Safety
+    /// The pointer must be a live object of the process's libtvm_ffi.
+    pub(super) unsafe fn share(object: NonNull<ObjectHeader>) -> Self {
+        (*ManuallyDrop::new(Self(object))).clone()
+    }
+
     /// The object's type; see [`type_index`].
     pub fn type_index(&self) -> i32 {
         // SAFETY: the object is alive and starts with its header. Only this field
@@ -81,7 +89,8 @@ impl Object {
             // SAFETY: an argument of such an index borrows a live object.
             if let Some(object) = NonNull::new(unsafe { item.payload.object }) {
                 // The array's reference, which `delete_array` gives back.
-                let _ = ManuallyDrop::new(Self(object)).clone();
+                // SAFETY: the object is alive.
+                std::mem::forget(unsafe { Self::share(object) });
             }
         }
         let size = items.len() as i64;
@@ -117,32 +126,9 @@ impl Object {
     /// writes to the tensor, and work that uses the view comes after the work
     /// that wrote it.
     pub unsafe fn tensor(&self) -> Result<TensorRef<'_>> {
-        let differs = |found: String| FlashInferError::ResultType { expected: "a tensor", found };
-        if self.type_index() != type_index::TENSOR {
-            return Err(differs(format!("{self:?}")));
-        }
-        // SAFETY: a Tensor object's header is followed by its DLTensor.
-        let raw = unsafe { &*self.cell::<RawDlTensor>() };
-        let rank = raw.ndim.max(0) as usize;
-        let numbers = |numbers: *const i64| -> Option<Vec<usize>> {
-            // SAFETY: shape and strides hold `ndim` numbers.
-            let numbers = if rank == 0 { &[] } else { unsafe { std::slice::from_raw_parts(numbers, rank) } };
-            numbers.iter().map(|&number| usize::try_from(number).ok()).collect()
-        };
-        let strides = if raw.strides.is_null() { Some(None) } else { numbers(raw.strides).map(Some) };
-        let (dtype, device) = (DType::from_dlpack(raw.dtype), Device::from_dlpack(raw.device));
-        let (Some(dtype), Some(device), Some(shape), Some(strides)) =
-            (dtype, device, numbers(raw.shape), strides)
-        else {
-            return Err(differs(format!("a tensor of {:?} on {:?}", raw.dtype, raw.device)));
-        };
-        if rank > MAX_RANK {
-            return Err(differs(format!("a tensor of {rank} dimensions; a view has at most {MAX_RANK}")));
-        }
-        let data = raw.data.wrapping_byte_add(raw.byte_offset as usize);
-        // SAFETY: the object keeps its memory as long as it lives, and the
-        // caller promises the rest.
-        unsafe { TensorRef::from_raw_parts(data, device, dtype, &shape, strides.as_deref()) }
+        let any = *Arg::from(self).as_any();
+        // SAFETY: the object is alive, and as long as `self` is; the caller promises the rest.
+        unsafe { tensor_of(&any) }.unwrap_or_else(|| Err(no_tensor(format!("{self:?}"))))
     }
 
     /// The payload that follows the header.
@@ -173,10 +159,7 @@ impl Object {
         }
         // SAFETY: the payload is what the tag says; the array keeps its own
         // reference to the object, and the clone is another.
-        unsafe {
-            let borrowed = ManuallyDrop::new(Self(NonNull::new(object.payload.object)?));
-            Some(((*borrowed).clone(), int.payload.int64))
-        }
+        unsafe { Some((Self::share(NonNull::new(object.payload.object)?), int.payload.int64)) }
     }
 
     /// The elements, when this is an Array or a List.
@@ -222,6 +205,50 @@ fn end_before_wrap(strong_count: u32) {
     if strong_count > u32::MAX / 2 {
         std::process::abort();
     }
+}
+
+/// A view of a tensor, which is given by its address or as an object; `None` if this is none.
+///
+/// # Safety
+/// The payload is what the tag says, and lives for `'a`; the rest as of [`Object::tensor`].
+pub(super) unsafe fn tensor_of<'a>(any: &Any) -> Option<Result<TensorRef<'a>>> {
+    // SAFETY: promised by the caller. A Tensor object's header is followed by its DLTensor.
+    unsafe {
+        let raw: *const RawDlTensor = match any.type_index {
+            type_index::DL_TENSOR_PTR => any.payload.ptr.cast(),
+            type_index::TENSOR => any.payload.object.add(1).cast_const().cast(),
+            _ => return None,
+        };
+        raw.as_ref().map(|raw| view_of(raw))
+    }
+}
+
+/// # Safety
+/// As of [`tensor_of`].
+unsafe fn view_of<'a>(raw: &RawDlTensor) -> Result<TensorRef<'a>> {
+    let rank = raw.ndim.max(0) as usize;
+    let numbers = |numbers: *const i64| -> Option<Vec<usize>> {
+        // SAFETY: shape and strides hold `ndim` numbers.
+        let numbers = if rank == 0 { &[] } else { unsafe { std::slice::from_raw_parts(numbers, rank) } };
+        numbers.iter().map(|&number| usize::try_from(number).ok()).collect()
+    };
+    let strides = if raw.strides.is_null() { Some(None) } else { numbers(raw.strides).map(Some) };
+    let (dtype, device) = (DType::from_dlpack(raw.dtype), Device::from_dlpack(raw.device));
+    let (Some(dtype), Some(device), Some(shape), Some(strides)) =
+        (dtype, device, numbers(raw.shape), strides)
+    else {
+        return Err(no_tensor(format!("a tensor of {:?} on {:?}", raw.dtype, raw.device)));
+    };
+    if rank > MAX_RANK {
+        return Err(no_tensor(format!("a tensor of {rank} dimensions; a view has at most {MAX_RANK}")));
+    }
+    let data = raw.data.wrapping_byte_add(raw.byte_offset as usize);
+    // SAFETY: promised by the caller.
+    unsafe { TensorRef::from_raw_parts(data, device, dtype, &shape, strides.as_deref()) }
+}
+
+fn no_tensor(found: String) -> FlashInferError {
+    FlashInferError::ResultType { expected: "a tensor", found }
 }
 
 /// # Safety
