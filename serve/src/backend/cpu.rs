@@ -12,7 +12,7 @@ use flashinfer_rs::kv::PageAllocator;
 use self::{cache::Cache, network::Network};
 use crate::{
     Result,
-    backend::{Backend, Sample, Step, sampler},
+    backend::{Backend, Output, Sample, Step, sampler},
     group::Sums,
     model::{Config, Ends, Layer},
 };
@@ -77,7 +77,8 @@ impl Backend for Cpu {
         let Self { network, cache, .. } = self;
         // On a thread of the pool, which takes part in what it starts there.
         self.logits = rayon::scope(|_| network.run(step.batch, &tokens, &outputs, cache))?;
-        self.samples = Some(sampler::sample(step.outputs, &self.logits, self.vocab_size())?);
+        let outputs = Output::after_tokens(step.outputs, &tokens)?;
+        self.samples = Some(sampler::sample(&outputs, &self.logits, self.vocab_size())?);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ pub mod device;
 mod experts;
 pub mod gpu;
 pub mod graph;
+mod last_edit;
 mod matmul;
 pub mod parallel;
 pub mod precision;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use toktrie::SimpleVob;
 
+pub use self::last_edit::LastEdit;
 use crate::Result;
 
 /// The new tokens of a batch.
@@ -87,6 +89,9 @@ pub struct Output {
     /// Changes of logits before all that, in ascending order of tokens, each of
     /// which is there at most once and is a token of the vocabulary.
     pub edits: Vec<LogitEdit>,
+    /// How the logit of the row's own token is edited, whichever of [`Step::tokens`] that is; `None`
+    /// if it is edited as all others. Not together with `allowed`.
+    pub last_edit: Option<LastEdit>,
     /// How many of the likeliest tokens come back with their log-probabilities,
     /// beside the chosen one; `None` for no log-probabilities at all.
     pub logprobs: Option<usize>,
@@ -105,6 +110,7 @@ impl Output {
             min_p: 0.0,
             uniform: 0.0,
             edits: Vec::new(),
+            last_edit: None,
             logprobs: None,
             allowed: None,
         }
@@ -112,7 +118,8 @@ impl Output {
 
     /// Whether this asks for the largest of the logits as they are.
     pub fn is_greedy(&self) -> bool {
-        self.temperature == 0.0 && self.edits.is_empty() && self.allowed.is_none()
+        let edited = !self.edits.is_empty() || self.last_edit.is_some();
+        self.temperature == 0.0 && !edited && self.allowed.is_none()
     }
 
     /// Whether the host looks at the row's logits.

@@ -17,10 +17,16 @@ use crate::{
 /// Samples from rows of logits, `[outputs, vocab]`.
 ///
 /// # Errors
-/// The logits are not as many; or an output's edits are not what it says of them.
+/// The logits are not as many; or an output's edits are not what it says of them, or depend on its
+/// row's token (see [`Output::after`]).
 pub fn sample(outputs: &[Output], logits: &[f32], vocab: usize) -> Result<Vec<Sample>> {
     if outputs.is_empty() {
         return Ok(Vec::new());
+    }
+    if let Some(output) = outputs.iter().find(|output| output.last_edit.is_some()) {
+        return Err(
+            format!("the edits of row {} depend on its token; expected known ones", output.row).into()
+        );
     }
     let (rows, shape) = ([outputs.len()], [outputs.len(), vocab]);
     let mut edited = logits.to_vec();

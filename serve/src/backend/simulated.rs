@@ -238,7 +238,10 @@ impl Backend for Simulated {
         let begins =
             self.in_flight.back().map_or_else(Instant::now, |before| before.ends.max(Instant::now()));
         let (outcome, logits) = match self.compute(step, &tokens) {
-            Ok(logits) => (sampler::sample(step.outputs, &logits, self.language.vocab_size), logits),
+            Ok(logits) => {
+                let outputs = Output::after_tokens(step.outputs, &tokens)?;
+                (sampler::sample(&outputs, &logits, self.language.vocab_size), logits)
+            }
             Err(error) => (Err(error), Vec::new()),
         };
         let looks_at_logits = step.outputs.iter().any(Output::needs_logits);

@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng, rngs::ChaCha8Rng};
 use toktrie::SimpleVob;
 
 use super::SamplingParams;
-use crate::backend::Output;
+use crate::backend::{LastEdit, Output};
 
 /// What is known of a token whose logit may be edited.
 #[derive(Clone, Copy, Debug, Default)]
@@ -18,6 +18,13 @@ struct Seen {
     anywhere: bool,
     /// How often it is in the answer.
     in_answer: u32,
+}
+
+impl Seen {
+    /// The same once the token is in the answer once more.
+    fn again(self) -> Self {
+        Self { anywhere: true, in_answer: self.in_answer + 1, ..self }
+    }
 }
 
 /// Makes the outputs of one answer.
@@ -58,8 +65,7 @@ impl Sampler {
         self.len += 1;
         if self.has_penalties() {
             let seen = self.seen.entry(token).or_default();
-            seen.anywhere = true;
-            seen.in_answer += 1;
+            *seen = seen.again();
         }
     }
 
@@ -75,9 +81,11 @@ impl Sampler {
         self.output_at(self.len, row, allowed)
     }
 
-    /// How the token after the next one is chosen, whatever that is: without penalties.
+    /// How the token after the next one is chosen, whatever that is: the row's own token.
     pub fn output_ahead(&self, row: usize) -> Output {
-        self.output_at(self.len + 1, row, None)
+        let position = self.len + 1;
+        let last_edit = self.has_penalties().then(|| self.last_edit(position));
+        Output { last_edit, ..self.output_at(position, row, None) }
     }
 
     /// How the token at this position of the answer is chosen.
@@ -94,6 +102,7 @@ impl Sampler {
                 _ => uniform(self.seed, self.choice, position),
             },
             edits: self.edits(position, allowed.as_deref()),
+            last_edit: None,
             logprobs: params.logprobs,
             allowed,
         }
@@ -102,19 +111,36 @@ impl Sampler {
     /// The edits of the row for a position. Tokens that may not come yet do where no others are
     /// allowed.
     fn edits(&self, position: usize, allowed: Option<&SimpleVob>) -> Vec<LogitEdit> {
-        let edit = |(&token, seen): (&u32, &Seen)| {
-            let params = &*self.params;
-            let times = seen.in_answer as f32;
-            let penalty = params.presence_penalty * times.min(1.0) + params.frequency_penalty * times;
-            let repetition_penalty = if seen.anywhere { params.repetition_penalty } else { 1.0 };
-            LogitEdit { token, repetition_penalty, bias: seen.bias - penalty }
-        };
+        let edits = self.seen.iter().map(|(&token, &seen)| self.edit(token, seen));
         let is_banned = |token: u32| self.banned.contains(&token);
         let only_banned = allowed.is_some_and(|allowed| allowed.iter().all(is_banned));
-        if position >= self.params.min_tokens || only_banned {
-            return self.seen.iter().map(edit).collect();
+        if only_banned { edits.collect() } else { self.with_bans(position, edits) }
+    }
+
+    /// How the logit of the next token is edited for the position after it, whichever it is. Most
+    /// tokens have the same edit then: those that were never in the answer, and have no bias.
+    fn last_edit(&self, position: usize) -> LastEdit {
+        let LogitEdit { repetition_penalty, bias, .. } = self.edit(0, Seen::default().again());
+        let edits = self.seen.iter().map(|(&token, &seen)| self.edit(token, seen.again()));
+        let others = edits.filter(|edit| edit.bias.to_bits() != bias.to_bits());
+        LastEdit { repetition_penalty, bias, others: self.with_bans(position, others) }
+    }
+
+    /// The edit of a token.
+    fn edit(&self, token: u32, seen: Seen) -> LogitEdit {
+        let params = &*self.params;
+        let times = seen.in_answer as f32;
+        let penalty = params.presence_penalty * times.min(1.0) + params.frequency_penalty * times;
+        let repetition_penalty = if seen.anywhere { params.repetition_penalty } else { 1.0 };
+        LogitEdit { token, repetition_penalty, bias: seen.bias - penalty }
+    }
+
+    /// Edits in ascending order of tokens, and the bans of those that may not come at a position.
+    fn with_bans(&self, position: usize, edits: impl Iterator<Item = LogitEdit>) -> Vec<LogitEdit> {
+        if position >= self.params.min_tokens {
+            return edits.collect();
         }
-        let mut edits: BTreeMap<_, _> = self.seen.iter().map(|seen| (*seen.0, edit(seen))).collect();
+        let mut edits: BTreeMap<_, _> = edits.map(|edit| (edit.token, edit)).collect();
         for &token in &self.banned {
             edits.insert(token, LogitEdit::ban(token));
         }

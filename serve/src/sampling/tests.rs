@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use flashinfer_rs::indices::LogitEdit;
+use proptest::prelude::*;
 
 use super::*;
 use crate::backend::{Output, sampler};
@@ -91,11 +92,85 @@ fn penalties_count_tokens_as_vllm_does() {
     assert_eq!(sampler.output(0, None).edits, expected);
 }
 
+/// The edits of an output, bit for bit.
+fn edits(output: &Output) -> Vec<(u32, u32, u32)> {
+    let bits = |edit: &LogitEdit| (edit.token, edit.repetition_penalty.to_bits(), edit.bias.to_bits());
+    output.edits.iter().map(bits).collect()
+}
+
+proptest! {
+    /// What is said before a token is known becomes, once it is, what is said after it, bit for bit.
+    #[test]
+    fn an_output_ahead_becomes_the_one_after_the_token(
+        prompt in prop::collection::vec(0..9u32, 0..9),
+        answer in prop::collection::vec(0..9u32, 1..20),
+        (repetition_penalty, presence_penalty, frequency_penalty) in (
+            prop_oneof![Just(1.0f32), 0.1..3.0f32],
+            prop_oneof![Just(0.0f32), -2.0..2.0f32],
+            prop_oneof![Just(0.0f32), -2.0..2.0f32],
+        ),
+        logit_bias in prop::collection::btree_map(0..9u32, prop_oneof![Just(-0.0f32), -3.0..3.0f32], 0..4),
+        (min_tokens, temperature) in (0..6usize, prop_oneof![Just(0.0f32), Just(0.7)]),
+        ends in prop::collection::vec(0..9u32, 0..3),
+    ) {
+        let params = SamplingParams {
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias,
+            min_tokens,
+            temperature,
+            ..SamplingParams::default()
+        };
+        let mut sampler = sampler(params, &prompt, &ends);
+        for token in answer {
+            let ahead = sampler.output_ahead(3).after(token);
+            sampler.push(token);
+            let known = sampler.output(3, None);
+            prop_assert_eq!(edits(&ahead), edits(&known));
+            prop_assert_eq!(ahead, known);
+        }
+    }
+}
+
+/// Most tokens of a prompt, and all that are new, have one edit when they come; what is told apart is
+/// short.
+#[test]
+fn the_edits_of_few_tokens_are_told_apart() {
+    let params = SamplingParams {
+        repetition_penalty: 2.0,
+        frequency_penalty: 0.5,
+        logit_bias: [(8, 1.0)].into(),
+        min_tokens: 3,
+        ..SamplingParams::default()
+    };
+    let mut sampler = sampler(params, &[1, 2, 3, 4], &[9]);
+    let edit = |token, bias| LogitEdit { token, repetition_penalty: 2.0, bias };
+    let last = |sampler: &Sampler| sampler.output_ahead(0).last_edit.unwrap();
+    sampler.push(3);
+    assert_eq!((last(&sampler).repetition_penalty, last(&sampler).bias), (2.0, -0.5));
+    assert_eq!(last(&sampler).others, [edit(3, -1.0), edit(8, 0.5), LogitEdit::ban(9)]);
+    sampler.push(6);
+    assert_eq!(last(&sampler).others, [edit(3, -1.0), edit(6, -1.0), edit(8, 0.5)]);
+}
+
+#[test]
+fn edits_that_depend_on_a_token_are_refused_before_it_is_known() {
+    let params = SamplingParams { presence_penalty: 0.5, ..SamplingParams::default() };
+    let output = sampler(params, &[], &[]).output_ahead(0);
+    let text = sampler::sample(std::slice::from_ref(&output), &[1.0, 0.8], 2).unwrap_err().to_string();
+    assert_eq!(text, "the edits of row 0 depend on its token; expected known ones");
+    let tokens =
+        [0, 1].map(|token| sampler::sample(&[output.after(token)], &[1.0, 0.8], 2).unwrap()[0].token);
+    assert_eq!(tokens, [Some(1), Some(0)]);
+}
+
 #[test]
 fn without_penalties_nothing_is_edited() {
     let mut sampler = sampler(SamplingParams::default(), &[1, 2], &[0]);
     sampler.push(3);
     assert_eq!(sampler.output(7, None), Output::greedy(7));
+    assert_eq!(sampler.output_ahead(7), Output::greedy(7));
     assert!(sampler.output(7, None).is_greedy());
 }
 

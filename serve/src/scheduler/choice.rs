@@ -160,9 +160,11 @@ impl Choice {
         self.grammar.is_some()
     }
 
-    /// Whether it is known how the token after the next one is chosen, whatever the next one is.
-    pub fn runs_ahead(&self) -> bool {
-        !self.is_constrained() && !self.sampler.has_penalties() && self.params.logprobs.is_none()
+    /// Whether it can be said how the token after the next one is chosen, whatever the next one is.
+    /// Under penalties, a step that may have drafts is planned when the last token is known.
+    pub fn runs_ahead(&self, drafts: bool) -> bool {
+        let waits_for_drafts = drafts && self.sampler.has_penalties();
+        !self.is_constrained() && !waits_for_drafts && self.params.logprobs.is_none()
     }
 
     /// How the token after the next one is chosen, where [`runs_ahead`](Self::runs_ahead).

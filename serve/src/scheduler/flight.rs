@@ -82,8 +82,8 @@ impl Flight {
     }
 
     /// What follows this step while it is computed: the token after the one that it chooses, of
-    /// each choice that runs. `None` if the host has to know more before.
-    pub fn next(&self, choices: &[Choice]) -> Option<(Self, Rows)> {
+    /// each choice that runs, which may have `drafts` or not. `None` if the host has to know more before.
+    pub fn next(&self, choices: &[Choice], drafts: bool) -> Option<(Self, Rows)> {
         let mut next = Self { parts: Vec::new(), places: Vec::new() };
         let mut rows = Rows { lens: vec![1; choices.len()], ..Rows::default() };
         let mut outputs = 0;
@@ -92,7 +92,7 @@ impl Flight {
             outputs += part.outputs();
             let Some(place) = *place else { continue };
             let choice = &choices[place];
-            if !part.whole || part.outputs() > 1 || !choice.runs_ahead() {
+            if !part.whole || part.outputs() > 1 || !choice.runs_ahead(drafts) {
                 return None;
             }
             rows.outputs.push(choice.output_ahead(rows.tokens.len()));

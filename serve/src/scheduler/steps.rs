@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::{
     Choice, Report, Scheduler, Token,
-    drafts::{Drafts, Right, Timed},
+    drafts::{DraftedBy, Drafts, Right, Timed},
     flight::{Flight, Rows},
     part::Part,
 };
@@ -140,7 +140,8 @@ impl Scheduler {
         if !all_run || ending == self.running.len() || !fits {
             return Ok(Next::IsPlanned);
         }
-        let Some((next, rows)) = flight.next(&self.running) else { return Ok(Next::IsPlanned) };
+        let drafts = !matches!(self.drafted_by, DraftedBy::Nothing);
+        let Some((next, rows)) = flight.next(&self.running, drafts) else { return Ok(Next::IsPlanned) };
         if self.draft_lens(|_| true).is_some() {
             return Ok(Next::WaitsForDrafts);
         }

@@ -111,7 +111,8 @@ impl Gpu {
         if outputs.iter().all(|output| output.is_greedy() || output.allowed.is_some()) {
             return Ok(false);
         }
-        let edits = outputs.iter().map(|output| output.edits.len()).sum();
+        let others = |output: &Output| output.last_edit.as_ref().map_or(0, |last| last.others.len());
+        let edits = outputs.iter().map(|output| output.edits.len().max(others(output))).sum();
         self.reserve_samplers(rows, edits)?;
         Ok(true)
     }

@@ -1,5 +1,5 @@
-// Small kernels of the network, for `f16` and `bf16`. A block of 256 threads
-// for each row, but for those whose grid covers all numbers.
+// Small kernels of the network, for `f16` and `bf16`, and of the choice of tokens. A block of 256
+// threads for each row, but for those whose grid covers all numbers.
 
 #include "half.cuh"
 
@@ -30,16 +30,20 @@ __device__ void gather_rows(Eight *out, const Eight *table, const int *indices, 
     copy_row<Number>(out, table, indices[blockIdx.x], width, scale);
 }
 
-// The rows of tokens: those of `sources` that are not negative; for -2 - row, what was chosen of
-// that row; else none. The table has `vocab` tokens, from `first` on; others have zeros.
+// A token by its source: the same, if it is not negative; for -2 - row, what was chosen of that row;
+// else none, which is negative.
+__device__ int token_of(int source, const int *chosen, u32 rows) {
+    if (source >= -1)
+        return source;
+    const u32 row = (u32)(-2 - source);
+    return row < rows ? chosen[row] : -1;
+}
+
+// The rows of the tokens of `sources`. The table has `vocab` tokens, from `first` on; others have zeros.
 template <class Number>
 __device__ void embed(Eight *out, const Eight *table, u32 vocab, u32 first, const int *sources, const int *chosen,
                       u32 rows, u32 width, float scale) {
-    int token = sources[blockIdx.x];
-    if (token < -1) {
-        const u32 row = (u32)(-2 - token);
-        token = row < rows ? chosen[row] : -1;
-    }
+    const int token = token_of(sources[blockIdx.x], chosen, rows);
     const u32 index = token < 0 ? vocab : (u32)token - first;
     copy_row<Number>(out, table, index < vocab ? (int)index : -1, width, scale);
 }
@@ -104,4 +108,29 @@ extern "C" __global__ void soft_cap(float *numbers, u64 count, float cap) {
     const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (at < count)
         numbers[at] = cap * tanhf(numbers[at] / cap);
+}
+
+// Edits the logit of one token of each row, in place of what became of it: divides the model's, if it is
+// above 0, by a penalty, or else multiplies it by that, and adds a bias. `indices` are the sources of the
+// tokens of `room` rows, where the other edits of each row begin, and the tokens of these; `numbers` are
+// the penalty and bias of most tokens, row by row, and then those of the others.
+extern "C" __global__ void edit_last(float *edited, const float *logits, u32 vocab, const int *indices,
+                                     const float2 *numbers, u32 room, const int *chosen, u32 rows) {
+    const u32 row = blockIdx.x;
+    const int token = token_of(indices[row], chosen, rows);
+    if (token < 0 || (u32)token >= vocab)
+        return;
+    const int *places = indices + room, *tokens = places + room + 1;
+    // A token is there once at most.
+    int place = -1;
+    for (int at = places[row] + (int)threadIdx.x; at < places[row + 1]; at += blockDim.x)
+        if (tokens[at] == token)
+            place = at;
+    const bool is_other = __syncthreads_or(place >= 0);
+    if (is_other ? place < 0 : threadIdx.x > 0)
+        return;
+    const float2 edit = numbers[is_other ? room + (u32)place : row];
+    const u64 at = (u64)row * vocab + (u32)token;
+    const float logit = logits[at];
+    edited[at] = __fadd_rn(logit > 0 ? __fdiv_rn(logit, edit.x) : __fmul_rn(logit, edit.x), edit.y);
 }

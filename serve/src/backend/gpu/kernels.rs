@@ -8,7 +8,7 @@ use cudarc::{
 };
 use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 
-use super::{rows::Rows, tokens::Tokens};
+use super::{last_edits::LastEdits, rows::Rows, tokens::Tokens};
 use crate::Result;
 
 /// Threads of a block.
@@ -27,6 +27,7 @@ pub struct Kernels {
     join_columns: CudaFunction,
     sigmoid: CudaFunction,
     soft_cap: CudaFunction,
+    edit_last: CudaFunction,
 }
 
 impl Kernels {
@@ -44,6 +45,7 @@ impl Kernels {
             join_columns: module.load_function("join_columns")?,
             sigmoid: module.load_function("sigmoid")?,
             soft_cap: module.load_function("soft_cap")?,
+            edit_last: module.load_function("edit_last")?,
         })
     }
 
@@ -88,11 +90,8 @@ impl Kernels {
         let [vocab, table_width] = self.rows("table", table)?;
         let (sources, rows, first) =
             (tokens.sources(), u32::try_from(chosen.numel())?, u32::try_from(first)?);
-        let fits = |tensor: &TensorRef<'_>| {
-            tensor.dtype() == DType::I32 && tensor.is_contiguous() && self.is_here(tensor)
-        };
         let enough = table_width == width && sources.numel() >= count as usize;
-        if !(enough && fits(&sources) && fits(chosen)) {
+        if !(enough && self.are_indices(&sources) && self.are_indices(chosen)) {
             return Err(format!("tokens {sources:?} and {chosen:?} of {table:?} in {out:?}").into());
         }
         let addresses = [out.data_ptr(), table.data_ptr(), sources.data_ptr(), chosen.data_ptr()];
@@ -179,6 +178,37 @@ impl Kernels {
         self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
+    /// Edits the logit of one token of each row anew. `logits` are those of the model, and `edited` what
+    /// became of them, of the same shape, both `f32` and contiguous. `chosen` is what the step before
+    /// chose, row by row, `i32`. Rows whose token was not chosen, as there were no numbers, stay.
+    pub fn edit_last(
+        &self,
+        edited: &mut TensorMut<'_>,
+        logits: &TensorRef<'_>,
+        edits: &LastEdits,
+        chosen: &TensorRef<'_>,
+    ) -> Result<()> {
+        let ([count, vocab], count_of_logits) = (matrix(logits)?, logits.numel());
+        let fits = edited.shape() == logits.shape() && edits.rows() >= count as usize;
+        let (indices, room, rows) =
+            (edits.indices(), u32::try_from(edits.rows())?, u32::try_from(chosen.numel())?);
+        if !(fits && self.are_indices(&indices) && self.are_indices(chosen)) {
+            return Err(
+                format!("last edits of {room} rows, by {chosen:?}, of {logits:?} in {edited:?}").into()
+            );
+        }
+        let to = self.numbers("edited", &edited.as_ref(), count_of_logits)?;
+        let from = self.numbers("logits", logits, count_of_logits)?;
+        let numbers = self.numbers("edits", &edits.numbers(), 2 * edits.rows())?;
+        let [indices, chosen] = [&indices, chosen].map(|tensor| tensor.data_ptr() as u64);
+        let mut launch = self.cuda.launch_builder(&self.edit_last);
+        launch.arg(&to).arg(&from).arg(&vocab).arg(&indices).arg(&numbers).arg(&room).arg(&chosen).arg(&rows);
+        // SAFETY: the kernel takes these in this order. It reads and writes a logit of each row, of a
+        // token below `vocab`; of `chosen` none but its rows; and of the edits those of rows that there
+        // is room for, and of the others those that are set, which is all that the places of rows name.
+        self.launch(count, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
     /// Copies the numbers of a contiguous tensor to one of the same shape and type.
     pub fn copy(&self, from: &TensorRef<'_>, to: &mut TensorMut<'_>) -> Result<()> {
         let fits = from.shape() == to.shape()
@@ -219,6 +249,11 @@ impl Kernels {
             true => Ok(tensor.data_ptr() as u64),
             false => Err(format!("{name} is {tensor:?}; expected {count} numbers of f32").into()),
         }
+    }
+
+    /// Whether these are contiguous numbers of `i32` that kernels can read.
+    fn are_indices(&self, tensor: &TensorRef<'_>) -> bool {
+        tensor.dtype() == DType::I32 && tensor.is_contiguous() && self.is_here(tensor)
     }
 
     fn is_here(&self, tensor: &TensorRef<'_>) -> bool {

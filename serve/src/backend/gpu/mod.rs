@@ -22,7 +22,7 @@
 //! | `steps`, `buckets`, `capture` | the course of a step, the graphs that are kept, and early ones |
 //! | `append`, `attention`, `split` | what the cache gets, and plans |
 //! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
-//! | `sampler`, `ring` | the choice of tokens, and their way to the host |
+//! | `sampler`, `last_edits`, `ring` | the choice of tokens, and their way to the host |
 //! | `ranks`, `nccl`, `registered` | sums and logits of several GPUs, by what, and in what memory |
 //! | `measure`, `breakdown` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
@@ -40,6 +40,7 @@ mod half;
 mod heads;
 pub(super) mod kernels;
 mod lanes;
+mod last_edits;
 mod layer;
 mod measure;
 mod memory;

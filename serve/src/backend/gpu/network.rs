@@ -136,7 +136,10 @@ impl Network {
         }
         let mut tokens = pass.chosen.view_mut().narrow(0, 0, head.rows)?;
         match &mut head.sampler {
-            Some(sampler) => sampler.enqueue(&self.kernels, &self.stream, &mut tokens, &logits.as_ref()),
+            Some(sampler) => {
+                let before = pass.chosen_before.view();
+                sampler.enqueue(&self.kernels, &self.stream, &mut tokens, &logits.as_ref(), &before)
+            }
             None => Ok(argmax(&self.stream, &mut tokens, &logits.as_ref())?),
         }
     }

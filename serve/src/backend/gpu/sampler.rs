@@ -8,8 +8,11 @@ use flashinfer_rs::{
     sampling::{Parameter, SampleOptions, edit_logits, sample},
 };
 
-use super::{kernels::Kernels, memory::Pinned};
-use crate::{Result, backend::Output};
+use super::{kernels::Kernels, last_edits::LastEdits, memory::Pinned, tokens::source};
+use crate::{
+    Result,
+    backend::{Output, Step},
+};
 
 /// Parameters that are numbers: rows of one tensor, which is uploaded at once.
 const NUMBERS: usize = 4;
@@ -29,13 +32,14 @@ pub struct Sampler {
     top_k: Tensor<i32>,
     top_k_on_host: Pinned<i32>,
     edits: LogitEditTable,
+    last_edits: LastEdits,
     max_edits: usize,
     /// Logits that are edited, `[rows, vocab_size]`; those of the model stay.
     logits: Tensor<f32>,
 }
 
 impl Sampler {
-    /// Room for so many rows and edits.
+    /// Room for so many rows and edits, and for as many edits of last tokens.
     pub fn new(
         cuda: &CudaStream,
         stream: &Stream,
@@ -52,6 +56,7 @@ impl Sampler {
             top_k: Tensor::zeros(stream, &[rows])?,
             top_k_on_host: Pinned::zeros(cuda, rows)?,
             edits: LogitEditTable::with_capacity(stream, none, rows, max_edits)?,
+            last_edits: LastEdits::new(cuda, stream, rows, max_edits)?,
             max_edits,
             logits: Tensor::zeros(stream, &[rows, vocab_size])?,
         })
@@ -68,13 +73,21 @@ impl Sampler {
     }
 
     /// Uploads the parameters of a step whose logits have so many rows. `at` are the
-    /// rows of the outputs, which ascend; others are greedy.
-    pub fn set(&mut self, cuda: &CudaStream, outputs: &[Output], at: &[usize], rows: usize) -> Result<()> {
-        let mut edits = vec![&[][..]; rows];
+    /// rows of the outputs, which ascend; others are greedy. `before` are the rows of the outputs of
+    /// the step before.
+    pub fn set(
+        &mut self,
+        cuda: &CudaStream,
+        step: &Step<'_>,
+        at: &[usize],
+        rows: usize,
+        before: &[usize],
+    ) -> Result<()> {
+        let (mut edits, mut last_edits) = (vec![&[][..]; rows], vec![None; rows]);
         let numbers = self.numbers_on_host.as_mut_slice()?;
         let mut top_k = vec![0; self.rows];
         numbers.fill(0.0);
-        for (output, &row) in outputs.iter().zip(at) {
+        for (output, &row) in step.outputs.iter().zip(at) {
             let Output { uniform, temperature, top_p, min_p, .. } = *output;
             for (of, number) in
                 [(UNIFORM, uniform), (TEMPERATURE, temperature), (TOP_P, top_p), (MIN_P, min_p)]
@@ -84,7 +97,11 @@ impl Sampler {
             // More than there are tokens keeps all.
             top_k[row] = i32::try_from(output.top_k).unwrap_or(0);
             edits[row] = &output.edits;
+            if let Some(last) = &output.last_edit {
+                last_edits[row] = Some((source(step.tokens[output.row], before)?, last));
+            }
         }
+        self.last_edits.set(cuda, &last_edits)?;
         let edits = edits.into_iter().map(|row: &[LogitEdit]| row.iter().copied());
         let edits = LogitEdits::new(self.vocab_size, edits)?;
         // These stay as they are from step to step, mostly.
@@ -98,18 +115,21 @@ impl Sampler {
         self.numbers_on_host.upload(cuda, &mut self.numbers, NUMBERS * self.rows)
     }
 
-    /// Enqueues the choice of a token for each row of logits, with what was set.
+    /// Enqueues the choice of a token for each row of logits, with what was set. `chosen_before` is
+    /// what the step before chose, row by row.
     pub fn enqueue(
         &mut self,
         kernels: &Kernels,
         stream: &Stream,
         tokens: &mut TensorMut<'_>,
         logits: &TensorRef<'_>,
+        chosen_before: &TensorRef<'_>,
     ) -> Result<()> {
         let rows = tokens.numel();
         let mut edited = self.logits.view_mut().narrow(0, 0, rows)?;
         kernels.copy(logits, &mut edited)?;
         edit_logits(stream, &mut edited, &self.edits)?;
+        kernels.edit_last(&mut edited, logits, &self.last_edits, chosen_before)?;
         let numbers = |of| self.numbers.view().select(0, of)?.narrow(0, 0, rows);
         let mut options = SampleOptions::new(numbers(UNIFORM)?);
         options.temperature = Parameter::PerRow(numbers(TEMPERATURE)?);

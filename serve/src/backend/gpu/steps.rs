@@ -131,9 +131,10 @@ impl Gpu {
         // What was made just now is there then.
         uploads.begin(cuda, computed)?;
         let plans = uploads.make(|beside| -> Result<_> {
-            tokens.set(beside, step.tokens, rows, ring.last().map_or(&[], |last| &last.at))?;
+            let before = ring.last().map_or(&[][..], |last| &last.at);
+            tokens.set(beside, step.tokens, rows, before)?;
             if let Some(sampler) = &mut sampler {
-                sampler.set(beside, step.outputs, at, rows)?;
+                sampler.set(beside, step, at, rows, before)?;
             }
             Ok(attention.plan_decode(lane, &tables.pages, graphs.then_some(rows))?)
         })?;
@@ -200,12 +201,13 @@ impl Gpu {
         };
         let (Lane { tokens, chosen, selected, sampler, tables, .. }, chosen_before) = of_lane(lanes, lane);
         let mut sampler = sampler.as_mut().filter(|_| sampled);
-        tokens.set(&self.cuda, step.tokens, padded_rows, ring.last().map_or(&[], |last| &last.at))?;
+        let before = ring.last().map_or(&[][..], |last| &last.at);
+        tokens.set(&self.cuda, step.tokens, padded_rows, before)?;
         if let Some(wanted) = wanted {
             let rows: Vec<_> = outputs.iter().map(|output| output.row).collect();
             selected.set(&self.cuda, &rows, wanted)?;
             if let Some(sampler) = &mut sampler {
-                sampler.set(&self.cuda, outputs, at, wanted)?;
+                sampler.set(&self.cuda, step, at, wanted, before)?;
             }
         }
         let plans = match &tables.rows {

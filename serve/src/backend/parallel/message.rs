@@ -11,7 +11,7 @@ use toktrie::SimpleVob;
 
 use crate::{
     Result,
-    backend::{Output, Sample, Step, StepToken},
+    backend::{LastEdit, Output, Sample, Step, StepToken},
 };
 
 /// What a rank is to do.
@@ -73,11 +73,15 @@ struct OutputMessage {
     top_p: f32,
     min_p: f32,
     uniform: f32,
-    /// Tokens, their repetition penalties and biases.
-    edits: Vec<(u32, f32, f32)>,
+    edits: Vec<EditMessage>,
+    /// The repetition penalty and bias of most tokens, and the edits of others.
+    last_edit: Option<(f32, f32, Vec<EditMessage>)>,
     logprobs: Option<usize>,
     allowed: Option<Bits>,
 }
+
+/// A token, its repetition penalty and bias.
+type EditMessage = (u32, f32, f32);
 
 /// How many bits, and their words.
 type Bits = (usize, Vec<u32>);
@@ -117,8 +121,22 @@ impl StepMessage {
 
 impl OutputMessage {
     fn new(output: &Output) -> Self {
-        let Output { row, temperature, top_k, top_p, min_p, uniform, edits, logprobs, allowed } = output;
-        let edits = edits.iter().map(|edit| (edit.token, edit.repetition_penalty, edit.bias));
+        let Output {
+            row,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            uniform,
+            edits: all,
+            last_edit,
+            logprobs,
+            allowed,
+        } = output;
+        let edits = |edits: &[LogitEdit]| {
+            edits.iter().map(|edit| (edit.token, edit.repetition_penalty, edit.bias)).collect()
+        };
+        let last = |last: &LastEdit| (last.repetition_penalty, last.bias, edits(&last.others));
         let bits = |allowed: &Arc<SimpleVob>| (allowed.len(), allowed.as_slice().to_vec());
         Self {
             row: *row,
@@ -127,17 +145,21 @@ impl OutputMessage {
             top_p: *top_p,
             min_p: *min_p,
             uniform: *uniform,
-            edits: edits.collect(),
+            edits: edits(all),
+            last_edit: last_edit.as_ref().map(last),
             logprobs: *logprobs,
             allowed: allowed.as_ref().map(bits),
         }
     }
 
     fn output(&self) -> Output {
-        let edit = |&(token, repetition_penalty, bias): &(u32, f32, f32)| LogitEdit {
-            token,
+        let edit =
+            |&(token, repetition_penalty, bias): &EditMessage| LogitEdit { token, repetition_penalty, bias };
+        let edits = |edits: &[EditMessage]| edits.iter().map(edit).collect();
+        let last = |&(repetition_penalty, bias, ref others): &(f32, f32, Vec<EditMessage>)| LastEdit {
             repetition_penalty,
             bias,
+            others: edits(others),
         };
         let allowed = |(len, words): &Bits| {
             let mut allowed = SimpleVob::alloc(*len);
@@ -153,7 +175,8 @@ impl OutputMessage {
             top_p: self.top_p,
             min_p: self.min_p,
             uniform: self.uniform,
-            edits: self.edits.iter().map(edit).collect(),
+            edits: edits(&self.edits),
+            last_edit: self.last_edit.as_ref().map(last),
             logprobs: self.logprobs,
             allowed: self.allowed.as_ref().map(allowed),
         }
@@ -185,10 +208,13 @@ mod tests {
             min_p: 0.1,
             uniform: 0.5,
             edits: vec![LogitEdit { token: 4, repetition_penalty: 1.5, bias: -0.5 }, LogitEdit::ban(7)],
+            last_edit: None,
             logprobs: Some(2),
             allowed: Some(Arc::new(allowed)),
         };
-        let outputs = [Output::greedy(0), all];
+        let last_edit = LastEdit { repetition_penalty: 1.5, bias: -0.75, others: all.edits.clone() };
+        let penalized = Output { row: 2, last_edit: Some(last_edit), ..Output::greedy(2) };
+        let outputs = [Output::greedy(0), all, penalized];
         let tokens = [StepToken::Known(5), StepToken::Chosen(0), StepToken::Known(70_000)];
         let step = Step { batch: &batch, tokens: &tokens, outputs: &outputs };
         let bytes = postcard::to_stdvec(&Command::Enqueue(StepMessage::new(&step))).unwrap();

@@ -1,6 +1,6 @@
 //! Ranks on the CPU against the whole model.
 
-use std::thread;
+use std::{sync::Mutex, thread};
 
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
@@ -13,6 +13,7 @@ use crate::{
     },
     group::tests::with_ranks,
     model::{Model, shard::Rank},
+    sampling::SamplingParams,
     scheduler::{
         Limits, Stats,
         testing::{Requests, greedy},
@@ -119,6 +120,68 @@ fn answers_are_those_of_one_with_drafts_forks_and_preemption() {
     let (several, theirs) = led(&tiny, 2, 24, answers);
     assert_eq!(several, alone);
     assert_eq!(theirs.steps, stats.steps);
+}
+
+/// Keeps what a stand-in chooses.
+struct ChoiceLog {
+    local: Simulated,
+    chosen: Arc<Mutex<Vec<Option<u32>>>>,
+}
+
+impl Backend for ChoiceLog {
+    fn vocab_size(&self) -> usize {
+        self.local.vocab_size()
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        self.local.enqueue(step)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        let samples = self.local.collect()?;
+        self.chosen.lock().unwrap().extend(samples.iter().map(|sample| sample.token));
+        Ok(samples)
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        self.local.logits()
+    }
+}
+
+/// All ranks choose the same tokens under penalties, after tokens that nobody has told them.
+#[test]
+fn penalties_of_tokens_that_are_not_known_reach_all_ranks() {
+    let limits =
+        Limits { step_tokens: 16, chunk_tokens: 16, max_running: 8, context: 64, draft: 0, ends: [].into() };
+    let params = SamplingParams { repetition_penalty: 1.3, frequency_penalty: 0.4, ..greedy(40) };
+    let local = |pool: &PageAllocator| {
+        Simulated::new(pool, limits.step_capacity(), Language { vocab_size: 5, nan: 0 })
+    };
+    let answer = |backend: &mut dyn Backend, pool: &PageAllocator| {
+        let mut requests = Requests::new(pool, 5, limits.clone());
+        requests.submit(&[0, 1, 2], &params).unwrap();
+        requests.finish(backend);
+        requests.answer(0).ids()
+    };
+    let pool = || PageAllocator::new(40, PAGE_SIZE).unwrap();
+    let alone = pool();
+    let alone = answer(&mut local(&alone).synchronous(), &alone);
+    let chosen = with_ranks(2, |group| {
+        let pool = pool();
+        let chosen = Arc::<Mutex<Vec<_>>>::default();
+        let mut log = ChoiceLog { local: local(&pool), chosen: chosen.clone() };
+        match group.rank().rank {
+            0 => drop(answer(&mut Leader::new(log, group).unwrap(), &pool)),
+            _ => follow(&mut log, &pool, &group).unwrap(),
+        }
+        let chosen: Option<Vec<_>> = chosen.lock().unwrap().iter().copied().collect();
+        chosen.unwrap()
+    });
+    assert_eq!(chosen, [alone.clone(), alone]);
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::{
     group::{Group, Parallel, Settings, end_process},
     model::{Config, shard::Rank},
     request::Finish,
+    sampling::{Sampler, SamplingParams},
 };
 
 /// Tokens of a page of the KV cache.
@@ -95,8 +96,9 @@ impl Steps<'_> {
         say!("the floor is that, and a graph of as many kernels that do nothing");
         say!("step: each is enqueued while the one before is computed, as in the engine; waiting: when that");
         say!(
-            "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with drawn ones"
+            "was collected; gap: how long the GPU idles between two graphs, with greedy steps and with ones that"
         );
+        say!("are drawn under penalties, whose last tokens the GPU alone knows");
         say!("host: what of a step the host takes to enqueue it; eager: without graphs");
         say!(
             "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
@@ -152,11 +154,9 @@ fn row(
     };
     let [waiting, host] = steps(gpu, &mut batch)?;
     start_again(&mut batch)?;
-    let Loop { time, gap } = endless(gpu, &mut batch, &outputs)?;
+    let Loop { time, gap } = endless(gpu, &mut batch, SamplingParams::default())?;
     start_again(&mut batch)?;
-    let drawn =
-        outputs.iter().map(|output| Output { temperature: 1.0, top_p: 0.9, uniform: 0.5, ..output.clone() });
-    let drawn = endless(gpu, &mut batch, &drawn.collect::<Vec<_>>())?;
+    let drawn = endless(gpu, &mut batch, penalized())?;
     // Products were tuned for the graph.
     gpu.set_graphs(false);
     let [eager, eager_host] = steps(gpu, &mut batch)?;
@@ -197,12 +197,28 @@ struct Loop {
     gap: f64,
 }
 
-/// Takes such steps, with these outputs.
-fn endless(gpu: &mut Gpu, batch: &mut Batch, outputs: &[Output]) -> Result<Loop> {
+/// Tokens that are drawn, under all penalties.
+fn penalized() -> SamplingParams {
+    SamplingParams {
+        temperature: 1.0,
+        top_p: 0.9,
+        repetition_penalty: 1.1,
+        presence_penalty: 0.2,
+        frequency_penalty: 0.1,
+        ..SamplingParams::default()
+    }
+}
+
+/// Takes such steps, whose tokens are chosen with these parameters.
+fn endless(gpu: &mut Gpu, batch: &mut Batch, params: SamplingParams) -> Result<Loop> {
+    let params = Arc::new(params);
+    let sampler = |request| Sampler::new(&params, request as u64, 0, &[], [].into_iter());
+    let mut samplers: Vec<_> = (0..batch.len()).map(sampler).collect();
     let ones = vec![1; batch.len()];
     batch.append(ones.iter().copied())?;
     let first = vec![StepToken::Known(0); batch.len()];
-    gpu.enqueue(&Step { batch, tokens: &first, outputs })?;
+    let outputs: Vec<_> = samplers.iter().enumerate().map(|(row, it)| it.output(row, None)).collect();
+    gpu.enqueue(&Step { batch, tokens: &first, outputs: &outputs })?;
     let chosen: Vec<_> = (0..batch.len()).map(StepToken::Chosen).collect();
     let mut times = Vec::new();
     for index in 1..WARM_UP + STEPS {
@@ -211,8 +227,11 @@ fn endless(gpu: &mut Gpu, batch: &mut Batch, outputs: &[Output]) -> Result<Loop>
         }
         let start = Instant::now();
         batch.append(ones.iter().copied())?;
-        gpu.enqueue(&Step { batch, tokens: &chosen, outputs })?;
-        gpu.collect()?;
+        let outputs: Vec<_> = samplers.iter().enumerate().map(|(row, it)| it.output_ahead(row)).collect();
+        gpu.enqueue(&Step { batch, tokens: &chosen, outputs: &outputs })?;
+        for (sampler, sample) in samplers.iter_mut().zip(gpu.collect()?) {
+            sampler.push(sample.token.ok_or(Finish::NoNumbers.to_string())?);
+        }
         times.push(start.elapsed().as_secs_f64() * 1e3);
     }
     gpu.collect()?;

@@ -129,21 +129,53 @@ fn who_cannot_start_holds_up_nobody() {
     assert_eq!(requests.scheduler.stats().surplus, 0);
 }
 
-/// What the host has to know first is waited for: tokens under penalties and constraints, logits.
+/// What the host has to know first is waited for: logits.
 #[test]
-fn a_step_that_depends_on_the_last_token_waits_for_it() {
+fn a_step_that_depends_on_logits_waits_for_them() {
+    let (mut requests, mut backend, calls) = listening(limits(16, 0));
+    requests.submit(&tokens(1, 6), &SamplingParams { logprobs: Some(1), ..greedy(5) }).unwrap();
+    requests.submit(&tokens(2, 6), &greedy(5)).unwrap();
+    requests.finish(&mut backend);
+    assert!(calls.lock().unwrap().iter().all(|call| !matches!(call, Call::Enqueue { ahead: true, .. })));
+}
+
+/// Nor is a step under penalties enqueued ahead where there may be drafts.
+#[test]
+fn penalties_wait_where_there_may_be_drafts() {
+    let (mut requests, mut backend, calls) = listening(limits(16, 2));
+    requests.submit(&tokens(1, 6), &SamplingParams { presence_penalty: 0.1, ..greedy(5) }).unwrap();
+    requests.finish(&mut backend);
+    assert!(!calls.lock().unwrap().contains(&enqueue(1, true)));
+}
+
+/// Penalties are not waited for: what the last token changes is found where that is chosen.
+#[test]
+fn steps_under_penalties_are_enqueued_ahead_and_change_no_answer() {
+    let none = || SamplingParams { logit_bias: [(1, 0.5), (4, -1.0)].into(), min_tokens: 9, ..greedy(60) };
+    let all =
+        SamplingParams { repetition_penalty: 1.2, presence_penalty: 0.4, frequency_penalty: 0.3, ..none() };
     let penalties = [
-        SamplingParams { repetition_penalty: 1.1, ..greedy(5) },
-        SamplingParams { presence_penalty: 0.1, ..greedy(5) },
-        SamplingParams { frequency_penalty: 0.1, ..greedy(5) },
-        SamplingParams { logprobs: Some(1), ..greedy(5) },
+        SamplingParams { repetition_penalty: 1.5, ..none() },
+        SamplingParams { presence_penalty: 1.5, ..none() },
+        SamplingParams { frequency_penalty: 0.7, ..none() },
+        SamplingParams { temperature: 0.8, top_k: 4, seed: Some(5), ..all.clone() },
+        SamplingParams { stop_token_ids: vec![3], ..all },
     ];
+    let (prompt, language) = ([0, 1, 2, 0], vocab(6));
+    let plain = &solo(&prompt, &none(), &limits(16, 0), 400, language)[0];
     for params in penalties {
-        let (mut requests, mut backend, calls) = listening(limits(16, 0));
-        requests.submit(&tokens(1, 6), &params).unwrap();
-        requests.submit(&tokens(2, 6), &greedy(5)).unwrap();
+        let (_, mut requests, backend) = speaking(100, 4, limits(16, 0), language);
+        let calls = Arc::<Mutex<Vec<Call>>>::default();
+        let mut backend = Listening { backend, calls: calls.clone() };
+        requests.submit(&prompt, &params).unwrap();
+        requests.submit(&[5, 5], &greedy(60)).unwrap();
         requests.finish(&mut backend);
-        assert!(calls.lock().unwrap().iter().all(|call| !matches!(call, Call::Enqueue { ahead: true, .. })));
+        let alone = &solo(&prompt, &params, &limits(16, 0), 400, language)[0];
+        assert_ne!(alone.ids(), plain.ids(), "{params:?}");
+        compare(requests.answer(0), alone, &format!("{params:?}"));
+        let calls = calls.lock().unwrap();
+        let known = calls.iter().filter(|call| matches!(call, Call::Enqueue { ahead: false, .. }));
+        assert_eq!(known.count(), 1, "the prompts alone");
     }
 }
 

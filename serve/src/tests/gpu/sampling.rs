@@ -1,11 +1,11 @@
 //! Tokens that the GPU samples are those that the CPU samples from the same logits.
 
 use flashinfer_rs::indices::LogitEdit;
-
+use test_support::Rng;
 use toktrie::SimpleVob;
 
 use super::*;
-use crate::backend::{Sample, sampler::sample};
+use crate::backend::{LastEdit, Sample, sampler::sample};
 
 /// Outputs of many kinds, one after the other.
 struct Kinds {
@@ -78,6 +78,79 @@ fn tokens_sampled_on_the_gpu_are_those_of_the_cpu() {
             assert_eq!(gpu.replay().is_ok(), len == 1, "step {step} of {requests} requests");
         }
     }
+}
+
+/// Edits of some tokens, and how the last one is edited: much, so that it matters.
+fn edited(row: usize, vocab: usize, rng: &mut Rng) -> Output {
+    let mut edit = |token, biases: [f32; 3]| LogitEdit {
+        token,
+        repetition_penalty: [1.0, 1.3, 0.7][rng.below(3)],
+        bias: biases[rng.below(3)],
+    };
+    let (weak, strong) = ([0.5, -0.5, f32::NEG_INFINITY], [20.0, -0.5, f32::NEG_INFINITY]);
+    let tokens = |part: u32| (0..vocab as u32).filter(move |token| token % 8 < part);
+    let edits = tokens(3).map(|token| edit(token, weak)).collect();
+    let others = if row % 4 == 3 { 0 } else { 5 };
+    let others = tokens(others).map(|token| edit(token, strong)).collect();
+    let LogitEdit { repetition_penalty, bias, .. } = edit(0, strong);
+    let last_edit = (row % 5 < 4).then_some(LastEdit { repetition_penalty, bias, others });
+    let (temperature, uniform) = ([0.0, 0.7][rng.below(2)], rng.below(1 << 20) as f32 / (1 << 20) as f32);
+    Output { edits, last_edit, temperature, uniform, ..Output::greedy(row) }
+}
+
+/// The logits of last tokens are edited as the host does once it knows them, in graphs and in steps that
+/// read, where the step before chooses them and where they are known.
+#[test]
+fn logits_of_tokens_that_are_chosen_before_are_edited() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::open(&forward::BIASES.file().write(&folder)).unwrap();
+    let vocab = model.config.vocab_size;
+    let pool = PageAllocator::new(400, 4).unwrap();
+    let mut gpu =
+        Gpu::new(&model.config, model.ends().unwrap(), model.layers(), &pool, GpuOptions::new(64)).unwrap();
+    let (mut rng, mut changed) = (Rng::new(), 0);
+    // What comes of edits that were said before their tokens were known.
+    let mut check = |gpu: &Gpu, outputs: &[Output], tokens: &[u32], samples: &[Sample]| {
+        let logits = gpu.logits().unwrap();
+        let expected = sample(&Output::after_tokens(outputs, tokens).unwrap(), &logits, vocab).unwrap();
+        assert_eq!(samples, expected, "{tokens:?}");
+        let without = |output: &Output| Output { last_edit: None, ..output.clone() };
+        let without: Vec<_> = outputs.iter().map(without).collect();
+        let without = sample(&without, &logits, vocab).unwrap();
+        changed += without.iter().zip(samples).filter(|(without, with)| without != with).count();
+    };
+    for requests in [1, 3, 17] {
+        let mut batch = Batch::new(&pool);
+        (0..requests).for_each(|_| batch.push(Sequence::new(&pool)).unwrap());
+        for step in 0..14 {
+            // A graph, or a step in which the last request has three tokens, of which the first may be chosen.
+            let mut lens = vec![1; requests];
+            lens[requests - 1] = if step % 4 == 3 { 3 } else { 1 };
+            batch.append(lens.iter().copied()).unwrap();
+            let mut tokens: Vec<_> =
+                (0..requests + lens[requests - 1] - 1).map(|at| (at * 37 + step * 11) as u32 % 300).collect();
+            let outputs: Vec<_> = (0..tokens.len()).map(|row| edited(row, vocab, &mut rng)).collect();
+            let known = StepToken::known(&tokens);
+            if step % 2 == 0 {
+                let samples = gpu.step(&Step { batch: &batch, tokens: &known, outputs: &outputs }).unwrap();
+                check(&gpu, &outputs, &tokens, &samples);
+                continue;
+            }
+            let before: Vec<_> = (0..requests).map(Output::greedy).collect();
+            let first = Step { batch: &batch, tokens: &known[..], outputs: &before };
+            gpu.enqueue(&first).unwrap();
+            batch.append(lens.iter().copied()).unwrap();
+            let mut ahead = known.clone();
+            (0..requests).for_each(|row| ahead[row] = StepToken::Chosen(requests - 1 - row));
+            gpu.enqueue(&Step { batch: &batch, tokens: &ahead, outputs: &outputs }).unwrap();
+            let chosen = self::tokens(&gpu.collect().unwrap());
+            (0..requests).for_each(|row| tokens[row] = chosen[requests - 1 - row]);
+            let samples = gpu.collect().unwrap();
+            check(&gpu, &outputs, &tokens, &samples);
+        }
+    }
+    assert!(changed > 50, "{changed} tokens were changed by it");
 }
 
 /// A row's token is the same wherever it stands, and whatever is beside it.
