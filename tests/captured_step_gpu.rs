@@ -36,6 +36,9 @@ const HEAD_DIM: usize = 128;
 const PAGES: usize = 64;
 const CAPACITY: BatchCapacity = BatchCapacity { requests: 8, pages: 64, tokens: 64 };
 
+/// What uploads a batch that is filled up.
+type Update = fn(&mut BatchTables, &Batch, &mut PagedKvCache, usize) -> Result<()>;
+
 /// Plans for a graph of as many requests as there are.
 fn for_graph(tables: &BatchTables) -> PlanOptions<'static> {
     PlanOptions::default().with_graph(tables.pages.host().batch_size())
@@ -123,19 +126,20 @@ impl<'g> Model<'g> {
     }
 
     /// Launches, and runs the same plan as it is; the rows of the batch of both.
-    fn launch(&mut self, step: &CapturedStep) -> [Vec<f16>; 2] {
+    fn launch(&mut self, step: &CapturedStep, update: Update) -> [Vec<f16>; 2] {
         self.new_inputs();
         let rows = self.q.shape()[0] as usize;
         let Self { gpu, decode, cache, batch, tables, workspace, q, kv, out, .. } = self;
         out.write(&vec![f16::NAN; rows * HEADS.num_qo_heads * HEAD_DIM]).unwrap();
-        tables.update_padded(batch, cache, rows).unwrap();
+        update(tables, batch, cache, rows).unwrap();
         let plan = decode.plan(workspace, &tables.pages, &for_graph(tables)).unwrap();
         step.launch(&plan).unwrap();
         let launched = out.to_vec().unwrap();
         let mut direct = zeros(gpu, rows, HEADS.num_qo_heads);
         run(gpu, &plan, tables, cache, (q, kv, &mut direct)).unwrap();
         let direct = direct.to_vec().unwrap();
-        [launched, direct].map(|all| all[..batch.len() * HEADS.num_qo_heads * HEAD_DIM].to_vec())
+        let tokens = batch.queries().total();
+        [launched, direct].map(|all| all[..tokens * HEADS.num_qo_heads * HEAD_DIM].to_vec())
     }
 }
 
@@ -152,7 +156,7 @@ fn a_step_follows_its_batch() {
                 model.batch.remove(time / 3).unwrap();
             }
             model.batch.append(vec![1; model.batch.len()]).unwrap();
-            let [launched, direct] = model.launch(&step);
+            let [launched, direct] = model.launch(&step, BatchTables::update_padded);
             assert!(launched.iter().all(|number| number.is_finite()), "{backend:?}, step {time}");
             assert_same_bits("launched and run", &launched, &direct);
         }
@@ -163,6 +167,27 @@ fn a_step_follows_its_batch() {
         assert_eq!(used(&model), before - 1);
         drop(model.batch);
         assert_eq!((model.pool.free_pages(), free), (PAGES, PAGES - 4));
+    }
+}
+
+/// Drafts row by row, between steps of one token for each request.
+#[test]
+fn a_step_takes_drafts() {
+    let Some(gpu) = Gpu::start_alone() else { return };
+    for backend in [Backend::CudaCores, Backend::Fa2] {
+        let mut model = Model::new(&gpu, 8, backend);
+        let step = model.capture().unwrap();
+        (0..5).for_each(|_| drop(model.batch.remove(0).unwrap()));
+        for new in [[1, 1, 1], [3, 1, 2], [4, 0, 4], [1, 1, 1], [0, 7, 0]] {
+            model.batch.append(new).unwrap();
+            let update = if new == [1; 3] { BatchTables::update_padded } else { BatchTables::update_by_row };
+            let [launched, direct] = model.launch(&step, update);
+            assert!(launched.iter().all(|number| number.is_finite()), "{backend:?}, {new:?}");
+            assert_same_bits("launched and run", &launched, &direct);
+            // Some are not accepted.
+            let len = model.batch.sequences()[0].len();
+            model.batch.truncate(0, len.saturating_sub(2)).unwrap();
+        }
     }
 }
 

@@ -10,7 +10,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use flashinfer_rs::{
-    DType, FlashInferError, PageIndices, Result, TensorRef,
+    DType, FlashInferError, PageIndices, Result, TensorMut, TensorRef,
+    attention::{AttentionSpec, RunOptions},
     indices::{AppendIndices, RaggedIndices, SlotMapping},
     kv::{
         Batch, BatchTables, HeadsShape, KvLayer, KvLayout, KvShape, LatentShape, PageAllocator, PagedKvCache,
@@ -449,11 +450,7 @@ impl World {
 fn check_arrays(pool: &PageAllocator, model: &Model) {
     let requests = model.batch.sequences().iter().map(|sequence| (sequence.pages(), sequence.len()));
     let pages = PageIndices::from_requests(pool.num_pages(), pool.page_size(), requests).unwrap();
-    let found = model.batch.pages();
-    assert_eq!(found.indptr(), pages.indptr());
-    assert_eq!(found.indices(), pages.indices());
-    assert_eq!(found.last_page_len(), pages.last_page_len());
-    assert_eq!((found.num_pages(), found.page_size()), (pages.num_pages(), pages.page_size()));
+    assert_same_pages(model.batch.pages(), &pages);
     let queries = RaggedIndices::from_lens(model.new_tokens.iter().copied()).unwrap();
     assert_eq!(model.batch.queries().indptr(), queries.indptr());
     let append = AppendIndices::last_tokens(&pages, queries.indptr()).unwrap();
@@ -462,6 +459,19 @@ fn check_arrays(pool: &PageAllocator, model: &Model) {
     assert_eq!(found.positions(), append.positions());
     let checked = AppendIndices::new(&pages, found.batch_indices().to_vec(), found.positions().to_vec());
     assert_eq!(found.num_positions(), checked.unwrap().num_positions());
+    let rows = found.batch_indices().iter().zip(found.positions()).map(|(&request, &position)| {
+        let (pages, len) = (pages.pages(request as usize), position as usize + 1);
+        (&pages[..len.div_ceil(pool.page_size())], len)
+    });
+    let rows = PageIndices::from_requests(pool.num_pages(), pool.page_size(), rows).unwrap();
+    assert_same_pages(&model.batch.pages_by_row().unwrap(), &rows);
+}
+
+fn assert_same_pages(found: &PageIndices, pages: &PageIndices) {
+    assert_eq!(found.indptr(), pages.indptr());
+    assert_eq!(found.indices(), pages.indices());
+    assert_eq!(found.last_page_len(), pages.last_page_len());
+    assert_eq!((found.num_pages(), found.page_size()), (pages.num_pages(), pages.page_size()));
 }
 
 const SHAPE: HeadsShape =
@@ -691,6 +701,47 @@ fn a_batch_copies_no_more_than_it_must() {
         assert_eq!((pool.free_pages(), pool.pending_copies()), (0, needed));
         let [a, b] = [0, 1].map(|request| batch.sequences()[request].pages()[0]);
         assert!(a != b && kept.iter().all(|kept| !batch.pages().indices().contains(&kept.pages()[0])));
+    }
+}
+
+/// Decode of each new token over its own pages is causal attention of all.
+#[test]
+fn decode_by_row_is_causal_prefill() {
+    let pool = PageAllocator::new(16, 4).unwrap();
+    let shape = HeadsShape { num_kv_heads: 2, head_dim: 64, ..SHAPE };
+    let mut cache = PagedKvCache::on_host(&pool, &[shape]).unwrap();
+    let mut batch = Batch::new(&pool);
+    (0..3).for_each(|_| batch.push(Sequence::new(&pool)).unwrap());
+    let mut seed = 0;
+    let mut numbers = |count: usize| -> Vec<f32> {
+        seed += 1;
+        (0..count as u64).map(|at| (mix(mix(seed) ^ at) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
+    };
+    for new in [[9, 4, 0], [3, 1, 5]] {
+        batch.append(new).unwrap();
+        let (tokens, by_row) = (new.iter().sum(), batch.pages_by_row().unwrap());
+        let one_each: Vec<_> = (0..=tokens as i32).collect();
+        // They are written by rows, too.
+        let append = AppendIndices::last_tokens(&by_row, &one_each).unwrap();
+        let [k, v] = [(); 2].map(|()| numbers(tokens * 2 * 64));
+        let [k, v] = [&k, &v].map(|rows| TensorRef::from_slice(rows, &[tokens, 2, 64]).unwrap());
+        let kv = &mut cache.layer_mut(0).unwrap();
+        reference::append_paged_kv_cache(&k, &v, &SlotMapping::new(&append, &by_row), kv).unwrap();
+
+        let (spec, options, size) =
+            (AttentionSpec::new(DType::F16, 64), RunOptions::default(), [tokens, 4, 64]);
+        let q = numbers(tokens * 4 * 64);
+        let q = TensorRef::from_slice(&q, &size).unwrap();
+        let [mut rows, mut causal] = [(); 2].map(|()| vec![f64::NAN; tokens * 4 * 64]);
+        let out = &mut TensorMut::from_slice(&mut rows, &size).unwrap();
+        reference::batch_decode(&spec, &q, &kv.as_ref(), &by_row, out, None, &options).unwrap();
+        let out = &mut TensorMut::from_slice(&mut causal, &size).unwrap();
+        let (queries, pages) = (batch.queries(), batch.pages());
+        let mask = reference::HostMask::Causal;
+        reference::batch_prefill_paged(&spec, &q, &kv.as_ref(), queries, pages, out, None, mask, &options)
+            .unwrap();
+        assert!(causal.iter().all(|number| number.is_finite()));
+        assert_eq!(rows, causal);
     }
 }
 

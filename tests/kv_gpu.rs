@@ -6,6 +6,7 @@ mod common;
 mod kv_gpu {
     mod append;
     mod fp8;
+    mod rows;
 }
 
 use common::{

@@ -7,7 +7,7 @@ use crate::{
     error::{FlashInferError, Result},
     indices::{
         AppendIndices, AppendTable, HostSlotMapping, PageIndices, PageTable, RaggedIndices, RaggedTable,
-        SlotMapping, check_table_size,
+        RequestPages, SlotMapping, check_table_size,
     },
     stream::Stream,
 };
@@ -25,7 +25,8 @@ const OP: &str = "Batch";
 /// behind it forward.
 ///
 /// A step that is captured into a CUDA graph has a fixed number of requests:
-/// [`BatchTables::update_padded`] fills a smaller batch up.
+/// [`BatchTables::update_padded`] fills a smaller batch up. One in which requests have several new
+/// tokens can use the same graph: [`BatchTables::update_by_row`].
 #[derive(Debug)]
 pub struct Batch {
     allocator: PageAllocator,
@@ -89,6 +90,44 @@ impl Batch {
     /// [`append`](Self::append). None after any other change.
     pub fn append_indices(&self) -> &AppendIndices {
         &self.append
+    }
+
+    /// The pages of each token of the last [`append`](Self::append), as if it were a request of its
+    /// own: those of its sequence up to itself. No requests after any other change.
+    ///
+    /// Where keys and values of all new tokens are written before attention, decode over these
+    /// pages is what causal prefill is over [`pages`](Self::pages): a token at position `p` sees
+    /// positions `0..=p`. It reads the keys of a sequence once for each of its new tokens.
+    ///
+    /// # Errors
+    /// The rows have 2³¹ token slots or more in all.
+    ///
+    /// ```
+    /// # use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
+    /// let pool = PageAllocator::new(8, 4)?;
+    /// let mut batch = Batch::new(&pool);
+    /// batch.push(Sequence::new(&pool))?;
+    /// batch.append([3])?;
+    /// // A token and a draft of two.
+    /// batch.append([3])?;
+    /// let rows = batch.pages_by_row()?;
+    /// assert_eq!(rows.seq_lens(), [4, 5, 6]);
+    /// assert_eq!([0, 1, 2].map(|row| rows.pages(row).len()), [1, 2, 2]);
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    pub fn pages_by_row(&self) -> Result<PageIndices> {
+        let page_size = self.allocator.page_size();
+        let tokens = self.append.batch_indices().iter().zip(self.append.positions());
+        let rows = tokens.map(|(&request, &position)| {
+            let (full, last) = (position as usize / page_size, position as usize % page_size);
+            let pages = &self.pages.pages(request as usize)[..=full];
+            RequestPages { pages, last_page_len: last + 1 }
+        });
+        let pages = rows.clone().map(|row| row.pages.len()).fold(0, usize::saturating_add);
+        check_table_size(OP, rows.len() + 1, pages, page_size)?;
+        let mut by_row = PageIndices::none(self.allocator.num_pages(), page_size);
+        rows.for_each(|row| by_row.push(row));
+        Ok(by_row)
     }
 
     /// Where the tokens of the last [`append`](Self::append) go, for the CPU reference.
@@ -281,36 +320,70 @@ impl BatchTables {
     /// [`OutOfPages`](FlashInferError::OutOfPages) when no page is free. Then
     /// nothing was uploaded.
     pub fn update_padded(&mut self, batch: &Batch, cache: &mut PagedKvCache, requests: usize) -> Result<()> {
-        let Some(further) = requests.checked_sub(batch.len()) else {
-            let problem = format!("{requests}; the batch has {} already", batch.len());
-            return Err(FlashInferError::invalid("BatchTables", "requests", problem));
-        };
+        let further = further_requests("requests", batch.len(), requests)?;
         if further == 0 {
             return self.update(batch, cache);
         }
         self.check(batch, cache)?;
+        let tokens = batch.queries().indptr().windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+        self.update_filled_up(batch.pages().clone(), tokens, further, cache)
+    }
+
+    /// As [`update_padded`](Self::update_padded), with each new token as a request of its own, which
+    /// has the [pages of its row](Batch::pages_by_row), filled up to `rows` of them. So a step in
+    /// which requests have several new tokens, such as drafts that are checked, is one of decode,
+    /// and can use what was captured for `rows` requests of one token.
+    ///
+    /// [`pages`](Self::pages), [`queries`](Self::queries) and [`append`](Self::append) number rows
+    /// then, in place of the batch's requests; each new token goes where it goes with `update`. The
+    /// capacity has to be enough for so many requests, and for the pages of all rows.
+    ///
+    /// # Errors
+    /// As [`update_padded`](Self::update_padded), of rows; also when these have 2³¹ token slots or
+    /// more in all.
+    pub fn update_by_row(&mut self, batch: &Batch, cache: &mut PagedKvCache, rows: usize) -> Result<()> {
+        let tokens = batch.queries().total();
+        let further = further_requests("rows", tokens, rows)?;
+        self.check(batch, cache)?;
+        self.update_filled_up(batch.pages_by_row()?, repeat_n(1, tokens), further, cache)
+    }
+
+    /// Uploads requests with these pages and so many new tokens each, and further ones, all after
+    /// copying pages.
+    fn update_filled_up(
+        &mut self,
+        pages: PageIndices,
+        tokens: impl Iterator<Item = usize>,
+        further: usize,
+        cache: &mut PagedKvCache,
+    ) -> Result<()> {
         check_table_size(
             "BatchTables",
-            requests.saturating_add(1),
-            batch.pages().indices().len().saturating_add(further),
-            batch.allocator.page_size(),
+            pages.indptr().len().saturating_add(further),
+            pages.indices().len().saturating_add(further),
+            pages.page_size(),
         )?;
+        let padding = if further > 0 { Some(self.padding()?.request_pages()) } else { None };
+        let (pages, queries, append) = filled_up(pages, tokens, repeat_n(padding, further).flatten())?;
+        cache.copy_pages()?;
+        self.upload_arrays(pages, &queries, append)?;
+        if further == 0 {
+            self.release_padding();
+        }
+        Ok(())
+    }
+
+    /// What further requests are of, taken from the pool if there is none.
+    fn padding(&mut self) -> Result<&Sequence> {
         let padding = match self.padding.take() {
             Some(padding) => padding,
             None => {
-                let mut padding = Sequence::new(&batch.allocator);
+                let mut padding = Sequence::new(&self.pool);
                 padding.append(1)?;
                 padding
             }
         };
-        let padding = self.padding.insert(padding);
-        let mut pages = batch.pages().clone();
-        repeat_n(padding.request_pages(), further).for_each(|request| pages.push(request));
-        let tokens = batch.queries().indptr().windows(2).map(|pair| (pair[1] - pair[0]) as usize);
-        let queries = RaggedIndices::from_lens(tokens.chain(repeat_n(1, further)))?;
-        let append = AppendIndices::last_tokens(&pages, queries.indptr())?;
-        cache.copy_pages()?;
-        self.upload_arrays(pages, &queries, append)
+        Ok(self.padding.insert(padding))
     }
 
     /// Gives the page of further requests back to the pool. To be called once
@@ -358,9 +431,99 @@ impl BatchTables {
     }
 }
 
+/// How many requests are missing until there are `wanted`.
+fn further_requests(argument: &'static str, has: usize, wanted: usize) -> Result<usize> {
+    wanted.checked_sub(has).ok_or_else(|| {
+        let problem = format!("{wanted}; the batch has {has} already");
+        FlashInferError::invalid("BatchTables", argument, problem)
+    })
+}
+
+/// The index arrays of requests with these pages and so many new tokens each, and then of further
+/// ones of one token.
+fn filled_up<'p>(
+    mut pages: PageIndices,
+    tokens: impl Iterator<Item = usize>,
+    further: impl Iterator<Item = RequestPages<'p>>,
+) -> Result<(PageIndices, RaggedIndices, AppendIndices)> {
+    let requests = pages.batch_size();
+    further.for_each(|request| pages.push(request));
+    let queries = RaggedIndices::from_lens(tokens.chain(repeat_n(1, pages.batch_size() - requests)))?;
+    let append = AppendIndices::last_tokens(&pages, queries.indptr())?;
+    Ok((pages, queries, append))
+}
+
 /// The pages of a batch, for plans of one query for each request.
 impl<'t> From<&'t BatchTables> for &'t PageTable {
     fn from(tables: &'t BatchTables) -> Self {
         &tables.pages
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where each new token is written: its page, and its place there.
+    fn places(pages: &PageIndices, append: &AppendIndices) -> Vec<(i32, i32)> {
+        let page_size = pages.page_size() as i32;
+        let tokens = append.batch_indices().iter().zip(append.positions());
+        let place = |(&request, &position): (&i32, &i32)| {
+            (pages.pages(request as usize)[(position / page_size) as usize], position % page_size)
+        };
+        tokens.map(place).collect()
+    }
+
+    #[test]
+    fn rows_are_written_where_their_requests_are() {
+        let pool = PageAllocator::new(16, 4).unwrap();
+        let mut batch = Batch::new(&pool);
+        for _ in 0..4 {
+            batch.push(Sequence::new(&pool)).unwrap();
+        }
+        batch.append([6, 3, 0, 8]).unwrap();
+        let fork = batch.sequences()[0].fork();
+        batch.push(fork).unwrap();
+        // Drafts, one of them into a further page; nothing; a whole prompt; a fork's copied page.
+        let new = [3, 1, 5, 0, 2];
+        batch.append(new).unwrap();
+        let mut padding = Sequence::new(&pool);
+        padding.append(1).unwrap();
+        let rows = new.iter().sum::<usize>();
+        let by_row = batch.pages_by_row().unwrap();
+        assert_eq!(by_row.seq_lens(), [7, 8, 9, 4, 1, 2, 3, 4, 5, 7, 8]);
+        for further in [0, 5] {
+            let of_padding = repeat_n(padding.request_pages(), further);
+            let (pages, queries, append) = filled_up(by_row.clone(), repeat_n(1, rows), of_padding).unwrap();
+            let offsets: Vec<_> = (0..=(rows + further) as i32).collect();
+            assert_eq!(queries.indptr(), offsets);
+            assert_eq!(pages.indices()[..by_row.indices().len()], *by_row.indices());
+            assert!(SlotMapping::new(&append, &pages).check(OP).is_ok());
+            let (places, own) = (places(&pages, &append), places(batch.pages(), batch.append_indices()));
+            assert_eq!(places[..rows], own);
+            assert_eq!(places[rows..], vec![(padding.pages()[0], 0); further]);
+            assert!(!own.iter().any(|(page, _)| *page == padding.pages()[0]));
+        }
+        batch.truncate(0, 7).unwrap();
+        assert_eq!(batch.pages_by_row().unwrap().batch_size(), 0);
+    }
+
+    #[test]
+    fn fewer_requests_than_there_are_is_refused() {
+        assert_eq!(further_requests("rows", 3, 8).unwrap(), 5);
+        assert_eq!(further_requests("rows", 3, 3).unwrap(), 0);
+        let problem = further_requests("rows", 3, 2).unwrap_err().to_string();
+        assert!(problem.contains("rows") && problem.contains("2; the batch has 3 already"), "{problem}");
+    }
+
+    #[test]
+    fn rows_that_are_too_many_to_count_are_refused() {
+        // Sequences fit 31 bits, and what all their rows read does not.
+        let pool = PageAllocator::new(1 << 16, 1).unwrap();
+        let mut batch = Batch::new(&pool);
+        batch.push(Sequence::new(&pool)).unwrap();
+        batch.append([1 << 16]).unwrap();
+        let problem = batch.pages_by_row().unwrap_err().to_string();
+        assert!(problem.contains("2^31"), "{problem}");
     }
 }

@@ -146,7 +146,9 @@ fn capture_graphs(
     capacity: StepCapacity,
     limit: Duration,
 ) -> Result<()> {
-    let (start, requests) = (Instant::now(), capacity.requests);
+    // Steps that check drafts use the graphs of as many requests as they have rows.
+    let requests = capacity.requests.max(capacity.outputs.min(gpu::MOST_ROWS));
+    let start = Instant::now();
     let captured = gpu::capture_graphs(backend, pool, requests.min(capacity.tokens), limit)?;
     let seconds = start.elapsed().as_secs_f64();
     tracing::info!(requests = captured, of = requests, seconds, "graphs are captured");

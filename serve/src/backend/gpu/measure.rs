@@ -52,7 +52,9 @@ impl Gpu {
         let taken = self.step(step);
         self.breaks_down = false;
         taken?;
-        self.breakdown.take().ok_or_else(|| "the step was not one of single tokens".into())
+        self.breakdown
+            .take()
+            .ok_or_else(|| "the step was prefill; expected one token for each request".into())
     }
 
     /// The stream that everything is enqueued on.

@@ -4,8 +4,10 @@
 //! Steps in which each request has one new token are CUDA graphs, one for each
 //! power of two of requests, which are captured when they are first needed. A
 //! step writes its tokens and the index arrays to fixed addresses, plans attention,
-//! launches the graph, and copies one number per row back. Other steps, which read
-//! prompts, launch the same kernels one by one, with prefill in place of decode.
+//! launches the graph, and copies one number per row back. Small steps that check drafts
+//! use the same graphs: each of their rows is a request of its own, which has the pages of its
+//! sequence up to itself. Other steps, which read prompts, launch the same kernels one by one,
+//! with prefill in place of decode.
 //!
 //! The host does all that while the GPU computes the step before: what that chooses is read
 //! on the GPU, and reaches the host through the ring meanwhile. One stream orders all that is
@@ -90,7 +92,7 @@ use self::{
     ring::Ring,
     weights::Weights,
 };
-pub use self::{breakdown::Breakdown, capture::capture_graphs, heads::HeadWidths};
+pub use self::{breakdown::Breakdown, capture::capture_graphs, heads::HeadWidths, tables::MOST_ROWS};
 use crate::{
     Result,
     backend::{
@@ -346,7 +348,8 @@ impl Gpu {
         self.network.weights.bytes
     }
 
-    /// Whether steps in which each request has one new token are graphs.
+    /// Whether steps in which each request has one new token are graphs, and those that check drafts;
+    /// these are prefill without.
     pub fn set_graphs(&mut self, graphs: bool) {
         self.graphs = graphs;
     }

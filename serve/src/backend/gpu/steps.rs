@@ -15,7 +15,7 @@ use super::{
     network::{Head, Pass},
     products::HeadProduct,
     ring::{InFlight, LookedAt},
-    tables::{Tables, Uploaded},
+    tables::{Decode, Uploaded},
 };
 use crate::{
     Result,
@@ -79,13 +79,16 @@ impl Gpu {
         if self.lanes[lane].tables.reserve(step.batch, padded_rows)? {
             self.forget_graphs();
         }
+        // What rows gain by being decode is a graph.
+        let decode = Decode::of(step.batch, step.outputs.len());
+        let decode = decode.filter(|decode| self.graphs || *decode == Decode::ByRequest);
         let mut uploaded = Uploaded::Prefill;
-        if Tables::may_decode(step.batch) {
+        if let Some(decode) = decode {
             self.cache.copy_pages()?;
             let Self { uploads, lanes, cache, .. } = self;
             let Lane { tables, computed, .. } = &mut lanes[lane];
             uploads.begin(&self.cuda, computed)?;
-            uploaded = uploads.make(|_| tables.upload_decode(step.batch, cache, padded_rows))?;
+            uploaded = uploads.make(|_| tables.upload_decode(decode, step.batch, cache, padded_rows))?;
         }
         self.prepare_products(bucket, uploaded == Uploaded::Decode)?;
         match uploaded {
@@ -98,7 +101,8 @@ impl Gpu {
         }
     }
 
-    /// A step of one new token for each request, filled up to a bucket: a graph.
+    /// A step of one new token for each request, or of rows that are requests of their own, filled up
+    /// to a bucket: a graph.
     fn decode(&mut self, step: &Step<'_>, lane: usize, bucket: usize) -> Result<()> {
         self.at.extend(step.outputs.iter().map(|output| output.row));
         let sampled = self.prepare_outputs(bucket, true, step.outputs)?;
