@@ -275,10 +275,14 @@ impl<T: Element + DeviceRepr> Tensor<T> {
     pub fn to_vec(&self) -> Result<Vec<T>> {
         let cuda = self.slice.stream();
         check_not_captured("Tensor::to_vec", cuda)?;
-        let mut elements =
-            cuda.clone_dtoh(&*self.slice).map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
+        let elements = match self.raw.numel() as usize {
+            // Its memory has one, which nobody wrote.
+            0 => Vec::new(),
+            count => cuda
+                .clone_dtoh(&self.slice.slice(..count))
+                .map_err(|error| failed("cuMemcpyDtoHAsync", error))?,
+        };
         cuda.synchronize().map_err(|error| failed("cuStreamSynchronize", error))?;
-        elements.truncate(self.raw.numel() as usize);
         Ok(elements)
     }
 

@@ -106,13 +106,18 @@ fn wrong_plans() {
     );
     let fewer = RaggedTable::new(&gpu.stream, RaggedIndices::from_lens([total]).unwrap()).unwrap();
     refused(attention.plan(&mut workspace, PagedBatch::new(&fewer, keys), &options), "queries");
-    // Of another stream.
+    // Of another stream; keys of another GPU are refused for that.
     let elsewhere = Tables::new(&other, &problem);
+    let on_this_gpu = other.stream.ordinal() == gpu.stream.ordinal();
+    let [keys_alone, both] = if on_this_gpu { ["queries", "workspace"] } else { ["table"; 2] };
     refused(attention.plan(&mut workspace, PagedBatch::new(&elsewhere.queries, keys), &options), "queries");
-    refused(attention.plan(&mut workspace, PagedBatch::new(queries, pages(&elsewhere)), &options), "queries");
+    refused(
+        attention.plan(&mut workspace, PagedBatch::new(queries, pages(&elsewhere)), &options),
+        keys_alone,
+    );
     let foreign =
         attention.plan(&mut workspace, PagedBatch::new(&elsewhere.queries, pages(&elsewhere)), &options);
-    refused(foreign, "workspace");
+    refused(foreign, both);
     // A workspace grows to what is needed, and from nothing to no more.
     let mut grows = Workspace::with_sizes(&gpu.stream, 0, 0).unwrap();
     check(&gpu, &attention, &mut grows, &problem);

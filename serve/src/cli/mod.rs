@@ -22,12 +22,15 @@ mod terminal;
 #[cfg(all(test, unix))]
 mod tests;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 
 use self::out::note;
 use crate::Result;
+
+/// How long graphs are captured before the first request.
+const GRAPHS_WITHIN: Duration = Duration::from_secs(60);
 
 /// Runs language models on FlashInfer's kernels, or on the CPU.
 #[derive(Parser)]

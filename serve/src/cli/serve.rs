@@ -11,9 +11,6 @@ use crate::{
     hub::{Hub, ModelName},
 };
 
-/// How long graphs are captured before the first request.
-const GRAPHS_WITHIN: Duration = Duration::from_secs(60);
-
 /// Answer requests of OpenAI's API
 #[derive(clap::Args)]
 pub struct Args {
@@ -132,7 +129,7 @@ fn llm_options(args: &Args) -> LlmOptions {
         deterministic: args.deterministic,
         weights: args.precision.weights,
         kv: args.precision.kv,
-        graphs_within: Some(GRAPHS_WITHIN),
+        graphs_within: Some(super::GRAPHS_WITHIN),
         ..LlmOptions::default()
     }
 }

@@ -169,39 +169,49 @@ fn graphs_of_all_sizes_give_the_known_ids() {
 fn logits_on_the_gpu_are_those_of_the_cpu() {
     let Some(_turn) = turn() else { return };
     let loaded = loaded().expect("the pinned model");
+    let pool = mixed_pool();
+    check_mixed_logits(&mut loaded.gpu(&pool, MIXED_STEP), &pool);
+}
+
+/// Room for what [`check_mixed_logits`] computes, and the most tokens of its steps.
+fn mixed_pool() -> PageAllocator {
+    PageAllocator::new(20, 4).unwrap()
+}
+const MIXED_STEP: usize = 32;
+
+/// Logits of the pinned model in steps of all kinds, against those on the CPU.
+fn check_mixed_logits(engine: &mut dyn Backend, pool: &PageAllocator) {
+    let loaded = loaded().expect("the pinned model");
     let vocab = loaded.model.config.vocab_size;
-    let logits = |engine: &mut dyn Backend, pool: &PageAllocator| {
-        let mut batch = Batch::new(pool);
-        for _ in 0..3 {
-            batch.push(Sequence::new(pool)).unwrap();
-        }
-        let mut all = Vec::new();
-        let mut step = |lens: [usize; 3], tokens: &[u32], outputs: &[usize]| {
-            batch.append(lens).unwrap();
-            let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
-            engine
-                .step(&Step { batch: &batch, tokens: &StepToken::known(tokens), outputs: &outputs })
-                .unwrap();
-            let logits = engine.logits().unwrap();
-            assert_eq!(logits.len(), outputs.len() * vocab);
-            all.extend(logits);
-        };
-        // Whole prompts, a part of one, none; drafts; then single tokens.
-        let (chat, story) = (CHAT.0, STORY.0);
-        step([20, 4, 0], &[&chat[..20], story].concat(), &[0, 7, 19, 23]);
-        step([3, 1, 2], &[&chat[20..23], &STORY.1[..1], &[0, 49151]].concat(), &[2, 3, 4, 5]);
-        step([1, 0, 0], &chat[23..24], &[]);
-        for at in 0..4 {
-            step([1, 1, 1], &[chat[24 + at], STORY.1[1 + at], CAPITAL.1[at]], &[0, 1, 2]);
-        }
-        all
-    };
-    let pool = PageAllocator::new(20, 4).unwrap();
-    let want = logits(&mut loaded.cpu(&pool), &pool);
     // Another pool: each has the memory of one engine.
-    let pool = PageAllocator::new(20, 4).unwrap();
-    let got = logits(&mut loaded.gpu(&pool, 32), &pool);
-    check_rows("logits", &got, &want, vocab, LOGITS_BOUND);
+    let cpu_pool = mixed_pool();
+    let want = mixed_logits(&mut loaded.cpu(&cpu_pool), &cpu_pool);
+    check_rows("logits", &mixed_logits(engine, pool), &want, vocab, LOGITS_BOUND);
+}
+
+fn mixed_logits(engine: &mut dyn Backend, pool: &PageAllocator) -> Vec<f32> {
+    let mut batch = Batch::new(pool);
+    for _ in 0..3 {
+        batch.push(Sequence::new(pool)).unwrap();
+    }
+    let mut all = Vec::new();
+    let mut step = |lens: [usize; 3], tokens: &[u32], outputs: &[usize]| {
+        batch.append(lens).unwrap();
+        let outputs: Vec<_> = outputs.iter().copied().map(Output::greedy).collect();
+        engine.step(&Step { batch: &batch, tokens: &StepToken::known(tokens), outputs: &outputs }).unwrap();
+        let logits = engine.logits().unwrap();
+        assert_eq!(logits.len(), outputs.len() * engine.vocab_size());
+        all.extend(logits);
+    };
+    // Whole prompts, a part of one, none; drafts; then single tokens.
+    let (chat, story) = (CHAT.0, STORY.0);
+    step([20, 4, 0], &[&chat[..20], story].concat(), &[0, 7, 19, 23]);
+    step([3, 1, 2], &[&chat[20..23], &STORY.1[..1], &[0, 49151]].concat(), &[2, 3, 4, 5]);
+    step([1, 0, 0], &chat[23..24], &[]);
+    for at in 0..4 {
+        step([1, 1, 1], &[chat[24 + at], STORY.1[1 + at], CAPITAL.1[at]], &[0, 1, 2]);
+    }
+    all
 }
 
 fn norm(row: impl Iterator<Item = f32>) -> f32 {

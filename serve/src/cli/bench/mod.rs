@@ -114,6 +114,8 @@ pub fn run(args: &Args) -> Result<()> {
     let options = LlmOptions {
         device: args.device,
         cache_tokens,
+        max_running: 1,
+        graphs_within: Some(super::GRAPHS_WITHIN),
         deterministic: args.deterministic,
         weights,
         kv,

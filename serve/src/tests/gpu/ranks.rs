@@ -19,8 +19,7 @@ fn has_two() -> bool {
 /// Has two GPUs compute the pinned model, and gives rank 0's to `work`.
 fn with_two_gpus(
     options: GpuOptions,
-    num_pages: usize,
-    page_size: usize,
+    pool: fn() -> PageAllocator,
     work: fn(&mut dyn Backend, &PageAllocator),
 ) {
     let store = Store::open(hub::store_config().unwrap()).unwrap();
@@ -28,7 +27,7 @@ fn with_two_gpus(
     with_ranks(2, |group| {
         let rank = group.rank();
         let model = Model::open(&path).unwrap().divide(rank).unwrap();
-        let pool = PageAllocator::new(num_pages, page_size).unwrap();
+        let pool = pool();
         let options = GpuOptions { ordinal: rank.rank, ..options };
         let layers = model.layers();
         let mut gpu =
@@ -45,15 +44,16 @@ fn with_two_gpus(
 fn two_gpus_give_the_known_ids() {
     let Some(_turn) = turn() else { return };
     if has_two() {
-        with_two_gpus(GpuOptions::new(64), 8, 16, check_known_ids);
+        with_two_gpus(GpuOptions::new(64), || PageAllocator::new(8, 16).unwrap(), check_known_ids);
     }
 }
 
+/// Ids are not compared here: each rank rounds its part of a sum, and tokens may be nearly as likely.
 #[test]
-fn two_gpus_give_the_known_ids_in_a_mixed_batch() {
+fn logits_on_two_gpus_are_those_of_the_cpu() {
     let Some(_turn) = turn() else { return };
     if has_two() {
-        with_two_gpus(GpuOptions::new(64), 26, 5, check_mixed_batch);
+        with_two_gpus(GpuOptions::new(MIXED_STEP), mixed_pool, check_mixed_logits);
     }
 }
 
@@ -61,9 +61,13 @@ fn two_gpus_give_the_known_ids_in_a_mixed_batch() {
 fn two_gpus_capture_graphs_early() {
     let Some(_turn) = turn() else { return };
     if has_two() {
-        with_two_gpus(GpuOptions::new(64), 32, 16, |gpu, pool| {
-            assert_eq!(capture_graphs(gpu, pool, 6, Duration::from_secs(600)).unwrap(), 6);
-            check_known_ids(gpu, pool);
-        });
+        with_two_gpus(
+            GpuOptions::new(64),
+            || PageAllocator::new(32, 16).unwrap(),
+            |gpu, pool| {
+                assert_eq!(capture_graphs(gpu, pool, 6, Duration::from_secs(600)).unwrap(), 6);
+                check_known_ids(gpu, pool);
+            },
+        );
     }
 }
