@@ -260,7 +260,7 @@ impl Gpu {
         let cublas = CublasLt::new(&cuda)?;
         let choice = options.choice();
         let products = Products::new(&cublas, config, widths, weights, 1, choice)?;
-        let multiplier = Multiplier::new(&cuda, config, widths, weights, most, choice)?;
+        let multiplier = Multiplier::new(&cuda, config, widths, weights, most, choice, ranks.is_none())?;
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
         let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(kv, KvLayout::Nhd) };
         let lane = || Lane::new(&cuda, &stream, pool, most, deterministic);

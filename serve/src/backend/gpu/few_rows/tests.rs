@@ -51,7 +51,7 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
     let Case { product, norm, activation, sum } = case;
     let Product { rows, input, output, factor, added, dtype, out_dtype } = product;
     let stream = Stream::from(cuda);
-    let Some(few_rows) = FewRows::new(cuda, out_dtype).unwrap() else { return };
+    let Some(few_rows) = FewRows::new(cuda, out_dtype, true).unwrap() else { return };
     let (x, x_numbers) = random(&stream, rng, out_dtype, &[rows, input]);
     let (weight, mut weight_numbers) = random(&stream, rng, out_dtype, &[output, input]);
     let (norm_weight, norm_numbers) = random(&stream, rng, out_dtype, &[input]);
@@ -141,7 +141,7 @@ fn what_cannot_be_fused_is_refused() {
     let Some(_turn) = turn() else { return };
     let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let stream = Stream::from(&cuda);
-    let Some(few_rows) = FewRows::new(&cuda, DType::F16).unwrap() else { return };
+    let Some(few_rows) = FewRows::new(&cuda, DType::F16, true).unwrap() else { return };
     let zeros = |shape: &[usize]| HalfTensor::zeros(&stream, DType::F16, shape).unwrap();
     let run = |product: Product, fused: &Fused<'_>| {
         let Product { rows, input, output, .. } = product;

@@ -107,7 +107,7 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
             x_numbers
         }
         With::FewRows => {
-            let Some(few_rows) = FewRows::new(cuda, half).unwrap() else { return };
+            let Some(few_rows) = FewRows::new(cuda, half, true).unwrap() else { return };
             few_rows.run(0, &product, &Fused::default(), &mut out_view, &few.view(), &weight).unwrap();
             few.to_f64()
         }
