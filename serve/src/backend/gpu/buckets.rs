@@ -83,7 +83,7 @@ impl Gpu {
             }
         };
         match graph {
-            true => products.tune(&network.weights, buffers, multiplier, network.ranks.as_ref()),
+            true => products.tune(&network.weights, buffers, multiplier, network.ranks.is_none()),
             false => Ok(()),
         }
     }

@@ -45,8 +45,6 @@ struct Arguments {
     // Whether the output is added to.
     u32 added;
     u32 wide;
-    // Whether the kernel after this one waits for it before it reads or writes anything.
-    u32 overlaps;
     float factor, eps;
 };
 
@@ -181,8 +179,7 @@ __device__ void few_rows(const Arguments &of) {
     Vector(*ring)[READS][2][THREADS] = (Vector(*)[READS][2][THREADS])shared;
     __shared__ float parts[2][WARPS][TILE][ROWS];
     // The kernel after this may begin what it does before it waits for this.
-    if (of.overlaps)
-        asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.launch_dependents;");
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, row = lane / 4;
     const u32 width = of.width, start = 4 * warp + quad;
     // A tile has as many results, and its second half is so many rows of the matrix further.

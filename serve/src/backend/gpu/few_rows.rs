@@ -66,7 +66,6 @@ struct Arguments {
     activation: u32,
     added: u32,
     wide: u32,
-    overlaps: u32,
     factor: f32,
     eps: f32,
 }
@@ -121,8 +120,6 @@ pub struct FewRows {
     dtype: DType,
     kernels: Vec<Kernels>,
     multiprocessors: usize,
-    /// Whether the kernel after one of these may begin before that is over.
-    overlaps: bool,
 }
 
 impl FewRows {
@@ -131,10 +128,7 @@ impl FewRows {
 
     /// Has them compiled for rows and results of `f16` or `bf16`; `None` if the GPU has no
     /// [programmatic dependent launch](programmatic::is_available), or too little shared memory.
-    ///
-    /// With `overlaps`, the kernel after one of these may begin before that is over. NCCL's sums of
-    /// memory that all ranks reach are launched so, but do not wait: before those it is to be `false`.
-    pub fn new(cuda: &Arc<CudaStream>, dtype: DType, overlaps: bool) -> Result<Option<Self>> {
+    pub fn new(cuda: &Arc<CudaStream>, dtype: DType) -> Result<Option<Self>> {
         use sys::{CUdevice_attribute as OfDevice, CUfunction_attribute as OfFunction};
         if !programmatic::is_available(cuda)? {
             return Ok(None);
@@ -164,7 +158,7 @@ impl FewRows {
         }
         let multiprocessors = attribute(OfDevice::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let cuda = cuda.clone();
-        Ok((!kernels.is_empty()).then_some(Self { cuda, dtype, kernels, multiprocessors, overlaps }))
+        Ok((!kernels.is_empty()).then_some(Self { cuda, dtype, kernels, multiprocessors }))
     }
 
     /// How many kernels there are for each product, which differ in how they read the weight.
@@ -251,7 +245,6 @@ impl FewRows {
             },
             added: u32::from(fused.sum || added == Added::Output),
             wide: u32::from(wide),
-            overlaps: u32::from(self.overlaps),
             factor,
             eps: fused.norm.map_or(0.0, |norm| norm.eps as f32),
         };

@@ -4,14 +4,10 @@ use flashinfer_rs::{DType, FlashInferError, Result, Stream, TensorMut, TensorRef
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::registered::Registered;
-
 /// A tensor on the GPU of one of the two.
 pub enum HalfTensor {
     F16(Tensor<f16>),
     Bf16(Tensor<bf16>),
-    /// Of either, in memory that all ranks reach.
-    Registered(Registered),
 }
 
 impl HalfTensor {
@@ -44,7 +40,6 @@ impl HalfTensor {
         match self {
             Self::F16(tensor) => tensor.view(),
             Self::Bf16(tensor) => tensor.view(),
-            Self::Registered(tensor) => tensor.view(),
         }
     }
 
@@ -53,7 +48,6 @@ impl HalfTensor {
         match self {
             Self::F16(tensor) => tensor.view_mut(),
             Self::Bf16(tensor) => tensor.view_mut(),
-            Self::Registered(tensor) => tensor.view_mut(),
         }
     }
 
@@ -87,17 +81,6 @@ fn unsupported(dtype: DType) -> FlashInferError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    impl HalfTensor {
-        /// Its numbers. Those of registered memory are not read by tests.
-        pub fn to_f64(&self) -> Vec<f64> {
-            match self {
-                Self::F16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
-                Self::Bf16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
-                Self::Registered(tensor) => panic!("{:?} is registered", tensor.view()),
-            }
-        }
-    }
 
     #[test]
     fn numbers_below_the_overflow_are_finite() {

@@ -42,8 +42,7 @@ struct E4m3Multiplier {
 }
 
 impl Multiplier {
-    /// For products of up to so many rows, with matrices of `weights`; of one of several ranks, if not
-    /// `alone`.
+    /// For products of up to so many rows, with matrices of `weights`.
     pub fn new(
         cuda: &Arc<CudaStream>,
         config: &Config,
@@ -51,7 +50,6 @@ impl Multiplier {
         weights: DType,
         rows: usize,
         choice: Choice,
-        alone: bool,
     ) -> Result<Self> {
         let stream = Stream::from(cuda);
         let e4m3 = || -> Result<_> {
@@ -65,7 +63,7 @@ impl Multiplier {
             })
         };
         let few_rows = match choice {
-            Choice::Fastest => FewRows::new(cuda, config.dtype, alone)?,
+            Choice::Fastest => FewRows::new(cuda, config.dtype)?,
             Choice::AnyRows(_) => None,
         };
         Ok(Self {

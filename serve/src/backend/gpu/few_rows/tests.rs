@@ -28,8 +28,15 @@ const EPS: f64 = 1e-3;
 fn random(stream: &Stream, rng: &mut Rng, dtype: DType, shape: &[usize]) -> (HalfTensor, Vec<f64>) {
     let numbers: Vec<_> = (0..shape.iter().product()).map(|_| rng.unit() as f32).collect();
     let tensor = HalfTensor::rounded(stream, dtype, shape, &numbers).unwrap();
-    let numbers = tensor.to_f64();
+    let numbers = to_f64(&tensor);
     (tensor, numbers)
+}
+
+fn to_f64(tensor: &HalfTensor) -> Vec<f64> {
+    match tensor {
+        HalfTensor::F16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
+        HalfTensor::Bf16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
+    }
 }
 
 fn activated(activation: Activation, x: f64) -> f64 {
@@ -51,7 +58,7 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
     let Case { product, norm, activation, sum } = case;
     let Product { rows, input, output, factor, added, dtype, out_dtype } = product;
     let stream = Stream::from(cuda);
-    let Some(few_rows) = FewRows::new(cuda, out_dtype, true).unwrap() else { return };
+    let Some(few_rows) = FewRows::new(cuda, out_dtype).unwrap() else { return };
     let (x, x_numbers) = random(&stream, rng, out_dtype, &[rows, input]);
     let (weight, mut weight_numbers) = random(&stream, rng, out_dtype, &[output, input]);
     let (norm_weight, norm_numbers) = random(&stream, rng, out_dtype, &[input]);
@@ -94,7 +101,7 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
         let mut out = HalfTensor::rounded(&stream, out_dtype, &[rows, outputs], &before32).unwrap();
         few_rows.run(kernel, &product, &fused, &mut out.view_mut(), &x.view(), &weight).unwrap();
         let norm = |row: &mut dyn Iterator<Item = f64>| row.map(|x| x * x).sum::<f64>().sqrt();
-        let got = out.to_f64();
+        let got = to_f64(&out);
         for (got, want) in got.chunks_exact(outputs).zip(want.chunks_exact(outputs)) {
             let off = norm(&mut got.iter().zip(want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
             // What is not a number is not within a bound.
@@ -141,7 +148,7 @@ fn what_cannot_be_fused_is_refused() {
     let Some(_turn) = turn() else { return };
     let cuda = start(&Shape::Llama8b.config().unwrap(), 0).unwrap();
     let stream = Stream::from(&cuda);
-    let Some(few_rows) = FewRows::new(&cuda, DType::F16, true).unwrap() else { return };
+    let Some(few_rows) = FewRows::new(&cuda, DType::F16).unwrap() else { return };
     let zeros = |shape: &[usize]| HalfTensor::zeros(&stream, DType::F16, shape).unwrap();
     let run = |product: Product, fused: &Fused<'_>| {
         let Product { rows, input, output, .. } = product;
