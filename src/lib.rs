@@ -71,6 +71,7 @@
 //! | `cudarc` | yes | [tensors of a GPU](gpu), views of cudarc's slices, and its streams |
 //! | `candle` | no | [the same for candle's tensors](candle), on the CPU through the reference |
 //! | `candle-cuda` | no | `candle` for CUDA tensors; candle's own kernels need nvcc to build |
+//! | `tvm-ffi` | no | values and functions from and to those of the crate `tvm-ffi`, whose build needs `tvm-ffi-config` of the Python package `apache-tvm-ffi`, and which links `libtvm_ffi` |
 //! | `progress` | no | [the progress of downloads](progress) on a terminal |
 //! | `doctor` | no | the program `flashinfer-doctor`, which tells what a machine lacks |
 //!

@@ -27,12 +27,12 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Function {
     library: &'static TvmFfi,
-    target: Target,
+    pub(super) target: Target,
     name: &'static str,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Target {
+pub(super) enum Target {
     /// A C symbol of a module.
     Symbol(SafeCall),
     /// A function object of the global table.
@@ -85,7 +85,12 @@ impl Function {
         }
         // SAFETY: the reference is ours.
         let object = unsafe { Object::from_owned(NonNull::new(object)?) };
-        Some(Self { library, target: Target::Global(keep(object)), name: intern(name) })
+        Some(Self::of_object(library, object, name))
+    }
+
+    /// A function object, of which one reference is kept as long as the process lives.
+    pub(super) fn of_object(library: &'static TvmFfi, object: Object, name: &str) -> Self {
+        Self { library, target: Target::Global(keep(object)), name: intern(name) }
     }
 
     /// The function's name.

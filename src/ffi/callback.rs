@@ -136,7 +136,7 @@ unsafe extern "C" fn delete(callback: *mut c_void) {
 }
 
 /// A result, which the caller releases.
-fn into_any(value: Value) -> Any {
+pub(super) fn into_any(value: Value) -> Any {
     match value {
         Value::Object(object) => *Arg::from(&*ManuallyDrop::new(object)).as_any(),
         // Long text is an object, whose only reference this is.

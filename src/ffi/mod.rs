@@ -14,6 +14,8 @@
 //! that were registered by name
 //! ([`FlashInferRuntime::register_function`](crate::FlashInferRuntime::register_function)).
 //!
+//! With the feature `tvm-ffi`, values and functions convert from and to those of TVM-FFI's own crate.
+//!
 //! Source of the contract: `tvm/ffi/c_api.h`, `tvm/ffi/extra/c_env_api.h` and
 //! `dlpack/dlpack.h` of apache-tvm-ffi 0.1.12.
 
@@ -25,6 +27,8 @@ mod callback;
 mod kernel;
 pub mod library;
 mod object;
+#[cfg(feature = "tvm-ffi")]
+mod official;
 mod signature;
 
 pub(crate) use allocator::register as register_allocator;
