@@ -17,7 +17,9 @@ pub fn is_available(cuda: &CudaStream) -> Result<bool> {
 /// # Safety
 /// `arguments` point to what the kernel takes, in its order, and it does with that nothing
 /// undefined. It waits for the kernel before it (`griddepcontrol.wait`) before it reads or
-/// writes what that, or one before that, may write or read.
+/// writes what that, or one before that, may write or read. If it lets the kernel after it begin early
+/// (`griddepcontrol.launch_dependents`), none follows that is launched so and does not wait, as
+/// NCCL's kernels for memory that several GPUs reach.
 pub unsafe fn launch(
     cuda: &CudaStream,
     function: &CudaFunction,
