@@ -221,12 +221,16 @@ pub(crate) fn runs<K: PartialEq + Send + 'static>(key: impl FnOnce() -> Result<K
 
 /// Enqueues work of this crate on a stream.
 pub(crate) fn enqueue<R>(stream: &Stream, work: impl FnOnce() -> Result<R>) -> Result<R> {
-    let counted = with(|recorder| (recorder.stream == stream.id()).then_some(recorder.count_nodes)).flatten();
-    let Some(count) = counted else { return work() };
+    let counted = with(|recorder| {
+        let Recorder { count_nodes, record, .. } = &*recorder;
+        (recorder.stream == stream.id()).then_some((*count_nodes, record.nodes))
+    });
+    let Some((count, known)) = counted.flatten() else { return work() };
     let before = count(stream)?;
     let result = work()?;
+    // What a closure enqueues that a module calls meanwhile is among these.
     let added = count(stream)?.saturating_sub(before);
-    with(|recorder| recorder.record.nodes += added);
+    with(|recorder| recorder.record.nodes = known + added);
     Ok(result)
 }
 
@@ -330,6 +334,24 @@ mod tests {
         uses(&host);
         uses(&RawTensor::new(std::ptr::null_mut(), Device::Cuda(0), DType::F32, &[0], None).unwrap());
         recording.finish().unwrap();
+    }
+
+    /// A module may call a closure that enqueues something, too.
+    #[test]
+    fn work_within_work_is_counted_once() {
+        thread_local! { static NODES: Cell<usize> = const { Cell::new(0) } }
+        let add = |nodes| NODES.set(NODES.get() + nodes);
+        let recording = Recording::start(&stream(), |_| Ok(NODES.get()), false).unwrap();
+        // Of others.
+        add(10);
+        enqueue(&stream(), || {
+            add(1);
+            enqueue(&stream(), || Ok(add(3)))?;
+            Ok(add(1))
+        })
+        .unwrap();
+        enqueue(&stream(), || Ok(add(2))).unwrap();
+        assert_eq!(recording.finish().unwrap().nodes, 7);
     }
 
     #[test]

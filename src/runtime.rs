@@ -315,11 +315,13 @@ impl FlashInferRuntime {
     }
 
     /// Makes a closure a function of libtvm_ffi's global table, which modules and Python call by its name,
-    /// from any thread. It stays there as long as the process lives.
+    /// from any thread. It stays there until somebody takes it out.
     ///
     /// What it returns, or fails with, is the call's result, or error: of
-    /// [`TvmFfiCall`](FlashInferError::TvmFfiCall) kind and message, of others their words as a
-    /// `RuntimeError`. If it panics, the call has a `RustPanic` with the panic's words.
+    /// [`TvmFfiCall`](FlashInferError::TvmFfiCall) kind and message, of
+    /// [`ResultType`](FlashInferError::ResultType) a `TypeError`, of others their words as a
+    /// `RuntimeError`. If it panics, the call has a `RustPanic` with the panic's words. A returned
+    /// [`Value::Other`](ffi::Value::Other) is None.
     ///
     /// ```no_run
     /// # use flashinfer_rs::{FlashInferRuntime, ffi::Value};

@@ -18,30 +18,41 @@ fn library() -> Option<(TempDir, PathBuf)> {
     c_library::compile(include_str!("../examples/add_one.c"), &path, &[]).then_some((folder, path))
 }
 
+/// A value of there, here.
+fn here(any: impl Into<Any>) -> Value {
+    // SAFETY: numbers, text and tensors may go to any thread.
+    unsafe { Value::from_tvm_ffi(any.into()) }.unwrap()
+}
+
+/// A value of here, there.
+fn there(value: Value) -> Any {
+    // SAFETY: it is no function, and no list.
+    unsafe { value.to_tvm_ffi() }
+}
+
 fn sum(numbers: &[f32]) -> f64 {
     numbers.iter().copied().map(f64::from).sum()
 }
 
 #[test]
 fn values_are_the_same_in_both() {
-    assert_eq!(i64::try_from(Value::from(Any::from(7i64))).unwrap(), 7);
-    assert!(bool::try_from(Value::from(Any::from(true))).unwrap());
-    assert_eq!(f64::try_from(Value::from(Any::from(0.5f64))).unwrap(), 0.5);
+    assert_eq!(i64::try_from(here(7i64)).unwrap(), 7);
+    assert!(bool::try_from(here(true)).unwrap());
+    assert_eq!(f64::try_from(here(0.5f64)).unwrap(), 0.5);
     for text in ["short", "a text of more than seven bytes"] {
-        let there = Any::from(tvm_ffi::String::from(text));
-        assert_eq!(String::try_from(Value::from(there)).unwrap(), text);
-        let back = Any::from(Value::Text(text.into()));
+        assert_eq!(String::try_from(here(tvm_ffi::String::from(text))).unwrap(), text);
+        let back = there(Value::Text(text.into()));
         assert_eq!(back.try_as::<tvm_ffi::String>().unwrap().as_str(), text);
     }
-    assert_eq!(Any::from(Value::Int(-3)).try_as::<i64>(), Some(-3));
-    assert_eq!(Any::from(Value::None).type_index(), Any::new().type_index());
+    assert_eq!(there(Value::Int(-3)).try_as::<i64>(), Some(-3));
+    assert_eq!(there(Value::None).type_index(), Any::new().type_index());
 }
 
 #[test]
 fn tensors_are_seen_by_both() {
     let numbers = [1.0f32, 2.0, 3.5, -4.0, 0.25, 8.0];
     let tensor = Tensor::from_slice(&numbers, &[2, 3]).unwrap();
-    let object = Object::try_from(Value::from(Any::from(tensor.clone()))).unwrap();
+    let object = Object::try_from(here(tensor.clone())).unwrap();
     // Of `tensor`, and of the object.
     assert_eq!(object.strong_count(), 2);
     // SAFETY: nobody writes to it.
@@ -51,11 +62,11 @@ fn tensors_are_seen_by_both() {
     drop(object);
 
     let view = TensorRef::from_slice(&numbers, &[3, 2]).unwrap();
-    let there = DlTensor::from(&view);
-    // SAFETY: it is used here only.
-    let there = unsafe { there.to_tvm_ffi() };
-    assert_eq!((there.shape(), there.numel(), there.is_contiguous()), (&[3, 2][..], 6, true));
-    assert_eq!(there.data_ptr().cast_const().cast(), numbers.as_ptr());
+    let tensor = DlTensor::from(&view);
+    // SAFETY: it is used here only, and read.
+    let tensor = unsafe { tensor.to_tvm_ffi() };
+    assert_eq!((tensor.shape(), tensor.numel(), tensor.is_contiguous()), (&[3, 2][..], 6, true));
+    assert_eq!(tensor.data_ptr().cast_const().cast(), numbers.as_ptr());
 }
 
 #[test]
@@ -63,7 +74,8 @@ fn functions_are_called_from_both() {
     let runtime = FlashInferRuntime::get().expect("libtvm_ffi, which this program links");
     // A closure there, called from here.
     let doubled = tvm_ffi::Function::from_typed(|x: i64| -> tvm_ffi::Result<i64> { Ok(2 * x) });
-    let function = Function::try_from(doubled).unwrap();
+    // SAFETY: it holds nothing.
+    let function = unsafe { Function::from_tvm_ffi(doubled) }.unwrap();
     // SAFETY: it takes an integer.
     assert_eq!(i64::try_from(unsafe { function.call(args![21]) }.unwrap()).unwrap(), 42);
     let adds = tvm_ffi::Function::from_typed(|x: TensorView| -> tvm_ffi::Result<f64> {
@@ -88,7 +100,8 @@ fn functions_are_called_from_both() {
     let error = negated.call_tuple((true,)).map(drop).unwrap_err().to_string();
     assert!(error.contains("not an integer"), "{error}");
     // And back again: the same function.
-    let back = Function::try_from(negated).unwrap();
+    // SAFETY: it is a function of here.
+    let back = unsafe { Function::from_tvm_ffi(negated) }.unwrap();
     // SAFETY: it takes an integer.
     assert_eq!(i64::try_from(unsafe { back.call(args![9]) }.unwrap()).unwrap(), -9);
 }

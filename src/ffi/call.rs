@@ -105,9 +105,11 @@ impl Function {
     /// [`FlashInferError::TvmFfiCall`] with what the function raised.
     ///
     /// # Safety
-    /// The function does with its arguments what its author wrote: tensors
-    /// must be of the devices, types and sizes it assumes, and index tensors
-    /// must hold what it expects.
+    /// As [`Module::call`](crate::Module::call): the function does with its arguments
+    /// what its author wrote. Tensors must be of the devices, types and sizes it
+    /// assumes, index tensors must hold what it expects, and of a
+    /// [`TensorObject`](super::TensorObject), which is on the stack, nothing may keep a
+    /// reference for longer than it is there: no closure, either.
     pub unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Value> {
         let mut result = Any::NONE;
         let (args, count) = (args.as_ptr().cast::<Any>(), args.len() as i32);

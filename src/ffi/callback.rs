@@ -25,8 +25,9 @@ use crate::{
 pub struct Given<'a>(&'a Any);
 
 impl<'a> Given<'a> {
-    /// The argument, with a reference of its own if it is an object. A C string is text; a tensor
-    /// that is no object is [`Value::Other`]: see [`tensor`](Self::tensor).
+    /// The argument, with a reference of its own if it is an object. A C string is text, and so are bytes
+    /// of at most seven. [`Value::Other`] are a tensor that is no object (see [`tensor`](Self::tensor)), longer
+    /// bytes by address, and a list, which others may change while it is read.
     pub fn value(&self) -> Value {
         let any = *self.0;
         // SAFETY: the payload is what the tag says, for the length of the call; the value gets a
@@ -37,6 +38,7 @@ impl<'a> Given<'a> {
                     let text = CStr::from_ptr(any.payload.ptr.cast());
                     Value::Text(text.to_string_lossy().into_owned())
                 }
+                type_index::LIST => Value::Other(type_index::LIST),
                 index if index >= type_index::OBJECT_BEGIN => match NonNull::new(any.payload.object) {
                     Some(object) => Value::Object(Object::share(object)),
                     None => Value::None,
@@ -117,6 +119,10 @@ unsafe extern "C" fn call(callback: *mut c_void, args: *const Any, count: i32, r
             return 0;
         }
         Ok(Err(FlashInferError::TvmFfiCall { kind, message, .. })) => (kind, message),
+        // Of an argument, mostly.
+        Ok(Err(FlashInferError::ResultType { expected, found })) => {
+            ("TypeError".into(), format!("{found} is not {expected}"))
+        }
         Ok(Err(error)) => ("RuntimeError".into(), error.to_string()),
         Err(panic) => ("RustPanic".into(), words(&*panic)),
     };

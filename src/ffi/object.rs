@@ -29,8 +29,10 @@ use crate::{
 pub struct Object(NonNull<ObjectHeader>);
 
 // SAFETY: the reference count is atomic, and this crate reads nothing of an
-// object but strings, errors, and arrays and lists, which only functions change,
-// whose calls are unsafe.
+// object but strings, errors, arrays, and lists, which only functions change,
+// whose calls are unsafe; closures are given none. What objects of others do when
+// they are dropped, their library allows in any thread; those of the crate `tvm-ffi`
+// come by an unsafe function that says so.
 unsafe impl Send for Object {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Object {}
@@ -275,7 +277,7 @@ impl Drop for Object {
             // SAFETY: this value owns one reference and gives it back once.
             Some(library) => drop(unsafe { (library.object_dec_ref)(self.0.as_ptr()) }),
             // Without the library, objects are this crate's own, and nobody
-            // has weak references.
+            // has weak references: what comes from others has it used first.
             None if self.count().fetch_sub(1, Ordering::Release) == BOTH_ONE => {
                 fence(Ordering::Acquire);
                 // SAFETY: the last reference is gone; the flags say so.

@@ -1,7 +1,9 @@
-//! From and to the types of [`tvm_ffi`], TVM-FFI's own crate. Nothing is copied but references.
+//! From and to the types of [`tvm_ffi`], TVM-FFI's own crate. References move; text of more than seven
+//! bytes becomes an object.
 //!
 //! Both crates work on the one `libtvm_ffi` of the process: that crate links it, and this one uses what
-//! is there.
+//! is there. What is safe differs: there, functions are called by safe code, and closures need not be
+//! `Send`; so conversions are `unsafe`.
 
 use std::{mem, ptr};
 
@@ -21,41 +23,57 @@ use crate::error::{FlashInferError, Result};
 const _: () =
     assert!(size_of::<Any>() == size_of::<TVMFFIAny>() && align_of::<Any>() == align_of::<TVMFFIAny>());
 
-impl From<tvm_ffi::Any> for Value {
-    fn from(any: tvm_ffi::Any) -> Self {
+/// The library, which that crate has in the process.
+fn library() -> Result<&'static TvmFfi> {
+    let library = TvmFfi::get().map_or_else(TvmFfi::adopt, |library| Ok(Some(library)))?;
+    library.ok_or_else(|| FlashInferError::MissingSymbol {
+        library: "libtvm_ffi".into(),
+        symbol: "TVMFFIGetVersion".into(),
+    })
+}
+
+impl Value {
+    /// A value of that crate. Bytes of at most seven become text.
+    ///
+    /// # Errors
+    /// [`AbiVersion`](FlashInferError::AbiVersion), [`MissingSymbol`](FlashInferError::MissingSymbol):
+    /// libtvm_ffi is of a version that this crate does not speak.
+    ///
+    /// # Safety
+    /// A value may go to any thread, and be dropped there. An object that is not made for that, such as a
+    /// closure that is not `Send` and `Sync`, stays in this one; and nobody changes a list while it is read.
+    pub unsafe fn from_tvm_ffi(any: tvm_ffi::Any) -> Result<Self> {
+        library()?;
         // SAFETY: the same C type, whose bytes are all initialized, and with it what it owns.
-        unsafe { Self::from_owned(mem::transmute::<TVMFFIAny, Any>(tvm_ffi::Any::into_raw_ffi_any(any))) }
+        Ok(unsafe { Self::from_owned(mem::transmute::<TVMFFIAny, Any>(tvm_ffi::Any::into_raw_ffi_any(any))) })
     }
-}
 
-/// A value of a kind that this crate does not read becomes None.
-impl From<Value> for tvm_ffi::Any {
-    fn from(value: Value) -> Self {
+    /// The value for that crate. One of a kind that this crate does not read becomes None.
+    ///
+    /// # Safety
+    /// Calls there are safe: whoever calls a function object gives it what it takes, and nobody changes
+    /// a list while others read it.
+    pub unsafe fn to_tvm_ffi(self) -> tvm_ffi::Any {
         // SAFETY: the same C type, and with it what it owns.
-        unsafe { Self::from_raw_ffi_any(mem::transmute::<Any, TVMFFIAny>(into_any(value))) }
-    }
-}
-
-/// One reference to the function is kept as long as the process lives, however often this is done.
-///
-/// # Errors
-/// [`AbiVersion`](FlashInferError::AbiVersion): the version of libtvm_ffi is one that this crate does not speak.
-impl TryFrom<tvm_ffi::Function> for Function {
-    type Error = FlashInferError;
-
-    fn try_from(function: tvm_ffi::Function) -> Result<Self> {
-        let object = Object::try_from(Value::from(tvm_ffi::Any::from(function)))?;
-        // That crate has it in the process.
-        let library = TvmFfi::get().map_or_else(TvmFfi::adopt, |library| Ok(Some(library)))?;
-        let library = library.ok_or_else(|| FlashInferError::MissingSymbol {
-            library: "libtvm_ffi".into(),
-            symbol: "TVMFFIGetVersion".into(),
-        })?;
-        Ok(Self::of_object(library, object, "a function of tvm-ffi"))
+        unsafe { tvm_ffi::Any::from_raw_ffi_any(mem::transmute::<Any, TVMFFIAny>(into_any(self))) }
     }
 }
 
 impl Function {
+    /// A function of that crate. One reference to it is kept as long as the process lives, however often
+    /// this is done.
+    ///
+    /// # Errors
+    /// As [`Value::from_tvm_ffi`].
+    ///
+    /// # Safety
+    /// Functions may be called from any thread: so may this one.
+    pub unsafe fn from_tvm_ffi(function: tvm_ffi::Function) -> Result<Self> {
+        // SAFETY: as the caller says.
+        let object = Object::try_from(unsafe { Value::from_tvm_ffi(function.into()) }?)?;
+        Ok(Self::of_object(library()?, object, "a function of tvm-ffi"))
+    }
+
     /// The function, for that crate, whose calls are safe.
     ///
     /// # Errors
@@ -72,7 +90,8 @@ impl Function {
                 Ok(unsafe { tvm_ffi::Function::from_extern_c(ptr::null_mut(), symbol, None) })
             }
             Target::Global(object) => {
-                let any = tvm_ffi::Any::from(Value::Object(object.clone()));
+                // SAFETY: promised by the caller.
+                let any = unsafe { Value::Object(object.clone()).to_tvm_ffi() };
                 any.try_as().ok_or_else(|| FlashInferError::ResultType {
                     expected: "a function",
                     found: format!("{object:?}"),
@@ -86,7 +105,9 @@ impl DlTensor<'_> {
     /// The tensor, for functions of that crate.
     ///
     /// # Safety
-    /// The view is not used any more when this tensor, or what it is of, is gone.
+    /// The view is not used any more when this tensor, or what it is of, is gone. Nothing writes through
+    /// it, unless it is of a [`TensorMut`](crate::TensorMut). Work that uses it comes after the work that
+    /// wrote the tensor, and memory stays until kernels are done.
     pub unsafe fn to_tvm_ffi(&self) -> tvm_ffi::TensorView {
         // SAFETY: `Arg` has the address of a `DLTensor`, which the caller keeps.
         unsafe { tvm_ffi::TensorView::from_raw(Arg::from(self).as_any().payload.ptr.cast()) }
