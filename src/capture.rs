@@ -340,17 +340,20 @@ mod tests {
     #[test]
     fn work_within_work_is_counted_once() {
         thread_local! { static NODES: Cell<usize> = const { Cell::new(0) } }
-        let add = |nodes| NODES.set(NODES.get() + nodes);
+        let add = |nodes| -> Result<()> {
+            NODES.set(NODES.get() + nodes);
+            Ok(())
+        };
         let recording = Recording::start(&stream(), |_| Ok(NODES.get()), false).unwrap();
         // Of others.
-        add(10);
+        add(10).unwrap();
         enqueue(&stream(), || {
-            add(1);
-            enqueue(&stream(), || Ok(add(3)))?;
-            Ok(add(1))
+            add(1)?;
+            enqueue(&stream(), || add(3))?;
+            add(1)
         })
         .unwrap();
-        enqueue(&stream(), || Ok(add(2))).unwrap();
+        enqueue(&stream(), || add(2)).unwrap();
         assert_eq!(recording.finish().unwrap().nodes, 7);
     }
 
