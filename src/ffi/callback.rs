@@ -57,9 +57,7 @@ impl<'a> Given<'a> {
     /// As [`Object::tensor`].
     pub unsafe fn tensor(&self) -> Result<TensorRef<'a>> {
         // SAFETY: the payload is what the tag says and lives for the call; the caller promises the rest.
-        unsafe { object::tensor_of(self.0) }.unwrap_or_else(|| {
-            Err(FlashInferError::ResultType { expected: "a tensor", found: format!("{self:?}") })
-        })
+        unsafe { object::tensor_of(self.0) }.unwrap_or_else(|| Err(object::no_tensor(format!("{self:?}"))))
     }
 }
 
@@ -102,8 +100,8 @@ pub(crate) fn register(library: &'static TvmFfi, name: &str, callback: Box<Callb
 
 /// Calls a [`Callback`]; what it fails with, or panics with, is raised.
 unsafe extern "C" fn call(callback: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
-    // SAFETY: it is what `register` made; the caller has so many arguments, whose references `Given`
-    // has the layout of.
+    // SAFETY: it is what `register` made, and the table keeps; the caller has so many arguments, which
+    // live for the call.
     let (callback, args) = unsafe {
         let args = if count <= 0 { &[] } else { slice::from_raw_parts(args, count as usize) };
         (&*callback.cast::<Box<Callback>>(), args)

@@ -56,7 +56,7 @@ tvm_ffi! {
     env_get_allocator = "TVMFFIEnvGetDLPackManagedTensorAllocator": fn() -> Option<TensorAllocator>;
 }
 
-fn missing(symbol: &str) -> FlashInferError {
+pub(super) fn missing(symbol: &str) -> FlashInferError {
     FlashInferError::MissingSymbol { library: "libtvm_ffi".into(), symbol: symbol.into() }
 }
 

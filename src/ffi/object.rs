@@ -249,7 +249,7 @@ unsafe fn view_of<'a>(raw: &RawDlTensor) -> Result<TensorRef<'a>> {
     unsafe { TensorRef::from_raw_parts(data, device, dtype, &shape, strides.as_deref()) }
 }
 
-fn no_tensor(found: String) -> FlashInferError {
+pub(super) fn no_tensor(found: String) -> FlashInferError {
     FlashInferError::ResultType { expected: "a tensor", found }
 }
 

@@ -14,7 +14,7 @@ use super::{
     args::{Arg, DlTensor},
     call::{Function, Target},
     callback::into_any,
-    library::TvmFfi,
+    library::{TvmFfi, missing},
     object::{Object, Value},
 };
 use crate::error::{FlashInferError, Result};
@@ -26,10 +26,7 @@ const _: () =
 /// The library, which that crate has in the process.
 fn library() -> Result<&'static TvmFfi> {
     let library = TvmFfi::get().map_or_else(TvmFfi::adopt, |library| Ok(Some(library)))?;
-    library.ok_or_else(|| FlashInferError::MissingSymbol {
-        library: "libtvm_ffi".into(),
-        symbol: "TVMFFIGetVersion".into(),
-    })
+    library.ok_or_else(|| missing("TVMFFIGetVersion"))
 }
 
 impl Value {
