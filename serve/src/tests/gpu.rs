@@ -13,7 +13,7 @@ mod faults;
 mod flight;
 mod long_run;
 mod precision;
-mod ranks;
+pub mod ranks;
 mod sampling;
 
 use super::*;

@@ -83,7 +83,7 @@ impl Gpu {
             }
         };
         match graph {
-            true => products.tune(&network.weights, buffers, multiplier, network.ranks.is_none()),
+            true => products.tune(&network.weights, buffers, multiplier, network.ranks.as_ref()),
             false => Ok(()),
         }
     }

@@ -3,7 +3,7 @@
 use flashinfer_rs::{DType, Stream, gpu::Tensor};
 use float8::F8E4M3;
 
-use super::{half::HalfTensor, heads::HeadWidths};
+use super::{half::HalfTensor, heads::HeadWidths, ranks::Ranks};
 use crate::{
     Result,
     backend::experts::Routing,
@@ -40,11 +40,22 @@ pub struct SharedBuffers {
 }
 
 impl Buffers {
-    pub fn new(stream: &Stream, config: &Config, widths: HeadWidths, kv: DType, rows: usize) -> Result<Self> {
+    /// Of a rank, whose sums over all ranks are made in some of it, if this is one of several.
+    pub fn new(
+        stream: &Stream,
+        config: &Config,
+        widths: HeadWidths,
+        kv: DType,
+        rows: usize,
+        ranks: Option<&Ranks>,
+    ) -> Result<Self> {
         let (heads, experts, inner) = (config.heads, config.num_experts(), config.intermediate_size);
         let (hidden, head_dim) = (config.hidden_size, widths.padded);
         let zeros = |shape: &[usize]| HalfTensor::zeros(stream, config.dtype, shape);
-        let optional = |wanted: bool, shape: &[usize]| wanted.then(|| zeros(shape)).transpose();
+        let hidden_rows = || match ranks {
+            Some(ranks) => ranks.zeros(config.dtype, &[rows, hidden]),
+            None => Ok(zeros(&[rows, hidden])?),
+        };
         let qk = heads.num_qo_heads + heads.num_kv_heads;
         let shared = config.experts.and_then(|experts| experts.shared).map(|inner| -> Result<_> {
             Ok(SharedBuffers {
@@ -54,11 +65,11 @@ impl Buffers {
             })
         });
         Ok(Self {
-            residual: zeros(&[rows, hidden])?,
-            x: zeros(&[rows, hidden])?,
-            made: optional(config.architecture.post_norms, &[rows, hidden])?,
+            residual: hidden_rows()?,
+            x: hidden_rows()?,
+            made: config.architecture.post_norms.then(hidden_rows).transpose()?,
             qkv: zeros(&[rows, qk + heads.num_kv_heads, head_dim])?,
-            qk: optional(config.architecture.qk_norm, &[rows, qk, head_dim])?,
+            qk: config.architecture.qk_norm.then(|| zeros(&[rows, qk, head_dim])).transpose()?,
             attention: zeros(&[rows, heads.num_qo_heads, head_dim])?,
             gate_up: zeros(&[rows * experts, 2 * inner])?,
             inner: zeros(&[rows * experts, inner])?,

@@ -1,4 +1,5 @@
 //! Layers of few rows, in as few kernels as can be: norms, activations and sums are parts of products.
+//! Sums over ranks follow them.
 
 use flashinfer_rs::norm::rmsnorm;
 
@@ -8,6 +9,7 @@ use super::{
     half::HalfTensor,
     multiplier::StepProduct,
     network::{Network, Pass},
+    ranks::Ranks,
     weights::{Layer, Linear},
 };
 use crate::{Result, model::architecture::Activation};
@@ -26,7 +28,9 @@ impl Network {
 
     fn fused_layer(&self, pass: &mut Pass<'_>, index: usize, layer: &Layer) -> Result<()> {
         let Pass { padded_rows: rows, products, .. } = *pass;
-        let sum = Fused { sum: true, ..Fused::default() };
+        // The sum over ranks has what the residual was from one of them.
+        let adds = self.ranks.as_ref().is_none_or(Ranks::is_first);
+        let sum = Fused { sum: adds, ..Fused::default() };
 
         self.normed_product(pass, &products.qkv, None, &layer.attention_norm, &layer.qkv)?;
         self.attend(pass, index, layer)?;
@@ -34,12 +38,14 @@ impl Network {
         let (mut out, x) = (residual.rows_mut(rows)?, attention.rows(rows)?);
         let weight = layer.attention_output.view();
         pass.multiplier.run_fused(&products.attention_output, &sum, &mut out, &x, &weight)?;
+        self.sum(&mut out.narrow(0, 0, pass.rows)?)?;
 
         let activation = Some(self.config.activation);
         self.normed_product(pass, &products.gate_up, activation, &layer.mlp_norm, &layer.gate_up)?;
         let Buffers { residual, inner, .. } = &mut *pass.buffers;
         let (mut out, x) = (residual.rows_mut(rows)?, inner.rows(rows)?);
-        pass.multiplier.run_fused(&products.down, &sum, &mut out, &x, &layer.down.view())
+        pass.multiplier.run_fused(&products.down, &sum, &mut out, &x, &layer.down.view())?;
+        self.sum(&mut out.narrow(0, 0, pass.rows)?)
     }
 
     /// A product of the normed residual: queries, keys and values, or with an activation what it makes of

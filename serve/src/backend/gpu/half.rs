@@ -4,10 +4,14 @@ use flashinfer_rs::{DType, FlashInferError, Result, Stream, TensorMut, TensorRef
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::registered::Registered;
+
 /// A tensor on the GPU of one of the two.
 pub enum HalfTensor {
     F16(Tensor<f16>),
     Bf16(Tensor<bf16>),
+    /// Of either, in memory that all ranks reach.
+    Registered(Registered),
 }
 
 impl HalfTensor {
@@ -40,6 +44,7 @@ impl HalfTensor {
         match self {
             Self::F16(tensor) => tensor.view(),
             Self::Bf16(tensor) => tensor.view(),
+            Self::Registered(tensor) => tensor.view(),
         }
     }
 
@@ -48,6 +53,7 @@ impl HalfTensor {
         match self {
             Self::F16(tensor) => tensor.view_mut(),
             Self::Bf16(tensor) => tensor.view_mut(),
+            Self::Registered(tensor) => tensor.view_mut(),
         }
     }
 
@@ -80,7 +86,30 @@ fn unsupported(dtype: DType) -> FlashInferError {
 
 #[cfg(test)]
 mod tests {
+    use cudarc::driver::result::memcpy_dtoh_sync;
+
     use super::*;
+
+    impl HalfTensor {
+        /// Its numbers. Those of registered memory are to be written by now.
+        pub fn to_f64(&self) -> Vec<f64> {
+            match self {
+                Self::F16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
+                Self::Bf16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
+                Self::Registered(tensor) => {
+                    let view = tensor.view();
+                    let mut bits = vec![0u16; view.numel()];
+                    // SAFETY: so many numbers of two bytes are there.
+                    unsafe { memcpy_dtoh_sync(&mut bits, view.data_ptr() as u64) }.unwrap();
+                    let number = |bits| match view.dtype() {
+                        DType::F16 => f16::from_bits(bits).to_f64(),
+                        _ => bf16::from_bits(bits).to_f64(),
+                    };
+                    bits.into_iter().map(number).collect()
+                }
+            }
+        }
+    }
 
     #[test]
     fn numbers_below_the_overflow_are_finite() {

@@ -25,7 +25,7 @@
 //! | `append`, `attention`, `split` | what the cache gets, and plans |
 //! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
 //! | `sampler`, `last_edits`, `ring` | the choice of tokens, and their way to the host |
-//! | `ranks` | sums and logits of several GPUs |
+//! | `ranks`, `nccl`, `registered` | sums and logits of several GPUs, by what, and in what memory |
 //! | `measure`, `breakdown` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
@@ -47,11 +47,13 @@ mod layer;
 mod measure;
 mod memory;
 mod multiplier;
+mod nccl;
 mod network;
 mod products;
 mod programmatic;
 mod quantize;
 mod ranks;
+mod registered;
 mod ring;
 mod rows;
 mod sampler;
@@ -262,7 +264,7 @@ impl Gpu {
         let rope = |rope: &Rope| CosSinCache::new(&stream, rope.for_length(positions), positions);
         let shape = HeadsShape { head_dim: widths.padded, ..config.kv_shape(kv, KvLayout::Nhd) };
         let lane = || Lane::new(&cuda, &stream, pool, most, deterministic);
-        let buffers = Buffers::new(&stream, config, widths, kv, most)?;
+        let buffers = Buffers::new(&stream, config, widths, kv, most, ranks.as_ref())?;
         let network = Network {
             widths,
             weights: Weights::new(&stream, config, widths, multiplier.quantizer(), &ends, layers)?,

@@ -93,8 +93,7 @@ impl Network {
         let first_token = self.weights.vocab.tokens.start;
         self.kernels.embed(&mut embedded, &table, first_token, pass.tokens, &chosen, scale)?;
         self.sum(&mut embedded)?;
-        // Sums over ranks lie between a product and what it is added to.
-        if pass.products.fused && self.ranks.is_none() {
+        if pass.products.fused {
             return self.fused_layers(pass);
         }
         let first = self.weights.layers.first().map_or(&self.weights.norm, |layer| &layer.attention_norm);

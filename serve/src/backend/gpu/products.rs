@@ -9,6 +9,7 @@ use super::{
     buffers::{Buffers, Outputs, SharedBuffers},
     heads::HeadWidths,
     multiplier::{Multiplier, SCRATCH_BYTES, StepProduct},
+    ranks::Ranks,
     weights::{SharedExpert, Weights, added_factor},
 };
 use crate::{
@@ -85,14 +86,15 @@ impl Products {
         })
     }
 
-    /// Takes the fastest kernels, once. What is in the buffers is lost. One of several ranks leaves the
-    /// router as it is: all are to choose the same experts, out of scores that are equal bit by bit.
+    /// Takes the fastest kernels, once. What is in the buffers is lost. One of several ranks, which all do
+    /// so at a time, leaves the router as it is: all are to choose the same experts, out of scores that are
+    /// equal bit by bit.
     pub fn tune(
         &mut self,
         weights: &Weights,
         buffers: &mut Buffers,
         multiplier: &mut Multiplier,
-        alone: bool,
+        ranks: Option<&Ranks>,
     ) -> Result<()> {
         if self.tuned {
             return Ok(());
@@ -108,7 +110,7 @@ impl Products {
         self.gate_up.tune(multiplier, gate_up.rows_mut(of_experts)?, &x.rows(rows)?, of)?;
         let of = layers.clone().map(|layer| layer.down.view());
         self.down.tune(multiplier, x.rows_mut(rows)?, &inner.rows(of_experts)?, of)?;
-        if let (Some(product), Some(routing), true) = (&mut self.router, routing, alone) {
+        if let (Some(product), Some(routing), None) = (&mut self.router, routing, ranks) {
             let of = layers.clone().filter_map(|layer| layer.router.as_ref()).map(|router| router.view());
             product.tune(multiplier, routing.scores_mut(rows)?, &x.rows(rows)?, of)?;
         }
@@ -121,15 +123,18 @@ impl Products {
         }
         multiplier.save_choices();
         self.tuned = true;
-        self.fused = weights.have_plain_layers() && self.gains_when_fused();
+        let gain = if weights.have_plain_layers() { self.gain() } else { None };
+        let gain = gain.unwrap_or(f32::NEG_INFINITY);
+        // Ranks add up other things where they are fused, so that all have to do the same.
+        self.fused = ranks.map_or(Ok(gain), |ranks| ranks.total(gain))? >= 0.0;
         Ok(())
     }
 
-    /// Whether the kernels that products can be fused with others by are no slower in all.
-    fn gains_when_fused(&self) -> bool {
+    /// The milliseconds that the kernels that products can be fused with others by take less in all;
+    /// `None` if there are none for some.
+    fn gain(&self) -> Option<f32> {
         let products = [&self.qkv, &self.attention_output, &self.gate_up, &self.down];
-        let gain = products.into_iter().map(StepProduct::gain).sum::<Option<f32>>();
-        gain.is_some_and(|gain| gain >= 0.0)
+        products.into_iter().map(StepProduct::gain).sum()
     }
 }
 

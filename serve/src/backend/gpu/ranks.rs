@@ -1,88 +1,51 @@
 //! What ranks compute together on their GPUs: NCCL's sums and gathered numbers.
 
 use std::{
-    ffi::{CStr, c_char, c_int, c_void},
-    ptr,
+    cell::RefCell,
+    ffi::{c_int, c_void},
+    rc::Rc,
     sync::Arc,
 };
 
-use cudarc::driver::CudaStream;
-use flashinfer_rs::{
-    CudaLibrary, DType, Device, TensorMut, TensorRef,
-    artifacts::{Member, Package, Store},
+use cudarc::driver::{CudaStream, result, sys::CUstreamCaptureStatus};
+use flashinfer_rs::{DType, Device, Stream, TensorMut, TensorRef, gpu::Tensor};
+
+use super::{
+    half::HalfTensor,
+    nccl::{Communicator, Nccl, UniqueId},
+    programmatic,
+    registered::Registered,
 };
+use crate::{Result, group::Group, model::shard::Rank};
 
-use crate::{Result, group::Group, hub, model::shard::Rank};
+#[cfg(test)]
+mod tests;
 
-/// What ranks know a communicator by.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct UniqueId([u8; 128]);
-
-type Communicator = *mut c_void;
-
-/// `ncclSum`.
-const SUM: c_int = 0;
-
-/// The functions of NCCL that are called, of its header of version 2.
-#[derive(Clone, Copy)]
-struct Nccl {
-    get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
-    comm_init_rank: unsafe extern "C" fn(*mut Communicator, c_int, UniqueId, c_int) -> c_int,
-    comm_abort: unsafe extern "C" fn(Communicator) -> c_int,
-    all_reduce: unsafe extern "C" fn(
-        *const c_void,
-        *mut c_void,
-        usize,
-        c_int,
-        c_int,
-        Communicator,
-        *mut c_void,
-    ) -> c_int,
-    all_gather:
-        unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Communicator, *mut c_void) -> c_int,
-    get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
-}
-
-impl Nccl {
-    /// From the process, the machine, a Python environment, or the pinned wheel.
-    fn load() -> Result<Self> {
-        let package = Package::Other("nvidia_nccl".into());
-        let member = Member::File { package, suffix: "nvidia/nccl/lib/libnccl.so.2".into() };
-        let mut config = hub::store_config()?;
-        config.progress = Some(flashinfer_rs::progress::terminal());
-        let library = CudaLibrary::open(&member, &Store::open(config)?)?;
-        // SAFETY: these are the functions' types in NCCL's header.
-        let nccl = unsafe {
-            Self {
-                get_unique_id: library.function("ncclGetUniqueId")?,
-                comm_init_rank: library.function("ncclCommInitRank")?,
-                comm_abort: library.function("ncclCommAbort")?,
-                all_reduce: library.function("ncclAllReduce")?,
-                all_gather: library.function("ncclAllGather")?,
-                get_error_string: library.function("ncclGetErrorString")?,
-            }
-        };
-        tracing::debug!("NCCL: {}", library.source());
-        Ok(nccl)
-    }
-
-    /// What a status says.
-    fn check(&self, what: &str, status: c_int) -> Result<()> {
-        if status == 0 {
-            return Ok(());
-        }
-        // SAFETY: it takes any status, and returns text that lives as long as the library.
-        let text = unsafe { CStr::from_ptr((self.get_error_string)(status)) };
-        let hint = "NCCL_DEBUG=WARN tells more";
-        Err(format!("{what} failed: {} (NCCL status {status}; {hint})", text.to_string_lossy()).into())
-    }
-}
-
-/// A rank's communicator, on one stream.
-pub struct Ranks {
+/// A rank's communicators, and the memory that the other ranks reach.
+struct Communicators {
     nccl: Nccl,
-    communicator: Communicator,
+    /// For work that is captured into graphs, and for what is enqueued as it is. Each has work on one
+    /// stream, of one kind, so that NCCL needs not order graphs and other work
+    /// (`NCCL_GRAPH_MIXING_SUPPORT=0`, which the program sets).
+    captured: Communicator,
+    direct: Communicator,
+    memory: RefCell<Vec<*mut c_void>>,
+}
+
+impl Drop for Communicators {
+    fn drop(&mut self) {
+        // SAFETY: nobody has them any more, nor the memory: tensors in it keep this alive.
+        unsafe {
+            self.nccl.abort(self.captured);
+            self.nccl.abort(self.direct);
+            self.memory.get_mut().drain(..).for_each(|memory| self.nccl.free(memory));
+        }
+    }
+}
+
+/// A rank of several, on one stream.
+pub struct Ranks {
+    communicators: Rc<Communicators>,
     rank: Rank,
     cuda: Arc<CudaStream>,
 }
@@ -94,22 +57,29 @@ impl Ranks {
     /// NCCL is nowhere; or it finds no way between the GPUs.
     pub fn meet(group: &Group, cuda: &Arc<CudaStream>) -> Result<Self> {
         let (nccl, rank) = (Nccl::load()?, group.rank());
-        let mut id = UniqueId([0; 128]);
-        if rank.rank == 0 {
-            // SAFETY: it writes an id.
-            nccl.check("ncclGetUniqueId", unsafe { (nccl.get_unique_id)(&mut id) })?;
-            group.send(&id.0.to_vec())?;
-        } else {
-            let (_, sent) = group.receive::<Vec<u8>>()?.ok_or("rank 0 is done")?;
-            id.0 = sent.try_into().map_err(|_| "rank 0 sent no id of NCCL's")?;
-        }
         cuda.context().bind_to_thread()?;
-        let mut communicator = ptr::null_mut();
-        let (size, number) = (c_int::try_from(rank.size)?, c_int::try_from(rank.rank)?);
-        // SAFETY: it writes a communicator of the current device.
-        let status = unsafe { (nccl.comm_init_rank)(&mut communicator, size, id, number) };
-        nccl.check("ncclCommInitRank", status)?;
-        Ok(Self { nccl, communicator, rank, cuda: cuda.clone() })
+        let meet = || -> Result<_> { nccl.meet(common_id(&nccl, group)?, rank.rank, rank.size) };
+        let captured = meet()?;
+        let direct = meet().inspect_err(|_| {
+            // SAFETY: nothing was enqueued.
+            unsafe { nccl.abort(captured) }
+        })?;
+        let communicators = Communicators { nccl, captured, direct, memory: RefCell::default() };
+        let ranks = Self { communicators: Rc::new(communicators), rank, cuda: cuda.clone() };
+        ranks.connect()?;
+        Ok(ranks)
+    }
+
+    /// Has NCCL find its ways between GPUs, which it does at the first sum: not while a graph is captured.
+    fn connect(&self) -> Result<()> {
+        let stream = Stream::from(&self.cuda);
+        let mut all = Tensor::<f32>::zeros(&stream, &[self.rank.size])?;
+        let one = Tensor::<f32>::zeros(&stream, &[1])?;
+        for communicator in [self.communicators.captured, self.communicators.direct] {
+            self.all_reduce_by(communicator, &mut all.view_mut())?;
+            self.all_gather_by(communicator, &mut all.view_mut(), &one.view())?;
+        }
+        Ok(self.cuda.synchronize()?)
     }
 
     /// How many there are.
@@ -117,28 +87,84 @@ impl Ranks {
         self.rank.size
     }
 
+    /// Whether this is rank 0.
+    pub fn is_first(&self) -> bool {
+        self.rank.rank == 0
+    }
+
+    /// A tensor of zeros that is added up with fewer copies, as the kernels of all ranks reach it, if
+    /// NCCL is of version 2.27 or later. All ranks make the same at a time. Its memory is given back
+    /// when this, and all that it made, are dropped.
+    pub fn zeros(&self, dtype: DType, shape: &[usize]) -> Result<HalfTensor> {
+        let Communicators { nccl, captured, memory, .. } = &*self.communicators;
+        let bytes = shape.iter().product::<usize>() * dtype.size();
+        self.cuda.context().bind_to_thread()?;
+        let Some(address) = nccl.allocate(bytes)? else {
+            return Ok(HalfTensor::zeros(&Stream::from(&self.cuda), dtype, shape)?);
+        };
+        memory.borrow_mut().push(address);
+        // SAFETY: so much was allocated just now, and goes after the communicator.
+        unsafe { nccl.register(*captured, address, bytes)? };
+        // SAFETY: so much memory is there, and nobody else knows it.
+        unsafe { result::memset_d8_async(address as u64, 0, bytes, self.cuda.cu_stream())? };
+        let device = Device::Cuda(self.cuda.context().ordinal() as u32);
+        // SAFETY: the same, of zeros, in the order of the stream; `Registered` keeps it allocated.
+        let registered = unsafe {
+            let tensor = TensorMut::from_raw_parts(address, device, dtype, shape, None)?;
+            Registered::new(tensor, self.communicators.clone())
+        };
+        Ok(HalfTensor::Registered(registered))
+    }
+
     /// Replaces the numbers of a contiguous tensor by their sums over all ranks.
     pub fn all_reduce(&self, x: &mut TensorMut<'_>) -> Result<()> {
+        self.all_reduce_by(self.next()?, x)
+    }
+
+    fn all_reduce_by(&self, communicator: Communicator, x: &mut TensorMut<'_>) -> Result<()> {
         let (dtype, count) = (self.check(&x.as_ref())?, x.numel());
-        let (data, stream) = (x.data_ptr().cast(), self.cuda.cu_stream().cast());
+        let (data, stream) = (x.data_ptr(), self.cuda.cu_stream().cast());
         // SAFETY: so many numbers are there, of the stream's device, as are those of the other ranks,
         // which enqueue the same.
-        let status =
-            unsafe { (self.nccl.all_reduce)(data, data, count, dtype, SUM, self.communicator, stream) };
-        self.nccl.check("ncclAllReduce", status)
+        unsafe { self.communicators.nccl.all_reduce(data, count, dtype, communicator, stream) }
     }
 
     /// Writes the numbers of all ranks, in their order. Both tensors are contiguous.
     pub fn all_gather(&self, out: &mut TensorMut<'_>, mine: &TensorRef<'_>) -> Result<()> {
+        self.all_gather_by(self.next()?, out, mine)
+    }
+
+    fn all_gather_by(
+        &self,
+        communicator: Communicator,
+        out: &mut TensorMut<'_>,
+        mine: &TensorRef<'_>,
+    ) -> Result<()> {
         let (dtype, count) = (self.check(mine)?, mine.numel());
         if self.check(&out.as_ref())? != dtype || out.numel() != self.rank.size * count {
             return Err(format!("{} times {mine:?} in {out:?}", self.rank.size).into());
         }
-        let (from, to, stream) =
-            (mine.data_ptr().cast(), out.data_ptr().cast(), self.cuda.cu_stream().cast());
+        let between = (mine.data_ptr().cast_const(), out.data_ptr());
+        let stream = self.cuda.cu_stream().cast();
         // SAFETY: as above, and there is room for the numbers of all.
-        let status = unsafe { (self.nccl.all_gather)(from, to, count, dtype, self.communicator, stream) };
-        self.nccl.check("ncclAllGather", status)
+        unsafe { self.communicators.nccl.all_gather(between, count, dtype, communicator, stream) }
+    }
+
+    /// The sum of a number over all ranks, which is the same for each, bit by bit. Waits for it.
+    pub fn total(&self, number: f32) -> Result<f32> {
+        let mut total = Tensor::from_slice(&Stream::from(&self.cuda), &[1], &[number])?;
+        self.all_reduce(&mut total.view_mut())?;
+        Ok(total.to_vec()?[0])
+    }
+
+    /// The communicator of what is enqueued next. NCCL's kernels for memory that all ranks reach, which are
+    /// those of graphs, do not wait for what is before them: so they are held back.
+    fn next(&self) -> Result<Communicator> {
+        if self.cuda.capture_status()? == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Ok(self.communicators.direct);
+        }
+        programmatic::hold_back(&self.cuda)?;
+        Ok(self.communicators.captured)
     }
 
     /// NCCL's number of a tensor's type.
@@ -156,10 +182,13 @@ impl Ranks {
     }
 }
 
-impl Drop for Ranks {
-    fn drop(&mut self) {
-        // Other than destroying it, this waits for no other rank.
-        // SAFETY: it is not used any more; what was enqueued is over, or of no use.
-        unsafe { (self.nccl.comm_abort)(self.communicator) };
+/// What all ranks know a further communicator by: rank 0 says it.
+fn common_id(nccl: &Nccl, group: &Group) -> Result<UniqueId> {
+    if group.rank().rank == 0 {
+        let id = nccl.unique_id()?;
+        group.send(&id.0.to_vec())?;
+        return Ok(id);
     }
+    let (_, sent) = group.receive::<Vec<u8>>()?.ok_or("rank 0 is done")?;
+    Ok(UniqueId(sent.try_into().map_err(|_| "rank 0 sent no id of NCCL's")?))
 }

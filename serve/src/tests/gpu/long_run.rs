@@ -80,6 +80,8 @@ fn random_requests_are_answered_as_if_each_were_alone() {
         traffic.run(part, |_| begin.elapsed(), &arrivals);
         let (free, _) = result::mem_get_info().unwrap();
         sizes.push((free, resident()));
+        let (took, sizes) = (begin.elapsed(), sizes.last());
+        eprintln!("{took:.0?}: {:?}, bytes free and resident {sizes:?}", traffic.ended);
     }
     let (stats, ended) = (traffic.requests.scheduler.stats(), traffic.ended);
     eprintln!("{:?}: {ended:?}, {stats:?}, bytes free and resident {sizes:?}", begin.elapsed());

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Whether there are two; says so, if not.
-fn has_two() -> bool {
+pub fn has_two() -> bool {
     let two = crate::backend::gpu::is_there(1);
     if !two {
         let name = std::thread::current().name().unwrap_or("test").to_owned();

@@ -28,15 +28,8 @@ const EPS: f64 = 1e-3;
 fn random(stream: &Stream, rng: &mut Rng, dtype: DType, shape: &[usize]) -> (HalfTensor, Vec<f64>) {
     let numbers: Vec<_> = (0..shape.iter().product()).map(|_| rng.unit() as f32).collect();
     let tensor = HalfTensor::rounded(stream, dtype, shape, &numbers).unwrap();
-    let numbers = to_f64(&tensor);
+    let numbers = tensor.to_f64();
     (tensor, numbers)
-}
-
-fn to_f64(tensor: &HalfTensor) -> Vec<f64> {
-    match tensor {
-        HalfTensor::F16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
-        HalfTensor::Bf16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
-    }
 }
 
 fn activated(activation: Activation, x: f64) -> f64 {
@@ -101,7 +94,7 @@ fn check(cuda: &Arc<CudaStream>, rng: &mut Rng, case: Case) {
         let mut out = HalfTensor::rounded(&stream, out_dtype, &[rows, outputs], &before32).unwrap();
         few_rows.run(kernel, &product, &fused, &mut out.view_mut(), &x.view(), &weight).unwrap();
         let norm = |row: &mut dyn Iterator<Item = f64>| row.map(|x| x * x).sum::<f64>().sqrt();
-        let got = to_f64(&out);
+        let got = out.to_f64();
         for (got, want) in got.chunks_exact(outputs).zip(want.chunks_exact(outputs)) {
             let off = norm(&mut got.iter().zip(want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
             // What is not a number is not within a bound.

@@ -44,7 +44,7 @@ fn rows_are_rounded_to_their_scale() {
         let x = HalfTensor::rounded(&stream, dtype, &[sizes.len(), WIDTH], &rows).unwrap();
         let mut out = QuantizedRows::zeros(&stream, sizes.len(), rows.len()).unwrap();
         quantizer.quantize(&mut out, &x.view(), sizes.len()).unwrap();
-        let (got, want) = (out.to_f64(WIDTH), to_f64(&x));
+        let (got, want) = (out.to_f64(WIDTH), x.to_f64());
         for (row, (got, want)) in got.chunks_exact(WIDTH).zip(want.chunks_exact(WIDTH)).enumerate() {
             if row == 5 {
                 assert!(got.iter().all(|x| x.is_nan()), "{dtype}: an infinite row");
@@ -66,13 +66,6 @@ fn rows_are_rounded_to_their_scale() {
 enum With {
     CublasLt(Choice),
     FewRows,
-}
-
-fn to_f64(tensor: &HalfTensor) -> Vec<f64> {
-    match tensor {
-        HalfTensor::F16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
-        HalfTensor::Bf16(tensor) => tensor.to_vec().unwrap().into_iter().map(f64::from).collect(),
-    }
 }
 
 /// A product of random rows against sums in `f64` of what its factors are.
@@ -103,7 +96,7 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
     let half_weight = HalfTensor::rounded(&stream, half, &[output, input], &half_weight).unwrap();
     let (matrix, weight_numbers) = match product.dtype {
         DType::E4M3 => (weight.view(), weight_numbers),
-        _ => (half_weight.view().into(), to_f64(&half_weight)),
+        _ => (half_weight.view().into(), half_weight.to_f64()),
     };
     let weight = Weight { matrix, bias: (added == Added::Bias).then(|| bias.view()) };
     let x_numbers = match with {
@@ -116,12 +109,12 @@ fn check_product(cuda: &Arc<CudaStream>, rng: &mut Rng, product: Product, with: 
         With::FewRows => {
             let Some(few_rows) = FewRows::new(cuda, half).unwrap() else { return };
             few_rows.run(0, &product, &Fused::default(), &mut out_view, &few.view(), &weight).unwrap();
-            to_f64(&few)
+            few.to_f64()
         }
     };
     let got: Vec<f64> = match out_dtype {
         DType::F32 => wide.to_vec().unwrap().into_iter().map(f64::from).collect(),
-        _ => to_f64(&out),
+        _ => out.to_f64(),
     };
     let constant = if added == Added::Nothing { 0.0 } else { 3.0 };
     let mut worst = 0f64;
