@@ -78,7 +78,7 @@ pub struct LlmOptions {
     /// of them fails, all [end](end_process).
     pub parallel: Option<Parallel>,
     /// How long the graphs of a GPU's steps are captured before the first request, the smallest
-    /// first. Others are captured when they are needed, which the requests of that
+    /// first, and after them as long those of a draft model. Others are captured when they are needed, which the requests of that
     /// step wait for; `None` for all.
     pub graphs_within: Option<Duration>,
 }
@@ -253,7 +253,9 @@ impl Llm {
                 Device::Auto => Device::Cpu,
                 asked => asked,
             };
-            let draft = draft_model.map(|model| load_draft(&model, device, pool, limits)).transpose()?;
+            let draft = draft_model
+                .map(|model| load_draft(&model, device, pool, limits, graphs_within))
+                .transpose()?;
             let _ = set.set(place);
             Ok(Models::from(backend).with_draft(draft))
         })?;
@@ -390,11 +392,17 @@ fn open_draft(files: &[PathBuf], model: &Model, text: &Text) -> Result<Model> {
 ///
 /// # Errors
 /// It does not fit beside the other model, or a tensor cannot be read.
-fn load_draft(model: &Model, device: Device, pool: &PageAllocator, limits: &Limits) -> Result<DraftModel> {
+fn load_draft(
+    model: &Model,
+    device: Device,
+    pool: &PageAllocator,
+    limits: &Limits,
+    graphs_within: Option<Duration>,
+) -> Result<DraftModel> {
     let pool = PageAllocator::new(pool.num_pages(), pool.page_size())?;
     let capacity = limits.step_capacity();
     let gpu = GpuOptions::new(capacity.tokens);
-    let loaded = device::load(device, model, &pool, capacity, gpu, None, None);
+    let loaded = device::load(device, model, &pool, capacity, gpu, graphs_within, None);
     let Loaded { backend, .. } =
         loaded.map_err(|error| format!("the draft model cannot be loaded beside the model: {error}"))?;
     Ok(DraftModel::new(backend, &pool, limits.step_tokens, model.config.context_length))

@@ -104,9 +104,14 @@ pub fn run(args: &Args) -> Result<()> {
     let task = if follows { None } else { Some(task(args)?) };
     let hub = Hub::from_env()?;
     let files = hub.locate(&args.model)?;
+    let drafts = args.speculate.is_some() || args.draft_model.is_some();
+    let default = LlmOptions::default();
     let options = LlmOptions {
         device: args.device,
         cache_tokens: args.cache_tokens,
+        // Whether drafts pay is measured, and steps that capture graphs take longer.
+        graphs_within: drafts.then_some(super::GRAPHS_WITHIN),
+        max_running: if args.prompts.is_some() { default.max_running } else { args.n.get() },
         draft: args.speculate,
         draft_model: args.draft_model.as_ref().map(|name| hub.locate(name)).transpose()?,
         deterministic: args.deterministic,
@@ -114,7 +119,7 @@ pub fn run(args: &Args) -> Result<()> {
         kv: args.precision.kv,
         max_queued_tokens: usize::MAX,
         parallel,
-        ..LlmOptions::default()
+        ..default
     };
     let Some(task) = task else { return Llm::follow(&files, &options, ranks::ignore_signals) };
     let llm = Llm::load(&files, &options)?;

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Captures the graphs of up to so many requests, those of few first, until so much time has
-/// passed or the pool has no pages left. What is not captured then is when it is needed. Returns
+/// passed or the pool has too few pages for them. What is not captured then is when it is needed. Returns
 /// up to how many requests have theirs.
 pub fn capture_graphs(
     backend: &mut dyn Backend,
@@ -34,6 +34,8 @@ pub fn capture_graphs(
                 return Ok(captured);
             }
             match capture_bucket(backend, pool, next, context) {
+                // So long a context does not fit beside so many requests, and more of them still may.
+                Err(error) if is_out_of_pages(&error) && context > 0 => {}
                 Err(error) if is_out_of_pages(&error) => return Ok(captured),
                 done => done?,
             }

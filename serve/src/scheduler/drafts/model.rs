@@ -3,16 +3,21 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt,
+    iter::repeat_n,
 };
 
 use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache};
 
 use crate::{
     Result,
-    backend::{Backend, Step, StepToken},
+    backend::{Backend, Output, Step, StepToken},
     request::RequestId,
     scheduler::{Choice, flight::Rows, part},
 };
+
+/// As many tokens that an answer got since its last draft all have an output, as a GPU can take small steps of such
+/// rows as graphs.
+const FEW_TOKENS: usize = 8;
 
 /// A model that drafts, with a KV cache of its own.
 ///
@@ -142,13 +147,18 @@ impl DraftModel {
             }
             pages += further;
             rows.lens[place] = len;
+            let first = rows.tokens.len();
             rows.tokens.extend(StepToken::known(&tokens[from..from + len]));
             let answer = &mut self.answers[place];
             answer.tokens.extend(&tokens[from..from + len]);
             answer.known = answer.tokens.len();
             if answer.known == tokens.len() {
-                rows.outputs.push(turn.choice.draft_output(rows.tokens.len() - 1, &[]));
-                places.push(place);
+                let last = first + len - 1;
+                let before = if len <= FEW_TOKENS { first..last } else { last..last };
+                places.extend(repeat_n(None, before.len()));
+                rows.outputs.extend(before.map(Output::greedy));
+                rows.outputs.push(turn.choice.draft_output(last, &[]));
+                places.push(Some(place));
             }
         }
         self.step(&rows, &places, turns)
@@ -165,15 +175,15 @@ impl DraftModel {
             rows.tokens.push(StepToken::Known(last));
             rows.lens[place] = 1;
             self.answers[place].tokens.push(last);
-            places.push(place);
+            places.push(Some(place));
         }
         self.step(&rows, &places, turns)?;
         Ok(!places.is_empty())
     }
 
-    /// Takes a step, whose outputs are tokens of the drafts at these places. A draft ends where
+    /// Takes a step, whose outputs are tokens of the drafts at these places, or of none. A draft ends where
     /// the model computed NaN.
-    fn step(&mut self, rows: &Rows, places: &[usize], turns: &mut [Turn<'_>]) -> Result<()> {
+    fn step(&mut self, rows: &Rows, places: &[Option<usize>], turns: &mut [Turn<'_>]) -> Result<()> {
         if rows.tokens.is_empty() {
             return Ok(());
         }
@@ -183,7 +193,8 @@ impl DraftModel {
         if samples.len() != places.len() {
             return Err(format!("it gave {} samples for {}", samples.len(), places.len()).into());
         }
-        for (&place, sample) in places.iter().zip(samples) {
+        for (place, sample) in places.iter().zip(samples) {
+            let Some(place) = *place else { continue };
             let turn = &mut turns[place];
             match sample.token {
                 Some(token) => turn.draft.push(token),

@@ -7,8 +7,13 @@ const FIRST: u32 = 4;
 /// How much a later step counts beside all before it, and how many times their time at most.
 const WEIGHT: f64 = 0.25;
 const LONGEST: f64 = 2.0;
-/// How much of what drafts cost is forgotten in a step that has none because of it.
+/// How much of what drafts cost is forgotten in a step that has none because of it, at first and after many
+/// times that they were tried again and did not pay: half as much each time, so that trying costs nothing in
+/// the long run.
 const FORGOTTEN: f64 = 1.0 / 512.0;
+const LEAST_FORGOTTEN: f64 = FORGOTTEN / 32.0;
+/// As many steps in a row with drafts are more than a try.
+const TRIES: u32 = 32;
 
 /// What a step takes, in seconds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -76,12 +81,21 @@ struct Times {
     plain: Estimate,
     drafted: Estimate,
     right: Right,
+    /// For how many steps in a row drafts have paid.
+    paid: u32,
+    forgotten: f64,
 }
 
 impl Default for Times {
     fn default() -> Self {
         let right = Right { expected: 1.0, counted: 1.0 };
-        Self { plain: Estimate::default(), drafted: Estimate::default(), right }
+        Self {
+            plain: Estimate::default(),
+            drafted: Estimate::default(),
+            right,
+            paid: 0,
+            forgotten: FORGOTTEN,
+        }
     }
 }
 
@@ -92,7 +106,7 @@ pub struct StepTimes(Vec<Times>);
 impl StepTimes {
     /// A step took that long.
     pub fn observe(&mut self, step: Timed, took: Duration) {
-        let Times { plain, drafted, right } = self.of(step.answers);
+        let Times { plain, drafted, right, .. } = self.of(step.answers);
         match step.drafts {
             Drafts::None => plain.observe(took),
             Drafts::Some(of_step) => {
@@ -110,17 +124,25 @@ impl StepTimes {
     /// right: whether tokens come faster than without. Such expectations are corrected by what
     /// became of earlier ones. As long as either time is not known, it is found out.
     pub fn pays(&mut self, answers: usize, expected: f64) -> bool {
-        let Times { plain, drafted, right } = self.of(answers);
+        let Times { plain, drafted, right, paid, forgotten } = self.of(answers);
         if !drafted.is_known() || !plain.is_known() {
             return !drafted.is_known();
         }
         let (answers, expected) = (answers as f64, expected * right.counted / right.expected);
         if drafted.seconds * answers <= plain.seconds * (answers + expected) {
+            *paid += 1;
+            if *paid >= TRIES {
+                *forgotten = FORGOTTEN;
+            }
             return true;
         }
+        if (1..TRIES).contains(paid) {
+            *forgotten = (*forgotten / 2.0).max(LEAST_FORGOTTEN);
+        }
+        *paid = 0;
         // They are tried again after a while.
-        drafted.seconds -= (drafted.seconds - plain.seconds).max(0.0) * FORGOTTEN;
-        right.counted += (right.expected - right.counted).max(0.0) * FORGOTTEN;
+        drafted.seconds -= (drafted.seconds - plain.seconds).max(0.0) * *forgotten;
+        right.counted += (right.expected - right.counted).max(0.0) * *forgotten;
         false
     }
 
@@ -181,12 +203,17 @@ mod tests {
             let drafted = step(&mut times, 20);
             tried += usize::from(drafted);
         }
-        assert!((5..150).contains(&tried), "{tried}");
-        // Now they are cheap.
-        (0..2000).for_each(|_| {
-            step(&mut times, 11);
-        });
+        assert!((8..30).contains(&tried), "{tried}");
+        // Ten times as many steps try them hardly more often.
+        let more = (0..100_000).filter(|_| step(&mut times, 20)).count();
+        assert!(more < 30, "{more}");
+        // Now they are cheap, which is found out once they are tried.
+        assert!((0..100_000).any(|_| step(&mut times, 11)));
         assert!((0..100).all(|_| step(&mut times, 11)));
+        // From then on, they are tried as often as at first when they do not pay any more.
+        assert!((0..200).any(|_| !step(&mut times, 20)));
+        let tried = (0..2000).filter(|_| step(&mut times, 20)).count();
+        assert!((3..30).contains(&tried), "{tried}");
     }
 
     #[test]

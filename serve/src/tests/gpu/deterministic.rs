@@ -3,6 +3,7 @@
 use test_support::Rng;
 
 use super::*;
+use crate::backend::gpu::MOST_ROWS;
 
 /// Answers that are compared.
 const ANSWERS: usize = 2000;
@@ -13,16 +14,25 @@ fn options(max_tokens: usize) -> GpuOptions {
     GpuOptions { deterministic: true, ..GpuOptions::new(max_tokens) }
 }
 
+/// What the others of a step are asked for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Others {
+    /// All logits, so that small steps are graphs.
+    All,
+    /// Nothing, so that a step of several tokens of a request is prefill.
+    Nothing,
+}
+
 /// The logits of a request's tokens, which come in parts of these lengths, beside
 /// requests that have so many new tokens in each step.
 fn logits(
-    engine: &mut dyn Backend,
+    gpu: &mut Gpu,
     pool: &PageAllocator,
     tokens: &[u32],
-    parts: &[usize],
-    beside: &[usize],
+    (parts, beside): (&[usize], &[usize]),
+    others: Others,
 ) -> Vec<f32> {
-    let vocab = engine.vocab_size();
+    let vocab = gpu.vocab_size();
     let mut batch = Batch::new(pool);
     for _ in 0..=beside.len() {
         batch.push(Sequence::new(pool)).unwrap();
@@ -32,11 +42,19 @@ fn logits(
         // The request is the last one: its rows are not where they are alone.
         batch.append(beside.iter().copied().chain([part])).unwrap();
         let first: usize = beside.iter().sum();
-        let others = (0..first).map(|at| (at as u32 * 29 + 7) % vocab as u32);
-        let rows: Vec<_> = others.chain(tokens[at..at + part].iter().copied()).collect();
-        let outputs: Vec<_> = (0..rows.len()).map(Output::greedy).collect();
-        engine.step(&Step { batch: &batch, tokens: &StepToken::known(&rows), outputs: &outputs }).unwrap();
-        all.extend_from_slice(&engine.logits().unwrap()[first * vocab..]);
+        let before = (0..first).map(|at| (at as u32 * 29 + 7) % vocab as u32);
+        let rows: Vec<_> = before.chain(tokens[at..at + part].iter().copied()).collect();
+        let from = if others == Others::All { 0 } else { first };
+        let outputs: Vec<_> = (from..rows.len()).map(Output::greedy).collect();
+        gpu.step(&Step { batch: &batch, tokens: &StepToken::known(&rows), outputs: &outputs }).unwrap();
+        all.extend_from_slice(&gpu.logits().unwrap()[(first - from) * vocab..]);
+        let alike = beside.iter().chain([&part]).all(|&len| len == 1);
+        let is_graph = alike || outputs.len() == rows.len() && rows.len() <= MOST_ROWS;
+        assert_eq!(
+            gpu.replay().is_ok(),
+            is_graph,
+            "{parts:?} beside {beside:?}, of which {others:?} is asked"
+        );
         at += part;
     }
     all
@@ -44,10 +62,12 @@ fn logits(
 
 /// The logits of a model's rows are equal in every bit, however its steps are made.
 pub fn check_rows_are_equal(name: &str, gpu: &mut Gpu, pool: &PageAllocator, tokens: &[u32]) {
-    let alone = logits(gpu, pool, tokens, &vec![1; tokens.len()], &[]);
+    let alone = logits(gpu, pool, tokens, (&vec![1; tokens.len()], &[]), Others::All);
     let steps: &[(&[usize], &[usize])] = &[
         (&[17], &[]),
         (&[9, 8], &[]),
+        (&[17], &[1]),
+        (&[9, 8], &[1]),
         (&[1; 17], &[1]),
         (&[1; 17], &[1; 6]),
         (&[5, 1, 4, 1, 1, 5], &[1, 3]),
@@ -55,10 +75,14 @@ pub fn check_rows_are_equal(name: &str, gpu: &mut Gpu, pool: &PageAllocator, tok
         // More rows than a graph has.
         (&[17], &[60, 1, 2]),
     ];
-    for (parts, beside) in steps {
-        let got = logits(gpu, pool, tokens, parts, beside);
+    for (step, others) in steps.iter().flat_map(|step| [(step, Others::All), (step, Others::Nothing)]) {
+        let got = logits(gpu, pool, tokens, *step, others);
         let differing = got.iter().zip(&alone).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-        assert_eq!(differing, 0, "{name}: {differing} of {} logits, {parts:?} beside {beside:?}", got.len());
+        let of = got.len();
+        assert_eq!(
+            differing, 0,
+            "{name}: {differing} of {of} logits, {step:?}, of which {others:?} is asked"
+        );
     }
 }
 

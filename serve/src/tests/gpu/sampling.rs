@@ -125,13 +125,18 @@ fn logits_of_tokens_that_are_chosen_before_are_edited() {
         let mut batch = Batch::new(&pool);
         (0..requests).for_each(|_| batch.push(Sequence::new(&pool)).unwrap());
         for step in 0..14 {
-            // A graph, or a step in which the last request has three tokens, of which the first may be chosen.
+            // A graph, or one of rows of their own, in which the last request has three tokens, of which the
+            // first may be chosen; or prefill, as nothing is asked of a row.
             let mut lens = vec![1; requests];
             lens[requests - 1] = if step % 4 == 3 { 3 } else { 1 };
             batch.append(lens.iter().copied()).unwrap();
             let mut tokens: Vec<_> =
                 (0..requests + lens[requests - 1] - 1).map(|at| (at * 37 + step * 11) as u32 % 300).collect();
-            let outputs: Vec<_> = (0..tokens.len()).map(|row| edited(row, vocab, &mut rng)).collect();
+            let is_prefill = step % 8 == 7;
+            let outputs: Vec<_> = (0..tokens.len())
+                .filter(|&row| !is_prefill || row != requests)
+                .map(|row| edited(row, vocab, &mut rng))
+                .collect();
             let known = StepToken::known(&tokens);
             if step % 2 == 0 {
                 let samples = gpu.step(&Step { batch: &batch, tokens: &known, outputs: &outputs }).unwrap();
@@ -149,6 +154,7 @@ fn logits_of_tokens_that_are_chosen_before_are_edited() {
             (0..requests).for_each(|row| tokens[row] = chosen[requests - 1 - row]);
             let samples = gpu.collect().unwrap();
             check(&gpu, &outputs, &tokens, &samples);
+            assert_eq!(gpu.replay().is_err(), is_prefill, "step {step} of {requests}");
         }
     }
     assert!(changed > 50, "{changed} tokens were changed by it");

@@ -80,5 +80,8 @@ fn sums_wait_for_what_they_add_up() {
         }
         wrong
     });
-    assert!(wrong.iter().flatten().all(|&wrong| wrong == 0), "sums that are not 1.5, by rank and kernel: {wrong:?}");
+    assert!(
+        wrong.iter().flatten().all(|&wrong| wrong == 0),
+        "sums that are not 1.5, by rank and kernel: {wrong:?}"
+    );
 }
