@@ -26,6 +26,7 @@ import threading
 import time
 import urllib.request
 
+import bench_steps
 from serving_load import Load, measure
 from shapes import SHAPES
 
@@ -83,11 +84,9 @@ def steps(args, left):
     """The milliseconds of the engine's own steps, by the number of requests."""
     batches = ",".join(map(str, args.clients))
     model = [args.model] if args.steps == MODEL else ["--shape", args.steps]
-    command = [args.flashinfer, "bench", *model, "--steps", batches, "--context", str(args.prompt_words)]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=max(left(), 1)).stdout
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if "|" in line]
-    column = next(row for row in rows if "step ms" in row).index("step ms")
-    return {row[0]: float(row[column]) for row in rows if row[0].isdigit()}
+    arguments = [*model, "--steps", batches, "--context", str(args.prompt_words)]
+    rows, _ = bench_steps.steps(args.flashinfer, arguments, max(left(), 1))
+    return {batch: float(row["step ms"]) for batch, row in rows.items()}
 
 
 def torch_rows(args, left):

@@ -67,7 +67,8 @@ async def ask(load, generator):
         *events, tail = (tail + part).split(b"\n\n")
         texts = 0
         for event in events:
-            if b'"error"' in event:
+            # The key, and not an answer that says so: quotes in text are escaped.
+            if b'"error":' in event:
                 raise RuntimeError(f"the server ended a stream: {event[:500]!r}")
             if b'"prompt_tokens"' in event:
                 usage = json.loads(event.split(b"data:", 1)[1])["usage"]
