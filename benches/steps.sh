@@ -11,8 +11,9 @@ measure() {
     echo
     echo "## \`flashinfer bench $*\`"
     echo
+    measured=$("$flashinfer" bench "$@")
     # Tables stand by themselves.
-    "$flashinfer" bench "$@" | awk '/^\|/ && before !~ /^\|/ && before != "" { print "" } { print; before = $0 }'
+    printf '%s\n' "$measured" | awk '/^\|/ && before !~ /^\|/ && before != "" { print "" } { print; before = $0 }'
 }
 measure --shape smollm2-135m --steps 1,8,64,256 --kernels
 measure --shape llama-8b --steps 1,8,64,256 --kernels

@@ -14,7 +14,7 @@ use crate::{
     backend::{
         StepCapacity,
         device::{self, Device, Loaded},
-        gpu::GpuOptions,
+        gpu::{self, GpuOptions},
         parallel,
         precision::Precision,
     },
@@ -78,8 +78,8 @@ pub struct LlmOptions {
     /// of them fails, all [end](end_process).
     pub parallel: Option<Parallel>,
     /// How long the graphs of a GPU's steps are captured before the first request, the smallest
-    /// first, and after them as long those of a draft model. Others are captured when they are needed, which the requests of that
-    /// step wait for; `None` for all.
+    /// first, and then as long those of a draft model. Others are captured when they are needed,
+    /// which the requests of that step wait for; `None` for all.
     pub graphs_within: Option<Duration>,
 }
 
@@ -403,9 +403,11 @@ fn load_draft(
     let capacity = limits.step_capacity();
     let gpu = GpuOptions::new(capacity.tokens);
     let loaded = device::load(device, model, &pool, capacity, gpu, graphs_within, None);
-    let Loaded { backend, .. } =
+    let Loaded { backend, on_gpu, .. } =
         loaded.map_err(|error| format!("the draft model cannot be loaded beside the model: {error}"))?;
-    Ok(DraftModel::new(backend, &pool, limits.step_tokens, model.config.context_length))
+    let draft = DraftModel::new(backend, &pool, limits.step_tokens, model.config.context_length);
+    // Those are graphs, which are captured for as many rows.
+    Ok(if on_gpu { draft.with_few_tokens(capacity.outputs.min(gpu::MOST_ROWS)) } else { draft })
 }
 
 /// The answers to a request, once all of them have ended.

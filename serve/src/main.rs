@@ -4,7 +4,7 @@ use std::{env, process::ExitCode};
 
 /// What NCCL does, unless its user says otherwise: graphs and other work have communicators of their
 /// own, so that neither waits for the other's events, and this many blocks add up memory that all ranks
-/// reach, which was the fastest for a step's rows (`docs/benchmarks/parallel.md`).
+/// reach: fewer were slower, and more no faster (`docs/benchmarks/parallel.md`).
 const NCCL: [(&str, &str); 2] = [("NCCL_GRAPH_MIXING_SUPPORT", "0"), ("NCCL_SYM_CTAS", "16")];
 
 fn main() -> ExitCode {

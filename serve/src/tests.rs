@@ -81,8 +81,9 @@ pub fn draft_model<B: Backend + 'static>(
     backend: impl FnOnce(&PageAllocator, StepCapacity) -> B,
 ) -> DraftModel {
     let pool = PageAllocator::new(num_pages, page_size).unwrap();
-    let backend = backend(&pool, limits.step_capacity());
-    DraftModel::new(Box::new(backend), &pool, limits.step_tokens, limits.context)
+    let capacity = limits.step_capacity();
+    let backend = Box::new(backend(&pool, capacity));
+    DraftModel::new(backend, &pool, limits.step_tokens, limits.context).with_few_tokens(capacity.outputs)
 }
 
 /// The tokens after the outputs of a step, all of which have one.

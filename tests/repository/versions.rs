@@ -5,6 +5,7 @@ use toml::{Table, Value};
 
 const PAGE: &str = include_str!("../../docs/versions.md");
 const MANIFEST: &str = include_str!("../../Cargo.toml");
+const ENGINE: &str = include_str!("../../serve/Cargo.toml");
 const PATCH: &str = include_str!("../../compat/candle-flash-attn/Cargo.toml");
 
 /// The column of what is tested, in the row of a part.
@@ -23,13 +24,15 @@ fn the_numbers_are_the_manifests() {
     let manifest: Table = MANIFEST.parse().unwrap();
     let versions: Vec<_> = FlashInferVersion::CALLED.iter().map(ToString::to_string).collect();
     assert_eq!(tested("FlashInfer"), versions.join(", "));
-    for (part, package) in [
-        ("`libtvm_ffi`", "apache_tvm_ffi"),
-        ("CUDA runtime", "nvidia_cuda_runtime"),
-        ("cuBLAS, for `gemm` only", "nvidia_cublas"),
+    let engine: Table = ENGINE.parse().unwrap();
+    for (part, manifest, package) in [
+        ("`libtvm_ffi`", &manifest, "apache_tvm_ffi"),
+        ("CUDA runtime", &manifest, "nvidia_cuda_runtime"),
+        ("cuBLAS, for `gemm` only", &manifest, "nvidia_cublas"),
+        ("NCCL, for several GPUs", &engine, "nvidia_nccl"),
     ] {
         let path = ["package", "metadata", "flashinfer_rs", "pinned_wheels", package, "cu130", "x86_64"];
-        let version = at(&manifest, &path)["version"].as_str().unwrap();
+        let version = at(manifest, &path)["version"].as_str().unwrap();
         assert!(tested(part).split(", ").any(|tested| tested == version), "{part} {version}");
     }
     let of = |path: &[&str]| at(&manifest, path).as_str().unwrap().to_owned();

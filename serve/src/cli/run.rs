@@ -104,23 +104,8 @@ pub fn run(args: &Args) -> Result<()> {
     let task = if follows { None } else { Some(task(args)?) };
     let hub = Hub::from_env()?;
     let files = hub.locate(&args.model)?;
-    let drafts = args.speculate.is_some() || args.draft_model.is_some();
-    let default = LlmOptions::default();
-    let options = LlmOptions {
-        device: args.device,
-        cache_tokens: args.cache_tokens,
-        // Whether drafts pay is measured, and steps that capture graphs take longer.
-        graphs_within: drafts.then_some(super::GRAPHS_WITHIN),
-        max_running: if args.prompts.is_some() { default.max_running } else { args.n.get() },
-        draft: args.speculate,
-        draft_model: args.draft_model.as_ref().map(|name| hub.locate(name)).transpose()?,
-        deterministic: args.deterministic,
-        weights: args.precision.weights,
-        kv: args.precision.kv,
-        max_queued_tokens: usize::MAX,
-        parallel,
-        ..default
-    };
+    let draft_model = args.draft_model.as_ref().map(|name| hub.locate(name)).transpose()?;
+    let options = LlmOptions { draft_model, parallel, ..llm_options(args) };
     let Some(task) = task else { return Llm::follow(&files, &options, ranks::ignore_signals) };
     let llm = Llm::load(&files, &options)?;
     llm.text().warnings().iter().for_each(|warning| note!("warning: {warning}"));
@@ -144,6 +129,27 @@ pub fn run(args: &Args) -> Result<()> {
     };
     note!("{}; {summary}", llm.place());
     summary.check()
+}
+
+/// How the arguments have a model loaded, but for where it is and what computes it.
+fn llm_options(args: &Args) -> LlmOptions {
+    let default = LlmOptions::default();
+    // Whether drafts pay is measured, and steps that capture graphs take longer. Ranks have the same
+    // options, and one of them the prompts.
+    let drafts = args.speculate.unwrap_or(usize::from(args.draft_model.is_some())) > 0;
+    let early = drafts && args.prompts.is_none() && args.tensor_parallel.is_none();
+    LlmOptions {
+        device: args.device,
+        cache_tokens: args.cache_tokens,
+        graphs_within: early.then_some(super::GRAPHS_WITHIN),
+        max_running: if early { args.n.get() } else { default.max_running },
+        draft: args.speculate,
+        deterministic: args.deterministic,
+        weights: args.precision.weights,
+        kv: args.precision.kv,
+        max_queued_tokens: usize::MAX,
+        ..default
+    }
 }
 
 /// What the arguments ask for.
@@ -213,6 +219,25 @@ mod tests {
 
     fn parse(words: &[&str]) -> std::result::Result<Args, clap::Error> {
         Program::try_parse_from([&["run", "smollm2"], words].concat()).map(|program| program.args)
+    }
+
+    #[test]
+    fn few_graphs_are_captured_early_where_drafts_are_measured() {
+        let of = |args: &[&str]| {
+            let options = llm_options(&parse(args).unwrap());
+            (options.graphs_within.is_some(), options.max_running)
+        };
+        assert_eq!(of(&["Hi", "--speculate"]), (true, 1));
+        assert_eq!(of(&["Hi", "--draft-model", "ollama/small", "-n", "3"]), (true, 3));
+        let many = LlmOptions::default().max_running;
+        for other in [
+            &["Hi"][..],
+            &["Hi", "--speculate=0", "--draft-model", "ollama/small"],
+            &["--prompts", "prompts.txt", "--speculate"],
+            &["Hi", "--speculate", "--tensor-parallel", "2"],
+        ] {
+            assert_eq!(of(other), (false, many), "{other:?}");
+        }
     }
 
     #[test]

@@ -12,8 +12,8 @@ from program import Program, free_port
 
 # As docs/deploy.md says them.
 ROUTERS = {
-    "vllm-router": ["vllm-router", "--policy", "round_robin", "--worker-startup-timeout-secs", "60"],
-    "smg": ["smg", "launch", "--policy", "round_robin", "--worker-startup-timeout-secs", "60"],
+    "vllm-router": ["vllm-router", "--policy", "round_robin", "--worker-startup-timeout-secs", "600"],
+    "smg": ["smg", "launch", "--policy", "round_robin", "--worker-startup-timeout-secs", "600"],
 }
 KEY = "open-sesame"
 HELLO = [{"role": "user", "content": "Say something."}]

@@ -40,7 +40,7 @@ pub struct SharedBuffers {
 }
 
 impl Buffers {
-    /// Of a rank, whose sums over all ranks are made in some of it, if this is one of several.
+    /// With `ranks`, what is added up over them lies in memory that all their GPUs reach.
     pub fn new(
         stream: &Stream,
         config: &Config,

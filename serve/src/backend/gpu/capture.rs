@@ -18,7 +18,7 @@ use crate::{
 
 /// Captures the graphs of up to so many requests, those of few first, until so much time has
 /// passed or the pool has too few pages for them. What is not captured then is when it is needed. Returns
-/// up to how many requests have theirs.
+/// up to how many requests have theirs, but for contexts that do not fit beside so many.
 pub fn capture_graphs(
     backend: &mut dyn Backend,
     pool: &PageAllocator,

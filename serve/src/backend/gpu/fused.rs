@@ -28,7 +28,7 @@ impl Network {
 
     fn fused_layer(&self, pass: &mut Pass<'_>, index: usize, layer: &Layer) -> Result<()> {
         let Pass { padded_rows: rows, products, .. } = *pass;
-        // The sum over ranks has what the residual was from one of them.
+        // Rank 0 alone adds the residual, which the sum over ranks then has once.
         let adds = self.ranks.as_ref().is_none_or(Ranks::is_first);
         let sum = Fused { sum: adds, ..Fused::default() };
 

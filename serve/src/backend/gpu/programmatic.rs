@@ -57,8 +57,8 @@ pub unsafe fn launch(
     Ok(())
 }
 
-/// Has what is captured next begin when all before it is over, also if it is launched so and does not
-/// wait: as NCCL's kernels for memory that several GPUs reach. Does nothing where nothing is captured.
+/// Has what is captured next begin when all before it is over, even a kernel that is launched so and does
+/// not wait: as NCCL's for memory that several GPUs reach. Does nothing where nothing is captured.
 ///
 /// An edge of a graph along which a kernel may begin early leads from one kernel to the next. So an empty
 /// node between them takes that away, and it is no work of its own.

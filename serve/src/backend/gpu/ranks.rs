@@ -24,9 +24,9 @@ mod tests;
 /// A rank's communicators, and the memory that the other ranks reach.
 struct Communicators {
     nccl: Nccl,
-    /// For work that is captured into graphs, and for what is enqueued as it is. Each has work on one
-    /// stream, of one kind, so that NCCL needs not order graphs and other work
-    /// (`NCCL_GRAPH_MIXING_SUPPORT=0`, which the program sets).
+    /// For work that is captured into graphs, and for what is enqueued as it is. Once they have
+    /// connected, each has work on one stream, of one kind, so that NCCL needs not order graphs and other
+    /// work (`NCCL_GRAPH_MIXING_SUPPORT=0`, which the program sets).
     captured: Communicator,
     direct: Communicator,
     memory: RefCell<Vec<*mut c_void>>,

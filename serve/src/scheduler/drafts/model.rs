@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    iter::repeat_n,
 };
 
 use flashinfer_rs::kv::{Batch, PageAllocator, PrefixCache};
@@ -14,10 +13,6 @@ use crate::{
     request::RequestId,
     scheduler::{Choice, flight::Rows, part},
 };
-
-/// As many tokens that an answer got since its last draft all have an output, as a GPU can take small steps of such
-/// rows as graphs.
-const FEW_TOKENS: usize = 8;
 
 /// A model that drafts, with a KV cache of its own.
 ///
@@ -33,6 +28,8 @@ pub struct DraftModel {
     batch: Batch,
     /// The most tokens that one of its steps computes.
     step_tokens: usize,
+    /// Steps of up to so many take less time if each has an output.
+    few_tokens: usize,
     /// The most tokens of a sequence.
     context: usize,
 }
@@ -76,8 +73,16 @@ impl DraftModel {
             answers: Vec::new(),
             batch: Batch::new(pool),
             step_tokens,
+            few_tokens: 0,
             context: context.min(pool.num_pages() * pool.page_size()),
         }
+    }
+
+    /// Has each token of steps of up to so many have an output, which takes less time on some backends.
+    #[must_use]
+    pub fn with_few_tokens(mut self, few_tokens: usize) -> Self {
+        self.few_tokens = few_tokens;
+        self
     }
 
     /// How many tokens the model can have after those of a choice.
@@ -147,19 +152,17 @@ impl DraftModel {
             }
             pages += further;
             rows.lens[place] = len;
-            let first = rows.tokens.len();
             rows.tokens.extend(StepToken::known(&tokens[from..from + len]));
             let answer = &mut self.answers[place];
             answer.tokens.extend(&tokens[from..from + len]);
             answer.known = answer.tokens.len();
             if answer.known == tokens.len() {
-                let last = first + len - 1;
-                let before = if len <= FEW_TOKENS { first..last } else { last..last };
-                places.extend(repeat_n(None, before.len()));
-                rows.outputs.extend(before.map(Output::greedy));
-                rows.outputs.push(turn.choice.draft_output(last, &[]));
+                rows.outputs.push(turn.choice.draft_output(rows.tokens.len() - 1, &[]));
                 places.push(Some(place));
             }
+        }
+        if rows.tokens.len() <= self.few_tokens {
+            (rows.outputs, places) = with_all_rows(rows.outputs, &places, rows.tokens.len());
         }
         self.step(&rows, &places, turns)
     }
@@ -220,6 +223,20 @@ impl Answer {
         self.tokens.truncate(self.known);
         self.known
     }
+}
+
+/// An output for each of so many rows, and their places: none of those that are new.
+fn with_all_rows(
+    outputs: Vec<Output>,
+    places: &[Option<usize>],
+    rows: usize,
+) -> (Vec<Output>, Vec<Option<usize>>) {
+    let mut all: Vec<_> = (0..rows).map(|row| (Output::greedy(row), None)).collect();
+    for (output, &place) in outputs.into_iter().zip(places) {
+        let row = output.row;
+        all[row] = (output, place);
+    }
+    all.into_iter().unzip()
 }
 
 /// Which answer a choice is.

@@ -1,19 +1,16 @@
 //! What steps take with drafts and without, and so whether drafts pay.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
 /// Steps of which the shortest counts, as first ones make graphs and choose algorithms.
 const FIRST: u32 = 4;
 /// How much a later step counts beside all before it, and how many times their time at most.
 const WEIGHT: f64 = 0.25;
 const LONGEST: f64 = 2.0;
-/// How much of what drafts cost is forgotten in a step that has none because of it, at first and after many
-/// times that they were tried again and did not pay: half as much each time, so that trying costs nothing in
-/// the long run.
+/// How much of what drafts cost is forgotten in a step that has none because of it: at first, and after many
+/// times that they were tried again and lost. It is half as much each time.
 const FORGOTTEN: f64 = 1.0 / 512.0;
-const LEAST_FORGOTTEN: f64 = FORGOTTEN / 32.0;
-/// As many steps in a row with drafts are more than a try.
-const TRIES: u32 = 32;
+const LEAST_FORGOTTEN: f64 = FORGOTTEN / 8.0;
 
 /// What a step takes, in seconds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,27 +72,41 @@ pub enum Drafts {
     WaitedFor,
 }
 
+/// Steps with drafts since the last one that was to have none.
+#[derive(Clone, Copy, Debug, Default)]
+struct Try {
+    steps: u32,
+    /// The seconds, of each answer, that they took less than as many tokens without drafts.
+    gained: f64,
+}
+
 /// Steps of one size.
 #[derive(Clone, Copy, Debug)]
 struct Times {
     plain: Estimate,
     drafted: Estimate,
     right: Right,
-    /// For how many steps in a row drafts have paid.
-    paid: u32,
+    tried: Try,
     forgotten: f64,
 }
 
 impl Default for Times {
     fn default() -> Self {
         let right = Right { expected: 1.0, counted: 1.0 };
-        Self {
-            plain: Estimate::default(),
-            drafted: Estimate::default(),
-            right,
-            paid: 0,
-            forgotten: FORGOTTEN,
-        }
+        let (plain, drafted, tried) = Default::default();
+        Self { plain, drafted, right, tried, forgotten: FORGOTTEN }
+    }
+}
+
+impl Times {
+    /// Steps with drafts are over for now: those that lost are tried again later than the last time.
+    fn end_try(&mut self) {
+        let Try { steps, gained } = mem::take(&mut self.tried);
+        self.forgotten = match steps {
+            0 => self.forgotten,
+            _ if gained < 0.0 => (self.forgotten / 2.0).max(LEAST_FORGOTTEN),
+            _ => FORGOTTEN,
+        };
     }
 }
 
@@ -106,15 +117,22 @@ pub struct StepTimes(Vec<Times>);
 impl StepTimes {
     /// A step took that long.
     pub fn observe(&mut self, step: Timed, took: Duration) {
-        let Times { plain, drafted, right, .. } = self.of(step.answers);
+        let answers = step.answers as f64;
+        let Times { plain, drafted, right, tried, .. } = self.of(step.answers);
+        let took_longer = took.as_secs_f64() - plain.seconds;
         match step.drafts {
             Drafts::None => plain.observe(took),
             Drafts::Some(of_step) => {
+                if plain.is_known() && drafted.is_known() {
+                    tried.steps += 1;
+                    tried.gained += plain.seconds * of_step.counted / answers - took_longer;
+                }
                 drafted.observe(took);
                 right.observe(of_step);
             }
             Drafts::WaitedFor if plain.is_known() => {
-                drafted.seconds += (took.as_secs_f64() - plain.seconds).max(0.0) * WEIGHT;
+                drafted.seconds += took_longer.max(0.0) * WEIGHT;
+                tried.gained -= took_longer.max(0.0);
             }
             Drafts::WaitedFor => {}
         }
@@ -124,23 +142,18 @@ impl StepTimes {
     /// right: whether tokens come faster than without. Such expectations are corrected by what
     /// became of earlier ones. As long as either time is not known, it is found out.
     pub fn pays(&mut self, answers: usize, expected: f64) -> bool {
-        let Times { plain, drafted, right, paid, forgotten } = self.of(answers);
+        let times = self.of(answers);
+        let Times { plain, drafted, right, .. } = *times;
         if !drafted.is_known() || !plain.is_known() {
             return !drafted.is_known();
         }
         let (answers, expected) = (answers as f64, expected * right.counted / right.expected);
         if drafted.seconds * answers <= plain.seconds * (answers + expected) {
-            *paid += 1;
-            if *paid >= TRIES {
-                *forgotten = FORGOTTEN;
-            }
             return true;
         }
-        if (1..TRIES).contains(paid) {
-            *forgotten = (*forgotten / 2.0).max(LEAST_FORGOTTEN);
-        }
-        *paid = 0;
+        times.end_try();
         // They are tried again after a while.
+        let Times { drafted, right, forgotten, .. } = times;
         drafted.seconds -= (drafted.seconds - plain.seconds).max(0.0) * *forgotten;
         right.counted += (right.expected - right.counted).max(0.0) * *forgotten;
         false
@@ -198,22 +211,37 @@ mod tests {
     #[test]
     fn what_did_not_pay_is_tried_again_and_rarely() {
         let mut times = StepTimes::default();
-        let mut tried = 0;
-        for _ in 0..10_000 {
-            let drafted = step(&mut times, 20);
-            tried += usize::from(drafted);
-        }
-        assert!((8..30).contains(&tried), "{tried}");
-        // Ten times as many steps try them hardly more often.
-        let more = (0..100_000).filter(|_| step(&mut times, 20)).count();
-        assert!(more < 30, "{more}");
+        let mut tried = |steps, took| (0..steps).filter(|_| step(&mut times, took)).count();
+        let (first, later) = (tried(2000, 20), tried(20_000, 20));
+        assert!((5..30).contains(&first) && (5..60).contains(&later), "{first}, {later}");
         // Now they are cheap, which is found out once they are tried.
-        assert!((0..100_000).any(|_| step(&mut times, 11)));
-        assert!((0..100).all(|_| step(&mut times, 11)));
+        assert!(tried(5000, 11) > 1000);
+        assert_eq!(tried(100, 11), 100);
         // From then on, they are tried as often as at first when they do not pay any more.
-        assert!((0..200).any(|_| !step(&mut times, 20)));
-        let tried = (0..2000).filter(|_| step(&mut times, 20)).count();
-        assert!((3..30).contains(&tried), "{tried}");
+        let again = tried(2000, 20);
+        assert!((5..30).contains(&again), "{again}");
+    }
+
+    /// Text of which drafts are right, and then other text: what is forgotten stays as it was.
+    #[test]
+    fn drafts_that_paid_for_a_while_are_tried_as_soon() {
+        let mut times = StepTimes::default();
+        for _ in 0..4 {
+            times.observe(PLAIN, ms(10));
+            times.observe(DRAFTED, ms(14));
+        }
+        for _ in 0..10 {
+            for _ in 0..10 {
+                assert!(times.pays(1, 2.0));
+                let drafts = Drafts::Some(Right { expected: 2.0, counted: 2.0 });
+                times.observe(Timed { answers: 1, drafts }, ms(14));
+            }
+            assert!(!times.pays(1, 0.1));
+            // Neither does it count that there was nothing to draft after all.
+            (0..10).for_each(|_| assert!(times.pays(1, 2.0)));
+            assert!(!times.pays(1, 0.1));
+        }
+        assert_eq!(times.of(1).forgotten, FORGOTTEN);
     }
 
     #[test]

@@ -1,10 +1,15 @@
 //! Drafts by a second model: the same one, which makes mistakes.
 
+use std::sync::{Arc, Mutex};
+
 use super::{
     super::testing::{Faulty, Mistaken},
     *,
 };
-use crate::tests::draft_model;
+use crate::{
+    backend::{Backend, Sample, Step},
+    tests::draft_model,
+};
 
 /// Requests whose drafts are made by the same model, of which one token in so many is another.
 fn drafted(pages: usize, limits: Limits, language: Language, mistakes: u64) -> (Requests, Simulated) {
@@ -107,6 +112,59 @@ fn pages_of_the_model_go_round() {
         let alone = &solo(&prompt(request), &greedy(20), &limits, 80, language)[0];
         compare(requests.answer(request as usize), alone, "solo");
     }
+}
+
+/// How many tokens and outputs the steps of a backend have.
+struct Counted {
+    backend: Simulated,
+    steps: Arc<Mutex<Vec<(usize, usize)>>>,
+}
+
+impl Backend for Counted {
+    fn vocab_size(&self) -> usize {
+        self.backend.vocab_size()
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.backend.is_asynchronous()
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        self.steps.lock().unwrap().push((step.tokens.len(), step.outputs.len()));
+        self.backend.enqueue(step)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        self.backend.collect()
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        self.backend.logits()
+    }
+}
+
+/// All tokens of its small steps have an output, as far as the backend was made for so many.
+#[test]
+fn small_steps_of_the_model_have_an_output_for_each_token() {
+    let limits = Limits { max_running: 1, ..limits(64, 4) };
+    assert_eq!(limits.step_capacity().outputs, 5);
+    let (_, requests, mut backend) = speaking(100, 4, limits.clone(), vocab(1000));
+    let steps = Arc::new(Mutex::new(Vec::new()));
+    let model = draft_model(100, 4, &limits, |pool, capacity| Counted {
+        backend: Simulated::new(pool, capacity, vocab(1000)),
+        steps: steps.clone(),
+    });
+    let mut requests = requests.with_draft_model(model);
+    requests.submit(&tokens(1, 9), &greedy(30)).unwrap();
+    requests.finish(&mut backend);
+    compare(requests.answer(0), &solo(&tokens(1, 9), &greedy(30), &limits, 400, vocab(1000))[0], "solo");
+    assert_eq!(requests.scheduler.stats().accepted, 24);
+    // The prompt; what the model chose after a draft, and the last token of that; a draft's tokens.
+    let mut steps = steps.lock().unwrap().clone();
+    assert_eq!(steps.remove(0), (9, 1));
+    steps.sort_unstable();
+    steps.dedup();
+    assert_eq!(steps, [(1, 1), (2, 2)]);
 }
 
 /// A model that fails is not asked again, and no answer ends by it.

@@ -221,6 +221,9 @@ fn run(schedule: &Schedule) -> Outcome {
         failed += usize::from(got.finish == Some(Finish::NoNumbers));
         once += (taken[request].prompt.len() + got.tokens.len()).saturating_sub(1);
     }
+    if drafter.is_some_and(|drafter| drafter.faults == 0) {
+        assert!(matches!(scheduler.drafted_by, DraftedBy::Model(_)), "the draft model failed");
+    }
     let stats = scheduler.stats();
     assert_eq!((stats.begun, stats.ended), (begun, requests.answers.len()));
     assert!(kind.faults > 0 || stats.failed_steps == 0);
