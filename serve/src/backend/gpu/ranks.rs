@@ -26,7 +26,7 @@ struct Communicators {
     nccl: Nccl,
     /// For work that is captured into graphs, and for what is enqueued as it is. Once they have
     /// connected, each has work on one stream, of one kind, so that NCCL needs not order graphs and other
-    /// work (`NCCL_GRAPH_MIXING_SUPPORT=0`, which the program sets).
+    /// work (`NCCL_GRAPH_MIXING_SUPPORT=0` of its version 2.28).
     captured: Communicator,
     direct: Communicator,
     memory: RefCell<Vec<*mut c_void>>,
