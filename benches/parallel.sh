@@ -19,6 +19,6 @@ for context in 128 1024 4096; do
     measure --shape llama-8b --steps 1,8,64 --context "$context"
 done
 measure --shape llama-8b --steps 1,8,64 --weights e4m3
-measure --shape smollm2-135m --steps 1,8,64
+measure smollm2 --steps 1,8,64
 # Its random weights take minutes to make.
 measure --shape llama-70b --steps 1,8,64 --weights e4m3

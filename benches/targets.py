@@ -94,11 +94,11 @@ def targets(args, measured):
     def steps(what, arguments):
         arguments = [*arguments, "--context", str(CONTEXT)]
         found = measured.of(what, lambda seconds: bench_steps.steps(args.flashinfer, arguments, seconds))
-        rows, weights = found or ({}, None)
-        return {int(batch): {name: row[name] for name in ("step ms", "floor ms")} for batch, row in rows.items()}, weights
+        return found or ({}, None)
 
     def step(rows, batch, name="step ms"):
-        return float(rows[batch][name]) if batch in rows else None
+        row = rows.get(str(batch))
+        return row and float(row[name])
 
     small, _ = steps("SmolLM2's steps", [args.model, "--steps", "1,8,64"])
     large, weights = steps("Llama 8B's steps", [*LLAMA, "--steps", "1,8,64"])

@@ -118,7 +118,7 @@ impl LlmOptions {
     }
 
     /// The most tokens of a draft.
-    fn draft_tokens(&self) -> usize {
+    pub(crate) fn draft_tokens(&self) -> usize {
         self.draft.unwrap_or(if self.draft_model.is_some() { DRAFT_TOKENS } else { 0 })
     }
 

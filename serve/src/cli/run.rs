@@ -105,7 +105,7 @@ pub fn run(args: &Args) -> Result<()> {
     let hub = Hub::from_env()?;
     let files = hub.locate(&args.model)?;
     let draft_model = args.draft_model.as_ref().map(|name| hub.locate(name)).transpose()?;
-    let options = LlmOptions { draft_model, parallel, ..llm_options(args) };
+    let options = LlmOptions { parallel, ..llm_options(args, draft_model) };
     let Some(task) = task else { return Llm::follow(&files, &options, ranks::ignore_signals) };
     let llm = Llm::load(&files, &options)?;
     llm.text().warnings().iter().for_each(|warning| note!("warning: {warning}"));
@@ -131,25 +131,25 @@ pub fn run(args: &Args) -> Result<()> {
     summary.check()
 }
 
-/// How the arguments have a model loaded, but for where it is and what computes it.
-fn llm_options(args: &Args) -> LlmOptions {
-    let default = LlmOptions::default();
-    // Whether drafts pay is measured, and steps that capture graphs take longer. Ranks have the same
-    // options, and one of them the prompts.
-    let drafts = args.speculate.unwrap_or(usize::from(args.draft_model.is_some())) > 0;
-    let early = drafts && args.prompts.is_none() && args.tensor_parallel.is_none();
-    LlmOptions {
+/// How the arguments have a model loaded, with the files of one that drafts, but for what computes it.
+fn llm_options(args: &Args, draft_model: Option<Vec<PathBuf>>) -> LlmOptions {
+    let options = LlmOptions {
         device: args.device,
         cache_tokens: args.cache_tokens,
-        graphs_within: early.then_some(super::GRAPHS_WITHIN),
-        max_running: if early { args.n.get() } else { default.max_running },
         draft: args.speculate,
+        draft_model,
         deterministic: args.deterministic,
         weights: args.precision.weights,
         kv: args.precision.kv,
         max_queued_tokens: usize::MAX,
-        ..default
+        ..LlmOptions::default()
+    };
+    // Whether drafts pay is measured, and steps that capture graphs take longer. Ranks have the same
+    // options, and one of them the prompts.
+    if options.draft_tokens() == 0 || args.prompts.is_some() || args.tensor_parallel.is_some() {
+        return options;
     }
+    LlmOptions { graphs_within: Some(super::GRAPHS_WITHIN), max_running: args.n.get(), ..options }
 }
 
 /// What the arguments ask for.
@@ -224,7 +224,8 @@ mod tests {
     #[test]
     fn few_graphs_are_captured_early_where_drafts_are_measured() {
         let of = |args: &[&str]| {
-            let options = llm_options(&parse(args).unwrap());
+            let args = parse(args).unwrap();
+            let options = llm_options(&args, args.draft_model.as_ref().map(|_| Vec::new()));
             (options.graphs_within.is_some(), options.max_running)
         };
         assert_eq!(of(&["Hi", "--speculate"]), (true, 1));
