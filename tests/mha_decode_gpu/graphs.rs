@@ -5,7 +5,7 @@ use crate::*;
 #[test]
 fn graph_replay_on_fa3() {
     if has_fa3() {
-        graph_replay(Backend::Fa3);
+        graph_replay(Backend::Fa3, Split::default());
     }
 }
 
@@ -14,6 +14,7 @@ fn graph_replay_on_fa3() {
 struct Captured<T> {
     graph: CudaGraph,
     key: Option<ReplayKey>,
+    split: Split,
     q: Mirrored<T>,
     cache: Cache<T>,
     out: Mirrored<T>,
@@ -29,13 +30,14 @@ fn capture<T: Number>(
     pages: usize,
     workspace: &mut Workspace,
     table: &PageTable,
+    split: Split,
 ) -> Captured<T> {
     let [batch, heads, _] = case.q_shape();
     let q = Mirrored::poisoned(gpu, &case.q_shape());
     let cache = Cache::poisoned(gpu, case.cache_shape(pages));
     let mut out = Mirrored::poisoned(gpu, &case.q_shape());
     let mut lse = Mirrored::poisoned(gpu, &[batch, heads]);
-    let plan = decode.plan(workspace, table, &for_graph(table)).unwrap();
+    let plan = decode.plan(workspace, table, &for_graph(table).with_split(split)).unwrap();
     let key = plan.replay_key().ok();
     let graph = {
         let (q, cache) = (q.device_view(), cache.device_view());
@@ -47,7 +49,7 @@ fn capture<T: Number>(
         graph.expect("a graph")
     };
     out.assert_untouched(); // captured is not run
-    Captured { graph, key, q, cache, out, lse }
+    Captured { graph, key, split, q, cache, out, lse }
 }
 
 impl<T: Number> Captured<T> {
@@ -70,8 +72,11 @@ impl<T: Number> Captured<T> {
         }
         self.out.upload(&vec![T::POISON; self.out.host.len()]);
         self.lse.upload(&vec![f32::NAN; self.lse.host.len()]);
-        let plan = decode.plan(workspace, &*table, &for_graph(table)).unwrap();
+        let plan = decode.plan(workspace, &*table, &for_graph(table).with_split(self.split)).unwrap();
         assert_eq!(plan.replay_key().ok(), self.key);
+        if self.split == Split::disabled() {
+            assert_eq!(plan.numbers()[0], table.host().batch_size() as i64, "blocks beyond the tiles");
+        }
         self.graph.launch().unwrap();
         problem.verify(&self.out, Some(&self.lse));
         let (direct, direct_lse) = problem.check_run(gpu, &plan);
@@ -82,16 +87,22 @@ impl<T: Number> Captured<T> {
 }
 
 /// Replays with other lengths, and with fewer requests than were captured.
-fn graph_replay(backend: Backend) {
-    fn run<T: Number>(gpu: &Gpu, rng: &mut Rng, backend: Backend, layout: KvLayout, joined: bool) {
+fn graph_replay(backend: Backend, split: Split) {
+    fn run<T: Number>(
+        gpu: &Gpu,
+        rng: &mut Rng,
+        (backend, split, group): (Backend, Split, usize),
+        layout: KvLayout,
+        joined: bool,
+    ) {
         const PAGES: usize = 400;
-        let case = Case { kv_heads: 8, layout, joined, backend, ..Case::default() };
+        let case = Case { kv_heads: 8, group, layout, joined, backend, ..Case::default() };
         let batch = case.lens.len();
         let Some(decode) = decode_of::<T, T>(gpu, &case) else { return };
         let first = table_among(rng, PAGES, case.page_size, &case.lens);
         let mut table = PageTable::with_capacity(&gpu.stream, first, batch, PAGES).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let mut captured = capture::<T>(gpu, &decode, &case, PAGES, &mut workspace, &table);
+        let mut captured = capture::<T>(gpu, &decode, &case, PAGES, &mut workspace, &table, split);
         for lens in [
             vec![1, 15, 16, 17, 0, 77],
             vec![2, 16, 17, 18, 1, 78],
@@ -111,18 +122,28 @@ fn graph_replay(backend: Backend) {
     }
     let Some(gpu) = Gpu::start_alone() else { return };
     let rng = &mut Rng::new();
-    run::<f16>(&gpu, rng, backend, KvLayout::Nhd, false);
-    run::<bf16>(&gpu, rng, backend, KvLayout::Hnd, true);
+    run::<f16>(&gpu, rng, (backend, split, 4), KvLayout::Nhd, false);
+    run::<bf16>(&gpu, rng, (backend, split, 4), KvLayout::Hnd, true);
+    if split == Split::disabled() {
+        // More query heads on a KV head than the smallest tile has rows.
+        run::<f16>(&gpu, rng, (backend, split, 20), KvLayout::Nhd, false);
+    }
 }
 
 #[test]
 fn graph_replay_on_cuda_cores() {
-    graph_replay(Backend::CudaCores);
+    graph_replay(Backend::CudaCores, Split::default());
 }
 
 #[test]
 fn graph_replay_on_tensor_cores() {
-    graph_replay(Backend::Fa2);
+    graph_replay(Backend::Fa2, Split::default());
+}
+
+/// Undivided, a graph has the blocks of its requests alone, whatever their lengths.
+#[test]
+fn graph_replay_of_undivided_keys() {
+    graph_replay(Backend::Fa2, Split::disabled());
 }
 
 /// One graph for few heads over short and very long contexts, whose tokens are
@@ -137,7 +158,8 @@ fn graph_of_long_contexts(backend: Backend) {
         let first = table_among(rng, PAGES, case.page_size, &case.lens);
         let mut table = PageTable::with_capacity(&gpu.stream, first, 2, PAGES).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let mut captured = capture::<bf16>(&gpu, &decode, &case, PAGES, &mut workspace, &table);
+        let mut captured =
+            capture::<bf16>(&gpu, &decode, &case, PAGES, &mut workspace, &table, Split::default());
         for lens in [[131_072, 1], [5, 0], [70_000, 61_001], [0, 131_072], [20, 20]] {
             let table_of_step = table_among(rng, PAGES, case.page_size, &lens);
             let step = Case { lens: lens.to_vec(), ..case.clone() };
@@ -170,7 +192,8 @@ fn graph_with_padding_and_one_long_request() {
         let first = repeating_table(rng, PAGES, case.page_size, &case.lens);
         let mut table = PageTable::with_capacity(&gpu.stream, first, 32, 4000).unwrap();
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
-        let mut captured = capture::<f16>(&gpu, &decode, &case, PAGES, &mut workspace, &table);
+        let mut captured =
+            capture::<f16>(&gpu, &decode, &case, PAGES, &mut workspace, &table, Split::default());
         for long_at in [0, 31] {
             let mut lens = vec![0; 32];
             lens[long_at] = 40_000;

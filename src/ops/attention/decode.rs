@@ -266,6 +266,7 @@ impl BatchDecode {
                         heads: self.heads,
                         causal: false,
                         rows: batch,
+                        one_query_each: true,
                         cuda_graph: graph,
                         split: options.split,
                     },

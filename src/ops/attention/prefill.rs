@@ -226,6 +226,7 @@ impl BatchPrefill {
                     heads,
                     causal: options.mask.is_causal(),
                     rows,
+                    one_query_each: false,
                     cuda_graph: graph,
                     split: options.split,
                 },

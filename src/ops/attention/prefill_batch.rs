@@ -15,7 +15,7 @@ const FA2_BLOCKS_PER_SM: usize = 2;
 
 /// What a plan is made from. With owned arrays, it is what a workspace keeps
 /// of its last plan.
-#[derive(PartialEq)]
+#[derive(Clone, PartialEq)]
 pub(super) struct PrefillBatch<'a> {
     /// Query offsets of `batch + 1` entries.
     pub(super) qo_indptr: Cow<'a, [i32]>,
@@ -34,9 +34,20 @@ pub(super) struct BatchShape {
     pub(super) causal: bool,
     /// Rows of the tensors: those of the batch, or the fixed maximum of a graph.
     pub(super) rows: usize,
+    /// Each request has one query, as in decode.
+    pub(super) one_query_each: bool,
     pub(super) cuda_graph: bool,
     /// Only FlashAttention 2 reads it.
     pub(super) split: Split,
+}
+
+impl BatchShape {
+    /// Whether the planner is to plan a launch for as much work as any batch of this shape
+    /// can have. Undivided requests of one query are as much work whatever their lengths:
+    /// a graph can do without blocks for more.
+    pub(super) fn is_padded(&self) -> bool {
+        self.cuda_graph && !(self.one_query_each && self.split.disable_split_kv)
+    }
 }
 
 impl PrefillBatch<'_> {
@@ -93,25 +104,26 @@ pub(super) fn fa2_need(
     let blocks = (FA2_BLOCKS_PER_SM * multiprocessors).saturating_sub(batch.shape.split.num_colocated_ctas);
     let most = blocks / num_kv_heads;
     // Of the longest request that there can be, or of the mean one.
-    let length = if batch.shape.cuda_graph { (rows - requests + 1) * group } else { rows * group / requests };
+    let padded = batch.shape.is_padded();
+    let length = if padded { (rows - requests + 1) * group } else { rows * group / requests };
     let tile = match length {
         65.. if spec.head_dim_vo < 256 => 128,
         17.. => 64,
         _ if major < 8 => 64,
         _ => 16,
     };
-    let (divided, work) = if batch.shape.cuda_graph {
+    let (divided, work) = if padded {
         (!no_split, most.max((rows * group).div_ceil(tile) + requests - 1))
     } else {
         fa2_work(spec, batch, no_split, tile, most)
     };
     let ints = |count: usize| count * size_of::<i32>();
     let indices = [ints(work), ints(work), ints(work), ints(requests + 2)];
-    let indices = indices.into_iter().chain(batch.shape.cuda_graph.then_some(ints(1)));
+    let indices = indices.into_iter().chain(padded.then_some(ints(1)));
     let offsets_to_merge = divided.then_some(ints(rows + 1));
     let (has_flags, partial_rows) = match planner {
         Fa2Planner::WholeTiles => (divided, work * tile),
-        Fa2Planner::Rows => (batch.shape.cuda_graph, (work * tile).div_ceil(group)),
+        Fa2Planner::Rows => (padded, (work * tile).div_ceil(group)),
     };
     let flags = has_flags.then_some(work);
     let sums = num_qo_heads * partial_rows * size_of::<f32>();
@@ -230,6 +242,7 @@ mod tests {
                 heads: HEADS,
                 causal: false,
                 rows: graph.unwrap_or(queries[requests.len()] as usize),
+                one_query_each: false,
                 cuda_graph: graph.is_some(),
                 split,
             },
@@ -339,6 +352,13 @@ mod tests {
             need(&[(1, 1000); 3], Some(3), Split::disabled()),
             Need { float: 0, int: 144 + 144 + 144 + 32 + 4 }
         );
+        // Of decode, a graph has no more of it.
+        let decode = with_batch(&[(1, 1000), (1, 0), (1, 3)], Some(3), Split::disabled(), |batch| {
+            let shape = BatchShape { one_query_each: true, ..batch.shape };
+            let batch = PrefillBatch { shape, ..batch.clone() };
+            fa2_need(&spec, &batch, true, H200.0, H200.1, Fa2Planner::WholeTiles)
+        });
+        assert_eq!(decode, Need { float: 0, int: 3 * 16 + 20 });
         // 264 blocks less 200 have 8 KV heads each 8 parts; with none left, nothing
         // is divided but for a graph, which has room for its tiles.
         assert_eq!(need(&[(1, 1000)], None, Split::beside(200)).float, float(8));

@@ -184,7 +184,8 @@ impl PrefillKernels {
         // undivided keys nothing tells those beyond it to stop, so that they go
         // by index arrays that the planner did not write: zeros make them
         // repeat the first tile.
-        let clear = batch.shape.cuda_graph && no_split;
+        let padded = batch.shape.is_padded();
+        let clear = padded && no_split;
         let planning = Planning { need, for_graph: batch.shape.cuda_graph, clear, numbers };
         let info = make_plan(check, workspace, planning, |scratch, pinned, stream| {
             // The two planners share their first sixteen arguments.
@@ -202,7 +203,7 @@ impl PrefillKernels {
                         num_qo_heads: batch.shape.heads.num_qo_heads as i64,
                         num_kv_heads: batch.shape.heads.num_kv_heads as i64,
                         page_size: batch.shape.page_size as i64,
-                        enable_cuda_graph: batch.shape.cuda_graph,
+                        enable_cuda_graph: padded,
                         head_dim_qk: self.spec.head_dim_qk as i64,
                         head_dim_vo: self.spec.head_dim_vo as i64,
                         causal: batch.shape.causal,

@@ -4,7 +4,7 @@ use flashinfer_rs::{DType, FlashInferError, Result, Stream, TensorMut, TensorRef
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::registered::Registered;
+use super::ranks::Registered;
 
 /// A tensor on the GPU of one of the two.
 pub enum HalfTensor {

@@ -86,7 +86,7 @@ impl Gpu {
     /// # Errors
     /// The last step was not a graph's.
     pub fn replay(&mut self) -> Result<(f32, usize)> {
-        let Self { buckets, attention, lanes, lane, cuda, launched, .. } = self;
+        let Self { buckets, network, attention, lanes, lane, cuda, launched, .. } = self;
         let graph = launched.and_then(|Launched { bucket, sampled, place }| {
             let Bucket { greedy, sampled: sampling, .. } = &buckets[bucket];
             Some((bucket, if sampled { sampling } else { greedy }[*lane].get(place)?))
@@ -95,7 +95,9 @@ impl Gpu {
             return Err("the last step was not a graph's".into());
         };
         let plans = attention.plan_decode(*lane, &lanes[*lane].tables.tables.pages, Some(1 << bucket))?;
-        Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes()))
+        // Before each sum, and before logits are gathered, is a node that is no work.
+        let empty = network.ranks.as_ref().map_or(0, |_| network.num_sums() + 1);
+        Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes() - empty))
     }
 
     /// The milliseconds that the sums over ranks take in a step of so many rows, in a graph of nothing
@@ -106,8 +108,7 @@ impl Gpu {
             return Ok(None);
         }
         let mut x = buffers.x.rows_mut(rows)?;
-        // One of embeddings, and two in each layer.
-        let mut run = || (0..=2 * network.config.num_layers()).try_for_each(|_| network.sum(&mut x));
+        let mut run = || (0..network.num_sums()).try_for_each(|_| network.sum(&mut x));
         run()?;
         // SAFETY: NCCL's work on the buffer and on its own, which outlive the graph.
         let step = unsafe { graph::capture(&network.stream, &mut run)? };

@@ -25,7 +25,7 @@
 //! | `append`, `attention`, `split` | what the cache gets, and plans |
 //! | `lanes`, `tables`, `tokens` | what steps take in turn: index arrays, and tokens |
 //! | `sampler`, `last_edits`, `ring` | the choice of tokens, and their way to the host |
-//! | `ranks`, `nccl`, `registered` | sums and logits of several GPUs, by what, and in what memory |
+//! | `ranks`, `nccl` | sums and logits of several GPUs, in memory that all of them reach, and by what |
 //! | `measure`, `breakdown` | how long things take |
 //! | `kernels`, `rows`, `half`, `memory` | kernels of our own, and memory |
 
@@ -53,7 +53,6 @@ mod products;
 mod programmatic;
 mod quantize;
 mod ranks;
-mod registered;
 mod ring;
 mod rows;
 mod sampler;

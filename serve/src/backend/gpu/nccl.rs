@@ -18,6 +18,8 @@ use crate::{Result, hub};
 pub struct UniqueId(pub [u8; 128]);
 
 pub type Communicator = *mut c_void;
+/// What memory is registered as.
+pub type Window = *mut c_void;
 
 /// `ncclSum`.
 const SUM: c_int = 0;
@@ -50,7 +52,8 @@ pub struct Nccl {
 struct MemoryFunctions {
     allocate: unsafe extern "C" fn(*mut *mut c_void, usize) -> c_int,
     free: unsafe extern "C" fn(*mut c_void) -> c_int,
-    register: unsafe extern "C" fn(Communicator, *mut c_void, usize, *mut *mut c_void, c_int) -> c_int,
+    register: unsafe extern "C" fn(Communicator, *mut c_void, usize, *mut Window, c_int) -> c_int,
+    deregister: unsafe extern "C" fn(Communicator, Window) -> c_int,
 }
 
 impl Nccl {
@@ -174,22 +177,34 @@ impl Nccl {
     }
 
     /// Has kernels of a communicator reach the memory of all ranks, which do so at a time. Where they
-    /// cannot, as between machines, nothing changes.
+    /// cannot, as between machines, nothing changes, and the window is null.
     ///
     /// # Safety
-    /// So much memory was [allocated](Self::allocate), and is given back after the communicator ended.
+    /// So much memory was [allocated](Self::allocate), and is given back after it was
+    /// [deregistered](Self::deregister).
     pub unsafe fn register(
         &self,
         communicator: Communicator,
         memory: *mut c_void,
         bytes: usize,
-    ) -> Result<()> {
-        let Some(functions) = &self.memory else { return Ok(()) };
-        // It goes with the communicator.
+    ) -> Result<Window> {
         let mut window = ptr::null_mut();
+        let Some(functions) = &self.memory else { return Ok(window) };
         // SAFETY: as the caller says; it writes an address.
         let status = unsafe { (functions.register)(communicator, memory, bytes, &mut window, SYMMETRIC) };
-        self.check("ncclCommWindowRegister", status)
+        self.check("ncclCommWindowRegister", status)?;
+        Ok(window)
+    }
+
+    /// Ends what [`register`](Self::register) began. This waits for no other rank.
+    ///
+    /// # Safety
+    /// The window is the communicator's, and none of its kernels runs, or will.
+    pub unsafe fn deregister(&self, communicator: Communicator, window: Window) {
+        if let Some(functions) = self.memory.filter(|_| !window.is_null()) {
+            // SAFETY: as the caller says.
+            unsafe { (functions.deregister)(communicator, window) };
+        }
     }
 }
 
@@ -201,6 +216,7 @@ fn memory_functions(library: &CudaLibrary) -> Option<MemoryFunctions> {
             allocate: library.function("ncclMemAlloc").ok()?,
             free: library.function("ncclMemFree").ok()?,
             register: library.function("ncclCommWindowRegister").ok()?,
+            deregister: library.function("ncclCommWindowDeregister").ok()?,
         })
     }
 }

@@ -84,6 +84,11 @@ impl Network {
         self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.all_reduce(x))
     }
 
+    /// The sums over ranks in a step: one of embeddings, and two in each layer.
+    pub fn num_sums(&self) -> usize {
+        1 + 2 * self.config.num_layers()
+    }
+
     /// Enqueues a step up to the last norm, whose results are in `x`.
     pub fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
         let Buffers { residual, x, .. } = &mut *pass.buffers;

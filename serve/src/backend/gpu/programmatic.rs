@@ -1,8 +1,8 @@
 //! Launches that may begin before the kernel before them is over: programmatic dependent launch.
 
-use std::{ffi::c_void, mem, ptr};
+use std::{ffi::c_void, mem, ptr, sync::Arc};
 
-use cudarc::driver::{CudaFunction, CudaStream, LaunchConfig, sys};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, sys};
 
 use crate::Result;
 
@@ -57,38 +57,48 @@ pub unsafe fn launch(
     Ok(())
 }
 
-/// Has what is captured next begin when all before it is over, even a kernel that is launched so and does
-/// not wait: as NCCL's for memory that several GPUs reach. Does nothing where nothing is captured.
+/// Has what is enqueued next begin when all before it is over, even a kernel that is launched so and does
+/// not wait: as NCCL's for memory that several GPUs reach. Says whether it is captured.
 ///
-/// An edge of a graph along which a kernel may begin early leads from one kernel to the next. So an empty
-/// node between them takes that away, and it is no work of its own.
-pub fn hold_back(cuda: &CudaStream) -> Result<()> {
+/// A kernel begins early behind another kernel alone. So something else lies between them: in a graph an empty
+/// node, which is no work of its own, and elsewhere the writing of a byte.
+///
+/// # Errors
+/// The capture is broken.
+pub fn hold_back(cuda: &Arc<CudaStream>, byte: &mut CudaSlice<u8>) -> Result<bool> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    let (mut graph, mut before, mut count) = (ptr::null_mut(), ptr::null(), 0);
-    let (stream, nothing) = (cuda.cu_stream(), ptr::null_mut());
-    // SAFETY: the stream is alive. What is asked for is written, and the array is the stream's until work
-    // is captured again; of the edges nothing is told, as the last node's are full ones.
+    let (mut graph, mut before, mut edges, mut count) = (ptr::null_mut(), ptr::null(), ptr::null(), 0);
+    let stream = cuda.cu_stream();
+    // SAFETY: the stream is alive. What is asked for is written, and the arrays are the stream's until work
+    // is captured again.
     unsafe {
         sys::cuStreamGetCaptureInfo_v3(
             stream,
             &mut status,
-            nothing,
+            ptr::null_mut(),
             &mut graph,
             &mut before,
-            ptr::null_mut(),
+            &mut edges,
             &mut count,
         )
         .result()?;
     }
-    if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE || count == 0 {
-        return Ok(());
+    match status {
+        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => {
+            cuda.memset_zeros(byte)?;
+            return Ok(false);
+        }
+        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE => {}
+        broken => return Err(format!("the capture of the stream is broken: {broken:?}").into()),
     }
-    let mut node = ptr::null_mut();
-    let replace = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES as u32;
-    // SAFETY: the graph is the one that is captured, and the nodes are its own, as is the one that is added.
-    unsafe {
-        sys::cuGraphAddEmptyNode(&mut node, graph, before, count).result()?;
-        sys::cuStreamUpdateCaptureDependencies_v2(stream, &mut node, ptr::null(), 1, replace).result()?;
+    if count > 0 {
+        let mut node = ptr::null_mut();
+        let replace = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES as u32;
+        // SAFETY: the graph is the one that is captured, and the nodes are its own, as is the one that is added.
+        unsafe {
+            sys::cuGraphAddEmptyNode(&mut node, graph, before, count).result()?;
+            sys::cuStreamUpdateCaptureDependencies_v2(stream, &mut node, ptr::null(), 1, replace).result()?;
+        }
     }
-    Ok(())
+    Ok(true)
 }

@@ -1,53 +1,31 @@
 //! What ranks compute together on their GPUs: NCCL's sums and gathered numbers.
 
-use std::{
-    cell::RefCell,
-    ffi::{c_int, c_void},
-    rc::Rc,
-    sync::Arc,
-};
+use std::{cell::RefCell, ffi::c_int, rc::Rc, sync::Arc};
 
-use cudarc::driver::{CudaStream, result, sys::CUstreamCaptureStatus};
+use cudarc::driver::{CudaSlice, CudaStream};
 use flashinfer_rs::{DType, Device, Stream, TensorMut, TensorRef, gpu::Tensor};
 
 use super::{
     half::HalfTensor,
     nccl::{Communicator, Nccl, UniqueId},
     programmatic,
-    registered::Registered,
 };
 use crate::{Result, group::Group, model::shard::Rank};
 
+mod communicators;
 #[cfg(test)]
 mod tests;
 
-/// A rank's communicators, and the memory that the other ranks reach.
-struct Communicators {
-    nccl: Nccl,
-    /// For work that is captured into graphs, and for what is enqueued as it is. Once they have
-    /// connected, each has work on one stream, of one kind, so that NCCL needs not order graphs and other
-    /// work (`NCCL_GRAPH_MIXING_SUPPORT=0` of its version 2.28).
-    captured: Communicator,
-    direct: Communicator,
-    memory: RefCell<Vec<*mut c_void>>,
-}
-
-impl Drop for Communicators {
-    fn drop(&mut self) {
-        // SAFETY: nobody has them any more, nor the memory: tensors in it keep this alive.
-        unsafe {
-            self.nccl.abort(self.captured);
-            self.nccl.abort(self.direct);
-            self.memory.get_mut().drain(..).for_each(|memory| self.nccl.free(memory));
-        }
-    }
-}
+use communicators::Communicators;
+pub use communicators::Registered;
 
 /// A rank of several, on one stream.
 pub struct Ranks {
     communicators: Rc<Communicators>,
     rank: Rank,
     cuda: Arc<CudaStream>,
+    /// What is written to [hold back](programmatic::hold_back) sums.
+    byte: RefCell<CudaSlice<u8>>,
 }
 
 impl Ranks {
@@ -57,15 +35,9 @@ impl Ranks {
     /// NCCL is nowhere; or it finds no way between the GPUs.
     pub fn meet(group: &Group, cuda: &Arc<CudaStream>) -> Result<Self> {
         let (nccl, rank) = (Nccl::load()?, group.rank());
-        cuda.context().bind_to_thread()?;
-        let meet = || -> Result<_> { nccl.meet(common_id(&nccl, group)?, rank.rank, rank.size) };
-        let captured = meet()?;
-        let direct = meet().inspect_err(|_| {
-            // SAFETY: nothing was enqueued.
-            unsafe { nccl.abort(captured) }
-        })?;
-        let communicators = Communicators { nccl, captured, direct, memory: RefCell::default() };
-        let ranks = Self { communicators: Rc::new(communicators), rank, cuda: cuda.clone() };
+        let byte = RefCell::new(cuda.alloc_zeros(1)?);
+        let communicators = Communicators::meet(nccl, cuda, rank, || common_id(&nccl, group))?;
+        let ranks = Self { communicators: Rc::new(communicators), rank, cuda: cuda.clone(), byte };
         ranks.connect()?;
         Ok(ranks)
     }
@@ -95,25 +67,16 @@ impl Ranks {
     /// A tensor of zeros that is added up with fewer copies, as the kernels of all ranks reach it, if
     /// NCCL is of version 2.27 or later. All ranks make the same at a time. Its memory is given back
     /// when this, and all that it made, are dropped.
+    ///
+    /// # Errors
+    /// Its type is none of a [`HalfTensor`]; it is too large; the stream is being captured.
     pub fn zeros(&self, dtype: DType, shape: &[usize]) -> Result<HalfTensor> {
-        let Communicators { nccl, captured, memory, .. } = &*self.communicators;
-        let bytes = shape.iter().product::<usize>() * dtype.size();
-        self.cuda.context().bind_to_thread()?;
-        let Some(address) = nccl.allocate(bytes)? else {
-            return Ok(HalfTensor::zeros(&Stream::from(&self.cuda), dtype, shape)?);
-        };
-        memory.borrow_mut().push(address);
-        // SAFETY: so much was allocated just now, and goes after the communicator.
-        unsafe { nccl.register(*captured, address, bytes)? };
-        // SAFETY: so much memory is there, and nobody else knows it.
-        unsafe { result::memset_d8_async(address as u64, 0, bytes, self.cuda.cu_stream())? };
-        let device = Device::Cuda(self.cuda.context().ordinal() as u32);
-        // SAFETY: the same, of zeros, in the order of the stream; `Registered` keeps it allocated.
-        let registered = unsafe {
-            let tensor = TensorMut::from_raw_parts(address, device, dtype, shape, None)?;
-            Registered::new(tensor, self.communicators.clone())
-        };
-        Ok(HalfTensor::Registered(registered))
+        // What cannot be made at all is refused before other ranks are waited for.
+        let plain = HalfTensor::zeros(&Stream::from(&self.cuda), dtype, shape)?;
+        Ok(match Communicators::zeros(&self.communicators, dtype, shape)? {
+            Some(registered) => HalfTensor::Registered(registered),
+            None => plain,
+        })
     }
 
     /// Replaces the numbers of a contiguous tensor by their sums over all ranks.
@@ -157,14 +120,12 @@ impl Ranks {
         Ok(total.to_vec()?[0])
     }
 
-    /// The communicator of what is enqueued next. NCCL's kernels for memory that all ranks reach, which are
-    /// those of graphs, do not wait for what is before them: so they are held back.
+    /// The communicator of what is enqueued next. NCCL's kernels for memory that all ranks reach do not wait
+    /// for what is before them: so they are held back.
     fn next(&self) -> Result<Communicator> {
-        if self.cuda.capture_status()? == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
-            return Ok(self.communicators.direct);
-        }
-        programmatic::hold_back(&self.cuda)?;
-        Ok(self.communicators.captured)
+        let captured = programmatic::hold_back(&self.cuda, &mut self.byte.borrow_mut())?;
+        let Communicators { captured: of_graphs, direct, .. } = *self.communicators;
+        Ok(if captured { of_graphs } else { direct })
     }
 
     /// NCCL's number of a tensor's type.

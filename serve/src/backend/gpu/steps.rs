@@ -181,8 +181,8 @@ impl Gpu {
             *breakdown = Some(unsafe { Breakdown::of(cuda, &mut run)? });
         }
         if let Some(keys) = keys {
-            // SAFETY: what is not the crate's works on weights, buffers, outputs, and tokens and
-            // samplers of lanes of `self`, which are dropped, or replaced, after the graphs.
+            // SAFETY: what is not the crate's works on weights, buffers, outputs, tokens and samplers of
+            // lanes, and communicators of `self`, which are dropped, or replaced, after the graphs.
             let step = unsafe { graph::capture(&network.stream, run)? };
             let place = captured.push(Graph { keys, step });
             self.launched = Some(Launched { bucket, sampled, place });
