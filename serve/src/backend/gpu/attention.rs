@@ -52,7 +52,8 @@ impl Attention {
         GpuOptions { deterministic, kv, .. }: GpuOptions,
         multiprocessors: usize,
     ) -> Result<Self> {
-        let parts = (!deterministic).then(|| Parts::new(multiprocessors, config.heads.num_kv_heads));
+        let parts =
+            (!deterministic).then(|| Parts::new(multiprocessors, config.heads.num_kv_heads, widths.padded));
         let mut attention =
             Self { kinds: Vec::new(), layers: Vec::new(), sm_scale: config.attention_scale, parts };
         let windowed = config.layers.iter().any(|layer| layer.window.is_some());

@@ -10,7 +10,7 @@ use flashinfer_rs::{
     kv::{Batch, PageAllocator, Sequence},
 };
 
-use super::{lanes::LANES, split::UNDIVIDED};
+use super::{lanes::LANES, split::MOST_UNDIVIDED};
 use crate::{
     Result,
     backend::{Backend, Output, Step, StepToken},
@@ -29,7 +29,7 @@ pub fn capture_graphs(
     while captured < most {
         let next = (2 * captured).max(1).min(most);
         // Keys that are not divided, and keys that may be.
-        for context in [0, UNDIVIDED] {
+        for context in [0, MOST_UNDIVIDED] {
             if start.elapsed() >= limit {
                 return Ok(captured);
             }

@@ -3,28 +3,36 @@
 
 /// Blocks of FlashAttention 2 that its planner counts on for each multiprocessor.
 const BLOCKS: usize = 2;
-/// Keys that a block reads sooner than two could merge what they made of halves.
-pub const UNDIVIDED: usize = 256;
+/// Numbers of a head's keys that a block reads sooner than several could merge what they made of parts.
+const UNDIVIDED: usize = 64 << 10;
+/// Keys of the narrowest heads beyond which a single request is divided.
+pub const MOST_UNDIVIDED: usize = 2 * UNDIVIDED / 64;
 
 /// What a GPU can divide keys into.
 #[derive(Clone, Copy, Debug)]
 pub struct Parts {
-    /// Parts of all requests that its blocks can have at once.
-    most: usize,
+    multiprocessors: usize,
+    num_kv_heads: usize,
+    /// Keys that are not worth dividing.
+    undivided: usize,
 }
 
 impl Parts {
-    /// For a GPU of so many multiprocessors, and a model of so many heads of keys.
-    pub fn new(multiprocessors: usize, num_kv_heads: usize) -> Self {
-        Self { most: BLOCKS * multiprocessors / num_kv_heads.max(1) }
+    /// For a GPU of so many multiprocessors, and a model of so many heads of keys, which are as wide as this.
+    pub fn new(multiprocessors: usize, num_kv_heads: usize, head_dim: usize) -> Self {
+        Self { multiprocessors, num_kv_heads: num_kv_heads.max(1), undivided: UNDIVIDED / head_dim.max(64) }
     }
 
-    /// Whether requests of these lengths are divided: if there are blocks left once each is in parts
-    /// of half the longest.
+    /// Whether requests of these lengths are divided: if the longest keeps its blocks busy for longer than
+    /// all requests would keep as many blocks as there are multiprocessors, which is about when memory is; and if there
+    /// are blocks left once each request is in parts of half the longest.
     pub fn divides(self, lens: impl Iterator<Item = usize> + Clone) -> bool {
-        let longest = lens.clone().max().unwrap_or(0);
+        let Self { multiprocessors, num_kv_heads, undivided } = self;
+        let (longest, all) = (lens.clone().max().unwrap_or(0), lens.clone().sum::<usize>());
         let half = longest.div_ceil(2).max(1);
-        longest > UNDIVIDED && lens.map(|len| len.div_ceil(half).max(1)).sum::<usize>() <= self.most
+        longest.saturating_sub(undivided) * multiprocessors > all * num_kv_heads
+            && lens.map(|len| len.div_ceil(half).max(1)).sum::<usize>() * num_kv_heads
+                <= BLOCKS * multiprocessors
     }
 }
 
@@ -35,10 +43,11 @@ mod tests {
     #[test]
     fn keys_are_divided_where_blocks_would_be_idle() {
         // An H200, and the heads of SmolLM2 and of Llama 8B.
-        let [small, large] = [3, 8].map(|heads| Parts::new(132, heads));
+        let [small, large] = [(3, 64), (8, 128)].map(|(heads, width)| Parts::new(132, heads, width));
         let even = |parts: Parts, requests, len| parts.divides(std::iter::repeat_n(len, requests));
-        assert!(!even(small, 1, 256) && even(small, 1, 257) && even(small, 44, 4096));
-        assert!(!even(small, 45, 4096) && !even(large, 64, 1024) && even(large, 16, 1024));
+        assert!(!even(small, 1, 1024) && even(small, 1, MOST_UNDIVIDED) && even(small, 22, 4096));
+        assert!(!even(small, 44, 4096) && !even(large, 1, 512) && even(large, 1, 640));
+        assert!(even(large, 8, 1024) && !even(large, 8, 896) && !even(large, 16, 4096));
         // One long request among many short ones.
         assert!(large.divides(std::iter::once(32768).chain(std::iter::repeat_n(300, 31))));
         assert!(!large.divides(std::iter::once(32768).chain(std::iter::repeat_n(300, 32))));

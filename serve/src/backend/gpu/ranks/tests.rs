@@ -1,34 +1,30 @@
 //! Sums of two GPUs.
 
-use std::iter;
+use std::ptr::from_mut;
 
-use cudarc::driver::result;
+use cudarc::{
+    driver::{LaunchConfig, result},
+    nvrtc::Ptx,
+};
+use half::f16;
 
 use super::{
-    super::{
-        few_rows::{FewRows, Fused},
-        start,
-    },
+    super::{programmatic, start},
     *,
 };
 use crate::{
-    backend::{
-        graph,
-        matmul::{Added, Product, Weight},
-    },
+    backend::graph,
     group::tests::with_ranks,
     model::synthetic::Shape,
     tests::gpu::{ranks::has_two, turn},
 };
 
-/// A product that takes long enough to be read before it is written.
 const ROWS: usize = 8;
-const INPUT: usize = 8192;
-const OUTPUT: usize = 4096;
-const REPLAYS: usize = 50;
+const WIDTH: usize = 4096;
+const REPLAYS: usize = 20;
 
-/// A rank's part of a product, and the sum of both, as they lie in a graph. Numbers are powers of two, whose sums
-/// are exact, and what is added up is no number until the product is done.
+/// A kernel that lets the next one begin and writes later, and the sum of what it writes on both GPUs, as they are
+/// and in a graph. Until it is written, it is no number.
 #[test]
 fn sums_wait_for_what_they_add_up() {
     let Some(_turn) = turn() else { return };
@@ -37,54 +33,48 @@ fn sums_wait_for_what_they_add_up() {
     }
     // How many were wrong: a rank that panics leaves the other one waiting on its GPU.
     let wrong = with_ranks(2, |group| {
-        let rank = group.rank();
-        let cuda = start(&Shape::Llama8b.config().unwrap(), rank.rank).unwrap();
+        let rank = group.rank().rank;
+        let cuda = start(&Shape::Llama8b.config().unwrap(), rank).unwrap();
         let (stream, dtype) = (Stream::from(&cuda), DType::F16);
         let ranks = Ranks::meet(&group, &cuda).unwrap();
-        let filled = |shape: &[usize], number: f32| {
-            let numbers: Vec<_> = iter::repeat_n(number, shape.iter().product()).collect();
-            HalfTensor::rounded(&stream, dtype, shape, &numbers).unwrap()
-        };
-        let x = filled(&[ROWS, INPUT], 0.5);
-        let matrix = filled(&[OUTPUT, INPUT], if rank.rank == 0 { 1.0 } else { 2.0 } / INPUT as f32);
-        let weight = Weight { matrix: matrix.view().into(), bias: None };
-        let product = Product {
-            rows: ROWS,
-            input: INPUT,
-            output: OUTPUT,
-            factor: 1.0,
-            added: Added::Nothing,
-            dtype,
-            out_dtype: dtype,
-        };
-        let few_rows = FewRows::new(&cuda, dtype).unwrap().expect("kernels of few rows");
-        let mut out = ranks.zeros(dtype, &[ROWS, OUTPUT]).unwrap();
-        assert!(matches!(out, HalfTensor::Registered(_)), "ranks do not reach each other's memory");
-        let mut wrong = vec![0; few_rows.kernels()];
-        for (kernel, wrong) in wrong.iter_mut().enumerate() {
-            let mut run = || -> Result<()> {
-                let mut out = out.view_mut();
-                // SAFETY: so many bytes are there.
-                unsafe {
-                    let bytes = ROWS * OUTPUT * dtype.size();
-                    result::memset_d8_async(out.data_ptr() as u64, 0xff, bytes, cuda.cu_stream())?;
-                }
-                few_rows.run(kernel, &product, &Fused::default(), &mut out, &x.view(), &weight)?;
-                ranks.all_reduce(&mut out)
-            };
-            run().unwrap();
-            // SAFETY: all that it works on outlives it.
-            let step = unsafe { graph::capture(&stream, &mut run) }.unwrap();
-            for _ in 0..REPLAYS {
-                step.launch(&()).unwrap();
-                cuda.synchronize().unwrap();
-                *wrong += out.to_f64().into_iter().filter(|&sum| sum != 1.5).count();
+        let module = cuda.context().load_module(Ptx::from_src(include_str!("late.ptx"))).unwrap();
+        let late = module.load_function("late").unwrap();
+        let shape = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
+        let mut out = ranks.zeros(dtype, &[ROWS, WIDTH]).unwrap();
+        let is_registered = matches!(out, HalfTensor::Registered(_));
+        let run = |out: &mut HalfTensor| -> Result<()> {
+            let mut out = out.view_mut();
+            let mut address = out.data_ptr();
+            let (mut count, mut number) = ((ROWS * WIDTH) as u32, f16::from_f32((rank + 1) as f32).to_bits());
+            let mut arguments =
+                [from_mut(&mut address).cast(), from_mut(&mut count).cast(), from_mut(&mut number).cast()];
+            // SAFETY: so many numbers of two bytes are there, and these are what the kernel takes. It waits for
+            // what is before it, and behind it is a sum, which is held back.
+            unsafe {
+                let bytes = ROWS * WIDTH * dtype.size();
+                result::memset_d8_async(address as u64, 0xff, bytes, cuda.cu_stream())?;
+                programmatic::launch(&cuda, &late, shape, &mut arguments)?;
             }
-        }
-        wrong
+            ranks.all_reduce(&mut out)
+        };
+        run(&mut out).unwrap();
+        let eager = wrong_sums(&cuda, &out);
+        // SAFETY: all that it works on outlives it.
+        let step = unsafe { graph::capture(&stream, || run(&mut out)) }.unwrap();
+        let replayed = (0..REPLAYS).map(|_| {
+            step.launch(&()).unwrap();
+            wrong_sums(&cuda, &out)
+        });
+        (is_registered, eager, replayed.sum::<usize>())
     });
-    assert!(
-        wrong.iter().flatten().all(|&wrong| wrong == 0),
-        "sums that are not 1.5, by rank and kernel: {wrong:?}"
-    );
+    for (is_registered, eager, replayed) in wrong {
+        assert!(is_registered, "GPUs do not reach each other's memory");
+        assert_eq!((eager, replayed), (0, 0), "sums that are not 3: eager, and of {REPLAYS} replays");
+    }
+}
+
+/// How many numbers are not what two ranks add up to.
+fn wrong_sums(cuda: &CudaStream, out: &HalfTensor) -> usize {
+    cuda.synchronize().unwrap();
+    out.to_f64().into_iter().filter(|&sum| sum != 3.0).count()
 }
