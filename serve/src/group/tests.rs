@@ -1,6 +1,8 @@
 use std::{
+    env,
     io::Write,
     net::{Shutdown, TcpListener, TcpStream},
+    process::Command,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -10,6 +12,8 @@ use super::*;
 
 /// How long ranks of tests wait for each other.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// Tells a process that runs a test as rank 1 where rank 0 listens.
+const PORT: &str = "FLASHINFER_RS_TEST_PORT";
 
 fn settings(cache_tokens: &str) -> Settings {
     [("--cache-tokens".to_owned(), cache_tokens.to_owned())].into()
@@ -49,6 +53,33 @@ pub fn with_ranks<T: Send>(size: usize, work: impl Fn(Arc<Group>) -> T + Sync) -
         let first = work(first);
         std::iter::once(first).chain(others.into_iter().map(|other| other.join().unwrap())).collect()
     })
+}
+
+/// Has this process do something as rank 0, and another one as rank 1, which runs the same test, of this name, alone.
+pub fn with_two_processes<T>(test: &str, work: impl Fn(Arc<Group>) -> T) -> T {
+    if let Ok(port) = env::var(PORT) {
+        let there = rendezvous(1, 2, port.parse().unwrap(), TIMEOUT);
+        return work(Arc::new(there.meet(Settings::new(), |_| {}).unwrap()));
+    }
+    let (listener, port) = listener();
+    let mut command = Command::new(env::current_exe().unwrap());
+    let mut other =
+        command.args([test, "--exact", "--nocapture"]).env(PORT, port.to_string()).spawn().unwrap();
+    let here = rendezvous(0, 2, port, TIMEOUT);
+    let group = here.meet_at(listener, Settings::new(), |_| {}, &mut || Ok(())).unwrap();
+    let mine = work(Arc::new(group));
+    assert!(other.wait().unwrap().success(), "the test fails as rank 1");
+    mine
+}
+
+#[test]
+fn two_processes_are_ranks() {
+    let sum = with_two_processes("group::tests::two_processes_are_ranks", |group| {
+        let mut numbers = [group.rank().rank as f32 + 1.0];
+        group.take_sums().unwrap().all_reduce(&mut numbers).unwrap();
+        numbers
+    });
+    assert_eq!(sum, [3.0]);
 }
 
 #[test]
