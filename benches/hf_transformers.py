@@ -252,6 +252,8 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("gguf")
     arguments.add_argument("--seconds", type=float, default=230, help="what is not measured by then is left out")
+    arguments.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="sizes, in this order")
+    arguments.add_argument("--compiled", action="store_true", help="leave the eager steps out")
     arguments = arguments.parse_args()
     started = time.monotonic()
 
@@ -275,12 +277,13 @@ def main():
 
     signal.signal(signal.SIGALRM, out_of_time)
     results = []
+    ways = [
+        ("transformers, eager, dynamic cache", False, None),
+        ("transformers, compiled, static cache", True, compiler),
+    ]
     with torch.no_grad():
-        for name, static, compiled in [
-            ("transformers, eager, dynamic cache", False, None),
-            ("transformers, compiled, static cache", True, compiler),
-        ]:
-            for batch in BATCHES:
+        for name, static, compiled in ways[arguments.compiled :]:
+            for batch in arguments.batch:
                 # What belongs to other sizes is dropped, so that each is compiled for itself.
                 torch._dynamo.reset()
                 gc.collect()

@@ -22,6 +22,7 @@ from shapes import SHAPES
 BENCHES = pathlib.Path(__file__).resolve().parent
 # Tokens of each request before its first step, and bytes that the GPU reads in a millisecond.
 CONTEXT, BYTES_PER_MS = 128, 4.8e9
+BATCHES = 1, 8, 64
 LLAMA = ["--shape", "llama-8b"]
 
 INTRODUCTION = """# Targets
@@ -52,7 +53,10 @@ def compiled(model):
     """The milliseconds of PyTorch's compiled steps, by the number of requests."""
 
     def measure(seconds):
-        command = [sys.executable, BENCHES / "hf_transformers.py", model, "--seconds", str(seconds)]
+        command = [
+            sys.executable, BENCHES / "hf_transformers.py", model, "--compiled", "--batch", *map(str, BATCHES),
+            "--seconds", str(seconds),
+        ]  # fmt: skip
         # It ends with an error where a size was left out.
         shown = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
         rows = [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
@@ -115,7 +119,7 @@ def targets(args, measured):
     once = weights and read_once(weights, 64)
     yield "Llama 8B, `f16`, 64 requests: step over weights, keys and values read once", step(large, 64), once, 1.25
     yield "Llama 8B, 1 request: `e4m3` weights over `f16`", step(reduced, 1), step(large, 1), 0.6
-    for batch in (1, 8, 64):
+    for batch in BATCHES:
         name = f'SmolLM2, batch of {batch}: step over `torch.compile(mode="reduce-overhead")`'
         yield name, step(small, batch), torch.get(batch), 0.6
     latency = [of_server(one, name, "inter_token_latency_ms") for name in ("flashinfer", "llama.cpp")]
