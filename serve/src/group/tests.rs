@@ -12,8 +12,8 @@ use super::*;
 
 /// How long ranks of tests wait for each other.
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// Tells a process that runs a test as rank 1 where rank 0 listens.
-const PORT: &str = "FLASHINFER_RS_TEST_PORT";
+/// Tells a process that runs a test as which rank it does so, and where rank 0 listens.
+const PLACE: &str = "FLASHINFER_RS_TEST_RANK";
 
 fn settings(cache_tokens: &str) -> Settings {
     [("--cache-tokens".to_owned(), cache_tokens.to_owned())].into()
@@ -55,31 +55,43 @@ pub fn with_ranks<T: Send>(size: usize, work: impl Fn(Arc<Group>) -> T + Sync) -
     })
 }
 
-/// Has this process do something as rank 0, and another one as rank 1, which runs the same test, of this name, alone.
-pub fn with_two_processes<T>(test: &str, work: impl Fn(Arc<Group>) -> T) -> T {
-    if let Ok(port) = env::var(PORT) {
-        let there = rendezvous(1, 2, port.parse().unwrap(), TIMEOUT);
+/// Has two processes that run the same test, of this name, alone and with these variables, do something as ranks. Both
+/// are over then, and did not fail.
+pub fn with_two_processes(test: &str, variables: &[(&str, &str)], work: impl Fn(Arc<Group>)) {
+    if let Ok(place) = env::var(PLACE) {
+        let (rank, port) = place.split_once(' ').unwrap();
+        let there = rendezvous(rank.parse().unwrap(), 2, port.parse().unwrap(), TIMEOUT);
         return work(Arc::new(there.meet(Settings::new(), |_| {}).unwrap()));
     }
-    let (listener, port) = listener();
-    let mut command = Command::new(env::current_exe().unwrap());
-    let mut other =
-        command.args([test, "--exact", "--nocapture"]).env(PORT, port.to_string()).spawn().unwrap();
-    let here = rendezvous(0, 2, port, TIMEOUT);
-    let group = here.meet_at(listener, Settings::new(), |_| {}, &mut || Ok(())).unwrap();
-    let mine = work(Arc::new(group));
-    assert!(other.wait().unwrap().success(), "the test fails as rank 1");
-    mine
+    let (_, port) = listener();
+    let mut ranks = [0, 1].map(|rank| {
+        let mut command = Command::new(env::current_exe().unwrap());
+        command.args([test, "--exact", "--nocapture"]).envs(variables.iter().copied());
+        command.env(PLACE, format!("{rank} {port}")).spawn().unwrap()
+    });
+    let end = Instant::now() + 2 * TIMEOUT;
+    loop {
+        let ended = ranks.each_mut().map(|rank| rank.try_wait().unwrap());
+        let failed = ended.iter().flatten().any(|status| !status.success());
+        if ended.iter().all(Option::is_some) && !failed {
+            return;
+        }
+        if failed || Instant::now() > end {
+            // One that waits for the other does so for ever.
+            ranks.iter_mut().for_each(|rank| rank.kill().unwrap());
+            panic!("{test} as ranks 0 and 1, with {variables:?}: {ended:?}");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
 fn two_processes_are_ranks() {
-    let sum = with_two_processes("group::tests::two_processes_are_ranks", |group| {
+    with_two_processes("group::tests::two_processes_are_ranks", &[], |group| {
         let mut numbers = [group.rank().rank as f32 + 1.0];
         group.take_sums().unwrap().all_reduce(&mut numbers).unwrap();
-        numbers
+        assert_eq!(numbers, [3.0]);
     });
-    assert_eq!(sum, [3.0]);
 }
 
 #[test]
