@@ -16,7 +16,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use flashinfer_rs::{
     Element, FlashInferError, PageIndices, PageTable, Stream,
-    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, Workspace},
+    attention::{AttentionSpec, Backend, BatchDecode, Heads, PlanOptions, Split, Workspace},
     gpu::{TensorExt, TensorExtMut},
     kv::{KvLayout, PagedKv},
 };
@@ -31,8 +31,9 @@ const KV_HEADS: usize = 8;
 const HEAD_DIM: usize = 128;
 const PAGE_SIZE: usize = 16;
 /// Requests, and tokens of each.
-const CASES: [(usize, usize); 10] = [
+const CASES: [(usize, usize); 11] = [
     (1, 128),
+    (1, 512),
     (1, 1024),
     (1, 32768),
     (16, 1024),
@@ -82,7 +83,7 @@ fn random<T: Number>(cuda: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>>
 /// Median microseconds of one run.
 fn gpu_time<T: Number, K: Number>(
     cuda: &Arc<CudaStream>,
-    decode: &BatchDecode,
+    (decode, split): (&BatchDecode, Split),
     workspace: &mut Workspace,
     table: &PageTable,
     (batch, tokens): (usize, usize),
@@ -97,7 +98,7 @@ fn gpu_time<T: Number, K: Number>(
     let q = q.tensor(cuda, &[batch, heads, HEAD_DIM])?;
     let mut out = out.tensor_mut(cuda, &[batch, heads, HEAD_DIM])?;
     let (q, kv) = (q.view(), PagedKv::new(k.view(), v.view(), KvLayout::Nhd));
-    let plan = decode.plan(workspace, table, &PlanOptions::default().with_graph(batch))?;
+    let plan = decode.plan(workspace, table, &PlanOptions::default().with_graph(batch).with_split(split))?;
     let replay = Replay::capture(cuda, RUNS, || plan.run(&q, &kv, &mut out.view_mut()))?;
     let times = (0..REPLAYS + 3).map(|_| replay.time(cuda)).skip(3).collect::<Result<_>>()?;
     Ok(median(times))
@@ -107,9 +108,10 @@ fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {
     let stream = Stream::from(cuda);
     println!("\nqueries {}, keys and values {}", T::DTYPE, K::DTYPE);
     println!(
-        "| query heads per KV head | batch | tokens | CUDA cores µs | Fa2 µs | Fa3 µs | Fa2 / CUDA cores | Fa3 / CUDA cores |"
+        "| query heads per KV head | batch | tokens | CUDA cores µs | Fa2 µs | Fa2, undivided µs | Fa3 µs | \
+         Fa2 / CUDA cores | undivided / CUDA cores | Fa3 / CUDA cores |"
     );
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
     for group in [1, 2, 3, 4, 8] {
         let heads = Heads::new(KV_HEADS * group, KV_HEADS);
         for (batch, tokens) in CASES {
@@ -119,7 +121,7 @@ fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {
             let indices = PageIndices::from_requests(batch * pages, PAGE_SIZE, requests)?;
             let table = PageTable::new(&stream, indices)?;
             let mut workspace = Workspace::with_sizes(&stream, 512 << 20, Workspace::DEFAULT_INT_BYTES)?;
-            let mut time = |backend| -> Result<Option<f64>> {
+            let mut time = |backend, split| -> Result<Option<f64>> {
                 let spec =
                     AttentionSpec::new(T::DTYPE, HEAD_DIM).with_kv_dtype(K::DTYPE).with_backend(backend);
                 let decode = match BatchDecode::new(&stream, &spec, heads) {
@@ -130,23 +132,23 @@ fn table<T: Number, K: Number>(cuda: &Arc<CudaStream>) -> Result<()> {
                     }
                     Err(error) => return Err(error.into()),
                 };
-                gpu_time::<T, K>(cuda, &decode, &mut workspace, &table, (batch, tokens)).map(Some)
+                gpu_time::<T, K>(cuda, (&decode, split), &mut workspace, &table, (batch, tokens)).map(Some)
             };
-            let [cuda_cores, fa2, fa3] =
-                [time(Backend::CudaCores)?, time(Backend::Fa2)?, time(Backend::Fa3)?];
-            let show = |time: Option<f64>| time.map_or("–".into(), |time| format!("{time:.1}"));
-            let ratio = |time: Option<f64>| {
+            let planned = Split::default();
+            let cuda_cores = time(Backend::CudaCores, planned)?;
+            let others =
+                [(Backend::Fa2, planned), (Backend::Fa2, Split::disabled()), (Backend::Fa3, planned)];
+            let mut times = vec![cuda_cores];
+            for (backend, split) in others {
+                times.push(time(backend, split)?);
+            }
+            let show = |time: &Option<f64>| time.map_or("–".into(), |time| format!("{time:.1}"));
+            let ratio = |time: &Option<f64>| {
                 let ratio = time.zip(cuda_cores).map(|(time, cuda_cores)| time / cuda_cores);
                 ratio.map_or("–".into(), |ratio| format!("{ratio:.2}"))
             };
-            println!(
-                "| {group} | {batch} | {tokens} | {} | {} | {} | {} | {} |",
-                show(cuda_cores),
-                show(fa2),
-                show(fa3),
-                ratio(fa2),
-                ratio(fa3)
-            );
+            let cells: Vec<String> = times.iter().map(show).chain(times[1..].iter().map(ratio)).collect();
+            println!("| {group} | {batch} | {tokens} | {} |", cells.join(" | "));
         }
     }
     Ok(())

@@ -18,6 +18,7 @@ measure() {
 for context in 128 1024 4096; do
     measure --shape llama-8b --steps 1,8,64 --context "$context"
 done
+measure --shape llama-8b --steps 64 --context 8192
 measure --shape llama-8b --steps 1,8,64 --weights e4m3
 measure smollm2 --steps 1,8,64
 # Its random weights take minutes to make.
