@@ -109,6 +109,8 @@ pub struct Split {
     pub fixed_split_size: Option<usize>,
     /// Each request's keys stay whole: as independent of the batch as with a
     /// fixed size, for graphs, too, but slow where few requests have many keys.
+    /// A graph of decode has blocks for its requests alone then, and for any
+    /// batch of its size otherwise.
     pub disable_split_kv: bool,
     /// Blocks that another kernel needs on the GPU at the same time. The planner
     /// leaves room for them: it counts on two blocks on each multiprocessor, less
