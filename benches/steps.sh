@@ -11,9 +11,7 @@ measure() {
     echo
     echo "## \`flashinfer bench $*\`"
     echo
-    measured=$("$flashinfer" bench "$@")
-    # Tables stand by themselves.
-    printf '%s\n' "$measured" | awk '/^\|/ && before !~ /^\|/ && before != "" { print "" } { print; before = $0 }'
+    "$flashinfer" bench "$@"
 }
 measure --shape smollm2-135m --steps 1,8,64,256 --kernels
 measure --shape llama-8b --steps 1,8,64,256 --kernels

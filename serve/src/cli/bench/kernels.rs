@@ -2,7 +2,7 @@
 
 use flashinfer_rs::kv::{Batch, PageAllocator, Sequence};
 
-use super::super::out::say;
+use super::{super::out::say, table};
 use crate::{
     Result,
     backend::{
@@ -30,8 +30,7 @@ pub fn table(gpu: &mut Gpu, pool: &PageAllocator, requests: usize, context: usiz
         "{requests} requests: {microseconds:.1} µs, {launches} kernels, of which {overlapping} may begin early"
     );
     say!("saved: by how much the step is shorter without the kernels of a row");
-    say!("| kernel | blocks × threads | launches | saved µs | each µs | of the step |");
-    say!("|---|---|---|---|---|---|");
+    table::head(&["kernel", "blocks × threads", "launches", "saved µs", "each µs", "of the step"])?;
     let mut all = 0.0;
     for kernel in &kernels {
         let saved = kernel.microseconds;

@@ -4,6 +4,7 @@ mod kernels;
 mod prompts;
 mod source;
 mod steps;
+mod table;
 mod throughput;
 
 use std::num::NonZeroUsize;
@@ -123,8 +124,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let llm = Llm::load(&files, &options)?;
     say!("{name}, {}; {} repetitions, after one that does not count", llm.place(), args.repetitions);
-    say!("| test | tokens/s | standard deviation | tokens drafted | right |");
-    say!("|---|---|---|---|---|");
+    table::head(&["test", "tokens/s", "standard deviation", "tokens drafted", "right"])?;
     for tokens in &args.prompt_tokens {
         Test::Prompt(tokens.get()).print(&llm, args.repetitions.get(), "")?;
     }

@@ -13,6 +13,7 @@ use super::{
     super::out::say,
     source::Source,
     steps::{PAGE_SIZE, median},
+    table,
 };
 use crate::{
     Result,
@@ -83,8 +84,8 @@ impl Prompts<'_> {
         say!("{}; steps of up to {} tokens", gpu.name()?, self.step_tokens);
         let scheduler = Scheduler::new(&pool, config.vocab_size, limits);
         let mut served = Served { scheduler, gpu, vocab_size: config.vocab_size as u32, requests: 0 };
-        say!("| prompt | first token ms | tokens/s | TFLOP/s | of {:.0} |", PEAK / 1e12);
-        say!("|---|---|---|---|---|");
+        let peak = format!("of {:.0}", PEAK / 1e12);
+        table::head(&["prompt", "first token ms", "tokens/s", "TFLOP/s", &peak])?;
         for tokens in self.tokens {
             let tokens = tokens.get();
             served.read(tokens)?;
@@ -100,8 +101,15 @@ impl Prompts<'_> {
              token to the next",
             self.chunk_tokens
         );
-        say!("| prompt | first token ms | median | 99 of 100 | longest | median alone | 99 of 100 alone |");
-        say!("|---|---|---|---|---|---|---|");
+        table::head(&[
+            "prompt",
+            "first token ms",
+            "median",
+            "99 of 100",
+            "longest",
+            "median alone",
+            "99 of 100 alone",
+        ])?;
         self.tokens.iter().try_for_each(|tokens| served.row_beside(tokens.get()))
     }
 }

@@ -8,7 +8,7 @@ use flashinfer_rs::{
     kv::{Batch, PageAllocator, Sequence},
 };
 
-use super::{super::out::say, kernels, source::Source};
+use super::{super::out::say, kernels, source::Source, table};
 use crate::{
     Result,
     backend::{
@@ -29,6 +29,26 @@ const WARM_UP: usize = 10;
 const STEPS: usize = 100;
 /// Bytes that an H200 reads from its memory in a second.
 const BANDWIDTH: f64 = 4.8e12;
+
+const COLUMNS: [&str; 17] = [
+    "batch",
+    "step ms",
+    "gap µs",
+    "drawn gap µs",
+    "waiting ms",
+    "host ms",
+    "graph ms",
+    "step / graph",
+    "floor ms",
+    "tokens/s",
+    "kernels",
+    "per layer",
+    "attention ms",
+    "of graph",
+    "all-reduce ms",
+    "eager ms",
+    "eager host ms",
+];
 
 /// What is measured of a model.
 pub struct Steps<'a> {
@@ -100,11 +120,7 @@ impl Steps<'_> {
         );
         say!("are drawn under penalties, whose last tokens the GPU alone knows");
         say!("host: what of a step the host takes to enqueue it; eager: without graphs");
-        say!(
-            "| batch | step ms | gap µs | drawn gap µs | waiting ms | host ms | graph ms | step / graph | floor ms \
-         | tokens/s | kernels | per layer | attention ms | of graph | all-reduce ms | eager ms | eager host ms |"
-        );
-        say!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+        table::head(&COLUMNS)?;
         for batch in batches {
             row(&config, &mut gpu, &pool, (batch.get(), context), floor)?;
         }
