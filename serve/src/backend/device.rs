@@ -86,7 +86,8 @@ pub fn load(
                 let mut backend = led(gpu, group)?;
                 let follows = group.is_some_and(|group| group.rank().rank > 0);
                 if let Some(limit) = graphs_within.filter(|_| !follows) {
-                    let captured = capture_graphs(&mut *backend, pool, capacity, limit);
+                    let positions = model.config.context_length;
+                    let captured = capture_graphs(&mut *backend, pool, positions, capacity, limit);
                     captured.inspect_err(|error| say_failed(group, error))?;
                 }
                 return Ok(Loaded { backend, on_gpu: true, place });
@@ -143,13 +144,14 @@ fn led<B: Backend + 'static>(backend: B, group: Option<&Arc<Group>>) -> Result<B
 fn capture_graphs(
     backend: &mut dyn Backend,
     pool: &PageAllocator,
+    positions: usize,
     capacity: StepCapacity,
     limit: Duration,
 ) -> Result<()> {
     // Steps that check drafts use the graphs of as many requests as they have rows.
     let requests = capacity.requests.max(capacity.outputs.min(gpu::MOST_ROWS));
     let start = Instant::now();
-    let captured = gpu::capture_graphs(backend, pool, requests.min(capacity.tokens), limit)?;
+    let captured = gpu::capture_graphs(backend, pool, positions, requests.min(capacity.tokens), limit)?;
     let seconds = start.elapsed().as_secs_f64();
     tracing::info!(requests = captured, of = requests, seconds, "graphs are captured");
     Ok(())

@@ -2,8 +2,11 @@ use std::{
     env,
     io::Write,
     net::{Shutdown, TcpListener, TcpStream},
-    process::Command,
-    sync::Arc,
+    process::{self, Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -55,39 +58,54 @@ pub fn with_ranks<T: Send>(size: usize, work: impl Fn(Arc<Group>) -> T + Sync) -
     })
 }
 
-/// Has two processes that run the same test, of this name, alone and with these variables, do something as ranks. Both
-/// are over then, and did not fail.
-pub fn with_two_processes(test: &str, variables: &[(&str, &str)], work: impl Fn(Arc<Group>)) {
+/// A port that the system gives nobody who asks for any.
+fn free_port() -> u16 {
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    let of_process = (process::id() % 1000) as u16 * 10;
+    20000 + of_process + TAKEN.fetch_add(1, Ordering::Relaxed) % 10
+}
+
+/// For each set of variables, has two processes that run the same test, of this name, alone and with these do
+/// something as ranks. Both have passed then.
+pub fn with_two_processes(test: &str, variables: &[&[(&str, &str)]], work: impl FnOnce(Arc<Group>)) {
     if let Ok(place) = env::var(PLACE) {
         let (rank, port) = place.split_once(' ').unwrap();
         let there = rendezvous(rank.parse().unwrap(), 2, port.parse().unwrap(), TIMEOUT);
         return work(Arc::new(there.meet(Settings::new(), |_| {}).unwrap()));
     }
-    let (_, port) = listener();
-    let mut ranks = [0, 1].map(|rank| {
-        let mut command = Command::new(env::current_exe().unwrap());
-        command.args([test, "--exact", "--nocapture"]).envs(variables.iter().copied());
-        command.env(PLACE, format!("{rank} {port}")).spawn().unwrap()
-    });
-    let end = Instant::now() + 2 * TIMEOUT;
-    loop {
-        let ended = ranks.each_mut().map(|rank| rank.try_wait().unwrap());
-        let failed = ended.iter().flatten().any(|status| !status.success());
-        if ended.iter().all(Option::is_some) && !failed {
-            return;
-        }
-        if failed || Instant::now() > end {
+    for variables in variables {
+        let port = free_port();
+        let mut ranks = [0, 1].map(|rank| {
+            let mut command = Command::new(env::current_exe().unwrap());
+            command.args([test, "--exact", "--nocapture"]).envs(variables.iter().copied());
+            command.env(PLACE, format!("{rank} {port}")).stdout(Stdio::piped()).spawn().unwrap()
+        });
+        let end = Instant::now() + 2 * TIMEOUT;
+        let is_over = |rank: &mut Child| rank.try_wait().unwrap().map(|status| status.success());
+        loop {
+            let over = ranks.each_mut().map(is_over);
             // One that waits for the other does so for ever.
-            ranks.iter_mut().for_each(|rank| rank.kill().unwrap());
-            panic!("{test} as ranks 0 and 1, with {variables:?}: {ended:?}");
+            if over.contains(&Some(false)) || Instant::now() > end {
+                ranks.iter_mut().for_each(|rank| rank.kill().unwrap());
+            }
+            if over.iter().all(Option::is_some) {
+                break;
+            }
+            thread::sleep(Duration::from_millis(10));
         }
-        thread::sleep(Duration::from_millis(10));
+        for (rank, process) in ranks.into_iter().enumerate() {
+            let output = process.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout);
+            // Without a test of this name none fails, either.
+            let passed = output.status.success() && said.contains("1 passed");
+            assert!(passed, "{test} as rank {rank} with {variables:?}, {}: {said}", output.status);
+        }
     }
 }
 
 #[test]
 fn two_processes_are_ranks() {
-    with_two_processes("group::tests::two_processes_are_ranks", &[], |group| {
+    with_two_processes("group::tests::two_processes_are_ranks", &[&[]], |group| {
         let mut numbers = [group.rank().rank as f32 + 1.0];
         group.take_sums().unwrap().all_reduce(&mut numbers).unwrap();
         assert_eq!(numbers, [3.0]);

@@ -66,11 +66,11 @@ fn graphs_that_are_captured_early_change_no_id() {
     let Some(_turn) = turn() else { return };
     let loaded = loaded().expect("the pinned model");
     let pool = PageAllocator::new(32, 16).unwrap();
-    let mut gpu = loaded.gpu(&pool, 64);
-    assert_eq!(capture_graphs(&mut gpu, &pool, 6, Duration::ZERO).unwrap(), 0, "without time");
-    assert_eq!(capture_graphs(&mut gpu, &pool, 6, Duration::from_secs(600)).unwrap(), 6);
+    let (mut gpu, positions) = (loaded.gpu(&pool, 64), loaded.model.config.context_length);
+    assert_eq!(capture_graphs(&mut gpu, &pool, positions, 6, Duration::ZERO).unwrap(), 0, "without time");
+    assert_eq!(capture_graphs(&mut gpu, &pool, positions, 6, Duration::from_secs(600)).unwrap(), 6);
     assert_eq!(
-        capture_graphs(&mut gpu, &pool, 64, Duration::from_secs(600)).unwrap(),
+        capture_graphs(&mut gpu, &pool, positions, 64, Duration::from_secs(600)).unwrap(),
         32,
         "until pages are used up"
     );

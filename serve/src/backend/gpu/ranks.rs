@@ -121,7 +121,8 @@ impl Ranks {
     }
 
     /// The communicator of what is enqueued next. NCCL's kernels for memory that all ranks reach do not wait
-    /// for what is before them: so they are held back.
+    /// for what is before them: so they are held back, and those that are in no graph, too, in case that a version
+    /// of NCCL, or a variable of its, has them for any memory.
     fn next(&self) -> Result<Communicator> {
         let captured = programmatic::hold_back(&self.cuda, &mut self.byte.borrow_mut())?;
         let Communicators { captured: of_graphs, direct, .. } = *self.communicators;

@@ -5,7 +5,8 @@
 const BLOCKS: usize = 2;
 /// Numbers of a head's keys that a block reads sooner than several could merge what they made of parts.
 const UNDIVIDED: usize = 64 << 10;
-/// Keys of the narrowest heads beyond which a single request is divided.
+/// Keys beyond which a request is divided beside short ones, whatever its heads, on a GPU that has more than twice as many
+/// multiprocessors as the model has heads of keys.
 pub const MOST_UNDIVIDED: usize = 2 * UNDIVIDED / 64;
 
 /// What a GPU can divide keys into.
@@ -23,9 +24,9 @@ impl Parts {
         Self { multiprocessors, num_kv_heads: num_kv_heads.max(1), undivided: UNDIVIDED / head_dim.max(64) }
     }
 
-    /// Whether requests of these lengths are divided: if the longest keeps its blocks busy for longer than
-    /// all requests would keep as many blocks as there are multiprocessors, which is about when memory is; and if there
-    /// are blocks left once each request is in parts of half the longest.
+    /// Whether requests of these lengths are divided: if a block reads the longest, less what is not worth
+    /// dividing, for longer than one block on each multiprocessor would read all keys, which takes about as long as
+    /// memory takes; and if there are blocks left once each request is in parts of half the longest.
     pub fn divides(self, lens: impl Iterator<Item = usize> + Clone) -> bool {
         let Self { multiprocessors, num_kv_heads, undivided } = self;
         let (longest, all) = (lens.clone().max().unwrap_or(0), lens.clone().sum::<usize>());

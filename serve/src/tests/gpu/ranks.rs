@@ -65,7 +65,7 @@ fn two_gpus_capture_graphs_early() {
             GpuOptions::new(64),
             || PageAllocator::new(32, 16).unwrap(),
             |gpu, pool| {
-                assert_eq!(capture_graphs(gpu, pool, 6, Duration::from_secs(600)).unwrap(), 6);
+                assert_eq!(capture_graphs(gpu, pool, 8192, 6, Duration::from_secs(600)).unwrap(), 6);
                 check_known_ids(gpu, pool);
             },
         );

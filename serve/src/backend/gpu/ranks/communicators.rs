@@ -61,9 +61,11 @@ impl Communicators {
 
     /// Whether the GPU is done with all that was enqueued.
     fn is_done(&self) -> bool {
-        // SAFETY: the stream is alive.
-        let status = unsafe { sys::cuStreamQuery(self.cuda.cu_stream()) };
-        self.cuda.context().bind_to_thread().is_ok() && status == sys::CUresult::CUDA_SUCCESS
+        self.cuda.context().bind_to_thread().is_ok() && {
+            // SAFETY: the stream is alive.
+            let status = unsafe { sys::cuStreamQuery(self.cuda.cu_stream()) };
+            status == sys::CUresult::CUDA_SUCCESS
+        }
     }
 }
 
@@ -73,8 +75,9 @@ impl Drop for Communicators {
     fn drop(&mut self) {
         let done = self.is_done();
         let memory = self.memory.take();
-        // SAFETY: nobody has the communicators any more, nor the memory, as tensors in it keep this alive. What
-        // works on memory is over where it is deregistered and given back.
+        // SAFETY: nobody has the communicators any more, nor the memory, as tensors in it keep this alive. Where
+        // memory is deregistered and given back, what works on it is over: on other ranks, too, which reach it in
+        // sums alone, whose part on this stream ends when they are done with it.
         unsafe {
             if done {
                 memory.iter().for_each(|&(_, window)| self.nccl.deregister(self.captured, window));

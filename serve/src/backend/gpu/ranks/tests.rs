@@ -33,9 +33,8 @@ fn sums_wait_for_what_they_add_up() {
         return;
     }
     let test = "backend::gpu::ranks::tests::sums_wait_for_what_they_add_up";
-    for mixing in ["0", "1"] {
-        with_two_processes(test, &[("NCCL_GRAPH_MIXING_SUPPORT", mixing)], check_sums);
-    }
+    let mixing = |value| [("NCCL_GRAPH_MIXING_SUPPORT", value)];
+    with_two_processes(test, &[&mixing("0"), &mixing("1")], check_sums);
 }
 
 fn check_sums(group: Arc<Group>) {
