@@ -50,7 +50,8 @@ class Measured:
 
 
 def compiled(model):
-    """The milliseconds of PyTorch's compiled steps, by the number of requests."""
+    """What machine and versions PyTorch tells of, and the milliseconds of its compiled steps, by the number of
+    requests."""
 
     def measure(seconds):
         command = [
@@ -59,11 +60,12 @@ def compiled(model):
         ]  # fmt: skip
         # It ends with an error where a size was left out.
         shown = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
-        rows = [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
+        lines = shown.stdout.splitlines()
+        rows = [json.loads(line) for line in lines if line.startswith("{")]
         rows = {row["batch"]: row["ms_per_step"] for row in rows if "compiled" in row["engine"] and "error" not in row}
         if not rows:
             raise ValueError(shown.stderr.strip() or "nothing was measured")
-        return rows
+        return lines[0], rows
 
     return measure
 
@@ -93,7 +95,8 @@ def read_once(weights_ms, requests):
 
 
 def targets(args, measured):
-    """Each target: its name, what was measured, what it is measured by, and the ratio that is asked for at most."""
+    """What machine it is, if that is known; then each target: its name, what was measured, what it is measured by,
+    and the ratio that is asked for at most."""
 
     def steps(what, arguments):
         arguments = [*arguments, "--context", str(CONTEXT)]
@@ -107,7 +110,8 @@ def targets(args, measured):
     small, _ = steps("SmolLM2's steps", [args.model, "--steps", "1,8,64"])
     large, weights = steps("Llama 8B's steps", [*LLAMA, "--steps", "1,8,64"])
     reduced, _ = steps("Llama 8B's steps of 8-bit weights", [*LLAMA, "--steps", "1", "--weights", "e4m3"])
-    torch = measured.of("PyTorch", compiled(args.model)) or {}
+    machine, torch = measured.of("PyTorch", compiled(args.model)) or (None, {})
+    yield machine
     one, many = [measured.of(f"servers, clients: {clients}", served(args, clients)) or {} for clients in (1, 64)]
 
     def of_server(rows, name, key):
@@ -138,14 +142,15 @@ def main():
     parser.add_argument("--seconds", type=float, default=580, help="what is not measured by then is left out")
     args = parser.parse_args()
     measured, lines = Measured(args.seconds), []
-    for name, got, beside, most in targets(args, measured):
+    machine, *rows = targets(args, measured)
+    for name, got, beside, most in rows:
         known = got is not None and beside is not None
         ratio = f"{got / beside:.2f}" if known else "–"
         said = ("met" if got / beside <= most else "missed") if known else "not measured"
         numbers = [f"{number:.3f}" if number is not None else "–" for number in (got, beside)]
         lines.append([name, *numbers, ratio, f"{most:.2f}", said])
     print(INTRODUCTION)
-    print(f"{time.strftime('%Y-%m-%d')}. Milliseconds.\n")
+    print(", ".join(filter(None, [time.strftime("%Y-%m-%d"), machine])) + ". Milliseconds.\n")
     print(table(["target", "engine", "beside", "ratio", "at most", ""], lines))
     for failed in measured.failed:
         print(f"\nNot measured: {failed}")
