@@ -252,7 +252,8 @@ impl Record {
             if now.sizes != table.captured.sizes {
                 return wrong(format!(
                     "its sizes are {:?}; the step was captured with {:?}; fill the batch up \
-                     (BatchTables::update_padded), or capture another step",
+                     (BatchTables::update_padded; update_by_row where requests have several new tokens), or \
+                     capture another step",
                     now.sizes, table.captured.sizes
                 ));
             }

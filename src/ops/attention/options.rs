@@ -36,7 +36,8 @@ pub struct PlanOptions<'p> {
     ///
     /// Heads must stay, and but for [`BatchAttention`](super::BatchAttention)
     /// the number of requests, of which each takes a row at least: fill the batch
-    /// up with [`BatchTables::update_padded`](crate::kv::BatchTables::update_padded).
+    /// up with [`BatchTables::update_padded`](crate::kv::BatchTables::update_padded), or
+    /// [`update_by_row`](crate::kv::BatchTables::update_by_row) where requests have several new tokens.
     /// The workspace does not [grow](super::Workspace#growth) any more. Latent attention has no
     /// such plans.
     pub graph: Option<usize>,

@@ -150,7 +150,8 @@ impl ReplayKey {
         if (was.batch, was.rows) != (is.batch, is.rows) {
             return format!(
                 "the plan is for {} requests with {} queries, the step was captured for {} with {}; fill the batch \
-                 up (BatchTables::update_padded), or capture another step",
+                 up (BatchTables::update_padded; update_by_row where requests have several new tokens), or capture \
+                 another step",
                 is.batch, is.rows, was.batch, was.rows
             );
         }
