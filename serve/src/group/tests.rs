@@ -2,7 +2,7 @@ use std::{
     env,
     io::Write,
     net::{Shutdown, TcpListener, TcpStream},
-    process::{self, Child, Command, Stdio},
+    process::{self, Child, Stdio},
     sync::{
         Arc,
         atomic::{AtomicU16, Ordering},
@@ -10,6 +10,8 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+use test_support::alone::{assert_passed, process_of};
 
 use super::*;
 
@@ -76,9 +78,9 @@ pub fn with_two_processes(test: &str, variables: &[&[(&str, &str)]], work: impl 
     for variables in variables {
         let port = free_port();
         let mut ranks = [0, 1].map(|rank| {
-            let mut command = Command::new(env::current_exe().unwrap());
-            command.args([test, "--exact", "--nocapture"]).envs(variables.iter().copied());
-            command.env(PLACE, format!("{rank} {port}")).stdout(Stdio::piped()).spawn().unwrap()
+            let mut process = process_of(test);
+            process.envs(variables.iter().copied()).env(PLACE, format!("{rank} {port}"));
+            process.stdout(Stdio::piped()).spawn().unwrap()
         });
         let end = Instant::now() + 2 * TIMEOUT;
         let is_over = |rank: &mut Child| rank.try_wait().unwrap().map(|status| status.success());
@@ -93,13 +95,8 @@ pub fn with_two_processes(test: &str, variables: &[&[(&str, &str)]], work: impl 
             }
             thread::sleep(Duration::from_millis(10));
         }
-        for (rank, process) in ranks.into_iter().enumerate() {
-            let output = process.wait_with_output().unwrap();
-            let said = String::from_utf8_lossy(&output.stdout);
-            // Without a test of this name none fails, either.
-            let passed = output.status.success() && said.contains("1 passed");
-            assert!(passed, "{test} as rank {rank} with {variables:?}, {}: {said}", output.status);
-        }
+        let outputs = ranks.map(|rank| rank.wait_with_output().unwrap());
+        outputs.iter().for_each(|output| drop(assert_passed(output)));
     }
 }
 

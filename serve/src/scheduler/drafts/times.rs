@@ -189,6 +189,16 @@ mod tests {
         Duration::from_millis(time)
     }
 
+    /// Of steps of one answer that take 10 ms, and with drafts so many.
+    fn known(drafted: u64) -> StepTimes {
+        let mut times = StepTimes::default();
+        for _ in 0..FIRST {
+            times.observe(PLAIN, ms(10));
+            times.observe(DRAFTED, ms(drafted));
+        }
+        times
+    }
+
     #[test]
     fn drafts_pay_where_tokens_come_faster() {
         let mut times = StepTimes::default();
@@ -225,11 +235,7 @@ mod tests {
     /// Text of which drafts are right, and then other text: what is forgotten stays as it was.
     #[test]
     fn drafts_that_paid_for_a_while_are_tried_as_soon() {
-        let mut times = StepTimes::default();
-        for _ in 0..4 {
-            times.observe(PLAIN, ms(10));
-            times.observe(DRAFTED, ms(14));
-        }
+        let mut times = known(14);
         for _ in 0..10 {
             for _ in 0..10 {
                 assert!(times.pays(1, 2.0));
@@ -246,11 +252,7 @@ mod tests {
 
     #[test]
     fn steps_that_wait_for_drafts_count_against_them() {
-        let mut times = StepTimes::default();
-        for _ in 0..4 {
-            times.observe(PLAIN, ms(10));
-            times.observe(DRAFTED, ms(14));
-        }
+        let mut times = known(14);
         assert!(times.pays(1, 0.5));
         times.observe(Timed { answers: 1, drafts: Drafts::WaitedFor }, ms(18));
         assert!(!times.pays(1, 0.5) && times.pays(1, 0.7));
@@ -258,11 +260,7 @@ mod tests {
 
     #[test]
     fn expectations_that_fail_count_less() {
-        let mut times = StepTimes::default();
-        for _ in 0..4 {
-            times.observe(PLAIN, ms(10));
-            times.observe(DRAFTED, ms(15));
-        }
+        let mut times = known(15);
         assert!(times.pays(1, 0.6));
         let mut steps = 0;
         while times.pays(1, 0.6) {
