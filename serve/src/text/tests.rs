@@ -2,6 +2,7 @@
 
 mod control;
 mod files;
+mod reference;
 pub mod templates;
 
 use std::{collections::HashMap, sync::Arc};
