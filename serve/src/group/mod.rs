@@ -218,6 +218,28 @@ impl Group {
         }
     }
 
+    /// What all ranks say, in their order. All of them call it at a time, while no other messages are sent.
+    ///
+    /// # Errors
+    /// The ranks have failed, or say something else.
+    pub fn gather<T: Clone + Serialize + DeserializeOwned>(&self, mine: T) -> Result<Vec<T>> {
+        let over = "rank 0 is done while ranks gather what they say";
+        if self.rank.rank > 0 {
+            self.send(&mine)?;
+            let (_, all) = self.receive()?.ok_or(over)?;
+            return Ok(all);
+        }
+        let mut all = vec![None; self.rank.size];
+        all[0] = Some(mine);
+        while all.iter().any(Option::is_none) {
+            let (from, said) = self.receive()?.ok_or(over)?;
+            all[from] = Some(said);
+        }
+        let all: Vec<T> = all.into_iter().flatten().collect();
+        self.send(&all)?;
+        Ok(all)
+    }
+
     /// Why nothing comes any more.
     fn ended<T>(&self) -> Result<Option<T>> {
         match self.failure.is_ending() {

@@ -131,6 +131,19 @@ fn ranks_add_and_gather_numbers() {
 }
 
 #[test]
+fn all_ranks_hear_what_all_say() {
+    let all = with_ranks(3, |group| {
+        let rank = group.rank().rank;
+        let said = [0, 1].map(|round| group.gather(format!("{rank} {round}")).unwrap());
+        group.end().unwrap();
+        said
+    });
+    for said in all {
+        assert_eq!(said, [0, 1].map(|round| [0, 1, 2].map(|rank| format!("{rank} {round}"))));
+    }
+}
+
+#[test]
 fn what_ranks_add_has_to_be_as_long() {
     let all = with_ranks(2, |group| {
         let mut numbers = vec![0.0; 3 + group.rank().rank];

@@ -90,19 +90,44 @@ struct Largest {
     __device__ float number() const { return __uint_as_float(key >> 31 ? key & 0x7fffffff : ~key); }
 };
 
+// Numbers that a thread reads at once, in 16 bytes.
+template <class Bits>
+struct __align__(16) Wide {
+    static constexpr u32 COUNT = 16 / sizeof(Bits);
+    Bits of[COUNT];
+};
+
 template <class Number>
 __device__ Largest largest_of(const typename Number::Bits *row, u32 len) {
+    using Bits = typename Number::Bits;
     float largest = -INFINITY;
     u32 place = threadIdx.x;
     bool nan = false;
-    for_each(row, len, [&](u32 at, typename Number::Bits bits) {
+    const auto take = [&](u32 at, Bits bits) {
         const float x = Number::number(bits);
         nan |= x != x;
         if (x > largest) {
             largest = x;
             place = at;
         }
-    });
+    };
+    // Numbers before the first that is aligned, wide ones, and those after them: each thread's places ascend.
+    const u32 before = min(len, (u32)(-(u64)row % 16 / sizeof(Bits)));
+    const u32 wide = (len - before) / Wide<Bits>::COUNT, after = before + wide * Wide<Bits>::COUNT;
+    if (threadIdx.x < before) take(threadIdx.x, row[threadIdx.x]);
+    const auto *from = (const Wide<Bits> *)(row + before);
+    for (u32 at = threadIdx.x; at < wide; at += BATCH * THREADS) {
+        Wide<Bits> batch[BATCH];
+        // What is beyond the last is that once more.
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) batch[i] = from[min(at + i * THREADS, wide - 1)];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i)
+#pragma unroll
+            for (u32 which = 0; which < Wide<Bits>::COUNT; ++which)
+                take(before + min(at + i * THREADS, wide - 1) * Wide<Bits>::COUNT + which, batch[i].of[which]);
+    }
+    if (threadIdx.x < len - after) take(after + threadIdx.x, row[after + threadIdx.x]);
     // Of equal numbers, the smaller place is the larger.
     u64 best = (u64)(nan ? NAN_KEY : key(largest)) << 32 | ~place;
     if (threadIdx.x >= len) best = 0;

@@ -40,8 +40,8 @@ impl Graphs {
     }
 
     /// The one at a place.
-    pub fn get(&self, place: usize) -> Option<&CapturedStep> {
-        self.0.get(place).map(|graph| &graph.step)
+    pub fn get(&self, place: usize) -> Option<&Graph> {
+        self.0.get(place)
     }
 
     /// Keeps a further one, instead of the oldest if there are many, and returns its place.
@@ -58,6 +58,8 @@ impl Graphs {
 pub struct Graph {
     pub keys: Vec<ReplayKey>,
     pub step: CapturedStep,
+    /// Its kernels, copies and fills.
+    pub kernels: usize,
 }
 
 /// Which graph was launched.

@@ -16,7 +16,7 @@ use super::{
 use crate::{Result, model::architecture::Activation};
 
 impl Network {
-    /// What attention makes of `x`: in `made` if that is normed, else in `x`.
+    /// What attention makes of `x`: in `made` if that is normed, else in `x`; of ranks, a part of the sum.
     pub fn attention(&self, pass: &mut Pass<'_>, index: usize, layer: &Layer) -> Result<()> {
         let Pass { padded_rows, products, .. } = *pass;
         let Buffers { x, qkv, .. } = &mut *pass.buffers;
@@ -27,8 +27,7 @@ impl Network {
         let mut out = made.as_mut().unwrap_or(x).rows_mut(padded_rows)?;
         let attention = attention.rows(padded_rows)?;
         let weight = layer.attention_output.view();
-        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)?;
-        self.sum(&mut out.narrow(0, 0, pass.rows)?)
+        pass.multiplier.run(&products.attention_output, &mut out, &attention, &weight)
     }
 
     /// Attention of the queries, keys and values in `qkv`.
@@ -52,7 +51,7 @@ impl Network {
         Ok(plans.run(index, &q, &cache, &mut attention.rows_mut(rows)?)?)
     }
 
-    /// What the MLP, or experts, make of `x`: in `made` if that is normed, else in `x`.
+    /// What the MLP, or experts, make of `x`: in `made` if that is normed, else in `x`; of ranks, a part of the sum.
     pub fn mlp(&self, pass: &mut Pass<'_>, layer: &Layer) -> Result<()> {
         let Pass { rows, padded_rows, products, .. } = *pass;
         let experts = self.config.num_experts();
@@ -86,7 +85,7 @@ impl Network {
             let inner = shared.inner.rows(padded_rows)?;
             multiplier.run(&products.down, &mut out, &inner, &weights.down.view())?;
         }
-        self.sum(&mut out.narrow(0, 0, rows)?)
+        Ok(())
     }
 
     /// What an expert that every token has makes of `x` between its two products, by

@@ -86,18 +86,17 @@ impl Gpu {
     /// # Errors
     /// The last step was not a graph's.
     pub fn replay(&mut self) -> Result<(f32, usize)> {
-        let Self { buckets, network, attention, lanes, lane, cuda, launched, .. } = self;
+        let Self { buckets, attention, lanes, lane, cuda, launched, .. } = self;
         let graph = launched.and_then(|Launched { bucket, sampled, place }| {
             let Bucket { greedy, sampled: sampling, .. } = &buckets[bucket];
             Some((bucket, if sampled { sampling } else { greedy }[*lane].get(place)?))
         });
-        let Some((bucket, step)) = graph else {
+        let Some((bucket, graph)) = graph else {
             return Err("the last step was not a graph's".into());
         };
         let plans = attention.plan_decode(*lane, &lanes[*lane].tables.tables.pages, Some(1 << bucket))?;
-        // Before each sum, and before logits are gathered, is a node that is no work.
-        let empty = network.ranks.as_ref().map_or(0, |_| network.num_sums() + 1);
-        Ok((graph::milliseconds(cuda, || Ok(step.launch(plans.decode())?))?, step.nodes() - empty))
+        let time = graph::milliseconds(cuda, || Ok(graph.step.launch(plans.decode())?))?;
+        Ok((time, graph.kernels))
     }
 
     /// The milliseconds that the sums over ranks take in a step of so many rows, in a graph of nothing

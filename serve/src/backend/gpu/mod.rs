@@ -245,7 +245,9 @@ impl Gpu {
         let widths = HeadWidths::new(config)?;
         let cuda = start(config, options.ordinal)?;
         let stream = Stream::from(&cuda);
-        let ranks = group.map(|group| Ranks::meet(group, &cuda)).transpose()?;
+        // Sums of many rows are NCCL's, whose order is another one.
+        let fused = (!options.deterministic).then_some((config.dtype, config.hidden_size));
+        let ranks = group.map(|group| Ranks::meet(group, &cuda, fused)).transpose()?;
         let (most, deterministic) = (options.max_rows(), options.deterministic);
         let [weights, kv] = [options.weights, options.kv].map(|precision| precision.dtype(config.dtype));
         let positions = config.context_length.min(pool.num_pages() * pool.page_size());

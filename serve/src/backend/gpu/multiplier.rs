@@ -207,6 +207,11 @@ impl StepProduct {
         self.gain.filter(|gain| gain.milliseconds > 0.0).map(|gain| gain.kernel)
     }
 
+    /// Whether cuBLASLt computes it.
+    pub fn is_cublaslt(&self) -> bool {
+        self.few_rows().is_none()
+    }
+
     /// What is multiplied.
     pub fn product(&self) -> &Product {
         self.matmul.product()

@@ -84,6 +84,11 @@ impl Network {
         self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.all_reduce(x))
     }
 
+    /// [`Ranks::empty_nodes`].
+    pub fn empty_nodes(&self) -> usize {
+        self.ranks.as_ref().map_or(0, Ranks::empty_nodes)
+    }
+
     /// The sums over ranks in a step: one of embeddings, and two in each layer.
     pub fn num_sums(&self) -> usize {
         1 + 2 * self.config.num_layers()
@@ -105,12 +110,13 @@ impl Network {
         let (mut x, residual) = (x.rows_mut(pass.rows)?, residual.rows(pass.rows)?);
         rmsnorm(&self.stream, &mut x, &residual, &first.view(), &self.residual_norm())?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
+            let Products { qkv, attention_output, gate_up, down, .. } = pass.products;
             self.attention(pass, index, layer)?;
-            self.add(pass, layer.attention_post_norm.as_ref(), &layer.mlp_norm)?;
+            self.add(pass, [qkv, attention_output], layer.attention_post_norm.as_ref(), &layer.mlp_norm)?;
             self.mlp(pass, layer)?;
             let next = self.weights.layers.get(index + 1);
             let next = next.map_or(&self.weights.norm, |next| &next.attention_norm);
-            self.add(pass, layer.mlp_post_norm.as_ref(), next)?;
+            self.add(pass, [gate_up, down], layer.mlp_post_norm.as_ref(), next)?;
         }
         Ok(())
     }
@@ -155,15 +161,30 @@ impl Network {
         NormOptions::with_eps(self.config.rms_eps * scale * scale)
     }
 
-    /// Adds what attention or the MLP made to the residual, normed if it is, and norms
-    /// the sum.
-    fn add(&self, pass: &mut Pass<'_>, post_norm: Option<&HalfTensor>, norm: &HalfTensor) -> Result<()> {
+    /// Adds what attention or the MLP made, on all ranks, to the residual, normed if it is, and norms
+    /// the sum. `products` are among the kernels since the residual was written.
+    fn add(
+        &self,
+        pass: &mut Pass<'_>,
+        products: [&StepProduct; 2],
+        post_norm: Option<&HalfTensor>,
+        norm: &HalfTensor,
+    ) -> Result<()> {
         let Buffers { residual, x, made, .. } = &mut *pass.buffers;
         let (mut x, mut residual) = (x.rows_mut(pass.rows)?, residual.rows_mut(pass.rows)?);
+        let options = self.residual_norm();
         if let (Some(made), Some(weight)) = (made, post_norm) {
+            let mut made = made.rows_mut(pass.rows)?;
+            self.sum(&mut made)?;
             let options = NormOptions::with_eps(self.config.rms_eps);
-            rmsnorm(&self.stream, &mut x, &made.rows(pass.rows)?, &weight.view(), &options)?;
+            rmsnorm(&self.stream, &mut x, &made.as_ref(), &weight.view(), &options)?;
+        } else if let Some(ranks) = &self.ranks {
+            let early = products.into_iter().any(StepProduct::is_cublaslt);
+            // SAFETY: the first kernel of a product of cuBLASLt's begins when all before it is over.
+            return unsafe {
+                ranks.all_reduce_add_norm(&mut x, &mut residual, &norm.view(), &options, early)
+            };
         }
-        Ok(fused_add_rmsnorm(&self.stream, &mut x, &mut residual, &norm.view(), &self.residual_norm())?)
+        Ok(fused_add_rmsnorm(&self.stream, &mut x, &mut residual, &norm.view(), &options)?)
     }
 }

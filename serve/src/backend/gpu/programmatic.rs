@@ -58,14 +58,15 @@ pub unsafe fn launch(
 }
 
 /// Has what is enqueued next begin when all before it is over, even a kernel that is launched so and does
-/// not wait: as NCCL's for memory that several GPUs reach. Says whether it is captured.
+/// not wait: as NCCL's for memory that several GPUs reach. Says how many nodes it put into the graph that is
+/// captured, if one is.
 ///
 /// A kernel begins early behind another kernel alone. So something else lies between them: in a graph an empty
 /// node, which is no work of its own, and elsewhere the writing of a byte.
 ///
 /// # Errors
 /// The capture is broken.
-pub fn hold_back(cuda: &Arc<CudaStream>, byte: &mut CudaSlice<u8>) -> Result<bool> {
+pub fn hold_back(cuda: &Arc<CudaStream>, byte: &mut CudaSlice<u8>) -> Result<Option<usize>> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let (mut graph, mut before, mut edges, mut count) = (ptr::null_mut(), ptr::null(), ptr::null(), 0);
     let stream = cuda.cu_stream();
@@ -86,19 +87,20 @@ pub fn hold_back(cuda: &Arc<CudaStream>, byte: &mut CudaSlice<u8>) -> Result<boo
     match status {
         sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => {
             cuda.memset_zeros(byte)?;
-            return Ok(false);
+            return Ok(None);
         }
         sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE => {}
         broken => return Err(format!("the capture of the stream is broken: {broken:?}").into()),
     }
-    if count > 0 {
-        let mut node = ptr::null_mut();
-        let replace = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES as u32;
-        // SAFETY: the graph is the one that is captured, and the nodes are its own, as is the one that is added.
-        unsafe {
-            sys::cuGraphAddEmptyNode(&mut node, graph, before, count).result()?;
-            sys::cuStreamUpdateCaptureDependencies_v2(stream, &mut node, ptr::null(), 1, replace).result()?;
-        }
+    if count == 0 {
+        return Ok(Some(0));
     }
-    Ok(true)
+    let mut node = ptr::null_mut();
+    let replace = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES as u32;
+    // SAFETY: the graph is the one that is captured, and the nodes are its own, as is the one that is added.
+    unsafe {
+        sys::cuGraphAddEmptyNode(&mut node, graph, before, count).result()?;
+        sys::cuStreamUpdateCaptureDependencies_v2(stream, &mut node, ptr::null(), 1, replace).result()?;
+    }
+    Ok(Some(1))
 }

@@ -1,9 +1,18 @@
-//! What ranks compute together on their GPUs: NCCL's sums and gathered numbers.
+//! What ranks compute together on their GPUs: sums, by FlashInfer's kernel or NCCL's, and gathered numbers.
 
-use std::{cell::RefCell, ffi::c_int, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    ffi::c_int,
+    rc::Rc,
+    sync::Arc,
+};
 
 use cudarc::driver::{CudaSlice, CudaStream};
-use flashinfer_rs::{DType, Device, Stream, TensorMut, TensorRef, gpu::Tensor};
+use flashinfer_rs::{
+    DType, Device, Stream, TensorMut, TensorRef,
+    gpu::Tensor,
+    norm::{NormOptions, fused_add_rmsnorm},
+};
 
 use super::{
     half::HalfTensor,
@@ -13,11 +22,13 @@ use super::{
 use crate::{Result, group::Group, model::shard::Rank};
 
 mod communicators;
+mod fused_sums;
 #[cfg(test)]
 mod tests;
 
 use communicators::Communicators;
 pub use communicators::Registered;
+use fused_sums::FusedSums;
 
 /// A rank of several, on one stream.
 pub struct Ranks {
@@ -26,18 +37,31 @@ pub struct Ranks {
     cuda: Arc<CudaStream>,
     /// What is written to [hold back](programmatic::hold_back) sums.
     byte: RefCell<CudaSlice<u8>>,
+    /// Nodes that this put into graphs for that.
+    empty_nodes: Cell<usize>,
+    fused: Option<FusedSums>,
 }
 
 impl Ranks {
-    /// Meets the other ranks of a group, each of which does so with a GPU of its own.
+    /// Meets the other ranks of a group, each of which does so with a GPU of its own. Rows of `fused`, a type
+    /// of 16 bits and a width, are added up by FlashInfer's kernel where it can be had and they are few, and
+    /// all else by NCCL.
     ///
     /// # Errors
-    /// NCCL is nowhere; or it finds no way between the GPUs.
-    pub fn meet(group: &Group, cuda: &Arc<CudaStream>) -> Result<Self> {
+    /// NCCL is nowhere; it finds no way between the GPUs; or those of [`FusedSums::meet`].
+    pub fn meet(group: &Group, cuda: &Arc<CudaStream>, fused: Option<(DType, usize)>) -> Result<Self> {
         let (nccl, rank) = (Nccl::load()?, group.rank());
         let byte = RefCell::new(cuda.alloc_zeros(1)?);
         let communicators = Communicators::meet(nccl, cuda, rank, || common_id(&nccl, group))?;
-        let ranks = Self { communicators: Rc::new(communicators), rank, cuda: cuda.clone(), byte };
+        let fused = fused.map(|(dtype, hidden)| FusedSums::meet(group, cuda, dtype, hidden)).transpose()?;
+        let ranks = Self {
+            communicators: Rc::new(communicators),
+            rank,
+            cuda: cuda.clone(),
+            byte,
+            empty_nodes: Cell::new(0),
+            fused: fused.flatten(),
+        };
         ranks.connect()?;
         Ok(ranks)
     }
@@ -81,7 +105,34 @@ impl Ranks {
 
     /// Replaces the numbers of a contiguous tensor by their sums over all ranks.
     pub fn all_reduce(&self, x: &mut TensorMut<'_>) -> Result<()> {
-        self.all_reduce_by(self.next()?, x)
+        match &self.fused {
+            Some(fused) if fused.takes(&x.as_ref()) => fused.sum(x),
+            _ => self.all_reduce_by(self.next()?, x),
+        }
+    }
+
+    /// Adds the sums of `x` over all ranks to the residual, and writes the residual's norm to `x`.
+    ///
+    /// # Safety
+    /// What [`FusedSums::sum_add_norm`] asks for.
+    pub unsafe fn all_reduce_add_norm(
+        &self,
+        x: &mut TensorMut<'_>,
+        residual: &mut TensorMut<'_>,
+        weight: &TensorRef<'_>,
+        options: &NormOptions,
+        early: bool,
+    ) -> Result<()> {
+        match &self.fused {
+            // SAFETY: as the caller says.
+            Some(fused) if fused.takes(&x.as_ref()) => unsafe {
+                fused.sum_add_norm(x, residual, weight, options, early)
+            },
+            _ => {
+                self.all_reduce(x)?;
+                Ok(fused_add_rmsnorm(&Stream::from(&self.cuda), x, residual, weight, options)?)
+            }
+        }
     }
 
     fn all_reduce_by(&self, communicator: Communicator, x: &mut TensorMut<'_>) -> Result<()> {
@@ -120,13 +171,19 @@ impl Ranks {
         Ok(total.to_vec()?[0])
     }
 
+    /// The nodes that are no work, and that this has put into graphs so far.
+    pub fn empty_nodes(&self) -> usize {
+        self.empty_nodes.get()
+    }
+
     /// The communicator of what is enqueued next. NCCL's kernels for memory that all ranks reach do not wait
     /// for what is before them: so they are held back, and those that are in no graph, too, in case that a version
     /// of NCCL, or a variable of its, has them for any memory.
     fn next(&self) -> Result<Communicator> {
-        let captured = programmatic::hold_back(&self.cuda, &mut self.byte.borrow_mut())?;
+        let nodes = programmatic::hold_back(&self.cuda, &mut self.byte.borrow_mut())?;
         let Communicators { captured: of_graphs, direct, .. } = *self.communicators;
-        Ok(if captured { of_graphs } else { direct })
+        self.empty_nodes.set(self.empty_nodes.get() + nodes.unwrap_or(0));
+        Ok(if nodes.is_some() { of_graphs } else { direct })
     }
 
     /// NCCL's number of a tensor's type.

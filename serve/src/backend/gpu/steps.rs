@@ -145,8 +145,8 @@ impl Gpu {
         uploads.finish(cuda)?;
         let keys = plans.replay_keys();
         let place = keys.as_ref().and_then(|keys| captured.position(keys));
-        if let Some((place, step)) = place.and_then(|place| Some((place, captured.get(place)?))) {
-            let launch = || Ok(step.launch(plans.decode())?);
+        if let Some((place, graph)) = place.and_then(|place| Some((place, captured.get(place)?))) {
+            let launch = || Ok(graph.step.launch(plans.decode())?);
             match graph_times {
                 Some(times) => times.push(GraphTime::of(cuda, launch)?),
                 None => launch()?,
@@ -181,10 +181,12 @@ impl Gpu {
             *breakdown = Some(unsafe { Breakdown::of(cuda, &mut run)? });
         }
         if let Some(keys) = keys {
+            let empty_before = network.empty_nodes();
             // SAFETY: what is not the crate's works on weights, buffers, outputs, tokens and samplers of
             // lanes, and communicators of `self`, which are dropped, or replaced, after the graphs.
             let step = unsafe { graph::capture(&network.stream, run)? };
-            let place = captured.push(Graph { keys, step });
+            let kernels = step.nodes() - (network.empty_nodes() - empty_before);
+            let place = captured.push(Graph { keys, step, kernels });
             self.launched = Some(Launched { bucket, sampled, place });
         }
         Ok(())

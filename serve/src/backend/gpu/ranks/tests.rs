@@ -1,12 +1,13 @@
 //! Sums of two GPUs.
 
-use std::ptr::from_mut;
+use std::{env, ptr::from_mut};
 
 use cudarc::{
     driver::{LaunchConfig, result},
     nvrtc::Ptx,
 };
 use half::f16;
+use test_support::{Rng, say};
 
 use super::{
     super::{programmatic, start},
@@ -33,15 +34,95 @@ fn sums_wait_for_what_they_add_up() {
         return;
     }
     let test = "backend::gpu::ranks::tests::sums_wait_for_what_they_add_up";
-    let mixing = |value| [("NCCL_GRAPH_MIXING_SUPPORT", value)];
-    with_two_processes(test, &[&mixing("0"), &mixing("1")], check_sums);
+    let nccl = |mixing| [("FLASHINFER_SUMS", "nccl"), ("NCCL_GRAPH_MIXING_SUPPORT", mixing)];
+    with_two_processes(test, &[&nccl("0"), &nccl("1"), &[]], check_sums);
+}
+
+/// Rows of two processes are added up, to a residual, too, and normed, by FlashInfer's kernel and by NCCL: as they
+/// are, and in a graph.
+#[test]
+fn rows_are_added_up_and_normed() {
+    let Some(_turn) = turn() else { return };
+    if !has_two() {
+        return;
+    }
+    let test = "backend::gpu::ranks::tests::rows_are_added_up_and_normed";
+    with_two_processes(test, &[&[], &[("FLASHINFER_SUMS", "nccl")]], |group| {
+        for (dtype, width, bound) in [(DType::F16, WIDTH, 1e-3), (DType::BF16, 576, 8e-3)] {
+            check_rows(&group, dtype, width, bound);
+        }
+    });
+}
+
+fn check_rows(group: &Group, dtype: DType, width: usize, bound: f64) {
+    let Rank { rank, size } = group.rank();
+    let cuda = start(&Shape::Llama8b.config().unwrap(), rank).unwrap();
+    let stream = Stream::from(&cuda);
+    let ranks = Ranks::meet(group, &cuda, Some((dtype, width))).unwrap();
+    let wants_nccl = env::var("FLASHINFER_SUMS").is_ok();
+    if wants_nccl {
+        assert!(ranks.fused.is_none());
+    } else if ranks.fused.is_none() {
+        return say("skipped: there is no module trtllm_comm, so that NCCL alone adds up");
+    }
+    // Both ranks know what both have.
+    let mut rng = Rng::seeded(group.gather(Rng::new().bits()).unwrap()[0]);
+    let mut numbers = |count| -> Vec<_> { (0..count).map(|_| rng.unit() as f32).collect() };
+    let tensor =
+        |numbers: &[f32], shape: &[usize]| HalfTensor::rounded(&stream, dtype, shape, numbers).unwrap();
+    let options = NormOptions::with_eps(1e-5);
+    // More rows than there is memory for, which NCCL adds up, and the ends of what there is.
+    for rows in [1, 64, 256, 3, 257, 2, 200, 8] {
+        let count = rows * width;
+        let parts: Vec<_> = (0..size).map(|_| numbers(count)).collect();
+        let (residual, weight) = (numbers(count), numbers(width));
+        let shape = [rows, width];
+        let [mut sum, mut x] = [(); 2].map(|()| tensor(&parts[rank], &shape));
+        let (mut to, weight) = (tensor(&residual, &shape), tensor(&weight, &[width]));
+        let run = |sum: &mut HalfTensor, x: &mut HalfTensor, to: &mut HalfTensor| -> Result<()> {
+            ranks.all_reduce(&mut sum.view_mut())?;
+            let (mut x, mut to) = (x.view_mut(), to.view_mut());
+            // SAFETY: nothing begins early.
+            unsafe { ranks.all_reduce_add_norm(&mut x, &mut to, &weight.view(), &options, false) }
+        };
+        run(&mut sum, &mut x, &mut to).unwrap();
+        cuda.synchronize().unwrap();
+        // What was rounded to 16 bits.
+        let rounded: Vec<_> = parts.iter().map(|part| tensor(part, &shape).to_f64()).collect();
+        let (residual, weight) = (tensor(&residual, &shape).to_f64(), weight.to_f64());
+        let add = |of: &[Vec<f64>], at: usize| of.iter().map(|part| part[at]).sum::<f64>();
+        let sums: Vec<_> = (0..count).map(|at| add(&rounded, at)).collect();
+        let added: Vec<_> = sums.iter().zip(&residual).map(|(sum, residual)| sum + residual).collect();
+        let normed = added.chunks(width).flat_map(|row| {
+            let mean = row.iter().map(|x| x * x).sum::<f64>() / width as f64;
+            row.iter().zip(&weight).map(move |(x, weight)| x / (mean + 1e-5).sqrt() * weight)
+        });
+        let normed: Vec<_> = normed.collect();
+        for (name, out, expected) in [("sums", &sum, sums), ("residual", &to, added), ("norm", &x, normed)] {
+            let error = relative_error(&out.to_f64(), &expected);
+            assert!(error <= bound, "{name} of {rows} rows of {width} {dtype} are off by {error}");
+        }
+    }
+    // A graph adds up again what it has made of ones: twice as much each time, on both ranks.
+    let mut ones = tensor(&vec![1.0; ROWS * width], &[ROWS, width]);
+    // SAFETY: all that it works on outlives it.
+    let step = unsafe { graph::capture(&stream, || ranks.all_reduce(&mut ones.view_mut())) }.unwrap();
+    (0..10).for_each(|_| step.launch(&()).unwrap());
+    cuda.synchronize().unwrap();
+    assert!(ones.to_f64().iter().all(|&x| x == 1024.0));
+}
+
+fn relative_error(out: &[f64], expected: &[f64]) -> f64 {
+    let norm = |numbers: &mut dyn Iterator<Item = f64>| numbers.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut out.iter().zip(expected).map(|(out, expected)| out - expected))
+        / norm(&mut expected.iter().copied())
 }
 
 fn check_sums(group: Arc<Group>) {
     let rank = group.rank().rank;
     let cuda = start(&Shape::Llama8b.config().unwrap(), rank).unwrap();
     let (stream, dtype) = (Stream::from(&cuda), DType::F16);
-    let ranks = Ranks::meet(&group, &cuda).unwrap();
+    let ranks = Ranks::meet(&group, &cuda, Some((dtype, WIDTH))).unwrap();
     let module = cuda.context().load_module(Ptx::from_src(include_str!("late.ptx"))).unwrap();
     let late = module.load_function("late").unwrap();
     let shape = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
