@@ -211,7 +211,7 @@ pub trait Backend {
 
     /// The logits of the outputs of the step that was collected last, as the model gave them,
     /// `[outputs, vocab_size]`: for tests. None after a step that failed, or if another was
-    /// enqueued since.
+    /// enqueued since; nor of ranks, if no output [needs them](Output::needs_logits).
     fn logits(&self) -> Result<Vec<f32>>;
 }
 

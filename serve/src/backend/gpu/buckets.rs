@@ -110,13 +110,17 @@ impl Gpu {
             head.tune(&network.weights, buffers, memory, multiplier)?;
         }
         // Under a constraint the host chooses.
-        if outputs.iter().all(|output| output.is_greedy() || output.allowed.is_some()) {
-            return Ok(false);
+        let chosen_here = |output: &Output| !output.is_greedy() && output.allowed.is_none();
+        // Ranks that compare their largest logits have no others.
+        let compares = memory.can_compare();
+        let sampled = outputs.iter().any(|output| chosen_here(output) || compares && output.needs_logits());
+        self.has_logits = sampled || !compares;
+        if sampled {
+            let others = |output: &Output| output.last_edit.as_ref().map_or(0, |last| last.others.len());
+            let edits = outputs.iter().map(|output| output.edits.len().max(others(output))).sum();
+            self.reserve_samplers(rows, edits)?;
         }
-        let others = |output: &Output| output.last_edit.as_ref().map_or(0, |last| last.others.len());
-        let edits = outputs.iter().map(|output| output.edits.len().max(others(output))).sum();
-        self.reserve_samplers(rows, edits)?;
-        Ok(true)
+        Ok(sampled)
     }
 
     /// Has a sampler in each lane, with room for so many rows and edits.

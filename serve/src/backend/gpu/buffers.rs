@@ -97,6 +97,18 @@ pub struct LogitParts {
     pub mine: Tensor<f32>,
     /// `[ranks * rows, tokens]`.
     pub all: Tensor<f32>,
+    /// If all ranks have as many tokens.
+    pub largest: Option<LargestParts>,
+}
+
+/// The largest logits of one rank, and of all ranks.
+pub struct LargestParts {
+    /// Where they are, `[rows]`.
+    pub places: Tensor<i32>,
+    /// They and their tokens, `[rows, 2]`.
+    pub mine: Tensor<f32>,
+    /// `[ranks * rows, 2]`.
+    pub all: Tensor<f32>,
 }
 
 impl Outputs {
@@ -108,10 +120,19 @@ impl Outputs {
         ranks: usize,
         rows: usize,
     ) -> Result<Self> {
+        let is_even = ranks * vocab.rows == config.vocab_size;
+        let largest = || -> Result<_> {
+            Ok(LargestParts {
+                places: Tensor::zeros(stream, &[rows])?,
+                mine: Tensor::zeros(stream, &[rows, 2])?,
+                all: Tensor::zeros(stream, &[ranks * rows, 2])?,
+            })
+        };
         let parts = (ranks > 1).then(|| -> Result<_> {
             Ok(LogitParts {
                 mine: Tensor::zeros(stream, &[rows, vocab.rows])?,
                 all: Tensor::zeros(stream, &[ranks * rows, vocab.rows])?,
+                largest: is_even.then(largest).transpose()?,
             })
         });
         Ok(Self {
@@ -125,6 +146,11 @@ impl Outputs {
     pub fn product_mut(&mut self) -> (&mut HalfTensor, &mut Tensor<f32>) {
         let Self { hidden, logits, parts } = self;
         (hidden, parts.as_mut().map_or(logits, |parts| &mut parts.mine))
+    }
+
+    /// Whether ranks may compare their largest logits, instead of telling each other all.
+    pub fn can_compare(&self) -> bool {
+        self.parts.as_ref().is_some_and(|parts| parts.largest.is_some())
     }
 
     /// How many rows there is room for.

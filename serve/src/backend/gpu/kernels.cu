@@ -96,6 +96,35 @@ extern "C" __global__ void join_columns(float *out, const float *parts, u32 rows
     out[at] = parts[((u64)(column / part) * rows + row) * part + column % part];
 }
 
+// The largest number of each row of `part` columns, whose places are known, and the token that it is of, of which the
+// first column's is `first`. NaN where there is no place.
+extern "C" __global__ void tell_largest(float2 *told, const float *logits, const int *places, u32 rows, u32 part,
+                                        u32 first) {
+    const u32 row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows)
+        return;
+    const u32 place = (u32)places[row];
+    told[row] = place < part ? float2{logits[(u64)row * part + place], __uint_as_float(first + place)}
+                             : float2{__uint_as_float(0x7fc00000), 0.0f};
+}
+
+// The token of the largest number of each row, out of what so many ranks told, one behind the other; of equal ones the
+// first rank's. -1 where one is NaN.
+extern "C" __global__ void choose_largest(int *tokens, const float2 *told, u32 rows, u32 ranks) {
+    const u32 row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows)
+        return;
+    float2 best = told[row];
+    bool nan = best.x != best.x;
+    for (u32 rank = 1; rank < ranks; ++rank) {
+        const float2 other = told[(u64)rank * rows + row];
+        nan |= other.x != other.x;
+        if (other.x > best.x)
+            best = other;
+    }
+    tokens[row] = nan ? -1 : __float_as_int(best.y);
+}
+
 // `1 / (1 + exp(-x))` of each number.
 extern "C" __global__ void sigmoid(float *numbers, u64 count) {
     const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;

@@ -11,6 +11,9 @@ use flashinfer_rs::{DType, Device, TensorMut, TensorRef};
 use super::{last_edits::LastEdits, rows::Rows, tokens::Tokens};
 use crate::Result;
 
+#[cfg(test)]
+mod tests;
+
 /// Threads of a block.
 const THREADS: u32 = 256;
 /// Numbers of 16 bits that a thread reads and writes at once.
@@ -25,6 +28,8 @@ pub struct Kernels {
     embed: CudaFunction,
     keep_chosen: CudaFunction,
     join_columns: CudaFunction,
+    tell_largest: CudaFunction,
+    choose_largest: CudaFunction,
     sigmoid: CudaFunction,
     soft_cap: CudaFunction,
     edit_last: CudaFunction,
@@ -43,6 +48,8 @@ impl Kernels {
             embed: of_dtype("embed")?,
             keep_chosen: module.load_function("keep_chosen")?,
             join_columns: module.load_function("join_columns")?,
+            tell_largest: module.load_function("tell_largest")?,
+            choose_largest: module.load_function("choose_largest")?,
             sigmoid: module.load_function("sigmoid")?,
             soft_cap: module.load_function("soft_cap")?,
             edit_last: module.load_function("edit_last")?,
@@ -154,6 +161,51 @@ impl Kernels {
         // reads of each part the columns that this has, which are there as all parts together are as
         // wide at least.
         self.launch(blocks(count)?, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// The largest logit of each row and its token, `[rows, 2]`, out of the places of the largest, `i32`, or
+    /// negative ones where a logit is NaN. The first column is of token `first`; tokens are bits of
+    /// `i32`, as numbers are `f32`. All are contiguous.
+    pub fn tell_largest(
+        &self,
+        told: &mut TensorMut<'_>,
+        logits: &TensorRef<'_>,
+        places: &TensorRef<'_>,
+        first: usize,
+    ) -> Result<()> {
+        let ([rows, part], first) = (matrix(logits)?, u32::try_from(first)?);
+        if places.numel() != rows as usize || !self.are_indices(places) {
+            return Err(format!("places {places:?} of rows of {logits:?}").into());
+        }
+        let to = self.numbers("told", &told.as_ref(), 2 * rows as usize)?;
+        let from = self.numbers("logits", logits, logits.numel())?;
+        let places = places.data_ptr() as u64;
+        let mut launch = self.cuda.launch_builder(&self.tell_largest);
+        launch.arg(&to).arg(&from).arg(&places).arg(&rows).arg(&part).arg(&first);
+        // SAFETY: the kernel takes these in this order. It writes two numbers for each row, and reads a place
+        // for each, and what lies there if that is within its row.
+        self.launch(blocks(rows as usize)?, |shape| unsafe { launch.launch(shape).map(drop) })
+    }
+
+    /// The token of the largest logit of each row, `i32`, out of what each rank [told](Self::tell_largest), one
+    /// behind the other; −1 where one is NaN. Both are contiguous.
+    pub fn choose_largest(
+        &self,
+        tokens: &mut TensorMut<'_>,
+        told: &TensorRef<'_>,
+        ranks: usize,
+    ) -> Result<()> {
+        let rows = tokens.numel();
+        if told.numel() != 2 * rows * ranks || ranks == 0 || !self.are_indices(&tokens.as_ref()) {
+            return Err(format!("tokens {tokens:?} out of {told:?} of {ranks} ranks").into());
+        }
+        let from = self.numbers("told", told, told.numel())?;
+        let (to, count, ranks) = (tokens.data_ptr() as u64, u32::try_from(rows)?, u32::try_from(ranks)?);
+        let mut launch = self.cuda.launch_builder(&self.choose_largest);
+        launch.arg(&to).arg(&from).arg(&count).arg(&ranks);
+        // SAFETY: the kernel takes these in this order; it writes a token for each row, and reads two numbers of
+        // each rank for it.
+        self.launch(blocks(rows)?, |shape| unsafe { launch.launch(shape).map(drop) })
     }
 
     /// `1 / (1 + exp(-x))` in place of each number of a contiguous `f32` tensor.

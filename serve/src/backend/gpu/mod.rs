@@ -143,6 +143,8 @@ pub struct Gpu {
     enqueued: Duration,
     /// Where the last step's outputs are among the rows of logits.
     at: Vec<usize>,
+    /// Whether its logits are all here.
+    has_logits: bool,
 }
 
 /// How a model runs on a GPU.
@@ -296,6 +298,7 @@ impl Gpu {
             choice,
             enqueued: Duration::ZERO,
             at: Vec::new(),
+            has_logits: true,
             network,
             multiplier,
             cuda,
@@ -401,7 +404,7 @@ impl Backend for Gpu {
 
     fn logits(&self) -> Result<Vec<f32>> {
         let vocab_size = self.vocab_size();
-        let none = self.at.is_empty() || self.ring.last().is_some();
+        let none = self.at.is_empty() || self.ring.last().is_some() || !self.has_logits;
         let all = if none { Vec::new() } else { self.outputs.logits.to_vec()? };
         let at = if none { &[][..] } else { &self.at };
         Ok(at.iter().flat_map(|&row| &all[row * vocab_size..][..vocab_size]).copied().collect())

@@ -11,7 +11,7 @@ use flashinfer_rs::{
 
 use super::{
     attention::Plans,
-    buffers::{Buffers, LogitParts, Outputs},
+    buffers::{Buffers, LargestParts, LogitParts, Outputs},
     half::HalfTensor,
     heads::HeadWidths,
     kernels::Kernels,
@@ -135,17 +135,21 @@ impl Network {
         };
         let mut of_product = of_product.view_mut().narrow(0, 0, head.rows)?;
         pass.multiplier.run(head.product, &mut of_product, &hidden, &self.weights.head())?;
+        if let Some(cap) = self.config.final_soft_cap {
+            self.kernels.soft_cap(&mut of_product, cap as f32)?;
+        }
         let Outputs { logits, parts, .. } = &mut *head.outputs;
         let mut logits = logits.view_mut().narrow(0, 0, head.rows)?;
-        if let (Some(ranks), Some(LogitParts { mine, all })) = (&self.ranks, parts) {
+        let mut tokens = pass.chosen.view_mut().narrow(0, 0, head.rows)?;
+        if let (Some(ranks), Some(LogitParts { mine, all, largest })) = (&self.ranks, parts) {
+            let mine = mine.view().narrow(0, 0, head.rows)?;
+            if let (Some(largest), None) = (largest, &head.sampler) {
+                return self.choose_of_ranks(ranks, &mut tokens, &mine, largest);
+            }
             let mut all = all.view_mut().narrow(0, 0, ranks.size() * head.rows)?;
-            ranks.all_gather(&mut all, &mine.view().narrow(0, 0, head.rows)?)?;
+            ranks.all_gather(&mut all, &mine)?;
             self.kernels.join_columns(&mut logits, &all.as_ref())?;
         }
-        if let Some(cap) = self.config.final_soft_cap {
-            self.kernels.soft_cap(&mut logits, cap as f32)?;
-        }
-        let mut tokens = pass.chosen.view_mut().narrow(0, 0, head.rows)?;
         match &mut head.sampler {
             Some(sampler) => {
                 let before = pass.chosen_before.view();
@@ -153,6 +157,25 @@ impl Network {
             }
             None => Ok(argmax(&self.stream, &mut tokens, &logits.as_ref())?),
         }
+    }
+
+    /// Enqueues the choice of the largest logits, of which each rank has some: ranks tell each other theirs.
+    fn choose_of_ranks(
+        &self,
+        ranks: &Ranks,
+        tokens: &mut TensorMut<'_>,
+        logits: &TensorRef<'_>,
+        largest: &mut LargestParts,
+    ) -> Result<()> {
+        let (rows, LargestParts { places, mine, all }) = (tokens.numel(), largest);
+        let mut places = places.view_mut().narrow(0, 0, rows)?;
+        let mut mine = mine.view_mut().narrow(0, 0, rows)?;
+        let mut all = all.view_mut().narrow(0, 0, ranks.size() * rows)?;
+        argmax(&self.stream, &mut places, logits)?;
+        let first = self.weights.vocab.tokens.start;
+        self.kernels.tell_largest(&mut mine, logits, &places.as_ref(), first)?;
+        ranks.all_gather(&mut all, &mine.as_ref())?;
+        self.kernels.choose_largest(tokens, &all.as_ref(), ranks.size())
     }
 
     /// Of norms of the residual.

@@ -53,7 +53,31 @@ fn two_gpus_give_the_known_ids() {
 fn logits_on_two_gpus_are_those_of_the_cpu() {
     let Some(_turn) = turn() else { return };
     if has_two() {
-        with_two_gpus(GpuOptions::new(MIXED_STEP), mixed_pool, check_mixed_logits);
+        with_two_gpus(GpuOptions::new(MIXED_STEP), mixed_pool, |gpu, pool| {
+            check_mixed_logits(&mut WithLogits(gpu), pool);
+        });
+    }
+}
+
+/// Asks for log-probabilities, as ranks tell each other no logits that nobody looks at.
+struct WithLogits<'a>(&'a mut dyn Backend);
+
+impl Backend for WithLogits<'_> {
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size()
+    }
+
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        let outputs = step.outputs.iter().cloned().map(|output| Output { logprobs: Some(0), ..output });
+        self.0.enqueue(&Step { outputs: &outputs.collect::<Vec<_>>(), ..*step })
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sample>> {
+        self.0.collect()
+    }
+
+    fn logits(&self) -> Result<Vec<f32>> {
+        self.0.logits()
     }
 }
 
