@@ -12,6 +12,7 @@
 //! | [`group`] | processes that compute one model together |
 //! | [`scheduler`] | who computes what in a step, and drafts |
 //! | [`backend`] | what computes a step: the CPU, an NVIDIA GPU, or a stand-in for tests |
+//! | `exit` | the end of the process |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `text` | text to token ids and back, and templates of chats |
 
@@ -19,6 +20,7 @@ pub mod backend;
 pub mod cli;
 pub mod constraint;
 pub mod engine;
+mod exit;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -25,8 +25,19 @@ struct Program {
 }
 
 impl Program {
-    /// `None`, after saying why, where the model cannot be reached.
+    /// Over the stand-in backend, ready; `None`, after saying why, where the model cannot be reached.
     fn start(arguments: &[&str]) -> Option<Self> {
+        let program = Self::listening(&[&["--device", "simulated"], arguments].concat())?;
+        let begin = Instant::now();
+        while client::send(program.address, "GET", "/ready", &[], None).status != 200 {
+            assert!(begin.elapsed() < Duration::from_secs(60));
+            thread::sleep(Duration::from_millis(5));
+        }
+        Some(program)
+    }
+
+    /// One that listens, and loads the model.
+    fn listening(arguments: &[&str]) -> Option<Self> {
         let pulled =
             Command::new(env!("CARGO_BIN_EXE_flashinfer")).args(["pull", "smollm2"]).output().unwrap();
         if !pulled.status.success() {
@@ -34,7 +45,7 @@ impl Program {
             return None;
         }
         let mut child = Command::new(env!("CARGO_BIN_EXE_flashinfer"))
-            .args(["serve", "smollm2", "--device", "simulated", "--port", "0", "--log-format", "json"])
+            .args(["serve", "smollm2", "--port", "0", "--log-format", "json"])
             .args(arguments)
             .env("FLASHINFER_API_KEY", "sk-test")
             .stdout(Stdio::piped())
@@ -44,13 +55,7 @@ impl Program {
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().strip_prefix("listening at http://").unwrap_or_else(|| panic!("{line:?}"));
-        let program = Self { address: address.parse().unwrap(), child };
-        let begin = Instant::now();
-        while client::send(program.address, "GET", "/ready", &[], None).status != 200 {
-            assert!(begin.elapsed() < Duration::from_secs(60));
-            thread::sleep(Duration::from_millis(5));
-        }
-        Some(program)
+        Some(Self { address: address.parse().unwrap(), child })
     }
 
     fn signal(&self, name: &str) {
@@ -107,6 +112,20 @@ fn a_first_signal_lets_requests_end_and_a_second_does_not() {
     program.signal("TERM");
     let (status, _) = program.end();
     assert_eq!(status.code(), Some(130));
+}
+
+/// The thread that loads may be at work on a GPU, where there is one.
+#[test]
+fn a_signal_ends_a_server_that_still_loads() {
+    for milliseconds in [0, 20, 100, 300, 600, 1000] {
+        let Some(program) = Program::listening(&[]) else { return };
+        thread::sleep(Duration::from_millis(milliseconds));
+        program.signal("TERM");
+        let begin = Instant::now();
+        let (status, _) = program.end();
+        assert!(status.success(), "after {milliseconds} ms: {status}");
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    }
 }
 
 #[test]

@@ -1,11 +1,8 @@
 //! Ctrl-C: it stops the answer that is being made, and the program where none is.
 
-use std::{
-    process,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::Result;
+use crate::{Result, exit};
 
 /// What the exit code of programs is that Ctrl-C ended.
 const EXIT_CODE: i32 = 130;
@@ -39,7 +36,7 @@ impl Interrupt {
         let stop = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         match stop {
             Some(stop) => stop(),
-            None => process::exit(EXIT_CODE),
+            None => exit::at_once(EXIT_CODE),
         }
     }
 

@@ -6,6 +6,7 @@ use super::{out::Output, precision::PrecisionArgs, ranks};
 use crate::{
     Llm, LlmOptions, Result,
     backend::device::Device,
+    exit,
     group::Parallel,
     http::{ApiKey, LogFormat, Server, ServerOptions},
     hub::{Hub, ModelName},
@@ -91,13 +92,20 @@ pub fn run(args: &Args) -> Result<()> {
     let _ = writeln!(Output, "listening at http://{}", listener.local_addr()?);
     let llm_options = LlmOptions { parallel, ..llm_options(args) };
     let (model, draft_model) = (args.model.clone(), args.draft_model.clone());
-    server.run(listener, move || {
+    let load = move || {
         let hub = Hub::from_env()?;
         let draft_model = draft_model.map(|name| hub.locate(&name)).transpose()?;
         let llm = Llm::load(&hub.locate(&model)?, &LlmOptions { draft_model, ..llm_options })?;
         llm.text().warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
         Ok(llm)
-    })
+    };
+    server.run(listener, load)?;
+    // Whoever else has it still loads the model, or answers.
+    match Arc::into_inner(server) {
+        Some(server) => drop(server),
+        None => exit::at_once(0),
+    }
+    Ok(())
 }
 
 fn options(args: &Args) -> Result<ServerOptions> {

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use crate::Result;
+use crate::{Result, exit};
 
 /// Called once, with why the ranks cannot go on, on any thread. What they compute may never end, so
 /// that a program [ends its process](end_process).
@@ -25,7 +25,7 @@ const ENDING: Duration = Duration::from_secs(5);
 pub fn end_process(reason: &str) {
     // Nobody may read it any more.
     let _ = writeln!(io::stderr(), "error: {reason}");
-    end(1)
+    exit::at_once(1)
 }
 
 /// Sees to it that this process, which is done, ends within seconds: its GPU may wait for one that
@@ -33,20 +33,8 @@ pub fn end_process(reason: &str) {
 pub fn end_soon() {
     thread::spawn(|| {
         thread::sleep(ENDING);
-        end(0)
+        exit::at_once(0)
     });
-}
-
-#[cfg(unix)]
-fn end(status: i32) -> ! {
-    // What runs at a usual exit waits for the GPU, which waits for other ranks.
-    // SAFETY: it takes any status; nothing of the process is used afterwards.
-    unsafe { libc::_exit(status) }
-}
-
-#[cfg(not(unix))]
-fn end(status: i32) -> ! {
-    std::process::exit(status)
 }
 
 /// Why ranks ended.

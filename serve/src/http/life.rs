@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{Server, connections, router};
-use crate::{Llm, Result};
+use crate::{Llm, Result, exit};
 
 /// What a program's exit code is that a signal ended.
 const EXIT_CODE: i32 = 130;
@@ -118,7 +118,7 @@ async fn end_on_signals(mut signals: Signals, server: Arc<Server>) {
     server.drain();
     signals.next().await;
     tracing::warn!("a second signal ends the server at once");
-    std::process::exit(EXIT_CODE);
+    exit::at_once(EXIT_CODE);
 }
 
 /// Ctrl-C, and what a service is ended by.

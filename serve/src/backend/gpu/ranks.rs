@@ -125,7 +125,7 @@ impl Ranks {
     ) -> Result<()> {
         match &self.fused {
             // SAFETY: as the caller says.
-            Some(fused) if fused.takes(&x.as_ref()) => unsafe {
+            Some(fused) if fused.norms() && fused.takes(&x.as_ref()) => unsafe {
                 fused.sum_add_norm(x, residual, weight, options, early)
             },
             _ => {

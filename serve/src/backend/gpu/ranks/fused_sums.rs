@@ -6,9 +6,12 @@
 //! Source: `trtllm_allreduce_fusion` of the module `trtllm_comm` (`csrc/trtllm_allreduce_fusion.cu`,
 //! `comm/trtllm_ar.py` of FlashInfer 0.6.13).
 
-use std::{env, fs, process, sync::Arc};
+use std::{env, fs, ops::RangeInclusive, process, sync::Arc};
 
-use cudarc::driver::{CudaStream, result, sys};
+use cudarc::driver::{
+    CudaStream, result,
+    sys::{self, CUdevice_attribute},
+};
 use flashinfer_rs::{
     DType, FlashInferRuntime, ModuleName, Stream, TensorMut, TensorRef, args, ffi::Function, gpu::Tensor,
     norm::NormOptions,
@@ -24,8 +27,13 @@ const FUNCTION: &str = "trtllm_allreduce_fusion";
 /// Numbers of ranks that there are kernels for, and up to how many MiB FlashInfer's Python has each rank write
 /// all of its rows to all others (`_should_use_oneshot`: twice those of all ranks).
 const SIZES: [(usize, usize); 3] = [(2, 512), (4, 64), (8, 42)];
+/// Compute capabilities that the module is compiled for, in all versions: their first numbers.
+const CAPABILITIES: RangeInclusive<i32> = 9..=10;
 /// The most rows that are added up so, for which there is memory.
 const MOST_ROWS: usize = 256;
+/// Blocks that a row may be divided among, and how many threads each has at least then.
+const DIVISIONS: [usize; 4] = [1, 2, 4, 8];
+const LEAST_THREADS: usize = 128;
 /// Numbers of a row that a thread takes at once.
 const VECTOR: usize = 8;
 /// Flags of each rank.
@@ -52,43 +60,53 @@ pub struct FusedSums {
 }
 
 impl FusedSums {
-    /// Meets the other ranks, for rows of so many numbers of 16 bits; none if they are not processes of one
-    /// machine, have no such kernel, or do not reach each other's memory. All ranks call it at a time.
+    /// Meets the other ranks, for rows of so many numbers of 16 bits; none, of which the log has the reason, if they
+    /// are not processes of one machine with the same GPUs, have no such kernel, or do not reach each other's
+    /// memory. All ranks call it at a time.
     ///
     /// # Errors
     /// `FLASHINFER_SUMS` is neither empty nor `nccl`; ranks have failed.
     pub fn meet(group: &Group, cuda: &Arc<CudaStream>, dtype: DType, hidden: usize) -> Result<Option<Self>> {
-        let rank = group.rank();
-        let most_rows = if is_wanted()? { most_rows(rank.size, hidden) } else { 0 };
-        let function = if most_rows > 0 { kernel() } else { None };
-        let places = group.gather(Place::here(function.is_some()))?;
-        let Some(function) = function.filter(|_| are_neighbours(&places)) else { return Ok(None) };
+        let (rank, wanted) = (group.rank(), is_wanted()?);
+        let most_rows = most_rows(rank.size, hidden);
+        let kernel = if wanted { kernel(cuda, rank.size, most_rows) } else { Err("it is not wanted".into()) };
+        let places = group.gather(Place::here(cuda, kernel.is_ok())?)?;
+        let function = match kernel.and_then(|function| check_places(&places).map(|()| function)) {
+            Ok(function) => function,
+            Err(error) => return Ok(left_to_nccl(&error)),
+        };
 
         let rows_bytes = rank.size * most_rows * hidden * dtype.size();
-        let memory = Memory::new(cuda, [rows_bytes, rank.size * BARRIER_FLAGS * 4, 3 * rows_bytes]);
-        let offers = group.gather(memory.as_ref().ok().map(|memory| memory.handles.clone()))?;
-        let reached = memory.as_ref().map(|memory| memory.reach(cuda, rank, &offers));
-        let reached = reached.ok().and_then(|reached| {
-            reached.inspect_err(|error| tracing::info!("NCCL adds up all rows: {error}")).ok()
-        });
-        if group.gather(reached.is_some())?.contains(&false) {
-            close(cuda, rank, &reached.unwrap_or_default())?;
+        let mut memory =
+            Memory { cuda: cuda.clone(), rank, handles: Vec::new(), of_ranks: vec![[0; 2]; rank.size] };
+        let made = memory.allocate([rank.size * BARRIER_FLAGS * 4, 3 * rows_bytes]);
+        let handles = group.gather(memory.handles.clone())?;
+        let marked = made.and_then(|()| memory.open(&handles)).and_then(|()| memory.mark());
+        let marked = agree(group, marked)?;
+        let seen = agree(group, marked.and_then(|()| memory.check_marks()))?;
+        if let Err(error) = seen {
+            memory.close();
             // What others have open is not freed.
             group.gather(())?;
-            memory.map_or(Ok(()), |memory| memory.free(cuda))?;
-            return Ok(None);
+            memory.free();
+            return Ok(left_to_nccl(&error));
         }
-        let reached = reached.unwrap_or_default();
         let stream = Stream::from(cuda);
         let counters = Tensor::from_slice(&stream, &[5], &[0, 0, 0, i32::try_from(rows_bytes)?, 0])?;
-        let of_ranks = (0..3).flat_map(|kind| reached.iter().map(move |addresses| addresses[kind] as i64));
+        // What this kernel does not use, memory for sums in two steps, is that of flags.
+        let of_ranks =
+            [0, 0, 1].into_iter().flat_map(|kind| memory.of_ranks.iter().map(move |of| of[kind] as i64));
         let pointers: Vec<_> = of_ranks.chain([counters.view().data_ptr() as i64]).collect();
         let pointers = Tensor::from_slice(&stream, &[pointers.len()], &pointers)?;
         cuda.synchronize()?;
-        // Nobody writes before all memory is as it is to be.
-        group.gather(())?;
         tracing::info!(most_rows, "FlashInfer adds up rows of all ranks");
         Ok(Some(Self { function, rank, dtype, hidden, most_rows, stream, pointers, _counters: counters }))
+    }
+
+    /// Whether the kernel norms rows, too. That of FlashInfer 0.6.13 has a block's warps add up as if all their
+    /// threads existed.
+    pub fn norms(&self) -> bool {
+        has_whole_warps(self.hidden)
     }
 
     /// Whether these are rows that can be added up so.
@@ -188,13 +206,19 @@ impl FusedSums {
     }
 }
 
-/// Whether the variable leaves it to this.
+/// Whether variables leave it to this.
 fn is_wanted() -> Result<bool> {
+    let without_peers = env::var("NCCL_P2P_DISABLE").is_ok_and(|value| !["", "0"].contains(&value.as_str()));
     match env::var(VARIABLE).as_deref() {
-        Err(env::VarError::NotPresent) | Ok("") => Ok(true),
+        Err(env::VarError::NotPresent) | Ok("") => Ok(!without_peers),
         Ok("nccl") => Ok(false),
         other => Err(format!("{VARIABLE} is {other:?}; expected `nccl`, or nothing for the fastest").into()),
     }
+}
+
+fn left_to_nccl<T>(error: &crate::Error) -> Option<T> {
+    tracing::info!("NCCL adds up rows of all ranks: {error}");
+    None
 }
 
 /// The most rows of so many numbers; 0 if there are no kernels for them.
@@ -208,12 +232,25 @@ fn most_rows(ranks: usize, hidden: usize) -> usize {
     }
 }
 
-/// The kernel, if it is at hand.
-fn kernel() -> Option<Function> {
-    let find = || -> flashinfer_rs::Result<Function> {
-        FlashInferRuntime::get()?.module(&ModuleName::new(MODULE))?.function(FUNCTION)
-    };
-    find().inspect_err(|error| tracing::info!("NCCL adds up all rows: {error}")).ok()
+/// Whether no block has a part of a warp, however a row is divided.
+fn has_whole_warps(hidden: usize) -> bool {
+    let threads = hidden / VECTOR;
+    let mut blocks = DIVISIONS.into_iter().filter(|blocks| {
+        threads.is_multiple_of(*blocks) && (*blocks == 1 || threads / blocks >= LEAST_THREADS)
+    });
+    blocks.all(|blocks| (threads / blocks).is_multiple_of(32))
+}
+
+/// The kernel.
+fn kernel(cuda: &CudaStream, ranks: usize, most_rows: usize) -> Result<Function> {
+    let (major, minor) = cuda.context().compute_capability()?;
+    if most_rows == 0 {
+        return Err(format!("FlashInfer has no kernel for {ranks} ranks, or rows as wide").into());
+    }
+    if !CAPABILITIES.contains(&major) {
+        return Err(format!("FlashInfer has no kernel for compute capability {major}.{minor}").into());
+    }
+    Ok(FlashInferRuntime::get()?.module(&ModuleName::new(MODULE))?.function(FUNCTION)?)
 }
 
 /// Where a rank is, and whether it has the kernel.
@@ -222,52 +259,63 @@ struct Place {
     /// What a machine is known by since it was started; nothing if it says nothing.
     machine: String,
     process: u32,
+    /// A GPU's name and multiprocessors, by which rows are divided.
+    gpu: (String, i32),
     has_kernel: bool,
 }
 
 impl Place {
-    fn here(has_kernel: bool) -> Self {
+    fn here(cuda: &CudaStream, has_kernel: bool) -> Result<Self> {
         let machine = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Self { machine, process: process::id(), has_kernel }
+        let multiprocessors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let gpu = (cuda.context().name()?, cuda.context().attribute(multiprocessors)?);
+        Ok(Self { machine, process: process::id(), gpu, has_kernel })
     }
 }
 
-/// Whether these are processes of one machine that have the kernel.
-fn are_neighbours(places: &[Place]) -> bool {
+/// Refuses ranks that are not processes of one machine, with the same GPUs and the kernel.
+fn check_places(places: &[Place]) -> Result<()> {
     let first = &places[0];
-    let mut processes: Vec<_> = places.iter().map(|place| place.process).collect();
-    processes.sort_unstable();
-    processes.dedup();
-    !first.machine.is_empty()
-        && processes.len() == places.len()
-        && places.iter().all(|place| place.has_kernel && place.machine == first.machine)
+    for (rank, place) in places.iter().enumerate() {
+        let problem = if !place.has_kernel {
+            "has no kernel of FlashInfer's"
+        } else if place.machine.is_empty() || place.machine != first.machine {
+            "is not known to be on the machine of rank 0"
+        } else if places[..rank].iter().any(|other| other.process == place.process) {
+            "has the process number of another rank"
+        } else if place.gpu != first.gpu {
+            "has another GPU than rank 0"
+        } else {
+            continue;
+        };
+        return Err(format!("rank {rank} {problem}").into());
+    }
+    Ok(())
 }
 
-/// A rank's memory: for rows, for flags, and for what others write.
+/// Whether all ranks have done something.
+fn agree(group: &Group, done: Result<()>) -> Result<Result<()>> {
+    let all = group.gather(done.as_ref().err().map(ToString::to_string))?;
+    let problem = all.into_iter().enumerate().find_map(|(rank, problem)| Some((rank, problem?)));
+    Ok(problem.map_or(Ok(()), |(rank, problem)| Err(format!("rank {rank}: {problem}").into())))
+}
+
+/// Memory of a rank, and that of the others as it reaches it: for flags, and for what others write.
 struct Memory {
-    addresses: [u64; 3],
-    /// What other processes open it by.
+    cuda: Arc<CudaStream>,
+    rank: Rank,
+    /// What other processes open this one's by.
     handles: Vec<Vec<u8>>,
+    /// By rank; 0 where there is none.
+    of_ranks: Vec<[u64; 2]>,
 }
 
 impl Memory {
     /// So many bytes of each.
-    fn new(cuda: &CudaStream, bytes: [usize; 3]) -> Result<Self> {
-        cuda.context().bind_to_thread()?;
-        let mut memory = Self { addresses: [0; 3], handles: Vec::new() };
-        match memory.allocate(bytes) {
-            // Fills may be done later than they return.
-            Ok(()) => cuda.context().synchronize()?,
-            Err(error) => {
-                memory.free(cuda)?;
-                return Err(error);
-            }
-        }
-        Ok(memory)
-    }
-
-    fn allocate(&mut self, bytes: [usize; 3]) -> Result<()> {
-        for (address, bytes) in self.addresses.iter_mut().zip(bytes) {
+    fn allocate(&mut self, bytes: [usize; 2]) -> Result<()> {
+        self.cuda.context().bind_to_thread()?;
+        let addresses = &mut self.of_ranks[self.rank.rank];
+        for (address, bytes) in addresses.iter_mut().zip(bytes) {
             let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
             // SAFETY: so much memory is allocated and filled; a handle is written.
             unsafe {
@@ -278,55 +326,114 @@ impl Memory {
             self.handles.push(handle.reserved.iter().map(|&byte| byte as u8).collect());
         }
         // SAFETY: so many numbers of two bytes are there.
-        unsafe { sys::cuMemsetD16_v2(self.addresses[2], UNWRITTEN, bytes[2] / 2).result()? };
-        Ok(())
+        unsafe { sys::cuMemsetD16_v2(addresses[1], UNWRITTEN, bytes[1] / 2).result()? };
+        // Fills may be done later than they return.
+        Ok(self.cuda.context().synchronize()?)
     }
 
-    /// The addresses of all ranks' memory, as this one reaches it.
-    fn reach(&self, cuda: &CudaStream, rank: Rank, offers: &[Option<Vec<Vec<u8>>>]) -> Result<Vec<[u64; 3]>> {
-        cuda.context().bind_to_thread()?;
-        let mut reached = vec![[0; 3]; rank.size];
-        reached[rank.rank] = self.addresses;
-        for (other, offer) in offers.iter().enumerate().filter(|&(other, _)| other != rank.rank) {
-            let opened = offer.as_ref().ok_or_else(|| format!("rank {other} has no memory for it").into());
-            let opened = opened.and_then(|handles| open(&mut reached[other], handles));
-            if let Err(error) = opened {
-                close(cuda, rank, &reached)?;
-                return Err(error);
+    /// Opens that of the other ranks.
+    fn open(&mut self, handles: &[Vec<Vec<u8>>]) -> Result<()> {
+        for (rank, handles) in handles.iter().enumerate().filter(|&(rank, _)| rank != self.rank.rank) {
+            if handles.len() != self.of_ranks[rank].len() {
+                return Err(format!("rank {rank} has no memory for it").into());
+            }
+            for (address, bytes) in self.of_ranks[rank].iter_mut().zip(handles) {
+                let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+                handle.reserved.iter_mut().zip(bytes).for_each(|(to, &byte)| *to = byte as _);
+                let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
+                // SAFETY: a handle of another process, or what the driver refuses; an address is written.
+                unsafe { sys::cuIpcOpenMemHandle_v2(address, handle, flags).result()? };
             }
         }
-        Ok(reached)
-    }
-
-    fn free(self, cuda: &CudaStream) -> Result<()> {
-        cuda.context().bind_to_thread()?;
-        for address in self.addresses.into_iter().filter(|&address| address != 0) {
-            // SAFETY: it was allocated so, and nobody uses it.
-            unsafe { result::free_sync(address)? };
-        }
         Ok(())
     }
+
+    /// Writes this rank's number to the flags of all, one more than it is.
+    fn mark(&self) -> Result<()> {
+        let rank = self.rank.rank;
+        for [flags, _] in &self.of_ranks {
+            // SAFETY: each rank has a flag for each.
+            unsafe { sys::cuMemsetD32_v2(flags + 4 * rank as u64, rank as u32 + 1, 1).result()? };
+        }
+        Ok(self.cuda.context().synchronize()?)
+    }
+
+    /// Whether all have marked this one's flags, which are cleared.
+    fn check_marks(&self) -> Result<()> {
+        let [flags, _] = self.of_ranks[self.rank.rank];
+        let mut marks = vec![0u32; self.rank.size];
+        // SAFETY: so many flags are there.
+        unsafe {
+            result::memcpy_dtoh_sync(&mut marks, flags)?;
+            sys::cuMemsetD32_v2(flags, 0, self.rank.size).result()?;
+        }
+        self.cuda.context().synchronize()?;
+        match marks.iter().zip(1..).position(|(&mark, number)| mark != number) {
+            Some(other) => Err(format!("what rank {other} writes does not arrive").into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Closes that of other ranks, which nothing was launched for.
+    fn close(&mut self) {
+        let others = self.of_ranks.iter_mut().enumerate().filter(|&(rank, _)| rank != self.rank.rank);
+        for address in others.flat_map(|(_, addresses)| addresses).filter(|address| **address != 0) {
+            // SAFETY: it was opened. If that fails, it stays open to the end of the process.
+            let _ = unsafe { sys::cuIpcCloseMemHandle(*address).result() };
+            *address = 0;
+        }
+    }
+
+    /// Frees this one's, which nobody has open.
+    fn free(self) {
+        for address in self.of_ranks[self.rank.rank].into_iter().filter(|&address| address != 0) {
+            // SAFETY: it was allocated so. If that fails, it is left to the end of the process.
+            let _ = unsafe { result::free_sync(address) };
+        }
+    }
 }
 
-/// Opens another rank's memory.
-fn open(addresses: &mut [u64; 3], handles: &[Vec<u8>]) -> Result<()> {
-    for (address, bytes) in addresses.iter_mut().zip(handles) {
-        let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
-        handle.reserved.iter_mut().zip(bytes).for_each(|(to, &byte)| *to = byte as _);
-        let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
-        // SAFETY: a handle of another process, or what the driver refuses; an address is written.
-        unsafe { sys::cuIpcOpenMemHandle_v2(address, handle, flags).result()? };
-    }
-    Ok(())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Closes the memory of other ranks, where it was opened.
-fn close(cuda: &CudaStream, rank: Rank, reached: &[[u64; 3]]) -> Result<()> {
-    cuda.context().bind_to_thread()?;
-    let others = reached.iter().enumerate().filter(|&(other, _)| other != rank.rank);
-    for address in others.flat_map(|(_, addresses)| addresses).filter(|&&address| address != 0) {
-        // SAFETY: it was opened, and nothing was launched that uses it.
-        unsafe { sys::cuIpcCloseMemHandle(*address).result()? };
+    #[test]
+    fn rows_are_normed_where_blocks_have_whole_warps() {
+        for hidden in [1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 16384] {
+            assert!(has_whole_warps(hidden), "{hidden}");
+        }
+        for hidden in [64, 576, 896, 960, 2880, 3200, 4608, 11008] {
+            assert!(!has_whole_warps(hidden), "{hidden}");
+        }
     }
-    Ok(())
+
+    #[test]
+    fn rows_have_room_in_what_all_ranks_write() {
+        assert_eq!(
+            [(1, 4096), (3, 4096), (2, 12), (2, 0)].map(|(ranks, hidden)| most_rows(ranks, hidden)),
+            [0; 4]
+        );
+        assert_eq!(
+            [(2, 4096), (4, 8192), (8, 16384)].map(|(ranks, hidden)| most_rows(ranks, hidden)),
+            [256, 256, 84]
+        );
+    }
+
+    #[test]
+    fn ranks_are_processes_of_one_machine_with_the_same_gpus() {
+        let place =
+            |process| Place { machine: "a".into(), process, gpu: ("GPU".into(), 132), has_kernel: true };
+        let with = |change: fn(&mut Place)| {
+            let mut places = [place(1), place(2), place(3)];
+            change(&mut places[2]);
+            check_places(&places).map_err(|error| error.to_string())
+        };
+        assert_eq!(with(|_| ()), Ok(()));
+        let refused =
+            |change, problem: &str| assert_eq!(with(change).unwrap_err(), format!("rank 2 {problem}"));
+        refused(|place| place.has_kernel = false, "has no kernel of FlashInfer's");
+        refused(|place| place.machine = "b".into(), "is not known to be on the machine of rank 0");
+        refused(|place| place.process = 1, "has the process number of another rank");
+        refused(|place| place.gpu.1 = 114, "has another GPU than rank 0");
+    }
 }
