@@ -74,6 +74,8 @@ pub enum Backend {
     /// FlashAttention 2 on tensor cores, on compute capability 8.0 and newer.
     Fa2,
     /// FlashAttention 3, on compute capability 9.0 exactly (`_sm90` modules).
+    /// FlashInfer's kernels of prefill have a race, which was seen under
+    /// compute-sanitizer alone (`docs/attention.md`).
     Fa3,
 }
 
