@@ -33,7 +33,7 @@ def compiled(args, folder):
     ]  # fmt: skip
     flags = [
         "-std=c++17", "-O3", "-use_fast_math", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a",
-        "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC",
+        "--expt-relaxed-constexpr", "-w", "-Xcompiler", "-fPIC",
         *(f"-DFLASHINFER_ENABLE_{name}" for name in TYPES), *(f"-I{path}" for path in include),
     ]  # fmt: skip
     objects = [folder / f"{name}.o" for name in SOURCES]
