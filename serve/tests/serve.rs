@@ -119,6 +119,8 @@ fn a_first_signal_lets_requests_end_and_a_second_does_not() {
 fn a_signal_ends_a_server_that_still_loads() {
     for milliseconds in [0, 20, 100, 300, 600, 1000] {
         let Some(program) = Program::listening(&[]) else { return };
+        // It takes signals once it answers.
+        assert_eq!(client::send(program.address, "GET", "/health", &[], None).status, 200);
         thread::sleep(Duration::from_millis(milliseconds));
         program.signal("TERM");
         let begin = Instant::now();
