@@ -24,6 +24,12 @@ use crate::{Result, group::Group, model::shard::Rank};
 const VARIABLE: &str = "FLASHINFER_SUMS";
 const MODULE: &str = "trtllm_comm";
 const FUNCTION: &str = "trtllm_allreduce_fusion";
+/// What it says of itself, in FlashInfer 0.6.13 and 0.7.4.
+const SIGNATURE: &str = "trtllm_allreduce_fusion(0: DLTensor*, 1: int, 2: int, 3: int, 4: int, 5: DLTensor*, \
+    6: bool, 7: bool, 8: bool, 9: bool, 10: int, 11: Optional<DLTensor*>, 12: Optional<DLTensor*>, \
+    13: Optional<DLTensor*>, 14: Optional<DLTensor*>, 15: Optional<DLTensor*>, 16: Optional<DLTensor*>, \
+    17: Optional<DLTensor*>, 18: Optional<float>, 19: Optional<DLTensor*>, 20: Optional<int>, \
+    21: Optional<int>, 22: Optional<float>) -> void";
 /// Numbers of ranks that there are kernels for, and up to how many MiB FlashInfer's Python has each rank write
 /// all of its rows to all others (`_should_use_oneshot`: twice those of all ranks).
 const SIZES: [(usize, usize); 3] = [(2, 512), (4, 64), (8, 42)];
@@ -250,7 +256,20 @@ fn kernel(cuda: &CudaStream, ranks: usize, most_rows: usize) -> Result<Function>
     if !CAPABILITIES.contains(&major) {
         return Err(format!("FlashInfer has no kernel for compute capability {major}.{minor}").into());
     }
-    Ok(FlashInferRuntime::get()?.module(&ModuleName::new(MODULE))?.function(FUNCTION)?)
+    function()
+}
+
+/// The function, if it takes what it is called with here.
+fn function() -> Result<Function> {
+    let module = FlashInferRuntime::get()?.module(&ModuleName::new(MODULE))?;
+    // SAFETY: the function was made with TVM-FFI's headers, and refuses the call.
+    match unsafe { module.printed_signature(FUNCTION)? } {
+        Some(printed) if printed == SIGNATURE => Ok(module.function(FUNCTION)?),
+        printed => {
+            let printed = printed.unwrap_or_else(|| "nothing".to_owned());
+            Err(format!("{FUNCTION} says `{printed}` of itself; expected `{SIGNATURE}`").into())
+        }
+    }
 }
 
 /// Where a rank is, and whether it has the kernel.
@@ -396,6 +415,16 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_module_has_the_function() {
+        if let Err(error) =
+            FlashInferRuntime::get().and_then(|runtime| runtime.module(&ModuleName::new(MODULE)))
+        {
+            return test_support::say(&format!("skipped: {error}"));
+        }
+        function().unwrap();
+    }
 
     #[test]
     fn rows_are_normed_where_blocks_have_whole_warps() {
