@@ -101,9 +101,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     server.run(listener, load)?;
     // Whoever else has it still loads the model, or answers.
-    match Arc::into_inner(server) {
-        Some(server) => drop(server),
-        None => exit::at_once(0),
+    if Arc::into_inner(server).is_none() {
+        exit::at_once(0);
     }
     Ok(())
 }

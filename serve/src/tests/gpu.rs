@@ -1,10 +1,11 @@
 //! The model on the GPU says what it says on the CPU.
 
 use std::{
-    io::Write,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
+
+use test_support::say;
 
 mod architectures;
 mod deterministic;
@@ -34,9 +35,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// With it, whatever is missing fails the test.
 pub fn turn() -> Option<MutexGuard<'static, ()>> {
     if std::env::var_os("FLASHINFER_RS_RUN_GPU_TESTS").is_none_or(|value| value != "1") {
-        let name = std::thread::current().name().unwrap_or("test").to_owned();
-        let hint = "skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU to run it";
-        let _ = writeln!(std::io::stderr(), "{hint} ({name})");
+        say("skipped: set FLASHINFER_RS_RUN_GPU_TESTS=1 on a machine with an NVIDIA GPU to run it");
         return None;
     }
     Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))

@@ -23,6 +23,7 @@ use crate::{Result, group::Group, model::shard::Rank};
 
 mod communicators;
 mod fused_sums;
+mod neighbours;
 #[cfg(test)]
 mod tests;
 

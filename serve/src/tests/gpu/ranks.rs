@@ -10,8 +10,7 @@ use crate::{
 pub fn has_two() -> bool {
     let two = crate::backend::gpu::is_there(1);
     if !two {
-        let name = std::thread::current().name().unwrap_or("test").to_owned();
-        let _ = writeln!(std::io::stderr(), "skipped: this machine has one GPU, and two are wanted ({name})");
+        say("skipped: this machine has one GPU, and two are wanted");
     }
     two
 }

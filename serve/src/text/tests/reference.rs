@@ -18,10 +18,9 @@ const OTHERS: [&str; 2] = ["bert", "gemma4"];
 #[test]
 fn ids_are_those_of_llama_cpp() {
     let Some(folder) = env::var_os(FOLDER) else {
-        eprintln!(
-            "skipped: {FOLDER} names no folder of llama.cpp's vocabularies and ids (ids_are_those_of_llama_cpp)"
-        );
-        return;
+        return test_support::say(&format!(
+            "skipped: {FOLDER} names no folder of llama.cpp's vocabularies and ids"
+        ));
     };
     let files = fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
     let compared: usize =
