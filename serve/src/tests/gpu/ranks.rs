@@ -1,9 +1,14 @@
 //! Two GPUs say what one says.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use super::*;
 use crate::{
     backend::parallel::{Leader, follow},
-    group::tests::with_ranks,
+    group::{
+        Group,
+        tests::{with_ranks, with_two_processes},
+    },
 };
 
 /// Whether there are two; says so, if not.
@@ -23,20 +28,28 @@ fn with_two_gpus(
 ) {
     let store = Store::open(hub::store_config().unwrap()).unwrap();
     let path = store.locate(&hub::smollm2(), Fetch::Allowed).expect("the pinned model").path;
-    with_ranks(2, |group| {
-        let rank = group.rank();
-        let model = Model::open(&path).unwrap().divide(rank).unwrap();
-        let pool = pool();
-        let options = GpuOptions { ordinal: rank.rank, ..options };
-        let layers = model.layers();
-        let mut gpu =
-            Gpu::of_rank(&model.even_config(), model.ends().unwrap(), layers, &pool, options, Some(&group))
-                .unwrap();
-        match rank.rank {
-            0 => work(&mut Leader::new(gpu, group).unwrap(), &pool),
-            _ => follow(&mut gpu, &pool, &group).unwrap(),
-        }
-    });
+    with_ranks(2, |group| with_its_gpu(group, &path, options, &pool(), work));
+}
+
+/// Has a rank's GPU compute its part of a file, and gives rank 0's to `work`.
+fn with_its_gpu(
+    group: Arc<Group>,
+    path: &Path,
+    options: GpuOptions,
+    pool: &PageAllocator,
+    work: impl FnOnce(&mut dyn Backend, &PageAllocator),
+) {
+    let rank = group.rank();
+    let model = Model::open(path).unwrap().divide(rank).unwrap();
+    let options = GpuOptions { ordinal: rank.rank, ..options };
+    let layers = model.layers();
+    let mut gpu =
+        Gpu::of_rank(&model.even_config(), model.ends().unwrap(), layers, pool, options, Some(&group))
+            .unwrap();
+    match rank.rank {
+        0 => work(&mut Leader::new(gpu, group).unwrap(), pool),
+        _ => follow(&mut gpu, pool, &group).unwrap(),
+    }
 }
 
 #[test]
@@ -56,6 +69,99 @@ fn logits_on_two_gpus_are_those_of_the_cpu() {
             check_mixed_logits(&mut WithLogits(gpu), pool);
         });
     }
+}
+
+/// Requests of [`many_logits`], so many that cuBLASLt computes their products.
+const MANY: usize = 40;
+/// Tokens of each: a prompt, and what follows one by one.
+const PROMPT: usize = 3;
+const FOLLOWING: usize = 6;
+
+/// A model whose rows are as wide as FlashInfer's kernel norms them, on processes, between which it adds up, and with
+/// so many requests that their rows are normed with it, early in a graph.
+#[test]
+fn logits_of_two_processes_are_those_of_the_cpu() {
+    let Some(_turn) = turn() else { return };
+    if !has_two() {
+        return;
+    }
+    let test = "tests::gpu::ranks::logits_of_two_processes_are_those_of_the_cpu";
+    with_two_processes(test, &[&[], &[("FLASHINFER_SUMS", "nccl")]], |group| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = wide().write(&folder);
+        let pages = MANY * (PROMPT + FOLLOWING).div_ceil(4);
+        // One is for what a step is filled up with.
+        let pool = || PageAllocator::new(pages + 1, 4).unwrap();
+        with_its_gpu(group, &path, GpuOptions::new(MANY * PROMPT), &pool(), |gpu, gpu_pool| {
+            let (model, cpu_pool) = (Model::open(&path).unwrap(), pool());
+            let mut cpu = Cpu::new(&model.config, model.ends().unwrap(), model.layers(), &cpu_pool).unwrap();
+            let want = many_logits(&mut cpu, &cpu_pool);
+            // The second round replays the graphs of the first.
+            for round in 0..2 {
+                let got = many_logits(&mut WithLogits(gpu), gpu_pool);
+                let name = format!("round {round}");
+                check_rows(&name, &got, &want, model.config.vocab_size, LOGITS_BOUND);
+            }
+        });
+    });
+}
+
+/// A model of three layers and four heads of 64, of random weights.
+fn wide() -> Tiny {
+    let mut tiny = Tiny::new();
+    tiny.metadata.extend([
+        ("llama.block_count", Value::U32(3)),
+        ("llama.embedding_length", Value::U32(256)),
+        ("llama.feed_forward_length", Value::U32(512)),
+        ("llama.attention.head_count", Value::U32(4)),
+        ("llama.attention.head_count_kv", Value::U32(2)),
+    ]);
+    let of_layer = [
+        ("attn_norm", vec![256]),
+        ("attn_q", vec![256, 256]),
+        ("attn_k", vec![128, 256]),
+        ("attn_v", vec![128, 256]),
+        ("attn_output", vec![256, 256]),
+        ("ffn_norm", vec![256]),
+        ("ffn_gate", vec![512, 256]),
+        ("ffn_up", vec![512, 256]),
+        ("ffn_down", vec![256, 512]),
+    ];
+    let layers = (0..3).flat_map(|layer| {
+        of_layer.iter().map(move |(name, shape)| (format!("blk.{layer}.{name}.weight"), shape.clone()))
+    });
+    let ends =
+        [("token_embd.weight".to_owned(), vec![512, 256]), ("output_norm.weight".to_owned(), vec![256])];
+    tiny.tensors = layers.chain(ends).collect();
+    tiny.value = |name, shape, at| {
+        let mut hasher = DefaultHasher::new();
+        (name, at).hash(&mut hasher);
+        let unit = hasher.finish() as f32 / u64::MAX as f32 * 2.0 - 1.0;
+        match *shape {
+            [_, columns] => unit * (3.0 / columns as f32).sqrt(),
+            _ => 1.0 + unit / 4.0,
+        }
+    };
+    tiny
+}
+
+/// The logits after each request's tokens: a prompt of its own, then single ones.
+fn many_logits(engine: &mut dyn Backend, pool: &PageAllocator) -> Vec<f32> {
+    let mut batch = Batch::new(pool);
+    (0..MANY).for_each(|_| batch.push(Sequence::new(pool)).unwrap());
+    let vocab = engine.vocab_size();
+    let mut all = Vec::new();
+    for step in 0..=FOLLOWING {
+        let len = if step == 0 { PROMPT } else { 1 };
+        batch.append([len; MANY]).unwrap();
+        let tokens: Vec<_> =
+            (0..MANY * len).map(|at| ((31 * at * at + 17 * step + at) % vocab) as u32).collect();
+        let outputs: Vec<_> = (1..=MANY).map(|request| Output::greedy(request * len - 1)).collect();
+        let tokens = StepToken::known(&tokens);
+        engine.step(&Step { batch: &batch, tokens: &tokens, outputs: &outputs }).unwrap();
+        all.extend(engine.logits().unwrap());
+    }
+    all
 }
 
 /// Asks for log-probabilities, as ranks tell each other no logits that nobody looks at.

@@ -24,9 +24,9 @@ const ROWS: usize = 8;
 const WIDTH: usize = 4096;
 const REPLAYS: usize = 20;
 
-/// A kernel that lets the next one begin and writes later, and the sum of what it writes on both GPUs, as they are
-/// and in a graph. Until it is written, it is no number. Ranks are processes, as NCCL may have other kernels for threads,
-/// and graphs are its own work, or go with other work.
+/// A kernel that lets the next one begin and writes later, and the sum of what it writes on both GPUs, added to a
+/// residual and normed, too, as they are and in a graph. Until it is written, it is no number. Ranks are processes, as
+/// NCCL may have other kernels for threads, and graphs are its own work, or go with other work.
 #[test]
 fn sums_wait_for_what_they_add_up() {
     let Some(_turn) = turn() else { return };
@@ -129,8 +129,7 @@ fn check_sums(group: Arc<Group>) {
     let shape = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
     let mut out = ranks.zeros(dtype, &[ROWS, WIDTH]).unwrap();
     assert!(matches!(out, HalfTensor::Registered(_)), "GPUs do not reach each other's memory");
-    let run = |out: &mut HalfTensor| -> Result<()> {
-        let mut out = out.view_mut();
+    let write_late = |out: &mut TensorMut<'_>| -> Result<()> {
         let mut address = out.data_ptr();
         let (mut count, mut number) = ((ROWS * WIDTH) as u32, f16::from_f32((rank + 1) as f32).to_bits());
         let mut arguments =
@@ -140,22 +139,49 @@ fn check_sums(group: Arc<Group>) {
         unsafe {
             let bytes = ROWS * WIDTH * dtype.size();
             result::memset_d8_async(address as u64, 0xff, bytes, cuda.cu_stream())?;
-            programmatic::launch(&cuda, &late, shape, &mut arguments)?;
+            programmatic::launch(&cuda, &late, shape, &mut arguments)
         }
+    };
+    // How many numbers are not what they should be.
+    let wrong = |out: &HalfTensor, expected: f64, bound: f64| {
+        cuda.synchronize().unwrap();
+        // What is no number is wrong.
+        out.to_f64().into_iter().filter(|x| !((x - expected).abs() <= bound)).count()
+    };
+
+    let run = |out: &mut HalfTensor| {
+        let mut out = out.view_mut();
+        write_late(&mut out)?;
         ranks.all_reduce(&mut out)
     };
     run(&mut out).unwrap();
-    assert_eq!(wrong_sums(&cuda, &out), 0, "not in a graph");
+    assert_eq!(wrong(&out, 3.0, 0.0), 0, "not in a graph");
     // SAFETY: all that it works on outlives it.
     let step = unsafe { graph::capture(&stream, || run(&mut out)) }.unwrap();
     for replay in 0..REPLAYS {
         step.launch(&()).unwrap();
-        assert_eq!(wrong_sums(&cuda, &out), 0, "in replay {replay}");
+        assert_eq!(wrong(&out, 3.0, 0.0), 0, "in replay {replay}");
     }
-}
 
-/// How many numbers are not what two ranks add up to.
-fn wrong_sums(cuda: &CudaStream, out: &HalfTensor) -> usize {
-    cuda.synchronize().unwrap();
-    out.to_f64().into_iter().filter(|&sum| sum != 3.0).count()
+    let mut residual = HalfTensor::zeros(&stream, dtype, &[ROWS, WIDTH]).unwrap();
+    let weight = HalfTensor::rounded(&stream, dtype, &[WIDTH], &[2.0; WIDTH]).unwrap();
+    let options = NormOptions::with_eps(1e-5);
+    let run = |out: &mut HalfTensor, residual: &mut HalfTensor| {
+        let (mut out, mut residual) = (out.view_mut(), residual.view_mut());
+        write_late(&mut out)?;
+        // SAFETY: the fill in front of the late kernel begins when all before it is over.
+        unsafe { ranks.all_reduce_add_norm(&mut out, &mut residual, &weight.view(), &options, true) }
+    };
+    let check = |out: &HalfTensor, residual: &HalfTensor, time: usize| {
+        assert_eq!(wrong(residual, 3.0 * time as f64, 0.0), 0, "residual, time {time}");
+        assert_eq!(wrong(out, 2.0, 2e-3), 0, "norm, time {time}");
+    };
+    run(&mut out, &mut residual).unwrap();
+    check(&out, &residual, 1);
+    // SAFETY: as above.
+    let step = unsafe { graph::capture(&stream, || run(&mut out, &mut residual)) }.unwrap();
+    for replay in 0..REPLAYS {
+        step.launch(&()).unwrap();
+        check(&out, &residual, replay + 2);
+    }
 }
