@@ -191,7 +191,7 @@ impl CapturedStep {
         self.graph.stream()
     }
 
-    /// Kernels, copies, fills and whatever else the graph does, of others too: all nodes but empty ones.
+    /// Kernels, copies and fills in the graph, of others too.
     pub fn nodes(&self) -> usize {
         self.nodes
     }

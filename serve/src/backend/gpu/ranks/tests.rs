@@ -135,7 +135,7 @@ fn check_sums(group: Arc<Group>) {
         let mut arguments =
             [from_mut(&mut address).cast(), from_mut(&mut count).cast(), from_mut(&mut number).cast()];
         // SAFETY: so many numbers of two bytes are there, and these are what the kernel takes. It waits for
-        // what is before it, and behind it is a sum, which is held back.
+        // what is before it, and behind it is a sum, which waits or is held back.
         unsafe {
             let bytes = ROWS * WIDTH * dtype.size();
             result::memset_d8_async(address as u64, 0xff, bytes, cuda.cu_stream())?;
@@ -145,8 +145,9 @@ fn check_sums(group: Arc<Group>) {
     // How many numbers are not what they should be.
     let wrong = |out: &HalfTensor, expected: f64, bound: f64| {
         cuda.synchronize().unwrap();
-        // What is no number is wrong.
-        out.to_f64().into_iter().filter(|x| !((x - expected).abs() <= bound)).count()
+        let numbers = out.to_f64();
+        let right = numbers.iter().filter(|&x| (x - expected).abs() <= bound);
+        numbers.len() - right.count()
     };
 
     let run = |out: &mut HalfTensor| {
@@ -178,7 +179,7 @@ fn check_sums(group: Arc<Group>) {
     };
     run(&mut out, &mut residual).unwrap();
     check(&out, &residual, 1);
-    // SAFETY: as above.
+    // SAFETY: all that it works on outlives it.
     let step = unsafe { graph::capture(&stream, || run(&mut out, &mut residual)) }.unwrap();
     for replay in 0..REPLAYS {
         step.launch(&()).unwrap();
