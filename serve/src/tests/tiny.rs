@@ -10,39 +10,62 @@ pub struct Tiny {
     pub value: fn(&str, &[usize], usize) -> f32,
 }
 
+/// In what small files differ. Heads are 64 wide, and as many as a row has room for.
+pub struct Sizes {
+    pub layers: usize,
+    pub vocab: usize,
+    pub hidden: usize,
+    pub inner: usize,
+    pub kv_heads: usize,
+}
+
 impl Tiny {
-    /// A model of one layer and one head of 64. Elements are a function of their
-    /// place, twice that in an output head. What divides frequencies counts from 1.
+    /// A model of one layer and one head of 64.
     pub fn new() -> Self {
-        let metadata = [
+        Self::sized(Sizes { layers: 1, vocab: 32, hidden: 64, inner: 96, kv_heads: 1 })
+    }
+
+    /// A model of these sizes. Elements are a function of their place, twice that in an output
+    /// head. What divides frequencies counts from 1.
+    pub fn sized(Sizes { layers, vocab, hidden, inner, kv_heads }: Sizes) -> Self {
+        let (heads, kv) = (hidden / 64, 64 * kv_heads);
+        let mut metadata = BTreeMap::from([
             ("general.architecture", Value::String("llama".into())),
-            ("llama.block_count", Value::U32(1)),
+            ("llama.block_count", Value::U32(layers as u32)),
             ("llama.context_length", Value::U32(64)),
-            ("llama.embedding_length", Value::U32(64)),
-            ("llama.feed_forward_length", Value::U32(96)),
-            ("llama.attention.head_count", Value::U32(1)),
+            ("llama.embedding_length", Value::U32(hidden as u32)),
+            ("llama.feed_forward_length", Value::U32(inner as u32)),
+            ("llama.attention.head_count", Value::U32(heads as u32)),
             ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ]);
+        if kv_heads != heads {
+            metadata.insert("llama.attention.head_count_kv", Value::U32(kv_heads as u32));
+        }
+        let of_layer = [
+            ("attn_norm", vec![hidden]),
+            ("attn_q", vec![hidden, hidden]),
+            ("attn_k", vec![kv, hidden]),
+            ("attn_v", vec![kv, hidden]),
+            ("attn_output", vec![hidden, hidden]),
+            ("ffn_norm", vec![hidden]),
+            ("ffn_gate", vec![inner, hidden]),
+            ("ffn_up", vec![inner, hidden]),
+            ("ffn_down", vec![hidden, inner]),
         ];
-        let tensors = [
-            ("token_embd.weight", vec![32, 64]),
-            ("output_norm.weight", vec![64]),
-            ("blk.0.attn_norm.weight", vec![64]),
-            ("blk.0.attn_q.weight", vec![64, 64]),
-            ("blk.0.attn_k.weight", vec![64, 64]),
-            ("blk.0.attn_v.weight", vec![64, 64]),
-            ("blk.0.attn_output.weight", vec![64, 64]),
-            ("blk.0.ffn_norm.weight", vec![64]),
-            ("blk.0.ffn_gate.weight", vec![96, 64]),
-            ("blk.0.ffn_up.weight", vec![96, 64]),
-            ("blk.0.ffn_down.weight", vec![64, 96]),
-        ];
-        let tensors = tensors.map(|(name, shape)| (name.to_owned(), shape));
+        let mut tensors = BTreeMap::from([
+            ("token_embd.weight".to_owned(), vec![vocab, hidden]),
+            ("output_norm.weight".to_owned(), vec![hidden]),
+        ]);
+        for layer in 0..layers {
+            let named = |(name, shape): &(_, Vec<_>)| (format!("blk.{layer}.{name}.weight"), shape.clone());
+            tensors.extend(of_layer.iter().map(named));
+        }
         let value = |name: &str, _: &[usize], at: usize| match name {
             "rope_freqs.weight" => 1.0 + at as f32,
             "output.weight" => (at as f32 * 0.7).sin() * 0.5,
             _ => (at as f32 * 0.7).sin() * 0.25,
         };
-        Self { metadata: metadata.into(), tensors: tensors.into(), value }
+        Self { metadata, tensors, value }
     }
 
     /// The tokenizer that the metadata describes.

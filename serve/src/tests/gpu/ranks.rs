@@ -9,6 +9,7 @@ use crate::{
         Group,
         tests::{with_ranks, with_two_processes},
     },
+    tests::tiny::Sizes,
 };
 
 /// Whether there are two; says so, if not.
@@ -108,31 +109,7 @@ fn logits_of_two_processes_are_those_of_the_cpu() {
 
 /// A model of three layers and four heads of 64, of random weights.
 fn wide() -> Tiny {
-    let mut tiny = Tiny::new();
-    tiny.metadata.extend([
-        ("llama.block_count", Value::U32(3)),
-        ("llama.embedding_length", Value::U32(256)),
-        ("llama.feed_forward_length", Value::U32(512)),
-        ("llama.attention.head_count", Value::U32(4)),
-        ("llama.attention.head_count_kv", Value::U32(2)),
-    ]);
-    let of_layer = [
-        ("attn_norm", vec![256]),
-        ("attn_q", vec![256, 256]),
-        ("attn_k", vec![128, 256]),
-        ("attn_v", vec![128, 256]),
-        ("attn_output", vec![256, 256]),
-        ("ffn_norm", vec![256]),
-        ("ffn_gate", vec![512, 256]),
-        ("ffn_up", vec![512, 256]),
-        ("ffn_down", vec![256, 512]),
-    ];
-    let layers = (0..3).flat_map(|layer| {
-        of_layer.iter().map(move |(name, shape)| (format!("blk.{layer}.{name}.weight"), shape.clone()))
-    });
-    let ends =
-        [("token_embd.weight".to_owned(), vec![512, 256]), ("output_norm.weight".to_owned(), vec![256])];
-    tiny.tensors = layers.chain(ends).collect();
+    let mut tiny = Tiny::sized(Sizes { layers: 3, vocab: 512, hidden: 256, inner: 512, kv_heads: 2 });
     tiny.value = |name, shape, at| {
         let mut hasher = DefaultHasher::new();
         (name, at).hash(&mut hasher);
