@@ -139,18 +139,18 @@ impl CapturedStep {
         let ended = capture.end();
         let record = recording.finish()?;
         let (graph, nodes) = ended?;
-        if nodes != record.nodes && !unchecked {
+        if nodes.all != record.nodes && !unchecked {
             return Err(FlashInferError::invalid(
                 capture::OP,
                 "body",
                 format!(
-                    "{nodes} kernels, copies and fills were captured, of which {} are operations of this crate, \
+                    "{} kernels, copies and fills were captured, of which {} are operations of this crate, \
                      called in this thread; take the others out, or use capture_unchecked",
-                    record.nodes
+                    nodes.all, record.nodes
                 ),
             ));
         }
-        Ok(Self { graph, nodes, record, not_shared: PhantomData })
+        Ok(Self { graph, nodes: nodes.work, record, not_shared: PhantomData })
     }
 
     /// Enqueues the step. `plans` are the current ones of all plans whose runs were captured, in
@@ -191,7 +191,7 @@ impl CapturedStep {
         self.graph.stream()
     }
 
-    /// Kernels, copies and fills in the graph, of others too.
+    /// Kernels, copies, fills and whatever else the graph does, of others too: all nodes but empty ones.
     pub fn nodes(&self) -> usize {
         self.nodes
     }

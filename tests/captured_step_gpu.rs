@@ -327,8 +327,9 @@ fn all_kinds_of_plans() {
             for (kind, (out, direct)) in ["prefill", "mixed", "cascade"].iter().zip(outs.iter().zip(&direct))
             {
                 let [out, direct] = [out, direct].map(|tensor| tensor.to_vec().unwrap()[..rows].to_vec());
-                assert!(out.iter().any(|&number| number != f16::ZERO), "{kind}");
-                assert_same_bits(kind, &out, &direct);
+                let what = format!("{kind}, {backend:?}");
+                assert!(out.iter().any(|&number| number != f16::ZERO), "{what}");
+                assert_same_bits(&what, &out, &direct);
             }
         }
     }

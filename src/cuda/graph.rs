@@ -4,7 +4,7 @@ use std::ptr;
 
 use super::{
     runtime::CudaRuntime,
-    symbols::{CAPTURE_NONE, CAPTURE_THREAD_LOCAL, RawGraph},
+    symbols::{CAPTURE_NONE, CAPTURE_THREAD_LOCAL, EMPTY_NODE, RawGraph},
 };
 use crate::{
     capture,
@@ -31,12 +31,13 @@ impl Capture {
         Ok(capture)
     }
 
-    /// The graph, if it is that of this capture, and the number of its nodes.
-    pub(crate) fn end(mut self) -> Result<(Graph, usize)> {
+    /// The graph, if it is that of this capture, and how many nodes it has.
+    pub(crate) fn end(mut self) -> Result<(Graph, Nodes)> {
         let (runtime, stream) = (self.runtime, self.stream.clone());
+        let _device = runtime.on_device_of(&stream)?;
         let info = runtime.capture_info(&stream);
         let ended = self.end_now();
-        let ((id, nodes), graph) = (info?, ended?);
+        let ((id, _), graph) = (info?, ended?);
         if id != self.id {
             return Err(FlashInferError::invalid(
                 capture::OP,
@@ -44,6 +45,7 @@ impl Capture {
                 "it ended the capture, and began another",
             ));
         }
+        let nodes = graph.count()?;
         let mut exec = ptr::null_mut();
         // SAFETY: the graph was just captured; one handle is written.
         let code = unsafe { (runtime.symbols.graph_instantiate)(&mut exec, graph.0, 0) };
@@ -71,8 +73,35 @@ impl Drop for Capture {
     }
 }
 
+/// How many nodes a graph has.
+pub(crate) struct Nodes {
+    pub(crate) all: usize,
+    /// All but empty ones.
+    pub(crate) work: usize,
+}
+
 /// A graph that was not instantiated.
 struct Template(RawGraph, &'static CudaRuntime);
+
+impl Template {
+    fn count(&self) -> Result<Nodes> {
+        let Self(graph, runtime) = *self;
+        // SAFETY: the graph is alive.
+        let all = unsafe { runtime.count_nodes(graph)? };
+        let (mut nodes, mut written) = (vec![ptr::null_mut(); all], all);
+        // SAFETY: the graph is alive, and so many nodes are written.
+        let code = unsafe { (runtime.symbols.graph_get_nodes)(graph, nodes.as_mut_ptr(), &mut written) };
+        runtime.check("cudaGraphGetNodes", code)?;
+        let kinds = nodes.into_iter().map(|node| {
+            let mut kind = EMPTY_NODE;
+            // SAFETY: the node is the graph's; a number is written.
+            let code = unsafe { (runtime.symbols.graph_node_get_type)(node, &mut kind) };
+            runtime.check("cudaGraphNodeGetType", code).map(|()| kind)
+        });
+        let kinds = kinds.collect::<Result<Vec<_>>>()?;
+        Ok(Nodes { all, work: kinds.into_iter().filter(|&kind| kind != EMPTY_NODE).count() })
+    }
+}
 
 impl Drop for Template {
     fn drop(&mut self) {
@@ -119,8 +148,8 @@ impl Drop for Graph {
 }
 
 impl CudaRuntime {
-    /// The number of a stream's capture, and the nodes of its graph so far.
-    fn capture_info(&'static self, stream: &Stream) -> Result<(u64, usize)> {
+    /// The number of a stream's capture, and its graph, which is alive until the capture ends or breaks.
+    fn capture_info(&'static self, stream: &Stream) -> Result<(u64, RawGraph)> {
         let _device = self.on_device_of(stream)?;
         let (mut status, mut id, mut graph) = (CAPTURE_NONE, 0, ptr::null_mut());
         let nothing = ptr::null_mut;
@@ -147,16 +176,23 @@ impl CudaRuntime {
                  wait",
             ));
         }
+        Ok((id, graph))
+    }
+
+    /// # Safety
+    /// The graph must be alive.
+    unsafe fn count_nodes(&self, graph: RawGraph) -> Result<usize> {
         let mut nodes = 0;
-        // SAFETY: the graph is alive while the stream is captured; without an
-        // array, nodes are counted only.
+        // SAFETY: the graph is alive; without an array, nodes are counted only.
         let code = unsafe { (self.symbols.graph_get_nodes)(graph, ptr::null_mut(), &mut nodes) };
-        self.check("cudaGraphGetNodes", code)?;
-        Ok((id, nodes))
+        self.check("cudaGraphGetNodes", code).map(|()| nodes)
     }
 
     /// The nodes of the graph that a stream is being captured into.
     pub(crate) fn captured_nodes(&'static self, stream: &Stream) -> Result<usize> {
-        Ok(self.capture_info(stream)?.1)
+        let _device = self.on_device_of(stream)?;
+        let (_, graph) = self.capture_info(stream)?;
+        // SAFETY: the capture was unbroken just now, and no other thread ends it.
+        unsafe { self.count_nodes(graph) }
     }
 }

@@ -10,6 +10,7 @@ use crate::{
 pub(super) type CudaError = c_int;
 pub(super) type RawEvent = *mut c_void;
 pub(super) type RawGraph = *mut c_void;
+pub(super) type RawNode = *mut c_void;
 
 /// `cudaErrorNotReady`.
 pub(super) const NOT_READY: CudaError = 600;
@@ -24,6 +25,8 @@ pub(super) const MAX_PITCH: usize = i32::MAX as usize;
 pub(super) const EVENT_DISABLE_TIMING: c_uint = 2;
 /// `cudaStreamCaptureStatusNone`.
 pub(super) const CAPTURE_NONE: c_int = 0;
+/// `cudaGraphNodeTypeEmpty`.
+pub(super) const EMPTY_NODE: c_int = 5;
 /// `cudaStreamCaptureModeThreadLocal`: what would break the capture is refused in this thread only.
 pub(super) const CAPTURE_THREAD_LOCAL: c_int = 1;
 
@@ -68,7 +71,8 @@ cudart! {
     stream_get_capture_info = "cudaStreamGetCaptureInfo": fn(
         *mut c_void, *mut c_int, *mut u64, *mut RawGraph, *mut *const c_void, *mut *const c_void, *mut usize
     );
-    graph_get_nodes = "cudaGraphGetNodes": fn(RawGraph, *mut *mut c_void, *mut usize);
+    graph_get_nodes = "cudaGraphGetNodes": fn(RawGraph, *mut RawNode, *mut usize);
+    graph_node_get_type = "cudaGraphNodeGetType": fn(RawNode, *mut c_int);
     graph_instantiate = "cudaGraphInstantiate": fn(*mut RawGraph, RawGraph, u64);
     graph_launch = "cudaGraphLaunch": fn(RawGraph, *mut c_void);
     graph_destroy = "cudaGraphDestroy": fn(RawGraph);

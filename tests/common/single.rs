@@ -15,7 +15,7 @@ use half::f16;
 use super::{
     Gpu, Mirrored, Number, Rng, assert_same_bits,
     attention::capture,
-    prefill::{Case, CaseMask, DeviceKv, DeviceMask, Kv, Problem, available},
+    prefill::{Case, CaseMask, DeviceKv, DeviceMask, Kv, Masked, Problem, available},
 };
 
 /// What runs a case of [`Kind::Single`](super::prefill::Kind::Single).
@@ -217,9 +217,9 @@ pub fn graph_replay<T: Number>(cases: impl IntoIterator<Item = Case>) {
         let Some(single) = Single::of::<T, T>(&gpu, &case) else { return };
         let mut workspace = Workspace::new(&gpu.stream).unwrap();
         let mut captured = Problem::<T, T>::new(&gpu, rng, case.clone());
-        if case.kv_scales.is_some() {
-            // The kernel for scales is compiled at its first use, which a
-            // capture does not allow.
+        if case.kv_scales.is_some() || !matches!(case.masked, Masked::No) {
+            // The kernels for scales, and for queries that see no key, are compiled at their first use,
+            // which a capture does not allow.
             single.check(&gpu, &captured, &mut workspace);
         }
         let mut mask = DeviceMask::new(&gpu, &captured.mask, 0, 0);

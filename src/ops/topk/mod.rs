@@ -22,6 +22,9 @@
 //! `FLASHINFER_TOPK_ALGO`, which the module reads in every call, overrides that
 //! rule with `filtered` or `multi_cta`.
 //!
+//! Both have races between warps, which delays by compute-sanitizer bring out:
+//! `docs/soundness.md`, "Top-k selection", says which, and what follows.
+//!
 //! Upstream has selection by clusters of blocks, too (`fast_topk_clusters_*`),
 //! which its Python uses on compute capability 10.x. It is not offered:
 //! `docs/modules.md` says why.

@@ -58,8 +58,6 @@ impl Graphs {
 pub struct Graph {
     pub keys: Vec<ReplayKey>,
     pub step: CapturedStep,
-    /// Its kernels, copies and fills.
-    pub kernels: usize,
 }
 
 /// Which graph was launched.

@@ -96,7 +96,7 @@ impl Gpu {
         };
         let plans = attention.plan_decode(*lane, &lanes[*lane].tables.tables.pages, Some(1 << bucket))?;
         let time = graph::milliseconds(cuda, || Ok(graph.step.launch(plans.decode())?))?;
-        Ok((time, graph.kernels))
+        Ok((time, graph.step.nodes()))
     }
 
     /// The milliseconds that the sums over ranks take in a step of so many rows, in a graph of nothing

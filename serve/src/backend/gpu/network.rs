@@ -84,11 +84,6 @@ impl Network {
         self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.all_reduce(x))
     }
 
-    /// [`Ranks::empty_nodes`].
-    pub fn empty_nodes(&self) -> usize {
-        self.ranks.as_ref().map_or(0, Ranks::empty_nodes)
-    }
-
     /// The sums over ranks in a step: one of embeddings, and two in each layer.
     pub fn num_sums(&self) -> usize {
         1 + 2 * self.config.num_layers()

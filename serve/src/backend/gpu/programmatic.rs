@@ -1,6 +1,6 @@
 //! Launches that may begin before the kernel before them is over: programmatic dependent launch.
 
-use std::{ffi::c_void, mem, ptr, sync::Arc};
+use std::{ffi::c_void, mem, ptr, slice, sync::Arc};
 
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, sys};
 
@@ -58,23 +58,41 @@ pub unsafe fn launch(
 }
 
 /// Has what is enqueued next begin when all before it is over, even a kernel that is launched so and does
-/// not wait: as NCCL's for memory that several GPUs reach. Says how many nodes it put into the graph that is
-/// captured, if one is.
+/// not wait: as NCCL's for memory that several GPUs reach. Says whether the stream is being captured.
 ///
 /// A kernel begins early behind another kernel alone. So something else lies between them: in a graph an empty
 /// node, which is no work of its own, and elsewhere the writing of a byte.
 ///
 /// # Errors
 /// The capture is broken.
-pub fn hold_back(cuda: &Arc<CudaStream>, byte: &mut CudaSlice<u8>) -> Result<Option<usize>> {
-    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+pub fn hold_back(cuda: &Arc<CudaStream>, byte: &mut CudaSlice<u8>) -> Result<bool> {
+    let Some((graph, before)) = captured(cuda)? else {
+        cuda.memset_zeros(byte)?;
+        return Ok(false);
+    };
+    if before.is_empty() {
+        return Ok(true);
+    }
+    let mut node = ptr::null_mut();
+    let replace = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES as u32;
+    // SAFETY: the graph is the one that is captured, and the nodes are its own, as is the one that is added.
+    unsafe {
+        sys::cuGraphAddEmptyNode(&mut node, graph, before.as_ptr(), before.len()).result()?;
+        sys::cuStreamUpdateCaptureDependencies_v2(cuda.cu_stream(), &mut node, ptr::null(), 1, replace)
+            .result()?;
+    }
+    Ok(true)
+}
+
+/// The graph that a stream is captured into, if it is, and the nodes that what is enqueued next comes behind.
+fn captured(cuda: &CudaStream) -> Result<Option<(sys::CUgraph, Vec<sys::CUgraphNode>)>> {
+    use sys::CUstreamCaptureStatus as Status;
+    let mut status = Status::CU_STREAM_CAPTURE_STATUS_NONE;
     let (mut graph, mut before, mut edges, mut count) = (ptr::null_mut(), ptr::null(), ptr::null(), 0);
-    let stream = cuda.cu_stream();
-    // SAFETY: the stream is alive. What is asked for is written, and the arrays are the stream's until work
-    // is captured again.
+    // SAFETY: the stream is alive, and what is asked for is written.
     unsafe {
         sys::cuStreamGetCaptureInfo_v3(
-            stream,
+            cuda.cu_stream(),
             &mut status,
             ptr::null_mut(),
             &mut graph,
@@ -85,22 +103,56 @@ pub fn hold_back(cuda: &Arc<CudaStream>, byte: &mut CudaSlice<u8>) -> Result<Opt
         .result()?;
     }
     match status {
-        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => {
-            cuda.memset_zeros(byte)?;
-            return Ok(None);
-        }
-        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE => {}
-        broken => return Err(format!("the capture of the stream is broken: {broken:?}").into()),
+        Status::CU_STREAM_CAPTURE_STATUS_NONE => Ok(None),
+        Status::CU_STREAM_CAPTURE_STATUS_ACTIVE if count == 0 => Ok(Some((graph, Vec::new()))),
+        // SAFETY: so many nodes are there, until work is captured again.
+        Status::CU_STREAM_CAPTURE_STATUS_ACTIVE => unsafe {
+            Ok(Some((graph, slice::from_raw_parts(before, count).to_vec())))
+        },
+        broken => Err(format!("the capture of the stream is broken: {broken:?}").into()),
     }
-    if count == 0 {
-        return Ok(Some(0));
+}
+
+#[cfg(test)]
+mod tests {
+    use cudarc::driver::result;
+    use flashinfer_rs::{Stream, gpu::Tensor};
+
+    use super::*;
+    use crate::{
+        backend::{gpu::start, graph},
+        model::synthetic::Shape,
+        tests::gpu::turn,
+    };
+
+    /// Kernels of a graph are held back by an empty node, which is not counted among its work.
+    #[test]
+    fn an_empty_node_holds_back() {
+        let Some(_turn) = turn() else { return };
+        let cuda = start(&Shape::SmolLm2.config().unwrap(), 0).unwrap();
+        let mut byte = cuda.alloc_zeros(1).unwrap();
+        let numbers = Tensor::<u8>::zeros(&Stream::from(&cuda), &[16]).unwrap();
+        // SAFETY: so many bytes are there.
+        let fill =
+            || unsafe { result::memset_d8_async(numbers.view().data_ptr() as u64, 0, 16, cuda.cu_stream()) };
+        assert!(!hold_back(&cuda, &mut byte).unwrap());
+        let body = || {
+            assert!(hold_back(&cuda, &mut byte)?);
+            assert_eq!(captured(&cuda)?.unwrap().1, [], "there is nothing to wait for");
+            fill()?;
+            assert!(hold_back(&cuda, &mut byte)?);
+            let (_, before) = captured(&cuda)?.unwrap();
+            let [node] = before[..] else { panic!("{before:?}") };
+            let mut kind = sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL;
+            // SAFETY: the node is alive.
+            unsafe { sys::cuGraphNodeGetType(node, &mut kind).result()? };
+            assert_eq!(kind, sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY);
+            Ok(fill()?)
+        };
+        // SAFETY: the memory outlives the graph.
+        let step = unsafe { graph::capture(&Stream::from(&cuda), body) }.unwrap();
+        assert_eq!(step.nodes(), 2);
+        step.launch(&()).unwrap();
+        cuda.synchronize().unwrap();
     }
-    let mut node = ptr::null_mut();
-    let replace = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES as u32;
-    // SAFETY: the graph is the one that is captured, and the nodes are its own, as is the one that is added.
-    unsafe {
-        sys::cuGraphAddEmptyNode(&mut node, graph, before, count).result()?;
-        sys::cuStreamUpdateCaptureDependencies_v2(stream, &mut node, ptr::null(), 1, replace).result()?;
-    }
-    Ok(Some(1))
 }

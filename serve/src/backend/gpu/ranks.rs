@@ -1,11 +1,6 @@
 //! What ranks compute together on their GPUs: sums, by FlashInfer's kernel or NCCL's, and gathered numbers.
 
-use std::{
-    cell::{Cell, RefCell},
-    ffi::c_int,
-    rc::Rc,
-    sync::Arc,
-};
+use std::{cell::RefCell, ffi::c_int, rc::Rc, sync::Arc};
 
 use cudarc::driver::{CudaSlice, CudaStream};
 use flashinfer_rs::{
@@ -38,8 +33,6 @@ pub struct Ranks {
     cuda: Arc<CudaStream>,
     /// What is written to [hold back](programmatic::hold_back) sums.
     byte: RefCell<CudaSlice<u8>>,
-    /// Nodes that this put into graphs for that.
-    empty_nodes: Cell<usize>,
     fused: Option<FusedSums>,
 }
 
@@ -60,7 +53,6 @@ impl Ranks {
             rank,
             cuda: cuda.clone(),
             byte,
-            empty_nodes: Cell::new(0),
             fused: fused.flatten(),
         };
         ranks.connect()?;
@@ -172,19 +164,13 @@ impl Ranks {
         Ok(total.to_vec()?[0])
     }
 
-    /// The nodes that are no work, and that this has put into graphs so far.
-    pub fn empty_nodes(&self) -> usize {
-        self.empty_nodes.get()
-    }
-
     /// The communicator of what is enqueued next. NCCL's kernels for memory that all ranks reach do not wait
     /// for what is before them: so they are held back, and those that are in no graph, too, in case that a version
     /// of NCCL, or a variable of its, has them for any memory.
     fn next(&self) -> Result<Communicator> {
-        let nodes = programmatic::hold_back(&self.cuda, &mut self.byte.borrow_mut())?;
-        let Communicators { captured: of_graphs, direct, .. } = *self.communicators;
-        self.empty_nodes.set(self.empty_nodes.get() + nodes.unwrap_or(0));
-        Ok(if nodes.is_some() { of_graphs } else { direct })
+        let is_captured = programmatic::hold_back(&self.cuda, &mut self.byte.borrow_mut())?;
+        let Communicators { captured, direct, .. } = *self.communicators;
+        Ok(if is_captured { captured } else { direct })
     }
 
     /// NCCL's number of a tensor's type.

@@ -181,12 +181,10 @@ impl Gpu {
             *breakdown = Some(unsafe { Breakdown::of(cuda, &mut run)? });
         }
         if let Some(keys) = keys {
-            let empty_before = network.empty_nodes();
             // SAFETY: what is not the crate's works on weights, buffers, outputs, tokens and samplers of
             // lanes, and communicators of `self`, which are dropped, or replaced, after the graphs.
             let step = unsafe { graph::capture(&network.stream, run)? };
-            let kernels = step.nodes() - (network.empty_nodes() - empty_before);
-            let place = captured.push(Graph { keys, step, kernels });
+            let place = captured.push(Graph { keys, step });
             self.launched = Some(Launched { bucket, sampled, place });
         }
         Ok(())

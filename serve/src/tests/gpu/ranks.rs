@@ -12,13 +12,14 @@ use crate::{
     tests::tiny::Sizes,
 };
 
-/// Whether there are two; says so, if not.
-pub fn has_two() -> bool {
-    let two = crate::backend::gpu::is_there(1);
-    if !two {
+/// The [turn] of two GPUs; `None`, said on stderr, if there is one.
+pub fn turn_of_two() -> Option<MutexGuard<'static, ()>> {
+    let turn = turn()?;
+    let has_two = crate::backend::gpu::is_there(1);
+    if !has_two {
         say("skipped: this machine has one GPU, and two are wanted");
     }
-    two
+    has_two.then_some(turn)
 }
 
 /// Has two GPUs compute the pinned model, and gives rank 0's to `work`.
@@ -55,21 +56,17 @@ fn with_its_gpu(
 
 #[test]
 fn two_gpus_give_the_known_ids() {
-    let Some(_turn) = turn() else { return };
-    if has_two() {
-        with_two_gpus(GpuOptions::new(64), || PageAllocator::new(8, 16).unwrap(), check_known_ids);
-    }
+    let Some(_turn) = turn_of_two() else { return };
+    with_two_gpus(GpuOptions::new(64), || PageAllocator::new(8, 16).unwrap(), check_known_ids);
 }
 
 /// Ids are not compared here: each rank rounds its part of a sum, and tokens may be nearly as likely.
 #[test]
 fn logits_on_two_gpus_are_those_of_the_cpu() {
-    let Some(_turn) = turn() else { return };
-    if has_two() {
-        with_two_gpus(GpuOptions::new(MIXED_STEP), mixed_pool, |gpu, pool| {
-            check_mixed_logits(&mut WithLogits(gpu), pool);
-        });
-    }
+    let Some(_turn) = turn_of_two() else { return };
+    with_two_gpus(GpuOptions::new(MIXED_STEP), mixed_pool, |gpu, pool| {
+        check_mixed_logits(&mut WithLogits(gpu), pool);
+    });
 }
 
 /// Requests of [`many_logits`], so many that cuBLASLt computes their products.
@@ -82,10 +79,7 @@ const FOLLOWING: usize = 6;
 /// so many requests that their rows are normed with it, early in a graph.
 #[test]
 fn logits_of_two_processes_are_those_of_the_cpu() {
-    let Some(_turn) = turn() else { return };
-    if !has_two() {
-        return;
-    }
+    let Some(_turn) = turn_of_two() else { return };
     let test = "tests::gpu::ranks::logits_of_two_processes_are_those_of_the_cpu";
     with_two_processes(test, &[&[], &[("FLASHINFER_SUMS", "nccl")]], |group| {
         let folder = tempfile::tempdir().unwrap();
@@ -165,15 +159,13 @@ impl Backend for WithLogits<'_> {
 
 #[test]
 fn two_gpus_capture_graphs_early() {
-    let Some(_turn) = turn() else { return };
-    if has_two() {
-        with_two_gpus(
-            GpuOptions::new(64),
-            || PageAllocator::new(32, 16).unwrap(),
-            |gpu, pool| {
-                assert_eq!(capture_graphs(gpu, pool, 8192, 6, Duration::from_secs(600)).unwrap(), 6);
-                check_known_ids(gpu, pool);
-            },
-        );
-    }
+    let Some(_turn) = turn_of_two() else { return };
+    with_two_gpus(
+        GpuOptions::new(64),
+        || PageAllocator::new(32, 16).unwrap(),
+        |gpu, pool| {
+            assert_eq!(capture_graphs(gpu, pool, 8192, 6, Duration::from_secs(600)).unwrap(), 6);
+            check_known_ids(gpu, pool);
+        },
+    );
 }
