@@ -167,7 +167,8 @@ pub(crate) fn check_softmax(
 /// As [`softmax`]; also when a row needs more blocks than the GPU runs at once,
 /// or parts of it fill their shared memory, so that none is left to add them up:
 /// on an H200, where rows of `f32` have 57465 to 57592 elements, or twice, three
-/// times, … as many.
+/// times, … as many. [`Unsupported`](FlashInferError::Unsupported): a row needs several blocks, on compute capability 12.x
+/// with a module before 0.7, where they may wait for each other forever.
 pub fn top_k_renorm_probs(
     workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
@@ -196,7 +197,8 @@ pub(super) fn top_k_renorm_of(
 /// smallest kept, so does everything).
 ///
 /// # Errors
-/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once.
+/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once, and
+/// [`Unsupported`](FlashInferError::Unsupported) as there.
 pub fn top_k_mask_logits(
     workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
@@ -224,7 +226,10 @@ fn radix(
     let runtime = FlashInferRuntime::get()?;
     check_row_bytes(&check, name, input, row_states.max_row_bytes())?;
     let (shared, size) = (row_states.shared_bytes(), input.dtype.size() as i64);
-    let [_, part] = parts(vocab, size, shared);
+    let [blocks, part] = parts(vocab, size, shared);
+    if blocks > 1 {
+        row_states.check_sharing(function, input)?;
+    }
     if HISTOGRAM_BYTES + part * size + sum_bytes > shared {
         return check.fail(
             name,

@@ -182,8 +182,9 @@ pub fn can_implement_filtered_topk(stream: &Stream) -> Result<bool> {
 /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
 /// launched: a device, stream, dtype, shape, stride or alignment does not fit,
 /// an option is not for that `k`, an output has more than 2³² elements, or rows are too
-/// long. Else what the module or CUDA said; `operation not supported` where
-/// `options` ask for *filtered* on a GPU that cannot implement it.
+/// long. [`Unsupported`](FlashInferError::Unsupported): blocks would share rows, on compute capability 12.x with a
+/// module before 0.7, where they may wait for each other forever. Else what the module or CUDA said; `operation not
+/// supported` where `options` ask for *filtered* on a GPU that cannot implement it.
 pub fn radix_topk(
     row_states: &mut RowStates,
     values: &mut TensorMut<'_>,
@@ -198,6 +199,7 @@ pub fn radix_topk(
     if indices.numel() == 0 {
         return Ok(());
     }
+    check_sharing(&RADIX_TOPK, options, row_states, input)?;
     let deterministic = is_deterministic(options, row_states, input);
     let states = row_states.as_bytes()?;
     let kernel = RadixTopk {
@@ -281,6 +283,7 @@ pub fn radix_topk_page_table_transform(
         None => src_page_table.narrow(0, 0, input.shape()[0] as usize)?,
         Some(_) => *src_page_table,
     };
+    check_sharing(&PAGE_TABLE_TRANSFORM, options, row_states, input)?;
     let deterministic = is_deterministic(options, row_states, input);
     if deterministic && !options.asks_for_filtered() {
         // Places are selected, written to the output, and looked up from there.
@@ -337,6 +340,7 @@ pub fn radix_topk_ragged_transform(
         return Ok(());
     }
     let (lengths, row_starts) = (rows.lengths()?, rows.row_starts()?);
+    check_sharing(&RAGGED_TRANSFORM, options, row_states, input)?;
     let deterministic = is_deterministic(options, row_states, input);
     let states = row_states.as_bytes()?;
     let kernel = RaggedTransform {
@@ -354,6 +358,19 @@ pub fn radix_topk_ragged_transform(
     // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
     // the launch before left the row states zero.
     unsafe { launch(stream, &RAGGED_TRANSFORM, &kernel) }
+}
+
+/// Refuses rows that *radix* is to select from where it may never end.
+fn check_sharing(
+    function: &FixedFunction,
+    options: &TopKOptions,
+    row_states: &RowStates,
+    input: &RawTensor,
+) -> Result<()> {
+    match options.asks_for_filtered() || !row_states.are_shared(input) {
+        true => Ok(()),
+        false => row_states.check_sharing(function, input),
+    }
 }
 
 /// Whether a selection has to be deterministic: if it is to be, or if *radix*

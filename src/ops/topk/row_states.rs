@@ -1,9 +1,10 @@
 //! Scratch memory through which blocks that share a row find each other.
 
 use crate::{
+    artifacts::FlashInferVersion,
     cuda::{DeviceAttribute, DeviceBuffer},
-    error::Result,
-    ops::check::Check,
+    error::{FlashInferError, Result},
+    ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::RawTensor,
@@ -24,6 +25,7 @@ pub struct RowStates {
     multiprocessors: i32,
     /// The most that a block can have.
     shared_bytes: i64,
+    compute_capability: (i32, i32),
 }
 
 impl RowStates {
@@ -48,8 +50,9 @@ impl RowStates {
         let attribute = |attribute| cuda.attribute(stream.ordinal(), attribute);
         let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)?;
         let shared_bytes = attribute(DeviceAttribute::MaxSharedMemoryPerBlockOptin)?.into();
+        let compute_capability = cuda.compute_capability(stream.ordinal())?;
         let memory = DeviceBuffer::zeroed(cuda, stream, Self::bytes(multiprocessors))?;
-        Ok(Self { memory, multiprocessors, shared_bytes })
+        Ok(Self { memory, multiprocessors, shared_bytes, compute_capability })
     }
 
     /// Rows share nothing unless they take two blocks or more; as many rows are
@@ -78,10 +81,41 @@ impl RowStates {
     /// another. Then *radix* does not wait for all warps of a block where it
     /// should, unless it is deterministic.
     pub(super) fn has_races(&self, scores: &RawTensor) -> bool {
-        let (rows, len) = (scores.shape()[0], scores.shape()[1]);
-        let row_bytes = len.saturating_mul(scores.dtype.size() as i64);
-        let at_once = Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes);
-        at_once < i64::from(self.multiprocessors) || rows > at_once
+        self.are_shared(scores) || scores.shape()[0] > self.at_once(scores)
+    }
+
+    /// Whether blocks share one of these rows of scores.
+    pub(super) fn are_shared(&self, scores: &RawTensor) -> bool {
+        self.at_once(scores) < i64::from(self.multiprocessors)
+    }
+
+    fn at_once(&self, scores: &RawTensor) -> i64 {
+        let row_bytes = scores.shape()[1].saturating_mul(scores.dtype.size() as i64);
+        Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes)
+    }
+
+    /// Refuses rows that blocks share where these [may wait forever](may_wait_forever).
+    pub(crate) fn check_sharing(&self, function: &FixedFunction, scores: &RawTensor) -> Result<()> {
+        if !may_wait_forever(self.compute_capability, None) {
+            return Ok(());
+        }
+        let version = function.version(FlashInferRuntime::get()?)?;
+        if !may_wait_forever(self.compute_capability, version) {
+            return Ok(());
+        }
+        let ((major, minor), len) = (self.compute_capability, scores.shape()[1]);
+        Err(FlashInferError::Unsupported {
+            what: format!(
+                "{} of rows of {len} elements on compute capability {major}.{minor}: blocks share such a row, and \
+                 before FlashInfer 0.7 they may wait for each other forever there",
+                function.name()
+            ),
+            available: format!(
+                "take a wheel of FlashInfer 0.7, rows of fewer elements ({} bytes), or sampling::sample, which filters \
+                 as it draws",
+                self.shared_bytes - Self::RESERVED_SHARED_BYTES
+            ),
+        })
     }
 
     /// No more rows than are worked on at once: for each, there are
@@ -102,6 +136,12 @@ impl std::fmt::Debug for RowStates {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "RowStates({} bytes, {:?})", self.memory.len(), self.stream())
     }
+}
+
+/// Whether blocks that share a row may wait for each other forever. Before 0.7 the first one that is done sets their
+/// counter to zero, which others may still wait for: seen with 12.x (issue 3610 of FlashInfer's).
+fn may_wait_forever((major, _): (i32, i32), version: Option<FlashInferVersion>) -> bool {
+    major == 12 && version.is_none_or(|version| version < FlashInferVersion::new(0, 7, 0))
 }
 
 /// A row of scores fits the shared memory of a GPU, where blocks share it: else
@@ -138,6 +178,19 @@ mod tests {
         assert_eq!([216_065, 432_128, 432_129, 1_024_000].map(rows_at_once), [66, 66, 44, 26]);
         // However little a GPU has, nothing divides by zero.
         assert_eq!(RowStates::rows_at_once(0, 0, i64::MAX), 0);
+    }
+
+    #[test]
+    fn blocks_do_not_wait_forever_elsewhere() {
+        let version = |minor, patch| Some(FlashInferVersion::new(0, minor, patch));
+        for capability in [(12, 0), (12, 1)] {
+            let may = [None, version(6, 13), version(7, 0), version(7, 4)]
+                .map(|version| may_wait_forever(capability, version));
+            assert_eq!(may, [true, true, false, false], "{capability:?}");
+        }
+        for capability in [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0)] {
+            assert!(!may_wait_forever(capability, version(6, 13)), "{capability:?}");
+        }
     }
 
     /// Of 0.6.13 and of 0.7.1 and later, whose states have other sizes. On every GPU
