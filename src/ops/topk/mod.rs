@@ -181,10 +181,12 @@ pub fn can_implement_filtered_topk(stream: &Stream) -> Result<bool> {
 /// # Errors
 /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
 /// launched: a device, stream, dtype, shape, stride or alignment does not fit,
-/// an option is not for that `k`, an output has more than 2³² elements, or rows are too
-/// long. [`Unsupported`](FlashInferError::Unsupported): blocks would share rows, on compute capability 12.x with a
-/// module before 0.7, where they may wait for each other forever. Else what the module or CUDA said; `operation not
-/// supported` where `options` ask for *filtered* on a GPU that cannot implement it.
+/// an option is not for that `k`, an output has more than 2³² elements, or rows
+/// are too long. [`Unsupported`](FlashInferError::Unsupported): blocks would share
+/// rows where they may wait for each other forever, on GPUs of 16 multiprocessors
+/// or fewer, and on compute capability 12.x with a module before 0.7. Else what
+/// the module or CUDA said; `operation not supported` where `options` ask for
+/// *filtered* on a GPU that cannot implement it.
 pub fn radix_topk(
     row_states: &mut RowStates,
     values: &mut TensorMut<'_>,

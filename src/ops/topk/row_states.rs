@@ -10,6 +10,9 @@ use crate::{
     tensor::RawTensor,
 };
 
+/// So few multiprocessors as upstream trusts no more, since 0.7.4.
+const FEW_MULTIPROCESSORS: i32 = 16;
+
 /// Scratch memory of radix top-k: counters through which the blocks that share
 /// a row find each other.
 ///
@@ -94,25 +97,20 @@ impl RowStates {
         Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes)
     }
 
-    /// Refuses rows that blocks share where these [may wait forever](may_wait_forever).
+    /// Refuses rows that blocks share where these [may never end](may_never_end).
     pub(crate) fn check_sharing(&self, function: &FixedFunction, scores: &RawTensor) -> Result<()> {
-        if !may_wait_forever(self.compute_capability, None) {
+        let may_never_end = |version| may_never_end(self.compute_capability, self.multiprocessors, version);
+        if may_never_end(None).is_none() {
             return Ok(());
         }
-        let version = function.version(FlashInferRuntime::get()?)?;
-        if !may_wait_forever(self.compute_capability, version) {
-            return Ok(());
-        }
-        let ((major, minor), len) = (self.compute_capability, scores.shape()[1]);
+        let Some(place) = may_never_end(function.version(FlashInferRuntime::get()?)?) else { return Ok(()) };
+        let (name, len) = (function.name(), scores.shape()[1]);
         Err(FlashInferError::Unsupported {
             what: format!(
-                "{} of rows of {len} elements on compute capability {major}.{minor}: blocks share such a row, and \
-                 before FlashInfer 0.7 they may wait for each other forever there",
-                function.name()
+                "{name} of rows of {len} elements: blocks share such a row, and may wait for each other forever {place}"
             ),
             available: format!(
-                "take a wheel of FlashInfer 0.7, rows of fewer elements ({} bytes), or sampling::sample, which filters \
-                 as it draws",
+                "take shorter rows (of {} bytes), or sampling::sample, which filters as it draws",
                 self.shared_bytes - Self::RESERVED_SHARED_BYTES
             ),
         })
@@ -138,10 +136,19 @@ impl std::fmt::Debug for RowStates {
     }
 }
 
-/// Whether blocks that share a row may wait for each other forever. Before 0.7 the first one that is done sets their
-/// counter to zero, which others may still wait for: seen with 12.x (issue 3610 of FlashInfer's).
-fn may_wait_forever((major, _): (i32, i32), version: Option<FlashInferVersion>) -> bool {
-    major == 12 && version.is_none_or(|version| version < FlashInferVersion::new(0, 7, 0))
+/// Where blocks that share a row may wait for each other forever, if they may. Before 0.7 the first one that is done sets
+/// their counter to zero, which others may still wait for: seen with 12.x. And few multiprocessors may not have room for
+/// all that wait. (Issues 3610 and 4544 of FlashInfer's.)
+fn may_never_end(
+    (major, _): (i32, i32),
+    multiprocessors: i32,
+    version: Option<FlashInferVersion>,
+) -> Option<&'static str> {
+    if multiprocessors <= FEW_MULTIPROCESSORS {
+        return Some("on a GPU of so few multiprocessors (16 or fewer)");
+    }
+    let is_old = version.is_none_or(|version| version < FlashInferVersion::new(0, 7, 0));
+    (major == 12 && is_old).then_some("on compute capability 12.x before FlashInfer 0.7")
 }
 
 /// A row of scores fits the shared memory of a GPU, where blocks share it: else
@@ -181,15 +188,20 @@ mod tests {
     }
 
     #[test]
-    fn blocks_do_not_wait_forever_elsewhere() {
+    fn blocks_are_refused_where_they_may_never_end() {
         let version = |minor, patch| Some(FlashInferVersion::new(0, minor, patch));
+        let versions = [None, version(6, 13), version(7, 0), version(7, 4)];
+        let refused = |capability, multiprocessors| {
+            versions.map(|version| may_never_end(capability, multiprocessors, version).is_some())
+        };
         for capability in [(12, 0), (12, 1)] {
-            let may = [None, version(6, 13), version(7, 0), version(7, 4)]
-                .map(|version| may_wait_forever(capability, version));
-            assert_eq!(may, [true, true, false, false], "{capability:?}");
+            assert_eq!(refused(capability, 170), [true, true, false, false], "{capability:?}");
         }
         for capability in [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0)] {
-            assert!(!may_wait_forever(capability, version(6, 13)), "{capability:?}");
+            assert_eq!(refused(capability, 17), [false; 4], "{capability:?}");
+        }
+        for capability in [(8, 6), (8, 7), (12, 0)] {
+            assert_eq!(refused(capability, 16), [true; 4], "{capability:?}");
         }
     }
 
