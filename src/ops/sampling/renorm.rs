@@ -167,7 +167,7 @@ pub(crate) fn check_softmax(
 /// As [`softmax`]; also when a row needs more blocks than the GPU runs at once,
 /// or parts of it fill their shared memory, so that none is left to add them up:
 /// on an H200, where rows of `f32` have 57465 to 57592 elements, or twice, three
-/// times, … as many. [`Unsupported`](FlashInferError::Unsupported): a row needs several
+/// times, … as many. [`Unsupported`](crate::FlashInferError::Unsupported): a row needs several
 /// blocks where these may wait for each other forever, on GPUs of 16 multiprocessors
 /// or fewer, and on compute capability 12.x with a module before 0.7.
 pub fn top_k_renorm_probs(
@@ -199,7 +199,7 @@ pub(super) fn top_k_renorm_of(
 ///
 /// # Errors
 /// As [`softmax`]; also when a row needs more blocks than the GPU runs at once, and
-/// [`Unsupported`](FlashInferError::Unsupported) as there.
+/// [`Unsupported`](crate::FlashInferError::Unsupported) as there.
 pub fn top_k_mask_logits(
     workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
