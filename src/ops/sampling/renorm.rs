@@ -85,6 +85,11 @@ impl<'a> SoftmaxOptions<'a> {
 /// 0; a row of nothing else becomes NaN, as one with +∞ may. No rows are
 /// nothing to do.
 ///
+/// With modules of 0.6, all probabilities of a row may be off by one factor where
+/// its largest logit over the temperature is a large number: of up to 1.002 at
+/// 42000, and 2.7 at 3·10⁷. Rows whose largest logit is 0 are right
+/// (`docs/soundness.md`, "What a kernel itself gets wrong").
+///
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) before
 /// anything is launched: a device, stream, dtype, shape, stride or alignment
