@@ -169,12 +169,10 @@ pub(crate) fn check_softmax(
 /// keeps nothing. No rows are nothing to do.
 ///
 /// # Errors
-/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once,
-/// or parts of it fill their shared memory, so that none is left to add them up:
-/// on an H200, where rows of `f32` have 57465 to 57592 elements, or twice, three
-/// times, … as many. [`Unsupported`](crate::FlashInferError::Unsupported): a row needs several
-/// blocks where these may wait for each other forever, on GPUs of 16 multiprocessors
-/// or fewer, and on compute capability 12.x with a module before 0.7.
+/// As [`softmax`]; also when a row needs more blocks than can
+/// [share it](crate::topk#kernels), or parts of it fill their shared memory, so that
+/// none is left to add them up: on an H200, where rows of `f32` have 57465 to 57592
+/// elements, or twice, three times, … as many.
 pub fn top_k_renorm_probs(
     workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
@@ -203,8 +201,8 @@ pub(super) fn top_k_renorm_of(
 /// smallest kept, so does everything).
 ///
 /// # Errors
-/// As [`softmax`]; also when a row needs more blocks than the GPU runs at once, and
-/// [`Unsupported`](crate::FlashInferError::Unsupported) as there.
+/// As [`softmax`]; also when a row needs more blocks than can
+/// [share it](crate::topk#kernels).
 pub fn top_k_mask_logits(
     workspace: &mut SamplingWorkspace,
     out: &mut TensorMut<'_>,
@@ -230,12 +228,9 @@ fn radix(
         return Ok(());
     }
     let runtime = FlashInferRuntime::get()?;
-    check_row_bytes(&check, name, input, row_states.max_row_bytes())?;
+    check_row_bytes(&check, name, input, row_states.max_row_bytes(function)?)?;
     let (shared, size) = (row_states.shared_bytes(), input.dtype.size() as i64);
-    let [blocks, part] = parts(vocab, size, shared);
-    if blocks > 1 {
-        row_states.check_sharing(function, input)?;
-    }
+    let [_, part] = parts(vocab, size, shared);
     if HISTOGRAM_BYTES + part * size + sum_bytes > shared {
         return check.fail(
             name,

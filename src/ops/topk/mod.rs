@@ -22,7 +22,10 @@
 //! `FLASHINFER_TOPK_ALGO`, which the module reads in every call, overrides that
 //! rule with `filtered` or `multi_cta`.
 //!
-//! Both have races between warps, which delays by compute-sanitizer bring out:
+//! On GPUs of 16 multiprocessors or fewer, and on compute capability 12.x with a
+//! module before 0.7, those blocks may wait for each other forever: there a row
+//! must fit the shared memory of one block, unless *filtered* is asked for. Both
+//! kernels have races between warps, which delays by compute-sanitizer bring out:
 //! `docs/soundness.md`, "Top-k selection", says which, and what follows.
 //!
 //! Upstream has selection by clusters of blocks, too (`fast_topk_clusters_*`),
@@ -181,12 +184,9 @@ pub fn can_implement_filtered_topk(stream: &Stream) -> Result<bool> {
 /// # Errors
 /// [`InvalidArgument`](FlashInferError::InvalidArgument) before anything is
 /// launched: a device, stream, dtype, shape, stride or alignment does not fit,
-/// an option is not for that `k`, an output has more than 2³² elements, or rows
-/// are too long. [`Unsupported`](FlashInferError::Unsupported): blocks would share
-/// rows where they may wait for each other forever, on GPUs of 16 multiprocessors
-/// or fewer, and on compute capability 12.x with a module before 0.7. Else what
-/// the module or CUDA said; `operation not supported` where `options` ask for
-/// *filtered* on a GPU that cannot implement it.
+/// an option is not for that `k`, an output has more than 2³² elements, or rows are too
+/// long. Else what the module or CUDA said; `operation not supported` where
+/// `options` ask for *filtered* on a GPU that cannot implement it.
 pub fn radix_topk(
     row_states: &mut RowStates,
     values: &mut TensorMut<'_>,
@@ -197,11 +197,10 @@ pub fn radix_topk(
     let stream = &row_states.stream().clone();
     let check = Check::new(RADIX_TOPK.name(), stream)?;
     let (values, indices, input) = (&values.raw, &indices.raw, &input.raw);
-    let k = check_topk(&check, [values, indices, input], options, row_states.max_row_bytes())?;
+    let k = check_topk(&check, [values, indices, input], options, row_states.max_row_bytes(&RADIX_TOPK)?)?;
     if indices.numel() == 0 {
         return Ok(());
     }
-    check_sharing(&RADIX_TOPK, options, row_states, input)?;
     let deterministic = is_deterministic(options, row_states, input);
     let states = row_states.as_bytes()?;
     let kernel = RadixTopk {
@@ -273,7 +272,7 @@ pub fn radix_topk_page_table_transform(
     let check = Check::new(PAGE_TABLE_TRANSFORM.name(), stream)?;
     check.on_stream("rows", rows.stream())?;
     let (output, input) = (&output_page_table.raw, &input.raw);
-    let max_row_bytes = row_states.max_row_bytes();
+    let max_row_bytes = row_states.max_row_bytes(&PAGE_TABLE_TRANSFORM)?;
     let tensors = [output, input, &src_page_table.raw];
     let k = check_page_table_transform(&check, tensors, rows.host(), options, max_row_bytes)?;
     if output.numel() == 0 {
@@ -285,7 +284,6 @@ pub fn radix_topk_page_table_transform(
         None => src_page_table.narrow(0, 0, input.shape()[0] as usize)?,
         Some(_) => *src_page_table,
     };
-    check_sharing(&PAGE_TABLE_TRANSFORM, options, row_states, input)?;
     let deterministic = is_deterministic(options, row_states, input);
     if deterministic && !options.asks_for_filtered() {
         // Places are selected, written to the output, and looked up from there.
@@ -335,14 +333,13 @@ pub fn radix_topk_ragged_transform(
     let check = Check::new(RAGGED_TRANSFORM.name(), stream)?;
     check.on_stream("rows", rows.stream())?;
     let (output, input, offsets) = (&output_indices.raw, &input.raw, &offsets.raw);
-    let max_row_bytes = row_states.max_row_bytes();
+    let max_row_bytes = row_states.max_row_bytes(&RAGGED_TRANSFORM)?;
     let tensors = [output, input, offsets];
     let k = check_ragged_transform(&check, tensors, rows.host(), options, max_row_bytes)?;
     if output.numel() == 0 {
         return Ok(());
     }
     let (lengths, row_starts) = (rows.lengths()?, rows.row_starts()?);
-    check_sharing(&RAGGED_TRANSFORM, options, row_states, input)?;
     let deterministic = is_deterministic(options, row_states, input);
     let states = row_states.as_bytes()?;
     let kernel = RaggedTransform {
@@ -360,19 +357,6 @@ pub fn radix_topk_ragged_transform(
     // SAFETY: tensors, `k`, parts of rows and row states were checked above, and
     // the launch before left the row states zero.
     unsafe { launch(stream, &RAGGED_TRANSFORM, &kernel) }
-}
-
-/// Refuses rows that *radix* is to select from where it may never end.
-fn check_sharing(
-    function: &FixedFunction,
-    options: &TopKOptions,
-    row_states: &RowStates,
-    input: &RawTensor,
-) -> Result<()> {
-    match options.asks_for_filtered() || !row_states.are_shared(input) {
-        true => Ok(()),
-        false => row_states.check_sharing(function, input),
-    }
 }
 
 /// Whether a selection has to be deterministic: if it is to be, or if *radix*

@@ -3,14 +3,14 @@
 use crate::{
     artifacts::FlashInferVersion,
     cuda::{DeviceAttribute, DeviceBuffer},
-    error::{FlashInferError, Result},
+    error::Result,
     ops::{FixedFunction, check::Check},
     runtime::FlashInferRuntime,
     stream::Stream,
     tensor::RawTensor,
 };
 
-/// So few multiprocessors as upstream trusts no more, since 0.7.4.
+/// So few multiprocessors that blocks which share a row may not all run at once.
 const FEW_MULTIPROCESSORS: i32 = 16;
 
 /// Scratch memory of radix top-k: counters through which the blocks that share
@@ -75,45 +75,24 @@ impl RowStates {
         self.memory.as_bytes()
     }
 
-    /// The most bytes that a row of scores may have where blocks share it.
-    pub(crate) fn max_row_bytes(&self) -> i64 {
-        i64::from(self.multiprocessors) * (self.shared_bytes - Self::RESERVED_SHARED_BYTES)
+    /// The most bytes that a row of scores may have for a function: what all blocks that can share it hold, which is
+    /// one where several [may wait forever](may_wait_forever).
+    pub(crate) fn max_row_bytes(&self, function: &FixedFunction) -> Result<i64> {
+        let may_wait = |version| may_wait_forever(self.compute_capability, self.multiprocessors, version);
+        // The module is asked for its version only where that decides.
+        let alone = may_wait(None) && may_wait(function.version(FlashInferRuntime::get()?)?);
+        let blocks = if alone { 1 } else { self.multiprocessors };
+        Ok(i64::from(blocks) * (self.shared_bytes - Self::RESERVED_SHARED_BYTES))
     }
 
     /// Whether blocks share one of these rows of scores, or go on from one to
     /// another. Then *radix* does not wait for all warps of a block where it
     /// should, unless it is deterministic.
     pub(super) fn has_races(&self, scores: &RawTensor) -> bool {
-        self.are_shared(scores) || scores.shape()[0] > self.at_once(scores)
-    }
-
-    /// Whether blocks share one of these rows of scores.
-    pub(super) fn are_shared(&self, scores: &RawTensor) -> bool {
-        self.at_once(scores) < i64::from(self.multiprocessors)
-    }
-
-    fn at_once(&self, scores: &RawTensor) -> i64 {
-        let row_bytes = scores.shape()[1].saturating_mul(scores.dtype.size() as i64);
-        Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes)
-    }
-
-    /// Refuses rows that blocks share where these [may never end](may_never_end).
-    pub(crate) fn check_sharing(&self, function: &FixedFunction, scores: &RawTensor) -> Result<()> {
-        let may_never_end = |version| may_never_end(self.compute_capability, self.multiprocessors, version);
-        if may_never_end(None).is_none() {
-            return Ok(());
-        }
-        let Some(place) = may_never_end(function.version(FlashInferRuntime::get()?)?) else { return Ok(()) };
-        let (name, len) = (function.name(), scores.shape()[1]);
-        Err(FlashInferError::Unsupported {
-            what: format!(
-                "{name} of rows of {len} elements: blocks share such a row, and may wait for each other forever {place}"
-            ),
-            available: format!(
-                "take shorter rows (of {} bytes), or sampling::sample, which filters as it draws",
-                self.shared_bytes - Self::RESERVED_SHARED_BYTES
-            ),
-        })
+        let (rows, len) = (scores.shape()[0], scores.shape()[1]);
+        let row_bytes = len.saturating_mul(scores.dtype.size() as i64);
+        let at_once = Self::rows_at_once(self.multiprocessors, self.shared_bytes, row_bytes);
+        at_once < i64::from(self.multiprocessors) || rows > at_once
     }
 
     /// No more rows than are worked on at once: for each, there are
@@ -136,19 +115,16 @@ impl std::fmt::Debug for RowStates {
     }
 }
 
-/// Where blocks that share a row may wait for each other forever, if they may. Before 0.7 the first one that is done sets
-/// their counter to zero, which others may still wait for: seen with 12.x. And few multiprocessors may not have room for
-/// all that wait. (Issues 3610 and 4544 of FlashInfer's.)
-fn may_never_end(
+/// Whether blocks that share a row may wait for each other forever. Before FlashInfer 0.7 the first one that is done sets
+/// their counter to zero, which others may still wait for: seen with compute capability 12.x (its issue 3610). And with
+/// few multiprocessors they may not all run (issue 4544).
+fn may_wait_forever(
     (major, _): (i32, i32),
     multiprocessors: i32,
     version: Option<FlashInferVersion>,
-) -> Option<&'static str> {
-    if multiprocessors <= FEW_MULTIPROCESSORS {
-        return Some("on a GPU of so few multiprocessors (16 or fewer)");
-    }
+) -> bool {
     let is_old = version.is_none_or(|version| version < FlashInferVersion::new(0, 7, 0));
-    (major == 12 && is_old).then_some("on compute capability 12.x before FlashInfer 0.7")
+    multiprocessors <= FEW_MULTIPROCESSORS || major == 12 && is_old
 }
 
 /// A row of scores fits the shared memory of a GPU, where blocks share it: else
@@ -167,8 +143,9 @@ pub(crate) fn check_row_bytes(
     check.fail(
         argument,
         format!(
-            "rows of {len} elements are {bytes} bytes; the blocks of this GPU hold {max_row_bytes} at once; split \
-             them (radix_topk with a tie break needs no such memory)"
+            "rows of {len} elements are {bytes} bytes; the blocks that can share one on this GPU hold \
+             {max_row_bytes}; split them, or use sampling::sample, or radix_topk with a tie break, which need no \
+             such memory"
         ),
     )
 }
@@ -188,20 +165,20 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_refused_where_they_may_never_end() {
+    fn blocks_share_no_rows_where_they_may_wait_forever() {
         let version = |minor, patch| Some(FlashInferVersion::new(0, minor, patch));
         let versions = [None, version(6, 13), version(7, 0), version(7, 4)];
-        let refused = |capability, multiprocessors| {
-            versions.map(|version| may_never_end(capability, multiprocessors, version).is_some())
+        let may_wait = |capability, multiprocessors| {
+            versions.map(|version| may_wait_forever(capability, multiprocessors, version))
         };
         for capability in [(12, 0), (12, 1)] {
-            assert_eq!(refused(capability, 170), [true, true, false, false], "{capability:?}");
+            assert_eq!(may_wait(capability, 170), [true, true, false, false], "{capability:?}");
         }
         for capability in [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0)] {
-            assert_eq!(refused(capability, 17), [false; 4], "{capability:?}");
+            assert_eq!(may_wait(capability, 17), [false; 4], "{capability:?}");
         }
         for capability in [(8, 6), (8, 7), (12, 0)] {
-            assert_eq!(refused(capability, 16), [true; 4], "{capability:?}");
+            assert_eq!(may_wait(capability, 16), [true; 4], "{capability:?}");
         }
     }
 
