@@ -341,7 +341,7 @@ fn head_dimensions_of_no_published_module() {
     let test = "head_dimensions_of_no_published_module";
     let folder = tempfile::tempdir().unwrap();
     let wheel = folder.path().join("flashinfer_jit_cache-0.6.13+cu130.own-cp39-abi3-linux_x86_64.whl");
-    let spec = AttentionSpec::new(DType::F16, 96).with_backend(Backend::CudaCores);
+    let spec = AttentionSpec::new(DType::F16, 512).with_backend(Backend::CudaCores);
     let name = spec.decode_module().unwrap();
     if std::env::var(PART).is_err() {
         let library = folder.path().join("own.so");
@@ -365,16 +365,28 @@ fn head_dimensions_of_no_published_module() {
     assert_eq!((decode.module().name(), decode.backend()), (&name, Backend::CudaCores));
     let other = |head_dim| AttentionSpec::new(DType::F16, head_dim);
     for (result, nearest) in [
-        (BatchDecode::new(&stream, &other(80).with_backend(Backend::Fa2), heads).map(drop), "64"),
-        (BatchDecode::new(&stream, &other(112), heads).map(drop), "128"),
-        (BatchDecode::new(&stream, &spec.with_window_left(7), heads).map(drop), "128"),
-        (BatchAttention::new(&stream, &other(96), heads).map(drop), "128"),
+        (BatchDecode::new(&stream, &other(192).with_backend(Backend::Fa2), heads).map(drop), "256"),
+        (BatchDecode::new(&stream, &other(32), heads).map(drop), "64"),
+        (BatchDecode::new(&stream, &spec.with_window_left(7), heads).map(drop), "256"),
+        (BatchAttention::new(&stream, &other(512), heads).map(drop), "256"),
     ] {
         let error = result.unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, FlashInferError::Unsupported { .. }), "{text}");
         let there_is = format!("there are head dimensions 64, 128 and 256, of which {nearest} is nearest");
         assert!(text.contains(&there_is) && text.contains("FLASHINFER_RS_WHEELS"), "{text}");
+    }
+    // No wheel can have these.
+    for result in [
+        BatchDecode::new(&stream, &other(80).with_backend(Backend::Fa2), heads).map(drop),
+        BatchDecode::new(&stream, &other(112), heads).map(drop),
+        BatchDecode::new(&stream, &other(96).with_backend(Backend::CudaCores), heads).map(drop),
+        BatchAttention::new(&stream, &other(96), heads).map(drop),
+    ] {
+        let error = result.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, FlashInferError::Unsupported { .. }), "{text}");
+        assert!(text.contains("compute such heads as wider ones, whose last elements are zeros"), "{text}");
     }
     // Only Mla's own dimensions have kernels at all.
     let mut latent = MlaSpec::new(DType::F16, 1.0);

@@ -1,11 +1,11 @@
 //! Softmax and the filters that write matrices, against the CPU reference.
 
 use crate::common::{
-    Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, leave_cuda_error, refused,
+    Gpu, Mirrored, Number, Rng, assert_same_bits, attention::capture, is_0_7, leave_cuda_error, refused, say,
 };
 use crate::rows::{half as half_of, peaked, softmax_rows};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, Result, TensorMut, TensorRef,
+    DType, Device, FlashInferError, ModuleName, Result, TensorMut, TensorRef,
     gpu::TensorExt,
     reference::{self, Filter},
     sampling::*,
@@ -96,6 +96,36 @@ fn softmax_of_all_sizes() {
             }
         }
         logits.assert_untouched();
+    }
+}
+
+/// The likeliest tokens are the exact distribution's, off by no more than what `f32` rounds a row's largest
+/// quotient by: nothing where that is 0.
+#[test]
+fn softmax_at_low_temperatures() {
+    let Some(gpu) = Gpu::start() else { return };
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 129, 24577);
+    // One of each strategy.
+    for shape in [[16, 4096], [17, 4096], [8, 24577], [129, 24576]] {
+        for (temperature, peak) in
+            [1e-3f32, 1e-5].iter().flat_map(|&cold| [0.0f32, 42.0, -42.0, 300.0].map(|peak| (cold, peak)))
+        {
+            let quotients = (0..shape[0] * shape[1]).map(|_| rng.unit().abs() * 10.0);
+            let mut host: Vec<f32> = quotients.map(|down| peak - temperature * down as f32).collect();
+            host.chunks_mut(shape[1]).for_each(|row| row[rng.below(shape[1])] = peak);
+            let logits = Mirrored::new(&gpu, &shape, host);
+            let options = SoftmaxOptions::with_temperature(f64::from(temperature));
+            let out = run(&gpu, &logits, |out, logits| softmax(&mut workspace, out, logits, &options));
+            let want =
+                want(&logits, |out, logits| reference::softmax(out, logits, f64::from(temperature).into()));
+            let largest = (peak / temperature).abs();
+            let bound = f64::from(largest.next_up() - largest) + 1e-4;
+            for (at, (&x, want)) in out.download().iter().zip(&want).enumerate() {
+                let off = (f64::from(x) / want).ln().abs();
+                assert!(off <= bound, "{shape:?}, {peak}, {temperature}: {x} and not {want} at {at}");
+            }
+        }
     }
 }
 
@@ -390,6 +420,30 @@ fn top_k_renorm() {
     check::<f32>(&gpu, rng, &mut workspace);
     check::<f16>(&gpu, rng, &mut workspace);
     check::<bf16>(&gpu, rng, &mut workspace);
+}
+
+/// Rows that many blocks share have the same results each time, with kernels of 0.7; those of 0.6 add up in any order.
+#[test]
+fn top_k_renorms_repeat() {
+    let Some(gpu) = Gpu::start() else { return };
+    if !is_0_7(gpu.runtime.module(&ModuleName::SAMPLING).unwrap()) {
+        return say("skipped: kernels of 0.6 add up what blocks share in any order");
+    }
+    let rng = &mut Rng::new();
+    let mut workspace = workspace(&gpu, 1, 1);
+    for shape in [[40, 128256], [9, 256_000]] {
+        let probs = softmax_rows(&gpu, rng, shape, 1.5);
+        for top_k in [200, shape[1] as u32 - 1, shape[1] as u32] {
+            let mut renorm = || {
+                let op = |out: &mut TensorMut<'_>, probs: &TensorRef<'_>| {
+                    top_k_renorm_probs(&mut workspace, out, probs, top_k.into())
+                };
+                run(&gpu, &probs, op).download()
+            };
+            let first = renorm();
+            (0..30).for_each(|_| assert_same_bits("again", &renorm(), &first));
+        }
+    }
 }
 
 /// Logits are kept bit by bit, ties all or none.

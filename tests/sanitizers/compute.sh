@@ -3,8 +3,8 @@
 # tests/sanitizers/compute.sh TOOL PROGRAM [FILTER ...], as in
 # tests/sanitizers/compute.sh memcheck norm_gpu rmsnorm
 # TOOL is memcheck, racecheck or initcheck. Needs CUDA 13's compute-sanitizer and a GPU. Warps are much slower
-# under it: a test has TIME seconds (200), and LANES of them run at a time (one for each core). Calls that fail are
-# not reported, as tests ask for such.
+# under it: a test has TIME seconds (200), and LANES of them run at a time (one for each core). With LAUNCHES, only
+# as many of each test's launches are looked at. Calls that fail are not reported, as tests ask for such.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tool=$1
@@ -26,7 +26,7 @@ check() {
     # The shell says of what is killed that it was.
     {
         timeout -s KILL "${TIME:-200}" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            --report-api-errors no "$binary" --test-threads 1 --exact "$1" </dev/null >"$log" 2>&1 || status=$?
+            --launch-count "${LAUNCHES:-0}" --report-api-errors no "$binary" --test-threads 1 --exact "$1" </dev/null >"$log" 2>&1 || status=$?
     } 2>/dev/null
     if [ "$status" = 0 ]; then
         rm "$log"

@@ -191,7 +191,15 @@ impl AttentionSpec {
         if self.attention_sink {
             return unsupported("attention sinks on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
         }
-        self.check_16_bit_queries()
+        self.check_16_bit_queries()?;
+        // Threads add up a score by halves.
+        if !self.head_dim_qk.is_power_of_two() {
+            return unsupported(
+                format!("decode on CUDA cores with head dimension {}", self.head_dim_qk),
+                WIDER_HEADS,
+            );
+        }
+        Ok(())
     }
 
     fn check_on_tensor_cores(&self, fa3: bool) -> Result<()> {
@@ -205,7 +213,8 @@ impl AttentionSpec {
             );
         }
         if !fa3 {
-            return self.check_16_bit_queries();
+            self.check_16_bit_queries()?;
+            return self.check_pieces();
         }
         if self.dtype_q != self.dtype_kv {
             return unsupported(
@@ -232,6 +241,21 @@ impl AttentionSpec {
             return unsupported("FlashAttention 3 with encoded positions", "use Backend::Fa2");
         }
         Ok(())
+    }
+
+    /// FlashAttention 2 fetches rows in pieces of 128 bytes, or of 64 where all rows have as many, and leaves out
+    /// what is no whole piece (FlashInfer's 4299, 4976).
+    fn check_pieces(&self) -> Result<()> {
+        let dims = [self.head_dim_qk, self.head_dim_vo];
+        let are_multiples = |of| dims.iter().all(|dim| dim.is_multiple_of(of));
+        if are_multiples(128) || dims == [64; 2] || (self.dtype_kv.size() == 2 && are_multiples(64)) {
+            return Ok(());
+        }
+        let [qk, vo] = dims;
+        unsupported(
+            format!("FlashAttention 2 with head dimensions {qk} and {vo}, of {} keys", self.dtype_kv),
+            WIDER_HEADS,
+        )
     }
 
     fn check_16_bit_queries(&self) -> Result<()> {
@@ -280,6 +304,9 @@ impl AttentionSpec {
     }
 }
 
+/// What heads can be instead.
+const WIDER_HEADS: &str = "there are powers of two from 64 on, and with FlashAttention 2 other multiples of 64, for 8-bit keys \
+    and values of 128; compute such heads as wider ones, whose last elements are zeros";
 /// With a smaller cap, hidden keys would count.
 const MIN_SOFT_CAP: f32 = 1e-3;
 /// What names of batch kernels have after the element types.
@@ -376,6 +403,42 @@ mod tests {
             "a wheel of FlashInfer 0.6.13",
         ] {
             assert!(gone.contains(part), "{gone}");
+        }
+    }
+
+    /// Heads that kernels would read in part, or beyond their memory.
+    #[test]
+    fn head_dimensions_of_no_kernel_are_refused() {
+        for head_dim in [0, 48, 80, 96, 112, 160, 192] {
+            let spec = AttentionSpec::new(DType::F16, head_dim);
+            assert!(spec.decode_module().is_err() && spec.single_decode_module(OLD).is_err(), "{head_dim}");
+        }
+        for head_dim in [64, 128, 256, 512] {
+            assert!(
+                AttentionSpec::new(DType::BF16, head_dim).with_kv_dtype(DType::E5M2).decode_module().is_ok()
+            );
+        }
+        for (dims, wide, narrow) in [
+            ([64, 64], true, true),
+            ([128, 128], true, true),
+            ([256, 128], true, true),
+            ([512, 512], true, true),
+            ([192, 128], true, false),
+            ([192, 192], true, false),
+            ([128, 64], true, false),
+            ([64, 128], true, false),
+            ([80, 80], false, false),
+            ([96, 96], false, false),
+            ([128, 96], false, false),
+            ([16, 64], false, false),
+        ] {
+            let spec = AttentionSpec::new(DType::F16, dims[0]).with_head_dim_vo(dims[1]);
+            for (spec, fits) in [(spec, wide), (spec.with_kv_dtype(DType::E4M3), narrow)] {
+                assert_eq!(spec.prefill_module(OLD, false).is_ok(), fits, "{spec:?}");
+                assert_eq!(spec.single_prefill_module(OLD, false).is_ok(), fits, "{spec:?}");
+                let mixed = fits && dims[0] == dims[1];
+                assert_eq!(spec.batch_attention_module(OLD).is_ok(), mixed, "{spec:?}");
+            }
         }
     }
 

@@ -37,6 +37,8 @@ const MOST_ROWS: usize = 256;
 /// Blocks that a row may be divided among, and how many threads each has at least then.
 const DIVISIONS: [usize; 4] = [1, 2, 4, 8];
 const LEAST_THREADS: usize = 128;
+/// Threads that a block can have.
+const MOST_THREADS: usize = 1024;
 /// Numbers of a row that a thread takes at once.
 const VECTOR: usize = 8;
 /// Flags of each rank.
@@ -218,11 +220,17 @@ fn left_to_nccl<T>(error: &crate::Error) -> Option<T> {
 fn most_rows(ranks: usize, hidden: usize) -> usize {
     let size = SIZES.into_iter().find(|&(size, _)| size == ranks);
     match size {
-        Some((_, most)) if hidden > 0 && hidden.is_multiple_of(VECTOR) => {
+        Some((_, most)) if hidden > 0 && hidden.is_multiple_of(VECTOR) && fits_blocks(hidden) => {
             MOST_ROWS.min((most << 20) / (4 * ranks * hidden))
         }
         _ => 0,
     }
+}
+
+/// Whether a row can be divided so that blocks have threads for it; else the launcher fails.
+fn fits_blocks(hidden: usize) -> bool {
+    let threads = hidden / VECTOR;
+    DIVISIONS.into_iter().any(|blocks| threads.is_multiple_of(blocks) && threads / blocks <= MOST_THREADS)
 }
 
 /// Whether no block has a part of a warp, however a row is divided.
@@ -286,12 +294,14 @@ mod tests {
     #[test]
     fn rows_have_room_in_what_all_ranks_write() {
         assert_eq!(
-            [(1, 4096), (3, 4096), (2, 12), (2, 0)].map(|(ranks, hidden)| most_rows(ranks, hidden)),
-            [0; 4]
+            [(1, 4096), (3, 4096), (2, 12), (2, 0), (2, 8200), (4, 16400)]
+                .map(|(ranks, hidden)| most_rows(ranks, hidden)),
+            [0; 6]
         );
         assert_eq!(
-            [(2, 4096), (4, 8192), (8, 16384)].map(|(ranks, hidden)| most_rows(ranks, hidden)),
-            [256, 256, 84]
+            [(2, 4096), (4, 8192), (8, 16384), (2, 8192 + 16)]
+                .map(|(ranks, hidden)| most_rows(ranks, hidden)),
+            [256, 256, 84, 256]
         );
     }
 }
