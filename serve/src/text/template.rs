@@ -1,7 +1,7 @@
 //! Chat templates: programs in Jinja that write a chat as a model was trained to read it,
 //! run as transformers runs them.
 
-use std::error::Error as _;
+use std::{error::Error as _, io};
 
 use jiff::{Zoned, fmt::strtime};
 use minijinja::{Environment, Error, ErrorKind, State, Value, context};
@@ -12,6 +12,8 @@ use crate::Result;
 
 /// The most steps of a template, so that each ends.
 const STEPS: u64 = 20_000_000;
+/// The most bytes that a template writes.
+const BYTES: usize = 64 << 20;
 const NAME: &str = "chat template";
 
 /// A compiled template.
@@ -28,6 +30,23 @@ impl std::fmt::Display for Raised {
 }
 
 impl std::error::Error for Raised {}
+
+/// What a template has written.
+#[derive(Default)]
+struct Written(Vec<u8>);
+
+impl io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > BYTES - self.0.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 impl Template {
     /// # Errors
@@ -55,7 +74,7 @@ impl Template {
     /// What the template writes.
     ///
     /// # Errors
-    /// What the template raises, in its words, and what goes wrong in it, with the line.
+    /// What the template raises, in its words, and what goes wrong in it, with the line; it writes more than 64 MiB.
     pub fn render(
         &self,
         variables: &serde_json::Map<String, serde_json::Value>,
@@ -72,7 +91,9 @@ impl Template {
             ..Value::from_serialize(variables)
         };
         let template = self.0.get_template(NAME).map_err(|error| problem(&error))?;
-        template.render(context).map_err(|error| problem(&error).into())
+        let mut written = Written::default();
+        template.render_captured_to(context, &mut written).map_err(|error| problem(&error))?;
+        Ok(String::from_utf8(written.0)?)
     }
 }
 
@@ -84,6 +105,9 @@ fn problem(error: &Error) -> String {
             return format!("the model's chat template does not take these messages: {message}");
         }
         source = inner.source();
+    }
+    if error.kind() == ErrorKind::WriteFailure {
+        return format!("the model's chat template writes more than {} MiB", BYTES >> 20);
     }
     let line = error.line().map_or_else(String::new, |line| format!(" in line {line}"));
     let detail = error

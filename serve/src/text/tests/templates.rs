@@ -162,6 +162,8 @@ fn what_a_template_does_not_take_is_said() {
     let endless =
         render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", &user);
     assert!(endless.unwrap_err().contains("fuel"));
+    let long = render("{% for a in range(99999) %}{{ 'abcdefgh' * 99999 }}{% endfor %}", &user);
+    assert_eq!(long.unwrap_err(), "the model's chat template writes more than 64 MiB");
     // One that is no template is a warning, as text can still be continued.
     let file = File::byte_level(&[]).with("chat_template", Value::String("{% if %}".into()));
     let text = file.text().unwrap();
