@@ -55,7 +55,7 @@
 //! slow. On CUDA, which needs the feature `candle-cuda`, they are `f16` or
 //! `bf16`; FlashInfer publishes modules with head dimensions 64, 128 and 256,
 //! some of them without window or soft cap, and none with ALiBi. Where there is
-//! no module, the error names the one that was looked for. A module of one's
+//! no module, the error says so, with what there is. A module of one's
 //! own (see [`PosEncodingMode::Alibi`]) makes ALiBi work where no query sees a
 //! key after its position; with other windows FlashInfer's formula is another
 //! one, and that is an error too. So is a `softmax_scale` below 0.001, with which

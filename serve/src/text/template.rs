@@ -12,7 +12,7 @@ use crate::Result;
 
 /// The most steps of a template, so that each ends.
 const STEPS: u64 = 20_000_000;
-/// The most bytes that a template writes.
+/// The most bytes that a template hands out.
 const BYTES: usize = 64 << 20;
 const NAME: &str = "chat template";
 
@@ -104,10 +104,10 @@ fn problem(error: &Error) -> String {
         if let Some(Raised(message)) = inner.downcast_ref() {
             return format!("the model's chat template does not take these messages: {message}");
         }
+        if inner.downcast_ref().map(io::Error::kind) == Some(io::ErrorKind::FileTooLarge) {
+            return format!("the model's chat template writes more than {} MiB", BYTES >> 20);
+        }
         source = inner.source();
-    }
-    if error.kind() == ErrorKind::WriteFailure {
-        return format!("the model's chat template writes more than {} MiB", BYTES >> 20);
     }
     let line = error.line().map_or_else(String::new, |line| format!(" in line {line}"));
     let detail = error

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use super::spec::{AttentionSpec, Backend, PosEncodingMode};
+use super::{
+    published::shown,
+    spec::{AttentionSpec, Backend, PosEncodingMode},
+};
 use crate::{
     artifacts::FlashInferVersion,
     dtype::DType,
@@ -49,8 +52,8 @@ impl AttentionSpec {
     /// versions.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist, because its
-    /// head dimensions differ, or a dtype or option is out of range.
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or be right, because its
+    /// head dimensions differ or are not 64, 128, 256 or 512, or a dtype or option is out of range.
     pub fn decode_module(&self) -> Result<ModuleName> {
         self.check_on_cuda_cores()?;
         Ok(ModuleName::new(format!("batch_decode_with_kv_cache_{}", self.combination(INDEXED))))
@@ -70,7 +73,8 @@ impl AttentionSpec {
     /// The module of batch prefill with FlashAttention 2, or 3 (`fa3`).
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist.
+    /// [`FlashInferError::Unsupported`]: no such module can exist, or be right with
+    /// its [head dimensions](AttentionSpec::head_dim_qk).
     pub fn prefill_module(&self, version: FlashInferVersion, fa3: bool) -> Result<ModuleName> {
         self.check_on_tensor_cores(fa3)?;
         let suffix = if fa3 { "_sm90" } else { "" };
@@ -89,8 +93,7 @@ impl AttentionSpec {
     /// The module of prefill of one request with FlashAttention 2, or 3 (`fa3`).
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist; from 0.6.18 on
-    /// there is none.
+    /// As [`prefill_module`](Self::prefill_module); from 0.6.18 on there is none.
     pub fn single_prefill_module(&self, version: FlashInferVersion, fa3: bool) -> Result<ModuleName> {
         self.check_on_tensor_cores(fa3)?;
         if self.attention_sink {
@@ -108,7 +111,7 @@ impl AttentionSpec {
     /// The module of attention of mixed batches.
     ///
     /// # Errors
-    /// [`FlashInferError::Unsupported`]: no such module can exist. There is
+    /// As [`prefill_module`](Self::prefill_module). There is
     /// none with a sliding window, and its kernels read keys and values with
     /// the same strides, so their head dimensions must be equal.
     pub fn batch_attention_module(&self, version: FlashInferVersion) -> Result<ModuleName> {
@@ -192,14 +195,7 @@ impl AttentionSpec {
             return unsupported("attention sinks on CUDA cores", "there are Backend::Fa2 and Backend::Fa3");
         }
         self.check_16_bit_queries()?;
-        // Threads add up a score by halves.
-        if !self.head_dim_qk.is_power_of_two() {
-            return unsupported(
-                format!("decode on CUDA cores with head dimension {}", self.head_dim_qk),
-                WIDER_HEADS,
-            );
-        }
-        Ok(())
+        self.check_head_dims("decode on CUDA cores", WIDTHS.contains(&self.head_dim_qk))
     }
 
     fn check_on_tensor_cores(&self, fa3: bool) -> Result<()> {
@@ -243,18 +239,25 @@ impl AttentionSpec {
         Ok(())
     }
 
-    /// FlashAttention 2 fetches rows in pieces of 128 bytes, or of 64 where all rows have as many, and leaves out
+    /// FlashAttention 2 fetches rows in pieces of 128 bytes, or of 64 where values have no more, and leaves out
     /// what is no whole piece (FlashInfer's 4299, 4976).
     fn check_pieces(&self) -> Result<()> {
         let dims = [self.head_dim_qk, self.head_dim_vo];
-        let are_multiples = |of| dims.iter().all(|dim| dim.is_multiple_of(of));
-        if are_multiples(128) || dims == [64; 2] || (self.dtype_kv.size() == 2 && are_multiples(64)) {
+        let are_multiples = |of| dims.iter().all(|dim| *dim > 0 && dim.is_multiple_of(of));
+        let whole = are_multiples(128) || dims == [64; 2] || (self.dtype_kv.size() == 2 && are_multiples(64));
+        self.check_head_dims("FlashAttention 2", whole && WIDTHS.contains(&self.head_dim_vo))
+    }
+
+    fn check_head_dims(&self, kernels: &str, fit: bool) -> Result<()> {
+        if fit {
             return Ok(());
         }
-        let [qk, vo] = dims;
+        let dims = shown((self.head_dim_qk, self.head_dim_vo));
         unsupported(
-            format!("FlashAttention 2 with head dimensions {qk} and {vo}, of {} keys", self.dtype_kv),
-            WIDER_HEADS,
+            format!("{kernels} of {} keys with head dimension {dims}", self.dtype_kv),
+            "FlashInfer's wheels have 64, 128 and 256; kernels are right for these and 512, and FlashAttention 2 for \
+             queries and keys of other multiples of 64 (of 128 where keys have 8 bits); compute other heads as wider \
+             ones, whose last elements are zeros",
         )
     }
 
@@ -304,9 +307,9 @@ impl AttentionSpec {
     }
 }
 
-/// What heads can be instead.
-const WIDER_HEADS: &str = "there are powers of two from 64 on, and with FlashAttention 2 other multiples of 64, for 8-bit keys \
-    and values of 128; compute such heads as wider ones, whose last elements are zeros";
+/// Widths of values that kernels which merge the parts of a request are compiled for (`DISPATCH_HEAD_DIM`). On CUDA
+/// cores the threads of a head, which add up a score by halves, are a power of two with these.
+const WIDTHS: [usize; 4] = [64, 128, 256, 512];
 /// With a smaller cap, hidden keys would count.
 const MIN_SOFT_CAP: f32 = 1e-3;
 /// What names of batch kernels have after the element types.
@@ -409,7 +412,7 @@ mod tests {
     /// Heads that kernels would read in part, or beyond their memory.
     #[test]
     fn head_dimensions_of_no_kernel_are_refused() {
-        for head_dim in [0, 48, 80, 96, 112, 160, 192] {
+        for head_dim in [0, 32, 48, 80, 96, 112, 160, 192, 1024] {
             let spec = AttentionSpec::new(DType::F16, head_dim);
             assert!(spec.decode_module().is_err() && spec.single_decode_module(OLD).is_err(), "{head_dim}");
         }
@@ -424,13 +427,18 @@ mod tests {
             ([256, 128], true, true),
             ([512, 512], true, true),
             ([192, 128], true, false),
-            ([192, 192], true, false),
+            ([192, 192], false, false),
+            ([128, 192], false, false),
+            ([320, 256], true, false),
+            ([384, 256], true, true),
             ([128, 64], true, false),
             ([64, 128], true, false),
             ([80, 80], false, false),
             ([96, 96], false, false),
             ([128, 96], false, false),
             ([16, 64], false, false),
+            ([0, 0], false, false),
+            ([1024, 1024], false, false),
         ] {
             let spec = AttentionSpec::new(DType::F16, dims[0]).with_head_dim_vo(dims[1]);
             for (spec, fits) in [(spec, wide), (spec.with_kv_dtype(DType::E4M3), narrow)] {

@@ -96,7 +96,8 @@ pub(super) fn unpublished(
     }
 }
 
-fn shown((qk, vo): HeadDims) -> String {
+/// As in "64" and "192/128".
+pub(super) fn shown((qk, vo): HeadDims) -> String {
     if qk == vo { qk.to_string() } else { format!("{qk}/{vo}") }
 }
 

@@ -122,9 +122,10 @@ pub struct AttentionSpec {
     pub dtype_kv: DType,
     /// Element type of the output.
     pub dtype_o: DType,
-    /// Width of a query and key head.
+    /// Width of a query and key head: that of values, or with FlashAttention 2 another multiple of 64 (of 128
+    /// where keys have 8 bits), with FlashAttention 3 192 over values of 128.
     pub head_dim_qk: usize,
-    /// Width of a value head.
+    /// Width of a value head: 64, 128, 256 or 512, of which FlashInfer's wheels have the first three.
     pub head_dim_vo: usize,
     /// Keys left of a query's own position that it sees, as in FlashInfer:
     /// with `Some(w)`, the last `w + 1` keys. `None` sees all. Values of keys
