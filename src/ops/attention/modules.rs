@@ -2,10 +2,7 @@
 
 use std::fmt;
 
-use super::{
-    published::shown,
-    spec::{AttentionSpec, Backend, PosEncodingMode},
-};
+use super::spec::{AttentionSpec, Backend, PosEncodingMode};
 use crate::{
     artifacts::FlashInferVersion,
     dtype::DType,
@@ -318,6 +315,11 @@ const INDEXED: &str = "_dtype_idx_i32";
 /// What names say of strides.
 fn strides(version: FlashInferVersion) -> &'static str {
     if version >= STRIDES_NAMED { "_kv_stride_equal" } else { "" }
+}
+
+/// As in "64" and "192/128".
+pub(super) fn shown((qk, vo): (usize, usize)) -> String {
+    if qk == vo { qk.to_string() } else { format!("{qk}/{vo}") }
 }
 
 pub(super) fn unsupported<T>(what: impl Into<String>, available: &str) -> Result<T> {

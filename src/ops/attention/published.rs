@@ -10,7 +10,7 @@
 use std::cmp::Reverse;
 
 use super::{
-    modules::{Family, SINGLE},
+    modules::{Family, SINGLE, shown},
     spec::{AttentionSpec, Backend, PosEncodingMode},
 };
 use crate::{artifacts::FlashInferVersion, dtype::DType, error::FlashInferError};
@@ -94,11 +94,6 @@ pub(super) fn unpublished(
              FLASHINFER_RS_WHEELS"
         ),
     }
-}
-
-/// As in "64" and "192/128".
-pub(super) fn shown((qk, vo): HeadDims) -> String {
-    if qk == vo { qk.to_string() } else { format!("{qk}/{vo}") }
 }
 
 /// As in "64, 128 and 256".
