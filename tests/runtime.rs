@@ -385,9 +385,11 @@ fn head_dimensions_of_no_published_module() {
         let error = result.unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, FlashInferError::Unsupported { .. }), "{text}");
-        for part in
-            ["with head dimension ", "wheels have 64, 128 and 256", "compute other heads as wider ones"]
-        {
+        for part in [
+            "with head dimension ",
+            "wheels have head dimensions 64, 128 and 256",
+            "compute other heads as wider ones",
+        ] {
             assert!(text.contains(part), "{text}");
         }
     }

@@ -252,7 +252,7 @@ impl AttentionSpec {
         let dims = shown((self.head_dim_qk, self.head_dim_vo));
         unsupported(
             format!("{kernels} of {} keys with head dimension {dims}", self.dtype_kv),
-            "FlashInfer's wheels have 64, 128 and 256; kernels are right for these and 512, and FlashAttention 2 for \
+            "FlashInfer's wheels have head dimensions 64, 128 and 256; kernels are right for these and 512, and FlashAttention 2 for \
              queries and keys of other multiples of 64 (of 128 where keys have 8 bits); compute other heads as wider \
              ones, whose last elements are zeros",
         )

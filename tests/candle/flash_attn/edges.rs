@@ -129,7 +129,7 @@ fn no_kernel_on_cuda() {
         let ones = |dtype, width| Tensor::ones((1, 3, 2, width), dtype, device).unwrap();
         let call = |x: &Tensor| flash_attn(x, x, x, 0.1, true);
         refused(call(&ones(DType::F32, 64)), "on CUDA there are f16 and bf16");
-        refused(call(&ones(DType::F16, 96)), "64, 128 and 256");
+        refused(call(&ones(DType::F16, 96)), "head dimensions 64, 128 and 256");
         let (x, slopes) = (ones(DType::F16, 64), Tensor::ones(2, DType::F32, device).unwrap());
         refused(flash_attn_alibi(&x, &x, &x, &slopes, 0.1, true), "with ALiBi; there are none");
         refused(flash_attn_alibi(&x, &x, &x, &slopes, 0.1, false), "ALiBi needs window_size_right = Some(0)");
