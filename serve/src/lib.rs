@@ -13,6 +13,7 @@
 //! | [`scheduler`] | who computes what in a step, and drafts |
 //! | [`backend`] | what computes a step: the CPU, an NVIDIA GPU, or a stand-in for tests |
 //! | `exit` | the end of the process |
+//! | `frame` | messages between processes |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `text` | text to token ids and back, and templates of chats |
 
@@ -21,6 +22,7 @@ pub mod cli;
 pub mod constraint;
 pub mod engine;
 mod exit;
+mod frame;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;

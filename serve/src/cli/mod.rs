@@ -28,6 +28,8 @@ use clap::{Parser, Subcommand};
 
 use self::out::note;
 use crate::Result;
+#[cfg(unix)]
+use crate::text::sandbox;
 
 /// How long graphs are captured before the first request.
 const GRAPHS_WITHIN: Duration = Duration::from_secs(60);
@@ -67,6 +69,8 @@ impl Command {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
+    #[cfg(unix)]
+    sandbox::init();
     match Cli::parse().command.execute() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if out::is_closed(&error) => ExitCode::SUCCESS,

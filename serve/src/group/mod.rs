@@ -10,14 +10,12 @@
 //! | `environment` | which rank this process is, as launchers say it |
 //! | `launch` | starting the other ranks of one machine |
 //! | `rendezvous` | finding each other |
-//! | `frame` | messages on a connection |
 //! | `peer` | one connection's messages, and whether the other side lives |
 //! | `failure` | what ends all |
 //! | `sums` | sums and gathered numbers of ranks on the CPU |
 
 mod environment;
 mod failure;
-mod frame;
 mod launch;
 mod peer;
 mod rendezvous;

@@ -14,9 +14,11 @@ use std::{
 use super::{
     Received,
     failure::{Failure, Stopper, lock},
+};
+use crate::{
+    Result,
     frame::{self, Kind},
 };
-use crate::Result;
 
 /// How often each side says that it lives.
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);

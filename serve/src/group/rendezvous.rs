@@ -13,11 +13,12 @@ use std::{
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
-use super::{
-    Connection, Group, MEETING, OnFailure, Placement,
+use super::{Connection, Group, MEETING, OnFailure, Placement};
+use crate::{
+    Result,
     frame::{self, Kind},
+    model::shard::Rank,
 };
-use crate::{Result, model::shard::Rank};
 
 /// How often rank 0 is looked for, or asks whether somebody came.
 const INTERVAL: Duration = Duration::from_millis(20);

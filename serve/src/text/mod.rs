@@ -5,7 +5,8 @@
 //! | `metadata`, `vocabulary` | what the file says, and its tokens |
 //! | `tokenizer` | text to ids, by `byte_level` (with `splits`) or `sentencepiece`, which share `bpe` |
 //! | `message`, `chat` | messages, and the text that a model reads for them |
-//! | `template`, `source`, `python` | Jinja, as templates for transformers expect it |
+//! | `template`, [`sandbox`] | a model's template, and the process that it runs in |
+//! | `jinja`, `source`, `python` | Jinja, as templates for transformers expect it |
 //! | `marks`, `names` | which control tokens a template wrote; names of tokens in text |
 //! | `stream`, `stops` | ids to text while they come, and stop strings in it |
 //! | `tools` | calls of tools in what a model says |
@@ -20,11 +21,14 @@ use candle_core::quantized::gguf_file::Content;
 mod bpe;
 mod byte_level;
 mod chat;
+mod jinja;
 mod marks;
 mod message;
 mod metadata;
 mod names;
 mod python;
+#[cfg(unix)]
+pub mod sandbox;
 mod sentencepiece;
 mod source;
 pub(crate) mod splits;
