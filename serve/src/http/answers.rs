@@ -18,6 +18,7 @@ use super::{
     types::{chat::StopReason, usage::Usage},
 };
 use crate::{
+    Llm,
     engine::{End, Event, Events},
     request::{Finish, Request},
     sampling::InvalidParameter,
@@ -56,6 +57,16 @@ pub struct Answered {
     pub event: Event,
 }
 
+/// Refuses more answers to one request than may ever wait.
+pub fn check_count(llm: &Llm, choices: usize) -> Result<(), ApiError> {
+    let most = llm.engine().config().max_queued;
+    if choices > most {
+        let expected = format!("at most {most}, which is all that may wait");
+        return Err(InvalidParameter { name: "n", given: format!("{choices} in all"), expected }.into());
+    }
+    Ok(())
+}
+
 impl Answers {
     /// Gives requests to the engine, all with the same parameters: all of them, or none.
     ///
@@ -66,13 +77,10 @@ impl Answers {
         log: &Arc<RequestLog>,
         requests: Vec<Request>,
     ) -> Result<Self, ApiError> {
-        let engine = server.llm()?.engine();
+        let llm = server.llm()?;
+        let engine = llm.engine();
         let choices = requests.iter().map(|request| request.params.n).fold(0, usize::saturating_add);
-        let most = engine.config().max_queued;
-        if choices > most {
-            let expected = format!("at most {most}, which is all that may wait");
-            return Err(InvalidParameter { name: "n", given: format!("{choices} in all"), expected }.into());
-        }
+        check_count(llm, choices)?;
         let n = requests.first().map_or(1, |request| request.params.n);
         requests.iter().for_each(|request| server.metrics.asked(&request.params));
         let unread = requests.iter().map(|request| Some(request.prompt.len())).collect();

@@ -1,6 +1,6 @@
 //! `POST /v1/completions`.
 
-use std::{mem, sync::Arc};
+use std::{mem, slice, sync::Arc};
 
 use axum::{
     Extension, Json,
@@ -10,7 +10,7 @@ use axum::{
 
 use super::{
     Server,
-    answers::{Answered, Answers, ids, stop_reason},
+    answers::{self, Answered, Answers, ids, stop_reason},
     error::{ApiError, BodyErrors},
     extract::Body,
     log::RequestLog,
@@ -48,7 +48,7 @@ const MAX_TOKENS: usize = 16;
 pub async fn completions(
     State(server): State<Arc<Server>>,
     Extension(log): Extension<Arc<RequestLog>>,
-    Body(CompletionRequest { sampling, completion }): Body<CompletionRequest>,
+    Body { request: CompletionRequest { sampling, completion }, turn }: Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
     let llm = server.llm()?;
     let model = server.name(sampling.model.as_deref())?;
@@ -64,17 +64,20 @@ pub async fn completions(
     params.check(bounds.vocab_size)?;
     let CompletionFields { prompt, add_special_tokens, .. } = completion;
     let options = EncodeOptions { bos: add_special_tokens.unwrap_or(true), ..EncodeOptions::default() };
-    let prompts = prompt::compute(&server, move |llm| prompt.encode(llm.text(), &options)).await?;
-    if prompts.is_empty() {
+    if prompt.count() == 0 {
         return Err(ApiError::parameter("prompt", "prompt is an empty array; expected at least one prompt"));
     }
+    answers::check_count(llm, prompt.count().saturating_mul(params.n))?;
+    let context = server.max_model_len(llm);
+    prompt.check_length(llm.text(), context)?;
+    let prompts = prompt::compute(&server, move |llm| prompt.encode(llm.text(), &options)).await?;
     for (tokens, _) in &prompts {
         if let Some(token) = tokens.iter().find(|token| **token as usize >= bounds.vocab_size) {
             let message =
                 format!("prompt has the token {token}; the model knows those below {}", bounds.vocab_size);
             return Err(ApiError::parameter("prompt", message));
         }
-        prompt::check_length(tokens, &params, server.max_model_len(llm), "prompt")?;
+        prompt::check_length(tokens, &params, context, "prompt")?;
     }
     let (prompts, texts): (Vec<Vec<u32>>, Vec<String>) = prompts.into_iter().unzip();
     let token_ids = sampling.returns_token_ids();
@@ -104,6 +107,7 @@ pub async fn completions(
         begun: vec![false; answers.len()],
         offsets: vec![0; answers.len()],
     };
+    drop(turn);
     match sampling.streams() {
         true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
         false => reply.whole(answers).await.map(|completion| Json(completion).into_response()),
@@ -111,6 +115,34 @@ pub async fn completions(
 }
 
 impl Prompt {
+    /// Those that are texts, and those that are tokens.
+    fn parts(&self) -> (&[String], &[Vec<u32>]) {
+        match self {
+            Self::Text(prompt) => (slice::from_ref(prompt), &[]),
+            Self::Texts(prompts) => (prompts, &[]),
+            Self::Tokens(prompt) => (&[], slice::from_ref(prompt)),
+            Self::TokenLists(prompts) => (&[], prompts),
+        }
+    }
+
+    fn count(&self) -> usize {
+        let (texts, tokens) = self.parts();
+        texts.len() + tokens.len()
+    }
+
+    /// Refuses prompts that are sure to be longer than the context, before they are tokenized.
+    fn check_length(&self, text: &Text, context: usize) -> Result<(), ApiError> {
+        let (texts, tokens) = self.parts();
+        if let Some(tokens) = tokens.iter().map(Vec::len).find(|tokens| *tokens >= context) {
+            return Err(prompt::too_long(tokens, context, "prompt"));
+        }
+        let mut fewest = texts.iter().map(|prompt| text.fewest_tokens(prompt.len()));
+        match fewest.find(|fewest| *fewest >= context) {
+            Some(fewest) => Err(prompt::too_long(format!("at least {fewest}"), context, "prompt")),
+            None => Ok(()),
+        }
+    }
+
     /// The tokens and the text of each prompt.
     fn encode(self, text: &Arc<Text>, options: &EncodeOptions) -> Vec<(Vec<u32>, String)> {
         let of_text = |prompt: String| (text.encode_with(&prompt, options), prompt);

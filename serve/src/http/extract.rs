@@ -9,11 +9,17 @@ use axum::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Server, error::ApiError, types::unsupported};
+use super::{Server, error::ApiError, prompt, types::unsupported};
 
 /// The most bytes of a body.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// The most values in a body: numbers, strings, lists and others. Each takes up to some hundred bytes of memory.
+const MAX_VALUES: usize = 1 << 20;
+/// The most bytes of a body that is no large one. Few large ones are worked on at a time, so that others need
+/// not wait for them, nor memory for all.
+const MAX_SMALL_BYTES: usize = 64 << 10;
 
 /// A request's body.
 pub trait RequestBody: Sized {
@@ -105,9 +111,13 @@ fn in_words_of_json(message: String) -> String {
 }
 
 /// A request's body, read.
-pub struct Body<T>(pub T);
+pub struct Body<T> {
+    pub request: T,
+    /// The turn of a large one, until the request is given to the engine.
+    pub turn: Option<OwnedSemaphorePermit>,
+}
 
-impl<T: RequestBody> FromRequest<Arc<Server>> for Body<T> {
+impl<T: RequestBody + Send + 'static> FromRequest<Arc<Server>> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, server: &Arc<Server>) -> Result<Self, ApiError> {
@@ -126,16 +136,49 @@ impl<T: RequestBody> FromRequest<Arc<Server>> for Body<T> {
             }
             _ => ApiError::invalid("the body broke off; send it again"),
         })?;
-        let object: Value = serde_json::from_slice(&bytes)
-            .map_err(|error| ApiError::invalid(format!("the body is not JSON: {error}")))?;
-        let Value::Object(object) = object else {
-            return Err(ApiError::invalid("the body is not a JSON object; expected one"));
+        let turn = match bytes.len() > MAX_SMALL_BYTES {
+            true => Some(server.large.clone().acquire_owned().await.map_err(|_| ApiError::internal())?),
+            false => None,
         };
-        let mut fields = Fields::new(object);
-        let body = T::read(&mut fields)?;
-        server.ignored.note(fields.rest()?);
-        Ok(Self(body))
+        let (request, ignored) = match turn {
+            Some(_) => prompt::aside(move || read(&bytes)).await??,
+            None => read(&bytes)?,
+        };
+        server.ignored.note(ignored);
+        Ok(Self { request, turn })
     }
+}
+
+/// A body, and the fields that nobody knows.
+fn read<T: RequestBody>(bytes: &[u8]) -> Result<(T, Vec<String>), ApiError> {
+    if values(bytes) > MAX_VALUES {
+        return Err(ApiError::invalid(format!(
+            "the body has too many values; expected at most {MAX_VALUES}"
+        )));
+    }
+    let object: Value = serde_json::from_slice(bytes)
+        .map_err(|error| ApiError::invalid(format!("the body is not JSON: {error}")))?;
+    let Value::Object(object) = object else {
+        return Err(ApiError::invalid("the body is not a JSON object; expected one"));
+    };
+    let mut fields = Fields::new(object);
+    let request = T::read(&mut fields)?;
+    Ok((request, fields.rest()?))
+}
+
+/// As many values as a JSON text may have, before it is read: one behind each sign that one can follow.
+fn values(json: &[u8]) -> usize {
+    let (mut values, mut in_string, mut escaped) = (0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b',' | b':' | b'[' | b'{' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    values
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {

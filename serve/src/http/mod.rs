@@ -45,10 +45,13 @@ mod types;
 use std::{
     collections::BTreeSet,
     net::TcpListener,
+    ops::RangeInclusive,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use tokio::sync::Semaphore;
 
 pub use self::{auth::ApiKey, log::LogFormat};
 use self::{error::ApiError, life::Life, metrics::Metrics};
@@ -58,6 +61,9 @@ use crate::{Llm, Result};
 const MAX_IGNORED: usize = 256;
 /// Threads that serve connections, at most.
 const THREADS: usize = 8;
+/// Threads that compute what would hold them up, texts and grammars of answers: as many as there are cores, but
+/// no more and no fewer than these.
+const COMPUTING_THREADS: RangeInclusive<usize> = 4..=32;
 
 /// How a server is run.
 #[derive(Clone, Debug)]
@@ -108,6 +114,8 @@ pub struct Server {
     /// When it was made, in seconds since 1970.
     created: u64,
     ignored: IgnoredFields,
+    /// The turns of large bodies, which take half of the threads that compute.
+    large: Arc<Semaphore>,
     metrics: Metrics,
     life: Life,
 }
@@ -129,6 +137,7 @@ impl Server {
             llm: OnceLock::new(),
             created: seconds_since_1970(),
             ignored: IgnoredFields::default(),
+            large: Arc::new(Semaphore::new(computing_threads() / 2)),
             life: Life::default(),
         })
     }
@@ -177,9 +186,12 @@ impl Server {
         listener: TcpListener,
         load: impl FnOnce() -> Result<Llm> + Send + 'static,
     ) -> Result<()> {
-        let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS);
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
+        let threads = cores().min(THREADS);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .max_blocking_threads(computing_threads())
+            .enable_all()
+            .build()?;
         let served = runtime.block_on(life::run(self, listener, Box::new(load)));
         // What is still open was given its time.
         runtime.shutdown_background();
@@ -207,6 +219,14 @@ impl IgnoredFields {
             }
         }
     }
+}
+
+fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn computing_threads() -> usize {
+    cores().clamp(*COMPUTING_THREADS.start(), *COMPUTING_THREADS.end())
 }
 
 fn seconds_since_1970() -> u64 {

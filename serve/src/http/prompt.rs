@@ -1,6 +1,6 @@
 //! Messages and texts to tokens.
 
-use std::sync::Arc;
+use std::{fmt::Display, sync::Arc};
 
 use tokio::task::spawn_blocking;
 
@@ -9,7 +9,7 @@ use crate::{
     Llm,
     constraint::{Constraint, Grammar},
     sampling::SamplingParams,
-    text::{ChatOptions, Message},
+    text::{ChatOptions, Message, TooManyTokens},
 };
 
 /// The tokens of a chat.
@@ -23,7 +23,10 @@ pub async fn chat(
     options: ChatOptions,
 ) -> Result<Vec<u32>, ApiError> {
     let rendered = compute(server, move |llm| llm.text().render_chat(&messages, &tools, &options)).await?;
-    rendered.map_err(|error| ApiError::parameter("messages", error.to_string()))
+    rendered.map_err(|error| match error.downcast_ref() {
+        Some(TooManyTokens { fewest, most }) => too_long(format!("at least {fewest}"), *most, "messages"),
+        None => ApiError::parameter("messages", error.to_string()),
+    })
 }
 
 /// What answers have to be, compiled; `None` if they may be anything.
@@ -46,10 +49,25 @@ pub async fn compute<T: Send + 'static>(
     work: impl FnOnce(&Llm) -> T + Send + 'static,
 ) -> Result<T, ApiError> {
     let server = server.clone();
-    spawn_blocking(move || server.llm().map(work)).await.unwrap_or_else(|error| {
-        tracing::error!(%error, "a text was not computed");
-        Err(ApiError::internal())
+    aside(move || server.llm().map(work)).await?
+}
+
+/// The same, of what needs no model.
+pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+    spawn_blocking(work).await.map_err(|error| {
+        tracing::error!(%error, "a request was not worked out");
+        ApiError::internal()
     })
+}
+
+/// A prompt that does not fit the model's context, though nothing were answered; `name` is the parameter that
+/// has it.
+pub fn too_long(tokens: impl Display, context: usize, name: &str) -> ApiError {
+    let message = format!(
+        "This model's maximum context length is {context} tokens, those of the answer included, and the \
+         prompt has {tokens}; shorten {name}"
+    );
+    ApiError::context(name, message)
 }
 
 /// Checks that a prompt and its answer fit the model's context.
@@ -64,11 +82,7 @@ pub fn check_length(
 ) -> Result<(), ApiError> {
     let tokens = prompt.len();
     if tokens >= context {
-        let message = format!(
-            "This model's maximum context length is {context} tokens, those of the answer included, and the \
-             prompt has {tokens}; shorten {name}"
-        );
-        return Err(ApiError::context(name, message));
+        return Err(too_long(tokens, context, name));
     }
     match params.max_tokens {
         Some(most) if most > context - tokens => {

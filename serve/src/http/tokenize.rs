@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
 
 use super::{
     Server,
     chat::chat_options,
     completions::decode,
     error::{ApiError, BodyErrors},
-    extract::Body,
+    extract::{Body, MAX_BODY_BYTES},
     logprobs::token_text,
     prompt,
     types::{
@@ -17,7 +21,7 @@ use super::{
         tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse},
     },
 };
-use crate::text::EncodeOptions;
+use crate::{Llm, text::EncodeOptions};
 
 /// The tokens of a text or a chat.
 #[utoipa::path(
@@ -26,8 +30,8 @@ use crate::text::EncodeOptions;
 )]
 pub async fn tokenize(
     State(server): State<Arc<Server>>,
-    Body(request): Body<TokenizeRequest>,
-) -> Result<Json<TokenizeResponse>, ApiError> {
+    Body { request, turn: _turn }: Body<TokenizeRequest>,
+) -> Result<Response, ApiError> {
     let llm = server.llm()?;
     server.name(request.model.as_deref())?;
     let tokens = match (request.prompt, &request.messages) {
@@ -48,12 +52,15 @@ pub async fn tokenize(
         _ => return Err(ApiError::parameter("prompt", "expected one of prompt and messages")),
     };
     let token_strs = request.return_token_strs.unwrap_or(false);
-    Ok(Json(TokenizeResponse {
+    let max_model_len = server.max_model_len(llm);
+    let answer = move |llm: &Llm| TokenizeResponse {
         count: tokens.len(),
-        max_model_len: server.max_model_len(llm),
+        max_model_len,
         token_strs: token_strs.then(|| tokens.iter().map(|&id| token_text(llm.text(), id)).collect()),
         tokens,
-    }))
+    };
+    // Writing millions of them takes a while.
+    prompt::compute(&server, move |llm| Json(answer(llm)).into_response()).await
 }
 
 /// The text of tokens.
@@ -63,13 +70,18 @@ pub async fn tokenize(
 )]
 pub async fn detokenize(
     State(server): State<Arc<Server>>,
-    Body(DetokenizeRequest { model, tokens }): Body<DetokenizeRequest>,
+    Body { request: DetokenizeRequest { model, tokens }, turn: _turn }: Body<DetokenizeRequest>,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
     let llm = server.llm()?;
     server.name(model.as_deref())?;
     let vocab_size = llm.text().vocab_size();
     if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab_size) {
         let message = format!("tokens has {token}; the model knows those below {vocab_size}");
+        return Err(ApiError::parameter("tokens", message));
+    }
+    let bytes: usize = tokens.iter().map(|&token| llm.text().token_bytes(token).len()).sum();
+    if bytes > MAX_BODY_BYTES {
+        let message = format!("the text of tokens has {bytes} bytes; expected at most {MAX_BODY_BYTES}");
         return Err(ApiError::parameter("tokens", message));
     }
     let prompt = prompt::compute(&server, move |llm| decode(llm.text(), &tokens)).await?;

@@ -15,6 +15,9 @@ use super::{
 };
 use crate::Result;
 
+/// The most bytes of a chat, which are some million tokens.
+const MAX_BYTES: usize = 16 << 20;
+
 /// How a chat is written.
 #[derive(Clone, Debug)]
 pub struct ChatOptions {
@@ -23,6 +26,9 @@ pub struct ChatOptions {
     /// The text ends with the last message's, which the model goes on with; not together with
     /// [`add_generation_prompt`](Self::add_generation_prompt). False by default.
     pub continue_final_message: bool,
+    /// The most tokens: a chat that cannot be as few is an error, [`TooManyTokens`](super::TooManyTokens), before
+    /// they are counted. Any number by default.
+    pub max_tokens: Option<usize>,
     /// Further variables of the template, such as `enable_thinking`.
     pub variables: Map<String, Value>,
     /// The time that templates are told; that of the call by default.
@@ -31,7 +37,13 @@ pub struct ChatOptions {
 
 impl Default for ChatOptions {
     fn default() -> Self {
-        Self { add_generation_prompt: true, continue_final_message: false, variables: Map::new(), now: None }
+        Self {
+            add_generation_prompt: true,
+            continue_final_message: false,
+            max_tokens: None,
+            variables: Map::new(),
+            now: None,
+        }
     }
 }
 
@@ -106,7 +118,7 @@ impl Chat {
     ///
     /// # Errors
     /// What the template raises, and what goes wrong in it; a last message that cannot be
-    /// continued.
+    /// continued; a chat of more than 16 MiB.
     pub fn render(&self, messages: &[Message], tools: &[Value], options: &ChatOptions) -> Result<Rendered> {
         let rendered = self.render_calls(ArgumentsAs::Object, messages, tools, options);
         let has_calls = messages.iter().any(|message| !message.tool_calls.is_empty());
@@ -158,7 +170,11 @@ impl Chat {
             )?;
             text.truncate(at);
         }
-        Ok(stand_ins.unmark(&text))
+        let rendered = stand_ins.unmark(&text);
+        match rendered.text.len() {
+            0..=MAX_BYTES => Ok(rendered),
+            bytes => Err(format!("the chat has {bytes} bytes; expected at most {MAX_BYTES}").into()),
+        }
     }
 }
 

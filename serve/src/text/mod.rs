@@ -14,7 +14,10 @@
 //! **Text is text.** Names of control tokens in it (`<|im_end|>`, `<s>`) become ordinary tokens.
 //! Only a chat's template writes control tokens, and [`EncodeOptions::control`].
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use candle_core::quantized::gguf_file::Content;
 
@@ -76,6 +79,19 @@ impl Default for EncodeOptions {
     }
 }
 
+/// A chat that is more tokens than it may be, found before they were counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the chat is at least {fewest} tokens; expected at most {most}")]
+pub struct TooManyTokens {
+    /// The fewest that it can be.
+    pub fewest: usize,
+    /// The most that it may be.
+    pub most: usize,
+}
+
+/// The most bytes of texts that are tokenized beside others.
+const BESIDE_OTHERS: usize = 256 << 10;
+
 /// A tokenizer, byte-level BPE or SentencePiece's, and the chat template beside it.
 pub struct Text {
     tokenizer: Tokenizer,
@@ -86,6 +102,9 @@ pub struct Text {
     bos: Option<u32>,
     eos: Option<u32>,
     warnings: Vec<String>,
+    longest_token: usize,
+    /// Held by who tokenizes a long text, which takes some 75 times its memory.
+    alone: Mutex<()>,
 }
 
 impl Text {
@@ -119,7 +138,8 @@ impl Text {
         if vocabulary.ends.is_empty() {
             warnings.push("the file names no token that ends an answer: answers end by their limits".into());
         }
-        Ok(Self { control, chat, bos, eos, warnings, tokenizer })
+        let longest_token = tokenizer.longest();
+        Ok(Self { control, chat, bos, eos, warnings, longest_token, alone: Mutex::default(), tokenizer })
     }
 
     /// What is odd about the file, and what is done about it, in sentences.
@@ -138,7 +158,7 @@ impl Text {
             true => self.control.split(text, |_| true),
             false => vec![Piece { text, token: None }],
         };
-        let mut ids = self.tokenizer.encode_pieces(&pieces);
+        let mut ids = self.encode_pieces(&pieces);
         if options.bos {
             ids.splice(0..0, self.bos);
         }
@@ -146,6 +166,19 @@ impl Text {
             ids.extend(self.eos);
         }
         ids
+    }
+
+    fn encode_pieces(&self, pieces: &[Piece<'_>]) -> Vec<u32> {
+        let bytes: usize = pieces.iter().map(|piece| piece.text.len()).sum();
+        let _alone =
+            (bytes > BESIDE_OTHERS).then(|| self.alone.lock().unwrap_or_else(PoisonError::into_inner));
+        self.tokenizer.encode_pieces(pieces)
+    }
+
+    /// The fewest tokens that a text of so many bytes can be, as none stands for more bytes than the longest.
+    /// (It can be fewer where the model has no tokens for what is in it.)
+    pub fn fewest_tokens(&self, bytes: usize) -> usize {
+        bytes.div_ceil(self.longest_token)
     }
 
     /// Whether the model has a chat template.
@@ -160,7 +193,8 @@ impl Text {
     ///
     /// # Errors
     /// What the template raises about the messages, in its words; what goes wrong in it;
-    /// arguments of calls that are no object; tools for a model without a template.
+    /// arguments of calls that are no object; tools for a model without a template; a chat of more than
+    /// 16 MiB, or of more tokens than it may have, [`TooManyTokens`].
     pub fn render_chat(
         &self,
         messages: &[Message],
@@ -177,7 +211,11 @@ impl Text {
             return Ok(self.encode(&texts.join("\n\n")));
         };
         let rendered = chat.render(messages, tools, options)?;
-        let mut ids = self.tokenizer.encode_pieces(&rendered.pieces(&self.control));
+        let fewest = self.fewest_tokens(rendered.text.len());
+        if let Some(most) = options.max_tokens.filter(|most| *most < fewest) {
+            return Err(TooManyTokens { fewest, most }.into());
+        }
+        let mut ids = self.encode_pieces(&rendered.pieces(&self.control));
         if ids.first().copied() != self.bos {
             ids.splice(0..0, self.bos);
         }

@@ -114,7 +114,12 @@ impl Sandbox {
     ///
     /// # Errors
     /// There is no process to run it.
-    pub fn render(&self, source: &str, variables: &Map<String, Value>, now: Option<&Zoned>) -> Result<Answer> {
+    pub fn render(
+        &self,
+        source: &str,
+        variables: &Map<String, Value>,
+        now: Option<&Zoned>,
+    ) -> Result<Answer> {
         let variables = serde_json::to_vec(variables)?;
         let now = now.map(Zoned::to_string).unwrap_or_default();
         self.ask([source.as_bytes(), &variables, now.as_bytes()])
@@ -226,7 +231,12 @@ fn run(stream: &mut UnixStream) -> Result<()> {
 }
 
 /// What a template writes, or nothing if there are no variables; `compiled` are the last ones.
-fn render(compiled: &mut Vec<(String, Jinja)>, source: String, variables: &[u8], now: &[u8]) -> Result<String> {
+fn render(
+    compiled: &mut Vec<(String, Jinja)>,
+    source: String,
+    variables: &[u8],
+    now: &[u8],
+) -> Result<String> {
     let place = compiled.iter().position(|(known, _)| *known == source);
     let (source, jinja) = match place {
         Some(place) => compiled.remove(place),

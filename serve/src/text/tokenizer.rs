@@ -100,6 +100,11 @@ impl Tokenizer {
         self.bytes.get(id as usize).map_or(&[], Vec::as_slice)
     }
 
+    /// The most bytes that a token stands for, at least one.
+    pub fn longest(&self) -> usize {
+        self.bytes.iter().map(Vec::len).max().unwrap_or_default().max(1)
+    }
+
     /// Whether the first token of a text may have a space that is not in the text.
     pub fn space_prefix(&self) -> bool {
         matches!(&self.model, Model::SentencePiece(model) if model.space_prefix)

@@ -21,8 +21,9 @@ def byte_tokens():
     return [chr(byte if byte in printed else next(others)) for byte in range(256)]
 
 
-def write(path, ends=True):
-    """Writes the file. Without a token that ends answers, only their length does."""
+def write(path, ends=True, template=None):
+    """Writes the file. Without a token that ends answers, only their length does. The template is that of
+    Qwen 2.5, if no other is given."""
     pairs = list(itertools.product(string.ascii_lowercase, repeat=2))
     texts, control = byte_tokens() + ["".join(pair) for pair in pairs], CONTROL + [END] * ends
     tokens = texts + control
@@ -44,7 +45,7 @@ def write(path, ends=True):
     if ends:
         writer.add_eos_token_id(tokens.index(END))
     writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE.read_text())
+    writer.add_chat_template(template or TEMPLATE.read_text())
     square, norm = np.zeros((WIDTH, WIDTH), np.float32), np.ones(WIDTH, np.float32)
     for layer in range(LAYERS):
         for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):

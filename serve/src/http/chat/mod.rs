@@ -42,18 +42,19 @@ use crate::{request::Request, text::ChatOptions};
 pub async fn chat_completions(
     State(server): State<Arc<Server>>,
     Extension(log): Extension<Arc<RequestLog>>,
-    Body(ChatRequest { sampling, chat }): Body<ChatRequest>,
+    Body { request: ChatRequest { sampling, mut chat }, turn }: Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
     let model = server.name(sampling.model.as_deref())?;
     let tools = Tools::new(server.llm()?.text(), &chat)?;
+    let max_completion_tokens = chat.max_completion_tokens.is_some();
     let named = |error: ApiError| {
         let error = error.renamed("prompt", "messages").renamed("logprobs", "top_logprobs");
-        match chat.max_completion_tokens {
-            Some(_) => error.renamed("max_tokens", "max_completion_tokens"),
-            None => error,
+        match max_completion_tokens {
+            true => error.renamed("max_tokens", "max_completion_tokens"),
+            false => error,
         }
     };
-    let request = request(&server, &sampling, &chat, &tools).await.map_err(named)?;
+    let request = request(&server, &sampling, &mut chat, &tools).await.map_err(named)?;
     let head = ReplyHead {
         id: format!("chatcmpl-{}", log.id()),
         created: seconds_since_1970(),
@@ -65,6 +66,8 @@ pub async fn chat_completions(
     let prompt = head.token_ids.then(|| request.prompt.clone());
     let answers = Answers::submit(&server, &log, vec![request]).map_err(named)?;
     let reply = Reply::new(head, prompt, &tools, answers.len());
+    // What was asked needs no memory any more.
+    drop((chat, tools, turn));
     match sampling.streams() {
         true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
         false => reply.whole(answers).await.map(|chat| Json(chat).into_response()),
@@ -75,7 +78,7 @@ pub async fn chat_completions(
 async fn request(
     server: &Arc<Server>,
     sampling: &SamplingFields,
-    chat: &ChatFields,
+    chat: &mut ChatFields,
     tools: &Tools,
 ) -> Result<Request, ApiError> {
     let mut params = sampling.params()?;
@@ -84,14 +87,18 @@ async fn request(
     params.check(server.llm()?.engine().bounds().vocab_size)?;
     let parameter = if tools.have_to_be_called() { "tools" } else { "response_format" };
     let constraint = tools.constraint(server.llm()?.text(), sampling.schema())?;
-    let mut variables = chat.chat_template_kwargs.clone().unwrap_or_default();
+    let mut variables = chat.chat_template_kwargs.take().unwrap_or_default();
     if let Some(effort) = &chat.reasoning_effort {
         variables.insert("reasoning_effort".into(), effort.clone().into());
     }
-    let options = chat_options(chat.add_generation_prompt, chat.continue_final_message, variables)?;
+    let context = server.max_model_len(server.llm()?);
+    let options = ChatOptions {
+        max_tokens: Some(context),
+        ..chat_options(chat.add_generation_prompt, chat.continue_final_message, variables)?
+    };
     let messages = message::messages(&chat.messages)?;
     let prompt = prompt::chat(server, messages, tools.told().to_vec(), options).await?;
-    prompt::check_length(&prompt, &params, server.max_model_len(server.llm()?), "messages")?;
+    prompt::check_length(&prompt, &params, context, "messages")?;
     let grammar = prompt::compile(server, constraint, parameter).await?;
     Ok(Request { grammar, shown: tools.shown().to_vec(), ..Request::new(prompt, params) })
 }

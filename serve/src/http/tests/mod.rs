@@ -5,6 +5,7 @@ mod chat;
 mod client;
 mod completions;
 mod endpoints;
+mod large;
 mod life;
 mod load;
 mod refused;

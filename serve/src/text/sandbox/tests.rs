@@ -1,6 +1,9 @@
 use std::{fs, time::Instant};
 
-use jiff::{civil::date, tz::{TimeZone, offset}};
+use jiff::{
+    civil::date,
+    tz::{TimeZone, offset},
+};
 use serde_json::json;
 use test_support::alone::process_of;
 
@@ -115,12 +118,8 @@ fn what_computes_too_long_ends_its_process_alone() {
         // Few steps, of which each takes long.
         rounds(1_000_000, "{% set x = ns.y | length %}", "").replace("x='ab'", "y='a' * 9999999"),
         // Lists of 2^90 items to compare, of which few are there.
-        rounds(
-            90,
-            "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}",
-            "{{ ns.x == ns.y }}",
-        )
-        .replace("x='ab'", "x='ab', y='ab'"),
+        rounds(90, "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}", "{{ ns.x == ns.y }}")
+            .replace("x='ab'", "x='ab', y='ab'"),
     ] {
         let begin = Instant::now();
         assert_eq!(

@@ -1,14 +1,14 @@
 //! Templates of public models against what jinja2 makes of them; `make.py` beside the data
 //! says how.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf, thread};
 
 use candle_core::quantized::gguf_file::Value;
 use jiff::{civil::date, tz::TimeZone};
 use serde::Deserialize;
 
 use super::{ChatOptions, File, Message, Role, control_of, decode};
-use crate::text::names::Names;
+use crate::text::{TooManyTokens, names::Names};
 
 #[derive(Deserialize)]
 pub struct Chat {
@@ -73,7 +73,7 @@ fn options(chat: &Chat) -> ChatOptions {
         add_generation_prompt: chat.add_generation_prompt,
         variables: chat.variables.clone(),
         now: Some(date(2026, 7, 6).at(9, 5, 3, 0).to_zoned(TimeZone::UTC).unwrap()),
-        continue_final_message: false,
+        ..ChatOptions::default()
     }
 }
 
@@ -206,4 +206,39 @@ fn arguments_of_calls_are_objects() {
         render("{{ messages[0].content }}", &[serde_json::from_str(parts).unwrap()]).as_deref(),
         Ok("a\nb")
     );
+}
+
+#[test]
+fn chats_that_are_too_long_are_refused_before_they_are_tokenized() {
+    let file = File::byte_level(&["<s>", "</s>"])
+        .with("chat_template", Value::String("<s>{{ messages[0].content * 1000 }}".into()))
+        .with("ggml.bos_token_id", Value::U32(258));
+    let text = file.text().unwrap();
+    let render = |content: &str, max_tokens| {
+        let options = ChatOptions { max_tokens, ..ChatOptions::default() };
+        text.render_chat(&[Message::new(Role::User, content)], &[], &options)
+    };
+    // No token has more than four bytes.
+    assert_eq!(text.fewest_tokens(4000), 1000);
+    assert_eq!(render("abcd", Some(1001)).unwrap().len(), 4001);
+    let error = render("abcd", Some(1000)).unwrap_err();
+    assert_eq!(error.downcast_ref(), Some(&TooManyTokens { fewest: 1001, most: 1000 }));
+    let error = render(&"a".repeat(20_000), None).unwrap_err();
+    assert_eq!(error.to_string(), "the chat has 20000003 bytes; expected at most 16777216");
+}
+
+#[test]
+fn long_texts_are_tokenized_one_at_a_time() {
+    let text = File::byte_level(&[]).text().unwrap();
+    let (short, long) = ("a".repeat(200_000), "a".repeat(300_000));
+    thread::scope(|scope| {
+        let alone = text.alone.lock().unwrap();
+        let waiting = scope.spawn(|| text.encode(&long).len());
+        for _ in 0..4 {
+            assert_eq!(text.encode(&short).len(), short.len());
+        }
+        assert!(!waiting.is_finished());
+        drop(alone);
+        assert_eq!(waiting.join().unwrap(), long.len());
+    });
 }

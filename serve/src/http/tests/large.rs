@@ -1,0 +1,81 @@
+//! Bodies that would take much memory or time.
+
+use super::*;
+
+/// More bytes than a small body has.
+const LARGE: usize = 100_000;
+
+#[test]
+fn bodies_of_too_many_values_are_refused_before_they_are_read() {
+    let server = TestServer::start();
+    for value in ["0", "[]", "{}", "\"\""] {
+        let body = format!("{{\"prompt\": [{value}{}]}}", format!(",{value}").repeat(1 << 20));
+        let response = client::send(server.address, "POST", "/v1/completions", &[], Some(&body));
+        let error = response.error(400);
+        assert_eq!(error["message"], "the body has too many values; expected at most 1048576", "{value}");
+    }
+    let body = json!({"prompt": "x", "logit_bias": vec![0; 1_000_000]});
+    assert_eq!(server.complete(&body).error(400)["param"], "logit_bias");
+    // What is in a string is no value.
+    let text = r#"\",[{:,\\"#.repeat(200_000);
+    let error = server.complete(&completion(text, 1)).error(400);
+    assert_eq!(error["code"], "context_length_exceeded", "{error}");
+}
+
+/// Where it is sure that they do not fit, before they are counted: no token here has more than 12 bytes.
+#[test]
+fn what_cannot_fit_is_refused_before_it_is_tokenized() {
+    let server = TestServer::start();
+    let prompts = json!(["x", "x".repeat(12 * CONTEXT)]);
+    for (error, tokens) in [
+        (server.complete(&completion(prompts, 1)).error(400), 400),
+        // The template adds 18 bytes.
+        (server.chat(&chat(&"x".repeat(12 * CONTEXT), 1)).error(400), 402),
+    ] {
+        assert_eq!(error["code"], "context_length_exceeded");
+        let said = format!("the prompt has at least {tokens}; shorten ");
+        assert!(error["message"].as_str().unwrap().contains(&said), "{error}");
+    }
+    // Or else they are counted.
+    let error = server.complete(&completion("x".repeat(4 * CONTEXT), 1)).error(400);
+    assert!(error["message"].as_str().unwrap().contains("the prompt has 1600;"), "{error}");
+    let error = server.complete(&completion(vec![7; 12 * CONTEXT], 1)).error(400);
+    assert!(error["message"].as_str().unwrap().contains("the prompt has 4800;"), "{error}");
+    let error = server.complete(&completion(vec!["x"; 1025], 1)).error(400);
+    assert_eq!(error["message"], "n is 1025 in all; expected at most 1024, which is all that may wait");
+    // Tokens of twelve bytes each.
+    let tokens = json!({"tokens": vec![269; 800_000]});
+    let error = server.post("/detokenize", &tokens).error(400);
+    assert_eq!(error["message"], "the text of tokens has 9600000 bytes; expected at most 8388608");
+}
+
+#[test]
+fn large_bodies_take_turns_and_small_ones_do_not_wait() {
+    let server = TestServer::start();
+    let large = json!({"prompt": "x".repeat(LARGE)});
+    let turns = server.server.large.available_permits();
+    assert_eq!(turns, crate::http::computing_threads() / 2);
+    assert_eq!(server.post("/tokenize", &large).ok()["count"], LARGE);
+    let all = server.server.large.clone().try_acquire_many_owned(turns as u32).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| server.post("/tokenize", &large).ok()["count"].clone());
+        for _ in 0..20 {
+            assert_eq!(server.chat(&chat("x", 2)).ok()["usage"]["completion_tokens"], 2);
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!waiting.is_finished());
+        drop(all);
+        assert_eq!(waiting.join().unwrap(), LARGE);
+    });
+    // Whatever becomes of a request, its turn ends; that of an answer before the answer does.
+    let padded = |fields: Value| with(fields, json!({"user": "x".repeat(LARGE)}));
+    assert_eq!(server.chat(&padded(chat("x", 0))).error(400)["param"], "max_tokens");
+    server.complete(&padded(completion("x", 3))).ok();
+    let streamed = padded(with(completion("x", 200), json!({"stream": true})));
+    let mut streams = vec![];
+    for _ in 0..=turns {
+        streams.push(server.stream("/v1/completions", &streamed));
+        assert!(streams.last_mut().unwrap().next_data().is_some());
+    }
+    assert_eq!(server.server.large.available_permits(), turns);
+}
