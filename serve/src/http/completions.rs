@@ -48,7 +48,7 @@ const MAX_TOKENS: usize = 16;
 pub async fn completions(
     State(server): State<Arc<Server>>,
     Extension(log): Extension<Arc<RequestLog>>,
-    Body { request: CompletionRequest { sampling, completion }, turn }: Body<CompletionRequest>,
+    Body { turn, request: CompletionRequest { sampling, completion } }: Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
     let llm = server.llm()?;
     let model = server.name(sampling.model.as_deref())?;
@@ -70,7 +70,8 @@ pub async fn completions(
     answers::check_count(llm, prompt.count().saturating_mul(params.n))?;
     let context = server.max_model_len(llm);
     prompt.check_length(llm.text(), context)?;
-    let prompts = prompt::compute(&server, move |llm| prompt.encode(llm.text(), &options)).await?;
+    let held = turn.iter().cloned().collect();
+    let prompts = prompt::compute(&server, held, move |llm| prompt.encode(llm.text(), &options)).await?;
     for (tokens, _) in &prompts {
         if let Some(token) = tokens.iter().find(|token| **token as usize >= bounds.vocab_size) {
             let message =
@@ -87,8 +88,13 @@ pub async fn completions(
         logprobs: Vec::new(),
     };
     let beginnings = prompts.iter().zip(texts).map(begin).collect();
-    let grammar =
-        prompt::compile(&server, sampling.schema().map(Constraint::JsonSchema), "response_format").await?;
+    let grammar = prompt::compile(
+        &server,
+        turn.as_ref(),
+        sampling.schema().map(Constraint::JsonSchema),
+        "response_format",
+    )
+    .await?;
     let request = |prompt| Request { grammar: grammar.clone(), ..Request::new(prompt, params.clone()) };
     let answers = Answers::submit(&server, &log, prompts.into_iter().map(request).collect())?;
     let head = ReplyHead {
@@ -107,9 +113,11 @@ pub async fn completions(
         begun: vec![false; answers.len()],
         offsets: vec![0; answers.len()],
     };
-    drop(turn);
-    match sampling.streams() {
-        true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
+    let (streams, usage) = (sampling.streams(), sampling.includes_usage());
+    // What was asked needs no memory any more.
+    drop((sampling, turn));
+    match streams {
+        true => Ok(sse::response(answers, reply, usage, server.options.keep_alive)),
         false => reply.whole(answers).await.map(|completion| Json(completion).into_response()),
     }
 }

@@ -9,16 +9,20 @@ use axum::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Server, error::ApiError, prompt, types::unsupported};
+use super::{
+    Server,
+    error::ApiError,
+    turns::{Turn, Turns},
+    types::unsupported,
+};
 
 /// The most bytes of a body.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
-/// The most values in a body: numbers, strings, lists and others. Each takes up to some hundred bytes of memory.
-const MAX_VALUES: usize = 1 << 20;
-/// The most bytes of a body that is no large one. Few large ones are worked on at a time, so that others need
-/// not wait for them, nor memory for all.
+/// The most values in a body: numbers, strings, lists and others, and names of fields. Each takes up to some hundred
+/// bytes of memory.
+pub const MAX_VALUES: usize = 1 << 20;
+/// The most bytes of a body that is no large one.
 const MAX_SMALL_BYTES: usize = 64 << 10;
 
 /// A request's body.
@@ -112,9 +116,10 @@ fn in_words_of_json(message: String) -> String {
 
 /// A request's body, read.
 pub struct Body<T> {
+    /// That of a large one, until the request is given to the engine. First, as what is bound first is
+    /// dropped last.
+    pub turn: Option<Turn>,
     pub request: T,
-    /// The turn of a large one, until the request is given to the engine.
-    pub turn: Option<OwnedSemaphorePermit>,
 }
 
 impl<T: RequestBody + Send + 'static> FromRequest<Arc<Server>> for Body<T> {
@@ -137,15 +142,15 @@ impl<T: RequestBody + Send + 'static> FromRequest<Arc<Server>> for Body<T> {
             _ => ApiError::invalid("the body broke off; send it again"),
         })?;
         let turn = match bytes.len() > MAX_SMALL_BYTES {
-            true => Some(server.large.clone().acquire_owned().await.map_err(|_| ApiError::internal())?),
+            true => Some(Turns::of(&server.turns.large).await?),
             false => None,
         };
-        let (request, ignored) = match turn {
-            Some(_) => prompt::aside(move || read(&bytes)).await??,
+        let (request, ignored) = match &turn {
+            Some(turn) => server.turns.compute(vec![turn.clone()], move || read(&bytes)).await??,
             None => read(&bytes)?,
         };
         server.ignored.note(ignored);
-        Ok(Self { request, turn })
+        Ok(Self { turn, request })
     }
 }
 

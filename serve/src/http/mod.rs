@@ -5,7 +5,7 @@
 //! | `router` | which path is whose |
 //! | `types`, `extract` | bodies of requests and answers; wrong fields by their names |
 //! | `chat`, `completions` | answers, whole or streamed |
-//! | `prompt` | messages and texts to tokens |
+//! | `prompt`, `turns` | messages and texts to tokens, and how much of that at a time |
 //! | `answers`, `logprobs`, `sse` | what comes of the engine, and how it is sent |
 //! | `models`, `tokenize`, `health`, `metrics` | the other endpoints |
 //! | `openapi`, `page` | the API's description, and a page to chat |
@@ -40,30 +40,25 @@ mod sse;
 #[cfg(test)]
 mod tests;
 mod tokenize;
+mod turns;
 mod types;
 
 use std::{
     collections::BTreeSet,
     net::TcpListener,
-    ops::RangeInclusive,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use tokio::sync::Semaphore;
-
 pub use self::{auth::ApiKey, log::LogFormat};
-use self::{error::ApiError, life::Life, metrics::Metrics};
+use self::{error::ApiError, life::Life, metrics::Metrics, turns::Turns};
 use crate::{Llm, Result};
 
 /// The most names of fields that are remembered, of those that nobody knows.
 const MAX_IGNORED: usize = 256;
 /// Threads that serve connections, at most.
 const THREADS: usize = 8;
-/// Threads that compute what would hold them up, texts and grammars of answers: as many as there are cores, but
-/// no more and no fewer than these.
-const COMPUTING_THREADS: RangeInclusive<usize> = 4..=32;
 
 /// How a server is run.
 #[derive(Clone, Debug)]
@@ -114,8 +109,7 @@ pub struct Server {
     /// When it was made, in seconds since 1970.
     created: u64,
     ignored: IgnoredFields,
-    /// The turns of large bodies, which take half of the threads that compute.
-    large: Arc<Semaphore>,
+    turns: Turns,
     metrics: Metrics,
     life: Life,
 }
@@ -137,7 +131,7 @@ impl Server {
             llm: OnceLock::new(),
             created: seconds_since_1970(),
             ignored: IgnoredFields::default(),
-            large: Arc::new(Semaphore::new(computing_threads() / 2)),
+            turns: Turns::default(),
             life: Life::default(),
         })
     }
@@ -186,12 +180,9 @@ impl Server {
         listener: TcpListener,
         load: impl FnOnce() -> Result<Llm> + Send + 'static,
     ) -> Result<()> {
-        let threads = cores().min(THREADS);
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(threads)
-            .max_blocking_threads(computing_threads())
-            .enable_all()
-            .build()?;
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS);
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
         let served = runtime.block_on(life::run(self, listener, Box::new(load)));
         // What is still open was given its time.
         runtime.shutdown_background();
@@ -219,14 +210,6 @@ impl IgnoredFields {
             }
         }
     }
-}
-
-fn cores() -> usize {
-    thread::available_parallelism().map_or(1, usize::from)
-}
-
-fn computing_threads() -> usize {
-    cores().clamp(*COMPUTING_THREADS.start(), *COMPUTING_THREADS.end())
 }
 
 fn seconds_since_1970() -> u64 {

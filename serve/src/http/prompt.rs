@@ -2,31 +2,48 @@
 
 use std::{fmt::Display, sync::Arc};
 
-use tokio::task::spawn_blocking;
-
-use super::{Server, error::ApiError};
+use super::{
+    Server,
+    error::ApiError,
+    turns::{Turn, Turns},
+};
 use crate::{
-    Llm,
+    Error, Llm,
     constraint::{Constraint, Grammar},
     sampling::SamplingParams,
-    text::{ChatOptions, Message, TooManyTokens},
+    text::{ChatError, ChatOptions, Message},
 };
 
-/// The tokens of a chat.
+/// The tokens of a chat; `turn` is that of a large body.
 ///
 /// # Errors
 /// The template does not take such a chat.
 pub async fn chat(
     server: &Arc<Server>,
+    turn: Option<&Turn>,
     messages: Vec<Message>,
     tools: Vec<serde_json::Value>,
     options: ChatOptions,
 ) -> Result<Vec<u32>, ApiError> {
-    let rendered = compute(server, move |llm| llm.text().render_chat(&messages, &tools, &options)).await?;
-    rendered.map_err(|error| match error.downcast_ref() {
-        Some(TooManyTokens { fewest, most }) => too_long(format!("at least {fewest}"), *most, "messages"),
-        None => ApiError::parameter("messages", error.to_string()),
-    })
+    let mut held = vec![Turns::of(&server.turns.chats).await?];
+    held.extend(turn.cloned());
+    let work = move |llm: &Llm| llm.text().render_chat(&messages, &tools, &options);
+    compute(server, held, work).await?.map_err(|error| not_written(&error))
+}
+
+/// Why a chat has no tokens.
+fn not_written(error: &Error) -> ApiError {
+    match error.downcast_ref() {
+        Some(ChatError::TooManyTokens { fewest, most }) => {
+            too_long(format!("at least {fewest}"), *most, "messages")
+        }
+        // Nothing that is asked can change that.
+        Some(ChatError::NotRun(why)) => {
+            tracing::error!(why, "a chat was not written");
+            ApiError::internal()
+        }
+        _ => ApiError::parameter("messages", error.to_string()),
+    }
 }
 
 /// What answers have to be, compiled; `None` if they may be anything.
@@ -35,29 +52,24 @@ pub async fn chat(
 /// It cannot be used; `name` is the parameter that has it.
 pub async fn compile(
     server: &Arc<Server>,
+    turn: Option<&Turn>,
     constraint: Option<Constraint>,
     name: &str,
 ) -> Result<Option<Grammar>, ApiError> {
     let Some(constraint) = constraint else { return Ok(None) };
-    let compiled = compute(server, move |llm| llm.engine().compile(&constraint)).await?;
+    let held = turn.cloned().into_iter().collect();
+    let compiled = compute(server, held, move |llm| llm.engine().compile(&constraint)).await?;
     compiled.map(Some).map_err(|error| ApiError::parameter(name, error.to_string()))
 }
 
-/// Computes something where that holds up no connection.
+/// Computes something where that holds up no connection; `held` are the turns that it is part of.
 pub async fn compute<T: Send + 'static>(
     server: &Arc<Server>,
+    held: Vec<Turn>,
     work: impl FnOnce(&Llm) -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    let server = server.clone();
-    aside(move || server.llm().map(work)).await?
-}
-
-/// The same, of what needs no model.
-pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
-    spawn_blocking(work).await.map_err(|error| {
-        tracing::error!(%error, "a request was not worked out");
-        ApiError::internal()
-    })
+    let of_llm = server.clone();
+    server.turns.compute(held, move || of_llm.llm().map(work)).await?
 }
 
 /// A prompt that does not fit the model's context, though nothing were answered; `name` is the parameter that
@@ -94,5 +106,30 @@ pub fn check_length(
             Err(ApiError::context("max_tokens", message))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{http::StatusCode, response::IntoResponse};
+
+    use super::*;
+
+    #[test]
+    fn only_errors_of_the_chat_are_the_clients() {
+        let of = |error: ChatError| {
+            let error = not_written(&error.into());
+            (error.clone().into_response().status(), error.body().error.param)
+        };
+        let messages = Some("messages".to_owned());
+        for error in [
+            ChatError::Template("no".into()),
+            ChatError::TakesTooMuch("no".into()),
+            ChatError::TooLong { most: 1 },
+            ChatError::TooManyTokens { fewest: 2, most: 1 },
+        ] {
+            assert_eq!(of(error), (StatusCode::BAD_REQUEST, messages.clone()));
+        }
+        assert_eq!(of(ChatError::NotRun("no".into())), (StatusCode::INTERNAL_SERVER_ERROR, None));
     }
 }

@@ -13,7 +13,7 @@ use super::{
     chat::chat_options,
     completions::decode,
     error::{ApiError, BodyErrors},
-    extract::{Body, MAX_BODY_BYTES},
+    extract::{Body, MAX_BODY_BYTES, MAX_VALUES},
     logprobs::token_text,
     prompt,
     types::{
@@ -30,15 +30,17 @@ use crate::{Llm, text::EncodeOptions};
 )]
 pub async fn tokenize(
     State(server): State<Arc<Server>>,
-    Body { request, turn: _turn }: Body<TokenizeRequest>,
+    Body { turn, request }: Body<TokenizeRequest>,
 ) -> Result<Response, ApiError> {
     let llm = server.llm()?;
     server.name(request.model.as_deref())?;
+    let held: Vec<_> = turn.iter().cloned().collect();
     let tokens = match (request.prompt, &request.messages) {
         (Some(prompt), None) => {
             let bos = request.add_special_tokens.unwrap_or(true);
             let options = EncodeOptions { bos, ..EncodeOptions::default() };
-            prompt::compute(&server, move |llm| llm.text().encode_with(&prompt, &options)).await?
+            prompt::compute(&server, held.clone(), move |llm| llm.text().encode_with(&prompt, &options))
+                .await?
         }
         (None, Some(messages)) => {
             let options = chat_options(
@@ -47,10 +49,16 @@ pub async fn tokenize(
                 request.chat_template_kwargs.unwrap_or_default(),
             )?;
             let tools = request.tools.iter().flatten().filter_map(|tool| serde_json::to_value(tool).ok());
-            prompt::chat(&server, message::messages(messages)?, tools.collect(), options).await?
+            prompt::chat(&server, turn.as_ref(), message::messages(messages)?, tools.collect(), options)
+                .await?
         }
         _ => return Err(ApiError::parameter("prompt", "expected one of prompt and messages")),
     };
+    if tokens.len() > MAX_VALUES {
+        let name = if request.messages.is_some() { "messages" } else { "prompt" };
+        let message = format!("{name} has {} tokens; expected at most {MAX_VALUES}", tokens.len());
+        return Err(ApiError::parameter(name, message));
+    }
     let token_strs = request.return_token_strs.unwrap_or(false);
     let max_model_len = server.max_model_len(llm);
     let answer = move |llm: &Llm| TokenizeResponse {
@@ -60,7 +68,7 @@ pub async fn tokenize(
         tokens,
     };
     // Writing millions of them takes a while.
-    prompt::compute(&server, move |llm| Json(answer(llm)).into_response()).await
+    prompt::compute(&server, held, move |llm| Json(answer(llm)).into_response()).await
 }
 
 /// The text of tokens.
@@ -70,7 +78,7 @@ pub async fn tokenize(
 )]
 pub async fn detokenize(
     State(server): State<Arc<Server>>,
-    Body { request: DetokenizeRequest { model, tokens }, turn: _turn }: Body<DetokenizeRequest>,
+    Body { turn, request: DetokenizeRequest { model, tokens } }: Body<DetokenizeRequest>,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
     let llm = server.llm()?;
     server.name(model.as_deref())?;
@@ -84,6 +92,7 @@ pub async fn detokenize(
         let message = format!("the text of tokens has {bytes} bytes; expected at most {MAX_BODY_BYTES}");
         return Err(ApiError::parameter("tokens", message));
     }
-    let prompt = prompt::compute(&server, move |llm| decode(llm.text(), &tokens)).await?;
+    let prompt =
+        prompt::compute(&server, turn.into_iter().collect(), move |llm| decode(llm.text(), &tokens)).await?;
     Ok(Json(DetokenizeResponse { prompt }))
 }

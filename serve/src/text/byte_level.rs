@@ -57,6 +57,11 @@ impl ByteLevel {
         Ok(Self { bytes, merges, whole, splits: pre.splits()? })
     }
 
+    /// Whether each byte is a token, if in no longer one.
+    pub fn has_all_bytes(&self) -> bool {
+        self.bytes.iter().all(Option::is_some)
+    }
+
     /// The ids of a text. Bytes that are no tokens are left out.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) {
         let join = |left: &Symbol, right: &Symbol| self.merges.get(&[left.id?, right.id?]).copied();

@@ -5,6 +5,8 @@ use std::{collections::HashSet, sync::Arc};
 use serde_json::{Map, Value};
 
 use super::{
+    MAX_CHAT_BYTES,
+    error::ChatError,
     marks::{Rendered, StandIns},
     message::{ArgumentsAs, Message, Role},
     metadata::Metadata,
@@ -15,9 +17,6 @@ use super::{
 };
 use crate::Result;
 
-/// The most bytes of a chat, which are some million tokens.
-const MAX_BYTES: usize = 16 << 20;
-
 /// How a chat is written.
 #[derive(Clone, Debug)]
 pub struct ChatOptions {
@@ -26,8 +25,8 @@ pub struct ChatOptions {
     /// The text ends with the last message's, which the model goes on with; not together with
     /// [`add_generation_prompt`](Self::add_generation_prompt). False by default.
     pub continue_final_message: bool,
-    /// The most tokens: a chat that cannot be as few is an error, [`TooManyTokens`](super::TooManyTokens), before
-    /// they are counted. Any number by default.
+    /// The most tokens: a chat that cannot be as few is an error, [`ChatError::TooManyTokens`], before they
+    /// are counted. Any number by default.
     pub max_tokens: Option<usize>,
     /// Further variables of the template, such as `enable_thinking`.
     pub variables: Map<String, Value>,
@@ -49,7 +48,7 @@ impl Default for ChatOptions {
 
 /// The chat templates of a file.
 pub struct Chat {
-    template: Source,
+    usual: Source,
     /// Used when there are tools, if the file has one.
     tool_use: Option<Source>,
     /// The names of control tokens.
@@ -62,23 +61,23 @@ pub struct Chat {
 struct Source {
     text: String,
     stand_ins: StandIns,
-    compiled: std::result::Result<Template, String>,
+    template: std::result::Result<Template, ChatError>,
 }
 
 impl Source {
     fn new(text: &str, names: &Names) -> Result<Self> {
         let stand_ins = StandIns::new(names, &HashSet::new())?;
-        let compiled = compile(text, &stand_ins, names).map_err(|error| error.to_string());
-        Ok(Self { text: text.into(), stand_ins, compiled })
+        let template = template(text, &stand_ins, names);
+        Ok(Self { text: text.into(), stand_ins, template })
     }
 }
 
-fn compile(text: &str, stand_ins: &StandIns, names: &Names) -> Result<Template> {
-    Template::compile(source::rewrite(text, |literal| stand_ins.mark(literal, names)))
+fn template(text: &str, stand_ins: &StandIns, names: &Names) -> std::result::Result<Template, ChatError> {
+    Template::new(source::rewrite(text, |literal| stand_ins.mark(literal, names)))
 }
 
 impl Chat {
-    /// The templates of a file, if there are any. One that cannot be compiled is added to
+    /// The templates of a file, if there are any. What is wrong about one is added to
     /// `warnings`, and an error when it is used.
     pub fn read(
         metadata: Metadata<'_>,
@@ -86,13 +85,13 @@ impl Chat {
         control: &Arc<Names>,
         warnings: &mut Vec<String>,
     ) -> Result<Option<Self>> {
-        let Some(template) = metadata.string("chat_template")? else { return Ok(None) };
-        let template = Source::new(template, control)?;
+        let Some(usual) = metadata.string("chat_template")? else { return Ok(None) };
+        let usual = Source::new(usual, control)?;
         let tool_use =
             metadata.string("chat_template.tool_use")?.map(|text| Source::new(text, control)).transpose()?;
-        for source in [Some(&template), tool_use.as_ref()].into_iter().flatten() {
-            if let Err(problem) = &source.compiled {
-                warnings.push(problem.clone());
+        for source in [Some(&usual), tool_use.as_ref()].into_iter().flatten() {
+            if let Err(problem) = source.template.as_ref().map_err(Clone::clone).and_then(Template::check) {
+                warnings.push(problem.to_string());
             }
         }
         let mut tokens = Vec::new();
@@ -106,12 +105,12 @@ impl Chat {
             let token = id.and_then(|id| vocabulary.tokens.get(usize::try_from(id).ok()?));
             tokens.extend(token.map(|token| (variable, token.clone())));
         }
-        Ok(Some(Self { template, tool_use, names: Arc::clone(control), tokens }))
+        Ok(Some(Self { usual, tool_use, names: Arc::clone(control), tokens }))
     }
 
     /// The template for chats with tools.
     pub fn tool_template(&self) -> &str {
-        &self.tool_use.as_ref().unwrap_or(&self.template).text
+        &self.tool_use.as_ref().unwrap_or(&self.usual).text
     }
 
     /// The chat as the template writes it.
@@ -123,7 +122,7 @@ impl Chat {
         let rendered = self.render_calls(ArgumentsAs::Object, messages, tools, options);
         let has_calls = messages.iter().any(|message| !message.tool_calls.is_empty());
         match rendered {
-            Err(error) if has_calls => {
+            Err(error) if has_calls && matches!(error.downcast_ref(), Some(ChatError::Template(_))) => {
                 self.render_calls(ArgumentsAs::Text, messages, tools, options).map_err(|_| error)
             }
             rendered => rendered,
@@ -150,14 +149,14 @@ impl Chat {
         let used = private_characters(&serde_json::to_string(&variables)?);
         let source = match &self.tool_use {
             Some(source) if !tools.is_empty() => source,
-            _ => &self.template,
+            _ => &self.usual,
         };
         let (own_stand_ins, own_template);
         let (stand_ins, template) = if source.stand_ins.are_free_of(&used) {
-            (&source.stand_ins, source.compiled.as_ref().map_err(String::as_str)?)
+            (&source.stand_ins, source.template.as_ref().map_err(Clone::clone)?)
         } else {
             own_stand_ins = StandIns::new(&self.names, &used)?;
-            own_template = compile(&source.text, &own_stand_ins, &self.names)?;
+            own_template = template(&source.text, &own_stand_ins, &self.names)?;
             (&own_stand_ins, &own_template)
         };
         for (variable, token) in &self.tokens {
@@ -170,11 +169,7 @@ impl Chat {
             )?;
             text.truncate(at);
         }
-        let rendered = stand_ins.unmark(&text);
-        match rendered.text.len() {
-            0..=MAX_BYTES => Ok(rendered),
-            bytes => Err(format!("the chat has {bytes} bytes; expected at most {MAX_BYTES}").into()),
-        }
+        Ok(stand_ins.unmark(&text, MAX_CHAT_BYTES).ok_or(ChatError::TooLong { most: MAX_CHAT_BYTES })?)
     }
 }
 

@@ -75,15 +75,18 @@ impl StandIns {
         marked
     }
 
-    /// A rendered text without stand-ins.
-    pub fn unmark(&self, text: &str) -> Rendered {
+    /// A rendered text without stand-ins, unless it has more bytes than `most`.
+    pub fn unmark(&self, text: &str, most: usize) -> Option<Rendered> {
         let mut rendered = Rendered::default();
         for c in text.chars() {
             let real = self.from.get(&c);
             rendered.text.push(*real.unwrap_or(&c));
+            if rendered.text.len() > most {
+                return None;
+            }
             rendered.written.resize(rendered.text.len(), real.is_some());
         }
-        rendered
+        Some(rendered)
     }
 }
 

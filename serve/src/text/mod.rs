@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `metadata`, `vocabulary` | what the file says, and its tokens |
 //! | `tokenizer` | text to ids, by `byte_level` (with `splits`) or `sentencepiece`, which share `bpe` |
-//! | `message`, `chat` | messages, and the text that a model reads for them |
+//! | `message`, `chat`, `error` | messages, and the text that a model reads for them |
 //! | `template`, [`sandbox`] | a model's template, and the process that it runs in |
 //! | `jinja`, `source`, `python` | Jinja, as templates for transformers expect it |
 //! | `marks`, `names` | which control tokens a template wrote; names of tokens in text |
@@ -24,6 +24,7 @@ use candle_core::quantized::gguf_file::Content;
 mod bpe;
 mod byte_level;
 mod chat;
+mod error;
 mod jinja;
 mod marks;
 mod message;
@@ -55,6 +56,7 @@ use self::{
 };
 pub use self::{
     chat::ChatOptions,
+    error::ChatError,
     stream::Stream,
     tools::{NoToolFormat, ToolFormat},
 };
@@ -79,16 +81,8 @@ impl Default for EncodeOptions {
     }
 }
 
-/// A chat that is more tokens than it may be, found before they were counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the chat is at least {fewest} tokens; expected at most {most}")]
-pub struct TooManyTokens {
-    /// The fewest that it can be.
-    pub fewest: usize,
-    /// The most that it may be.
-    pub most: usize,
-}
-
+/// The most bytes of a chat, which are some million tokens.
+const MAX_CHAT_BYTES: usize = 16 << 20;
 /// The most bytes of texts that are tokenized beside others.
 const BESIDE_OTHERS: usize = 256 << 10;
 
@@ -102,7 +96,8 @@ pub struct Text {
     bos: Option<u32>,
     eos: Option<u32>,
     warnings: Vec<String>,
-    longest_token: usize,
+    /// In bytes, if that says how few tokens a text can be.
+    longest_token: Option<usize>,
     /// Held by who tokenizes a long text, which takes some 75 times its memory.
     alone: Mutex<()>,
 }
@@ -175,10 +170,22 @@ impl Text {
         self.tokenizer.encode_pieces(pieces)
     }
 
-    /// The fewest tokens that a text of so many bytes can be, as none stands for more bytes than the longest.
-    /// (It can be fewer where the model has no tokens for what is in it.)
+    /// The fewest tokens that a text of so many bytes can be, as none stands for more bytes than the longest; 0
+    /// where text may be left out.
     pub fn fewest_tokens(&self, bytes: usize) -> usize {
-        bytes.div_ceil(self.longest_token)
+        self.longest_token.map_or(0, |longest| bytes.div_ceil(longest))
+    }
+
+    /// Refuses a chat of so many bytes that is too long, or sure to have too many tokens.
+    fn check_length(&self, bytes: usize, options: &ChatOptions) -> std::result::Result<(), ChatError> {
+        if bytes > MAX_CHAT_BYTES {
+            return Err(ChatError::TooLong { most: MAX_CHAT_BYTES });
+        }
+        let fewest = self.fewest_tokens(bytes);
+        match options.max_tokens.filter(|most| *most < fewest) {
+            Some(most) => Err(ChatError::TooManyTokens { fewest, most }),
+            None => Ok(()),
+        }
     }
 
     /// Whether the model has a chat template.
@@ -194,7 +201,7 @@ impl Text {
     /// # Errors
     /// What the template raises about the messages, in its words; what goes wrong in it;
     /// arguments of calls that are no object; tools for a model without a template; a chat of more than
-    /// 16 MiB, or of more tokens than it may have, [`TooManyTokens`].
+    /// 16 MiB, or of more tokens than it may have. Those of the template and of length are a [`ChatError`].
     pub fn render_chat(
         &self,
         messages: &[Message],
@@ -208,13 +215,12 @@ impl Text {
                 );
             }
             let texts: Vec<_> = messages.iter().map(Message::text).collect();
-            return Ok(self.encode(&texts.join("\n\n")));
+            let text = texts.join("\n\n");
+            self.check_length(text.len(), options)?;
+            return Ok(self.encode(&text));
         };
         let rendered = chat.render(messages, tools, options)?;
-        let fewest = self.fewest_tokens(rendered.text.len());
-        if let Some(most) = options.max_tokens.filter(|most| *most < fewest) {
-            return Err(TooManyTokens { fewest, most }.into());
-        }
+        self.check_length(rendered.text.len(), options)?;
         let mut ids = self.encode_pieces(&rendered.pieces(&self.control));
         if ids.first().copied() != self.bos {
             ids.splice(0..0, self.bos);

@@ -1,15 +1,16 @@
-//! A process of its own for chat templates, with bounds of memory and time.
+//! Processes of their own for chat templates, with bounds of memory and time.
 //!
 //! A template is a program that comes with a model. Its steps can be counted where it runs, but not what they
 //! take: `x ~ x` forty times is all memory that there is, and a list of lists can be deeper than the stack. So
 //! it runs in another process, which the system ends when it takes more than 1 GiB or 10 s of computing. That
-//! process is this program once more, started when it is needed, and there is one for all templates.
+//! process is this program once more, started when it is needed, and kept for the next template.
 //!
 //! For that, a program calls [`init`] first, as `flashinfer` does. In others, templates run in the
-//! program itself, where only their steps (20 million) and what they write (64 MiB) are bounded.
+//! program itself, where only their steps (20 million) and what they write (64 MiB) are bounded. The system's
+//! bound of memory is Linux's; elsewhere it may not hold.
 
 use std::{
-    env,
+    env, fs,
     io::{self, ErrorKind},
     os::{
         fd::{AsFd, OwnedFd},
@@ -19,7 +20,7 @@ use std::{
         },
     },
     process::{self, Child, Command, Stdio},
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -28,17 +29,20 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
     time::{ClockId, clock_gettime},
 };
-use serde_json::{Map, Value};
+use serde::Deserialize;
+use serde_json::{Deserializer, Map, Value};
 
-use super::jinja::Jinja;
+use super::{error::ChatError, jinja::Jinja};
 use crate::{
     Result,
     frame::{self, Kind},
 };
 
-/// What the process is called, by which it knows what it is.
+/// The variable that says what the process is for.
+const ASKED_FOR: &str = "FLASHINFER_RUN_TEMPLATES";
+/// What it is called in lists of processes.
 const NAME: &str = "flashinfer-templates";
-/// The most memory that it takes, in bytes, beside the program's own.
+/// The most memory that it takes, in bytes.
 const MEMORY: u64 = 1 << 30;
 /// The most that a template may compute, in seconds.
 const SECONDS: u64 = 10;
@@ -46,13 +50,15 @@ const SECONDS: u64 = 10;
 const STACK: u64 = 8 << 20;
 /// How long an answer is waited for, whatever the process is doing.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How many templates it keeps compiled: those of a model, and where a chat needs other stand-ins.
+/// The most processes at a time.
+pub const PROCESSES: usize = 4;
+/// How many templates each keeps compiled: those of a model, and where a chat needs other stand-ins.
 const KEPT: usize = 4;
 
 static OF_PROGRAM: OnceLock<Sandbox> = OnceLock::new();
 
-/// Has chat templates run in a process of their own from now on, on Unix. To be called first in `main`:
-/// that process is this program once more, and there this does not return.
+/// Has chat templates run in processes of their own from now on. To be called first in `main`:
+/// these are this program once more, and there this does not return.
 ///
 /// ```no_run
 /// fn main() -> flashinfer_serve::Result<()> {
@@ -70,9 +76,9 @@ pub fn init() {
     OF_PROGRAM.get_or_init(|| Sandbox::new(this_program));
 }
 
-/// Whether this is the process that was started for templates.
+/// Whether this process was started for templates.
 fn is_asked_for() -> bool {
-    env::args_os().next().is_some_and(|name| name == NAME)
+    env::var_os(ASKED_FOR).is_some()
 }
 
 /// This program, also where its file was replaced.
@@ -83,18 +89,28 @@ fn this_program() -> io::Result<Command> {
     })
 }
 
-/// What a template writes, or why it does not.
-type Answer = Result<String, String>;
-
-/// Runs templates in another process. One that ended is started again for the next template.
+/// Runs templates in other processes.
 pub struct Sandbox {
     program: fn() -> io::Result<Command>,
-    process: Mutex<Option<Process>>,
+    patience: Duration,
+    pool: Mutex<Pool>,
+    /// Told when a process has nothing to do, or another may be started.
+    free: Condvar,
+}
+
+/// The processes of a sandbox.
+#[derive(Default)]
+struct Pool {
+    /// Those that wait, the last used last.
+    idle: Vec<Process>,
+    /// How many run a template, or are started for one.
+    busy: usize,
 }
 
 impl Sandbox {
     const fn new(program: fn() -> io::Result<Command>) -> Self {
-        Self { program, process: Mutex::new(None) }
+        let pool = Mutex::new(Pool { idle: Vec::new(), busy: 0 });
+        Self { program, patience: PATIENCE, pool, free: Condvar::new() }
     }
 
     /// That of a program which called [`init`].
@@ -102,45 +118,71 @@ impl Sandbox {
         OF_PROGRAM.get()
     }
 
-    /// Whether a template is one.
-    ///
-    /// # Errors
-    /// There is no process to look at it.
-    pub fn compile(&self, source: &str) -> Result<Result<(), String>> {
-        Ok(self.ask([source.as_bytes(), &[], &[]])?.map(|_| ()))
+    /// Whether a template is one. No process is kept for that.
+    pub fn compile(&self, source: &str) -> Result<(), ChatError> {
+        let mut turn = self.turn();
+        self.ask(&mut turn.process, [source.as_bytes(), &[], &[]])?;
+        turn.process = None;
+        Ok(())
     }
 
     /// What a template writes.
-    ///
-    /// # Errors
-    /// There is no process to run it.
     pub fn render(
         &self,
         source: &str,
         variables: &Map<String, Value>,
         now: Option<&Zoned>,
-    ) -> Result<Answer> {
-        let variables = serde_json::to_vec(variables)?;
+    ) -> Result<String, ChatError> {
+        let variables = serde_json::to_vec(variables).map_err(not_run)?;
         let now = now.map(Zoned::to_string).unwrap_or_default();
-        self.ask([source.as_bytes(), &variables, now.as_bytes()])
+        self.ask(&mut self.turn().process, [source.as_bytes(), &variables, now.as_bytes()])
     }
 
-    fn ask(&self, request: [&[u8]; 3]) -> Result<Answer> {
-        let mut kept = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut process = match kept.take().and_then(Process::living) {
+    /// What a process answers, which is started if there is none, and taken away if it fails.
+    fn ask(&self, place: &mut Option<Process>, request: [&[u8]; 3]) -> Result<String, ChatError> {
+        let mut process = match place.take().and_then(Process::living) {
             Some(process) => process,
             None => (self.program)()
-                .and_then(Process::start)
-                .map_err(|error| format!("the process of chat templates cannot be started: {error}"))?,
+                .and_then(|command| Process::start(command, self.patience))
+                .map_err(|error| not_run(format!("its process cannot be started: {error}")))?,
         };
-        Ok(match process.ask(request) {
-            Ok(answer) => {
-                *kept = Some(process);
-                answer
-            }
-            Err(error) => Err(process.end(&error)),
-        })
+        let answer = process.ask(request).map_err(|error| process.end(&error))?;
+        *place = Some(process);
+        answer
     }
+
+    /// Waits for one of the processes.
+    fn turn(&self) -> Turn<'_> {
+        let mut pool = self.pool();
+        while pool.busy == PROCESSES {
+            pool = self.free.wait(pool).unwrap_or_else(PoisonError::into_inner);
+        }
+        pool.busy += 1;
+        Turn { sandbox: self, process: pool.idle.pop() }
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One of the processes, or that another may be started. It is given back when this is dropped.
+struct Turn<'a> {
+    sandbox: &'a Sandbox,
+    process: Option<Process>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut pool = self.sandbox.pool();
+        pool.busy -= 1;
+        pool.idle.extend(self.process.take());
+        self.sandbox.free.notify_one();
+    }
+}
+
+fn not_run(why: impl std::fmt::Display) -> ChatError {
+    ChatError::NotRun(format!("the model's chat template cannot be run: {why}"))
 }
 
 /// A process that was started. It is killed when this is dropped.
@@ -150,14 +192,14 @@ struct Process {
 }
 
 impl Process {
-    /// Starts one. It gets no signals of the terminal, and ends with this process.
-    fn start(mut command: Command) -> io::Result<Self> {
+    /// Starts one. It gets no signals of the terminal, and ends when this process has, once it is done.
+    fn start(mut command: Command, patience: Duration) -> io::Result<Self> {
         let (stream, other) = UnixStream::pair()?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        command.arg0(NAME).process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
-        let child = command.stdin(OwnedFd::from(other)).spawn()?;
-        Ok(Self { child, stream })
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
+        command.env(ASKED_FOR, "1").arg0(NAME).process_group(0);
+        command.stdin(OwnedFd::from(other)).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(Self { child: command.spawn()?, stream })
     }
 
     /// The same, unless it has ended meanwhile.
@@ -165,35 +207,41 @@ impl Process {
         matches!(self.child.try_wait(), Ok(None)).then_some(self)
     }
 
-    fn ask(&mut self, request: [&[u8]; 3]) -> io::Result<Answer> {
+    /// What a template writes, or why it does not; an error if the process does not say.
+    fn ask(&mut self, request: [&[u8]; 3]) -> io::Result<Result<String, ChatError>> {
         for bytes in request {
             frame::write(&mut self.stream, Kind::Message, bytes)?;
         }
         let (kind, bytes) = frame::read_any(&mut self.stream)?;
-        let text = String::from_utf8(bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
-        Ok(if kind == Kind::Message { Ok(text) } else { Err(text) })
+        let text = String::from_utf8(bytes).map_err(io::Error::other)?;
+        match kind {
+            Kind::Message => Ok(Ok(text)),
+            Kind::Failed => Ok(Err(ChatError::Template(text))),
+            Kind::Alive | Kind::Done => Err(io::Error::other(text)),
+        }
     }
 
     /// Why there is no answer.
-    fn end(mut self, error: &io::Error) -> String {
-        let template = "the model's chat template";
+    fn end(&mut self, error: &io::Error) -> ChatError {
         match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-                return format!("{template} has written nothing after {} s", PATIENCE.as_secs());
-            }
             // It has ended.
             ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => (),
-            _ => return format!("{template} cannot be run: {error}"),
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => return not_run("it does not answer in time"),
+            _ => return not_run(error),
         }
-        match self.child.wait() {
-            Ok(status) => match status.signal() {
-                Some(libc::SIGXCPU) => format!("{template} computes for more than {SECONDS} s"),
-                Some(libc::SIGABRT | libc::SIGBUS | libc::SIGSEGV) => {
-                    format!("{template} takes more than {} GiB of memory, or nests too deep", MEMORY >> 30)
-                }
-                _ => format!("{template} cannot be run: its process ended with {status}"),
-            },
-            Err(error) => format!("{template} cannot be run: {error}"),
+        // If it only closed the connection.
+        let _ = self.child.kill();
+        let template = "the model's chat template";
+        match self.child.wait().map(|status| (status, status.signal())) {
+            Ok((_, Some(libc::SIGXCPU))) => {
+                ChatError::TakesTooMuch(format!("{template} computes for more than {SECONDS} s"))
+            }
+            Ok((_, Some(libc::SIGABRT | libc::SIGBUS | libc::SIGSEGV))) => ChatError::TakesTooMuch(format!(
+                "{template} takes more than {} GiB of memory, or nests too deep",
+                MEMORY >> 30
+            )),
+            Ok((status, _)) => not_run(format!("its process ended with {status}")),
+            Err(error) => not_run(error),
         }
     }
 }
@@ -212,7 +260,7 @@ fn answer() -> ! {
     let Ok(mut stream) = stdin.map(UnixStream::from) else { process::exit(1) };
     if let Err(error) = limit().and_then(|()| run(&mut stream)) {
         // Nobody may be there any more.
-        let _ = frame::write(&mut stream, Kind::Failed, error.to_string().as_bytes());
+        let _ = frame::write(&mut stream, Kind::Done, error.to_string().as_bytes());
     }
     process::exit(0)
 }
@@ -220,9 +268,9 @@ fn answer() -> ! {
 fn run(stream: &mut UnixStream) -> Result<()> {
     let mut compiled = Vec::new();
     loop {
+        limit_computing()?;
         let mut message = || frame::read_any(stream).map(|(_, bytes)| bytes);
         let (source, variables, now) = (String::from_utf8(message()?)?, message()?, message()?);
-        limit_computing()?;
         match render(&mut compiled, source, &variables, &now) {
             Ok(text) => frame::write(stream, Kind::Message, text.as_bytes())?,
             Err(error) => frame::write(stream, Kind::Failed, error.to_string().as_bytes())?,
@@ -249,29 +297,34 @@ fn render(
     }
     let now = str::from_utf8(now)?;
     let now: Option<Zoned> = if now.is_empty() { None } else { Some(now.parse()?) };
-    compiled[0].1.render(&serde_json::from_slice(variables)?, now.as_ref())
+    // They may be as deep as they were, as the stack is this process's own.
+    let mut variables = Deserializer::from_slice(variables);
+    variables.disable_recursion_limit();
+    compiled[0].1.render(&Map::deserialize(&mut variables)?, now.as_ref())
 }
 
 /// Bounds what this process takes. What it computes is bounded for each template.
 fn limit() -> Result<()> {
+    // Where memory runs out, it is the one to end.
+    #[cfg(target_os = "linux")]
+    let _ = fs::write("/proc/self/oom_score_adj", "1000");
     for (resource, most) in [(Resource::Data, MEMORY), (Resource::Stack, STACK), (Resource::Core, 0)] {
-        lower(resource, most, false)?;
+        set_limit(resource, most, Some(most))?;
     }
     Ok(())
 }
 
 fn limit_computing() -> Result<()> {
     let used = clock_gettime(ClockId::ProcessCPUTime).tv_sec.unsigned_abs();
-    // The seconds that were begun.
-    lower(Resource::Cpu, used + 1 + SECONDS, true)
+    // The second that has begun, too.
+    set_limit(Resource::Cpu, used + 1 + SECONDS, None)
 }
 
-/// Sets a limit, which can be raised again or not; it stays below what it may be.
-fn lower(resource: Resource, most: u64, again: bool) -> Result<()> {
+/// Sets a limit, and the most that it can be set to later, as far as they may be.
+fn set_limit(resource: Resource, most: u64, later: Option<u64>) -> Result<()> {
     let maximum = getrlimit(resource).maximum;
-    let most = maximum.map_or(most, |maximum| most.min(maximum));
-    let maximum = if again { maximum } else { Some(most) };
-    Ok(setrlimit(resource, Rlimit { current: Some(most), maximum })?)
+    let within = |limit: u64| maximum.map_or(limit, |maximum| limit.min(maximum));
+    Ok(setrlimit(resource, Rlimit { current: Some(within(most)), maximum: later.map(within).or(maximum) })?)
 }
 
 #[cfg(test)]

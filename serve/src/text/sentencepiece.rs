@@ -62,6 +62,11 @@ impl SentencePiece {
         Ok(Self { pieces, bytes, unknown, space_prefix })
     }
 
+    /// Whether each byte is a token, so that nothing is unknown.
+    pub fn has_all_bytes(&self) -> bool {
+        self.bytes.iter().all(Option::is_some)
+    }
+
     /// The ids of a text, with a space before it if the file says so.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) {
         if text.is_empty() {

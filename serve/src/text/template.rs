@@ -3,44 +3,54 @@
 use jiff::Zoned;
 use serde_json::{Map, Value};
 
-use super::jinja::Jinja;
 #[cfg(unix)]
 use super::sandbox::Sandbox;
-use crate::Result;
+use super::{error::ChatError, jinja::Jinja};
 
-/// A template that was found to be one.
+/// A template.
 pub enum Template {
     /// It runs in this process.
     Here(Jinja),
-    /// It runs in a process of its own.
+    /// It runs in a process of its own, which compiles it.
     #[cfg(unix)]
     Apart { sandbox: &'static Sandbox, source: String },
 }
 
 impl Template {
     /// # Errors
-    /// A template that is no Jinja, with the line.
-    pub fn compile(source: String) -> Result<Self> {
+    /// A template that is no Jinja, with the line, unless [`check`](Self::check) finds that.
+    pub fn new(source: String) -> Result<Self, ChatError> {
         #[cfg(unix)]
         if let Some(sandbox) = Sandbox::of_program() {
-            // Where there is no process now, there may be one when it is used.
-            if let Ok(compiled) = sandbox.compile(&source) {
-                compiled?;
-            }
             return Ok(Self::Apart { sandbox, source });
         }
-        Jinja::compile(source).map(Self::Here)
+        Ok(Self::Here(Jinja::compile(source).map_err(|error| ChatError::Template(error.to_string()))?))
+    }
+
+    /// Whether it is one, and can be run.
+    ///
+    /// # Errors
+    /// It is no Jinja, with the line; it cannot be run.
+    pub fn check(&self) -> Result<(), ChatError> {
+        match self {
+            Self::Here(_) => Ok(()),
+            #[cfg(unix)]
+            Self::Apart { sandbox, source } => sandbox.compile(source),
+        }
     }
 
     /// What the template writes.
     ///
     /// # Errors
-    /// What the template raises, in its words, and what goes wrong in it, with the line; it takes or writes more than it may.
-    pub fn render(&self, variables: &Map<String, Value>, now: Option<&Zoned>) -> Result<String> {
+    /// What the template raises, in its words, and what goes wrong in it, with the line; it takes or writes more
+    /// than it may; it cannot be run.
+    pub fn render(&self, variables: &Map<String, Value>, now: Option<&Zoned>) -> Result<String, ChatError> {
         match self {
-            Self::Here(jinja) => jinja.render(variables, now),
+            Self::Here(jinja) => {
+                jinja.render(variables, now).map_err(|error| ChatError::Template(error.to_string()))
+            }
             #[cfg(unix)]
-            Self::Apart { sandbox, source } => Ok(sandbox.render(source, variables, now)??),
+            Self::Apart { sandbox, source } => sandbox.render(source, variables, now),
         }
     }
 }

@@ -100,9 +100,19 @@ impl Tokenizer {
         self.bytes.get(id as usize).map_or(&[], Vec::as_slice)
     }
 
-    /// The most bytes that a token stands for, at least one.
-    pub fn longest(&self) -> usize {
-        self.bytes.iter().map(Vec::len).max().unwrap_or_default().max(1)
+    /// The most bytes of a text that a token may stand for; `None` where text may be in no token of its own.
+    pub fn longest(&self) -> Option<usize> {
+        let all_bytes = match &self.model {
+            Model::ByteLevel(model) => model.has_all_bytes(),
+            Model::SentencePiece(model) => model.has_all_bytes(),
+        };
+        // The mark of a space may be in a text itself, where it is longer than a space.
+        let names = self.vocabulary.tokens.iter().map(String::len);
+        let longest = match &self.model {
+            Model::ByteLevel(_) => self.bytes.iter().map(Vec::len).max(),
+            Model::SentencePiece(_) => names.max(),
+        };
+        longest.filter(|_| all_bytes && !self.swallows_blanks)
     }
 
     /// Whether the first token of a text may have a space that is not in the text.

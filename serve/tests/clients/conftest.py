@@ -14,6 +14,7 @@ TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 
 def pytest_addoption(parser):
     parser.addoption("--flashinfer", type=pathlib.Path, default=TARGET / "release" / "flashinfer", help="the program")
+    parser.addoption("--large-bodies", type=int, default=3, help="how many test_bounds.py sends at a time")
     parser.addoption("--load-seconds", type=float, default=10, help="how long test_load.py goes on")
 
 

@@ -22,6 +22,7 @@ use super::{
     prompt,
     reply::ReplyHead,
     seconds_since_1970, sse,
+    turns::Turn,
     types::{
         chat::{ChatCompletion, ChatCompletionChunk, ChatFields, ChatRequest},
         message,
@@ -42,7 +43,7 @@ use crate::{request::Request, text::ChatOptions};
 pub async fn chat_completions(
     State(server): State<Arc<Server>>,
     Extension(log): Extension<Arc<RequestLog>>,
-    Body { request: ChatRequest { sampling, mut chat }, turn }: Body<ChatRequest>,
+    Body { turn, request: ChatRequest { sampling, mut chat } }: Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
     let model = server.name(sampling.model.as_deref())?;
     let tools = Tools::new(server.llm()?.text(), &chat)?;
@@ -54,7 +55,7 @@ pub async fn chat_completions(
             false => error,
         }
     };
-    let request = request(&server, &sampling, &mut chat, &tools).await.map_err(named)?;
+    let request = request(&server, turn.as_ref(), &sampling, &mut chat, &tools).await.map_err(named)?;
     let head = ReplyHead {
         id: format!("chatcmpl-{}", log.id()),
         created: seconds_since_1970(),
@@ -66,10 +67,11 @@ pub async fn chat_completions(
     let prompt = head.token_ids.then(|| request.prompt.clone());
     let answers = Answers::submit(&server, &log, vec![request]).map_err(named)?;
     let reply = Reply::new(head, prompt, &tools, answers.len());
+    let (streams, usage) = (sampling.streams(), sampling.includes_usage());
     // What was asked needs no memory any more.
-    drop((chat, tools, turn));
-    match sampling.streams() {
-        true => Ok(sse::response(answers, reply, sampling.includes_usage(), server.options.keep_alive)),
+    drop((chat, sampling, tools, turn));
+    match streams {
+        true => Ok(sse::response(answers, reply, usage, server.options.keep_alive)),
         false => reply.whole(answers).await.map(|chat| Json(chat).into_response()),
     }
 }
@@ -77,6 +79,7 @@ pub async fn chat_completions(
 /// What a chat asks of the engine.
 async fn request(
     server: &Arc<Server>,
+    turn: Option<&Turn>,
     sampling: &SamplingFields,
     chat: &mut ChatFields,
     tools: &Tools,
@@ -97,9 +100,9 @@ async fn request(
         ..chat_options(chat.add_generation_prompt, chat.continue_final_message, variables)?
     };
     let messages = message::messages(&chat.messages)?;
-    let prompt = prompt::chat(server, messages, tools.told().to_vec(), options).await?;
+    let prompt = prompt::chat(server, turn, messages, tools.told().to_vec(), options).await?;
     prompt::check_length(&prompt, &params, context, "messages")?;
-    let grammar = prompt::compile(server, constraint, parameter).await?;
+    let grammar = prompt::compile(server, turn, constraint, parameter).await?;
     Ok(Request { grammar, shown: tools.shown().to_vec(), ..Request::new(prompt, params) })
 }
 

@@ -127,6 +127,13 @@ fn read_chunk(reader: &mut impl BufRead) -> Option<Vec<u8>> {
     (len > 0).then_some(chunk)
 }
 
+/// Asks, and waits for nothing.
+pub fn ask(address: SocketAddr, path: &str, headers: &[(&str, &str)], body: &Value) -> TcpStream {
+    let (mut stream, body) = (connect(address), body.to_string());
+    stream.write_all((head("POST", path, headers, Some(body.len())) + &body).as_bytes()).unwrap();
+    stream
+}
+
 /// An answer that comes as server-sent events.
 pub struct Stream {
     pub head: Response,
@@ -141,9 +148,7 @@ impl Stream {
 
     /// With further headers.
     pub fn open_with(address: SocketAddr, path: &str, headers: &[(&str, &str)], body: &Value) -> Self {
-        let (mut stream, body) = (connect(address), body.to_string());
-        stream.write_all((head("POST", path, headers, Some(body.len())) + &body).as_bytes()).unwrap();
-        let mut reader = BufReader::new(stream);
+        let mut reader = BufReader::new(ask(address, path, headers, body));
         Self { head: read_head(&mut reader), reader, text: String::new() }
     }
 

@@ -2,6 +2,13 @@
 
 use super::*;
 
+impl TestServer {
+    /// How many large bodies may be worked on now.
+    fn turns(&self) -> usize {
+        self.server.turns.large.available_permits()
+    }
+}
+
 /// More bytes than a small body has.
 const LARGE: usize = 100_000;
 
@@ -43,6 +50,10 @@ fn what_cannot_fit_is_refused_before_it_is_tokenized() {
     assert!(error["message"].as_str().unwrap().contains("the prompt has 4800;"), "{error}");
     let error = server.complete(&completion(vec!["x"; 1025], 1)).error(400);
     assert_eq!(error["message"], "n is 1025 in all; expected at most 1024, which is all that may wait");
+    // What is only tokenized fits more.
+    let text = "x".repeat((1 << 20) + 1);
+    let error = server.post("/tokenize", &json!({"prompt": text})).error(400);
+    assert_eq!(error["message"], "prompt has 1048577 tokens; expected at most 1048576");
     // Tokens of twelve bytes each.
     let tokens = json!({"tokens": vec![269; 800_000]});
     let error = server.post("/detokenize", &tokens).error(400);
@@ -53,10 +64,10 @@ fn what_cannot_fit_is_refused_before_it_is_tokenized() {
 fn large_bodies_take_turns_and_small_ones_do_not_wait() {
     let server = TestServer::start();
     let large = json!({"prompt": "x".repeat(LARGE)});
-    let turns = server.server.large.available_permits();
-    assert_eq!(turns, crate::http::computing_threads() / 2);
+    let turns = server.turns();
+    assert!(turns > 0);
     assert_eq!(server.post("/tokenize", &large).ok()["count"], LARGE);
-    let all = server.server.large.clone().try_acquire_many_owned(turns as u32).unwrap();
+    let all = server.server.turns.large.clone().try_acquire_many_owned(turns as u32).unwrap();
     thread::scope(|scope| {
         let waiting = scope.spawn(|| server.post("/tokenize", &large).ok()["count"].clone());
         for _ in 0..20 {
@@ -67,15 +78,45 @@ fn large_bodies_take_turns_and_small_ones_do_not_wait() {
         drop(all);
         assert_eq!(waiting.join().unwrap(), LARGE);
     });
-    // Whatever becomes of a request, its turn ends; that of an answer before the answer does.
+    assert_eq!(server.turns(), turns);
+}
+
+#[test]
+fn a_turn_ends_before_the_answer_does_and_with_each_error() {
+    let server = TestServer::with(options(), llm(config(), slow));
+    let turns = server.turns();
     let padded = |fields: Value| with(fields, json!({"user": "x".repeat(LARGE)}));
     assert_eq!(server.chat(&padded(chat("x", 0))).error(400)["param"], "max_tokens");
-    server.complete(&padded(completion("x", 3))).ok();
-    let streamed = padded(with(completion("x", 200), json!({"stream": true})));
-    let mut streams = vec![];
-    for _ in 0..=turns {
-        streams.push(server.stream("/v1/completions", &streamed));
-        assert!(streams.last_mut().unwrap().next_data().is_some());
-    }
-    assert_eq!(server.server.large.available_permits(), turns);
+    assert_eq!(server.turns(), turns);
+    thread::scope(|scope| {
+        let whole = [scope.spawn(|| server.chat(&padded(chat("x", 200))).ok())];
+        let streamed = padded(with(completion("x", 200), json!({"stream": true})));
+        let mut streams = vec![];
+        for _ in 0..=turns {
+            streams.push(server.stream("/v1/completions", &streamed));
+            assert!(streams.last_mut().unwrap().next_data().is_some());
+        }
+        until(|| server.status().running == turns + 2);
+        assert_eq!(server.turns(), turns);
+        assert!(whole.iter().all(|whole| !whole.is_finished()));
+    });
+}
+
+/// What it was for may take memory until then.
+#[test]
+fn who_leaves_keeps_a_turn_until_what_has_begun_is_done() {
+    let long = "{% for a in range(40) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+    let server = TestServer::with(options(), llm_with(long));
+    let turns = server.turns();
+    let body = chat(&"x".repeat(LARGE), 1);
+    let ask = |_| client::ask(server.address, "/v1/chat/completions", &[], &body);
+    // The last of them wait for a turn, and do so no longer.
+    let clients: Vec<_> = (0..turns + 3).map(ask).collect();
+    until(|| server.turns() == 0);
+    thread::sleep(Duration::from_millis(50));
+    drop(clients);
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(server.turns(), 0);
+    until(|| server.turns() == turns);
+    assert_eq!(server.turns(), turns);
 }

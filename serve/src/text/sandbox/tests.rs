@@ -1,4 +1,4 @@
-use std::{fs, time::Instant};
+use std::{thread, time::Instant};
 
 use jiff::{
     civil::date,
@@ -22,12 +22,17 @@ fn the_process_of_other_tests() {
 }
 
 impl Sandbox {
-    fn writes(&self, source: &str) -> Answer {
-        self.render(source, json!({"name": "é"}).as_object().unwrap(), None).unwrap()
+    fn writes(&self, source: &str) -> Result<String, String> {
+        self.answers(source).map_err(|error| error.to_string())
     }
 
-    fn process_id(&self) -> u32 {
-        self.process.lock().unwrap().as_ref().expect("a process").child.id()
+    fn answers(&self, source: &str) -> Result<String, ChatError> {
+        self.render(source, json!({"name": "é"}).as_object().unwrap(), None)
+    }
+
+    /// The processes that wait.
+    fn idle(&self) -> Vec<u32> {
+        self.pool().idle.iter().map(|process| process.child.id()).collect()
     }
 }
 
@@ -35,38 +40,67 @@ impl Sandbox {
 fn templates_run_in_one_process() {
     let sandbox = sandbox();
     assert_eq!(sandbox.writes("Hi {{ name }}").as_deref(), Ok("Hi é"));
-    let process = sandbox.process_id();
+    let process = sandbox.idle();
+    assert_eq!(process.len(), 1);
     for index in 0..2 * KEPT {
         assert_eq!(sandbox.writes(&format!("{index} {{{{ name }}}}")), Ok(format!("{index} é")));
     }
     let now = date(2026, 7, 6).at(9, 5, 3, 0).to_zoned(TimeZone::fixed(offset(7))).unwrap();
-    let written = sandbox.render("{{ strftime_now('%H %z') }}", &Map::new(), Some(&now)).unwrap();
+    let written = sandbox.render("{{ strftime_now('%H %z') }}", &Map::new(), Some(&now));
     assert_eq!(written.as_deref(), Ok("09 +0700"));
     // Nothing of another template's is left.
     assert_eq!(sandbox.writes("{% set kept = 1 %}{{ kept }}").as_deref(), Ok("1"));
     assert_eq!(sandbox.writes("{{ kept is defined }}").as_deref(), Ok("False"));
-    assert_eq!(sandbox.compile("{% if %}").unwrap().unwrap_err(), sandbox.writes("{% if %}").unwrap_err());
-    assert_eq!(sandbox.compile("{{ raise_exception('no') }}").unwrap(), Ok(()));
     let raised = sandbox.writes("{{ raise_exception('no ' ~ name * 9999999) }}").unwrap_err();
     assert!(raised.starts_with("the model's chat template does not take these messages: no éé"), "{raised}");
     assert!(raised.ends_with("éé…") && raised.chars().count() < 5000);
-    assert_eq!(sandbox.process_id(), process, "each was answered by the same one");
+    let error = sandbox.answers("{% if %}").unwrap_err();
+    assert_eq!(sandbox.idle(), process, "each was answered by the same one");
+    // To compile, none is kept.
+    assert_eq!(sandbox.compile("{% if %}"), Err(error));
+    assert_eq!(sandbox.compile("{{ raise_exception('no') }}"), Ok(()));
+    assert_eq!(sandbox.idle(), [0; 0]);
 }
 
 #[test]
 fn a_process_that_was_killed_is_replaced() {
     let sandbox = sandbox();
-    let mut last = 0;
+    let mut last = vec![];
     for _ in 0..3 {
         assert_eq!(sandbox.writes("{{ name }}").as_deref(), Ok("é"));
-        assert_ne!(std::mem::replace(&mut last, sandbox.process_id()), last);
-        sandbox.process.lock().unwrap().as_mut().unwrap().child.kill().unwrap();
-        // As a signal of somebody else's, it is not waited for.
-        let begin = Instant::now();
-        while !fs::read_to_string(format!("/proc/{last}/stat")).unwrap().contains(") Z ") {
-            assert!(begin.elapsed() < PATIENCE);
-        }
+        assert_ne!(std::mem::replace(&mut last, sandbox.idle()), sandbox.idle());
+        let mut pool = sandbox.pool();
+        pool.idle[0].child.kill().unwrap();
+        pool.idle[0].child.wait().unwrap();
     }
+}
+
+#[test]
+fn templates_run_beside_each_other_in_few_processes() {
+    let sandbox = sandbox();
+    let long = rounds(300_000, "", "{{ name }}");
+    thread::scope(|scope| {
+        for index in 0..3 * PROCESSES {
+            let (sandbox, long) = (&sandbox, &long);
+            scope.spawn(move || {
+                assert_eq!(sandbox.writes(&format!("{long}{index}")), Ok(format!("é{index}")))
+            });
+        }
+    });
+    assert_eq!(sandbox.idle().len(), PROCESSES);
+    assert_eq!(sandbox.pool().busy, 0);
+}
+
+#[test]
+fn variables_come_as_they_are() {
+    let deep = (0..200).fold(json!(0.1), |inner, _| json!([inner]));
+    let variables = json!({"numbers": [0.1, 1e23, 5e-324, 1.7976931348623157e308, -0.0, 9007199254740993_u64], "deep": deep});
+    let written = sandbox().render("{{ numbers }}{{ deep }}", variables.as_object().unwrap(), None).unwrap();
+    let expected = format!("{}0.1{}", "[".repeat(200), "]".repeat(200));
+    assert_eq!(
+        written,
+        format!("[0.1, 1e+23, 5e-324, 1.7976931348623157e+308, -0.0, 9007199254740993]{expected}")
+    );
 }
 
 /// A loop of so many rounds, up to ten thousand millions, and what follows it.
@@ -133,20 +167,34 @@ fn what_computes_too_long_ends_its_process_alone() {
 }
 
 #[test]
-fn no_process_is_an_error_until_there_is_one() {
-    let sandbox = Sandbox::new(|| Ok(Command::new("/no/such/program")));
-    let error = sandbox.render("{{ name }}", &Map::new(), None).unwrap_err().to_string();
-    assert!(error.starts_with("the process of chat templates cannot be started: "), "{error}");
-    // It ends, and answers nothing.
-    let sandbox = Sandbox::new(|| Ok(Command::new("true")));
-    let error = sandbox.writes("{{ name }}").unwrap_err();
-    assert_eq!(error, "the model's chat template cannot be run: its process ended with exit status: 0");
-    // It says something else.
-    let sandbox = Sandbox::new(|| {
+fn processes_that_do_not_answer_are_not_the_templates_fault() {
+    let error = |program: fn() -> io::Result<Command>, source: &str| {
+        let sandbox = Sandbox { patience: Duration::from_secs(1), ..Sandbox::new(program) };
+        let begin = Instant::now();
+        let Err(ChatError::NotRun(error)) = sandbox.answers(source) else { panic!("it was run") };
+        assert!(begin.elapsed() < PATIENCE);
+        error.strip_prefix("the model's chat template cannot be run: ").unwrap().to_owned()
+    };
+    let missing = error(|| Ok(Command::new("/no/such/program")), "");
+    assert!(missing.starts_with("its process cannot be started: "), "{missing}");
+    assert_eq!(error(|| Ok(Command::new("true")), ""), "its process ended with exit status: 0");
+    let killed = || {
         let mut command = Command::new("sh");
-        command.args(["-c", "echo Hello >&0"]);
+        command.args(["-c", "kill -KILL $$"]);
         Ok(command)
-    });
-    let error = sandbox.writes("{{ name }}").unwrap_err();
-    assert_eq!(error, "the model's chat template cannot be run: a message of kind 72");
+    };
+    assert_eq!(error(killed, ""), "its process ended with signal: 9 (SIGKILL)");
+    let other = || {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo Hello >&0; sleep 1000"]);
+        Ok(command)
+    };
+    assert_eq!(error(other, ""), "a message of kind 72");
+    let silent = || {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        Ok(command)
+    };
+    assert_eq!(error(silent, ""), "it does not answer in time");
+    assert_eq!(error(silent, &"x".repeat(10_000_000)), "it does not answer in time");
 }

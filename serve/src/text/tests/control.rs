@@ -22,7 +22,7 @@ struct Loaded {
 static MODELS: LazyLock<Vec<Loaded>> = LazyLock::new(|| {
     let load = |(model, template): (Model, String)| {
         let text = file(&model, &template).text().unwrap();
-        Loaded { text, plain: Template::compile(template).unwrap(), model }
+        Loaded { text, plain: Template::new(template).unwrap(), model }
     };
     models().into_iter().map(load).collect()
 });

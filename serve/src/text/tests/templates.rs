@@ -8,7 +8,7 @@ use jiff::{civil::date, tz::TimeZone};
 use serde::Deserialize;
 
 use super::{ChatOptions, File, Message, Role, control_of, decode};
-use crate::text::{TooManyTokens, names::Names};
+use crate::text::{ChatError, names::Names};
 
 #[derive(Deserialize)]
 pub struct Chat {
@@ -222,9 +222,9 @@ fn chats_that_are_too_long_are_refused_before_they_are_tokenized() {
     assert_eq!(text.fewest_tokens(4000), 1000);
     assert_eq!(render("abcd", Some(1001)).unwrap().len(), 4001);
     let error = render("abcd", Some(1000)).unwrap_err();
-    assert_eq!(error.downcast_ref(), Some(&TooManyTokens { fewest: 1001, most: 1000 }));
+    assert_eq!(error.downcast_ref(), Some(&ChatError::TooManyTokens { fewest: 1001, most: 1000 }));
     let error = render(&"a".repeat(20_000), None).unwrap_err();
-    assert_eq!(error.to_string(), "the chat has 20000003 bytes; expected at most 16777216");
+    assert_eq!(error.to_string(), "the chat is too long; expected at most 16777216 bytes");
 }
 
 #[test]
