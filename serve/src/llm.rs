@@ -191,7 +191,7 @@ pub struct Completion {
 /// A language model, ready to answer.
 ///
 /// Its chat template is a program that comes with the model. Where that is not trusted, call
-/// [`sandbox::init`](crate::text::sandbox::init) first in `main`.
+/// `text::sandbox::init` first in `main`.
 ///
 /// ```no_run
 /// use flashinfer_serve::{Llm, SamplingParams};

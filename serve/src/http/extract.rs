@@ -14,14 +14,14 @@ use super::{
     Server,
     error::ApiError,
     turns::{Turn, Turns},
-    types::unsupported,
+    types::{
+        unsupported,
+        values::{MAX_VALUES, values},
+    },
 };
 
 /// The most bytes of a body.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
-/// The most values in a body: numbers, strings, lists and others, and names of fields. Each takes up to some hundred
-/// bytes of memory.
-pub const MAX_VALUES: usize = 1 << 20;
 /// The most bytes of a body that is no large one.
 const MAX_SMALL_BYTES: usize = 64 << 10;
 
@@ -169,21 +169,6 @@ fn read<T: RequestBody>(bytes: &[u8]) -> Result<(T, Vec<String>), ApiError> {
     let mut fields = Fields::new(object);
     let request = T::read(&mut fields)?;
     Ok((request, fields.rest()?))
-}
-
-/// As many values as a JSON text may have, before it is read: one behind each sign that one can follow.
-fn values(json: &[u8]) -> usize {
-    let (mut values, mut in_string, mut escaped) = (0, false, false);
-    for byte in json {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = in_string,
-            b'"' => in_string = !in_string,
-            b',' | b':' | b'[' | b'{' if !in_string => values += 1,
-            _ => {}
-        }
-    }
-    values
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {

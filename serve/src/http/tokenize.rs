@@ -13,7 +13,7 @@ use super::{
     chat::chat_options,
     completions::decode,
     error::{ApiError, BodyErrors},
-    extract::{Body, MAX_BODY_BYTES, MAX_VALUES},
+    extract::{Body, MAX_BODY_BYTES},
     logprobs::token_text,
     prompt,
     types::{
@@ -21,7 +21,10 @@ use super::{
         tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse},
     },
 };
-use crate::{Llm, text::EncodeOptions};
+use crate::text::EncodeOptions;
+
+/// The most tokens of an answer, as many as can be asked for their text.
+const MAX_TOKENS: usize = 1_000_000;
 
 /// The tokens of a text or a chat.
 #[utoipa::path(
@@ -54,21 +57,22 @@ pub async fn tokenize(
         }
         _ => return Err(ApiError::parameter("prompt", "expected one of prompt and messages")),
     };
-    if tokens.len() > MAX_VALUES {
+    if tokens.len() > MAX_TOKENS {
         let name = if request.messages.is_some() { "messages" } else { "prompt" };
-        let message = format!("{name} has {} tokens; expected at most {MAX_VALUES}", tokens.len());
+        let message = format!("{name} has {} tokens; expected at most {MAX_TOKENS}", tokens.len());
         return Err(ApiError::parameter(name, message));
     }
     let token_strs = request.return_token_strs.unwrap_or(false);
     let max_model_len = server.max_model_len(llm);
-    let answer = move |llm: &Llm| TokenizeResponse {
+    let text = llm.text().clone();
+    let answer = move || TokenizeResponse {
         count: tokens.len(),
         max_model_len,
-        token_strs: token_strs.then(|| tokens.iter().map(|&id| token_text(llm.text(), id)).collect()),
+        token_strs: token_strs.then(|| tokens.iter().map(|&id| token_text(&text, id)).collect()),
         tokens,
     };
-    // Writing millions of them takes a while.
-    prompt::compute(&server, held, move |llm| Json(answer(llm)).into_response()).await
+    // Writing a million of them takes a while.
+    server.turns.compute(held, move || Json(answer()).into_response()).await
 }
 
 /// The text of tokens.

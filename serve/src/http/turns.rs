@@ -15,8 +15,8 @@ use super::error::ApiError;
 
 /// The fewest and the most threads that compute; between them, as many as there are cores.
 const THREADS: [usize; 2] = [4, 32];
-/// The most chats at a time, which may wait for each other's templates.
-const CHATS: usize = 4;
+/// The most chats at a time: no more than there are processes for their templates, so that no thread waits for one.
+const CHATS: usize = 8;
 
 /// A turn, until its last clone is dropped.
 pub type Turn = Arc<OwnedSemaphorePermit>;

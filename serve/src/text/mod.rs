@@ -5,7 +5,7 @@
 //! | `metadata`, `vocabulary` | what the file says, and its tokens |
 //! | `tokenizer` | text to ids, by `byte_level` (with `splits`) or `sentencepiece`, which share `bpe` |
 //! | `message`, `chat`, `error` | messages, and the text that a model reads for them |
-//! | `template`, [`sandbox`] | a model's template, and the process that it runs in |
+//! | `template`, `sandbox` | a model's template, and the processes that it runs in |
 //! | `jinja`, `source`, `python` | Jinja, as templates for transformers expect it |
 //! | `marks`, `names` | which control tokens a template wrote; names of tokens in text |
 //! | `stream`, `stops` | ids to text while they come, and stop strings in it |
@@ -84,7 +84,7 @@ impl Default for EncodeOptions {
 /// The most bytes of a chat, which are some million tokens.
 const MAX_CHAT_BYTES: usize = 16 << 20;
 /// The most bytes of texts that are tokenized beside others.
-const BESIDE_OTHERS: usize = 256 << 10;
+const BESIDE_OTHERS: usize = 1 << 20;
 
 /// A tokenizer, byte-level BPE or SentencePiece's, and the chat template beside it.
 pub struct Text {

@@ -10,6 +10,7 @@
 //! bound of memory is Linux's; elsewhere it may not hold.
 
 use std::{
+    convert::Infallible,
     env, fs,
     io::{self, ErrorKind},
     os::{
@@ -19,6 +20,7 @@ use std::{
             process::{CommandExt, ExitStatusExt},
         },
     },
+    panic::{self, AssertUnwindSafe},
     process::{self, Child, Command, Stdio},
     sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -51,7 +53,9 @@ const STACK: u64 = 8 << 20;
 /// How long an answer is waited for, whatever the process is doing.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The most processes at a time.
-pub const PROCESSES: usize = 4;
+const PROCESSES: usize = 8;
+/// The most bytes of variables after which a process is kept, as it may keep the memory that they took.
+const KEPT_BYTES: usize = 1 << 20;
 /// How many templates each keeps compiled: those of a model, and where a chat needs other stand-ins.
 const KEPT: usize = 4;
 
@@ -90,7 +94,7 @@ fn this_program() -> io::Result<Command> {
 }
 
 /// Runs templates in other processes.
-pub struct Sandbox {
+pub(super) struct Sandbox {
     program: fn() -> io::Result<Command>,
     patience: Duration,
     pool: Mutex<Pool>,
@@ -121,9 +125,9 @@ impl Sandbox {
     /// Whether a template is one. No process is kept for that.
     pub fn compile(&self, source: &str) -> Result<(), ChatError> {
         let mut turn = self.turn();
-        self.ask(&mut turn.process, [source.as_bytes(), &[], &[]])?;
+        let compiled = self.ask(&mut turn.process, [source.as_bytes(), &[], &[]]);
         turn.process = None;
-        Ok(())
+        compiled.map(drop)
     }
 
     /// What a template writes.
@@ -135,7 +139,12 @@ impl Sandbox {
     ) -> Result<String, ChatError> {
         let variables = serde_json::to_vec(variables).map_err(not_run)?;
         let now = now.map(Zoned::to_string).unwrap_or_default();
-        self.ask(&mut self.turn().process, [source.as_bytes(), &variables, now.as_bytes()])
+        let mut turn = self.turn();
+        let answer = self.ask(&mut turn.process, [source.as_bytes(), &variables, now.as_bytes()]);
+        if variables.len() > KEPT_BYTES {
+            turn.process = None;
+        }
+        answer
     }
 
     /// What a process answers, which is started if there is none, and taken away if it fails.
@@ -212,12 +221,14 @@ impl Process {
         for bytes in request {
             frame::write(&mut self.stream, Kind::Message, bytes)?;
         }
-        let (kind, bytes) = frame::read_any(&mut self.stream)?;
-        let text = String::from_utf8(bytes).map_err(io::Error::other)?;
-        match kind {
-            Kind::Message => Ok(Ok(text)),
-            Kind::Failed => Ok(Err(ChatError::Template(text))),
-            Kind::Alive | Kind::Done => Err(io::Error::other(text)),
+        let mut message = || match frame::read_any(&mut self.stream)? {
+            (Kind::Message, bytes) => String::from_utf8(bytes).map_err(io::Error::other),
+            (_, why) => Err(io::Error::other(String::from_utf8_lossy(&why))),
+        };
+        // What is wrong, or nothing and the text.
+        match message()? {
+            wrong if wrong.is_empty() => message().map(Ok),
+            wrong => Ok(Err(ChatError::Template(wrong))),
         }
     }
 
@@ -258,24 +269,41 @@ impl Drop for Process {
 fn answer() -> ! {
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     let Ok(mut stream) = stdin.map(UnixStream::from) else { process::exit(1) };
-    if let Err(error) = limit().and_then(|()| run(&mut stream)) {
-        // Nobody may be there any more.
-        let _ = frame::write(&mut stream, Kind::Done, error.to_string().as_bytes());
-    }
-    process::exit(0)
+    let Err(error) = limit().and_then(|()| run(&mut stream));
+    // Nobody may be there any more.
+    let _ = frame::write(&mut stream, Kind::Failed, error.to_string().as_bytes());
+    process::exit(1)
 }
 
-fn run(stream: &mut UnixStream) -> Result<()> {
+fn run(stream: &mut UnixStream) -> Result<Infallible> {
     let mut compiled = Vec::new();
     loop {
         limit_computing()?;
         let mut message = || frame::read_any(stream).map(|(_, bytes)| bytes);
         let (source, variables, now) = (String::from_utf8(message()?)?, message()?, message()?);
-        match render(&mut compiled, source, &variables, &now) {
-            Ok(text) => frame::write(stream, Kind::Message, text.as_bytes())?,
-            Err(error) => frame::write(stream, Kind::Failed, error.to_string().as_bytes())?,
+        let rendered = first_to_go(|| {
+            panic::catch_unwind(AssertUnwindSafe(|| render(&mut compiled, source, &variables, &now)))
+        });
+        let rendered = rendered.map_err(|_| "the template engine panicked")?;
+        let (wrong, text) = match rendered {
+            Ok(text) => (String::new(), Some(text)),
+            Err(error) => (error.to_string(), None),
+        };
+        for text in [Some(wrong), text].into_iter().flatten() {
+            frame::write(stream, Kind::Message, text.as_bytes())?;
         }
     }
+}
+
+/// Does something, and meanwhile has the system end this process first where memory runs out.
+fn first_to_go<T>(work: impl FnOnce() -> T) -> T {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let usual = fs::read_to_string(SCORE);
+    // Where there is no such file, systems choose by other rules.
+    let _ = fs::write(SCORE, "1000");
+    let result = work();
+    let _ = usual.and_then(|usual| fs::write(SCORE, usual));
+    result
 }
 
 /// What a template writes, or nothing if there are no variables; `compiled` are the last ones.
@@ -305,9 +333,8 @@ fn render(
 
 /// Bounds what this process takes. What it computes is bounded for each template.
 fn limit() -> Result<()> {
-    // Where memory runs out, it is the one to end.
-    #[cfg(target_os = "linux")]
-    let _ = fs::write("/proc/self/oom_score_adj", "1000");
+    // Lists of threads have another name than lists of processes.
+    let _ = fs::write("/proc/self/comm", NAME);
     for (resource, most) in [(Resource::Data, MEMORY), (Resource::Stack, STACK), (Resource::Core, 0)] {
         set_limit(resource, most, Some(most))?;
     }

@@ -21,6 +21,11 @@ fn bodies_of_too_many_values_are_refused_before_they_are_read() {
         let error = response.error(400);
         assert_eq!(error["message"], "the body has too many values; expected at most 1048576", "{value}");
     }
+    let arguments = format!("{{\"x\": [0{}]}}", ",0".repeat(1 << 20));
+    let call = json!({"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}});
+    let messages = json!([{"role": "assistant", "content": null, "tool_calls": [call]}]);
+    let error = server.chat(&json!({"messages": messages})).error(400);
+    assert_eq!(error["message"], "arguments of calls have too many values; expected at most 1048576");
     let body = json!({"prompt": "x", "logit_bias": vec![0; 1_000_000]});
     assert_eq!(server.complete(&body).error(400)["param"], "logit_bias");
     // What is in a string is no value.
@@ -51,9 +56,9 @@ fn what_cannot_fit_is_refused_before_it_is_tokenized() {
     let error = server.complete(&completion(vec!["x"; 1025], 1)).error(400);
     assert_eq!(error["message"], "n is 1025 in all; expected at most 1024, which is all that may wait");
     // What is only tokenized fits more.
-    let text = "x".repeat((1 << 20) + 1);
+    let text = "x".repeat(1_000_001);
     let error = server.post("/tokenize", &json!({"prompt": text})).error(400);
-    assert_eq!(error["message"], "prompt has 1048577 tokens; expected at most 1048576");
+    assert_eq!(error["message"], "prompt has 1000001 tokens; expected at most 1000000");
     // Tokens of twelve bytes each.
     let tokens = json!({"tokens": vec![269; 800_000]});
     let error = server.post("/detokenize", &tokens).error(400);
@@ -81,42 +86,56 @@ fn large_bodies_take_turns_and_small_ones_do_not_wait() {
     assert_eq!(server.turns(), turns);
 }
 
+/// With each kind of answer, while the engine is at none of them.
 #[test]
 fn a_turn_ends_before_the_answer_does_and_with_each_error() {
-    let server = TestServer::with(options(), llm(config(), slow));
+    let gate = Gate::default();
+    let before = gate.clone();
+    let server = TestServer::with(options(), llm(config(), move |backend| before.before(backend)));
     let turns = server.turns();
     let padded = |fields: Value| with(fields, json!({"user": "x".repeat(LARGE)}));
     assert_eq!(server.chat(&padded(chat("x", 0))).error(400)["param"], "max_tokens");
     assert_eq!(server.turns(), turns);
-    thread::scope(|scope| {
-        let whole = [scope.spawn(|| server.chat(&padded(chat("x", 200))).ok())];
-        let streamed = padded(with(completion("x", 200), json!({"stream": true})));
-        let mut streams = vec![];
-        for _ in 0..=turns {
-            streams.push(server.stream("/v1/completions", &streamed));
-            assert!(streams.last_mut().unwrap().next_data().is_some());
-        }
-        until(|| server.status().running == turns + 2);
-        assert_eq!(server.turns(), turns);
-        assert!(whole.iter().all(|whole| !whole.is_finished()));
-    });
+    let bodies = [
+        ("/v1/chat/completions", padded(chat("x", 3))),
+        ("/v1/completions", padded(completion("x", 3))),
+        ("/v1/completions", padded(with(completion("x", 3), json!({"stream": true})))),
+    ];
+    let clients: Vec<_> =
+        bodies.iter().map(|(path, body)| client::ask(server.address, path, &[], body)).collect();
+    // With one turn left, that of each ends, or the others would wait.
+    let other_turns = server.server.turns.large.clone().try_acquire_many_owned(turns as u32 - 1);
+    for _ in 0..20 {
+        assert_eq!(server.post("/tokenize", &json!({"prompt": "x".repeat(LARGE)})).ok()["count"], LARGE);
+        thread::sleep(Duration::from_millis(5));
+    }
+    drop(other_turns);
+    until(|| server.turns() == turns);
+    gate.open();
+    server.until_idle();
+    drop(clients);
 }
 
 /// What it was for may take memory until then.
 #[test]
 fn who_leaves_keeps_a_turn_until_what_has_begun_is_done() {
-    let long = "{% for a in range(40) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+    // It ends when its steps are used up, after 0.1 s or more.
+    let long = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
     let server = TestServer::with(options(), llm_with(long));
     let turns = server.turns();
     let body = chat(&"x".repeat(LARGE), 1);
     let ask = |_| client::ask(server.address, "/v1/chat/completions", &[], &body);
-    // The last of them wait for a turn, and do so no longer.
-    let clients: Vec<_> = (0..turns + 3).map(ask).collect();
+    let begin = Instant::now();
+    let alone = server.chat(&body).error(400);
+    let one_takes = begin.elapsed();
+    assert!(alone["message"].as_str().unwrap().contains("fuel"), "{alone}");
+    // All but the first wait for a turn, and do so no longer.
+    let clients: Vec<_> = (0..40 * turns).map(ask).collect();
     until(|| server.turns() == 0);
-    thread::sleep(Duration::from_millis(50));
     drop(clients);
-    thread::sleep(Duration::from_millis(100));
+    let begin = Instant::now();
+    thread::sleep(one_takes / 4);
     assert_eq!(server.turns(), 0);
     until(|| server.turns() == turns);
-    assert_eq!(server.turns(), turns);
+    assert!(begin.elapsed() < 20 * one_takes, "{:?} after {one_takes:?}", begin.elapsed());
 }

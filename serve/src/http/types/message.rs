@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::values::{MAX_VALUES, values};
 use crate::{
     http::error::{ApiError, shorten},
     text::{self, Message, MessageContent, Role},
@@ -144,6 +145,12 @@ pub struct FunctionName {
 pub fn messages(messages: &[ChatMessage]) -> Result<Vec<Message>, ApiError> {
     if messages.is_empty() {
         return Err(ApiError::parameter("messages", "messages is empty; expected at least one"));
+    }
+    // They are JSON in a string, which is read, too.
+    let calls = messages.iter().flat_map(|message| message.tool_calls.iter().flatten());
+    if calls.map(|call| values(call.function.arguments.as_bytes())).sum::<usize>() > MAX_VALUES {
+        let message = format!("arguments of calls have too many values; expected at most {MAX_VALUES}");
+        return Err(ApiError::parameter("messages", message));
     }
     messages.iter().enumerate().map(|(index, message)| message.to_text(index)).collect()
 }

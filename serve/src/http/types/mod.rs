@@ -11,3 +11,4 @@ pub mod sampling;
 pub mod tokenize;
 pub mod unsupported;
 pub mod usage;
+pub mod values;
