@@ -14,6 +14,7 @@
 //! | [`backend`] | what computes a step: the CPU, an NVIDIA GPU, or a stand-in for tests |
 //! | `exit` | the end of the process |
 //! | `frame` | messages between processes |
+//! | `shorten` | texts of others in messages |
 //! | `model` | a GGUF file: configuration and weights |
 //! | `text` | text to token ids and back, and templates of chats |
 
@@ -34,6 +35,7 @@ mod model;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;
+mod shorten;
 #[cfg(test)]
 mod tests;
 pub mod text;

@@ -70,8 +70,8 @@ pub async fn completions(
     answers::check_count(llm, prompt.count().saturating_mul(params.n))?;
     let context = server.max_model_len(llm);
     prompt.check_length(llm.text(), context)?;
-    let held = turn.iter().cloned().collect();
-    let prompts = prompt::compute(&server, held, move |llm| prompt.encode(llm.text(), &options)).await?;
+    let prompts =
+        prompt::compute(&server, turn.clone(), move |llm| prompt.encode(llm.text(), &options)).await?;
     for (tokens, _) in &prompts {
         if let Some(token) = tokens.iter().find(|token| **token as usize >= bounds.vocab_size) {
             let message =

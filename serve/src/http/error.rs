@@ -8,7 +8,7 @@ use axum::{
 use serde::Serialize;
 use utoipa::{IntoResponses, ToSchema};
 
-use crate::{request::SubmitError, sampling::InvalidParameter};
+use crate::{request::SubmitError, sampling::InvalidParameter, shorten};
 
 /// The seconds after which a client may try again what was refused for lack of room.
 const RETRY_AFTER: u32 = 1;
@@ -159,11 +159,7 @@ impl ApiError {
 
 /// The beginning of what a client sent, for messages.
 pub fn shorten(text: &str) -> String {
-    const MOST: usize = 100;
-    match text.char_indices().nth(MOST) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text.into(),
-    }
+    shorten::shorten(text, 100)
 }
 
 impl From<InvalidParameter> for ApiError {

@@ -146,7 +146,7 @@ impl<T: RequestBody + Send + 'static> FromRequest<Arc<Server>> for Body<T> {
             false => None,
         };
         let (request, ignored) = match &turn {
-            Some(turn) => server.turns.compute(vec![turn.clone()], move || read(&bytes)).await??,
+            Some(turn) => server.turns.compute(turn.clone(), move || read(&bytes)).await??,
             None => read(&bytes)?,
         };
         server.ignored.note(ignored);

@@ -25,8 +25,7 @@ pub async fn chat(
     tools: Vec<serde_json::Value>,
     options: ChatOptions,
 ) -> Result<Vec<u32>, ApiError> {
-    let mut held = vec![Turns::of(&server.turns.chats).await?];
-    held.extend(turn.cloned());
+    let held = (Turns::of(&server.turns.chats).await?, turn.cloned());
     let work = move |llm: &Llm| llm.text().render_chat(&messages, &tools, &options);
     compute(server, held, work).await?.map_err(|error| not_written(&error))
 }
@@ -57,15 +56,14 @@ pub async fn compile(
     name: &str,
 ) -> Result<Option<Grammar>, ApiError> {
     let Some(constraint) = constraint else { return Ok(None) };
-    let held = turn.cloned().into_iter().collect();
-    let compiled = compute(server, held, move |llm| llm.engine().compile(&constraint)).await?;
+    let compiled = compute(server, turn.cloned(), move |llm| llm.engine().compile(&constraint)).await?;
     compiled.map(Some).map_err(|error| ApiError::parameter(name, error.to_string()))
 }
 
 /// Computes something where that holds up no connection; `held` are the turns that it is part of.
 pub async fn compute<T: Send + 'static>(
     server: &Arc<Server>,
-    held: Vec<Turn>,
+    held: impl Send + 'static,
     work: impl FnOnce(&Llm) -> T + Send + 'static,
 ) -> Result<T, ApiError> {
     let of_llm = server.clone();

@@ -37,12 +37,11 @@ pub async fn tokenize(
 ) -> Result<Response, ApiError> {
     let llm = server.llm()?;
     server.name(request.model.as_deref())?;
-    let held: Vec<_> = turn.iter().cloned().collect();
     let tokens = match (request.prompt, &request.messages) {
         (Some(prompt), None) => {
             let bos = request.add_special_tokens.unwrap_or(true);
             let options = EncodeOptions { bos, ..EncodeOptions::default() };
-            prompt::compute(&server, held.clone(), move |llm| llm.text().encode_with(&prompt, &options))
+            prompt::compute(&server, turn.clone(), move |llm| llm.text().encode_with(&prompt, &options))
                 .await?
         }
         (None, Some(messages)) => {
@@ -72,7 +71,7 @@ pub async fn tokenize(
         tokens,
     };
     // Writing a million of them takes a while.
-    server.turns.compute(held, move || Json(answer()).into_response()).await
+    server.turns.compute(turn, move || Json(answer()).into_response()).await
 }
 
 /// The text of tokens.
@@ -96,7 +95,6 @@ pub async fn detokenize(
         let message = format!("the text of tokens has {bytes} bytes; expected at most {MAX_BODY_BYTES}");
         return Err(ApiError::parameter("tokens", message));
     }
-    let prompt =
-        prompt::compute(&server, turn.into_iter().collect(), move |llm| decode(llm.text(), &tokens)).await?;
+    let prompt = prompt::compute(&server, turn, move |llm| decode(llm.text(), &tokens)).await?;
     Ok(Json(DetokenizeResponse { prompt }))
 }

@@ -47,10 +47,10 @@ impl Turns {
         turns.clone().acquire_owned().await.map(Arc::new).map_err(|_| ApiError::internal())
     }
 
-    /// Computes something on a thread; `held` are the turns that it is part of.
+    /// Computes something on a thread; `held` are the turns that it is part of, which end with it.
     pub async fn compute<T: Send + 'static>(
         &self,
-        held: Vec<Turn>,
+        held: impl Send + 'static,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ApiError> {
         let thread = Self::of(&self.threads).await?;

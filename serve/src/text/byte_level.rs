@@ -13,7 +13,7 @@ use crate::Result;
 /// Merges of bytes.
 pub struct ByteLevel {
     /// The tokens of single bytes.
-    bytes: [Option<u32>; 256],
+    pub bytes: [Option<u32>; 256],
     /// What two tokens become.
     merges: HashMap<[u32; 2], Join>,
     /// Tokens by their bytes, where a part that is a token is taken whole.
@@ -55,11 +55,6 @@ impl ByteLevel {
             }
         }
         Ok(Self { bytes, merges, whole, splits: pre.splits()? })
-    }
-
-    /// Whether each byte is a token, if in no longer one.
-    pub fn has_all_bytes(&self) -> bool {
-        self.bytes.iter().all(Option::is_some)
     }
 
     /// The ids of a text. Bytes that are no tokens are left out.

@@ -61,7 +61,7 @@ pub struct Chat {
 struct Source {
     text: String,
     stand_ins: StandIns,
-    template: std::result::Result<Template, ChatError>,
+    template: Result<Template, ChatError>,
 }
 
 impl Source {
@@ -72,7 +72,7 @@ impl Source {
     }
 }
 
-fn template(text: &str, stand_ins: &StandIns, names: &Names) -> std::result::Result<Template, ChatError> {
+fn template(text: &str, stand_ins: &StandIns, names: &Names) -> Result<Template, ChatError> {
     Template::new(source::rewrite(text, |literal| stand_ins.mark(literal, names)))
 }
 

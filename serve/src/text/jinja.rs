@@ -6,8 +6,8 @@ use jiff::{Zoned, fmt::strtime};
 use minijinja::{Environment, Error, ErrorKind, State, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::python;
-use crate::Result;
+use super::{error::ChatError, python};
+use crate::{Result, shorten::shorten};
 
 /// The most steps of a template, so that each ends.
 const STEPS: u64 = 20_000_000;
@@ -52,7 +52,7 @@ impl io::Write for Written {
 impl Jinja {
     /// # Errors
     /// A template that is no Jinja, with the line.
-    pub fn compile(source: String) -> Result<Self> {
+    pub fn compile(source: String) -> Result<Self, ChatError> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
@@ -65,7 +65,7 @@ impl Jinja {
             let mut text = String::new();
             python::write_str(&mut text, value).map(|()| text).map_err(Error::from)
         });
-        environment.add_function("raise_exception", |message: String| -> std::result::Result<Value, Error> {
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, "raised").with_source(Raised(message)))
         });
         environment.add_template_owned(NAME, source).map_err(|error| problem(&error))?;
@@ -80,7 +80,7 @@ impl Jinja {
         &self,
         variables: &serde_json::Map<String, serde_json::Value>,
         now: Option<&Zoned>,
-    ) -> Result<String> {
+    ) -> Result<String, ChatError> {
         let now = now.cloned();
         let strftime_now = move |format: &str| {
             let now = now.clone().unwrap_or_else(Zoned::now);
@@ -94,21 +94,16 @@ impl Jinja {
         let template = self.0.get_template(NAME).map_err(|error| problem(&error))?;
         let mut written = Written::default();
         template.render_captured_to(context, &mut written).map_err(|error| problem(&error))?;
-        Ok(String::from_utf8(written.0)?)
+        String::from_utf8(written.0).map_err(|error| ChatError::Template(error.to_string()))
     }
 }
 
-/// What went wrong, in a sentence.
-fn problem(error: &Error) -> String {
-    let mut said = whole_problem(error);
-    if let Some((end, _)) = said.char_indices().nth(SAID) {
-        said.truncate(end);
-        said.push('…');
-    }
-    said
+/// What went wrong.
+fn problem(error: &Error) -> ChatError {
+    ChatError::Template(shorten(&sentence(error), SAID))
 }
 
-fn whole_problem(error: &Error) -> String {
+fn sentence(error: &Error) -> String {
     let mut source = error.source();
     while let Some(inner) = source {
         if let Some(Raised(message)) = inner.downcast_ref() {
@@ -127,7 +122,7 @@ fn whole_problem(error: &Error) -> String {
 }
 
 /// Methods of Python's strings that `minijinja_contrib` does not have.
-fn methods(state: &State, value: &Value, method: &str, args: &[Value]) -> std::result::Result<Value, Error> {
+fn methods(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let Some(text) = value.as_str() else { return unknown_method_callback(state, value, method, args) };
     let argument = || match args {
         [argument] => argument.as_str(),

@@ -177,7 +177,7 @@ impl Text {
     }
 
     /// Refuses a chat of so many bytes that is too long, or sure to have too many tokens.
-    fn check_length(&self, bytes: usize, options: &ChatOptions) -> std::result::Result<(), ChatError> {
+    fn check_length(&self, bytes: usize, options: &ChatOptions) -> Result<(), ChatError> {
         if bytes > MAX_CHAT_BYTES {
             return Err(ChatError::TooLong { most: MAX_CHAT_BYTES });
         }

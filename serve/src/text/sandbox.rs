@@ -267,6 +267,8 @@ impl Drop for Process {
 
 /// Answers as the process that was started, until the other one closes the connection or ends.
 fn answer() -> ! {
+    // What `top` shows, which would be the name of the link that was started. Only for that.
+    let _ = fs::write("/proc/self/comm", NAME);
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     let Ok(mut stream) = stdin.map(UnixStream::from) else { process::exit(1) };
     let Err(error) = limit().and_then(|()| run(&mut stream));
@@ -328,13 +330,11 @@ fn render(
     // They may be as deep as they were, as the stack is this process's own.
     let mut variables = Deserializer::from_slice(variables);
     variables.disable_recursion_limit();
-    compiled[0].1.render(&Map::deserialize(&mut variables)?, now.as_ref())
+    Ok(compiled[0].1.render(&Map::deserialize(&mut variables)?, now.as_ref())?)
 }
 
 /// Bounds what this process takes. What it computes is bounded for each template.
 fn limit() -> Result<()> {
-    // Lists of threads have another name than lists of processes.
-    let _ = fs::write("/proc/self/comm", NAME);
     for (resource, most) in [(Resource::Data, MEMORY), (Resource::Stack, STACK), (Resource::Core, 0)] {
         set_limit(resource, most, Some(most))?;
     }

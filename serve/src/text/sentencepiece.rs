@@ -18,7 +18,7 @@ pub struct SentencePiece {
     /// Pieces that text is made of, as their bytes.
     pieces: HashMap<Box<str>, Join>,
     /// The tokens of bytes.
-    bytes: [Option<u32>; 256],
+    pub bytes: [Option<u32>; 256],
     unknown: Option<u32>,
     /// A space is put before text.
     pub space_prefix: bool,
@@ -60,11 +60,6 @@ impl SentencePiece {
         let unknown = vocabulary.of_kind(Kind::Unknown).next().map(|(_, id)| id);
         let space_prefix = metadata.flag("ggml.add_space_prefix")?.unwrap_or(true);
         Ok(Self { pieces, bytes, unknown, space_prefix })
-    }
-
-    /// Whether each byte is a token, so that nothing is unknown.
-    pub fn has_all_bytes(&self) -> bool {
-        self.bytes.iter().all(Option::is_some)
     }
 
     /// The ids of a text, with a space before it if the file says so.

@@ -24,7 +24,7 @@ impl Template {
         if let Some(sandbox) = Sandbox::of_program() {
             return Ok(Self::Apart { sandbox, source });
         }
-        Ok(Self::Here(Jinja::compile(source).map_err(|error| ChatError::Template(error.to_string()))?))
+        Jinja::compile(source).map(Self::Here)
     }
 
     /// Whether it is one, and can be run.
@@ -46,9 +46,7 @@ impl Template {
     /// than it may; it cannot be run.
     pub fn render(&self, variables: &Map<String, Value>, now: Option<&Zoned>) -> Result<String, ChatError> {
         match self {
-            Self::Here(jinja) => {
-                jinja.render(variables, now).map_err(|error| ChatError::Template(error.to_string()))
-            }
+            Self::Here(jinja) => jinja.render(variables, now),
             #[cfg(unix)]
             Self::Apart { sandbox, source } => sandbox.render(source, variables, now),
         }

@@ -102,17 +102,14 @@ impl Tokenizer {
 
     /// The most bytes of a text that a token may stand for; `None` where text may be in no token of its own.
     pub fn longest(&self) -> Option<usize> {
-        let all_bytes = match &self.model {
-            Model::ByteLevel(model) => model.has_all_bytes(),
-            Model::SentencePiece(model) => model.has_all_bytes(),
+        let (bytes, longest) = match &self.model {
+            Model::ByteLevel(model) => (&model.bytes, self.bytes.iter().map(Vec::len).max()),
+            // The mark of a space may be in a text itself, where it is longer than a space.
+            Model::SentencePiece(model) => {
+                (&model.bytes, self.vocabulary.tokens.iter().map(String::len).max())
+            }
         };
-        // The mark of a space may be in a text itself, where it is longer than a space.
-        let names = self.vocabulary.tokens.iter().map(String::len);
-        let longest = match &self.model {
-            Model::ByteLevel(_) => self.bytes.iter().map(Vec::len).max(),
-            Model::SentencePiece(_) => names.max(),
-        };
-        longest.filter(|_| all_bytes && !self.swallows_blanks)
+        longest.filter(|_| bytes.iter().all(Option::is_some) && !self.swallows_blanks)
     }
 
     /// Whether the first token of a text may have a space that is not in the text.

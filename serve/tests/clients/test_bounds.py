@@ -60,13 +60,13 @@ def state(process):
 def children(server):
     """The processes that a server has started, with their names."""
     found = {}
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            stat, command = (folder / "stat").read_text(), (folder / "cmdline").read_bytes()
+            stat, command = (process / "stat").read_text(), (process / "cmdline").read_bytes()
         except OSError:
             continue
         if int(stat.rpartition(")")[2].split()[1]) == server.process.pid:
-            found[folder] = command.split(b"\0")[0].decode()
+            found[process] = command.split(b"\0")[0].decode()
     return found
 
 
@@ -109,7 +109,7 @@ def filled(before, item, behind, values=1, separator=","):
 def large_bodies():
     """Bodies that take much of what there is, by what they have a lot of, with the path that takes them, and which
     parameter has too much of it, if any."""
-    completion, chat = "/v1/completions", "/v1/chat/completions"
+    completions, chats = "/v1/completions", "/v1/chat/completions"
     ask = '{"messages":[{"role":"user","content":"a"}],"max_tokens":1,'
     schema = ask + '"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{'
     maps = ask + '"chat_template_kwargs":{"x":['
@@ -117,19 +117,19 @@ def large_bodies():
     arguments = '{"max_tokens":1,"messages":[' + call + '\\"x\\":['
     message = '{"max_tokens":1,"messages":[{"role":"user","content":"'
     return {
-        "prompts": (completion, filled('{"max_tokens":1,"prompt":[', '"a"', "]}"), "n"),
-        "lists of tokens": (completion, filled('{"max_tokens":1,"prompt":[', "[1]", "]}", 2), "n"),
-        "tokens": (completion, filled('{"max_tokens":1,"prompt":[', "1", "]}"), "prompt"),
-        "text": (completion, filled('{"max_tokens":1,"prompt":"', "abab", '"}', 0, ""), "prompt"),
-        "fields": (completion, filled('{"max_tokens":1,"prompt":"a",', '"x":0', "}", 2), None),
+        "prompts": (completions, filled('{"max_tokens":1,"prompt":[', '"a"', "]}"), "n"),
+        "lists of tokens": (completions, filled('{"max_tokens":1,"prompt":[', "[1]", "]}", 2), "n"),
+        "tokens": (completions, filled('{"max_tokens":1,"prompt":[', "1", "]}"), "prompt"),
+        "text": (completions, filled('{"max_tokens":1,"prompt":"', "abab", '"}', 0, ""), "prompt"),
+        "fields": (completions, filled('{"max_tokens":1,"prompt":"a",', '"x":0', "}", 2), None),
         "text to tokenize": ("/tokenize", filled('{"prompt":"', "abab", '","return_token_strs":true}', 0, ""), "prompt"),
         "tokens to text": ("/detokenize", filled('{"tokens":[', "300", "]}"), None),
-        "messages": (chat, filled('{"max_tokens":1,"messages":[', '{"role":"user","content":"a"}', "]}", 5), "messages"),
-        "text of a message": (chat, filled(message, "abab", '"}]}', 0, ""), "messages"),
-        "maps": (chat, filled(maps, '{"":0}', "]}}", 3), None),
-        "tools": (chat, filled(ask + '"tools":[', '{"type":"function","function":{"name":"f"}}', "]}", 7), "messages"),
-        "arguments": (chat, filled(arguments, "[]", ']}"}}]}]}', 2), "messages"),
-        "schema": (chat, filled(schema + '"anyOf":[', '{"type":"string"}', "]}}}}", 3), "response_format"),
+        "messages": (chats, filled('{"max_tokens":1,"messages":[', '{"role":"user","content":"a"}', "]}", 5), "messages"),
+        "text of a message": (chats, filled(message, "abab", '"}]}', 0, ""), "messages"),
+        "maps": (chats, filled(maps, '{"":0}', "]}}", 3), None),
+        "tools": (chats, filled(ask + '"tools":[', '{"type":"function","function":{"name":"f"}}', "]}", 7), "messages"),
+        "arguments": (chats, filled(arguments, "[]", ']}"}}]}]}', 2), "messages"),
+        "schema": (chats, filled(schema + '"anyOf":[', '{"type":"string"}', "]}}}}", 3), "response_format"),
     }  # fmt: skip
 
 

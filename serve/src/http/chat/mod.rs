@@ -43,7 +43,7 @@ use crate::{request::Request, text::ChatOptions};
 pub async fn chat_completions(
     State(server): State<Arc<Server>>,
     Extension(log): Extension<Arc<RequestLog>>,
-    Body { turn, request: ChatRequest { sampling, mut chat } }: Body<ChatRequest>,
+    Body { turn, request: ChatRequest { sampling, chat } }: Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
     let model = server.name(sampling.model.as_deref())?;
     let tools = Tools::new(server.llm()?.text(), &chat)?;
@@ -55,7 +55,7 @@ pub async fn chat_completions(
             false => error,
         }
     };
-    let request = request(&server, turn.as_ref(), &sampling, &mut chat, &tools).await.map_err(named)?;
+    let request = request(&server, turn.as_ref(), &sampling, chat, &tools).await.map_err(named)?;
     let head = ReplyHead {
         id: format!("chatcmpl-{}", log.id()),
         created: seconds_since_1970(),
@@ -69,7 +69,7 @@ pub async fn chat_completions(
     let reply = Reply::new(head, prompt, &tools, answers.len());
     let (streams, usage) = (sampling.streams(), sampling.includes_usage());
     // What was asked needs no memory any more.
-    drop((chat, sampling, tools, turn));
+    drop((sampling, tools, turn));
     match streams {
         true => Ok(sse::response(answers, reply, usage, server.options.keep_alive)),
         false => reply.whole(answers).await.map(|chat| Json(chat).into_response()),
@@ -81,7 +81,7 @@ async fn request(
     server: &Arc<Server>,
     turn: Option<&Turn>,
     sampling: &SamplingFields,
-    chat: &mut ChatFields,
+    chat: ChatFields,
     tools: &Tools,
 ) -> Result<Request, ApiError> {
     let mut params = sampling.params()?;
@@ -90,9 +90,9 @@ async fn request(
     params.check(server.llm()?.engine().bounds().vocab_size)?;
     let parameter = if tools.have_to_be_called() { "tools" } else { "response_format" };
     let constraint = tools.constraint(server.llm()?.text(), sampling.schema())?;
-    let mut variables = chat.chat_template_kwargs.take().unwrap_or_default();
-    if let Some(effort) = &chat.reasoning_effort {
-        variables.insert("reasoning_effort".into(), effort.clone().into());
+    let mut variables = chat.chat_template_kwargs.unwrap_or_default();
+    if let Some(effort) = chat.reasoning_effort {
+        variables.insert("reasoning_effort".into(), effort.into());
     }
     let context = server.max_model_len(server.llm()?);
     let options = ChatOptions {
