@@ -267,7 +267,7 @@ impl Drop for Process {
 
 /// Answers as the process that was started, until the other one closes the connection or ends.
 fn answer() -> ! {
-    // What `top` shows, which would be the name of the link that was started. Only for that.
+    // For `top`, where it is `exe` otherwise, after the link that was started. It may fail.
     let _ = fs::write("/proc/self/comm", NAME);
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     let Ok(mut stream) = stdin.map(UnixStream::from) else { process::exit(1) };
